@@ -1,0 +1,49 @@
+"""Errors that a user can cause, each with one clear line; what only a bug can cause is an assertion."""
+
+from __future__ import annotations
+
+
+class ChunkLlamaError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(ChunkLlamaError):
+    """The configuration, a model folder or a file is unusable; the message names it and the fix."""
+
+
+class InvalidRequestError(ChunkLlamaError):
+    """A request that can never be served as it stands (HTTP 400).
+
+    Args:
+        message: one line with the offending and the allowed values.
+        param: path of the offending field as the client wrote it, e.g. ``messages[0].content``.
+        code: machine-readable code, e.g. ``context_length_exceeded``.
+    """
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+class OverloadedError(ChunkLlamaError):
+    """The waiting queue is full (HTTP 429); ``retry_after`` seconds come from the pool's drain rate."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after = retry_after
+
+
+class EngineDeadError(ChunkLlamaError):
+    """The engine process has ended and the request cannot be continued (HTTP 503)."""
+
+
+class RequestFailedError(ChunkLlamaError):
+    """The engine failed this one request (HTTP 500); others go on."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
