@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Protocol
+import asyncio
+import queue
+import secrets
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Protocol
 
-from chunkllama.engine.messages import EngineReady, EngineRequest, EngineStats, TokenDelta
+import msgspec
+
+from chunkllama.engine.messages import (
+    AbortRequest,
+    ChoiceDelta,
+    EngineErrorInfo,
+    EngineReady,
+    EngineRequest,
+    EngineStats,
+    FromEngine,
+    Shutdown,
+    StatsRequest,
+    TokenDelta,
+    ToEngine,
+)
+from chunkllama.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestFailedError,
+)
+
+if TYPE_CHECKING:
+    from chunkllama.engine.core import EngineCore
+
+MAX_CHOICES = 128
 
 
 class EngineClient(Protocol):
@@ -18,7 +49,7 @@ class EngineClient(Protocol):
 
     @property
     def is_ready(self) -> bool:
-        """The engine has loaded, lives, and answered within the watchdog's limit."""
+        """The engine has loaded its model and lives."""
         ...
 
     def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
@@ -39,3 +70,154 @@ class EngineClient(Protocol):
     async def close(self) -> None:
         """End the engine; live requests end with EngineDeadError."""
         ...
+
+
+def with_seed(request: EngineRequest) -> EngineRequest:
+    """Draw the seed here if none came, so that a request could be replayed with the same random numbers."""
+    if request.sampling.seed is not None:
+        return request
+    sampling = msgspec.structs.replace(request.sampling, seed=secrets.randbits(63))
+    return msgspec.structs.replace(request, sampling=sampling)
+
+
+def as_exception(error: EngineErrorInfo) -> Exception:
+    """The typed exception a caller of ``generate`` sees."""
+    if error.kind == "invalid":
+        return InvalidRequestError(error.message, error.param, error.code)
+    if error.kind == "overloaded":
+        return OverloadedError(error.message, error.retry_after)
+    return RequestFailedError(error.message, error.code or "engine_error")
+
+
+class MessageClient(ABC):
+    """An EngineClient over a stream of messages: routes each delta to the request that waits for it."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, asyncio.Queue[TokenDelta | EngineDeadError]] = {}
+        self._stats_waiters: deque[asyncio.Future[EngineStats]] = deque()
+        self._info: EngineReady | None = None
+        self._dead: EngineDeadError | None = None
+
+    @abstractmethod
+    def _send(self, message: ToEngine) -> None: ...
+
+    @property
+    def info(self) -> EngineReady:
+        assert self._info is not None, "the engine has not become ready"
+        return self._info
+
+    @property
+    def is_ready(self) -> bool:
+        return self._info is not None and self._dead is None
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
+        if self._dead is not None:
+            raise self._dead
+        if request.request_id in self._streams:
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use", "request_id")
+        inbox: asyncio.Queue[TokenDelta | EngineDeadError] = asyncio.Queue()
+        self._streams[request.request_id] = inbox
+        unfinished = set(range(request.sampling.num_sequences))
+        if request.sampling.beam_width > 1:
+            unfinished = set(range(request.sampling.n))
+        try:
+            self._send(with_seed(request))
+            while unfinished:
+                delta = await inbox.get()
+                if isinstance(delta, EngineDeadError):
+                    unfinished.clear()
+                    raise delta
+                if delta.error is not None:
+                    unfinished.clear()
+                    raise as_exception(delta.error)
+                unfinished -= {c.index for c in delta.choices if c.finish_reason is not None}
+                yield delta
+        finally:
+            del self._streams[request.request_id]
+            if unfinished and self._dead is None:
+                self._send(AbortRequest(request_id=request.request_id))
+
+    async def abort(self, request_id: str, index: int | None = None) -> None:
+        inbox = self._streams.get(request_id)
+        if inbox is None or self._dead is not None:
+            return
+        self._send(AbortRequest(request_id=request_id, index=index))
+        indices = range(MAX_CHOICES) if index is None else (index,)
+        ended = [ChoiceDelta(index=i, token_ids=[], finish_reason="abort") for i in indices]
+        inbox.put_nowait(TokenDelta(request_id=request_id, choices=ended))
+
+    async def stats(self, *, include_tree: bool = False) -> EngineStats:
+        if self._dead is not None:
+            raise self._dead
+        waiter: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
+        self._stats_waiters.append(waiter)
+        self._send(StatsRequest(include_tree=include_tree))
+        return await waiter
+
+    def _dispatch(self, messages: list[FromEngine]) -> None:
+        for message in messages:
+            match message:
+                case TokenDelta():
+                    inbox = self._streams.get(message.request_id)
+                    if inbox is not None:
+                        inbox.put_nowait(message)
+                case EngineStats():
+                    waiter = self._stats_waiters.popleft()
+                    if not waiter.done():
+                        waiter.set_result(message)
+                case EngineReady():
+                    self._info = message
+
+    def _fail_all(self, error: EngineDeadError) -> None:
+        self._dead = error
+        for inbox in self._streams.values():
+            inbox.put_nowait(error)
+        for waiter in self._stats_waiters:
+            if not waiter.done():
+                waiter.set_exception(error)
+        self._stats_waiters.clear()
+
+
+class _QueueChannel:
+    """The engine's end of an in-process client: a thread-safe inbox, an event-loop callback as outbox."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        deliver: Callable[[list[FromEngine]], None],
+    ) -> None:
+        self.inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._loop = loop
+        self._deliver = deliver
+
+    def receive(self, *, block: bool) -> list[ToEngine]:
+        messages: list[ToEngine] = [self.inbox.get()] if block else []
+        while not self.inbox.empty():
+            messages.append(self.inbox.get())
+        return messages
+
+    def send(self, messages: list[FromEngine]) -> None:
+        self._loop.call_soon_threadsafe(self._deliver, messages)
+
+
+class InProcessEngineClient(MessageClient):
+    """An engine in a thread of this process: for notebooks, tests and single-process servers."""
+
+    def __init__(self, core: EngineCore) -> None:
+        from chunkllama.engine.core import run_engine_loop
+
+        super().__init__()
+        self._info = core.info
+        self._channel = _QueueChannel(asyncio.get_running_loop(), self._dispatch)
+        self._thread = threading.Thread(
+            target=run_engine_loop, args=(core, self._channel), name="engine", daemon=True
+        )
+        self._thread.start()
+
+    def _send(self, message: ToEngine) -> None:
+        self._channel.inbox.put(message)
+
+    async def close(self) -> None:
+        self._send(Shutdown())
+        await asyncio.to_thread(self._thread.join)
+        self._fail_all(EngineDeadError("the engine was closed"))

@@ -143,4 +143,10 @@ class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):
     op_set: str
 
 
-FromEngine = TokenDelta | EngineStats | EngineReady
+class StartFailed(msgspec.Struct, kw_only=True, tag="start_failed"):
+    """Only message of an engine that could not start: one line for the user."""
+
+    message: str
+
+
+FromEngine = TokenDelta | EngineStats | EngineReady | StartFailed

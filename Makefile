@@ -1,0 +1,43 @@
+# Two commands for a newcomer: `make serve` and `make test`. Everything lands in .venv and the cache folder.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+HOST   ?= 127.0.0.1
+PORT   ?= 8000
+ARGS   ?=
+STAMP   = $(VENV)/.setup-done
+
+.PHONY: setup serve test lint format bench nightly clean
+
+setup: $(STAMP)
+
+# TORCH takes any pip requirement or options, e.g. TORCH="torch==2.13.0" for the default (CUDA) build.
+$(STAMP): pyproject.toml scripts/setup.sh $(wildcard kernels/cpu/*)
+	PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" sh scripts/setup.sh
+	@touch $@
+
+serve: setup
+	exec $(BIN)/chunkllama serve --host $(HOST) --port $(PORT) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/load_test.py $(ARGS)
+
+# Full sizes, fresh seeds; the last result and its seed are kept in benchmarks/results/nightly.txt.
+nightly: setup
+	sh scripts/nightly.sh "$(BIN)/python" $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

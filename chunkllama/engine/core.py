@@ -1,0 +1,162 @@
+"""The step loop: receive -> schedule -> execute -> commit -> send. One loop, one thread, no I/O of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from chunkllama.engine.executor import Executor
+from chunkllama.engine.messages import (
+    AbortRequest,
+    EngineErrorInfo,
+    EngineReady,
+    EngineRequest,
+    EngineStats,
+    FromEngine,
+    Shutdown,
+    StatsRequest,
+    TokenDelta,
+    ToEngine,
+)
+from chunkllama.errors import InvalidRequestError, OverloadedError
+from chunkllama.logger import init_logger
+from chunkllama.scheduler.scheduler import Scheduler
+
+logger = init_logger(__name__)
+
+
+class EngineCore:
+    """A scheduler and an executor, stepped together. Used directly by ``LLM``; by clients through ``run_engine_loop``.
+
+    Args:
+        scheduler: owns requests and the cache; pure Python.
+        executor: computes steps.
+        info: what a client is told of the model.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        info: EngineReady,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.info = info
+        self._scheduler = scheduler
+        self._executor = executor
+        self._clock = clock
+        self._steps = 0
+        self._step_seconds = 0.0
+        self._violations = 0
+        self._checked_at_step = 0
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequestError: it can never be served (too long for the context or the pool).
+            OverloadedError: the waiting queue is full.
+        """
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Drop a request, or one choice of it; unknown ids are ignored (it may just have finished)."""
+        self._scheduler.abort(request_id, index)
+
+    def has_work(self) -> bool:
+        return self._scheduler.has_unfinished()
+
+    def step(self) -> list[TokenDelta]:
+        """Run one step; [] when nothing could be scheduled."""
+        output = self._scheduler.schedule()
+        if output is None:
+            return []
+        started = self._clock()
+        sampled = self._executor.execute(output)
+        deltas = self._scheduler.commit(output, sampled)
+        self._steps += 1
+        self._step_seconds += self._clock() - started
+        return deltas
+
+    def check_idle(self) -> None:
+        """Audit the pool and the tree, once per idle spell; a violation is counted and logged, serving goes on."""
+        if self._checked_at_step == self._steps:
+            return
+        self._checked_at_step = self._steps
+        try:
+            self._scheduler.check_invariants()
+        except AssertionError as violation:
+            self._violations += 1
+            logger.error("cache invariant violated: %s", violation)
+
+    def stats(self, *, include_tree: bool = False) -> EngineStats:
+        """Counters since the start and gauges of this moment."""
+        stats = self._scheduler.stats()
+        stats.steps_total = self._steps
+        stats.step_seconds_total = self._step_seconds
+        stats.invariant_violations = self._violations
+        if include_tree:
+            stats.tree = self._scheduler.tree()
+        return stats
+
+    def close(self) -> None:
+        self._executor.close()
+
+
+class EngineChannel(Protocol):
+    """How messages reach the loop and leave it: a socket or an in-memory queue."""
+
+    def receive(self, *, block: bool) -> list[ToEngine]:
+        """Messages that have arrived; waits for at least one if ``block``. A closed peer is a Shutdown."""
+        ...
+
+    def send(self, messages: list[FromEngine]) -> None: ...
+
+
+def run_engine_loop(core: EngineCore, channel: EngineChannel) -> None:
+    """Serve the channel until a Shutdown arrives; the step in flight is finished first."""
+    channel.send([core.info])
+    while True:
+        busy = core.has_work()
+        if not busy:
+            core.check_idle()
+        replies: list[FromEngine] = []
+        for message in channel.receive(block=not busy):
+            if isinstance(message, Shutdown):
+                core.close()
+                return
+            replies.extend(_handle(core, message))
+        if core.has_work():
+            replies.extend(core.step())
+        if replies:
+            channel.send(replies)
+
+
+def _handle(core: EngineCore, message: ToEngine) -> list[FromEngine]:
+    match message:
+        case EngineRequest():
+            try:
+                core.add(message)
+            except InvalidRequestError as error:
+                info = EngineErrorInfo(
+                    kind="invalid", message=error.message, param=error.param, code=error.code
+                )
+            except OverloadedError as error:
+                info = EngineErrorInfo(
+                    kind="overloaded",
+                    message=error.message,
+                    code="engine_overloaded",
+                    retry_after=error.retry_after,
+                )
+            else:
+                return []
+            return [TokenDelta(request_id=message.request_id, choices=[], error=info)]
+        case AbortRequest():
+            core.abort(message.request_id, message.index)
+            return []
+        case StatsRequest():
+            return [core.stats(include_tree=message.include_tree)]
+        case _:
+            raise AssertionError(f"unknown message {message!r}")

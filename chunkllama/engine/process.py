@@ -1,0 +1,215 @@
+"""The engine as a process of its own: spawned with one end of a socket pair, ended with its parent.
+
+Frames are a 4-byte big-endian length and msgpack. The pair is inherited, so no path exists that others could open.
+Imports no torch in the parent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+
+import msgspec
+
+from chunkllama.config import EngineConfig
+from chunkllama.engine.client import MessageClient
+from chunkllama.engine.messages import FromEngine, Shutdown, StartFailed, ToEngine
+from chunkllama.errors import ChunkLlamaError, ConfigError, EngineDeadError
+
+_LENGTH = struct.Struct(">I")
+_PR_SET_PDEATHSIG = 1
+_TO_ENGINE = msgspec.msgpack.Decoder(list[ToEngine])
+_FROM_ENGINE = msgspec.msgpack.Decoder(list[FromEngine])
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+def _frame(payload: bytes) -> bytes:
+    return _LENGTH.pack(len(payload)) + payload
+
+
+class ProcessEngineClient(MessageClient):
+    """An engine in a child process."""
+
+    def __init__(self, child: subprocess.Popen[bytes], writer: asyncio.StreamWriter) -> None:
+        super().__init__()
+        self._child = child
+        self._writer = writer
+        self._reader_task: asyncio.Task[None] | None = None
+        self.on_death: Callable[[], None] = lambda: None
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> ProcessEngineClient:
+        """Spawn the engine and wait until its model is loaded.
+
+        Call it from the main thread: the child's parent-death signal is tied to the thread that forks.
+
+        Raises:
+            ConfigError: the engine could not start; the message is one line for the user.
+        """
+        ours, theirs = socket.socketpair()
+        child = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "chunkllama.engine.process",
+                str(theirs.fileno()),
+                str(os.getpid()),
+            ],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        client = cls(child, writer)
+        writer.write(_frame(config.model_dump_json().encode()))
+        try:
+            first = await _read_messages(reader)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            code = await asyncio.to_thread(child.wait)
+            raise ConfigError(
+                f"the engine process ended while starting (exit code {code})"
+            ) from None
+        except BaseException:
+            child.kill()
+            child.wait()
+            raise
+        if isinstance(first[0], StartFailed):
+            await asyncio.to_thread(child.wait)
+            raise ConfigError(first[0].message)
+        client._dispatch(first)
+        client._reader_task = asyncio.create_task(client._read(reader))
+        return client
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def _send(self, message: ToEngine) -> None:
+        self._writer.write(_frame(_ENCODER.encode([message])))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while True:
+                self._dispatch(await _read_messages(reader))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            code = await asyncio.to_thread(self._child.wait)
+            self._fail_all(EngineDeadError(f"the engine process has ended (exit code {code})"))
+            self.on_death()
+
+    async def close(self) -> None:
+        self.on_death = lambda: None
+        if self._child.poll() is None and not self._writer.is_closing():
+            self._send(Shutdown())
+            try:
+                await asyncio.wait_for(asyncio.to_thread(self._child.wait), timeout=10)
+            except TimeoutError:
+                self._child.kill()
+                await asyncio.to_thread(self._child.wait)
+        self._writer.close()
+        if self._reader_task is not None:
+            await self._reader_task
+
+
+async def _read_messages(reader: asyncio.StreamReader) -> list[FromEngine]:
+    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    return _FROM_ENGINE.decode(await reader.readexactly(length))
+
+
+class SocketChannel:
+    """The engine's end: blocking reads when idle, a poll between steps when busy."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray()
+
+    def receive_config(self) -> bytes:
+        """The first frame: the engine's configuration as JSON."""
+        while (payload := self._take_frame()) is None:
+            if not self._fill():
+                raise SystemExit(0)
+        return payload
+
+    def receive(self, *, block: bool) -> list[ToEngine]:
+        messages: list[ToEngine] = []
+        while True:
+            while (payload := self._take_frame()) is not None:
+                messages.extend(_TO_ENGINE.decode(payload))
+            wait = None if block and not messages else 0
+            if not select.select([self._sock], [], [], wait)[0]:
+                return messages
+            if not self._fill():
+                return [*messages, Shutdown()]
+
+    def send(self, messages: list[FromEngine]) -> None:
+        try:
+            self._sock.sendall(_frame(_ENCODER.encode(messages)))
+        except (BrokenPipeError, ConnectionResetError):
+            raise SystemExit(0) from None
+
+    def _fill(self) -> bool:
+        try:
+            data = self._sock.recv(1 << 20)
+        except ConnectionResetError:
+            return False
+        self._buffer += data
+        return bool(data)
+
+    def _take_frame(self) -> bytes | None:
+        if len(self._buffer) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._buffer)
+        end = _LENGTH.size + length
+        if len(self._buffer) < end:
+            return None
+        payload = bytes(self._buffer[_LENGTH.size : end])
+        del self._buffer[:end]
+        return payload
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # the parent died before the signal was set
+        raise SystemExit(0)
+
+
+def main() -> int:
+    """Entry point of the engine process: ``python -m chunkllama.engine.process FD PARENT_PID``."""
+    descriptor, parent_pid = int(sys.argv[1]), int(sys.argv[2])
+    _die_with_parent(parent_pid)
+    # Ctrl-C reaches the whole process group; the API process decides when the engine stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel = SocketChannel(socket.socket(fileno=descriptor))
+    config = EngineConfig.model_validate_json(channel.receive_config())
+
+    from chunkllama.engine.build import build_engine
+    from chunkllama.engine.core import run_engine_loop
+
+    try:
+        core = build_engine(config)
+    except ChunkLlamaError as error:
+        channel.send([StartFailed(message=str(error))])
+        return 2
+    except MemoryError:
+        channel.send(
+            [
+                StartFailed(
+                    message="not enough memory for the model and the chunk pool; lower --num-chunks"
+                )
+            ]
+        )
+        return 2
+    run_engine_loop(core, channel)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
