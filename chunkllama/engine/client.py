@@ -1,4 +1,7 @@
-"""The one door to an engine: the same calls whether it runs in this process or in another. Imports no torch."""
+"""The one door to an engine: the same calls whether it runs in this process or in another.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ from chunkllama.engine.messages import (
     FromEngine,
     Shutdown,
     StatsRequest,
-    TokenDelta,
     ToEngine,
+    TokenDelta,
 )
 from chunkllama.errors import (
     EngineDeadError,
@@ -55,7 +58,8 @@ class EngineClient(Protocol):
     def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
         """Stream the request's tokens; closing the iterator early aborts it.
 
-        Raises (at the first ``anext``): InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError.
+        Raises (at the first ``anext``): InvalidRequestError, OverloadedError,
+        RequestFailedError, EngineDeadError.
         """
         ...
 
@@ -73,7 +77,7 @@ class EngineClient(Protocol):
 
 
 def with_seed(request: EngineRequest) -> EngineRequest:
-    """Draw the seed here if none came, so that a request could be replayed with the same random numbers."""
+    """Draw the seed here if none came: a replay then goes on with the same random numbers."""
     if request.sampling.seed is not None:
         return request
     sampling = msgspec.structs.replace(request.sampling, seed=secrets.randbits(63))
@@ -90,7 +94,7 @@ def as_exception(error: EngineErrorInfo) -> Exception:
 
 
 class MessageClient(ABC):
-    """An EngineClient over a stream of messages: routes each delta to the request that waits for it."""
+    """An EngineClient over a stream of messages: each delta goes to the request that waits."""
 
     def __init__(self) -> None:
         self._streams: dict[str, asyncio.Queue[TokenDelta | EngineDeadError]] = {}
@@ -179,7 +183,7 @@ class MessageClient(ABC):
 
 
 class _QueueChannel:
-    """The engine's end of an in-process client: a thread-safe inbox, an event-loop callback as outbox."""
+    """The engine's end in process: a thread-safe inbox, an event-loop callback as outbox."""
 
     def __init__(
         self,

@@ -1,4 +1,7 @@
-"""The step loop: receive -> schedule -> execute -> commit -> send. One loop, one thread, no I/O of its own."""
+"""The step loop: receive -> schedule -> execute -> commit -> send.
+
+One loop, one thread, no I/O of its own.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from chunkllama.engine.messages import (
     FromEngine,
     Shutdown,
     StatsRequest,
-    TokenDelta,
     ToEngine,
+    TokenDelta,
 )
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.logger import init_logger
@@ -27,7 +30,9 @@ logger = init_logger(__name__)
 
 
 class EngineCore:
-    """A scheduler and an executor, stepped together. Used directly by ``LLM``; by clients through ``run_engine_loop``.
+    """A scheduler and an executor, stepped together.
+
+    ``LLM`` uses it directly, clients through ``run_engine_loop``.
 
     Args:
         scheduler: owns requests and the cache; pure Python.
@@ -62,7 +67,7 @@ class EngineCore:
         self._scheduler.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """Drop a request, or one choice of it; unknown ids are ignored (it may just have finished)."""
+        """Drop a request, or one choice; unknown ids are ignored (it may just have finished)."""
         self._scheduler.abort(request_id, index)
 
     def has_work(self) -> bool:
@@ -81,7 +86,7 @@ class EngineCore:
         return deltas
 
     def check_idle(self) -> None:
-        """Audit the pool and the tree, once per idle spell; a violation is counted and logged, serving goes on."""
+        """Audit pool and tree once per idle spell; a violation is counted and logged."""
         if self._checked_at_step == self._steps:
             return
         self._checked_at_step = self._steps
@@ -109,7 +114,7 @@ class EngineChannel(Protocol):
     """How messages reach the loop and leave it: a socket or an in-memory queue."""
 
     def receive(self, *, block: bool) -> list[ToEngine]:
-        """Messages that have arrived; waits for at least one if ``block``. A closed peer is a Shutdown."""
+        """Messages that have arrived; waits for one if ``block``. A closed peer is a Shutdown."""
         ...
 
     def send(self, messages: list[FromEngine]) -> None: ...

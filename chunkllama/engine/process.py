@@ -1,7 +1,7 @@
 """The engine as a process of its own: spawned with one end of a socket pair, ended with its parent.
 
-Frames are a 4-byte big-endian length and msgpack. The pair is inherited, so no path exists that others could open.
-Imports no torch in the parent.
+Frames are a 4-byte big-endian length and msgpack. The pair is inherited, so no path exists that
+others could open. Imports no torch in the parent.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ProcessEngineClient(MessageClient):
     async def start(cls, config: EngineConfig) -> ProcessEngineClient:
         """Spawn the engine and wait until its model is loaded.
 
-        Call it from the main thread: the child's parent-death signal is tied to the thread that forks.
+        Call it from the main thread: the parent-death signal is tied to the thread that forks.
 
         Raises:
             ConfigError: the engine could not start; the message is one line for the user.
