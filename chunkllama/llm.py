@@ -1,0 +1,220 @@
+"""The offline API: generate from prompts in this process, no server."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from chunkllama.config import EngineConfig
+from chunkllama.engine.build import build_engine
+from chunkllama.engine.client import as_exception, with_seed
+from chunkllama.engine.messages import ChoiceDelta, EngineRequest, TokenDelta
+from chunkllama.outputs import CompletionOutput, RequestOutput
+from chunkllama.sampling_params import SamplingParams
+from chunkllama.text.chat_template import load_chat_template
+from chunkllama.text.detokenizer import IncrementalDetokenizer, StopChecker
+from chunkllama.text.tokenizer import load_tokenizer
+
+Prompt = str | Sequence[int]
+Conversation = list[dict[str, Any]]
+
+
+class LLM:
+    """A model and its engine, used synchronously.
+
+    Args:
+        model: an alias, a Hugging Face folder, a ``.gguf`` file, or a hub id.
+        settings: any key of EngineConfig, e.g. ``num_chunks=512`` or ``dtype="float32"``.
+
+    Raises:
+        ConfigError: the model or a setting is unusable; one line says why.
+
+    Example:
+        >>> llm = LLM("smollm2-135m-instruct")
+        >>> llm.generate("The capital of France is")[0].outputs[0].text
+    """
+
+    def __init__(self, model: str = "smollm2-135m-instruct", **settings: Any) -> None:
+        config = EngineConfig.from_flat(model=model, **settings)
+        self._core = build_engine(config)
+        self._tokenizer = load_tokenizer(self._core.model_path)
+        self._template = load_chat_template(self._core.model_path, self._tokenizer)
+        self._defaults = self._core.default_sampling
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | None = None,
+        *,
+        use_progress_bar: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete each prompt (text, or token ids); outputs stand in the prompts' order.
+
+        Raises:
+            InvalidRequestError: a prompt does not fit the context or the pool.
+        """
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        sampling = sampling_params or self._defaults
+        encoded: list[tuple[str | None, list[int]]] = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                ids = self._tokenizer.encode(prompt, add_special_tokens=True, allow_special=True)
+                encoded.append((prompt, ids))
+            else:
+                encoded.append((None, [int(token) for token in prompt]))  # type: ignore[union-attr]
+        return self._run(encoded, sampling, use_progress_bar)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | None = None,
+        *,
+        use_progress_bar: bool = True,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several at once, through the model's chat template."""
+        conversations: Sequence[Conversation] = (
+            [messages] if messages and isinstance(messages[0], dict) else messages  # type: ignore[list-item,assignment]
+        )
+        encoded: list[tuple[str | None, list[int]]] = [
+            (None, self._template.encode(conversation, **template_options))
+            for conversation in conversations
+        ]
+        return self._run(encoded, sampling_params or self._defaults, use_progress_bar)
+
+    def _run(
+        self,
+        prompts: list[tuple[str | None, list[int]]],
+        sampling: SamplingParams,
+        use_progress_bar: bool,
+    ) -> list[RequestOutput]:
+        running: dict[str, _Assembly] = {}
+        ranked = sampling.num_sequences > sampling.n and sampling.logprobs is None
+        sent = msgspec.structs.replace(sampling, logprobs=0) if ranked else sampling
+        for text, ids in prompts:
+            request = with_seed(
+                EngineRequest(
+                    request_id=f"llm-{next(self._ids)}", prompt_token_ids=ids, sampling=sent
+                )
+            )
+            try:
+                self._core.add(request)
+            except Exception:
+                for name in running:
+                    self._core.abort(name)
+                self._drain()
+                raise
+            running[request.request_id] = _Assembly(request, sampling, text, self._tokenizer)
+        columns = (
+            TextColumn("generating"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[tokens]} tokens"),
+        )
+        with Progress(*columns, disable=not use_progress_bar) as progress:
+            bar = progress.add_task("", total=len(running), tokens=0)
+            tokens = 0
+            while self._core.has_work():
+                for delta in self._core.step():
+                    tokens += sum(len(choice.token_ids) for choice in delta.choices)
+                    assembly = running.get(delta.request_id)
+                    if assembly is None:
+                        continue
+                    for index in assembly.take(delta):
+                        self._core.abort(delta.request_id, index)
+                progress.update(
+                    bar, completed=sum(a.output.finished for a in running.values()), tokens=tokens
+                )
+        return [assembly.result() for assembly in running.values()]
+
+    def _drain(self) -> None:
+        while self._core.has_work():
+            self._core.step()
+
+    def close(self) -> None:
+        """Release the model and the pool."""
+        self._core.close()
+
+
+class _Assembly:
+    """Puts one request's deltas together into text, ending a choice where a stop string matches."""
+
+    def __init__(
+        self,
+        request: EngineRequest,
+        sampling: SamplingParams,
+        prompt: str | None,
+        tokenizer: Any,
+    ) -> None:
+        self._sampling = sampling
+        self.output = RequestOutput(request.request_id, prompt, request.prompt_token_ids)
+        count = sampling.n if sampling.beam_width > 1 else sampling.num_sequences
+        self.output.outputs = [CompletionOutput(i, "", []) for i in range(count)]
+        self._detokenizers = [
+            IncrementalDetokenizer(tokenizer, sampling.skip_special_tokens) for _ in range(count)
+        ]
+        self._stops = [
+            StopChecker(sampling.stop, sampling.include_stop_str_in_output) for _ in range(count)
+        ]
+
+    def take(self, delta: TokenDelta) -> list[int]:
+        """Add a delta; returns the choices that a stop string has just ended."""
+        if delta.error is not None:
+            raise as_exception(delta.error)
+        if delta.prompt_logprobs is not None:
+            self.output.prompt_logprobs = delta.prompt_logprobs
+        self.output.num_cached_tokens = max(self.output.num_cached_tokens, delta.num_cached_tokens)
+        stopped = [
+            choice.index
+            for choice in delta.choices
+            if self.output.outputs[choice.index].finish_reason is None and self._add(choice)
+        ]
+        self.output.finished = all(c.finish_reason is not None for c in self.output.outputs)
+        return stopped
+
+    def _add(self, choice: ChoiceDelta) -> bool:
+        completion = self.output.outputs[choice.index]
+        completion.token_ids.extend(choice.token_ids)
+        if choice.logprobs is not None:
+            completion.logprobs = [*(completion.logprobs or []), *choice.logprobs]
+        detokenizer, stop = self._detokenizers[choice.index], self._stops[choice.index]
+        shown = choice.token_ids
+        if choice.stop_token_id is not None and shown and shown[-1] == choice.stop_token_id:
+            shown = shown[:-1]
+        text = detokenizer.add(shown)
+        if choice.finish_reason is not None:
+            text += detokenizer.finish()
+        emitted, matched = stop.feed(text)
+        completion.text += emitted
+        if matched is not None:
+            completion.finish_reason, completion.stop_reason = "stop", matched
+            return choice.finish_reason is None
+        if choice.finish_reason is not None:
+            completion.text += stop.flush()
+            completion.finish_reason = choice.finish_reason
+            completion.stop_reason = choice.stop_token_id
+        return False
+
+    def result(self) -> RequestOutput:
+        """The finished output: of ``best_of`` choices the n with the best mean log-probability."""
+        choices, n = self.output.outputs, self._sampling.n
+        if len(choices) > n:
+
+            def mean(choice: CompletionOutput) -> float:
+                values = [entry.logprob for entry in choice.logprobs or []]
+                return sum(values) / max(len(values), 1)
+
+            choices = sorted(choices, key=mean, reverse=True)[:n]
+            for index, choice in enumerate(choices):
+                choice.index = index
+                if self._sampling.logprobs is None:
+                    choice.logprobs = None
+            self.output.outputs = choices
+        return self.output

@@ -1,0 +1,124 @@
+"""The demo model in fp32, its transformers twin, and requests driven through a whole engine."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from chunkllama.config import EngineConfig
+from chunkllama.engine.build import build_engine
+from chunkllama.engine.core import EngineCore
+from chunkllama.engine.messages import EngineRequest
+from chunkllama.models.registry import resolve_model
+from chunkllama.sampling_params import SamplingParams
+
+TIE = 1e-4  # logits closer than this may swap between two orders of summation
+
+
+@pytest.fixture(scope="session")
+def demo_path() -> Path:
+    return resolve_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def transformers_model(demo_path: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(demo_path, dtype=torch.float32).eval()
+
+
+@dataclass
+class Truth:
+    """Counts how often an engine's greedy ids agree with another model's argmax, ties apart."""
+
+    model: torch.nn.Module
+    checked: int = 0
+    ties: list[float] = field(default_factory=list)
+
+    def check(self, prompt: list[int], output: list[int]) -> None:
+        """Every output id is the argmax after what stands before it, or within TIE of it."""
+        assert output, "no output"
+        ids = torch.tensor([prompt + output[:-1]])
+        with torch.inference_mode():
+            logits = self.model(ids, logits_to_keep=len(output)).logits[0].float().numpy()
+        chosen = logits[np.arange(len(output)), output]
+        gaps = logits.max(axis=1) - chosen
+        assert gaps.max() < TIE, f"token {int(gaps.argmax())} is {gaps.max():.5f} below the best"
+        self.checked += len(output)
+        self.ties.extend(float(gap) for gap in gaps if gap > 0)
+
+
+@pytest.fixture
+def truth(transformers_model: torch.nn.Module) -> Iterable[Truth]:
+    counter = Truth(transformers_model)
+    yield counter
+    print(f"\n{counter.checked} tokens checked, {len(counter.ties)} ties (gaps {counter.ties})")
+    assert len(counter.ties) <= 0.02 * counter.checked
+
+
+MakeCore = Callable[..., EngineCore]
+
+
+@pytest.fixture(scope="session")
+def make_core(demo_path: Path) -> MakeCore:
+    """Build an engine on the demo model in fp32 with the reference ops, unless told otherwise."""
+
+    def make(**flat: object) -> EngineCore:
+        settings = {
+            "model": str(demo_path),
+            "dtype": "float32",
+            "op_set": "reference",
+            "num_chunks": 256,
+            **flat,
+        }
+        return build_engine(EngineConfig.from_flat(**settings))
+
+    return make
+
+
+class Run:
+    """Drive an engine by hand: add requests, step, collect ids."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.core = core
+        self.outputs: dict[str, list[int]] = {}
+        self.finished: dict[str, str] = {}
+        self.cached: dict[str, int] = {}
+        self._names = itertools.count()
+
+    def add(self, prompt: list[int], max_tokens: int = 8, **params: object) -> str:
+        name = f"r{next(self._names)}"
+        defaults = {"temperature": 0.0, "ignore_eos": True, "seed": 1}
+        sampling = SamplingParams(max_tokens=max_tokens, **{**defaults, **params})
+        self.outputs[name] = []
+        self.core.add(EngineRequest(request_id=name, prompt_token_ids=prompt, sampling=sampling))
+        return name
+
+    def step(self) -> None:
+        for delta in self.core.step():
+            assert delta.error is None, delta.error
+            self.cached[delta.request_id] = delta.num_cached_tokens
+            for choice in delta.choices:
+                self.outputs[delta.request_id].extend(choice.token_ids)
+                if choice.finish_reason is not None:
+                    self.finished[delta.request_id] = choice.finish_reason
+
+    def finish(self) -> None:
+        while self.core.has_work():
+            self.step()
+        self.core.check_idle()
+        stats = self.core.stats()
+        assert stats.invariant_violations == 0
+        assert stats.chunks_referenced == stats.chunks_private == 0
+        assert stats.chunks_free + stats.chunks_cached == stats.chunks_total
+
+
+@pytest.fixture
+def run() -> Callable[[EngineCore], Run]:
+    return Run
