@@ -1,4 +1,354 @@
 """The attention plan: which query rows read which runs of KV chunks.
 
-numpy only; knows no tree, no request, no tensor. One format for every backend (reference, C++, CUDA, emulator).
+numpy only; knows no tree, no request, no tensor. One format for every backend (reference, C++,
+CUDA, emulator).
+
+Rows stand in depth-first order of the prefix tree, so the rows below a tree node are one interval
+and the node's chunks are one *run* that all of them read: the chunk-first phase of ChunkAttention
+(arXiv 2402.15220, section 3.3). What only one slice reads is its *private* run: the sequence-first
+phase. Both are the same kind of item here; the merge joins a row's partials by log-sum-exp.
+
+    chunk    0   1   2   3   4        runs
+    slice 0  a   b   c   d            a b   shared by slices 0..2
+    slice 1  a   b   c   e   f        c     shared by slices 0..1
+    slice 2  a   b   g                d | e f | g   private
 """
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkllama.ops.plan_format import (
+    HEADER_NUM_CLASS0_ITEMS,
+    HEADER_NUM_ITEMS,
+    HEADER_NUM_ROWS,
+    HEADER_NUM_SLOTS,
+    HEADER_VERSION,
+    ITEM_COLUMNS,
+    ITEM_MASK,
+    AttentionPlan,
+    Int32Array,
+    Packing,
+    PlanCapacity,
+    allocate_plan,
+)
+
+Int64Array = NDArray[np.int64]
+
+# A block is a row range times a chunk range, before it is cut into items: (row_begin, num_rows,
+# chunk_begin, chunk_end, chunk_offset, position, private). `position` is that of its first row (the
+# rows of a masked block are consecutive tokens), or _WHOLE where every row sees every key.
+_Block = tuple[int, int, int, int, int, int, int]
+_WHOLE: Final = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class _Slices:
+    """The planner's input as arrays; ``shared`` has a zero on either side of the S - 1 common
+    prefixes.
+    """
+
+    first: Int64Array  # [S] position of the first token
+    rows: Int64Array  # [S] tokens
+    row_start: Int64Array  # [S + 1]
+    shared: Int64Array  # [S + 1]
+    chunk_ids: Sequence[Int32Array]
+    reusable: bool  # the plan outlives the step: tails keep their spares, positions grow
+
+
+class Planner:
+    """Builds attention plans for one device.
+
+    Args:
+        packing: the device's parameters; see ``Packing``.
+        chunk_size: tokens per chunk, a power of two.
+    """
+
+    def __init__(self, packing: Packing, chunk_size: int) -> None:
+        assert chunk_size > 0 and chunk_size & (chunk_size - 1) == 0, chunk_size
+        assert packing.rows_per_item >= max(1, packing.small_rows_per_item), packing
+        assert packing.min_run_chunks >= 1 and packing.target_units >= 1, packing
+        self.packing = packing
+        self.chunk_size = chunk_size
+
+    def build(
+        self,
+        slots: Sequence[int],
+        first_positions: Sequence[int],
+        num_tokens: Sequence[int],
+        chunk_ids: Sequence[Int32Array],
+        shared: Sequence[int],
+        version: int,
+        capacity: PlanCapacity | None = None,
+    ) -> AttentionPlan:
+        """Plan the attention of a step; slices in depth-first order, their tokens are the rows in
+        that order.
+
+        Args:
+            slots: [S] sequence slot of each slice.
+            first_positions: [S] position of each slice's first token.
+            num_tokens: [S] tokens (rows) of each slice, at least 1.
+            chunk_ids: S int32 arrays: chunks of positions 0, chunk_size, ... up to the slice's end,
+                then spares.
+            shared: [S] leading chunks that a slice has in common with the one before it; 0 for the
+                first.
+            version: 0 for a plan of this step alone. Otherwise the plan stays valid while positions
+                grow inside each slice's ``chunk_ids``, and there is one token per slice.
+            capacity: sizes of the arrays, or None: what is needed (with a version rounded up to
+                powers of two, so that successive plans fit the same buffers). Runs are lengthened
+                where items would not fit.
+
+        Raises:
+            ValueError: the plan does not fit ``capacity`` however long its runs.
+        """
+        slices = self._slices(first_positions, num_tokens, chunk_ids, shared, version != 0)
+        blocks, lists, row_tail = self._blocks(slices)
+        num_rows, num_chunks = len(row_tail), sum(map(len, lists))
+        slack = 1
+        while True:
+            items = self._items(blocks, slices.reusable, slack)
+            need = PlanCapacity(num_rows, items.shape[1], num_chunks, int(items[1].sum()))
+            if capacity is None:
+                capacity = _rounded_up(need) if slices.reusable else need
+            if need.items <= capacity.items and need.slots <= capacity.slots:
+                break
+            if slack > int(blocks[3].max()):
+                break
+            slack *= 2
+        if not _holds(capacity, need):
+            raise ValueError(f"the plan needs {need}, more than the capacity {capacity}")
+
+        plan = allocate_plan(capacity)
+        plan.header[HEADER_NUM_ITEMS] = need.items
+        plan.header[HEADER_NUM_ROWS] = num_rows
+        plan.header[HEADER_NUM_SLOTS] = need.slots
+        plan.header[HEADER_VERSION] = version
+        plan.header[HEADER_NUM_CLASS0_ITEMS] = need.items - np.count_nonzero(items[7])
+        plan.row_slot[:num_rows] = np.repeat(np.asarray(slots), slices.rows)
+        plan.items[: need.items] = items.T
+        np.concatenate(lists, out=plan.chunk_ids[:num_chunks])
+        plan.row_tail[:num_rows] = row_tail
+        _fill_merge(plan, items, num_rows)
+        return plan
+
+    def _slices(
+        self,
+        first_positions: Sequence[int],
+        num_tokens: Sequence[int],
+        chunk_ids: Sequence[Int32Array],
+        shared: Sequence[int],
+        reusable: bool,
+    ) -> _Slices:
+        first = np.asarray(first_positions, np.int64)
+        rows = np.asarray(num_tokens, np.int64)
+        row_start = np.zeros(len(first) + 1, np.int64)
+        np.cumsum(rows, out=row_start[1:])
+        common = np.zeros(len(first) + 1, np.int64)
+        common[1:-1] = shared[1:]
+        if reusable:
+            assert row_start[-1] == len(first), "a plan with a version holds one token per slice"
+            # The chunk a row writes belongs to its private run, or its tail could grow out of a
+            # shared one.
+            own = first // self.chunk_size
+            np.minimum(common[:-1], own, out=common[:-1])
+            np.minimum(common[1:], own, out=common[1:])
+        return _Slices(first, rows, row_start, common, chunk_ids, reusable)
+
+    def _blocks(self, s: _Slices) -> tuple[Int64Array, list[Int32Array], Int64Array]:
+        """Blocks [7, N], the chunk lists they point into, and [R, 2] where each row's K/V are
+        written.
+        """
+        size = self.chunk_size
+        begin = np.maximum(s.shared[:-1], s.shared[1:])
+        if s.reusable:
+            end = np.fromiter(map(len, s.chunk_ids), np.int64, len(s.chunk_ids))
+        else:
+            end = (s.first + s.rows - 1) // size + 1
+        length = np.maximum(end - begin, 0)
+        offset = np.cumsum(length) - length
+        skipped = np.maximum(begin * size - s.first, 0)  # rows that stand above the private run
+        private = np.stack(
+            (
+                s.row_start[:-1] + skipped,
+                s.rows - skipped,
+                begin,
+                end,
+                offset,
+                s.first + skipped,
+                np.ones_like(begin),
+            )
+        )[:, s.rows > skipped]
+        bounds = zip(s.chunk_ids, begin.tolist(), end.tolist(), strict=True)
+        lists = [ids[low:high] for ids, low, high in bounds if low < high]
+        row_tail = np.repeat(np.stack((offset, begin * size), axis=1), s.rows, axis=0)
+
+        # Slices that compute part of a run other slices read in this very step.
+        writers = np.flatnonzero(skipped).tolist()
+        next_offset = int(length.sum())
+        blocks: list[_Block] = []
+        for low, high, chunk_begin, chunk_end in _shared_runs(s.shared.tolist()):
+            lists.append(s.chunk_ids[low][chunk_begin:chunk_end])
+            run = (chunk_begin, chunk_end, next_offset)
+            next_offset += chunk_end - chunk_begin
+            inside = writers[bisect_left(writers, low) : bisect_left(writers, high)]
+            self._cover_run(s, (low, high), run, inside, blocks, row_tail)
+        if blocks:
+            private = np.concatenate((private, np.array(blocks, np.int64).T), axis=1)
+        return private, lists, row_tail
+
+    def _cover_run(
+        self,
+        s: _Slices,
+        between: tuple[int, int],
+        run: tuple[int, int, int],
+        writers: list[int],
+        blocks: list[_Block],
+        row_tail: Int64Array,
+    ) -> None:
+        """Blocks of a shared run: rows that see it whole are read together, rows inside it each
+        with their slice.
+
+        A writer's rows stand, in order, above the run (they see nothing of it), inside it (masked),
+        and below it (they see it whole, and stay with their neighbours).
+        """
+        chunk_begin, chunk_end, offset = run
+        first_key, last_key = chunk_begin * self.chunk_size, chunk_end * self.chunk_size - 1
+        whole_from = int(s.row_start[between[0]])
+        for i in writers:
+            row, first, rows = int(s.row_start[i]), int(s.first[i]), int(s.rows[i])
+            inside_from = min(rows, max(0, first_key - first))
+            inside_to = min(rows, max(0, last_key - first))
+            if whole_from < row and inside_to > 0:
+                whole = (whole_from, row - whole_from, *run, _WHOLE, 0)
+                blocks.append(whole)
+            if inside_from < inside_to:
+                position = first + inside_from
+                inside = (row + inside_from, inside_to - inside_from, *run, position, 1)
+                blocks.append(inside)
+            if inside_to > 0:
+                whole_from = row + inside_to
+            row_tail[row + inside_from : row + min(rows, max(0, last_key + 1 - first))] = (
+                offset,
+                first_key,
+            )
+        row_end = int(s.row_start[between[1]])
+        if whole_from < row_end:
+            blocks.append((whole_from, row_end - whole_from, *run, _WHOLE, 0))
+
+    def _items(self, blocks: Int64Array, reusable: bool, slack: int) -> Int64Array:
+        """Cut blocks into items [8, I]: rows by ``rows_per_item``, runs so that no unit outweighs
+        its share.
+
+        A unit is an item for one kv head. Reading a chunk costs as much as ``chunk_cost_rows`` rows
+        of computing on it; a run is cut where its unit would cost more than 1 / ``target_units`` of
+        the whole, into the longest pieces that do not, but never below ``min_run_chunks``. Cuts
+        fall at multiples of a power of two of chunks from position 0. ``slack`` lengthens the
+        pieces.
+        """
+        packing, size = self.packing, self.chunk_size
+        tiles = -(-blocks[1] // packing.rows_per_item)
+        nth = _nth(tiles)
+        tile_rows = np.minimum(blocks[1], packing.rows_per_item)
+        weight = np.repeat(packing.chunk_cost_rows + tile_rows, tiles)
+        row, rows, begin, end, offset, position, private = np.repeat(blocks, tiles, axis=1)
+        skipped = nth * packing.rows_per_item
+        row, rows = row + skipped, np.minimum(rows - skipped, packing.rows_per_item)
+        masked = position < _WHOLE
+        position = np.where(masked, position + skipped, _WHOLE)
+        if not reusable:
+            end = np.minimum(end, (position + rows - 1) // size + 1)
+
+        cost = (end - begin) * weight
+        share = cost.sum() * packing.num_kv_heads * slack / packing.target_units
+        longest = np.maximum(share / weight, packing.min_run_chunks * slack)
+        run = np.exp2(np.floor(np.log2(longest))).astype(np.int64)
+        run = np.where(run < packing.min_run_chunks, run * 2, run)
+        first_cut = -(-(begin + packing.min_run_chunks) // run) * run
+        last_cut = np.minimum(end, position // size + 1) - packing.min_run_chunks
+        cuts = np.maximum((last_cut - first_cut) // run + 1, 0)
+        cuts[(cost <= share) | ((private == 1) & (not packing.split_private))] = 0
+
+        pieces = cuts + 1
+        nth, last = _nth(pieces), np.repeat(cuts, pieces)
+        row, rows, begin, end, offset, masked, run, first_cut, weight = np.repeat(
+            np.stack((row, rows, begin, end, offset, masked, run, first_cut, weight)),
+            pieces,
+            axis=1,
+        )
+        piece_begin = np.where(nth == 0, begin, first_cut + (nth - 1) * run)
+        piece_end = np.where(nth == last, end, first_cut + nth * run)
+        items = np.zeros((ITEM_COLUMNS, len(row)), np.int64)
+        items[0] = row
+        items[1] = rows
+        items[2] = offset + piece_begin - begin
+        items[3] = (piece_end - piece_begin) * size
+        items[4] = piece_begin * size
+        items[6] = np.where((masked == 1) & (nth == last), ITEM_MASK, 0)
+        items[7] = rows <= packing.small_rows_per_item
+        by_class_then_cost = np.lexsort((-items[3] * (packing.chunk_cost_rows + rows), items[7]))
+        items = items[:, by_class_then_cost]
+        items[5] = np.cumsum(items[1]) - items[1]
+        return items
+
+
+def _shared_runs(shared: list[int]) -> list[tuple[int, int, int, int]]:
+    """Runs read by more than one slice: (slice_begin, slice_end, chunk_begin, chunk_end).
+
+    ``shared[i]`` is the common prefix of slices i - 1 and i, zero at both ends. These are the
+    intervals of the prefix tree, found with one stack in O(slices) (Abouelhoda et al. 2004,
+    "lcp-interval tree").
+    """
+    runs = []
+    stack = [(0, 0)]  # (common prefix, first slice), strictly rising
+    for i in range(1, len(shared)):
+        common, low = shared[i], i - 1
+        while stack[-1][0] > common:
+            chunk_end, low = stack.pop()
+            runs.append((low, i, max(common, stack[-1][0]), chunk_end))
+        if stack[-1][0] < common:
+            stack.append((common, low))
+    return runs
+
+
+def _fill_merge(plan: AttentionPlan, items: Int64Array, num_rows: int) -> None:
+    """The CSR of partial slots per row, ascending by position. Slots count up over the items."""
+    row = np.repeat(items[0], items[1]) + _nth(items[1])
+    position = np.repeat(items[4], items[1])
+    plan.merge_slots[: len(row)] = np.argsort(row * (1 << 32) + position)
+    partials = np.bincount(row, minlength=num_rows)
+    plan.merge_indptr[num_rows:] = len(row)
+    np.cumsum(partials[:-1], out=plan.merge_indptr[1:num_rows])
+    plan.row_flags[:num_rows] = partials == 1
+
+
+def _nth(counts: Int64Array) -> Int64Array:
+    """0, 1, ..., counts[0] - 1, 0, 1, ..., counts[1] - 1, ..."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+
+
+def _rounded_up(need: PlanCapacity) -> PlanCapacity:
+    def power_of_two(n: int) -> int:
+        return 1 << (n - 1).bit_length()
+
+    return PlanCapacity(
+        power_of_two(need.rows),
+        power_of_two(need.items),
+        power_of_two(need.chunk_ids),
+        power_of_two(need.slots),
+    )
+
+
+def _holds(capacity: PlanCapacity, need: PlanCapacity) -> bool:
+    return (
+        need.rows <= capacity.rows
+        and need.items <= capacity.items
+        and need.chunk_ids <= capacity.chunk_ids
+        and need.slots <= capacity.slots
+    )

@@ -1,7 +1,8 @@
-"""The op set: what a device must be able to do for the model, behind the same signatures on every backend.
+"""The op set: what a device must be able to do for the model, behind the same signatures on every
+backend.
 
-One implementation is chosen once per device (``ops/select.py``): the torch reference (everywhere), ``native`` (C++ on
-CPUs), ``cuda`` (CuPy RawKernels).
+One implementation is chosen once per device (``ops/select.py``): the torch reference (everywhere),
+``native`` (C++ on CPUs), ``cuda`` (CuPy RawKernels).
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ CopyTriple = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """The chunk pool's tensors, one per layer, in the backend's own layout: nothing outside ops may index them.
+    """The chunk pool's tensors, one per layer, in the backend's own layout: nothing outside ops may
+    index them.
 
-    ``layers[i]`` holds K and V of ``num_chunks`` chunks of ``chunk_size`` tokens x ``num_kv_heads`` x ``head_dim``.
+    ``layers[i]`` holds K and V of ``num_chunks`` chunks of ``chunk_size`` tokens x ``num_kv_heads``
+    x ``head_dim``.
     """
 
     layers: list[torch.Tensor]
@@ -32,9 +35,11 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
-    """An attention plan on the device: ``host`` stays for sizes, ``buffer`` is the one int32 tensor of its arrays.
+    """An attention plan on the device: ``host`` stays for sizes, ``buffer`` is the one int32 tensor
+    of its arrays.
 
-    ``state`` belongs to the op set (workspaces, pre-computed gathers, launch arguments); built once per plan.
+    ``state`` belongs to the op set (workspaces, pre-computed gathers, launch arguments); built once
+    per plan.
     """
 
     host: AttentionPlan
@@ -67,7 +72,9 @@ class OpSet(Protocol):
         ...
 
     def upload_plan(self, plan: AttentionPlan, kv: KVCache, *, num_qo_heads: int) -> DevicePlan:
-        """Bring a plan to the device, once per plan; attention runs per layer then take only tensors."""
+        """Bring a plan to the device, once per plan; attention runs per layer then take only
+        tensors.
+        """
         ...
 
     def rms_norm(
@@ -77,7 +84,9 @@ class OpSet(Protocol):
         eps: float,
         residual: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, H] (+ residual [T, H]) -> (normalised, the sum). The sum is the next residual; inputs may be reused."""
+        """x [T, H] (+ residual [T, H]) -> (normalised, the sum). The sum is the next residual;
+        inputs may be reused.
+        """
         ...
 
     def rope_append(
@@ -89,9 +98,11 @@ class OpSet(Protocol):
         layer: int,
         plan: DevicePlan,
     ) -> torch.Tensor:
-        """Rotate q and k of qkv [T, (Hq + 2 Hkv) D], write k and v into the rows' chunks, return q [T, Hq, D].
+        """Rotate q and k of qkv [T, (Hq + 2 Hkv) D], write k and v into the rows' chunks, return q
+        [T, Hq, D].
 
-        positions [T] int32; cos_sin [max_position, D] float32: cos of the D/2 frequencies, then sin (rotate-half).
+        positions [T] int32; cos_sin [max_position, D] float32: cos of the D/2 frequencies, then sin
+        (rotate-half).
         """
         ...
 
@@ -112,5 +123,7 @@ class OpSet(Protocol):
         ...
 
     def copy_chunks(self, kv: KVCache, triples: list[CopyTriple]) -> None:
-        """Copy the first ``num_tokens`` of chunk src to chunk dst, in every layer, for (src, dst, num_tokens)."""
+        """Copy the first ``num_tokens`` of chunk src to chunk dst, in every layer, for (src, dst,
+        num_tokens).
+        """
         ...

@@ -1,10 +1,12 @@
 """The attention plan's arrays: the one format that every attention backend reads.
 
-numpy only. ``attention/plan.py`` fills these arrays; the torch reference, the C++ kernels, the CUDA kernels and the
-emulator read them. All arrays are int32 views into one buffer, so that a device needs one copy per plan.
+numpy only. ``attention/plan.py`` fills these arrays; the torch reference, the C++ kernels, the CUDA
+kernels and the emulator read them. All arrays are int32 views into one buffer, so that a device
+needs one copy per plan.
 
-A *row* is a query token. An *item* is a contiguous range of rows times a run of KV chunks. An item yields, for each
-of its rows, one *partial* (a normalised output and a base-2 log-sum-exp); the merge joins a row's partials.
+A *row* is a query token. An *item* is a contiguous range of rows times a run of KV chunks. An item
+yields, for each of its rows, one *partial* (a normalised output and a base-2 log-sum-exp); the
+merge joins a row's partials.
 """
 
 from __future__ import annotations
@@ -21,8 +23,12 @@ Int32Array = NDArray[np.int32]
 ROW_BEGIN: Final = 0  # first row of the item
 NUM_ROWS: Final = 1
 CHUNK_OFFSET: Final = 2  # where the item's chunk list starts in `chunk_ids`
-NUM_TOKENS: Final = 3  # tokens of the run; of a tail item the reserved length, clipped to the position
-FIRST_POSITION: Final = 4  # absolute position of the run's first token, a multiple of the chunk size
+NUM_TOKENS: Final = (
+    3  # tokens of the run; of a tail item the reserved length, clipped to the position
+)
+FIRST_POSITION: Final = (
+    4  # absolute position of the run's first token, a multiple of the chunk size
+)
 PARTIAL_BASE: Final = 5  # partial slot of row r = PARTIAL_BASE + (r - ROW_BEGIN)
 FLAGS: Final = 6
 TILE_CLASS: Final = 7
@@ -30,7 +36,7 @@ ITEM_COLUMNS: Final = 8
 
 # Bits of an item's flags.
 ITEM_MASK: Final = 1  # mask by position (key_position <= positions[row]) and clip the run to it.
-#                       Positions never decrease over the rows of a masked item, so its last row bounds the run.
+# Positions never decrease over the rows of a masked item, so its last row bounds the run.
 
 # Words of `header`.
 HEADER_NUM_ITEMS: Final = 0
@@ -43,7 +49,9 @@ HEADER_WORDS: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class PlanCapacity:
-    """How many entries each array holds; a plan for a captured graph keeps its capacity from step to step."""
+    """How many entries each array holds; a plan for a captured graph keeps its capacity from step
+    to step.
+    """
 
     rows: int
     items: int
@@ -68,7 +76,8 @@ class PlanCapacity:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """Views into one int32 buffer (shapes in capacities; the header says how much of each is valid).
+    """Views into one int32 buffer (shapes in capacities; the header says how much of each is
+    valid).
 
     Attributes:
         buffer: [capacity.words]; the views below in this order, back to back.
@@ -76,10 +85,12 @@ class AttentionPlan:
         row_slot: [R] sequence slot of each row.
         items: [I, 8] see the column constants; sorted by tile class, then by falling cost.
         chunk_ids: [C] chunk lists of the items, concatenated; tail lists carry their spare chunks.
-        row_tail: [R, 2] (offset into chunk_ids, first position) of the row's tail item: where append writes.
+        row_tail: [R, 2] (offset into chunk_ids, first position) of the row's tail item: where
+            append writes.
         merge_indptr: [R + 1] CSR over rows.
         merge_slots: [S] partial slots of each row, ascending by position.
-        row_flags: [R] 1 = the row has a single partial: its item writes the output, the merge skips the row.
+        row_flags: [R] 1 = the row has a single partial: its item writes the output, the merge skips
+            the row.
     """
 
     capacity: PlanCapacity
@@ -143,13 +154,19 @@ class Packing:
     """Per-device parameters of the planner's cost model (data in ``configs/hardware/*.yaml``).
 
     Attributes:
-        rows_per_item: largest number of query rows in an item of tile class 0 (shared runs, slices).
-        small_rows_per_item: items with at most this many rows are tile class 1; 0 means one class only.
+        rows_per_item: largest number of query rows in an item of tile class 0 (shared runs,
+            slices).
+        small_rows_per_item: items with at most this many rows are tile class 1; 0 means one class
+            only.
         min_run_chunks: runs are never cut shorter than this many chunks.
-        target_units: wanted number of (item, kv head) units in a plan; long runs are split until it is reached.
+        target_units: wanted number of (item, kv head) units in a plan; long runs are split until it
+            is reached.
         num_kv_heads: kv heads per item (units = items x num_kv_heads).
         split_private: whether runs read by one sequence may be split as well.
-        spare_chunks: chunks the scheduler should keep reserved beyond a tail so that a decode plan lives longer.
+        chunk_cost_rows: cost of reading a chunk, in rows of computing on it: an item costs chunks x
+            (this + rows).
+        spare_chunks: chunks the scheduler should keep reserved beyond a tail so that a decode plan
+            lives longer.
     """
 
     rows_per_item: int = 64
@@ -158,4 +175,5 @@ class Packing:
     target_units: int = 8
     num_kv_heads: int = 1
     split_private: bool = False
+    chunk_cost_rows: int = 32
     spare_chunks: int = 1

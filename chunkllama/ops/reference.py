@@ -1,0 +1,111 @@
+"""The torch op set: readable, float32 inside, on any device; the oracle of the native ones and the
+fallback.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from chunkllama.ops.allocate_kv import allocate_kv_reference, check_allocate_kv
+from chunkllama.ops.copy_chunks import copy_chunks_reference
+from chunkllama.ops.op_set import CopyTriple, DevicePlan, KVCache
+from chunkllama.ops.plan_format import AttentionPlan, Packing
+from chunkllama.ops.rms_norm import rms_norm_reference
+from chunkllama.ops.rope_append import AppendTables, rope_append_reference
+from chunkllama.ops.silu_and_mul import silu_and_mul_reference
+from chunkllama.ops.tpp_attention import AttentionTables, tpp_attention_reference
+
+
+@dataclass(frozen=True, slots=True)
+class ReferencePlan:
+    """What ``upload_plan`` precomputes: the gathers of every layer."""
+
+    append: AppendTables
+    attention: AttentionTables
+
+
+class ReferenceOps:
+    """Implements ``OpSet`` in torch; K/V layout [num_chunks, 2, num_kv_heads, chunk_size, head_dim]
+    per layer.
+    """
+
+    name = "reference"
+    chunk_sizes = (16, 32, 64, 128)
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def packing(self, *, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> Packing:
+        """Runs are never split: a batched call has parallelism enough. Single rows are a tile class
+        of their own.
+        """
+        return Packing(
+            rows_per_item=64, small_rows_per_item=1, target_units=1, num_kv_heads=num_kv_heads
+        )
+
+    def allocate_kv(
+        self,
+        *,
+        num_layers: int,
+        num_chunks: int,
+        chunk_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> KVCache:
+        counts = (num_layers, num_chunks, num_kv_heads, head_dim)
+        check_allocate_kv(self.chunk_sizes, chunk_size, *counts)
+        return allocate_kv_reference(
+            num_layers=num_layers,
+            num_chunks=num_chunks,
+            chunk_size=chunk_size,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=self.device,
+        )
+
+    def upload_plan(self, plan: AttentionPlan, kv: KVCache, *, num_qo_heads: int) -> DevicePlan:
+        state = ReferencePlan(
+            AppendTables.of(plan, self.device), AttentionTables.of(plan, kv, num_qo_heads)
+        )
+        return DevicePlan(plan, torch.as_tensor(plan.buffer, device=self.device), state)
+
+    def rms_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        residual: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return rms_norm_reference(x, weight, eps, residual)
+
+    def rope_append(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv: KVCache,
+        layer: int,
+        plan: DevicePlan,
+    ) -> torch.Tensor:
+        return rope_append_reference(qkv, positions, cos_sin, kv, layer, plan.state.append)
+
+    def tpp_attention(
+        self,
+        q: torch.Tensor,
+        kv: KVCache,
+        layer: int,
+        positions: torch.Tensor,
+        plan: DevicePlan,
+        scale: float,
+    ) -> torch.Tensor:
+        return tpp_attention_reference(q, kv, layer, positions, plan.state.attention, scale)
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return silu_and_mul_reference(gate_up)
+
+    def copy_chunks(self, kv: KVCache, triples: list[CopyTriple]) -> None:
+        copy_chunks_reference(kv, triples)

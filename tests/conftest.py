@@ -1,0 +1,60 @@
+"""What every test stands on: one printed seed, and markers that say what was not run.
+
+``attention_plans`` (tests/attention/plans.py) is importable from every test module.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SEED = int(os.environ.get("CHUNKLLAMA_TEST_SEED", "0"))
+
+
+def _make_importable(name: str, path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    loader = importlib.util.LazyLoader(spec.loader)
+    spec.loader = loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    loader.exec_module(module)
+
+
+# Lazy: the tests of the server must not import torch through this file.
+_make_importable("attention_plans", Path(__file__).parent / "attention" / "plans.py")
+
+
+def pytest_report_header() -> str:
+    return f"seed: {SEED} (CHUNKLLAMA_TEST_SEED)"
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers of this test alone, the same in every run with one seed."""
+    return np.random.default_rng([SEED, zlib.crc32(request.node.nodeid.encode())])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out (as "deselected") what needs a missing device, and full sizes unless asked for."""
+    left_out = set()
+    if "nightly" not in config.option.markexpr:
+        left_out |= {item for item in items if item.get_closest_marker("nightly")}
+    gpu = {item for item in items if item.get_closest_marker("gpu")}
+    if gpu and not _cuda_device():
+        left_out |= gpu
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _cuda_device() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
