@@ -1,0 +1,88 @@
+"""Choice of the op set, once per device."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+
+from chunkllama.errors import ConfigError
+from chunkllama.ops.op_set import OpSet
+from chunkllama.ops.reference import ReferenceOps
+
+Backend = Literal["auto", "reference", "native", "cuda"]
+
+logger = logging.getLogger(__name__)
+
+
+def select_op_set(
+    device: str,
+    *,
+    dtype: torch.dtype,
+    head_dim: int,
+    chunk_size: int,
+    num_kv_heads: int,
+    backend: Backend = "auto",
+) -> OpSet:
+    """The op set for a device ("cpu", "cuda", "cuda:1") and a model's shape.
+
+    "auto" takes ``cuda`` on a GPU, and on a CPU ``native``, or where that is not built or lacks the
+    shape the ``reference``, saying so once in the log.
+
+    Raises:
+        ConfigError: the backend is not installed, or lacks the device, dtype, head_dim or chunk
+            size; the message names it and the fix.
+    """
+    target = torch.device(device)
+    if target.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: {device!r} is not one of cpu, cuda, cuda:N")
+    if backend == "auto" and target.type == "cpu":
+        try:
+            return _native(target, dtype, head_dim, chunk_size, num_kv_heads)
+        except ConfigError as error:
+            logger.warning("running on the torch reference ops, which are slower: %s", error)
+            backend = "reference"
+    if backend == "native":
+        return _native(target, dtype, head_dim, chunk_size, num_kv_heads)
+    if backend == "reference":
+        return _checked(ReferenceOps(target), chunk_size)
+    return _cuda(target, dtype, head_dim, chunk_size, num_kv_heads)
+
+
+def _native(
+    device: torch.device, dtype: torch.dtype, head_dim: int, chunk_size: int, num_kv_heads: int
+) -> OpSet:
+    if device.type != "cpu":
+        raise ConfigError(f"backend: native runs on device cpu, not on {device}")
+    try:
+        from chunkllama.ops.native import NativeOps
+    except ImportError as error:
+        raise ConfigError(
+            f"backend: the native CPU extension is not built ({error}); "
+            "reinstall chunkllama with a C++ compiler at hand, or use backend reference"
+        ) from error
+    ops = NativeOps(dtype=dtype, head_dim=head_dim, num_kv_heads=num_kv_heads)
+    return _checked(ops, chunk_size)
+
+
+def _cuda(
+    device: torch.device, dtype: torch.dtype, head_dim: int, chunk_size: int, num_kv_heads: int
+) -> OpSet:
+    if device.type != "cuda":
+        raise ConfigError(f"backend: cuda needs device cuda, not {device}")
+    try:
+        from chunkllama.ops.cuda import CudaOps
+    except ImportError as error:
+        raise ConfigError(
+            f"device: cuda needs CuPy ({error}); install chunkllama[cu12] or chunkllama[cu13]"
+        ) from error
+    ops = CudaOps(device, dtype=dtype, head_dim=head_dim, num_kv_heads=num_kv_heads)
+    return _checked(ops, chunk_size)
+
+
+def _checked(op_set: OpSet, chunk_size: int) -> OpSet:
+    if chunk_size not in op_set.chunk_sizes:
+        sizes = ", ".join(map(str, op_set.chunk_sizes))
+        raise ConfigError(f"chunk_size: {chunk_size} is not one of {sizes} ({op_set.name} ops)")
+    return op_set
