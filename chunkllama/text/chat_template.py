@@ -1,0 +1,363 @@
+"""A conversation as token ids: the model's jinja2 template, in a sandbox, with users' text kept
+plain text.
+
+Special-token strings inside user text are replaced by sentinels, the template renders, the result
+is cut at the control tokens the template wrote, the strings go back, and each stretch is encoded
+whole with control tokens off. Without such strings the ids are those of transformers'
+``apply_chat_template(tokenize=True)``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.exceptions import SecurityError
+from tokenizers import AddedToken
+
+from chunkllama.errors import ConfigError, InvalidRequestError
+from chunkllama.text.sandbox import TemplateEnvironment, TemplateLimitError
+from chunkllama.text.tokenizer import Tokenizer, encode_continuation, read_json
+
+RENDER_SECONDS = 1.0
+_WORK_CHARS = 1 << 26
+_OUTPUT_CHARS = 1 << 16
+_CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_PROBE = [{"role": "user", "content": "Hello"}]
+
+
+class ChatTemplate:
+    """One model's chat format.
+
+    Args:
+        source: the jinja2 template, or several by name ("default", "tool_use").
+        tokenizer: of the same model.
+    """
+
+    def __init__(self, source: str | dict[str, str], tokenizer: Tokenizer) -> None:
+        sources = {"default": source} if isinstance(source, str) else source
+        self._tokenizer = tokenizer
+        self._environment = TemplateEnvironment()
+        self._sources = sources
+        self._templates = {
+            name: self._environment.from_string(text) for name, text in sources.items()
+        }
+        written = "".join(sources.values())
+        self._controls = {
+            token.content: token
+            for token in tokenizer.added_tokens.values()
+            if token.special or (token.content in written and not token.content.isspace())
+        }
+        self._control_text = _ControlText(self._controls)
+        self._plain = tokenizer.without_control_tokens(self._controls)
+
+    def encode(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
+        """Prompt ids of a conversation.
+
+        Raises:
+            InvalidRequestError: the template refuses the conversation or ran out of its limits.
+        """
+        literals = _Literals(self._control_text, (messages, tools, template_kwargs))
+        chat, tools, template_kwargs = literals.hide((messages, tools, template_kwargs))
+        text = self._render(
+            chat, tools, template_kwargs, add_generation_prompt, continue_final_message
+        )
+        if not literals.hidden:
+            return self._tokenizer.encode(text, allow_special=True)
+        return self._encode_stretches(text, literals.restore)
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> str:
+        """The prompt as text, for people to read; its ids come from `encode` alone.
+
+        Raises:
+            InvalidRequestError: as `encode`.
+        """
+        return self._render(
+            messages, tools, template_kwargs, add_generation_prompt, continue_final_message
+        )
+
+    def check(self) -> None:
+        """Render one greeting.
+
+        Raises:
+            ConfigError: the template is hostile or broken beyond refusing a conversation.
+        """
+        try:
+            self._render(_PROBE, None, None, True, False)
+        except InvalidRequestError as error:
+            if error.code != "chat_template_refused":
+                raise ConfigError(f"the model's chat template cannot be used: {error}") from error
+
+    def accepts(self, name: str) -> bool:
+        """Whether the template reads a variable of this name."""
+        return any(
+            re.search(rf"\b{re.escape(name)}\b", source) is not None
+            for source in self._sources.values()
+        )
+
+    def _render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        template_kwargs: dict[str, Any] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+    ) -> str:
+        if continue_final_message and add_generation_prompt:
+            raise InvalidRequestError(
+                "continue_final_message needs add_generation_prompt=false", "continue_final_message"
+            )
+        if not messages:
+            raise InvalidRequestError("messages must not be empty", "messages")
+        chat = [_aliased({k: v for k, v in m.items() if v is not None}) for m in messages]
+        final = _mark_final(chat) if continue_final_message else ""
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        variables = {
+            **self._tokenizer.special_tokens,
+            **(template_kwargs or {}),
+            "messages": chat,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        text = self._run(self._templates[name], variables)
+        return _cut_final(text, final) if continue_final_message else text
+
+    def _run(self, template: jinja2.Template, variables: dict[str, Any]) -> str:
+        size = _num_chars(variables)
+        try:
+            with self._environment.budget(
+                RENDER_SECONDS, work=_WORK_CHARS + 64 * size, output=_OUTPUT_CHARS + 4 * size
+            ):
+                return template.render(variables)
+        except (TemplateLimitError, SecurityError) as error:
+            raise InvalidRequestError(
+                f"the chat template was stopped: {error}", "messages", "chat_template_stopped"
+            ) from error
+        except jinja2.UndefinedError as error:
+            raise InvalidRequestError(
+                f"the chat template needs what the conversation lacks: {error}",
+                "messages",
+                "chat_template_refused",
+            ) from error
+        except jinja2.TemplateError as error:
+            raise InvalidRequestError(
+                f"the chat template refused the conversation: {error}",
+                "messages",
+                "chat_template_refused",
+            ) from error
+        except Exception as error:  # a template's own bug can raise anything
+            raise InvalidRequestError(
+                f"the chat template failed: {type(error).__name__}: {error}",
+                "messages",
+                "chat_template_failed",
+            ) from error
+
+    def _encode_stretches(self, text: str, restore: Callable[[str], str]) -> list[int]:
+        ids: list[int] = []
+        start = 0
+        before: AddedToken | None = None
+        for match in [*self._control_text.pattern.finditer(text), None]:
+            after = self._controls[match[0]] if match else None
+            stretch = text[start : match.start() if match else len(text)]
+            # A control token may swallow the white space beside it.
+            stretch = stretch.lstrip() if before is not None and before.rstrip else stretch
+            stretch = restore(stretch.rstrip() if after is not None and after.lstrip else stretch)
+            if stretch and before is None:
+                ids += self._plain.encode(stretch, add_special_tokens=False).ids
+            elif stretch:
+                ids += encode_continuation(self._plain, stretch)
+            if match is not None and after is not None:
+                control_id = self._tokenizer.token_id(after.content)
+                assert control_id is not None
+                ids.append(control_id)
+                start, before = match.end(), after
+        return ids
+
+
+class _ControlText:
+    """Control tokens as strings, and the pieces of them that could meet to form one."""
+
+    def __init__(self, controls: Iterable[str]) -> None:
+        # Longest first: where one control token begins another, the tokenizer matches the longer.
+        ordered = sorted(controls, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+        self._heads = {token[:n] for token in ordered for n in range(1, len(token))}
+        self._tails = {token[n:] for token in ordered for n in range(1, len(token))}
+        self._longest = max(map(len, ordered), default=0)
+
+    def replace(self, text: str, sentinel: Callable[[str], str]) -> str:
+        """Replace whole control tokens, a beginning of one at the text's end and an end of one at
+        its beginning.
+
+        Templates join strings and trim them, so white space at either end does not separate.
+        """
+        text = self.pattern.sub(lambda match: sentinel(match[0]), text)
+        body = text.rstrip()
+        for size in range(min(self._longest, len(body)), 0, -1):
+            if body[-size:] in self._heads:
+                cut = len(body) - size
+                text = body[:cut] + sentinel(body[cut:]) + text[len(body) :]
+                break
+        body = text.lstrip()
+        for size in range(min(self._longest, len(body)), 0, -1):
+            if body[:size] in self._tails:
+                lead = text[: len(text) - len(body)]
+                return lead + sentinel(body[:size]) + body[size:]
+        return text
+
+
+class _Literals:
+    """Hides control-token strings of one conversation behind sentinels that nobody in it has
+    written."""
+
+    def __init__(self, control_text: _ControlText, inputs: Any) -> None:
+        self.hidden: list[str] = []
+        self._control_text = control_text
+        written = "\0".join(_strings(inputs))
+        serial = 0
+        while f"literal{serial}x" in written:
+            serial += 1
+        self._nonce = f"literal{serial}x"
+
+    def hide(self, value: Any) -> Any:
+        """A copy of plain data with every string made harmless."""
+        if isinstance(value, str):
+            return self._control_text.replace(value, self._sentinel)
+        if isinstance(value, dict):
+            # A role is one of a few known words, and templates spell control tokens with it.
+            return {
+                self.hide(k): v if k == "role" and str(v).isidentifier() else self.hide(v)
+                for k, v in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return type(value)(self.hide(item) for item in value)
+        return value
+
+    def restore(self, text: str) -> str:
+        """The hidden strings back in their places; one may have been hidden inside another's
+        sentinel."""
+        sentinel = re.compile(self._nonce + r"(\d+)y")
+        while (restored := sentinel.sub(lambda m: self.hidden[int(m[1])], text)) != text:
+            text = restored
+        return text
+
+    def _sentinel(self, literal: str) -> str:
+        self.hidden.append(literal)
+        return f"{self._nonce}{len(self.hidden) - 1}y"
+
+
+def load_chat_template(
+    path: Path, tokenizer: Tokenizer, override: str | Path | None = None
+) -> ChatTemplate | None:
+    """The template of a model folder (chat_template.jinja, else tokenizer_config.json), None where
+    it has none.
+
+    Args:
+        override: a file that holds a template to use instead.
+
+    Raises:
+        ConfigError: it cannot be read or compiled, or misbehaves on a greeting.
+    """
+    source: Any = None
+    origin = path / "chat_template.jinja"
+    if override is not None:
+        origin = Path(override)
+        if not origin.is_file():
+            raise ConfigError(f"chat_template: no file {origin}; give the path of a .jinja file")
+    if origin.is_file():
+        source = origin.read_text(encoding="utf-8")
+    else:
+        origin = path / "tokenizer_config.json"
+        source = read_json(origin).get("chat_template")
+        if isinstance(source, list):
+            source = {entry["name"]: entry["template"] for entry in source}
+    if not source:
+        return None
+    if isinstance(source, dict) and "default" not in source:
+        raise ConfigError(f"{origin}: chat_template has no entry named default")
+    try:
+        template = ChatTemplate(source, tokenizer)
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise ConfigError(f"{origin}: the chat template does not compile: {error}") from error
+    try:
+        template.check()
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error
+    return template
+
+
+def _aliased(message: dict[str, Any]) -> dict[str, Any]:
+    """Reasoning under every name templates read it by."""
+    found = next((message[k] for k in _REASONING_KEYS if message.get(k) is not None), None)
+    if found is None:
+        return message
+    return {"thinking": found, **message, "reasoning_content": found}
+
+
+def _mark_final(chat: list[dict[str, Any]]) -> str:
+    """Append the tag after which the rendered prompt is cut to the last message; returns that
+    message's text."""
+    content = chat[-1].get("content")
+    if isinstance(content, list):
+        for index in range(len(content) - 1, -1, -1):
+            if "text" in content[index]:
+                text = str(content[index]["text"])
+                content = [*content]
+                content[index] = {**content[index], "text": text + _CONTINUE}
+                chat[-1] = {**chat[-1], "content": content}
+                return text
+    elif isinstance(content, str):
+        chat[-1] = {**chat[-1], "content": content + _CONTINUE}
+        return content
+    raise InvalidRequestError(
+        "continue_final_message needs text in the last message", "continue_final_message"
+    )
+
+
+def _cut_final(text: str, final: str) -> str:
+    tag = text.rfind(_CONTINUE.strip())
+    if tag < 0 or final.strip() not in text:
+        raise InvalidRequestError(
+            "the chat template drops the last message's text, so it cannot be continued",
+            "continue_final_message",
+        )
+    return text[:tag] if text.startswith(_CONTINUE, tag) else text[:tag].rstrip()
+
+
+def _strings(value: Any) -> list[str]:
+    found: list[str] = []
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            found.append(item)
+        elif isinstance(item, dict):
+            pending += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            pending += item
+    return found
+
+
+def _num_chars(value: Any) -> int:
+    return sum(map(len, _strings(value)))

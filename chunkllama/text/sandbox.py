@@ -1,0 +1,293 @@
+"""A jinja2 sandbox for templates nobody vouches for: no attribute escapes, bounded time, bounded
+memory.
+
+A chat template comes with the model folder, so it is a stranger's program. jinja2's immutable
+sandbox keeps it from Python's internals; this one also charges everything that can grow or repeat
+(loops, calls, filters, operators, output) to a budget, so that nested ``range()`` or doubling
+strings end in an error instead of taking the process.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from functools import wraps
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+_MAX_EXPONENT = 64
+# Filters whose cost is not bounded by their input's size, or that make no prompt.
+_REMOVED_FILTERS = (
+    "center", "filesizeformat", "forceescape", "format", "pprint", "random",
+    "urlencode", "urlize", "wordwrap", "xmlattr",
+)  # fmt: skip
+_SIZED_FILTERS = frozenset({"batch", "slice", "indent", "tojson", "round", "truncate"})
+_WIDTH_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
+
+
+class TemplateLimitError(jinja2.TemplateError):
+    """The template used up its time or its memory."""
+
+
+class _Budget:
+    """What one rendering may still use; sizes in characters, a list element counting as eight."""
+
+    def __init__(self, seconds: float, work: int, output: int) -> None:
+        self.seconds = seconds
+        self.deadline = time.monotonic() + seconds
+        self.work = work
+        self.output = output
+
+    def tick(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise TemplateLimitError(f"it ran longer than {self.seconds:g} s")
+
+    def charge(self, size: int) -> None:
+        self.tick()
+        self.work -= size
+        if self.work < 0:
+            raise TemplateLimitError("it built more text than any prompt needs")
+
+    def emit(self, size: int) -> None:
+        self.charge(size)
+        self.output -= size
+        if self.output < 0:
+            raise TemplateLimitError("its output is out of proportion to the conversation")
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}`` blocks, which mark the assistant's tokens for training: here they only
+    render."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """``namespace()`` that stores no underscore names."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, args = args[0], args[1:]
+        for name in (attributes := dict(*args, **kwargs)):
+            _refuse_private(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_private(name)
+        super().__setitem__(name, value)
+
+
+class _Dict:
+    """``dict(...)`` without the type and its attributes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+
+class TemplateEnvironment(ImmutableSandboxedEnvironment):
+    """The environment transformers gives chat templates, every growth and repetition charged to a
+    budget."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationTag, jinja2.ext.loopcontrols],
+            finalize=self._emit,
+        )
+        self._local = threading.local()
+        self.filters = {
+            name: self._charged(name, function)
+            for name, function in (self.filters | {"tojson": _tojson}).items()
+            if name not in _REMOVED_FILTERS
+        }
+        self.globals.update(
+            raise_exception=_raise_exception,
+            strftime_now=lambda format: datetime.now().strftime(format),
+            dict=_Dict(),
+            namespace=_Namespace,
+        )
+        for name in ("lipsum", "cycler", "joiner"):
+            self.globals.pop(name, None)
+
+    @contextmanager
+    def budget(self, seconds: float, work: int, output: int) -> Iterator[None]:
+        """Limits of the renderings in this block, in this thread."""
+        self._local.budget = _Budget(seconds, work, output)
+        try:
+            yield
+        finally:
+            del self._local.budget
+
+    def tick(self, num_chars: int) -> str:
+        """Runs at each turn of a loop or macro: charges the template text in its body."""
+        self._budget.charge(num_chars)
+        return ""
+
+    def concat_values(self, *values: Any) -> str:
+        """The ``~`` operator."""
+        return str(self._sized("".join(map(self._text, values))))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Refuse ``str.format``: a width in a format specification is an unbounded allocation."""
+        if isinstance(getattr(value, "__self__", None), str) and value.__name__ in (
+            "format",
+            "format_map",
+        ):
+            raise SecurityError("str.format is not allowed in a chat template")
+        return None
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        if __obj in (__self.tick, __self.concat_values):
+            return __obj(*args)
+        if isinstance(owner := getattr(__obj, "__self__", None), str):
+            __self._charge_method(owner, __obj.__name__, args)
+        return __self._sized(super().call(__context, __obj, *args, **kwargs))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            self._budget.charge(_product_size(left, right))
+        elif operator == "**" and not (isinstance(right, int) and abs(right) <= _MAX_EXPONENT):
+            raise SecurityError(f"an exponent is above {_MAX_EXPONENT}")
+        elif operator == "%" and isinstance(left, str):
+            raise SecurityError("the % operator on strings is not allowed in a chat template")
+        return self._sized(super().call_binop(context, operator, left, right))
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        template: nodes.Template = _ConcatCalls().visit(super()._parse(source, name, filename))
+        loop: Any
+        for loop in template.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+            size = nodes.Const(sum(len(data.data) for data in loop.find_all(nodes.TemplateData)))
+            tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [size], [], None, None)
+            loop.body.insert(0, nodes.Output([tick]))
+        return template
+
+    @property
+    def _budget(self) -> _Budget:
+        # Constants are folded at compile time, outside any rendering.
+        budget: _Budget | None = getattr(self._local, "budget", None)
+        return budget or _Budget(seconds=1.0, work=1 << 16, output=1 << 16)
+
+    def _emit(self, value: Any) -> str:
+        text = self._text(value)
+        self._budget.emit(len(text))
+        return text
+
+    def _text(self, value: Any) -> str:
+        """``str(value)``, its size charged before it is built: nested lists can spell gigabytes."""
+        self._charge_deep(value)
+        return str(value)
+
+    def _charge_deep(self, value: Any) -> None:
+        pending: list[Any] = [value] if isinstance(value, list | tuple | dict) else []
+        while pending:
+            item = pending.pop()
+            self._budget.charge(len(item) if isinstance(item, str) else 8)
+            if isinstance(item, dict):
+                pending += [*item.keys(), *item.values()]
+            elif isinstance(item, list | tuple):
+                pending += item
+
+    def _charge_method(self, owner: str, name: str, args: tuple[Any, ...]) -> None:
+        """Charge what a string method can make of small arguments, before it does."""
+        if name in _WIDTH_METHODS:
+            raise SecurityError(f"str.{name} is not allowed in a chat template")
+        if name == "replace":
+            self._charge_replace(owner, args)
+        elif name == "join" and args:
+            self._charge_join(args[0], owner)
+
+    def _charge_replace(self, text: str, args: tuple[Any, ...]) -> None:
+        if len(args) >= 2 and isinstance(args[0], str) and isinstance(args[1], str):
+            self._budget.charge(text.count(args[0]) * len(args[1]))
+
+    def _charge_join(self, items: Any, separator: Any) -> None:
+        self._charge_deep(items)
+        if isinstance(items, list | tuple | str):
+            self._budget.charge(len(items) * len(str(separator)))
+
+    def _charged(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The filter, its result charged, and before it runs what it can make of small
+        arguments."""
+
+        @wraps(function)  # keeps jinja's marks of what the filter wants passed first
+        def charged(*args: Any, **kwargs: Any) -> Any:
+            operands = args[1:] if hasattr(function, "jinja_pass_arg") else args
+            numbers = [*operands[1:], *kwargs.values()]
+            if name in _SIZED_FILTERS and any(isinstance(n, int) and n > 1000 for n in numbers):
+                raise SecurityError(f"an argument of the filter {name} is above 1000")
+            if name in ("tojson", "string"):
+                self._charge_deep(operands[0])
+            elif name == "join":
+                self._charge_join(operands[0], kwargs.get("d", (*operands, "")[1]))
+            elif name == "replace":
+                self._charge_replace(str(operands[0]), (*operands[1:], *kwargs.values()))
+            elif name == "indent":
+                width = kwargs.get("width", (*operands, 4)[1])
+                size = len(width) if isinstance(width, str) else width
+                self._budget.charge(str(operands[0]).count("\n") * size)
+            return self._sized(function(*args, **kwargs))
+
+        return charged
+
+    def _sized(self, value: Any) -> Any:
+        if isinstance(value, str):
+            self._budget.charge(len(value))
+        elif isinstance(value, list | tuple | dict):
+            self._budget.charge(8 * len(value))
+        elif isinstance(value, int):
+            self._budget.charge(value.bit_length() >> 3)
+        return value
+
+
+class _ConcatCalls(jinja2.visitor.NodeTransformer):
+    """``a ~ b`` as a call, so that its result is charged like any other."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        function = nodes.EnvironmentAttribute("concat_values", lineno=node.lineno)
+        return nodes.Call(function, node.nodes, [], None, None, lineno=node.lineno)
+
+
+def _refuse_private(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a chat template cannot store the name {name!r} on a namespace")
+
+
+def _product_size(left: Any, right: Any) -> int:
+    for sequence, factor in ((left, right), (right, left)):
+        if isinstance(sequence, str | list | tuple) and isinstance(factor, int):
+            return len(sequence) * max(factor, 0) * (1 if isinstance(sequence, str) else 8)
+    return 0
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without jinja's HTML escapes, as transformers has it."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
