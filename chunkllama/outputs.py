@@ -1,14 +1,22 @@
-"""What a finished or streaming generation looks like to a caller of the offline API, and token log-probabilities."""
+"""What goes into a scheduler and what comes out: requests, token deltas, statistics.
+
+Also what a finished generation looks like to a caller of the offline API.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 
+from chunkllama.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
 
 class TokenLogprob(msgspec.Struct, frozen=True):
-    """Natural-log probabilities at one position: of the token there, its rank (1 is best), and the best few."""
+    """Natural-log probabilities at one position: of its token (rank 1 is best) and the best few."""
 
     token_id: int
     logprob: float
@@ -16,9 +24,111 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     top: list[tuple[int, float]]
 
 
+class EngineRequest(msgspec.Struct, kw_only=True, tag="request"):
+    """One request as the engine sees it: token ids, never text.
+
+    Attributes:
+        namespace: "" is public (matched by everyone); any other string is matched by that
+            tenant alone, below public.
+        delivered: per choice, output tokens the client already has (replay after an engine
+            restart).
+        wants_hidden_states: return one pooled embedding of the prompt instead of tokens.
+        cache_until: insert at most this many prompt tokens into the cache; None is all of them.
+        pin_seconds: keep the prompt's path in the cache at least this long, inside the pin
+            budget; 0 is no pin.
+        priority: lower is served first among waiting requests.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    namespace: str = ""
+    delivered: list[list[int]] = []
+    wants_hidden_states: Literal["", "mean", "last"] = ""
+    cache_until: int | None = None
+    pin_seconds: float = 0.0
+    priority: int = 0
+
+
+class ChoiceDelta(msgspec.Struct, kw_only=True):
+    """New tokens of one choice; ``finish_reason`` is set once, on the choice's last delta."""
+
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+
+
+class TokenDelta(msgspec.Struct, kw_only=True, tag="tokens"):
+    """What one step added to one request.
+
+    ``num_cached_tokens`` (prompt tokens whose K/V came from the cache) and
+    ``num_cache_write_tokens`` are final on the request's first delta. ``error`` fails the whole
+    request.
+    """
+
+    request_id: str
+    choices: list[ChoiceDelta]
+    num_cached_tokens: int = 0
+    num_cache_write_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    embedding: list[float] | None = None
+    error: EngineErrorInfo | None = None
+
+
+class EngineErrorInfo(msgspec.Struct, kw_only=True):
+    """A typed failure: ``kind`` is invalid (400), overloaded (429) or failed (500)."""
+
+    kind: Literal["invalid", "overloaded", "failed"]
+    message: str
+    param: str | None = None
+    code: str | None = None
+    retry_after: int = 0
+
+
+class EngineStats(msgspec.Struct, kw_only=True, tag="engine_stats"):
+    """A snapshot of the engine's counters (monotonic, since its start) and gauges."""
+
+    steps_total: int = 0
+    requests_running: int = 0
+    requests_waiting: int = 0
+    chunks_free: int = 0
+    chunks_cached: int = 0
+    chunks_referenced: int = 0
+    chunks_private: int = 0
+    chunks_total: int = 0
+    chunks_peak: int = 0
+    prefix_tokens_queried_total: int = 0
+    prefix_tokens_hit_total: int = 0
+    prefill_tokens_computed_total: int = 0
+    prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    preemptions_total: int = 0
+    evicted_chunks_total: int = 0
+    pinned_chunks: int = 0
+    pins_refused_total: int = 0
+    step_seconds_total: float = 0.0
+    invariant_violations: int = 0
+    tree: list[TreeNodeInfo] = []
+
+
+class TreeNodeInfo(msgspec.Struct, kw_only=True):
+    """One chunk of the prefix tree, for the dashboard: ids and counts, never tokens."""
+
+    chunk_id: int
+    parent_chunk_id: int
+    depth: int
+    num_tokens: int
+    filled: int
+    num_sequences: int
+    state: str
+    namespace: str
+
+
 @dataclass(slots=True)
 class CompletionOutput:
-    """One choice of a request: ``text`` is the decoded output, ``finish_reason`` None while it runs."""
+    """One choice of a request: ``text`` is decoded, ``finish_reason`` None while it runs."""
 
     index: int
     text: str
