@@ -1,0 +1,344 @@
+"""The native op set: C++ kernels for CPUs (``kernels/cpu``), behind ctypes. This is their one door.
+
+``python -m chunkllama.ops.native --build`` compiles every level this machine can run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import sys
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+import yaml
+
+from chunkllama.errors import ConfigError
+from chunkllama.ops.allocate_kv import check_allocate_kv
+from chunkllama.ops.copy_chunks import check_copy_chunks
+from chunkllama.ops.native_build import (
+    LEVELS,
+    Level,
+    NativeBuildError,
+    available_levels,
+    build,
+    repository_data,
+)
+from chunkllama.ops.op_set import CopyTriple, DevicePlan, KVCache
+from chunkllama.ops.plan_format import AttentionPlan, Packing
+from chunkllama.ops.rope_append import check_rope_append
+from chunkllama.ops.tpp_attention import check_tpp_attention
+
+logger = logging.getLogger(__name__)
+
+F32, BF16, INT8 = 0, 1, 2
+TYPES: Final = {torch.float32: F32, torch.bfloat16: BF16}
+HUGE_PAGE: Final = 2 << 20
+
+
+class CPlan(Structure):
+    """Mirrors ``Plan`` of kernels/cpu/api.h, as the structures below mirror theirs."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("items", "chunk_ids", "row_tail")),
+        *((name, c_void_p) for name in ("merge_indptr", "merge_slots", "row_flags")),
+        *(("num_items", c_int64), ("num_rows", c_int64)),
+    )
+
+
+class CHeads(Structure):
+    _fields_ = (
+        *(("q_heads", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64)),
+        *(("kv_type", c_int32), ("activation_type", c_int32)),
+    )
+
+
+class CAttention(Structure):
+    _fields_ = (
+        *(("plan", CPlan), ("heads", CHeads), ("positions", c_void_p)),
+        *(("q", c_void_p), ("out", c_void_p), ("q_stride", c_int64), ("out_stride", c_int64)),
+        *(("kv", c_void_p), ("partial_out", c_void_p), ("partial_lse", c_void_p)),
+        *(("scale", c_float), ("vector_rows", c_int32)),
+    )
+
+
+class CRope(Structure):
+    _fields_ = (
+        *(("plan", CPlan), ("heads", CHeads), ("positions", c_void_p), ("cos_sin", c_void_p)),
+        *(("qkv", c_void_p), ("q", c_void_p), ("qkv_stride", c_int64), ("q_stride", c_int64)),
+        ("kv", c_void_p),
+    )
+
+
+class CNorm(Structure):
+    _fields_ = (
+        *(("x", c_void_p), ("residual", c_void_p), ("sum", c_void_p), ("y", c_void_p)),
+        *(("weight", c_void_p), ("hidden", c_int64), ("x_stride", c_int64), ("y_stride", c_int64)),
+        *(("x_type", c_int32), ("y_type", c_int32), ("eps", c_float)),
+    )
+
+
+_SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
+    "ck_initialize": (c_int, []),
+    "ck_chunk_elements": (c_int64, [POINTER(CHeads)]),
+    "ck_attention": (None, [POINTER(CAttention), c_int]),
+    "ck_rope_append": (None, [POINTER(CRope), c_int]),
+    "ck_rms_norm": (None, [POINTER(CNorm), c_int64, c_int]),
+    "ck_silu_and_mul": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int]),
+    "ck_copy_chunks": (None, [c_void_p, c_int64, POINTER(CHeads), c_void_p, c_int64, c_int]),
+}
+
+
+def load_library(level: Level, sanitizer: str = "") -> ctypes.CDLL:
+    """The library of a level, built if need be, with its signatures declared.
+
+    Raises:
+        NativeBuildError: it cannot be built, or the kernel refuses what it needs (AMX state).
+    """
+    library = ctypes.CDLL(str(build(level, sanitizer)))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    if not library.ck_initialize():
+        raise NativeBuildError(f"the kernel does not let this process use {level.name}")
+    return library
+
+
+def load_native_ops(device: torch.device) -> NativeOps | None:
+    """The native op set at this machine's best level; None, with one log line, if none builds."""
+    reason = "this CPU is not supported"
+    for level in available_levels():
+        try:
+            return NativeOps(device, level)
+        except NativeBuildError as error:
+            reason = str(error)
+            logger.debug("native op set: level %s: %s", level.name, error)
+    logger.warning("native CPU op set not available (%s); running the slower reference", reason)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class NativePlan:
+    """A plan as the kernels take it, and the workspace of its partials."""
+
+    plan: CPlan
+    partial_out: torch.Tensor  # [slots, Hq, D] float32
+    partial_lse: torch.Tensor  # [slots, Hq] float32
+
+
+class NativeOps:
+    """Implements ``OpSet`` with the library of one instruction-set level; bf16 and fp32.
+
+    Raises:
+        NativeBuildError: the level cannot be built or used here.
+    """
+
+    name = "native"
+    chunk_sizes = (64,)
+
+    def __init__(self, device: torch.device, level: Level, sanitizer: str = "") -> None:
+        self.device = device
+        self.level = level
+        self.library = load_library(level, sanitizer)
+        path = repository_data("configs") / "hardware" / "cpu.yaml"
+        tuning = yaml.safe_load(path.read_text())
+        self.vector_rows = int(tuning["vector_rows"])
+        self._packing = tuning["packing"]
+        self._partials = torch.empty(0)
+
+    def packing(self, *, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> Packing:
+        """The longest runs that still give each thread a few units: fewer partials to merge."""
+        group = num_qo_heads // num_kv_heads
+        tuning = self._packing
+        return Packing(
+            rows_per_item=max(1, tuning["query_rows_per_item"] // group),
+            min_run_chunks=tuning["min_run_chunks"],
+            target_units=tuning["units_per_thread"] * torch.get_num_threads(),
+            num_kv_heads=num_kv_heads,
+            split_private=tuning["split_private"],
+            spare_chunks=tuning["spare_chunks"],
+        )
+
+    def allocate_kv(
+        self,
+        *,
+        num_layers: int,
+        num_chunks: int,
+        chunk_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> KVCache:
+        """One [num_chunks, elements] tensor per layer, on huge pages committed on first use.
+
+        Raises:
+            ConfigError: a dtype or head_dim the kernels do not have.
+        """
+        check_allocate_kv(self.chunk_sizes, chunk_size, num_layers, num_chunks, num_kv_heads)
+        if dtype not in TYPES:
+            raise ConfigError(f"dtype {dtype}: the CPU has torch.bfloat16 and torch.float32")
+        if head_dim % 16 or not 16 <= head_dim <= 256:
+            raise ConfigError(
+                f"head_dim {head_dim}: the native op set needs a multiple of 16, <= 256"
+            )
+        heads = CHeads(num_kv_heads, num_kv_heads, head_dim, TYPES[dtype], TYPES[dtype])
+        elements = self.library.ck_chunk_elements(ctypes.byref(heads))
+        pool = allocate_lazily(num_layers * num_chunks * elements, dtype)
+        layers = list(pool.view(num_layers, num_chunks, elements).unbind())
+        return KVCache(layers, num_chunks, chunk_size, num_kv_heads, head_dim)
+
+    def upload_plan(self, plan: AttentionPlan, kv: KVCache, *, num_qo_heads: int) -> DevicePlan:
+        state = NativePlan(
+            c_plan(plan),
+            *self._workspace(plan.num_slots, num_qo_heads, kv.head_dim),
+        )
+        return DevicePlan(plan, torch.from_numpy(plan.buffer), state)
+
+    def _workspace(self, slots: int, heads: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views into one buffer, as large as the largest plan so far: one plan runs at a time."""
+        size = slots * heads * (dim + 1)
+        if self._partials.numel() < size:
+            self._partials = torch.empty(size)
+        flat = self._partials[:size]
+        split = slots * heads * dim
+        return flat[:split].view(slots, heads, dim), flat[split:].view(slots, heads)
+
+    def rms_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        residual: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.contiguous()
+        y, hidden = torch.empty_like(x), x.shape[-1]
+        weight = weight.float().contiguous()
+        total = x
+        if residual is not None:
+            residual, total = residual.contiguous(), torch.empty_like(x)
+        args = CNorm(
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            total.data_ptr(),
+            y.data_ptr(),
+            weight.data_ptr(),
+            *(hidden, hidden, hidden),
+            *(TYPES[x.dtype], TYPES[x.dtype], eps),
+        )
+        self.library.ck_rms_norm(ctypes.byref(args), x.numel() // hidden, torch.get_num_threads())
+        return y, total
+
+    def rope_append(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv: KVCache,
+        layer: int,
+        plan: DevicePlan,
+    ) -> torch.Tensor:
+        num_rows = plan.host.num_rows
+        num_qo_heads = check_rope_append(qkv, positions, cos_sin, kv, num_rows)
+        qkv, positions = qkv.contiguous(), positions.int().contiguous()
+        q = qkv.new_empty(num_rows, num_qo_heads, kv.head_dim)
+        args = CRope(
+            plan.state.plan,
+            _heads(num_qo_heads, kv, layer, qkv.dtype),
+            *(positions.data_ptr(), cos_sin.data_ptr(), qkv.data_ptr(), q.data_ptr()),
+            *(qkv.shape[1], num_qo_heads * kv.head_dim, kv.layers[layer].data_ptr()),
+        )
+        self.library.ck_rope_append(ctypes.byref(args), torch.get_num_threads())
+        return q
+
+    def tpp_attention(
+        self,
+        q: torch.Tensor,
+        kv: KVCache,
+        layer: int,
+        positions: torch.Tensor,
+        plan: DevicePlan,
+        scale: float,
+    ) -> torch.Tensor:
+        check_tpp_attention(q, kv, positions, plan.host.num_rows)
+        q, positions = q.contiguous(), positions.int().contiguous()
+        num_rows, num_qo_heads, head_dim = q.shape
+        width = num_qo_heads * head_dim
+        out = q.new_empty(num_rows, width)
+        args = CAttention(
+            plan.state.plan,
+            _heads(num_qo_heads, kv, layer, q.dtype),
+            *(positions.data_ptr(), q.data_ptr(), out.data_ptr(), width, width),
+            kv.layers[layer].data_ptr(),
+            *(plan.state.partial_out.data_ptr(), plan.state.partial_lse.data_ptr()),
+            *(scale, self.vector_rows),
+        )
+        self.library.ck_attention(ctypes.byref(args), torch.get_num_threads())
+        return out
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate_up = gate_up.contiguous()
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        y = gate_up.new_empty(rows, size)
+        self.library.ck_silu_and_mul(
+            *(gate_up.data_ptr(), y.data_ptr(), rows, size, TYPES[y.dtype], torch.get_num_threads())
+        )
+        return y
+
+    def copy_chunks(self, kv: KVCache, triples: list[CopyTriple]) -> None:
+        check_copy_chunks(kv, triples)
+        if not triples:
+            return
+        table = np.array([t for t in triples if t[0] != t[1]], np.int32)
+        layers = (c_void_p * len(kv.layers))(*(layer.data_ptr() for layer in kv.layers))
+        heads = _heads(kv.num_kv_heads, kv, 0, kv.layers[0].dtype)
+        self.library.ck_copy_chunks(
+            *(layers, len(layers), ctypes.byref(heads), table.ctypes.data, len(table)),
+            torch.get_num_threads(),
+        )
+
+
+def c_plan(plan: AttentionPlan) -> CPlan:
+    """Pointers into the plan's buffer, which must outlive them."""
+    arrays = (plan.items, plan.chunk_ids, plan.row_tail, plan.merge_indptr, plan.merge_slots)
+    pointers = [array.ctypes.data for array in (*arrays, plan.row_flags)]
+    return CPlan(*pointers, plan.num_items, plan.num_rows)
+
+
+def _heads(num_qo_heads: int, kv: KVCache, layer: int, activation: torch.dtype) -> CHeads:
+    kv_type = TYPES[kv.layers[layer].dtype]
+    return CHeads(num_qo_heads, kv.num_kv_heads, kv.head_dim, kv_type, TYPES[activation])
+
+
+def allocate_lazily(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """[elements], zeroed by the system on first touch, on 2 MB pages where it agrees."""
+    size = elements * dtype.itemsize
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=flags)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE_PAGE
+    return whole[start : start + size].view(dtype)
+
+
+def main() -> int:
+    """Build every level this machine can run; 0 if at least one came out."""
+    built = 0
+    for level in LEVELS:
+        if level not in available_levels():
+            print(f"{level.name}: not on this machine")
+            continue
+        try:
+            print(f"{level.name}: {build(level)}", flush=True)
+            built += 1
+        except NativeBuildError as error:
+            print(f"{level.name}: {error}", flush=True)
+    return 0 if built else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

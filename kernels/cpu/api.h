@@ -1,0 +1,93 @@
+// The C ABI that chunkllama/ops/native.py mirrors with ctypes: raw pointers and sizes, no ownership.
+#pragma once
+#include <cstdint>
+
+namespace chunkllama {
+
+enum Type : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
+
+constexpr int CHUNK = 64;  // tokens per chunk
+
+// Columns of an item and its flag, as chunkllama/ops/plan_format.py defines them.
+enum ItemColumn { ROW_BEGIN, NUM_ROWS, CHUNK_OFFSET, NUM_TOKENS, FIRST_POSITION, PARTIAL_BASE, FLAGS, TILE_CLASS, ITEM_COLUMNS };
+constexpr int32_t ITEM_MASK = 1;
+
+struct Plan {
+  const int32_t *items, *chunk_ids, *row_tail, *merge_indptr, *merge_slots, *row_flags;
+  int64_t num_items, num_rows;
+};
+
+// K and V of one layer: chunk c of kv head h starts at c * chunk_stride() + ...; see layout.h.
+struct Heads {
+  int64_t q_heads, kv_heads, head_dim;
+  int32_t kv_type;          // F32 or BF16
+  int32_t activation_type;  // of q, k, v and the output
+};
+
+struct AttentionArgs {
+  Plan plan;
+  Heads heads;
+  const int32_t* positions;            // [rows]
+  const void* q;                       // [rows, q_stride], the first q_heads * head_dim of a row
+  void* out;                           // [rows, out_stride]
+  int64_t q_stride, out_stride;        // elements
+  const void* kv;                      // one layer of the pool
+  float *partial_out, *partial_lse;    // [slots, q_heads, head_dim], [slots, q_heads] (base 2)
+  float scale;
+  int32_t vector_rows;                 // at most this many query rows per kv head go to the vector units, more to AMX
+};
+
+struct RopeArgs {
+  Plan plan;
+  Heads heads;
+  const int32_t* positions;
+  const float* cos_sin;  // [max_position, head_dim]
+  const void* qkv;       // [rows, qkv_stride]
+  void* q;               // [rows, q_stride]; may be qkv itself
+  int64_t qkv_stride, q_stride;
+  void* kv;
+};
+
+// A weight [n, k] in packed order (linear.h); n is a multiple of 32, k of 64.
+struct Linear {
+  const void* weight;
+  const float* scale;          // [n] of int8 weights, else null
+  const int32_t* column_sums;  // [n] sum of the int8 weights of each output, else null
+  const float* bias;           // [n] or null
+  int64_t n, k;
+  int32_t type;
+};
+
+struct Layer {
+  const float *attention_norm, *mlp_norm;  // [hidden_stride]
+  Linear qkv, o, gate_up, down;
+};
+
+struct Model {
+  const Layer* layers;
+  int64_t num_layers;
+  Heads heads;
+  int64_t hidden;
+  const float* final_norm;
+  float eps, scale;
+  int32_t vector_rows;
+  const void* embedding;  // [vocab, hidden] row by row, or null: rows are read from the packed head
+  int32_t embedding_type;
+  Linear head;
+};
+
+// One forward pass. Buffers have rows rounded up to 32 and strides that are multiples of 64 elements; what lies
+// between a row's end and its stride is zero.
+struct Step {
+  Plan plan;
+  const int32_t *token_ids, *positions;
+  const float* cos_sin;
+  void* const* kv;  // [num_layers]
+  float *partial_out, *partial_lse;
+  float* hidden;  // [rows, hidden_stride] residual stream; after the pass the normalised rows
+  void *normed, *qkv, *attention, *mlp;
+  int8_t* quantized;
+  float* row_scale;
+};
+
+}  // namespace chunkllama

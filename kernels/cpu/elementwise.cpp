@@ -1,0 +1,213 @@
+#include "elementwise.h"
+
+#include <cmath>
+
+#include "layout.h"
+#include "vec.h"
+
+namespace chunkllama {
+namespace {
+
+// Calls f(null pointer of the type): run-time type to template argument.
+template <class F>
+void with_type(int32_t type, F&& f) {
+  if (type == BF16) f(static_cast<bf16*>(nullptr));
+  else f(static_cast<float*>(nullptr));
+}
+template <class P>
+using Pointee = std::remove_pointer_t<P>;
+
+INLINE void put(float* p, float x) { *p = x; }
+INLINE void put(bf16* p, float x) { *p = to_bf16(x); }
+
+// Applies f to whole vectors, then to single elements.
+template <class F>
+INLINE void each(int64_t size, F&& f) {
+  int64_t i = 0;
+  for (; i + W <= size; i += W) f(i, std::integral_constant<int, W>{});
+  for (; i < size; i++) f(i, std::integral_constant<int, 1>{});
+}
+template <int N, class T>
+INLINE auto get(const T* p) {
+  if constexpr (N == 1) return to_float(*p);
+  else return load(p);
+}
+template <int N, class T, class V>
+INLINE void set_at(T* p, V v) {
+  if constexpr (N == 1) put(p, v);
+  else store(p, v);
+}
+
+template <class X, class Y>
+void norm_row(const NormArgs& a, const X* x, const X* residual, X* sum_out, Y* y) {
+  Vec squares{};
+  float rest = 0;
+  each(a.hidden, [&](int64_t i, auto n) {
+    constexpr int N = decltype(n)::value;
+    auto v = get<N>(x + i);
+    if (residual) {
+      v += get<N>(residual + i);
+      set_at<N>(sum_out + i, v);
+      v = get<N>(sum_out + i);
+    }
+    if constexpr (N == 1) rest += v * v;
+    else squares += v * v;
+  });
+  const X* from = residual ? sum_out : x;
+  const float factor = 1.f / std::sqrt((sum(squares) + rest) / a.hidden + a.eps);
+  each(a.hidden, [&](int64_t i, auto n) {
+    constexpr int N = decltype(n)::value;
+    set_at<N>(y + i, get<N>(from + i) * factor * get<N>(a.weight + i));
+  });
+}
+
+// Rotates one head; `to` may be `from`.
+template <class X, class Y>
+INLINE void rotate(const X* from, Y* to, const float* cos, const float* sin, int64_t half) {
+  each(half, [&](int64_t i, auto n) {
+    constexpr int N = decltype(n)::value;
+    const auto a = get<N>(from + i), b = get<N>(from + half + i), c = get<N>(cos + i), s = get<N>(sin + i);
+    set_at<N>(to + i, a * c - b * s);
+    set_at<N>(to + half + i, b * c + a * s);
+  });
+}
+
+// k is one head of one token: a column of the chunk's K.
+void append_k(bf16* k_chunk, int offset, const float* k, long dim) {
+  using L = Layout<bf16>;
+  bf16* to = k_chunk + offset / BLOCK * L::k_block(dim) + offset % BLOCK * 2;
+  for (long d = 0; d < L::k_dim(dim); d += 2, to += L::k_step()) {
+    to[0] = d < dim ? to_bf16(k[d]) : 0;
+    to[1] = d < dim ? to_bf16(k[d + 1]) : 0;
+  }
+}
+void append_k(float* k_chunk, int offset, const float* k, long dim) {
+  using L = Layout<float>;
+  float* to = k_chunk + offset / BLOCK * L::k_block(dim) + offset % BLOCK;
+  for (long d = 0; d < dim; d++, to += L::k_step()) *to = k[d];
+}
+template <class X>
+void append_v(bf16* v_chunk, int offset, const X* v, long dim) {
+  uint32_t* to = reinterpret_cast<uint32_t*>(v_chunk + offset / 2 * Layout<bf16>::v_step(dim));
+  for (long d = 0; d < dim; d++) {
+    const uint32_t x = to_bf16(to_float(v[d]));
+    to[d] = offset % 2 ? (to[d] & 0xffff) | x << 16 : x;
+  }
+}
+template <class X>
+void append_v(float* v_chunk, int offset, const X* v, long dim) {
+  float* to = v_chunk + offset * Layout<float>::v_step(dim);
+  for (long d = 0; d < dim; d++) to[d] = to_float(v[d]);
+}
+
+template <class X, class KV>
+void rope_append_row(const RopeArgs& a, int64_t row) {
+  using L = Layout<KV>;
+  const long dim = a.heads.head_dim, heads = a.heads.kv_heads;
+  const int32_t position = a.positions[row];
+  const float *cos = a.cos_sin + position * dim, *sin = cos + dim / 2;
+  const X* x = static_cast<const X*>(a.qkv) + row * a.qkv_stride;
+  X* q = static_cast<X*>(a.q) + row * a.q_stride;
+  for (int64_t h = 0; h < a.heads.q_heads; h++) rotate(x + h * dim, q + h * dim, cos, sin, dim / 2);
+  const int32_t* tail = a.plan.row_tail + row * 2;
+  const int at = position - tail[1], offset = at % CHUNK;
+  KV* chunk = static_cast<KV*>(a.kv) + a.plan.chunk_ids[tail[0] + at / CHUNK] * L::chunk(heads, dim);
+  const X *k = x + a.heads.q_heads * dim, *v = k + heads * dim;
+  alignas(64) float rotated[256];
+  for (long h = 0; h < heads; h++) {
+    rotate(k + h * dim, rotated, cos, sin, dim / 2);
+    append_k(chunk + L::k_offset(h, dim), offset, rotated, dim);
+    append_v(chunk + L::v_offset(h, heads, dim), offset, v + h * dim, dim);
+  }
+}
+
+template <class KV>
+void copy_tokens(KV* kv, const Heads& heads, int64_t source, int64_t destination, int64_t tokens) {
+  using L = Layout<KV>;
+  const long dim = heads.head_dim, n = L::chunk(heads.kv_heads, dim);
+  const KV* from = kv + source * n;
+  KV* to = kv + destination * n;
+  for (int64_t h = 0; h < heads.kv_heads; h++) {
+    const long k = L::k_offset(h, dim), v = L::v_offset(h, heads.kv_heads, dim), used = L::v_used(tokens, dim);
+    memcpy(to + k, from + k, L::k_used(tokens, dim) * sizeof(KV));
+    memcpy(to + v, from + v, used * sizeof(KV));
+    if (L::PAIRS && tokens % 2)
+      for (long d = 1; d < 2 * dim; d += 2) to[v + used - 2 * dim + d] = 0;
+  }
+}
+
+template <class X>
+void quantize_row(const X* x, int8_t* q, float* scale, int64_t size) {
+  Vec top{};
+  for (int64_t i = 0; i < size; i += W) {
+    const Vec v = load(x + i);
+    top = max(top, v < 0 ? -v : v);
+  }
+  const float limit = largest(top), inverse = limit > 0 ? 127.f / limit : 0.f;
+  *scale = limit / 127.f;
+  const Vec magic = set(12582912.f);
+  for (int64_t i = 0; i < size; i += W) {
+    const IntVec rounded = (IntVec)(load(x + i) * inverse + magic) - (IntVec)magic;
+    const ByteVec bytes = __builtin_convertvector(rounded, ByteVec);
+    memcpy(q + i, &bytes, sizeof bytes);
+  }
+}
+
+}  // namespace
+
+void rms_norm_rows(const NormArgs& a, int64_t begin, int64_t end) {
+  with_type(a.x_type, [&](auto x_type) {
+    with_type(a.y_type, [&](auto y_type) {
+      using X = Pointee<decltype(x_type)>;
+      using Y = Pointee<decltype(y_type)>;
+      for (int64_t r = begin; r < end; r++) {
+        const int64_t at = r * a.x_stride;
+        norm_row(a, static_cast<const X*>(a.x) + at, a.residual ? static_cast<const X*>(a.residual) + at : nullptr,
+                 a.sum ? static_cast<X*>(a.sum) + at : nullptr, static_cast<Y*>(a.y) + r * a.y_stride);
+      }
+    });
+  });
+}
+
+void rope_append_rows(const RopeArgs& a, int64_t begin, int64_t end) {
+  with_type(a.heads.activation_type, [&](auto x_type) {
+    with_type(a.heads.kv_type, [&](auto kv_type) {
+      for (int64_t r = begin; r < end; r++) rope_append_row<Pointee<decltype(x_type)>, Pointee<decltype(kv_type)>>(a, r);
+    });
+  });
+}
+
+int64_t append_boundary(const RopeArgs& a, int64_t row) {
+  if (row <= 0 || row >= a.plan.num_rows) return row;
+  return a.positions[row] % 2 && a.positions[row - 1] == a.positions[row] - 1 ? row + 1 : row;
+}
+
+void silu_and_mul_rows(const void* gate_up, void* y, int64_t size, int32_t type, int64_t begin, int64_t end) {
+  with_type(type, [&](auto pointer) {
+    using X = Pointee<decltype(pointer)>;
+    for (int64_t r = begin; r < end; r++) {
+      const X* gate = static_cast<const X*>(gate_up) + r * 2 * size;
+      X* to = static_cast<X*>(y) + r * size;
+      each(size, [&](int64_t i, auto n) {
+        constexpr int N = decltype(n)::value;
+        const auto g = get<N>(gate + i), u = get<N>(gate + size + i);
+        if constexpr (N == 1) put(to + i, g / (1.f + std::exp(-g)) * u);
+        else store(to + i, silu(g) * u);
+      });
+    }
+  });
+}
+
+void copy_chunk(void* kv, const Heads& heads, int64_t source, int64_t destination, int64_t tokens) {
+  with_type(heads.kv_type, [&](auto type) { copy_tokens(static_cast<decltype(type)>(kv), heads, source, destination, tokens); });
+}
+
+void quantize_rows(const void* x, int32_t type, int64_t x_stride, int8_t* q, int64_t q_stride, float* scale, int64_t size,
+                   int64_t begin, int64_t end) {
+  with_type(type, [&](auto pointer) {
+    for (int64_t r = begin; r < end; r++)
+      quantize_row(static_cast<decltype(pointer)>(const_cast<void*>(x)) + r * x_stride, q + r * q_stride, scale + r, size);
+  });
+}
+
+}  // namespace chunkllama

@@ -1,0 +1,74 @@
+// The exported functions: each opens one parallel region and returns when its work is done.
+#include <algorithm>
+#include <cmath>
+
+#if defined(__AMX_TILE__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "attention.h"
+#include "elementwise.h"
+#include "layout.h"
+#include "team.h"
+
+using namespace chunkllama;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Non-zero if the kernel grants this process what this level needs (AMX tile state; it may refuse).
+EXPORT int ck_initialize() {
+#if defined(__AMX_TILE__)
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return 1;
+#endif
+}
+
+// Elements of one chunk in one layer.
+EXPORT int64_t ck_chunk_elements(const Heads* heads) {
+  return heads->kv_type == BF16 ? Layout<bf16>::chunk(heads->kv_heads, heads->head_dim)
+                                : Layout<float>::chunk(heads->kv_heads, heads->head_dim);
+}
+
+EXPORT void ck_attention(const AttentionArgs* args, int threads) {
+  Counter units;
+  Barrier barrier;
+  parallel(threads, [&](int thread, int team) {
+    attention_units(*args, units);
+    barrier.wait(team);
+    const Range r = share(args->plan.num_rows * args->heads.q_heads, thread, team);
+    merge_partials(*args, r.begin, r.end);
+  });
+}
+
+EXPORT void ck_rope_append(const RopeArgs* args, int threads) {
+  parallel(threads, [&](int thread, int team) {
+    const Range r = share(args->plan.num_rows, thread, team);
+    rope_append_rows(*args, append_boundary(*args, r.begin), append_boundary(*args, r.end));
+  });
+}
+
+EXPORT void ck_rms_norm(const NormArgs* args, int64_t rows, int threads) {
+  parallel(threads, [&](int thread, int team) {
+    const Range r = share(rows, thread, team);
+    rms_norm_rows(*args, r.begin, r.end);
+  });
+}
+
+EXPORT void ck_silu_and_mul(const void* gate_up, void* y, int64_t rows, int64_t size, int32_t type, int threads) {
+  parallel(threads, [&](int thread, int team) {
+    const Range r = share(rows, thread, team);
+    silu_and_mul_rows(gate_up, y, size, type, r.begin, r.end);
+  });
+}
+
+// triples [count, 3]: source, destination, tokens; in every layer, in order.
+EXPORT void ck_copy_chunks(void* const* kv, int64_t layers, const Heads* heads, const int32_t* triples, int64_t count, int threads) {
+  parallel(threads, [&](int thread, int team) {
+    const Range r = share(layers, thread, team);
+    for (int64_t layer = r.begin; layer < r.end; layer++)
+      for (const int32_t* t = triples; t < triples + 3 * count; t += 3) copy_chunk(kv[layer], *heads, t[0], t[1], t[2]);
+  });
+}
