@@ -1,0 +1,146 @@
+"""Ids and text equal transformers', whole and streamed."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chunkllama.errors import ConfigError
+from chunkllama.text.detokenizer import IncrementalDetokenizer
+from chunkllama.text.tokenizer import load_tokenizer
+
+KINDS = ("llama3", "chatml", "llama2", "mistral", "llama2_json")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_equal_transformers(kind, folders, texts):
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(folders[kind]), load_tokenizer(folders[kind])
+    assert ours.vocab_size == len(theirs)
+    assert ours.bos_token_id == theirs.bos_token_id
+    assert theirs.eos_token_id in ours.eos_token_ids
+    for text in texts:
+        parsed = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text, allow_special=True) == parsed, text
+        plain = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert ours.encode(text) == plain, text
+        if ours.special_ids.isdisjoint(parsed):
+            assert ours.encode(text, add_special_tokens=True) == theirs.encode(text), text
+
+
+@pytest.mark.parametrize("kind", ["llama3", "llama2"])
+def test_bos_is_never_doubled(kind, folders):
+    tokenizer = load_tokenizer(folders[kind])
+    text = tokenizer.special_tokens["bos_token"] + "hello"
+    ids = tokenizer.encode(text, add_special_tokens=True, allow_special=True)
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_without_special_parsing_yields_no_control_token(kind, folders):
+    tokenizer = load_tokenizer(folders[kind])
+    for special in (tokenizer.added_tokens[i].content for i in tokenizer.special_ids):
+        ids = tokenizer.encode(f"a {special} b{special}")
+        assert tokenizer.special_ids.isdisjoint(ids)
+        assert tokenizer.decode(ids) == f"a {special} b{special}"
+
+
+@pytest.mark.parametrize("kind", ["llama3", "llama2"])
+def test_stream_equals_decode_of_all_ids(kind, folders):
+    """10,000 random id sequences over both kinds, half of them thick with bytes."""
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(folders[kind]), load_tokenizer(folders[kind])
+    single_bytes = [i for i in range(ours.vocab_size) if len(ours.token_bytes(i)) == 1]
+    rng = random.Random(5)
+    for case in range(5000):
+        ids = [rng.randrange(ours.vocab_size) for _ in range(rng.randrange(1, 24))]
+        if case % 2:
+            ids = [rng.choice(single_bytes) if rng.random() < 0.7 else i for i in ids]
+        skip = rng.random() < 0.5
+        detokenizer = IncrementalDetokenizer(ours, skip)
+        pieces, start = [], 0
+        while start < len(ids):
+            step = rng.randrange(1, 4)
+            pieces.append(detokenizer.add(ids[start : start + step]))
+            start += step
+        pieces.append(detokenizer.finish())
+        expected = theirs.decode(ids, skip_special_tokens=skip)
+        assert "".join(pieces) == expected == ours.decode(ids, skip), ids
+
+
+@pytest.mark.parametrize("kind", ["llama3", "llama2"])
+def test_stream_never_shows_part_of_a_character(kind, folders, exotic):
+    tokenizer = load_tokenizer(folders[kind])
+    ids = tokenizer.encode(exotic)
+    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=True)
+    pieces = [detokenizer.add([i]) for i in ids]
+    assert "\ufffd" not in "".join(pieces)
+    assert "".join(pieces) + detokenizer.finish() == exotic
+    cut = IncrementalDetokenizer(tokenizer, skip_special_tokens=True)
+    assert cut.add(tokenizer.encode("🤖")[:-1]).strip() == ""
+    assert "\ufffd" in cut.finish()
+
+
+def test_answer_to_a_chat_loses_the_leading_space_and_a_continuation_keeps_it(folders):
+    tokenizer = load_tokenizer(folders["llama2"])
+    prompt, answer = tokenizer.encode("The capital"), tokenizer.encode("of France")
+    assert IncrementalDetokenizer(tokenizer, True).add(answer) == "of France"
+    assert IncrementalDetokenizer(tokenizer, True, prompt).add(answer) == " of France"
+
+
+@pytest.mark.parametrize("kind", ["llama3", "llama2"])
+def test_token_bytes_spell_the_text(kind, folders, texts):
+    tokenizer = load_tokenizer(folders[kind])
+    for text in texts:
+        ids = tokenizer.encode(text)
+        spelled = b"".join(map(tokenizer.token_bytes, ids)).decode()
+        assert spelled[tokenizer.rule.strip_left :] == tokenizer.decode(ids)
+    assert tokenizer.token_bytes(tokenizer.vocab_size) == b""
+    assert tokenizer.token_bytes(-1) == b""
+    eos = tokenizer.special_tokens["eos_token"]
+    assert tokenizer.token_str(tokenizer.token_id(eos)) == eos
+
+
+def test_eos_ids_are_the_union_of_every_file(folders, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folders["llama3"] / name).read_bytes())
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 5]}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_token_ids == (3, 4, 5, tokenizer.token_id("<|eot_id|>"))
+
+
+def _unusable(folder: Path, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_unusable_folders_are_named(folders, tmp_path):
+    _unusable(tmp_path, "neither tokenizer.json nor tokenizer.model")
+    (tmp_path / "tokenizer.model").write_bytes(b"\xff\xfe not a model")
+    _unusable(tmp_path, r"tokenizer\.model")
+    (tmp_path / "tokenizer.json").write_text('{"model": ')
+    _unusable(tmp_path, r"tokenizer\.json")
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    _unusable(tmp_path, "must hold a JSON object")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    document = json.loads((folders["llama3"] / "tokenizer.json").read_text())
+    document["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    _unusable(tmp_path, "decoder WordPiece")
+
+
+def test_text_room_imports_no_torch():
+    code = (
+        "import sys, chunkllama.text.chat_template, chunkllama.text.detokenizer;"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
