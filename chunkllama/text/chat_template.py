@@ -55,6 +55,11 @@ class ChatTemplate:
         self._control_text = _ControlText(self._controls)
         self._plain = tokenizer.without_control_tokens(self._controls)
 
+    @property
+    def source(self) -> str:
+        """The jinja2 text, every named template of it."""
+        return "\n".join(self._sources.values())
+
     def encode(
         self,
         messages: list[dict[str, Any]],

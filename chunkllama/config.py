@@ -1,0 +1,176 @@
+"""Configuration of an engine: frozen groups, flat keys that equal the command line's flags."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from chunkllama.errors import ConfigError
+
+DEMO_MODEL = "smollm2-135m-instruct"
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]?i?)b?", re.IGNORECASE)
+
+
+def parse_bytes(value: object) -> object:
+    """Bytes from "512MiB", "2g" or a number; what is neither is left for the type to refuse."""
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
+        return int(float(match[1]) * _UNITS[match[2].lower()])
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+
+
+class ConfigGroup(BaseModel):
+    """One part of the configuration; every field has a default and says what it means."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(ConfigGroup):
+    """Which model, in which numbers, on which device."""
+
+    model: str = Field(
+        default=DEMO_MODEL,
+        min_length=1,
+        description="Alias, Hugging Face folder, .gguf file, or hub id where a hub is reachable.",
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto",
+        description="Type of weights and K/V. auto is the checkpoint's, except that a CPU without "
+        "bfloat16 instructions computes in float32.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where to compute. auto is a CUDA device if there is one."
+    )
+    op_set: Literal["auto", "reference", "native", "cuda"] = Field(
+        default="auto",
+        description="Kernels: reference (torch), native (C++ for CPUs), cuda; auto is the fastest "
+        "that works here.",
+    )
+    weights: Literal["auto", "bf16", "int8"] = Field(
+        default="auto",
+        description="Storage of linear layers. auto is the dtype's own; int8 needs native.",
+    )
+    max_model_len: int | None = Field(
+        default=None,
+        gt=0,
+        description="Longest prompt plus answer in tokens. Default: the model's own.",
+    )
+    threads: int | None = Field(
+        default=None,
+        gt=0,
+        description="Compute threads. Default: this process's processors, cut to its CPU quota.",
+    )
+    seed: int | None = Field(
+        default=None, ge=0, description="Makes the seeds of requests that bring none reproducible."
+    )
+    generation_config: Literal["auto", "none"] = Field(
+        default="auto",
+        description="auto takes default sampling values from the model's generation_config.json, "
+        "none ignores them.",
+    )
+
+
+class CacheConfig(ConfigGroup):
+    """The pool of K/V chunks that every prompt's prefix tree is made of."""
+
+    num_chunks: int | None = Field(
+        default=None,
+        gt=0,
+        description="Chunks in the pool. Default: as many as kv_cache_memory holds.",
+    )
+    chunk_size: Literal[16, 32, 64, 128] = Field(
+        default=64,
+        description="Tokens a chunk holds. Sizes other than 64 need the reference op set.",
+    )
+    kv_cache_memory: Bytes | None = Field(
+        default=None,
+        description="Memory of the pool, like 512MiB. Default on a CPU: a quarter of what is left "
+        "after loading the weights, at most 1 GiB.",
+    )
+
+
+class SchedulerConfig(ConfigGroup):
+    """What runs in a step, and who waits."""
+
+    max_num_seqs: int = Field(default=64, gt=0, le=256, description="Sequences that run at once.")
+    max_num_batched_tokens: int = Field(
+        default=512, gt=0, description="Tokens of one step: decodes first, then slices of prompts."
+    )
+    scheduling_policy: Literal["fcfs", "prefix"] = Field(
+        default="prefix",
+        description="Order of waiting requests: first come first served, or those that share a "
+        "running prefix first, within an ageing bound.",
+    )
+    max_waiting: int = Field(
+        default=1024, ge=0, description="Requests that may wait; one more is refused with 429."
+    )
+    min_wait_tokens: int = Field(
+        default=32,
+        ge=0,
+        description="Waiting for another request's prefix must save at least this much.",
+    )
+
+
+class EngineConfig(BaseModel):
+    """Everything an engine is built from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+
+    @classmethod
+    def from_flat(cls, **settings: Any) -> EngineConfig:
+        """Build one from flat keys, e.g. ``from_flat(num_chunks=64, dtype="float32")``.
+
+        Raises:
+            ConfigError: a key is unknown (the nearest is named) or a value is out of range.
+        """
+        groups: dict[str, type[ConfigGroup]] = {
+            "model": ModelConfig,
+            "cache": CacheConfig,
+            "scheduler": SchedulerConfig,
+        }
+        known = [key for group in groups.values() for key in group.model_fields]
+        check_keys(settings, known)
+        try:
+            return cls(
+                **{  # type: ignore[arg-type]
+                    name: group(**{k: settings[k] for k in group.model_fields if k in settings})
+                    for name, group in groups.items()
+                }
+            )
+        except ValidationError as error:
+            raise ConfigError(first_error(error)) from None
+
+
+def check_keys(keys: Iterable[str], known: Iterable[str], origin: str = "") -> None:
+    """Refuse unknown keys.
+
+    Raises:
+        ConfigError: naming the key, its origin and the nearest known key.
+    """
+    known = list(known)
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"unknown key {key}{f' in {origin}' if origin else ''}{hint}")
+
+
+def first_error(error: ValidationError) -> str:
+    """The first of a validation's errors as one line: key, what is wrong, the value given."""
+    detail = error.errors(include_url=False, include_context=False)[0]
+    key = ".".join(str(part) for part in detail["loc"] if isinstance(part, str))
+    value = repr(detail["input"])
+    given = "" if "key" in key else f", got {value[:100]}"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{key.split('.')[0]}: {message[:1].lower()}{message[1:]}{given}"

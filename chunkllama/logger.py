@@ -1,0 +1,86 @@
+"""Logging: text or JSON, one line a record whatever is in it, the request's id beside it, no
+prompts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from contextvars import ContextVar
+from typing import Literal, TextIO
+
+LogFormat = Literal["text", "json"]
+
+# Set by the HTTP layer for the request being served; every record made meanwhile carries it.
+request_id_context: ContextVar[str] = ContextVar("request_id", default="")
+
+_ROOT = "chunkllama"
+_CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]}
+_CONTROL |= {9: "\\t", 10: "\\n", 13: "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def init_logger(name: str) -> logging.Logger:
+    """The logger of a module: ``logger = init_logger(__name__)``."""
+    return logging.getLogger(name if name.split(".")[0] == _ROOT else f"{_ROOT}.{name}")
+
+
+def configure_logging(
+    level: str = "info", log_format: LogFormat = "text", stream: TextIO | None = None
+) -> None:
+    """Send this package's records, and uvicorn's, to ``stream`` (stderr) in one format.
+
+    Libraries never call it; the command line does, once a process.
+    """
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    for name in (_ROOT, "uvicorn", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler] if name != "uvicorn.error" else []
+        logger.propagate = name == "uvicorn.error"
+        logger.setLevel(level.upper())
+    # The application logs requests itself, without paths' queries or prompts.
+    logging.getLogger("uvicorn.access").handlers = []
+    logging.getLogger("uvicorn.access").propagate = False
+
+
+class TextFormatter(logging.Formatter):
+    """``12:34:56.789 INFO  engine.core [request id] message key=value``, control characters
+    escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        name = record.name.removeprefix(f"{_ROOT}.")
+        request_id = request_id_context.get()
+        where = f"{name} [{request_id}]" if request_id else name
+        extra = "".join(f" {key}={value}" for key, value in _extra(record).items())
+        line = f"{clock}.{int(record.msecs):03d} {record.levelname:<7} {where}: {_message(record)}"
+        return (line + extra).translate(_CONTROL)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; fields passed as ``extra`` become members."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, object] = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": _message(record),
+        }
+        if request_id := request_id_context.get():
+            entry["request_id"] = request_id
+        # ASCII alone: no terminal or log shipper sees a control character or a line separator.
+        return json.dumps(entry | _extra(record), default=str)
+
+
+def _message(record: logging.LogRecord) -> str:
+    message = record.getMessage()
+    if record.exc_info and record.exc_info[0] is not None:
+        message += "\n" + logging.Formatter().formatException(record.exc_info)
+    return message
+
+
+def _extra(record: logging.LogRecord) -> dict[str, object]:
+    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
