@@ -1,0 +1,441 @@
+// Two-phase partition attention (ChunkAttention, arXiv 2402.15220, section 3.2), both phases in one kernel.
+//
+// A work item is a contiguous range of rows times a run of KV chunks. Shared runs are items with many rows (the
+// chunk-first phase), private runs are items with one row (sequence-first), causal rows are items with a mask by
+// position. The query heads of one kv head ride along as extra rows ("packed rows"), so K/V are read once per group.
+//
+// Grid: any number of CTAs; CTA b walks the units b, b + gridDim.x, ... of its tile class. A unit = (item, kv head,
+// row tile), row tile fastest, then kv head. Fewer CTAs than units make the launch persistent, more exit at once: the
+// number of units is read from the plan on the device, so a captured launch follows a changing plan.
+#pragma once
+#include "plan_layout.cuh"
+#include "softmax_state.cuh"
+
+struct TppPartialParams {
+  const void* q;         // [rows, Hq, D]
+  const void* kv;        // [num_chunks, 2, Hkv, 64, D]; chunks stand chunk_stride elements apart
+  void* out;             // [rows, Hq, D], written for rows with a single partial
+  float* partial_out;    // [slots, Hq, D] normalised
+  float* partial_lse;    // [slots, Hq] base 2, -inf = no visible key
+  const int* positions;  // [rows]
+  const int* header;     // the plan's arrays, see plan_format.py
+  const int* items;
+  const int* chunk_ids;
+  const int* row_flags;
+  i64 chunk_stride;
+  int num_kv_heads;
+  int group;      // query heads per kv head
+  int row_tiles;  // row tiles of the largest item: ceil(rows x group / ROWS)
+  int tile_class;
+  float scale_log2;  // softmax scale times log2(e), above 0
+  int reserved;
+};
+static_assert(sizeof(TppPartialParams) == 112, "chunkllama/ops/cuda.py packs these fields");
+
+// ROW_TILES m16 tiles per warp; ROW_WARPS warps side by side along rows, KEY_WARPS along the keys of a stage;
+// STAGES stages of STAGE_TOKENS keys and values in shared memory.
+template <typename T_, int HEAD_DIM_, int ROW_TILES_, int ROW_WARPS_, int KEY_WARPS_, int STAGE_TOKENS_, int STAGES_,
+          int MIN_CTAS_>
+struct Tile {
+  using T = T_;
+  static constexpr int HEAD_DIM = HEAD_DIM_, ROW_TILES = ROW_TILES_, ROW_WARPS = ROW_WARPS_, KEY_WARPS = KEY_WARPS_;
+  static constexpr int STAGE_TOKENS = STAGE_TOKENS_, STAGES = STAGES_, MIN_CTAS = MIN_CTAS_;
+  static constexpr int ROWS = 16 * ROW_TILES * ROW_WARPS;
+  static constexpr int THREADS = 32 * ROW_WARPS * KEY_WARPS;
+  static constexpr int WARP_KEYS = STAGE_TOKENS / KEY_WARPS;  // keys of a stage that one warp scores
+  static constexpr int KEY_TILES = WARP_KEYS / 8;
+  static constexpr int PIECES = HEAD_DIM / 8;  // 16-byte pieces of a row
+  static constexpr int Q_BYTES = ROWS * HEAD_DIM * 2;
+  static constexpr int MATRIX_BYTES = STAGE_TOKENS * HEAD_DIM * 2;  // K or V of one stage
+  static constexpr int STAGE_BYTES = 2 * MATRIX_BYTES;
+  static constexpr int PIPELINE_BYTES = Q_BYTES + STAGES * STAGE_BYTES;
+  // Joining the key warps reuses the pipeline's memory; the padding makes the float2 stores free of bank conflicts.
+  static constexpr int JOIN_STRIDE = HEAD_DIM + 8;
+  static constexpr int JOIN_BYTES = KEY_WARPS * ROWS * (JOIN_STRIDE + 2) * 4;
+  static constexpr int SHARED_BYTES = PIPELINE_BYTES > JOIN_BYTES ? PIPELINE_BYTES : JOIN_BYTES;
+  // Q fragments stay in registers where these suffice, else they are read again for every stage.
+  static constexpr bool Q_IN_REGISTERS = ROW_TILES * HEAD_DIM <= 128;
+  static_assert(WARP_KEYS % 16 == 0 && CHUNK % STAGE_TOKENS == 0 && HEAD_DIM % 32 == 0 && STAGES >= 2, "tile shape");
+};
+
+// Where 16-byte piece `piece` of row `row` lives: eight rows of one piece column meet all 32 banks once, which is what
+// ldmatrix reads. Rows of 8 k pieces need the row's low three bits; rows of 12 (head_dim 96) advance four banks groups
+// per row by themselves and need the next two.
+template <class X>
+DEVICE int swizzled(int row, int piece) {
+  return (row * X::PIECES + (X::PIECES % 8 == 0 ? piece ^ (row & 7) : piece ^ ((row >> 1) & 3))) * 16;
+}
+
+struct WarpRole {
+  int row_warp, key_warp, lane;
+  int group, pair;  // of an mma fragment: rows `group` and `group + 8`, columns 2 pair and 2 pair + 1
+};
+
+template <class X>
+DEVICE WarpRole warp_role() {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  return {warp % X::ROW_WARPS, warp / X::ROW_WARPS, lane, lane >> 2, lane & 3};
+}
+
+struct Unit {
+  int row_begin;        // first row of the item
+  int packed_begin;     // this tile's first packed row, counted from the item's first
+  int packed_rows;      // valid packed rows of this tile
+  int kv_head;
+  int num_tokens;       // keys to walk
+  int unmasked_tokens;  // keys below this one are visible to every row of the tile
+  int first_position;
+  int partial_base;
+  bool masked;
+  const int* chunk_ids;
+
+  DEVICE int row(const TppPartialParams& p, int r) const { return row_begin + (packed_begin + r) / p.group; }
+  DEVICE int head(const TppPartialParams& p, int r) const {
+    return kv_head * p.group + (packed_begin + r) % p.group;
+  }
+  // How many keys of the run a row sees.
+  DEVICE int visible_tokens(const TppPartialParams& p, int row) const {
+    if (!masked) return num_tokens;
+    const int visible = p.positions[row] + 1 - first_position;
+    return visible < num_tokens ? visible : num_tokens;
+  }
+};
+
+template <class X>
+DEVICE Unit decode_unit(const TppPartialParams& p, int index) {
+  const int row_tile = index % p.row_tiles, rest = index / p.row_tiles;
+  const int first_item = p.tile_class == 0 ? 0 : p.header[NUM_CLASS0_ITEMS];
+  const int* item = p.items + (i64)(first_item + rest / p.num_kv_heads) * ITEM_COLUMNS;
+  Unit unit;
+  unit.row_begin = item[ROW_BEGIN];
+  unit.packed_begin = row_tile * X::ROWS;
+  unit.packed_rows = item[ITEM_ROWS] * p.group - unit.packed_begin;
+  unit.packed_rows = unit.packed_rows < X::ROWS ? unit.packed_rows : X::ROWS;
+  unit.kv_head = rest % p.num_kv_heads;
+  unit.num_tokens = item[NUM_TOKENS];
+  unit.first_position = item[FIRST_POSITION];
+  unit.partial_base = item[PARTIAL_BASE];
+  unit.masked = (item[FLAGS] & ITEM_MASK) != 0;
+  unit.chunk_ids = p.chunk_ids + item[CHUNK_OFFSET];
+  if (unit.packed_rows > 0) {  // positions never decrease over a masked item's rows: the tile's last row bounds the run
+    unit.num_tokens = unit.visible_tokens(p, unit.row(p, unit.packed_rows - 1));
+    unit.num_tokens = unit.num_tokens > 0 ? unit.num_tokens : 0;
+    unit.unmasked_tokens = unit.visible_tokens(p, unit.row(p, 0));
+  }
+  return unit;
+}
+
+// Feeds the stages: every load() issues one stage of K and V and closes one copy group, also past the end of the run,
+// so that "all but the newest STAGES - 2 groups" always means the stage about to be read.
+template <class X>
+struct StageLoader {
+  const typename X::T* kv_head;  // K of this kv head in chunk 0
+  i64 value_offset;              // elements from K to V
+  i64 chunk_stride;
+  const int* chunk_ids;
+  int num_tokens;
+  unsigned char* stages;
+  int token = 0, stage = 0;  // next to load
+  int chunk;                 // its chunk id, read one load ahead so that no copy waits for it
+
+  DEVICE StageLoader(const TppPartialParams& p, const Unit& unit, unsigned char* stages)
+      : kv_head((const typename X::T*)p.kv + (i64)unit.kv_head * CHUNK * X::HEAD_DIM),
+        value_offset((i64)p.num_kv_heads * CHUNK * X::HEAD_DIM),
+        chunk_stride(p.chunk_stride),
+        chunk_ids(unit.chunk_ids),
+        num_tokens(unit.num_tokens),
+        stages(stages),
+        chunk(unit.num_tokens > 0 ? unit.chunk_ids[0] : 0) {}
+
+  DEVICE void load() {
+    if (token < num_tokens) {
+      const typename X::T* keys = kv_head + chunk * chunk_stride + (i64)(token % CHUNK) * X::HEAD_DIM;
+      copy_matrix(stages + stage * X::STAGE_BYTES, keys);
+      copy_matrix(stages + stage * X::STAGE_BYTES + X::MATRIX_BYTES, keys + value_offset);
+      token += X::STAGE_TOKENS;
+      stage = stage + 1 == X::STAGES ? 0 : stage + 1;
+      if (token < num_tokens) chunk = chunk_ids[token / CHUNK];
+    }
+    copy_async_commit();
+  }
+
+  DEVICE void copy_matrix(unsigned char* destination, const typename X::T* source) {
+#pragma unroll
+    for (int i = threadIdx.x; i < X::STAGE_TOKENS * X::PIECES; i += X::THREADS) {
+      const int row = i / X::PIECES, piece = i % X::PIECES;
+      copy_async16(destination + swizzled<X>(row, piece), source + i * 8, token + row < num_tokens);
+    }
+  }
+};
+
+template <class X>
+DEVICE void load_queries(const TppPartialParams& p, const Unit& unit, unsigned char* queries) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < X::ROWS * X::PIECES; i += X::THREADS) {
+    const int r = i / X::PIECES, piece = i % X::PIECES;
+    const bool valid = r < unit.packed_rows;
+    const int packed = valid ? r : 0;
+    const i64 at = (i64)unit.row(p, packed) * (p.num_kv_heads * p.group) + unit.head(p, packed);
+    copy_async16(queries + swizzled<X>(r, piece), (const typename X::T*)p.q + at * X::HEAD_DIM + piece * 8, valid);
+  }
+}
+
+template <class X>
+DEVICE void read_query_fragment(u32 (&fragment)[4], const unsigned char* queries, WarpRole role, int tile, int step) {
+  const int row = (role.row_warp * X::ROW_TILES + tile) * 16 + (role.lane & 15);
+  ldmatrix_x4<false>(fragment, queries + swizzled<X>(row, 2 * step + (role.lane >> 4)));
+}
+
+template <class X>
+struct Queries {
+  u32 fragments[X::Q_IN_REGISTERS ? X::ROW_TILES : 1][X::Q_IN_REGISTERS ? X::HEAD_DIM / 16 : 1][4];
+
+  DEVICE void keep(const unsigned char* queries, WarpRole role) {
+    if (!X::Q_IN_REGISTERS) return;
+#pragma unroll
+    for (int a = 0; a < (X::Q_IN_REGISTERS ? X::ROW_TILES : 1); a++)
+#pragma unroll
+      for (int k = 0; k < (X::Q_IN_REGISTERS ? X::HEAD_DIM / 16 : 1); k++)
+        read_query_fragment<X>(fragments[a][k], queries, role, a, k);
+  }
+
+  DEVICE void get(u32 (&fragment)[4], const unsigned char* queries, WarpRole role, int tile, int step) const {
+    if (X::Q_IN_REGISTERS) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) fragment[e] = fragments[X::Q_IN_REGISTERS ? tile : 0][X::Q_IN_REGISTERS ? step : 0][e];
+    } else {
+      read_query_fragment<X>(fragment, queries, role, tile, step);
+    }
+  }
+};
+
+template <class X>
+using Scores = float[X::ROW_TILES][X::KEY_TILES][4];
+template <class X>
+using Output = float[X::ROW_TILES][X::HEAD_DIM / 8][4];
+template <class X>
+using States = SoftmaxState[X::ROW_TILES][2];
+
+// S = Q K^T over this warp's keys. Rows of K are keys: plain ldmatrix yields the column-major operand.
+template <class X>
+DEVICE void score(Scores<X>& s, const Queries<X>& q, const unsigned char* queries, const unsigned char* keys,
+                  WarpRole role) {
+#pragma unroll
+  for (int a = 0; a < X::ROW_TILES; a++)
+#pragma unroll
+    for (int j = 0; j < X::KEY_TILES; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) s[a][j][e] = 0.f;
+#pragma unroll
+  for (int k = 0; k < X::HEAD_DIM / 16; k++) {
+    u32 rows[X::ROW_TILES][4];
+#pragma unroll
+    for (int a = 0; a < X::ROW_TILES; a++) q.get(rows[a], queries, role, a, k);
+#pragma unroll
+    for (int j = 0; j < X::KEY_TILES; j += 2) {
+      u32 columns[4];
+      const int key = role.key_warp * X::WARP_KEYS + j * 8 + (role.lane >> 4) * 8 + (role.lane & 7);
+      ldmatrix_x4<false>(columns, keys + swizzled<X>(key, 2 * k + ((role.lane >> 3) & 1)));
+#pragma unroll
+      for (int a = 0; a < X::ROW_TILES; a++) {
+        Element<typename X::T>::mma(s[a][j], rows[a], columns[0], columns[1]);
+        Element<typename X::T>::mma(s[a][j + 1], rows[a], columns[2], columns[3]);
+      }
+    }
+  }
+}
+
+template <class X>
+DEVICE void mask_scores(Scores<X>& s, const int (&visible)[X::ROW_TILES][2], int first_token, WarpRole role) {
+  const int first_key = first_token + role.key_warp * X::WARP_KEYS + 2 * role.pair;
+#pragma unroll
+  for (int a = 0; a < X::ROW_TILES; a++)
+#pragma unroll
+    for (int j = 0; j < X::KEY_TILES; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        if (first_key + j * 8 + (e & 1) >= visible[a][e >> 1]) s[a][j][e] = NEGATIVE_INFINITY;
+}
+
+// Scores become weights 2^(score - anchor); what was accumulated under a smaller maximum is scaled down. `sum` stays
+// this lane's share of its row: the four lanes of a row are added once, at the end of the run.
+template <class X>
+DEVICE void softmax(Scores<X>& s, States<X>& states, Output<X>& o, float scale_log2) {
+#pragma unroll
+  for (int a = 0; a < X::ROW_TILES; a++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float largest = NEGATIVE_INFINITY;
+#pragma unroll
+      for (int j = 0; j < X::KEY_TILES; j++) {
+        largest = largest > s[a][j][2 * h] ? largest : s[a][j][2 * h];
+        largest = largest > s[a][j][2 * h + 1] ? largest : s[a][j][2 * h + 1];
+      }
+      const float near = shuffle_xor(largest, 1);
+      largest = largest > near ? largest : near;
+      const float far = shuffle_xor(largest, 2);
+      largest = largest > far ? largest : far;
+      const float factor = states[a][h].raise(largest * scale_log2);
+      const float anchor = states[a][h].anchor();
+      float sum = 0.f;
+#pragma unroll
+      for (int j = 0; j < X::KEY_TILES; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const float weight = exp2_fast(s[a][j][2 * h + e] * scale_log2 - anchor);
+          s[a][j][2 * h + e] = weight;
+          sum += weight;
+        }
+      states[a][h].sum += sum;
+#pragma unroll
+      for (int j = 0; j < X::HEAD_DIM / 8; j++) {
+        o[a][j][2 * h] *= factor;
+        o[a][j][2 * h + 1] *= factor;
+      }
+    }
+}
+
+// O += P V. The weights' C fragments are the A operand as they stand; rows of V are keys: transposed ldmatrix.
+template <class X>
+DEVICE void accumulate(Output<X>& o, const Scores<X>& s, const unsigned char* values, WarpRole role) {
+#pragma unroll
+  for (int k = 0; k < X::KEY_TILES / 2; k++) {
+    u32 weights[X::ROW_TILES][4];
+#pragma unroll
+    for (int a = 0; a < X::ROW_TILES; a++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const float* pair = &s[a][2 * k + e / 2][2 * (e & 1)];
+        weights[a][e] = Element<typename X::T>::pack2(pair[0], pair[1]);
+      }
+#pragma unroll
+    for (int j = 0; j < X::HEAD_DIM / 8; j += 2) {
+      u32 columns[4];
+      const int key = role.key_warp * X::WARP_KEYS + k * 16 + (role.lane & 15);
+      ldmatrix_x4<true>(columns, values + swizzled<X>(key, j + (role.lane >> 4)));
+#pragma unroll
+      for (int a = 0; a < X::ROW_TILES; a++) {
+        Element<typename X::T>::mma(o[a][j], weights[a], columns[0], columns[1]);
+        Element<typename X::T>::mma(o[a][j + 1], weights[a], columns[2], columns[3]);
+      }
+    }
+  }
+}
+
+// Puts this warp's share of (O, state) where the key warps meet.
+template <class X>
+DEVICE void stage_output(const Output<X>& o, const States<X>& states, float* outputs, SoftmaxState* joined,
+                         WarpRole role) {
+#pragma unroll
+  for (int a = 0; a < X::ROW_TILES; a++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int at = role.key_warp * X::ROWS + (role.row_warp * X::ROW_TILES + a) * 16 + role.group + 8 * h;
+      SoftmaxState state = states[a][h];
+      state.sum += shuffle_xor(state.sum, 1);
+      state.sum += shuffle_xor(state.sum, 2);
+      if (role.pair == 0) joined[at] = state;
+#pragma unroll
+      for (int j = 0; j < X::HEAD_DIM / 8; j++)
+        *(float2*)(outputs + at * X::JOIN_STRIDE + j * 8 + 2 * role.pair) =
+            make_float2(o[a][j][2 * h], o[a][j][2 * h + 1]);
+    }
+}
+
+// Joins the key warps' shares of every row and writes the row's partial, or its output if there is no other partial.
+template <class X>
+DEVICE void write_rows(const TppPartialParams& p, const Unit& unit, const float* outputs, const SoftmaxState* joined) {
+  for (int i = threadIdx.x; i < unit.packed_rows * (X::HEAD_DIM / 4); i += X::THREADS) {
+    const int r = i / (X::HEAD_DIM / 4), column = i % (X::HEAD_DIM / 4) * 4;
+    SoftmaxState state = SoftmaxState::empty();
+#pragma unroll
+    for (int w = 0; w < X::KEY_WARPS; w++) state.raise(joined[w * X::ROWS + r].maximum);
+    float sums[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int w = 0; w < X::KEY_WARPS; w++) {
+      const SoftmaxState other = joined[w * X::ROWS + r];
+      const float weight = state.weight_of(other);
+      const float4 share = *(const float4*)(outputs + (w * X::ROWS + r) * X::JOIN_STRIDE + column);
+      state.sum += weight * other.sum;
+      sums[0] += weight * share.x;
+      sums[1] += weight * share.y;
+      sums[2] += weight * share.z;
+      sums[3] += weight * share.w;
+    }
+    const float inverse = state.inverse_sum();
+    const int row = unit.row(p, r), head = unit.head(p, r), num_heads = p.num_kv_heads * p.group;
+    if (p.row_flags[row]) {
+      uint2 packed;
+      packed.x = Element<typename X::T>::pack2(sums[0] * inverse, sums[1] * inverse);
+      packed.y = Element<typename X::T>::pack2(sums[2] * inverse, sums[3] * inverse);
+      *(uint2*)((typename X::T*)p.out + ((i64)row * num_heads + head) * X::HEAD_DIM + column) = packed;
+    } else {
+      const i64 at = (i64)(unit.partial_base + row - unit.row_begin) * num_heads + head;
+      *(float4*)(p.partial_out + at * X::HEAD_DIM + column) =
+          make_float4(sums[0] * inverse, sums[1] * inverse, sums[2] * inverse, sums[3] * inverse);
+      if (column == 0) p.partial_lse[at] = state.log_sum();
+    }
+  }
+}
+
+template <class X>
+DEVICE void attend(const TppPartialParams& p, const Unit& unit, unsigned char* shared) {
+  const WarpRole role = warp_role<X>();
+  unsigned char *queries = shared, *stages = shared + X::Q_BYTES;
+  StageLoader<X> loader(p, unit, stages);
+  load_queries<X>(p, unit, queries);
+#pragma unroll
+  for (int i = 0; i < X::STAGES - 1; i++) loader.load();
+
+  Output<X> o;
+  States<X> states;
+  int visible[X::ROW_TILES][2];
+#pragma unroll
+  for (int a = 0; a < X::ROW_TILES; a++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int r = (role.row_warp * X::ROW_TILES + a) * 16 + role.group + 8 * h;
+      visible[a][h] = r < unit.packed_rows ? unit.visible_tokens(p, unit.row(p, r)) : unit.num_tokens;
+      states[a][h] = SoftmaxState::empty();
+#pragma unroll
+      for (int j = 0; j < X::HEAD_DIM / 8; j++) o[a][j][2 * h] = o[a][j][2 * h + 1] = 0.f;
+    }
+
+  Queries<X> q;
+  const unsigned char* stage = stages;
+  for (int token = 0; token < unit.num_tokens; token += X::STAGE_TOKENS) {
+    copy_async_wait<X::STAGES - 2>();
+    __syncthreads();  // this stage has landed for every thread, and nobody reads the stage that is loaded next
+    loader.load();
+    if (token == 0) q.keep(queries, role);
+    Scores<X> s;
+    score<X>(s, q, queries, stage, role);
+    if (token + X::STAGE_TOKENS > unit.unmasked_tokens) mask_scores<X>(s, visible, token, role);
+    softmax<X>(s, states, o, p.scale_log2);
+    accumulate<X>(o, s, stage + X::MATRIX_BYTES, role);
+    stage = stage + X::STAGE_BYTES == stages + X::STAGES * X::STAGE_BYTES ? stages : stage + X::STAGE_BYTES;
+  }
+  copy_async_wait<0>();
+  __syncthreads();  // the pipeline's memory becomes the join buffer
+
+  float* outputs = (float*)shared;
+  SoftmaxState* joined = (SoftmaxState*)(outputs + X::KEY_WARPS * X::ROWS * X::JOIN_STRIDE);
+  stage_output<X>(o, states, outputs, joined, role);
+  __syncthreads();  // every warp's share is in place
+  write_rows<X>(p, unit, outputs, joined);
+}
+
+template <class X>
+KERNEL(X::THREADS, X::MIN_CTAS)
+tpp_partial(TppPartialParams p) {
+  DYNAMIC_SHARED(shared);
+  const int class0 = p.header[NUM_CLASS0_ITEMS];
+  const int num_items = p.tile_class == 0 ? class0 : p.header[NUM_ITEMS] - class0;
+  const int num_units = num_items * p.num_kv_heads * p.row_tiles;
+  for (int index = blockIdx.x; index < num_units; index += gridDim.x) {
+    const Unit unit = decode_unit<X>(p, index);
+    if (unit.packed_rows <= 0) continue;
+    attend<X>(p, unit, shared);
+    __syncthreads();  // the next unit's queries overwrite the join buffer
+  }
+}
