@@ -1,0 +1,103 @@
+"""The application factory: parts come in as arguments, nothing is global."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from chunkllama import __version__
+from chunkllama.engine.client import EngineClient
+from chunkllama.sampling_params import GrammarSpec
+from server.auth import AuthMiddleware
+from server.context import ServerContext
+from server.errors import install_error_handlers
+from server.metrics import ServerMetrics
+from server.openapi import install_openapi
+from server.request_info import RequestInfoMiddleware
+from server.routes import chat, completions, health, models
+from server.settings import ApiSettings
+from server.structured import GrammarCompiler
+from server.text_service import TextService
+
+logger = logging.getLogger("chunkllama.server")
+
+DESCRIPTION = (
+    "OpenAI-compatible API of ChunkLlama. Errors are OpenAI error bodies; unknown fields are "
+    "ignored and named in x-chunkllama-ignored-fields, or refused in strict mode."
+)
+
+
+def create_app(
+    engine: EngineClient,
+    text: TextService,
+    settings: ApiSettings,
+    *,
+    validate_grammar: Callable[[GrammarSpec], None],
+    metrics: ServerMetrics | None = None,
+    on_shutdown: Callable[[], Awaitable[Any]] | None = None,
+) -> FastAPI:
+    """The HTTP application over an engine that is ready.
+
+    Args:
+        engine: where requests run; the caller closes it, in ``on_shutdown`` or after serving.
+        text: tokenizer and chat template.
+        settings: names, keys, limits.
+        validate_grammar: compiles a grammar, or raises InvalidRequestError.
+        metrics: shared with a metrics server on another port; by default the app's own.
+        on_shutdown: awaited when the server has stopped serving.
+    """
+    context = ServerContext(
+        engine=engine,
+        text=text,
+        settings=settings,
+        metrics=metrics or ServerMetrics(),
+        grammars=GrammarCompiler(validate_grammar, settings.grammar_seconds),
+    )
+    context.metrics.describe(engine.info, __version__)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> Any:
+        yield
+        context.grammars.close()
+        text.close()
+        if on_shutdown is not None:
+            await on_shutdown()
+
+    app = FastAPI(
+        title="ChunkLlama",
+        version=__version__,
+        description=DESCRIPTION,
+        root_path=settings.root_path,
+        lifespan=lifespan,
+        max_body_size=settings.max_body_bytes,
+        redirect_slashes=False,
+    )
+    app.state.context = context
+    for router in (chat.router, completions.router, models.router, health.router):
+        app.include_router(router)
+    if settings.expose_metrics:
+        app.include_router(health.metrics_router)
+    install_error_handlers(app)
+    install_openapi(app, needs_key=bool(settings.api_keys))
+    app.add_middleware(AuthMiddleware, settings=settings)
+    if settings.cors_origins:
+        # Outside of the key check: a browser's preflight carries no key.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    app.add_middleware(RequestInfoMiddleware)
+    if settings.isolates_tenants:
+        logger.info(
+            "cache isolation is on: tenants share nothing but public prefixes; "
+            "--isolation off shares all prefixes between keys"
+        )
+    return app

@@ -1,0 +1,194 @@
+"""Pieces of text turned into a text completion, whole or as chunks, over any number of prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from chunkllama.outputs import TokenLogprob
+from server.generation import Generation, Piece
+from server.logprobs import LogprobFormatter
+from server.protocol.completions import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+)
+from server.protocol.usage import CompletionUsage, completion_usage
+from server.streaming import DONE, sse
+
+
+@dataclass(slots=True)
+class CompletionAnswer:
+    """The generations of one request, one per prompt.
+
+    Attributes:
+        prompt_texts: text of each prompt, for echo.
+        scores_only: max_tokens is 0, so the one token the engine made is not shown.
+    """
+
+    body: CompletionRequest
+    completion_id: str
+    generations: list[Generation]
+    prompt_texts: list[str]
+    formatter: LogprobFormatter
+    fingerprint: str
+    scores_only: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def _n(self) -> int:
+        return self.generations[0].request.sampling.n
+
+    def usage(self) -> CompletionUsage:
+        """Sums over the prompts."""
+        return completion_usage(
+            sum(len(g.request.prompt_token_ids) for g in self.generations),
+            0 if self.scores_only else sum(g.num_completion_tokens for g in self.generations),
+            sum(g.num_cached_tokens for g in self.generations),
+            sum(g.num_cache_write_tokens for g in self.generations),
+        )
+
+    def _completion(self, choices: list[CompletionChoice]) -> Completion:
+        return {
+            "id": self.completion_id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.body.model,
+            "choices": choices,
+            "system_fingerprint": self.fingerprint,
+        }
+
+    async def whole(self) -> Completion:
+        """Run all prompts at once; one that fails ends them all."""
+        tasks = [asyncio.ensure_future(g.collect()) for g in self.generations]
+        try:
+            collected = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        completion = self._completion(
+            [
+                self._choice(number, piece, piece, is_first=True)
+                for number, pieces in enumerate(collected)
+                for piece in pieces
+            ]
+        )
+        completion["usage"] = self.usage()
+        return completion
+
+    def _choice(
+        self, number: int, piece: Piece, shown: Piece, *, is_first: bool, offset: int = 0
+    ) -> CompletionChoice:
+        """A choice or its next chunk; ``is_first`` puts what belongs to the prompt before it."""
+        generation = self.generations[number]
+        echoes = bool(self.body.echo) and is_first
+        if self.scores_only:
+            shown = Piece(piece.index, finish_reason=piece.finish_reason and "length")
+        prompt_text = self.prompt_texts[number] if echoes else ""
+        choice: CompletionChoice = {
+            "text": prompt_text + shown.text,
+            "index": number * self._n + piece.index,
+            "finish_reason": cast(Any, shown.finish_reason),
+            "logprobs": self._logprobs(generation, shown, echoes, offset),
+        }
+        if shown.stop_reason is not None:
+            choice["stop_reason"] = shown.stop_reason
+        if self.body.return_token_ids:
+            choice["token_ids"] = shown.token_ids
+            if is_first:
+                choice["prompt_token_ids"] = generation.request.prompt_token_ids
+        if self.body.prompt_logprobs is not None and is_first:
+            choice["prompt_logprobs"] = self.formatter.prompt(generation.prompt_logprobs or [])
+        return choice
+
+    def _logprobs(
+        self, generation: Generation, shown: Piece, echoes: bool, offset: int
+    ) -> CompletionLogprobs | None:
+        if self.body.logprobs is None:
+            return None
+        entries: list[TokenLogprob | None] = []
+        token_ids: list[int] = []
+        if echoes:
+            entries += generation.prompt_logprobs or []
+            token_ids += generation.request.prompt_token_ids
+        entries += shown.logprobs
+        token_ids += shown.token_ids
+        return self.formatter.completion(entries, token_ids, offset)
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events of all prompts as their steps produce them, usage if asked, [DONE]."""
+        options = self.body.stream_options
+        wants_usage = options is not None and bool(options.include_usage)
+        continuous = options is not None and bool(options.continuous_usage_stats)
+        offsets: dict[tuple[int, int], int] = {}
+        async with aclosing(self._merged()) as merged:
+            async for number, pieces in merged:
+                if self._is_new(number, offsets):
+                    pieces = self._with_starts(number, pieces, offsets)
+                for piece in pieces:
+                    key = (number, piece.index)
+                    choice = self._choice(
+                        number,
+                        piece,
+                        piece,
+                        is_first=key not in offsets,
+                        offset=offsets.get(key, 0),
+                    )
+                    offsets[key] = offsets.get(key, 0) + len(choice["text"])
+                    chunk = self._completion([choice])
+                    if wants_usage:
+                        chunk["usage"] = self.usage() if continuous else None
+                    yield sse(chunk)
+        if wants_usage:
+            last = self._completion([])
+            last["usage"] = self.usage()
+            yield sse(last)
+        yield DONE
+
+    def _is_new(self, number: int, offsets: dict[tuple[int, int], int]) -> bool:
+        return (number, 0) not in offsets
+
+    def _with_starts(
+        self, number: int, pieces: list[Piece], offsets: dict[tuple[int, int], int]
+    ) -> list[Piece]:
+        """Begin each choice of a prompt with a chunk, so that headers and echo do not wait."""
+        started = {piece.index for piece in pieces}
+        return [
+            *(Piece(index) for index in range(self._n) if index not in started),
+            *pieces,
+        ]
+
+    async def _merged(self) -> AsyncGenerator[tuple[int, list[Piece]], None]:
+        """Lists of pieces with their prompt's number, in the order they come."""
+        queue: asyncio.Queue[tuple[int, list[Piece] | Exception | None]] = asyncio.Queue(maxsize=1)
+
+        async def pump(number: int, generation: Generation) -> None:
+            try:
+                async with aclosing(generation.pieces()) as stream:
+                    async for pieces in stream:
+                        await queue.put((number, pieces))
+                await queue.put((number, None))
+            except Exception as error:
+                await queue.put((number, error))
+
+        tasks = [asyncio.ensure_future(pump(i, g)) for i, g in enumerate(self.generations)]
+        try:
+            running = len(tasks)
+            while running:
+                number, item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    running -= 1
+                else:
+                    yield number, item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

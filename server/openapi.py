@@ -1,0 +1,76 @@
+"""The OpenAPI document: what FastAPI derives, with our error bodies, statuses and streams put
+right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from server.protocol.errors import ErrorBody
+
+_DESCRIPTIONS = {
+    400: "The request is malformed, out of range, or does not fit the context.",
+    401: "No API key, or a wrong one.",
+    404: "Unknown model or path.",
+    405: "Wrong method for this path.",
+    408: "The request arrived too slowly.",
+    413: "The body is over the size limit.",
+    415: "The body is compressed.",
+    429: "The queue is full; Retry-After says when to try again.",
+    500: "The request failed; others go on.",
+    503: "Starting, restarting or draining; Retry-After says when to try again.",
+}
+Responses = dict[int | str, dict[str, Any]]
+
+
+def refusals(*statuses: int) -> Responses:
+    """Documentation of error responses."""
+    return {
+        status: {"model": ErrorBody, "description": _DESCRIPTIONS[status]} for status in statuses
+    }
+
+
+def answers(model: Any, event: Any = None) -> Responses:
+    """Documentation of a POST's answers: 200 as JSON (and as events), and every refusal.
+
+    Args:
+        model: schema of the JSON answer.
+        event: schema of one event's data when the endpoint streams.
+    """
+    success: dict[str, Any] = {"model": model, "description": "The answer."}
+    if event is not None:
+        success["description"] = "The answer; with stream, as server-sent events."
+        success["content"] = {
+            "text/event-stream": {
+                "schema": {"type": "string"},
+                "x-event-schema": getattr(event, "__name__", str(event)),
+            }
+        }
+    return {200: success, **refusals(400, 401, 404, 405, 408, 413, 415, 429, 500, 503)}
+
+
+def install_openapi(app: FastAPI, *, needs_key: bool) -> None:
+    """Serve a document without FastAPI's own 422, and with the key it asks for."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(
+                title=app.title, version=app.version, description=app.description, routes=app.routes
+            )
+            for path in schema["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+            schemas = schema["components"]["schemas"]
+            schemas.pop("HTTPValidationError", None)
+            schemas.pop("ValidationError", None)
+            if needs_key:
+                schema["components"]["securitySchemes"] = {
+                    "bearer": {"type": "http", "scheme": "bearer"}
+                }
+                schema["security"] = [{"bearer": []}]
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]

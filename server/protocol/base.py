@@ -1,0 +1,203 @@
+"""What every request model shares: strict types, no NaN, unknown fields kept so that they can be
+named.
+
+Each field's description begins with what becomes of it: Honoured, Validated (checked, then without
+effect on the output), Ignored, or Refused (a known field this server does not serve).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+LogitBias = Annotated[float, Field(ge=-100, le=100)]
+MAX_TOKENS = 2**31 - 1
+REFUSED = "Refused."
+MAX_SEED = 2**63 - 1
+
+
+class RequestModel(BaseModel):
+    """Base of request models; ``null`` equals absent wherever a field's type allows it."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+def walk_fields(
+    model: BaseModel, prefix: str = ""
+) -> Iterator[tuple[str, Literal["unknown", "refused"]]]:
+    """Paths of the fields a client sent that no model knows, or that are known and not served."""
+    for name in model.model_extra or ():
+        yield f"{prefix}{name}", "unknown"
+    fields = type(model).model_fields
+    for name in sorted(model.model_fields_set & fields.keys()):
+        value = getattr(model, name)
+        path = f"{prefix}{fields[name].alias or name}"
+        if value is not None and fields[name].description == REFUSED:
+            yield path, "refused"
+        yield from _nested(value, path)
+
+
+def _nested(value: Any, path: str) -> Iterator[tuple[str, Literal["unknown", "refused"]]]:
+    if isinstance(value, BaseModel):
+        yield from walk_fields(value, f"{path}.")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            if isinstance(item, BaseModel):
+                yield from walk_fields(item, f"{path}[{index}].")
+
+
+class StreamOptions(RequestModel):
+    """Options of a streamed answer."""
+
+    include_usage: bool | None = Field(
+        None, description="Honoured: a last chunk with usage; every other chunk has usage null."
+    )
+    continuous_usage_stats: bool | None = Field(
+        None, description="Honoured: with include_usage, each chunk carries the usage so far."
+    )
+    include_obfuscation: bool | None = Field(
+        None, description="Ignored: no padding is sent, which is what false asks for."
+    )
+
+
+class PromptCacheOptions(RequestModel):
+    """How a prompt is kept for later requests."""
+
+    mode: Literal["implicit", "explicit"] | None = Field(
+        None,
+        description="Honoured: implicit (default) stores the whole prompt, explicit only up to "
+        "the last breakpoint; explicit without a breakpoint stores nothing.",
+    )
+    ttl: str | None = Field(
+        None,
+        pattern=r"^\d{1,5}[smh]$",
+        description='Honoured: the least time the prefix is kept, e.g. "30m" (the only value in '
+        "strict mode), inside the server's pin budget.",
+    )
+
+
+class PromptCacheBreakpoint(RequestModel):
+    """The end of a reusable prefix."""
+
+    mode: Literal["explicit"] = Field("explicit", description="Honoured.")
+
+
+class StructuredOutputs(RequestModel):
+    """A constraint on the output: exactly one of its fields."""
+
+    json_: str | dict[str, Any] | bool | None = Field(
+        None, alias="json", description="Honoured: a JSON schema, as an object or as text."
+    )
+    regex: str | None = Field(None, description="Honoured: the output matches it.")
+    choice: list[str] | None = Field(
+        None, min_length=1, max_length=1024, description="Honoured: the output is one of these."
+    )
+    grammar: str | None = Field(None, description="Honoured: a Lark grammar.")
+    json_object: bool | None = Field(None, description="Honoured: true asks for any JSON object.")
+    structural_tag: Any = Field(None, description="Refused.")
+
+
+class CacheFields(RequestModel):
+    """Prompt-cache fields, the same on every endpoint that generates."""
+
+    prompt_cache_key: str | None = Field(
+        None,
+        max_length=1024,
+        description="Validated: logged (hashed) to group requests; never widens what is shared.",
+    )
+    prompt_cache_options: PromptCacheOptions | None = Field(None, description="Honoured.")
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = Field(
+        None,
+        description="Honoured (deprecated): 24h is a ttl of 24 hours; in_memory is the default.",
+    )
+    cache_salt: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1024,
+        description="Honoured: narrows cache sharing to requests of this key with this salt.",
+    )
+
+
+class SamplingFields(CacheFields):
+    """Sampling fields that chat and text completions share."""
+
+    model: str = Field(description="Honoured: a served model name; another is 404.")
+    temperature: float | None = Field(
+        None, ge=0, le=2, description="Honoured: 0 is greedy. Default 1 or the model's."
+    )
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="Honoured: 0 keeps the single best token."
+    )
+    top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS, description="Honoured: -1 and 0 are off.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Honoured.")
+    n: int | None = Field(
+        None, ge=1, le=128, description="Honoured: choices; the prompt is computed once."
+    )
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Honoured.")
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Honoured.")
+    repetition_penalty: float | None = Field(None, gt=0, le=100, description="Honoured.")
+    logit_bias: dict[str, LogitBias] | None = Field(
+        None,
+        max_length=1024,
+        description="Honoured: token id to a value in [-100, 100].",
+    )
+    seed: int | None = Field(
+        None,
+        ge=-MAX_SEED - 1,
+        le=MAX_SEED,
+        description="Honoured: the same seed and parameters give the same output.",
+    )
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
+        None, description="Honoured: up to 4 strings of 1 to 256 characters, not in the text."
+    )
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=256, description="Honoured.")
+    include_stop_str_in_output: bool | None = Field(None, description="Honoured.")
+    ignore_eos: bool | None = Field(None, description="Honoured.")
+    min_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="Honoured.")
+    skip_special_tokens: bool | None = Field(None, description="Honoured. Default true.")
+    bad_words: list[StopString] | None = Field(
+        None, max_length=64, description="Honoured: these words are never generated."
+    )
+    allowed_token_ids: list[TokenId] | None = Field(
+        None, min_length=1, max_length=65536, description="Honoured: only these are generated."
+    )
+    use_beam_search: bool | None = Field(
+        None, description="Honoured: n beams; temperature must be 0 or absent, no stream."
+    )
+    length_penalty: float | None = Field(
+        None, ge=-10, le=10, description="Honoured with beam search."
+    )
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=20, description="Honoured: not with stream. Recomputes the whole prompt."
+    )
+    structured_outputs: StructuredOutputs | None = Field(None, description="Honoured.")
+    stream: bool | None = Field(None, description="Honoured.")
+    stream_options: StreamOptions | None = Field(None, description="Honoured: 400 without stream.")
+    return_token_ids: bool | None = Field(
+        None, description="Honoured: prompt_token_ids and each choice's token_ids."
+    )
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="Honoured: log-probability tokens read token_id:N."
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=1, le=MAX_TOKENS, description="Honoured: keeps the prompt's last N tokens."
+    )
+    priority: int | None = Field(
+        None, ge=-1000, le=1000, description="Honoured: lower is served first. Default 0."
+    )
+    user: str | None = Field(None, max_length=512, description="Validated (deprecated).")
+    request_id: str | None = Field(
+        None, max_length=256, description="Ignored: send the x-request-id header instead."
+    )
+    session_id: str | None = Field(
+        None, max_length=256, description="Ignored: the prefix tree needs no session."
+    )
+    stream_interval: int | None = Field(
+        None, ge=1, le=1024, description="Ignored: each step's tokens are sent at once."
+    )
+    kv_transfer_params: Any = Field(None, description="Refused.")
+    vllm_xargs: Any = Field(None, description="Refused.")

@@ -1,0 +1,38 @@
+"""GET /v1/models, /version and health: response schemas."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from typing_extensions import TypedDict
+
+
+class Model(TypedDict):
+    """A served model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+
+
+class ModelList(TypedDict):
+    """All served models."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Version(TypedDict):
+    """The server's version."""
+
+    version: str
+
+
+class Health(TypedDict):
+    """``status`` is ok."""
+
+    status: Literal["ok"]

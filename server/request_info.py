@@ -1,0 +1,83 @@
+"""What the middleware knows of one HTTP request, and the headers every response carries."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import ApiError
+
+_CLEAN_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_UNCLEAN_FIELD = re.compile(r"[^A-Za-z0-9_.\[\]-]")
+MAX_NAMED_FIELDS = 20
+_SCOPE_KEY = "chunkllama.request_info"
+
+
+@dataclass(slots=True)
+class RequestInfo:
+    """One request's id, tenant and start; ``headers`` are added to its response."""
+
+    request_id: str
+    started: float
+    tenant: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def name_ignored_fields(self, paths: list[str]) -> None:
+        """Tell the client which fields were ignored, cleaned of anything a header must not
+        carry."""
+        names = [_UNCLEAN_FIELD.sub("_", path)[:64] for path in paths[:MAX_NAMED_FIELDS]]
+        self.headers["x-chunkllama-ignored-fields"] = ", ".join(names)
+
+
+def request_info(scope: Scope) -> RequestInfo:
+    info = scope[_SCOPE_KEY]
+    assert isinstance(info, RequestInfo)
+    return info
+
+
+class RequestInfoMiddleware:
+    """Gives each request an id and each response ``x-request-id`` and ``openai-processing-ms``.
+
+    A client's own x-request-id is echoed if it is clean, else replaced. Compressed bodies are
+    refused here, before anything reads them.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        clean = _CLEAN_REQUEST_ID.fullmatch(given)
+        info = RequestInfo(
+            request_id=given.decode() if clean else f"req_{uuid.uuid4().hex}",
+            started=time.monotonic(),
+        )
+        scope[_SCOPE_KEY] = info
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                elapsed_ms = int((time.monotonic() - info.started) * 1000)
+                extra = {
+                    "x-request-id": info.request_id,
+                    "openai-processing-ms": str(elapsed_ms),
+                    **info.headers,
+                }
+                message["headers"] = [
+                    *message.get("headers", []),
+                    *((name.encode(), value.encode("latin-1")) for name, value in extra.items()),
+                ]
+            await send(message)
+
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            error = ApiError(415, "Compressed request bodies are not accepted")
+            await error.response()(scope, receive, send_with_headers)
+            return
+        await self._app(scope, receive, send_with_headers)

@@ -1,0 +1,163 @@
+"""A real uvicorn server over a fake engine and a byte-level tokenizer, driven by real clients."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from chunkllama.text.chat_template import load_chat_template
+from chunkllama.text.tokenizer import load_tokenizer
+from server.app import create_app
+from server.http_protocol import HttpLimits, make_protocol
+from server.settings import ApiSettings
+from server.text_service import TextService
+
+_spec = importlib.util.spec_from_file_location(
+    "fake_engine", Path(__file__).with_name("fake_engine.py")
+)
+assert _spec is not None and _spec.loader is not None
+fake_engine = importlib.util.module_from_spec(_spec)
+sys.modules["fake_engine"] = fake_engine
+_spec.loader.exec_module(fake_engine)
+
+MODEL = fake_engine.MODEL
+TEMPLATE = (
+    "{% if tools %}<|im_start|>tools {{ tools | tojson }} <tool_call><|im_end|>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of 256 bytes and three control tokens; no merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|im_end|>",
+        "chat_template": TEMPLATE,
+        "add_bos_token": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def allow_all(spec: Any) -> None:
+    """Stands for the grammar compiler; refuses what says so."""
+    from chunkllama.errors import InvalidRequestError
+
+    if "REFUSE" in spec.text:
+        raise InvalidRequestError("the grammar says REFUSE")
+    if "SLOW" in spec.text:
+        time.sleep(0.6)
+
+
+@dataclass
+class Server:
+    """A server that runs in a thread, and its engine."""
+
+    url: str
+    engine: Any
+    app: Any
+
+    def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
+
+    def http(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=10, **options)
+
+    def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
+        with self.http() as client:
+            return client.post(path, json=body, headers=headers)
+
+    def chat(self, content: str = "hi", **fields: Any) -> httpx.Response:
+        """POST a one-message chat."""
+        body = {"model": MODEL, "messages": [{"role": "user", "content": content}], **fields}
+        return self.post("/v1/chat/completions", body)
+
+
+StartServer = Callable[..., Server]
+
+
+@pytest.fixture(scope="session")
+def text_parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    return tokenizer, load_chat_template(folder, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def start_server(text_parts: tuple[Any, Any]) -> Iterator[StartServer]:
+    """Start servers with settings of one's own; they end with the session."""
+    running: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def start(limits: HttpLimits | None = None, **settings: Any) -> Server:
+        tokenizer, template = text_parts
+        engine = fake_engine.FakeEngine(tokenizer)
+        values = {"served_model_names": (MODEL, "alias"), "grammar_seconds": 0.3, **settings}
+        app = create_app(
+            engine,
+            TextService(tokenizer, template),
+            ApiSettings(**values),
+            validate_grammar=allow_all,
+        )
+        config = uvicorn.Config(
+            app,
+            host="127.0.0.1",
+            port=0,
+            log_level="warning",
+            http=make_protocol(limits or HttpLimits()),
+            ws="none",
+            timeout_graceful_shutdown=1,
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        running.append((server, thread))
+        return Server(f"http://127.0.0.1:{port}", engine, app)
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(timeout=5)
+
+
+@pytest.fixture(scope="session")
+def shared_server(start_server: StartServer) -> Server:
+    return start_server()
+
+
+@pytest.fixture
+def server(shared_server: Server) -> Server:
+    """The ordinary server, its engine as new."""
+    shared_server.engine.reset()
+    return shared_server
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with server.client() as client:
+        yield client

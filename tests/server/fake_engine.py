@@ -1,0 +1,160 @@
+"""An engine client that answers what the prompt tells it to, so that tests of the HTTP layer are
+exact.
+
+``say(text)`` in the last message makes it answer ``text``; otherwise it answers "Paris". It honours
+n, max_tokens, min_tokens, ignore_eos and logprobs, remembers prompts per namespace for cached-token
+counts, and records aborts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+from chunkllama.engine.messages import (
+    ChoiceDelta,
+    EngineReady,
+    EngineRequest,
+    EngineStats,
+    TokenDelta,
+)
+from chunkllama.errors import EngineDeadError
+from chunkllama.outputs import TokenLogprob
+
+MODEL = "org/tiny"
+MAX_MODEL_LEN = 2048
+
+
+def logprob_of(token_id: int, num_top: int) -> TokenLogprob:
+    top = [((token_id + i) % 256, -0.25 * (i + 1)) for i in range(num_top)]
+    return TokenLogprob(token_id, -0.25, 1, top)
+
+
+class FakeEngine:
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.info = EngineReady(
+            model_name="tiny",
+            vocab_size=tokenizer.vocab_size,
+            max_model_len=MAX_MODEL_LEN,
+            eos_token_ids=list(tokenizer.eos_token_ids),
+            num_chunks=64,
+            chunk_size=64,
+            max_request_tokens=MAX_MODEL_LEN,
+            device="cpu",
+            op_set="fake",
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        self.is_ready = True
+        self.delay = 0.0
+        self.tokens_per_delta = 1
+        self.fail_with: Exception | None = None
+        self.fail_after: tuple[int, Exception] | None = None
+        self.requests: list[EngineRequest] = []
+        self.aborted: list[tuple[str, int | None]] = []
+        self.live: set[str] = set()
+        self.prompts: dict[str, list[list[int]]] = {}
+        self.statistics = EngineStats(chunks_total=64, chunks_free=64)
+
+    def reply(self, request: EngineRequest) -> list[int]:
+        prompt = self.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False)
+        match = re.findall(r"say\((.*?)\)yas", prompt, re.DOTALL)
+        return self.tokenizer.encode(match[-1] if match else "Paris")
+
+    def _cached(self, request: EngineRequest) -> int:
+        best = 0
+        for earlier in self.prompts.get(request.namespace, []):
+            common = 0
+            for a, b in zip(earlier, request.prompt_token_ids, strict=False):
+                if a != b:
+                    break
+                common += 1
+            best = max(best, common)
+        until = request.cache_until
+        kept = request.prompt_token_ids if until is None else request.prompt_token_ids[:until]
+        self.prompts.setdefault(request.namespace, []).append(kept)
+        return min(best, len(request.prompt_token_ids) - 1)
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
+        self.requests.append(request)
+        if self.fail_with is not None:
+            raise self.fail_with
+        self.live.add(request.request_id)
+        try:
+            async for delta in self._deltas(request):
+                await asyncio.sleep(self.delay)
+                yield delta
+            self.live.discard(request.request_id)
+        finally:
+            if request.request_id in self.live:
+                self.live.discard(request.request_id)
+                self.aborted.append((request.request_id, None))
+
+    async def _deltas(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
+        sampling = request.sampling
+        num_cached = self._cached(request)
+        first: dict[str, Any] = {
+            "num_cached_tokens": num_cached,
+            "num_cache_write_tokens": len(request.prompt_token_ids) - num_cached,
+        }
+        if request.wants_hidden_states:
+            yield TokenDelta(
+                request_id=request.request_id,
+                choices=[ChoiceDelta(index=0, token_ids=[], finish_reason="stop")],
+                embedding=[3.0, 4.0] + [0.0] * 6,
+                **first,
+            )
+            return
+        if sampling.prompt_logprobs is not None:
+            first["prompt_logprobs"] = [
+                None if i == 0 else logprob_of(token, sampling.prompt_logprobs)
+                for i, token in enumerate(request.prompt_token_ids)
+            ]
+        reply = self.reply(request)
+        eos = self.info.eos_token_ids[0]
+        reply = [*reply, eos] if not sampling.ignore_eos else reply * 1000
+        if len(reply) - 1 < sampling.min_tokens:
+            reply = [*(reply[:-1] * 1000)[: sampling.min_tokens], eos]
+        limit = sampling.max_tokens
+        if limit is None:
+            limit = MAX_MODEL_LEN - len(request.prompt_token_ids)
+        tokens = reply[:limit]
+        count = sampling.n if sampling.beam_width > 1 else sampling.num_sequences
+        for start in range(0, len(tokens), self.tokens_per_delta):
+            if self.fail_after is not None and start >= self.fail_after[0]:
+                raise self.fail_after[1]
+            part = tokens[start : start + self.tokens_per_delta]
+            is_last = start + len(part) == len(tokens)
+            stops = is_last and part[-1] == eos
+            reason = None if not is_last else ("stop" if stops else "length")
+            logprobs = None
+            if sampling.logprobs is not None:
+                logprobs = [logprob_of(token, sampling.logprobs) for token in part]
+            choices = [
+                ChoiceDelta(
+                    index=index,
+                    token_ids=list(part),
+                    logprobs=logprobs,
+                    finish_reason=reason,
+                    stop_token_id=eos if stops else None,
+                )
+                for index in range(count)
+                if (request.request_id, index) not in self.aborted
+            ]
+            yield TokenDelta(request_id=request.request_id, choices=choices, **first)
+            first = {}
+
+    async def abort(self, request_id: str, index: int | None = None) -> None:
+        self.aborted.append((request_id, index))
+
+    async def stats(self, *, include_tree: bool = False) -> EngineStats:
+        if not self.is_ready:
+            raise EngineDeadError("gone")
+        return self.statistics
+
+    async def close(self) -> None:
+        self.is_ready = False
