@@ -31,7 +31,7 @@ from chunkllama.ops.plan_format import (
 )
 
 # Float32 elements of the largest intermediate tensor: bounds the workspace whatever the plan.
-MAX_ELEMENTS = 1 << 21
+MAX_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class ItemBatch:
 
     rows: torch.Tensor  # [N, M] int64
     slots: torch.Tensor  # [N M] int64
-    chunk_ids: torch.Tensor  # [N, chunks] int64
+    tiles: torch.Tensor  # [2, N, Hkv, chunks] int64: the K and the V tile of a chunk and kv head
     first_position: torch.Tensor  # [N, 1] int64
     last_position: torch.Tensor  # [N, 1] int64, of the run
     masked: torch.Tensor  # [N, 1] bool
@@ -54,11 +54,17 @@ class ItemBatch:
 
 @dataclass(frozen=True, slots=True)
 class AttentionTables:
-    """A plan as gathers: batches of items, and each row's partial slots padded to P of them."""
+    """A plan as gathers: batches of items, and each row's partial slots padded to P of them.
+
+    The K and V of a block of keys are gathered into ``block``, then widened into ``wide_block``:
+    fresh memory for every block would cost more in page faults than the attention itself.
+    """
 
     batches: list[ItemBatch]
     merge_slots: torch.Tensor  # [R, P] int64, padded with the spare slot
     num_slots: int
+    block: torch.Tensor  # flat, in the pool's dtype
+    wide_block: torch.Tensor  # flat, float32
 
     @classmethod
     def of(cls, plan: AttentionPlan, kv: KVCache, num_qo_heads: int) -> AttentionTables:
@@ -71,7 +77,15 @@ class AttentionTables:
         entry = begin[:, None] + np.arange((end - begin).max())
         inside = entry < end[:, None]
         slots = np.where(inside, plan.merge_slots[np.where(inside, entry, 0)], plan.num_slots)
-        return cls(batches, torch.as_tensor(slots, device=device).long(), plan.num_slots)
+        tiles = max(
+            b.tiles[..., 0].numel() * min(b.chunks_per_block, b.tiles.shape[3]) for b in batches
+        )
+        block = torch.empty(
+            tiles * kv.chunk_size * kv.head_dim, dtype=kv.layers[0].dtype, device=device
+        )
+        wide_block = torch.empty(len(block), dtype=torch.float32, device=device)
+        merge_slots = torch.as_tensor(slots, device=device).long()
+        return cls(batches, merge_slots, plan.num_slots, block, wide_block)
 
 
 def _alike(items: Int32Array, kv: KVCache, num_qo_heads: int) -> Iterator[Int32Array]:
@@ -104,12 +118,15 @@ def _item_batch(
     rows = wide[:, ROW_BEGIN, None] + np.minimum(nth_row, num_rows - 1)
     slots = np.where(nth_row < num_rows, wide[:, PARTIAL_BASE, None] + nth_row, plan.num_slots)
     entry = wide[:, CHUNK_OFFSET, None] + np.where(nth_chunk < num_chunks, nth_chunk, 0)
+    key_tiles = plan.chunk_ids[entry].astype(np.int64)[:, None] * 2 * kv.num_kv_heads
+    key_tiles = key_tiles + np.arange(kv.num_kv_heads, dtype=np.int64)[:, None]
+    tiles = np.stack((key_tiles, key_tiles + kv.num_kv_heads))
     masked = wide[:, FLAGS, None] & ITEM_MASK != 0
     widest = max(kv.num_kv_heads * kv.head_dim, len(nth_row) * num_qo_heads)
     return ItemBatch(
         rows=torch.as_tensor(rows, device=device),
         slots=torch.as_tensor(slots.ravel(), device=device),
-        chunk_ids=torch.as_tensor(plan.chunk_ids[entry], device=device).long(),
+        tiles=torch.as_tensor(tiles, device=device),
         first_position=torch.as_tensor(first, device=device),
         last_position=torch.as_tensor(first + tokens - 1, device=device),
         masked=torch.as_tensor(masked, device=device),
@@ -145,7 +162,7 @@ def tpp_attention_reference(
     out = wide.new_empty(tables.num_slots + 1, num_heads, head_dim)
     lse = wide.new_empty(tables.num_slots + 1, num_heads)
     for batch in tables.batches:
-        partial_out, partial_lse = _partials(wide, kv, kv.layers[layer], positions, batch)
+        partial_out, partial_lse = _partials(wide, kv, kv.layers[layer], positions, batch, tables)
         out[batch.slots] = partial_out
         lse[batch.slots] = partial_lse
     # The spare slot holds what the missing rows wrote: as a merge partner it must weigh nothing.
@@ -155,7 +172,12 @@ def tpp_attention_reference(
 
 
 def _partials(
-    q: torch.Tensor, kv: KVCache, pool: torch.Tensor, positions: torch.Tensor, batch: ItemBatch
+    q: torch.Tensor,
+    kv: KVCache,
+    pool: torch.Tensor,
+    positions: torch.Tensor,
+    batch: ItemBatch,
+    tables: AttentionTables,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalised outputs [N M, Hq, D] and base-2 log-sum-exps [N M, Hq] of a batch, block of keys
     by block.
@@ -164,30 +186,37 @@ def _partials(
     heads, group = kv.num_kv_heads, q.shape[1] // kv.num_kv_heads
     queries = q[batch.rows].view(num_items, num_rows, heads, group, kv.head_dim)
     queries = queries.transpose(1, 2).reshape(num_items * heads, num_rows * group, kv.head_dim)
-    # [N, M]: the last key each row sees.
-    last = torch.where(
-        batch.masked, positions[batch.rows].long().minimum(batch.last_position), batch.last_position
-    )
+    last, num_chunks = batch.last_position, batch.tiles.shape[3]
+    if not batch.all_visible:
+        own = positions[batch.rows].long()  # [N, M]
+        last = torch.where(batch.masked, own.minimum(last), last)
+        # Spare chunks beyond every row are not worth a read.
+        num_chunks = int((last - batch.first_position).amax()) // kv.chunk_size + 1
     high = queries.new_full((num_items * heads, num_rows * group, 1), -torch.inf)
     total = torch.zeros_like(high)
     out = torch.zeros_like(queries)
-    for begin in range(0, batch.chunk_ids.shape[1], batch.chunks_per_block):
-        chunk_ids = batch.chunk_ids[:, begin : begin + batch.chunks_per_block]
-        keys, values = _gather(pool, chunk_ids)
-        scores = queries @ keys.transpose(1, 2)
+    for begin in range(0, num_chunks, batch.chunks_per_block):
+        tiles = batch.tiles[..., begin : min(num_chunks, begin + batch.chunks_per_block)]
+        block = tables.block[: tiles.numel() * kv.chunk_size * kv.head_dim]
+        block = block.view(-1, kv.chunk_size, kv.head_dim)
+        pool_tiles = pool.view(-1, kv.chunk_size, kv.head_dim)
+        torch.index_select(pool_tiles, 0, tiles.reshape(-1), out=block)
+        bias = None
         if not batch.all_visible:
-            nth = torch.arange(keys.shape[1], device=q.device) + begin * kv.chunk_size
-            position = batch.first_position + nth
-            hidden = position.unsqueeze(1) > last.unsqueeze(2)  # [N, M, K]
-            scores.view(num_items, heads, num_rows, group, -1).masked_fill_(
-                hidden[:, None, :, None], -torch.inf
-            )
-            # Behind the item's last row nothing is written: 0 * NaN would still be NaN.
+            nth = torch.arange(tiles.shape[3] * kv.chunk_size, device=q.device)
+            position = batch.first_position + begin * kv.chunk_size + nth
+            hidden = position.unsqueeze(1) > last.unsqueeze(2)  # [N, M, keys]
             unwritten = hidden[:, -1, None, :, None]
-            values.view(num_items, heads, -1, kv.head_dim).masked_fill_(unwritten, 0.0)
+            _zero_rows(block.view(2, num_items, heads, -1, kv.head_dim), unwritten)
+            bias = torch.where(hidden, -torch.inf, 0.0)[:, None, :, None]
+        wide = tables.wide_block[: block.numel()].view(block.shape).copy_(block)
+        keys, values = wide.view(2, num_items * heads, -1, kv.head_dim)
+        scores = queries @ keys.transpose(1, 2)
+        if bias is not None:
+            scores.view(num_items, heads, num_rows, group, -1).add_(bias)
         new_high = torch.maximum(high, scores.amax(-1, keepdim=True))
         base = new_high.clamp_min(torch.finfo(torch.float32).min)  # no key yet: -inf - -inf
-        weights = torch.exp2(scores.sub_(base))
+        weights = scores.sub_(base).exp2_()
         decay = torch.exp2(high - base)
         total = total * decay + weights.sum(-1, keepdim=True)
         out = torch.baddbmm(out * decay, weights, values)
@@ -201,15 +230,13 @@ def _partials(
     )
 
 
-def _gather(pool: torch.Tensor, chunk_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of chunk lists [N, chunks] as float32 [N Hkv, chunks * chunk_size, D]."""
-    num_items, num_chunks = chunk_ids.shape
-    _, _, heads, size, head_dim = pool.shape
-    chunks = pool.index_select(0, chunk_ids.reshape(-1))
-    chunks = chunks.view(num_items, num_chunks, 2, heads, size, head_dim).permute(2, 0, 3, 1, 4, 5)
-    wide = torch.empty(chunks.shape, dtype=torch.float32, device=pool.device).copy_(chunks)
-    keys, values = wide.view(2, num_items * heads, num_chunks * size, head_dim)
-    return keys, values
+def _zero_rows(block: torch.Tensor, unwritten: torch.Tensor) -> None:
+    """Clear what stands behind an item's last row: there -inf + NaN and 0 * NaN would stay NaN.
+
+    By its bits, whatever they mean: ten times faster than ``masked_fill_`` on a CPU.
+    """
+    bits = {2: torch.int16, 4: torch.int32}[block.element_size()]
+    block.view(bits).bitwise_and_(torch.where(unwritten, 0, -1).to(bits))
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, merge_slots: torch.Tensor) -> torch.Tensor:
