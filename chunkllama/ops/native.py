@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import mmap
 import sys
-from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_void_p
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,105 +19,25 @@ import yaml
 from chunkllama.errors import ConfigError
 from chunkllama.ops.allocate_kv import check_allocate_kv
 from chunkllama.ops.copy_chunks import check_copy_chunks
-from chunkllama.ops.native_build import (
-    LEVELS,
-    Level,
-    NativeBuildError,
-    available_levels,
-    build,
-    repository_data,
+from chunkllama.ops.native_abi import (
+    TYPES,
+    CAttention,
+    CHeads,
+    CNorm,
+    CPlan,
+    CRope,
+    allocate_lazily,
+    load_library,
 )
+from chunkllama.ops.native_build import LEVELS, NativeBuildError, available_levels, build
+from chunkllama.ops.native_model import NativeModel, WeightType
 from chunkllama.ops.op_set import CopyTriple, DevicePlan, KVCache
 from chunkllama.ops.plan_format import AttentionPlan, Packing
 from chunkllama.ops.rope_append import check_rope_append
+from chunkllama.ops.source import data_folder
 from chunkllama.ops.tpp_attention import check_tpp_attention
 
 logger = logging.getLogger(__name__)
-
-F32, BF16, INT8 = 0, 1, 2
-TYPES: Final = {torch.float32: F32, torch.bfloat16: BF16}
-HUGE_PAGE: Final = 2 << 20
-
-
-class CPlan(Structure):
-    """Mirrors ``Plan`` of kernels/cpu/api.h, as the structures below mirror theirs."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("items", "chunk_ids", "row_tail")),
-        *((name, c_void_p) for name in ("merge_indptr", "merge_slots", "row_flags")),
-        *(("num_items", c_int64), ("num_rows", c_int64)),
-    )
-
-
-class CHeads(Structure):
-    _fields_ = (
-        *(("q_heads", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64)),
-        *(("kv_type", c_int32), ("activation_type", c_int32)),
-    )
-
-
-class CAttention(Structure):
-    _fields_ = (
-        *(("plan", CPlan), ("heads", CHeads), ("positions", c_void_p)),
-        *(("q", c_void_p), ("out", c_void_p), ("q_stride", c_int64), ("out_stride", c_int64)),
-        *(("kv", c_void_p), ("partial_out", c_void_p), ("partial_lse", c_void_p)),
-        *(("scale", c_float), ("vector_rows", c_int32)),
-    )
-
-
-class CRope(Structure):
-    _fields_ = (
-        *(("plan", CPlan), ("heads", CHeads), ("positions", c_void_p), ("cos_sin", c_void_p)),
-        *(("qkv", c_void_p), ("q", c_void_p), ("qkv_stride", c_int64), ("q_stride", c_int64)),
-        ("kv", c_void_p),
-    )
-
-
-class CNorm(Structure):
-    _fields_ = (
-        *(("x", c_void_p), ("residual", c_void_p), ("sum", c_void_p), ("y", c_void_p)),
-        *(("weight", c_void_p), ("hidden", c_int64), ("x_stride", c_int64), ("y_stride", c_int64)),
-        *(("x_type", c_int32), ("y_type", c_int32), ("eps", c_float)),
-    )
-
-
-_SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
-    "ck_initialize": (c_int, []),
-    "ck_chunk_elements": (c_int64, [POINTER(CHeads)]),
-    "ck_attention": (None, [POINTER(CAttention), c_int]),
-    "ck_rope_append": (None, [POINTER(CRope), c_int]),
-    "ck_rms_norm": (None, [POINTER(CNorm), c_int64, c_int]),
-    "ck_silu_and_mul": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int]),
-    "ck_copy_chunks": (None, [c_void_p, c_int64, POINTER(CHeads), c_void_p, c_int64, c_int]),
-}
-
-
-def load_library(level: Level, sanitizer: str = "") -> ctypes.CDLL:
-    """The library of a level, built if need be, with its signatures declared.
-
-    Raises:
-        NativeBuildError: it cannot be built, or the kernel refuses what it needs (AMX state).
-    """
-    library = ctypes.CDLL(str(build(level, sanitizer)))
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    if not library.ck_initialize():
-        raise NativeBuildError(f"the kernel does not let this process use {level.name}")
-    return library
-
-
-def load_native_ops(device: torch.device) -> NativeOps | None:
-    """The native op set at this machine's best level; None, with one log line, if none builds."""
-    reason = "this CPU is not supported"
-    for level in available_levels():
-        try:
-            return NativeOps(device, level)
-        except NativeBuildError as error:
-            reason = str(error)
-            logger.debug("native op set: level %s: %s", level.name, error)
-    logger.warning("native CPU op set not available (%s); running the slower reference", reason)
-    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,22 +52,46 @@ class NativePlan:
 class NativeOps:
     """Implements ``OpSet`` with the library of one instruction-set level; bf16 and fp32.
 
+    Args:
+        dtype: of the model and its K/V.
+        head_dim: a multiple of 16, at most 256.
+        num_kv_heads: kv heads of this rank.
+        level: name of an instruction-set level; the best one that this machine has if empty.
+        sanitizer: "address" or "undefined" for an instrumented library.
+
     Raises:
-        NativeBuildError: the level cannot be built or used here.
+        ConfigError: the dtype or head_dim has no kernel, or no level can be built or used here.
     """
 
     name = "native"
     chunk_sizes = (64,)
 
-    def __init__(self, device: torch.device, level: Level, sanitizer: str = "") -> None:
-        self.device = device
-        self.level = level
-        self.library = load_library(level, sanitizer)
-        path = repository_data("configs") / "hardware" / "cpu.yaml"
-        tuning = yaml.safe_load(path.read_text())
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype,
+        head_dim: int,
+        num_kv_heads: int,
+        level: str = "",
+        sanitizer: str = "",
+    ) -> None:
+        if dtype not in TYPES:
+            raise ConfigError(f"dtype: the native CPU ops have bfloat16 and float32, not {dtype}")
+        if head_dim % 16 or not 16 <= head_dim <= 256:
+            raise ConfigError(
+                f"head_dim: {head_dim} is not a multiple of 16 up to 256 (native CPU ops)"
+            )
+        self.device = torch.device("cpu")
+        self.level, self.library = _best_library(level, sanitizer)
+        tuning = yaml.safe_load((data_folder("configs") / "hardware" / "cpu.yaml").read_text())
         self.vector_rows = int(tuning["vector_rows"])
         self._packing = tuning["packing"]
         self._partials = torch.empty(0)
+        logger.info("native CPU ops: level %s", self.level)
+
+    def prepare_model(self, model: Any, weights: WeightType = "auto") -> NativeModel:
+        """The model, packed and run by one native call per step; it gives up its own weights."""
+        return NativeModel(self, model, weights)
 
     def packing(self, *, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> Packing:
         """The longest runs that still give each thread a few units: fewer partials to merge."""
@@ -313,16 +256,16 @@ def _heads(num_qo_heads: int, kv: KVCache, layer: int, activation: torch.dtype) 
     return CHeads(num_qo_heads, kv.num_kv_heads, kv.head_dim, kv_type, TYPES[activation])
 
 
-def allocate_lazily(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """[elements], zeroed by the system on first touch, on 2 MB pages where it agrees."""
-    size = elements * dtype.itemsize
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=flags)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE_PAGE
-    return whole[start : start + size].view(dtype)
+def _best_library(level: str, sanitizer: str) -> tuple[str, ctypes.CDLL]:
+    reason = f"this CPU lacks {level}" if level else "no level runs on this CPU"
+    for candidate in available_levels():
+        if level in ("", candidate.name):
+            try:
+                return candidate.name, load_library(candidate, sanitizer)
+            except NativeBuildError as error:
+                reason = str(error)
+                logger.debug("native CPU ops: level %s: %s", candidate.name, error)
+    raise ConfigError(f"backend: the native CPU ops are not available: {reason}")
 
 
 def main() -> int:

@@ -23,6 +23,8 @@ from typing import Final
 
 import torch
 
+from chunkllama.ops.source import data_folder
+
 COMMON_FLAGS: Final = (
     *("-std=gnu++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-gnu-unique"),
     *("-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized"),
@@ -60,13 +62,6 @@ LEVELS: Final = (
 
 class NativeBuildError(Exception):
     """No compiler, or it refused the sources; the message is one line and says which."""
-
-
-def repository_data(folder: str) -> Path:
-    """``kernels`` or ``configs``: inside the installed package, else in the repository."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / f"_{folder}"
-    return installed if installed.is_dir() else package.parent / folder
 
 
 def library_directory() -> Path:
@@ -119,7 +114,7 @@ def build(level: Level, sanitizer: str = "") -> Path:
 
 
 def _source_files() -> list[Path]:
-    folder = repository_data("kernels") / "cpu"
+    folder = data_folder("kernels") / "cpu"
     return sorted(p for p in folder.iterdir() if p.suffix in (".cpp", ".h"))
 
 

@@ -1,0 +1,134 @@
+// A whole forward pass in one parallel region: embedding, all layers, final norm. The residual stream is float; a layer is
+//
+//   norm | qkv | rotate and append | attention | merge | output projection added | norm | gate and up | down added
+//
+// with a barrier after each phase. Linears and attention hand out their work unit by unit, the rest by rows.
+#include <memory>
+
+#include "attention.h"
+#include "elementwise.h"
+#include "layout.h"
+#include "linear.h"
+#include "team.h"
+
+namespace chunkllama {
+namespace {
+
+constexpr int64_t stride(int64_t size) { return (size + 63) / 64 * 64; }
+
+enum Phase { QKV, ATTENTION, OUTPUT, GATE_UP, DOWN, PHASES };
+
+class Pass {
+ public:
+  Pass(const Model& m, const Step& s) : m_(m), s_(s), counters_(new Counter[m.num_layers * PHASES]) {}
+
+  void run(int thread, int threads) {
+    const Range rows = share(s_.plan.num_rows, thread, threads);
+    for (int64_t r = rows.begin; r < rows.end; r++) embed(r);
+    for (int64_t i = 0; i < m_.num_layers; i++) layer(i, thread, threads, rows);
+    norm(m_.final_norm, s_.hidden, F32, rows);
+  }
+
+ private:
+  void embed(int64_t row) {
+    float* to = s_.hidden + row * stride(m_.hidden);
+    const int64_t id = s_.token_ids[row];
+    if (!m_.embedding) {
+      unpack_row(m_.head, id, to, m_.hidden);
+      return;
+    }
+    for (int64_t i = 0; i < m_.hidden; i++)
+      to[i] = m_.embedding_type == BF16 ? to_float(static_cast<const bf16*>(m_.embedding)[id * m_.hidden + i])
+                                        : static_cast<const float*>(m_.embedding)[id * m_.hidden + i];
+  }
+
+  void layer(int64_t index, int thread, int threads, Range rows) {
+    const Layer& l = m_.layers[index];
+    Counter* counters = counters_.get() + index * PHASES;
+    const int64_t width = stride(m_.heads.q_heads * m_.heads.head_dim), qkv_stride = l.qkv.n;
+    auto linear = [&](Phase phase, const Linear& weight, const void* x, int64_t x_stride, void* y, int64_t y_stride,
+                      Type y_type, Epilogue epilogue) {
+      LinearArgs a{&weight, x, x_stride, s_.row_scale, y, y_stride, y_type, epilogue, s_.plan.num_rows};
+      if (weight.type == INT8 && QUANTIZES_ACTIVATIONS) {
+        quantize_rows(x, activations(), x_stride, s_.quantized, weight.k, s_.row_scale, weight.k, rows.begin, rows.end);
+        barrier_.wait(threads);
+        a.x = s_.quantized, a.x_stride = weight.k;
+      }
+      linear_units(a, counters[phase], threads);
+      barrier_.wait(threads);
+    };
+
+    norm(l.attention_norm, s_.normed, activations(), rows);
+    barrier_.wait(threads);
+    linear(QKV, l.qkv, s_.normed, stride(m_.hidden), s_.qkv, qkv_stride, activations(), STORE);
+
+    const RopeArgs rope{s_.plan, m_.heads, s_.positions, s_.cos_sin, s_.qkv, s_.qkv, qkv_stride, qkv_stride, s_.kv[index]};
+    rope_append_rows(rope, append_boundary(rope, rows.begin), append_boundary(rope, rows.end));
+    barrier_.wait(threads);
+
+    const AttentionArgs attention{s_.plan, m_.heads, s_.positions, s_.qkv, s_.attention, qkv_stride, width, s_.kv[index],
+                                  s_.partial_out, s_.partial_lse, m_.scale, m_.vector_rows};
+    attention_units(attention, counters[ATTENTION]);
+    barrier_.wait(threads);
+    const Range merged = share(s_.plan.num_rows * m_.heads.q_heads, thread, threads);
+    merge_partials(attention, merged.begin, merged.end);
+    barrier_.wait(threads);
+
+    linear(OUTPUT, l.o, s_.attention, width, s_.hidden, stride(m_.hidden), F32, ADD);
+    norm(l.mlp_norm, s_.normed, activations(), rows);
+    barrier_.wait(threads);
+    linear(GATE_UP, l.gate_up, s_.normed, stride(m_.hidden), s_.mlp, l.down.k, activations(), SILU_AND_MUL);
+    linear(DOWN, l.down, s_.mlp, l.down.k, s_.hidden, stride(m_.hidden), F32, ADD);
+  }
+
+  Type activations() const { return Type(m_.heads.activation_type); }
+
+  void norm(const float* weight, void* y, Type y_type, Range rows) {
+    const NormArgs a{s_.hidden, nullptr, nullptr, y, weight, m_.hidden, stride(m_.hidden), stride(m_.hidden), F32, y_type, m_.eps};
+    rms_norm_rows(a, rows.begin, rows.end);
+  }
+
+  const Model& m_;
+  const Step& s_;
+  std::unique_ptr<Counter[]> counters_;
+  Barrier barrier_;
+};
+
+}  // namespace
+}  // namespace chunkllama
+
+using namespace chunkllama;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// The type activations have in a model whose weights have this type.
+EXPORT int32_t ck_activation_type(int32_t weight_type) { return weight_type == F32 ? F32 : NARROW_ACTIVATIONS; }
+
+EXPORT void ck_forward(const Model* model, const Step* step, int threads) {
+  Pass pass(*model, *step);
+  parallel(threads, [&](int thread, int team) { pass.run(thread, team); });
+}
+
+// One linear layer on x of activation type: y [rows, y_stride] float. `quantized` [rows, k] and `row_scale` [rows] are
+// scratch for int8 weights.
+EXPORT void ck_linear(const Linear* linear, const void* x, int64_t x_stride, int32_t x_type, float* y, int64_t y_stride,
+                      int64_t rows, int8_t* quantized, float* row_scale, int threads) {
+  LinearArgs args{linear, x, x_stride, row_scale, y, y_stride, F32, STORE, rows};
+  const bool quantize = linear->type == INT8 && QUANTIZES_ACTIVATIONS;
+  if (quantize) args.x = quantized, args.x_stride = linear->k;
+  Counter units;
+  Barrier barrier;
+  parallel(threads, [&](int thread, int team) {
+    const Range r = share(rows, thread, team);
+    if (quantize) quantize_rows(x, x_type, x_stride, quantized, linear->k, row_scale, linear->k, r.begin, r.end);
+    barrier.wait(team);
+    linear_units(args, units, team);
+  });
+}
+
+EXPORT void ck_pack(const void* w, int32_t w_type, int64_t n, int64_t k, const Linear* packed, int threads) {
+  Counter units;
+  parallel(threads, [&](int, int) {
+    for (int64_t u; (u = units.take()) < packed->n / UNIT;) pack_units(w, w_type, n, k, *packed, u, u + 1);
+  });
+}

@@ -1,0 +1,133 @@
+"""A whole Llama in one native call against the same Llama through the float32 reference ops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from attention_plans import Case, random_case
+
+from chunkllama.attention.backend import AttentionBackend
+from chunkllama.attention.plan import Planner
+from chunkllama.errors import ConfigError
+from chunkllama.models.llama import Llama
+from chunkllama.models.rotary import rotary_table
+from chunkllama.models.spec import ModelSpec
+from chunkllama.models.weights import random_llama
+from chunkllama.ops.native import NativeOps
+from chunkllama.ops.native_build import LEVELS, available_levels
+from chunkllama.ops.op_set import DevicePlan, OpSet
+from chunkllama.ops.reference import ReferenceOps
+
+# No size is a multiple of what the kernels pack by.
+SPEC = ModelSpec(
+    num_layers=2,
+    hidden_size=104,
+    intermediate_size=200,
+    num_qo_heads=9,
+    num_kv_heads=3,
+    head_dim=32,
+    vocab_size=1003,
+    max_position=2048,
+    attention_bias=True,
+    mlp_bias=True,
+)
+# (computing dtype, packed weights) -> largest error of a logit; the logits' spread is about one.
+TOLERANCE = {
+    (torch.float32, "auto"): 2e-5,
+    (torch.bfloat16, "auto"): 0.1,
+    (torch.float32, "int8"): 0.4,
+    (torch.bfloat16, "int8"): 0.4,
+}
+
+
+@pytest.fixture(params=[level.name for level in LEVELS])
+def level(request: pytest.FixtureRequest) -> str:
+    if request.param not in {level.name for level in available_levels()}:
+        pytest.skip(f"not run: this CPU has no {request.param}")
+    return str(request.param)
+
+
+def make_model(
+    op_set: OpSet, spec: ModelSpec, case: Case, dtype: torch.dtype
+) -> tuple[Llama, DevicePlan]:
+    """The model, and the plan of a step in which all earlier K/V are zero."""
+    kv = op_set.allocate_kv(
+        num_layers=spec.num_layers,
+        num_chunks=case.num_chunks,
+        chunk_size=64,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=dtype,
+    )
+    for layer in kv.layers:
+        layer.zero_()
+    packing = op_set.packing(
+        num_qo_heads=spec.num_qo_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim
+    )
+    heads, scale = spec.num_qo_heads, spec.head_dim**-0.5
+    attention = AttentionBackend(op_set, kv, Planner(packing, 64), heads, scale)
+    table = rotary_table(spec.rope, spec.head_dim, spec.max_position)
+    model = Llama(spec, random_llama(spec, 0, dtype), attention, table)
+    return model, op_set.upload_plan(case.plan(packing), kv, num_qo_heads=heads)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["decode", "mixed"])
+def test_one_call_equals_the_reference_ops(
+    level: str, rng: np.random.Generator, kind: str, tied: bool
+) -> None:
+    spec = replace(SPEC, tie_word_embeddings=tied)
+    case = random_case(rng, kind=kind, max_rows=150)  # type: ignore[arg-type]
+    token_ids = torch.from_numpy(rng.integers(0, spec.vocab_size, case.num_rows))
+    positions = torch.from_numpy(case.positions)
+    model, plan = make_model(ReferenceOps(torch.device("cpu")), spec, case, torch.float32)
+    expected_hidden = model.forward(token_ids, positions, plan)
+    expected = model.logits(expected_hidden)
+    for (dtype, weights), tolerance in TOLERANCE.items():
+        ops = NativeOps(
+            dtype=dtype, head_dim=spec.head_dim, num_kv_heads=spec.num_kv_heads, level=level
+        )
+        plain, plan = make_model(ops, spec, case, dtype)
+        native = ops.prepare_model(plain, weights)  # type: ignore[arg-type]
+        assert plain.weights.embedding.numel() == 0, "the model's own weights should be given up"
+        hidden = native.forward(token_ids, positions, plan)
+        assert hidden.shape == expected_hidden.shape
+        logits = native.logits(hidden)
+        assert logits.shape == expected.shape and logits.dtype == torch.float32
+        assert (logits - expected).abs().max() <= tolerance, (dtype, weights)
+        # A second pass over the same plan appends the same K/V again and gives the same numbers.
+        again = native.forward(token_ids, positions, plan)
+        assert torch.equal(native.logits(again), logits)
+
+
+def test_a_plain_model_runs_through_the_ops_one_by_one(
+    level: str, rng: np.random.Generator
+) -> None:
+    case = random_case(rng, kind="mixed", max_rows=100)
+    token_ids = torch.from_numpy(rng.integers(0, SPEC.vocab_size, case.num_rows))
+    positions = torch.from_numpy(case.positions)
+    outputs = []
+    for op_set in (
+        ReferenceOps(torch.device("cpu")),
+        NativeOps(dtype=torch.float32, head_dim=32, num_kv_heads=3, level=level),
+    ):
+        model, plan = make_model(op_set, SPEC, case, torch.float32)
+        outputs.append(model.forward(token_ids, positions, plan))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=2e-5)
+
+
+def test_weights_wider_than_the_model_are_refused(rng: np.random.Generator) -> None:
+    case = random_case(rng, kind="decode")
+    ops = NativeOps(dtype=torch.bfloat16, head_dim=32, num_kv_heads=3)
+    model, _ = make_model(ops, SPEC, case, torch.bfloat16)
+    with pytest.raises(ConfigError, match="int8"):
+        ops.prepare_model(model, "fp32")
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float16, 64), (torch.float32, 40)])
+def test_shapes_without_a_kernel_are_refused(dtype: torch.dtype, head_dim: int) -> None:
+    with pytest.raises(ConfigError):
+        NativeOps(dtype=dtype, head_dim=head_dim, num_kv_heads=1)
