@@ -1,0 +1,72 @@
+"""Llama (arXiv 2302.13971, 2407.21783): the architecture and nothing else."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch.nn.functional import embedding, linear
+
+from chunkllama.attention.backend import AttentionBackend
+from chunkllama.models.layers import LlamaWeights
+from chunkllama.models.spec import ModelSpec
+from chunkllama.ops.op_set import DevicePlan
+
+
+class RunnableModel(Protocol):
+    """What a model runner needs of a model.
+
+    An op set may offer ``prepare_model(model: Llama) -> RunnableModel``: the same model with its
+    weights packed and its layers fused as the device likes them.
+    """
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, plan: DevicePlan
+    ) -> torch.Tensor:
+        """token_ids [T] int64 and positions [T] int32 -> final hidden states [T, H], normalised."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [N, H] -> [N, vocab_size] float32."""
+        ...
+
+
+class Llama:
+    """A decoder-only transformer: RMSNorm, rotary grouped-query attention, SwiGLU.
+
+    Args:
+        spec: its numbers.
+        weights: on the device of ``attention.op_set``, in the dtype to compute in.
+        attention: plans, the chunk pool and the op set.
+        cos_sin: [max_position, D] float32, see ``rotary_table``.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: LlamaWeights,
+        attention: AttentionBackend,
+        cos_sin: torch.Tensor,
+    ) -> None:
+        self.spec = spec
+        self.weights = weights
+        self.attention = attention
+        self.cos_sin = cos_sin
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, plan: DevicePlan
+    ) -> torch.Tensor:
+        ops, eps = self.attention.op_set, self.spec.rms_norm_eps
+        x = embedding(token_ids, self.weights.embedding)
+        residual: torch.Tensor | None = None
+        for index, layer in enumerate(self.weights.layers):
+            x, residual = ops.rms_norm(x, layer.input_norm, eps, residual)
+            x = self.attention.forward(layer.qkv(x), positions, self.cos_sin, index, plan)
+            x = layer.output(x)
+            x, residual = ops.rms_norm(x, layer.mlp_norm, eps, residual)
+            x = layer.down(ops.silu_and_mul(layer.gate_up(x)))
+        x, _ = ops.rms_norm(x, self.weights.norm, eps, residual)
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return linear(hidden, self.weights.lm_head).float()
