@@ -1,0 +1,124 @@
+"""Grammars as token masks, compiled and stepped by llguidance. No torch: the API process validates
+with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from typing import Any
+
+import llguidance
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkllama.errors import InvalidRequestError
+from chunkllama.sampling_params import GrammarSpec
+
+# One optional blank between JSON tokens: a model that may write blanks without end will.
+_JSON_WHITESPACE = "[ \\n]?"
+_MAX_COMPILED = 64
+
+
+def to_llguidance(spec: GrammarSpec) -> str:
+    """llguidance's own grammar text.
+
+    Raises:
+        InvalidRequestError: ``text`` is not what ``kind`` says.
+    """
+    matcher = llguidance.LLMatcher
+    json_options: Any = {"whitespace_pattern": _JSON_WHITESPACE, "whitespace_flexible": True}
+    try:
+        match spec.kind:
+            case "json_schema":
+                return matcher.grammar_from_json_schema(spec.text, overrides=json_options)
+            case "json_object":
+                return matcher.grammar_from_json_schema('{"type":"object"}', overrides=json_options)
+            case "regex":
+                return matcher.grammar_from_regex(spec.text)
+            case "choice":
+                return matcher.grammar_from_lark(_choice(json.loads(spec.text)))
+            case "lark":
+                return matcher.grammar_from_lark(spec.text)
+    except ValueError as error:
+        raise InvalidRequestError(f"invalid {spec.kind}: {_one_line(error)}", "grammar") from None
+    raise InvalidRequestError(f"unknown grammar kind {spec.kind!r}", "grammar")
+
+
+def _choice(choices: object) -> str:
+    if not (isinstance(choices, list) and choices and all(isinstance(c, str) for c in choices)):
+        raise ValueError("expected a list of at least one string")
+    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+
+
+def _one_line(error: object) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "not accepted"
+
+
+def validate_grammar(spec: GrammarSpec) -> None:
+    """Compile a grammar and throw the result away.
+
+    Raises:
+        InvalidRequestError: it does not compile, or is too large.
+    """
+    if error := llguidance.LLMatcher.validate_grammar(to_llguidance(spec)):
+        raise InvalidRequestError(f"invalid {spec.kind}: {_one_line(error)}", "grammar")
+
+
+class GrammarMatcher:
+    """The state of one sequence's grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        self._matcher = matcher
+
+    def fill_mask(self, mask: NDArray[np.int32]) -> None:
+        """Set bit t of ``mask`` [ceil(vocab / 32)] for each token t that may come next."""
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+
+    def accept(self, token_id: int) -> bool:
+        """Move on by a sampled token; False if the grammar does not allow it."""
+        # The end-of-sequence token after a complete answer is not part of the grammar.
+        return self._matcher.is_stopped() or bool(self._matcher.consume_token(token_id))
+
+    @property
+    def is_finished(self) -> bool:
+        """Nothing but the end of the sequence may follow."""
+        return bool(self._matcher.is_stopped())
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer, remembering the latest.
+
+    Args:
+        tokenizer_json: the tokenizer as tokenizer.json has it.
+        vocab_size: of the model, which may have rows beyond the tokenizer's last id.
+        eos_token_ids: allowed where the grammar may end.
+    """
+
+    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: list[int]) -> None:
+        self._tokenizer = llguidance.LLTokenizer(
+            tokenizer_json, n_vocab=vocab_size, eos_token=eos_token_ids
+        )
+        self._compiled: OrderedDict[GrammarSpec, llguidance.LLMatcher] = OrderedDict()
+
+    def matcher(self, spec: GrammarSpec, output_token_ids: list[int]) -> GrammarMatcher:
+        """A matcher that has already seen ``output_token_ids``.
+
+        Raises:
+            InvalidRequestError: the grammar does not compile, or the tokens do not follow it.
+        """
+        compiled = self._compiled.get(spec)
+        if compiled is None:
+            compiled = llguidance.LLMatcher(self._tokenizer, to_llguidance(spec), log_level=0)
+            if compiled.is_error():
+                reason = _one_line(compiled.get_error())
+                raise InvalidRequestError(f"invalid {spec.kind}: {reason}", "grammar")
+            self._compiled[spec] = compiled
+            if len(self._compiled) > _MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(spec)
+        matcher = GrammarMatcher(compiled.deep_copy())
+        if not all(matcher.accept(token) for token in output_token_ids):
+            raise InvalidRequestError("the tokens so far do not follow the grammar", "grammar")
+        return matcher
