@@ -110,6 +110,11 @@ class Tokenizer:
         )
         return text
 
+    def to_json(self) -> str:
+        """The complete tokenizer as tokenizer.json has it."""
+        text: str = self._backend.to_str()
+        return text
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for: b"" outside the vocabulary, possibly part of a
         character."""
