@@ -118,6 +118,17 @@ class SchedulerConfig(ConfigGroup):
     )
 
 
+class LogConfig(ConfigGroup):
+    """What is logged, by the API process and the engine process alike."""
+
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Log lines for people, or one JSON object a line."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe level that is logged."
+    )
+
+
 class EngineConfig(BaseModel):
     """Everything an engine is built from."""
 
@@ -126,6 +137,7 @@ class EngineConfig(BaseModel):
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    log: LogConfig = LogConfig()
 
     @classmethod
     def from_flat(cls, **settings: Any) -> EngineConfig:
@@ -138,6 +150,7 @@ class EngineConfig(BaseModel):
             "model": ModelConfig,
             "cache": CacheConfig,
             "scheduler": SchedulerConfig,
+            "log": LogConfig,
         }
         known = [key for group in groups.values() for key in group.model_fields]
         check_keys(settings, known)
@@ -169,8 +182,9 @@ def check_keys(keys: Iterable[str], known: Iterable[str], origin: str = "") -> N
 def first_error(error: ValidationError) -> str:
     """The first of a validation's errors as one line: key, what is wrong, the value given."""
     detail = error.errors(include_url=False, include_context=False)[0]
-    key = ".".join(str(part) for part in detail["loc"] if isinstance(part, str))
-    value = repr(detail["input"])
-    given = "" if "key" in key else f", got {value[:100]}"
     message = detail["msg"].removeprefix("Value error, ")
-    return f"{key.split('.')[0]}: {message[:1].lower()}{message[1:]}{given}"
+    if not detail["loc"]:
+        return message
+    key = str(detail["loc"][0])
+    given = "" if key == "api_key" else f", got {repr(detail['input'])[:100]}"
+    return f"{key}: {message[:1].lower()}{message[1:]}{given}"

@@ -1,0 +1,53 @@
+"""One log line a request: method, path without query, status, time; never a body or a key."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import FastAPI
+from starlette.types import Message, Receive, Scope, Send
+
+from chunkllama.logger import init_logger, request_id_context
+
+logger = init_logger(__name__)
+# Probes and scrapers come every few seconds for ever.
+_QUIET = ("/health", "/metrics")
+
+
+class AccessLog:
+    """The application, logging each request when its response has ended.
+
+    Attributes:
+        app: what is wrapped.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith(_QUIET):
+            await self.app(scope, receive, send)
+            return
+        started = time.monotonic()
+        status, request_id = 0, ""
+
+        async def noting_send(message: Message) -> None:
+            nonlocal status, request_id
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = dict(message.get("headers", ()))
+                request_id = headers.get(b"x-request-id", b"").decode("latin-1")
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting_send)
+        finally:
+            token = request_id_context.set(request_id)
+            logger.info(
+                "%s %s %s",
+                scope["method"],
+                scope["path"][:200],
+                status or "gone",
+                extra={"ms": round((time.monotonic() - started) * 1000)},
+            )
+            request_id_context.reset(token)

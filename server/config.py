@@ -1,0 +1,249 @@
+"""Settings of a whole server, from the command line, the environment, a YAML file and defaults.
+
+Keys are flat and the same everywhere: ``--num-chunks``, ``CHUNKLLAMA_NUM_CHUNKS``, ``num_chunks:``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from chunkllama.config import (
+    Bytes,
+    CacheConfig,
+    ConfigGroup,
+    EngineConfig,
+    LogConfig,
+    ModelConfig,
+    SchedulerConfig,
+    check_keys,
+    first_error,
+)
+from chunkllama.errors import ConfigError
+
+ENV_PREFIX = "CHUNKLLAMA_"
+# Read elsewhere: places on disk that exist before any configuration does.
+_OTHER_VARIABLES = frozenset({"CHUNKLLAMA_CACHE", "CHUNKLLAMA_NATIVE_DIR", "CHUNKLLAMA_CONFIG"})
+
+
+def _listed(value: object) -> object:
+    """A list from "a,b": environment variables and flags are strings."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_listed)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class ServerConfig(ConfigGroup):
+    """How the engine is offered over HTTP."""
+
+    served_model_name: Names = Field(
+        default=(), description="Names clients may ask for. Default: the model's own name."
+    )
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: Port = Field(default=8000, description="Port to listen on; 0 takes a free one.")
+    admin_port: Port | None = Field(
+        default=None, description="Serve /metrics on this port instead of the main one."
+    )
+    api_key: Secrets = Field(
+        default=(),
+        description="name:key of a tenant, or a bare key; repeatable. Prefer api_key_file: "
+        "other users can read a command line.",
+    )
+    api_key_file: Path | None = Field(
+        default=None, description="File with one name:key a line; # begins a comment."
+    )
+    isolation: Literal["off", "tenant"] | None = Field(
+        default=None,
+        description="tenant gives each key its own cache namespace, off shares one. tenant is the "
+        "default with several keys.",
+    )
+    public_prefixes: Path | None = Field(
+        default=None,
+        description="YAML list of system prompts that every tenant may share; computed at start "
+        "and kept in the cache.",
+    )
+    chat_template: Path | None = Field(
+        default=None, description="jinja2 file to use instead of the model's chat template."
+    )
+    strict: bool = Field(
+        default=False, description="Refuse unknown request fields instead of ignoring them."
+    )
+    root_path: str = Field(default="", description="Path prefix that a proxy strips.")
+    cors_origins: Names = Field(
+        default=(), description="Origins browsers may call from; * is any. Default: none."
+    )
+    ssl_certfile: Path | None = Field(default=None, description="PEM certificate chain for HTTPS.")
+    ssl_keyfile: Path | None = Field(default=None, description="PEM private key for HTTPS.")
+    max_body_bytes: Bytes = Field(
+        default=2 << 20, description="A larger request body is refused with 413."
+    )
+    keep_alive_seconds: int = Field(
+        default=75, gt=0, description="An idle connection is closed after so long."
+    )
+    stream_stall_seconds: float = Field(
+        default=30.0, gt=0, description="A client that reads nothing for so long is given up."
+    )
+    drain_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        description="On SIGTERM, live requests may finish within this time; then they are cut.",
+    )
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> ServerConfig:
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("ssl_certfile and ssl_keyfile must be given together")
+        return self
+
+
+class Settings(ServerConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfig, BaseSettings):
+    """All keys side by side."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), env_prefix=ENV_PREFIX
+    )
+    groups: ClassVar[tuple[type[ConfigGroup], ...]] = (
+        ModelConfig,
+        CacheConfig,
+        SchedulerConfig,
+        LogConfig,
+        ServerConfig,
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # `load_settings` reads the sources itself: it must know each value's origin.
+        return (init_settings,)
+
+    def engine(self) -> EngineConfig:
+        """The engine's part."""
+        keys = [key for group in self.groups[:-1] for key in group.model_fields]
+        return EngineConfig.from_flat(**{key: getattr(self, key) for key in keys})
+
+    def keys_by_tenant(self) -> dict[str, str]:
+        """Tenant name to API key, from both the file and the flags.
+
+        Raises:
+            ConfigError: the file cannot be read, or a name or key stands twice.
+        """
+        entries = [secret.get_secret_value() for secret in self.api_key]
+        if self.api_key_file is not None:
+            lines = read_text(self.api_key_file, "api_key_file").splitlines()
+            entries += [line.strip() for line in lines if line.strip() and line.strip()[0] != "#"]
+            if not entries:
+                raise ConfigError(f"api_key_file: {self.api_key_file} holds no key")
+        keys: dict[str, str] = {}
+        for number, entry in enumerate(entries, start=1):
+            name, colon, key = entry.partition(":")
+            if not colon:
+                name, key = f"key-{number}", entry
+            if not name or not key:
+                raise ConfigError(f"api_key: entry {number} is not of the form name:key")
+            if name in keys or key in keys.values():
+                raise ConfigError(f"api_key: entry {number} ({name}) repeats a name or a key")
+            keys[name] = key
+        return keys
+
+
+class Loaded:
+    """Settings and where each value came from.
+
+    Attributes:
+        origins: key to "command line", "environment", a file's path, or "default".
+    """
+
+    def __init__(self, settings: Settings, origins: dict[str, str]) -> None:
+        self.settings = settings
+        self.origins = origins
+
+
+def load_settings(
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str] = os.environ,
+    config_file: Path | None = None,
+) -> Loaded:
+    """Merge all sources: command line over environment over file over defaults.
+
+    Raises:
+        ConfigError: an unknown key (the nearest is named) or a bad value, with its origin.
+    """
+    known = list(Settings.model_fields)
+    variables = {
+        name.removeprefix(ENV_PREFIX).lower(): value
+        for name, value in environ.items()
+        if name.startswith(ENV_PREFIX)
+        and name not in _OTHER_VARIABLES
+        and not _is_service_link(name, value)
+    }
+    check_keys(variables, known, f"the environment ({ENV_PREFIX}...)")
+    config_file = config_file or (
+        Path(environ["CHUNKLLAMA_CONFIG"]) if environ.get("CHUNKLLAMA_CONFIG") else None
+    )
+    document = _read_yaml(config_file) if config_file is not None else {}
+    check_keys(document, known, str(config_file))
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(known, "default")
+    for origin, source in (
+        (str(config_file), document),
+        ("environment", variables),
+        ("command line", flags),
+    ):
+        for key, value in source.items():
+            values[key], origins[key] = value, origin
+    try:
+        return Loaded(Settings(**values), origins)
+    except ValidationError as error:
+        message = first_error(error)
+        origin = origins.get(message.split(":")[0], "")
+        raise ConfigError(f"{message} (from {origin})" if origin else message) from None
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """Whether Kubernetes set it for a Service called chunkllama (CHUNKLLAMA_PORT=tcp://...)."""
+    rest = name.removeprefix(ENV_PREFIX)
+    return value.startswith("tcp://") or rest.startswith(("SERVICE_HOST", "SERVICE_PORT", "PORT_"))
+
+
+def read_text(path: Path, key: str) -> str:
+    """A file's text.
+
+    Raises:
+        ConfigError: it cannot be read; ``key`` is the setting that names it.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{key}: cannot read {path}: {reason}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(read_text(path, "config"))
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise ConfigError(f"config: {path} is not valid YAML{line}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
+        raise ConfigError(f"config: {path} must hold key: value lines")
+    return document
