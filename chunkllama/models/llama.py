@@ -12,6 +12,8 @@ from chunkllama.models.layers import LlamaWeights
 from chunkllama.models.spec import ModelSpec
 from chunkllama.ops.op_set import DevicePlan
 
+_HEAD_ROWS = 4096
+
 
 class RunnableModel(Protocol):
     """What a model runner needs of a model.
@@ -69,4 +71,12 @@ class Llama:
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return linear(hidden, self.weights.lm_head).float()
+        head = self.weights.lm_head
+        if hidden.dtype == torch.float32:
+            return linear(hidden, head)
+        if hidden.is_cuda:
+            return torch.mm(hidden, head.t(), out_dtype=torch.float32)
+        # A CPU's bfloat16 product rounds its result: between 16 and 32 to eighths, which ties tokens
+        # that are apart. Widened a block at a time the head needs no second copy.
+        wide = hidden.float()
+        return torch.cat([linear(wide, part.float()) for part in head.split(_HEAD_ROWS)], dim=1)
