@@ -334,14 +334,17 @@ def _nth(counts: Int64Array) -> Int64Array:
 
 
 def _rounded_up(need: PlanCapacity) -> PlanCapacity:
+    """Powers of two, and no less than what most decode plans of so many rows need."""
+
     def power_of_two(n: int) -> int:
         return 1 << (n - 1).bit_length()
 
+    rows = power_of_two(need.rows)
     return PlanCapacity(
-        power_of_two(need.rows),
-        power_of_two(need.items),
-        power_of_two(need.chunk_ids),
-        power_of_two(need.slots),
+        rows,
+        power_of_two(max(need.items, 2 * rows)),
+        power_of_two(max(need.chunk_ids, 64 * rows)),
+        power_of_two(max(need.slots, 4 * rows)),
     )
 
 

@@ -50,9 +50,12 @@ class DevicePlan:
 class OpSet(Protocol):
     """Tensors in, tensors out; shapes use T rows (query tokens), Hq and Hkv heads, D head_dim."""
 
-    name: str
-    device: torch.device
-    chunk_sizes: tuple[int, ...]
+    @property
+    def name(self) -> str: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def chunk_sizes(self) -> tuple[int, ...]: ...
 
     def packing(self, *, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> Packing:
         """How the planner should cut rows and runs for this device."""

@@ -32,7 +32,7 @@ class ReferenceOps:
     """
 
     name = "reference"
-    chunk_sizes: tuple[int, ...] = (16, 32, 64, 128)
+    chunk_sizes = (16, 32, 64, 128)
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Literal
 
 import torch
 
 from chunkllama.errors import ConfigError
+from chunkllama.logger import init_logger
 from chunkllama.ops.op_set import OpSet
 from chunkllama.ops.reference import ReferenceOps
 
 Backend = Literal["auto", "reference", "native", "cuda"]
 
-logger = logging.getLogger(__name__)
+logger = init_logger(__name__)
 
 
 def select_op_set(
@@ -34,9 +34,9 @@ def select_op_set(
         ConfigError: the backend is not installed, or lacks the device, dtype, head_dim or chunk
             size; the message names it and the fix.
     """
-    target = torch.device(device)
-    if target.type not in ("cpu", "cuda"):
+    if device.partition(":")[0] not in ("cpu", "cuda"):
         raise ConfigError(f"device: {device!r} is not one of cpu, cuda, cuda:N")
+    target = torch.device(device)
     if backend == "auto" and target.type == "cpu":
         try:
             return _native(target, dtype, head_dim, chunk_size, num_kv_heads)

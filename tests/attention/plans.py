@@ -29,8 +29,7 @@ Kind = Literal["decode", "slices", "mixed"]
 
 @dataclass
 class Case:
-    """The slices of one step over a pool of ``num_chunks`` chunks, as ``Planner.build`` takes them.
-    """
+    """The slices of one step over ``num_chunks`` chunks, as ``Planner.build`` takes them."""
 
     chunk_size: int
     num_chunks: int
@@ -201,8 +200,7 @@ def _append(
     keys: np.ndarray,
     values: np.ndarray,
 ) -> None:
-    """The first ``filled`` tokens of each chunk: every chunk is a slice of its own from position 0.
-    """
+    """The first ``filled`` tokens of each chunk; a chunk is a slice of its own here."""
     chunks = np.flatnonzero(filled)
     case = make_case(
         [[c] for c in chunks.tolist()],

@@ -1,0 +1,70 @@
+"""Which op set a device gets, and what a user reads when it cannot be had."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+import torch
+
+from chunkllama.errors import ConfigError
+from chunkllama.ops.op_set import OpSet
+from chunkllama.ops.select import Backend, select_op_set
+
+
+def select(
+    device: str = "cpu", *, backend: Backend = "auto", chunk_size: int = 64, head_dim: int = 64
+) -> OpSet:
+    return select_op_set(
+        device,
+        dtype=torch.float32,
+        head_dim=head_dim,
+        chunk_size=chunk_size,
+        num_kv_heads=3,
+        backend=backend,
+    )
+
+
+def test_the_reference_by_name() -> None:
+    op_set = select(backend="reference", chunk_size=16)
+    assert op_set.name == "reference"
+    assert op_set.device == torch.device("cpu")
+
+
+def test_a_cpu_without_the_native_extension_runs_the_reference_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "chunkllama.ops.native", None)
+    with caplog.at_level(logging.WARNING):
+        assert select().name == "reference"
+    assert len(caplog.records) == 1
+    assert "native" in caplog.text
+    assert "compiler" in caplog.text
+
+
+def test_native_by_name_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "chunkllama.ops.native", None)
+    with pytest.raises(ConfigError, match="not built"):
+        select(backend="native")
+
+
+def test_cuda_without_cupy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "chunkllama.ops.cuda", None)
+    with pytest.raises(ConfigError, match=r"chunkllama\[cu12\]"):
+        select("cuda")
+
+
+def test_a_backend_on_the_wrong_device() -> None:
+    with pytest.raises(ConfigError, match="native runs on device cpu"):
+        select("cuda", backend="native")
+    with pytest.raises(ConfigError, match="cuda needs device cuda"):
+        select("cpu", backend="cuda")
+    for device in ("mps", "gpu"):
+        with pytest.raises(ConfigError, match=f"device: '{device}' is not one of"):
+            select(device)
+
+
+def test_a_chunk_size_the_reference_lacks() -> None:
+    with pytest.raises(ConfigError, match="chunk_size: 48 is not one of 16, 32, 64, 128"):
+        select(backend="reference", chunk_size=48)
