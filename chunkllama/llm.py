@@ -13,6 +13,8 @@ from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
 from chunkllama.engine.client import as_exception, with_seed
 from chunkllama.engine.messages import ChoiceDelta, EngineRequest, TokenDelta
+from chunkllama.models.registry import resolve_model
+from chunkllama.models.spec import read_spec
 from chunkllama.outputs import CompletionOutput, RequestOutput
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.text.chat_template import load_chat_template
@@ -40,10 +42,14 @@ class LLM:
 
     def __init__(self, model: str = "smollm2-135m-instruct", **settings: Any) -> None:
         config = EngineConfig.from_flat(model=model, **settings)
+        folder = resolve_model(model)
+        self._tokenizer = load_tokenizer(folder)
+        self._template = load_chat_template(folder, self._tokenizer)
+        use_defaults = config.model.generation_config == "auto"
+        self._defaults = SamplingParams(
+            **(read_spec(folder).default_sampling if use_defaults else {})
+        )
         self._core = build_engine(config)
-        self._tokenizer = load_tokenizer(self._core.model_path)
-        self._template = load_chat_template(self._core.model_path, self._tokenizer)
-        self._defaults = self._core.default_sampling
         self._ids = itertools.count()
 
     def generate(

@@ -1,0 +1,128 @@
+"""From a configuration to an engine that is ready to step."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from chunkllama.cache.manager import CacheManager
+from chunkllama.config import EngineConfig
+from chunkllama.engine.core import EngineCore
+from chunkllama.engine.messages import EngineReady
+from chunkllama.engine.model_runner import load_executor
+from chunkllama.errors import ConfigError
+from chunkllama.logger import init_logger
+from chunkllama.machine import default_kv_cache_memory, memory_left, usable_threads
+from chunkllama.models.registry import resolve_model
+from chunkllama.models.spec import ModelSpec, kv_bytes_per_chunk, read_spec, resolve_dtype
+from chunkllama.scheduler.scheduler import Scheduler, SchedulerLimits
+
+logger = init_logger(__name__)
+
+_GPU_POOL_SHARE = 0.85  # of the device memory left beside the weights; the rest is workspace
+
+
+def build_engine(config: EngineConfig) -> EngineCore:
+    """Load the model, allocate the pool, join scheduler and executor.
+
+    Raises:
+        ConfigError: the model or a setting is unusable; one line says why.
+    """
+    started = time.monotonic()
+    folder = resolve_model(config.model.model)
+    spec = read_spec(folder)
+    device = _device(config.model.device)
+    dtype = resolve_dtype(spec, config.model.dtype, device)
+    max_model_len = _max_model_len(config, spec)
+    chunk_size = config.cache.chunk_size
+    num_chunks = _num_chunks(config, spec, folder, device, dtype)
+    if device == "cpu":
+        torch.set_num_threads(config.model.threads or usable_threads())
+    executor = load_executor(
+        model_path=folder,
+        device=device,
+        dtype=dtype,
+        num_chunks=num_chunks,
+        chunk_size=chunk_size,
+        max_model_len=max_model_len,
+        op_set=config.model.op_set,
+        weights=config.model.weights,
+    )
+    limits = SchedulerLimits(
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        max_waiting=config.scheduler.max_waiting,
+        policy=config.scheduler.scheduling_policy,
+        min_wait_tokens=config.scheduler.min_wait_tokens,
+        spare_chunks=executor.spare_chunks,
+        eos_token_ids=frozenset(spec.eos_token_ids),
+    )
+    cache = CacheManager(num_chunks, chunk_size, time.monotonic)
+    scheduler = Scheduler(limits, cache, time.monotonic)
+    info = EngineReady(
+        model_name=config.model.model,
+        vocab_size=spec.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=list(spec.eos_token_ids),
+        num_chunks=num_chunks,
+        chunk_size=chunk_size,
+        max_request_tokens=min(max_model_len, num_chunks * chunk_size),
+        device=device,
+        op_set=executor.op_set.name,
+    )
+    logger.info(
+        "engine ready in %.1f s: %s, %s on %s (%s ops), %d chunks of %d tokens (%d MiB)",
+        time.monotonic() - started,
+        config.model.model,
+        dtype,
+        device,
+        info.op_set,
+        num_chunks,
+        chunk_size,
+        num_chunks * kv_bytes_per_chunk(spec, chunk_size, dtype) >> 20,
+    )
+    return EngineCore(scheduler, executor, info)
+
+
+def _device(wanted: str) -> str:
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda was asked for, but torch finds no CUDA device; use cpu")
+    return wanted
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    wanted = config.model.max_model_len
+    if wanted is None:
+        return spec.max_position
+    if wanted > spec.max_position:
+        raise ConfigError(
+            f"max_model_len: {wanted} is above the model's own limit of {spec.max_position}"
+        )
+    return wanted
+
+
+def _num_chunks(
+    config: EngineConfig, spec: ModelSpec, folder: Path, device: str, dtype: str
+) -> int:
+    """Chunks as asked for, or as many as the memory given to the pool holds."""
+    if config.cache.num_chunks is not None:
+        return config.cache.num_chunks
+    per_chunk = kv_bytes_per_chunk(spec, config.cache.chunk_size, dtype)
+    memory = config.cache.kv_cache_memory
+    if memory is None:
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if device == "cpu":
+            memory = default_kv_cache_memory(memory_left() - weights)
+        else:
+            memory = int((torch.cuda.mem_get_info()[0] - weights) * _GPU_POOL_SHARE)
+    if memory < 2 * per_chunk:
+        raise ConfigError(
+            f"kv_cache_memory: {memory} bytes hold fewer than two chunks of {per_chunk} bytes; "
+            "give the pool more memory or set num_chunks"
+        )
+    return memory // per_chunk
