@@ -1,6 +1,6 @@
-"""What the scheduler hands to an executor and gets back: plain arrays and numbers, no tree, no request objects.
+"""What the scheduler hands to an executor and gets back: plain arrays and numbers.
 
-A message could be encoded and sent to N tensor-parallel ranks as it stands.
+No tree, no request objects: a message could be encoded and sent to N tensor-parallel ranks as it stands.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ Int32Array = NDArray[np.int32]
 class NewSequence:
     """State an executor keeps for a slot from now on until the slot is in ``freed_slots``.
 
-    Sent when a sequence is first scheduled and again after a preemption (then ``output_token_ids`` holds what was
-    already sampled, and the random numbers go on from there).
+    Sent when a sequence is first scheduled and again after a preemption (then ``output_token_ids``
+    holds what was already sampled, and the random numbers go on from there). Slots are freed
+    before new sequences take theirs: one output may hold a slot in both lists.
     """
 
     slot: int
@@ -40,12 +41,14 @@ class ScheduledSlice:
 
     Attributes:
         slot: the sequence's stable slot in device state.
-        first_position: position of ``token_ids[0]``; the K/V of all earlier positions is computed by earlier steps
-            or by other slices of this very step (append precedes attention in each layer).
+        first_position: position of ``token_ids[0]``; the K/V of all earlier positions is computed
+            by earlier steps or by other slices of this very step (append precedes attention in
+            each layer).
         token_ids: [num_tokens] int32.
-        chunk_ids: [>= ceil(end / chunk_size)] int32, chunk of positions 0.., chunk_size.., ...; spares included. A view,
-            valid until the next ``schedule()``.
-        shared: number of leading chunks with the same ids as in the previous slice of the list (0 for the first).
+        chunk_ids: [>= ceil(end / chunk_size)] int32, chunk of positions 0.., chunk_size.., ...;
+            spares included. A view, valid until ``commit()``.
+        shared: number of leading chunks with the same ids as in the previous slice of the list
+            (0 for the first).
         samples: the last token's logits yield a token.
         wants_prompt_logits: every row's logits are needed (prompt_logprobs).
     """
@@ -65,10 +68,11 @@ class ScheduledSlice:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step. ``slices`` stand in tree depth-first order (sequences with a common path are neighbours).
+    """One step. ``slices`` stand in tree depth-first order: common paths are neighbours.
 
-    ``plan_version`` changes only when the decode plan has to be rebuilt: join, leave, adopt, copy, preempt, spares
-    used up. It is 0 when some slice has more than one token (a plan for this step alone).
+    ``plan_version`` changes only when the decode plan has to be rebuilt: join, leave, adopt, copy,
+    preempt, spares used up. It is 0 when some slice has more than one token (a plan for this step
+    alone).
     ``copies`` are (source chunk, destination chunk, tokens), done before the first layer.
     """
 
@@ -88,9 +92,12 @@ class SchedulerOutput:
 class SampledTokens:
     """What one executed step yielded, keyed by slot.
 
-    ``failed`` maps a slot to a reason (e.g. "model_nan"): its sequence ends with an error, its batch mates go on.
-    ``prompt_logprobs[slot]`` has one entry per token of the slice, for the *next* position of each row.
-    ``beam_candidates[slot]`` (beam search only): the best (token id, log-probability) pairs at the sampled position.
+    ``failed`` maps a slot to a reason (e.g. "model_nan"): its request ends with an error, its
+    batch mates go on.
+    ``prompt_logprobs[slot]`` has one entry per token of the slice, for the *next* position of each
+    row.
+    ``beam_candidates[slot]`` (beam search only): the best (token id, log-probability) pairs at the
+    sampled position.
     ``finished_grammar``: slots whose grammar accepts nothing more after the sampled token.
     """
 

@@ -1,0 +1,412 @@
+"""The cache as the scheduler sees it: match, admit, grow, publish, release. Ids come out, no nodes.
+
+A step goes through three moments:
+
+    schedule()   admit / grow, then will_compute() for each slice: its nodes count as `scheduled`,
+                 so that sequences admitted after it may join the same step
+    (the step runs; nothing is freed, no copy source may go)
+    commit()     did_compute() for each slice, end_step(), publish(), release()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
+from chunkllama.cache.invariants import check_cache
+from chunkllama.cache.node import PUBLIC, TOKEN_BYTES, Node, encode_tokens
+from chunkllama.cache.pins import Pins
+from chunkllama.cache.prefix_tree import Match, PrefixTree
+from chunkllama.cache.sequence_chunks import SequenceChunks
+from chunkllama.outputs import TreeNodeInfo
+
+Int32Array = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """One way to give a sequence its chunks.
+
+    Attributes:
+        match: what it shares and copies.
+        takes_over: its copy source becomes its own chunk instead of being copied.
+        num_new: chunks to allocate.
+        available: chunks that are free or can be evicted for it (its own path cannot).
+    """
+
+    match: Match
+    takes_over: bool
+    num_new: int
+    available: int
+
+
+class CacheManager:
+    """Pool, tree and pins behind one door.
+
+    Args:
+        num_chunks, chunk_size: the pool.
+        clock: seconds; only pins look at it.
+        variant: key of the K/V variant this engine computes (model, adapter, dtype, RoPE).
+    """
+
+    def __init__(
+        self,
+        num_chunks: int,
+        chunk_size: int,
+        clock: Callable[[], float],
+        variant: str = "",
+    ) -> None:
+        self.pool = ChunkPool(num_chunks, chunk_size)
+        self.tree = PrefixTree(self.pool)
+        self.pins = Pins(self.tree, num_chunks // 2)
+        self.chunk_size = chunk_size
+        self.num_chunks = num_chunks
+        self._clock = clock
+        self._root = self.tree.root(variant)
+        self._held: list[Node] = []
+        self._copying: list[Node] = []
+
+    # -- admission --------------------------------------------------------------------------
+
+    def match(self, tokens: Int32Array, limit: int, namespace: str) -> Match:
+        """Longest usable prefix of ``tokens``, at most ``limit``; changes nothing."""
+        return self.tree.match(self._root, encode_tokens(tokens), limit, namespace)
+
+    def is_awaited(self, match: Match) -> bool:
+        """What a follower waits for is still on its way: not yet there, and not given up."""
+        if match.awaited is None:
+            return False
+        node, tokens = match.awaited
+        if node.chunk_id < 0:
+            return False
+        whole = tokens == self.chunk_size
+        return (node.scheduled if whole else node.filled) < tokens
+
+    def num_live_tokens(self, tokens: Int32Array, limit: int, namespace: str) -> int:
+        """Leading tokens that lie in chunks which running sequences use now."""
+        nodes = self.match(tokens, limit, namespace).nodes
+        return sum(node.num_tokens for node in nodes if node.num_sequences)
+
+    def admissions(self, match: Match, num_chunks: int) -> Iterator[Admission]:
+        """Ways to admit a sequence of ``num_chunks`` chunks, the one that keeps most first.
+
+        A partial leaf is taken over when nobody uses it and all of it is matched. Where room is
+        short, what only this sequence could use is given up too: the leaf's other tokens, then
+        the copy itself. So a request that fits alone can always be admitted alone.
+        """
+        source = match.source
+        num_new = num_chunks - len(match.nodes)
+        available = self.pool.num_free + self.tree.num_evictable
+        available -= sum(node.is_evictable for node in match.nodes)
+        if source is None:
+            yield Admission(match, False, num_new, available)
+            return
+        idle = source.is_evictable and not source.children
+        partial = source.num_tokens < self.chunk_size
+        rest = available - source.is_evictable
+        if idle and partial and match.num_copied == source.num_tokens:
+            yield Admission(match, True, num_new - 1, rest)
+            return
+        yield Admission(match, False, num_new, rest)
+        if idle and partial:
+            yield Admission(match, True, num_new - 1, rest)
+        if source.is_evictable:
+            num_tokens = match.num_tokens - match.num_copied
+            without = replace(match, source=None, num_copied=0, num_tokens=num_tokens)
+            yield Admission(without, False, num_new, available)
+
+    def admit(
+        self, admission: Admission, tokens: Int32Array, namespace: str, insert_limit: int
+    ) -> SequenceChunks:
+        """Reference the match, allocate the rest, show the prompt's chunks as unfilled nodes.
+
+        Args:
+            tokens: every token known of the sequence.
+            insert_limit: leading tokens that others may see.
+        """
+        match = admission.match
+        for node in match.nodes:
+            self.tree.acquire(node)
+        chunks = SequenceChunks(namespace, insert_limit, list(match.nodes))
+        source = match.source
+        if source is not None:
+            self.tree.hold(source)  # allocating may evict
+        fresh = self._allocate(admission.num_new)
+        if source is not None and admission.takes_over:
+            self.tree.unhold(source)
+            fresh.insert(0, self.tree.detach(source))
+        elif source is not None:
+            self._held.append(source)
+            chunks.copies.append((source.chunk_id, fresh[0], match.num_copied))
+        chunks.extend(fresh)
+        self._show_prompt(chunks, tokens, admission)
+        chunks.set_next_publish(self.chunk_size)
+        return chunks
+
+    def _show_prompt(
+        self, chunks: SequenceChunks, tokens: Int32Array, admission: Admission
+    ) -> None:
+        """Insert the chunks of the known tokens, unfilled, as far as nobody has equal ones."""
+        size, match = self.chunk_size, admission.match
+        first = chunks.num_whole
+        parent = chunks.path[-1] if chunks.path else self._root
+        end = min(len(tokens), chunks.insert_limit)
+        for depth in range(first, -(-end // size)):
+            key = encode_tokens(tokens[depth * size : min((depth + 1) * size, end)])
+            if self.tree.covering(parent, chunks.namespace, key) is not None:
+                return  # an equal chunk is on its way: ours is shown, or swapped, once it is full
+            node = self.tree.insert(parent, chunks.namespace, key, int(chunks.ids[depth]), 0)
+            self.tree.acquire(node)
+            chunks.path.append(node)
+            if depth == first and match.source is not None:
+                if admission.takes_over:
+                    node.filled = node.scheduled = min(match.num_copied, node.num_tokens)
+                else:
+                    node.copied_from = (match.source, match.num_copied)
+                    self._copying.append(node)
+            chunks.num_whole += node.num_tokens == size
+            parent = node
+
+    # -- a running sequence -----------------------------------------------------------------
+
+    def grow(self, chunks: SequenceChunks, needed: int, spare: int) -> bool:
+        """Append ``needed`` chunks, evicting if need be, and up to ``spare`` that come free.
+
+        False, and nothing changed, if even eviction does not give ``needed``.
+        """
+        if self.pool.num_free + self.tree.num_evictable < needed:
+            return False
+        spare = min(spare, self.pool.num_free + self.tree.num_evictable - needed)
+        chunks.extend(self._allocate(needed + spare))
+        return True
+
+    def will_compute(self, chunks: SequenceChunks, start: int, end: int) -> None:
+        """The step being put together computes the sequence's positions [start, end)."""
+        size = self.chunk_size
+        for node in chunks.path[start // size : (end - 1) // size + 1]:
+            node.scheduled = min(node.num_tokens, end - node.depth * size)
+
+    def did_compute(self, chunks: SequenceChunks, start: int, end: int) -> None:
+        """The step has run: K/V of positions [start, end) is there."""
+        for node in chunks.path[start // self.chunk_size : (end - 1) // self.chunk_size + 1]:
+            node.filled = node.scheduled
+
+    def undo_compute(self, chunks: SequenceChunks, start: int, end: int) -> None:
+        """The step failed for this sequence: nothing in [start, end) may be read."""
+        for node in chunks.path[start // self.chunk_size : (end - 1) // self.chunk_size + 1]:
+            node.scheduled = node.filled
+
+    def is_readable(self, chunks: SequenceChunks) -> bool:
+        """Every node the sequence was given to share has been computed, by this step at last."""
+        shared = chunks.path[: chunks.num_shared]
+        return all(node.scheduled == node.num_tokens for node in shared)
+
+    def end_step(self) -> None:
+        """The step has run: its copies are done, their sources may go."""
+        for node in self._held:
+            self.tree.unhold(node)
+        for node in self._copying:
+            node.copied_from = None
+        self._held.clear()
+        self._copying.clear()
+
+    def publish(self, chunks: SequenceChunks, tokens: Int32Array, num_computed: int) -> bool:
+        """Show chunks that have become full; True if an equal sibling was adopted instead.
+
+        An adopted sibling takes the place of the sequence's own chunk, which is freed: no step
+        that reads it is in flight. A sibling that is not filled yet is looked at again later.
+        """
+        size, adopted = self.chunk_size, False
+        while num_computed >= chunks.next_publish:
+            depth = chunks.num_whole
+            key = encode_tokens(tokens[depth * size : (depth + 1) * size])
+            parent = chunks.path[depth - 1] if depth else self._root
+            own = chunks.path[depth] if len(chunks.path) > depth else None
+            twin = self.tree.find(parent, chunks.namespace, key)
+            if twin is not None:
+                if twin.filled < size:
+                    chunks.next_publish = num_computed + 1
+                    return adopted
+                self._adopt(chunks, twin, own)
+                adopted = True
+            elif own is not None:
+                self.tree.rekey(own, key)
+                own.filled = own.scheduled = size
+            else:
+                chunk_id = int(chunks.ids[depth])
+                node = self.tree.insert(parent, chunks.namespace, key, chunk_id, size)
+                self.tree.acquire(node)
+                chunks.path.append(node)
+            chunks.num_whole += 1
+            chunks.set_next_publish(size)
+        return adopted
+
+    def _adopt(self, chunks: SequenceChunks, twin: Node, own: Node | None) -> None:
+        depth = chunks.num_whole
+        self.tree.acquire(twin)
+        if own is None:
+            self.pool.free(int(chunks.ids[depth]))
+            chunks.path.append(twin)
+        else:
+            assert own.num_sequences == 1, "a partial node in two paths"
+            self.pins.move(own, twin)
+            self.tree.release(own)
+            self.tree.remove(own)
+            chunks.path[depth] = twin
+        chunks.ids[depth] = twin.chunk_id
+
+    def fork(self, chunks: SequenceChunks, num_computed: int) -> SequenceChunks | None:
+        """A second sequence with the same first ``num_computed`` tokens.
+
+        It shares the whole nodes; every other chunk is copied before the next step. None if the
+        pool has no room for the copies.
+        """
+        size, depth = self.chunk_size, chunks.num_whole
+        copied = -(-num_computed // size) - depth
+        if self.pool.num_free + self.tree.num_evictable < copied:
+            return None
+        path = chunks.path[:depth]
+        for node in path:
+            self.tree.acquire(node)
+        child = SequenceChunks(chunks.namespace, chunks.insert_limit, list(path))
+        child.extend(self._allocate(copied))
+        for i in range(depth, depth + copied):
+            tokens = min(size, num_computed - i * size)
+            child.copies.append((int(chunks.ids[i]), int(child.ids[i]), tokens))
+        child.set_next_publish(size)
+        return child
+
+    def release(self, chunks: SequenceChunks, tokens: Int32Array, num_computed: int) -> None:
+        """The sequence leaves; what it computed stays cached, its tail as a partial leaf."""
+        self.publish(chunks, tokens, num_computed)
+        size, depth = self.chunk_size, chunks.num_whole
+        private = chunks.ids[len(chunks.path) :].tolist()
+        end = min(num_computed, chunks.insert_limit, (depth + 1) * size)
+        tail = None
+        if end > depth * size:
+            key = encode_tokens(tokens[depth * size : end])
+            tail = self._tail_node(chunks, key, private)
+        self._release_path(chunks.path)
+        if tail is not None:
+            self._drop_covered(tail)
+        for chunk_id in private:
+            self.pool.free(chunk_id)
+
+    def _tail_node(self, chunks: SequenceChunks, key: bytes, private: list[int]) -> Node | None:
+        """The node of the computed tail: its live tail node grown, or a new one."""
+        depth = chunks.num_whole
+        parent = chunks.path[depth - 1] if depth else self._root
+        own = chunks.path[depth] if len(chunks.path) > depth else None
+        if own is not None and len(key) <= len(own.key):
+            return None  # abandoned before its prompt was computed
+        if self.tree.covering(parent, chunks.namespace, key) is not None:
+            return own
+        if own is None:
+            tokens = len(key) // TOKEN_BYTES
+            return self.tree.insert(parent, chunks.namespace, key, private.pop(0), tokens)
+        self.tree.rekey(own, key)
+        own.filled = own.scheduled = own.num_tokens
+        return own
+
+    def _drop_covered(self, tail: Node) -> None:
+        """Of an idle partial leaf and a sibling whose tokens start with it, one is enough."""
+        assert tail.parent is not None
+        for node in tail.parent.children[tail.namespace].neighbours(tail.key):
+            if node is not tail and tail.key.startswith(node.key) and self._is_idle_leaf(node):
+                self.tree.remove(node)
+        if self._is_idle_leaf(tail) and self._is_covered(tail, tail.key):
+            self.tree.remove(tail)
+
+    def _is_idle_leaf(self, node: Node) -> bool:
+        return node.is_evictable and not node.children
+
+    def _is_covered(self, node: Node, key: bytes) -> bool:
+        """A sibling that the same sequences may see has these tokens too."""
+        assert node.parent is not None
+        return any(
+            sibling is not node and sibling.key.startswith(key)
+            for children in node.parent.visible_children(node.namespace)
+            for sibling in children.around(key)
+        )
+
+    def discard(self, chunks: SequenceChunks) -> None:
+        """The sequence leaves and what it alone computed is not to be trusted: nothing stays."""
+        private = chunks.ids[len(chunks.path) :].tolist()
+        shared = chunks.path[: chunks.num_shared]
+        for node in reversed(chunks.path[chunks.num_shared :]):
+            self.tree.release(node)
+            if node.is_evictable and not node.children:
+                self.tree.remove(node)
+        self._release_path(shared)
+        for chunk_id in private:
+            self.pool.free(chunk_id)
+
+    def _release_path(self, path: list[Node]) -> None:
+        """Drop references bottom up; what was never computed leaves the tree at once."""
+        for node in reversed(path):
+            self.tree.release(node)
+            if node.filled < node.num_tokens and not node.is_used:
+                self._cut(node)
+
+    def _cut(self, node: Node) -> None:
+        """Keep of an abandoned node only the tokens whose K/V is there."""
+        parent = node.parent
+        assert parent is not None and not node.children and node.num_pins == 0
+        key = node.key[: node.filled * TOKEN_BYTES]
+        if node.filled == 0 or self._is_covered(node, key):
+            self.tree.remove(node)
+        else:
+            self.tree.rekey(node, key)
+            node.scheduled = node.filled
+
+    # -- room -------------------------------------------------------------------------------
+
+    def _allocate(self, count: int) -> list[int]:
+        missing = count - self.pool.num_free
+        if missing > 0:
+            self.tree.evict(missing)
+        return self.pool.allocate(count)
+
+    def num_available(self) -> int:
+        """Chunks that are free or can be evicted now."""
+        return self.pool.num_free + self.tree.num_evictable
+
+    # -- pins -------------------------------------------------------------------------------
+
+    def pin(self, tokens: Int32Array, namespace: str, seconds: float) -> bool:
+        """Keep what the tree has of ``tokens`` for ``seconds``; False if over the budget."""
+        match = self.match(tokens, len(tokens), namespace)
+        leaf = match.source or (match.nodes[-1] if match.nodes else None)
+        return leaf is None or self.pins.add(leaf, self._clock() + seconds)
+
+    def expire_pins(self) -> None:
+        self.pins.expire(self._clock())
+
+    # -- inspection -------------------------------------------------------------------------
+
+    def describe(self) -> list[TreeNodeInfo]:
+        """Every node for the dashboard, parents before children."""
+        return [
+            TreeNodeInfo(
+                chunk_id=node.chunk_id,
+                parent_chunk_id=node.parent.chunk_id if node.parent else -1,
+                depth=node.depth,
+                num_tokens=node.num_tokens,
+                filled=node.filled,
+                num_sequences=node.num_sequences,
+                state=self.pool.state(node.chunk_id).name.lower(),
+                namespace=node.namespace,
+            )
+            for node in self.tree.nodes()
+        ]
+
+    def check_invariants(self, live: Iterable[SequenceChunks], *, in_step: bool = False) -> None:
+        """I2, I3, I8 and what they rest on, given the chunks of all live sequences."""
+        check_cache(self.tree, self.pins, list(live), in_step=in_step)
+
+
+__all__ = ["PUBLIC", "Admission", "CacheManager", "ChunkState", "Match", "SequenceChunks"]

@@ -1,0 +1,160 @@
+"""A node of the prefix tree and its sorted children."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+TOKEN_BYTES = 4
+PUBLIC = ""
+
+
+def encode_tokens(tokens: NDArray[np.int32]) -> bytes:
+    """Token ids as big-endian bytes: byte order of keys is then the order of their token ids."""
+    return tokens.astype(">u4").tobytes()
+
+
+def common_prefix(a: bytes, b: bytes) -> int:
+    """Number of leading tokens two keys have in common."""
+    if a == b:
+        return len(a) // TOKEN_BYTES
+    shorter = min(len(a), len(b)) // TOKEN_BYTES
+    if shorter == 0:
+        return 0
+    differ = np.frombuffer(a, ">u4", shorter) != np.frombuffer(b, ">u4", shorter)
+    first = int(differ.argmax())
+    return first if differ[first] else shorter
+
+
+class Children:
+    """Children of a node in one namespace, sorted by token ids.
+
+    The child with the longest common prefix is a neighbour of the bisect position.
+    """
+
+    __slots__ = ("_keys", "_nodes")
+
+    def __init__(self) -> None:
+        self._keys: list[bytes] = []
+        self._nodes: list[Node] = []
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._nodes)
+
+    def find(self, key: bytes) -> Node | None:
+        """The child with exactly these tokens."""
+        i = bisect_left(self._keys, key)
+        if i < len(self._keys) and self._keys[i] == key:
+            return self._nodes[i]
+        return None
+
+    def neighbours(self, key: bytes) -> list[Node]:
+        """The children just before and at (or after) where ``key`` stands in the order."""
+        i = bisect_left(self._keys, key)
+        return self._nodes[max(i - 1, 0) : i + 1]
+
+    def around(self, key: bytes) -> list[Node]:
+        """``neighbours`` and one more on the right: past an exact match, the next longer one."""
+        i = bisect_left(self._keys, key)
+        return self._nodes[max(i - 1, 0) : i + 2]
+
+    def add(self, node: Node) -> None:
+        i = bisect_left(self._keys, node.key)
+        assert i == len(self._keys) or self._keys[i] != node.key, "two equal siblings"
+        self._keys.insert(i, node.key)
+        self._nodes.insert(i, node)
+
+    def remove(self, node: Node) -> None:
+        i = bisect_left(self._keys, node.key)
+        assert self._nodes[i] is node
+        del self._keys[i], self._nodes[i]
+
+
+class Node:
+    """One chunk of the tree: positions [depth * C, depth * C + num_tokens).
+
+    Attributes:
+        key: its token ids, encoded; fewer than C of them make a *partial* node, always a leaf.
+        chunk_id: where the K/V lies; -1 once the node has left the tree.
+        filled: leading tokens whose K/V is computed.
+        scheduled: leading tokens whose K/V will be computed when the step being put together
+            has run; rows of that same step may read them.
+        num_sequences: live sequences whose path goes through the node.
+        holds: copies of the step in flight that read the chunk.
+        num_pins: pins at or below the node.
+        last_use: tick of the last release, the age for eviction.
+        copied_from: while the node is being filled by a copy: (source node, tokens).
+    """
+
+    __slots__ = (
+        "children",
+        "chunk_id",
+        "copied_from",
+        "depth",
+        "filled",
+        "holds",
+        "key",
+        "last_use",
+        "namespace",
+        "num_pins",
+        "num_sequences",
+        "parent",
+        "scheduled",
+    )
+
+    def __init__(
+        self, parent: Node | None, namespace: str, key: bytes, chunk_id: int, filled: int
+    ) -> None:
+        self.parent = parent
+        self.namespace = namespace
+        self.key = key
+        self.chunk_id = chunk_id
+        self.depth: int = -1 if parent is None else parent.depth + 1
+        self.filled = filled
+        self.scheduled = filled
+        self.children: dict[str, Children] = {}
+        self.num_sequences = 0
+        self.holds = 0
+        self.num_pins = 0
+        self.last_use = 0
+        self.copied_from: tuple[Node, int] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.key) // TOKEN_BYTES
+
+    @property
+    def is_used(self) -> bool:
+        """A sequence or a copy in flight reads the chunk."""
+        return self.num_sequences > 0 or self.holds > 0
+
+    @property
+    def is_evictable(self) -> bool:
+        """Nobody needs the chunk (children, which nobody needs either, have to go first)."""
+        return self.num_sequences == 0 and self.holds == 0 and self.num_pins == 0
+
+    def visible_children(self, namespace: str) -> Iterator[Children]:
+        """Children that a sequence of ``namespace`` may see: public ones and its own."""
+        public = self.children.get(PUBLIC)
+        if public:
+            yield public
+        if namespace != PUBLIC:
+            own = self.children.get(namespace)
+            if own:
+                yield own
+
+    def descendants(self) -> Iterator[Node]:
+        """Every node below this one, parents before children."""
+        stack = [self]
+        while stack:
+            node = stack.pop()
+            for children in node.children.values():
+                for child in children:
+                    yield child
+                    stack.append(child)

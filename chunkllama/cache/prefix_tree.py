@@ -1,0 +1,311 @@
+"""One tree of K/V chunks for the whole engine: match, insert, reference, evict.
+
+    root(variant)
+      +-- [sys0] public ---- [sys1] public --+-- [a..] tenant A
+      |                                      +-- [b..] tenant B
+      +-- [c..] tenant A -- [d..] tenant A
+
+Roots are keyed by K/V variant (model fingerprint, adapter, K/V dtype, RoPE), so equal tokens whose
+K/V differ never meet. A tenant's nodes hang below public ones or its own; no node is reachable
+from two private namespaces. Token ids are compared exactly; nothing is proven by a hash.
+
+After Ye et al., "ChunkAttention" (arXiv 2402.15220), section 3.1, with token-granular matching.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
+from chunkllama.cache.node import PUBLIC, TOKEN_BYTES, Children, Node, common_prefix
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What the tree has of a token list, at token granularity.
+
+    Attributes:
+        nodes: whole chunks to share; each is filled, or will be by the step being put together.
+        source: a node whose first ``num_copied`` tokens continue the match, to be copied.
+        num_tokens: tokens that need no computing, ``len(nodes) * C + num_copied``.
+        num_later_tokens: what the same match would give once every node seen is filled.
+        awaited: (node, tokens) to watch when waiting for ``num_later_tokens``.
+    """
+
+    nodes: list[Node]
+    source: Node | None
+    num_copied: int
+    num_tokens: int
+    num_later_tokens: int
+    awaited: tuple[Node, int] | None
+
+
+class PrefixTree:
+    """Nodes over a ChunkPool. The tree owns the chunk of every node in it."""
+
+    def __init__(self, pool: ChunkPool) -> None:
+        self.pool = pool
+        self.num_evictable = 0
+        self.num_nodes = 0
+        self.evicted_chunks_total = 0
+        self._roots: dict[str, Node] = {}
+        self._tick = 0
+        # (last use, order of pushing, node); an entry is stale once the node was used again
+        self._leaves: list[tuple[int, int, Node]] = []
+        self._pushes = 0
+
+    def root(self, variant: str) -> Node:
+        """Root of one K/V variant, made at first sight; it holds no chunk."""
+        if variant not in self._roots:
+            self._roots[variant] = Node(None, PUBLIC, b"", -1, 0)
+        return self._roots[variant]
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node, parents before children."""
+        for root in self._roots.values():
+            yield from root.descendants()
+
+    # -- match ------------------------------------------------------------------------------
+
+    def match(self, root: Node, key: bytes, limit: int, namespace: str) -> Match:
+        """The longest usable prefix of ``key``, at most ``limit`` tokens; changes nothing.
+
+        A tenant's path leaves the public part at one node. Which one is not known from above
+        (both sides may hold equal chunks), so each exit of the public path is followed.
+        """
+        public = self._chain(root, key, limit, PUBLIC)
+        matches = [self._usable(root, public, key, limit, namespace)]
+        if namespace != PUBLIC:
+            for i, node in enumerate([root, *public]):
+                own = self._chain(node, key, limit, namespace)
+                if own:
+                    chain = public[:i] + own
+                    matches.append(self._usable(root, chain, key, limit, namespace))
+        best = max(matches, key=lambda match: match.num_tokens)
+        later = max(matches, key=lambda match: match.num_later_tokens)
+        if later.num_later_tokens <= best.num_later_tokens:
+            return best
+        return Match(
+            best.nodes,
+            best.source,
+            best.num_copied,
+            best.num_tokens,
+            later.num_later_tokens,
+            later.awaited,
+        )
+
+    def _chain(self, node: Node, key: bytes, limit: int, namespace: str) -> list[Node]:
+        """Whole chunks of one namespace below ``node`` that equal ``key``, filled or not."""
+        width = self.pool.chunk_size * TOKEN_BYTES
+        chain: list[Node] = []
+        end = limit // self.pool.chunk_size * width
+        for start in range((node.depth + 1) * width, end, width):
+            children = node.children.get(namespace)
+            child = children.find(key[start : start + width]) if children else None
+            if child is None:
+                break
+            chain.append(child)
+            node = child
+        return chain
+
+    def _usable(
+        self, root: Node, chain: list[Node], key: bytes, limit: int, namespace: str
+    ) -> Match:
+        size = self.pool.chunk_size
+        ready = next((i for i, node in enumerate(chain) if node.scheduled < size), len(chain))
+        nodes = chain[:ready]
+        parent = nodes[-1] if nodes else root
+        source, copied = None, 0
+        for node, tokens in self._copyable(parent, key, limit, namespace):
+            if tokens > copied:
+                source, copied = node, tokens
+        later, awaited = len(chain) * size, None
+        if ready < len(chain):
+            awaited = (chain[-1], size)
+        end = chain[-1] if chain else root
+        best_overlap = 0
+        for node, overlap in self._overlaps(end, key, limit, namespace):
+            if overlap > best_overlap:
+                best_overlap = overlap
+                if ready == len(chain):
+                    awaited = (node, overlap)
+        num_tokens = ready * size + copied
+        later = max(later + best_overlap, num_tokens)
+        return Match(nodes, source, copied, num_tokens, later, awaited)
+
+    def _overlaps(
+        self, parent: Node, key: bytes, limit: int, namespace: str
+    ) -> Iterator[tuple[Node, int]]:
+        """Children of ``parent`` next to ``key`` and how many tokens they share with it."""
+        start = (parent.depth + 1) * self.pool.chunk_size
+        end = min(start + self.pool.chunk_size, limit)
+        if end <= start:
+            return
+        rest = key[start * TOKEN_BYTES : end * TOKEN_BYTES]
+        for children in parent.visible_children(namespace):
+            for node in children.neighbours(rest):
+                yield node, common_prefix(node.key, rest)
+
+    def _copyable(
+        self, parent: Node, key: bytes, limit: int, namespace: str
+    ) -> Iterator[tuple[Node, int]]:
+        """Filled nodes and how many tokens may be copied from each in this step.
+
+        A node that a copy of this step fills is not filled yet, but its source is.
+        """
+        for node, overlap in self._overlaps(parent, key, limit, namespace):
+            yield node, min(overlap, node.filled)
+            if node.copied_from is not None:
+                source, tokens = node.copied_from
+                yield source, min(overlap, tokens)
+
+    # -- structure --------------------------------------------------------------------------
+
+    def find(self, parent: Node, namespace: str, key: bytes) -> Node | None:
+        """The visible child with exactly these tokens."""
+        for children in parent.visible_children(namespace):
+            node = children.find(key)
+            if node is not None:
+                return node
+        return None
+
+    def covering(self, parent: Node, namespace: str, key: bytes) -> Node | None:
+        """A visible child whose tokens start with ``key``."""
+        for children in parent.visible_children(namespace):
+            for node in children.neighbours(key):
+                if node.key.startswith(key):
+                    return node
+        return None
+
+    def insert(self, parent: Node, namespace: str, key: bytes, chunk_id: int, filled: int) -> Node:
+        """Add a child that nobody uses yet; the tree takes over its chunk."""
+        assert parent.namespace in (PUBLIC, namespace), "a node below another tenant's"
+        node = Node(parent, namespace, key, chunk_id, filled)
+        parent.children.setdefault(namespace, Children()).add(node)
+        self.num_nodes += 1
+        self.num_evictable += 1
+        self.pool.set_state(chunk_id, ChunkState.CACHED)
+        self._touch(node)
+        return node
+
+    def rekey(self, node: Node, key: bytes) -> None:
+        """Give a leaf other tokens: a tail that grew, a partial leaf that was cut or taken over."""
+        assert node.parent is not None and not node.children
+        siblings = node.parent.children[node.namespace]
+        siblings.remove(node)
+        node.key = key
+        siblings.add(node)
+
+    def remove(self, node: Node) -> None:
+        """Take an unused leaf out of the tree and free its chunk."""
+        self.pool.free(self.detach(node))
+
+    def detach(self, node: Node) -> int:
+        """Take an unused leaf out of the tree; its chunk, now PRIVATE, is the caller's."""
+        parent, chunk_id = node.parent, node.chunk_id
+        assert parent is not None and node.is_evictable and not node.children
+        siblings = parent.children[node.namespace]
+        siblings.remove(node)
+        if not siblings:
+            del parent.children[node.namespace]
+        self.pool.set_state(chunk_id, ChunkState.PRIVATE)
+        node.chunk_id = -1
+        self.num_nodes -= 1
+        self.num_evictable -= 1
+        self._push_if_leaf(parent)
+        return chunk_id
+
+    # -- use --------------------------------------------------------------------------------
+
+    def acquire(self, node: Node) -> None:
+        """One more live sequence goes through the node."""
+        node.num_sequences += 1
+        if node.num_sequences == 1:
+            self._started_use(node)
+
+    def release(self, node: Node) -> None:
+        """One live sequence fewer; the last one leaves the node cached, most recently used."""
+        node.num_sequences -= 1
+        assert node.num_sequences >= 0
+        self._ended_use(node)
+
+    def hold(self, node: Node) -> None:
+        """A copy of the step being put together reads the node."""
+        node.holds += 1
+        self._started_use(node)
+
+    def unhold(self, node: Node) -> None:
+        node.holds -= 1
+        assert node.holds >= 0
+        self._ended_use(node)
+
+    def pin(self, node: Node) -> None:
+        """Keep a node and all above it from eviction."""
+        self._add_pins(node, 1)
+
+    def unpin(self, node: Node) -> None:
+        self._add_pins(node, -1)
+
+    def num_unpinned(self, node: Node) -> int:
+        """Nodes from here to the root that no pin holds yet: the price of a pin."""
+        count = 0
+        step: Node | None = node
+        while step is not None and step.parent is not None:
+            count += step.num_pins == 0
+            step = step.parent
+        return count
+
+    def _started_use(self, node: Node) -> None:
+        if node.num_sequences + node.holds == 1:
+            self.num_evictable -= node.num_pins == 0
+            self.pool.set_state(node.chunk_id, ChunkState.REFERENCED)
+
+    def _ended_use(self, node: Node) -> None:
+        if not node.is_used:
+            self.num_evictable += node.num_pins == 0
+            self.pool.set_state(node.chunk_id, ChunkState.CACHED)
+            self._touch(node)
+
+    def _add_pins(self, node: Node, count: int) -> None:
+        step: Node | None = node
+        while step is not None and step.parent is not None:
+            before = step.is_evictable
+            step.num_pins += count
+            assert step.num_pins >= 0
+            self.num_evictable += step.is_evictable - before
+            self._push_if_leaf(step)
+            step = step.parent
+
+    # -- eviction ---------------------------------------------------------------------------
+
+    def evict(self, count: int) -> int:
+        """Free up to ``count`` chunks, least recently used leaves first; returns how many."""
+        evicted = 0
+        while evicted < count and self._leaves:
+            last_use, _, node = heapq.heappop(self._leaves)
+            if self._is_evictable_leaf(node) and node.last_use == last_use:
+                self.remove(node)
+                evicted += 1
+        self.evicted_chunks_total += evicted
+        return evicted
+
+    def _is_evictable_leaf(self, node: Node) -> bool:
+        return node.chunk_id >= 0 and node.is_evictable and not node.children
+
+    def _touch(self, node: Node) -> None:
+        self._tick += 1
+        node.last_use = self._tick
+        self._push_if_leaf(node)
+
+    def _push_if_leaf(self, node: Node) -> None:
+        if not self._is_evictable_leaf(node):
+            return
+        self._pushes += 1
+        heapq.heappush(self._leaves, (node.last_use, self._pushes, node))
+        # a prefix that is hit again and again leaves a stale entry each time
+        if len(self._leaves) > 2 * self.num_nodes + 64:
+            fresh = {id(n): (use, i, n) for use, i, n in self._leaves if n.last_use == use}
+            self._leaves = [e for e in fresh.values() if self._is_evictable_leaf(e[2])]
+            heapq.heapify(self._leaves)

@@ -1,0 +1,72 @@
+"""The chunks of one live sequence, as the scheduler may see them: an array of ids."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkllama.cache.node import Node
+
+NEVER = 2**62
+
+
+class SequenceChunks:
+    """Chunks for positions 0, C, 2C, ... of one sequence.
+
+        path, whole nodes      live tail    private         spare
+        [shared][shared][own]  [own, part]  [tail][unpubl.] [      ]
+        `num_whole` nodes      0 or 1 node  chunks of nobody else
+
+    The cache writes it; the scheduler reads ``ids``, ``capacity`` and ``copies``.
+
+    Attributes:
+        path: the sequence's tree nodes from depth 0 on; the last one may be partial: the prompt's
+            tail, which this sequence alone appends to while others copy from its first tokens.
+        num_whole: leading nodes of ``path`` that are whole chunks.
+        num_shared: nodes that were there when the sequence was admitted.
+        insert_limit: tokens of this sequence that may be shown to others.
+        next_publish: number of computed tokens at which a chunk may become a node.
+        copies: (source, destination, tokens) to be done before the sequence's next slice.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "copies",
+        "ids",
+        "insert_limit",
+        "namespace",
+        "next_publish",
+        "num_shared",
+        "num_whole",
+        "path",
+    )
+
+    def __init__(self, namespace: str, insert_limit: int, path: list[Node]) -> None:
+        self.namespace = namespace
+        self.insert_limit = insert_limit
+        self.path = path
+        self.num_whole = len(path)
+        self.num_shared = len(path)
+        self.next_publish = NEVER
+        self.copies: list[tuple[int, int, int]] = []
+        self._buffer = np.empty(max(16, 2 * len(path)), np.int32)
+        self._buffer[: len(path)] = [node.chunk_id for node in path]
+        self.ids: NDArray[np.int32] = self._buffer[: len(path)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def extend(self, chunk_ids: list[int]) -> None:
+        """Append chunks; the array grows in place while its capacity lasts."""
+        start, end = len(self.ids), len(self.ids) + len(chunk_ids)
+        if end > len(self._buffer):
+            grown = np.empty(2 * end, np.int32)
+            grown[:start] = self.ids
+            self._buffer = grown
+        self._buffer[start:end] = chunk_ids
+        self.ids = self._buffer[:end]
+
+    def set_next_publish(self, chunk_size: int) -> None:
+        """The next chunk to show is the one after the whole nodes, if it may be shown at all."""
+        end = (self.num_whole + 1) * chunk_size
+        self.next_publish = end if end <= self.insert_limit else NEVER

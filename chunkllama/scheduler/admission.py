@@ -1,0 +1,192 @@
+"""Admission by chunk-pool occupancy: what a sequence needs, what is promised to others already.
+
+    need      = chunks to allocate (unshared tokens, one for a copy, spares) + decode reserve
+    available = free + evictable, the sequence's own path excluded
+    admit if need <= available - sum over running sequences of their unused reserve
+
+A sequence gets the chunks of all its known tokens when it is admitted, so that what a running
+sequence may still ask for is its decode reserve alone.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from chunkllama.cache.manager import CacheManager, Match, SequenceChunks
+from chunkllama.errors import InvalidRequestError
+from chunkllama.outputs import EngineRequest
+from chunkllama.scheduler.limits import SchedulerLimits
+from chunkllama.scheduler.request import Sequence
+
+FIRST_EXPECTED_TOKENS: Final = 256  # before any request has finished
+LENGTH_WINDOW: Final = 512  # finished outputs the quantile is taken over
+DRAIN_WINDOW: Final = 64  # releases the drain rate is taken over
+MAX_RETRY_AFTER: Final = 30
+DEFAULT_RETRY_AFTER: Final = 5  # nothing has finished yet
+
+
+class OutputLengths:
+    """Running quantile over the lengths of the outputs that finished last."""
+
+    def __init__(self, quantile: float) -> None:
+        self._quantile = quantile
+        self._recent: deque[int] = deque()
+        self._sorted: list[int] = []
+
+    def add(self, length: int) -> None:
+        self._recent.append(length)
+        insort(self._sorted, length)
+        if len(self._recent) > LENGTH_WINDOW:
+            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
+
+    def expected(self) -> int:
+        if not self._sorted:
+            return FIRST_EXPECTED_TOKENS
+        last = len(self._sorted) - 1
+        return self._sorted[min(last, int(self._quantile * len(self._sorted)))]
+
+
+class DrainRate:
+    """How fast finishing sequences give chunks back."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._releases: deque[tuple[float, int]] = deque(maxlen=DRAIN_WINDOW)
+
+    def add(self, num_chunks: int) -> None:
+        self._releases.append((self._clock(), num_chunks))
+
+    def seconds_for(self, num_chunks: int) -> int:
+        """Whole seconds until that many chunks will have come back, in [1, 30]."""
+        if not self._releases:
+            return DEFAULT_RETRY_AFTER
+        elapsed = self._clock() - self._releases[0][0]
+        released = sum(count for _, count in self._releases)
+        seconds = math.ceil(num_chunks * elapsed / max(released, 1))
+        return min(max(seconds, 1), MAX_RETRY_AFTER)
+
+
+class AdmissionControl:
+    """Decides who may start and with how many chunks; refuses what could never run."""
+
+    def __init__(
+        self, limits: SchedulerLimits, cache: CacheManager, clock: Callable[[], float]
+    ) -> None:
+        self.lengths = OutputLengths(limits.reserve_quantile)
+        self.drain = DrainRate(clock)
+        self._limits = limits
+        self._cache = cache
+
+    def num_chunks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._cache.chunk_size)
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Prompt and output of the longest request; the last token needs no K/V."""
+        pool = self._cache.num_chunks * self._cache.chunk_size
+        return min(self._limits.max_model_len, pool + 1)
+
+    def resolve_max_tokens(self, request: EngineRequest) -> int:
+        """Output tokens of each choice; with max_tokens null what fits alone.
+
+        Raises:
+            InvalidRequestError: the prompt, or the prompt with an explicit max_tokens, is longer
+                than the context or the pool; beams that cannot all be in the pool.
+        """
+        num_prompt = len(request.prompt_token_ids)
+        wanted = 0 if request.wants_hidden_states else request.sampling.max_tokens
+        limit = self.max_request_tokens
+        least = 0 if wanted == 0 else 1
+        if wanted == 0:
+            limit = min(limit, self._cache.num_chunks * self._cache.chunk_size)
+        if num_prompt + least > limit:
+            raise InvalidRequestError(
+                f"the prompt has {num_prompt} tokens, at most {limit - least} fit "
+                f"({self._what_limits()})",
+                "prompt",
+                "context_length_exceeded",
+            )
+        max_tokens = limit - num_prompt if wanted is None else wanted
+        if num_prompt + max_tokens > limit:
+            raise InvalidRequestError(
+                f"{num_prompt} prompt tokens and max_tokens {max_tokens} are "
+                f"{num_prompt + max_tokens} tokens, at most {limit} fit ({self._what_limits()})",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+        width = request.sampling.beam_width
+        if width > 1:
+            max_tokens = self._beam_tokens(num_prompt, max_tokens, width, explicit=wanted)
+        return max_tokens
+
+    def _beam_tokens(
+        self, num_prompt: int, max_tokens: int, width: int, explicit: int | None
+    ) -> int:
+        """Beams run together: only whole prompt chunks are surely shared."""
+        size = self._cache.chunk_size
+        whole = num_prompt // size
+        each = (self._cache.num_chunks - whole) // width
+        fits = (whole + each) * size - num_prompt + 1
+        if fits < (1 if explicit is None else explicit):
+            raise InvalidRequestError(
+                f"{width} beams of {num_prompt} prompt tokens and max_tokens "
+                f"{max_tokens} do not fit the pool; at most {max(fits, 0)} tokens each do",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+        return min(max_tokens, fits)
+
+    def _what_limits(self) -> str:
+        pool = self._cache.num_chunks * self._cache.chunk_size
+        return f"context {self._limits.max_model_len} tokens, K/V pool {pool} tokens"
+
+    def expected_chunks(self, sequence: Sequence) -> int:
+        """Chunks the sequence will probably hold in the end."""
+        expected = sequence.num_prompt_tokens + self.lengths.expected() - 1
+        tokens = max(sequence.num_tokens, min(sequence.max_kv_tokens, expected))
+        return self.num_chunks(tokens)
+
+    def spare_chunks(self, sequence: Sequence, num_chunks: int) -> int:
+        """Spares beyond ``num_chunks``; none that the sequence could never use."""
+        most = self.num_chunks(max(sequence.max_kv_tokens, sequence.num_tokens))
+        return max(0, min(self._limits.spare_chunks, most - num_chunks))
+
+    def reserved(self, running: Iterable[Sequence]) -> int:
+        """Chunks promised to running sequences and not allocated yet."""
+        total = 0
+        for sequence in running:
+            assert sequence.chunks is not None
+            held = len(sequence.chunks)
+            total += max(0, self.expected_chunks(sequence) - held)
+            beam = sequence.group.beam
+            if beam is not None and not beam.is_expanded:
+                whole = sequence.num_prompt_tokens // self._cache.chunk_size
+                each = self.num_chunks(sequence.max_kv_tokens) - whole
+                total += (beam.width - 1) * each
+        return total
+
+    def num_chunks_queued(self, waiting: Iterable[Sequence]) -> int:
+        """Chunks the waiting sequences will need, sharing apart."""
+        return sum(self.expected_chunks(sequence) for sequence in waiting)
+
+    def admit(
+        self, sequence: Sequence, match: Match, running: Iterable[Sequence]
+    ) -> tuple[SequenceChunks, int] | None:
+        """Chunks and the number of cached tokens for a sequence that may start, else None."""
+        num_chunks = self.num_chunks(sequence.num_tokens)
+        num_chunks += self.spare_chunks(sequence, num_chunks)
+        reserve = max(0, self.expected_chunks(sequence) - num_chunks)
+        promised = self.reserved(running)
+        for admission in self._cache.admissions(match, num_chunks):
+            if admission.num_new + reserve <= admission.available - promised:
+                group = sequence.group
+                insert_limit = group.insert_limit if self._limits.enable_prefix_caching else 0
+                chunks = self._cache.admit(
+                    admission, sequence.token_ids, group.request.namespace, insert_limit
+                )
+                return chunks, admission.match.num_tokens
+        return None

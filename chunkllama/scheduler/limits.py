@@ -1,0 +1,52 @@
+"""What bounds the scheduler; resolved once by whoever builds the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from chunkllama.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Limits and policies of one scheduler.
+
+    Attributes:
+        max_num_seqs: sequences running at once; also the number of device slots.
+        max_num_batched_tokens: tokens computed in one step.
+        max_model_len: tokens of prompt and output together.
+        max_waiting: requests accepted beyond ``max_num_seqs``; one more is refused.
+        policy: order of waiting requests: first come, or those that share live chunks first.
+        prefix_max_wait: seconds after which ``prefix`` lets nobody overtake a request any more.
+        min_wait_tokens: a follower waits for its leader only if that saves this many tokens.
+        spare_chunks: chunks kept beyond a tail, so that a decode plan lives longer.
+        eos_token_ids: tokens that end a choice unless it ignores them.
+        enable_prefix_caching: False shares nothing between sequences and keeps nothing.
+        reserve_quantile: quantile of finished output lengths that admission reserves room for.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_model_len: int = 8192
+    max_waiting: int = 256
+    policy: Literal["fcfs", "prefix"] = "fcfs"
+    prefix_max_wait: float = 2.0
+    min_wait_tokens: int = 32
+    spare_chunks: int = 1
+    eos_token_ids: frozenset[int] = frozenset()
+    enable_prefix_caching: bool = True
+    reserve_quantile: float = 0.75
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs < 1:
+            raise ConfigError(f"max_num_seqs must be at least 1, got {self.max_num_seqs}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs "
+                f"{self.max_num_seqs}: a step could not hold one token of each"
+            )
+        if self.max_model_len < 1 or self.max_waiting < 0 or self.spare_chunks < 0:
+            raise ConfigError("max_model_len, max_waiting and spare_chunks cannot be negative")
+        if self.min_wait_tokens < 1:
+            raise ConfigError(f"min_wait_tokens must be at least 1, got {self.min_wait_tokens}")

@@ -1,0 +1,165 @@
+"""A request inside the scheduler: a group of sequences, each catching up with its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkllama.cache.manager import Match, SequenceChunks
+from chunkllama.outputs import EngineRequest, FinishReason, TokenLogprob
+from chunkllama.scheduler.beam import BeamSearch
+
+Int32Array = NDArray[np.int32]
+
+
+class Sequence:
+    """One choice. There are no phases: ``num_computed_tokens`` catches up with ``num_tokens``.
+
+        tokens   [ prompt ............ | output ... ]
+                  ^ num_cached at admission  ^ num_tokens (num_admitted at admission)
+                          ^ num_computed_tokens: K/V of everything before is in ``chunks``
+
+    Attributes:
+        slot: index of its device state while it runs, else -1.
+        chunks: its chunks while it runs, else None.
+        num_scheduled: tokens of it in the step being put together or in flight.
+        num_admitted: tokens known when it was admitted; computing those is prefill.
+        match: while it waits for a leader, what it waits for.
+    """
+
+    __slots__ = (
+        "_tokens",
+        "chunks",
+        "group",
+        "index",
+        "is_new",
+        "match",
+        "num_admitted",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "num_scheduled",
+        "num_tokens",
+        "slot",
+    )
+
+    def __init__(self, group: SequenceGroup, index: int, tokens: Iterable[int]) -> None:
+        self.group = group
+        self.index = index
+        self._tokens = np.array(list(tokens), np.int32)
+        self.num_tokens = len(self._tokens)
+        self.num_prompt_tokens = group.num_prompt_tokens
+        self.num_computed_tokens = 0
+        self.num_admitted = 0
+        self.num_scheduled = 0
+        self.slot = -1
+        self.is_new = False
+        self.chunks: SequenceChunks | None = None
+        self.match: Match | None = None
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Smaller is older; a preemption does not make a sequence younger."""
+        return self.group.arrival, self.index
+
+    @property
+    def token_ids(self) -> Int32Array:
+        """Prompt and output, a view."""
+        return self._tokens[: self.num_tokens]
+
+    @property
+    def prompt_token_ids(self) -> Int32Array:
+        return self._tokens[: self.num_prompt_tokens]
+
+    @property
+    def output_token_ids(self) -> Int32Array:
+        return self._tokens[self.num_prompt_tokens : self.num_tokens]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def max_kv_tokens(self) -> int:
+        """Positions whose K/V it may ever need; the last token's never is."""
+        return self.num_prompt_tokens + max(self.group.max_tokens - 1, 0)
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Its slices still have to yield log-probabilities of the prompt."""
+        return self.index == 0 and self.group.collects_prompt_logprobs
+
+    def append(self, token_id: int) -> None:
+        if self.num_tokens == len(self._tokens):
+            grown = np.empty(2 * self.num_tokens, np.int32)
+            grown[: self.num_tokens] = self._tokens
+            self._tokens = grown
+        self._tokens[self.num_tokens] = token_id
+        self.num_tokens += 1
+
+    def finish_reason(
+        self, eos_token_ids: frozenset[int]
+    ) -> tuple[FinishReason | None, int | None]:
+        """Whether the last token ends the choice, and the stop token if one did."""
+        sampling = self.group.request.sampling
+        num_output = self.num_output_tokens
+        if num_output == 0:
+            return None, None
+        token_id = int(self._tokens[self.num_tokens - 1])
+        if num_output >= sampling.min_tokens and (
+            (token_id in eos_token_ids and not sampling.ignore_eos)
+            or token_id in sampling.stop_token_ids
+        ):
+            return "stop", token_id
+        if num_output >= self.group.max_tokens:
+            return "length", None
+        return None, None
+
+
+@dataclass(eq=False, slots=True)
+class SequenceGroup:
+    """The sequences of one request. The prompt counts once, in usage as in admission.
+
+    Attributes:
+        arrival: number in order of arrival; ``arrived_at`` the same in seconds.
+        max_tokens: of each choice, resolved; 0 scores or pools the prompt and samples nothing.
+        sequences: those not finished, by index.
+        num_cached_tokens: prompt tokens that were not computed again; -1 until admitted.
+        prompt_logprobs: entries so far; the first is None (nothing comes before it).
+    """
+
+    request: EngineRequest
+    arrival: int
+    arrived_at: float
+    max_tokens: int
+    sequences: dict[int, Sequence] = field(default_factory=dict)
+    beam: BeamSearch | None = None
+    num_cached_tokens: int = -1
+    collects_prompt_logprobs: bool = False
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    is_pinned: bool = False
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_cache_write_tokens(self) -> int:
+        """Prompt tokens this request adds to the cache."""
+        until = self.request.cache_until
+        shown = self.num_prompt_tokens if until is None else min(until, self.num_prompt_tokens)
+        return max(shown - max(self.num_cached_tokens, 0), 0)
+
+    @property
+    def insert_limit(self) -> int:
+        """Tokens of each sequence that may be shown to others."""
+        until = self.request.cache_until
+        if until is None or until >= self.num_prompt_tokens:
+            return 2**62
+        return until

@@ -1,0 +1,116 @@
+"""The sequences that run: their slots, their age, their place in tree order."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from typing import Final
+
+from chunkllama.cache.manager import SequenceChunks
+from chunkllama.scheduler.output import NewSequence, ScheduledSlice
+from chunkllama.scheduler.request import Sequence
+from chunkllama.scheduler.tree_order import TreeOrder
+
+NO_LIMIT: Final = 2**31 - 1
+
+
+def _age(sequence: Sequence) -> tuple[int, int]:
+    return sequence.age
+
+
+class RunningSequences:
+    """Running sequences, oldest first in ``by_age``; each holds a slot and chunks."""
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self.by_age: list[Sequence] = []
+        self.order = TreeOrder()
+        self._free_slots = list(range(max_num_seqs))
+        self._freed_slots: list[int] = []
+        self._new: list[Sequence] = []
+
+    def __len__(self) -> int:
+        return len(self.by_age)
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def start(self, sequence: Sequence, chunks: SequenceChunks, num_computed: int) -> None:
+        """The sequence runs from now on, with K/V of ``num_computed`` tokens in its chunks."""
+        sequence.slot = heapq.heappop(self._free_slots)
+        sequence.chunks = chunks
+        sequence.num_computed_tokens = num_computed
+        sequence.match = None
+        self._new.append(sequence)
+        insort(self.by_age, sequence, key=_age)
+        self.order.insert(sequence)
+
+    def stop(self, sequence: Sequence) -> SequenceChunks:
+        """The sequence runs no more; its chunks go back to the caller."""
+        chunks = sequence.chunks
+        assert chunks is not None and sequence.slot >= 0
+        self.order.remove(sequence)
+        del self.by_age[bisect_left(self.by_age, sequence.age, key=_age)]
+        heapq.heappush(self._free_slots, sequence.slot)
+        if sequence in self._new:
+            self._new.remove(sequence)  # the executor never heard of it
+        else:
+            self._freed_slots.append(sequence.slot)
+        sequence.slot, sequence.chunks = -1, None
+        sequence.num_scheduled = 0
+        return chunks
+
+    def take_freed_slots(self) -> list[int]:
+        """Slots given up since the last step that the executor still keeps state for."""
+        freed, self._freed_slots = self._freed_slots, []
+        return freed
+
+    def take_new_sequences(self) -> list[NewSequence]:
+        """What the executor has to know of sequences that start with this step."""
+        new, self._new = self._new, []
+        return [
+            NewSequence(
+                slot=s.slot,
+                request_id=s.group.request_id,
+                index=s.index,
+                sampling=s.group.request.sampling,
+                prompt_token_ids=s.prompt_token_ids,
+                output_token_ids=s.output_token_ids,
+                pooling=s.group.request.wants_hidden_states,
+            )
+            for s in new
+        ]
+
+    def slices(self) -> list[ScheduledSlice]:
+        """A slice for each sequence with ``num_scheduled`` tokens, in tree order."""
+        result: list[ScheduledSlice] = []
+        shared = 0
+        for sequence, shared_with_last in zip(self.order.sequences, self.order.shared, strict=True):
+            # over skipped sequences the common path is the shortest of all on the way
+            shared = min(shared, shared_with_last)
+            count = sequence.num_scheduled
+            if not count:
+                continue
+            start = sequence.num_computed_tokens
+            assert sequence.chunks is not None
+            result.append(
+                ScheduledSlice(
+                    sequence.slot,
+                    start,
+                    sequence.token_ids[start : start + count],
+                    sequence.chunks.ids,
+                    shared,
+                    start + count == sequence.num_tokens and sequence.group.max_tokens > 0,
+                    sequence.wants_prompt_logits,
+                )
+            )
+            shared = NO_LIMIT
+        return result
+
+    def check_invariants(self) -> None:
+        """Slots are kept apart, ``by_age`` and the tree order hold the same sequences."""
+        slots = [s.slot for s in self.by_age]
+        assert len({*slots, *self._free_slots}) == len(slots) + len(self._free_slots)
+        assert [s.age for s in self.by_age] == sorted(s.age for s in self.by_age)
+        assert {id(s) for s in self.by_age} == {id(s) for s in self.order.sequences}
+        self.order.check_invariants()

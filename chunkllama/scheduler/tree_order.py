@@ -1,0 +1,101 @@
+"""Running sequences in depth-first order of the chunk tree, kept incrementally.
+
+Sorted lexicographically by chunk ids, sequences with a common path are neighbours, whatever the
+ids mean: any such order is a depth-first order of the trie of paths. ``shared[i]`` is the number
+of leading chunks that sequence i has in common with sequence i - 1; for any i < j the chunks that
+both share are the minimum over shared[i + 1 .. j].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkllama.scheduler.request import Sequence
+
+Int32Array = NDArray[np.int32]
+
+
+def num_shared_chunks(a: Int32Array, b: Int32Array) -> int:
+    """Length of the common prefix of two chunk lists."""
+    shorter = min(len(a), len(b))
+    if shorter == 0:
+        return 0
+    differ = a[:shorter] != b[:shorter]
+    first = int(differ.argmax())
+    return first if differ[first] else shorter
+
+
+class TreeOrder:
+    """``sequences`` in depth-first order, ``shared`` beside it.
+
+    ``version`` changes whenever a plan made from the order's chunk lists would be out of date.
+    """
+
+    def __init__(self) -> None:
+        self.sequences: list[Sequence] = []
+        self.shared: list[int] = []
+        self.version = 1
+
+    def insert(self, sequence: Sequence) -> None:
+        """A sequence joins; two neighbours are compared, the others stay as they are."""
+        ids = _ids(sequence)
+        low, high = 0, len(self.sequences)
+        while low < high:
+            middle = (low + high) // 2
+            if _precedes(_ids(self.sequences[middle]), ids):
+                low = middle + 1
+            else:
+                high = middle
+        before = num_shared_chunks(_ids(self.sequences[low - 1]), ids) if low else 0
+        self.sequences.insert(low, sequence)
+        self.shared.insert(low, before)
+        if low + 1 < len(self.sequences):
+            self.shared[low + 1] = num_shared_chunks(ids, _ids(self.sequences[low + 1]))
+        self.version += 1
+
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence leaves; its successor shares with its predecessor what both shared with it."""
+        at = self.sequences.index(sequence)
+        del self.sequences[at]
+        before = self.shared.pop(at)
+        if at < len(self.shared):
+            self.shared[at] = min(before, self.shared[at])
+        self.version += 1
+
+    def move(self, sequence: Sequence) -> None:
+        """A chunk in the middle of the sequence's list was replaced."""
+        self.remove(sequence)
+        self.insert(sequence)
+
+    def extended(self, sequence: Sequence, old_length: int) -> None:
+        """Chunks were appended to the sequence's list.
+
+        That can only change the order where a neighbour continued the whole old list.
+        """
+        at = self.sequences.index(sequence)
+        if at + 1 < len(self.shared) and self.shared[at + 1] >= old_length:
+            self.move(sequence)
+        self.version += 1
+
+    def check_invariants(self) -> None:
+        assert len(self.shared) == len(self.sequences)
+        for i, sequence in enumerate(self.sequences):
+            if i == 0:
+                assert self.shared[0] == 0
+                continue
+            before, ids = _ids(self.sequences[i - 1]), _ids(sequence)
+            assert not _precedes(ids, before), "sequences out of tree order"
+            assert self.shared[i] == num_shared_chunks(before, ids)
+
+
+def _ids(sequence: Sequence) -> Int32Array:
+    assert sequence.chunks is not None
+    return sequence.chunks.ids
+
+
+def _precedes(a: Int32Array, b: Int32Array) -> bool:
+    shared = num_shared_chunks(a, b)
+    if shared == len(a):
+        return len(a) < len(b)
+    return shared < len(b) and bool(a[shared] < b[shared])
