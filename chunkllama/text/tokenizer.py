@@ -348,7 +348,8 @@ def _set_post_processor(
 
 
 def _decode_rule(backend: tokenizers.Tokenizer, path: Path) -> DecodeRule:
-    decoder = json.loads(backend.to_str()).get("decoder") if backend.decoder else None
+    # Pickling a decoder alone spares serializing the vocabulary.
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else None
     kind = (decoder or {}).get("type")
     if kind == "ByteLevel":
         return DecodeRule(byte_level=True, byte_fallback=False, strip_left=0)
