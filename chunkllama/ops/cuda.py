@@ -8,7 +8,6 @@ current stream; nothing here waits for the device.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterator
 from typing import Final
 
@@ -28,6 +27,7 @@ from chunkllama.ops.silu_and_mul import check_silu_and_mul
 from chunkllama.ops.source import (
     CHUNK_SIZE,
     HEAD_DIMS,
+    PARAMS,
     copy_chunks_kernel,
     merge_kernel,
     rms_norm_kernel,
@@ -36,14 +36,6 @@ from chunkllama.ops.source import (
 )
 
 DTYPE_NAMES: Final = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-# The kernels' parameter structs, field by field; the sources assert their sizes.
-TPP_PARTIAL_PARAMS: Final = struct.Struct("10Pq4if4x")
-TPP_MERGE_PARAMS: Final = struct.Struct("7Pi4x")
-ROPE_APPEND_PARAMS: Final = struct.Struct("8Pq2i")
-RMS_NORM_PARAMS: Final = struct.Struct("5Pif")
-SILU_AND_MUL_PARAMS: Final = struct.Struct("2Pi4x")
-COPY_CHUNKS_PARAMS: Final = struct.Struct("2Pqi4x")
 
 _MERGE_WARPS = 4  # rows of heads per CTA of tpp_merge
 _SILU_ELEMENTS = 256 * 8  # elements per CTA of silu_and_mul
@@ -190,7 +182,7 @@ class CudaOps:
         else:  # both inputs are dead afterwards: the row is normalised where it stands
             out, total = x, residual
             total_address = residual_address = residual.data_ptr()
-        params = RMS_NORM_PARAMS.pack(
+        params = PARAMS[self._rms_norm.params].pack(
             x.data_ptr(),
             weight.data_ptr(),
             residual_address,
@@ -218,7 +210,7 @@ class CudaOps:
         assert positions.dtype == torch.int32 and cos_sin.dtype == torch.float32
         q = qkv.new_empty(num_rows, num_qo_heads, kv.head_dim)
         pool, arrays = kv.layers[layer], plan.state.arrays
-        params = ROPE_APPEND_PARAMS.pack(
+        params = PARAMS[self._rope_append.params].pack(
             qkv.data_ptr(),
             q.data_ptr(),
             pool.data_ptr(),
@@ -249,7 +241,7 @@ class CudaOps:
         state: CudaPlan = plan.state
         out, pool, arrays = torch.empty_like(q), kv.layers[layer], state.arrays
         for launch in state.partial:
-            params = TPP_PARTIAL_PARAMS.pack(
+            params = PARAMS[launch.kernel.params].pack(
                 q.data_ptr(),
                 pool.data_ptr(),
                 out.data_ptr(),
@@ -269,7 +261,7 @@ class CudaOps:
             )
             self._launcher.launch(launch.kernel, launch.grid, params)
         if state.merge:
-            params = TPP_MERGE_PARAMS.pack(
+            params = PARAMS[self._merge.params].pack(
                 state.partial_out.data_ptr(),
                 state.partial_lse.data_ptr(),
                 out.data_ptr(),
@@ -288,7 +280,7 @@ class CudaOps:
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         _check_vectors("silu_and_mul", gate_up, size)
         out = gate_up.new_empty(rows, size)
-        params = SILU_AND_MUL_PARAMS.pack(gate_up.data_ptr(), out.data_ptr(), size)
+        params = PARAMS[self._silu_and_mul.params].pack(gate_up.data_ptr(), out.data_ptr(), size)
         self._launcher.launch(self._silu_and_mul, (-(-size // _SILU_ELEMENTS), rows, 1), params)
         return out
 
@@ -299,7 +291,7 @@ class CudaOps:
             layers = np.array([layer.data_ptr() for layer in kv.layers], np.uint64)
             words = np.array(batch, np.int32).reshape(-1)
             buffer = self._upload(np.concatenate((layers.view(np.int32), words)))
-            params = COPY_CHUNKS_PARAMS.pack(
+            params = PARAMS[self._copy_chunks.params].pack(
                 buffer.data_ptr(),
                 buffer.data_ptr() + layers.nbytes,
                 kv.layers[0].stride(0),

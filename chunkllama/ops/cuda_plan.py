@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from chunkllama.ops.plan_format import NUM_ROWS, TILE_CLASS, AttentionPlan, Packing
 from chunkllama.ops.source import HardwareTable, KernelSpec
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)

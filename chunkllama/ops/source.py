@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +22,17 @@ CHUNK_SIZE: Final = 64
 
 # NVRTC options of every kernel; CuPy adds the device's own architecture.
 COMPILE_OPTIONS: Final = ("--std=c++17",)
+
+# The kernels' parameter structs, field by field; the sources assert their sizes.
+PARAMS: Final = {
+    "TppPartialParams": struct.Struct("10Pq4if4x"),
+    "TppMergeParams": struct.Struct("7Pi4x"),
+    "RopeAppendParams": struct.Struct("8Pq2i"),
+    "RmsNormParams": struct.Struct("5Pif"),
+    "SiluAndMulParams": struct.Struct("2Pi4x"),
+    "CopyChunksParams": struct.Struct("2Pqi4x"),
+    "ConformanceParams": struct.Struct("3P"),
+}
 
 _INCLUDE = re.compile(r'^#include "([\w./]+)"\n', re.MULTILINE)
 
@@ -62,7 +74,8 @@ def cuda_source(file_name: str) -> str:
 class KernelSpec:
     """One specialization: the C++ name expression, the file that holds it, and its launch shape.
 
-    ``max_registers`` per thread is what the compile gate holds it to.
+    ``params`` names its parameter struct in ``PARAMS``; ``max_registers`` per thread is what the
+    compile gate holds it to.
     """
 
     expression: str

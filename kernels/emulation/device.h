@@ -75,10 +75,15 @@ inline bool inside_shared(const void* pointer, size_t bytes) {
   const unsigned char *first = (const unsigned char*)pointer, *shared = emulation::block.shared;
   return first >= shared && first + bytes <= shared + emulation::block.shared_bytes;
 }
+// Plain stores: the sanitizers do not see what a compiler makes of a 16-byte memset or memcpy.
+inline void store_words(void* destination, u64 first, u64 second) {
+  ((u64*)destination)[0] = first;
+  ((u64*)destination)[1] = second;
+}
 inline void copy_async16(void* destination, const void* source, bool valid) {
   if (((uintptr_t)destination | (valid ? (uintptr_t)source : 0)) & 15) emulation::fail("cp.async misaligned", 0, 0);
   if (!inside_shared(destination, 16)) emulation::fail("cp.async destination outside shared memory", 0, 0);
-  memset(destination, 0xff, 16);
+  store_words(destination, ~0ull, ~0ull);
   emulation::current->copies.push_back({destination, source, valid});
   if (valid) emulation::count(&emulation::Counters::copied_bytes, 16);
 }
@@ -94,9 +99,9 @@ inline void copy_async_wait() {
   for (size_t i = 0; i < landed; i++) {
     const emulation::Copy& copy = fiber.copies[i];
     if (copy.valid)
-      memcpy(copy.destination, copy.source, 16);
+      store_words(copy.destination, ((const u64*)copy.source)[0], ((const u64*)copy.source)[1]);
     else
-      memset(copy.destination, 0, 16);
+      store_words(copy.destination, 0, 0);
   }
   fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + landed);
   fiber.groups.erase(fiber.groups.begin(), fiber.groups.begin() + landed_groups);
@@ -219,12 +224,16 @@ inline float exp2_fast(float x) { return exp2f(x); }
 inline float log2_fast(float x) { return log2f(x); }
 inline float rsqrt_fast(float x) { return 1.f / sqrtf(x); }
 
+struct ExchangeLanes {
+  int lane_mask;
+  EMULATOR_INTERNAL void operator()(emulation::Warp& warp) const {
+    for (int lane = 0; lane < 32; lane++) warp.result[lane][0] = warp.input[lane ^ lane_mask][0];
+  }
+};
 EMULATOR_INTERNAL inline float shuffle_xor(float value, int lane_mask, int line = __builtin_LINE()) {
   emulation::Warp& warp = *emulation::current->warp;
   const int lane = emulation::current->lane;
   warp.input[lane][0] = as_bits(value);
-  emulation::converge(line, [lane_mask](emulation::Warp& w) {
-    for (int i = 0; i < 32; i++) w.result[i][0] = w.input[i ^ lane_mask][0];
-  });
+  emulation::converge(line, ExchangeLanes{lane_mask});
   return as_float(warp.result[lane][0]);
 }

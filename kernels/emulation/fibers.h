@@ -51,7 +51,9 @@ struct Counters {
 struct Barrier {
   unsigned generation = 0;
   int arrived = 0, expected = 0, line = 0;
-  char order = 0;  // the address that carries TSan's ordering
+  // Addresses that carry TSan's ordering, by turns: a thread that runs ahead releases at the next barrier before a slow
+  // one has acquired at this one, which must not order the slow one after what came between.
+  char order[2] = {};
 };
 
 // What the lanes of a warp hand in to a collective and get back. The last lane to arrive turns inputs into results, so
@@ -178,14 +180,15 @@ EMULATOR_INTERNAL inline void wait(Barrier& barrier) {
 inline void synchronize_block(int line) {
   count(&Counters::barriers);
 #if defined(__SANITIZE_THREAD__)
-  __tsan_release(&block.barrier.order);
+  char* order = &block.barrier.order[block.barrier.generation & 1];
+  __tsan_release(order);
 #endif
   if (arrive(block.barrier, line))
     release(block.barrier);
   else
     wait(block.barrier);
 #if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(&block.barrier.order);
+  __tsan_acquire(order);
 #endif
 }
 
