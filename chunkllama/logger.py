@@ -18,7 +18,12 @@ request_id_context: ContextVar[str] = ContextVar("request_id", default="")
 _ROOT = "chunkllama"
 _CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]}
 _CONTROL |= {9: "\\t", 10: "\\n", 13: "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029"}
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
+    "message",
+    "asctime",
+    "taskName",
+    "color_message",
+}
 
 
 def init_logger(name: str) -> logging.Logger:
@@ -39,7 +44,9 @@ def configure_logging(
         logger = logging.getLogger(name)
         logger.handlers = [handler] if name != "uvicorn.error" else []
         logger.propagate = name == "uvicorn.error"
-        logger.setLevel(level.upper())
+        # Uvicorn tells of each start and stop in six lines; the command line has its own.
+        quiet = name != _ROOT and level == "info"
+        logger.setLevel(logging.WARNING if quiet else level.upper())
     # The application logs requests itself, without paths' queries or prompts.
     logging.getLogger("uvicorn.access").handlers = []
     logging.getLogger("uvicorn.access").propagate = False

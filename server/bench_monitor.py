@@ -14,7 +14,7 @@ from chunkllama.errors import ConfigError
 from server.bench_client import Endpoint
 
 _SAMPLE = re.compile(
-    rb'^(chunkllama_kv_chunks\{state="(\w+)"\}|chunkllama_requests_running) ([0-9.e+]+)$',
+    rb'^chunkllama_(?:kv_chunks\{state="(\w+)"\}|requests_running) ([0-9.e+]+)$',
     re.MULTILINE,
 )
 

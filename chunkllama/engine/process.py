@@ -23,6 +23,7 @@ from chunkllama.config import EngineConfig
 from chunkllama.engine.client import MessageClient
 from chunkllama.engine.messages import FromEngine, Shutdown, StartFailed, ToEngine
 from chunkllama.errors import ChunkLlamaError, ConfigError, EngineDeadError
+from chunkllama.logger import configure_logging
 
 _LENGTH = struct.Struct(">I")
 _PR_SET_PDEATHSIG = 1
@@ -189,6 +190,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = SocketChannel(socket.socket(fileno=descriptor))
     config = EngineConfig.model_validate_json(channel.receive_config())
+    configure_logging(config.log.log_level, config.log.log_format)
 
     from chunkllama.engine.build import build_engine
     from chunkllama.engine.core import run_engine_loop
