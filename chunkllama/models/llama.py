@@ -76,7 +76,7 @@ class Llama:
             return linear(hidden, head)
         if hidden.is_cuda:
             return torch.mm(hidden, head.t(), out_dtype=torch.float32)
-        # A CPU's bfloat16 product rounds its result: between 16 and 32 to eighths, which makes ties.
+        # A CPU's bfloat16 product rounds its result (between 16 and 32 to eighths): tokens tie.
         # Widened a block at a time, the head needs no second copy.
         wide = hidden.float()
         return torch.cat([linear(wide, part.float()) for part in head.split(_HEAD_ROWS)], dim=1)
