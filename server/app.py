@@ -14,12 +14,14 @@ from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
 from chunkllama.sampling_params import GrammarSpec
 from server.auth import AuthMiddleware
+from server.body import BodyLimitMiddleware
 from server.context import ServerContext
 from server.errors import install_error_handlers
 from server.metrics import ServerMetrics
 from server.openapi import install_openapi
 from server.request_info import RequestInfoMiddleware
-from server.routes import chat, completions, health, models
+from server.response_store import ResponseStore
+from server.routes import chat, completions, embeddings, health, models, responses, tokenize
 from server.settings import ApiSettings
 from server.structured import GrammarCompiler
 from server.text_service import TextService
@@ -57,6 +59,9 @@ def create_app(
         settings=settings,
         metrics=metrics or ServerMetrics(),
         grammars=GrammarCompiler(validate_grammar, settings.grammar_seconds),
+        responses=ResponseStore(
+            settings.store_max_items, settings.store_max_bytes, settings.store_ttl_seconds
+        ),
     )
     context.metrics.describe(engine.info, __version__)
 
@@ -74,16 +79,16 @@ def create_app(
         description=DESCRIPTION,
         root_path=settings.root_path,
         lifespan=lifespan,
-        max_body_size=settings.max_body_bytes,
         redirect_slashes=False,
     )
     app.state.context = context
-    for router in (chat.router, completions.router, models.router, health.router):
-        app.include_router(router)
+    for family in (chat, completions, responses, embeddings, tokenize, models, health):
+        app.include_router(family.router)
     if settings.expose_metrics:
         app.include_router(health.metrics_router)
     install_error_handlers(app)
     install_openapi(app, needs_key=bool(settings.api_keys))
+    app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
     app.add_middleware(AuthMiddleware, settings=settings)
     if settings.cors_origins:
         # Outside of the key check: a browser's preflight carries no key.

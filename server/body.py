@@ -11,8 +11,9 @@ import msgspec
 from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import invalid
+from server.errors import ApiError, invalid
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -78,6 +79,44 @@ class JsonRoute(APIRoute):
             return await handle(StrictRequest(request.scope, request.receive))
 
         return handle_strictly
+
+
+class BodyLimitMiddleware:
+    """Refuses bodies over ``max_bytes`` with 413, by Content-Length or as they arrive."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if int(announced) > self._max_bytes:
+            await self._too_large().response()(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def receive_counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_bytes:
+                raise self._too_large()
+            return message
+
+        await self._app(scope, receive_counted, send)
+
+    def _too_large(self) -> ApiError:
+        error = ApiError(
+            413,
+            f"The body is larger than {self._max_bytes} bytes",
+            code="request_too_large",
+        )
+        # The rest of the body is not read, so the connection cannot be used again.
+        error.headers = {"connection": "close"}
+        return error
 
 
 def json_response(payload: Mapping[str, Any]) -> Response:

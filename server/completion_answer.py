@@ -19,7 +19,7 @@ from server.protocol.completions import (
     CompletionRequest,
 )
 from server.protocol.usage import CompletionUsage, completion_usage
-from server.streaming import DONE, sse
+from server.streaming import DONE, gather_or_cancel, sse
 
 
 @dataclass(slots=True)
@@ -65,13 +65,7 @@ class CompletionAnswer:
 
     async def whole(self) -> Completion:
         """Run all prompts at once; one that fails ends them all."""
-        tasks = [asyncio.ensure_future(g.collect()) for g in self.generations]
-        try:
-            collected = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        collected = await gather_or_cancel([g.collect() for g in self.generations])
         completion = self._completion(
             [
                 self._choice(number, piece, piece, is_first=True)
@@ -129,8 +123,8 @@ class CompletionAnswer:
         offsets: dict[tuple[int, int], int] = {}
         async with aclosing(self._merged()) as merged:
             async for number, pieces in merged:
-                if self._is_new(number, offsets):
-                    pieces = self._with_starts(number, pieces, offsets)
+                if (number, 0) not in offsets:
+                    pieces = self._with_starts(pieces)
                 for piece in pieces:
                     key = (number, piece.index)
                     choice = self._choice(
@@ -151,18 +145,10 @@ class CompletionAnswer:
             yield sse(last)
         yield DONE
 
-    def _is_new(self, number: int, offsets: dict[tuple[int, int], int]) -> bool:
-        return (number, 0) not in offsets
-
-    def _with_starts(
-        self, number: int, pieces: list[Piece], offsets: dict[tuple[int, int], int]
-    ) -> list[Piece]:
+    def _with_starts(self, pieces: list[Piece]) -> list[Piece]:
         """Begin each choice of a prompt with a chunk, so that headers and echo do not wait."""
         started = {piece.index for piece in pieces}
-        return [
-            *(Piece(index) for index in range(self._n) if index not in started),
-            *pieces,
-        ]
+        return [*(Piece(index) for index in range(self._n) if index not in started), *pieces]
 
     async def _merged(self) -> AsyncGenerator[tuple[int, list[Piece]], None]:
         """Lists of pieces with their prompt's number, in the order they come."""

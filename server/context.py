@@ -14,6 +14,7 @@ from server.errors import invalid, not_found_model
 from server.metrics import ServerMetrics
 from server.protocol.base import RequestModel, SamplingFields, walk_fields
 from server.request_info import RequestInfo, request_info
+from server.response_store import ResponseStore
 from server.settings import ApiSettings
 from server.streaming import unavailable
 from server.structured import GrammarCompiler
@@ -41,6 +42,7 @@ class ServerContext:
     settings: ApiSettings
     metrics: ServerMetrics
     grammars: GrammarCompiler
+    responses: ResponseStore
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     created: int = field(default_factory=lambda: int(time.time()))
 

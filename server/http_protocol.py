@@ -111,9 +111,11 @@ class LimitedH11Protocol(H11Protocol):
         self._arrival = None
         if self.transport.is_closing():
             return
-        has_begun = self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
-        is_answering = self.cycle is not None and self.cycle.response_started
-        if has_begun and not (is_answering and not self.cycle.response_complete):
+        if self.conn.their_state is h11.SEND_BODY:
+            is_unanswered = not self.cycle.response_started
+        else:
+            is_unanswered = bool(self.conn.trailing_data[0])
+        if is_unanswered:
             self.transport.write(_raw_response(b"408 Request Timeout", _SLOW_BODY))
         self.transport.close()
 

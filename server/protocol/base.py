@@ -54,13 +54,15 @@ class StreamOptions(RequestModel):
     """Options of a streamed answer."""
 
     include_usage: bool | None = Field(
-        None, description="Honoured: a last chunk with usage; every other chunk has usage null."
+        default=None,
+        description="Honoured: a last chunk with usage; every other chunk has usage null.",
     )
     continuous_usage_stats: bool | None = Field(
-        None, description="Honoured: with include_usage, each chunk carries the usage so far."
+        default=None,
+        description="Honoured: with include_usage, each chunk carries the usage so far.",
     )
     include_obfuscation: bool | None = Field(
-        None, description="Ignored: no padding is sent, which is what false asks for."
+        default=None, description="Ignored: no padding is sent, which is what false asks for."
     )
 
 
@@ -68,12 +70,12 @@ class PromptCacheOptions(RequestModel):
     """How a prompt is kept for later requests."""
 
     mode: Literal["implicit", "explicit"] | None = Field(
-        None,
+        default=None,
         description="Honoured: implicit (default) stores the whole prompt, explicit only up to "
         "the last breakpoint; explicit without a breakpoint stores nothing.",
     )
     ttl: str | None = Field(
-        None,
+        default=None,
         pattern=r"^\d{1,5}[smh]$",
         description='Honoured: the least time the prefix is kept, e.g. "30m" (the only value in '
         "strict mode), inside the server's pin budget.",
@@ -83,39 +85,44 @@ class PromptCacheOptions(RequestModel):
 class PromptCacheBreakpoint(RequestModel):
     """The end of a reusable prefix."""
 
-    mode: Literal["explicit"] = Field("explicit", description="Honoured.")
+    mode: Literal["explicit"] = Field(default="explicit", description="Honoured.")
 
 
 class StructuredOutputs(RequestModel):
     """A constraint on the output: exactly one of its fields."""
 
     json_: str | dict[str, Any] | bool | None = Field(
-        None, alias="json", description="Honoured: a JSON schema, as an object or as text."
+        default=None, alias="json", description="Honoured: a JSON schema, as an object or as text."
     )
-    regex: str | None = Field(None, description="Honoured: the output matches it.")
+    regex: str | None = Field(default=None, description="Honoured: the output matches it.")
     choice: list[str] | None = Field(
-        None, min_length=1, max_length=1024, description="Honoured: the output is one of these."
+        default=None,
+        min_length=1,
+        max_length=1024,
+        description="Honoured: the output is one of these.",
     )
-    grammar: str | None = Field(None, description="Honoured: a Lark grammar.")
-    json_object: bool | None = Field(None, description="Honoured: true asks for any JSON object.")
-    structural_tag: Any = Field(None, description="Refused.")
+    grammar: str | None = Field(default=None, description="Honoured: a Lark grammar.")
+    json_object: bool | None = Field(
+        default=None, description="Honoured: true asks for any JSON object."
+    )
+    structural_tag: Any = Field(default=None, description="Refused.")
 
 
 class CacheFields(RequestModel):
     """Prompt-cache fields, the same on every endpoint that generates."""
 
     prompt_cache_key: str | None = Field(
-        None,
+        default=None,
         max_length=1024,
         description="Validated: logged (hashed) to group requests; never widens what is shared.",
     )
-    prompt_cache_options: PromptCacheOptions | None = Field(None, description="Honoured.")
+    prompt_cache_options: PromptCacheOptions | None = Field(default=None, description="Honoured.")
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = Field(
-        None,
+        default=None,
         description="Honoured (deprecated): 24h is a ttl of 24 hours; in_memory is the default.",
     )
     cache_salt: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         max_length=1024,
         description="Honoured: narrows cache sharing to requests of this key with this salt.",
@@ -127,77 +134,90 @@ class SamplingFields(CacheFields):
 
     model: str = Field(description="Honoured: a served model name; another is 404.")
     temperature: float | None = Field(
-        None, ge=0, le=2, description="Honoured: 0 is greedy. Default 1 or the model's."
+        default=None, ge=0, le=2, description="Honoured: 0 is greedy. Default 1 or the model's."
     )
     top_p: float | None = Field(
-        None, ge=0, le=1, description="Honoured: 0 keeps the single best token."
+        default=None, ge=0, le=1, description="Honoured: 0 keeps the single best token."
     )
-    top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS, description="Honoured: -1 and 0 are off.")
-    min_p: float | None = Field(None, ge=0, le=1, description="Honoured.")
+    top_k: int | None = Field(
+        default=None, ge=-1, le=MAX_TOKENS, description="Honoured: -1 and 0 are off."
+    )
+    min_p: float | None = Field(default=None, ge=0, le=1, description="Honoured.")
     n: int | None = Field(
-        None, ge=1, le=128, description="Honoured: choices; the prompt is computed once."
+        default=None, ge=1, le=128, description="Honoured: choices; the prompt is computed once."
     )
-    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Honoured.")
-    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Honoured.")
-    repetition_penalty: float | None = Field(None, gt=0, le=100, description="Honoured.")
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="Honoured.")
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="Honoured.")
+    repetition_penalty: float | None = Field(default=None, gt=0, le=100, description="Honoured.")
     logit_bias: dict[str, LogitBias] | None = Field(
-        None,
+        default=None,
         max_length=1024,
         description="Honoured: token id to a value in [-100, 100].",
     )
     seed: int | None = Field(
-        None,
+        default=None,
         ge=-MAX_SEED - 1,
         le=MAX_SEED,
         description="Honoured: the same seed and parameters give the same output.",
     )
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
-        None, description="Honoured: up to 4 strings of 1 to 256 characters, not in the text."
+        default=None,
+        description="Honoured: up to 4 strings of 1 to 256 characters, not in the text.",
     )
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=256, description="Honoured.")
-    include_stop_str_in_output: bool | None = Field(None, description="Honoured.")
-    ignore_eos: bool | None = Field(None, description="Honoured.")
-    min_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="Honoured.")
-    skip_special_tokens: bool | None = Field(None, description="Honoured. Default true.")
+    stop_token_ids: list[TokenId] | None = Field(
+        default=None, max_length=256, description="Honoured."
+    )
+    include_stop_str_in_output: bool | None = Field(default=None, description="Honoured.")
+    ignore_eos: bool | None = Field(default=None, description="Honoured.")
+    min_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS, description="Honoured.")
+    skip_special_tokens: bool | None = Field(default=None, description="Honoured. Default true.")
     bad_words: list[StopString] | None = Field(
-        None, max_length=64, description="Honoured: these words are never generated."
+        default=None, max_length=64, description="Honoured: these words are never generated."
     )
     allowed_token_ids: list[TokenId] | None = Field(
-        None, min_length=1, max_length=65536, description="Honoured: only these are generated."
+        default=None,
+        min_length=1,
+        max_length=65536,
+        description="Honoured: only these are generated.",
     )
     use_beam_search: bool | None = Field(
-        None, description="Honoured: n beams; temperature must be 0 or absent, no stream."
+        default=None, description="Honoured: n beams; temperature must be 0 or absent, no stream."
     )
     length_penalty: float | None = Field(
-        None, ge=-10, le=10, description="Honoured with beam search."
+        default=None, ge=-10, le=10, description="Honoured with beam search."
     )
     prompt_logprobs: int | None = Field(
-        None, ge=0, le=20, description="Honoured: not with stream. Recomputes the whole prompt."
+        default=None,
+        ge=0,
+        le=20,
+        description="Honoured: not with stream. Recomputes the whole prompt.",
     )
-    structured_outputs: StructuredOutputs | None = Field(None, description="Honoured.")
-    stream: bool | None = Field(None, description="Honoured.")
-    stream_options: StreamOptions | None = Field(None, description="Honoured: 400 without stream.")
+    structured_outputs: StructuredOutputs | None = Field(default=None, description="Honoured.")
+    stream: bool | None = Field(default=None, description="Honoured.")
+    stream_options: StreamOptions | None = Field(
+        default=None, description="Honoured: 400 without stream."
+    )
     return_token_ids: bool | None = Field(
-        None, description="Honoured: prompt_token_ids and each choice's token_ids."
+        default=None, description="Honoured: prompt_token_ids and each choice's token_ids."
     )
     return_tokens_as_token_ids: bool | None = Field(
-        None, description="Honoured: log-probability tokens read token_id:N."
+        default=None, description="Honoured: log-probability tokens read token_id:N."
     )
     truncate_prompt_tokens: int | None = Field(
-        None, ge=1, le=MAX_TOKENS, description="Honoured: keeps the prompt's last N tokens."
+        default=None, ge=1, le=MAX_TOKENS, description="Honoured: keeps the prompt's last N tokens."
     )
     priority: int | None = Field(
-        None, ge=-1000, le=1000, description="Honoured: lower is served first. Default 0."
+        default=None, ge=-1000, le=1000, description="Honoured: lower is served first. Default 0."
     )
-    user: str | None = Field(None, max_length=512, description="Validated (deprecated).")
+    user: str | None = Field(default=None, max_length=512, description="Validated (deprecated).")
     request_id: str | None = Field(
-        None, max_length=256, description="Ignored: send the x-request-id header instead."
+        default=None, max_length=256, description="Ignored: send the x-request-id header instead."
     )
     session_id: str | None = Field(
-        None, max_length=256, description="Ignored: the prefix tree needs no session."
+        default=None, max_length=256, description="Ignored: the prefix tree needs no session."
     )
     stream_interval: int | None = Field(
-        None, ge=1, le=1024, description="Ignored: each step's tokens are sent at once."
+        default=None, ge=1, le=1024, description="Ignored: each step's tokens are sent at once."
     )
-    kv_transfer_params: Any = Field(None, description="Refused.")
-    vllm_xargs: Any = Field(None, description="Refused.")
+    kv_transfer_params: Any = Field(default=None, description="Refused.")
+    vllm_xargs: Any = Field(default=None, description="Refused.")

@@ -27,14 +27,14 @@ class ContentPart(RequestModel):
     type: Literal["text", "refusal", "image_url", "input_audio", "file"] = Field(
         description="Honoured: text and refusal; the others are refused by name."
     )
-    text: str | None = Field(None, description="Honoured.")
-    refusal: str | None = Field(None, description="Honoured.")
+    text: str | None = Field(default=None, description="Honoured.")
+    refusal: str | None = Field(default=None, description="Honoured.")
     prompt_cache_breakpoint: PromptCacheBreakpoint | None = Field(
-        None, description="Honoured: a reusable prefix ends here, exact to the token."
+        default=None, description="Honoured: a reusable prefix ends here, exact to the token."
     )
-    image_url: Any = Field(None, description="Refused with its part.")
-    input_audio: Any = Field(None, description="Refused with its part.")
-    file: Any = Field(None, description="Refused with its part.")
+    image_url: Any = Field(default=None, description="Refused with its part.")
+    input_audio: Any = Field(default=None, description="Refused with its part.")
+    file: Any = Field(default=None, description="Refused with its part.")
 
 
 class CalledFunction(RequestModel):
@@ -48,7 +48,7 @@ class MessageToolCall(RequestModel):
     """A tool call an assistant message made."""
 
     id: str = Field(description="Honoured through the template.")
-    type: Literal["function"] = Field("function", description="Honoured.")
+    type: Literal["function"] = Field(default="function", description="Honoured.")
     function: CalledFunction = Field(description="Honoured through the template.")
 
 
@@ -57,38 +57,44 @@ class ChatMessage(RequestModel):
 
     role: Role = Field(description="Honoured: developer is system where the template lacks it.")
     content: str | Annotated[list[ContentPart], Field(min_length=1, max_length=1024)] | None = (
-        Field(None, description="Honoured: text, or text parts.")
+        Field(default=None, description="Honoured: text, or text parts.")
     )
-    name: str | None = Field(None, max_length=256, description="Honoured through the template.")
+    name: str | None = Field(
+        default=None, max_length=256, description="Honoured through the template."
+    )
     tool_calls: list[MessageToolCall] | None = Field(
-        None, max_length=128, description="Honoured through the template."
+        default=None, max_length=128, description="Honoured through the template."
     )
-    tool_call_id: str | None = Field(None, description="Honoured: required for role tool.")
+    tool_call_id: str | None = Field(default=None, description="Honoured: required for role tool.")
     function_call: CalledFunction | None = Field(
-        None, description="Honoured (deprecated): one tool call."
+        default=None, description="Honoured (deprecated): one tool call."
     )
-    refusal: str | None = Field(None, description="Honoured: stands for a missing content.")
-    reasoning_content: str | None = Field(None, description="Honoured through the template.")
-    audio: Any = Field(None, description="Refused.")
+    refusal: str | None = Field(default=None, description="Honoured: stands for a missing content.")
+    reasoning_content: str | None = Field(
+        default=None, description="Honoured through the template."
+    )
+    audio: Any = Field(default=None, description="Refused.")
 
 
 class FunctionDefinition(RequestModel):
     """A function the model may call."""
 
     name: Name = Field(description="Honoured.")
-    description: str | None = Field(None, description="Honoured through the template.")
+    description: str | None = Field(default=None, description="Honoured through the template.")
     parameters: dict[str, Any] | None = Field(
-        None, description="Honoured: a JSON schema, which forced calls obey."
+        default=None, description="Honoured: a JSON schema, which forced calls obey."
     )
-    strict: bool | None = Field(None, description="Validated: forced calls always obey the schema.")
+    strict: bool | None = Field(
+        default=None, description="Validated: forced calls always obey the schema."
+    )
 
 
 class ChatTool(RequestModel):
     """A tool; functions only."""
 
     type: Literal["function", "custom"] = Field(description="Honoured: custom is refused.")
-    function: FunctionDefinition | None = Field(None, description="Honoured.")
-    custom: Any = Field(None, description="Refused.")
+    function: FunctionDefinition | None = Field(default=None, description="Honoured.")
+    custom: Any = Field(default=None, description="Refused.")
 
 
 class NamedFunction(RequestModel):
@@ -110,98 +116,113 @@ class NamedToolChoice(RequestModel):
     """One function, or a subset of the tools."""
 
     type: Literal["function", "allowed_tools", "custom"] = Field(description="Honoured.")
-    function: NamedFunction | None = Field(None, description="Honoured.")
-    allowed_tools: AllowedTools | None = Field(None, description="Honoured.")
-    custom: Any = Field(None, description="Refused.")
+    function: NamedFunction | None = Field(default=None, description="Honoured.")
+    allowed_tools: AllowedTools | None = Field(default=None, description="Honoured.")
+    custom: Any = Field(default=None, description="Refused.")
 
 
 class JsonSchemaFormat(RequestModel):
     """A named JSON schema."""
 
     name: Name = Field(description="Validated.")
-    description: str | None = Field(None, description="Ignored: the schema alone constrains.")
-    schema_: dict[str, Any] | None = Field(
-        None, alias="schema", description="Honoured: the output validates against it."
+    description: str | None = Field(
+        default=None, description="Ignored: the schema alone constrains."
     )
-    strict: bool | None = Field(None, description="Validated: the schema is always enforced.")
+    schema_: dict[str, Any] | None = Field(
+        default=None, alias="schema", description="Honoured: the output validates against it."
+    )
+    strict: bool | None = Field(
+        default=None, description="Validated: the schema is always enforced."
+    )
 
 
 class ResponseFormat(RequestModel):
     """The format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"] = Field(description="Honoured.")
-    json_schema: JsonSchemaFormat | None = Field(None, description="Honoured.")
+    json_schema: JsonSchemaFormat | None = Field(default=None, description="Honoured.")
 
 
 class ChatCompletionRequest(SamplingFields):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=4096, description="Honoured.")
-    logprobs: bool | None = Field(None, description="Honoured.")
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="Honoured: needs logprobs.")
+    logprobs: bool | None = Field(default=None, description="Honoured.")
+    top_logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="Honoured: needs logprobs."
+    )
     max_completion_tokens: int | None = Field(
-        None, ge=1, le=MAX_TOKENS, description="Honoured: null is the rest of the context."
+        default=None, ge=1, le=MAX_TOKENS, description="Honoured: null is the rest of the context."
     )
     max_tokens: int | None = Field(
-        None,
+        default=None,
         ge=1,
         le=MAX_TOKENS,
         description="Honoured (deprecated): max_completion_tokens wins.",
     )
-    response_format: ResponseFormat | None = Field(None, description="Honoured.")
+    response_format: ResponseFormat | None = Field(default=None, description="Honoured.")
     tools: Annotated[list[ChatTool], Field(min_length=1, max_length=128)] | None = Field(
-        None, description="Honoured."
+        default=None, description="Honoured."
     )
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = Field(
-        None, description="Honoured: required and named calls are forced by a grammar."
+        default=None, description="Honoured: required and named calls are forced by a grammar."
     )
-    parallel_tool_calls: bool | None = Field(None, description="Honoured: false allows one call.")
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="Honoured: false allows one call."
+    )
     functions: Annotated[list[FunctionDefinition], Field(min_length=1, max_length=128)] | None = (
-        Field(None, description="Honoured (deprecated): tools, answered in the old shape.")
+        Field(default=None, description="Honoured (deprecated): tools, answered in the old shape.")
     )
     function_call: Literal["none", "auto"] | NamedFunction | None = Field(
-        None, description="Honoured (deprecated): tool_choice."
+        default=None, description="Honoured (deprecated): tool_choice."
     )
     prediction: dict[str, Any] | None = Field(
-        None, description="Ignored: a hint for speculative decoding, which is off."
+        default=None, description="Ignored: a hint for speculative decoding, which is off."
     )
     reasoning_effort: ReasoningEffort | None = Field(
-        None, description="Honoured through a template that knows it."
+        default=None, description="Honoured through a template that knows it."
     )
-    verbosity: Literal["low", "medium", "high"] | None = Field(None, description="Validated.")
+    verbosity: Literal["low", "medium", "high"] | None = Field(
+        default=None, description="Validated."
+    )
     service_tier: ServiceTier | None = Field(
-        None, description="Honoured: a priority class; flex waits behind, priority goes first."
+        default=None,
+        description="Honoured: a priority class; flex waits behind, priority goes first.",
     )
     metadata: dict[str, str] | None = Field(
-        None, max_length=16, description="Validated: keys up to 64, values up to 512 characters."
+        default=None,
+        max_length=16,
+        description="Validated: keys up to 64, values up to 512 characters.",
     )
-    safety_identifier: str | None = Field(None, max_length=64, description="Validated.")
+    safety_identifier: str | None = Field(default=None, max_length=64, description="Validated.")
     store: bool | None = Field(
-        None, description="Validated: true is refused, completions are not stored."
+        default=None, description="Validated: true is refused, completions are not stored."
     )
     modalities: list[Literal["text", "audio"]] | None = Field(
-        None, description="Validated: text only, audio is refused."
+        default=None, description="Validated: text only, audio is refused."
     )
-    audio: Any = Field(None, description="Refused.")
-    web_search_options: Any = Field(None, description="Refused.")
-    moderation: Any = Field(None, description="Refused.")
-    add_generation_prompt: bool | None = Field(None, description="Honoured. Default true.")
+    audio: Any = Field(default=None, description="Refused.")
+    web_search_options: Any = Field(default=None, description="Refused.")
+    moderation: Any = Field(default=None, description="Refused.")
+    add_generation_prompt: bool | None = Field(default=None, description="Honoured. Default true.")
     continue_final_message: bool | None = Field(
-        None, description="Honoured: the answer goes on where the last message ends."
+        default=None, description="Honoured: the answer goes on where the last message ends."
     )
     echo: bool | None = Field(
-        None, description="Honoured: the text of the message that is continued comes first."
+        default=None, description="Honoured: the text of the message that is continued comes first."
     )
     add_special_tokens: bool | None = Field(
-        None, description="Validated: the template writes special tokens; true is refused."
+        default=None, description="Validated: the template writes special tokens; true is refused."
     )
     chat_template: str | None = Field(
-        None, max_length=65536, description="Refused unless the operator trusts clients with it."
+        default=None,
+        max_length=65536,
+        description="Refused unless the operator trusts clients with it.",
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="Honoured: names on the operator's list, others are refused."
+        default=None, description="Honoured: names on the operator's list, others are refused."
     )
-    documents: Any = Field(None, description="Refused.")
+    documents: Any = Field(default=None, description="Refused.")
 
 
 class TopLogprob(TypedDict):

@@ -24,23 +24,26 @@ class CompletionRequest(SamplingFields):
     """Body of POST /v1/completions."""
 
     prompt: Prompt | None = Field(
-        None,
+        default=None,
         description="Honoured: text, texts, token ids or lists of them. Default: the BOS token.",
     )
     best_of: int | None = Field(
-        None, ge=0, le=20, description="Honoured: at least n, not with stream."
+        default=None, ge=0, le=20, description="Honoured: at least n, not with stream."
     )
-    echo: bool | None = Field(None, description="Honoured: the prompt's text comes first.")
+    echo: bool | None = Field(default=None, description="Honoured: the prompt's text comes first.")
     logprobs: int | None = Field(
-        None, ge=0, le=5, description="Honoured: with echo the prompt's tokens too."
+        default=None, ge=0, le=5, description="Honoured: with echo the prompt's tokens too."
     )
     max_tokens: int | None = Field(
-        None, ge=0, le=MAX_TOKENS, description="Honoured. Default 16; 0 with echo scores a prompt."
+        default=None,
+        ge=0,
+        le=MAX_TOKENS,
+        description="Honoured. Default 16; 0 with echo scores a prompt.",
     )
-    suffix: str | None = Field(None, description="Refused: needs an infill model.")
-    response_format: ResponseFormat | None = Field(None, description="Honoured.")
+    suffix: str | None = Field(default=None, description="Refused: needs an infill model.")
+    response_format: ResponseFormat | None = Field(default=None, description="Honoured.")
     add_special_tokens: bool | None = Field(
-        None, description="Honoured: whether text prompts begin with BOS. Default true."
+        default=None, description="Honoured: whether text prompts begin with BOS. Default true."
     )
 
 
