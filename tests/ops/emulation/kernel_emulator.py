@@ -36,7 +36,7 @@ from chunkllama.ops.source import (
     silu_and_mul_kernel,
 )
 
-FLAGS = ("-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 HIDDEN = ("-fvisibility=hidden", "-fno-gnu-unique")  # libraries must not share the fibers' globals
 
 KernelGroup = tuple[str, int]  # dtype, head_dim
@@ -95,7 +95,13 @@ def build(
     """
     sources = sources or data_folder("kernels")
     lines = [f"EMULATE({kernel.params}, {kernel.expression})\n" for kernel in kernels]
-    texts = sorted([*sources.glob("cuda/*.cuh"), *sources.glob("emulation/*")])
+    texts = sorted(
+        [
+            *sources.glob("cuda/*.cuh"),
+            *sources.glob("emulation/*.h"),
+            *sources.glob("emulation/*.cpp"),
+        ]
+    )
     digest = hashlib.sha256(repr((lines, FLAGS, HIDDEN, flags)).encode())
     for path in texts:
         digest.update(path.read_bytes())
