@@ -161,9 +161,8 @@ void run_vectors(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
                                  int(dim / STEP<T>), ahead);
       const RowState rs = state.rows(first, dim);
       constexpr Precision P = L::PAIRS ? COARSE : FINE;
-      auto nothing = [] {};
-      if (cut) online_softmax<true, P>(scores, scores, SCORE_STRIDE, rows, keys, visible, scale, rs, ahead, 1, nothing);
-      else online_softmax<false, P>(scores, scores, SCORE_STRIDE, rows, keys, visible, scale, rs, ahead, 1, nothing);
+      if (cut) online_softmax<true, P>(scores, scores, SCORE_STRIDE, rows, keys, visible, scale, rs, ahead, 1);
+      else online_softmax<false, P>(scores, scores, SCORE_STRIDE, rows, keys, visible, scale, rs, ahead, 1);
       for (int j = 0; j < u.chunks_of(g); j++) {
         const int n = std::min(CHUNK, valid - j * CHUNK);
         product_blocks<T, true>(rows, int(dim / BLOCK), scores + j * CHUNK, SCORE_STRIDE, u.v(g * STEP_CHUNKS + j), L::v_step(dim),
@@ -177,85 +176,71 @@ void run_vectors(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
 
 #if defined(__AMX_TILE__)
 // ------------------------------------------------------------------------------------------------ AMX
-// One 16-row block in one softmax step.
-struct Task {
-  int step = 0, block = 0;
-};
-
-// Tile products in small portions, so that they can be issued between the rows of another task's softmax: the tile unit
-// and the vector units then work at the same time. First p.v of one task, then q.k of another.
-class TileWork {
- public:
-  void start_pv(const bf16* probs, const bf16* const* v, int chunks, float* out, long out_stride, long dim) {
-    probs_ = probs, out_ = out, out_stride_ = out_stride, dim_ = dim;
-    for (int j = 0; j < chunks; j++) v_[j] = v[j];
-    pv_steps_ = 2 * chunks, k_ = 0, column_ = 0;
-    columns_left_ = int(dim / BLOCK);
-  }
-  void start_qk(const bf16* q, const bf16* const* k, int chunks, float* scores, long k_dim) {
-    q_ = q, scores_ = scores, k_dim_ = k_dim;
-    for (int j = 0; j < chunks; j++) keys_[j] = k[j];
-    chunk_ = 0, dim_at_ = 0;
-    chunks_left_ = chunks;
-  }
-  int portions() const { return (columns_left_ + 3) / 4 * pv_steps_ + chunks_left_ * int(k_dim_ / 32); }
-  INLINE void portion() {
-    if (columns_left_ >= 4) pv<4>();
-    else if (columns_left_) pv<1>();
-    else if (chunks_left_) qk();
-  }
-  void finish() {
-    while (columns_left_ || chunks_left_) portion();
-  }
-
- private:
-  // 32 keys times N x 16 dimensions.
-  template <int N>
-  INLINE void pv() {
-    float* o = out_ + column_ * BLOCK;
-    const long stride = out_stride_ * 4, v_stride = dim_ * 4;
-    if (k_ == 0) {
-      TILE_LOAD(0, o, stride);
-      if (N == 4) { TILE_LOAD(1, o + 16, stride); TILE_LOAD(2, o + 32, stride); TILE_LOAD(3, o + 48, stride); }
+// scores [16 * ROW_TILES, 64] = q * the 64 keys of a chunk. K comes from L2: each of its tiles is loaded once.
+template <int ROW_TILES>
+INLINE void tile_scores(const bf16* q, const bf16* k, long k_dim, float* scores, Prefetcher& ahead, int lines) {
+  constexpr long stride = SCORE_STRIDE * 4;
+  const long block = k_dim * BLOCK, q_stride = k_dim * 2;
+  if constexpr (ROW_TILES == 1) {
+    TILE_ZERO(0); TILE_ZERO(1); TILE_ZERO(2); TILE_ZERO(3);
+    for (long d = 0; d < k_dim; d += 32, k += 32 * BLOCK) {
+      TILE_LOAD(4, q + d, q_stride);
+      TILE_LOAD(5, k, 64); TILE_DOT_BF16(0, 4, 5);
+      TILE_LOAD(6, k + block, 64); TILE_DOT_BF16(1, 4, 6);
+      TILE_LOAD(7, k + 2 * block, 64); TILE_DOT_BF16(2, 4, 7);
+      TILE_LOAD(5, k + 3 * block, 64); TILE_DOT_BF16(3, 4, 5);
+      ahead.step(lines);
     }
-    const bf16* v = v_[k_ / 2] + (k_ % 2) * 32 * dim_ + column_ * 2 * BLOCK;
-    TILE_LOAD(4, probs_ + k_ * 32, PROB_STRIDE * 2);
-    TILE_LOAD(5, v, v_stride);
-    TILE_DOT_BF16(0, 4, 5);
-    if (N == 4) {
-      TILE_LOAD(6, v + 32, v_stride); TILE_DOT_BF16(1, 4, 6);
-      TILE_LOAD(7, v + 64, v_stride); TILE_DOT_BF16(2, 4, 7);
-      TILE_LOAD(5, v + 96, v_stride); TILE_DOT_BF16(3, 4, 5);
+    TILE_STORE(0, scores, stride); TILE_STORE(1, scores + 16, stride);
+    TILE_STORE(2, scores + 32, stride); TILE_STORE(3, scores + 48, stride);
+  } else {
+    for (int half = 0; half < 2; half++, k += 2 * block, scores += 32) {
+      TILE_ZERO(0); TILE_ZERO(1); TILE_ZERO(2); TILE_ZERO(3);
+      for (long d = 0; d < k_dim; d += 32) {
+        TILE_LOAD(4, q + d, q_stride);
+        TILE_LOAD(6, k + d * BLOCK, 64); TILE_DOT_BF16(0, 4, 6);
+        TILE_LOAD(5, q + BLOCK * k_dim + d, q_stride); TILE_DOT_BF16(2, 5, 6);
+        TILE_LOAD(7, k + block + d * BLOCK, 64); TILE_DOT_BF16(1, 4, 7);
+        TILE_DOT_BF16(3, 5, 7);
+        ahead.step(lines);
+      }
+      TILE_STORE(0, scores, stride); TILE_STORE(1, scores + 16, stride);
+      TILE_STORE(2, scores + BLOCK * SCORE_STRIDE, stride); TILE_STORE(3, scores + BLOCK * SCORE_STRIDE + 16, stride);
     }
-    if (++k_ < pv_steps_) return;
-    TILE_STORE(0, o, stride);
-    if (N == 4) { TILE_STORE(1, o + 16, stride); TILE_STORE(2, o + 32, stride); TILE_STORE(3, o + 48, stride); }
-    k_ = 0, column_ += N, columns_left_ -= N;
   }
-  // 32 dimensions times the 64 keys of a chunk.
-  INLINE void qk() {
-    const bf16* k = keys_[chunk_] + dim_at_ * BLOCK;
-    const long block = k_dim_ * BLOCK;
-    if (dim_at_ == 0) { TILE_ZERO(0); TILE_ZERO(1); TILE_ZERO(2); TILE_ZERO(3); }
-    TILE_LOAD(4, q_ + dim_at_, k_dim_ * 2);
-    TILE_LOAD(5, k, 64); TILE_DOT_BF16(0, 4, 5);
-    TILE_LOAD(6, k + block, 64); TILE_DOT_BF16(1, 4, 6);
-    TILE_LOAD(7, k + 2 * block, 64); TILE_DOT_BF16(2, 4, 7);
-    TILE_LOAD(5, k + 3 * block, 64); TILE_DOT_BF16(3, 4, 5);
-    dim_at_ += 32;
-    if (dim_at_ < k_dim_) return;
-    float* s = scores_ + chunk_ * CHUNK;
-    constexpr long stride = SCORE_STRIDE * 4;
-    TILE_STORE(0, s, stride); TILE_STORE(1, s + 16, stride); TILE_STORE(2, s + 32, stride); TILE_STORE(3, s + 48, stride);
-    dim_at_ = 0, chunk_++, chunks_left_--;
-  }
+}
 
-  const bf16 *probs_ = nullptr, *v_[STEP_CHUNKS] = {}, *q_ = nullptr, *keys_[STEP_CHUNKS] = {};
-  float *out_ = nullptr, *scores_ = nullptr;
-  long out_stride_ = 0, dim_ = 0, k_dim_ = 0;
-  int pv_steps_ = 0, k_ = 0, column_ = 0, columns_left_ = 0;
-  int chunk_ = 0, dim_at_ = 0, chunks_left_ = 0;
-};
+// out [16 * ROW_TILES, 16 * COLUMNS] += probs * V of the step's chunks; at most four accumulators.
+template <int ROW_TILES, int COLUMNS>
+INLINE void tile_values(const bf16* probs, const bf16* const* v, int chunks, long column, long dim, float* out, long out_stride,
+                        Prefetcher& ahead, int lines) {
+  static_assert(ROW_TILES * COLUMNS <= 4 && (ROW_TILES == 1 || COLUMNS <= 2), "four accumulators");
+  const long stride = out_stride * 4, v_stride = dim * 4;
+  float *o = out + column, *o2 = o + BLOCK * out_stride;
+  TILE_LOAD(0, o, stride);
+  if (COLUMNS > 1) { TILE_LOAD(1, o + 16, stride); }
+  if (ROW_TILES == 2) { TILE_LOAD(2, o2, stride); }
+  if (ROW_TILES == 2 && COLUMNS == 2) { TILE_LOAD(3, o2 + 16, stride); }
+  if (COLUMNS == 4) { TILE_LOAD(2, o + 32, stride); TILE_LOAD(3, o + 48, stride); }
+  for (int k = 0; k < 2 * chunks; k++, probs += 32) {
+    const bf16* b = v[k / 2] + k % 2 * 32 * dim + column * 2;
+    TILE_LOAD(4, probs, PROB_STRIDE * 2);
+    TILE_LOAD(6, b, v_stride); TILE_DOT_BF16(0, 4, 6);
+    if (ROW_TILES == 2) { TILE_LOAD(5, probs + BLOCK * PROB_STRIDE, PROB_STRIDE * 2); TILE_DOT_BF16(2, 5, 6); }
+    if (COLUMNS > 1) { TILE_LOAD(7, b + 32, v_stride); TILE_DOT_BF16(1, 4, 7); }
+    if (ROW_TILES == 2 && COLUMNS == 2) { TILE_DOT_BF16(3, 5, 7); }
+    if (COLUMNS == 4) {
+      TILE_LOAD(6, b + 64, v_stride); TILE_DOT_BF16(2, 4, 6);
+      TILE_LOAD(7, b + 96, v_stride); TILE_DOT_BF16(3, 4, 7);
+    }
+    ahead.step(lines);
+  }
+  TILE_STORE(0, o, stride);
+  if (COLUMNS > 1) { TILE_STORE(1, o + 16, stride); }
+  if (ROW_TILES == 2) { TILE_STORE(2, o2, stride); }
+  if (ROW_TILES == 2 && COLUMNS == 2) { TILE_STORE(3, o2 + 16, stride); }
+  if (COLUMNS == 4) { TILE_STORE(2, o + 32, stride); TILE_STORE(3, o + 48, stride); }
+}
 
 // The first `tokens` of a chunk's V, zeros behind: a probability of 0 does not protect from NaN in stale memory.
 const bf16* padded_values(const bf16* v, int tokens, long dim, Buffers& b) {
@@ -266,121 +251,64 @@ const bf16* padded_values(const bf16* v, int tokens, long dim, Buffers& b) {
   return to;
 }
 
-class TileUnit {
- public:
-  TileUnit(const Unit<bf16>& u, const Unit<bf16>* next, Buffers& b)
-      : u_(u), next_(next), b_(b), k_dim_(Layout<bf16>::k_dim(u.dim)), blocks_((u.rows + BLOCK - 1) / BLOCK) {
-    q_ = b.q_pairs.fit(blocks_ * BLOCK * k_dim_);
-    scores_ = b.scores.fit(2 * BLOCK * SCORE_STRIDE);
-    probs_ = b.probs.fit(2 * BLOCK * PROB_STRIDE);
-    state_ = fresh_state(b, u.rows, u.dim);
-    gather(u, q_, k_dim_);
-    memset(q_ + u.rows * k_dim_, 0, (blocks_ * BLOCK - u.rows) * k_dim_ * sizeof(bf16));
+// Up to 32 rows of a unit in one softmax step: scores, softmax, output.
+template <int ROW_TILES>
+void tile_step(const Unit<bf16>& u, int step, int first, const bf16* const* v, const bf16* q, float* scores, bf16* probs,
+               const State& state, Prefetcher& ahead, int lines) {
+  const int chunks = u.chunks_of(step), keys = chunks * CHUNK, rows = std::min(ROW_TILES * BLOCK, u.rows - first);
+  const long dim = u.dim, k_dim = Layout<bf16>::k_dim(dim);
+  const float scale = u.args.scale * LOG2E;
+  int visible[2 * BLOCK];
+  bool cut;
+  if (!u.visible(step, first, rows, keys, visible, &cut)) return;
+  for (int j = 0; j < chunks; j++)
+    tile_scores<ROW_TILES>(q + first * k_dim, u.k(step * STEP_CHUNKS + j), k_dim, scores + j * CHUNK, ahead, lines);
+  for (int r = 0; r < rows; r += BLOCK) {
+    const int n = std::min(BLOCK, rows - r);
+    float* s = scores + r * SCORE_STRIDE;
+    bf16* p = probs + r * PROB_STRIDE;
+    const RowState block = state.rows(first + r, dim);
+    if (cut) online_softmax<true, COARSE>(s, p, PROB_STRIDE, n, keys, visible + r, scale, block, ahead, lines);
+    else online_softmax<false, COARSE>(s, p, PROB_STRIDE, n, keys, visible + r, scale, block, ahead, lines);
   }
+  const RowState block = state.rows(first, dim);
+  constexpr int COLUMNS = 4 / ROW_TILES;
+  long column = 0;
+  for (; column + COLUMNS * BLOCK <= dim; column += COLUMNS * BLOCK)
+    tile_values<ROW_TILES, COLUMNS>(probs, v, chunks, column, dim, block.out, block.out_stride, ahead, lines);
+  for (; column < dim; column += BLOCK)
+    tile_values<ROW_TILES, 1>(probs, v, chunks, column, dim, block.out, block.out_stride, ahead, lines);
+}
 
-  // Task t's softmax runs together with p.v of task t - 1 and q.k of task t + 1. With a single block p.v of t - 1 must
-  // come first: softmax may rescale the very rows it adds to.
-  void run() {
-    Task task, previous;
-    bool more = find_visible(task), started = false;
-    TileWork work;
-    if (more) {
-      start_qk(work, task, 0);
-      work.finish();
-    }
-    for (int t = 0; more; t++) {
-      Task following = task;
-      advance(following);
-      const bool has_following = find_visible(following);
-      if (started) start_pv(work, previous, (t - 1) & 1);
-      if (blocks_ == 1) work.finish();
-      if (has_following) start_qk(work, following, (t + 1) & 1);
-      if (task.step != step_) enter(task.step);
-      softmax(task, t & 1, work);
-      work.finish();
-      previous = task, started = true;
-      task = following, more = has_following;
-      last_ = t & 1;
-    }
-    if (started) {
-      start_pv(work, previous, last_);
-      work.finish();
-    }
-    write_results(u_, state_.out, state_.out_stride, state_.max, state_.sum);
-  }
-
- private:
-  int rows_of(int block) const { return std::min(BLOCK, u_.rows - block * BLOCK); }
-  void advance(Task& t) const {
-    if (++t.block == blocks_) t.block = 0, t.step++;
-  }
-  // Moves on to the next task whose rows see any key.
-  bool find_visible(Task& t) const {
-    for (; t.step < u_.steps; advance(t)) {
-      if (!u_.masked) return true;
-      const int last_row = (t.block * BLOCK + rows_of(t.block) - 1) / u_.group;
-      const int position = u_.item[FIRST_POSITION] + t.step * STEP_KEYS;
-      if (u_.args.positions[u_.item[ROW_BEGIN] + last_row] >= position) return true;
-    }
-    return false;
-  }
-  // Paces the prefetch of the next step (or unit) over this one: 60% through the softmax, the rest between portions.
-  void enter(int step) {
-    ahead_.step(int(ahead_.lines()));
-    ahead_.clear();
-    if (step + 1 < u_.steps) u_.prefetch(step + 1, ahead_);
-    else if (next_) next_->prefetch(0, ahead_);
-    step_ = step;
-    const int ticks = u_.rows * u_.chunks_of(step) * CHUNK / (2 * W);
-    lines_ = int(ahead_.lines() * 6 / 10 / ticks) + 1;
-    portion_lines_ = int(ahead_.lines() / (8 * blocks_)) + 1;
-  }
-  void start_qk(TileWork& work, Task t, int buffer) {
-    const bf16* k[STEP_CHUNKS];
-    const int chunks = u_.chunks_of(t.step);
-    for (int j = 0; j < chunks; j++) k[j] = u_.k(t.step * STEP_CHUNKS + j);
-    work.start_qk(q_ + t.block * BLOCK * k_dim_, k, chunks, scores_ + buffer * BLOCK * SCORE_STRIDE, k_dim_);
-  }
-  void start_pv(TileWork& work, Task t, int buffer) {
+void run_tiles(const Unit<bf16>& u, const Unit<bf16>* next, Buffers& b) {
+  const long k_dim = Layout<bf16>::k_dim(u.dim);
+  const int padded = (u.rows + BLOCK - 1) / BLOCK * BLOCK;
+  bf16* q = b.q_pairs.fit(padded * k_dim);
+  float* scores = b.scores.fit(2 * BLOCK * SCORE_STRIDE);
+  bf16* probs = b.probs.fit(2 * BLOCK * PROB_STRIDE);
+  const State state = fresh_state(b, u.rows, u.dim);
+  gather(u, q, k_dim);
+  memset(q + u.rows * k_dim, 0, (padded - u.rows) * k_dim * sizeof(bf16));
+  Prefetcher ahead;
+  for (int g = 0; g < u.steps; g++) {
+    const int chunks = u.chunks_of(g), valid = u.tokens_of(g);
     const bf16* v[STEP_CHUNKS];
-    const int chunks = u_.chunks_of(t.step), valid = u_.tokens_of(t.step);
-    for (int j = 0; j < chunks; j++) v[j] = u_.v(t.step * STEP_CHUNKS + j);
-    if (valid < chunks * CHUNK) {
-      if (!v_tail_) v_tail_ = padded_values(v[chunks - 1], valid - (chunks - 1) * CHUNK, u_.dim, b_);
-      v[chunks - 1] = v_tail_;
+    for (int j = 0; j < chunks; j++) v[j] = u.v(g * STEP_CHUNKS + j);
+    if (valid < chunks * CHUNK) v[chunks - 1] = padded_values(v[chunks - 1], valid - (chunks - 1) * CHUNK, u.dim, b);
+    ahead.clear();
+    if (g + 1 < u.steps) u.prefetch(g + 1, ahead);
+    else if (next) next->prefetch(0, ahead);
+    // The places where prefetches are issued: per 32 keys and row in the softmax, per tile product elsewhere.
+    const int places = chunks * (u.rows * 2 + padded / BLOCK * 2 * int(k_dim / 32 + u.dim / 32));
+    const int lines = (int(ahead.lines()) + places - 1) / places;
+    for (int first = 0; first < u.rows; first += 2 * BLOCK) {
+      if (u.rows - first > BLOCK) tile_step<2>(u, g, first, v, q, scores, probs, state, ahead, lines);
+      else tile_step<1>(u, g, first, v, q, scores, probs, state, ahead, lines);
     }
-    const RowState rows = state_.rows(t.block * BLOCK, u_.dim);
-    work.start_pv(probs_ + buffer * BLOCK * PROB_STRIDE, v, chunks, rows.out, rows.out_stride, u_.dim);
+    ahead.step(int(ahead.lines()));
   }
-  void softmax(Task t, int buffer, TileWork& work) {
-    const int rows = rows_of(t.block), keys = u_.chunks_of(t.step) * CHUNK;
-    float* scores = scores_ + buffer * BLOCK * SCORE_STRIDE;
-    bf16* probs = probs_ + buffer * BLOCK * PROB_STRIDE;
-    const float scale = u_.args.scale * LOG2E;
-    int visible[BLOCK];
-    bool cut;
-    u_.visible(t.step, t.block * BLOCK, rows, keys, visible, &cut);
-    const RowState state = state_.rows(t.block * BLOCK, u_.dim);
-    const int per_row = (work.portions() + rows - 1) / rows;
-    auto overlap = [&] {
-      for (int i = 0; i < per_row; i++) work.portion();
-      ahead_.step(portion_lines_);
-    };
-    if (cut) online_softmax<true, COARSE>(scores, probs, PROB_STRIDE, rows, keys, visible, scale, state, ahead_, lines_, overlap);
-    else online_softmax<false, COARSE>(scores, probs, PROB_STRIDE, rows, keys, visible, scale, state, ahead_, lines_, overlap);
-  }
-
-  const Unit<bf16>& u_;
-  const Unit<bf16>* next_;
-  Buffers& b_;
-  long k_dim_;
-  int blocks_, step_ = -1, lines_ = 0, portion_lines_ = 0, last_ = 0;
-  bf16 *q_, *probs_;
-  float* scores_;
-  const bf16* v_tail_ = nullptr;
-  State state_;
-  Prefetcher ahead_;
-};
+  write_results(u, state.out, state.out_stride, state.max, state.sum);
+}
 #endif
 
 template <class T>
@@ -388,7 +316,7 @@ void run_unit(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
 #if defined(__AMX_TILE__)
   if constexpr (Layout<T>::PAIRS) {
     if (u.rows > u.args.vector_rows) {
-      TileUnit(u, next, b).run();
+      run_tiles(u, next, b);
       return;
     }
   }

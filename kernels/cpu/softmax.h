@@ -35,11 +35,10 @@ static INLINE void raise_maxima(const float* risen, int rows, const RowState& st
 }
 
 // scores [rows, SCORE_STRIDE] -> probabilities: bf16 to `probs`, or float in place where P is float.
-// visible[r]: keys of this step that row r sees (MASKED only). Per 2 W keys `lines` cache lines are prefetched; after each row
-// `between()` runs: room to overlap tile work.
-template <bool MASKED, Precision PRECISION, class P, class Between>
+// visible[r]: keys of this step that row r sees (MASKED only). Per 2 W keys `lines` cache lines are prefetched.
+template <bool MASKED, Precision PRECISION, class P>
 static INLINE void online_softmax(float* scores, P* probs, long prob_stride, int rows, int keys, const int* visible, float scale,
-                                  const RowState& state, Prefetcher& ahead, int lines, Between&& between) {
+                                  const RowState& state, Prefetcher& ahead, int lines) {
   const Vec minus_infinity = set(-INFINITY);
   alignas(64) float risen[16], sums[16];
   Vec v[16];
@@ -81,7 +80,6 @@ static INLINE void online_softmax(float* scores, P* probs, long prob_stride, int
       ahead.step(lines);
     }
     v[r] = total[0] + total[1];
-    between();
   }
   for (int r = rows; r < 16; r++) v[r] = Vec{};
   reduce_rows<Sum>(v, sums);
