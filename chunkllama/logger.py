@@ -18,12 +18,8 @@ request_id_context: ContextVar[str] = ContextVar("request_id", default="")
 _ROOT = "chunkllama"
 _CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]}
 _CONTROL |= {9: "\\t", 10: "\\n", 13: "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029"}
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
-    "message",
-    "asctime",
-    "taskName",
-    "color_message",
-}
+_NOT_EXTRA = frozenset(vars(logging.makeLogRecord({})))
+_NOT_EXTRA |= {"message", "asctime", "taskName", "color_message"}
 
 
 def init_logger(name: str) -> logging.Logger:
@@ -90,4 +86,4 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _extra(record: logging.LogRecord) -> dict[str, object]:
-    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    return {key: value for key, value in vars(record).items() if key not in _NOT_EXTRA}

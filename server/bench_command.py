@@ -89,6 +89,8 @@ def serve(  # noqa: PLR0913 - one parameter a flag
     points = _points(base, concurrency, rate)
     endpoint = Endpoint(url, tuple(api_key or ()))
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)  # a log file has no columns to fit
     runs, server = asyncio.run(
         _measure(endpoint, model, points, tokenizer, trace, exact_output, pid)
     )

@@ -97,9 +97,10 @@ def _add_serve(app: typer.Typer) -> None:
     @with_setting_flags
     def serve(**flags: object) -> int:
         """Serve a model over an OpenAI-compatible HTTP API."""
-        from server.serve import serve_forever
+        settings = load_from_flags(flags).settings
+        from server.serve import serve_forever  # after the settings, which are quick to refuse
 
-        return serve_forever(load_from_flags(flags).settings)
+        return serve_forever(settings)
 
 
 def _add_config(app: typer.Typer) -> None:

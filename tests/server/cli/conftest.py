@@ -1,0 +1,175 @@
+"""The command line as a stranger meets it: real processes, and a tiny random model to serve."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from chunkllama.models.checkpoint import expected_shapes
+from chunkllama.models.spec import read_spec
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 272,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "eos_token_id": 258,
+}
+
+
+def write_model(folder: Path) -> Path:
+    """A complete model folder: random weights, a byte-level tokenizer, a ChatML template."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<|im_end|>", "chat_template": TEMPLATE, "add_bos_token": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    rng = np.random.default_rng(0)
+    header, blobs, at = {}, [], 0
+    for name, shape in expected_shapes(read_spec(folder)):
+        values = rng.normal(0, 0.1, shape) if len(shape) > 1 else np.ones(shape)
+        blob = values.astype(np.float32).tobytes()
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + len(blob)]}
+        blobs.append(blob)
+        at += len(blob)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (folder / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(text)) + text + b"".join(blobs)
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def broken_model(tmp_path: Path) -> Path:
+    """A model folder of one's own to damage."""
+    return write_model(tmp_path / "broken")
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("CHUNKLLAMA_")}
+    return {**clean, "OMP_NUM_THREADS": "1", **extra}
+
+
+@pytest.fixture
+def chunkllama() -> Run:
+    """Run one command line to its end."""
+
+    def run(*arguments: object, **extra: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "server.cli", *map(str, arguments)],
+            env=environment(**extra),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run
+
+
+@dataclass
+class Served:
+    """A server process."""
+
+    process: subprocess.Popen[str]
+    url: str
+    log: Path
+    model: str
+
+    def get(self, path: str, **options: object) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=10, **options)
+
+    def chat(self, content: str = "hi", **fields: object) -> httpx.Response:
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}], **fields}
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=30)
+
+    def stop(self, sig: signal.Signals = signal.SIGTERM) -> int:
+        self.process.send_signal(sig)
+        return self.process.wait(timeout=30)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+    """Start ``chunkllama serve`` on the tiny model and wait until it is ready."""
+    running: list[Served] = []
+
+    def begin(*flags: object, **extra: str) -> Served:
+        port = free_port()
+        log = tmp_path_factory.mktemp("serve") / "log"
+        command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port)]
+        command += ["--model", str(tiny_model), "--num-chunks", "64", "--op-set", "reference"]
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [*command, *map(str, flags)], env=environment(**extra), stdout=file, stderr=file
+            )
+        served = Served(process, f"http://127.0.0.1:{port}", log, "tiny")
+        running.append(served)
+        for _ in range(600):
+            try:
+                if served.get("/health/ready", verify=False).status_code == 200:
+                    return served
+            except httpx.TransportError:
+                pass
+            if process.poll() is not None:
+                break
+            time.sleep(0.1)
+        raise AssertionError(log.read_text())
+
+    yield begin
+    for served in running:
+        if served.process.poll() is None:
+            served.process.kill()
+            served.process.wait()
+
+
+@pytest.fixture(scope="module")
+def served(start: Callable) -> Served:
+    return start()

@@ -1,0 +1,59 @@
+"""Commands that need no server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from chunkllama import __version__
+
+
+def test_version_and_help(chunkllama):
+    assert chunkllama("version").stdout.strip() == __version__
+    listed = chunkllama("--help").stdout
+    for command in ("serve", "bench", "health", "config", "version", "models"):
+        assert command in listed
+    assert "--num-chunks" in chunkllama("serve", "--help").stdout
+
+
+def test_unknown_commands_are_one_line(chunkllama):
+    result = chunkllama("serv")
+    assert result.returncode == 2
+    assert result.stderr.startswith("chunkllama: error: No such command 'serv'")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_light_commands_import_little():
+    code = (
+        "import sys\nfrom server.cli import run\nrun(['version'])\nrun(['health', '--url', 'x'])\n"
+        "heavy = {'torch', 'httpx', 'fastapi', 'tokenizers', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_config_show_prints_values_and_origins(chunkllama, tmp_path):
+    file = tmp_path / "server.yaml"
+    file.write_text("num_chunks: 64\nport: 9000\n")
+    result = chunkllama(
+        "config", "show", "--config", file, "--port", 9001, "--api-key", "t:canary",
+        CHUNKLLAMA_THREADS="3", CHUNKLLAMA_PORT="9002", COLUMNS="200",
+    )  # fmt: skip
+    rows = {}
+    for line in result.stdout.splitlines():
+        cells = [cell.strip() for cell in line.split("│")]
+        if len(cells) > 3:
+            rows[cells[1]] = cells[2:4]
+    assert rows["port"] == ["9001", "command line"]
+    assert rows["threads"] == ["3", "environment"]
+    assert rows["num_chunks"] == ["64", str(file)]
+    assert rows["chunk_size"] == ["64", "default"]
+    assert "canary" not in result.stdout
+
+
+def test_models_lists_what_can_be_fetched(chunkllama, tmp_path, tiny_model):
+    assert "smollm2-135m-instruct" in chunkllama("models", CHUNKLLAMA_CACHE=str(tmp_path)).stdout
+    assert chunkllama("models", "fetch", tiny_model).stdout.strip() == str(tiny_model)
+    missing = chunkllama("models", "fetch", "/nowhere")
+    assert missing.returncode == 2

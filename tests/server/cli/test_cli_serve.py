@@ -1,0 +1,150 @@
+"""One server process on a tiny random model: it answers, drains, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+
+def test_answers_and_reports_itself(served):
+    answer = served.chat(max_tokens=4, temperature=0).json()
+    assert answer["usage"]["completion_tokens"] <= 4
+    assert served.get("/v1/models").json()["data"][0]["id"] == "tiny"
+    assert "chunkllama_kv_chunks{" in served.get("/metrics").text
+
+
+def test_the_log_names_requests_and_no_prompt(served):
+    answer = served.chat("my secret canary", max_tokens=2)
+    bad = httpx.post(
+        served.url + "/v1/chat/completions?key=canary%1b%0a",
+        content=b"{",
+        headers={"x-request-id": "mine-1", "content-type": "application/json"},
+        timeout=10,
+    )
+    assert bad.status_code == 400
+    log = served.log.read_text()
+    assert answer.headers["x-request-id"] in log
+    assert "[mine-1]: POST /v1/chat/completions 400" in log
+    assert "canary" not in log
+    assert "\x1b" not in log
+
+
+def test_health_command_follows_the_server(served, chunkllama):
+    assert chunkllama("health", "--url", served.url).returncode == 0
+    port = served.url.rpartition(":")[2]
+    assert chunkllama("health", CHUNKLLAMA_PORT=port).returncode == 0
+    silent = chunkllama("health", "--url", "http://127.0.0.1:9")
+    assert silent.returncode == 1
+    assert "does not answer" in silent.stderr
+    assert chunkllama("health", "--url", "ftp://x").returncode == 1
+
+
+def test_api_process_has_no_torch(served):
+    maps = Path(f"/proc/{served.process.pid}/maps").read_text()
+    assert "libtorch" not in maps
+    children = psutil.Process(served.process.pid).children()
+    assert len(children) == 1
+    assert "libtorch" in Path(f"/proc/{children[0].pid}/maps").read_text()
+
+
+def test_a_live_stream_finishes_while_new_work_is_refused(start):
+    server = start("--drain-seconds", 60)
+    child = psutil.Process(server.process.pid).children()[0]
+    events: list[str] = []
+    first = threading.Event()
+
+    def read() -> None:
+        body = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "go on"}],
+            "max_tokens": 100,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        url = f"{server.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, timeout=60) as response:
+            for line in response.iter_lines():
+                events.append(line)
+                first.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert first.wait(20)
+    server.process.send_signal(signal.SIGTERM)
+    while server.get("/health/ready").status_code != 503:
+        time.sleep(0.01)
+    assert server.get("/health/live").status_code == 200
+    assert server.chat().status_code == 503
+    reader.join(60)
+    assert [line for line in events if line][-1] == "data: [DONE]"
+    assert server.process.wait(20) == 0
+    assert not psutil.pid_exists(child.pid)
+
+
+def test_a_stream_beyond_the_drain_limit_ends_with_an_error_event(start):
+    server = start("--drain-seconds", 0.3)
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "go on"}],
+        "max_tokens": 900,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    url = f"{server.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line.startswith("data: ")]
+    assert "error" in json.loads(rest[-1].removeprefix("data: "))
+    assert server.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_an_idle_server_stops_at_once_and_leaves_nothing(start, sig):
+    server = start()
+    child = psutil.Process(server.process.pid).children()[0]
+    assert server.stop(sig) == 0
+    assert not psutil.pid_exists(child.pid)
+    with pytest.raises(httpx.TransportError):
+        server.get("/health")
+
+
+def test_admin_port_json_logs_and_public_prefixes(start, tmp_path):
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        admin = sock.getsockname()[1]
+    prompt = "You are a helpful assistant. " * 8
+    (tmp_path / "prefixes.yaml").write_text(json.dumps([prompt]))
+    server = start(
+        "--admin-port", admin, "--log-format", "json", "--public-prefixes",
+        tmp_path / "prefixes.yaml", "--api-key", "a:key-a", "--api-key", "b:key-b",
+    )  # fmt: skip
+    assert server.get("/metrics", headers={"authorization": "Bearer key-a"}).status_code == 404
+    metrics = httpx.get(f"http://127.0.0.1:{admin}/metrics", timeout=10).text
+    assert "chunkllama_kv_chunks_pinned" in metrics
+    for key in ("key-a", "key-b"):
+        body = {
+            "model": "tiny",
+            "messages": [
+                {"role": "system", "content": prompt},
+                {"role": "user", "content": f"hello from {key}"},
+            ],
+            "max_tokens": 2,
+        }
+        headers = {"authorization": f"Bearer {key}"}
+        url = f"{server.url}/v1/chat/completions"
+        usage = httpx.post(url, json=body, headers=headers, timeout=30).json()["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] >= len(prompt)
+    assert server.stop() == 0
+    records = [json.loads(line) for line in server.log.read_text().splitlines()]
+    assert any(record.get("request_id") for record in records)
+    assert "key-a" not in server.log.read_text()
