@@ -56,15 +56,16 @@ class ItemBatch:
 class AttentionTables:
     """A plan as gathers: batches of items, and each row's partial slots padded to P of them.
 
-    The K and V of a block of keys are gathered into ``block``, then widened into ``wide_block``:
-    fresh memory for every block would cost more in page faults than the attention itself.
+    A block of K and V is gathered into ``tiles`` and widened into ``wide_tiles``: fresh memory for
+    every block would cost more in page faults than the attention itself.
     """
 
     batches: list[ItemBatch]
     merge_slots: torch.Tensor  # [R, P] int64, padded with the spare slot
     num_slots: int
-    block: torch.Tensor  # flat, in the pool's dtype
-    wide_block: torch.Tensor  # flat, float32
+    tiles: torch.Tensor  # [tiles, chunk_size, D] in the pool's dtype
+    wide_tiles: torch.Tensor  # [tiles, chunk_size, D] float32
+    scores: torch.Tensor  # flat, float32
 
     @classmethod
     def of(cls, plan: AttentionPlan, kv: KVCache, num_qo_heads: int) -> AttentionTables:
@@ -77,33 +78,41 @@ class AttentionTables:
         entry = begin[:, None] + np.arange((end - begin).max())
         inside = entry < end[:, None]
         slots = np.where(inside, plan.merge_slots[np.where(inside, entry, 0)], plan.num_slots)
-        tiles = max(
-            b.tiles[..., 0].numel() * min(b.chunks_per_block, b.tiles.shape[3]) for b in batches
+        num_tiles = num_scores = 0
+        for batch in batches:
+            chunks = min(batch.chunks_per_block, batch.tiles.shape[3])
+            num_tiles = max(num_tiles, batch.tiles[..., 0].numel() * chunks)
+            keys = batch.rows.numel() * chunks * kv.chunk_size
+            num_scores = max(num_scores, keys * num_qo_heads)
+        pool = kv.layers[0]
+        tiles = pool.new_empty(num_tiles, kv.chunk_size, kv.head_dim)
+        return cls(
+            batches=batches,
+            merge_slots=torch.as_tensor(slots, device=device).long(),
+            num_slots=plan.num_slots,
+            tiles=tiles,
+            wide_tiles=torch.empty_like(tiles, dtype=torch.float32),
+            scores=pool.new_empty(num_scores, dtype=torch.float32),
         )
-        block = torch.empty(
-            tiles * kv.chunk_size * kv.head_dim, dtype=kv.layers[0].dtype, device=device
-        )
-        wide_block = torch.empty(len(block), dtype=torch.float32, device=device)
-        merge_slots = torch.as_tensor(slots, device=device).long()
-        return cls(batches, merge_slots, plan.num_slots, block, wide_block)
 
 
 def _alike(items: Int32Array, kv: KVCache, num_qo_heads: int) -> Iterator[Int32Array]:
-    """Groups of items of one class whose lengths differ by less than a factor of two and that fit
-    the workspace.
+    """Groups of items of one class whose rows and lengths differ by less than a factor of two, and
+    that fit the workspace.
     """
-    order = np.lexsort((-items[:, NUM_ROWS], -items[:, NUM_TOKENS], items[:, TILE_CLASS]))
-    items = items[order]
-    begin = rows = 0
-    for i, item in enumerate(items):
+    doublings = np.frexp(items[:, NUM_ROWS])[1]
+    order = np.lexsort((-items[:, NUM_TOKENS], -doublings, items[:, TILE_CLASS]))
+    items, doublings = items[order], doublings[order]
+    begin = 0
+    for i, (item, doubling) in enumerate(zip(items, doublings, strict=True)):
         head = items[begin]
-        rows = max(rows, int(item[NUM_ROWS]))
-        widest = max(rows * num_qo_heads, kv.chunk_size * kv.num_kv_heads)
+        widest = max(num_qo_heads << int(doubling), kv.chunk_size * kv.num_kv_heads)
         elements = (i - begin + 1) * widest * max(kv.head_dim, kv.chunk_size)
-        same = item[TILE_CLASS] == head[TILE_CLASS] and 2 * item[NUM_TOKENS] > head[NUM_TOKENS]
-        if not same or (elements > MAX_ELEMENTS and i > begin):
-            yield items[begin:i]
-            begin, rows = i, int(item[NUM_ROWS])
+        same = item[TILE_CLASS] == head[TILE_CLASS] and doubling == doublings[begin]
+        if not same or 2 * item[NUM_TOKENS] <= head[NUM_TOKENS] or elements > MAX_ELEMENTS:
+            if i > begin:
+                yield items[begin:i]
+            begin = i
     yield items[begin:]
 
 
@@ -186,57 +195,75 @@ def _partials(
     heads, group = kv.num_kv_heads, q.shape[1] // kv.num_kv_heads
     queries = q[batch.rows].view(num_items, num_rows, heads, group, kv.head_dim)
     queries = queries.transpose(1, 2).reshape(num_items * heads, num_rows * group, kv.head_dim)
-    last, num_chunks = batch.last_position, batch.tiles.shape[3]
+    last = batch.last_position  # [N, M]: the last key each row sees
+    num_chunks = visible_chunks = batch.tiles.shape[3]
     if not batch.all_visible:
-        own = positions[batch.rows].long()  # [N, M]
+        own = positions[batch.rows].long()
         last = torch.where(batch.masked, own.minimum(last), last)
-        # Spare chunks beyond every row are not worth a read.
-        num_chunks = int((last - batch.first_position).amax()) // kv.chunk_size + 1
-    high = queries.new_full((num_items * heads, num_rows * group, 1), -torch.inf)
-    total = torch.zeros_like(high)
-    out = torch.zeros_like(queries)
+        keys_seen = last - batch.first_position + 1
+        # Chunks that no row sees are not worth a read, those that every row sees need no mask.
+        num_chunks = -(-int(keys_seen.amax()) // kv.chunk_size)
+        visible_chunks = int(keys_seen.amin()) // kv.chunk_size
+    softmax = _Softmax(queries)
     for begin in range(0, num_chunks, batch.chunks_per_block):
-        tiles = batch.tiles[..., begin : min(num_chunks, begin + batch.chunks_per_block)]
-        block = tables.block[: tiles.numel() * kv.chunk_size * kv.head_dim]
-        block = block.view(-1, kv.chunk_size, kv.head_dim)
-        pool_tiles = pool.view(-1, kv.chunk_size, kv.head_dim)
-        torch.index_select(pool_tiles, 0, tiles.reshape(-1), out=block)
-        bias = None
-        if not batch.all_visible:
-            nth = torch.arange(tiles.shape[3] * kv.chunk_size, device=q.device)
-            position = batch.first_position + begin * kv.chunk_size + nth
-            hidden = position.unsqueeze(1) > last.unsqueeze(2)  # [N, M, keys]
+        end = min(num_chunks, begin + batch.chunks_per_block)
+        index = batch.tiles[..., begin:end].reshape(-1)
+        tiles, wide_tiles = tables.tiles[: len(index)], tables.wide_tiles[: len(index)]
+        torch.index_select(pool.view(-1, *tiles.shape[1:]), 0, index, out=tiles)
+        keys, values = wide_tiles.view(2, num_items * heads, -1, kv.head_dim)
+        scores = tables.scores[: queries[..., 0].numel() * keys.shape[1]]
+        scores = scores.view(*queries.shape[:2], -1)
+        if end <= visible_chunks:
+            wide_tiles.copy_(tiles)
+            torch.bmm(queries, keys.transpose(1, 2), out=scores)
+        else:
+            nth = torch.arange(begin * kv.chunk_size, end * kv.chunk_size, device=q.device)
+            hidden = (batch.first_position + nth).unsqueeze(1) > last.unsqueeze(2)  # [N, M, keys]
             unwritten = hidden[:, -1, None, :, None]
-            _zero_rows(block.view(2, num_items, heads, -1, kv.head_dim), unwritten)
+            _zero_rows(tiles.view(2, num_items, heads, -1, kv.head_dim), unwritten)
+            wide_tiles.copy_(tiles)
+            torch.bmm(queries, keys.transpose(1, 2), out=scores)
             bias = torch.where(hidden, -torch.inf, 0.0)[:, None, :, None]
-        wide = tables.wide_block[: block.numel()].view(block.shape).copy_(block)
-        keys, values = wide.view(2, num_items * heads, -1, kv.head_dim)
-        scores = queries @ keys.transpose(1, 2)
-        if bias is not None:
             scores.view(num_items, heads, num_rows, group, -1).add_(bias)
-        new_high = torch.maximum(high, scores.amax(-1, keepdim=True))
-        base = new_high.clamp_min(torch.finfo(torch.float32).min)  # no key yet: -inf - -inf
-        weights = scores.sub_(base).exp2_()
-        decay = torch.exp2(high - base)
-        total = total * decay + weights.sum(-1, keepdim=True)
-        out = torch.baddbmm(out * decay, weights, values)
-        high = new_high
-    out = out / total.clamp_min(torch.finfo(torch.float32).tiny)
-    lse = high + total.log2()
+        softmax.add(scores, values)
     shape = (num_items, heads, num_rows, group, -1)
-    return (
-        out.view(shape).transpose(1, 2).reshape(num_items * num_rows, -1, kv.head_dim),
-        lse.view(shape).transpose(1, 2).reshape(num_items * num_rows, -1),
-    )
+    out, lse = (x.view(shape).transpose(1, 2) for x in softmax.result())
+    return out.reshape(num_items * num_rows, -1, kv.head_dim), lse.reshape(-1, heads * group)
 
 
-def _zero_rows(block: torch.Tensor, unwritten: torch.Tensor) -> None:
+class _Softmax:
+    """Attention over one block of keys after the other (Milakov & Gimelshein 2018, algorithm 3);
+    base 2.
+    """
+
+    def __init__(self, queries: torch.Tensor) -> None:
+        self._out = torch.zeros_like(queries)
+        self._high = queries.new_full((*queries.shape[:-1], 1), -torch.inf)
+        self._total = torch.zeros_like(self._high)
+
+    def add(self, scores: torch.Tensor, values: torch.Tensor) -> None:
+        """scores [B, rows, keys], overwritten, -inf where hidden; values [B, keys, D]."""
+        high = torch.maximum(self._high, scores.amax(-1, keepdim=True))
+        base = high.clamp_min(torch.finfo(torch.float32).min)  # no key so far: not -inf - -inf
+        weights = scores.sub_(base).exp2_()
+        decay = torch.exp2(self._high - base)
+        self._total.mul_(decay).add_(weights.sum(-1, keepdim=True))
+        self._out.mul_(decay).baddbmm_(weights, values)
+        self._high = high
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised output [B, rows, D] and log-sum-exp [B, rows, 1], 0 and -inf without keys."""
+        tiny = torch.finfo(torch.float32).tiny
+        return self._out / self._total.clamp_min(tiny), self._high + self._total.log2()
+
+
+def _zero_rows(tiles: torch.Tensor, unwritten: torch.Tensor) -> None:
     """Clear what stands behind an item's last row: there -inf + NaN and 0 * NaN would stay NaN.
 
     By its bits, whatever they mean: ten times faster than ``masked_fill_`` on a CPU.
     """
-    bits = {2: torch.int16, 4: torch.int32}[block.element_size()]
-    block.view(bits).bitwise_and_(torch.where(unwritten, 0, -1).to(bits))
+    bits = {2: torch.int16, 4: torch.int32}[tiles.element_size()]
+    tiles.view(bits).bitwise_and_(torch.where(unwritten, 0, -1).to(bits))
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, merge_slots: torch.Tensor) -> torch.Tensor:

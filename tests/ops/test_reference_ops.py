@@ -154,4 +154,4 @@ def test_the_workspace_is_bounded_whatever_the_plan(monkeypatch: pytest.MonkeyPa
     run = list(range(512))
     case = make_case([[*run, 512], [*run, 513]], [(8192, 1)] * 2, chunk_size=16, version=1)
     plan = OPS.upload_plan(case.plan(Packing(target_units=1)), kv, num_qo_heads=4)
-    assert plan.state.attention.wide_block.numel() <= 2 << 12
+    assert plan.state.attention.wide_tiles.numel() <= 2 << 12
