@@ -77,7 +77,6 @@ def create_app(
         title="ChunkLlama",
         version=__version__,
         description=DESCRIPTION,
-        root_path=settings.root_path,
         lifespan=lifespan,
         redirect_slashes=False,
     )
@@ -87,7 +86,7 @@ def create_app(
     if settings.expose_metrics:
         app.include_router(health.metrics_router)
     install_error_handlers(app)
-    install_openapi(app, needs_key=bool(settings.api_keys))
+    install_openapi(app, settings)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
     app.add_middleware(AuthMiddleware, settings=settings)
     if settings.cors_origins:
@@ -99,7 +98,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["x-request-id"],
         )
-    app.add_middleware(RequestInfoMiddleware)
+    app.add_middleware(RequestInfoMiddleware, root_path=settings.root_path)
     if settings.isolates_tenants:
         logger.info(
             "cache isolation is on: tenants share nothing but public prefixes; "

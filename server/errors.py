@@ -145,7 +145,7 @@ def field_path(location: Sequence[str | int], body: Any, error_type: str) -> tup
 def from_validation_error(error: RequestValidationError) -> ApiError:
     """FastAPI's 422 as OpenAI's 400: the most specific of pydantic's complaints, with its exact
     path."""
-    best: tuple[int, str, str] | None = None
+    best: tuple[tuple[bool, int], str, str] | None = None
     for entry in error.errors():
         location = list(entry["loc"])
         source = location.pop(0) if location else "body"
@@ -157,8 +157,10 @@ def from_validation_error(error: RequestValidationError) -> ApiError:
             path, depth = field_path(location, error.body, entry["type"])
         else:
             path, depth = ".".join(map(str, location)), len(location)
-        if best is None or depth > best[0]:
-            best = (depth, path, str(entry["msg"]))
+        # Of a union's members only the right one complains of more than the type.
+        rank = (not entry["type"].endswith("_type"), depth)
+        if best is None or rank > best[0]:
+            best = (rank, path, str(entry["msg"]))
     assert best is not None, "a validation error without entries"
     _, path, message = best
     return invalid(f"{path}: {message}" if path else message, param=path or None)

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from server.protocol.errors import ErrorBody
+from server.settings import ApiSettings
 
 _DESCRIPTIONS = {
     400: "The request is malformed, out of range, or does not fit the context.",
@@ -51,13 +52,17 @@ def answers(model: Any, event: Any = None) -> Responses:
     return {200: success, **refusals(400, 401, 404, 405, 408, 413, 415, 429, 500, 503)}
 
 
-def install_openapi(app: FastAPI, *, needs_key: bool) -> None:
+def install_openapi(app: FastAPI, settings: ApiSettings) -> None:
     """Serve a document without FastAPI's own 422, and with the key it asks for."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(
-                title=app.title, version=app.version, description=app.description, routes=app.routes
+                title=app.title,
+                version=app.version,
+                description=app.description,
+                routes=app.routes,
+                servers=[{"url": settings.root_path}] if settings.root_path else None,
             )
             for path in schema["paths"].values():
                 for operation in path.values():
@@ -65,7 +70,7 @@ def install_openapi(app: FastAPI, *, needs_key: bool) -> None:
             schemas = schema["components"]["schemas"]
             schemas.pop("HTTPValidationError", None)
             schemas.pop("ValidationError", None)
-            if needs_key:
+            if settings.api_keys:
                 schema["components"]["securitySchemes"] = {
                     "bearer": {"type": "http", "scheme": "bearer"}
                 }

@@ -42,12 +42,13 @@ def request_info(scope: Scope) -> RequestInfo:
 class RequestInfoMiddleware:
     """Gives each request an id and each response ``x-request-id`` and ``openai-processing-ms``.
 
-    A client's own x-request-id is echoed if it is clean, else replaced. Compressed bodies are
-    refused here, before anything reads them.
+    A client's own x-request-id is echoed if it is clean, else replaced. Compressed bodies
+    are refused here. A path may begin with the ``root_path`` that a proxy has not stripped.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
         self._app = app
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -61,6 +62,8 @@ class RequestInfoMiddleware:
             started=time.monotonic(),
         )
         scope[_SCOPE_KEY] = info
+        if self._root_path:
+            scope["root_path"] = self._root_path
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -41,7 +41,7 @@ class ApiSettings:
     """
 
     served_model_names: tuple[str, ...]
-    api_keys: Mapping[str, str] = field(default_factory=dict)
+    api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     isolation: Literal["off", "tenant"] | None = None
     namespace_secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
     strict: bool = False

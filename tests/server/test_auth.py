@@ -1,0 +1,136 @@
+"""API keys: every route but health asks for one, whatever the request looks like."""
+
+from __future__ import annotations
+
+import hmac
+import socket
+
+import openai
+import pytest
+from fake_engine import MODEL
+
+from server import auth
+
+
+@pytest.fixture(scope="module")
+def guarded(start_server):
+    return start_server(api_keys={"a": "secret-key-a", "b": "secret-key-b"})
+
+
+def status_of_raw(server, request: str) -> int:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as sock:
+        sock.sendall(request.encode())
+        return int(sock.recv(64).split()[1])
+
+
+def test_right_key_and_wrong_key(guarded):
+    guarded.client("secret-key-b").models.list()
+    with pytest.raises(openai.AuthenticationError) as caught:
+        guarded.client("secret-key-c").models.list()
+    assert caught.value.code == "invalid_api_key"
+    assert caught.value.type == "authentication_error"
+
+
+@pytest.mark.parametrize("header", ["x-api-key", "authorization"])
+def test_headers_that_carry_a_key(guarded, header):
+    value = "secret-key-a" if header == "x-api-key" else "bearer secret-key-a"
+    with guarded.http() as http:
+        assert http.get("/v1/models", headers={header: value}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "value", ["", "Bearer", "Basic secret-key-a", "secret-key-a", "Bearer secret-key-aa"]
+)
+def test_headers_that_do_not(guarded, value):
+    with guarded.http() as http:
+        response = http.get("/v1/models", headers={"authorization": value})
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert response.headers["x-request-id"]
+
+
+def test_every_route_of_the_document_and_more(guarded):
+    document = guarded.app.openapi()
+    paths = [
+        path.replace("{model}", "x").replace("{response_id}", "x") for path in document["paths"]
+    ]
+    extra = ["/docs", "/redoc", "/openapi.json", "/", "//v1/models", "/V1/models", "/health/",
+             "/health/live/x", "/nothing"]  # fmt: skip
+    with guarded.http() as http:
+        for path in [*paths, *extra]:
+            for method in ("GET", "POST", "HEAD", "OPTIONS", "PUT"):
+                status = http.request(method, guarded.url + path).status_code
+                is_open = path in auth.OPEN_PATHS
+                assert (status != 401) == is_open, (method, path, status)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/v1/models",
+        "/v1/../health",
+        "/health/../v1/models",
+        "//health",
+        "/health/..%2fv1/models",
+        "/%2e/health",
+        "/health%00",
+    ],
+)
+@pytest.mark.parametrize("host", ["a/health?x", "localhost/health", "evil"])
+def test_host_header_cannot_open_a_route(guarded, target, host):
+    request = f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+    assert status_of_raw(guarded, request) in (400, 401)
+
+
+def test_health_is_open(guarded):
+    with guarded.http() as http:
+        assert http.get("/health/live").status_code == 200
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch):
+    compared = []
+
+    def compare(left: bytes, right: bytes) -> bool:
+        compared.append(right)
+        return left == right
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    assert auth.tenant_of_key(b"k1", {"a": "k1", "b": "k2"}) == "a"
+    assert compared == [b"k1", b"k2"], "every key is compared, also after a match"
+
+
+def test_keys_never_show(guarded, capfd):
+    with guarded.http() as http:
+        headers = {"authorization": "Bearer secret-key-a"}
+        texts = [http.get(p, headers=headers).text for p in ("/metrics", "/v1/models", "/x")]
+        texts.append(http.get("/v1/models", headers={"authorization": "Bearer canary-key"}).text)
+    captured = capfd.readouterr()
+    everything = "".join([*texts, captured.out, captured.err, repr(guarded.app.state.context)])
+    assert "canary-key" not in everything
+    assert "secret-key" not in everything
+
+
+def test_cors_preflight_needs_no_key(start_server):
+    server = start_server(api_keys={"a": "k"}, cors_origins=("https://app.example",))
+    preflight = {"origin": "https://app.example", "access-control-request-method": "POST"}
+    with server.http() as http:
+        allowed = http.options("/v1/chat/completions", headers=preflight)
+        other = http.options(
+            "/v1/chat/completions", headers={**preflight, "origin": "https://evil.example"}
+        )
+        plain = http.options("/v1/chat/completions")
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == "https://app.example"
+    assert "access-control-allow-origin" not in other.headers
+    assert plain.status_code == 401
+
+
+def test_root_path_of_a_proxy(start_server):
+    server = start_server(api_keys={"a": "k"}, root_path="/llm")
+    with server.http() as http:
+        for prefix in ("", "/llm"):
+            assert http.get(f"{prefix}/health/live").status_code == 200
+            assert http.get(f"{prefix}/v1/models").status_code == 401
+            answer = http.get(f"{prefix}/v1/models", headers={"authorization": "Bearer k"})
+            assert answer.json()["data"][0]["id"] == MODEL

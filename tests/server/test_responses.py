@@ -1,0 +1,269 @@
+"""The Responses API through the openai client: items, events, stored conversations, bounds."""
+
+from __future__ import annotations
+
+import openai
+import pydantic
+import pytest
+from fake_engine import MODEL
+
+from chunkllama.errors import RequestFailedError
+from server.protocol.chat import ChatMessage
+from server.response_store import ResponseStore, StoredResponse
+
+CALL = '{"name": "add", "arguments": {"a": 1}}'
+TOOLS = [{"type": "function", "name": "add", "parameters": {"type": "object"}, "strict": False}]
+
+
+def prompt_of(server, text_parts, index: int = -1) -> str:
+    return text_parts[0].decode(server.engine.requests[index].prompt_token_ids)
+
+
+def test_text(client):
+    response = client.responses.create(model=MODEL, input="say(hello)yas")
+    assert response.output_text == "hello"
+    assert response.status == "completed"
+    assert response.usage.input_tokens_details.cached_tokens == 0
+    assert response.usage.total_tokens == response.usage.input_tokens + 6
+
+
+def test_instructions_and_items(server, client, text_parts):
+    client.responses.create(
+        model=MODEL,
+        instructions="be brief",
+        input=[
+            {"role": "user", "content": "one"},
+            {"role": "assistant", "content": [{"type": "output_text", "text": "two"}]},
+            {"type": "function_call", "call_id": "c", "name": "add", "arguments": '{"a": 1}'},
+            {"type": "function_call_output", "call_id": "c", "output": "42"},
+            {"role": "developer", "content": [{"type": "input_text", "text": "three"}]},
+        ],
+    )
+    prompt = prompt_of(server, text_parts)
+    parts = ["system\nbe brief", "user\none", 'assistant\ntwoadd{"a": 1}', "tool\n42", "three"]
+    assert [part in prompt for part in parts] == [True] * 5
+
+
+def test_max_output_tokens_is_incomplete(client):
+    response = client.responses.create(
+        model=MODEL, input=f"say({'x' * 30})yas", max_output_tokens=16
+    )
+    assert response.status == "incomplete"
+    assert response.incomplete_details.reason == "max_output_tokens"
+    assert response.output_text == "x" * 16
+
+
+def test_previous_response_goes_on(server, client, text_parts):
+    first = client.responses.create(model=MODEL, input="say(blue)yas", instructions="secret")
+    second = client.responses.create(model=MODEL, input="and now?", previous_response_id=first.id)
+    prompt = prompt_of(server, text_parts)
+    assert "user\nsay(blue)yas" in prompt
+    assert "assistant\nblue" in prompt
+    assert "secret" not in prompt
+    assert second.previous_response_id == first.id
+    assert second.usage.input_tokens_details.cached_tokens > 0
+
+
+def test_stored_responses_can_be_read_and_deleted(client):
+    response = client.responses.create(model=MODEL, input="say(x)yas")
+    assert client.responses.retrieve(response.id).output_text == "x"
+    client.responses.delete(response.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(response.id)
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.responses.create(model=MODEL, input="x", previous_response_id=response.id)
+    assert caught.value.param == "previous_response_id"
+
+
+def test_store_false_keeps_nothing(client):
+    response = client.responses.create(model=MODEL, input="x", store=False)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(response.id)
+
+
+def test_events_in_order(client):
+    events = list(client.responses.create(model=MODEL, input="say(ab)yas", stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.type for event in events] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.delta",
+        "response.output_text.delta",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == "ab"
+    assert events[-1].response.output_text == "ab"
+    assert events[-1].response.usage.output_tokens == 3
+    assert len({e.item_id for e in events if hasattr(e, "item_id")}) == 1
+
+
+def test_events_of_text_and_calls(client):
+    text = f"Hm. <tool_call>{CALL}</tool_call><tool_call>{CALL}</tool_call>"
+    events = list(
+        client.responses.create(model=MODEL, input=f"say({text})yas", tools=TOOLS, stream=True)
+    )
+    done = [e for e in events if e.type == "response.function_call_arguments.done"]
+    assert [(e.output_index, e.name, e.arguments) for e in done] == [
+        (1, "add", '{"a": 1}'),
+        (2, "add", '{"a": 1}'),
+    ]
+    added = [e.item.type for e in events if e.type == "response.output_item.added"]
+    assert added == ["message", "function_call", "function_call"]
+    final = events[-1].response
+    assert [item.type for item in final.output] == added
+    assert all(item.status == "completed" for item in final.output)
+
+
+def test_whole_call(client):
+    response = client.responses.create(
+        model=MODEL, input=f"say([{CALL}])yas", tools=TOOLS, tool_choice="required"
+    )
+    assert [(i.type, i.name, i.arguments) for i in response.output] == [
+        ("function_call", "add", '{"a": 1}')
+    ]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"type": "function", "name": "add"},
+        {
+            "type": "allowed_tools",
+            "mode": "required",
+            "tools": [{"type": "function", "name": "add"}],
+        },
+    ],
+)
+def test_tool_choice_objects(server, client, choice):
+    client.responses.create(model=MODEL, input="x", tools=TOOLS, tool_choice=choice)
+    assert '"const": "add"' in server.engine.requests[0].sampling.grammar.text
+
+
+def test_call_conversation_continues(server, client, text_parts):
+    first = client.responses.create(
+        model=MODEL, input=f"say(<tool_call>{CALL}</tool_call>)yas", tools=TOOLS
+    )
+    output = {"type": "function_call_output", "call_id": first.output[0].call_id, "output": "2"}
+    client.responses.create(model=MODEL, input=[output], tools=TOOLS, previous_response_id=first.id)
+    assert 'add{"a": 1}' in prompt_of(server, text_parts)
+
+
+def test_incomplete_and_failed_events(server, client):
+    events = list(
+        client.responses.create(
+            model=MODEL, input=f"say({'x' * 30})yas", max_output_tokens=16, stream=True
+        )
+    )
+    assert events[-1].type == "response.incomplete"
+    server.engine.fail_after = (2, RequestFailedError("boom", "model_nan"))
+    events = list(client.responses.create(model=MODEL, input="say(abcd)yas", stream=True))
+    assert events[-1].type == "response.failed"
+    assert events[-1].response.error.message == "boom"
+
+
+def test_empty_answer_is_an_empty_message(client):
+    response = client.responses.create(model=MODEL, input="say()yas")
+    assert response.output[0].content[0].text == ""
+    events = list(client.responses.create(model=MODEL, input="say()yas", stream=True))
+    assert events[-1].response.output[0].content[0].text == ""
+
+
+def test_parse_and_text_format(server, client):
+    class Answer(pydantic.BaseModel):
+        value: int
+
+    response = client.responses.parse(model=MODEL, input='say({"value": 3})yas', text_format=Answer)
+    assert response.output_parsed == Answer(value=3)
+    assert server.engine.requests[0].sampling.grammar.kind == "json_schema"
+
+
+def test_logprobs(client):
+    response = client.responses.create(
+        model=MODEL,
+        input="say(ab)yas",
+        include=["message.output_text.logprobs"],
+        top_logprobs=2,
+    )
+    logprobs = response.output[0].content[0].logprobs
+    assert [entry.token for entry in logprobs][:2] == ["a", "b"]
+    assert len(logprobs[0].top_logprobs) == 2
+
+
+def test_input_tokens(client):
+    counted = client.responses.input_tokens.count(model=MODEL, input="hello")
+    response = client.responses.create(model=MODEL, input="hello")
+    assert counted.input_tokens == response.usage.input_tokens
+
+
+def test_tenants_do_not_see_each_other(start_server):
+    server = start_server(api_keys={"a": "key-a", "b": "key-b"})
+    ours = server.client("key-a").responses.create(model=MODEL, input="x")
+    with pytest.raises(openai.NotFoundError):
+        server.client("key-b").responses.retrieve(ours.id)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"input": [{"type": "reasoning"}]}, "input"),
+        ({"input": [{"content": "x"}]}, "input[0].role"),
+        ({"input": [{"role": "user"}]}, "input[0].content"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+            "input[0].content[0]",
+        ),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+        ({"input": [{"type": "function_call", "call_id": "x"}]}, "input[0].name"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
+        ({"input": [{"type": "function_call_output", "call_id": "x"}]}, "input[0].output"),
+        ({"max_output_tokens": 15}, "max_output_tokens"),
+        ({"max_output_tokens": 2040}, "max_output_tokens"),
+        ({"input": "x" * 3000}, "input"),
+        ({"background": True}, "background"),
+        ({"conversation": "c"}, "conversation"),
+        ({"context_management": []}, "context_management"),
+        ({"prompt": {"id": "p"}}, "prompt"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+        ({"stream_options": {}}, "stream_options"),
+        ({"truncation": "maybe"}, "truncation"),
+        ({"temperature": 3}, "temperature"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+    ],
+    ids=lambda v: str(v)[:50],
+)
+def test_refusals_name_the_field(server, fields, param):
+    response = server.post("/v1/responses", {"model": MODEL, "input": "x", **fields})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+def stored(response_id: str, size: int = 10) -> StoredResponse:
+    message = ChatMessage(role="user", content="x" * size)
+    return StoredResponse({"id": response_id}, [message])  # type: ignore[typeddict-item]
+
+
+def test_store_is_bounded_by_count_bytes_and_age():
+    now = [0.0]
+    store = ResponseStore(2, 1000, 60.0, lambda: now[0])
+    store.put("t", stored("a"))
+    store.put("t", stored("b"))
+    assert store.get("t", "a") is not None
+    store.put("t", stored("c"))
+    assert store.get("t", "b") is None, "the least recently used goes first"
+    store.put("t", stored("big", 940))
+    assert len(store) == 1
+    assert store.num_bytes <= 1000
+    store.put("t", stored("too big", 2000))
+    assert store.get("t", "too big") is None
+    now[0] = 61.0
+    assert store.get("t", "big") is None
+    assert (len(store), store.num_bytes) == (0, 0)

@@ -1,0 +1,187 @@
+"""Tools through the openai client: auto, forced and legacy calls, whole and streamed."""
+
+from __future__ import annotations
+
+import json
+
+import pydantic
+import pytest
+from fake_engine import MODEL
+
+CALL = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"$ref": "#/$defs/city"}},
+    "$defs": {"city": {"type": "string"}},
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "add", "description": "adds"}},
+]
+
+
+def ask(client, text, **options):
+    messages = [{"role": "user", "content": f"say({text})yas"}]
+    return client.chat.completions.create(model=MODEL, messages=messages, **options)
+
+
+def streamed(client, text, **options):
+    """Content, calls and finish reason put together from chunks."""
+    content, calls, reason = "", [], None
+    for chunk in ask(client, text, stream=True, **options):
+        choice = chunk.choices[0]
+        content += choice.delta.content or ""
+        reason = choice.finish_reason or reason
+        for call in choice.delta.tool_calls or ():
+            if call.id:
+                assert call.index == len(calls)
+                assert call.type == "function"
+                calls.append([call.function.name, ""])
+            calls[call.index][1] += call.function.arguments or ""
+    return content, calls, reason
+
+
+def test_auto_call(client):
+    answer = ask(client, f"<tool_call>{CALL}</tool_call>", tools=TOOLS)
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    call = choice.message.tool_calls[0]
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
+
+
+def test_auto_call_streamed(client):
+    said = streamed(client, f"Let me see. <tool_call>{CALL}</tool_call>", tools=TOOLS)
+    assert said == ("Let me see. ", [["get_weather", '{"city": "Paris"}']], "tool_calls")
+
+
+def test_text_without_call_is_content(client):
+    assert streamed(client, "It is {sunny}", tools=TOOLS) == ("It is {sunny}", [], "stop")
+
+
+def test_template_sees_the_tools(server, text_parts, client):
+    ask(client, "x", tools=TOOLS)
+    ask(client, "x", tools=TOOLS, tool_choice="none")
+    prompts = [text_parts[0].decode(r.prompt_token_ids) for r in server.engine.requests]
+    assert "get_weather" in prompts[0]
+    assert "get_weather" not in prompts[1]
+
+
+def test_no_call_is_read_with_tool_choice_none(client):
+    answer = ask(client, f"<tool_call>{CALL}</tool_call>", tools=TOOLS, tool_choice="none")
+    assert answer.choices[0].message.content == f"<tool_call>{CALL}</tool_call>"
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "required",
+        {"type": "function", "function": {"name": "get_weather"}},
+        {
+            "type": "allowed_tools",
+            "allowed_tools": {
+                "mode": "required",
+                "tools": [{"type": "function", "function": {"name": "get_weather"}}],
+            },
+        },
+    ],
+    ids=["required", "named", "allowed"],
+)
+def test_forced_call_has_a_grammar(server, client, choice):
+    answer = ask(client, f"[{CALL}]", tools=TOOLS, tool_choice=choice)
+    assert answer.choices[0].message.tool_calls[0].function.name == "get_weather"
+    assert streamed(client, f"[{CALL}]", tools=TOOLS, tool_choice=choice)[1] == [
+        ["get_weather", '{"city": "Paris"}']
+    ]
+    grammar = server.engine.requests[0].sampling.grammar
+    schema = json.loads(grammar.text)
+    names = [v["properties"]["name"]["const"] for v in schema["items"]["anyOf"]]
+    assert names == (["get_weather", "add"] if choice == "required" else ["get_weather"])
+    moved = schema["items"]["anyOf"][0]["properties"]["arguments"]
+    assert moved["properties"]["city"]["$ref"] == (
+        "#/items/anyOf/0/properties/arguments/$defs/city"
+    )
+    assert schema["maxItems"] == (1 if isinstance(choice, dict) and "function" in choice else 16)
+
+
+def test_parallel_calls_and_their_prohibition(server, client):
+    two = f"<tool_call>{CALL}</tool_call><tool_call>{CALL}</tool_call>"
+    assert len(ask(client, two, tools=TOOLS).choices[0].message.tool_calls) == 2
+    one = ask(client, two, tools=TOOLS, parallel_tool_calls=False)
+    assert len(one.choices[0].message.tool_calls) == 1
+    ask(client, f"[{CALL}]", tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+    assert json.loads(server.engine.requests[-1].sampling.grammar.text)["maxItems"] == 1
+
+
+def test_allowed_tools_auto(client):
+    allowed = {
+        "type": "allowed_tools",
+        "allowed_tools": {
+            "mode": "auto",
+            "tools": [{"type": "function", "function": {"name": "add"}}],
+        },
+    }
+    said = streamed(client, f"<tool_call>{CALL}</tool_call>", tools=TOOLS, tool_choice=allowed)
+    assert said == (f"<tool_call>{CALL}</tool_call>", [], "stop")
+
+
+def test_conversation_with_a_tool_result(server, client, text_parts):
+    call = {"id": "c1", "type": "function", "function": json.loads(CALL)}
+    call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    messages = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+    ]
+    client.chat.completions.create(model=MODEL, messages=messages, tools=TOOLS)
+    prompt = text_parts[0].decode(server.engine.requests[0].prompt_token_ids)
+    assert 'get_weather{"city": "Paris"}' in prompt
+    assert "tool\nsunny" in prompt
+
+
+def test_legacy_functions(client):
+    functions = [tool["function"] for tool in TOOLS]
+    text = f"<tool_call>{CALL}</tool_call>"
+    choice = ask(client, text, functions=functions).choices[0]
+    assert choice.finish_reason == "function_call"
+    assert choice.message.function_call.name == "get_weather"
+    name, arguments = "", ""
+    for chunk in ask(client, text, functions=functions, stream=True):
+        call = chunk.choices[0].delta.function_call
+        name += (call and call.name) or ""
+        arguments += (call and call.arguments) or ""
+    assert (name, json.loads(arguments)) == ("get_weather", {"city": "Paris"})
+    forced = ask(
+        client, f"[{CALL}]", functions=functions, function_call={"name": "get_weather"}
+    ).choices[0]
+    assert forced.message.function_call.name == "get_weather"
+
+
+def test_length_in_the_middle_of_a_call(client):
+    answer = ask(client, f"<tool_call>{CALL}", tools=TOOLS, max_tokens=40)
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_parse_with_a_pydantic_model(server, client):
+    class City(pydantic.BaseModel):
+        name: str
+        people: int
+
+    answer = client.chat.completions.parse(
+        model=MODEL,
+        messages=[{"role": "user", "content": 'say({"name": "Paris", "people": 2})yas'}],
+        response_format=City,
+    )
+    assert answer.choices[0].message.parsed == City(name="Paris", people=2)
+    assert server.engine.requests[0].sampling.grammar.kind == "json_schema"
+
+
+def test_stream_helper_of_the_client(client):
+    with client.chat.completions.stream(
+        model=MODEL,
+        messages=[{"role": "user", "content": f"say(<tool_call>{CALL}</tool_call>)yas"}],
+        tools=TOOLS,
+    ) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.tool_calls[0].function.name == "get_weather"
