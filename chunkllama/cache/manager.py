@@ -5,7 +5,7 @@ A step goes through three moments:
     schedule()   admit / grow, then will_compute() for each slice: its nodes count as `scheduled`,
                  so that sequences admitted after it may join the same step
     (the step runs; nothing is freed, no copy source may go)
-    commit()     did_compute() for each slice, end_step(), publish(), release()
+    commit()     end_step(), did_compute() for each slice, publish(), release()
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkllama.cache import retention
 from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
 from chunkllama.cache.invariants import check_cache
-from chunkllama.cache.node import PUBLIC, TOKEN_BYTES, Node, encode_tokens
+from chunkllama.cache.node import PUBLIC, Node, encode_tokens
 from chunkllama.cache.pins import Pins
 from chunkllama.cache.prefix_tree import Match, PrefixTree
 from chunkllama.cache.sequence_chunks import SequenceChunks
@@ -284,84 +285,31 @@ class CacheManager:
         """The sequence leaves; what it computed stays cached, its tail as a partial leaf."""
         self.publish(chunks, tokens, num_computed)
         size, depth = self.chunk_size, chunks.num_whole
-        private = chunks.ids[len(chunks.path) :].tolist()
         end = min(num_computed, chunks.insert_limit, (depth + 1) * size)
+        private = chunks.ids[len(chunks.path) :].tolist()
         tail = None
         if end > depth * size:
             key = encode_tokens(tokens[depth * size : end])
-            tail = self._tail_node(chunks, key, private)
-        self._release_path(chunks.path)
+            tail = retention.keep_tail(self.tree, self._root, chunks, key)
+            if tail is not None and private and tail.chunk_id == private[0]:
+                del private[0]
+        retention.release_path(self.tree, chunks.path)
         if tail is not None:
-            self._drop_covered(tail)
+            retention.drop_covered(self.tree, tail)
         for chunk_id in private:
             self.pool.free(chunk_id)
 
-    def _tail_node(self, chunks: SequenceChunks, key: bytes, private: list[int]) -> Node | None:
-        """The node of the computed tail: its live tail node grown, or a new one."""
-        depth = chunks.num_whole
-        parent = chunks.path[depth - 1] if depth else self._root
-        own = chunks.path[depth] if len(chunks.path) > depth else None
-        if own is not None and len(key) <= len(own.key):
-            return None  # abandoned before its prompt was computed
-        if self.tree.covering(parent, chunks.namespace, key) is not None:
-            return own
-        if own is None:
-            tokens = len(key) // TOKEN_BYTES
-            return self.tree.insert(parent, chunks.namespace, key, private.pop(0), tokens)
-        self.tree.rekey(own, key)
-        own.filled = own.scheduled = own.num_tokens
-        return own
-
-    def _drop_covered(self, tail: Node) -> None:
-        """Of an idle partial leaf and a sibling whose tokens start with it, one is enough."""
-        assert tail.parent is not None
-        for node in tail.parent.children[tail.namespace].neighbours(tail.key):
-            if node is not tail and tail.key.startswith(node.key) and self._is_idle_leaf(node):
-                self.tree.remove(node)
-        if self._is_idle_leaf(tail) and self._is_covered(tail, tail.key):
-            self.tree.remove(tail)
-
-    def _is_idle_leaf(self, node: Node) -> bool:
-        return node.is_evictable and not node.children
-
-    def _is_covered(self, node: Node, key: bytes) -> bool:
-        """A sibling that the same sequences may see has these tokens too."""
-        assert node.parent is not None
-        return any(
-            sibling is not node and sibling.key.startswith(key)
-            for children in node.parent.visible_children(node.namespace)
-            for sibling in children.around(key)
-        )
-
     def discard(self, chunks: SequenceChunks) -> None:
-        """The sequence leaves and what it alone computed is not to be trusted: nothing stays."""
+        """The sequence leaves and what it alone computed is not wanted: nothing of it stays."""
+        own = chunks.path[chunks.num_shared :]
         private = chunks.ids[len(chunks.path) :].tolist()
-        shared = chunks.path[: chunks.num_shared]
-        for node in reversed(chunks.path[chunks.num_shared :]):
+        for node in reversed(own):
             self.tree.release(node)
             if node.is_evictable and not node.children:
                 self.tree.remove(node)
-        self._release_path(shared)
+        retention.release_path(self.tree, chunks.path[: chunks.num_shared])
         for chunk_id in private:
             self.pool.free(chunk_id)
-
-    def _release_path(self, path: list[Node]) -> None:
-        """Drop references bottom up; what was never computed leaves the tree at once."""
-        for node in reversed(path):
-            self.tree.release(node)
-            if node.filled < node.num_tokens and not node.is_used:
-                self._cut(node)
-
-    def _cut(self, node: Node) -> None:
-        """Keep of an abandoned node only the tokens whose K/V is there."""
-        parent = node.parent
-        assert parent is not None and not node.children and node.num_pins == 0
-        key = node.key[: node.filled * TOKEN_BYTES]
-        if node.filled == 0 or self._is_covered(node, key):
-            self.tree.remove(node)
-        else:
-            self.tree.rekey(node, key)
-            node.scheduled = node.filled
 
     # -- room -------------------------------------------------------------------------------
 
@@ -380,7 +328,10 @@ class CacheManager:
     def pin(self, tokens: Int32Array, namespace: str, seconds: float) -> bool:
         """Keep what the tree has of ``tokens`` for ``seconds``; False if over the budget."""
         match = self.match(tokens, len(tokens), namespace)
-        leaf = match.source or (match.nodes[-1] if match.nodes else None)
+        leaf = match.nodes[-1] if match.nodes else None
+        source = match.source
+        if source and match.num_tokens == len(tokens) and source.filled == source.num_tokens:
+            leaf = source
         return leaf is None or self.pins.add(leaf, self._clock() + seconds)
 
     def expire_pins(self) -> None:

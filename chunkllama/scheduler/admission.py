@@ -120,25 +120,31 @@ class AdmissionControl:
             )
         width = request.sampling.beam_width
         if width > 1:
-            max_tokens = self._beam_tokens(num_prompt, max_tokens, width, explicit=wanted)
+            max_tokens = self._beam_tokens(request, max_tokens)
         return max_tokens
 
-    def _beam_tokens(
-        self, num_prompt: int, max_tokens: int, width: int, explicit: int | None
-    ) -> int:
-        """Beams run together: only whole prompt chunks are surely shared."""
-        size = self._cache.chunk_size
-        whole = num_prompt // size
+    def _beam_tokens(self, request: EngineRequest, max_tokens: int) -> int:
+        """Beams run together, and only the prompt's whole chunks are surely shared."""
+        width, explicit = request.sampling.beam_width, request.sampling.max_tokens
+        size, num_prompt = self._cache.chunk_size, len(request.prompt_token_ids)
+        whole = self._num_shown_chunks(request)
         each = (self._cache.num_chunks - whole) // width
         fits = (whole + each) * size - num_prompt + 1
         if fits < (1 if explicit is None else explicit):
             raise InvalidRequestError(
-                f"{width} beams of {num_prompt} prompt tokens and max_tokens "
-                f"{max_tokens} do not fit the pool; at most {max(fits, 0)} tokens each do",
+                f"{width} beams of {num_prompt} prompt tokens and max_tokens {max_tokens} do not "
+                f"fit the pool, at most {max(fits, 0)} output tokens each do",
                 "max_tokens",
                 "context_length_exceeded",
             )
         return min(max_tokens, fits)
+
+    def _num_shown_chunks(self, request: EngineRequest) -> int:
+        """Whole prompt chunks that sequences of one request share."""
+        if not self._limits.enable_prefix_caching:
+            return 0
+        num_prompt, until = len(request.prompt_token_ids), request.cache_until
+        return (num_prompt if until is None else min(until, num_prompt)) // self._cache.chunk_size
 
     def _what_limits(self) -> str:
         pool = self._cache.num_chunks * self._cache.chunk_size
@@ -164,8 +170,8 @@ class AdmissionControl:
             total += max(0, self.expected_chunks(sequence) - held)
             beam = sequence.group.beam
             if beam is not None and not beam.is_expanded:
-                whole = sequence.num_prompt_tokens // self._cache.chunk_size
-                each = self.num_chunks(sequence.max_kv_tokens) - whole
+                shown = self._num_shown_chunks(sequence.group.request)
+                each = self.num_chunks(sequence.max_kv_tokens) - shown
                 total += (beam.width - 1) * each
         return total
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from chunkllama.outputs import FinishReason
@@ -106,7 +107,7 @@ class BeamSearch:
         return self._hypotheses[: self._n]
 
     def _score(self, logprob: float, length: int) -> float:
-        return logprob / float(length) ** self._length_penalty
+        return logprob / math.pow(length, self._length_penalty)
 
     def _finish(self, output: list[int], extension: Extension, reason: FinishReason) -> None:
         token_ids = [*output, extension.token_id]

@@ -45,6 +45,7 @@ class StepCommitter:
     ) -> list[TokenDelta]:
         """Deltas of the step; what was aborted meanwhile yields none."""
         deltas: dict[str, TokenDelta] = {}
+        self._cache.end_step()
         if sampled.failed:
             scheduled = self._drop_failed(scheduled, sampled.failed, deltas)
         for sequence in scheduled:
@@ -55,7 +56,6 @@ class StepCommitter:
                 assert sequence.chunks is not None
                 self._counters.prefill_tokens_computed += end - start
                 self._cache.did_compute(sequence.chunks, start, end)
-        self._cache.end_step()
         for request_id, index in aborts:
             self.abort(request_id, index)
         for sequence in scheduled:
@@ -181,9 +181,10 @@ class StepCommitter:
         for each in together:
             if each.chunks is not None:
                 self._counters.preemptions += 1
-                self._requeue(each)
+                self.requeue(each)
 
-    def _requeue(self, sequence: Sequence) -> None:
+    def requeue(self, sequence: Sequence) -> None:
+        """Back to the queue, to be computed again from what the cache has kept."""
         self._leave(sequence)
         if sequence.group.beam is not None:
             sequence.group.beam.forget(sequence.index)
@@ -239,7 +240,7 @@ class StepCommitter:
                 ),
             )
         for sequence in tainted:
-            self._requeue(sequence)
+            self.requeue(sequence)
         return [s for s in rest if s not in tainted]
 
     def _undo(self, sequence: Sequence) -> None:
@@ -284,6 +285,7 @@ class StepCommitter:
             logprobs[child.index] = extension.logprob
         for index, token_id in firsts.items():
             group.sequences[index].append(token_id)
+            self._running.renew(group.sequences[index])
         beam.bind(logprobs)
 
     def _fork(self, parent: Sequence, index: int) -> Sequence:

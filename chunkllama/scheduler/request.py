@@ -28,6 +28,7 @@ class Sequence:
         num_scheduled: tokens of it in the step being put together or in flight.
         num_admitted: tokens known when it was admitted; computing those is prefill.
         match: while it waits for a leader, what it waits for.
+        live_tokens: (version of the running set, tokens it shares with that set).
     """
 
     __slots__ = (
@@ -35,7 +36,7 @@ class Sequence:
         "chunks",
         "group",
         "index",
-        "is_new",
+        "live_tokens",
         "match",
         "num_admitted",
         "num_computed_tokens",
@@ -55,9 +56,9 @@ class Sequence:
         self.num_admitted = 0
         self.num_scheduled = 0
         self.slot = -1
-        self.is_new = False
         self.chunks: SequenceChunks | None = None
         self.match: Match | None = None
+        self.live_tokens = (0, 0)
 
     @property
     def age(self) -> tuple[int, int]:

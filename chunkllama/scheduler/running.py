@@ -60,6 +60,12 @@ class RunningSequences:
         sequence.num_scheduled = 0
         return chunks
 
+    def renew(self, sequence: Sequence) -> None:
+        """The sequence's tokens are not those the executor sampled: it has to be told anew."""
+        if sequence not in self._new:
+            self._freed_slots.append(sequence.slot)
+            self._new.append(sequence)
+
     def take_freed_slots(self) -> list[int]:
         """Slots given up since the last step that the executor still keeps state for."""
         freed, self._freed_slots = self._freed_slots, []

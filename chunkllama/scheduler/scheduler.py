@@ -203,9 +203,11 @@ class Scheduler:
             victim = self._newest_but_oldest()
             if victim is not None:
                 self._committer.preempt(victim)
-            else:
-                broken = self._cache.pins.break_all()
-                assert broken, "the oldest sequence does not fit the pool alone"
+            elif not self._cache.pins.break_all():
+                # beams of the oldest request, each with its own copy of what they will share
+                # once it is published
+                assert len(self._running) > 1, "the oldest sequence does not fit the pool alone"
+                self._committer.requeue(self._running.by_age[-1])
 
     def _newest_but_oldest(self) -> Sequence | None:
         """The sequence to preempt: the newest, but neither the oldest nor a beam beside it."""
@@ -301,9 +303,13 @@ class Scheduler:
 
     def _num_live_tokens(self, sequence: Sequence) -> int:
         """Tokens of a waiting sequence in chunks that running sequences use now."""
-        limit = self._match_limit(sequence)
-        namespace = sequence.group.request.namespace
-        return self._cache.num_live_tokens(sequence.token_ids, limit, namespace)
+        version = self._running.order.version
+        if sequence.live_tokens[0] != version:
+            limit = self._match_limit(sequence)
+            namespace = sequence.group.request.namespace
+            count = self._cache.num_live_tokens(sequence.token_ids, limit, namespace)
+            sequence.live_tokens = version, count
+        return sequence.live_tokens[1]
 
     def _resolve_standstill(self) -> bool:
         """Beams that wait for one another across requests: the newest gives way."""

@@ -174,6 +174,40 @@ class Oracle:
             values[at] = _value(values[:at], token_id)
         return tokens, prints, "length"
 
+    def beams(
+        self, prompt: list[int], sampling: SamplingParams, max_tokens: int
+    ) -> list[tuple[list[int], str]]:
+        """The n best hypotheses of a beam search over plain token lists."""
+        width = sampling.beam_width
+        stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.eos_token_ids)}
+        live: list[tuple[float, list[int]]] = [(0.0, [])]
+        ended: list[tuple[float, list[int], str]] = []
+        for length in range(1, max_tokens + 1):
+            grown = []
+            for total, tokens in live:
+                last = self.numbers([*prompt, *tokens])[-1]
+                for token_id, lp in candidates(last, self.vocab_size, width):
+                    grown.append((total + lp, [*tokens, token_id]))
+            grown.sort(key=lambda beam: -beam[0])
+            live = []
+            for rank, (total, tokens) in enumerate(grown):
+                if tokens[-1] in stops and length >= sampling.min_tokens:
+                    if rank < width:
+                        ended.append((total / length**sampling.length_penalty, tokens, "stop"))
+                elif len(live) < width:
+                    live.append((total, tokens))
+                if len(live) == width:
+                    break
+            ended.sort(key=lambda beam: -beam[0])
+            del ended[width:]
+            best = live[0][0] / length**sampling.length_penalty if live else -1e9
+            if not live or (len(ended) == width and best <= ended[-1][0]):
+                break
+        else:
+            ended += [(t / max_tokens**sampling.length_penalty, k, "length") for t, k in live]
+            ended.sort(key=lambda beam: -beam[0])
+        return [(tokens, reason) for _, tokens, reason in ended[: sampling.n]]
+
     def _prompt_values(self, prompt: tuple[int, ...]) -> np.ndarray:
         if prompt not in self._values:
             self._values[prompt] = np.array(self.numbers(prompt), np.uint64)
@@ -296,10 +330,34 @@ class SimulatedEngine:
         aborted = {*aborted, *self.errors}
         for name, request in self.requests.items():
             sampling = request.sampling
-            if sampling.beam_width > 1 or request.wants_hidden_states or sampling.max_tokens == 0:
+            if sampling.beam_width > 1:
+                if name not in aborted:
+                    self._check_beams(name)
                 continue
+            if request.wants_hidden_states:
+                if name not in aborted:
+                    last = self.oracle.numbers(request.prompt_token_ids)[-1]
+                    assert self.first_deltas[name].embedding == [logprob(last)]
+                continue
+            if sampling.prompt_logprobs is not None and name in self.first_deltas:
+                self._check_prompt_logprobs(name)
             for index in range(sampling.num_sequences):
                 self._check_choice(name, index, is_whole=name not in aborted)
+
+    def _check_beams(self, name: str) -> None:
+        request = self.requests[name]
+        sampling = request.sampling
+        assert sampling.max_tokens is not None
+        expected = self.oracle.beams(request.prompt_token_ids, sampling, sampling.max_tokens)
+        got = [(self.outputs[name, i], self.finished[name, i]) for i in range(sampling.n)]
+        assert got == expected, f"{name}: beams differ"
+
+    def _check_prompt_logprobs(self, name: str) -> None:
+        prompt = self.requests[name].prompt_token_ids
+        numbers = self.oracle.numbers(prompt)
+        entries = self.first_deltas[name].prompt_logprobs
+        assert entries is not None and entries[0] is None
+        assert [e.logprob for e in entries[1:]] == [logprob(v) for v in numbers[:-1]]
 
     def _check_choice(self, name: str, index: int, *, is_whole: bool) -> None:
         request = self.requests[name]

@@ -1,0 +1,71 @@
+"""What a leaving sequence leaves behind: its path, cached, and its tail as a partial leaf."""
+
+from __future__ import annotations
+
+from chunkllama.cache.node import TOKEN_BYTES, Node
+from chunkllama.cache.prefix_tree import PrefixTree
+from chunkllama.cache.sequence_chunks import SequenceChunks
+
+
+def keep_tail(tree: PrefixTree, root: Node, chunks: SequenceChunks, key: bytes) -> Node | None:
+    """The node of the computed tail ``key``: the live tail node, grown, or a new one.
+
+    None where nothing is kept: a sibling covers the tail already, or it was abandoned before the
+    prompt's part of it was computed.
+    """
+    depth = chunks.num_whole
+    parent = chunks.path[depth - 1] if depth else root
+    own = chunks.path[depth] if len(chunks.path) > depth else None
+    if own is not None and len(key) <= len(own.key):
+        return own if own.filled == own.num_tokens else None
+    if tree.covering(parent, chunks.namespace, key) is not None:
+        return own
+    if own is None:
+        chunk_id, tokens = int(chunks.ids[depth]), len(key) // TOKEN_BYTES
+        return tree.insert(parent, chunks.namespace, key, chunk_id, tokens)
+    tree.rekey(own, key)
+    own.filled = own.scheduled = own.num_tokens
+    return own
+
+
+def release_path(tree: PrefixTree, path: list[Node]) -> None:
+    """Drop references bottom up; what was never computed leaves the tree at once."""
+    for node in reversed(path):
+        tree.release(node)
+        if node.filled < node.num_tokens and not node.is_used:
+            _cut(tree, node)
+
+
+def drop_covered(tree: PrefixTree, tail: Node) -> None:
+    """Of an idle partial leaf and a sibling whose tokens start with it, one is enough."""
+    assert tail.parent is not None
+    for node in tail.parent.children[tail.namespace].neighbours(tail.key):
+        if node is not tail and tail.key.startswith(node.key) and _is_idle_leaf(node):
+            tree.remove(node)
+    if _is_idle_leaf(tail) and _is_covered(tail, tail.key):
+        tree.remove(tail)
+
+
+def _cut(tree: PrefixTree, node: Node) -> None:
+    """Keep of an abandoned node only the tokens whose K/V is there."""
+    assert not node.children and node.num_pins == 0
+    key = node.key[: node.filled * TOKEN_BYTES]
+    if node.filled == 0 or _is_covered(node, key):
+        tree.remove(node)
+    else:
+        tree.rekey(node, key)
+        node.scheduled = node.filled
+
+
+def _is_idle_leaf(node: Node) -> bool:
+    return node.is_evictable and not node.children
+
+
+def _is_covered(node: Node, key: bytes) -> bool:
+    """A sibling that the same sequences may see has these tokens too."""
+    assert node.parent is not None
+    return any(
+        sibling is not node and sibling.key.startswith(key)
+        for children in node.parent.visible_children(node.namespace)
+        for sibling in children.around(key)
+    )

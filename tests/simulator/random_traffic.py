@@ -1,0 +1,128 @@
+"""Seeded random traffic for the simulated engine: everything a server could be asked for."""
+
+from __future__ import annotations
+
+import random
+
+from simulated_engine import SimulatedEngine
+
+from chunkllama.errors import InvalidRequestError, OverloadedError
+
+
+class RandomTraffic:
+    """Adds, cancels, pins, fails and preempts at random; ``run`` ends with a full check.
+
+    Prompts are cut from a few base texts over two tokens, at lengths around the edges of chunks,
+    so that sequences share, diverge and meet again all the time.
+    """
+
+    def __init__(self, seed: int, chunk_size: int, **overrides: object) -> None:
+        self.random = random.Random(seed)
+        pick = self.random.choice
+        self.chunk_size = chunk_size
+        limits = {
+            "max_num_seqs": pick([1, 2, 4, 8]),
+            "max_num_batched_tokens": pick([8, 16, 4 * chunk_size + 8]),
+            "max_model_len": 40 * chunk_size,
+            "min_wait_tokens": pick([1, 2, max(chunk_size // 2, 1)]),
+            "spare_chunks": pick([0, 1, 2]),
+            "policy": pick(["fcfs", "prefix"]),
+            "eos_token_ids": pick([frozenset(), frozenset(), frozenset({2})]),
+            "max_waiting": 16,
+            **overrides,
+        }
+        num_chunks = pick([6, 8, 12, 20, 60])
+        self.engine = SimulatedEngine(num_chunks, chunk_size, vocab_size=3, **limits)
+        self.aborted: set[str] = set()
+        self.bases = [self._tokens(4 * chunk_size) for _ in range(2)]
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self.random.randrange(2) for _ in range(count)]
+
+    def _length(self) -> int:
+        edge = self.random.choice([1, 1, 2, 3]) * self.chunk_size
+        return max(1, edge + self.random.choice([-2, -1, 0, 1, 2]))
+
+    def add(self) -> None:
+        rnd = self.random
+        prompt = rnd.choice(self.bases)[: self._length()]
+        if rnd.random() < 0.6:
+            prompt = prompt + self._tokens(rnd.randrange(1, self.chunk_size + 2))
+        options: dict[str, object] = {"namespace": rnd.choice(["", "", "A", "B"])}
+        kind = rnd.random()
+        max_tokens: int | None = rnd.choice([1, 2, self.chunk_size, 2 * self.chunk_size + 1])
+        if kind < 0.15:
+            options["n"] = rnd.choice([2, 3])
+        elif kind < 0.22:
+            width = min(rnd.choice([2, 3]), self.engine.limits.max_num_seqs)
+            options |= {"beam_width": width, "n": 1}
+            max_tokens = rnd.choice([1, 3, self.chunk_size + 1])
+        elif kind < 0.27:
+            options["prompt_logprobs"] = 0
+            max_tokens = rnd.choice([0, 2])
+        elif kind < 0.30:
+            options["wants_hidden_states"] = "last"
+        elif kind < 0.33 and self.engine.num_steps < 50:
+            max_tokens = None
+        if rnd.random() < 0.1:
+            options["cache_until"] = rnd.randrange(len(prompt) + 1)
+        if rnd.random() < 0.1:
+            options["pin_seconds"] = rnd.choice([0.05, 1.0])
+        if rnd.random() < 0.1:
+            options["priority"] = rnd.choice([-1, 1])
+        try:
+            self.engine.add(prompt, max_tokens, **options)
+        except (InvalidRequestError, OverloadedError):
+            return
+
+    def abort(self) -> None:
+        live = [name for name in self.engine.requests if self.is_live(name)]
+        if live:
+            victim = self.random.choice(live)
+            self.engine.scheduler.abort(victim)
+            self.aborted.add(victim)
+
+    def is_live(self, name: str) -> bool:
+        sampling = self.engine.requests[name].sampling
+        count = sampling.n if sampling.beam_width > 1 else sampling.num_sequences
+        if name in self.aborted or name in self.engine.errors:
+            return False
+        return any((name, i) not in self.engine.finished for i in range(count))
+
+    def turn(self) -> None:
+        """One step of the engine with whatever happens around it."""
+        rnd, engine = self.random, self.engine
+        if rnd.random() < 0.35:
+            self.add()
+        if rnd.random() < 0.05:
+            self.abort()
+        if rnd.random() < 0.03:
+            engine.cache.tree.evict(rnd.randrange(1, 4))
+        if rnd.random() < 0.03:
+            self.preempt()
+        if engine.schedule() is None:
+            return
+        assert engine.last_output is not None
+        if rnd.random() < 0.05:
+            self.abort()
+        if rnd.random() < 0.02:
+            engine.model.fail_slots = {rnd.choice(engine.last_output.slices).slot}
+        engine.commit()
+        engine.model.fail_slots = set()
+        if rnd.random() < 0.01:
+            engine.now += 1.0
+
+    def preempt(self) -> None:
+        """The newest running sequence goes back to the queue, as if the pool had run out."""
+        scheduler = self.engine.scheduler
+        if len(scheduler._running):
+            victim = scheduler._newest_but_oldest()
+            if victim is not None:
+                scheduler._committer.preempt(victim)
+
+    def run(self, num_steps: int) -> SimulatedEngine:
+        while self.engine.num_steps < num_steps:
+            self.turn()
+        self.engine.run()
+        self.engine.check_outputs(self.aborted)
+        return self.engine
