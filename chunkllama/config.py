@@ -23,6 +23,12 @@ def parse_bytes(value: object) -> object:
     return value
 
 
+def _number(value: object) -> object:
+    """Literal types compare, they do not parse: flags and variables are strings."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+ChunkSize = Annotated[Literal[16, 32, 64, 128], BeforeValidator(_number)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 
 
@@ -85,7 +91,7 @@ class CacheConfig(ConfigGroup):
         gt=0,
         description="Chunks in the pool. Default: as many as kv_cache_memory holds.",
     )
-    chunk_size: Literal[16, 32, 64, 128] = Field(
+    chunk_size: ChunkSize = Field(
         default=64,
         description="Tokens a chunk holds. Sizes other than 64 need the reference op set.",
     )

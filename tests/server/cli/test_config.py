@@ -1,0 +1,189 @@
+"""Settings: four sources, one precedence; limits of the machine."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from chunkllama.config import EngineConfig
+from chunkllama.errors import ConfigError
+from chunkllama.logger import configure_logging, init_logger, request_id_context
+from chunkllama.machine import default_kv_cache_memory, memory_left, usable_threads
+from server.config import Settings, load_settings
+
+
+def test_precedence_and_origins(tmp_path):
+    file = tmp_path / "server.yaml"
+    file.write_text("port: 1\nnum_chunks: 1\nthreads: 1\ncors_origins: [a, b]\nstrict: true\n")
+    environ = {"CHUNKLLAMA_PORT": "2", "CHUNKLLAMA_NUM_CHUNKS": "2"}
+    loaded = load_settings({"port": "3"}, environ, file)
+    settings = loaded.settings
+    assert (settings.port, settings.num_chunks, settings.threads) == (3, 2, 1)
+    assert settings.cors_origins == ("a", "b")
+    assert settings.strict is True
+    assert settings.chunk_size == 64
+    origins = [loaded.origins[k] for k in ("port", "num_chunks", "threads", "chunk_size")]
+    assert origins == ["command line", "environment", str(file), "default"]
+    again = load_settings({}, {"CHUNKLLAMA_CONFIG": str(file)})
+    assert again.settings.port == 1
+
+
+def test_lists_sizes_and_flags_from_strings():
+    environ = {
+        "CHUNKLLAMA_SERVED_MODEL_NAME": "a, b",
+        "CHUNKLLAMA_KV_CACHE_MEMORY": "1.5GiB",
+        "CHUNKLLAMA_STRICT": "true",
+        "CHUNKLLAMA_CHUNK_SIZE": "64",
+    }
+    settings = load_settings({}, environ).settings
+    assert settings.served_model_name == ("a", "b")
+    assert settings.kv_cache_memory == 3 << 29
+    assert settings.strict is True
+    assert settings.engine().cache.kv_cache_memory == 3 << 29
+    assert [EngineConfig.from_flat(kv_cache_memory=v).cache.kv_cache_memory for v in (
+        "2k", "2KiB", "3 MB", 7
+    )] == [2000, 2048, 3_000_000, 7]  # fmt: skip
+
+
+def test_a_kubernetes_service_of_our_name_changes_nothing():
+    links = {
+        "CHUNKLLAMA_PORT": "tcp://10.0.0.1:8000",
+        "CHUNKLLAMA_SERVICE_HOST": "10.0.0.1",
+        "CHUNKLLAMA_SERVICE_PORT": "8000",
+        "CHUNKLLAMA_PORT_8000_TCP_ADDR": "10.0.0.1",
+    }
+    assert load_settings({}, links).settings == load_settings({}, {}).settings
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "message"),
+    [
+        ({"num_chunks": "x"}, {}, "num_chunks: .*'x' .from command line"),
+        ({}, {"CHUNKLLAMA_DTYPE": "int4"}, "dtype: .*environment"),
+        ({}, {"CHUNKLLAMA_NUMCHUNKS": "1"}, "unknown key numchunks.*did you mean num_chunks"),
+        ({}, {"CHUNKLLAMA_QQQQQ": "1"}, "unknown key qqqqq in the environment"),
+        ({"ssl_keyfile": "x"}, {}, "ssl_certfile and ssl_keyfile must be given together"),
+    ],
+)
+def test_refusals_are_one_line(flags, environ, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_settings(flags, environ)
+    assert "\n" not in str(caught.value)
+
+
+def test_api_keys_from_flags_and_file(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# tenants\nblue:key-1\n\n  red:key-2\n")
+    flags = {"api_key": ["key-3"], "api_key_file": str(file)}
+    settings = load_settings(flags, {}).settings
+    assert settings.keys_by_tenant() == {"key-1": "key-3", "blue": "key-1", "red": "key-2"}
+    assert "key-3" not in repr(settings)
+    file.write_text("# nothing\n")
+    with pytest.raises(ConfigError, match="holds no key"):
+        load_settings({"api_key_file": str(file)}, {}).settings.keys_by_tenant()
+    with pytest.raises(ConfigError, match="not of the form"):
+        load_settings({"api_key": ["name:"]}, {}).settings.keys_by_tenant()
+
+
+def test_every_key_has_a_default_and_a_description():
+    for key, field in Settings.model_fields.items():
+        assert not field.is_required(), key
+        assert field.description and field.description.endswith("."), key
+
+
+def test_engine_settings_refuse_unknown_keys():
+    with pytest.raises(ConfigError, match="did you mean max_num_seqs"):
+        EngineConfig.from_flat(max_num_seq=3)
+    config = EngineConfig.from_flat(num_chunks=3, seed=1)
+    assert EngineConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def _machine(root: Path, files: dict[str, str]) -> Path:
+    for name, text in {"proc/meminfo": "MemAvailable: 8388608 kB", **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "threads", "left"),
+    [
+        ({}, None, 8 << 30),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000"}, None, 8 << 30),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/cpu.max": "150000 100000",
+                "sys/fs/cgroup/a/b/memory.max": str(2 << 30),
+                "sys/fs/cgroup/a/b/memory.current": str(1 << 30),
+                "sys/fs/cgroup/a/b/memory.stat": f"anon 5\ninactive_file {1 << 29}\n",
+                "sys/fs/cgroup/a/memory.max": "max",
+            },
+            1,
+            3 << 29,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/d\n3:cpu,cpuacct:/d\n",
+                "sys/fs/cgroup/cpu/d/cpu.cfs_quota_us": "50000",
+                "sys/fs/cgroup/cpu/d/cpu.cfs_period_us": "100000",
+                "sys/fs/cgroup/memory/d/memory.limit_in_bytes": str(1 << 30),
+                "sys/fs/cgroup/memory/d/memory.usage_in_bytes": str(1 << 29),
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": str((1 << 63) - 4096),
+            },
+            1,
+            1 << 29,
+        ),
+    ],
+)
+def test_limits_come_from_the_control_group(files, threads, left, tmp_path):
+    root = _machine(tmp_path, files)
+    if threads is not None:
+        assert usable_threads(root) == threads
+    assert usable_threads(root) >= 1
+    assert memory_left(root) == left
+
+
+def test_default_pool_is_a_quarter_of_what_is_left():
+    assert default_kv_cache_memory(1 << 30) == 1 << 28
+    assert default_kv_cache_memory(1 << 40) == 1 << 30
+
+
+@pytest.fixture
+def log():
+    stream = io.StringIO()
+    loggers = [logging.getLogger(n) for n in ("chunkllama", "uvicorn", "uvicorn.error")]
+    before = [(each, each.handlers, each.propagate, each.level) for each in loggers]
+    yield stream
+    for each, handlers, propagate, level in before:
+        each.handlers, each.propagate = handlers, propagate
+        each.setLevel(level)
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_record_is_one_line_whatever_is_in_it(log, log_format):
+    configure_logging("info", log_format, log)
+    logger = init_logger("server.somewhere")
+    hostile = "a\r\nfake\x1b[31m\u2028\x85\x9b"
+    token = request_id_context.set("req-7")
+    logger.info("said %s", hostile, extra={"ms": 3, "path": hostile})
+    request_id_context.reset(token)
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        logger.exception("failed")
+    logger.debug("not at this level")
+    lines = log.getvalue().splitlines()
+    assert len(lines) == 2
+    assert all(32 <= ord(char) < 127 for line in lines for char in line)
+    assert "req-7" in lines[0] and "req-7" not in lines[1]
+    assert "Traceback" in lines[1]
+    if log_format == "json":
+        record = json.loads(lines[0])
+        assert record["message"] == f"said {hostile}"
+        assert (record["ms"], record["request_id"], record["level"]) == (3, "req-7", "info")
+        assert record["logger"] == "chunkllama.server.somewhere"
