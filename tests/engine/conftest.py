@@ -18,6 +18,8 @@ from chunkllama.engine.messages import EngineRequest
 from chunkllama.models.registry import resolve_model
 from chunkllama.sampling_params import SamplingParams
 
+MakeCore = Callable[..., EngineCore]
+
 TIE = 1e-4  # logits closer than this may swap between two orders of summation
 
 
@@ -54,15 +56,66 @@ class Truth:
         self.ties.extend(float(gap) for gap in gaps if gap > 0)
 
 
-@pytest.fixture
-def truth(transformers_model: torch.nn.Module) -> Iterable[Truth]:
-    counter = Truth(transformers_model)
+def _counted(counter: Truth) -> Iterable[Truth]:
     yield counter
     print(f"\n{counter.checked} tokens checked, {len(counter.ties)} ties (gaps {counter.ties})")
     assert len(counter.ties) <= 0.02 * counter.checked
 
 
-MakeCore = Callable[..., EngineCore]
+@pytest.fixture
+def truth(transformers_model: torch.nn.Module) -> Iterable[Truth]:
+    yield from _counted(Truth(transformers_model))
+
+
+@pytest.fixture
+def truth_of() -> Callable[[torch.nn.Module], Truth]:
+    return Truth
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
+    """A random Llama whose logits are far apart: 2 layers, 300 tokens, 4 query heads over 2."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(17)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    folder = tmp_path_factory.mktemp("tiny")
+    model.save_pretrained(folder)
+    return folder, model
+
+
+@pytest.fixture
+def tiny_truth(tiny_model: tuple[Path, torch.nn.Module]) -> Iterable[Truth]:
+    yield from _counted(Truth(tiny_model[1]))
+
+
+@pytest.fixture
+def tiny_core(tiny_model: tuple[Path, torch.nn.Module]) -> Iterable[MakeCore]:
+    """Build an engine on the tiny model in fp32 with the op set that a CPU gets by default."""
+    cores: list[EngineCore] = []
+
+    def make(**flat: object) -> EngineCore:
+        defaults = {"dtype": "float32", "device": "cpu", "threads": 1}
+        settings = {"model": str(tiny_model[0]), **defaults, **flat}
+        cores.append(build_engine(EngineConfig.from_flat(**settings)))
+        return cores[-1]
+
+    yield make
+    for core in cores:
+        core.close()
 
 
 @pytest.fixture(scope="session")
