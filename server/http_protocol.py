@@ -7,20 +7,12 @@ counts idle connections, so these are kept here, below ASGI, where they can be s
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
-
-_BUSY_BODY = (
-    b'{"error":{"message":"Too many connections","type":"server_error",'
-    b'"param":null,"code":"too_many_connections"}}'
-)
-_SLOW_BODY = (
-    b'{"error":{"message":"The request arrived too slowly","type":"invalid_request_error",'
-    b'"param":null,"code":"request_timeout"}}'
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +35,10 @@ class HttpLimits:
     max_connections: int = 4096
 
 
-def _raw_response(status: bytes, body: bytes) -> bytes:
+def _raw_response(status: bytes, message: str, code: str) -> bytes:
+    error_type = "server_error" if status.startswith(b"5") else "invalid_request_error"
+    error = {"message": message, "type": error_type, "param": None, "code": code}
+    body = json.dumps({"error": error}).encode()
     return (
         b"HTTP/1.1 " + status + b"\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
         b"connection: close\r\ncontent-length: " + str(len(body)).encode() + b"\r\n\r\n" + body
@@ -63,7 +58,11 @@ class LimitedH11Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
-            transport.write(_raw_response(b"503 Service Unavailable", _BUSY_BODY))
+            transport.write(
+                _raw_response(
+                    b"503 Service Unavailable", "Too many connections", "too_many_connections"
+                )
+            )
             transport.close()
             return
         self._expect(self.limits.header_seconds)
@@ -82,21 +81,29 @@ class LimitedH11Protocol(H11Protocol):
     def handle_events(self) -> None:
         cycle = self.cycle
         super().handle_events()
-        if self.transport.is_closing():
+        is_new = self.cycle is not cycle
+        if is_new:
+            self._check_headers()
+        if self.transport.is_closing() or self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._stop_clock()
-        elif self.conn.their_state is h11.SEND_BODY:
-            if self.cycle is not cycle:
-                self._check_headers()
-                self._expect(self.limits.body_seconds)
-        elif self.conn.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED):
-            if self.cycle is not cycle:
-                self._check_headers()
-            self._stop_clock()
+        elif is_new and self.conn.their_state is h11.SEND_BODY:
+            self._expect(self.limits.body_seconds)
 
     def _check_headers(self) -> None:
-        if len(self.headers) > self.limits.max_headers:
-            self.logger.warning("closing a connection: %d headers", len(self.headers))
-            self.transport.abort()
+        """Refuse what h11 lets through: it measures headers only while they are incomplete."""
+        names = [name for name, _ in self.headers]
+        size = sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if len(names) > self.limits.max_headers or size > self.limits.max_header_bytes:
+            self._refuse(b"431 Request Header Fields Too Large", "The headers are too large")
+        elif b"content-length" in names and b"transfer-encoding" in names:
+            self._refuse(b"400 Bad Request", "Content-Length excludes Transfer-Encoding")
+
+    def _refuse(self, status: bytes, message: str) -> None:
+        """Answer in place of the application, whose task has not run yet, and close."""
+        self.cycle.disconnected = True
+        self.cycle.message_event.set()
+        self.transport.write(_raw_response(status, message, "bad_request"))
+        self.transport.close()
 
     def _expect(self, seconds: float) -> None:
         self._stop_clock()
@@ -116,7 +123,11 @@ class LimitedH11Protocol(H11Protocol):
         else:
             is_unanswered = bool(self.conn.trailing_data[0])
         if is_unanswered:
-            self.transport.write(_raw_response(b"408 Request Timeout", _SLOW_BODY))
+            self.transport.write(
+                _raw_response(
+                    b"408 Request Timeout", "The request arrived too slowly", "request_timeout"
+                )
+            )
         self.transport.close()
 
 

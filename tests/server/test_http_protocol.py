@@ -1,0 +1,166 @@
+"""Limits below ASGI, tried with raw sockets: slow arrivals, headers, connections, smuggling."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import pytest
+
+from server.http_protocol import HttpLimits
+
+GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+HEADERS = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture(scope="module")
+def limited(start_server):
+    return start_server(limits=HttpLimits(header_seconds=0.3, body_seconds=0.5, max_connections=12))
+
+
+def connect(server) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=5)
+
+
+def read_all(sock: socket.socket) -> bytes:
+    data = b""
+    while part := sock.recv(65536):
+        data += part
+    return data
+
+
+def exchange(server, request: bytes) -> bytes:
+    with connect(server) as sock:
+        sock.sendall(request)
+        return read_all(sock)
+
+
+def test_silent_connection_is_closed(limited):
+    with connect(limited) as sock:
+        assert read_all(sock) == b""
+
+
+@pytest.mark.parametrize(
+    "begun", [b"GET / HT", HEADERS, HEADERS + b"Content-Length: 9\r\n\r\n{", b"\r\n"]
+)
+def test_slow_request_is_408_and_closed(limited, begun):
+    answer = exchange(limited, begun)
+    if begun.strip():
+        assert answer.startswith(b"HTTP/1.1 408")
+        body = json.loads(answer.partition(b"\r\n\r\n")[2])
+        assert body["error"]["code"] == "request_timeout"
+
+
+def test_a_trickle_does_not_extend_the_limit(limited):
+    started = time.monotonic()
+    with connect(limited) as sock:
+        try:
+            for byte in GET[:-2] * 10:
+                sock.sendall(bytes([byte]))
+                time.sleep(0.02)
+        except OSError:
+            pass
+    assert time.monotonic() - started < 3
+
+
+def test_slow_answers_are_not_timed_out(limited):
+    limited.engine.reset()
+    limited.engine.delay = 0.25
+    response = limited.chat("say(abcd)yas")
+    limited.engine.reset()
+    assert response.json()["choices"][0]["message"]["content"] == "abcd"
+
+
+def test_idle_keep_alive_outlives_the_header_limit(limited):
+    with limited.http() as http:
+        assert http.get("/health/live").status_code == 200
+        time.sleep(0.5)
+        assert http.get("/health/live").status_code == 200
+        assert len(http._transport._pool.connections) == 1
+
+
+def test_second_request_on_a_connection_has_its_own_limit(limited):
+    with connect(limited) as sock:
+        sock.sendall(GET)
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+        sock.sendall(b"GET /hea")
+        assert b"HTTP/1.1 408" in read_all(sock)
+
+
+def test_connections_beyond_the_cap_get_503(limited):
+    held = [connect(limited) for _ in range(12)]
+    try:
+        time.sleep(0.1)
+        with connect(limited) as sock:
+            answer = read_all(sock)
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"too_many_connections" in answer
+    finally:
+        for sock in held:
+            sock.close()
+    time.sleep(0.1)
+    assert b"200 OK" in exchange(
+        limited, GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    )
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: a\r\n" * 50_000 + b"\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        HEADERS + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        HEADERS + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}",
+        HEADERS + b"Content-Length: -5\r\n\r\n{}",
+        HEADERS + b"Content-Length: x\r\n\r\n{}",
+        b"NONSENSE\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00",
+    ],
+    ids=["long header", "50k headers", "no host", "two hosts", "cl+te", "two lengths",
+         "negative length", "bad length", "nonsense", "tls hello"],
+)  # fmt: skip
+def test_malformed_requests_are_refused_and_closed(limited, request_bytes):
+    try:
+        answer = exchange(limited, request_bytes)
+    except ConnectionError:
+        return
+    assert answer == b"" or answer.split()[1] in (b"400", b"408", b"413", b"431")
+
+
+def test_too_many_small_headers_close_the_connection(limited):
+    headers = b"".join(b"X%d: a\r\n" % i for i in range(101))
+    try:
+        answer = exchange(limited, b"GET /health/live HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n")
+    except ConnectionError:
+        return
+    assert b"200 OK" not in answer
+
+
+def test_stalled_reader_is_given_up(start_server):
+    server = start_server(stream_stall_seconds=0.3)
+    body = json.dumps(
+        {
+            "model": "alias",
+            "messages": [{"role": "user", "content": f"say({'x' * 200})yas"}],
+            "stream": True,
+            "ignore_eos": True,
+            "n": 128,
+            "logprobs": True,
+            "top_logprobs": 20,
+        }
+    ).encode()
+    server.engine.tokens_per_delta = 16
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    host, port = server.url.removeprefix("http://").split(":")
+    sock.connect((host, int(port)))
+    with sock:
+        sock.sendall(HEADERS + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        deadline = time.monotonic() + 20
+        while not server.engine.aborted and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert len(server.engine.aborted) == 1
