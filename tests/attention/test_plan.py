@@ -94,9 +94,11 @@ def test_a_sequence_may_stand_in_two_slices() -> None:
     ]
 
 
-def test_rows_append_to_their_own_chunk_even_where_the_tree_shares_it() -> None:
-    # Both still stand in chunk 1 (a fork before its copy): a decode plan keeps it private to each.
-    case = make_case([[0, 1, 2], [0, 1, 3]], [(31, 1), (31, 1)], chunk_size=16, version=1)
+@pytest.mark.parametrize(("first", "second"), [(31, 31), (31, 40), (40, 31)])
+def test_a_row_that_stands_in_a_shared_chunk_keeps_it_in_its_tail(first: int, second: int) -> None:
+    # Else its tail would grow out of a run that other rows read whole.
+    spans = [(first, 1), (second, 1)]
+    case = make_case([[0, 1, 2], [0, 1, 3]], spans, chunk_size=16, version=1)
     plan = case.plan(ONE_PIECE)
     assert items_of(plan) == [
         (0, 2, (0,), 0, 0),
