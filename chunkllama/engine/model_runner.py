@@ -25,7 +25,6 @@ from chunkllama.models.spec import ModelSpec, read_spec
 from chunkllama.models.weights import load_weights
 from chunkllama.ops.op_set import OpSet
 from chunkllama.ops.select import Backend, select_op_set
-from chunkllama.outputs import TokenLogprob
 from chunkllama.scheduler.output import NewSequence, SampledTokens, ScheduledSlice, SchedulerOutput
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ class ModelRunner:
             rows = hidden[begin : begin + piece.num_tokens]
             begin += piece.num_tokens
             if piece.wants_prompt_logits:
-                sampled.prompt_logprobs[piece.slot] = self._prompt_logprobs(piece, rows)
+                self._score_prompt(piece, rows, sampled)
             if self._sequences[piece.slot].pooling:
                 self._pool(piece, rows, sampled)
         self._sample(output.slices, hidden, masks, sampled)
@@ -204,19 +203,21 @@ class ModelRunner:
             if state.matcher is not None and state.matcher.is_finished:
                 sampled.finished_grammar.add(slot)
 
-    def _prompt_logprobs(self, piece: ScheduledSlice, hidden: torch.Tensor) -> list[TokenLogprob]:
-        """Of the prompt token that follows each row; the prompt's last row has none to follow."""
+    def _score_prompt(
+        self, piece: ScheduledSlice, hidden: torch.Tensor, sampled: SampledTokens
+    ) -> None:
+        """Log-probabilities of the prompt token after each row; the last row has none after it."""
         state = self._sequences[piece.slot]
         begin = piece.first_position + 1
         targets = state.prompt_token_ids[begin : begin + piece.num_tokens].tolist()
-        results: list[TokenLogprob] = []
+        entries = sampled.prompt_logprobs[piece.slot] = []
         for start in range(0, len(targets), _LOGIT_ROWS):
             some = targets[start : start + _LOGIT_ROWS]
-            logits = self._model.logits(hidden[start : start + len(some)])
-            results += token_logprobs(
-                logits.log_softmax(dim=1), some, state.sampling.prompt_logprobs or 0
-            )
-        return results
+            logprobs = self._model.logits(hidden[start : start + len(some)]).log_softmax(dim=1)
+            if bool(logprobs.isnan().any()):
+                sampled.failed[piece.slot] = "model_nan"
+            num_top = [state.sampling.prompt_logprobs or 0] * len(some)
+            entries += token_logprobs(logprobs, some, num_top)
 
     def _pool(self, piece: ScheduledSlice, hidden: torch.Tensor, sampled: SampledTokens) -> None:
         """Add a slice to its sequence's embedding; with the last slice report it, L2-normalised."""

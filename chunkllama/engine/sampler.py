@@ -76,8 +76,10 @@ class Sampler:
         drawn = [r for r, s in enumerate(sequences) if s.sampling.temperature >= _MIN_TEMPERATURE]
         beams = _beam_candidates(logits, sequences)
         if drawn:
+            every = len(drawn) == len(sequences)
             rows = torch.tensor(drawn, device=logits.device)
-            tokens = greedy.index_put((rows,), _draw(logits[rows], [sequences[r] for r in drawn]))
+            chosen = _draw(logits if every else logits[rows], [sequences[r] for r in drawn])
+            tokens = chosen if every else greedy.index_put((rows,), chosen)
         token_ids = tokens.tolist()
         logprobs = _logprobs(raw, sequences, token_ids)
         failed = [
@@ -203,18 +205,11 @@ def _draw(logits: torch.Tensor, sequences: list[SequenceState]) -> torch.Tensor:
     """
     sampling = [sequence.sampling for sequence in sequences]
     device = logits.device
-
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
-
-    logits /= column([s.temperature for s in sampling])
     top = logits.amax(dim=1, keepdim=True)
     logits -= torch.where(top.isfinite(), top, 0.0)
-    floor = column([np.log(s.min_p) if s.min_p > 0 else -np.inf for s in sampling])
-    floor = _top_k_floor(logits, floor, [s.top_k for s in sampling])
-    floor = _top_p_floor(logits, floor, [s.top_p for s in sampling])
-    kept = logits >= floor
-    weights = logits.exp_().mul_(kept)
+    logits /= torch.tensor([[s.temperature] for s in sampling], dtype=torch.float32, device=device)
+    weights = logits.exp_()  # the best token's is 1
+    weights *= weights >= _edges(weights, sampling)
     draws = uniforms(
         [s.seed or 0 for s in sampling],
         [sequence.index for sequence in sequences],
@@ -223,79 +218,79 @@ def _draw(logits: torch.Tensor, sequences: list[SequenceState]) -> torch.Tensor:
     return _invert(weights, torch.from_numpy(draws).to(device))
 
 
-def _top_k_floor(logits: torch.Tensor, floor: torch.Tensor, top_k: list[int]) -> torch.Tensor:
-    """The smallest logit [R, 1] that is in the row's top-k set and above ``floor``."""
-    vocab_size = logits.shape[1]
-    limits = [k if 0 < k < vocab_size else vocab_size for k in top_k]
-    limited = [k for k in limits if k < vocab_size]
-    if not limited:
-        return floor
-    values = logits.topk(max(limited), dim=1).values
-    index = torch.tensor(limits, device=logits.device)[:, None].clamp(max=values.shape[1]) - 1
-    is_limited = torch.tensor([k < vocab_size for k in limits], device=logits.device)[:, None]
-    return torch.where(is_limited, torch.maximum(floor, values.gather(1, index)), floor)
-
-
-def _top_p_floor(logits: torch.Tensor, floor: torch.Tensor, top_p: list[float]) -> torch.Tensor:
-    """The smallest logit [R, 1] of the smallest set, best first, that holds ``top_p`` of the mass
-    above ``floor`` (nucleus sampling, arXiv 1904.09751).
+def _edges(weights: torch.Tensor, sampling: list[SamplingParams]) -> torch.Tensor:
+    """The smallest weight [R, 1] that each row may draw: min-p, then top-k, then the smallest set,
+    best first, that holds top_p of what is left (nucleus sampling, arXiv 1904.09751).
     """
-    rows = [row for row, p in enumerate(top_p) if p < 1.0]
-    if not rows:
-        return floor
-    index = torch.tensor(rows, device=logits.device)
-    chosen, lowest = logits[index], floor[index]
-    share = torch.tensor([top_p[row] for row in rows], dtype=torch.float64, device=logits.device)
-    mass = (chosen.exp() * (chosen >= lowest)).sum(dim=1, dtype=torch.float64)
-    wanted = (share * mass)[:, None]
-    vocab_size = logits.shape[1]
-    for width in (*_TOP_WIDTHS, vocab_size):
-        values = chosen.topk(min(width, vocab_size), dim=1).values
-        weights = (values.exp() * (values >= lowest)).double()
-        before = weights.cumsum(dim=1) - weights
-        inside = (before < wanted) & (weights > 0)
-        if width >= vocab_size or not bool(inside[:, -1].any()):
-            break
-    last = inside.sum(dim=1, keepdim=True).clamp(min=1) - 1
-    return floor.index_put((index,), torch.maximum(lowest, values.gather(1, last)))
+    device, vocab_size = weights.device, weights.shape[1]
+    edge = torch.tensor([[s.min_p] for s in sampling], dtype=torch.float32, device=device)
+    top_k = [s.top_k if 0 < s.top_k < vocab_size else vocab_size for s in sampling]
+    if all(k == vocab_size for k in top_k) and all(s.top_p >= 1.0 for s in sampling):
+        return edge
+    values = _sort_descending(weights)
+    last = torch.tensor(top_k, device=device)[:, None] - 1
+    edge = torch.maximum(edge, values.gather(1, last))
+    sums = (values * (values >= edge)).double().cumsum(dim=1)
+    share = torch.tensor([[s.top_p] for s in sampling], dtype=torch.float64, device=device)
+    last = torch.searchsorted(sums, share * sums[:, -1:]).clamp(max=vocab_size - 1)
+    return torch.maximum(edge, values.gather(1, last))
+
+
+def _sort_descending(weights: torch.Tensor) -> torch.Tensor:
+    if weights.is_cuda:
+        return weights.sort(dim=1, descending=True).values
+    # numpy sorts with vector instructions: 2 ms for 16 rows of 49,152, where torch takes 129.
+    return -torch.from_numpy(np.sort(-weights.numpy(), axis=1))
+
+
+def _block_sums(weights: torch.Tensor) -> torch.Tensor:
+    """Sums [R, ceil(V / block)] of neighbouring weights; float64, for what is summed further."""
+    padding = -weights.shape[1] % _BLOCK
+    if padding:
+        weights = torch.nn.functional.pad(weights, (0, padding))
+    return weights.view(len(weights), -1, _BLOCK).sum(dim=2).double()
 
 
 def _invert(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """The first token [R] at which the running sum of weights [R, V] passes draw * total.
-
-    Sums are float64, so that rounding moves no boundary that float32 logits could see.
-    """
-    rows, vocab_size = weights.shape
-    best = weights.argmax(dim=1)
-    padded = torch.nn.functional.pad(weights, (0, -vocab_size % _BLOCK))
-    blocks = padded.view(rows, -1, _BLOCK)
-    ends = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
+    """The first token [R] at which the running sum of weights [R, V] passes draw * total."""
+    vocab_size = weights.shape[1]
+    sums = _block_sums(weights)
+    ends = sums.cumsum(dim=1)
     target = draws[:, None] * ends[:, -1:]
     block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
-    start = ends.gather(1, block) - blocks.sum(dim=2, dtype=torch.float64).gather(1, block)
-    inside = blocks[torch.arange(rows, device=weights.device), block[:, 0]].double().cumsum(dim=1)
-    offset = torch.searchsorted(inside, target - start, right=True).clamp(max=_BLOCK - 1)
-    token = (block * _BLOCK + offset).clamp(max=vocab_size - 1)
-    # Rounding at a block's end may point at a token without weight; then the best one is taken.
-    return torch.where(weights.gather(1, token) > 0, token, best[:, None])[:, 0]
+    start = ends.gather(1, block) - sums.gather(1, block)
+    columns = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    inside = weights.gather(1, columns.clamp(max=vocab_size - 1)).double()
+    inside *= columns < vocab_size
+    offset = torch.searchsorted(inside.cumsum(dim=1), target - start, right=True)
+    token = (block * _BLOCK + offset.clamp(max=_BLOCK - 1)).clamp(max=vocab_size - 1)
+    missed = weights.gather(1, token) == 0
+    if bool(missed.any()):  # rounding at a block's end; then the best token is taken
+        token = torch.where(missed, weights.argmax(dim=1, keepdim=True), token)
+    return token[:, 0]
 
 
-def _raw_logprobs(logits: torch.Tensor, sequences: list[SequenceState]) -> dict[int, torch.Tensor]:
+def _raw_logprobs(
+    logits: torch.Tensor, sequences: list[SequenceState]
+) -> tuple[list[int], torch.Tensor | None]:
+    """The rows whose log-probabilities are wanted, and log-softmax of their unedited logits."""
     rows = [r for r, s in enumerate(sequences) if s.sampling.logprobs is not None]
     if not rows:
-        return {}
-    return dict(zip(rows, logits[rows].log_softmax(dim=1), strict=True))
+        return rows, None
+    return rows, (logits if len(rows) == len(sequences) else logits[rows]).log_softmax(dim=1)
 
 
 def _logprobs(
-    raw: dict[int, torch.Tensor], sequences: list[SequenceState], token_ids: list[int]
+    raw: tuple[list[int], torch.Tensor | None],
+    sequences: list[SequenceState],
+    token_ids: list[int],
 ) -> dict[int, TokenLogprob]:
-    return {
-        row: token_logprobs(values[None], [token_ids[row]], sequences[row].sampling.logprobs or 0)[
-            0
-        ]
-        for row, values in raw.items()
-    }
+    rows, values = raw
+    if values is None:
+        return {}
+    num_top = [sequences[row].sampling.logprobs or 0 for row in rows]
+    entries = token_logprobs(values, [token_ids[row] for row in rows], num_top)
+    return dict(zip(rows, entries, strict=True))
 
 
 def _beam_candidates(
