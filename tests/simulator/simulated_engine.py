@@ -112,6 +112,8 @@ class FakeModel:
         for position, slot, token_id in rows:
             where = slots[slot]
             value = _value(kv[where[:position]], token_id)
+            if slot in self.fail_slots:
+                value ^= 0x5A5A5A5A5A5A  # what a failing sequence writes is garbage
             kv[where[position]] = value
             values[slot].append(value)
         return values

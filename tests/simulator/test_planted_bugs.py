@@ -1,0 +1,293 @@
+"""The simulator is only worth something if it catches bugs: each one planted here must be caught.
+
+A bug is a patch of the real classes. Without a patch the same searches pass (they are the tests of
+``test_simulator.py``, and ``test_the_searches_pass_without_a_bug`` below).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from random_traffic import RandomTraffic
+from simulated_engine import SimulatedEngine
+
+from chunkllama.cache import manager, retention
+from chunkllama.cache.manager import CacheManager
+from chunkllama.cache.node import Node
+from chunkllama.cache.prefix_tree import PrefixTree
+from chunkllama.cache.sequence_chunks import SequenceChunks
+from chunkllama.scheduler.admission import AdmissionControl
+from chunkllama.scheduler.commit import StepCommitter
+from chunkllama.scheduler.running import RunningSequences
+from chunkllama.scheduler.scheduler import Scheduler
+from chunkllama.scheduler.tree_order import TreeOrder
+
+Patch = pytest.MonkeyPatch
+CAUGHT = (AssertionError, IndexError, KeyError, ValueError, AttributeError, TypeError)
+
+
+def search_traffic() -> None:
+    """Random traffic over tiny chunks, invariants after every step, outputs against the oracle."""
+    for seed in range(40):
+        RandomTraffic(seed, (4, 2, 8, 1)[seed % 4]).run(150)
+
+
+def search_reserve() -> None:
+    """Two requests that fit one after the other, not together: nobody is preempted."""
+    engine = SimulatedEngine(8, 4, max_num_seqs=2, max_num_batched_tokens=32, spare_chunks=0)
+    engine.add([0] * 8, 13)
+    engine.step()
+    engine.add([1] * 8, 13)
+    engine.run()
+    engine.check_outputs()
+    assert engine.scheduler.stats().preemptions_total == 0
+
+
+def search_failure() -> None:
+    """A leader fails in the very step its followers have joined: its K/V is garbage."""
+    engine = SimulatedEngine(40, 4, max_num_seqs=4, max_num_batched_tokens=64)
+    base = [0, 1, 1, 0, 1, 0, 0, 0]
+    for i in range(4):
+        engine.add([*base, *map(int, f"{i:02b}"), 1], 6)
+    output = engine.schedule()
+    assert output is not None and len(output.slices) == 4
+    engine.model.fail_slots = {0}
+    engine.commit()
+    engine.model.fail_slots = set()
+    engine.run()
+    engine.check_outputs()
+    assert engine.errors == {"r0": "model_nan"}
+
+
+def search_pins() -> None:
+    """A pinned prefix survives a flood of others for as long as it was promised."""
+    engine = SimulatedEngine(8, 4, max_num_seqs=1, max_num_batched_tokens=32)
+    engine.add([0] * 8, 1, pin_seconds=1000.0)
+    engine.run()
+    for i in range(8):
+        engine.add([1, *map(int, f"{i:03b}"), *[1] * 8], 4)
+    engine.run()
+    name = engine.add([0] * 8 + [1], 1)
+    engine.run()
+    assert engine.cached[name] == 8
+
+
+# -- bugs ---------------------------------------------------------------------------------------
+
+
+def missing_incref(patch: Patch) -> None:
+    acquire = PrefixTree.acquire
+    patch.setattr(
+        PrefixTree, "acquire", lambda self, node: None if node.is_used else acquire(self, node)
+    )
+
+
+def publish_one_token_early(patch: Patch) -> None:
+    set_next = SequenceChunks.set_next_publish
+
+    def early(self: SequenceChunks, chunk_size: int) -> None:
+        set_next(self, chunk_size)
+        self.next_publish -= 1
+
+    patch.setattr(SequenceChunks, "set_next_publish", early)
+
+
+def whole_prompt_matched(patch: Patch) -> None:
+    patch.setattr(Scheduler, "_match_limit", lambda self, sequence: sequence.num_tokens)
+
+
+def double_free(patch: Patch) -> None:
+    adopt = CacheManager._adopt
+
+    def twice(self: CacheManager, chunks: SequenceChunks, twin: Node, own: Node | None) -> None:
+        before = int(chunks.ids[chunks.num_whole])
+        adopt(self, chunks, twin, own)
+        self.pool.free(before)
+
+    patch.setattr(CacheManager, "_adopt", twice)
+
+
+def adopted_chunk_freed_while_read(patch: Patch) -> None:
+    """The row goes on reading the chunk that was given back (mini-sglang pull request 142)."""
+    adopt = CacheManager._adopt
+
+    def stale(self: CacheManager, chunks: SequenceChunks, twin: Node, own: Node | None) -> None:
+        depth = chunks.num_whole
+        before = int(chunks.ids[depth])
+        adopt(self, chunks, twin, own)
+        chunks.ids[depth] = before
+
+    patch.setattr(CacheManager, "_adopt", stale)
+
+
+def slot_of_a_later_step_read(patch: Patch) -> None:
+    """Nodes that a leader will fill some steps later count as there."""
+    insert = PrefixTree.insert
+
+    def promised(self: PrefixTree, *args: object) -> Node:
+        node = insert(self, *args)
+        node.scheduled = node.num_tokens
+        return node
+
+    patch.setattr(PrefixTree, "insert", promised)
+
+
+def unfilled_nodes_left_behind(patch: Patch) -> None:
+    """An aborted leader's unfilled nodes stay, and followers wait for nobody."""
+    patch.setattr(retention, "_cut", lambda tree, node: None)
+
+
+def followers_of_a_failed_leader_go_on(patch: Patch) -> None:
+    patch.setattr(CacheManager, "is_readable", lambda self, chunks: True)
+    patch.setattr(CacheManager, "undo_compute", lambda self, chunks, start, end: None)
+
+
+def handed_over_as_filled(patch: Patch) -> None:
+    """What an aborted leader left unfilled is kept as if it were filled."""
+
+    def keep(tree: PrefixTree, node: Node) -> None:
+        node.filled = node.scheduled = node.num_tokens
+
+    patch.setattr(retention, "_cut", keep)
+
+
+def own_path_evictable(patch: Patch) -> None:
+    admissions = CacheManager.admissions
+
+    def generous(self: CacheManager, match: object, num_chunks: int) -> object:
+        everything = self.pool.num_free + self.tree.num_evictable
+        for admission in admissions(self, match, num_chunks):
+            yield manager.Admission(
+                admission.match, admission.takes_over, admission.num_new, everything
+            )
+
+    patch.setattr(CacheManager, "admissions", generous)
+
+
+def reserve_forgotten(patch: Patch) -> None:
+    patch.setattr(AdmissionControl, "reserved", lambda self, running: 0)
+
+
+def partial_leaf_matched_past_filled(patch: Patch) -> None:
+    patch.setattr(PrefixTree, "_copyable", PrefixTree._overlaps)
+
+
+def namespace_leak(patch: Patch) -> None:
+    patch.setattr(
+        Node, "visible_children", lambda self, namespace: iter(list(self.children.values()))
+    )
+
+
+def public_below_private(patch: Patch) -> None:
+    """A public sequence walks into a tenant's nodes."""
+    chain = PrefixTree._chain
+
+    def everywhere(
+        self: PrefixTree, node: Node, key: bytes, limit: int, namespace: str
+    ) -> list[Node]:
+        return max((chain(self, node, key, limit, n) for n in (namespace, "A", "B")), key=len)
+
+    patch.setattr(PrefixTree, "_chain", everywhere)
+
+
+def copy_source_not_held(patch: Patch) -> None:
+    patch.setattr(PrefixTree, "hold", lambda self, node: None)
+    patch.setattr(PrefixTree, "unhold", lambda self, node: None)
+
+
+def used_leaf_taken_over(patch: Patch) -> None:
+    admissions = CacheManager.admissions
+
+    def greedy(self: CacheManager, match: object, num_chunks: int) -> object:
+        for admission in admissions(self, match, num_chunks):
+            if admission.match.source is not None:
+                yield manager.Admission(
+                    admission.match, True, admission.num_new - 1, admission.available
+                )
+            else:
+                yield admission
+
+    patch.setattr(CacheManager, "admissions", greedy)
+
+
+def preempted_keeps_its_count(patch: Patch) -> None:
+    """A preempted sequence comes back with more tokens computed than it has chunks for."""
+    leave = StepCommitter._leave
+
+    def forgetful(self: StepCommitter, sequence: object) -> None:
+        computed = sequence.num_computed_tokens
+        leave(self, sequence)
+        sequence.num_computed_tokens = computed
+
+    patch.setattr(StepCommitter, "_leave", forgetful)
+    begin = RunningSequences.start
+
+    def resume(self: RunningSequences, sequence: object, chunks: object, count: int) -> None:
+        begin(self, sequence, chunks, max(count, sequence.num_computed_tokens))
+
+    patch.setattr(RunningSequences, "start", resume)
+
+
+def order_not_repaired(patch: Patch) -> None:
+    """After an adoption the sequence stays where it stood."""
+
+    def nothing(self: TreeOrder, sequence: object) -> None:
+        self.version += 1
+
+    patch.setattr(TreeOrder, "move", nothing)
+
+
+def pins_ignored(patch: Patch) -> None:
+    patch.setattr(PrefixTree, "pin", lambda self, node: None)
+    patch.setattr(PrefixTree, "unpin", lambda self, node: None)
+    patch.setattr(PrefixTree, "num_unpinned", lambda self, node: 0)
+
+
+def spare_chunks_leaked(patch: Patch) -> None:
+    release = CacheManager.release
+
+    def leaky(self: CacheManager, chunks: SequenceChunks, *args: object) -> None:
+        if len(chunks) > len(chunks.path) + 1:
+            chunks.ids = chunks.ids[:-1]
+        release(self, chunks, *args)
+
+    patch.setattr(CacheManager, "release", leaky)
+
+
+BUGS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [
+    (missing_incref, search_traffic),
+    (publish_one_token_early, search_traffic),
+    (whole_prompt_matched, search_traffic),
+    (double_free, search_traffic),
+    (adopted_chunk_freed_while_read, search_traffic),
+    (slot_of_a_later_step_read, search_traffic),
+    (unfilled_nodes_left_behind, search_traffic),
+    (followers_of_a_failed_leader_go_on, search_failure),
+    (handed_over_as_filled, search_traffic),
+    (own_path_evictable, search_traffic),
+    (reserve_forgotten, search_reserve),
+    (partial_leaf_matched_past_filled, search_traffic),
+    (namespace_leak, search_traffic),
+    (public_below_private, search_traffic),
+    (copy_source_not_held, search_traffic),
+    (used_leaf_taken_over, search_traffic),
+    (preempted_keeps_its_count, search_traffic),
+    (order_not_repaired, search_traffic),
+    (pins_ignored, search_pins),
+    (spare_chunks_leaked, search_traffic),
+]
+
+
+@pytest.mark.parametrize(("bug", "search"), BUGS, ids=[bug.__name__ for bug, _ in BUGS])
+def test_planted_bug_is_caught(
+    bug: Callable[[Patch], None], search: Callable[[], None], monkeypatch: Patch
+) -> None:
+    bug(monkeypatch)
+    with pytest.raises(CAUGHT):
+        search()
+
+
+@pytest.mark.parametrize("search", [search_traffic, search_reserve, search_failure, search_pins])
+def test_the_searches_pass_without_a_bug(search: Callable[[], None]) -> None:
+    search()

@@ -1,0 +1,166 @@
+"""Hypothesis searches for a sequence of events that breaks an invariant or an output."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+from simulated_engine import SimulatedEngine
+
+from chunkllama.errors import InvalidRequestError, OverloadedError
+
+tokens = st.lists(st.integers(0, 1), max_size=6)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """add, step, cancel at any moment, finish, fork, evict, pin, preempt, fail and hand over.
+
+    The model is a dict of token lists (the oracle's outputs); the invariants hold after every rule.
+    """
+
+    requests = Bundle("requests")
+    base: list[int]
+    engine: SimulatedEngine
+
+    @initialize(
+        chunk_size=st.sampled_from([1, 2, 4, 64]),
+        num_chunks=st.integers(6, 24),
+        max_num_seqs=st.integers(1, 4),
+        budget=st.sampled_from([4, 9, 200]),
+        min_wait=st.sampled_from([1, 3, 32]),
+        spare=st.integers(0, 2),
+        policy=st.sampled_from(["fcfs", "prefix"]),
+    )
+    def start(self, chunk_size, num_chunks, max_num_seqs, budget, min_wait, spare, policy) -> None:
+        self.size = chunk_size
+        self.base = [(i * i + i // 3) % 2 for i in range(4 * chunk_size)]
+        self.aborted: set[str] = set()
+        self.engine = SimulatedEngine(
+            num_chunks,
+            chunk_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=20 * chunk_size,
+            min_wait_tokens=min_wait,
+            spare_chunks=spare,
+            policy=policy,
+            max_waiting=8,
+            check=False,
+        )
+
+    def _add(self, prompt: list[int], max_tokens: int, **options: object) -> str:
+        try:
+            return self.engine.add(prompt, max_tokens, **options)
+        except (InvalidRequestError, OverloadedError):
+            return ""
+
+    @rule(
+        target=requests,
+        edge=st.sampled_from([1, 2, 3]),
+        off=st.integers(-1, 1),
+        tail=tokens,
+        max_tokens=st.integers(1, 9),
+        n=st.sampled_from([1, 1, 1, 3]),
+        namespace=st.sampled_from(["", "A", "B"]),
+    )
+    def add(self, edge, off, tail, max_tokens, n, namespace) -> str:
+        prompt = self.base[: max(1, edge * self.size + off)] + tail
+        return self._add(prompt, max_tokens, n=n, namespace=namespace)
+
+    @rule(target=requests, tail=tokens, width=st.integers(2, 3), max_tokens=st.integers(1, 5))
+    def fork(self, tail, width, max_tokens) -> str:
+        prompt = self.base[: self.size + 1] + tail
+        return self._add(prompt, max_tokens, beam_width=width)
+
+    @rule(target=requests, tail=tokens, seconds=st.sampled_from([0.02, 5.0]))
+    def pin(self, tail, seconds) -> str:
+        return self._add(self.base[: 2 * self.size] + tail, 1, pin_seconds=seconds)
+
+    @rule(target=requests, tail=tokens, max_tokens=st.integers(0, 2))
+    def score(self, tail, max_tokens) -> str:
+        prompt = self.base[: self.size + 2] + tail
+        return self._add(prompt, max_tokens, prompt_logprobs=0)
+
+    @rule(count=st.integers(1, 6))
+    def step(self, count) -> None:
+        for _ in range(count):
+            self.engine.step()
+            self.engine.scheduler.check_invariants()
+
+    @rule(request=consumes(requests))
+    def cancel(self, request) -> None:
+        self.engine.scheduler.abort(request)
+        self.aborted.add(request)
+
+    @rule(request=consumes(requests))
+    def cancel_in_flight(self, request) -> None:
+        output = self.engine.schedule()
+        self.engine.scheduler.abort(request)
+        self.aborted.add(request)
+        if output is not None:
+            self.engine.commit()
+
+    @rule(which=st.integers(0, 3))
+    def fail(self, which) -> None:
+        output = self.engine.schedule()
+        if output is not None:
+            slot = output.slices[which % len(output.slices)].slot
+            self.engine.model.fail_slots = {slot}
+            self.engine.commit()
+            self.engine.model.fail_slots = set()
+
+    @rule(count=st.integers(1, 5))
+    def evict(self, count) -> None:
+        self.engine.cache.tree.evict(count)
+
+    @precondition(lambda self: len(self.engine.scheduler._running) > 1)
+    @rule()
+    def preempt(self) -> None:
+        scheduler = self.engine.scheduler
+        victim = scheduler._newest_but_oldest()
+        if victim is not None:
+            scheduler._committer.preempt(victim)
+
+    @rule(seconds=st.sampled_from([0.01, 3.0]))
+    def wait(self, seconds) -> None:
+        self.engine.now += seconds
+
+    @invariant()
+    def holds(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.scheduler.check_invariants()
+
+    def teardown(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.run()
+            self.engine.check_outputs(self.aborted)
+
+
+quick = settings(
+    max_examples=250,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+class TestCacheMachine(CacheMachine.TestCase):
+    settings = quick
+
+
+@pytest.mark.nightly
+def test_cache_machine_for_hours() -> None:
+    from hypothesis.stateful import run_state_machine_as_test
+
+    long = settings(quick, max_examples=20_000, stateful_step_count=100, derandomize=False)
+    run_state_machine_as_test(CacheMachine, settings=long)
