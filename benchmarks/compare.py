@@ -1,0 +1,191 @@
+"""Our server beside others: the same model and load, in one run, in alternating order.
+
+Start the servers first (``benchmarks/peers/README.md`` says how), then name them:
+
+    python benchmarks/compare.py --model FOLDER \\
+        --server chunkllama=http://127.0.0.1:8000 --server vllm=http://127.0.0.1:8101
+
+Every round of a scenario makes new prompts and sends them to each server in turn, first with
+prefixes that no server has seen (cold), then with new user parts below the same prefixes (warm);
+the order of the servers is reversed from round to round. Tables hold medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from chunkllama.models.registry import resolve_model
+from chunkllama.text.tokenizer import load_tokenizer
+from server.bench import PromptMaker
+from server.bench_client import Endpoint, Outcome
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """``tenants`` system prompts of ``system`` tokens, each request its own user part."""
+
+    tenants: int
+    system: int
+    user: int
+    output: int
+    requests: int
+    concurrency: int
+
+
+SCENARIOS = {
+    "A": Scenario(1, 1024, 64, 64, 32, 16),
+    "B": Scenario(1, 2048, 64, 64, 32, 16),
+    "C": Scenario(4, 1024, 64, 64, 32, 16),
+    "D": Scenario(16, 1024, 64, 64, 16, 8),
+    "E": Scenario(1, 64, 64, 128, 4, 1),
+}
+
+
+async def run_load(
+    endpoint: Endpoint, model: str, prompts: list[list[int]], scenario: Scenario
+) -> dict[str, float]:
+    """Send the prompts, ``concurrency`` at once; throughput and latencies of the whole."""
+    outcomes: list[Outcome] = []
+    waiting = iter(prompts)
+
+    async def worker() -> None:
+        for prompt in waiting:
+            body = {
+                "model": model,
+                "prompt": prompt,
+                "max_tokens": scenario.output,
+                "min_tokens": scenario.output,
+                "ignore_eos": True,
+                "temperature": 0.0,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+            outcomes.append(await endpoint.stream("/v1/completions", body, Outcome(0, 0, 0.0)))
+
+    started = time.monotonic()
+    await asyncio.gather(*(worker() for _ in range(scenario.concurrency)))
+    seconds = time.monotonic() - started
+    errors = [outcome.error for outcome in outcomes if outcome.error]
+    if errors:
+        raise SystemExit(f"{endpoint.url}: {len(errors)} requests failed, the first: {errors[0]}")
+    ttfts = sorted(outcome.ttft * 1e3 for outcome in outcomes)
+    return {
+        "output_tokens_per_s": sum(o.completion_tokens for o in outcomes) / seconds,
+        "ttft_p50_ms": statistics.median(ttfts),
+        "ttft_p99_ms": ttfts[min(len(ttfts) - 1, round(0.99 * (len(ttfts) - 1)))],
+        "tpot_p50_ms": statistics.median(o.tpot * 1e3 for o in outcomes),
+    }
+
+
+def make_prompts(
+    maker: PromptMaker, encode, systems: list[list[int]], scenario: Scenario
+) -> list[list[int]]:
+    return [
+        systems[i % scenario.tenants] + encode(maker.text(scenario.user))
+        for i in range(scenario.requests)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--server", action="append", required=True, metavar="NAME=URL")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="for its tokenizer")
+    parser.add_argument("--scenarios", default="ABCDE")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--output", type=Path, default=RESULTS / "compare.json")
+    arguments = parser.parse_args()
+    servers = dict(entry.split("=", 1) for entry in arguments.server)
+    endpoints = {name: Endpoint(url) for name, url in servers.items()}
+    tokenizer = load_tokenizer(resolve_model(arguments.model))
+    maker = PromptMaker(tokenizer, arguments.seed)
+    runs = []
+
+    async def everything() -> None:
+        names = {}
+        for name, endpoint in endpoints.items():
+            _, body = await endpoint.get("/v1/models")
+            names[name] = json.loads(body)["data"][0]["id"]
+        for letter in arguments.scenarios:
+            scenario = SCENARIOS[letter]
+            for number in range(arguments.rounds):
+                systems = [
+                    tokenizer.encode(maker.text(scenario.system)) for _ in range(scenario.tenants)
+                ]
+                order = list(endpoints)[:: -1 if number % 2 else 1]
+                for phase in ("cold", "warm"):
+                    prompts = make_prompts(maker, tokenizer.encode, systems, scenario)
+                    for name in order:
+                        result = await run_load(endpoints[name], names[name], prompts, scenario)
+                        runs.append({"server": name, "scenario": letter, "phase": phase, **result})
+                        print(
+                            f"{letter} {phase} {name}: {result['output_tokens_per_s']:.0f} tok/s",
+                            file=sys.stderr,
+                        )
+
+    asyncio.run(everything())
+    print(table(runs, list(endpoints), arguments.scenarios))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": cpu_name(),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "seed": arguments.seed,
+        "scenarios": {name: vars(SCENARIOS[name]) for name in arguments.scenarios},
+        "runs": runs,
+    }
+    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def table(runs: list[dict], servers: list[str], scenarios: str) -> str:
+    """Medians a row: output tokens/s, TTFT p50 / p99 ms, TPOT p50 ms of each server."""
+    lines = [
+        "| scenario | " + " | ".join(servers) + " |",
+        "| --- |" + " --- |" * len(servers),
+    ]
+    for letter in scenarios:
+        for phase in ("cold", "warm"):
+            cells = []
+            for server in servers:
+                some = [
+                    run
+                    for run in runs
+                    if (run["server"], run["scenario"], run["phase"]) == (server, letter, phase)
+                ]
+
+                def median(key: str, some: list[dict] = some) -> float:
+                    return statistics.median(run[key] for run in some)
+
+                cells.append(
+                    f"{median('output_tokens_per_s'):.0f} tok/s, TTFT {median('ttft_p50_ms'):.0f} / "
+                    f"{median('ttft_p99_ms'):.0f}, TPOT {median('tpot_p50_ms'):.1f}"
+                )
+            lines.append(f"| {letter} {phase} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cpu_name() -> str:
+    """Model name and number of processors, as the kernel tells."""
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    flags = Path("/proc/cpuinfo").read_text()
+    extra = [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
+    return f"{len(names)} x {names[0]} ({', '.join(extra) or 'no AVX512-BF16'})"
+
+
+if __name__ == "__main__":
+    main()
