@@ -98,7 +98,9 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["x-request-id"],
         )
-    app.add_middleware(RequestInfoMiddleware, root_path=settings.root_path)
+    app.add_middleware(
+        RequestInfoMiddleware, root_path=settings.root_path, on_refusal=context.metrics.reject
+    )
     if settings.isolates_tenants:
         logger.info(
             "cache isolation is on: tenants share nothing but public prefixes; "

@@ -123,7 +123,7 @@ class ServerMetrics:
         self._info.labels(info.model_name, version, info.device, info.op_set).set(1)
 
     def reject(self, status: int) -> None:
-        """A request ended in a refusal or failure before or inside the engine."""
+        """A request was answered with an error status."""
         self._rejected.labels(str(status)).inc()
 
     def ignore_fields(self, count: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -46,9 +47,10 @@ class RequestInfoMiddleware:
     are refused here. A path may begin with the ``root_path`` that a proxy has not stripped.
     """
 
-    def __init__(self, app: ASGIApp, root_path: str) -> None:
+    def __init__(self, app: ASGIApp, root_path: str, on_refusal: Callable[[int], None]) -> None:
         self._app = app
         self._root_path = root_path
+        self._on_refusal = on_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,6 +69,8 @@ class RequestInfoMiddleware:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
+                if message["status"] >= 400:
+                    self._on_refusal(message["status"])
                 elapsed_ms = int((time.monotonic() - info.started) * 1000)
                 extra = {
                     "x-request-id": info.request_id,

@@ -118,7 +118,10 @@ class TextService:
         """
         if override is not None:
             assert self._make_template is not None, "templates from requests are not set up"
-            return self._make_template(override)
+            try:
+                return self._make_template(override)
+            except Exception as error:  # what a stranger's template raises is not foreseeable
+                raise invalid(f"The template cannot be used: {error}", "chat_template") from None
         if self.template is None:
             raise invalid("This model has no chat template; use /v1/completions", "messages")
         return self.template

@@ -114,7 +114,7 @@ class CacheFields(RequestModel):
     prompt_cache_key: str | None = Field(
         default=None,
         max_length=1024,
-        description="Validated: logged (hashed) to group requests; never widens what is shared.",
+        description="Validated: prefixes are shared by their content, so a key has nothing to add.",
     )
     prompt_cache_options: PromptCacheOptions | None = Field(default=None, description="Honoured.")
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = Field(

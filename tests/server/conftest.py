@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from chunkllama.text.chat_template import load_chat_template
+from chunkllama.text.chat_template import ChatTemplate, load_chat_template
 from chunkllama.text.tokenizer import load_tokenizer
 from server.app import create_app
 from server.http_protocol import HttpLimits, make_protocol
@@ -121,7 +121,9 @@ def start_server(text_parts: tuple[Any, Any]) -> Iterator[StartServer]:
         values = {"served_model_names": (MODEL, "alias"), "grammar_seconds": 0.3, **settings}
         app = create_app(
             engine,
-            TextService(tokenizer, template),
+            TextService(
+                tokenizer, template, make_template=lambda source: ChatTemplate(source, tokenizer)
+            ),
             ApiSettings(**values),
             validate_grammar=allow_all,
         )

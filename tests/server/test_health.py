@@ -91,6 +91,14 @@ def test_every_accepted_request_has_one_end(server):
     assert metric(server, "chunkllama_requests_live") == 0
 
 
+def test_refusals_are_counted_by_status(server):
+    name = 'chunkllama_request_rejected_total{why="400"}'
+    server.chat(n=0)
+    before = metric(server, name)
+    server.chat(n=0)
+    assert metric(server, name) == before + 1
+
+
 def test_counters_go_on_when_an_engine_starts_from_zero():
     collector = EngineStatsCollector()
     for stats in (
