@@ -167,10 +167,9 @@ def table(runs: list[dict], servers: list[str], scenarios: str) -> str:
                 def median(key: str, some: list[dict] = some) -> float:
                     return statistics.median(run[key] for run in some)
 
-                cells.append(
-                    f"{median('output_tokens_per_s'):.0f} tok/s, TTFT {median('ttft_p50_ms'):.0f} / "
-                    f"{median('ttft_p99_ms'):.0f}, TPOT {median('tpot_p50_ms'):.1f}"
-                )
+                ttft = f"TTFT {median('ttft_p50_ms'):.0f} / {median('ttft_p99_ms'):.0f}"
+                rate = f"{median('output_tokens_per_s'):.0f} tok/s"
+                cells.append(f"{rate}, {ttft}, TPOT {median('tpot_p50_ms'):.1f}")
             lines.append(f"| {letter} {phase} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

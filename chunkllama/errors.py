@@ -1,4 +1,4 @@
-"""Errors that a user can cause, each with one clear line; what only a bug can cause is an assertion."""
+"""Errors a user can cause, each one clear line; what only a bug can cause is an assertion."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class InvalidRequestError(ChunkLlamaError):
 
 
 class OverloadedError(ChunkLlamaError):
-    """The waiting queue is full (HTTP 429); ``retry_after`` seconds come from the pool's drain rate."""
+    """The queue is full (HTTP 429); ``retry_after`` seconds come from the pool's drain rate."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -13,6 +13,7 @@ from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
 from chunkllama.engine.client import as_exception, with_seed
 from chunkllama.engine.messages import ChoiceDelta, EngineRequest, TokenDelta
+from chunkllama.errors import InvalidRequestError
 from chunkllama.models.registry import resolve_model
 from chunkllama.models.spec import read_spec
 from chunkllama.outputs import CompletionOutput, RequestOutput
@@ -46,9 +47,8 @@ class LLM:
         self._tokenizer = load_tokenizer(folder)
         self._template = load_chat_template(folder, self._tokenizer)
         use_defaults = config.model.generation_config == "auto"
-        self._defaults = SamplingParams(
-            **(read_spec(folder).default_sampling if use_defaults else {})
-        )
+        defaults = read_spec(folder).default_sampling if use_defaults else {}
+        self._defaults = msgspec.convert(defaults, SamplingParams, strict=False)
         self._core = build_engine(config)
         self._ids = itertools.count()
 
@@ -64,17 +64,16 @@ class LLM:
         Raises:
             InvalidRequestError: a prompt does not fit the context or the pool.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
-        sampling = sampling_params or self._defaults
-        encoded: list[tuple[str | None, list[int]]] = []
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                ids = self._tokenizer.encode(prompt, add_special_tokens=True, allow_special=True)
-                encoded.append((prompt, ids))
-            else:
-                encoded.append((None, [int(token) for token in prompt]))  # type: ignore[union-attr]
-        return self._run(encoded, sampling, use_progress_bar)
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        several = cast(Sequence[Prompt], [prompts] if single else prompts)
+        encoded = [self._encode(prompt) for prompt in several]
+        return self._run(encoded, sampling_params or self._defaults, use_progress_bar)
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            ids = self._tokenizer.encode(prompt, add_special_tokens=True, allow_special=True)
+            return prompt, ids
+        return None, list(prompt)
 
     def chat(
         self,
@@ -85,12 +84,13 @@ class LLM:
         **template_options: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several at once, through the model's chat template."""
-        conversations: Sequence[Conversation] = (
-            [messages] if messages and isinstance(messages[0], dict) else messages  # type: ignore[list-item,assignment]
-        )
+        if self._template is None:
+            raise InvalidRequestError("this model has no chat template; use generate()", "messages")
+        single = len(messages) > 0 and isinstance(messages[0], dict)
+        several = cast(Sequence[Conversation], [messages] if single else messages)
         encoded: list[tuple[str | None, list[int]]] = [
             (None, self._template.encode(conversation, **template_options))
-            for conversation in conversations
+            for conversation in several
         ]
         return self._run(encoded, sampling_params or self._defaults, use_progress_bar)
 

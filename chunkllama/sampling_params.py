@@ -1,4 +1,4 @@
-"""Sampling parameters of one request, as the engine understands them (ids and numbers; strings stay with the text layer)."""
+"""Sampling parameters of one request: ids and numbers; strings stay with the text layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ MAX_SEED = 2**63 - 1
 
 
 class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A constraint on the output: ``kind`` is json_schema, json_object, regex, choice or lark; ``text`` its source."""
+    """A constraint on the output.
+
+    ``kind`` is json_schema, json_object, regex, choice or lark; ``text`` its source.
+    """
 
     kind: str
     text: str
@@ -22,12 +25,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """How tokens are drawn and when a choice ends.
 
     Attributes:
-        n: choices returned; ``best_of`` >= n are generated when given, the best n by mean log-probability returned.
+        n: choices returned; of ``best_of`` >= n generated ones the best n by mean log-probability.
         temperature: 0 is greedy. top_k: 0 or -1 is off. top_p in (0, 1]. min_p in [0, 1].
         seed: 63-bit; None lets the client draw one before the request reaches the engine.
         max_tokens: None means whatever fits the context and the pool.
-        stop: stop strings (text layer). stop_token_ids end a choice like an end-of-sequence token does.
-        logprobs: None is off; k >= 0 returns the sampled token's and the k best tokens' log-probabilities.
+        stop: stop strings (text layer). stop_token_ids end a choice as end-of-sequence does.
+        logprobs: None is off; k >= 0 returns the sampled token's log-probability and the k best.
         prompt_logprobs: the same for the prompt's tokens.
         beam_width: > 1 is beam search with ``length_penalty``; temperature must then be 0.
     """
@@ -86,7 +89,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             between("max_tokens", self.max_tokens, 0, 2**31 - 1)
             if self.min_tokens > self.max_tokens:
                 raise InvalidRequestError(
-                    f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}", "min_tokens"
+                    f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}",
+                    "min_tokens",
                 )
         between("beam_width", self.beam_width, 1, 32)
         if self.beam_width > 1 and self.temperature != 0.0:

@@ -1,4 +1,4 @@
-"""A thin OpenAI-style front for OpenVINO GenAI, which ships no server: only what benchmarks/compare.py asks for.
+"""A thin OpenAI-style front for OpenVINO GenAI: only what benchmarks/compare.py asks for.
 
 Run it in an environment of its own (openvino-genai, aiohttp; see README.md beside this file):
     python openvino_server.py FOLDER --port 8103
