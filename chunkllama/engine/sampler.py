@@ -60,31 +60,24 @@ class Sampler:
             sequences: of the N rows.
             masks: row -> grammar bit mask [ceil(V / 32)].
         """
-        best, greedy = logits.max(dim=1)
         if not masks and all(_is_plain(sequence.sampling) for sequence in sequences):
+            best, tokens = logits.max(dim=1)
             return [
                 Sampled(token, failed="" if finite else "model_nan")
-                for token, finite in zip(greedy.tolist(), best.isfinite().tolist(), strict=True)
+                for token, finite in zip(tokens.tolist(), best.isfinite().tolist(), strict=True)
             ]
-        broken = ~best.isfinite()
+        broken = ~logits.amax(dim=1).isfinite()
         if bool(broken.any()):
             logits[broken] = 0.0
         raw = _raw_logprobs(logits, sequences)
         self._edit(logits, sequences, masks)
-        best, greedy = logits.max(dim=1)
-        tokens = greedy
-        drawn = [r for r, s in enumerate(sequences) if s.sampling.temperature >= _MIN_TEMPERATURE]
+        empty = logits.amax(dim=1).isneginf()
         beams = _beam_candidates(logits, sequences)
-        if drawn:
-            every = len(drawn) == len(sequences)
-            rows = torch.tensor(drawn, device=logits.device)
-            chosen = _draw(logits if every else logits[rows], [sequences[r] for r in drawn])
-            tokens = chosen if every else greedy.index_put((rows,), chosen)
-        token_ids = tokens.tolist()
+        token_ids = _choose(logits, sequences)
         logprobs = _logprobs(raw, sequences, token_ids)
         failed = [
-            "model_nan" if nan else "" if finite else "no_allowed_token"
-            for nan, finite in zip(broken.tolist(), best.isfinite().tolist(), strict=True)
+            "model_nan" if is_broken else "no_allowed_token" if is_empty else ""
+            for is_broken, is_empty in zip(broken.tolist(), empty.tolist(), strict=True)
         ]
         return [
             Sampled(token, logprobs.get(row), beams.get(row), failed[row])
@@ -198,6 +191,24 @@ def _penalise(logits: torch.Tensor, sequences: list[SequenceState]) -> None:
         logits[row, ids] -= torch.from_numpy(penalty).to(logits.device, torch.float32)
 
 
+def _choose(logits: torch.Tensor, sequences: list[SequenceState]) -> list[int]:
+    """The best token of greedy rows, a drawn one of the others; logits [N, V] are overwritten."""
+    draws = [s.sampling.temperature >= _MIN_TEMPERATURE for s in sequences]
+    if all(draws):
+        return _ids(_draw(logits, sequences))
+    tokens = logits.argmax(dim=1)
+    if any(draws):
+        rows = torch.tensor([row for row, draw in enumerate(draws) if draw], device=logits.device)
+        drawn = _draw(logits[rows], [s for s, draw in zip(sequences, draws, strict=True) if draw])
+        tokens = tokens.index_put((rows,), drawn)
+    return _ids(tokens)
+
+
+def _ids(tokens: torch.Tensor) -> list[int]:
+    ids: list[int] = tokens.tolist()
+    return ids
+
+
 def _draw(logits: torch.Tensor, sequences: list[SequenceState]) -> torch.Tensor:
     """Token ids [R] drawn from logits [R, V] (overwritten) by inversion, in order of token id.
 
@@ -209,7 +220,9 @@ def _draw(logits: torch.Tensor, sequences: list[SequenceState]) -> torch.Tensor:
     logits -= torch.where(top.isfinite(), top, 0.0)
     logits /= torch.tensor([[s.temperature] for s in sampling], dtype=torch.float32, device=device)
     weights = logits.exp_()  # the best token's is 1
-    weights *= weights >= _edges(weights, sampling)
+    edge = _edges(weights, sampling)
+    if bool(edge.any()):
+        weights.masked_fill_(weights < edge, 0.0)
     draws = uniforms(
         [s.seed or 0 for s in sampling],
         [sequence.index for sequence in sequences],
@@ -227,20 +240,21 @@ def _edges(weights: torch.Tensor, sampling: list[SamplingParams]) -> torch.Tenso
     top_k = [s.top_k if 0 < s.top_k < vocab_size else vocab_size for s in sampling]
     if all(k == vocab_size for k in top_k) and all(s.top_p >= 1.0 for s in sampling):
         return edge
-    values = _sort_descending(weights)
+    falling = _sort_falling(weights)
     last = torch.tensor(top_k, device=device)[:, None] - 1
-    edge = torch.maximum(edge, values.gather(1, last))
-    sums = (values * (values >= edge)).double().cumsum(dim=1)
+    edge = torch.maximum(edge, falling.gather(1, last))
+    sums = falling.cumsum(dim=1, dtype=torch.float64)
+    num_left = torch.searchsorted(-falling, -edge, right=True)
     share = torch.tensor([[s.top_p] for s in sampling], dtype=torch.float64, device=device)
-    last = torch.searchsorted(sums, share * sums[:, -1:]).clamp(max=vocab_size - 1)
-    return torch.maximum(edge, values.gather(1, last))
+    last = torch.searchsorted(sums, share * sums.gather(1, num_left - 1))
+    return torch.maximum(edge, falling.gather(1, last.clamp(max=vocab_size - 1)))
 
 
-def _sort_descending(weights: torch.Tensor) -> torch.Tensor:
+def _sort_falling(weights: torch.Tensor) -> torch.Tensor:
     if weights.is_cuda:
         return weights.sort(dim=1, descending=True).values
     # numpy sorts with vector instructions: 2 ms for 16 rows of 49,152, where torch takes 129.
-    return -torch.from_numpy(np.sort(-weights.numpy(), axis=1))
+    return torch.from_numpy(np.sort(-weights.numpy(), axis=1)).neg_()
 
 
 def _block_sums(weights: torch.Tensor) -> torch.Tensor:
