@@ -54,11 +54,15 @@ class CupyLauncher:
     """Implements ``Launcher`` with CuPy RawKernels; safe under CUDA graph capture once every kernel
     has been launched before: it then allocates nothing and calls nothing but the launch.
 
+    Args:
+        device: the GPU.
+        table: tuning to use instead of the architecture's own (``benchmarks/gpu.py tune``).
+
     Raises:
         ConfigError: no CuPy, no such device, or one older than the kernels need.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, table: HardwareTable | None = None) -> None:
         self._cupy = _import_cupy()
         if not torch.cuda.is_available():
             raise ConfigError("device: cuda finds no usable NVIDIA GPU; use --device cpu")
@@ -69,7 +73,7 @@ class CupyLauncher:
             )
         # Any: torch's stubs lack shared_memory_per_block_optin.
         properties: Any = torch.cuda.get_device_properties(self.device_index)
-        self.table = table_for(
+        self.table = table or table_for(
             (properties.major, properties.minor), properties.shared_memory_per_block_optin
         )
         self.num_sms = properties.multi_processor_count
@@ -77,13 +81,11 @@ class CupyLauncher:
         self._functions: dict[KernelSpec, Any] = {}
 
     def launch(self, kernel: KernelSpec, grid: Grid, params: bytes) -> None:
-        function = self._functions.get(kernel)
         if torch.cuda.current_device() != self.device_index:
             with torch.cuda.device(self.device_index):
                 self.launch(kernel, grid, params)
             return
-        if function is None:
-            function = self._functions[kernel] = self._compile(kernel)
+        function = self._function(kernel)
         struct = np.frombuffer(params, dtype=f"V{len(params)}")
         function(
             grid,
@@ -92,6 +94,17 @@ class CupyLauncher:
             shared_mem=kernel.shared_bytes,
             stream=self._stream,
         )
+
+    def resources(self, kernel: KernelSpec) -> tuple[int, int]:
+        """Registers per thread and bytes of local memory (spills) of a compiled kernel."""
+        with torch.cuda.device(self.device_index):
+            function = self._function(kernel)
+            return int(function.num_regs), int(function.local_size_bytes)
+
+    def _function(self, kernel: KernelSpec) -> Any:
+        if kernel not in self._functions:
+            self._functions[kernel] = self._compile(kernel)
+        return self._functions[kernel]
 
     def _compile(self, kernel: KernelSpec) -> Any:
         module = self._cupy.RawModule(

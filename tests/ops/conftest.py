@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "emulation"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # gpu_suite
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

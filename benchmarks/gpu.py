@@ -1,0 +1,78 @@
+"""Everything a GPU is needed for, in one place: check the kernels, measure them, tune them.
+
+    python benchmarks/gpu.py check     numbers: device layer, attention, ops, graphs, a model
+    python benchmarks/gpu.py bench     times: against torch SDPA, varlen, FlashInfer, sharing off
+    python benchmarks/gpu.py tune      sweeps tile shapes; writes configs/hardware/<arch>.yaml
+
+Needs torch, numpy and CuPy. Work is cut into points of at most 40 s in a fixed order of value;
+results are appended to benchmarks/results/gpu-<verb>.jsonl, and a later run goes on where the last
+one stopped. Every verb ends within --budget seconds (8 minutes) with a short table.
+
+--dry-run goes through every step before the first launch, on any machine, and stores nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu_suite import bench, check, tune
+from gpu_suite.device import Device
+from gpu_suite.points import POINT_SECONDS, Record, print_table, run_points
+
+from chunkllama.errors import ConfigError
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("verb", choices=("check", "bench", "tune", "sanitized"))
+    parser.add_argument("--dry-run", action="store_true", help="every step before the first launch")
+    parser.add_argument("--budget", type=float, default=480.0, help="seconds (default: 480)")
+    parser.add_argument("--fresh", action="store_true", help="measure again what has a result")
+    parser.add_argument("--points", default="", help="only points whose name contains this")
+    arguments = parser.parse_args()
+    try:
+        device = Device.open(arguments.dry_run)
+    except (ConfigError, AssertionError, RuntimeError) as error:
+        print(f"no GPU to run on ({error}); --dry-run needs none", file=sys.stderr)
+        return 2
+    if arguments.verb == "sanitized":  # the part of `check` that runs under compute-sanitizer
+        check.run_small_cases(device)
+        return 0
+    return run_verb(arguments, device)
+
+
+def run_verb(arguments: argparse.Namespace, device: Device) -> int:
+    verb, machine = arguments.verb, device.describe()
+    points_of = {"check": check.check_points, "bench": bench.bench_points, "tune": tune.tune_points}
+    points = [p for p in points_of[verb](device) if arguments.points in p.name]
+    results = None if device.dry else RESULTS / f"gpu-{verb}.jsonl"
+    if results and arguments.fresh:
+        results.unlink(missing_ok=True)
+    records = run_points(verb, points, results, machine, max(arguments.budget, POINT_SECONDS))
+    rows_of = {"check": check.check_rows, "bench": bench.bench_rows, "tune": tune.tune_rows}
+    if verb == "tune" and not device.dry:
+        print("wrote", tune.write_table(device.launcher.table, records, machine))
+    print()
+    print_table(rows_of[verb](records))
+    return report(records, len(points))
+
+
+def report(records: list[Record], total: int) -> int:
+    """The last line; 1 if a point failed."""
+    failed = [record["point"] for record in records if "error" in record]
+    print(f"{len(records)} of {total} points done, {len(failed)} failed {failed or ''}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    sys.exit(main())

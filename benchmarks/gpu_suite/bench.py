@@ -1,0 +1,176 @@
+"""`bench`: our attention against peers and against itself without sharing, in order of value."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from gpu_suite.device import Device
+from gpu_suite.peers import PEERS, sdpa_per_sequence
+from gpu_suite.points import Point, Record
+from gpu_suite.workload import Step, Workload
+
+GQA = {"num_qo_heads": 32, "num_kv_heads": 8}
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_MEMORY_SHARE = 0.8  # of the free memory that a point may take
+
+
+def bench_points(device: Device) -> list[Point]:
+    """Headlines first, then the Table 3 grid, GQA, batch sweeps, other shapes."""
+    headline = Workload(32, 4096, 0)
+    points = [_compare(device, headline), _bandwidth(device), _nothing_shared(device)]
+    points += [_overhead(device)]
+    grid = [Workload(32, ns, nu) for ns in (4096, 2048, 1024) for nu in (512, 0)]
+    grid += [Workload(32, ns, nu, **GQA) for ns in (4096, 2048, 1024) for nu in (512, 0)]
+    for kind in (GQA, {}):
+        grid += [Workload(b, 2048, nu, **kind) for nu in (512, 0) for b in BATCHES]
+    grid += [
+        Workload(32, 2048, nu, num_qo_heads=32, num_kv_heads=8, head_dim=head_dim, dtype=dtype)
+        for head_dim, dtype in ((64, "bf16"), (128, "fp16"), (256, "bf16"), (96, "bf16"))
+        for nu in (512, 0)
+    ]
+    seen = {headline.name}
+    for workload in grid:
+        if workload.name not in seen:
+            seen.add(workload.name)
+            points.append(_compare(device, workload))
+    return points
+
+
+def _compare(device: Device, workload: Workload) -> Point:
+    def run() -> Record:
+        layers = workload.num_layers(device)
+        step = Step(workload, device, layers)
+        plans = {"ours": step.upload(), "ours_unshared": step.upload(sharing=False)}
+        times: Record = {}
+        for name, plan in plans.items():
+            times[name] = _time(device, lambda layer, p=plan: step.attend(p, layer), layers)
+        skipped: Record = {}
+        for name, build in PEERS.items():
+            if name == "sdpa" and not _fits(device, workload):
+                skipped[name] = "K and V per sequence do not fit the memory"
+                continue
+            try:
+                times[name] = _time(device, build(step), layers)
+            except (ImportError, AttributeError, RuntimeError, TypeError) as error:
+                skipped[name] = f"{type(error).__name__}: {str(error)[:200]}"
+        ours = times["ours"]
+        return {
+            "layers": layers,
+            "us": times,
+            "gb_per_s": workload.unique_bytes / ours / 1e3,
+            "items": plans["ours"].host.num_items,
+            "speedup": {name: value / ours for name, value in times.items() if name != "ours"},
+            "skipped": skipped,
+        }
+
+    return Point(f"compare {workload.name}", run)
+
+
+def _time(device: Device, step: Callable[[int], Any], layers: int) -> float:
+    return round(device.microseconds(step, layers), 3)
+
+
+def _fits(device: Device, workload: Workload) -> bool:
+    if device.dry:
+        return True
+    needed = workload.rows * workload.context * workload.token_bytes
+    return 2 * needed < _MEMORY_SHARE * torch.cuda.mem_get_info()[0]
+
+
+def _bandwidth(device: Device) -> Point:
+    """Private tokens against a plain copy, and shared plus private against the two-phase roofline:
+    every unique byte once, at the copy's rate.
+    """
+
+    def run() -> Record:
+        copy = device.copy_bandwidth()
+        shares: Record = {"copy_gb_per_s": copy / 1e9}
+        for workload in (Workload(64, 0, 2048, **GQA), Workload(32, 4096, 512)):
+            layers = workload.num_layers(device)
+            step = Step(workload, device, layers)
+            plan = step.upload()
+            us = device.microseconds(lambda layer, s=step, p=plan: s.attend(p, layer), layers)
+            shares[workload.name] = workload.unique_bytes / (1e-6 * us) / copy
+        return shares
+
+    return Point("bandwidth of private tokens and of the two phases", run)
+
+
+def _nothing_shared(device: Device) -> Point:
+    """200 paired alternations against flash-decoding where there is nothing to share."""
+    workload = Workload(16, 0, 2048, **GQA)
+
+    def run() -> Record:
+        layers = workload.num_layers(device)
+        step = Step(workload, device, layers)
+        plan = step.upload()
+        peer = sdpa_per_sequence(step)
+        if device.dry:
+            step.attend(plan, 0)
+            peer(0)
+            return {"pairs": 0}
+        ours = device.timer(lambda layer: step.attend(plan, layer), layers)
+        theirs = device.timer(peer, layers)
+        ratios = sorted(ours(0.0) / theirs(0.0) for _ in range(200))
+        return {"pairs": 200, "median": median(ratios), "p5": ratios[10], "p95": ratios[190]}
+
+    return Point(f"nothing shared {workload.name}", run)
+
+
+def _overhead(device: Device) -> Point:
+    """Host time of append and attention per layer without graphs, and of a plan."""
+    workload = Workload(32, 1024, 64, **GQA)
+
+    def run() -> Record:
+        step = Step(workload, device, 1)
+        plan = step.upload()
+        width = (workload.num_qo_heads + 2 * workload.num_kv_heads) * workload.head_dim
+        place = {"device": device.torch_device}
+        qkv = torch.zeros(workload.rows, width, dtype=step.q.dtype, **place)
+        cos_sin = torch.zeros(workload.context, workload.head_dim, **place)
+
+        def layer() -> None:
+            step.ops.rope_append(qkv, step.positions, cos_sin, step.kv, 0, plan)
+            step.attend(plan, 0)
+
+        layer()
+        count = 1 if device.dry else 500
+        _synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(count):
+            layer()
+        launched = time.perf_counter() - begin
+        _synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(count):
+            step.upload()
+        planned = time.perf_counter() - begin
+        return {
+            "launch_us_per_layer": 1e6 * launched / count,
+            "plan_us_per_step": 1e6 * planned / count,
+        }
+
+    return Point("host overhead", run)
+
+
+def _synchronize(device: Device) -> None:
+    if not device.dry:
+        torch.cuda.synchronize()
+
+
+def bench_rows(records: list[Record]) -> list[dict[str, Any]]:
+    """The short table: one line per compared workload."""
+    return [
+        {
+            "workload": record["point"].removeprefix("compare "),
+            "us": record["result"]["us"]["ours"],
+            "GB/s": record["result"]["gb_per_s"],
+            **{f"x {name}": value for name, value in record["result"]["speedup"].items()},
+        }
+        for record in records
+        if "speedup" in record.get("result", {})
+    ]

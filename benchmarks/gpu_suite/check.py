@@ -1,0 +1,306 @@
+"""`check`: the kernels on a real GPU against the emulator's vectors, float64 and the reference ops.
+
+In order of value: the device layer, the numeric suite, captured launches, the model, the sanitizer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from gpu_suite.device import DTYPES, Device
+from gpu_suite.llama import compare_with_reference, random_spec
+from gpu_suite.points import Point, Record
+from gpu_suite.workload import Step, Workload
+
+from chunkllama.attention.plan import Planner
+from chunkllama.ops.cuda import CudaOps
+from chunkllama.ops.reference import ReferenceOps
+from chunkllama.ops.source import DTYPES as DTYPE_NAMES
+from chunkllama.ops.source import HEAD_DIMS, PARAMS, conformance_kernel, data_folder
+
+TOLERANCE = {"bf16": 2e-3, "fp16": 5e-4}
+_ROUNDING = {"bf16": 2**-7, "fp16": 2**-10}
+# Words of kernels/cuda/conformance.cuh that are computed, not moved.
+_COMPUTED_WORDS = [*range(12, 20), 27, 28, 29]
+
+
+def check_points(device: Device) -> list[Point]:
+    points = [_conformance(device, dtype) for dtype in DTYPE_NAMES]
+    points += [_attention(device, d, t) for d in (128, *HEAD_DIMS[:2], 256) for t in DTYPE_NAMES]
+    points += [_small_ops(device, dtype) for dtype in DTYPE_NAMES]
+    points += [_replay(device)]
+    points += [_model(device, head_dim, t) for head_dim in (64, 128) for t in DTYPE_NAMES]
+    return [*points, *(_sanitizer(device, tool) for tool in ("memcheck", "racecheck", "synccheck"))]
+
+
+def _conformance(device: Device, dtype: str) -> Point:
+    def run() -> Record:
+        stored = json.loads((data_folder("kernels") / "emulation" / "conformance.json").read_text())
+        vectors = stored[dtype]
+        place = {"device": device.torch_device}
+        elements = torch.from_numpy(np.array(vectors["elements"], np.uint16).view(np.int16))
+        elements = elements.to(**place)
+        numbers = torch.tensor(vectors["numbers"], dtype=torch.float32, **place)
+        results = torch.zeros(32, 32, dtype=torch.int32, **place)
+        params = PARAMS["ConformanceParams"].pack(
+            elements.data_ptr(), numbers.data_ptr(), results.data_ptr()
+        )
+        device.launcher.launch(conformance_kernel(dtype), (1, 1, 1), params)
+        expected = np.array(vectors["results"], np.uint32)
+        if device.dry:
+            return {"words": expected.size}
+        got = results.cpu().numpy().view(np.uint32)
+        moved = [word for word in range(32) if word not in _COMPUTED_WORDS]
+        wrong = np.argwhere(got[:, moved] != expected[:, moved])
+        assert not len(wrong), f"lane, word: {[(a, moved[b]) for a, b in wrong.tolist()][:8]}"
+        values = [x[:, _COMPUTED_WORDS].copy().view(np.float32) for x in (got, expected)]
+        np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-5)
+        return {"words": expected.size}
+
+    return Point(f"device layer {dtype}", run)
+
+
+def _cases(head_dim: int, dtype: str) -> list[Workload]:
+    shapes = [(1, 0, 700), (5, 0, 100), (9, 320, 37), (40, 192, 1), (300, 64, 70), (33, 1024, 0)]
+    groups = [(1, 2), (3, 2), (4, 1), (8, 2), (12, 1), (71, 1)]
+    return [
+        Workload(
+            rows,
+            shared,
+            private,
+            num_qo_heads=group * kv_heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+        )
+        for (rows, shared, private), (group, kv_heads) in zip(shapes, groups, strict=True)
+    ]
+
+
+def _attention(device: Device, head_dim: int, dtype: str) -> Point:
+    """Decode steps and causal slices against float64."""
+
+    def run() -> Record:
+        errors = {}
+        for workload in _cases(head_dim, dtype):
+            step = Step(workload, device, 1)
+            _scale_values(step)
+            _poison_ends(step)
+            errors[workload.name] = _error(step, step.attend(step.upload(), 0))
+        for prefix, new in ((0, 200), (100, 1), (130, 90)):
+            errors[f"causal {prefix} + {new}"] = _causal_error(
+                device,
+                replace(_cases(head_dim, dtype)[3], rows=1, shared=0, private=prefix + new),
+                new,
+            )
+        worst = max(errors.values())
+        assert device.dry or worst <= TOLERANCE[dtype], errors
+        return {"cases": len(errors), "largest_error": worst}
+
+    return Point(f"attention {head_dim} {dtype}", run)
+
+
+def _scale_values(step: Step) -> None:
+    """|V| below 1/2: rounding an output then costs less than half the tolerance."""
+    step.kv.layers[0][:, 1].uniform_(-0.5, 0.5)
+
+
+def _poison_ends(step: Step) -> None:
+    """NaN behind every sequence's end."""
+    used = (step.workload.private - 1) % 64 + 1
+    if step.workload.private and used < 64:
+        last = torch.tensor([int(row[-1]) for row in step.workload.chunk_ids()])
+        step.kv.layers[0][last.to(step.device.torch_device), :, :, used:] = float("nan")
+
+
+def _error(step: Step, out: torch.Tensor) -> float:
+    if step.device.dry:
+        return 0.0
+    w = step.workload
+    keys, values = (x.double() for x in step.contiguous())
+    q = step.q.double().view(w.rows, w.num_kv_heads, -1, w.head_dim)
+    weights = torch.softmax(q @ keys.transpose(-1, -2) * w.scale, -1)
+    return float((out.view(q.shape).double() - weights @ values).abs().max())
+
+
+def _causal_error(device: Device, workload: Workload, new: int) -> float:
+    """One slice of ``new`` rows at the end of a context."""
+    step = Step(workload, device, 1)
+    _scale_values(step)
+    ops, w, first = step.ops, workload, workload.context - new
+    packing = ops.packing(
+        num_qo_heads=w.num_qo_heads, num_kv_heads=w.num_kv_heads, head_dim=w.head_dim
+    )
+    plan = Planner(packing, 64).build([0], [first], [new], w.chunk_ids(), [0], 0)
+    q = torch.empty(
+        new, w.num_qo_heads, w.head_dim, dtype=DTYPES[w.dtype], device=device.torch_device
+    ).normal_()
+    positions = torch.arange(first, w.context, dtype=torch.int32, device=device.torch_device)
+    device_plan = ops.upload_plan(plan, step.kv, num_qo_heads=w.num_qo_heads)
+    out = ops.tpp_attention(q, step.kv, 0, positions, device_plan, w.scale)
+    if device.dry:
+        return 0.0
+    keys, values = (x.double()[0] for x in step.contiguous())  # [Hkv, context, D]
+    rows = q.double().view(new, w.num_kv_heads, -1, w.head_dim).permute(1, 2, 0, 3)
+    scores = rows @ keys.unsqueeze(1).transpose(-1, -2) * w.scale
+    hidden = torch.arange(w.context, device=device.torch_device) > positions.unsqueeze(1)
+    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1)
+    expected = (weights @ values.unsqueeze(1)).permute(2, 0, 1, 3).reshape(q.shape)
+    return float((out.view(q.shape).double() - expected).abs().max())
+
+
+def _small_ops(device: Device, dtype: str) -> Point:
+    """Append, norm, gate and copies against the torch reference on the same device."""
+
+    def run() -> Record:
+        torch.manual_seed(0)
+        for head_dim in HEAD_DIMS:
+            _check_append_and_copies(device, head_dim, dtype)
+        ops, reference = device.ops(64, 2, dtype), ReferenceOps(device.torch_device)
+        for size in (8, 576, 4096, 11008):
+            place = {"dtype": DTYPES[dtype], "device": device.torch_device}
+            x, residual = torch.empty(2, 17, size, **place).normal_()
+            weight = torch.empty(size, **place).normal_()
+            want = reference.rms_norm(x, weight, 1e-5, residual)
+            for got, expected in zip(
+                ops.rms_norm(x.clone(), weight, 1e-5, residual.clone()), want, strict=True
+            ):
+                _assert_close(device, got, expected, dtype)
+            gate_up = torch.empty(17, 2 * size, **place).normal_()
+            _assert_close(device, ops.silu_and_mul(gate_up), reference.silu_and_mul(gate_up), dtype)
+        return {"head_dims": len(HEAD_DIMS)}
+
+    return Point(f"append, copies, norm, gate {dtype}", run)
+
+
+def _check_append_and_copies(device: Device, head_dim: int, dtype: str) -> None:
+    workload = Workload(9, 128, 70, num_qo_heads=6, num_kv_heads=2, head_dim=head_dim, dtype=dtype)
+    step = Step(workload, device, 2)
+    if device.dry:  # the reference needs data
+        step.upload()
+        return
+    ops, reference = step.ops, ReferenceOps(device.torch_device)
+    plan = workload.plan(ops)
+    expected = replace(step.kv, layers=[layer.clone() for layer in step.kv.layers])
+    place = {"device": device.torch_device}
+    qkv = torch.randn(workload.rows, 10 * head_dim, **place).to(DTYPES[dtype])
+    cos_sin = torch.randn(workload.context, head_dim, **place)
+    arguments = (qkv, step.positions, cos_sin)
+    got = ops.rope_append(*arguments, step.kv, 1, ops.upload_plan(plan, step.kv, num_qo_heads=6))
+    want = reference.rope_append(
+        *arguments, expected, 1, reference.upload_plan(plan, expected, num_qo_heads=6)
+    )
+    _assert_close(device, got, want, dtype)
+    triples = [(0, 1, 64), (2, 3, 1), (1, 4, 33), (4, 2, 5)]
+    ops.copy_chunks(step.kv, triples)
+    reference.copy_chunks(expected, triples)
+    for layer, want_layer in zip(step.kv.layers, expected.layers, strict=True):
+        _assert_close(device, layer, want_layer, dtype)
+
+
+def _assert_close(device: Device, got: torch.Tensor, want: torch.Tensor, dtype: str) -> None:
+    assert got.shape == want.shape
+    if not device.dry:
+        tolerance = _ROUNDING[dtype]
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance / 8)
+
+
+def _replay(device: Device) -> Point:
+    """A captured graph computes whatever plan of its capacity lies in the buffer."""
+
+    def run() -> Record:
+        base = Workload(24, 512, 100, num_qo_heads=8, num_kv_heads=2)
+        step = Step(base, device, 1)
+        _scale_values(step)
+        capacity = replace(base.plan(step.ops).capacity, items=512, slots=2048, chunk_ids=4096)
+        others = [replace(base, private=private) for private in (100, 1, 64, 90)]
+        plans = [_plan_of_capacity(other, step.ops, capacity) for other in others]
+        plan = step.ops.upload_plan(plans[0], step.kv, num_qo_heads=8, replayable=True)
+        if device.dry:
+            step.attend(plan, 0)
+            return {"plans": len(plans)}
+        step.attend(plan, 0)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step.attend(plan, 0)
+        errors = []
+        for other, host in zip(others, plans, strict=True):
+            plan.buffer.copy_(torch.from_numpy(host.buffer))
+            step.positions.fill_(other.context - 1)
+            graph.replay()
+            torch.cuda.synchronize()
+            seen = Step(other, device, 1)
+            seen.__dict__.update(kv=step.kv, q=step.q)
+            errors.append(_error(seen, out))
+        assert max(errors) <= TOLERANCE["bf16"], errors
+        return {"plans": len(plans), "largest_error": max(errors)}
+
+    return Point("captured launches follow the plan", run)
+
+
+def _plan_of_capacity(workload: Workload, ops: CudaOps, capacity):  # type: ignore[no-untyped-def]
+    packing = ops.packing(num_qo_heads=8, num_kv_heads=2, head_dim=128)
+    count = workload.rows
+    return Planner(packing, 64).build(
+        list(range(count)),
+        [workload.context - 1] * count,
+        [1] * count,
+        workload.chunk_ids(),
+        [0] + [workload.shared_chunks] * (count - 1),
+        0,
+        capacity,
+    )
+
+
+def _model(device: Device, head_dim: int, dtype: str) -> Point:
+    def run() -> Record:
+        spec, cpu = random_spec(head_dim), ReferenceOps(torch.device("cpu"))
+        if device.dry:
+            return compare_with_reference(cpu, cpu, spec, torch.bfloat16, decode_steps=2)
+        ops = device.ops(head_dim, spec.num_kv_heads, dtype)
+        return dict(compare_with_reference(ops, cpu, spec, DTYPES[dtype]))
+
+    return Point(f"greedy answers {head_dim} {dtype}", run)
+
+
+def _sanitizer(device: Device, tool: str) -> Point:
+    def run() -> Record:
+        binary = shutil.which("compute-sanitizer")
+        if binary is None or device.dry:
+            return {"skipped": "compute-sanitizer is not on the path"}
+        entry = Path(__file__).parents[1] / "gpu.py"
+        command = [binary, "--tool", tool, "--error-exitcode", "9", sys.executable, str(entry)]
+        process = subprocess.run(
+            [*command, "sanitized"], capture_output=True, text=True, check=False
+        )
+        assert process.returncode == 0, (process.stdout + process.stderr)[-2000:]
+        return {"tool": tool, "findings": 0}
+
+    return Point(f"compute-sanitizer {tool}", run)
+
+
+def run_small_cases(device: Device) -> None:
+    """What the sanitizer watches: one small decode step and one causal slice per tile class."""
+    for workload in (Workload(5, 128, 37, 4, 2, 64), Workload(20, 128, 3, 4, 2, 128)):
+        step = Step(workload, device, 1)
+        step.attend(step.upload(), 0)
+    _causal_error(device, Workload(1, 0, 150, 4, 2, 64), 80)
+
+
+def check_rows(records: list[Record]) -> list[Record]:
+    """The short table: one line per point."""
+    return [
+        {
+            "check": record["point"],
+            "": "FAILED" if "error" in record else "ok",
+            "detail": record.get("error") or record["result"],
+        }
+        for record in records
+    ]

@@ -1,0 +1,131 @@
+"""The device under test: a GPU through CuPy, or none for a dry run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from chunkllama.ops.cuda import CudaOps
+from chunkllama.ops.launch import CupyLauncher, Grid, Launcher
+from chunkllama.ops.source import PARAMS, HardwareTable, KernelSpec, cuda_source, hardware_tables
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class DryLauncher:
+    """Everything but the launch: checks what would be launched. Stands for an H200."""
+
+    table: HardwareTable = field(default_factory=lambda: hardware_tables()[-1])
+    num_sms: int = 132
+
+    def launch(self, kernel: KernelSpec, grid: Grid, params: bytes) -> None:
+        assert kernel.expression.split("<")[0] in cuda_source(kernel.file_name)
+        assert len(params) == PARAMS[kernel.params].size and min(grid) > 0
+        assert kernel.shared_bytes <= self.table.shared_bytes_per_block
+
+    def resources(self, kernel: KernelSpec) -> tuple[int, int]:
+        return kernel.max_registers, 0
+
+
+@dataclass
+class Device:
+    """Where tensors live and who launches; ``dry``: tensors have no data and nothing runs."""
+
+    dry: bool
+    torch_device: torch.device
+    launcher: Any
+
+    @classmethod
+    def open(cls, dry: bool) -> Device:
+        if dry:
+            return cls(True, torch.device("meta"), DryLauncher())
+        device = torch.device("cuda", torch.cuda.current_device())
+        return cls(False, device, CupyLauncher(device))
+
+    def ops(self, head_dim: int, num_kv_heads: int, dtype: str = "bf16") -> CudaOps:
+        launcher: Launcher = self.launcher
+        return CudaOps(
+            self.torch_device,
+            dtype=DTYPES[dtype],
+            head_dim=head_dim,
+            num_kv_heads=num_kv_heads,
+            launcher=launcher,
+        )
+
+    def with_table(self, table: HardwareTable) -> Device:
+        """The same device under another tuning."""
+        if self.dry:
+            return replace(self, launcher=DryLauncher(table, self.launcher.num_sms))
+        return replace(self, launcher=CupyLauncher(self.torch_device, table))
+
+    def describe(self) -> dict[str, Any]:
+        software = {"torch": torch.__version__, "python": platform.python_version()}
+        if self.dry:
+            return {"name": "dry run", **software}
+        import cupy
+
+        properties = torch.cuda.get_device_properties(self.torch_device)
+        return {
+            "name": properties.name,
+            "sms": properties.multi_processor_count,
+            "l2_bytes": self.l2_bytes,
+            "cuda": torch.version.cuda,
+            "cupy": cupy.__version__,
+            **software,
+        }
+
+    @property
+    def l2_bytes(self) -> int:
+        if self.dry:
+            return 50 << 20
+        properties: Any = torch.cuda.get_device_properties(self.torch_device)
+        return int(properties.L2_cache_size)
+
+    def microseconds(self, step: Callable[[int], Any], layers: int, seconds: float = 0.4) -> float:
+        """Median time of ``step(layer)`` in a CUDA graph that walks all layers once a replay."""
+        if self.dry:
+            step(0)
+            return float("nan")
+        return self.timer(step, layers)(seconds)
+
+    def timer(self, step: Callable[[int], Any], layers: int) -> Callable[[float], float]:
+        """Captures the graph; the returned function replays it for some seconds and gives the
+        median microseconds per layer.
+        """
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                step(0)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for layer in range(layers):
+                step(layer)
+
+        def measure(seconds: float) -> float:
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            times: list[float] = []
+            while not times or (sum(times) < seconds * 1000 and len(times) < 400):
+                first.record()
+                graph.replay()
+                last.record()
+                last.synchronize()
+                times.append(first.elapsed_time(last))
+            return 1000 * median(times) / layers
+
+        return measure
+
+    def copy_bandwidth(self) -> float:
+        """Bytes read and written per second by a plain device copy of 2 GiB."""
+        if self.dry:
+            return float("nan")
+        source = torch.empty(2 << 30, dtype=torch.uint8, device=self.torch_device)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / (1e-6 * self.microseconds(lambda _: target.copy_(source), 1))

@@ -1,0 +1,197 @@
+"""A seeded random Llama, forced along one sequence of tokens on two op sets, logits compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from chunkllama.attention.backend import AttentionBackend
+from chunkllama.attention.plan import Planner
+from chunkllama.models.layers import LayerWeights, Linear, LlamaWeights
+from chunkllama.models.llama import Llama
+from chunkllama.models.rotary import rotary_table
+from chunkllama.models.spec import ModelSpec
+from chunkllama.ops.op_set import OpSet
+
+CHUNK = 64
+# Largest difference of a logit (their standard deviation is LOGIT_SCALE) between a bfloat16 or
+# float16 model and the float32 reference over the same rounded weights.
+LOGIT_TOLERANCE = {torch.bfloat16: 0.25, torch.float16: 0.04}
+LOGIT_SCALE = 3.0
+
+
+@dataclass(frozen=True)
+class Slice:
+    """``attention.backend.PlannedSlice``."""
+
+    slot: int
+    first_position: int
+    num_tokens: int
+    chunk_ids: np.ndarray
+    shared: int
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """``attention.backend.PlannedStep``, with the tokens of its rows."""
+
+    slices: list[Slice]
+    plan_version: int
+    tokens: list[int]
+
+
+def random_spec(head_dim: int = 64, num_qo_heads: int = 6, num_kv_heads: int = 2) -> ModelSpec:
+    return ModelSpec(
+        num_layers=3,
+        hidden_size=256,
+        intermediate_size=512,
+        num_qo_heads=num_qo_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=500,
+        max_position=512,
+    )
+
+
+def random_weights(spec: ModelSpec, dtype: torch.dtype, seed: int = 0) -> LlamaWeights:
+    """Weights on the CPU that keep activations near 1 and logits near LOGIT_SCALE."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
+        values = torch.randn(rows, columns, generator=generator)
+        return (gain * columns**-0.5 * values).to(dtype)
+
+    def norm() -> torch.Tensor:
+        return (1 + 0.1 * torch.randn(spec.hidden_size, generator=generator)).to(dtype)
+
+    heads = spec.num_qo_heads * spec.head_dim
+    layers = [
+        LayerWeights(
+            input_norm=norm(),
+            qkv=Linear(matrix(spec.qkv_size, spec.hidden_size)),
+            output=Linear(matrix(spec.hidden_size, heads)),
+            mlp_norm=norm(),
+            gate_up=Linear(matrix(2 * spec.intermediate_size, spec.hidden_size)),
+            down=Linear(matrix(spec.hidden_size, spec.intermediate_size)),
+        )
+        for _ in range(spec.num_layers)
+    ]
+    return LlamaWeights(
+        embedding=torch.randn(spec.vocab_size, spec.hidden_size, generator=generator).to(dtype),
+        layers=layers,
+        norm=norm(),
+        lm_head=matrix(spec.vocab_size, spec.hidden_size, LOGIT_SCALE),
+    )
+
+
+def moved(weights: LlamaWeights, device: torch.device, dtype: torch.dtype) -> LlamaWeights:
+    def move(x: torch.Tensor) -> torch.Tensor:
+        return x.to(device=device, dtype=dtype)
+
+    layers = [
+        LayerWeights(
+            input_norm=move(layer.input_norm),
+            qkv=Linear(move(layer.qkv.weight)),
+            output=Linear(move(layer.output.weight)),
+            mlp_norm=move(layer.mlp_norm),
+            gate_up=Linear(move(layer.gate_up.weight)),
+            down=Linear(move(layer.down.weight)),
+        )
+        for layer in weights.layers
+    ]
+    return LlamaWeights(move(weights.embedding), layers, move(weights.norm), move(weights.lm_head))
+
+
+class ForcedLlama:
+    """The model on one op set; ``step`` returns the logits of each slice's last row."""
+
+    def __init__(
+        self, ops: OpSet, spec: ModelSpec, weights: LlamaWeights, dtype: torch.dtype
+    ) -> None:
+        packing = ops.packing(
+            num_qo_heads=spec.num_qo_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+        )
+        kv = ops.allocate_kv(
+            num_layers=spec.num_layers,
+            num_chunks=64,
+            chunk_size=CHUNK,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            dtype=dtype,
+        )
+        for layer in kv.layers:
+            layer.fill_(float("nan"))
+        planner = Planner(packing, CHUNK)
+        self.device = ops.device
+        self.backend = AttentionBackend(ops, kv, planner, spec.num_qo_heads, spec.head_dim**-0.5)
+        table = rotary_table(spec.rope, spec.head_dim, spec.max_position).to(ops.device)
+        self.model = Llama(spec, moved(weights, ops.device, dtype), self.backend, table)
+
+    def step(self, step: PlannedStep) -> torch.Tensor:
+        positions = np.concatenate(
+            [np.arange(s.first_position, s.first_position + s.num_tokens) for s in step.slices]
+        ).astype(np.int32)
+        hidden = self.model.forward(
+            torch.tensor(step.tokens, device=self.device),
+            torch.from_numpy(positions).to(self.device),
+            self.backend.plan(step),
+        )
+        last = np.cumsum([s.num_tokens for s in step.slices]) - 1
+        return self.model.logits(hidden[torch.from_numpy(last).to(self.device)]).cpu()
+
+
+def conversation_steps(
+    reference: ForcedLlama, vocab_size: int, decode_steps: int
+) -> tuple[list[PlannedStep], list[torch.Tensor]]:
+    """Greedy decoding on the reference: a prefix prefilled once, three prompts below it, decode.
+
+    Returns the steps (with the reference's tokens) and the reference's logits of each.
+    """
+    rng = np.random.default_rng(1)
+    prefix, tails = 130, (1, 70, 33)  # two whole chunks are shared
+    tokens = rng.integers(0, vocab_size, prefix + 200).tolist()
+    paths = [np.array([7, 3, 10 + 4 * i, 11 + 4 * i, 12 + 4 * i], np.int32) for i in range(3)]
+    whole = prefix // CHUNK * CHUNK
+    steps = [PlannedStep([Slice(0, 0, whole, paths[0], 0)], 0, tokens[:whole])]
+    slices, step_tokens = [], []
+    for i, tail in enumerate(tails):
+        count = prefix - whole + tail
+        slices.append(Slice(i, whole, count, paths[i], 2 if i else 0))
+        step_tokens += tokens[whole:prefix] + tokens[prefix + i : prefix + i + tail]
+    steps.append(PlannedStep(slices, 0, step_tokens))
+    logits = [reference.step(step) for step in steps]
+    for n in range(decode_steps):
+        slices = [
+            Slice(i, prefix + tail + n, 1, paths[i], 2 if i else 0) for i, tail in enumerate(tails)
+        ]
+        steps.append(PlannedStep(slices, 1, logits[-1].argmax(-1).tolist()))
+        logits.append(reference.step(steps[-1]))
+    return steps, logits
+
+
+def compare_with_reference(
+    ops: OpSet, reference_ops: OpSet, spec: ModelSpec, dtype: torch.dtype, decode_steps: int = 40
+) -> dict[str, float]:
+    """Force the reference's greedy tokens through ``ops``; raise AssertionError where the logits
+    leave the tolerance, or the top token differs though its lead is above twice the tolerance.
+    """
+    weights = random_weights(spec, dtype)
+    reference = ForcedLlama(reference_ops, spec, weights, torch.float32)
+    steps, expected = conversation_steps(reference, spec.vocab_size, decode_steps)
+    forced = ForcedLlama(ops, spec, weights, dtype)
+    tolerance, worst, decided = LOGIT_TOLERANCE[dtype], 0.0, 0
+    for step, want in zip(steps, expected, strict=True):
+        got = forced.step(step)
+        worst = max(worst, float((got - want).abs().max()))
+        top = want.topk(2).values
+        clear = top[:, 0] - top[:, 1] > 2 * tolerance
+        same = got.argmax(-1) == want.argmax(-1)
+        assert bool(same[clear].all()), f"a clear top token differs at {step.slices}"
+        decided += int(clear.sum())
+    assert worst <= tolerance, f"logits differ by {worst:.3f}, tolerance {tolerance}"
+    answers = sum(len(want) for want in expected)
+    return {"logit_error": worst, "answers": answers, "clear_answers": decided}

@@ -1,0 +1,164 @@
+"""Decode steps to measure: rows that share a prefix and have private tokens, over a chunk pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from gpu_suite.device import DTYPES, Device
+
+from chunkllama.attention.plan import Planner
+from chunkllama.ops.cuda import CudaOps
+from chunkllama.ops.op_set import DevicePlan, KVCache
+from chunkllama.ops.plan_format import AttentionPlan
+
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One decode step (Table 3 of arXiv 2402.15220 has 32 heads of 128, 32 rows).
+
+    Attributes:
+        rows: sequences in the batch.
+        shared: leading tokens that all of them share, a multiple of 64.
+        private: further tokens of each.
+    """
+
+    rows: int
+    shared: int
+    private: int
+    num_qo_heads: int = 32
+    num_kv_heads: int = 32
+    head_dim: int = 128
+    dtype: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        heads = f"{self.num_qo_heads}/{self.num_kv_heads}x{self.head_dim}"
+        return f"b{self.rows} ns{self.shared} nu{self.private} {heads} {self.dtype}"
+
+    @property
+    def context(self) -> int:
+        return self.shared + self.private
+
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token and layer."""
+        return 4 * self.num_kv_heads * self.head_dim
+
+    @property
+    def unique_bytes(self) -> int:
+        """K and V of a step if every shared token is read once."""
+        return (self.shared + self.rows * self.private) * self.token_bytes
+
+    @property
+    def shared_chunks(self) -> int:
+        return self.shared // CHUNK
+
+    @property
+    def private_chunks(self) -> int:
+        return -(-self.private // CHUNK)
+
+    @property
+    def num_chunks(self) -> int:
+        return self.shared_chunks + self.rows * self.private_chunks
+
+    @property
+    def scale(self) -> float:
+        return float(self.head_dim**-0.5)
+
+    def num_layers(self, device: Device) -> int:
+        """Layers to walk so that a layer's K and V have left the L2 cache when it comes back."""
+        return min(64, max(1, -(-4 * device.l2_bytes // self.unique_bytes)))
+
+    def chunk_ids(self) -> list[np.ndarray]:
+        """The chunks of each row; private chunks lie scattered, as after a while of serving."""
+        names = np.random.default_rng(0).permutation(self.num_chunks).astype(np.int32)
+        prefix, rest = np.split(names, [self.shared_chunks])
+        return [np.concatenate((prefix, own)) for own in np.array_split(rest, self.rows)]
+
+    def plan(self, ops: CudaOps, *, sharing: bool = True) -> AttentionPlan:
+        """The step's plan; without sharing every row reads its whole context by itself."""
+        packing = ops.packing(
+            num_qo_heads=self.num_qo_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+        )
+        common = self.shared_chunks if sharing else 0
+        return Planner(packing, CHUNK).build(
+            slots=list(range(self.rows)),
+            first_positions=[self.context - 1] * self.rows,
+            num_tokens=[1] * self.rows,
+            chunk_ids=self.chunk_ids(),
+            shared=[0] + [common] * (self.rows - 1),
+            version=0,
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A workload on a device: pools, queries, plans."""
+
+    workload: Workload
+    device: Device
+    layers: int
+
+    @cached_property
+    def ops(self) -> CudaOps:
+        w = self.workload
+        return self.device.ops(w.head_dim, w.num_kv_heads, w.dtype)
+
+    @cached_property
+    def kv(self) -> KVCache:
+        w = self.workload
+        kv = self.ops.allocate_kv(
+            num_layers=self.layers,
+            num_chunks=w.num_chunks,
+            chunk_size=CHUNK,
+            num_kv_heads=w.num_kv_heads,
+            head_dim=w.head_dim,
+            dtype=DTYPES[w.dtype],
+        )
+        for layer in kv.layers:
+            layer.normal_()
+        return kv
+
+    @cached_property
+    def q(self) -> torch.Tensor:
+        w = self.workload
+        shape = (w.rows, w.num_qo_heads, w.head_dim)
+        return torch.empty(shape, dtype=DTYPES[w.dtype], device=self.device.torch_device).normal_()
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        return torch.full(
+            (self.workload.rows,),
+            self.workload.context - 1,
+            dtype=torch.int32,
+            device=self.device.torch_device,
+        )
+
+    def upload(self, *, sharing: bool = True) -> DevicePlan:
+        plan = self.workload.plan(self.ops, sharing=sharing)
+        return self.ops.upload_plan(plan, self.kv, num_qo_heads=self.workload.num_qo_heads)
+
+    def attend(self, plan: DevicePlan, layer: int) -> torch.Tensor:
+        """Our attention: [rows, Hq D]."""
+        return self.ops.tpp_attention(
+            self.q, self.kv, layer, self.positions, plan, self.workload.scale
+        )
+
+    def contiguous(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V per sequence, [rows, Hkv, context, D] of layer 0: what attention without a
+        prefix tree reads.
+        """
+        ids = torch.from_numpy(np.stack(self.workload.chunk_ids())).long()
+        w, pool = self.workload, self.kv.layers[0]
+        chunks = pool[ids.to(pool.device)]  # [rows, chunks, 2, Hkv, 64, D]
+        tokens = chunks.permute(2, 0, 3, 1, 4, 5).reshape(
+            2, w.rows, w.num_kv_heads, -1, w.head_dim
+        )[..., : w.context, :]
+        return tokens[0].contiguous(), tokens[1].contiguous()
