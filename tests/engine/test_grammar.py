@@ -1,0 +1,137 @@
+"""Grammars: what they refuse, what they let through, and that a finished one says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chunkllama.engine.grammar import GrammarCompiler, GrammarMatcher, validate_grammar
+from chunkllama.errors import InvalidRequestError
+from chunkllama.sampling_params import GrammarSpec
+from chunkllama.text.tokenizer import Tokenizer, load_tokenizer
+
+VOCAB, EOS = 49152, 2
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"enum": [1, 2]}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def spec(kind: str, text: object = "") -> GrammarSpec:
+    return GrammarSpec(kind=kind, text=text if isinstance(text, str) else json.dumps(text))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_path: Path) -> Tokenizer:
+    return load_tokenizer(demo_path)
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer.to_json(), VOCAB, [EOS])
+
+
+def allowed(matcher: GrammarMatcher) -> set[int]:
+    mask = np.zeros(-(-VOCAB // 32), np.int32)
+    matcher.fill_mask(mask)
+    return set(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist())
+
+
+def walk(matcher: GrammarMatcher, tokenizer: Tokenizer, seed: int, limit: int = 80) -> str:
+    """A random allowed text, ended by the grammar; "" if it does not end within ``limit``."""
+    rng, ids = np.random.default_rng(seed), []
+    for _ in range(limit):
+        choices = sorted(allowed(matcher))
+        assert choices
+        token = int(rng.choice(choices))
+        if token == EOS:
+            return tokenizer.decode(ids)
+        assert matcher.accept(token)
+        ids.append(token)
+        if matcher.is_finished:
+            return tokenizer.decode(ids)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "words"),
+    [
+        ("json_schema", {"type": "nope"}, "nope"),
+        ("json_schema", "{", "EOF"),
+        ("json_schema", {"$ref": "http://example.invalid/x"}, "example.invalid"),
+        ("regex", "(a", "regex"),
+        ("choice", [], "at least one"),
+        ("choice", [1], "at least one"),
+        ("choice", "yes", "Expecting value"),
+        ("lark", "start: missing", "missing"),
+        ("lark", "", "Empty"),
+        ("xml", "", "unknown grammar kind"),
+    ],
+)
+def test_bad_grammars_are_refused_with_one_line(kind: str, text: object, words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        validate_grammar(spec(kind, text))
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_json_schema_walks_validate(seed: int, compiler, tokenizer) -> None:
+    text = walk(compiler.matcher(spec("json_schema", SCHEMA), []), tokenizer, seed)
+    value = json.loads(text)
+    assert set(value) == {"name", "age"}
+    assert len(value["name"]) <= 8
+    assert value["age"] in (1, 2)
+    assert "  " not in text.replace(json.dumps(value["name"], ensure_ascii=False), "")
+
+
+def test_regex_choice_and_lark_walks_match(compiler, tokenizer) -> None:
+    choices = ["yes", 'no "never"\n', "é"]
+    for seed in range(8):
+        assert walk(compiler.matcher(spec("choice", choices), []), tokenizer, seed) in choices
+        assert len(walk(compiler.matcher(spec("regex", "[ab]{3}c?"), []), tokenizer, seed)) in (
+            3,
+            4,
+        )
+        text = walk(
+            compiler.matcher(spec("lark", 'start: "x" start "y" | "-"'), []), tokenizer, seed
+        )
+        depth = text.count("x")
+        assert text in ("", "x" * depth + "-" + "y" * depth)
+
+
+def test_json_object_starts_as_one(compiler, tokenizer) -> None:
+    first = allowed(compiler.matcher(spec("json_object"), []))
+    assert {tokenizer.decode([token])[0] for token in first} <= {"{", " ", "\n"}
+
+
+def test_a_finished_grammar_allows_the_end_alone(compiler, tokenizer) -> None:
+    matcher = compiler.matcher(spec("choice", ["yes"]), [])
+    assert not matcher.is_finished
+    assert EOS not in allowed(matcher)
+    for token in tokenizer.encode("yes", add_special_tokens=False, allow_special=False):
+        assert matcher.accept(token)
+    assert matcher.is_finished
+    assert matcher.accept(EOS)
+
+
+def test_a_matcher_resumes_behind_its_output(compiler, tokenizer) -> None:
+    grammar = spec("json_schema", SCHEMA)
+    ids = tokenizer.encode('{"name": "Al', add_special_tokens=False, allow_special=False)
+    live = compiler.matcher(grammar, [])
+    assert all(live.accept(token) for token in ids)
+    assert allowed(compiler.matcher(grammar, ids)) == allowed(live)
+    with pytest.raises(InvalidRequestError, match="do not follow"):
+        compiler.matcher(grammar, [*ids, EOS])
+
+
+def test_matchers_of_one_grammar_do_not_share_state(compiler, tokenizer) -> None:
+    grammar = spec("choice", ["aa", "b"])
+    first, second = compiler.matcher(grammar, []), compiler.matcher(grammar, [])
+    before = allowed(second)
+    assert first.accept(next(t for t in before if tokenizer.decode([t]) == "b"))
+    assert allowed(second) == before
