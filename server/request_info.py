@@ -30,7 +30,7 @@ class RequestInfo:
     def name_ignored_fields(self, paths: list[str]) -> None:
         """Tell the client which fields were ignored, cleaned of anything a header must not
         carry."""
-        names = [_UNCLEAN_FIELD.sub("_", path)[:64] for path in paths[:MAX_NAMED_FIELDS]]
+        names = [_UNCLEAN_FIELD.sub("_", path)[:64] or "_" for path in paths[:MAX_NAMED_FIELDS]]
         self.headers["x-chunkllama-ignored-fields"] = ", ".join(names)
 
 

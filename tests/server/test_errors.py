@@ -270,10 +270,10 @@ def test_unknown_fields_are_named_and_counted(server):
 
     before = count()
     message = {"role": "user", "content": "x", "mood": 1}
-    response = server.post(PATH, {"model": MODEL, "messages": [message], "x\r\ny": 1})
+    response = server.post(PATH, {"model": MODEL, "messages": [message], "x\r\ny": 1, "": 2})
     assert response.status_code == 200
-    assert response.headers["x-chunkllama-ignored-fields"] == "x__y, messages[0].mood"
-    assert count() == before + 2
+    assert response.headers["x-chunkllama-ignored-fields"] == "x__y, _, messages[0].mood"
+    assert count() == before + 3
 
 
 def test_strict_mode_refuses_unknown_fields(start_server):
