@@ -130,7 +130,6 @@ def run_engine_loop(core: EngineCore, channel: EngineChannel) -> None:
         replies: list[FromEngine] = []
         for message in channel.receive(block=not busy):
             if isinstance(message, Shutdown):
-                core.close()
                 return
             replies.extend(_handle(core, message))
         if core.has_work():

@@ -210,6 +210,7 @@ def main() -> int:
         )
         return 2
     run_engine_loop(core, channel)
+    core.close()
     return 0
 
 

@@ -1,0 +1,157 @@
+"""One engine behind two clients: in a thread of this process, and in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import psutil
+import pytest
+
+from chunkllama.config import EngineConfig
+from chunkllama.engine.client import InProcessEngineClient, MessageClient
+from chunkllama.engine.messages import EngineRequest
+from chunkllama.engine.process import ProcessEngineClient
+from chunkllama.errors import ConfigError, EngineDeadError, InvalidRequestError
+from chunkllama.sampling_params import SamplingParams
+
+PROMPT = [5, 6, 7, 8, 9]
+
+
+def request(name: str, **sampling: object) -> EngineRequest:
+    defaults = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
+    params = SamplingParams(**{**defaults, **sampling})
+    return EngineRequest(request_id=name, prompt_token_ids=PROMPT, sampling=params)
+
+
+async def collect(client: MessageClient, wanted: EngineRequest) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = {}
+    async for delta in client.generate(wanted):
+        for choice in delta.choices:
+            tokens.setdefault(choice.index, []).extend(choice.token_ids)
+    return tokens
+
+
+@pytest.fixture(params=["thread", "process"])
+def open_client(request, tiny_core, tiny_model):
+    @asynccontextmanager
+    async def open_() -> AsyncIterator[MessageClient]:
+        settings = {"num_chunks": 8, "max_waiting": 100}
+        client: MessageClient
+        if request.param == "thread":
+            client = InProcessEngineClient(tiny_core(**settings))
+        else:
+            model = {"model": str(tiny_model[0]), "dtype": "float32", "threads": 1}
+            client = await ProcessEngineClient.start(EngineConfig.from_flat(**model, **settings))
+        try:
+            yield client
+        finally:
+            await client.close()
+
+    return open_
+
+
+def test_same_ids_alone_at_once_and_as_choices(open_client, tiny_truth) -> None:
+    async def scenario() -> None:
+        async with open_client() as client:
+            assert client.is_ready and client.info.num_chunks == 8
+            alone = await collect(client, request("alone"))
+            several = await asyncio.gather(*(collect(client, request(f"r{i}")) for i in range(5)))
+            choices = await collect(client, request("three", n=3, temperature=0.0))
+            assert several == [alone] * 5
+            assert list(choices.values()) == [alone[0]] * 3
+            tiny_truth.check(PROMPT, alone[0])
+
+    asyncio.run(scenario())
+
+
+def test_a_seed_repeats_and_none_differs(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client() as client:
+            seeded = [
+                await collect(client, request(f"s{i}", temperature=1.0, seed=7, max_tokens=20))
+                for i in range(2)
+            ]
+            free = [
+                await collect(client, request(f"f{i}", temperature=1.0, max_tokens=20))
+                for i in range(3)
+            ]
+            assert seeded[0] == seeded[1]
+            assert free[0] != free[1] or free[1] != free[2]
+
+    asyncio.run(scenario())
+
+
+def test_leaving_a_stream_frees_its_chunks(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client() as client:
+            stream = client.generate(request("long", max_tokens=400))
+            await anext(stream)
+            await stream.aclose()
+            while (await client.stats()).requests_running:
+                await asyncio.sleep(0)
+            stats = await client.stats()
+            assert stats.chunks_private == stats.chunks_referenced == 0
+            assert stats.generation_tokens_total < 400
+
+    asyncio.run(scenario())
+
+
+def test_one_choice_aborted_others_go_on(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client() as client:
+            counts = [0, 0]
+            async for delta in client.generate(request("two", n=2, max_tokens=60)):
+                if counts == [0, 0]:
+                    await client.abort("two", 0)
+                for choice in delta.choices:
+                    counts[choice.index] += len(choice.token_ids)
+            assert counts[1] == 60 and counts[0] < 60
+
+    asyncio.run(scenario())
+
+
+def test_refusals_are_typed_and_leave_the_engine_alone(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client() as client:
+            with pytest.raises(InvalidRequestError) as refused:
+                await collect(client, request("huge", max_tokens=100_000))
+            assert refused.value.code == "context_length_exceeded"
+            assert len((await collect(client, request("after")))[0]) == 6
+
+    asyncio.run(scenario())
+
+
+def test_a_dead_engine_ends_its_requests(tiny_model) -> None:
+    async def scenario() -> None:
+        config = EngineConfig.from_flat(model=str(tiny_model[0]), num_chunks=8, threads=1)
+        client = await ProcessEngineClient.start(config)
+        died = asyncio.Event()
+        client.on_death = died.set
+        stream = client.generate(request("doomed", max_tokens=400))
+        await anext(stream)
+        os.kill(client.pid, signal.SIGKILL)
+        with pytest.raises(EngineDeadError):
+            async for _ in stream:
+                pass
+        await asyncio.wait_for(died.wait(), 10)
+        assert not client.is_ready
+        with pytest.raises(EngineDeadError):
+            await collect(client, request("late"))
+        await client.close()
+        assert not psutil.pid_exists(client.pid)
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_cannot_start_says_why_in_one_line(tmp_path) -> None:
+    async def scenario() -> str:
+        with pytest.raises(ConfigError) as failed:
+            await ProcessEngineClient.start(EngineConfig.from_flat(model=str(tmp_path)))
+        return str(failed.value)
+
+    message = asyncio.run(scenario())
+    assert "config.json" in message and "\n" not in message
