@@ -70,16 +70,18 @@ class PromptMaker:
         self._random = random.Random(seed)
 
     def text(self, num_tokens: int) -> str:
-        """A text that the tokenizer encodes into exactly ``num_tokens`` ids."""
-        words = [self._random.choice(_WORDS) for _ in range(num_tokens)]
-        while True:
-            size = len(self._tokenizer.encode(" ".join(words)))
-            if size == num_tokens:
-                return " ".join(words)
-            if size > num_tokens:
-                del words[-max(1, (size - num_tokens) // 2) :]
-            else:
-                words += [self._random.choice(_WORDS) for _ in range(num_tokens - size)]
+        """A text that the tokenizer encodes into exactly ``num_tokens`` ids.
+
+        Raises:
+            ConfigError: the tokenizer does not give back what it decoded.
+        """
+        for _ in range(100):
+            words = " ".join(self._random.choice(_WORDS) for _ in range(num_tokens))
+            text = self._tokenizer.decode(self._tokenizer.encode(words)[:num_tokens])
+            # A word cut in two may join differently; other words may not.
+            if len(self._tokenizer.encode(text)) == num_tokens:
+                return text
+        raise ConfigError(f"tokenizer: cannot make a text of exactly {num_tokens} tokens")
 
 
 def make_conversations(workload: Workload, tokenizer: Tokenizer) -> list[Conversation]:

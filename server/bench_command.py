@@ -112,7 +112,8 @@ def _points(base: Workload, concurrency: str, rate: str) -> list[Workload]:
             points = [replace(base, concurrency=int(value)) for value in concurrency.split(",")]
     except ValueError:
         raise ConfigError("concurrency, rate: numbers are needed, separated by commas") from None
-    if any(point.concurrency < 1 or (point.rate or 1.0) <= 0 for point in points):
+    loads = [point.concurrency if point.rate is None else point.rate for point in points]
+    if min(loads) <= 0:
         raise ConfigError("concurrency, rate: must be above 0")
     # A later point must not find the earlier one's prompts in the cache.
     return [replace(point, seed=base.seed + 1000 * i) for i, point in enumerate(points)]
