@@ -49,7 +49,7 @@ def _conformance(device: Device, dtype: str) -> Point:
         elements = elements.to(**place)
         numbers = torch.tensor(vectors["numbers"], dtype=torch.float32, **place)
         results = torch.zeros(32, 32, dtype=torch.int32, **place)
-        params = PARAMS["ConformanceParams"].pack(
+        params = PARAMS["ConformanceParams"].call.pack(
             elements.data_ptr(), numbers.data_ptr(), results.data_ptr()
         )
         device.launcher.launch(conformance_kernel(dtype), (1, 1, 1), params)

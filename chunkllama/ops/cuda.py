@@ -17,7 +17,13 @@ import torch
 from chunkllama.errors import ConfigError
 from chunkllama.ops.allocate_kv import allocate_kv_reference, check_allocate_kv
 from chunkllama.ops.copy_chunks import check_copy_chunks
-from chunkllama.ops.cuda_plan import CudaPlan, gpu_packing, partial_launches, plan_addresses
+from chunkllama.ops.cuda_plan import (
+    CudaPlan,
+    PartialLaunch,
+    gpu_packing,
+    partial_launches,
+    plan_addresses,
+)
 from chunkllama.ops.launch import CupyLauncher, Launcher
 from chunkllama.ops.op_set import CopyTriple, DevicePlan, KVCache
 from chunkllama.ops.plan_format import AttentionPlan, Packing
@@ -152,15 +158,49 @@ class CudaOps:
             group=num_qo_heads // kv.num_kv_heads,
             replayable=replayable,
         )
-        shape = (plan.capacity.slots, num_qo_heads)
-        state = CudaPlan(
-            arrays=plan_addresses(plan, buffer.data_ptr()),
-            partial_out=torch.empty((*shape, kv.head_dim), dtype=torch.float32, device=self.device),
-            partial_lse=torch.empty(shape, dtype=torch.float32, device=self.device),
-            partial=tuple(launches),
-            merge=replayable or not bool(plan.row_flags[: plan.num_rows].all()),
-        )
+        state = self._state(plan, buffer, kv, num_qo_heads, tuple(launches), replayable)
         return DevicePlan(plan, buffer, state)
+
+    def _state(
+        self,
+        plan: AttentionPlan,
+        buffer: torch.Tensor,
+        kv: KVCache,
+        num_qo_heads: int,
+        launches: tuple[PartialLaunch, ...],
+        replayable: bool,
+    ) -> CudaPlan:
+        """Workspace, and the part of every parameter struct that stays the same over the layers."""
+        shape, stride = (plan.capacity.slots, num_qo_heads), kv.layers[0].stride(0)
+        partial_out = torch.empty((*shape, kv.head_dim), dtype=torch.float32, device=self.device)
+        partial_lse = torch.empty(shape, dtype=torch.float32, device=self.device)
+        workspace = (partial_out.data_ptr(), partial_lse.data_ptr())
+        at = plan_addresses(plan, buffer.data_ptr())
+        partial = tuple(
+            (
+                launch,
+                PARAMS[launch.kernel.params].plan.pack(
+                    kv.num_kv_heads,
+                    num_qo_heads // kv.num_kv_heads,
+                    launch.row_tiles,
+                    launch.tile_class,
+                    *workspace,
+                    *(at.header, at.items, at.chunk_ids, at.row_flags),
+                    stride,
+                ),
+            )
+            for launch in launches
+        )
+        merge = PARAMS[self._merge.params].plan.pack(
+            *workspace,
+            *(at.header, at.merge_indptr, at.merge_slots, at.row_flags),
+            num_qo_heads,
+        )
+        append = PARAMS[self._rope_append.params].plan.pack(
+            *(at.header, at.chunk_ids, at.row_tail), stride, num_qo_heads, kv.num_kv_heads
+        )
+        merges = replayable or not bool(plan.row_flags[: plan.num_rows].all())
+        return CudaPlan(partial_out, partial_lse, partial, merge if merges else None, append)
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         host = torch.from_numpy(array)
@@ -182,7 +222,7 @@ class CudaOps:
         else:  # both inputs are dead afterwards: the row is normalised where it stands
             out, total = x, residual
             total_address = residual_address = residual.data_ptr()
-        params = PARAMS[self._rms_norm.params].pack(
+        params = PARAMS[self._rms_norm.params].call.pack(
             x.data_ptr(),
             weight.data_ptr(),
             residual_address,
@@ -209,21 +249,14 @@ class CudaOps:
         assert plan.host.num_rows <= num_rows, "fewer rows than the plan has"
         assert positions.dtype == torch.int32 and cos_sin.dtype == torch.float32
         q = qkv.new_empty(num_rows, num_qo_heads, kv.head_dim)
-        pool, arrays = kv.layers[layer], plan.state.arrays
-        params = PARAMS[self._rope_append.params].pack(
+        params = PARAMS[self._rope_append.params].call.pack(
             qkv.data_ptr(),
             q.data_ptr(),
-            pool.data_ptr(),
+            kv.layers[layer].data_ptr(),
             cos_sin.data_ptr(),
             positions.data_ptr(),
-            arrays.header,
-            arrays.chunk_ids,
-            arrays.row_tail,
-            pool.stride(0),
-            num_qo_heads,
-            kv.num_kv_heads,
         )
-        self._launcher.launch(self._rope_append, (num_rows, 1, 1), params)
+        self._launcher.launch(self._rope_append, (num_rows, 1, 1), params + plan.state.append)
         return q
 
     def tpp_attention(
@@ -239,38 +272,18 @@ class CudaOps:
         _check_vectors("tpp_attention", q, kv.head_dim)
         assert plan.host.num_rows <= num_rows and positions.dtype == torch.int32 and scale > 0.0
         state: CudaPlan = plan.state
-        out, pool, arrays = torch.empty_like(q), kv.layers[layer], state.arrays
-        for launch in state.partial:
-            params = PARAMS[launch.kernel.params].pack(
-                q.data_ptr(),
-                pool.data_ptr(),
-                out.data_ptr(),
-                state.partial_out.data_ptr(),
-                state.partial_lse.data_ptr(),
-                positions.data_ptr(),
-                arrays.header,
-                arrays.items,
-                arrays.chunk_ids,
-                arrays.row_flags,
-                pool.stride(0),
-                kv.num_kv_heads,
-                num_qo_heads // kv.num_kv_heads,
-                launch.row_tiles,
-                launch.tile_class,
-                scale * math.log2(math.e),
-            )
-            self._launcher.launch(launch.kernel, launch.grid, params)
-        if state.merge:
-            params = PARAMS[self._merge.params].pack(
-                state.partial_out.data_ptr(),
-                state.partial_lse.data_ptr(),
-                out.data_ptr(),
-                arrays.header,
-                arrays.merge_indptr,
-                arrays.merge_slots,
-                arrays.row_flags,
-                num_qo_heads,
-            )
+        out = torch.empty_like(q)
+        params = PARAMS["TppPartialParams"].call.pack(
+            q.data_ptr(),
+            kv.layers[layer].data_ptr(),
+            out.data_ptr(),
+            positions.data_ptr(),
+            scale * math.log2(math.e),
+        )
+        for launch, fixed in state.partial:
+            self._launcher.launch(launch.kernel, launch.grid, params + fixed)
+        if state.merge is not None:
+            params = PARAMS[self._merge.params].call.pack(out.data_ptr()) + state.merge
             grid = (num_rows, -(-num_qo_heads // _MERGE_WARPS), 1)
             self._launcher.launch(self._merge, grid, params)
         return out.view(num_rows, -1)
@@ -280,7 +293,9 @@ class CudaOps:
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         _check_vectors("silu_and_mul", gate_up, size)
         out = gate_up.new_empty(rows, size)
-        params = PARAMS[self._silu_and_mul.params].pack(gate_up.data_ptr(), out.data_ptr(), size)
+        params = PARAMS[self._silu_and_mul.params].call.pack(
+            gate_up.data_ptr(), out.data_ptr(), size
+        )
         self._launcher.launch(self._silu_and_mul, (-(-size // _SILU_ELEMENTS), rows, 1), params)
         return out
 
@@ -291,7 +306,7 @@ class CudaOps:
             layers = np.array([layer.data_ptr() for layer in kv.layers], np.uint64)
             words = np.array(batch, np.int32).reshape(-1)
             buffer = self._upload(np.concatenate((layers.view(np.int32), words)))
-            params = PARAMS[self._copy_chunks.params].pack(
+            params = PARAMS[self._copy_chunks.params].call.pack(
                 buffer.data_ptr(),
                 buffer.data_ptr() + layers.nbytes,
                 kv.layers[0].stride(0),

@@ -43,18 +43,19 @@ class CudaPlan:
     """What ``upload_plan`` prepares for every layer.
 
     Attributes:
-        arrays: where the kernels read the plan.
         partial_out: [S, Hq, D] float32 workspace.
         partial_lse: [S, Hq] float32 workspace.
-        partial: launches of phase one, at most one per tile class.
-        merge: whether a row may have more than one partial.
+        partial: launches of phase one, at most one per tile class, each with what the plan fixes of
+            its parameters.
+        merge: what the plan fixes of the merge's parameters; None: no row has two partials.
+        append: what the plan fixes of ``rope_append``'s parameters.
     """
 
-    arrays: PlanAddresses
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
-    partial: tuple[PartialLaunch, ...]
-    merge: bool
+    partial: tuple[tuple[PartialLaunch, bytes], ...]
+    merge: bytes | None
+    append: bytes
 
 
 def gpu_packing(
@@ -110,8 +111,13 @@ def partial_launches(
 def plan_addresses(plan: AttentionPlan, device_buffer: int) -> PlanAddresses:
     """Where the plan's arrays lie in its copy at address ``device_buffer``."""
 
+    def address(array: np.ndarray) -> int:  # several times faster than array.ctypes.data
+        return int(array.__array_interface__["data"][0])
+
+    moved = device_buffer - address(plan.buffer)
+
     def at(array: np.ndarray) -> int:
-        return device_buffer + int(array.ctypes.data) - int(plan.buffer.ctypes.data)
+        return address(array) + moved
 
     return PlanAddresses(
         header=at(plan.header),

@@ -44,9 +44,13 @@ class _TorchStream:
 
     def __init__(self, device_index: int) -> None:
         self._device_index = device_index
+        # Private, but without building a Stream object: a microsecond less per launch.
+        self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
     @property
     def ptr(self) -> int:
+        if self._raw_stream is not None:
+            return int(self._raw_stream(self._device_index))
         return int(torch.cuda.current_stream(self._device_index).cuda_stream)
 
 

@@ -10,7 +10,7 @@ import functools
 import json
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,15 +23,30 @@ CHUNK_SIZE: Final = 64
 # NVRTC options of every kernel; CuPy adds the device's own architecture.
 COMPILE_OPTIONS: Final = ("--std=c++17",)
 
-# The kernels' parameter structs, field by field; the sources assert their sizes.
+
+@dataclass(frozen=True, slots=True)
+class ParamStruct:
+    """A kernel's parameter struct: fields that change from call to call, then those a plan fixes.
+
+    The sources assert the sizes; "=" because a plan's part need not begin at a multiple of 8.
+    """
+
+    call: struct.Struct
+    plan: struct.Struct = field(default_factory=lambda: struct.Struct("="))
+
+    @property
+    def size(self) -> int:
+        return self.call.size + self.plan.size
+
+
 PARAMS: Final = {
-    "TppPartialParams": struct.Struct("10Pq4if4x"),
-    "TppMergeParams": struct.Struct("7Pi4x"),
-    "RopeAppendParams": struct.Struct("8Pq2i"),
-    "RmsNormParams": struct.Struct("5Pif"),
-    "SiluAndMulParams": struct.Struct("2Pi4x"),
-    "CopyChunksParams": struct.Struct("2Pqi4x"),
-    "ConformanceParams": struct.Struct("3P"),
+    "TppPartialParams": ParamStruct(struct.Struct("=4Qf"), struct.Struct("=4i4x6Qq")),
+    "TppMergeParams": ParamStruct(struct.Struct("=Q"), struct.Struct("=6Qi4x")),
+    "RopeAppendParams": ParamStruct(struct.Struct("=5Q"), struct.Struct("=3Qq2i")),
+    "RmsNormParams": ParamStruct(struct.Struct("=5Qif")),
+    "SiluAndMulParams": ParamStruct(struct.Struct("=2Qi4x")),
+    "CopyChunksParams": ParamStruct(struct.Struct("=2Qqi4x")),
+    "ConformanceParams": ParamStruct(struct.Struct("=3Q")),
 }
 
 _INCLUDE = re.compile(r'^#include "([\w./]+)"\n', re.MULTILINE)

@@ -7,9 +7,9 @@
 #include "softmax_state.cuh"
 
 struct TppMergeParams {
+  void* out;                  // [rows, Hq, D]
   const float* partial_out;   // [slots, Hq, D]
   const float* partial_lse;   // [slots, Hq] base 2
-  void* out;                  // [rows, Hq, D]
   const int* header;          // the plan's arrays
   const int* merge_indptr;    // [rows + 1]
   const int* merge_slots;     // partial slots of each row, ascending by position: the order of summation is fixed
@@ -17,7 +17,7 @@ struct TppMergeParams {
   int num_qo_heads;
   int reserved;
 };
-static_assert(sizeof(TppMergeParams) == 64, "chunkllama/ops/cuda.py packs these fields");
+static_assert(sizeof(TppMergeParams) == 64, "chunkllama/ops/source.py, PARAMS");
 
 template <typename T, int HEAD_DIM>
 KERNEL(128, 1)

@@ -15,22 +15,22 @@ struct TppPartialParams {
   const void* q;         // [rows, Hq, D]
   const void* kv;        // [num_chunks, 2, Hkv, 64, D]; chunks stand chunk_stride elements apart
   void* out;             // [rows, Hq, D], written for rows with a single partial
-  float* partial_out;    // [slots, Hq, D] normalised
-  float* partial_lse;    // [slots, Hq] base 2, -inf = no visible key
   const int* positions;  // [rows]
-  const int* header;     // the plan's arrays, see plan_format.py
-  const int* items;
-  const int* chunk_ids;
-  const int* row_flags;
-  i64 chunk_stride;
+  float scale_log2;      // softmax scale times log2(e), above 0
   int num_kv_heads;
   int group;      // query heads per kv head
   int row_tiles;  // row tiles of the largest item: ceil(rows x group / ROWS)
   int tile_class;
-  float scale_log2;  // softmax scale times log2(e), above 0
   int reserved;
+  float* partial_out;  // [slots, Hq, D] normalised
+  float* partial_lse;  // [slots, Hq] base 2, -inf = no visible key
+  const int* header;   // the plan's arrays, see plan_format.py
+  const int* items;
+  const int* chunk_ids;
+  const int* row_flags;
+  i64 chunk_stride;
 };
-static_assert(sizeof(TppPartialParams) == 112, "chunkllama/ops/cuda.py packs these fields");
+static_assert(sizeof(TppPartialParams) == 112, "chunkllama/ops/source.py, PARAMS");
 
 // ROW_TILES m16 tiles per warp; ROW_WARPS warps side by side along rows, KEY_WARPS along the keys of a stage;
 // STAGES stages of STAGE_TOKENS keys and values in shared memory.

@@ -162,7 +162,7 @@ def check(case: Case, setting: Setting, rng: np.random.Generator) -> Counters:
     error = np.abs(out.view(inputs.q.shape).double().numpy() - expected)
     assert error.max() <= TOLERANCE[setting.dtype], f"largest error {error.max():.2e}"
     assert launcher.counters.bank_conflicts == 0
-    tiles = {launch.tile_class: launch.kernel.expression for launch in device_plan.state.partial}
+    tiles = {launch.tile_class: launch.kernel.expression for launch, _ in device_plan.state.partial}
     rows_per_tile = {
         tile_class: next(
             t.rows

@@ -26,7 +26,7 @@ def conformance_results(dtype: str, elements: list[int], numbers: list[float]) -
     inputs = np.array(elements, np.uint16)
     arguments = np.array(numbers, np.float32)
     results = np.zeros((32, 32), np.uint32)
-    params = PARAMS["ConformanceParams"].pack(
+    params = PARAMS["ConformanceParams"].call.pack(
         inputs.ctypes.data, arguments.ctypes.data, results.ctypes.data
     )
     launcher.launch(conformance_kernel(dtype), (1, 1, 1), params)

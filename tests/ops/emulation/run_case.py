@@ -41,8 +41,15 @@ class Emulator:
         self.library, self.schedule = ctypes.CDLL(library), schedule
         self.counters = Counters()
 
-    def launch(self, kernel: KernelSpec, grid: tuple[int, int, int], *params: int | float) -> None:
-        packed = PARAMS[kernel.params].pack(*params)
+    def launch(
+        self,
+        kernel: KernelSpec,
+        grid: tuple[int, int, int],
+        call: tuple[int | float, ...],
+        plan: tuple[int, ...],
+    ) -> None:
+        params = PARAMS[kernel.params]
+        packed = params.call.pack(*call) + params.plan.pack(*plan)
         status = self.library.emulate(
             kernel.expression.encode(),
             (ctypes.c_uint * 3)(*grid),
@@ -76,22 +83,22 @@ def attend(
     partial_out = np.full((plan.num_slots, HEADS, HEAD_DIM), np.nan, np.float32)
     partial_lse = np.full((plan.num_slots, HEADS), np.nan, np.float32)
     at = plan_addresses(plan, plan.buffer.ctypes.data)
+    workspace = (partial_out.ctypes.data, partial_lse.ctypes.data)
+    tensors = tuple(x.ctypes.data for x in (q, kv, out, positions))
     for launch in launches:
+        shape = (KV_HEADS, GROUP, launch.row_tiles, launch.tile_class)
+        arrays = (at.header, at.items, at.chunk_ids, at.row_flags)
         emulator.launch(
             launch.kernel,
             launch.grid,
-            *(x.ctypes.data for x in (q, kv, out, partial_out, partial_lse, positions)),
-            *(at.header, at.items, at.chunk_ids, at.row_flags),
-            kv[0].size,
-            *(KV_HEADS, GROUP, launch.row_tiles, launch.tile_class),
-            HEAD_DIM**-0.5 * math.log2(math.e),
+            (*tensors, HEAD_DIM**-0.5 * math.log2(math.e)),
+            (*shape, *workspace, *arrays, kv[0].size),
         )
     emulator.launch(
         merge_kernel("bf16", HEAD_DIM),
         (len(q), -(-HEADS // 4), 1),
-        *(x.ctypes.data for x in (partial_out, partial_lse, out)),
-        *(at.header, at.merge_indptr, at.merge_slots, at.row_flags),
-        HEADS,
+        (out.ctypes.data,),
+        (*workspace, at.header, at.merge_indptr, at.merge_slots, at.row_flags, HEADS),
     )
     expected_bytes = 0
     for row, rows, _, tokens, first, _, masked, _ in plan.items[: plan.num_items].tolist():
