@@ -53,8 +53,9 @@ def logprob(value: int) -> float:
 def candidates(value: int, vocab_size: int, width: int) -> list[tuple[int, float]]:
     """Distinct tokens with made-up log-probabilities, best first."""
     first = value % vocab_size
+    untie = (value >> 13) % 1_000_003 * 1e-9
     return [
-        ((first + i) % vocab_size, -0.1 - i * (0.05 + (value >> (i + 8)) % 97 / 97))
+        ((first + i) % vocab_size, -0.1 - untie - i * (0.05 + (value >> (i + 8)) % 97 / 97))
         for i in range(min(2 * width, vocab_size))
     ]
 

@@ -1,0 +1,119 @@
+"""When the pool runs out: evict, then the newest goes back to the queue; the oldest never."""
+
+from __future__ import annotations
+
+from simulated_engine import SimulatedEngine
+
+from chunkllama.scheduler.request import Sequence
+
+
+def engine(num_chunks: int, **limits: object) -> SimulatedEngine:
+    """A pool whose decode reserve is one token: overcommitted on purpose."""
+    defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "spare_chunks": 0}
+    run = SimulatedEngine(num_chunks, 4, vocab_size=50, **{**defaults, **limits})
+    for _ in range(600):
+        run.scheduler._admission.lengths.add(1)
+    return run
+
+
+def running(run: SimulatedEngine) -> list[str]:
+    return [s.group.request_id for s in run.scheduler._running.by_age]
+
+
+def test_the_newest_goes_and_its_recompute_is_a_hit() -> None:
+    run = engine(9)
+    for i in range(3):
+        run.add([i] * 12, 8)
+    run.step()
+    assert running(run) == ["r0", "r1", "r2"]
+    run.step()
+    assert running(run) == ["r0", "r1"], "r0 needed a chunk, r2 gave three"
+    before = run.scheduler.stats().prefill_tokens_computed_total
+    run.run()
+    run.check_outputs()
+    stats = run.scheduler.stats()
+    assert stats.preemptions_total >= 1
+    # r2 came back with 12 prompt tokens and its outputs; what was not evicted was not recomputed
+    assert stats.prefill_tokens_computed_total - before < stats.preemptions_total * 14
+
+
+def test_the_oldest_always_finishes() -> None:
+    run = engine(6)
+    preempted: list[Sequence] = []
+    preempt = run.scheduler._committer.preempt
+    run.scheduler._committer.preempt = lambda s: (preempted.append(s), preempt(s))[1]
+    for i in range(8):
+        run.add([i] * 4, 20)
+    ended: list[str] = []
+    while run.scheduler.has_unfinished():
+        oldest = min(run.scheduler._groups.values(), key=lambda g: g.arrival)
+        del preempted[:]
+        deltas = run.step()
+        assert all(s.group is not oldest for s in preempted)
+        ended += [d.request_id for d in deltas if d.choices[0].finish_reason]
+    assert ended[0] == "r0"
+    run.check_outputs()
+
+
+def test_idle_chunks_go_before_anybody_is_preempted() -> None:
+    run = engine(8)
+    run.add([9] * 16, 1)
+    run.run()
+    run.add([1] * 4, 20)
+    run.run()
+    run.check_outputs()
+    stats = run.scheduler.stats()
+    assert stats.preemptions_total == 0
+    assert stats.evicted_chunks_total == 2
+
+
+def test_a_preempted_sequence_goes_on_with_its_outputs() -> None:
+    run = engine(6)
+    for i in range(2):
+        run.add([i] * 8, 9)
+    while not run.scheduler.stats().preemptions_total:
+        run.step()
+    (waiting,) = list(run.scheduler._waiting)
+    sent = run.outputs[waiting.group.request_id, 0].copy()
+    assert sent
+    while waiting.chunks is None:
+        output = run.schedule()
+        assert output is not None
+        if waiting.chunks is None:
+            run.commit()
+    (new,) = output.new_sequences
+    assert new.output_token_ids.tolist() == sent
+    run.commit()
+    run.run()
+    run.check_outputs()
+
+
+def test_beams_are_preempted_together() -> None:
+    run = engine(12, max_num_seqs=6)
+    run.add([1] * 8, 16)
+    run.add([2] * 4, 9, beam_width=3)
+    seen: set[int] = set()
+    while run.scheduler.has_unfinished():
+        run.step()
+        seen.add(sum(s.group.beam is not None for s in run.scheduler._running.by_age))
+    run.check_outputs()
+    assert 3 in seen
+
+
+def test_two_beam_searches_that_block_each_other() -> None:
+    """Each holds slots the other needs: the newer gives way instead of waiting for ever."""
+    run = engine(64, max_num_seqs=3, max_num_batched_tokens=8)
+    for i in range(3):
+        run.add([i] * 5, 6, beam_width=3)
+    run.run()
+    run.check_outputs()
+
+
+def test_every_number_of_free_chunks_at_every_moment() -> None:
+    """Sweep the pool's size: each must end with right outputs (SQLite's failing allocator)."""
+    for num_chunks in range(4, 24):
+        run = engine(num_chunks)
+        for i in range(6):
+            run.add([7] * 5 + [i] * (i + 1), 4)
+        run.run()
+        run.check_outputs()

@@ -1,0 +1,110 @@
+"""Depth-first order and shared chunks, kept incrementally, against sorting from scratch."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+
+from chunkllama.cache.sequence_chunks import SequenceChunks
+from chunkllama.outputs import EngineRequest
+from chunkllama.sampling_params import SamplingParams
+from chunkllama.scheduler.request import Sequence, SequenceGroup
+from chunkllama.scheduler.tree_order import TreeOrder, num_shared_chunks
+
+
+def sequence(chunk_ids: list[int]) -> Sequence:
+    request = EngineRequest(request_id="r", prompt_token_ids=[1], sampling=SamplingParams())
+    made = Sequence(SequenceGroup(request, 0, 0.0, 1), 0, [1])
+    made.chunks = SequenceChunks("", 0, [])
+    made.chunks.extend(chunk_ids)
+    return made
+
+
+def paths(order: TreeOrder) -> list[list[int]]:
+    return [s.chunks.ids.tolist() for s in order.sequences if s.chunks is not None]
+
+
+def test_joins_and_leaves() -> None:
+    order = TreeOrder()
+    a, b, c, d = map(sequence, ([1, 2, 9], [4], [1, 2, 3, 5], [1, 7]))
+    for each in (a, b, c, d):
+        order.insert(each)
+        order.check_invariants()
+    assert paths(order) == [[1, 2, 3, 5], [1, 2, 9], [1, 7], [4]]
+    assert order.shared == [0, 2, 1, 0]
+    order.remove(a)
+    assert order.shared == [0, 1, 0]
+    order.remove(c)
+    assert order.shared == [0, 0]
+    order.check_invariants()
+
+
+def test_growth_past_a_neighbour_that_continues_the_path() -> None:
+    order = TreeOrder()
+    short, long = sequence([1, 2]), sequence([1, 2, 5])
+    order.insert(long)
+    order.insert(short)
+    assert paths(order) == [[1, 2], [1, 2, 5]]
+    short.chunks.extend([9])
+    order.extended(short, 2)
+    assert paths(order) == [[1, 2, 5], [1, 2, 9]]
+    order.check_invariants()
+
+
+def test_every_change_has_its_version() -> None:
+    order = TreeOrder()
+    one = sequence([1])
+    versions = [order.version]
+    order.insert(one)
+    versions.append(order.version)
+    one.chunks.extend([2])
+    order.extended(one, 1)
+    versions.append(order.version)
+    order.move(one)
+    versions.append(order.version)
+    order.remove(one)
+    versions.append(order.version)
+    assert len(set(versions)) == 5
+
+
+def test_the_chunk_array_grows_in_place() -> None:
+    chunks = SequenceChunks("", 0, [])
+    chunks.extend(list(range(5)))
+    before = chunks.ids
+    chunks.extend([5, 6])
+    assert np.shares_memory(before, chunks.ids)
+    chunks.extend(list(range(7, 100)))
+    assert chunks.ids.tolist() == list(range(100))
+
+
+def test_random_changes_equal_a_fresh_sort() -> None:
+    rnd = random.Random(1)
+    for _ in range(50):
+        order, live = TreeOrder(), []
+        unique = iter(range(100, 10_000))
+        for _ in range(60):
+            kind = rnd.random()
+            if kind < 0.5 or not live:
+                shared = [rnd.randrange(2) for _ in range(rnd.randrange(5))]
+                live.append(sequence([*shared, next(unique)]))
+                order.insert(live[-1])
+            elif kind < 0.7:
+                order.remove(live.pop(rnd.randrange(len(live))))
+            elif kind < 0.85:
+                grown = rnd.choice(live)
+                length = len(grown.chunks)
+                grown.chunks.extend([next(unique)])
+                order.extended(grown, length)
+            else:
+                moved = rnd.choice(live)
+                moved.chunks.ids[rnd.randrange(len(moved.chunks))] = rnd.randrange(3)
+                order.move(moved)
+            order.check_invariants()
+            expected = sorted(s.chunks.ids.tolist() for s in live)
+            assert paths(order) == expected
+            assert order.shared[1:] == [
+                num_shared_chunks(np.array(a), np.array(b))
+                for a, b in itertools.pairwise(expected)
+            ]
