@@ -11,7 +11,7 @@ from chunkllama.logger import init_logger, request_id_context
 
 logger = init_logger(__name__)
 # Probes and scrapers come every few seconds for ever.
-_QUIET = ("/health", "/metrics")
+_QUIET = ("/health", "/metrics", "/dashboard/data")
 
 
 class AccessLog:

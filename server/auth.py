@@ -12,7 +12,7 @@ from server.errors import ApiError
 from server.request_info import request_info
 from server.settings import ApiSettings
 
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/dashboard"})
 
 
 def bearer_token(scope: Scope) -> bytes | None:

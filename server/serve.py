@@ -11,7 +11,7 @@ import contextlib
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,14 @@ import uvicorn
 from fastapi import FastAPI
 
 from chunkllama.engine.client import EngineClient
-from chunkllama.engine.grammar import validate_grammar
+from chunkllama.engine.grammar import GrammarCompiler
 from chunkllama.engine.process import ProcessEngineClient
 from chunkllama.errors import ConfigError
 from chunkllama.logger import configure_logging, init_logger
 from chunkllama.models.checkpoint import Checkpoint
 from chunkllama.models.registry import resolve_model
 from chunkllama.models.spec import ModelSpec, read_spec
+from chunkllama.sampling_params import GrammarSpec
 from chunkllama.text.chat_template import ChatTemplate, load_chat_template
 from chunkllama.text.tokenizer import Tokenizer, load_tokenizer
 from server.access_log import AccessLog
@@ -35,7 +36,7 @@ from server.http_protocol import HttpLimits, make_protocol
 from server.lifecycle import DrainingServer, notify_supervisor
 from server.metrics import ServerMetrics
 from server.public_prefixes import load_public_prefixes, register_public_prefixes
-from server.routes import health
+from server.routes import dashboard, health
 from server.settings import ApiSettings
 from server.text_service import TextService
 
@@ -171,8 +172,13 @@ async def _serve(
             make_template=lambda source: ChatTemplate(source, model.tokenizer),
         )
         app = create_app(
-            engine, text, api, validate_grammar=validate_grammar, metrics=ServerMetrics()
+            engine,
+            text,
+            api,
+            load_grammars=lambda: _grammar_check(model),
+            metrics=ServerMetrics(),
         )
+        app.include_router(dashboard.router)
         server = DrainingServer(_uvicorn_config(settings, app), engine, settings.drain_seconds)
         info = engine.info
         scheme = "https" if settings.ssl_certfile else "http"
@@ -195,6 +201,14 @@ async def _serve(
         notify_supervisor("STOPPING=1")
     logger.info("stopped")
     return server.exit_code
+
+
+def _grammar_check(model: Model) -> Callable[[GrammarSpec], None]:
+    """Compiles grammars as the engine will, over the same vocabulary."""
+    compiler = GrammarCompiler(
+        model.tokenizer.to_json(), model.spec.vocab_size, list(model.spec.eos_token_ids)
+    )
+    return compiler.check
 
 
 def _listen(sock: socket.socket, key: str) -> None:
