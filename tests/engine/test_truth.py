@@ -62,3 +62,19 @@ def test_a_slice_at_a_time_gives_the_same_ids(make_core, run, truth) -> None:
     engine.finish()
     truth.check(prompt, engine.outputs[names[0]])
     truth.check([*prompt[:650], 5, 6, 7], engine.outputs[names[1]])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("op_set", ["reference", "native"])
+def test_64_prompts_up_to_3000_tokens(make_core, run, truth, op_set) -> None:
+    rng = np.random.default_rng(64)
+    trunks = [rng.integers(300, 40000, 3000).tolist() for _ in range(4)]
+    prompts = [
+        trunks[i % 4][: int(rng.integers(1, 2990))] + rng.integers(300, 40000, 8).tolist()
+        for i in range(64)
+    ]
+    engine = run(make_core(num_chunks=1024, op_set=op_set))
+    names = [engine.add(prompt) for prompt in prompts]
+    engine.finish()
+    for name, prompt in zip(names, prompts, strict=True):
+        truth.check(prompt, engine.outputs[name])
