@@ -12,7 +12,6 @@ from starlette.middleware.cors import CORSMiddleware
 
 from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
-from chunkllama.sampling_params import GrammarSpec
 from server.auth import AuthMiddleware
 from server.body import BodyLimitMiddleware
 from server.context import ServerContext
@@ -23,7 +22,7 @@ from server.request_info import RequestInfoMiddleware
 from server.response_store import ResponseStore
 from server.routes import chat, completions, embeddings, health, models, responses, tokenize
 from server.settings import ApiSettings
-from server.structured import GrammarCompiler
+from server.structured import GrammarCompiler, Validate
 from server.text_service import TextService
 
 logger = logging.getLogger("chunkllama.server")
@@ -39,7 +38,7 @@ def create_app(
     text: TextService,
     settings: ApiSettings,
     *,
-    validate_grammar: Callable[[GrammarSpec], None],
+    load_grammars: Callable[[], Validate],
     metrics: ServerMetrics | None = None,
     on_shutdown: Callable[[], Awaitable[Any]] | None = None,
 ) -> FastAPI:
@@ -49,7 +48,7 @@ def create_app(
         engine: where requests run; the caller closes it, in ``on_shutdown`` or after serving.
         text: tokenizer and chat template.
         settings: names, keys, limits.
-        validate_grammar: compiles a grammar, or raises InvalidRequestError.
+        load_grammars: makes the function that compiles a grammar or raises InvalidRequestError.
         metrics: shared with a metrics server on another port; by default the app's own.
         on_shutdown: awaited when the server has stopped serving.
     """
@@ -58,7 +57,7 @@ def create_app(
         text=text,
         settings=settings,
         metrics=metrics or ServerMetrics(),
-        grammars=GrammarCompiler(validate_grammar, settings.grammar_seconds),
+        grammars=GrammarCompiler(load_grammars, settings.grammar_seconds),
         responses=ResponseStore(
             settings.store_max_items, settings.store_max_bytes, settings.store_ttl_seconds
         ),

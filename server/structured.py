@@ -15,6 +15,7 @@ from server.errors import invalid
 from server.protocol.base import StructuredOutputs
 from server.protocol.chat import ResponseFormat
 
+Validate = Callable[[GrammarSpec], None]
 MAX_SCHEMA_CHARS = 128 * 1024
 MAX_SCHEMA_DEPTH = 64
 MAX_ENUM_VALUES = 2048
@@ -48,14 +49,14 @@ def _check_size(text: str, limit: int, param: str) -> None:
         raise invalid(f"{param} must have 1 to {limit} characters, got {len(text)}", param)
 
 
-def _from_json_field(value: str | dict[str, Any] | bool, param: str) -> GrammarSpec:
+def _from_json_field(value: str | dict[str, Any], param: str) -> GrammarSpec:
     if isinstance(value, str):
         _check_size(value, MAX_SCHEMA_CHARS, param)
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise invalid("The schema is not valid JSON", param) from None
-    if not isinstance(value, dict | bool):
+    if not isinstance(value, dict):
         raise invalid("A JSON schema is an object", param)
     return GrammarSpec(kind="json_schema", text=check_schema(value, param))
 
@@ -129,12 +130,14 @@ class GrammarCompiler:
     """Compiles grammars off the event loop, so that a bad one is refused before the engine sees it.
 
     Args:
-        validate: compiles a grammar; raises InvalidRequestError for one it cannot.
+        load: makes the function that compiles a grammar, which raises InvalidRequestError for one
+            it cannot. Called with the first grammar: reading a vocabulary takes a while.
         time_limit: seconds one grammar may take, waiting for others included.
     """
 
-    def __init__(self, validate: Callable[[GrammarSpec], None], time_limit: float) -> None:
-        self._validate = validate
+    def __init__(self, load: Callable[[], Validate], time_limit: float) -> None:
+        self._load = load
+        self._validate: asyncio.Future[Validate] | None = None
         self._time_limit = time_limit
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
 
@@ -143,9 +146,12 @@ class GrammarCompiler:
         ApiError: 400 naming what is wrong with the grammar, or that it takes too long.
         """
         loop = asyncio.get_running_loop()
+        if self._validate is None:
+            self._validate = loop.run_in_executor(self._pool, self._load)
+        validate = await asyncio.shield(self._validate)
         try:
             async with asyncio.timeout(self._time_limit):
-                await loop.run_in_executor(self._pool, self._validate, spec)
+                await loop.run_in_executor(self._pool, validate, spec)
         except InvalidRequestError as error:
             raise invalid(error.message, param, "invalid_grammar") from None
         except TimeoutError:

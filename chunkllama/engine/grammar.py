@@ -56,16 +56,6 @@ def _one_line(error: object) -> str:
     return lines[0] if lines else "not accepted"
 
 
-def validate_grammar(spec: GrammarSpec) -> None:
-    """Compile a grammar and throw the result away.
-
-    Raises:
-        InvalidRequestError: it does not compile, or is too large.
-    """
-    if error := llguidance.LLMatcher.validate_grammar(to_llguidance(spec)):
-        raise InvalidRequestError(f"invalid {spec.kind}: {_one_line(error)}", "grammar")
-
-
 class GrammarMatcher:
     """The state of one sequence's grammar."""
 
@@ -75,6 +65,11 @@ class GrammarMatcher:
     def fill_mask(self, mask: NDArray[np.int32]) -> None:
         """Set bit t of ``mask`` [ceil(vocab / 32)] for each token t that may come next."""
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+
+    @property
+    def error(self) -> str:
+        """Why no mask could be computed; "" while all is well."""
+        return _one_line(self._matcher.get_error()) if self._matcher.is_error() else ""
 
     def accept(self, token_id: int) -> bool:
         """Move on by a sampled token; False if the grammar does not allow it."""
@@ -122,3 +117,15 @@ class GrammarCompiler:
         if not all(matcher.accept(token) for token in output_token_ids):
             raise InvalidRequestError("the tokens so far do not follow the grammar", "grammar")
         return matcher
+
+    def check(self, spec: GrammarSpec) -> None:
+        """Compile a grammar and compute its first mask, where too complex ones fail.
+
+        Raises:
+            InvalidRequestError: it does not compile, or nothing can follow it.
+        """
+        matcher = self.matcher(spec, [])
+        matcher.fill_mask(np.zeros(-(-self._tokenizer.vocab_size // 32), dtype=np.int32))
+        if matcher.error:
+            reason = "nothing matches it" if "NoExtension" in matcher.error else matcher.error
+            raise InvalidRequestError(f"invalid {spec.kind}: {reason}", "grammar")

@@ -91,7 +91,7 @@ class PromptCacheBreakpoint(RequestModel):
 class StructuredOutputs(RequestModel):
     """A constraint on the output: exactly one of its fields."""
 
-    json_: str | dict[str, Any] | bool | None = Field(
+    json_: str | dict[str, Any] | None = Field(
         default=None, alias="json", description="Honoured: a JSON schema, as an object or as text."
     )
     regex: str | None = Field(default=None, description="Honoured: the output matches it.")

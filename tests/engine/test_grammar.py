@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chunkllama.engine.grammar import GrammarCompiler, GrammarMatcher, validate_grammar
+from chunkllama.engine.grammar import GrammarCompiler, GrammarMatcher
 from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama.text.tokenizer import Tokenizer, load_tokenizer
@@ -71,11 +71,17 @@ def walk(matcher: GrammarMatcher, tokenizer: Tokenizer, seed: int, limit: int = 
         ("lark", "start: missing", "missing"),
         ("lark", "", "Empty"),
         ("xml", "", "unknown grammar kind"),
+        ("json_schema", {"$ref": "#"}, "nothing matches"),
+        ("regex", "[^\\d\\D]", "nothing matches"),
+        ("regex", "(.{1,9999}){9999}", "too many"),
+        ("json_schema", {"$ref": "file:///etc/passwd"}, "not present"),
     ],
 )
-def test_bad_grammars_are_refused_with_one_line(kind: str, text: object, words: str) -> None:
+def test_bad_grammars_are_refused_with_one_line(
+    kind: str, text: object, words: str, compiler: GrammarCompiler
+) -> None:
     with pytest.raises(InvalidRequestError, match=words) as caught:
-        validate_grammar(spec(kind, text))
+        compiler.check(spec(kind, text))
     assert "\n" not in caught.value.message
 
 

@@ -125,7 +125,7 @@ def start_server(text_parts: tuple[Any, Any]) -> Iterator[StartServer]:
                 tokenizer, template, make_template=lambda source: ChatTemplate(source, tokenizer)
             ),
             ApiSettings(**values),
-            validate_grammar=allow_all,
+            load_grammars=lambda: allow_all,
         )
         config = uvicorn.Config(
             app,

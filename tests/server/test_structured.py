@@ -1,0 +1,110 @@
+"""Structured output: what becomes a grammar, and the bounds that keep grammars cheap."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+from fake_engine import MODEL
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+def nested(depth: int) -> dict:
+    schema: dict = {"type": "string"}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+def named(schema) -> dict:
+    return {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "text"),
+    [
+        (named(SCHEMA), "json_schema", json.dumps(SCHEMA)),
+        ({"response_format": {"type": "json_object"}}, "json_object", ""),
+        ({"structured_outputs": {"json": SCHEMA}}, "json_schema", json.dumps(SCHEMA)),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, "json_schema", json.dumps(SCHEMA)),
+        ({"structured_outputs": {"regex": "a+"}}, "regex", "a+"),
+        ({"structured_outputs": {"choice": ["x", "y"]}}, "choice", '["x", "y"]'),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, "lark", 'start: "a"'),
+        ({"structured_outputs": {"json_object": True}}, "json_object", ""),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_constraints_reach_the_engine(server, path, fields, kind, text):
+    prompt = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "x"}
+    assert server.post(path, {"model": MODEL, **prompt, **fields}).status_code == 200
+    grammar = server.engine.requests[0].sampling.grammar
+    assert (grammar.kind, grammar.text) == (kind, text)
+
+
+def test_text_format_constrains_nothing(server):
+    server.chat(response_format={"type": "text"})
+    assert server.engine.requests[0].sampling.grammar is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        (named({"x": "y" * 200_000}), "response_format.json_schema.schema"),
+        (named(nested(70)), "response_format.json_schema.schema"),
+        (named({"enum": list(range(10_000))}), "response_format.json_schema.schema"),
+        (named({"description": "REFUSE"}), "response_format"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": "[1]"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": "[" * 100_000}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": True}}, "structured_outputs.json"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a" * 10_000}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "REFUSE"}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["x" * 70_000]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"grammar": "x" * 70_000}}, "structured_outputs.grammar"),
+    ],
+    ids=lambda v: str(v)[:50],
+)
+def test_bad_grammars_are_refused_quickly(server, fields, param):
+    started = time.monotonic()
+    response = server.chat(**fields)
+    assert time.monotonic() - started < 1.0
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    assert not server.engine.requests
+
+
+def test_slow_grammars_are_given_up_and_stop_nobody(server):
+    results = []
+
+    def slow() -> None:
+        results.append(server.chat(structured_outputs={"regex": "SLOW"}))
+
+    threads = [threading.Thread(target=slow) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert server.chat("say(ok)yas").json()["choices"][0]["message"]["content"] == "ok"
+    for thread in threads:
+        thread.join()
+    codes = {(r.status_code, r.json()["error"]["code"]) for r in results}
+    assert codes == {(400, "grammar_too_complex")}
+
+
+def test_forced_tools_exclude_another_format(server):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    response = server.chat(
+        tools=tools, tool_choice="required", response_format={"type": "json_object"}
+    )
+    assert response.json()["error"]["param"] == "response_format"
+
+
+def test_a_tool_schema_that_does_not_compile(server):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"x": "REFUSE"}}}]
+    response = server.chat(tools=tools, tool_choice="required")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
