@@ -79,4 +79,5 @@ class Llama:
         # A CPU's bfloat16 product rounds its result (between 16 and 32 to eighths): tokens tie.
         # Widened a block at a time, the head needs no second copy.
         wide = hidden.float()
-        return torch.cat([linear(wide, part.float()) for part in head.split(_HEAD_ROWS)], dim=1)
+        blocks = (head[row : row + _HEAD_ROWS] for row in range(0, len(head), _HEAD_ROWS))
+        return torch.cat([linear(wide, block.float()) for block in blocks], dim=1)
