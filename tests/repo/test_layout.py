@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -80,9 +81,18 @@ def test_the_api_process_does_not_import_torch() -> None:
     assert run_python(code) == "False"
 
 
-def test_native_sources_and_configs_travel_in_the_wheel() -> None:
-    code = (
-        "from chunkllama.ops.source import find_kernels, find_configs;"
-        "print((find_kernels() / 'cuda').is_dir(), (find_configs() / 'hardware').is_dir())"
+def test_the_wheel_carries_every_package_and_all_native_sources(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
     )
-    assert run_python(code) == "True True"
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        carried = set(wheel.namelist())
+    wanted = {str(path.relative_to(ROOT)) for path in tracked("chunkllama/*.py", "server/*")}
+    for folder in ("kernels", "configs"):
+        wanted |= {
+            f"chunkllama/_{folder}/{path.relative_to(ROOT / folder)}"
+            for path in tracked(f"{folder}/*/*")
+        }
+    assert not wanted - carried
