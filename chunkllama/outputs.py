@@ -64,14 +64,15 @@ class TokenDelta(msgspec.Struct, kw_only=True, tag="tokens"):
     """What one step added to one request.
 
     ``num_cached_tokens`` (prompt tokens whose K/V came from the cache) and
-    ``num_cache_write_tokens`` are final on the request's first delta. ``error`` fails the whole
-    request.
+    ``num_cache_write_tokens`` are final on the request's first delta; so is ``pin_refused``: the
+    pin it asked for would exceed the budget. ``error`` fails the whole request.
     """
 
     request_id: str
     choices: list[ChoiceDelta]
     num_cached_tokens: int = 0
     num_cache_write_tokens: int = 0
+    pin_refused: bool = False
     prompt_logprobs: list[TokenLogprob | None] | None = None
     embedding: list[float] | None = None
     error: EngineErrorInfo | None = None

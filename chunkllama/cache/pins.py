@@ -51,12 +51,12 @@ class Pins:
             for node in [n for n, until in self._expiry.items() if until <= now]:
                 self.remove(node)
 
-    def break_all(self) -> bool:
-        """Give up every pin, for a sequence that could not run at all otherwise."""
-        nodes = list(self._expiry)
-        for node in nodes:
-            self.remove(node)
-        return bool(nodes)
+    def break_one(self) -> bool:
+        """Give up the pin that ends first, for a sequence that could not run at all otherwise."""
+        if not self._expiry:
+            return False
+        self.remove(min(self._expiry, key=self._expiry.__getitem__))
+        return True
 
     def check_invariants(self) -> None:
         """Each node's pins are those at or below it; the price of all is what was counted."""

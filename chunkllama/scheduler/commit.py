@@ -101,7 +101,9 @@ class StepCommitter:
             group.is_pinned = True
             until = group.request.cache_until
             prompt = sequence.prompt_token_ids[:until]
-            self._cache.pin(prompt, group.request.namespace, group.request.pin_seconds)
+            group.pin_refused = not self._cache.pin(
+                prompt, group.request.namespace, group.request.pin_seconds
+            )
 
     def _append_token(
         self, sequence: Sequence, sampled: SampledTokens, deltas: dict[str, TokenDelta]
@@ -145,6 +147,7 @@ class StepCommitter:
                 choices=[],
                 num_cached_tokens=max(group.num_cached_tokens, 0),
                 num_cache_write_tokens=group.num_cache_write_tokens,
+                pin_refused=group.pin_refused,
             )
             deltas[group.request_id] = delta
         if group.prompt_logprobs is not None and not group.collects_prompt_logprobs:

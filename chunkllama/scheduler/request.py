@@ -141,6 +141,7 @@ class SequenceGroup:
     collects_prompt_logprobs: bool = False
     prompt_logprobs: list[TokenLogprob | None] | None = None
     is_pinned: bool = False
+    pin_refused: bool = False
 
     @property
     def request_id(self) -> str:

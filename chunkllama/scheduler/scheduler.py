@@ -203,7 +203,7 @@ class Scheduler:
             victim = self._newest_but_oldest()
             if victim is not None:
                 self._committer.preempt(victim)
-            elif not self._cache.pins.break_all():
+            elif not self._cache.pins.break_one():
                 # beams of the oldest request, each with its own copy of what they will share
                 # once it is published
                 assert len(self._running) > 1, "the oldest sequence does not fit the pool alone"
@@ -273,7 +273,7 @@ class Scheduler:
                 continue
             sequence.match = None
             admitted = self._admission.admit(sequence, match, self._running.by_age)
-            if admitted is None and not len(self._running) and self._cache.pins.break_all():
+            while admitted is None and not len(self._running) and self._cache.pins.break_one():
                 admitted = self._admission.admit(sequence, match, self._running.by_age)
             if admitted is None:
                 return
@@ -315,7 +315,7 @@ class Scheduler:
         """Beams that wait for one another across requests: the newest gives way."""
         victim = self._newest_but_oldest() if len(self._running) else None
         if victim is None:
-            return len(self._waiting) > 0 and self._cache.pins.break_all()
+            return len(self._waiting) > 0 and self._cache.pins.break_one()
         self._committer.preempt(victim)
         return True
 

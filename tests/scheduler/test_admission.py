@@ -131,6 +131,30 @@ class TestAlone:
         run.check_outputs()
         assert run.scheduler.stats().pinned_chunks == 0
 
+    def test_no_more_pins_than_needed_give_way_the_shortest_first(self) -> None:
+        run = engine(8)
+        for token, seconds in ((1, 1e9), (2, 1e3), (3, 1e6)):
+            run.add([token] * 4, 1, pin_seconds=seconds)
+            run.run()
+        assert run.scheduler.stats().pinned_chunks == 3
+        run.add([4] * 20, 5)  # six of eight chunks
+        run.run()
+        assert run.scheduler.stats().pinned_chunks == 2
+        names = [run.add([token] * 4 + [9], 1) for token in (1, 2, 3)]
+        run.run()
+        run.check_outputs()
+        assert [run.cached[name] for name in names] == [4, 0, 4]
+
+    def test_a_pin_over_the_budget_is_said(self) -> None:
+        run = engine(8)
+        kept = run.add([1] * 16, 1, pin_seconds=60.0)
+        run.run()
+        refused = run.add([2] * 4, 1, pin_seconds=60.0)
+        run.run()
+        assert not run.first_deltas[kept].pin_refused
+        assert run.first_deltas[refused].pin_refused
+        assert run.scheduler.stats().pins_refused_total == 1
+
 
 class TestRefusals:
     def refused(self, run: SimulatedEngine, *args: object, **options: object) -> str:

@@ -105,6 +105,5 @@ def test_random_changes_equal_a_fresh_sort() -> None:
             expected = sorted(s.chunks.ids.tolist() for s in live)
             assert paths(order) == expected
             assert order.shared[1:] == [
-                num_shared_chunks(np.array(a), np.array(b))
-                for a, b in itertools.pairwise(expected)
+                num_shared_chunks(np.array(a), np.array(b)) for a, b in itertools.pairwise(expected)
             ]

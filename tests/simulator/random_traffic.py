@@ -7,6 +7,7 @@ import random
 from simulated_engine import SimulatedEngine
 
 from chunkllama.errors import InvalidRequestError, OverloadedError
+from chunkllama.sampling_params import SamplingParams
 
 
 class RandomTraffic:
@@ -29,6 +30,7 @@ class RandomTraffic:
             "policy": pick(["fcfs", "prefix"]),
             "eos_token_ids": pick([frozenset(), frozenset(), frozenset({2})]),
             "max_waiting": 16,
+            "enable_prefix_caching": self.random.random() < 0.85,
             **overrides,
         }
         num_chunks = pick([6, 8, 12, 20, 60])
@@ -64,6 +66,9 @@ class RandomTraffic:
             options["wants_hidden_states"] = "last"
         elif kind < 0.33 and self.engine.num_steps < 50:
             max_tokens = None
+        elif kind < 0.40 and max_tokens is not None:
+            whole, _, _ = self.engine.oracle.choice(prompt, SamplingParams(), max_tokens, 0)
+            options["delivered"] = [whole[: rnd.randrange(max_tokens + 1)]]
         if rnd.random() < 0.1:
             options["cache_until"] = rnd.randrange(len(prompt) + 1)
         if rnd.random() < 0.1:

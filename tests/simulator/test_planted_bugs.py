@@ -60,6 +60,17 @@ def search_failure() -> None:
     assert engine.errors == {"r0": "model_nan"}
 
 
+def search_hand_over() -> None:
+    """A leader is aborted in the middle of a prefix that two others wait for."""
+    engine = SimulatedEngine(40, 4, max_num_seqs=4, max_num_batched_tokens=6, min_wait_tokens=2)
+    base = [0, 1, 1, 0, 1, 0, 0, 0, 1, 1, 0, 1, 0, 1, 1, 0]
+    names = [engine.add([*base, *map(int, f"{i:02b}"), 1], 6) for i in range(3)]
+    engine.step()
+    engine.scheduler.abort(names[0])
+    engine.run()
+    engine.check_outputs({names[0]})
+
+
 def search_pins() -> None:
     """A pinned prefix survives a flood of others for as long as it was promised."""
     engine = SimulatedEngine(8, 4, max_num_seqs=1, max_num_batched_tokens=32)
@@ -262,9 +273,9 @@ BUGS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [
     (double_free, search_traffic),
     (adopted_chunk_freed_while_read, search_traffic),
     (slot_of_a_later_step_read, search_traffic),
-    (unfilled_nodes_left_behind, search_traffic),
+    (unfilled_nodes_left_behind, search_hand_over),
     (followers_of_a_failed_leader_go_on, search_failure),
-    (handed_over_as_filled, search_traffic),
+    (handed_over_as_filled, search_hand_over),
     (own_path_evictable, search_traffic),
     (reserve_forgotten, search_reserve),
     (partial_leaf_matched_past_filled, search_traffic),
@@ -288,6 +299,8 @@ def test_planted_bug_is_caught(
         search()
 
 
-@pytest.mark.parametrize("search", [search_traffic, search_reserve, search_failure, search_pins])
+@pytest.mark.parametrize(
+    "search", [search_traffic, search_reserve, search_failure, search_hand_over, search_pins]
+)
 def test_the_searches_pass_without_a_bug(search: Callable[[], None]) -> None:
     search()
