@@ -28,7 +28,6 @@ class CompletionAnswer:
 
     Attributes:
         prompt_texts: text of each prompt, for echo.
-        scores_only: max_tokens is 0, so the one token the engine made is not shown.
     """
 
     body: CompletionRequest
@@ -37,7 +36,6 @@ class CompletionAnswer:
     prompt_texts: list[str]
     formatter: LogprobFormatter
     fingerprint: str
-    scores_only: bool
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -48,7 +46,7 @@ class CompletionAnswer:
         """Sums over the prompts."""
         return completion_usage(
             sum(len(g.request.prompt_token_ids) for g in self.generations),
-            0 if self.scores_only else sum(g.num_completion_tokens for g in self.generations),
+            sum(g.num_completion_tokens for g in self.generations),
             sum(g.num_cached_tokens for g in self.generations),
             sum(g.num_cache_write_tokens for g in self.generations),
         )
@@ -68,7 +66,7 @@ class CompletionAnswer:
         collected = await gather_or_cancel([g.collect() for g in self.generations])
         completion = self._completion(
             [
-                self._choice(number, piece, piece, is_first=True)
+                self._choice(number, piece, is_first=True)
                 for number, pieces in enumerate(collected)
                 for piece in pieces
             ]
@@ -77,17 +75,15 @@ class CompletionAnswer:
         return completion
 
     def _choice(
-        self, number: int, piece: Piece, shown: Piece, *, is_first: bool, offset: int = 0
+        self, number: int, shown: Piece, *, is_first: bool, offset: int = 0
     ) -> CompletionChoice:
         """A choice or its next chunk; ``is_first`` puts what belongs to the prompt before it."""
         generation = self.generations[number]
         echoes = bool(self.body.echo) and is_first
-        if self.scores_only:
-            shown = Piece(piece.index, finish_reason=piece.finish_reason and "length")
         prompt_text = self.prompt_texts[number] if echoes else ""
         choice: CompletionChoice = {
             "text": prompt_text + shown.text,
-            "index": number * self._n + piece.index,
+            "index": number * self._n + shown.index,
             "finish_reason": cast(Any, shown.finish_reason),
             "logprobs": self._logprobs(generation, shown, echoes, offset),
         }
@@ -129,7 +125,6 @@ class CompletionAnswer:
                     key = (number, piece.index)
                     choice = self._choice(
                         number,
-                        piece,
                         piece,
                         is_first=key not in offsets,
                         offset=offsets.get(key, 0),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from chunkllama.engine.client import EngineClient
 from chunkllama.engine.messages import ChoiceDelta, EngineRequest, TokenDelta
-from chunkllama.errors import RequestFailedError
+from chunkllama.errors import InvalidRequestError, RequestFailedError
 from chunkllama.outputs import TokenLogprob
 from chunkllama.text.detokenizer import IncrementalDetokenizer, StopChecker
 from server.metrics import RequestTimer, ServerMetrics
@@ -104,6 +104,8 @@ class Generation:
         metrics: counts it from acceptance to its one end.
         continues_prompt: the text goes on where the prompt's ends (completions); else it is a text
             of its own (chat).
+        param_names: what the endpoint calls the fields the engine names in a refusal.
+        on_pin: told once, with the first delta, whether the pin asked for was granted.
     """
 
     def __init__(
@@ -114,6 +116,8 @@ class Generation:
         metrics: ServerMetrics,
         *,
         continues_prompt: bool = False,
+        param_names: Mapping[str, str] | None = None,
+        on_pin: Callable[[bool], None] | None = None,
     ) -> None:
         self.request = request
         self.num_cached_tokens = 0
@@ -122,6 +126,8 @@ class Generation:
         self.embedding: list[float] | None = None
         self._engine = engine
         self._metrics = metrics
+        self._param_names = param_names or {}
+        self._on_pin = on_pin if request.pin_seconds > 0 else None
         sampling = request.sampling
         count = sampling.n if sampling.beam_width > 1 else sampling.num_sequences
         self._choices = [
@@ -157,6 +163,10 @@ class Generation:
                 async for pieces in self._consume(deltas, timer):
                     yield pieces
             timer.finish("stop")
+        except InvalidRequestError as error:
+            timer.fail(error)
+            error.param = self._param_names.get(error.param or "", error.param)
+            raise
         except Exception as error:
             timer.fail(error)
             raise
@@ -167,6 +177,9 @@ class Generation:
         self, deltas: AsyncIterator[TokenDelta], timer: RequestTimer
     ) -> AsyncIterator[list[Piece]]:
         async for delta in deltas:
+            if self._on_pin is not None:
+                self._on_pin(not delta.pin_refused)
+                self._on_pin = None
             self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
             self.num_cache_write_tokens = max(
                 self.num_cache_write_tokens, delta.num_cache_write_tokens

@@ -35,6 +35,7 @@ ENGINE_COUNTERS = {
     "generation_tokens_total": "Tokens sampled.",
     "preemptions_total": "Sequences preempted for want of chunks.",
     "evicted_chunks_total": "Cached chunks evicted.",
+    "pins_refused_total": "Pins refused because the pin budget was used up.",
     "step_seconds_total": "Seconds spent in steps.",
 }
 ENGINE_GAUGES = {

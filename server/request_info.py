@@ -33,6 +33,10 @@ class RequestInfo:
         names = [_UNCLEAN_FIELD.sub("_", path)[:64] or "_" for path in paths[:MAX_NAMED_FIELDS]]
         self.headers["x-chunkllama-ignored-fields"] = ", ".join(names)
 
+    def name_pin(self, granted: bool) -> None:
+        """Tell the client whether its prefix is kept, or the pin budget was used up."""
+        self.headers["x-chunkllama-cache-pin"] = "granted" if granted else "over-budget"
+
 
 def request_info(scope: Scope) -> RequestInfo:
     info = scope[_SCOPE_KEY]

@@ -40,7 +40,8 @@ def check_lengths(
         ApiError: 400 with code context_length_exceeded.
     """
     limit = info.max_model_len
-    if prompt_tokens >= limit:
+    least = 0 if max_tokens == 0 else 1
+    if prompt_tokens + least > limit:
         raise invalid(
             f"This model's maximum context length is {limit} tokens, but the prompt has "
             f"{prompt_tokens}, which leaves none for the answer",

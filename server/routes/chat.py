@@ -48,6 +48,11 @@ def check_chat(body: ChatCompletionRequest) -> None:
             )
 
 
+def max_tokens_field(body: ChatCompletionRequest) -> str:
+    """The field that limits the answer: the newer one wins."""
+    return "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
+
+
 def plan_request_tools(body: ChatCompletionRequest, context: ServerContext) -> ToolPlan:
     template = context.text.template
     source = template.source if template is not None else ""
@@ -68,7 +73,7 @@ async def engine_request(
     """
     engine_info = context.engine.info
     check_prompt_ids(prompt.token_ids, engine_info.vocab_size, "messages")
-    param = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
+    param = max_tokens_field(body)
     max_tokens = getattr(body, param)
     check_lengths(len(prompt.token_ids), max_tokens, engine_info, "messages", param)
     grammar, grammar_param = grammar_of(body.response_format, body.structured_outputs)
@@ -121,6 +126,12 @@ async def create_chat_completion(
             await engine_request(body, context, info, prompt, tools),
             context.text.tokenizer,
             context.metrics,
+            param_names={
+                "prompt": "messages",
+                "max_tokens": max_tokens_field(body),
+                "beam_width": "n",
+            },
+            on_pin=info.name_pin,
         ),
         tools=tools,
         formatter=LogprobFormatter(context.text.tokenizer, bool(body.return_tokens_as_token_ids)),

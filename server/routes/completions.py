@@ -103,15 +103,15 @@ async def completion_sampling(
     grammar, param = grammar_of(body.response_format, body.structured_outputs)
     if grammar is not None:
         await context.grammars.check(grammar, param)
-    if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
-        body = body.model_copy(update={"prompt_logprobs": body.logprobs})
+    scores_prompt = max_tokens == 0 or (body.echo and body.logprobs is not None)
+    if scores_prompt and body.prompt_logprobs is None:
+        body = body.model_copy(update={"prompt_logprobs": body.logprobs or 0})
     return sampling_params(
         body,
         context.settings,
         info,
         context.text.tokenizer,
-        # A prompt is scored while its first token is made; that token is then not shown.
-        max_tokens=max(max_tokens, 1),
+        max_tokens=max_tokens,
         logprobs=body.logprobs,
         best_of=body.best_of or None,
         grammar=grammar,
@@ -145,6 +145,8 @@ async def create_completion(
             context.text.tokenizer,
             context.metrics,
             continues_prompt=True,
+            param_names={"beam_width": "n"},
+            on_pin=info.name_pin,
         )
         for index, ids in enumerate(prompts)
     ]
@@ -155,7 +157,6 @@ async def create_completion(
         prompt_texts=[_echo_text(body, context, index, ids) for index, ids in enumerate(prompts)],
         formatter=LogprobFormatter(context.text.tokenizer, bool(body.return_tokens_as_token_ids)),
         fingerprint=context.fingerprint,
-        scores_only=body.max_tokens == 0,
     )
     if body.stream:
         return SseResponse(answer.events(), context.settings.stream_stall_seconds)

@@ -73,7 +73,7 @@ async def input_ids(body: EmbeddingRequest, context: ServerContext) -> list[list
                 ids, add_special_tokens=body.add_special_tokens is not False
             )
         check_prompt_ids(ids, info.vocab_size, param)
-        check_lengths(len(ids), None, info, param, param)
+        check_lengths(len(ids), 0, info, param, param)
         result.append(ids)
     return result
 
@@ -101,6 +101,8 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, context: C
             ),
             context.text.tokenizer,
             context.metrics,
+            param_names={"prompt": "input"},
+            on_pin=info.name_pin,
         )
         async with slots:
             await generation.collect()

@@ -102,6 +102,8 @@ async def create_response(
             msgspec.structs.replace(engine, request_id=f"resp_{uuid.uuid4().hex}"),
             context.text.tokenizer,
             context.metrics,
+            param_names={"prompt": "input", "max_tokens": "max_output_tokens"},
+            on_pin=info.name_pin,
         ),
         tools=prepared.tools,
         formatter=LogprobFormatter(context.text.tokenizer, as_token_ids=False),

@@ -100,6 +100,7 @@ class FakeEngine:
         first: dict[str, Any] = {
             "num_cached_tokens": num_cached,
             "num_cache_write_tokens": len(request.prompt_token_ids) - num_cached,
+            "pin_refused": request.pin_seconds > 3600,
         }
         if request.wants_hidden_states:
             yield TokenDelta(
@@ -123,6 +124,12 @@ class FakeEngine:
         if limit is None:
             limit = MAX_MODEL_LEN - len(request.prompt_token_ids)
         tokens = reply[:limit]
+        if limit == 0:
+            choices = [
+                ChoiceDelta(index=i, token_ids=[], finish_reason="length")
+                for i in range(sampling.num_sequences)
+            ]
+            yield TokenDelta(request_id=request.request_id, choices=choices, **first)
         count = sampling.n if sampling.beam_width > 1 else sampling.num_sequences
         for start in range(0, len(tokens), self.tokens_per_delta):
             if self.fail_after is not None and start >= self.fail_after[0]:

@@ -72,6 +72,16 @@ def test_lifetimes(server, fields, seconds):
     assert engine_request(server, "hi", **fields).pin_seconds == seconds
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("ttl", "said"), [("30m", "granted"), ("24h", "over-budget"), (None, None)]
+)
+def test_a_pin_over_budget_is_said(server, ttl, said, stream):
+    options = {"prompt_cache_options": {"ttl": ttl}} if ttl else {}
+    response = server.chat(stream=stream, **options)
+    assert response.headers.get("x-chunkllama-cache-pin") == said
+
+
 def test_salt_narrows_and_never_shares(server):
     plain = engine_request(server, "hi").namespace
     salted = engine_request(server, "hi", cache_salt="s1").namespace
