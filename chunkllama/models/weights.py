@@ -53,17 +53,18 @@ class _Loader:
 
     def __call__(self, *names: str) -> torch.Tensor:
         """One tensor, or several stacked along their first dimension."""
-        mapped = self._map(names[0])
-        if len(names) == 1 and mapped.dtype == self._dtype and self._device.type == "cpu":
-            return mapped
-        rows = sum(self._checkpoint[name].shape[0] for name in names)
-        stacked = torch.empty(rows, *mapped.shape[1:], dtype=self._dtype, device=self._device)
-        begin = 0
-        for name in names:
-            part = self._map(name)
-            stacked[begin : begin + len(part)].copy_(part)
-            begin += len(part)
-            self._checkpoint.release(name)
+        infos = [self._checkpoint[name] for name in names]
+        dtypes = {_TORCH_DTYPES[info.dtype] for info in infos}
+        if len(names) == 1 and dtypes == {self._dtype} and self._device.type == "cpu":
+            return self._map(names[0])
+        rows = sum(info.shape[0] for info in infos)
+        stacked = torch.empty(rows, *infos[0].shape[1:], dtype=self._dtype, device=self._device)
+        flat, begin = stacked.view(-1), 0
+        for name, info in zip(names, infos, strict=True):
+            for block in self._checkpoint.blocks(name):
+                values = torch.frombuffer(block, dtype=_TORCH_DTYPES[info.dtype])
+                flat[begin : begin + len(values)].copy_(values)
+                begin += len(values)
         return stacked
 
     def linear(self, names: list[str], bias: bool) -> Linear:
