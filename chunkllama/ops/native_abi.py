@@ -70,10 +70,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "ck_forward": (None, [c_void_p, c_void_p, c_int]),
     "ck_linear": (
         None,
-        [
-            *(c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int64, c_int64),
-            *(c_void_p, c_void_p, c_int),
-        ],
+        [c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int64, c_int64, c_int],
     ),
     "ck_pack": (None, [c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int]),
 }

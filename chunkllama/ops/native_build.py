@@ -43,18 +43,18 @@ class Level:
 
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
-_AMX = (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
-_AVX512_FEATURES = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"})
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_AMX = (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+_AVX512_FEATURES = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 
 # Best first.
 LEVELS: Final = (
     Level(
         "amx",
         (*_AMX, "-mtune=sapphirerapids"),
-        _AVX512_FEATURES | {"avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
+        _AVX512_FEATURES | {"avx512_bf16", "amx_tile", "amx_bf16"},
     ),
-    Level("avx512", (*_AVX512, "-mtune=icelake-server"), _AVX512_FEATURES),
+    Level("avx512", (*_AVX512, "-mtune=skylake-avx512"), _AVX512_FEATURES),
     Level("avx2", (*_AVX2, "-mtune=haswell"), frozenset({"avx2", "fma", "f16c"})),
     Level("baseline", (), frozenset()),
 )

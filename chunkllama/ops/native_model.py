@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 WeightType = Literal["auto", "bf16", "fp32", "int8"]
 WEIGHT_TYPES: Final = {"fp32": F32, "bf16": BF16, "int8": INT8}
-BYTES: Final = {F32: 4, BF16: 2, INT8: 1}
+BITS: Final = {F32: 32, BF16: 16, INT8: 8.5}  # int8: with a bf16 scale for each 32 of them
 UNIT: Final = 32  # output columns that are packed together
 STRIDE: Final = 64  # row strides of activations, and k of packed weights, are multiples of this
 KEPT_LOGIT_ROWS: Final = 64
@@ -25,7 +25,7 @@ KEPT_LOGIT_ROWS: Final = 64
 
 class CLinear(Structure):
     _fields_ = (
-        *(("weight", c_void_p), ("scale", c_void_p), ("column_sums", c_void_p), ("bias", c_void_p)),
+        *(("weight", c_void_p), ("bias", c_void_p)),
         *(("n", c_int64), ("k", c_int64), ("type", c_int32)),
     )
 
@@ -51,7 +51,6 @@ class CStep(Structure):
         *(("plan", CPlan), ("token_ids", c_void_p), ("positions", c_void_p), ("cos_sin", c_void_p)),
         *(("kv", c_void_p), ("partial_out", c_void_p), ("partial_lse", c_void_p)),
         *((name, c_void_p) for name in ("hidden", "normed", "qkv", "attention", "mlp")),
-        *(("quantized", c_void_p), ("row_scale", c_void_p)),
     )
 
 
@@ -146,11 +145,9 @@ class NativeModel:
             if not self._kept_logits.numel():
                 self._kept_logits = torch.empty(KEPT_LOGIT_ROWS, head.n)
             y = self._kept_logits[:rows]
-        self._reserve(rows)
         self._library.ck_linear(
             *(ctypes.byref(head), x.data_ptr(), head.k, TYPES[self._activation]),
-            *(y.data_ptr(), head.n, rows, self._step.quantized, self._step.row_scale),
-            torch.get_num_threads(),
+            *(y.data_ptr(), head.n, rows, torch.get_num_threads()),
         )
         return y[:, : self._vocab]
 
@@ -166,8 +163,6 @@ class NativeModel:
             "qkv": torch.zeros(rows, widths["qkv"], dtype=self._activation),
             "attention": torch.zeros(rows, widths["attention"], dtype=self._activation),
             "mlp": torch.zeros(rows, widths["mlp"], dtype=self._activation),
-            "quantized": torch.zeros(rows, max(widths.values()), dtype=torch.int8),
-            "row_scale": torch.zeros(rows),
         }
         self._step = CStep(
             cos_sin=self._cos_sin.data_ptr(),
@@ -208,17 +203,11 @@ class NativeModel:
         n, k = (
             _round_up(size, unit) for size, unit in zip(weight.shape, (UNIT, STRIDE), strict=True)
         )
-        scale = torch.empty(n) if self._type == INT8 else None
-        sums = torch.empty(n, dtype=torch.int32) if self._type == INT8 else None
-        padded_bias = None if bias is None else torch.zeros(n)
-        if bias is not None and padded_bias is not None:
-            padded_bias[: len(bias)] = bias
-        kept = [x for x in (scale, sums, padded_bias) if x is not None]
-        self._keep += kept
+        padded_bias = 0
+        if bias is not None:
+            padded_bias = self._vector(torch.nn.functional.pad(bias, (0, n - len(bias))))
         packed = CLinear(
-            self._arena.take(n * k * BYTES[self._type]),
-            *(None if x is None else x.data_ptr() for x in (scale, sums, padded_bias)),
-            *(n, k, self._type),
+            self._arena.take(_packed_size(n, k, self._type)), padded_bias, n, k, self._type
         )
         self._library.ck_pack(
             *(weight.data_ptr(), TYPES[weight.dtype], *weight.shape, ctypes.byref(packed)),
@@ -253,8 +242,12 @@ def _packed_bytes(weights: Any, weight_type: int) -> int:
         rows, columns = layer.gate_up.weight.shape
         shapes += [tuple(x.weight.shape) for x in (layer.qkv, layer.output, layer.down)]
         shapes.append((2 * _round_up(rows // 2, STRIDE), columns))
-    padded = (_round_up(n, UNIT) * _round_up(k, STRIDE) for n, k in shapes)
-    return sum(_round_up(size * BYTES[weight_type], STRIDE) for size in padded)
+    padded = ((_round_up(n, UNIT), _round_up(k, STRIDE)) for n, k in shapes)
+    return sum(_round_up(_packed_size(n, k, weight_type), STRIDE) for n, k in padded)
+
+
+def _packed_size(n: int, k: int, weight_type: int) -> int:
+    return int(n * k * BITS[weight_type]) // 8
 
 
 def _interleave(stacked: torch.Tensor) -> torch.Tensor:

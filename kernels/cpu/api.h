@@ -51,9 +51,7 @@ struct RopeArgs {
 // A weight [n, k] in packed order (linear.h); n is a multiple of 32, k of 64.
 struct Linear {
   const void* weight;
-  const float* scale;          // [n] of int8 weights, else null
-  const int32_t* column_sums;  // [n] sum of the int8 weights of each output, else null
-  const float* bias;           // [n] or null
+  const float* bias;  // [n] or null
   int64_t n, k;
   int32_t type;
 };
@@ -86,8 +84,6 @@ struct Step {
   float *partial_out, *partial_lse;
   float* hidden;  // [rows, hidden_stride] residual stream; after the pass the normalised rows
   void *normed, *qkv, *attention, *mlp;
-  int8_t* quantized;
-  float* row_scale;
 };
 
 }  // namespace chunkllama

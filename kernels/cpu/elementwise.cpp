@@ -136,23 +136,6 @@ void copy_tokens(KV* kv, const Heads& heads, int64_t source, int64_t destination
   }
 }
 
-template <class X>
-void quantize_row(const X* x, int8_t* q, float* scale, int64_t size) {
-  Vec top{};
-  for (int64_t i = 0; i < size; i += W) {
-    const Vec v = load(x + i);
-    top = max(top, v < 0 ? -v : v);
-  }
-  const float limit = largest(top), inverse = limit > 0 ? 127.f / limit : 0.f;
-  *scale = limit / 127.f;
-  const Vec magic = set(12582912.f);
-  for (int64_t i = 0; i < size; i += W) {
-    const IntVec rounded = (IntVec)(load(x + i) * inverse + magic) - (IntVec)magic;
-    const ByteVec bytes = __builtin_convertvector(rounded, ByteVec);
-    memcpy(q + i, &bytes, sizeof bytes);
-  }
-}
-
 }  // namespace
 
 void rms_norm_rows(const NormArgs& a, int64_t begin, int64_t end) {
@@ -200,14 +183,6 @@ void silu_and_mul_rows(const void* gate_up, void* y, int64_t size, int32_t type,
 
 void copy_chunk(void* kv, const Heads& heads, int64_t source, int64_t destination, int64_t tokens) {
   with_type(heads.kv_type, [&](auto type) { copy_tokens(static_cast<decltype(type)>(kv), heads, source, destination, tokens); });
-}
-
-void quantize_rows(const void* x, int32_t type, int64_t x_stride, int8_t* q, int64_t q_stride, float* scale, int64_t size,
-                   int64_t begin, int64_t end) {
-  with_type(type, [&](auto pointer) {
-    for (int64_t r = begin; r < end; r++)
-      quantize_row(static_cast<decltype(pointer)>(const_cast<void*>(x)) + r * x_stride, q + r * q_stride, scale + r, size);
-  });
 }
 
 }  // namespace chunkllama

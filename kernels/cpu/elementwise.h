@@ -28,8 +28,4 @@ void silu_and_mul_rows(const void* gate_up, void* y, int64_t size, int32_t type,
 // Copies the first `tokens` of a chunk; the destination's last pair gets no token beyond them.
 void copy_chunk(void* kv, const Heads& heads, int64_t source, int64_t destination, int64_t tokens);
 
-// int8 rows with one scale each: x ~ q * scale. Row strides in elements; columns up to `size`.
-void quantize_rows(const void* x, int32_t type, int64_t x_stride, int8_t* q, int64_t q_stride, float* scale, int64_t size,
-                   int64_t begin, int64_t end);
-
 }  // namespace chunkllama

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "scratch.h"
 #include "tiles.h"
 #include "vec.h"
 
@@ -11,49 +12,77 @@ namespace {
 
 constexpr int MAX_ROWS = 32;               // rows of one block product
 constexpr long AHEAD = 4096;               // bytes that the prefetch of the weights runs ahead
-constexpr int K_BYTES = 2048;              // one k block of a unit: 32 k of bf16, 64 of int8, 16 of fp32
-constexpr int K_BLOCK[] = {16, 32, 64};    // by Type
+constexpr int TILE_PAIR = 2048;             // bytes of a k block of bf16: two tiles
+constexpr int SCALES = 64;                 // bytes of the scales before a k block of int8
+constexpr int K_BLOCK[] = {16, 32, 32};    // k per block of a unit, by Type
+constexpr int K_BYTES[] = {2048, 2048, SCALES + 1024};
+#if defined(__AMX_TILE__)
+constexpr int FEW_ROWS = 4;                // int8 weights: with so few rows converting them to tiles does not pay
+#endif
 
 // The weights of a unit, and where the stream goes on behind them.
 struct Stream {
   const char *at, *end, *next;
-  INLINE void prefetch(const char* p) const {
+  INLINE void prefetch(const char* p, int bytes) const {
     const char* ahead = p + AHEAD;
     if (ahead >= end) {
       if (!next) return;
       ahead = next + (ahead - end);
     }
-    for (int i = 0; i < K_BYTES; i += 64) prefetch_l2(ahead + i);
+    for (int i = 0; i < bytes; i += 64) prefetch_l2(ahead + i);
   }
 };
 
+// Byte `nth` of each word (u = w + 128) times its column's scale: the byte becomes the top of the mantissa of a float in
+// [128, 256), and one multiply-add takes both offsets out. `twice` is 2 * scale, `offset` -384 * scale.
+template <int NTH>
+INLINE Vec dequantize(IntVec words, Vec twice, Vec offset) {
+  const IntVec shifted = NTH < 2 ? words << (15 - 8 * NTH) : words >> (8 * NTH - 15);
+  return (Vec)((shifted & 0x7f8000) | 0x43000000) * twice + offset;
+}
+
 #if defined(__AMX_TILE__)
-// acc [16 * ROW_TILES, 32] = x * unit, in float or int32.
-template <bool INT8_WEIGHTS, int ROW_TILES>
-INLINE void tile_product(const char* x, long x_bytes, const Stream& w, bool prefetch, float* acc) {
-#define DOT(c, a, b)               \
-  if (INT8_WEIGHTS) {              \
-    TILE_DOT_INT8(c, a, b);        \
-  } else {                         \
-    TILE_DOT_BF16(c, a, b);        \
+// A unit of int8 as bf16 tiles. Cutting off the low half of a float shrinks it by 2^-9 on average, which the scale makes up.
+void widen_unit(const Stream& w, char* tiles) {
+  for (const char* p = w.at; p < w.end; p += K_BYTES[INT8]) {
+    w.prefetch(p, K_BYTES[INT8]);
+    for (int half = 0; half < 2; half++) {
+      const Vec scale = load(reinterpret_cast<const bf16*>(p) + half * 16) * (1.f + 1.f / 512);
+      const Vec twice = scale * 2.f, offset = scale * -384.f;
+      const char* from = p + SCALES + half * 512;
+      for (int quad = 0; quad < 8; quad++, from += 64, tiles += 128) {
+        IntVec v;
+        memcpy(&v, from, sizeof v);
+        auto pair = [](Vec a, Vec b) { return (IntVec)_mm512_srli_epi32((__m512i)a, 16) | ((IntVec)b & (int32_t)0xffff0000); };
+        const IntVec first = pair(dequantize<0>(v, twice, offset), dequantize<1>(v, twice, offset));
+        const IntVec second = pair(dequantize<2>(v, twice, offset), dequantize<3>(v, twice, offset));
+        memcpy(tiles, &first, sizeof first);
+        memcpy(tiles + 64, &second, sizeof second);
+      }
+    }
   }
+}
+
+// acc [16 * ROW_TILES, 32] = x * unit.
+template <int ROW_TILES>
+INLINE void tile_product(const char* x, long x_bytes, const Stream& w, bool prefetch, float* acc) {
   TILE_ZERO(0);
   TILE_ZERO(1);
   if (ROW_TILES == 2) {
     TILE_ZERO(2);
     TILE_ZERO(3);
   }
-  for (const char* p = w.at; p < w.end; p += K_BYTES, x += 64) {
-    if (prefetch) w.prefetch(p);
+  for (const char* p = w.at; p < w.end; p += TILE_PAIR, x += 64) {
+    if (prefetch) w.prefetch(p, TILE_PAIR);
     TILE_LOAD(4, x, x_bytes);
     TILE_LOAD(6, p, 64);
-    DOT(0, 4, 6);
+    TILE_DOT_BF16(0, 4, 6);
     TILE_LOAD(7, p + 1024, 64);
-    DOT(1, 4, 7);
+    TILE_DOT_BF16(1, 4, 7);
     if (ROW_TILES == 2) {
       TILE_LOAD(5, x + 16 * x_bytes, x_bytes);
-      DOT(2, 5, 6);
-      DOT(3, 5, 7);
+      TILE_DOT_BF16(2, 5, 6);
+      TILE_DOT_BF16(3, 5, 7);
     }
   }
   constexpr long stride = UNIT * 4;
@@ -63,7 +92,6 @@ INLINE void tile_product(const char* x, long x_bytes, const Stream& w, bool pref
     TILE_STORE(2, acc + 16 * UNIT, stride);
     TILE_STORE(3, acc + 16 * UNIT + 16, stride);
   }
-#undef DOT
 }
 #endif
 
@@ -80,64 +108,43 @@ constexpr int N = BLOCKS * 16 / W;
 template <Type TYPE, int R>
 INLINE void vector_product(const float* x, long x_stride, const Stream& w, bool prefetch, int column, float* acc) {
   Vec c[R][N] = {};
-  for (const char* p = w.at; p < w.end; p += K_BYTES) {
-    if (prefetch) w.prefetch(p);
-    for (int s = 0; s < 16; s++) {
+  for (const char* p = w.at; p < w.end; p += K_BYTES[TYPE], x += K_BLOCK[TYPE]) {
+    if (prefetch) w.prefetch(p, K_BYTES[TYPE]);
+    for (int j = 0; j < N; j++) {
+      const int at = column + j * W;
       if constexpr (TYPE == F32) {
-        const float* b = reinterpret_cast<const float*>(p) + s * UNIT + column;
-        for (int j = 0; j < N; j++) {
-          const Vec v = load(b + j * W);
-          for (int r = 0; r < R; r++) c[r][j] += v * set(x[r * x_stride + s]);
-        }
+        const float* b = reinterpret_cast<const float*>(p) + at;
+        for (int s = 0; s < 16; s++, b += UNIT)
+          for (int r = 0; r < R; r++) c[r][j] += load(b) * set(x[r * x_stride + s]);
       } else if constexpr (TYPE == BF16) {
-        for (int j = 0; j < N; j++) {
-          const int at = column + j * W;
-          const IntVec v = load_pairs(reinterpret_cast<const bf16*>(p + at / 16 * 1024) + s * 32 + at % 16 * 2);
+        const bf16* b = reinterpret_cast<const bf16*>(p + at / 16 * 1024) + at % 16 * 2;
+        for (int s = 0; s < 16; s++, b += 32) {
+          const IntVec v = load_pairs(b);
           for (int r = 0; r < R; r++) c[r][j] += even(v) * set(x[r * x_stride + 2 * s]);
           for (int r = 0; r < R; r++) c[r][j] += odd(v) * set(x[r * x_stride + 2 * s + 1]);
         }
       } else {
-        for (int j = 0; j < N; j++) {
-          const int at = column + j * W;
+        const Vec scale = load(reinterpret_cast<const bf16*>(p) + at), twice = scale * 2.f, offset = scale * -384.f;
+        const char* b = p + SCALES + at / 16 * 512 + at % 16 * 4;
+        for (int s = 0; s < 8; s++, b += 64) {
           IntVec v;
-          memcpy(&v, p + at / 16 * 1024 + s * 64 + at % 16 * 4, sizeof v);
-          for (int k = 0; k < 4; k++) {
-            const Vec b = __builtin_convertvector((v << (24 - 8 * k)) >> 24, Vec);
-            for (int r = 0; r < R; r++) c[r][j] += b * set(x[r * x_stride + 4 * s + k]);
-          }
+          memcpy(&v, b, sizeof v);
+          auto add = [&](auto nth) {
+            constexpr int K = decltype(nth)::value;
+            const Vec w4 = dequantize<K>(v, twice, offset);
+            for (int r = 0; r < R; r++) c[r][j] += w4 * set(x[r * x_stride + 4 * s + K]);
+          };
+          add(std::integral_constant<int, 0>{});
+          add(std::integral_constant<int, 1>{});
+          add(std::integral_constant<int, 2>{});
+          add(std::integral_constant<int, 3>{});
         }
       }
     }
-    x += K_BLOCK[TYPE];
   }
   for (int r = 0; r < R; r++)
     for (int j = 0; j < N; j++) store(acc + r * UNIT + column + j * W, c[r][j]);
 }
-
-#if defined(__AVX512VNNI__) && !defined(__AMX_TILE__)
-// acc [R, 32] (int32) = x [R] * unit. The instruction wants x unsigned: 128 is added here and taken out by column_sums.
-template <int R>
-INLINE void dot_product(const int8_t* x, long x_stride, const Stream& w, bool prefetch, const int32_t* column_sums, float* acc) {
-  __m512i c[R][2] = {};
-  for (const char* p = w.at; p < w.end; p += K_BYTES, x += 64) {
-    if (prefetch) w.prefetch(p);
-    for (int s = 0; s < 16; s++) {
-      const __m512i b[2] = {_mm512_loadu_si512(p + s * 64), _mm512_loadu_si512(p + 1024 + s * 64)};
-      for (int r = 0; r < R; r++) {
-        int32_t quad;
-        memcpy(&quad, x + r * x_stride + s * 4, 4);
-        const __m512i a = _mm512_set1_epi32(quad ^ (int32_t)0x80808080);
-        for (int j = 0; j < 2; j++) c[r][j] = _mm512_dpbusd_epi32(c[r][j], a, b[j]);
-      }
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < 2; j++) {
-      const __m512i excess = _mm512_slli_epi32(_mm512_loadu_si512(column_sums + j * 16), 7);
-      _mm512_storeu_si512(acc + r * UNIT + j * 16, _mm512_sub_epi32(c[r][j], excess));
-    }
-}
-#endif
 
 // Runs f with the number of rows as a constant, block of rows by block of rows.
 template <class F>
@@ -171,47 +178,20 @@ void vector_block(const LinearArgs& a, int64_t first, int rows, const Stream& w,
     });
 }
 
-// acc [rows, 32] = rows [first, first + rows) of x times the unit: int32 if both are int8, else float.
-void block_product(const LinearArgs& a, int64_t unit, int64_t first, int rows, const Stream& w, bool prefetch, float* acc) {
-  const Type type = Type(a.linear->type);
+// acc [rows, 32] = rows [first, first + rows) of x times the unit.
+void block_product(const LinearArgs& a, int64_t first, int rows, const Stream& w, bool prefetch, float* acc) {
 #if defined(__AMX_TILE__)
-  if (type != F32) {
-    const long bytes = a.x_stride * (type == BF16 ? 2 : 1);
+  if (a.x_type == BF16) {
+    const long bytes = a.x_stride * 2;
     const char* x = static_cast<const char*>(a.x) + first * bytes;
-    if (type == BF16 && rows > 16) tile_product<false, 2>(x, bytes, w, prefetch, acc);
-    else if (type == BF16) tile_product<false, 1>(x, bytes, w, prefetch, acc);
-    else if (rows > 16) tile_product<true, 2>(x, bytes, w, prefetch, acc);
-    else tile_product<true, 1>(x, bytes, w, prefetch, acc);
-    return;
-  }
-#elif defined(__AVX512VNNI__)
-  if (type == INT8) {
-    const int8_t* x = static_cast<const int8_t*>(a.x) + first * a.x_stride;
-    by_rows(rows, [&](int r, auto n) {
-      dot_product<decltype(n)::value>(x + r * a.x_stride, a.x_stride, w, prefetch && r == 0, a.linear->column_sums + unit * UNIT,
-                                      acc + r * UNIT);
-    });
+    if (rows > 16) tile_product<2>(x, bytes, w, prefetch, acc);
+    else tile_product<1>(x, bytes, w, prefetch, acc);
     return;
   }
 #endif
-  (void)unit;
-  if (type == F32) vector_block<F32>(a, first, rows, w, prefetch, acc);
-  else if (type == BF16) vector_block<BF16>(a, first, rows, w, prefetch, acc);
+  if (a.linear->type == F32) vector_block<F32>(a, first, rows, w, prefetch, acc);
+  else if (a.linear->type == BF16) vector_block<BF16>(a, first, rows, w, prefetch, acc);
   else vector_block<INT8>(a, first, rows, w, prefetch, acc);
-}
-
-// One row of the product as floats, scaled and with its bias: [32], in place.
-INLINE void finish_row(const LinearArgs& a, int64_t row, int64_t column, float* acc) {
-  const Linear& l = *a.linear;
-  for (int j = 0; j < UNIT; j += W) {
-    Vec v = load(acc + j);
-    if (l.type == INT8) {
-      if (QUANTIZES_ACTIVATIONS) v = __builtin_convertvector((IntVec)v, Vec) * a.row_scale[row];
-      v *= load(l.scale + column + j);
-    }
-    if (l.bias) v += load(l.bias + column + j);
-    store(acc + j, v);
-  }
 }
 
 template <class Y>
@@ -223,16 +203,26 @@ INLINE void write_row(Epilogue epilogue, Y* y, int64_t column, const float* acc)
   }
 }
 
-void run_unit(const LinearArgs& a, int64_t unit, const Stream& w) {
+void run_unit(const LinearArgs& a, int64_t unit, Stream w) {
   alignas(64) float acc[MAX_ROWS * UNIT];
   const int64_t column = unit * UNIT;
-  const bool plain = a.linear->type != INT8 && !a.linear->bias;
+  bool from_memory = true;
+#if defined(__AMX_TILE__)
+  if (a.linear->type == INT8 && a.x_type == BF16) {
+    static thread_local Scratch<char> tiles;
+    char* wide = tiles.fit(a.linear->k / 32 * TILE_PAIR);
+    widen_unit(w, wide);
+    w = {wide, wide + a.linear->k / 32 * TILE_PAIR, nullptr};
+    from_memory = false;
+  }
+#endif
   for (int64_t first = 0; first < a.rows; first += MAX_ROWS) {
     const int rows = int(std::min<int64_t>(MAX_ROWS, a.rows - first));
-    block_product(a, unit, first, rows, w, first == 0, acc);
+    block_product(a, first, rows, w, from_memory && first == 0, acc);
     for (int r = 0; r < rows; r++) {
       float* from = acc + r * UNIT;
-      if (!plain) finish_row(a, first + r, column, from);
+      if (a.linear->bias)
+        for (int j = 0; j < UNIT; j += W) store(from + j, load(from + j) + load(a.linear->bias + column + j));
       const int64_t at = (first + r) * a.y_stride;
       if (a.epilogue == ADD) {
         float* y = static_cast<float*>(a.y) + at + column;
@@ -250,20 +240,48 @@ INLINE float element(const void* w, int32_t type, int64_t i) {
   return type == BF16 ? to_float(static_cast<const bf16*>(w)[i]) : static_cast<const float*>(w)[i];
 }
 
-// Where element (column, k) of a packed weight lies.
-INLINE int64_t packed_index(const Linear& l, int64_t column, int64_t k) {
-  const int64_t unit = column / UNIT * UNIT * l.k, half = column % UNIT / 16, c = column % 16;
-  if (l.type == F32) return unit + k * UNIT + column % UNIT;
-  const int64_t group = l.type == BF16 ? 2 : 4, block = 16 * group;
-  return unit + k / block * 2 * 16 * block + half * 16 * block + k % block / group * block + c * group + k % group;
+// Where element (column, k) of a packed weight lies: bytes from its start.
+INLINE int64_t packed_offset(const Linear& l, int64_t column, int64_t k) {
+  const int type = l.type;
+  const int64_t block = (column / UNIT * (l.k / K_BLOCK[type]) + k / K_BLOCK[type]) * K_BYTES[type];
+  const int64_t half = column % UNIT / 16, c = column % 16, within = k % K_BLOCK[type];
+  if (type == F32) return block + (within * UNIT + column % UNIT) * 4;
+  if (type == BF16) return block + half * 1024 + (within / 2 * 32 + c * 2 + within % 2) * 2;
+  return block + SCALES + half * 512 + within / 4 * 64 + c * 4 + within % 4;
+}
+
+// Packs 32 k of one column as int8 with their scale.
+template <class Value>
+void pack_group(const Linear& l, int64_t column, int64_t first, Value&& value) {
+  char* weight = static_cast<char*>(const_cast<void*>(l.weight));
+  float top = 0;
+  for (int i = 0; i < 32; i++) top = std::max(top, std::fabs(value(first + i)));
+  const bf16 scale = to_bf16(top / 127.f);
+  const float inverse = to_float(scale) > 0 ? 1.f / to_float(scale) : 0.f;
+  char* block = weight + packed_offset(l, column / UNIT * UNIT, first) - SCALES;
+  memcpy(block + column % UNIT * 2, &scale, 2);
+  for (int i = 0; i < 32; i++) {
+    const long q = std::lrint(value(first + i) * inverse);
+    weight[packed_offset(l, column, first + i)] = char(std::min(127L, std::max(-127L, q)) + 128);
+  }
 }
 
 }  // namespace
 
-void linear_units(const LinearArgs& args, Counter& next, int threads) {
+void linear_units(const LinearArgs& given, Counter& next, int threads) {
   [[maybe_unused]] Tiles tiles;
+  LinearArgs args = given;
   const Linear& l = *args.linear;
-  const int64_t units = l.n / UNIT, bytes = l.k / K_BLOCK[l.type] * K_BYTES;
+#if defined(__AMX_TILE__)
+  static thread_local Scratch<float> floats;
+  if (l.type == INT8 && args.x_type == BF16 && args.rows <= FEW_ROWS) {
+    float* to = floats.fit(args.rows * l.k);
+    for (int64_t r = 0; r < args.rows; r++)
+      for (int64_t i = 0; i < l.k; i += W) store(to + r * l.k + i, load(static_cast<const bf16*>(given.x) + r * given.x_stride + i));
+    args.x = to, args.x_stride = l.k, args.x_type = F32;
+  }
+#endif
+  const int64_t units = l.n / UNIT, bytes = l.k / K_BLOCK[l.type] * K_BYTES[l.type];
   const int64_t grain = std::max<int64_t>(1, units / (16 * threads));
   const char* weight = static_cast<const char*>(l.weight);
   int64_t begin = next.take(grain);
@@ -279,33 +297,26 @@ void linear_units(const LinearArgs& args, Counter& next, int threads) {
 }
 
 void pack_units(const void* w, int32_t w_type, int64_t n, int64_t k, const Linear& packed, int64_t begin, int64_t end) {
+  char* weight = static_cast<char*>(const_cast<void*>(packed.weight));
   for (int64_t column = begin * UNIT; column < end * UNIT; column++) {
     auto value = [&](int64_t i) { return column < n && i < k ? element(w, w_type, column * k + i) : 0.f; };
-    if (packed.type == INT8) {
-      float top = 0;
-      for (int64_t i = 0; i < k; i++) top = std::max(top, std::fabs(value(i)));
-      const float inverse = top > 0 ? 127.f / top : 0.f;
-      int32_t total = 0;
-      for (int64_t i = 0; i < packed.k; i++) {
-        const int8_t q = int8_t(std::lrint(value(i) * inverse));
-        total += q;
-        static_cast<int8_t*>(const_cast<void*>(packed.weight))[packed_index(packed, column, i)] = q;
-      }
-      const_cast<float*>(packed.scale)[column] = top / 127.f;
-      const_cast<int32_t*>(packed.column_sums)[column] = total;
-      continue;
-    }
     for (int64_t i = 0; i < packed.k; i++) {
-      const int64_t at = packed_index(packed, column, i);
-      void* to = const_cast<void*>(packed.weight);
-      if (packed.type == BF16) static_cast<bf16*>(to)[at] = to_bf16(value(i));
-      else static_cast<float*>(to)[at] = value(i);
+      if (packed.type == INT8) {
+        if (i % 32 == 0) pack_group(packed, column, i, value);
+        continue;
+      }
+      const float x = value(i);
+      const bf16 half = to_bf16(x);
+      char* to = weight + packed_offset(packed, column, i);
+      if (packed.type == BF16) memcpy(to, &half, 2);
+      else memcpy(to, &x, 4);
     }
   }
 }
 
 void unpack_row(const Linear& packed, int64_t column, float* to, int64_t size) {
-  for (int64_t i = 0; i < size; i++) to[i] = element(packed.weight, packed.type, packed_index(packed, column, i));
+  const char* weight = static_cast<const char*>(packed.weight);
+  for (int64_t i = 0; i < size; i++) to[i] = element(weight + packed_offset(packed, column, i), packed.type, 0);
 }
 
 }  // namespace chunkllama

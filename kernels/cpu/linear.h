@@ -1,7 +1,8 @@
 // Linear layers on packed weights. A unit is 32 output columns, one sequential stream:
 //
 //   bf16  [n / 32][k / 32][2][16 pairs of k][16 columns][2]     two AMX tiles of 1 KB per 32 k
-//   int8  [n / 32][k / 64][2][16 quads of k][16 columns][4]     with one scale per column
+//   int8  [n / 32][k / 32] of {[32] bf16 scales, [2][8 quads of k][16 columns][4]}: u = round(w / scale) + 128, one scale
+//         per column and 32 k. Activations stay as they are: rounding those to 8 bits costs ten times as much accuracy.
 //   fp32  [n / 32][k][32 columns]
 #pragma once
 #include "api.h"
@@ -16,13 +17,6 @@ constexpr Type NARROW_ACTIVATIONS = BF16;  // of models whose weights are bf16 o
 #else
 constexpr Type NARROW_ACTIVATIONS = F32;  // the vector units multiply floats
 #endif
-// Whether int8 weights want int8 activations (with one scale per row) or the activations as they are.
-#if defined(__AVX512VNNI__)
-constexpr bool QUANTIZES_ACTIVATIONS = true;
-#else
-constexpr bool QUANTIZES_ACTIVATIONS = false;
-#endif
-
 // What happens to x W^T + b: stored, added to y (float), or, with columns that alternate 16 of the gate and 16 of the up
 // projection, stored as silu(gate) * up.
 enum Epilogue : int32_t { STORE, ADD, SILU_AND_MUL };
@@ -30,9 +24,9 @@ enum Epilogue : int32_t { STORE, ADD, SILU_AND_MUL };
 // Rows of x and y must be readable up to the next multiple of 32.
 struct LinearArgs {
   const Linear* linear;
-  const void* x;           // bf16 (AMX and bf16 weights), int8 (int8 weights, where activations are quantized) or float
-  int64_t x_stride;        // elements
-  const float* row_scale;  // of int8 x
+  const void* x;
+  int64_t x_stride;  // elements
+  int32_t x_type;    // NARROW_ACTIVATIONS or float; float for fp32 weights
   void* y;
   int64_t y_stride;
   int32_t y_type;
@@ -44,7 +38,6 @@ struct LinearArgs {
 void linear_units(const LinearArgs& args, Counter& next, int threads);
 
 // Packs rows of w [n, k] (F32 or BF16) into linear.type; rows beyond n and columns beyond k up to the padded sizes are zero.
-// For int8 also fills scale and column_sums.
 void pack_units(const void* w, int32_t w_type, int64_t n, int64_t k, const Linear& packed, int64_t begin, int64_t end);
 
 // Row `column` of the original weight, as floats: the embedding of a token whose table is the packed head (not int8).

@@ -48,12 +48,7 @@ class Pass {
     const int64_t width = stride(m_.heads.q_heads * m_.heads.head_dim), qkv_stride = l.qkv.n;
     auto linear = [&](Phase phase, const Linear& weight, const void* x, int64_t x_stride, void* y, int64_t y_stride,
                       Type y_type, Epilogue epilogue) {
-      LinearArgs a{&weight, x, x_stride, s_.row_scale, y, y_stride, y_type, epilogue, s_.plan.num_rows};
-      if (weight.type == INT8 && QUANTIZES_ACTIVATIONS) {
-        quantize_rows(x, activations(), x_stride, s_.quantized, weight.k, s_.row_scale, weight.k, rows.begin, rows.end);
-        barrier_.wait(threads);
-        a.x = s_.quantized, a.x_stride = weight.k;
-      }
+      const LinearArgs a{&weight, x, x_stride, activations(), y, y_stride, y_type, epilogue, s_.plan.num_rows};
       linear_units(a, counters[phase], threads);
       barrier_.wait(threads);
     };
@@ -109,21 +104,12 @@ EXPORT void ck_forward(const Model* model, const Step* step, int threads) {
   parallel(threads, [&](int thread, int team) { pass.run(thread, team); });
 }
 
-// One linear layer on x of activation type: y [rows, y_stride] float. `quantized` [rows, k] and `row_scale` [rows] are
-// scratch for int8 weights.
+// One linear layer on x of the model's activation type: y [rows, y_stride] float.
 EXPORT void ck_linear(const Linear* linear, const void* x, int64_t x_stride, int32_t x_type, float* y, int64_t y_stride,
-                      int64_t rows, int8_t* quantized, float* row_scale, int threads) {
-  LinearArgs args{linear, x, x_stride, row_scale, y, y_stride, F32, STORE, rows};
-  const bool quantize = linear->type == INT8 && QUANTIZES_ACTIVATIONS;
-  if (quantize) args.x = quantized, args.x_stride = linear->k;
+                      int64_t rows, int threads) {
+  const LinearArgs args{linear, x, x_stride, x_type, y, y_stride, F32, STORE, rows};
   Counter units;
-  Barrier barrier;
-  parallel(threads, [&](int thread, int team) {
-    const Range r = share(rows, thread, team);
-    if (quantize) quantize_rows(x, x_type, x_stride, quantized, linear->k, row_scale, linear->k, r.begin, r.end);
-    barrier.wait(team);
-    linear_units(args, units, team);
-  });
+  parallel(threads, [&](int, int team) { linear_units(args, units, team); });
 }
 
 EXPORT void ck_pack(const void* w, int32_t w_type, int64_t n, int64_t k, const Linear* packed, int threads) {

@@ -38,8 +38,8 @@ SPEC = ModelSpec(
 TOLERANCE = {
     (torch.float32, "auto"): 2e-5,
     (torch.bfloat16, "auto"): 0.1,
-    (torch.float32, "int8"): 0.4,
-    (torch.bfloat16, "int8"): 0.4,
+    (torch.float32, "int8"): 0.15,
+    (torch.bfloat16, "int8"): 0.2,
 }
 
 
