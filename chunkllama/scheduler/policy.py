@@ -11,9 +11,15 @@ from chunkllama.scheduler.request import Sequence
 PREFIX_WINDOW: Final = 64  # waiting sequences whose shared prefix is looked up in one step
 
 
-def queue_key(sequence: Sequence) -> tuple[int, int, int]:
-    """Priority, then order of arrival: a preempted sequence comes back where it was."""
-    return sequence.group.request.priority, *sequence.age
+def queue_key(sequence: Sequence) -> tuple[bool, int, int, int]:
+    """Priority, then order of arrival: a preempted sequence comes back where it was.
+
+    Beams of a search that has begun stand before all others: their siblings hold chunks and can
+    do nothing without them.
+    """
+    beam = sequence.group.beam
+    joins_others = beam is not None and beam.is_expanded
+    return not joins_others, sequence.group.request.priority, *sequence.age
 
 
 class WaitingQueue:
@@ -51,7 +57,10 @@ class WaitingQueue:
         if policy == "fcfs" or len(self._sequences) < 2:
             return list(self._sequences)
         window = self._sequences[:PREFIX_WINDOW]
-        aged = [s for s in window if s.group.arrived_at <= arrived_before]
-        young = [s for s in window if s.group.arrived_at > arrived_before]
+        aged: list[Sequence] = []
+        young: list[Sequence] = []
+        for s in window:
+            is_first = s.group.arrived_at <= arrived_before or not queue_key(s)[0]
+            (aged if is_first else young).append(s)
         young.sort(key=lambda s: (s.group.request.priority, -num_live_tokens(s)))
         return aged + young

@@ -109,6 +109,18 @@ def test_two_beam_searches_that_block_each_other() -> None:
     run.check_outputs()
 
 
+def test_a_beam_that_lost_its_place_comes_before_all_others() -> None:
+    """Its sibling holds chunks that a request of higher priority would need."""
+    run = engine(6, max_num_seqs=2)
+    run.add([1] * 5, 8, beam_width=2)
+    run.step()
+    run.step()
+    run.scheduler._committer.requeue(run.scheduler._running.by_age[-1])
+    run.add([2] * 20, 4, priority=-1)
+    run.run()
+    run.check_outputs()
+
+
 def test_every_number_of_free_chunks_at_every_moment() -> None:
     """Sweep the pool's size: each must end with right outputs (SQLite's failing allocator)."""
     for num_chunks in range(4, 24):
