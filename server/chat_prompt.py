@@ -13,6 +13,7 @@ from server.prompt_cache import common_prefix
 from server.protocol.chat import ChatCompletionRequest, ChatMessage, ContentPart
 from server.settings import ApiSettings
 from server.text_service import ChatTemplate, Message, TextService, text_size
+from server.tool_prompt import describe_tools, write_calls
 
 # Stands behind a breakpoint in a second rendering: a character no prompt has, so that the two
 # tokenizations part exactly where the reusable prefix ends.
@@ -163,9 +164,16 @@ class ChatPrompter:
         self._template: ChatTemplate = text.chat_template(body.chat_template)
         self._body = body
         self._text = text
-        self._messages = template_messages(
-            body.messages, keeps_developer=self._template.accepts("developer")
-        )
+        accepts = self._template.accepts
+        self._messages = template_messages(body.messages, keeps_developer=accepts("developer"))
+        if not accepts("tool_calls"):
+            self._messages = write_calls(self._messages)
+        # Positions of the client's messages in what the template gets.
+        self._num_added = 0
+        if tools and not accepts("tools"):
+            described = describe_tools(self._messages, tools)
+            self._num_added = len(described) - len(self._messages)
+            self._messages, tools = described, None
         self._options: dict[str, Any] = {
             "tools": tools,
             "add_generation_prompt": not continues and body.add_generation_prompt is not False,
@@ -206,6 +214,7 @@ class ChatPrompter:
         kept = "\n".join(
             _part_text(item, f"messages[{message}].content") for item in content[: part + 1]
         )
-        cut = [*self._messages[:message], {**self._messages[message], "content": kept + _MARKER}]
+        place = message + self._num_added
+        cut = [*self._messages[:place], {**self._messages[place], "content": kept + _MARKER}]
         options = {**self._options, "continue_final_message": False}
         return common_prefix(ids, self._template.encode(cut, **options))

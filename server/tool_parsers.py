@@ -247,7 +247,7 @@ class JsonCalls:
 
 
 class HermesCalls:
-    """Hermes style: content, and calls as ``<tool_call>{...}</tool_call>``."""
+    """Hermes style: content, and calls as ``<tool_call>{...}</tool_call>``, or a list of them."""
 
     _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
@@ -272,12 +272,7 @@ class HermesCalls:
         if self._lead:
             return self._begin_call(parsed)
         if self._after_call:
-            self._text = self._text.lstrip(_SPACE)
-            if self._CLOSE.startswith(self._text):
-                return False
-            self._text = self._text.removeprefix(self._CLOSE).lstrip(_SPACE)
-            self._after_call = False
-            return True
+            return self._end_call()
         start = self._text.find(self._OPEN)
         if start >= 0:
             parsed.content += self._text[:start]
@@ -289,8 +284,20 @@ class HermesCalls:
         self._text = self._text[len(self._text) - held :]
         return False
 
+    def _end_call(self) -> bool:
+        """Behind a call: another of the same list, or the closing tag."""
+        self._text = self._text.lstrip(_SPACE + ",]")
+        if self._text.startswith("{"):
+            self._after_call, self._call = False, _CallObject()
+            return True
+        if self._CLOSE.startswith(self._text):
+            return False
+        self._text = self._text.removeprefix(self._CLOSE).lstrip(_SPACE)
+        self._after_call = False
+        return True
+
     def _begin_call(self, parsed: Parsed) -> bool:
-        stripped = self._text.lstrip(_SPACE)
+        stripped = self._text.lstrip(_SPACE + "[")
         if not stripped:
             return False
         if stripped.startswith("{"):

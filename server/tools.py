@@ -10,6 +10,7 @@ from typing import Any, Literal
 from chunkllama.sampling_params import GrammarSpec
 from server.errors import invalid
 from server.protocol.chat import ChatCompletionRequest, FunctionDefinition, NamedToolChoice
+from server.text_service import ChatTemplate
 from server.tool_parsers import HermesCalls, JsonCalls, OutputParser, PlainText
 
 ToolFormat = Literal["llama3_json", "hermes"]
@@ -47,11 +48,13 @@ class ToolPlan:
         return JsonCalls(self.names, max_calls=self.max_calls)
 
 
-def tool_format(configured: ToolFormat | None, template_source: str) -> ToolFormat:
-    """The configured format, else the one the chat template teaches its model."""
+def tool_format(configured: ToolFormat | None, template: ChatTemplate | None) -> ToolFormat:
+    """The configured format, else the one the chat template, or our own words, teach the model."""
     if configured is not None:
         return configured
-    return "hermes" if "<tool_call>" in template_source else "llama3_json"
+    if template is None or not template.accepts("tools") or "<tool_call>" in template.source:
+        return "hermes"
+    return "llama3_json"
 
 
 def _functions(body: ChatCompletionRequest) -> list[FunctionDefinition]:

@@ -54,9 +54,8 @@ def max_tokens_field(body: ChatCompletionRequest) -> str:
 
 
 def plan_request_tools(body: ChatCompletionRequest, context: ServerContext) -> ToolPlan:
-    template = context.text.template
-    source = template.source if template is not None else ""
-    return plan_tools(body, tool_format(context.settings.tool_call_parser, source))
+    configured = context.settings.tool_call_parser
+    return plan_tools(body, tool_format(configured, context.text.template))
 
 
 async def engine_request(

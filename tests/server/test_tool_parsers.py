@@ -54,6 +54,11 @@ HERMES = [
         "Sure. ",
         [("add", '{"a": 1}'), ("get_weather", WEATHER_ARGUMENTS)],
     ),
+    (
+        f"<tool_call>[{ADD}, {WEATHER}]</tool_call>",
+        "",
+        [("add", '{"a": 1}'), ("get_weather", WEATHER_ARGUMENTS)],
+    ),
     (f"<tool_call>{ADD}</tool_call> Done.", "Done.", [("add", '{"a": 1}')]),
     ("a < b <tool", "a < b <tool", []),
     ("<tool_call>no json</tool_call>", "<tool_call>no json</tool_call>", []),

@@ -185,3 +185,45 @@ def test_stream_helper_of_the_client(client):
     ) as stream:
         final = stream.get_final_completion()
     assert final.choices[0].message.tool_calls[0].function.name == "get_weather"
+
+
+SIMPLE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+def test_a_template_without_tools_gets_them_in_words(start_server, text_parts):
+    server = start_server(trust_request_chat_template=True)
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    body = {
+        "model": MODEL,
+        "chat_template": SIMPLE,
+        "tools": TOOLS,
+        "messages": [
+            {"role": "system", "content": "rules"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "2"},
+        ],
+    }
+    prompt = server.post("/v1/chat/completions/render", body).json()["prompt"]
+    assert prompt.startswith("<system>rules\n\nYou have access")
+    assert '"name": "get_weather"' in prompt
+    assert '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>' in prompt
+    assert prompt.endswith("<tool>2<assistant>")
+    without = [{"role": "user", "content": "hi"}]
+    prompt = server.post("/v1/chat/completions/render", {**body, "messages": without}).json()
+    assert prompt["prompt"].startswith("<system>You have access")
+
+
+def test_breakpoint_is_exact_behind_described_tools(start_server, text_parts):
+    server = start_server(trust_request_chat_template=True)
+    part = {"type": "text", "text": "stable", "prompt_cache_breakpoint": {"mode": "explicit"}}
+    body = {
+        "model": MODEL,
+        "chat_template": SIMPLE,
+        "tools": TOOLS,
+        "messages": [{"role": "user", "content": [part, {"type": "text", "text": "new"}]}],
+        "prompt_cache_options": {"mode": "explicit"},
+    }
+    assert server.post("/v1/chat/completions", body).status_code == 200
+    request = server.engine.requests[0]
+    stored = text_parts[0].decode(request.prompt_token_ids[: request.cache_until])
+    assert stored.endswith("<user>stable")
