@@ -55,6 +55,7 @@ struct Tile {
   static constexpr int SHARED_BYTES = PIPELINE_BYTES > JOIN_BYTES ? PIPELINE_BYTES : JOIN_BYTES;
   // Q fragments stay in registers where these suffice, else they are read again for every stage.
   static constexpr bool Q_IN_REGISTERS = ROW_TILES * HEAD_DIM <= 128;
+  static_assert(STAGE_TOKENS * PIECES % THREADS == 0, "every thread copies as many pieces of a stage");
   static_assert(WARP_KEYS % 16 == 0 && CHUNK % STAGE_TOKENS == 0 && HEAD_DIM % 32 == 0 && STAGES >= 2, "tile shape");
 };
 
@@ -64,6 +65,19 @@ struct Tile {
 template <class X>
 DEVICE int swizzled(int row, int piece) {
   return (row * X::PIECES + (X::PIECES % 8 == 0 ? piece ^ (row & 7) : piece ^ ((row >> 1) & 3))) * 16;
+}
+
+struct ThreadPiece {
+  int row, piece;
+};
+
+// The n-th 16-byte piece that this thread copies of a matrix with HEAD_DIM columns. Where the CTA covers whole rows, a
+// thread keeps its piece column and its row's low bits, so that its addresses differ by constants.
+template <class X>
+DEVICE ThreadPiece thread_piece(int n) {
+  const int thread = threadIdx.x;
+  if (X::THREADS % X::PIECES == 0) return {thread / X::PIECES + n * (X::THREADS / X::PIECES), thread % X::PIECES};
+  return {(thread + n * X::THREADS) / X::PIECES, (thread + n * X::THREADS) % X::PIECES};
 }
 
 struct WarpRole {
@@ -161,22 +175,25 @@ struct StageLoader {
 
   DEVICE void copy_matrix(unsigned char* destination, const typename X::T* source) {
 #pragma unroll
-    for (int i = threadIdx.x; i < X::STAGE_TOKENS * X::PIECES; i += X::THREADS) {
-      const int row = i / X::PIECES, piece = i % X::PIECES;
-      copy_async16(destination + swizzled<X>(row, piece), source + i * 8, token + row < num_tokens);
+    for (int n = 0; n < X::STAGE_TOKENS * X::PIECES / X::THREADS; n++) {
+      const ThreadPiece at = thread_piece<X>(n);
+      copy_async16(destination + swizzled<X>(at.row, at.piece), source + (at.row * X::PIECES + at.piece) * 8,
+                   token + at.row < num_tokens);
     }
   }
 };
 
 template <class X>
 DEVICE void load_queries(const TppPartialParams& p, const Unit& unit, unsigned char* queries) {
-#pragma unroll 4
-  for (int i = threadIdx.x; i < X::ROWS * X::PIECES; i += X::THREADS) {
-    const int r = i / X::PIECES, piece = i % X::PIECES;
-    const bool valid = r < unit.packed_rows;
-    const int packed = valid ? r : 0;
-    const i64 at = (i64)unit.row(p, packed) * (p.num_kv_heads * p.group) + unit.head(p, packed);
-    copy_async16(queries + swizzled<X>(r, piece), (const typename X::T*)p.q + at * X::HEAD_DIM + piece * 8, valid);
+#pragma unroll 2
+  for (int n = 0; n < (X::ROWS * X::PIECES + X::THREADS - 1) / X::THREADS; n++) {
+    const ThreadPiece at = thread_piece<X>(n);
+    if (X::ROWS * X::PIECES % X::THREADS != 0 && at.row >= X::ROWS) break;
+    const bool valid = at.row < unit.packed_rows;
+    const int packed = valid ? at.row : 0;
+    const i64 from = (i64)unit.row(p, packed) * (p.num_kv_heads * p.group) + unit.head(p, packed);
+    copy_async16(queries + swizzled<X>(at.row, at.piece),
+                 (const typename X::T*)p.q + from * X::HEAD_DIM + at.piece * 8, valid);
   }
 }
 

@@ -23,6 +23,7 @@
 #if defined(__SANITIZE_ADDRESS__)
 extern "C" void __sanitizer_start_switch_fiber(void**, const void*, size_t);
 extern "C" void __sanitizer_finish_switch_fiber(void*, const void**, size_t*);
+extern "C" void __asan_unpoison_memory_region(void const volatile*, size_t);
 #endif
 #if defined(__SANITIZE_THREAD__)
 extern "C" {
@@ -248,6 +249,10 @@ inline void reset_fiber(Fiber& fiber, int index) {
   fiber.stack_bottom = fiber.stack.data();
   fiber.stack_size = fiber.stack.size();
   fiber.asan_fake_stack = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+  // The fiber before on this stack never returned from its first frame, whose redzones are still poisoned.
+  __asan_unpoison_memory_region(fiber.stack.data(), fiber.stack.size());
+#endif
   void** top = (void**)(((uintptr_t)fiber.stack.data() + fiber.stack.size()) & ~(uintptr_t)15);
   *--top = nullptr;
   *--top = (void*)fiber_main;  // where the first switch returns to

@@ -86,7 +86,7 @@ BUGS = {
     ),
     "row_bound_of_queries_forgotten": Bug(
         "tpp_partial.cuh",
-        "const bool valid = r < unit.packed_rows;",
+        "const bool valid = at.row < unit.packed_rows;",
         "const bool valid = true;",
         "asan",
         "heap-buffer-overflow",
@@ -99,7 +99,7 @@ BUGS = {
         "heap-buffer-overflow",
     ),
     "token_bound_of_copies_forgotten": Bug(
-        "tpp_partial.cuh", "token + row < num_tokens);", "true);", "bytes"
+        "tpp_partial.cuh", "token + at.row < num_tokens);", "true);", "bytes"
     ),
     "mask_one_key_late": Bug(
         "tpp_partial.cuh", "(e & 1) >= visible", "(e & 1) > visible", "numbers"
