@@ -1,0 +1,28 @@
+"""Answer several questions at once in this process; the system prompt is computed once.
+
+python examples/offline_chat.py [MODEL]
+"""
+
+from __future__ import annotations
+
+import sys
+
+from chunkllama import LLM, SamplingParams
+
+QUESTIONS = ("What is the capital of France?", "What is two plus two?", "Name a large animal.")
+
+
+def main() -> None:
+    model = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m-instruct"
+    llm = LLM(model, num_chunks=64)
+    system = {"role": "system", "content": "You answer in one short sentence."}
+    chats = [[system, {"role": "user", "content": question}] for question in QUESTIONS]
+    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=24))
+    for question, output in zip(QUESTIONS, outputs, strict=True):
+        cached = f"{output.num_cached_tokens} of {len(output.prompt_token_ids)} tokens cached"
+        print(f"{question}\n  {output.outputs[0].text}\n  ({cached})")
+    llm.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Stream an answer with the openai client, and see how much of the prompt was cached.
+
+python examples/stream_chat.py [URL]
+"""
+
+from __future__ import annotations
+
+import sys
+
+from openai import OpenAI
+
+
+def main() -> None:
+    url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
+    client = OpenAI(base_url=f"{url}/v1", api_key="none")
+    model = client.models.list().data[0].id
+    system = "You are a patient teacher of geography who explains in simple words. " * 4
+    for question in ("What is the capital of France?", "And of Italy?"):
+        print("?", question)
+        stream = client.chat.completions.create(
+            model=model,
+            messages=[
+                {"role": "system", "content": system},
+                {"role": "user", "content": question},
+            ],
+            max_tokens=48,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        for chunk in stream:
+            if chunk.choices:
+                print(chunk.choices[0].delta.content or "", end="", flush=True)
+            elif chunk.usage and chunk.usage.prompt_tokens_details:
+                details = chunk.usage.prompt_tokens_details
+                print(f"\n  {details.cached_tokens} of {chunk.usage.prompt_tokens} tokens cached")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What the documentation says is so: code runs, flags exist, links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from server.config import Settings, load_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for kind, text in BLOCK.findall(page.read_text()) if kind == language]
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith(("http:", "https:", "mailto:")):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python_blocks_run(page, served):
+    """A page's blocks are one program; a server's address becomes that of a real one."""
+    code = "\n".join(blocks(page, "python"))
+    code = code.replace("http://127.0.0.1:8000", served.url)
+    if "base_url" in code:
+        code = re.sub(r'(create\(\n\s*model=)"[\w.-]+"', r'\1"tiny"', code)
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def _known_flags(chunkllama) -> set[str]:
+    commands = (["serve"], ["bench", "serve"], ["health"], ["config", "show"], ["models"])
+    known = {"--config", "--help"}
+    for command in commands:
+        known |= set(re.findall(r"--[a-z][a-z-]+", chunkllama(*command, "--help").stdout))
+    return known
+
+
+def test_every_flag_in_the_docs_exists(chunkllama):
+    known = _known_flags(chunkllama)
+    named = set()
+    for page in PAGES:
+        for line in page.read_text().splitlines():
+            if "docker" in line or "pip " in line or "pytest" in line:
+                continue
+            named |= set(re.findall(r"(?<=[\s`\"])(--[a-z][a-z-]+)", line))
+    others = {"--build-arg", "--read-only", "--tmpfs", "--target", "--cpus", "--json", "--rm"}
+    assert not named - known - others
+
+
+def test_the_configuration_page_is_current():
+    spec = importlib.util.spec_from_file_location(
+        "document_configuration", ROOT / "scripts/document_configuration.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text() == module.page(), "run: python scripts/document_configuration.py"
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.yaml")), ids=lambda p: p.name)
+def test_configuration_files_load(file):
+    loaded = load_settings({}, {}, file)
+    assert str(file) in loaded.origins.values()
+
+
+def test_yaml_in_the_docs_is_what_it_says():
+    (prefixes,) = blocks(ROOT / "docs/multi-tenant.md", "yaml")
+    assert all(isinstance(text, str) for text in yaml.safe_load(prefixes))
+
+
+def test_deployments_use_keys_that_exist():
+    compose = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
+    environment = compose["services"]["chunkllama"]["environment"]
+    drain = load_settings({}, environment).settings.drain_seconds
+    grace = compose["services"]["chunkllama"]["stop_grace_period"]
+    assert int(grace.removesuffix("s")) > drain
+    documents = list(yaml.safe_load_all((ROOT / "deploy/kubernetes/chunkllama.yaml").read_text()))
+    config = yaml.safe_load(documents[0]["data"]["server.yaml"])
+    assert set(config) <= set(Settings.model_fields)
+    pod = documents[1]["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] > 10 + config["drain_seconds"]
+    (container,) = pod["containers"]
+    paths = {
+        container[probe]["httpGet"]["path"]
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe")
+    }
+    assert paths == {"/health/ready", "/health/live"}
+    ports = {port["containerPort"] for port in container["ports"]}
+    assert config["admin_port"] in ports
+    unit = (ROOT / "deploy/chunkllama.service").read_text()
+    assert "Type=notify" in unit
+    assert int(re.search(r"TimeoutStopSec=(\d+)", unit)[1]) > drain
+
+
+@pytest.mark.parametrize("name", ["stream_chat", "many_tenants"])
+def test_client_examples_run(name, served):
+    done = subprocess.run(
+        [sys.executable, ROOT / f"examples/{name}.py", served.url],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    numbers = [int(n) for n in re.findall(r"(\d+) (?:of|prompt|computed)", done.stdout)]
+    assert numbers
+    if name == "many_tenants":
+        sent, computed = numbers
+        assert computed < sent / 4
+
+
+def test_the_offline_example_runs(tiny_model):
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples/offline_chat.py", str(tiny_model)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens cached") == 3
