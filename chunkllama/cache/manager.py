@@ -71,6 +71,11 @@ class CacheManager:
         self._held: list[Node] = []
         self._copying: list[Node] = []
 
+    @property
+    def num_available(self) -> int:
+        """Chunks that are free or can be evicted now."""
+        return self.pool.num_free + self.tree.num_evictable
+
     # -- admission --------------------------------------------------------------------------
 
     def match(self, tokens: Int32Array, limit: int, namespace: str) -> Match:
@@ -101,8 +106,7 @@ class CacheManager:
         """
         source = match.source
         num_new = num_chunks - len(match.nodes)
-        available = self.pool.num_free + self.tree.num_evictable
-        available -= sum(node.is_evictable for node in match.nodes)
+        available = self.num_available - sum(node.is_evictable for node in match.nodes)
         if source is None:
             yield Admission(match, False, num_new, available)
             return
@@ -179,9 +183,9 @@ class CacheManager:
 
         False, and nothing changed, if even eviction does not give ``needed``.
         """
-        if self.pool.num_free + self.tree.num_evictable < needed:
+        if self.num_available < needed:
             return False
-        spare = min(spare, self.pool.num_free + self.tree.num_evictable - needed)
+        spare = min(spare, self.num_available - needed)
         chunks.extend(self._allocate(needed + spare))
         return True
 
@@ -268,7 +272,7 @@ class CacheManager:
         """
         size, depth = self.chunk_size, chunks.num_whole
         copied = -(-num_computed // size) - depth
-        if self.pool.num_free + self.tree.num_evictable < copied:
+        if self.num_available < copied:
             return None
         path = chunks.path[:depth]
         for node in path:
@@ -318,10 +322,6 @@ class CacheManager:
         if missing > 0:
             self.tree.evict(missing)
         return self.pool.allocate(count)
-
-    def num_available(self) -> int:
-        """Chunks that are free or can be evicted now."""
-        return self.pool.num_free + self.tree.num_evictable
 
     # -- pins -------------------------------------------------------------------------------
 

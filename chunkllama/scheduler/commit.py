@@ -158,7 +158,8 @@ class StepCommitter:
 
     def finish(self, sequence: Sequence) -> None:
         """The sequence is done; what it computed stays in the cache."""
-        self._admission.lengths.add(sequence.num_output_tokens)
+        if sequence.num_output_tokens:
+            self._admission.lengths.add(sequence.num_output_tokens)
         chunks = self._running.stop(sequence)
         self._admission.drain.add(len(chunks) - chunks.num_shared)
         self._cache.release(chunks, sequence.token_ids, sequence.num_computed_tokens)

@@ -119,14 +119,16 @@ class Scheduler:
         return group
 
     def _make_sequences(self, group: SequenceGroup) -> None:
-        request = group.request
-        count = 1 if group.beam or request.wants_hidden_states else request.sampling.num_sequences
-        if len(request.delivered) > count:
+        request, asked = group.request, group.request.sampling.num_sequences
+        if len(request.delivered) > asked:
             raise InvalidRequestError(
-                f"delivered has {len(request.delivered)} choices, the request {count}", "delivered"
+                f"delivered has {len(request.delivered)} choices, the request {asked}", "delivered"
             )
-        for index in range(count):
-            delivered = request.delivered[index] if index < len(request.delivered) else []
+        # beams and pooled prompts yield nothing before their end: one sequence begins anew
+        starts_alone = group.beam is not None or request.wants_hidden_states != ""
+        for index in range(1 if starts_alone else asked):
+            given = not starts_alone and index < len(request.delivered)
+            delivered = request.delivered[index] if given else []
             sequence = Sequence(group, index, [*request.prompt_token_ids, *delivered])
             if sequence.finish_reason(self._limits.eos_token_ids)[0] is None:
                 group.sequences[index] = sequence

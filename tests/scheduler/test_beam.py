@@ -105,6 +105,13 @@ def test_nothing_is_sent_before_the_search_ends() -> None:
     assert all(len(c.token_ids) == 5 and c.finish_reason == "length" for c in delta.choices)
 
 
+def test_a_replayed_search_begins_anew() -> None:
+    run = SimulatedEngine(64, 4, vocab_size=50, max_num_seqs=4, max_num_batched_tokens=32)
+    run.add([1, 2, 3], 5, beam_width=2, n=2, delivered=[[], []])
+    run.run()
+    run.check_outputs()
+
+
 def test_an_aborted_search_gives_everything_back() -> None:
     run = SimulatedEngine(64, 4, vocab_size=50, max_num_seqs=4, max_num_batched_tokens=32)
     name = run.add([1, 2, 3, 4, 5], 9, beam_width=3)
