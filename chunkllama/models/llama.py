@@ -18,8 +18,8 @@ _HEAD_ROWS = 4096
 class RunnableModel(Protocol):
     """What a model runner needs of a model.
 
-    An op set may offer ``prepare_model(model: Llama) -> RunnableModel``: the same model with its
-    weights packed and its layers fused as the device likes them.
+    An op set may offer ``prepare_model(model, weights=...) -> RunnableModel``: the same model with
+    its weights packed and its layers fused as the device likes them.
     """
 
     def forward(
