@@ -119,7 +119,7 @@ def _source_files() -> list[Path]:
 
 
 def _source_hash(level: Level, sanitizer: str) -> str:
-    digest = hashlib.sha256(repr((level, COMMON_FLAGS, sanitizer)).encode())
+    digest = hashlib.sha256(repr((level.name, level.flags, COMMON_FLAGS, sanitizer)).encode())
     digest.update(_openmp_library().encode())
     for path in _source_files():
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
