@@ -92,6 +92,10 @@ class Sequence:
         """Its slices still have to yield log-probabilities of the prompt."""
         return self.index == 0 and self.group.collects_prompt_logprobs
 
+    def token_slice(self, start: int, count: int) -> Int32Array:
+        """Tokens [start, start + count), a view."""
+        return self._tokens[start : start + count]
+
     def append(self, token_id: int) -> None:
         if self.num_tokens == len(self._tokens):
             grown = np.empty(2 * self.num_tokens, np.int32)

@@ -103,7 +103,7 @@ class RunningSequences:
                 ScheduledSlice(
                     sequence.slot,
                     start,
-                    sequence.token_ids[start : start + count],
+                    sequence.token_slice(start, count),
                     sequence.chunks.ids,
                     shared,
                     start + count == sequence.num_tokens and sequence.group.max_tokens > 0,
