@@ -17,6 +17,8 @@ from server.context import ServerContext
 
 logger = init_logger(__name__)
 
+ENGINE_DIED = 70  # EX_SOFTWARE
+
 
 class DrainingServer(uvicorn.Server):
     """Uvicorn, except that a signal lets live requests finish before it closes the socket.
@@ -50,6 +52,12 @@ class DrainingServer(uvicorn.Server):
                 len(self.server_state.tasks),
                 self._drain_seconds,
             )
+
+    def engine_died(self) -> None:
+        """End with code 70, so that a supervisor starts the server anew: nothing can be served."""
+        logger.error("the engine process has ended; stopping with exit code %d", ENGINE_DIED)
+        self.exit_code = ENGINE_DIED
+        self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: is there a reason to stop?"""

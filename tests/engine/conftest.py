@@ -120,13 +120,13 @@ def tiny_core(tiny_model: tuple[Path, torch.nn.Module]) -> Iterable[MakeCore]:
 
 @pytest.fixture(scope="session")
 def make_core(demo_path: Path) -> MakeCore:
-    """Build an engine on the demo model in fp32 with the reference ops, unless told otherwise."""
+    """Build an engine on the demo model in fp32 with the op set that a CPU gets by default."""
 
     def make(**flat: object) -> EngineCore:
         settings = {
             "model": str(demo_path),
             "dtype": "float32",
-            "op_set": "reference",
+            "device": "cpu",
             "num_chunks": 256,
             **flat,
         }

@@ -54,10 +54,11 @@ def test_a_continued_conversation_at_the_edge_of_a_chunk(make_core, run, truth, 
     assert engine.cached[second] >= length + 2, "prompt and answer are found again, to the token"
 
 
-def test_a_slice_at_a_time_gives_the_same_ids(make_core, run, truth) -> None:
+@pytest.mark.parametrize("op_set", ["reference", "native"])
+def test_a_slice_at_a_time_gives_the_same_ids(make_core, run, truth, op_set) -> None:
     rng = np.random.default_rng(5)
     prompt = rng.integers(300, 40000, 700).tolist()
-    engine = run(make_core(max_num_batched_tokens=96, num_chunks=32))
+    engine = run(make_core(max_num_batched_tokens=96, num_chunks=32, op_set=op_set))
     names = [engine.add(prompt), engine.add([*prompt[:650], 5, 6, 7])]
     engine.finish()
     truth.check(prompt, engine.outputs[names[0]])

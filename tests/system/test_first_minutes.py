@@ -157,3 +157,20 @@ def test_a_killed_server_takes_its_engine_along(start_server) -> None:
     server.process.wait()
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
+
+
+def test_a_dead_engine_ends_the_server_for_its_supervisor(start_server) -> None:
+    server = start_server("--num-chunks", "64")
+    with httpx.stream(
+        "POST",
+        server.url + "/v1/completions",
+        json={"model": model_name(server), "prompt": [9, 8, 7], "max_tokens": 2000, "stream": True},
+    ) as response:
+        lines = response.iter_lines()
+        next(lines)
+        for child in server.descendants():
+            child.kill()
+        rest = [line for line in lines if line]
+    assert "error" in json.loads(rest[-1].removeprefix("data: "))
+    assert server.process.wait(timeout=20) == 70
+    assert "Traceback" not in server.log.read_text()
