@@ -6,7 +6,7 @@
 
 Needs torch, numpy and CuPy. Work is cut into points of at most 40 s in a fixed order of value;
 results are appended to benchmarks/results/gpu-<verb>.jsonl, and a later run goes on where the last
-one stopped. Every verb ends within --budget seconds (8 minutes) with a short table.
+one stopped. Every verb ends within 8 minutes (--budget) with a short table.
 
 --dry-run goes through every step before the first launch, on any machine, and stores nothing.
 """
@@ -35,7 +35,7 @@ def main() -> int:
     )
     parser.add_argument("verb", choices=("check", "bench", "tune", "sanitized"))
     parser.add_argument("--dry-run", action="store_true", help="every step before the first launch")
-    parser.add_argument("--budget", type=float, default=480.0, help="seconds (default: 480)")
+    parser.add_argument("--budget", type=float, default=440.0, help="seconds (default: 440)")
     parser.add_argument("--fresh", action="store_true", help="measure again what has a result")
     parser.add_argument("--points", default="", help="only points whose name contains this")
     arguments = parser.parse_args()

@@ -97,7 +97,7 @@ def partial_launches(
     for tile_class in (0, 1):
         rows = items[items[:, TILE_CLASS] == tile_class, NUM_ROWS]
         largest = widest[tile_class] if replayable else int(rows.max(initial=0))
-        assert rows.max(initial=0) <= widest[tile_class], "the plan is of another packing"
+        assert rows.max(initial=0) <= largest, "the plan is of another packing"
         if largest == 0:
             continue
         tile = table.tile_for(head_dim, largest * group)
