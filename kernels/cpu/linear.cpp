@@ -11,25 +11,25 @@ namespace chunkllama {
 namespace {
 
 constexpr int MAX_ROWS = 32;               // rows of one block product
-constexpr long AHEAD = 4096;               // bytes that the prefetch of the weights runs ahead
+constexpr long AHEAD = 8192;               // bytes that the prefetch of the weights runs ahead
 constexpr int TILE_PAIR = 2048;             // bytes of a k block of bf16: two tiles
 constexpr int SCALES = 64;                 // bytes of the scales before a k block of int8
 constexpr int K_BLOCK[] = {16, 32, 32};    // k per block of a unit, by Type
 constexpr int K_BYTES[] = {2048, 2048, SCALES + 1024};
 #if defined(__AMX_TILE__)
-constexpr int FEW_ROWS = 4;                // int8 weights: with so few rows converting them to tiles does not pay
+constexpr int FEW_ROWS = 2;                // int8 weights: with so few rows converting them to tiles does not pay
 #endif
 
 // The weights of a unit, and where the stream goes on behind them.
 struct Stream {
   const char *at, *end, *next;
+  INLINE const char* ahead(const char* p) const {
+    const char* a = p + AHEAD;
+    return a < end ? a : next ? next + (a - end) : p;
+  }
   INLINE void prefetch(const char* p, int bytes) const {
-    const char* ahead = p + AHEAD;
-    if (ahead >= end) {
-      if (!next) return;
-      ahead = next + (ahead - end);
-    }
-    for (int i = 0; i < bytes; i += 64) prefetch_l2(ahead + i);
+    const char* a = ahead(p);
+    for (int i = 0; i < bytes; i += 64) prefetch_l2(a + i);
   }
 };
 
@@ -42,42 +42,58 @@ INLINE Vec dequantize(IntVec words, Vec twice, Vec offset) {
 }
 
 #if defined(__AMX_TILE__)
-// A unit of int8 as bf16 tiles. Cutting off the low half of a float shrinks it by 2^-9 on average, which the scale makes up.
-void widen_unit(const Stream& w, char* tiles) {
-  for (const char* p = w.at; p < w.end; p += K_BYTES[INT8]) {
-    w.prefetch(p, K_BYTES[INT8]);
-    for (int half = 0; half < 2; half++) {
-      const Vec scale = load(reinterpret_cast<const bf16*>(p) + half * 16) * (1.f + 1.f / 512);
-      const Vec twice = scale * 2.f, offset = scale * -384.f;
-      const char* from = p + SCALES + half * 512;
-      for (int quad = 0; quad < 8; quad++, from += 64, tiles += 128) {
-        IntVec v;
-        memcpy(&v, from, sizeof v);
-        auto pair = [](Vec a, Vec b) { return (IntVec)_mm512_srli_epi32((__m512i)a, 16) | ((IntVec)b & (int32_t)0xffff0000); };
-        const IntVec first = pair(dequantize<0>(v, twice, offset), dequantize<1>(v, twice, offset));
-        const IntVec second = pair(dequantize<2>(v, twice, offset), dequantize<3>(v, twice, offset));
-        memcpy(tiles, &first, sizeof first);
-        memcpy(tiles + 64, &second, sizeof second);
-      }
+// A k block of int8 as two bf16 tiles, while the block at `next` is prefetched line by line. Cutting off the low half of a float shrinks it by 2^-9 on average, which the scale
+// makes up.
+INLINE void widen(const char* from, char* tiles, const char* next) {
+  for (int half = 0; half < 2; half++) {
+    const Vec scale = load(reinterpret_cast<const bf16*>(from) + half * 16) * (1.f + 1.f / 512);
+    const Vec twice = scale * 2.f, offset = scale * -384.f;
+    const char* bytes = from + SCALES + half * 512;
+    for (int quad = 0; quad < 8; quad++, bytes += 64, tiles += 128) {
+      prefetch_l2(next + half * 512 + quad * 64);
+      IntVec v;
+      memcpy(&v, bytes, sizeof v);
+      auto pair = [](Vec a, Vec b) { return (IntVec)_mm512_srli_epi32((__m512i)a, 16) | ((IntVec)b & (int32_t)0xffff0000); };
+      const IntVec first = pair(dequantize<0>(v, twice, offset), dequantize<1>(v, twice, offset));
+      const IntVec second = pair(dequantize<2>(v, twice, offset), dequantize<3>(v, twice, offset));
+      memcpy(tiles, &first, sizeof first);
+      memcpy(tiles + 64, &second, sizeof second);
     }
   }
 }
 
-// acc [16 * ROW_TILES, 32] = x * unit.
-template <int ROW_TILES>
+// A whole unit as bf16 tiles.
+void widen_unit(const Stream& w, char* tiles) {
+  for (const char* p = w.at; p < w.end; p += K_BYTES[INT8], tiles += TILE_PAIR) {
+    widen(p, tiles, w.ahead(p));
+  }
+}
+
+// acc [16 * ROW_TILES, 32] = x * unit. int8 is widened one k block ahead of its use, through a buffer that stays in L1.
+template <bool WIDEN, int ROW_TILES>
 INLINE void tile_product(const char* x, long x_bytes, const Stream& w, bool prefetch, float* acc) {
+  constexpr int bytes = WIDEN ? K_BYTES[INT8] : K_BYTES[BF16];
+  alignas(64) char ahead[WIDEN ? 2 * TILE_PAIR : 64];
+  if (WIDEN) widen(w.at, ahead, w.ahead(w.at));
+  int turn = 0;
   TILE_ZERO(0);
   TILE_ZERO(1);
   if (ROW_TILES == 2) {
     TILE_ZERO(2);
     TILE_ZERO(3);
   }
-  for (const char* p = w.at; p < w.end; p += TILE_PAIR, x += 64) {
-    if (prefetch) w.prefetch(p, TILE_PAIR);
+  for (const char* p = w.at; p < w.end; p += bytes, x += 64) {
+    if (!WIDEN && prefetch) w.prefetch(p, bytes);
+    const char* tiles = p;
+    if (WIDEN) {
+      tiles = ahead + turn * TILE_PAIR;
+      turn ^= 1;
+      if (p + bytes < w.end) widen(p + bytes, ahead + turn * TILE_PAIR, w.ahead(p + bytes));
+    }
     TILE_LOAD(4, x, x_bytes);
-    TILE_LOAD(6, p, 64);
+    TILE_LOAD(6, tiles, 64);
     TILE_DOT_BF16(0, 4, 6);
-    TILE_LOAD(7, p + 1024, 64);
+    TILE_LOAD(7, tiles + 1024, 64);
     TILE_DOT_BF16(1, 4, 7);
     if (ROW_TILES == 2) {
       TILE_LOAD(5, x + 16 * x_bytes, x_bytes);
@@ -184,8 +200,11 @@ void block_product(const LinearArgs& a, int64_t first, int rows, const Stream& w
   if (a.x_type == BF16) {
     const long bytes = a.x_stride * 2;
     const char* x = static_cast<const char*>(a.x) + first * bytes;
-    if (rows > 16) tile_product<2>(x, bytes, w, prefetch, acc);
-    else tile_product<1>(x, bytes, w, prefetch, acc);
+    const bool widen = a.linear->type == INT8 && a.rows <= MAX_ROWS;
+    if (widen && rows > 16) tile_product<true, 2>(x, bytes, w, prefetch, acc);
+    else if (widen) tile_product<true, 1>(x, bytes, w, prefetch, acc);
+    else if (rows > 16) tile_product<false, 2>(x, bytes, w, prefetch, acc);
+    else tile_product<false, 1>(x, bytes, w, prefetch, acc);
     return;
   }
 #endif
@@ -208,7 +227,7 @@ void run_unit(const LinearArgs& a, int64_t unit, Stream w) {
   const int64_t column = unit * UNIT;
   bool from_memory = true;
 #if defined(__AMX_TILE__)
-  if (a.linear->type == INT8 && a.x_type == BF16) {
+  if (a.linear->type == INT8 && a.x_type == BF16 && a.rows > MAX_ROWS) {
     static thread_local Scratch<char> tiles;
     char* wide = tiles.fit(a.linear->k / 32 * TILE_PAIR);
     widen_unit(w, wide);
