@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
+from chunkllama.logger import init_logger
 from server.auth import AuthMiddleware
 from server.body import BodyLimitMiddleware
 from server.context import ServerContext
@@ -25,7 +24,7 @@ from server.settings import ApiSettings
 from server.structured import GrammarCompiler, Validate
 from server.text_service import TextService
 
-logger = logging.getLogger("chunkllama.server")
+logger = init_logger(__name__)
 
 DESCRIPTION = (
     "OpenAI-compatible API of ChunkLlama. Errors are OpenAI error bodies; unknown fields are "
@@ -39,24 +38,20 @@ def create_app(
     settings: ApiSettings,
     *,
     load_grammars: Callable[[], Validate],
-    metrics: ServerMetrics | None = None,
-    on_shutdown: Callable[[], Awaitable[Any]] | None = None,
 ) -> FastAPI:
     """The HTTP application over an engine that is ready.
 
     Args:
-        engine: where requests run; the caller closes it, in ``on_shutdown`` or after serving.
+        engine: where requests run; the caller closes it after serving.
         text: tokenizer and chat template.
         settings: names, keys, limits.
         load_grammars: makes the function that compiles a grammar or raises InvalidRequestError.
-        metrics: shared with a metrics server on another port; by default the app's own.
-        on_shutdown: awaited when the server has stopped serving.
     """
     context = ServerContext(
         engine=engine,
         text=text,
         settings=settings,
-        metrics=metrics or ServerMetrics(),
+        metrics=ServerMetrics(),
         grammars=GrammarCompiler(load_grammars, settings.grammar_seconds),
         responses=ResponseStore(
             settings.store_max_items, settings.store_max_bytes, settings.store_ttl_seconds
@@ -65,12 +60,10 @@ def create_app(
     context.metrics.describe(engine.info, __version__)
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> Any:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         context.grammars.close()
         text.close()
-        if on_shutdown is not None:
-            await on_shutdown()
 
     app = FastAPI(
         title="ChunkLlama",
@@ -86,6 +79,18 @@ def create_app(
         app.include_router(health.metrics_router)
     install_error_handlers(app)
     install_openapi(app, settings)
+    _add_middleware(app, context)
+    if settings.isolates_tenants:
+        logger.info(
+            "cache isolation is on: tenants share nothing but public prefixes; "
+            "--isolation off shares all prefixes between keys"
+        )
+    return app
+
+
+def _add_middleware(app: FastAPI, context: ServerContext) -> None:
+    """From the inside out: body limit, keys, CORS, request ids."""
+    settings = context.settings
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
     app.add_middleware(AuthMiddleware, settings=settings)
     if settings.cors_origins:
@@ -100,9 +105,3 @@ def create_app(
     app.add_middleware(
         RequestInfoMiddleware, root_path=settings.root_path, on_refusal=context.metrics.reject
     )
-    if settings.isolates_tenants:
-        logger.info(
-            "cache isolation is on: tenants share nothing but public prefixes; "
-            "--isolation off shares all prefixes between keys"
-        )
-    return app

@@ -3,7 +3,6 @@ handlers."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +18,10 @@ from chunkllama.errors import (
     OverloadedError,
     RequestFailedError,
 )
+from chunkllama.logger import init_logger
 from server.protocol.errors import ErrorBody
 
-logger = logging.getLogger("chunkllama.server")
+logger = init_logger(__name__)
 
 ERROR_TYPES = {
     400: "invalid_request_error",
@@ -111,7 +111,7 @@ def as_api_error(error: Exception) -> ApiError:
         return api_error
     if isinstance(error, EngineDeadError):
         return ApiError(
-            503, "The engine is restarting; try again", code="engine_unavailable", retry_after=2
+            503, "The engine is not available; try again", code="engine_unavailable", retry_after=2
         )
     logger.error("request failed", exc_info=error)
     return ApiError(500, "Internal server error; quote the x-request-id header", code="internal")

@@ -9,12 +9,15 @@ from typing import Any, cast
 
 from chunkllama.engine.client import EngineClient
 from chunkllama.engine.messages import ChoiceDelta, EngineRequest, TokenDelta
-from chunkllama.errors import InvalidRequestError, RequestFailedError
+from chunkllama.errors import InvalidRequestError, OverloadedError, RequestFailedError
+from chunkllama.logger import init_logger
 from chunkllama.outputs import TokenLogprob
 from chunkllama.text.detokenizer import IncrementalDetokenizer, StopChecker
 from server.metrics import RequestTimer, ServerMetrics
 from server.protocol.usage import CompletionUsage, completion_usage
 from server.text_service import Tokenizer
+
+logger = init_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -156,22 +159,35 @@ class Generation:
             InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError: from the
             engine.
         """
-        timer = self._metrics.start_request(len(self.request.prompt_token_ids))
+        timer = self._metrics.start_request()
         deltas = self._engine.generate(self.request)
         try:
             async with contextlib.aclosing(cast(AsyncGenerator[TokenDelta, None], deltas)):
                 async for pieces in self._consume(deltas, timer):
                     yield pieces
-            timer.finish("stop")
-        except InvalidRequestError as error:
-            timer.fail(error)
-            error.param = self._param_names.get(error.param or "", error.param)
+            timer.finish(timer.reason or "stop")
+        except (InvalidRequestError, OverloadedError) as error:
+            timer.finish("refused")
+            if isinstance(error, InvalidRequestError):
+                error.param = self._param_names.get(error.param or "", error.param)
             raise
-        except Exception as error:
-            timer.fail(error)
+        except Exception:
+            timer.finish("error")
             raise
         finally:
             timer.finish("abort")
+            self._log(timer)
+
+    def _log(self, timer: RequestTimer) -> None:
+        first = timer.first_token_seconds
+        counts = {
+            "reason": timer.reason,
+            "prompt_tokens": len(self.request.prompt_token_ids),
+            "cached_tokens": self.num_cached_tokens,
+            "output_tokens": self.num_completion_tokens,
+            "first_token_ms": None if first is None else round(first * 1000),
+        }
+        logger.info("generation ended", extra=counts)
 
     async def _consume(
         self, deltas: AsyncIterator[TokenDelta], timer: RequestTimer
@@ -186,6 +202,7 @@ class Generation:
             )
             self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
             self.embedding = delta.embedding or self.embedding
+            timer.tokens(max((len(choice.token_ids) for choice in delta.choices), default=0))
             pieces = []
             for choice_delta in delta.choices:
                 if choice_delta.index < len(self._choices):
@@ -200,9 +217,8 @@ class Generation:
         choice = self._choices[delta.index]
         if choice.finished:
             return None
-        if delta.finish_reason == "error":
-            raise RequestFailedError("The engine failed this request", "engine_error")
-        timer.tokens(len(delta.token_ids))
+        if delta.finish_reason in ("abort", "error"):
+            raise RequestFailedError("The engine ended this request", "engine_error")
         piece = choice.add(delta)
         if piece is not None and piece.finish_reason is not None:
             timer.reason = piece.finish_reason

@@ -11,7 +11,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import generate_latest
 
 from chunkllama.engine.messages import EngineReady, EngineStats
-from chunkllama.errors import InvalidRequestError, OverloadedError
 
 CHUNK_STATES = ("free", "cached", "referenced", "private")
 _FIRST_TOKEN_BUCKETS = (
@@ -54,12 +53,14 @@ class EngineStatsCollector:
     def __init__(self) -> None:
         self._last = EngineStats()
         self._base = dict.fromkeys(ENGINE_COUNTERS, 0.0)
+        self._restarts = 0
 
     def update(self, stats: EngineStats) -> None:
         """Take a snapshot; one with fewer steps comes from a new engine."""
         if stats.steps_total < self._last.steps_total:
             for name in ENGINE_COUNTERS:
                 self._base[name] += getattr(self._last, name)
+            self._restarts += 1
         self._last = stats
 
     def collect(self) -> Iterator[Metric]:
@@ -67,6 +68,9 @@ class EngineStatsCollector:
         for name, text in ENGINE_COUNTERS.items():
             value = self._base[name] + getattr(stats, name)
             yield CounterMetricFamily(f"chunkllama_{name.removesuffix('_total')}", text, value)
+        yield CounterMetricFamily(
+            "chunkllama_engine_restarts", "Engine processes started anew.", self._restarts
+        )
         for name, (metric, text) in ENGINE_GAUGES.items():
             yield GaugeMetricFamily(f"chunkllama_{metric}", text, getattr(stats, name))
         chunks = GaugeMetricFamily("chunkllama_kv_chunks", "Chunks by state.", labels=["state"])
@@ -92,7 +96,6 @@ class ServerMetrics:
         self._finished = self._counter("request_finished", "Requests ended, by reason.", "reason")
         self._rejected = self._counter("request_rejected", "Requests refused, by status.", "why")
         self._ignored = self._counter("ignored_fields", "Unknown request fields ignored.")
-        self._restarts = self._counter("engine_restarts", "Engine processes started anew.")
         self._live = Gauge(
             "chunkllama_requests_live", "Requests between acceptance and end.",
             registry=self.registry,
@@ -130,14 +133,11 @@ class ServerMetrics:
     def ignore_fields(self, count: int) -> None:
         self._ignored.inc(count)
 
-    def engine_restarted(self) -> None:
-        self._restarts.inc()
-
-    def start_request(self, num_prompt_tokens: int) -> RequestTimer:
+    def start_request(self) -> RequestTimer:
         """A request goes to the engine."""
         self._accepted.inc()
         self._live.inc()
-        return RequestTimer(self, num_prompt_tokens)
+        return RequestTimer(self)
 
     def render(self) -> bytes:
         """The Prometheus text format."""
@@ -145,39 +145,38 @@ class ServerMetrics:
 
 
 class RequestTimer:
-    """Follows one request to its one end; calls after the first ``finish`` change nothing."""
+    """Follows one request to its one end; calls after the first ``finish`` change nothing.
 
-    def __init__(self, metrics: ServerMetrics, num_prompt_tokens: int) -> None:
+    Attributes:
+        reason: why its last choice ended; at the end, why the request did.
+        first_token_seconds: from acceptance to the first token, None before it.
+    """
+
+    def __init__(self, metrics: ServerMetrics) -> None:
         self._metrics = metrics
         self._started = self._last = time.monotonic()
-        self._has_tokens = False
         self._ended = False
-        self.num_prompt_tokens = num_prompt_tokens
         self.reason: str | None = None
+        self.first_token_seconds: float | None = None
 
     def tokens(self, count: int) -> None:
-        """Some choice gained ``count`` tokens."""
+        """Each choice of a delta gained up to ``count`` tokens."""
         if not count:
             return
         now = time.monotonic()
-        if self._has_tokens:
-            self._metrics._inter_token.observe((now - self._last) / count)
+        if self.first_token_seconds is None:
+            self.first_token_seconds = now - self._started
+            self._metrics._first_token.observe(self.first_token_seconds)
         else:
-            self._metrics._first_token.observe(now - self._started)
-        self._has_tokens = True
+            self._metrics._inter_token.observe((now - self._last) / count)
         self._last = now
 
-    def fail(self, error: Exception) -> None:
-        """The engine refused or failed it."""
-        refused = isinstance(error, InvalidRequestError | OverloadedError)
-        self.finish("refused" if refused else "error", override=True)
-
-    def finish(self, reason: str, *, override: bool = False) -> None:
-        """End with ``reason``, or with that of the last choice that ended unless overridden."""
+    def finish(self, reason: str) -> None:
+        """The request has ended."""
         if self._ended:
             return
         self._ended = True
-        final = reason if override or reason == "abort" else self.reason or reason
-        self._metrics._finished.labels(final).inc()
+        self.reason = reason
+        self._metrics._finished.labels(reason).inc()
         self._metrics._live.dec()
         self._metrics._latency.observe(time.monotonic() - self._started)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from chunkllama.logger import request_id_context
 from server.errors import ApiError
 
 _CLEAN_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -68,6 +69,7 @@ class RequestInfoMiddleware:
             started=time.monotonic(),
         )
         scope[_SCOPE_KEY] = info
+        request_id_context.set(info.request_id)
         if self._root_path:
             scope["root_path"] = self._root_path
 

@@ -108,3 +108,4 @@ def test_counters_go_on_when_an_engine_starts_from_zero():
         collector.update(stats)
     values = {metric.name: metric.samples[0].value for metric in collector.collect()}
     assert values["chunkllama_prompt_tokens"] == 105
+    assert values["chunkllama_engine_restarts"] == 1
