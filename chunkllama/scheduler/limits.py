@@ -48,5 +48,5 @@ class SchedulerLimits:
             )
         if self.max_model_len < 1 or self.max_waiting < 0 or self.spare_chunks < 0:
             raise ConfigError("max_model_len, max_waiting and spare_chunks cannot be negative")
-        if self.min_wait_tokens < 1:
-            raise ConfigError(f"min_wait_tokens must be at least 1, got {self.min_wait_tokens}")
+        if self.min_wait_tokens < 0:
+            raise ConfigError(f"min_wait_tokens cannot be negative, got {self.min_wait_tokens}")

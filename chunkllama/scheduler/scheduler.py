@@ -270,7 +270,7 @@ class Scheduler:
                 sequence.token_ids, self._match_limit(sequence), sequence.group.request.namespace
             )
             saved = match.num_later_tokens - match.num_tokens
-            if match.awaited is not None and saved >= self._limits.min_wait_tokens:
+            if saved > 0 and saved >= self._limits.min_wait_tokens:
                 sequence.match = match
                 continue
             sequence.match = None

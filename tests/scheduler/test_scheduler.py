@@ -410,7 +410,7 @@ def test_an_id_in_use_is_refused() -> None:
         {"max_num_seqs": 0},
         {"max_num_seqs": 9, "max_num_batched_tokens": 8},
         {"max_waiting": -1},
-        {"min_wait_tokens": 0},
+        {"min_wait_tokens": -1},
     ],
 )
 def test_limits_that_make_no_sense(limits: dict[str, int]) -> None:

@@ -25,7 +25,7 @@ class RandomTraffic:
             "max_num_seqs": pick([1, 2, 4, 8]),
             "max_num_batched_tokens": pick([8, 16, 4 * chunk_size + 8]),
             "max_model_len": 40 * chunk_size,
-            "min_wait_tokens": pick([1, 2, max(chunk_size // 2, 1)]),
+            "min_wait_tokens": pick([0, 2, max(chunk_size // 2, 1)]),
             "spare_chunks": pick([0, 1, 2]),
             "policy": pick(["fcfs", "prefix"]),
             "eos_token_ids": pick([frozenset(), frozenset(), frozenset({2})]),
