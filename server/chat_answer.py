@@ -158,18 +158,10 @@ class ChatAnswer:
 
 
 def delta_choice(
-    index: int,
-    delta: ChatDelta,
-    logprobs: ChatLogprobs | None = None,
-    finish_reason: FinishReason | None = None,
+    index: int, delta: ChatDelta, finish_reason: FinishReason | None = None
 ) -> ChatChunkChoice:
     """One choice of a chunk."""
-    return {
-        "index": index,
-        "delta": delta,
-        "finish_reason": finish_reason,
-        "logprobs": logprobs,
-    }
+    return {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
 
 
 class _StreamedChoice:
@@ -193,7 +185,7 @@ class _StreamedChoice:
         choices = [delta_choice(piece.index, delta) for delta in deltas]
         if piece.finish_reason is not None:
             reason = _finish_reason(piece.finish_reason, self._has_calls, answer.tools.is_legacy)
-            choices.append(delta_choice(piece.index, {}, finish_reason=reason))
+            choices.append(delta_choice(piece.index, {}, reason))
             if piece.stop_reason is not None:
                 choices[-1]["stop_reason"] = piece.stop_reason
         shows_tokens = answer.body.logprobs or answer.body.return_token_ids

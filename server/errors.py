@@ -32,9 +32,13 @@ ERROR_TYPES = {
     413: "invalid_request_error",
     415: "invalid_request_error",
     429: "rate_limit_error",
-    499: "client_disconnected",
 }
+CLIENT_CLOSED_REQUEST = 499
 MAX_RETRY_AFTER = 30
+
+
+class ClientDisconnected(Exception):
+    """The client closed its connection; nobody reads an answer."""
 
 
 class ApiError(HTTPException):
@@ -149,8 +153,6 @@ def from_validation_error(error: RequestValidationError) -> ApiError:
     for entry in error.errors():
         location = list(entry["loc"])
         source = location.pop(0) if location else "body"
-        if entry["type"] == "json_invalid":
-            return invalid("The request body is not valid JSON", code="invalid_json")
         if source == "body" and not location and isinstance(error.body, bytes):
             return invalid("Send a JSON object with Content-Type: application/json")
         if source == "body":
@@ -192,6 +194,10 @@ def install_error_handlers(app: FastAPI) -> None:
     async def on_any(_: Request, error: Exception) -> Response:
         return as_api_error(error).response()
 
+    async def on_disconnect(_: Request, __: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    app.add_exception_handler(ClientDisconnected, on_disconnect)
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
     for known in (InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError):

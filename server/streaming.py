@@ -12,15 +12,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.errors import ApiError, as_api_error
+from server.errors import ApiError, ClientDisconnected, as_api_error
 
 T = TypeVar("T")
 _encode = msgspec.json.encode
 DONE = b"data: [DONE]\n\n"
-
-
-class ClientDisconnected(Exception):
-    """The client closed its connection; nobody reads an answer."""
 
 
 def sse(payload: Mapping[str, Any], event: str | None = None) -> bytes:

@@ -136,7 +136,7 @@ def test_closing_a_stream_aborts(server, client):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_client_gone_before_the_first_token_aborts(server, stream):
+def test_client_gone_before_the_first_token_aborts(server, stream, caplog):
     server.engine.delay = 0.5
     with server.http() as http, pytest.raises(Exception, match="timed out"):
         http.post(
@@ -151,3 +151,4 @@ def test_client_gone_before_the_first_token_aborts(server, stream):
         )
     assert wait_for(lambda: not server.engine.live)
     assert len(server.engine.aborted) == 1
+    assert not caplog.records, "a client that leaves is nothing to report"
