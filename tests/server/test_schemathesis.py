@@ -59,12 +59,14 @@ def operations(fuzzed: Any) -> dict[str, Any]:
     return {operation.label: operation for operation in found}
 
 
-def fuzz(server: Any, operation: Any, num_cases: int) -> None:
+def fuzz(server: Any, operation: Any, num_cases: int, *, fresh: bool = False) -> None:
     @settings(
         max_examples=num_cases,
         deadline=None,
-        derandomize=True,
+        derandomize=not fresh,
         database=None,
+        # A failure says how to repeat it; shrinking it would take longer than all cases.
+        print_blob=True,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
@@ -93,4 +95,4 @@ def test_made_up_requests(fuzzed: Any, operations: dict[str, Any], label: str) -
 @pytest.mark.nightly
 @pytest.mark.parametrize("label", OPERATIONS)
 def test_many_made_up_requests(fuzzed: Any, operations: dict[str, Any], label: str) -> None:
-    fuzz(fuzzed, operations[label], OPERATIONS[label] * NIGHTLY_FACTOR)
+    fuzz(fuzzed, operations[label], OPERATIONS[label] * NIGHTLY_FACTOR, fresh=True)
