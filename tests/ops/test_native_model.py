@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -43,11 +44,24 @@ TOLERANCE = {
 }
 
 
+SANITIZER = os.environ.get("CHUNKLLAMA_TEST_SANITIZER", "")
+
+
 @pytest.fixture(params=[level.name for level in LEVELS])
 def level(request: pytest.FixtureRequest) -> str:
     if request.param not in {level.name for level in available_levels()}:
         pytest.skip(f"not run: this CPU has no {request.param}")
     return str(request.param)
+
+
+def native_ops(dtype: torch.dtype, level: str) -> NativeOps:
+    return NativeOps(
+        dtype=dtype,
+        head_dim=SPEC.head_dim,
+        num_kv_heads=SPEC.num_kv_heads,
+        level=level,
+        sanitizer=SANITIZER,
+    )
 
 
 def make_model(
@@ -87,9 +101,7 @@ def test_one_call_equals_the_reference_ops(
     expected_hidden = model.forward(token_ids, positions, plan)
     expected = model.logits(expected_hidden)
     for (dtype, weights), tolerance in TOLERANCE.items():
-        ops = NativeOps(
-            dtype=dtype, head_dim=spec.head_dim, num_kv_heads=spec.num_kv_heads, level=level
-        )
+        ops = native_ops(dtype, level)
         plain, plan = make_model(ops, spec, case, dtype)
         native = ops.prepare_model(plain, weights)  # type: ignore[arg-type]
         assert plain.weights.embedding.numel() == 0, "the model's own weights should be given up"
@@ -112,7 +124,7 @@ def test_a_plain_model_runs_through_the_ops_one_by_one(
     outputs = []
     for op_set in (
         ReferenceOps(torch.device("cpu")),
-        NativeOps(dtype=torch.float32, head_dim=32, num_kv_heads=3, level=level),
+        native_ops(torch.float32, level),
     ):
         model, plan = make_model(op_set, SPEC, case, torch.float32)
         outputs.append(model.forward(token_ids, positions, plan))

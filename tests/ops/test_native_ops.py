@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -15,21 +17,22 @@ from chunkllama.ops.reference import ReferenceOps
 CPU = torch.device("cpu")
 # (query heads, kv heads): groups 1, 3, 4, 5, 7, 8.
 HEADS = [(2, 2), (9, 3), (8, 2), (5, 1), (14, 2), (8, 1)]
-DIMS = [64, 80, 96, 128, 256]
+DIMS = [64, 128, *(pytest.param(d, marks=pytest.mark.nightly) for d in (16, 80, 96, 256))]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2}
 
 
 @pytest.fixture(scope="module", params=[level.name for level in LEVELS])
-def level(request: pytest.FixtureRequest) -> str:
-    """An instruction-set level; one that this machine lacks is reported as skipped."""
+def ops(request: pytest.FixtureRequest) -> NativeOps:
+    """The op set at one level; a level that this machine lacks is reported as skipped."""
     if request.param not in {level.name for level in available_levels()}:
         pytest.skip(f"not run: this CPU has no {request.param}")
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def ops(level: str) -> NativeOps:
-    return NativeOps(dtype=torch.bfloat16, head_dim=64, num_kv_heads=1, level=level)
+    return NativeOps(
+        dtype=torch.bfloat16,
+        head_dim=64,
+        num_kv_heads=1,
+        level=request.param,
+        sanitizer=os.environ.get("CHUNKLLAMA_TEST_SANITIZER", ""),
+    )
 
 
 def check_attention(
@@ -77,9 +80,11 @@ def test_attention_equals_the_oracle(
         check_attention(ops, rng, kind, heads, head_dim, dtype, packing)
 
 
-@pytest.mark.parametrize("heads", HEADS)
-def test_any_packing_gives_the_same_attention(
-    ops: NativeOps, rng: np.random.Generator, heads: tuple[int, int]
+@pytest.mark.parametrize(
+    ("heads", "head_dim"), list(zip(HEADS, (64, 80, 96, 128, 256, 16), strict=True))
+)
+def test_any_packing_and_group_gives_the_same_attention(
+    ops: NativeOps, rng: np.random.Generator, heads: tuple[int, int], head_dim: int
 ) -> None:
     for rows, run, units in ((1, 1, 64), (5, 2, 1), (300, 3, 1000)):
         packing = Packing(
@@ -89,7 +94,7 @@ def test_any_packing_gives_the_same_attention(
             num_kv_heads=heads[1],
             split_private=bool(rng.integers(2)),
         )
-        check_attention(ops, rng, "mixed", heads, 64, torch.bfloat16, packing)
+        check_attention(ops, rng, "mixed", heads, head_dim, torch.bfloat16, packing)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
