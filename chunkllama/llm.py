@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
-from chunkllama.engine.client import as_exception, with_seed
+from chunkllama.engine.client import as_exception, seed_source, with_seed
 from chunkllama.engine.messages import ChoiceDelta, EngineRequest, TokenDelta
 from chunkllama.errors import InvalidRequestError
 from chunkllama.models.registry import resolve_model
@@ -51,6 +51,7 @@ class LLM:
         self._defaults = msgspec.convert(defaults, SamplingParams, strict=False)
         self._core = build_engine(config)
         self._ids = itertools.count()
+        self._draw_seed = seed_source(config.model.seed)
 
     def generate(
         self,
@@ -107,7 +108,8 @@ class LLM:
             request = with_seed(
                 EngineRequest(
                     request_id=f"llm-{next(self._ids)}", prompt_token_ids=ids, sampling=sent
-                )
+                ),
+                self._draw_seed,
             )
             try:
                 self._core.add(request)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import random
 import secrets
 import threading
 from abc import ABC, abstractmethod
@@ -76,11 +77,16 @@ class EngineClient(Protocol):
         ...
 
 
-def with_seed(request: EngineRequest) -> EngineRequest:
+def seed_source(seed: int | None) -> Callable[[int], int]:
+    """Where requests that bring no seed get one: ``draw(bits)``, reproducible if ``seed`` is set."""
+    return secrets.randbits if seed is None else random.Random(seed).getrandbits
+
+
+def with_seed(request: EngineRequest, draw: Callable[[int], int]) -> EngineRequest:
     """Draw the seed here if none came: a replay then goes on with the same random numbers."""
     if request.sampling.seed is not None:
         return request
-    sampling = msgspec.structs.replace(request.sampling, seed=secrets.randbits(63))
+    sampling = msgspec.structs.replace(request.sampling, seed=draw(63))
     return msgspec.structs.replace(request, sampling=sampling)
 
 
@@ -101,6 +107,7 @@ class MessageClient(ABC):
         self._stats_waiters: deque[asyncio.Future[EngineStats]] = deque()
         self._info: EngineReady | None = None
         self._dead: EngineDeadError | None = None
+        self.draw_seed = seed_source(None)
 
     @abstractmethod
     def _send(self, message: ToEngine) -> None: ...
@@ -125,7 +132,7 @@ class MessageClient(ABC):
         if request.sampling.beam_width > 1:
             unfinished = set(range(request.sampling.n))
         try:
-            self._send(with_seed(request))
+            self._send(with_seed(request, self.draw_seed))
             while unfinished:
                 delta = await inbox.get()
                 if isinstance(delta, EngineDeadError):

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import msgspec
 
 from chunkllama.config import EngineConfig
-from chunkllama.engine.client import MessageClient
+from chunkllama.engine.client import MessageClient, seed_source
 from chunkllama.engine.messages import FromEngine, Shutdown, StartFailed, ToEngine
 from chunkllama.errors import ChunkLlamaError, ConfigError, EngineDeadError
 from chunkllama.logger import configure_logging
@@ -70,6 +70,7 @@ class ProcessEngineClient(MessageClient):
         theirs.close()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         client = cls(child, writer)
+        client.draw_seed = seed_source(config.model.seed)
         writer.write(_frame(config.model_dump_json().encode()))
         try:
             first = await _read_messages(reader)
