@@ -78,7 +78,7 @@ class EngineClient(Protocol):
 
 
 def seed_source(seed: int | None) -> Callable[[int], int]:
-    """Where requests that bring no seed get one: ``draw(bits)``, reproducible if ``seed`` is set."""
+    """``draw(bits)`` for requests that bring no seed; reproducible if ``seed`` is set."""
     return secrets.randbits if seed is None else random.Random(seed).getrandbits
 
 

@@ -1,0 +1,22 @@
+"""No option does nothing: every setting is read by code other than its definition."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from server.config import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFINITIONS = {ROOT / "chunkllama/config.py", ROOT / "server/config.py"}
+READERS = [p for room in ("chunkllama", "server") for p in (ROOT / room).rglob("*.py")]
+SOURCE = "\n".join(p.read_text() for p in READERS if p not in DEFINITIONS)
+# Keys are read where they are kept secret: in Settings itself.
+OWN = {"api_key", "api_key_file"}
+
+
+@pytest.mark.parametrize("key", sorted(set(Settings.model_fields) - OWN))
+def test_the_setting_is_read(key):
+    assert re.search(rf"\.{key}\b", SOURCE)
