@@ -18,7 +18,6 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from chunkllama.engine.client import EngineClient
 from chunkllama.engine.grammar import GrammarCompiler
 from chunkllama.engine.process import ProcessEngineClient
 from chunkllama.errors import ConfigError
@@ -34,7 +33,6 @@ from server.app import create_app
 from server.config import Settings
 from server.http_protocol import HttpLimits, make_protocol
 from server.lifecycle import DrainingServer, notify_supervisor
-from server.metrics import ServerMetrics
 from server.public_prefixes import load_public_prefixes, register_public_prefixes
 from server.routes import dashboard, health
 from server.settings import ApiSettings
@@ -171,15 +169,10 @@ async def _serve(
             model.template,
             make_template=lambda source: ChatTemplate(source, model.tokenizer),
         )
-        app = create_app(
-            engine,
-            text,
-            api,
-            load_grammars=lambda: _grammar_check(model),
-            metrics=ServerMetrics(),
-        )
+        app = create_app(engine, text, api, load_grammars=lambda: _grammar_check(model))
         app.include_router(dashboard.router)
         server = DrainingServer(_uvicorn_config(settings, app), engine, settings.drain_seconds)
+        engine.on_death = server.engine_died
         info = engine.info
         scheme = "https" if settings.ssl_certfile else "http"
         host, port = main.getsockname()[:2]
@@ -220,7 +213,7 @@ def _listen(sock: socket.socket, key: str) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _engine(settings: Settings) -> AsyncIterator[EngineClient]:
+async def _engine(settings: Settings) -> AsyncIterator[ProcessEngineClient]:
     engine = await ProcessEngineClient.start(settings.engine())
     try:
         yield engine
