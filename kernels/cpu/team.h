@@ -26,7 +26,7 @@ class Barrier {
       return;
     }
     for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; spins++) {
-      if (spins < 4000) pause_cpu();
+      if (spins < 1000) pause_cpu();
       else sched_yield();
     }
   }
