@@ -79,6 +79,30 @@ class ServerConfig(ConfigGroup):
     strict: bool = Field(
         default=False, description="Refuse unknown request fields instead of ignoring them."
     )
+    trust_request_chat_template: bool = Field(
+        default=False,
+        description="Accept a chat_template in requests; only for clients that may run templates.",
+    )
+    chat_template_kwargs: Names = Field(
+        default=("enable_thinking", "thinking", "date_string", "tools_in_user_message"),
+        description="Names that a request's chat_template_kwargs may carry.",
+    )
+    tool_call_parser: Literal["llama3_json", "hermes"] | None = Field(
+        default=None,
+        description="How the model writes tool calls. Default: as its chat template has it.",
+    )
+    embedding_pooling: Literal["mean", "last"] = Field(
+        default="mean", description="How a prompt's hidden states become one embedding."
+    )
+    response_store_items: int = Field(
+        default=1000, ge=0, description="Responses kept for previous_response_id; 0 keeps none."
+    )
+    response_store_bytes: Bytes = Field(
+        default=64 << 20, description="Size of the kept responses, all together."
+    )
+    response_store_seconds: float = Field(
+        default=3600.0, gt=0, description="A kept response is forgotten after so long."
+    )
     root_path: str = Field(default="", description="Path prefix that a proxy strips.")
     cors_origins: Names = Field(
         default=(), description="Origins browsers may call from; * is any. Default: none."

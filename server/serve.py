@@ -147,6 +147,13 @@ def api_settings(settings: Settings, keys: dict[str, str], model: Model) -> ApiS
         cors_origins=settings.cors_origins,
         generation_defaults=model.spec.default_sampling if use_defaults else {},
         max_body_bytes=settings.max_body_bytes,
+        trust_request_chat_template=settings.trust_request_chat_template,
+        chat_template_kwargs=settings.chat_template_kwargs,
+        tool_call_parser=settings.tool_call_parser,
+        embedding_pooling=settings.embedding_pooling,
+        store_max_items=settings.response_store_items,
+        store_max_bytes=settings.response_store_bytes,
+        store_ttl_seconds=settings.response_store_seconds,
         stream_stall_seconds=settings.stream_stall_seconds,
         expose_metrics=settings.admin_port is None,
     )
