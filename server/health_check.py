@@ -20,7 +20,8 @@ def check_health(url: str, timeout: float) -> str:
     try:
         connection: http.client.HTTPConnection
         if parts.scheme == "https":
-            context = ssl._create_unverified_context()
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
             connection = http.client.HTTPSConnection(
                 parts.hostname, parts.port, timeout=timeout, context=context
             )
