@@ -95,6 +95,10 @@ class CacheConfig(ConfigGroup):
         default=64,
         description="Tokens a chunk holds. Sizes other than 64 need the reference op set.",
     )
+    enable_prefix_caching: bool = Field(
+        default=True,
+        description="Share equal prompt prefixes and keep them. Off is for comparisons only.",
+    )
     kv_cache_memory: Bytes | None = Field(
         default=None,
         description="Memory of the pool, like 512MiB. Default on a CPU: a quarter of what is left "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
 from chunkllama.engine.client import as_exception, seed_source, with_seed
 from chunkllama.engine.messages import ChoiceDelta, EngineRequest, TokenDelta
-from chunkllama.errors import InvalidRequestError
+from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.models.registry import resolve_model
 from chunkllama.models.spec import read_spec
 from chunkllama.outputs import CompletionOutput, RequestOutput
@@ -101,24 +102,13 @@ class LLM:
         sampling: SamplingParams,
         use_progress_bar: bool,
     ) -> list[RequestOutput]:
-        running: dict[str, _Assembly] = {}
         ranked = sampling.num_sequences > sampling.n and sampling.logprobs is None
         sent = msgspec.structs.replace(sampling, logprobs=0) if ranked else sampling
-        for text, ids in prompts:
-            request = with_seed(
-                EngineRequest(
-                    request_id=f"llm-{next(self._ids)}", prompt_token_ids=ids, sampling=sent
-                ),
-                self._draw_seed,
-            )
-            try:
-                self._core.add(request)
-            except Exception:
-                for name in running:
-                    self._core.abort(name)
-                self._drain()
-                raise
-            running[request.request_id] = _Assembly(request, sampling, text, self._tokenizer)
+        assemblies = [
+            _Assembly(self._make_request(ids, sent), sampling, text, self._tokenizer)
+            for text, ids in prompts
+        ]
+        live = {assembly.request.request_id: assembly for assembly in assemblies}
         columns = (
             TextColumn("generating"),
             BarColumn(),
@@ -126,25 +116,38 @@ class LLM:
             TimeElapsedColumn(),
             TextColumn("{task.fields[tokens]} tokens"),
         )
-        with Progress(*columns, disable=not use_progress_bar) as progress:
-            bar = progress.add_task("", total=len(running), tokens=0)
-            tokens = 0
-            while self._core.has_work():
-                for delta in self._core.step():
-                    tokens += sum(len(choice.token_ids) for choice in delta.choices)
-                    assembly = running.get(delta.request_id)
-                    if assembly is None:
-                        continue
-                    for index in assembly.take(delta):
-                        self._core.abort(delta.request_id, index)
-                progress.update(
-                    bar, completed=sum(a.output.finished for a in running.values()), tokens=tokens
-                )
-        return [assembly.result() for assembly in running.values()]
+        try:
+            with Progress(*columns, disable=not use_progress_bar) as progress:
+                bar = progress.add_task("", total=len(assemblies), tokens=0)
+                waiting = deque(assembly.request for assembly in assemblies)
+                while waiting or self._core.has_work():
+                    self._add_while_accepted(waiting)
+                    for delta in self._core.step():
+                        for index in live[delta.request_id].take(delta):
+                            self._core.abort(delta.request_id, index)
+                    progress.update(
+                        bar,
+                        completed=sum(a.output.finished for a in assemblies),
+                        tokens=sum(a.num_tokens for a in assemblies),
+                    )
+        finally:
+            for request_id in live:  # those that an error left behind; unknown ids are ignored
+                self._core.abort(request_id)
+        return [assembly.result() for assembly in assemblies]
 
-    def _drain(self) -> None:
-        while self._core.has_work():
-            self._core.step()
+    def _make_request(self, ids: list[int], sampling: SamplingParams) -> EngineRequest:
+        request_id = f"llm-{next(self._ids)}"
+        request = EngineRequest(request_id=request_id, prompt_token_ids=ids, sampling=sampling)
+        return with_seed(request, self._draw_seed)
+
+    def _add_while_accepted(self, waiting: deque[EngineRequest]) -> None:
+        """Queue requests until the engine has as many as it takes; the rest follow later."""
+        while waiting:
+            try:
+                self._core.add(waiting[0])
+            except OverloadedError:
+                return
+            waiting.popleft()
 
     def close(self) -> None:
         """Release the model and the pool."""
@@ -161,6 +164,8 @@ class _Assembly:
         prompt: str | None,
         tokenizer: Any,
     ) -> None:
+        self.request = request
+        self.num_tokens = 0
         self._sampling = sampling
         self.output = RequestOutput(request.request_id, prompt, request.prompt_token_ids)
         count = sampling.n if sampling.beam_width > 1 else sampling.num_sequences
@@ -189,6 +194,7 @@ class _Assembly:
 
     def _add(self, choice: ChoiceDelta) -> bool:
         completion = self.output.outputs[choice.index]
+        self.num_tokens += len(choice.token_ids)
         completion.token_ids.extend(choice.token_ids)
         if choice.logprobs is not None:
             completion.logprobs = [*(completion.logprobs or []), *choice.logprobs]

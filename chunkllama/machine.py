@@ -36,6 +36,14 @@ def memory_left(root: Path = _ROOT) -> int:
     return max(left, 0)
 
 
+def cache_folder() -> Path:
+    """$CHUNKLLAMA_CACHE, else chunkllama/ below $XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("CHUNKLLAMA_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "chunkllama"
+
+
 def default_kv_cache_memory(left: int) -> int:
     """Bytes of the chunk pool on a CPU when nobody says: a quarter of what is left, at most 1 GiB.
 

@@ -130,7 +130,8 @@ def _add_models(app: typer.Typer) -> None:
             show()
 
     def show() -> None:
-        from chunkllama.models.registry import aliases, cache_folder
+        from chunkllama.machine import cache_folder
+        from chunkllama.models.registry import aliases
 
         folder = cache_folder() / "models"
         cached = [path.name for path in folder.iterdir()] if folder.is_dir() else []

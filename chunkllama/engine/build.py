@@ -59,6 +59,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         min_wait_tokens=config.scheduler.min_wait_tokens,
         spare_chunks=executor.spare_chunks,
         eos_token_ids=frozenset(spec.eos_token_ids),
+        enable_prefix_caching=config.cache.enable_prefix_caching,
     )
     cache = CacheManager(num_chunks, chunk_size, time.monotonic)
     scheduler = Scheduler(limits, cache, time.monotonic)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
+from chunkllama.machine import cache_folder
 from chunkllama.models.gguf import convert_gguf
 
 logger = init_logger(__name__)
@@ -49,14 +49,6 @@ _ALIASES = {
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
-
-
-def cache_folder() -> Path:
-    """$CHUNKLLAMA_CACHE, else chunkllama/ below $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("CHUNKLLAMA_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "chunkllama"
 
 
 def aliases() -> list[str]:

@@ -23,6 +23,7 @@ from typing import Final
 
 import torch
 
+from chunkllama.machine import cache_folder
 from chunkllama.ops.source import data_folder
 
 COMMON_FLAGS: Final = (
@@ -65,12 +66,11 @@ class NativeBuildError(Exception):
 
 
 def library_directory() -> Path:
-    """``CHUNKLLAMA_NATIVE_DIR``, else ``native`` below the user's cache folder."""
+    """``CHUNKLLAMA_NATIVE_DIR``, else ``native`` below the cache folder."""
     chosen = os.environ.get("CHUNKLLAMA_NATIVE_DIR")
     if chosen:
         return Path(chosen)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "chunkllama" / "native"
+    return cache_folder() / "native"
 
 
 def available_levels() -> tuple[Level, ...]:

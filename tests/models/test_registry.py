@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from chunkllama.errors import ConfigError
+from chunkllama.machine import cache_folder
 from chunkllama.models import registry
-from chunkllama.models.registry import cache_folder, resolve_model
+from chunkllama.models.registry import resolve_model
 
 
 @pytest.fixture(autouse=True)
