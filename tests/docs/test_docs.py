@@ -137,3 +137,15 @@ def test_the_offline_example_runs(tiny_model):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens cached") == 3
+
+
+def test_dashboards_and_alerts_name_metrics_that_are_exported(served):
+    served.chat(max_tokens=2)
+    served.chat(max_tokens=0, n=0)
+    exported = set(re.findall(r"^# TYPE (\w+)", served.get("/metrics").text, re.MULTILINE))
+    files = [ROOT / "deploy/grafana/chunkllama.json", ROOT / "deploy/prometheus-alerts.yaml"]
+    named = {name for file in files for name in re.findall(r"chunkllama_\w+", file.read_text())}
+    named |= set(re.findall(r"chunkllama_\w+", (ROOT / "docs/operation.md").read_text()))
+    assert len(named) > 15
+    unknown = {n for n in named if not {n, n.removesuffix("_bucket"), n + "_total"} & exported}
+    assert not unknown
