@@ -141,7 +141,7 @@ def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """Start ``chunkllama serve`` on the tiny model and wait until it is ready."""
     running: list[Served] = []
 
-    def begin(*flags: object, **extra: str) -> Served:
+    def begin(*flags: object, scheme: str = "http", **extra: str) -> Served:
         port = free_port()
         log = tmp_path_factory.mktemp("serve") / "log"
         command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port)]
@@ -150,7 +150,7 @@ def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             process = subprocess.Popen(
                 [*command, *map(str, flags)], env=environment(**extra), stdout=file, stderr=file
             )
-        served = Served(process, f"http://127.0.0.1:{port}", log, "tiny")
+        served = Served(process, f"{scheme}://127.0.0.1:{port}", log, "tiny")
         running.append(served)
         for _ in range(600):
             try:

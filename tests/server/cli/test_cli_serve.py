@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -116,6 +117,18 @@ def test_an_idle_server_stops_at_once_and_leaves_nothing(start, sig):
     assert not psutil.pid_exists(child.pid)
     with pytest.raises(httpx.TransportError):
         server.get("/health")
+
+
+def test_serves_https(start, chunkllama, tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    command += ["-nodes", "-keyout", str(key), "-out", str(certificate), "-days", "1"]
+    subprocess.run([*command, "-subj", "/CN=127.0.0.1"], check=True, capture_output=True)
+    server = start("--ssl-certfile", certificate, "--ssl-keyfile", key, scheme="https")
+    assert server.get("/v1/models", verify=False).json()["data"][0]["id"] == "tiny"
+    assert chunkllama("health", "--url", server.url).returncode == 0
+    assert chunkllama("health", "--url", server.url.replace("https", "http")).returncode == 1
+    assert server.stop() == 0
 
 
 def test_admin_port_json_logs_and_public_prefixes(start, tmp_path):
