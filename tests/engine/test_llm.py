@@ -15,7 +15,7 @@ GREEDY = {"temperature": 0.0, "max_tokens": 12}
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    llm = LLM(num_chunks=64, max_num_seqs=4, max_waiting=2)
+    llm = LLM(dtype="float32", num_chunks=64, max_num_seqs=8, max_waiting=2)
     yield llm
     llm.close()
 
