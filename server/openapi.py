@@ -7,8 +7,12 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import TypeAdapter
 
+from server.protocol.chat import ChatCompletionChunk
+from server.protocol.completions import Completion
 from server.protocol.errors import ErrorBody
+from server.protocol.response_object import ResponseEvent
 from server.settings import ApiSettings
 
 _DESCRIPTIONS = {
@@ -24,6 +28,9 @@ _DESCRIPTIONS = {
     503: "Starting, restarting or draining; Retry-After says when to try again.",
 }
 Responses = dict[int | str, dict[str, Any]]
+_COMPONENTS = "#/components/schemas/{model}"
+# FastAPI collects the schemas of answers, not of events.
+_EVENTS = (ChatCompletionChunk, Completion, ResponseEvent)
 
 
 def refusals(*statuses: int) -> Responses:
@@ -42,14 +49,30 @@ def answers(model: Any, event: Any = None) -> Responses:
     """
     success: dict[str, Any] = {"model": model, "description": "The answer."}
     if event is not None:
+        data = {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": _COMPONENTS.format(model=event.__name__)},
+        }
         success["description"] = "The answer; with stream, as server-sent events."
         success["content"] = {
             "text/event-stream": {
-                "schema": {"type": "string"},
-                "x-event-schema": getattr(event, "__name__", str(event)),
+                "schema": {
+                    "description": "One event; the last data of most streams is [DONE].",
+                    "type": "object",
+                    "properties": {"event": {"type": "string"}, "data": data},
+                    "required": ["data"],
+                }
             }
         }
     return {200: success, **refusals(400, 401, 404, 405, 408, 413, 415, 429, 500, 503)}
+
+
+def _event_schemas() -> dict[str, Any]:
+    """Schemas of the events, and of what they contain."""
+    inputs = [(event.__name__, "serialization", TypeAdapter(event)) for event in _EVENTS]
+    _, schema = TypeAdapter.json_schemas(inputs, ref_template=_COMPONENTS)  # type: ignore[arg-type]
+    return dict(schema["$defs"])
 
 
 def install_openapi(app: FastAPI, settings: ApiSettings) -> None:
@@ -70,6 +93,7 @@ def install_openapi(app: FastAPI, settings: ApiSettings) -> None:
             schemas = schema["components"]["schemas"]
             schemas.pop("HTTPValidationError", None)
             schemas.pop("ValidationError", None)
+            schemas.update(_event_schemas())
             if settings.api_keys:
                 schema["components"]["securitySchemes"] = {
                     "bearer": {"type": "http", "scheme": "bearer"}
