@@ -269,19 +269,30 @@ INLINE int64_t packed_offset(const Linear& l, int64_t column, int64_t k) {
   return block + SCALES + half * 512 + within / 4 * 64 + c * 4 + within % 4;
 }
 
-// Packs 32 k of one column as int8 with their scale.
-template <class Value>
-void pack_group(const Linear& l, int64_t column, int64_t first, Value&& value) {
-  char* weight = static_cast<char*>(const_cast<void*>(l.weight));
-  float top = 0;
-  for (int i = 0; i < 32; i++) top = std::max(top, std::fabs(value(first + i)));
-  const bf16 scale = to_bf16(top / 127.f);
-  const float inverse = to_float(scale) > 0 ? 1.f / to_float(scale) : 0.f;
-  char* block = weight + packed_offset(l, column / UNIT * UNIT, first) - SCALES;
-  memcpy(block + column % UNIT * 2, &scale, 2);
-  for (int i = 0; i < 32; i++) {
-    const long q = std::lrint(value(first + i) * inverse);
-    weight[packed_offset(l, column, first + i)] = char(std::min(127L, std::max(-127L, q)) + 128);
+// Packs one column, given as floats with zeros behind.
+void pack_column(const Linear& l, int64_t column, const float* values) {
+  char* to = static_cast<char*>(const_cast<void*>(l.weight)) + packed_offset(l, column, 0);
+  if (l.type == F32) {
+    for (int64_t i = 0; i < l.k; i++) memcpy(to + i * UNIT * 4, values + i, 4);
+  } else if (l.type == BF16) {
+    for (int64_t block = 0; block < l.k; block += 32, to += K_BYTES[BF16])
+      for (int i = 0; i < 32; i += 2) {
+        const uint32_t pair = to_bf16(values[block + i]) | uint32_t(to_bf16(values[block + i + 1])) << 16;
+        memcpy(to + i * 32, &pair, 4);
+      }
+  } else {
+    char* scales = static_cast<char*>(const_cast<void*>(l.weight)) + packed_offset(l, column / UNIT * UNIT, 0) - SCALES;
+    for (int64_t block = 0; block < l.k; block += 32, to += K_BYTES[INT8], scales += K_BYTES[INT8]) {
+      float top = 0;
+      for (int i = 0; i < 32; i++) top = std::max(top, std::fabs(values[block + i]));
+      const bf16 scale = to_bf16(top / 127.f);
+      const float inverse = to_float(scale) > 0 ? 1.f / to_float(scale) : 0.f;
+      memcpy(scales + column % UNIT * 2, &scale, 2);
+      for (int i = 0; i < 32; i++) {
+        const long q = std::lrint(values[block + i] * inverse);
+        to[i / 4 * 64 + i % 4] = char(std::min(127L, std::max(-127L, q)) + 128);
+      }
+    }
   }
 }
 
@@ -316,20 +327,12 @@ void linear_units(const LinearArgs& given, Counter& next, int threads) {
 }
 
 void pack_units(const void* w, int32_t w_type, int64_t n, int64_t k, const Linear& packed, int64_t begin, int64_t end) {
-  char* weight = static_cast<char*>(const_cast<void*>(packed.weight));
+  static thread_local Scratch<float> column_values;
+  float* values = column_values.fit(packed.k);
+  std::fill(values, values + packed.k, 0.f);
   for (int64_t column = begin * UNIT; column < end * UNIT; column++) {
-    auto value = [&](int64_t i) { return column < n && i < k ? element(w, w_type, column * k + i) : 0.f; };
-    for (int64_t i = 0; i < packed.k; i++) {
-      if (packed.type == INT8) {
-        if (i % 32 == 0) pack_group(packed, column, i, value);
-        continue;
-      }
-      const float x = value(i);
-      const bf16 half = to_bf16(x);
-      char* to = weight + packed_offset(packed, column, i);
-      if (packed.type == BF16) memcpy(to, &half, 2);
-      else memcpy(to, &x, 4);
-    }
+    for (int64_t i = 0; i < k; i++) values[i] = column < n ? element(w, w_type, column * k + i) : 0.f;
+    pack_column(packed, column, values);
   }
 }
 
