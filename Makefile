@@ -7,7 +7,7 @@ PORT   ?= 8000
 ARGS   ?=
 STAMP   = $(VENV)/.setup-done
 
-.PHONY: setup serve test lint format bench nightly clean
+.PHONY: setup serve test gpu-test lint format bench nightly clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,10 @@ format: setup
 
 bench: setup
 	$(BIN)/python benchmarks/load_test.py $(ARGS)
+
+# Where a GPU is: the tests that need one.
+gpu-test: setup
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 # Full sizes, fresh seeds; the last result and its seed are kept in benchmarks/results/nightly.txt.
 nightly: setup
