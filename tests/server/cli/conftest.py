@@ -166,8 +166,7 @@ def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     yield begin
     for served in running:
         if served.process.poll() is None:
-            served.process.kill()
-            served.process.wait()
+            served.stop()
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,36 @@ def test_an_idle_server_stops_at_once_and_leaves_nothing(start, sig):
         server.get("/health")
 
 
+def test_a_second_signal_stops_a_drain(start):
+    server = start("--drain-seconds", 600)
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "go on"}],
+        "max_tokens": 900,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    url = f"{server.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, timeout=60) as response:
+        lines = response.iter_lines()  # dropping it would close the connection
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        while server.get("/health/ready").status_code != 503:
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(30) == 0
+
+
+def test_systemd_hears_of_start_and_stop(start, tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        supervisor.settimeout(30)
+        server = start(NOTIFY_SOCKET=str(tmp_path / "notify"))
+        assert supervisor.recv(100) == b"READY=1"
+        assert server.stop() == 0
+        assert supervisor.recv(100) == b"STOPPING=1"
+
+
 def test_serves_https(start, chunkllama, tmp_path):
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
