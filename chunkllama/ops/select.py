@@ -71,12 +71,8 @@ def _cuda(
 ) -> OpSet:
     if device.type != "cuda":
         raise ConfigError(f"backend: cuda needs device cuda, not {device}")
-    try:
-        from chunkllama.ops.cuda import CudaOps
-    except ImportError as error:
-        raise ConfigError(
-            f"device: cuda needs CuPy ({error}); install chunkllama[cu12] or chunkllama[cu13]"
-        ) from error
+    from chunkllama.ops.cuda import CudaOps
+
     ops = CudaOps(device, dtype=dtype, head_dim=head_dim, num_kv_heads=num_kv_heads)
     return _checked(ops, chunk_size)
 
