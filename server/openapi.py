@@ -49,18 +49,22 @@ def answers(model: Any, event: Any = None) -> Responses:
     """
     success: dict[str, Any] = {"model": model, "description": "The answer."}
     if event is not None:
-        data = {
+        kinds = [{"$ref": _COMPONENTS.format(model=name)} for name in (event.__name__, "ErrorBody")]
+        json_data = {
             "type": "string",
             "contentMediaType": "application/json",
-            "contentSchema": {"$ref": _COMPONENTS.format(model=event.__name__)},
+            "contentSchema": {"anyOf": kinds},
         }
         success["description"] = "The answer; with stream, as server-sent events."
         success["content"] = {
             "text/event-stream": {
                 "schema": {
-                    "description": "One event; the last data of most streams is [DONE].",
+                    "description": "One event.",
                     "type": "object",
-                    "properties": {"event": {"type": "string"}, "data": data},
+                    "properties": {
+                        "event": {"type": "string"},
+                        "data": {"anyOf": [{"const": "[DONE]"}, json_data]},
+                    },
                     "required": ["data"],
                 }
             }

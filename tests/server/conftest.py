@@ -103,6 +103,12 @@ StartServer = Callable[..., Server]
 
 
 @pytest.fixture(scope="session")
+def tokenizer_writer() -> Callable[[Path], None]:
+    """Writes the tests' tokenizer into a folder."""
+    return write_tokenizer
+
+
+@pytest.fixture(scope="session")
 def text_parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
