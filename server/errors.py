@@ -109,6 +109,13 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(
             429, error.message, code="engine_overloaded", retry_after=error.retry_after or 1
         )
+    if isinstance(error, RequestFailedError) and error.code == "no_allowed_token":
+        return ApiError(
+            400,
+            "No token is left: logit_bias, allowed_token_ids, bad_words and the structured output "
+            "exclude each other",
+            code=error.code,
+        )
     if isinstance(error, RequestFailedError):
         api_error = ApiError(500, error.message, code=error.code)
         api_error.headers = {"x-should-retry": "false"}

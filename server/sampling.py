@@ -109,6 +109,18 @@ def _temperature(body: SamplingFields, settings: ApiSettings) -> float:
     return float(_or(body.temperature, settings.generation_defaults.get("temperature", 1.0)))
 
 
+def check_beam_search(n: int, logprobs: int | None, grammar: GrammarSpec | None) -> None:
+    """Raises:
+    ApiError: 400 for too many beams, or what beams cannot be combined with.
+    """
+    if n > 32:
+        raise invalid(f"Beam search takes at most 32 beams, got n = {n}", "n")
+    if logprobs is not None:
+        raise invalid("Beam search returns no log-probabilities", "logprobs")
+    if grammar is not None:
+        raise invalid("Beam search excludes structured output", "use_beam_search")
+
+
 def sampling_params(
     body: SamplingFields,
     settings: ApiSettings,
@@ -128,8 +140,8 @@ def sampling_params(
     defaults = settings.generation_defaults
     vocab_size = info.vocab_size
     n = _or(body.n, 1)
-    if body.use_beam_search and n > 32:
-        raise invalid(f"Beam search takes at most 32 beams, got n = {n}", "n")
+    if body.use_beam_search:
+        check_beam_search(n, logprobs, grammar)
     if best_of is not None and best_of > n and logprobs is None:
         logprobs = 0
     values: dict[str, Any] = {

@@ -181,7 +181,8 @@ class SamplingFields(CacheFields):
         description="Honoured: only these are generated.",
     )
     use_beam_search: bool | None = Field(
-        default=None, description="Honoured: n beams; temperature must be 0 or absent, no stream."
+        default=None,
+        description="Honoured: n beams; temperature 0 or absent; no stream, logprobs or grammar.",
     )
     length_penalty: float | None = Field(
         default=None, ge=-10, le=10, description="Honoured with beam search."

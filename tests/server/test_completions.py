@@ -153,6 +153,9 @@ def test_one_failing_prompt_fails_the_request(server):
         ({"use_beam_search": True, "temperature": 1}, "temperature"),
         ({"use_beam_search": True, "stream": True}, "use_beam_search"),
         ({"use_beam_search": True, "n": 33}, "n"),
+        ({"use_beam_search": True, "logprobs": 0}, "logprobs"),
+        ({"use_beam_search": True, "structured_outputs": {"regex": "a"}}, "use_beam_search"),
+        ({"use_beam_search": True, "best_of": 2}, "best_of"),
         ({"echo": True, "logprobs": 1, "stream": True}, "echo"),
     ],
 )
