@@ -24,6 +24,8 @@ from server.bench import Workload
 from server.bench_client import Outcome
 
 _PERCENTILES = (50, 90, 99)
+# Referenced, private, cached, free: as on the dashboard.
+_STATE_COLOURS = ("#2f6fed", "#f08c2e", "#7aa7a0", "#e4e7ec")
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def _plot_occupancy(path: Path, runs: Sequence[Run]) -> Path:
     for axis, run in zip(axes[:, 0], sampled, strict=True):
         times = [sample["at"] for sample in run.occupancy]
         series = [[sample.get(state, 0.0) for sample in run.occupancy] for state in states]
-        axis.stackplot(times, series, labels=states)
+        axis.stackplot(times, series, labels=states, colors=_STATE_COLOURS)
         axis.set(xlabel="seconds", ylabel="chunks", title=run.label)
         axis.legend(loc="upper right")
     figure.savefig(path, dpi=120)
