@@ -110,12 +110,12 @@ def plan_tools(body: ChatCompletionRequest, output_format: ToolFormat) -> ToolPl
         ApiError: 400 for custom tools, duplicate or unknown names, or a choice without tools.
     """
     functions = _functions(body)
-    mode, allowed, path = _choice(body)
     if not functions:
-        given = body.tool_choice if body.tool_choice is not None else body.function_call
-        if given not in (None, "none"):
-            raise invalid("A tool choice needs tools", path.partition(".")[0])
+        for field in ("tool_choice", "function_call"):
+            if getattr(body, field) not in (None, "none"):
+                raise invalid(f"{field} needs tools", field)
         return ToolPlan()
+    mode, allowed, path = _choice(body)
     by_name = {function.name: function for function in functions}
     if len(by_name) < len(functions):
         raise invalid("Two tools have the same name", "tools")

@@ -1,0 +1,93 @@
+"""Text on its way to ids: limits, models without a template, templates that refuse."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+from fake_engine import MODEL, FakeEngine
+from fastapi.testclient import TestClient
+
+from server.app import create_app
+from server.errors import ApiError
+from server.settings import ApiSettings
+from server.text_service import TextService
+
+CHAT = "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def without_template(text_parts):
+    """An application over a model that has no chat template."""
+    tokenizer, _ = text_parts
+    app = create_app(
+        FakeEngine(tokenizer),
+        TextService(tokenizer, None),
+        ApiSettings(served_model_names=(MODEL,)),
+        load_grammars=lambda: lambda spec: None,
+    )
+    with TestClient(app) as client:
+        yield client
+
+
+def test_a_model_without_template_still_completes(without_template):
+    chat = without_template.post(CHAT, json={"model": MODEL, "messages": HELLO})
+    assert chat.status_code == 400
+    assert "/v1/completions" in chat.json()["error"]["message"]
+    body = {"model": MODEL, "prompt": "say(x)yas"}
+    answer = without_template.post("/v1/completions", json=body)
+    assert answer.json()["choices"][0]["text"] == "x"
+
+
+def test_a_template_that_refuses_the_conversation(start_server):
+    server = start_server(trust_request_chat_template=True)
+    response = server.chat(chat_template="{{ raise_exception('roles must alternate') }}")
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "messages")
+    assert "roles must alternate" in error["message"]
+
+
+def test_long_texts_leave_the_event_loop(text_parts):
+    tokenizer, _ = text_parts
+    service = TextService(tokenizer, None, offload_bytes=10)
+
+    async def threads() -> list[str]:
+        return [
+            await service.run(size, lambda: threading.current_thread().name) for size in (9, 11)
+        ]
+
+    here, there = asyncio.run(threads())
+    assert here == threading.current_thread().name
+    assert there.startswith("text")
+
+
+def test_texts_that_take_too_long_are_refused(text_parts):
+    tokenizer, _ = text_parts
+    service = TextService(tokenizer, None, offload_bytes=0, time_limit=0.05)
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(service.run(1, lambda: time.sleep(0.3)))
+    assert caught.value.status_code == 400
+
+
+def test_function_call_of_an_old_client(server, text_parts):
+    messages = [
+        {"role": "assistant", "function_call": {"name": "f", "arguments": '{"a": 1}'}},
+        {"role": "function", "name": "f", "content": "2"},
+        *HELLO,
+    ]
+    assert server.post(CHAT, {"model": MODEL, "messages": messages}).status_code == 200
+    prompt = text_parts[0].decode(server.engine.requests[0].prompt_token_ids)
+    assert 'f{"a": 1}' in prompt
+    assert "tool\n2" in prompt
+
+
+def test_a_refusal_part_is_text(server, text_parts):
+    parts = [{"type": "refusal", "refusal": "I will not"}]
+    messages = [{"role": "assistant", "content": parts}, {"role": "assistant", "refusal": "No"}]
+    assert server.post(CHAT, {"model": MODEL, "messages": messages}).status_code == 200
+    prompt = text_parts[0].decode(server.engine.requests[0].prompt_token_ids)
+    assert "assistant\nI will not" in prompt
+    assert "assistant\nNo" in prompt
