@@ -19,7 +19,7 @@ WeightType = Literal["auto", "bf16", "fp32", "int8"]
 WEIGHT_TYPES: Final = {"fp32": F32, "bf16": BF16, "int8": INT8}
 BITS: Final = {F32: 32, BF16: 16, INT8: 8.5}  # int8: with a bf16 scale for each 32 of them
 UNIT: Final = 32  # output columns that are packed together
-STRIDE: Final = 64  # row strides of activations, and k of packed weights, are multiples of this
+STRIDE: Final = 64  # k of packed weights is a multiple of this
 KEPT_LOGIT_ROWS: Final = 64
 
 
@@ -98,10 +98,10 @@ class NativeModel:
             *(TYPES[self._kv.layers[0].dtype], activation),
         )
         self._widths = {
-            "hidden": _round_up(spec.hidden_size, STRIDE),
+            "hidden": _stride(spec.hidden_size),
             "qkv": _round_up(spec.qkv_size, UNIT),
-            "attention": _round_up(spec.num_qo_heads * spec.head_dim, STRIDE),
-            "mlp": _round_up(spec.intermediate_size, STRIDE),
+            "attention": _stride(spec.num_qo_heads * spec.head_dim),
+            "mlp": _stride(spec.intermediate_size),
         }
         packed = (CLayer * spec.num_layers)(*(self._pack_layer(x) for x in model.weights.layers))
         self._model = CModel(
@@ -259,6 +259,11 @@ def _interleave(stacked: torch.Tensor) -> torch.Tensor:
         padded = torch.nn.functional.pad(part, (0, 0) * (part.dim() - 1) + (0, size - len(part)))
         both[:, at] = padded.view(size // 16, 16, *stacked.shape[1:])
     return both.flatten(0, 2)
+
+
+def _stride(width: int) -> int:
+    """Elements from one row of an activation to the next, as ``stride`` in model.cpp."""
+    return _round_up(width, STRIDE) + 32
 
 
 def _round_up(value: int, unit: int) -> int:

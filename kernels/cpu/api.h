@@ -74,8 +74,8 @@ struct Model {
   Linear head;
 };
 
-// One forward pass. Buffers have rows rounded up to 32 and strides that are multiples of 64 elements; what lies
-// between a row's end and its stride is zero.
+// One forward pass. Buffers have rows rounded up to 32, and strides of their width rounded up to 64, plus 32 elements (qkv:
+// rounded up to 32); what lies between a row's end and its stride is zero.
 struct Step {
   Plan plan;
   const int32_t *token_ids, *positions;

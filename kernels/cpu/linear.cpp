@@ -12,6 +12,8 @@ namespace {
 
 constexpr int MAX_ROWS = 32;               // rows of one block product
 constexpr long AHEAD = 8192;               // bytes that the prefetch of the weights runs ahead
+constexpr int64_t PANEL = 512;             // rows of x that stay in L2 while the weights pass by
+constexpr int64_t DEEP = 18;               // k blocks of 2 KB that stay in L1 while the rows of a panel pass by
 constexpr int TILE_PAIR = 2048;             // bytes of a k block of bf16: two tiles
 constexpr int SCALES = 64;                 // bytes of the scales before a k block of int8
 constexpr int K_BLOCK[] = {16, 32, 32};    // k per block of a unit, by Type
@@ -69,16 +71,25 @@ void widen_unit(const Stream& w, char* tiles) {
   }
 }
 
-// acc [16 * ROW_TILES, 32] = x * unit. int8 is widened one k block ahead of its use, through a buffer that stays in L1.
-template <bool WIDEN, int ROW_TILES>
-INLINE void tile_product(const char* x, long x_bytes, const Stream& w, bool prefetch, float* acc) {
+// acc [16 * ROW_TILES, 32] (+)= x * unit. int8 is widened one k block ahead of its use, through a buffer that stays in L1.
+// Where many rows pass by (STREAM), x is loaded with the hint that keeps it out of L1: that belongs to the unit.
+template <bool WIDEN, int ROW_TILES, bool STREAM>
+INLINE void tile_product(const char* x, long x_bytes, const Stream& w, bool prefetch, bool accumulate, float* acc) {
   constexpr int bytes = WIDEN ? K_BYTES[INT8] : K_BYTES[BF16];
+  constexpr long stride = UNIT * 4;
   alignas(64) char ahead[WIDEN ? 2 * TILE_PAIR : 64];
   if (WIDEN) widen(w.at, ahead, w.ahead(w.at));
   int turn = 0;
-  TILE_ZERO(0);
-  TILE_ZERO(1);
-  if (ROW_TILES == 2) {
+  if (accumulate) {
+    TILE_LOAD(0, acc, stride);
+    TILE_LOAD(1, acc + 16, stride);
+    if (ROW_TILES == 2) {
+      TILE_LOAD(2, acc + 16 * UNIT, stride);
+      TILE_LOAD(3, acc + 16 * UNIT + 16, stride);
+    }
+  } else {
+    TILE_ZERO(0);
+    TILE_ZERO(1);
     TILE_ZERO(2);
     TILE_ZERO(3);
   }
@@ -90,18 +101,25 @@ INLINE void tile_product(const char* x, long x_bytes, const Stream& w, bool pref
       turn ^= 1;
       if (p + bytes < w.end) widen(p + bytes, ahead + turn * TILE_PAIR, w.ahead(p + bytes));
     }
-    TILE_LOAD(4, x, x_bytes);
+    if (STREAM) {
+      TILE_LOAD_STREAM(4, x, x_bytes);
+    } else {
+      TILE_LOAD(4, x, x_bytes);
+    }
     TILE_LOAD(6, tiles, 64);
     TILE_DOT_BF16(0, 4, 6);
     TILE_LOAD(7, tiles + 1024, 64);
     TILE_DOT_BF16(1, 4, 7);
     if (ROW_TILES == 2) {
-      TILE_LOAD(5, x + 16 * x_bytes, x_bytes);
+      if (STREAM) {
+        TILE_LOAD_STREAM(5, x + 16 * x_bytes, x_bytes);
+      } else {
+        TILE_LOAD(5, x + 16 * x_bytes, x_bytes);
+      }
       TILE_DOT_BF16(2, 5, 6);
       TILE_DOT_BF16(3, 5, 7);
     }
   }
-  constexpr long stride = UNIT * 4;
   TILE_STORE(0, acc, stride);
   TILE_STORE(1, acc + 16, stride);
   if (ROW_TILES == 2) {
@@ -200,11 +218,11 @@ void block_product(const LinearArgs& a, int64_t first, int rows, const Stream& w
   if (a.x_type == BF16) {
     const long bytes = a.x_stride * 2;
     const char* x = static_cast<const char*>(a.x) + first * bytes;
-    const bool widen = a.linear->type == INT8 && a.rows <= MAX_ROWS;
-    if (widen && rows > 16) tile_product<true, 2>(x, bytes, w, prefetch, acc);
-    else if (widen) tile_product<true, 1>(x, bytes, w, prefetch, acc);
-    else if (rows > 16) tile_product<false, 2>(x, bytes, w, prefetch, acc);
-    else tile_product<false, 1>(x, bytes, w, prefetch, acc);
+    const bool widen = a.linear->type == INT8;
+    if (widen && rows > 16) tile_product<true, 2, false>(x, bytes, w, prefetch, false, acc);
+    else if (widen) tile_product<true, 1, false>(x, bytes, w, prefetch, false, acc);
+    else if (rows > 16) tile_product<false, 2, false>(x, bytes, w, prefetch, false, acc);
+    else tile_product<false, 1, false>(x, bytes, w, prefetch, false, acc);
     return;
   }
 #endif
@@ -222,36 +240,63 @@ INLINE void write_row(Epilogue epilogue, Y* y, int64_t column, const float* acc)
   }
 }
 
-void run_unit(const LinearArgs& a, int64_t unit, Stream w) {
-  alignas(64) float acc[MAX_ROWS * UNIT];
-  const int64_t column = unit * UNIT;
-  bool from_memory = true;
+// Bias, epilogue and store of rows [first, first + rows) of one unit: acc [rows, 32].
+void finish_rows(const LinearArgs& a, int64_t column, int64_t first, int64_t rows, float* acc) {
+  for (int64_t r = 0; r < rows; r++, acc += UNIT) {
+    if (a.linear->bias)
+      for (int j = 0; j < UNIT; j += W) store(acc + j, load(acc + j) + load(a.linear->bias + column + j));
+    const int64_t at = (first + r) * a.y_stride;
+    if (a.epilogue == ADD) {
+      float* y = static_cast<float*>(a.y) + at + column;
+      for (int j = 0; j < UNIT; j += W) store(y + j, load(y + j) + load(acc + j));
+    } else if (a.y_type == BF16) {
+      write_row(a.epilogue, static_cast<bf16*>(a.y) + at, column, acc);
+    } else {
+      write_row(a.epilogue, static_cast<float*>(a.y) + at, column, acc);
+    }
+  }
+}
+
 #if defined(__AMX_TILE__)
-  if (a.linear->type == INT8 && a.x_type == BF16 && a.rows > MAX_ROWS) {
-    static thread_local Scratch<char> tiles;
-    char* wide = tiles.fit(a.linear->k / 32 * TILE_PAIR);
-    widen_unit(w, wide);
-    w = {wide, wide + a.linear->k / 32 * TILE_PAIR, nullptr};
-    from_memory = false;
+// Rows [begin, end) of x times one unit of bf16 tiles, as many k at a time as L1 holds of the unit: acc [end - begin, 32].
+void panel_product(const LinearArgs& a, int64_t column, int64_t begin, int64_t end, const Stream& w, float* acc) {
+  const long bytes = a.x_stride * 2;
+  for (const char* at = w.at; at < w.end; at += DEEP * TILE_PAIR) {
+    const char* behind = std::min(at + DEEP * TILE_PAIR, w.end);
+    const Stream part{at, behind, behind < w.end ? behind : w.next};
+    const char* x = static_cast<const char*>(a.x) + begin * bytes + (at - w.at) / TILE_PAIR * 64;
+    float* to = acc;
+    for (int64_t r = begin; r < end; r += MAX_ROWS, x += MAX_ROWS * bytes, to += MAX_ROWS * UNIT) {
+      tile_product<false, 2, true>(x, bytes, part, r == begin, at != w.at, to);
+      if (behind == w.end) finish_rows(a, column, r, std::min<int64_t>(MAX_ROWS, end - r), to);
+    }
+  }
+}
+#endif
+
+// Rows [begin, end) times one unit.
+void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end, Stream w) {
+  const int64_t column = unit * UNIT;
+#if defined(__AMX_TILE__)
+  if (a.x_type == BF16 && end - begin > MAX_ROWS) {
+    static thread_local Scratch<char> wide;
+    static thread_local Scratch<float> panel;
+    if (a.linear->type == INT8) {
+      const int64_t bytes = a.linear->k / 32 * TILE_PAIR;
+      char* tiles = wide.fit(bytes);
+      widen_unit(w, tiles);
+      w = {tiles, tiles + bytes, nullptr};
+    }
+    float* acc = panel.fit((PANEL + MAX_ROWS) * UNIT);
+    panel_product(a, column, begin, end, w, acc);
+    return;
   }
 #endif
-  for (int64_t first = 0; first < a.rows; first += MAX_ROWS) {
-    const int rows = int(std::min<int64_t>(MAX_ROWS, a.rows - first));
-    block_product(a, first, rows, w, from_memory && first == 0, acc);
-    for (int r = 0; r < rows; r++) {
-      float* from = acc + r * UNIT;
-      if (a.linear->bias)
-        for (int j = 0; j < UNIT; j += W) store(from + j, load(from + j) + load(a.linear->bias + column + j));
-      const int64_t at = (first + r) * a.y_stride;
-      if (a.epilogue == ADD) {
-        float* y = static_cast<float*>(a.y) + at + column;
-        for (int j = 0; j < UNIT; j += W) store(y + j, load(y + j) + load(from + j));
-      } else if (a.y_type == BF16) {
-        write_row(a.epilogue, static_cast<bf16*>(a.y) + at, column, from);
-      } else {
-        write_row(a.epilogue, static_cast<float*>(a.y) + at, column, from);
-      }
-    }
+  alignas(64) float acc[MAX_ROWS * UNIT];
+  for (int64_t first = begin; first < end; first += MAX_ROWS) {
+    const int rows = int(std::min<int64_t>(MAX_ROWS, end - first));
+    block_product(a, first, rows, w, first == begin, acc);
+    finish_rows(a, column, first, rows, acc);
   }
 }
 
@@ -311,16 +356,18 @@ void linear_units(const LinearArgs& given, Counter& next, int threads) {
     args.x = to, args.x_stride = l.k, args.x_type = F32;
   }
 #endif
+  // Panel by panel of rows, unit by unit.
   const int64_t units = l.n / UNIT, bytes = l.k / K_BLOCK[l.type] * K_BYTES[l.type];
-  const int64_t grain = std::max<int64_t>(1, units / (16 * threads));
+  const int64_t total = units * ((args.rows + PANEL - 1) / PANEL), grain = std::max<int64_t>(1, units / (16 * threads));
   const char* weight = static_cast<const char*>(l.weight);
   int64_t begin = next.take(grain);
-  while (begin < units) {
-    const int64_t following = next.take(grain), end = std::min(begin + grain, units);
-    for (int64_t u = begin; u < end; u++) {
-      const char *at = weight + u * bytes, *behind = at + bytes;
-      const char* then = u + 1 < end ? behind : following < units ? weight + following * bytes : nullptr;
-      run_unit(args, u, {at, behind, then});
+  while (begin < total) {
+    const int64_t following = next.take(grain), end = std::min(begin + grain, total);
+    for (int64_t t = begin; t < end; t++) {
+      const char* at = weight + t % units * bytes;
+      const int64_t after = t + 1 < end ? t + 1 : following, first = t / units * PANEL;
+      const char* then = after < total ? weight + after % units * bytes : nullptr;
+      run_unit(args, t % units, first, std::min(first + PANEL, args.rows), {at, at + bytes, then});
     }
     begin = following;
   }

@@ -14,7 +14,8 @@
 namespace chunkllama {
 namespace {
 
-constexpr int64_t stride(int64_t size) { return (size + 63) / 64 * 64; }
+// An odd number of cache lines of bf16, so that the rows of a tile do not fall into the same few sets.
+constexpr int64_t stride(int64_t size) { return (size + 63) / 64 * 64 + 32; }
 
 enum Phase { QKV, ATTENTION, OUTPUT, GATE_UP, DOWN, PHASES };
 
@@ -72,8 +73,8 @@ class Pass {
     linear(OUTPUT, l.o, s_.attention, width, s_.hidden, stride(m_.hidden), F32, ADD);
     norm(l.mlp_norm, s_.normed, activations(), rows);
     barrier_.wait(threads);
-    linear(GATE_UP, l.gate_up, s_.normed, stride(m_.hidden), s_.mlp, l.down.k, activations(), SILU_AND_MUL);
-    linear(DOWN, l.down, s_.mlp, l.down.k, s_.hidden, stride(m_.hidden), F32, ADD);
+    linear(GATE_UP, l.gate_up, s_.normed, stride(m_.hidden), s_.mlp, stride(l.down.k), activations(), SILU_AND_MUL);
+    linear(DOWN, l.down, s_.mlp, stride(l.down.k), s_.hidden, stride(m_.hidden), F32, ADD);
   }
 
   Type activations() const { return Type(m_.heads.activation_type); }
