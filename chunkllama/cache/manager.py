@@ -87,7 +87,7 @@ class CacheManager:
         if match.awaited is None:
             return False
         node, tokens = match.awaited
-        if node.chunk_id < 0:
+        if node.num_sequences == 0:
             return False
         whole = tokens == self.chunk_size
         return (node.scheduled if whole else node.filled) < tokens

@@ -227,6 +227,16 @@ class TestAbandoned:
         driver.cache.discard(live.chunks)
         driver.assert_tree("abcd #0")
 
+    def test_what_nobody_computes_any_more_is_not_waited_for(self, driver: CacheDriver) -> None:
+        driver.store("ab")
+        leader = driver.start("abcd")
+        match = driver.match("abcdX")
+        assert (match.num_tokens, match.num_later_tokens) == (2, 4)
+        assert driver.cache.is_awaited(match)
+        leader.release()  # what it took over stays behind, never to be filled
+        driver.assert_tree("ab #0")
+        assert not driver.cache.is_awaited(match)
+
 
 class TestForks:
     def test_whole_nodes_are_shared_and_the_tail_copied(self, driver: CacheDriver) -> None:
