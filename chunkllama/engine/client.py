@@ -36,9 +36,12 @@ from chunkllama.errors import (
     OverloadedError,
     RequestFailedError,
 )
+from chunkllama.logger import init_logger
 
 if TYPE_CHECKING:
     from chunkllama.engine.core import EngineCore
+
+logger = init_logger(__name__)
 
 MAX_CHOICES = 128
 
@@ -141,6 +144,8 @@ class MessageClient(ABC):
                 if delta.error is not None:
                     unfinished.clear()
                     raise as_exception(delta.error)
+                # a choice aborted here may still have had tokens on their way
+                delta.choices = [c for c in delta.choices if c.index in unfinished]
                 unfinished -= {c.index for c in delta.choices if c.finish_reason is not None}
                 yield delta
         finally:
@@ -215,15 +220,22 @@ class InProcessEngineClient(MessageClient):
     """An engine in a thread of this process: for notebooks, tests and single-process servers."""
 
     def __init__(self, core: EngineCore) -> None:
-        from chunkllama.engine.core import run_engine_loop
-
         super().__init__()
         self._info = core.info
-        self._channel = _QueueChannel(asyncio.get_running_loop(), self._dispatch)
-        self._thread = threading.Thread(
-            target=run_engine_loop, args=(core, self._channel), name="engine", daemon=True
-        )
+        self._loop = asyncio.get_running_loop()
+        self._channel = _QueueChannel(self._loop, self._dispatch)
+        self._thread = threading.Thread(target=self._run, args=(core,), name="engine", daemon=True)
         self._thread.start()
+
+    def _run(self, core: EngineCore) -> None:
+        from chunkllama.engine.core import run_engine_loop
+
+        try:
+            run_engine_loop(core, self._channel)
+        except Exception as error:  # a bug; whoever waits for tokens must not wait for ever
+            logger.exception("the engine has failed")
+            dead = EngineDeadError(f"the engine has failed: {error!r}")
+            self._loop.call_soon_threadsafe(self._fail_all, dead)
 
     def _send(self, message: ToEngine) -> None:
         self._channel.inbox.put(message)

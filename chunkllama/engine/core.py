@@ -61,9 +61,17 @@ class EngineCore:
         """Queue a request.
 
         Raises:
-            InvalidRequestError: it can never be served (too long for the context or the pool).
+            InvalidRequestError: it can never be served (too long for the context or the pool, a
+                token the model does not have).
             OverloadedError: the waiting queue is full.
         """
+        ids = request.prompt_token_ids
+        if ids and not 0 <= min(ids) <= max(ids) < self.info.vocab_size:
+            raise InvalidRequestError(
+                f"prompt token ids must be in [0, {self.info.vocab_size - 1}], got {min(ids)} to "
+                f"{max(ids)}",
+                "prompt",
+            )
         self._scheduler.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:

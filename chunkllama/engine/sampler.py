@@ -95,7 +95,7 @@ class Sampler:
         for row, sequence in enumerate(sequences):
             sampling = sequence.sampling
             if sampling.allowed_token_ids:
-                known = [token for token in sampling.allowed_token_ids if token < vocab_size]
+                known = [token for token in sampling.allowed_token_ids if 0 <= token < vocab_size]
                 ids = torch.tensor(known, dtype=torch.int64, device=logits.device)
                 kept = logits[row, ids]
                 logits[row] = -torch.inf
@@ -307,11 +307,11 @@ def _logprobs(
 def _beam_candidates(
     logits: torch.Tensor, sequences: list[SequenceState]
 ) -> dict[int, list[tuple[int, float]]]:
-    """Twice the beam width: even if half of them end, the beam stays full."""
-    return {
-        row: best_tokens(
-            logits[row : row + 1].log_softmax(dim=1), 2 * sequence.sampling.beam_width
-        )[0]
-        for row, sequence in enumerate(sequences)
-        if sequence.sampling.beam_width > 1
-    }
+    """Twice the beam width: even if half of them end, the beam stays full. Only allowed tokens."""
+    candidates = {}
+    for row, sequence in enumerate(sequences):
+        width = sequence.sampling.beam_width
+        if width > 1:
+            best = best_tokens(logits[row : row + 1].log_softmax(dim=1), 2 * width)[0]
+            candidates[row] = [(token, logprob) for token, logprob in best if logprob > -np.inf]
+    return candidates

@@ -103,8 +103,9 @@ class BeamSearch:
         self._logprobs = logprobs
 
     def best(self) -> list[Hypothesis]:
-        """The n best hypotheses, best first."""
-        return self._hypotheses[: self._n]
+        """The n best hypotheses, best first; the last again where fewer than n exist at all."""
+        best = self._hypotheses[: self._n]
+        return best + best[-1:] * (self._n - len(best))
 
     def _score(self, logprob: float, length: int) -> float:
         return logprob / math.pow(length, self._length_penalty)

@@ -97,7 +97,15 @@ class Scheduler:
             raise InvalidRequestError(
                 "max_tokens 0 needs prompt_logprobs: nothing would be returned", "max_tokens"
             )
+        if request.wants_hidden_states and sampling.num_sequences > 1:
+            raise InvalidRequestError(
+                f"a prompt has one embedding; n and best_of must be 1, got "
+                f"{sampling.num_sequences}",
+                "n",
+            )
         width = sampling.beam_width
+        if width > 1 and sampling.max_tokens == 0:
+            raise InvalidRequestError("beam search needs max_tokens of at least 1", "max_tokens")
         if width > 1 and not sampling.num_sequences <= width <= self._limits.max_num_seqs:
             raise InvalidRequestError(
                 f"beam_width must be in [n={sampling.num_sequences}, max_num_seqs="

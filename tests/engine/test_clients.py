@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import psutil
 import pytest
 
@@ -114,12 +115,70 @@ def test_one_choice_aborted_others_go_on(open_client) -> None:
     asyncio.run(scenario())
 
 
+def test_nothing_of_a_choice_follows_its_end(open_client) -> None:
+    """Tokens that were on their way when a choice was aborted are not delivered."""
+
+    async def scenario() -> None:
+        async with open_client() as client:
+            ended: list[int] = []
+            async for delta in client.generate(request("both", n=2, max_tokens=60)):
+                for choice in delta.choices:
+                    assert choice.index in (0, 1) and choice.index not in ended
+                    if choice.finish_reason is not None:
+                        ended.append(choice.index)
+                if not ended:
+                    await client.abort("both", 0)
+            assert sorted(ended) == [0, 1]
+            stream = client.generate(request("whole", max_tokens=60))
+            await anext(stream)
+            await client.abort("whole")
+            rest = [choice async for delta in stream for choice in delta.choices]
+            assert [choice.index for choice in rest] == [0] * len(rest)
+            assert rest[-1].finish_reason == "abort"
+
+    asyncio.run(scenario())
+
+
+def test_every_choice_ends_even_of_beams_with_few_tokens_to_choose_from(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client() as client:
+            beams = request("few", n=3, beam_width=3, allowed_token_ids=(5,), max_tokens=3)
+            answer = await asyncio.wait_for(collect(client, beams), 30)
+            assert answer == {i: [5, 5, 5] for i in range(3)}
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_thread_that_fails_ends_its_requests(tiny_core, monkeypatch) -> None:
+    async def scenario() -> None:
+        core = tiny_core(num_chunks=8)
+        client = InProcessEngineClient(core)
+        stream = client.generate(request("doomed", max_tokens=400))
+        await anext(stream)
+
+        def fail() -> None:
+            raise RuntimeError("planted")
+
+        monkeypatch.setattr(core, "step", fail)
+        with pytest.raises(EngineDeadError, match="planted"):
+            async for _ in stream:
+                pass
+        assert not client.is_ready
+        await asyncio.wait_for(client.close(), 10)
+
+    asyncio.run(scenario())
+
+
 def test_refusals_are_typed_and_leave_the_engine_alone(open_client) -> None:
     async def scenario() -> None:
         async with open_client() as client:
             with pytest.raises(InvalidRequestError) as refused:
                 await collect(client, request("huge", max_tokens=100_000))
             assert refused.value.code == "context_length_exceeded"
+            for token_id in (-1, 300):
+                unknown = msgspec.structs.replace(request("odd"), prompt_token_ids=[5, token_id])
+                with pytest.raises(InvalidRequestError, match=r"\[0, 299\]"):
+                    await collect(client, unknown)
             assert len((await collect(client, request("after")))[0]) == 6
 
     asyncio.run(scenario())

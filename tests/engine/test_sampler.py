@@ -206,7 +206,8 @@ def test_logit_bias_adds() -> None:
 
 def test_allowed_token_ids() -> None:
     logits = peaks(t4=5.0, t5=4.0, t6=3.0)
-    assert best(logits, allowed_token_ids=(5, 6, VOCAB)) == 5
+    assert best(logits, allowed_token_ids=(5, 6, VOCAB, -1)) == 5
+    assert best(logits.flip(1), allowed_token_ids=(-(VOCAB - 5), 2)) == 2
     assert support(random_logits(), allowed_token_ids=(17, 18)) == {17, 18}
 
 
@@ -263,6 +264,14 @@ def test_beam_candidates_are_twice_the_width() -> None:
     values, ids = edited.log_softmax(dim=0).topk(6)
     assert [token for token, _ in beam.beam_candidates] == ids.tolist()
     np.testing.assert_allclose([lp for _, lp in beam.beam_candidates], values.numpy(), atol=1e-5)
+
+
+def test_beam_candidates_are_allowed_tokens_only() -> None:
+    (beam,) = sample(
+        random_logits(), state(beam_width=3, temperature=0.0, allowed_token_ids=(4, 9))
+    )
+    assert beam.beam_candidates is not None
+    assert sorted(token for token, _ in beam.beam_candidates) == [4, 9]
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": 1.0, "logprobs": 2}])

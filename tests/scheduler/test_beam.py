@@ -57,6 +57,14 @@ def test_nothing_ends_before_min_tokens() -> None:
     assert [e.token_id for e in beam.advance({0: []})] == [9, 6]
 
 
+def test_n_choices_even_where_fewer_sequences_exist() -> None:
+    """A client waits for the end of each of them."""
+    beam = search(width=3, max_tokens=1, n=3)
+    beam.feed(0, [(5, -0.1), (6, -0.5)])
+    assert beam.advance({0: []}) == []
+    assert [best.token_ids for best in beam.best()] == [[5], [6], [6]]
+
+
 @pytest.mark.parametrize("spare", [0, 1])
 @pytest.mark.parametrize("width", [2, 3, 4])
 @pytest.mark.parametrize("num_prompt", [1, 3, 4, 5, 8])

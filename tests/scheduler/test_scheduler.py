@@ -384,6 +384,8 @@ class TestAbort:
         ({"max_tokens": 0}, "max_tokens"),
         ({"beam_width": 9}, "beam_width"),
         ({"beam_width": 2, "n": 3}, "beam_width"),
+        ({"beam_width": 2, "max_tokens": 0, "prompt_logprobs": 0}, "max_tokens"),
+        ({"wants_hidden_states": "mean", "n": 2}, "n"),
         ({"delivered": [[1], [2]]}, "delivered"),
         ({"delivered": [[1, 2, 3, 4]]}, "delivered"),
     ],
