@@ -74,7 +74,7 @@ def test_text_format_constrains_nothing(server):
 def test_bad_grammars_are_refused_quickly(server, fields, param):
     started = time.monotonic()
     response = server.chat(**fields)
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 2.0
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
     assert not server.engine.requests
