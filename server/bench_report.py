@@ -121,7 +121,7 @@ def write_json(path: Path, runs: Sequence[Run], server: dict[str, Any]) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, processors usable, memory."""
+    """Processor, processors usable, memory, and how busy it was."""
     model, memory = platform.machine(), 0
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -135,6 +135,7 @@ def describe_machine() -> dict[str, Any]:
         "processors": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory / 2**30, 1),
         "kernel": platform.release(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
     }
 
 
