@@ -86,17 +86,21 @@ class EngineStatsCollector:
 
 
 class ServerMetrics:
-    """All metrics of one application."""
+    """All metrics of one application.
+
+    Attributes:
+        finished, live, first_token, inter_token, latency: what a ``RequestTimer`` observes.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.engine = EngineStatsCollector()
         self.registry.register(self.engine)
         self._accepted = self._counter("request_accepted", "Requests handed to the engine.")
-        self._finished = self._counter("request_finished", "Requests ended, by reason.", "reason")
+        self.finished = self._counter("request_finished", "Requests ended, by reason.", "reason")
         self._rejected = self._counter("request_rejected", "Requests refused, by status.", "why")
         self._ignored = self._counter("ignored_fields", "Unknown request fields ignored.")
-        self._live = Gauge(
+        self.live = Gauge(
             "chunkllama_requests_live", "Requests between acceptance and end.",
             registry=self.registry,
         )  # fmt: skip
@@ -104,15 +108,15 @@ class ServerMetrics:
             "chunkllama_info", "Constant 1; what is being served, in labels.",
             ["model", "version", "device", "op_set"], registry=self.registry,
         )  # fmt: skip
-        self._first_token = self._histogram(
+        self.first_token = self._histogram(
             "time_to_first_token_seconds", "From acceptance to the first token.",
             _FIRST_TOKEN_BUCKETS,
         )  # fmt: skip
-        self._inter_token = self._histogram(
+        self.inter_token = self._histogram(
             "inter_token_latency_seconds", "Between two deltas of a request, per token.",
             _TOKEN_BUCKETS,
         )  # fmt: skip
-        self._latency = self._histogram(
+        self.latency = self._histogram(
             "e2e_request_latency_seconds", "From acceptance to the end.", _DURATION_BUCKETS
         )
 
@@ -136,7 +140,7 @@ class ServerMetrics:
     def start_request(self) -> RequestTimer:
         """A request goes to the engine."""
         self._accepted.inc()
-        self._live.inc()
+        self.live.inc()
         return RequestTimer(self)
 
     def render(self) -> bytes:
@@ -166,9 +170,9 @@ class RequestTimer:
         now = time.monotonic()
         if self.first_token_seconds is None:
             self.first_token_seconds = now - self._started
-            self._metrics._first_token.observe(self.first_token_seconds)
+            self._metrics.first_token.observe(self.first_token_seconds)
         else:
-            self._metrics._inter_token.observe((now - self._last) / count)
+            self._metrics.inter_token.observe((now - self._last) / count)
         self._last = now
 
     def finish(self, reason: str) -> None:
@@ -177,6 +181,6 @@ class RequestTimer:
             return
         self._ended = True
         self.reason = reason
-        self._metrics._finished.labels(reason).inc()
-        self._metrics._live.dec()
-        self._metrics._latency.observe(time.monotonic() - self._started)
+        self._metrics.finished.labels(reason).inc()
+        self._metrics.live.dec()
+        self._metrics.latency.observe(time.monotonic() - self._started)
