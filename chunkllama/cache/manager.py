@@ -287,8 +287,11 @@ class CacheManager:
 
     def release(self, chunks: SequenceChunks, tokens: Int32Array, num_computed: int) -> None:
         """The sequence leaves; what it computed stays cached, its tail as a partial leaf."""
+        size = self.chunk_size
+        if chunks.copies:  # a fork whose chunks were not copied yet: there is nothing in them
+            num_computed = chunks.num_whole * size
         self.publish(chunks, tokens, num_computed)
-        size, depth = self.chunk_size, chunks.num_whole
+        depth = chunks.num_whole
         end = min(num_computed, chunks.insert_limit, (depth + 1) * size)
         private = chunks.ids[len(chunks.path) :].tolist()
         tail = None

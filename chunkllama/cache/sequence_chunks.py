@@ -17,7 +17,8 @@ class SequenceChunks:
         [shared][shared][own]  [own, part]  [tail][unpubl.] [      ]
         `num_whole` nodes      0 or 1 node  chunks of nobody else
 
-    The cache writes it; the scheduler reads ``ids``, ``capacity`` and ``copies``.
+    The cache writes it; the scheduler reads ``ids``, ``num_shared`` and ``next_publish``, and takes
+    ``copies``.
 
     Attributes:
         path: the sequence's tree nodes from depth 0 on; the last one may be partial: the prompt's

@@ -255,6 +255,21 @@ class TestForks:
         assert child is not None and child.copies == []
         assert child.ids.tolist() == [0, 1]
 
+    def test_a_fork_that_leaves_before_its_copy_leaves_nothing_behind(
+        self, driver: CacheDriver
+    ) -> None:
+        live = driver.start("abcde")
+        live.compute()
+        live.write("fg")
+        child = driver.cache.fork(live.chunks, 7)
+        assert child is not None and child.copies == [(1, 2, 3)]
+        driver.cache.release(child, ids("abcdefg"), 7)
+        driver.assert_tree("""
+            abcd #0 x1
+              e #1 x1
+            """)
+        assert driver.cache.pool.num_free == 14
+
     def test_a_full_pool_cannot_fork(self) -> None:
         driver = CacheDriver(num_chunks=2)
         live = driver.start("abcdef")
