@@ -56,10 +56,14 @@ class Truth:
         self.ties.extend(float(gap) for gap in gaps if gap > 0)
 
 
-def _counted(counter: Truth) -> Iterable[Truth]:
-    yield counter
+def _check_ties(counter: Truth) -> None:
     print(f"\n{counter.checked} tokens checked, {len(counter.ties)} ties (gaps {counter.ties})")
     assert len(counter.ties) <= 0.02 * counter.checked
+
+
+def _counted(counter: Truth) -> Iterable[Truth]:
+    yield counter
+    _check_ties(counter)
 
 
 @pytest.fixture
@@ -68,8 +72,16 @@ def truth(transformers_model: torch.nn.Module) -> Iterable[Truth]:
 
 
 @pytest.fixture
-def truth_of() -> Callable[[torch.nn.Module], Truth]:
-    return Truth
+def truth_of() -> Iterable[Callable[[torch.nn.Module], Truth]]:
+    counters: list[Truth] = []
+
+    def make(model: torch.nn.Module) -> Truth:
+        counters.append(Truth(model))
+        return counters[-1]
+
+    yield make
+    for counter in counters:
+        _check_ties(counter)
 
 
 @pytest.fixture(scope="session")
