@@ -66,6 +66,9 @@ class ProcessEngineClient(MessageClient):
             ],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
+            # OpenMP's idle threads would spin for milliseconds after each step, on the cores that
+            # the API process needs; read when torch is loaded.
+            env={"GOMP_SPINCOUNT": "2000", **os.environ},
         )
         theirs.close()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
