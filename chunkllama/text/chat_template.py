@@ -20,7 +20,7 @@ from tokenizers import AddedToken
 
 from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.text.sandbox import TemplateEnvironment, TemplateLimitError
-from chunkllama.text.tokenizer import Tokenizer, encode_continuation, read_json
+from chunkllama.text.tokenizer import Tokenizer, encode_continuation, encode_ids, read_json
 
 RENDER_SECONDS = 1.0
 _WORK_CHARS = 1 << 26
@@ -189,7 +189,7 @@ class ChatTemplate:
             stretch = stretch.lstrip() if before is not None and before.rstrip else stretch
             stretch = restore(stretch.rstrip() if after is not None and after.lstrip else stretch)
             if stretch and before is None:
-                ids += self._plain.encode(stretch, add_special_tokens=False).ids
+                ids += encode_ids(self._plain, stretch, add_special_tokens=False)
             elif stretch:
                 ids += encode_continuation(self._plain, stretch)
             if match is not None and after is not None:

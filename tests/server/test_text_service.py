@@ -91,3 +91,20 @@ def test_a_refusal_part_is_text(server, text_parts):
     prompt = text_parts[0].decode(server.engine.requests[0].prompt_token_ids)
     assert "assistant\nI will not" in prompt
     assert "assistant\nNo" in prompt
+
+
+def test_other_threads_run_while_a_long_text_is_tokenized(text_parts):
+    tokenizer, _ = text_parts
+    ticks, done = [], threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.002):
+            ticks.append(None)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    ids = tokenizer.encode("a" * 1_000_000)
+    done.set()
+    thread.join()
+    assert len(ids) == 1_000_000
+    assert len(ticks) >= 5, "the tokenizer held the interpreter"
