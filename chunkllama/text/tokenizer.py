@@ -105,9 +105,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence of ids; ids outside the vocabulary are skipped."""
-        text: str = self._backend.decode(
-            [i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=skip_special_tokens
-        )
+        known = [i for i in ids if 0 <= i < self.vocab_size]
+        # As a batch, for the reason encode_ids gives.
+        text: str = self._backend.decode_batch([known], skip_special_tokens=skip_special_tokens)[0]
         return text
 
     def to_json(self) -> str:

@@ -202,6 +202,13 @@ def test_malformed_bodies_are_400(server, raw):
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def test_bodies_of_too_many_objects_are_refused(server):
+    parts = [{"type": "text", "text": "a"}] * 60
+    messages = [{"role": "user", "content": parts}] * 1000
+    response = server.post(PATH, {"model": MODEL, "messages": messages})
+    assert check_error(response, 400)["code"] == "invalid_json"
+
+
 def test_escaped_backslash_before_u0000_is_text(server):
     raw = b'{"model":"org/tiny","messages":[{"role":"user","content":"a\\\\u0000b"}]}'
     assert send_raw(server, raw).status_code == 200
