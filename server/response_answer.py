@@ -86,7 +86,8 @@ class ResponseAnswer:
     def response(self) -> Response:
         """The object as it stands before any output."""
         body, sampling = self.body, self.generation.request.sampling
-        given = body.model_dump(exclude_none=True, by_alias=True)
+        echoed = {"reasoning", "text", "tool_choice", "tools"}
+        given = body.model_dump(include=echoed, exclude_none=True, by_alias=True)
         tier = body.service_tier or "default"
         return {
             "id": self.generation.request.request_id,
