@@ -83,7 +83,8 @@ class PrefixTree:
                 if own:
                     chain = public[:i] + own
                     matches.append(self._usable(root, chain, key, limit, namespace))
-        best = max(matches, key=lambda match: match.num_tokens)
+        # from the public path a tenant's whole chunk looks like one to copy: sharing it comes first
+        best = max(matches, key=lambda match: (match.num_tokens, len(match.nodes)))
         later = max(matches, key=lambda match: match.num_later_tokens)
         if later.num_later_tokens <= best.num_later_tokens:
             return best

@@ -120,6 +120,18 @@ class TestNamespaces:
         driver.store("abcdefghijklmnop")
         assert driver.match("abcdefghijklmnopq", "T").num_tokens == 16
 
+    @pytest.mark.parametrize("public", ["", "sysA"])
+    def test_a_tenants_whole_chunk_is_shared_not_copied(
+        self, driver: CacheDriver, public: str
+    ) -> None:
+        """However few tokens stand behind it: a copy would match as many."""
+        if public:
+            driver.store(public)
+        driver.store(public + "mine", "T")
+        match = driver.match(public + "mine!", "T")
+        assert match.source is None
+        assert len(match.nodes) == len(public + "mine") // 4
+
     def test_roots_keep_variants_apart(self) -> None:
         tree = PrefixTree(ChunkPool(4, 4))
         one, other = tree.root("llama/bf16"), tree.root("llama/fp8")
