@@ -115,6 +115,23 @@ def test_one_call_equals_the_reference_ops(
         assert torch.equal(native.logits(again), logits)
 
 
+@pytest.mark.parametrize("weights", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linears_of_any_number_of_rows(
+    level: str, rng: np.random.Generator, dtype: torch.dtype, weights: str
+) -> None:
+    """Few rows, a block, a panel, several panels; more k than a core's L1 holds of a unit."""
+    spec = replace(SPEC, num_layers=1, hidden_size=1240, vocab_size=100)
+    model, _ = make_model(native_ops(dtype, level), spec, random_case(rng, kind="decode"), dtype)
+    head = model.weights.lm_head.double()
+    native = model.attention.op_set.prepare_model(model, weights)  # type: ignore[attr-defined]
+    tolerance = {"auto": 2e-5, "int8": 0.05}[weights] if dtype == torch.float32 else 0.05
+    for rows in (1, 2, 3, 16, 17, 32, 33, 511, 512, 513, 1100):
+        x = torch.from_numpy(rng.standard_normal((rows, spec.hidden_size))).to(dtype)
+        error = (native.logits(x) - x.double() @ head.T).abs().max()
+        assert error <= tolerance, rows
+
+
 def test_a_plain_model_runs_through_the_ops_one_by_one(
     level: str, rng: np.random.Generator
 ) -> None:
