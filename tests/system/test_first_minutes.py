@@ -140,13 +140,14 @@ def test_what_the_model_cannot_hold_is_refused_at_once(demo) -> None:
     assert answer.json()["error"]["code"] == "context_length_exceeded"
 
 
-def test_ctrl_c_leaves_nothing_behind(start_server) -> None:
-    server = start_server("--num-chunks", "64")
+def test_ctrl_c_leaves_nothing_behind(start_server, tmp_path) -> None:
+    server = start_server("--num-chunks", "64", env={"TMPDIR": str(tmp_path)})
     family = [psutil.Process(server.process.pid), *server.descendants()]
     assert len(family) >= 2, "the engine is a process of its own"
     assert server.stop(signal.SIGINT) == 0
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
+    assert list(tmp_path.iterdir()) == []
     assert "Traceback" not in server.log.read_text()
 
 
