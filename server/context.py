@@ -10,13 +10,12 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from chunkllama.engine.client import EngineClient
-from server.errors import invalid, not_found_model
+from server.errors import invalid, not_found_model, unavailable
 from server.metrics import ServerMetrics
 from server.protocol.base import RequestModel, SamplingFields, walk_fields
 from server.request_info import RequestInfo, request_info
 from server.response_store import ResponseStore
 from server.settings import ApiSettings
-from server.streaming import unavailable
 from server.structured import GrammarCompiler
 from server.text_service import TextService
 

@@ -92,6 +92,11 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param, code)
 
 
+def unavailable(message: str, code: str) -> ApiError:
+    """A 503 with the time after which it is worth trying again."""
+    return ApiError(503, message, code=code, retry_after=2)
+
+
 def not_found_model(name: str) -> ApiError:
     return ApiError(
         404, f"The model {name[:200]!r} does not exist", param="model", code="model_not_found"
@@ -121,9 +126,7 @@ def as_api_error(error: Exception) -> ApiError:
         api_error.headers = {"x-should-retry": "false"}
         return api_error
     if isinstance(error, EngineDeadError):
-        return ApiError(
-            503, "The engine is not available; try again", code="engine_unavailable", retry_after=2
-        )
+        return unavailable("The engine is not available; try again", "engine_unavailable")
     logger.error("request failed", exc_info=error)
     return ApiError(500, "Internal server error; quote the x-request-id header", code="internal")
 

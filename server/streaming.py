@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.errors import ApiError, ClientDisconnected, as_api_error
+from server.errors import ClientDisconnected, as_api_error
 
 T = TypeVar("T")
 _encode = msgspec.json.encode
@@ -105,8 +105,3 @@ class SseResponse(Response):
             return await anext(self._events, None)
         except Exception as error:
             return sse(as_api_error(error).body())
-
-
-def unavailable(message: str, code: str) -> ApiError:
-    """A 503 with the time after which it is worth trying again."""
-    return ApiError(503, message, code=code, retry_after=2)

@@ -11,7 +11,7 @@ from typing import Any
 
 from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec
-from server.errors import invalid
+from server.errors import invalid, unavailable
 from server.protocol.base import StructuredOutputs
 from server.protocol.chat import ResponseFormat
 
@@ -21,6 +21,7 @@ MAX_SCHEMA_DEPTH = 64
 MAX_ENUM_VALUES = 2048
 MAX_REGEX_CHARS = 8 * 1024
 MAX_GRAMMAR_CHARS = 64 * 1024
+MAX_WAIT_SECONDS = 10.0
 
 
 def check_schema(schema: Any, param: str) -> str:
@@ -132,32 +133,47 @@ class GrammarCompiler:
     Args:
         load: makes the function that compiles a grammar, which raises InvalidRequestError for one
             it cannot. Called with the first grammar: reading a vocabulary takes a while.
-        time_limit: seconds one grammar may take, waiting for others included.
+        time_limit: seconds one grammar may take once its turn has come. A thread cannot be stopped,
+            so the turn of one that takes longer ends only with its thread.
     """
 
     def __init__(self, load: Callable[[], Validate], time_limit: float) -> None:
         self._load = load
         self._validate: asyncio.Future[Validate] | None = None
         self._time_limit = time_limit
+        self._turn = asyncio.Lock()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
 
     async def check(self, spec: GrammarSpec, param: str) -> None:
         """Raises:
-        ApiError: 400 naming what is wrong with the grammar, or that it takes too long.
+        ApiError: 400 naming what is wrong with the grammar, or that it takes too long; 503 when
+            others keep the compiler busy.
         """
         loop = asyncio.get_running_loop()
         if self._validate is None:
             self._validate = loop.run_in_executor(self._pool, self._load)
         validate = await asyncio.shield(self._validate)
         try:
+            async with asyncio.timeout(MAX_WAIT_SECONDS):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise unavailable("The grammar compiler is busy", "grammar_compiler_busy") from None
+        compiling = loop.run_in_executor(self._pool, validate, spec)
+        compiling.add_done_callback(self._end_turn)
+        try:
             async with asyncio.timeout(self._time_limit):
-                await loop.run_in_executor(self._pool, validate, spec)
+                await asyncio.shield(compiling)
         except InvalidRequestError as error:
             raise invalid(error.message, param, "invalid_grammar") from None
         except TimeoutError:
             raise invalid(
                 f"Compiling takes longer than {self._time_limit:g} s", param, "grammar_too_complex"
             ) from None
+
+    def _end_turn(self, compiling: asyncio.Future[None]) -> None:
+        self._turn.release()
+        if not compiling.cancelled():
+            compiling.exception()  # nobody may be waiting for it any more
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

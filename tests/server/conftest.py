@@ -68,7 +68,7 @@ def allow_all(spec: Any) -> None:
     if "REFUSE" in spec.text:
         raise InvalidRequestError("the grammar says REFUSE")
     if "SLOW" in spec.text:
-        time.sleep(0.6)
+        time.sleep(0.4)
 
 
 @dataclass
@@ -124,7 +124,7 @@ def start_server(text_parts: tuple[Any, Any]) -> Iterator[StartServer]:
     def start(limits: HttpLimits | None = None, **settings: Any) -> Server:
         tokenizer, template = text_parts
         engine = fake_engine.FakeEngine(tokenizer)
-        values = {"served_model_names": (MODEL, "alias"), "grammar_seconds": 0.3, **settings}
+        values = {"served_model_names": (MODEL, "alias"), **settings}
         app = create_app(
             engine,
             TextService(

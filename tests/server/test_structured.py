@@ -80,7 +80,8 @@ def test_bad_grammars_are_refused_quickly(server, fields, param):
     assert not server.engine.requests
 
 
-def test_slow_grammars_are_given_up_and_stop_nobody(server):
+def test_slow_grammars_are_given_up_and_stop_nobody(start_server):
+    server = start_server(grammar_seconds=0.2)
     results = []
 
     def slow() -> None:
@@ -94,6 +95,7 @@ def test_slow_grammars_are_given_up_and_stop_nobody(server):
         thread.join()
     codes = {(r.status_code, r.json()["error"]["code"]) for r in results}
     assert codes == {(400, "grammar_too_complex")}
+    assert server.chat(structured_outputs={"regex": "a"}).status_code == 200, "its turn has come"
 
 
 def test_forced_tools_exclude_another_format(server):
