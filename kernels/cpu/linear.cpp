@@ -14,7 +14,7 @@ constexpr int MAX_ROWS = 32;               // rows of one block product
 constexpr long AHEAD = 8192;               // bytes that the prefetch of the weights runs ahead
 constexpr int64_t PANEL = 512;             // rows of x that stay in L2 while the weights pass by
 constexpr int64_t DEEP = 18;               // k blocks of 2 KB that stay in L1 while the rows of a panel pass by
-constexpr int TILE_PAIR = 2048;             // bytes of a k block of bf16: two tiles
+constexpr int TILE_PAIR = 2048;            // bytes of a k block of bf16: two tiles
 constexpr int SCALES = 64;                 // bytes of the scales before a k block of int8
 constexpr int K_BLOCK[] = {16, 32, 32};    // k per block of a unit, by Type
 constexpr int K_BYTES[] = {2048, 2048, SCALES + 1024};
@@ -44,8 +44,8 @@ INLINE Vec dequantize(IntVec words, Vec twice, Vec offset) {
 }
 
 #if defined(__AMX_TILE__)
-// A k block of int8 as two bf16 tiles, while the block at `next` is prefetched line by line. Cutting off the low half of a float shrinks it by 2^-9 on average, which the scale
-// makes up.
+// A k block of int8 as two bf16 tiles, while the block at `next` is prefetched line by line. Cutting off the low half of a
+// float shrinks it by 2^-9 on average, which the scale makes up.
 INLINE void widen(const char* from, char* tiles, const char* next) {
   for (int half = 0; half < 2; half++) {
     const Vec scale = load(reinterpret_cast<const bf16*>(from) + half * 16) * (1.f + 1.f / 512);
@@ -66,9 +66,7 @@ INLINE void widen(const char* from, char* tiles, const char* next) {
 
 // A whole unit as bf16 tiles.
 void widen_unit(const Stream& w, char* tiles) {
-  for (const char* p = w.at; p < w.end; p += K_BYTES[INT8], tiles += TILE_PAIR) {
-    widen(p, tiles, w.ahead(p));
-  }
+  for (const char* p = w.at; p < w.end; p += K_BYTES[INT8], tiles += TILE_PAIR) widen(p, tiles, w.ahead(p));
 }
 
 // acc [16 * ROW_TILES, 32] (+)= x * unit. int8 is widened one k block ahead of its use, through a buffer that stays in L1.
