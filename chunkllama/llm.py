@@ -150,8 +150,14 @@ class LLM:
             waiting.popleft()
 
     def close(self) -> None:
-        """Release the model and the pool."""
+        """Release the model and the pool; the LLM cannot be used afterwards."""
         self._core.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class _Assembly:

@@ -91,7 +91,7 @@ class ModelRunner:
         self._mask_thread.shutdown(wait=True)
         self._sequences.clear()
         self._attention.kv.layers.clear()
-        del self._model
+        vars(self).pop("_model", None)  # closing twice does no harm
 
     def _forward(self, output: SchedulerOutput) -> torch.Tensor:
         """Final hidden states [T, H] of the slices' tokens, one slice after the other."""

@@ -78,15 +78,18 @@ class ProcessEngineClient(MessageClient):
         try:
             first = await _read_messages(reader)
         except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
             code = await asyncio.to_thread(child.wait)
             raise ConfigError(
                 f"the engine process ended while starting (exit code {code})"
             ) from None
         except BaseException:
+            writer.close()
             child.kill()
             child.wait()
             raise
         if isinstance(first[0], StartFailed):
+            writer.close()
             await asyncio.to_thread(child.wait)
             raise ConfigError(first[0].message)
         client._dispatch(first)

@@ -18,7 +18,7 @@ def select(
 ) -> OpSet:
     return select_op_set(
         device,
-        dtype=torch.float32,
+        dtype=torch.float32 if device == "cpu" else torch.bfloat16,
         head_dim=head_dim,
         chunk_size=chunk_size,
         num_kv_heads=3,
