@@ -240,7 +240,8 @@ def _edges(weights: torch.Tensor, sampling: list[SamplingParams]) -> torch.Tenso
     last = torch.tensor(top_k, device=device)[:, None] - 1
     edge = torch.maximum(edge, falling.gather(1, last))
     sums = falling.cumsum(dim=1, dtype=torch.float64)
-    num_left = torch.searchsorted(-falling, -edge, right=True)
+    # At least one: a row in which every token is forbidden is reported, not drawn from.
+    num_left = torch.searchsorted(-falling, -edge, right=True).clamp(min=1)
     share = torch.tensor([[s.top_p] for s in sampling], dtype=torch.float64, device=device)
     last = torch.searchsorted(sums, share * sums.gather(1, num_left - 1))
     nucleus = torch.maximum(edge, falling.gather(1, last.clamp(max=vocab_size - 1)))

@@ -289,10 +289,9 @@ def test_a_broken_row_fails_alone(params: dict[str, Any], poison: float) -> None
 def test_a_row_with_no_token_left_fails_alone() -> None:
     logits = random_logits(2, seed=5)
     words = {"allowed_token_ids": (4,), "bad_words_token_ids": ((4,),)}
-    for temperature in (0.0, 1.0):
-        empty, other = sample(
-            logits, state(temperature=temperature, **words), state(temperature=0.0)
-        )
+    edges = {"temperature": 1.0, "min_p": 0.1, "top_p": 0.9, "top_k": 5}
+    for params in ({"temperature": 0.0}, {"temperature": 1.0}, edges):
+        empty, other = sample(logits, state(**params, **words), state(temperature=0.0))
         assert empty.failed == "no_allowed_token"
         assert other == Sampled(int(logits[1].argmax()))
 
