@@ -291,14 +291,21 @@ def load_chat_template(
         if not origin.is_file():
             raise ConfigError(f"chat_template: no file {origin}; give the path of a .jinja file")
     if origin.is_file():
-        source = origin.read_text(encoding="utf-8")
+        try:
+            source = origin.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{origin}: the chat template cannot be read: {error}") from error
     else:
         origin = path / "tokenizer_config.json"
         source = read_json(origin).get("chat_template")
         if isinstance(source, list):
-            source = {entry["name"]: entry["template"] for entry in source}
+            entries = [entry for entry in source if isinstance(entry, dict)]
+            source = {entry.get("name"): entry.get("template") for entry in entries}
     if not source:
         return None
+    texts = source.values() if isinstance(source, dict) else [source]
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"{origin}: chat_template must be text, or a list of named templates")
     if isinstance(source, dict) and "default" not in source:
         raise ConfigError(f"{origin}: chat_template has no entry named default")
     try:

@@ -2,9 +2,10 @@
 memory.
 
 A chat template comes with the model folder, so it is a stranger's program. jinja2's immutable
-sandbox keeps it from Python's internals; this one also charges everything that can grow or repeat
-(loops, calls, filters, operators, output) to a budget, so that nested ``range()`` or doubling
-strings end in an error instead of taking the process.
+sandbox keeps it from Python's internals; this one also charges everything that can grow, repeat or
+take long (loops, calls, filters, operators, comparisons, output) to a budget, so that nested
+``range()`` or doubling strings end in an error instead of taking the process. Of the methods of
+strings, numbers and containers it knows a few by name; there are no others.
 """
 
 from __future__ import annotations
@@ -23,16 +24,29 @@ import jinja2.ext
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-_MAX_EXPONENT = 64
+_MAX_BITS = 4096  # of a number: the time of arithmetic grows faster than its operands
+_METHODS = frozenset(
+    """
+    capitalize count endswith find get index isalnum isalpha isdecimal isdigit islower isnumeric
+    isspace istitle isupper items join keys lower lstrip partition removeprefix removesuffix replace
+    rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper
+    values
+    """.split()  # noqa: SIM905
+)
 # Filters whose cost is not bounded by their input's size, or that make no prompt.
 _REMOVED_FILTERS = (
     "center", "filesizeformat", "forceescape", "format", "pprint", "random",
     "urlencode", "urlize", "wordwrap", "xmlattr",
 )  # fmt: skip
-_SIZED_FILTERS = frozenset({"batch", "slice", "indent", "tojson", "round", "truncate"})
-_WIDTH_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
+_SIZED_FILTERS = frozenset({"batch", "slice", "indent", "round", "truncate"})
+_COMPARING_FILTERS = frozenset({"dictsort", "groupby", "max", "min", "sort", "unique"})
+_COMPARING_TESTS = (
+    "!=", "<", "<=", "==", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "in", "le",
+    "lessthan", "lt", "ne",
+)  # fmt: skip
 
 
 class TemplateLimitError(jinja2.TemplateError):
@@ -113,12 +127,15 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         self._local = threading.local()
         self.filters = {
             name: self._charged(name, function)
-            for name, function in (self.filters | {"tojson": _tojson}).items()
+            for name, function in (self.filters | {"tojson": self._tojson}).items()
             if name not in _REMOVED_FILTERS
         }
+        tests: dict[str, Any] = self.tests
+        for name in _COMPARING_TESTS:
+            tests[name] = self._comparing(tests[name])
         self.globals.update(
             raise_exception=_raise_exception,
-            strftime_now=lambda format: datetime.now().strftime(format),
+            strftime_now=self._strftime_now,
             dict=_Dict(),
             namespace=_Namespace,
         )
@@ -143,33 +160,40 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         """The ``~`` operator."""
         return str(self._sized("".join(map(self._text, values))))
 
+    def whole(self, value: Any) -> Any:
+        """A value about to be compared or hashed, all that it holds charged: lists in lists can be
+        a thousand times longer than what built them."""
+        if hasattr(value, "__next__"):
+            value = list(value)
+        self._charge_deep(value)
+        return value
+
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Refuse ``str.format``: a width in a format specification is an unbounded allocation."""
-        if isinstance(getattr(value, "__self__", None), str) and value.__name__ in (
-            "format",
-            "format_map",
-        ):
-            raise SecurityError("str.format is not allowed in a chat template")
+        """``str.format`` is left as it is: ``call`` refuses it like every method it does not
+        know."""
         return None
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        if __obj in (__self.tick, __self.concat_values):
+        if __obj in (__self.tick, __self.concat_values, __self.whole):
             return __obj(*args)
-        if isinstance(owner := getattr(__obj, "__self__", None), str):
-            __self._charge_method(owner, __obj.__name__, args)
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, LoopContext):  # loop.changed(...)
+            args = tuple(map(__self.whole, args))
+        elif owner is not None and (isinstance(owner, str) or type(owner).__module__ == "builtins"):
+            args = __self._charge_method(owner, __obj.__name__, args)
         return __self._sized(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
             self._budget.charge(_product_size(left, right))
-        elif operator == "**" and not (isinstance(right, int) and abs(right) <= _MAX_EXPONENT):
-            raise SecurityError(f"an exponent is above {_MAX_EXPONENT}")
-        elif operator == "%" and isinstance(left, str):
+        if _result_bits(operator, left, right) > _MAX_BITS:
+            raise SecurityError(f"a number has more than {_MAX_BITS} bits")
+        if operator == "%" and isinstance(left, str):
             raise SecurityError("the % operator on strings is not allowed in a chat template")
         return self._sized(super().call_binop(context, operator, left, right))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        template: nodes.Template = _ConcatCalls().visit(super()._parse(source, name, filename))
+        template: nodes.Template = _ChargedNodes().visit(super()._parse(source, name, filename))
         loop: Any
         for loop in template.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
             size = nodes.Const(sum(len(data.data) for data in loop.find_all(nodes.TemplateData)))
@@ -203,23 +227,28 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             elif isinstance(item, list | tuple):
                 pending += item
 
-    def _charge_method(self, owner: str, name: str, args: tuple[Any, ...]) -> None:
-        """Charge what a string method can make of small arguments, before it does."""
-        if name in _WIDTH_METHODS:
-            raise SecurityError(f"str.{name} is not allowed in a chat template")
+    def _charge_method(self, owner: Any, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Charge what a method can make of small arguments, before it does; returns them."""
+        if name not in _METHODS:
+            raise SecurityError(f"the method {name} is not allowed in a chat template")
         if name == "replace":
             self._charge_replace(owner, args)
         elif name == "join" and args:
-            self._charge_join(args[0], owner)
+            return (self._charge_join(args[0], owner), *args[1:])
+        elif name in ("count", "index") and not isinstance(owner, str):
+            self._charge_deep(owner)
+        return args
 
     def _charge_replace(self, text: str, args: tuple[Any, ...]) -> None:
         if len(args) >= 2 and isinstance(args[0], str) and isinstance(args[1], str):
             self._budget.charge(text.count(args[0]) * len(args[1]))
 
-    def _charge_join(self, items: Any, separator: Any) -> None:
+    def _charge_join(self, items: Any, separator: Any) -> Any:
+        """Charge what joins them; returns them, a list if they were not."""
+        items = items if isinstance(items, list | tuple | dict | str) else list(items)
         self._charge_deep(items)
-        if isinstance(items, list | tuple | str):
-            self._budget.charge(len(items) * len(str(separator)))
+        self._budget.charge(len(items) * len(str(separator)))
+        return items
 
     def _charged(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The filter, its result charged, and before it runs what it can make of small
@@ -227,14 +256,20 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
         @wraps(function)  # keeps jinja's marks of what the filter wants passed first
         def charged(*args: Any, **kwargs: Any) -> Any:
-            operands = args[1:] if hasattr(function, "jinja_pass_arg") else args
+            passed = 1 if hasattr(function, "jinja_pass_arg") else 0
+            operands = args[passed:]
             numbers = [*operands[1:], *kwargs.values()]
             if name in _SIZED_FILTERS and any(isinstance(n, int) and n > 1000 for n in numbers):
                 raise SecurityError(f"an argument of the filter {name} is above 1000")
+            if name == "sum" and any(isinstance(n, list | tuple) for n in numbers):
+                raise SecurityError("the filter sum adds numbers only")
             if name in ("tojson", "string"):
                 self._charge_deep(operands[0])
+            elif name in _COMPARING_FILTERS:
+                args = (*args[:passed], self.whole(operands[0]), *operands[1:])
             elif name == "join":
-                self._charge_join(operands[0], kwargs.get("d", (*operands, "")[1]))
+                items = self._charge_join(operands[0], kwargs.get("d", (*operands, "")[1]))
+                args = (*args[:passed], items, *operands[1:])
             elif name == "replace":
                 self._charge_replace(str(operands[0]), (*operands[1:], *kwargs.values()))
             elif name == "indent":
@@ -250,18 +285,69 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             self._budget.charge(len(value))
         elif isinstance(value, list | tuple | dict):
             self._budget.charge(8 * len(value))
-        elif isinstance(value, int):
-            self._budget.charge(value.bit_length() >> 3)
+        elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise SecurityError(f"a number has more than {_MAX_BITS} bits")
         return value
 
+    def _comparing(self, test: Callable[..., bool]) -> Callable[..., bool]:
+        """A test (``is eq``), what it compares charged."""
+        return lambda *args: test(*map(self.whole, args))
 
-class _ConcatCalls(jinja2.visitor.NodeTransformer):
-    """``a ~ b`` as a call, so that its result is charged like any other."""
+    def _strftime_now(self, format: str) -> str:
+        self._budget.charge(256 * len(format))  # a field's width is at most 255
+        return datetime.now().strftime(format)
+
+    def _tojson(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """JSON without jinja's HTML escapes, as transformers has it."""
+        encoder = json.JSONEncoder(
+            ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+        if indent is None and separators is None:
+            return encoder.encode(value)
+        parts = []
+        for part in encoder.iterencode(value):
+            self._budget.charge(len(part))
+            parts.append(part)
+        return "".join(parts)
+
+
+class _ChargedNodes(jinja2.visitor.NodeTransformer):
+    """What jinja compiles to bare Python, as calls that are charged: ``a ~ b``, comparisons, and
+    what is made to be hashed (tuples, keys)."""
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        function = nodes.EnvironmentAttribute("concat_values", lineno=node.lineno)
-        return nodes.Call(function, node.nodes, [], None, None, lineno=node.lineno)
+        return _method("concat_values", *node.nodes)
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        node.expr = _method("whole", node.expr)
+        for operand in node.ops:
+            operand.expr = _method("whole", operand.expr)
+        return node
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return _method("whole", node) if node.ctx == "load" else node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
+        self.generic_visit(node)
+        node.key = _method("whole", node.key)
+        return node
+
+
+def _method(name: str, *operands: nodes.Expr) -> nodes.Call:
+    """A call of a method of the environment."""
+    line = operands[0].lineno
+    function = nodes.EnvironmentAttribute(name, lineno=line)
+    return nodes.Call(function, list(operands), [], None, None, lineno=line)
 
 
 def _refuse_private(name: Any) -> None:
@@ -276,18 +362,14 @@ def _product_size(left: Any, right: Any) -> int:
     return 0
 
 
+def _result_bits(operator: str, left: Any, right: Any) -> int:
+    """Of a product or a power of whole numbers; 0 of anything else."""
+    if not (isinstance(left, int) and isinstance(right, int)):
+        return 0
+    if operator == "**":
+        return left.bit_length() * max(right, 0)
+    return left.bit_length() + right.bit_length() if operator == "*" else 0
+
+
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without jinja's HTML escapes, as transformers has it."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )

@@ -189,6 +189,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         ConfigError: no tokenizer file, an unreadable one, or a kind no Llama-family model uses.
     """
+    try:
+        return _load(path)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: tokenizer_config.json, special_tokens_map.json or generation_config.json "
+            f"holds what no tokenizer has ({error!r}); download them again"
+        ) from error
+
+
+def _load(path: Path) -> Tokenizer:
     config = read_json(path / "tokenizer_config.json")
     model_config = read_json(path / "config.json")
     json_path, spm_path = path / "tokenizer.json", path / "tokenizer.model"

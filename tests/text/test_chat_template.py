@@ -142,6 +142,13 @@ def test_a_plain_added_token_that_the_template_writes_is_a_control_token(folders
 
 DOUBLING = "{%% set n = namespace(x='ab') %%}{%% for i in range(60) %%}%s{%% endfor %%}"  # to 2^60
 
+# Two equal lists of a few objects that would take days to compare.
+TWO_DEEP = (
+    "{%% set n = namespace(x=[1], y=[]) %%}{%% for i in range(2) %%}{%% set n.y = n.x %%}"
+    "{%% set n.x = [1] %%}{%% for j in range(60) %%}{%% set n.x = %s %%}{%% endfor %%}"
+    "{%% endfor %%}"
+)
+
 
 @pytest.mark.parametrize(
     "source",
@@ -169,6 +176,25 @@ DOUBLING = "{%% set n = namespace(x='ab') %%}{%% for i in range(60) %%}%s{%% end
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
         "{% for i in range(99999) %}" + "x" * 5000 + "{% endfor %}",
         "{% set n = namespace(__class__=1) %}",
+        "{{ (10 ** 64) ** 64 }}",
+        "{% set n = namespace(x=3) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        "{{ ('f' * 50000) | int(0, 16) }}",
+        "{{ ('a' * 10000).translate({97: 'b' * 10000}) }}",
+        "{{ 'a'.encode() }}",
+        "{{ (5).to_bytes(99999, 'big') }}",
+        "{{ {}.fromkeys(range(9)) }}",
+        "{{ range(99999) | join('x' * 10000) | length }}",
+        "{{ ('x' * 10000).join(range(99999) | map('string')) | length }}",
+        "{{ range(999) | list | tojson(indent='a' * 99999) | length }}",
+        "{{ range(999) | list | tojson(separators=['a' * 99999, '']) | length }}",
+        "{{ [[1]] | sum(start=[]) }}",
+        "{{ strftime_now('%255d' * 99999) | length }}",
+        TWO_DEEP % "[n.x, n.x]" + "{{ n.x == n.y }}",
+        TWO_DEEP % "[n.x, n.x]" + "{{ n.x is eq(n.y) }}",
+        TWO_DEEP % "[n.x, n.x]" + "{{ [n.x, n.y] | sort }}",
+        TWO_DEEP % "[n.x, n.x]" + "{{ [n.x].count(n.y) }}",
+        TWO_DEEP % "[n.x, n.x]" + "{% for a in [n.x, n.y] %}{{ loop.changed(a) }}{% endfor %}",
+        TWO_DEEP % "(n.x, n.x)" + "{{ {n.x: 1} }}",
     ],
 )
 def test_hostile_templates_are_refused_at_start(source, folders, tmp_path):
@@ -184,6 +210,9 @@ def test_a_template_that_cannot_compile_names_the_file(folders, tmp_path):
     tokenizer = load_tokenizer(folders["llama3"])
     override = tmp_path / "mine.jinja"
     with pytest.raises(ConfigError, match=r"mine\.jinja"):
+        load_chat_template(tmp_path, tokenizer, override)
+    override.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"mine\.jinja: .* cannot be read"):
         load_chat_template(tmp_path, tokenizer, override)
     override.write_text("{% for %}")
     with pytest.raises(ConfigError, match=r"mine\.jinja: the chat template does not compile"):
@@ -217,6 +246,10 @@ def test_where_templates_come_from(folders, tmp_path):
     )
     with pytest.raises(ConfigError, match="no entry named default"):
         load_chat_template(tmp_path, tokenizer)
+    for odd in (5, True, [{"name": "default", "template": 5}], {"default": [1]}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": odd}))
+        with pytest.raises(ConfigError, match=r"tokenizer_config\.json: chat_template must be"):
+            load_chat_template(tmp_path, tokenizer)
 
 
 @pytest.mark.parametrize(

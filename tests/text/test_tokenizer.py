@@ -138,6 +138,25 @@ def test_unusable_folders_are_named(folders, tmp_path):
     _unusable(tmp_path, "decoder WordPiece")
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"bos_token": 5},
+        {"eos_token": [1]},
+        {"added_tokens_decoder": [1]},
+        {"added_tokens_decoder": {"x": {"content": "q"}}},
+        {"added_tokens_decoder": {"0": {}}},
+        {"extra_special_tokens": 5},
+        {"additional_special_tokens": [1]},
+    ],
+)
+def test_values_of_the_wrong_type_are_one_line(odd, folders, tmp_path):
+    source = folders["llama3"]
+    (tmp_path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(odd))
+    _unusable(tmp_path, r"tokenizer_config\.json")
+
+
 def test_text_room_imports_no_torch():
     code = (
         "import sys, chunkllama.text.chat_template, chunkllama.text.detokenizer;"
