@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from chunkllama.errors import ConfigError
+
 _GIB = 1 << 30
 _ROOT = Path("/")
 
@@ -37,11 +39,18 @@ def memory_left(root: Path = _ROOT) -> int:
 
 
 def cache_folder() -> Path:
-    """$CHUNKLLAMA_CACHE, else chunkllama/ below $XDG_CACHE_HOME or ~/.cache."""
+    """$CHUNKLLAMA_CACHE, else chunkllama/ below $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        ConfigError: none is set, and the user has no home.
+    """
     if own := os.environ.get("CHUNKLLAMA_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "chunkllama"
+    try:
+        return Path(base).expanduser() / "chunkllama"
+    except RuntimeError:
+        raise ConfigError("this user has no home folder; set CHUNKLLAMA_CACHE") from None
 
 
 def default_kv_cache_memory(left: int) -> int:

@@ -185,7 +185,7 @@ def _resolve_hub(model: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    with contextlib.suppress(LocalEntryNotFoundError):
+    with contextlib.suppress(LocalEntryNotFoundError):  # an interrupted download is one too
         return Path(snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=True))
     try:
         HfApi().model_info(model, timeout=10)
@@ -193,7 +193,7 @@ def _resolve_hub(model: str) -> Path:
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{model}: the model hub refuses it: {reason}") from None
-    except (OSError, ValueError) as error:
+    except Exception as error:  # its HTTP library's errors are neither OSError nor its own
         raise ConfigError(
             f"{model}: no such folder, and the model hub cannot be reached "
             f"({type(error).__name__}); give --model a folder, a .gguf file or an alias"

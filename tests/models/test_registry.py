@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import IncompleteSnapshotError
 
 from chunkllama.errors import ConfigError
 from chunkllama.machine import cache_folder
@@ -35,6 +36,9 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert cache_folder() == Path("/x/chunkllama")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache/chunkllama"
+    monkeypatch.setattr(Path, "expanduser", lambda _: (_ for _ in ()).throw(RuntimeError()))
+    with pytest.raises(ConfigError, match="set CHUNKLLAMA_CACHE"):
+        cache_folder()
 
 
 def test_a_folder_is_itself(tmp_path: Path) -> None:
@@ -49,10 +53,27 @@ def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
     assert "a folder or a .gguf file" in refusal(str(tmp_path / "model.bin"))
 
 
-def test_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+@pytest.mark.parametrize("offline", [True, False])
+def test_unreachable_hub_is_one_line(
+    offline: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert "hub cannot be reached" in refusal("some-owner/some-model")
+
+
+def test_an_interrupted_hub_download_is_resumed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def download(model: str, *, local_files_only: bool = False, **_: object) -> str:
+        if local_files_only:
+            raise IncompleteSnapshotError("a file is missing", str(tmp_path))
+        return str(tmp_path / "whole")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
+    assert resolve_model("some-owner/some-model") == tmp_path / "whole"
 
 
 def fake_pip(monkeypatch: pytest.MonkeyPatch, code: int, content: bytes | None) -> list[list[str]]:
