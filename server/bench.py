@@ -116,7 +116,7 @@ def read_trace(path: Path) -> list[Conversation]:
     for number, line in enumerate(filter(str.strip, lines), start=1):
         try:
             entry = json.loads(line)
-            messages = entry.pop("messages")
+            messages = [*entry.pop("messages")]
             made.append(
                 Conversation(
                     tenant=int(entry.pop("tenant", 0)),

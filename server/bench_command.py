@@ -20,7 +20,15 @@ from chunkllama.text.tokenizer import load_tokenizer
 from server.bench import Conversation, LoadTest, Workload, make_conversations, read_trace
 from server.bench_client import Endpoint, Outcome
 from server.bench_monitor import Monitor
-from server.bench_report import Run, installed_versions, print_table, write_json, write_plots
+from server.bench_report import (
+    Run,
+    check_output,
+    command_line,
+    installed_versions,
+    print_table,
+    write_json,
+    write_plots,
+)
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure a server.")
 
@@ -84,7 +92,9 @@ def serve(  # noqa: PLR0913 - one parameter a flag
         warm=warm,
         seed=seed,
     )
-    if plots and output is None:
+    if output is not None:
+        check_output(output, plots)
+    elif plots:
         raise ConfigError("plots: give --output, the folder to write them to")
     points = _points(base, concurrency, rate)
     endpoint = Endpoint(url, tuple(api_key or ()))
@@ -96,7 +106,7 @@ def serve(  # noqa: PLR0913 - one parameter a flag
     )
     print_table(runs, console)
     if output is not None:
-        write_json(output / f"{name}.json", runs, server)
+        write_json(output / f"{name}.json", runs, server, command_line(api_key or ()))
         written = [output / f"{name}.json"]
         written += write_plots(output, runs, name) if plots else []
         console.print("written:", *map(str, written))

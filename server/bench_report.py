@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
 import shlex
 import statistics
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -98,11 +100,19 @@ def print_table(runs: Sequence[Run], console: Console) -> None:
             console.print(f"{run.label}: first error: {error}", style="red", markup=False)
 
 
-def write_json(path: Path, runs: Sequence[Run], server: dict[str, Any]) -> None:
+def command_line(secrets: Sequence[str]) -> str:
+    """How this process was called, its secrets as asterisks: results are published."""
+    arguments = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    for secret in filter(None, secrets):
+        arguments = [argument.replace(secret, "***") for argument in arguments]
+    return shlex.join(arguments)
+
+
+def write_json(path: Path, runs: Sequence[Run], server: dict[str, Any], command: str) -> None:
     """Everything: machine, versions, command, and per run its summary and every request."""
     document = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["chunkllama", *sys.argv[1:]]),
+        "command": command,
         "machine": describe_machine(),
         "versions": {"chunkllama": __version__, "python": platform.python_version(), **server},
         "runs": [
@@ -116,7 +126,6 @@ def write_json(path: Path, runs: Sequence[Run], server: dict[str, Any]) -> None:
             for run in runs
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
@@ -139,6 +148,23 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def check_output(folder: Path, plots: bool) -> None:
+    """Make sure, before a measurement, that its results can be written.
+
+    Raises:
+        ConfigError: the folder cannot be written, or matplotlib is not installed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"output: cannot write to {folder}: {error.strerror}") from None
+    if plots and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            "plots: matplotlib is not installed; pip install 'chunkllama[plots]' or leave --plots"
+        )
+
+
 def installed_versions(*names: str) -> dict[str, str]:
     """Versions of packages beside this one, where they are installed."""
     found = {}
@@ -151,19 +177,10 @@ def installed_versions(*names: str) -> dict[str, str]:
 
 
 def write_plots(folder: Path, runs: Sequence[Run], stem: str) -> list[Path]:
-    """Distributions, occupancy over time, and latency against load where several points ran.
+    """Distributions, occupancy over time, and latency against load where several points ran."""
+    import matplotlib
 
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError(
-            "plots: matplotlib is not installed; pip install 'chunkllama[plots]' or leave --plots"
-        ) from None
     matplotlib.use("agg")
-    folder.mkdir(parents=True, exist_ok=True)
     written = [_plot_distributions(folder / f"{stem}-latency.png", runs)]
     if any(run.occupancy for run in runs):
         written.append(_plot_occupancy(folder / f"{stem}-occupancy.png", runs))

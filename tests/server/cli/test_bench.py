@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import builtins
 import json
 import os
 import random
 import re
+import sys
 
 import pytest
 
@@ -41,8 +41,9 @@ def bench(server, tiny_model, tmp_path, capsys):
     return measure
 
 
-def test_a_run_reports_every_request(bench, server):
-    code, result, printed = bench("--pid", os.getpid())
+def test_a_run_reports_every_request(bench, server, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bin/chunkllama", "bench", "serve", "--api-key", "canary"])
+    code, result, printed = bench("--pid", os.getpid(), "--api-key", "canary")
     assert code == 0, printed
     (one,) = result["runs"]
     summary = one["summary"]
@@ -54,7 +55,8 @@ def test_a_run_reports_every_request(bench, server):
     assert summary["peak_memory_bytes"] > 1 << 20
     assert one["occupancy"] and {"free", "running"} <= set(one["occupancy"][0])
     assert result["machine"]["processors"] >= 1
-    assert result["command"].split()[0] == "chunkllama"
+    assert result["command"] == "chunkllama bench serve --api-key '***'"
+    assert "canary" not in json.dumps(result)
     assert result["versions"]["server"]
     assert "concurrency 3" in printed.out
     prompts = [request.prompt_token_ids for request in server.engine.requests]
@@ -84,7 +86,9 @@ def test_replays_a_trace(bench, tmp_path, server):
     assert server.engine.requests[0].sampling.top_p == 0.5
 
 
-@pytest.mark.parametrize("line", ["{", "{}", '{"messages": [], "at": "x"}', "[]", ""])
+@pytest.mark.parametrize(
+    "line", ["{", "{}", '{"messages": [], "at": "x"}', "[]", "", '{"messages": 5}']
+)
 def test_bad_traces_name_the_line(line, tmp_path):
     trace = tmp_path / "trace.jsonl"
     trace.write_text(line)
@@ -107,6 +111,9 @@ def test_failed_requests_are_counted_and_set_the_exit_code(bench):
         (["--rate", "0"], "must be above 0"),
         (["--pid", "999999999"], "pid: no process"),
         (["--url", "ftp://x"], "not an http or https URL"),
+        (["--url", "http://[::1"], "url: http://[::1"),
+        (["--url", "http://127.0.0.1:99999"], "out of range"),
+        (["--output", "/proc/nowhere"], "output: cannot write to /proc/nowhere"),
         (["--url", "http://127.0.0.1:9"], "no OpenAI-compatible server"),
         (["--tokenizer", "/nowhere"], "/nowhere"),
         (["--trace", "/nowhere.jsonl"], "trace: cannot read"),
@@ -118,18 +125,12 @@ def test_mistakes_are_one_line(bench, flags, message):
     assert message in printed.err
 
 
-def test_plots_without_matplotlib_say_what_to_install(bench, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "matplotlib":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    code, _, printed = bench("--plots")
+def test_plots_without_matplotlib_say_what_to_install_before_the_run(bench, server, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, result, printed = bench("--plots")
     assert code == 2
     assert "chunkllama[plots]" in printed.err
+    assert result is None and not server.engine.requests
 
 
 def test_prompts_have_exact_lengths_and_follow_the_seed(tiny_model):
@@ -215,6 +216,9 @@ def test_streams_are_read_however_they_are_cut():
         (b"HTTP/1.1 200 OK\r\n\r\ndata: {not json\n", "Expecting"),
         (b"", "0 bytes read|expected"),
         (b"garbage", "bytes"),
+        (b"garbage\r\n\r\n", "not enough values"),
+        (b"HTTP/1.1 200 OK\r\n\r\ndata: [1]\n", "unexpected answer"),
+        (b'HTTP/1.1 200 OK\r\n\r\ndata: {"usage": {"x": 1}}\n', "unexpected answer"),
     ],
 )
 def test_bad_answers_are_errors_of_that_request(answer, error):
