@@ -5,6 +5,7 @@ Also what a finished generation looks like to a caller of the offline API.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +14,12 @@ import msgspec
 from chunkllama.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+STEP_SECONDS_BOUNDS = (
+    0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0,
+    2.5,
+)  # fmt: skip
+BATCH_SIZE_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -66,6 +73,10 @@ class TokenDelta(msgspec.Struct, kw_only=True, tag="tokens"):
     ``num_cached_tokens`` (prompt tokens whose K/V came from the cache) and
     ``num_cache_write_tokens`` are final on the request's first delta; so is ``pin_refused``: the
     pin it asked for would exceed the budget. ``error`` fails the whole request.
+
+    Durations, since clocks of two processes cannot be compared: ``queue_seconds`` (arrival to
+    first scheduling) and ``prefill_seconds`` (from there to the prompt's end) are final on the
+    first delta; ``decode_seconds`` is what has passed since.
     """
 
     request_id: str
@@ -73,6 +84,9 @@ class TokenDelta(msgspec.Struct, kw_only=True, tag="tokens"):
     num_cached_tokens: int = 0
     num_cache_write_tokens: int = 0
     pin_refused: bool = False
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
     prompt_logprobs: list[TokenLogprob | None] | None = None
     embedding: list[float] | None = None
     error: EngineErrorInfo | None = None
@@ -88,8 +102,40 @@ class EngineErrorInfo(msgspec.Struct, kw_only=True):
     retry_after: int = 0
 
 
+class Histogram(msgspec.Struct):
+    """How often values fell into buckets.
+
+    Attributes:
+        bounds: upper bounds, inclusive and ascending.
+        counts: values in each bucket alone; the last one, beyond all bounds, is one more.
+        total: sum of the values.
+    """
+
+    bounds: tuple[float, ...]
+    counts: list[int]
+    total: float = 0.0
+
+    @classmethod
+    def over(cls, bounds: tuple[float, ...]) -> Histogram:
+        """An empty one."""
+        return cls(bounds, [0] * (len(bounds) + 1))
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def add(self, other: Histogram) -> None:
+        """Count everything that ``other``, of the same bounds, has counted."""
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        self.total += other.total
+
+
 class EngineStats(msgspec.Struct, kw_only=True, tag="engine_stats"):
-    """A snapshot of the engine's counters (monotonic, since its start) and gauges."""
+    """A snapshot of the engine's counters (monotonic, since its start) and gauges.
+
+    ``batch_size`` counts sequences of a step. Of ``prefix_tokens_hit_total``, the ``public`` ones
+    lay in the part of the tree that everyone matches.
+    """
 
     steps_total: int = 0
     requests_running: int = 0
@@ -102,6 +148,7 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="engine_stats"):
     chunks_peak: int = 0
     prefix_tokens_queried_total: int = 0
     prefix_tokens_hit_total: int = 0
+    prefix_tokens_hit_public_total: int = 0
     prefill_tokens_computed_total: int = 0
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
@@ -109,7 +156,10 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="engine_stats"):
     evicted_chunks_total: int = 0
     pinned_chunks: int = 0
     pins_refused_total: int = 0
-    step_seconds_total: float = 0.0
+    step_seconds: Histogram = msgspec.field(
+        default_factory=lambda: Histogram.over(STEP_SECONDS_BOUNDS)
+    )
+    batch_size: Histogram = msgspec.field(default_factory=lambda: Histogram.over(BATCH_SIZE_BOUNDS))
     invariant_violations: int = 0
     tree: list[TreeNodeInfo] = []
 

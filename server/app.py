@@ -15,7 +15,7 @@ from server.auth import AuthMiddleware
 from server.body import BodyLimitMiddleware
 from server.context import ServerContext
 from server.errors import install_error_handlers
-from server.metrics import ServerMetrics
+from server.metrics import MAX_TENANT_LABELS, ServerMetrics
 from server.openapi import install_openapi
 from server.request_info import RequestInfoMiddleware
 from server.response_store import ResponseStore
@@ -51,7 +51,10 @@ def create_app(
         engine=engine,
         text=text,
         settings=settings,
-        metrics=ServerMetrics(),
+        metrics=ServerMetrics(
+            by_tenant=0 < len(settings.api_keys) <= MAX_TENANT_LABELS,
+            vllm_model=settings.served_model_names[0] if settings.metrics_compat else None,
+        ),
         grammars=GrammarCompiler(load_grammars, settings.grammar_seconds),
         responses=ResponseStore(
             settings.store_max_items, settings.store_max_bytes, settings.store_ttl_seconds

@@ -154,6 +154,7 @@ def _listen(sock: socket.socket, key: str) -> None:
 
 def _uvicorn_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
+        metrics_compat=settings.metrics_compat,
         AccessLog(app),
         http=make_protocol(HttpLimits()),
         ws="none",

@@ -56,6 +56,11 @@ class ServerConfig(ConfigGroup):
         default=None, description="Serve /metrics on this port instead of the main one."
     )
     api_key: Secrets = Field(
+    metrics_compat: Literal["vllm"] | None = Field(
+        default=None,
+        description="Repeat the metrics under the names that routers and dashboards of another "
+        "server look for.",
+    )
         default=(),
         description="name:key of a tenant, or a bare key; repeatable. Prefer api_key_file: "
         "other users can read a command line.",

@@ -104,7 +104,7 @@ class Generation:
         engine: where it runs.
         request: token ids and sampling parameters; its stop strings are applied here.
         tokenizer: for the text.
-        metrics: counts it from acceptance to its one end.
+        metrics: counts it from acceptance to its one end, for this ``tenant``.
         continues_prompt: the text goes on where the prompt's ends (completions); else it is a text
             of its own (chat).
         param_names: what the endpoint calls the fields the engine names in a refusal.
@@ -118,6 +118,7 @@ class Generation:
         tokenizer: Tokenizer,
         metrics: ServerMetrics,
         *,
+        tenant: str,
         continues_prompt: bool = False,
         param_names: Mapping[str, str] | None = None,
         on_pin: Callable[[bool], None] | None = None,
@@ -129,6 +130,7 @@ class Generation:
         self.embedding: list[float] | None = None
         self._engine = engine
         self._metrics = metrics
+        self._tenant = tenant
         self._param_names = param_names or {}
         self._on_pin = on_pin if request.pin_seconds > 0 else None
         sampling = request.sampling
@@ -159,7 +161,7 @@ class Generation:
             InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError: from the
             engine.
         """
-        timer = self._metrics.start_request()
+        timer = self._metrics.start_request(self._tenant)
         deltas = self._engine.generate(self.request)
         try:
             async with contextlib.aclosing(cast(AsyncGenerator[TokenDelta, None], deltas)):
@@ -202,7 +204,7 @@ class Generation:
             )
             self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
             self.embedding = delta.embedding or self.embedding
-            timer.tokens(max((len(choice.token_ids) for choice in delta.choices), default=0))
+            timer.add(delta)
             pieces = []
             for choice_delta in delta.choices:
                 if choice_delta.index < len(self._choices):

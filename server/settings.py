@@ -39,6 +39,7 @@ class ApiSettings:
         store_max_items, store_max_bytes, store_ttl_seconds: bounds of the response store.
         expose_metrics: serve /metrics on this port too (off with a separate admin port).
     """
+        metrics_compat: whose metric names to repeat in /metrics.
 
     served_model_names: tuple[str, ...]
     api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -69,6 +70,7 @@ class ApiSettings:
     store_ttl_seconds: float = 3600.0
     expose_metrics: bool = True
 
+    metrics_compat: Literal["vllm"] | None = None
     @property
     def isolates_tenants(self) -> bool:
         """Whether each key has a cache namespace of its own."""

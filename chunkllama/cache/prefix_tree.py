@@ -41,6 +41,13 @@ class Match:
     num_later_tokens: int
     awaited: tuple[Node, int] | None
 
+    @property
+    def num_public_tokens(self) -> int:
+        """Those of ``num_tokens`` that everyone may match; they come first."""
+        count = sum(node.num_tokens for node in self.nodes if node.namespace == PUBLIC)
+        copies_public = self.source is not None and self.source.namespace == PUBLIC
+        return count + (self.num_copied if copies_public else 0)
+
 
 class PrefixTree:
     """Nodes over a ChunkPool. The tree owns the chunk of every node in it."""

@@ -24,6 +24,7 @@ from chunkllama.engine.messages import (
 )
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.logger import init_logger
+from chunkllama.outputs import BATCH_SIZE_BOUNDS, STEP_SECONDS_BOUNDS, Histogram
 from chunkllama.scheduler.scheduler import Scheduler
 
 logger = init_logger(__name__)
@@ -53,7 +54,8 @@ class EngineCore:
         self._executor = executor
         self._clock = clock
         self._steps = 0
-        self._step_seconds = 0.0
+        self._step_seconds = Histogram.over(STEP_SECONDS_BOUNDS)
+        self._batch_size = Histogram.over(BATCH_SIZE_BOUNDS)
         self._violations = 0
         self._checked_at_step = 0
 
@@ -90,7 +92,8 @@ class EngineCore:
         sampled = self._executor.execute(output)
         deltas = self._scheduler.commit(output, sampled)
         self._steps += 1
-        self._step_seconds += self._clock() - started
+        self._step_seconds.observe(self._clock() - started)
+        self._batch_size.observe(len(output.slices))
         return deltas
 
     def check_idle(self) -> None:
@@ -108,7 +111,8 @@ class EngineCore:
         """Counters since the start and gauges of this moment."""
         stats = self._scheduler.stats()
         stats.steps_total = self._steps
-        stats.step_seconds_total = self._step_seconds
+        stats.step_seconds = self._step_seconds
+        stats.batch_size = self._batch_size
         stats.invariant_violations = self._violations
         if include_tree:
             stats.tree = self._scheduler.tree()

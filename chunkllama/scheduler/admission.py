@@ -181,8 +181,8 @@ class AdmissionControl:
 
     def admit(
         self, sequence: Sequence, match: Match, running: Iterable[Sequence]
-    ) -> tuple[SequenceChunks, int] | None:
-        """Chunks and the number of cached tokens for a sequence that may start, else None."""
+    ) -> tuple[SequenceChunks, Match] | None:
+        """Chunks for a sequence that may start and what it takes of ``match``, else None."""
         num_chunks = self.num_chunks(sequence.num_tokens)
         num_chunks += self.spare_chunks(sequence, num_chunks)
         reserve = max(0, self.expected_chunks(sequence) - num_chunks)
@@ -194,5 +194,5 @@ class AdmissionControl:
                 chunks = self._cache.admit(
                     admission, sequence.token_ids, group.request.namespace, insert_limit
                 )
-                return chunks, admission.match.num_tokens
+                return chunks, admission.match
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from chunkllama.cache.manager import CacheManager
 from chunkllama.outputs import ChoiceDelta, EngineErrorInfo, FinishReason, TokenDelta
 from chunkllama.scheduler.admission import AdmissionControl
@@ -28,6 +30,7 @@ class StepCommitter:
         running: RunningSequences,
         admission: AdmissionControl,
         counters: Counters,
+        clock: Callable[[], float],
     ) -> None:
         self._limits = limits
         self._cache = cache
@@ -36,6 +39,8 @@ class StepCommitter:
         self._running = running
         self._admission = admission
         self._counters = counters
+        self._clock = clock
+        self._now = 0.0
 
     def commit(
         self,
@@ -45,6 +50,7 @@ class StepCommitter:
     ) -> list[TokenDelta]:
         """Deltas of the step; what was aborted meanwhile yields none."""
         deltas: dict[str, TokenDelta] = {}
+        self._now = self._clock()
         self._cache.end_step()
         if sampled.failed:
             scheduled = self._drop_failed(scheduled, sampled.failed, deltas)
@@ -92,6 +98,8 @@ class StepCommitter:
     def _prompt_done(self, sequence: Sequence) -> None:
         """Every token known at admission is computed."""
         group = sequence.group
+        if group.prefilled_at is None:
+            group.prefilled_at = self._now
         if sequence.wants_prompt_logits:
             assert group.prompt_logprobs is not None
             # the last row's next position is the first output token, not the prompt's
@@ -142,12 +150,16 @@ class StepCommitter:
         """The request's delta of this step, with what only its first delta carries."""
         delta = deltas.get(group.request_id)
         if delta is None:
+            assert group.prefilled_at is not None
             delta = TokenDelta(
                 request_id=group.request_id,
                 choices=[],
                 num_cached_tokens=max(group.num_cached_tokens, 0),
                 num_cache_write_tokens=group.num_cache_write_tokens,
                 pin_refused=group.pin_refused,
+                queue_seconds=group.started_at - group.arrived_at,
+                prefill_seconds=group.prefilled_at - group.started_at,
+                decode_seconds=self._now - group.prefilled_at,
             )
             deltas[group.request_id] = delta
         if group.prompt_logprobs is not None and not group.collects_prompt_logprobs:

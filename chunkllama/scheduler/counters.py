@@ -17,6 +17,7 @@ class Counters:
     generation_tokens: int = 0
     prefix_tokens_queried: int = 0
     prefix_tokens_hit: int = 0
+    prefix_tokens_hit_public: int = 0
     prefill_tokens_computed: int = 0
     preemptions: int = 0
 
@@ -33,6 +34,7 @@ def read_stats(counters: Counters, cache: CacheManager) -> EngineStats:
         chunks_peak=pool.peak,
         prefix_tokens_queried_total=counters.prefix_tokens_queried,
         prefix_tokens_hit_total=counters.prefix_tokens_hit,
+        prefix_tokens_hit_public_total=counters.prefix_tokens_hit_public,
         prefill_tokens_computed_total=counters.prefill_tokens_computed,
         prompt_tokens_total=counters.prompt_tokens,
         generation_tokens_total=counters.generation_tokens,

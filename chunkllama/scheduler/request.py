@@ -129,6 +129,8 @@ class SequenceGroup:
 
     Attributes:
         arrival: number in order of arrival; ``arrived_at`` the same in seconds.
+        started_at, prefilled_at: when its first sequence was first admitted, and had its prompt
+            computed; in seconds, set once.
         max_tokens: of each choice, resolved; 0 scores or pools the prompt and samples nothing.
         sequences: those not finished, by index.
         num_cached_tokens: prompt tokens that were not computed again; -1 until admitted.
@@ -142,6 +144,8 @@ class SequenceGroup:
     sequences: dict[int, Sequence] = field(default_factory=dict)
     beam: BeamSearch | None = None
     num_cached_tokens: int = -1
+    started_at: float = 0.0
+    prefilled_at: float | None = None
     collects_prompt_logprobs: bool = False
     prompt_logprobs: list[TokenLogprob | None] | None = None
     is_pinned: bool = False

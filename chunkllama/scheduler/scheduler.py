@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from chunkllama.cache.manager import CacheManager, SequenceChunks
+from chunkllama.cache.manager import CacheManager, Match, SequenceChunks
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.outputs import EngineRequest, EngineStats, TokenDelta, TreeNodeInfo
 from chunkllama.scheduler.admission import AdmissionControl
@@ -61,6 +61,7 @@ class Scheduler:
             self._running,
             self._admission,
             self._counters,
+            clock,
         )
 
     # -- requests ---------------------------------------------------------------------------
@@ -292,17 +293,21 @@ class Scheduler:
             self._take(sequence, count)
             budget -= count
 
-    def _start(self, sequence: Sequence, chunks: SequenceChunks, num_cached: int) -> None:
+    def _start(self, sequence: Sequence, chunks: SequenceChunks, match: Match) -> None:
         group = sequence.group
         self._waiting.remove(sequence)
         sequence.num_admitted = sequence.num_tokens
-        self._running.start(sequence, chunks, num_cached)
+        self._running.start(sequence, chunks, match.num_tokens)
         if sequence.wants_prompt_logits:
             group.prompt_logprobs = [None]
         if group.num_cached_tokens < 0:
-            group.num_cached_tokens = min(num_cached, group.num_prompt_tokens)
+            group.started_at = self._clock()
+            group.num_cached_tokens = min(match.num_tokens, group.num_prompt_tokens)
             self._counters.prefix_tokens_queried += group.num_prompt_tokens
             self._counters.prefix_tokens_hit += group.num_cached_tokens
+            self._counters.prefix_tokens_hit_public += min(
+                match.num_public_tokens, group.num_cached_tokens
+            )
 
     def _match_limit(self, sequence: Sequence) -> int:
         """All tokens but the last, whose row yields the next; nothing where every row is wanted."""

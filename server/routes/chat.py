@@ -125,6 +125,7 @@ async def create_chat_completion(
             await engine_request(body, context, info, prompt, tools),
             context.text.tokenizer,
             context.metrics,
+            tenant=info.tenant,
             param_names={
                 "prompt": "messages",
                 "max_tokens": max_tokens_field(body),

@@ -145,6 +145,7 @@ async def create_completion(
             context.text.tokenizer,
             context.metrics,
             continues_prompt=True,
+            tenant=info.tenant,
             param_names={"beam_width": "n"},
             on_pin=info.name_pin,
         )

@@ -107,6 +107,7 @@ async def create_response(
         ),
         tools=prepared.tools,
         formatter=LogprobFormatter(context.text.tokenizer, as_token_ids=False),
+            tenant=info.tenant,
         wants_logprobs=bool(prepared.chat.logprobs),
         on_finished=keep,
     )

@@ -25,6 +25,8 @@ from chunkllama.outputs import TokenLogprob
 
 MODEL = "org/tiny"
 MAX_MODEL_LEN = 2048
+# Seconds it says a request has waited, and has taken for its prompt and for each later delta.
+DURATIONS = (0.25, 0.5, 0.125)
 
 
 def logprob_of(token_id: int, num_top: int) -> TokenLogprob:
@@ -102,12 +104,15 @@ class FakeEngine:
             "num_cache_write_tokens": len(request.prompt_token_ids) - num_cached,
             "pin_refused": request.pin_seconds > 3600,
         }
+        queue_seconds, prefill_seconds, per_delta = DURATIONS
+        timing = {"queue_seconds": queue_seconds, "prefill_seconds": prefill_seconds}
         if request.wants_hidden_states:
             yield TokenDelta(
                 request_id=request.request_id,
                 choices=[ChoiceDelta(index=0, token_ids=[], finish_reason="stop")],
                 embedding=[3.0, 4.0] + [0.0] * 6,
                 **first,
+                **timing,
             )
             return
         if sampling.prompt_logprobs is not None:
@@ -129,7 +134,7 @@ class FakeEngine:
                 ChoiceDelta(index=i, token_ids=[], finish_reason="length")
                 for i in range(sampling.num_sequences)
             ]
-            yield TokenDelta(request_id=request.request_id, choices=choices, **first)
+            yield TokenDelta(request_id=request.request_id, choices=choices, **first, **timing)
         count = sampling.n if sampling.beam_width > 1 else sampling.num_sequences
         for start in range(0, len(tokens), self.tokens_per_delta):
             if self.fail_after is not None and start >= self.fail_after[0]:
@@ -152,7 +157,8 @@ class FakeEngine:
                 for index in range(count)
                 if (request.request_id, index) not in self.aborted
             ]
-            yield TokenDelta(request_id=request.request_id, choices=choices, **first)
+            timing["decode_seconds"] = start // self.tokens_per_delta * per_delta
+            yield TokenDelta(request_id=request.request_id, choices=choices, **first, **timing)
             first = {}
 
     async def abort(self, request_id: str, index: int | None = None) -> None:

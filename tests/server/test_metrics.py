@@ -1,0 +1,224 @@
+"""/metrics: what it counts, under our names and under vLLM's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from fake_engine import DURATIONS
+from prometheus_client.parser import text_string_to_metric_families
+
+from chunkllama.engine.messages import EngineStats
+from server.metrics import MAX_TENANT_LABELS, EngineStatsCollector, ServerMetrics
+
+# Every name operators are promised, without suffixes.
+PROMISED = """
+requests_running requests_waiting kv_chunks kv_usage_ratio prefix_tokens_queried prefix_tokens_hit
+request_accepted request_finished rejected time_to_first_token_seconds inter_token_latency_seconds
+e2e_request_latency_seconds queue_time_seconds prefill_time_seconds decode_time_seconds
+prompt_tokens generation_tokens preemptions engine_restarts step_seconds batch_size
+"""
+VLLM = """
+num_requests_running num_requests_waiting kv_cache_usage_perc prefix_cache_queries
+prefix_cache_hits prompt_tokens generation_tokens num_preemptions request_success
+time_to_first_token_seconds inter_token_latency_seconds time_per_output_token_seconds
+e2e_request_latency_seconds request_queue_time_seconds request_prefill_time_seconds
+request_decode_time_seconds
+"""
+
+
+def scrape(server: Any, key: str = "") -> dict[str, float]:
+    """Sample name and labels, as the text has them, to value."""
+    with server.http() as http:
+        lines = http.get("/metrics", headers={"x-api-key": key}).text.splitlines()
+    pairs = (line.rpartition(" ") for line in lines if line[0] != "#")
+    return {name: float(value) for name, _, value in pairs}
+
+
+def change(server: Any, act: Any) -> dict[str, float]:
+    """What ``act()`` adds to the samples."""
+    before = scrape(server)
+    act()
+    return {name: value - before.get(name, 0.0) for name, value in scrape(server).items()}
+
+
+def test_every_promised_name_is_exported(server):
+    with server.http() as http:
+        text = http.get("/metrics").text
+    exported = {family.name for family in text_string_to_metric_families(text)}
+    assert not {f"chunkllama_{name}" for name in PROMISED.split()} - exported
+    assert not [name for name in exported if not name.startswith("chunkllama_")]
+
+
+def test_engine_snapshot(server):
+    server.engine.statistics = EngineStats(
+        steps_total=10**6,
+        prefill_tokens_computed_total=1024,
+        prefix_tokens_hit_total=77,
+        prefix_tokens_hit_public_total=70,
+        chunks_free=3,
+        chunks_cached=61,
+        chunks_total=64,
+        chunks_peak=62,
+    )
+    for seconds in (0.07, 0.5, 3):
+        server.engine.statistics.step_seconds.observe(seconds)
+        server.engine.statistics.batch_size.observe(4)
+    samples = scrape(server)
+    for name, value in {
+        "prefill_tokens_computed_total": 1024,
+        'prefix_tokens_hit_total{scope="public"}': 70,
+        'prefix_tokens_hit_total{scope="tenant"}': 7,
+        'kv_chunks{state="cached"}': 61,
+        "kv_chunks_peak": 62,
+        'step_seconds_bucket{le="0.1"}': 1,
+        'step_seconds_bucket{le="1.0"}': 2,
+        'step_seconds_bucket{le="+Inf"}': 3,
+        "step_seconds_count": 3,
+        "step_seconds_sum": 3.57,
+        'batch_size_bucket{le="8.0"}': 3,
+        "batch_size_sum": 12,
+    }.items():
+        assert samples[f"chunkllama_{name}"] == pytest.approx(value), name
+
+
+def test_an_engine_that_is_gone(server):
+    server.engine.is_ready = False
+    assert scrape(server)["chunkllama_requests_live"] == 0
+
+
+def test_every_accepted_request_has_one_end(server):
+    def act() -> None:
+        server.chat()
+        server.chat("say(abc)yas", stop="b", stream=True)
+
+    changes = change(server, act)
+    ends = [v for name, v in changes.items() if name.startswith("chunkllama_request_finished_t")]
+    assert changes["chunkllama_request_accepted_total"] == sum(ends) == 2
+    assert changes["chunkllama_requests_live"] == 0
+
+
+def test_refusals_are_counted_by_status(server):
+    changes = change(server, lambda: server.chat(n=0))
+    assert changes['chunkllama_rejected_total{why="400"}'] == 1
+
+
+@pytest.mark.parametrize("fields", [{}, {"n": 2}, {"stop": "b"}, {"n": 2, "stop": "b"}])
+def test_durations_come_from_the_engine(server, fields):
+    """A request counts once, however many choices it has and whoever finds its end."""
+    queue, prefill, per_delta = DURATIONS
+    changes = change(server, lambda: server.chat("say(abcd)yas", **fields))
+    deltas = 2 if "stop" in fields else 5
+    for name, seconds in (
+        ("queue_time", queue),
+        ("prefill_time", prefill),
+        ("decode_time", per_delta * (deltas - 1)),
+    ):
+        assert changes[f"chunkllama_{name}_seconds_count"] == 1
+        assert changes[f"chunkllama_{name}_seconds_sum"] == pytest.approx(seconds)
+
+
+def test_an_embedding_is_not_decoded(server):
+    changes = change(
+        server, lambda: server.post("/v1/embeddings", {"model": "alias", "input": "a"})
+    )
+    assert changes["chunkllama_prefill_time_seconds_count"] == 1
+    assert changes["chunkllama_decode_time_seconds_count"] == 0
+
+
+def test_counters_go_on_when_an_engine_starts_from_zero():
+    collector = EngineStatsCollector()
+    for steps, tokens, size in ((10, 100, 2), (2, 5, 3)):
+        sizes = EngineStats().batch_size
+        sizes.observe(size)
+        collector.update(
+            EngineStats(
+                steps_total=steps,
+                prompt_tokens_total=tokens,
+                prefix_tokens_hit_total=tokens,
+                prefix_tokens_hit_public_total=1,
+                batch_size=sizes,
+            )
+        )
+    values = {s.name + str(s.labels): s.value for m in collector.collect() for s in m.samples}
+    assert values["chunkllama_prompt_tokens_total{}"] == 105
+    assert values["chunkllama_prefix_tokens_hit_total{'scope': 'public'}"] == 2
+    assert values["chunkllama_prefix_tokens_hit_total{'scope': 'tenant'}"] == 103
+    assert values["chunkllama_batch_size_count{}"] == 2
+    assert values["chunkllama_batch_size_sum{}"] == 5
+    assert values["chunkllama_engine_restarts_total{}"] == 1
+
+
+def test_requests_are_labelled_with_their_tenant(start_server):
+    server = start_server(api_keys={"blue": "key-b", "red": "key-r"})
+    for key in ("key-b", "key-b", "key-r"):
+        body = {"model": "alias", "messages": [{"role": "user", "content": "hi"}]}
+        assert server.post("/v1/chat/completions", body, **{"x-api-key": key}).status_code == 200
+    samples = scrape(server, "key-b")
+    assert samples['chunkllama_request_accepted_total{tenant="blue"}'] == 2
+    assert samples['chunkllama_request_finished_total{reason="stop",tenant="red"}'] == 1
+
+
+def test_many_tenants_have_no_labels(start_server):
+    keys = {f"t{i}": f"k{i}" for i in range(MAX_TENANT_LABELS + 1)}
+    assert scrape(start_server(api_keys=keys), "k0")["chunkllama_request_accepted_total"] == 0
+
+
+def test_tenants_that_come_later_cannot_add_labels_without_end():
+    metrics = ServerMetrics(by_tenant=True)
+    for number in range(MAX_TENANT_LABELS + 5):
+        metrics.start_request(f"t{number}")
+    lines = metrics.render().decode().splitlines()
+    accepted = [line for line in lines if line.startswith("chunkllama_request_accepted_total{")]
+    assert len(accepted) == MAX_TENANT_LABELS + 1
+    assert 'chunkllama_request_accepted_total{tenant="other"} 5.0' in accepted
+
+
+def test_names_of_vllm(start_server):
+    server = start_server(api_keys={"a": "ka", "b": "kb"}, metrics_compat="vllm")
+    server.engine.statistics = EngineStats(
+        requests_waiting=3,
+        chunks_total=64,
+        chunks_private=16,
+        prefix_tokens_hit_total=9,
+        prefix_tokens_hit_public_total=4,
+    )
+    for key in ("ka", "kb"):
+        body = {"model": "alias", "messages": [{"role": "user", "content": "say(abcd)yas"}]}
+        httpx.post(f"{server.url}/v1/chat/completions", json=body, headers={"x-api-key": key})
+    with server.http() as http:
+        text = http.get("/metrics", headers={"x-api-key": "ka"}).text
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    theirs = {name: family for name, family in families.items() if name.startswith("vllm:")}
+    assert set(theirs) == {f"vllm:{name}" for name in VLLM.split()}
+    values: dict[str, list[float]] = {}
+    for family in theirs.values():
+        for sample in family.samples:
+            assert sample.labels["model_name"] == "org/tiny"
+            assert set(sample.labels) <= {"model_name", "finished_reason", "le"}
+            values.setdefault(sample.name, []).append(sample.value)
+    assert values["vllm:num_requests_waiting"] == [3]
+    assert values["vllm:kv_cache_usage_perc"] == [0.25]
+    assert values["vllm:prefix_cache_hits_total"] == [9]
+    assert values["vllm:request_success_total"] == [2]
+    assert values["vllm:request_queue_time_seconds_count"] == [2]
+    for ours, their in (
+        ("inter_token_latency_seconds", "time_per_output_token_seconds"),
+        ("decode_time_seconds", "request_decode_time_seconds"),
+    ):
+        assert families[f"vllm:{their}"].type == "histogram"
+        bounds = [
+            [(s.labels.get("le"), s.value) for s in family.samples if s.name.endswith("_bucket")]
+            for family in (families[f"chunkllama_{ours}"], families[f"vllm:{their}"])
+        ]
+        assert bounds[0] == bounds[1] != []
+
+
+def test_refusals_are_no_successes_of_vllm():
+    metrics = ServerMetrics(vllm_model="m")
+    metrics.start_request("").finish("refused")
+    metrics.start_request("").finish("length")
+    lines = metrics.render().decode().splitlines()
+    ends = [line for line in lines if line.startswith("vllm:request_success_total{")]
+    assert ends == ['vllm:request_success_total{finished_reason="length",model_name="m"} 1.0']
