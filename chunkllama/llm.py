@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import msgspec
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from chunkllama.config import EngineConfig
@@ -39,7 +40,7 @@ class LLM:
 
     Example:
         >>> llm = LLM("smollm2-135m-instruct")
-        >>> llm.generate("The capital of France is")[0].outputs[0].text
+        >>> llm.generate("2 + 2 =", SamplingParams(max_tokens=2))[0].outputs[0].text
     """
 
     def __init__(self, model: str = "smollm2-135m-instruct", **settings: Any) -> None:
@@ -63,13 +64,18 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete each prompt (text, or token ids); outputs stand in the prompts' order.
 
+        Args:
+            sampling_params: of all prompts; without them the model's own defaults, and answers up
+                to the end of the context.
+
         Raises:
             InvalidRequestError: a prompt does not fit the context or the pool.
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         several = cast(Sequence[Prompt], [prompts] if single else prompts)
         encoded = [self._encode(prompt) for prompt in several]
-        return self._run(encoded, sampling_params or self._defaults, use_progress_bar)
+        sampling = sampling_params or self._defaults
+        return self._run(encoded, sampling, use_progress_bar, continues_prompt=True)
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
@@ -94,18 +100,26 @@ class LLM:
             (None, self._template.encode(conversation, **template_options))
             for conversation in several
         ]
-        return self._run(encoded, sampling_params or self._defaults, use_progress_bar)
+        sampling = sampling_params or self._defaults
+        return self._run(encoded, sampling, use_progress_bar, continues_prompt=False)
 
     def _run(
         self,
         prompts: list[tuple[str | None, list[int]]],
         sampling: SamplingParams,
         use_progress_bar: bool,
+        continues_prompt: bool,
     ) -> list[RequestOutput]:
         ranked = sampling.num_sequences > sampling.n and sampling.logprobs is None
         sent = msgspec.structs.replace(sampling, logprobs=0) if ranked else sampling
         assemblies = [
-            _Assembly(self._make_request(ids, sent), sampling, text, self._tokenizer)
+            _Assembly(
+                self._make_request(ids, sent),
+                sampling,
+                text,
+                self._tokenizer,
+                ids if continues_prompt else (),
+            )
             for text, ids in prompts
         ]
         live = {assembly.request.request_id: assembly for assembly in assemblies}
@@ -117,7 +131,8 @@ class LLM:
             TextColumn("{task.fields[tokens]} tokens"),
         )
         try:
-            with Progress(*columns, disable=not use_progress_bar) as progress:
+            console = Console(stderr=True)  # stdout is the script's own
+            with Progress(*columns, console=console, disable=not use_progress_bar) as progress:
                 bar = progress.add_task("", total=len(assemblies), tokens=0)
                 waiting = deque(assembly.request for assembly in assemblies)
                 while waiting or self._core.has_work():
@@ -169,6 +184,7 @@ class _Assembly:
         sampling: SamplingParams,
         prompt: str | None,
         tokenizer: Any,
+        continued_ids: Sequence[int],
     ) -> None:
         self.request = request
         self.num_tokens = 0
@@ -177,7 +193,8 @@ class _Assembly:
         count = sampling.n if sampling.beam_width > 1 else sampling.num_sequences
         self.output.outputs = [CompletionOutput(i, "", []) for i in range(count)]
         self._detokenizers = [
-            IncrementalDetokenizer(tokenizer, sampling.skip_special_tokens) for _ in range(count)
+            IncrementalDetokenizer(tokenizer, sampling.skip_special_tokens, continued_ids)
+            for _ in range(count)
         ]
         self._stops = [
             StopChecker(sampling.stop, sampling.include_stop_str_in_output) for _ in range(count)
@@ -211,7 +228,10 @@ class _Assembly:
         text = detokenizer.add(shown)
         if choice.finish_reason is not None:
             text += detokenizer.finish()
-        emitted, matched = stop.feed(text)
+        if len(completion.token_ids) < self._sampling.min_tokens:
+            emitted, matched = text, None
+        else:
+            emitted, matched = stop.feed(text)
         completion.text += emitted
         if matched is not None:
             completion.finish_reason, completion.stop_reason = "stop", matched
@@ -219,7 +239,8 @@ class _Assembly:
         if choice.finish_reason is not None:
             completion.text += stop.flush()
             completion.finish_reason = choice.finish_reason
-            completion.stop_reason = choice.stop_token_id
+            if choice.stop_token_id in self._sampling.stop_token_ids:
+                completion.stop_reason = choice.stop_token_id
         return False
 
     def result(self) -> RequestOutput:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 
@@ -29,7 +30,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         temperature: 0 is greedy. top_k: 0 or -1 is off. top_p in (0, 1]. min_p in [0, 1].
         seed: 63-bit; None lets the client draw one before the request reaches the engine.
         max_tokens: None means whatever fits the context and the pool.
-        stop: stop strings (text layer). stop_token_ids end a choice as end-of-sequence does.
+        stop: stop strings, or a single one (text layer). stop_token_ids end a choice as
+            end-of-sequence does.
         logprobs: None is off; k >= 0 returns the sampled token's log-probability and the k best.
         prompt_logprobs: the same for the prompt's tokens.
         beam_width: > 1 is beam search with ``length_penalty``; temperature must then be 0.
@@ -93,6 +95,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                     "min_tokens",
                 )
         between("beam_width", self.beam_width, 1, 32)
+        stop: Any = self.stop
+        if isinstance(stop, str):
+            msgspec.structs.force_setattr(self, "stop", (stop,))
         if self.beam_width > 1 and self.temperature != 0.0:
             raise InvalidRequestError("beam search needs temperature 0", "temperature")
 

@@ -28,6 +28,7 @@ def test_chat_answers_paris(llm) -> None:
     (answer,) = llm.chat(QUESTION, SamplingParams(temperature=0, max_tokens=40))
     assert "Paris" in answer.outputs[0].text
     assert answer.outputs[0].finish_reason == "stop"
+    assert answer.outputs[0].stop_reason is None, "no stop string and no stop id of the caller"
     assert answer.finished
 
 
@@ -46,6 +47,18 @@ def test_a_stop_string_ends_the_text_before_it(llm) -> None:
     assert output.outputs[0].text == whole[: whole.index(stop)]
     assert output.outputs[0].finish_reason == "stop"
     assert output.outputs[0].stop_reason == stop
+    (same,) = llm.generate("The capital of France is", SamplingParams(stop=stop, **GREEDY))
+    assert same.outputs == output.outputs
+    longer = SamplingParams(stop=stop, min_tokens=GREEDY["max_tokens"], **GREEDY)
+    (output,) = llm.generate("The capital of France is", longer)
+    assert len(output.outputs[0].token_ids) == GREEDY["max_tokens"]
+
+
+def test_progress_leaves_stdout_to_the_script(llm, capsys) -> None:
+    llm.generate("Hello", SamplingParams(**GREEDY))
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "generating" in shown.err
 
 
 def test_best_of_returns_the_likelier_choices(llm) -> None:
