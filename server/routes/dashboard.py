@@ -18,6 +18,7 @@ router = APIRouter(include_in_schema=False)
 
 # More rectangles than this no screen shows; the page says how many were left out.
 MAX_NODES = 4000
+ENGINE_KEYS = ("device", "op_set", "num_chunks", "chunk_size")
 # The page is self-contained, runs its own script alone, and talks to this server alone.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -43,7 +44,8 @@ async def data(context: Context, request: Request) -> Response:
     body = {
         "version": __version__,
         "models": context.settings.served_model_names,
-        "info": context.engine.info,
+        # Not the model's folder: callers are tenants.
+        "info": {key: getattr(context.engine.info, key) for key in ENGINE_KEYS},
         "stats": counters,
         "latency": {
             name: mean_seconds(context, f"chunkllama_{name}_seconds")

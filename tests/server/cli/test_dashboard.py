@@ -25,7 +25,7 @@ def ask(served, user: str, key: str = "none", system: str = SYSTEM) -> None:
     httpx.post(url, json=body, headers=headers, timeout=30).raise_for_status()
 
 
-def test_data_tells_counts_and_no_tokens(served):
+def test_data_tells_counts_and_no_tokens_or_paths(served, tiny_model):
     for user in ("one", "two"):
         ask(served, user * 40)
     response = served.get("/dashboard/data")
@@ -39,6 +39,7 @@ def test_data_tells_counts_and_no_tokens(served):
     assert shared and leaves
     assert all(0 < n["num_tokens"] <= 64 for n in nodes.values())
     assert "helpful" not in response.text
+    assert str(tiny_model) not in response.text
 
 
 def test_page_is_one_file_that_talks_to_nobody_else(served):
