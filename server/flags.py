@@ -16,7 +16,6 @@ from rich.table import Table
 from server.config import Loaded, Settings, load_settings
 
 F = TypeVar("F", bound=Callable[..., Any])
-_REPEATABLE = ("api_key", "served_model_name", "cors_origins")
 
 
 def with_setting_flags(command: F) -> F:
@@ -80,7 +79,7 @@ def _setting(key: str, field: FieldInfo, title: str) -> inspect.Parameter:
         return _parameter(key, bool | None, text, title, None)
     options = choices(field.annotation)
     metavar = "|".join(map(str, options)) if options else _metavar(key, field)
-    kind: Any = list[str] | None if key in _REPEATABLE else str | None
+    kind: Any = list[str] | None if "tuple" in str(field.annotation) else str | None
     return _parameter(key, kind, text, title, metavar)
 
 

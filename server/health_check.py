@@ -13,11 +13,11 @@ def check_health(url: str, timeout: float) -> str:
 
     Certificates are not verified: the question is whether it answers, not who it is.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return f"not an http or https URL: {url}"
-    path = parts.path.rstrip("/") + "/health/ready"
     try:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            return f"not an http or https URL: {url}"
+        path = parts.path.rstrip("/") + "/health/ready"
         connection: http.client.HTTPConnection
         if parts.scheme == "https":
             context = ssl.create_default_context()

@@ -45,7 +45,10 @@ def test_health_command_follows_the_server(served, chunkllama):
     silent = chunkllama("health", "--url", "http://127.0.0.1:9")
     assert silent.returncode == 1
     assert "does not answer" in silent.stderr
-    assert chunkllama("health", "--url", "ftp://x").returncode == 1
+    for url in ("ftp://x", "http://[::1"):
+        refused = chunkllama("health", "--url", url)
+        assert refused.returncode == 1
+        assert len(refused.stderr.splitlines()) == 1
 
 
 def test_api_process_has_no_torch(served):
