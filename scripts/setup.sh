@@ -7,27 +7,32 @@ say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
     echo "chunkllama needs Python 3.11 or newer, and '$PYTHON' is not; try: make PYTHON=python3.12 serve" >&2
     exit 2
 }
-[ -x "$VENV/bin/python" ] || { say "creating $VENV"; "$PYTHON" -m venv "$VENV"; }
+# Asking pip: an interrupted or refused creation leaves a python without one.
+"$VENV/bin/python" -m pip --version > /dev/null 2>&1 || {
+    say "creating $VENV"
+    "$PYTHON" -m venv "$VENV"
+}
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 CPU_TORCH="torch==2.13.0+cpu"
 if [ -n "${TORCH:-}" ]; then
     say "installing torch as asked: $TORCH"
     # shellcheck disable=SC2086  # TORCH may hold several words: options and a requirement
-    pip install -q $TORCH
+    pip install $TORCH
 elif "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
     say "torch is there already"
 elif [ -e /dev/nvidiactl ] || [ -e /dev/nvidia0 ]; then
     say "an NVIDIA device is here: installing torch's default (CUDA) build"
-    pip install -q "torch>=2.11"
-elif pip install -q "$CPU_TORCH" 2>/dev/null; then
+    pip install "torch>=2.11"
+elif pip install "$CPU_TORCH" 2> /dev/null; then
     say "no NVIDIA device: installed torch's CPU build ($CPU_TORCH)"
 else
     say "no NVIDIA device, but pip finds no CPU build of torch: installing the default build (several GB)."
     say "to avoid that: make setup TORCH=\"torch --index-url URL-OF-PYTORCH'S-CPU-WHEELS\""
-    pip install -q "torch>=2.11"
+    pip install "torch>=2.11"
 fi
 
 say "installing chunkllama and its tools"
-pip install -q -e ".[dev]"
-"$VENV/bin/python" -m chunkllama.ops.native --build
+pip install -e ".[dev]"
+say "compiling the CPU kernels"
+"$VENV/bin/python" -m chunkllama.ops.native
