@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from chunkllama.errors import ConfigError
-from chunkllama.ops.allocate_kv import allocate_kv_reference, check_allocate_kv
 from chunkllama.ops.copy_chunks import check_copy_chunks
 from chunkllama.ops.cuda_plan import (
     CudaPlan,
@@ -25,7 +24,7 @@ from chunkllama.ops.cuda_plan import (
     plan_addresses,
 )
 from chunkllama.ops.launch import CupyLauncher, Launcher
-from chunkllama.ops.op_set import CopyTriple, DevicePlan, KVCache
+from chunkllama.ops.op_set import CopyTriple, DevicePlan, KVCache, OpSet
 from chunkllama.ops.plan_format import AttentionPlan, Packing
 from chunkllama.ops.rms_norm import check_rms_norm
 from chunkllama.ops.rope_append import check_rope_append
@@ -47,7 +46,7 @@ _MERGE_WARPS = 4  # rows of heads per CTA of tpp_merge
 _SILU_ELEMENTS = 256 * 8  # elements per CTA of silu_and_mul
 
 
-class CudaOps:
+class CudaOps(OpSet):
     """Implements ``OpSet`` on CUDA; K/V layout [num_chunks, 2, num_kv_heads, 64, head_dim] per
     layer, bf16 or fp16.
 
@@ -60,7 +59,7 @@ class CudaOps:
     """
 
     name = "cuda"
-    chunk_sizes: tuple[int, ...] = (CHUNK_SIZE,)
+    chunk_sizes = (CHUNK_SIZE,)
 
     def __init__(
         self,
@@ -101,33 +100,15 @@ class CudaOps:
             head_dim=head_dim,
         )
 
-    def allocate_kv(
-        self,
-        *,
-        num_layers: int,
-        num_chunks: int,
-        chunk_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-    ) -> KVCache:
-        """Pools of this op set's own head_dim and dtype."""
-        counts = (num_layers, num_chunks, num_kv_heads, head_dim)
-        check_allocate_kv(self.chunk_sizes, chunk_size, *counts)
-        if (head_dim, dtype) != (self.head_dim, self.dtype):
-            raise ValueError(
-                f"allocate_kv: head_dim {head_dim}, {dtype} differ from the op set's "
+    def _allocate_layers(
+        self, kv: KVCache, num_layers: int, dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        if (kv.head_dim, dtype) != (self.head_dim, self.dtype):
+            raise ConfigError(
+                f"allocate_kv: head_dim {kv.head_dim}, {dtype} differ from the op set's "
                 f"{self.head_dim}, {self.dtype}"
             )
-        return allocate_kv_reference(
-            num_layers=num_layers,
-            num_chunks=num_chunks,
-            chunk_size=chunk_size,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-            device=self.device,
-        )
+        return super()._allocate_layers(kv, num_layers, dtype)
 
     def upload_plan(
         self,

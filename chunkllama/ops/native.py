@@ -17,7 +17,6 @@ import torch
 import yaml
 
 from chunkllama.errors import ConfigError
-from chunkllama.ops.allocate_kv import check_allocate_kv
 from chunkllama.ops.copy_chunks import check_copy_chunks
 from chunkllama.ops.native_abi import (
     TYPES,
@@ -31,7 +30,7 @@ from chunkllama.ops.native_abi import (
 )
 from chunkllama.ops.native_build import LEVELS, NativeBuildError, available_levels, build
 from chunkllama.ops.native_model import NativeModel, WeightType
-from chunkllama.ops.op_set import CopyTriple, DevicePlan, KVCache
+from chunkllama.ops.op_set import CopyTriple, DevicePlan, KVCache, OpSet
 from chunkllama.ops.plan_format import AttentionPlan, Packing
 from chunkllama.ops.rope_append import check_rope_append
 from chunkllama.ops.source import data_folder
@@ -49,7 +48,7 @@ class NativePlan:
     partial_lse: torch.Tensor  # [slots, Hq] float32
 
 
-class NativeOps:
+class NativeOps(OpSet):
     """Implements ``OpSet`` with the library of one instruction-set level; bf16 and fp32.
 
     Args:
@@ -75,12 +74,7 @@ class NativeOps:
         level: str = "",
         sanitizer: str = "",
     ) -> None:
-        if dtype not in TYPES:
-            raise ConfigError(f"dtype: the native CPU ops have bfloat16 and float32, not {dtype}")
-        if head_dim % 16 or not 16 <= head_dim <= 256:
-            raise ConfigError(
-                f"head_dim: {head_dim} is not a multiple of 16 up to 256 (native CPU ops)"
-            )
+        _check_shape(dtype, head_dim)
         self.device = torch.device("cpu")
         self.level, self.library = _best_library(level, sanitizer)
         tuning = yaml.safe_load((data_folder("configs") / "hardware" / "cpu.yaml").read_text())
@@ -91,7 +85,7 @@ class NativeOps:
 
     def prepare_model(self, model: Any, weights: WeightType = "auto") -> NativeModel:
         """The model, packed and run by one native call per step; it gives up its own weights."""
-        return NativeModel(self, model, weights)
+        return NativeModel(self.library, self.vector_rows, model, weights)
 
     def packing(self, *, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> Packing:
         """The longest runs that still give each thread a few units: fewer partials to merge."""
@@ -106,33 +100,15 @@ class NativeOps:
             spare_chunks=tuning["spare_chunks"],
         )
 
-    def allocate_kv(
-        self,
-        *,
-        num_layers: int,
-        num_chunks: int,
-        chunk_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-    ) -> KVCache:
-        """One [num_chunks, elements] tensor per layer, on huge pages committed on first use.
-
-        Raises:
-            ConfigError: a dtype or head_dim the kernels do not have.
-        """
-        check_allocate_kv(self.chunk_sizes, chunk_size, num_layers, num_chunks, num_kv_heads)
-        if dtype not in TYPES:
-            raise ConfigError(f"dtype {dtype}: the CPU has torch.bfloat16 and torch.float32")
-        if head_dim % 16 or not 16 <= head_dim <= 256:
-            raise ConfigError(
-                f"head_dim {head_dim}: the native op set needs a multiple of 16, <= 256"
-            )
-        heads = CHeads(num_kv_heads, num_kv_heads, head_dim, TYPES[dtype], TYPES[dtype])
+    def _allocate_layers(
+        self, kv: KVCache, num_layers: int, dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        """One [num_chunks, elements] tensor per layer, on huge pages committed on first use."""
+        _check_shape(dtype, kv.head_dim)
+        heads = CHeads(kv.num_kv_heads, kv.num_kv_heads, kv.head_dim, TYPES[dtype], TYPES[dtype])
         elements = self.library.ck_chunk_elements(ctypes.byref(heads))
-        pool = allocate_lazily(num_layers * num_chunks * elements, dtype)
-        layers = list(pool.view(num_layers, num_chunks, elements).unbind())
-        return KVCache(layers, num_chunks, chunk_size, num_kv_heads, head_dim)
+        pool = allocate_lazily(num_layers * kv.num_chunks * elements, dtype)
+        return list(pool.view(num_layers, kv.num_chunks, elements).unbind())
 
     def upload_plan(self, plan: AttentionPlan, kv: KVCache, *, num_qo_heads: int) -> DevicePlan:
         state = NativePlan(
@@ -249,6 +225,15 @@ def c_plan(plan: AttentionPlan) -> CPlan:
     arrays = (plan.items, plan.chunk_ids, plan.row_tail, plan.merge_indptr, plan.merge_slots)
     pointers = [array.ctypes.data for array in (*arrays, plan.row_flags)]
     return CPlan(*pointers, plan.num_items, plan.num_rows)
+
+
+def _check_shape(dtype: torch.dtype, head_dim: int) -> None:
+    if dtype not in TYPES:
+        raise ConfigError(f"dtype: the native CPU ops have bfloat16 and float32, not {dtype}")
+    if head_dim % 16 or not 16 <= head_dim <= 256:
+        raise ConfigError(
+            f"head_dim: {head_dim} is not a multiple of 16 up to 256 (native CPU ops)"
+        )
 
 
 def _heads(num_qo_heads: int, kv: KVCache, layer: int, activation: torch.dtype) -> CHeads:

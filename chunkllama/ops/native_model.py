@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import torch
 
 from chunkllama.errors import ConfigError
 from chunkllama.ops.native_abi import BF16, F32, INT8, TYPES, CHeads, CPlan, allocate_lazily
 from chunkllama.ops.op_set import DevicePlan, KVCache
-
-if TYPE_CHECKING:
-    from chunkllama.ops.native import NativeOps
 
 WeightType = Literal["auto", "bf16", "fp32", "int8"]
 WEIGHT_TYPES: Final = {"fp32": F32, "bf16": BF16, "int8": INT8}
@@ -69,15 +66,22 @@ class NativeModel:
     embeddings rows are read from the packed head, only int8 heads keep the embedding beside them.
 
     Args:
-        ops: the op set that runs it.
-        model: a ``models.llama.Llama`` on this op set; it cannot run any more afterwards.
+        library: of the level that runs it.
+        vector_rows: query rows per kv head up to which attention runs on the vector units.
+        model: a ``models.llama.Llama`` on the native op set; it cannot run any more afterwards.
         weights: type of the packed matrices; "auto" is the model's own.
 
     Raises:
         ConfigError: an unknown weight type, or one wider than the model's own.
     """
 
-    def __init__(self, ops: NativeOps, model: Any, weights: WeightType = "auto") -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        vector_rows: int,
+        model: Any,
+        weights: WeightType = "auto",
+    ) -> None:
         spec, attention = model.spec, model.attention
         own = TYPES[model.weights.embedding.dtype]
         if weights != "auto" and weights not in WEIGHT_TYPES:
@@ -85,7 +89,7 @@ class NativeModel:
         self._type = own if weights == "auto" else WEIGHT_TYPES[weights]
         if self._type != INT8 and self._type != own:
             raise ConfigError(f"weights: {weights} does not fit --dtype; use auto or int8")
-        self._library = ops.library
+        self._library = library
         activation = self._library.ck_activation_type(own)
         self._activation = torch.bfloat16 if activation == BF16 else torch.float32
         self._hidden, self._vocab = spec.hidden_size, spec.vocab_size
@@ -106,7 +110,7 @@ class NativeModel:
         packed = (CLayer * spec.num_layers)(*(self._pack_layer(x) for x in model.weights.layers))
         self._model = CModel(
             *(packed, spec.num_layers, heads, spec.hidden_size, self._vector(model.weights.norm)),
-            *(spec.rms_norm_eps, attention.scale, ops.vector_rows),
+            *(spec.rms_norm_eps, attention.scale, vector_rows),
         )
         self._pack_head(model.weights)
         self._kv_pointers = (c_void_p * spec.num_layers)(*(x.data_ptr() for x in self._kv.layers))

@@ -48,14 +48,14 @@ class DevicePlan:
 
 
 class OpSet(Protocol):
-    """Tensors in, tensors out; shapes use T rows (query tokens), Hq and Hkv heads, D head_dim."""
+    """Tensors in, tensors out; shapes use T rows (query tokens), Hq and Hkv heads, D head_dim.
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def chunk_sizes(self) -> tuple[int, ...]: ...
+    Op sets subclass it: what they have in common stands here.
+    """
+
+    name: str
+    device: torch.device
+    chunk_sizes: tuple[int, ...]
 
     def packing(self, *, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> Packing:
         """How the planner should cut rows and runs for this device."""
@@ -71,8 +71,31 @@ class OpSet(Protocol):
         head_dim: int,
         dtype: torch.dtype,
     ) -> KVCache:
-        """Allocate the pool; unwritten memory may hold anything, NaN included."""
-        ...
+        """Allocate the pool; unwritten memory may hold anything, NaN included.
+
+        Raises:
+            ValueError: a count below 1, or a chunk size that the op set lacks.
+            ConfigError: a head_dim or dtype that it lacks.
+        """
+        if chunk_size not in self.chunk_sizes:
+            raise ValueError(
+                f"allocate_kv: chunk size {chunk_size} is not one of {list(self.chunk_sizes)}"
+            )
+        counts = (num_layers, num_chunks, num_kv_heads, head_dim)
+        if min(counts) < 1:
+            raise ValueError(f"allocate_kv: every count must be at least 1, got {counts}")
+        kv = KVCache([], num_chunks, chunk_size, num_kv_heads, head_dim)
+        kv.layers.extend(self._allocate_layers(kv, num_layers, dtype))
+        return kv
+
+    def _allocate_layers(
+        self, kv: KVCache, num_layers: int, dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        """One contiguous [num_chunks, 2, num_kv_heads, chunk_size, head_dim] tensor per layer, K
+        then V, unwritten.
+        """
+        shape = (kv.num_chunks, 2, kv.num_kv_heads, kv.chunk_size, kv.head_dim)
+        return [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(num_layers)]
 
     def upload_plan(self, plan: AttentionPlan, kv: KVCache, *, num_qo_heads: int) -> DevicePlan:
         """Bring a plan to the device, once per plan; attention runs per layer then take only

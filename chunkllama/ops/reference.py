@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from chunkllama.ops.allocate_kv import allocate_kv_reference, check_allocate_kv
 from chunkllama.ops.copy_chunks import copy_chunks_reference
-from chunkllama.ops.op_set import CopyTriple, DevicePlan, KVCache
+from chunkllama.ops.op_set import CopyTriple, DevicePlan, KVCache, OpSet
 from chunkllama.ops.plan_format import AttentionPlan, Packing
 from chunkllama.ops.rms_norm import rms_norm_reference
 from chunkllama.ops.rope_append import AppendTables, rope_append_reference
@@ -26,7 +25,7 @@ class ReferencePlan:
     attention: AttentionTables
 
 
-class ReferenceOps:
+class ReferenceOps(OpSet):
     """Implements ``OpSet`` in torch; K/V layout [num_chunks, 2, num_kv_heads, chunk_size, head_dim]
     per layer.
     """
@@ -43,28 +42,6 @@ class ReferenceOps:
         """
         return Packing(
             rows_per_item=64, small_rows_per_item=1, target_units=1, num_kv_heads=num_kv_heads
-        )
-
-    def allocate_kv(
-        self,
-        *,
-        num_layers: int,
-        num_chunks: int,
-        chunk_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-    ) -> KVCache:
-        counts = (num_layers, num_chunks, num_kv_heads, head_dim)
-        check_allocate_kv(self.chunk_sizes, chunk_size, *counts)
-        return allocate_kv_reference(
-            num_layers=num_layers,
-            num_chunks=num_chunks,
-            chunk_size=chunk_size,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-            device=self.device,
         )
 
     def upload_plan(self, plan: AttentionPlan, kv: KVCache, *, num_qo_heads: int) -> DevicePlan:
