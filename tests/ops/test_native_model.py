@@ -132,6 +132,32 @@ def test_linears_of_any_number_of_rows(
         assert error <= tolerance, rows
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_of_zero_tiny_uneven_and_broken_rows(
+    level: str, rng: np.random.Generator, dtype: torch.dtype
+) -> None:
+    """A scale holds for 32 weights of a row: an outlier costs its 31 neighbours, nobody else."""
+    spec = replace(SPEC, num_layers=1, hidden_size=128, vocab_size=40)
+    model, _ = make_model(native_ops(dtype, level), spec, random_case(rng, kind="decode"), dtype)
+    head = model.weights.lm_head
+    head[:4] = 0
+    head[1, 64:96] = 1e-40
+    head[2] = 1
+    head[2, 5] = 1e4
+    head[3, 7] = torch.nan
+    native = model.attention.op_set.prepare_model(model, "int8")  # type: ignore[attr-defined]
+    for rows in (1, 5, 40):
+        x = torch.ones(rows, spec.hidden_size)
+        logits = native.logits(x)
+        assert (logits[:, 0] == 0).all()
+        assert (logits[:, 1].abs() < 1e-30).all()
+        assert ((logits[:, 2] - (1e4 + 96)).abs() <= 0.01 * 1e4).all()
+        x[:, :32] = 0
+        assert ((native.logits(x)[:, 2] - 96).abs() <= 0.01 * 96).all()
+        assert logits[:, 3].isnan().all()
+        assert logits[:, 4:].isfinite().all()
+
+
 def test_a_plain_model_runs_through_the_ops_one_by_one(
     level: str, rng: np.random.Generator
 ) -> None:
