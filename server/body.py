@@ -15,8 +15,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError, invalid
 
-# Each object of a body costs some 15 us to check, on the event loop.
+# What a body costs to check, on the event loop: 15 us an object, 7 us a member of a wrong type.
 MAX_OBJECTS = 16_384
+MAX_MEMBERS = 8_192
+# Templates and schemas are walked by recursion.
+MAX_DEPTH = 100
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -36,12 +39,11 @@ def parse_json(raw: bytes) -> Any:
     Raises:
         ApiError: 400 with code invalid_json.
     """
-    if raw.count(b"{") > MAX_OBJECTS:
-        raise invalid(f"The body has more than {MAX_OBJECTS} objects", code="invalid_json")
     try:
         parsed = json.loads(
             raw.decode(), parse_constant=_refuse_constant, parse_float=_finite_float
         )
+        _check_shape(parsed)
         if b"\\u" in raw:
             text = json.dumps(parsed, ensure_ascii=False)
             text.encode()
@@ -52,6 +54,30 @@ def parse_json(raw: bytes) -> Any:
     except (ValueError, RecursionError):
         raise invalid("The request body is not valid JSON", code="invalid_json") from None
     return parsed
+
+
+def _check_shape(value: Any) -> None:
+    """Refuse what is short to send and long to check."""
+    nodes: list[Any] = [[value]]
+    num_objects = 0
+    for _ in range(MAX_DEPTH + 1):
+        members = [len(node) for node in nodes if isinstance(node, dict)]
+        num_objects += len(members)
+        if num_objects > MAX_OBJECTS or max(members, default=0) > MAX_MEMBERS:
+            raise invalid(
+                f"The body has more than {MAX_OBJECTS} objects, or more than {MAX_MEMBERS} "
+                "members in one",
+                code="invalid_json",
+            )
+        nodes = [
+            child
+            for node in nodes
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, (dict, list))
+        ]
+        if not nodes:
+            return
+    raise invalid(f"The body is nested deeper than {MAX_DEPTH} levels", code="invalid_json")
 
 
 def _refuse_nul(value: Any) -> None:

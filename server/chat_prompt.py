@@ -3,20 +3,20 @@ breakpoint."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from chunkllama.errors import InvalidRequestError
-from server.errors import invalid
+from server.body import parse_json
+from server.errors import ApiError, invalid
 from server.prompt_cache import common_prefix
 from server.protocol.chat import ChatCompletionRequest, ChatMessage, ContentPart
 from server.settings import ApiSettings
 from server.text_service import ChatTemplate, Message, TextService, text_size
 from server.tool_prompt import describe_tools, write_calls
 
-# Stands behind a breakpoint in a second rendering: a character no prompt has, so that the two
-# tokenizations part exactly where the reusable prefix ends.
+# Stands behind a breakpoint in a second rendering of the same conversation: a character no prompt
+# has, so that the two tokenizations part exactly where the reusable prefix ends.
 _MARKER = "\ue0ff\u0001"
 
 
@@ -52,10 +52,15 @@ def _content_text(message: ChatMessage, path: str) -> str | None:
     return message.content if message.content is not None else message.refusal
 
 
-def _parse_arguments(arguments: str, path: str) -> dict[str, Any]:
+def parse_arguments(arguments: str, path: str) -> dict[str, Any]:
+    """The arguments of a call.
+
+    Raises:
+        ApiError: 400 for what is not the JSON text of an object.
+    """
     try:
-        parsed = json.loads(arguments or "{}")
-    except ValueError:
+        parsed = parse_json((arguments or "{}").encode())
+    except ApiError:
         parsed = None
     if not isinstance(parsed, dict):
         raise invalid("arguments must be the JSON text of an object", path)
@@ -66,12 +71,12 @@ def _template_calls(message: ChatMessage, path: str) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     for index, call in enumerate(message.tool_calls or ()):
         where = f"{path}.tool_calls[{index}].function.arguments"
-        arguments = _parse_arguments(call.function.arguments, where)
+        arguments = parse_arguments(call.function.arguments, where)
         function = {"name": call.function.name, "arguments": arguments}
         calls.append({"id": call.id, "type": "function", "function": function})
     if message.function_call is not None:
         where = f"{path}.function_call.arguments"
-        arguments = _parse_arguments(message.function_call.arguments, where)
+        arguments = parse_arguments(message.function_call.arguments, where)
         function = {"name": message.function_call.name, "arguments": arguments}
         calls.append({"id": "call_0", "type": "function", "function": function})
     return calls
@@ -180,15 +185,16 @@ class ChatPrompter:
             "continue_final_message": continues,
             "template_kwargs": template_kwargs(body, settings),
         }
+        self._size = text_size([self._messages, self._options])
 
     async def encode(self) -> ChatPrompt:
         """Token ids, and where the last cache breakpoint lies in them."""
-        return await self._text.run(text_size(self._messages), self._encode)
+        return await self._text.run(self._size, self._encode)
 
     async def render(self) -> str:
         """The prompt's text."""
         return await self._text.run(
-            text_size(self._messages),
+            self._size,
             lambda: self._template.render(self._messages, **self._options),
         )
 
@@ -215,6 +221,7 @@ class ChatPrompter:
             _part_text(item, f"messages[{message}].content") for item in content[: part + 1]
         )
         place = message + self._num_added
-        cut = [*self._messages[:place], {**self._messages[place], "content": kept + _MARKER}]
-        options = {**self._options, "continue_final_message": False}
-        return common_prefix(ids, self._template.encode(cut, **options))
+        marked = [*self._messages]
+        text = kept + _MARKER + marked[place]["content"].removeprefix(kept)
+        marked[place] = {**marked[place], "content": text}
+        return common_prefix(ids, self._template.encode(marked, **self._options))

@@ -25,7 +25,7 @@ _DESCRIPTIONS = {
     415: "The body is compressed.",
     429: "The queue is full; Retry-After says when to try again.",
     500: "The request failed; others go on.",
-    503: "Starting, restarting or draining; Retry-After says when to try again.",
+    503: "Starting, restarting, draining or busy; Retry-After says when to try again.",
 }
 Responses = dict[int | str, dict[str, Any]]
 _COMPONENTS = "#/components/schemas/{model}"

@@ -50,7 +50,8 @@ def assistant_message(output: list[OutputItem]) -> ChatMessage:
         else:
             function = CalledFunction(name=item["name"], arguments=item["arguments"])
             calls.append(MessageToolCall(id=item["call_id"], function=function))
-    return ChatMessage(role="assistant", content=text, tool_calls=calls or None)
+    # Not validated: a model may make more calls than a request may carry.
+    return ChatMessage.model_construct(role="assistant", content=text, tool_calls=calls or None)
 
 
 @dataclass(slots=True)
@@ -148,14 +149,13 @@ class ResponseAnswer:
         parsed, rest = parser.feed(piece.text), parser.finish()
         content = parsed.content + rest.content
         calls = whole_calls([*parsed.calls, *rest.calls])
-        status = "incomplete" if piece.finish_reason == "length" else "completed"
         output: list[OutputItem] = []
         if content or not calls:
             message: OutputMessage = {
                 "id": _item_id("msg"),
                 "type": "message",
                 "role": "assistant",
-                "status": cast(Any, status),
+                "status": "completed",
                 "content": [output_text(content, self.logprobs(piece))],
             }
             output.append(message)
@@ -166,9 +166,11 @@ class ResponseAnswer:
                 "call_id": call["id"],
                 "name": call["function"]["name"],
                 "arguments": call["function"]["arguments"],
-                "status": cast(Any, status),
+                "status": "completed",
             }
             output.append(item)
+        if piece.finish_reason == "length":
+            output[-1]["status"] = "incomplete"
         return self.finished(output, piece.finish_reason)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -192,11 +194,7 @@ class ResponseAnswer:
                 raise
             failed = self.response()
             failed["status"] = "failed"
-            api_error = as_api_error(error)
-            failed["error"] = {
-                "code": api_error.code or "server_error",
-                "message": api_error.message,
-            }
+            failed["error"] = {"code": "server_error", "message": as_api_error(error).message}
             failed["output"] = stream.output
             yield stream.event("response.failed", response=failed)
 
@@ -211,6 +209,8 @@ class _EventStream:
         self._sequence_number = 0
         self._reason: str | None = None
         self._is_open = False
+        # Of text that the parser holds back.
+        self._logprobs: list[ChatTokenLogprob] = []
 
     def event(self, event_type: str, **members: Any) -> bytes:
         """One event with the next sequence number."""
@@ -222,15 +222,17 @@ class _EventStream:
         """Events for what a piece adds."""
         parsed = self._parser.feed(piece.text)
         if piece.finish_reason is not None:
-            self._reason = piece.finish_reason
             rest = self._parser.finish()
             parsed = Parsed(parsed.content + rest.content, parsed.calls + rest.calls)
-        logprobs = self._answer.logprobs(piece)
+        self._logprobs += self._answer.logprobs(piece)
         events: list[bytes] = []
-        if parsed.content or (logprobs and self._message() is not None):
-            events += self._add_text(parsed.content, logprobs)
+        if parsed.content or (self._logprobs and self._message() is not None):
+            events += self._add_text(parsed.content, self._logprobs)
+            self._logprobs = []
         for call in parsed.calls:
             events += self._add_call(call)
+            self._logprobs = []
+        self._reason = piece.finish_reason
         return events
 
     def finish(self) -> list[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from server.chat_prompt import parse_arguments
 from server.errors import ApiError, invalid
 from server.protocol.base import SamplingFields
 from server.protocol.chat import (
@@ -66,6 +67,7 @@ def _function_call(item: InputItem, path: str) -> MessageToolCall:
         if getattr(item, name) is None:
             raise invalid(f"A function call needs {name}", f"{path}.{name}")
     assert item.name is not None and item.arguments is not None and item.call_id is not None
+    parse_arguments(item.arguments, f"{path}.arguments")
     function = CalledFunction(name=item.name, arguments=item.arguments)
     return MessageToolCall(id=item.call_id, function=function)
 
@@ -189,9 +191,7 @@ def as_chat(body: ResponseRequest, history: list[ChatMessage]) -> ChatCompletion
         for name in SamplingFields.model_fields.keys() & ResponseRequest.model_fields.keys()
         if name not in ("stream_options", "stream")
     }
-    wants_logprobs = LOGPROBS in (body.include or ())
-    if body.top_logprobs is not None and not wants_logprobs:
-        wants_logprobs = body.top_logprobs > 0
+    wants_logprobs = LOGPROBS in (body.include or ()) or bool(body.top_logprobs)
     return ChatCompletionRequest.model_construct(
         **shared,
         messages=messages,
@@ -202,7 +202,7 @@ def as_chat(body: ResponseRequest, history: list[ChatMessage]) -> ChatCompletion
         response_format=_response_format(body),
         reasoning_effort=body.reasoning.effort if body.reasoning is not None else None,
         logprobs=wants_logprobs,
-        top_logprobs=body.top_logprobs,
+        top_logprobs=body.top_logprobs if wants_logprobs else None,
         service_tier=body.service_tier,
         metadata=body.metadata,
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
-from server.errors import invalid
+from server.errors import invalid, unavailable
 
 T = TypeVar("T")
 Message = dict[str, Any]
@@ -90,7 +90,7 @@ class TextService:
         """``work()`` here when the text is short, else in the worker thread.
 
         Raises:
-            ApiError: 400 when the time limit passes.
+            ApiError: 503 when the time limit passes: the texts of others come first.
         """
         if size <= self._offload_bytes:
             return work()
@@ -99,7 +99,7 @@ class TextService:
             async with asyncio.timeout(self._time_limit):
                 return await future
         except TimeoutError:
-            raise invalid("The text takes too long to tokenize; send a shorter one") from None
+            raise unavailable("Too many long texts are being tokenized", "tokenizer_busy") from None
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a prompt; special-token strings in it are read as special tokens."""
@@ -130,14 +130,15 @@ class TextService:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def text_size(messages: list[Message]) -> int:
-    """Characters of a conversation, to decide where to tokenize it."""
-    size = 0
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, str):
-            size += len(content)
-        elif content:
-            size += sum(len(part.get("text") or "") for part in content)
-        size += sum(len(str(call)) for call in message.get("tool_calls") or ())
+def text_size(value: Any) -> int:
+    """Characters of all strings in plain data, to decide where to tokenize it."""
+    size, pending = 0, [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            size += len(item)
+        elif isinstance(item, dict):
+            pending += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            pending += item
     return size

@@ -51,7 +51,7 @@ class IncompleteDetails(TypedDict):
 class ResponseError(TypedDict):
     """Why a response failed."""
 
-    code: str
+    code: Literal["server_error"]
     message: str
 
 

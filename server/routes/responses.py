@@ -38,6 +38,8 @@ _PARAM_NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
     "response_format.json_schema.schema": "text.format.schema",
+    "tool_choice.function.name": "tool_choice.name",
+    "tool_choice.allowed_tools.tools": "tool_choice.tools",
 }
 
 
@@ -73,7 +75,10 @@ async def prepare(body: ResponseRequest, context: ServerContext, info: RequestIn
 
 def in_own_words(error: ApiError) -> ApiError:
     """Name the field as this endpoint calls it."""
-    error.param = _PARAM_NAMES.get(error.param or "", error.param)
+    param = error.param or ""
+    error.param = _PARAM_NAMES.get(param, error.param)
+    if param.startswith("messages["):  # the input's own were checked when they were translated
+        error.param = "previous_response_id"
     return error
 
 
@@ -102,12 +107,12 @@ async def create_response(
             msgspec.structs.replace(engine, request_id=f"resp_{uuid.uuid4().hex}"),
             context.text.tokenizer,
             context.metrics,
+            tenant=info.tenant,
             param_names={"prompt": "input", "max_tokens": "max_output_tokens"},
             on_pin=info.name_pin,
         ),
         tools=prepared.tools,
         formatter=LogprobFormatter(context.text.tokenizer, as_token_ids=False),
-            tenant=info.tenant,
         wants_logprobs=bool(prepared.chat.logprobs),
         on_finished=keep,
     )

@@ -9,6 +9,7 @@ from fake_engine import MODEL
 
 from chunkllama.errors import RequestFailedError
 from server.protocol.chat import ChatMessage
+from server.response_answer import assistant_message
 from server.response_store import ResponseStore, StoredResponse
 
 CALL = '{"name": "add", "arguments": {"a": 1}}'
@@ -163,7 +164,8 @@ def test_incomplete_and_failed_events(server, client):
     server.engine.fail_after = (2, RequestFailedError("boom", "model_nan"))
     events = list(client.responses.create(model=MODEL, input="say(abcd)yas", stream=True))
     assert events[-1].type == "response.failed"
-    assert events[-1].response.error.message == "boom"
+    error = events[-1].response.error
+    assert (error.code, error.message) == ("server_error", "boom")
 
 
 def test_empty_answer_is_an_empty_message(client):
@@ -192,6 +194,55 @@ def test_logprobs(client):
     logprobs = response.output[0].content[0].logprobs
     assert [entry.token for entry in logprobs][:2] == ["a", "b"]
     assert len(logprobs[0].top_logprobs) == 2
+
+
+def test_logprobs_of_text_that_might_have_been_a_call(client):
+    def ask(**options):
+        fields = {"model": MODEL, "input": "say(<tool> hi)yas", "tools": TOOLS, **options}
+        return client.responses.create(**fields, include=["message.output_text.logprobs"])
+
+    whole = ask()
+    *_, last = ask(stream=True)
+    for response in (whole, last.response):
+        assert len(response.output[0].content[0].logprobs) == response.usage.output_tokens
+
+
+def test_top_logprobs_0_asks_for_nothing(client):
+    response = client.responses.create(model=MODEL, input="say(ab)yas", top_logprobs=0)
+    assert response.output[0].content[0].logprobs == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_of_two_calls_the_last_is_incomplete(client, stream):
+    answer = client.responses.create(
+        model=MODEL,
+        input=f"say([{CALL}, {CALL}])yas",
+        tools=TOOLS,
+        tool_choice="required",
+        max_output_tokens=len(CALL) + 30,
+        stream=stream,
+    )
+    response = list(answer)[-1].response if stream else answer
+    assert [item.status for item in response.output] == ["completed", "incomplete"]
+
+
+def test_an_answer_may_have_more_calls_than_a_request():
+    call = {"type": "function_call", "call_id": "c", "name": "add", "arguments": "{}"}
+    message = assistant_message([call] * 200)  # type: ignore[list-item]
+    assert len(message.tool_calls or ()) == 200
+
+
+def test_a_call_cut_short_cannot_be_gone_on_from(client):
+    first = client.responses.create(
+        model=MODEL,
+        input=f"say([{CALL}])yas",
+        tools=TOOLS,
+        tool_choice="required",
+        max_output_tokens=len(CALL) - 5,
+    )
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(model=MODEL, input="go on", previous_response_id=first.id)
+    assert caught.value.param == "previous_response_id"
 
 
 def test_input_tokens(client):
@@ -232,6 +283,18 @@ def test_tenants_do_not_see_each_other(start_server):
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "g"}}, "tool_choice.name"),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": {"type": "allowed_tools", "tools": [{"name": "g"}]},
+            },
+            "tool_choice.tools",
+        ),
+        (
+            {"input": [{"type": "function_call", "call_id": "x", "name": "f", "arguments": "["}]},
+            "input[0].arguments",
+        ),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"stream_options": {}}, "stream_options"),
         ({"truncation": "maybe"}, "truncation"),

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from server.app import create_app
 from server.errors import ApiError
 from server.settings import ApiSettings
-from server.text_service import TextService
+from server.text_service import TextService, text_size
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
@@ -64,12 +64,19 @@ def test_long_texts_leave_the_event_loop(text_parts):
     assert there.startswith("text")
 
 
-def test_texts_that_take_too_long_are_refused(text_parts):
+def test_every_string_of_a_conversation_counts():
+    message = {"role": "user", "content": "abc", "reasoning_content": "de"}
+    tools = [{"function": {"name": "f", "parameters": {"x": [1, "gh", None]}}}]
+    assert text_size([message]) == len("roleusercontentabcreasoning_contentde")
+    assert text_size([message, tools]) == text_size([message]) + len("functionnamefparametersxgh")
+
+
+def test_texts_that_wait_too_long_may_come_again(text_parts):
     tokenizer, _ = text_parts
     service = TextService(tokenizer, None, offload_bytes=0, time_limit=0.05)
     with pytest.raises(ApiError) as caught:
         asyncio.run(service.run(1, lambda: time.sleep(0.3)))
-    assert caught.value.status_code == 400
+    assert (caught.value.status_code, caught.value.code) == (503, "tokenizer_busy")
 
 
 def test_function_call_of_an_old_client(server, text_parts):

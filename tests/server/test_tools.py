@@ -227,3 +227,25 @@ def test_breakpoint_is_exact_behind_described_tools(start_server, text_parts):
     request = server.engine.requests[0]
     stored = text_parts[0].decode(request.prompt_token_ids[: request.cache_until])
     assert stored.endswith("<user>stable")
+
+
+WANTS_A_USER = (
+    "{% if messages | length == 1 %}{{ raise_exception('no user message') }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }} of {{ messages | length }}>{{ m.content | trim }}"
+    "{% endfor %}<assistant>"
+)
+
+
+def test_breakpoint_where_the_template_looks_ahead(start_server, text_parts):
+    server = start_server(trust_request_chat_template=True)
+    part = {"type": "text", "text": "rules", "prompt_cache_breakpoint": {"mode": "explicit"}}
+    body = {
+        "model": MODEL,
+        "chat_template": WANTS_A_USER,
+        "messages": [{"role": "system", "content": [part]}, {"role": "user", "content": "hi"}],
+        "prompt_cache_options": {"mode": "explicit"},
+    }
+    assert server.post("/v1/chat/completions", body).status_code == 200
+    request = server.engine.requests[0]
+    stored = text_parts[0].decode(request.prompt_token_ids[: request.cache_until])
+    assert stored == "<system of 2>rules"
