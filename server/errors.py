@@ -191,7 +191,8 @@ def from_http_exception(error: HTTPException) -> ApiError:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Every exception of every route becomes an OpenAI error body."""
+    """Every exception that is foreseen becomes an OpenAI error body; RequestInfoMiddleware answers
+    the others."""
 
     async def on_validation(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -212,4 +213,3 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http)
     for known in (InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError):
         app.add_exception_handler(known, on_any)
-    app.add_exception_handler(Exception, on_any)

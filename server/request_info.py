@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chunkllama.logger import request_id_context
-from server.errors import ApiError
+from server.errors import ApiError, as_api_error
 
 _CLEAN_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _UNCLEAN_FIELD = re.compile(r"[^A-Za-z0-9_.\[\]-]")
@@ -49,7 +49,8 @@ class RequestInfoMiddleware:
     """Gives each request an id and each response ``x-request-id`` and ``openai-processing-ms``.
 
     A client's own x-request-id is echoed if it is clean, else replaced. Compressed bodies
-    are refused here. A path may begin with the ``root_path`` that a proxy has not stripped.
+    are refused here, and what no handler foresaw is answered here, so that it has an id too.
+    A path may begin with the ``root_path`` that a proxy has not stripped.
     """
 
     def __init__(self, app: ASGIApp, root_path: str, on_refusal: Callable[[int], None]) -> None:
@@ -73,8 +74,12 @@ class RequestInfoMiddleware:
         if self._root_path:
             scope["root_path"] = self._root_path
 
+        has_begun = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
+                has_begun = True
                 if message["status"] >= 400:
                     self._on_refusal(message["status"])
                 elapsed_ms = int((time.monotonic() - info.started) * 1000)
@@ -93,4 +98,9 @@ class RequestInfoMiddleware:
             error = ApiError(415, "Compressed request bodies are not accepted")
             await error.response()(scope, receive, send_with_headers)
             return
-        await self._app(scope, receive, send_with_headers)
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception as error:
+            if has_begun:
+                raise
+            await as_api_error(error).response()(scope, receive, send_with_headers)

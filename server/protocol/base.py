@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+# Of a long list of wrong values the first is told of: each complaint costs microseconds.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(fail_fast=True)]
 LogitBias = Annotated[float, Field(ge=-100, le=100)]
 MAX_TOKENS = 2**31 - 1
 REFUSED = "Refused."
@@ -30,8 +31,9 @@ def walk_fields(
     model: BaseModel, prefix: str = ""
 ) -> Iterator[tuple[str, Literal["unknown", "refused"]]]:
     """Paths of the fields a client sent that no model knows, or that are known and not served."""
-    for name in model.model_extra or ():
-        yield f"{prefix}{name}", "unknown"
+    for name, value in (model.model_extra or {}).items():
+        if value is not None:
+            yield f"{prefix}{name}", "unknown"
     fields = type(model).model_fields
     for name in sorted(model.model_fields_set & fields.keys()):
         value = getattr(model, name)
@@ -164,9 +166,7 @@ class SamplingFields(CacheFields):
         default=None,
         description="Honoured: up to 4 strings of 1 to 256 characters, not in the text.",
     )
-    stop_token_ids: list[TokenId] | None = Field(
-        default=None, max_length=256, description="Honoured."
-    )
+    stop_token_ids: TokenIds | None = Field(default=None, max_length=256, description="Honoured.")
     include_stop_str_in_output: bool | None = Field(default=None, description="Honoured.")
     ignore_eos: bool | None = Field(default=None, description="Honoured.")
     min_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS, description="Honoured.")
@@ -174,7 +174,7 @@ class SamplingFields(CacheFields):
     bad_words: list[StopString] | None = Field(
         default=None, max_length=64, description="Honoured: these words are never generated."
     )
-    allowed_token_ids: list[TokenId] | None = Field(
+    allowed_token_ids: TokenIds | None = Field(
         default=None,
         min_length=1,
         max_length=65536,
@@ -220,5 +220,14 @@ class SamplingFields(CacheFields):
     stream_interval: int | None = Field(
         default=None, ge=1, le=1024, description="Ignored: each step's tokens are sent at once."
     )
+    # Ignored, these would change what is answered: constraints and prompts by other names.
+    guided_json: Any = Field(default=None, description="Refused.")
+    guided_regex: Any = Field(default=None, description="Refused.")
+    guided_choice: Any = Field(default=None, description="Refused.")
+    guided_grammar: Any = Field(default=None, description="Refused.")
+    regex: Any = Field(default=None, description="Refused.")
+    ebnf: Any = Field(default=None, description="Refused.")
+    prompt_token_ids: Any = Field(default=None, description="Refused.")
+    input_ids: Any = Field(default=None, description="Refused.")
     kv_transfer_params: Any = Field(default=None, description="Refused.")
     vllm_xargs: Any = Field(default=None, description="Refused.")

@@ -7,16 +7,16 @@ from typing import Annotated, Literal, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from server.protocol.base import MAX_TOKENS, SamplingFields, TokenId
+from server.protocol.base import MAX_TOKENS, SamplingFields, TokenIds
 from server.protocol.chat import PromptLogprob, ResponseFormat
 from server.protocol.usage import CompletionUsage
 
-PromptIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**20)]
+PromptIds = Annotated[TokenIds, Field(min_length=1, max_length=2**20)]
 Prompt = (
     str
     | PromptIds
     | Annotated[list[str], Field(min_length=1, max_length=1024)]
-    | Annotated[list[PromptIds], Field(min_length=1, max_length=1024)]
+    | Annotated[list[PromptIds], Field(min_length=1, max_length=1024, fail_fast=True)]
 )
 
 

@@ -7,15 +7,15 @@ from typing import Annotated, Literal
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from server.protocol.base import CacheFields, TokenId
+from server.protocol.base import CacheFields, TokenIds
 from server.protocol.usage import EmbeddingUsage
 
-InputIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**20)]
+InputIds = Annotated[TokenIds, Field(min_length=1, max_length=2**20)]
 EmbeddingInput = (
     str
     | InputIds
     | Annotated[list[str], Field(min_length=1, max_length=2048)]
-    | Annotated[list[InputIds], Field(min_length=1, max_length=2048)]
+    | Annotated[list[InputIds], Field(min_length=1, max_length=2048, fail_fast=True)]
 )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from server.protocol.base import RequestModel, TokenId
+from server.protocol.base import RequestModel, TokenIds
 from server.protocol.chat import ChatMessage, ChatTool
 
 
@@ -52,7 +52,7 @@ class DetokenizeRequest(RequestModel):
     model: str | None = Field(
         default=None, description="Honoured: a served model name; another is 404."
     )
-    tokens: list[TokenId] = Field(max_length=2**20, description="Honoured: ids of the vocabulary.")
+    tokens: TokenIds = Field(max_length=2**20, description="Honoured: ids of the vocabulary.")
     skip_special_tokens: bool | None = Field(default=None, description="Honoured. Default false.")
 
 

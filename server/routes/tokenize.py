@@ -54,7 +54,8 @@ async def tokenize(body: TokenizeRequest, request: Request, context: Context) ->
         ids = await _messages_ids(body, context)
     strings = None
     if body.return_token_strs:
-        strings = [context.text.tokenizer.token_str(token_id) for token_id in ids]
+        tokenizer = context.text.tokenizer
+        strings = await context.text.run(len(ids), lambda: [tokenizer.token_str(i) for i in ids])
     result: TokenizeResponse = {
         "count": len(ids),
         "max_model_len": context.engine.info.max_model_len,

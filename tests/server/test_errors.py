@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import openai
+import pydantic
 import pytest
 from fake_engine import MODEL
 
@@ -12,6 +13,9 @@ from chunkllama.errors import (
     OverloadedError,
     RequestFailedError,
 )
+from server.protocol.completions import CompletionRequest
+from server.protocol.embeddings import EmbeddingRequest
+from server.protocol.tokenize import DetokenizeRequest
 
 PATH = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
@@ -37,7 +41,14 @@ def check_error(response, status: int, param: str | None = None) -> dict:
 
 
 TOOL = {"type": "function", "function": {"name": "f"}}
-CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[1]"}}
+
+
+def called(arguments: str) -> dict:
+    function = {"name": "f", "arguments": arguments}
+    calls = [{"id": "1", "type": "function", "function": function}]
+    return {"messages": [{"role": "assistant", "tool_calls": calls}]}
+
+
 REFUSED = [
     ({"messages": []}, "messages"),
     ({"messages": None}, "messages"),
@@ -45,10 +56,10 @@ REFUSED = [
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [*HELLO, {"role": "assistant"}]}, "messages[1].content"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
-    (
-        {"messages": [{"role": "assistant", "tool_calls": [CALL]}]},
-        "messages[0].tool_calls[0].function.arguments",
-    ),
+    (called("[1]"), "messages[0].tool_calls[0].function.arguments"),
+    (called("[" * 100_000), "messages[0].tool_calls[0].function.arguments"),
+    (called('{"a": "\\ud800"}'), "messages[0].tool_calls[0].function.arguments"),
+    (called('{"a": NaN}'), "messages[0].tool_calls[0].function.arguments"),
     (user([{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x"}}]),
      "messages[0].content[0]"),
     (user([{"type": "text", "text": "a"}, {"type": "input_audio"}]), "messages[0].content[1]"),
@@ -209,6 +220,41 @@ def test_bodies_of_too_many_objects_are_refused(server):
     assert check_error(response, 400)["code"] == "invalid_json"
 
 
+def test_braces_in_a_text_are_no_objects(server):
+    error = check_error(server.chat("{" * 20_000), 400, "messages")
+    assert error["code"] == "context_length_exceeded"
+
+
+def test_objects_of_too_many_members_are_refused(server):
+    response = server.chat(metadata={str(i): 1 for i in range(10_000)})
+    assert check_error(response, 400)["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize("depth", [101, 300, 600, 800])
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_bodies_nested_too_deeply_are_refused(server, depth, choice):
+    schema: dict = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    error = check_error(server.chat(tools=[tool], tool_choice=choice), 400)
+    assert error["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize("wrong", [["a"] * 50_000, [["a"] * 50] * 1000, [1.5] * 50_000])
+def test_of_many_wrong_values_few_are_told_of(wrong):
+    """Each complaint costs microseconds of the event loop."""
+    for model, field in (
+        (CompletionRequest, "prompt"),
+        (EmbeddingRequest, "input"),
+        (DetokenizeRequest, "tokens"),
+        (CompletionRequest, "allowed_token_ids"),
+    ):
+        with pytest.raises(pydantic.ValidationError) as caught:
+            model.model_validate({"model": MODEL, field: wrong})
+        assert caught.value.error_count() < 3000
+
+
 def test_escaped_backslash_before_u0000_is_text(server):
     raw = b'{"model":"org/tiny","messages":[{"role":"user","content":"a\\\\u0000b"}]}'
     assert send_raw(server, raw).status_code == 200
@@ -275,6 +321,7 @@ def test_engine_errors(server, error, status, code, stream):
     response = server.chat(stream=stream)
     assert response.status_code == status
     assert response.json()["error"]["code"] == code
+    assert response.headers["x-request-id"]
     assert "secret" not in response.text
     if status in (429, 503):
         assert 1 <= int(response.headers["retry-after"]) <= 30
@@ -303,6 +350,8 @@ def test_strict_mode_refuses_unknown_fields(start_server):
     message = {"role": "user", "content": "x", "mood": 1}
     response = strict.post(PATH, {"model": MODEL, "messages": [message]})
     assert check_error(response, 400, "messages[0].mood")["code"] == "unknown_field"
+    answer = {"role": "assistant", "content": "x", "annotations": None}
+    assert strict.post(PATH, {"model": MODEL, "messages": [answer]}).status_code == 200
     ttl = {"prompt_cache_options": {"ttl": "5m"}}
     check_error(strict.chat(**ttl), 400, "prompt_cache_options.ttl")
     assert strict.chat(prompt_cache_options={"ttl": "30m"}).status_code == 200

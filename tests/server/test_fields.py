@@ -60,8 +60,11 @@ WITHOUT_EFFECT = {
     "safety_identifier": "x" * 64,
     "add_special_tokens": False,
 }
-REFUSED = ("kv_transfer_params", "vllm_xargs", "audio", "web_search_options", "moderation",
-           "documents")  # fmt: skip
+REFUSED = (
+    "kv_transfer_params", "vllm_xargs", "audio", "web_search_options", "moderation", "documents",
+    "guided_json", "guided_regex", "guided_choice", "guided_grammar", "regex", "ebnf",
+    "prompt_token_ids", "input_ids",
+)  # fmt: skip
 
 
 def sent(server, **fields):
@@ -79,7 +82,7 @@ def test_every_chat_field_is_tested():
 
 def test_every_completion_field_is_tested():
     tested = {*SAMPLING, *CHAT_ELSEWHERE, *CHAT_BELOW, *WITHOUT_EFFECT, *REFUSED}
-    own = {"prompt", "best_of", "suffix"}  # test_completions
+    own = {"prompt", "best_of", "suffix"}  # test_completions; add_special_tokens: test_other_fields
     assert set(CompletionRequest.model_fields) <= tested | own
 
 
