@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from chunkllama.outputs import TokenLogprob
 from server.generation import Generation, Piece
-from server.logprobs import LogprobFormatter
+from server.logprobs import LogprobFormatter, TextOffsets
 from server.protocol.completions import (
     Completion,
     CompletionChoice,
@@ -20,6 +20,9 @@ from server.protocol.completions import (
 )
 from server.protocol.usage import CompletionUsage, completion_usage
 from server.streaming import DONE, gather_or_cancel, sse
+
+# Prompts of one request in the engine at once, so that a long list leaves its queue to others.
+MAX_AT_ONCE = 64
 
 
 @dataclass(slots=True)
@@ -37,6 +40,7 @@ class CompletionAnswer:
     formatter: LogprobFormatter
     fingerprint: str
     created: int = field(default_factory=lambda: int(time.time()))
+    _slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_AT_ONCE))
 
     @property
     def _n(self) -> int:
@@ -62,11 +66,16 @@ class CompletionAnswer:
         }
 
     async def whole(self) -> Completion:
-        """Run all prompts at once; one that fails ends them all."""
-        collected = await gather_or_cancel([g.collect() for g in self.generations])
+        """Run all prompts; one that fails ends them all."""
+
+        async def collect(generation: Generation) -> list[Piece]:
+            async with self._slots:
+                return await generation.collect()
+
+        collected = await gather_or_cancel([collect(g) for g in self.generations])
         completion = self._completion(
             [
-                self._choice(number, piece, is_first=True)
+                self._choice(number, piece, self._offsets(number), is_first=True)
                 for number, pieces in enumerate(collected)
                 for piece in pieces
             ]
@@ -74,8 +83,14 @@ class CompletionAnswer:
         completion["usage"] = self.usage()
         return completion
 
+    def _offsets(self, number: int) -> TextOffsets:
+        """Of one choice, whose text begins with the prompt or behind it."""
+        request = self.generations[number].request
+        before = () if self.body.echo else request.prompt_token_ids
+        return self.formatter.offsets(before, request.sampling.skip_special_tokens)
+
     def _choice(
-        self, number: int, shown: Piece, *, is_first: bool, offset: int = 0
+        self, number: int, shown: Piece, offsets: TextOffsets, *, is_first: bool
     ) -> CompletionChoice:
         """A choice or its next chunk; ``is_first`` puts what belongs to the prompt before it."""
         generation = self.generations[number]
@@ -85,7 +100,7 @@ class CompletionAnswer:
             "text": prompt_text + shown.text,
             "index": number * self._n + shown.index,
             "finish_reason": cast(Any, shown.finish_reason),
-            "logprobs": self._logprobs(generation, shown, echoes, offset),
+            "logprobs": self._logprobs(generation, shown, offsets, echoes),
         }
         if shown.stop_reason is not None:
             choice["stop_reason"] = shown.stop_reason
@@ -98,7 +113,7 @@ class CompletionAnswer:
         return choice
 
     def _logprobs(
-        self, generation: Generation, shown: Piece, echoes: bool, offset: int
+        self, generation: Generation, shown: Piece, offsets: TextOffsets, echoes: bool
     ) -> CompletionLogprobs | None:
         if self.body.logprobs is None:
             return None
@@ -109,27 +124,24 @@ class CompletionAnswer:
             token_ids += generation.request.prompt_token_ids
         entries += shown.logprobs
         token_ids += shown.token_ids
-        return self.formatter.completion(entries, token_ids, offset)
+        return self.formatter.completion(entries, token_ids, offsets)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events of all prompts as their steps produce them, usage if asked, [DONE]."""
         options = self.body.stream_options
         wants_usage = options is not None and bool(options.include_usage)
         continuous = options is not None and bool(options.continuous_usage_stats)
-        offsets: dict[tuple[int, int], int] = {}
+        begun: dict[tuple[int, int], TextOffsets] = {}
         async with aclosing(self._merged()) as merged:
             async for number, pieces in merged:
-                if (number, 0) not in offsets:
+                if (number, 0) not in begun:
                     pieces = self._with_starts(pieces)
                 for piece in pieces:
                     key = (number, piece.index)
-                    choice = self._choice(
-                        number,
-                        piece,
-                        is_first=key not in offsets,
-                        offset=offsets.get(key, 0),
-                    )
-                    offsets[key] = offsets.get(key, 0) + len(choice["text"])
+                    is_first = key not in begun
+                    if is_first:
+                        begun[key] = self._offsets(number)
+                    choice = self._choice(number, piece, begun[key], is_first=is_first)
                     chunk = self._completion([choice])
                     if wants_usage:
                         chunk["usage"] = self.usage() if continuous else None
@@ -151,7 +163,7 @@ class CompletionAnswer:
 
         async def pump(number: int, generation: Generation) -> None:
             try:
-                async with aclosing(generation.pieces()) as stream:
+                async with self._slots, aclosing(generation.pieces()) as stream:
                     async for pieces in stream:
                         await queue.put((number, pieces))
                 await queue.put((number, None))

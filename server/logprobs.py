@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 from chunkllama.outputs import TokenLogprob
+from chunkllama.text.detokenizer import IncrementalDetokenizer
 from server.protocol.chat import ChatLogprobs, ChatTokenLogprob, PromptLogprob
 from server.protocol.completions import CompletionLogprobs
 from server.text_service import Tokenizer
@@ -15,6 +17,28 @@ _LOWEST = -9999.0
 
 def _finite(logprob: float) -> float:
     return max(logprob, _LOWEST)
+
+
+class TextOffsets:
+    """Where each token of a growing text begins, in characters.
+
+    Args:
+        before: tokens in front of the text, which are no part of it.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, before: Sequence[int], skip_special_tokens: bool
+    ) -> None:
+        self._detokenizer = IncrementalDetokenizer(
+            cast(Any, tokenizer), skip_special_tokens, before
+        )
+        self._end = 0
+
+    def add(self, token_id: int) -> int:
+        """The next token's; a later part of a character begins where the character does."""
+        begin = self._end
+        self._end += len(self._detokenizer.add([token_id]))
+        return begin
 
 
 class LogprobFormatter:
@@ -52,14 +76,17 @@ class LogprobFormatter:
         ]
         return {"content": content, "refusal": None}
 
-    def completion(
-        self, entries: Sequence[TokenLogprob | None], token_ids: Sequence[int], offset: int
-    ) -> CompletionLogprobs:
-        """Parallel lists; an entry is None for the prompt's first token, which nothing predicts.
+    def offsets(self, before: Sequence[int], skip_special_tokens: bool) -> TextOffsets:
+        """For ``completion``, one for each choice."""
+        return TextOffsets(self._tokenizer, before, skip_special_tokens)
 
-        Args:
-            offset: characters before the first token, in the text the client sees.
-        """
+    def completion(
+        self,
+        entries: Sequence[TokenLogprob | None],
+        token_ids: Sequence[int],
+        offsets: TextOffsets,
+    ) -> CompletionLogprobs:
+        """Parallel lists; an entry is None for the prompt's first token, which nothing predicts."""
         result: CompletionLogprobs = {
             "tokens": [],
             "token_logprobs": [],
@@ -68,15 +95,15 @@ class LogprobFormatter:
         }
         for entry, token_id in zip(entries, token_ids, strict=True):
             result["tokens"].append(self.token(token_id))
-            result["text_offset"].append(offset)
-            offset += len(self._tokenizer.token_bytes(token_id).decode(errors="replace"))
+            result["text_offset"].append(offsets.add(token_id))
             if entry is None:
                 result["token_logprobs"].append(None)
                 result["top_logprobs"].append(None)
                 continue
             result["token_logprobs"].append(_finite(entry.logprob))
-            top = {self.token(other): _finite(logprob) for other, logprob in entry.top}
-            top.setdefault(self.token(entry.token_id), _finite(entry.logprob))
+            top = {self.token(entry.token_id): _finite(entry.logprob)}
+            for other, logprob in entry.top:  # parts of characters may have one text
+                top.setdefault(self.token(other), _finite(logprob))
             result["top_logprobs"].append(top)
         return result
 

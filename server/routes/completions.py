@@ -104,8 +104,9 @@ async def completion_sampling(
     if grammar is not None:
         await context.grammars.check(grammar, param)
     scores_prompt = max_tokens == 0 or (body.echo and body.logprobs is not None)
-    if scores_prompt and body.prompt_logprobs is None:
-        body = body.model_copy(update={"prompt_logprobs": body.logprobs or 0})
+    if scores_prompt:
+        num_top = max(body.prompt_logprobs or 0, body.logprobs or 0)
+        body = body.model_copy(update={"prompt_logprobs": num_top})
     return sampling_params(
         body,
         context.settings,
@@ -144,8 +145,8 @@ async def create_completion(
             ),
             context.text.tokenizer,
             context.metrics,
-            continues_prompt=True,
             tenant=info.tenant,
+            continues_prompt=True,
             param_names={"beam_width": "n"},
             on_pin=info.name_pin,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import openai
 import pytest
@@ -54,6 +55,50 @@ def test_logprobs(client):
     assert logprobs.token_logprobs[:2] == [-0.25, -0.25]
     assert logprobs.top_logprobs[0] == {"a": -0.25, "b": -0.5}
     assert logprobs.text_offset[:2] == [0, 1]
+
+
+def test_text_offsets_count_the_characters_of_the_text(client, text_parts):
+    tokenizer, _ = text_parts
+    ids = [tokenizer.bos_token_id, *tokenizer.encode("say(aéb)yas")]
+    answer = client.completions.create(model=MODEL, prompt=ids, echo=True, logprobs=0)
+    choice = answer.choices[0]
+    assert choice.text == "say(aéb)yasaéb"
+    assert choice.logprobs.text_offset[:9] == [0, 0, 1, 2, 3, 4, 5, 5, 6]
+    assert choice.logprobs.text_offset[-5:] == [11, 12, 12, 13, 14]
+    stream = client.completions.create(model=MODEL, prompt=ids, logprobs=0, stream=True)
+    chunks = [chunk.choices[0] for chunk in stream]
+    assert [o for chunk in chunks for o in chunk.logprobs.text_offset] == [0, 1, 1, 2, 3]
+
+
+def test_of_tokens_with_one_text_the_generated_one_counts(client):
+    answer = client.completions.create(model=MODEL, prompt="say(é)yas", logprobs=3)
+    first = answer.choices[0].logprobs
+    assert first.tokens[0] == "\ufffd"
+    assert first.top_logprobs[0]["\ufffd"] == first.token_logprobs[0]
+
+
+def test_echoed_tokens_have_as_many_alternatives_as_asked_for(server):
+    body = complete(server, "ab", echo=True, max_tokens=0, logprobs=4, prompt_logprobs=1).json()
+    assert len(body["choices"][0]["logprobs"]["top_logprobs"][1]) == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_many_prompts_leave_room_in_the_queue(server, stream):
+    server.engine.delay = 0.02
+    most, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.001):
+            most = max(most, len(server.engine.live))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    response = complete(server, ["say(x)yas"] * 150, stream=stream)
+    done.set()
+    watcher.join()
+    assert response.text.count('"finish_reason":"stop"') == 150
+    assert 1 < most <= 64
 
 
 def test_echo_with_max_tokens_0_scores_the_prompt(client):
