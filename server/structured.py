@@ -62,9 +62,11 @@ def _from_json_field(value: str | dict[str, Any], param: str) -> GrammarSpec:
     return GrammarSpec(kind="json_schema", text=check_schema(value, param))
 
 
-def from_structured_outputs(outputs: StructuredOutputs) -> GrammarSpec | None:
-    """Raises:
-    ApiError: 400 unless exactly one constraint is there, or when it is too large.
+def from_structured_outputs(outputs: StructuredOutputs) -> tuple[GrammarSpec, str]:
+    """The constraint, and the field that gives it.
+
+    Raises:
+        ApiError: 400 unless exactly one constraint is there, or when it is too large.
     """
     given = {
         "json": outputs.json_,
@@ -80,51 +82,55 @@ def from_structured_outputs(outputs: StructuredOutputs) -> GrammarSpec | None:
         )
     param = f"structured_outputs.{kinds[0]}"
     if outputs.json_ is not None:
-        return _from_json_field(outputs.json_, param)
+        return _from_json_field(outputs.json_, param), param
     if outputs.regex is not None:
         _check_size(outputs.regex, MAX_REGEX_CHARS, param)
-        return GrammarSpec(kind="regex", text=outputs.regex)
+        return GrammarSpec(kind="regex", text=outputs.regex), param
     if outputs.choice is not None:
         text = json.dumps(outputs.choice)
         _check_size(text, MAX_GRAMMAR_CHARS, param)
-        return GrammarSpec(kind="choice", text=text)
+        return GrammarSpec(kind="choice", text=text), param
     if outputs.grammar is not None:
         _check_size(outputs.grammar, MAX_GRAMMAR_CHARS, param)
-        return GrammarSpec(kind="lark", text=outputs.grammar)
-    return GrammarSpec(kind="json_object", text="")
+        return GrammarSpec(kind="lark", text=outputs.grammar), param
+    return GrammarSpec(kind="json_object", text=""), param
 
 
-def from_response_format(response_format: ResponseFormat) -> GrammarSpec | None:
-    """Raises:
-    ApiError: 400 for json_schema without a schema, or one that is too large.
+def from_response_format(response_format: ResponseFormat) -> tuple[GrammarSpec | None, str]:
+    """The constraint, if it is one, and the field that gives it.
+
+    Raises:
+        ApiError: 400 for json_schema without a schema, or one that is too large.
     """
     if response_format.type == "text":
-        return None
+        return None, "response_format"
     if response_format.type == "json_object":
-        return GrammarSpec(kind="json_object", text="")
+        return GrammarSpec(kind="json_object", text=""), "response_format"
     description = response_format.json_schema
     if description is None:
         raise invalid("json_schema is missing", "response_format.json_schema")
     if description.schema_ is None:
-        return GrammarSpec(kind="json_object", text="")
+        return GrammarSpec(kind="json_object", text=""), "response_format"
     param = "response_format.json_schema.schema"
-    return GrammarSpec(kind="json_schema", text=check_schema(description.schema_, param))
+    return GrammarSpec(kind="json_schema", text=check_schema(description.schema_, param)), param
 
 
 def grammar_of(
     response_format: ResponseFormat | None, outputs: StructuredOutputs | None
 ) -> tuple[GrammarSpec | None, str]:
-    """The constraint a request asks for, and the field that asks.
+    """The constraint a request asks for, and the exact field that asks.
 
     Raises:
         ApiError: 400 for two constraints, or one that is malformed.
     """
-    from_format = from_response_format(response_format) if response_format else None
+    grammar, param = None, "response_format"
+    if response_format is not None:
+        grammar, param = from_response_format(response_format)
     if outputs is None:
-        return from_format, "response_format"
-    if from_format is not None:
+        return grammar, param
+    if grammar is not None:
         raise invalid("Send response_format or structured_outputs, not both", "structured_outputs")
-    return from_structured_outputs(outputs), "structured_outputs"
+    return from_structured_outputs(outputs)
 
 
 class GrammarCompiler:

@@ -110,13 +110,14 @@ class _CallObject:
     def _begin_value(self) -> None:
         self._key = _loads(self.raw[self._part_start : -1]) or ""
         self._part_start = len(self.raw)
-        if self._key in _ARGUMENT_KEYS:
+        # Of two the first counts: it may have been sent already.
+        if self._key in _ARGUMENT_KEYS and self._arguments_start is None:
             self._arguments_start = self._part_start
 
     def _end_value(self) -> None:
         if self._key == "name":
             self.name = _loads(self.raw[self._part_start : -1])
-        elif self._key in _ARGUMENT_KEYS:
+        elif self._key in _ARGUMENT_KEYS and self._arguments_end is None:
             self._arguments_end = len(self.raw) - 1
         self._key = ""
 
@@ -301,6 +302,7 @@ class HermesCalls:
         if not stripped:
             return False
         if stripped.startswith("{"):
+            self._lead += self._text[: -len(stripped)]
             self._text = stripped
             self._call = _CallObject()
         else:

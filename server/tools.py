@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from chunkllama.sampling_params import GrammarSpec
 from server.errors import invalid
 from server.protocol.chat import ChatCompletionRequest, FunctionDefinition, NamedToolChoice
+from server.structured import check_schema
 from server.text_service import ChatTemplate
 from server.tool_parsers import HermesCalls, JsonCalls, OutputParser, PlainText
 
@@ -152,7 +152,11 @@ def _as_template_function(function: FunctionDefinition) -> dict[str, Any]:
 
 
 def forced_calls(functions: Iterable[FunctionDefinition], is_single: bool) -> GrammarSpec:
-    """A JSON schema for a list of calls, each one function's name with arguments of its schema."""
+    """A JSON schema for a list of calls, each one function's name with arguments of its schema.
+
+    Raises:
+        ApiError: 400 where the functions' schemas are too large.
+    """
     variants = [
         {
             "type": "object",
@@ -174,7 +178,7 @@ def forced_calls(functions: Iterable[FunctionDefinition], is_single: bool) -> Gr
         "maxItems": 1 if is_single else MAX_FORCED_CALLS,
         "items": {"anyOf": variants},
     }
-    return GrammarSpec(kind="json_schema", text=json.dumps(schema))
+    return GrammarSpec(kind="json_schema", text=check_schema(schema, "tools"))
 
 
 def _at(schema: Any, pointer: str) -> Any:

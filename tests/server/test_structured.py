@@ -57,14 +57,14 @@ def test_text_format_constrains_nothing(server):
         (named({"x": "y" * 200_000}), "response_format.json_schema.schema"),
         (named(nested(70)), "response_format.json_schema.schema"),
         (named({"enum": list(range(10_000))}), "response_format.json_schema.schema"),
-        (named({"description": "REFUSE"}), "response_format"),
+        (named({"description": "REFUSE"}), "response_format.json_schema.schema"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
         ({"structured_outputs": {"json": "[1]"}}, "structured_outputs.json"),
         ({"structured_outputs": {"json": "[" * 100_000}}, "structured_outputs.json"),
         ({"structured_outputs": {"json": True}}, "structured_outputs.json"),
         ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
         ({"structured_outputs": {"regex": "a" * 10_000}}, "structured_outputs.regex"),
-        ({"structured_outputs": {"regex": "REFUSE"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "REFUSE"}}, "structured_outputs.regex"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"structured_outputs": {"choice": ["x" * 70_000]}}, "structured_outputs.choice"),
         ({"structured_outputs": {"grammar": "x" * 70_000}}, "structured_outputs.grammar"),
@@ -106,7 +106,8 @@ def test_forced_tools_exclude_another_format(server):
     assert response.json()["error"]["param"] == "response_format"
 
 
-def test_a_tool_schema_that_does_not_compile(server):
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"x": "REFUSE"}}}]
+@pytest.mark.parametrize("parameters", [{"x": "REFUSE"}, {"enum": list(range(10_000))}, nested(70)])
+def test_a_tool_schema_that_does_not_compile(server, parameters):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
     response = server.chat(tools=tools, tool_choice="required")
     assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
