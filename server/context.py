@@ -9,6 +9,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
 from server.errors import invalid, not_found_model, unavailable
 from server.metrics import ServerMetrics
@@ -33,7 +34,7 @@ class ServerContext:
 
     Attributes:
         created: Unix time at which the application was built, for /v1/models.
-        fingerprint: names model, version and op set; changes when outputs may.
+        fingerprint: names version and op set; changes when outputs may.
     """
 
     engine: EngineClient
@@ -47,7 +48,7 @@ class ServerContext:
 
     @property
     def fingerprint(self) -> str:
-        return f"chunkllama-{self.engine.info.op_set}"
+        return f"chunkllama-{__version__}-{self.engine.info.op_set}"
 
     def check_serving(self) -> None:
         """Refuse new work while starting or draining.

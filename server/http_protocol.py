@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +40,15 @@ def _raw_response(status: bytes, message: str, code: str) -> bytes:
     error_type = "server_error" if status.startswith(b"5") else "invalid_request_error"
     error = {"message": message, "type": error_type, "param": None, "code": code}
     body = json.dumps({"error": error}).encode()
-    return (
-        b"HTTP/1.1 " + status + b"\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
-        b"connection: close\r\ncontent-length: " + str(len(body)).encode() + b"\r\n\r\n" + body
-    )
+    headers = [
+        "content-type: application/json",
+        f"content-length: {len(body)}",
+        f"x-request-id: req_{uuid.uuid4().hex}",
+        "connection: close",
+    ]
+    if status[:3] in (b"408", b"503"):
+        headers.append("retry-after: 1")
+    return b"HTTP/1.1 " + status + "\r\n".join(["", *headers, "", ""]).encode() + body
 
 
 class LimitedH11Protocol(H11Protocol):
@@ -88,6 +94,12 @@ class LimitedH11Protocol(H11Protocol):
             self._stop_clock()
         elif is_new and self.conn.their_state is h11.SEND_BODY:
             self._expect(self.limits.body_seconds)
+
+    def send_400_response(self, msg: str) -> None:
+        """What h11 cannot read is refused as everything else is."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer is on its way
+            self.transport.write(_raw_response(b"400 Bad Request", msg, "bad_request"))
+        self.transport.close()
 
     def _check_headers(self) -> None:
         """Refuse what h11 lets through: it measures headers only while they are incomplete."""

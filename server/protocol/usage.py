@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NotRequired
-
 from typing_extensions import TypedDict
 
 
@@ -41,7 +39,6 @@ class EmbeddingUsage(TypedDict):
 
     prompt_tokens: int
     total_tokens: int
-    prompt_tokens_details: NotRequired[PromptTokensDetails]
 
 
 class InputTokensDetails(TypedDict):

@@ -13,15 +13,14 @@ router = APIRouter(tags=["models"])
 
 
 def describe_model(context: ServerContext, name: str) -> Model:
-    info = context.engine.info
     return {
         "id": name,
         "object": "model",
         "created": context.created,
         "owned_by": "chunkllama",
-        "root": info.model_name,
+        "root": context.settings.served_model_names[0],  # never the folder: callers are strangers
         "parent": None,
-        "max_model_len": info.max_model_len,
+        "max_model_len": context.engine.info.max_model_len,
     }
 
 

@@ -11,6 +11,7 @@ def test_models(client):
     models = client.models.list().data
     assert [model.id for model in models] == [MODEL, "alias"]
     assert models[0].max_model_len == 2048
+    assert {model.root for model in models} == {MODEL}
     assert client.models.retrieve(MODEL).id == MODEL
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("nobody/nothing")

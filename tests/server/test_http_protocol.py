@@ -131,6 +131,24 @@ def test_malformed_requests_are_refused_and_closed(limited, request_bytes):
     assert answer == b"" or answer.split()[1] in (b"400", b"408", b"413", b"431")
 
 
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"NONSENSE\r\n\r\n", 400),
+        (HEADERS + b"Transfer-Encoding: chunked\r\n\r\nno size\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: a\r\n" * 101 + b"\r\n", 431),
+    ],
+    ids=["nonsense", "bad chunk", "101 headers"],
+)
+def test_what_cannot_be_read_gets_an_error_body(limited, request_bytes, status):
+    head, _, body = exchange(limited, request_bytes).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d" % status)
+    assert b"\r\nx-request-id: req_" in head
+    assert b"retry-after" not in head, "the same request would fail again"
+    error = json.loads(body)["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", None)
+
+
 def test_too_many_small_headers_close_the_connection(limited):
     headers = b"".join(b"X%d: a\r\n" % i for i in range(101))
     try:
