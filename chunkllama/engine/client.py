@@ -13,6 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-MAX_CHOICES = 128
-
 
 class EngineClient(Protocol):
     """Asynchronous access to an engine."""
@@ -68,7 +67,10 @@ class EngineClient(Protocol):
         ...
 
     async def abort(self, request_id: str, index: int | None = None) -> None:
-        """Stop a request (or one choice of it); its chunks are released within a step."""
+        """Stop a request, or one choice of it; its chunks are released within a step.
+
+        The choices of a beam search exist only at its end: aborting one aborts all.
+        """
         ...
 
     async def stats(self, *, include_tree: bool = False) -> EngineStats:
@@ -102,11 +104,20 @@ def as_exception(error: EngineErrorInfo) -> Exception:
     return RequestFailedError(error.message, error.code or "engine_error")
 
 
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """A request that is being answered; ``unfinished`` are the choices that have not ended."""
+
+    inbox: asyncio.Queue[TokenDelta | EngineDeadError]
+    unfinished: set[int]
+    is_beam_search: bool
+
+
 class MessageClient(ABC):
     """An EngineClient over a stream of messages: each delta goes to the request that waits."""
 
     def __init__(self) -> None:
-        self._streams: dict[str, asyncio.Queue[TokenDelta | EngineDeadError]] = {}
+        self._streams: dict[str, _Stream] = {}
         self._stats_waiters: deque[asyncio.Future[EngineStats]] = deque()
         self._info: EngineReady | None = None
         self._dead: EngineDeadError | None = None
@@ -129,11 +140,11 @@ class MessageClient(ABC):
             raise self._dead
         if request.request_id in self._streams:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use", "request_id")
+        sampling = request.sampling
+        is_beam_search = sampling.beam_width > 1
+        unfinished = set(range(sampling.n if is_beam_search else sampling.num_sequences))
         inbox: asyncio.Queue[TokenDelta | EngineDeadError] = asyncio.Queue()
-        self._streams[request.request_id] = inbox
-        unfinished = set(range(request.sampling.num_sequences))
-        if request.sampling.beam_width > 1:
-            unfinished = set(range(request.sampling.n))
+        self._streams[request.request_id] = _Stream(inbox, unfinished, is_beam_search)
         try:
             self._send(with_seed(request, self.draw_seed))
             while unfinished:
@@ -154,13 +165,15 @@ class MessageClient(ABC):
                 self._send(AbortRequest(request_id=request.request_id))
 
     async def abort(self, request_id: str, index: int | None = None) -> None:
-        inbox = self._streams.get(request_id)
-        if inbox is None or self._dead is not None:
+        stream = self._streams.get(request_id)
+        if stream is None or self._dead is not None:
             return
+        if stream.is_beam_search:
+            index = None
         self._send(AbortRequest(request_id=request_id, index=index))
-        indices = range(MAX_CHOICES) if index is None else (index,)
+        indices = sorted(stream.unfinished) if index is None else [index]
         ended = [ChoiceDelta(index=i, token_ids=[], finish_reason="abort") for i in indices]
-        inbox.put_nowait(TokenDelta(request_id=request_id, choices=ended))
+        stream.inbox.put_nowait(TokenDelta(request_id=request_id, choices=ended))
 
     async def stats(self, *, include_tree: bool = False) -> EngineStats:
         if self._dead is not None:
@@ -174,9 +187,9 @@ class MessageClient(ABC):
         for message in messages:
             match message:
                 case TokenDelta():
-                    inbox = self._streams.get(message.request_id)
-                    if inbox is not None:
-                        inbox.put_nowait(message)
+                    stream = self._streams.get(message.request_id)
+                    if stream is not None:
+                        stream.inbox.put_nowait(message)
                 case EngineStats():
                     waiter = self._stats_waiters.popleft()
                     if not waiter.done():
@@ -186,8 +199,8 @@ class MessageClient(ABC):
 
     def _fail_all(self, error: EngineDeadError) -> None:
         self._dead = error
-        for inbox in self._streams.values():
-            inbox.put_nowait(error)
+        for stream in self._streams.values():
+            stream.inbox.put_nowait(error)
         for waiter in self._stats_waiters:
             if not waiter.done():
                 waiter.set_exception(error)

@@ -77,7 +77,9 @@ class EngineCore:
         self._scheduler.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """Drop a request, or one choice; unknown ids are ignored (it may just have finished)."""
+        """Drop a request, or one choice (of a beam search all). Unknown ids are ignored: it may
+        just have finished.
+        """
         self._scheduler.abort(request_id, index)
 
     def has_work(self) -> bool:

@@ -178,12 +178,12 @@ class StepCommitter:
         self._forget(sequence)
 
     def abort(self, request_id: str, index: int | None) -> None:
-        """Drop a request or one choice. Beams have no choices before they end."""
+        """Drop a request or one choice. Beams have no choices before they end: all are dropped."""
         group = self._groups.get(request_id)
-        if group is None or (index is not None and group.beam is not None):
+        if group is None:
             return
         for sequence in list(group.sequences.values()):
-            if index in (None, sequence.index):
+            if index in (None, sequence.index) or group.beam is not None:
                 self._leave(sequence)
                 self._forget(sequence)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -139,6 +140,23 @@ def test_nothing_of_a_choice_follows_its_end(open_client) -> None:
     asyncio.run(scenario())
 
 
+def test_a_choice_of_a_beam_search_aborted_ends_the_search(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client() as client:
+            beams = request("beams", n=2, beam_width=2, max_tokens=240)
+            stream = asyncio.ensure_future(anext(client.generate(beams)))
+            while not (await client.stats()).requests_running:
+                await asyncio.sleep(0)
+            await client.abort("beams", 1)
+            ended = (await asyncio.wait_for(stream, 30)).choices
+            assert [(c.index, c.finish_reason) for c in ended] == [(0, "abort"), (1, "abort")]
+            stats = await client.stats()
+            assert stats.requests_running == 0
+            assert stats.generation_tokens_total < 480
+
+    asyncio.run(scenario())
+
+
 def test_every_choice_ends_even_of_beams_with_few_tokens_to_choose_from(open_client) -> None:
     async def scenario() -> None:
         async with open_client() as client:
@@ -202,6 +220,48 @@ def test_a_dead_engine_ends_its_requests(tiny_model) -> None:
             await collect(client, request("late"))
         await client.close()
         assert not psutil.pid_exists(client.pid)
+
+    asyncio.run(scenario())
+
+
+def test_a_message_that_cannot_be_used_ends_the_requests(tiny_model, monkeypatch) -> None:
+    async def scenario() -> None:
+        config = EngineConfig.from_flat(model=str(tiny_model[0]), num_chunks=8, threads=1)
+        client = await ProcessEngineClient.start(config)
+        died = asyncio.Event()
+        client.on_death = died.set
+        stream = client.generate(request("doomed", max_tokens=400))
+        await anext(stream)
+
+        def refuse(_: object) -> None:
+            raise msgspec.DecodeError("planted")
+
+        monkeypatch.setattr(client, "_dispatch", refuse)
+        with pytest.raises(EngineDeadError):
+            async for _ in stream:
+                pass
+        await asyncio.wait_for(died.wait(), 10)
+        assert not client.is_ready
+        await client.close()
+
+    asyncio.run(scenario())
+
+
+def test_the_engine_loads_while_its_client_is_busy(tiny_model) -> None:
+    """It has its configuration before the client's event loop turns again."""
+
+    async def scenario() -> None:
+        config = EngineConfig.from_flat(model=str(tiny_model[0]), num_chunks=8, threads=1)
+        starting = asyncio.create_task(ProcessEngineClient.start(config))
+        await asyncio.sleep(0)
+        (child,) = [
+            p for p in psutil.Process().children() if "chunkllama.engine.process" in p.cmdline()
+        ]
+        deadline = time.monotonic() + 60
+        while not any("libtorch" in entry.path for entry in child.memory_maps()):
+            assert time.monotonic() < deadline, "the engine waits for its client"
+            time.sleep(0.05)
+        await (await starting).close()
 
     asyncio.run(scenario())
 

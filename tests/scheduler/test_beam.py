@@ -120,11 +120,13 @@ def test_a_replayed_search_begins_anew() -> None:
     run.check_outputs()
 
 
-def test_an_aborted_search_gives_everything_back() -> None:
+@pytest.mark.parametrize("index", [None, 0, 1])
+def test_an_aborted_search_gives_everything_back(index: int | None) -> None:
+    """Its choices exist only at its end: one aborted is all aborted."""
     run = SimulatedEngine(64, 4, vocab_size=50, max_num_seqs=4, max_num_batched_tokens=32)
-    name = run.add([1, 2, 3, 4, 5], 9, beam_width=3)
+    name = run.add([1, 2, 3, 4, 5], 9, beam_width=3, n=2)
     run.step()
     run.step()
-    run.scheduler.abort(name)
+    run.scheduler.abort(name, index)
     assert not run.scheduler.has_unfinished()
     run.check_idle()
