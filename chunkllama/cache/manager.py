@@ -92,17 +92,31 @@ class CacheManager:
         whole = tokens == self.chunk_size
         return (node.scheduled if whole else node.filled) < tokens
 
-    def num_live_tokens(self, tokens: Int32Array, limit: int, namespace: str) -> int:
-        """Leading tokens that lie in chunks which running sequences use now."""
-        nodes = self.match(tokens, limit, namespace).nodes
-        return sum(node.num_tokens for node in nodes if node.num_sequences)
+    def live_node(self, tokens: Int32Array, limit: int, namespace: str, near: Node | None) -> Node:
+        """The last of the leading chunks of ``tokens`` that running sequences use now, or the root.
 
-    def admissions(self, match: Match, num_chunks: int) -> Iterator[Admission]:
+        ``near`` is an earlier answer for these tokens, where the search starts: nodes below one
+        that nobody uses are not used either, so the answer is above it or continues it.
+        """
+        size, node = self.chunk_size, near or self._root
+        while node.parent is not None and not node.is_live:
+            node = node.parent
+        for end in range((node.depth + 2) * size, limit + 1, size):
+            key = encode_tokens(tokens[end - size : end])
+            equal = [children.find(key) for children in node.visible_children(namespace)]
+            live = next((child for child in equal if child and child.is_live), None)
+            if live is None:
+                break
+            node = live
+        return node
+
+    def admissions(self, match: Match, num_chunks: int, namespace: str) -> Iterator[Admission]:
         """Ways to admit a sequence of ``num_chunks`` chunks, the one that keeps most first.
 
-        A partial leaf is taken over when nobody uses it and all of it is matched. Where room is
-        short, what only this sequence could use is given up too: the leaf's other tokens, then
-        the copy itself. So a request that fits alone can always be admitted alone.
+        A partial leaf of its namespace is taken over when nobody uses it and all of it is matched
+        (one that others can see is copied, or they would lose it). Where room is short, more is
+        given up: the leaf's other tokens, then the copy itself. So a request that fits alone can
+        always be admitted alone.
         """
         source = match.source
         num_new = num_chunks - len(match.nodes)
@@ -113,7 +127,8 @@ class CacheManager:
         idle = source.is_evictable and not source.children
         partial = source.num_tokens < self.chunk_size
         rest = available - source.is_evictable
-        if idle and partial and match.num_copied == source.num_tokens:
+        is_own = source.namespace == namespace
+        if idle and partial and is_own and match.num_copied == source.num_tokens:
             yield Admission(match, True, num_new - 1, rest)
             return
         yield Admission(match, False, num_new, rest)

@@ -135,6 +135,11 @@ class Node:
         return self.num_sequences > 0 or self.holds > 0
 
     @property
+    def is_live(self) -> bool:
+        """A sequence uses the chunk, and all of it is there when the next step has run."""
+        return self.num_sequences > 0 and self.scheduled == self.num_tokens
+
+    @property
     def is_evictable(self) -> bool:
         """Nobody needs the chunk (children, which nobody needs either, have to go first)."""
         return self.num_sequences == 0 and self.holds == 0 and self.num_pins == 0

@@ -111,7 +111,7 @@ class PrefixTree:
         end = limit // self.pool.chunk_size * width
         for start in range((node.depth + 1) * width, end, width):
             children = node.children.get(namespace)
-            child = children.find(key[start : start + width]) if children else None
+            child = None if children is None else children.find(key[start : start + width])
             if child is None:
                 break
             chain.append(child)

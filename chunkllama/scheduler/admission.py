@@ -166,14 +166,17 @@ class AdmissionControl:
         total = 0
         for sequence in running:
             assert sequence.chunks is not None
-            held = len(sequence.chunks)
-            total += max(0, self.expected_chunks(sequence) - held)
-            beam = sequence.group.beam
-            if beam is not None and not beam.is_expanded:
-                shown = self._num_shown_chunks(sequence.group.request)
-                each = self.num_chunks(sequence.max_kv_tokens) - shown
-                total += (beam.width - 1) * each
+            total += max(0, self.expected_chunks(sequence) - len(sequence.chunks))
+            total += self._beam_chunks(sequence)
         return total
+
+    def _beam_chunks(self, sequence: Sequence) -> int:
+        """Chunks of the beams that are still to be forked from the sequence."""
+        beam = sequence.group.beam
+        if beam is None or beam.is_expanded:
+            return 0
+        shown = self._num_shown_chunks(sequence.group.request)
+        return (beam.width - 1) * (self.num_chunks(sequence.max_kv_tokens) - shown)
 
     def num_chunks_queued(self, waiting: Iterable[Sequence]) -> int:
         """Chunks the waiting sequences will need, sharing apart."""
@@ -186,13 +189,13 @@ class AdmissionControl:
         num_chunks = self.num_chunks(sequence.num_tokens)
         num_chunks += self.spare_chunks(sequence, num_chunks)
         reserve = max(0, self.expected_chunks(sequence) - num_chunks)
+        reserve += self._beam_chunks(sequence)
         promised = self.reserved(running)
-        for admission in self._cache.admissions(match, num_chunks):
+        group = sequence.group
+        insert_limit = group.insert_limit if self._limits.enable_prefix_caching else 0
+        namespace = group.request.namespace
+        for admission in self._cache.admissions(match, num_chunks, namespace):
             if admission.num_new + reserve <= admission.available - promised:
-                group = sequence.group
-                insert_limit = group.insert_limit if self._limits.enable_prefix_caching else 0
-                chunks = self._cache.admit(
-                    admission, sequence.token_ids, group.request.namespace, insert_limit
-                )
+                chunks = self._cache.admit(admission, sequence.token_ids, namespace, insert_limit)
                 return chunks, admission.match
         return None

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkllama.cache.manager import Match, SequenceChunks
+from chunkllama.cache.node import Node
 from chunkllama.outputs import EngineRequest, FinishReason, TokenLogprob
 from chunkllama.scheduler.beam import BeamSearch
 
@@ -28,7 +29,7 @@ class Sequence:
         num_scheduled: tokens of it in the step being put together or in flight.
         num_admitted: tokens known when it was admitted; computing those is prefill.
         match: while it waits for a leader, what it waits for.
-        live_tokens: (version of the running set, tokens it shares with that set).
+        live_node: while it waits, the last chunk it shared with running sequences when asked last.
     """
 
     __slots__ = (
@@ -36,7 +37,7 @@ class Sequence:
         "chunks",
         "group",
         "index",
-        "live_tokens",
+        "live_node",
         "match",
         "num_admitted",
         "num_computed_tokens",
@@ -58,7 +59,7 @@ class Sequence:
         self.slot = -1
         self.chunks: SequenceChunks | None = None
         self.match: Match | None = None
-        self.live_tokens = (0, 0)
+        self.live_node: Node | None = None
 
     @property
     def age(self) -> tuple[int, int]:

@@ -145,7 +145,9 @@ class Scheduler:
             raise InvalidRequestError("every choice has been delivered whole", "delivered")
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """Drop a request, or one choice of it; yields no delta. Unknown ids are ignored.
+        """Drop a request, or one choice of it (of a beam search all); yields no delta.
+
+        Unknown ids are ignored.
 
         Takes effect after the step in flight commits: its rows still write the chunks.
         """
@@ -318,13 +320,10 @@ class Scheduler:
 
     def _num_live_tokens(self, sequence: Sequence) -> int:
         """Tokens of a waiting sequence in chunks that running sequences use now."""
-        version = self._running.order.version
-        if sequence.live_tokens[0] != version:
-            limit = self._match_limit(sequence)
-            namespace = sequence.group.request.namespace
-            count = self._cache.num_live_tokens(sequence.token_ids, limit, namespace)
-            sequence.live_tokens = version, count
-        return sequence.live_tokens[1]
+        limit, namespace = self._match_limit(sequence), sequence.group.request.namespace
+        node = self._cache.live_node(sequence.token_ids, limit, namespace, sequence.live_node)
+        sequence.live_node = node
+        return (node.depth + 1) * self._cache.chunk_size
 
     def _resolve_standstill(self) -> bool:
         """Beams that wait for one another across requests: the newest gives way."""

@@ -79,7 +79,7 @@ class CacheDriver:
         """Admit a sequence; nothing of it is computed yet."""
         match = self.match(text, namespace)
         num_chunks = -(-len(text) // self.cache.chunk_size)
-        admission = list(self.cache.admissions(match, num_chunks))[option]
+        admission = list(self.cache.admissions(match, num_chunks, namespace))[option]
         chunks = self.cache.admit(admission, ids(text), namespace, insert_limit)
         live = Text(self, text, chunks, admission.match.num_tokens)
         self.live.append(live)

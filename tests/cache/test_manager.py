@@ -185,7 +185,7 @@ class TestTakeover:
     def test_short_of_room_a_leaf_gives_up_its_other_tokens(self, driver: CacheDriver) -> None:
         driver.store("abcdefg")
         match = driver.match("abcdeXYZ")
-        copied, taken_over, computed = driver.cache.admissions(match, 2)
+        copied, taken_over, computed = driver.cache.admissions(match, 2, "")
         assert (copied.takes_over, copied.num_new, copied.available) == (False, 1, 14)
         assert (taken_over.takes_over, taken_over.num_new, taken_over.available) == (True, 0, 14)
         assert (computed.match.num_tokens, computed.num_new, computed.available) == (4, 1, 15)
@@ -196,6 +196,19 @@ class TestTakeover:
             """)
         live.compute()
         driver.check()
+
+    def test_a_tenant_copies_a_public_leaf(self, driver: CacheDriver) -> None:
+        """Taken over, it would be gone for all others."""
+        driver.store("abcdef")
+        live = driver.start("abcdefgh", "T")
+        assert live.chunks.copies == [(1, 2, 2)]
+        live.compute()
+        driver.assert_tree("""
+            abcd #0 x1
+              ef #1
+              efgh #2 x1 @T
+            """)
+        assert driver.match("abcdefX", "U").num_tokens == 6
 
     def test_pinned_leaves_are_not_taken_over(self, driver: CacheDriver) -> None:
         driver.store("abcdef")

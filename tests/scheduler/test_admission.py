@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from random_traffic import RandomTraffic
 from simulated_engine import SimulatedEngine
 
 from chunkllama.errors import InvalidRequestError, OverloadedError
@@ -69,6 +70,15 @@ class TestFormula:
             assert len(run.first_deltas) == (3 if not spare else fitting)
             run.run()
             run.check_outputs()
+
+    def test_beams_to_be_forked_are_part_of_the_need(self) -> None:
+        run = engine(16)
+        run.add([1] * 8, 30)  # ten chunks in the end
+        run.step()
+        run.add([2] * 4, 17, beam_width=3)  # one chunk of prompt and four for each beam
+        run.run()
+        run.check_outputs()
+        assert run.scheduler.stats().preemptions_total == 0
 
     def test_a_head_that_does_not_fit_is_not_overtaken(self) -> None:
         run = engine(8)
@@ -235,6 +245,25 @@ class TestPrefixOrder:
         run, (_, _, sharing) = self.start()
         run.step()
         assert sharing in run.first_deltas
+
+    def test_the_shared_length_is_that_of_a_fresh_match(self) -> None:
+        """Remembered from step to step, whatever joins, leaves, fails or is evicted meanwhile."""
+        lengths = set()
+        for seed in range(20):
+            limits = {"max_num_seqs": 2, "policy": "prefix", "enable_prefix_caching": True}
+            traffic = RandomTraffic(seed, 2, **limits)
+            scheduler, cache = traffic.engine.scheduler, traffic.engine.cache
+            for _ in range(150):
+                traffic.turn()
+                for waiting in scheduler._waiting:
+                    if waiting.group.request.namespace:
+                        continue  # of two equal chunks, public and its own, a tenant may see either
+                    limit = scheduler._match_limit(waiting)
+                    nodes = cache.match(waiting.token_ids, limit, "").nodes
+                    live = sum(node.num_tokens for node in nodes if node.num_sequences)
+                    assert scheduler._num_live_tokens(waiting) == live
+                    lengths.add(live)
+        assert lengths >= {0, 2, 4, 6}
 
     def test_nobody_overtakes_for_longer_than_the_bound(self) -> None:
         run, (first, _, sharing) = self.start(prefix_max_wait=1.0)

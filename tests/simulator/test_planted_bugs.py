@@ -166,9 +166,9 @@ def handed_over_as_filled(patch: Patch) -> None:
 def own_path_evictable(patch: Patch) -> None:
     admissions = CacheManager.admissions
 
-    def generous(self: CacheManager, match: object, num_chunks: int) -> object:
+    def generous(self: CacheManager, *args: object) -> object:
         everything = self.pool.num_free + self.tree.num_evictable
-        for admission in admissions(self, match, num_chunks):
+        for admission in admissions(self, *args):
             yield manager.Admission(
                 admission.match, admission.takes_over, admission.num_new, everything
             )
@@ -210,8 +210,8 @@ def copy_source_not_held(patch: Patch) -> None:
 def used_leaf_taken_over(patch: Patch) -> None:
     admissions = CacheManager.admissions
 
-    def greedy(self: CacheManager, match: object, num_chunks: int) -> object:
-        for admission in admissions(self, match, num_chunks):
+    def greedy(self: CacheManager, *args: object) -> object:
+        for admission in admissions(self, *args):
             if admission.match.source is not None:
                 yield manager.Admission(
                     admission.match, True, admission.num_new - 1, admission.available
