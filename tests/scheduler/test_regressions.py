@@ -9,6 +9,8 @@ from __future__ import annotations
 import pytest
 from simulated_engine import SimulatedEngine
 
+from chunkllama.errors import InvalidRequestError
+
 
 def engine(num_chunks: int = 32, **limits: object) -> SimulatedEngine:
     defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "spare_chunks": 0}
@@ -148,6 +150,57 @@ def test_more_requests_than_slots_and_chunks_all_end() -> None:
         run.add([i % 3] * (1 + i % 7), 1 + i % 9)
     run.run()
     run.check_outputs()
+
+
+@pytest.mark.parametrize("cache_until", [0, 3, 6, None])
+def test_beams_whose_prompt_is_kept_out_of_the_cache_each_hold_all_of_it(
+    cache_until: int | None,
+) -> None:
+    """What the simulator found (1): what they share was counted as if it were shown."""
+    for num_chunks in range(3, 20):
+        run = engine(num_chunks)
+        try:
+            run.add([1] * 9, 8, beam_width=3, cache_until=cache_until)
+        except InvalidRequestError:
+            continue
+        run.run()
+        run.check_outputs()
+
+
+def test_a_leaf_taken_over_by_a_request_that_fails_while_others_copy_it() -> None:
+    """What the simulator found (2)."""
+    run = engine()
+    run.add([1, 2, 3, 4, 5, 6], 1)
+    run.run()
+    failing = run.add([1, 2, 3, 4, 5, 6, 7, 8, 9], 4)
+    copying = run.add([1, 2, 3, 4, 5, 6, 10, 11], 4)
+    output = run.schedule()
+    assert output is not None and len(output.copies) == 1
+    run.model.fail_slots = {0}
+    run.commit()
+    run.model.fail_slots = set()
+    assert run.errors == {failing: "model_nan"}
+    run.run()
+    run.check_outputs()
+    assert copying in run.cached
+
+
+def test_a_pin_on_a_prompt_whose_end_another_request_is_still_filling() -> None:
+    """What the simulator found (3): the pin held a node that was cut when its leader left."""
+    run = engine(max_num_batched_tokens=6, max_num_seqs=2)
+    run.add(list(range(12)), 1)
+    run.run()
+    # scored, so computed again beside the equal chunks in the tree, the last of which then goes
+    run.add(list(range(10)), 2, prompt_logprobs=0, pin_seconds=60.0)
+    run.step()
+    assert run.cache.tree.evict(1) == 1
+    leader = run.add(list(range(20)), 4)
+    run.schedule()
+    assert [(s.first_position, s.num_tokens) for s in run.last_output.slices] == [(8, 2), (6, 4)]
+    run.commit()
+    run.scheduler.abort(leader)
+    run.run()
+    run.check_outputs({leader})
 
 
 def test_a_copied_chunk_is_not_evicted_before_it_is_copied() -> None:

@@ -35,7 +35,7 @@ class RandomTraffic:
         }
         num_chunks = pick([6, 8, 12, 20, 60])
         self.engine = SimulatedEngine(num_chunks, chunk_size, vocab_size=3, **limits)
-        self.aborted: set[str] = set()
+        self.aborted: set[str | tuple[str, int]] = set()
         self.bases = [self._tokens(4 * chunk_size) for _ in range(2)]
 
     def _tokens(self, count: int) -> list[int]:
@@ -54,10 +54,11 @@ class RandomTraffic:
         kind = rnd.random()
         max_tokens: int | None = rnd.choice([1, 2, self.chunk_size, 2 * self.chunk_size + 1])
         if kind < 0.15:
-            options["n"] = rnd.choice([2, 3])
+            options["n"] = rnd.choice([1, 2, 3])
+            options["best_of"] = rnd.choice([None, 3, 4])
         elif kind < 0.22:
             width = min(rnd.choice([2, 3]), self.engine.limits.max_num_seqs)
-            options |= {"beam_width": width, "n": 1}
+            options |= {"beam_width": width, "n": rnd.choice([1, width])}
             max_tokens = rnd.choice([1, 3, self.chunk_size + 1])
         elif kind < 0.27:
             options["prompt_logprobs"] = 0
@@ -81,11 +82,18 @@ class RandomTraffic:
             return
 
     def abort(self) -> None:
+        """A whole request, or one choice of it, whether it still runs or not."""
         live = [name for name in self.engine.requests if self.is_live(name)]
         if live:
             victim = self.random.choice(live)
-            self.engine.scheduler.abort(victim)
-            self.aborted.add(victim)
+            sampling = self.engine.requests[victim].sampling
+            index = self.random.choice([None, self.random.randrange(sampling.num_sequences)])
+            self.engine.scheduler.abort(victim, index)
+            one_of_many = index is not None and sampling.num_sequences > 1
+            if not one_of_many or sampling.beam_width > 1:
+                self.aborted.add(victim)
+            else:
+                self.aborted.add((victim, index))
 
     def is_live(self, name: str) -> bool:
         sampling = self.engine.requests[name].sampling

@@ -90,11 +90,12 @@ class FakeModel:
         return sampled
 
     def _copy(self, copies: list[tuple[int, int, int]]) -> None:
-        """All at once, as a batched gather and scatter does: no copy sees another's result."""
+        """In any order: no copy writes what another reads or writes."""
         size = self.chunk_size
-        taken = [self.kv[src * size : src * size + n].copy() for src, _, n in copies]
-        for (_, dst, n), numbers in zip(copies, taken, strict=True):
-            self.kv[dst * size : dst * size + n] = numbers
+        written = [dst for _, dst, _ in copies]
+        assert len({*written}) == len(written) and not {src for src, _, _ in copies} & {*written}
+        for src, dst, n in copies:
+            self.kv[dst * size : dst * size + n] = self.kv[src * size : src * size + n]
 
     def _compute(self, output: SchedulerOutput) -> dict[int, list[int]]:
         """Rows by position: in each layer of the real model, append precedes attention."""
@@ -328,8 +329,12 @@ class SimulatedEngine:
         assert stats.chunks_referenced == stats.chunks_private == 0
         assert stats.chunks_free + stats.chunks_cached == stats.chunks_total
 
-    def check_outputs(self, aborted: Iterable[str] = ()) -> None:
-        """Every request's outputs are the oracle's; aborted and failed ones got a prefix."""
+    def check_outputs(self, aborted: Iterable[str | tuple[str, int]] = ()) -> None:
+        """Every request's outputs are the oracle's; aborted and failed ones got a prefix.
+
+        Args:
+            aborted: requests, or choices as (request, index).
+        """
         aborted = {*aborted, *self.errors}
         for name, request in self.requests.items():
             sampling = request.sampling
@@ -345,7 +350,8 @@ class SimulatedEngine:
             if sampling.prompt_logprobs is not None and name in self.first_deltas:
                 self._check_prompt_logprobs(name)
             for index in range(sampling.num_sequences):
-                self._check_choice(name, index, is_whole=name not in aborted)
+                is_whole = name not in aborted and (name, index) not in aborted
+                self._check_choice(name, index, is_whole=is_whole)
 
     def _check_beams(self, name: str) -> None:
         request = self.requests[name]

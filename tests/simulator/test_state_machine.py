@@ -43,7 +43,7 @@ class CacheMachine(RuleBasedStateMachine):
     def start(self, chunk_size, num_chunks, max_num_seqs, budget, min_wait, spare, policy) -> None:
         self.size = chunk_size
         self.base = [(i * i + i // 3) % 2 for i in range(4 * chunk_size)]
-        self.aborted: set[str] = set()
+        self.aborted: set[str | tuple[str, int]] = set()
         self.engine = SimulatedEngine(
             num_chunks,
             chunk_size,
@@ -70,11 +70,12 @@ class CacheMachine(RuleBasedStateMachine):
         tail=tokens,
         max_tokens=st.integers(1, 9),
         n=st.sampled_from([1, 1, 1, 3]),
+        best_of=st.sampled_from([None, None, 3]),
         namespace=st.sampled_from(["", "A", "B"]),
     )
-    def add(self, edge, off, tail, max_tokens, n, namespace) -> str:
+    def add(self, edge, off, tail, max_tokens, n, best_of, namespace) -> str:
         prompt = self.base[: max(1, edge * self.size + off)] + tail
-        return self._add(prompt, max_tokens, n=n, namespace=namespace)
+        return self._add(prompt, max_tokens, n=n, best_of=best_of, namespace=namespace)
 
     @rule(target=requests, tail=tokens, width=st.integers(2, 3), max_tokens=st.integers(1, 5))
     def fork(self, tail, width, max_tokens) -> str:
@@ -100,6 +101,13 @@ class CacheMachine(RuleBasedStateMachine):
     def cancel(self, request) -> None:
         self.engine.scheduler.abort(request)
         self.aborted.add(request)
+
+    @rule(request=requests, index=st.integers(0, 2))
+    def cancel_a_choice(self, request, index) -> None:
+        """Of a beam search all; the request stays for others to cancel."""
+        self.engine.scheduler.abort(request, index)
+        beam_width = self.engine.requests[request].sampling.beam_width if request else 1
+        self.aborted.add(request if beam_width > 1 else (request, index))
 
     @rule(request=consumes(requests))
     def cancel_in_flight(self, request) -> None:
