@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -46,9 +47,35 @@ class Truth:
     def check(self, prompt: list[int], output: list[int]) -> None:
         """Every output id is the argmax after what stands before it, or within TIE of it."""
         assert output, "no output"
-        ids = torch.tensor([prompt + output[:-1]])
+        self._compare(self._logits(prompt + output[:-1], len(output)), output)
+
+    def check_below(self, trunk: list[int], below: list[tuple[int, list[int], list[int]]]) -> None:
+        """``check`` for prompts that begin alike: the model computes what they share once.
+
+        Args:
+            trunk: the longest common beginning.
+            below: of each prompt, how many tokens of the trunk it begins with, those of its own
+                after them, and its output.
+        """
+        from transformers import DynamicCache
+
+        shared, length = DynamicCache(), 0
+        for cut, own, output in sorted(below):
+            assert output, "no output"
+            if cut > length:
+                self._logits(trunk[length:cut], 1, past_key_values=shared)
+                length = cut
+            fork = copy.deepcopy(shared)
+            logits = self._logits(own + output[:-1], len(output), past_key_values=fork)
+            self._compare(logits, output)
+
+    def _logits(self, ids: list[int], keep: int, **options: object) -> np.ndarray:
+        """[keep, vocab_size], the last rows."""
         with torch.inference_mode():
-            logits = self.model(ids, logits_to_keep=len(output)).logits[0].float().numpy()
+            result = self.model(torch.tensor([ids]), logits_to_keep=keep, **options)
+        return result.logits[0].float().numpy()
+
+    def _compare(self, logits: np.ndarray, output: list[int]) -> None:
         chosen = logits[np.arange(len(output)), output]
         gaps = logits.max(axis=1) - chosen
         assert gaps.max() < TIE, f"token {int(gaps.argmax())} is {gaps.max():.5f} below the best"
