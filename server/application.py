@@ -26,6 +26,7 @@ from server.config import Settings
 from server.http_protocol import HttpLimits, make_protocol
 from server.lifecycle import DrainingServer, notify_supervisor
 from server.public_prefixes import load_public_prefixes, register_public_prefixes
+from server.reload import Reloader
 from server.routes import dashboard, health
 from server.settings import ApiSettings
 from server.text_service import TextService
@@ -40,6 +41,7 @@ class Application:
     """Everything but the engine, ready before it.
 
     Args:
+        read_settings: reads ``settings`` again, at SIGHUP.
         keys: tenant name to API key.
         path, spec: the model's folder and numbers.
 
@@ -48,9 +50,16 @@ class Application:
     """
 
     def __init__(
-        self, settings: Settings, keys: dict[str, str], path: Path, spec: ModelSpec
+        self,
+        settings: Settings,
+        read_settings: Callable[[], Settings],
+        keys: dict[str, str],
+        path: Path,
+        spec: ModelSpec,
     ) -> None:
         self._settings = settings
+        self._read_settings = read_settings
+        self._keys = keys
         self._spec = spec
         self._tokenizer = load_tokenizer(path)
         if self._tokenizer.vocab_size > spec.vocab_size:
@@ -104,9 +113,13 @@ class Application:
         _listen(main, "port")
         elapsed = time.monotonic() - started
         logger.info("ready at %s://%s:%d after %.1f s", scheme, host, port, elapsed)
+        reloading = Reloader(
+            settings, self._read_settings, self._keys, self._template, engine
+        ).start()
         notify_supervisor("READY=1")
         async with _admin_server(settings, app, admin):
             await server.serve(sockets=[main])
+        reloading.cancel()
         notify_supervisor("STOPPING=1")
         logger.info("stopped")
         return server.exit_code
@@ -141,6 +154,7 @@ def api_settings(settings: Settings, keys: dict[str, str], spec: ModelSpec) -> A
         store_ttl_seconds=settings.response_store_seconds,
         stream_stall_seconds=settings.stream_stall_seconds,
         expose_metrics=settings.admin_port is None,
+        metrics_compat=settings.metrics_compat,
     )
 
 
@@ -154,7 +168,6 @@ def _listen(sock: socket.socket, key: str) -> None:
 
 def _uvicorn_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
-        metrics_compat=settings.metrics_compat,
         AccessLog(app),
         http=make_protocol(HttpLimits()),
         ws="none",

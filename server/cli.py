@@ -38,9 +38,9 @@ def run(arguments: list[str]) -> int:
         help="LLM serving for many tenants that share prompts.",
     )
     app.callback()(lambda: None)
-    for name in asked or _COMMANDS:
-        _COMMANDS[name](app)
     try:
+        for name in asked or _COMMANDS:
+            _COMMANDS[name](app)
         result = app(args=arguments, prog_name="chunkllama", standalone_mode=False)
     except ChunkLlamaError as error:
         return _fail(str(error))
@@ -91,16 +91,21 @@ def default_url(environ: os._Environ[str] | dict[str, str]) -> str:
 
 
 def _add_serve(app: typer.Typer) -> None:
+    from server.config import Settings
     from server.flags import load_from_flags, with_setting_flags
 
     @app.command()
     @with_setting_flags
     def serve(**flags: object) -> int:
         """Serve a model over an OpenAI-compatible HTTP API."""
-        settings = load_from_flags(flags).settings
+
+        def read_settings() -> Settings:
+            return load_from_flags(flags).settings
+
+        settings = read_settings()
         from server.serve import serve_forever  # after the settings, which are quick to refuse
 
-        return serve_forever(settings)
+        return serve_forever(settings, read_settings)
 
 
 def _add_config(app: typer.Typer) -> None:

@@ -5,6 +5,7 @@ Keys are flat and the same everywhere: ``--num-chunks``, ``CHUNKLLAMA_NUM_CHUNKS
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,12 +56,12 @@ class ServerConfig(ConfigGroup):
     admin_port: Port | None = Field(
         default=None, description="Serve /metrics on this port instead of the main one."
     )
-    api_key: Secrets = Field(
     metrics_compat: Literal["vllm"] | None = Field(
         default=None,
         description="Repeat the metrics under the names that routers and dashboards of another "
         "server look for.",
     )
+    api_key: Secrets = Field(
         default=(),
         description="name:key of a tenant, or a bare key; repeatable. Prefer api_key_file: "
         "other users can read a command line.",
@@ -71,7 +72,7 @@ class ServerConfig(ConfigGroup):
     isolation: Literal["off", "tenant"] | None = Field(
         default=None,
         description="tenant gives each key its own cache namespace, off shares one. tenant is the "
-        "default with several keys.",
+        "default with keys.",
     )
     public_prefixes: Path | None = Field(
         default=None,
@@ -170,6 +171,8 @@ class Settings(ServerConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfi
     def keys_by_tenant(self) -> dict[str, str]:
         """Tenant name to API key, from both the file and the flags.
 
+        A key without a name is called after its hash, which stays when other keys come or go.
+
         Raises:
             ConfigError: the file cannot be read, or a name or key stands twice.
         """
@@ -183,7 +186,7 @@ class Settings(ServerConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfi
         for number, entry in enumerate(entries, start=1):
             name, colon, key = entry.partition(":")
             if not colon:
-                name, key = f"key-{number}", entry
+                name, key = f"key-{hashlib.sha256(entry.encode()).hexdigest()[:8]}", entry
             if not name or not key:
                 raise ConfigError(f"api_key: entry {number} is not of the form name:key")
             if name in keys or key in keys.values():

@@ -51,7 +51,7 @@ async def register_public_prefixes(engine: EngineClient, prefixes: list[list[int
     """Compute each prefix once and pin it.
 
     Raises:
-        ConfigError: a prefix does not fit the context or the pool.
+        ConfigError: a prefix does not fit the context, the pool, or the half of it that pins get.
     """
     for number, ids in enumerate(prefixes, start=1):
         request = EngineRequest(
@@ -61,10 +61,14 @@ async def register_public_prefixes(engine: EngineClient, prefixes: list[list[int
             pin_seconds=_PIN_SECONDS,
         )
         try:
-            async for _ in engine.generate(request):
-                pass
+            deltas = [delta async for delta in engine.generate(request)]
         except ChunkLlamaError as error:
             raise ConfigError(f"public_prefixes: entry {number}: {error}") from None
+        if deltas[0].pin_refused:
+            raise ConfigError(
+                f"public_prefixes: entry {number}: pinned prompts may hold half of the chunk pool "
+                "and there is no room left; give it more memory or restart without old prefixes"
+            )
     if prefixes:
         logger.info("%d public prefixes, %d tokens", len(prefixes), sum(map(len, prefixes)))
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,13 +31,17 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 
-def serve_forever(settings: Settings) -> int:
+def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> int:
     """Serve until a signal; returns the process's exit code.
+
+    Args:
+        read_settings: reads the settings again from where they came, at SIGHUP.
 
     Raises:
         ConfigError: anything that keeps the server from starting; one line names the fix.
     """
     started = time.monotonic()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     configure_logging(settings.log_level, settings.log_format)
     keys = settings.keys_by_tenant()
     check_tls(settings)
@@ -50,7 +56,7 @@ def serve_forever(settings: Settings) -> int:
         def make_application() -> Application:
             from server.application import Application  # fastapi and all that it brings
 
-            return Application(settings, keys, path, spec)
+            return Application(settings, read_settings, keys, path, spec)
 
         async def run() -> int:
             async with contextlib.AsyncExitStack() as stack:

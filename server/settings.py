@@ -15,9 +15,10 @@ class ApiSettings:
 
     Attributes:
         served_model_names: names clients may ask for; the first is the one answers carry.
-        api_keys: tenant name -> key; empty means that no key is asked for.
+        api_keys: tenant name -> key; empty means that no key is asked for. A reload changes the
+            mapping in place.
         isolation: ``tenant`` gives each key its own cache namespace, ``off`` shares one;
-            None is ``tenant`` with several keys, else ``off``.
+            None is ``tenant`` with keys, even a single one: a reload may bring more.
         namespace_secret: key of the HMAC that turns tenant and salt into a namespace.
         strict: refuse unknown request fields instead of ignoring them.
         root_path: path prefix a proxy strips.
@@ -38,8 +39,8 @@ class ApiSettings:
         grammar_seconds: time limit for compiling one grammar.
         store_max_items, store_max_bytes, store_ttl_seconds: bounds of the response store.
         expose_metrics: serve /metrics on this port too (off with a separate admin port).
-    """
         metrics_compat: whose metric names to repeat in /metrics.
+    """
 
     served_model_names: tuple[str, ...]
     api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -69,11 +70,11 @@ class ApiSettings:
     store_max_bytes: int = 64 * 2**20
     store_ttl_seconds: float = 3600.0
     expose_metrics: bool = True
-
     metrics_compat: Literal["vllm"] | None = None
+
     @property
     def isolates_tenants(self) -> bool:
         """Whether each key has a cache namespace of its own."""
         if self.isolation is None:
-            return len(self.api_keys) > 1
+            return bool(self.api_keys)
         return self.isolation == "tenant"

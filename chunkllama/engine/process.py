@@ -7,6 +7,7 @@ others could open. Imports no torch in the parent.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import select
@@ -23,7 +24,9 @@ from chunkllama.config import EngineConfig
 from chunkllama.engine.client import MessageClient, seed_source
 from chunkllama.engine.messages import FromEngine, Shutdown, StartFailed, ToEngine
 from chunkllama.errors import ChunkLlamaError, ConfigError, EngineDeadError
-from chunkllama.logger import configure_logging
+from chunkllama.logger import configure_logging, init_logger
+
+logger = init_logger(__name__)
 
 _LENGTH = struct.Struct(">I")
 _PR_SET_PDEATHSIG = 1
@@ -71,20 +74,21 @@ class ProcessEngineClient(MessageClient):
             env={"GOMP_SPINCOUNT": "2000", **os.environ},
         )
         theirs.close()
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
-        client = cls(child, writer)
-        client.draw_seed = seed_source(config.model.seed)
-        writer.write(_frame(config.model_dump_json().encode()))
+        with contextlib.suppress(ConnectionError):  # its end is found by the first read
+            # Before anything is awaited: the engine loads while the caller's thread is busy.
+            ours.sendall(_frame(config.model_dump_json().encode()))
+        writer: asyncio.StreamWriter | None = None
         try:
+            reader, writer = await asyncio.open_unix_connection(sock=ours)
             first = await _read_messages(reader)
         except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
+            (writer or ours).close()
             code = await asyncio.to_thread(child.wait)
             raise ConfigError(
                 f"the engine process ended while starting (exit code {code})"
             ) from None
         except BaseException:
-            writer.close()
+            (writer or ours).close()
             child.kill()
             child.wait()
             raise
@@ -92,6 +96,8 @@ class ProcessEngineClient(MessageClient):
             writer.close()
             await asyncio.to_thread(child.wait)
             raise ConfigError(first[0].message)
+        client = cls(child, writer)
+        client.draw_seed = seed_source(config.model.seed)
         client._dispatch(first)
         client._reader_task = asyncio.create_task(client._read(reader))
         return client
@@ -107,7 +113,11 @@ class ProcessEngineClient(MessageClient):
         try:
             while True:
                 self._dispatch(await _read_messages(reader))
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except Exception as error:
+            if not isinstance(error, asyncio.IncompleteReadError | ConnectionError):
+                # A bug; whoever waits for tokens must not wait for ever.
+                logger.exception("a message of the engine process cannot be used")
+                self._child.kill()
             code = await asyncio.to_thread(self._child.wait)
             self._fail_all(EngineDeadError(f"the engine process has ended (exit code {code})"))
             self.on_death()
@@ -193,8 +203,8 @@ def main() -> int:
     descriptor, parent_pid = int(sys.argv[1]), int(sys.argv[2])
     _die_with_parent(parent_pid)
     # Ctrl-C reaches the whole process group; the API process decides when the engine stops.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
     channel = SocketChannel(socket.socket(fileno=descriptor))
     config = EngineConfig.model_validate_json(channel.receive_config())
     configure_logging(config.log.log_level, config.log.log_format)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,12 @@ def test_api_keys_from_flags_and_file(tmp_path):
     file.write_text("# tenants\nblue:key-1\n\n  red:key-2\n")
     flags = {"api_key": ["key-3"], "api_key_file": str(file)}
     settings = load_settings(flags, {}).settings
-    assert settings.keys_by_tenant() == {"key-1": "key-3", "blue": "key-1", "red": "key-2"}
+    keys = settings.keys_by_tenant()
+    assert [keys["blue"], keys["red"]] == ["key-1", "key-2"]
+    (nameless,) = set(keys) - {"blue", "red"}
+    assert keys[nameless] == "key-3" and re.fullmatch("key-[0-9a-f]{8}", nameless)
+    alone = load_settings({"api_key": ["key-3"]}, {}).settings
+    assert list(alone.keys_by_tenant()) == [nameless], "its name does not depend on other keys"
     assert "key-3" not in repr(settings)
     file.write_text("# nothing\n")
     with pytest.raises(ConfigError, match="holds no key"):
@@ -153,14 +159,17 @@ def test_default_pool_is_a_quarter_of_what_is_left():
     assert default_kv_cache_memory(1 << 40) == 1 << 30
 
 
+LOGGERS = ("", "chunkllama")
+
+
 @pytest.fixture
 def log():
     stream = io.StringIO()
-    loggers = [logging.getLogger(n) for n in ("chunkllama", "uvicorn", "uvicorn.error")]
-    before = [(each, each.handlers, each.propagate, each.level) for each in loggers]
+    before = [(each, each.handlers, each.level) for each in map(logging.getLogger, LOGGERS)]
     yield stream
-    for each, handlers, propagate, level in before:
-        each.handlers, each.propagate = handlers, propagate
+    logging.captureWarnings(False)
+    for each, handlers, level in before:
+        each.handlers = handlers
         each.setLevel(level)
 
 
@@ -177,11 +186,14 @@ def test_a_record_is_one_line_whatever_is_in_it(log, log_format):
     except ValueError:
         logger.exception("failed")
     logger.debug("not at this level")
+    logging.getLogger("some.library").error("failed\n%s", hostile)
+    logging.getLogger("some.library").info("of no interest")
     lines = log.getvalue().splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert all(32 <= ord(char) < 127 for line in lines for char in line)
     assert "req-7" in lines[0] and "req-7" not in lines[1]
     assert "Traceback" in lines[1]
+    assert "some.library" in lines[2]
     if log_format == "json":
         record = json.loads(lines[0])
         assert record["message"] == f"said {hostile}"
