@@ -12,12 +12,10 @@ namespace {
 
 constexpr int MAX_ROWS = 32;               // rows of one block product
 constexpr long AHEAD = 8192;               // bytes that the prefetch of the weights runs ahead
-constexpr int64_t PANEL = 512;             // rows of x that stay in L2 while the weights pass by
+constexpr int64_t PANEL = 512;             // rows of x at most that the weights pass by at a time
+constexpr int64_t LEAST_PANEL = 64;        // so many rows for each thread, and each keeps to its own rows: they are in its L2
 constexpr int64_t DEEP = 18;               // k blocks of 2 KB that stay in L1 while the rows of a panel pass by
 constexpr int TILE_PAIR = 2048;            // bytes of a k block of bf16: two tiles
-constexpr int SCALES = 64;                 // bytes of the scales before a k block of int8
-constexpr int K_BLOCK[] = {16, 32, 32};    // k per block of a unit, by Type
-constexpr int K_BYTES[] = {2048, 2048, SCALES + 1024};
 #if defined(__AMX_TILE__)
 constexpr int FEW_ROWS = 2;                // int8 weights: with so few rows converting them to tiles does not pay
 #endif
@@ -69,10 +67,19 @@ void widen_unit(const Stream& w, char* tiles) {
   for (const char* p = w.at; p < w.end; p += K_BYTES[INT8], tiles += TILE_PAIR) widen(p, tiles, w.ahead(p));
 }
 
+// Where tile loads find x: 16 rows `stride` bytes apart, the next 16 rows `lower` bytes on, the next k block `step` bytes on.
+struct Rows {
+  const char* at;
+  long stride, lower, step;
+};
+INLINE Rows rows_of(const char* x, long stride) { return {x, stride, 16 * stride, 64}; }
+INLINE Rows tiles_of(const char* x) { return {x, 64, TILE_PAIR / 2, TILE_PAIR}; }
+
 // acc [16 * ROW_TILES, 32] (+)= x * unit. int8 is widened one k block ahead of its use, through a buffer that stays in L1.
-// Where many rows pass by (STREAM), x is loaded with the hint that keeps it out of L1: that belongs to the unit.
+// Where many rows pass by (STREAM), x is loaded with the hint that keeps it out of L1, which belongs to the unit, and for
+// each k block `pace` bytes at `later` are fetched.
 template <bool WIDEN, int ROW_TILES, bool STREAM>
-INLINE void tile_product(const char* x, long x_bytes, const Stream& w, bool prefetch, bool accumulate, float* acc) {
+INLINE void tile_product(Rows x, const Stream& w, bool prefetch, bool accumulate, float* acc, const char* later = nullptr, int pace = 0) {
   constexpr int bytes = WIDEN ? K_BYTES[INT8] : K_BYTES[BF16];
   constexpr long stride = UNIT * 4;
   alignas(64) char ahead[WIDEN ? 2 * TILE_PAIR : 64];
@@ -91,8 +98,9 @@ INLINE void tile_product(const char* x, long x_bytes, const Stream& w, bool pref
     TILE_ZERO(2);
     TILE_ZERO(3);
   }
-  for (const char* p = w.at; p < w.end; p += bytes, x += 64) {
+  for (const char* p = w.at; p < w.end; p += bytes, x.at += x.step, later += pace) {
     if (!WIDEN && prefetch) w.prefetch(p, bytes);
+    for (int i = 0; STREAM && i < pace; i += 64) prefetch_l2(later + i);
     const char* tiles = p;
     if (WIDEN) {
       tiles = ahead + turn * TILE_PAIR;
@@ -100,9 +108,9 @@ INLINE void tile_product(const char* x, long x_bytes, const Stream& w, bool pref
       if (p + bytes < w.end) widen(p + bytes, ahead + turn * TILE_PAIR, w.ahead(p + bytes));
     }
     if (STREAM) {
-      TILE_LOAD_STREAM(4, x, x_bytes);
+      TILE_LOAD_STREAM(4, x.at, x.stride);
     } else {
-      TILE_LOAD(4, x, x_bytes);
+      TILE_LOAD(4, x.at, x.stride);
     }
     TILE_LOAD(6, tiles, 64);
     TILE_DOT_BF16(0, 4, 6);
@@ -110,9 +118,9 @@ INLINE void tile_product(const char* x, long x_bytes, const Stream& w, bool pref
     TILE_DOT_BF16(1, 4, 7);
     if (ROW_TILES == 2) {
       if (STREAM) {
-        TILE_LOAD_STREAM(5, x + 16 * x_bytes, x_bytes);
+        TILE_LOAD_STREAM(5, x.at + x.lower, x.stride);
       } else {
-        TILE_LOAD(5, x + 16 * x_bytes, x_bytes);
+        TILE_LOAD(5, x.at + x.lower, x.stride);
       }
       TILE_DOT_BF16(2, 5, 6);
       TILE_DOT_BF16(3, 5, 7);
@@ -214,13 +222,12 @@ void vector_block(const LinearArgs& a, int64_t first, int rows, const Stream& w,
 void block_product(const LinearArgs& a, int64_t first, int rows, const Stream& w, bool prefetch, float* acc) {
 #if defined(__AMX_TILE__)
   if (a.x_type == BF16) {
-    const long bytes = a.x_stride * 2;
-    const char* x = static_cast<const char*>(a.x) + first * bytes;
+    const Rows x = rows_of(static_cast<const char*>(a.x) + first * a.x_stride * 2, a.x_stride * 2);
     const bool widen = a.linear->type == INT8;
-    if (widen && rows > 16) tile_product<true, 2, false>(x, bytes, w, prefetch, false, acc);
-    else if (widen) tile_product<true, 1, false>(x, bytes, w, prefetch, false, acc);
-    else if (rows > 16) tile_product<false, 2, false>(x, bytes, w, prefetch, false, acc);
-    else tile_product<false, 1, false>(x, bytes, w, prefetch, false, acc);
+    if (widen && rows > 16) tile_product<true, 2, false>(x, w, prefetch, false, acc);
+    else if (widen) tile_product<true, 1, false>(x, w, prefetch, false, acc);
+    else if (rows > 16) tile_product<false, 2, false>(x, w, prefetch, false, acc);
+    else tile_product<false, 1, false>(x, w, prefetch, false, acc);
     return;
   }
 #endif
@@ -232,7 +239,8 @@ void block_product(const LinearArgs& a, int64_t first, int rows, const Stream& w
 template <class Y>
 INLINE void write_row(Epilogue epilogue, Y* y, int64_t column, const float* acc) {
   if (epilogue == SILU_AND_MUL) {
-    for (int j = 0; j < 16; j += W) store(y + column / 2 + j, silu(load(acc + j)) * load(acc + 16 + j));
+    constexpr Precision P = std::is_same_v<Y, bf16> ? COARSE : FINE;
+    for (int j = 0; j < 16; j += W) store(y + column / 2 + j, silu<P>(load(acc + j)) * load(acc + 16 + j));
   } else {
     for (int j = 0; j < UNIT; j += 2 * W) store(y + column + j, load(acc + j), load(acc + j + W));
   }
@@ -256,24 +264,42 @@ void finish_rows(const LinearArgs& a, int64_t column, int64_t first, int64_t row
 }
 
 #if defined(__AMX_TILE__)
-// Rows [begin, end) of x times one unit of bf16 tiles, as many k at a time as L1 holds of the unit: acc [end - begin, 32].
-void panel_product(const LinearArgs& a, int64_t column, int64_t begin, int64_t end, const Stream& w, float* acc) {
-  const long bytes = a.x_stride * 2;
-  for (const char* at = w.at; at < w.end; at += DEEP * TILE_PAIR) {
-    const char* behind = std::min(at + DEEP * TILE_PAIR, w.end);
-    const Stream part{at, behind, behind < w.end ? behind : w.next};
-    const char* x = static_cast<const char*>(a.x) + begin * bytes + (at - w.at) / TILE_PAIR * 64;
+// Rows [begin, end) of x as the tiles that panel_product reads one behind the other: [rows / 32][k / 32][2][16][32].
+const char* pack_panel(const LinearArgs& a, int64_t begin, int64_t end) {
+  static thread_local Scratch<char> tiles;
+  const int64_t blocks = a.linear->k / 32;
+  char *const packed = tiles.fit((end - begin + MAX_ROWS) * a.linear->k * 2), *to = packed;
+  for (int64_t r = begin; r < end; r += MAX_ROWS, to += blocks * TILE_PAIR)
+    for (int i = 0; i < MAX_ROWS; i++) {
+      const char* from = static_cast<const char*>(a.x) + (r + i) * a.x_stride * 2;
+      for (int64_t k = 0; k < blocks; k++) memcpy(to + k * TILE_PAIR + i * 64, from + k * 64, 64);
+    }
+  return packed;
+}
+
+// Rows [begin, end) of x (`tiles`, as packed above) times one unit of bf16 tiles, as many k at a time as L1 holds of the
+// unit. Meanwhile the next unit is fetched, spread over all the rows: in a burst it would hold up the first of them.
+void panel_product(const LinearArgs& a, int64_t column, int64_t begin, int64_t end, const char* tiles, const Stream& w, float* acc) {
+  const long block = a.linear->k * 2 * MAX_ROWS, part = DEEP * TILE_PAIR;
+  const int64_t blocks = (end - begin + MAX_ROWS - 1) / MAX_ROWS;
+  const int64_t pace = w.next ? (TILE_PAIR / blocks + 63) / 64 * 64 : 0;
+  const int64_t advance = w.end - w.at > part ? MAX_ROWS * UNIT : 0;  // sums that nothing is added to stay in L1
+  const char* later = w.next;
+  for (const char* at = w.at; at < w.end; at += part) {
+    const Stream stream{at, std::min(at + part, w.end), nullptr};
+    const char* x = tiles + (at - w.at);
     float* to = acc;
-    for (int64_t r = begin; r < end; r += MAX_ROWS, x += MAX_ROWS * bytes, to += MAX_ROWS * UNIT) {
-      tile_product<false, 2, true>(x, bytes, part, r == begin, at != w.at, to);
-      if (behind == w.end) finish_rows(a, column, r, std::min<int64_t>(MAX_ROWS, end - r), to);
+    for (int64_t r = begin; r < end; r += MAX_ROWS, x += block, to += advance) {
+      tile_product<false, 2, true>(tiles_of(x), stream, false, at != w.at, to, later, int(pace));
+      if (pace) later += (stream.end - at) / TILE_PAIR * pace;
+      if (stream.end == w.end) finish_rows(a, column, r, std::min<int64_t>(MAX_ROWS, end - r), to);
     }
   }
 }
 #endif
 
 // Rows [begin, end) times one unit.
-void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end, Stream w) {
+void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end, [[maybe_unused]] const char* packed, Stream w) {
   const int64_t column = unit * UNIT;
 #if defined(__AMX_TILE__)
   if (a.x_type == BF16 && end - begin > MAX_ROWS) {
@@ -286,7 +312,7 @@ void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end, Str
       w = {tiles, tiles + bytes, nullptr};
     }
     float* acc = panel.fit((PANEL + MAX_ROWS) * UNIT);
-    panel_product(a, column, begin, end, w, acc);
+    panel_product(a, column, begin, end, packed, w, acc);
     return;
   }
 #endif
@@ -298,51 +324,39 @@ void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end, Str
   }
 }
 
-INLINE float element(const void* w, int32_t type, int64_t i) {
-  return type == BF16 ? to_float(static_cast<const bf16*>(w)[i]) : static_cast<const float*>(w)[i];
-}
-
-// Where element (column, k) of a packed weight lies: bytes from its start.
-INLINE int64_t packed_offset(const Linear& l, int64_t column, int64_t k) {
-  const int type = l.type;
-  const int64_t block = (column / UNIT * (l.k / K_BLOCK[type]) + k / K_BLOCK[type]) * K_BYTES[type];
-  const int64_t half = column % UNIT / 16, c = column % 16, within = k % K_BLOCK[type];
-  if (type == F32) return block + (within * UNIT + column % UNIT) * 4;
-  if (type == BF16) return block + half * 1024 + (within / 2 * 32 + c * 2 + within % 2) * 2;
-  return block + SCALES + half * 512 + within / 4 * 64 + c * 4 + within % 4;
-}
-
-// Packs one column, given as floats with zeros behind.
-void pack_column(const Linear& l, int64_t column, const float* values) {
-  char* to = static_cast<char*>(const_cast<void*>(l.weight)) + packed_offset(l, column, 0);
-  if (l.type == F32) {
-    for (int64_t i = 0; i < l.k; i++) memcpy(to + i * UNIT * 4, values + i, 4);
-  } else if (l.type == BF16) {
-    for (int64_t block = 0; block < l.k; block += 32, to += K_BYTES[BF16])
-      for (int i = 0; i < 32; i += 2) {
-        const uint32_t pair = to_bf16(values[block + i]) | uint32_t(to_bf16(values[block + i + 1])) << 16;
-        memcpy(to + i * 32, &pair, 4);
-      }
-  } else {
-    char* scales = static_cast<char*>(const_cast<void*>(l.weight)) + packed_offset(l, column / UNIT * UNIT, 0) - SCALES;
-    for (int64_t block = 0; block < l.k; block += 32, to += K_BYTES[INT8], scales += K_BYTES[INT8]) {
-      float top = 0;
-      for (int i = 0; i < 32; i++)
-        if (!(std::fabs(values[block + i]) <= top) && top == top) top = std::fabs(values[block + i]);  // NaN stays
-      const bf16 scale = to_bf16(top / 127.f);
-      const float inverse = to_float(scale) > 0 ? 1.f / to_float(scale) : 0.f;
-      memcpy(scales + column % UNIT * 2, &scale, 2);
-      for (int i = 0; i < 32; i++) {
-        const long q = std::lrint(values[block + i] * inverse);
-        to[i / 4 * 64 + i % 4] = char(std::min(127L, std::max(-127L, q)) + 128);
-      }
+// Units of one panel of rows, until none is left. To help others out (`late`) pays only while much is left.
+void run_panel(const LinearArgs& a, int64_t first, int64_t last, Counter& next, int threads, bool late) {
+  const Linear& l = *a.linear;
+  const int64_t units = l.n / UNIT, bytes = l.k / K_BLOCK[l.type] * K_BYTES[l.type];
+  if (late && next.taken() > units * 3 / 4) return;
+  // Two units of SILU_AND_MUL share the cache lines of y.
+  const int64_t even = a.epilogue == SILU_AND_MUL ? 2 : 1;
+  const int64_t grain = std::max<int64_t>(1, units / (16 * threads * even)) * even;
+  const char* weight = static_cast<const char*>(l.weight);
+  const char* packed = nullptr;
+  int64_t begin = next.take(grain);
+  while (begin < units) {
+#if defined(__AMX_TILE__)
+    if (!packed && a.x_type == BF16 && last - first > MAX_ROWS) packed = pack_panel(a, first, last);
+#endif
+    const int64_t following = next.take(grain), end = std::min(begin + grain, units);
+    for (int64_t u = begin; u < end; u++) {
+      const char* at = weight + u * bytes;
+      const int64_t after = u + 1 < end ? u + 1 : following;
+      run_unit(a, u, first, last, packed, {at, at + bytes, after < units ? weight + after * bytes : nullptr});
     }
+    begin = following;
   }
 }
 
 }  // namespace
 
-void linear_units(const LinearArgs& given, Counter& next, int threads) {
+int64_t panel_rows(int64_t rows, int threads) {
+  const int64_t each = (rows + threads - 1) / threads;
+  return each < LEAST_PANEL ? PANEL : std::min(PANEL, (each + MAX_ROWS - 1) / MAX_ROWS * MAX_ROWS);
+}
+
+void linear_units(const LinearArgs& given, Counter* panels, int thread, int threads) {
   [[maybe_unused]] Tiles tiles;
   LinearArgs args = given;
   const Linear& l = *args.linear;
@@ -355,36 +369,11 @@ void linear_units(const LinearArgs& given, Counter& next, int threads) {
     args.x = to, args.x_stride = l.k, args.x_type = F32;
   }
 #endif
-  // Panel by panel of rows, unit by unit.
-  const int64_t units = l.n / UNIT, bytes = l.k / K_BLOCK[l.type] * K_BYTES[l.type];
-  const int64_t total = units * ((args.rows + PANEL - 1) / PANEL), grain = std::max<int64_t>(1, units / (16 * threads));
-  const char* weight = static_cast<const char*>(l.weight);
-  int64_t begin = next.take(grain);
-  while (begin < total) {
-    const int64_t following = next.take(grain), end = std::min(begin + grain, total);
-    for (int64_t t = begin; t < end; t++) {
-      const char* at = weight + t % units * bytes;
-      const int64_t after = t + 1 < end ? t + 1 : following, first = t / units * PANEL;
-      const char* then = after < total ? weight + after % units * bytes : nullptr;
-      run_unit(args, t % units, first, std::min(first + PANEL, args.rows), {at, at + bytes, then});
-    }
-    begin = following;
+  const int64_t size = panel_rows(args.rows, threads), count = (args.rows + size - 1) / size;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t panel = (thread + i) % count, begin = panel * size;
+    run_panel(args, begin, std::min(begin + size, args.rows), panels[panel], threads, count > 1 && i > 0);
   }
-}
-
-void pack_units(const void* w, int32_t w_type, int64_t n, int64_t k, const Linear& packed, int64_t begin, int64_t end) {
-  static thread_local Scratch<float> column_values;
-  float* values = column_values.fit(packed.k);
-  std::fill(values, values + packed.k, 0.f);
-  for (int64_t column = begin * UNIT; column < end * UNIT; column++) {
-    for (int64_t i = 0; i < k; i++) values[i] = column < n ? element(w, w_type, column * k + i) : 0.f;
-    pack_column(packed, column, values);
-  }
-}
-
-void unpack_row(const Linear& packed, int64_t column, float* to, int64_t size) {
-  const char* weight = static_cast<const char*>(packed.weight);
-  for (int64_t i = 0; i < size; i++) to[i] = element(weight + packed_offset(packed, column, i), packed.type, 0);
 }
 
 }  // namespace chunkllama

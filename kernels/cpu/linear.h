@@ -11,6 +11,9 @@
 namespace chunkllama {
 
 constexpr int UNIT = 32;
+constexpr int SCALES = 64;                 // bytes of the scales before a k block of int8
+constexpr int K_BLOCK[] = {16, 32, 32};    // k per block of a unit, by Type
+constexpr int K_BYTES[] = {2048, 2048, SCALES + 1024};
 
 #if defined(__AMX_TILE__)
 constexpr Type NARROW_ACTIVATIONS = BF16;  // of models whose weights are bf16 or int8
@@ -34,8 +37,11 @@ struct LinearArgs {
   int64_t rows;
 };
 
-// Works off units until none is left.
-void linear_units(const LinearArgs& args, Counter& next, int threads);
+// Rows of a panel: what one counter hands out the units of.
+int64_t panel_rows(int64_t rows, int threads);
+
+// Works off units until none is left; the counters are one for each panel.
+void linear_units(const LinearArgs& args, Counter* panels, int thread, int threads);
 
 // Packs rows of w [n, k] (F32 or BF16) into linear.type; rows beyond n and columns beyond k up to the padded sizes are zero.
 void pack_units(const void* w, int32_t w_type, int64_t n, int64_t k, const Linear& packed, int64_t begin, int64_t end);

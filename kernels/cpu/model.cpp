@@ -3,6 +3,7 @@
 //   norm | qkv | rotate and append | attention | merge | output projection added | norm | gate and up | down added
 //
 // with a barrier after each phase. Linears and attention hand out their work unit by unit, the rest by rows.
+#include <algorithm>
 #include <memory>
 
 #include "attention.h"
@@ -21,7 +22,12 @@ enum Phase { QKV, ATTENTION, OUTPUT, GATE_UP, DOWN, PHASES };
 
 class Pass {
  public:
-  Pass(const Model& m, const Step& s) : m_(m), s_(s), counters_(new Counter[m.num_layers * PHASES]) {}
+  Pass(const Model& m, const Step& s, int threads)
+      : m_(m), s_(s), panels_((s.plan.num_rows - 1) / panel_rows(s.plan.num_rows, threads) + 1),
+        counters_(new Counter[m.num_layers * PHASES * panels_]) {
+    const int32_t* single = s.plan.row_flags;
+    merges_ = std::find(single, single + s.plan.num_rows, 0) != single + s.plan.num_rows;
+  }
 
   void run(int thread, int threads) {
     const Range rows = share(s_.plan.num_rows, thread, threads);
@@ -45,12 +51,12 @@ class Pass {
 
   void layer(int64_t index, int thread, int threads, Range rows) {
     const Layer& l = m_.layers[index];
-    Counter* counters = counters_.get() + index * PHASES;
+    Counter* counters = counters_.get() + index * PHASES * panels_;
     const int64_t width = stride(m_.heads.q_heads * m_.heads.head_dim), qkv_stride = l.qkv.n;
     auto linear = [&](Phase phase, const Linear& weight, const void* x, int64_t x_stride, void* y, int64_t y_stride,
                       Type y_type, Epilogue epilogue) {
       const LinearArgs a{&weight, x, x_stride, activations(), y, y_stride, y_type, epilogue, s_.plan.num_rows};
-      linear_units(a, counters[phase], threads);
+      linear_units(a, counters + phase * panels_, thread, threads);
       barrier_.wait(threads);
     };
 
@@ -64,11 +70,13 @@ class Pass {
 
     const AttentionArgs attention{s_.plan, m_.heads, s_.positions, s_.qkv, s_.attention, qkv_stride, width, s_.kv[index],
                                   s_.partial_out, s_.partial_lse, m_.scale, m_.vector_rows};
-    attention_units(attention, counters[ATTENTION]);
+    attention_units(attention, counters[ATTENTION * panels_]);
     barrier_.wait(threads);
-    const Range merged = share(s_.plan.num_rows * m_.heads.q_heads, thread, threads);
-    merge_partials(attention, merged.begin, merged.end);
-    barrier_.wait(threads);
+    if (merges_) {
+      const Range merged = share(s_.plan.num_rows * m_.heads.q_heads, thread, threads);
+      merge_partials(attention, merged.begin, merged.end);
+      barrier_.wait(threads);
+    }
 
     linear(OUTPUT, l.o, s_.attention, width, s_.hidden, stride(m_.hidden), F32, ADD);
     norm(l.mlp_norm, s_.normed, activations(), rows);
@@ -86,7 +94,9 @@ class Pass {
 
   const Model& m_;
   const Step& s_;
+  const int64_t panels_;  // of rows, each with a counter for every linear
   std::unique_ptr<Counter[]> counters_;
+  bool merges_;  // some row has several partials
   Barrier barrier_;
 };
 
@@ -101,7 +111,7 @@ using namespace chunkllama;
 EXPORT int32_t ck_activation_type(int32_t weight_type) { return weight_type == F32 ? F32 : NARROW_ACTIVATIONS; }
 
 EXPORT void ck_forward(const Model* model, const Step* step, int threads) {
-  Pass pass(*model, *step);
+  Pass pass(*model, *step, threads);
   parallel(threads, [&](int thread, int team) { pass.run(thread, team); });
 }
 
@@ -109,8 +119,8 @@ EXPORT void ck_forward(const Model* model, const Step* step, int threads) {
 EXPORT void ck_linear(const Linear* linear, const void* x, int64_t x_stride, int32_t x_type, float* y, int64_t y_stride,
                       int64_t rows, int threads) {
   const LinearArgs args{linear, x, x_stride, x_type, y, y_stride, F32, STORE, rows};
-  Counter units;
-  parallel(threads, [&](int, int team) { linear_units(args, units, team); });
+  const std::unique_ptr<Counter[]> panels(new Counter[rows / panel_rows(rows, threads) + 1]);
+  parallel(threads, [&](int thread, int team) { linear_units(args, panels.get(), thread, team); });
 }
 
 EXPORT void ck_pack(const void* w, int32_t w_type, int64_t n, int64_t k, const Linear* packed, int threads) {

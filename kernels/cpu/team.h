@@ -40,6 +40,7 @@ class Barrier {
 struct alignas(64) Counter {
   std::atomic<int64_t> next{0};
   int64_t take(int64_t count = 1) { return next.fetch_add(count, std::memory_order_relaxed); }
+  int64_t taken() const { return next.load(std::memory_order_relaxed); }
 };
 
 // Runs work(thread, threads) on every thread of the team.
