@@ -1,6 +1,5 @@
 #include "elementwise.h"
 
-#include <algorithm>
 #include <cmath>
 
 #include "layout.h"
@@ -73,35 +72,25 @@ INLINE void rotate(const X* from, Y* to, const float* cos, const float* sin, int
   });
 }
 
-// k is one head of one token: a column of the chunk's K.
-void append_k(bf16* k_chunk, int offset, const float* k, long dim) {
-  using L = Layout<bf16>;
-  alignas(64) bf16 rounded[256 + BLOCK];
-  for (long d = 0; d < dim; d += W) store(rounded + d, load(k + d));
-  std::fill(rounded + dim, rounded + L::k_dim(dim), bf16{0});
-  bf16* to = k_chunk + offset / BLOCK * L::k_block(dim) + offset % BLOCK * 2;
-  for (long d = 0; d < L::k_dim(dim); d += 2, to += L::k_step()) memcpy(to, rounded + d, 4);
+// k is one head of one token, in the pool's type with zeros up to k_dim: a column of the chunk's K.
+template <class KV>
+INLINE void append_k(KV* k_chunk, int offset, const KV* k, long dim) {
+  using L = Layout<KV>;
+  constexpr int AT_ONCE = L::PAIRS ? 2 : 1;
+  KV* to = k_chunk + offset / BLOCK * L::k_block(dim) + offset % BLOCK * AT_ONCE;
+  for (long d = 0; d < L::k_dim(dim); d += AT_ONCE, to += L::k_step()) memcpy(to, k + d, AT_ONCE * sizeof(KV));
 }
-void append_k(float* k_chunk, int offset, const float* k, long dim) {
-  using L = Layout<float>;
-  float* to = k_chunk + offset / BLOCK * L::k_block(dim) + offset % BLOCK;
-  for (long d = 0; d < dim; d++, to += L::k_step()) *to = k[d];
-}
-template <class X>
-void append_v(bf16* v_chunk, int offset, const X* v, long dim) {
+// v is one head of one token, in the pool's type.
+INLINE void append_v(bf16* v_chunk, int offset, const bf16* v, long dim) {
   bf16* to = v_chunk + offset / 2 * Layout<bf16>::v_step(dim);
   for (long d = 0; d < dim; d += W, to += 2 * W) {
-    bf16 rounded[W];
-    store(rounded, load(v + d));
-    IntVec pairs = (IntVec)load(rounded);  // in the upper half
-    pairs = offset % 2 ? pairs | (load_pairs(to) & 0xffff) : (pairs >> 16) & 0xffff;
+    const IntVec odd_half = (IntVec)load(v + d);
+    const IntVec pairs = offset % 2 ? (load_pairs(to) & 0xffff) | odd_half : odd_half >> 16 & 0xffff;
     memcpy(to, &pairs, sizeof pairs);
   }
 }
-template <class X>
-void append_v(float* v_chunk, int offset, const X* v, long dim) {
-  float* to = v_chunk + offset * Layout<float>::v_step(dim);
-  for (long d = 0; d < dim; d++) to[d] = to_float(v[d]);
+INLINE void append_v(float* v_chunk, int offset, const float* v, long dim) {
+  memcpy(v_chunk + offset * Layout<float>::v_step(dim), v, dim * sizeof(float));
 }
 
 template <class X, class KV>
@@ -117,11 +106,12 @@ void rope_append_row(const RopeArgs& a, int64_t row) {
   const int at = position - tail[1], offset = at % CHUNK;
   KV* chunk = static_cast<KV*>(a.kv) + a.plan.chunk_ids[tail[0] + at / CHUNK] * L::chunk(heads, dim);
   const X *k = x + a.heads.q_heads * dim, *v = k + heads * dim;
-  alignas(64) float rotated[256];
+  alignas(64) KV rotated[256] = {}, value[256];
   for (long h = 0; h < heads; h++) {
     rotate(k + h * dim, rotated, cos, sin, dim / 2);
     append_k(chunk + L::k_offset(h, dim), offset, rotated, dim);
-    append_v(chunk + L::v_offset(h, heads, dim), offset, v + h * dim, dim);
+    for (long d = 0; d < dim; d += W) store(value + d, load(v + h * dim + d));
+    append_v(chunk + L::v_offset(h, heads, dim), offset, value, dim);
   }
 }
 

@@ -37,7 +37,8 @@ void pack_column(const Linear& l, int64_t column, const float* values) {
     char* scales = static_cast<char*>(const_cast<void*>(l.weight)) + packed_offset(l, column / UNIT * UNIT, 0) - SCALES;
     for (int64_t block = 0; block < l.k; block += 32, to += K_BYTES[INT8], scales += K_BYTES[INT8]) {
       float top = 0;
-      for (int i = 0; i < 32; i++) top = std::max(top, std::fabs(values[block + i]));
+      for (int i = 0; i < 32; i++)
+        if (!(std::fabs(values[block + i]) <= top) && top == top) top = std::fabs(values[block + i]);  // NaN stays
       const bf16 scale = to_bf16(top / 127.f);
       const float inverse = to_float(scale) > 0 ? 1.f / to_float(scale) : 0.f;
       memcpy(scales + column % UNIT * 2, &scale, 2);
