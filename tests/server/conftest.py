@@ -25,13 +25,19 @@ from server.http_protocol import HttpLimits, make_protocol
 from server.settings import ApiSettings
 from server.text_service import TextService
 
-_spec = importlib.util.spec_from_file_location(
-    "fake_engine", Path(__file__).with_name("fake_engine.py")
-)
-assert _spec is not None and _spec.loader is not None
-fake_engine = importlib.util.module_from_spec(_spec)
-sys.modules["fake_engine"] = fake_engine
-_spec.loader.exec_module(fake_engine)
+
+def _load(name: str) -> Any:
+    """A module of this folder, importable from its tests."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+fake_engine = _load("fake_engine")
+tiny_server_module = _load("tiny_server")
 
 MODEL = fake_engine.MODEL
 TEMPLATE = (
@@ -106,6 +112,15 @@ StartServer = Callable[..., Server]
 def tokenizer_writer() -> Callable[[Path], None]:
     """Writes the tests' tokenizer into a folder."""
     return write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real server process over a tiny random model (``tiny_server.TinyServer``)."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_server_module.write_tiny_model(folder, write_tokenizer)
+    with tiny_server_module.serve(folder) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -4,24 +4,16 @@ over."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 import schemathesis
 from fake_engine import MODEL
 from hypothesis import HealthCheck, Phase, given, settings
-from safetensors.numpy import save_file
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -51,6 +43,11 @@ OPERATIONS = {
 }
 NIGHTLY_FACTOR = 5
 MAX_REFUSAL_SECONDS = 1.0
+REFUSED = (
+    "audio", "moderation", "web_search_options", "documents", "kv_transfer_params", "vllm_xargs",
+    "conversation", "context_management", "chat_template", "guided_json", "guided_regex",
+    "guided_choice", "guided_grammar", "regex", "ebnf", "prompt_token_ids", "input_ids",
+)  # fmt: skip
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
@@ -59,92 +56,12 @@ CHECKS = [
 ]
 
 
-MAX_MODEL_LEN = 256
-
-
-def write_tiny_model(folder: Path, write_tokenizer: Callable[[Path], None]) -> None:
-    """A random Llama of two layers over a byte-level tokenizer, written without torch."""
-    write_tokenizer(folder)
-    vocab, hidden, heads, kv_heads, head_dim, inner = 259, 128, 2, 1, 64, 128
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": 2,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "max_position_embeddings": MAX_MODEL_LEN,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "bos_token_id": 256,
-        "eos_token_id": 258,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    shapes = {"model.embed_tokens": (vocab, hidden), "lm_head": (vocab, hidden)}
-    for layer in range(2):
-        block = f"model.layers.{layer}"
-        shapes |= {
-            f"{block}.self_attn.q_proj": (heads * head_dim, hidden),
-            f"{block}.self_attn.k_proj": (kv_heads * head_dim, hidden),
-            f"{block}.self_attn.v_proj": (kv_heads * head_dim, hidden),
-            f"{block}.self_attn.o_proj": (hidden, heads * head_dim),
-            f"{block}.mlp.gate_proj": (inner, hidden),
-            f"{block}.mlp.up_proj": (inner, hidden),
-            f"{block}.mlp.down_proj": (hidden, inner),
-            f"{block}.input_layernorm": (hidden,),
-            f"{block}.post_attention_layernorm": (hidden,),
-        }
-    shapes["model.norm"] = (hidden,)
-    random = np.random.default_rng(7)
-    weights = {
-        f"{name}.weight": np.ones(shape, np.float32)
-        if len(shape) == 1
-        else random.normal(0, 0.2, shape).astype(np.float32)
-        for name, shape in shapes.items()
-    }
-    save_file(weights, folder / "model.safetensors")
-
-
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory, tokenizer_writer: Any) -> Iterator[str]:
+def url(tiny_server: Any) -> Iterator[str]:
     """A real server process over the tiny model; it must outlive all requests."""
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(folder, tokenizer_writer)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "server.cli", "serve", "--model", str(folder)),
-        *("--served-model-name", MODEL, "--port", str(port)),
-        *("--num-chunks", "64", "--max-model-len", str(MAX_MODEL_LEN), "--threads", "1"),
-    ]
-    url = f"http://127.0.0.1:{port}"
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        wait_ready(url, process, folder / "log")
-        yield url
-        assert process.poll() is None, "the server died"
-        check_idle(url)
-    finally:
-        process.terminate()
-        assert process.wait(timeout=30) == 0
-
-
-def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health").status_code == 200:
-                return
-        time.sleep(0.1)
-    raise AssertionError(log.read_text())
+    yield tiny_server.url
+    assert tiny_server.process.poll() is None, "the server died"
+    check_idle(tiny_server.url)
 
 
 def check_idle(url: str) -> None:
@@ -203,8 +120,7 @@ def plausible(body: dict[str, Any]) -> dict[str, Any]:
                 message.setdefault("role", "user")
     # A random model hardly ever ends by itself.
     body.setdefault("max_tokens", 8)
-    for name in ("audio", "moderation", "web_search_options", "documents", "kv_transfer_params",
-                 "vllm_xargs", "conversation", "context_management", "chat_template"):  # fmt: skip
+    for name in REFUSED:
         body.pop(name, None)
     return body
 
