@@ -277,7 +277,7 @@ class CudaOps(OpSet):
         params = PARAMS[self._silu_and_mul.params].call.pack(
             gate_up.data_ptr(), out.data_ptr(), size
         )
-        self._launcher.launch(self._silu_and_mul, (-(-size // _SILU_ELEMENTS), rows, 1), params)
+        self._launcher.launch(self._silu_and_mul, (rows, -(-size // _SILU_ELEMENTS), 1), params)
         return out
 
     def copy_chunks(self, kv: KVCache, triples: list[CopyTriple]) -> None:

@@ -1,4 +1,4 @@
-// out = silu(gate) * up, with gate and up side by side in one row. Grid (ceil(I / 8 / 256), rows), 256 threads.
+// out = silu(gate) * up, with gate and up side by side in one row. Grid (rows, ceil(I / 8 / 256)), 256 threads.
 #pragma once
 #include "vector.cuh"
 
@@ -14,9 +14,9 @@ template <typename T>
 KERNEL(256, 1)
 silu_and_mul(SiluAndMulParams p) {
   constexpr float LOG2_E = 1.4426950408889634f;
-  const int d = (blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
+  const int d = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
   if (d >= p.intermediate_size) return;
-  const i64 row = blockIdx.y;
+  const i64 row = blockIdx.x;
   float gate[VECTOR], up[VECTOR];
   unpack8<T>(gate, load16((const T*)p.gate_up + row * 2 * p.intermediate_size + d));
   unpack8<T>(up, load16((const T*)p.gate_up + (row * 2 + 1) * p.intermediate_size + d));

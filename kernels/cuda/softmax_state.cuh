@@ -22,7 +22,7 @@ struct SoftmaxState {
     return factor;
   }
 
-  // Adds `weight` = 2^(other.maximum - anchor) times another state; the caller has raised to other.maximum before.
+  // What another state's sum and outputs count by; this state's maximum is at least the other's.
   DEVICE float weight_of(SoftmaxState other) const { return exp2_fast(other.maximum - anchor()); }
 
   DEVICE float inverse_sum() const { return sum > 0.f ? 1.f / sum : 0.f; }

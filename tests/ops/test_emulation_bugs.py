@@ -113,7 +113,10 @@ BUGS = {
     "no_swizzle": Bug("tpp_partial.cuh", "piece ^ (row & 7)", "piece", "conflicts"),
     "sum_not_rescaled": Bug("softmax_state.cuh", "    sum *= factor;\n", "", "numbers"),
     "merge_ignores_the_maximum": Bug(
-        "tpp_merge.cuh", "weight = state.weight_of(partial)", "weight = 1.f", "numbers"
+        "tpp_merge.cuh",
+        "weight = state.weight_of({p.partial_lse[at], 1.f})",
+        "weight = 1.f",
+        "numbers",
     ),
     "single_partials_not_written": Bug(
         "tpp_partial.cuh", "    if (p.row_flags[row]) {", "    if (false) {", "numbers"
