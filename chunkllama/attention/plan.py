@@ -261,10 +261,11 @@ class Planner:
         row, rows = row + skipped, np.minimum(rows - skipped, packing.rows_per_item)
         masked = position < _WHOLE
         position = np.where(masked, position + skipped, _WHOLE)
+        filled = np.minimum(end, (position + rows - 1) // size + 1)  # spare chunks cost nothing yet
         if not reusable:
-            end = np.minimum(end, (position + rows - 1) // size + 1)
+            end = filled
 
-        cost = (end - begin) * weight
+        cost = (filled - begin) * weight
         share = cost.sum() * packing.num_kv_heads * slack / packing.target_units
         longest = np.maximum(share / weight, packing.min_run_chunks * slack)
         run = np.exp2(np.floor(np.log2(longest))).astype(np.int64)

@@ -74,6 +74,7 @@ def gpu_packing(
         num_kv_heads=num_kv_heads,
         split_private=True,
         chunk_cost_rows=table.chunk_cost_rows,
+        spare_chunks=table.spare_chunks,
     )
 
 

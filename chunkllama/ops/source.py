@@ -156,6 +156,7 @@ class HardwareTable:
         waves: units the planner aims at, in multiples of the CTAs that run at once.
         min_run_chunks: runs are never cut shorter than this.
         chunk_cost_rows: what reading a chunk costs, in rows of computing on it.
+        spare_chunks: chunks reserved beyond a tail: a decode plan lives 64 times as many steps.
         tiles: tile shapes by head_dim, ascending by rows.
     """
 
@@ -165,6 +166,7 @@ class HardwareTable:
     waves: int
     min_run_chunks: int
     chunk_cost_rows: int
+    spare_chunks: int
     tiles: dict[int, tuple[TileShape, ...]]
 
     @property
@@ -187,6 +189,7 @@ def parse_hardware_table(data: dict[str, Any]) -> HardwareTable:
         waves=data["waves"],
         min_run_chunks=data["min_run_chunks"],
         chunk_cost_rows=data["chunk_cost_rows"],
+        spare_chunks=data["spare_chunks"],
         tiles={
             head_dim: tuple(
                 sorted((s for s in shapes if s.head_dim == head_dim), key=lambda s: s.rows)
@@ -211,7 +214,7 @@ def hardware_tables() -> tuple[HardwareTable, ...]:
             raise ConfigError(
                 f"{path.name}: not a hardware table (JSON subset of YAML): {error!r}"
             ) from error
-    return tuple(tables)
+    return tuple(sorted(tables, key=lambda table: table.capability))
 
 
 def table_for(capability: tuple[int, int], shared_bytes_per_block: int) -> HardwareTable:

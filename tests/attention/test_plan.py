@@ -65,6 +65,20 @@ def test_spare_chunks_stay_in_a_decode_plan_and_not_in_a_plan_of_one_step() -> N
     assert items_of(once) == [(0, 1, (4,), 0, ITEM_MASK)]
 
 
+def test_spare_chunks_move_no_cut() -> None:
+    """They hold nothing yet, so that they cost nothing: the shared run is cut as without them."""
+    packing = Packing(rows_per_item=64, target_units=6, min_run_chunks=2)
+    shared = list(range(16))
+
+    def cuts(spares: int) -> list[tuple[int, int]]:
+        paths = [[*shared, *range(100 * i, 100 * i + 1 + spares)] for i in range(1, 4)]
+        case = make_case(paths, [(260, 1)] * 3, chunk_size=16, version=1)
+        return [(row, first) for row, _, _, first, _ in items_of(case.plan(packing))]
+
+    assert len(cuts(0)) > 4
+    assert cuts(0) == cuts(12)
+
+
 def test_a_slice_walks_its_private_path_in_one_masked_item_per_row_tile() -> None:
     plan = make_case([[0, 1, 2, 3]], [(8, 40)], chunk_size=16).plan(
         Packing(rows_per_item=24, target_units=1)
