@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu_suite import bench, check, tune
 from gpu_suite.device import Device
-from gpu_suite.points import POINT_SECONDS, Record, print_table, run_points
+from gpu_suite.points import POINT_SECONDS, Record, forget, print_table, run_points
 
 from chunkllama.errors import ConfigError
 
@@ -55,12 +55,13 @@ def run_verb(arguments: argparse.Namespace, device: Device) -> int:
     points_of = {"check": check.check_points, "bench": bench.bench_points, "tune": tune.tune_points}
     points = [p for p in points_of[verb](device) if arguments.points in p.name]
     results = None if device.dry else RESULTS / f"gpu-{verb}.jsonl"
-    if results and arguments.fresh:
-        results.unlink(missing_ok=True)
-    records = run_points(verb, points, results, machine, max(arguments.budget, POINT_SECONDS))
+    if results and results.exists() and arguments.fresh:
+        forget(results, machine["name"])
+    budget = max(arguments.budget, POINT_SECONDS)
+    records = run_points(verb, points, results, machine, budget, device.lost)
     rows_of = {"check": check.check_rows, "bench": bench.bench_rows, "tune": tune.tune_rows}
     if verb == "tune" and not device.dry:
-        print("wrote", tune.write_table(device.launcher.table, records, machine))
+        print("wrote", tune.write_table(device.table, records, machine))
     print()
     print_table(rows_of[verb](records))
     return report(records, len(points))

@@ -12,7 +12,7 @@ import torch
 
 from chunkllama.ops.cuda import CudaOps
 from chunkllama.ops.launch import CupyLauncher, Grid, Launcher
-from chunkllama.ops.source import PARAMS, HardwareTable, KernelSpec, cuda_source, hardware_tables
+from chunkllama.ops.source import PARAMS, HardwareTable, KernelSpec, cuda_source, table_for
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -21,12 +21,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class DryLauncher:
     """Everything but the launch: checks what would be launched. Stands for an H200."""
 
-    table: HardwareTable = field(default_factory=lambda: hardware_tables()[-1])
+    table: HardwareTable = field(default_factory=lambda: table_for((9, 0), 232448))
     num_sms: int = 132
 
     def launch(self, kernel: KernelSpec, grid: Grid, params: bytes) -> None:
         assert kernel.expression.split("<")[0] in cuda_source(kernel.file_name)
-        assert len(params) == PARAMS[kernel.params].size and min(grid) > 0
+        assert len(params) == PARAMS[kernel.params].size
+        assert min(grid) > 0 and max(grid[1:]) < 1 << 16
         assert kernel.shared_bytes <= self.table.shared_bytes_per_block
 
     def resources(self, kernel: KernelSpec) -> tuple[int, int]:
@@ -58,6 +59,20 @@ class Device:
             launcher=launcher,
         )
 
+    @property
+    def table(self) -> HardwareTable:
+        """The tuning in use, under the device's own name and limits: it may be another one's."""
+        table: HardwareTable = self.launcher.table
+        if self.dry:
+            return table
+        properties: Any = torch.cuda.get_device_properties(self.torch_device)
+        return replace(
+            table,
+            arch=f"sm_{properties.major}{properties.minor}",
+            shared_bytes_per_block=properties.shared_memory_per_block_optin,
+            shared_bytes_per_sm=properties.shared_memory_per_multiprocessor,
+        )
+
     def with_table(self, table: HardwareTable) -> Device:
         """The same device under another tuning."""
         if self.dry:
@@ -86,6 +101,19 @@ class Device:
             return 50 << 20
         properties: Any = torch.cuda.get_device_properties(self.torch_device)
         return int(properties.L2_cache_size)
+
+    def layers_beyond_l2(self, layer_bytes: int) -> int:
+        """Layers to walk so that one has left the L2 cache when it comes back."""
+        return min(64, max(1, -(-4 * self.l2_bytes // layer_bytes)))
+
+    def lost(self) -> bool:
+        """Whether an error has ended the CUDA context: nothing runs in this process any more."""
+        try:
+            if not self.dry:
+                torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
 
     def microseconds(self, step: Callable[[int], Any], layers: int, seconds: float = 0.4) -> float:
         """Median time of ``step(layer)`` in a CUDA graph that walks all layers once a replay."""

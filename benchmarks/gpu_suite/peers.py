@@ -1,4 +1,4 @@
-"""Other kernels on the same step: torch SDPA, torch varlen over a block table, FlashInfer.
+"""Other kernels on the same step: torch SDPA, flash-decoding, a block table, FlashInfer.
 
 Each function returns ``step(layer)`` to be timed, or raises ImportError where the peer is missing.
 """
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_suite.workload import CHUNK, Step
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 StepFunction = Callable[[int], Any]
@@ -18,15 +19,28 @@ _VARLEN_PAGE = 256  # flash-attention 2 pages K/V in multiples of 256 tokens
 
 
 def sdpa_per_sequence(step: Step) -> StepFunction:
-    """Attention without a prefix tree: every sequence has K and V of its own."""
-    keys, values = step.contiguous()
+    """Attention without a prefix tree, by the kernel that torch prefers: every sequence has K and V
+    of its own.
+    """
+    w = step.workload
+    layers = [step.contiguous(i) for i in range(step.device.layers_beyond_l2(w.unshared_bytes))]
     q = step.q.unsqueeze(2)  # [rows, Hq, 1, D]
-    grouped = step.workload.num_qo_heads != step.workload.num_kv_heads
+    grouped = w.num_qo_heads != w.num_kv_heads
 
-    def run(_layer: int) -> torch.Tensor:
-        return scaled_dot_product_attention(
-            q, keys, values, scale=step.workload.scale, enable_gqa=grouped
-        )
+    def run(layer: int) -> torch.Tensor:
+        keys, values = layers[layer % len(layers)]
+        return scaled_dot_product_attention(q, keys, values, scale=w.scale, enable_gqa=grouped)
+
+    return run
+
+
+def flash_per_sequence(step: Step) -> StepFunction:
+    """The same by flash-decoding: on Hopper torch prefers cuDNN."""
+    sdpa = sdpa_per_sequence(step)
+
+    def run(layer: int) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return sdpa(layer)
 
     return run
 
@@ -86,7 +100,7 @@ def flashinfer_cascade(step: Step) -> StepFunction:
     wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(
         2, torch.empty(256 << 20, dtype=torch.uint8, device=device), "HND"
     )
-    ids = w.chunk_ids()
+    ids = w.chunk_ids
     own = [row[w.shared_chunks :].tolist() for row in ids]
     wrapper.plan(
         [ints([0, w.rows]), ints(list(range(w.rows + 1)))],
@@ -104,6 +118,7 @@ def flashinfer_cascade(step: Step) -> StepFunction:
 
 PEERS: dict[str, Callable[[Step], StepFunction]] = {
     "sdpa": sdpa_per_sequence,
+    "flash": flash_per_sequence,
     "varlen": torch_varlen,
     "flashinfer": flashinfer_cascade,
 }

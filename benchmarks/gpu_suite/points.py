@@ -1,8 +1,7 @@
 """Points of measurement: a fixed order of value, a time limit each, results appended to a file.
 
 A run does as many points as its time allows and ends with a table; the next run goes on with the
-first point that has no result for the same device and the same kernel sources. What failed is tried
-again.
+points that have no result for the same device and the same sources, those that failed last.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import chunkllama
 from chunkllama.ops.source import data_folder
 
 POINT_SECONDS = 40
@@ -37,9 +37,15 @@ class PointTimeout(Exception):
     """A point took longer than its limit."""
 
 
-def sources_digest() -> str:
-    """What results depend on: kernel sources and tables."""
-    files = sorted([*data_folder("kernels").glob("cuda/*"), *data_folder("configs").rglob("sm_*")])
+def sources_digest(verb: str) -> str:
+    """What results depend on: kernels, planner, launches, and the tables but for `tune`, which
+    writes them.
+    """
+    package = Path(chunkllama.__file__).parent
+    python = ("attention/plan.py", "ops/cuda.py", "ops/cuda_plan.py", "ops/launch.py")
+    files = [*sorted(data_folder("kernels").glob("cuda/*")), *(package / name for name in python)]
+    if verb != "tune":
+        files += sorted(data_folder("configs").rglob("sm_*"))
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.read_bytes())
@@ -47,24 +53,27 @@ def sources_digest() -> str:
 
 
 def run_points(
-    verb: str, points: list[Point], results: Path | None, device: Record, budget_s: float
+    verb: str,
+    points: list[Point],
+    results: Path | None,
+    device: Record,
+    budget_s: float,
+    lost: Callable[[], bool] = lambda: False,
 ) -> list[Record]:
     """Run the points without a result until the budget is used up; every record, old and new.
 
     Args:
         results: JSON lines file to append to; None: keep nothing.
         device: description of the machine; a result counts for the same device name only.
+        lost: after an error: whether it has taken the device from this process.
     """
-    key = {"verb": verb, "device": device.get("name"), "sources": sources_digest()}
-    done = {
-        record["point"]: record
-        for record in _read(results)
-        if "result" in record and all(record.get(k) == v for k, v in key.items())
-    }
+    key = {"verb": verb, "device": device.get("name"), "sources": sources_digest(verb)}
+    records = [r for r in _read(results) if all(r.get(k) == v for k, v in key.items())]
+    done = {record["point"]: record for record in records if "result" in record}
+    failed = {record["point"] for record in records}
+    todo = [point for point in points if point.name not in done]
     deadline = time.monotonic() + budget_s
-    for point in points:
-        if point.name in done:
-            continue
+    for point in sorted(todo, key=lambda point: point.name in failed):
         if time.monotonic() + POINT_SECONDS > deadline:
             print(f"stopping here: {len(done)} of {len(points)} points; run again to go on")
             break
@@ -82,7 +91,16 @@ def run_points(
             results.parent.mkdir(parents=True, exist_ok=True)
             with results.open("a") as file:
                 file.write(json.dumps(record) + "\n")
+        if "error" in outcome and lost():
+            print("the device is lost to this process: run again to go on")
+            break
     return [done[point.name] for point in points if point.name in done]
+
+
+def forget(results: Path, device_name: str) -> None:
+    """Drop the records of one device from the file."""
+    kept = [record for record in _read(results) if record["device"] != device_name]
+    results.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _read(results: Path | None) -> list[Record]:

@@ -54,7 +54,7 @@ def _workload(head_dim: int, rows: int) -> Workload:
 
 def _tile_point(device: Device, head_dim: int, rows: int) -> Point:
     def run() -> Record:
-        table, times = device.launcher.table, {}
+        table, times = device.table, {}
         others = [tile for tile in table.tiles[head_dim] if tile.rows != rows]
         workload = _workload(head_dim, rows)
         for shape in candidates(table, head_dim, rows):
@@ -78,7 +78,7 @@ def _tile_point(device: Device, head_dim: int, rows: int) -> Point:
 
 
 def _microseconds(device: Device, workload: Workload) -> float:
-    layers = min(8, workload.num_layers(device))
+    layers = min(8, device.layers_beyond_l2(workload.unique_bytes))
     step = Step(workload, device, layers)
     plan = step.upload()
     return device.microseconds(lambda layer: step.attend(plan, layer), layers, seconds=0.1)
@@ -111,7 +111,7 @@ def _planner_point(device: Device) -> Point:
 
 
 def _with(device: Device, waves: int, min_run_chunks: int) -> Device:
-    table = replace(device.launcher.table, waves=waves, min_run_chunks=min_run_chunks)
+    table = replace(device.table, waves=waves, min_run_chunks=min_run_chunks)
     return device.with_table(table)
 
 
@@ -132,6 +132,7 @@ def write_table(table: HardwareTable, records: list[Record], device: Record) -> 
         "waves": planner.get("waves", table.waves),
         "min_run_chunks": planner.get("min_run_chunks", table.min_run_chunks),
         "chunk_cost_rows": table.chunk_cost_rows,
+        "spare_chunks": table.spare_chunks,
     }
     tiles = [
         tuned[tile.head_dim, tile.rows]["tile"]

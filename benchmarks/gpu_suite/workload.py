@@ -55,6 +55,11 @@ class Workload:
         return (self.shared + self.rows * self.private) * self.token_bytes
 
     @property
+    def unshared_bytes(self) -> int:
+        """K and V of a step if every sequence reads its own."""
+        return self.rows * self.context * self.token_bytes
+
+    @property
     def shared_chunks(self) -> int:
         return self.shared // CHUNK
 
@@ -70,10 +75,7 @@ class Workload:
     def scale(self) -> float:
         return float(self.head_dim**-0.5)
 
-    def num_layers(self, device: Device) -> int:
-        """Layers to walk so that a layer's K and V have left the L2 cache when it comes back."""
-        return min(64, max(1, -(-4 * device.l2_bytes // self.unique_bytes)))
-
+    @cached_property
     def chunk_ids(self) -> list[np.ndarray]:
         """The chunks of each row; private chunks lie scattered, as after a while of serving."""
         names = np.random.default_rng(0).permutation(self.num_chunks).astype(np.int32)
@@ -92,7 +94,7 @@ class Workload:
             slots=list(range(self.rows)),
             first_positions=[self.context - 1] * self.rows,
             num_tokens=[1] * self.rows,
-            chunk_ids=self.chunk_ids(),
+            chunk_ids=self.chunk_ids,
             shared=[0] + [common] * (self.rows - 1),
             version=0,
         )
@@ -133,6 +135,18 @@ class Step:
         return torch.empty(shape, dtype=DTYPES[w.dtype], device=self.device.torch_device).normal_()
 
     @cached_property
+    def qkv(self) -> torch.Tensor:
+        w = self.workload
+        width = (w.num_qo_heads + 2 * w.num_kv_heads) * w.head_dim
+        place = {"dtype": DTYPES[w.dtype], "device": self.device.torch_device}
+        return torch.empty(w.rows, width, **place).normal_()
+
+    @cached_property
+    def cos_sin(self) -> torch.Tensor:
+        w, place = self.workload, {"device": self.device.torch_device}
+        return torch.empty(w.context, w.head_dim, **place).normal_()
+
+    @cached_property
     def positions(self) -> torch.Tensor:
         return torch.full(
             (self.workload.rows,),
@@ -145,18 +159,22 @@ class Step:
         plan = self.workload.plan(self.ops, sharing=sharing)
         return self.ops.upload_plan(plan, self.kv, num_qo_heads=self.workload.num_qo_heads)
 
+    def append(self, plan: DevicePlan, layer: int) -> torch.Tensor:
+        """Our append of one token to every sequence: rotated queries [rows, Hq, D]."""
+        return self.ops.rope_append(self.qkv, self.positions, self.cos_sin, self.kv, layer, plan)
+
     def attend(self, plan: DevicePlan, layer: int) -> torch.Tensor:
         """Our attention: [rows, Hq D]."""
         return self.ops.tpp_attention(
             self.q, self.kv, layer, self.positions, plan, self.workload.scale
         )
 
-    def contiguous(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V per sequence, [rows, Hkv, context, D] of layer 0: what attention without a
-        prefix tree reads.
+    def contiguous(self, layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V per sequence, [rows, Hkv, context, D]: what attention without a prefix tree
+        reads.
         """
-        ids = torch.from_numpy(np.stack(self.workload.chunk_ids())).long()
-        w, pool = self.workload, self.kv.layers[0]
+        ids = torch.from_numpy(np.stack(self.workload.chunk_ids)).long()
+        w, pool = self.workload, self.kv.layers[layer]
         chunks = pool[ids.to(pool.device)]  # [rows, chunks, 2, Hkv, 64, D]
         tokens = chunks.permute(2, 0, 3, 1, 4, 5).reshape(
             2, w.rows, w.num_kv_heads, -1, w.head_dim

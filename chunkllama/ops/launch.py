@@ -82,7 +82,7 @@ class CupyLauncher:
         )
         self.num_sms = properties.multi_processor_count
         self._stream = _TorchStream(self.device_index)
-        self._functions: dict[KernelSpec, Any] = {}
+        self._functions: dict[str, Any] = {}  # by expression, whose hash str keeps
 
     def launch(self, kernel: KernelSpec, grid: Grid, params: bytes) -> None:
         if torch.cuda.current_device() != self.device_index:
@@ -106,9 +106,10 @@ class CupyLauncher:
             return int(function.num_regs), int(function.local_size_bytes)
 
     def _function(self, kernel: KernelSpec) -> Any:
-        if kernel not in self._functions:
-            self._functions[kernel] = self._compile(kernel)
-        return self._functions[kernel]
+        function = self._functions.get(kernel.expression)
+        if function is None:
+            function = self._functions[kernel.expression] = self._compile(kernel)
+        return function
 
     def _compile(self, kernel: KernelSpec) -> Any:
         module = self._cupy.RawModule(

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from gpu_suite.check import check_points
+from gpu_suite.check import check_points, run_small_cases
 from gpu_suite.device import Device
 from kernel_emulator import EmulatedLauncher, require_compiler, shipped_libraries, table
 
 from chunkllama.ops.launch import Grid
-from chunkllama.ops.source import HardwareTable, KernelSpec
+from chunkllama.ops.source import HardwareTable, KernelSpec, shipped_kernels
 
 Launch = tuple[KernelSpec, Grid, bytes]
 
@@ -78,3 +78,12 @@ def test_emulation_gpu_check(name: str) -> None:
     require_compiler()
     torch.manual_seed(0)
     assert POINTS[name].run()
+
+
+def test_emulation_sanitizers_see_every_kernel() -> None:
+    require_compiler()
+    torch.manual_seed(0)
+    DEVICE.recorded.clear()
+    run_small_cases(Device(False, torch.device("cpu"), DEVICE))
+    launched = {kernel.expression.split("<")[0] for kernel, _, _ in DEVICE.recorded}
+    assert launched == {k.expression.split("<")[0] for k in shipped_kernels(DEVICE.table)}
