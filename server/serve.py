@@ -41,6 +41,9 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
         ConfigError: anything that keeps the server from starting; one line names the fix.
     """
     started = time.monotonic()
+    # Until the server has handlers of its own. Without one, SIGTERM does nothing to a container's
+    # first process.
+    signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     configure_logging(settings.log_level, settings.log_format)
     keys = settings.keys_by_tenant()
@@ -67,6 +70,11 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
                 return await application.serve(await starting, main, admin, started)
 
         return asyncio.run(run())
+
+
+def _stop(*_: object) -> None:
+    """SIGTERM before the server is ready."""
+    raise SystemExit(0)
 
 
 async def _end(starting: asyncio.Task[ProcessEngineClient]) -> None:
@@ -111,10 +119,16 @@ def check_tls(settings: Settings) -> None:
         return
     try:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
-            settings.ssl_certfile, settings.ssl_keyfile
+            # An encrypted key is an error then, and no question on the terminal.
+            settings.ssl_certfile,
+            settings.ssl_keyfile,
+            password="",
         )
     except OSError as error:  # ssl.SSLError is one
-        raise ConfigError(f"ssl_certfile, ssl_keyfile: cannot be used: {error}") from None
+        raise ConfigError(
+            f"ssl_certfile, ssl_keyfile: cannot be used: {error}; they must belong together, and "
+            "the key must not be encrypted"
+        ) from None
 
 
 def check_model(model: str) -> tuple[Path, ModelSpec]:

@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_a_live_stream_finishes_while_new_work_is_refused(start):
         body = {
             "model": "tiny",
             "messages": [{"role": "user", "content": "go on"}],
-            "max_tokens": 100,
+            "max_tokens": 600,
             "ignore_eos": True,
             "stream": True,
         }
@@ -120,6 +121,19 @@ def test_an_idle_server_stops_at_once_and_leaves_nothing(start, sig):
     assert not psutil.pid_exists(child.pid)
     with pytest.raises(httpx.TransportError):
         server.get("/health")
+
+
+@pytest.mark.parametrize(("sig", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_start_can_be_stopped(tiny_model, sig, code):
+    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(tiny_model)]
+    with subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True) as process:
+        while not (children := psutil.Process(process.pid).children()):
+            time.sleep(0.01)
+        process.send_signal(sig)
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == code, log
+    assert "Traceback" not in log and "ready at" not in log
+    assert not psutil.wait_procs(children, timeout=10)[1]
 
 
 def test_a_second_signal_stops_a_drain(start):
