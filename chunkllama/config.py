@@ -13,7 +13,7 @@ from chunkllama.errors import ConfigError
 
 DEMO_MODEL = "smollm2-135m-instruct"
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]?i?)b?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d+)?)\s*((?:[kmg]i?)?)b?", re.IGNORECASE)
 
 
 def parse_bytes(value: object) -> object:

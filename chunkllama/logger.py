@@ -30,22 +30,19 @@ def init_logger(name: str) -> logging.Logger:
 def configure_logging(
     level: str = "info", log_format: LogFormat = "text", stream: TextIO | None = None
 ) -> None:
-    """Send this package's records, and uvicorn's, to ``stream`` (stderr) in one format.
+    """Send every record, warnings and those of libraries included, to ``stream`` (stderr) in one
+    format.
 
     Libraries never call it; the command line does, once a process.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
-    for name in (_ROOT, "uvicorn", "uvicorn.error"):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler] if name != "uvicorn.error" else []
-        logger.propagate = name == "uvicorn.error"
-        # Uvicorn tells of each start and stop in six lines; the command line has its own.
-        quiet = name != _ROOT and level == "info"
-        logger.setLevel(logging.WARNING if quiet else level.upper())
-    # The application logs requests itself, without paths' queries or prompts.
-    logging.getLogger("uvicorn.access").handlers = []
-    logging.getLogger("uvicorn.access").propagate = False
+    root = logging.getLogger()
+    root.handlers = [handler]
+    # Libraries tell of every step; uvicorn of each start and stop in six lines.
+    root.setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level.upper()]))
+    logging.getLogger(_ROOT).setLevel(level.upper())
+    logging.captureWarnings(True)
 
 
 class TextFormatter(logging.Formatter):

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from chunkllama.config import (
     Bytes,
@@ -31,6 +31,8 @@ from chunkllama.errors import ConfigError
 ENV_PREFIX = "CHUNKLLAMA_"
 # Read elsewhere: places on disk that exist before any configuration does.
 _OTHER_VARIABLES = frozenset({"CHUNKLLAMA_CACHE", "CHUNKLLAMA_NATIVE_DIR", "CHUNKLLAMA_CONFIG"})
+
+_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT_\d+_(TCP|UDP|SCTP)")
 
 
 def _listed(value: object) -> object:
@@ -137,12 +139,9 @@ class ServerConfig(ConfigGroup):
         return self
 
 
-class Settings(ServerConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfig, BaseSettings):
+class Settings(ServerConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfig):
     """All keys side by side."""
 
-    model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), env_prefix=ENV_PREFIX
-    )
     groups: ClassVar[tuple[type[ConfigGroup], ...]] = (
         ModelConfig,
         CacheConfig,
@@ -150,18 +149,6 @@ class Settings(ServerConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfi
         LogConfig,
         ServerConfig,
     )
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # `load_settings` reads the sources itself: it must know each value's origin.
-        return (init_settings,)
 
     def engine(self) -> EngineConfig:
         """The engine's part."""
@@ -249,9 +236,8 @@ def load_settings(
 
 
 def _is_service_link(name: str, value: str) -> bool:
-    """Whether Kubernetes set it for a Service called chunkllama (CHUNKLLAMA_PORT=tcp://...)."""
-    rest = name.removeprefix(ENV_PREFIX)
-    return value.startswith("tcp://") or rest.startswith(("SERVICE_HOST", "SERVICE_PORT", "PORT_"))
+    """Whether Kubernetes set it for a Service whose name begins with chunkllama."""
+    return value.startswith("tcp://") or _SERVICE_LINK.search(name) is not None
 
 
 def read_text(path: Path, key: str) -> str:

@@ -56,6 +56,10 @@ def test_a_kubernetes_service_of_our_name_changes_nothing():
         "CHUNKLLAMA_SERVICE_HOST": "10.0.0.1",
         "CHUNKLLAMA_SERVICE_PORT": "8000",
         "CHUNKLLAMA_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "CHUNKLLAMA_METRICS_PORT": "tcp://10.0.0.2:9000",
+        "CHUNKLLAMA_METRICS_SERVICE_HOST": "10.0.0.2",
+        "CHUNKLLAMA_METRICS_SERVICE_PORT_HTTP": "9000",
+        "CHUNKLLAMA_METRICS_PORT_9000_TCP": "tcp://10.0.0.2:9000",
     }
     assert load_settings({}, links).settings == load_settings({}, {}).settings
 
@@ -67,6 +71,8 @@ def test_a_kubernetes_service_of_our_name_changes_nothing():
         ({}, {"CHUNKLLAMA_DTYPE": "int4"}, "dtype: .*environment"),
         ({}, {"CHUNKLLAMA_NUMCHUNKS": "1"}, "unknown key numchunks.*did you mean num_chunks"),
         ({}, {"CHUNKLLAMA_QQQQQ": "1"}, "unknown key qqqqq in the environment"),
+        ({"kv_cache_memory": "5i"}, {}, "kv_cache_memory: .*'5i'"),
+        ({"kv_cache_memory": "9" * 400 + "g"}, {}, "kv_cache_memory: "),
         ({"ssl_keyfile": "x"}, {}, "ssl_certfile and ssl_keyfile must be given together"),
     ],
 )
