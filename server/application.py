@@ -110,6 +110,7 @@ class Application:
         )
         scheme = "https" if settings.ssl_certfile else "http"
         host, port = main.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
         _listen(main, "port")
         elapsed = time.monotonic() - started
         logger.info("ready at %s://%s:%d after %.1f s", scheme, host, port, elapsed)
@@ -135,7 +136,8 @@ class Application:
 def api_settings(settings: Settings, keys: dict[str, str], spec: ModelSpec) -> ApiSettings:
     """The HTTP application's part of the settings."""
     use_defaults = settings.generation_config == "auto"
-    own_name = settings.model.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    own = Path(settings.model).resolve()  # an alias or a hub id ends in its name, too
+    own_name = own.stem if own.suffix.lower() == ".gguf" else own.name
     return ApiSettings(
         served_model_names=settings.served_model_name or (own_name,),
         api_keys=keys,
