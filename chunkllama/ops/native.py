@@ -29,6 +29,7 @@ from chunkllama.ops.native_abi import (
     load_library,
 )
 from chunkllama.ops.native_build import LEVELS, NativeBuildError, available_levels, build
+from chunkllama.ops.native_memory import commit_in_background
 from chunkllama.ops.native_model import NativeModel, WeightType
 from chunkllama.ops.op_set import CopyTriple, DevicePlan, KVCache, OpSet
 from chunkllama.ops.plan_format import AttentionPlan, Packing
@@ -103,12 +104,14 @@ class NativeOps(OpSet):
     def _allocate_layers(
         self, kv: KVCache, num_layers: int, dtype: torch.dtype
     ) -> list[torch.Tensor]:
-        """One [num_chunks, elements] tensor per layer, on huge pages committed on first use."""
+        """One [num_chunks, elements] tensor per layer, on huge pages committed in the background."""
         _check_shape(dtype, kv.head_dim)
         heads = CHeads(kv.num_kv_heads, kv.num_kv_heads, kv.head_dim, TYPES[dtype], TYPES[dtype])
         elements = self.library.ck_chunk_elements(ctypes.byref(heads))
         pool = allocate_lazily(num_layers * kv.num_chunks * elements, dtype)
-        return list(pool.view(num_layers, kv.num_chunks, elements).unbind())
+        layers = list(pool.view(num_layers, kv.num_chunks, elements).unbind())
+        commit_in_background(layers)
+        return layers
 
     def upload_plan(self, plan: AttentionPlan, kv: KVCache, *, num_qo_heads: int) -> DevicePlan:
         state = NativePlan(
