@@ -11,7 +11,7 @@ from chunkllama.logger import init_logger, request_id_context
 
 logger = init_logger(__name__)
 # Probes and scrapers come every few seconds for ever.
-_QUIET = ("/health", "/metrics", "/dashboard/data")
+_QUIET = {"/health", "/health/live", "/health/ready", "/metrics", "/dashboard/data"}
 
 
 class AccessLog:
@@ -25,7 +25,7 @@ class AccessLog:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith(_QUIET):
+        if scope["type"] != "http" or scope["path"] in _QUIET:
             await self.app(scope, receive, send)
             return
         started = time.monotonic()
