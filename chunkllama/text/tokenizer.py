@@ -367,10 +367,10 @@ def _decode_rule(backend: tokenizers.Tokenizer, path: Path) -> DecodeRule:
     # Pickling a decoder alone spares serializing the vocabulary.
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else None
     kind = (decoder or {}).get("type")
-    if kind == "ByteLevel":
-        return DecodeRule(byte_level=True, byte_fallback=False, strip_left=0)
     steps = decoder["decoders"] if decoder and kind == "Sequence" else []
     names = [step["type"] for step in steps]
+    if kind == "ByteLevel" or names == ["ByteLevel"]:
+        return DecodeRule(byte_level=True, byte_fallback=False, strip_left=0)
     if names[:3] == ["Replace", "ByteFallback", "Fuse"] and names[3:] in ([], ["Strip"]):
         strip: dict[str, Any] = steps[3] if names[3:] else {"content": " ", "start": 0, "stop": 0}
         if (
@@ -379,8 +379,6 @@ def _decode_rule(backend: tokenizers.Tokenizer, path: Path) -> DecodeRule:
             and strip["stop"] == 0
         ):
             return DecodeRule(byte_level=False, byte_fallback=True, strip_left=strip["start"])
-    if names == ["ByteLevel"]:
-        return DecodeRule(byte_level=True, byte_fallback=False, strip_left=0)
     raise ConfigError(
         f"{path}: decoder {names or kind} is not of the Llama family; "
         "a byte-level BPE or a sentencepiece tokenizer with byte fallback is needed"
