@@ -47,7 +47,7 @@ def page() -> str:
 def _row(key: str, field: FieldInfo) -> str:
     values = ", ".join(f"`{value}`" for value in choices(field.annotation)) or _kind(key, field)
     default = show_value(field.default)
-    default = "" if default == "-" else f"`{default}`"
+    default = "" if default in ("", "-") else f"`{default}`"
     return f"| `{key}` | {values} | {default} | {field.description} |"
 
 
