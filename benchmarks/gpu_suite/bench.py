@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from gpu_suite.device import Device
 from gpu_suite.peers import PEERS, flash_per_sequence
-from gpu_suite.points import Point, Record
+from gpu_suite.points import Point, PointTimeout, Record
 from gpu_suite.workload import Step, Workload
 
 GQA = {"num_qo_heads": 32, "num_kv_heads": 8}
@@ -55,7 +55,7 @@ def _compare(device: Device, workload: Workload) -> Point:
                 continue
             try:
                 times[name] = _time(device, build(step), layers)
-            except (ImportError, AttributeError, RuntimeError, TypeError) as error:
+            except (ImportError, AttributeError, RuntimeError, TypeError, PointTimeout) as error:
                 skipped[name] = f"{type(error).__name__}: {str(error)[:200]}"
         ours = times["ours"]
         return {
