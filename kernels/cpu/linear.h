@@ -40,7 +40,7 @@ struct LinearArgs {
 // Rows of a panel: what one counter hands out the units of.
 int64_t panel_rows(int64_t rows, int threads);
 
-// Works off units until none is left; the counters are one for each panel.
+// Works off units until none is left; the counters are one for each panel of panel_rows(args.rows, threads).
 void linear_units(const LinearArgs& args, Counter* panels, int thread, int threads);
 
 // Packs rows of w [n, k] (F32 or BF16) into linear.type; rows beyond n and columns beyond k up to the padded sizes are zero.

@@ -23,7 +23,7 @@ enum Phase { QKV, ATTENTION, OUTPUT, GATE_UP, DOWN, PHASES };
 class Pass {
  public:
   Pass(const Model& m, const Step& s, int threads)
-      : m_(m), s_(s), panels_((s.plan.num_rows - 1) / panel_rows(s.plan.num_rows, threads) + 1),
+      : m_(m), s_(s), threads_(threads), panels_((s.plan.num_rows - 1) / panel_rows(s.plan.num_rows, threads) + 1),
         counters_(new Counter[m.num_layers * PHASES * panels_]) {
     const int32_t* single = s.plan.row_flags;
     merges_ = std::find(single, single + s.plan.num_rows, 0) != single + s.plan.num_rows;
@@ -56,7 +56,7 @@ class Pass {
     auto linear = [&](Phase phase, const Linear& weight, const void* x, int64_t x_stride, void* y, int64_t y_stride,
                       Type y_type, Epilogue epilogue) {
       const LinearArgs a{&weight, x, x_stride, activations(), y, y_stride, y_type, epilogue, s_.plan.num_rows};
-      linear_units(a, counters + phase * panels_, thread, threads);
+      linear_units(a, counters + phase * panels_, thread, threads_);
       barrier_.wait(threads);
     };
 
@@ -94,6 +94,7 @@ class Pass {
 
   const Model& m_;
   const Step& s_;
+  const int threads_;  // as asked for: the team may be smaller, but the panels are cut once
   const int64_t panels_;  // of rows, each with a counter for every linear
   std::unique_ptr<Counter[]> counters_;
   bool merges_;  // some row has several partials
@@ -120,7 +121,7 @@ EXPORT void ck_linear(const Linear* linear, const void* x, int64_t x_stride, int
                       int64_t rows, int threads) {
   const LinearArgs args{linear, x, x_stride, x_type, y, y_stride, F32, STORE, rows};
   const std::unique_ptr<Counter[]> panels(new Counter[rows / panel_rows(rows, threads) + 1]);
-  parallel(threads, [&](int thread, int team) { linear_units(args, panels.get(), thread, team); });
+  parallel(threads, [&](int thread, int) { linear_units(args, panels.get(), thread, threads); });
 }
 
 EXPORT void ck_pack(const void* w, int32_t w_type, int64_t n, int64_t k, const Linear* packed, int threads) {

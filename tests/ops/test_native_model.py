@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -130,6 +132,21 @@ def test_linears_of_any_number_of_rows(
         x = torch.from_numpy(rng.standard_normal((rows, spec.hidden_size))).to(dtype)
         error = (native.logits(x) - x.double() @ head.T).abs().max()
         assert error <= tolerance, rows
+
+
+def test_a_team_smaller_than_asked_for_does_all_the_work() -> None:
+    """OMP_THREAD_LIMIT, OMP_DYNAMIC: the runtime may give fewer threads than the kernels want."""
+    code = (
+        "import pytest, sys, torch; torch.set_num_threads(16); sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", __file__, "-k", "linears_of"],
+        env={**os.environ, "OMP_THREAD_LIMIT": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
