@@ -1,6 +1,6 @@
 """The native op set: C++ kernels for CPUs (``kernels/cpu``), behind ctypes. This is their one door.
 
-``python -m chunkllama.ops.native --build`` compiles every level this machine can run.
+``python -m chunkllama.ops.native`` compiles every level this machine can run.
 """
 
 from __future__ import annotations
@@ -245,15 +245,20 @@ def _heads(num_qo_heads: int, kv: KVCache, layer: int, activation: torch.dtype) 
 
 
 def _best_library(level: str, sanitizer: str) -> tuple[str, ctypes.CDLL]:
-    reason = f"this CPU lacks {level}" if level else "no level runs on this CPU"
+    failures: list[str] = []
     for candidate in available_levels():
-        if level in ("", candidate.name):
-            try:
-                return candidate.name, load_library(candidate, sanitizer)
-            except NativeBuildError as error:
-                reason = str(error)
-                logger.debug("native CPU ops: level %s: %s", candidate.name, error)
-    raise ConfigError(f"backend: the native CPU ops are not available: {reason}")
+        if level not in ("", candidate.name):
+            continue
+        try:
+            library = load_library(candidate, sanitizer)
+        except NativeBuildError as error:
+            failures.append(f"{candidate.name}: {error}")
+            continue
+        for failure in failures:
+            logger.warning("native CPU ops without level %s", failure)
+        return candidate.name, library
+    reason = failures[0] if failures else f"this CPU lacks {level}"
+    raise ConfigError(f"op_set: native is not available here: {reason}")
 
 
 def main() -> int:

@@ -80,9 +80,13 @@ def load_library(level: Level, sanitizer: str = "") -> ctypes.CDLL:
     """The library of a level, built if need be, with its signatures declared.
 
     Raises:
-        NativeBuildError: it cannot be built, or the kernel refuses what it needs (AMX state).
+        NativeBuildError: it cannot be built or loaded (a folder mounted noexec), or the kernel
+            refuses what it needs (AMX state).
     """
-    library = ctypes.CDLL(str(build(level, sanitizer)))
+    try:
+        library = ctypes.CDLL(str(build(level, sanitizer)))
+    except OSError as error:
+        raise NativeBuildError(f"the library cannot be loaded: {error}") from error
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -92,10 +96,17 @@ def load_library(level: Level, sanitizer: str = "") -> ctypes.CDLL:
 
 
 def allocate_lazily(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """[elements], zeroed by the system on first touch, on 2 MB pages where it agrees."""
+    """[elements], zeroed by the system on first touch, on 2 MB pages where it agrees.
+
+    Raises:
+        MemoryError: more than the system would ever give.
+    """
     size = elements * dtype.itemsize
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=flags)
+    try:
+        memory = mmap.mmap(-1, size + HUGE_PAGE, flags=flags)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"{size} bytes: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)

@@ -12,10 +12,11 @@ import fcntl
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,12 +95,12 @@ def build(level: Level, sanitizer: str = "") -> Path:
     """
     directory = library_directory()
     sources = _source_hash(level, sanitizer)
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    if shutil.which(compiler[0]) is None:
         found = sorted(directory.glob(f"{level.name}-{sources}-*.so"))
         if found:
             return found[-1]
-        raise NativeBuildError("no C++ compiler (g++) found; install g++ and start again")
+        raise NativeBuildError(f"no C++ compiler ({compiler[0]}) found; install g++ or set CXX")
     library = directory / f"{level.name}-{sources}-{_compiler_hash(compiler)}.so"
     if library.exists():
         return library
@@ -126,8 +127,8 @@ def _source_hash(level: Level, sanitizer: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compiler_hash(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+def _compiler_hash(compiler: list[str]) -> str:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
     return hashlib.sha256(version + platform.machine().encode()).hexdigest()[:8]
 
 
@@ -138,7 +139,7 @@ def _openmp_library() -> str:
         mapped = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return "-lgomp"
-    return next((m.split()[-1] for m in mapped if "/libgomp" in m), "-lgomp")
+    return next((m.split(maxsplit=5)[5] for m in mapped if "/libgomp" in m), "-lgomp")
 
 
 @contextmanager
@@ -148,30 +149,33 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(compiler: str, level: Level, sanitizer: str, library: Path) -> None:
+def _compile(compiler: list[str], level: Level, sanitizer: str, library: Path) -> None:
     flags = [*COMMON_FLAGS, *level.flags]
     if sanitizer:
         flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-O1"]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        objects, jobs = [], []
-        for source in (p for p in _source_files() if p.suffix == ".cpp"):
-            target = str(Path(folder) / f"{source.stem}.o")
-            objects.append(target)
-            jobs.append(_start([compiler, *flags, "-c", str(source), "-o", target]))
-        for job in jobs:
-            _finish(job)
+        sources = [path for path in _source_files() if path.suffix == ".cpp"]
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+        _run(
+            [*compiler, *flags, "-c", str(source), "-o", target]
+            for source, target in zip(sources, objects, strict=True)
+        )
         linked = Path(folder) / "linked.so"
-        link = [compiler, "-shared", "-o", str(linked), *objects, _openmp_library()]
-        _finish(_start(link + ([f"-fsanitize={sanitizer}"] if sanitizer else [])))
+        link = [*compiler, "-shared", "-o", str(linked), *objects, _openmp_library()]
+        _run([link + ([f"-fsanitize={sanitizer}"] if sanitizer else [])])
         linked.replace(library)
 
 
-def _start(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-
-def _finish(job: subprocess.Popen[str]) -> None:
-    message = job.communicate()[1]
-    if job.returncode != 0:
-        lines = [line for line in message.splitlines() if "error" in line] or ["compiler failed"]
-        raise NativeBuildError(f"the native op set did not compile: {lines[0].strip()}")
+def _run(commands: Iterable[list[str]]) -> None:
+    """All at once; the first error is raised when all have ended."""
+    english = {**os.environ, "LC_ALL": "C"}
+    jobs = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=english)
+        for command in commands
+    ]
+    messages = [job.communicate()[1] for job in jobs]
+    for job, message in zip(jobs, messages, strict=True):
+        if job.returncode != 0:
+            lines = [line for line in message.splitlines() if "error" in line]
+            reason = lines[0].strip() if lines else "compiler failed"
+            raise NativeBuildError(f"the native op set did not compile: {reason}")

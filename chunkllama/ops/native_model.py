@@ -140,8 +140,8 @@ class NativeModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, H] -> [N, vocab_size] float32; up to 64 rows in a buffer the next call reuses."""
-        rows, head = len(hidden), self._model.head
-        x = torch.zeros(_round_up(rows, UNIT), head.k, dtype=self._activation)
+        rows, head, stride = len(hidden), self._model.head, self._widths["hidden"]
+        x = torch.zeros(_round_up(rows, UNIT), stride, dtype=self._activation)
         x[:rows, : self._hidden] = hidden
         if rows > KEPT_LOGIT_ROWS:
             y = torch.empty(rows, head.n)
@@ -150,7 +150,7 @@ class NativeModel:
                 self._kept_logits = torch.empty(KEPT_LOGIT_ROWS, head.n)
             y = self._kept_logits[:rows]
         self._library.ck_linear(
-            *(ctypes.byref(head), x.data_ptr(), head.k, TYPES[self._activation]),
+            *(ctypes.byref(head), x.data_ptr(), stride, TYPES[self._activation]),
             *(y.data_ptr(), head.n, rows, torch.get_num_threads()),
         )
         return y[:, : self._vocab]

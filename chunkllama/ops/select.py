@@ -54,14 +54,9 @@ def _native(
     device: torch.device, dtype: torch.dtype, head_dim: int, chunk_size: int, num_kv_heads: int
 ) -> OpSet:
     if device.type != "cpu":
-        raise ConfigError(f"backend: native runs on device cpu, not on {device}")
-    try:
-        from chunkllama.ops.native import NativeOps
-    except ImportError as error:
-        raise ConfigError(
-            f"backend: the native CPU extension is not built ({error}); "
-            "reinstall chunkllama with a C++ compiler at hand, or use backend reference"
-        ) from error
+        raise ConfigError(f"op_set: native runs on device cpu, not on {device}")
+    from chunkllama.ops.native import NativeOps
+
     ops = NativeOps(dtype=dtype, head_dim=head_dim, num_kv_heads=num_kv_heads)
     return _checked(ops, chunk_size)
 
@@ -70,7 +65,7 @@ def _cuda(
     device: torch.device, dtype: torch.dtype, head_dim: int, chunk_size: int, num_kv_heads: int
 ) -> OpSet:
     if device.type != "cuda":
-        raise ConfigError(f"backend: cuda needs device cuda, not {device}")
+        raise ConfigError(f"op_set: cuda needs device cuda, not {device}")
     from chunkllama.ops.cuda import CudaOps
 
     ops = CudaOps(device, dtype=dtype, head_dim=head_dim, num_kv_heads=num_kv_heads)

@@ -1,4 +1,4 @@
-"""The native ops' own tests once more, on libraries built with ASan and UBSan."""
+"""The native ops' own tests once more, on libraries built with ASan and UBSan, level by level."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from chunkllama.ops.native_build import LEVELS, Level, available_levels
+
 HERE = Path(__file__).parent
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("level", LEVELS, ids=lambda level: level.name)
 @pytest.mark.parametrize("sanitizer", ["address", "undefined"])
-def test_native_ops_are_clean_under(sanitizer: str) -> None:
+def test_native_ops_are_clean_under(sanitizer: str, level: Level) -> None:
+    if level not in available_levels():
+        pytest.skip(f"not run: this CPU has no {level.name}")
     environment = {**os.environ, "CHUNKLLAMA_TEST_SANITIZER": sanitizer, "OMP_NUM_THREADS": "2"}
     if sanitizer == "address":
         runtime = subprocess.run(
@@ -25,10 +30,11 @@ def test_native_ops_are_clean_under(sanitizer: str) -> None:
         environment["ASAN_OPTIONS"] = "detect_leaks=0"
     files = [str(HERE / name) for name in ("test_native_ops.py", "test_native_model.py")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", level.name, *files],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "skipped" not in done.stdout

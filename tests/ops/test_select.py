@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,20 +33,26 @@ def test_the_reference_by_name() -> None:
     assert op_set.device == torch.device("cpu")
 
 
-def test_a_cpu_without_the_native_extension_runs_the_reference_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine on which nothing is built, and nothing can be."""
+    monkeypatch.setenv("CHUNKLLAMA_NATIVE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler -O0")
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_cpu_without_a_compiler_runs_the_reference_and_says_so(
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "chunkllama.ops.native", None)
     with caplog.at_level(logging.WARNING):
         assert select().name == "reference"
     assert len(caplog.records) == 1
-    assert "native" in caplog.text
-    assert "compiler" in caplog.text
+    assert "no C++ compiler (no-such-compiler) found" in caplog.text
 
 
-def test_native_by_name_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "chunkllama.ops.native", None)
-    with pytest.raises(ConfigError, match="not built"):
+@pytest.mark.usefixtures("no_compiler")
+def test_native_by_name_is_not_replaced() -> None:
+    with pytest.raises(ConfigError, match=r"op_set: native .* C\+\+ compiler"):
         select(backend="native")
 
 
