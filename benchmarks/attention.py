@@ -235,8 +235,8 @@ def main() -> None:
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, reads {bandwidth:.1f} GB/s")
     print("| case | on us | off us | sdpa us | GB/s | of reads | off / on | sdpa / on |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    rows = []
-    for case in GRIDS[options.grid]:
+
+    def bench(case: Case, *, sdpa: bool) -> Bench:
         op_set = select_op_set(
             options.device,
             dtype=dtype,
@@ -245,8 +245,12 @@ def main() -> None:
             num_kv_heads=case.shape.kv_heads,
             backend=options.backend,
         )
-        bench = Bench(op_set, case, dtype, not options.no_sdpa)
-        rows.append(report(bench, options.rounds, bandwidth))
+        return Bench(op_set, case, dtype, sdpa)
+
+    rows = [
+        report(bench(case, sdpa=not options.no_sdpa), options.rounds, bandwidth)
+        for case in GRIDS[options.grid]
+    ]
     result = {
         "backend": options.backend,
         "dtype": options.dtype,
@@ -256,8 +260,7 @@ def main() -> None:
         "cases": rows,
     }
     if options.paired:
-        bench = Bench(op_set, Case(SMOLLM2, 16, 0, 1024), dtype, sdpa=False)
-        result["nothing_shared"] = paired(bench)
+        result["nothing_shared"] = paired(bench(Case(SMOLLM2, 16, 0, 1024), sdpa=False))
         print("nothing shared, on / off over 200 alternations:", result["nothing_shared"])
     if options.save:
         RESULTS.mkdir(exist_ok=True)
