@@ -123,7 +123,7 @@ def _num_chunks(
             memory = int((torch.cuda.mem_get_info()[0] - weights) * _GPU_POOL_SHARE)
     if memory < 2 * per_chunk:
         raise ConfigError(
-            f"kv_cache_memory: {memory} bytes hold fewer than two chunks of {per_chunk} bytes; "
-            "give the pool more memory or set num_chunks"
+            f"kv_cache_memory: {max(memory, 0)} bytes hold fewer than two chunks of {per_chunk} "
+            "bytes; give the process more memory, the pool a larger share of it, or set num_chunks"
         )
     return memory // per_chunk

@@ -108,6 +108,8 @@ def test_hostile_template_and_prefixes(chunkllama, broken_model, tmp_path):
 
 
 def test_the_engine_cannot_start(chunkllama, broken_model):
+    result = chunkllama("serve", "--model", broken_model, "--port", 0, "--kv-cache-memory", "1k")
+    refused(result, "kv_cache_memory: 1000 bytes hold fewer than two chunks of 32768 bytes")
     result = chunkllama("serve", "--model", broken_model, "--port", 0, "--device", "cuda")
     refused(result, "device: cuda was asked for")
     result = chunkllama("serve", "--model", broken_model, "--port", 0, "--max-model-len", 9999)
