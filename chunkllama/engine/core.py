@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Protocol
 
 from chunkllama.engine.executor import Executor
@@ -28,6 +29,8 @@ from chunkllama.outputs import BATCH_SIZE_BOUNDS, STEP_SECONDS_BOUNDS, Histogram
 from chunkllama.scheduler.scheduler import Scheduler
 
 logger = init_logger(__name__)
+
+_PREPARATION_POLL = 0.02  # seconds between looks at the inbox while all requests are prepared
 
 
 class EngineCore:
@@ -53,6 +56,7 @@ class EngineCore:
         self._scheduler = scheduler
         self._executor = executor
         self._clock = clock
+        self._preparations: dict[Future[None], str] = {}
         self._steps = 0
         self._step_seconds = Histogram.over(STEP_SECONDS_BOUNDS)
         self._batch_size = Histogram.over(BATCH_SIZE_BOUNDS)
@@ -74,7 +78,10 @@ class EngineCore:
                 f"{max(ids)}",
                 "prompt",
             )
-        self._scheduler.add(request)
+        preparation = self._executor.prepare(request.sampling)
+        self._scheduler.add(request, held=preparation is not None)
+        if preparation is not None:
+            self._preparations[preparation] = request.request_id
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Drop a request, or one choice (of a beam search all). Unknown ids are ignored: it may
@@ -87,8 +94,11 @@ class EngineCore:
 
     def step(self) -> list[TokenDelta]:
         """Run one step; [] when nothing could be scheduled."""
+        for done in [future for future in self._preparations if future.done()]:
+            self._scheduler.release(self._preparations.pop(done))
         output = self._scheduler.schedule()
         if output is None:
+            wait(self._preparations, _PREPARATION_POLL, return_when=FIRST_COMPLETED)
             return []
         started = self._clock()
         sampled = self._executor.execute(output)

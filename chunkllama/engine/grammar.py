@@ -5,6 +5,7 @@ with it.
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -96,23 +97,30 @@ class GrammarCompiler:
             tokenizer_json, n_vocab=vocab_size, eos_token=eos_token_ids or None
         )
         self._compiled: OrderedDict[GrammarSpec, llguidance.LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()  # of the order of _compiled
+
+    def has(self, spec: GrammarSpec) -> bool:
+        """Whether the grammar is compiled."""
+        return spec in self._compiled
 
     def matcher(self, spec: GrammarSpec, output_token_ids: list[int]) -> GrammarMatcher:
-        """A matcher that has already seen ``output_token_ids``.
+        """A matcher that has already seen ``output_token_ids``. Several threads may call.
 
         Raises:
             InvalidRequestError: the grammar does not compile, or the tokens do not follow it.
         """
-        compiled = self._compiled.get(spec)
+        with self._lock:
+            compiled = self._compiled.get(spec)
         if compiled is None:
             compiled = llguidance.LLMatcher(self._tokenizer, to_llguidance(spec), log_level=0)
             if compiled.is_error():
                 reason = _one_line(compiled.get_error())
                 raise InvalidRequestError(f"invalid {spec.kind}: {reason}", "grammar")
+        with self._lock:
             self._compiled[spec] = compiled
+            self._compiled.move_to_end(spec)
             if len(self._compiled) > _MAX_COMPILED:
                 self._compiled.popitem(last=False)
-        self._compiled.move_to_end(spec)
         matcher = GrammarMatcher(compiled.deep_copy())
         if not all(matcher.accept(token) for token in output_token_ids):
             raise InvalidRequestError("the tokens so far do not follow the grammar", "grammar")

@@ -25,6 +25,7 @@ from chunkllama.models.spec import ModelSpec, read_spec
 from chunkllama.models.weights import load_weights
 from chunkllama.ops.op_set import OpSet
 from chunkllama.ops.select import Backend, select_op_set
+from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.output import NewSequence, SampledTokens, ScheduledSlice, SchedulerOutput
 
 if TYPE_CHECKING:
@@ -62,6 +63,18 @@ class ModelRunner:
         self._model_path = model_path
         self._grammars: GrammarCompiler | None = None
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-mask")
+        self._compile_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-compile")
+
+    def prepare(self, sampling: SamplingParams) -> Future[None] | None:
+        """Compile the request's grammar in a thread, unless it is at hand."""
+        grammar = sampling.grammar
+        if grammar is None or (self._grammars is not None and self._grammars.has(grammar)):
+            return None
+
+        def compile_grammar() -> None:
+            self._grammar_compiler().matcher(grammar, [])
+
+        return self._compile_thread.submit(compile_grammar)
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> SampledTokens:
@@ -89,6 +102,7 @@ class ModelRunner:
     def close(self) -> None:
         """Release the model and the pool."""
         self._mask_thread.shutdown(wait=True)
+        self._compile_thread.shutdown(wait=True, cancel_futures=True)
         self._sequences.clear()
         self._attention.kv.layers.clear()
         vars(self).pop("_model", None)  # closing twice does no harm

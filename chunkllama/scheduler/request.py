@@ -134,6 +134,7 @@ class SequenceGroup:
             computed; in seconds, set once.
         max_tokens: of each choice, resolved; 0 scores or pools the prompt and samples nothing.
         sequences: those not finished, by index.
+        held: it may not start yet.
         num_cached_tokens: prompt tokens that were not computed again; -1 until admitted.
         prompt_logprobs: entries so far; the first is None (nothing comes before it).
     """
@@ -143,6 +144,7 @@ class SequenceGroup:
     arrived_at: float
     max_tokens: int
     sequences: dict[int, Sequence] = field(default_factory=dict)
+    held: bool = False
     beam: BeamSearch | None = None
     num_cached_tokens: int = -1
     started_at: float = 0.0

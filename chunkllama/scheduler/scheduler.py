@@ -66,8 +66,8 @@ class Scheduler:
 
     # -- requests ---------------------------------------------------------------------------
 
-    def add(self, request: EngineRequest) -> None:
-        """Queue a request.
+    def add(self, request: EngineRequest, *, held: bool = False) -> None:
+        """Queue a request; a held one keeps its place but does not start before ``release``.
 
         A choice whose ``delivered`` tokens end it already is not run again and yields nothing.
 
@@ -76,6 +76,7 @@ class Scheduler:
             OverloadedError: the queue is full.
         """
         group = self._make_group(request)
+        group.held = held
         if len(self._groups) >= self._limits.max_num_seqs + self._limits.max_waiting:
             raise OverloadedError(
                 f"{len(self._groups)} requests are running or waiting, the most this server "
@@ -87,6 +88,11 @@ class Scheduler:
         for sequence in group.sequences.values():
             self._waiting.add(sequence)
         self._counters.prompt_tokens += group.num_prompt_tokens
+
+    def release(self, request_id: str) -> None:
+        """What a held request waited for is there. Unknown ids are ignored."""
+        if group := self._groups.get(request_id):
+            group.held = False
 
     def _make_group(self, request: EngineRequest) -> SequenceGroup:
         sampling = request.sampling
@@ -275,7 +281,8 @@ class Scheduler:
         for sequence in candidates:
             if budget == 0 or not self._running.num_free_slots:
                 return
-            if sequence.match is not None and self._cache.is_awaited(sequence.match):
+            awaited = sequence.match is not None and self._cache.is_awaited(sequence.match)
+            if awaited or sequence.group.held:
                 continue
             match = self._cache.match(
                 sequence.token_ids, self._match_limit(sequence), sequence.group.request.namespace
@@ -329,7 +336,8 @@ class Scheduler:
         """Beams that wait for one another across requests: the newest gives way."""
         victim = self._newest_but_oldest() if len(self._running) else None
         if victim is None:
-            return len(self._waiting) > 0 and self._cache.pins.break_one()
+            could_start = any(not sequence.group.held for sequence in self._waiting)
+            return could_start and self._cache.pins.break_one()
         self._committer.preempt(victim)
         return True
 

@@ -73,6 +73,9 @@ class FakeModel:
         self.fail_slots: set[int] = set()
         self._offsets = np.arange(chunk_size)
 
+    def prepare(self, sampling: SamplingParams) -> None:
+        """Nothing."""
+
     def execute(self, output: SchedulerOutput) -> SampledTokens:
         for slot in output.freed_slots:
             del self.sequences[slot]
