@@ -104,7 +104,7 @@ class NativeOps(OpSet):
     def _allocate_layers(
         self, kv: KVCache, num_layers: int, dtype: torch.dtype
     ) -> list[torch.Tensor]:
-        """One [num_chunks, elements] tensor per layer, on huge pages committed in the background."""
+        """A [num_chunks, elements] tensor per layer on huge pages, committed in the background."""
         _check_shape(dtype, kv.head_dim)
         heads = CHeads(kv.num_kv_heads, kv.num_kv_heads, kv.head_dim, TYPES[dtype], TYPES[dtype])
         elements = self.library.ck_chunk_elements(ctypes.byref(heads))
