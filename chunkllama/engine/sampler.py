@@ -95,8 +95,7 @@ class Sampler:
         for row, sequence in enumerate(sequences):
             sampling = sequence.sampling
             if sampling.allowed_token_ids:
-                known = [token for token in sampling.allowed_token_ids if 0 <= token < vocab_size]
-                ids = torch.tensor(known, dtype=torch.int64, device=logits.device)
+                ids = sequence.allowed_ids(vocab_size, logits.device)
                 kept = logits[row, ids]
                 logits[row] = -torch.inf
                 logits[row, ids] = kept

@@ -31,6 +31,14 @@ class SequenceState:
     matcher: GrammarMatcher | None = None
     failed: str = ""
     pooled: torch.Tensor | None = field(default=None, repr=False)
+    _allowed_ids: torch.Tensor | None = field(default=None, repr=False)
+
+    def allowed_ids(self, vocab_size: int, device: torch.device) -> torch.Tensor:
+        """int64 ids of ``allowed_token_ids`` that the model has; made once."""
+        if self._allowed_ids is None:
+            known = [token for token in self.sampling.allowed_token_ids if 0 <= token < vocab_size]
+            self._allowed_ids = torch.tensor(known, dtype=torch.int64, device=device)
+        return self._allowed_ids
 
     def append(self, token_id: int) -> None:
         """Add a sampled token; the grammar moves on with it."""
