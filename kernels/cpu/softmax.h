@@ -9,7 +9,7 @@
 
 namespace chunkllama {
 
-constexpr int STEP_CHUNKS = 4;                                   // chunks per softmax step: their K and V stay in L1
+constexpr int STEP_CHUNKS = 4;                                   // chunks per softmax step: their K and V stay in L2
 constexpr int STEP_KEYS = STEP_CHUNKS * CHUNK;
 constexpr long SCORE_STRIDE = STEP_KEYS + 16;                    // off powers of two, or tile stores hit 4 L1 sets
 constexpr long PROB_STRIDE = STEP_KEYS + 32;
