@@ -159,6 +159,11 @@ class CompletionAnswer:
 
     async def _merged(self) -> AsyncGenerator[tuple[int, list[Piece]], None]:
         """Lists of pieces with their prompt's number, in the order they come."""
+        if len(self.generations) == 1:
+            async with aclosing(self.generations[0].pieces()) as stream:
+                async for pieces in stream:
+                    yield 0, pieces
+            return
         queue: asyncio.Queue[tuple[int, list[Piece] | Exception | None]] = asyncio.Queue(maxsize=1)
 
         async def pump(number: int, generation: Generation) -> None:
