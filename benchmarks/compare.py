@@ -7,7 +7,8 @@ Start the servers first (``benchmarks/peers/README.md`` says how), then name the
 
 Every round of a scenario makes new prompts and sends them to each server in turn, first with
 prefixes that no server has seen (cold), then with new user parts below the same prefixes (warm);
-the order of the servers is reversed from round to round. Tables hold medians over the rounds.
+the order of the servers is reversed from round to round, with a pause between two of them: some
+spin on for a second after their last answer. Tables hold medians over the rounds.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from server.bench import PromptMaker
 from server.bench_client import Endpoint, Outcome
 
 RESULTS = Path(__file__).parent / "results"
+PAUSE_SECONDS = 2.0  # before a server's turn, for the one before it to come to rest
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,12 @@ async def run_load(
     }
 
 
+async def version(endpoint: Endpoint) -> str:
+    """What the server says of itself at /version; "" where it says nothing."""
+    status, body = await endpoint.get("/version")
+    return json.loads(body)["version"] if status == 200 else ""
+
+
 def make_prompts(
     maker: PromptMaker, encode, systems: list[list[int]], scenario: Scenario
 ) -> list[list[int]]:
@@ -110,9 +118,12 @@ def main() -> None:
     tokenizer = load_tokenizer(resolve_model(arguments.model))
     maker = PromptMaker(tokenizer, arguments.seed)
     runs = []
+    versions: dict[str, str] = {}
 
     async def everything() -> None:
         names = {}
+        for name, endpoint in endpoints.items():
+            versions[name] = await version(endpoint)
         for name, endpoint in endpoints.items():
             _, body = await endpoint.get("/v1/models")
             names[name] = json.loads(body)["data"][0]["id"]
@@ -126,6 +137,7 @@ def main() -> None:
                 for phase in ("cold", "warm"):
                     prompts = make_prompts(maker, tokenizer.encode, systems, scenario)
                     for name in order:
+                        await asyncio.sleep(PAUSE_SECONDS)
                         result = await run_load(endpoints[name], names[name], prompts, scenario)
                         runs.append({"server": name, "scenario": letter, "phase": phase, **result})
                         print(
@@ -139,6 +151,7 @@ def main() -> None:
     record = {
         "command": " ".join(["python", *sys.argv]),
         "machine": cpu_name(),
+        "versions": versions,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
         "seed": arguments.seed,

@@ -93,11 +93,16 @@ async def models(request: web.Request) -> web.Response:
     return web.json_response({"object": "list", "data": [{"id": "smollm2", "object": "model"}]})
 
 
+async def version(request: web.Request) -> web.Response:
+    return web.json_response({"version": genai.__version__})
+
+
 async def make_app(folder: str, cache_gb: int) -> web.Application:
     app = web.Application(client_max_size=1 << 24)
     app["engine"] = Engine(folder, cache_gb, asyncio.get_running_loop())
     app.router.add_post("/v1/completions", completions)
     app.router.add_get("/v1/models", models)
+    app.router.add_get("/version", version)
     app.router.add_get("/health", models)
     return app
 
