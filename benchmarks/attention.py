@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from chunkllama.attention.plan import Planner
 from chunkllama.ops.op_set import KVCache, OpSet
 from chunkllama.ops.select import select_op_set
+from chunkllama.scheduler.tree_order import num_shared_chunks
 
 RESULTS = Path(__file__).parent / "results"
 COLD_BYTES = 1.2e9  # K/V that a round should walk through, so that it comes from memory
@@ -112,16 +114,16 @@ class Bench:
             self.run["sdpa"] = self._sdpa(length)
 
     def variant(
-        self, paths: list[list[int]], shared: int, kv: KVCache
+        self, paths: list[list[int]], shared: list[int], kv: KVCache
     ) -> list[Callable[[], object]]:
-        """Attention over chunk paths whose first ``shared`` chunks are the same."""
+        """Attention over chunk paths that share so many chunks with the one before."""
         shape, count = self.case.shape, self.case.batch
         plan = self.planner.build(
             slots=list(range(count)),
             first_positions=self.positions.tolist(),
             num_tokens=[1] * count,
             chunk_ids=[np.array(path, np.int32) for path in paths],
-            shared=[0] + [shared] * (count - 1),
+            shared=shared,
             version=1,
         )
         device_plan = self.op_set.upload_plan(plan, kv, num_qo_heads=shape.q_heads)
@@ -151,7 +153,8 @@ class Bench:
         return kv
 
     def _variant(self, paths: list[list[int]], shared: int) -> list[Callable[[], object]]:
-        return self.variant(paths, shared, self.pool(max(map(max, paths)) + 1))
+        common = [0] + [shared] * (len(paths) - 1)
+        return self.variant(paths, common, self.pool(max(map(max, paths)) + 1))
 
     def _sdpa(self, length: int) -> list[Callable[[], object]]:
         shape, batch = self.case.shape, self.case.batch
@@ -199,16 +202,25 @@ def read_bandwidth(device: torch.device) -> float:
 def paired(bench: Bench, rounds: int = 200) -> dict[str, float]:
     """Time with sharing on over time with sharing off, nothing shared: median, upper 95% bound.
 
-    The detection costs the planner, once per plan; the plans, and so the kernels' work, are equal.
+    A step of either kind plans anew and runs all layers; with sharing on it first looks for what
+    neighbours share. A real step does so only when a sequence comes, grows a chunk or goes.
     """
     batch, own = bench.case.batch, bench.case.private // CHUNK
     paths = [list(range(i * own, (i + 1) * own)) for i in range(batch)]
+    arrays = [np.array(path, np.int32) for path in paths]
     kv = bench.pool(batch * own)
-    on, off = bench.variant(paths, 0, kv), bench.variant(paths, 0, kv)
+
+    def on() -> None:
+        shared = [0, *(num_shared_chunks(a, b) for a, b in pairwise(arrays))]
+        timed(bench.variant(paths, shared, kv), bench.op_set.device)
+
+    def off() -> None:
+        timed(bench.variant(paths, [0] * batch, kv), bench.op_set.device)
+
     ratios = []
     for turn in range(rounds):
         order = (on, off) if turn % 2 else (off, on)
-        times = [timed(calls, bench.op_set.device) for calls in order]
+        times = [timed([step], bench.op_set.device) for step in order]
         ratios.append(times[0] / times[1] if turn % 2 else times[1] / times[0])
     ratios.sort()
     # Order statistics: the upper end of a 95% interval of the median.

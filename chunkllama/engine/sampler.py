@@ -21,6 +21,12 @@ from chunkllama.sampling_params import SamplingParams
 
 _MIN_TEMPERATURE = 1e-5  # below it the scaled logits overflow; the draw is the best token anyway
 _BLOCK = 256  # the draw walks sums of blocks first, then one block
+# [256, 8]: what the eight tokens of a mask's byte are given; adding it is far faster than to fill.
+_BIAS_OF_BYTE = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"),
+    np.float32(0),
+    np.float32(-np.inf),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +92,10 @@ class Sampler:
         sequences: list[SequenceState],
         masks: dict[int, NDArray[np.int32]],
     ) -> None:
-        for row, mask in masks.items():
-            bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[: logits.shape[1]]
-            allowed = torch.from_numpy(bits).to(logits.device).bool()
-            logits[row].masked_fill_(~allowed, -torch.inf)
         vocab_size = logits.shape[1]
+        for row, mask in masks.items():
+            added = np.take(_BIAS_OF_BYTE, mask.view(np.uint8), axis=0).ravel()[:vocab_size]
+            logits[row] += torch.from_numpy(added).to(logits.device)
         additions = _Entries(vocab_size)
         for row, sequence in enumerate(sequences):
             sampling = sequence.sampling

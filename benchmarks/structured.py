@@ -1,0 +1,119 @@
+"""What a JSON schema costs: the same requests with and without one, in alternation.
+
+    python benchmarks/structured.py --url http://127.0.0.1:8000 --save
+
+Every answer has exactly ``--tokens`` tokens: the schema is a long list of objects, so that none is
+complete before. Sampling is at temperature 1 on both sides; a round sends the requests with the
+schema and without it, 16 at once, in an order that is reversed from round to round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+from compare import cpu_name, version
+
+from server.bench_client import Endpoint, Outcome
+
+RESULTS = Path(__file__).parent / "results"
+SCHEMA = {
+    "type": "array",
+    "minItems": 50,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 24},
+            "age": {"type": "integer", "minimum": 0, "maximum": 120},
+            "kind": {"enum": ["cat", "dog", "bird"]},
+            "tags": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 4},
+        },
+        "required": ["name", "age", "kind", "tags"],
+        "additionalProperties": False,
+    },
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "pets", "schema": SCHEMA, "strict": True}}
+
+
+async def run_load(endpoint: Endpoint, options: argparse.Namespace, body: dict) -> float:
+    """Output tokens per second of ``--requests`` requests, ``--concurrency`` at once."""
+    outcomes: list[Outcome] = []
+    numbers = iter(range(options.requests))
+
+    async def worker() -> None:
+        for number in numbers:
+            message = {"role": "user", "content": f"List the pets of house {number} as JSON."}
+            request = {"messages": [message], "seed": number, **body}
+            outcomes.append(
+                await endpoint.stream("/v1/chat/completions", request, Outcome(0, 0, 0.0))
+            )
+
+    started = time.monotonic()
+    await asyncio.gather(*(worker() for _ in range(options.concurrency)))
+    seconds = time.monotonic() - started
+    wrong = [o.error or f"{o.completion_tokens} tokens" for o in outcomes]
+    wrong = [text for text in wrong if text != f"{options.tokens} tokens"]
+    if wrong:
+        raise SystemExit(f"{len(wrong)} answers are not as asked for, the first: {wrong[0]}")
+    return sum(o.completion_tokens for o in outcomes) / seconds
+
+
+async def measure(options: argparse.Namespace) -> dict[str, object]:
+    endpoint = Endpoint(options.url)
+    _, models = await endpoint.get("/v1/models")
+    plain = {
+        "model": json.loads(models)["data"][0]["id"],
+        "max_tokens": options.tokens,
+        "min_tokens": options.tokens,
+        "ignore_eos": True,
+        "temperature": 1.0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    bodies = {"plain": plain, "schema": {**plain, "response_format": FORMAT}}
+    rates: dict[str, list[float]] = {name: [] for name in bodies}
+    for body in bodies.values():  # the schema's compilation and the shared prefix
+        await run_load(endpoint, options, body)
+    for turn in range(options.rounds):
+        for name in list(bodies)[:: -1 if turn % 2 else 1]:
+            rates[name].append(await run_load(endpoint, options, bodies[name]))
+    cost = [1 - s / p for s, p in zip(rates["schema"], rates["plain"], strict=True)]
+    return {
+        "version": await version(endpoint),
+        "tokens_per_s": {name: [round(rate, 1) for rate in all_] for name, all_ in rates.items()},
+        "median_cost": round(statistics.median(cost), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--save", action="store_true", help="write results/structured.json")
+    options = parser.parse_args()
+    result = asyncio.run(measure(options))
+    medians = {n: statistics.median(r) for n, r in result["tokens_per_s"].items()}
+    print(f"plain {medians['plain']:.0f} tok/s, with a schema {medians['schema']:.0f}", end="; ")
+    print(f"cost {result['median_cost']:.1%} (median of {options.rounds} pairs)")
+    if options.save:
+        record = {
+            "command": f"python benchmarks/structured.py --url {options.url} --save",
+            "machine": cpu_name(),
+            "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d"),
+            **{n: getattr(options, n) for n in ("requests", "concurrency", "tokens", "rounds")},
+            **result,
+        }
+        (RESULTS / "structured.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
