@@ -1,18 +1,21 @@
 #!/bin/sh
-# Full sizes with a fresh seed (or the one given): sh scripts/nightly.sh PYTHON [SEED]
+# Full sizes with a fresh seed (or the one given): sh scripts/nightly.sh PYTHON [SEED [TESTS...]]
+# Of some tests only, the report is added to the last one.
 set -u
 python=$1
 seed=${2:-$(date +%s)}
+[ $# -le 2 ] && shift $# || shift 2
 report=benchmarks/results/nightly.txt
+[ $# -gt 0 ] || : > "$report"
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-CHUNKLLAMA_TEST_SEED=$seed "$python" -m pytest -m nightly --durations=0 2>&1 | tee "$log"
+CHUNKLLAMA_TEST_SEED=$seed "$python" -m pytest -m nightly --durations=0 "$@" 2>&1 | tee "$log"
 {
-    echo "command: make nightly ARGS=$seed"
+    echo "command: make nightly ARGS=\"$seed${*:+ $*}\""
     echo "date: $(date -u +%Y-%m-%d)"
     echo "machine: $("$python" -c 'from chunkllama.machine import usable_threads; print(usable_threads())') threads," \
         "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
     echo "versions: $("$python" -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)')"
     grep -E '^(seed:|[0-9.]+s (call|setup)|FAILED|ERROR|=+ .*(passed|failed|error))' "$log"
-} > "$report"
+} >> "$report"
 grep -qE '=+ .*passed' "$log" && ! grep -qE '=+ .*(failed|error)' "$log"
