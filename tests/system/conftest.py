@@ -66,8 +66,6 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServ
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         log = tmp_path_factory.mktemp("server") / "log"
-        # The tests' own variables are no settings of a server.
-        own = {k: v for k, v in os.environ.items() if not k.startswith("CHUNKLLAMA_TEST_")}
         with log.open("wb") as sink:
             process = subprocess.Popen(
                 [
@@ -83,7 +81,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServ
                 ],
                 stdout=sink,
                 stderr=subprocess.STDOUT,
-                env={**own, **(env or {})},
+                env={**os.environ, **(env or {})},
             )
         server = Server(process, port, log)
         started.append(server)
