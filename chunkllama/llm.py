@@ -11,11 +11,11 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from chunkllama.config import EngineConfig
+from chunkllama.config import EngineConfig, LogConfig
 from chunkllama.engine.build import build_engine
 from chunkllama.engine.client import as_exception, seed_source, with_seed
 from chunkllama.engine.messages import ChoiceDelta, EngineRequest, TokenDelta
-from chunkllama.errors import InvalidRequestError, OverloadedError
+from chunkllama.errors import ConfigError, InvalidRequestError, OverloadedError
 from chunkllama.models.registry import resolve_model
 from chunkllama.models.spec import read_spec
 from chunkllama.outputs import CompletionOutput, RequestOutput
@@ -33,7 +33,8 @@ class LLM:
 
     Args:
         model: an alias, a Hugging Face folder, a ``.gguf`` file, or a hub id.
-        settings: any key of EngineConfig, e.g. ``num_chunks=512`` or ``dtype="float32"``.
+        settings: any key of EngineConfig but those of the log, e.g. ``num_chunks=512`` or
+            ``dtype="float32"``.
 
     Raises:
         ConfigError: the model or a setting is unusable; one line says why.
@@ -44,6 +45,11 @@ class LLM:
     """
 
     def __init__(self, model: str = "smollm2-135m-instruct", **settings: Any) -> None:
+        if given := LogConfig.model_fields.keys() & settings.keys():
+            raise ConfigError(
+                f"{min(given)}: the program that imports chunkllama says what is logged; "
+                'use logging.getLogger("chunkllama")'
+            )
         config = EngineConfig.from_flat(model=model, **settings)
         folder = resolve_model(model)
         self._tokenizer = load_tokenizer(folder)

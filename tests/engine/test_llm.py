@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from chunkllama import LLM, SamplingParams
-from chunkllama.errors import InvalidRequestError
+from chunkllama.errors import ConfigError, InvalidRequestError
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
@@ -77,3 +77,8 @@ def test_a_prompt_that_cannot_fit_leaves_nothing_running(llm) -> None:
     with pytest.raises(InvalidRequestError, match="8997 tokens"):
         llm.generate(["first", list(range(3, 9000))], SamplingParams(**GREEDY))
     assert texts(llm.generate("The capital of France is", SamplingParams(**GREEDY)))
+
+
+def test_the_log_is_not_a_librarys_to_set_up() -> None:
+    with pytest.raises(ConfigError, match=r"^log_level: .*getLogger\(\"chunkllama\"\)"):
+        LLM(log_level="debug")
