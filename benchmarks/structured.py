@@ -4,7 +4,7 @@
 
 Every answer has exactly ``--tokens`` tokens: the schema is a long list of objects, so that none is
 complete before. Sampling is at temperature 1; a round sends the requests without a schema, with
-one, and with one whose strings are bounded, in an order that is reversed from round to round.
+one, with bounded strings, and with everything bounded, in an order reversed from round to round.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from server.bench_client import Endpoint, Outcome
 RESULTS = Path(__file__).parent / "results"
 
 
-def schema(bound: dict[str, int]) -> dict:
-    """A long list of objects, their strings bounded or not."""
+def schema(text: dict[str, int], number: dict[str, int], tags: dict[str, int]) -> dict:
+    """A long list of objects whose strings, numbers and lists have these bounds."""
     pet = {
-        "name": {"type": "string", **bound},
-        "age": {"type": "integer"},
+        "name": {"type": "string", **text},
+        "age": {"type": "integer", **number},
         "kind": {"enum": ["cat", "dog", "bird"]},
-        "tags": {"type": "array", "items": {"type": "string", **bound}},
+        "tags": {"type": "array", "items": {"type": "string", **text}, **tags},
     }
     items = {
         "type": "object",
@@ -41,14 +41,16 @@ def schema(bound: dict[str, int]) -> dict:
     return {"type": "array", "minItems": 50, "items": items}
 
 
-def response_format(bound: dict[str, int]) -> dict:
-    return {"type": "json_schema", "json_schema": {"name": "pets", "schema": schema(bound)}}
+def response_format(*bounds: dict[str, int]) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "pets", "schema": schema(*bounds)}}
 
 
+TEXT, AGE, TAGS = {"maxLength": 24}, {"minimum": 0, "maximum": 120}, {"maxItems": 4}
 FORMATS = {
     "plain": {},
-    "schema": {"response_format": response_format({})},
-    "bounded strings": {"response_format": response_format({"maxLength": 24})},
+    "schema": {"response_format": response_format({}, {}, {})},
+    "bounded strings": {"response_format": response_format(TEXT, {}, {})},
+    "all bounded": {"response_format": response_format(TEXT, AGE, TAGS)},
 }
 
 
