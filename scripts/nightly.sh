@@ -16,6 +16,6 @@ CHUNKLLAMA_TEST_SEED=$seed "$python" -m pytest -m nightly --durations=0 "$@" 2>&
     echo "machine: $("$python" -c 'from chunkllama.machine import usable_threads; print(usable_threads())') threads," \
         "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
     echo "versions: $("$python" -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)')"
-    grep -E '^(seed:|[0-9.]+s (call|setup)|FAILED|ERROR|=+ .*(passed|failed|error))' "$log"
+    grep -E '^(seed:|[1-9][0-9.]*s (call|setup)|FAILED|ERROR|!+ |=+ .*(passed|failed|error))' "$log"
 } >> "$report"
 grep -qE '=+ .*passed' "$log" && ! grep -qE '=+ .*(failed|error)' "$log"
