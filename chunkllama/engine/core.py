@@ -78,9 +78,10 @@ class EngineCore:
                 f"{max(ids)}",
                 "prompt",
             )
+        self._scheduler.add(request)
         preparation = self._executor.prepare(request.sampling)
-        self._scheduler.add(request, held=preparation is not None)
         if preparation is not None:
+            self._scheduler.hold(request.request_id)
             self._preparations[preparation] = request.request_id
 
     def abort(self, request_id: str, index: int | None = None) -> None:

@@ -25,11 +25,10 @@ from chunkllama.ops.native_abi import (
     CNorm,
     CPlan,
     CRope,
-    allocate_lazily,
     load_library,
 )
 from chunkllama.ops.native_build import LEVELS, NativeBuildError, available_levels, build
-from chunkllama.ops.native_memory import commit_in_background
+from chunkllama.ops.native_memory import allocate_lazily, commit_in_background
 from chunkllama.ops.native_model import NativeModel, WeightType
 from chunkllama.ops.op_set import CopyTriple, DevicePlan, KVCache, OpSet
 from chunkllama.ops.plan_format import AttentionPlan, Packing

@@ -1,9 +1,8 @@
-"""The C ABI of the native op set: its structures, its functions, and memory the way it likes it."""
+"""The C ABI of the native op set: its structures and its functions."""
 
 from __future__ import annotations
 
 import ctypes
-import mmap
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import Any, Final
 
@@ -13,7 +12,6 @@ from chunkllama.ops.native_build import Level, NativeBuildError, build
 
 F32, BF16, INT8 = 0, 1, 2
 TYPES: Final = {torch.float32: F32, torch.bfloat16: BF16}
-HUGE_PAGE: Final = 2 << 20
 
 
 class CPlan(Structure):
@@ -93,22 +91,3 @@ def load_library(level: Level, sanitizer: str = "") -> ctypes.CDLL:
     if not library.ck_initialize():
         raise NativeBuildError(f"the kernel does not let this process use {level.name}")
     return library
-
-
-def allocate_lazily(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """[elements], zeroed by the system on first touch, on 2 MB pages where it agrees.
-
-    Raises:
-        MemoryError: more than the system would ever give.
-    """
-    size = elements * dtype.itemsize
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    try:
-        memory = mmap.mmap(-1, size + HUGE_PAGE, flags=flags)
-    except (OSError, OverflowError) as error:
-        raise MemoryError(f"{size} bytes: {error}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE_PAGE
-    return whole[start : start + size].view(dtype)

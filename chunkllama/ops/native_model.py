@@ -9,7 +9,8 @@ from typing import Any, Final, Literal, Protocol
 import torch
 
 from chunkllama.errors import ConfigError
-from chunkllama.ops.native_abi import BF16, F32, INT8, TYPES, CHeads, CPlan, allocate_lazily
+from chunkllama.ops.native_abi import BF16, F32, INT8, TYPES, CHeads, CPlan
+from chunkllama.ops.native_memory import allocate_lazily
 from chunkllama.ops.op_set import DevicePlan, KVCache
 
 WeightType = Literal["auto", "bf16", "fp32", "int8"]

@@ -66,8 +66,8 @@ class Scheduler:
 
     # -- requests ---------------------------------------------------------------------------
 
-    def add(self, request: EngineRequest, *, held: bool = False) -> None:
-        """Queue a request; a held one keeps its place but does not start before ``release``.
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request.
 
         A choice whose ``delivered`` tokens end it already is not run again and yields nothing.
 
@@ -76,7 +76,6 @@ class Scheduler:
             OverloadedError: the queue is full.
         """
         group = self._make_group(request)
-        group.held = held
         if len(self._groups) >= self._limits.max_num_seqs + self._limits.max_waiting:
             raise OverloadedError(
                 f"{len(self._groups)} requests are running or waiting, the most this server "
@@ -88,6 +87,10 @@ class Scheduler:
         for sequence in group.sequences.values():
             self._waiting.add(sequence)
         self._counters.prompt_tokens += group.num_prompt_tokens
+
+    def hold(self, request_id: str) -> None:
+        """A request just added keeps its place but does not start before ``release``."""
+        self._groups[request_id].held = True
 
     def release(self, request_id: str) -> None:
         """What a held request waited for is there. Unknown ids are ignored."""

@@ -202,7 +202,19 @@ def test_refusals_are_typed_and_leave_the_engine_alone(open_client) -> None:
     asyncio.run(scenario())
 
 
-def test_a_dead_engine_ends_its_requests(tiny_model) -> None:
+def kill(client: ProcessEngineClient, _: pytest.MonkeyPatch) -> None:
+    os.kill(client.pid, signal.SIGKILL)
+
+
+def send_what_cannot_be_used(client: ProcessEngineClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise msgspec.DecodeError("planted")
+
+    monkeypatch.setattr(client, "_dispatch", refuse)
+
+
+@pytest.mark.parametrize("end", [kill, send_what_cannot_be_used])
+def test_a_dead_engine_ends_its_requests(tiny_model, monkeypatch, end) -> None:
     async def scenario() -> None:
         config = EngineConfig.from_flat(model=str(tiny_model[0]), num_chunks=8, threads=1)
         client = await ProcessEngineClient.start(config)
@@ -210,7 +222,7 @@ def test_a_dead_engine_ends_its_requests(tiny_model) -> None:
         client.on_death = died.set
         stream = client.generate(request("doomed", max_tokens=400))
         await anext(stream)
-        os.kill(client.pid, signal.SIGKILL)
+        end(client, monkeypatch)
         with pytest.raises(EngineDeadError):
             async for _ in stream:
                 pass
@@ -220,29 +232,6 @@ def test_a_dead_engine_ends_its_requests(tiny_model) -> None:
             await collect(client, request("late"))
         await client.close()
         assert not psutil.pid_exists(client.pid)
-
-    asyncio.run(scenario())
-
-
-def test_a_message_that_cannot_be_used_ends_the_requests(tiny_model, monkeypatch) -> None:
-    async def scenario() -> None:
-        config = EngineConfig.from_flat(model=str(tiny_model[0]), num_chunks=8, threads=1)
-        client = await ProcessEngineClient.start(config)
-        died = asyncio.Event()
-        client.on_death = died.set
-        stream = client.generate(request("doomed", max_tokens=400))
-        await anext(stream)
-
-        def refuse(_: object) -> None:
-            raise msgspec.DecodeError("planted")
-
-        monkeypatch.setattr(client, "_dispatch", refuse)
-        with pytest.raises(EngineDeadError):
-            async for _ in stream:
-                pass
-        await asyncio.wait_for(died.wait(), 10)
-        assert not client.is_ready
-        await client.close()
 
     asyncio.run(scenario())
 

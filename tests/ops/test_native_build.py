@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from chunkllama.ops import native
-from chunkllama.ops.native_abi import allocate_lazily, load_library
+from chunkllama.ops.native_abi import load_library
 from chunkllama.ops.native_build import (
     LEVELS,
     Level,
@@ -21,6 +21,7 @@ from chunkllama.ops.native_build import (
     available_levels,
     build,
 )
+from chunkllama.ops.native_memory import allocate_lazily
 
 BASELINE = LEVELS[-1]
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from chunkllama.ops.native_abi import allocate_lazily
-from chunkllama.ops.native_memory import commit_in_background
+from chunkllama.ops.native_memory import allocate_lazily, commit_in_background
 
 SIZE = 24 << 20
 
