@@ -92,7 +92,10 @@ async def run_load(
 async def version(endpoint: Endpoint) -> str:
     """What the server says of itself at /version; "" where it says nothing."""
     status, body = await endpoint.get("/version")
-    return json.loads(body)["version"] if status == 200 else ""
+    try:
+        return json.loads(body)["version"] if status == 200 else ""
+    except (ValueError, KeyError):
+        return ""
 
 
 def make_prompts(

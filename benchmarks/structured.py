@@ -14,6 +14,7 @@ import asyncio
 import json
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def main() -> None:
         print(f"{name}: {statistics.median(rate):.0f} tok/s, cost {cost:.1%}")
     if options.save:
         record = {
-            "command": f"python benchmarks/structured.py --url {options.url} --save",
+            "command": " ".join(["python", *sys.argv]),
             "machine": cpu_name(),
             "python": platform.python_version(),
             "date": time.strftime("%Y-%m-%d"),

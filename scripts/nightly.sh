@@ -8,8 +8,11 @@ seed=${2:-$(date +%s)}
 report=benchmarks/results/nightly.txt
 [ $# -gt 0 ] || : > "$report"
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-CHUNKLLAMA_TEST_SEED=$seed "$python" -m pytest -m nightly --durations=0 "$@" 2>&1 | tee "$log"
+trap 'rm -f "$log" "$log.status"' EXIT
+{
+    CHUNKLLAMA_TEST_SEED=$seed "$python" -m pytest -m nightly --durations=0 "$@"
+    echo $? > "$log.status"
+} 2>&1 | tee "$log"
 {
     echo "command: make nightly ARGS=\"$seed${*:+ $*}\""
     echo "date: $(date -u +%Y-%m-%d)"
@@ -18,4 +21,4 @@ CHUNKLLAMA_TEST_SEED=$seed "$python" -m pytest -m nightly --durations=0 "$@" 2>&
     echo "versions: $("$python" -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)')"
     grep -E '^(seed:|[1-9][0-9.]*s (call|setup)|FAILED|ERROR|!+ |=+ .*(passed|failed|error))' "$log"
 } >> "$report"
-grep -qE '=+ .*passed' "$log" && ! grep -qE '=+ .*(failed|error)' "$log"
+exit "$(cat "$log.status")"

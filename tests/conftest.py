@@ -42,6 +42,12 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     return np.random.default_rng([SEED, zlib.crc32(request.node.nodeid.encode())])
 
 
+@pytest.fixture
+def child_environment() -> dict[str, str]:
+    """The environment of a pytest started by a test, which is to use the same seed."""
+    return {**os.environ, "CHUNKLLAMA_TEST_SEED": str(SEED)}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out (as "deselected") what needs a missing device, and full sizes unless asked for."""
     left_out = set()

@@ -89,6 +89,10 @@ class EngineCore:
         just have finished.
         """
         self._scheduler.abort(request_id, index)
+        if index is None:
+            for future in [f for f, waits in self._preparations.items() if waits == request_id]:
+                future.cancel()
+                del self._preparations[future]
 
     def has_work(self) -> bool:
         return self._scheduler.has_unfinished()

@@ -66,7 +66,10 @@ class ModelRunner:
         self._compile_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-compile")
 
     def prepare(self, sampling: SamplingParams) -> Future[None] | None:
-        """Compile the request's grammar in a thread, unless it is at hand."""
+        """Compile the request's grammar in a thread, unless it is at hand.
+
+        The very first also reads the vocabulary, which stops all others for a quarter of a second.
+        """
         grammar = sampling.grammar
         if grammar is None or (self._grammars is not None and self._grammars.has(grammar)):
             return None

@@ -311,7 +311,7 @@ void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end, [[m
       widen_unit(w, tiles);
       w = {tiles, tiles + bytes, nullptr};
     }
-    float* acc = panel.fit((PANEL + MAX_ROWS) * UNIT);
+    float* acc = panel.fit(PANEL * UNIT);
     panel_product(a, column, begin, end, packed, w, acc);
     return;
   }

@@ -24,7 +24,7 @@ constexpr Type NARROW_ACTIVATIONS = F32;  // the vector units multiply floats
 // projection, stored as silu(gate) * up.
 enum Epilogue : int32_t { STORE, ADD, SILU_AND_MUL };
 
-// Rows of x and y must be readable up to the next multiple of 32.
+// Rows of x must be readable up to the next multiple of 32.
 struct LinearArgs {
   const Linear* linear;
   const void* x;

@@ -134,14 +134,16 @@ def test_linears_of_any_number_of_rows(
         assert error <= tolerance, rows
 
 
-def test_a_team_smaller_than_asked_for_does_all_the_work() -> None:
+def test_a_team_smaller_than_asked_for_does_all_the_work(
+    child_environment: dict[str, str],
+) -> None:
     """OMP_THREAD_LIMIT, OMP_DYNAMIC: the runtime may give fewer threads than the kernels want."""
     code = (
         "import pytest, sys, torch; torch.set_num_threads(16); sys.exit(pytest.main(sys.argv[1:]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", __file__, "-k", "linears_of"],
-        env={**os.environ, "OMP_THREAD_LIMIT": "2"},
+        env={**child_environment, "OMP_THREAD_LIMIT": "2"},
         capture_output=True,
         text=True,
         check=False,

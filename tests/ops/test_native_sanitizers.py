@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +16,16 @@ HERE = Path(__file__).parent
 @pytest.mark.nightly
 @pytest.mark.parametrize("level", LEVELS, ids=lambda level: level.name)
 @pytest.mark.parametrize("sanitizer", ["address", "undefined"])
-def test_native_ops_are_clean_under(sanitizer: str, level: Level) -> None:
+def test_native_ops_are_clean_under(
+    sanitizer: str, level: Level, child_environment: dict[str, str]
+) -> None:
     if level not in available_levels():
         pytest.skip(f"not run: this CPU has no {level.name}")
-    environment = {**os.environ, "CHUNKLLAMA_TEST_SANITIZER": sanitizer, "OMP_NUM_THREADS": "2"}
+    environment = {
+        **child_environment,
+        "CHUNKLLAMA_TEST_SANITIZER": sanitizer,
+        "OMP_NUM_THREADS": "2",
+    }
     if sanitizer == "address":
         runtime = subprocess.run(
             ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
