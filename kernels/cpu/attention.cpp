@@ -15,7 +15,7 @@ namespace {
 constexpr float LOG2E = 1.44269504f;
 
 struct Buffers {
-  Scratch<float> q, out, max, sum, scores;
+  Scratch<float> q, out, reference, sum, scores;
   Scratch<bf16> q_pairs, probs, v_tail;
 };
 
@@ -56,10 +56,14 @@ struct Unit {
   // `cut` tells whether some row does not see all `keys` columns of the scores.
   bool visible(int step, int first, int count, int keys, int* out, bool* cut) const {
     const int valid = tokens_of(step), position = item[FIRST_POSITION] + step * STEP_KEYS;
-    int least = valid, most = valid;
-    if (masked) most = 0;
+    if (!masked) {
+      std::fill_n(out, count, valid);
+      *cut = valid < keys;
+      return true;
+    }
+    int least = valid, most = 0;
     for (int r = 0; r < count; r++) {
-      out[r] = masked ? std::min(valid, args.positions[item[ROW_BEGIN] + (first + r) / group] + 1 - position) : valid;
+      out[r] = std::min(valid, args.positions[item[ROW_BEGIN] + (first + r) / group] + 1 - position);
       least = std::min(least, out[r]);
       most = std::max(most, out[r]);
     }
@@ -101,37 +105,37 @@ INLINE void write_output(const AttentionArgs& a, int64_t row, int64_t head, cons
   else write_row(static_cast<float*>(a.out) + at, from, factor, a.heads.head_dim);
 }
 
-// Normalised rows go to the output where the row has a single partial, else with their LSE to the workspace.
-template <class T>
-void write_results(const Unit<T>& u, const float* out, long stride, const float* max, const float* sum) {
-  const AttentionArgs& a = u.args;
-  for (int i = 0; i < u.rows; i++) {
-    const int64_t row = u.item[ROW_BEGIN] + i / u.group, head = u.head * u.group + i % u.group;
-    const float factor = sum[i] == 0 ? 0.f : 1.f / sum[i];
-    if (a.plan.row_flags[row]) {
-      write_output(a, row, head, out + i * stride, factor);
-    } else {
-      const int64_t slot = (u.item[PARTIAL_BASE] + i / u.group) * a.heads.q_heads + head;
-      write_row(a.partial_out + slot * u.dim, out + i * stride, factor, u.dim);
-      a.partial_lse[slot] = sum[i] == 0 ? -INFINITY : max[i] + std::log2(sum[i]);
-    }
-  }
-}
-
 struct State {
-  float *out, *max, *sum;
+  float *reference, *sum, *out;
   long out_stride;
   RowState rows(int first, long dim) const {
-    return {max + first, sum + first, out + first * out_stride, out_stride, dim};
+    return {reference + first, sum + first * W, out + first * out_stride, out_stride, dim};
   }
 };
 State fresh_state(Buffers& b, int rows, long dim) {
-  const int padded = (rows + BLOCK - 1) / BLOCK * BLOCK;
-  State s{b.out.fit(padded * (dim + OUT_PAD)), b.max.fit(padded), b.sum.fit(padded), dim + OUT_PAD};
-  std::fill(s.out, s.out + padded * s.out_stride, 0.f);
-  std::fill(s.max, s.max + padded, EMPTY_MAX);
-  std::fill(s.sum, s.sum + padded, 0.f);
+  State s{b.reference.fit(rows), b.sum.fit(rows * W), b.out.fit(rows * (dim + OUT_PAD)), dim + OUT_PAD};
+  std::fill_n(s.reference, rows, EMPTY_MAX);
+  std::fill_n(s.sum, rows * W, 0.f);
+  std::fill_n(s.out, rows * s.out_stride, 0.f);
   return s;
+}
+
+// Normalised rows go to the output where the row has a single partial, else with their LSE to the workspace.
+template <class T>
+void write_results(const Unit<T>& u, const State& state) {
+  const AttentionArgs& a = u.args;
+  for (int i = 0; i < u.rows; i++) {
+    const int64_t row = u.item[ROW_BEGIN] + i / u.group, head = u.head * u.group + i % u.group;
+    const float total = sum(load(state.sum + i * W)), factor = total == 0 ? 0.f : 1.f / total;
+    const float* from = state.out + i * state.out_stride;
+    if (a.plan.row_flags[row]) {
+      write_output(a, row, head, from, factor);
+    } else {
+      const int64_t slot = (u.item[PARTIAL_BASE] + i / u.group) * a.heads.q_heads + head;
+      write_row(a.partial_out + slot * u.dim, from, factor, u.dim);
+      a.partial_lse[slot] = total == 0 ? -INFINITY : state.reference[i] + std::log2(total);
+    }
+  }
 }
 
 // ------------------------------------------------------------------------------------------------ vector units
@@ -140,7 +144,7 @@ void run_vectors(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
   using L = Layout<T>;
   const long dim = DIM ? DIM : u.dim;
   float* q = b.q.fit(u.rows * dim);
-  float* scores = b.scores.fit(2 * BLOCK * SCORE_STRIDE);
+  float *scores = b.scores.fit(2 * BLOCK * SCORE_STRIDE), *probs = scores + BLOCK * SCORE_STRIDE;
   const State state = fresh_state(b, u.rows, dim);
   gather(u, q, dim);
   const float scale = u.args.scale * LOG2E;
@@ -148,6 +152,7 @@ void run_vectors(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
   for (int g = 0; g < u.steps; g++) {
     const int valid = u.tokens_of(g);
     ahead.clear();
+    ahead.pace(1);
     if (g + 1 < u.steps) u.prefetch(g + 1, ahead);
     else if (next) next->prefetch(0, ahead);
     for (int first = 0; first < u.rows; first += BLOCK) {
@@ -161,85 +166,52 @@ void run_vectors(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
                                  int(dim / STEP<T>), ahead);
       const RowState rs = state.rows(first, dim);
       constexpr Precision P = L::PAIRS ? COARSE : FINE;
-      if (cut) online_softmax<true, P>(scores, scores, SCORE_STRIDE, rows, keys, visible, scale, rs, ahead, 1);
-      else online_softmax<false, P>(scores, scores, SCORE_STRIDE, rows, keys, visible, scale, rs, ahead, 1);
+      if (cut) online_softmax<true, P>(scores, probs, SCORE_STRIDE, rows, keys, visible, scale, rs, ahead);
+      else online_softmax<false, P>(scores, probs, SCORE_STRIDE, rows, keys, visible, scale, rs, ahead);
       for (int j = 0; j < u.chunks_of(g); j++) {
         const int n = std::min(CHUNK, valid - j * CHUNK);
-        product_blocks<T, true>(rows, int(dim / BLOCK), scores + j * CHUNK, SCORE_STRIDE, u.v(g * STEP_CHUNKS + j), L::v_step(dim),
+        product_blocks<T, true>(rows, int(dim / BLOCK), probs + j * CHUNK, SCORE_STRIDE, u.v(g * STEP_CHUNKS + j), L::v_step(dim),
                                 L::v_block(), rs.out, rs.out_stride, (n + STEP<T> - 1) / STEP<T>, ahead);
       }
     }
-    ahead.step(int(ahead.lines()));
+    ahead.finish();
   }
-  write_results(u, state.out, state.out_stride, state.max, state.sum);
+  write_results(u, state);
 }
 
 #if defined(__AMX_TILE__)
 // ------------------------------------------------------------------------------------------------ AMX
-// scores [16 * ROW_TILES, 64] = q * the 64 keys of a chunk. K comes from L2: each of its tiles is loaded once.
+// Four tile dots take about as long as 192 keys of a row's softmax.
+constexpr int TILE_PLACES = 6;
+
+// scores [16 * ROW_TILES, 64] = q * the 64 keys of a chunk.
 template <int ROW_TILES>
-INLINE void tile_scores(const bf16* q, const bf16* k, long k_dim, float* scores, Prefetcher& ahead, int lines) {
-  constexpr long stride = SCORE_STRIDE * 4;
-  const long block = k_dim * BLOCK, q_stride = k_dim * 2;
-  if constexpr (ROW_TILES == 1) {
-    TILE_ZERO(0); TILE_ZERO(1); TILE_ZERO(2); TILE_ZERO(3);
-    for (long d = 0; d < k_dim; d += 32, k += 32 * BLOCK) {
-      TILE_LOAD(4, q + d, q_stride);
-      TILE_LOAD(5, k, 64); TILE_DOT_BF16(0, 4, 5);
-      TILE_LOAD(6, k + block, 64); TILE_DOT_BF16(1, 4, 6);
-      TILE_LOAD(7, k + 2 * block, 64); TILE_DOT_BF16(2, 4, 7);
-      TILE_LOAD(5, k + 3 * block, 64); TILE_DOT_BF16(3, 4, 5);
-      ahead.step(lines);
+INLINE void tile_scores(const bf16* q, const bf16* k, long k_dim, float* scores, Prefetcher& ahead) {
+  constexpr int COLUMNS = 4 / ROW_TILES;
+  using Scores = TileSum<ROW_TILES, COLUMNS>;
+  const long block = k_dim * BLOCK;
+  for (int key = 0; key < CHUNK; key += COLUMNS * BLOCK, k += COLUMNS * block) {
+    Scores::zero();
+    for (long d = 0; d < k_dim; d += 32) {
+      Scores::template add_product<KEEP, STREAM>(q + d, k_dim * 2, block * 2, k + d * BLOCK, 64, block * 2);
+      ahead.step(TILE_PLACES);
     }
-    TILE_STORE(0, scores, stride); TILE_STORE(1, scores + 16, stride);
-    TILE_STORE(2, scores + 32, stride); TILE_STORE(3, scores + 48, stride);
-  } else {
-    for (int half = 0; half < 2; half++, k += 2 * block, scores += 32) {
-      TILE_ZERO(0); TILE_ZERO(1); TILE_ZERO(2); TILE_ZERO(3);
-      for (long d = 0; d < k_dim; d += 32) {
-        TILE_LOAD(4, q + d, q_stride);
-        TILE_LOAD(6, k + d * BLOCK, 64); TILE_DOT_BF16(0, 4, 6);
-        TILE_LOAD(5, q + BLOCK * k_dim + d, q_stride); TILE_DOT_BF16(2, 5, 6);
-        TILE_LOAD(7, k + block + d * BLOCK, 64); TILE_DOT_BF16(1, 4, 7);
-        TILE_DOT_BF16(3, 5, 7);
-        ahead.step(lines);
-      }
-      TILE_STORE(0, scores, stride); TILE_STORE(1, scores + 16, stride);
-      TILE_STORE(2, scores + BLOCK * SCORE_STRIDE, stride); TILE_STORE(3, scores + BLOCK * SCORE_STRIDE + 16, stride);
-    }
+    Scores::store(scores + key, SCORE_STRIDE);
   }
 }
 
-// out [16 * ROW_TILES, 16 * COLUMNS] += probs * V of the step's chunks; at most four accumulators.
+// out [16 * ROW_TILES, 16 * COLUMNS] += probs * V of the step's chunks.
 template <int ROW_TILES, int COLUMNS>
 INLINE void tile_values(const bf16* probs, const bf16* const* v, int chunks, long column, long dim, float* out, long out_stride,
-                        Prefetcher& ahead, int lines) {
-  static_assert(ROW_TILES * COLUMNS <= 4 && (ROW_TILES == 1 || COLUMNS <= 2), "four accumulators");
-  const long stride = out_stride * 4, v_stride = dim * 4;
-  float *o = out + column, *o2 = o + BLOCK * out_stride;
-  TILE_LOAD(0, o, stride);
-  if (COLUMNS > 1) { TILE_LOAD(1, o + 16, stride); }
-  if (ROW_TILES == 2) { TILE_LOAD(2, o2, stride); }
-  if (ROW_TILES == 2 && COLUMNS == 2) { TILE_LOAD(3, o2 + 16, stride); }
-  if (COLUMNS == 4) { TILE_LOAD(2, o + 32, stride); TILE_LOAD(3, o + 48, stride); }
+                        Prefetcher& ahead) {
+  using Out = TileSum<ROW_TILES, COLUMNS>;
+  Out::load(out + column, out_stride);
   for (int k = 0; k < 2 * chunks; k++, probs += 32) {
-    const bf16* b = v[k / 2] + k % 2 * 32 * dim + column * 2;
-    TILE_LOAD(4, probs, PROB_STRIDE * 2);
-    TILE_LOAD(6, b, v_stride); TILE_DOT_BF16(0, 4, 6);
-    if (ROW_TILES == 2) { TILE_LOAD(5, probs + BLOCK * PROB_STRIDE, PROB_STRIDE * 2); TILE_DOT_BF16(2, 5, 6); }
-    if (COLUMNS > 1) { TILE_LOAD(7, b + 32, v_stride); TILE_DOT_BF16(1, 4, 7); }
-    if (ROW_TILES == 2 && COLUMNS == 2) { TILE_DOT_BF16(3, 5, 7); }
-    if (COLUMNS == 4) {
-      TILE_LOAD(6, b + 64, v_stride); TILE_DOT_BF16(2, 4, 6);
-      TILE_LOAD(7, b + 96, v_stride); TILE_DOT_BF16(3, 4, 7);
-    }
-    ahead.step(lines);
+    const bf16* values = v[k / 2] + k % 2 * 32 * dim + column * 2;
+    Out::template add_product<KEEP, STREAM>(probs, PROB_STRIDE * 2, BLOCK * PROB_STRIDE * 2, values, dim * 4, 64);
+    ahead.step(TILE_PLACES);
   }
-  TILE_STORE(0, o, stride);
-  if (COLUMNS > 1) { TILE_STORE(1, o + 16, stride); }
-  if (ROW_TILES == 2) { TILE_STORE(2, o2, stride); }
-  if (ROW_TILES == 2 && COLUMNS == 2) { TILE_STORE(3, o2 + 16, stride); }
-  if (COLUMNS == 4) { TILE_STORE(2, o + 32, stride); TILE_STORE(3, o + 48, stride); }
+  Out::store(out + column, out_stride);
 }
 
 // The first `tokens` of a chunk's V, zeros behind: a probability of 0 does not protect from NaN in stale memory.
@@ -254,7 +226,7 @@ const bf16* padded_values(const bf16* v, int tokens, long dim, Buffers& b) {
 // Up to 32 rows of a unit in one softmax step: scores, softmax, output.
 template <int ROW_TILES>
 void tile_step(const Unit<bf16>& u, int step, int first, const bf16* const* v, const bf16* q, float* scores, bf16* probs,
-               const State& state, Prefetcher& ahead, int lines) {
+               const State& state, Prefetcher& ahead) {
   const int chunks = u.chunks_of(step), keys = chunks * CHUNK, rows = std::min(ROW_TILES * BLOCK, u.rows - first);
   const long dim = u.dim, k_dim = Layout<bf16>::k_dim(dim);
   const float scale = u.args.scale * LOG2E;
@@ -262,22 +234,22 @@ void tile_step(const Unit<bf16>& u, int step, int first, const bf16* const* v, c
   bool cut;
   if (!u.visible(step, first, rows, keys, visible, &cut)) return;
   for (int j = 0; j < chunks; j++)
-    tile_scores<ROW_TILES>(q + first * k_dim, u.k(step * STEP_CHUNKS + j), k_dim, scores + j * CHUNK, ahead, lines);
+    tile_scores<ROW_TILES>(q + first * k_dim, u.k(step * STEP_CHUNKS + j), k_dim, scores + j * CHUNK, ahead);
   for (int r = 0; r < rows; r += BLOCK) {
     const int n = std::min(BLOCK, rows - r);
     float* s = scores + r * SCORE_STRIDE;
     bf16* p = probs + r * PROB_STRIDE;
     const RowState block = state.rows(first + r, dim);
-    if (cut) online_softmax<true, COARSE>(s, p, PROB_STRIDE, n, keys, visible + r, scale, block, ahead, lines);
-    else online_softmax<false, COARSE>(s, p, PROB_STRIDE, n, keys, visible + r, scale, block, ahead, lines);
+    if (cut) online_softmax<true, COARSE>(s, p, PROB_STRIDE, n, keys, visible + r, scale, block, ahead);
+    else online_softmax<false, COARSE>(s, p, PROB_STRIDE, n, keys, visible + r, scale, block, ahead);
   }
   const RowState block = state.rows(first, dim);
   constexpr int COLUMNS = 4 / ROW_TILES;
   long column = 0;
   for (; column + COLUMNS * BLOCK <= dim; column += COLUMNS * BLOCK)
-    tile_values<ROW_TILES, COLUMNS>(probs, v, chunks, column, dim, block.out, block.out_stride, ahead, lines);
+    tile_values<ROW_TILES, COLUMNS>(probs, v, chunks, column, dim, block.out, block.out_stride, ahead);
   for (; column < dim; column += BLOCK)
-    tile_values<ROW_TILES, 1>(probs, v, chunks, column, dim, block.out, block.out_stride, ahead, lines);
+    tile_values<ROW_TILES, 1>(probs, v, chunks, column, dim, block.out, block.out_stride, ahead);
 }
 
 void run_tiles(const Unit<bf16>& u, const Unit<bf16>* next, Buffers& b) {
@@ -286,7 +258,7 @@ void run_tiles(const Unit<bf16>& u, const Unit<bf16>* next, Buffers& b) {
   bf16* q = b.q_pairs.fit(padded * k_dim);
   float* scores = b.scores.fit(2 * BLOCK * SCORE_STRIDE);
   bf16* probs = b.probs.fit(2 * BLOCK * PROB_STRIDE);
-  const State state = fresh_state(b, u.rows, u.dim);
+  const State state = fresh_state(b, padded, u.dim);
   gather(u, q, k_dim);
   memset(q + u.rows * k_dim, 0, (padded - u.rows) * k_dim * sizeof(bf16));
   Prefetcher ahead;
@@ -298,16 +270,14 @@ void run_tiles(const Unit<bf16>& u, const Unit<bf16>* next, Buffers& b) {
     ahead.clear();
     if (g + 1 < u.steps) u.prefetch(g + 1, ahead);
     else if (next) next->prefetch(0, ahead);
-    // The places where prefetches are issued: per 32 keys and row in the softmax, per tile product elsewhere.
-    const int places = chunks * (u.rows * 2 + padded / BLOCK * 2 * int(k_dim / 32 + u.dim / 32));
-    const int lines = (int(ahead.lines()) + places - 1) / places;
+    ahead.spread(chunks * (u.rows * CHUNK / (2 * W) + padded / BLOCK * int(k_dim + u.dim) / 32 * TILE_PLACES));
     for (int first = 0; first < u.rows; first += 2 * BLOCK) {
-      if (u.rows - first > BLOCK) tile_step<2>(u, g, first, v, q, scores, probs, state, ahead, lines);
-      else tile_step<1>(u, g, first, v, q, scores, probs, state, ahead, lines);
+      if (u.rows - first > BLOCK) tile_step<2>(u, g, first, v, q, scores, probs, state, ahead);
+      else tile_step<1>(u, g, first, v, q, scores, probs, state, ahead);
     }
-    ahead.step(int(ahead.lines()));
+    ahead.finish();
   }
-  write_results(u, state.out, state.out_stride, state.max, state.sum);
+  write_results(u, state);
 }
 #endif
 

@@ -76,62 +76,29 @@ INLINE Rows rows_of(const char* x, long stride) { return {x, stride, 16 * stride
 INLINE Rows tiles_of(const char* x) { return {x, 64, TILE_PAIR / 2, TILE_PAIR}; }
 
 // acc [16 * ROW_TILES, 32] (+)= x * unit. int8 is widened one k block ahead of its use, through a buffer that stays in L1.
-// Where many rows pass by (STREAM), x is loaded with the hint that keeps it out of L1, which belongs to the unit, and for
+// Where many rows pass by (X is STREAM), x is loaded with the hint that keeps it out of L1, which belongs to the unit, and for
 // each k block `pace` bytes at `later` are fetched.
-template <bool WIDEN, int ROW_TILES, bool STREAM>
+template <bool WIDEN, int ROW_TILES, Hint X>
 INLINE void tile_product(Rows x, const Stream& w, bool prefetch, bool accumulate, float* acc, const char* later = nullptr, int pace = 0) {
   constexpr int bytes = WIDEN ? K_BYTES[INT8] : K_BYTES[BF16];
-  constexpr long stride = UNIT * 4;
   alignas(64) char ahead[WIDEN ? 2 * TILE_PAIR : 64];
   if (WIDEN) widen(w.at, ahead, w.ahead(w.at));
   int turn = 0;
-  if (accumulate) {
-    TILE_LOAD(0, acc, stride);
-    TILE_LOAD(1, acc + 16, stride);
-    if (ROW_TILES == 2) {
-      TILE_LOAD(2, acc + 16 * UNIT, stride);
-      TILE_LOAD(3, acc + 16 * UNIT + 16, stride);
-    }
-  } else {
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    TILE_ZERO(2);
-    TILE_ZERO(3);
-  }
+  using Sum = TileSum<ROW_TILES, 2>;
+  if (accumulate) Sum::load(acc, UNIT);
+  else Sum::zero();
   for (const char* p = w.at; p < w.end; p += bytes, x.at += x.step, later += pace) {
     if (!WIDEN && prefetch) w.prefetch(p, bytes);
-    for (int i = 0; STREAM && i < pace; i += 64) prefetch_l2(later + i);
+    for (int i = 0; X == STREAM && i < pace; i += 64) prefetch_l2(later + i);
     const char* tiles = p;
     if (WIDEN) {
       tiles = ahead + turn * TILE_PAIR;
       turn ^= 1;
       if (p + bytes < w.end) widen(p + bytes, ahead + turn * TILE_PAIR, w.ahead(p + bytes));
     }
-    if (STREAM) {
-      TILE_LOAD_STREAM(4, x.at, x.stride);
-    } else {
-      TILE_LOAD(4, x.at, x.stride);
-    }
-    TILE_LOAD(6, tiles, 64);
-    TILE_DOT_BF16(0, 4, 6);
-    TILE_LOAD(7, tiles + 1024, 64);
-    TILE_DOT_BF16(1, 4, 7);
-    if (ROW_TILES == 2) {
-      if (STREAM) {
-        TILE_LOAD_STREAM(5, x.at + x.lower, x.stride);
-      } else {
-        TILE_LOAD(5, x.at + x.lower, x.stride);
-      }
-      TILE_DOT_BF16(2, 5, 6);
-      TILE_DOT_BF16(3, 5, 7);
-    }
+    Sum::template add_product<X, KEEP>(x.at, x.stride, x.lower, tiles, 64, TILE_PAIR / 2);
   }
-  TILE_STORE(0, acc, stride);
-  TILE_STORE(1, acc + 16, stride);
-  if (ROW_TILES == 2) {
-    TILE_STORE(2, acc + 16 * UNIT, stride);
-    TILE_STORE(3, acc + 16 * UNIT + 16, stride);
-  }
+  Sum::store(acc, UNIT);
 }
 #endif
 
@@ -224,10 +191,10 @@ void block_product(const LinearArgs& a, int64_t first, int rows, const Stream& w
   if (a.x_type == BF16) {
     const Rows x = rows_of(static_cast<const char*>(a.x) + first * a.x_stride * 2, a.x_stride * 2);
     const bool widen = a.linear->type == INT8;
-    if (widen && rows > 16) tile_product<true, 2, false>(x, w, prefetch, false, acc);
-    else if (widen) tile_product<true, 1, false>(x, w, prefetch, false, acc);
-    else if (rows > 16) tile_product<false, 2, false>(x, w, prefetch, false, acc);
-    else tile_product<false, 1, false>(x, w, prefetch, false, acc);
+    if (widen && rows > 16) tile_product<true, 2, KEEP>(x, w, prefetch, false, acc);
+    else if (widen) tile_product<true, 1, KEEP>(x, w, prefetch, false, acc);
+    else if (rows > 16) tile_product<false, 2, KEEP>(x, w, prefetch, false, acc);
+    else tile_product<false, 1, KEEP>(x, w, prefetch, false, acc);
     return;
   }
 #endif
@@ -290,7 +257,7 @@ void panel_product(const LinearArgs& a, int64_t column, int64_t begin, int64_t e
     const char* x = tiles + (at - w.at);
     float* to = acc;
     for (int64_t r = begin; r < end; r += MAX_ROWS, x += block, to += advance) {
-      tile_product<false, 2, true>(tiles_of(x), stream, false, at != w.at, to, later, int(pace));
+      tile_product<false, 2, STREAM>(tiles_of(x), stream, false, at != w.at, to, later, int(pace));
       if (pace) later += (stream.end - at) / TILE_PAIR * pace;
       if (stream.end == w.end) finish_rows(a, column, r, std::min<int64_t>(MAX_ROWS, end - r), to);
     }

@@ -1,5 +1,5 @@
-// Online softmax (base 2) of up to 16 rows of scores: updates each row's running maximum m and sum l, rescales its
-// output accumulator where the maximum rose, and turns scores into probabilities.
+// Online softmax (base 2) of up to 16 rows of scores: turns scores into probabilities relative to each row's reference m,
+// adds them to its sum, and where m must rise rescales its output accumulator.
 #pragma once
 #include <cmath>
 
@@ -9,39 +9,27 @@
 
 namespace chunkllama {
 
-constexpr int STEP_CHUNKS = 4;                                   // chunks per softmax step: their K and V stay in L2
+constexpr int STEP_CHUNKS = 2;                                   // chunks per softmax step: scores and accumulators stay in L1
 constexpr int STEP_KEYS = STEP_CHUNKS * CHUNK;
 constexpr long SCORE_STRIDE = STEP_KEYS + 16;                    // off powers of two, or tile stores hit 4 L1 sets
 constexpr long PROB_STRIDE = STEP_KEYS + 32;
 constexpr long OUT_PAD = 16;
 constexpr float EMPTY_MAX = -1e30f;                              // finite, so that empty rows need no special case
+// Exponents may exceed the reference by this much before it follows the maximum: floats have the room, and accumulators are
+// rarely rescaled (as in FlashAttention-4).
+constexpr float SLACK = 8;
 
 struct RowState {
-  float *max, *sum;  // [16], aligned
-  float* out;        // [16, out_stride]
+  float* reference;  // [rows], EMPTY_MAX before a row's first key
+  float* sum;        // [rows, W], lane by lane
+  float* out;        // [rows, out_stride]
   long out_stride, head_dim;
 };
 
-// Multiplies the accumulators of rows whose maximum rises to `risen` and stores the new maxima.
-static INLINE void raise_maxima(const float* risen, int rows, const RowState& state) {
-  for (int r = 0; r < rows; r++) {
-    if (!(risen[r] > state.max[r])) continue;
-    const float factor = ::exp2f(state.max[r] - risen[r]);
-    state.max[r] = risen[r];
-    state.sum[r] *= factor;
-    float* o = state.out + r * state.out_stride;
-    for (long d = 0; d < state.head_dim; d += W) store(o + d, load(o + d) * factor);
-  }
-}
-
-// scores [rows, SCORE_STRIDE] -> probabilities: bf16 to `probs`, or float in place where P is float.
-// visible[r]: keys of this step that row r sees (MASKED only). Per 2 W keys `lines` cache lines are prefetched.
-template <bool MASKED, Precision PRECISION, class P>
-static INLINE void online_softmax(float* scores, P* probs, long prob_stride, int rows, int keys, const int* visible, float scale,
-                                  const RowState& state, Prefetcher& ahead, int lines) {
+// Sets references to the rows' maxima where these are larger, and rescales what was summed up relative to the old ones.
+template <bool MASKED>
+static INLINE void raise_references(const float* scores, int rows, int keys, const int* visible, float scale, const RowState& state) {
   const Vec minus_infinity = set(-INFINITY);
-  alignas(64) float risen[16], sums[16];
-  Vec v[16];
   for (int r = 0; r < rows; r++) {
     const float* s = scores + r * SCORE_STRIDE;
     Vec m[2] = {minus_infinity, minus_infinity};
@@ -51,39 +39,59 @@ static INLINE void online_softmax(float* scores, P* probs, long prob_stride, int
         const Vec x = load(s + at);
         m[u] = max(m[u], MASKED ? first_lanes(visible[r] - at, x, minus_infinity) : x);
       }
-    v[r] = max(m[0], m[1]);
+    const float risen = largest(max(m[0], m[1])) * scale, before = state.reference[r];
+    if (!(risen > before)) continue;
+    state.reference[r] = risen;
+    if (before == EMPTY_MAX) continue;
+    const float factor = ::exp2f(before - risen);
+    store(state.sum + r * W, load(state.sum + r * W) * factor);
+    float* o = state.out + r * state.out_stride;
+    for (long d = 0; d < state.head_dim; d += W) store(o + d, load(o + d) * factor);
   }
-  for (int r = rows; r < 16; r++) v[r] = minus_infinity;
-  reduce_rows<Max>(v, risen);
-  bool rises = false;
-  for (int i = 0; i < 16; i += W) {
-    const Vec old = load(state.max + i), x = max(old, load(risen + i) * scale);
-    store(risen + i, x);
-    rises |= any(x > old);
-  }
-  if (rises) raise_maxima(risen, rows, state);
+}
+
+// probs = 2^(scores * scale - reference) and their sums by row and lane; false if some exponent exceeds SLACK.
+template <bool MASKED, Precision PRECISION, class P>
+static INLINE bool exponentiate(const float* scores, P* probs, long prob_stride, int rows, int keys, const int* visible,
+                                float scale, const float* reference, Vec* sums, Prefetcher& ahead) {
+  Vec top[2] = {Vec{}, Vec{}};
   const Vec scale_v = set(scale);
   for (int r = 0; r < rows; r++) {
     const float* s = scores + r * SCORE_STRIDE;
     P* p = probs + r * prob_stride;
-    const Vec m = set(state.max[r]);
+    const Vec m = set(reference[r]);
     Vec total[2] = {Vec{}, Vec{}};
     for (int j = 0; j < keys; j += 2 * W) {
       Vec x[2];
       for (int u = 0; u < 2; u++) {
         x[u] = load(s + j + u * W) * scale_v - m;
-        if (MASKED) x[u] = first_lanes(visible[r] - j - u * W, x[u], minus_infinity);
+        if (MASKED) x[u] = first_lanes(visible[r] - j - u * W, x[u], set(-INFINITY));
+        top[u] = max(top[u], x[u]);
         x[u] = exp2<PRECISION>(x[u]);
         total[u] += x[u];
       }
       store(p + j, x[0], x[1]);
-      ahead.step(lines);
+      ahead.step();
     }
-    v[r] = total[0] + total[1];
+    sums[r] = total[0] + total[1];
   }
-  for (int r = rows; r < 16; r++) v[r] = Vec{};
-  reduce_rows<Sum>(v, sums);
-  for (int i = 0; i < 16; i += W) store(state.sum + i, load(state.sum + i) + load(sums + i));
+  return !any(max(top[0], top[1]) > SLACK);
+}
+
+// scores [rows, SCORE_STRIDE] -> probs [rows, prob_stride]. visible[r]: keys of this step that row r sees (MASKED only).
+// Tried first with the references as they are: one pass, and no maxima to look for. Per 2 W keys of a row `ahead` goes a step.
+template <bool MASKED, Precision PRECISION, class P>
+static INLINE void online_softmax(const float* scores, P* probs, long prob_stride, int rows, int keys, const int* visible,
+                                  float scale, const RowState& state, Prefetcher& ahead) {
+  Vec sums[16];
+  auto attempt = [&] {
+    return exponentiate<MASKED, PRECISION>(scores, probs, prob_stride, rows, keys, visible, scale, state.reference, sums, ahead);
+  };
+  if (state.reference[0] == EMPTY_MAX || !attempt()) {
+    raise_references<MASKED>(scores, rows, keys, visible, scale, state);
+    attempt();
+  }
+  for (int r = 0; r < rows; r++) store(state.sum + r * W, load(state.sum + r * W) + sums[r]);
 }
 
 }  // namespace chunkllama

@@ -1,19 +1,67 @@
-// AMX tiles. Own macros, because gcc's intrinsics have no memory clobber: stores to a buffer could move past a load.
+// AMX tiles. Own functions, because gcc's intrinsics have no memory clobber: stores to a buffer could move past a load.
 #pragma once
 #if defined(__AMX_TILE__)
 #include <cstdint>
+#include <utility>
 
-#define TILE_LOAD(t, p, stride) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(p), "r"((long)(stride)) : "memory")
-// The same, for data that is not used again soon: it stays out of L1.
-#define TILE_LOAD_STREAM(t, p, stride) \
-  asm volatile("tileloaddt1 (%0,%1,1), %%tmm" #t ::"r"(p), "r"((long)(stride)) : "memory")
-#define TILE_STORE(t, p, stride) \
-  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(p), "r"((long)(stride)) : "memory")
-#define TILE_ZERO(t) asm volatile("tilezero %%tmm" #t ::: )
-#define TILE_DOT_BF16(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::: )
+#include "vec.h"
 
 namespace chunkllama {
+
+enum Hint { KEEP, STREAM };  // STREAM: data that is not used again soon stays out of L1
+
+template <int TILE, Hint HINT = KEEP>
+static INLINE void tile_load(const void* p, long stride) {
+  if constexpr (HINT == KEEP) asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(TILE) : "memory");
+  else asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(TILE) : "memory");
+}
+template <int TILE>
+static INLINE void tile_store(void* p, long stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(TILE) : "memory");
+}
+template <int TILE>
+static INLINE void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
+}
+template <int SUM, int A, int B>
+static INLINE void tile_dot_bf16() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));
+}
+
+template <class F, int... I>
+static INLINE void unroll(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+static INLINE void unroll(F&& f) {
+  unroll(f, std::make_integer_sequence<int, N>{});
+}
+
+// Accumulators [16 * ROWS, 16 * COLUMNS] in tiles 0 to 3: tile r * COLUMNS + c.
+template <int ROWS, int COLUMNS>
+struct TileSum {
+  static_assert(ROWS <= 2 && ROWS * COLUMNS <= 4, "four accumulators, two tiles of a and two of b");
+  static INLINE void zero() {
+    unroll<ROWS * COLUMNS>([](auto t) { tile_zero<t()>(); });
+  }
+  static INLINE void load(const float* from, long stride) {
+    unroll<ROWS * COLUMNS>([&](auto t) { tile_load<t()>(from + t() / COLUMNS * 16 * stride + t() % COLUMNS * 16, stride * 4); });
+  }
+  static INLINE void store(float* to, long stride) {
+    unroll<ROWS * COLUMNS>([&](auto t) { tile_store<t()>(to + t() / COLUMNS * 16 * stride + t() % COLUMNS * 16, stride * 4); });
+  }
+  // += a * b: ROWS tiles of a, `a_next` bytes apart, by COLUMNS tiles of b.
+  template <Hint A, Hint B>
+  static INLINE void add_product(const void* a, long a_stride, long a_next, const void* b, long b_stride, long b_next) {
+    unroll<COLUMNS>([&](auto c) {
+      unroll<ROWS>([&](auto r) {
+        if constexpr (c() == 0) tile_load<4 + r(), A>(static_cast<const char*>(a) + r() * a_next, a_stride);
+        if constexpr (r() == 0) tile_load<6 + c() % 2, B>(static_cast<const char*>(b) + c() * b_next, b_stride);
+        tile_dot_bf16<r() * COLUMNS + c(), 4 + r(), 6 + c() % 2>();
+      });
+    });
+  }
+};
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

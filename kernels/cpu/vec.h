@@ -199,37 +199,6 @@ static INLINE Vec silu(Vec x) {
   return x * reciprocal<P>(exp2<P>(e < 126.f ? e : set(126.f)) + 1.f);
 }
 
-// Row reductions of 16 vectors at once: out[i] = reduction of v[i].
-struct Max {
-  static INLINE Vec op(Vec a, Vec b) { return max(a, b); }
-  static INLINE float row(Vec v) { return largest(v); }
-};
-struct Sum {
-  static INLINE Vec op(Vec a, Vec b) { return a + b; }
-  static INLINE float row(Vec v) { return sum(v); }
-};
-template <class Op>
-static INLINE void reduce_rows(const Vec* v, float* out) {
-#if defined(__AVX512F__)
-  // A shuffle tree: 45 instructions instead of 16 times 8.
-  auto f32x4 = [](Vec a, Vec b, auto imm) { return (Vec)_mm512_shuffle_f32x4((__m512)a, (__m512)b, decltype(imm)::value); };
-  using Even = std::integral_constant<int, 0x88>;
-  using Odd = std::integral_constant<int, 0xdd>;
-  Vec w[4];
-  for (int j = 0; j < 4; j++) {
-    const Vec ab = Op::op(f32x4(v[j], v[4 + j], Even{}), f32x4(v[j], v[4 + j], Odd{}));
-    const Vec cd = Op::op(f32x4(v[8 + j], v[12 + j], Even{}), f32x4(v[8 + j], v[12 + j], Odd{}));
-    w[j] = Op::op(f32x4(ab, cd, Even{}), f32x4(ab, cd, Odd{}));
-  }
-  const __m512 t0 = (__m512)Op::op((Vec)_mm512_unpacklo_ps((__m512)w[0], (__m512)w[1]), (Vec)_mm512_unpackhi_ps((__m512)w[0], (__m512)w[1]));
-  const __m512 t1 = (__m512)Op::op((Vec)_mm512_unpacklo_ps((__m512)w[2], (__m512)w[3]), (Vec)_mm512_unpackhi_ps((__m512)w[2], (__m512)w[3]));
-  const __m512d a = _mm512_castps_pd(t0), b = _mm512_castps_pd(t1);
-  store(out, Op::op((Vec)_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), (Vec)_mm512_castpd_ps(_mm512_unpackhi_pd(a, b))));
-#else
-  for (int i = 0; i < 16; i++) out[i] = Op::row(v[i]);
-#endif
-}
-
 static INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace chunkllama
