@@ -299,11 +299,10 @@ void run_unit(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
 }
 
 template <class T>
-void run_units(const AttentionArgs& args, Counter& next, Buffers& b) {
-  const int64_t units = args.plan.num_items * args.heads.kv_heads;
-  int64_t index = next.take();
+void run_units(const AttentionArgs& args, Phase& phase, int64_t units, Buffers& b) {
+  int64_t index = phase.take();
   while (index < units) {
-    const int64_t following = next.take();  // one ahead, so that prefetching runs on into it
+    const int64_t following = phase.take();  // one ahead, so that prefetching runs on into it
     const Unit<T> unit(args, index);
     if (following < units) {
       const Unit<T> after(args, following);
@@ -311,17 +310,22 @@ void run_units(const AttentionArgs& args, Counter& next, Buffers& b) {
     } else {
       run_unit<T>(unit, nullptr, b);
     }
+    phase.finish();
     index = following;
   }
 }
 
 }  // namespace
 
-void attention_units(const AttentionArgs& args, Counter& next) {
+void attention_units(const AttentionArgs& args, Phase& phase) {
   static thread_local Buffers buffers;
-  [[maybe_unused]] Tiles tiles;
-  if (args.heads.kv_type == BF16) run_units<bf16>(args, next, buffers);
-  else run_units<float>(args, next, buffers);
+  const int64_t units = args.plan.num_items * args.heads.kv_heads;
+  {
+    [[maybe_unused]] Tiles tiles;
+    if (args.heads.kv_type == BF16) run_units<bf16>(args, phase, units, buffers);
+    else run_units<float>(args, phase, units, buffers);
+  }
+  phase.wait(units);
 }
 
 void merge_partials(const AttentionArgs& a, int64_t begin, int64_t end) {

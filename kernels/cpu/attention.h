@@ -6,8 +6,8 @@
 
 namespace chunkllama {
 
-// Works off units (item, kv head) until none is left. Partials of unfinished rows go to the workspace.
-void attention_units(const AttentionArgs& args, Counter& next);
+// Works off units (item, kv head) until all are done. Partials of unfinished rows go to the workspace.
+void attention_units(const AttentionArgs& args, Phase& phase);
 
 // Merges the partials of the rows that have several: all of (row, query head) in [begin, end).
 void merge_partials(const AttentionArgs& args, int64_t begin, int64_t end);

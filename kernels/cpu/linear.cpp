@@ -292,26 +292,27 @@ void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end, [[m
 }
 
 // Units of one panel of rows, until none is left. To help others out (`late`) pays only while much is left.
-void run_panel(const LinearArgs& a, int64_t first, int64_t last, Counter& next, int threads, bool late) {
+void run_panel(const LinearArgs& a, int64_t first, int64_t last, Phase& phase, int threads, bool late) {
   const Linear& l = *a.linear;
   const int64_t units = l.n / UNIT, bytes = l.k / K_BLOCK[l.type] * K_BYTES[l.type];
-  if (late && next.taken() > units * 3 / 4) return;
+  if (late && phase.taken() > units * 3 / 4) return;
   // Two units of SILU_AND_MUL share the cache lines of y.
   const int64_t even = a.epilogue == SILU_AND_MUL ? 2 : 1;
   const int64_t grain = std::max<int64_t>(1, units / (16 * threads * even)) * even;
   const char* weight = static_cast<const char*>(l.weight);
   const char* packed = nullptr;
-  int64_t begin = next.take(grain);
+  int64_t begin = phase.take(grain);
   while (begin < units) {
 #if defined(__AMX_TILE__)
     if (!packed && a.x_type == BF16 && last - first > MAX_ROWS) packed = pack_panel(a, first, last);
 #endif
-    const int64_t following = next.take(grain), end = std::min(begin + grain, units);
+    const int64_t following = phase.take(grain), end = std::min(begin + grain, units);
     for (int64_t u = begin; u < end; u++) {
       const char* at = weight + u * bytes;
       const int64_t after = u + 1 < end ? u + 1 : following;
       run_unit(a, u, first, last, packed, {at, at + bytes, after < units ? weight + after * bytes : nullptr});
     }
+    phase.finish(end - begin);
     begin = following;
   }
 }
@@ -323,8 +324,7 @@ int64_t panel_rows(int64_t rows, int threads) {
   return each < LEAST_PANEL ? PANEL : std::min(PANEL, (each + MAX_ROWS - 1) / MAX_ROWS * MAX_ROWS);
 }
 
-void linear_units(const LinearArgs& given, Counter* panels, int thread, int threads) {
-  [[maybe_unused]] Tiles tiles;
+void linear_units(const LinearArgs& given, Phase* panels, int thread, int threads) {
   LinearArgs args = given;
   const Linear& l = *args.linear;
 #if defined(__AMX_TILE__)
@@ -337,10 +337,14 @@ void linear_units(const LinearArgs& given, Counter* panels, int thread, int thre
   }
 #endif
   const int64_t size = panel_rows(args.rows, threads), count = (args.rows + size - 1) / size;
-  for (int64_t i = 0; i < count; i++) {
-    const int64_t panel = (thread + i) % count, begin = panel * size;
-    run_panel(args, begin, std::min(begin + size, args.rows), panels[panel], threads, count > 1 && i > 0);
+  {
+    [[maybe_unused]] Tiles tiles;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t panel = (thread + i) % count, begin = panel * size;
+      run_panel(args, begin, std::min(begin + size, args.rows), panels[panel], threads, count > 1 && i > 0);
+    }
   }
+  for (int64_t i = 0; i < count; i++) panels[i].wait(l.n / UNIT);
 }
 
 }  // namespace chunkllama

@@ -37,11 +37,11 @@ struct LinearArgs {
   int64_t rows;
 };
 
-// Rows of a panel: what one counter hands out the units of.
+// Rows of a panel, a phase of its own.
 int64_t panel_rows(int64_t rows, int threads);
 
-// Works off units until none is left; the counters are one for each panel of panel_rows(args.rows, threads).
-void linear_units(const LinearArgs& args, Counter* panels, int thread, int threads);
+// Works off units until all are done; `panels` are phases, one for each panel of panel_rows(args.rows, threads).
+void linear_units(const LinearArgs& args, Phase* panels, int thread, int threads);
 
 // Packs rows of w [n, k] (F32 or BF16) into linear.type; rows beyond n and columns beyond k up to the padded sizes are zero.
 void pack_units(const void* w, int32_t w_type, int64_t n, int64_t k, const Linear& packed, int64_t begin, int64_t end);

@@ -2,7 +2,7 @@
 //
 //   norm | qkv | rotate and append | attention | merge | output projection added | norm | gate and up | down added
 //
-// with a barrier after each phase. Linears and attention hand out their work unit by unit, the rest by rows.
+// each a phase.
 #include <algorithm>
 #include <memory>
 
@@ -18,22 +18,24 @@ namespace {
 // An odd number of cache lines of bf16, so that the rows of a tile do not fall into the same few sets.
 constexpr int64_t stride(int64_t size) { return (size + 63) / 64 * 64 + 32; }
 
-enum Phase { QKV, ATTENTION, OUTPUT, GATE_UP, DOWN, PHASES };
+constexpr int64_t LINEARS = 4, OTHERS = 5;  // phases of a layer; a linear has one for each panel
 
 class Pass {
  public:
   Pass(const Model& m, const Step& s, int threads)
-      : m_(m), s_(s), threads_(threads), panels_((s.plan.num_rows - 1) / panel_rows(s.plan.num_rows, threads) + 1),
-        counters_(new Counter[m.num_layers * PHASES * panels_]) {
+      : m_(m), s_(s), threads_(threads), rows_(s.plan.num_rows), panels_((rows_ - 1) / panel_rows(rows_, threads) + 1),
+        phases_(new Phase[m.num_layers * (LINEARS * panels_ + OTHERS) + 2]) {
     const int32_t* single = s.plan.row_flags;
-    merges_ = std::find(single, single + s.plan.num_rows, 0) != single + s.plan.num_rows;
+    merges_ = std::find(single, single + rows_, 0) != single + rows_;
   }
 
-  void run(int thread, int threads) {
-    const Range rows = share(s_.plan.num_rows, thread, threads);
-    for (int64_t r = rows.begin; r < rows.end; r++) embed(r);
-    for (int64_t i = 0; i < m_.num_layers; i++) layer(i, thread, threads, rows);
-    norm(m_.final_norm, s_.hidden, F32, rows);
+  void run(int thread) {
+    Phase* phase = phases_.get();
+    by_rows(*phase++, rows_, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) embed(r);
+    });
+    for (int64_t i = 0; i < m_.num_layers; i++) phase = layer(i, thread, phase);
+    norm(*phase, m_.final_norm, s_.hidden, F32);
   }
 
  private:
@@ -49,56 +51,59 @@ class Pass {
                                         : static_cast<const float*>(m_.embedding)[id * m_.hidden + i];
   }
 
-  void layer(int64_t index, int thread, int threads, Range rows) {
+  // Returns the phase after its own.
+  Phase* layer(int64_t index, int thread, Phase* phase) {
     const Layer& l = m_.layers[index];
-    Counter* counters = counters_.get() + index * PHASES * panels_;
     const int64_t width = stride(m_.heads.q_heads * m_.heads.head_dim), qkv_stride = l.qkv.n;
-    auto linear = [&](Phase phase, const Linear& weight, const void* x, int64_t x_stride, void* y, int64_t y_stride,
-                      Type y_type, Epilogue epilogue) {
-      const LinearArgs a{&weight, x, x_stride, activations(), y, y_stride, y_type, epilogue, s_.plan.num_rows};
-      linear_units(a, counters + phase * panels_, thread, threads_);
-      barrier_.wait(threads);
+    auto linear = [&](const Linear& weight, const void* x, int64_t x_stride, void* y, int64_t y_stride, Type y_type,
+                      Epilogue epilogue) {
+      const LinearArgs a{&weight, x, x_stride, activations(), y, y_stride, y_type, epilogue, rows_};
+      linear_units(a, phase, thread, threads_);
+      phase += panels_;
     };
 
-    norm(l.attention_norm, s_.normed, activations(), rows);
-    barrier_.wait(threads);
-    linear(QKV, l.qkv, s_.normed, stride(m_.hidden), s_.qkv, qkv_stride, activations(), STORE);
+    norm(*phase++, l.attention_norm, s_.normed, activations());
+    linear(l.qkv, s_.normed, stride(m_.hidden), s_.qkv, qkv_stride, activations(), STORE);
 
     const RopeArgs rope{s_.plan, m_.heads, s_.positions, s_.cos_sin, s_.qkv, s_.qkv, qkv_stride, qkv_stride, s_.kv[index]};
-    rope_append_rows(rope, append_boundary(rope, rows.begin), append_boundary(rope, rows.end));
-    barrier_.wait(threads);
+    by_rows(*phase++, rows_, [&](int64_t begin, int64_t end) {
+      rope_append_rows(rope, append_boundary(rope, begin), append_boundary(rope, end));
+    });
 
     const AttentionArgs attention{s_.plan, m_.heads, s_.positions, s_.qkv, s_.attention, qkv_stride, width, s_.kv[index],
                                   s_.partial_out, s_.partial_lse, m_.scale, m_.vector_rows};
-    attention_units(attention, counters[ATTENTION * panels_]);
-    barrier_.wait(threads);
-    if (merges_) {
-      const Range merged = share(s_.plan.num_rows * m_.heads.q_heads, thread, threads);
-      merge_partials(attention, merged.begin, merged.end);
-      barrier_.wait(threads);
-    }
+    attention_units(attention, *phase++);
+    if (merges_)
+      by_rows(*phase, rows_ * m_.heads.q_heads, [&](int64_t begin, int64_t end) { merge_partials(attention, begin, end); });
+    phase++;
 
-    linear(OUTPUT, l.o, s_.attention, width, s_.hidden, stride(m_.hidden), F32, ADD);
-    norm(l.mlp_norm, s_.normed, activations(), rows);
-    barrier_.wait(threads);
-    linear(GATE_UP, l.gate_up, s_.normed, stride(m_.hidden), s_.mlp, stride(l.down.k), activations(), SILU_AND_MUL);
-    linear(DOWN, l.down, s_.mlp, stride(l.down.k), s_.hidden, stride(m_.hidden), F32, ADD);
+    give_way();
+    linear(l.o, s_.attention, width, s_.hidden, stride(m_.hidden), F32, ADD);
+    norm(*phase++, l.mlp_norm, s_.normed, activations());
+    linear(l.gate_up, s_.normed, stride(m_.hidden), s_.mlp, stride(l.down.k), activations(), SILU_AND_MUL);
+    give_way();
+    linear(l.down, s_.mlp, stride(l.down.k), s_.hidden, stride(m_.hidden), F32, ADD);
+    return phase;
   }
 
   Type activations() const { return Type(m_.heads.activation_type); }
 
-  void norm(const float* weight, void* y, Type y_type, Range rows) {
+  template <class F>
+  void by_rows(Phase& phase, int64_t count, F&& work) {
+    phase.run(count, row_grain(count, threads_), work);
+  }
+
+  void norm(Phase& phase, const float* weight, void* y, Type y_type) {
     const NormArgs a{s_.hidden, nullptr, nullptr, y, weight, m_.hidden, stride(m_.hidden), stride(m_.hidden), F32, y_type, m_.eps};
-    rms_norm_rows(a, rows.begin, rows.end);
+    by_rows(phase, rows_, [&](int64_t begin, int64_t end) { rms_norm_rows(a, begin, end); });
   }
 
   const Model& m_;
   const Step& s_;
   const int threads_;  // as asked for: the team may be smaller, but the panels are cut once
-  const int64_t panels_;  // of rows, each with a counter for every linear
-  std::unique_ptr<Counter[]> counters_;
+  const int64_t rows_, panels_;
+  const std::unique_ptr<Phase[]> phases_;  // in the order of the work
   bool merges_;  // some row has several partials
-  Barrier barrier_;
 };
 
 }  // namespace
@@ -113,20 +118,20 @@ EXPORT int32_t ck_activation_type(int32_t weight_type) { return weight_type == F
 
 EXPORT void ck_forward(const Model* model, const Step* step, int threads) {
   Pass pass(*model, *step, threads);
-  parallel(threads, [&](int thread, int team) { pass.run(thread, team); });
+  parallel(threads, [&](int thread, int) { pass.run(thread); });
 }
 
 // One linear layer on x of the model's activation type: y [rows, y_stride] float.
 EXPORT void ck_linear(const Linear* linear, const void* x, int64_t x_stride, int32_t x_type, float* y, int64_t y_stride,
                       int64_t rows, int threads) {
   const LinearArgs args{linear, x, x_stride, x_type, y, y_stride, F32, STORE, rows};
-  const std::unique_ptr<Counter[]> panels(new Counter[rows / panel_rows(rows, threads) + 1]);
+  const std::unique_ptr<Phase[]> panels(new Phase[rows / panel_rows(rows, threads) + 1]);
   parallel(threads, [&](int thread, int) { linear_units(args, panels.get(), thread, threads); });
 }
 
 EXPORT void ck_pack(const void* w, int32_t w_type, int64_t n, int64_t k, const Linear* packed, int threads) {
-  Counter units;
+  Phase units;
   parallel(threads, [&](int, int) {
-    for (int64_t u; (u = units.take()) < packed->n / UNIT;) pack_units(w, w_type, n, k, *packed, u, u + 1);
+    units.run(packed->n / UNIT, 1, [&](int64_t begin, int64_t end) { pack_units(w, w_type, n, k, *packed, begin, end); });
   });
 }

@@ -33,11 +33,9 @@ EXPORT int64_t ck_chunk_elements(const Heads* heads) {
 }
 
 EXPORT void ck_attention(const AttentionArgs* args, int threads) {
-  Counter units;
-  Barrier barrier;
+  Phase units;
   parallel(threads, [&](int thread, int team) {
     attention_units(*args, units);
-    barrier.wait(team);
     const Range r = share(args->plan.num_rows * args->heads.q_heads, thread, team);
     merge_partials(*args, r.begin, r.end);
   });

@@ -1,5 +1,6 @@
-// One parallel region per native call, on the OpenMP runtime that torch has already loaded; phases inside a region are
-// separated by a barrier that spins shortly and then yields, because the API process may need this core.
+// One parallel region per native call, on the OpenMP runtime that torch has already loaded. Inside it threads go from phase
+// to phase without meeting: a phase is over when all its work is done, whoever did it. So a thread whose core serves another
+// process (the API's, a client's) holds nobody up, unless it was stopped in the midst of a unit.
 #pragma once
 #include <omp.h>
 #include <sched.h>
@@ -15,33 +16,41 @@ static inline void pause_cpu() {
 #endif
 }
 
-class Barrier {
+// Work in units that whoever has time takes.
+class Phase {
  public:
-  void wait(int threads) {
-    if (threads == 1) return;
-    const int generation = generation_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-      arrived_.store(0, std::memory_order_relaxed);
-      generation_.store(generation + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; spins++) {
+  int64_t take(int64_t count = 1) { return taken_.next.fetch_add(count, std::memory_order_relaxed); }
+  int64_t taken() const { return taken_.next.load(std::memory_order_relaxed); }
+  void finish(int64_t count = 1) { finished_.next.fetch_add(count, std::memory_order_release); }
+  // Until `total` units are finished: spins shortly, then lets others have the core.
+  void wait(int64_t total) const {
+    for (int spins = 0; finished_.next.load(std::memory_order_acquire) < total; spins++) {
       if (spins < 1000) pause_cpu();
       else sched_yield();
     }
   }
+  // All of it: work(begin, end) for `grain` units at a time.
+  template <class F>
+  void run(int64_t total, int64_t grain, F&& work) {
+    for (int64_t begin; (begin = take(grain)) < total;) {
+      const int64_t end = begin + grain < total ? begin + grain : total;
+      work(begin, end);
+      finish(end - begin);
+    }
+    wait(total);
+  }
 
  private:
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> generation_{0};
+  struct alignas(64) {
+    std::atomic<int64_t> next{0};
+  } taken_, finished_;
 };
 
-// A counter that hands out units of work; whoever has time takes the next.
-struct alignas(64) Counter {
-  std::atomic<int64_t> next{0};
-  int64_t take(int64_t count = 1) { return next.fetch_add(count, std::memory_order_relaxed); }
-  int64_t taken() const { return next.load(std::memory_order_relaxed); }
-};
+// Units for rows of little work: a few for each thread.
+static inline int64_t row_grain(int64_t rows, int threads) { return rows / (2 * threads) + 1; }
+
+// To be called between phases, where a thread holds no unit: another process gets the core now rather than amid a unit.
+static inline void give_way() { sched_yield(); }
 
 // Runs work(thread, threads) on every thread of the team.
 template <class F>
