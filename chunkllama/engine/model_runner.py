@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from chunkllama.attention.backend import AttentionBackend
 from chunkllama.attention.plan import Planner
 from chunkllama.engine.logprobs import token_logprobs
-from chunkllama.engine.sampler import Sampler
+from chunkllama.engine.sampler import Sampled, Sampler, takes_best
 from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.logger import init_logger
@@ -195,16 +195,16 @@ class ModelRunner:
         if not slots:
             return
         last_rows = [int(end) - 1 for piece, end in zip(slices, ends, strict=True) if piece.samples]
-        if last_rows == list(range(len(hidden))):
-            logits = self._model.logits(hidden)
+        if last_rows != list(range(len(hidden))):
+            hidden = hidden[torch.tensor(last_rows, device=hidden.device)]
+        states = [self._sequences[slot] for slot in slots]
+        if pending_masks is None and all(takes_best(state.sampling) for state in states):
+            outcomes = self._take_best(hidden)
         else:
-            logits = self._model.logits(hidden[torch.tensor(last_rows, device=hidden.device)])
-        masks = pending_masks.result() if pending_masks is not None else {}
-        outcomes = self._sampler.sample(
-            logits,
-            [self._sequences[slot] for slot in slots],
-            {row: masks[slot] for row, slot in enumerate(slots) if slot in masks},
-        )
+            logits = self._model.logits(hidden)
+            masks = pending_masks.result() if pending_masks is not None else {}
+            of_rows = {row: masks[slot] for row, slot in enumerate(slots) if slot in masks}
+            outcomes = self._sampler.sample(logits, states, of_rows)
         for slot, outcome in zip(slots, outcomes, strict=True):
             state = self._sequences[slot]
             if not (state.failed or outcome.failed):
@@ -219,6 +219,14 @@ class ModelRunner:
                 sampled.beam_candidates[slot] = outcome.beam_candidates
             if state.matcher is not None and state.matcher.is_finished:
                 sampled.finished_grammar.add(slot)
+
+    def _take_best(self, hidden: torch.Tensor) -> list[Sampled]:
+        """Greedy sampling alone needs no logits in memory."""
+        values, tokens = self._model.best_tokens(hidden)
+        return [
+            Sampled(token, failed="" if is_finite else "model_nan")
+            for token, is_finite in zip(tokens.tolist(), values.isfinite().tolist(), strict=True)
+        ]
 
     def _score_prompt(
         self, piece: ScheduledSlice, hidden: torch.Tensor, sampled: SampledTokens

@@ -64,12 +64,6 @@ class Sampler:
             sequences: of the N rows.
             masks: row -> grammar bit mask [ceil(V / 32)].
         """
-        if not masks and all(_is_plain(sequence.sampling) for sequence in sequences):
-            best, tokens = logits.max(dim=1)
-            return [
-                Sampled(token, failed="" if finite else "model_nan")
-                for token, finite in zip(tokens.tolist(), best.isfinite().tolist(), strict=True)
-            ]
         broken = ~logits.amax(dim=1).isfinite()
         if bool(broken.any()):
             logits[broken] = 0.0
@@ -126,7 +120,8 @@ class Sampler:
                 yield last
 
 
-def _is_plain(sampling: SamplingParams) -> bool:
+def takes_best(sampling: SamplingParams) -> bool:
+    """Whether the request's token is always that of the largest logit, and nobody asks for more."""
     return (
         sampling.temperature < _MIN_TEMPERATURE
         and sampling.logprobs is None

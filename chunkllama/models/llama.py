@@ -32,6 +32,10 @@ class RunnableModel(Protocol):
         """hidden [N, H] -> [N, vocab_size] float32."""
         ...
 
+    def best_tokens(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest logit [N] of hidden [N, H] and its token [N]; NaN where a logit is NaN."""
+        ...
+
 
 class Llama:
     """A decoder-only transformer: RMSNorm, rotary grouped-query attention, SwiGLU.
@@ -81,3 +85,7 @@ class Llama:
         wide = hidden.float()
         blocks = (head[row : row + _HEAD_ROWS] for row in range(0, len(head), _HEAD_ROWS))
         return torch.cat([linear(wide, block.float()) for block in blocks], dim=1)
+
+    def best_tokens(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values, tokens = self.logits(hidden).max(dim=1)
+        return values, tokens

@@ -70,6 +70,10 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
         None,
         [c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int64, c_int64, c_int],
     ),
+    "ck_best": (
+        None,
+        [c_void_p, c_void_p, c_int64, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int],
+    ),
     "ck_pack": (None, [c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int]),
 }
 

@@ -141,20 +141,37 @@ class NativeModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, H] -> [N, vocab_size] float32; up to 64 rows in a buffer the next call reuses."""
-        rows, head, stride = len(hidden), self._model.head, self._widths["hidden"]
-        x = torch.zeros(_round_up(rows, UNIT), stride, dtype=self._activation)
-        x[:rows, : self._hidden] = hidden
+        rows, head = len(hidden), self._model.head
         if rows > KEPT_LOGIT_ROWS:
             y = torch.empty(rows, head.n)
         else:
             if not self._kept_logits.numel():
                 self._kept_logits = torch.empty(KEPT_LOGIT_ROWS, head.n)
             y = self._kept_logits[:rows]
+        x = self._head_input(hidden)
         self._library.ck_linear(
-            *(ctypes.byref(head), x.data_ptr(), stride, TYPES[self._activation]),
+            *(ctypes.byref(head), x.data_ptr(), x.stride(0), TYPES[self._activation]),
             *(y.data_ptr(), head.n, rows, torch.get_num_threads()),
         )
         return y[:, : self._vocab]
+
+    def best_tokens(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = len(hidden)
+        values, tokens = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        x = self._head_input(hidden)
+        self._library.ck_best(
+            *(ctypes.byref(self._model.head), x.data_ptr(), x.stride(0), TYPES[self._activation]),
+            *(self._vocab, values.data_ptr(), tokens.data_ptr(), rows, torch.get_num_threads()),
+        )
+        return values, tokens
+
+    def _head_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Rows of the activations' type, padded as the kernels want them."""
+        x = torch.zeros(
+            _round_up(len(hidden), UNIT), self._widths["hidden"], dtype=self._activation
+        )
+        x[: len(hidden), : self._hidden] = hidden
+        return x
 
     def _reserve(self, rows: int) -> None:
         """Buffers for so many rows, zeroed once: what lies beyond the end of a row stays zero."""

@@ -213,13 +213,25 @@ INLINE void write_row(Epilogue epilogue, Y* y, int64_t column, const float* acc)
   }
 }
 
+// Columns [column, column + count) of a row: acc. NaN wins and stays; of equal ones the first met.
+INLINE void keep_best(Best& best, int64_t column, int64_t count, const float* acc) {
+  if (best.value != best.value) return;
+  IntVec above{};
+  for (int j = 0; j < UNIT; j += W) above |= ~(load(acc + j) <= set(best.value));
+  if (!any(above)) return;
+  for (int64_t j = 0; j < count && best.value == best.value; j++)
+    if (!(acc[j] <= best.value)) best = {acc[j], int32_t(column + j)};
+}
+
 // Bias, epilogue and store of rows [first, first + rows) of one unit: acc [rows, 32].
 void finish_rows(const LinearArgs& a, int64_t column, int64_t first, int64_t rows, float* acc) {
   for (int64_t r = 0; r < rows; r++, acc += UNIT) {
     if (a.linear->bias)
       for (int j = 0; j < UNIT; j += W) store(acc + j, load(acc + j) + load(a.linear->bias + column + j));
     const int64_t at = (first + r) * a.y_stride;
-    if (a.epilogue == ADD) {
+    if (a.epilogue == BEST) {
+      keep_best(a.best[first + r], column, std::min<int64_t>(UNIT, a.columns - column), acc);
+    } else if (a.epilogue == ADD) {
       float* y = static_cast<float*>(a.y) + at + column;
       for (int j = 0; j < UNIT; j += W) store(y + j, load(y + j) + load(acc + j));
     } else if (a.y_type == BF16) {

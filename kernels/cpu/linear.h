@@ -21,8 +21,13 @@ constexpr Type NARROW_ACTIVATIONS = BF16;  // of models whose weights are bf16 o
 constexpr Type NARROW_ACTIVATIONS = F32;  // the vector units multiply floats
 #endif
 // What happens to x W^T + b: stored, added to y (float), or, with columns that alternate 16 of the gate and 16 of the up
-// projection, stored as silu(gate) * up.
-enum Epilogue : int32_t { STORE, ADD, SILU_AND_MUL };
+// projection, stored as silu(gate) * up; or (BEST) nothing is stored, and only each row's largest column found.
+enum Epilogue : int32_t { STORE, ADD, SILU_AND_MUL, BEST };
+
+struct Best {
+  float value;  // NaN where a column was NaN
+  int32_t column;
+};
 
 // Rows of x must be readable up to the next multiple of 32.
 struct LinearArgs {
@@ -35,6 +40,8 @@ struct LinearArgs {
   int32_t y_type;
   Epilogue epilogue;
   int64_t rows;
+  Best* best = nullptr;   // BEST: [rows] of this thread, updated
+  int64_t columns = 0;    // BEST: those behind are padding
 };
 
 // Rows of a panel, a phase of its own.

@@ -4,7 +4,9 @@
 //
 // each a phase.
 #include <algorithm>
+#include <cmath>
 #include <memory>
+#include <vector>
 
 #include "attention.h"
 #include "elementwise.h"
@@ -127,6 +129,26 @@ EXPORT void ck_linear(const Linear* linear, const void* x, int64_t x_stride, int
   const LinearArgs args{linear, x, x_stride, x_type, y, y_stride, F32, STORE, rows};
   const std::unique_ptr<Phase[]> panels(new Phase[rows / panel_rows(rows, threads) + 1]);
   parallel(threads, [&](int thread, int) { linear_units(args, panels.get(), thread, threads); });
+}
+
+// The best of the first `columns` columns of each row, and its index: what is stored of a head where nothing is drawn.
+EXPORT void ck_best(const Linear* linear, const void* x, int64_t x_stride, int32_t x_type, int64_t columns, float* values,
+                    int64_t* indices, int64_t rows, int threads) {
+  const std::unique_ptr<Phase[]> panels(new Phase[rows / panel_rows(rows, threads) + 1]);
+  std::vector<Best> found(threads * rows, {-INFINITY, 0});
+  parallel(threads, [&](int thread, int) {
+    const LinearArgs args{linear, x, x_stride, x_type, nullptr, 0, F32, BEST, rows, found.data() + thread * rows, columns};
+    linear_units(args, panels.get(), thread, threads);
+  });
+  for (int64_t r = 0; r < rows; r++) {
+    Best best = found[r];
+    for (int64_t i = r + rows; i < int64_t(found.size()); i += rows) {
+      const Best other = found[i];
+      if (other.value != other.value || other.value > best.value || (other.value == best.value && other.column < best.column))
+        best = other;
+    }
+    values[r] = best.value, indices[r] = best.column;
+  }
 }
 
 EXPORT void ck_pack(const void* w, int32_t w_type, int64_t n, int64_t k, const Linear* packed, int threads) {

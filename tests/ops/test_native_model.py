@@ -134,6 +134,32 @@ def test_linears_of_any_number_of_rows(
         assert error <= tolerance, rows
 
 
+@pytest.mark.parametrize("weights", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_best_token_is_that_of_the_largest_logit(
+    level: str, rng: np.random.Generator, dtype: torch.dtype, weights: str
+) -> None:
+    """Padding behind the vocabulary is no token, though its logit 0 is above all; NaN shows."""
+    spec = replace(SPEC, num_layers=1, vocab_size=1003)
+    model, _ = make_model(native_ops(dtype, level), spec, random_case(rng, kind="decode"), dtype)
+    head = model.weights.lm_head
+    head[:, 0] = -4  # x[:, 0] = 9 makes all logits negative
+    head[7] = head[999]
+    native = model.attention.op_set.prepare_model(model, weights)  # type: ignore[attr-defined]
+    for rows in (1, 2, 3, 16, 33, 70, 600):
+        x = torch.from_numpy(rng.standard_normal((rows, spec.hidden_size))).float()
+        x[:, 0] = 9
+        logits = native.logits(x).clone()
+        values, tokens = native.best_tokens(x)
+        assert torch.equal(values, logits.max(dim=1).values)
+        assert torch.equal(tokens, logits.argmax(dim=1))
+        assert values.max() < 0
+        x[rows // 2, 3] = torch.nan
+        values, tokens = native.best_tokens(x)
+        assert values.isnan().nonzero().flatten().tolist() == [rows // 2]
+        assert ((tokens >= 0) & (tokens < spec.vocab_size)).all()
+
+
 def test_a_team_smaller_than_asked_for_does_all_the_work(
     child_environment: dict[str, str],
 ) -> None:
