@@ -122,6 +122,9 @@ class Sampler:
 
 def takes_best(sampling: SamplingParams) -> bool:
     """Whether the request's token is always that of the largest logit, and nobody asks for more."""
+    can_forbid = sampling.bad_words_token_ids or (
+        sampling.min_tokens > 0 and (sampling.stop_token_ids or not sampling.ignore_eos)
+    )
     return (
         sampling.temperature < _MIN_TEMPERATURE
         and sampling.logprobs is None
@@ -129,8 +132,7 @@ def takes_best(sampling: SamplingParams) -> bool:
         and not _is_penalised(sampling)
         and not sampling.logit_bias
         and not sampling.allowed_token_ids
-        and not sampling.bad_words_token_ids
-        and not sampling.min_tokens
+        and not can_forbid
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from chunkllama.engine.philox import philox4x32, uniforms
-from chunkllama.engine.sampler import Sampled, Sampler
+from chunkllama.engine.sampler import Sampled, Sampler, takes_best
 from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.sampling_params import SamplingParams
 
@@ -219,6 +219,34 @@ def test_bad_words_end_is_banned_after_their_start() -> None:
     assert best(logits, output=[9], bad_words_token_ids=words) == 4
     assert best(logits, output=[8, 9, 1], bad_words_token_ids=words) == 4
     assert best(logits, output=[1, 8, 9], bad_words_token_ids=words) == 5
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, True),
+        ({"min_tokens": 9, "ignore_eos": True}, True),
+        ({"top_k": 5, "top_p": 0.5, "min_p": 0.1}, True),
+        ({"min_tokens": 9}, False),
+        ({"min_tokens": 9, "ignore_eos": True, "stop_token_ids": (4,)}, False),
+        ({"bad_words_token_ids": ((4,),)}, False),
+        ({"logit_bias": {4: -9.0}}, False),
+        ({"allowed_token_ids": (1, 2)}, False),
+        ({"presence_penalty": 1.0}, False),
+        ({"frequency_penalty": 1.0}, False),
+        ({"repetition_penalty": 1.5}, False),
+        ({"logprobs": 0}, False),
+        ({"temperature": 0.7}, False),
+    ],
+)
+def test_only_requests_whose_token_is_the_best_one_take_it_unseen(
+    params: dict[str, Any], expected: bool
+) -> None:
+    row = state(prompt=[4], output=[4], **{"temperature": 0.0, **params})
+    assert takes_best(row.sampling) == expected
+    for seed in range(20 if expected else 0):
+        logits = random_logits(seed=seed)
+        assert sample(logits, row)[0].token_id == int(logits.argmax())
 
 
 def test_min_tokens_holds_back_every_end() -> None:
