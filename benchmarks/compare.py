@@ -23,6 +23,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from machine import cpu_name
+
 from chunkllama.models.registry import resolve_model
 from chunkllama.text.tokenizer import load_tokenizer
 from server.bench import PromptMaker
@@ -188,18 +190,6 @@ def table(runs: list[dict], servers: list[str], scenarios: str) -> str:
                 cells.append(f"{rate}, {ttft}, TPOT {median('tpot_p50_ms'):.1f}")
             lines.append(f"| {letter} {phase} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def cpu_name() -> str:
-    """Model name and number of processors, as the kernel tells."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    flags = Path("/proc/cpuinfo").read_text()
-    extra = [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
-    return f"{len(names)} x {names[0]} ({', '.join(extra) or 'no AVX512-BF16'})"
 
 
 if __name__ == "__main__":

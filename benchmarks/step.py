@@ -5,15 +5,15 @@
     python benchmarks/step.py --layers 4 --rounds 5 # a quick look
 
 Random weights of SmolLM2-135M's shape: the arithmetic does not depend on them. Times are medians,
-cases interleaved; a step is embedding to logits, without sampling and scheduling.
+cases interleaved; a step is embedding to best token (greedy), without scheduling.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import cpu_name
 
 from chunkllama.attention.backend import AttentionBackend
 from chunkllama.attention.plan import Planner
@@ -65,11 +66,11 @@ TABLE = [
     )
     for weights in ("bf16", "int8")
 ]
-SWEEP = [
-    *(StepCase(batch, 1024, 96) for batch in (1, 2, 4, 8, 16, 32, 64)),
-    *(StepCase(16, shared, 96) for shared in (0, 64, 320, 1024, 2048, 4096, 8192)),
-    *(StepCase(64, 1024, 96, tenants) for tenants in (1, 2, 4, 8, 16, 32, 64)),
-]
+SWEEPS = {
+    "batch": [StepCase(batch, 1024, 96) for batch in (1, 2, 4, 8, 16, 32, 64)],
+    "shared": [StepCase(16, n, 96) for n in (0, 64, 320, 1024, 2048, 4096, 8192)],
+    "tenants": [StepCase(64, 1024, 96, n) for n in (1, 2, 4, 8, 16, 32, 64)],
+}
 
 
 class Bench:
@@ -125,7 +126,7 @@ class Bench:
         model = self.models[case.weights]
 
         def run() -> object:
-            return model.logits(model.forward(token_ids, positions, device_plan))
+            return model.best_tokens(model.forward(token_ids, positions, device_plan))
 
         return run
 
@@ -152,9 +153,11 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="also vary batch, length and tenants")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=SMOLLM2.num_layers)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/step.json")
+    parser.add_argument(
+        "--save", action="store_true", help="write results/step.json, with --sweep plots too"
+    )
     options = parser.parse_args()
-    cases = TABLE + (SWEEP if options.sweep else [])
+    cases = TABLE + [c for sweep in SWEEPS.values() for c in sweep if options.sweep]
     needed = max(c.tenants * (c.shared // 64) + c.batch * -(-c.private // 64) for c in cases)
     with torch.inference_mode():
         bench = Bench(replace(SMOLLM2, num_layers=options.layers), needed)
@@ -171,13 +174,33 @@ def main() -> None:
     if options.save:
         RESULTS.mkdir(exist_ok=True)
         report = {
-            "machine": f"{platform.processor() or platform.machine()}, level {bench.ops.level}",
+            "command": " ".join(["python", *sys.argv]),
+            "machine": f"{cpu_name()}, level {bench.ops.level}",
+            "date": time.strftime("%Y-%m-%d"),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "layers": options.layers,
             "steps": rows,
         }
         (RESULTS / "step.json").write_text(json.dumps(report, indent=1) + "\n")
+        if options.sweep:
+            plot(results, RESULTS / "step.png")
+
+
+def plot(results: dict[StepCase, float], path: Path) -> None:
+    """Step time against batch, shared length and tenants."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(SWEEPS), figsize=(12, 3.5), layout="constrained")
+    for panel, (name, cases) in zip(panels, SWEEPS.items(), strict=True):
+        panel.plot([getattr(c, name) for c in cases], [results[c] for c in cases], "o-")
+        panel.set_xlabel({"shared": "shared tokens"}.get(name, name))
+        panel.set_ylabel("ms per step")
+        panel.set_ylim(bottom=0)
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

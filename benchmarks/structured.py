@@ -18,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from compare import cpu_name, version
+from compare import version
+from machine import cpu_name
 
 from server.bench_client import Endpoint, Outcome
 

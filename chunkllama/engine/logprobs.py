@@ -19,7 +19,7 @@ def token_logprobs(
     """
     chosen = logprobs.gather(1, torch.tensor(token_ids, device=logprobs.device)[:, None])
     ranks = (logprobs > chosen).sum(dim=1) + 1
-    top = best_tokens(logprobs, max(num_top))
+    top = top_tokens(logprobs, max(num_top))
     return [
         TokenLogprob(token_id=token, logprob=value, rank=rank, top=best[:count])
         for token, value, rank, best, count in zip(
@@ -28,7 +28,7 @@ def token_logprobs(
     ]
 
 
-def best_tokens(logprobs: torch.Tensor, count: int) -> list[list[tuple[int, float]]]:
+def top_tokens(logprobs: torch.Tensor, count: int) -> list[list[tuple[int, float]]]:
     """The ``count`` best (token id, log-probability) pairs of each row, best first."""
     if count == 0:
         return [[] for _ in logprobs]

@@ -198,7 +198,7 @@ class ModelRunner:
         if last_rows != list(range(len(hidden))):
             hidden = hidden[torch.tensor(last_rows, device=hidden.device)]
         states = [self._sequences[slot] for slot in slots]
-        if pending_masks is None and all(takes_best(state.sampling) for state in states):
+        if all(takes_best(state.sampling) for state in states):
             outcomes = self._take_best(hidden)
         else:
             logits = self._model.logits(hidden)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from chunkllama.engine.logprobs import best_tokens, token_logprobs
+from chunkllama.engine.logprobs import token_logprobs, top_tokens
 from chunkllama.engine.philox import uniforms
 from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.outputs import TokenLogprob
@@ -64,14 +64,17 @@ class Sampler:
             sequences: of the N rows.
             masks: row -> grammar bit mask [ceil(V / 32)].
         """
-        broken = ~logits.amax(dim=1).isfinite()
+        top = logits.amax(dim=1)
+        broken = ~top.isfinite()
         if bool(broken.any()):
             logits[broken] = 0.0
+            top[broken] = 0.0
         raw = _raw_logprobs(logits, sequences)
-        self._edit(logits, sequences, masks)
-        empty = logits.amax(dim=1).isneginf()
+        if self._edit(logits, sequences, masks):
+            top = logits.amax(dim=1)
+        empty = top.isneginf()
         beams = _beam_candidates(logits, sequences)
-        token_ids = _choose(logits, sequences)
+        token_ids = _choose(logits, top, sequences)
         logprobs = _logprobs(raw, sequences, token_ids)
         failed = [
             "model_nan" if is_broken else "no_allowed_token" if is_empty else ""
@@ -87,7 +90,8 @@ class Sampler:
         logits: torch.Tensor,
         sequences: list[SequenceState],
         masks: dict[int, NDArray[np.int32]],
-    ) -> None:
+    ) -> bool:
+        """Whether anything was to be edited."""
         vocab_size = logits.shape[1]
         for row, mask in masks.items():
             added = np.take(_BIAS_OF_BYTE, mask.view(np.uint8), axis=0).ravel()[:vocab_size]
@@ -107,7 +111,11 @@ class Sampler:
         if additions:
             where, values = additions.tensors(logits.device)
             logits.index_put_(where, values, accumulate=True)
-        _penalise(logits, sequences)
+        penalised = [row for row, s in enumerate(sequences) if _is_penalised(s.sampling)]
+        for row in penalised:
+            _penalise(logits[row], sequences[row])
+        restricted = any(sequence.sampling.allowed_token_ids for sequence in sequences)
+        return bool(masks or additions or penalised or restricted)
 
     def _banned(self, sequence: SequenceState) -> Iterable[int]:
         sampling, output = sequence.sampling, sequence.output_token_ids
@@ -129,6 +137,7 @@ def takes_best(sampling: SamplingParams) -> bool:
         sampling.temperature < _MIN_TEMPERATURE
         and sampling.logprobs is None
         and sampling.beam_width == 1
+        and sampling.grammar is None
         and not _is_penalised(sampling)
         and not sampling.logit_bias
         and not sampling.allowed_token_ids
@@ -169,36 +178,35 @@ class _Entries:
         return (rows, columns), torch.tensor(self._values, device=device)
 
 
-def _penalise(logits: torch.Tensor, sequences: list[SequenceState]) -> None:
+def _penalise(logits: torch.Tensor, sequence: SequenceState) -> None:
     """Repetition over prompt and output (CTRL, arXiv 1909.05858), frequency and presence over the
-    output (OpenAI's definition).
+    output (OpenAI's definition), in a row of logits [V].
     """
-    for row, sequence in enumerate(sequences):
-        sampling = sequence.sampling
-        if not _is_penalised(sampling):
-            continue
-        output, counts = np.unique(
-            np.array(sequence.output_token_ids, np.int64), return_counts=True
-        )
-        if sampling.repetition_penalty != 1.0:
-            seen = np.union1d(sequence.prompt_token_ids, output)
-            ids = torch.from_numpy(seen.astype(np.int64)).to(logits.device)
-            values, factor = logits[row, ids], sampling.repetition_penalty
-            logits[row, ids] = torch.where(values > 0, values / factor, values * factor)
-        penalty = sampling.frequency_penalty * counts + sampling.presence_penalty
-        ids = torch.from_numpy(output).to(logits.device)
-        logits[row, ids] -= torch.from_numpy(penalty).to(logits.device, torch.float32)
+    sampling = sequence.sampling
+    output, counts = np.unique(np.array(sequence.output_token_ids, np.int64), return_counts=True)
+    if sampling.repetition_penalty != 1.0:
+        seen = np.union1d(sequence.prompt_token_ids, output)
+        ids = torch.from_numpy(seen.astype(np.int64)).to(logits.device)
+        values, factor = logits[ids], sampling.repetition_penalty
+        logits[ids] = torch.where(values > 0, values / factor, values * factor)
+    penalty = sampling.frequency_penalty * counts + sampling.presence_penalty
+    ids = torch.from_numpy(output).to(logits.device)
+    logits[ids] -= torch.from_numpy(penalty).to(logits.device, torch.float32)
 
 
-def _choose(logits: torch.Tensor, sequences: list[SequenceState]) -> list[int]:
-    """The best token of greedy rows, a drawn one of the others; logits [N, V] are overwritten."""
+def _choose(logits: torch.Tensor, top: torch.Tensor, sequences: list[SequenceState]) -> list[int]:
+    """The best token of greedy rows, a drawn one of the others.
+
+    logits [N, V], whose maxima are top [N], are overwritten.
+    """
     draws = [s.sampling.temperature >= _MIN_TEMPERATURE for s in sequences]
     if all(draws):
-        return _ids(_draw(logits, sequences))
+        return _ids(_draw(logits, top, sequences))
     tokens = logits.argmax(dim=1)
     if any(draws):
         rows = torch.tensor([row for row, draw in enumerate(draws) if draw], device=logits.device)
-        drawn = _draw(logits[rows], [s for s, draw in zip(sequences, draws, strict=True) if draw])
+        drawing = [s for s, draw in zip(sequences, draws, strict=True) if draw]
+        drawn = _draw(logits[rows], top[rows], drawing)
         tokens = tokens.index_put((rows,), drawn)
     return _ids(tokens)
 
@@ -208,15 +216,15 @@ def _ids(tokens: torch.Tensor) -> list[int]:
     return ids
 
 
-def _draw(logits: torch.Tensor, sequences: list[SequenceState]) -> torch.Tensor:
-    """Token ids [R] drawn from logits [R, V] (overwritten) by inversion, in order of token id.
+def _draw(logits: torch.Tensor, top: torch.Tensor, sequences: list[SequenceState]) -> torch.Tensor:
+    """Token ids [R] drawn from logits [R, V] (overwritten) by inversion, in order of token id;
+    top [R] are their maxima.
 
     Where several tokens tie at the edge of a top-k or top-p set, all of them are in it.
     """
     sampling = [sequence.sampling for sequence in sequences]
     device = logits.device
-    top = logits.amax(dim=1, keepdim=True)
-    logits -= torch.where(top.isfinite(), top, 0.0)
+    logits -= torch.where(top.isfinite(), top, 0.0)[:, None]
     # Base 2, because torch's exp takes ten times as long where the result is 0 or nearly.
     scale = [[_LOG2E / s.temperature] for s in sampling]
     logits *= torch.tensor(scale, dtype=torch.float32, device=device)
@@ -318,6 +326,6 @@ def _beam_candidates(
     for row, sequence in enumerate(sequences):
         width = sequence.sampling.beam_width
         if width > 1:
-            best = best_tokens(logits[row : row + 1].log_softmax(dim=1), 2 * width)[0]
+            best = top_tokens(logits[row : row + 1].log_softmax(dim=1), 2 * width)[0]
             candidates[row] = [(token, logprob) for token, logprob in best if logprob > -np.inf]
     return candidates

@@ -105,16 +105,9 @@ INLINE void write_output(const AttentionArgs& a, int64_t row, int64_t head, cons
   else write_row(static_cast<float*>(a.out) + at, from, factor, a.heads.head_dim);
 }
 
-struct State {
-  float *reference, *sum, *out;
-  long out_stride;
-  RowState rows(int first, long dim) const {
-    return {reference + first, sum + first * W, out + first * out_stride, out_stride, dim};
-  }
-};
-State fresh_state(Buffers& b, int rows, long dim) {
-  State s{b.reference.fit(rows), b.sum.fit(rows * W), b.out.fit(rows * (dim + OUT_PAD)), dim + OUT_PAD};
-  std::fill_n(s.reference, rows, EMPTY_MAX);
+RowState fresh_state(Buffers& b, int rows, long dim) {
+  const RowState s{b.reference.fit(rows), b.sum.fit(rows * W), b.out.fit(rows * (dim + OUT_PAD)), dim + OUT_PAD, dim};
+  std::fill_n(s.reference, rows, NO_REFERENCE);
   std::fill_n(s.sum, rows * W, 0.f);
   std::fill_n(s.out, rows * s.out_stride, 0.f);
   return s;
@@ -122,7 +115,7 @@ State fresh_state(Buffers& b, int rows, long dim) {
 
 // Normalised rows go to the output where the row has a single partial, else with their LSE to the workspace.
 template <class T>
-void write_results(const Unit<T>& u, const State& state) {
+void write_results(const Unit<T>& u, const RowState& state) {
   const AttentionArgs& a = u.args;
   for (int i = 0; i < u.rows; i++) {
     const int64_t row = u.item[ROW_BEGIN] + i / u.group, head = u.head * u.group + i % u.group;
@@ -145,14 +138,14 @@ void run_vectors(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
   const long dim = DIM ? DIM : u.dim;
   float* q = b.q.fit(u.rows * dim);
   float *scores = b.scores.fit(2 * BLOCK * SCORE_STRIDE), *probs = scores + BLOCK * SCORE_STRIDE;
-  const State state = fresh_state(b, u.rows, dim);
+  const RowState state = fresh_state(b, u.rows, dim);
   gather(u, q, dim);
   const float scale = u.args.scale * LOG2E;
   Prefetcher ahead;
   for (int g = 0; g < u.steps; g++) {
     const int valid = u.tokens_of(g);
     ahead.clear();
-    ahead.pace(1);
+    ahead.pace();
     if (g + 1 < u.steps) u.prefetch(g + 1, ahead);
     else if (next) next->prefetch(0, ahead);
     for (int first = 0; first < u.rows; first += BLOCK) {
@@ -164,7 +157,7 @@ void run_vectors(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
         product_blocks<T, false>(rows, std::min(4, (valid - j * CHUNK + BLOCK - 1) / BLOCK), q + first * dim, dim,
                                  u.k(g * STEP_CHUNKS + j), L::k_step(), L::k_block(dim), scores + j * CHUNK, SCORE_STRIDE,
                                  int(dim / STEP<T>), ahead);
-      const RowState rs = state.rows(first, dim);
+      const RowState rs = state.from(first);
       constexpr Precision P = L::PAIRS ? COARSE : FINE;
       if (cut) online_softmax<true, P>(scores, probs, SCORE_STRIDE, rows, keys, visible, scale, rs, ahead);
       else online_softmax<false, P>(scores, probs, SCORE_STRIDE, rows, keys, visible, scale, rs, ahead);
@@ -226,7 +219,7 @@ const bf16* padded_values(const bf16* v, int tokens, long dim, Buffers& b) {
 // Up to 32 rows of a unit in one softmax step: scores, softmax, output.
 template <int ROW_TILES>
 void tile_step(const Unit<bf16>& u, int step, int first, const bf16* const* v, const bf16* q, float* scores, bf16* probs,
-               const State& state, Prefetcher& ahead) {
+               const RowState& state, Prefetcher& ahead) {
   const int chunks = u.chunks_of(step), keys = chunks * CHUNK, rows = std::min(ROW_TILES * BLOCK, u.rows - first);
   const long dim = u.dim, k_dim = Layout<bf16>::k_dim(dim);
   const float scale = u.args.scale * LOG2E;
@@ -239,11 +232,11 @@ void tile_step(const Unit<bf16>& u, int step, int first, const bf16* const* v, c
     const int n = std::min(BLOCK, rows - r);
     float* s = scores + r * SCORE_STRIDE;
     bf16* p = probs + r * PROB_STRIDE;
-    const RowState block = state.rows(first + r, dim);
+    const RowState block = state.from(first + r);
     if (cut) online_softmax<true, COARSE>(s, p, PROB_STRIDE, n, keys, visible + r, scale, block, ahead);
     else online_softmax<false, COARSE>(s, p, PROB_STRIDE, n, keys, visible + r, scale, block, ahead);
   }
-  const RowState block = state.rows(first, dim);
+  const RowState block = state.from(first);
   constexpr int COLUMNS = 4 / ROW_TILES;
   long column = 0;
   for (; column + COLUMNS * BLOCK <= dim; column += COLUMNS * BLOCK)
@@ -258,7 +251,7 @@ void run_tiles(const Unit<bf16>& u, const Unit<bf16>* next, Buffers& b) {
   bf16* q = b.q_pairs.fit(padded * k_dim);
   float* scores = b.scores.fit(2 * BLOCK * SCORE_STRIDE);
   bf16* probs = b.probs.fit(2 * BLOCK * PROB_STRIDE);
-  const State state = fresh_state(b, padded, u.dim);
+  const RowState state = fresh_state(b, padded, u.dim);
   gather(u, q, k_dim);
   memset(q + u.rows * k_dim, 0, (padded - u.rows) * k_dim * sizeof(bf16));
   Prefetcher ahead;

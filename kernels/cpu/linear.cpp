@@ -213,14 +213,15 @@ INLINE void write_row(Epilogue epilogue, Y* y, int64_t column, const float* acc)
   }
 }
 
-// Columns [column, column + count) of a row: acc. NaN wins and stays; of equal ones the first met.
+// Columns [column, column + count) of a row: acc. Hardly any unit holds a new best.
 INLINE void keep_best(Best& best, int64_t column, int64_t count, const float* acc) {
-  if (best.value != best.value) return;
   IntVec above{};
-  for (int j = 0; j < UNIT; j += W) above |= ~(load(acc + j) <= set(best.value));
+  for (int j = 0; j < UNIT; j += W) above |= ~(load(acc + j) < set(best.value));
   if (!any(above)) return;
-  for (int64_t j = 0; j < count && best.value == best.value; j++)
-    if (!(acc[j] <= best.value)) best = {acc[j], int32_t(column + j)};
+  for (int64_t j = 0; j < count; j++) {
+    const Best other{acc[j], int32_t(column + j)};
+    if (beats(other, best)) best = other;
+  }
 }
 
 // Bias, epilogue and store of rows [first, first + rows) of one unit: acc [rows, 32].
@@ -303,8 +304,21 @@ void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end, [[m
   }
 }
 
+#if defined(__AMX_TILE__)
+// With x as floats, for the vector units.
+LinearArgs with_floats(LinearArgs a) {
+  static thread_local Scratch<float> floats;
+  const int64_t k = a.linear->k;
+  float* to = floats.fit(a.rows * k);
+  for (int64_t r = 0; r < a.rows; r++)
+    for (int64_t i = 0; i < k; i += W) store(to + r * k + i, load(static_cast<const bf16*>(a.x) + r * a.x_stride + i));
+  a.x = to, a.x_stride = k, a.x_type = F32;
+  return a;
+}
+#endif
+
 // Units of one panel of rows, until none is left. To help others out (`late`) pays only while much is left.
-void run_panel(const LinearArgs& a, int64_t first, int64_t last, Phase& phase, int threads, bool late) {
+void run_panel(LinearArgs a, int64_t first, int64_t last, Phase& phase, int threads, bool late) {
   const Linear& l = *a.linear;
   const int64_t units = l.n / UNIT, bytes = l.k / K_BLOCK[l.type] * K_BYTES[l.type];
   if (late && phase.taken() > units * 3 / 4) return;
@@ -316,6 +330,7 @@ void run_panel(const LinearArgs& a, int64_t first, int64_t last, Phase& phase, i
   int64_t begin = phase.take(grain);
   while (begin < units) {
 #if defined(__AMX_TILE__)
+    if (l.type == INT8 && a.x_type == BF16 && a.rows <= FEW_ROWS) a = with_floats(a);
     if (!packed && a.x_type == BF16 && last - first > MAX_ROWS) packed = pack_panel(a, first, last);
 #endif
     const int64_t following = phase.take(grain), end = std::min(begin + grain, units);
@@ -336,18 +351,7 @@ int64_t panel_rows(int64_t rows, int threads) {
   return each < LEAST_PANEL ? PANEL : std::min(PANEL, (each + MAX_ROWS - 1) / MAX_ROWS * MAX_ROWS);
 }
 
-void linear_units(const LinearArgs& given, Phase* panels, int thread, int threads) {
-  LinearArgs args = given;
-  const Linear& l = *args.linear;
-#if defined(__AMX_TILE__)
-  static thread_local Scratch<float> floats;
-  if (l.type == INT8 && args.x_type == BF16 && args.rows <= FEW_ROWS) {
-    float* to = floats.fit(args.rows * l.k);
-    for (int64_t r = 0; r < args.rows; r++)
-      for (int64_t i = 0; i < l.k; i += W) store(to + r * l.k + i, load(static_cast<const bf16*>(given.x) + r * given.x_stride + i));
-    args.x = to, args.x_stride = l.k, args.x_type = F32;
-  }
-#endif
+void linear_units(const LinearArgs& args, Phase* panels, int thread, int threads) {
   const int64_t size = panel_rows(args.rows, threads), count = (args.rows + size - 1) / size;
   {
     [[maybe_unused]] Tiles tiles;
@@ -356,7 +360,7 @@ void linear_units(const LinearArgs& given, Phase* panels, int thread, int thread
       run_panel(args, begin, std::min(begin + size, args.rows), panels[panel], threads, count > 1 && i > 0);
     }
   }
-  for (int64_t i = 0; i < count; i++) panels[i].wait(l.n / UNIT);
+  for (int64_t i = 0; i < count; i++) panels[i].wait(args.linear->n / UNIT);
 }
 
 }  // namespace chunkllama

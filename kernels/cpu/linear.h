@@ -25,9 +25,14 @@ constexpr Type NARROW_ACTIVATIONS = F32;  // the vector units multiply floats
 enum Epilogue : int32_t { STORE, ADD, SILU_AND_MUL, BEST };
 
 struct Best {
-  float value;  // NaN where a column was NaN
+  float value;
   int32_t column;
 };
+// NaN above all, so that it shows; of equal ones the lower column.
+inline bool beats(Best a, Best b) {
+  if (b.value != b.value) return a.value != a.value && a.column < b.column;
+  return !(a.value <= b.value) || (a.value == b.value && a.column < b.column);
+}
 
 // Rows of x must be readable up to the next multiple of 32.
 struct LinearArgs {

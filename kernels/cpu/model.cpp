@@ -79,7 +79,7 @@ class Pass {
       by_rows(*phase, rows_ * m_.heads.q_heads, [&](int64_t begin, int64_t end) { merge_partials(attention, begin, end); });
     phase++;
 
-    give_way();
+    give_way();  // twice a layer is every 0.2 to 0.4 ms here; after each phase gained no more under the server
     linear(l.o, s_.attention, width, s_.hidden, stride(m_.hidden), F32, ADD);
     norm(*phase++, l.mlp_norm, s_.normed, activations());
     linear(l.gate_up, s_.normed, stride(m_.hidden), s_.mlp, stride(l.down.k), activations(), SILU_AND_MUL);
@@ -131,7 +131,8 @@ EXPORT void ck_linear(const Linear* linear, const void* x, int64_t x_stride, int
   parallel(threads, [&](int thread, int) { linear_units(args, panels.get(), thread, threads); });
 }
 
-// The best of the first `columns` columns of each row, and its index: what is stored of a head where nothing is drawn.
+// The largest of the first `columns` columns of each row (NaN if one is) and its index: all that greedy sampling needs of
+// the head.
 EXPORT void ck_best(const Linear* linear, const void* x, int64_t x_stride, int32_t x_type, int64_t columns, float* values,
                     int64_t* indices, int64_t rows, int threads) {
   const std::unique_ptr<Phase[]> panels(new Phase[rows / panel_rows(rows, threads) + 1]);
@@ -143,9 +144,7 @@ EXPORT void ck_best(const Linear* linear, const void* x, int64_t x_stride, int32
   for (int64_t r = 0; r < rows; r++) {
     Best best = found[r];
     for (int64_t i = r + rows; i < int64_t(found.size()); i += rows) {
-      const Best other = found[i];
-      if (other.value != other.value || other.value > best.value || (other.value == best.value && other.column < best.column))
-        best = other;
+      if (beats(found[i], best)) best = found[i];
     }
     values[r] = best.value, indices[r] = best.column;
   }

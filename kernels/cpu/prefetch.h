@@ -14,8 +14,9 @@ class Prefetcher {
     bytes_[count_++] = bytes;
     lines_ += (bytes + 63) / 64;
   }
-  // So many cache lines at each place of the work, or all lines over so many places.
-  void pace(int lines) { rate_ = lines * LINE; }
+  // A place is where the work calls step(); a long stretch of work counts as several. A line at each, or (after the last
+  // add) all lines over so many.
+  void pace() { rate_ = LINE; }
   void spread(int places) { rate_ = (int(lines_) * LINE + places - 1) / places; }
   INLINE void step(int places = 1) {
     credit_ += rate_ * places;
@@ -31,7 +32,7 @@ class Prefetcher {
     offset_ += 64;
     if (offset_ >= bytes_[current_]) offset_ = 0, current_++;
   }
-  static constexpr int MAX = 8;
+  static constexpr int MAX = 4;
   static constexpr int LINE = 16;  // credit for a line
   const char* base_[MAX];
   size_t bytes_[MAX];

@@ -14,16 +14,17 @@ constexpr int STEP_KEYS = STEP_CHUNKS * CHUNK;
 constexpr long SCORE_STRIDE = STEP_KEYS + 16;                    // off powers of two, or tile stores hit 4 L1 sets
 constexpr long PROB_STRIDE = STEP_KEYS + 32;
 constexpr long OUT_PAD = 16;
-constexpr float EMPTY_MAX = -1e30f;                              // finite, so that empty rows need no special case
+constexpr float NO_REFERENCE = -1e30f;                           // finite: -inf - -inf would be NaN
 // Exponents may exceed the reference by this much before it follows the maximum: floats have the room, and accumulators are
 // rarely rescaled (as in FlashAttention-4).
 constexpr float SLACK = 8;
 
 struct RowState {
-  float* reference;  // [rows], EMPTY_MAX before a row's first key
+  float* reference;  // [rows], NO_REFERENCE before a row's first key
   float* sum;        // [rows, W], lane by lane
   float* out;        // [rows, out_stride]
   long out_stride, head_dim;
+  RowState from(int row) const { return {reference + row, sum + row * W, out + row * out_stride, out_stride, head_dim}; }
 };
 
 // Sets references to the rows' maxima where these are larger, and rescales what was summed up relative to the old ones.
@@ -42,7 +43,7 @@ static INLINE void raise_references(const float* scores, int rows, int keys, con
     const float risen = largest(max(m[0], m[1])) * scale, before = state.reference[r];
     if (!(risen > before)) continue;
     state.reference[r] = risen;
-    if (before == EMPTY_MAX) continue;
+    if (before == NO_REFERENCE) continue;  // nothing summed up yet
     const float factor = ::exp2f(before - risen);
     store(state.sum + r * W, load(state.sum + r * W) * factor);
     float* o = state.out + r * state.out_stride;
@@ -66,7 +67,7 @@ static INLINE bool exponentiate(const float* scores, P* probs, long prob_stride,
       for (int u = 0; u < 2; u++) {
         x[u] = load(s + j + u * W) * scale_v - m;
         if (MASKED) x[u] = first_lanes(visible[r] - j - u * W, x[u], set(-INFINITY));
-        top[u] = max(top[u], x[u]);
+        top[u] = max(x[u], top[u]);  // in this order: a row of NaN hides no other row's rise
         x[u] = exp2<PRECISION>(x[u]);
         total[u] += x[u];
       }
@@ -87,7 +88,7 @@ static INLINE void online_softmax(const float* scores, P* probs, long prob_strid
   auto attempt = [&] {
     return exponentiate<MASKED, PRECISION>(scores, probs, prob_stride, rows, keys, visible, scale, state.reference, sums, ahead);
   };
-  if (state.reference[0] == EMPTY_MAX || !attempt()) {
+  if (state.reference[0] == NO_REFERENCE || !attempt()) {  // the first step would always exceed SLACK
     raise_references<MASKED>(scores, rows, keys, visible, scale, state);
     attempt();
   }

@@ -1,6 +1,6 @@
 // One parallel region per native call, on the OpenMP runtime that torch has already loaded. Inside it threads go from phase
 // to phase without meeting: a phase is over when all its work is done, whoever did it. So a thread whose core serves another
-// process (the API's, a client's) holds nobody up, unless it was stopped in the midst of a unit.
+// process (the API's, a client's) holds nobody up before the region's end, unless it was stopped in the midst of a unit.
 #pragma once
 #include <omp.h>
 #include <sched.h>
@@ -16,15 +16,16 @@ static inline void pause_cpu() {
 #endif
 }
 
-// Work in units that whoever has time takes.
+// Work in units that whoever has time takes. Who finds none left must touch nothing of the phase's input: others may be
+// overwriting it already.
 class Phase {
  public:
-  int64_t take(int64_t count = 1) { return taken_.next.fetch_add(count, std::memory_order_relaxed); }
-  int64_t taken() const { return taken_.next.load(std::memory_order_relaxed); }
-  void finish(int64_t count = 1) { finished_.next.fetch_add(count, std::memory_order_release); }
+  int64_t take(int64_t count = 1) { return taken_.count.fetch_add(count, std::memory_order_relaxed); }
+  int64_t taken() const { return taken_.count.load(std::memory_order_relaxed); }
+  void finish(int64_t count = 1) { finished_.count.fetch_add(count, std::memory_order_release); }
   // Until `total` units are finished: spins shortly, then lets others have the core.
   void wait(int64_t total) const {
-    for (int spins = 0; finished_.next.load(std::memory_order_acquire) < total; spins++) {
+    for (int spins = 0; finished_.count.load(std::memory_order_acquire) < total; spins++) {
       if (spins < 1000) pause_cpu();
       else sched_yield();
     }
@@ -42,12 +43,12 @@ class Phase {
 
  private:
   struct alignas(64) {
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> count{0};
   } taken_, finished_;
 };
 
 // Units for rows of little work: a few for each thread.
-static inline int64_t row_grain(int64_t rows, int threads) { return rows / (2 * threads) + 1; }
+static inline int64_t row_grain(int64_t rows, int threads) { return (rows + 2 * threads - 1) / (2 * threads); }
 
 // To be called between phases, where a thread holds no unit: another process gets the core now rather than amid a unit.
 static inline void give_way() { sched_yield(); }

@@ -11,7 +11,7 @@ import torch
 from chunkllama.engine.philox import philox4x32, uniforms
 from chunkllama.engine.sampler import Sampled, Sampler, takes_best
 from chunkllama.engine.sequence_state import SequenceState
-from chunkllama.sampling_params import SamplingParams
+from chunkllama.sampling_params import GrammarSpec, SamplingParams
 
 VOCAB = 1000
 EOS = (3, 9)
@@ -237,6 +237,8 @@ def test_bad_words_end_is_banned_after_their_start() -> None:
         ({"repetition_penalty": 1.5}, False),
         ({"logprobs": 0}, False),
         ({"temperature": 0.7}, False),
+        ({"beam_width": 2, "n": 2}, False),
+        ({"grammar": GrammarSpec(kind="regex", text="a*")}, False),
     ],
 )
 def test_only_requests_whose_token_is_the_best_one_take_it_unseen(

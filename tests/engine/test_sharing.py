@@ -33,3 +33,16 @@ def test_64_cold_tenants_of_one_prompt_prefill_it_once(tiny_core, run) -> None:
     engine.finish()
     assert engine.core.stats().prefill_tokens_computed_total == 2048 + 64 * 3
     assert [engine.cached[name] for name in names] == [0] + [2048] * 63
+
+
+def test_a_greedy_answer_is_the_same_beside_a_drawn_one(tiny_core, run) -> None:
+    """Greedy batches never see logits; a batch in which one request draws does."""
+    prompt = np.random.default_rng(3).integers(3, 300, 40).tolist()
+    answers = []
+    for beside in ({}, {"temperature": 1.0}, {"logprobs": 2}):
+        engine = run(tiny_core(num_chunks=16))
+        name = engine.add(prompt, max_tokens=24)
+        engine.add(prompt[::-1], max_tokens=24, **beside)
+        engine.finish()
+        answers.append(engine.outputs[name])
+    assert answers[1:] == answers[:1] * 2

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from chunkllama.models.spec import ModelSpec
 from chunkllama.models.weights import random_llama
 from chunkllama.ops.native import NativeOps
 from chunkllama.ops.native_build import LEVELS, available_levels
+from chunkllama.ops.native_model import NativeModel
 from chunkllama.ops.op_set import DevicePlan, OpSet
 from chunkllama.ops.reference import ReferenceOps
 
@@ -134,21 +137,32 @@ def test_linears_of_any_number_of_rows(
         assert error <= tolerance, rows
 
 
+def one_layer(
+    level: str,
+    rng: np.random.Generator,
+    dtype: torch.dtype,
+    weights: str,
+    *entries: tuple[Any, float],
+) -> tuple[NativeModel, int]:
+    """A model of one layer and 1,003 tokens with these entries of its head, and its hidden size."""
+    spec = replace(SPEC, num_layers=1, vocab_size=1003)
+    model, _ = make_model(native_ops(dtype, level), spec, random_case(rng, kind="decode"), dtype)
+    for where, value in entries:
+        model.weights.lm_head[where] = value
+    ops = native_ops(dtype, level)
+    return ops.prepare_model(model, weights), spec.hidden_size  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("weights", ["auto", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_best_token_is_that_of_the_largest_logit(
     level: str, rng: np.random.Generator, dtype: torch.dtype, weights: str
 ) -> None:
     """Padding behind the vocabulary is no token, though its logit 0 is above all; NaN shows."""
-    spec = replace(SPEC, num_layers=1, vocab_size=1003)
-    model, _ = make_model(native_ops(dtype, level), spec, random_case(rng, kind="decode"), dtype)
-    head = model.weights.lm_head
-    head[:, 0] = -4  # x[:, 0] = 9 makes all logits negative
-    head[7] = head[999]
-    native = model.attention.op_set.prepare_model(model, weights)  # type: ignore[attr-defined]
+    native, _ = one_layer(level, rng, dtype, weights, ((slice(None), 0), -4.0))
     for rows in (1, 2, 3, 16, 33, 70, 600):
-        x = torch.from_numpy(rng.standard_normal((rows, spec.hidden_size))).float()
-        x[:, 0] = 9
+        x = torch.from_numpy(rng.standard_normal((rows, SPEC.hidden_size))).float()
+        x[:, 0] = 9  # all logits are negative
         logits = native.logits(x).clone()
         values, tokens = native.best_tokens(x)
         assert torch.equal(values, logits.max(dim=1).values)
@@ -157,7 +171,51 @@ def test_the_best_token_is_that_of_the_largest_logit(
         x[rows // 2, 3] = torch.nan
         values, tokens = native.best_tokens(x)
         assert values.isnan().nonzero().flatten().tolist() == [rows // 2]
-        assert ((tokens >= 0) & (tokens < spec.vocab_size)).all()
+        assert ((tokens >= 0) & (tokens < 1003)).all()
+
+
+@pytest.mark.parametrize("weights", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_best_tokens_the_lower_counts_and_one_nan_hides_behind_none(
+    level: str, rng: np.random.Generator, dtype: torch.dtype, weights: str
+) -> None:
+    tie = (([7, 999], 1), 8.0)
+    native, size = one_layer(level, rng, dtype, weights, tie)
+    broken, _ = one_layer(level, rng, dtype, weights, tie, ((501, 2), torch.nan))
+    for rows in (1, 2, 16, 70):
+        x = torch.zeros(rows, size)
+        x[:, 1] = 9
+        assert native.best_tokens(x)[1].tolist() == [7] * rows
+        values, tokens = broken.best_tokens(x)
+        assert values.isnan().all()
+        assert tokens.tolist() == [501] * rows
+
+
+@pytest.fixture
+def thread_counts() -> Iterator[tuple[int, ...]]:
+    """One thread, and more than most machines have cores: then they come late to the phases."""
+    before = torch.get_num_threads()
+    yield (1, 2, *[8] * 20)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("weights", ["auto", "int8"])
+def test_any_number_of_threads_gives_the_same_numbers(
+    level: str, rng: np.random.Generator, weights: str, thread_counts: tuple[int, ...]
+) -> None:
+    ops = native_ops(torch.bfloat16, level)
+    for kind in ("decode", "mixed"):
+        case = random_case(rng, kind=kind, max_rows=150)  # type: ignore[arg-type]
+        plain, plan = make_model(ops, SPEC, case, torch.bfloat16)
+        native = ops.prepare_model(plain, weights)  # type: ignore[arg-type]
+        token_ids = torch.from_numpy(rng.integers(0, SPEC.vocab_size, case.num_rows))
+        results = []
+        for count in thread_counts:
+            torch.set_num_threads(count)
+            hidden = native.forward(token_ids, torch.from_numpy(case.positions), plan).clone()
+            results.append((hidden, *native.best_tokens(hidden)))
+        for result in results[1:]:
+            assert all(map(torch.equal, result, results[0]))
 
 
 def test_a_team_smaller_than_asked_for_does_all_the_work(
@@ -168,7 +226,17 @@ def test_a_team_smaller_than_asked_for_does_all_the_work(
         "import pytest, sys, torch; torch.set_num_threads(16); sys.exit(pytest.main(sys.argv[1:]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", __file__, "-k", "linears_of"],
+        [
+            sys.executable,
+            "-c",
+            code,
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            "-k",
+            "linears_of or one_call or best_token",
+        ],
         env={**child_environment, "OMP_THREAD_LIMIT": "2"},
         capture_output=True,
         text=True,

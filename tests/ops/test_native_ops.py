@@ -98,6 +98,47 @@ def test_any_packing_and_group_gives_the_same_attention(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows", [2, 20])
+def test_scores_that_rise_on_and_on_beside_a_broken_row(
+    ops: NativeOps, rng: np.random.Generator, rows: int, dtype: torch.dtype
+) -> None:
+    """By less than the softmax lets pass, by more, by more than a float's exponent; one row is
+    NaN. Two rows go to the vector units, twenty to AMX."""
+    scores = [0, 0, 4, 4, 12, 12, 300, 300, 310]
+    shared = len(scores)
+    case = make_case(
+        [[*range(shared), shared + i] for i in range(rows)],
+        [(64 * shared, 1)] * rows,
+        chunk_size=64,
+    )
+    keys, values = random_pool(rng, case, num_kv_heads=1, head_dim=64, dtype=dtype)
+    keys[:] = 0
+    for chunk, score in enumerate(scores):
+        keys[chunk, ..., 0] = score
+    kv = ops.allocate_kv(
+        num_layers=1,
+        num_chunks=case.num_chunks,
+        chunk_size=64,
+        num_kv_heads=1,
+        head_dim=64,
+        dtype=dtype,
+    )
+    fill_pool(ops, kv, 0, case, keys, values)
+    q = torch.zeros(rows, 3, 64, dtype=dtype)
+    q[:, :, 0] = torch.tensor([1.0, 0.125, -1.0])
+    expected = attention_oracle(case, q, keys, values, 1.0)
+    broken = rows // 2
+    q[broken] = torch.nan
+    packing = ops.packing(num_qo_heads=3, num_kv_heads=1, head_dim=64)
+    plan = ops.upload_plan(case.plan(packing), kv, num_qo_heads=3)
+    out = ops.tpp_attention(q, kv, 0, torch.from_numpy(case.positions), plan, 1.0)
+    out = out.double().numpy().reshape(expected.shape)
+    assert np.isnan(out[broken]).all()
+    error = np.abs(np.delete(out - expected, broken, axis=0))
+    assert error.max() <= TOLERANCE[dtype] * max(1, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("head_dim", DIMS)
 def test_rope_append_equals_the_reference(
     ops: NativeOps, rng: np.random.Generator, head_dim: int, dtype: torch.dtype

@@ -1,0 +1,15 @@
+"""What benchmark results say of the machine they were measured on."""
+
+from pathlib import Path
+
+
+def cpu_name() -> str:
+    """Model name and number of processors, as the kernel tells."""
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    flags = Path("/proc/cpuinfo").read_text()
+    extra = [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
+    return f"{len(names)} x {names[0]} ({', '.join(extra) or 'no AVX512-BF16'})"
