@@ -95,7 +95,10 @@ class Sampler:
         vocab_size = logits.shape[1]
         for row, mask in masks.items():
             added = np.take(_BIAS_OF_BYTE, mask.view(np.uint8), axis=0).ravel()[:vocab_size]
-            logits[row] += torch.from_numpy(added).to(logits.device)
+            if logits.is_cuda:
+                logits[row] += torch.from_numpy(added).to(logits.device)
+            else:  # torch would wake its other threads for each row
+                logits[row].numpy()[:] += added
         additions = _Entries(vocab_size)
         for row, sequence in enumerate(sequences):
             sampling = sequence.sampling
