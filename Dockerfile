@@ -29,7 +29,7 @@ COPY kernels kernels
 COPY configs configs
 RUN pip install .
 # All levels, not this machine's alone: the image may run anywhere. It has no compiler.
-RUN cd / && python -c "from chunkllama.ops.native_build import LEVELS, build; print(*map(build, LEVELS))"
+RUN cd / && python -c "from chunkllama.backends.cpu.build import LEVELS, build; print(*map(build, LEVELS))"
 
 FROM tools AS build-cuda
 ARG TORCH=""
@@ -42,7 +42,7 @@ COPY server server
 COPY kernels kernels
 COPY configs configs
 RUN pip install ".[${CUDA_EXTRA}]"
-RUN cd / && python -c "from chunkllama.ops.native_build import LEVELS, build; print(*map(build, LEVELS))"
+RUN cd / && python -c "from chunkllama.backends.cpu.build import LEVELS, build; print(*map(build, LEVELS))"
 
 FROM build-cpu AS model
 ARG WITH_DEMO_MODEL=1

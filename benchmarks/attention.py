@@ -31,8 +31,8 @@ from machine import cpu_name
 from torch.nn.functional import scaled_dot_product_attention
 
 from chunkllama.attention.plan import Planner
-from chunkllama.ops.op_set import KVCache, OpSet
-from chunkllama.ops.select import select_op_set
+from chunkllama.backends.base import Backend, KVCache
+from chunkllama.backends.select import select_backend
 from chunkllama.scheduler.tree_order import num_shared_chunks
 
 RESULTS = Path(__file__).parent / "results"
@@ -88,20 +88,20 @@ GRIDS = {
 class Bench:
     """One case: pools, plans and queries; ``run`` maps a variant's name to one call per layer."""
 
-    def __init__(self, op_set: OpSet, case: Case, dtype: torch.dtype, sdpa: bool) -> None:
+    def __init__(self, backend: Backend, case: Case, dtype: torch.dtype, sdpa: bool) -> None:
         shape = case.shape
-        self.op_set, self.case, self.dtype = op_set, case, dtype
+        self.backend, self.case, self.dtype = backend, case, dtype
         self.planner = Planner(
-            op_set.packing(
+            backend.packing(
                 num_qo_heads=shape.q_heads, num_kv_heads=shape.kv_heads, head_dim=shape.head_dim
             ),
             CHUNK,
         )
         length = case.shared + case.private
         size = (case.batch, shape.q_heads, shape.head_dim)
-        self.q = torch.randn(size).to(dtype).to(op_set.device)
+        self.q = torch.randn(size).to(dtype).to(backend.device)
         self.positions = torch.full((case.batch,), length - 1, dtype=torch.int32)
-        self.positions = self.positions.to(op_set.device)
+        self.positions = self.positions.to(backend.device)
         prefix = list(range(case.shared // CHUNK))
         own = -(-case.private // CHUNK)
         first = len(prefix)
@@ -129,11 +129,11 @@ class Bench:
             shared=shared,
             version=1,
         )
-        device_plan = self.op_set.upload_plan(plan, kv, num_qo_heads=shape.q_heads)
+        device_plan = self.backend.upload_plan(plan, kv, num_qo_heads=shape.q_heads)
         scale = shape.head_dim**-0.5
 
         def call(layer: int) -> Callable[[], object]:
-            return lambda: self.op_set.tpp_attention(
+            return lambda: self.backend.tpp_attention(
                 self.q, kv, layer, self.positions, device_plan, scale
             )
 
@@ -142,7 +142,7 @@ class Bench:
     def pool(self, num_chunks: int) -> KVCache:
         shape = self.case.shape
         layer_bytes = num_chunks * CHUNK * shape.token_bytes(self.dtype)
-        kv = self.op_set.allocate_kv(
+        kv = self.backend.allocate_kv(
             num_layers=self._layers(layer_bytes),
             num_chunks=num_chunks,
             chunk_size=CHUNK,
@@ -162,7 +162,7 @@ class Bench:
         shape, batch = self.case.shape, self.case.batch
         size = (batch, shape.kv_heads, length, shape.head_dim)
         layers = self._layers(batch * length * shape.token_bytes(self.dtype))
-        device = self.op_set.device
+        device = self.backend.device
         keys, values = (
             [torch.empty(size, dtype=self.dtype, device=device).normal_() for _ in range(layers)]
             for _ in range(2)
@@ -215,15 +215,15 @@ def paired(bench: Bench, rounds: int = 200) -> dict[str, float]:
 
     def on() -> None:
         shared = [0, *(num_shared_chunks(a, b) for a, b in pairwise(arrays))]
-        timed(bench.variant(paths, shared, kv), bench.op_set.device)
+        timed(bench.variant(paths, shared, kv), bench.backend.device)
 
     def off() -> None:
-        timed(bench.variant(paths, [0] * batch, kv), bench.op_set.device)
+        timed(bench.variant(paths, [0] * batch, kv), bench.backend.device)
 
     ratios = []
     for turn in range(rounds):
         order = (on, off) if turn % 2 else (off, on)
-        times = [timed([step], bench.op_set.device) for step in order]
+        times = [timed([step], bench.backend.device) for step in order]
         ratios.append(times[0] / times[1] if turn % 2 else times[1] / times[0])
     ratios.sort()
     # Order statistics: the upper end of a 95% interval of the median.
@@ -252,7 +252,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
 
     def bench(case: Case, *, sdpa: bool) -> Bench:
-        op_set = select_op_set(
+        backend = select_backend(
             options.device,
             dtype=dtype,
             head_dim=case.shape.head_dim,
@@ -260,7 +260,7 @@ def main() -> None:
             num_kv_heads=case.shape.kv_heads,
             backend=options.backend,
         )
-        return Bench(op_set, case, dtype, sdpa)
+        return Bench(backend, case, dtype, sdpa)
 
     rows = [
         report(bench(case, sdpa=not options.no_sdpa), options.rounds, bandwidth)
@@ -290,10 +290,10 @@ def report(bench: Bench, rounds: int, bandwidth: float) -> dict[str, object]:
     """Measure a case, print its row of the table, return it for the JSON file."""
     times: dict[str, list[float]] = {name: [] for name in bench.run}
     for calls in bench.run.values():
-        timed(calls[:2], bench.op_set.device)
+        timed(calls[:2], bench.backend.device)
     for _ in range(rounds):
         for name, calls in bench.run.items():
-            times[name].append(timed(calls, bench.op_set.device))
+            times[name].append(timed(calls, bench.backend.device))
     medians = {name: statistics.median(values) for name, values in times.items()}
     case, on = bench.case, medians["on"]
     rate = bench.predicted_bytes / on / 1e3

@@ -25,10 +25,10 @@ from pathlib import Path
 
 from machine import cpu_name
 
-from chunkllama.models.registry import resolve_model
+from chunkllama.models.loading.hub import resolve_model
 from chunkllama.text.tokenizer import load_tokenizer
-from server.bench import PromptMaker
-from server.bench_client import Endpoint, Outcome
+from chunkllama_server.bench.client import Endpoint, Outcome
+from chunkllama_server.bench.workload import PromptMaker
 
 RESULTS = Path(__file__).parent / "results"
 PAUSE_SECONDS = 2.0  # before a server's turn, for the one before it to come to rest

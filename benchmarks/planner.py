@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from chunkllama.attention.plan import Planner
-from chunkllama.ops.plan_format import AttentionPlan, Packing
+from chunkllama.attention.plan_format import AttentionPlan, Packing
 
 CHUNK_SIZE = 64
 RESULTS = Path(__file__).parent / "results"

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from chunkllama.backends.base import DevicePlan
 from chunkllama.engine.model_runner import build_attention, build_model
-from chunkllama.models.checkpoint import Checkpoint
+from chunkllama.models.config import read_spec
 from chunkllama.models.llama import RunnableModel
-from chunkllama.models.registry import resolve_model
-from chunkllama.models.spec import read_spec
-from chunkllama.models.weights import load_weights
-from chunkllama.ops.op_set import DevicePlan
+from chunkllama.models.loading.hub import resolve_model
+from chunkllama.models.loading.safetensors import Checkpoint
+from chunkllama.models.loading.weights import load_weights
 from chunkllama.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ class Candidate:
         self.model: RunnableModel = build_model(
             spec, loaded, attention, max_model_len=WINDOW, weights=weights
         )
-        self.plan: DevicePlan = attention.op_set.upload_plan(
+        self.plan: DevicePlan = attention.backend.upload_plan(
             attention.planner.build(
                 slots=[0],
                 first_positions=[0],

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from machine import cpu_name
 
-from chunkllama.attention.backend import AttentionBackend
 from chunkllama.attention.plan import Planner
+from chunkllama.backends.cpu.backend import CpuBackend
+from chunkllama.models.attention import Attention
+from chunkllama.models.config import ModelSpec
 from chunkllama.models.llama import Llama
+from chunkllama.models.loading.weights import random_llama
 from chunkllama.models.rotary import rotary_table
-from chunkllama.models.spec import ModelSpec
-from chunkllama.models.weights import random_llama
-from chunkllama.ops.native import NativeOps
 
 SMOLLM2 = ModelSpec(
     num_layers=30,
@@ -80,7 +80,7 @@ class Bench:
         self.spec = spec
         self.models = {}
         heads = {"num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim}
-        ops = NativeOps(dtype=torch.bfloat16, **heads)
+        ops = CpuBackend(dtype=torch.bfloat16, **heads)
         self.ops = ops
         self.packing = ops.packing(num_qo_heads=spec.num_qo_heads, **heads)
         self.kv = ops.allocate_kv(
@@ -94,7 +94,7 @@ class Bench:
         for layer in self.kv.layers:
             layer.copy_(noise)
         table = rotary_table(spec.rope, spec.head_dim, spec.max_position)
-        attention = AttentionBackend(
+        attention = Attention(
             ops, self.kv, Planner(self.packing, 64), spec.num_qo_heads, spec.head_dim**-0.5
         )
         for weights in ("bf16", "int8"):

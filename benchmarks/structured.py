@@ -21,7 +21,7 @@ from pathlib import Path
 from compare import version
 from machine import cpu_name
 
-from server.bench_client import Endpoint, Outcome
+from chunkllama_server.bench.client import Endpoint, Outcome
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -54,7 +54,7 @@ class ModelConfig(ConfigGroup):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where to compute. auto is a CUDA device if there is one."
     )
-    op_set: Literal["auto", "reference", "native", "cuda"] = Field(
+    backend: Literal["auto", "reference", "native", "cuda"] = Field(
         default="auto",
         description="Kernels: reference (torch), native (C++ for CPUs), cuda; auto is the fastest "
         "that works here.",
@@ -93,7 +93,7 @@ class CacheConfig(ConfigGroup):
     )
     chunk_size: ChunkSize = Field(
         default=64,
-        description="Tokens a chunk holds. Sizes other than 64 need the reference op set.",
+        description="Tokens a chunk holds. Sizes other than 64 need the reference backend.",
     )
     enable_prefix_caching: bool = Field(
         default=True,

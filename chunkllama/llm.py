@@ -14,11 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from chunkllama.config import EngineConfig, LogConfig
 from chunkllama.engine.build import build_engine
 from chunkllama.engine.client import as_exception, seed_source, with_seed
-from chunkllama.engine.messages import ChoiceDelta, EngineRequest, TokenDelta
 from chunkllama.errors import ConfigError, InvalidRequestError, OverloadedError
-from chunkllama.models.registry import resolve_model
-from chunkllama.models.spec import read_spec
-from chunkllama.outputs import CompletionOutput, RequestOutput
+from chunkllama.messages import (
+    ChoiceDelta,
+    CompletionOutput,
+    EngineRequest,
+    RequestOutput,
+    TokenDelta,
+)
+from chunkllama.models.config import read_spec
+from chunkllama.models.loading.hub import resolve_model
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.text.chat_template import load_chat_template
 from chunkllama.text.detokenizer import IncrementalDetokenizer, StopChecker

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from server.config import ENV_PREFIX, Settings
-from server.flags import choices, show_value
+from chunkllama_server.config.flags import choices, show_value
+from chunkllama_server.config.settings import ENV_PREFIX, Settings
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 HEAD = f"""# Configuration

@@ -16,7 +16,7 @@ trap 'rm -f "$log" "$log.status"' EXIT
 {
     echo "command: make nightly ARGS=\"$seed${*:+ $*}\""
     echo "date: $(date -u +%Y-%m-%d)"
-    echo "machine: $("$python" -c 'from chunkllama.machine import usable_threads; print(usable_threads())') threads," \
+    echo "machine: $("$python" -c 'from chunkllama.resources import usable_threads; print(usable_threads())') threads," \
         "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
     echo "versions: $("$python" -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)')"
     grep -E '^(seed:|[1-9][0-9.]*s (call|setup)|FAILED|ERROR|!+ |=+ .*(passed|failed|error))' "$log"

@@ -35,4 +35,4 @@ fi
 say "installing chunkllama and its tools"
 pip install -e ".[dev]"
 say "compiling the CPU kernels"
-"$VENV/bin/python" -m chunkllama.ops.native
+"$VENV/bin/python" -m chunkllama.backends.cpu.backend

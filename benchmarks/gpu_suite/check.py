@@ -21,10 +21,11 @@ from gpu_suite.points import Point, Record
 from gpu_suite.workload import Step, Workload
 
 from chunkllama.attention.plan import Planner
-from chunkllama.ops.cuda import CudaOps
-from chunkllama.ops.reference import ReferenceOps
-from chunkllama.ops.source import DTYPES as DTYPE_NAMES
-from chunkllama.ops.source import HEAD_DIMS, PARAMS, conformance_kernel, data_folder
+from chunkllama.backends.cuda.backend import CudaBackend
+from chunkllama.backends.cuda.source import DTYPES as DTYPE_NAMES
+from chunkllama.backends.cuda.source import HEAD_DIMS, PARAMS, conformance_kernel
+from chunkllama.backends.reference.backend import ReferenceBackend
+from chunkllama.resources import data_folder
 
 TOLERANCE = {"bf16": 2e-3, "fp16": 5e-4}
 _ROUNDING = {"bf16": 2**-7, "fp16": 2**-10}
@@ -170,7 +171,7 @@ def _small_ops(device: Device, dtype: str) -> Point:
         torch.manual_seed(0)
         for head_dim in HEAD_DIMS:
             _check_append_and_copies(device, head_dim, dtype)
-        ops, reference = device.ops(64, 2, dtype), ReferenceOps(device.torch_device)
+        ops, reference = device.ops(64, 2, dtype), ReferenceBackend(device.torch_device)
         for size in (8, 576, 4096, 11008):
             place = {"dtype": DTYPES[dtype], "device": device.torch_device}
             x, residual = torch.empty(2, 17, size, **place).normal_()
@@ -193,7 +194,7 @@ def _check_append_and_copies(device: Device, head_dim: int, dtype: str) -> None:
     if device.dry:  # the reference needs data
         step.upload()
         return
-    ops, reference = step.ops, ReferenceOps(device.torch_device)
+    ops, reference = step.ops, ReferenceBackend(device.torch_device)
     expected = replace(step.kv, layers=[layer.clone() for layer in step.kv.layers])
     got = step.append(step.upload(), 1)
     want = reference.rope_append(
@@ -249,7 +250,7 @@ def _replay(device: Device) -> Point:
     return Point("captured launches follow the plan", run)
 
 
-def _plan_of_capacity(workload: Workload, ops: CudaOps, capacity):  # type: ignore[no-untyped-def]
+def _plan_of_capacity(workload: Workload, ops: CudaBackend, capacity):  # type: ignore[no-untyped-def]
     packing = ops.packing(num_qo_heads=8, num_kv_heads=2, head_dim=128)
     count = workload.rows
     return Planner(packing, 64).build(
@@ -265,7 +266,7 @@ def _plan_of_capacity(workload: Workload, ops: CudaOps, capacity):  # type: igno
 
 def _model(device: Device, head_dim: int, dtype: str) -> Point:
     def run() -> Record:
-        spec, cpu = random_spec(head_dim), ReferenceOps(torch.device("cpu"))
+        spec, cpu = random_spec(head_dim), ReferenceBackend(torch.device("cpu"))
         if device.dry:
             return compare_with_reference(cpu, cpu, spec, torch.bfloat16, decode_steps=2)
         ops = device.ops(head_dim, spec.num_kv_heads, dtype)

@@ -10,9 +10,15 @@ from typing import Any
 
 import torch
 
-from chunkllama.ops.cuda import CudaOps
-from chunkllama.ops.launch import CupyLauncher, Grid, Launcher
-from chunkllama.ops.source import PARAMS, HardwareTable, KernelSpec, cuda_source, table_for
+from chunkllama.backends.cuda.backend import CudaBackend
+from chunkllama.backends.cuda.launch import CupyLauncher, Grid, Launcher
+from chunkllama.backends.cuda.source import (
+    PARAMS,
+    HardwareTable,
+    KernelSpec,
+    cuda_source,
+    table_for,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,9 +55,9 @@ class Device:
         device = torch.device("cuda", torch.cuda.current_device())
         return cls(False, device, CupyLauncher(device))
 
-    def ops(self, head_dim: int, num_kv_heads: int, dtype: str = "bf16") -> CudaOps:
+    def ops(self, head_dim: int, num_kv_heads: int, dtype: str = "bf16") -> CudaBackend:
         launcher: Launcher = self.launcher
-        return CudaOps(
+        return CudaBackend(
             self.torch_device,
             dtype=DTYPES[dtype],
             head_dim=head_dim,

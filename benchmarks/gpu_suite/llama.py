@@ -1,4 +1,4 @@
-"""A seeded random Llama, forced along one sequence of tokens on two op sets, logits compared."""
+"""A seeded random Llama, forced along one sequence of tokens on two backends, logits compared."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from chunkllama.attention.backend import AttentionBackend
 from chunkllama.attention.plan import Planner
+from chunkllama.backends.base import Backend
+from chunkllama.models.attention import Attention
+from chunkllama.models.config import ModelSpec
 from chunkllama.models.layers import LayerWeights, Linear, LlamaWeights
 from chunkllama.models.llama import Llama
 from chunkllama.models.rotary import rotary_table
-from chunkllama.models.spec import ModelSpec
-from chunkllama.ops.op_set import OpSet
 
 CHUNK = 64
 # Largest difference of a logit (their standard deviation is LOGIT_SCALE) between a bfloat16 or
@@ -105,10 +105,10 @@ def moved(weights: LlamaWeights, device: torch.device, dtype: torch.dtype) -> Ll
 
 
 class ForcedLlama:
-    """The model on one op set; ``step`` returns the logits of each slice's last row."""
+    """The model on one backend; ``step`` returns the logits of each slice's last row."""
 
     def __init__(
-        self, ops: OpSet, spec: ModelSpec, weights: LlamaWeights, dtype: torch.dtype
+        self, ops: Backend, spec: ModelSpec, weights: LlamaWeights, dtype: torch.dtype
     ) -> None:
         packing = ops.packing(
             num_qo_heads=spec.num_qo_heads,
@@ -127,7 +127,7 @@ class ForcedLlama:
             layer.fill_(float("nan"))
         planner = Planner(packing, CHUNK)
         self.device = ops.device
-        self.backend = AttentionBackend(ops, kv, planner, spec.num_qo_heads, spec.head_dim**-0.5)
+        self.backend = Attention(ops, kv, planner, spec.num_qo_heads, spec.head_dim**-0.5)
         table = rotary_table(spec.rope, spec.head_dim, spec.max_position).to(ops.device)
         self.model = Llama(spec, moved(weights, ops.device, dtype), self.backend, table)
 
@@ -174,7 +174,11 @@ def conversation_steps(
 
 
 def compare_with_reference(
-    ops: OpSet, reference_ops: OpSet, spec: ModelSpec, dtype: torch.dtype, decode_steps: int = 40
+    ops: Backend,
+    reference_ops: Backend,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    decode_steps: int = 40,
 ) -> dict[str, float]:
     """Force the reference's greedy tokens through ``ops``; raise AssertionError where the logits
     leave the tolerance, or the top token differs though its lead is above twice the tolerance.

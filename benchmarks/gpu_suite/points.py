@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 import chunkllama
-from chunkllama.ops.source import data_folder
+from chunkllama.resources import data_folder
 
 POINT_SECONDS = 40
 Record = dict[str, Any]

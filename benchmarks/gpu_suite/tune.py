@@ -16,7 +16,8 @@ from gpu_suite.device import Device
 from gpu_suite.points import Point, Record
 from gpu_suite.workload import Step, Workload
 
-from chunkllama.ops.source import HEAD_DIMS, HardwareTable, TileShape, data_folder
+from chunkllama.backends.cuda.source import HEAD_DIMS, HardwareTable, TileShape
+from chunkllama.resources import data_folder
 
 ROWS = (16, 32, 64)
 WAVES, RUN_CHUNKS = (1, 2), (2, 4, 8)
@@ -125,7 +126,7 @@ def write_table(table: HardwareTable, records: list[Record], device: Record) -> 
     head = {
         "notes": f"Tuned on {device['name']} (CUDA {device.get('cuda')}), "
         f"{len(results)} of {len(HEAD_DIMS) * len(ROWS) + 1} points measured; "
-        "rewritten by `python benchmarks/gpu.py tune`. Fields: chunkllama/ops/source.py.",
+        "rewritten by `python benchmarks/gpu.py tune`. Fields: chunkllama/backends/cuda/source.py.",
         "arch": table.arch,
         "shared_bytes_per_block": table.shared_bytes_per_block,
         "shared_bytes_per_sm": table.shared_bytes_per_sm,

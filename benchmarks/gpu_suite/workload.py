@@ -10,9 +10,9 @@ import torch
 from gpu_suite.device import DTYPES, Device
 
 from chunkllama.attention.plan import Planner
-from chunkllama.ops.cuda import CudaOps
-from chunkllama.ops.op_set import DevicePlan, KVCache
-from chunkllama.ops.plan_format import AttentionPlan
+from chunkllama.attention.plan_format import AttentionPlan
+from chunkllama.backends.base import DevicePlan, KVCache
+from chunkllama.backends.cuda.backend import CudaBackend
 
 CHUNK = 64
 
@@ -82,7 +82,7 @@ class Workload:
         prefix, rest = np.split(names, [self.shared_chunks])
         return [np.concatenate((prefix, own)) for own in np.array_split(rest, self.rows)]
 
-    def plan(self, ops: CudaOps, *, sharing: bool = True) -> AttentionPlan:
+    def plan(self, ops: CudaBackend, *, sharing: bool = True) -> AttentionPlan:
         """The step's plan; without sharing every row reads its whole context by itself."""
         packing = ops.packing(
             num_qo_heads=self.num_qo_heads,
@@ -109,7 +109,7 @@ class Step:
     layers: int
 
     @cached_property
-    def ops(self) -> CudaOps:
+    def ops(self) -> CudaBackend:
         w = self.workload
         return self.device.ops(w.head_dim, w.num_kv_heads, w.dtype)
 

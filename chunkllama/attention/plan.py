@@ -24,7 +24,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkllama.ops.plan_format import (
+from chunkllama.attention.plan_format import (
     HEADER_NUM_CLASS0_ITEMS,
     HEADER_NUM_ITEMS,
     HEADER_NUM_ROWS,

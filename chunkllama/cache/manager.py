@@ -23,7 +23,7 @@ from chunkllama.cache.node import PUBLIC, Node, encode_tokens
 from chunkllama.cache.pins import Pins
 from chunkllama.cache.prefix_tree import Match, PrefixTree
 from chunkllama.cache.sequence_chunks import SequenceChunks
-from chunkllama.outputs import TreeNodeInfo
+from chunkllama.messages import TreeNodeInfo
 
 Int32Array = NDArray[np.int32]
 
@@ -34,13 +34,13 @@ class Admission:
 
     Attributes:
         match: what it shares and copies.
-        takes_over: its copy source becomes its own chunk instead of being copied.
+        reuses_leaf: its copy source becomes its own chunk instead of being copied.
         num_new: chunks to allocate.
         available: chunks that are free or can be evicted for it (its own path cannot).
     """
 
     match: Match
-    takes_over: bool
+    reuses_leaf: bool
     num_new: int
     available: int
 
@@ -156,7 +156,7 @@ class CacheManager:
         if source is not None:
             self.tree.hold(source)  # allocating may evict
         fresh = self._allocate(admission.num_new)
-        if source is not None and admission.takes_over:
+        if source is not None and admission.reuses_leaf:
             self.tree.unhold(source)
             fresh.insert(0, self.tree.detach(source))
         elif source is not None:
@@ -183,7 +183,7 @@ class CacheManager:
             self.tree.acquire(node)
             chunks.path.append(node)
             if depth == first and match.source is not None:
-                if admission.takes_over:
+                if admission.reuses_leaf:
                     node.filled = node.scheduled = min(match.num_copied, node.num_tokens)
                 else:
                     node.copied_from = (match.source, match.num_copied)

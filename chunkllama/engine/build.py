@@ -10,13 +10,13 @@ import torch
 from chunkllama.cache.manager import CacheManager
 from chunkllama.config import EngineConfig
 from chunkllama.engine.core import EngineCore
-from chunkllama.engine.messages import EngineReady
 from chunkllama.engine.model_runner import load_executor
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
-from chunkllama.machine import default_kv_cache_memory, memory_left, usable_threads
-from chunkllama.models.registry import resolve_model
-from chunkllama.models.spec import ModelSpec, kv_bytes_per_chunk, read_spec, resolve_dtype
+from chunkllama.messages import EngineReady
+from chunkllama.models.config import ModelSpec, kv_bytes_per_chunk, read_spec, resolve_dtype
+from chunkllama.models.loading.hub import resolve_model
+from chunkllama.resources import default_kv_cache_memory, memory_left, usable_threads
 from chunkllama.scheduler.scheduler import Scheduler, SchedulerLimits
 
 logger = init_logger(__name__)
@@ -47,7 +47,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         num_chunks=num_chunks,
         chunk_size=chunk_size,
         max_model_len=max_model_len,
-        op_set=config.model.op_set,
+        backend=config.model.backend,
         weights=config.model.weights,
     )
     limits = SchedulerLimits(
@@ -72,7 +72,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         chunk_size=chunk_size,
         max_request_tokens=min(max_model_len, num_chunks * chunk_size),
         device=device,
-        op_set=executor.op_set.name,
+        backend=executor.backend.name,
     )
     logger.info(
         "engine ready in %.1f s: %s, %s on %s (%s ops), %d chunks of %d tokens (%d MiB)",
@@ -80,7 +80,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         config.model.model,
         dtype,
         device,
-        info.op_set,
+        info.backend,
         num_chunks,
         chunk_size,
         num_chunks * kv_bytes_per_chunk(spec, chunk_size, dtype) >> 20,

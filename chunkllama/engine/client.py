@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from chunkllama.engine.messages import (
+from chunkllama.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestFailedError,
+)
+from chunkllama.logger import init_logger
+from chunkllama.messages import (
     AbortRequest,
     ChoiceDelta,
     EngineErrorInfo,
@@ -31,13 +38,6 @@ from chunkllama.engine.messages import (
     ToEngine,
     TokenDelta,
 )
-from chunkllama.errors import (
-    EngineDeadError,
-    InvalidRequestError,
-    OverloadedError,
-    RequestFailedError,
-)
-from chunkllama.logger import init_logger
 
 if TYPE_CHECKING:
     from chunkllama.engine.core import EngineCore

@@ -11,21 +11,23 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Protocol
 
 from chunkllama.engine.executor import Executor
-from chunkllama.engine.messages import (
+from chunkllama.errors import InvalidRequestError, OverloadedError
+from chunkllama.logger import init_logger
+from chunkllama.messages import (
+    BATCH_SIZE_BOUNDS,
+    STEP_SECONDS_BOUNDS,
     AbortRequest,
     EngineErrorInfo,
     EngineReady,
     EngineRequest,
     EngineStats,
     FromEngine,
+    Histogram,
     Shutdown,
     StatsRequest,
     ToEngine,
     TokenDelta,
 )
-from chunkllama.errors import InvalidRequestError, OverloadedError
-from chunkllama.logger import init_logger
-from chunkllama.outputs import BATCH_SIZE_BOUNDS, STEP_SECONDS_BOUNDS, Histogram
 from chunkllama.scheduler.scheduler import Scheduler
 
 logger = init_logger(__name__)

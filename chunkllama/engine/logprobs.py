@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from chunkllama.outputs import TokenLogprob
+from chunkllama.messages import TokenLogprob
 
 
 def token_logprobs(

@@ -10,21 +10,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from chunkllama.attention.backend import AttentionBackend
 from chunkllama.attention.plan import Planner
+from chunkllama.backends.base import Backend
+from chunkllama.backends.select import BackendName, select_backend
 from chunkllama.engine.logprobs import token_logprobs
 from chunkllama.engine.sampler import Sampled, Sampler, takes_best
 from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.logger import init_logger
-from chunkllama.models.checkpoint import Checkpoint
+from chunkllama.models.attention import Attention
+from chunkllama.models.config import ModelSpec, read_spec
 from chunkllama.models.layers import LlamaWeights
 from chunkllama.models.llama import Llama, RunnableModel
+from chunkllama.models.loading.safetensors import Checkpoint
+from chunkllama.models.loading.weights import load_weights
 from chunkllama.models.rotary import rotary_table
-from chunkllama.models.spec import ModelSpec, read_spec
-from chunkllama.models.weights import load_weights
-from chunkllama.ops.op_set import OpSet
-from chunkllama.ops.select import Backend, select_op_set
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.output import NewSequence, SampledTokens, ScheduledSlice, SchedulerOutput
 
@@ -42,7 +42,7 @@ class ModelRunner:
     Args:
         spec: of the model.
         model: built on ``attention``.
-        attention: the op set, the chunk pool and the planner.
+        attention: the backend, the chunk pool and the planner.
         model_path: where the tokenizer for grammars lies; None: no grammars.
     """
 
@@ -50,11 +50,11 @@ class ModelRunner:
         self,
         spec: ModelSpec,
         model: RunnableModel,
-        attention: AttentionBackend,
+        attention: Attention,
         model_path: Path | None = None,
     ) -> None:
         self.spec = spec
-        self.op_set: OpSet = attention.op_set
+        self.backend: Backend = attention.backend
         self.spare_chunks: int = attention.planner.packing.spare_chunks
         self._model = model
         self._attention = attention
@@ -88,7 +88,7 @@ class ModelRunner:
             self._sequences[new.slot] = self._new_state(new)
         masks = self._start_masks(output.slices)
         if output.copies:
-            self.op_set.copy_chunks(self._attention.kv, output.copies)
+            self.backend.copy_chunks(self._attention.kv, output.copies)
         hidden = self._forward(output)
         sampled = SampledTokens(token_ids={})
         begin = 0
@@ -123,7 +123,7 @@ class ModelRunner:
                 for piece in slices
             ]
         )
-        device = self.op_set.device
+        device = self.backend.device
         return self._model.forward(
             torch.from_numpy(token_ids.astype(np.int64)).to(device),
             torch.from_numpy(positions).to(device),
@@ -268,7 +268,7 @@ def load_executor(
     num_chunks: int,
     chunk_size: int,
     max_model_len: int,
-    op_set: Backend = "auto",
+    backend: BackendName = "auto",
     weights: str = "auto",
 ) -> ModelRunner:
     """A model folder's executor, its pool allocated.
@@ -276,8 +276,8 @@ def load_executor(
     Args:
         dtype: as ``resolve_dtype`` returns it.
         max_model_len: positions the rotary table covers.
-        op_set: "auto" or the name of one.
-        weights: storage of the linear layers, "auto" or what the op set's ``prepare_model`` offers.
+        backend: "auto" or the name of one.
+        weights: storage of the linear layers, "auto" or what the backend offers.
 
     Raises:
         ConfigError: the folder or a setting is unusable; checked before any weight is read.
@@ -290,9 +290,9 @@ def load_executor(
         dtype=getattr(torch, dtype),
         num_chunks=num_chunks,
         chunk_size=chunk_size,
-        op_set=op_set,
+        backend=backend,
     )
-    loaded = load_weights(checkpoint, spec, getattr(torch, dtype), attention.op_set.device)
+    loaded = load_weights(checkpoint, spec, getattr(torch, dtype), attention.backend.device)
     model = build_model(spec, loaded, attention, max_model_len=max_model_len, weights=weights)
     return ModelRunner(spec, model, attention, model_path)
 
@@ -304,16 +304,16 @@ def build_attention(
     dtype: torch.dtype,
     num_chunks: int,
     chunk_size: int,
-    op_set: Backend = "auto",
-) -> AttentionBackend:
-    """The op set for the device, its chunk pool and planner."""
-    ops = select_op_set(
+    backend: BackendName = "auto",
+) -> Attention:
+    """The backend for the device, its chunk pool and planner."""
+    ops = select_backend(
         device,
         dtype=dtype,
         head_dim=spec.head_dim,
         chunk_size=chunk_size,
         num_kv_heads=spec.num_kv_heads,
-        backend=op_set,
+        backend=backend,
     )
     kv = ops.allocate_kv(
         num_layers=spec.num_layers,
@@ -326,32 +326,30 @@ def build_attention(
     packing = ops.packing(
         num_qo_heads=spec.num_qo_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim
     )
-    return AttentionBackend(
-        ops, kv, Planner(packing, chunk_size), spec.num_qo_heads, spec.head_dim**-0.5
-    )
+    return Attention(ops, kv, Planner(packing, chunk_size), spec.num_qo_heads, spec.head_dim**-0.5)
 
 
 def build_model(
     spec: ModelSpec,
     loaded: LlamaWeights,
-    attention: AttentionBackend,
+    attention: Attention,
     *,
     max_model_len: int,
     weights: str = "auto",
 ) -> RunnableModel:
-    """The Llama in torch, or what the op set makes of it.
+    """The Llama in torch, or what the backend makes of it.
 
     Raises:
-        ConfigError: a weight storage that the op set does not offer.
+        ConfigError: a weight storage that the backend does not offer.
     """
-    table = rotary_table(spec.rope, spec.head_dim, max_model_len).to(attention.op_set.device)
+    table = rotary_table(spec.rope, spec.head_dim, max_model_len).to(attention.backend.device)
     model = Llama(spec, loaded, attention, table)
-    prepare = getattr(attention.op_set, "prepare_model", None)
+    prepare = getattr(attention.backend, "prepare_model", None)
     if prepare is not None:
         prepared: RunnableModel = prepare(model, weights=weights)
         return prepared
     if weights == "auto" or (weights == "bf16" and loaded.embedding.dtype == torch.bfloat16):
         return model
     raise ConfigError(
-        f"weights: {weights} is not available with the {attention.op_set.name} op set; use auto"
+        f"weights: {weights} is not available with the {attention.backend.name} backend; use auto"
     )

@@ -22,9 +22,9 @@ import msgspec
 
 from chunkllama.config import EngineConfig
 from chunkllama.engine.client import MessageClient, seed_source
-from chunkllama.engine.messages import FromEngine, Shutdown, StartFailed, ToEngine
 from chunkllama.errors import ChunkLlamaError, ConfigError, EngineDeadError
 from chunkllama.logger import configure_logging, init_logger
+from chunkllama.messages import FromEngine, Shutdown, StartFailed, ToEngine
 
 logger = init_logger(__name__)
 

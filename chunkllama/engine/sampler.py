@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from chunkllama.engine.logprobs import token_logprobs, top_tokens
 from chunkllama.engine.philox import uniforms
 from chunkllama.engine.sequence_state import SequenceState
-from chunkllama.outputs import TokenLogprob
+from chunkllama.messages import TokenLogprob
 from chunkllama.sampling_params import SamplingParams
 
 _MIN_TEMPERATURE = 1e-5  # below it the scaled logits overflow; the draw is the best token anyway

@@ -7,10 +7,10 @@ from typing import Protocol
 import torch
 from torch.nn.functional import embedding, linear
 
-from chunkllama.attention.backend import AttentionBackend
+from chunkllama.backends.base import DevicePlan
+from chunkllama.models.attention import Attention
+from chunkllama.models.config import ModelSpec
 from chunkllama.models.layers import LlamaWeights
-from chunkllama.models.spec import ModelSpec
-from chunkllama.ops.op_set import DevicePlan
 
 _HEAD_ROWS = 4096
 
@@ -18,7 +18,7 @@ _HEAD_ROWS = 4096
 class RunnableModel(Protocol):
     """What a model runner needs of a model.
 
-    An op set may offer ``prepare_model(model, weights=...) -> RunnableModel``: the same model with
+    An backend may offer ``prepare_model(model, weights=...) -> RunnableModel``: the same model with
     its weights packed and its layers fused as the device likes them.
     """
 
@@ -42,8 +42,8 @@ class Llama:
 
     Args:
         spec: its numbers.
-        weights: on the device of ``attention.op_set``, in the dtype to compute in.
-        attention: plans, the chunk pool and the op set.
+        weights: on the device of ``attention.backend``, in the dtype to compute in.
+        attention: plans, the chunk pool and the backend.
         cos_sin: [max_position, D] float32, see ``rotary_table``.
     """
 
@@ -51,7 +51,7 @@ class Llama:
         self,
         spec: ModelSpec,
         weights: LlamaWeights,
-        attention: AttentionBackend,
+        attention: Attention,
         cos_sin: torch.Tensor,
     ) -> None:
         self.spec = spec
@@ -62,7 +62,7 @@ class Llama:
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, plan: DevicePlan
     ) -> torch.Tensor:
-        ops, eps = self.attention.op_set, self.spec.rms_norm_eps
+        ops, eps = self.attention.backend, self.spec.rms_norm_eps
         x = embedding(token_ids, self.weights.embedding)
         residual: torch.Tensor | None = None
         for index, layer in enumerate(self.weights.layers):

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from chunkllama.models.spec import RopeSpec
+from chunkllama.models.config import RopeSpec
 
 
 def rotary_table(rope: RopeSpec, head_dim: int, num_positions: int) -> torch.Tensor:

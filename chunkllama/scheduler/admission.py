@@ -18,7 +18,7 @@ from typing import Final
 
 from chunkllama.cache.manager import CacheManager, Match, SequenceChunks
 from chunkllama.errors import InvalidRequestError
-from chunkllama.outputs import EngineRequest
+from chunkllama.messages import EngineRequest
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.request import Sequence
 

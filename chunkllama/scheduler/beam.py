@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from chunkllama.outputs import FinishReason
+from chunkllama.messages import FinishReason
 from chunkllama.sampling_params import SamplingParams
 
 

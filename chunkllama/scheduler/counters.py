@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from chunkllama.cache.chunk_pool import ChunkState
 from chunkllama.cache.manager import CacheManager
-from chunkllama.outputs import EngineStats
+from chunkllama.messages import EngineStats
 
 
 @dataclass(slots=True)

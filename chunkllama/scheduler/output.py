@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkllama.outputs import TokenLogprob
+from chunkllama.messages import TokenLogprob
 from chunkllama.sampling_params import SamplingParams
 
 Int32Array = NDArray[np.int32]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from chunkllama.cache.manager import Match, SequenceChunks
 from chunkllama.cache.node import Node
-from chunkllama.outputs import EngineRequest, FinishReason, TokenLogprob
+from chunkllama.messages import EngineRequest, FinishReason, TokenLogprob
 from chunkllama.scheduler.beam import BeamSearch
 
 Int32Array = NDArray[np.int32]

@@ -12,16 +12,16 @@ from collections.abc import Callable
 
 from chunkllama.cache.manager import CacheManager, Match, SequenceChunks
 from chunkllama.errors import InvalidRequestError, OverloadedError
-from chunkllama.outputs import EngineRequest, EngineStats, TokenDelta, TreeNodeInfo
+from chunkllama.messages import EngineRequest, EngineStats, TokenDelta, TreeNodeInfo
 from chunkllama.scheduler.admission import AdmissionControl
 from chunkllama.scheduler.beam import BeamSearch
-from chunkllama.scheduler.commit import StepCommitter
 from chunkllama.scheduler.counters import Counters, read_stats
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
-from chunkllama.scheduler.policy import WaitingQueue
+from chunkllama.scheduler.queue import WaitingQueue
 from chunkllama.scheduler.request import Sequence, SequenceGroup
 from chunkllama.scheduler.running import RunningSequences
+from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
@@ -53,7 +53,7 @@ class Scheduler:
         self._aborts: list[tuple[str, int | None]] = []
         self._plan_key: tuple[int, int] = (0, 0)
         self._plan_version = 0
-        self._committer = StepCommitter(
+        self._committer = SequenceLifecycle(
             limits,
             cache,
             self._groups,
@@ -177,7 +177,7 @@ class Scheduler:
         self._grow_tails()
         budget = self._schedule_running(self._limits.max_num_batched_tokens)
         self._admit(budget)
-        while not self._scheduled and self._resolve_standstill():
+        while not self._scheduled and self._break_deadlock():
             self._admit(self._limits.max_num_batched_tokens)
         if not self._scheduled:
             return None
@@ -335,7 +335,7 @@ class Scheduler:
         sequence.live_node = node
         return (node.depth + 1) * self._cache.chunk_size
 
-    def _resolve_standstill(self) -> bool:
+    def _break_deadlock(self) -> bool:
         """Beams that wait for one another across requests: the newest gives way."""
         victim = self._newest_but_oldest() if len(self._running) else None
         if victim is None:

@@ -14,7 +14,7 @@ _BPE, _CONTROL, _USER_DEFINED = (
     2,
     3,
     4,
-)  # sentencepiece_model.proto: TrainerSpec.ModelType, Piece.Type
+)  # sentencepiece_model.proto: TrainerSpec.ModelType, OutputDelta.Type
 
 
 def load_sentencepiece(

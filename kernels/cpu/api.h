@@ -1,4 +1,4 @@
-// The C ABI that chunkllama/ops/native.py mirrors with ctypes: raw pointers and sizes, no ownership.
+// The C ABI that chunkllama/backends/cpu/backend.py mirrors with ctypes: raw pointers and sizes, no ownership.
 #pragma once
 #include <cstdint>
 
@@ -8,7 +8,7 @@ enum Type : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
 
 constexpr int CHUNK = 64;  // tokens per chunk
 
-// Columns of an item and its flag, as chunkllama/ops/plan_format.py defines them.
+// Columns of an item and its flag, as chunkllama/attention/plan_format.py defines them.
 enum ItemColumn { ROW_BEGIN, NUM_ROWS, CHUNK_OFFSET, NUM_TOKENS, FIRST_POSITION, PARTIAL_BASE, FLAGS, TILE_CLASS, ITEM_COLUMNS };
 constexpr int32_t ITEM_MASK = 1;
 

@@ -11,7 +11,7 @@ struct CopyChunksParams {
   int head_dim;
   int reserved;
 };
-static_assert(sizeof(CopyChunksParams) == 32, "chunkllama/ops/source.py, PARAMS");
+static_assert(sizeof(CopyChunksParams) == 32, "chunkllama/backends/cuda/source.py, PARAMS");
 
 template <int ELEMENT_BYTES>
 KERNEL(128, 1)

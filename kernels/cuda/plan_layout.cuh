@@ -1,4 +1,4 @@
-// The attention plan as the kernels read it; the authority is chunkllama/ops/plan_format.py.
+// The attention plan as the kernels read it; the authority is chunkllama/attention/plan_format.py.
 #pragma once
 #include "device.cuh"
 

@@ -14,7 +14,7 @@ struct RmsNormParams {
   int hidden_size;
   float epsilon;
 };
-static_assert(sizeof(RmsNormParams) == 48, "chunkllama/ops/source.py, PARAMS");
+static_assert(sizeof(RmsNormParams) == 48, "chunkllama/backends/cuda/source.py, PARAMS");
 
 constexpr int RMS_NORM_THREADS = 256;
 

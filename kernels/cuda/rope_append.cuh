@@ -19,7 +19,7 @@ struct RopeAppendParams {
   int num_qo_heads;
   int num_kv_heads;
 };
-static_assert(sizeof(RopeAppendParams) == 80, "chunkllama/ops/source.py, PARAMS");
+static_assert(sizeof(RopeAppendParams) == 80, "chunkllama/backends/cuda/source.py, PARAMS");
 
 template <typename T, int HEAD_DIM>
 KERNEL(256, 1)

@@ -8,7 +8,7 @@ struct SiluAndMulParams {
   int intermediate_size;  // I
   int reserved;
 };
-static_assert(sizeof(SiluAndMulParams) == 24, "chunkllama/ops/source.py, PARAMS");
+static_assert(sizeof(SiluAndMulParams) == 24, "chunkllama/backends/cuda/source.py, PARAMS");
 
 template <typename T>
 KERNEL(256, 1)

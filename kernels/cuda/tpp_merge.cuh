@@ -18,7 +18,7 @@ struct TppMergeParams {
   int num_qo_heads;
   int reserved;
 };
-static_assert(sizeof(TppMergeParams) == 64, "chunkllama/ops/source.py, PARAMS");
+static_assert(sizeof(TppMergeParams) == 64, "chunkllama/backends/cuda/source.py, PARAMS");
 
 template <typename T, int HEAD_DIM>
 KERNEL(128, 1)

@@ -30,7 +30,7 @@ struct TppPartialParams {
   const int* row_flags;
   i64 chunk_stride;
 };
-static_assert(sizeof(TppPartialParams) == 112, "chunkllama/ops/source.py, PARAMS");
+static_assert(sizeof(TppPartialParams) == 112, "chunkllama/backends/cuda/source.py, PARAMS");
 
 // ROW_TILES m16 tiles per warp; ROW_WARPS warps side by side along rows, KEY_WARPS along the keys of a stage;
 // STAGES stages of STAGE_TOKENS keys and values in shared memory.

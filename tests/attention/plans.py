@@ -4,12 +4,13 @@
 
     from attention_plans import attention_oracle, fill_pool, random_case, random_pool
 
-    case = random_case(rng, kind="slices", chunk_size=64)          # a tree and the slices of one
-    step keys, values = random_pool(rng, case, num_kv_heads=3, head_dim=64) kv =
-    op_set.allocate_kv(num_chunks=case.num_chunks, ...) fill_pool(op_set, kv, 0, case, keys, values)
-    # NaN wherever no token stands plan = op_set.upload_plan(case.plan(packing), kv, num_qo_heads=9)
-    out = op_set.tpp_attention(q, kv, 0, torch.from_numpy(case.positions), plan, scale) expected =
-    attention_oracle(case, q, keys, values, scale)      # [R, Hq, D] float64
+    case = random_case(rng, kind="slices", chunk_size=64)  # a tree and the slices of one step
+    keys, values = random_pool(rng, case, num_kv_heads=3, head_dim=64)
+    kv = backend.allocate_kv(num_chunks=case.num_chunks, ...)
+    fill_pool(backend, kv, 0, case, keys, values)  # NaN where there is no token
+    plan = backend.upload_plan(case.plan(packing), kv, num_qo_heads=9)
+    out = backend.tpp_attention(q, kv, 0, torch.from_numpy(case.positions), plan, scale)
+    expected = attention_oracle(case, q, keys, values, scale)  # [R, Hq, D] float64
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 from chunkllama.attention.plan import Planner
-from chunkllama.ops.plan_format import AttentionPlan, Packing, PlanCapacity
+from chunkllama.attention.plan_format import AttentionPlan, Packing, PlanCapacity
 
 Kind = Literal["decode", "slices", "mixed"]
 
@@ -180,19 +181,19 @@ def random_pool(
 
 
 def fill_pool(
-    op_set: Any, kv: Any, layer: int, case: Case, keys: np.ndarray, values: np.ndarray
+    backend: Any, kv: Any, layer: int, case: Case, keys: np.ndarray, values: np.ndarray
 ) -> None:
     """Write K and V through ``rope_append`` (so any layout will do): NaN everywhere, then the
     case's tokens.
     """
     everything = np.full(case.num_chunks, case.chunk_size)
     nan = np.full_like(keys, np.nan)
-    _append(op_set, kv, layer, case.chunk_size, everything, nan, nan)
-    _append(op_set, kv, layer, case.chunk_size, case.filled(), keys, values)
+    _append(backend, kv, layer, case.chunk_size, everything, nan, nan)
+    _append(backend, kv, layer, case.chunk_size, case.filled(), keys, values)
 
 
 def _append(
-    op_set: Any,
+    backend: Any,
     kv: Any,
     layer: int,
     chunk_size: int,
@@ -211,16 +212,16 @@ def _append(
     chunk, slot = np.array(rows).T
     k, v = (torch.from_numpy(x[chunk, slot]).flatten(1) for x in (keys, values))
     dtype = kv.layers[layer].dtype if kv.layers[layer].is_floating_point() else torch.bfloat16
-    qkv = torch.cat((torch.zeros_like(k), k, v), dim=1).to(dtype).to(op_set.device)
+    qkv = torch.cat((torch.zeros_like(k), k, v), dim=1).to(dtype).to(backend.device)
     # cos 1, sin 0: no rotation.
     cos_sin = torch.zeros(chunk_size, keys.shape[3])
     cos_sin[:, : keys.shape[3] // 2] = 1.0
-    packing = op_set.packing(
+    packing = backend.packing(
         num_qo_heads=kv.num_kv_heads, num_kv_heads=kv.num_kv_heads, head_dim=kv.head_dim
     )
-    plan = op_set.upload_plan(case.plan(packing), kv, num_qo_heads=kv.num_kv_heads)
-    positions = torch.from_numpy(case.positions).to(op_set.device)
-    op_set.rope_append(qkv, positions, cos_sin.to(op_set.device), kv, layer, plan)
+    plan = backend.upload_plan(case.plan(packing), kv, num_qo_heads=kv.num_kv_heads)
+    positions = torch.from_numpy(case.positions).to(backend.device)
+    backend.rope_append(qkv, positions, cos_sin.to(backend.device), kv, layer, plan)
 
 
 def attention_oracle(

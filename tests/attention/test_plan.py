@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkllama.attention.plan import Planner
-from chunkllama.ops.plan_format import (
+from chunkllama.attention.plan_format import (
     HEADER_NUM_CLASS0_ITEMS,
     ITEM_MASK,
     AttentionPlan,

@@ -17,9 +17,9 @@ from attention_plans import (
     random_pool,
 )
 
-from chunkllama.ops import tpp_attention
-from chunkllama.ops.plan_format import Packing
-from chunkllama.ops.reference import ReferenceOps
+from chunkllama.attention.plan_format import Packing
+from chunkllama.backends.reference import tpp_attention
+from chunkllama.backends.reference.backend import ReferenceBackend
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 GROUPS = [1, 3, 4, 8]
@@ -28,7 +28,7 @@ PACKINGS = [
     Packing(rows_per_item=5, min_run_chunks=1, target_units=1000, split_private=True),
     Packing(rows_per_item=16, small_rows_per_item=4, min_run_chunks=2, target_units=24),
 ]
-OPS = ReferenceOps(torch.device("cpu"))
+OPS = ReferenceBackend(torch.device("cpu"))
 
 
 def worst_error(

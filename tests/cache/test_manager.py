@@ -186,8 +186,8 @@ class TestTakeover:
         driver.store("abcdefg")
         match = driver.match("abcdeXYZ")
         copied, taken_over, computed = driver.cache.admissions(match, 2, "")
-        assert (copied.takes_over, copied.num_new, copied.available) == (False, 1, 14)
-        assert (taken_over.takes_over, taken_over.num_new, taken_over.available) == (True, 0, 14)
+        assert (copied.reuses_leaf, copied.num_new, copied.available) == (False, 1, 14)
+        assert (taken_over.reuses_leaf, taken_over.num_new, taken_over.available) == (True, 0, 14)
         assert (computed.match.num_tokens, computed.num_new, computed.available) == (4, 1, 15)
         live = driver.start("abcdeXYZ", option=1)
         driver.assert_tree("""

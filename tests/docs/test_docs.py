@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from server.config import Settings, load_settings
+from chunkllama_server.config.settings import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

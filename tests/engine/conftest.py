@@ -15,8 +15,8 @@ import torch
 from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
 from chunkllama.engine.core import EngineCore
-from chunkllama.engine.messages import EngineRequest
-from chunkllama.models.registry import resolve_model
+from chunkllama.messages import EngineRequest
+from chunkllama.models.loading.hub import resolve_model
 from chunkllama.sampling_params import SamplingParams
 
 MakeCore = Callable[..., EngineCore]
@@ -143,7 +143,7 @@ def tiny_truth(tiny_model: tuple[Path, torch.nn.Module]) -> Iterable[Truth]:
 
 @pytest.fixture
 def tiny_core(tiny_model: tuple[Path, torch.nn.Module]) -> Iterable[MakeCore]:
-    """Build an engine on the tiny model in fp32 with the op set that a CPU gets by default."""
+    """Build an engine on the tiny model in fp32 with the backend that a CPU gets by default."""
     cores: list[EngineCore] = []
 
     def make(**flat: object) -> EngineCore:
@@ -159,7 +159,7 @@ def tiny_core(tiny_model: tuple[Path, torch.nn.Module]) -> Iterable[MakeCore]:
 
 @pytest.fixture(scope="session")
 def make_core(demo_path: Path) -> MakeCore:
-    """Build an engine on the demo model in fp32 with the op set that a CPU gets by default."""
+    """Build an engine on the demo model in fp32 with the backend that a CPU gets by default."""
 
     def make(**flat: object) -> EngineCore:
         settings = {

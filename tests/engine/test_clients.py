@@ -15,9 +15,9 @@ import pytest
 
 from chunkllama.config import EngineConfig
 from chunkllama.engine.client import InProcessEngineClient, MessageClient
-from chunkllama.engine.messages import EngineRequest
 from chunkllama.engine.process import ProcessEngineClient
 from chunkllama.errors import ConfigError, EngineDeadError, InvalidRequestError
+from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
 
 PROMPT = [5, 6, 7, 8, 9]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from chunkllama.engine.messages import EngineRequest
+from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
 
 TOLERANCE = 1e-3

@@ -56,7 +56,7 @@ def runner(folder: Path) -> ModelRunner:
         num_chunks=16,
         chunk_size=CHUNK,
         max_model_len=128,
-        op_set="reference",
+        backend="reference",
     )
 
 
@@ -234,7 +234,7 @@ def test_a_grammar_without_a_tokenizer_fails_its_request_only(runner: ModelRunne
     assert set(result.token_ids) == {1}
 
 
-def test_a_weight_storage_the_op_set_lacks_is_refused(folder: Path) -> None:
+def test_a_weight_storage_the_backend_lacks_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="weights: int8"):
         load_executor(
             model_path=folder,
@@ -243,7 +243,7 @@ def test_a_weight_storage_the_op_set_lacks_is_refused(folder: Path) -> None:
             num_chunks=4,
             chunk_size=CHUNK,
             max_model_len=128,
-            op_set="reference",
+            backend="reference",
             weights="int8",
         )
 
@@ -257,7 +257,7 @@ def test_grammar_output_of_the_demo_model(demo_path: Path) -> None:
         num_chunks=8,
         chunk_size=64,
         max_model_len=256,
-        op_set="reference",
+        backend="reference",
     )
     grammar = GrammarSpec(kind="regex", text="(yes|no)!")
     sequence = new(0, [1, 2, 3], grammar=grammar, temperature=1.0)

@@ -56,12 +56,12 @@ def random_llama(folder: Path, heads: tuple[int, int], rope: str) -> torch.nn.Mo
     return model
 
 
-@pytest.mark.parametrize("op_set", ["reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_greedy_ids_equal_transformers(tmp_path, run, truth_of, heads, rope, op_set) -> None:
+def test_greedy_ids_equal_transformers(tmp_path, run, truth_of, heads, rope, backend) -> None:
     model = random_llama(tmp_path, heads, rope)
-    settings = {"dtype": "float32", "device": "cpu", "op_set": op_set, "threads": 1}
+    settings = {"dtype": "float32", "device": "cpu", "backend": backend, "threads": 1}
     core = build_engine(EngineConfig.from_flat(model=str(tmp_path), num_chunks=64, **settings))
     rng = np.random.default_rng(3)
     text = rng.integers(3, 300, 700).tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chunkllama.engine.client import seed_source, with_seed
-from chunkllama.engine.messages import EngineRequest
+from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
 
 

@@ -54,11 +54,11 @@ def test_a_continued_conversation_at_the_edge_of_a_chunk(make_core, run, truth, 
     assert engine.cached[second] >= length + 2, "prompt and answer are found again, to the token"
 
 
-@pytest.mark.parametrize("op_set", ["reference", "native"])
-def test_a_slice_at_a_time_gives_the_same_ids(make_core, run, truth, op_set) -> None:
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_a_slice_at_a_time_gives_the_same_ids(make_core, run, truth, backend) -> None:
     rng = np.random.default_rng(5)
     prompt = rng.integers(300, 40000, 700).tolist()
-    engine = run(make_core(max_num_batched_tokens=96, num_chunks=32, op_set=op_set))
+    engine = run(make_core(max_num_batched_tokens=96, num_chunks=32, backend=backend))
     names = [engine.add(prompt), engine.add([*prompt[:650], 5, 6, 7])]
     engine.finish()
     truth.check(prompt, engine.outputs[names[0]])
@@ -66,12 +66,12 @@ def test_a_slice_at_a_time_gives_the_same_ids(make_core, run, truth, op_set) -> 
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("op_set", ["reference", "native"])
-def test_64_prompts_up_to_3000_tokens(make_core, run, truth, rng, op_set) -> None:
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_64_prompts_up_to_3000_tokens(make_core, run, truth, rng, backend) -> None:
     trunks = [rng.integers(300, 40000, 3000).tolist() for _ in range(4)]
     cuts = rng.integers(1, 2990, 64).tolist()
     tails = rng.integers(300, 40000, (64, 8)).tolist()
-    engine = run(make_core(num_chunks=1024, op_set=op_set))
+    engine = run(make_core(num_chunks=1024, backend=backend))
     names = [engine.add(trunks[i % 4][:cut] + tails[i]) for i, cut in enumerate(cuts)]
     engine.finish()
     outputs = [engine.outputs[name] for name in names]

@@ -12,9 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chunkllama.engine.model_runner import build_attention, build_model
-from chunkllama.models.checkpoint import Checkpoint
-from chunkllama.models.spec import read_spec
-from chunkllama.models.weights import load_weights
+from chunkllama.models.config import read_spec
+from chunkllama.models.loading.safetensors import Checkpoint
+from chunkllama.models.loading.weights import load_weights
 from chunkllama.scheduler.output import ScheduledSlice, SchedulerOutput
 
 CHUNK_SIZE = 16
@@ -71,7 +71,7 @@ def our_logits() -> Logits:
             dtype=torch.float32,
             num_chunks=12,
             chunk_size=CHUNK_SIZE,
-            op_set="reference",
+            backend="reference",
         )
         weights = load_weights(Checkpoint(folder, spec), spec, torch.float32, torch.device("cpu"))
         model = build_model(spec, weights, attention, max_model_len=spec.max_position)

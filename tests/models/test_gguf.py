@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from chunkllama.errors import ConfigError
-from chunkllama.models.gguf import convert_gguf
-from chunkllama.models.registry import resolve_model
+from chunkllama.models.loading.gguf import convert_gguf
+from chunkllama.models.loading.hub import resolve_model
 
 PROMPT = np.random.default_rng(4).integers(0, 131, 40).tolist()
 TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(128))]
@@ -175,7 +175,7 @@ def test_resolving_a_gguf_is_done_once_and_without_torch(
     path = tmp_path / "m.gguf"
     write_gguf(path, make_tiny())
     code = (
-        "import sys; from chunkllama.models.registry import resolve_model;"
+        "import sys; from chunkllama.models.loading.hub import resolve_model;"
         f"print(resolve_model({str(path)!r})); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

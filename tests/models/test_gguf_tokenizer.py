@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 from chunkllama.errors import ConfigError
-from chunkllama.models.gguf_tokenizer import tokenizer_files
+from chunkllama.models.loading.gguf_tokenizer import tokenizer_files
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog, 1234 times.",

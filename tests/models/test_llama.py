@@ -12,9 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from chunkllama.models.config import ModelSpec, read_spec
+from chunkllama.models.loading.weights import random_llama
 from chunkllama.models.rotary import rotary_table
-from chunkllama.models.spec import ModelSpec, read_spec
-from chunkllama.models.weights import random_llama
 
 PROMPT = np.random.default_rng(3).integers(0, 131, 100).tolist()
 

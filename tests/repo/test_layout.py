@@ -74,8 +74,9 @@ def test_importing_the_package_is_light() -> None:
 
 def test_the_api_process_does_not_import_torch() -> None:
     code = (
-        "import sys, server.app, server.cli, chunkllama.engine.process, chunkllama.text.tokenizer,"
-        "chunkllama.text.chat_template, chunkllama.models.registry, chunkllama.engine.grammar;"
+        "import sys, chunkllama_server.api.app, chunkllama_server.cli, chunkllama.engine.process,"
+        "chunkllama.text.tokenizer,"
+        "chunkllama.text.chat_template, chunkllama.models.loading.hub, chunkllama.engine.grammar;"
         "print('torch' in sys.modules)"
     )
     assert run_python(code) == "False"
@@ -89,7 +90,8 @@ def test_the_wheel_carries_every_package_and_all_native_sources(tmp_path: Path) 
     )
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         carried = set(wheel.namelist())
-    wanted = {str(path.relative_to(ROOT)) for path in tracked("chunkllama/*.py", "server/*")}
+    wanted = {str(path.relative_to(ROOT)) for path in tracked("chunkllama/*.py")}
+    wanted |= {str(path.relative_to(ROOT / "server")) for path in tracked("server/*")}
     for folder in ("kernels", "configs"):
         wanted |= {
             f"chunkllama/_{folder}/{path.relative_to(ROOT / folder)}"

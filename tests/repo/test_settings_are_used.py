@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from server.config import Settings
+from chunkllama_server.config.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-DEFINITIONS = {ROOT / "chunkllama/config.py", ROOT / "server/config.py"}
+DEFINITIONS = {ROOT / "chunkllama/config.py", ROOT / "server/chunkllama_server/config/settings.py"}
 READERS = [p for room in ("chunkllama", "server") for p in (ROOT / room).rglob("*.py")]
 SOURCE = "\n".join(p.read_text() for p in READERS if p not in DEFINITIONS)
 # Keys are read where they are kept secret: in Settings itself.

@@ -6,8 +6,7 @@ import pytest
 from simulated_engine import SimulatedEngine
 
 from chunkllama.engine.core import EngineCore
-from chunkllama.engine.messages import EngineReady, EngineRequest
-from chunkllama.outputs import Histogram, TokenDelta
+from chunkllama.messages import EngineReady, EngineRequest, Histogram, TokenDelta
 from chunkllama.sampling_params import SamplingParams
 
 STEP = 0.01  # of the simulated engine
@@ -86,7 +85,7 @@ def test_steps_are_counted_by_duration_and_size() -> None:
         chunk_size=4,
         max_request_tokens=64,
         device="cpu",
-        op_set="fake",
+        backend="fake",
     )
     core = EngineCore(run.scheduler, run.model, info, clock=lambda: next(ticks))
     for name in "abc":

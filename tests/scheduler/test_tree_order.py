@@ -8,7 +8,7 @@ import random
 import numpy as np
 
 from chunkllama.cache.sequence_chunks import SequenceChunks
-from chunkllama.outputs import EngineRequest
+from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.request import Sequence, SequenceGroup
 from chunkllama.scheduler.tree_order import TreeOrder, num_shared_chunks

@@ -20,10 +20,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from chunkllama.text.chat_template import ChatTemplate, load_chat_template
 from chunkllama.text.tokenizer import load_tokenizer
-from server.app import create_app
-from server.http_protocol import HttpLimits, make_protocol
-from server.settings import ApiSettings
-from server.text_service import TextService
+from chunkllama_server.api.app import create_app
+from chunkllama_server.api.common.text_service import TextService
+from chunkllama_server.config.api_settings import ApiSettings
+from chunkllama_server.transport.http_protocol import HttpLimits, make_protocol
 
 
 def _load(name: str) -> Any:

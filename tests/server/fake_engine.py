@@ -13,15 +13,15 @@ import re
 from collections.abc import AsyncIterator
 from typing import Any
 
-from chunkllama.engine.messages import (
+from chunkllama.errors import EngineDeadError
+from chunkllama.messages import (
     ChoiceDelta,
     EngineReady,
     EngineRequest,
     EngineStats,
     TokenDelta,
+    TokenLogprob,
 )
-from chunkllama.errors import EngineDeadError
-from chunkllama.outputs import TokenLogprob
 
 MODEL = "org/tiny"
 MAX_MODEL_LEN = 2048
@@ -46,7 +46,7 @@ class FakeEngine:
             chunk_size=64,
             max_request_tokens=MAX_MODEL_LEN,
             device="cpu",
-            op_set="fake",
+            backend="fake",
         )
         self.reset()
 

@@ -8,7 +8,7 @@ import pytest
 from fake_engine import MODEL
 from fastapi.testclient import TestClient
 
-from server.access_log import AccessLog
+from chunkllama_server.transport.access_log import AccessLog
 
 
 @pytest.fixture

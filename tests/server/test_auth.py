@@ -9,7 +9,7 @@ import openai
 import pytest
 from fake_engine import MODEL
 
-from server import auth
+from chunkllama_server.transport import auth
 
 
 @pytest.fixture(scope="module")

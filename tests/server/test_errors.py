@@ -13,9 +13,9 @@ from chunkllama.errors import (
     OverloadedError,
     RequestFailedError,
 )
-from server.protocol.completions import CompletionRequest
-from server.protocol.embeddings import EmbeddingRequest
-from server.protocol.tokenize import DetokenizeRequest
+from chunkllama_server.api.schema.completions import CompletionRequest
+from chunkllama_server.api.schema.embeddings import EmbeddingRequest
+from chunkllama_server.api.schema.tokenize import DetokenizeRequest
 
 PATH = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]

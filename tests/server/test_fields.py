@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from fake_engine import MODEL
 
-from server.protocol.chat import ChatCompletionRequest
-from server.protocol.completions import CompletionRequest
-from server.protocol.table import all_models, field_tables
+from chunkllama_server.api.schema.chat import ChatCompletionRequest
+from chunkllama_server.api.schema.completions import CompletionRequest
+from chunkllama_server.api.schema.table import all_models, field_tables
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "http.md"
 A = 64  # the token id of "a" matters nowhere; any id below 256 is a byte
@@ -252,4 +252,6 @@ def test_every_field_says_what_becomes_of_it():
 
 def test_document_has_the_tables_of_the_code():
     text = DOCUMENT.read_text()
-    assert field_tables().strip() in text, "run python -m server.protocol.table and paste it"
+    assert field_tables().strip() in text, (
+        "run python -m chunkllama_server.api.schema.table and paste it"
+    )

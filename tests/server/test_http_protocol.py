@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from server.http_protocol import HttpLimits
+from chunkllama_server.transport.http_protocol import HttpLimits
 
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 HEADERS = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

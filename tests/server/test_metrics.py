@@ -9,8 +9,12 @@ import pytest
 from fake_engine import DURATIONS
 from prometheus_client.parser import text_string_to_metric_families
 
-from chunkllama.engine.messages import EngineStats
-from server.metrics import MAX_TENANT_LABELS, EngineStatsCollector, ServerMetrics
+from chunkllama.messages import EngineStats
+from chunkllama_server.metrics.server_metrics import (
+    MAX_TENANT_LABELS,
+    EngineStatsCollector,
+    ServerMetrics,
+)
 
 # Every name operators are promised, without suffixes.
 PROMISED = """

@@ -13,7 +13,14 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from server.protocol import chat, completions, embeddings, models, response_object, tokenize
+from chunkllama_server.api.schema import (
+    chat,
+    completions,
+    embeddings,
+    models,
+    response_object,
+    tokenize,
+)
 
 HELLO = [{"role": "user", "content": "say(hi)yas"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -119,7 +126,8 @@ def test_document_asks_for_a_key_when_the_server_does(start_server):
 
 
 def test_application_imports_no_torch():
-    code = "import sys, server.app, server.http_protocol; sys.exit('torch' in sys.modules)"
+    modules = "chunkllama_server.api.app, chunkllama_server.transport.http_protocol"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

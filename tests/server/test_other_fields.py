@@ -10,13 +10,13 @@ from fake_engine import MODEL, FakeEngine
 from fastapi.testclient import TestClient
 
 from chunkllama.text.tokenizer import load_tokenizer
-from server.app import create_app
-from server.protocol.base import CacheFields
-from server.protocol.embeddings import EmbeddingRequest
-from server.protocol.responses import ResponseRequest
-from server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
-from server.settings import ApiSettings
-from server.text_service import TextService
+from chunkllama_server.api.app import create_app
+from chunkllama_server.api.common.text_service import TextService
+from chunkllama_server.api.schema.base import CacheFields
+from chunkllama_server.api.schema.embeddings import EmbeddingRequest
+from chunkllama_server.api.schema.responses import ResponseRequest
+from chunkllama_server.api.schema.tokenize import DetokenizeRequest, TokenizeRequest
+from chunkllama_server.config.api_settings import ApiSettings
 
 # What a response says again.
 ECHOED = {

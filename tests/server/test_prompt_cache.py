@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from fake_engine import MODEL
 
-from server.auth import cache_namespace
-from server.settings import ApiSettings
+from chunkllama_server.config.api_settings import ApiSettings
+from chunkllama_server.transport.auth import cache_namespace
 
 BREAKPOINT = {"mode": "explicit"}
 

@@ -8,9 +8,9 @@ import pytest
 from fake_engine import MODEL
 
 from chunkllama.errors import RequestFailedError
-from server.protocol.chat import ChatMessage
-from server.response_answer import assistant_message
-from server.response_store import ResponseStore, StoredResponse
+from chunkllama_server.api.common.response_store import ResponseStore, StoredResponse
+from chunkllama_server.api.responses.response import assistant_message
+from chunkllama_server.api.schema.chat import ChatMessage
 
 CALL = '{"name": "add", "arguments": {"a": 1}}'
 TOOLS = [{"type": "function", "name": "add", "parameters": {"type": "object"}, "strict": False}]

@@ -10,10 +10,10 @@ import pytest
 from fake_engine import MODEL, FakeEngine
 from fastapi.testclient import TestClient
 
-from server.app import create_app
-from server.errors import ApiError
-from server.settings import ApiSettings
-from server.text_service import TextService, text_size
+from chunkllama_server.api.app import create_app
+from chunkllama_server.api.common.text_service import TextService, text_size
+from chunkllama_server.config.api_settings import ApiSettings
+from chunkllama_server.transport.errors import ApiError
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]

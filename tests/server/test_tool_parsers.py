@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.tool_parsers import HermesCalls, JsonCalls, PlainText
+from chunkllama_server.api.tools.parsers import HermesCalls, JsonCalls, PlainText
 
 NAMES = frozenset({"get_weather", "add"})
 

@@ -85,7 +85,7 @@ def serve(folder: Path) -> Iterator[TinyServer]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        *(sys.executable, "-m", "server.cli", "serve", "--model", str(folder)),
+        *(sys.executable, "-m", "chunkllama_server.cli", "serve", "--model", str(folder)),
         *("--served-model-name", MODEL, "--port", str(port)),
         *("--num-chunks", "64", "--max-model-len", str(MAX_MODEL_LEN), "--threads", "1"),
     ]

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from chunkllama.cache.manager import CacheManager
-from chunkllama.outputs import EngineRequest, TokenDelta, TokenLogprob
+from chunkllama.messages import EngineRequest, TokenDelta, TokenLogprob
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.output import NewSequence, SampledTokens, SchedulerOutput

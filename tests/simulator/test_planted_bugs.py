@@ -18,9 +18,9 @@ from chunkllama.cache.node import Node
 from chunkllama.cache.prefix_tree import PrefixTree
 from chunkllama.cache.sequence_chunks import SequenceChunks
 from chunkllama.scheduler.admission import AdmissionControl
-from chunkllama.scheduler.commit import StepCommitter
 from chunkllama.scheduler.running import RunningSequences
 from chunkllama.scheduler.scheduler import Scheduler
+from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
 from chunkllama.scheduler.tree_order import TreeOrder
 
 Patch = pytest.MonkeyPatch
@@ -170,7 +170,7 @@ def own_path_evictable(patch: Patch) -> None:
         everything = self.pool.num_free + self.tree.num_evictable
         for admission in admissions(self, *args):
             yield manager.Admission(
-                admission.match, admission.takes_over, admission.num_new, everything
+                admission.match, admission.reuses_leaf, admission.num_new, everything
             )
 
     patch.setattr(CacheManager, "admissions", generous)
@@ -224,14 +224,14 @@ def used_leaf_taken_over(patch: Patch) -> None:
 
 def preempted_keeps_its_count(patch: Patch) -> None:
     """A preempted sequence comes back with more tokens computed than it has chunks for."""
-    leave = StepCommitter._leave
+    leave = SequenceLifecycle._leave
 
-    def forgetful(self: StepCommitter, sequence: object) -> None:
+    def forgetful(self: SequenceLifecycle, sequence: object) -> None:
         computed = sequence.num_computed_tokens
         leave(self, sequence)
         sequence.num_computed_tokens = computed
 
-    patch.setattr(StepCommitter, "_leave", forgetful)
+    patch.setattr(SequenceLifecycle, "_leave", forgetful)
     begin = RunningSequences.start
 
     def resume(self: RunningSequences, sequence: object, chunks: object, count: int) -> None:

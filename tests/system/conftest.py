@@ -71,7 +71,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServ
                 [
                     sys.executable,
                     "-m",
-                    "server.cli",
+                    "chunkllama_server.cli",
                     "serve",
                     "--host",
                     "127.0.0.1",

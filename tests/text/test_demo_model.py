@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from chunkllama.models.registry import resolve_model
+from chunkllama.models.loading.hub import resolve_model
 from chunkllama.text.chat_template import load_chat_template
 from chunkllama.text.detokenizer import IncrementalDetokenizer
 from chunkllama.text.tokenizer import load_tokenizer

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from chunkllama.models.checkpoint import expected_shapes
-from chunkllama.models.spec import read_spec
+from chunkllama.models.config import read_spec
+from chunkllama.models.loading.safetensors import expected_shapes
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -98,7 +98,7 @@ def chunkllama() -> Run:
 
     def run(*arguments: object, **extra: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "server.cli", *map(str, arguments)],
+            [sys.executable, "-m", "chunkllama_server.cli", *map(str, arguments)],
             env=environment(**extra),
             capture_output=True,
             text=True,
@@ -144,8 +144,8 @@ def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     def begin(*flags: object, scheme: str = "http", **extra: str) -> Served:
         port = free_port()
         log = tmp_path_factory.mktemp("serve") / "log"
-        command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port)]
-        command += ["--model", str(tiny_model), "--num-chunks", "64", "--op-set", "reference"]
+        command = [sys.executable, "-m", "chunkllama_server.cli", "serve", "--port", str(port)]
+        command += ["--model", str(tiny_model), "--num-chunks", "64", "--backend", "reference"]
         with log.open("w") as file:
             process = subprocess.Popen(
                 [*command, *map(str, flags)], env=environment(**extra), stdout=file, stderr=file

@@ -13,12 +13,18 @@ import pytest
 
 from chunkllama.errors import ConfigError
 from chunkllama.text.tokenizer import load_tokenizer
-from server.bench import Conversation, LoadTest, PromptMaker, Workload, make_conversations
-from server.bench import read_trace as read_trace_file
-from server.bench_client import Endpoint, Outcome
-from server.bench_monitor import tree_memory
-from server.bench_report import Run
-from server.cli import run
+from chunkllama_server.bench.client import Endpoint, Outcome
+from chunkllama_server.bench.monitor import tree_memory
+from chunkllama_server.bench.report import Run
+from chunkllama_server.bench.workload import (
+    Conversation,
+    LoadTest,
+    PromptMaker,
+    Workload,
+    make_conversations,
+)
+from chunkllama_server.bench.workload import read_trace as read_trace_file
+from chunkllama_server.cli import run
 
 
 @pytest.fixture

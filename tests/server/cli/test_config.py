@@ -13,8 +13,8 @@ import pytest
 from chunkllama.config import EngineConfig
 from chunkllama.errors import ConfigError
 from chunkllama.logger import configure_logging, init_logger, request_id_context
-from chunkllama.machine import default_kv_cache_memory, memory_left, usable_threads
-from server.config import Settings, load_settings
+from chunkllama.resources import default_kv_cache_memory, memory_left, usable_threads
+from chunkllama_server.config.settings import Settings, load_settings
 
 
 def test_precedence_and_origins(tmp_path):

@@ -1,0 +1,97 @@
+"""The C ABI of the native backend: its structures and its functions."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
+from typing import Any, Final
+
+import torch
+
+from chunkllama.backends.cpu.build import IsaLevel, NativeBuildError, build
+
+F32, BF16, INT8 = 0, 1, 2
+TYPES: Final = {torch.float32: F32, torch.bfloat16: BF16}
+
+
+class CPlan(Structure):
+    """Mirrors ``Plan`` of kernels/cpu/api.h, as the structures below mirror theirs."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("items", "chunk_ids", "row_tail")),
+        *((name, c_void_p) for name in ("merge_indptr", "merge_slots", "row_flags")),
+        *(("num_items", c_int64), ("num_rows", c_int64)),
+    )
+
+
+class CHeads(Structure):
+    _fields_ = (
+        *(("q_heads", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64)),
+        *(("kv_type", c_int32), ("activation_type", c_int32)),
+    )
+
+
+class CAttention(Structure):
+    _fields_ = (
+        *(("plan", CPlan), ("heads", CHeads), ("positions", c_void_p)),
+        *(("q", c_void_p), ("out", c_void_p), ("q_stride", c_int64), ("out_stride", c_int64)),
+        *(("kv", c_void_p), ("partial_out", c_void_p), ("partial_lse", c_void_p)),
+        *(("scale", c_float), ("vector_rows", c_int32)),
+    )
+
+
+class CRope(Structure):
+    _fields_ = (
+        *(("plan", CPlan), ("heads", CHeads), ("positions", c_void_p), ("cos_sin", c_void_p)),
+        *(("qkv", c_void_p), ("q", c_void_p), ("qkv_stride", c_int64), ("q_stride", c_int64)),
+        ("kv", c_void_p),
+    )
+
+
+class CNorm(Structure):
+    _fields_ = (
+        *(("x", c_void_p), ("residual", c_void_p), ("sum", c_void_p), ("y", c_void_p)),
+        *(("weight", c_void_p), ("hidden", c_int64), ("x_stride", c_int64), ("y_stride", c_int64)),
+        *(("x_type", c_int32), ("y_type", c_int32), ("eps", c_float)),
+    )
+
+
+_SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
+    "ck_initialize": (c_int, []),
+    "ck_chunk_elements": (c_int64, [POINTER(CHeads)]),
+    "ck_attention": (None, [POINTER(CAttention), c_int]),
+    "ck_rope_append": (None, [POINTER(CRope), c_int]),
+    "ck_rms_norm": (None, [POINTER(CNorm), c_int64, c_int]),
+    "ck_silu_and_mul": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int]),
+    "ck_copy_chunks": (None, [c_void_p, c_int64, POINTER(CHeads), c_void_p, c_int64, c_int]),
+    "ck_activation_type": (c_int32, [c_int32]),
+    "ck_forward": (None, [c_void_p, c_void_p, c_int]),
+    "ck_linear": (
+        None,
+        [c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int64, c_int64, c_int],
+    ),
+    "ck_best": (
+        None,
+        [c_void_p, c_void_p, c_int64, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int],
+    ),
+    "ck_pack": (None, [c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int]),
+}
+
+
+def load_library(level: IsaLevel, sanitizer: str = "") -> ctypes.CDLL:
+    """The library of a level, built if need be, with its signatures declared.
+
+    Raises:
+        NativeBuildError: it cannot be built or loaded (a folder mounted noexec), or the kernel
+            refuses what it needs (AMX state).
+    """
+    try:
+        library = ctypes.CDLL(str(build(level, sanitizer)))
+    except OSError as error:
+        raise NativeBuildError(f"the library cannot be loaded: {error}") from error
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    if not library.ck_initialize():
+        raise NativeBuildError(f"the kernel does not let this process use {level.name}")
+    return library

@@ -1,0 +1,279 @@
+"""CPU backend: C++ kernels (``kernels/cpu``) behind ctypes; the only module that calls them.
+
+``python -m chunkllama.backends.cpu.backend`` compiles every level this machine can run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+from ctypes import c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from chunkllama.attention.plan_format import AttentionPlan, Packing
+from chunkllama.backends.base import Backend, CopyTriple, DevicePlan, KVCache
+from chunkllama.backends.cpu.abi import (
+    TYPES,
+    CAttention,
+    CHeads,
+    CNorm,
+    CPlan,
+    CRope,
+    load_library,
+)
+from chunkllama.backends.cpu.build import LEVELS, NativeBuildError, available_levels, build
+from chunkllama.backends.cpu.fused_model import FusedModel, WeightType
+from chunkllama.backends.cpu.memory import allocate_lazily, commit_in_background
+from chunkllama.backends.reference.copy_chunks import check_copy_chunks
+from chunkllama.backends.reference.rope_append import check_rope_append
+from chunkllama.backends.reference.tpp_attention import check_tpp_attention
+from chunkllama.errors import ConfigError
+from chunkllama.resources import data_folder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CpuPlan:
+    """A plan as the kernels take it, and the workspace of its partials."""
+
+    plan: CPlan
+    partial_out: torch.Tensor  # [slots, Hq, D] float32
+    partial_lse: torch.Tensor  # [slots, Hq] float32
+
+
+class CpuBackend(Backend):
+    """Implements ``Backend`` with the library of one instruction-set level; bf16 and fp32.
+
+    Args:
+        dtype: of the model and its K/V.
+        head_dim: a multiple of 16, at most 256.
+        num_kv_heads: kv heads of this rank.
+        level: name of an instruction-set level; the best one that this machine has if empty.
+        sanitizer: "address" or "undefined" for an instrumented library.
+
+    Raises:
+        ConfigError: the dtype or head_dim has no kernel, or no level can be built or used here.
+    """
+
+    name = "native"
+    chunk_sizes = (64,)
+
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype,
+        head_dim: int,
+        num_kv_heads: int,
+        level: str = "",
+        sanitizer: str = "",
+    ) -> None:
+        _check_shape(dtype, head_dim)
+        self.device = torch.device("cpu")
+        self.level, self.library = _best_library(level, sanitizer)
+        tuning = yaml.safe_load((data_folder("configs") / "hardware" / "cpu.yaml").read_text())
+        self.vector_rows = int(tuning["vector_rows"])
+        self._packing = tuning["packing"]
+        self._partials = torch.empty(0)
+        logger.info("native CPU ops: level %s", self.level)
+
+    def prepare_model(self, model: Any, weights: WeightType = "auto") -> FusedModel:
+        """The model, packed and run by one native call per step; it gives up its own weights."""
+        return FusedModel(self.library, self.vector_rows, model, weights)
+
+    def packing(self, *, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> Packing:
+        """The longest runs that still give each thread a few units: fewer partials to merge."""
+        group = num_qo_heads // num_kv_heads
+        tuning = self._packing
+        return Packing(
+            rows_per_item=max(1, tuning["query_rows_per_item"] // group),
+            min_run_chunks=tuning["min_run_chunks"],
+            target_units=tuning["units_per_thread"] * torch.get_num_threads(),
+            num_kv_heads=num_kv_heads,
+            split_private=tuning["split_private"],
+            spare_chunks=tuning["spare_chunks"],
+        )
+
+    def _allocate_layers(
+        self, kv: KVCache, num_layers: int, dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        """A [num_chunks, elements] tensor per layer on huge pages, committed in the background."""
+        _check_shape(dtype, kv.head_dim)
+        heads = CHeads(kv.num_kv_heads, kv.num_kv_heads, kv.head_dim, TYPES[dtype], TYPES[dtype])
+        elements = self.library.ck_chunk_elements(ctypes.byref(heads))
+        pool = allocate_lazily(num_layers * kv.num_chunks * elements, dtype)
+        layers = list(pool.view(num_layers, kv.num_chunks, elements).unbind())
+        commit_in_background(layers)
+        return layers
+
+    def upload_plan(self, plan: AttentionPlan, kv: KVCache, *, num_qo_heads: int) -> DevicePlan:
+        state = CpuPlan(
+            c_plan(plan),
+            *self._workspace(plan.num_slots, num_qo_heads, kv.head_dim),
+        )
+        return DevicePlan(plan, torch.from_numpy(plan.buffer), state)
+
+    def _workspace(self, slots: int, heads: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views into one buffer, as large as the largest plan so far: one plan runs at a time."""
+        size = slots * heads * (dim + 1)
+        if self._partials.numel() < size:
+            self._partials = torch.empty(size)
+        flat = self._partials[:size]
+        split = slots * heads * dim
+        return flat[:split].view(slots, heads, dim), flat[split:].view(slots, heads)
+
+    def rms_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        residual: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.contiguous()
+        y, hidden = torch.empty_like(x), x.shape[-1]
+        weight = weight.float().contiguous()
+        total = x
+        if residual is not None:
+            residual, total = residual.contiguous(), torch.empty_like(x)
+        args = CNorm(
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            total.data_ptr(),
+            y.data_ptr(),
+            weight.data_ptr(),
+            *(hidden, hidden, hidden),
+            *(TYPES[x.dtype], TYPES[x.dtype], eps),
+        )
+        self.library.ck_rms_norm(ctypes.byref(args), x.numel() // hidden, torch.get_num_threads())
+        return y, total
+
+    def rope_append(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv: KVCache,
+        layer: int,
+        plan: DevicePlan,
+    ) -> torch.Tensor:
+        num_rows = plan.host.num_rows
+        num_qo_heads = check_rope_append(qkv, positions, cos_sin, kv, num_rows)
+        qkv, positions = qkv.contiguous(), positions.int().contiguous()
+        q = qkv.new_empty(num_rows, num_qo_heads, kv.head_dim)
+        args = CRope(
+            plan.state.plan,
+            _heads(num_qo_heads, kv, layer, qkv.dtype),
+            *(positions.data_ptr(), cos_sin.data_ptr(), qkv.data_ptr(), q.data_ptr()),
+            *(qkv.shape[1], num_qo_heads * kv.head_dim, kv.layers[layer].data_ptr()),
+        )
+        self.library.ck_rope_append(ctypes.byref(args), torch.get_num_threads())
+        return q
+
+    def tpp_attention(
+        self,
+        q: torch.Tensor,
+        kv: KVCache,
+        layer: int,
+        positions: torch.Tensor,
+        plan: DevicePlan,
+        scale: float,
+    ) -> torch.Tensor:
+        check_tpp_attention(q, kv, positions, plan.host.num_rows)
+        q, positions = q.contiguous(), positions.int().contiguous()
+        num_rows, num_qo_heads, head_dim = q.shape
+        width = num_qo_heads * head_dim
+        out = q.new_empty(num_rows, width)
+        args = CAttention(
+            plan.state.plan,
+            _heads(num_qo_heads, kv, layer, q.dtype),
+            *(positions.data_ptr(), q.data_ptr(), out.data_ptr(), width, width),
+            kv.layers[layer].data_ptr(),
+            *(plan.state.partial_out.data_ptr(), plan.state.partial_lse.data_ptr()),
+            *(scale, self.vector_rows),
+        )
+        self.library.ck_attention(ctypes.byref(args), torch.get_num_threads())
+        return out
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate_up = gate_up.contiguous()
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        y = gate_up.new_empty(rows, size)
+        self.library.ck_silu_and_mul(
+            *(gate_up.data_ptr(), y.data_ptr(), rows, size, TYPES[y.dtype], torch.get_num_threads())
+        )
+        return y
+
+    def copy_chunks(self, kv: KVCache, triples: list[CopyTriple]) -> None:
+        check_copy_chunks(kv, triples)
+        if not triples:
+            return
+        table = np.array([t for t in triples if t[0] != t[1]], np.int32)
+        layers = (c_void_p * len(kv.layers))(*(layer.data_ptr() for layer in kv.layers))
+        heads = _heads(kv.num_kv_heads, kv, 0, kv.layers[0].dtype)
+        self.library.ck_copy_chunks(
+            *(layers, len(layers), ctypes.byref(heads), table.ctypes.data, len(table)),
+            torch.get_num_threads(),
+        )
+
+
+def c_plan(plan: AttentionPlan) -> CPlan:
+    """Pointers into the plan's buffer, which must outlive them."""
+    arrays = (plan.items, plan.chunk_ids, plan.row_tail, plan.merge_indptr, plan.merge_slots)
+    pointers = [array.ctypes.data for array in (*arrays, plan.row_flags)]
+    return CPlan(*pointers, plan.num_items, plan.num_rows)
+
+
+def _check_shape(dtype: torch.dtype, head_dim: int) -> None:
+    if dtype not in TYPES:
+        raise ConfigError(f"dtype: the native CPU ops have bfloat16 and float32, not {dtype}")
+    if head_dim % 16 or not 16 <= head_dim <= 256:
+        raise ConfigError(
+            f"head_dim: {head_dim} is not a multiple of 16 up to 256 (native CPU ops)"
+        )
+
+
+def _heads(num_qo_heads: int, kv: KVCache, layer: int, activation: torch.dtype) -> CHeads:
+    kv_type = TYPES[kv.layers[layer].dtype]
+    return CHeads(num_qo_heads, kv.num_kv_heads, kv.head_dim, kv_type, TYPES[activation])
+
+
+def _best_library(level: str, sanitizer: str) -> tuple[str, ctypes.CDLL]:
+    failures: list[str] = []
+    for candidate in available_levels():
+        if level not in ("", candidate.name):
+            continue
+        try:
+            library = load_library(candidate, sanitizer)
+        except NativeBuildError as error:
+            failures.append(f"{candidate.name}: {error}")
+            continue
+        for failure in failures:
+            logger.warning("native CPU ops without level %s", failure)
+        return candidate.name, library
+    reason = failures[0] if failures else f"this CPU lacks {level}"
+    raise ConfigError(f"backend: native is not available here: {reason}")
+
+
+def main() -> int:
+    """Build every level this machine can run; 0 if at least one came out."""
+    built = 0
+    for level in LEVELS:
+        if level not in available_levels():
+            print(f"{level.name}: not on this machine")
+            continue
+        try:
+            print(f"{level.name}: {build(level)}", flush=True)
+            built += 1
+        except NativeBuildError as error:
+            print(f"{level.name}: {error}", flush=True)
+    return 0 if built else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""Compiles ``kernels/cpu`` for this machine, once, into a cache folder.
+
+One shared library per instruction-set level with one C ABI; the loader picks the best level the
+machine has, so nothing is dispatched inside a kernel. A library's name carries a hash of sources
+and flags and one of the compiler: a changed source or compiler builds anew, an unchanged one is
+found again, also where no compiler is left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from chunkllama.resources import cache_folder, data_folder
+
+COMMON_FLAGS: Final = (
+    *("-std=gnu++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-gnu-unique"),
+    *("-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized"),
+    "-Wno-maybe-uninitialized",
+)
+SANITIZERS: Final = ("address", "undefined")
+
+
+@dataclass(frozen=True, slots=True)
+class IsaLevel:
+    """An instruction-set level: compiler flags, and the features of /proc/cpuinfo it needs."""
+
+    name: str
+    flags: tuple[str, ...]
+    features: frozenset[str]
+
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_AMX = (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+_AVX512_FEATURES = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
+
+# Best first.
+LEVELS: Final = (
+    IsaLevel(
+        "amx",
+        (*_AMX, "-mtune=sapphirerapids"),
+        _AVX512_FEATURES | {"avx512_bf16", "amx_tile", "amx_bf16"},
+    ),
+    IsaLevel("avx512", (*_AVX512, "-mtune=skylake-avx512"), _AVX512_FEATURES),
+    IsaLevel("avx2", (*_AVX2, "-mtune=haswell"), frozenset({"avx2", "fma", "f16c"})),
+    IsaLevel("baseline", (), frozenset()),
+)
+
+
+class NativeBuildError(Exception):
+    """No compiler, or it refused the sources; the message is one line and says which."""
+
+
+def library_directory() -> Path:
+    """``CHUNKLLAMA_NATIVE_DIR``, else ``native`` below the cache folder."""
+    chosen = os.environ.get("CHUNKLLAMA_NATIVE_DIR")
+    if chosen:
+        return Path(chosen)
+    return cache_folder() / "native"
+
+
+def available_levels() -> tuple[IsaLevel, ...]:
+    """The levels whose instructions this machine has, best first."""
+    features: set[str] = set()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                features.update(line.split(":", 1)[1].split())
+                break
+    except OSError:
+        pass
+    return tuple(level for level in LEVELS if level.features <= features)
+
+
+def build(level: IsaLevel, sanitizer: str = "") -> Path:
+    """The library of a level, compiled now if it is not there yet.
+
+    Raises:
+        NativeBuildError: it is not there and cannot be compiled.
+    """
+    directory = library_directory()
+    sources = _source_hash(level, sanitizer)
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    if shutil.which(compiler[0]) is None:
+        found = sorted(directory.glob(f"{level.name}-{sources}-*.so"))
+        if found:
+            return found[-1]
+        raise NativeBuildError(f"no C++ compiler ({compiler[0]}) found; install g++ or set CXX")
+    library = directory / f"{level.name}-{sources}-{_compiler_hash(compiler)}.so"
+    if library.exists():
+        return library
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _locked(directory / ".lock"):
+            if not library.exists():
+                _compile(compiler, level, sanitizer, library)
+    except OSError as error:
+        raise NativeBuildError(f"cannot write {directory}: {error.strerror}") from error
+    return library
+
+
+def _source_files() -> list[Path]:
+    folder = data_folder("kernels") / "cpu"
+    return sorted(p for p in folder.iterdir() if p.suffix in (".cpp", ".h"))
+
+
+def _source_hash(level: IsaLevel, sanitizer: str) -> str:
+    digest = hashlib.sha256(repr((level.name, level.flags, COMMON_FLAGS, sanitizer)).encode())
+    digest.update(_openmp_library().encode())
+    for path in _source_files():
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compiler_hash(compiler: list[str]) -> str:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
+    return hashlib.sha256(version + platform.machine().encode()).hexdigest()[:8]
+
+
+def _openmp_library() -> str:
+    """The OpenMP runtime that torch has loaded: two of them would fight for the cores."""
+    torch.get_num_threads()
+    try:
+        mapped = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return "-lgomp"
+    return next((m.split(maxsplit=5)[5] for m in mapped if "/libgomp" in m), "-lgomp")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(compiler: list[str], level: IsaLevel, sanitizer: str, library: Path) -> None:
+    flags = [*COMMON_FLAGS, *level.flags]
+    if sanitizer:
+        flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-O1"]
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        sources = [path for path in _source_files() if path.suffix == ".cpp"]
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+        _run(
+            [*compiler, *flags, "-c", str(source), "-o", target]
+            for source, target in zip(sources, objects, strict=True)
+        )
+        linked = Path(folder) / "linked.so"
+        link = [*compiler, "-shared", "-o", str(linked), *objects, _openmp_library()]
+        _run([link + ([f"-fsanitize={sanitizer}"] if sanitizer else [])])
+        linked.replace(library)
+
+
+def _run(commands: Iterable[list[str]]) -> None:
+    """All at once; the first error is raised when all have ended."""
+    english = {**os.environ, "LC_ALL": "C"}
+    jobs = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=english)
+        for command in commands
+    ]
+    messages = [job.communicate()[1] for job in jobs]
+    for job, message in zip(jobs, messages, strict=True):
+        if job.returncode != 0:
+            lines = [line for line in message.splitlines() if "error" in line]
+            reason = lines[0].strip() if lines else "compiler failed"
+            raise NativeBuildError(f"the native backend did not compile: {reason}")

@@ -1,0 +1,78 @@
+"""Rotary embedding (Su et al. 2021, section 3.4.2) of q and k, and the append of k and v to the
+chunk pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from chunkllama.attention.plan_format import AttentionPlan
+from chunkllama.backends.base import KVCache
+
+
+@dataclass(frozen=True, slots=True)
+class AppendTables:
+    """Where each row's K/V go: chunk ``chunk_ids[offset + (position - first_position) /
+    chunk_size]``.
+    """
+
+    chunk_ids: torch.Tensor  # [C] int64
+    offset: torch.Tensor  # [R] int64
+    first_position: torch.Tensor  # [R] int64
+
+    @classmethod
+    def of(cls, plan: AttentionPlan, device: torch.device) -> AppendTables:
+        row_tail = torch.as_tensor(plan.row_tail[: plan.num_rows], device=device).long()
+        chunk_ids = torch.as_tensor(plan.chunk_ids, device=device).long()
+        return cls(chunk_ids, row_tail[:, 0], row_tail[:, 1])
+
+
+def check_rope_append(
+    qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, kv: KVCache, num_rows: int
+) -> int:
+    """Number of query heads; raise ValueError unless the shapes fit together."""
+    num_qo_heads = qkv.shape[-1] // kv.head_dim - 2 * kv.num_kv_heads
+    width = (num_qo_heads + 2 * kv.num_kv_heads) * kv.head_dim
+    if qkv.shape != (num_rows, width) or num_qo_heads < kv.num_kv_heads:
+        raise ValueError(
+            f"rope_append: qkv {tuple(qkv.shape)} does not fit {num_rows} rows, "
+            f"{kv.num_kv_heads} kv heads of {kv.head_dim}"
+        )
+    if positions.shape != (num_rows,) or cos_sin.shape[1:] != (kv.head_dim,):
+        raise ValueError(
+            f"rope_append: positions {tuple(positions.shape)} or cos_sin {tuple(cos_sin.shape)} "
+            f"do not fit {num_rows} rows of head_dim {kv.head_dim}"
+        )
+    return num_qo_heads
+
+
+def rope_append_reference(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    kv: KVCache,
+    layer: int,
+    tables: AppendTables,
+) -> torch.Tensor:
+    """qkv [T, (Hq + 2 Hkv) D] -> rotated q [T, Hq, D]; k and v land in the rows' chunks. Float32
+    inside.
+    """
+    num_rows = len(tables.offset)
+    num_qo_heads = check_rope_append(qkv, positions, cos_sin, kv, num_rows)
+    heads = qkv.view(num_rows, -1, kv.head_dim)
+    positions = positions.long()
+
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    rotating = num_qo_heads + kv.num_kv_heads
+    low, high = heads[:, :rotating].float().chunk(2, dim=-1)
+    rotated = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(qkv.dtype)
+
+    slot = positions % kv.chunk_size
+    entry = tables.offset + (positions - tables.first_position) // kv.chunk_size
+    chunk = tables.chunk_ids[entry]
+    pool = kv.layers[layer]
+    pool[chunk, 0, :, slot] = rotated[:, num_qo_heads:].to(pool.dtype)
+    pool[chunk, 1, :, slot] = heads[:, rotating:].to(pool.dtype)
+    return rotated[:, :num_qo_heads].contiguous()

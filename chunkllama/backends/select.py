@@ -1,0 +1,79 @@
+"""Choice of the backend, once per device."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from chunkllama.backends.base import Backend
+from chunkllama.backends.reference.backend import ReferenceBackend
+from chunkllama.errors import ConfigError
+from chunkllama.logger import init_logger
+
+BackendName = Literal["auto", "reference", "native", "cuda"]
+
+logger = init_logger(__name__)
+
+
+def select_backend(
+    device: str,
+    *,
+    dtype: torch.dtype,
+    head_dim: int,
+    chunk_size: int,
+    num_kv_heads: int,
+    backend: BackendName = "auto",
+) -> Backend:
+    """The backend for a device ("cpu", "cuda", "cuda:1") and a model's shape.
+
+    "auto" takes ``cuda`` on a GPU, and on a CPU ``native``, or where that is not built or lacks the
+    shape the ``reference``, saying so once in the log.
+
+    Raises:
+        ConfigError: the backend is not installed, or lacks the device, dtype, head_dim or chunk
+            size; the message names it and the fix.
+    """
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"device: {device!r} is not one of cpu, cuda, cuda:N")
+    target = torch.device(device)
+    if backend == "auto" and target.type == "cpu":
+        try:
+            return _native(target, dtype, head_dim, chunk_size, num_kv_heads)
+        except ConfigError as error:
+            logger.warning("running on the torch reference ops, which are slower: %s", error)
+            backend = "reference"
+    if backend == "native":
+        return _native(target, dtype, head_dim, chunk_size, num_kv_heads)
+    if backend == "reference":
+        return _checked(ReferenceBackend(target), chunk_size)
+    return _cuda(target, dtype, head_dim, chunk_size, num_kv_heads)
+
+
+def _native(
+    device: torch.device, dtype: torch.dtype, head_dim: int, chunk_size: int, num_kv_heads: int
+) -> Backend:
+    if device.type != "cpu":
+        raise ConfigError(f"backend: native runs on device cpu, not on {device}")
+    from chunkllama.backends.cpu.backend import CpuBackend
+
+    ops = CpuBackend(dtype=dtype, head_dim=head_dim, num_kv_heads=num_kv_heads)
+    return _checked(ops, chunk_size)
+
+
+def _cuda(
+    device: torch.device, dtype: torch.dtype, head_dim: int, chunk_size: int, num_kv_heads: int
+) -> Backend:
+    if device.type != "cuda":
+        raise ConfigError(f"backend: cuda needs device cuda, not {device}")
+    from chunkllama.backends.cuda.backend import CudaBackend
+
+    ops = CudaBackend(device, dtype=dtype, head_dim=head_dim, num_kv_heads=num_kv_heads)
+    return _checked(ops, chunk_size)
+
+
+def _checked(backend: Backend, chunk_size: int) -> Backend:
+    if chunk_size not in backend.chunk_sizes:
+        sizes = ", ".join(map(str, backend.chunk_sizes))
+        raise ConfigError(f"chunk_size: {chunk_size} is not one of {sizes} ({backend.name} ops)")
+    return backend

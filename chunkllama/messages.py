@@ -1,0 +1,246 @@
+"""Messages between an engine client and the engine loop, and the results of a generation.
+
+msgspec structs of plain data cross the process boundary: requests, token deltas, statistics. The
+dataclasses at the end are what the offline API returns.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+from chunkllama.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+STEP_SECONDS_BOUNDS = (
+    0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0,
+    2.5,
+)  # fmt: skip
+BATCH_SIZE_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """Natural-log probabilities at one position: of its token (rank 1 is best) and the best few."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+class EngineRequest(msgspec.Struct, kw_only=True, tag="request"):
+    """One request as the engine sees it: token ids, never text.
+
+    Attributes:
+        namespace: "" is public (matched by everyone); any other string is matched by that
+            tenant alone, below public.
+        delivered: per choice, output tokens the client already has (replay after an engine
+            restart).
+        wants_hidden_states: return one pooled embedding of the prompt instead of tokens.
+        cache_until: insert at most this many prompt tokens into the cache; None is all of them.
+        pin_seconds: keep the prompt's path in the cache at least this long, inside the pin
+            budget; 0 is no pin.
+        priority: lower is served first among waiting requests.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    namespace: str = ""
+    delivered: list[list[int]] = []
+    wants_hidden_states: Literal["", "mean", "last"] = ""
+    cache_until: int | None = None
+    pin_seconds: float = 0.0
+    priority: int = 0
+
+
+class ChoiceDelta(msgspec.Struct, kw_only=True):
+    """New tokens of one choice; ``finish_reason`` is set once, on the choice's last delta."""
+
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+
+
+class TokenDelta(msgspec.Struct, kw_only=True, tag="tokens"):
+    """What one step added to one request.
+
+    ``num_cached_tokens`` (prompt tokens whose K/V came from the cache) and
+    ``num_cache_write_tokens`` are final on the request's first delta; so is ``pin_refused``: the
+    pin it asked for would exceed the budget. ``error`` fails the whole request.
+
+    Durations, since clocks of two processes cannot be compared: ``queue_seconds`` (arrival to
+    first scheduling) and ``prefill_seconds`` (from there to the prompt's end) are final on the
+    first delta; ``decode_seconds`` is what has passed since.
+    """
+
+    request_id: str
+    choices: list[ChoiceDelta]
+    num_cached_tokens: int = 0
+    num_cache_write_tokens: int = 0
+    pin_refused: bool = False
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    embedding: list[float] | None = None
+    error: EngineErrorInfo | None = None
+
+
+class EngineErrorInfo(msgspec.Struct, kw_only=True):
+    """A typed failure: ``kind`` is invalid (400), overloaded (429) or failed (500)."""
+
+    kind: Literal["invalid", "overloaded", "failed"]
+    message: str
+    param: str | None = None
+    code: str | None = None
+    retry_after: int = 0
+
+
+class Histogram(msgspec.Struct):
+    """How often values fell into buckets.
+
+    Attributes:
+        bounds: upper bounds, inclusive and ascending.
+        counts: values in each bucket alone; the last one, beyond all bounds, is one more.
+        total: sum of the values.
+    """
+
+    bounds: tuple[float, ...]
+    counts: list[int]
+    total: float = 0.0
+
+    @classmethod
+    def over(cls, bounds: tuple[float, ...]) -> Histogram:
+        """An empty one."""
+        return cls(bounds, [0] * (len(bounds) + 1))
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def add(self, other: Histogram) -> None:
+        """Count everything that ``other``, of the same bounds, has counted."""
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        self.total += other.total
+
+
+class EngineStats(msgspec.Struct, kw_only=True, tag="engine_stats"):
+    """A snapshot of the engine's counters (monotonic, since its start) and gauges.
+
+    ``batch_size`` counts sequences of a step. Of ``prefix_tokens_hit_total``, the ``public`` ones
+    lay in the part of the tree that everyone matches.
+    """
+
+    steps_total: int = 0
+    requests_running: int = 0
+    requests_waiting: int = 0
+    chunks_free: int = 0
+    chunks_cached: int = 0
+    chunks_referenced: int = 0
+    chunks_private: int = 0
+    chunks_total: int = 0
+    chunks_peak: int = 0
+    prefix_tokens_queried_total: int = 0
+    prefix_tokens_hit_total: int = 0
+    prefix_tokens_hit_public_total: int = 0
+    prefill_tokens_computed_total: int = 0
+    prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    preemptions_total: int = 0
+    evicted_chunks_total: int = 0
+    pinned_chunks: int = 0
+    pins_refused_total: int = 0
+    step_seconds: Histogram = msgspec.field(
+        default_factory=lambda: Histogram.over(STEP_SECONDS_BOUNDS)
+    )
+    batch_size: Histogram = msgspec.field(default_factory=lambda: Histogram.over(BATCH_SIZE_BOUNDS))
+    invariant_violations: int = 0
+    tree: list[TreeNodeInfo] = []
+
+
+class TreeNodeInfo(msgspec.Struct, kw_only=True):
+    """One chunk of the prefix tree, for the dashboard: ids and counts, never tokens."""
+
+    chunk_id: int
+    parent_chunk_id: int
+    depth: int
+    num_tokens: int
+    filled: int
+    num_sequences: int
+    state: str
+    namespace: str
+
+
+class AbortRequest(msgspec.Struct, kw_only=True, tag="abort"):
+    """The client no longer wants this request (``index`` None) or this one choice."""
+
+    request_id: str
+    index: int | None = None
+
+
+class StatsRequest(msgspec.Struct, kw_only=True, tag="stats"):
+    """Ask for an EngineStats; also the liveness probe of an idle engine."""
+
+    include_tree: bool = False
+
+
+class Shutdown(msgspec.Struct, kw_only=True, tag="shutdown"):
+    """Finish the step in flight and exit."""
+
+
+ToEngine = EngineRequest | AbortRequest | StatsRequest | Shutdown
+
+
+class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):
+    """First message of an engine that has loaded its model: what the client needs to know of it."""
+
+    model_name: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: list[int]
+    num_chunks: int
+    chunk_size: int
+    max_request_tokens: int
+    device: str
+    backend: str
+
+
+class StartFailed(msgspec.Struct, kw_only=True, tag="start_failed"):
+    """Only message of an engine that could not start: one line for the user."""
+
+    message: str
+
+
+FromEngine = TokenDelta | EngineStats | EngineReady | StartFailed
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One choice of a request: ``text`` is decoded, ``finish_reason`` None while it runs."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """All choices of one request; ``num_cached_tokens`` prompt tokens were not computed again."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    finished: bool = False

@@ -1,0 +1,244 @@
+"""Safetensors folders: which tensor lies where, checked in full before a byte of it is read.
+
+Format: 8 bytes little-endian header length, a JSON header, then the tensors back to back. Nothing
+in it can execute; pickled weights can, and are refused. No torch here, so that a start that must
+fail does so at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chunkllama.errors import ConfigError
+from chunkllama.models.config import ModelSpec, read_json
+
+ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+_OTHER_ITEM_SIZES = {
+    "F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+_SIZES = {**ITEM_SIZES, **_OTHER_ITEM_SIZES}
+_MAX_HEADER_BYTES = 8 << 20  # a 405B model needs 0.2 MB; parsing more costs seconds and gigabytes
+_BLOCK_BYTES = 4 << 20
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies: bytes [begin, end) of ``path``."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Checkpoint:
+    """The tensors a model needs, each located and of the right shape.
+
+    Args:
+        folder: of the model.
+        spec: what ``read_spec`` read there.
+
+    Raises:
+        ConfigError: one line naming the file, the tensor and the fix.
+    """
+
+    def __init__(self, folder: Path, spec: ModelSpec) -> None:
+        self._infos = _locate(folder)
+        self._maps: dict[Path, mmap.mmap] = {}
+        _check_shapes(folder, self._infos, spec)
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._infos[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._infos
+
+    def map(self, name: str) -> mmap.mmap:
+        """The file of a tensor, mapped privately: pages come from the page cache when touched."""
+        path = self._infos[name].path
+        if path not in self._maps:
+            with path.open("rb") as file:
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[path]
+
+    def blocks(self, name: str) -> Iterator[bytearray]:
+        """A tensor's bytes in blocks, the last one short; each is valid until the next.
+
+        For what is copied anyway: a read costs half of a first touch of mapped pages.
+        """
+        info = self._infos[name]
+        buffer = bytearray(_BLOCK_BYTES)
+        with info.path.open("rb", buffering=0) as file:
+            file.seek(info.begin)
+            left = info.end - info.begin
+            while left:
+                if left < len(buffer):
+                    buffer = bytearray(left)
+                done = 0
+                while done < len(buffer):
+                    read = file.readinto(memoryview(buffer)[done:])
+                    if not read:
+                        raise ConfigError(f"{info.path}: became shorter while it was read")
+                    done += read
+                left -= done
+                yield buffer
+
+
+def expected_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor of a Llama and its shape, named as Hugging Face names them."""
+    hidden, intermediate = spec.hidden_size, spec.intermediate_size
+    q, kv = spec.num_qo_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    yield "model.embed_tokens.weight", (spec.vocab_size, hidden)
+    for index in range(spec.num_layers):
+        layer = f"model.layers.{index}"
+        yield f"{layer}.input_layernorm.weight", (hidden,)
+        yield f"{layer}.post_attention_layernorm.weight", (hidden,)
+        attention = (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q))
+        for name, out, into in attention:
+            yield f"{layer}.self_attn.{name}_proj.weight", (out, into)
+            if spec.attention_bias:
+                yield f"{layer}.self_attn.{name}_proj.bias", (out,)
+        mlp = (
+            ("gate", intermediate, hidden),
+            ("up", intermediate, hidden),
+            ("down", hidden, intermediate),
+        )
+        for name, out, into in mlp:
+            yield f"{layer}.mlp.{name}_proj.weight", (out, into)
+            if spec.mlp_bias:
+                yield f"{layer}.mlp.{name}_proj.bias", (out,)
+    yield "model.norm.weight", (hidden,)
+    if not spec.tie_word_embeddings:
+        yield "lm_head.weight", (spec.vocab_size, hidden)
+
+
+def _check_shapes(folder: Path, infos: dict[str, TensorInfo], spec: ModelSpec) -> None:
+    if spec.num_layers * 9 > 2 * len(infos) + 9:
+        # A layer count out of proportion would make the loop below the slow part.
+        raise ConfigError(
+            f"{folder}: config.json says {spec.num_layers} layers, the weights hold {len(infos)} "
+            "tensors; are they of the same model?"
+        )
+    unexpected = set(infos)
+    for name, shape in expected_shapes(spec):
+        info = infos.get(name)
+        if info is None:
+            raise ConfigError(f"{folder}: the weights have no tensor {name}; is a shard missing?")
+        if info.shape != shape:
+            raise ConfigError(
+                f"{info.path}: tensor {name} has shape {list(info.shape)}, config.json asks for "
+                f"{list(shape)}"
+            )
+        if info.dtype not in ITEM_SIZES:
+            raise ConfigError(
+                f"{info.path}: tensor {name} is {info.dtype}; supported: {', '.join(ITEM_SIZES)}"
+            )
+        unexpected.discard(name)
+    for name in sorted(unexpected):
+        # Old checkpoints store the rotary frequencies, tied ones the head twice: both follow from
+        # the rest. Anything else means another architecture.
+        if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
+            raise ConfigError(
+                f"{infos[name].path}: unexpected tensor {name}; the model differs from config.json"
+            )
+
+
+def _locate(folder: Path) -> dict[str, TensorInfo]:
+    if (folder / _SINGLE).exists():
+        return read_header(folder / _SINGLE)
+    if not (folder / _INDEX).exists():
+        pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickled:
+            raise ConfigError(
+                f"{folder / pickled[0]}: pickled weights can run code when loaded and are refused; "
+                "convert them to safetensors"
+            )
+        raise ConfigError(f"{folder}: no {_SINGLE} and no {_INDEX}; is it a complete model folder?")
+    index = read_json(folder / _INDEX)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(f"{folder / _INDEX}: weight_map is missing or empty")
+    shards: dict[str, dict[str, TensorInfo]] = {}
+    infos = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+            raise ConfigError(f"{folder / _INDEX}: {name} lies in {shard!r}, not a plain file name")
+        if not shard.endswith(".safetensors"):
+            raise ConfigError(
+                f"{folder / _INDEX}: {shard} is not a safetensors file; others are refused"
+            )
+        if shard not in shards:
+            if not (folder / shard).is_file():
+                raise ConfigError(
+                    f"{folder / shard}: missing; {_INDEX} names it, download it again"
+                )
+            shards[shard] = read_header(folder / shard)
+        if name not in shards[shard]:
+            raise ConfigError(f"{folder / shard}: has no tensor {name}, though {_INDEX} says so")
+        infos[name] = shards[shard][name]
+    return infos
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Parse and check the header of one safetensors file.
+
+    Raises:
+        ConfigError: it does not describe exactly the bytes of the file.
+    """
+
+    def corrupt(what: str) -> ConfigError:
+        return ConfigError(f"{path}: corrupt safetensors file: {what}; download it again")
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise corrupt(f"a header of {length} bytes in a file of {size}")
+            if length > _MAX_HEADER_BYTES:
+                raise corrupt(f"a header of {length} bytes, more than any model needs")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise corrupt("its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise corrupt("its header is not an object")
+    header.pop("__metadata__", None)
+    infos = {}
+    for name, entry in header.items():
+        try:
+            infos[name] = _parse_entry(path, entry, 8 + length)
+        except (KeyError, TypeError, ValueError) as error:
+            raise corrupt(f"tensor {name}: {error}") from None
+    end = 8 + length
+    for name, info in sorted(infos.items(), key=lambda pair: (pair[1].begin, pair[1].end)):
+        if info.begin != end:
+            raise corrupt(f"tensor {name} starts at byte {info.begin}, expected {end}")
+        end = info.end
+    if end != size:
+        raise corrupt(f"its tensors end at byte {end}, the file at {size}")
+    return infos
+
+
+def _parse_entry(path: Path, entry: Any, data_begin: int) -> TensorInfo:
+    dtype, shape = entry["dtype"], entry["shape"]
+    begin, end = entry["data_offsets"]
+    if dtype not in _SIZES:
+        raise ValueError(f"unknown dtype {dtype!r}")
+    for value in (*shape, begin, end):
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise ValueError(f"{value!r} is not a size")
+    if end - begin != math.prod(shape) * _SIZES[dtype]:
+        raise ValueError(f"{end - begin} bytes for {dtype} {shape}")
+    return TensorInfo(path, dtype, tuple(shape), data_begin + begin, data_begin + end)

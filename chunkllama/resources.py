@@ -1,0 +1,123 @@
+"""What this process may use of the machine: processors and memory, the container's limits included.
+
+``docker run --cpus 2 -m 2g`` shows in the control group's files alone; the host's figures would
+start 64 threads on two processors and a pool that the kernel kills.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from chunkllama.errors import ConfigError
+
+_GIB = 1 << 30
+_ROOT = Path("/")
+
+
+def usable_threads(root: Path = _ROOT) -> int:
+    """Processors this process may run on: its affinity, cut to the control group's quota."""
+    limit = len(os.sched_getaffinity(0))
+    for group in _groups(root, "cpu"):
+        quota = _cpu_quota(group)
+        if quota is not None:
+            limit = min(limit, max(1, math.floor(quota)))
+    return limit
+
+
+def memory_left(root: Path = _ROOT) -> int:
+    """Bytes that can still be allocated before the kernel steps in; page cache counts as free."""
+    left = _meminfo(root)
+    for group in _groups(root, "memory"):
+        limit = _number(group / "memory.max") or _number(group / "memory.limit_in_bytes")
+        used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes")
+        if limit is not None:
+            left = min(left, limit - (used or 0) + _file_cache(group / "memory.stat"))
+    return max(left, 0)
+
+
+def cache_folder() -> Path:
+    """$CHUNKLLAMA_CACHE, else chunkllama/ below $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        ConfigError: none is set, and the user has no home.
+    """
+    if own := os.environ.get("CHUNKLLAMA_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(base).expanduser() / "chunkllama"
+    except RuntimeError:
+        raise ConfigError("this user has no home folder; set CHUNKLLAMA_CACHE") from None
+
+
+def default_kv_cache_memory(left: int) -> int:
+    """Bytes of the chunk pool on a CPU when nobody says: a quarter of what is left, at most 1 GiB.
+
+    Args:
+        left: bytes free once the weights are loaded.
+    """
+    return min(_GIB, left // 4)
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of this process's control group and its ancestors, version 2 and version 1."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / (controller if controllers else "")
+        folder = base / path.lstrip("/")
+        while folder.is_relative_to(base):
+            yield folder
+            folder = folder.parent
+
+
+def _cpu_quota(group: Path) -> float | None:
+    """Processors' worth of time per period; None without a limit."""
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        old, period_old = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
+        return old / period_old if old and period_old and old > 0 else None
+
+
+def _number(path: Path) -> int | None:
+    """A file's number; None for a missing file, for "max" and for version 1's "no limit"."""
+    try:
+        value = int(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if value < 1 << 60 else None
+
+
+def _file_cache(stat: Path) -> int:
+    try:
+        fields = dict(line.split() for line in stat.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(fields.get("inactive_file", fields.get("total_inactive_file", 0)))
+
+
+def _meminfo(root: Path) -> int:
+    for line in (root / "proc/meminfo").read_text().splitlines():
+        name, value, *_ = line.split()
+        if name == "MemAvailable:":
+            return int(value) * 1024
+    raise OSError("/proc/meminfo has no MemAvailable")
+
+
+def data_folder(name: str) -> Path:
+    """Return the folder ``kernels`` or ``configs``, of the installed package or the repository."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / f"_{name}", package.parent / name):
+        if folder.is_dir():
+            return folder
+    raise ConfigError(f"the package holds no {name} folder: reinstall chunkllama")

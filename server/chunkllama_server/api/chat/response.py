@@ -1,0 +1,226 @@
+"""Pieces of text turned into a chat completion, whole or as chunks."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import cast
+
+from chunkllama_server.api.common.logprobs import LogprobFormatter
+from chunkllama_server.api.common.request_stream import OutputDelta, RequestStream
+from chunkllama_server.api.schema.chat import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ChatDelta,
+    ChatLogprobs,
+    FinishReason,
+    ResponseMessage,
+    ToolCall,
+    ToolCallDelta,
+)
+from chunkllama_server.api.tools.config import ToolConfig
+from chunkllama_server.api.tools.parsers import CallDelta, OutputParser, Parsed
+from chunkllama_server.transport.sse import DONE, sse
+
+
+def _finish_reason(reason: str, has_calls: bool, is_legacy: bool) -> FinishReason:
+    if reason == "stop" and has_calls:
+        return "function_call" if is_legacy else "tool_calls"
+    return cast(FinishReason, reason)
+
+
+def _call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+@dataclass(slots=True)
+class ChatAnswer:
+    """What all chunks of one answer, or the whole of it, have in common.
+
+    Attributes:
+        prefix: text put before each choice (echo of a continued message).
+    """
+
+    body: ChatCompletionRequest
+    generation: RequestStream
+    tools: ToolConfig
+    formatter: LogprobFormatter
+    model: str
+    fingerprint: str
+    service_tier: str | None
+    prefix: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def _logprobs(self, piece: OutputDelta) -> ChatLogprobs | None:
+        return self.formatter.chat(piece.logprobs) if self.body.logprobs else None
+
+    async def whole(self) -> ChatCompletion:
+        """Run the generation and put the answer together."""
+        pieces = await self.generation.collect()
+        completion: ChatCompletion = {
+            "id": self.generation.request.request_id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": [self._choice(piece) for piece in pieces],
+            "usage": self.generation.usage(),
+            "service_tier": self.service_tier,
+            "system_fingerprint": self.fingerprint,
+        }
+        if self.body.metadata is not None:
+            completion["metadata"] = self.body.metadata
+        if self.body.return_token_ids:
+            completion["prompt_token_ids"] = self.generation.request.prompt_token_ids
+        if self.body.prompt_logprobs is not None:
+            logprobs = self.generation.prompt_logprobs or []
+            completion["prompt_logprobs"] = self.formatter.prompt(logprobs)
+        return completion
+
+    def _choice(self, piece: OutputDelta) -> ChatChoice:
+        parser = self.tools.parser()
+        parsed, rest = parser.feed(piece.text), parser.finish()
+        content = self.prefix + parsed.content + rest.content
+        calls = whole_calls([*parsed.calls, *rest.calls])
+        message: ResponseMessage = {
+            "role": "assistant",
+            "content": content if content or not calls else None,
+            "refusal": None,
+        }
+        if calls and self.tools.is_legacy:
+            message["function_call"] = calls[0]["function"]
+        elif calls:
+            message["tool_calls"] = calls
+        assert piece.finish_reason is not None, "a collected choice has ended"
+        choice: ChatChoice = {
+            "index": piece.index,
+            "message": message,
+            "finish_reason": _finish_reason(piece.finish_reason, bool(calls), self.tools.is_legacy),
+            "logprobs": self._logprobs(piece),
+        }
+        if piece.stop_reason is not None:
+            choice["stop_reason"] = piece.stop_reason
+        if self.body.return_token_ids:
+            choice["token_ids"] = piece.token_ids
+        return choice
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events: roles, text as it comes, finish reasons, usage if asked for,
+        [DONE]."""
+        choices = [_StreamedChoice(self) for _ in range(self.generation.request.sampling.n)]
+        async with aclosing(self.generation.pieces()) as stream:
+            is_first = True
+            async for pieces in stream:
+                if is_first:
+                    is_first = False
+                    for index in range(len(choices)):
+                        yield sse(self._first_chunk(index))
+                        if self.prefix:
+                            yield sse(self._chunk([delta_choice(index, {"content": self.prefix})]))
+                # One choice a chunk: many clients look at choices[0] alone.
+                for piece in pieces:
+                    for change in choices[piece.index].take(piece):
+                        yield sse(self._chunk([change]))
+        options = self.body.stream_options
+        if options is not None and options.include_usage:
+            last = self._chunk([])
+            last["usage"] = self.generation.usage()
+            yield sse(last)
+        yield DONE
+
+    def _first_chunk(self, index: int) -> ChatCompletionChunk:
+        role: ChatDelta = {"role": "assistant", "content": "", "refusal": None}
+        chunk = self._chunk([delta_choice(index, role)])
+        if self.body.return_token_ids and index == 0:
+            chunk["prompt_token_ids"] = self.generation.request.prompt_token_ids
+        return chunk
+
+    def _chunk(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
+        chunk: ChatCompletionChunk = {
+            "id": self.generation.request.request_id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "service_tier": self.service_tier,
+            "system_fingerprint": self.fingerprint,
+        }
+        options = self.body.stream_options
+        if options is not None and options.include_usage:
+            continuous = options.continuous_usage_stats
+            chunk["usage"] = self.generation.usage() if continuous else None
+        return chunk
+
+
+def delta_choice(
+    index: int, delta: ChatDelta, finish_reason: FinishReason | None = None
+) -> ChatChunkChoice:
+    """One choice of a chunk."""
+    return {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+
+
+class _StreamedChoice:
+    """One choice's parser, and what it has said so far."""
+
+    def __init__(self, answer: ChatAnswer) -> None:
+        self._answer = answer
+        self._parser: OutputParser = answer.tools.parser()
+        self._has_calls = False
+
+    def take(self, piece: OutputDelta) -> list[ChatChunkChoice]:
+        """The chunk choices a piece makes: its text or calls, then its end."""
+        answer = self._answer
+        parsed = self._parser.feed(piece.text)
+        if piece.finish_reason is not None:
+            rest = self._parser.finish()
+            parsed = Parsed(parsed.content + rest.content, parsed.calls + rest.calls)
+        self._has_calls = self._has_calls or bool(parsed.calls)
+        deltas: list[ChatDelta] = [{"content": parsed.content}] if parsed.content else []
+        deltas += [self._call_delta(call) for call in parsed.calls]
+        choices = [delta_choice(piece.index, delta) for delta in deltas]
+        if piece.finish_reason is not None:
+            reason = _finish_reason(piece.finish_reason, self._has_calls, answer.tools.is_legacy)
+            choices.append(delta_choice(piece.index, {}, reason))
+            if piece.stop_reason is not None:
+                choices[-1]["stop_reason"] = piece.stop_reason
+        shows_tokens = answer.body.logprobs or answer.body.return_token_ids
+        if not choices and shows_tokens and piece.token_ids:
+            choices = [delta_choice(piece.index, {})]
+        if choices and piece.token_ids:
+            choices[0]["logprobs"] = answer._logprobs(piece)
+            if answer.body.return_token_ids:
+                choices[0]["token_ids"] = piece.token_ids
+        return choices
+
+    def _call_delta(self, call: CallDelta) -> ChatDelta:
+        if self._answer.tools.is_legacy:
+            if call.name is not None:
+                return {"function_call": {"name": call.name, "arguments": call.arguments}}
+            return {"function_call": {"arguments": call.arguments}}
+        delta: ToolCallDelta = {
+            "index": call.index,
+            "function": {"arguments": call.arguments},
+        }
+        if call.name is not None:
+            delta["id"] = _call_id()
+            delta["type"] = "function"
+            delta["function"]["name"] = call.name
+        return {"tool_calls": [delta]}
+
+
+def whole_calls(deltas: Sequence[CallDelta]) -> list[ToolCall]:
+    """Join the parts of each call."""
+    calls: list[ToolCall] = []
+    for delta in deltas:
+        if delta.name is not None:
+            function = {"name": delta.name, "arguments": ""}
+            calls.append(
+                cast(ToolCall, {"id": _call_id(), "type": "function", "function": function})
+            )
+        calls[-1]["function"]["arguments"] += delta.arguments
+    return calls

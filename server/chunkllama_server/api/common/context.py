@@ -1,0 +1,118 @@
+"""What every route works with: one object, built by the application factory, handed out by a
+dependency."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from chunkllama import __version__
+from chunkllama.engine.client import EngineClient
+from chunkllama_server.api.common.response_store import ResponseStore
+from chunkllama_server.api.common.structured_outputs import GrammarCompiler
+from chunkllama_server.api.common.text_service import TextService
+from chunkllama_server.api.schema.base import RequestModel, SamplingFields, walk_fields
+from chunkllama_server.config.api_settings import ApiSettings
+from chunkllama_server.metrics.server_metrics import ServerMetrics
+from chunkllama_server.transport.errors import invalid, not_found_model, unavailable
+from chunkllama_server.transport.request_context import RequestInfo, request_info
+
+
+@dataclass(slots=True)
+class Lifecycle:
+    """Whether new work is taken: draining means that live requests finish and new ones get 503."""
+
+    draining: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class ServerContext:
+    """The application's parts.
+
+    Attributes:
+        created: Unix time at which the application was built, for /v1/models.
+        fingerprint: names version and backend; changes when outputs may.
+    """
+
+    engine: EngineClient
+    text: TextService
+    settings: ApiSettings
+    metrics: ServerMetrics
+    grammars: GrammarCompiler
+    responses: ResponseStore
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def fingerprint(self) -> str:
+        return f"chunkllama-{__version__}-{self.engine.info.backend}"
+
+    def check_serving(self) -> None:
+        """Refuse new work while starting or draining.
+
+        Raises:
+            ApiError: 503 with Retry-After.
+        """
+        if self.lifecycle.draining:
+            raise unavailable("The server is shutting down", "draining")
+        if not self.engine.is_ready:
+            raise unavailable("The engine is not ready", "engine_unavailable")
+
+    def check_model(self, name: str) -> str:
+        """The name to answer with.
+
+        Raises:
+            ApiError: 404 for a model that is not served.
+        """
+        if name not in self.settings.served_model_names:
+            raise not_found_model(name)
+        return name
+
+    def admit(self, body: RequestModel, request: Request) -> RequestInfo:
+        """The checks every POST begins with: serving, model, unknown and refused fields.
+
+        Raises:
+            ApiError: 400, 404 or 503.
+        """
+        self.check_serving()
+        model = getattr(body, "model", None)
+        if model is not None:
+            self.check_model(model)
+        info = request_info(request.scope)
+        unknown = []
+        for path, kind in walk_fields(body):
+            if kind == "refused":
+                raise invalid(f"{path} is not supported by this server", path, "unsupported")
+            unknown.append(path)
+        if unknown and self.settings.strict:
+            raise invalid(f"Unknown field {unknown[0][:200]!r}", unknown[0], "unknown_field")
+        if unknown:
+            self.metrics.ignore_fields(len(unknown))
+            info.name_ignored_fields(unknown)
+        return info
+
+
+def get_context(request: Request) -> ServerContext:
+    context = request.app.state.context
+    assert isinstance(context, ServerContext)
+    return context
+
+
+Context = Annotated[ServerContext, Depends(get_context)]
+
+
+def check_stream_options(body: SamplingFields) -> None:
+    """Fields that exclude each other because of ``stream``.
+
+    Raises:
+        ApiError: 400.
+    """
+    if not body.stream and body.stream_options is not None:
+        raise invalid("stream_options needs stream: true", "stream_options")
+    if body.stream and body.prompt_logprobs is not None:
+        raise invalid("prompt_logprobs cannot be streamed", "prompt_logprobs")
+    if body.stream and body.use_beam_search:
+        raise invalid("Beam search cannot be streamed", "use_beam_search")

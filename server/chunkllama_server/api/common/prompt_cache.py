@@ -1,0 +1,73 @@
+"""Prompt-cache fields turned into what the engine does: where storing ends, and how long a prefix
+stays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from chunkllama_server.api.schema.base import CacheFields
+from chunkllama_server.config.api_settings import ApiSettings
+from chunkllama_server.transport.errors import invalid
+
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600}
+_DAY = 86_400.0
+EXPLICIT_WRITES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """``until``: prompt tokens that may be stored, None for all. ``pin_seconds``: least
+    lifetime."""
+
+    until: int | None = None
+    pin_seconds: float = 0.0
+
+
+def pin_seconds(body: CacheFields, settings: ApiSettings) -> float:
+    """The cache lifetime a request asks for; 0 leaves it to the eviction order.
+
+    Raises:
+        ApiError: 400 for a ttl beyond the server's limit, or an extension ttl in strict mode.
+    """
+    options = body.prompt_cache_options
+    if options is not None and options.ttl is not None:
+        if settings.strict and options.ttl != "30m":
+            raise invalid('ttl must be "30m"', "prompt_cache_options.ttl")
+        seconds = float(int(options.ttl[:-1]) * _UNIT_SECONDS[options.ttl[-1]])
+        if seconds > settings.max_pin_seconds:
+            raise invalid(
+                f"ttl is {seconds:.0f} s, the server allows {settings.max_pin_seconds:.0f} s",
+                "prompt_cache_options.ttl",
+            )
+        return seconds
+    if body.prompt_cache_retention == "24h":
+        return min(_DAY, settings.max_pin_seconds)
+    return 0.0
+
+
+def cache_plan(
+    body: CacheFields, settings: ApiSettings, breakpoints: Sequence[int] = ()
+) -> CachePlan:
+    """What to store of a prompt whose explicit breakpoints lie after ``breakpoints`` tokens.
+
+    A tree stores every prefix of what it stores, so of several breakpoints the last one decides.
+
+    Raises:
+        ApiError: see ``pin_seconds``.
+    """
+    options = body.prompt_cache_options
+    lifetime = pin_seconds(body, settings)
+    if options is None or options.mode != "explicit":
+        return CachePlan(None, lifetime)
+    return CachePlan(max(breakpoints, default=0), lifetime)
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """Number of leading token ids two prompts share."""
+    count = 0
+    for a, b in zip(left, right, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

@@ -1,0 +1,97 @@
+"""Finished responses, kept for previous_response_id: bounded by count, bytes and age."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from chunkllama_server.api.schema.chat import ChatMessage
+from chunkllama_server.api.schema.response_object import Response
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """A response and the conversation that ends with it (without instructions)."""
+
+    response: Response
+    messages: list[ChatMessage]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    stored: StoredResponse
+    num_bytes: int
+    expires: float
+
+
+class ResponseStore:
+    """The least recently used responses go first; a tenant sees its own alone.
+
+    Args:
+        max_items, max_bytes: bounds of the whole store; bytes are those of the JSON text.
+        ttl_seconds: age at which a response is forgotten.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        max_items: int,
+        max_bytes: int,
+        ttl_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_items = max_items
+        self._max_bytes = max_bytes
+        self._ttl_seconds = ttl_seconds
+        self._clock = clock
+        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def put(self, tenant: str, stored: StoredResponse) -> None:
+        """Keep a response; one larger than the whole store is not kept."""
+        text = [message.model_dump(exclude_none=True) for message in stored.messages]
+        num_bytes = len(msgspec.json.encode([text, stored.response]))
+        self._drop_expired()
+        if num_bytes > self._max_bytes:
+            return
+        self._remove((tenant, stored.response["id"]))
+        self._entries[tenant, stored.response["id"]] = _Entry(
+            stored, num_bytes, self._clock() + self._ttl_seconds
+        )
+        self.num_bytes += num_bytes
+        while len(self._entries) > self._max_items or self.num_bytes > self._max_bytes:
+            self._remove(next(iter(self._entries)))
+
+    def get(self, tenant: str, response_id: str) -> StoredResponse | None:
+        """A kept response of this tenant."""
+        self._drop_expired()
+        entry = self._entries.get((tenant, response_id))
+        if entry is None:
+            return None
+        self._entries.move_to_end((tenant, response_id))
+        return entry.stored
+
+    def delete(self, tenant: str, response_id: str) -> bool:
+        """Forget a response; False when there is none."""
+        self._drop_expired()
+        return self._remove((tenant, response_id))
+
+    def _remove(self, key: tuple[str, str]) -> bool:
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return False
+        self.num_bytes -= entry.num_bytes
+        return True
+
+    def _drop_expired(self) -> None:
+        now = self._clock()
+        expired = [key for key, entry in self._entries.items() if entry.expires <= now]
+        for key in expired:
+            self._remove(key)

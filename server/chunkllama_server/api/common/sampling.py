@@ -1,0 +1,181 @@
+"""Request fields turned into SamplingParams, with the checks that need the model's sizes."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from chunkllama.messages import EngineReady
+from chunkllama.sampling_params import GrammarSpec, SamplingParams
+from chunkllama_server.api.common.text_service import Tokenizer
+from chunkllama_server.api.schema.base import SamplingFields
+from chunkllama_server.config.api_settings import ApiSettings
+from chunkllama_server.transport.errors import invalid
+
+T = TypeVar("T")
+
+PRIORITY_OF_TIER = {"flex": 10, "priority": -10, "fast": -10}
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def check_prompt_ids(ids: list[int], vocab_size: int, param: str) -> None:
+    """Raises:
+    ApiError: 400 for an empty prompt or an id outside the vocabulary.
+    """
+    if not ids:
+        raise invalid("The prompt is empty", param)
+    largest = max(ids)
+    if largest >= vocab_size or min(ids) < 0:
+        raise invalid(f"Token id {largest} is outside the vocabulary of {vocab_size}", param)
+
+
+def check_lengths(
+    prompt_tokens: int, max_tokens: int | None, info: EngineReady, prompt_param: str, param: str
+) -> None:
+    """Refuse what the context cannot hold, naming both numbers.
+
+    Raises:
+        ApiError: 400 with code context_length_exceeded.
+    """
+    limit = info.max_model_len
+    least = 0 if max_tokens == 0 else 1
+    if prompt_tokens + least > limit:
+        raise invalid(
+            f"This model's maximum context length is {limit} tokens, but the prompt has "
+            f"{prompt_tokens}, which leaves none for the answer",
+            prompt_param,
+            "context_length_exceeded",
+        )
+    if max_tokens is not None and prompt_tokens + max_tokens > limit:
+        raise invalid(
+            f"This model's maximum context length is {limit} tokens, but the request asks for "
+            f"{prompt_tokens + max_tokens} ({prompt_tokens} in the prompt, {max_tokens} in the "
+            "answer)",
+            param,
+            "context_length_exceeded",
+        )
+
+
+def parse_logit_bias(body: SamplingFields, vocab_size: int) -> dict[int, float]:
+    """Raises:
+    ApiError: 400 for a key that is no token id of this model.
+    """
+    bias: dict[int, float] = {}
+    for key, value in (body.logit_bias or {}).items():
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+            raise invalid(f"logit_bias key {key[:50]!r} is not a token id", "logit_bias")
+        if int(key) >= vocab_size:
+            raise invalid(
+                f"logit_bias key {key} is outside the vocabulary of {vocab_size}", "logit_bias"
+            )
+        bias[int(key)] = float(value)
+    return bias
+
+
+def parse_bad_words(words: list[str] | None, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Each word at the start of a text and after a space, as token ids."""
+    sequences = []
+    for word in words or ():
+        for spelled in (word, f" {word}"):
+            ids = tuple(tokenizer.encode(spelled))
+            if ids and ids not in sequences:
+                sequences.append(ids)
+    return tuple(sequences)
+
+
+def _check_token_ids(ids: list[int] | None, vocab_size: int, param: str) -> tuple[int, ...]:
+    for position, token_id in enumerate(ids or ()):
+        if token_id >= vocab_size:
+            raise invalid(
+                f"Token id {token_id} is outside the vocabulary of {vocab_size}",
+                f"{param}[{position}]",
+            )
+    return tuple(ids or ())
+
+
+def stop_strings(body: SamplingFields) -> tuple[str, ...]:
+    if body.stop is None:
+        return ()
+    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+
+
+def _temperature(body: SamplingFields, settings: ApiSettings) -> float:
+    if body.use_beam_search:
+        if body.temperature:
+            raise invalid("Beam search needs temperature 0", "temperature")
+        return 0.0
+    return float(_or(body.temperature, settings.generation_defaults.get("temperature", 1.0)))
+
+
+def check_beam_search(n: int, logprobs: int | None, grammar: GrammarSpec | None) -> None:
+    """Raises:
+    ApiError: 400 for too many beams, or what beams cannot be combined with.
+    """
+    if n > 32:
+        raise invalid(f"Beam search takes at most 32 beams, got n = {n}", "n")
+    if logprobs is not None:
+        raise invalid("Beam search returns no log-probabilities", "logprobs")
+    if grammar is not None:
+        raise invalid("Beam search excludes structured output", "use_beam_search")
+
+
+def sampling_params(
+    body: SamplingFields,
+    settings: ApiSettings,
+    info: EngineReady,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None = None,
+    best_of: int | None = None,
+    grammar: GrammarSpec | None = None,
+) -> SamplingParams:
+    """The engine's parameters for a request; absent fields take the model's defaults.
+
+    Raises:
+        ApiError, InvalidRequestError: a value the model or the engine cannot take.
+    """
+    defaults = settings.generation_defaults
+    vocab_size = info.vocab_size
+    n = _or(body.n, 1)
+    if body.use_beam_search:
+        check_beam_search(n, logprobs, grammar)
+    if best_of is not None and best_of > n and logprobs is None:
+        logprobs = 0
+    values: dict[str, Any] = {
+        "n": n,
+        "best_of": best_of,
+        "temperature": _temperature(body, settings),
+        "top_p": float(_or(body.top_p, defaults.get("top_p", 1.0))),
+        "top_k": _or(body.top_k, defaults.get("top_k", 0)),
+        "min_p": float(_or(body.min_p, defaults.get("min_p", 0.0))),
+        "seed": body.seed,
+        "max_tokens": max_tokens,
+        "min_tokens": _or(body.min_tokens, 0),
+        "stop": stop_strings(body),
+        "stop_token_ids": _check_token_ids(body.stop_token_ids, vocab_size, "stop_token_ids"),
+        "include_stop_str_in_output": bool(body.include_stop_str_in_output),
+        "ignore_eos": bool(body.ignore_eos),
+        "skip_special_tokens": _or(body.skip_special_tokens, True),
+        "presence_penalty": float(_or(body.presence_penalty, 0.0)),
+        "frequency_penalty": float(_or(body.frequency_penalty, 0.0)),
+        "repetition_penalty": float(
+            _or(body.repetition_penalty, defaults.get("repetition_penalty", 1.0))
+        ),
+        "logit_bias": parse_logit_bias(body, vocab_size),
+        "allowed_token_ids": _check_token_ids(
+            body.allowed_token_ids, vocab_size, "allowed_token_ids"
+        ),
+        "bad_words_token_ids": parse_bad_words(body.bad_words, tokenizer),
+        "logprobs": logprobs,
+        "prompt_logprobs": body.prompt_logprobs,
+        "grammar": grammar,
+    }
+    if body.use_beam_search:
+        values["beam_width"] = n
+        values["length_penalty"] = float(_or(body.length_penalty, 1.0))
+    if values["top_p"] == 0.0:
+        values["top_p"], values["top_k"] = 1.0, 1
+    return SamplingParams(**values)

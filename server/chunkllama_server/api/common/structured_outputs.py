@@ -1,0 +1,185 @@
+"""response_format and structured_outputs as one GrammarSpec, bounded in size before anything
+compiles it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from chunkllama.errors import InvalidRequestError
+from chunkllama.sampling_params import GrammarSpec
+from chunkllama_server.api.schema.base import StructuredOutputs
+from chunkllama_server.api.schema.chat import ResponseFormat
+from chunkllama_server.transport.errors import invalid, unavailable
+
+Validate = Callable[[GrammarSpec], None]
+MAX_SCHEMA_CHARS = 128 * 1024
+MAX_SCHEMA_DEPTH = 64
+MAX_ENUM_VALUES = 2048
+MAX_REGEX_CHARS = 8 * 1024
+MAX_GRAMMAR_CHARS = 64 * 1024
+MAX_WAIT_SECONDS = 10.0
+
+
+def check_schema(schema: Any, param: str) -> str:
+    """The schema as JSON text.
+
+    Raises:
+        ApiError: 400 when it is too large, too deep, or has an enum too long.
+    """
+    stack: list[tuple[Any, int]] = [(schema, 1)]
+    while stack:
+        node, depth = stack.pop()
+        if depth > MAX_SCHEMA_DEPTH:
+            raise invalid(f"The schema is nested deeper than {MAX_SCHEMA_DEPTH} levels", param)
+        children = node.values() if isinstance(node, dict) else node
+        if isinstance(node, dict | list):
+            if isinstance(node, list) and len(node) > MAX_ENUM_VALUES:
+                raise invalid(f"The schema has a list of over {MAX_ENUM_VALUES} values", param)
+            stack.extend((child, depth + 1) for child in children)
+    text = json.dumps(schema)
+    _check_size(text, MAX_SCHEMA_CHARS, param)
+    return text
+
+
+def _check_size(text: str, limit: int, param: str) -> None:
+    if not text or len(text) > limit:
+        raise invalid(f"{param} must have 1 to {limit} characters, got {len(text)}", param)
+
+
+def _from_json_field(value: str | dict[str, Any], param: str) -> GrammarSpec:
+    if isinstance(value, str):
+        _check_size(value, MAX_SCHEMA_CHARS, param)
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise invalid("The schema is not valid JSON", param) from None
+    if not isinstance(value, dict):
+        raise invalid("A JSON schema is an object", param)
+    return GrammarSpec(kind="json_schema", text=check_schema(value, param))
+
+
+def from_structured_outputs(outputs: StructuredOutputs) -> tuple[GrammarSpec, str]:
+    """The constraint, and the field that gives it.
+
+    Raises:
+        ApiError: 400 unless exactly one constraint is there, or when it is too large.
+    """
+    given = {
+        "json": outputs.json_,
+        "regex": outputs.regex,
+        "choice": outputs.choice,
+        "grammar": outputs.grammar,
+        "json_object": outputs.json_object or None,
+    }
+    kinds = [name for name, value in given.items() if value is not None]
+    if len(kinds) != 1:
+        raise invalid(
+            f"structured_outputs takes exactly one of {', '.join(given)}", "structured_outputs"
+        )
+    param = f"structured_outputs.{kinds[0]}"
+    if outputs.json_ is not None:
+        return _from_json_field(outputs.json_, param), param
+    if outputs.regex is not None:
+        _check_size(outputs.regex, MAX_REGEX_CHARS, param)
+        return GrammarSpec(kind="regex", text=outputs.regex), param
+    if outputs.choice is not None:
+        text = json.dumps(outputs.choice)
+        _check_size(text, MAX_GRAMMAR_CHARS, param)
+        return GrammarSpec(kind="choice", text=text), param
+    if outputs.grammar is not None:
+        _check_size(outputs.grammar, MAX_GRAMMAR_CHARS, param)
+        return GrammarSpec(kind="lark", text=outputs.grammar), param
+    return GrammarSpec(kind="json_object", text=""), param
+
+
+def from_response_format(response_format: ResponseFormat) -> tuple[GrammarSpec | None, str]:
+    """The constraint, if it is one, and the field that gives it.
+
+    Raises:
+        ApiError: 400 for json_schema without a schema, or one that is too large.
+    """
+    if response_format.type == "text":
+        return None, "response_format"
+    if response_format.type == "json_object":
+        return GrammarSpec(kind="json_object", text=""), "response_format"
+    description = response_format.json_schema
+    if description is None:
+        raise invalid("json_schema is missing", "response_format.json_schema")
+    if description.schema_ is None:
+        return GrammarSpec(kind="json_object", text=""), "response_format"
+    param = "response_format.json_schema.schema"
+    return GrammarSpec(kind="json_schema", text=check_schema(description.schema_, param)), param
+
+
+def grammar_of(
+    response_format: ResponseFormat | None, outputs: StructuredOutputs | None
+) -> tuple[GrammarSpec | None, str]:
+    """The constraint a request asks for, and the exact field that asks.
+
+    Raises:
+        ApiError: 400 for two constraints, or one that is malformed.
+    """
+    grammar, param = None, "response_format"
+    if response_format is not None:
+        grammar, param = from_response_format(response_format)
+    if outputs is None:
+        return grammar, param
+    if grammar is not None:
+        raise invalid("Send response_format or structured_outputs, not both", "structured_outputs")
+    return from_structured_outputs(outputs)
+
+
+class GrammarCompiler:
+    """Compiles grammars off the event loop, so that a bad one is refused before the engine sees it.
+
+    Args:
+        load: makes the function that compiles a grammar, which raises InvalidRequestError for one
+            it cannot. Called with the first grammar: reading a vocabulary takes a while.
+        time_limit: seconds one grammar may take once its turn has come. A thread cannot be stopped,
+            so the turn of one that takes longer ends only with its thread.
+    """
+
+    def __init__(self, load: Callable[[], Validate], time_limit: float) -> None:
+        self._load = load
+        self._validate: asyncio.Future[Validate] | None = None
+        self._time_limit = time_limit
+        self._turn = asyncio.Lock()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+
+    async def check(self, spec: GrammarSpec, param: str) -> None:
+        """Raises:
+        ApiError: 400 naming what is wrong with the grammar, or that it takes too long; 503 when
+            others keep the compiler busy.
+        """
+        loop = asyncio.get_running_loop()
+        if self._validate is None:
+            self._validate = loop.run_in_executor(self._pool, self._load)
+        validate = await asyncio.shield(self._validate)
+        try:
+            async with asyncio.timeout(MAX_WAIT_SECONDS):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise unavailable("The grammar compiler is busy", "grammar_compiler_busy") from None
+        compiling = loop.run_in_executor(self._pool, validate, spec)
+        compiling.add_done_callback(self._end_turn)
+        try:
+            async with asyncio.timeout(self._time_limit):
+                await asyncio.shield(compiling)
+        except InvalidRequestError as error:
+            raise invalid(error.message, param, "invalid_grammar") from None
+        except TimeoutError:
+            raise invalid(
+                f"Compiling takes longer than {self._time_limit:g} s", param, "grammar_too_complex"
+            ) from None
+
+    def _end_turn(self, compiling: asyncio.Future[None]) -> None:
+        self._turn.release()
+        if not compiling.cancelled():
+            compiling.exception()  # nobody may be waiting for it any more
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)

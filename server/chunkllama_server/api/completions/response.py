@@ -1,0 +1,194 @@
+"""Pieces of text turned into a text completion, whole or as chunks, over any number of prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from chunkllama.messages import TokenLogprob
+from chunkllama_server.api.common.logprobs import LogprobFormatter, TextOffsets
+from chunkllama_server.api.common.request_stream import OutputDelta, RequestStream
+from chunkllama_server.api.schema.completions import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+)
+from chunkllama_server.api.schema.usage import CompletionUsage, completion_usage
+from chunkllama_server.transport.sse import DONE, gather_or_cancel, sse
+
+# Prompts of one request in the engine at once, so that a long list leaves its queue to others.
+MAX_AT_ONCE = 64
+
+
+@dataclass(slots=True)
+class CompletionAnswer:
+    """The generations of one request, one per prompt.
+
+    Attributes:
+        prompt_texts: text of each prompt, for echo.
+    """
+
+    body: CompletionRequest
+    completion_id: str
+    generations: list[RequestStream]
+    prompt_texts: list[str]
+    formatter: LogprobFormatter
+    fingerprint: str
+    created: int = field(default_factory=lambda: int(time.time()))
+    _slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_AT_ONCE))
+
+    @property
+    def _n(self) -> int:
+        return self.generations[0].request.sampling.n
+
+    def usage(self) -> CompletionUsage:
+        """Sums over the prompts."""
+        return completion_usage(
+            sum(len(g.request.prompt_token_ids) for g in self.generations),
+            sum(g.num_completion_tokens for g in self.generations),
+            sum(g.num_cached_tokens for g in self.generations),
+            sum(g.num_cache_write_tokens for g in self.generations),
+        )
+
+    def _completion(self, choices: list[CompletionChoice]) -> Completion:
+        return {
+            "id": self.completion_id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.body.model,
+            "choices": choices,
+            "system_fingerprint": self.fingerprint,
+        }
+
+    async def whole(self) -> Completion:
+        """Run all prompts; one that fails ends them all."""
+
+        async def collect(generation: RequestStream) -> list[OutputDelta]:
+            async with self._slots:
+                return await generation.collect()
+
+        collected = await gather_or_cancel([collect(g) for g in self.generations])
+        completion = self._completion(
+            [
+                self._choice(number, piece, self._offsets(number), is_first=True)
+                for number, pieces in enumerate(collected)
+                for piece in pieces
+            ]
+        )
+        completion["usage"] = self.usage()
+        return completion
+
+    def _offsets(self, number: int) -> TextOffsets:
+        """Of one choice, whose text begins with the prompt or behind it."""
+        request = self.generations[number].request
+        before = () if self.body.echo else request.prompt_token_ids
+        return self.formatter.offsets(before, request.sampling.skip_special_tokens)
+
+    def _choice(
+        self, number: int, shown: OutputDelta, offsets: TextOffsets, *, is_first: bool
+    ) -> CompletionChoice:
+        """A choice or its next chunk; ``is_first`` puts what belongs to the prompt before it."""
+        generation = self.generations[number]
+        echoes = bool(self.body.echo) and is_first
+        prompt_text = self.prompt_texts[number] if echoes else ""
+        choice: CompletionChoice = {
+            "text": prompt_text + shown.text,
+            "index": number * self._n + shown.index,
+            "finish_reason": cast(Any, shown.finish_reason),
+            "logprobs": self._logprobs(generation, shown, offsets, echoes),
+        }
+        if shown.stop_reason is not None:
+            choice["stop_reason"] = shown.stop_reason
+        if self.body.return_token_ids:
+            choice["token_ids"] = shown.token_ids
+            if is_first:
+                choice["prompt_token_ids"] = generation.request.prompt_token_ids
+        if self.body.prompt_logprobs is not None and is_first:
+            choice["prompt_logprobs"] = self.formatter.prompt(generation.prompt_logprobs or [])
+        return choice
+
+    def _logprobs(
+        self, generation: RequestStream, shown: OutputDelta, offsets: TextOffsets, echoes: bool
+    ) -> CompletionLogprobs | None:
+        if self.body.logprobs is None:
+            return None
+        entries: list[TokenLogprob | None] = []
+        token_ids: list[int] = []
+        if echoes:
+            entries += generation.prompt_logprobs or []
+            token_ids += generation.request.prompt_token_ids
+        entries += shown.logprobs
+        token_ids += shown.token_ids
+        return self.formatter.completion(entries, token_ids, offsets)
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events of all prompts as their steps produce them, usage if asked, [DONE]."""
+        options = self.body.stream_options
+        wants_usage = options is not None and bool(options.include_usage)
+        continuous = options is not None and bool(options.continuous_usage_stats)
+        begun: dict[tuple[int, int], TextOffsets] = {}
+        async with aclosing(self._merged()) as merged:
+            async for number, pieces in merged:
+                if (number, 0) not in begun:
+                    pieces = self._with_starts(pieces)
+                for piece in pieces:
+                    key = (number, piece.index)
+                    is_first = key not in begun
+                    if is_first:
+                        begun[key] = self._offsets(number)
+                    choice = self._choice(number, piece, begun[key], is_first=is_first)
+                    chunk = self._completion([choice])
+                    if wants_usage:
+                        chunk["usage"] = self.usage() if continuous else None
+                    yield sse(chunk)
+        if wants_usage:
+            last = self._completion([])
+            last["usage"] = self.usage()
+            yield sse(last)
+        yield DONE
+
+    def _with_starts(self, pieces: list[OutputDelta]) -> list[OutputDelta]:
+        """Begin each choice of a prompt with a chunk, so that headers and echo do not wait."""
+        started = {piece.index for piece in pieces}
+        return [*(OutputDelta(index) for index in range(self._n) if index not in started), *pieces]
+
+    async def _merged(self) -> AsyncGenerator[tuple[int, list[OutputDelta]], None]:
+        """Lists of pieces with their prompt's number, in the order they come."""
+        if len(self.generations) == 1:
+            async with aclosing(self.generations[0].pieces()) as stream:
+                async for pieces in stream:
+                    yield 0, pieces
+            return
+        queue: asyncio.Queue[tuple[int, list[OutputDelta] | Exception | None]] = asyncio.Queue(
+            maxsize=1
+        )
+
+        async def pump(number: int, generation: RequestStream) -> None:
+            try:
+                async with self._slots, aclosing(generation.pieces()) as stream:
+                    async for pieces in stream:
+                        await queue.put((number, pieces))
+                await queue.put((number, None))
+            except Exception as error:
+                await queue.put((number, error))
+
+        tasks = [asyncio.ensure_future(pump(i, g)) for i, g in enumerate(self.generations)]
+        try:
+            running = len(tasks)
+            while running:
+                number, item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    running -= 1
+                else:
+                    yield number, item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

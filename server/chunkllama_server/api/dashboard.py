@@ -1,0 +1,78 @@
+"""/dashboard: one static page, and the snapshot it draws once a second."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import HTMLResponse, Response
+
+from chunkllama import __version__
+from chunkllama_server.api.common.context import Context, ServerContext
+from chunkllama_server.transport.auth import cache_namespace
+from chunkllama_server.transport.request_context import request_info
+
+router = APIRouter(include_in_schema=False)
+
+# More rectangles than this no screen shows; the page says how many were left out.
+MAX_NODES = 4000
+ENGINE_KEYS = ("device", "backend", "num_chunks", "chunk_size")
+# The page is self-contained, runs its own script alone, and talks to this server alone.
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+@router.get("/dashboard")
+async def page() -> HTMLResponse:
+    """The page; it holds nothing secret, so it needs no key. Its data does."""
+    text = (
+        resources.files("chunkllama_server.api")
+        .joinpath("static/dashboard.html")
+        .read_text(encoding="utf-8")
+    )
+    return HTMLResponse(text, headers={"content-security-policy": _POLICY})
+
+
+@router.get("/dashboard/data")
+async def data(context: Context, request: Request) -> Response:
+    """Engine, counters, latencies, and the tree's nodes that this caller may see: never tokens."""
+    stats = await context.engine.stats(include_tree=True)
+    visible = visible_namespaces(context, request)
+    nodes = [n for n in stats.tree if visible is None or n.namespace in visible]
+    counters = msgspec.structs.asdict(stats)
+    del counters["tree"]
+    body = {
+        "version": __version__,
+        "models": context.settings.served_model_names,
+        # Not the model's folder: callers are tenants.
+        "info": {key: getattr(context.engine.info, key) for key in ENGINE_KEYS},
+        "stats": counters,
+        "latency": {
+            name: mean_seconds(context, f"chunkllama_{name}_seconds")
+            for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency")
+        },
+        "hidden_nodes": len(stats.tree) - min(len(nodes), MAX_NODES),
+        "tree": sorted(nodes, key=lambda n: n.depth)[:MAX_NODES],
+    }
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+def visible_namespaces(context: ServerContext, request: Request) -> set[str] | None:
+    """Namespaces of the caller: public and its own; None, without isolation, is all."""
+    settings = context.settings
+    if not settings.isolates_tenants:
+        return None
+    return {"", cache_namespace(settings, request_info(request.scope).tenant, None)}
+
+
+def mean_seconds(context: ServerContext, histogram: str) -> dict[str, Any]:
+    """Sum and count of a histogram since the start; the page takes differences."""
+    registry = context.metrics.registry
+    return {
+        "sum": registry.get_sample_value(f"{histogram}_sum") or 0.0,
+        "count": registry.get_sample_value(f"{histogram}_count") or 0.0,
+    }

@@ -1,0 +1,53 @@
+"""Liveness, readiness and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from chunkllama.errors import EngineDeadError
+from chunkllama_server.api.common.context import Context, ServerContext
+from chunkllama_server.api.openapi import refusals
+from chunkllama_server.api.schema.models import Health
+
+router = APIRouter(tags=["health"])
+metrics_router = APIRouter(tags=["health"])
+
+# A probe must answer before the prober gives up; Kubernetes' default is one second.
+PROBE_SECONDS = 0.8
+
+
+async def refresh_stats(context: ServerContext) -> None:
+    """Take an engine snapshot if one comes in time; the last one stands otherwise."""
+    try:
+        async with asyncio.timeout(PROBE_SECONDS):
+            context.metrics.engine.update(await context.engine.stats())
+    except (TimeoutError, EngineDeadError):
+        return
+
+
+@router.get("/health/live", responses=refusals(405))
+async def live() -> Health:
+    """The event loop turns; says nothing of the engine."""
+    return {"status": "ok"}
+
+
+@router.get("/health/ready", responses=refusals(405, 503))
+@router.get("/health", responses=refusals(405, 503))
+async def ready(context: Context) -> Health:
+    """The engine takes requests: its model is loaded, it lives, and nothing drains."""
+    context.check_serving()
+    return {"status": "ok"}
+
+
+@metrics_router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}}}, **refusals(401, 405)},
+)
+async def metrics(context: Context) -> Response:
+    """Prometheus metrics, with a fresh engine snapshot."""
+    await refresh_stats(context)
+    return Response(context.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,43 @@
+"""GET /v1/models, /v1/models/{id} and /version."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from chunkllama import __version__
+from chunkllama_server.api.common.context import Context, ServerContext
+from chunkllama_server.api.openapi import refusals
+from chunkllama_server.api.schema.models import Model, ModelList, Version
+
+router = APIRouter(tags=["models"])
+
+
+def describe_model(context: ServerContext, name: str) -> Model:
+    return {
+        "id": name,
+        "object": "model",
+        "created": context.created,
+        "owned_by": "chunkllama",
+        "root": context.settings.served_model_names[0],  # never the folder: callers are strangers
+        "parent": None,
+        "max_model_len": context.engine.info.max_model_len,
+    }
+
+
+@router.get("/v1/models", responses=refusals(401, 405, 503))
+async def list_models(context: Context) -> ModelList:
+    """The served models."""
+    names = context.settings.served_model_names
+    return {"object": "list", "data": [describe_model(context, name) for name in names]}
+
+
+@router.get("/v1/models/{model:path}", responses=refusals(401, 404, 405, 503))
+async def get_model(model: str, context: Context) -> Model:
+    """One served model; its name may contain slashes."""
+    return describe_model(context, context.check_model(model))
+
+
+@router.get("/version", responses=refusals(401, 405))
+async def get_version() -> Version:
+    """The server's version."""
+    return {"version": __version__}

@@ -1,0 +1,109 @@
+"""The OpenAPI document: what FastAPI derives, with our error bodies, statuses and streams put
+right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import TypeAdapter
+
+from chunkllama_server.api.schema.chat import ChatCompletionChunk
+from chunkllama_server.api.schema.completions import Completion
+from chunkllama_server.api.schema.errors import ErrorBody
+from chunkllama_server.api.schema.response_object import ResponseEvent
+from chunkllama_server.config.api_settings import ApiSettings
+
+_DESCRIPTIONS = {
+    400: "The request is malformed, out of range, or does not fit the context.",
+    401: "No API key, or a wrong one.",
+    404: "Unknown model or path.",
+    405: "Wrong method for this path.",
+    408: "The request arrived too slowly.",
+    413: "The body is over the size limit.",
+    415: "The body is compressed.",
+    429: "The queue is full; Retry-After says when to try again.",
+    500: "The request failed; others go on.",
+    503: "Starting, restarting, draining or busy; Retry-After says when to try again.",
+}
+Responses = dict[int | str, dict[str, Any]]
+_COMPONENTS = "#/components/schemas/{model}"
+# FastAPI collects the schemas of answers, not of events.
+_EVENTS = (ChatCompletionChunk, Completion, ResponseEvent)
+
+
+def refusals(*statuses: int) -> Responses:
+    """Documentation of error responses."""
+    return {
+        status: {"model": ErrorBody, "description": _DESCRIPTIONS[status]} for status in statuses
+    }
+
+
+def answers(model: Any, event: Any = None) -> Responses:
+    """Documentation of a POST's answers: 200 as JSON (and as events), and every refusal.
+
+    Args:
+        model: schema of the JSON answer.
+        event: schema of one event's data when the endpoint streams.
+    """
+    success: dict[str, Any] = {"model": model, "description": "The answer."}
+    if event is not None:
+        kinds = [{"$ref": _COMPONENTS.format(model=name)} for name in (event.__name__, "ErrorBody")]
+        json_data = {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"anyOf": kinds},
+        }
+        success["description"] = "The answer; with stream, as server-sent events."
+        success["content"] = {
+            "text/event-stream": {
+                "schema": {
+                    "description": "One event.",
+                    "type": "object",
+                    "properties": {
+                        "event": {"type": "string"},
+                        "data": {"anyOf": [{"const": "[DONE]"}, json_data]},
+                    },
+                    "required": ["data"],
+                }
+            }
+        }
+    return {200: success, **refusals(400, 401, 404, 405, 408, 413, 415, 429, 500, 503)}
+
+
+def _event_schemas() -> dict[str, Any]:
+    """Schemas of the events, and of what they contain."""
+    inputs = [(event.__name__, "serialization", TypeAdapter(event)) for event in _EVENTS]
+    _, schema = TypeAdapter.json_schemas(inputs, ref_template=_COMPONENTS)  # type: ignore[arg-type]
+    return dict(schema["$defs"])
+
+
+def install_openapi(app: FastAPI, settings: ApiSettings) -> None:
+    """Serve a document without FastAPI's own 422, and with the key it asks for."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(
+                title=app.title,
+                version=app.version,
+                description=app.description,
+                routes=app.routes,
+                servers=[{"url": settings.root_path}] if settings.root_path else None,
+            )
+            for path in schema["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+            schemas = schema["components"]["schemas"]
+            schemas.pop("HTTPValidationError", None)
+            schemas.pop("ValidationError", None)
+            schemas.update(_event_schemas())
+            if settings.api_keys:
+                schema["components"]["securitySchemes"] = {
+                    "bearer": {"type": "http", "scheme": "bearer"}
+                }
+                schema["security"] = [{"bearer": []}]
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]

@@ -1,0 +1,164 @@
+"""POST /v1/responses and what belongs to it: stored responses, and counting input tokens."""
+
+from __future__ import annotations
+
+import uuid
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import Response as HttpResponse
+
+from chunkllama_server.api.chat.prompt import ChatPrompt, ChatPrompter
+from chunkllama_server.api.chat.routes import check_chat, engine_request, plan_request_tools
+from chunkllama_server.api.common.context import Context, ServerContext
+from chunkllama_server.api.common.logprobs import LogprobFormatter
+from chunkllama_server.api.common.request_stream import RequestStream
+from chunkllama_server.api.common.response_store import StoredResponse
+from chunkllama_server.api.openapi import answers, refusals
+from chunkllama_server.api.responses.request import as_chat, input_messages, previous_messages
+from chunkllama_server.api.responses.response import ResponseAnswer, assistant_message
+from chunkllama_server.api.schema.chat import ChatCompletionRequest, ChatMessage
+from chunkllama_server.api.schema.response_object import (
+    DeletedResponse,
+    InputTokens,
+    Response,
+    ResponseEvent,
+)
+from chunkllama_server.api.schema.responses import ResponseRequest
+from chunkllama_server.api.tools.config import ToolConfig
+from chunkllama_server.transport.body import JsonRoute, json_response
+from chunkllama_server.transport.errors import ApiError
+from chunkllama_server.transport.request_context import RequestInfo, request_info
+from chunkllama_server.transport.sse import SseResponse, unless_disconnected
+
+router = APIRouter(route_class=JsonRoute, tags=["responses"])
+
+_PARAM_NAMES = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "response_format.json_schema.schema": "text.format.schema",
+    "tool_choice.function.name": "tool_choice.name",
+    "tool_choice.allowed_tools.tools": "tool_choice.tools",
+}
+
+
+class _Prepared:
+    """A request translated: the chat it amounts to, its tools, its prompt."""
+
+    def __init__(
+        self,
+        chat: ChatCompletionRequest,
+        tools: ToolConfig,
+        prompt: ChatPrompt,
+        history: list[ChatMessage],
+    ) -> None:
+        self.chat = chat
+        self.tools = tools
+        self.prompt = prompt
+        self.history = history
+
+
+async def prepare(body: ResponseRequest, context: ServerContext, info: RequestInfo) -> _Prepared:
+    """Translate and tokenize a request.
+
+    Raises:
+        ApiError: 400 naming the field, 404 for a previous response that is gone.
+    """
+    history = previous_messages(body, context.responses, info.tenant)
+    chat = as_chat(body, history)
+    check_chat(chat)
+    tools = plan_request_tools(chat, context)
+    prompter = ChatPrompter(chat, context.settings, context.text, tools.prompt_tools)
+    return _Prepared(chat, tools, await prompter.encode(), history)
+
+
+def in_own_words(error: ApiError) -> ApiError:
+    """Name the field as this endpoint calls it."""
+    param = error.param or ""
+    error.param = _PARAM_NAMES.get(param, error.param)
+    if param.startswith("messages["):  # the input's own were checked when they were translated
+        error.param = "previous_response_id"
+    return error
+
+
+@router.post("/v1/responses", response_model=None, responses=answers(Response, ResponseEvent))
+async def create_response(
+    body: ResponseRequest, request: Request, context: Context
+) -> HttpResponse:
+    """Answer an input, whole or as events; the response is stored unless store is false."""
+    info = context.admit(body, request)
+    try:
+        prepared = await prepare(body, context, info)
+        engine = await engine_request(prepared.chat, context, info, prepared.prompt, prepared.tools)
+    except ApiError as error:
+        raise in_own_words(error) from None
+
+    def keep(response: Response) -> None:
+        if body.store is not False:
+            messages = [*prepared.history, *input_messages(body.input)]
+            messages.append(assistant_message(response["output"]))
+            context.responses.put(info.tenant, StoredResponse(response, messages))
+
+    answer = ResponseAnswer(
+        body=body,
+        generation=RequestStream(
+            context.engine,
+            msgspec.structs.replace(engine, request_id=f"resp_{uuid.uuid4().hex}"),
+            context.text.tokenizer,
+            context.metrics,
+            tenant=info.tenant,
+            param_names={"prompt": "input", "max_tokens": "max_output_tokens"},
+            on_pin=info.name_pin,
+        ),
+        tools=prepared.tools,
+        formatter=LogprobFormatter(context.text.tokenizer, as_token_ids=False),
+        wants_logprobs=bool(prepared.chat.logprobs),
+        on_finished=keep,
+    )
+    if body.stream:
+        return SseResponse(answer.events(), context.settings.stream_stall_seconds)
+    return json_response(await unless_disconnected(request, answer.whole()))
+
+
+@router.post("/v1/responses/input_tokens", response_model=None, responses=answers(InputTokens))
+async def count_input_tokens(
+    body: ResponseRequest, request: Request, context: Context
+) -> HttpResponse:
+    """Count the tokens a response's prompt would have."""
+    info = context.admit(body, request)
+    try:
+        prepared = await prepare(body, context, info)
+    except ApiError as error:
+        raise in_own_words(error) from None
+    counted: InputTokens = {
+        "object": "response.input_tokens",
+        "input_tokens": len(prepared.prompt.token_ids),
+    }
+    return json_response(counted)
+
+
+def _missing(response_id: str) -> ApiError:
+    return ApiError(
+        404,
+        f"Response {response_id[:100]!r} is not stored (any more)",
+        "response_id",
+        "response_not_found",
+    )
+
+
+@router.get("/v1/responses/{response_id}", responses=refusals(401, 404, 405))
+async def get_response(response_id: str, request: Request, context: Context) -> Response:
+    """A stored response."""
+    stored = context.responses.get(request_info(request.scope).tenant, response_id)
+    if stored is None:
+        raise _missing(response_id)
+    return stored.response
+
+
+@router.delete("/v1/responses/{response_id}", responses=refusals(401, 404, 405))
+async def delete_response(response_id: str, request: Request, context: Context) -> DeletedResponse:
+    """Forget a stored response."""
+    if not context.responses.delete(request_info(request.scope).tenant, response_id):
+        raise _missing(response_id)
+    return {"id": response_id, "object": "response", "deleted": True}

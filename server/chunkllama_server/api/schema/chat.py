@@ -1,0 +1,363 @@
+"""POST /v1/chat/completions: request and response schemas."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field, StringConstraints
+from typing_extensions import TypedDict
+
+from chunkllama_server.api.schema.base import (
+    MAX_TOKENS,
+    PromptCacheBreakpoint,
+    RequestModel,
+    SamplingFields,
+)
+from chunkllama_server.api.schema.usage import CompletionUsage
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
+
+
+class ContentPart(RequestModel):
+    """One part of a message's content."""
+
+    type: Literal["text", "refusal", "image_url", "input_audio", "file"] = Field(
+        description="Honoured: text and refusal; the others are refused by name."
+    )
+    text: str | None = Field(default=None, description="Honoured.")
+    refusal: str | None = Field(default=None, description="Honoured.")
+    prompt_cache_breakpoint: PromptCacheBreakpoint | None = Field(
+        default=None, description="Honoured: a reusable prefix ends here, exact to the token."
+    )
+    image_url: Any = Field(default=None, description="Refused with its part.")
+    input_audio: Any = Field(default=None, description="Refused with its part.")
+    file: Any = Field(default=None, description="Refused with its part.")
+
+
+class CalledFunction(RequestModel):
+    """The function of an earlier tool call."""
+
+    name: str = Field(description="Honoured.")
+    arguments: str = Field(description="Honoured: JSON text.")
+
+
+class MessageToolCall(RequestModel):
+    """A tool call an assistant message made."""
+
+    id: str = Field(description="Honoured through the template.")
+    type: Literal["function"] = Field(default="function", description="Honoured.")
+    function: CalledFunction = Field(description="Honoured through the template.")
+
+
+class ChatMessage(RequestModel):
+    """One message of a conversation."""
+
+    role: Role = Field(description="Honoured: developer is system where the template lacks it.")
+    content: str | Annotated[list[ContentPart], Field(min_length=1, max_length=1024)] | None = (
+        Field(default=None, description="Honoured: text, or text parts.")
+    )
+    name: str | None = Field(
+        default=None, max_length=256, description="Honoured through the template."
+    )
+    tool_calls: list[MessageToolCall] | None = Field(
+        default=None, max_length=128, description="Honoured through the template."
+    )
+    tool_call_id: str | None = Field(default=None, description="Honoured: required for role tool.")
+    function_call: CalledFunction | None = Field(
+        default=None, description="Honoured (deprecated): one tool call."
+    )
+    refusal: str | None = Field(default=None, description="Honoured: stands for a missing content.")
+    reasoning_content: str | None = Field(
+        default=None, description="Honoured through the template."
+    )
+    audio: Any = Field(default=None, description="Refused.")
+
+
+class FunctionDefinition(RequestModel):
+    """A function the model may call."""
+
+    name: Name = Field(description="Honoured.")
+    description: str | None = Field(default=None, description="Honoured through the template.")
+    parameters: dict[str, Any] | None = Field(
+        default=None, description="Honoured: a JSON schema, which forced calls obey."
+    )
+    strict: bool | None = Field(
+        default=None, description="Validated: forced calls always obey the schema."
+    )
+
+
+class ChatTool(RequestModel):
+    """A tool; functions only."""
+
+    type: Literal["function", "custom"] = Field(description="Honoured: custom is refused.")
+    function: FunctionDefinition | None = Field(default=None, description="Honoured.")
+    custom: Any = Field(default=None, description="Refused.")
+
+
+class NamedFunction(RequestModel):
+    """The name of a function."""
+
+    name: Name = Field(description="Honoured.")
+
+
+class AllowedTools(RequestModel):
+    """A subset of the tools."""
+
+    mode: Literal["auto", "required"] = Field(description="Honoured.")
+    tools: list[dict[str, Any]] = Field(
+        min_length=1, max_length=128, description="Honoured: functions by name."
+    )
+
+
+class NamedToolChoice(RequestModel):
+    """One function, or a subset of the tools."""
+
+    type: Literal["function", "allowed_tools", "custom"] = Field(description="Honoured.")
+    function: NamedFunction | None = Field(default=None, description="Honoured.")
+    allowed_tools: AllowedTools | None = Field(default=None, description="Honoured.")
+    custom: Any = Field(default=None, description="Refused.")
+
+
+class JsonSchemaFormat(RequestModel):
+    """A named JSON schema."""
+
+    name: Name = Field(description="Validated.")
+    description: str | None = Field(
+        default=None, description="Ignored: the schema alone constrains."
+    )
+    schema_: dict[str, Any] | None = Field(
+        default=None, alias="schema", description="Honoured: the output validates against it."
+    )
+    strict: bool | None = Field(
+        default=None, description="Validated: the schema is always enforced."
+    )
+
+
+class ResponseFormat(RequestModel):
+    """The format of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"] = Field(description="Honoured.")
+    json_schema: JsonSchemaFormat | None = Field(default=None, description="Honoured.")
+
+
+class ChatCompletionRequest(SamplingFields):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=4096, description="Honoured.")
+    logprobs: bool | None = Field(default=None, description="Honoured.")
+    top_logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="Honoured: needs logprobs."
+    )
+    max_completion_tokens: int | None = Field(
+        default=None, ge=1, le=MAX_TOKENS, description="Honoured: null is the rest of the context."
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_TOKENS,
+        description="Honoured (deprecated): max_completion_tokens wins.",
+    )
+    response_format: ResponseFormat | None = Field(default=None, description="Honoured.")
+    tools: Annotated[list[ChatTool], Field(min_length=1, max_length=128)] | None = Field(
+        default=None, description="Honoured."
+    )
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = Field(
+        default=None, description="Honoured: required and named calls are forced by a grammar."
+    )
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="Honoured: false allows one call."
+    )
+    functions: Annotated[list[FunctionDefinition], Field(min_length=1, max_length=128)] | None = (
+        Field(default=None, description="Honoured (deprecated): tools, answered in the old shape.")
+    )
+    function_call: Literal["none", "auto"] | NamedFunction | None = Field(
+        default=None, description="Honoured (deprecated): tool_choice."
+    )
+    prediction: dict[str, Any] | None = Field(
+        default=None, description="Ignored: a hint for speculative decoding, which is off."
+    )
+    reasoning_effort: ReasoningEffort | None = Field(
+        default=None, description="Honoured through a template that knows it."
+    )
+    verbosity: Literal["low", "medium", "high"] | None = Field(
+        default=None, description="Validated."
+    )
+    service_tier: ServiceTier | None = Field(
+        default=None,
+        description="Honoured: a priority class; flex waits behind, priority goes first.",
+    )
+    metadata: dict[str, str] | None = Field(
+        default=None,
+        max_length=16,
+        description="Validated: keys up to 64, values up to 512 characters.",
+    )
+    safety_identifier: str | None = Field(default=None, max_length=64, description="Validated.")
+    store: bool | None = Field(
+        default=None, description="Validated: true is refused, completions are not stored."
+    )
+    modalities: list[Literal["text", "audio"]] | None = Field(
+        default=None, description="Validated: text only, audio is refused."
+    )
+    audio: Any = Field(default=None, description="Refused.")
+    web_search_options: Any = Field(default=None, description="Refused.")
+    moderation: Any = Field(default=None, description="Refused.")
+    add_generation_prompt: bool | None = Field(default=None, description="Honoured. Default true.")
+    continue_final_message: bool | None = Field(
+        default=None, description="Honoured: the answer goes on where the last message ends."
+    )
+    echo: bool | None = Field(
+        default=None, description="Honoured: the text of the message that is continued comes first."
+    )
+    add_special_tokens: bool | None = Field(
+        default=None, description="Validated: the template writes special tokens; true is refused."
+    )
+    chat_template: str | None = Field(
+        default=None,
+        max_length=65536,
+        description="Refused unless the operator trusts clients with it.",
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="Honoured: names on the operator's list, others are refused."
+    )
+    documents: Any = Field(default=None, description="Refused.")
+
+
+class TopLogprob(TypedDict):
+    """A likely token; ``bytes`` matter where a token splits a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatTokenLogprob(TypedDict):
+    """A token's log-probability and those of the best tokens in its place."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    """Log-probabilities of a choice's tokens."""
+
+    content: list[ChatTokenLogprob] | None
+    refusal: list[ChatTokenLogprob] | None
+
+
+class FunctionCall(TypedDict):
+    """A function to call; ``arguments`` is JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    """A tool call the model made."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class ResponseMessage(TypedDict):
+    """The answer of one choice."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: str | None
+    tool_calls: NotRequired[list[ToolCall]]
+    function_call: NotRequired[FunctionCall]
+
+
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
+
+
+class ChatChoice(TypedDict):
+    """One choice; ``stop_reason`` is the stop string or token that ended it, where one did."""
+
+    index: int
+    message: ResponseMessage
+    finish_reason: FinishReason
+    logprobs: ChatLogprobs | None
+    stop_reason: NotRequired[int | str]
+    token_ids: NotRequired[list[int]]
+
+
+class PromptLogprob(TypedDict):
+    """A prompt token's log-probability, its rank (1 is best) and its text."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+class ChatCompletion(TypedDict):
+    """Answer to POST /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: CompletionUsage
+    service_tier: str | None
+    system_fingerprint: str
+    metadata: NotRequired[dict[str, str]]
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[list[dict[str, PromptLogprob] | None]]
+
+
+class FunctionCallDelta(TypedDict):
+    """Parts of a function call as they come."""
+
+    name: NotRequired[str]
+    arguments: NotRequired[str]
+
+
+class ToolCallDelta(TypedDict):
+    """A tool call as it comes: id, type and name first, then pieces of the arguments."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionCallDelta
+
+
+class ChatDelta(TypedDict):
+    """What a chunk adds to a message; the role comes first and once."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str | None]
+    refusal: NotRequired[str | None]
+    tool_calls: NotRequired[list[ToolCallDelta]]
+    function_call: NotRequired[FunctionCallDelta]
+
+
+class ChatChunkChoice(TypedDict):
+    """One choice's part of a chunk; ``finish_reason`` is null until the last."""
+
+    index: int
+    delta: ChatDelta
+    finish_reason: FinishReason | None
+    logprobs: ChatLogprobs | None
+    stop_reason: NotRequired[int | str]
+    token_ids: NotRequired[list[int]]
+
+
+class ChatCompletionChunk(TypedDict):
+    """One event of a streamed chat completion."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    service_tier: str | None
+    system_fingerprint: str
+    usage: NotRequired[CompletionUsage | None]
+    prompt_token_ids: NotRequired[list[int]]

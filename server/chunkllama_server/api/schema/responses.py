@@ -1,0 +1,205 @@
+"""POST /v1/responses: request schemas."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from chunkllama_server.api.schema.base import (
+    MAX_TOKENS,
+    CacheFields,
+    PromptCacheBreakpoint,
+    RequestModel,
+)
+from chunkllama_server.api.schema.chat import Name, ReasoningEffort, ServiceTier
+
+
+class InputPart(RequestModel):
+    """One part of a message item's content."""
+
+    type: Literal[
+        "input_text", "output_text", "text", "refusal", "input_image", "input_file", "input_audio"
+    ] = Field(description="Honoured: the texts and refusal; the others are refused by name.")
+    text: str | None = Field(default=None, description="Honoured.")
+    refusal: str | None = Field(default=None, description="Honoured.")
+    prompt_cache_breakpoint: PromptCacheBreakpoint | None = Field(
+        default=None, description="Honoured: a reusable prefix ends here, exact to the token."
+    )
+    annotations: Any = Field(default=None, description="Ignored.")
+    logprobs: Any = Field(default=None, description="Ignored.")
+    image_url: Any = Field(default=None, description="Refused with its part.")
+    file_id: Any = Field(default=None, description="Refused with its part.")
+    input_audio: Any = Field(default=None, description="Refused with its part.")
+    detail: Any = Field(default=None, description="Refused with its part.")
+
+
+class InputItem(RequestModel):
+    """An item of the input: a message, a function call, its output, or reasoning."""
+
+    type: Literal[
+        "message", "function_call", "function_call_output", "reasoning", "item_reference"
+    ] = Field(
+        default="message",
+        description="Honoured: reasoning is skipped, item_reference is refused; send "
+        "previous_response_id.",
+    )
+    role: Literal["user", "assistant", "system", "developer"] | None = Field(
+        default=None, description="Honoured: required for a message."
+    )
+    content: str | Annotated[list[InputPart], Field(max_length=1024)] | None = Field(
+        default=None, description="Honoured: required for a message."
+    )
+    call_id: str | None = Field(default=None, max_length=256, description="Honoured for calls.")
+    name: str | None = Field(
+        default=None, max_length=256, description="Honoured for a function call."
+    )
+    arguments: str | None = Field(default=None, description="Honoured for a function call.")
+    output: str | Annotated[list[InputPart], Field(max_length=1024)] | None = Field(
+        default=None, description="Honoured for a function call's output."
+    )
+    id: str | None = Field(default=None, max_length=256, description="Ignored.")
+    status: str | None = Field(default=None, max_length=64, description="Ignored.")
+    phase: str | None = Field(default=None, max_length=64, description="Ignored.")
+    summary: Any = Field(default=None, description="Ignored.")
+    encrypted_content: Any = Field(default=None, description="Ignored.")
+
+
+class TextFormat(RequestModel):
+    """The format of the answer's text."""
+
+    type: Literal["text", "json_object", "json_schema"] = Field(description="Honoured.")
+    name: Name | None = Field(default=None, description="Validated.")
+    description: str | None = Field(default=None, description="Ignored.")
+    schema_: dict[str, Any] | None = Field(
+        default=None, alias="schema", description="Honoured: required for json_schema."
+    )
+    strict: bool | None = Field(
+        default=None, description="Validated: the schema is always enforced."
+    )
+
+
+class TextOptions(RequestModel):
+    """Options of the answer's text."""
+
+    format: TextFormat | None = Field(default=None, description="Honoured.")
+    verbosity: Literal["low", "medium", "high"] | None = Field(
+        default=None, description="Validated."
+    )
+
+
+class ResponseTool(RequestModel):
+    """A function the model may call."""
+
+    type: str = Field(max_length=64, description="Honoured: function; others are refused.")
+    name: Name | None = Field(default=None, description="Honoured.")
+    description: str | None = Field(default=None, description="Honoured through the template.")
+    parameters: dict[str, Any] | None = Field(default=None, description="Honoured.")
+    strict: bool | None = Field(
+        default=None, description="Validated: forced calls obey the schema."
+    )
+
+
+class ResponseToolChoice(RequestModel):
+    """One function, or a subset of the tools."""
+
+    type: Literal["function", "allowed_tools"] = Field(description="Honoured.")
+    name: Name | None = Field(default=None, description="Honoured.")
+    mode: Literal["auto", "required"] | None = Field(default=None, description="Honoured.")
+    tools: list[dict[str, Any]] | None = Field(
+        default=None, min_length=1, max_length=128, description="Honoured: functions by name."
+    )
+
+
+class Reasoning(RequestModel):
+    """Reasoning options."""
+
+    effort: ReasoningEffort | None = Field(
+        default=None, description="Honoured through a template that knows it."
+    )
+    summary: Literal["auto", "concise", "detailed"] | None = Field(
+        default=None, description="Validated: there is no reasoning to summarise."
+    )
+    generate_summary: Any = Field(default=None, description="Ignored (deprecated).")
+
+
+class ResponseStreamOptions(RequestModel):
+    """Options of a streamed response."""
+
+    include_obfuscation: bool | None = Field(
+        default=None, description="Ignored: no padding is sent."
+    )
+
+
+class ResponseRequest(CacheFields):
+    """Body of POST /v1/responses."""
+
+    model: str = Field(description="Honoured: a served model name; another is 404.")
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=4096)] = Field(
+        description="Honoured: text, or items."
+    )
+    instructions: str | None = Field(
+        default=None,
+        description="Honoured: a system message; not carried over to the next response.",
+    )
+    max_output_tokens: int | None = Field(
+        default=None, ge=16, le=MAX_TOKENS, description="Honoured: null is the rest of the context."
+    )
+    previous_response_id: str | None = Field(
+        default=None, max_length=128, description="Honoured: goes on from a stored response."
+    )
+    store: bool | None = Field(
+        default=None, description="Honoured: default true; bounded by count, bytes and age."
+    )
+    stream: bool | None = Field(default=None, description="Honoured.")
+    stream_options: ResponseStreamOptions | None = Field(
+        default=None, description="Validated: 400 without stream."
+    )
+    text: TextOptions | None = Field(default=None, description="Honoured.")
+    tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = Field(
+        default=None, description="Honoured: functions."
+    )
+    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = Field(
+        default=None, description="Honoured."
+    )
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="Honoured: false allows one call."
+    )
+    max_tool_calls: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_TOKENS,
+        description="Validated: counts built-in tools, of which there are none.",
+    )
+    temperature: float | None = Field(
+        default=None, ge=0, le=2, description="Honoured: 0 is greedy."
+    )
+    top_p: float | None = Field(default=None, ge=0, le=1, description="Honoured.")
+    top_logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="Honoured with include message.output_text.logprobs."
+    )
+    include: list[str] | None = Field(
+        default=None,
+        max_length=16,
+        description="Honoured: message.output_text.logprobs; other values have nothing to add.",
+    )
+    reasoning: Reasoning | None = Field(default=None, description="Honoured.")
+    metadata: dict[str, str] | None = Field(
+        default=None,
+        max_length=16,
+        description="Validated: keys up to 64, values up to 512 characters.",
+    )
+    service_tier: ServiceTier | None = Field(
+        default=None, description="Honoured: a priority class."
+    )
+    truncation: Literal["auto", "disabled"] | None = Field(
+        default=None,
+        description="Validated (deprecated): a prompt that is too long is 400 either way.",
+    )
+    safety_identifier: str | None = Field(default=None, max_length=64, description="Validated.")
+    user: str | None = Field(default=None, max_length=512, description="Validated (deprecated).")
+    background: bool | None = Field(default=None, description="Validated: true is refused.")
+    conversation: Any = Field(default=None, description="Refused.")
+    context_management: Any = Field(default=None, description="Refused.")
+    prompt: Any = Field(default=None, description="Refused.")
+    moderation: Any = Field(default=None, description="Refused.")

@@ -1,0 +1,100 @@
+"""POST /tokenize, /detokenize and /v1/chat/completions/render: what the model would see."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from chunkllama_server.api.chat.prompt import ChatPrompter
+from chunkllama_server.api.chat.routes import plan_request_tools
+from chunkllama_server.api.common.context import Context, ServerContext
+from chunkllama_server.api.openapi import answers
+from chunkllama_server.api.schema.chat import ChatCompletionRequest
+from chunkllama_server.api.schema.tokenize import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    RenderedPrompt,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from chunkllama_server.transport.body import JsonRoute, json_response
+from chunkllama_server.transport.errors import invalid
+
+router = APIRouter(route_class=JsonRoute, tags=["tokenize"])
+
+
+async def _messages_ids(body: TokenizeRequest, context: ServerContext) -> list[int]:
+    shared = (
+        "messages",
+        "tools",
+        "add_generation_prompt",
+        "continue_final_message",
+        "chat_template_kwargs",
+    )
+    chat = ChatCompletionRequest.model_construct(
+        model=body.model or context.settings.served_model_names[0],
+        **{name: getattr(body, name) for name in shared},
+    )
+    tools = plan_request_tools(chat, context)
+    prompter = ChatPrompter(chat, context.settings, context.text, tools.prompt_tools)
+    return (await prompter.encode()).token_ids
+
+
+@router.post("/tokenize", response_model=None, responses=answers(TokenizeResponse))
+async def tokenize(body: TokenizeRequest, request: Request, context: Context) -> Response:
+    """Token ids of a prompt, or of a conversation through the chat template."""
+    context.admit(body, request)
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("Send either prompt or messages", "prompt")
+    if body.prompt is not None:
+        ids = await context.text.encode(
+            body.prompt, add_special_tokens=body.add_special_tokens is not False
+        )
+    else:
+        ids = await _messages_ids(body, context)
+    strings = None
+    if body.return_token_strs:
+        tokenizer = context.text.tokenizer
+        strings = await context.text.run(len(ids), lambda: [tokenizer.token_str(i) for i in ids])
+    result: TokenizeResponse = {
+        "count": len(ids),
+        "max_model_len": context.engine.info.max_model_len,
+        "tokens": ids,
+        "token_strs": strings,
+    }
+    return json_response(result)
+
+
+@router.post("/detokenize", response_model=None, responses=answers(DetokenizeResponse))
+async def detokenize(body: DetokenizeRequest, request: Request, context: Context) -> Response:
+    """Text of token ids."""
+    context.admit(body, request)
+    vocab_size = context.engine.info.vocab_size
+    for index, token_id in enumerate(body.tokens):
+        if token_id >= vocab_size:
+            raise invalid(
+                f"Token id {token_id} is outside the vocabulary of {vocab_size}",
+                f"tokens[{index}]",
+            )
+    text = await context.text.run(
+        len(body.tokens),
+        lambda: context.text.tokenizer.decode(body.tokens, bool(body.skip_special_tokens)),
+    )
+    result: DetokenizeResponse = {"prompt": text}
+    return json_response(result)
+
+
+@router.post("/v1/chat/completions/render", response_model=None, responses=answers(RenderedPrompt))
+async def render(body: ChatCompletionRequest, request: Request, context: Context) -> Response:
+    """The prompt a chat completion with this body would have; nothing is generated."""
+    context.admit(body, request)
+    tools = plan_request_tools(body, context)
+    prompter = ChatPrompter(body, context.settings, context.text, tools.prompt_tools)
+    ids = (await prompter.encode()).token_ids
+    result: RenderedPrompt = {
+        "prompt": await prompter.render(),
+        "prompt_token_ids": ids,
+        "count": len(ids),
+        "max_model_len": context.engine.info.max_model_len,
+    }
+    return json_response(result)

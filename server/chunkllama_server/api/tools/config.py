@@ -1,0 +1,198 @@
+"""Tools and tool_choice: what the template shows, what a grammar forces, how the output is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from chunkllama.sampling_params import GrammarSpec
+from chunkllama_server.api.common.structured_outputs import check_schema
+from chunkllama_server.api.common.text_service import ChatTemplate
+from chunkllama_server.api.schema.chat import (
+    ChatCompletionRequest,
+    FunctionDefinition,
+    NamedToolChoice,
+)
+from chunkllama_server.api.tools.parsers import HermesCalls, JsonCalls, OutputParser, PlainText
+from chunkllama_server.transport.errors import invalid
+
+ToolFormat = Literal["llama3_json", "hermes"]
+# A weak model under a grammar may never close the list by itself.
+MAX_FORCED_CALLS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ToolConfig:
+    """How one request uses tools.
+
+    Attributes:
+        prompt_tools: tools for the template, None to show none.
+        names: functions the model may call.
+        grammar: forces calls, when they are required or one is named.
+        max_calls: 1 without parallel calls, else None.
+        is_legacy: the client used ``functions``, so it is answered with ``function_call``.
+    """
+
+    prompt_tools: list[dict[str, Any]] | None = None
+    names: frozenset[str] = frozenset()
+    grammar: GrammarSpec | None = None
+    max_calls: int | None = None
+    format: ToolFormat = "llama3_json"
+    is_legacy: bool = False
+
+    def parser(self) -> OutputParser:
+        """A fresh parser for one choice."""
+        if not self.names:
+            return PlainText()
+        if self.grammar is not None:
+            return JsonCalls(self.names, forced=True, max_calls=self.max_calls)
+        if self.format == "hermes":
+            return HermesCalls(self.names, max_calls=self.max_calls)
+        return JsonCalls(self.names, max_calls=self.max_calls)
+
+
+def tool_format(configured: ToolFormat | None, template: ChatTemplate | None) -> ToolFormat:
+    """The configured format, else the one the chat template, or our own words, teach the model."""
+    if configured is not None:
+        return configured
+    if template is None or not template.accepts("tools") or "<tool_call>" in template.source:
+        return "hermes"
+    return "llama3_json"
+
+
+def _functions(body: ChatCompletionRequest) -> list[FunctionDefinition]:
+    if body.functions is not None:
+        if body.tools is not None:
+            raise invalid("Send tools or functions, not both", "functions")
+        return body.functions
+    functions = []
+    for index, tool in enumerate(body.tools or ()):
+        if tool.type != "function":
+            raise invalid("Custom tools are not supported", f"tools[{index}].type")
+        if tool.function is None:
+            raise invalid("A function tool needs function", f"tools[{index}].function")
+        functions.append(tool.function)
+    return functions
+
+
+def _choice(body: ChatCompletionRequest) -> tuple[str, Iterable[str] | None, str]:
+    """Mode (none, auto, required), the names allowed (None for all), and the field's path."""
+    if body.functions is not None:
+        legacy = body.function_call
+        if legacy is None or isinstance(legacy, str):
+            return legacy or "auto", None, "function_call"
+        return "required", [legacy.name], "function_call.name"
+    choice = body.tool_choice
+    if choice is None or isinstance(choice, str):
+        return choice or "auto", None, "tool_choice"
+    return _named_choice(choice)
+
+
+def _named_choice(choice: NamedToolChoice) -> tuple[str, Iterable[str] | None, str]:
+    if choice.type == "function" and choice.function is not None:
+        return "required", [choice.function.name], "tool_choice.function.name"
+    if choice.type == "allowed_tools" and choice.allowed_tools is not None:
+        names = []
+        for index, tool in enumerate(choice.allowed_tools.tools):
+            function = tool.get("function")
+            name = function.get("name") if isinstance(function, dict) else None
+            if not isinstance(name, str):
+                raise invalid(
+                    "An allowed tool is {type: function, function: {name}}",
+                    f"tool_choice.allowed_tools.tools[{index}]",
+                )
+            names.append(name)
+        return choice.allowed_tools.mode, names, "tool_choice.allowed_tools.tools"
+    raise invalid(f"tool_choice of type {choice.type!r} needs its function", "tool_choice")
+
+
+def plan_tools(body: ChatCompletionRequest, output_format: ToolFormat) -> ToolConfig:
+    """Check tools and tool_choice against each other.
+
+    Raises:
+        ApiError: 400 for custom tools, duplicate or unknown names, or a choice without tools.
+    """
+    functions = _functions(body)
+    if not functions:
+        for field in ("tool_choice", "function_call"):
+            if getattr(body, field) not in (None, "none"):
+                raise invalid(f"{field} needs tools", field)
+        return ToolConfig()
+    mode, allowed, path = _choice(body)
+    by_name = {function.name: function for function in functions}
+    if len(by_name) < len(functions):
+        raise invalid("Two tools have the same name", "tools")
+    if allowed is not None:
+        for name in allowed:
+            if name not in by_name:
+                raise invalid(f"{name!r} is not among the tools", path)
+        by_name = {name: by_name[name] for name in allowed}
+    if mode == "none":
+        return ToolConfig()
+    is_single = (
+        body.parallel_tool_calls is False or body.functions is not None or path.endswith(".name")
+    )
+    return ToolConfig(
+        prompt_tools=[
+            {"type": "function", "function": _as_template_function(function)}
+            for function in by_name.values()
+        ],
+        names=frozenset(by_name),
+        grammar=forced_calls(by_name.values(), is_single) if mode == "required" else None,
+        max_calls=1 if is_single else None,
+        format=output_format,
+        is_legacy=body.functions is not None,
+    )
+
+
+def _as_template_function(function: FunctionDefinition) -> dict[str, Any]:
+    """Templates read ``description`` and ``parameters`` without asking whether they are there."""
+    return {
+        "name": function.name,
+        "description": function.description or "",
+        "parameters": function.parameters or {"type": "object", "properties": {}},
+    }
+
+
+def forced_calls(functions: Iterable[FunctionDefinition], is_single: bool) -> GrammarSpec:
+    """A JSON schema for a list of calls, each one function's name with arguments of its schema.
+
+    Raises:
+        ApiError: 400 where the functions' schemas are too large.
+    """
+    variants = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": function.name},
+                "arguments": _at(
+                    function.parameters or {"type": "object", "additionalProperties": False},
+                    f"#/items/anyOf/{index}/properties/arguments",
+                ),
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for index, function in enumerate(functions)
+    ]
+    schema = {
+        "type": "array",
+        "minItems": 1,
+        "maxItems": 1 if is_single else MAX_FORCED_CALLS,
+        "items": {"anyOf": variants},
+    }
+    return GrammarSpec(kind="json_schema", text=check_schema(schema, "tools"))
+
+
+def _at(schema: Any, pointer: str) -> Any:
+    """A schema moved to ``pointer`` of a larger one: its ``#/...`` references move along."""
+    if isinstance(schema, list):
+        return [_at(item, pointer) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _at(value, pointer) for key, value in schema.items()}
+    reference = moved.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = pointer + reference[1:]
+    return moved

@@ -1,0 +1,103 @@
+"""Command-line flags of every setting, made from the configuration's fields."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.table import Table
+
+from chunkllama_server.config.settings import Loaded, Settings, load_settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def with_setting_flags(command: F) -> F:
+    """Give a ``**flags`` command one option per setting, and ``--config``.
+
+    Values stay strings: the configuration parses them, whichever source they come from.
+    """
+    parameters = [_parameter("config", Path | None, "YAML file with settings.", "General", "FILE")]
+    for group in Settings.groups:
+        title = group.__name__.removesuffix("Config")
+        for key, field in group.model_fields.items():
+            parameters.append(_setting(key, field, title))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def load_from_flags(flags: Mapping[str, Any]) -> Loaded:
+    """Settings from a command's flags and every other source.
+
+    Raises:
+        ConfigError: an unknown key or a bad value.
+    """
+    given = {key: value for key, value in flags.items() if value is not None and value != []}
+    config_file = given.pop("config", None)
+    return load_settings(given, config_file=config_file)
+
+
+def show_settings(loaded: Loaded) -> None:
+    """Print a table of keys, values and origins, secrets masked."""
+    table = Table("key", "value", "from")
+    for key in sorted(Settings.model_fields):
+        table.add_row(key, show_value(getattr(loaded.settings, key)), loaded.origins[key])
+    Console(soft_wrap=True).print(table)
+
+
+def show_value(value: object) -> str:
+    """A setting's value as the YAML file would have it; secrets as asterisks."""
+    if value is None or value == ():
+        return "-"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def choices(annotation: Any) -> tuple[Any, ...]:
+    """Values of a ``Literal``, inside an optional type too; () for any other type."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(c for part in get_args(annotation) for c in choices(part))
+    return ()
+
+
+def _setting(key: str, field: FieldInfo, title: str) -> inspect.Parameter:
+    text = field.description or ""
+    default = show_value(field.default)
+    if default != "-":
+        text += f" [default: {default}]"
+    if isinstance(field.default, bool):
+        return _parameter(key, bool | None, text, title, None)
+    options = choices(field.annotation)
+    metavar = "|".join(map(str, options)) if options else _metavar(key, field)
+    kind: Any = list[str] | None if "tuple" in str(field.annotation) else str | None
+    return _parameter(key, kind, text, title, metavar)
+
+
+def _metavar(key: str, field: FieldInfo) -> str:
+    text = str(field.annotation)
+    if "Path" in text:
+        return "FILE"
+    if "bytes" in key or "memory" in key:
+        return "SIZE"
+    if "int" in text:
+        return "N"
+    return "SECONDS" if "float" in text else "TEXT"
+
+
+def _parameter(
+    key: str, kind: Any, text: str, title: str, metavar: str | None
+) -> inspect.Parameter:
+    option = typer.Option(help=text, rich_help_panel=title, metavar=metavar, show_default=False)
+    return inspect.Parameter(
+        key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
+    )

@@ -1,0 +1,269 @@
+"""Prometheus metrics: one registry in the API process, fed by its own clocks and by engine
+snapshots."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import generate_latest
+from prometheus_client.utils import floatToGoString
+
+from chunkllama.messages import EngineReady, EngineStats, TokenDelta
+from chunkllama_server.metrics.vllm_names import VllmNames
+
+CHUNK_STATES = ("free", "cached", "referenced", "private")
+MAX_TENANT_LABELS = 100
+# Those of OpenTelemetry's conventions for generative AI, and finer ones below 10 ms per token.
+_FIRST_TOKEN_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    30.0, 60.0,
+)  # fmt: skip
+_TOKEN_BUCKETS = (
+    0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0,
+    2.5,
+)  # fmt: skip
+_DURATION_BUCKETS = (
+    0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 300.0,
+)  # fmt: skip
+
+ENGINE_COUNTERS = {
+    "prefix_tokens_queried_total": "Prompt tokens looked up in the prefix tree.",
+    "prefill_tokens_computed_total": "Prompt tokens whose K/V were computed.",
+    "prompt_tokens_total": "Prompt tokens of admitted requests.",
+    "generation_tokens_total": "Tokens sampled.",
+    "preemptions_total": "Sequences preempted for want of chunks.",
+    "evicted_chunks_total": "Cached chunks evicted.",
+    "pins_refused_total": "Pins refused because the pin budget was used up.",
+}
+# Exported together as prefix_tokens_hit_total{scope}.
+_HITS = ("prefix_tokens_hit_total", "prefix_tokens_hit_public_total")
+ENGINE_HISTOGRAMS = {
+    "step_seconds": "Duration of a step.",
+    "batch_size": "Sequences in a step.",
+}
+ENGINE_GAUGES = {
+    "requests_running": ("requests_running", "Requests in the running batch."),
+    "requests_waiting": ("requests_waiting", "Requests waiting for admission."),
+    "chunks_peak": ("kv_chunks_peak", "Most chunks ever in use at once."),
+    "chunks_total": ("kv_chunks_total", "Chunks of the pool."),
+    "pinned_chunks": ("kv_chunks_pinned", "Chunks pinned by prompt_cache_options."),
+    "invariant_violations": ("invariant_violations", "Broken cache invariants; 0 or a bug."),
+}
+
+
+class EngineStatsCollector:
+    """Renders the last engine snapshot; counters go on rising when an engine restarts from zero."""
+
+    def __init__(self) -> None:
+        self._last = EngineStats()
+        self._before = EngineStats()
+        self._restarts = 0
+
+    def update(self, stats: EngineStats) -> None:
+        """Take a snapshot; one with fewer steps comes from a new engine."""
+        if stats.steps_total < self._last.steps_total:
+            for name in (*ENGINE_COUNTERS, *_HITS):
+                setattr(self._before, name, self._count(name))
+            for name in ENGINE_HISTOGRAMS:
+                getattr(self._before, name).add(getattr(self._last, name))
+            self._restarts += 1
+        self._last = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._last
+        for name, text in ENGINE_COUNTERS.items():
+            yield CounterMetricFamily(f"chunkllama_{name}", text, self._count(name))
+        hit, public = map(self._count, _HITS)
+        hits = CounterMetricFamily(
+            "chunkllama_prefix_tokens_hit",
+            "Prompt tokens whose K/V were found, in the public part of the tree or the tenant's.",
+            labels=["scope"],
+        )
+        hits.add_metric(["public"], public)
+        hits.add_metric(["tenant"], hit - public)
+        yield hits
+        yield CounterMetricFamily(
+            "chunkllama_engine_restarts", "Engine processes started anew.", self._restarts
+        )
+        for name, text in ENGINE_HISTOGRAMS.items():
+            yield self._histogram(name, text)
+        for name, (metric, text) in ENGINE_GAUGES.items():
+            yield GaugeMetricFamily(f"chunkllama_{metric}", text, getattr(stats, name))
+        chunks = GaugeMetricFamily("chunkllama_kv_chunks", "Chunks by state.", labels=["state"])
+        for state in CHUNK_STATES:
+            chunks.add_metric([state], getattr(stats, f"chunks_{state}"))
+        yield chunks
+        used = stats.chunks_referenced + stats.chunks_private
+        yield GaugeMetricFamily(
+            "chunkllama_kv_usage_ratio",
+            "Share of the pool in use by running requests.",
+            used / max(stats.chunks_total, 1),
+        )
+
+    def _count(self, name: str) -> int:
+        count: int = getattr(self._before, name) + getattr(self._last, name)
+        return count
+
+    def _histogram(self, name: str, text: str) -> HistogramMetricFamily:
+        before, last = getattr(self._before, name), getattr(self._last, name)
+        counts = accumulate(map(int.__add__, before.counts, last.counts))
+        bounds = [*map(floatToGoString, last.bounds), "+Inf"]
+        return HistogramMetricFamily(
+            f"chunkllama_{name}",
+            text,
+            buckets=list(zip(bounds, counts, strict=True)),
+            sum_value=before.total + last.total,
+        )
+
+
+class ServerMetrics:
+    """All metrics of one application.
+
+    Args:
+        by_tenant: label requests with their tenant; the first ``MAX_TENANT_LABELS`` get labels of
+            their own, later ones share ``other``.
+        vllm_model: repeat the metrics under vLLM's names, for a model of this name.
+
+    Attributes:
+        finished, live, first_token, inter_token, latency, queue, prefill, decode: what a
+            ``RequestTimer`` observes.
+    """
+
+    def __init__(self, *, by_tenant: bool = False, vllm_model: str | None = None) -> None:
+        self.registry = CollectorRegistry()
+        self._also = None if vllm_model is None else VllmNames(self.registry, vllm_model)
+        self.engine = EngineStatsCollector()
+        self.registry.register(self.engine)
+        self._tenants: set[str] | None = set() if by_tenant else None
+        tenant = ["tenant"] if by_tenant else []
+        self._accepted = self._counter("request_accepted", "Requests handed to the engine.", tenant)
+        self.finished = self._counter(
+            "request_finished", "Requests ended, by reason.", ["reason", *tenant]
+        )
+        self._rejected = self._counter("rejected", "HTTP requests refused, by status.", ["why"])
+        self._ignored = self._counter("ignored_fields", "Unknown request fields ignored.")
+        self.live = Gauge(
+            "chunkllama_requests_live", "Requests between acceptance and end.",
+            registry=self.registry,
+        )  # fmt: skip
+        self._info = Gauge(
+            "chunkllama_info", "Constant 1; what is being served, in labels.",
+            ["model", "version", "device", "backend"], registry=self.registry,
+        )  # fmt: skip
+        self.first_token = self._histogram(
+            "time_to_first_token", "From acceptance to the first token.", _FIRST_TOKEN_BUCKETS
+        )
+        self.inter_token = self._histogram(
+            "inter_token_latency", "Between two deltas of a request, per token.", _TOKEN_BUCKETS
+        )
+        self.latency = self._histogram(
+            "e2e_request_latency", "From acceptance to the end.", _DURATION_BUCKETS
+        )
+        self.queue = self._histogram(
+            "queue_time", "In the engine, from arrival to admission.", _FIRST_TOKEN_BUCKETS
+        )
+        self.prefill = self._histogram(
+            "prefill_time", "From admission to the end of the prompt.", _FIRST_TOKEN_BUCKETS
+        )
+        self.decode = self._histogram(
+            "decode_time", "From the end of the prompt to the last token.", _DURATION_BUCKETS
+        )
+
+    def _counter(self, name: str, text: str, labels: list[str] | None = None) -> Counter:
+        return Counter(f"chunkllama_{name}", text, labels or (), registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(
+            f"chunkllama_{name}_seconds", text, buckets=buckets, registry=self.registry
+        )
+
+    def describe(self, info: EngineReady, version: str) -> None:
+        """Name the model and the engine in the info metric."""
+        self._info.labels(info.model_name, version, info.device, info.backend).set(1)
+
+    def reject(self, status: int) -> None:
+        """A request was answered with an error status."""
+        self._rejected.labels(str(status)).inc()
+
+    def ignore_fields(self, count: int) -> None:
+        self._ignored.inc(count)
+
+    def start_request(self, tenant: str) -> RequestTimer:
+        """A request goes to the engine."""
+        labels = self._tenant_labels(tenant)
+        (self._accepted.labels(**labels) if labels else self._accepted).inc()
+        self.live.inc()
+        return RequestTimer(self, labels)
+
+    def _tenant_labels(self, tenant: str) -> dict[str, str]:
+        if self._tenants is None:
+            return {}
+        if len(self._tenants) < MAX_TENANT_LABELS:
+            self._tenants.add(tenant)
+        return {"tenant": tenant if tenant in self._tenants else "other"}
+
+    def render(self) -> bytes:
+        """The Prometheus text format."""
+        text = generate_latest(self.registry)
+        return text if self._also is None else text + generate_latest(self._also)
+
+
+class RequestTimer:
+    """Follows one request to its one end; calls after the first ``finish`` change nothing.
+
+    Attributes:
+        reason: why its last choice ended; at the end, why the request did.
+        first_token_seconds: from acceptance to the first token, None before it.
+    """
+
+    def __init__(self, metrics: ServerMetrics, labels: dict[str, str]) -> None:
+        self._metrics = metrics
+        self._labels = labels
+        self._started = self._last = time.monotonic()
+        self._decode_seconds: float | None = None
+        self._ended = False
+        self.reason: str | None = None
+        self.first_token_seconds: float | None = None
+
+    def add(self, delta: TokenDelta) -> None:
+        """The engine has sent a delta."""
+        metrics = self._metrics
+        if self._decode_seconds is None:
+            metrics.queue.observe(delta.queue_seconds)
+            metrics.prefill.observe(delta.prefill_seconds)
+            self._decode_seconds = 0.0
+        # The client's own word on an aborted choice comes without durations.
+        self._decode_seconds = max(self._decode_seconds, delta.decode_seconds)
+        count = max((len(choice.token_ids) for choice in delta.choices), default=0)
+        if not count:
+            return
+        now = time.monotonic()
+        if self.first_token_seconds is None:
+            self.first_token_seconds = now - self._started
+            metrics.first_token.observe(self.first_token_seconds)
+        else:
+            metrics.inter_token.observe((now - self._last) / count)
+        self._last = now
+
+    def finish(self, reason: str) -> None:
+        """The request has ended."""
+        if self._ended:
+            return
+        self._ended = True
+        self.reason = reason
+        metrics = self._metrics
+        metrics.finished.labels(reason=reason, **self._labels).inc()
+        metrics.live.dec()
+        metrics.latency.observe(time.monotonic() - self._started)
+        if self.first_token_seconds is not None:
+            assert self._decode_seconds is not None
+            metrics.decode.observe(self._decode_seconds)

@@ -1,0 +1,208 @@
+"""The HTTP side of a server process: text, application, uvicorn, admin port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from chunkllama.engine.grammar import GrammarCompiler
+from chunkllama.engine.process import ProcessEngineClient
+from chunkllama.errors import ConfigError
+from chunkllama.logger import init_logger
+from chunkllama.models.config import ModelSpec
+from chunkllama.sampling_params import GrammarSpec
+from chunkllama.text.chat_template import ChatTemplate, load_chat_template
+from chunkllama.text.tokenizer import load_tokenizer
+from chunkllama_server.api import dashboard, health
+from chunkllama_server.api.app import create_app
+from chunkllama_server.api.common.text_service import TextService
+from chunkllama_server.config.api_settings import ApiSettings
+from chunkllama_server.config.settings import Settings
+from chunkllama_server.process.lifecycle import DrainingServer, notify_supervisor
+from chunkllama_server.process.public_prefixes import load_public_prefixes, register_public_prefixes
+from chunkllama_server.process.reload import Reloader
+from chunkllama_server.transport.access_log import AccessLog
+from chunkllama_server.transport.http_protocol import HttpLimits, make_protocol
+
+logger = init_logger(__name__)
+
+# What is left after the drain limit: error events to write and connections to close.
+_GRACE_SECONDS = 5
+
+
+class Application:
+    """Everything but the engine, ready before it.
+
+    Args:
+        read_settings: reads ``settings`` again, at SIGHUP.
+        keys: tenant name to API key.
+        path, spec: the model's folder and numbers.
+
+    Raises:
+        ConfigError: tokenizer, chat template or public prefixes cannot be used.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        read_settings: Callable[[], Settings],
+        keys: dict[str, str],
+        path: Path,
+        spec: ModelSpec,
+    ) -> None:
+        self._settings = settings
+        self._read_settings = read_settings
+        self._keys = keys
+        self._spec = spec
+        self._tokenizer = load_tokenizer(path)
+        if self._tokenizer.vocab_size > spec.vocab_size:
+            raise ConfigError(
+                f"{path}: the tokenizer has {self._tokenizer.vocab_size} tokens and the model "
+                f"{spec.vocab_size}; they are not of the same model"
+            )
+        self._template = load_chat_template(path, self._tokenizer, settings.chat_template)
+        self._prefixes = load_public_prefixes(settings.public_prefixes, self._template)
+        self._api = api_settings(settings, keys, spec)
+
+    async def serve(
+        self,
+        engine: ProcessEngineClient,
+        main: socket.socket,
+        admin: socket.socket | None,
+        started: float,
+    ) -> int:
+        """Answer requests until a signal; returns the process's exit code.
+
+        Args:
+            main, admin: bound sockets.
+            started: monotonic time at which the process began.
+
+        Raises:
+            ConfigError: a public prefix does not fit, or another server took the port.
+        """
+        await register_public_prefixes(engine, self._prefixes)
+        text = TextService(
+            self._tokenizer,
+            self._template,
+            make_template=lambda source: ChatTemplate(source, self._tokenizer),
+        )
+        app = create_app(engine, text, self._api, load_grammars=self._grammar_check)
+        app.include_router(dashboard.router)
+        settings = self._settings
+        server = DrainingServer(_uvicorn_config(settings, app), engine, settings.drain_seconds)
+        engine.on_death = server.engine_died
+        info = engine.info
+        logger.info(
+            "%s on %s (%s ops), %d chunks of %d tokens, context %d",
+            self._api.served_model_names[0],
+            info.device,
+            info.backend,
+            info.num_chunks,
+            info.chunk_size,
+            info.max_model_len,
+        )
+        scheme = "https" if settings.ssl_certfile else "http"
+        host, port = main.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        _listen(main, "port")
+        elapsed = time.monotonic() - started
+        logger.info("ready at %s://%s:%d after %.1f s", scheme, host, port, elapsed)
+        reloading = Reloader(
+            settings, self._read_settings, self._keys, self._template, engine
+        ).start()
+        notify_supervisor("READY=1")
+        async with _admin_server(settings, app, admin):
+            await server.serve(sockets=[main])
+        reloading.cancel()
+        notify_supervisor("STOPPING=1")
+        logger.info("stopped")
+        return server.exit_code
+
+    def _grammar_check(self) -> Callable[[GrammarSpec], None]:
+        """Compiles grammars as the engine will, over the same vocabulary."""
+        compiler = GrammarCompiler(
+            self._tokenizer.to_json(), self._spec.vocab_size, list(self._spec.eos_token_ids)
+        )
+        return compiler.check
+
+
+def api_settings(settings: Settings, keys: dict[str, str], spec: ModelSpec) -> ApiSettings:
+    """The HTTP application's part of the settings."""
+    use_defaults = settings.generation_config == "auto"
+    own = Path(settings.model).resolve()  # an alias or a hub id ends in its name, too
+    own_name = own.stem if own.suffix.lower() == ".gguf" else own.name
+    return ApiSettings(
+        served_model_names=settings.served_model_name or (own_name,),
+        api_keys=keys,
+        isolation=settings.isolation,
+        strict=settings.strict,
+        root_path=settings.root_path,
+        cors_origins=settings.cors_origins,
+        generation_defaults=spec.default_sampling if use_defaults else {},
+        max_body_bytes=settings.max_body_bytes,
+        trust_request_chat_template=settings.trust_request_chat_template,
+        chat_template_kwargs=settings.chat_template_kwargs,
+        tool_call_parser=settings.tool_call_parser,
+        embedding_pooling=settings.embedding_pooling,
+        store_max_items=settings.response_store_items,
+        store_max_bytes=settings.response_store_bytes,
+        store_ttl_seconds=settings.response_store_seconds,
+        stream_stall_seconds=settings.stream_stall_seconds,
+        expose_metrics=settings.admin_port is None,
+        metrics_compat=settings.metrics_compat,
+    )
+
+
+def _listen(sock: socket.socket, key: str) -> None:
+    """Open the port; only a server that was starting at the same time can have taken it."""
+    try:
+        sock.listen(2048)
+    except OSError as error:
+        raise ConfigError(f"{key}: {error.strerror}; another server has just taken it") from None
+
+
+def _uvicorn_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        AccessLog(app),
+        http=make_protocol(HttpLimits()),
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=settings.keep_alive_seconds,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+    )
+
+
+@contextlib.asynccontextmanager
+async def _admin_server(
+    settings: Settings, app: FastAPI, sock: socket.socket | None
+) -> AsyncIterator[None]:
+    """Metrics and health on a port of their own while the block runs, if one is asked for."""
+    if sock is None:
+        yield
+        return
+    admin = FastAPI(title="ChunkLlama admin", docs_url=None, redoc_url=None, openapi_url=None)
+    admin.state.context = app.state.context
+    admin.include_router(health.router)
+    admin.include_router(health.metrics_router)
+    _listen(sock, "admin_port")
+    server = uvicorn.Server(_uvicorn_config(settings, admin))
+    # Signals are the main server's; this one ends with it.
+    task = asyncio.create_task(server._serve([sock]))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await task

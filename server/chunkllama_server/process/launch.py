@@ -1,0 +1,145 @@
+"""``chunkllama serve``: check everything that is cheap, start the engine, answer HTTP, drain, stop.
+
+The order makes failures quick and quiet, and the start short: settings, sockets and the model's
+files come first, so they are refused before any weight is read; then the engine process loads while
+this one imports the HTTP layer and reads the tokenizer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chunkllama.engine.process import ProcessEngineClient
+from chunkllama.errors import ConfigError
+from chunkllama.logger import configure_logging, init_logger
+from chunkllama.models.config import ModelSpec, read_spec
+from chunkllama.models.loading.hub import resolve_model
+from chunkllama.models.loading.safetensors import Checkpoint
+from chunkllama_server.config.settings import Settings
+
+if TYPE_CHECKING:
+    from chunkllama_server.process.http_server import Application
+
+logger = init_logger(__name__)
+
+
+def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> int:
+    """Serve until a signal; returns the process's exit code.
+
+    Args:
+        read_settings: reads the settings again from where they came, at SIGHUP.
+
+    Raises:
+        ConfigError: anything that keeps the server from starting; one line names the fix.
+    """
+    started = time.monotonic()
+    # Until the server has handlers of its own. Without one, SIGTERM does nothing to a container's
+    # first process.
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
+    configure_logging(settings.log_level, settings.log_format)
+    keys = settings.keys_by_tenant()
+    check_tls(settings)
+    with contextlib.ExitStack() as sockets:
+        main = sockets.enter_context(bind(settings.host, settings.port, "port"))
+        admin = None
+        if settings.admin_port is not None:
+            admin = sockets.enter_context(bind(settings.host, settings.admin_port, "admin_port"))
+        path, spec = check_model(settings.model)
+        logger.info("loading %s", path)
+
+        def make_application() -> Application:
+            from chunkllama_server.process.http_server import (
+                Application,  # fastapi and all that it brings
+            )
+
+            return Application(settings, read_settings, keys, path, spec)
+
+        async def run() -> int:
+            async with contextlib.AsyncExitStack() as stack:
+                starting = asyncio.create_task(ProcessEngineClient.start(settings.engine()))
+                stack.push_async_callback(_end, starting)
+                await asyncio.sleep(0)  # the engine process is spawned here
+                application = make_application()
+                return await application.serve(await starting, main, admin, started)
+
+        return asyncio.run(run())
+
+
+def _stop(*_: object) -> None:
+    """SIGTERM before the server is ready."""
+    raise SystemExit(0)
+
+
+async def _end(starting: asyncio.Task[ProcessEngineClient]) -> None:
+    """End the engine, ready or not."""
+    starting.cancel()
+    with contextlib.suppress(asyncio.CancelledError, ConfigError):
+        await (await starting).close()
+
+
+def bind(host: str, port: int, key: str) -> socket.socket:
+    """A bound socket, not yet listening: the port is ours, and nobody is kept waiting on it.
+
+    Raises:
+        ConfigError: the port is taken or privileged, or the host is not of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"host: {host} cannot be resolved: {error}") from None
+    sock = socket.socket(family, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        flag = key.replace("_", "-")
+        raise ConfigError(
+            f"{key}: cannot listen on {host}:{port}: {error.strerror}; choose another --{flag}"
+        ) from None
+    return sock
+
+
+def check_tls(settings: Settings) -> None:
+    """Load the certificate as uvicorn will.
+
+    Raises:
+        ConfigError: a file is missing or the two do not belong together.
+    """
+    if settings.ssl_certfile is None:
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+            # An encrypted key is an error then, and no question on the terminal.
+            settings.ssl_certfile,
+            settings.ssl_keyfile,
+            password="",
+        )
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(
+            f"ssl_certfile, ssl_keyfile: cannot be used: {error}; they must belong together, and "
+            "the key must not be encrypted"
+        ) from None
+
+
+def check_model(model: str) -> tuple[Path, ModelSpec]:
+    """A model's folder, fetched if need be, and its numbers; the weights' headers are checked.
+
+    Raises:
+        ConfigError: a file is missing, damaged or of the wrong shape.
+    """
+    path = resolve_model(model)
+    spec = read_spec(path)
+    Checkpoint(path, spec)
+    return path, spec

@@ -1,0 +1,90 @@
+"""SIGHUP: API keys, public prefixes and the log level are read again; streams notice nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable
+
+from chunkllama.engine.client import EngineClient
+from chunkllama.errors import ChunkLlamaError, ConfigError
+from chunkllama.logger import configure_logging, init_logger
+from chunkllama.text.chat_template import ChatTemplate
+from chunkllama_server.config.settings import Settings
+from chunkllama_server.process.lifecycle import notify_supervisor
+from chunkllama_server.process.public_prefixes import load_public_prefixes, register_public_prefixes
+
+logger = init_logger(__name__)
+
+RELOADED = frozenset({"api_key", "api_key_file", "public_prefixes", "log_level"})
+
+
+class Reloader:
+    """Applies what may change while serving; all of it, or after an error nothing.
+
+    Args:
+        settings: those the server was started with.
+        read_settings: reads them again from where they came.
+        keys: tenant name to API key, as the application looks them up; changed in place.
+        template, engine: for the public prefixes.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        read_settings: Callable[[], Settings],
+        keys: dict[str, str],
+        template: ChatTemplate | None,
+        engine: EngineClient,
+    ) -> None:
+        self._settings = settings
+        self._read_settings = read_settings
+        self._keys = keys
+        self._template = template
+        self._engine = engine
+        self._hangup = asyncio.Event()
+
+    def start(self) -> asyncio.Task[None]:
+        """Reload at each SIGHUP from now on, until the task is cancelled."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hangup.set)
+        return asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while True:
+            await self._hangup.wait()
+            self._hangup.clear()
+            notify_supervisor(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            try:
+                await self._reload()
+            except ChunkLlamaError as error:
+                logger.error("nothing reloaded: %s", error)
+            notify_supervisor("READY=1")
+
+    async def _reload(self) -> None:
+        """Read everything, then apply it.
+
+        Raises:
+            ConfigError: a file is bad or a prefix does not fit; keys and log level are as before.
+        """
+        # In a thread: long prefixes take a while to tokenize, and streams go on meanwhile.
+        settings, keys, prefixes = await asyncio.to_thread(self._read)
+        await register_public_prefixes(self._engine, prefixes)
+        self._keys.clear()
+        self._keys.update(keys)
+        configure_logging(settings.log_level, self._settings.log_format)
+        logger.info("reloaded: %d keys, log level %s", len(keys), settings.log_level)
+        late = [
+            key
+            for key in Settings.model_fields
+            if key not in RELOADED and getattr(settings, key) != getattr(self._settings, key)
+        ]
+        if late:
+            logger.warning("changed, but used from the next start on: %s", ", ".join(late))
+
+    def _read(self) -> tuple[Settings, dict[str, str], list[list[int]]]:
+        settings = self._read_settings()
+        keys = settings.keys_by_tenant()
+        if bool(keys) != bool(self._keys):
+            raise ConfigError("api_key_file: keys cannot be turned on or off while serving")
+        return settings, keys, load_public_prefixes(settings.public_prefixes, self._template)

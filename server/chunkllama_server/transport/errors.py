@@ -1,0 +1,215 @@
+"""Every refusal and failure as an OpenAI error body: one exception type, one mapping, one set of
+handlers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from chunkllama.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestFailedError,
+)
+from chunkllama.logger import init_logger
+from chunkllama_server.api.schema.errors import ErrorBody
+
+logger = init_logger(__name__)
+
+ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "invalid_request_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+}
+CLIENT_CLOSED_REQUEST = 499
+MAX_RETRY_AFTER = 30
+
+
+class ClientDisconnected(Exception):
+    """The client closed its connection; nobody reads an answer."""
+
+
+class ApiError(HTTPException):
+    """A refusal with everything its error body and headers need.
+
+    Args:
+        status: HTTP status.
+        message: one line for the client; never a path, an address or a traceback.
+        param: exact path of the offending field, e.g. ``messages[0].content[1]``.
+        code: machine-readable code.
+        retry_after: seconds for the Retry-After header, or None.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        headers = {}
+        if retry_after is not None:
+            headers["Retry-After"] = str(min(max(retry_after, 1), MAX_RETRY_AFTER))
+        super().__init__(status, message, headers)
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def body(self) -> ErrorBody:
+        return {
+            "error": {
+                "message": self.message,
+                "type": ERROR_TYPES.get(self.status_code, "server_error"),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> Response:
+        return Response(
+            msgspec.json.encode(self.body()),
+            self.status_code,
+            headers=self.headers,
+            media_type="application/json",
+        )
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A 400: the request can never be served as it stands."""
+    return ApiError(400, message, param, code)
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    """A 503 with the time after which it is worth trying again."""
+    return ApiError(503, message, code=code, retry_after=2)
+
+
+def not_found_model(name: str) -> ApiError:
+    return ApiError(
+        404, f"The model {name[:200]!r} does not exist", param="model", code="model_not_found"
+    )
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """The error body for anything a request can raise; unknown exceptions are logged and say
+    nothing."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, InvalidRequestError):
+        return ApiError(400, error.message, error.param, error.code)
+    if isinstance(error, OverloadedError):
+        return ApiError(
+            429, error.message, code="engine_overloaded", retry_after=error.retry_after or 1
+        )
+    if isinstance(error, RequestFailedError) and error.code == "no_allowed_token":
+        return ApiError(
+            400,
+            "No token is left: logit_bias, allowed_token_ids, bad_words and the structured output "
+            "exclude each other",
+            code=error.code,
+        )
+    if isinstance(error, RequestFailedError):
+        api_error = ApiError(500, error.message, code=error.code)
+        api_error.headers = {"x-should-retry": "false"}
+        return api_error
+    if isinstance(error, EngineDeadError):
+        return unavailable("The engine is not available; try again", "engine_unavailable")
+    logger.error("request failed", exc_info=error)
+    return ApiError(500, "Internal server error; quote the x-request-id header", code="internal")
+
+
+def field_path(location: Sequence[str | int], body: Any, error_type: str) -> tuple[str, int]:
+    """Turn pydantic's location into the path a client would write, and its depth in the body.
+
+    Pydantic's locations also name union members (``content.str``); whatever is not found in the
+    body is such a name, except the last part of a missing or superfluous field.
+    """
+    path, depth, current = "", 0, body
+    for position, part in enumerate(location):
+        is_last = position == len(location) - 1
+        if isinstance(part, int) and isinstance(current, list) and part < len(current):
+            current = current[part]
+            path += f"[{part}]"
+        elif (
+            isinstance(part, str)
+            and isinstance(current, dict)
+            and (part in current or (is_last and error_type == "missing"))
+        ):
+            current = current.get(part)
+            path += f".{part}" if path else part
+        else:
+            continue
+        depth += 1
+    return path, depth
+
+
+def from_validation_error(error: RequestValidationError) -> ApiError:
+    """FastAPI's 422 as OpenAI's 400: the most specific of pydantic's complaints, with its exact
+    path."""
+    best: tuple[tuple[bool, int], str, str] | None = None
+    for entry in error.errors():
+        location = list(entry["loc"])
+        source = location.pop(0) if location else "body"
+        if source == "body" and not location and isinstance(error.body, bytes):
+            return invalid("Send a JSON object with Content-Type: application/json")
+        if source == "body":
+            path, depth = field_path(location, error.body, entry["type"])
+        else:
+            path, depth = ".".join(map(str, location)), len(location)
+        # Of a union's members only the right one complains of more than the type.
+        rank = (not entry["type"].endswith("_type"), depth)
+        if best is None or rank > best[0]:
+            best = (rank, path, str(entry["msg"]))
+    assert best is not None, "a validation error without entries"
+    _, path, message = best
+    return invalid(f"{path}: {message}" if path else message, param=path or None)
+
+
+def from_http_exception(error: HTTPException) -> ApiError:
+    """Starlette's own refusals (unknown path, wrong method, body over the limit)."""
+    if isinstance(error, ApiError):
+        return error
+    code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(
+        error.status_code
+    )
+    api_error = ApiError(error.status_code, str(error.detail), code=code)
+    api_error.headers = error.headers
+    return api_error
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Every exception that is foreseen becomes an OpenAI error body; RequestInfoMiddleware answers
+    the others."""
+
+    async def on_validation(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return from_validation_error(error).response()
+
+    async def on_http(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return from_http_exception(error).response()
+
+    async def on_any(_: Request, error: Exception) -> Response:
+        return as_api_error(error).response()
+
+    async def on_disconnect(_: Request, __: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    app.add_exception_handler(ClientDisconnected, on_disconnect)
+    app.add_exception_handler(RequestValidationError, on_validation)
+    app.add_exception_handler(HTTPException, on_http)
+    for known in (InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError):
+        app.add_exception_handler(known, on_any)

@@ -1,0 +1,106 @@
+"""What the middleware knows of one HTTP request, and the headers every response carries."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from chunkllama.logger import request_id_context
+from chunkllama_server.transport.errors import ApiError, as_api_error
+
+_CLEAN_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_UNCLEAN_FIELD = re.compile(r"[^A-Za-z0-9_.\[\]-]")
+MAX_NAMED_FIELDS = 20
+_SCOPE_KEY = "chunkllama.request_info"
+
+
+@dataclass(slots=True)
+class RequestInfo:
+    """One request's id, tenant and start; ``headers`` are added to its response."""
+
+    request_id: str
+    started: float
+    tenant: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def name_ignored_fields(self, paths: list[str]) -> None:
+        """Tell the client which fields were ignored, cleaned of anything a header must not
+        carry."""
+        names = [_UNCLEAN_FIELD.sub("_", path)[:64] or "_" for path in paths[:MAX_NAMED_FIELDS]]
+        self.headers["x-chunkllama-ignored-fields"] = ", ".join(names)
+
+    def name_pin(self, granted: bool) -> None:
+        """Tell the client whether its prefix is kept, or the pin budget was used up."""
+        self.headers["x-chunkllama-cache-pin"] = "granted" if granted else "over-budget"
+
+
+def request_info(scope: Scope) -> RequestInfo:
+    info = scope[_SCOPE_KEY]
+    assert isinstance(info, RequestInfo)
+    return info
+
+
+class RequestInfoMiddleware:
+    """Gives each request an id and each response ``x-request-id`` and ``openai-processing-ms``.
+
+    A client's own x-request-id is echoed if it is clean, else replaced. Compressed bodies
+    are refused here, and what no handler foresaw is answered here, so that it has an id too.
+    A path may begin with the ``root_path`` that a proxy has not stripped.
+    """
+
+    def __init__(self, app: ASGIApp, root_path: str, on_refusal: Callable[[int], None]) -> None:
+        self._app = app
+        self._root_path = root_path
+        self._on_refusal = on_refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        clean = _CLEAN_REQUEST_ID.fullmatch(given)
+        info = RequestInfo(
+            request_id=given.decode() if clean else f"req_{uuid.uuid4().hex}",
+            started=time.monotonic(),
+        )
+        scope[_SCOPE_KEY] = info
+        request_id_context.set(info.request_id)
+        if self._root_path:
+            scope["root_path"] = self._root_path
+
+        has_begun = False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                has_begun = True
+                if message["status"] >= 400:
+                    self._on_refusal(message["status"])
+                elapsed_ms = int((time.monotonic() - info.started) * 1000)
+                extra = {
+                    "x-request-id": info.request_id,
+                    "openai-processing-ms": str(elapsed_ms),
+                    **info.headers,
+                }
+                message["headers"] = [
+                    *message.get("headers", []),
+                    *((name.encode(), value.encode("latin-1")) for name, value in extra.items()),
+                ]
+            await send(message)
+
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            error = ApiError(415, "Compressed request bodies are not accepted")
+            await error.response()(scope, receive, send_with_headers)
+            return
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception as error:
+            if has_begun:
+                raise
+            await as_api_error(error).response()(scope, receive, send_with_headers)

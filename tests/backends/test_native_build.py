@@ -1,0 +1,98 @@
+"""Libraries of the native ops: their names, and what is said when one cannot be had."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from chunkllama.backends.cpu import backend as native
+from chunkllama.backends.cpu.abi import load_library
+from chunkllama.backends.cpu.build import (
+    LEVELS,
+    IsaLevel,
+    NativeBuildError,
+    _source_hash,
+    available_levels,
+    build,
+)
+from chunkllama.backends.cpu.memory import allocate_lazily
+
+BASELINE = LEVELS[-1]
+
+
+def test_names_do_not_depend_on_the_hash_seed() -> None:
+    """They are the same in every process: an image built once finds its libraries again."""
+    code = (
+        "from chunkllama.backends.cpu.build import LEVELS, _source_hash;"
+        "print([_source_hash(level, '') for level in LEVELS])"
+    )
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(seen) == 1
+
+
+def test_a_library_built_before_serves_without_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CHUNKLLAMA_NATIVE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(NativeBuildError, match=r"no C\+\+ compiler \(no-such-compiler\)"):
+        build(BASELINE)
+    library = tmp_path / f"baseline-{_source_hash(BASELINE, '')}-0123.so"
+    library.touch()
+    assert build(BASELINE) == library
+    with pytest.raises(NativeBuildError, match="cannot be loaded"):
+        load_library(BASELINE)  # an empty file
+
+
+def test_a_compiler_that_refuses_is_quoted_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "refusing compiler"
+    compiler.write_text("#!/bin/sh\necho \"c++: error: what is '-mnew'?\" >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    directory = tmp_path / "native"
+    monkeypatch.setenv("CHUNKLLAMA_NATIVE_DIR", str(directory))
+    monkeypatch.setenv("CXX", f"'{compiler}' -mnew")
+    with pytest.raises(NativeBuildError, match="error: what is '-mnew'"):
+        build(BASELINE)
+    assert [path.name for path in directory.iterdir()] == [".lock"]
+
+
+def test_the_next_level_stands_in_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    best, *others = available_levels()
+    if not others:
+        pytest.skip("not run: this CPU has the baseline only")
+
+    def load(level: IsaLevel, sanitizer: str) -> object:
+        if level == best:
+            raise NativeBuildError("the compiler is too old")
+        return load_library(level, sanitizer)
+
+    monkeypatch.setattr(native, "load_library", load)
+    with caplog.at_level(logging.WARNING):
+        ops = native.CpuBackend(dtype=torch.float32, head_dim=64, num_kv_heads=1)
+    assert ops.level == others[0].name
+    assert f"{best.name}: the compiler is too old" in caplog.text
+
+
+def test_more_memory_than_there_is() -> None:
+    for elements in (1 << 46, 1 << 70):
+        with pytest.raises(MemoryError):
+            allocate_lazily(elements, torch.float32)

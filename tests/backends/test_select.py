@@ -1,0 +1,81 @@
+"""Which backend a device gets, and what a user reads when it cannot be had."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from chunkllama.backends.base import Backend
+from chunkllama.backends.select import BackendName, select_backend
+from chunkllama.errors import ConfigError
+
+
+def select(
+    device: str = "cpu",
+    *,
+    backend: BackendName = "auto",
+    chunk_size: int = 64,
+    head_dim: int = 64,
+) -> Backend:
+    return select_backend(
+        device,
+        dtype=torch.float32 if device == "cpu" else torch.bfloat16,
+        head_dim=head_dim,
+        chunk_size=chunk_size,
+        num_kv_heads=3,
+        backend=backend,
+    )
+
+
+def test_the_reference_by_name() -> None:
+    backend = select(backend="reference", chunk_size=16)
+    assert backend.name == "reference"
+    assert backend.device == torch.device("cpu")
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine on which nothing is built, and nothing can be."""
+    monkeypatch.setenv("CHUNKLLAMA_NATIVE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler -O0")
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_cpu_without_a_compiler_runs_the_reference_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert select().name == "reference"
+    assert len(caplog.records) == 1
+    assert "no C++ compiler (no-such-compiler) found" in caplog.text
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_native_by_name_is_not_replaced() -> None:
+    with pytest.raises(ConfigError, match=r"backend: native .* C\+\+ compiler"):
+        select(backend="native")
+
+
+def test_cuda_without_cupy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ConfigError, match=r"chunkllama\[cu1[23]\]"):
+        select("cuda")
+
+
+def test_a_backend_on_the_wrong_device() -> None:
+    with pytest.raises(ConfigError, match="native runs on device cpu"):
+        select("cuda", backend="native")
+    with pytest.raises(ConfigError, match="cuda needs device cuda"):
+        select("cpu", backend="cuda")
+    for device in ("mps", "gpu"):
+        with pytest.raises(ConfigError, match=f"device: '{device}' is not one of"):
+            select(device)
+
+
+def test_a_chunk_size_the_reference_lacks() -> None:
+    with pytest.raises(ConfigError, match="chunk_size: 48 is not one of 16, 32, 64, 128"):
+        select(backend="reference", chunk_size=48)
