@@ -1,0 +1,142 @@
+"""Compare two checkouts of this project in one run, in alternating pairs.
+
+    python benchmarks/before_after.py --before ../base --after . --pairs 10
+
+Both checkouts need ``make setup``. The pairs run ``benchmarks/step.py`` of both checkouts, then the
+load of ``compare.py`` against a server of each; the order inside a pair alternates. A ratio is
+after to before, larger is faster; the report holds every rate and the median ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from compare import PAUSE_SECONDS, SCENARIOS, make_prompts, run_load
+from machine import cpu_name
+
+from chunkllama.models.loading.hub import resolve_model
+from chunkllama.text.tokenizer import load_tokenizer
+from chunkllama_server.bench.client import Endpoint
+from chunkllama_server.bench.workload import PromptMaker
+
+RESULTS = Path(__file__).parent / "results"
+MODEL = "smollm2-135m-instruct"
+
+
+def step_rates(checkout: Path, rounds: int) -> dict[str, float]:
+    """Run a checkout's step.py; return steps per second of each row of its table."""
+    command = [checkout / ".venv/bin/python", "benchmarks/step.py", "--rounds", str(rounds)]
+    table = subprocess.run(command, cwd=checkout, check=True, capture_output=True, text=True).stdout
+    rates = {}
+    for line in table.splitlines()[2:]:
+        *case, ms, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        batch, tenants, shared, private, weights = case
+        name = f"step: batch {batch}, {tenants} x {shared} shared, {private} private, {weights}"
+        rates[name] = 1e3 / float(ms)
+    return rates
+
+
+@contextmanager
+def serving(checkout: Path) -> Iterator[Endpoint]:
+    """Serve the demo model from a checkout on a free port of 127.0.0.1."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [checkout / ".venv/bin/chunkllama", "serve", "--port", str(port), "--model", MODEL]
+    server = subprocess.Popen(command, cwd=checkout, stderr=subprocess.DEVNULL)
+    endpoint = Endpoint(f"http://127.0.0.1:{port}")
+    try:
+        for _ in range(120):
+            time.sleep(0.5)
+            try:
+                status, _ = asyncio.run(endpoint.get("/health/ready"))
+            except OSError:
+                continue
+            if status == 200:
+                break
+        else:
+            raise SystemExit(f"{checkout}: the server did not become ready")
+        yield endpoint
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--before", type=Path, required=True)
+    parser.add_argument("--after", type=Path, required=True)
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=2, help="of step.py in each run")
+    parser.add_argument("--scenarios", default="ABCDE", help="of compare.py; empty for none")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--output", type=Path, default=RESULTS / "before-after.json")
+    arguments = parser.parse_args()
+    checkouts = {"before": arguments.before.resolve(), "after": arguments.after.resolve()}
+    rates: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+
+    def record(side: str, name: str, rate: float) -> None:
+        rates[name][side].append(rate)
+        print(f"{side} {name}: {rate:.2f}/s", file=sys.stderr)
+
+    for number in range(arguments.pairs):
+        for side in list(checkouts)[:: -1 if number % 2 else 1]:
+            for name, rate in step_rates(checkouts[side], arguments.rounds).items():
+                record(side, name, rate)
+    tokenizer = load_tokenizer(resolve_model(MODEL))
+    maker = PromptMaker(tokenizer, arguments.seed)
+    with serving(checkouts["before"]) as before, serving(checkouts["after"]) as after:
+        endpoints = {"before": before, "after": after}
+        for number in range(arguments.pairs):
+            for letter in arguments.scenarios:
+                scenario = SCENARIOS[letter]
+                systems = [
+                    tokenizer.encode(maker.text(scenario.system)) for _ in range(scenario.tenants)
+                ]
+                prompts = make_prompts(maker, tokenizer.encode, systems, scenario)
+                for side in list(checkouts)[:: -1 if number % 2 else 1]:
+                    time.sleep(PAUSE_SECONDS)
+                    load = asyncio.run(run_load(endpoints[side], MODEL, prompts, scenario))
+                    record(side, f"server: {letter} cold", load["output_tokens_per_s"])
+
+    ratios = {
+        name: [a / b for a, b in zip(sides["after"], sides["before"], strict=True)]
+        for name, sides in rates.items()
+    }
+    print("| case | median ratio | lowest | highest |\n| --- | --- | --- | --- |")
+    for name, values in ratios.items():
+        print(
+            f"| {name} | {statistics.median(values):.3f} | {min(values):.3f} | {max(values):.3f} |"
+        )
+    report = {
+        "command": "python benchmarks/before_after.py " + " ".join(sys.argv[1:]),
+        "commits": {side: commit(path) for side, path in checkouts.items()},
+        "machine": cpu_name(),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "median_ratio": {name: round(statistics.median(v), 4) for name, v in ratios.items()},
+        "rates": rates,
+    }
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def commit(checkout: Path) -> str:
+    """Return the checkout's short commit hash."""
+    command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
