@@ -106,3 +106,51 @@ def test_tokenize_refusals(server, path, body, param):
 def test_long_texts_are_tokenized_off_the_loop(server):
     response = server.post("/tokenize", {"prompt": "word " * 20_000})
     assert response.json()["count"] == 100_000
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"store": True}, "store"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"metadata": {"k" * 65: "v"}}, "metadata." + "k" * 64),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"unlisted": 1}}, "chat_template_kwargs"),
+    ],
+)
+def test_render_refuses_what_a_completion_refuses(server, fields, param):
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], **fields}
+    refusals = [
+        server.post(f"/v1/chat/completions{path}", body).json()["error"] for path in ("", "/render")
+    ]
+    assert refusals[0] == refusals[1]
+    assert refusals[1]["param"] == param
+    assert not server.engine.requests
+
+
+def test_a_rendered_a_counted_and_a_generated_prompt_are_the_same(server):
+    """One preparation: tools, continued messages and template options reach each endpoint."""
+    tool = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}]
+    chat = {
+        "model": MODEL,
+        "messages": messages,
+        "tools": [{"type": "function", "function": tool}],
+        "continue_final_message": True,
+    }
+    rendered = server.post("/v1/chat/completions/render", chat).json()
+    counted = server.post("/tokenize", chat).json()
+    assert server.post("/v1/chat/completions", chat).status_code == 200
+    generated = server.engine.requests[-1].prompt_token_ids
+    assert rendered["prompt_token_ids"] == counted["tokens"] == generated
+    assert '"f"' in rendered["prompt"] and rendered["prompt"].endswith("so")
+    body = {
+        "model": MODEL,
+        "input": messages[:1],
+        "tools": [{"type": "function", **tool}],
+    }
+    counted = server.post("/v1/responses/input_tokens", body).json()["input_tokens"]
+    assert server.post("/v1/responses", body).status_code == 200
+    assert counted == len(server.engine.requests[-1].prompt_token_ids)

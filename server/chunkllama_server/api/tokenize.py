@@ -1,12 +1,11 @@
-"""POST /tokenize, /detokenize and /v1/chat/completions/render: what the model would see."""
+"""POST /tokenize, /detokenize and /v1/chat/completions/render: show what the model would read."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from chunkllama_server.api.chat.prompt import ChatPrompter
-from chunkllama_server.api.chat.routes import plan_request_tools
+from chunkllama_server.api.chat.request import prepare_chat
 from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.openapi import answers
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
@@ -35,9 +34,7 @@ async def _messages_ids(body: TokenizeRequest, context: ServerContext) -> list[i
         model=body.model or context.settings.served_model_names[0],
         **{name: getattr(body, name) for name in shared},
     )
-    tools = plan_request_tools(chat, context)
-    prompter = ChatPrompter(chat, context.settings, context.text, tools.prompt_tools)
-    return (await prompter.encode()).token_ids
+    return (await prepare_chat(chat, context)).prompt.token_ids
 
 
 @router.post("/tokenize", response_model=None, responses=answers(TokenizeResponse))
@@ -88,11 +85,10 @@ async def detokenize(body: DetokenizeRequest, request: Request, context: Context
 async def render(body: ChatCompletionRequest, request: Request, context: Context) -> Response:
     """The prompt a chat completion with this body would have; nothing is generated."""
     context.admit(body, request)
-    tools = plan_request_tools(body, context)
-    prompter = ChatPrompter(body, context.settings, context.text, tools.prompt_tools)
-    ids = (await prompter.encode()).token_ids
+    prepared = await prepare_chat(body, context)
+    ids = prepared.prompt.token_ids
     result: RenderedPrompt = {
-        "prompt": await prompter.render(),
+        "prompt": await prepared.prompter.render(),
         "prompt_token_ids": ids,
         "count": len(ids),
         "max_model_len": context.engine.info.max_model_len,

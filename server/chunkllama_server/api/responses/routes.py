@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import uuid
 
-import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response as HttpResponse
 
-from chunkllama_server.api.chat.prompt import ChatPrompt, ChatPrompter
-from chunkllama_server.api.chat.routes import check_chat, engine_request, plan_request_tools
+from chunkllama_server.api.chat.request import PreparedChat, prepare_chat
 from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.common.logprobs import LogprobFormatter
-from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.response_store import StoredResponse
 from chunkllama_server.api.openapi import answers, refusals
 from chunkllama_server.api.responses.request import as_chat, input_messages, previous_messages
 from chunkllama_server.api.responses.response import ResponseAnswer, assistant_message
-from chunkllama_server.api.schema.chat import ChatCompletionRequest, ChatMessage
+from chunkllama_server.api.schema.chat import ChatMessage
 from chunkllama_server.api.schema.response_object import (
     DeletedResponse,
     InputTokens,
@@ -25,7 +22,6 @@ from chunkllama_server.api.schema.response_object import (
     ResponseEvent,
 )
 from chunkllama_server.api.schema.responses import ResponseRequest
-from chunkllama_server.api.tools.config import ToolConfig
 from chunkllama_server.transport.body import JsonRoute, json_response
 from chunkllama_server.transport.errors import ApiError
 from chunkllama_server.transport.request_context import RequestInfo, request_info
@@ -43,41 +39,23 @@ _PARAM_NAMES = {
 }
 
 
-class _Prepared:
-    """A request translated: the chat it amounts to, its tools, its prompt."""
-
-    def __init__(
-        self,
-        chat: ChatCompletionRequest,
-        tools: ToolConfig,
-        prompt: ChatPrompt,
-        history: list[ChatMessage],
-    ) -> None:
-        self.chat = chat
-        self.tools = tools
-        self.prompt = prompt
-        self.history = history
-
-
-async def prepare(body: ResponseRequest, context: ServerContext, info: RequestInfo) -> _Prepared:
-    """Translate and tokenize a request.
+async def prepare(
+    body: ResponseRequest, context: ServerContext, info: RequestInfo
+) -> tuple[PreparedChat, list[ChatMessage]]:
+    """Translate and tokenize a request; also returns the messages of the previous responses.
 
     Raises:
-        ApiError: 400 naming the field, 404 for a previous response that is gone.
+        ApiError: 400 naming the field, 404 for a previous response that is not stored.
     """
     history = previous_messages(body, context.responses, info.tenant)
-    chat = as_chat(body, history)
-    check_chat(chat)
-    tools = plan_request_tools(chat, context)
-    prompter = ChatPrompter(chat, context.settings, context.text, tools.prompt_tools)
-    return _Prepared(chat, tools, await prompter.encode(), history)
+    return await prepare_chat(as_chat(body, history), context), history
 
 
-def in_own_words(error: ApiError) -> ApiError:
+def rename_param(error: ApiError) -> ApiError:
     """Name the field as this endpoint calls it."""
     param = error.param or ""
     error.param = _PARAM_NAMES.get(param, error.param)
-    if param.startswith("messages["):  # the input's own were checked when they were translated
+    if param.startswith("messages["):  # the input was checked when translated
         error.param = "previous_response_id"
     return error
 
@@ -89,31 +67,27 @@ async def create_response(
     """Answer an input, whole or as events; the response is stored unless store is false."""
     info = context.admit(body, request)
     try:
-        prepared = await prepare(body, context, info)
-        engine = await engine_request(prepared.chat, context, info, prepared.prompt, prepared.tools)
+        prepared, history = await prepare(body, context, info)
+        generation = await prepared.stream(
+            info,
+            f"resp_{uuid.uuid4().hex}",
+            {"prompt": "input", "max_tokens": "max_output_tokens"},
+        )
     except ApiError as error:
-        raise in_own_words(error) from None
+        raise rename_param(error) from None
 
     def keep(response: Response) -> None:
         if body.store is not False:
-            messages = [*prepared.history, *input_messages(body.input)]
+            messages = [*history, *input_messages(body.input)]
             messages.append(assistant_message(response["output"]))
             context.responses.put(info.tenant, StoredResponse(response, messages))
 
     answer = ResponseAnswer(
         body=body,
-        generation=RequestStream(
-            context.engine,
-            msgspec.structs.replace(engine, request_id=f"resp_{uuid.uuid4().hex}"),
-            context.text.tokenizer,
-            context.metrics,
-            tenant=info.tenant,
-            param_names={"prompt": "input", "max_tokens": "max_output_tokens"},
-            on_pin=info.name_pin,
-        ),
+        generation=generation,
         tools=prepared.tools,
         formatter=LogprobFormatter(context.text.tokenizer, as_token_ids=False),
-        wants_logprobs=bool(prepared.chat.logprobs),
+        wants_logprobs=bool(prepared.body.logprobs),
         on_finished=keep,
     )
     if body.stream:
@@ -128,9 +102,9 @@ async def count_input_tokens(
     """Count the tokens a response's prompt would have."""
     info = context.admit(body, request)
     try:
-        prepared = await prepare(body, context, info)
+        prepared, _ = await prepare(body, context, info)
     except ApiError as error:
-        raise in_own_words(error) from None
+        raise rename_param(error) from None
     counted: InputTokens = {
         "object": "response.input_tokens",
         "input_tokens": len(prepared.prompt.token_ids),

@@ -1,0 +1,145 @@
+"""Prepare a conversation: check the request, choose its tools, tokenize it, run it.
+
+Chat completions, responses and the tokenizer endpoints share this module, so that a prompt which is
+shown or counted is the prompt that is generated from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from chunkllama.messages import EngineRequest
+from chunkllama.sampling_params import GrammarSpec
+from chunkllama_server.api.chat.prompt import ChatPrompt, ChatPrompter
+from chunkllama_server.api.common.context import ServerContext, check_stream_options
+from chunkllama_server.api.common.prompt_cache import cache_plan
+from chunkllama_server.api.common.request_stream import RequestStream
+from chunkllama_server.api.common.sampling import (
+    PRIORITY_OF_TIER,
+    check_lengths,
+    check_prompt_ids,
+    sampling_params,
+)
+from chunkllama_server.api.common.structured_outputs import grammar_of
+from chunkllama_server.api.schema.chat import ChatCompletionRequest
+from chunkllama_server.api.tools.config import ToolConfig, plan_tools, tool_format
+from chunkllama_server.transport.auth import cache_namespace
+from chunkllama_server.transport.errors import invalid
+from chunkllama_server.transport.request_context import RequestInfo
+
+
+async def prepare_chat(body: ChatCompletionRequest, context: ServerContext) -> PreparedChat:
+    """Check a request and tokenize its conversation.
+
+    Raises:
+        ApiError: 400 naming the field.
+    """
+    _check_fields(body)
+    tools = plan_tools(body, tool_format(context.settings.tool_call_parser, context.text.template))
+    prompter = ChatPrompter(body, context.settings, context.text, tools.prompt_tools)
+    return PreparedChat(body, context, tools, prompter, await prompter.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedChat:
+    """A checked and tokenized conversation.
+
+    Attributes:
+        body: the request, in the form of a chat completion.
+        tools: which tools the prompt shows and how calls in the output are read.
+        prompter: writes the prompt's text.
+        prompt: token ids and cache breakpoint.
+    """
+
+    body: ChatCompletionRequest
+    context: ServerContext
+    tools: ToolConfig
+    prompter: ChatPrompter
+    prompt: ChatPrompt
+
+    async def stream(
+        self, info: RequestInfo, request_id: str, param_names: Mapping[str, str]
+    ) -> RequestStream:
+        """Make the engine's request; it starts when the stream is read.
+
+        Args:
+            param_names: the endpoint's names of ``prompt``, ``max_tokens`` and ``beam_width``,
+                which the engine may refuse.
+
+        Raises:
+            ApiError, InvalidRequestError: 400 naming the field.
+        """
+        context = self.context
+        return RequestStream(
+            context.engine,
+            await self.engine_request(info, request_id),
+            context.text.tokenizer,
+            context.metrics,
+            tenant=info.tenant,
+            param_names=param_names,
+            on_pin=info.name_pin,
+        )
+
+    @property
+    def max_tokens_field(self) -> str:
+        """Field that limits the answer: the newer one takes precedence."""
+        return "max_tokens" if self.body.max_completion_tokens is None else "max_completion_tokens"
+
+    async def engine_request(self, info: RequestInfo, request_id: str) -> EngineRequest:
+        """Make the request that the engine runs.
+
+        Raises:
+            ApiError, InvalidRequestError: 400 naming the field.
+        """
+        body, settings, engine = self.body, self.context.settings, self.context.engine.info
+        ids, max_tokens = self.prompt.token_ids, getattr(self.body, self.max_tokens_field)
+        check_prompt_ids(ids, engine.vocab_size, "messages")
+        check_lengths(len(ids), max_tokens, engine, "messages", self.max_tokens_field)
+        sampling = sampling_params(
+            body,
+            settings,
+            engine,
+            self.context.text.tokenizer,
+            max_tokens=max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            grammar=await self._grammar(),
+        )
+        position = self.prompt.breakpoint
+        cache = cache_plan(body, settings, () if position is None else (position,))
+        return EngineRequest(
+            request_id=request_id,
+            prompt_token_ids=ids,
+            sampling=sampling,
+            namespace=cache_namespace(settings, info.tenant, body.cache_salt),
+            cache_until=cache.until,
+            pin_seconds=cache.pin_seconds,
+            priority=(body.priority or 0) + PRIORITY_OF_TIER.get(body.service_tier or "auto", 0),
+        )
+
+    async def _grammar(self) -> GrammarSpec | None:
+        """Grammar of the output: a response format or forced tool calls, compiled once here."""
+        grammar, param = grammar_of(self.body.response_format, self.body.structured_outputs)
+        if self.tools.grammar is not None:
+            if grammar is not None:
+                raise invalid("A forced tool call excludes another output format", param)
+            grammar, param = self.tools.grammar, "tools"
+        if grammar is not None:
+            await self.context.grammars.check(grammar, param)
+        return grammar
+
+
+def _check_fields(body: ChatCompletionRequest) -> None:
+    """Refuse combinations of fields, and values that the schema admits but nothing implements."""
+    check_stream_options(body)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
+    if body.modalities is not None and "audio" in body.modalities:
+        raise invalid("Audio output is not supported", "modalities")
+    if body.store:
+        raise invalid("Chat completions are not stored; use /v1/responses", "store")
+    for key, value in (body.metadata or {}).items():
+        if len(key) > 64 or len(value) > 512:
+            raise invalid(
+                "metadata keys have up to 64 characters, values up to 512", f"metadata.{key[:64]}"
+            )
