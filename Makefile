@@ -1,4 +1,4 @@
-# Two commands for a newcomer: `make serve` and `make test`. Everything lands in .venv and the cache folder.
+# Start with `make serve` or `make test`. Files are written to .venv and the cache folder only.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
@@ -35,11 +35,11 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/load_test.py $(ARGS)
 
-# Where a GPU is: the tests that need one.
+# Runs the tests that need a GPU.
 gpu-test: setup
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-# Full sizes, fresh seeds; the last result and its seed are kept in benchmarks/results/nightly.txt.
+# Runs full sizes with fresh seeds; writes result and seed to benchmarks/results/nightly.txt.
 nightly: setup
 	sh scripts/nightly.sh "$(BIN)/python" $(ARGS)
 

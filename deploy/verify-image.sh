@@ -1,6 +1,6 @@
 #!/bin/sh
-# Proves an image without a Docker daemon: runs its command as its own user, with a read-only root
-# and no network but loopback, and asks it a question. Needs root, buildah, bwrap, nsenter and curl.
+# Checks an image without a Docker daemon: runs its command as the image's user, with a read-only
+# root and only the loopback network, and sends a request. Needs root, buildah, bwrap, nsenter, curl.
 #
 #   deploy/verify-image.sh chunkllama:cpu [options for buildah, e.g. --root DIR]
 set -eu

@@ -1,4 +1,4 @@
-"""A real server on the tiny model, borrowed from the command line's tests."""
+"""Reuse the server fixtures of the command line's tests: a real server on the tiny model."""
 
 from __future__ import annotations
 

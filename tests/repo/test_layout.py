@@ -1,4 +1,4 @@
-"""The house rules that a machine can check."""
+"""Check the repository rules that a program can check."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No option does nothing: every setting is read by code other than its definition."""
+"""Check that every setting is read by code other than its definition."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from chunkllama_server.config.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFINITIONS = {ROOT / "chunkllama/config.py", ROOT / "server/chunkllama_server/config/settings.py"}
-READERS = [p for room in ("chunkllama", "server") for p in (ROOT / room).rglob("*.py")]
+READERS = [p for folder in ("chunkllama", "server") for p in (ROOT / folder).rglob("*.py")]
 SOURCE = "\n".join(p.read_text() for p in READERS if p not in DEFINITIONS)
-# Keys are read where they are kept secret: in Settings itself.
+# Settings itself reads the keys, to mask them.
 OWN = {"api_key", "api_key_file"}
 
 

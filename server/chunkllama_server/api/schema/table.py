@@ -99,7 +99,7 @@ def field_tables() -> str:
     lines = []
     for model, title in all_models().items():
         lines += [f"### {title}", "", (model.__doc__ or "").strip().splitlines()[0], ""]
-        lines += ["| Field | Type and range | What becomes of it |", "| --- | --- | --- |"]
+        lines += ["| Field | Type and range | Handling |", "| --- | --- | --- |"]
         lines += [_row(name, field) for name, field in model.model_fields.items()]
         lines.append("")
     return "\n".join(lines)
