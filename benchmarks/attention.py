@@ -122,7 +122,6 @@ class Bench:
         """Attention over chunk paths that share so many chunks with the one before."""
         shape, count = self.case.shape, self.case.batch
         plan = self.planner.build(
-            slots=list(range(count)),
             first_positions=self.positions.tolist(),
             num_tokens=[1] * count,
             chunk_ids=[np.array(path, np.int32) for path in paths],

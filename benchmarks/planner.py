@@ -47,7 +47,6 @@ def decode(
         lcp.append(shared if nth else 0)
     position = (shared + private) * CHUNK_SIZE - 1
     return lambda planner: planner.build(
-        slots=range(rows),
         first_positions=[position] * rows,
         num_tokens=[1] * rows,
         chunk_ids=chunk_ids,
@@ -66,7 +65,6 @@ def prefill(tokens: int, decodes: int, prefix: int) -> Callable[[Planner], Atten
     ]
     position = prefix * CHUNK_SIZE
     return lambda planner: planner.build(
-        slots=range(rows),
         first_positions=[position] * rows,
         num_tokens=[1] * decodes + [tokens],
         chunk_ids=chunk_ids,

@@ -66,7 +66,6 @@ class Candidate:
         )
         self.plan: DevicePlan = attention.backend.upload_plan(
             attention.planner.build(
-                slots=[0],
                 first_positions=[0],
                 num_tokens=[WINDOW],
                 chunk_ids=[np.arange(WINDOW // 64, dtype=np.int32)],

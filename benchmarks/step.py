@@ -113,7 +113,6 @@ class Bench:
             assert tenant < case.batch, "more tenants than sequences"
         last = case.shared + case.private - 1
         plan = Planner(self.packing, 64).build(
-            slots=list(range(case.batch)),
             first_positions=[last] * case.batch,
             num_tokens=[1] * case.batch,
             chunk_ids=chunks,

@@ -140,7 +140,7 @@ def _causal_slice(step: Step, new: int) -> tuple[torch.Tensor, torch.Tensor, tor
     packing = ops.packing(
         num_qo_heads=w.num_qo_heads, num_kv_heads=w.num_kv_heads, head_dim=w.head_dim
     )
-    plan = Planner(packing, 64).build([0], [first], [new], w.chunk_ids, [0], 0)
+    plan = Planner(packing, 64).build([first], [new], w.chunk_ids, [0], 0)
     q = torch.empty(
         new, w.num_qo_heads, w.head_dim, dtype=DTYPES[w.dtype], device=device.torch_device
     ).normal_()
@@ -254,7 +254,6 @@ def _plan_of_capacity(workload: Workload, ops: CudaBackend, capacity):  # type: 
     packing = ops.packing(num_qo_heads=8, num_kv_heads=2, head_dim=128)
     count = workload.rows
     return Planner(packing, 64).build(
-        list(range(count)),
         [workload.context - 1] * count,
         [1] * count,
         workload.chunk_ids,

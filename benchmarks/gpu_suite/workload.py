@@ -91,7 +91,6 @@ class Workload:
         )
         common = self.shared_chunks if sharing else 0
         return Planner(packing, CHUNK).build(
-            slots=list(range(self.rows)),
             first_positions=[self.context - 1] * self.rows,
             num_tokens=[1] * self.rows,
             chunk_ids=self.chunk_ids,

@@ -25,6 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkllama.attention.plan_format import (
+    CHUNK_OFFSET,
+    FIRST_POSITION,
+    FLAGS,
     HEADER_NUM_CLASS0_ITEMS,
     HEADER_NUM_ITEMS,
     HEADER_NUM_ROWS,
@@ -32,6 +35,11 @@ from chunkllama.attention.plan_format import (
     HEADER_VERSION,
     ITEM_COLUMNS,
     ITEM_MASK,
+    NUM_ROWS,
+    NUM_TOKENS,
+    PARTIAL_BASE,
+    ROW_BEGIN,
+    TILE_CLASS,
     AttentionPlan,
     Int32Array,
     Packing,
@@ -45,6 +53,8 @@ Int64Array = NDArray[np.int64]
 # chunk_begin, chunk_end, chunk_offset, position, private). `position` is that of its first row (the
 # rows of a masked block are consecutive tokens), or _WHOLE where every row sees every key.
 _Block = tuple[int, int, int, int, int, int, int]
+_BLOCK_ROWS: Final = 1
+_BLOCK_END: Final = 3
 _WHOLE: Final = 1 << 40
 
 
@@ -79,7 +89,6 @@ class Planner:
 
     def build(
         self,
-        slots: Sequence[int],
         first_positions: Sequence[int],
         num_tokens: Sequence[int],
         chunk_ids: Sequence[Int32Array],
@@ -91,7 +100,6 @@ class Planner:
         that order.
 
         Args:
-            slots: [S] sequence slot of each slice.
             first_positions: [S] position of each slice's first token.
             num_tokens: [S] tokens (rows) of each slice, at least 1.
             chunk_ids: S int32 arrays: chunks of positions 0, chunk_size, ... up to the slice's end,
@@ -113,12 +121,12 @@ class Planner:
         slack = 1
         while True:
             items = self._items(blocks, slices.reusable, slack)
-            need = PlanCapacity(num_rows, items.shape[1], num_chunks, int(items[1].sum()))
+            need = PlanCapacity(num_rows, items.shape[1], num_chunks, int(items[NUM_ROWS].sum()))
             if capacity is None:
                 capacity = _rounded_up(need) if slices.reusable else need
             if need.items <= capacity.items and need.slots <= capacity.slots:
                 break
-            if slack > int(blocks[3].max()):
+            if slack > int(blocks[_BLOCK_END].max()):
                 break
             slack *= 2
         if not _holds(capacity, need):
@@ -129,8 +137,7 @@ class Planner:
         plan.header[HEADER_NUM_ROWS] = num_rows
         plan.header[HEADER_NUM_SLOTS] = need.slots
         plan.header[HEADER_VERSION] = version
-        plan.header[HEADER_NUM_CLASS0_ITEMS] = need.items - np.count_nonzero(items[7])
-        plan.row_slot[:num_rows] = np.repeat(np.asarray(slots), slices.rows)
+        plan.header[HEADER_NUM_CLASS0_ITEMS] = need.items - np.count_nonzero(items[TILE_CLASS])
         plan.items[: need.items] = items.T
         np.concatenate(lists, out=plan.chunk_ids[:num_chunks])
         plan.row_tail[:num_rows] = row_tail
@@ -252,9 +259,9 @@ class Planner:
         pieces.
         """
         packing, size = self.packing, self.chunk_size
-        tiles = -(-blocks[1] // packing.rows_per_item)
+        tiles = -(-blocks[_BLOCK_ROWS] // packing.rows_per_item)
         nth = _nth(tiles)
-        tile_rows = np.minimum(blocks[1], packing.rows_per_item)
+        tile_rows = np.minimum(blocks[_BLOCK_ROWS], packing.rows_per_item)
         weight = np.repeat(packing.chunk_cost_rows + tile_rows, tiles)
         row, rows, begin, end, offset, position, private = np.repeat(blocks, tiles, axis=1)
         skipped = nth * packing.rows_per_item
@@ -285,16 +292,17 @@ class Planner:
         piece_begin = np.where(nth == 0, begin, first_cut + (nth - 1) * run)
         piece_end = np.where(nth == last, end, first_cut + nth * run)
         items = np.zeros((ITEM_COLUMNS, len(row)), np.int64)
-        items[0] = row
-        items[1] = rows
-        items[2] = offset + piece_begin - begin
-        items[3] = (piece_end - piece_begin) * size
-        items[4] = piece_begin * size
-        items[6] = np.where((masked == 1) & (nth == last), ITEM_MASK, 0)
-        items[7] = rows <= packing.small_rows_per_item
-        by_class_then_cost = np.lexsort((-items[3] * (packing.chunk_cost_rows + rows), items[7]))
+        items[ROW_BEGIN] = row
+        items[NUM_ROWS] = rows
+        items[CHUNK_OFFSET] = offset + piece_begin - begin
+        items[NUM_TOKENS] = (piece_end - piece_begin) * size
+        items[FIRST_POSITION] = piece_begin * size
+        items[FLAGS] = np.where((masked == 1) & (nth == last), ITEM_MASK, 0)
+        items[TILE_CLASS] = rows <= packing.small_rows_per_item
+        cost = items[NUM_TOKENS] * (packing.chunk_cost_rows + rows)
+        by_class_then_cost = np.lexsort((-cost, items[TILE_CLASS]))
         items = items[:, by_class_then_cost]
-        items[5] = np.cumsum(items[1]) - items[1]
+        items[PARTIAL_BASE] = np.cumsum(items[NUM_ROWS]) - items[NUM_ROWS]
         return items
 
 
@@ -319,8 +327,8 @@ def _shared_runs(shared: list[int]) -> list[tuple[int, int, int, int]]:
 
 def _fill_merge(plan: AttentionPlan, items: Int64Array, num_rows: int) -> None:
     """The CSR of partial slots per row, ascending by position. Slots count up over the items."""
-    row = np.repeat(items[0], items[1]) + _nth(items[1])
-    position = np.repeat(items[4], items[1])
+    row = np.repeat(items[ROW_BEGIN], items[NUM_ROWS]) + _nth(items[NUM_ROWS])
+    position = np.repeat(items[FIRST_POSITION], items[NUM_ROWS])
     plan.merge_slots[: len(row)] = np.argsort(row * (1 << 32) + position)
     partials = np.bincount(row, minlength=num_rows)
     plan.merge_indptr[num_rows:] = len(row)

@@ -63,7 +63,6 @@ class PlanCapacity:
         """int32 words of the whole buffer."""
         return (
             HEADER_WORDS
-            + self.rows  # row_slot
             + self.items * ITEM_COLUMNS
             + self.chunk_ids
             + self.rows * 2  # row_tail
@@ -82,7 +81,6 @@ class AttentionPlan:
     Attributes:
         buffer: [capacity.words]; the views below in this order, back to back.
         header: [16]: num_items, num_rows, num_slots, version, number of items of tile class 0.
-        row_slot: [R] sequence slot of each row.
         items: [I, 8] see the column constants; sorted by tile class, then by falling cost.
         chunk_ids: [C] chunk lists of the items, concatenated; tail lists carry their spare chunks.
         row_tail: [R, 2] (offset into chunk_ids, first position) of the row's tail item: where
@@ -96,7 +94,6 @@ class AttentionPlan:
     capacity: PlanCapacity
     buffer: Int32Array
     header: Int32Array
-    row_slot: Int32Array
     items: Int32Array
     chunk_ids: Int32Array
     row_tail: Int32Array
@@ -133,7 +130,6 @@ def view_plan(capacity: PlanCapacity, buffer: Int32Array) -> AttentionPlan:
     rows, items = capacity.rows, capacity.items
     shapes = (
         (HEADER_WORDS,),
-        (rows,),
         (items, ITEM_COLUMNS),
         (capacity.chunk_ids,),
         (rows, 2),

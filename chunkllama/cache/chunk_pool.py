@@ -1,4 +1,4 @@
-"""The pool of K/V chunks: ids, states and counts; what a chunk holds is the tree's business."""
+"""The pool of K/V chunks: ids, states and counts; the tree knows what a chunk holds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chunkllama.errors import ConfigError
 class ChunkState(IntEnum):
     """Who holds a chunk.
 
-    FREE: nobody. CACHED: a tree node that no sequence uses. REFERENCED: a tree node in use.
+    FREE: unallocated. CACHED: a tree node that no sequence uses. REFERENCED: a tree node in use.
     PRIVATE: one sequence alone, not in the tree (its decode tail, its spare chunks).
     """
 

@@ -1,4 +1,4 @@
-"""The cache's invariants, really checked: after every step in tests, at idle in production."""
+"""The cache's invariants, checked after every step in tests and at idle in production."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from chunkllama.cache.sequence_chunks import SequenceChunks
 
 
 def check_cache(tree: PrefixTree, pins: Pins, live: list[SequenceChunks], *, in_step: bool) -> None:
-    """Raise AssertionError at the first thing that is wrong.
+    """Raise AssertionError at the first violation.
 
-    I2: free + cached + referenced + private == total, every chunk in the state its holder says.
-    I3: a node's count == live sequences through it, plus pins.
-    I8: no node is reachable from two private namespaces.
-    And between steps: an unfilled node belongs to exactly one live sequence, nothing is held.
+    Conservation: free + cached + referenced + private == total, and every chunk is in the state
+    its owner implies.
+    Reference counts: a node's count is the number of live sequences through it.
+    Isolation: no node is reachable from two private namespaces.
+    Between steps: an unfilled node belongs to exactly one live sequence, no copy holds a node.
     """
     tree.pool.check_invariants()
     pins.check_invariants()
@@ -50,7 +51,7 @@ def _check_node(tree: PrefixTree, node: Node, uses: int, *, in_step: bool) -> No
     assert node.num_tokens == tree.pool.chunk_size or not node.children
     assert 0 <= node.filled <= node.scheduled <= node.num_tokens
     if not in_step:
-        assert node.holds == 0 and node.copied_from is None and node.scheduled == node.filled
+        assert node.copy_refs == 0 and node.copied_from is None and node.scheduled == node.filled
         assert node.filled == node.num_tokens or node.num_sequences == 1, "unfilled and shared"
     if parent.depth >= 0:
         assert node.num_sequences <= parent.num_sequences

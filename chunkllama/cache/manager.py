@@ -46,7 +46,7 @@ class Admission:
 
 
 class CacheManager:
-    """Pool, tree and pins behind one door.
+    """Pool, tree and pins behind one interface.
 
     Args:
         num_chunks, chunk_size: the pool.
@@ -68,7 +68,7 @@ class CacheManager:
         self.num_chunks = num_chunks
         self._clock = clock
         self._root = self.tree.root(variant)
-        self._held: list[Node] = []
+        self._copy_sources: list[Node] = []
         self._copying: list[Node] = []
 
     @property
@@ -82,11 +82,11 @@ class CacheManager:
         """Longest usable prefix of ``tokens``, at most ``limit``; changes nothing."""
         return self.tree.match(self._root, encode_tokens(tokens), limit, namespace)
 
-    def is_awaited(self, match: Match) -> bool:
-        """What a follower waits for is still on its way: not yet there, and not given up."""
-        if match.awaited is None:
+    def is_pending(self, match: Match) -> bool:
+        """Tell whether the chunk a follower waits for is neither computed nor abandoned."""
+        if match.pending is None:
             return False
-        node, tokens = match.awaited
+        node, tokens = match.pending
         if node.num_sequences == 0:
             return False
         whole = tokens == self.chunk_size
@@ -95,8 +95,8 @@ class CacheManager:
     def live_node(self, tokens: Int32Array, limit: int, namespace: str, near: Node | None) -> Node:
         """The last of the leading chunks of ``tokens`` that running sequences use now, or the root.
 
-        ``near`` is an earlier answer for these tokens, where the search starts: nodes below one
-        that nobody uses are not used either, so the answer is above it or continues it.
+        ``near`` is an earlier answer for these tokens, where the search starts: descendants of an
+        unused node are unused too, so the answer is an ancestor of it or continues it.
         """
         size, node = self.chunk_size, near or self._root
         while node.parent is not None and not node.is_live:
@@ -113,12 +113,12 @@ class CacheManager:
     def admissions(self, match: Match, num_chunks: int, namespace: str) -> Iterator[Admission]:
         """Ways to admit a sequence of ``num_chunks`` chunks, the one that keeps most first.
 
-        A partial leaf of its namespace is taken over when nobody uses it and all of it is matched
-        (one that others can see is copied, or they would lose it). Where room is short, more is
-        given up: the leaf's other tokens, then the copy itself. So a request that fits alone can
-        always be admitted alone.
+        An unused partial leaf of its namespace becomes its own chunk when all of it is matched
+        (one that other tenants can see is copied, or they would lose it). Under memory pressure
+        the leaf's other tokens are dropped, then the copy itself, so a request that fits alone
+        can always be admitted alone.
         """
-        source = match.source
+        source = match.copy_source
         num_new = num_chunks - len(match.nodes)
         available = self.num_available - sum(node.is_evictable for node in match.nodes)
         if source is None:
@@ -136,13 +136,13 @@ class CacheManager:
             yield Admission(match, True, num_new - 1, rest)
         if source.is_evictable:
             num_tokens = match.num_tokens - match.num_copied
-            without = replace(match, source=None, num_copied=0, num_tokens=num_tokens)
+            without = replace(match, copy_source=None, num_copied=0, num_tokens=num_tokens)
             yield Admission(without, False, num_new, available)
 
     def admit(
         self, admission: Admission, tokens: Int32Array, namespace: str, insert_limit: int
     ) -> SequenceChunks:
-        """Reference the match, allocate the rest, show the prompt's chunks as unfilled nodes.
+        """Reference the match, allocate the rest, insert the prompt's chunks as unfilled nodes.
 
         Args:
             tokens: every token known of the sequence.
@@ -152,15 +152,15 @@ class CacheManager:
         for node in match.nodes:
             self.tree.acquire(node)
         chunks = SequenceChunks(namespace, insert_limit, list(match.nodes))
-        source = match.source
+        source = match.copy_source
         if source is not None:
-            self.tree.hold(source)  # allocating may evict
+            self.tree.add_ref(source)  # allocating may evict
         fresh = self._allocate(admission.num_new)
         if source is not None and admission.reuses_leaf:
-            self.tree.unhold(source)
+            self.tree.drop_ref(source)
             fresh.insert(0, self.tree.detach(source))
         elif source is not None:
-            self._held.append(source)
+            self._copy_sources.append(source)
             chunks.copies.append((source.chunk_id, fresh[0], match.num_copied))
         chunks.extend(fresh)
         self._show_prompt(chunks, tokens, admission)
@@ -170,23 +170,23 @@ class CacheManager:
     def _show_prompt(
         self, chunks: SequenceChunks, tokens: Int32Array, admission: Admission
     ) -> None:
-        """Insert the chunks of the known tokens, unfilled, as far as nobody has equal ones."""
+        """Insert the chunks of the known tokens, unfilled, up to the first that exists already."""
         size, match = self.chunk_size, admission.match
         first = chunks.num_whole
         parent = chunks.path[-1] if chunks.path else self._root
         end = min(len(tokens), chunks.insert_limit)
         for depth in range(first, -(-end // size)):
             key = encode_tokens(tokens[depth * size : min((depth + 1) * size, end)])
-            if self.tree.covering(parent, chunks.namespace, key) is not None:
-                return  # an equal chunk is on its way: ours is shown, or swapped, once it is full
+            if self.tree.find_extending(parent, chunks.namespace, key) is not None:
+                return  # an equal chunk is pending: ours is published, or replaced, once it is full
             node = self.tree.insert(parent, chunks.namespace, key, int(chunks.ids[depth]), 0)
             self.tree.acquire(node)
             chunks.path.append(node)
-            if depth == first and match.source is not None:
+            if depth == first and match.copy_source is not None:
                 if admission.reuses_leaf:
                     node.filled = node.scheduled = min(match.num_copied, node.num_tokens)
                 else:
-                    node.copied_from = (match.source, match.num_copied)
+                    node.copied_from = (match.copy_source, match.num_copied)
                     self._copying.append(node)
             chunks.num_whole += node.num_tokens == size
             parent = node
@@ -226,16 +226,16 @@ class CacheManager:
         return all(node.scheduled == node.num_tokens for node in shared)
 
     def end_step(self) -> None:
-        """The step has run: its copies are done, their sources may go."""
-        for node in self._held:
-            self.tree.unhold(node)
+        """Drop the references of the step's copies, which are done."""
+        for node in self._copy_sources:
+            self.tree.drop_ref(node)
         for node in self._copying:
             node.copied_from = None
-        self._held.clear()
+        self._copy_sources.clear()
         self._copying.clear()
 
     def publish(self, chunks: SequenceChunks, tokens: Int32Array, num_computed: int) -> bool:
-        """Show chunks that have become full; True if an equal sibling was adopted instead.
+        """Publish chunks that have become full; True if an equal sibling was adopted instead.
 
         An adopted sibling takes the place of the sequence's own chunk, which is freed: no step
         that reads it is in flight. A sibling that is not filled yet is looked at again later.
@@ -246,12 +246,12 @@ class CacheManager:
             key = encode_tokens(tokens[depth * size : (depth + 1) * size])
             parent = chunks.path[depth - 1] if depth else self._root
             own = chunks.path[depth] if len(chunks.path) > depth else None
-            twin = self.tree.find(parent, chunks.namespace, key)
-            if twin is not None:
-                if twin.filled < size:
+            duplicate = self.tree.find(parent, chunks.namespace, key)
+            if duplicate is not None:
+                if duplicate.filled < size:
                     chunks.next_publish = num_computed + 1
                     return adopted
-                self._adopt(chunks, twin, own)
+                self._adopt(chunks, duplicate, own)
                 adopted = True
             elif own is not None:
                 self.tree.rekey(own, key)
@@ -265,19 +265,19 @@ class CacheManager:
             chunks.set_next_publish(size)
         return adopted
 
-    def _adopt(self, chunks: SequenceChunks, twin: Node, own: Node | None) -> None:
+    def _adopt(self, chunks: SequenceChunks, duplicate: Node, own: Node | None) -> None:
         depth = chunks.num_whole
-        self.tree.acquire(twin)
+        self.tree.acquire(duplicate)
         if own is None:
             self.pool.free(int(chunks.ids[depth]))
-            chunks.path.append(twin)
+            chunks.path.append(duplicate)
         else:
             assert own.num_sequences == 1, "a partial node in two paths"
-            self.pins.move(own, twin)
+            self.pins.move(own, duplicate)
             self.tree.release(own)
             self.tree.remove(own)
-            chunks.path[depth] = twin
-        chunks.ids[depth] = twin.chunk_id
+            chunks.path[depth] = duplicate
+        chunks.ids[depth] = duplicate.chunk_id
 
     def fork(self, chunks: SequenceChunks, num_computed: int) -> SequenceChunks | None:
         """A second sequence with the same first ``num_computed`` tokens.
@@ -301,7 +301,7 @@ class CacheManager:
         return child
 
     def release(self, chunks: SequenceChunks, tokens: Int32Array, num_computed: int) -> None:
-        """The sequence leaves; what it computed stays cached, its tail as a partial leaf."""
+        """Release a sequence; what it computed stays cached, its tail as a partial leaf."""
         size = self.chunk_size
         if chunks.copies:  # a fork whose chunks were not copied yet: there is nothing in them
             num_computed = chunks.num_whole * size
@@ -322,7 +322,7 @@ class CacheManager:
             self.pool.free(chunk_id)
 
     def discard(self, chunks: SequenceChunks) -> None:
-        """The sequence leaves and what it alone computed is not wanted: nothing of it stays."""
+        """Release a sequence and drop everything that it alone computed."""
         own = chunks.path[chunks.num_shared :]
         private = chunks.ids[len(chunks.path) :].tolist()
         for node in reversed(own):
@@ -333,7 +333,7 @@ class CacheManager:
         for chunk_id in private:
             self.pool.free(chunk_id)
 
-    # -- room -------------------------------------------------------------------------------
+    # -- memory -----------------------------------------------------------------------------
 
     def _allocate(self, count: int) -> list[int]:
         missing = count - self.pool.num_free
@@ -347,7 +347,7 @@ class CacheManager:
         """Keep what the tree has of ``tokens`` for ``seconds``; False if over the budget."""
         match = self.match(tokens, len(tokens), namespace)
         leaf = match.nodes[-1] if match.nodes else None
-        source = match.source
+        source = match.copy_source
         if source and match.num_tokens == len(tokens) and source.filled == source.num_tokens:
             leaf = source
         return leaf is None or self.pins.add(leaf, self._clock() + seconds)
@@ -374,7 +374,7 @@ class CacheManager:
         ]
 
     def check_invariants(self, live: Iterable[SequenceChunks], *, in_step: bool = False) -> None:
-        """I2, I3, I8 and what they rest on, given the chunks of all live sequences."""
+        """Check the invariants of ``cache/invariants.py``, given the chunks of all live sequences."""
         check_cache(self.tree, self.pins, list(live), in_step=in_step)
 
 

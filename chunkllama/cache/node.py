@@ -86,7 +86,7 @@ class Node:
         scheduled: leading tokens whose K/V will be computed when the step being put together
             has run; rows of that same step may read them.
         num_sequences: live sequences whose path goes through the node.
-        holds: copies of the step in flight that read the chunk.
+        copy_refs: copies of the step in flight that read the chunk.
         num_pins: pins at or below the node.
         last_use: tick of the last release, the age for eviction.
         copied_from: while the node is being filled by a copy: (source node, tokens).
@@ -96,9 +96,9 @@ class Node:
         "children",
         "chunk_id",
         "copied_from",
+        "copy_refs",
         "depth",
         "filled",
-        "holds",
         "key",
         "last_use",
         "namespace",
@@ -120,7 +120,7 @@ class Node:
         self.scheduled = filled
         self.children: dict[str, Children] = {}
         self.num_sequences = 0
-        self.holds = 0
+        self.copy_refs = 0
         self.num_pins = 0
         self.last_use = 0
         self.copied_from: tuple[Node, int] | None = None
@@ -132,7 +132,7 @@ class Node:
     @property
     def is_used(self) -> bool:
         """A sequence or a copy in flight reads the chunk."""
-        return self.num_sequences > 0 or self.holds > 0
+        return self.num_sequences > 0 or self.copy_refs > 0
 
     @property
     def is_live(self) -> bool:
@@ -141,8 +141,8 @@ class Node:
 
     @property
     def is_evictable(self) -> bool:
-        """Nobody needs the chunk (children, which nobody needs either, have to go first)."""
-        return self.num_sequences == 0 and self.holds == 0 and self.num_pins == 0
+        """The chunk is unused and unpinned (its children are too, and are evicted first)."""
+        return self.num_sequences == 0 and self.copy_refs == 0 and self.num_pins == 0
 
     def visible_children(self, namespace: str) -> Iterator[Children]:
         """Children that a sequence of ``namespace`` may see: public ones and its own."""

@@ -9,7 +9,7 @@ from chunkllama.cache.prefix_tree import PrefixTree
 class Pins:
     """Nodes kept from eviction until a time; at most ``budget`` chunks are held by pins at once.
 
-    A pin holds a node and everything above it. Pinning a node again extends its time.
+    A pin protects a node and its ancestors. Pinning a node again extends its time.
     """
 
     def __init__(self, tree: PrefixTree, budget: int) -> None:
@@ -38,12 +38,12 @@ class Pins:
         self._tree.unpin(node)
         self.num_chunks -= self._tree.num_unpinned(node)
 
-    def move(self, node: Node, twin: Node) -> None:
-        """``twin``, a sibling with the same tokens, takes the place of ``node``."""
+    def move(self, node: Node, duplicate: Node) -> None:
+        """``duplicate``, a sibling with the same tokens, takes the place of ``node``."""
         until = self._expiry.get(node)
         if until is not None:
             self.remove(node)
-            self.add(twin, until)
+            self.add(duplicate, until)
 
     def expire(self, now: float) -> None:
         """End the pins whose time is over."""
@@ -52,7 +52,7 @@ class Pins:
                 self.remove(node)
 
     def break_one(self) -> bool:
-        """Give up the pin that ends first, for a sequence that could not run at all otherwise."""
+        """End the pin that expires first, for a sequence that could not run otherwise."""
         if not self._expiry:
             return False
         self.remove(min(self._expiry, key=self._expiry.__getitem__))

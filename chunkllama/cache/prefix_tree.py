@@ -6,7 +6,7 @@
       +-- [c..] tenant A -- [d..] tenant A
 
 Roots are keyed by K/V variant (model fingerprint, adapter, K/V dtype, RoPE), so equal tokens whose
-K/V differ never meet. A tenant's nodes hang below public ones or its own; no node is reachable
+K/V differ never meet. A tenant's nodes are descendants of public ones or its own; no node is reachable
 from two private namespaces. Token ids are compared exactly; nothing is proven by a hash.
 
 After Ye et al., "ChunkAttention" (arXiv 2402.15220), section 3.1, with token-granular matching.
@@ -28,24 +28,24 @@ class Match:
 
     Attributes:
         nodes: whole chunks to share; each is filled, or will be by the step being put together.
-        source: a node whose first ``num_copied`` tokens continue the match, to be copied.
+        copy_source: a node whose first ``num_copied`` tokens continue the match, to be copied.
         num_tokens: tokens that need no computing, ``len(nodes) * C + num_copied``.
         num_later_tokens: what the same match would give once every node seen is filled.
-        awaited: (node, tokens) to watch when waiting for ``num_later_tokens``.
+        pending: (node, tokens) to watch when waiting for ``num_later_tokens``.
     """
 
     nodes: list[Node]
-    source: Node | None
+    copy_source: Node | None
     num_copied: int
     num_tokens: int
     num_later_tokens: int
-    awaited: tuple[Node, int] | None
+    pending: tuple[Node, int] | None
 
     @property
     def num_public_tokens(self) -> int:
         """Those of ``num_tokens`` that everyone may match; they come first."""
         count = sum(node.num_tokens for node in self.nodes if node.namespace == PUBLIC)
-        copies_public = self.source is not None and self.source.namespace == PUBLIC
+        copies_public = self.copy_source is not None and self.copy_source.namespace == PUBLIC
         return count + (self.num_copied if copies_public else 0)
 
 
@@ -64,7 +64,7 @@ class PrefixTree:
         self._pushes = 0
 
     def root(self, variant: str) -> Node:
-        """Root of one K/V variant, made at first sight; it holds no chunk."""
+        """Root of one K/V variant, created on first use; it holds no chunk."""
         if variant not in self._roots:
             self._roots[variant] = Node(None, PUBLIC, b"", -1, 0)
         return self._roots[variant]
@@ -97,11 +97,11 @@ class PrefixTree:
             return best
         return Match(
             best.nodes,
-            best.source,
+            best.copy_source,
             best.num_copied,
             best.num_tokens,
             later.num_later_tokens,
-            later.awaited,
+            later.pending,
         )
 
     def _chain(self, node: Node, key: bytes, limit: int, namespace: str) -> list[Node]:
@@ -129,19 +129,19 @@ class PrefixTree:
         for node, tokens in self._copyable(parent, key, limit, namespace):
             if tokens > copied:
                 source, copied = node, tokens
-        later, awaited = len(chain) * size, None
+        later, pending = len(chain) * size, None
         if ready < len(chain):
-            awaited = (chain[-1], size)
+            pending = (chain[-1], size)
         end = chain[-1] if chain else root
         best_overlap = 0
         for node, overlap in self._overlaps(end, key, limit, namespace):
             if overlap > best_overlap:
                 best_overlap = overlap
                 if ready == len(chain):
-                    awaited = (node, overlap)
+                    pending = (node, overlap)
         num_tokens = ready * size + copied
         later = max(later + best_overlap, num_tokens)
-        return Match(nodes, source, copied, num_tokens, later, awaited)
+        return Match(nodes, source, copied, num_tokens, later, pending)
 
     def _overlaps(
         self, parent: Node, key: bytes, limit: int, namespace: str
@@ -179,7 +179,7 @@ class PrefixTree:
                 return node
         return None
 
-    def covering(self, parent: Node, namespace: str, key: bytes) -> Node | None:
+    def find_extending(self, parent: Node, namespace: str, key: bytes) -> Node | None:
         """A visible child whose tokens start with ``key``."""
         for children in parent.visible_children(namespace):
             for node in children.neighbours(key):
@@ -188,7 +188,7 @@ class PrefixTree:
         return None
 
     def insert(self, parent: Node, namespace: str, key: bytes, chunk_id: int, filled: int) -> Node:
-        """Add a child that nobody uses yet; the tree takes over its chunk."""
+        """Add an unused child; the tree becomes the owner of its chunk."""
         assert parent.namespace in (PUBLIC, namespace), "a node below another tenant's"
         node = Node(parent, namespace, key, chunk_id, filled)
         parent.children.setdefault(namespace, Children()).add(node)
@@ -199,7 +199,7 @@ class PrefixTree:
         return node
 
     def rekey(self, node: Node, key: bytes) -> None:
-        """Give a leaf other tokens: a tail that grew, a partial leaf that was cut or taken over."""
+        """Give a leaf other tokens: a tail that grew, a partial leaf that was cut or reused."""
         assert node.parent is not None and not node.children
         siblings = node.parent.children[node.namespace]
         siblings.remove(node)
@@ -228,29 +228,29 @@ class PrefixTree:
     # -- use --------------------------------------------------------------------------------
 
     def acquire(self, node: Node) -> None:
-        """One more live sequence goes through the node."""
+        """Count one more live sequence through the node."""
         node.num_sequences += 1
         if node.num_sequences == 1:
             self._started_use(node)
 
     def release(self, node: Node) -> None:
-        """One live sequence fewer; the last one leaves the node cached, most recently used."""
+        """Count one live sequence fewer; the last one leaves the node cached, most recently used."""
         node.num_sequences -= 1
         assert node.num_sequences >= 0
         self._ended_use(node)
 
-    def hold(self, node: Node) -> None:
+    def add_ref(self, node: Node) -> None:
         """A copy of the step being put together reads the node."""
-        node.holds += 1
+        node.copy_refs += 1
         self._started_use(node)
 
-    def unhold(self, node: Node) -> None:
-        node.holds -= 1
-        assert node.holds >= 0
+    def drop_ref(self, node: Node) -> None:
+        node.copy_refs -= 1
+        assert node.copy_refs >= 0
         self._ended_use(node)
 
     def pin(self, node: Node) -> None:
-        """Keep a node and all above it from eviction."""
+        """Protect a node and its ancestors from eviction."""
         self._add_pins(node, 1)
 
     def unpin(self, node: Node) -> None:
@@ -266,7 +266,7 @@ class PrefixTree:
         return count
 
     def _started_use(self, node: Node) -> None:
-        if node.num_sequences + node.holds == 1:
+        if node.num_sequences + node.copy_refs == 1:
             self.num_evictable -= node.num_pins == 0
             self.pool.set_state(node.chunk_id, ChunkState.REFERENCED)
 

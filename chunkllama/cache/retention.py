@@ -1,4 +1,4 @@
-"""What a leaving sequence leaves behind: its path, cached, and its tail as a partial leaf."""
+"""What a finished sequence keeps in the cache: its path, and its tail as a partial leaf."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def keep_tail(tree: PrefixTree, root: Node, chunks: SequenceChunks, key: bytes) 
     own = chunks.path[depth] if len(chunks.path) > depth else None
     if own is not None and len(key) <= len(own.key):
         return own if own.filled == own.num_tokens else None
-    if tree.covering(parent, chunks.namespace, key) is not None:
+    if tree.find_extending(parent, chunks.namespace, key) is not None:
         return own
     if own is None:
         chunk_id, tokens = int(chunks.ids[depth]), len(key) // TOKEN_BYTES

@@ -73,7 +73,6 @@ class Attention:
             return cached
         slices = step.slices
         host = self.planner.build(
-            slots=[s.slot for s in slices],
             first_positions=[s.first_position for s in slices],
             num_tokens=[s.num_tokens for s in slices],
             chunk_ids=[s.chunk_ids for s in slices],

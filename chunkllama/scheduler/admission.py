@@ -51,7 +51,7 @@ class OutputLengths:
 
 
 class DrainRate:
-    """How fast finishing sequences give chunks back."""
+    """Rate at which finishing sequences free chunks."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -61,7 +61,7 @@ class DrainRate:
         self._releases.append((self._clock(), num_chunks))
 
     def seconds_for(self, num_chunks: int) -> int:
-        """Whole seconds until that many chunks will have come back, in [1, 30]."""
+        """Whole seconds until that many chunks will be free, in [1, 30]."""
         if not self._releases:
             return DEFAULT_RETRY_AFTER
         elapsed = self._clock() - self._releases[0][0]

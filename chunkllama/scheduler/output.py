@@ -1,7 +1,7 @@
 """What the scheduler hands to an executor and gets back: plain arrays and numbers.
 
-No tree, no request objects: a message could be encoded and sent to N tensor-parallel ranks as it
-stands.
+No tree, no request objects: a message can be encoded and sent to N tensor-parallel ranks
+unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sequences that run: their slots, their age, their place in tree order."""
+"""Running sequences: their slots, age and place in tree order."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RunningSequences:
         return len(self._free_slots)
 
     def start(self, sequence: Sequence, chunks: SequenceChunks, num_computed: int) -> None:
-        """The sequence runs from now on, with K/V of ``num_computed`` tokens in its chunks."""
+        """Start the sequence with K/V of ``num_computed`` tokens in its chunks."""
         sequence.slot = heapq.heappop(self._free_slots)
         sequence.chunks = chunks
         sequence.num_computed_tokens = num_computed
@@ -46,14 +46,14 @@ class RunningSequences:
         self.order.insert(sequence)
 
     def stop(self, sequence: Sequence) -> SequenceChunks:
-        """The sequence runs no more; its chunks go back to the caller."""
+        """Stop the sequence and return its chunks."""
         chunks = sequence.chunks
         assert chunks is not None and sequence.slot >= 0
         self.order.remove(sequence)
         del self.by_age[bisect_left(self.by_age, sequence.age, key=_age)]
         heapq.heappush(self._free_slots, sequence.slot)
         if sequence in self._new:
-            self._new.remove(sequence)  # the executor never heard of it
+            self._new.remove(sequence)  # it was never sent to the executor
         else:
             self._freed_slots.append(sequence.slot)
         sequence.slot, sequence.chunks = -1, None
@@ -61,18 +61,18 @@ class RunningSequences:
         return chunks
 
     def renew(self, sequence: Sequence) -> None:
-        """The sequence's tokens are not those the executor sampled: it has to be told anew."""
+        """Resend the sequence: its tokens are not those the executor sampled."""
         if sequence not in self._new:
             self._freed_slots.append(sequence.slot)
             self._new.append(sequence)
 
     def take_freed_slots(self) -> list[int]:
-        """Slots given up since the last step that the executor still keeps state for."""
+        """Return slots freed since the last step, of which the executor still keeps state."""
         freed, self._freed_slots = self._freed_slots, []
         return freed
 
     def take_new_sequences(self) -> list[NewSequence]:
-        """What the executor has to know of sequences that start with this step."""
+        """Return what the executor needs of sequences that start with this step."""
         new, self._new = self._new, []
         return [
             NewSequence(

@@ -1,4 +1,4 @@
-"""Continuous batching over the prefix tree: who computes how many tokens in each step.
+"""Continuous batching over the prefix tree: which sequence computes how many tokens in each step.
 
 Every sequence is a count of computed tokens catching up with its tokens; prefill, decode, prefix
 hits and recompute after a preemption are the same thing. A step serves running sequences first
@@ -10,24 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from chunkllama.cache.manager import CacheManager, Match, SequenceChunks
+from chunkllama.cache.manager import CacheManager
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.messages import EngineRequest, EngineStats, TokenDelta, TreeNodeInfo
-from chunkllama.scheduler.admission import AdmissionControl
-from chunkllama.scheduler.beam import BeamSearch
-from chunkllama.scheduler.counters import Counters, read_stats
+from chunkllama.scheduler.counters import read_stats
+from chunkllama.scheduler.intake import make_group
 from chunkllama.scheduler.limits import SchedulerLimits
+from chunkllama.scheduler.memory_pressure import grow_tails, preemption_victim
 from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
-from chunkllama.scheduler.queue import WaitingQueue
 from chunkllama.scheduler.request import Sequence, SequenceGroup
-from chunkllama.scheduler.running import RunningSequences
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
+from chunkllama.scheduler.step_deltas import StepDeltas
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
 
 class Scheduler:
-    """Owns the requests. One step is ``schedule()``, execution elsewhere, ``commit()``.
+    """Decides every step: ``schedule()``, execution elsewhere, ``commit()``.
 
     Args:
         limits: bounds and policies.
@@ -41,11 +40,11 @@ class Scheduler:
         self._limits = limits
         self._cache = cache
         self._clock = clock
-        self._groups: dict[str, SequenceGroup] = {}
-        self._waiting = WaitingQueue()
-        self._running = RunningSequences(limits.max_num_seqs)
-        self._admission = AdmissionControl(limits, cache, clock)
-        self._counters = Counters()
+        self._lifecycle = SequenceLifecycle(limits, cache, clock)
+        self._groups = self._lifecycle.groups
+        self._waiting = self._lifecycle.waiting
+        self._running = self._lifecycle.running
+        self._admission = self._lifecycle.admission
         self._arrivals = 0
         self._step = 0
         self._in_flight: SchedulerOutput | None = None
@@ -53,16 +52,6 @@ class Scheduler:
         self._aborts: list[tuple[str, int | None]] = []
         self._plan_key: tuple[int, int] = (0, 0)
         self._plan_version = 0
-        self._committer = SequenceLifecycle(
-            limits,
-            cache,
-            self._groups,
-            self._waiting,
-            self._running,
-            self._admission,
-            self._counters,
-            clock,
-        )
 
     # -- requests ---------------------------------------------------------------------------
 
@@ -75,7 +64,9 @@ class Scheduler:
             InvalidRequestError: it could never run, or its id is in use.
             OverloadedError: the queue is full.
         """
-        group = self._make_group(request)
+        if request.request_id in self._groups:
+            raise InvalidRequestError(f"request_id {request.request_id!r} is in use", "request_id")
+        group = make_group(request, self._limits, self._admission, self._arrivals, self._clock())
         if len(self._groups) >= self._limits.max_num_seqs + self._limits.max_waiting:
             raise OverloadedError(
                 f"{len(self._groups)} requests are running or waiting, the most this server "
@@ -83,75 +74,16 @@ class Scheduler:
                 self._admission.drain.seconds_for(self._admission.num_chunks_queued(self._waiting)),
             )
         self._arrivals += 1
-        self._groups[request.request_id] = group
-        for sequence in group.sequences.values():
-            self._waiting.add(sequence)
-        self._counters.prompt_tokens += group.num_prompt_tokens
+        self._lifecycle.add(group)
 
     def hold(self, request_id: str) -> None:
-        """A request just added keeps its place but does not start before ``release``."""
+        """Keep a request that was just added from starting before ``release``."""
         self._groups[request_id].held = True
 
     def release(self, request_id: str) -> None:
-        """What a held request waited for is there. Unknown ids are ignored."""
+        """Let a held request start. Unknown ids are ignored."""
         if group := self._groups.get(request_id):
             group.held = False
-
-    def _make_group(self, request: EngineRequest) -> SequenceGroup:
-        sampling = request.sampling
-        if not request.prompt_token_ids:
-            raise InvalidRequestError("the prompt must have at least one token", "prompt")
-        if request.request_id in self._groups:
-            raise InvalidRequestError(f"request_id {request.request_id!r} is in use", "request_id")
-        if sampling.max_tokens == 0 and sampling.prompt_logprobs is None:
-            raise InvalidRequestError(
-                "max_tokens 0 needs prompt_logprobs: nothing would be returned", "max_tokens"
-            )
-        if request.wants_hidden_states and sampling.num_sequences > 1:
-            raise InvalidRequestError(
-                f"a prompt has one embedding; n and best_of must be 1, got "
-                f"{sampling.num_sequences}",
-                "n",
-            )
-        width = sampling.beam_width
-        if width > 1 and sampling.max_tokens == 0:
-            raise InvalidRequestError("beam search needs max_tokens of at least 1", "max_tokens")
-        if width > 1 and not sampling.num_sequences <= width <= self._limits.max_num_seqs:
-            raise InvalidRequestError(
-                f"beam_width must be in [n={sampling.num_sequences}, max_num_seqs="
-                f"{self._limits.max_num_seqs}], got {width}",
-                "beam_width",
-            )
-        assert sampling.seed is not None, "the client draws the seed"
-        group = SequenceGroup(
-            request=request,
-            arrival=self._arrivals,
-            arrived_at=self._clock(),
-            max_tokens=self._admission.resolve_max_tokens(request),
-            collects_prompt_logprobs=sampling.prompt_logprobs is not None,
-        )
-        if width > 1:
-            eos = self._limits.eos_token_ids
-            group.beam = BeamSearch(sampling, group.max_tokens, eos)
-        self._make_sequences(group)
-        return group
-
-    def _make_sequences(self, group: SequenceGroup) -> None:
-        request, asked = group.request, group.request.sampling.num_sequences
-        if len(request.delivered) > asked:
-            raise InvalidRequestError(
-                f"delivered has {len(request.delivered)} choices, the request {asked}", "delivered"
-            )
-        # beams and pooled prompts yield nothing before their end: one sequence begins anew
-        starts_alone = group.beam is not None or request.wants_hidden_states != ""
-        for index in range(1 if starts_alone else asked):
-            given = not starts_alone and index < len(request.delivered)
-            delivered = request.delivered[index] if given else []
-            sequence = Sequence(group, index, [*request.prompt_token_ids, *delivered])
-            if sequence.finish_reason(self._limits.eos_token_ids)[0] is None:
-                group.sequences[index] = sequence
-        if not group.sequences:
-            raise InvalidRequestError("every choice has been delivered whole", "delivered")
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Drop a request, or one choice of it (of a beam search all); yields no delta.
@@ -163,7 +95,7 @@ class Scheduler:
         if self._in_flight is not None:
             self._aborts.append((request_id, index))
             return
-        self._committer.abort(request_id, index)
+        self._lifecycle.abort(request_id, index)
 
     def has_unfinished(self) -> bool:
         return bool(self._groups)
@@ -171,10 +103,10 @@ class Scheduler:
     # -- schedule ---------------------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutput | None:
-        """Put the next step together; None when there is nothing to do."""
+        """Choose the next step's tokens; None when there is nothing to do."""
         assert self._in_flight is None, "the last step has not been committed"
         self._cache.expire_pins()
-        self._grow_tails()
+        grow_tails(self._lifecycle, self._cache)
         budget = self._schedule_running(self._limits.max_num_batched_tokens)
         self._admit(budget)
         while not self._scheduled and self._break_deadlock():
@@ -198,50 +130,8 @@ class Scheduler:
         )
         return self._in_flight
 
-    def _grow_tails(self) -> None:
-        """Give every sequence the chunk its next token needs, the oldest first.
-
-        When the pool runs out although everything idle was evicted, the newest sequence goes
-        back to the queue. The oldest never does, so it always finishes.
-        """
-        size = self._cache.chunk_size
-        full = [
-            s
-            for s in self._running.by_age
-            if s.num_computed_tokens >= len(s.chunks or ()) * size
-            and s.num_computed_tokens < s.num_tokens
-        ]
-        for sequence in full:
-            if sequence.chunks is not None:  # else preempted for an older one
-                self._grow(sequence)
-
-    def _grow(self, sequence: Sequence) -> None:
-        while sequence.chunks is not None:
-            held = len(sequence.chunks)
-            spare = self._admission.spare_chunks(sequence, held + 1)
-            if self._cache.grow(sequence.chunks, 1, spare):
-                self._running.order.extended(sequence, held)
-                return
-            victim = self._newest_but_oldest()
-            if victim is not None:
-                self._committer.preempt(victim)
-            elif not self._cache.pins.break_one():
-                # beams of the oldest request, each with its own copy of what they will share
-                # once it is published
-                assert len(self._running) > 1, "the oldest sequence does not fit the pool alone"
-                self._committer.requeue(self._running.by_age[-1])
-
-    def _newest_but_oldest(self) -> Sequence | None:
-        """The sequence to preempt: the newest, but neither the oldest nor a beam beside it."""
-        oldest = self._running.by_age[0]
-        for sequence in reversed(self._running.by_age):
-            beside_oldest = sequence.group is oldest.group and oldest.group.beam is not None
-            if sequence is not oldest and not beside_oldest:
-                return sequence
-        return None
-
     def _schedule_running(self, budget: int) -> int:
-        """Tokens for running sequences; returns what is left of the budget."""
+        """Take tokens of running sequences; returns the rest of the budget."""
         prefills = []
         for sequence in self._running.by_age:
             remaining = sequence.num_tokens - sequence.num_computed_tokens
@@ -260,7 +150,7 @@ class Scheduler:
         return budget
 
     def _take(self, sequence: Sequence, count: int) -> None:
-        """``count`` tokens of the sequence are in this step."""
+        """Put ``count`` tokens of the sequence into this step."""
         sequence.num_scheduled = count
         self._scheduled.append(sequence)
         start = sequence.num_computed_tokens
@@ -271,8 +161,8 @@ class Scheduler:
     def _admit(self, budget: int) -> None:
         """Start waiting sequences while tokens, slots and chunks last.
 
-        A follower of a running leader is passed over while waiting saves it enough; it holds
-        nothing meanwhile. One that does not fit stops the queue: nobody overtakes it for ever.
+        Skips a follower of a running leader while waiting saves it enough; the follower holds
+        nothing meanwhile. One that does not fit stops the queue, which prevents starvation.
         """
         if not budget or not len(self._waiting) or not self._running.num_free_slots:
             return
@@ -284,8 +174,8 @@ class Scheduler:
         for sequence in candidates:
             if budget == 0 or not self._running.num_free_slots:
                 return
-            awaited = sequence.match is not None and self._cache.is_awaited(sequence.match)
-            if awaited or sequence.group.held:
+            pending = sequence.match is not None and self._cache.is_pending(sequence.match)
+            if pending or sequence.group.held:
                 continue
             match = self._cache.match(
                 sequence.token_ids, self._match_limit(sequence), sequence.group.request.namespace
@@ -300,26 +190,10 @@ class Scheduler:
                 admitted = self._admission.admit(sequence, match, self._running.by_age)
             if admitted is None:
                 return
-            self._start(sequence, *admitted)
+            self._lifecycle.start(sequence, *admitted)
             count = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
             self._take(sequence, count)
             budget -= count
-
-    def _start(self, sequence: Sequence, chunks: SequenceChunks, match: Match) -> None:
-        group = sequence.group
-        self._waiting.remove(sequence)
-        sequence.num_admitted = sequence.num_tokens
-        self._running.start(sequence, chunks, match.num_tokens)
-        if sequence.wants_prompt_logits:
-            group.prompt_logprobs = [None]
-        if group.num_cached_tokens < 0:
-            group.started_at = self._clock()
-            group.num_cached_tokens = min(match.num_tokens, group.num_prompt_tokens)
-            self._counters.prefix_tokens_queried += group.num_prompt_tokens
-            self._counters.prefix_tokens_hit += group.num_cached_tokens
-            self._counters.prefix_tokens_hit_public += min(
-                match.num_public_tokens, group.num_cached_tokens
-            )
 
     def _match_limit(self, sequence: Sequence) -> int:
         """All tokens but the last, whose row yields the next; nothing where every row is wanted."""
@@ -336,16 +210,16 @@ class Scheduler:
         return (node.depth + 1) * self._cache.chunk_size
 
     def _break_deadlock(self) -> bool:
-        """Beams that wait for one another across requests: the newest gives way."""
-        victim = self._newest_but_oldest() if len(self._running) else None
+        """Preempt the newest sequence when beams of several requests wait for one another."""
+        victim = preemption_victim(self._running)
         if victim is None:
             could_start = any(not sequence.group.held for sequence in self._waiting)
             return could_start and self._cache.pins.break_one()
-        self._committer.preempt(victim)
+        self._lifecycle.preempt(victim)
         return True
 
     def _next_plan_version(self) -> int:
-        """0 where a slice has several tokens; else a number that stands for this very row list."""
+        """Return 0 if a slice has several tokens, else a number that identifies the row list."""
         if any(sequence.num_scheduled > 1 for sequence in self._scheduled):
             return 0
         key = (self._running.order.version, len(self._scheduled))
@@ -357,21 +231,158 @@ class Scheduler:
     # -- commit -----------------------------------------------------------------------------
 
     def commit(self, output: SchedulerOutput, sampled: SampledTokens) -> list[TokenDelta]:
-        """Take in what the step computed; one delta per request that gained tokens or ended."""
+        """Take in what the step computed: publish chunks, append tokens, end sequences.
+
+        Returns one delta per request that gained tokens or ended; aborted requests have none.
+        """
         assert output is self._in_flight, "not the step in flight"
         scheduled, self._scheduled = self._scheduled, []
         self._in_flight = None
+        deltas = StepDeltas(self._clock())
+        self._cache.end_step()
+        if sampled.failed:
+            scheduled = self._drop_failed(scheduled, sampled.failed, deltas)
+        for sequence in scheduled:
+            start = sequence.num_computed_tokens
+            sequence.num_computed_tokens = end = start + sequence.num_scheduled
+            sequence.num_scheduled = 0
+            if start < sequence.num_admitted:
+                assert sequence.chunks is not None
+                self._lifecycle.counters.prefill_tokens_computed += end - start
+                self._cache.did_compute(sequence.chunks, start, end)
         aborts, self._aborts = self._aborts, []
-        return self._committer.commit(scheduled, sampled, aborts)
+        for request_id, index in aborts:
+            self._lifecycle.abort(request_id, index)
+        for sequence in scheduled:
+            if sequence.chunks is not None:  # else aborted
+                self._commit_sequence(sequence, sampled, deltas)
+        return deltas.all()
+
+    def _commit_sequence(
+        self, sequence: Sequence, sampled: SampledTokens, deltas: StepDeltas
+    ) -> None:
+        chunks, group = sequence.chunks, sequence.group
+        assert chunks is not None
+        computed = sequence.num_computed_tokens
+        if computed >= chunks.next_publish:
+            adopted = self._cache.publish(chunks, sequence.token_ids, computed)
+            if adopted:
+                self._running.order.move(sequence)
+        if sequence.wants_prompt_logits:
+            assert group.prompt_logprobs is not None
+            group.prompt_logprobs += sampled.prompt_logprobs.get(sequence.slot, [])
+        if computed < sequence.num_tokens:
+            return
+        if computed == sequence.num_admitted:
+            self._end_prefill(sequence, deltas.now)
+        if group.max_tokens == 0:
+            deltas.end_prompt(sequence, sampled.embeddings.get(sequence.slot))
+            self._lifecycle.finish(sequence)
+        elif group.beam is not None:
+            group.beam.feed(sequence.index, sampled.beam_candidates[sequence.slot])
+            if group.beam.is_fed:
+                self._advance_beams(group, deltas)
+        else:
+            self._append_token(sequence, sampled, deltas)
+
+    def _end_prefill(self, sequence: Sequence, now: float) -> None:
+        """Every token known at admission is computed."""
+        group = sequence.group
+        if group.prefilled_at is None:
+            group.prefilled_at = now
+        if sequence.wants_prompt_logits:
+            assert group.prompt_logprobs is not None
+            # the last row's next position is the first output token, not the prompt's
+            del group.prompt_logprobs[group.num_prompt_tokens :]
+            group.collects_prompt_logprobs = False
+        if group.request.pin_seconds > 0 and not group.is_pinned:
+            group.is_pinned = True
+            prompt = sequence.prompt_token_ids[: group.request.cache_until]
+            group.pin_refused = not self._cache.pin(
+                prompt, group.request.namespace, group.request.pin_seconds
+            )
+
+    def _append_token(self, sequence: Sequence, sampled: SampledTokens, deltas: StepDeltas) -> None:
+        slot = sequence.slot
+        token_id = sampled.token_ids[slot]
+        sequence.append(token_id)
+        self._lifecycle.counters.generation_tokens += 1
+        reason, stop_token_id = sequence.finish_reason(self._limits.eos_token_ids)
+        if reason is None and slot in sampled.finished_grammar:
+            reason = "stop"
+        deltas.add_token(sequence, token_id, sampled.logprobs.get(slot), reason, stop_token_id)
+        if reason is not None:
+            self._lifecycle.finish(sequence)
+
+    def _advance_beams(self, group: SequenceGroup, deltas: StepDeltas) -> None:
+        """All beams are fed: fork those with several children, discard those with none."""
+        beam = group.beam
+        assert beam is not None
+        outputs = {i: s.output_token_ids.tolist() for i, s in group.sequences.items()}
+        extensions = beam.advance(outputs)
+        if not extensions:
+            deltas.end_beams(group)
+            for sequence in list(group.sequences.values()):
+                self._lifecycle.finish(sequence)
+            return
+        self._lifecycle.counters.generation_tokens += len(extensions)
+        parents = {e.parent for e in extensions}
+        for index in [i for i in group.sequences if i not in parents]:
+            self._lifecycle.discard(group.sequences[index])
+        unused = iter(i for i in range(beam.width) if i not in parents)
+        logprobs: dict[int, float] = {}
+        firsts: dict[int, int] = {}
+        for extension in extensions:
+            if extension.parent not in firsts:
+                firsts[extension.parent] = extension.token_id
+                logprobs[extension.parent] = extension.logprob
+                continue
+            child = self._lifecycle.fork(group.sequences[extension.parent], next(unused))
+            child.append(extension.token_id)
+            logprobs[child.index] = extension.logprob
+        for index, token_id in firsts.items():
+            group.sequences[index].append(token_id)
+            self._running.renew(group.sequences[index])
+        beam.bind(logprobs)
+
+    def _drop_failed(
+        self, scheduled: list[Sequence], failed: dict[int, str], deltas: StepDeltas
+    ) -> list[Sequence]:
+        """End requests whose slots failed; returns the sequences whose results may be used.
+
+        Sequences that joined the step of a failed leader read chunks that cannot be trusted:
+        they go back to the queue, and the first of them leads in the next ``schedule()``.
+        """
+        reasons = {s.group.request_id: failed[s.slot] for s in scheduled if s.slot in failed}
+        dropped = [s for s in scheduled if s.group.request_id in reasons]
+        rest = [s for s in scheduled if s.group.request_id not in reasons]
+        for sequence in dropped:
+            self._undo(sequence)
+        tainted = [s for s in rest if s.chunks and not self._cache.is_readable(s.chunks)]
+        for sequence in tainted:
+            self._undo(sequence)
+        for request_id, reason in reasons.items():
+            group = self._groups[request_id]
+            for sequence in list(group.sequences.values()):
+                self._lifecycle.discard(sequence)
+            deltas.fail(group, reason)
+        for sequence in tainted:
+            self._lifecycle.requeue(sequence)
+        return [s for s in rest if s not in tainted]
+
+    def _undo(self, sequence: Sequence) -> None:
+        assert sequence.chunks is not None
+        start = sequence.num_computed_tokens
+        self._cache.undo_compute(sequence.chunks, start, start + sequence.num_scheduled)
 
     # -- inspection -------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        """Counters since the start and gauges of this moment."""
+        """Counters since the start and current gauges."""
         waiting = sum(
             all(s.chunks is None for s in g.sequences.values()) for g in self._groups.values()
         )
-        stats = read_stats(self._counters, self._cache)
+        stats = read_stats(self._lifecycle.counters, self._cache)
         stats.requests_waiting = waiting
         stats.requests_running = len(self._groups) - waiting
         return stats
@@ -382,16 +393,6 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Raise AssertionError if pool, tree, order and sequences do not agree."""
-        running = self._running.by_age
-        live = [s.chunks for s in running if s.chunks is not None]
-        assert len(live) == len(running)
+        live = [s.chunks for s in self._running.by_age if s.chunks is not None]
         self._cache.check_invariants(live, in_step=self._in_flight is not None)
-        self._running.check_invariants()
-        waiting = list(self._waiting)
-        assert all(s.chunks is None and s.slot < 0 for s in waiting)
-        everyone = {id(s) for g in self._groups.values() for s in g.sequences.values()}
-        assert everyone == {id(s) for s in [*running, *waiting]}, "a sequence was lost"
-        for sequence in running:
-            assert sequence.chunks is not None
-            capacity = len(sequence.chunks) * self._cache.chunk_size
-            assert sequence.num_computed_tokens <= min(capacity, sequence.num_tokens)
+        self._lifecycle.check_invariants()

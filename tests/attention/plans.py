@@ -34,7 +34,6 @@ class Case:
 
     chunk_size: int
     num_chunks: int
-    slots: list[int]
     first_positions: list[int]
     num_tokens: list[int]
     chunk_ids: list[np.ndarray]
@@ -67,7 +66,6 @@ class Case:
 
     def plan(self, packing: Packing, capacity: PlanCapacity | None = None) -> AttentionPlan:
         return Planner(packing, self.chunk_size).build(
-            slots=self.slots,
             first_positions=self.first_positions,
             num_tokens=self.num_tokens,
             chunk_ids=self.chunk_ids,
@@ -95,7 +93,6 @@ def make_case(
     return Case(
         chunk_size=chunk_size,
         num_chunks=num_chunks or max(map(max, paths)) + 1,
-        slots=[3 * i + 1 for i in range(len(paths))],
         first_positions=[first for first, _ in spans],
         num_tokens=[count for _, count in spans],
         chunk_ids=arrays,

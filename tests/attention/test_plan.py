@@ -46,7 +46,6 @@ def test_a_node_is_one_item_over_the_rows_below_it() -> None:
         (1, 2, (4, 5), 48, ITEM_MASK),
     ]
     assert plan.version == 5
-    assert plan.row_slot[:3].tolist() == case.slots
     assert plan.row_flags[:3].tolist() == [0, 0, 0]
     assert np.diff(plan.merge_indptr[:4]).tolist() == [3, 3, 2]
 

@@ -245,10 +245,10 @@ class TestAbandoned:
         leader = driver.start("abcd")
         match = driver.match("abcdX")
         assert (match.num_tokens, match.num_later_tokens) == (2, 4)
-        assert driver.cache.is_awaited(match)
+        assert driver.cache.is_pending(match)
         leader.release()  # what it took over stays behind, never to be filled
         driver.assert_tree("ab #0")
-        assert not driver.cache.is_awaited(match)
+        assert not driver.cache.is_pending(match)
 
 
 class TestForks:

@@ -19,13 +19,13 @@ def driver() -> CacheDriver:
 class TestMatch:
     def test_nothing_in_an_empty_tree(self, driver: CacheDriver) -> None:
         match = driver.match("abcdefgh")
-        assert (match.num_tokens, match.nodes, match.source) == (0, [], None)
+        assert (match.num_tokens, match.nodes, match.copy_source) == (0, [], None)
 
     def test_whole_chunks_are_shared_and_the_rest_copied(self, driver: CacheDriver) -> None:
         driver.store("abcdefghij")
         match = driver.match("abcdefghiXYZ")
         assert [node.chunk_id for node in match.nodes] == [0, 1]
-        assert match.source is not None and match.source.chunk_id == 2
+        assert match.copy_source is not None and match.copy_source.chunk_id == 2
         assert (match.num_copied, match.num_tokens) == (1, 9)
 
     def test_a_copy_from_inside_a_whole_chunk(self, driver: CacheDriver) -> None:
@@ -73,13 +73,13 @@ class TestMatch:
         first = driver.start("abcdefUV")
         first.schedule()
         match = driver.match("abcdefUW")
-        assert match.source is not None and match.source.chunk_id == first.chunk_ids[1]
+        assert match.copy_source is not None and match.copy_source.chunk_id == first.chunk_ids[1]
         assert match.num_tokens == 6, "taken over: its first tokens were there before"
         second = driver.start("abcdefXY")
         second.schedule()
         third = driver.match("abcdefXZ")
         assert third.num_tokens == 6
-        assert third.source is not None and third.source.chunk_id == first.chunk_ids[1]
+        assert third.copy_source is not None and third.copy_source.chunk_id == first.chunk_ids[1]
 
     def test_exact_ids_decide_whatever_their_size(self) -> None:
         tokens = np.array([0, 1, 255, 256, 65536, 2**31 - 1], np.int32)
@@ -129,7 +129,7 @@ class TestNamespaces:
             driver.store(public)
         driver.store(public + "mine", "T")
         match = driver.match(public + "mine!", "T")
-        assert match.source is None
+        assert match.copy_source is None
         assert len(match.nodes) == len(public + "mine") // 4
 
     def test_roots_keep_variants_apart(self) -> None:

@@ -40,8 +40,8 @@ def test_the_newest_goes_and_its_recompute_is_a_hit() -> None:
 def test_the_oldest_always_finishes() -> None:
     run = engine(6)
     preempted: list[Sequence] = []
-    preempt = run.scheduler._committer.preempt
-    run.scheduler._committer.preempt = lambda s: (preempted.append(s), preempt(s))[1]
+    preempt = run.scheduler._lifecycle.preempt
+    run.scheduler._lifecycle.preempt = lambda s: (preempted.append(s), preempt(s))[1]
     for i in range(8):
         run.add([i] * 4, 20)
     ended: list[str] = []
@@ -115,7 +115,7 @@ def test_a_beam_that_lost_its_place_comes_before_all_others() -> None:
     run.add([1] * 5, 8, beam_width=2)
     run.step()
     run.step()
-    run.scheduler._committer.requeue(run.scheduler._running.by_age[-1])
+    run.scheduler._lifecycle.requeue(run.scheduler._running.by_age[-1])
     run.add([2] * 20, 4, priority=-1)
     run.run()
     run.check_outputs()

@@ -44,7 +44,7 @@ def test_rehit_after_preemption_does_not_overrun_the_chunk_list() -> None:
         run.step()
     sequence = run.scheduler._running.by_age[-1]
     known = sequence.num_tokens
-    run.scheduler._committer.preempt(sequence)
+    run.scheduler._lifecycle.preempt(sequence)
     output = run.schedule()
     assert output is not None
     (again,) = [s for s in output.slices if s.slot == sequence.slot]
@@ -72,10 +72,10 @@ def test_duplicate_chunk_is_not_freed_while_referenced() -> None:
     run = engine()
     run.add([1, 2, 3, 4], 12)
     run.step()
-    twin = run.add([1, 2, 3, 4], 12)
+    duplicate = run.add([1, 2, 3, 4], 12)
     run.step()
     first, second = run.scheduler._running.by_age
-    assert second.group.request_id == twin
+    assert second.group.request_id == duplicate
     assert first.chunks.ids[0] == second.chunks.ids[0]
     other = run.add([9] * 16, 4)  # takes the chunk that was given back, and writes it
     run.run()

@@ -131,7 +131,7 @@ class TestHandOver:
     def test_preemption(self) -> None:
         run, leader, first, second = self.start()
         (sequence,) = run.scheduler._running.by_age
-        run.scheduler._committer.preempt(sequence)
+        run.scheduler._lifecycle.preempt(sequence)
         output = run.schedule()
         assert output is not None
         assert running(run) == [leader], "older than its waiters, it leads again"

@@ -8,6 +8,7 @@ from simulated_engine import SimulatedEngine
 
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.sampling_params import SamplingParams
+from chunkllama.scheduler.memory_pressure import preemption_victim
 
 
 class RandomTraffic:
@@ -129,9 +130,9 @@ class RandomTraffic:
         """The newest running sequence goes back to the queue, as if the pool had run out."""
         scheduler = self.engine.scheduler
         if len(scheduler._running):
-            victim = scheduler._newest_but_oldest()
+            victim = preemption_victim(scheduler._running)
             if victim is not None:
-                scheduler._committer.preempt(victim)
+                scheduler._lifecycle.preempt(victim)
 
     def run(self, num_steps: int) -> SimulatedEngine:
         while self.engine.num_steps < num_steps:

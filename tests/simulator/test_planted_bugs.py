@@ -111,9 +111,11 @@ def whole_prompt_matched(patch: Patch) -> None:
 def double_free(patch: Patch) -> None:
     adopt = CacheManager._adopt
 
-    def twice(self: CacheManager, chunks: SequenceChunks, twin: Node, own: Node | None) -> None:
+    def twice(
+        self: CacheManager, chunks: SequenceChunks, duplicate: Node, own: Node | None
+    ) -> None:
         before = int(chunks.ids[chunks.num_whole])
-        adopt(self, chunks, twin, own)
+        adopt(self, chunks, other, own)
         self.pool.free(before)
 
     patch.setattr(CacheManager, "_adopt", twice)
@@ -123,10 +125,12 @@ def adopted_chunk_freed_while_read(patch: Patch) -> None:
     """The row goes on reading the chunk that was given back (mini-sglang pull request 142)."""
     adopt = CacheManager._adopt
 
-    def stale(self: CacheManager, chunks: SequenceChunks, twin: Node, own: Node | None) -> None:
+    def stale(
+        self: CacheManager, chunks: SequenceChunks, duplicate: Node, own: Node | None
+    ) -> None:
         depth = chunks.num_whole
         before = int(chunks.ids[depth])
-        adopt(self, chunks, twin, own)
+        adopt(self, chunks, other, own)
         chunks.ids[depth] = before
 
     patch.setattr(CacheManager, "_adopt", stale)
@@ -203,8 +207,8 @@ def public_below_private(patch: Patch) -> None:
 
 
 def copy_source_not_held(patch: Patch) -> None:
-    patch.setattr(PrefixTree, "hold", lambda self, node: None)
-    patch.setattr(PrefixTree, "unhold", lambda self, node: None)
+    patch.setattr(PrefixTree, "add_ref", lambda self, node: None)
+    patch.setattr(PrefixTree, "drop_ref", lambda self, node: None)
 
 
 def used_leaf_taken_over(patch: Patch) -> None:
@@ -212,7 +216,7 @@ def used_leaf_taken_over(patch: Patch) -> None:
 
     def greedy(self: CacheManager, *args: object) -> object:
         for admission in admissions(self, *args):
-            if admission.match.source is not None:
+            if admission.match.copy_source is not None:
                 yield manager.Admission(
                     admission.match, True, admission.num_new - 1, admission.available
                 )

@@ -17,6 +17,7 @@ from hypothesis.stateful import (
 from simulated_engine import SimulatedEngine
 
 from chunkllama.errors import InvalidRequestError, OverloadedError
+from chunkllama.scheduler.memory_pressure import preemption_victim
 
 tokens = st.lists(st.integers(0, 1), max_size=6)
 
@@ -134,9 +135,9 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def preempt(self) -> None:
         scheduler = self.engine.scheduler
-        victim = scheduler._newest_but_oldest()
+        victim = preemption_victim(scheduler._running)
         if victim is not None:
-            scheduler._committer.preempt(victim)
+            scheduler._lifecycle.preempt(victim)
 
     @rule(seconds=st.sampled_from([0.01, 3.0]))
     def wait(self, seconds) -> None:

@@ -123,7 +123,6 @@ def run(
         pairs = zip(before, after, strict=False)
         shared.append(next((i for i, (a, b) in enumerate(pairs) if a != b), len(before)))
     plan = Planner(packing_of_case(), 64).build(
-        slots=list(range(len(paths))),
         first_positions=[first for first, _ in spans],
         num_tokens=[count for _, count in spans],
         chunk_ids=[np.array(path, np.int32) for path in paths],

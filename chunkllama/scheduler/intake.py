@@ -1,0 +1,83 @@
+"""From an engine request to its group of sequences; refuses what could never run."""
+
+from __future__ import annotations
+
+from chunkllama.errors import InvalidRequestError
+from chunkllama.messages import EngineRequest
+from chunkllama.scheduler.admission import AdmissionControl
+from chunkllama.scheduler.beam import BeamSearch
+from chunkllama.scheduler.limits import SchedulerLimits
+from chunkllama.scheduler.request import Sequence, SequenceGroup
+
+
+def make_group(
+    request: EngineRequest,
+    limits: SchedulerLimits,
+    admission: AdmissionControl,
+    arrival: int,
+    now: float,
+) -> SequenceGroup:
+    """Make the request's group with a sequence for each choice that is not finished.
+
+    Args:
+        arrival: number in order of arrival.
+        now: monotonic seconds.
+
+    Raises:
+        InvalidRequestError: the request could never run; the message names the field.
+    """
+    _check(request, limits)
+    assert request.sampling.seed is not None, "the client draws the seed"
+    group = SequenceGroup(
+        request=request,
+        arrival=arrival,
+        arrived_at=now,
+        max_tokens=admission.resolve_max_tokens(request),
+        collects_prompt_logprobs=request.sampling.prompt_logprobs is not None,
+    )
+    if request.sampling.beam_width > 1:
+        group.beam = BeamSearch(request.sampling, group.max_tokens, limits.eos_token_ids)
+    _make_sequences(group, limits)
+    return group
+
+
+def _check(request: EngineRequest, limits: SchedulerLimits) -> None:
+    sampling = request.sampling
+    if not request.prompt_token_ids:
+        raise InvalidRequestError("the prompt must have at least one token", "prompt")
+    if sampling.max_tokens == 0 and sampling.prompt_logprobs is None:
+        raise InvalidRequestError(
+            "max_tokens 0 needs prompt_logprobs: nothing would be returned", "max_tokens"
+        )
+    if request.wants_hidden_states and sampling.num_sequences > 1:
+        raise InvalidRequestError(
+            f"a prompt has one embedding; n and best_of must be 1, got {sampling.num_sequences}",
+            "n",
+        )
+    width = sampling.beam_width
+    if width > 1 and sampling.max_tokens == 0:
+        raise InvalidRequestError("beam search needs max_tokens of at least 1", "max_tokens")
+    if width > 1 and not sampling.num_sequences <= width <= limits.max_num_seqs:
+        raise InvalidRequestError(
+            f"beam_width must be in [n={sampling.num_sequences}, max_num_seqs="
+            f"{limits.max_num_seqs}], got {width}",
+            "beam_width",
+        )
+
+
+def _make_sequences(group: SequenceGroup, limits: SchedulerLimits) -> None:
+    request, asked = group.request, group.request.sampling.num_sequences
+    if len(request.delivered) > asked:
+        raise InvalidRequestError(
+            f"delivered has {len(request.delivered)} choices, the request {asked}", "delivered"
+        )
+    # Beams and pooled prompts return nothing before they end: they restart with one sequence.
+    starts_alone = group.beam is not None or request.wants_hidden_states != ""
+    for index in range(1 if starts_alone else asked):
+        given = not starts_alone and index < len(request.delivered)
+        delivered = request.delivered[index] if given else []
+        sequence = Sequence(group, index, [*request.prompt_token_ids, *delivered])
+        if sequence.finish_reason(limits.eos_token_ids)[0] is None:
+            group.sequences[index] = sequence
+    if not group.sequences:
+        raise InvalidRequestError("every choice has been delivered whole", "delivered")

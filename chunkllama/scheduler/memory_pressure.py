@@ -1,0 +1,56 @@
+"""Chunks for running sequences when the pool is full: evict, then preempt, then end a pin early."""
+
+from __future__ import annotations
+
+from chunkllama.cache.manager import CacheManager
+from chunkllama.scheduler.request import Sequence
+from chunkllama.scheduler.running import RunningSequences
+from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
+
+
+def grow_tails(lifecycle: SequenceLifecycle, cache: CacheManager) -> None:
+    """Give every sequence the chunk its next token needs, the oldest first.
+
+    When the pool runs out although everything idle was evicted, the newest sequence goes back to
+    the queue. The oldest never does, so it always finishes.
+    """
+    size = cache.chunk_size
+    full = [
+        s
+        for s in lifecycle.running.by_age
+        if s.num_computed_tokens >= len(s.chunks or ()) * size
+        and s.num_computed_tokens < s.num_tokens
+    ]
+    for sequence in full:
+        if sequence.chunks is not None:  # else preempted for an older one
+            _grow(sequence, lifecycle, cache)
+
+
+def _grow(sequence: Sequence, lifecycle: SequenceLifecycle, cache: CacheManager) -> None:
+    running = lifecycle.running
+    while sequence.chunks is not None:
+        held = len(sequence.chunks)
+        spare = lifecycle.admission.spare_chunks(sequence, held + 1)
+        if cache.grow(sequence.chunks, 1, spare):
+            running.order.extended(sequence, held)
+            return
+        victim = preemption_victim(running)
+        if victim is not None:
+            lifecycle.preempt(victim)
+        elif not cache.pins.break_one():
+            # The beams of the oldest request each hold a copy of a chunk that they will share once
+            # it is published.
+            assert len(running) > 1, "the oldest sequence does not fit the pool alone"
+            lifecycle.requeue(running.by_age[-1])
+
+
+def preemption_victim(running: RunningSequences) -> Sequence | None:
+    """Return the newest sequence that is neither the oldest nor one of its beams."""
+    if not len(running):
+        return None
+    oldest = running.by_age[0]
+    for sequence in reversed(running.by_age):
+        beside_oldest = sequence.group is oldest.group and oldest.group.beam is not None
+        if sequence is not oldest and not beside_oldest:
+            return sequence
+    return None
