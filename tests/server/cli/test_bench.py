@@ -24,7 +24,7 @@ from chunkllama_server.bench.workload import (
     make_conversations,
 )
 from chunkllama_server.bench.workload import read_trace as read_trace_file
-from chunkllama_server.cli import run
+from chunkllama_server.commands import run
 
 
 @pytest.fixture

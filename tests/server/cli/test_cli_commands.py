@@ -25,7 +25,7 @@ def test_unknown_commands_are_one_line(chunkllama):
 
 def test_light_commands_import_little():
     code = (
-        "import sys\nfrom chunkllama_server.cli import run\n"
+        "import sys\nfrom chunkllama_server.commands import run\n"
         "run(['version'])\nrun(['health', '--url', 'x'])\n"
         "heavy = {'torch', 'httpx', 'fastapi', 'tokenizers', 'numpy'} & set(sys.modules)\n"
         "sys.exit(', '.join(heavy) or 0)"

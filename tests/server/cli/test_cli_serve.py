@@ -123,7 +123,9 @@ def test_an_idle_server_stops_at_once_and_leaves_nothing(start, sig):
         server.get("/health")
 
 
-@pytest.mark.parametrize(("sig", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("sig", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0)]
+)
 def test_a_start_can_be_stopped(tiny_model, sig, code):
     command = [sys.executable, "-m", "chunkllama_server.cli", "serve", "--model", str(tiny_model)]
     with subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True) as process:

@@ -1,0 +1,170 @@
+"""Commands of ``chunkllama``: ``serve|bench|health|config|version|models``.
+
+Only the requested command is imported, so that ``version`` and ``health`` answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from chunkllama import __version__
+from chunkllama.errors import ChunkLlamaError
+
+USAGE_ERROR = 2
+_INTERRUPTED = 130
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code."""
+    asked = [name for name in arguments[:1] if name in _COMMANDS]
+    app = typer.Typer(
+        name="chunkllama",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        help="LLM serving for many tenants that share prompts.",
+    )
+    app.callback()(lambda: None)
+    try:
+        for name in asked or _COMMANDS:
+            _COMMANDS[name](app)
+        result = app(args=arguments, prog_name="chunkllama", standalone_mode=False)
+    except ChunkLlamaError as error:
+        return _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        return _INTERRUPTED
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's usage errors have it
+            raise
+        return _fail(error.format_message())
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str) -> int:
+    line = " ".join(message.split())
+    print(f"chunkllama: error: {line}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+def _add_version(app: typer.Typer) -> None:
+    @app.command()
+    def version() -> None:
+        """Print the version."""
+        print(__version__)
+
+
+def _add_health(app: typer.Typer) -> None:
+    @app.command()
+    def health(
+        url: Annotated[
+            str, typer.Option(help="Server to ask. Default: this machine, CHUNKLLAMA_PORT or 8000.")
+        ] = "",
+        timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 2.0,
+    ) -> int:
+        """Ask a server whether it is ready: exit code 0 if so, else 1."""
+        from chunkllama_server.process.health_check import check_health
+
+        problem = check_health(url or default_url(os.environ), timeout)
+        if problem:
+            print(problem, file=sys.stderr)
+        return 1 if problem else 0
+
+
+def default_url(environ: os._Environ[str] | dict[str, str]) -> str:
+    """Where a server configured by this environment listens."""
+    port = environ.get("CHUNKLLAMA_PORT", "")
+    scheme = "https" if environ.get("CHUNKLLAMA_SSL_CERTFILE") else "http"
+    return f"{scheme}://127.0.0.1:{port if port.isdecimal() else '8000'}"
+
+
+def _add_serve(app: typer.Typer) -> None:
+    from chunkllama_server.config.flags import load_from_flags, with_setting_flags
+    from chunkllama_server.config.settings import Settings
+
+    @app.command()
+    @with_setting_flags
+    def serve(**flags: object) -> int:
+        """Serve a model over an OpenAI-compatible HTTP API."""
+
+        def read_settings() -> Settings:
+            return load_from_flags(flags).settings
+
+        settings = read_settings()
+        from chunkllama_server.process.launch import (
+            serve_forever,  # after the settings, which are quick to refuse
+        )
+
+        return serve_forever(settings, read_settings)
+
+
+def _add_config(app: typer.Typer) -> None:
+    from chunkllama_server.config.flags import load_from_flags, show_settings, with_setting_flags
+
+    group = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
+
+    @group.callback()
+    def config() -> None:
+        pass
+
+    @group.command()
+    @with_setting_flags
+    def show(**flags: object) -> None:
+        """Print every setting's value and where it comes from, without starting anything."""
+        show_settings(load_from_flags(flags))
+
+    app.add_typer(group, name="config")
+
+
+def _add_models(app: typer.Typer) -> None:
+    group = typer.Typer(invoke_without_command=True, help="Models this package can fetch.")
+
+    @group.callback()
+    def models(context: typer.Context) -> None:
+        if context.invoked_subcommand is None:
+            show()
+
+    def show() -> None:
+        from chunkllama.models.loading.hub import aliases
+        from chunkllama.resources import cache_folder
+
+        folder = cache_folder() / "models"
+        cached = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        table = Table("model", "in the cache")
+        for alias in aliases():
+            present = any(name.startswith(f"{alias}-") for name in cached)
+            table.add_row(alias, "yes" if present else "no")
+        Console().print(table)
+
+    @group.command()
+    def fetch(model: str) -> None:
+        """Download and convert a model now, so that serving it later needs no network."""
+        from chunkllama.logger import configure_logging
+        from chunkllama.models.loading.hub import resolve_model
+
+        configure_logging()
+        print(resolve_model(model))
+
+    app.add_typer(group, name="models")
+
+
+def _add_bench(app: typer.Typer) -> None:
+    from chunkllama_server.bench.command import bench_app
+
+    app.add_typer(bench_app, name="bench")
+
+
+_COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
+    "serve": _add_serve,
+    "bench": _add_bench,
+    "health": _add_health,
+    "config": _add_config,
+    "version": _add_version,
+    "models": _add_models,
+}
