@@ -136,8 +136,12 @@ def start_server(text_parts: tuple[Any, Any]) -> Iterator[StartServer]:
     """Start servers with settings of one's own; they end with the session."""
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
-    def start(limits: HttpLimits | None = None, **settings: Any) -> Server:
+    def start(
+        limits: HttpLimits | None = None, template_source: str | None = None, **settings: Any
+    ) -> Server:
         tokenizer, template = text_parts
+        if template_source is not None:
+            template = ChatTemplate(template_source, tokenizer)
         engine = fake_engine.FakeEngine(tokenizer)
         values = {"served_model_names": (MODEL, "alias"), **settings}
         app = create_app(

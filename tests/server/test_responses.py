@@ -232,19 +232,6 @@ def test_an_answer_may_have_more_calls_than_a_request():
     assert len(message.tool_calls or ()) == 200
 
 
-def test_a_call_cut_short_cannot_be_gone_on_from(client):
-    first = client.responses.create(
-        model=MODEL,
-        input=f"say([{CALL}])yas",
-        tools=TOOLS,
-        tool_choice="required",
-        max_output_tokens=len(CALL) - 5,
-    )
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.responses.create(model=MODEL, input="go on", previous_response_id=first.id)
-    assert caught.value.param == "previous_response_id"
-
-
 def test_input_tokens(client):
     counted = client.responses.input_tokens.count(model=MODEL, input="hello")
     response = client.responses.create(model=MODEL, input="hello")
@@ -270,9 +257,6 @@ def test_tenants_do_not_see_each_other(start_server):
             "input[0].content[0]",
         ),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
-        ({"input": [{"type": "function_call", "call_id": "x"}]}, "input[0].name"),
-        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
-        ({"input": [{"type": "function_call_output", "call_id": "x"}]}, "input[0].output"),
         ({"max_output_tokens": 15}, "max_output_tokens"),
         ({"max_output_tokens": 2040}, "max_output_tokens"),
         ({"input": "x" * 3000}, "input"),
@@ -280,8 +264,8 @@ def test_tenants_do_not_see_each_other(start_server):
         ({"conversation": "c"}, "conversation"),
         ({"context_management": []}, "context_management"),
         ({"prompt": {"id": "p"}}, "prompt"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "g"}}, "tool_choice.name"),
         (
@@ -290,10 +274,6 @@ def test_tenants_do_not_see_each_other(start_server):
                 "tool_choice": {"type": "allowed_tools", "tools": [{"name": "g"}]},
             },
             "tool_choice.tools",
-        ),
-        (
-            {"input": [{"type": "function_call", "call_id": "x", "name": "f", "arguments": "["}]},
-            "input[0].arguments",
         ),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"stream_options": {}}, "stream_options"),
@@ -311,7 +291,7 @@ def test_refusals_name_the_field(server, fields, param):
 
 def stored(response_id: str, size: int = 10) -> StoredResponse:
     message = ChatMessage(role="user", content="x" * size)
-    return StoredResponse({"id": response_id}, [message])  # type: ignore[typeddict-item]
+    return StoredResponse({"id": response_id, "output": []}, [message])  # type: ignore[typeddict-item]
 
 
 def test_store_is_bounded_by_count_bytes_and_age():

@@ -18,11 +18,14 @@ from chunkllama_server.api.schema.tokenize import (
 )
 from chunkllama_server.transport.body import JsonRoute, json_response
 from chunkllama_server.transport.errors import invalid
+from chunkllama_server.transport.request_context import RequestInfo
 
 router = APIRouter(route_class=JsonRoute, tags=["tokenize"])
 
 
-async def _messages_ids(body: TokenizeRequest, context: ServerContext) -> list[int]:
+async def _messages_ids(
+    body: TokenizeRequest, context: ServerContext, info: RequestInfo
+) -> list[int]:
     shared = (
         "messages",
         "tools",
@@ -34,13 +37,13 @@ async def _messages_ids(body: TokenizeRequest, context: ServerContext) -> list[i
         model=body.model or context.settings.served_model_names[0],
         **{name: getattr(body, name) for name in shared},
     )
-    return (await prepare_chat(chat, context)).prompt.token_ids
+    return (await prepare_chat(chat, context, info)).prompt.token_ids
 
 
 @router.post("/tokenize", response_model=None, responses=answers(TokenizeResponse))
 async def tokenize(body: TokenizeRequest, request: Request, context: Context) -> Response:
     """Token ids of a prompt, or of a conversation through the chat template."""
-    context.admit(body, request)
+    info = context.admit(body, request)
     if (body.prompt is None) == (body.messages is None):
         raise invalid("Send either prompt or messages", "prompt")
     if body.prompt is not None:
@@ -48,7 +51,7 @@ async def tokenize(body: TokenizeRequest, request: Request, context: Context) ->
             body.prompt, add_special_tokens=body.add_special_tokens is not False
         )
     else:
-        ids = await _messages_ids(body, context)
+        ids = await _messages_ids(body, context, info)
     strings = None
     if body.return_token_strs:
         tokenizer = context.text.tokenizer
@@ -84,8 +87,8 @@ async def detokenize(body: DetokenizeRequest, request: Request, context: Context
 @router.post("/v1/chat/completions/render", response_model=None, responses=answers(RenderedPrompt))
 async def render(body: ChatCompletionRequest, request: Request, context: Context) -> Response:
     """The prompt a chat completion with this body would have; nothing is generated."""
-    context.admit(body, request)
-    prepared = await prepare_chat(body, context)
+    info = context.admit(body, request)
+    prepared = await prepare_chat(body, context, info)
     ids = prepared.prompt.token_ids
     result: RenderedPrompt = {
         "prompt": await prepared.prompter.render(),

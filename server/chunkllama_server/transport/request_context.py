@@ -31,8 +31,16 @@ class RequestInfo:
     def name_ignored_fields(self, paths: list[str]) -> None:
         """Tell the client which fields were ignored, cleaned of anything a header must not
         carry."""
-        names = [_UNCLEAN_FIELD.sub("_", path)[:64] or "_" for path in paths[:MAX_NAMED_FIELDS]]
-        self.headers["x-chunkllama-ignored-fields"] = ", ".join(names)
+        self._name("x-chunkllama-ignored-fields", paths)
+
+    def name_repairs(self, paths: list[str]) -> None:
+        """Tell the client which parts of the conversation's past were repaired or left out."""
+        self._name("x-chunkllama-repaired-history", paths)
+
+    def _name(self, header: str, paths: list[str]) -> None:
+        if paths:
+            names = [_UNCLEAN_FIELD.sub("_", path)[:64] or "_" for path in paths[:MAX_NAMED_FIELDS]]
+            self.headers[header] = ", ".join(names)
 
     def name_pin(self, granted: bool) -> None:
         """Tell the client whether its prefix is kept, or the pin budget was used up."""

@@ -29,8 +29,10 @@ from chunkllama_server.transport.errors import invalid
 from chunkllama_server.transport.request_context import RequestInfo
 
 
-async def prepare_chat(body: ChatCompletionRequest, context: ServerContext) -> PreparedChat:
-    """Check a request and tokenize its conversation.
+async def prepare_chat(
+    body: ChatCompletionRequest, context: ServerContext, info: RequestInfo
+) -> PreparedChat:
+    """Check a request and tokenize its conversation; ``info`` names what was repaired in it.
 
     Raises:
         ApiError: 400 naming the field.
@@ -38,6 +40,7 @@ async def prepare_chat(body: ChatCompletionRequest, context: ServerContext) -> P
     _check_fields(body)
     tools = plan_tools(body, tool_format(context.settings.tool_call_parser, context.text.template))
     prompter = ChatPrompter(body, context.settings, context.text, tools.prompt_tools)
+    info.name_repairs(prompter.repairs)
     return PreparedChat(body, context, tools, prompter, await prompter.encode())
 
 
@@ -136,8 +139,6 @@ def _check_fields(body: ChatCompletionRequest) -> None:
         raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
     if body.modalities is not None and "audio" in body.modalities:
         raise invalid("Audio output is not supported", "modalities")
-    if body.store:
-        raise invalid("Chat completions are not stored; use /v1/responses", "store")
     for key, value in (body.metadata or {}).items():
         if len(key) > 64 or len(value) > 512:
             raise invalid(

@@ -33,7 +33,7 @@ async def create_chat_completion(
 ) -> Response:
     """Answer a conversation, whole or as server-sent events."""
     info = context.admit(body, request)
-    prepared = await prepare_chat(body, context)
+    prepared = await prepare_chat(body, context, info)
     answer = ChatAnswer(
         body=body,
         generation=await prepared.stream(

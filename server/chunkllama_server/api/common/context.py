@@ -79,8 +79,10 @@ class ServerContext:
         """
         self.check_serving()
         model = getattr(body, "model", None)
-        if model is not None:
+        if model:
             self.check_model(model)
+        elif model == "":
+            body.__dict__["model"] = self.settings.served_model_names[0]
         info = request_info(request.scope)
         unknown = []
         for path, kind in walk_fields(body):

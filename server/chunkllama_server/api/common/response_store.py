@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from chunkllama_server.api.schema.chat import ChatMessage
-from chunkllama_server.api.schema.response_object import Response
+from chunkllama_server.api.schema.response_object import OutputItem, Response
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class ResponseStore:
         self._ttl_seconds = ttl_seconds
         self._clock = clock
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
+        self._items: dict[tuple[str, str], OutputItem] = {}
         self.num_bytes = 0
 
     def __len__(self) -> int:
@@ -65,6 +66,8 @@ class ResponseStore:
         self._entries[tenant, stored.response["id"]] = _Entry(
             stored, num_bytes, self._clock() + self._ttl_seconds
         )
+        for item in stored.response["output"]:
+            self._items[tenant, item["id"]] = item
         self.num_bytes += num_bytes
         while len(self._entries) > self._max_items or self.num_bytes > self._max_bytes:
             self._remove(next(iter(self._entries)))
@@ -78,6 +81,11 @@ class ResponseStore:
         self._entries.move_to_end((tenant, response_id))
         return entry.stored
 
+    def find_item(self, tenant: str, item_id: str) -> OutputItem | None:
+        """An output item of a response this tenant has stored."""
+        self._drop_expired()
+        return self._items.get((tenant, item_id))
+
     def delete(self, tenant: str, response_id: str) -> bool:
         """Forget a response; False when there is none."""
         self._drop_expired()
@@ -87,6 +95,8 @@ class ResponseStore:
         entry = self._entries.pop(key, None)
         if entry is None:
             return False
+        for item in entry.stored.response["output"]:
+            self._items.pop((key[0], item["id"]), None)
         self.num_bytes -= entry.num_bytes
         return True
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from chunkllama_server.api.chat.prompt import parse_arguments
+from pydantic import ValidationError
+
 from chunkllama_server.api.common.response_store import ResponseStore
 from chunkllama_server.api.schema.base import SamplingFields
 from chunkllama_server.api.schema.chat import (
@@ -30,84 +33,128 @@ from chunkllama_server.api.schema.responses import (
 from chunkllama_server.transport.errors import ApiError, invalid
 
 LOGPROBS = "message.output_text.logprobs"
+FindItem = Callable[[str], Mapping[str, Any] | None]
 
 
-def _part_text(part: InputPart, path: str) -> str:
-    if part.type in ("input_image", "input_file", "input_audio"):
-        raise invalid(f"Content of type {part.type!r} is not supported; send text", path)
-    text = part.refusal if part.type == "refusal" else part.text
-    if text is None:
-        raise invalid(f"A part of type {part.type!r} needs its text", path)
-    return text
+class _InputReader:
+    """Turns input items into chat messages; consecutive calls are one assistant message."""
+
+    def __init__(self, find_item: FindItem) -> None:
+        self.messages: list[ChatMessage] = []
+        self.repairs: list[str] = []
+        self._find_item = find_item
+        self._reasoning = ""
+
+    def read(self, item: InputItem, path: str) -> None:
+        kind = item.type or "message"
+        if kind == "message":
+            self._add_message(item, path)
+        elif kind == "reasoning":
+            self._reasoning += _reasoning_text(item)
+        elif kind == "item_reference":
+            self._follow(item, path)
+        elif kind == "function_call" or (kind.endswith("_call") and item.call_id is not None):
+            self._add_call(item, kind, path)
+        elif kind.endswith("_call_output"):
+            self._add_output(item, kind, path)
+        else:
+            self.repairs.append(path)
+
+    def _add(self, message: ChatMessage, path: str) -> None:
+        if message.role == "assistant" and self._reasoning:
+            message = message.model_copy(update={"reasoning_content": self._reasoning})
+        self._reasoning = ""
+        self.messages.append(message.from_path(path))
+
+    def _add_message(self, item: InputItem, path: str) -> None:
+        if item.role is None:
+            raise invalid("A message needs a role", f"{path}.role")
+        if item.content is None and "content" not in item.model_fields_set:
+            raise invalid("A message needs content", f"{path}.content")
+        content: Any = item.content
+        if isinstance(content, list):
+            content = [_chat_part(part) for part in content]
+        self._add(ChatMessage(role=item.role, content=content), path)
+
+    def _add_call(self, item: InputItem, kind: str, path: str) -> None:
+        arguments = item.arguments
+        if kind != "function_call":
+            given = next((v for v in (item.input, item.action, item.operation) if v), None)
+            arguments = {"input": given} if isinstance(given, str) else given or arguments
+        name = item.name or (kind.removesuffix("_call") if kind != "function_call" else "")
+        if not name or (arguments is None and kind == "function_call"):
+            self.repairs.append(path)
+        function = CalledFunction(name=name, arguments=arguments)
+        call = MessageToolCall(id=item.call_id, function=function)
+        last = self.messages[-1] if self.messages else None
+        if last is not None and last.role == "assistant":
+            calls = [*(last.tool_calls or ()), call]
+            self.messages[-1] = last.model_copy(update={"tool_calls": calls})
+        else:
+            self._add(ChatMessage(role="assistant", content=None, tool_calls=[call]), path)
+
+    def _add_output(self, item: InputItem, kind: str, path: str) -> None:
+        content: Any = item.output
+        if isinstance(content, list):
+            parts = [_as_part(part) for part in content]
+            content = [_chat_part(part) for part in parts if part is not None]
+            if len(content) < len(parts):
+                self.repairs.append(f"{path}.output")
+        elif content is not None and not isinstance(content, str):
+            content = json.dumps(content, ensure_ascii=False)
+        message = ChatMessage(role="tool", tool_call_id=item.call_id, content=content)
+        self._add(message, path)
+
+    def _follow(self, item: InputItem, path: str) -> None:
+        found = self._find_item(item.id) if item.id is not None else None
+        if found is None:
+            raise invalid(
+                f"No stored response has the item {str(item.id)[:100]!r}; send the item", path
+            )
+        self.read(InputItem.model_validate(found), path)
 
 
-def _parts_text(parts: str | list[InputPart], path: str) -> str:
-    if isinstance(parts, str):
-        return parts
-    return "\n".join(_part_text(part, f"{path}[{index}]") for index, part in enumerate(parts))
+def _reasoning_text(item: InputItem) -> str:
+    parts = item.content if isinstance(item.content, list) else []
+    return "".join(part.text or "" for part in parts)
 
 
-def _message(item: InputItem, path: str) -> ChatMessage:
-    if item.role is None:
-        raise invalid("A message needs a role", f"{path}.role")
-    if item.content is None:
-        raise invalid("A message needs content", f"{path}.content")
-    if isinstance(item.content, str):
-        return ChatMessage(role=item.role, content=item.content)
-    parts = [
-        ContentPart(
-            type="text",
-            text=_part_text(part, f"{path}.content[{index}]"),
-            prompt_cache_breakpoint=part.prompt_cache_breakpoint,
-        )
-        for index, part in enumerate(item.content)
-    ]
-    if not parts:
-        raise invalid("A message needs content", f"{path}.content")
-    return ChatMessage(role=item.role, content=parts)
+def _as_part(value: Any) -> InputPart | None:
+    if isinstance(value, str):
+        return InputPart(type="text", text=value)
+    try:
+        return InputPart.model_validate(value)
+    except ValidationError:
+        return None
 
 
-def _function_call(item: InputItem, path: str) -> MessageToolCall:
-    for name in ("call_id", "name", "arguments"):
-        if getattr(item, name) is None:
-            raise invalid(f"A function call needs {name}", f"{path}.{name}")
-    assert item.name is not None and item.arguments is not None and item.call_id is not None
-    parse_arguments(item.arguments, f"{path}.arguments")
-    function = CalledFunction(name=item.name, arguments=item.arguments)
-    return MessageToolCall(id=item.call_id, function=function)
+def _chat_part(part: InputPart) -> ContentPart:
+    is_text = part.type in ("input_text", "output_text", "text")
+    return ContentPart(
+        type="text" if is_text else part.type,
+        text=part.text,
+        refusal=part.refusal,
+        prompt_cache_breakpoint=part.prompt_cache_breakpoint,
+    )
 
 
-def input_messages(given: str | list[InputItem]) -> list[ChatMessage]:
-    """Chat messages of the input; consecutive function calls are one assistant message.
+def input_messages(
+    given: str | list[InputItem], find_item: FindItem = lambda _: None
+) -> tuple[list[ChatMessage], list[str]]:
+    """Chat messages of the input, and the paths of items that were left out or repaired.
+
+    Args:
+        find_item: a stored output item by its id, for item references.
 
     Raises:
-        ApiError: 400 naming the item's field.
+        ApiError: 400 for a message without role or content, or a reference to no stored item.
     """
     if isinstance(given, str):
-        return [ChatMessage(role="user", content=given)]
-    messages: list[ChatMessage] = []
+        return [ChatMessage(role="user", content=given).from_path("input")], []
+    reader = _InputReader(find_item)
     for index, item in enumerate(given):
-        path = f"input[{index}]"
-        if item.type == "message":
-            messages.append(_message(item, path))
-        elif item.type == "function_call":
-            call = _function_call(item, path)
-            last = messages[-1] if messages else None
-            if last is not None and last.role == "assistant":
-                calls = [*(last.tool_calls or ()), call]
-                messages[-1] = last.model_copy(update={"tool_calls": calls})
-            else:
-                messages.append(ChatMessage(role="assistant", tool_calls=[call]))
-        elif item.type == "function_call_output":
-            if item.call_id is None:
-                raise invalid("A function call's output needs call_id", f"{path}.call_id")
-            if item.output is None:
-                raise invalid("A function call's output needs output", f"{path}.output")
-            output = _parts_text(item.output, f"{path}.output")
-            messages.append(ChatMessage(role="tool", tool_call_id=item.call_id, content=output))
-        elif item.type == "item_reference":
-            raise invalid("Item references are not supported; send the item", path)
-    return messages
+        reader.read(item, f"input[{index}]")
+    return reader.messages, reader.repairs
 
 
 def previous_messages(
@@ -128,22 +175,27 @@ def previous_messages(
             "previous_response_id",
             "response_not_found",
         )
-    return stored.messages
+    return [message.model_copy().from_path("previous_response_id") for message in stored.messages]
 
 
 def _tools(body: ResponseRequest) -> list[ChatTool] | None:
     tools = []
     for index, tool in enumerate(body.tools or ()):
-        if tool.type != "function":
-            raise invalid(f"Tools of type {tool.type!r} are not supported", f"tools[{index}].type")
+        if tool.is_skipped():
+            continue
         if tool.name is None:
             raise invalid("A function needs a name", f"tools[{index}].name")
-        function = FunctionDefinition(
-            name=tool.name,
-            description=tool.description,
-            parameters=tool.parameters,
-            strict=tool.strict,
-        )
+        try:
+            function = FunctionDefinition(
+                name=tool.name,
+                description=tool.description,
+                parameters=tool.parameters,
+                strict=tool.strict,
+            )
+        except ValidationError:
+            raise invalid(
+                "A function's name has 1 to 64 letters, digits, _ and -", f"tools[{index}].name"
+            ) from None
         tools.append(ChatTool(type="function", function=function))
     return tools or None
 
@@ -172,8 +224,13 @@ def _response_format(body: ResponseRequest) -> ResponseFormat | None:
     return ResponseFormat(type="json_schema", json_schema=schema)
 
 
-def as_chat(body: ResponseRequest, history: list[ChatMessage]) -> ChatCompletionRequest:
+def as_chat(
+    body: ResponseRequest, history: list[ChatMessage], find_item: FindItem = lambda _: None
+) -> ChatCompletionRequest:
     """The chat completion that answers this request after ``history``.
+
+    Args:
+        find_item: a stored output item by its id, for item references.
 
     Raises:
         ApiError: 400 naming the field.
@@ -184,8 +241,10 @@ def as_chat(body: ResponseRequest, history: list[ChatMessage]) -> ChatCompletion
         raise invalid("stream_options needs stream: true", "stream_options")
     system = []
     if body.instructions is not None:
-        system = [ChatMessage(role="system", content=body.instructions)]
-    messages = [*system, *history, *input_messages(body.input)]
+        instructions = ChatMessage(role="system", content=body.instructions)
+        system = [instructions.from_path("instructions")]
+    given, repairs = input_messages(body.input, find_item)
+    messages = [*system, *history, *given]
     if not messages:
         raise invalid("The input has no message", "input")
     choice: Any = body.tool_choice
@@ -197,7 +256,7 @@ def as_chat(body: ResponseRequest, history: list[ChatMessage]) -> ChatCompletion
         if name not in ("stream_options", "stream")
     }
     wants_logprobs = LOGPROBS in (body.include or ()) or bool(body.top_logprobs)
-    return ChatCompletionRequest.model_construct(
+    chat = ChatCompletionRequest.model_construct(
         **shared,
         messages=messages,
         max_completion_tokens=body.max_output_tokens,
@@ -211,3 +270,5 @@ def as_chat(body: ResponseRequest, history: list[ChatMessage]) -> ChatCompletion
         service_tier=body.service_tier,
         metadata=body.metadata,
     )
+    chat.repairs.extend(repairs)
+    return chat

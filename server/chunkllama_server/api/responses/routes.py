@@ -12,7 +12,7 @@ from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.common.logprobs import LogprobFormatter
 from chunkllama_server.api.common.response_store import StoredResponse
 from chunkllama_server.api.openapi import answers, refusals
-from chunkllama_server.api.responses.request import as_chat, input_messages, previous_messages
+from chunkllama_server.api.responses.request import as_chat, previous_messages
 from chunkllama_server.api.responses.response import ResponseAnswer, assistant_message
 from chunkllama_server.api.schema.chat import ChatMessage
 from chunkllama_server.api.schema.response_object import (
@@ -42,21 +42,21 @@ _PARAM_NAMES = {
 async def prepare(
     body: ResponseRequest, context: ServerContext, info: RequestInfo
 ) -> tuple[PreparedChat, list[ChatMessage]]:
-    """Translate and tokenize a request; also returns the messages of the previous responses.
+    """Translate and tokenize a request; also returns its messages without the instructions.
 
     Raises:
         ApiError: 400 naming the field, 404 for a previous response that is not stored.
     """
     history = previous_messages(body, context.responses, info.tenant)
-    return await prepare_chat(as_chat(body, history), context), history
+    chat = as_chat(body, history, lambda item_id: context.responses.find_item(info.tenant, item_id))
+    conversation = chat.messages[chat.messages[0].origin == "instructions" :]
+    return await prepare_chat(chat, context, info), conversation
 
 
 def rename_param(error: ApiError) -> ApiError:
     """Name the field as this endpoint calls it."""
     param = error.param or ""
     error.param = _PARAM_NAMES.get(param, error.param)
-    if param.startswith("messages["):  # the input was checked when translated
-        error.param = "previous_response_id"
     return error
 
 
@@ -67,7 +67,7 @@ async def create_response(
     """Answer an input, whole or as events; the response is stored unless store is false."""
     info = context.admit(body, request)
     try:
-        prepared, history = await prepare(body, context, info)
+        prepared, conversation = await prepare(body, context, info)
         generation = await prepared.stream(
             info,
             f"resp_{uuid.uuid4().hex}",
@@ -78,8 +78,7 @@ async def create_response(
 
     def keep(response: Response) -> None:
         if body.store is not False:
-            messages = [*history, *input_messages(body.input)]
-            messages.append(assistant_message(response["output"]))
+            messages = [*conversation, assistant_message(response["output"])]
             context.responses.put(info.tenant, StoredResponse(response, messages))
 
     answer = ResponseAnswer(

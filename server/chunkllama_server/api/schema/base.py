@@ -1,36 +1,86 @@
-"""What every request model shares: strict types, no NaN, unknown fields kept so that they can be
-named.
+"""Define what every request model shares: strict types, no NaN, unknown fields kept to be named.
 
-Each field's description begins with what becomes of it: Honoured, Validated (checked, then without
-effect on the output), Ignored, or Refused (a known field this server does not serve).
+Each field's description begins with how it is handled: Honoured, Validated (checked, then without
+effect on the output), Ignored, Ignored and named (in the response header that names unknown fields;
+refused in strict mode), or Refused (a known field this server does not serve).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-# Of a long list of wrong values the first is told of: each complaint costs microseconds.
+# Report only the first invalid element of a list: each report costs microseconds.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(fail_fast=True)]
 LogitBias = Annotated[float, Field(ge=-100, le=100)]
 MAX_TOKENS = 2**31 - 1
 REFUSED = "Refused."
+NAMED = "Ignored and named"
+# Fields whose empty list means the same as no list; clients send both. An empty list of allowed
+# tokens is not among them: it constrains.
+EMPTY_IS_ABSENT = frozenset(
+    (
+        *("tools", "functions", "stop", "stop_token_ids", "bad_words", "documents", "include"),
+        *("content", "tool_calls", "modalities"),
+    )
+)
 MAX_SEED = 2**63 - 1
 
 
 class RequestModel(BaseModel):
-    """Base of request models; ``null`` equals absent wherever a field's type allows it."""
+    """Base of request models; ``null`` equals absent wherever a field's type allows it.
+
+    Clients in languages without integers write 5.0: a whole number is an integer.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_client_spellings(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {
+            name: _plain_value(name, value) if name in cls._wire_names() else value
+            for name, value in data.items()
+            if value is not None or name != "model"
+        }
+
+    @classmethod
+    @cache
+    def _wire_names(cls) -> frozenset[str]:
+        return frozenset(field.alias or name for name, field in cls.model_fields.items())
+
+    def is_skipped(self) -> bool:
+        """Whether the whole object is left out of the request and named."""
+        return False
+
+
+def _plain_value(name: str, value: Any) -> Any:
+    """The value as the schemas define it: 5.0 is 5, ``[]`` and a blank stop string are absent."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if name == "stop":
+        value = [text for text in value if text != ""] if isinstance(value, list) else value or None
+    if isinstance(value, list):
+        if not value and name in EMPTY_IS_ABSENT:
+            return None
+        if value and type(value[0]) is float:
+            return [_plain_value("", item) for item in value]
+    return value
 
 
 def walk_fields(
     model: BaseModel, prefix: str = ""
 ) -> Iterator[tuple[str, Literal["unknown", "refused"]]]:
     """Paths of the fields a client sent that no model knows, or that are known and not served."""
+    if isinstance(model, RequestModel) and model.is_skipped():
+        yield prefix.removesuffix("."), "unknown"
+        return
     for name, value in (model.model_extra or {}).items():
         if value is not None:
             yield f"{prefix}{name}", "unknown"
@@ -38,8 +88,11 @@ def walk_fields(
     for name in sorted(model.model_fields_set & fields.keys()):
         value = getattr(model, name)
         path = f"{prefix}{fields[name].alias or name}"
-        if value is not None and fields[name].description == REFUSED:
+        description = fields[name].description or ""
+        if value is not None and description == REFUSED:
             yield path, "refused"
+        if value not in (None, False) and description.startswith(NAMED):
+            yield path, "unknown"
         yield from _nested(value, path)
 
 
@@ -134,7 +187,10 @@ class CacheFields(RequestModel):
 class SamplingFields(CacheFields):
     """Sampling fields that chat and text completions share."""
 
-    model: str = Field(description="Honoured: a served model name; another is 404.")
+    model: str = Field(
+        default="",
+        description="Honoured: a served model name; another is 404. Absent: the served model.",
+    )
     temperature: float | None = Field(
         default=None, ge=0, le=2, description="Honoured: 0 is greedy. Default 1 or the model's."
     )

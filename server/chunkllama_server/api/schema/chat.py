@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, PrivateAttr, StringConstraints
 from typing_extensions import TypedDict
 
 from chunkllama_server.api.schema.base import (
@@ -24,8 +24,10 @@ ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
 class ContentPart(RequestModel):
     """One part of a message's content."""
 
-    type: Literal["text", "refusal", "image_url", "input_audio", "file"] = Field(
-        description="Honoured: text and refusal; the others are refused by name."
+    type: str = Field(
+        max_length=64,
+        description="Honoured: text and refusal. Media are refused in the turn to be answered and "
+        "named in the prompt where they are history; other types keep their text.",
     )
     text: str | None = Field(default=None, description="Honoured.")
     refusal: str | None = Field(default=None, description="Honoured.")
@@ -40,30 +42,40 @@ class ContentPart(RequestModel):
 class CalledFunction(RequestModel):
     """The function of an earlier tool call."""
 
-    name: str = Field(description="Honoured.")
-    arguments: str = Field(description="Honoured: JSON text.")
+    name: str | None = Field(default=None, description="Honoured.")
+    arguments: Any = Field(
+        default=None,
+        description="Honoured: JSON text of an object. What is not is repaired or kept as text.",
+    )
 
 
 class MessageToolCall(RequestModel):
     """A tool call an assistant message made."""
 
-    id: str = Field(description="Honoured through the template.")
-    type: Literal["function"] = Field(default="function", description="Honoured.")
-    function: CalledFunction = Field(description="Honoured through the template.")
+    id: str | None = Field(default=None, description="Honoured through the template.")
+    type: str | None = Field(
+        default="function",
+        max_length=64,
+        description="Honoured: a call of another type is shown as a function call.",
+    )
+    function: CalledFunction | None = Field(
+        default=None, description="Honoured through the template."
+    )
+    custom: Any = Field(default=None, description="Honoured through the template: name and input.")
 
 
 class ChatMessage(RequestModel):
     """One message of a conversation."""
 
     role: Role = Field(description="Honoured: developer is system where the template lacks it.")
-    content: str | Annotated[list[ContentPart], Field(min_length=1, max_length=1024)] | None = (
-        Field(default=None, description="Honoured: text, or text parts.")
+    content: str | Annotated[list[ContentPart], Field(max_length=1024)] | None = Field(
+        default=None, description="Honoured: text, or text parts. null is an empty text."
     )
     name: str | None = Field(
         default=None, max_length=256, description="Honoured through the template."
     )
     tool_calls: list[MessageToolCall] | None = Field(
-        default=None, max_length=128, description="Honoured through the template."
+        default=None, max_length=4096, description="Honoured through the template."
     )
     tool_call_id: str | None = Field(default=None, description="Honoured: required for role tool.")
     function_call: CalledFunction | None = Field(
@@ -73,7 +85,18 @@ class ChatMessage(RequestModel):
     reasoning_content: str | None = Field(
         default=None, description="Honoured through the template."
     )
-    audio: Any = Field(default=None, description="Refused.")
+    audio: Any = Field(default=None, description="Ignored and named: its transcript is not known.")
+    # Where the message comes from, if not from messages[i]: named in errors and repairs.
+    _origin: str = PrivateAttr(default="")
+
+    @property
+    def origin(self) -> str:
+        return self._origin
+
+    def from_path(self, path: str) -> ChatMessage:
+        """The message, with the path that errors and repairs name."""
+        self._origin = path
+        return self
 
 
 class FunctionDefinition(RequestModel):
@@ -90,11 +113,18 @@ class FunctionDefinition(RequestModel):
 
 
 class ChatTool(RequestModel):
-    """A tool; functions only."""
+    """A tool the model may call."""
 
-    type: Literal["function", "custom"] = Field(description="Honoured: custom is refused.")
+    type: str = Field(
+        max_length=64,
+        description="Honoured: function. A tool of another type is left out and named in the "
+        "header of ignored fields.",
+    )
     function: FunctionDefinition | None = Field(default=None, description="Honoured.")
-    custom: Any = Field(default=None, description="Refused.")
+    custom: Any = Field(default=None, description="Ignored: left out with its tool.")
+
+    def is_skipped(self) -> bool:
+        return self.type != "function"
 
 
 class NamedFunction(RequestModel):
@@ -161,7 +191,7 @@ class ChatCompletionRequest(SamplingFields):
         description="Honoured (deprecated): max_completion_tokens wins.",
     )
     response_format: ResponseFormat | None = Field(default=None, description="Honoured.")
-    tools: Annotated[list[ChatTool], Field(min_length=1, max_length=128)] | None = Field(
+    tools: Annotated[list[ChatTool], Field(max_length=128)] | None = Field(
         default=None, description="Honoured."
     )
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = Field(
@@ -196,7 +226,7 @@ class ChatCompletionRequest(SamplingFields):
     )
     safety_identifier: str | None = Field(default=None, max_length=64, description="Validated.")
     store: bool | None = Field(
-        default=None, description="Validated: true is refused, completions are not stored."
+        default=None, description="Ignored and named: completions are not stored."
     )
     modalities: list[Literal["text", "audio"]] | None = Field(
         default=None, description="Validated: text only, audio is refused."
@@ -223,6 +253,12 @@ class ChatCompletionRequest(SamplingFields):
         default=None, description="Honoured: names on the operator's list, others are refused."
     )
     documents: Any = Field(default=None, description="Refused.")
+    # Items of a Responses request that were repaired or left out on the way here.
+    _repairs: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def repairs(self) -> list[str]:
+        return self._repairs
 
 
 class TopLogprob(TypedDict):

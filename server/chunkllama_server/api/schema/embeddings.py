@@ -22,7 +22,10 @@ EmbeddingInput = (
 class EmbeddingRequest(CacheFields):
     """Body of POST /v1/embeddings."""
 
-    model: str = Field(description="Honoured: a served model name; another is 404.")
+    model: str = Field(
+        default="",
+        description="Honoured: a served model name; another is 404. Absent: the served model.",
+    )
     input: EmbeddingInput = Field(
         description="Honoured: up to 2048 texts or lists of token ids, none empty."
     )

@@ -18,9 +18,11 @@ from chunkllama_server.api.schema.chat import Name, ReasoningEffort, ServiceTier
 class InputPart(RequestModel):
     """One part of a message item's content."""
 
-    type: Literal[
-        "input_text", "output_text", "text", "refusal", "input_image", "input_file", "input_audio"
-    ] = Field(description="Honoured: the texts and refusal; the others are refused by name.")
+    type: str = Field(
+        max_length=64,
+        description="Honoured: texts and refusals. Media are refused in the turn to be answered "
+        "and named in the prompt where they are history; other types keep their text.",
+    )
     text: str | None = Field(default=None, description="Honoured.")
     refusal: str | None = Field(default=None, description="Honoured.")
     prompt_cache_breakpoint: PromptCacheBreakpoint | None = Field(
@@ -37,12 +39,11 @@ class InputPart(RequestModel):
 class InputItem(RequestModel):
     """An item of the input: a message, a function call, its output, or reasoning."""
 
-    type: Literal[
-        "message", "function_call", "function_call_output", "reasoning", "item_reference"
-    ] = Field(
+    type: str | None = Field(
         default="message",
-        description="Honoured: reasoning is skipped, item_reference is refused; send "
-        "previous_response_id.",
+        max_length=64,
+        description="Honoured: messages, calls, outputs of calls, reasoning, and item_reference "
+        "to an item of a stored response. Items of other types are left out and named.",
     )
     role: Literal["user", "assistant", "system", "developer"] | None = Field(
         default=None, description="Honoured: required for a message."
@@ -54,10 +55,11 @@ class InputItem(RequestModel):
     name: str | None = Field(
         default=None, max_length=256, description="Honoured for a function call."
     )
-    arguments: str | None = Field(default=None, description="Honoured for a function call.")
-    output: str | Annotated[list[InputPart], Field(max_length=1024)] | None = Field(
-        default=None, description="Honoured for a function call's output."
-    )
+    arguments: Any = Field(default=None, description="Honoured for a function call.")
+    input: Any = Field(default=None, description="Honoured for a custom tool's call.")
+    action: Any = Field(default=None, description="Honoured for a shell or computer call.")
+    operation: Any = Field(default=None, description="Honoured for an apply_patch call.")
+    output: Any = Field(default=None, description="Honoured for a call's output: text or parts.")
     id: str | None = Field(default=None, max_length=256, description="Ignored.")
     status: str | None = Field(default=None, max_length=64, description="Ignored.")
     phase: str | None = Field(default=None, max_length=64, description="Ignored.")
@@ -91,13 +93,20 @@ class TextOptions(RequestModel):
 class ResponseTool(RequestModel):
     """A function the model may call."""
 
-    type: str = Field(max_length=64, description="Honoured: function; others are refused.")
-    name: Name | None = Field(default=None, description="Honoured.")
+    type: str = Field(
+        max_length=64,
+        description="Honoured: function. A tool of another type is left out and named in the "
+        "header of ignored fields.",
+    )
+    name: str | None = Field(default=None, description="Honoured.")
     description: str | None = Field(default=None, description="Honoured through the template.")
     parameters: dict[str, Any] | None = Field(default=None, description="Honoured.")
     strict: bool | None = Field(
         default=None, description="Validated: forced calls obey the schema."
     )
+
+    def is_skipped(self) -> bool:
+        return self.type != "function"
 
 
 class ResponseToolChoice(RequestModel):
@@ -134,7 +143,10 @@ class ResponseStreamOptions(RequestModel):
 class ResponseRequest(CacheFields):
     """Body of POST /v1/responses."""
 
-    model: str = Field(description="Honoured: a served model name; another is 404.")
+    model: str = Field(
+        default="",
+        description="Honoured: a served model name; another is 404. Absent: the served model.",
+    )
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=4096)] = Field(
         description="Honoured: text, or items."
     )

@@ -29,7 +29,7 @@ REQUESTS: dict[str, type[BaseModel]] = {
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Models that stand anywhere in a field's type."""
+    """Models anywhere in a field's type."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in typing.get_args(annotation):

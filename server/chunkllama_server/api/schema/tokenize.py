@@ -26,7 +26,7 @@ class TokenizeRequest(RequestModel):
     )
     add_generation_prompt: bool | None = Field(default=None, description="Honoured for messages.")
     continue_final_message: bool | None = Field(default=None, description="Honoured for messages.")
-    tools: Annotated[list[ChatTool], Field(min_length=1, max_length=128)] | None = Field(
+    tools: Annotated[list[ChatTool], Field(max_length=128)] | None = Field(
         default=None, description="Honoured for messages."
     )
     chat_template_kwargs: dict[str, Any] | None = Field(

@@ -68,8 +68,8 @@ def _functions(body: ChatCompletionRequest) -> list[FunctionDefinition]:
         return body.functions
     functions = []
     for index, tool in enumerate(body.tools or ()):
-        if tool.type != "function":
-            raise invalid("Custom tools are not supported", f"tools[{index}].type")
+        if tool.is_skipped():
+            continue
         if tool.function is None:
             raise invalid("A function tool needs function", f"tools[{index}].function")
         functions.append(tool.function)
@@ -116,7 +116,7 @@ def plan_tools(body: ChatCompletionRequest, output_format: ToolFormat) -> ToolCo
     functions = _functions(body)
     if not functions:
         for field in ("tool_choice", "function_call"):
-            if getattr(body, field) not in (None, "none"):
+            if getattr(body, field) not in (None, "none", "auto"):
                 raise invalid(f"{field} needs tools", field)
         return ToolConfig()
     mode, allowed, path = _choice(body)

@@ -1,0 +1,305 @@
+"""Earlier messages are data: repaired, kept as text or left out, named in a header, never 400."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fake_engine import MODEL
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from chunkllama_server.api.chat.history import readable_arguments
+
+HELLO = {"role": "user", "content": "hi"}
+JSON = {"content-type": "application/json"}
+REPAIRED = "x-chunkllama-repaired-history"
+CALL = '{"name": "get_weather", "arguments": {"city": "Oslo"}}'
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}]
+RESPONSE_TOOLS = [{"type": "function", "name": "get_weather", "parameters": PARAMETERS}]
+TEMPLATES = {
+    "tools": None,
+    "plain": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}<|im_start|>assistant\n",
+}
+
+
+def turn(*messages):
+    return {"model": MODEL, "messages": [HELLO, *messages, HELLO]}
+
+
+def called(arguments, **members):
+    function = {"name": "f", "arguments": arguments}
+    return {"role": "assistant", "tool_calls": [{"id": "1", "function": function, **members}]}
+
+
+@pytest.mark.parametrize(
+    ("given_text", "shown", "was_object"),
+    [
+        ('{"city": "Oslo"}', {"city": "Oslo"}, True),
+        ({"city": "Oslo"}, {"city": "Oslo"}, True),
+        ("", {}, True),
+        (" ", {}, False),
+        (None, {}, False),
+        ("null", {}, False),
+        ('{"city": "Os', {"city": "Os"}, False),
+        ('{"city": "Os\\', {"city": "Os"}, False),
+        ('{"a": [1, {"b": ', {"a": [1, {"b": None}]}, False),
+        ('{"a": 1,', {"a": 1}, False),
+        ("{'city': 'Oslo', 'now': True}", {"city": "Oslo", "now": True}, False),
+        ("[1]", {"value": [1]}, False),
+        ('{"say": "he said "hi" to me"}', {"value": '{"say": "he said "hi" to me"}'}, False),
+        ('{"a": NaN}', {"value": '{"a": NaN}'}, False),
+        ("{'a': 1e999}", {"value": "{'a': 1e999}"}, False),
+        ('{"a": "\\ud800"}', {"value": '{"a": "\\ud800"}'}, False),
+        ("[" * 100_000, {"value": "[" * 100_000}, False),
+    ],
+    ids=lambda v: str(v)[:30],
+)
+def test_arguments_become_an_object(given_text, shown, was_object):
+    assert readable_arguments(given_text) == (shown, was_object)
+
+
+@pytest.mark.parametrize(
+    ("message", "path", "in_prompt"),
+    [
+        (called('{"city": "Os'), "tool_calls[0].function.arguments", '"Os"'),
+        (called("not JSON"), "tool_calls[0].function.arguments", "not JSON"),
+        (called(None), "tool_calls[0].function.arguments", "f{}"),
+        (called("{}", id=None), "tool_calls[0].id", "f{}"),
+        (
+            {"role": "assistant", "function_call": {"name": "f", "arguments": "{"}},
+            "function_call.arguments",
+            "f{}",
+        ),
+        (
+            {
+                "role": "assistant",
+                "tool_calls": [
+                    {"id": "1", "type": "custom", "custom": {"name": "sh", "input": "ls -l"}}
+                ],
+            },
+            "tool_calls[0]",
+            "ls -l",
+        ),
+        ({"role": "assistant"}, "content", "assistant"),
+        ({"role": "assistant", "content": None}, "content", "assistant"),
+        ({"role": "user", "content": None}, "content", "user"),
+        ({"role": "assistant", "content": []}, "content", "assistant"),
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, "content[0]", "user"),
+        ({"role": "user", "content": [{"type": "note", "text": "kept"}]}, "content[0]", "kept"),
+        ({"role": "tool", "tool_call_id": None, "content": "12"}, "tool_call_id", "12"),
+    ],
+    ids=lambda v: str(v)[:60],
+)
+def test_repairs_are_named_and_the_text_reaches_the_prompt(
+    server, text_parts, message, path, in_prompt
+):
+    answer = server.post("/v1/chat/completions", turn(message))
+    assert answer.status_code == 200, answer.text
+    assert answer.headers[REPAIRED] == f"messages[1].{path}"
+    prompt = text_parts[0].decode(server.engine.requests[0].prompt_token_ids)
+    assert in_prompt in prompt
+
+
+def test_a_sound_conversation_is_not_repaired(server):
+    result = {"role": "tool", "tool_call_id": "1", "content": "sunny"}
+    answer = server.post("/v1/chat/completions", turn(called("{}"), result))
+    assert answer.status_code == 200
+    assert REPAIRED not in answer.headers
+
+
+def test_media_is_text_in_the_past_and_refused_in_the_turn_to_answer(server, text_parts):
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+    answer = server.post("/v1/chat/completions", turn(image, {"role": "assistant", "content": "a"}))
+    assert answer.headers[REPAIRED] == "messages[1].content[0]"
+    prompt = text_parts[0].decode(server.engine.requests[0].prompt_token_ids)
+    assert "[image_url]" in prompt
+    result = {"role": "tool", "tool_call_id": "1", "content": image["content"]}
+    assert server.post("/v1/chat/completions", turn(called("{}"), result)).status_code == 200
+    refused = server.post("/v1/chat/completions", turn(image))
+    assert refused.json()["error"]["param"] == "messages[1].content[0]"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_nul_is_a_character_like_any_other(server, text_parts, path):
+    text = "12\0-18"
+    field = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}.get(path, "input")
+    value = [{"role": "user", "content": text}] if field == "messages" else text
+    assert server.post(path, {"model": MODEL, field: value}).status_code == 200
+    assert text in text_parts[0].decode(server.engine.requests[0].prompt_token_ids)
+
+
+@pytest.mark.parametrize(
+    ("item", "in_prompt", "repaired"),
+    [
+        (
+            {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm"}]},
+            "hi",
+            False,
+        ),
+        ({"type": "reasoning", "summary": [], "content": None}, "hi", False),
+        ({"type": "web_search_call", "id": "ws_1", "status": "completed"}, "hi", True),
+        ({"type": "mcp_list_tools", "tools": []}, "hi", True),
+        ({"type": "custom_tool_call", "call_id": "1", "name": "sh", "input": "ls"}, "ls", False),
+        ({"type": "custom_tool_call_output", "call_id": "1", "output": "a.py"}, "a.py", False),
+        (
+            {"type": "local_shell_call", "call_id": "1", "action": {"command": ["pwd"]}},
+            "pwd",
+            False,
+        ),
+        ({"type": "function_call", "call_id": "1", "name": "f"}, "f{}", True),
+        ({"type": "function_call", "call_id": "1", "name": "f", "arguments": "["}, "f[", True),
+        ({"type": "function_call", "name": "f", "arguments": "{}"}, "f{}", True),
+        ({"type": "function_call_output", "call_id": "1", "output": {"t": 12}}, '{"t": 12}', False),
+        ({"type": "function_call_output", "call_id": "1", "output": None}, "tool", True),
+        (
+            {
+                "type": "function_call_output",
+                "call_id": "1",
+                "output": [{"type": "input_text", "text": "12"}, {"type": "input_image"}],
+            },
+            "[input_image]",
+            True,
+        ),
+    ],
+    ids=lambda v: str(v)[:50],
+)
+def test_items_of_a_response(server, text_parts, item, in_prompt, repaired):
+    body = {"model": MODEL, "input": [HELLO, item, HELLO]}
+    answer = server.post("/v1/responses", body)
+    assert answer.status_code == 200, answer.text
+    named = answer.headers.get(REPAIRED, "")
+    assert named.startswith("input[1]") if repaired else not named
+    prompt = text_parts[0].decode(server.engine.requests[0].prompt_token_ids)
+    assert in_prompt.replace("f[", "f{") in prompt
+
+
+def test_tools_of_other_types_are_left_out_and_named(server, start_server):
+    body = {
+        "model": MODEL,
+        "input": "x",
+        "tools": [{"type": "web_search"}, *RESPONSE_TOOLS, {"type": "namespace", "tools": []}],
+    }
+    answer = server.post("/v1/responses", body)
+    assert answer.headers["x-chunkllama-ignored-fields"] == "tools[0], tools[2]"
+    custom = {"type": "custom", "custom": {"name": "x"}}
+    answer = server.chat(tools=[*TOOLS, custom])
+    assert answer.headers["x-chunkllama-ignored-fields"] == "tools[1]"
+    refused = start_server(strict=True).post("/v1/responses", body)
+    assert refused.json()["error"]["param"] == "tools[0]"
+
+
+def test_an_item_reference_stands_for_the_stored_item(server, text_parts):
+    first = server.post("/v1/responses", {"model": MODEL, "input": "say(Bergen)yas"}).json()
+    reference = {"type": "item_reference", "id": first["output"][0]["id"]}
+    answer = server.post("/v1/responses", {"model": MODEL, "input": [reference, HELLO]})
+    assert answer.status_code == 200
+    prompt = text_parts[0].decode(server.engine.requests[1].prompt_token_ids)
+    assert "assistant\nBergen" in prompt
+
+
+ANSWERS = st.lists(
+    st.sampled_from(
+        [CALL, f"<tool_call>{CALL}</tool_call>", f"[{CALL}]", "<tool_call>", "It is ", "\0", "é{"]
+    ),
+    max_size=3,
+).map("".join)
+_TURNS = settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def any_template(request, start_server):
+    return start_server(template_source=TEMPLATES[request.param])
+
+
+@_TURNS
+@given(ANSWERS, st.integers(1, 150), st.sampled_from(["auto", "required", "none"]))
+def test_every_chat_answer_is_accepted_in_the_next_turn(any_template, text, cut, choice):
+    ask = {"role": "user", "content": f"say({text})yas"}
+    body = {"model": MODEL, "messages": [ask], "tools": TOOLS, "tool_choice": choice}
+    first = any_template.post("/v1/chat/completions", {**body, "max_tokens": cut})
+    assert first.status_code == 200, first.text
+    message = first.json()["choices"][0]["message"]
+    results = [
+        {"role": "tool", "tool_call_id": call["id"], "content": "12"}
+        for call in message.get("tool_calls", ())
+    ]
+    for back in ([message, HELLO], [message, *results, HELLO], [message, *results]):
+        again = {**body, "messages": [ask, *back], "max_tokens": 1}
+        second = any_template.post("/v1/chat/completions", again)
+        assert second.status_code == 200, second.text
+
+
+@_TURNS
+@given(ANSWERS, st.integers(16, 150), st.sampled_from(["auto", "required", "none"]))
+def test_every_response_is_accepted_in_the_next_turn(any_template, text, cut, choice):
+    ask = {"role": "user", "content": f"say({text})yas"}
+    body = {"model": MODEL, "tools": RESPONSE_TOOLS, "tool_choice": choice}
+    first = any_template.post("/v1/responses", {**body, "input": [ask], "max_output_tokens": cut})
+    assert first.status_code == 200, first.text
+    output = first.json()["output"]
+    results = [
+        {"type": "function_call_output", "call_id": item["call_id"], "output": "12"}
+        for item in output
+        if item["type"] == "function_call"
+    ]
+    previous = {"previous_response_id": first.json()["id"]}
+    for more in (
+        {"input": [ask, *output, *results, HELLO]},
+        {"input": [ask, *output, HELLO]},
+        {"input": [*results, HELLO], **previous},
+        {"input": "go on", **previous},
+    ):
+        second = any_template.post("/v1/responses", {**body, **more, "max_output_tokens": 16})
+        assert second.status_code == 200, second.text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": []},
+        {"tools": [], "tool_choice": "auto"},
+        {"stop": ""},
+        {"stop": ["", "END"]},
+        {"stop": []},
+        {"max_tokens": 5.0},
+        {"stop_token_ids": [5.0]},
+        {"n": 1.0, "top_k": 3.0, "seed": 7.0},
+        {"documents": []},
+        {"store": True},
+        {"model": None},
+    ],
+    ids=str,
+)
+def test_what_common_clients_send_is_accepted(server, fields):
+    answer = server.chat(**fields)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model"] == MODEL
+    ignored = answer.headers.get("x-chunkllama-ignored-fields")
+    assert ignored == ("store" if "store" in fields else None)
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/chat/completions", {"messages": [HELLO]}),
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/responses", {"input": "x"}),
+        ("/v1/embeddings", {"input": "x"}),
+    ],
+)
+def test_a_missing_model_is_the_served_one(server, path, field):
+    assert server.post(path, field).json()["model"] == MODEL
+
+
+def test_a_byte_order_mark_before_the_body_is_skipped(server):
+    raw = b"\xef\xbb\xbf" + json.dumps({"model": MODEL, "messages": [HELLO]}).encode()
+    with server.http() as http:
+        answer = http.post("/v1/chat/completions", content=raw, headers=JSON)
+    assert answer.status_code == 200, answer.text
