@@ -15,7 +15,7 @@ namespace {
 constexpr float LOG2E = 1.44269504f;
 
 struct Buffers {
-  Scratch<float> q, out, reference, sum, scores;
+  Scratch<float> q, out, reference, sum, scores, float_probs;
   Scratch<bf16> q_pairs, probs, v_tail;
 };
 
@@ -132,12 +132,32 @@ void write_results(const Unit<T>& u, const RowState& state) {
 }
 
 // ------------------------------------------------------------------------------------------------ vector units
+// Type of queries and probabilities: bf16 where an instruction multiplies pairs of it.
+#if defined(__AVX512BF16__)
+template <class T>
+using Operand = T;
+#else
+template <class T>
+using Operand = float;
+#endif
+
+// The queries of a unit, one row behind the other, and room for the probabilities of BLOCK rows.
+INLINE float* operands(Buffers& b, long queries, float** probs) {
+  *probs = b.float_probs.fit(BLOCK * PROB_STRIDE);
+  return b.q.fit(queries);
+}
+INLINE bf16* operands(Buffers& b, long queries, bf16** probs) {
+  *probs = b.probs.fit(2 * BLOCK * PROB_STRIDE);
+  return b.q_pairs.fit(queries);
+}
+
 template <class T, long DIM>
 void run_vectors(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
   using L = Layout<T>;
   const long dim = DIM ? DIM : u.dim;
-  float* q = b.q.fit(u.rows * dim);
-  float *scores = b.scores.fit(2 * BLOCK * SCORE_STRIDE), *probs = scores + BLOCK * SCORE_STRIDE;
+  float* scores = b.scores.fit(2 * BLOCK * SCORE_STRIDE);
+  Operand<T>* probs;
+  Operand<T>* q = operands(b, u.rows * dim, &probs);
   const RowState state = fresh_state(b, u.rows, dim);
   gather(u, q, dim);
   const float scale = u.args.scale * LOG2E;
@@ -159,11 +179,11 @@ void run_vectors(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
                                  int(dim / STEP<T>), ahead);
       const RowState rs = state.from(first);
       constexpr Precision P = L::PAIRS ? COARSE : FINE;
-      if (cut) online_softmax<true, P>(scores, probs, SCORE_STRIDE, rows, keys, visible, scale, rs, ahead);
-      else online_softmax<false, P>(scores, probs, SCORE_STRIDE, rows, keys, visible, scale, rs, ahead);
+      if (cut) online_softmax<true, P>(scores, probs, PROB_STRIDE, rows, keys, visible, scale, rs, ahead);
+      else online_softmax<false, P>(scores, probs, PROB_STRIDE, rows, keys, visible, scale, rs, ahead);
       for (int j = 0; j < u.chunks_of(g); j++) {
         const int n = std::min(CHUNK, valid - j * CHUNK);
-        product_blocks<T, true>(rows, int(dim / BLOCK), probs + j * CHUNK, SCORE_STRIDE, u.v(g * STEP_CHUNKS + j), L::v_step(dim),
+        product_blocks<T, true>(rows, int(dim / BLOCK), probs + j * CHUNK, PROB_STRIDE, u.v(g * STEP_CHUNKS + j), L::v_step(dim),
                                 L::v_block(), rs.out, rs.out_stride, (n + STEP<T> - 1) / STEP<T>, ahead);
       }
     }

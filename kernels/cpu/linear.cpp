@@ -16,8 +16,13 @@ constexpr int64_t PANEL = 512;             // rows of x at most that the weights
 constexpr int64_t LEAST_PANEL = 64;        // so many rows for each thread, and each keeps to its own rows: they are in its L2
 constexpr int64_t DEEP = 18;               // k blocks of 2 KB that stay in L1 while the rows of a panel pass by
 constexpr int TILE_PAIR = 2048;            // bytes of a k block of bf16: two tiles
-#if defined(__AMX_TILE__)
-constexpr int FEW_ROWS = 2;                // int8 weights: with so few rows converting them to tiles does not pay
+#if defined(__AVX512BF16__)
+constexpr int FEW_ROWS = 2;                // int8 weights: with so few rows converting them to bf16 takes longer
+#endif
+#if defined(__AVX512BF16__) && !defined(__AMX_TILE__)
+#define PAIR_PRODUCTS 1                    // bf16 products on the vector units
+constexpr int PAIR_ROWS = 12;              // rows of one inner loop: with 2 vectors of columns 24 sums in 32 registers
+constexpr int64_t PAIR_PART = 64;          // k blocks (128 KB of weights) that stay in L2 while the rows pass by
 #endif
 
 // The weights of a unit, and where the stream goes on behind them.
@@ -41,7 +46,7 @@ INLINE Vec dequantize(IntVec words, Vec twice, Vec offset) {
   return (Vec)((shifted & 0x7f8000) | 0x43000000) * twice + offset;
 }
 
-#if defined(__AMX_TILE__)
+#if defined(__AVX512BF16__)
 // A k block of int8 as two bf16 tiles, while the block at `next` is prefetched line by line. Cutting off the low half of a
 // float shrinks it by 2^-9 on average, which the scale makes up.
 INLINE void widen(const char* from, char* tiles, const char* next) {
@@ -66,6 +71,9 @@ INLINE void widen(const char* from, char* tiles, const char* next) {
 void widen_unit(const Stream& w, char* tiles) {
   for (const char* p = w.at; p < w.end; p += K_BYTES[INT8], tiles += TILE_PAIR) widen(p, tiles, w.ahead(p));
 }
+#endif
+
+#if defined(__AMX_TILE__)
 
 // Where tile loads find x: 16 rows `stride` bytes apart, the next 16 rows `lower` bytes on, the next k block `step` bytes on.
 struct Rows {
@@ -99,6 +107,57 @@ INLINE void tile_product(Rows x, const Stream& w, bool prefetch, bool accumulate
     Sum::template add_product<X, KEEP>(x.at, x.stride, x.lower, tiles, 64, TILE_PAIR / 2);
   }
   Sum::store(acc, UNIT);
+}
+#endif
+
+#if defined(PAIR_PRODUCTS)
+// Where the weights of a later product lie: `pace` bytes of them are fetched for each k block of this one.
+struct Later {
+  const char* at;
+  int pace;
+};
+
+// acc [R, 32] (+)= x [R] * the k blocks [at, end) of a unit of bf16 pairs. A row's sum is the same for every R.
+template <int R>
+INLINE void pair_product(const bf16* x, long x_stride, const char* at, const char* end, Later& later, bool accumulate, float* acc) {
+  Vec c[R][2] = {};
+  if (accumulate)
+    for (int r = 0; r < R; r++)
+      for (int j = 0; j < 2; j++) c[r][j] = load(acc + r * UNIT + j * W);
+  for (const char* p = at; p < end; p += TILE_PAIR, x += 32) {
+    for (int i = 0; i < later.pace; i += 64) prefetch_l2(later.at + i);
+    later.at += later.pace;
+    const bf16* b = reinterpret_cast<const bf16*>(p);
+    for (int s = 0; s < 16; s++, b += 2 * W) {
+      const IntVec columns[2] = {load_pairs(b), load_pairs(b + TILE_PAIR / 4)};
+      for (int r = 0; r < R; r++) {
+        const IntVec pair = set_pair(x + r * x_stride + 2 * s);
+        for (int j = 0; j < 2; j++) c[r][j] = add_pairs(c[r][j], pair, columns[j]);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < 2; j++) store(acc + r * UNIT + j * W, c[r][j]);
+}
+
+INLINE void pair_rows(int rows, const bf16* x, long x_stride, const char* at, const char* end, Later& later, bool accumulate, float* acc) {
+  auto run = [&](auto count) {
+    pair_product<decltype(count)::value>(x, x_stride, at, end, later, accumulate, acc);
+  };
+  switch (rows) {
+    case 1: run(std::integral_constant<int, 1>{}); break;
+    case 2: run(std::integral_constant<int, 2>{}); break;
+    case 3: run(std::integral_constant<int, 3>{}); break;
+    case 4: run(std::integral_constant<int, 4>{}); break;
+    case 5: run(std::integral_constant<int, 5>{}); break;
+    case 6: run(std::integral_constant<int, 6>{}); break;
+    case 7: run(std::integral_constant<int, 7>{}); break;
+    case 8: run(std::integral_constant<int, 8>{}); break;
+    case 9: run(std::integral_constant<int, 9>{}); break;
+    case 10: run(std::integral_constant<int, 10>{}); break;
+    case 11: run(std::integral_constant<int, 11>{}); break;
+    default: run(std::integral_constant<int, PAIR_ROWS>{});
+  }
 }
 #endif
 
@@ -278,6 +337,32 @@ void panel_product(const LinearArgs& a, int64_t column, int64_t begin, int64_t e
 }
 #endif
 
+#if defined(PAIR_PRODUCTS)
+// Rows [begin, end) of x times one unit of bf16 pairs, as many k at a time as L2 holds beside the next part of the weights.
+// That part is fetched meanwhile, spread over all the rows: in a burst it would hold up the first of them.
+void pair_unit(const LinearArgs& a, int64_t column, int64_t begin, int64_t end, const Stream& w) {
+  static thread_local Scratch<float> panel;
+  float* const acc = panel.fit(PANEL * UNIT);
+  const int64_t rows = end - begin, blocks = (rows + PAIR_ROWS - 1) / PAIR_ROWS;
+  const int64_t depth = (w.end - w.at) / TILE_PAIR, parts = (depth + PAIR_PART - 1) / PAIR_PART;
+  const int64_t part = (depth + parts - 1) / parts * TILE_PAIR;
+  const int64_t advance = parts > 1 ? UNIT : 0;  // sums that nothing is added to stay in L1
+  const bf16* x = static_cast<const bf16*>(a.x) + begin * a.x_stride;
+  for (const char* at = w.at; at < w.end; at += part, x += part / TILE_PAIR * 32) {
+    const char* stop = std::min(at + part, w.end);
+    const char* next = stop < w.end ? stop : w.next;
+    Later later{next, next ? int((TILE_PAIR / blocks + 63) / 64 * 64) : 0};
+    for (int64_t i = 0; i < blocks; i++) {
+      const Range block = share(rows, int(i), int(blocks));  // evenly: few rows would wait for their weights
+      const int64_t r = block.begin, count = block.end - r;
+      float* to = acc + r * advance;
+      pair_rows(int(count), x + r * a.x_stride, a.x_stride, at, stop, later, at != w.at, to);
+      if (stop == w.end) finish_rows(a, column, begin + r, count, to);
+    }
+  }
+}
+#endif
+
 // Rows [begin, end) times one unit.
 void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end, [[maybe_unused]] const char* packed, Stream w) {
   const int64_t column = unit * UNIT;
@@ -295,6 +380,18 @@ void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end, [[m
     panel_product(a, column, begin, end, packed, w, acc);
     return;
   }
+#elif defined(PAIR_PRODUCTS)
+  if (a.x_type == BF16) {
+    static thread_local Scratch<char> wide;
+    if (a.linear->type == INT8) {
+      const int64_t bytes = a.linear->k / 32 * TILE_PAIR;
+      char* tiles = wide.fit(bytes);
+      widen_unit(w, tiles);
+      w = {tiles, tiles + bytes, nullptr};
+    }
+    pair_unit(a, column, begin, end, w);
+    return;
+  }
 #endif
   alignas(64) float acc[MAX_ROWS * UNIT];
   for (int64_t first = begin; first < end; first += MAX_ROWS) {
@@ -304,7 +401,7 @@ void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end, [[m
   }
 }
 
-#if defined(__AMX_TILE__)
+#if defined(__AVX512BF16__)
 // With x as floats, for the vector units.
 LinearArgs with_floats(LinearArgs a) {
   static thread_local Scratch<float> floats;
@@ -329,8 +426,10 @@ void run_panel(LinearArgs a, int64_t first, int64_t last, Phase& phase, int thre
   const char* packed = nullptr;
   int64_t begin = phase.take(grain);
   while (begin < units) {
-#if defined(__AMX_TILE__)
+#if defined(__AVX512BF16__)
     if (l.type == INT8 && a.x_type == BF16 && a.rows <= FEW_ROWS) a = with_floats(a);
+#endif
+#if defined(__AMX_TILE__)
     if (!packed && a.x_type == BF16 && last - first > MAX_ROWS) packed = pack_panel(a, first, last);
 #endif
     const int64_t following = phase.take(grain), end = std::min(begin + grain, units);

@@ -15,7 +15,7 @@ constexpr int SCALES = 64;                 // bytes of the scales before a k blo
 constexpr int K_BLOCK[] = {16, 32, 32};    // k per block of a unit, by Type
 constexpr int K_BYTES[] = {2048, 2048, SCALES + 1024};
 
-#if defined(__AMX_TILE__)
+#if defined(__AVX512BF16__)
 constexpr Type NARROW_ACTIVATIONS = BF16;  // of models whose weights are bf16 or int8
 #else
 constexpr Type NARROW_ACTIVATIONS = F32;  // the vector units multiply floats

@@ -1,7 +1,8 @@
 // C[R][NB * 16] (+)= A[R][k] * B[k][NB * 16] on the vector units: the one inner loop behind q.k, p.v and the linears.
 //
 // B is stored in blocks of 16 columns, `block_stride` elements apart. A step is one k for float and int8, a pair of k for
-// bf16 (columns [16][2], as the tile instructions want them), `step_stride` elements apart.
+// bf16 (columns [16][2], as the tile instructions read them), `step_stride` elements apart. A is float, or with AVX512-BF16
+// bf16 where B is; its rows then are `lda` elements apart, an even number.
 #pragma once
 #include <algorithm>
 
@@ -24,8 +25,8 @@ constexpr int MAX_ROWS = 3;
 template <class T>
 constexpr int STEP = std::is_same<T, bf16>::value ? 2 : 1;  // k per step
 
-template <class T, int R, int NB, bool ACCUMULATE>
-static INLINE void product(const float* a, long lda, const T* b, long step_stride, long block_stride, float* c, long ldc,
+template <class T, int R, int NB, bool ACCUMULATE, class A>
+static INLINE void product(const A* a, long lda, const T* b, long step_stride, long block_stride, float* c, long ldc,
                            int steps, Prefetcher& ahead) {
   constexpr int VB = BLOCK / W, N = NB * VB;
   Vec acc[R][N];
@@ -33,6 +34,18 @@ static INLINE void product(const float* a, long lda, const T* b, long step_strid
     for (int j = 0; j < N; j++) acc[r][j] = ACCUMULATE ? load(c + r * ldc + j * W) : Vec{};
   for (int s = 0; s < steps; s++, b += step_stride) {
     ahead.step(NB);
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<A, bf16>) {
+      static_assert(STEP<T> == 2, "bf16 rows need columns of bf16 pairs");
+      IntVec pairs[N];
+      for (int j = 0; j < N; j++) pairs[j] = load_pairs(b + j * block_stride);
+      for (int r = 0; r < R; r++) {
+        const IntVec x = set_pair(a + r * lda + 2 * s);
+        for (int j = 0; j < N; j++) acc[r][j] = add_pairs(acc[r][j], x, pairs[j]);
+      }
+      continue;
+    } else
+#endif
     if constexpr (STEP<T> == 2) {
       IntVec pairs[N];
       for (int j = 0; j < N; j++) pairs[j] = load_pairs(b + j / VB * block_stride + j % VB * W * 2);
@@ -58,8 +71,8 @@ static INLINE void product(const float* a, long lda, const T* b, long step_strid
 }
 
 // Any number of rows, `blocks` <= MAX_BLOCKS column blocks.
-template <class T, bool ACCUMULATE, int NB>
-static INLINE void product_rows(int rows, const float* a, long lda, const T* b, long step_stride, long block_stride, float* c,
+template <class T, bool ACCUMULATE, int NB, class A>
+static INLINE void product_rows(int rows, const A* a, long lda, const T* b, long step_stride, long block_stride, float* c,
                          long ldc, int steps, Prefetcher& ahead) {
   for (int r = 0; r < rows;) {
     const int n = std::min(MAX_ROWS, rows - r);
@@ -82,8 +95,8 @@ static INLINE void product_rows(int rows, const float* a, long lda, const T* b, 
 }
 
 // Any number of column blocks: full groups of MAX_BLOCKS, then one by one.
-template <class T, bool ACCUMULATE>
-static INLINE void product_blocks(int rows, int blocks, const float* a, long lda, const T* b, long step_stride,
+template <class T, bool ACCUMULATE, class A>
+static INLINE void product_blocks(int rows, int blocks, const A* a, long lda, const T* b, long step_stride,
                                   long block_stride, float* c, long ldc, int steps, Prefetcher& ahead) {
   int j = 0;
   for (; j + MAX_BLOCKS <= blocks; j += MAX_BLOCKS)

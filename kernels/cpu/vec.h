@@ -55,6 +55,19 @@ static INLINE IntVec load_pairs(const bf16* p) {
 static INLINE Vec even(IntVec pairs) { return (Vec)(pairs << 16); }
 static INLINE Vec odd(IntVec pairs) { return (Vec)(pairs & set((int32_t)0xffff0000)); }
 
+#if defined(__AVX512BF16__)
+// One pair, in every lane.
+static INLINE IntVec set_pair(const bf16* p) {
+  int32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  return set(pair);
+}
+// sum + a.even * b.even + a.odd * b.odd, lane by lane; subnormal values count as zero.
+static INLINE Vec add_pairs(Vec sum, IntVec a, IntVec b) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
 static INLINE void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
 
 static INLINE bool any(IntVec mask) {

@@ -125,16 +125,62 @@ def test_one_call_equals_the_reference_ops(
 def test_linears_of_any_number_of_rows(
     level: str, rng: np.random.Generator, dtype: torch.dtype, weights: str
 ) -> None:
-    """Few rows, a block, a panel, several panels; more k than a core's L1 holds of a unit."""
-    spec = replace(SPEC, num_layers=1, hidden_size=1240, vocab_size=100)
+    """Few rows, a block, a panel, several panels; more k than a core's L1 or L2 holds of a unit."""
+    spec = replace(SPEC, num_layers=1, hidden_size=4130, vocab_size=100)
     model, _ = make_model(native_ops(dtype, level), spec, random_case(rng, kind="decode"), dtype)
     head = model.weights.lm_head.double()
     native = model.attention.backend.prepare_model(model, weights)  # type: ignore[attr-defined]
     tolerance = {"auto": 2e-5, "int8": 0.05}[weights] if dtype == torch.float32 else 0.05
-    for rows in (1, 2, 3, 16, 17, 32, 33, 511, 512, 513, 1100):
+    for rows in (*range(1, 14), 16, 17, 25, 32, 33, 511, 512, 513, 1100):
         x = torch.from_numpy(rng.standard_normal((rows, spec.hidden_size))).to(dtype)
         error = (native.logits(x) - x.double() @ head.T).abs().max()
         assert error <= tolerance, rows
+
+
+def test_a_row_alone_gives_the_numbers_it_has_among_others(
+    level: str, rng: np.random.Generator
+) -> None:
+    native, size = one_layer(level, rng, torch.bfloat16, "auto")
+    x = torch.from_numpy(rng.standard_normal((150, size))).float()
+    together = native.logits(x).clone()
+    for row in (0, 11, 12, 13, 149):
+        assert torch.equal(native.logits(x[row : row + 1]), together[row : row + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_overflow_and_nan_reach_their_own_row_and_column_only(
+    level: str, rng: np.random.Generator, dtype: torch.dtype
+) -> None:
+    """Products beyond a float are infinite, infinities of both signs and zero times one NaN."""
+    native, size = one_layer(
+        level,
+        rng,
+        dtype,
+        "auto",
+        ((11, slice(None)), 3e38),
+        ((12, slice(None)), torch.inf),
+        ((13, 5), torch.nan),
+        ((14, 3), -torch.inf),
+    )
+    for rows in (1, 2, 9, 14, 40, 70, 600):
+        x = torch.from_numpy(rng.uniform(0.5, 1, (rows, size))).float()
+        plain = native.logits(x).clone()
+        assert plain[:, :11].isfinite().all() and plain[:, 15:].isfinite().all()
+        assert (plain[:, 11:13] == torch.inf).all()
+        assert plain[:, 13].isnan().all()
+        assert (plain[:, 14] == -torch.inf).all()
+        x[rows // 2] = -3e38
+        huge = native.logits(x).clone()[rows // 2]
+        assert (huge[11], huge[12], huge[14]) == (-torch.inf, -torch.inf, torch.inf)
+        x[rows // 2] = 0
+        zero = native.logits(x).clone()[rows // 2]
+        assert zero[12:15].isnan().all()
+        assert (zero[:12] == 0).all() and (zero[15:] == 0).all()
+        x[rows // 2, 7] = torch.nan
+        broken = native.logits(x)
+        assert broken[rows // 2].isnan().all()
+        others = torch.arange(rows) != rows // 2
+        assert torch.equal(broken[others].nan_to_num(), plain[others].nan_to_num())
 
 
 def one_layer(

@@ -33,9 +33,11 @@ def test_native_ops_are_clean_under(
         environment["LD_PRELOAD"] = runtime
         # Leaks: the interpreter itself has some at exit.
         environment["ASAN_OPTIONS"] = "detect_leaks=0"
+    longer = [each.name for each in LEVELS if each.name != level.name and level.name in each.name]
+    chosen = " and not ".join([level.name, *longer])
     files = [str(HERE / name) for name in ("test_native_ops.py", "test_native_model.py")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", level.name, *files],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files],
         env=environment,
         capture_output=True,
         text=True,

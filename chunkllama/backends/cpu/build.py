@@ -45,7 +45,8 @@ class IsaLevel:
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-_AMX = (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+_AVX512_BF16 = (*_AVX512, "-mavx512bf16")
+_AMX = (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16")
 _AVX512_FEATURES = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 
 # Best first.
@@ -54,6 +55,11 @@ LEVELS: Final = (
         "amx",
         (*_AMX, "-mtune=sapphirerapids"),
         _AVX512_FEATURES | {"avx512_bf16", "amx_tile", "amx_bf16"},
+    ),
+    IsaLevel(
+        "avx512_bf16",
+        (*_AVX512_BF16, "-mtune=icelake-server"),
+        _AVX512_FEATURES | {"avx512_bf16"},
     ),
     IsaLevel("avx512", (*_AVX512, "-mtune=skylake-avx512"), _AVX512_FEATURES),
     IsaLevel("avx2", (*_AVX2, "-mtune=haswell"), frozenset({"avx2", "fma", "f16c"})),
