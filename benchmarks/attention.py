@@ -1,10 +1,10 @@
-"""Attention alone: latency, bandwidth, and gain of sharing, on any backend.
+"""Measure attention alone: latency, bandwidth and the gain of sharing, on any backend.
 
     python benchmarks/attention.py --backend native            # GQA shapes
     python benchmarks/attention.py --grid table3               # ChunkAttention's Table 3, MHA
     python benchmarks/attention.py --grid quick --paired       # one case of each kind
 
-Every case runs three ways, in alternation, over as many layers as keep the caches from helping:
+Every case alternates between three variants, over enough layers to exceed the caches:
 ``on`` (the planner sees the shared prefix), ``off`` (each sequence over its own copy, nothing
 shared) and ``sdpa`` (torch's scaled_dot_product_attention per sequence, query groups as rows).
 Predicted bytes are K and V read once per run. With --paired the case with nothing shared is run
@@ -36,7 +36,7 @@ from chunkllama.backends.select import select_backend
 from chunkllama.scheduler.tree_order import num_shared_chunks
 
 RESULTS = Path(__file__).parent / "results"
-COLD_BYTES = 1.2e9  # K/V that a round should walk through, so that it comes from memory
+COLD_BYTES = 1.2e9  # K/V read per round, more than the caches hold
 CHUNK = 64
 
 
@@ -119,7 +119,9 @@ class Bench:
     def variant(
         self, paths: list[list[int]], shared: list[int], kv: KVCache
     ) -> list[Callable[[], object]]:
-        """Attention over chunk paths that share so many chunks with the one before."""
+        """Return a call of attention over chunk paths; ``shared`` chunks are those of the path
+        before.
+        """
         shape, count = self.case.shape, self.case.batch
         plan = self.planner.build(
             first_positions=self.positions.tolist(),
@@ -178,14 +180,14 @@ class Bench:
 
     @property
     def predicted_bytes(self) -> int:
-        """K and V of one layer, each token once."""
+        """Return K and V of one layer, each token once."""
         case = self.case
         tokens = case.shared + case.batch * case.private
         return tokens * case.shape.token_bytes(self.dtype)
 
 
 def timed(calls: list[Callable[[], object]], device: torch.device) -> float:
-    """Microseconds per layer."""
+    """Measure microseconds per layer."""
     start = time.perf_counter()
     for call in calls:
         call()
@@ -195,14 +197,14 @@ def timed(calls: list[Callable[[], object]], device: torch.device) -> float:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """GB/s at which a reduction reads memory beyond the caches."""
+    """Measure the GB/s at which a reduction reads memory larger than the caches."""
     words = torch.ones(1 << 28, dtype=torch.float32, device=device)
     best = min(timed([words.sum], device) for _ in range(5))
     return words.numel() * 4 / best / 1e3
 
 
 def paired(bench: Bench, rounds: int = 200) -> dict[str, float]:
-    """Time with sharing on over time with sharing off, nothing shared: median, upper 95% bound.
+    """Return time with sharing on / off when nothing is shared: median, upper 95% bound.
 
     A step of either kind plans anew and runs all layers; with sharing on it first looks for what
     neighbours share. A real step does so only when a sequence comes, grows a chunk or goes.
@@ -298,7 +300,7 @@ def report(bench: Bench, rounds: int, bandwidth: float) -> dict[str, object]:
     rate = bench.predicted_bytes / on / 1e3
     cells = [f"{medians[n]:.0f}" if n in medians else "" for n in ("on", "off", "sdpa")]
     gains = [f"{medians[n] / on:.1f}" if n in medians else "" for n in ("off", "sdpa")]
-    bench.run.clear()  # the calls refer to the bench: their pools would wait for the collector
+    bench.run.clear()  # the calls refer to the bench and would keep its pools alive
     name = f"{case.shape.name} b={case.batch} {case.shared} shared + {case.private}"
     rates = [f"{rate:.1f}", f"{rate / bandwidth:.0%}"]
     print(f"| {name} | {' | '.join([*cells, *rates, *gains])} |", flush=True)

@@ -1,14 +1,14 @@
-"""Our server beside others: the same model and load, in one run, in alternating order.
+"""Compare ChunkLlama with other servers: same model and load, one run, alternating order.
 
-Start the servers first (``benchmarks/peers/README.md`` says how), then name them:
+Start the servers first (see ``benchmarks/peers/README.md``), then name them:
 
     python benchmarks/compare.py --model FOLDER \\
         --server chunkllama=http://127.0.0.1:8000 --server vllm=http://127.0.0.1:8101
 
 Every round of a scenario makes new prompts and sends them to each server in turn, first with
-prefixes that no server has seen (cold), then with new user parts below the same prefixes (warm);
-the order of the servers is reversed from round to round, with a pause between two of them: some
-spin on for a second after their last answer. Tables hold medians over the rounds.
+prefixes new to every server (cold), then with new user parts after the same prefixes (warm). The
+order of the servers is reversed every round, with a pause between servers because some keep
+spinning for a second after their last answer. Tables contain medians over the rounds.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from chunkllama_server.bench.client import Endpoint, Outcome
 from chunkllama_server.bench.workload import PromptMaker
 
 RESULTS = Path(__file__).parent / "results"
-PAUSE_SECONDS = 2.0  # before a server's turn, for the one before it to come to rest
+PAUSE_SECONDS = 2.0  # lets the previous server become idle
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """``tenants`` system prompts of ``system`` tokens, each request its own user part."""
+    """A load of ``tenants`` system prompts of ``system`` tokens; user parts are unique."""
 
     tenants: int
     system: int
@@ -58,7 +58,7 @@ SCENARIOS = {
 async def run_load(
     endpoint: Endpoint, model: str, prompts: list[list[int]], scenario: Scenario
 ) -> dict[str, float]:
-    """Send the prompts, ``concurrency`` at once; throughput and latencies of the whole."""
+    """Send the prompts, ``concurrency`` at once; return throughput and latencies."""
     outcomes: list[Outcome] = []
     waiting = iter(prompts)
 
@@ -92,7 +92,7 @@ async def run_load(
 
 
 async def version(endpoint: Endpoint) -> str:
-    """What the server says of itself at /version; "" where it says nothing."""
+    """Return the server's version from /version; "" if it reports none."""
     status, body = await endpoint.get("/version")
     try:
         return json.loads(body)["version"] if status == 200 else ""
@@ -167,7 +167,7 @@ def main() -> None:
 
 
 def table(runs: list[dict], servers: list[str], scenarios: str) -> str:
-    """Medians a row: output tokens/s, TTFT p50 / p99 ms, TPOT p50 ms of each server."""
+    """Print one row of medians: output tokens/s, TTFT p50 / p99 ms, TPOT p50 ms of each server."""
     lines = [
         "| scenario | " + " | ".join(servers) + " |",
         "| --- |" + " --- |" * len(servers),

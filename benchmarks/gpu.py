@@ -1,14 +1,14 @@
-"""Everything a GPU is needed for, in one place: check the kernels, measure them, tune them.
+"""Check, measure and tune the CUDA kernels on a GPU.
 
     python benchmarks/gpu.py check     numbers: device layer, attention, ops, graphs, a model
     python benchmarks/gpu.py bench     times: against torch SDPA, varlen, FlashInfer, sharing off
     python benchmarks/gpu.py tune      sweeps tile shapes; writes configs/hardware/<arch>.yaml
 
 Needs torch, numpy and CuPy. Work is cut into points of at most 40 s in a fixed order of value;
-results are appended to benchmarks/results/gpu-<verb>.jsonl, and a later run goes on where the last
-one stopped. Every verb ends within 8 minutes (--budget) with a short table.
+results are appended to benchmarks/results/gpu-<verb>.jsonl, and a later run continues after the
+last recorded point. Every verb ends within 8 minutes (--budget) with a short table.
 
---dry-run goes through every step before the first launch, on any machine, and stores nothing.
+--dry-run executes every step up to the first launch, on any machine, and stores nothing.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def run_verb(arguments: argparse.Namespace, device: Device) -> int:
 
 
 def report(records: list[Record], total: int) -> int:
-    """The last line; 1 if a point failed."""
+    """Print the last line; return 1 if a point failed."""
     failed = [record["point"] for record in records if "error" in record]
     print(f"{len(records)} of {total} points done, {len(failed)} failed {failed or ''}")
     return 1 if failed else 0

@@ -1,5 +1,6 @@
-"""The load test as a script: ``python benchmarks/load_test.py --tenants 8``; the flags are those of
-``chunkllama bench serve``."""
+"""Run the load test as a script: ``python benchmarks/load_test.py --tenants 8``; the flags are
+those of ``chunkllama bench serve``.
+"""
 
 from __future__ import annotations
 

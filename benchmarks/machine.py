@@ -1,10 +1,10 @@
-"""What benchmark results say of the machine they were measured on."""
+"""Describe the machine a benchmark ran on."""
 
 from pathlib import Path
 
 
 def cpu_name() -> str:
-    """Model name and number of processors, as the kernel tells."""
+    """Return model name and number of processors, from /proc/cpuinfo."""
     names = [
         line.split(":", 1)[1].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()

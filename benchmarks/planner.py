@@ -1,6 +1,6 @@
-"""Time to build an attention plan: python benchmarks/planner.py [--save]
+"""Measure the time to build an attention plan: python benchmarks/planner.py [--save]
 
-A decode plan is built anew only when its version changes. Target: 64 rows over 8,192 shared and 32
+A decode plan is rebuilt only when its version changes. Target: 64 rows over 8,192 shared and 32
 private chunks each in under 300 us.
 """
 
@@ -37,7 +37,7 @@ PACKINGS = {
 def decode(
     tenants: int, rows: int, shared: int, private: int
 ) -> Callable[[Planner], AttentionPlan]:
-    """``rows`` decoding sequences in all, each tenant's below ``shared`` chunks of its own."""
+    """Return a step of ``rows`` decoding sequences; each tenant shares ``shared`` chunks."""
     chunk_ids, lcp = [], []
     for row in range(rows):
         tenant, nth = divmod(row, rows // tenants)
@@ -56,7 +56,7 @@ def decode(
 
 
 def prefill(tokens: int, decodes: int, prefix: int) -> Callable[[Planner], AttentionPlan]:
-    """A slice of ``tokens`` beside decoding sequences, all below ``prefix`` shared chunks."""
+    """Return a step of a slice of ``tokens`` and decoding sequences after ``prefix`` shared chunks."""
     rows = decodes + 1
     run = np.arange(prefix, dtype=np.int32)
     chunk_ids = [

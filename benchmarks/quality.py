@@ -1,10 +1,10 @@
-"""What narrower weights cost: KL divergence and top-1 agreement with float32, token by token.
+"""Measure the accuracy of narrower weights: KL divergence and top-1 agreement with float32.
 
     python benchmarks/quality.py                       # bf16 and int8 against fp32, 20,000 tokens
     python benchmarks/quality.py --tokens 2000 --candidates int8
 
-Text is this repository's own: documents, sources, licence. It is cut into windows of 1,024 tokens;
-every position of a window counts, so short contexts are in it too.
+The text is this repository's documents, sources and licence, cut into windows of 1,024 tokens.
+Every position of a window counts, so short contexts are included.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def repository_text() -> str:
 
 
 class Candidate:
-    """A model in one precision, over a pool of one window."""
+    """A model in one precision with a pool of one window."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         dtype, weights = KINDS[kind]
@@ -77,7 +77,7 @@ class Candidate:
         )
 
     def log_probabilities(self, window: np.ndarray) -> Iterator[torch.Tensor]:
-        """[<= ROWS, vocab] float32, block by block."""
+        """Yield blocks of logits [<= ROWS, vocab] float32."""
         positions = torch.arange(WINDOW, dtype=torch.int32)
         hidden = self.model.forward(torch.from_numpy(window), positions, self.plan).clone()
         for rows in hidden.split(ROWS):
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def compare(folder: Path, windows: np.ndarray, kinds: list[str]) -> dict[str, dict[str, float]]:
-    """Means over all positions, by candidate."""
+    """Return means over all positions, by candidate."""
     reference = Candidate(folder, "fp32")
     candidates = {kind: Candidate(folder, kind) for kind in kinds}
     sums = {kind: np.zeros(4) for kind in kinds}

@@ -1,10 +1,10 @@
-"""What the scheduler costs, with no model: match, step, and steps a minute in the simulator.
+"""Measure the scheduler without a model: match, step, and simulator steps per minute.
 
     python benchmarks/scheduler.py [--save]
 
 Prints a table of medians. Targets: a match below 10,000 children under
-0.2 ms; schedule() + commit() of a decode step with 16 rows under 0.15 ms; 200,000 steps a minute
-of simulated traffic, every invariant checked and every output compared with the oracle.
+0.2 ms; schedule() + commit() of a decode step with 16 rows under 0.15 ms; 200,000 steps per
+minute of simulated traffic with every invariant checked and every output compared with the oracle.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _filled(cache: CacheManager, prompts: list[np.ndarray]) -> None:
 
 
 def match_below_many_children(num_children: int) -> float:
-    """One level of prefix, then ``num_children`` siblings that share half of their tokens."""
+    """Build one level of prefix, then ``num_children`` siblings that share half of their tokens."""
     rng = np.random.default_rng(0)
     cache = CacheManager(num_children + 8, SIZE, time.monotonic)
     prefix = rng.integers(0, 32000, SIZE + SIZE // 2, dtype=np.int32)
@@ -66,7 +66,7 @@ def match_below_many_children(num_children: int) -> float:
 
 
 def match_long_prefix(num_tokens: int) -> float:
-    """A whole prompt that is in the tree, one chunk below the other."""
+    """Match a whole prompt that is in the tree as a path of chunks."""
     rng = np.random.default_rng(0)
     cache = CacheManager(num_tokens // SIZE + 8, SIZE, time.monotonic)
     prompt = rng.integers(0, 32000, num_tokens, dtype=np.int32)
@@ -77,7 +77,7 @@ def match_long_prefix(num_tokens: int) -> float:
 def decode_step(
     num_rows: int, shared_chunks: int, private_chunks: int, spare_chunks: int
 ) -> tuple[float, float, float]:
-    """Milliseconds of schedule(), of commit(), and of building and taking in a whole join."""
+    """Measure milliseconds of schedule(), of commit(), and of a step in which all sequences join."""
     rng = np.random.default_rng(0)
     total = shared_chunks + num_rows * (private_chunks + 8)
     engine = SimulatedEngine(
@@ -112,7 +112,7 @@ def decode_step(
 
 
 def simulated_steps_per_minute(seconds: float) -> float:
-    """Random traffic with all checks on."""
+    """Run random traffic with all checks on."""
     steps, seed = 0, 0
     start = time.process_time()
     while time.process_time() - start < seconds:
@@ -122,7 +122,7 @@ def simulated_steps_per_minute(seconds: float) -> float:
 
 
 def measure(seconds: float) -> list[dict[str, object]]:
-    """All rows of the table."""
+    """Return all rows of the table."""
     rows: list[dict[str, object]] = []
 
     def row(what: str, value: float, unit: str, target: str = "") -> None:

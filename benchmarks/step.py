@@ -1,4 +1,4 @@
-"""Time of a whole decode step of the native CPU backend: batch, shared length, tenants, weights.
+"""Measure a decode step of the native CPU backend: batch, shared length, tenants, weights.
 
     python benchmarks/step.py                       # the cases of the README's table
     python benchmarks/step.py --sweep               # and step time against batch, length, tenants
@@ -74,7 +74,7 @@ SWEEPS = {
 
 
 class Bench:
-    """One packed model per weight type, and one chunk pool that all cases use."""
+    """One packed model per weight type and one chunk pool for all cases."""
 
     def __init__(self, spec: ModelSpec, num_chunks: int) -> None:
         self.spec = spec
@@ -102,7 +102,7 @@ class Bench:
             self.models[weights] = ops.prepare_model(model, weights)  # type: ignore[arg-type]
 
     def step(self, case: StepCase) -> Callable[[], object]:
-        """A function that runs one decode step of the case."""
+        """Return a function that runs one decode step of the case."""
         ids, chunks, shared = iter(range(self.kv.num_chunks)), [], []
         for tenant in range(case.tenants):
             prefix = [next(ids) for _ in range(case.shared // 64)]
@@ -131,7 +131,9 @@ class Bench:
 
 
 def measure(bench: Bench, cases: list[StepCase], rounds: int) -> dict[StepCase, float]:
-    """Median milliseconds per step: every round runs each case five times and keeps the median."""
+    """Return median milliseconds per step: every round runs each case five times and keeps the
+    median.
+    """
     steps = {case: bench.step(case) for case in cases}
     times: dict[StepCase, list[float]] = {case: [] for case in cases}
     for step in steps.values():
@@ -187,7 +189,7 @@ def main() -> None:
 
 
 def plot(results: dict[StepCase, float], path: Path) -> None:
-    """Step time against batch, shared length and tenants."""
+    """Plot step time against batch, shared length and tenants."""
     import matplotlib as mpl
 
     mpl.use("agg")

@@ -1,9 +1,9 @@
-"""What a JSON schema costs: the same requests with and without, in alternation.
+"""Measure the cost of a JSON schema: the same requests with and without, alternating.
 
     python benchmarks/structured.py --url http://127.0.0.1:8000 --save
 
-Every answer has exactly ``--tokens`` tokens: the schema is a long list of objects, so that none is
-complete before. Sampling is at temperature 1; a round sends the requests without a schema, with
+Every answer has exactly ``--tokens`` tokens: the schema is a list of objects too long to complete
+earlier. Sampling is at temperature 1; a round sends the requests without a schema, with
 one, with bounded strings, and with everything bounded, in an order reversed from round to round.
 """
 
@@ -27,7 +27,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def schema(text: dict[str, int], number: dict[str, int], tags: dict[str, int]) -> dict:
-    """A long list of objects whose strings, numbers and lists have these bounds."""
+    """Return the schema of a long list of objects whose strings, numbers and lists have these
+    bounds.
+    """
     pet = {
         "name": {"type": "string", **text},
         "age": {"type": "integer", **number},
@@ -57,7 +59,7 @@ FORMATS = {
 
 
 async def run_load(endpoint: Endpoint, options: argparse.Namespace, body: dict) -> float:
-    """Output tokens per second of ``--requests`` requests, ``--concurrency`` at once."""
+    """Measure output tokens per second of ``--requests`` requests, ``--concurrency`` at once."""
     outcomes: list[Outcome] = []
     numbers = iter(range(options.requests))
 

@@ -1,4 +1,4 @@
-"""Sixteen clients of one tenant at once: the server computes their system prompt a single time.
+"""Send 16 concurrent requests of one tenant; the server computes their system prompt once.
 
 python examples/many_tenants.py [URL]
 """

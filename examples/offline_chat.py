@@ -1,4 +1,4 @@
-"""Answer several questions at once in this process; the system prompt is computed once.
+"""Answer several questions in one batch in this process; the system prompt is computed once.
 
 python examples/offline_chat.py [MODEL]
 """

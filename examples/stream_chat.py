@@ -1,4 +1,4 @@
-"""Stream an answer with the openai client, and see how much of the prompt was cached.
+"""Stream an answer with the openai client and print how much of the prompt was cached.
 
 python examples/stream_chat.py [URL]
 """

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Full sizes with a fresh seed (or the one given): sh scripts/nightly.sh PYTHON [SEED [TESTS...]]
-# Of some tests only, the report is added to the last one.
+# Run full sizes with a fresh seed (or the one given): sh scripts/nightly.sh PYTHON [SEED [TESTS...]]
+# With TESTS given, the report is appended to the last one.
 set -u
 python=$1
 seed=${2:-$(date +%s)}

@@ -7,7 +7,7 @@ say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
     echo "chunkllama needs Python 3.11 or newer, and '$PYTHON' is not; try: make PYTHON=python3.12 serve" >&2
     exit 2
 }
-# Asking pip: an interrupted or refused creation leaves a python without one.
+# Check pip: an interrupted creation leaves a python without it.
 "$VENV/bin/python" -m pip --version > /dev/null 2>&1 || {
     say "creating $VENV"
     "$PYTHON" -m venv "$VENV"
@@ -16,13 +16,13 @@ pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 CPU_TORCH="torch==2.13.0+cpu"
 if [ -n "${TORCH:-}" ]; then
-    say "installing torch as asked: $TORCH"
+    say "installing the requested torch: $TORCH"
     # shellcheck disable=SC2086  # TORCH may hold several words: options and a requirement
     pip install $TORCH
 elif "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
-    say "torch is there already"
+    say "torch is already installed"
 elif [ -e /dev/nvidiactl ] || [ -e /dev/nvidia0 ]; then
-    say "an NVIDIA device is here: installing torch's default (CUDA) build"
+    say "found an NVIDIA device: installing torch's default (CUDA) build"
     pip install "torch>=2.11"
 elif pip install "$CPU_TORCH" 2> /dev/null; then
     say "no NVIDIA device: installed torch's CPU build ($CPU_TORCH)"

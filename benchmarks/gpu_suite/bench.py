@@ -1,4 +1,4 @@
-"""`bench`: our attention against peers and against itself without sharing, in order of value."""
+"""Implement `bench`: compare attention with peers and with sharing disabled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MEMORY_SHARE = 0.8  # of the free memory that a point may take
 
 
 def bench_points(device: Device) -> list[Point]:
-    """Headlines first, then the Table 3 grid, GQA, batch sweeps, other shapes."""
+    """Return the points: headlines first, then the Table 3 grid, GQA, batch sweeps, other shapes."""
     headline = Workload(32, 4096, 0)
     points = [_compare(device, headline), _bandwidth(device), _nothing_shared(device)]
     points += [_overhead(device)]
@@ -81,8 +81,8 @@ def _fits(device: Device, workload: Workload) -> bool:
 
 
 def _bandwidth(device: Device) -> Point:
-    """Private tokens against a plain copy, and shared plus private against the two-phase roofline:
-    every unique byte once, at the copy's rate.
+    """Compare private tokens with a plain copy, and shared plus private against the two-phase
+    roofline: every unique byte once, at the copy's rate.
     """
 
     def run() -> Record:
@@ -100,7 +100,7 @@ def _bandwidth(device: Device) -> Point:
 
 
 def _nothing_shared(device: Device) -> Point:
-    """200 paired alternations against flash-decoding where there is nothing to share."""
+    """Run 200 paired alternations against flash-decoding where there is nothing to share."""
     workload = Workload(16, 0, 2048, **GQA)
 
     def run() -> Record:
@@ -121,7 +121,7 @@ def _nothing_shared(device: Device) -> Point:
 
 
 def _overhead(device: Device) -> Point:
-    """Host time of append and attention per layer without graphs, and of a plan."""
+    """Measure host time of append and attention per layer without graphs, and of a plan."""
     workload = Workload(32, 1024, 64, **GQA)
 
     def run() -> Record:
@@ -133,7 +133,7 @@ def _overhead(device: Device) -> Point:
             step.attend(plan, 0)
 
         layer()
-        # Few enough launches for the queue (1,024): beyond it the host waits for the GPU.
+        # Fewer launches than the queue holds (1,024); a full queue blocks the host.
         count = 1 if device.dry else 200
         _synchronize(device)
         begin = time.perf_counter()
@@ -159,7 +159,7 @@ def _synchronize(device: Device) -> None:
 
 
 def bench_rows(records: list[Record]) -> list[dict[str, Any]]:
-    """The short table: one line per compared workload."""
+    """Print the short table: one line per compared workload."""
     return [
         {
             "workload": record["point"].removeprefix("compare "),

@@ -1,4 +1,5 @@
-"""`check`: the kernels on a real GPU against the emulator's vectors, float64 and the reference ops.
+"""Implement `check`: compare the kernels on a GPU with the emulator's vectors, float64 and the
+reference ops.
 
 In order of value: the device layer, the numeric suite, captured launches, the model, the sanitizer.
 """
@@ -29,7 +30,7 @@ from chunkllama.resources import data_folder
 
 TOLERANCE = {"bf16": 2e-3, "fp16": 5e-4}
 _ROUNDING = {"bf16": 2**-7, "fp16": 2**-10}
-# Words of kernels/cuda/conformance.cuh that are computed, not moved.
+# Words of kernels/cuda/conformance.cuh that are results of arithmetic.
 _COMPUTED_WORDS = [*range(12, 20), 27, 28, 29]
 
 
@@ -87,7 +88,7 @@ def _cases(head_dim: int, dtype: str) -> list[Workload]:
 
 
 def _attention(device: Device, head_dim: int, dtype: str) -> Point:
-    """Decode steps and causal slices against float64."""
+    """Compare decode steps and causal slices with float64."""
 
     def run() -> Record:
         torch.manual_seed(0)
@@ -111,12 +112,12 @@ def _attention(device: Device, head_dim: int, dtype: str) -> Point:
 
 
 def _scale_values(step: Step) -> None:
-    """|V| below 1/2: rounding an output then costs less than half the tolerance."""
+    """Scale V below 1/2, so that rounding an output uses less than half the tolerance."""
     step.kv.layers[0][:, 1].uniform_(-0.5, 0.5)
 
 
 def _poison_ends(step: Step) -> None:
-    """NaN behind every sequence's end."""
+    """Write NaN after every sequence's end."""
     used = (step.workload.private - 1) % 64 + 1
     if step.workload.private and used < 64:
         last = torch.tensor([int(row[-1]) for row in step.workload.chunk_ids])
@@ -165,7 +166,7 @@ def _causal_error(device: Device, w: Workload, new: int) -> float:
 
 
 def _small_ops(device: Device, dtype: str) -> Point:
-    """Append, norm, gate and copies against the torch reference on the same device."""
+    """Compare append, norm, gate and copies with the torch reference on the same device."""
 
     def run() -> Record:
         torch.manual_seed(0)
@@ -217,7 +218,7 @@ def _assert_close(device: Device, got: torch.Tensor, want: torch.Tensor, dtype: 
 
 
 def _replay(device: Device) -> Point:
-    """A captured graph computes whatever plan of its capacity lies in the buffer."""
+    """Check that a captured graph computes any plan of its capacity in the buffer."""
 
     def run() -> Record:
         torch.manual_seed(0)
@@ -281,7 +282,7 @@ def _sanitizer(device: Device, tool: str) -> Point:
             return {"skipped": "compute-sanitizer is not on the path"}
         entry = Path(__file__).parents[1] / "gpu.py"
         command = [binary, "--tool", tool, "--error-exitcode", "9", sys.executable, str(entry)]
-        # A block of memory for every tensor: an access beyond it is then one to no memory.
+        # One allocation per tensor, so that an access past its end is invalid.
         environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         process = subprocess.run(
             [*command, "sanitized"], env=environment, capture_output=True, text=True, check=False
@@ -296,7 +297,7 @@ def _sanitizer(device: Device, tool: str) -> Point:
 
 
 def run_small_cases(device: Device) -> None:
-    """What the sanitizers watch: every kernel on small inputs, and nothing beside it."""
+    """Run every kernel on small inputs, for the sanitizers."""
     for workload in (Workload(5, 128, 37, 4, 2, 64), Workload(20, 128, 3, 4, 2, 128)):
         step = Step(workload, device, 1)
         plan = step.upload()
@@ -309,7 +310,7 @@ def run_small_cases(device: Device) -> None:
 
 
 def check_rows(records: list[Record]) -> list[Record]:
-    """The short table: one line per point."""
+    """Print the short table: one line per point."""
     return [
         {
             "check": record["point"],

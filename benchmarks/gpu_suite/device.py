@@ -1,4 +1,4 @@
-"""The device under test: a GPU through CuPy, or none for a dry run."""
+"""Provide the device under test: a GPU through CuPy, or none for a dry run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class DryLauncher:
-    """Everything but the launch: checks what would be launched. Stands for an H200."""
+    """Check launches without executing them, with the limits of an H200."""
 
     table: HardwareTable = field(default_factory=lambda: table_for((9, 0), 232448))
     num_sms: int = 132
@@ -67,7 +67,7 @@ class Device:
 
     @property
     def table(self) -> HardwareTable:
-        """The tuning in use, under the device's own name and limits: it may be another one's."""
+        """Return the tuning in use (possibly of another device) with this device's name and limits."""
         table: HardwareTable = self.launcher.table
         if self.dry:
             return table
@@ -80,7 +80,7 @@ class Device:
         )
 
     def with_table(self, table: HardwareTable) -> Device:
-        """The same device under another tuning."""
+        """Return the same device with another tuning."""
         if self.dry:
             return replace(self, launcher=DryLauncher(table, self.launcher.num_sms))
         return replace(self, launcher=CupyLauncher(self.torch_device, table))
@@ -109,11 +109,11 @@ class Device:
         return int(properties.L2_cache_size)
 
     def layers_beyond_l2(self, layer_bytes: int) -> int:
-        """Layers to walk so that one has left the L2 cache when it comes back."""
+        """Return the number of layers whose K/V together exceed the L2 cache."""
         return min(64, max(1, -(-4 * self.l2_bytes // layer_bytes)))
 
     def lost(self) -> bool:
-        """Whether an error has ended the CUDA context: nothing runs in this process any more."""
+        """Report whether an error has made the CUDA context unusable for this process."""
         try:
             if not self.dry:
                 torch.cuda.synchronize()
@@ -122,14 +122,14 @@ class Device:
         return False
 
     def microseconds(self, step: Callable[[int], Any], layers: int, seconds: float = 0.4) -> float:
-        """Median time of ``step(layer)`` in a CUDA graph that walks all layers once a replay."""
+        """Return the median time of ``step(layer)`` in a CUDA graph over all layers."""
         if self.dry:
             step(0)
             return float("nan")
         return self.timer(step, layers)(seconds)
 
     def timer(self, step: Callable[[int], Any], layers: int) -> Callable[[float], float]:
-        """Captures the graph; the returned function replays it for some seconds and gives the
+        """Capture the graph; the returned function replays it for some seconds and gives the
         median microseconds per layer.
         """
         side = torch.cuda.Stream()
@@ -157,7 +157,7 @@ class Device:
         return measure
 
     def copy_bandwidth(self) -> float:
-        """Bytes read and written per second by a plain device copy of 2 GiB."""
+        """Measure bytes read and written per second by a plain device copy of 2 GiB."""
         if self.dry:
             return float("nan")
         source = torch.empty(2 << 30, dtype=torch.uint8, device=self.torch_device)

@@ -1,4 +1,4 @@
-"""A seeded random Llama, forced along one sequence of tokens on two backends, logits compared."""
+"""Compare the logits of a seeded random Llama on two backends along one token sequence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOGIT_SCALE = 3.0
 
 @dataclass(frozen=True)
 class Slice:
-    """``attention.backend.PlannedSlice``."""
+    """Implement ``models.attention.PlannedSlice``."""
 
     slot: int
     first_position: int
@@ -35,7 +35,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """``attention.backend.PlannedStep``, with the tokens of its rows."""
+    """Implement ``models.attention.PlannedStep``, with the tokens of its rows."""
 
     slices: list[Slice]
     plan_version: int
@@ -56,7 +56,7 @@ def random_spec(head_dim: int = 64, num_qo_heads: int = 6, num_kv_heads: int = 2
 
 
 def random_weights(spec: ModelSpec, dtype: torch.dtype, seed: int = 0) -> LlamaWeights:
-    """Weights on the CPU that keep activations near 1 and logits near LOGIT_SCALE."""
+    """Return weights on the CPU that keep activations near 1 and logits near LOGIT_SCALE."""
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
@@ -147,7 +147,7 @@ class ForcedLlama:
 def conversation_steps(
     reference: ForcedLlama, vocab_size: int, decode_steps: int
 ) -> tuple[list[PlannedStep], list[torch.Tensor]]:
-    """Greedy decoding on the reference: a prefix prefilled once, three prompts below it, decode.
+    """Decode greedily on the reference: one prefix, three prompts that continue it.
 
     Returns the steps (with the reference's tokens) and the reference's logits of each.
     """

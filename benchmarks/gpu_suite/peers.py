@@ -1,4 +1,4 @@
-"""Other kernels on the same step: torch SDPA, flash-decoding, a block table, FlashInfer.
+"""Run other kernels on the same step: torch SDPA, flash-decoding, a block table, FlashInfer.
 
 Each function returns ``step(layer)`` to be timed, or raises ImportError where the peer is missing.
 """
@@ -19,8 +19,8 @@ _VARLEN_PAGE = 256  # flash-attention 2 pages K/V in multiples of 256 tokens
 
 
 def sdpa_per_sequence(step: Step) -> StepFunction:
-    """Attention without a prefix tree, by the kernel that torch prefers: every sequence has K and V
-    of its own.
+    """Compute attention without a prefix tree, by the kernel that torch prefers: every sequence has
+    K and V of its own.
     """
     w = step.workload
     layers = [step.contiguous(i) for i in range(step.device.layers_beyond_l2(w.unshared_bytes))]
@@ -35,7 +35,7 @@ def sdpa_per_sequence(step: Step) -> StepFunction:
 
 
 def flash_per_sequence(step: Step) -> StepFunction:
-    """The same by flash-decoding: on Hopper torch prefers cuDNN."""
+    """Compute the same by flash-decoding, since torch prefers cuDNN on Hopper."""
     sdpa = sdpa_per_sequence(step)
 
     def run(layer: int) -> torch.Tensor:
@@ -46,7 +46,7 @@ def flash_per_sequence(step: Step) -> StepFunction:
 
 
 def torch_varlen(step: Step) -> StepFunction:
-    """torch's flash attention over a block table: the prefix is stored once, read per sequence."""
+    """Run torch's flash attention over a block table: the prefix is stored once, read per sequence."""
     from torch.nn.attention.varlen import varlen_attn
 
     w, device = step.workload, step.device.torch_device
@@ -87,7 +87,7 @@ def torch_varlen(step: Step) -> StepFunction:
 
 
 def flashinfer_cascade(step: Step) -> StepFunction:
-    """FlashInfer's two-level cascade over our own pool, whose layout is its HND pages of 64."""
+    """Run FlashInfer's two-level cascade over our own pool, whose layout is its HND pages of 64."""
     import flashinfer
 
     w, device = step.workload, step.device.torch_device

@@ -1,7 +1,7 @@
-"""Points of measurement: a fixed order of value, a time limit each, results appended to a file.
+"""Run points of measurement in a fixed order, each with a time limit; append results to a file.
 
-A run does as many points as its time allows and ends with a table; the next run goes on with the
-points that have no result for the same device and the same sources, those that failed last.
+A run measures as many points as its time allows and ends with a table. The next run measures the
+points without a result for the same device and sources, failed ones last.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PointTimeout(Exception):
 
 
 def sources_digest(verb: str) -> str:
-    """What results depend on: kernels, planner, launches, and the tables but for `tune`, which
+    """Hash what results depend on: kernels, planner, launches, and the tables but for `tune`, which
     writes them.
     """
     package = Path(chunkllama.__file__).parent
@@ -60,7 +60,8 @@ def run_points(
     budget_s: float,
     lost: Callable[[], bool] = lambda: False,
 ) -> list[Record]:
-    """Run the points without a result until the budget is used up; every record, old and new.
+    """Run the points without a result until the budget is used up; return every record, old and
+    new.
 
     Args:
         results: JSON lines file to append to; None: keep nothing.
@@ -124,7 +125,7 @@ def _time_limit(seconds: int) -> Iterator[None]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Rows of equal keys as aligned columns."""
+    """Format rows of equal keys as aligned columns."""
     if not rows:
         return
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -1,4 +1,5 @@
-"""`tune`: sweeps tile shapes and the planner's parameters; writes configs/hardware/<arch>.yaml.
+"""Implement `tune`: sweep tile shapes and the planner's parameters; write
+configs/hardware/<arch>.yaml.
 
 The winner of every (head_dim, rows) is kept as a result; the file is written from all results, with
 the old entry where a point has not been measured yet.
@@ -26,7 +27,7 @@ _SYSTEM_SHARED_BYTES = 1024
 
 
 def candidates(table: HardwareTable, head_dim: int, rows: int) -> Iterator[TileShape]:
-    """Every shape of so many rows that the device can run, at the occupancy its memory allows."""
+    """Yield the shapes of ``rows`` rows the device can run, at the occupancy its memory allows."""
     shapes = {16: ((1, 1, 4), (1, 1, 2)), 32: ((1, 2, 2), (2, 1, 2)), 64: ((1, 4, 1), (2, 2, 2))}
     for (tiles, row_warps, key_warps), tokens, stages in product(shapes[rows], (64, 32), (2, 3, 4)):
         if tokens // key_warps < 16:
@@ -46,7 +47,7 @@ def tune_points(device: Device) -> list[Point]:
 
 
 def _workload(head_dim: int, rows: int) -> Workload:
-    """A step whose items are of that many packed rows: private tokens, or a prefix of 4,096."""
+    """Return a step whose items have that many packed rows: private, or a prefix of 4,096."""
     shape: dict[str, Any] = {"num_qo_heads": 8, "num_kv_heads": 8, "head_dim": head_dim}
     if rows == 16:
         return Workload(64, 0, 2048, **shape)
@@ -59,7 +60,7 @@ def _tile_point(device: Device, head_dim: int, rows: int) -> Point:
         others = [tile for tile in table.tiles[head_dim] if tile.rows != rows]
         workload = _workload(head_dim, rows)
         for shape in candidates(table, head_dim, rows):
-            # fp16 takes the same registers, which the compile gate then holds it to.
+            # fp16 takes the same registers; the compile gate checks it.
             registers, spilled = device.launcher.resources(shape.kernel("bf16"))
             if (
                 spilled
@@ -86,7 +87,7 @@ def _microseconds(device: Device, workload: Workload) -> float:
 
 
 def _planner_point(device: Device) -> Point:
-    """Waves and shortest runs, by the sum of times relative to each workload's best."""
+    """Choose waves and shortest runs, by the sum of times relative to each workload's best."""
 
     def run() -> Record:
         workloads = [
@@ -117,7 +118,7 @@ def _with(device: Device, waves: int, min_run_chunks: int) -> Device:
 
 
 def write_table(table: HardwareTable, records: list[Record], device: Record) -> str:
-    """Write configs/hardware/<arch>.yaml from the results; returns the file's name."""
+    """Write configs/hardware/<arch>.yaml from the results; return the file's name."""
     results = [record["result"] for record in records if "result" in record]
     tuned = {
         (r["tile"]["head_dim"], TileShape(**r["tile"]).rows): r for r in results if "tile" in r
@@ -150,7 +151,7 @@ def write_table(table: HardwareTable, records: list[Record], device: Record) -> 
 
 
 def tune_rows(records: list[Record]) -> list[Record]:
-    """The short table: one line per point."""
+    """Print the short table: one line per point."""
     return [
         {"point": record["point"], **record["result"]}
         if "result" in record

@@ -1,4 +1,6 @@
-"""Decode steps to measure: rows that share a prefix and have private tokens, over a chunk pool."""
+"""Define decode steps to measure: rows that share a prefix and have private tokens, over a chunk
+pool.
+"""
 
 from __future__ import annotations
 

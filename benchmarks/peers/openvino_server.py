@@ -1,6 +1,6 @@
-"""A thin OpenAI-style front for OpenVINO GenAI: only what benchmarks/compare.py asks for.
+"""Serve OpenVINO GenAI with the subset of the OpenAI API that benchmarks/compare.py uses.
 
-Run it in an environment of its own (openvino-genai, aiohttp; see README.md beside this file):
+Run it in its own environment (openvino-genai, aiohttp; see README.md in this folder):
     python openvino_server.py FOLDER --port 8103
 """
 
