@@ -16,7 +16,6 @@ from chunkllama.engine.build import build_engine
 from chunkllama.engine.client import as_exception, seed_source, with_seed
 from chunkllama.errors import ConfigError, InvalidRequestError, OverloadedError
 from chunkllama.messages import (
-    ChoiceDelta,
     CompletionOutput,
     EngineRequest,
     RequestOutput,
@@ -26,8 +25,8 @@ from chunkllama.models.config import read_spec
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.text.chat_template import load_chat_template
-from chunkllama.text.detokenizer import IncrementalDetokenizer, StopChecker
-from chunkllama.text.tokenizer import load_tokenizer
+from chunkllama.text.output_processor import OutputCollector, OutputProcessor, with_ranking
+from chunkllama.text.tokenizer import Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
 Conversation = list[dict[str, Any]]
@@ -52,7 +51,7 @@ class LLM:
     def __init__(self, model: str = "smollm2-135m-instruct", **settings: Any) -> None:
         if given := LogConfig.model_fields.keys() & settings.keys():
             raise ConfigError(
-                f"{min(given)}: the program that imports chunkllama says what is logged; "
+                f"{min(given)}: the importing program configures logging; "
                 'use logging.getLogger("chunkllama")'
             )
         config = EngineConfig.from_flat(model=model, **settings)
@@ -73,11 +72,11 @@ class LLM:
         *,
         use_progress_bar: bool = True,
     ) -> list[RequestOutput]:
-        """Complete each prompt (text, or token ids); outputs stand in the prompts' order.
+        """Complete each prompt (text, or token ids); outputs are in the order of the prompts.
 
         Args:
-            sampling_params: of all prompts; without them the model's own defaults, and answers up
-                to the end of the context.
+            sampling_params: used for all prompts. Default: the model's own, with answers up to the
+                end of the context.
 
         Raises:
             InvalidRequestError: a prompt does not fit the context or the pool.
@@ -121,19 +120,14 @@ class LLM:
         use_progress_bar: bool,
         continues_prompt: bool,
     ) -> list[RequestOutput]:
-        ranked = sampling.num_sequences > sampling.n and sampling.logprobs is None
-        sent = msgspec.structs.replace(sampling, logprobs=0) if ranked else sampling
-        assemblies = [
-            _Assembly(
-                self._make_request(ids, sent),
-                sampling,
-                text,
-                self._tokenizer,
-                ids if continues_prompt else (),
+        sent = with_ranking(sampling)
+        generations = [
+            _Generation(
+                self._make_request(ids, sent), sampling, text, self._tokenizer, continues_prompt
             )
             for text, ids in prompts
         ]
-        live = {assembly.request.request_id: assembly for assembly in assemblies}
+        live = {generation.request.request_id: generation for generation in generations}
         columns = (
             TextColumn("generating"),
             BarColumn(),
@@ -142,24 +136,24 @@ class LLM:
             TextColumn("{task.fields[tokens]} tokens"),
         )
         try:
-            console = Console(stderr=True)  # stdout is the script's own
+            console = Console(stderr=True)  # stdout belongs to the script
             with Progress(*columns, console=console, disable=not use_progress_bar) as progress:
-                bar = progress.add_task("", total=len(assemblies), tokens=0)
-                waiting = deque(assembly.request for assembly in assemblies)
+                bar = progress.add_task("", total=len(generations), tokens=0)
+                waiting = deque(generation.request for generation in generations)
                 while waiting or self._core.has_work():
                     self._add_while_accepted(waiting)
                     for delta in self._core.step():
-                        for index in live[delta.request_id].take(delta):
+                        for index in live[delta.request_id].add(delta):
                             self._core.abort(delta.request_id, index)
                     progress.update(
                         bar,
-                        completed=sum(a.output.finished for a in assemblies),
-                        tokens=sum(a.num_tokens for a in assemblies),
+                        completed=sum(g.processor.is_finished for g in generations),
+                        tokens=sum(g.processor.num_tokens for g in generations),
                     )
         finally:
-            for request_id in live:  # those that an error left behind; unknown ids are ignored
+            for request_id in live:  # after an error; unknown ids are ignored
                 self._core.abort(request_id)
-        return [assembly.result() for assembly in assemblies]
+        return [generation.result() for generation in generations]
 
     def _make_request(self, ids: list[int], sampling: SamplingParams) -> EngineRequest:
         request_id = f"llm-{next(self._ids)}"
@@ -167,7 +161,7 @@ class LLM:
         return with_seed(request, self._draw_seed)
 
     def _add_while_accepted(self, waiting: deque[EngineRequest]) -> None:
-        """Queue requests until the engine has as many as it takes; the rest follow later."""
+        """Queue requests until the engine accepts no more; the rest are added later."""
         while waiting:
             try:
                 self._core.add(waiting[0])
@@ -186,87 +180,49 @@ class LLM:
         self.close()
 
 
-class _Assembly:
-    """Puts one request's deltas together into text, ending a choice where a stop string matches."""
+class _Generation:
+    """One prompt's request and its output so far."""
 
     def __init__(
         self,
         request: EngineRequest,
         sampling: SamplingParams,
         prompt: str | None,
-        tokenizer: Any,
-        continued_ids: Sequence[int],
+        tokenizer: Tokenizer,
+        continues_prompt: bool,
     ) -> None:
         self.request = request
-        self.num_tokens = 0
+        self.processor = OutputProcessor(request, tokenizer, continues_prompt=continues_prompt)
+        self._collector = OutputCollector(request.sampling)
         self._sampling = sampling
-        self.output = RequestOutput(request.request_id, prompt, request.prompt_token_ids)
-        count = sampling.n if sampling.beam_width > 1 else sampling.num_sequences
-        self.output.outputs = [CompletionOutput(i, "", []) for i in range(count)]
-        self._detokenizers = [
-            IncrementalDetokenizer(tokenizer, sampling.skip_special_tokens, continued_ids)
-            for _ in range(count)
-        ]
-        self._stops = [
-            StopChecker(sampling.stop, sampling.include_stop_str_in_output) for _ in range(count)
-        ]
+        self._prompt = prompt
 
-    def take(self, delta: TokenDelta) -> list[int]:
-        """Add a delta; returns the choices that a stop string has just ended."""
+    def add(self, delta: TokenDelta) -> list[int]:
+        """Add a delta; returns the choices that the engine has to abort."""
         if delta.error is not None:
             raise as_exception(delta.error)
-        if delta.prompt_logprobs is not None:
-            self.output.prompt_logprobs = delta.prompt_logprobs
-        self.output.num_cached_tokens = max(self.output.num_cached_tokens, delta.num_cached_tokens)
-        stopped = [
-            choice.index
-            for choice in delta.choices
-            if self.output.outputs[choice.index].finish_reason is None and self._add(choice)
-        ]
-        self.output.finished = all(c.finish_reason is not None for c in self.output.outputs)
-        return stopped
-
-    def _add(self, choice: ChoiceDelta) -> bool:
-        completion = self.output.outputs[choice.index]
-        self.num_tokens += len(choice.token_ids)
-        completion.token_ids.extend(choice.token_ids)
-        if choice.logprobs is not None:
-            completion.logprobs = [*(completion.logprobs or []), *choice.logprobs]
-        detokenizer, stop = self._detokenizers[choice.index], self._stops[choice.index]
-        shown = choice.token_ids
-        if choice.stop_token_id is not None and shown and shown[-1] == choice.stop_token_id:
-            shown = shown[:-1]
-        text = detokenizer.add(shown)
-        if choice.finish_reason is not None:
-            text += detokenizer.finish()
-        if len(completion.token_ids) < self._sampling.min_tokens:
-            emitted, matched = text, None
-        else:
-            emitted, matched = stop.feed(text)
-        completion.text += emitted
-        if matched is not None:
-            completion.finish_reason, completion.stop_reason = "stop", matched
-            return choice.finish_reason is None
-        if choice.finish_reason is not None:
-            completion.text += stop.flush()
-            completion.finish_reason = choice.finish_reason
-            if choice.stop_token_id in self._sampling.stop_token_ids:
-                completion.stop_reason = choice.stop_token_id
-        return False
+        completed = self.processor.add(delta)
+        self._collector.add(completed)
+        return [new.index for new in completed if new.needs_abort]
 
     def result(self) -> RequestOutput:
-        """The finished output: of ``best_of`` choices the n with the best mean log-probability."""
-        choices, n = self.output.outputs, self._sampling.n
-        if len(choices) > n:
-
-            def mean(choice: CompletionOutput) -> float:
-                values = [entry.logprob for entry in choice.logprobs or []]
-                return sum(values) / max(len(values), 1)
-
-            choices = sorted(choices, key=mean, reverse=True)[:n]
-            for index, choice in enumerate(choices):
-                choice.index = index
-                if self._sampling.logprobs is None:
-                    choice.logprobs = None
-            self.output.outputs = choices
-        return self.output
+        """Return the finished output."""
+        return RequestOutput(
+            self.request.request_id,
+            self._prompt,
+            self.request.prompt_token_ids,
+            outputs=[
+                CompletionOutput(
+                    choice.index,
+                    choice.text,
+                    choice.token_ids,
+                    choice.finish_reason,
+                    choice.stop_reason,
+                    None if self._sampling.logprobs is None else choice.logprobs,
+                )
+                for choice in self._collector.result()
+            ],
+            num_cached_tokens=self.processor.num_cached_tokens,
+            prompt_logprobs=self.processor.prompt_logprobs,
+            finished=self.processor.is_finished,
+        )

@@ -1,4 +1,4 @@
-"""Sampling parameters of one request: ids and numbers; strings stay with the text layer."""
+"""Sampling parameters of one request; the text layer handles the strings, the engine the rest."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         n: choices returned; of ``best_of`` >= n generated ones the best n by mean log-probability.
         temperature: 0 is greedy. top_k: 0 or -1 is off. top_p in (0, 1]. min_p in [0, 1].
         seed: 63-bit; None lets the client draw one before the request reaches the engine.
-        max_tokens: None means whatever fits the context and the pool.
+        max_tokens: None means as many as fit the context and the pool.
         stop: stop strings, or a single one (text layer). stop_token_ids end a choice as
             end-of-sequence does.
         logprobs: None is off; k >= 0 returns the sampled token's log-probability and the k best.
@@ -102,10 +102,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise InvalidRequestError("beam search needs temperature 0", "temperature")
 
     @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    @property
     def num_sequences(self) -> int:
         """Sequences the engine runs for this request."""
         return self.best_of or self.n
+
+    @property
+    def num_choices(self) -> int:
+        """Choices whose tokens the engine returns; beam search returns the best n beams."""
+        return self.n if self.beam_width > 1 else self.num_sequences

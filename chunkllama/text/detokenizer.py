@@ -1,5 +1,4 @@
-"""Text of a growing answer, a few ids at a time: whole characters only, and nothing that a stop
-string may eat."""
+"""Decode a growing list of token ids: emit whole characters, hold back possible stop strings."""
 
 from __future__ import annotations
 
@@ -8,18 +7,17 @@ from collections.abc import Sequence
 
 from chunkllama.text.tokenizer import Tokenizer
 
-# A character or byte run spans a handful of tokens: this many prompt tokens settle the state an
+# A character or byte run spans few tokens: this many prompt tokens determine the state that an
 # answer starts in.
 _CONTEXT_TOKENS = 16
 
 
 class IncrementalDetokenizer:
-    """Streams exactly ``tokenizer.decode(all ids)``, never part of a character and never taken
-    back.
+    """Streams exactly ``tokenizer.decode(all ids)``: never part of a character, never revised.
 
     Args:
-        prompt_ids: tokens the answer continues (completions): the text then is what follows theirs,
-            its leading space kept. Without them the answer is a text of its own (chat).
+        prompt_ids: tokens that the answer continues (completions); the answer then keeps its
+            leading space. Without them the answer is a text of its own (chat).
     """
 
     def __init__(
@@ -35,7 +33,7 @@ class IncrementalDetokenizer:
             self._strip_left = 0
 
     def add(self, token_ids: Sequence[int]) -> str:
-        """Text that the new ids complete."""
+        """Return the text that the new ids complete."""
         if self._tokenizer.rule.byte_level:
             return self._utf8.decode(
                 b"".join(
@@ -45,7 +43,7 @@ class IncrementalDetokenizer:
         return self._strip("".join(self._piece(i) for i in token_ids if i not in self._skipped))
 
     def finish(self) -> str:
-        """What was held back; a character that never became whole is U+FFFD."""
+        """Return the held bytes; an incomplete character becomes U+FFFD."""
         if self._tokenizer.rule.byte_level:
             return self._utf8.decode(b"", final=True)
         return self._strip(self._end_byte_run())
@@ -59,8 +57,7 @@ class IncrementalDetokenizer:
         return self._end_byte_run() + text if text else ""
 
     def _end_byte_run(self) -> str:
-        """A run of byte pieces is text only as a whole: one bad byte makes each of its bytes a
-        U+FFFD."""
+        """Decode the held run of bytes as a whole: one invalid byte makes each byte a U+FFFD."""
         run = bytes(self._byte_run)
         self._byte_run.clear()
         try:
@@ -81,7 +78,7 @@ class IncrementalDetokenizer:
 
 
 class StopChecker:
-    """Finds the first stop string to become complete, however the text is cut into pieces.
+    """Finds the stop string that is complete first, independent of how the text is cut.
 
     Args:
         stops: non-empty strings.
@@ -93,18 +90,22 @@ class StopChecker:
         self._include = include
         self._held = ""
 
-    def feed(self, text: str) -> tuple[str, str | None]:
-        """(text safe to send, the stop string found or None); after a match nothing more is to be
-        fed."""
+    def feed(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
+        """Return (text safe to send, the stop string found or None); feed nothing after a match.
+
+        Args:
+            may_stop: False lets stop strings that end in ``text`` pass.
+        """
         if not self._stops:
             return text, None
         buffer = self._held + text
         found = [
             (start + len(stop), start, stop)
             for stop in self._stops
-            if (start := buffer.find(stop)) >= 0
+            # What ends in the held text has been let pass already.
+            if (start := buffer.find(stop, max(0, len(self._held) - len(stop) + 1))) >= 0
         ]
-        if found:
+        if found and may_stop:
             self._held = ""
             end, start, stop = min(found)
             return buffer[: end if self._include else start], stop
@@ -114,13 +115,13 @@ class StopChecker:
         return buffer[:cut], None
 
     def flush(self) -> str:
-        """Text held back for a stop string that never came."""
+        """Return the text that was held back for a possible stop string."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that ``stop`` begins with."""
+    """Return the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     for size in range(min(len(stop) - 1, len(text)), 0, -1):
         if stop.startswith(text[-size:]):
             return size

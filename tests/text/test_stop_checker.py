@@ -57,3 +57,16 @@ def test_nothing_of_a_stop_string_is_sent_before_it_is_decided():
     assert [checker.feed(c)[0] for c in "xSTO"] == ["x", "", "", ""]
     assert checker.feed("n") == ("STOn", None)
     assert checker.flush() == ""
+
+
+def test_a_stop_string_that_may_not_stop_passes_for_good():
+    checker = StopChecker(["b", "abc"], include=False)
+    assert checker.feed("ab", may_stop=False) == ("", None)  # "abc" may follow
+    assert checker.feed("x") == ("abx", None)
+    assert checker.feed("b") == ("", "b")
+
+
+def test_a_stop_string_may_begin_where_none_may_stop():
+    checker = StopChecker(["abc"], include=False)
+    assert checker.feed("xab", may_stop=False) == ("x", None)
+    assert checker.feed("c") == ("", "abc")

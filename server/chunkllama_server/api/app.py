@@ -15,7 +15,7 @@ from chunkllama_server.api import embeddings, health, models, tokenize
 from chunkllama_server.api.chat import routes as chat
 from chunkllama_server.api.common.context import ServerContext
 from chunkllama_server.api.common.response_store import ResponseStore
-from chunkllama_server.api.common.structured_outputs import GrammarCompiler, Validate
+from chunkllama_server.api.common.structured_outputs import GrammarChecker, Validate
 from chunkllama_server.api.common.text_service import TextService
 from chunkllama_server.api.completions import routes as completions
 from chunkllama_server.api.openapi import install_openapi
@@ -58,7 +58,7 @@ def create_app(
             by_tenant=0 < len(settings.api_keys) <= MAX_TENANT_LABELS,
             vllm_model=settings.served_model_names[0] if settings.metrics_compat else None,
         ),
-        grammars=GrammarCompiler(load_grammars, settings.grammar_seconds),
+        grammars=GrammarChecker(load_grammars, settings.grammar_seconds),
         responses=ResponseStore(
             settings.store_max_items, settings.store_max_bytes, settings.store_ttl_seconds
         ),

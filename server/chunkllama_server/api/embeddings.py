@@ -118,8 +118,8 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, context: C
 def _answer(body: EmbeddingRequest, generations: list[RequestStream]) -> EmbeddingList:
     data: list[Embedding] = []
     for index, generation in enumerate(generations):
-        assert generation.embedding is not None, "the engine sent no embedding"
-        vector = normalised(generation.embedding, body.dimensions)
+        assert generation.output.embedding is not None, "the engine sent no embedding"
+        vector = normalised(generation.output.embedding, body.dimensions)
         data.append(
             {
                 "object": "embedding",

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from chunkllama.errors import InvalidRequestError
+from chunkllama.text.chat_template import ChatTemplate
 from chunkllama_server.api.chat.history import normalise
 from chunkllama_server.api.common.prompt_cache import common_prefix
-from chunkllama_server.api.common.text_service import ChatTemplate, Message, TextService, text_size
+from chunkllama_server.api.common.text_service import Message, TextService, text_size
 from chunkllama_server.api.schema.chat import ChatCompletionRequest, ChatMessage
 from chunkllama_server.api.tools.prompt import describe_tools, write_calls
 from chunkllama_server.config.api_settings import ApiSettings

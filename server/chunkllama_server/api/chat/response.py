@@ -9,8 +9,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import cast
 
+from chunkllama.text.output_processor import OutputDelta
 from chunkllama_server.api.common.logprobs import LogprobFormatter
-from chunkllama_server.api.common.request_stream import OutputDelta, RequestStream
+from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.schema.chat import (
     ChatChoice,
     ChatChunkChoice,
@@ -78,7 +79,7 @@ class ChatAnswer:
         if self.body.return_token_ids:
             completion["prompt_token_ids"] = self.generation.request.prompt_token_ids
         if self.body.prompt_logprobs is not None:
-            logprobs = self.generation.prompt_logprobs or []
+            logprobs = self.generation.output.prompt_logprobs or []
             completion["prompt_logprobs"] = self.formatter.prompt(logprobs)
         return completion
 

@@ -12,7 +12,7 @@ from fastapi import Depends, Request
 from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
 from chunkllama_server.api.common.response_store import ResponseStore
-from chunkllama_server.api.common.structured_outputs import GrammarCompiler
+from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
 from chunkllama_server.api.schema.base import RequestModel, SamplingFields, walk_fields
 from chunkllama_server.config.api_settings import ApiSettings
@@ -41,7 +41,7 @@ class ServerContext:
     text: TextService
     settings: ApiSettings
     metrics: ServerMetrics
-    grammars: GrammarCompiler
+    grammars: GrammarChecker
     responses: ResponseStore
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     created: int = field(default_factory=lambda: int(time.time()))

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from chunkllama.messages import TokenLogprob
 from chunkllama.text.detokenizer import IncrementalDetokenizer
-from chunkllama_server.api.common.text_service import Tokenizer
+from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.api.schema.chat import ChatLogprobs, ChatTokenLogprob, PromptLogprob
 from chunkllama_server.api.schema.completions import CompletionLogprobs
 

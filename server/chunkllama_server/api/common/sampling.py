@@ -1,4 +1,4 @@
-"""Request fields turned into SamplingParams, with the checks that need the model's sizes."""
+"""Convert request fields to SamplingParams, with the checks that need the model's sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 
 from chunkllama.messages import EngineReady
 from chunkllama.sampling_params import GrammarSpec, SamplingParams
-from chunkllama_server.api.common.text_service import Tokenizer
+from chunkllama.text.output_processor import with_ranking
+from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.api.schema.base import SamplingFields
 from chunkllama_server.config.api_settings import ApiSettings
 from chunkllama_server.transport.errors import invalid
@@ -142,8 +143,6 @@ def sampling_params(
     n = _or(body.n, 1)
     if body.use_beam_search:
         check_beam_search(n, logprobs, grammar)
-    if best_of is not None and best_of > n and logprobs is None:
-        logprobs = 0
     values: dict[str, Any] = {
         "n": n,
         "best_of": best_of,
@@ -178,4 +177,4 @@ def sampling_params(
         values["length_penalty"] = float(_or(body.length_penalty, 1.0))
     if values["top_p"] == 0.0:
         values["top_p"], values["top_k"] = 1.0, 1
-    return SamplingParams(**values)
+    return with_ranking(SamplingParams(**values))

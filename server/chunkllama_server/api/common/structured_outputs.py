@@ -133,7 +133,7 @@ def grammar_of(
     return from_structured_outputs(outputs)
 
 
-class GrammarCompiler:
+class GrammarChecker:
     """Compiles grammars off the event loop, so that a bad one is refused before the engine sees it.
 
     Args:

@@ -4,60 +4,16 @@ texts."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
+from chunkllama.text.chat_template import ChatTemplate
+from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.transport.errors import invalid, unavailable
 
 T = TypeVar("T")
 Message = dict[str, Any]
-
-
-class Tokenizer(Protocol):
-    """What the server needs of ``chunkllama.text.tokenizer.Tokenizer``."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def bos_token_id(self) -> int | None: ...
-    @property
-    def eos_token_ids(self) -> Sequence[int]: ...
-
-    def encode(
-        self, text: str, add_special_tokens: bool = False, allow_special: bool = False
-    ) -> list[int]: ...
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
-    def token_bytes(self, token_id: int) -> bytes: ...
-    def token_str(self, token_id: int) -> str: ...
-
-
-class ChatTemplate(Protocol):
-    """What the server needs of ``chunkllama.text.chat_template.ChatTemplate``."""
-
-    @property
-    def source(self) -> str: ...
-    def accepts(self, name: str) -> bool: ...
-
-    def encode(
-        self,
-        messages: list[Message],
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        template_kwargs: dict[str, Any] | None = None,
-    ) -> list[int]: ...
-
-    def render(
-        self,
-        messages: list[Message],
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        template_kwargs: dict[str, Any] | None = None,
-    ) -> str: ...
 
 
 class TextService:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from chunkllama.messages import TokenLogprob
+from chunkllama.text.output_processor import OutputDelta
 from chunkllama_server.api.common.logprobs import LogprobFormatter, TextOffsets
-from chunkllama_server.api.common.request_stream import OutputDelta, RequestStream
+from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.schema.completions import (
     Completion,
     CompletionChoice,
@@ -50,9 +51,9 @@ class CompletionAnswer:
         """Sums over the prompts."""
         return completion_usage(
             sum(len(g.request.prompt_token_ids) for g in self.generations),
-            sum(g.num_completion_tokens for g in self.generations),
-            sum(g.num_cached_tokens for g in self.generations),
-            sum(g.num_cache_write_tokens for g in self.generations),
+            sum(g.output.num_tokens for g in self.generations),
+            sum(g.output.num_cached_tokens for g in self.generations),
+            sum(g.output.num_cache_write_tokens for g in self.generations),
         )
 
     def _completion(self, choices: list[CompletionChoice]) -> Completion:
@@ -109,7 +110,9 @@ class CompletionAnswer:
             if is_first:
                 choice["prompt_token_ids"] = generation.request.prompt_token_ids
         if self.body.prompt_logprobs is not None and is_first:
-            choice["prompt_logprobs"] = self.formatter.prompt(generation.prompt_logprobs or [])
+            choice["prompt_logprobs"] = self.formatter.prompt(
+                generation.output.prompt_logprobs or []
+            )
         return choice
 
     def _logprobs(
@@ -120,7 +123,7 @@ class CompletionAnswer:
         entries: list[TokenLogprob | None] = []
         token_ids: list[int] = []
         if echoes:
-            entries += generation.prompt_logprobs or []
+            entries += generation.output.prompt_logprobs or []
             token_ids += generation.request.prompt_token_ids
         entries += shown.logprobs
         token_ids += shown.token_ids

@@ -9,9 +9,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from chunkllama.text.output_processor import OutputDelta
 from chunkllama_server.api.chat.response import whole_calls
 from chunkllama_server.api.common.logprobs import LogprobFormatter
-from chunkllama_server.api.common.request_stream import OutputDelta, RequestStream
+from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.schema.chat import (
     CalledFunction,
     ChatMessage,
@@ -81,12 +82,12 @@ class ResponseAnswer:
         return {
             "input_tokens": prompt,
             "input_tokens_details": {
-                "cached_tokens": generation.num_cached_tokens,
-                "cache_write_tokens": generation.num_cache_write_tokens,
+                "cached_tokens": generation.output.num_cached_tokens,
+                "cache_write_tokens": generation.output.num_cache_write_tokens,
             },
-            "output_tokens": generation.num_completion_tokens,
+            "output_tokens": generation.output.num_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": prompt + generation.num_completion_tokens,
+            "total_tokens": prompt + generation.output.num_tokens,
         }
 
     def response(self) -> Response:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from chunkllama.sampling_params import GrammarSpec
+from chunkllama.text.chat_template import ChatTemplate
 from chunkllama_server.api.common.structured_outputs import check_schema
-from chunkllama_server.api.common.text_service import ChatTemplate
 from chunkllama_server.api.schema.chat import (
     ChatCompletionRequest,
     FunctionDefinition,
