@@ -8,7 +8,7 @@ from typing import Literal
 from chunkllama.errors import ConfigError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
     """Limits and policies of one scheduler.
 
@@ -26,16 +26,16 @@ class SchedulerLimits:
         reserve_quantile: quantile of finished output lengths that admission reserves room for.
     """
 
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
-    max_model_len: int = 8192
-    max_waiting: int = 256
-    policy: Literal["fcfs", "prefix"] = "fcfs"
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_waiting: int
+    policy: Literal["fcfs", "prefix"]
+    min_wait_tokens: int
+    enable_prefix_caching: bool
     prefix_max_wait: float = 2.0
-    min_wait_tokens: int = 32
     spare_chunks: int = 1
     eos_token_ids: frozenset[int] = frozenset()
-    enable_prefix_caching: bool = True
     reserve_quantile: float = 0.75
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from simulated_engine import SimulatedEngine
+from simulated_engine import LIMITS, SimulatedEngine
 
 from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.scheduler.limits import SchedulerLimits
@@ -156,4 +156,4 @@ def test_an_id_in_use_is_refused() -> None:
 )
 def test_limits_that_make_no_sense(limits: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
-        SchedulerLimits(**limits)
+        SchedulerLimits(**{**LIMITS, **limits})

@@ -21,8 +21,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from chunkllama.text.chat_template import ChatTemplate, load_chat_template
 from chunkllama.text.tokenizer import load_tokenizer
 from chunkllama_server.api.app import create_app
+from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
-from chunkllama_server.config.api_settings import ApiSettings
+from chunkllama_server.config.settings import Settings
+from chunkllama_server.transport.auth import Tenants
 from chunkllama_server.transport.http_protocol import HttpLimits, make_protocol
 
 
@@ -143,14 +145,18 @@ def start_server(text_parts: tuple[Any, Any]) -> Iterator[StartServer]:
         if template_source is not None:
             template = ChatTemplate(template_source, tokenizer)
         engine = fake_engine.FakeEngine(tokenizer)
-        values = {"served_model_names": (MODEL, "alias"), **settings}
+        tenants = Tenants(settings.pop("api_keys", {}), settings.get("isolation"))
+        grammars = GrammarChecker(lambda: allow_all, settings.pop("grammar_seconds", 2.0))
+        defaults = settings.pop("generation_defaults", None)
         app = create_app(
             engine,
             TextService(
                 tokenizer, template, make_template=lambda source: ChatTemplate(source, tokenizer)
             ),
-            ApiSettings(**values),
-            load_grammars=lambda: allow_all,
+            Settings(served_model_name=(MODEL, "alias"), **settings),
+            tenants,
+            grammars,
+            generation_defaults=defaults,
         )
         config = uvicorn.Config(
             app,

@@ -11,12 +11,14 @@ from fastapi.testclient import TestClient
 
 from chunkllama.text.tokenizer import load_tokenizer
 from chunkllama_server.api.app import create_app
+from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
 from chunkllama_server.api.schema.base import CacheFields
 from chunkllama_server.api.schema.embeddings import EmbeddingRequest
 from chunkllama_server.api.schema.responses import ResponseRequest
 from chunkllama_server.api.schema.tokenize import DetokenizeRequest, TokenizeRequest
-from chunkllama_server.config.api_settings import ApiSettings
+from chunkllama_server.config.settings import Settings
+from chunkllama_server.transport.auth import Tenants
 
 # What a response says again.
 ECHOED = {
@@ -165,8 +167,9 @@ def with_bos(tokenizer_writer, tmp_path):
     app = create_app(
         engine,
         TextService(tokenizer, None),
-        ApiSettings(served_model_names=(MODEL,)),
-        load_grammars=lambda: lambda spec: None,
+        Settings(served_model_name=(MODEL,)),
+        Tenants(),
+        GrammarChecker(lambda: lambda spec: None),
     )
     with TestClient(app) as client:
         yield client, engine, tokenizer

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from fake_engine import MODEL
 
-from chunkllama_server.config.api_settings import ApiSettings
-from chunkllama_server.transport.auth import cache_namespace
+from chunkllama_server.transport.auth import Tenants
 
 BREAKPOINT = {"mode": "explicit"}
 
@@ -97,15 +96,14 @@ def test_cache_key_never_widens(server):
     assert keyed == engine_request(server, "hi", cache_salt="s").namespace
 
 
-def settings(isolation, num_keys: int = 2) -> ApiSettings:
-    keys = {f"t{i}": f"k{i}" for i in range(num_keys)}
-    return ApiSettings(served_model_names=("m",), api_keys=keys, isolation=isolation)
+def tenants(isolation, num_keys: int = 2) -> Tenants:
+    return Tenants({f"t{i}": f"k{i}" for i in range(num_keys)}, isolation)
 
 
 def test_tenants_are_apart_and_lengths_count():
-    isolated = settings("tenant")
+    isolated = tenants("tenant")
     spaces = {
-        cache_namespace(isolated, tenant, salt)
+        isolated.namespace(tenant, salt)
         for tenant, salt in (
             ("org_1", "2345"), ("org_12345", None), ("org_12345", "2"), ("", "org_12345"),
         )
@@ -115,24 +113,24 @@ def test_tenants_are_apart_and_lengths_count():
 
 
 def test_a_salt_cannot_reach_another_tenants_namespace():
-    isolated = settings("tenant")
-    victim = cache_namespace(isolated, "victim", None)
+    isolated = tenants("tenant")
+    victim = isolated.namespace("victim", None)
     for salt in ("victim", victim, "\0victim", "\x00\x00\x00\x00\x00\x00\x00\x06victim"):
-        assert cache_namespace(isolated, "attacker", salt) != victim
+        assert isolated.namespace("attacker", salt) != victim
 
 
 def test_isolation_is_the_default_with_keys():
-    assert settings(None, 2).isolates_tenants
-    assert settings(None, 1).isolates_tenants, "a reload may bring a second key"
-    assert not settings(None, 0).isolates_tenants
-    assert not settings("off", 5).isolates_tenants
-    assert settings("tenant", 1).isolates_tenants
-    assert cache_namespace(settings("off"), "a", None) == ""
+    assert tenants(None, 2).are_isolated
+    assert tenants(None, 1).are_isolated, "a reload may bring a second key"
+    assert not tenants(None, 0).are_isolated
+    assert not tenants("off", 5).are_isolated
+    assert tenants("tenant", 1).are_isolated
+    assert tenants("off").namespace("a", None) == ""
 
 
 def test_secrets_differ_between_processes():
-    one, two = settings("tenant"), settings("tenant")
-    assert cache_namespace(one, "a", None) != cache_namespace(two, "a", None)
+    one, two = tenants("tenant"), tenants("tenant")
+    assert one.namespace("a", None) != two.namespace("a", None)
 
 
 def test_cached_tokens_do_not_cross_tenants(start_server):

@@ -11,8 +11,10 @@ from fake_engine import MODEL, FakeEngine
 from fastapi.testclient import TestClient
 
 from chunkllama_server.api.app import create_app
+from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService, text_size
-from chunkllama_server.config.api_settings import ApiSettings
+from chunkllama_server.config.settings import Settings
+from chunkllama_server.transport.auth import Tenants
 from chunkllama_server.transport.errors import ApiError
 
 CHAT = "/v1/chat/completions"
@@ -26,8 +28,9 @@ def without_template(text_parts):
     app = create_app(
         FakeEngine(tokenizer),
         TextService(tokenizer, None),
-        ApiSettings(served_model_names=(MODEL,)),
-        load_grammars=lambda: lambda spec: None,
+        Settings(served_model_name=(MODEL,)),
+        Tenants(),
+        GrammarChecker(lambda: lambda spec: None),
     )
     with TestClient(app) as client:
         yield client

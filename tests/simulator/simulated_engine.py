@@ -221,6 +221,17 @@ class Oracle:
         return self._values[prompt]
 
 
+LIMITS: dict[str, object] = {
+    "max_num_seqs": 64,
+    "max_num_batched_tokens": 2048,
+    "max_model_len": 8192,
+    "max_waiting": 256,
+    "policy": "fcfs",
+    "min_wait_tokens": 32,
+    "enable_prefix_caching": True,
+}
+
+
 class SimulatedEngine:
     """A whole engine without tensors: add, step, abort, and compare with the oracle."""
 
@@ -237,7 +248,7 @@ class SimulatedEngine:
     ) -> None:
         self.now = 0.0
         self.check = check
-        self.limits = SchedulerLimits(**limits)
+        self.limits = SchedulerLimits(**{**LIMITS, **limits})
         self.cache = make_cache(num_chunks, chunk_size, self.clock)
         self.scheduler = make_scheduler(self.limits, self.cache, self.clock)
         self.model = FakeModel(num_chunks, chunk_size, vocab_size)

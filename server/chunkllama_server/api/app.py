@@ -1,9 +1,10 @@
-"""The application factory: parts come in as arguments, nothing is global."""
+"""Build the HTTP application from its parts; nothing is global."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -15,14 +16,14 @@ from chunkllama_server.api import embeddings, health, models, tokenize
 from chunkllama_server.api.chat import routes as chat
 from chunkllama_server.api.common.context import ServerContext
 from chunkllama_server.api.common.response_store import ResponseStore
-from chunkllama_server.api.common.structured_outputs import GrammarChecker, Validate
+from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
 from chunkllama_server.api.completions import routes as completions
 from chunkllama_server.api.openapi import install_openapi
 from chunkllama_server.api.responses import routes as responses
-from chunkllama_server.config.api_settings import ApiSettings
+from chunkllama_server.config.settings import Settings
 from chunkllama_server.metrics.server_metrics import MAX_TENANT_LABELS, ServerMetrics
-from chunkllama_server.transport.auth import AuthMiddleware
+from chunkllama_server.transport.auth import AuthMiddleware, Tenants
 from chunkllama_server.transport.body import BodyLimitMiddleware
 from chunkllama_server.transport.errors import install_error_handlers
 from chunkllama_server.transport.request_context import RequestInfoMiddleware
@@ -38,30 +39,38 @@ DESCRIPTION = (
 def create_app(
     engine: EngineClient,
     text: TextService,
-    settings: ApiSettings,
+    settings: Settings,
+    tenants: Tenants,
+    grammars: GrammarChecker,
     *,
-    load_grammars: Callable[[], Validate],
+    generation_defaults: Mapping[str, Any] | None = None,
 ) -> FastAPI:
-    """The HTTP application over an engine that is ready.
+    """Build the HTTP application over an engine that is ready.
 
     Args:
-        engine: where requests run; the caller closes it after serving.
+        engine: runs the requests; the caller closes it after serving.
         text: tokenizer and chat template.
-        settings: names, keys, limits.
-        load_grammars: makes the function that compiles a grammar or raises InvalidRequestError.
+        settings: names and limits.
+        tenants: API keys and cache namespaces.
+        grammars: compiles a request's grammar before the engine does.
+        generation_defaults: the model's own sampling values, for fields a client leaves out.
     """
     context = ServerContext(
         engine=engine,
         text=text,
         settings=settings,
         metrics=ServerMetrics(
-            by_tenant=0 < len(settings.api_keys) <= MAX_TENANT_LABELS,
-            vllm_model=settings.served_model_names[0] if settings.metrics_compat else None,
+            by_tenant=0 < len(tenants.keys) <= MAX_TENANT_LABELS,
+            vllm_model=settings.model_names[0] if settings.metrics_compat else None,
         ),
-        grammars=GrammarChecker(load_grammars, settings.grammar_seconds),
+        grammars=grammars,
         responses=ResponseStore(
-            settings.store_max_items, settings.store_max_bytes, settings.store_ttl_seconds
+            settings.response_store_items,
+            settings.response_store_bytes,
+            settings.response_store_seconds,
         ),
+        tenants=tenants,
+        generation_defaults=generation_defaults or {},
     )
     context.metrics.describe(engine.info, __version__)
 
@@ -81,26 +90,26 @@ def create_app(
     app.state.context = context
     for family in (chat, completions, responses, embeddings, tokenize, models, health):
         app.include_router(family.router)
-    if settings.expose_metrics:
+    if settings.admin_port is None:
         app.include_router(health.metrics_router)
     install_error_handlers(app)
-    install_openapi(app, settings)
+    install_openapi(app, settings.root_path, needs_key=bool(tenants.keys))
     _add_middleware(app, context)
-    if settings.isolates_tenants:
+    if tenants.are_isolated:
         logger.info(
-            "cache isolation is on: tenants share nothing but public prefixes; "
+            "cache isolation is on: tenants share only public prefixes; "
             "--isolation off shares all prefixes between keys"
         )
     return app
 
 
 def _add_middleware(app: FastAPI, context: ServerContext) -> None:
-    """From the inside out: body limit, keys, CORS, request ids."""
+    """Add, from the innermost to the outermost: body limit, keys, CORS, request ids."""
     settings = context.settings
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
-    app.add_middleware(AuthMiddleware, settings=settings)
+    app.add_middleware(AuthMiddleware, tenants=context.tenants, root_path=settings.root_path)
     if settings.cors_origins:
-        # Outside of the key check: a browser's preflight carries no key.
+        # Outside the key check, because a browser's preflight request carries no key.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,

@@ -11,7 +11,6 @@ from starlette.responses import HTMLResponse, Response
 
 from chunkllama import __version__
 from chunkllama_server.api.common.context import Context, ServerContext
-from chunkllama_server.transport.auth import cache_namespace
 from chunkllama_server.transport.request_context import request_info
 
 router = APIRouter(include_in_schema=False)
@@ -47,7 +46,7 @@ async def data(context: Context, request: Request) -> Response:
     del counters["tree"]
     body = {
         "version": __version__,
-        "models": context.settings.served_model_names,
+        "models": context.settings.model_names,
         # Not the model's folder: callers are tenants.
         "info": {key: getattr(context.engine.info, key) for key in ENGINE_KEYS},
         "stats": counters,
@@ -62,11 +61,10 @@ async def data(context: Context, request: Request) -> Response:
 
 
 def visible_namespaces(context: ServerContext, request: Request) -> set[str] | None:
-    """Namespaces of the caller: public and its own; None, without isolation, is all."""
-    settings = context.settings
-    if not settings.isolates_tenants:
+    """Return the namespaces that the caller may see: public and its own; None is all of them."""
+    if not context.tenants.are_isolated:
         return None
-    return {"", cache_namespace(settings, request_info(request.scope).tenant, None)}
+    return {"", context.tenants.namespace(request_info(request.scope).tenant, None)}
 
 
 def mean_seconds(context: ServerContext, histogram: str) -> dict[str, Any]:

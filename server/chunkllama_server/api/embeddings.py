@@ -21,7 +21,6 @@ from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.sampling import check_lengths, check_prompt_ids
 from chunkllama_server.api.openapi import answers
 from chunkllama_server.api.schema.embeddings import Embedding, EmbeddingList, EmbeddingRequest
-from chunkllama_server.transport.auth import cache_namespace
 from chunkllama_server.transport.body import JsonRoute, json_response
 from chunkllama_server.transport.errors import invalid
 from chunkllama_server.transport.sse import gather_or_cancel, unless_disconnected
@@ -83,7 +82,7 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, context: C
     """Embed one input or several."""
     info = context.admit(body, request)
     prompts = await input_ids(body, context)
-    namespace = cache_namespace(context.settings, info.tenant, body.cache_salt)
+    namespace = context.tenants.namespace(info.tenant, body.cache_salt)
     cache = cache_plan(body, context.settings)
     slots = asyncio.Semaphore(MAX_AT_ONCE)
 

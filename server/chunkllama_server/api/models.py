@@ -18,7 +18,7 @@ def describe_model(context: ServerContext, name: str) -> Model:
         "object": "model",
         "created": context.created,
         "owned_by": "chunkllama",
-        "root": context.settings.served_model_names[0],  # never the folder: callers are strangers
+        "root": context.settings.model_names[0],  # never the folder: callers are strangers
         "parent": None,
         "max_model_len": context.engine.info.max_model_len,
     }
@@ -27,7 +27,7 @@ def describe_model(context: ServerContext, name: str) -> Model:
 @router.get("/v1/models", responses=refusals(401, 405, 503))
 async def list_models(context: Context) -> ModelList:
     """The served models."""
-    names = context.settings.served_model_names
+    names = context.settings.model_names
     return {"object": "list", "data": [describe_model(context, name) for name in names]}
 
 

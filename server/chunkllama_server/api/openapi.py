@@ -1,5 +1,4 @@
-"""The OpenAPI document: what FastAPI derives, with our error bodies, statuses and streams put
-right."""
+"""The OpenAPI document: what FastAPI derives, corrected for our errors, statuses and streams."""
 
 from __future__ import annotations
 
@@ -13,7 +12,6 @@ from chunkllama_server.api.schema.chat import ChatCompletionChunk
 from chunkllama_server.api.schema.completions import Completion
 from chunkllama_server.api.schema.errors import ErrorBody
 from chunkllama_server.api.schema.response_object import ResponseEvent
-from chunkllama_server.config.api_settings import ApiSettings
 
 _DESCRIPTIONS = {
     400: "The request is malformed, out of range, or does not fit the context.",
@@ -24,7 +22,7 @@ _DESCRIPTIONS = {
     413: "The body is over the size limit.",
     415: "The body is compressed.",
     429: "The queue is full; Retry-After says when to try again.",
-    500: "The request failed; others go on.",
+    500: "The request failed; other requests continue.",
     503: "Starting, restarting, draining or busy; Retry-After says when to try again.",
 }
 Responses = dict[int | str, dict[str, Any]]
@@ -79,8 +77,8 @@ def _event_schemas() -> dict[str, Any]:
     return dict(schema["$defs"])
 
 
-def install_openapi(app: FastAPI, settings: ApiSettings) -> None:
-    """Serve a document without FastAPI's own 422, and with the key it asks for."""
+def install_openapi(app: FastAPI, root_path: str, *, needs_key: bool) -> None:
+    """Serve a document without FastAPI's own 422, and with the key that requests need."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -89,7 +87,7 @@ def install_openapi(app: FastAPI, settings: ApiSettings) -> None:
                 version=app.version,
                 description=app.description,
                 routes=app.routes,
-                servers=[{"url": settings.root_path}] if settings.root_path else None,
+                servers=[{"url": root_path}] if root_path else None,
             )
             for path in schema["paths"].values():
                 for operation in path.values():
@@ -98,7 +96,7 @@ def install_openapi(app: FastAPI, settings: ApiSettings) -> None:
             schemas.pop("HTTPValidationError", None)
             schemas.pop("ValidationError", None)
             schemas.update(_event_schemas())
-            if settings.api_keys:
+            if needs_key:
                 schema["components"]["securitySchemes"] = {
                     "bearer": {"type": "http", "scheme": "bearer"}
                 }

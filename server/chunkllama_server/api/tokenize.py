@@ -34,7 +34,7 @@ async def _messages_ids(
         "chat_template_kwargs",
     )
     chat = ChatCompletionRequest.model_construct(
-        model=body.model or context.settings.served_model_names[0],
+        model=body.model or context.settings.model_names[0],
         **{name: getattr(body, name) for name in shared},
     )
     return (await prepare_chat(chat, context, info)).prompt.token_ids

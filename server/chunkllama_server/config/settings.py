@@ -150,8 +150,15 @@ class Settings(ServerConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfi
         ServerConfig,
     )
 
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names clients may ask for; answers without a requested model carry the first."""
+        path = Path(self.model).resolve()  # an alias or a hub id ends in its name, too
+        own_name = path.stem if path.suffix.lower() == ".gguf" else path.name
+        return self.served_model_name or (own_name,)
+
     def engine(self) -> EngineConfig:
-        """The engine's part."""
+        """Return the engine's part."""
         keys = [key for group in self.groups[:-1] for key in group.model_fields]
         return EngineConfig.from_flat(**{key: getattr(self, key) for key in keys})
 

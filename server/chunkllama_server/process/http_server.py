@@ -22,13 +22,14 @@ from chunkllama.text.chat_template import ChatTemplate, load_chat_template
 from chunkllama.text.tokenizer import load_tokenizer
 from chunkllama_server.api import dashboard, health
 from chunkllama_server.api.app import create_app
+from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
-from chunkllama_server.config.api_settings import ApiSettings
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.process.lifecycle import DrainingServer, notify_supervisor
 from chunkllama_server.process.public_prefixes import load_public_prefixes, register_public_prefixes
 from chunkllama_server.process.reload import Reloader
 from chunkllama_server.transport.access_log import AccessLog
+from chunkllama_server.transport.auth import Tenants
 from chunkllama_server.transport.http_protocol import HttpLimits, make_protocol
 
 logger = init_logger(__name__)
@@ -69,7 +70,6 @@ class Application:
             )
         self._template = load_chat_template(path, self._tokenizer, settings.chat_template)
         self._prefixes = load_public_prefixes(settings.public_prefixes, self._template)
-        self._api = api_settings(settings, keys, spec)
 
     async def serve(
         self,
@@ -93,15 +93,24 @@ class Application:
             self._template,
             make_template=lambda source: ChatTemplate(source, self._tokenizer),
         )
-        app = create_app(engine, text, self._api, load_grammars=self._grammar_check)
-        app.include_router(dashboard.router)
         settings = self._settings
+        app = create_app(
+            engine,
+            text,
+            settings,
+            Tenants(self._keys, settings.isolation),
+            GrammarChecker(self._grammar_check),
+            generation_defaults=(
+                self._spec.default_sampling if settings.generation_config == "auto" else None
+            ),
+        )
+        app.include_router(dashboard.router)
         server = DrainingServer(_uvicorn_config(settings, app), engine, settings.drain_seconds)
         engine.on_death = server.engine_died
         info = engine.info
         logger.info(
             "%s on %s (%s ops), %d chunks of %d tokens, context %d",
-            self._api.served_model_names[0],
+            settings.model_names[0],
             info.device,
             info.backend,
             info.num_chunks,
@@ -131,33 +140,6 @@ class Application:
             self._tokenizer.to_json(), self._spec.vocab_size, list(self._spec.eos_token_ids)
         )
         return compiler.check
-
-
-def api_settings(settings: Settings, keys: dict[str, str], spec: ModelSpec) -> ApiSettings:
-    """The HTTP application's part of the settings."""
-    use_defaults = settings.generation_config == "auto"
-    own = Path(settings.model).resolve()  # an alias or a hub id ends in its name, too
-    own_name = own.stem if own.suffix.lower() == ".gguf" else own.name
-    return ApiSettings(
-        served_model_names=settings.served_model_name or (own_name,),
-        api_keys=keys,
-        isolation=settings.isolation,
-        strict=settings.strict,
-        root_path=settings.root_path,
-        cors_origins=settings.cors_origins,
-        generation_defaults=spec.default_sampling if use_defaults else {},
-        max_body_bytes=settings.max_body_bytes,
-        trust_request_chat_template=settings.trust_request_chat_template,
-        chat_template_kwargs=settings.chat_template_kwargs,
-        tool_call_parser=settings.tool_call_parser,
-        embedding_pooling=settings.embedding_pooling,
-        store_max_items=settings.response_store_items,
-        store_max_bytes=settings.response_store_bytes,
-        store_ttl_seconds=settings.response_store_seconds,
-        stream_stall_seconds=settings.stream_stall_seconds,
-        expose_metrics=settings.admin_port is None,
-        metrics_compat=settings.metrics_compat,
-    )
 
 
 def _listen(sock: socket.socket, key: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from chunkllama_server.config.api_settings import ApiSettings
 from chunkllama_server.transport.errors import ApiError
 from chunkllama_server.transport.request_context import request_info
 
@@ -34,20 +36,40 @@ def tenant_of_key(token: bytes, api_keys: Mapping[str, str]) -> str | None:
     return found
 
 
-def cache_namespace(settings: ApiSettings, tenant: str, cache_salt: str | None) -> str:
-    """The namespace a request may read and write below the public prefix; "" shares with everyone.
+@dataclass(frozen=True, slots=True)
+class Tenants:
+    """API keys, and the cache namespace of each tenant.
 
-    A salt only narrows: it is hashed together with the tenant, never instead of it. Each field goes
-    in with its length, so ("org_1", "2345") and ("org_12345", "") differ.
+    Attributes:
+        keys: tenant name to API key; empty admits requests without a key. A reload changes the
+            mapping in place.
+        isolation: ``tenant`` gives each key its own cache namespace, ``off`` shares one; None is
+            ``tenant`` with keys, even with one key, because a reload may add more.
     """
-    scope_tenant = tenant if settings.isolates_tenants else ""
-    if not scope_tenant and not cache_salt:
-        return ""
-    digest = hmac.new(settings.namespace_secret, digestmod=hashlib.sha256)
-    for value in (scope_tenant, cache_salt or ""):
-        encoded = value.encode()
-        digest.update(len(encoded).to_bytes(8, "big") + encoded)
-    return digest.hexdigest()[:32]
+
+    keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    isolation: Literal["off", "tenant"] | None = None
+    _secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
+
+    @property
+    def are_isolated(self) -> bool:
+        """Whether each tenant has its own cache namespace."""
+        return bool(self.keys) if self.isolation is None else self.isolation == "tenant"
+
+    def namespace(self, tenant: str, cache_salt: str | None) -> str:
+        """Return the namespace below the public prefix that a request uses; "" is shared by all.
+
+        A salt is hashed together with the tenant, so it only narrows. Each field is preceded by its
+        length, so that ("org_1", "2345") and ("org_12345", "") differ.
+        """
+        scope_tenant = tenant if self.are_isolated else ""
+        if not scope_tenant and not cache_salt:
+            return ""
+        digest = hmac.new(self._secret, digestmod=hashlib.sha256)
+        for value in (scope_tenant, cache_salt or ""):
+            encoded = value.encode()
+            digest.update(len(encoded).to_bytes(8, "big") + encoded)
+        return digest.hexdigest()[:32]
 
 
 class AuthMiddleware:
@@ -56,10 +78,10 @@ class AuthMiddleware:
     The URL is never rebuilt from the Host header, so no header can move a request to an open path.
     """
 
-    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
+    def __init__(self, app: ASGIApp, tenants: Tenants, root_path: str) -> None:
         self._app = app
-        self._keys = settings.api_keys
-        self._root_path = settings.root_path
+        self._keys = tenants.keys
+        self._root_path = root_path
 
     def _is_open(self, path: str) -> bool:
         return path.removeprefix(self._root_path) in OPEN_PATHS

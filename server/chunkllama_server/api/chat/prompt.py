@@ -12,7 +12,7 @@ from chunkllama_server.api.common.prompt_cache import common_prefix
 from chunkllama_server.api.common.text_service import Message, TextService, text_size
 from chunkllama_server.api.schema.chat import ChatCompletionRequest, ChatMessage
 from chunkllama_server.api.tools.prompt import describe_tools, write_calls
-from chunkllama_server.config.api_settings import ApiSettings
+from chunkllama_server.config.settings import Settings
 from chunkllama_server.transport.errors import invalid
 
 # Follows a breakpoint in a second rendering of the same conversation: a character no prompt has, so
@@ -45,7 +45,7 @@ def last_breakpoint(messages: list[ChatMessage]) -> tuple[int, int] | None:
     return None
 
 
-def template_kwargs(body: ChatCompletionRequest, settings: ApiSettings) -> dict[str, Any]:
+def template_kwargs(body: ChatCompletionRequest, settings: Settings) -> dict[str, Any]:
     """Extra template variables a request may set.
 
     Raises:
@@ -74,7 +74,7 @@ class ChatPrompter:
     def __init__(
         self,
         body: ChatCompletionRequest,
-        settings: ApiSettings,
+        settings: Settings,
         text: TextService,
         tools: list[dict[str, Any]] | None,
     ) -> None:

@@ -24,7 +24,6 @@ from chunkllama_server.api.common.sampling import (
 from chunkllama_server.api.common.structured_outputs import grammar_of
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.tools.config import ToolConfig, plan_tools, tool_format
-from chunkllama_server.transport.auth import cache_namespace
 from chunkllama_server.transport.errors import invalid
 from chunkllama_server.transport.request_context import RequestInfo
 
@@ -101,7 +100,7 @@ class PreparedChat:
         check_lengths(len(ids), max_tokens, engine, "messages", self.max_tokens_field)
         sampling = sampling_params(
             body,
-            settings,
+            self.context.generation_defaults,
             engine,
             self.context.text.tokenizer,
             max_tokens=max_tokens,
@@ -114,7 +113,7 @@ class PreparedChat:
             request_id=request_id,
             prompt_token_ids=ids,
             sampling=sampling,
-            namespace=cache_namespace(settings, info.tenant, body.cache_salt),
+            namespace=self.context.tenants.namespace(info.tenant, body.cache_salt),
             cache_until=cache.until,
             pin_seconds=cache.pin_seconds,
             priority=(body.priority or 0) + PRIORITY_OF_TIER.get(body.service_tier or "auto", 0),

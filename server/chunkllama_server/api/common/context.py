@@ -1,11 +1,11 @@
-"""What every route works with: one object, built by the application factory, handed out by a
-dependency."""
+"""The parts of the application that routes use, in one object that a dependency injects."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
@@ -15,15 +15,16 @@ from chunkllama_server.api.common.response_store import ResponseStore
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
 from chunkllama_server.api.schema.base import RequestModel, SamplingFields, walk_fields
-from chunkllama_server.config.api_settings import ApiSettings
+from chunkllama_server.config.settings import Settings
 from chunkllama_server.metrics.server_metrics import ServerMetrics
+from chunkllama_server.transport.auth import Tenants
 from chunkllama_server.transport.errors import invalid, not_found_model, unavailable
 from chunkllama_server.transport.request_context import RequestInfo, request_info
 
 
 @dataclass(slots=True)
 class Lifecycle:
-    """Whether new work is taken: draining means that live requests finish and new ones get 503."""
+    """Whether new work is accepted: while draining, live requests finish and new ones get 503."""
 
     draining: bool = False
 
@@ -33,16 +34,20 @@ class ServerContext:
     """The application's parts.
 
     Attributes:
+        tenants: API keys and cache namespaces.
+        generation_defaults: the model's own sampling values, for fields a client leaves out.
         created: Unix time at which the application was built, for /v1/models.
         fingerprint: names version and backend; changes when outputs may.
     """
 
     engine: EngineClient
     text: TextService
-    settings: ApiSettings
+    settings: Settings
     metrics: ServerMetrics
     grammars: GrammarChecker
     responses: ResponseStore
+    tenants: Tenants
+    generation_defaults: Mapping[str, Any] = field(default_factory=dict)
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -62,17 +67,17 @@ class ServerContext:
             raise unavailable("The engine is not ready", "engine_unavailable")
 
     def check_model(self, name: str) -> str:
-        """The name to answer with.
+        """Return the name to answer with.
 
         Raises:
             ApiError: 404 for a model that is not served.
         """
-        if name not in self.settings.served_model_names:
+        if name not in self.settings.model_names:
             raise not_found_model(name)
         return name
 
     def admit(self, body: RequestModel, request: Request) -> RequestInfo:
-        """The checks every POST begins with: serving, model, unknown and refused fields.
+        """Check what every POST needs: readiness, model, unknown and refused fields.
 
         Raises:
             ApiError: 400, 404 or 503.
@@ -82,7 +87,7 @@ class ServerContext:
         if model:
             self.check_model(model)
         elif model == "":
-            body.__dict__["model"] = self.settings.served_model_names[0]
+            body.__dict__["model"] = self.settings.model_names[0]
         info = request_info(request.scope)
         unknown = []
         for path, kind in walk_fields(body):
@@ -107,7 +112,7 @@ Context = Annotated[ServerContext, Depends(get_context)]
 
 
 def check_stream_options(body: SamplingFields) -> None:
-    """Fields that exclude each other because of ``stream``.
+    """Refuse fields that ``stream`` excludes or needs.
 
     Raises:
         ApiError: 400.

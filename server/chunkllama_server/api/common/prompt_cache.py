@@ -1,5 +1,4 @@
-"""Prompt-cache fields turned into what the engine does: where storing ends, and how long a prefix
-stays."""
+"""Convert prompt-cache fields: how much of a prompt is stored, and how long it is kept."""
 
 from __future__ import annotations
 
@@ -7,25 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chunkllama_server.api.schema.base import CacheFields
-from chunkllama_server.config.api_settings import ApiSettings
+from chunkllama_server.config.settings import Settings
 from chunkllama_server.transport.errors import invalid
 
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600}
 _DAY = 86_400.0
-EXPLICIT_WRITES = 4
+MAX_PIN_SECONDS = _DAY
 
 
 @dataclass(frozen=True, slots=True)
 class CachePlan:
-    """``until``: prompt tokens that may be stored, None for all. ``pin_seconds``: least
-    lifetime."""
+    """``until``: prompt tokens that may be stored, None is all. ``pin_seconds``: least lifetime."""
 
     until: int | None = None
     pin_seconds: float = 0.0
 
 
-def pin_seconds(body: CacheFields, settings: ApiSettings) -> float:
-    """The cache lifetime a request asks for; 0 leaves it to the eviction order.
+def pin_seconds(body: CacheFields, settings: Settings) -> float:
+    """Return the requested cache lifetime; 0 leaves it to the eviction order.
 
     Raises:
         ApiError: 400 for a ttl beyond the server's limit, or an extension ttl in strict mode.
@@ -35,21 +33,19 @@ def pin_seconds(body: CacheFields, settings: ApiSettings) -> float:
         if settings.strict and options.ttl != "30m":
             raise invalid('ttl must be "30m"', "prompt_cache_options.ttl")
         seconds = float(int(options.ttl[:-1]) * _UNIT_SECONDS[options.ttl[-1]])
-        if seconds > settings.max_pin_seconds:
+        if seconds > MAX_PIN_SECONDS:
             raise invalid(
-                f"ttl is {seconds:.0f} s, the server allows {settings.max_pin_seconds:.0f} s",
+                f"ttl is {seconds:.0f} s, the server allows {MAX_PIN_SECONDS:.0f} s",
                 "prompt_cache_options.ttl",
             )
         return seconds
     if body.prompt_cache_retention == "24h":
-        return min(_DAY, settings.max_pin_seconds)
+        return _DAY
     return 0.0
 
 
-def cache_plan(
-    body: CacheFields, settings: ApiSettings, breakpoints: Sequence[int] = ()
-) -> CachePlan:
-    """What to store of a prompt whose explicit breakpoints lie after ``breakpoints`` tokens.
+def cache_plan(body: CacheFields, settings: Settings, breakpoints: Sequence[int] = ()) -> CachePlan:
+    """Decide what to store of a prompt with explicit breakpoints after ``breakpoints`` tokens.
 
     A tree stores every prefix of what it stores, so of several breakpoints the last one decides.
 
@@ -64,7 +60,7 @@ def cache_plan(
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """Number of leading token ids two prompts share."""
+    """Count the leading token ids that two prompts share."""
     count = 0
     for a, b in zip(left, right, strict=False):
         if a != b:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from chunkllama.messages import EngineReady
@@ -9,7 +10,6 @@ from chunkllama.sampling_params import GrammarSpec, SamplingParams
 from chunkllama.text.output_processor import with_ranking
 from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.api.schema.base import SamplingFields
-from chunkllama_server.config.api_settings import ApiSettings
 from chunkllama_server.transport.errors import invalid
 
 T = TypeVar("T")
@@ -102,12 +102,12 @@ def stop_strings(body: SamplingFields) -> tuple[str, ...]:
     return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
 
 
-def _temperature(body: SamplingFields, settings: ApiSettings) -> float:
+def _temperature(body: SamplingFields, defaults: Mapping[str, Any]) -> float:
     if body.use_beam_search:
         if body.temperature:
             raise invalid("Beam search needs temperature 0", "temperature")
         return 0.0
-    return float(_or(body.temperature, settings.generation_defaults.get("temperature", 1.0)))
+    return float(_or(body.temperature, defaults.get("temperature", 1.0)))
 
 
 def check_beam_search(n: int, logprobs: int | None, grammar: GrammarSpec | None) -> None:
@@ -124,7 +124,7 @@ def check_beam_search(n: int, logprobs: int | None, grammar: GrammarSpec | None)
 
 def sampling_params(
     body: SamplingFields,
-    settings: ApiSettings,
+    defaults: Mapping[str, Any],
     info: EngineReady,
     tokenizer: Tokenizer,
     *,
@@ -133,12 +133,11 @@ def sampling_params(
     best_of: int | None = None,
     grammar: GrammarSpec | None = None,
 ) -> SamplingParams:
-    """The engine's parameters for a request; absent fields take the model's defaults.
+    """Make the engine's parameters of a request; absent fields take ``defaults``.
 
     Raises:
         ApiError, InvalidRequestError: a value the model or the engine cannot take.
     """
-    defaults = settings.generation_defaults
     vocab_size = info.vocab_size
     n = _or(body.n, 1)
     if body.use_beam_search:
@@ -146,7 +145,7 @@ def sampling_params(
     values: dict[str, Any] = {
         "n": n,
         "best_of": best_of,
-        "temperature": _temperature(body, settings),
+        "temperature": _temperature(body, defaults),
         "top_p": float(_or(body.top_p, defaults.get("top_p", 1.0))),
         "top_k": _or(body.top_k, defaults.get("top_k", 0)),
         "min_p": float(_or(body.min_p, defaults.get("min_p", 0.0))),

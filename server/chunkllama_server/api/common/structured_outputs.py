@@ -137,13 +137,13 @@ class GrammarChecker:
     """Compiles grammars off the event loop, so that a bad one is refused before the engine sees it.
 
     Args:
-        load: makes the function that compiles a grammar, which raises InvalidRequestError for one
-            it cannot. Called with the first grammar: reading a vocabulary takes a while.
+        load: makes the function that compiles a grammar or raises InvalidRequestError. Called with
+            the first grammar, because reading a vocabulary takes seconds.
         time_limit: seconds one grammar may take once its turn has come. A thread cannot be stopped,
             so the turn of one that takes longer ends only with its thread.
     """
 
-    def __init__(self, load: Callable[[], Validate], time_limit: float) -> None:
+    def __init__(self, load: Callable[[], Validate], time_limit: float = 2.0) -> None:
         self._load = load
         self._validate: asyncio.Future[Validate] | None = None
         self._time_limit = time_limit
@@ -179,7 +179,7 @@ class GrammarChecker:
     def _end_turn(self, compiling: asyncio.Future[None]) -> None:
         self._turn.release()
         if not compiling.cancelled():
-            compiling.exception()  # nobody may be waiting for it any more
+            compiling.exception()  # its request may have ended
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

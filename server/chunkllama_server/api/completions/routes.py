@@ -19,7 +19,6 @@ from chunkllama_server.api.common.structured_outputs import grammar_of
 from chunkllama_server.api.completions.response import CompletionAnswer
 from chunkllama_server.api.openapi import answers
 from chunkllama_server.api.schema.completions import Completion, CompletionRequest
-from chunkllama_server.transport.auth import cache_namespace
 from chunkllama_server.transport.body import JsonRoute, json_response
 from chunkllama_server.transport.errors import invalid
 from chunkllama_server.transport.sse import SseResponse, unless_disconnected
@@ -27,6 +26,8 @@ from chunkllama_server.transport.sse import SseResponse, unless_disconnected
 router = APIRouter(route_class=JsonRoute, tags=["completions"])
 
 DEFAULT_MAX_TOKENS = 16
+# Prompts times choices of one request.
+MAX_CHOICES = 1024
 
 
 def check_completion(body: CompletionRequest, context: ServerContext) -> None:
@@ -65,10 +66,9 @@ async def prompt_ids(body: CompletionRequest, context: ServerContext) -> list[li
     else:
         prompts, is_list = cast(list[str | list[int]], prompt), True
     choices = len(prompts) * max(body.n or 1, body.best_of or 1)
-    if choices > context.settings.max_choices:
+    if choices > MAX_CHOICES:
         raise invalid(
-            f"The request asks for {choices} choices, at most {context.settings.max_choices} "
-            "are allowed",
+            f"The request asks for {choices} choices, at most {MAX_CHOICES} are allowed",
             "prompt",
         )
     encoded = []
@@ -109,7 +109,7 @@ async def completion_sampling(
         body = body.model_copy(update={"prompt_logprobs": num_top})
     return sampling_params(
         body,
-        context.settings,
+        context.generation_defaults,
         info,
         context.text.tokenizer,
         max_tokens=max_tokens,
@@ -129,7 +129,7 @@ async def create_completion(
     prompts = await prompt_ids(body, context)
     sampling = await completion_sampling(body, context, prompts)
     cache = cache_plan(body, context.settings)
-    namespace = cache_namespace(context.settings, info.tenant, body.cache_salt)
+    namespace = context.tenants.namespace(info.tenant, body.cache_salt)
     completion_id = f"cmpl-{uuid.uuid4().hex}"
     generations = [
         RequestStream(
