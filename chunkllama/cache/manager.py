@@ -374,7 +374,7 @@ class CacheManager:
         ]
 
     def check_invariants(self, live: Iterable[SequenceChunks], *, in_step: bool = False) -> None:
-        """Check the invariants of ``cache/invariants.py``, given the chunks of all live sequences."""
+        """Check the invariants of ``cache/invariants.py``; ``live`` is all live sequences."""
         check_cache(self.tree, self.pins, list(live), in_step=in_step)
 
 

@@ -6,8 +6,8 @@
       +-- [c..] tenant A -- [d..] tenant A
 
 Roots are keyed by K/V variant (model fingerprint, adapter, K/V dtype, RoPE), so equal tokens whose
-K/V differ never meet. A tenant's nodes are descendants of public ones or its own; no node is reachable
-from two private namespaces. Token ids are compared exactly; nothing is proven by a hash.
+K/V differ never meet. A tenant's nodes are descendants of public ones or its own; no node is
+reachable from two private namespaces. Token ids are compared exactly; nothing is proven by a hash.
 
 After Ye et al., "ChunkAttention" (arXiv 2402.15220), section 3.1, with token-granular matching.
 """
@@ -234,7 +234,7 @@ class PrefixTree:
             self._started_use(node)
 
     def release(self, node: Node) -> None:
-        """Count one live sequence fewer; the last one leaves the node cached, most recently used."""
+        """Count one live sequence fewer; the last leaves the node cached, most recently used."""
         node.num_sequences -= 1
         assert node.num_sequences >= 0
         self._ended_use(node)

@@ -29,7 +29,8 @@ class Sequence:
         num_scheduled: tokens of it in the step being put together or in flight.
         num_admitted: tokens known when it was admitted; computing those is prefill.
         match: while it waits for a leader, what it waits for.
-        live_node: while it waits, the last chunk it shared with running sequences at the last lookup.
+        live_node: while it waits, the last chunk it shared with running sequences when it was last
+            looked up.
     """
 
     __slots__ = (

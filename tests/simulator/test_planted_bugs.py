@@ -115,7 +115,7 @@ def double_free(patch: Patch) -> None:
         self: CacheManager, chunks: SequenceChunks, duplicate: Node, own: Node | None
     ) -> None:
         before = int(chunks.ids[chunks.num_whole])
-        adopt(self, chunks, other, own)
+        adopt(self, chunks, duplicate, own)
         self.pool.free(before)
 
     patch.setattr(CacheManager, "_adopt", twice)
@@ -130,7 +130,7 @@ def adopted_chunk_freed_while_read(patch: Patch) -> None:
     ) -> None:
         depth = chunks.num_whole
         before = int(chunks.ids[depth])
-        adopt(self, chunks, other, own)
+        adopt(self, chunks, duplicate, own)
         chunks.ids[depth] = before
 
     patch.setattr(CacheManager, "_adopt", stale)
