@@ -1,6 +1,6 @@
 """Measure attention alone: latency, bandwidth and the gain of sharing, on any backend.
 
-    python benchmarks/attention.py --backend native            # GQA shapes
+    python benchmarks/attention.py --backend cpu            # GQA shapes
     python benchmarks/attention.py --grid table3               # ChunkAttention's Table 3, MHA
     python benchmarks/attention.py --grid quick --paired       # one case of each kind
 
@@ -234,9 +234,7 @@ def paired(bench: Bench, rounds: int = 200) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--backend", default="auto", choices=["auto", "reference", "native", "cuda"]
-    )
+    parser.add_argument("--backend", default="auto", choices=["auto", "reference", "cpu", "cuda"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--grid", default="gqa", choices=[*GRIDS])

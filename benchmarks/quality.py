@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from chunkllama.backends.base import DevicePlan
+from chunkllama.backends.model import RunnableModel
 from chunkllama.engine.model_runner import build_attention, build_model
 from chunkllama.models.config import read_spec
-from chunkllama.models.llama import RunnableModel
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.models.loading.safetensors import Checkpoint
 from chunkllama.models.loading.weights import load_weights

@@ -25,11 +25,11 @@ from machine import cpu_name
 
 from chunkllama.attention.plan import Planner
 from chunkllama.backends.cpu.backend import CpuBackend
+from chunkllama.model_spec import ModelSpec
 from chunkllama.models.attention import Attention
-from chunkllama.models.config import ModelSpec
 from chunkllama.models.llama import Llama
-from chunkllama.models.loading.weights import random_llama
-from chunkllama.models.rotary import rotary_table
+from chunkllama.models.loading.weights import random_weights
+from chunkllama.models.rotary import rotary_tables
 
 SMOLLM2 = ModelSpec(
     num_layers=30,
@@ -93,13 +93,13 @@ class Bench:
         noise = torch.randn(self.kv.layers[0].shape).bfloat16()
         for layer in self.kv.layers:
             layer.copy_(noise)
-        table = rotary_table(spec.rope, spec.head_dim, spec.max_position)
+        rotary = rotary_tables(spec, spec.max_position)
         attention = Attention(
             ops, self.kv, Planner(self.packing, 64), spec.num_qo_heads, spec.head_dim**-0.5
         )
         for weights in ("bf16", "int8"):
-            model = Llama(spec, random_llama(spec, 0, torch.bfloat16), attention, table)
-            self.models[weights] = ops.prepare_model(model, weights)  # type: ignore[arg-type]
+            model = Llama(spec, random_weights(spec, 0, torch.bfloat16), attention, rotary)
+            self.models[weights] = ops.fuse(model, weights)  # type: ignore[arg-type]
 
     def step(self, case: StepCase) -> Callable[[], object]:
         """Return a function that runs one decode step of the case."""

@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from chunkllama.errors import ConfigError
+from chunkllama.logger import init_logger
+
+logger = init_logger(__name__)
 
 DEMO_MODEL = "smollm2-135m-instruct"
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
@@ -26,6 +29,13 @@ def parse_bytes(value: object) -> object:
 def _number(value: object) -> object:
     """Literal types compare, they do not parse: flags and variables are strings."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _renamed_backend(value: object) -> object:
+    if value != "native":
+        return value
+    logger.warning("backend: native is now called cpu; the old name will be removed")
+    return "cpu"
 
 
 ChunkSize = Annotated[Literal[16, 32, 64, 128], BeforeValidator(_number)]
@@ -54,14 +64,16 @@ class ModelConfig(ConfigGroup):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where to compute. auto is a CUDA device if there is one."
     )
-    backend: Literal["auto", "reference", "native", "cuda"] = Field(
+    backend: Annotated[
+        Literal["auto", "reference", "cpu", "cuda"], BeforeValidator(_renamed_backend)
+    ] = Field(
         default="auto",
-        description="Kernels: reference (torch), native (C++ for CPUs), cuda; auto is the fastest "
+        description="Kernels: reference (torch), cpu (C++), cuda; auto is the fastest "
         "that works here.",
     )
     weights: Literal["auto", "bf16", "int8"] = Field(
         default="auto",
-        description="Storage of linear layers. auto is the dtype's own; int8 needs native.",
+        description="Storage of linear layers. auto is the dtype's own; int8 needs backend cpu.",
     )
     max_model_len: int | None = Field(
         default=None,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
 from chunkllama.attention.plan import Planner
 from chunkllama.backends.base import Backend
+from chunkllama.backends.model import LayerWeights, Linear, ModelWeights
+from chunkllama.model_spec import ModelSpec
 from chunkllama.models.attention import Attention
-from chunkllama.models.config import ModelSpec
-from chunkllama.models.layers import LayerWeights, Linear, LlamaWeights
 from chunkllama.models.llama import Llama
-from chunkllama.models.rotary import rotary_table
+from chunkllama.models.rotary import rotary_tables
 
 CHUNK = 64
 # Largest difference of a logit (their standard deviation is LOGIT_SCALE) between a bfloat16 or
@@ -55,7 +55,7 @@ def random_spec(head_dim: int = 64, num_qo_heads: int = 6, num_kv_heads: int = 2
     )
 
 
-def random_weights(spec: ModelSpec, dtype: torch.dtype, seed: int = 0) -> LlamaWeights:
+def random_weights(spec: ModelSpec, dtype: torch.dtype, seed: int = 0) -> ModelWeights:
     """Return weights on the CPU that keep activations near 1 and logits near LOGIT_SCALE."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -71,44 +71,43 @@ def random_weights(spec: ModelSpec, dtype: torch.dtype, seed: int = 0) -> LlamaW
         LayerWeights(
             input_norm=norm(),
             qkv=Linear(matrix(spec.qkv_size, spec.hidden_size)),
+            q_norm=None,
+            k_norm=None,
             output=Linear(matrix(spec.hidden_size, heads)),
+            attention_output_norm=None,
             mlp_norm=norm(),
             gate_up=Linear(matrix(2 * spec.intermediate_size, spec.hidden_size)),
             down=Linear(matrix(spec.hidden_size, spec.intermediate_size)),
+            mlp_output_norm=None,
         )
         for _ in range(spec.num_layers)
     ]
-    return LlamaWeights(
+    return ModelWeights(
         embedding=torch.randn(spec.vocab_size, spec.hidden_size, generator=generator).to(dtype),
         layers=layers,
         norm=norm(),
-        lm_head=matrix(spec.vocab_size, spec.hidden_size, LOGIT_SCALE),
+        lm_head=Linear(matrix(spec.vocab_size, spec.hidden_size, LOGIT_SCALE)),
     )
 
 
-def moved(weights: LlamaWeights, device: torch.device, dtype: torch.dtype) -> LlamaWeights:
-    def move(x: torch.Tensor) -> torch.Tensor:
-        return x.to(device=device, dtype=dtype)
+def moved(weights: ModelWeights, device: torch.device, dtype: torch.dtype) -> ModelWeights:
+    def move(x: torch.Tensor | Linear | None) -> torch.Tensor | Linear | None:
+        if isinstance(x, Linear):
+            return Linear(x.weight.to(device=device, dtype=dtype))
+        return None if x is None else x.to(device=device, dtype=dtype)
 
     layers = [
-        LayerWeights(
-            input_norm=move(layer.input_norm),
-            qkv=Linear(move(layer.qkv.weight)),
-            output=Linear(move(layer.output.weight)),
-            mlp_norm=move(layer.mlp_norm),
-            gate_up=Linear(move(layer.gate_up.weight)),
-            down=Linear(move(layer.down.weight)),
-        )
+        LayerWeights(**{item.name: move(getattr(layer, item.name)) for item in fields(layer)})
         for layer in weights.layers
     ]
-    return LlamaWeights(move(weights.embedding), layers, move(weights.norm), move(weights.lm_head))
+    return ModelWeights(move(weights.embedding), layers, move(weights.norm), move(weights.lm_head))
 
 
 class ForcedLlama:
     """The model on one backend; ``step`` returns the logits of each slice's last row."""
 
     def __init__(
-        self, ops: Backend, spec: ModelSpec, weights: LlamaWeights, dtype: torch.dtype
+        self, ops: Backend, spec: ModelSpec, weights: ModelWeights, dtype: torch.dtype
     ) -> None:
         packing = ops.packing(
             num_qo_heads=spec.num_qo_heads,
@@ -128,8 +127,8 @@ class ForcedLlama:
         planner = Planner(packing, CHUNK)
         self.device = ops.device
         self.backend = Attention(ops, kv, planner, spec.num_qo_heads, spec.head_dim**-0.5)
-        table = rotary_table(spec.rope, spec.head_dim, spec.max_position).to(ops.device)
-        self.model = Llama(spec, moved(weights, ops.device, dtype), self.backend, table)
+        rotary = tuple(t.to(ops.device) for t in rotary_tables(spec, spec.max_position))
+        self.model = Llama(spec, moved(weights, ops.device, dtype), self.backend, rotary)
 
     def step(self, step: PlannedStep) -> torch.Tensor:
         positions = np.concatenate(

@@ -1,26 +1,40 @@
-"""The backend: what a device must be able to do for the model, behind the same signatures on every
-backend.
+"""The interface of a backend: what a device does for a model, with the same signatures everywhere.
 
-One implementation is chosen once per device (``ops/select.py``): the torch reference (everywhere),
-``native`` (C++ on CPUs), ``cuda`` (CuPy RawKernels).
+``select.py`` chooses one per device: ``reference`` (torch, everywhere), ``cpu`` (C++) or ``cuda``
+(CuPy RawKernels).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 
 from chunkllama.attention.plan_format import AttentionPlan, Packing
+from chunkllama.backends.checks import (
+    check_copy_chunks,
+    check_rms_norm,
+    check_rope_append,
+    check_silu_and_mul,
+    check_tpp_attention,
+)
+from chunkllama.backends.model import Linear, PlainModel, RunnableModel
+from chunkllama.errors import ConfigError
+from chunkllama.model_spec import Activation
 
 CopyTriple = tuple[int, int, int]
+Quantization = Literal["auto", "bf16", "fp32", "int8"]
+
+_WIDENED_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """The chunk pool's tensors, one per layer, in the backend's own layout: nothing outside ops may
-    index them.
+    """The chunk pool's tensors, one per layer, in the backend's own layout: only backends may index
+    them.
 
     ``layers[i]`` holds K and V of ``num_chunks`` chunks of ``chunk_size`` tokens x ``num_kv_heads``
     x ``head_dim``.
@@ -35,7 +49,7 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
-    """An attention plan on the device: ``host`` stays for sizes, ``buffer`` is the one int32 tensor
+    """An attention plan on the device: ``host`` keeps the sizes, ``buffer`` is the one int32 tensor
     of its arrays.
 
     ``state`` belongs to the backend (workspaces, gather indices, launch arguments) and is built
@@ -47,19 +61,44 @@ class DevicePlan:
     state: Any = None
 
 
-class Backend(Protocol):
+class Backend(ABC):
     """Tensors in, tensors out; shapes use T rows (query tokens), Hq and Hkv heads, D head_dim.
 
-    Backends subclass it: what they have in common stands here.
+    The public ops check their arguments and call the method of a backend, named with an underscore.
     """
 
     name: str
     device: torch.device
     chunk_sizes: tuple[int, ...]
 
+    @abstractmethod
     def packing(self, *, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> Packing:
-        """How the planner should cut rows and runs for this device."""
-        ...
+        """Return how the planner cuts rows and runs for this device."""
+
+    @abstractmethod
+    def upload_plan(self, plan: AttentionPlan, kv: KVCache, *, num_qo_heads: int) -> DevicePlan:
+        """Bring a plan to the device, once per plan; attention runs per layer then take only
+        tensors.
+        """
+
+    def fuse(self, model: PlainModel, quantization: Quantization = "auto") -> RunnableModel:
+        """Return the model as this device runs it best: fused, or itself with packed weights.
+
+        ``model`` must not be used afterwards unless it is what is returned.
+
+        Raises:
+            ConfigError: a quantization that the backend lacks.
+        """
+        is_bf16 = model.weights.embedding.dtype == torch.bfloat16
+        if quantization == "auto" or (quantization == "bf16" and is_bf16):
+            return model
+        raise ConfigError(
+            f"weights: {quantization} is not available with the {self.name} backend; use auto"
+        )
+
+    def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the type of activations in a plain model whose weights have ``dtype``."""
+        return dtype
 
     def allocate_kv(
         self,
@@ -97,11 +136,21 @@ class Backend(Protocol):
         shape = (kv.num_chunks, 2, kv.num_kv_heads, kv.chunk_size, kv.head_dim)
         return [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(num_layers)]
 
-    def upload_plan(self, plan: AttentionPlan, kv: KVCache, *, num_qo_heads: int) -> DevicePlan:
-        """Bring a plan to the device, once per plan; attention runs per layer then take only
-        tensors.
-        """
-        ...
+    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        """x [T, in] -> x W^T + b [T, out] in x's dtype."""
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return F.linear(x, layer.weight.to(x.dtype), bias)
+
+    def logits(self, hidden: torch.Tensor, head: Linear) -> torch.Tensor:
+        """hidden [N, H] -> hidden W^T [N, vocab_size] float32."""
+        if hidden.dtype == torch.float32 == head.weight.dtype:
+            return F.linear(hidden, head.weight)
+        if hidden.is_cuda:
+            return torch.mm(hidden, head.weight.t(), out_dtype=torch.float32)
+        # A CPU's bfloat16 product rounds its result (between 16 and 32 to eighths): tokens tie.
+        # Widened a block at a time, the head needs no second copy.
+        wide, blocks = hidden.float(), torch.split(head.weight, _WIDENED_ROWS)
+        return torch.cat([F.linear(wide, block.float()) for block in blocks], dim=1)
 
     def rms_norm(
         self,
@@ -113,7 +162,13 @@ class Backend(Protocol):
         """x [T, H] (+ residual [T, H]) -> (normalised, the sum). The sum is the next residual;
         inputs may be reused.
         """
-        ...
+        check_rms_norm(x, weight, residual)
+        return self._rms_norm(x, weight, eps, residual)
+
+    @abstractmethod
+    def _rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def rope_append(
         self,
@@ -130,7 +185,21 @@ class Backend(Protocol):
         positions [T] int32; cos_sin [max_position, D] float32: cos of the D/2 frequencies, then sin
         (rotate-half).
         """
-        ...
+        num_rows = self._num_rows(plan, qkv)
+        num_qo_heads = check_rope_append(qkv, positions, cos_sin, kv, num_rows)
+        return self._rope_append(qkv, positions, cos_sin, kv, layer, plan, num_qo_heads)
+
+    @abstractmethod
+    def _rope_append(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv: KVCache,
+        layer: int,
+        plan: DevicePlan,
+        num_qo_heads: int,
+    ) -> torch.Tensor: ...
 
     def tpp_attention(
         self,
@@ -142,14 +211,60 @@ class Backend(Protocol):
         scale: float,
     ) -> torch.Tensor:
         """Two-phase partition attention and merge: q [T, Hq, D] -> [T, Hq D] in q's dtype."""
-        ...
+        check_tpp_attention(q, kv, positions, self._num_rows(plan, q))
+        return self._tpp_attention(q, kv, layer, positions, plan, scale)
+
+    @abstractmethod
+    def _tpp_attention(
+        self,
+        q: torch.Tensor,
+        kv: KVCache,
+        layer: int,
+        positions: torch.Tensor,
+        plan: DevicePlan,
+        scale: float,
+    ) -> torch.Tensor: ...
+
+    def _num_rows(self, plan: DevicePlan, rows: torch.Tensor) -> int:
+        """Number of rows that a tensor must have."""
+        return plan.host.num_rows
+
+    def activate(self, x: torch.Tensor, activation: Activation, *, gated: bool) -> torch.Tensor:
+        """Apply the MLP's activation: [T, 2 I] -> act(gate) * up [T, I], or [T, I] -> act(x)."""
+        if not gated:
+            return _activate(x, activation)
+        if activation == "silu":
+            return self.silu_and_mul(x)
+        gate, up = x.chunk(2, dim=-1)
+        return _activate(gate, activation) * up
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gate_up [T, 2 I] -> silu(gate) * up [T, I]."""
-        ...
+        check_silu_and_mul(gate_up)
+        return self._silu_and_mul(gate_up)
+
+    @abstractmethod
+    def _silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor: ...
 
     def copy_chunks(self, kv: KVCache, triples: list[CopyTriple]) -> None:
         """Copy the first ``num_tokens`` of chunk src to chunk dst, in every layer, for (src, dst,
         num_tokens).
         """
-        ...
+        check_copy_chunks(kv, triples)
+        if triples:
+            self._copy_chunks(kv, triples)
+
+    @abstractmethod
+    def _copy_chunks(self, kv: KVCache, triples: list[CopyTriple]) -> None: ...
+
+
+def _activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    match activation:
+        case "silu":
+            return F.silu(x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "relu2":
+            return F.relu(x).square()

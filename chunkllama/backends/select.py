@@ -11,7 +11,7 @@ from chunkllama.backends.reference.backend import ReferenceBackend
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 
-BackendName = Literal["auto", "reference", "native", "cuda"]
+BackendName = Literal["auto", "reference", "cpu", "cuda"]
 
 logger = init_logger(__name__)
 
@@ -25,9 +25,9 @@ def select_backend(
     num_kv_heads: int,
     backend: BackendName = "auto",
 ) -> Backend:
-    """The backend for a device ("cpu", "cuda", "cuda:1") and a model's shape.
+    """Choose the backend for a device ("cpu", "cuda", "cuda:1") and a model's shape.
 
-    "auto" takes ``cuda`` on a GPU, and on a CPU ``native``, or where that is not built or lacks the
+    "auto" takes ``cuda`` on a GPU, and on a CPU ``cpu``, or where that is not built or lacks the
     shape the ``reference``, saying so once in the log.
 
     Raises:
@@ -39,22 +39,22 @@ def select_backend(
     target = torch.device(device)
     if backend == "auto" and target.type == "cpu":
         try:
-            return _native(target, dtype, head_dim, chunk_size, num_kv_heads)
+            return _cpu(target, dtype, head_dim, chunk_size, num_kv_heads)
         except ConfigError as error:
-            logger.warning("running on the torch reference ops, which are slower: %s", error)
+            logger.warning("using the reference backend (torch), which is slower: %s", error)
             backend = "reference"
-    if backend == "native":
-        return _native(target, dtype, head_dim, chunk_size, num_kv_heads)
+    if backend == "cpu":
+        return _cpu(target, dtype, head_dim, chunk_size, num_kv_heads)
     if backend == "reference":
         return _checked(ReferenceBackend(target), chunk_size)
     return _cuda(target, dtype, head_dim, chunk_size, num_kv_heads)
 
 
-def _native(
+def _cpu(
     device: torch.device, dtype: torch.dtype, head_dim: int, chunk_size: int, num_kv_heads: int
 ) -> Backend:
     if device.type != "cpu":
-        raise ConfigError(f"backend: native runs on device cpu, not on {device}")
+        raise ConfigError(f"backend: cpu runs on device cpu, not on {device}")
     from chunkllama.backends.cpu.backend import CpuBackend
 
     ops = CpuBackend(dtype=dtype, head_dim=head_dim, num_kv_heads=num_kv_heads)
@@ -75,5 +75,7 @@ def _cuda(
 def _checked(backend: Backend, chunk_size: int) -> Backend:
     if chunk_size not in backend.chunk_sizes:
         sizes = ", ".join(map(str, backend.chunk_sizes))
-        raise ConfigError(f"chunk_size: {chunk_size} is not one of {sizes} ({backend.name} ops)")
+        raise ConfigError(
+            f"chunk_size: {chunk_size} is not one of {sizes} ({backend.name} backend)"
+        )
     return backend

@@ -14,7 +14,8 @@ from chunkllama.engine.model_runner import load_executor
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineReady
-from chunkllama.models.config import ModelSpec, kv_bytes_per_chunk, read_spec, resolve_dtype
+from chunkllama.model_spec import ModelSpec
+from chunkllama.models.config import kv_bytes_per_chunk, read_spec, resolve_dtype
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.resources import default_kv_cache_memory, memory_left, usable_threads
 from chunkllama.scheduler.scheduler import Scheduler, SchedulerLimits
@@ -98,13 +99,31 @@ def _device(wanted: str) -> str:
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     wanted = config.model.max_model_len
-    if wanted is None:
-        return spec.max_position
-    if wanted > spec.max_position:
+    if wanted is not None and wanted > spec.max_position:
         raise ConfigError(
             f"max_model_len: {wanted} is above the model's own limit of {spec.max_position}"
         )
-    return wanted
+    window = spec.max_window
+    if window is not None and window < (wanted or spec.max_position):
+        logger.warning(
+            "max_model_len: %d, the model's sliding window, beyond which it is not supported "
+            "(its own limit is %d)",
+            window,
+            spec.max_position,
+        )
+        return window
+    if wanted is not None:
+        return wanted
+    original = min((r.original_max_position for r in spec.ropes if r.type == "longrope"), default=0)
+    if 0 < original < spec.max_position:
+        logger.warning(
+            "max_model_len: %d, the length up to which the model's short rotary factors hold; set "
+            "it (up to %d) to use the long factors for all requests",
+            original,
+            spec.max_position,
+        )
+        return original
+    return spec.max_position
 
 
 def _num_chunks(

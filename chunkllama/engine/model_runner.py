@@ -11,20 +11,21 @@ import torch
 from numpy.typing import NDArray
 
 from chunkllama.attention.plan import Planner
-from chunkllama.backends.base import Backend
+from chunkllama.backends.base import Backend, Quantization
+from chunkllama.backends.model import ModelWeights, RunnableModel
 from chunkllama.backends.select import BackendName, select_backend
 from chunkllama.engine.logprobs import token_logprobs
 from chunkllama.engine.sampler import Sampled, Sampler, takes_best
 from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.logger import init_logger
+from chunkllama.model_spec import ModelSpec
 from chunkllama.models.attention import Attention
-from chunkllama.models.config import ModelSpec, read_spec
-from chunkllama.models.layers import LlamaWeights
-from chunkllama.models.llama import Llama, RunnableModel
+from chunkllama.models.config import read_spec
+from chunkllama.models.llama import Llama
 from chunkllama.models.loading.safetensors import Checkpoint
 from chunkllama.models.loading.weights import load_weights
-from chunkllama.models.rotary import rotary_table
+from chunkllama.models.rotary import rotary_tables
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.output import NewSequence, SampledTokens, ScheduledSlice, SchedulerOutput
 
@@ -269,7 +270,7 @@ def load_executor(
     chunk_size: int,
     max_model_len: int,
     backend: BackendName = "auto",
-    weights: str = "auto",
+    weights: Quantization = "auto",
 ) -> ModelRunner:
     """A model folder's executor, its pool allocated.
 
@@ -326,30 +327,22 @@ def build_attention(
     packing = ops.packing(
         num_qo_heads=spec.num_qo_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim
     )
-    return Attention(ops, kv, Planner(packing, chunk_size), spec.num_qo_heads, spec.head_dim**-0.5)
+    return Attention(ops, kv, Planner(packing, chunk_size), spec.num_qo_heads, spec.score_scale)
 
 
 def build_model(
     spec: ModelSpec,
-    loaded: LlamaWeights,
+    loaded: ModelWeights,
     attention: Attention,
     *,
     max_model_len: int,
-    weights: str = "auto",
+    weights: Quantization = "auto",
 ) -> RunnableModel:
-    """The Llama in torch, or what the backend makes of it.
+    """The model as the backend runs it best.
 
     Raises:
         ConfigError: a weight storage that the backend does not offer.
     """
-    table = rotary_table(spec.rope, spec.head_dim, max_model_len).to(attention.backend.device)
-    model = Llama(spec, loaded, attention, table)
-    prepare = getattr(attention.backend, "prepare_model", None)
-    if prepare is not None:
-        prepared: RunnableModel = prepare(model, weights=weights)
-        return prepared
-    if weights == "auto" or (weights == "bf16" and loaded.embedding.dtype == torch.bfloat16):
-        return model
-    raise ConfigError(
-        f"weights: {weights} is not available with the {attention.backend.name} backend; use auto"
-    )
+    device = attention.backend.device
+    rotary = tuple(table.to(device) for table in rotary_tables(spec, max_model_len))
+    return attention.backend.fuse(Llama(spec, loaded, attention, rotary), weights)

@@ -1,4 +1,4 @@
-"""Attention for the model: plan once a step, run once a layer."""
+"""Attention of a model: plan once a step, run once a layer."""
 
 from __future__ import annotations
 

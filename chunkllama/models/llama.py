@@ -1,91 +1,133 @@
-"""Llama (arXiv 2302.13971, 2407.21783): the architecture and nothing else."""
+"""The forward pass of the Llama family (arXiv 2302.13971, 2407.21783), driven by its spec."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
-from chunkllama.backends.base import DevicePlan
+from chunkllama.backends.base import DevicePlan, KVCache
+from chunkllama.backends.model import LayerWeights, ModelWeights
+from chunkllama.model_spec import LayerSpec, ModelSpec
 from chunkllama.models.attention import Attention
-from chunkllama.models.config import ModelSpec
-from chunkllama.models.layers import LlamaWeights
-
-_HEAD_ROWS = 4096
-
-
-class RunnableModel(Protocol):
-    """What a model runner needs of a model.
-
-    An backend may offer ``prepare_model(model, weights=...) -> RunnableModel``: the same model with
-    its weights packed and its layers fused as the device likes them.
-    """
-
-    def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, plan: DevicePlan
-    ) -> torch.Tensor:
-        """token_ids [T] int64 and positions [T] int32 -> final hidden states [T, H], normalised."""
-        ...
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [N, H] -> [N, vocab_size] float32."""
-        ...
-
-    def best_tokens(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The largest logit [N] of hidden [N, H] and its token [N]; NaN where a logit is NaN."""
-        ...
 
 
 class Llama:
-    """A decoder-only transformer: RMSNorm, rotary grouped-query attention, SwiGLU.
+    """A decoder-only transformer: RMSNorm, rotary grouped-query attention, an MLP.
+
+    Implements ``PlainModel``: every op goes to the backend of ``attention``.
 
     Args:
         spec: its numbers.
         weights: on the device of ``attention.backend``, in the dtype to compute in.
         attention: plans, the chunk pool and the backend.
-        cos_sin: [max_position, D] float32, see ``rotary_table``.
+        rotary: see ``rotary_tables``.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
-        weights: LlamaWeights,
+        weights: ModelWeights,
         attention: Attention,
-        cos_sin: torch.Tensor,
+        rotary: tuple[torch.Tensor, ...],
     ) -> None:
         self.spec = spec
         self.weights = weights
         self.attention = attention
-        self.cos_sin = cos_sin
+        self.rotary = rotary
+
+    @property
+    def kv(self) -> KVCache:
+        """The chunk pool."""
+        return self.attention.kv
 
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, plan: DevicePlan
     ) -> torch.Tensor:
-        ops, eps = self.attention.backend, self.spec.rms_norm_eps
-        x = embedding(token_ids, self.weights.embedding)
+        """Return the normalised final hidden states [T, H]."""
+        x = self._embed(token_ids)
         residual: torch.Tensor | None = None
         for index, layer in enumerate(self.weights.layers):
-            x, residual = ops.rms_norm(x, layer.input_norm, eps, residual)
-            x = self.attention.forward(layer.qkv(x), positions, self.cos_sin, index, plan)
-            x = layer.output(x)
-            x, residual = ops.rms_norm(x, layer.mlp_norm, eps, residual)
-            x = layer.down(ops.silu_and_mul(layer.gate_up(x)))
-        x, _ = ops.rms_norm(x, self.weights.norm, eps, residual)
+            spec = self.spec.layer(index)
+            x, residual = self._norm(x, layer.input_norm, residual)
+            x = self._attend(x, index, spec, layer, positions, plan)
+            x = self._branch_output(x, layer.attention_output_norm)
+            x, residual = self._norm(x, layer.mlp_norm, residual)
+            x = self._mlp(x, spec, layer)
+            x = self._branch_output(x, layer.mlp_output_norm)
+        x, _ = self._norm(x, self.weights.norm, residual)
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        head = self.weights.lm_head
-        if hidden.dtype == torch.float32:
-            return linear(hidden, head)
-        if hidden.is_cuda:
-            return torch.mm(hidden, head.t(), out_dtype=torch.float32)
-        # A CPU's bfloat16 product rounds its result (between 16 and 32 to eighths): tokens tie.
-        # Widened a block at a time, the head needs no second copy.
-        wide = hidden.float()
-        blocks = (head[row : row + _HEAD_ROWS] for row in range(0, len(head), _HEAD_ROWS))
-        return torch.cat([linear(wide, block.float()) for block in blocks], dim=1)
+        """hidden [N, H] -> [N, vocab_size] float32."""
+        logits = self.attention.backend.logits(hidden, self.weights.lm_head)
+        if self.spec.logit_multiplier != 1.0:
+            logits = logits * self.spec.logit_multiplier
+        if (softcap := self.spec.logit_softcap) is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return logits
 
     def best_tokens(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the largest logit [N] of hidden [N, H] and its token [N]."""
         values, tokens = self.logits(hidden).max(dim=1)
         return values, tokens
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        weight = self.weights.embedding
+        x = embedding(token_ids, weight)
+        if self.spec.embedding_multiplier != 1.0:
+            # In the weights' own dtype, as the model was trained.
+            x = x * torch.tensor(self.spec.embedding_multiplier, dtype=weight.dtype)
+        return x.to(self.attention.backend.activation_dtype(weight.dtype))
+
+    def _norm(
+        self, x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add x to the residual stream: (what enters the next block, the sum)."""
+        if weight is None:
+            total = x if residual is None else residual + x
+            return total, total
+        return self.attention.backend.rms_norm(x, weight, self.spec.rms_norm_eps, residual)
+
+    def _branch_output(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """What attention or MLP adds to the residual stream."""
+        if weight is not None:
+            x, _ = self.attention.backend.rms_norm(x, weight, self.spec.rms_norm_eps)
+        if self.spec.residual_multiplier != 1.0:
+            x = x * self.spec.residual_multiplier
+        return x
+
+    def _attend(
+        self,
+        x: torch.Tensor,
+        index: int,
+        spec: LayerSpec,
+        layer: LayerWeights,
+        positions: torch.Tensor,
+        plan: DevicePlan,
+    ) -> torch.Tensor:
+        ops = self.attention.backend
+        qkv = ops.linear(x, layer.qkv)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            qkv = self._normalise_heads(qkv, layer.q_norm, layer.k_norm)
+        cos_sin = self.rotary[-1 if spec.rope is None else spec.rope]
+        x = self.attention.forward(qkv, positions, cos_sin, index, plan)
+        return ops.linear(x, layer.output)
+
+    def _normalise_heads(
+        self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor
+    ) -> torch.Tensor:
+        """Normalise q and k, in groups as long as the norms' weights."""
+        head_dim, eps = self.spec.head_dim, self.spec.rms_norm_eps
+        kv_size = self.spec.num_kv_heads * head_dim
+        parts = torch.split(qkv, [self.spec.num_qo_heads * head_dim, kv_size, kv_size], dim=1)
+        normed = []
+        for part, weight in zip(parts, (q_norm, k_norm), strict=False):
+            rows = part.reshape(-1, len(weight))
+            y, _ = self.attention.backend.rms_norm(rows, weight, eps)
+            normed.append(y.view(part.shape))
+        return torch.cat((*normed, parts[2]), dim=1)
+
+    def _mlp(self, x: torch.Tensor, spec: LayerSpec, layer: LayerWeights) -> torch.Tensor:
+        ops = self.attention.backend
+        x = ops.activate(ops.linear(x, layer.gate_up), spec.activation, gated=spec.gated)
+        return ops.linear(x, layer.down)

@@ -15,17 +15,18 @@ import torch
 from attention_plans import Case, random_case
 
 from chunkllama.attention.plan import Planner
-from chunkllama.backends.base import Backend, DevicePlan
+from chunkllama.backends.base import Backend, DevicePlan, Quantization
 from chunkllama.backends.cpu.backend import CpuBackend
 from chunkllama.backends.cpu.build import LEVELS, available_levels
 from chunkllama.backends.cpu.fused_model import FusedModel
+from chunkllama.backends.model import Linear
 from chunkllama.backends.reference.backend import ReferenceBackend
 from chunkllama.errors import ConfigError
+from chunkllama.model_spec import LayerSpec, ModelSpec
 from chunkllama.models.attention import Attention
-from chunkllama.models.config import ModelSpec
 from chunkllama.models.llama import Llama
-from chunkllama.models.loading.weights import random_llama
-from chunkllama.models.rotary import rotary_table
+from chunkllama.models.loading.weights import random_weights
+from chunkllama.models.rotary import rotary_tables
 
 # No size is a multiple of what the kernels pack by.
 SPEC = ModelSpec(
@@ -37,8 +38,7 @@ SPEC = ModelSpec(
     head_dim=32,
     vocab_size=1003,
     max_position=2048,
-    attention_bias=True,
-    mlp_bias=True,
+    layers=(LayerSpec(qkv_bias=True, output_bias=True, mlp_bias=True),),
 )
 # (computing dtype, packed weights) -> largest error of a logit; the logits' spread is about one.
 TOLERANCE = {
@@ -88,8 +88,8 @@ def make_model(
     )
     heads, scale = spec.num_qo_heads, spec.head_dim**-0.5
     attention = Attention(backend, kv, Planner(packing, 64), heads, scale)
-    table = rotary_table(spec.rope, spec.head_dim, spec.max_position)
-    model = Llama(spec, random_llama(spec, 0, dtype), attention, table)
+    rotary = rotary_tables(spec, spec.max_position)
+    model = Llama(spec, random_weights(spec, 0, dtype), attention, rotary)
     return model, backend.upload_plan(case.plan(packing), kv, num_qo_heads=heads)
 
 
@@ -108,8 +108,8 @@ def test_one_call_equals_the_reference_ops(
     for (dtype, weights), tolerance in TOLERANCE.items():
         ops = native_ops(dtype, level)
         plain, plan = make_model(ops, spec, case, dtype)
-        native = ops.prepare_model(plain, weights)  # type: ignore[arg-type]
-        assert plain.weights.embedding.numel() == 0, "the model's own weights should be given up"
+        native = ops.fuse(plain, weights)  # type: ignore[arg-type]
+        assert plain.weights.embedding.numel() == 0, "the model's own weights should be freed"
         hidden = native.forward(token_ids, positions, plan)
         assert hidden.shape == expected_hidden.shape
         logits = native.logits(hidden)
@@ -128,8 +128,8 @@ def test_linears_of_any_number_of_rows(
     """Few rows, a block, a panel, several panels; more k than a core's L1 or L2 holds of a unit."""
     spec = replace(SPEC, num_layers=1, hidden_size=4130, vocab_size=100)
     model, _ = make_model(native_ops(dtype, level), spec, random_case(rng, kind="decode"), dtype)
-    head = model.weights.lm_head.double()
-    native = model.attention.backend.prepare_model(model, weights)  # type: ignore[attr-defined]
+    head = model.weights.lm_head.weight.double()
+    native = model.attention.backend.fuse(model, weights)
     tolerance = {"auto": 2e-5, "int8": 0.05}[weights] if dtype == torch.float32 else 0.05
     for rows in (*range(1, 14), 16, 17, 25, 32, 33, 511, 512, 513, 1100):
         x = torch.from_numpy(rng.standard_normal((rows, spec.hidden_size))).to(dtype)
@@ -194,9 +194,9 @@ def one_layer(
     spec = replace(SPEC, num_layers=1, vocab_size=1003)
     model, _ = make_model(native_ops(dtype, level), spec, random_case(rng, kind="decode"), dtype)
     for where, value in entries:
-        model.weights.lm_head[where] = value
+        model.weights.lm_head.weight[where] = value
     ops = native_ops(dtype, level)
-    return ops.prepare_model(model, weights), spec.hidden_size  # type: ignore[arg-type]
+    return ops.fuse(model, weights), spec.hidden_size  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("weights", ["auto", "int8"])
@@ -253,7 +253,7 @@ def test_any_number_of_threads_gives_the_same_numbers(
     for kind in ("decode", "mixed"):
         case = random_case(rng, kind=kind, max_rows=150)  # type: ignore[arg-type]
         plain, plan = make_model(ops, SPEC, case, torch.bfloat16)
-        native = ops.prepare_model(plain, weights)  # type: ignore[arg-type]
+        native = ops.fuse(plain, weights)  # type: ignore[arg-type]
         token_ids = torch.from_numpy(rng.integers(0, SPEC.vocab_size, case.num_rows))
         results = []
         for count in thread_counts:
@@ -298,13 +298,13 @@ def test_int8_of_zero_tiny_uneven_and_broken_rows(
     """A scale holds for 32 weights of a row: an outlier costs its 31 neighbours, nobody else."""
     spec = replace(SPEC, num_layers=1, hidden_size=128, vocab_size=40)
     model, _ = make_model(native_ops(dtype, level), spec, random_case(rng, kind="decode"), dtype)
-    head = model.weights.lm_head
+    head = model.weights.lm_head.weight
     head[:4] = 0
     head[1, 64:96] = 1e-40
     head[2] = 1
     head[2, 5] = 1e4
     head[3, 7] = torch.nan
-    native = model.attention.backend.prepare_model(model, "int8")  # type: ignore[attr-defined]
+    native = model.attention.backend.fuse(model, "int8")
     for rows in (1, 5, 40):
         x = torch.ones(rows, spec.hidden_size)
         logits = native.logits(x)
@@ -333,12 +333,41 @@ def test_a_plain_model_runs_through_the_ops_one_by_one(
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("dtype", "weights"), TOLERANCE)
+def test_packed_layers_run_one_by_one_equal_the_fused_call(
+    rng: np.random.Generator, dtype: torch.dtype, weights: Quantization, tied: bool
+) -> None:
+    """What ``fuse`` returns for a specification that the fused call lacks, and for one it has."""
+    plain_spec = replace(SPEC, tie_word_embeddings=tied)
+    general_spec = replace(plain_spec, embedding_multiplier=2.0)
+    case = random_case(rng, kind="mixed", max_rows=100)
+    token_ids = torch.from_numpy(rng.integers(0, SPEC.vocab_size, case.num_rows))
+    positions = torch.from_numpy(case.positions)
+    ops = CpuBackend(dtype=dtype, head_dim=SPEC.head_dim, num_kv_heads=SPEC.num_kv_heads)
+    logits = []
+    for spec in (plain_spec, general_spec):
+        model, plan = make_model(ops, spec, case, dtype)
+        if spec is plain_spec:
+            model.weights.embedding *= 2
+        elif tied:
+            model.weights.lm_head = Linear(model.weights.embedding * 2)
+        runnable = ops.fuse(model, weights)
+        assert isinstance(runnable, FusedModel) == (spec is plain_spec)
+        hidden = runnable.forward(token_ids, positions, plan)
+        logits.append(runnable.logits(hidden).clone())
+        assert torch.equal(runnable.best_tokens(hidden)[1], logits[-1].argmax(dim=1))
+    # Narrow activations round at other places, if these weights have them.
+    tolerance = 2e-5 if dtype == torch.float32 else TOLERANCE[dtype, weights]
+    assert (logits[0] - logits[1]).abs().max() <= tolerance
+
+
 def test_weights_wider_than_the_model_are_refused(rng: np.random.Generator) -> None:
     case = random_case(rng, kind="decode")
     ops = CpuBackend(dtype=torch.bfloat16, head_dim=32, num_kv_heads=3)
     model, _ = make_model(ops, SPEC, case, torch.bfloat16)
     with pytest.raises(ConfigError, match="int8"):
-        ops.prepare_model(model, "fp32")
+        ops.fuse(model, "fp32")
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float16, 64), (torch.float32, 40)])

@@ -54,7 +54,7 @@ def test_a_continued_conversation_at_the_edge_of_a_chunk(make_core, run, truth, 
     assert engine.cached[second] >= length + 2, "prompt and answer are found again, to the token"
 
 
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_slice_at_a_time_gives_the_same_ids(make_core, run, truth, backend) -> None:
     rng = np.random.default_rng(5)
     prompt = rng.integers(300, 40000, 700).tolist()
@@ -66,7 +66,7 @@ def test_a_slice_at_a_time_gives_the_same_ids(make_core, run, truth, backend) ->
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_64_prompts_up_to_3000_tokens(make_core, run, truth, rng, backend) -> None:
     trunks = [rng.integers(300, 40000, 3000).tolist() for _ in range(4)]
     cuts = rng.integers(1, 2990, 64).tolist()

@@ -12,8 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from chunkllama.models.config import ModelSpec, read_spec
-from chunkllama.models.loading.weights import random_llama
+from chunkllama.model_spec import LayerSpec, ModelSpec
+from chunkllama.models.config import read_spec
+from chunkllama.models.loading.weights import random_weights
 from chunkllama.models.rotary import rotary_table
 
 PROMPT = np.random.default_rng(3).integers(0, 131, 100).tolist()
@@ -119,7 +120,7 @@ def test_narrow_checkpoints_widen_exactly(dtype, make_tiny, our_logits, tmp_path
 @pytest.mark.parametrize("kind", [k for k in ROPES if k not in ("theta", "yarn_mscale")])
 def test_older_rope_spelling_means_the_same(kind: str, make_tiny, tmp_path: Path) -> None:
     make_tiny(rope_parameters=dict(ROPES[kind])).save_pretrained(tmp_path)
-    new = read_spec(tmp_path).rope
+    new = read_spec(tmp_path).ropes
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     scaling = config.pop("rope_parameters")
@@ -127,7 +128,7 @@ def test_older_rope_spelling_means_the_same(kind: str, make_tiny, tmp_path: Path
     scaling["type"] = scaling.pop("rope_type")
     config["rope_scaling"] = None if kind == "default" else scaling
     path.write_text(json.dumps(config))
-    assert read_spec(tmp_path).rope == new
+    assert read_spec(tmp_path).ropes == new
 
 
 @pytest.mark.parametrize("kind", ROPES)
@@ -140,7 +141,7 @@ def test_rotary_table_is_bitwise_transformers(kind: str, tmp_path: Path) -> None
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(tmp_path)
-    table = rotary_table(read_spec(tmp_path).rope, 32, 300)
+    table = rotary_table(read_spec(tmp_path).ropes[0], 32, 300)
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(300)[None])
     assert torch.equal(table, torch.cat((cos[0, :, :16], sin[0, :, :16]), dim=1))
 
@@ -155,11 +156,11 @@ def test_random_weights_are_a_function_of_the_seed() -> None:
         head_dim=8,
         vocab_size=50,
         max_position=64,
-        attention_bias=True,
+        layers=(LayerSpec(qkv_bias=True),),
     )
-    first, again, other = (random_llama(spec, seed) for seed in (1, 1, 2))
+    first, again, other = (random_weights(spec, seed) for seed in (1, 1, 2))
     assert torch.equal(first.layers[0].qkv.weight, again.layers[0].qkv.weight)
-    assert torch.equal(first.lm_head, again.lm_head)
-    assert not torch.equal(first.lm_head, other.lm_head)
+    assert torch.equal(first.lm_head.weight, again.lm_head.weight)
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
     assert first.layers[0].qkv.weight.shape == (spec.qkv_size, 32)
     assert first.layers[0].qkv.bias is not None

@@ -64,7 +64,7 @@ def test_config_that_is_not_a_json_object(text: str, tiny_folder: Path) -> None:
     ("change", "words"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "unsupported architecture GPT2LMHeadModel"),
-        ({"architectures": [], "model_type": "gemma"}, "supported: LlamaForCausalLM"),
+        ({"architectures": [], "model_type": "gpt2"}, "supported: LlamaForCausalLM"),
         ({"hidden_size": "big"}, "hidden_size must be a positive integer"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer"),
@@ -72,11 +72,12 @@ def test_config_that_is_not_a_json_object(text: str, tiny_folder: Path) -> None:
         ({"vocab_size": -1}, "vocab_size"),
         ({"num_key_value_heads": 4}, "no multiple"),
         ({"head_dim": 7}, "odd"),
-        ({"hidden_act": "gelu"}, "only silu"),
+        ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported: silu"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"dtype": "float8_e4m3fn"}, "dtype"),
-        ({"rms_norm_eps": "small"}, "could not convert"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type 'spiral'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "needs short_factor"),
         ({"rope_parameters": {"rope_type": "linear"}}, "needs factor"),
         ({"rope_parameters": 3}, "must be an object"),
         ({"intermediate_size": 81}, "mlp.gate_proj.weight has shape [80, 48]"),
@@ -92,17 +93,17 @@ def test_config_that_does_not_fit(change: dict[str, Any], words: str, tiny_folde
     assert words in refusal(tiny_folder)
 
 
-def test_mistral_without_a_window_is_a_llama(tiny_folder: Path) -> None:
+def test_the_window_of_a_mistral_is_the_default_of_transformers(tiny_folder: Path) -> None:
     path = tiny_folder / "config.json"
-    mistral = {"architectures": ["MistralForCausalLM"]}
-    for window in (127, 4):
-        edit_json(path, lambda config, w=window: config.update(mistral, sliding_window=w))
-        assert f"sliding-window attention ({window} tokens)" in refusal(tiny_folder)
-    for window in (128, None):
-        edit_json(path, lambda config, w=window: config.update(sliding_window=w))
-        assert read_spec(tiny_folder).num_layers == 2
-    edit_json(path, lambda config: config.pop("num_key_value_heads"))
-    assert "must state num_key_value_heads" in refusal(tiny_folder)
+    edit_json(path, lambda config: config.update(architectures=["MistralForCausalLM"]))
+    assert read_spec(tiny_folder).max_window == 4096
+    edit_json(path, lambda config: config.update(sliding_window=4))
+    assert read_spec(tiny_folder).max_window == 4
+    edit_json(path, lambda config: config.update(sliding_window=None))
+    assert read_spec(tiny_folder).max_window is None
+    edit_json(path, lambda config: config.update(sliding_window=0))
+    with pytest.raises(ConfigError, match="sliding_window must be a positive integer"):
+        read_spec(tiny_folder)
 
 
 def test_eos_is_the_union_of_its_three_homes(tiny_folder: Path) -> None:

@@ -10,14 +10,13 @@ import logging
 import sys
 from ctypes import c_void_p
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import yaml
 
 from chunkllama.attention.plan_format import AttentionPlan, Packing
-from chunkllama.backends.base import Backend, CopyTriple, DevicePlan, KVCache
+from chunkllama.backends.base import Backend, CopyTriple, DevicePlan, KVCache, Quantization
 from chunkllama.backends.cpu.abi import (
     TYPES,
     CAttention,
@@ -28,11 +27,17 @@ from chunkllama.backends.cpu.abi import (
     load_library,
 )
 from chunkllama.backends.cpu.build import LEVELS, NativeBuildError, available_levels, build
-from chunkllama.backends.cpu.fused_model import FusedModel, WeightType
+from chunkllama.backends.cpu.fused_model import FusedModel, can_fuse
 from chunkllama.backends.cpu.memory import allocate_lazily, commit_in_background
-from chunkllama.backends.reference.copy_chunks import check_copy_chunks
-from chunkllama.backends.reference.rope_append import check_rope_append
-from chunkllama.backends.reference.tpp_attention import check_tpp_attention
+from chunkllama.backends.cpu.packed import (
+    UNIT,
+    PackedLinear,
+    pack_model,
+    packed_type,
+    round_up,
+    row_stride,
+)
+from chunkllama.backends.model import Linear, PlainModel, RunnableModel
 from chunkllama.errors import ConfigError
 from chunkllama.resources import data_folder
 
@@ -49,7 +54,7 @@ class CpuPlan:
 
 
 class CpuBackend(Backend):
-    """Implements ``Backend`` with the library of one instruction-set level; bf16 and fp32.
+    """Implement ``Backend`` with the library of one instruction-set level; bf16 and fp32.
 
     Args:
         dtype: of the model and its K/V.
@@ -62,7 +67,7 @@ class CpuBackend(Backend):
         ConfigError: the dtype or head_dim has no kernel, or no level can be built or used here.
     """
 
-    name = "native"
+    name = "cpu"
     chunk_sizes = (64,)
 
     def __init__(
@@ -81,11 +86,24 @@ class CpuBackend(Backend):
         self.vector_rows = int(tuning["vector_rows"])
         self._packing = tuning["packing"]
         self._partials = torch.empty(0)
-        logger.info("native CPU ops: level %s", self.level)
+        self._product_type = int(self.library.ck_activation_type(TYPES[dtype]))
+        self._product_dtype = {code: dtype for dtype, code in TYPES.items()}[self._product_type]
+        self._inputs: dict[int, torch.Tensor] = {}
+        logger.info("CPU kernels: level %s", self.level)
 
-    def prepare_model(self, model: Any, weights: WeightType = "auto") -> FusedModel:
-        """The model, packed and run by one native call per step; it gives up its own weights."""
-        return FusedModel(self.library, self.vector_rows, model, weights)
+    def fuse(self, model: PlainModel, quantization: Quantization = "auto") -> RunnableModel:
+        """Return one native call per step where the kernels know the model's specification; for any
+        other the model itself, its linear layers packed.
+        """
+        weight_type = packed_type(model.weights.embedding.dtype, quantization)
+        if can_fuse(model.spec):
+            return FusedModel(self.library, self.vector_rows, model, weight_type)
+        pack_model(self.library, model.weights, weight_type)
+        return model
+
+    def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return float32: the kernels sum in it, and narrow what a product reads themselves."""
+        return torch.float32
 
     def packing(self, *, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> Packing:
         """The longest runs that still give each thread a few units: fewer partials to merge."""
@@ -128,12 +146,38 @@ class CpuBackend(Backend):
         split = slots * heads * dim
         return flat[:split].view(slots, heads, dim), flat[split:].view(slots, heads)
 
-    def rms_norm(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        residual: torch.Tensor | None = None,
+    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        if not isinstance(layer, PackedLinear):
+            return super().linear(x, layer)
+        return self._product(x, layer).to(x.dtype)
+
+    def logits(self, hidden: torch.Tensor, head: Linear) -> torch.Tensor:
+        if not isinstance(head, PackedLinear):
+            return super().logits(hidden, head)
+        return self._product(hidden, head)
+
+    def _product(self, x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
+        """x [T, in] -> [T, out] float32."""
+        rows, width = x.shape
+        y = torch.empty(rows, layer.packed.n)
+        padded = self._input(rows, width)
+        padded[:rows, :width] = x
+        self.library.ck_linear(
+            *(ctypes.byref(layer.packed), padded.data_ptr(), padded.stride(0), self._product_type),
+            *(y.data_ptr(), layer.packed.n, rows, torch.get_num_threads()),
+        )
+        return y[:, : layer.out]
+
+    def _input(self, rows: int, width: int) -> torch.Tensor:
+        """A buffer per width, zeroed once: what lies beyond the end of a row stays zero."""
+        buffer = self._inputs.get(width)
+        if buffer is None or len(buffer) < rows:
+            shape = (round_up(rows, UNIT), row_stride(width))
+            buffer = self._inputs[width] = torch.zeros(shape, dtype=self._product_dtype)
+        return buffer
+
+    def _rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x = x.contiguous()
         y, hidden = torch.empty_like(x), x.shape[-1]
@@ -153,7 +197,7 @@ class CpuBackend(Backend):
         self.library.ck_rms_norm(ctypes.byref(args), x.numel() // hidden, torch.get_num_threads())
         return y, total
 
-    def rope_append(
+    def _rope_append(
         self,
         qkv: torch.Tensor,
         positions: torch.Tensor,
@@ -161,9 +205,9 @@ class CpuBackend(Backend):
         kv: KVCache,
         layer: int,
         plan: DevicePlan,
+        num_qo_heads: int,
     ) -> torch.Tensor:
         num_rows = plan.host.num_rows
-        num_qo_heads = check_rope_append(qkv, positions, cos_sin, kv, num_rows)
         qkv, positions = qkv.contiguous(), positions.int().contiguous()
         q = qkv.new_empty(num_rows, num_qo_heads, kv.head_dim)
         args = CRope(
@@ -175,7 +219,7 @@ class CpuBackend(Backend):
         self.library.ck_rope_append(ctypes.byref(args), torch.get_num_threads())
         return q
 
-    def tpp_attention(
+    def _tpp_attention(
         self,
         q: torch.Tensor,
         kv: KVCache,
@@ -184,7 +228,6 @@ class CpuBackend(Backend):
         plan: DevicePlan,
         scale: float,
     ) -> torch.Tensor:
-        check_tpp_attention(q, kv, positions, plan.host.num_rows)
         q, positions = q.contiguous(), positions.int().contiguous()
         num_rows, num_qo_heads, head_dim = q.shape
         width = num_qo_heads * head_dim
@@ -200,7 +243,7 @@ class CpuBackend(Backend):
         self.library.ck_attention(ctypes.byref(args), torch.get_num_threads())
         return out
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def _silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate_up = gate_up.contiguous()
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         y = gate_up.new_empty(rows, size)
@@ -209,10 +252,7 @@ class CpuBackend(Backend):
         )
         return y
 
-    def copy_chunks(self, kv: KVCache, triples: list[CopyTriple]) -> None:
-        check_copy_chunks(kv, triples)
-        if not triples:
-            return
+    def _copy_chunks(self, kv: KVCache, triples: list[CopyTriple]) -> None:
         table = np.array([t for t in triples if t[0] != t[1]], np.int32)
         layers = (c_void_p * len(kv.layers))(*(layer.data_ptr() for layer in kv.layers))
         heads = _heads(kv.num_kv_heads, kv, 0, kv.layers[0].dtype)
@@ -231,11 +271,9 @@ def c_plan(plan: AttentionPlan) -> CPlan:
 
 def _check_shape(dtype: torch.dtype, head_dim: int) -> None:
     if dtype not in TYPES:
-        raise ConfigError(f"dtype: the native CPU ops have bfloat16 and float32, not {dtype}")
+        raise ConfigError(f"dtype: the cpu backend has bfloat16 and float32, not {dtype}")
     if head_dim % 16 or not 16 <= head_dim <= 256:
-        raise ConfigError(
-            f"head_dim: {head_dim} is not a multiple of 16 up to 256 (native CPU ops)"
-        )
+        raise ConfigError(f"head_dim: {head_dim} is not a multiple of 16 up to 256 (cpu backend)")
 
 
 def _heads(num_qo_heads: int, kv: KVCache, layer: int, activation: torch.dtype) -> CHeads:
@@ -254,10 +292,10 @@ def _best_library(level: str, sanitizer: str) -> tuple[str, ctypes.CDLL]:
             failures.append(f"{candidate.name}: {error}")
             continue
         for failure in failures:
-            logger.warning("native CPU ops without level %s", failure)
+            logger.warning("CPU kernels without level %s", failure)
         return candidate.name, library
     reason = failures[0] if failures else f"this CPU lacks {level}"
-    raise ConfigError(f"backend: native is not available here: {reason}")
+    raise ConfigError(f"backend: cpu is not available here: {reason}")
 
 
 def main() -> int:

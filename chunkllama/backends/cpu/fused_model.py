@@ -1,31 +1,31 @@
-"""A Llama with packed weights and one native call per step (``CpuBackend.prepare_model``)."""
+"""A model with packed weights and one native call per step (``CpuBackend.fuse``)."""
 
 from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
-from typing import Any, Final, Literal, Protocol
+from dataclasses import replace
+from typing import Final
 
 import torch
 
 from chunkllama.backends.base import DevicePlan, KVCache
-from chunkllama.backends.cpu.abi import BF16, F32, INT8, TYPES, CHeads, CPlan
-from chunkllama.backends.cpu.memory import allocate_lazily
-from chunkllama.errors import ConfigError
+from chunkllama.backends.cpu.abi import BF16, INT8, TYPES, CHeads, CPlan
+from chunkllama.backends.cpu.packed import (
+    UNIT,
+    Arena,
+    CLinear,
+    interleave,
+    pack,
+    packed_bytes,
+    padded_bias,
+    round_up,
+    row_stride,
+)
+from chunkllama.backends.model import LayerWeights, Linear, ModelWeights, PlainModel
+from chunkllama.model_spec import LayerSpec, ModelSpec
 
-WeightType = Literal["auto", "bf16", "fp32", "int8"]
-WEIGHT_TYPES: Final = {"fp32": F32, "bf16": BF16, "int8": INT8}
-BITS: Final = {F32: 32, BF16: 16, INT8: 8.5}  # int8: with a bf16 scale for each 32 of them
-UNIT: Final = 32  # output columns that are packed together
-STRIDE: Final = 64  # k of packed weights is a multiple of this
 KEPT_LOGIT_ROWS: Final = 64
-
-
-class CLinear(Structure):
-    _fields_ = (
-        *(("weight", c_void_p), ("bias", c_void_p)),
-        *(("n", c_int64), ("k", c_int64), ("type", c_int32)),
-    )
 
 
 class CLayer(Structure):
@@ -52,66 +52,65 @@ class CStep(Structure):
     )
 
 
-class DenseLayer(Protocol):
-    """y = x W^T + b (``models.layers.Linear``); the weight is taken over."""
+def can_fuse(spec: ModelSpec) -> bool:
+    """Whether ``kernels/cpu/model.cpp`` computes this model: plain pre-norm layers."""
+    return (
+        all(_is_plain(layer) for layer in spec.layers)
+        and spec.attention_softcap is None
+        and spec.logit_softcap is None
+        and (spec.embedding_multiplier, spec.residual_multiplier, spec.logit_multiplier)
+        == (1, 1, 1)
+    )
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+
+def _is_plain(layer: LayerSpec) -> bool:
+    plain = replace(LayerSpec(), window=layer.window)  # the length of sequences respects windows
+    biases = (layer.qkv_bias, layer.output_bias, layer.mlp_bias)
+    return layer == replace(plain, qkv_bias=biases[0], output_bias=biases[1], mlp_bias=biases[2])
 
 
 class FusedModel:
-    """Implements ``RunnableModel``: what ``Llama`` computes, in one native call per step.
+    """Implement ``RunnableModel``: what the plain model computes, in one native call per step.
 
-    Activations between the ops are bf16 (AMX) or float32, the residual stream is float32. One copy
-    of the weights: packed ones replace the model's, whose own tensors are given up; with tied
-    embeddings rows are read from the packed head, only int8 heads keep the embedding beside them.
+    Activations between the ops are bf16 (AMX) or float32, the residual stream is float32. The
+    packed weights replace the model's, whose tensors are freed one by one; with tied embeddings
+    rows are read from the packed head, only int8 heads keep the embedding beside them.
 
     Args:
         library: of the level that runs it.
         vector_rows: query rows per kv head up to which attention runs on the vector units.
-        model: a ``models.llama.Llama`` on the native backend; it cannot run any more afterwards.
-        weights: type of the packed matrices; "auto" is the model's own.
-
-    Raises:
-        ConfigError: an unknown weight type, or one wider than the model's own.
+        model: of a specification that ``can_fuse`` accepts; it cannot run any more afterwards.
+        weight_type: of the packed matrices, see ``packed_type``.
     """
 
     def __init__(
-        self,
-        library: ctypes.CDLL,
-        vector_rows: int,
-        model: Any,
-        weights: WeightType = "auto",
+        self, library: ctypes.CDLL, vector_rows: int, model: PlainModel, weight_type: int
     ) -> None:
-        spec, attention = model.spec, model.attention
+        spec = model.spec
         own = TYPES[model.weights.embedding.dtype]
-        if weights != "auto" and weights not in WEIGHT_TYPES:
-            raise ConfigError(f"weights: {weights!r} is not one of auto, {', '.join(WEIGHT_TYPES)}")
-        self._type = own if weights == "auto" else WEIGHT_TYPES[weights]
-        if self._type != INT8 and self._type != own:
-            raise ConfigError(f"weights: {weights} does not fit --dtype; use auto or int8")
+        self._type = weight_type
         self._library = library
         activation = self._library.ck_activation_type(own)
         self._activation = torch.bfloat16 if activation == BF16 else torch.float32
         self._hidden, self._vocab = spec.hidden_size, spec.vocab_size
-        self._kv: KVCache = attention.kv
-        self._cos_sin = model.cos_sin.float().contiguous()
+        self._kv: KVCache = model.kv
+        self._cos_sin = model.rotary[0].float().contiguous()
         self._keep: list[torch.Tensor] = []
-        self._arena = _Arena(_packed_bytes(model.weights, self._type))
+        self._arena = Arena(packed_bytes(model.weights, self._type))
         heads = CHeads(
             *(spec.num_qo_heads, spec.num_kv_heads, spec.head_dim),
             *(TYPES[self._kv.layers[0].dtype], activation),
         )
         self._widths = {
-            "hidden": _stride(spec.hidden_size),
-            "qkv": _round_up(spec.qkv_size, UNIT),
-            "attention": _stride(spec.num_qo_heads * spec.head_dim),
-            "mlp": _stride(spec.intermediate_size),
+            "hidden": row_stride(spec.hidden_size),
+            "qkv": round_up(spec.qkv_size, UNIT),
+            "attention": row_stride(spec.num_qo_heads * spec.head_dim),
+            "mlp": row_stride(spec.intermediate_size),
         }
         packed = (CLayer * spec.num_layers)(*(self._pack_layer(x) for x in model.weights.layers))
         self._model = CModel(
             *(packed, spec.num_layers, heads, spec.hidden_size, self._vector(model.weights.norm)),
-            *(spec.rms_norm_eps, attention.scale, vector_rows),
+            *(spec.rms_norm_eps, spec.score_scale, vector_rows),
         )
         self._pack_head(model.weights)
         self._kv_pointers = (c_void_p * spec.num_layers)(*(x.data_ptr() for x in self._kv.layers))
@@ -167,9 +166,7 @@ class FusedModel:
 
     def _head_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows of the activations' type, padded as the kernels want them."""
-        x = torch.zeros(
-            _round_up(len(hidden), UNIT), self._widths["hidden"], dtype=self._activation
-        )
+        x = torch.zeros(round_up(len(hidden), UNIT), self._widths["hidden"], dtype=self._activation)
         x[: len(hidden), : self._hidden] = hidden
         return x
 
@@ -177,7 +174,7 @@ class FusedModel:
         """Buffers for so many rows, zeroed once: what lies beyond the end of a row stays zero."""
         if rows <= self._rows:
             return
-        self._rows = rows = _round_up(rows, UNIT)
+        self._rows = rows = round_up(rows, UNIT)
         widths = self._widths
         self._buffers = {
             "hidden": torch.zeros(rows, widths["hidden"]),
@@ -192,7 +189,8 @@ class FusedModel:
             **{name: buffer.data_ptr() for name, buffer in self._buffers.items()},
         )
 
-    def _pack_layer(self, layer: Any) -> CLayer:
+    def _pack_layer(self, layer: LayerWeights) -> CLayer:
+        assert layer.input_norm is not None and layer.mlp_norm is not None
         return CLayer(
             self._vector(layer.input_norm),
             self._vector(layer.mlp_norm),
@@ -202,91 +200,28 @@ class FusedModel:
             self._pack(layer.down),
         )
 
-    def _pack_head(self, weights: Any) -> None:
-        tied = weights.lm_head is weights.embedding
-        self._model.head = self._pack_matrix(weights.lm_head, None)
-        if not tied or self._type == INT8:
+    def _pack_head(self, weights: ModelWeights) -> None:
+        self._model.head = self._pack_matrix(weights.lm_head.weight, None)
+        if not weights.is_tied or self._type == INT8:
             self._keep.append(weights.embedding.contiguous())
             self._model.embedding = self._keep[-1].data_ptr()
             self._model.embedding_type = TYPES[self._keep[-1].dtype]
-        weights.embedding = weights.lm_head = torch.empty(0)
+        weights.embedding = weights.lm_head.weight = torch.empty(0)
 
-    def _pack(self, linear: DenseLayer, *, interleaved: bool = False) -> CLinear:
+    def _pack(self, linear: Linear, *, interleaved: bool = False) -> CLinear:
         weight, bias = linear.weight, linear.bias
         if interleaved:
-            weight = _interleave(weight)
-            bias = None if bias is None else _interleave(bias)
+            weight = interleave(weight)
+            bias = None if bias is None else interleave(bias)
         packed = self._pack_matrix(weight, bias)
         linear.weight, linear.bias = torch.empty(0), None
         return packed
 
     def _pack_matrix(self, weight: torch.Tensor, bias: torch.Tensor | None) -> CLinear:
-        weight = weight.contiguous()
-        n, k = (
-            _round_up(size, unit) for size, unit in zip(weight.shape, (UNIT, STRIDE), strict=True)
-        )
-        padded_bias = 0
-        if bias is not None:
-            padded_bias = self._vector(torch.nn.functional.pad(bias, (0, n - len(bias))))
-        packed = CLinear(
-            self._arena.take(_packed_size(n, k, self._type)), padded_bias, n, k, self._type
-        )
-        self._library.ck_pack(
-            *(weight.data_ptr(), TYPES[weight.dtype], *weight.shape, ctypes.byref(packed)),
-            torch.get_num_threads(),
-        )
-        return packed
+        address = 0 if bias is None else self._vector(padded_bias(bias))
+        return pack(self._library, self._arena, weight, address, self._type)
 
     def _vector(self, values: torch.Tensor) -> int:
         """A float32 copy that lives as long as the model."""
         self._keep.append(values.float().contiguous())
         return self._keep[-1].data_ptr()
-
-
-class _Arena:
-    """One lazily committed block on huge pages, handed out piece by piece."""
-
-    def __init__(self, size: int) -> None:
-        self._memory = allocate_lazily(size, torch.uint8)
-        self._used = 0
-
-    def take(self, size: int) -> int:
-        at = self._used
-        self._used += _round_up(size, STRIDE)
-        assert self._used <= self._memory.numel(), "the arena was sized for other weights"
-        return self._memory.data_ptr() + at
-
-
-def _packed_bytes(weights: Any, weight_type: int) -> int:
-    """Size of all packed matrices."""
-    shapes = [tuple(weights.lm_head.shape)]
-    for layer in weights.layers:
-        rows, columns = layer.gate_up.weight.shape
-        shapes += [tuple(x.weight.shape) for x in (layer.qkv, layer.output, layer.down)]
-        shapes.append((2 * _round_up(rows // 2, STRIDE), columns))
-    padded = ((_round_up(n, UNIT), _round_up(k, STRIDE)) for n, k in shapes)
-    return sum(_round_up(_packed_size(n, k, weight_type), STRIDE) for n, k in padded)
-
-
-def _packed_size(n: int, k: int, weight_type: int) -> int:
-    return int(n * k * BITS[weight_type]) // 8
-
-
-def _interleave(stacked: torch.Tensor) -> torch.Tensor:
-    """[gate; up] -> 16 rows of gate, 16 of up, ...: each padded with zeros to whole strides."""
-    gate, up = stacked.chunk(2)
-    size = _round_up(len(gate), STRIDE)
-    both = stacked.new_zeros(size // 16, 2, 16, *stacked.shape[1:])
-    for at, part in enumerate((gate, up)):
-        padded = torch.nn.functional.pad(part, (0, 0) * (part.dim() - 1) + (0, size - len(part)))
-        both[:, at] = padded.view(size // 16, 16, *stacked.shape[1:])
-    return both.flatten(0, 2)
-
-
-def _stride(width: int) -> int:
-    """Elements from one row of an activation to the next, as ``stride`` in model.cpp."""
-    return _round_up(width, STRIDE) + 32
-
-
-def _round_up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit

@@ -1,4 +1,4 @@
-"""The backend on NVIDIA GPUs: checks, output tensors, parameter structs, grids.
+"""The backend on NVIDIA GPUs: output tensors, parameter structs, grids.
 
 Knows the kernels' parameter structs (kernels/cuda/*.cuh) and no CuPy: a ``Launcher`` runs what this
 file describes, so that the same code drives the CPU emulator in the tests. Kernels run on torch's
@@ -34,10 +34,7 @@ from chunkllama.backends.cuda.source import (
     rope_append_kernel,
     silu_and_mul_kernel,
 )
-from chunkllama.backends.reference.copy_chunks import check_copy_chunks
-from chunkllama.backends.reference.rms_norm import check_rms_norm
-from chunkllama.backends.reference.rope_append import check_rope_append
-from chunkllama.backends.reference.silu_and_mul import check_silu_and_mul
+from chunkllama.backends.reference.rms_norm import rms_norm_reference
 from chunkllama.errors import ConfigError
 
 DTYPE_NAMES: Final = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -47,7 +44,7 @@ _SILU_ELEMENTS = 256 * 8  # elements per CTA of silu_and_mul
 
 
 class CudaBackend(Backend):
-    """Implements ``Backend`` on CUDA; K/V layout [num_chunks, 2, num_kv_heads, 64, head_dim] per
+    """Implement ``Backend`` on CUDA; K/V layout [num_chunks, 2, num_kv_heads, 64, head_dim] per
     layer, bf16 or fp16.
 
     Args:
@@ -82,11 +79,11 @@ class CudaBackend(Backend):
         self.num_kv_heads = num_kv_heads
         self._launcher = launcher or CupyLauncher(device)
         name = DTYPE_NAMES[dtype]
-        self._merge = merge_kernel(name, head_dim)
-        self._rope_append = rope_append_kernel(name, head_dim)
-        self._rms_norm = rms_norm_kernel(name)
-        self._silu_and_mul = silu_and_mul_kernel(name)
-        self._copy_chunks = copy_chunks_kernel()
+        self._merge_kernel = merge_kernel(name, head_dim)
+        self._rope_append_kernel = rope_append_kernel(name, head_dim)
+        self._rms_norm_kernel = rms_norm_kernel(name)
+        self._silu_and_mul_kernel = silu_and_mul_kernel(name)
+        self._copy_chunks_kernel = copy_chunks_kernel()
 
     def packing(self, *, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> Packing:
         """Items as wide as the largest tile, single rows (with their group of heads) in the
@@ -172,12 +169,12 @@ class CudaBackend(Backend):
             )
             for launch in launches
         )
-        merge = PARAMS[self._merge.params].plan.pack(
+        merge = PARAMS[self._merge_kernel.params].plan.pack(
             *workspace,
             *(at.header, at.merge_indptr, at.merge_slots, at.row_flags),
             num_qo_heads,
         )
-        append = PARAMS[self._rope_append.params].plan.pack(
+        append = PARAMS[self._rope_append_kernel.params].plan.pack(
             *(at.header, at.chunk_ids, at.row_tail), stride, num_qo_heads, kv.num_kv_heads
         )
         merges = replayable or not bool(plan.row_flags[: plan.num_rows].all())
@@ -189,21 +186,22 @@ class CudaBackend(Backend):
             return host.clone()
         return host.pin_memory().to(self.device, non_blocking=True)
 
-    def rms_norm(
+    def _rms_norm(
         self,
         x: torch.Tensor,
         weight: torch.Tensor,
         eps: float,
-        residual: torch.Tensor | None = None,
+        residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        check_rms_norm(x, weight, residual)
+        if weight.dtype != x.dtype:  # float32 weights, where an offset needs their precision
+            return rms_norm_reference(x, weight, eps, residual)
         _check_vectors("rms_norm", x, x.shape[1])
         if residual is None:
             out, total, total_address, residual_address = torch.empty_like(x), x, 0, 0
         else:  # both inputs are dead afterwards: the row is normalised where it stands
             out, total = x, residual
             total_address = residual_address = residual.data_ptr()
-        params = PARAMS[self._rms_norm.params].call.pack(
+        params = PARAMS[self._rms_norm_kernel.params].call.pack(
             x.data_ptr(),
             weight.data_ptr(),
             residual_address,
@@ -212,10 +210,10 @@ class CudaBackend(Backend):
             x.shape[1],
             eps,
         )
-        self._launcher.launch(self._rms_norm, (x.shape[0], 1, 1), params)
+        self._launcher.launch(self._rms_norm_kernel, (x.shape[0], 1, 1), params)
         return out, total
 
-    def rope_append(
+    def _rope_append(
         self,
         qkv: torch.Tensor,
         positions: torch.Tensor,
@@ -223,24 +221,29 @@ class CudaBackend(Backend):
         kv: KVCache,
         layer: int,
         plan: DevicePlan,
+        num_qo_heads: int,
     ) -> torch.Tensor:
         num_rows = qkv.shape[0]
-        num_qo_heads = check_rope_append(qkv, positions, cos_sin, kv, num_rows)
         _check_vectors("rope_append", qkv, kv.head_dim)
-        assert plan.host.num_rows <= num_rows, "fewer rows than the plan has"
         assert positions.dtype == torch.int32 and cos_sin.dtype == torch.float32
         q = qkv.new_empty(num_rows, num_qo_heads, kv.head_dim)
-        params = PARAMS[self._rope_append.params].call.pack(
+        params = PARAMS[self._rope_append_kernel.params].call.pack(
             qkv.data_ptr(),
             q.data_ptr(),
             kv.layers[layer].data_ptr(),
             cos_sin.data_ptr(),
             positions.data_ptr(),
         )
-        self._launcher.launch(self._rope_append, (num_rows, 1, 1), params + plan.state.append)
+        self._launcher.launch(
+            self._rope_append_kernel, (num_rows, 1, 1), params + plan.state.append
+        )
         return q
 
-    def tpp_attention(
+    def _num_rows(self, plan: DevicePlan, rows: torch.Tensor) -> int:
+        assert plan.host.num_rows <= len(rows), "fewer rows than the plan has"
+        return len(rows)
+
+    def _tpp_attention(
         self,
         q: torch.Tensor,
         kv: KVCache,
@@ -251,7 +254,7 @@ class CudaBackend(Backend):
     ) -> torch.Tensor:
         num_rows, num_qo_heads, _ = q.shape
         _check_vectors("tpp_attention", q, kv.head_dim)
-        assert plan.host.num_rows <= num_rows and positions.dtype == torch.int32 and scale > 0.0
+        assert positions.dtype == torch.int32 and scale > 0.0
         state: CudaPlan = plan.state
         out = torch.empty_like(q)
         params = PARAMS["TppPartialParams"].call.pack(
@@ -264,37 +267,37 @@ class CudaBackend(Backend):
         for launch, fixed in state.partial:
             self._launcher.launch(launch.kernel, launch.grid, params + fixed)
         if state.merge is not None:
-            params = PARAMS[self._merge.params].call.pack(out.data_ptr()) + state.merge
+            params = PARAMS[self._merge_kernel.params].call.pack(out.data_ptr()) + state.merge
             grid = (num_rows, -(-num_qo_heads // _MERGE_WARPS), 1)
-            self._launcher.launch(self._merge, grid, params)
+            self._launcher.launch(self._merge_kernel, grid, params)
         return out.view(num_rows, -1)
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        check_silu_and_mul(gate_up)
+    def _silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         _check_vectors("silu_and_mul", gate_up, size)
         out = gate_up.new_empty(rows, size)
-        params = PARAMS[self._silu_and_mul.params].call.pack(
+        params = PARAMS[self._silu_and_mul_kernel.params].call.pack(
             gate_up.data_ptr(), out.data_ptr(), size
         )
-        self._launcher.launch(self._silu_and_mul, (rows, -(-size // _SILU_ELEMENTS), 1), params)
+        self._launcher.launch(
+            self._silu_and_mul_kernel, (rows, -(-size // _SILU_ELEMENTS), 1), params
+        )
         return out
 
-    def copy_chunks(self, kv: KVCache, triples: list[CopyTriple]) -> None:
+    def _copy_chunks(self, kv: KVCache, triples: list[CopyTriple]) -> None:
         """One triple after the other: a launch takes as many as do not depend on one another."""
-        check_copy_chunks(kv, triples)
         for batch in independent_copies(triples):
             layers = np.array([layer.data_ptr() for layer in kv.layers], np.uint64)
             words = np.array(batch, np.int32).reshape(-1)
             buffer = self._upload(np.concatenate((layers.view(np.int32), words)))
-            params = PARAMS[self._copy_chunks.params].call.pack(
+            params = PARAMS[self._copy_chunks_kernel.params].call.pack(
                 buffer.data_ptr(),
                 buffer.data_ptr() + layers.nbytes,
                 kv.layers[0].stride(0),
                 kv.head_dim,
             )
             grid = (len(batch), 2 * kv.num_kv_heads, len(kv.layers))
-            self._launcher.launch(self._copy_chunks, grid, params)
+            self._launcher.launch(self._copy_chunks_kernel, grid, params)
 
 
 def independent_copies(triples: list[CopyTriple]) -> Iterator[list[CopyTriple]]:

@@ -51,16 +51,16 @@ class ReferenceBackend(Backend):
         )
         return DevicePlan(plan, torch.as_tensor(plan.buffer, device=self.device), state)
 
-    def rms_norm(
+    def _rms_norm(
         self,
         x: torch.Tensor,
         weight: torch.Tensor,
         eps: float,
-        residual: torch.Tensor | None = None,
+        residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return rms_norm_reference(x, weight, eps, residual)
 
-    def rope_append(
+    def _rope_append(
         self,
         qkv: torch.Tensor,
         positions: torch.Tensor,
@@ -68,10 +68,11 @@ class ReferenceBackend(Backend):
         kv: KVCache,
         layer: int,
         plan: DevicePlan,
+        num_qo_heads: int,
     ) -> torch.Tensor:
         return rope_append_reference(qkv, positions, cos_sin, kv, layer, plan.state.append)
 
-    def tpp_attention(
+    def _tpp_attention(
         self,
         q: torch.Tensor,
         kv: KVCache,
@@ -82,8 +83,8 @@ class ReferenceBackend(Backend):
     ) -> torch.Tensor:
         return tpp_attention_reference(q, kv, layer, positions, plan.state.attention, scale)
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def _silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return silu_and_mul_reference(gate_up)
 
-    def copy_chunks(self, kv: KVCache, triples: list[CopyTriple]) -> None:
+    def _copy_chunks(self, kv: KVCache, triples: list[CopyTriple]) -> None:
         copy_chunks_reference(kv, triples)

@@ -29,25 +29,6 @@ class AppendTables:
         return cls(chunk_ids, row_tail[:, 0], row_tail[:, 1])
 
 
-def check_rope_append(
-    qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, kv: KVCache, num_rows: int
-) -> int:
-    """Number of query heads; raise ValueError unless the shapes fit together."""
-    num_qo_heads = qkv.shape[-1] // kv.head_dim - 2 * kv.num_kv_heads
-    width = (num_qo_heads + 2 * kv.num_kv_heads) * kv.head_dim
-    if qkv.shape != (num_rows, width) or num_qo_heads < kv.num_kv_heads:
-        raise ValueError(
-            f"rope_append: qkv {tuple(qkv.shape)} does not fit {num_rows} rows, "
-            f"{kv.num_kv_heads} kv heads of {kv.head_dim}"
-        )
-    if positions.shape != (num_rows,) or cos_sin.shape[1:] != (kv.head_dim,):
-        raise ValueError(
-            f"rope_append: positions {tuple(positions.shape)} or cos_sin {tuple(cos_sin.shape)} "
-            f"do not fit {num_rows} rows of head_dim {kv.head_dim}"
-        )
-    return num_qo_heads
-
-
 def rope_append_reference(
     qkv: torch.Tensor,
     positions: torch.Tensor,
@@ -60,8 +41,8 @@ def rope_append_reference(
     inside.
     """
     num_rows = len(tables.offset)
-    num_qo_heads = check_rope_append(qkv, positions, cos_sin, kv, num_rows)
     heads = qkv.view(num_rows, -1, kv.head_dim)
+    num_qo_heads = heads.shape[1] - 2 * kv.num_kv_heads
     positions = positions.long()
 
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)

@@ -144,18 +144,6 @@ def _item_batch(
     )
 
 
-def check_tpp_attention(
-    q: torch.Tensor, kv: KVCache, positions: torch.Tensor, num_rows: int
-) -> None:
-    """Raise ValueError unless q is [num_rows, Hq, head_dim] with Hq a multiple of the kv heads."""
-    fits = q.dim() == 3 and q.shape[0] == num_rows and q.shape[2] == kv.head_dim
-    if not fits or q.shape[1] % kv.num_kv_heads or positions.shape != (num_rows,):
-        raise ValueError(
-            f"tpp_attention: q {tuple(q.shape)}, positions {tuple(positions.shape)} do not fit "
-            f"{num_rows} rows, {kv.num_kv_heads} kv heads of {kv.head_dim}"
-        )
-
-
 def tpp_attention_reference(
     q: torch.Tensor,
     kv: KVCache,
@@ -165,7 +153,6 @@ def tpp_attention_reference(
     scale: float,
 ) -> torch.Tensor:
     """q [T, Hq, D] -> [T, Hq D] in q's dtype; float32 inside."""
-    check_tpp_attention(q, kv, positions, len(tables.merge_slots))
     num_rows, num_heads, head_dim = q.shape
     wide = q.float() * (scale * math.log2(math.e))
     out = wide.new_empty(tables.num_slots + 1, num_heads, head_dim)

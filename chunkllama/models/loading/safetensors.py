@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from chunkllama.errors import ConfigError
-from chunkllama.models.config import ModelSpec, read_json
+from chunkllama.model_spec import ModelSpec
+from chunkllama.models.config_file import read_json
+from chunkllama.models.tensors import HEAD, expected_shapes
 
 ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 _OTHER_ITEM_SIZES = {
@@ -27,6 +29,7 @@ _SIZES = {**ITEM_SIZES, **_OTHER_ITEM_SIZES}
 _MAX_HEADER_BYTES = 8 << 20  # a 405B model needs 0.2 MB; parsing more costs seconds and gigabytes
 _BLOCK_BYTES = 4 << 20
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_HARMLESS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -63,6 +66,14 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._infos
 
+    def are_equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same bytes."""
+        infos = self._infos[name], self._infos[other]
+        if infos[0].dtype != infos[1].dtype or infos[0].shape != infos[1].shape:
+            return False
+        pairs = zip(self.blocks(name), self.blocks(other), strict=True)
+        return all(block == other_block for block, other_block in pairs)
+
     def map(self, name: str) -> mmap.mmap:
         """The file of a tensor, mapped privately: pages come from the page cache when touched."""
         path = self._infos[name].path
@@ -94,36 +105,8 @@ class Checkpoint:
                 yield buffer
 
 
-def expected_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor of a Llama and its shape, named as Hugging Face names them."""
-    hidden, intermediate = spec.hidden_size, spec.intermediate_size
-    q, kv = spec.num_qo_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    yield "model.embed_tokens.weight", (spec.vocab_size, hidden)
-    for index in range(spec.num_layers):
-        layer = f"model.layers.{index}"
-        yield f"{layer}.input_layernorm.weight", (hidden,)
-        yield f"{layer}.post_attention_layernorm.weight", (hidden,)
-        attention = (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q))
-        for name, out, into in attention:
-            yield f"{layer}.self_attn.{name}_proj.weight", (out, into)
-            if spec.attention_bias:
-                yield f"{layer}.self_attn.{name}_proj.bias", (out,)
-        mlp = (
-            ("gate", intermediate, hidden),
-            ("up", intermediate, hidden),
-            ("down", hidden, intermediate),
-        )
-        for name, out, into in mlp:
-            yield f"{layer}.mlp.{name}_proj.weight", (out, into)
-            if spec.mlp_bias:
-                yield f"{layer}.mlp.{name}_proj.bias", (out,)
-    yield "model.norm.weight", (hidden,)
-    if not spec.tie_word_embeddings:
-        yield "lm_head.weight", (spec.vocab_size, hidden)
-
-
 def _check_shapes(folder: Path, infos: dict[str, TensorInfo], spec: ModelSpec) -> None:
-    if spec.num_layers * 9 > 2 * len(infos) + 9:
+    if spec.num_layers * 6 > 2 * len(infos) + 9:
         # A layer count out of proportion would make the loop below the slow part.
         raise ConfigError(
             f"{folder}: config.json says {spec.num_layers} layers, the weights hold {len(infos)} "
@@ -134,23 +117,30 @@ def _check_shapes(folder: Path, infos: dict[str, TensorInfo], spec: ModelSpec) -
         info = infos.get(name)
         if info is None:
             raise ConfigError(f"{folder}: the weights have no tensor {name}; is a shard missing?")
-        if info.shape != shape:
-            raise ConfigError(
-                f"{info.path}: tensor {name} has shape {list(info.shape)}, config.json asks for "
-                f"{list(shape)}"
-            )
-        if info.dtype not in ITEM_SIZES:
-            raise ConfigError(
-                f"{info.path}: tensor {name} is {info.dtype}; supported: {', '.join(ITEM_SIZES)}"
-            )
+        _check_tensor(name, info, shape)
         unexpected.discard(name)
+    if HEAD in unexpected:  # tied, and beside the embedding: equal to it or not, it is read
+        _check_tensor(HEAD, infos[HEAD], (spec.vocab_size, spec.hidden_size))
+        unexpected.discard(HEAD)
     for name in sorted(unexpected):
-        # Old checkpoints store the rotary frequencies, tied ones the head twice: both follow from
-        # the rest. Anything else means another architecture.
-        if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
+        # Old checkpoints store buffers that follow from config.json. Anything else means another
+        # architecture.
+        if not name.endswith(_HARMLESS):
             raise ConfigError(
                 f"{infos[name].path}: unexpected tensor {name}; the model differs from config.json"
             )
+
+
+def _check_tensor(name: str, info: TensorInfo, shape: tuple[int, ...]) -> None:
+    if info.shape != shape:
+        raise ConfigError(
+            f"{info.path}: tensor {name} has shape {list(info.shape)}, config.json asks for "
+            f"{list(shape)}"
+        )
+    if info.dtype not in ITEM_SIZES:
+        raise ConfigError(
+            f"{info.path}: tensor {name} is {info.dtype}; supported: {', '.join(ITEM_SIZES)}"
+        )
 
 
 def _locate(folder: Path) -> dict[str, TensorInfo]:

@@ -16,7 +16,7 @@ from chunkllama.engine.grammar import GrammarCompiler
 from chunkllama.engine.process import ProcessEngineClient
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
-from chunkllama.models.config import ModelSpec
+from chunkllama.model_spec import ModelSpec
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama.text.chat_template import ChatTemplate, load_chat_template
 from chunkllama.text.tokenizer import load_tokenizer

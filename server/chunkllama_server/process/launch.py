@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from chunkllama.engine.process import ProcessEngineClient
 from chunkllama.errors import ConfigError
 from chunkllama.logger import configure_logging, init_logger
-from chunkllama.models.config import ModelSpec, read_spec
+from chunkllama.model_spec import ModelSpec
+from chunkllama.models.config import read_spec
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.models.loading.safetensors import Checkpoint
 from chunkllama_server.config.settings import Settings

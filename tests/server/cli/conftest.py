@@ -20,7 +20,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from chunkllama.models.config import read_spec
-from chunkllama.models.loading.safetensors import expected_shapes
+from chunkllama.models.tensors import expected_shapes
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -1,0 +1,92 @@
+"""What a backend knows of a model: its weights, and the two interfaces around ``Backend.fuse``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from chunkllama.model_spec import ModelSpec
+
+if TYPE_CHECKING:
+    from chunkllama.backends.base import DevicePlan, KVCache
+
+
+@dataclass(slots=True)
+class Linear:
+    """y = x W^T + b: weight [out, in], bias [out] or None; ``Backend.linear`` computes it.
+
+    A backend may replace it with a subclass that holds the weight in its own order.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """One decoder layer; a norm that the layer's specification lacks is None.
+
+    ``qkv`` stacks the query, key and value heads [(Hq + 2 Hkv) D, H]; ``gate_up`` the gate and the
+    up projection [2 I, H], or is the up projection [I, H] of an MLP without a gate.
+    """
+
+    input_norm: torch.Tensor | None
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    output: Linear
+    attention_output_norm: torch.Tensor | None
+    mlp_norm: torch.Tensor | None
+    gate_up: Linear
+    down: Linear
+    mlp_output_norm: torch.Tensor | None
+
+
+@dataclass(slots=True)
+class ModelWeights:
+    """A whole model; with tied embeddings ``lm_head.weight`` is the embedding matrix itself."""
+
+    embedding: torch.Tensor
+    layers: list[LayerWeights]
+    norm: torch.Tensor
+    lm_head: Linear
+
+    @property
+    def is_tied(self) -> bool:
+        return self.lm_head.weight is self.embedding
+
+
+class RunnableModel(Protocol):
+    """What a model runner needs of a model."""
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, plan: DevicePlan
+    ) -> torch.Tensor:
+        """token_ids [T] int64 and positions [T] int32 -> final hidden states [T, H], normalised."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [N, H] -> [N, vocab_size] float32."""
+        ...
+
+    def best_tokens(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest logit [N] of hidden [N, H] and its token [N]; NaN where a logit is NaN."""
+        ...
+
+
+class PlainModel(RunnableModel, Protocol):
+    """A model that runs op by op, with everything a backend needs to fuse it.
+
+    Attributes:
+        rotary: per entry of ``spec.ropes``, and last one that does not rotate: [max_position, D]
+            float32, cos of the D / 2 frequencies, then sin.
+    """
+
+    spec: ModelSpec
+    weights: ModelWeights
+    rotary: tuple[torch.Tensor, ...]
+
+    @property
+    def kv(self) -> KVCache: ...

@@ -1,0 +1,125 @@
+"""Rotary embedding parameters from config.json, in both spellings of transformers."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from chunkllama.model_spec import RopeSpec, RopeType
+from chunkllama.models.config_file import ConfigFile
+
+_TYPES: Final[dict[str, RopeType]] = {
+    **{"default": "default", "linear": "linear", "dynamic": "dynamic", "llama3": "llama3"},
+    **{"yarn": "yarn", "longrope": "longrope", "su": "longrope"},
+}
+_REQUIRED: Final = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+
+
+def read_rope(config: ConfigFile, head_dim: int, *, interleaved: bool = False) -> RopeSpec:
+    """``rope_parameters`` (transformers 5), or the older ``rope_scaling`` and ``rope_theta``."""
+    return _parse(
+        config, _object(config, raw_parameters(config)), head_dim, interleaved=interleaved
+    )
+
+
+def read_ropes_by_type(
+    config: ConfigFile, head_dim: int, *, local_theta: float, global_theta: float
+) -> tuple[RopeSpec, RopeSpec]:
+    """The ropes of full and of sliding attention; older files scale only that of full attention."""
+    raw = _object(config, raw_parameters(config))
+    if "full_attention" in raw or "sliding_attention" in raw:
+        full = _object(config, raw.get("full_attention") or {})
+        sliding = _object(config, raw.get("sliding_attention") or {})
+    else:
+        full = {**raw, "rope_theta": raw.get("rope_theta") or config.get("rope_theta")}
+        sliding = {"rope_theta": config.get("rope_local_base_freq")}
+    return (
+        _parse(config, {**full, "rope_theta": full.get("rope_theta") or global_theta}, head_dim),
+        _parse(
+            config, {**sliding, "rope_theta": sliding.get("rope_theta") or local_theta}, head_dim
+        ),
+    )
+
+
+def raw_parameters(config: ConfigFile) -> Any:
+    """The parameters as the file has them."""
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _object(config: ConfigFile, raw: Any) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise config.error(f"rope_parameters must be an object, got {raw!r}")
+    return raw
+
+
+def _parse(
+    config: ConfigFile, raw: dict[str, Any], head_dim: int, *, interleaved: bool = False
+) -> RopeSpec:
+    max_position = config.positive("max_position_embeddings", 2048)
+    name = raw.get("rope_type") or raw.get("type") or "default"
+    if name not in _TYPES:
+        raise config.error(f"rope_type {name!r} is not supported; supported: {', '.join(_TYPES)}")
+    kind = _TYPES[name]
+    for key in _REQUIRED.get(kind, ()):
+        if key not in raw:
+            raise config.error(f"rope_type {name} needs {key}")
+    original = int(
+        config.get("original_max_position_embeddings")
+        or raw.get("original_max_position_embeddings")
+        or max_position
+    )
+    factor = raw.get("factor")
+    if factor is None:
+        factor = max_position / original if kind in ("yarn", "longrope") else 1.0
+    rotary_dim = _rotary_dim(config, raw, head_dim)
+    attention_factor = raw.get("attention_factor")
+    return RopeSpec(
+        type=kind,
+        theta=float(raw.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        rotary_dim=0 if rotary_dim == head_dim else rotary_dim,
+        interleaved=interleaved,
+        factor=float(factor),
+        original_max_position=original,
+        low_freq_factor=float(raw.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(raw.get("high_freq_factor", 4.0)),
+        attention_factor=None if attention_factor is None else float(attention_factor),
+        beta_fast=float(raw.get("beta_fast") or 32),
+        beta_slow=float(raw.get("beta_slow") or 1),
+        mscale=raw.get("mscale"),
+        mscale_all_dim=raw.get("mscale_all_dim"),
+        truncate=bool(raw.get("truncate", True)),
+        short_factor=_factors(config, raw, "short_factor", rotary_dim, kind),
+        long_factor=_factors(config, raw, "long_factor", rotary_dim, kind),
+    )
+
+
+def _rotary_dim(config: ConfigFile, raw: dict[str, Any], head_dim: int) -> int:
+    share = raw.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    share = 1.0 if share is None else share
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise config.error(f"partial_rotary_factor must be above 0 and at most 1, got {share!r}")
+    rotary_dim = int(head_dim * share)
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise config.error(
+            f"partial_rotary_factor {share} of head_dim {head_dim} is {rotary_dim} dimensions; "
+            "rotary embedding needs pairs"
+        )
+    return rotary_dim
+
+
+def _factors(
+    config: ConfigFile, raw: dict[str, Any], key: str, rotary_dim: int, kind: RopeType
+) -> tuple[float, ...]:
+    if kind != "longrope":
+        return ()
+    values = raw[key]
+    is_list = isinstance(values, list) and all(
+        isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0 for x in values
+    )
+    if not is_list or len(values) != rotary_dim // 2:
+        raise config.error(f"{key} must be a list of {rotary_dim // 2} positive numbers")
+    return tuple(float(x) for x in values)
