@@ -56,7 +56,7 @@ def decode(
 
 
 def prefill(tokens: int, decodes: int, prefix: int) -> Callable[[Planner], AttentionPlan]:
-    """Return a step of a slice of ``tokens`` and decoding sequences after ``prefix`` shared chunks."""
+    """Return a step: a slice of ``tokens`` and decodes after ``prefix`` shared chunks."""
     rows = decodes + 1
     run = np.arange(prefix, dtype=np.int32)
     chunk_ids = [

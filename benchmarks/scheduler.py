@@ -77,7 +77,7 @@ def match_long_prefix(num_tokens: int) -> float:
 def decode_step(
     num_rows: int, shared_chunks: int, private_chunks: int, spare_chunks: int
 ) -> tuple[float, float, float]:
-    """Measure milliseconds of schedule(), of commit(), and of a step in which all sequences join."""
+    """Measure milliseconds of schedule(), commit(), and a step in which all sequences join."""
     rng = np.random.default_rng(0)
     total = shared_chunks + num_rows * (private_chunks + 8)
     engine = SimulatedEngine(

@@ -33,13 +33,13 @@ def configure_logging(
     """Send every record, warnings and those of libraries included, to ``stream`` (stderr) in one
     format.
 
-    Libraries never call it; the command line does, once a process.
+    Only the command line calls it, once per process.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     root = logging.getLogger()
     root.handlers = [handler]
-    # Libraries tell of every step; uvicorn of each start and stop in six lines.
+    # Libraries are too verbose at INFO: uvicorn logs each start and stop in six lines.
     root.setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level.upper()]))
     logging.getLogger(_ROOT).setLevel(level.upper())
     logging.captureWarnings(True)

@@ -54,7 +54,7 @@ def cache_folder() -> Path:
 
 
 def default_kv_cache_memory(left: int) -> int:
-    """Bytes of the chunk pool on a CPU when nobody says: a quarter of what is left, at most 1 GiB.
+    """Return the default bytes of the chunk pool on a CPU: a quarter of what is left, up to 1 GiB.
 
     Args:
         left: bytes free once the weights are loaded.

@@ -19,7 +19,7 @@ _MEMORY_SHARE = 0.8  # of the free memory that a point may take
 
 
 def bench_points(device: Device) -> list[Point]:
-    """Return the points: headlines first, then the Table 3 grid, GQA, batch sweeps, other shapes."""
+    """Return the points: headlines, then the Table 3 grid, GQA, batch sweeps, other shapes."""
     headline = Workload(32, 4096, 0)
     points = [_compare(device, headline), _bandwidth(device), _nothing_shared(device)]
     points += [_overhead(device)]

@@ -67,7 +67,7 @@ class Device:
 
     @property
     def table(self) -> HardwareTable:
-        """Return the tuning in use (possibly of another device) with this device's name and limits."""
+        """Return the tuning in use (maybe of another device) with this device's name and limits."""
         table: HardwareTable = self.launcher.table
         if self.dry:
             return table

@@ -46,7 +46,7 @@ def flash_per_sequence(step: Step) -> StepFunction:
 
 
 def torch_varlen(step: Step) -> StepFunction:
-    """Run torch's flash attention over a block table: the prefix is stored once, read per sequence."""
+    """Run torch's flash attention over a block table: one prefix, read once per sequence."""
     from torch.nn.attention.varlen import varlen_attn
 
     w, device = step.workload, step.device.torch_device

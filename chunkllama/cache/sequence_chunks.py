@@ -15,7 +15,7 @@ class SequenceChunks:
 
         path, whole nodes      live tail    private         spare
         [shared][shared][own]  [own, part]  [tail][unpubl.] [      ]
-        `num_whole` nodes      0 or 1 node  chunks of nobody else
+        `num_whole` nodes      0 or 1 node  chunks of this sequence
 
     The cache writes it; the scheduler reads ``ids``, ``num_shared`` and ``next_publish``, and takes
     ``copies``.

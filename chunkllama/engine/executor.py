@@ -1,4 +1,4 @@
-"""The seam between the step loop and whatever computes: one process here, N ranks later."""
+"""Define the executor, the interface between the step loop and the backend."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from chunkllama.sampling_params import SamplingParams
 
 _MIN_TEMPERATURE = 1e-5  # below it the scaled logits overflow; the draw is the best token anyway
 _LOG2E = math.log2(math.e)
-_BLOCK = 256  # the draw walks sums of blocks first, then one block
-# [256, 8]: what the eight tokens of a mask's byte are given; adding it is far faster than to fill.
+_BLOCK = 256  # the draw searches sums of blocks first, then one block
+# [256, 8]: bias of the eight tokens of a mask's byte; adding it is far faster than filling.
 _BIAS_OF_BYTE = np.where(
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"),
     np.float32(0),
@@ -45,7 +45,7 @@ class Sampler:
     """Draws one token per row.
 
     Args:
-        eos_token_ids: what ``min_tokens`` holds back beside a request's own stop tokens.
+        eos_token_ids: what ``min_tokens`` suppresses in addition to a request's own stop tokens.
     """
 
     def __init__(self, eos_token_ids: Iterable[int]) -> None:
@@ -91,7 +91,7 @@ class Sampler:
         sequences: list[SequenceState],
         masks: dict[int, NDArray[np.int32]],
     ) -> bool:
-        """Whether anything was to be edited."""
+        """Apply masks, bans, bias and penalties; report whether any logit was edited."""
         vocab_size = logits.shape[1]
         for row, mask in masks.items():
             added = np.take(_BIAS_OF_BYTE, mask.view(np.uint8), axis=0).ravel()[:vocab_size]
@@ -132,7 +132,7 @@ class Sampler:
 
 
 def takes_best(sampling: SamplingParams) -> bool:
-    """Whether the request's token is always that of the largest logit, and nobody asks for more."""
+    """Report whether the request needs only the token of the largest logit at each step."""
     can_forbid = sampling.bad_words_token_ids or (
         sampling.min_tokens > 0 and (sampling.stop_token_ids or not sampling.ignore_eos)
     )

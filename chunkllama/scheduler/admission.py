@@ -23,8 +23,8 @@ from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.request import Sequence
 
 FIRST_EXPECTED_TOKENS: Final = 256  # before any request has finished
-LENGTH_WINDOW: Final = 512  # finished outputs the quantile is taken over
-DRAIN_WINDOW: Final = 64  # releases the drain rate is taken over
+LENGTH_WINDOW: Final = 512  # finished outputs in the quantile
+DRAIN_WINDOW: Final = 64  # releases in the drain rate
 MAX_RETRY_AFTER: Final = 30
 DEFAULT_RETRY_AFTER: Final = 5  # nothing has finished yet
 
@@ -124,7 +124,7 @@ class AdmissionControl:
         return max_tokens
 
     def _beam_tokens(self, request: EngineRequest, max_tokens: int) -> int:
-        """Beams run together, and only the prompt's whole chunks are surely shared."""
+        """Limit the tokens of beams, which run together and share only the prompt's whole chunks."""
         width, explicit = request.sampling.beam_width, request.sampling.max_tokens
         size, num_prompt = self._cache.chunk_size, len(request.prompt_token_ids)
         whole = self._num_shown_chunks(request)

@@ -21,7 +21,7 @@ class Hypothesis:
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """Beam ``parent`` goes on with ``token_id``; a parent may have several or none."""
+    """Beam ``parent`` continues with ``token_id``; a parent may have several children or none."""
 
     parent: int
     token_id: int

@@ -1,11 +1,10 @@
-"""A jinja2 sandbox for templates nobody vouches for: no attribute escapes, bounded time, bounded
-memory.
+"""Run untrusted jinja2 templates: no attribute escapes, bounded time, bounded memory.
 
-A chat template comes with the model folder, so it is a stranger's program. jinja2's immutable
+A chat template comes with the model folder, so it is an untrusted program. jinja2's immutable
 sandbox keeps it from Python's internals; this one also charges everything that can grow, repeat or
 take long (loops, calls, filters, operators, comparisons, output) to a budget, so that nested
-``range()`` or doubling strings end in an error instead of taking the process. Of the methods of
-strings, numbers and containers it knows a few by name; there are no others.
+``range()`` or doubling strings end in an error instead of exhausting the process. Only listed
+methods of strings, numbers and containers exist.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The door to CuPy without CuPy: what is compiled when, and what a launch hands over."""
+"""Test the CuPy launcher on a fake CuPy: what is compiled when, and what a launch passes."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def test_scores_that_rise_on_and_on_beside_a_broken_row(
 def test_rope_append_equals_the_reference(
     ops: CpuBackend, rng: np.random.Generator, head_dim: int, dtype: torch.dtype
 ) -> None:
-    """q is compared as it stands, k and v through attention over what was appended."""
+    """Compare q directly, k and v through attention over what was appended."""
     q_heads, kv_heads = 9, 3
     lengths = [130, 63, 1, 64]
     paths = [[0, 5, 2], [0, 5, 7], [9], [1]]

@@ -198,7 +198,7 @@ class TestTakeover:
         driver.check()
 
     def test_a_tenant_copies_a_public_leaf(self, driver: CacheDriver) -> None:
-        """Taken over, it would be gone for all others."""
+        """Reusing it would hide it from all other tenants."""
         driver.store("abcdef")
         live = driver.start("abcdefgh", "T")
         assert live.chunks.copies == [(1, 2, 2)]

@@ -74,7 +74,7 @@ class TestMatch:
         first.schedule()
         match = driver.match("abcdefUW")
         assert match.copy_source is not None and match.copy_source.chunk_id == first.chunk_ids[1]
-        assert match.num_tokens == 6, "taken over: its first tokens were there before"
+        assert match.num_tokens == 6, "reused: its first tokens were there before"
         second = driver.start("abcdefXY")
         second.schedule()
         third = driver.match("abcdefXZ")

@@ -1,4 +1,4 @@
-"""The demo model in fp32, its transformers twin, and requests driven through a whole engine."""
+"""Provide the demo model in fp32, the same in transformers, and a whole engine to run requests."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_one_choice_aborted_others_go_on(open_client) -> None:
 
 
 def test_nothing_of_a_choice_follows_its_end(open_client) -> None:
-    """Tokens that were on their way when a choice was aborted are not delivered."""
+    """Tokens in transit when a choice is aborted are not delivered."""
 
     async def scenario() -> None:
         async with open_client() as client:

@@ -1,4 +1,4 @@
-"""A request whose grammar is still being compiled waits; nobody else does."""
+"""A request whose grammar is being compiled waits; other requests run."""
 
 from __future__ import annotations
 

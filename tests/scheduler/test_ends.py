@@ -122,5 +122,5 @@ class TestAbort:
 
     def test_an_unknown_request(self) -> None:
         run = engine()
-        run.scheduler.abort("nobody")
-        run.scheduler.abort("nobody", 3)
+        run.scheduler.abort("unknown")
+        run.scheduler.abort("unknown", 3)

@@ -101,7 +101,7 @@ def test_beams_are_preempted_together() -> None:
 
 
 def test_two_beam_searches_that_block_each_other() -> None:
-    """Each holds slots the other needs: the newer gives way instead of waiting for ever."""
+    """Each holds slots the other needs: the newer is preempted, which avoids a deadlock."""
     run = engine(64, max_num_seqs=3, max_num_batched_tokens=8)
     for i in range(3):
         run.add([i] * 5, 6, beam_width=3)

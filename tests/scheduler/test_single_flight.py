@@ -1,4 +1,4 @@
-"""A prefix is computed once, whoever asks for it meanwhile; chunks of four tokens."""
+"""A prefix is computed once for all concurrent requests; chunks of four tokens."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class TestJoining:
 
 
 class TestHandOver:
-    """In the same schedule() a waiter goes on where the leader stopped."""
+    """In the same schedule() a waiting request continues after the leader's last token."""
 
     def start(self, **limits: object) -> tuple[SimulatedEngine, str, str, str]:
         run = engine(max_num_batched_tokens=8, **limits)

@@ -1,4 +1,4 @@
-"""What the engine tells of itself: durations of requests, hits by scope, histograms of steps."""
+"""Test engine statistics: durations of requests, hits by scope, histograms of steps."""
 
 from __future__ import annotations
 

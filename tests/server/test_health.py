@@ -14,7 +14,7 @@ def test_models(client):
     assert {model.root for model in models} == {MODEL}
     assert client.models.retrieve(MODEL).id == MODEL
     with pytest.raises(openai.NotFoundError) as caught:
-        client.models.retrieve("nobody/nothing")
+        client.models.retrieve("unknown/model")
     assert caught.value.code == "model_not_found"
 
 

@@ -110,7 +110,7 @@ def test_refusals_are_counted_by_status(server):
 
 @pytest.mark.parametrize("fields", [{}, {"n": 2}, {"stop": "b"}, {"n": 2, "stop": "b"}])
 def test_durations_come_from_the_engine(server, fields):
-    """A request counts once, however many choices it has and whoever finds its end."""
+    """A request counts once, however many choices it has and wherever its end is detected."""
     queue, prefill, per_delta = DURATIONS
     changes = change(server, lambda: server.chat("say(abcd)yas", **fields))
     deltas = 2 if "stop" in fields else 5

@@ -1,4 +1,4 @@
-"""What a newcomer does first: curl, the openai client, a second wave, Ctrl-C."""
+"""Test what a new user does first: curl, the openai client, a second wave, Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Compiles ``kernels/cpu`` for this machine, once, into a cache folder.
+"""Compile ``kernels/cpu`` for this machine, once, into a cache folder.
 
 One shared library per instruction-set level with one C ABI; the loader picks the best level the
 machine has, so nothing is dispatched inside a kernel. A library's name carries a hash of sources
-and flags and one of the compiler: a changed source or compiler builds anew, an unchanged one is
-found again, also where no compiler is left.
+and flags and one of the compiler: a changed source or compiler leads to a new build, an unchanged
+one is found again, even without a compiler.
 """
 
 from __future__ import annotations

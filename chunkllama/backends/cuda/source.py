@@ -59,7 +59,7 @@ def cuda_source(file_name: str) -> str:
     CuPy's disk cache is keyed by the source text and not by included files: with include paths an
     edited header would leave stale kernels behind.
     """
-    # The twin stands behind a macro that NVRTC never sees.
+    # The emulation header is included under a macro that NVRTC never defines.
     seen = {file_name, "../emulation/device.h"}
 
     def expand(match: re.Match[str]) -> str:

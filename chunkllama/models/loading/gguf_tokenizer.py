@@ -125,7 +125,7 @@ def _byte_level_bpe(path: Path, metadata: dict[str, Any], tokens: list[str]) -> 
         "decoder": {**_BYTE_LEVEL, "use_regex": True},
         "model": {
             **_bpe(tokens, [list(_pair(merge)) for merge in metadata["tokenizer.ggml.merges"]]),
-            # Llama 3 takes a whole word that is a token as it stands, whatever the merges say.
+            # Llama 3 encodes a whole word that is a token as that token, before any merge.
             "ignore_merges": splitter is _LLAMA3_SPLIT,
         },
     }

@@ -166,9 +166,9 @@ class LoadTest:
         concurrency: int,
         loop: Literal["open", "closed"],
     ) -> float:
-        """Send them all; returns the seconds from the first request to the last answer.
+        """Send them all; return the seconds from the first request to the last answer.
 
-        An open loop starts each at its time whatever the server does; a closed loop keeps
+        An open loop starts each at its time regardless of server load; a closed loop keeps
         ``concurrency`` of them going.
         """
         started = time.monotonic()

@@ -40,7 +40,7 @@ ENGINE_COUNTERS = {
     "prefill_tokens_computed_total": "Prompt tokens whose K/V were computed.",
     "prompt_tokens_total": "Prompt tokens of admitted requests.",
     "generation_tokens_total": "Tokens sampled.",
-    "preemptions_total": "Sequences preempted for want of chunks.",
+    "preemptions_total": "Sequences preempted due to insufficient chunks.",
     "evicted_chunks_total": "Cached chunks evicted.",
     "pins_refused_total": "Pins refused because the pin budget was used up.",
 }
@@ -56,7 +56,10 @@ ENGINE_GAUGES = {
     "chunks_peak": ("kv_chunks_peak", "Most chunks ever in use at once."),
     "chunks_total": ("kv_chunks_total", "Chunks of the pool."),
     "pinned_chunks": ("kv_chunks_pinned", "Chunks pinned by prompt_cache_options."),
-    "invariant_violations": ("invariant_violations", "Broken cache invariants; 0 or a bug."),
+    "invariant_violations": (
+        "invariant_violations",
+        "Violated cache invariants; non-zero indicates a bug.",
+    ),
 }
 
 
@@ -92,7 +95,7 @@ class EngineStatsCollector:
         hits.add_metric(["tenant"], hit - public)
         yield hits
         yield CounterMetricFamily(
-            "chunkllama_engine_restarts", "Engine processes started anew.", self._restarts
+            "chunkllama_engine_restarts", "Restarts of the engine process.", self._restarts
         )
         for name, text in ENGINE_HISTOGRAMS.items():
             yield self._histogram(name, text)

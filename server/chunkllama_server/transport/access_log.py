@@ -10,12 +10,12 @@ from starlette.types import Message, Receive, Scope, Send
 from chunkllama.logger import init_logger, request_id_context
 
 logger = init_logger(__name__)
-# Probes and scrapers come every few seconds for ever.
+# Probes and scrapers arrive every few seconds.
 _QUIET = {"/health", "/health/live", "/health/ready", "/metrics", "/dashboard/data"}
 
 
 class AccessLog:
-    """The application, logging each request when its response has ended.
+    """Log each request of the application when its response has ended.
 
     Attributes:
         app: what is wrapped.

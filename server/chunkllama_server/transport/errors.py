@@ -38,7 +38,7 @@ MAX_RETRY_AFTER = 30
 
 
 class ClientDisconnected(Exception):
-    """The client closed its connection; nobody reads an answer."""
+    """The client closed its connection before the answer."""
 
 
 class ApiError(HTTPException):
@@ -88,7 +88,7 @@ class ApiError(HTTPException):
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """A 400: the request can never be served as it stands."""
+    """Return a 400: the request is invalid and a retry cannot succeed."""
     return ApiError(400, message, param, code)
 
 

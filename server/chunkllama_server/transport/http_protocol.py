@@ -96,8 +96,8 @@ class LimitedH11Protocol(H11Protocol):
             self._expect(self.limits.body_seconds)
 
     def send_400_response(self, msg: str) -> None:
-        """What h11 cannot read is refused as everything else is."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer is on its way
+        """Refuse what h11 cannot parse with the usual error body."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun
             self.transport.write(_raw_response(b"400 Bad Request", msg, "bad_request"))
         self.transport.close()
 

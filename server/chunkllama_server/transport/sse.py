@@ -65,11 +65,11 @@ async def _cancel(task: asyncio.Future[Any]) -> None:
 
 
 class SseResponse(Response):
-    """Streams events; its status is known only when the first event is, so refusals keep theirs.
+    """Stream events; the status is sent with the first event, so a refusal keeps its own.
 
     The generator is pulled one event at a time: while the client does not read, nothing is produced
-    here, and after ``stall_seconds`` without progress the stream is given up. The generator is
-    closed on every way out, which aborts the engine's work. An error after the first event becomes
+    here, and after ``stall_seconds`` without progress the client is disconnected. The generator is
+    always closed, which aborts the engine's work. An error after the first event becomes
     a ``data: {"error": ...}`` event, and no [DONE] follows it.
     """
 

@@ -29,11 +29,11 @@ class _Entry:
 
 
 class ResponseStore:
-    """The least recently used responses go first; a tenant sees its own alone.
+    """Evict the least recently used responses first; a tenant sees only its own.
 
     Args:
         max_items, max_bytes: bounds of the whole store; bytes are those of the JSON text.
-        ttl_seconds: age at which a response is forgotten.
+        ttl_seconds: age at which a response expires.
         clock: monotonic seconds.
     """
 

@@ -236,7 +236,7 @@ class ChatCompletionRequest(SamplingFields):
     moderation: Any = Field(default=None, description="Refused.")
     add_generation_prompt: bool | None = Field(default=None, description="Honoured. Default true.")
     continue_final_message: bool | None = Field(
-        default=None, description="Honoured: the answer goes on where the last message ends."
+        default=None, description="Honoured: the answer continues the last message."
     )
     echo: bool | None = Field(
         default=None, description="Honoured: the text of the message that is continued comes first."

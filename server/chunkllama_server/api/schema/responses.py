@@ -158,7 +158,7 @@ class ResponseRequest(CacheFields):
         default=None, ge=16, le=MAX_TOKENS, description="Honoured: null is the rest of the context."
     )
     previous_response_id: str | None = Field(
-        default=None, max_length=128, description="Honoured: goes on from a stored response."
+        default=None, max_length=128, description="Honoured: continues a stored response."
     )
     store: bool | None = Field(
         default=None, description="Honoured: default true; bounded by count, bytes and age."

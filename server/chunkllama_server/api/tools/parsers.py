@@ -42,7 +42,7 @@ class OutputParser(Protocol):
         ...
 
     def finish(self) -> Parsed:
-        """No text follows: give up what was held back."""
+        """Return the text that was held back; no text follows."""
         ...
 
 
