@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from tokenizers import AddedToken
 
 from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.text.sandbox import TemplateEnvironment, TemplateLimitError
+from chunkllama.text.template_adapter import check_all_text
+from chunkllama.text.template_capabilities import TemplateCapabilities, probe
 from chunkllama.text.tokenizer import Tokenizer, encode_continuation, encode_ids, read_json
 
 RENDER_SECONDS = 1.0
@@ -55,11 +58,6 @@ class ChatTemplate:
         self._control_text = _ControlText(self._controls)
         self._plain = tokenizer.without_control_tokens(self._controls)
 
-    @property
-    def source(self) -> str:
-        """The jinja2 text, every named template of it."""
-        return "\n".join(self._sources.values())
-
     def encode(
         self,
         messages: list[dict[str, Any]],
@@ -68,17 +66,20 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: dict[str, Any] | None = None,
+        require_all_text: bool = False,
     ) -> list[int]:
         """Prompt ids of a conversation.
+
+        Args:
+            require_all_text: refuse a conversation of which the template leaves out a text.
 
         Raises:
             InvalidRequestError: the template refuses the conversation or ran out of its limits.
         """
         literals = _Literals(self._control_text, (messages, tools, template_kwargs))
         chat, tools, template_kwargs = literals.hide((messages, tools, template_kwargs))
-        text = self._render(
-            chat, tools, template_kwargs, add_generation_prompt, continue_final_message
-        )
+        flags = (add_generation_prompt, continue_final_message, require_all_text)
+        text = self._render(chat, tools, template_kwargs, *flags)
         if not literals.hidden:
             return self._tokenizer.encode(text, allow_special=True)
         return self._encode_stretches(text, literals.restore)
@@ -91,15 +92,15 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: dict[str, Any] | None = None,
+        require_all_text: bool = False,
     ) -> str:
         """The prompt as text, for people to read; its ids come from `encode` alone.
 
         Raises:
             InvalidRequestError: as `encode`.
         """
-        return self._render(
-            messages, tools, template_kwargs, add_generation_prompt, continue_final_message
-        )
+        flags = (add_generation_prompt, continue_final_message, require_all_text)
+        return self._render(messages, tools, template_kwargs, *flags)
 
     def check(self) -> None:
         """Render one greeting.
@@ -113,12 +114,19 @@ class ChatTemplate:
             if error.code != "chat_template_refused":
                 raise ConfigError(f"the model's chat template cannot be used: {error}") from error
 
-    def accepts(self, name: str) -> bool:
-        """Whether the template reads a variable of this name."""
-        return any(
-            re.search(rf"\b{re.escape(name)}\b", source) is not None
-            for source in self._sources.values()
-        )
+    @cached_property
+    def capabilities(self) -> TemplateCapabilities:
+        """What the template can express, read from the output of probe conversations."""
+
+        def render(
+            messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+        ) -> str | None:
+            try:
+                return self._fill(messages, tools, None, True)
+            except InvalidRequestError:
+                return None
+
+        return probe(render)
 
     def _render(
         self,
@@ -127,6 +135,7 @@ class ChatTemplate:
         template_kwargs: dict[str, Any] | None,
         add_generation_prompt: bool,
         continue_final_message: bool,
+        require_all_text: bool = False,
     ) -> str:
         if continue_final_message and add_generation_prompt:
             raise InvalidRequestError(
@@ -136,6 +145,18 @@ class ChatTemplate:
             raise InvalidRequestError("messages must not be empty", "messages")
         chat = [_aliased({k: v for k, v in m.items() if v is not None}) for m in messages]
         final = _mark_final(chat) if continue_final_message else ""
+        text = self._fill(chat, tools, template_kwargs, add_generation_prompt)
+        if require_all_text:
+            check_all_text(chat, text)
+        return _cut_final(text, final) if continue_final_message else text
+
+    def _fill(
+        self,
+        chat: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        template_kwargs: dict[str, Any] | None,
+        add_generation_prompt: bool,
+    ) -> str:
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         variables = {
             **self._tokenizer.special_tokens,
@@ -145,8 +166,7 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        text = self._run(self._templates[name], variables)
-        return _cut_final(text, final) if continue_final_message else text
+        return self._run(self._templates[name], variables)
 
     def _run(self, template: jinja2.Template, variables: dict[str, Any]) -> str:
         size = _num_chars(variables)

@@ -18,10 +18,20 @@ CALL = '{"name": "get_weather", "arguments": {"city": "Oslo"}}'
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}]
 RESPONSE_TOOLS = [{"type": "function", "name": "get_weather", "parameters": PARAMETERS}]
+EACH = "{% for m in messages %}"
 TEMPLATES = {
     "tools": None,
-    "plain": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-    "{% endfor %}<|im_start|>assistant\n",
+    "generic": EACH + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+    "no tool role": EACH + "{% if m.role in ['system', 'user', 'assistant'] %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}",
+    "alternating": EACH + "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('alternate') }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}",
+    "one call": "{{ tools | tojson }}" + EACH + "{% if m.tool_calls %}"
+    "{% if m.tool_calls | length > 1 %}{{ raise_exception('one call') }}{% endif %}"
+    "{{ m.tool_calls[0].function | tojson }}{% else %}[{{ m.role }}]{{ m.content }}{% endif %}"
+    "{% endfor %}",
+    "parts": EACH + "[{{ m.role }}]{% for part in m.content %}{{ part.text }}{% endfor %}"
+    "{% endfor %}",
 }
 
 
@@ -207,7 +217,7 @@ ANSWERS = st.lists(
     max_size=3,
 ).map("".join)
 _TURNS = settings(
-    max_examples=15,
+    max_examples=10,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

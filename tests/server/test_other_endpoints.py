@@ -112,7 +112,6 @@ def test_long_texts_are_tokenized_off_the_loop(server):
     ("fields", "param"),
     [
         ({"top_logprobs": 2}, "top_logprobs"),
-        ({"store": True}, "store"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"metadata": {"k" * 65: "v"}}, "metadata." + "k" * 64),

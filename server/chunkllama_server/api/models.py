@@ -13,6 +13,7 @@ router = APIRouter(tags=["models"])
 
 
 def describe_model(context: ServerContext, name: str) -> Model:
+    template = context.text.template
     return {
         "id": name,
         "object": "model",
@@ -21,6 +22,7 @@ def describe_model(context: ServerContext, name: str) -> Model:
         "root": context.settings.model_names[0],  # never the folder: callers are strangers
         "parent": None,
         "max_model_len": context.engine.info.max_model_len,
+        "chat_template": None if template is None else template.capabilities.as_dict(),
     }
 
 

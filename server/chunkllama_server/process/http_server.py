@@ -69,6 +69,8 @@ class Application:
                 f"{spec.vocab_size}; they are not of the same model"
             )
         self._template = load_chat_template(path, self._tokenizer, settings.chat_template)
+        if self._template is not None:
+            logger.info("chat template: %s", self._template.capabilities)
         self._prefixes = load_public_prefixes(settings.public_prefixes, self._template)
 
     async def serve(

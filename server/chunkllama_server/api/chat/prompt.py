@@ -7,11 +7,11 @@ from typing import Any
 
 from chunkllama.errors import InvalidRequestError
 from chunkllama.text.chat_template import ChatTemplate
+from chunkllama.text.template_adapter import adapt
 from chunkllama_server.api.chat.history import normalise
 from chunkllama_server.api.common.prompt_cache import common_prefix
 from chunkllama_server.api.common.text_service import Message, TextService, text_size
 from chunkllama_server.api.schema.chat import ChatCompletionRequest, ChatMessage
-from chunkllama_server.api.tools.prompt import describe_tools, write_calls
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.transport.errors import invalid
 
@@ -100,6 +100,7 @@ class ChatPrompter:
             "add_generation_prompt": not continues and body.add_generation_prompt is not False,
             "continue_final_message": continues,
             "template_kwargs": template_kwargs(body, settings),
+            "require_all_text": True,
         }
         self._size = text_size([self._messages, self._options])
 
@@ -130,16 +131,7 @@ class ChatPrompter:
 
     def _adapt(self, messages: list[Message]) -> tuple[list[Message], list[dict[str, Any]] | None]:
         """The messages and tools as the template can show them."""
-        accepts, tools = self._template.accepts, self._tools
-        if not accepts("developer"):
-            messages = [
-                {**m, "role": "system"} if m["role"] == "developer" else m for m in messages
-            ]
-        if not accepts("tool_calls"):
-            messages = write_calls(messages)
-        if tools and not accepts("tools"):
-            messages, tools = describe_tools(messages, tools), None
-        return messages, tools
+        return adapt(messages, self._tools, self._template.capabilities)
 
     def _tokens_before(self, ids: list[int], message: int, part: int) -> int:
         """Tokens of ``ids`` that do not depend on what follows the breakpoint."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
 
 class Model(TypedDict):
-    """A served model."""
+    """A served model; ``chat_template`` is what its chat template can express."""
 
     id: str
     object: Literal["model"]
@@ -17,6 +17,7 @@ class Model(TypedDict):
     root: str
     parent: str | None
     max_model_len: int
+    chat_template: dict[str, Any] | None
 
 
 class ModelList(TypedDict):

@@ -53,10 +53,15 @@ class ToolConfig:
 
 
 def tool_format(configured: ToolFormat | None, template: ChatTemplate | None) -> ToolFormat:
-    """The configured format, else the one the chat template, or our own words, teach the model."""
+    """The configured format, else the one in which the template's output shows calls.
+
+    A template without tools gets them described with Hermes tags.
+    """
     if configured is not None:
         return configured
-    if template is None or not template.accepts("tools") or "<tool_call>" in template.source:
+    if template is None or not template.capabilities.tools:
+        return "hermes"
+    if "<tool_call>" in template.capabilities.call_markers:
         return "hermes"
     return "llama3_json"
 

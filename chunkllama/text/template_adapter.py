@@ -1,0 +1,242 @@
+"""Adapt a conversation to what a chat template can express, so that no text of it is dropped.
+
+Where a template has no form for something, the nearest form it has is used: a tool's result is a
+user message, a system message in the middle is a user message, calls are text. The words for tools
+are those of Hermes function calling, which small chat models (SmolLM2 among them) are trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any
+
+from chunkllama.errors import InvalidRequestError
+from chunkllama.text.template_capabilities import Message, TemplateCapabilities
+
+_INSTRUCTIONS = (
+    "You have access to these functions:\n<tools>\n{tools}\n</tools>\n\n"
+    "To call a function, answer with its name and arguments as JSON inside tool_call tags:\n"
+    '<tool_call>\n{{"name": "function name", "arguments": {{...}}}}\n</tool_call>'
+)
+_SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
+_JOINED = "\n\n"
+
+
+def adapt(
+    messages: list[Message], tools: list[dict[str, Any]] | None, able: TemplateCapabilities
+) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """The messages and tools in the forms the template has.
+
+    Args:
+        messages: text content, object arguments.
+    """
+    if not able.developer:
+        messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+    if tools and not able.tools:
+        messages, tools = describe_tools(messages, tools), None
+    messages = _adapt_calls(messages, able)
+    if not able.tool_results:
+        messages = [_result_as_user(m) if m["role"] == "tool" else m for m in messages]
+    if not able.long_call_ids:
+        messages = [_with_short_ids(message) for message in messages]
+    messages = _adapt_system(messages, able)
+    if not able.repeated_roles:
+        messages = _merge_repeated(messages)
+    if able.content == "parts":
+        messages = [
+            {**m, "content": [{"type": "text", "text": m["content"]}] if m["content"] else []}
+            for m in messages
+        ]
+    return messages, tools
+
+
+def describe_tools(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
+    """The conversation with the tools described at the end of its system message."""
+    listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    text = _INSTRUCTIONS.format(tools=listed)
+    if messages and messages[0]["role"] == "system":
+        first = {**messages[0], "content": _join(messages[0]["content"], text)}
+        return [first, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def _join(*texts: str) -> str:
+    return _JOINED.join(text for text in texts if text)
+
+
+def _adapt_calls(messages: list[Message], able: TemplateCapabilities) -> list[Message]:
+    adapted: list[Message] = []
+    position = 0
+    while position < len(messages):
+        message = messages[position]
+        position += 1
+        calls = message.get("tool_calls")
+        is_split = bool(calls and message["content"]) and not able.text_beside_calls
+        if not calls:
+            adapted.append(message)
+        elif not able.tool_calls:
+            adapted.append(_calls_as_text(message))
+        elif is_split and not able.repeated_roles:
+            # Roles alternate, so results of calls that are text are a user's turn.
+            adapted.append(_calls_as_text(message))
+            end = _end_of_results(messages, position)
+            adapted += [_result_as_user(result) for result in messages[position:end]]
+            position = end
+        else:
+            if is_split:
+                adapted.append({"role": "assistant", "content": message["content"]})
+                message = {**message, "content": ""}
+            message = _with_arguments(message, able)
+            if len(calls) > 1 and not able.parallel_calls:
+                end = _end_of_results(messages, position)
+                adapted += _one_call_each(message, messages[position:end])
+                position = end
+            else:
+                adapted.append(message)
+    return adapted
+
+
+def _end_of_results(messages: list[Message], position: int) -> int:
+    while position < len(messages) and messages[position]["role"] == "tool":
+        position += 1
+    return position
+
+
+def _calls_as_text(message: Message) -> Message:
+    calls = [
+        f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
+        for call in message["tool_calls"]
+    ]
+    text = "\n".join([message["content"], *calls] if message["content"] else calls)
+    rest = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**rest, "content": text}
+
+
+def _with_arguments(message: Message, able: TemplateCapabilities) -> Message:
+    if able.arguments == "object":
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": calls}
+
+
+def _one_call_each(message: Message, results: list[Message]) -> list[Message]:
+    """Each call in a message of its own, followed by its result."""
+    pairs: list[Message] = []
+    left = list(results)
+    for number, call in enumerate(message["tool_calls"]):
+        content = message["content"] if number == 0 else ""
+        pairs.append({**message, "content": content, "tool_calls": [call]})
+        own = [result for result in left if result.get("tool_call_id") == call["id"]]
+        pairs += own
+        left = [result for result in left if result not in own]
+    return pairs + left
+
+
+def _result_as_user(message: Message) -> Message:
+    text = f"<tool_response>\n{message['content']}\n</tool_response>"
+    return {"role": "user", "content": text}
+
+
+def _short_id(call_id: str) -> str:
+    if _SHORT_ID.fullmatch(call_id):
+        return call_id
+    return hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).hexdigest()[:9]
+
+
+def _with_short_ids(message: Message) -> Message:
+    changed = dict(message)
+    if "tool_call_id" in message:
+        changed["tool_call_id"] = _short_id(message["tool_call_id"])
+    if "tool_calls" in message:
+        calls = [{**call, "id": _short_id(call["id"])} for call in message["tool_calls"]]
+        changed["tool_calls"] = calls
+    return changed
+
+
+def _adapt_system(messages: list[Message], able: TemplateCapabilities) -> list[Message]:
+    """System messages where the template has them; others are part of the user's turn."""
+    if able.system and able.system_anywhere:
+        return messages
+    num_leading = 0
+    while num_leading < len(messages) and messages[num_leading]["role"] == "system":
+        num_leading += 1
+    rest = [
+        {"role": "user", "content": m["content"]} if m["role"] == "system" else m
+        for m in messages[num_leading:]
+    ]
+    text = _join(*(message["content"] for message in messages[:num_leading]))
+    if not num_leading:
+        return rest
+    if able.system:
+        return [{**messages[0], "content": text}, *rest]
+    if rest and rest[0]["role"] == "user":
+        return [{**rest[0], "content": _join(text, rest[0]["content"])}, *rest[1:]]
+    return [{"role": "user", "content": text}, *rest]
+
+
+def _merge_repeated(messages: list[Message]) -> list[Message]:
+    """Consecutive user messages as one, and consecutive assistant messages."""
+    merged: list[Message] = []
+    for message in messages:
+        last = merged[-1] if merged else None
+        is_repeated = (
+            last is not None
+            and last["role"] == message["role"]
+            and message["role"] in ("user", "assistant")
+            and "tool_calls" not in last
+        )
+        if last is not None and is_repeated:
+            merged[-1] = {**last, **message, "content": _join(last["content"], message["content"])}
+        else:
+            merged.append(message)
+    return merged
+
+
+def find_dropped(messages: list[Message], rendered: str) -> int | None:
+    """Index of the first message whose text is not in the rendered prompt, None if all are.
+
+    White space at the ends may be trimmed, a text may be written as JSON, and of an assistant's
+    text the thoughts before ``</think>`` may be left out.
+    """
+    start = 0
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"text": content}]
+        for part in parts:
+            text = str(part.get("text") or "")
+            if message["role"] == "assistant":
+                text = text.rpartition("</think>")[2]
+            text = text.strip()
+            # Messages are printed in order, so the search goes on where the last text was found.
+            found = rendered.find(text, start)
+            if found >= 0:
+                start = found
+            elif text not in rendered and not _is_printed_as_json(text, rendered):
+                return index
+    return None
+
+
+def check_all_text(messages: list[Message], rendered: str) -> None:
+    """Refuse a prompt that lacks a message's text.
+
+    Raises:
+        InvalidRequestError: naming the message's role and place.
+    """
+    dropped = find_dropped(messages, rendered)
+    if dropped is not None:
+        raise InvalidRequestError(
+            f"the chat template leaves out the text of a {messages[dropped]['role']} message "
+            f"(number {dropped + 1} as it reads them)",
+            "messages",
+            "chat_template_drops_text",
+        )
+
+
+def _is_printed_as_json(text: str, rendered: str) -> bool:
+    spellings = (json.dumps(text, ensure_ascii=plain)[1:-1] for plain in (False, True))
+    return any(spelling in rendered for spelling in spellings)

@@ -1,0 +1,181 @@
+"""Determine what a chat template can express by rendering probe conversations.
+
+Each probe holds sentinel strings; what the template can express is read from its output, never from
+its source: a comment may contain any word.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Message = dict[str, Any]
+# Renders messages with tools; None where the template refuses them.
+Render = Callable[[list[Message], list[dict[str, Any]] | None], str | None]
+
+CALL_MARKERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<function=", "<|tool_call|>")
+LONG_ID = "call_0123456789abcdef01234567"
+SHORT_ID = "a1B2c3D4e"
+_NAME, _KEY = "qznamea", "qzkeya"
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateCapabilities:
+    """What a template's output shows.
+
+    Attributes:
+        content: whether text is given as a string or as a list of parts.
+        system: it prints a first system message.
+        system_anywhere: it prints system messages at any place, several of them too.
+        developer: it has a form of its own for the role developer.
+        repeated_roles: it prints two user or two assistant messages in a row.
+        tools: it prints the tools.
+        tool_calls: it prints earlier calls: their names and arguments.
+        arguments: whether a call's arguments are given as an object or as JSON text.
+        parallel_calls: it prints several calls of one message.
+        text_beside_calls: it prints the text of a message that has calls.
+        tool_results: it prints messages of role tool.
+        long_call_ids: it accepts ids of other forms than nine letters and digits.
+        call_markers: known tags around calls that its output has.
+        opens_thinking: its generation prompt ends with ``<think>``.
+    """
+
+    content: Literal["text", "parts"] = "text"
+    system: bool = True
+    system_anywhere: bool = True
+    developer: bool = False
+    repeated_roles: bool = True
+    tools: bool = True
+    tool_calls: bool = True
+    arguments: Literal["object", "text"] = "object"
+    parallel_calls: bool = True
+    text_beside_calls: bool = True
+    tool_results: bool = True
+    long_call_ids: bool = True
+    call_markers: tuple[str, ...] = ()
+    opens_thinking: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as plain data."""
+        return {**asdict(self), "call_markers": list(self.call_markers)}
+
+
+def tool(name: str) -> dict[str, Any]:
+    """A tool of one string parameter."""
+    properties = {_KEY: {"type": "string", "description": "qzparameter"}}
+    parameters = {"type": "object", "properties": properties, "required": [_KEY]}
+    function = {"name": name, "description": "qzdescription", "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def probe(render: Render) -> TemplateCapabilities:
+    """Render the probes; a template that refuses even a greeting is taken to express everything."""
+    for content in ("text", "parts"):
+        probes = _Probes(render, content)
+        if probes.prints([probes.message("user", "qzhello")], "qzhello"):
+            return probes.run()
+    return TemplateCapabilities()
+
+
+class _Probes:
+    def __init__(self, render: Render, content: str) -> None:
+        self._render = render
+        self._content: Literal["text", "parts"] = "parts" if content == "parts" else "text"
+
+    def message(self, role: str, text: str, **members: Any) -> Message:
+        content = text if self._content == "text" else [{"type": "text", "text": text}]
+        return {"role": role, "content": content, **members}
+
+    def prints(
+        self, messages: list[Message], *sentinels: str, tools: list[dict[str, Any]] | None = None
+    ) -> bool:
+        """Whether the output has the sentinels, in this order."""
+        text, start = self._render(messages, tools), 0
+        for sentinel in sentinels:
+            start = -1 if text is None else text.find(sentinel, start)
+            if start < 0:
+                return False
+        return text is not None
+
+    def run(self) -> TemplateCapabilities:
+        m = self.message
+        user, answer, again = m("user", "qzone"), m("assistant", "qztwo"), m("user", "qzthree")
+        first, later = m("system", "qzsys"), m("system", "qzlater")
+        # Where roles must alternate, users and assistants are refused alike.
+        repeated = [user, again, answer, m("assistant", "qzfour"), again]
+        middle = [first, user, answer, later, again]
+        prompt = self._render([user], None) or ""
+        with_tools = self._render([user], [tool(_NAME)]) or ""
+        return TemplateCapabilities(
+            content=self._content,
+            system=self.prints([first, user], "qzsys", "qzone"),
+            system_anywhere=self.prints(middle, "qzsys", "qztwo", "qzlater", "qzthree")
+            and self.prints([first, later, user], "qzsys", "qzlater", "qzone"),
+            developer=self._knows_developer(user),
+            repeated_roles=self.prints(repeated, "qzone", "qzthree", "qztwo", "qzfour", "qzthree"),
+            tools=_NAME in with_tools,
+            opens_thinking=prompt.rstrip().endswith("<think>"),
+            **self._calls(with_tools),
+        )
+
+    def _knows_developer(self, user: Message) -> bool:
+        """A template that prints any role's name has no form of its own for this one."""
+        text = self._render([self.message("developer", "qzdev"), user], None)
+        other = self._render([self.message("qzrole", "qzdev"), user], None)
+        if text is None or "qzdev" not in text:
+            return False
+        return other is None or other.replace("qzrole", "developer") != text
+
+    def _conversation(
+        self, count: int, call_id: str, as_text: bool, text: str = ""
+    ) -> list[Message]:
+        calls, results = [], []
+        for i in range(count):
+            arguments: Any = {_KEY: f"qzvalue{i}"}
+            function = {
+                "name": f"qzname{'ab'[i]}",
+                "arguments": json.dumps(arguments) if as_text else arguments,
+            }
+            ident = call_id[:-1] + str(i)
+            calls.append({"id": ident, "type": "function", "function": function})
+            result = self.message("tool", f"qzresult{i}", tool_call_id=ident, name=function["name"])
+            results.append(result)
+        assistant = self.message("assistant", text, tool_calls=calls)
+        return [self.message("user", "qzone"), assistant, *results]
+
+    def _calls(self, with_tools: str) -> dict[str, Any]:
+        """The members of the record that are about calls and their results."""
+        tools = [tool(_NAME), tool("qznameb")]
+        found: dict[str, Any] = {"tool_calls": False, "parallel_calls": False}
+        ids = (LONG_ID, SHORT_ID)
+        rendered = {
+            (call_id, as_text): self._render(self._conversation(1, call_id, as_text), tools) or ""
+            for call_id in ids
+            for as_text in (False, True)
+        }
+        shows = {key: "qznamea" in t and "qzvalue0" in t for key, t in rendered.items()}
+        call_id = LONG_ID if any(rendered[LONG_ID, t] for t in (False, True)) else SHORT_ID
+        found["long_call_ids"] = call_id == LONG_ID or not any(rendered.values())
+        # An object printed as Python prints it is no JSON: such a template expects text.
+        is_repr = f"'{_KEY}'" in rendered[call_id, False]
+        as_text = shows[call_id, True] and (is_repr or not shows[call_id, False])
+        found["arguments"] = "text" if as_text else "object"
+        text = rendered[call_id, as_text]
+        found["tool_calls"] = shows[call_id, as_text]
+        found["tool_results"] = self._shows_results(text)
+        two = self._conversation(2, call_id, as_text)
+        names = ("qznamea", "qznameb")
+        found["parallel_calls"] = found["tool_calls"] and self.prints(two, *names, tools=tools)
+        beside = self._conversation(1, call_id, as_text, text="qzbeside")
+        found["text_beside_calls"] = self.prints(beside, "qzbeside", tools=tools)
+        found["call_markers"] = tuple(tag for tag in CALL_MARKERS if tag in with_tools + text)
+        return found
+
+    def _shows_results(self, text: str) -> bool:
+        if "qzresult0" in text:
+            return True
+        result = self.message("tool", "qzresult0", tool_call_id=SHORT_ID, name=_NAME)
+        told = [self.message("user", "qzone"), self.message("assistant", "qztwo"), result]
+        return self.prints(told, "qztwo", "qzresult0")
