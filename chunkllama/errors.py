@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+_MAX_MESSAGE = 1000
+
 
 class ChunkLlamaError(Exception):
     """Base of every error this package raises on purpose."""
 
 
 class ConfigError(ChunkLlamaError):
-    """The configuration, a model folder or a file is unusable; the message names it and the fix."""
+    """The configuration, a model folder or a file is unusable; the message names it and the fix.
+
+    Args:
+        message: shortened in the middle when it quotes a long value of a damaged file.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > _MAX_MESSAGE:
+            half = _MAX_MESSAGE // 2
+            message = f"{message[:half]} ... {message[-half:]}"
+        super().__init__(message)
 
 
 class InvalidRequestError(ChunkLlamaError):

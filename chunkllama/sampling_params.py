@@ -80,11 +80,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         between("presence_penalty", self.presence_penalty, -2.0, 2.0)
         between("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         between("min_tokens", self.min_tokens, 0, 2**31 - 1)
-        if not (math.isfinite(self.repetition_penalty) and 0.0 < self.repetition_penalty <= 100.0):
-            raise InvalidRequestError(
-                f"repetition_penalty must be in (0, 100], got {self.repetition_penalty}",
-                "repetition_penalty",
-            )
+        # A logit is divided by it: below this the quotient overflows float32.
+        between("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        between("length_penalty", self.length_penalty, -10.0, 10.0)
         if self.seed is not None:
             between("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
         if self.max_tokens is not None:

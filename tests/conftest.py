@@ -1,6 +1,7 @@
 """What every test stands on: one printed seed, and markers that say what was not run.
 
-``attention_plans`` (tests/attention/plans.py) is importable from every test module.
+``attention_plans`` (tests/attention/plans.py) and ``hostile_files`` (tests/models) are importable
+from every test module.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def _make_importable(name: str, path: Path) -> None:
 
 # Lazy: the tests of the server must not import torch through this file.
 _make_importable("attention_plans", Path(__file__).parent / "attention" / "plans.py")
+_make_importable("hostile_files", Path(__file__).parent / "models" / "hostile_files.py")
 
 
 def pytest_report_header() -> str:

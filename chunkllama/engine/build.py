@@ -47,7 +47,8 @@ def build_engine(config: EngineConfig) -> EngineCore:
         dtype=dtype,
         num_chunks=num_chunks,
         chunk_size=chunk_size,
-        max_model_len=max_model_len,
+        # Positions beyond the pool never occur; the model's claim may be of any size.
+        max_model_len=min(max_model_len, num_chunks * chunk_size),
         backend=config.model.backend,
         weights=config.model.weights,
     )

@@ -95,12 +95,25 @@ class GrammarCompiler:
         tokenizer_json: the tokenizer as tokenizer.json has it.
         vocab_size: of the model, which may have rows beyond the tokenizer's last id.
         eos_token_ids: allowed where the grammar may end.
+
+    Raises:
+        InvalidRequestError: the library cannot use this tokenizer, so no grammar can be used.
     """
 
     def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: list[int]) -> None:
-        self._tokenizer = llguidance.LLTokenizer(
-            tokenizer_json, n_vocab=vocab_size, eos_token=eos_token_ids or None, slices=_SLICES
-        )
+        try:
+            self._tokenizer = llguidance.LLTokenizer(
+                tokenizer_json, n_vocab=vocab_size, eos_token=eos_token_ids or None, slices=_SLICES
+            )
+        except BaseException as error:
+            # The library reports a failed assertion as a PanicException, which is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise InvalidRequestError(
+                f"structured output is not available with this model's tokenizer: "
+                f"{_one_line(str(error))[:200]}",
+                "grammar",
+            ) from None
         self._compiled: OrderedDict[GrammarSpec, llguidance.LLMatcher] = OrderedDict()
         self._lock = threading.Lock()  # of the order of _compiled
 

@@ -9,9 +9,9 @@ from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.architectures import ARCHITECTURES
 from chunkllama.models.config_file import ConfigFile, read_json
+from chunkllama.models.spec_checks import check_numbers, default_sampling, usable_eos_ids
 
 _DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def read_spec(folder: Path) -> ModelSpec:
@@ -27,9 +27,11 @@ def read_spec(folder: Path) -> ModelSpec:
     try:
         name = _architecture(values, path)
         config = ConfigFile(path, values, ARCHITECTURES[name].defaults)
-        return _parse(name, config, generation, _tokenizer_eos(folder))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        spec = _parse(name, config, generation, _tokenizer_eos(folder))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: a value has the wrong type or size: {error}") from None
+    check_numbers(spec, path)
+    return spec
 
 
 def _parse(
@@ -64,18 +66,16 @@ def _parse(
         rms_norm_eps=config.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         dtype=_parse_dtype(config),
-        eos_token_ids=tuple(
-            sorted(
-                _ids(config.get("eos_token_id"))
-                | _ids(generation.get("eos_token_id"))
-                | tokenizer_eos
-            )
+        eos_token_ids=usable_eos_ids(
+            _ids(config.get("eos_token_id"))
+            | _ids(generation.get("eos_token_id"))
+            | tokenizer_eos,
+            config.positive("vocab_size"),
+            config.path,
         ),
-        default_sampling={
-            key: generation[key]
-            for key in _SAMPLING_DEFAULTS
-            if isinstance(generation.get(key), (int, float))
-        },
+        default_sampling=default_sampling(
+            generation, config.path.with_name("generation_config.json")
+        ),
         **entry.fields(config),
     )
 

@@ -23,6 +23,9 @@ from chunkllama.text.sentencepiece import load_sentencepiece
 SPIECE_SPACE = "\u2581"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+_PROBE = "A probe: 1 line,\nUTF-8 \u00e9\u4e2d."
+# Ids index a list, so one large id costs as much memory as a vocabulary of that size.
+_MAX_TOKENS = 1 << 22
 # Matched in text even with special parsing off, and never written by a user: see
 # `encode_continuation`.
 _ANCHOR = "\ue000\U000f0000chunkllama\U000f0000\ue000"
@@ -68,6 +71,11 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in self.added_tokens.items() if token.special)
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
+        if self.vocab_size > min(_MAX_TOKENS, 4 * len(vocab) + 65_536):
+            raise ConfigError(
+                f"the tokenizer has {len(vocab)} tokens but the id {self.vocab_size - 1}; download "
+                "tokenizer.json again"
+            )
         self.bos_token_id = vocab.get(special_tokens.get("bos_token", ""))
         self.eos_token_ids = tuple(sorted(set(eos_token_ids)))
         self._token_ids = vocab
@@ -190,12 +198,20 @@ def load_tokenizer(path: Path) -> Tokenizer:
         ConfigError: no tokenizer file, an unreadable one, or a kind no Llama-family model uses.
     """
     try:
-        return _load(path)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        tokenizer = _load(path)
+        tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=True, allow_special=True))
+    except ConfigError:
+        raise
+    except BaseException as error:
+        # The library reports a bug of its own as a PanicException, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(repr(error).split())[:200]
         raise ConfigError(
-            f"{path}: tokenizer_config.json, special_tokens_map.json or generation_config.json "
-            f"holds what no tokenizer has ({error!r}); download them again"
+            f"{path}: the tokenizer files contradict each other or hold a value of a wrong type "
+            f"({reason}); download them again"
         ) from error
+    return tokenizer
 
 
 def _load(path: Path) -> Tokenizer:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkllama.errors import ConfigError
+from chunkllama.models.loading.gguf_layout import check_gguf
 from chunkllama.models.loading.gguf_tokenizer import tokenizer_files
 
 if TYPE_CHECKING:
@@ -55,6 +56,19 @@ def convert_gguf(path: Path, folder: Path, on_progress: Callable[[int, int], Non
         ConfigError: not a GGUF file, another architecture, or a tensor or tokenizer kind that has
             no equivalent.
     """
+    check_gguf(path)
+    try:
+        _convert(path, folder, on_progress)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # The layout is sound but the values contradict each other.
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{path}: the GGUF metadata contradicts itself ({type(error).__name__}: {reason}); "
+            "download the file again"
+        ) from None
+
+
+def _convert(path: Path, folder: Path, on_progress: Callable[[int, int], None]) -> None:
     reader = _open(path)
     metadata = _Metadata(path, reader)
     architecture = metadata.text("general.architecture")
@@ -82,8 +96,6 @@ def _open(path: Path) -> GGUFReader:
         return gguf.GGUFReader(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError) as error:
-        raise ConfigError(f"{path}: not a usable GGUF file ({error}); download it again") from None
 
 
 class _Metadata:

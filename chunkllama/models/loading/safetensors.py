@@ -225,10 +225,10 @@ def _parse_entry(path: Path, entry: Any, data_begin: int) -> TensorInfo:
     dtype, shape = entry["dtype"], entry["shape"]
     begin, end = entry["data_offsets"]
     if dtype not in _SIZES:
-        raise ValueError(f"unknown dtype {dtype!r}")
+        raise ValueError(f"unknown dtype {dtype!r:.60}")
     for value in (*shape, begin, end):
         if type(value) is not int or not 0 <= value < 2**63:
-            raise ValueError(f"{value!r} is not a size")
+            raise ValueError(f"{value!r:.60} is not a size")
     if end - begin != math.prod(shape) * _SIZES[dtype]:
-        raise ValueError(f"{end - begin} bytes for {dtype} {shape}")
+        raise ValueError(f"{end - begin} bytes for {dtype} {shape!r:.60}")
     return TensorInfo(path, dtype, tuple(shape), data_begin + begin, data_begin + end)

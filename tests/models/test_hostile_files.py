@@ -1,0 +1,177 @@
+"""Damaged model files: each mutation is refused in one line or served, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import hostile_files
+import pytest
+
+from chunkllama.errors import ConfigError
+from chunkllama.models.config import read_spec
+from chunkllama.models.loading.gguf import convert_gguf
+from chunkllama.models.loading.gguf_layout import check_gguf
+from chunkllama.text.tokenizer import load_tokenizer
+
+SEED = int(os.environ.get("CHUNKLLAMA_TEST_SEED", "0"))
+
+
+def run(kind: str, count: int, folder: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "RUST_BACKTRACE"}
+    done = subprocess.run(
+        [sys.executable, hostile_files.__file__, kind, str(count), str(SEED), str(folder)],
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result["failures"] == []
+    assert result["served"] + result["refused"] == count + 3
+    assert result["refused"] > 0 and result["served"] >= 3
+    assert result["memory_ratio"] <= 1.2
+
+
+@pytest.mark.parametrize("kind", list(hostile_files.FILES))
+def test_mutations_are_refused_in_one_line_or_served(kind: str, tmp_path: Path) -> None:
+    run(kind, 200, tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", list(hostile_files.FILES))
+def test_two_thousand_mutations(kind: str, tmp_path: Path) -> None:
+    run(kind, 2000, tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return hostile_files.write_folder(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("top_k", 50.0, 50),
+        ("top_k", 50.5, None),
+        ("top_k", True, None),
+        ("top_k", -7, None),
+        ("top_k", 2**40, None),
+        ("temperature", True, None),
+        ("temperature", -1, None),
+        ("temperature", "0.5", None),
+        ("temperature", float("nan"), None),
+        ("temperature", 10**400, None),
+        ("top_p", [0.5], None),
+        ("top_p", 1.5, None),
+        ("min_p", {}, None),
+        ("repetition_penalty", 1e-300, None),
+        ("repetition_penalty", 0, None),
+        ("repetition_penalty", None, None),
+        ("repetition_penalty", 2, 2.0),
+    ],
+)
+def test_unusable_sampling_defaults_are_left_out_with_a_warning(
+    name, value, expected, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({name: value}))
+    defaults = read_spec(folder).default_sampling
+    assert defaults.get(name) == expected
+    assert type(defaults.get(name)) is type(expected)
+    warned = [r.getMessage() for r in caplog.records if name in r.getMessage()]
+    assert len(warned) == (expected is None and value is not None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"rope_theta": 0.5}, "rope_theta"),
+        ({"max_position_embeddings": 2**31 - 1}, "max_position_embeddings"),
+        ({"head_dim": 2**20}, "head_dim"),
+        ({"hidden_size": 10**400}, "hidden_size"),
+        ({"architectures": 5}, "wrong type"),
+        ({"num_hidden_layers": "a" * 100_000}, "num_hidden_layers"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "mscale": "x"}}, "mscale"),
+    ],
+)
+def test_numbers_no_model_has_are_refused(changes, words, folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(hostile_files.CONFIG | changes))
+    with pytest.raises(ConfigError, match=words) as caught:
+        read_spec(folder)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1100
+
+
+def test_end_tokens_outside_the_vocabulary_are_left_out(folder: Path, caplog) -> None:
+    config = hostile_files.CONFIG | {"eos_token_id": [258, 272, 2**30]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert read_spec(folder).eos_token_ids == (258,)
+    assert "[272, 1073741824]" in caplog.text
+
+
+def test_a_token_id_far_beyond_the_others_is_refused(folder: Path) -> None:
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["model"]["vocab"]["x x"] = 2**31
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="2147483648"):
+        load_tokenizer(folder)
+
+
+@pytest.fixture
+def gguf_bytes(tmp_path: Path) -> bytes:
+    return hostile_files.write_gguf(tmp_path / "good.gguf").read_bytes()
+
+
+def _value_at(data: bytes, key: bytes) -> int:
+    """Where a key's value begins, behind its type."""
+    return data.index(key) + len(key) + 4
+
+
+@pytest.mark.parametrize(
+    "key", [b"general.name", b"tokenizer.ggml.model", b"tokenizer.chat_template"]
+)
+def test_gguf_strings_must_be_utf8(key: bytes, gguf_bytes: bytes, tmp_path: Path) -> None:
+    data = bytearray(gguf_bytes)
+    data[_value_at(gguf_bytes, key) + 8] = 0xFF
+    (tmp_path / "bad.gguf").write_bytes(data)
+    with pytest.raises(ConfigError, match="UTF-8"):
+        check_gguf(tmp_path / "bad.gguf")
+
+
+@pytest.mark.parametrize("count", [2**22, 2**40, 2**63, 2**64 - 1])
+def test_gguf_lengths_are_checked_before_anything_is_allocated(
+    count: int, gguf_bytes: bytes, tmp_path: Path
+) -> None:
+    data = bytearray(gguf_bytes)
+    at = _value_at(gguf_bytes, b"tokenizer.ggml.token_type") + 4
+    data[at : at + 8] = struct.pack("<Q", count)
+    (tmp_path / "bad.gguf").write_bytes(data)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match="token_type"):
+        convert_gguf(tmp_path / "bad.gguf", tmp_path / "out", lambda done, total: None)
+
+
+def test_gguf_tensors_may_not_share_bytes(gguf_bytes: bytes, tmp_path: Path) -> None:
+    data = bytearray(gguf_bytes)
+    name = b"blk.0.ffn_up.weight"
+    at = gguf_bytes.index(name) + len(name) + 4 + 16 + 4
+    data[at : at + 8] = struct.pack("<Q", 0)
+    (tmp_path / "bad.gguf").write_bytes(data)
+    with pytest.raises(ConfigError, match="over another tensor"):
+        check_gguf(tmp_path / "bad.gguf")
+
+
+@pytest.mark.parametrize("length", [0, 3, 23, 24, 100, 5000])
+def test_a_gguf_cut_short_is_refused(length: int, gguf_bytes: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(gguf_bytes[:length])
+    with pytest.raises(ConfigError, match="GGUF"):
+        check_gguf(tmp_path / "bad.gguf")
