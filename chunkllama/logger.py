@@ -3,8 +3,12 @@ prompts."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
+import os
+import select
 import sys
 import time
 from contextvars import ContextVar
@@ -35,7 +39,7 @@ def configure_logging(
 
     Only the command line calls it, once per process.
     """
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = _make_handler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     root = logging.getLogger()
     root.handlers = [handler]
@@ -43,6 +47,60 @@ def configure_logging(
     root.setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level.upper()]))
     logging.getLogger(_ROOT).setLevel(level.upper())
     logging.captureWarnings(True)
+
+
+def _make_handler(stream: TextIO) -> logging.Handler:
+    try:
+        return NonBlockingHandler(stream.fileno())
+    except (AttributeError, io.UnsupportedOperation, ValueError):  # no file of the system
+        return logging.StreamHandler(stream)
+
+
+class NonBlockingHandler(logging.Handler):
+    """Write each record as one line to a descriptor, or drop and count it where that would wait.
+
+    A pipe whose reader has stopped must not stop the process that logs. A descriptor that polls
+    writable takes ``PIPE_BUF`` bytes without waiting.
+    """
+
+    num_dropped = 0  # lines, of all handlers of the process
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+        self._num_unreported = 0
+        self._is_cut = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record) + "\n"
+        except Exception:
+            self.handleError(record)
+            return
+        if self._num_unreported:
+            line = f"{self._num_unreported} log lines dropped: the log is not read\n{line}"
+        if self._is_cut:
+            line = "\n" + line
+        if self._write(line.encode(errors="backslashreplace")):
+            self._num_unreported = 0
+        else:
+            self._num_unreported += 1
+            NonBlockingHandler.num_dropped += 1
+
+    def _write(self, data: bytes) -> bool:
+        for begin in range(0, len(data), select.PIPE_BUF):
+            piece = data[begin : begin + select.PIPE_BUF]
+            with contextlib.suppress(OSError):
+                if self._poll.poll(0) == [(self._descriptor, select.POLLOUT)]:
+                    if os.write(self._descriptor, piece) == len(piece):
+                        continue
+                    begin += 1  # part of the piece is written
+            self._is_cut = self._is_cut or begin > 0
+            return False
+        self._is_cut = False
+        return True
 
 
 class TextFormatter(logging.Formatter):

@@ -47,8 +47,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         dtype=dtype,
         num_chunks=num_chunks,
         chunk_size=chunk_size,
-        # Positions beyond the pool never occur; the model's claim may be of any size.
-        max_model_len=min(max_model_len, num_chunks * chunk_size),
+        max_model_len=_table_length(spec, max_model_len, num_chunks * chunk_size),
         backend=config.model.backend,
         weights=config.model.weights,
     )
@@ -96,6 +95,14 @@ def _device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda was asked for, but torch finds no CUDA device; use cpu")
     return wanted
+
+
+def _table_length(spec: ModelSpec, max_model_len: int, pool_tokens: int) -> int:
+    """Positions of the rotary table: none beyond the pool occurs, whatever length config.json
+    states; only frequencies that depend on the length need all of it."""
+    if any(rope.type in ("dynamic", "longrope") for rope in spec.ropes):
+        return max_model_len
+    return min(max_model_len, pool_tokens)
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

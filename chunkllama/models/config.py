@@ -67,9 +67,7 @@ def _parse(
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         dtype=_parse_dtype(config),
         eos_token_ids=usable_eos_ids(
-            _ids(config.get("eos_token_id"))
-            | _ids(generation.get("eos_token_id"))
-            | tokenizer_eos,
+            _ids(config.get("eos_token_id")) | _ids(generation.get("eos_token_id")) | tokenizer_eos,
             config.positive("vocab_size"),
             config.path,
         ),

@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, models, processors
 
 from chunkllama.errors import ConfigError
+from chunkllama.text.llama_parts import (
+    SPIECE_SPACE,
+    as_llama_sentencepiece,
+    is_byte_level,
+    set_llama_parts,
+)
 from chunkllama.text.sentencepiece import load_sentencepiece
 
-SPIECE_SPACE = "\u2581"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _PROBE = "A probe: 1 line,\nUTF-8 \u00e9\u4e2d."
@@ -208,8 +213,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
             raise
         reason = " ".join(repr(error).split())[:200]
         raise ConfigError(
-            f"{path}: the tokenizer files contradict each other or hold a value of a wrong type "
-            f"({reason}); download them again"
+            f"{path}: tokenizer.json and tokenizer_config.json contradict each other or hold a "
+            f"value of a wrong type ({reason}); download them again"
         ) from error
     return tokenizer
 
@@ -227,7 +232,7 @@ def _load(path: Path) -> Tokenizer:
                 vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token="<unk>"
             )
         )
-        _set_llama_parts(backend, config)
+        set_llama_parts(backend, config)
         for token in added:
             (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         config = {
@@ -262,9 +267,9 @@ def _load_json(
     try:
         if declared in ("LlamaTokenizer", "LlamaTokenizerFast") and not is_mistral:
             document = read_json(path)
-            if not _is_byte_level(document):
+            if not is_byte_level(document):
                 return tokenizers.Tokenizer.from_str(
-                    json.dumps(_as_llama_sentencepiece(document, config))
+                    json.dumps(as_llama_sentencepiece(document, config))
                 )
         return tokenizers.Tokenizer.from_file(str(path))
     except ConfigError:
@@ -302,42 +307,6 @@ _BYTE_OF_CHAR = {char: byte for byte, char in _bytes_to_unicode().items()}
 
 def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _is_byte_level(document: dict[str, Any]) -> bool:
-    return '"ByteLevel"' in json.dumps([document.get("pre_tokenizer"), document.get("decoder")])
-
-
-def _as_llama_sentencepiece(document: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    parts = tokenizers.Tokenizer(models.BPE())
-    _set_llama_parts(parts, config)
-    built = json.loads(parts.to_str())
-    model = {**document["model"], "fuse_unk": True, "byte_fallback": True, "dropout": None}
-    return {
-        **document,
-        "model": model,
-        "normalizer": None,
-        "pre_tokenizer": built["pre_tokenizer"],
-        "decoder": built["decoder"],
-    }
-
-
-def _set_llama_parts(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
-    """Pre-tokenizer and decoder of Llama 1/2: a space before the text's first word, byte
-    fallback."""
-    prefix_space = config.get("add_prefix_space") is not False
-    scheme = "never" if not prefix_space else ("always" if config.get("legacy") else "first")
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement=SPIECE_SPACE, prepend_scheme=scheme, split=False
-    )
-    steps: list[Any] = [
-        decoders.Replace(SPIECE_SPACE, " "),
-        decoders.ByteFallback(),
-        decoders.Fuse(),
-    ]
-    if prefix_space:
-        steps.append(decoders.Strip(content=" ", left=1))
-    backend.decoder = decoders.Sequence(steps)
 
 
 def _special_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:

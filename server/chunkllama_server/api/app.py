@@ -14,6 +14,7 @@ from chunkllama.engine.client import EngineClient
 from chunkllama.logger import init_logger
 from chunkllama_server.api import embeddings, health, models, tokenize
 from chunkllama_server.api.chat import routes as chat
+from chunkllama_server.api.common.admission import ChargedEngine
 from chunkllama_server.api.common.context import ServerContext
 from chunkllama_server.api.common.response_store import ResponseStore
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
@@ -26,6 +27,7 @@ from chunkllama_server.metrics.server_metrics import MAX_TENANT_LABELS, ServerMe
 from chunkllama_server.transport.auth import AuthMiddleware, Tenants
 from chunkllama_server.transport.body import BodyLimitMiddleware
 from chunkllama_server.transport.errors import install_error_handlers
+from chunkllama_server.transport.host_check import HostCheckMiddleware, is_loopback
 from chunkllama_server.transport.request_context import RequestInfoMiddleware
 
 logger = init_logger(__name__)
@@ -56,7 +58,7 @@ def create_app(
         generation_defaults: the model's own sampling values, for fields a client leaves out.
     """
     context = ServerContext(
-        engine=engine,
+        engine=ChargedEngine(engine, settings.max_num_seqs + settings.max_waiting),
         text=text,
         settings=settings,
         metrics=ServerMetrics(
@@ -72,7 +74,7 @@ def create_app(
         tenants=tenants,
         generation_defaults=generation_defaults or {},
     )
-    context.metrics.describe(engine.info, __version__)
+    context.metrics.describe(settings.model_names[0], engine.info, __version__)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -108,6 +110,8 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     settings = context.settings
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
     app.add_middleware(AuthMiddleware, tenants=context.tenants, root_path=settings.root_path)
+    if is_loopback(settings.host):
+        app.add_middleware(HostCheckMiddleware, names=settings.allowed_hosts)
     if settings.cors_origins:
         # Outside the key check, because a browser's preflight request carries no key.
         app.add_middleware(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from importlib import resources
 from typing import Any
 
@@ -10,13 +12,16 @@ from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, Response
 
 from chunkllama import __version__
+from chunkllama.engine.client import EngineClient
+from chunkllama.messages import EngineStats
 from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.transport.request_context import request_info
 
 router = APIRouter(include_in_schema=False)
 
-# More rectangles than this no screen shows; the page says how many were left out.
+# No screen shows more rectangles; the page says how many were left out.
 MAX_NODES = 4000
+SNAPSHOT_SECONDS = 0.5
 ENGINE_KEYS = ("device", "backend", "num_chunks", "chunk_size")
 # The page is self-contained, runs its own script alone, and talks to this server alone.
 _POLICY = (
@@ -36,10 +41,40 @@ async def page() -> HTMLResponse:
     return HTMLResponse(text, headers={"content-security-policy": _POLICY})
 
 
+class SnapshotCache:
+    """One snapshot of the engine's tree for all who look at it within ``seconds``.
+
+    The step loop copies the whole tree for each snapshot, which all requests wait for.
+    """
+
+    def __init__(self, seconds: float = SNAPSHOT_SECONDS) -> None:
+        self._seconds = seconds
+        self._taken = -seconds
+        self._stats: asyncio.Future[EngineStats] | None = None
+
+    async def get(self, engine: EngineClient) -> EngineStats:
+        now = time.monotonic()
+        stale = self._stats is None or (self._stats.done() and now - self._taken > self._seconds)
+        if self._stats is None or stale or (self._stats.done() and self._stats.exception()):
+            self._taken = now
+            self._stats = asyncio.ensure_future(engine.stats(include_tree=True))
+        return await asyncio.shield(self._stats)
+
+
+def snapshots(request: Request) -> SnapshotCache:
+    """The application's cache, made at first use."""
+    state = request.app.state
+    if not hasattr(state, "snapshots"):
+        state.snapshots = SnapshotCache()
+    cache = state.snapshots
+    assert isinstance(cache, SnapshotCache)
+    return cache
+
+
 @router.get("/dashboard/data")
 async def data(context: Context, request: Request) -> Response:
     """Engine, counters, latencies, and the tree's nodes that this caller may see: never tokens."""
-    stats = await context.engine.stats(include_tree=True)
+    stats = await snapshots(request).get(context.engine)
     visible = visible_namespaces(context, request)
     nodes = [n for n in stats.tree if visible is None or n.namespace in visible]
     counters = msgspec.structs.asdict(stats)

@@ -112,6 +112,11 @@ class ServerConfig(ConfigGroup):
         default=3600.0, gt=0, description="A kept response is forgotten after so long."
     )
     root_path: str = Field(default="", description="Path prefix that a proxy strips.")
+    allowed_hosts: Names = Field(
+        default=(),
+        description="Names that requests may address a server on a loopback address by, beside "
+        "localhost, IP addresses and names without a dot. Others are refused with 403.",
+    )
     cors_origins: Names = Field(
         default=(), description="Origins browsers may call from; * is any. Default: none."
     )

@@ -17,6 +17,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import generate_latest
 from prometheus_client.utils import floatToGoString
 
+from chunkllama.logger import NonBlockingHandler
 from chunkllama.messages import EngineReady, EngineStats, TokenDelta
 from chunkllama_server.metrics.vllm_names import VllmNames
 
@@ -162,6 +163,10 @@ class ServerMetrics:
             "chunkllama_info", "Constant 1; what is being served, in labels.",
             ["model", "version", "device", "backend"], registry=self.registry,
         )  # fmt: skip
+        Gauge(
+            "chunkllama_log_lines_dropped", "Log lines dropped because the log was not read.",
+            registry=self.registry,
+        ).set_function(lambda: NonBlockingHandler.num_dropped)  # fmt: skip
         self.first_token = self._histogram(
             "time_to_first_token", "From acceptance to the first token.", _FIRST_TOKEN_BUCKETS
         )
@@ -189,9 +194,9 @@ class ServerMetrics:
             f"chunkllama_{name}_seconds", text, buckets=buckets, registry=self.registry
         )
 
-    def describe(self, info: EngineReady, version: str) -> None:
-        """Name the model and the engine in the info metric."""
-        self._info.labels(info.model_name, version, info.device, info.backend).set(1)
+    def describe(self, model: str, info: EngineReady, version: str) -> None:
+        """Name the model, as clients know it, and the engine in the info metric."""
+        self._info.labels(model, version, info.device, info.backend).set(1)
 
     def reject(self, status: int) -> None:
         """A request was answered with an error status."""

@@ -30,12 +30,19 @@ from chunkllama_server.process.public_prefixes import load_public_prefixes, regi
 from chunkllama_server.process.reload import Reloader
 from chunkllama_server.transport.access_log import AccessLog
 from chunkllama_server.transport.auth import Tenants
-from chunkllama_server.transport.http_protocol import HttpLimits, make_protocol
+from chunkllama_server.transport.connections import (
+    HttpLimits,
+    fit_to_descriptors,
+    limit_accept_log,
+)
+from chunkllama_server.transport.host_check import HostCheckMiddleware, is_loopback
+from chunkllama_server.transport.http_protocol import make_protocol
 
 logger = init_logger(__name__)
 
 # What is left after the drain limit: error events to write and connections to close.
 _GRACE_SECONDS = 5
+_BACKLOG = 2048
 
 
 class Application:
@@ -128,6 +135,7 @@ class Application:
         reloading = Reloader(
             settings, self._read_settings, self._keys, self._template, engine
         ).start()
+        limit_accept_log(asyncio.get_running_loop())
         notify_supervisor("READY=1")
         async with _admin_server(settings, app, admin):
             await server.serve(sockets=[main])
@@ -147,15 +155,17 @@ class Application:
 def _listen(sock: socket.socket, key: str) -> None:
     """Open the port; only a server that was starting at the same time can have taken it."""
     try:
-        sock.listen(2048)
+        sock.listen(_BACKLOG)
     except OSError as error:
         raise ConfigError(f"{key}: {error.strerror}; another server has just taken it") from None
 
 
 def _uvicorn_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
+    limits = fit_to_descriptors(HttpLimits(write_seconds=settings.stream_stall_seconds))
     return uvicorn.Config(
         AccessLog(app),
-        http=make_protocol(HttpLimits()),
+        http=make_protocol(limits),
+        backlog=min(_BACKLOG, limits.reserved_connections * 4),
         ws="none",
         loop="asyncio",
         lifespan="on",
@@ -179,6 +189,8 @@ async def _admin_server(
         return
     admin = FastAPI(title="ChunkLlama admin", docs_url=None, redoc_url=None, openapi_url=None)
     admin.state.context = app.state.context
+    if is_loopback(settings.host):
+        admin.add_middleware(HostCheckMiddleware, names=settings.allowed_hosts)
     admin.include_router(health.router)
     admin.include_router(health.metrics_router)
     _listen(sock, "admin_port")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
 from chunkllama.logger import init_logger, request_id_context
+from chunkllama_server.transport.errors import ApiError
 
 logger = init_logger(__name__)
 # Probes and scrapers arrive every few seconds.
@@ -41,6 +43,11 @@ class AccessLog:
 
         try:
             await self.app(scope, receive, noting_send)
+        except asyncio.CancelledError:
+            # The server stops now. uvicorn would log a traceback and answer a plain-text 500.
+            if not status:
+                error = ApiError(503, "The server is shutting down", code="draining", retry_after=2)
+                await error.response()(scope, receive, noting_send)
         finally:
             token = request_id_context.set(request_id)
             logger.info(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, NoReturn
 
@@ -18,6 +19,9 @@ from chunkllama_server.transport.errors import ApiError, invalid
 # What a body costs to check, on the event loop: 15 us an object, 7 us a member of a wrong type.
 MAX_OBJECTS = 16_384
 MAX_MEMBERS = 8_192
+# Arrays and objects together; strings are not looked into.
+MAX_CONTAINERS = 32_768
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 # Templates and schemas are walked by recursion.
 MAX_DEPTH = 100
 
@@ -40,6 +44,7 @@ def parse_json(raw: bytes) -> Any:
     Raises:
         ApiError: 400 with code invalid_json.
     """
+    _check_containers(raw)
     try:
         parsed = json.loads(
             raw.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite_float
@@ -52,6 +57,18 @@ def parse_json(raw: bytes) -> Any:
     except (ValueError, RecursionError):
         raise invalid("The request body is not valid JSON", code="invalid_json") from None
     return parsed
+
+
+def _check_containers(raw: bytes) -> None:
+    """Refuse a body of many arrays or objects before it is parsed: each costs a microsecond to
+    build, and more to check."""
+    if raw.count(b"[") + raw.count(b"{") <= MAX_CONTAINERS:
+        return
+    bare = _STRING.sub(b"", raw)
+    if bare.count(b"[") + bare.count(b"{") > MAX_CONTAINERS:
+        raise invalid(
+            f"The body has more than {MAX_CONTAINERS} arrays and objects", code="invalid_json"
+        )
 
 
 def _check_shape(value: Any) -> None:

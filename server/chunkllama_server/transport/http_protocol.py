@@ -1,39 +1,25 @@
-"""uvicorn's h11 protocol with the limits it lacks: arrival time, header count, connections.
+"""uvicorn's h11 protocol with the limits it lacks: arrival time, header count, connections, unread
+bytes.
 
-uvicorn 0.54 never times out a client that sends slowly or nothing, and its own concurrency limit
-counts idle connections, so these are kept here, below ASGI, where they can be seen.
+uvicorn 0.54 never times out a client that sends slowly or nothing, or that does not read, and its
+own concurrency limit counts idle connections, so these are kept here, below ASGI, where they can be
+seen.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import uuid
-from dataclasses import dataclass
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from chunkllama_server.transport.connections import HEALTH_PATHS, ConnectionTable, HttpLimits
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HttpLimits:
-    """Limits of one connection, in seconds and counts, and of all together.
-
-    Attributes:
-        header_seconds: from the connection (or the first byte of a later request) to complete
-        headers.
-        body_seconds: from complete headers to a complete body.
-        max_header_bytes: request line and headers together (handed to h11).
-        max_headers: number of headers.
-        max_connections: open connections; more are answered 503 and closed.
-    """
-
-    header_seconds: float = 10.0
-    body_seconds: float = 30.0
-    max_header_bytes: int = 32 * 1024
-    max_headers: int = 100
-    max_connections: int = 4096
+__all__ = ["HttpLimits", "LimitedH11Protocol", "make_protocol"]
 
 
 def _raw_response(status: bytes, message: str, code: str) -> bytes:
@@ -51,45 +37,97 @@ def _raw_response(status: bytes, message: str, code: str) -> bytes:
     return b"HTTP/1.1 " + status + "\r\n".join(["", *headers, "", ""]).encode() + body
 
 
+_TOO_MANY = _raw_response(
+    b"503 Service Unavailable", "Too many connections", "too_many_connections"
+)
+
+
+class _LingeringTransport:
+    """A transport whose ``close`` first lets the protocol drop the rest of a request's body.
+
+    Closing with unread bytes makes the kernel send a reset, which discards the response at the
+    client before it is read.
+    """
+
+    def __init__(self, inner: asyncio.Transport, protocol: LimitedH11Protocol) -> None:
+        self._inner = inner
+        self._protocol = protocol
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def is_closing(self) -> bool:
+        return self._protocol.is_lingering or self._inner.is_closing()
+
+    def close(self) -> None:
+        if not self._protocol.is_lingering and not self._protocol.begin_linger():
+            self._inner.close()
+
+
 class LimitedH11Protocol(H11Protocol):
-    """One connection; ``limits`` is set by the subclass ``make_protocol`` returns."""
+    """One connection; the subclass ``make_protocol`` returns sets ``limits`` and ``table``."""
 
     limits: HttpLimits
+    table: ConnectionTable
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.conn = h11.Connection(h11.SERVER, self.limits.max_header_bytes)
+        self.is_lingering = False
+        self._is_reserved = False
         self._arrival: asyncio.TimerHandle | None = None
+        self._num_dropped = 0
+        self._num_unread = 0
+        self._read_at = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        if len(self.connections) > self.limits.max_connections:
-            transport.write(
-                _raw_response(
-                    b"503 Service Unavailable", "Too many connections", "too_many_connections"
-                )
-            )
-            transport.close()
-            return
-        self._expect(self.limits.header_seconds)
+        self._raw_transport = transport
+        super().connection_made(_LingeringTransport(transport, self))  # type: ignore[arg-type]
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.limits.send_buffer_bytes)
+        self._read_at = self.loop.time()
+        self._is_reserved = not self.table.admit(self, self.client[0] if self.client else "")
+        seconds = self.limits.header_seconds
+        self._expect(min(seconds, self.limits.reserved_seconds) if self._is_reserved else seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()
+        self.table.leave(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self.is_lingering:
+            self._num_dropped += len(data)
+            if self._num_dropped > self.limits.linger_bytes:
+                self.abort()
+            return
         if self.transport.is_closing():
             return
         if self._arrival is None and self.conn.their_state is h11.IDLE:
             self._expect(self.limits.header_seconds)
         super().data_received(data)
 
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """Keep the connection for the answer to a request that has arrived in full."""
+        if self.is_lingering or self.scheme == "https" or self.cycle is None:
+            return None
+        if self.cycle.response_complete or self.cycle.more_body:
+            return None
+        self.cycle.keep_alive = False
+        if not self.cycle.response_started:
+            self._stop_clock()
+            self._arrival = self.loop.call_later(self.limits.half_close_seconds, self._left)
+        return True
+
     def handle_events(self) -> None:
         cycle = self.cycle
         super().handle_events()
         is_new = self.cycle is not cycle
         if is_new:
-            self._check_headers()
+            self._check_request()
+        if self.is_lingering:
+            return  # the clock is the linger's
         if self.transport.is_closing() or self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._stop_clock()
         elif is_new and self.conn.their_state is h11.SEND_BODY:
@@ -101,7 +139,34 @@ class LimitedH11Protocol(H11Protocol):
             self.transport.write(_raw_response(b"400 Bad Request", msg, "bad_request"))
         self.transport.close()
 
-    def _check_headers(self) -> None:
+    def begin_linger(self) -> bool:
+        """Stop sending and drop what still arrives of a body; False when nothing is to come."""
+        unfinished = self.conn.their_state is h11.SEND_BODY
+        if not unfinished or self._is_reserved or not self._raw_transport.can_write_eof():
+            return False
+        if self._raw_transport.is_closing():
+            return False
+        self.is_lingering = True
+        self._raw_transport.write_eof()  # sent behind what waits to be written
+        self._raw_transport.resume_reading()
+        self._stop_clock()
+        self._arrival = self.loop.call_later(self.limits.linger_seconds, self._raw_transport.close)
+        return True
+
+    def abort(self) -> None:
+        """End the connection at once, dropping what the peer has not read."""
+        self._raw_transport.abort()
+
+    def check_writes(self, now: float) -> None:
+        """Abort when bytes wait for the peer and it has read none for ``write_seconds``."""
+        num_unread = self._raw_transport.get_write_buffer_size()
+        if num_unread == 0 or num_unread < self._num_unread:
+            self._read_at = now
+        self._num_unread = num_unread
+        if now - self._read_at > self.limits.write_seconds:
+            self.abort()
+
+    def _check_request(self) -> None:
         """Refuse what h11 lets through: it measures headers only while they are incomplete."""
         names = [name for name, _ in self.headers]
         size = sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -109,13 +174,24 @@ class LimitedH11Protocol(H11Protocol):
             self._refuse(b"431 Request Header Fields Too Large", "The headers are too large")
         elif b"content-length" in names and b"transfer-encoding" in names:
             self._refuse(b"400 Bad Request", "Content-Length excludes Transfer-Encoding")
+        elif self._is_reserved and self.table.promote(self):
+            self._is_reserved = False
+        elif self._is_reserved and self.scope["path"] in HEALTH_PATHS:
+            self.cycle.keep_alive = False
+        elif self._is_reserved:
+            self._end_cycle()
+            self.transport.write(_TOO_MANY)
+            self.transport.close()
 
     def _refuse(self, status: bytes, message: str) -> None:
-        """Answer in place of the application, whose task has not run yet, and close."""
-        self.cycle.disconnected = True
-        self.cycle.message_event.set()
+        self._end_cycle()
         self.transport.write(_raw_response(status, message, "bad_request"))
         self.transport.close()
+
+    def _end_cycle(self) -> None:
+        """Answer in place of the application, whose task has not run yet."""
+        self.cycle.disconnected = True
+        self.cycle.message_event.set()
 
     def _expect(self, seconds: float) -> None:
         self._stop_clock()
@@ -126,9 +202,19 @@ class LimitedH11Protocol(H11Protocol):
             self._arrival.cancel()
             self._arrival = None
 
+    def _left(self) -> None:
+        """The sending side has been closed for long and no answer has begun."""
+        self._arrival = None
+        if not self.cycle.response_started:
+            self.abort()
+
     def _too_slow(self) -> None:
         self._arrival = None
         if self.transport.is_closing():
+            return
+        if self._is_reserved:
+            self.transport.write(_TOO_MANY)
+            self.transport.close()
             return
         if self.conn.their_state is h11.SEND_BODY:
             is_unanswered = not self.cycle.response_started
@@ -140,9 +226,13 @@ class LimitedH11Protocol(H11Protocol):
                     b"408 Request Timeout", "The request arrived too slowly", "request_timeout"
                 )
             )
-        self.transport.close()
+        self._raw_transport.close()
 
 
 def make_protocol(limits: HttpLimits) -> type[LimitedH11Protocol]:
-    """A protocol class for ``uvicorn.Config(http=...)``."""
-    return type("ConfiguredH11Protocol", (LimitedH11Protocol,), {"limits": limits})
+    """A protocol class for ``uvicorn.Config(http=...)``, for one server."""
+    return type(
+        "ConfiguredH11Protocol",
+        (LimitedH11Protocol,),
+        {"limits": limits, "table": ConnectionTable(limits)},
+    )

@@ -10,7 +10,12 @@ from chunkllama.text.chat_template import ChatTemplate
 from chunkllama.text.template_adapter import adapt
 from chunkllama_server.api.chat.history import normalise
 from chunkllama_server.api.common.prompt_cache import common_prefix
-from chunkllama_server.api.common.text_service import Message, TextService, text_size
+from chunkllama_server.api.common.text_service import (
+    Message,
+    RequestTemplate,
+    TextService,
+    text_size,
+)
 from chunkllama_server.api.schema.chat import ChatCompletionRequest, ChatMessage
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.transport.errors import invalid
@@ -87,7 +92,7 @@ class ChatPrompter:
             raise invalid(
                 "continue_final_message excludes add_generation_prompt", "continue_final_message"
             )
-        self._template: ChatTemplate = text.chat_template(body.chat_template)
+        self._template: ChatTemplate | RequestTemplate = text.chat_template(body.chat_template)
         self._body = body
         self._text = text
         self._tools = tools
@@ -106,13 +111,14 @@ class ChatPrompter:
 
     async def encode(self) -> ChatPrompt:
         """Token ids, and where the last cache breakpoint lies in them."""
-        return await self._text.run(self._size, self._encode)
+        return await self._text.run(self._size, self._encode, self._template)
 
     async def render(self) -> str:
         """The prompt's text."""
         return await self._text.run(
             self._size,
             lambda: self._template.render(self._messages, **self._options),
+            self._template,
         )
 
     def _encode(self) -> ChatPrompt:

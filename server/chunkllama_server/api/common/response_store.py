@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
+from pydantic import TypeAdapter
 
 from chunkllama_server.api.schema.chat import ChatMessage
 from chunkllama_server.api.schema.response_object import OutputItem, Response
@@ -21,11 +22,25 @@ class StoredResponse:
     messages: list[ChatMessage]
 
 
+_MESSAGES = TypeAdapter(list[ChatMessage])
+# Of an entry beside its text: key, tuple, node of the ordered dictionary.
+_OVERHEAD_BYTES = 512
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    stored: StoredResponse
+    """A response as JSON text: as objects it would take many times the bytes that are counted."""
+
+    response: bytes
+    messages: bytes
+    item_ids: tuple[str, ...]
     num_bytes: int
     expires: float
+
+    def load(self) -> StoredResponse:
+        return StoredResponse(
+            msgspec.json.decode(self.response), _MESSAGES.validate_json(self.messages)
+        )
 
 
 class ResponseStore:
@@ -49,7 +64,7 @@ class ResponseStore:
         self._ttl_seconds = ttl_seconds
         self._clock = clock
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
-        self._items: dict[tuple[str, str], OutputItem] = {}
+        self._items: dict[tuple[str, str], str] = {}  # to the response's id
         self.num_bytes = 0
 
     def __len__(self) -> int:
@@ -57,17 +72,22 @@ class ResponseStore:
 
     def put(self, tenant: str, stored: StoredResponse) -> None:
         """Keep a response; one larger than the whole store is not kept."""
-        text = [message.model_dump(exclude_none=True) for message in stored.messages]
-        num_bytes = len(msgspec.json.encode([text, stored.response]))
+        response = msgspec.json.encode(stored.response)
+        messages = _MESSAGES.dump_json(stored.messages, by_alias=True, exclude_unset=True)
+        num_bytes = len(response) + len(messages) + _OVERHEAD_BYTES
         self._drop_expired()
         if num_bytes > self._max_bytes:
             return
         self._remove((tenant, stored.response["id"]))
         self._entries[tenant, stored.response["id"]] = _Entry(
-            stored, num_bytes, self._clock() + self._ttl_seconds
+            response,
+            messages,
+            tuple(item["id"] for item in stored.response["output"]),
+            num_bytes,
+            self._clock() + self._ttl_seconds,
         )
         for item in stored.response["output"]:
-            self._items[tenant, item["id"]] = item
+            self._items[tenant, item["id"]] = stored.response["id"]
         self.num_bytes += num_bytes
         while len(self._entries) > self._max_items or self.num_bytes > self._max_bytes:
             self._remove(next(iter(self._entries)))
@@ -79,12 +99,14 @@ class ResponseStore:
         if entry is None:
             return None
         self._entries.move_to_end((tenant, response_id))
-        return entry.stored
+        return entry.load()
 
     def find_item(self, tenant: str, item_id: str) -> OutputItem | None:
         """An output item of a response this tenant has stored."""
         self._drop_expired()
-        return self._items.get((tenant, item_id))
+        entry = self._entries.get((tenant, self._items.get((tenant, item_id), "")))
+        output = [] if entry is None else entry.load().response["output"]
+        return next((item for item in output if item["id"] == item_id), None)
 
     def delete(self, tenant: str, response_id: str) -> bool:
         """Forget a response; False when there is none."""
@@ -95,8 +117,8 @@ class ResponseStore:
         entry = self._entries.pop(key, None)
         if entry is None:
             return False
-        for item in entry.stored.response["output"]:
-            self._items.pop((key[0], item["id"]), None)
+        for item_id in entry.item_ids:
+            self._items.pop((key[0], item_id), None)
         self.num_bytes -= entry.num_bytes
         return True
 

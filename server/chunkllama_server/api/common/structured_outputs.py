@@ -11,6 +11,12 @@ from typing import Any
 
 from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec
+from chunkllama_server.api.common.grammar_cost import (
+    check_choice_cost,
+    check_lark_cost,
+    check_regex_cost,
+    check_schema_cost,
+)
 from chunkllama_server.api.schema.base import StructuredOutputs
 from chunkllama_server.api.schema.chat import ResponseFormat
 from chunkllama_server.transport.errors import invalid, unavailable
@@ -42,6 +48,7 @@ def check_schema(schema: Any, param: str) -> str:
             stack.extend((child, depth + 1) for child in children)
     text = json.dumps(schema)
     _check_size(text, MAX_SCHEMA_CHARS, param)
+    check_schema_cost(schema, param)
     return text
 
 
@@ -85,13 +92,16 @@ def from_structured_outputs(outputs: StructuredOutputs) -> tuple[GrammarSpec, st
         return _from_json_field(outputs.json_, param), param
     if outputs.regex is not None:
         _check_size(outputs.regex, MAX_REGEX_CHARS, param)
+        check_regex_cost(outputs.regex, param)
         return GrammarSpec(kind="regex", text=outputs.regex), param
     if outputs.choice is not None:
         text = json.dumps(outputs.choice)
         _check_size(text, MAX_GRAMMAR_CHARS, param)
+        check_choice_cost(outputs.choice, param)
         return GrammarSpec(kind="choice", text=text), param
     if outputs.grammar is not None:
         _check_size(outputs.grammar, MAX_GRAMMAR_CHARS, param)
+        check_lark_cost(outputs.grammar, param)
         return GrammarSpec(kind="lark", text=outputs.grammar), param
     return GrammarSpec(kind="json_object", text=""), param
 

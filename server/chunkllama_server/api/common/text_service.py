@@ -4,6 +4,8 @@ texts."""
 from __future__ import annotations
 
 import asyncio
+import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -13,7 +15,38 @@ from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.transport.errors import invalid, unavailable
 
 T = TypeVar("T")
+MAX_TEMPLATE_CHARS = 64 * 1024
+# A text that took longer here has delayed every other request as long.
+_SLOW_SECONDS = 0.05
 Message = dict[str, Any]
+
+
+class RequestTemplate:
+    """A template that a request brought, compiled where it is used: in the worker thread.
+
+    Args:
+        source: its text.
+        make: compiles it.
+    """
+
+    def __init__(self, source: str, make: Callable[[str], ChatTemplate]) -> None:
+        self.source = source
+        self._make = make
+
+    def accepts(self, name: str) -> bool:
+        return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
+
+    def encode(self, messages: list[Message], **options: Any) -> list[int]:
+        return self._compile().encode(messages, **options)
+
+    def render(self, messages: list[Message], **options: Any) -> str:
+        return self._compile().render(messages, **options)
+
+    def _compile(self) -> ChatTemplate:
+        try:
+            return self._make(self.source)
+        except Exception as error:  # what an untrusted template raises is not foreseeable
+            raise invalid(f"The template cannot be used: {error}", "chat_template") from None
 
 
 class TextService:
@@ -41,16 +74,28 @@ class TextService:
         self._offload_bytes = offload_bytes
         self._time_limit = time_limit
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="text")
+        # Their own, so that the model's texts do not wait for them.
+        self._template_pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="template")
+        self._is_quick = True
 
-    async def run(self, size: int, work: Callable[[], T]) -> T:
-        """``work()`` here when the text is short, else in the worker thread.
+    async def run(self, size: int, work: Callable[[], T], template: object = None) -> T:
+        """``work()`` here when the text is short, else in a worker thread.
+
+        Once a short text has taken long (the model's template may do so), all go to the thread;
+        ``template`` is the one ``work`` uses, and one from a request always does.
 
         Raises:
             ApiError: 503 when the time limit passes: the texts of others come first.
         """
-        if size <= self._offload_bytes:
-            return work()
-        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        is_foreign = isinstance(template, RequestTemplate)
+        if size <= self._offload_bytes and self._is_quick and not is_foreign:
+            started = time.thread_time()
+            try:
+                return work()
+            finally:
+                self._is_quick = time.thread_time() - started < _SLOW_SECONDS
+        pool = self._template_pool if is_foreign else self._pool
+        future = asyncio.get_running_loop().run_in_executor(pool, work)
         try:
             async with asyncio.timeout(self._time_limit):
                 return await future
@@ -66,7 +111,7 @@ class TextService:
             ),
         )
 
-    def chat_template(self, override: str | None = None) -> ChatTemplate:
+    def chat_template(self, override: str | None = None) -> ChatTemplate | RequestTemplate:
         """The model's template, or the one a trusted client sent.
 
         Raises:
@@ -74,16 +119,19 @@ class TextService:
         """
         if override is not None:
             assert self._make_template is not None, "templates from requests are not set up"
-            try:
-                return self._make_template(override)
-            except Exception as error:  # what a stranger's template raises is not foreseeable
-                raise invalid(f"The template cannot be used: {error}", "chat_template") from None
+            if len(override) > MAX_TEMPLATE_CHARS:
+                raise invalid(
+                    f"chat_template has {len(override)} characters; at most {MAX_TEMPLATE_CHARS}",
+                    "chat_template",
+                )
+            return RequestTemplate(override, self._make_template)
         if self.template is None:
             raise invalid("This model has no chat template; use /v1/completions", "messages")
         return self.template
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._template_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def text_size(value: Any) -> int:

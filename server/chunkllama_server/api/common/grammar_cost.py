@@ -1,0 +1,241 @@
+"""Bound what a grammar costs at each token, from its text, before anything compiles it.
+
+The engine's matcher computes the text that must follow (a constant, ``a{1000}``) anew for each
+token, so a forced run of N bytes costs N for each of its tokens: 100,000 cost 60 ms a token, which
+every other request of the step waits for. Repeats that force nothing (``.{0,10000}``) cost little.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from chunkllama_server.transport.errors import invalid
+
+MAX_FORCED = 2048
+MAX_EXPANDED = 1_000_000
+_REPEAT = re.compile(r"\{(\d{1,18})(,(\d{0,18}))?\}|([*+?])")
+_GROUP = re.compile(r"\((\?(P?<\w+>|[a-zA-Z-]*:|<?[=!]))?")
+_MANY = 1 << 62
+_FREE_ESCAPES = frozenset("dDwWsSpP")
+_LARK_REPEAT = re.compile(r"\s*~\s*(\d{1,18})(?:\s*\.\.\s*(\d{1,18}))?")
+_LARK_TOKEN = re.compile(
+    r"//[^\n]*|\"(?:[^\"\\\n]|\\.)*\"i?|/(?:[^/\\\n]|\\.)+/[a-z]*|[()\[\]]|[A-Za-z_]\w*|\s+|.",
+    re.DOTALL,
+)
+
+
+class _Sizes:
+    """Characters forced, and characters when every repeat is written out, group by group."""
+
+    def __init__(self) -> None:
+        self.stack = [(0, 0)]
+        self._last = (0, 0)
+
+    def add(self, forced: int, expanded: int) -> None:
+        self._last = (forced, expanded)
+        self._sum(forced, expanded)
+
+    def _sum(self, forced: int, expanded: int) -> None:
+        before = self.stack[-1]
+        self.stack[-1] = (min(before[0] + forced, _MANY), min(before[1] + expanded, _MANY))
+
+    def open(self) -> None:
+        self.stack.append((0, 0))
+
+    def close(self) -> None:
+        if len(self.stack) > 1:
+            self.add(*self.stack.pop())
+
+    def repeat(self, low: int, high: int) -> None:
+        """Repeat what was added last ``low`` to ``high`` times."""
+        forced, expanded = self._last
+        # What may be left out is forced once it has begun.
+        self._last = (min(forced * max(low, 1), _MANY), min(expanded * max(high, 1), _MANY))
+        self._sum(self._last[0] - forced, self._last[1] - expanded)
+
+    def total(self) -> tuple[int, int]:
+        while len(self.stack) > 1:
+            self.close()
+        return self.stack[0]
+
+
+def _apply_repeat(sizes: _Sizes, match: re.Match[str]) -> None:
+    if match[4]:
+        sizes.repeat(1 if match[4] == "+" else 0, 1)
+        return
+    low = int(match[1])
+    sizes.repeat(low, low if not match[2] else int(match[3] or low))
+
+
+def regex_size(pattern: str) -> tuple[int, int]:
+    """(characters it forces at most, characters with all repeats written out) of a regex."""
+    sizes = _Sizes()
+    at = 0
+    while at < len(pattern):
+        char = pattern[at]
+        if (match := _REPEAT.match(pattern, at)) is not None:
+            _apply_repeat(sizes, match)
+            at = match.end()
+            continue
+        if (group := _GROUP.match(pattern, at)) is not None:
+            sizes.open()
+            at = group.end()
+            continue
+        at += 1
+        if char == ")":
+            sizes.close()
+        elif char == "[":
+            end = _class_end(pattern, at)
+            inside = pattern[at : end - 1].removeprefix("\\")
+            sizes.add(int(len(inside) == 1 and inside not in _FREE_ESCAPES), 1)
+            at = end
+        elif char == "\\":
+            sizes.add(int(pattern[at : at + 1] not in _FREE_ESCAPES), 1)
+            at += 1
+        elif char == ".":
+            sizes.add(0, 1)
+        elif char not in "|^$":
+            sizes.add(1, 1)
+    return sizes.total()
+
+
+def _class_end(pattern: str, at: int) -> int:
+    """Behind the bracket that closes a character class whose inside begins at ``at``."""
+    if pattern[at : at + 1] == "^":
+        at += 1
+    if pattern[at : at + 1] == "]":
+        at += 1
+    while at < len(pattern) and pattern[at] != "]":
+        at += 2 if pattern[at] == "\\" else 1
+    return at + 1
+
+
+def lark_size(grammar: str) -> tuple[int, int]:
+    """As ``regex_size``, of a Lark grammar: rules that use rules count once, not multiplied."""
+    sizes = _Sizes()
+    at = 0
+    while at < len(grammar):
+        if (repeat := _REPEAT.match(grammar, at)) is not None:
+            _apply_repeat(sizes, repeat)
+            at = repeat.end()
+            continue
+        if (repeat := _LARK_REPEAT.match(grammar, at)) is not None:
+            sizes.repeat(int(repeat[1]), int(repeat[2] or repeat[1]))
+            at = repeat.end()
+            continue
+        token = _LARK_TOKEN.match(grammar, at)
+        assert token is not None, "the last alternative matches any character"
+        at = token.end()
+        text = token[0]
+        if text in "([":
+            sizes.open()
+        elif text in ")]":
+            sizes.close()
+        elif text[0] == '"' and len(text) > 1:
+            sizes.add(len(text), len(text))
+        elif text[0] == "/" and len(text) > 1 and text[1] != "/":
+            sizes.add(*regex_size(text[1 : text.rindex("/")]))
+        elif text[0].isalpha() or text[0] == "_":
+            sizes.add(1, 1)
+    return sizes.total()
+
+
+class _SchemaSize:
+    """The text a JSON schema forces, following its references once each."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._open: set[int] = set()
+        self._known: dict[int, int] = {}
+
+    def forced(self, schema: Any) -> int:
+        if not isinstance(schema, Mapping) or id(schema) in self._open:
+            return 0
+        if id(schema) not in self._known:
+            self._open.add(id(schema))
+            self._known[id(schema)] = min(self._compute(schema), _MANY)
+            self._open.discard(id(schema))
+        return self._known[id(schema)]
+
+    def _compute(self, schema: Mapping[str, Any]) -> int:
+        if "const" in schema:
+            return len(json.dumps(schema["const"]))
+        if isinstance(values := schema.get("enum"), list):
+            return max((len(json.dumps(value)) for value in values), default=0)
+        total = 0
+        if isinstance(reference := schema.get("$ref"), str):
+            total += self.forced(self._resolve(reference))
+        if isinstance(pattern := schema.get("pattern"), str):
+            total += _check_expanded(*regex_size(pattern))
+        for name in ("anyOf", "oneOf"):
+            if isinstance(branches := schema.get(name), list):
+                total += max((self.forced(branch) for branch in branches), default=0)
+        for name in ("allOf", "prefixItems"):
+            if isinstance(branches := schema.get(name), list):
+                total += sum(self.forced(branch) for branch in branches)
+        if isinstance(properties := schema.get("properties"), Mapping):
+            total += sum(len(name) + 4 + self.forced(value) for name, value in properties.items())
+        items = self.forced(schema.get("items"))
+        if isinstance(count := schema.get("minItems"), int) and count > 0:
+            total += count * (items + 1)
+        else:
+            total += items
+        return total + self.forced(schema.get("additionalProperties"))
+
+    def _resolve(self, reference: str) -> Any:
+        node = self._root
+        for part in reference.removeprefix("#").split("/")[1:]:
+            part = part.replace("~1", "/").replace("~0", "~")
+            node = node.get(part) if isinstance(node, Mapping) else None
+        return node
+
+
+def _check_expanded(forced: int, expanded: int) -> int:
+    return _MANY if expanded > MAX_EXPANDED else forced
+
+
+def check_regex_cost(pattern: str, param: str) -> None:
+    """Raises:
+    ApiError: 400 when its repeats make each token dear.
+    """
+    _check(*regex_size(pattern), param)
+
+
+def check_lark_cost(grammar: str, param: str) -> None:
+    """Raises:
+    ApiError: 400 when its repeats make each token dear.
+    """
+    _check(*lark_size(grammar), param)
+
+
+def check_schema_cost(schema: Any, param: str) -> None:
+    """Raises:
+    ApiError: 400 when constants, patterns and minItems force too long a text.
+    """
+    _check(_SchemaSize(schema).forced(schema), 0, param)
+
+
+def check_choice_cost(choices: list[str], param: str) -> None:
+    """Raises:
+    ApiError: 400 for a choice that is too long.
+    """
+    _check(max(map(len, choices), default=0), 0, param)
+
+
+def _check(forced: int, expanded: int, param: str) -> None:
+    if forced > MAX_FORCED:
+        raise invalid(
+            f"The grammar forces over {MAX_FORCED} characters in a row; shorten its constants or "
+            "lower its repeat counts",
+            param,
+            "grammar_too_complex",
+        )
+    if expanded > MAX_EXPANDED:
+        raise invalid(
+            f"The grammar has over {MAX_EXPANDED} characters when its repeats are written out",
+            param,
+            "grammar_too_complex",
+        )

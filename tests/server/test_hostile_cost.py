@@ -1,0 +1,291 @@
+"""What a request costs is bounded before it is paid: grammars, queue, bodies, templates, store."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from chunkllama.errors import InvalidRequestError, OverloadedError
+from chunkllama.messages import EngineRequest, EngineStats
+from chunkllama.sampling_params import SamplingParams
+from chunkllama_server.api.common.admission import ChargedEngine
+from chunkllama_server.api.common.grammar_cost import lark_size, regex_size
+from chunkllama_server.api.common.response_store import ResponseStore, StoredResponse
+from chunkllama_server.api.common.structured_outputs import check_schema, from_structured_outputs
+from chunkllama_server.api.common.text_service import RequestTemplate, TextService
+from chunkllama_server.api.dashboard import SnapshotCache
+from chunkllama_server.api.schema.base import StructuredOutputs
+from chunkllama_server.api.schema.chat import ChatMessage
+from chunkllama_server.transport.body import MAX_CONTAINERS, parse_json
+from chunkllama_server.transport.errors import ApiError
+
+
+@pytest.mark.parametrize(
+    ("pattern", "forced", "expanded"),
+    [
+        ("abc", 3, 3),
+        ("a{5}", 5, 5),
+        ("a{2,7}", 2, 7),
+        ("a{0,7}", 1, 7),
+        ("(ab){3}c?", 7, 7),
+        ("((a{10}b?){10}){100}", 11_000, 11_000),
+        (r"\d{4}-\d{2}", 1, 7),
+        (r"\n{9}", 9, 9),
+        (r"\{5}x", 4, 4),
+        ("[ab]{50}[a]{9}", 9, 59),
+        ("[^]]{50}", 0, 50),
+        (r"[\]]{3}", 3, 3),
+        (".{0,9999}", 0, 9999),
+        ("(?:a|b){1000}(?P<n>c)(?i:d)", 2002, 2002),
+    ],
+)
+def test_regex_size(pattern, forced, expanded) -> None:
+    assert regex_size(pattern) == (forced, expanded)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {"regex": "a{100000}"},
+        {"regex": "(a{100}){100}"},
+        {"regex": "(?:(?:aa{9}){9}b{99}){99}"},
+        {"regex": "[a]{99999}"},
+        {"regex": r"\x{99999}"},
+        {"regex": "(a{100000})?"},
+        {"regex": "b|a{100000}"},
+        {"regex": "(.{1,9999}){9999}"},
+        {"regex": "a{99999999999999999}"},
+        {"regex": "a" * 4000},
+        {"choice": ["x", "y" * 5000]},
+        {"grammar": "start: /a{100000}/"},
+        {"grammar": 'start: "a"{100000}'},
+        {"grammar": 'start: "a"~100000'},
+        {"grammar": 'start: ("a" "b")~5000..100000 x\n?x: "b"'},
+        {"grammar": 'start: "' + "a" * 5000 + '"'},
+        {"grammar": 'start: /"{3}/ /a{100000}/ // "'},
+        {"json": {"const": "a" * 5000}},
+        {"json": {"enum": ["a", "b" * 5000]}},
+        {"json": {"type": "string", "pattern": "^a{100000}$"}},
+        {"json": {"type": "array", "minItems": 100_000, "items": {"const": None}}},
+        {"json": {"properties": {"a" * 5000: {}}}},
+        {"json": {"$defs": {"x": {"const": "a" * 5000}}, "$ref": "#/$defs/x"}},
+        {"json": {"anyOf": [{"type": "null"}, {"items": {"const": "a" * 5000}}]}},
+        {
+            "json": {
+                "type": "array", "minItems": 50,
+                "items": {"type": "array", "minItems": 50, "items": {"const": 1}},
+            }
+        },
+    ],
+)  # fmt: skip
+def test_grammars_that_make_each_token_dear_are_refused(outputs) -> None:
+    with pytest.raises(ApiError) as caught:
+        from_structured_outputs(StructuredOutputs.model_validate(outputs))
+    assert (caught.value.status_code, caught.value.code) == (400, "grammar_too_complex")
+    assert caught.value.param == f"structured_outputs.{next(iter(outputs))}"
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {"regex": ".{0,100000}"},
+        {"regex": r"(\d{1,3}\.){3}\d{1,3}"},
+        {"regex": "[a-z]{1,5000}"},
+        {"choice": ["yes", "no", "z" * 2000]},
+        {"grammar": 'start: (word " ")~1..50\n// a "comment (\nword: /[a-z]{1,20}/'},
+        {"json": {"type": "string", "maxLength": 100_000}},
+        {"json": {"type": "array", "maxItems": 100_000, "items": {"type": "integer"}}},
+        {"json": {"$defs": {"n": {"properties": {"n": {"$ref": "#/$defs/n"}}}},
+                  "$ref": "#/$defs/n"}},
+        {"json": {"description": "d" * 20_000, "properties": {f"p{i}": {} for i in range(100)}}},
+    ],
+)  # fmt: skip
+def test_ordinary_grammars_are_not(outputs) -> None:
+    assert from_structured_outputs(StructuredOutputs.model_validate(outputs))[0].text
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "(" * 5000, "{9}" * 2000, "\\", "[^", '"', "a~"])
+def test_sizes_of_malformed_grammars_are_computed(text) -> None:
+    assert regex_size(text)[0] >= 0
+    assert lark_size(text)[0] >= 0
+
+
+def test_shared_references_are_computed_once() -> None:
+    schema: dict[str, Any] = {"$defs": {"s0": {"type": "null"}}, "$ref": "#/$defs/s60"}
+    for level in range(1, 61):
+        branch = {"$ref": f"#/$defs/s{level - 1}"}
+        schema["$defs"][f"s{level}"] = {"anyOf": [branch, dict(branch)]}
+    assert check_schema(schema, "x")
+
+
+class _Engine:
+    """Answers nothing until it is told to; counts what reaches it."""
+
+    info = None
+    is_ready = True
+
+    def __init__(self) -> None:
+        self.entered: list[str] = []
+        self.go = asyncio.Event()
+        self.snapshots = 0
+
+    async def generate(self, request: EngineRequest):
+        self.entered.append(request.request_id)
+        await self.go.wait()
+        yield request.request_id
+
+    async def stats(self, *, include_tree: bool = False) -> EngineStats:
+        self.snapshots += 1
+        await asyncio.sleep(0)
+        return EngineStats()
+
+
+def _request(name: str, n: int) -> EngineRequest:
+    return EngineRequest(
+        request_id=name, prompt_token_ids=[1], sampling=SamplingParams(n=n, seed=1)
+    )
+
+
+def test_requests_are_charged_by_their_choices_before_the_engine() -> None:
+    async def main() -> None:
+        engine = _Engine()
+        charged = ChargedEngine(engine, 10)
+
+        async def run(name: str, n: int) -> list[Any]:
+            return [delta async for delta in charged.generate(_request(name, n))]
+
+        big = asyncio.create_task(run("big", 128))
+        await asyncio.sleep(0)
+        assert charged.num_sequences == 128, "an idle server takes any request"
+        with pytest.raises(OverloadedError, match="128 sequences"):
+            await run("refused", 1)
+        engine.go.set()
+        assert await big == ["big"]
+        assert charged.num_sequences == 0
+        engine.go.clear()
+        fits = [asyncio.create_task(run(f"n{n}", n)) for n in (3, 7)]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError):
+            await run("refused", 1)
+        fits[0].cancel()
+        await asyncio.wait(fits[:1])
+        assert charged.num_sequences == 7
+        engine.go.set()
+        assert await fits[1] == ["n7"]
+        assert engine.entered == ["big", "n3", "n7"]
+
+    asyncio.run(main())
+
+
+def test_a_full_server_answers_429_with_retry_after(start_server) -> None:
+    server = start_server(max_num_seqs=2, max_waiting=2)
+    server.engine.delay = 0.5
+    body = {"model": "alias", "prompt": "say(abcdefgh)yas", "n": 4, "max_tokens": 8}
+    first = threading.Thread(target=server.post, args=("/v1/completions", body))
+    first.start()
+    deadline = time.monotonic() + 10
+    while not server.engine.live and time.monotonic() < deadline:
+        time.sleep(0.01)
+    refused = server.post("/v1/completions", {**body, "n": 1})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "engine_overloaded")
+    assert int(refused.headers["retry-after"]) >= 1
+    first.join()
+    server.engine.reset()
+    assert server.post("/v1/completions", {**body, "n": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("item", [b"[1]", b"{}", b"[]", b'{"a":[]}', b'["\\"["]'])
+def test_many_containers_are_refused_before_they_are_parsed(item, monkeypatch) -> None:
+    raw = b'{"prompt":[' + b",".join([item] * (MAX_CONTAINERS + 1)) + b"]}"
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("parsed"))
+    with pytest.raises(ApiError, match=str(MAX_CONTAINERS)):
+        parse_json(raw)
+
+
+def test_brackets_in_texts_are_not_counted() -> None:
+    text = '[{"' * MAX_CONTAINERS
+    assert parse_json(json.dumps({"prompt": text}).encode()) == {"prompt": text}
+
+
+def test_a_template_of_a_request_never_runs_on_the_event_loop(text_parts) -> None:
+    seen: list[str] = []
+
+    class Template:
+        source = ""
+
+        def encode(self, messages, **options):
+            seen.append(threading.current_thread().name)
+            return [1]
+
+    service = TextService(text_parts[0], text_parts[1], make_template=lambda source: Template())
+    template = service.chat_template("{{ messages }}")
+    assert isinstance(template, RequestTemplate) and template.accepts("messages")
+    asyncio.run(service.run(1, lambda: template.encode([]), template))
+    assert seen[0].startswith("template")
+    with pytest.raises(ApiError, match="at most"):
+        service.chat_template("x" * 100_000)
+    service.close()
+
+
+def test_a_template_that_was_slow_once_leaves_the_event_loop(text_parts) -> None:
+    service = TextService(*text_parts)
+    names: list[str] = []
+
+    def work(seconds: float) -> None:
+        names.append(threading.current_thread().name)
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    async def main() -> None:
+        for seconds in (0.0, 0.06, 0.0):
+            await service.run(10, lambda seconds=seconds: work(seconds))
+
+    asyncio.run(main())
+    assert names[:2] == ["MainThread"] * 2
+    assert names[2].startswith("text")
+    service.close()
+
+
+def test_dashboards_share_one_snapshot() -> None:
+    async def main() -> None:
+        engine = _Engine()
+        cache = SnapshotCache(60.0)
+        await asyncio.gather(*(cache.get(engine) for _ in range(50)))
+        await cache.get(engine)
+        assert engine.snapshots == 1
+        eager = SnapshotCache(0.0)
+        await eager.get(engine)
+        await asyncio.sleep(0.001)
+        await eager.get(engine)
+        assert engine.snapshots == 3
+
+    asyncio.run(main())
+
+
+def test_stored_responses_hold_what_they_are_counted_for() -> None:
+    import tracemalloc
+
+    store = ResponseStore(1000, 64 << 20, 60.0)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for index in range(20):
+        messages = [ChatMessage(role="user", content=chr(97 + i % 26)) for i in range(1000)]
+        response: Any = {"id": str(index), "output": []}
+        store.put("t", StoredResponse(response, messages))
+        del messages
+    held = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert held < 1.5 * store.num_bytes
+    assert store.get("t", "7").messages[3] == ChatMessage(role="user", content="d")
+
+
+@pytest.mark.parametrize("value", [1e-300, 0.0, 0.001, float("nan"), 101.0])
+def test_repetition_penalties_that_overflow_are_refused(value) -> None:
+    with pytest.raises(InvalidRequestError, match="repetition_penalty"):
+        SamplingParams(repetition_penalty=value)
