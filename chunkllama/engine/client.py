@@ -1,4 +1,4 @@
-"""The one door to an engine: the same calls whether it runs in this process or in another.
+"""Access to an engine: the same calls whether it runs in this process or in another.
 
 Imports no torch.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from chunkllama.engine.replay import ReplayState
 from chunkllama.errors import (
     EngineDeadError,
     InvalidRequestError,
@@ -50,12 +51,12 @@ class EngineClient(Protocol):
 
     @property
     def info(self) -> EngineReady:
-        """What the engine told of its model when it became ready."""
+        """What the engine reported of its model when it became ready."""
         ...
 
     @property
     def is_ready(self) -> bool:
-        """The engine has loaded its model and lives."""
+        """Requests are accepted: the model has been loaded, and the engine runs or is restarted."""
         ...
 
     def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
@@ -88,7 +89,7 @@ def seed_source(seed: int | None) -> Callable[[int], int]:
 
 
 def with_seed(request: EngineRequest, draw: Callable[[int], int]) -> EngineRequest:
-    """Draw the seed here if none came: a replay then goes on with the same random numbers."""
+    """Draw the seed here if none came: a replay then continues with the same random numbers."""
     if request.sampling.seed is not None:
         return request
     sampling = msgspec.structs.replace(request.sampling, seed=draw(63))
@@ -105,9 +106,10 @@ def as_exception(error: EngineErrorInfo) -> Exception:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stream:
+class Stream:
     """A request that is being answered; ``unfinished`` are the choices that have not ended."""
 
+    state: ReplayState
     inbox: asyncio.Queue[TokenDelta | EngineDeadError]
     unfinished: set[int]
     is_beam_search: bool
@@ -117,7 +119,7 @@ class MessageClient(ABC):
     """An EngineClient over a stream of messages: each delta goes to the request that waits."""
 
     def __init__(self) -> None:
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Stream] = {}
         self._stats_waiters: deque[asyncio.Future[EngineStats]] = deque()
         self._info: EngineReady | None = None
         self._dead: EngineDeadError | None = None
@@ -125,6 +127,18 @@ class MessageClient(ABC):
 
     @abstractmethod
     def _send(self, message: ToEngine) -> None: ...
+
+    def _submit(self, stream: Stream) -> None:
+        """Hand a new request to the engine."""
+        self._send(stream.state.request)
+
+    def _deliver(self, stream: Stream, delta: TokenDelta) -> None:
+        """Hand a delta to the caller of ``generate``."""
+        stream.inbox.put_nowait(delta)
+
+    def _forget(self, stream: Stream) -> None:
+        """The caller of ``generate`` has left."""
+        del self._streams[stream.state.request.request_id]
 
     @property
     def info(self) -> EngineReady:
@@ -144,9 +158,11 @@ class MessageClient(ABC):
         is_beam_search = sampling.beam_width > 1
         unfinished = set(range(sampling.n if is_beam_search else sampling.num_sequences))
         inbox: asyncio.Queue[TokenDelta | EngineDeadError] = asyncio.Queue()
-        self._streams[request.request_id] = _Stream(inbox, unfinished, is_beam_search)
+        state = ReplayState(with_seed(request, self.draw_seed))
+        stream = Stream(state, inbox, unfinished, is_beam_search)
+        self._streams[request.request_id] = stream
         try:
-            self._send(with_seed(request, self.draw_seed))
+            self._submit(stream)
             while unfinished:
                 delta = await inbox.get()
                 if isinstance(delta, EngineDeadError):
@@ -160,9 +176,9 @@ class MessageClient(ABC):
                 unfinished -= {c.index for c in delta.choices if c.finish_reason is not None}
                 yield delta
         finally:
-            del self._streams[request.request_id]
             if unfinished and self._dead is None:
                 self._send(AbortRequest(request_id=request.request_id))
+            self._forget(stream)
 
     async def abort(self, request_id: str, index: int | None = None) -> None:
         stream = self._streams.get(request_id)
@@ -173,7 +189,7 @@ class MessageClient(ABC):
         self._send(AbortRequest(request_id=request_id, index=index))
         indices = sorted(stream.unfinished) if index is None else [index]
         ended = [ChoiceDelta(index=i, token_ids=[], finish_reason="abort") for i in indices]
-        stream.inbox.put_nowait(TokenDelta(request_id=request_id, choices=ended))
+        self._deliver(stream, TokenDelta(request_id=request_id, choices=ended))
 
     async def stats(self, *, include_tree: bool = False) -> EngineStats:
         if self._dead is not None:
@@ -189,7 +205,7 @@ class MessageClient(ABC):
                 case TokenDelta():
                     stream = self._streams.get(message.request_id)
                     if stream is not None:
-                        stream.inbox.put_nowait(message)
+                        self._deliver(stream, message)
                 case EngineStats():
                     waiter = self._stats_waiters.popleft()
                     if not waiter.done():
@@ -201,6 +217,9 @@ class MessageClient(ABC):
         self._dead = error
         for stream in self._streams.values():
             stream.inbox.put_nowait(error)
+        self._fail_stats(error)
+
+    def _fail_stats(self, error: EngineDeadError) -> None:
         for waiter in self._stats_waiters:
             if not waiter.done():
                 waiter.set_exception(error)
@@ -245,7 +264,7 @@ class InProcessEngineClient(MessageClient):
 
         try:
             run_engine_loop(core, self._channel)
-        except Exception as error:  # a bug; whoever waits for tokens must not wait for ever
+        except Exception as error:  # a bug; callers that wait for tokens must be told
             logger.exception("the engine has failed")
             dead = EngineDeadError(f"the engine has failed: {error!r}")
             self._loop.call_soon_threadsafe(self._fail_all, dead)

@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Protocol
 
 from chunkllama.engine.executor import Executor
+from chunkllama.engine.journal import StepJournal
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.logger import init_logger
 from chunkllama.messages import (
@@ -28,6 +29,7 @@ from chunkllama.messages import (
     ToEngine,
     TokenDelta,
 )
+from chunkllama.scheduler.output import SchedulerOutput
 from chunkllama.scheduler.scheduler import Scheduler
 
 logger = init_logger(__name__)
@@ -43,8 +45,11 @@ class EngineCore:
     Args:
         scheduler: owns requests and the cache; pure Python.
         executor: computes steps.
-        info: what a client is told of the model.
+        info: what clients learn of the model.
         clock: monotonic seconds.
+
+    Attributes:
+        journal: where the steps of a process of its own are noted; None elsewhere.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.info = info
+        self.journal: StepJournal | None = None
         self._scheduler = scheduler
         self._executor = executor
         self._clock = clock
@@ -63,6 +69,7 @@ class EngineCore:
         self._step_seconds = Histogram.over(STEP_SECONDS_BOUNDS)
         self._batch_size = Histogram.over(BATCH_SIZE_BOUNDS)
         self._violations = 0
+        self._request_of_slot: dict[int, str] = {}
         self._checked_at_step = 0
 
     def add(self, request: EngineRequest) -> None:
@@ -108,12 +115,22 @@ class EngineCore:
             wait(self._preparations, _PREPARATION_POLL, return_when=FIRST_COMPLETED)
             return []
         started = self._clock()
+        if self.journal is not None:
+            self.journal.begin_step(self._requests_of(output))
         sampled = self._executor.execute(output)
         deltas = self._scheduler.commit(output, sampled)
+        if self.journal is not None:
+            self.journal.end_step()
         self._steps += 1
         self._step_seconds.observe(self._clock() - started)
         self._batch_size.observe(len(output.slices))
         return deltas
+
+    def _requests_of(self, output: SchedulerOutput) -> list[str]:
+        """Ids of the requests with a slice in this step."""
+        for new in output.new_sequences:
+            self._request_of_slot[new.slot] = new.request_id
+        return list(dict.fromkeys(self._request_of_slot[piece.slot] for piece in output.slices))
 
     def check_idle(self) -> None:
         """Audit pool and tree once per idle spell; a violation is counted and logged."""
@@ -155,6 +172,8 @@ def run_engine_loop(core: EngineCore, channel: EngineChannel) -> None:
     """Serve the channel until a Shutdown arrives; the step in flight is finished first."""
     channel.send([core.info])
     while True:
+        if core.journal is not None:
+            core.journal.turn()
         busy = core.has_work()
         if not busy:
             core.check_idle()

@@ -1,4 +1,4 @@
-"""The engine as a process of its own: spawned with one end of a socket pair, ended with its parent.
+"""The engine as a child process: spawned with one end of a socket pair, killed with its parent.
 
 Frames are a 4-byte big-endian length and msgpack. The pair is inherited, so no path exists that
 others could open. Imports no torch in the parent.
@@ -22,6 +22,7 @@ import msgspec
 
 from chunkllama.config import EngineConfig
 from chunkllama.engine.client import MessageClient, seed_source
+from chunkllama.engine.journal import StepJournal
 from chunkllama.errors import ChunkLlamaError, ConfigError, EngineDeadError
 from chunkllama.logger import configure_logging, init_logger
 from chunkllama.messages import FromEngine, Shutdown, StartFailed, ToEngine
@@ -40,19 +41,24 @@ def _frame(payload: bytes) -> bytes:
     return _LENGTH.pack(len(payload)) + payload
 
 
-class ProcessEngineClient(MessageClient):
-    """An engine in a child process."""
+class EngineProcess:
+    """A child process that has loaded its model: its handle, its socket, its step journal."""
 
-    def __init__(self, child: subprocess.Popen[bytes], writer: asyncio.StreamWriter) -> None:
-        super().__init__()
-        self._child = child
+    def __init__(
+        self,
+        child: subprocess.Popen[bytes],
+        journal: StepJournal,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self.child = child
+        self.journal = journal
+        self._reader = reader
         self._writer = writer
-        self._reader_task: asyncio.Task[None] | None = None
-        self.on_death: Callable[[], None] = lambda: None
 
     @classmethod
-    async def start(cls, config: EngineConfig) -> ProcessEngineClient:
-        """Spawn the engine and wait until its model is loaded.
+    async def start(cls, config: EngineConfig) -> tuple[EngineProcess, list[FromEngine]]:
+        """Spawn an engine, wait until its model is loaded; returns it and its first messages.
 
         Call it from the main thread: the parent-death signal is tied to the thread that forks.
 
@@ -60,14 +66,15 @@ class ProcessEngineClient(MessageClient):
             ConfigError: the engine could not start; the message is one line for the user.
         """
         ours, theirs = socket.socketpair()
+        journal = StepJournal()
         with theirs, blocked_signals():
             child = subprocess.Popen(
                 [
                     # -P: a module in the working directory, perhaps a model's folder, is not run.
                     *(sys.executable, "-P", "-m", "chunkllama.engine.process"),
-                    *(str(theirs.fileno()), str(os.getpid())),
+                    *(str(theirs.fileno()), str(os.getpid()), str(journal.fileno())),
                 ],
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), journal.fileno()],
                 stdin=subprocess.DEVNULL,
                 # OpenMP's idle threads would spin for milliseconds after each step, on the cores
                 # that the API process needs; read when torch is loaded.
@@ -83,6 +90,7 @@ class ProcessEngineClient(MessageClient):
         except (asyncio.IncompleteReadError, ConnectionError):
             (writer or ours).close()
             code = await asyncio.to_thread(child.wait)
+            journal.close()
             raise ConfigError(
                 f"the engine process ended while starting (exit code {code})"
             ) from None
@@ -90,49 +98,104 @@ class ProcessEngineClient(MessageClient):
             (writer or ours).close()
             child.kill()
             child.wait()
+            journal.close()
             raise
         if isinstance(first[0], StartFailed):
             writer.close()
             await asyncio.to_thread(child.wait)
+            journal.close()
             raise ConfigError(first[0].message)
-        client = cls(child, writer)
+        return cls(child, journal, reader, writer), first
+
+    def send(self, messages: list[ToEngine]) -> None:
+        """Queue messages; lost if the process has ended."""
+        if not self._writer.is_closing():
+            self._writer.write(_frame(_ENCODER.encode(messages)))
+
+    async def receive(self) -> list[FromEngine]:
+        """The next messages.
+
+        Raises:
+            IncompleteReadError, ConnectionError: the process has ended.
+        """
+        return await _read_messages(self._reader)
+
+    async def stop(self) -> None:
+        """Ask the process to end, and kill it if it does not."""
+        if self.child.poll() is None:
+            self.send([Shutdown()])
+            try:
+                await asyncio.wait_for(asyncio.to_thread(self.child.wait), timeout=10)
+            except TimeoutError:
+                await self.kill()
+
+    async def kill(self) -> int:
+        """Kill the process if it lives; returns its exit code."""
+        self.child.kill()
+        return await asyncio.to_thread(self.child.wait)
+
+    def close(self) -> None:
+        """Release the socket and the journal of a process that has ended."""
+        self._writer.close()
+        self.journal.close()
+
+    def cpu_seconds(self) -> float:
+        """Processor time of all its threads so far; 0 if the process has ended."""
+        try:
+            with open(f"/proc/{self.child.pid}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class ProcessEngineClient(MessageClient):
+    """An engine in a child process; when the process ends, so do its requests.
+
+    ``SupervisedEngineClient`` restarts the process instead.
+    """
+
+    def __init__(self, process: EngineProcess) -> None:
+        super().__init__()
+        self._process = process
+        self._reader_task: asyncio.Task[None] | None = None
+        self.on_death: Callable[[], None] = lambda: None
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> ProcessEngineClient:
+        """Spawn the engine and wait until its model is loaded; see ``EngineProcess.start``."""
+        process, first = await EngineProcess.start(config)
+        client = cls(process)
         client.draw_seed = seed_source(config.model.seed)
         client._dispatch(first)
-        client._reader_task = asyncio.create_task(client._read(reader))
+        client._reader_task = asyncio.create_task(client._read())
         return client
 
     @property
     def pid(self) -> int:
-        return self._child.pid
+        return self._process.child.pid
 
     def _send(self, message: ToEngine) -> None:
-        self._writer.write(_frame(_ENCODER.encode([message])))
+        self._process.send([message])
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    async def _read(self) -> None:
         try:
             while True:
-                self._dispatch(await _read_messages(reader))
+                self._dispatch(await self._process.receive())
         except Exception as error:
             if not isinstance(error, asyncio.IncompleteReadError | ConnectionError):
-                # A bug; whoever waits for tokens must not wait for ever.
+                # A bug; callers that wait for tokens must be told.
                 logger.exception("a message of the engine process cannot be used")
-                self._child.kill()
-            code = await asyncio.to_thread(self._child.wait)
+            code = await self._process.kill()
             self._fail_all(EngineDeadError(f"the engine process has ended (exit code {code})"))
             self.on_death()
 
     async def close(self) -> None:
         self.on_death = lambda: None
-        if self._child.poll() is None and not self._writer.is_closing():
-            self._send(Shutdown())
-            try:
-                await asyncio.wait_for(asyncio.to_thread(self._child.wait), timeout=10)
-            except TimeoutError:
-                self._child.kill()
-                await asyncio.to_thread(self._child.wait)
-        self._writer.close()
+        await self._process.stop()
         if self._reader_task is not None:
             await self._reader_task
+        self._process.close()
 
 
 async def _read_messages(reader: asyncio.StreamReader) -> list[FromEngine]:
@@ -212,8 +275,8 @@ def _die_with_parent(parent_pid: int) -> None:
 
 
 def main() -> int:
-    """Entry point of the engine process: ``python -m chunkllama.engine.process FD PARENT_PID``."""
-    descriptor, parent_pid = int(sys.argv[1]), int(sys.argv[2])
+    """Entry point of the engine process; the arguments are SOCKET_FD PARENT_PID JOURNAL_FD."""
+    descriptor, parent_pid, journal = map(int, sys.argv[1:])
     _die_with_parent(parent_pid)
     # Ctrl-C reaches the whole process group; the API process decides when the engine stops.
     for ignored in _IGNORED:
@@ -240,7 +303,12 @@ def main() -> int:
             ]
         )
         return 2
-    run_engine_loop(core, channel)
+    core.journal = StepJournal(journal)
+    try:
+        run_engine_loop(core, channel)
+    except Exception:
+        logger.exception("a step has failed")
+        os._exit(1)  # at once, whatever its threads do: the parent starts another process
     core.close()
     return 0
 

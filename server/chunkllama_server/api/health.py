@@ -11,6 +11,7 @@ from chunkllama.errors import EngineDeadError
 from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.openapi import refusals
 from chunkllama_server.api.schema.models import Health
+from chunkllama_server.transport.errors import unavailable
 
 router = APIRouter(tags=["health"])
 metrics_router = APIRouter(tags=["health"])
@@ -37,8 +38,10 @@ async def live() -> Health:
 @router.get("/health/ready", responses=refusals(405, 503))
 @router.get("/health", responses=refusals(405, 503))
 async def ready(context: Context) -> Health:
-    """The engine takes requests: its model is loaded, it lives, and nothing drains."""
+    """The engine takes requests: its model is loaded, it is not restarting, and nothing drains."""
     context.check_serving()
+    if context.lifecycle.restarting:  # requests are accepted and wait
+        raise unavailable("The engine is restarting", "engine_restarting")
     return {"status": "ok"}
 
 

@@ -136,6 +136,12 @@ class ServerConfig(ConfigGroup):
         ge=0,
         description="On SIGTERM, live requests may finish within this time; then they are cut.",
     )
+    engine_hang_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        description="An engine process that makes no progress for this many seconds is restarted; "
+        "ten times as long while it uses processor time.",
+    )
 
     @model_validator(mode="after")
     def _check_tls(self) -> ServerConfig:

@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from chunkllama.engine.grammar import GrammarCompiler
-from chunkllama.engine.process import ProcessEngineClient
+from chunkllama.engine.supervisor import SupervisedEngineClient
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.model_spec import ModelSpec
@@ -82,7 +82,7 @@ class Application:
 
     async def serve(
         self,
-        engine: ProcessEngineClient,
+        engine: SupervisedEngineClient,
         main: socket.socket,
         admin: socket.socket | None,
         started: float,
@@ -116,6 +116,7 @@ class Application:
         app.include_router(dashboard.router)
         server = DrainingServer(_uvicorn_config(settings, app), engine, settings.drain_seconds)
         engine.on_death = server.engine_died
+        engine.on_restarting = server.engine_restarting
         info = engine.info
         logger.info(
             "%s on %s (%s ops), %d chunks of %d tokens, context %d",

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chunkllama.engine.process import ProcessEngineClient
+from chunkllama.engine.supervisor import SupervisedEngineClient
 from chunkllama.errors import ConfigError
 from chunkllama.logger import configure_logging, init_logger
 from chunkllama.model_spec import ModelSpec
@@ -64,7 +64,9 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
 
         async def run() -> int:
             async with contextlib.AsyncExitStack() as stack:
-                starting = asyncio.create_task(ProcessEngineClient.start(settings.engine()))
+                starting = asyncio.create_task(
+                    SupervisedEngineClient.start(settings.engine(), settings.engine_hang_seconds)
+                )
                 stack.push_async_callback(_end, starting)
                 await asyncio.sleep(0)  # the engine process is spawned here
                 application = make_application()
@@ -73,7 +75,7 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
         return asyncio.run(run())
 
 
-async def _end(starting: asyncio.Task[ProcessEngineClient]) -> None:
+async def _end(starting: asyncio.Task[SupervisedEngineClient]) -> None:
     """End the engine, ready or not."""
     starting.cancel()
     with contextlib.suppress(asyncio.CancelledError, ConfigError):

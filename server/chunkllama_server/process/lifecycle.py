@@ -53,9 +53,13 @@ class DrainingServer(uvicorn.Server):
                 self._drain_seconds,
             )
 
+    def engine_restarting(self, restarting: bool) -> None:
+        """Report not ready while the engine process is restarted; requests wait meanwhile."""
+        self._context().lifecycle.restarting = restarting
+
     def engine_died(self) -> None:
-        """End with code 70, so that a supervisor starts the server anew: nothing can be served."""
-        logger.error("the engine process has ended; stopping with exit code %d", ENGINE_DIED)
+        """End with code 70, so that a supervisor restarts the server: nothing can be served."""
+        logger.error("the engine process keeps ending; stopping with exit code %d", ENGINE_DIED)
         self.exit_code = ENGINE_DIED
         self.should_exit = True
 

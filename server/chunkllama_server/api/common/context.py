@@ -24,9 +24,15 @@ from chunkllama_server.transport.request_context import RequestInfo, request_inf
 
 @dataclass(slots=True)
 class Lifecycle:
-    """Whether new work is accepted: while draining, live requests finish and new ones get 503."""
+    """Whether new work is accepted.
+
+    Attributes:
+        draining: live requests finish, new ones get 503.
+        restarting: the engine process is being restarted; requests wait.
+    """
 
     draining: bool = False
+    restarting: bool = False
 
 
 @dataclass(slots=True, kw_only=True)

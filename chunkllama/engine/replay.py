@@ -1,0 +1,147 @@
+"""What is kept of a live request so that another engine process can continue it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from chunkllama.messages import AbortRequest, EngineRequest, ToEngine, TokenDelta
+from chunkllama.sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class ReplayState:
+    """A request and what its client has of it.
+
+    Attributes:
+        request: with its seed, so that the rest is drawn with the same random numbers.
+        delivered: output tokens per choice.
+        ended: choices that have ended, by themselves or aborted.
+        first: the first delta; what it said of the prompt holds for the whole request.
+        submitted: the engine process of now has the request.
+        crashes: engine processes in a row that ended in a step with this request, which had
+            gained no token since the one before.
+    """
+
+    request: EngineRequest
+    clock: Callable[[], float] = time.monotonic
+    delivered: list[list[int]] = field(default_factory=list)
+    ended: set[int] = field(default_factory=set)
+    first: TokenDelta | None = None
+    submitted: bool = False
+    crashes: int = 0
+    gained: bool = False
+    _arrived_at: float = 0.0
+    _submitted_at: float = 0.0
+    _first_at: float = 0.0
+    _has_prompt_logprobs: bool = False
+    _is_replay: bool = False
+
+    def __post_init__(self) -> None:
+        sampling = self.request.sampling
+        is_beam_search = sampling.beam_width > 1
+        count = sampling.n if is_beam_search else sampling.num_sequences
+        self.delivered = [[] for _ in range(count)]
+        self._arrived_at = self._submitted_at = self.clock()
+
+    @property
+    def is_live(self) -> bool:
+        """Some choice has not ended."""
+        return len(self.ended) < len(self.delivered)
+
+    def record(self, delta: TokenDelta) -> None:
+        """Note what the client gets; after a replay, repair what the delta says of the past."""
+        if delta.error is not None:
+            self.ended = set(range(len(self.delivered)))
+            return
+        if self._is_replay:
+            self._repair(delta)
+        for choice in delta.choices:
+            self.delivered[choice.index] += choice.token_ids
+            self.gained |= bool(choice.token_ids)
+            if choice.finish_reason is not None:
+                self.ended.add(choice.index)
+        self._has_prompt_logprobs |= delta.prompt_logprobs is not None
+        if self.first is None:
+            self.first, self._first_at = delta, self.clock()
+
+    def _repair(self, delta: TokenDelta) -> None:
+        first = self.first
+        if first is None:
+            delta.queue_seconds += self._submitted_at - self._arrived_at
+            return
+        delta.num_cached_tokens = first.num_cached_tokens
+        delta.num_cache_write_tokens = first.num_cache_write_tokens
+        delta.pin_refused = first.pin_refused
+        delta.queue_seconds = first.queue_seconds
+        delta.prefill_seconds = first.prefill_seconds
+        delta.decode_seconds = first.decode_seconds + self.clock() - self._first_at
+
+    def count_crash(self) -> None:
+        """An engine process has ended in a step with this request."""
+        self.crashes = 1 if self.gained else self.crashes + 1
+        self.gained = False
+
+    def submission(self) -> list[ToEngine]:
+        """The messages that start the request, or continue it in another engine process."""
+        self.submitted = True
+        self._submitted_at = self.clock()
+        if not self._is_replay:
+            self._is_replay = True
+            return [self.request]
+        request, sampling = self.request, self.request.sampling
+        if self._has_prompt_logprobs:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+        delivered = [] if sampling.beam_width > 1 else [list(ids) for ids in self.delivered]
+        again = msgspec.structs.replace(
+            request, sampling=sampling, delivered=delivered, pin_seconds=self.pin_seconds_left()
+        )
+        aborts = [AbortRequest(request_id=request.request_id, index=index) for index in self.ended]
+        return [again, *aborts]
+
+    def pin_seconds_left(self) -> float:
+        """Of the pin's least lifetime, what remains; 0 is no pin."""
+        if self.first is None:
+            return self.request.pin_seconds
+        if self.first.pin_refused:
+            return 0.0
+        return max(self.request.pin_seconds - (self.clock() - self._first_at), 0.0)
+
+
+class PinRecords:
+    """Prompts pinned by requests that have ended; another engine process pins them again."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._pins: dict[tuple[str, tuple[int, ...]], float] = {}
+
+    def add(self, state: ReplayState) -> None:
+        """Keep the pin of a request that ends, if it has one."""
+        seconds = state.pin_seconds_left()
+        if seconds <= 0 or state.first is None:
+            return
+        now = self._clock()
+        self._pins = {key: until for key, until in self._pins.items() if until > now}
+        request = state.request
+        prompt = tuple(request.prompt_token_ids[: request.cache_until])
+        if prompt:
+            key = (request.namespace, prompt)
+            self._pins[key] = max(now + seconds, self._pins.get(key, 0.0))
+
+    def requests(self) -> list[EngineRequest]:
+        """Requests that pin what has not expired, for the rest of its time."""
+        now = self._clock()
+        return [
+            EngineRequest(
+                request_id=f"restore-pin-{number}",
+                prompt_token_ids=list(prompt),
+                sampling=SamplingParams(temperature=0.0, max_tokens=1, seed=0),
+                namespace=namespace,
+                pin_seconds=until - now,
+            )
+            for number, ((namespace, prompt), until) in enumerate(self._pins.items())
+            if until > now
+        ]

@@ -1,0 +1,282 @@
+"""An engine process that is restarted when it ends or hangs; its requests continue.
+
+A request is continued as its prompt and the tokens delivered so far. A request that was in the
+running step of two engine processes that ended, without a token between, is a suspect: suspects are
+continued one at a time, and one that ends the process alone is failed.
+
+    process ends or hangs -> kill, count the crash against the requests of the running step
+                          -> back off (only after processes that committed no step) -> start
+                          -> no suspects: submit every live request
+                             suspects: submit one; when it gains a token, the next; then the others
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+
+from chunkllama.config import EngineConfig
+from chunkllama.engine.client import MessageClient, Stream, seed_source
+from chunkllama.engine.process import EngineProcess
+from chunkllama.engine.replay import PinRecords
+from chunkllama.errors import ChunkLlamaError, ConfigError, EngineDeadError
+from chunkllama.logger import init_logger
+from chunkllama.messages import (
+    AbortRequest,
+    EngineErrorInfo,
+    EngineRequest,
+    EngineStats,
+    FromEngine,
+    ToEngine,
+    TokenDelta,
+)
+
+logger = init_logger(__name__)
+
+_SUSPECT_CRASHES = 2
+_MAX_BARREN = 5  # restarts without a committed step, within _BARREN_WINDOW seconds
+_BARREN_WINDOW = 600.0
+_MAX_BACK_OFF = 8.0
+_BUSY_WEIGHT = 0.1  # a step that uses processor time may take ten times as long
+_MAX_TICK = 1.0
+
+
+class SupervisedEngineClient(MessageClient):
+    """An engine in a child process that is restarted.
+
+    Args:
+        config: of every process that is started.
+        process: the first one.
+        hang_seconds: without progress and processor time, this long is a hang.
+
+    Attributes:
+        on_restarting: told True when the process has ended, and False when another one runs.
+        on_death: called when restarting has been abandoned.
+    """
+
+    def __init__(self, config: EngineConfig, process: EngineProcess, hang_seconds: float) -> None:
+        super().__init__()
+        self._config = config
+        self._process = process
+        self._hang_seconds = hang_seconds
+        self._is_up = True
+        self._barren: deque[float] = deque()
+        self._pins = PinRecords()
+        self._trial: Stream | None = None
+        self._restores_pins: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.restarts = 0
+        self.on_restarting: Callable[[bool], None] = lambda _: None
+        self.on_death: Callable[[], None] = lambda: None
+
+    @classmethod
+    async def start(
+        cls, config: EngineConfig, hang_seconds: float = 30.0
+    ) -> SupervisedEngineClient:
+        """Spawn the engine and wait until its model is loaded; see ``EngineProcess.start``."""
+        process, first = await EngineProcess.start(config)
+        client = cls(config, process, hang_seconds)
+        client.draw_seed = seed_source(config.model.seed)
+        client._dispatch(first)
+        client._task = asyncio.create_task(client._supervise())
+        return client
+
+    @property
+    def pid(self) -> int:
+        """Process id of the present engine."""
+        return self._process.child.pid
+
+    async def stats(self, *, include_tree: bool = False) -> EngineStats:
+        if not self._is_up and self._dead is None:
+            raise EngineDeadError("the engine is being restarted")
+        return await super().stats(include_tree=include_tree)
+
+    async def close(self) -> None:
+        self.on_death = lambda: None
+        self.on_restarting = lambda _: None
+        dead = EngineDeadError("the engine was closed")
+        self._dead = self._dead or dead
+        if self._is_up:
+            await self._process.stop()
+        elif self._task is not None:
+            self._task.cancel()
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._fail_all(dead)
+
+    # -- messages -----------------------------------------------------------------------------
+
+    def _send(self, message: ToEngine) -> None:
+        if self._is_up:
+            self._process.send([message])
+
+    def _submit(self, stream: Stream) -> None:
+        """Now, or with the others when the engine runs and no suspect is alone in it."""
+        if self._is_up and self._trial is None:
+            self._process.send(stream.state.submission())
+
+    def _deliver(self, stream: Stream, delta: TokenDelta) -> None:
+        stream.state.record(delta)
+        super()._deliver(stream, delta)
+        if stream is self._trial and (stream.state.gained or not stream.state.is_live):
+            self._end_trial()
+
+    def _forget(self, stream: Stream) -> None:
+        super()._forget(stream)
+        self._pins.add(stream.state)
+        if stream is self._trial:
+            self._end_trial()
+
+    def _live(self) -> list[Stream]:
+        return [stream for stream in self._streams.values() if stream.state.is_live]
+
+    # -- supervision --------------------------------------------------------------------------
+
+    async def _supervise(self) -> None:
+        while True:
+            reason = await self._serve()
+            if self._dead is not None:  # closing
+                self._process.close()
+                return
+            self._went_down(reason)
+            started = await self._restart()
+            if started is None:
+                self._fail_all(EngineDeadError("the engine process has ended too often"))
+                self.on_death()
+                return
+            self._came_up(*started)
+
+    async def _serve(self) -> str:
+        """Read messages until the process ends or hangs; returns why, with the process gone."""
+        process = self._process
+        reading = asyncio.create_task(self._read(process))
+        watching = asyncio.create_task(self._watch(process))
+        try:
+            await asyncio.wait({reading, watching}, return_when=asyncio.FIRST_COMPLETED)
+            hung = watching.done()
+            code = await process.kill()
+            await reading  # what the process has sent before its end is used
+        finally:
+            reading.cancel()
+            watching.cancel()
+        if hung:
+            return f"the engine process made no progress for {self._hang_seconds:g} s"
+        return f"the engine process has ended (exit code {code})"
+
+    async def _read(self, process: EngineProcess) -> None:
+        try:
+            while True:
+                self._dispatch(await process.receive())
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+        except Exception:  # a bug; another process gets the requests
+            logger.exception("a message of the engine process cannot be used")
+
+    async def _watch(self, process: EngineProcess) -> None:
+        """Return when the step loop has stood still for too long."""
+        tick = min(self._hang_seconds / 4, _MAX_TICK)
+        turns, cpu, stalled = -1, 0.0, 0.0
+        last = time.monotonic()
+        while stalled < self._hang_seconds:
+            await asyncio.sleep(tick)
+            now = time.monotonic()
+            # if this process itself was stopped or starved, so perhaps was the engine
+            elapsed, last = min(now - last, 2 * tick), now
+            if (seen := process.journal.turns) != turns:
+                turns, stalled, cpu = seen, 0.0, process.cpu_seconds()
+                continue
+            used, cpu = cpu, process.cpu_seconds()
+            stalled += elapsed * (_BUSY_WEIGHT if cpu > used else 1.0)
+            # An idle loop waits for messages: this one has no effect but a turn.
+            process.send([AbortRequest(request_id="")])
+
+    def _went_down(self, reason: str) -> None:
+        journal = self._process.journal
+        in_step, steps = set(journal.running_requests()), journal.steps
+        self._process.close()
+        self._is_up = False
+        self.restarts += 1
+        if self._restores_pins is not None:
+            self._restores_pins.cancel()
+        self.on_restarting(True)
+        self._fail_stats(EngineDeadError("the engine is being restarted"))
+        live = self._live()
+        logger.error("%s; restarting it, %d live requests continue", reason, len(live))
+        now = time.monotonic()
+        while self._barren and self._barren[0] < now - _BARREN_WINDOW:
+            self._barren.popleft()
+        if steps:
+            self._barren.clear()
+        else:
+            self._barren.append(now)
+        for stream in live:
+            stream.state.submitted = False
+            if stream.state.request.request_id in in_step:
+                stream.state.count_crash()
+        trial, self._trial = self._trial, None
+        if trial is not None and in_step == {trial.state.request.request_id}:
+            self._barren.clear()  # its cause is known and gone
+            self._fail_poison(trial)
+
+    def _fail_poison(self, stream: Stream) -> None:
+        request_id = stream.state.request.request_id
+        logger.error("request %s ends the engine process: failed", request_id)
+        error = EngineErrorInfo(
+            kind="failed",
+            message="the engine process ended repeatedly while it computed this request",
+            code="engine_poison_request",
+        )
+        self._deliver(stream, TokenDelta(request_id=request_id, choices=[], error=error))
+
+    async def _restart(self) -> tuple[EngineProcess, list[FromEngine]] | None:
+        """Another engine process, or None after too many that did nothing."""
+        while len(self._barren) <= _MAX_BARREN:
+            if self._barren:
+                await asyncio.sleep(min(2.0 ** (len(self._barren) - 1), _MAX_BACK_OFF))
+            try:
+                return await EngineProcess.start(self._config)
+            except ConfigError as error:
+                logger.error("the engine process cannot be restarted: %s", error)
+                self._barren.append(time.monotonic())
+        return None
+
+    def _came_up(self, process: EngineProcess, first: list[FromEngine]) -> None:
+        self._process = process
+        self._is_up = True
+        self._dispatch(first)
+        logger.info("the engine process runs again")
+        self.on_restarting(False)
+        self._submit_waiting()
+        pins = self._pins.requests()
+        if pins:
+            self._restores_pins = asyncio.create_task(self._restore_pins(pins))
+
+    def _submit_waiting(self) -> None:
+        """Submit one suspect, or without suspects every live request, the oldest first."""
+        waiting = [stream for stream in self._live() if not stream.state.submitted]
+        suspects = [s for s in waiting if s.state.crashes >= _SUSPECT_CRASHES]
+        if suspects:
+            self._trial = max(suspects, key=lambda stream: stream.state.crashes)
+            self._process.send(self._trial.state.submission())
+            return
+        messages = [message for stream in waiting for message in stream.state.submission()]
+        if messages:  # in one frame: shared prefixes are then computed once
+            self._process.send(messages)
+
+    def _end_trial(self) -> None:
+        """The suspect has gained a token or ended: it is none."""
+        assert self._trial is not None
+        self._trial.state.crashes = 0
+        self._trial = None
+        if self._is_up:
+            self._submit_waiting()
+
+    async def _restore_pins(self, requests: list[EngineRequest]) -> None:
+        for request in requests:
+            try:
+                async for _ in self.generate(request):
+                    pass
+            except ChunkLlamaError as error:
+                logger.warning("a pinned prompt could not be restored: %s", error)

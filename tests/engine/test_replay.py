@@ -1,0 +1,135 @@
+"""What another engine process is told of a request, and what its client is told of the past."""
+
+from __future__ import annotations
+
+from chunkllama.engine.journal import StepJournal
+from chunkllama.engine.replay import PinRecords, ReplayState
+from chunkllama.messages import (
+    AbortRequest,
+    ChoiceDelta,
+    EngineErrorInfo,
+    EngineRequest,
+    TokenDelta,
+)
+from chunkllama.sampling_params import SamplingParams
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def state_of(clock: Clock, pin_seconds: float = 0.0, **sampling: object) -> ReplayState:
+    request = EngineRequest(
+        request_id="r",
+        prompt_token_ids=[1, 2, 3, 4],
+        sampling=SamplingParams(seed=5, **sampling),
+        namespace="tenant",
+        pin_seconds=pin_seconds,
+    )
+    state = ReplayState(request, clock)
+    assert state.submission() == [request]
+    return state
+
+
+def delta(*choices: ChoiceDelta, **fields: object) -> TokenDelta:
+    return TokenDelta(request_id="r", choices=list(choices), **fields)
+
+
+def choice(index: int, token_ids: list[int], reason: str | None = None) -> ChoiceDelta:
+    return ChoiceDelta(index=index, token_ids=token_ids, finish_reason=reason)
+
+
+def test_a_replay_holds_what_was_delivered_and_aborts_what_has_ended() -> None:
+    state = state_of(Clock(), n=3)
+    state.record(delta(choice(0, [7]), choice(1, [8]), choice(2, [9], "stop")))
+    state.record(delta(choice(0, [10, 11])))
+    again, *aborts = state.submission()
+    assert isinstance(again, EngineRequest)
+    assert again.delivered == [[7, 10, 11], [8], [9]]
+    assert again.sampling.seed == 5 and again.request_id == "r"
+    assert aborts == [AbortRequest(request_id="r", index=2)]
+    state.record(delta(choice(0, [], "abort"), choice(1, [12], "length")))
+    assert not state.is_live
+
+
+def test_an_error_ends_every_choice() -> None:
+    state = state_of(Clock(), n=2)
+    error = EngineErrorInfo(kind="failed", message="planted")
+    state.record(delta(error=error))
+    assert not state.is_live
+
+
+def test_prompt_logprobs_are_computed_once() -> None:
+    state = state_of(Clock(), prompt_logprobs=1)
+    (again,) = state.submission()
+    assert again.sampling.prompt_logprobs == 1, "nothing was delivered"
+    state.record(delta(choice(0, [7]), prompt_logprobs=[None]))
+    (again,) = state.submission()
+    assert again.sampling.prompt_logprobs is None
+
+
+def test_usage_and_durations_hold_for_the_whole_request() -> None:
+    clock = Clock()
+    state = state_of(clock, pin_seconds=50.0)
+    first = {"num_cached_tokens": 3, "num_cache_write_tokens": 1, "queue_seconds": 0.5}
+    state.record(delta(choice(0, [7]), **first, prefill_seconds=2.0, decode_seconds=0.0))
+    clock.now += 20
+    (again,) = state.submission()
+    assert again.pin_seconds == 30.0
+    later = delta(choice(0, [8]), num_cached_tokens=0, num_cache_write_tokens=4, pin_refused=True)
+    clock.now += 5
+    state.record(later)
+    assert (later.num_cached_tokens, later.num_cache_write_tokens) == (3, 1)
+    assert (later.queue_seconds, later.prefill_seconds, later.decode_seconds) == (0.5, 2.0, 25.0)
+    assert not later.pin_refused
+
+
+def test_time_in_a_process_that_ended_is_time_in_the_queue() -> None:
+    clock = Clock()
+    state = state_of(clock)
+    clock.now += 4
+    state.submission()
+    first = delta(choice(0, [7]), queue_seconds=0.25)
+    state.record(first)
+    assert first.queue_seconds == 4.25
+
+
+def test_crashes_in_a_row_count_while_no_token_is_gained() -> None:
+    state = state_of(Clock())
+    state.count_crash()
+    state.count_crash()
+    assert state.crashes == 2
+    state.record(delta(choice(0, [7])))
+    state.count_crash()
+    assert state.crashes == 1
+
+
+def test_pins_of_ended_requests_are_kept_for_their_time() -> None:
+    clock = Clock()
+    pins = PinRecords(clock)
+    for seconds, refused in ((50.0, False), (90.0, True), (0.0, False)):
+        state = state_of(clock, pin_seconds=seconds)
+        state.record(delta(choice(0, [7], "stop"), pin_refused=refused))
+        pins.add(state)
+    clock.now += 10
+    (restored,) = pins.requests()
+    assert (restored.prompt_token_ids, restored.namespace) == ([1, 2, 3, 4], "tenant")
+    assert restored.pin_seconds == 40.0
+    clock.now += 41
+    assert pins.requests() == []
+
+
+def test_the_journal_tells_its_reader_what_ran() -> None:
+    parent = StepJournal()
+    engine = StepJournal(parent.fileno())
+    engine.turn()
+    engine.begin_step(["a", "b"])
+    assert (parent.turns, parent.steps, parent.running_requests()) == (1, 0, ["a", "b"])
+    engine.end_step()
+    assert (parent.turns, parent.steps, parent.running_requests()) == (1, 1, [])
+    engine.begin_step(["x" * (2 << 20)])
+    assert parent.running_requests() == [], "too long to be written: counted against none"
+    parent.close()

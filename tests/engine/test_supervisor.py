@@ -1,0 +1,298 @@
+"""An engine process that ends, hangs or fails a step is restarted, and its requests continue."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from chunkllama.config import EngineConfig
+from chunkllama.engine import supervisor
+from chunkllama.engine.supervisor import SupervisedEngineClient
+from chunkllama.errors import EngineDeadError, RequestFailedError
+from chunkllama.messages import EngineRequest, TokenLogprob
+from chunkllama.sampling_params import SamplingParams
+
+PROMPT = [5, 6, 7, 8, 9] * 20
+
+
+def request(name: str, prompt: list[int] = PROMPT, **fields: object) -> EngineRequest:
+    sampling = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True, "seed": 3}
+    sampling |= {k: fields.pop(k) for k in list(fields) if k in SamplingParams.__struct_fields__}
+    params = SamplingParams(**sampling)
+    return EngineRequest(request_id=name, prompt_token_ids=prompt, sampling=params, **fields)
+
+
+@dataclass
+class Answer:
+    """Everything that a caller of ``generate`` has got."""
+
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+    num_prompt_logprobs: int = 0
+    embedding: list[float] | None = None
+    cached: set[int] = field(default_factory=set)
+    written: set[int] = field(default_factory=set)
+    decode_seconds: list[float] = field(default_factory=list)
+
+
+async def collect(
+    client: SupervisedEngineClient, wanted: EngineRequest, answer: Answer | None = None
+) -> Answer:
+    answer = answer or Answer()
+    async for delta in client.generate(wanted):
+        answer.cached.add(delta.num_cached_tokens)
+        answer.written.add(delta.num_cache_write_tokens)
+        answer.decode_seconds.append(delta.decode_seconds)
+        answer.num_prompt_logprobs += len(delta.prompt_logprobs or [])
+        answer.embedding = delta.embedding or answer.embedding
+        for choice in delta.choices:
+            assert choice.index not in answer.reasons, "a delta after the choice's end"
+            answer.tokens.setdefault(choice.index, []).extend(choice.token_ids)
+            answer.logprobs.setdefault(choice.index, []).extend(choice.logprobs or [])
+            if choice.finish_reason is not None:
+                answer.reasons[choice.index] = choice.finish_reason
+    return answer
+
+
+def check_same(answer: Answer, undisturbed: Answer) -> None:
+    assert answer.tokens == undisturbed.tokens
+    assert answer.reasons == undisturbed.reasons
+    assert answer.num_prompt_logprobs == undisturbed.num_prompt_logprobs
+    assert len(answer.cached) == len(answer.written) == 1, "usage changed in the stream"
+    assert sorted(answer.decode_seconds) == answer.decode_seconds
+    for index, entries in undisturbed.logprobs.items():
+        assert [e.token_id for e in answer.logprobs[index]] == [e.token_id for e in entries]
+        assert [e.logprob for e in answer.logprobs[index]] == pytest.approx(
+            [e.logprob for e in entries], abs=1e-3
+        )
+    assert answer.embedding == pytest.approx(undisturbed.embedding, abs=1e-4)
+
+
+@pytest.fixture
+def open_client(tiny_model):
+    @asynccontextmanager
+    async def open_(**options: float) -> AsyncIterator[SupervisedEngineClient]:
+        model = {"model": str(tiny_model[0]), "dtype": "float32", "threads": 1}
+        config = EngineConfig.from_flat(**model, num_chunks=64)
+        client = await SupervisedEngineClient.start(config, **options)
+        try:
+            yield client
+        finally:
+            await asyncio.wait_for(client.close(), 60)
+            assert not psutil.pid_exists(client.pid)
+
+    return open_
+
+
+@pytest.fixture
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let engine processes run a statement when a step begins; ``ids`` are its requests."""
+
+    def install(statement: str) -> None:
+        (tmp_path / "sitecustomize.py").write_text(
+            "import os, sys\n"
+            "if 'chunkllama.engine.process' in sys.orig_argv:\n"
+            "    from chunkllama.engine.journal import StepJournal\n"
+            "    begin = StepJournal.begin_step\n"
+            "    def faulty(self, ids):\n"
+            "        begin(self, ids)\n"
+            f"        {statement}\n"
+            "    StepJournal.begin_step = faulty\n"
+        )
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    return install
+
+
+def requests_of_all_kinds() -> list[EngineRequest]:
+    other = [11, 12, 13] * 30
+    return [
+        request("greedy", max_tokens=60),
+        request("choices", n=3, temperature=0.8, max_tokens=50),
+        request("logprobs", other, logprobs=2, max_tokens=50),
+        request("scored", other[:70], prompt_logprobs=1, max_tokens=50),
+        request("penalties", repetition_penalty=1.2, presence_penalty=0.5, max_tokens=50),
+        request("beams", n=2, beam_width=3, max_tokens=30),
+        request("bounded", stop_token_ids=(17,), min_tokens=20, max_tokens=60, ignore_eos=False),
+        request("pooled", other[:50], wants_hidden_states="mean"),
+    ]
+
+
+async def gained(streams: list[tuple[Answer, asyncio.Task[Answer]]], count: int) -> None:
+    """Wait until every live stream has at least ``count`` tokens."""
+    while not all(
+        task.done() or sum(map(len, answer.tokens.values())) >= count for answer, task in streams
+    ):
+        await asyncio.sleep(0.001)
+
+
+def test_streams_of_all_kinds_survive_kills(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client() as client:
+            alone = [await collect(client, wanted) for wanted in requests_of_all_kinds()]
+            states: list[bool] = []
+            client.on_restarting = states.append
+            answers = [Answer() for _ in alone]
+            tasks = [
+                asyncio.create_task(collect(client, wanted, answer))
+                for wanted, answer in zip(requests_of_all_kinds(), answers, strict=True)
+            ]
+            streaming = [
+                (answer, task)
+                for answer, task, wanted in zip(
+                    answers, tasks, requests_of_all_kinds(), strict=True
+                )
+                if wanted.sampling.beam_width == 1 and not wanted.wants_hidden_states
+            ]
+            for count in (2, 12):
+                await gained(streaming, count)
+                first_pid = client.pid
+                os.kill(first_pid, signal.SIGKILL)
+                while client.pid == first_pid or states[-1:] != [False]:
+                    await asyncio.sleep(0.01)
+            await asyncio.gather(*tasks)
+            assert states == [True, False] * 2 and client.restarts == 2
+            for answer, undisturbed in zip(answers, alone, strict=True):
+                check_same(answer, undisturbed)
+
+    asyncio.run(scenario())
+
+
+def test_a_stopped_process_is_a_hang_and_waiting_requests_are_served(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client(hang_seconds=1.0) as client:
+            alone = await collect(client, request("alone", max_tokens=200))
+            answer = Answer()
+            live = asyncio.create_task(collect(client, request("live", max_tokens=200), answer))
+            await gained([(answer, live)], 3)
+            restarting = asyncio.Event()
+            client.on_restarting = lambda down: restarting.set() if down else None
+            os.kill(client.pid, signal.SIGSTOP)
+            await asyncio.wait_for(restarting.wait(), 30)
+            with pytest.raises(EngineDeadError, match="restarted"):
+                await client.stats()
+            assert client.is_ready, "requests are accepted"
+            late = asyncio.create_task(collect(client, request("late", max_tokens=200)))
+            assert (await live).tokens == (await late).tokens == alone.tokens
+            # an idle process that is stopped is noticed, too
+            restarting.clear()
+            os.kill(client.pid, signal.SIGSTOP)
+            await asyncio.wait_for(restarting.wait(), 30)
+            assert (await collect(client, request("after", max_tokens=200))).tokens == alone.tokens
+
+    asyncio.run(scenario())
+
+
+def test_an_idle_process_that_answers_is_no_hang(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client(hang_seconds=0.4) as client:
+            await collect(client, request("once", max_tokens=2))
+            turns = client._process.journal.turns
+            while client._process.journal.turns < turns + 12:  # probes, a tenth of a second apart
+                await asyncio.sleep(0.05)
+            assert client.restarts == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_step_that_fails_is_repeated_in_another_process(open_client, plant, tmp_path) -> None:
+    mark = tmp_path / "failed"
+    plant(
+        f"if self.steps == 8 and not os.path.exists({str(mark)!r}): open({str(mark)!r}, 'w'); [].x"
+    )
+
+    async def scenario() -> None:
+        async with open_client() as client:
+            answers = [await collect(client, request(f"r{i}", max_tokens=20)) for i in range(2)]
+            assert client.restarts == 1 and mark.exists()
+            assert answers[0].tokens == answers[1].tokens
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_ends_the_engine_alone_is_failed(open_client, plant) -> None:
+    plant("any(i.startswith('poison') for i in ids) and os.kill(os.getpid(), 9)")
+
+    async def scenario() -> None:
+        async with open_client() as client:
+            alone = await collect(client, request("alone"))
+            names = ["a", "b", "poison", "c"]
+            answers = await asyncio.gather(
+                *(collect(client, request(name)) for name in names), return_exceptions=True
+            )
+            failed = answers.pop(2)
+            assert isinstance(failed, RequestFailedError), failed
+            assert failed.code == "engine_poison_request"
+            assert [answer.tokens for answer in answers] == [alone.tokens] * 3
+            # two steps with all, one beside the two that were tried before, one alone
+            assert client.restarts <= 4
+            assert (await collect(client, request("after"))).tokens == alone.tokens
+
+    asyncio.run(scenario())
+
+
+def test_restarting_is_abandoned_when_processes_do_nothing(open_client, monkeypatch) -> None:
+    monkeypatch.setattr(supervisor, "_MAX_BACK_OFF", 0.01)
+    monkeypatch.setattr(supervisor, "_MAX_BARREN", 1)
+
+    async def scenario() -> None:
+        async with open_client() as client:
+            died = asyncio.Event()
+            client.on_death = died.set
+            restarted = asyncio.Event()
+            client.on_restarting = lambda down: None if down else restarted.set()
+            os.kill(client.pid, signal.SIGKILL)
+            await restarted.wait()
+            assert not died.is_set()
+            os.kill(client.pid, signal.SIGKILL)
+            await asyncio.wait_for(died.wait(), 30)
+            assert not client.is_ready
+            with pytest.raises(EngineDeadError):
+                await collect(client, request("late"))
+
+    asyncio.run(scenario())
+
+
+def test_pins_are_restored(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client() as client:
+            await collect(client, request("pinned", pin_seconds=3600.0, max_tokens=2))
+            pinned = (await client.stats()).pinned_chunks
+            assert pinned
+            restarted = asyncio.Event()
+            client.on_restarting = lambda down: None if down else restarted.set()
+            os.kill(client.pid, signal.SIGKILL)
+            await restarted.wait()
+            while (await client.stats()).pinned_chunks < pinned:
+                await asyncio.sleep(0.01)
+            assert (await client.stats()).pinned_chunks == pinned
+
+    asyncio.run(scenario())
+
+
+def test_closing_during_a_restart_leaves_no_process(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client() as client:
+            stream = client.generate(request("cut", max_tokens=400))
+            await anext(stream)
+            restarting = asyncio.Event()
+            client.on_restarting = lambda down: restarting.set() if down else None
+            os.kill(client.pid, signal.SIGKILL)
+            await restarting.wait()
+            await asyncio.sleep(0)  # the next process has been spawned
+            await client.close()
+            with pytest.raises(EngineDeadError):
+                await anext(stream)
+        commands = [p.cmdline() for p in psutil.Process().children()]
+        assert not [c for c in commands if "chunkllama.engine.process" in c]
+
+    asyncio.run(scenario())
