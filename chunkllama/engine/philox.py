@@ -17,6 +17,7 @@ _WORD = np.uint64(32)
 _ROUNDS = 10
 
 Words = NDArray[np.uint64]  # each holds 32 bits
+IntArray = NDArray[np.int64]
 
 
 def philox4x32(counter: list[Words], key: list[Words]) -> list[Words]:
@@ -30,11 +31,21 @@ def philox4x32(counter: list[Words], key: list[Words]) -> list[Words]:
     return [c0, c1, c2, c3]
 
 
-def uniforms(seeds: list[int], choices: list[int], positions: list[int]) -> NDArray[np.float64]:
-    """One number in [0, 1) per (seed, choice index, output position), with 53 random bits."""
-    seed = np.array([value & 0xFFFF_FFFF_FFFF_FFFF for value in seeds], np.uint64)
-    zero = np.zeros_like(seed)
-    counter = [np.array(positions, np.uint64), np.array(choices, np.uint64), zero, zero]
-    high, low, _, _ = philox4x32(counter, [seed & _LOW, seed >> _WORD])
-    bits = (high << np.uint64(21)) | (low >> np.uint64(11))
-    return bits.astype(np.float64) * 2.0**-53
+def gumbels(
+    seeds: list[int], choices: list[int], positions: list[int], stream: int, lanes: IntArray
+) -> NDArray[np.float32]:
+    """Standard Gumbel numbers [R, L] of rows keyed by seed, choice index and output position.
+
+    Args:
+        stream: 0 or 1, for two independent families.
+        lanes: [R, 1 or more] int64, each the first of four neighbouring numbers of its row.
+    """
+    shape = lanes.shape
+    seed = np.array([[value & 0xFFFF_FFFF_FFFF_FFFF] for value in seeds], np.uint64)
+    columns = [positions, choices]
+    counter = [np.broadcast_to(np.array(c, np.uint64)[:, None], shape) for c in columns]
+    counter += [lanes.astype(np.uint64), np.full(shape, stream, np.uint64)]
+    keys = [np.broadcast_to(word, shape) for word in (seed & _LOW, seed >> _WORD)]
+    words = np.stack(philox4x32(counter, keys), axis=2).reshape(shape[0], -1)
+    uniform = (words.astype(np.float64) + 0.5) * 2.0**-32
+    return (-np.log(-np.log(uniform))).astype(np.float32)

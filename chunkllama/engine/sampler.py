@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 
 from chunkllama.engine.logprobs import token_logprobs, top_tokens
-from chunkllama.engine.philox import uniforms
+from chunkllama.engine.philox import gumbels
 from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.messages import TokenLogprob
 from chunkllama.sampling_params import SamplingParams
 
 _MIN_TEMPERATURE = 1e-5  # below it the scaled logits overflow; the draw is the best token anyway
 _LOG2E = math.log2(math.e)
-_BLOCK = 256  # the draw searches sums of blocks first, then one block
+_BLOCK = 256  # a draw chooses a block of tokens first, then one of its tokens
 # [256, 8]: bias of the eight tokens of a mask's byte; adding it is far faster than filling.
 _BIAS_OF_BYTE = np.where(
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"),
@@ -220,8 +220,7 @@ def _ids(tokens: torch.Tensor) -> list[int]:
 
 
 def _draw(logits: torch.Tensor, top: torch.Tensor, sequences: list[SequenceState]) -> torch.Tensor:
-    """Token ids [R] drawn from logits [R, V] (overwritten) by inversion, in order of token id;
-    top [R] are their maxima.
+    """Token ids [R] drawn from logits [R, V] (overwritten); top [R] are their maxima.
 
     Where several tokens tie at the edge of a top-k or top-p set, all of them are in it.
     """
@@ -235,12 +234,7 @@ def _draw(logits: torch.Tensor, top: torch.Tensor, sequences: list[SequenceState
     edge = _edges(weights, sampling)
     if bool(edge.any()):
         weights.masked_fill_(weights < edge, 0.0)
-    draws = uniforms(
-        [s.seed or 0 for s in sampling],
-        [sequence.index for sequence in sequences],
-        [len(sequence.output_token_ids) for sequence in sequences],
-    )
-    return _invert(weights, torch.from_numpy(draws).to(device))
+    return _race(weights, sequences)
 
 
 def _edges(weights: torch.Tensor, sampling: list[SamplingParams]) -> torch.Tensor:
@@ -271,31 +265,32 @@ def _sort_falling(weights: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.sort(-weights.numpy(), axis=1)).neg_()
 
 
-def _block_sums(weights: torch.Tensor) -> torch.Tensor:
-    """Sums [R, ceil(V / block)] of neighbouring weights; float64, for what is summed further."""
-    padding = -weights.shape[1] % _BLOCK
+def _race(weights: torch.Tensor, sequences: list[SequenceState]) -> torch.Tensor:
+    """A token [R] per row with probability proportional to its weight [R, V], by Gumbel-max.
+
+    First a block of neighbouring tokens by its sum, then a token of the block: the largest
+    log(weight) + Gumbel number wins. A small error of the weights changes the winner only near a
+    tie, where inversion of the running sum would move every boundary after it.
+    """
+    vocab_size, device = weights.shape[1], weights.device
+    padding = -vocab_size % _BLOCK
     if padding:
         weights = torch.nn.functional.pad(weights, (0, padding))
-    return weights.view(len(weights), -1, _BLOCK).sum(dim=2).double()
+    blocks = weights.view(len(weights), -1, _BLOCK)
+    seeds = [sequence.sampling.seed or 0 for sequence in sequences]
+    choices = [sequence.index for sequence in sequences]
+    positions = [len(sequence.output_token_ids) for sequence in sequences]
 
+    def numbers(stream: int, lanes: NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(gumbels(seeds, choices, positions, stream, lanes)).to(device)
 
-def _invert(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """The first token [R] at which the running sum of weights [R, V] passes draw * total."""
-    vocab_size = weights.shape[1]
-    sums = _block_sums(weights)
-    ends = sums.cumsum(dim=1)
-    target = draws[:, None] * ends[:, -1:]
-    block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
-    start = ends.gather(1, block) - sums.gather(1, block)
-    columns = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
-    inside = weights.gather(1, columns.clamp(max=vocab_size - 1)).double()
-    inside *= columns < vocab_size
-    offset = torch.searchsorted(inside.cumsum(dim=1), target - start, right=True)
-    token = (block * _BLOCK + offset.clamp(max=_BLOCK - 1)).clamp(max=vocab_size - 1)
-    missed = weights.gather(1, token) == 0
-    if bool(missed.any()):  # rounding at a block's end; then the best token is taken
-        token = torch.where(missed, weights.argmax(dim=1, keepdim=True), token)
-    return token[:, 0]
+    count = blocks.shape[1]
+    lanes = np.broadcast_to(np.arange(-(-count // 4)), (len(weights), -(-count // 4)))
+    block = (blocks.sum(dim=2).log() + numbers(0, lanes)[:, :count]).argmax(dim=1)
+    inside = blocks[torch.arange(len(weights), device=device), block]
+    lanes = block.cpu().numpy()[:, None] * (_BLOCK // 4) + np.arange(_BLOCK // 4)
+    token = block * _BLOCK + (inside.log() + numbers(1, lanes)).argmax(dim=1)
+    return token.clamp(max=vocab_size - 1)  # of a row without weights, which is reported
 
 
 def _raw_logprobs(

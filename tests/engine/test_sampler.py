@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from chunkllama.engine.philox import philox4x32, uniforms
+from chunkllama.engine.philox import gumbels, philox4x32
 from chunkllama.engine.sampler import Sampled, Sampler, takes_best
 from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.sampling_params import GrammarSpec, SamplingParams
@@ -70,12 +70,14 @@ def test_philox_known_answers() -> None:
     assert run(counter, key) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
 
-def test_uniforms_differ_by_seed_choice_and_position() -> None:
-    grid = [(s, c, p) for s in (0, 1, -1, 2**63 - 1, -(2**63)) for c in (0, 1) for p in (0, 1, 99)]
-    values = uniforms(*(list(column) for column in zip(*grid, strict=True)))
-    assert len(set(values.tolist())) == len(grid)
-    assert values.min() >= 0
-    assert values.max() < 1
+def test_gumbels_differ_by_seed_choice_position_stream_and_lane() -> None:
+    grid = [(s, c, p) for s in (0, 1, 2**40) for c in range(3) for p in range(20)]
+    keys = [list(column) for column in zip(*grid, strict=True)]
+    lanes = np.broadcast_to(np.arange(5), (len(grid), 5))
+    values = np.stack([gumbels(*keys, stream, lanes) for stream in (0, 1)])
+    assert values.shape == (2, len(grid), 20)
+    assert len(np.unique(values)) == values.size
+    assert abs(values.mean() - 0.5772) < 0.03 and abs(values.std() - np.pi / 6**0.5) < 0.03
 
 
 def test_greedy_is_the_argmax() -> None:
@@ -104,17 +106,39 @@ def test_greedy_is_the_argmax() -> None:
     ],
     ids=str,
 )
-def test_draw_inverts_the_oracle_distribution(params: dict[str, Any]) -> None:
-    """Every draw is where the oracle's running sum passes the row's uniform number."""
+def test_draw_is_the_oracles_race(params: dict[str, Any]) -> None:
+    """A draw is the block, and in it the token, of the largest log-weight plus Gumbel number."""
     logits = random_logits(seed=11)
     rows = [state(output=[7] * position, **params) for position in range(200)]
     drawn = [s.token_id for s in sample(logits.expand(200, -1), *rows)]
     probabilities = oracle_distribution(logits[0].numpy(), rows[0].sampling)
-    ends = np.cumsum(probabilities)
+    blocks = np.pad(probabilities, (0, -VOCAB % 256)).reshape(-1, 256)
     for position, token in enumerate(drawn):
-        u = uniforms([5], [0], [position])[0]
         assert probabilities[token] > 0
-        assert ends[token] - probabilities[token] - 1e-6 <= u <= ends[token] + 1e-6
+        with np.errstate(divide="ignore"):
+            outer = np.log(blocks.sum(axis=1))
+            outer += gumbels([5], [0], [position], 0, np.arange(1)[None])[0][: len(blocks)]
+            inner = np.log(blocks[token // 256])
+        lanes = token // 256 * 64 + np.arange(64)[None]
+        inner += gumbels([5], [0], [position], 1, lanes)[0]
+        assert outer[token // 256] > outer.max() - 1e-4
+        assert inner[token % 256] > inner.max() - 1e-4
+
+
+def test_small_errors_of_logits_rarely_change_a_draw() -> None:
+    """Errors of 1e-4, more than another batch makes in fp32: fewer than 1 draw in 1,000 changes.
+
+    Facts of these seeds: 20,000 draws over 1,000 tokens.
+    """
+    logits = random_logits(seed=4)
+    noise = np.random.default_rng(1).uniform(-1e-4, 1e-4, VOCAB).astype(np.float32)
+    changed = 0
+    for seed in range(20):
+        rows = [state(output=[0] * position, seed=seed) for position in range(1000)]
+        before = sample(logits.expand(1000, -1), *rows)
+        after = sample((logits + torch.from_numpy(noise)).expand(1000, -1), *rows)
+        changed += sum(a.token_id != b.token_id for a, b in zip(before, after, strict=True))
+    assert changed < 20
 
 
 def test_draws_follow_the_probabilities() -> None:
