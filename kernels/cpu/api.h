@@ -1,4 +1,5 @@
-// The C ABI that chunkllama/backends/cpu/backend.py mirrors with ctypes: raw pointers and sizes, no ownership.
+// The C ABI, which chunkllama/backends/cpu/abi.py mirrors with ctypes: raw pointers and sizes, no
+// ownership. Python compares the size of every struct with ck_struct_size when it loads a library.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +10,17 @@ enum Type : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
 constexpr int CHUNK = 64;  // tokens per chunk
 
 // Columns of an item and its flag, as chunkllama/attention/plan_format.py defines them.
-enum ItemColumn { ROW_BEGIN, NUM_ROWS, CHUNK_OFFSET, NUM_TOKENS, FIRST_POSITION, PARTIAL_BASE, FLAGS, TILE_CLASS, ITEM_COLUMNS };
+enum ItemColumn {
+  ROW_BEGIN,
+  NUM_ROWS,
+  CHUNK_OFFSET,
+  NUM_TOKENS,
+  FIRST_POSITION,
+  PARTIAL_BASE,
+  FLAGS,
+  TILE_CLASS,
+  ITEM_COLUMNS,
+};
 constexpr int32_t ITEM_MASK = 1;
 
 struct Plan {
@@ -17,7 +28,7 @@ struct Plan {
   int64_t num_items, num_rows;
 };
 
-// K and V of one layer: chunk c of kv head h starts at c * chunk_stride() + ...; see layout.h.
+// Shape and types of one layer's attention; layout.h says where K and V lie.
 struct Heads {
   int64_t q_heads, kv_heads, head_dim;
   int32_t kv_type;          // F32 or BF16
@@ -27,14 +38,15 @@ struct Heads {
 struct AttentionArgs {
   Plan plan;
   Heads heads;
-  const int32_t* positions;            // [rows]
-  const void* q;                       // [rows, q_stride], the first q_heads * head_dim of a row
-  void* out;                           // [rows, out_stride]
-  int64_t q_stride, out_stride;        // elements
-  const void* kv;                      // one layer of the pool
-  float *partial_out, *partial_lse;    // [slots, q_heads, head_dim], [slots, q_heads] (base 2)
+  const int32_t* positions;          // [rows]
+  const void* q;                     // [rows, q_stride], the first q_heads * head_dim of a row
+  void* out;                         // [rows, out_stride]
+  int64_t q_stride, out_stride;      // elements
+  const void* kv;                    // one layer of the pool
+  float *partial_out, *partial_lse;  // [slots, q_heads, head_dim], [slots, q_heads] (base 2)
   float scale;
-  int32_t vector_rows;                 // at most this many query rows per kv head go to the vector units, more to AMX
+  // Up to this many query rows per kv head run on the vector units, more on AMX.
+  int32_t vector_rows;
 };
 
 struct RopeArgs {
@@ -74,8 +86,9 @@ struct Model {
   Linear head;
 };
 
-// One forward pass. Buffers have rows rounded up to 32, and strides of their width rounded up to 64, plus 32 elements (qkv:
-// rounded up to 32); what lies between a row's end and its stride is zero.
+// One forward pass. Buffers have rows rounded up to 32, and strides of their width rounded up to
+// 64, plus 32 elements (qkv: rounded up to 32); elements between a row's end and its stride are
+// zero.
 struct Step {
   Plan plan;
   const int32_t *token_ids, *positions;

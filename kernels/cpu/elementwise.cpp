@@ -66,7 +66,8 @@ template <class X, class Y>
 INLINE void rotate(const X* from, Y* to, const float* cos, const float* sin, int64_t half) {
   each(half, [&](int64_t i, auto n) {
     constexpr int N = decltype(n)::value;
-    const auto a = get<N>(from + i), b = get<N>(from + half + i), c = get<N>(cos + i), s = get<N>(sin + i);
+    const auto a = get<N>(from + i), b = get<N>(from + half + i), c = get<N>(cos + i),
+               s = get<N>(sin + i);
     set_at<N>(to + i, a * c - b * s);
     set_at<N>(to + half + i, b * c + a * s);
   });
@@ -78,14 +79,16 @@ INLINE void append_k(KV* k_chunk, int offset, const KV* k, long dim) {
   using L = Layout<KV>;
   constexpr int AT_ONCE = L::PAIRS ? 2 : 1;
   KV* to = k_chunk + offset / BLOCK * L::k_block(dim) + offset % BLOCK * AT_ONCE;
-  for (long d = 0; d < L::k_dim(dim); d += AT_ONCE, to += L::k_step()) memcpy(to, k + d, AT_ONCE * sizeof(KV));
+  for (long d = 0; d < L::k_dim(dim); d += AT_ONCE, to += L::k_step())
+    memcpy(to, k + d, AT_ONCE * sizeof(KV));
 }
 // v is one head of one token, in the pool's type.
 INLINE void append_v(bf16* v_chunk, int offset, const bf16* v, long dim) {
   bf16* to = v_chunk + offset / 2 * Layout<bf16>::v_step(dim);
   for (long d = 0; d < dim; d += W, to += 2 * W) {
     const IntVec odd_half = (IntVec)load(v + d);
-    const IntVec pairs = offset % 2 ? (load_pairs(to) & 0xffff) | odd_half : odd_half >> 16 & 0xffff;
+    const IntVec pairs =
+        offset % 2 ? (load_pairs(to) & 0xffff) | odd_half : odd_half >> 16 & 0xffff;
     memcpy(to, &pairs, sizeof pairs);
   }
 }
@@ -104,7 +107,8 @@ void rope_append_row(const RopeArgs& a, int64_t row) {
   for (int64_t h = 0; h < a.heads.q_heads; h++) rotate(x + h * dim, q + h * dim, cos, sin, dim / 2);
   const int32_t* tail = a.plan.row_tail + row * 2;
   const int at = position - tail[1], offset = at % CHUNK;
-  KV* chunk = static_cast<KV*>(a.kv) + a.plan.chunk_ids[tail[0] + at / CHUNK] * L::chunk(heads, dim);
+  KV* chunk =
+      static_cast<KV*>(a.kv) + a.plan.chunk_ids[tail[0] + at / CHUNK] * L::chunk(heads, dim);
   const X *k = x + a.heads.q_heads * dim, *v = k + heads * dim;
   alignas(64) KV rotated[256] = {}, value[256];
   for (long h = 0; h < heads; h++) {
@@ -122,7 +126,8 @@ void copy_tokens(KV* kv, const Heads& heads, int64_t source, int64_t destination
   const KV* from = kv + source * n;
   KV* to = kv + destination * n;
   for (int64_t h = 0; h < heads.kv_heads; h++) {
-    const long k = L::k_offset(h, dim), v = L::v_offset(h, heads.kv_heads, dim), used = L::v_used(tokens, dim);
+    const long k = L::k_offset(h, dim), v = L::v_offset(h, heads.kv_heads, dim),
+               used = L::v_used(tokens, dim);
     memcpy(to + k, from + k, L::k_used(tokens, dim) * sizeof(KV));
     memcpy(to + v, from + v, used * sizeof(KV));
     if (L::PAIRS && tokens % 2)
@@ -139,8 +144,10 @@ void rms_norm_rows(const NormArgs& a, int64_t begin, int64_t end) {
       using Y = Pointee<decltype(y_type)>;
       for (int64_t r = begin; r < end; r++) {
         const int64_t at = r * a.x_stride;
-        norm_row(a, static_cast<const X*>(a.x) + at, a.residual ? static_cast<const X*>(a.residual) + at : nullptr,
-                 a.sum ? static_cast<X*>(a.sum) + at : nullptr, static_cast<Y*>(a.y) + r * a.y_stride);
+        norm_row(a, static_cast<const X*>(a.x) + at,
+                 a.residual ? static_cast<const X*>(a.residual) + at : nullptr,
+                 a.sum ? static_cast<X*>(a.sum) + at : nullptr,
+                 static_cast<Y*>(a.y) + r * a.y_stride);
       }
     });
   });
@@ -149,7 +156,8 @@ void rms_norm_rows(const NormArgs& a, int64_t begin, int64_t end) {
 void rope_append_rows(const RopeArgs& a, int64_t begin, int64_t end) {
   with_type(a.heads.activation_type, [&](auto x_type) {
     with_type(a.heads.kv_type, [&](auto kv_type) {
-      for (int64_t r = begin; r < end; r++) rope_append_row<Pointee<decltype(x_type)>, Pointee<decltype(kv_type)>>(a, r);
+      for (int64_t r = begin; r < end; r++)
+        rope_append_row<Pointee<decltype(x_type)>, Pointee<decltype(kv_type)>>(a, r);
     });
   });
 }
@@ -159,7 +167,8 @@ int64_t append_boundary(const RopeArgs& a, int64_t row) {
   return a.positions[row] % 2 && a.positions[row - 1] == a.positions[row] - 1 ? row + 1 : row;
 }
 
-void silu_and_mul_rows(const void* gate_up, void* y, int64_t size, int32_t type, int64_t begin, int64_t end) {
+void silu_and_mul_rows(const void* gate_up, void* y, int64_t size, int32_t type, int64_t begin,
+                       int64_t end) {
   with_type(type, [&](auto pointer) {
     using X = Pointee<decltype(pointer)>;
     for (int64_t r = begin; r < end; r++) {
@@ -176,7 +185,9 @@ void silu_and_mul_rows(const void* gate_up, void* y, int64_t size, int32_t type,
 }
 
 void copy_chunk(void* kv, const Heads& heads, int64_t source, int64_t destination, int64_t tokens) {
-  with_type(heads.kv_type, [&](auto type) { copy_tokens(static_cast<decltype(type)>(kv), heads, source, destination, tokens); });
+  with_type(heads.kv_type, [&](auto type) {
+    copy_tokens(static_cast<decltype(type)>(kv), heads, source, destination, tokens);
+  });
 }
 
 }  // namespace chunkllama

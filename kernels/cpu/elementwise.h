@@ -18,12 +18,13 @@ void rms_norm_rows(const NormArgs& args, int64_t begin, int64_t end);
 
 // Rotates q and k (rotate-half), writes q to args.q and k, v into the rows' chunks.
 void rope_append_rows(const RopeArgs& args, int64_t begin, int64_t end);
-// The first row at or after `row` where a thread may begin: an odd token shares memory with the even one before it, which
-// must be written first.
+// The first row at or after `row` where a thread may begin: an odd token shares memory with the
+// even one before it, which must be written first.
 int64_t append_boundary(const RopeArgs& args, int64_t row);
 
 // y = silu(gate) * up for rows of [gate | up].
-void silu_and_mul_rows(const void* gate_up, void* y, int64_t size, int32_t type, int64_t begin, int64_t end);
+void silu_and_mul_rows(const void* gate_up, void* y, int64_t size, int32_t type, int64_t begin,
+                       int64_t end);
 
 // Copies the first `tokens` of a chunk; the destination's last pair gets no token beyond them.
 void copy_chunk(void* kv, const Heads& heads, int64_t source, int64_t destination, int64_t tokens);

@@ -10,22 +10,26 @@
 namespace chunkllama {
 namespace {
 
-constexpr int MAX_ROWS = 32;               // rows of one block product
-constexpr long AHEAD = 8192;               // bytes that the prefetch of the weights runs ahead
-constexpr int64_t PANEL = 512;             // rows of x at most that the weights pass by at a time
-constexpr int64_t LEAST_PANEL = 64;        // so many rows for each thread, and each keeps to its own rows: they are in its L2
-constexpr int64_t DEEP = 18;               // k blocks of 2 KB that stay in L1 while the rows of a panel pass by
-constexpr int TILE_PAIR = 2048;            // bytes of a k block of bf16: two tiles
+constexpr int MAX_ROWS = 32;     // rows of one block product
+constexpr long AHEAD = 8192;     // distance in bytes at which weights are prefetched
+constexpr int64_t PANEL = 512;   // most rows of x that are multiplied by a unit before the next
+constexpr int64_t DEEP = 18;     // k blocks of 2 KB that stay in L1 during a panel's rows
+constexpr int TILE_PAIR = 2048;  // bytes of a k block of bf16: two tiles
+// From this many rows per thread on, each thread has rows of its own, which stay in its L2.
+constexpr int64_t LEAST_PANEL = 64;
 #if defined(__AVX512BF16__)
-constexpr int FEW_ROWS = 2;                // int8 weights: with so few rows converting them to bf16 takes longer
+// int8 weights with up to this many rows are multiplied as floats: widening a unit takes longer.
+constexpr int FEW_ROWS = 2;
 #endif
 #if defined(__AVX512BF16__) && !defined(__AMX_TILE__)
-#define PAIR_PRODUCTS 1                    // bf16 products on the vector units
-constexpr int PAIR_ROWS = 12;              // rows of one inner loop: with 2 vectors of columns 24 sums in 32 registers
-constexpr int64_t PAIR_PART = 64;          // k blocks (128 KB of weights) that stay in L2 while the rows pass by
+#define PAIR_PRODUCTS 1  // bf16 products on the vector units
+// Rows of one inner loop: with two vectors of columns 24 sums in 32 registers.
+constexpr int PAIR_ROWS = 12;
+// k blocks (128 KB of weights) that stay in L2 while all rows are multiplied by them.
+constexpr int64_t PAIR_PART = 64;
 #endif
 
-// The weights of a unit, and where the stream goes on behind them.
+// The weights of a unit, and where those of the next one begin.
 struct Stream {
   const char *at, *end, *next;
   INLINE const char* ahead(const char* p) const {
@@ -38,8 +42,9 @@ struct Stream {
   }
 };
 
-// Byte `nth` of each word (u = w + 128) times its column's scale: the byte becomes the top of the mantissa of a float in
-// [128, 256), and one multiply-add takes both offsets out. `twice` is 2 * scale, `offset` -384 * scale.
+// Byte `nth` of each word (u = w + 128) times its column's scale: the byte becomes the top of the
+// mantissa of a float in [128, 256), and one multiply-add removes both offsets.
+// `twice` is 2 * scale, `offset` is -384 * scale.
 template <int NTH>
 INLINE Vec dequantize(IntVec words, Vec twice, Vec offset) {
   const IntVec shifted = NTH < 2 ? words << (15 - 8 * NTH) : words >> (8 * NTH - 15);
@@ -47,8 +52,8 @@ INLINE Vec dequantize(IntVec words, Vec twice, Vec offset) {
 }
 
 #if defined(__AVX512BF16__)
-// A k block of int8 as two bf16 tiles, while the block at `next` is prefetched line by line. Cutting off the low half of a
-// float shrinks it by 2^-9 on average, which the scale makes up.
+// A k block of int8 as two bf16 tiles; the block at `next` is prefetched meanwhile. Truncating a
+// float to its upper half shrinks it by 2^-9 on average, for which the scale compensates.
 INLINE void widen(const char* from, char* tiles, const char* next) {
   for (int half = 0; half < 2; half++) {
     const Vec scale = load(reinterpret_cast<const bf16*>(from) + half * 16) * (1.f + 1.f / 512);
@@ -58,7 +63,9 @@ INLINE void widen(const char* from, char* tiles, const char* next) {
       prefetch_l2(next + half * 512 + quad * 64);
       IntVec v;
       memcpy(&v, bytes, sizeof v);
-      auto pair = [](Vec a, Vec b) { return (IntVec)_mm512_srli_epi32((__m512i)a, 16) | ((IntVec)b & (int32_t)0xffff0000); };
+      auto pair = [](Vec a, Vec b) {
+        return (IntVec)_mm512_srli_epi32((__m512i)a, 16) | ((IntVec)b & (int32_t)0xffff0000);
+      };
       const IntVec first = pair(dequantize<0>(v, twice, offset), dequantize<1>(v, twice, offset));
       const IntVec second = pair(dequantize<2>(v, twice, offset), dequantize<3>(v, twice, offset));
       memcpy(tiles, &first, sizeof first);
@@ -69,13 +76,15 @@ INLINE void widen(const char* from, char* tiles, const char* next) {
 
 // A whole unit as bf16 tiles.
 void widen_unit(const Stream& w, char* tiles) {
-  for (const char* p = w.at; p < w.end; p += K_BYTES[INT8], tiles += TILE_PAIR) widen(p, tiles, w.ahead(p));
+  for (const char* p = w.at; p < w.end; p += K_BYTES[INT8], tiles += TILE_PAIR)
+    widen(p, tiles, w.ahead(p));
 }
 #endif
 
 #if defined(__AMX_TILE__)
 
-// Where tile loads find x: 16 rows `stride` bytes apart, the next 16 rows `lower` bytes on, the next k block `step` bytes on.
+// Where tile loads find x: 16 rows `stride` bytes apart, the next 16 rows `lower` bytes on, the
+// next k block `step` bytes on.
 struct Rows {
   const char* at;
   long stride, lower, step;
@@ -83,11 +92,12 @@ struct Rows {
 INLINE Rows rows_of(const char* x, long stride) { return {x, stride, 16 * stride, 64}; }
 INLINE Rows tiles_of(const char* x) { return {x, 64, TILE_PAIR / 2, TILE_PAIR}; }
 
-// acc [16 * ROW_TILES, 32] (+)= x * unit. int8 is widened one k block ahead of its use, through a buffer that stays in L1.
-// Where many rows pass by (X is STREAM), x is loaded with the hint that keeps it out of L1, which belongs to the unit, and for
-// each k block `pace` bytes at `later` are fetched.
+// acc [16 * ROW_TILES, 32] (+)= x * unit. int8 is widened one k block ahead of its use, through a
+// buffer that stays in L1. With many rows (X is STREAM), x is loaded with the hint that keeps it
+// out of L1, where the unit stays, and for each k block `pace` bytes at `later` are prefetched.
 template <bool WIDEN, int ROW_TILES, Hint X>
-INLINE void tile_product(Rows x, const Stream& w, bool prefetch, bool accumulate, float* acc, const char* later = nullptr, int pace = 0) {
+INLINE void tile_product(Rows x, const Stream& w, bool prefetch, bool accumulate, float* acc,
+                         const char* later = nullptr, int pace = 0) {
   constexpr int bytes = WIDEN ? K_BYTES[INT8] : K_BYTES[BF16];
   alignas(64) char ahead[WIDEN ? 2 * TILE_PAIR : 64];
   if (WIDEN) widen(w.at, ahead, w.ahead(w.at));
@@ -111,15 +121,17 @@ INLINE void tile_product(Rows x, const Stream& w, bool prefetch, bool accumulate
 #endif
 
 #if defined(PAIR_PRODUCTS)
-// Where the weights of a later product lie: `pace` bytes of them are fetched for each k block of this one.
+// The weights of a later product: `pace` bytes of them are prefetched for each k block of this one.
 struct Later {
   const char* at;
   int pace;
 };
 
-// acc [R, 32] (+)= x [R] * the k blocks [at, end) of a unit of bf16 pairs. A row's sum is the same for every R.
+// acc [R, 32] (+)= x [R] * the k blocks [at, end) of a unit of bf16 pairs. A row's sum is the same
+// for every R.
 template <int R>
-INLINE void pair_product(const bf16* x, long x_stride, const char* at, const char* end, Later& later, bool accumulate, float* acc) {
+INLINE void pair_product(const bf16* x, long x_stride, const char* at, const char* end,
+                         Later& later, bool accumulate, float* acc) {
   Vec c[R][2] = {};
   if (accumulate)
     for (int r = 0; r < R; r++)
@@ -140,7 +152,8 @@ INLINE void pair_product(const bf16* x, long x_stride, const char* at, const cha
     for (int j = 0; j < 2; j++) store(acc + r * UNIT + j * W, c[r][j]);
 }
 
-INLINE void pair_rows(int rows, const bf16* x, long x_stride, const char* at, const char* end, Later& later, bool accumulate, float* acc) {
+INLINE void pair_rows(int rows, const bf16* x, long x_stride, const char* at, const char* end,
+                      Later& later, bool accumulate, float* acc) {
   auto run = [&](auto count) {
     pair_product<decltype(count)::value>(x, x_stride, at, end, later, accumulate, acc);
   };
@@ -172,7 +185,8 @@ constexpr int N = BLOCKS * 16 / W;
 
 // acc [R, 32] = x [R] * columns [column, column + 16 * BLOCKS) of the unit, in float.
 template <Type TYPE, int R>
-INLINE void vector_product(const float* x, long x_stride, const Stream& w, bool prefetch, int column, float* acc) {
+INLINE void vector_product(const float* x, long x_stride, const Stream& w, bool prefetch,
+                           int column, float* acc) {
   Vec c[R][N] = {};
   for (const char* p = w.at; p < w.end; p += K_BYTES[TYPE], x += K_BLOCK[TYPE]) {
     if (prefetch) w.prefetch(p, K_BYTES[TYPE]);
@@ -190,7 +204,8 @@ INLINE void vector_product(const float* x, long x_stride, const Stream& w, bool 
           for (int r = 0; r < R; r++) c[r][j] += odd(v) * set(x[r * x_stride + 2 * s + 1]);
         }
       } else {
-        const Vec scale = load(reinterpret_cast<const bf16*>(p) + at), twice = scale * 2.f, offset = scale * -384.f;
+        const Vec scale = load(reinterpret_cast<const bf16*>(p) + at), twice = scale * 2.f,
+                  offset = scale * -384.f;
         const char* b = p + SCALES + at / 16 * 512 + at % 16 * 4;
         for (int s = 0; s < 8; s++, b += 64) {
           IntVec v;
@@ -236,16 +251,19 @@ INLINE void by_rows(int rows, F&& f) {
 }
 
 template <Type TYPE>
-void vector_block(const LinearArgs& a, int64_t first, int rows, const Stream& w, bool prefetch, float* acc) {
+void vector_block(const LinearArgs& a, int64_t first, int rows, const Stream& w, bool prefetch,
+                  float* acc) {
   const float* x = static_cast<const float*>(a.x) + first * a.x_stride;
   for (int column = 0; column < UNIT; column += 16 * BLOCKS)
     by_rows(rows, [&](int r, auto n) {
-      vector_product<TYPE, decltype(n)::value>(x + r * a.x_stride, a.x_stride, w, prefetch && r == 0, column, acc + r * UNIT);
+      vector_product<TYPE, decltype(n)::value>(x + r * a.x_stride, a.x_stride, w,
+                                               prefetch && r == 0, column, acc + r * UNIT);
     });
 }
 
 // acc [rows, 32] = rows [first, first + rows) of x times the unit.
-void block_product(const LinearArgs& a, int64_t first, int rows, const Stream& w, bool prefetch, float* acc) {
+void block_product(const LinearArgs& a, int64_t first, int rows, const Stream& w, bool prefetch,
+                   float* acc) {
 #if defined(__AMX_TILE__)
   if (a.x_type == BF16) {
     const Rows x = rows_of(static_cast<const char*>(a.x) + first * a.x_stride * 2, a.x_stride * 2);
@@ -266,13 +284,14 @@ template <class Y>
 INLINE void write_row(Epilogue epilogue, Y* y, int64_t column, const float* acc) {
   if (epilogue == SILU_AND_MUL) {
     constexpr Precision P = std::is_same_v<Y, bf16> ? COARSE : FINE;
-    for (int j = 0; j < 16; j += W) store(y + column / 2 + j, silu<P>(load(acc + j)) * load(acc + 16 + j));
+    for (int j = 0; j < 16; j += W)
+      store(y + column / 2 + j, silu<P>(load(acc + j)) * load(acc + 16 + j));
   } else {
     for (int j = 0; j < UNIT; j += 2 * W) store(y + column + j, load(acc + j), load(acc + j + W));
   }
 }
 
-// Columns [column, column + count) of a row: acc. Hardly any unit holds a new best.
+// Columns [column, column + count) of a row are in acc. Few units hold a new best.
 INLINE void keep_best(Best& best, int64_t column, int64_t count, const float* acc) {
   IntVec above{};
   for (int j = 0; j < UNIT; j += W) above |= ~(load(acc + j) < set(best.value));
@@ -287,7 +306,8 @@ INLINE void keep_best(Best& best, int64_t column, int64_t count, const float* ac
 void finish_rows(const LinearArgs& a, int64_t column, int64_t first, int64_t rows, float* acc) {
   for (int64_t r = 0; r < rows; r++, acc += UNIT) {
     if (a.linear->bias)
-      for (int j = 0; j < UNIT; j += W) store(acc + j, load(acc + j) + load(a.linear->bias + column + j));
+      for (int j = 0; j < UNIT; j += W)
+        store(acc + j, load(acc + j) + load(a.linear->bias + column + j));
     const int64_t at = (first + r) * a.y_stride;
     if (a.epilogue == BEST) {
       keep_best(a.best[first + r], column, std::min<int64_t>(UNIT, a.columns - column), acc);
@@ -303,7 +323,8 @@ void finish_rows(const LinearArgs& a, int64_t column, int64_t first, int64_t row
 }
 
 #if defined(__AMX_TILE__)
-// Rows [begin, end) of x as the tiles that panel_product reads one behind the other: [rows / 32][k / 32][2][16][32].
+// Rows [begin, end) of x as the sequence of tiles that panel_product reads:
+// [rows / 32][k / 32][2][16][32].
 const char* pack_panel(const LinearArgs& a, int64_t begin, int64_t end) {
   static thread_local Scratch<char> tiles;
   const int64_t blocks = a.linear->k / 32;
@@ -316,13 +337,16 @@ const char* pack_panel(const LinearArgs& a, int64_t begin, int64_t end) {
   return packed;
 }
 
-// Rows [begin, end) of x (`tiles`, as packed above) times one unit of bf16 tiles, as many k at a time as L1 holds of the
-// unit. Meanwhile the next unit is fetched, spread over all the rows: in a burst it would hold up the first of them.
-void panel_product(const LinearArgs& a, int64_t column, int64_t begin, int64_t end, const char* tiles, const Stream& w, float* acc) {
+// Rows [begin, end) of x (`tiles`, as packed above) times one unit of bf16 tiles, as many k at a
+// time as L1 holds of the unit. The next unit is prefetched meanwhile, spread over all rows: a
+// burst would stall the first of them.
+void panel_product(const LinearArgs& a, int64_t column, int64_t begin, int64_t end,
+                   const char* tiles, const Stream& w, float* acc) {
   const long block = a.linear->k * 2 * MAX_ROWS, part = DEEP * TILE_PAIR;
   const int64_t blocks = (end - begin + MAX_ROWS - 1) / MAX_ROWS;
   const int64_t pace = w.next ? (TILE_PAIR / blocks + 63) / 64 * 64 : 0;
-  const int64_t advance = w.end - w.at > part ? MAX_ROWS * UNIT : 0;  // sums that nothing is added to stay in L1
+  // With a single part every block of rows uses the same sums, which stay in L1.
+  const int64_t advance = w.end - w.at > part ? MAX_ROWS * UNIT : 0;
   const char* later = w.next;
   for (const char* at = w.at; at < w.end; at += part) {
     const Stream stream{at, std::min(at + part, w.end), nullptr};
@@ -338,22 +362,24 @@ void panel_product(const LinearArgs& a, int64_t column, int64_t begin, int64_t e
 #endif
 
 #if defined(PAIR_PRODUCTS)
-// Rows [begin, end) of x times one unit of bf16 pairs, as many k at a time as L2 holds beside the next part of the weights.
-// That part is fetched meanwhile, spread over all the rows: in a burst it would hold up the first of them.
+// Rows [begin, end) of x times one unit of bf16 pairs, as many k at a time as L2 holds beside the
+// next part of the weights. That part is prefetched meanwhile, spread over all rows: a burst would
+// stall the first of them.
 void pair_unit(const LinearArgs& a, int64_t column, int64_t begin, int64_t end, const Stream& w) {
   static thread_local Scratch<float> panel;
   float* const acc = panel.fit(PANEL * UNIT);
   const int64_t rows = end - begin, blocks = (rows + PAIR_ROWS - 1) / PAIR_ROWS;
   const int64_t depth = (w.end - w.at) / TILE_PAIR, parts = (depth + PAIR_PART - 1) / PAIR_PART;
   const int64_t part = (depth + parts - 1) / parts * TILE_PAIR;
-  const int64_t advance = parts > 1 ? UNIT : 0;  // sums that nothing is added to stay in L1
+  // With a single part every block of rows uses the same sums, which stay in L1.
+  const int64_t advance = parts > 1 ? UNIT : 0;
   const bf16* x = static_cast<const bf16*>(a.x) + begin * a.x_stride;
   for (const char* at = w.at; at < w.end; at += part, x += part / TILE_PAIR * 32) {
     const char* stop = std::min(at + part, w.end);
     const char* next = stop < w.end ? stop : w.next;
     Later later{next, next ? int((TILE_PAIR / blocks + 63) / 64 * 64) : 0};
     for (int64_t i = 0; i < blocks; i++) {
-      const Range block = share(rows, int(i), int(blocks));  // evenly: few rows would wait for their weights
+      const Range block = share(rows, int(i), int(blocks));  // even: few rows wait for weights
       const int64_t r = block.begin, count = block.end - r;
       float* to = acc + r * advance;
       pair_rows(int(count), x + r * a.x_stride, a.x_stride, at, stop, later, at != w.at, to);
@@ -364,7 +390,8 @@ void pair_unit(const LinearArgs& a, int64_t column, int64_t begin, int64_t end, 
 #endif
 
 // Rows [begin, end) times one unit.
-void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end, [[maybe_unused]] const char* packed, Stream w) {
+void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end,
+              [[maybe_unused]] const char* packed, Stream w) {
   const int64_t column = unit * UNIT;
 #if defined(__AMX_TILE__)
   if (a.x_type == BF16 && end - begin > MAX_ROWS) {
@@ -408,13 +435,15 @@ LinearArgs with_floats(LinearArgs a) {
   const int64_t k = a.linear->k;
   float* to = floats.fit(a.rows * k);
   for (int64_t r = 0; r < a.rows; r++)
-    for (int64_t i = 0; i < k; i += W) store(to + r * k + i, load(static_cast<const bf16*>(a.x) + r * a.x_stride + i));
+    for (int64_t i = 0; i < k; i += W)
+      store(to + r * k + i, load(static_cast<const bf16*>(a.x) + r * a.x_stride + i));
   a.x = to, a.x_stride = k, a.x_type = F32;
   return a;
 }
 #endif
 
-// Units of one panel of rows, until none is left. To help others out (`late`) pays only while much is left.
+// Takes units of one panel of rows until none is left. Helping with another thread's panel (`late`)
+// pays only while many units of it are left.
 void run_panel(LinearArgs a, int64_t first, int64_t last, Phase& phase, int threads, bool late) {
   const Linear& l = *a.linear;
   const int64_t units = l.n / UNIT, bytes = l.k / K_BLOCK[l.type] * K_BYTES[l.type];
@@ -436,7 +465,8 @@ void run_panel(LinearArgs a, int64_t first, int64_t last, Phase& phase, int thre
     for (int64_t u = begin; u < end; u++) {
       const char* at = weight + u * bytes;
       const int64_t after = u + 1 < end ? u + 1 : following;
-      run_unit(a, u, first, last, packed, {at, at + bytes, after < units ? weight + after * bytes : nullptr});
+      run_unit(a, u, first, last, packed,
+               {at, at + bytes, after < units ? weight + after * bytes : nullptr});
     }
     phase.finish(end - begin);
     begin = following;
@@ -456,7 +486,8 @@ void linear_units(const LinearArgs& args, Phase* panels, int thread, int threads
     [[maybe_unused]] Tiles tiles;
     for (int64_t i = 0; i < count; i++) {
       const int64_t panel = (thread + i) % count, begin = panel * size;
-      run_panel(args, begin, std::min(begin + size, args.rows), panels[panel], threads, count > 1 && i > 0);
+      run_panel(args, begin, std::min(begin + size, args.rows), panels[panel], threads,
+                count > 1 && i > 0);
     }
   }
   for (int64_t i = 0; i < count; i++) panels[i].wait(args.linear->n / UNIT);

@@ -1,8 +1,10 @@
-// C[R][NB * 16] (+)= A[R][k] * B[k][NB * 16] on the vector units: the one inner loop behind q.k, p.v and the linears.
+// C[R][NB * 16] (+)= A[R][k] * B[k][NB * 16] on the vector units: the one inner loop behind q.k,
+// p.v and the linears.
 //
-// B is stored in blocks of 16 columns, `block_stride` elements apart. A step is one k for float and int8, a pair of k for
-// bf16 (columns [16][2], as the tile instructions read them), `step_stride` elements apart. A is float, or with AVX512-BF16
-// bf16 where B is; its rows then are `lda` elements apart, an even number.
+// B is stored in blocks of 16 columns, `block_stride` elements apart. A step is one k for float and
+// int8, a pair of k for bf16 (columns [16][2], as the tile instructions read them), `step_stride`
+// elements apart. A is float, or with AVX512-BF16 bf16 where B is; its rows then are `lda` elements
+// apart, an even number.
 #pragma once
 #include <algorithm>
 
@@ -26,8 +28,8 @@ template <class T>
 constexpr int STEP = std::is_same<T, bf16>::value ? 2 : 1;  // k per step
 
 template <class T, int R, int NB, bool ACCUMULATE, class A>
-static INLINE void product(const A* a, long lda, const T* b, long step_stride, long block_stride, float* c, long ldc,
-                           int steps, Prefetcher& ahead) {
+static INLINE void product(const A* a, long lda, const T* b, long step_stride, long block_stride,
+                           float* c, long ldc, int steps, Prefetcher& ahead) {
   constexpr int VB = BLOCK / W, N = NB * VB;
   Vec acc[R][N];
   for (int r = 0; r < R; r++)
@@ -46,7 +48,7 @@ static INLINE void product(const A* a, long lda, const T* b, long step_stride, l
       continue;
     } else
 #endif
-    if constexpr (STEP<T> == 2) {
+        if constexpr (STEP<T> == 2) {
       IntVec pairs[N];
       for (int j = 0; j < N; j++) pairs[j] = load_pairs(b + j / VB * block_stride + j % VB * W * 2);
       for (int r = 0; r < R; r++) {
@@ -72,13 +74,14 @@ static INLINE void product(const A* a, long lda, const T* b, long step_stride, l
 
 // Any number of rows, `blocks` <= MAX_BLOCKS column blocks.
 template <class T, bool ACCUMULATE, int NB, class A>
-static INLINE void product_rows(int rows, const A* a, long lda, const T* b, long step_stride, long block_stride, float* c,
-                         long ldc, int steps, Prefetcher& ahead) {
+static INLINE void product_rows(int rows, const A* a, long lda, const T* b, long step_stride,
+                                long block_stride, float* c, long ldc, int steps,
+                                Prefetcher& ahead) {
   for (int r = 0; r < rows;) {
     const int n = std::min(MAX_ROWS, rows - r);
     auto run = [&](auto count) {
-      product<T, decltype(count)::value, NB, ACCUMULATE>(a + r * lda, lda, b, step_stride, block_stride, c + r * ldc, ldc,
-                                                         steps, ahead);
+      product<T, decltype(count)::value, NB, ACCUMULATE>(
+          a + r * lda, lda, b, step_stride, block_stride, c + r * ldc, ldc, steps, ahead);
     };
     switch (n) {
       case 1: run(std::integral_constant<int, 1>{}); break;
@@ -96,15 +99,16 @@ static INLINE void product_rows(int rows, const A* a, long lda, const T* b, long
 
 // Any number of column blocks: full groups of MAX_BLOCKS, then one by one.
 template <class T, bool ACCUMULATE, class A>
-static INLINE void product_blocks(int rows, int blocks, const A* a, long lda, const T* b, long step_stride,
-                                  long block_stride, float* c, long ldc, int steps, Prefetcher& ahead) {
+static INLINE void product_blocks(int rows, int blocks, const A* a, long lda, const T* b,
+                                  long step_stride, long block_stride, float* c, long ldc,
+                                  int steps, Prefetcher& ahead) {
   int j = 0;
   for (; j + MAX_BLOCKS <= blocks; j += MAX_BLOCKS)
-    product_rows<T, ACCUMULATE, MAX_BLOCKS>(rows, a, lda, b + j * block_stride, step_stride, block_stride, c + j * BLOCK, ldc,
-                                            steps, ahead);
+    product_rows<T, ACCUMULATE, MAX_BLOCKS>(rows, a, lda, b + j * block_stride, step_stride,
+                                            block_stride, c + j * BLOCK, ldc, steps, ahead);
   for (; MAX_BLOCKS > 1 && j < blocks; j++)
-    product_rows<T, ACCUMULATE, 1>(rows, a, lda, b + j * block_stride, step_stride, block_stride, c + j * BLOCK, ldc, steps,
-                                   ahead);
+    product_rows<T, ACCUMULATE, 1>(rows, a, lda, b + j * block_stride, step_stride, block_stride,
+                                   c + j * BLOCK, ldc, steps, ahead);
 }
 
 }  // namespace chunkllama

@@ -1,6 +1,8 @@
-// A whole forward pass in one parallel region: embedding, all layers, final norm. The residual stream is float; a layer is
+// A whole forward pass in one parallel region: embedding, all layers, final norm. The residual
+// stream is float; a layer is
 //
-//   norm | qkv | rotate and append | attention | merge | output projection added | norm | gate and up | down added
+//   norm | qkv | rotate and append | attention | merge | output projection added | norm |
+//   gate and up | down added
 //
 // each a phase.
 #include <algorithm>
@@ -17,7 +19,7 @@
 namespace chunkllama {
 namespace {
 
-// An odd number of cache lines of bf16, so that the rows of a tile do not fall into the same few sets.
+// An odd number of cache lines of bf16, so that the rows of a tile do not map to the same few sets.
 constexpr int64_t stride(int64_t size) { return (size + 63) / 64 * 64 + 32; }
 
 constexpr int64_t LINEARS = 4, OTHERS = 5;  // phases of a layer; a linear has one for each panel
@@ -25,7 +27,11 @@ constexpr int64_t LINEARS = 4, OTHERS = 5;  // phases of a layer; a linear has o
 class Pass {
  public:
   Pass(const Model& m, const Step& s, int threads)
-      : m_(m), s_(s), threads_(threads), rows_(s.plan.num_rows), panels_((rows_ - 1) / panel_rows(rows_, threads) + 1),
+      : m_(m),
+        s_(s),
+        threads_(threads),
+        rows_(s.plan.num_rows),
+        panels_((rows_ - 1) / panel_rows(rows_, threads) + 1),
         phases_(new Phase[m.num_layers * (LINEARS * panels_ + OTHERS) + 2]) {
     const int32_t* single = s.plan.row_flags;
     merges_ = std::find(single, single + rows_, 0) != single + rows_;
@@ -49,16 +55,17 @@ class Pass {
       return;
     }
     for (int64_t i = 0; i < m_.hidden; i++)
-      to[i] = m_.embedding_type == BF16 ? to_float(static_cast<const bf16*>(m_.embedding)[id * m_.hidden + i])
-                                        : static_cast<const float*>(m_.embedding)[id * m_.hidden + i];
+      to[i] = m_.embedding_type == BF16
+                  ? to_float(static_cast<const bf16*>(m_.embedding)[id * m_.hidden + i])
+                  : static_cast<const float*>(m_.embedding)[id * m_.hidden + i];
   }
 
   // Returns the phase after its own.
   Phase* layer(int64_t index, int thread, Phase* phase) {
     const Layer& l = m_.layers[index];
     const int64_t width = stride(m_.heads.q_heads * m_.heads.head_dim), qkv_stride = l.qkv.n;
-    auto linear = [&](const Linear& weight, const void* x, int64_t x_stride, void* y, int64_t y_stride, Type y_type,
-                      Epilogue epilogue) {
+    auto linear = [&](const Linear& weight, const void* x, int64_t x_stride, void* y,
+                      int64_t y_stride, Type y_type, Epilogue epilogue) {
       const LinearArgs a{&weight, x, x_stride, activations(), y, y_stride, y_type, epilogue, rows_};
       linear_units(a, phase, thread, threads_);
       phase += panels_;
@@ -67,23 +74,27 @@ class Pass {
     norm(*phase++, l.attention_norm, s_.normed, activations());
     linear(l.qkv, s_.normed, stride(m_.hidden), s_.qkv, qkv_stride, activations(), STORE);
 
-    const RopeArgs rope{s_.plan, m_.heads, s_.positions, s_.cos_sin, s_.qkv, s_.qkv, qkv_stride, qkv_stride, s_.kv[index]};
+    const RopeArgs rope{s_.plan, m_.heads,   s_.positions, s_.cos_sin,  s_.qkv,
+                        s_.qkv,  qkv_stride, qkv_stride,   s_.kv[index]};
     by_rows(*phase++, rows_, [&](int64_t begin, int64_t end) {
       rope_append_rows(rope, append_boundary(rope, begin), append_boundary(rope, end));
     });
 
-    const AttentionArgs attention{s_.plan, m_.heads, s_.positions, s_.qkv, s_.attention, qkv_stride, width, s_.kv[index],
-                                  s_.partial_out, s_.partial_lse, m_.scale, m_.vector_rows};
+    const AttentionArgs attention{s_.plan,        m_.heads,       s_.positions, s_.qkv,
+                                  s_.attention,   qkv_stride,     width,        s_.kv[index],
+                                  s_.partial_out, s_.partial_lse, m_.scale,     m_.vector_rows};
     attention_units(attention, *phase++);
     if (merges_)
-      by_rows(*phase, rows_ * m_.heads.q_heads, [&](int64_t begin, int64_t end) { merge_partials(attention, begin, end); });
+      by_rows(*phase, rows_ * m_.heads.q_heads,
+              [&](int64_t begin, int64_t end) { merge_partials(attention, begin, end); });
     phase++;
 
-    give_way();  // twice a layer is every 0.2 to 0.4 ms here; after each phase gained no more under the server
+    yield_core();  // twice a layer: yielding after each phase gained no more under the server
     linear(l.o, s_.attention, width, s_.hidden, stride(m_.hidden), F32, ADD);
     norm(*phase++, l.mlp_norm, s_.normed, activations());
-    linear(l.gate_up, s_.normed, stride(m_.hidden), s_.mlp, stride(l.down.k), activations(), SILU_AND_MUL);
-    give_way();
+    linear(l.gate_up, s_.normed, stride(m_.hidden), s_.mlp, stride(l.down.k), activations(),
+           SILU_AND_MUL);
+    yield_core();
     linear(l.down, s_.mlp, stride(l.down.k), s_.hidden, stride(m_.hidden), F32, ADD);
     return phase;
   }
@@ -96,16 +107,17 @@ class Pass {
   }
 
   void norm(Phase& phase, const float* weight, void* y, Type y_type) {
-    const NormArgs a{s_.hidden, nullptr, nullptr, y, weight, m_.hidden, stride(m_.hidden), stride(m_.hidden), F32, y_type, m_.eps};
+    const NormArgs a{s_.hidden,         nullptr,           nullptr, y,      weight, m_.hidden,
+                     stride(m_.hidden), stride(m_.hidden), F32,     y_type, m_.eps};
     by_rows(phase, rows_, [&](int64_t begin, int64_t end) { rms_norm_rows(a, begin, end); });
   }
 
   const Model& m_;
   const Step& s_;
-  const int threads_;  // as asked for: the team may be smaller, but the panels are cut once
+  const int threads_;  // requested: the team may be smaller, but the panels are cut once
   const int64_t rows_, panels_;
   const std::unique_ptr<Phase[]> phases_;  // in the order of the work
-  bool merges_;  // some row has several partials
+  bool merges_;                            // some row has several partials
 };
 
 }  // namespace
@@ -116,7 +128,9 @@ using namespace chunkllama;
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The type activations have in a model whose weights have this type.
-EXPORT int32_t ck_activation_type(int32_t weight_type) { return weight_type == F32 ? F32 : NARROW_ACTIVATIONS; }
+EXPORT int32_t ck_activation_type(int32_t weight_type) {
+  return weight_type == F32 ? F32 : NARROW_ACTIVATIONS;
+}
 
 EXPORT void ck_forward(const Model* model, const Step* step, int threads) {
   Pass pass(*model, *step, threads);
@@ -124,21 +138,23 @@ EXPORT void ck_forward(const Model* model, const Step* step, int threads) {
 }
 
 // One linear layer on x of the model's activation type: y [rows, y_stride] float.
-EXPORT void ck_linear(const Linear* linear, const void* x, int64_t x_stride, int32_t x_type, float* y, int64_t y_stride,
-                      int64_t rows, int threads) {
+EXPORT void ck_linear(const Linear* linear, const void* x, int64_t x_stride, int32_t x_type,
+                      float* y, int64_t y_stride, int64_t rows, int threads) {
   const LinearArgs args{linear, x, x_stride, x_type, y, y_stride, F32, STORE, rows};
   const std::unique_ptr<Phase[]> panels(new Phase[rows / panel_rows(rows, threads) + 1]);
   parallel(threads, [&](int thread, int) { linear_units(args, panels.get(), thread, threads); });
 }
 
-// The largest of the first `columns` columns of each row (NaN if one is) and its index: all that greedy sampling needs of
-// the head.
-EXPORT void ck_best(const Linear* linear, const void* x, int64_t x_stride, int32_t x_type, int64_t columns, float* values,
-                    int64_t* indices, int64_t rows, int threads) {
+// The largest of the first `columns` columns of each row (NaN if one is) and its index, which is
+// all that greedy sampling needs of the head.
+EXPORT void ck_best(const Linear* linear, const void* x, int64_t x_stride, int32_t x_type,
+                    int64_t columns, float* values, int64_t* indices, int64_t rows, int threads) {
   const std::unique_ptr<Phase[]> panels(new Phase[rows / panel_rows(rows, threads) + 1]);
   std::vector<Best> found(threads * rows, {-INFINITY, 0});
   parallel(threads, [&](int thread, int) {
-    const LinearArgs args{linear, x, x_stride, x_type, nullptr, 0, F32, BEST, rows, found.data() + thread * rows, columns};
+    const LinearArgs args{linear, x,   x_stride, x_type, nullptr,
+                          0,      F32, BEST,     rows,   found.data() + thread * rows,
+                          columns};
     linear_units(args, panels.get(), thread, threads);
   });
   for (int64_t r = 0; r < rows; r++) {
@@ -150,9 +166,12 @@ EXPORT void ck_best(const Linear* linear, const void* x, int64_t x_stride, int32
   }
 }
 
-EXPORT void ck_pack(const void* w, int32_t w_type, int64_t n, int64_t k, const Linear* packed, int threads) {
+EXPORT void ck_pack(const void* w, int32_t w_type, int64_t n, int64_t k, const Linear* packed,
+                    int threads) {
   Phase units;
   parallel(threads, [&](int, int) {
-    units.run(packed->n / UNIT, 1, [&](int64_t begin, int64_t end) { pack_units(w, w_type, n, k, *packed, begin, end); });
+    units.run(packed->n / UNIT, 1, [&](int64_t begin, int64_t end) {
+      pack_units(w, w_type, n, k, *packed, begin, end);
+    });
   });
 }

@@ -1,6 +1,7 @@
 // The exported functions: each opens one parallel region and returns when its work is done.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #if defined(__AMX_TILE__)
 #include <sys/syscall.h>
@@ -16,14 +17,31 @@ using namespace chunkllama;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Non-zero if the kernel grants this process what this level needs (AMX tile state; it may refuse).
+// Non-zero if the operating system permits what this level needs: AMX tile state, which it may
+// refuse.
 EXPORT int ck_initialize() {
 #if defined(__AMX_TILE__)
-  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr long request_permission = 0x1023,
+                 tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
   return 1;
 #endif
+}
+
+// Size of a struct of this ABI, 0 for an unknown name: Python compares it with the size of its own.
+EXPORT int64_t ck_struct_size(const char* name) {
+#define SIZE(type) \
+  { #type, sizeof(type) }
+  static constexpr struct {
+    const char* name;
+    int64_t size;
+  } sizes[] = {SIZE(Plan),   SIZE(Heads), SIZE(AttentionArgs), SIZE(RopeArgs), SIZE(NormArgs),
+               SIZE(Linear), SIZE(Layer), SIZE(Model),         SIZE(Step)};
+#undef SIZE
+  for (const auto& each : sizes)
+    if (std::strcmp(each.name, name) == 0) return each.size;
+  return 0;
 }
 
 // Elements of one chunk in one layer.
@@ -55,7 +73,8 @@ EXPORT void ck_rms_norm(const NormArgs* args, int64_t rows, int threads) {
   });
 }
 
-EXPORT void ck_silu_and_mul(const void* gate_up, void* y, int64_t rows, int64_t size, int32_t type, int threads) {
+EXPORT void ck_silu_and_mul(const void* gate_up, void* y, int64_t rows, int64_t size, int32_t type,
+                            int threads) {
   parallel(threads, [&](int thread, int team) {
     const Range r = share(rows, thread, team);
     silu_and_mul_rows(gate_up, y, size, type, r.begin, r.end);
@@ -63,10 +82,12 @@ EXPORT void ck_silu_and_mul(const void* gate_up, void* y, int64_t rows, int64_t 
 }
 
 // triples [count, 3]: source, destination, tokens; in every layer, in order.
-EXPORT void ck_copy_chunks(void* const* kv, int64_t layers, const Heads* heads, const int32_t* triples, int64_t count, int threads) {
+EXPORT void ck_copy_chunks(void* const* kv, int64_t layers, const Heads* heads,
+                           const int32_t* triples, int64_t count, int threads) {
   parallel(threads, [&](int thread, int team) {
     const Range r = share(layers, thread, team);
     for (int64_t layer = r.begin; layer < r.end; layer++)
-      for (const int32_t* t = triples; t < triples + 3 * count; t += 3) copy_chunk(kv[layer], *heads, t[0], t[1], t[2]);
+      for (const int32_t* t = triples; t < triples + 3 * count; t += 3)
+        copy_chunk(kv[layer], *heads, t[0], t[1], t[2]);
   });
 }

@@ -1,5 +1,5 @@
-// Spreads prefetches of the next data over the work on the present data. In bursts they fill the L1 fill buffers and hold
-// a core near 7 GB/s; paced through the arithmetic they cost nothing.
+// Spreads prefetches of the next data over the work on the current data. Bursts fill the L1 fill
+// buffers and limit a core to about 7 GB/s; paced through the arithmetic they cost nothing.
 #pragma once
 #include "vec.h"
 
@@ -14,8 +14,8 @@ class Prefetcher {
     bytes_[count_++] = bytes;
     lines_ += (bytes + 63) / 64;
   }
-  // A place is where the work calls step(); a long stretch of work counts as several. A line at each, or (after the last
-  // add) all lines over so many.
+  // The work calls step() at each place; a long stretch of work counts as several places. pace()
+  // fetches a line at each place; spread(), after the last add(), all lines over that many places.
   void pace() { rate_ = LINE; }
   void spread(int places) { rate_ = (int(lines_) * LINE + places - 1) / places; }
   INLINE void step(int places = 1) {

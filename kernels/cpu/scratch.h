@@ -1,4 +1,4 @@
-// A buffer that grows to the largest size asked for and is freed with its thread.
+// A buffer that grows to the largest size requested and is freed with its thread.
 #pragma once
 #include <cstddef>
 #include <cstdlib>

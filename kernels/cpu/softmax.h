@@ -1,5 +1,6 @@
-// Online softmax (base 2) of up to 16 rows of scores: turns scores into probabilities relative to each row's reference m,
-// adds them to its sum, and where m must rise rescales its output accumulator.
+// Online softmax (base 2) of up to 16 rows of scores: turns scores into probabilities relative to
+// each row's reference m, adds them to its sum, and where m must rise rescales its output
+// accumulator.
 #pragma once
 #include <cmath>
 
@@ -9,14 +10,14 @@
 
 namespace chunkllama {
 
-constexpr int STEP_CHUNKS = 2;                                   // chunks per softmax step: scores and accumulators stay in L1
+constexpr int STEP_CHUNKS = 2;  // chunks per softmax step: scores and accumulators stay in L1
 constexpr int STEP_KEYS = STEP_CHUNKS * CHUNK;
-constexpr long SCORE_STRIDE = STEP_KEYS + 16;                    // off powers of two, or tile stores hit 4 L1 sets
+constexpr long SCORE_STRIDE = STEP_KEYS + 16;  // no power of two, or tile stores hit 4 L1 sets
 constexpr long PROB_STRIDE = STEP_KEYS + 32;
 constexpr long OUT_PAD = 16;
-constexpr float NO_REFERENCE = -1e30f;                           // finite: -inf - -inf would be NaN
-// Exponents may exceed the reference by this much before it follows the maximum: floats have the room, and accumulators are
-// rarely rescaled (as in FlashAttention-4).
+constexpr float NO_REFERENCE = -1e30f;  // finite: -inf - -inf would be NaN
+// Exponents may exceed the reference by this much before it follows the maximum: a float holds the
+// sums, and accumulators are rarely rescaled (as in FlashAttention-4).
 constexpr float SLACK = 8;
 
 struct RowState {
@@ -24,12 +25,16 @@ struct RowState {
   float* sum;        // [rows, W], lane by lane
   float* out;        // [rows, out_stride]
   long out_stride, head_dim;
-  RowState from(int row) const { return {reference + row, sum + row * W, out + row * out_stride, out_stride, head_dim}; }
+  RowState from(int row) const {
+    return {reference + row, sum + row * W, out + row * out_stride, out_stride, head_dim};
+  }
 };
 
-// Sets references to the rows' maxima where these are larger, and rescales what was summed up relative to the old ones.
+// Sets references to the rows' maxima where these are larger, and rescales what was summed up
+// relative to the old ones.
 template <bool MASKED>
-static INLINE void raise_references(const float* scores, int rows, int keys, const int* visible, float scale, const RowState& state) {
+static INLINE void raise_references(const float* scores, int rows, int keys, const int* visible,
+                                    float scale, const RowState& state) {
   const Vec minus_infinity = set(-INFINITY);
   for (int r = 0; r < rows; r++) {
     const float* s = scores + r * SCORE_STRIDE;
@@ -51,10 +56,12 @@ static INLINE void raise_references(const float* scores, int rows, int keys, con
   }
 }
 
-// probs = 2^(scores * scale - reference) and their sums by row and lane; false if some exponent exceeds SLACK.
+// probs = 2^(scores * scale - reference) and their sums by row and lane; false if some exponent
+// exceeds SLACK.
 template <bool MASKED, Precision PRECISION, class P>
-static INLINE bool exponentiate(const float* scores, P* probs, long prob_stride, int rows, int keys, const int* visible,
-                                float scale, const float* reference, Vec* sums, Prefetcher& ahead) {
+static INLINE bool exponentiate(const float* scores, P* probs, long prob_stride, int rows, int keys,
+                                const int* visible, float scale, const float* reference, Vec* sums,
+                                Prefetcher& ahead) {
   Vec top[2] = {Vec{}, Vec{}};
   const Vec scale_v = set(scale);
   for (int r = 0; r < rows; r++) {
@@ -79,16 +86,20 @@ static INLINE bool exponentiate(const float* scores, P* probs, long prob_stride,
   return !any(max(top[0], top[1]) > SLACK);
 }
 
-// scores [rows, SCORE_STRIDE] -> probs [rows, prob_stride]. visible[r]: keys of this step that row r sees (MASKED only).
-// Tried first with the references as they are: one pass, and no maxima to look for. Per 2 W keys of a row `ahead` goes a step.
+// scores [rows, SCORE_STRIDE] -> probs [rows, prob_stride]. visible[r]: keys of this step that row
+// r sees (MASKED only). The first attempt uses the current references: one pass and no search for
+// maxima. `ahead` makes a step per 2 W keys of a row.
 template <bool MASKED, Precision PRECISION, class P>
-static INLINE void online_softmax(const float* scores, P* probs, long prob_stride, int rows, int keys, const int* visible,
-                                  float scale, const RowState& state, Prefetcher& ahead) {
+static INLINE void online_softmax(const float* scores, P* probs, long prob_stride, int rows,
+                                  int keys, const int* visible, float scale, const RowState& state,
+                                  Prefetcher& ahead) {
   Vec sums[16];
   auto attempt = [&] {
-    return exponentiate<MASKED, PRECISION>(scores, probs, prob_stride, rows, keys, visible, scale, state.reference, sums, ahead);
+    return exponentiate<MASKED, PRECISION>(scores, probs, prob_stride, rows, keys, visible, scale,
+                                           state.reference, sums, ahead);
   };
-  if (state.reference[0] == NO_REFERENCE || !attempt()) {  // the first step would always exceed SLACK
+  // The first step has no reference yet and would always exceed SLACK.
+  if (state.reference[0] == NO_REFERENCE || !attempt()) {
     raise_references<MASKED>(scores, rows, keys, visible, scale, state);
     attempt();
   }

@@ -1,6 +1,7 @@
-// One parallel region per native call, on the OpenMP runtime that torch has already loaded. Inside it threads go from phase
-// to phase without meeting: a phase is over when all its work is done, whoever did it. So a thread whose core serves another
-// process (the API's, a client's) holds nobody up before the region's end, unless it was stopped in the midst of a unit.
+// One parallel region per native call, on the OpenMP runtime that torch has already loaded. Inside
+// it threads go from phase to phase without barriers: a phase is finished when all its work is
+// done, by any of the threads. So a thread whose core runs another process (the API's, a client's)
+// delays the others only if it was preempted while it worked on a unit.
 #pragma once
 #include <omp.h>
 #include <sched.h>
@@ -16,21 +17,23 @@ static inline void pause_cpu() {
 #endif
 }
 
-// Work in units that whoever has time takes. Who finds none left must touch nothing of the phase's input: others may be
-// overwriting it already.
+// Work in units that the threads take one by one. A thread that finds none left must not touch the
+// phase's input: other threads may be overwriting it already.
 class Phase {
  public:
-  int64_t take(int64_t count = 1) { return taken_.count.fetch_add(count, std::memory_order_relaxed); }
+  int64_t take(int64_t count = 1) {
+    return taken_.count.fetch_add(count, std::memory_order_relaxed);
+  }
   int64_t taken() const { return taken_.count.load(std::memory_order_relaxed); }
   void finish(int64_t count = 1) { finished_.count.fetch_add(count, std::memory_order_release); }
-  // Until `total` units are finished: spins shortly, then lets others have the core.
+  // Returns when `total` units are finished; spins briefly, then yields the core.
   void wait(int64_t total) const {
     for (int spins = 0; finished_.count.load(std::memory_order_acquire) < total; spins++) {
       if (spins < 1000) pause_cpu();
       else sched_yield();
     }
   }
-  // All of it: work(begin, end) for `grain` units at a time.
+  // Runs work(begin, end) on `grain` units at a time until all are finished.
   template <class F>
   void run(int64_t total, int64_t grain, F&& work) {
     for (int64_t begin; (begin = take(grain)) < total;) {
@@ -48,10 +51,13 @@ class Phase {
 };
 
 // Units for rows of little work: a few for each thread.
-static inline int64_t row_grain(int64_t rows, int threads) { return (rows + 2 * threads - 1) / (2 * threads); }
+static inline int64_t row_grain(int64_t rows, int threads) {
+  return (rows + 2 * threads - 1) / (2 * threads);
+}
 
-// To be called between phases, where a thread holds no unit: another process gets the core now rather than amid a unit.
-static inline void give_way() { sched_yield(); }
+// Called between phases, where a thread holds no unit: the operating system then schedules another
+// process here rather than in the middle of a unit.
+static inline void yield_core() { sched_yield(); }
 
 // Runs work(thread, threads) on every thread of the team.
 template <class F>

@@ -1,4 +1,5 @@
-// AMX tiles. Own functions, because gcc's intrinsics have no memory clobber: stores to a buffer could move past a load.
+// AMX tiles. They are inline assembly because gcc's intrinsics have no memory clobber: stores to a
+// buffer could move past a load.
 #pragma once
 #if defined(__AMX_TILE__)
 #include <cstdint>
@@ -12,7 +13,8 @@ enum Hint { KEEP, STREAM };  // STREAM: data that is not used again soon stays o
 
 template <int TILE, Hint HINT = KEEP>
 static INLINE void tile_load(const void* p, long stride) {
-  if constexpr (HINT == KEEP) asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(TILE) : "memory");
+  if constexpr (HINT == KEEP)
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(TILE) : "memory");
   else asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(TILE) : "memory");
 }
 template <int TILE>
@@ -45,18 +47,25 @@ struct TileSum {
     unroll<ROWS * COLUMNS>([](auto t) { tile_zero<t()>(); });
   }
   static INLINE void load(const float* from, long stride) {
-    unroll<ROWS * COLUMNS>([&](auto t) { tile_load<t()>(from + t() / COLUMNS * 16 * stride + t() % COLUMNS * 16, stride * 4); });
+    unroll<ROWS * COLUMNS>([&](auto t) {
+      tile_load<t()>(from + t() / COLUMNS * 16 * stride + t() % COLUMNS * 16, stride * 4);
+    });
   }
   static INLINE void store(float* to, long stride) {
-    unroll<ROWS * COLUMNS>([&](auto t) { tile_store<t()>(to + t() / COLUMNS * 16 * stride + t() % COLUMNS * 16, stride * 4); });
+    unroll<ROWS * COLUMNS>([&](auto t) {
+      tile_store<t()>(to + t() / COLUMNS * 16 * stride + t() % COLUMNS * 16, stride * 4);
+    });
   }
   // += a * b: ROWS tiles of a, `a_next` bytes apart, by COLUMNS tiles of b.
   template <Hint A, Hint B>
-  static INLINE void add_product(const void* a, long a_stride, long a_next, const void* b, long b_stride, long b_next) {
+  static INLINE void add_product(const void* a, long a_stride, long a_next, const void* b,
+                                 long b_stride, long b_next) {
     unroll<COLUMNS>([&](auto c) {
       unroll<ROWS>([&](auto r) {
-        if constexpr (c() == 0) tile_load<4 + r(), A>(static_cast<const char*>(a) + r() * a_next, a_stride);
-        if constexpr (r() == 0) tile_load<6 + c() % 2, B>(static_cast<const char*>(b) + c() * b_next, b_stride);
+        if constexpr (c() == 0)
+          tile_load<4 + r(), A>(static_cast<const char*>(a) + r() * a_next, a_stride);
+        if constexpr (r() == 0)
+          tile_load<6 + c() % 2, B>(static_cast<const char*>(b) + c() * b_next, b_stride);
         tile_dot_bf16<r() * COLUMNS + c(), 4 + r(), 6 + c() % 2>();
       });
     });
@@ -69,7 +78,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// All eight tiles 16 rows of 64 bytes, for as long as the object lives in this thread.
+// Configures all eight tiles as 16 rows of 64 bytes in this thread, until the object is destroyed.
 class Tiles {
  public:
   Tiles() {

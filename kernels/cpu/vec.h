@@ -1,5 +1,6 @@
-// Vectors of floats as wide as the instruction set this unit is compiled for: GCC vector extensions, so that AVX512,
-// AVX2 and the portable baseline share one source; intrinsics only where the extensions have no word for it.
+// Vectors of floats as wide as the instruction set this unit is compiled for: GCC vector
+// extensions, so that AVX512, AVX2 and the portable baseline share one source; intrinsics only
+// where the extensions lack an operation.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -161,9 +162,12 @@ static INLINE IntVec lanes() {
   return v;
 }
 // x in the first `count` lanes, `other` in the rest.
-static INLINE Vec first_lanes(int count, Vec x, Vec other) { return lanes() < set((int32_t)count) ? x : other; }
+static INLINE Vec first_lanes(int count, Vec x, Vec other) {
+  return lanes() < set((int32_t)count) ? x : other;
+}
 
-// 2^x; -inf gives 0, NaN stays NaN. Relative error 7.5e-5 (Coarse: 25 times below bf16's rounding) or 2e-7.
+// 2^x; -inf gives 0, NaN stays NaN. Relative error 7.5e-5 (Coarse: 25 times below bf16's rounding)
+// or 2e-7.
 enum Precision { COARSE, FINE };
 template <Precision P>
 static INLINE Vec exp2(Vec x) {
@@ -172,7 +176,8 @@ static INLINE Vec exp2(Vec x) {
 #else
   const IntVec underflow = x <= -126.f;
   x = max(set(-126.f), x);
-  const Vec magic = set(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  const Vec magic =
+      set(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   const Vec t = (x - 0.5f) + magic;
   const Vec f = x - (t - magic);  // in [0, 1]
 #endif

@@ -1,18 +1,20 @@
-// Every wrapper of the device layer once, on given inputs: run on a GPU and compared with the emulator's stored answers
-// (benchmarks/gpu.py check), this shows that the PTX and its CPU twin mean the same.
+// Every wrapper of the device layer once, on given inputs: run on a GPU and compared with the
+// emulator's stored answers (benchmarks/gpu.py check), this shows that the PTX and its CPU twin
+// mean the same.
 #pragma once
 #include "device.cuh"
 
 constexpr int CONFORMANCE_WORDS = 32;  // u32 results per lane
 
 struct ConformanceParams {
-  const void* elements;   // [64, 8] 16-bit floats
-  const float* numbers;   // [32, 8]: two to pack, exp2, log2 and rsqrt arguments, a value to shuffle, two of C
-  u32* results;           // [32, CONFORMANCE_WORDS]
+  const void* elements;  // [64, 8] 16-bit floats
+  const float* numbers;  // [32, 8]: two to pack, exp2, log2 and rsqrt arguments, a value to
+                         // shuffle, two of C
+  u32* results;          // [32, CONFORMANCE_WORDS]
 };
 
-// One warp. Elements 0..31 and 32..63 become two groups of four 8x8 matrices in shared memory; the copy of row 5 is
-// marked invalid and must read as zeros.
+// One warp. Elements 0..31 and 32..63 become two groups of four 8x8 matrices in shared memory; the
+// copy of row 5 is marked invalid and must read as zeros.
 template <typename T>
 KERNEL(32, 1)
 conformance(ConformanceParams p) {

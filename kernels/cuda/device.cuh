@@ -1,10 +1,12 @@
 // The device layer: everything the kernels need from the hardware, and the only file with PTX.
 //
-// Two compilers read the kernels. NVRTC takes the inline PTX below and no CUDA header at all, so it needs no include
-// path. g++ with -DCHUNKLLAMA_EMULATE takes the same names from emulation/device.h and runs them on a CPU.
+// Two compilers read the kernels. NVRTC takes the inline PTX below and no CUDA header at all, so it
+// needs no include path. g++ with -DCHUNKLLAMA_EMULATE takes the same names from emulation/device.h
+// and runs them on a CPU.
 //
-// Rules that keep this working: no CUDA headers, no PTX elsewhere, dynamic shared memory only, kernels take one struct
-// by value, warp collectives (ldmatrix, mma, shuffle_xor) only in warp-uniform code, no printf, no assert.
+// Rules that keep this working: no CUDA headers, no PTX elsewhere, dynamic shared memory only,
+// kernels take one struct by value, warp collectives (ldmatrix, mma, shuffle_xor) only in
+// warp-uniform code, no printf, no assert.
 #pragma once
 #ifdef CHUNKLLAMA_EMULATE
 #include "../emulation/device.h"
@@ -33,10 +35,11 @@ DEVICE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_s
 DEVICE uint4 load16(const void* source) { return *(const uint4*)source; }
 DEVICE void store16(void* destination, uint4 value) { *(uint4*)destination = value; }
 
-// ---- Asynchronous copies: 16 bytes, global to shared, past L1. An invalid copy reads nothing and writes zeros.
+// ---- Asynchronous copies: 16 bytes, global to shared, past L1. An invalid copy reads nothing and
+// writes zeros.
 DEVICE void copy_async16(void* destination, const void* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(destination)), "l"(source),
-               "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(destination)),
+               "l"(source), "r"(valid ? 16 : 0)
                : "memory");
 }
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
@@ -61,7 +64,8 @@ DEVICE void ldmatrix_x4(u32 (&r)[4], const void* row) {
                  : "memory");
 }
 
-// ---- 16-bit floats: two in a register, arithmetic in float32, c += a b on tensor cores (m16n8k16, row x col).
+// ---- 16-bit floats: two in a register, arithmetic in float32, c += a b on tensor cores (m16n8k16,
+// row x col).
 template <typename T>
 struct Element;
 
@@ -76,7 +80,8 @@ struct Element<bf16> {
   static DEVICE float high(u32 packed) { return __uint_as_float(packed & 0xffff0000u); }
   static DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};\n"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
@@ -98,7 +103,8 @@ struct Element<fp16> {
   static DEVICE float high(u32 packed) { return widen((u16)(packed >> 16)); }
   static DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};\n"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
@@ -121,6 +127,8 @@ DEVICE float rsqrt_fast(float x) {
   return y;
 }
 
-DEVICE float shuffle_xor(float value, int lane_mask) { return __shfl_xor_sync(0xffffffffu, value, lane_mask); }
+DEVICE float shuffle_xor(float value, int lane_mask) {
+  return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+}
 
 #endif

@@ -1,16 +1,17 @@
-// RMS normalisation, with the residual added first: sum = x + residual, out = weight * sum / rms(sum).
+// RMS normalisation, with the residual added first: sum = x + residual, out = weight * sum /
+// rms(sum).
 //
-// Grid (rows), 256 threads, one CTA per row; float32 inside. Rounded to T where Hugging Face's Llama rounds: the sum, the
-// normalised row, its product with the weight.
+// Grid (rows), 256 threads, one CTA per row; float32 inside. Rounded to T where Hugging Face's
+// Llama rounds: the sum, the normalised row, its product with the weight.
 #pragma once
 #include "vector.cuh"
 
 struct RmsNormParams {
-  const void* x;       // [rows, H], H a multiple of 8
-  const void* weight;  // [H]
+  const void* x;            // [rows, H], H a multiple of 8
+  const void* weight;       // [H]
   const void* residual_in;  // [rows, H], or null: nothing is added and no sum is written
-  void* sum;           // [rows, H], may be residual_in
-  void* out;           // [rows, H], may be x
+  void* sum;                // [rows, H], may be residual_in
+  void* out;                // [rows, H], may be x
   int hidden_size;
   float epsilon;
 };
@@ -54,7 +55,8 @@ rms_norm(RmsNormParams p) {
     for (int e = 0; e < VECTOR; e++) squares += values[e] * values[e];
   }
   const float scale = rsqrt_fast(sum_over_cta(squares, (float*)shared) / p.hidden_size + p.epsilon);
-  const T* summed = p.residual_in ? (const T*)p.sum + row : x;  // each thread reads back what it wrote itself
+  const T* summed =
+      p.residual_in ? (const T*)p.sum + row : x;  // each thread reads back what it wrote itself
   for (int d = threadIdx.x * VECTOR; d < p.hidden_size; d += RMS_NORM_THREADS * VECTOR) {
     float values[VECTOR], weight[VECTOR];
     unpack8<T>(values, load16(summed + d));

@@ -1,4 +1,5 @@
-// out = silu(gate) * up, with gate and up side by side in one row. Grid (rows, ceil(I / 8 / 256)), 256 threads.
+// out = silu(gate) * up, with gate and up side by side in one row. Grid (rows, ceil(I / 8 / 256)),
+// 256 threads.
 #pragma once
 #include "vector.cuh"
 

@@ -1,10 +1,11 @@
-// The state of a softmax over some keys: the one type that tiles, key-split warps and partials are joined with.
+// The state of a softmax over some keys: the one type that tiles, key-split warps and partials are
+// joined with.
 #pragma once
 #include "device.cuh"
 
-// Base 2: a key of score s (times scale * log2 e) weighs 2^(s - maximum), and `sum` adds these weights. Outputs are
-// accumulated with the same weights, so joining two states means scaling both sides to the common maximum.
-// No visible key: maximum = -inf, sum = 0.
+// Base 2: a key of score s (times scale * log2 e) weighs 2^(s - maximum), and `sum` adds these
+// weights. Outputs are accumulated with the same weights, so joining two states means scaling both
+// sides to the common maximum. No visible key: maximum = -inf, sum = 0.
 struct SoftmaxState {
   float maximum, sum;
 

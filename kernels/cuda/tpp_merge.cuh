@@ -1,20 +1,21 @@
 // Joins the partials of every row that has more than one (arXiv 2402.15220, equation 5, in base 2).
 //
-// Grid (rows of the plan's capacity, ceil(Hq / 4)), 128 threads: one warp per (row, query head). Rows beyond the
-// plan's and rows whose item has written the output itself exit at once. The maximum comes first: the sums then depend
-// on no partial but their own, and their loads overlap.
+// Grid (rows of the plan's capacity, ceil(Hq / 4)), 128 threads: one warp per (row, query head).
+// Rows beyond the plan's and rows whose item has written the output itself exit at once. The
+// maximum comes first: the sums then depend on no partial but their own, and their loads overlap.
 #pragma once
 #include "plan_layout.cuh"
 #include "softmax_state.cuh"
 
 struct TppMergeParams {
-  void* out;                  // [rows, Hq, D]
-  const float* partial_out;   // [slots, Hq, D]
-  const float* partial_lse;   // [slots, Hq] base 2
-  const int* header;          // the plan's arrays
-  const int* merge_indptr;    // [rows + 1]
-  const int* merge_slots;     // partial slots of each row, ascending by position: the order of summation is fixed
-  const int* row_flags;       // [rows]
+  void* out;                 // [rows, Hq, D]
+  const float* partial_out;  // [slots, Hq, D]
+  const float* partial_lse;  // [slots, Hq] base 2
+  const int* header;         // the plan's arrays
+  const int* merge_indptr;   // [rows + 1]
+  const int* merge_slots;    // partial slots of each row, ascending by position: the order of
+                             // summation is fixed
+  const int* row_flags;      // [rows]
   int num_qo_heads;
   int reserved;
 };

@@ -1,12 +1,15 @@
-// Two-phase partition attention (ChunkAttention, arXiv 2402.15220, section 3.2), both phases in one kernel.
+// Two-phase partition attention (ChunkAttention, arXiv 2402.15220, section 3.2), both phases in one
+// kernel.
 //
-// A work item is a contiguous range of rows times a run of KV chunks. Shared runs are items with many rows (the
-// chunk-first phase), private runs are items with one row (sequence-first), causal rows are items with a mask by
-// position. The query heads of one kv head ride along as extra rows ("packed rows"), so K/V are read once per group.
+// A work item is a contiguous range of rows times a run of KV chunks. Shared runs are items with
+// many rows (the chunk-first phase), private runs are items with one row (sequence-first), causal
+// rows are items with a mask by position. The query heads of one kv head ride along as extra rows
+// ("packed rows"), so K/V are read once per group.
 //
-// Grid: any number of CTAs; CTA b walks the units b, b + gridDim.x, ... of its tile class. A unit = (item, kv head,
-// row tile), row tile fastest, then kv head. Fewer CTAs than units make the launch persistent, more exit at once: the
-// number of units is read from the plan on the device, so a captured launch follows a changing plan.
+// Grid: any number of CTAs; CTA b walks the units b, b + gridDim.x, ... of its tile class. A unit =
+// (item, kv head, row tile), row tile fastest, then kv head. Fewer CTAs than units make the launch
+// persistent, more exit at once: the number of units is read from the plan on the device, so a
+// captured launch follows a changing plan.
 #pragma once
 #include "plan_layout.cuh"
 #include "softmax_state.cuh"
@@ -32,57 +35,67 @@ struct TppPartialParams {
 };
 static_assert(sizeof(TppPartialParams) == 112, "chunkllama/backends/cuda/source.py, PARAMS");
 
-// ROW_TILES m16 tiles per warp; ROW_WARPS warps side by side along rows, KEY_WARPS along the keys of a stage;
-// STAGES stages of STAGE_TOKENS keys and values in shared memory.
-template <typename T_, int HEAD_DIM_, int ROW_TILES_, int ROW_WARPS_, int KEY_WARPS_, int STAGE_TOKENS_, int STAGES_,
-          int MIN_CTAS_>
+// ROW_TILES m16 tiles per warp; ROW_WARPS warps side by side along rows, KEY_WARPS along the keys
+// of a stage; STAGES stages of STAGE_TOKENS keys and values in shared memory.
+template <typename T_, int HEAD_DIM_, int ROW_TILES_, int ROW_WARPS_, int KEY_WARPS_,
+          int STAGE_TOKENS_, int STAGES_, int MIN_CTAS_>
 struct Tile {
   using T = T_;
-  static constexpr int HEAD_DIM = HEAD_DIM_, ROW_TILES = ROW_TILES_, ROW_WARPS = ROW_WARPS_, KEY_WARPS = KEY_WARPS_;
+  static constexpr int HEAD_DIM = HEAD_DIM_, ROW_TILES = ROW_TILES_, ROW_WARPS = ROW_WARPS_,
+                       KEY_WARPS = KEY_WARPS_;
   static constexpr int STAGE_TOKENS = STAGE_TOKENS_, STAGES = STAGES_, MIN_CTAS = MIN_CTAS_;
   static constexpr int ROWS = 16 * ROW_TILES * ROW_WARPS;
   static constexpr int THREADS = 32 * ROW_WARPS * KEY_WARPS;
-  static constexpr int WARP_KEYS = STAGE_TOKENS / KEY_WARPS;  // keys of a stage that one warp scores
+  static constexpr int WARP_KEYS =
+      STAGE_TOKENS / KEY_WARPS;  // keys of a stage that one warp scores
   static constexpr int KEY_TILES = WARP_KEYS / 8;
   static constexpr int PIECES = HEAD_DIM / 8;  // 16-byte pieces of a row
   static constexpr int Q_BYTES = ROWS * HEAD_DIM * 2;
   static constexpr int MATRIX_BYTES = STAGE_TOKENS * HEAD_DIM * 2;  // K or V of one stage
   static constexpr int STAGE_BYTES = 2 * MATRIX_BYTES;
   static constexpr int PIPELINE_BYTES = Q_BYTES + STAGES * STAGE_BYTES;
-  // Joining the key warps reuses the pipeline's memory; the padding makes the float2 stores free of bank conflicts.
+  // Joining the key warps reuses the pipeline's memory; the padding makes the float2 stores free of
+  // bank conflicts.
   static constexpr int JOIN_STRIDE = HEAD_DIM + 8;
   static constexpr int JOIN_BYTES = KEY_WARPS * ROWS * (JOIN_STRIDE + 2) * 4;
   static constexpr int SHARED_BYTES = PIPELINE_BYTES > JOIN_BYTES ? PIPELINE_BYTES : JOIN_BYTES;
   // Q fragments stay in registers where these suffice, else they are read again for every stage.
   static constexpr bool Q_IN_REGISTERS = ROW_TILES * HEAD_DIM <= 128;
-  static_assert(STAGE_TOKENS * PIECES % THREADS == 0, "every thread copies as many pieces of a stage");
-  static_assert(WARP_KEYS % 16 == 0 && CHUNK % STAGE_TOKENS == 0 && HEAD_DIM % 32 == 0 && STAGES >= 2, "tile shape");
+  static_assert(STAGE_TOKENS * PIECES % THREADS == 0,
+                "every thread copies as many pieces of a stage");
+  static_assert(WARP_KEYS % 16 == 0 && CHUNK % STAGE_TOKENS == 0 && HEAD_DIM % 32 == 0 &&
+                    STAGES >= 2,
+                "tile shape");
 };
 
-// Where 16-byte piece `piece` of row `row` lives: eight rows of one piece column meet all 32 banks once, which is what
-// ldmatrix reads. Rows of 8 k pieces need the row's low three bits; rows of 12 (head_dim 96) advance four banks groups
-// per row by themselves and need the next two.
+// Where 16-byte piece `piece` of row `row` lives: eight rows of one piece column meet all 32 banks
+// once, which is what ldmatrix reads. Rows of 8 k pieces need the row's low three bits; rows of 12
+// (head_dim 96) advance four banks groups per row by themselves and need the next two.
 template <class X>
 DEVICE int swizzled(int row, int piece) {
-  return (row * X::PIECES + (X::PIECES % 8 == 0 ? piece ^ (row & 7) : piece ^ ((row >> 1) & 3))) * 16;
+  return (row * X::PIECES + (X::PIECES % 8 == 0 ? piece ^ (row & 7) : piece ^ ((row >> 1) & 3))) *
+         16;
 }
 
 struct ThreadPiece {
   int row, piece;
 };
 
-// The n-th 16-byte piece that this thread copies of a matrix with HEAD_DIM columns. Where the CTA covers whole rows, a
-// thread keeps its piece column and its row's low bits, so that its addresses differ by constants.
+// The n-th 16-byte piece that this thread copies of a matrix with HEAD_DIM columns. Where the CTA
+// covers whole rows, a thread keeps its piece column and its row's low bits, so that its addresses
+// differ by constants.
 template <class X>
 DEVICE ThreadPiece thread_piece(int n) {
   const int thread = threadIdx.x;
-  if (X::THREADS % X::PIECES == 0) return {thread / X::PIECES + n * (X::THREADS / X::PIECES), thread % X::PIECES};
+  if (X::THREADS % X::PIECES == 0)
+    return {thread / X::PIECES + n * (X::THREADS / X::PIECES), thread % X::PIECES};
   return {(thread + n * X::THREADS) / X::PIECES, (thread + n * X::THREADS) % X::PIECES};
 }
 
 struct WarpRole {
   int row_warp, key_warp, lane;
-  int group, pair;  // of an mma fragment: rows `group` and `group + 8`, columns 2 pair and 2 pair + 1
+  int group,
+      pair;  // of an mma fragment: rows `group` and `group + 8`, columns 2 pair and 2 pair + 1
 };
 
 template <class X>
@@ -92,9 +105,9 @@ DEVICE WarpRole warp_role() {
 }
 
 struct Unit {
-  int row_begin;        // first row of the item
-  int packed_begin;     // this tile's first packed row, counted from the item's first
-  int packed_rows;      // valid packed rows of this tile
+  int row_begin;     // first row of the item
+  int packed_begin;  // this tile's first packed row, counted from the item's first
+  int packed_rows;   // valid packed rows of this tile
   int kv_head;
   int num_tokens;       // keys to walk
   int unmasked_tokens;  // keys below this one are visible to every row of the tile
@@ -103,7 +116,9 @@ struct Unit {
   bool masked;
   const int* chunk_ids;
 
-  DEVICE int row(const TppPartialParams& p, int r) const { return row_begin + (packed_begin + r) / p.group; }
+  DEVICE int row(const TppPartialParams& p, int r) const {
+    return row_begin + (packed_begin + r) / p.group;
+  }
   DEVICE int head(const TppPartialParams& p, int r) const {
     return kv_head * p.group + (packed_begin + r) % p.group;
   }
@@ -131,7 +146,8 @@ DEVICE Unit decode_unit(const TppPartialParams& p, int index) {
   unit.partial_base = item[PARTIAL_BASE];
   unit.masked = (item[FLAGS] & ITEM_MASK) != 0;
   unit.chunk_ids = p.chunk_ids + item[CHUNK_OFFSET];
-  if (unit.packed_rows > 0) {  // positions never decrease over a masked item's rows: the tile's last row bounds the run
+  if (unit.packed_rows > 0) {  // positions never decrease over a masked item's rows: the tile's
+                               // last row bounds the run
     unit.num_tokens = unit.visible_tokens(p, unit.row(p, unit.packed_rows - 1));
     unit.num_tokens = unit.num_tokens > 0 ? unit.num_tokens : 0;
     unit.unmasked_tokens = unit.visible_tokens(p, unit.row(p, 0));
@@ -139,8 +155,9 @@ DEVICE Unit decode_unit(const TppPartialParams& p, int index) {
   return unit;
 }
 
-// Feeds the stages: every load() issues one stage of K and V and closes one copy group, also past the end of the run,
-// so that "all but the newest STAGES - 2 groups" always means the stage about to be read.
+// Feeds the stages: every load() issues one stage of K and V and closes one copy group, also past
+// the end of the run, so that "all but the newest STAGES - 2 groups" always means the stage about
+// to be read.
 template <class X>
 struct StageLoader {
   const typename X::T* kv_head;  // K of this kv head in chunk 0
@@ -163,7 +180,8 @@ struct StageLoader {
 
   DEVICE void load() {
     if (token < num_tokens) {
-      const typename X::T* keys = kv_head + chunk * chunk_stride + (i64)(token % CHUNK) * X::HEAD_DIM;
+      const typename X::T* keys =
+          kv_head + chunk * chunk_stride + (i64)(token % CHUNK) * X::HEAD_DIM;
       copy_matrix(stages + stage * X::STAGE_BYTES, keys);
       copy_matrix(stages + stage * X::STAGE_BYTES + X::MATRIX_BYTES, keys + value_offset);
       token += X::STAGE_TOKENS;
@@ -177,8 +195,8 @@ struct StageLoader {
 #pragma unroll
     for (int n = 0; n < X::STAGE_TOKENS * X::PIECES / X::THREADS; n++) {
       const ThreadPiece at = thread_piece<X>(n);
-      copy_async16(destination + swizzled<X>(at.row, at.piece), source + (at.row * X::PIECES + at.piece) * 8,
-                   token + at.row < num_tokens);
+      copy_async16(destination + swizzled<X>(at.row, at.piece),
+                   source + (at.row * X::PIECES + at.piece) * 8, token + at.row < num_tokens);
     }
   }
 };
@@ -198,7 +216,8 @@ DEVICE void load_queries(const TppPartialParams& p, const Unit& unit, unsigned c
 }
 
 template <class X>
-DEVICE void read_query_fragment(u32 (&fragment)[4], const unsigned char* queries, WarpRole role, int tile, int step) {
+DEVICE void read_query_fragment(u32 (&fragment)[4], const unsigned char* queries, WarpRole role,
+                                int tile, int step) {
   const int row = (role.row_warp * X::ROW_TILES + tile) * 16 + (role.lane & 15);
   ldmatrix_x4<false>(fragment, queries + swizzled<X>(row, 2 * step + (role.lane >> 4)));
 }
@@ -216,10 +235,12 @@ struct Queries {
         read_query_fragment<X>(fragments[a][k], queries, role, a, k);
   }
 
-  DEVICE void get(u32 (&fragment)[4], const unsigned char* queries, WarpRole role, int tile, int step) const {
+  DEVICE void get(u32 (&fragment)[4], const unsigned char* queries, WarpRole role, int tile,
+                  int step) const {
     if (X::Q_IN_REGISTERS) {
 #pragma unroll
-      for (int e = 0; e < 4; e++) fragment[e] = fragments[X::Q_IN_REGISTERS ? tile : 0][X::Q_IN_REGISTERS ? step : 0][e];
+      for (int e = 0; e < 4; e++)
+        fragment[e] = fragments[X::Q_IN_REGISTERS ? tile : 0][X::Q_IN_REGISTERS ? step : 0][e];
     } else {
       read_query_fragment<X>(fragment, queries, role, tile, step);
     }
@@ -233,10 +254,11 @@ using Output = float[X::ROW_TILES][X::HEAD_DIM / 8][4];
 template <class X>
 using States = SoftmaxState[X::ROW_TILES][2];
 
-// S = Q K^T over this warp's keys. Rows of K are keys: plain ldmatrix yields the column-major operand.
+// S = Q K^T over this warp's keys. Rows of K are keys: plain ldmatrix yields the column-major
+// operand.
 template <class X>
-DEVICE void score(Scores<X>& s, const Queries<X>& q, const unsigned char* queries, const unsigned char* keys,
-                  WarpRole role) {
+DEVICE void score(Scores<X>& s, const Queries<X>& q, const unsigned char* queries,
+                  const unsigned char* keys, WarpRole role) {
 #pragma unroll
   for (int a = 0; a < X::ROW_TILES; a++)
 #pragma unroll
@@ -263,7 +285,8 @@ DEVICE void score(Scores<X>& s, const Queries<X>& q, const unsigned char* querie
 }
 
 template <class X>
-DEVICE void mask_scores(Scores<X>& s, const int (&visible)[X::ROW_TILES][2], int first_token, WarpRole role) {
+DEVICE void mask_scores(Scores<X>& s, const int (&visible)[X::ROW_TILES][2], int first_token,
+                        WarpRole role) {
   const int first_key = first_token + role.key_warp * X::WARP_KEYS + 2 * role.pair;
 #pragma unroll
   for (int a = 0; a < X::ROW_TILES; a++)
@@ -274,8 +297,9 @@ DEVICE void mask_scores(Scores<X>& s, const int (&visible)[X::ROW_TILES][2], int
         if (first_key + j * 8 + (e & 1) >= visible[a][e >> 1]) s[a][j][e] = NEGATIVE_INFINITY;
 }
 
-// Scores become weights 2^(score - anchor); what was accumulated under a smaller maximum is scaled down. `sum` stays
-// this lane's share of its row: the four lanes of a row are added once, at the end of the run.
+// Scores become weights 2^(score - anchor); what was accumulated under a smaller maximum is scaled
+// down. `sum` stays this lane's share of its row: the four lanes of a row are added once, at the
+// end of the run.
 template <class X>
 DEVICE void softmax(Scores<X>& s, States<X>& states, Output<X>& o, float scale_log2) {
 #pragma unroll
@@ -312,9 +336,11 @@ DEVICE void softmax(Scores<X>& s, States<X>& states, Output<X>& o, float scale_l
     }
 }
 
-// O += P V. The weights' C fragments are the A operand as they stand; rows of V are keys: transposed ldmatrix.
+// O += P V. The weights' C fragments are the A operand as they stand; rows of V are keys:
+// transposed ldmatrix.
 template <class X>
-DEVICE void accumulate(Output<X>& o, const Scores<X>& s, const unsigned char* values, WarpRole role) {
+DEVICE void accumulate(Output<X>& o, const Scores<X>& s, const unsigned char* values,
+                       WarpRole role) {
 #pragma unroll
   for (int k = 0; k < X::KEY_TILES / 2; k++) {
     u32 weights[X::ROW_TILES][4];
@@ -341,13 +367,14 @@ DEVICE void accumulate(Output<X>& o, const Scores<X>& s, const unsigned char* va
 
 // Puts this warp's share of (O, state) where the key warps meet.
 template <class X>
-DEVICE void stage_output(const Output<X>& o, const States<X>& states, float* outputs, SoftmaxState* joined,
-                         WarpRole role) {
+DEVICE void stage_output(const Output<X>& o, const States<X>& states, float* outputs,
+                         SoftmaxState* joined, WarpRole role) {
 #pragma unroll
   for (int a = 0; a < X::ROW_TILES; a++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int at = role.key_warp * X::ROWS + (role.row_warp * X::ROW_TILES + a) * 16 + role.group + 8 * h;
+      const int at =
+          role.key_warp * X::ROWS + (role.row_warp * X::ROW_TILES + a) * 16 + role.group + 8 * h;
       SoftmaxState state = states[a][h];
       state.sum += shuffle_xor(state.sum, 1);
       state.sum += shuffle_xor(state.sum, 2);
@@ -359,9 +386,11 @@ DEVICE void stage_output(const Output<X>& o, const States<X>& states, float* out
     }
 }
 
-// Joins the key warps' shares of every row and writes the row's partial, or its output if there is no other partial.
+// Joins the key warps' shares of every row and writes the row's partial, or its output if there is
+// no other partial.
 template <class X>
-DEVICE void write_rows(const TppPartialParams& p, const Unit& unit, const float* outputs, const SoftmaxState* joined) {
+DEVICE void write_rows(const TppPartialParams& p, const Unit& unit, const float* outputs,
+                       const SoftmaxState* joined) {
   for (int i = threadIdx.x; i < unit.packed_rows * (X::HEAD_DIM / 4); i += X::THREADS) {
     const int r = i / (X::HEAD_DIM / 4), column = i % (X::HEAD_DIM / 4) * 4;
     SoftmaxState state = SoftmaxState::empty();
@@ -385,7 +414,8 @@ DEVICE void write_rows(const TppPartialParams& p, const Unit& unit, const float*
       uint2 packed;
       packed.x = Element<typename X::T>::pack2(sums[0] * inverse, sums[1] * inverse);
       packed.y = Element<typename X::T>::pack2(sums[2] * inverse, sums[3] * inverse);
-      *(uint2*)((typename X::T*)p.out + ((i64)row * num_heads + head) * X::HEAD_DIM + column) = packed;
+      *(uint2*)((typename X::T*)p.out + ((i64)row * num_heads + head) * X::HEAD_DIM + column) =
+          packed;
     } else {
       const i64 at = (i64)(unit.partial_base + row - unit.row_begin) * num_heads + head;
       *(float4*)(p.partial_out + at * X::HEAD_DIM + column) =
@@ -412,7 +442,8 @@ DEVICE void attend(const TppPartialParams& p, const Unit& unit, unsigned char* s
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int r = (role.row_warp * X::ROW_TILES + a) * 16 + role.group + 8 * h;
-      visible[a][h] = r < unit.packed_rows ? unit.visible_tokens(p, unit.row(p, r)) : unit.num_tokens;
+      visible[a][h] =
+          r < unit.packed_rows ? unit.visible_tokens(p, unit.row(p, r)) : unit.num_tokens;
       states[a][h] = SoftmaxState::empty();
 #pragma unroll
       for (int j = 0; j < X::HEAD_DIM / 8; j++) o[a][j][2 * h] = o[a][j][2 * h + 1] = 0.f;
@@ -422,7 +453,7 @@ DEVICE void attend(const TppPartialParams& p, const Unit& unit, unsigned char* s
   const unsigned char* stage = stages;
   for (int token = 0; token < unit.num_tokens; token += X::STAGE_TOKENS) {
     copy_async_wait<X::STAGES - 2>();
-    __syncthreads();  // this stage has landed for every thread, and nobody reads the stage that is loaded next
+    __syncthreads();  // this stage has arrived for all, and none reads the one loaded next
     loader.load();
     if (token == 0) q.keep(queries, role);
     Scores<X> s;
@@ -430,7 +461,8 @@ DEVICE void attend(const TppPartialParams& p, const Unit& unit, unsigned char* s
     if (token + X::STAGE_TOKENS > unit.unmasked_tokens) mask_scores<X>(s, visible, token, role);
     softmax<X>(s, states, o, p.scale_log2);
     accumulate<X>(o, s, stage + X::MATRIX_BYTES, role);
-    stage = stage + X::STAGE_BYTES == stages + X::STAGES * X::STAGE_BYTES ? stages : stage + X::STAGE_BYTES;
+    stage = stage + X::STAGE_BYTES == stages + X::STAGES * X::STAGE_BYTES ? stages
+                                                                          : stage + X::STAGE_BYTES;
   }
   copy_async_wait<0>();
   __syncthreads();  // the pipeline's memory becomes the join buffer

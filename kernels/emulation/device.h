@@ -1,8 +1,9 @@
 // The CPU twin of cuda/device.cuh: the same names with the same meaning, on fibers.
 //
-// Where the hardware would forgive or race, the twin is strict: an asynchronous copy poisons its destination with NaN
-// when it is issued and lands only at the wait that covers it; addresses must be aligned and inside shared memory.
-// Counted: bytes of asynchronous copies, of 16-byte loads and stores, bank conflicts of every ldmatrix, mma.
+// Where the hardware would forgive or race, the twin is strict: an asynchronous copy poisons its
+// destination with NaN when it is issued and lands only at the wait that covers it; addresses must
+// be aligned and inside shared memory. Counted: bytes of asynchronous copies, of 16-byte loads and
+// stores, bank conflicts of every ldmatrix, mma.
 #pragma once
 #include <cmath>
 
@@ -81,8 +82,10 @@ inline void store_words(void* destination, u64 first, u64 second) {
   ((u64*)destination)[1] = second;
 }
 inline void copy_async16(void* destination, const void* source, bool valid) {
-  if (((uintptr_t)destination | (valid ? (uintptr_t)source : 0)) & 15) emulation::fail("cp.async misaligned", 0, 0);
-  if (!inside_shared(destination, 16)) emulation::fail("cp.async destination outside shared memory", 0, 0);
+  if (((uintptr_t)destination | (valid ? (uintptr_t)source : 0)) & 15)
+    emulation::fail("cp.async misaligned", 0, 0);
+  if (!inside_shared(destination, 16))
+    emulation::fail("cp.async destination outside shared memory", 0, 0);
   store_words(destination, ~0ull, ~0ull);
   emulation::current->copies.push_back({destination, source, valid});
   if (valid) emulation::count(&emulation::Counters::copied_bytes, 16);
@@ -95,26 +98,28 @@ template <int PENDING>
 inline void copy_async_wait() {
   emulation::Fiber& fiber = *emulation::current;
   if (fiber.groups.size() <= PENDING) return;
-  const size_t landed_groups = fiber.groups.size() - PENDING, landed = fiber.groups[landed_groups - 1];
+  const size_t landed_groups = fiber.groups.size() - PENDING,
+               landed = fiber.groups[landed_groups - 1];
   for (size_t i = 0; i < landed; i++) {
     const emulation::Copy& copy = fiber.copies[i];
     if (copy.valid)
       store_words(copy.destination, ((const u64*)copy.source)[0], ((const u64*)copy.source)[1]);
-    else
-      store_words(copy.destination, 0, 0);
+    else store_words(copy.destination, 0, 0);
   }
   fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + landed);
   fiber.groups.erase(fiber.groups.begin(), fiber.groups.begin() + landed_groups);
   for (size_t& end : fiber.groups) end -= landed;
 }
 
-// ---- ldmatrix: lane 4 g + t gets elements 2 t and 2 t + 1 of row g of each matrix; transposed, of column g.
-// The eight rows of a matrix are read in one go, so each should lie in other banks than the rest.
+// ---- ldmatrix: lane 4 g + t gets elements 2 t and 2 t + 1 of row g of each matrix; transposed, of
+// column g. The eight rows of a matrix are read in one go, so each should lie in other banks than
+// the rest.
 EMULATOR_INTERNAL inline void gather_rows(emulation::Warp& warp) {
   for (int lane = 0; lane < 32; lane++) warp.result_row[lane] = warp.row[lane];
   for (int matrix = 0; matrix < 4; matrix++) {
     int hits[8] = {}, worst = 0;
-    for (int r = 0; r < 8; r++) worst = std::max(worst, ++hits[(uintptr_t)warp.row[8 * matrix + r] / 16 % 8]);
+    for (int r = 0; r < 8; r++)
+      worst = std::max(worst, ++hits[(uintptr_t)warp.row[8 * matrix + r] / 16 % 8]);
     emulation::count(&emulation::Counters::bank_conflicts, worst - 1);
   }
   emulation::count(&emulation::Counters::ldmatrix);
@@ -135,8 +140,7 @@ inline void ldmatrix_x4(u32 (&r)[4], const void* row, int line = __builtin_LINE(
   for (int i = 0; i < 4; i++) {
     if (TRANSPOSED)
       r[i] = gathered_row(8 * i + 2 * t)[g] | (u32)gathered_row(8 * i + 2 * t + 1)[g] << 16;
-    else
-      r[i] = gathered_row(8 * i + g)[2 * t] | (u32)gathered_row(8 * i + g)[2 * t + 1] << 16;
+    else r[i] = gathered_row(8 * i + g)[2 * t] | (u32)gathered_row(8 * i + g)[2 * t + 1] << 16;
   }
 }
 
@@ -145,9 +149,9 @@ template <typename T>
 struct Element;
 
 // PTX's m16n8k16 fragments, lane = 4 g + t, two elements a register.
-//   A: a0 = (row g, k 2t..), a1 = (row g + 8, k 2t..), a2 = (row g, k 2t + 8..), a3 = (row g + 8, k 2t + 8..)
-//   B: b0 = (k 2t.., column g), b1 = (k 2t + 8.., column g)
-//   C: c0, c1 = (row g, columns 2t, 2t + 1), c2, c3 = (row g + 8, the same columns)
+//   A: a0 = (row g, k 2t..), a1 = (row g + 8, k 2t..), a2 = (row g, k 2t + 8..), a3 = (row g + 8, k
+//   2t + 8..) B: b0 = (k 2t.., column g), b1 = (k 2t + 8.., column g) C: c0, c1 = (row g, columns
+//   2t, 2t + 1), c2, c3 = (row g + 8, the same columns)
 template <typename T>
 EMULATOR_INTERNAL inline void multiply_warp(emulation::Warp& warp) {
   float a[16][16], b[8][16];
@@ -230,7 +234,8 @@ struct ExchangeLanes {
     for (int lane = 0; lane < 32; lane++) warp.result[lane][0] = warp.input[lane ^ lane_mask][0];
   }
 };
-EMULATOR_INTERNAL inline float shuffle_xor(float value, int lane_mask, int line = __builtin_LINE()) {
+EMULATOR_INTERNAL inline float shuffle_xor(float value, int lane_mask,
+                                           int line = __builtin_LINE()) {
   emulation::Warp& warp = *emulation::current->warp;
   const int lane = emulation::current->lane;
   warp.input[lane][0] = as_bits(value);

@@ -1,15 +1,18 @@
-// Runs the blocks of a CUDA grid on one CPU thread: every CUDA thread is a fiber with its own stack.
+// Runs the blocks of a CUDA grid on one CPU thread: every CUDA thread is a fiber with its own
+// stack.
 //
-// A fiber runs until it meets a barrier (__syncthreads) or a warp collective; only there do fibers switch, in an order
-// chosen by `schedule` (0 forward, 1 reverse, any other number seeds a shuffle). Blocks run one after another. So every
-// run is deterministic, and code that is right only under one order of threads shows itself under another.
+// A fiber runs until it meets a barrier (__syncthreads) or a warp collective; only there do fibers
+// switch, in an order chosen by `schedule` (0 forward, 1 reverse, any other number seeds a
+// shuffle). Blocks run one after another. So every run is deterministic, and code that is right
+// only under one order of threads shows itself under another.
 //
-// Reported at once, by an abort with one line: divergent barriers or collectives (threads waiting at different source
-// lines), deadlock, a thread that exits with copies in flight.
+// Reported at once, by an abort with one line: divergent barriers or collectives (threads waiting
+// at different source lines), deadlock, a thread that exits with copies in flight.
 //
-// Under -fsanitize=address fibers are announced to ASan; shared memory is a heap block of exactly the size asked for.
-// Under -fsanitize=thread every fiber is a TSan thread and a switch orders nothing: only __syncthreads does. That is
-// stricter than the schedules, which cannot miss a barrier that the order of switches happens to replace.
+// Under -fsanitize=address fibers are announced to ASan; shared memory is a heap block of exactly
+// the size asked for. Under -fsanitize=thread every fiber is a TSan thread and a switch orders
+// nothing: only __syncthreads does. That is stricter than the schedules, which cannot miss a
+// barrier that the order of switches happens to replace.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -46,19 +49,22 @@ struct Dim3 {
 };
 
 struct Counters {
-  int64_t mma, ldmatrix, bank_conflicts, copied_bytes, loaded_bytes, stored_bytes, barriers, switches;
+  int64_t mma, ldmatrix, bank_conflicts, copied_bytes, loaded_bytes, stored_bytes, barriers,
+      switches;
 };
 
 struct Barrier {
   unsigned generation = 0;
   int arrived = 0, expected = 0, line = 0;
-  // Addresses that carry TSan's ordering, by turns: a thread that runs ahead releases at the next barrier before a slow
-  // one has acquired at this one, which must not order the slow one after what came between.
+  // Addresses that carry TSan's ordering, by turns: a thread that runs ahead releases at the next
+  // barrier before a slow one has acquired at this one, which must not order the slow one after
+  // what came between.
   char order[2] = {};
 };
 
-// What the lanes of a warp hand in to a collective and get back. The last lane to arrive turns inputs into results, so
-// a lane that runs ahead into the next collective overwrites its own input only, never a result not yet read.
+// What the lanes of a warp hand in to a collective and get back. The last lane to arrive turns
+// inputs into results, so a lane that runs ahead into the next collective overwrites its own input
+// only, never a result not yet read.
 struct Warp {
   Barrier barrier;
   uint32_t input[32][12], result[32][4];
@@ -79,8 +85,8 @@ struct Fiber {
   Warp* warp = nullptr;
   bool done = false;
   Barrier* waits_at = nullptr;
-  unsigned waits_for = 0;     // generation that must pass
-  std::vector<Copy> copies;   // asynchronous copies in flight, oldest first
+  unsigned waits_for = 0;      // generation that must pass
+  std::vector<Copy> copies;    // asynchronous copies in flight, oldest first
   std::vector<size_t> groups;  // where each committed group ends in `copies`
   void *tsan = nullptr, *asan_fake_stack = nullptr;
   const void* stack_bottom = nullptr;
@@ -104,17 +110,20 @@ inline Block block;
 inline Fiber host;
 inline Fiber* current = &host;
 
-EMULATOR_INTERNAL inline void count(int64_t Counters::*counter, int64_t n = 1) { counters.*counter += n; }
+EMULATOR_INTERNAL inline void count(int64_t Counters::* counter, int64_t n = 1) {
+  counters.*counter += n;
+}
 
 [[noreturn]] inline void fail(const char* message, long a, long b) {
-  fprintf(stderr, "emulator: %s (%ld, %ld) in block (%u,%u,%u) thread %u\n", message, a, b, block.index.x,
-          block.index.y, block.index.z, current->thread.x);
+  fprintf(stderr, "emulator: %s (%ld, %ld) in block (%u,%u,%u) thread %u\n", message, a, b,
+          block.index.x, block.index.y, block.index.z, current->thread.x);
   fflush(stderr);
   abort();
 }
 
 #if defined(__x86_64__)
-// Saves the callee-saved registers and swaps stacks: 32 ns a switch; swapcontext, with its system calls, takes 250.
+// Saves the callee-saved registers and swaps stacks: 32 ns a switch; swapcontext, with its system
+// calls, takes 250.
 extern "C" void emulation_swap(void** save, void* load);
 asm(".text\n"
     ".weak emulation_swap\n"
@@ -137,7 +146,8 @@ EMULATOR_INTERNAL inline void switch_to(Fiber* to) {
   __tsan_switch_to_fiber(to->tsan, 1);  // 1: the switch orders nothing
 #endif
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(from->done ? nullptr : &from->asan_fake_stack, to->stack_bottom, to->stack_size);
+  __sanitizer_start_switch_fiber(from->done ? nullptr : &from->asan_fake_stack, to->stack_bottom,
+                                 to->stack_size);
 #endif
   emulation_swap(&from->stack_pointer, to->stack_pointer);
 #if defined(__SANITIZE_ADDRESS__)
@@ -158,14 +168,16 @@ inline void fiber_main() {
   }
 #endif
   block.body();
-  if (!current->copies.empty()) fail("thread exits with asynchronous copies in flight", current->copies.size(), 0);
+  if (!current->copies.empty())
+    fail("thread exits with asynchronous copies in flight", current->copies.size(), 0);
   current->done = true;
   switch_to(&host);
 }
 
 // True for the last thread to arrive, which may act for all before anyone else goes on.
 EMULATOR_INTERNAL inline bool arrive(Barrier& barrier, int line) {
-  if (barrier.arrived && barrier.line != line) fail("divergent barrier or warp collective, lines", barrier.line, line);
+  if (barrier.arrived && barrier.line != line)
+    fail("divergent barrier or warp collective, lines", barrier.line, line);
   barrier.line = line;
   if (++barrier.arrived < barrier.expected) return false;
   barrier.arrived = 0;
@@ -184,16 +196,15 @@ inline void synchronize_block(int line) {
   char* order = &block.barrier.order[block.barrier.generation & 1];
   __tsan_release(order);
 #endif
-  if (arrive(block.barrier, line))
-    release(block.barrier);
-  else
-    wait(block.barrier);
+  if (arrive(block.barrier, line)) release(block.barrier);
+  else wait(block.barrier);
 #if defined(__SANITIZE_THREAD__)
   __tsan_acquire(order);
 #endif
 }
 
-// A warp collective: every lane has filled its input; the last one calls `act` for the warp. Orders no memory.
+// A warp collective: every lane has filled its input; the last one calls `act` for the warp. Orders
+// no memory.
 template <typename Act>
 EMULATOR_INTERNAL inline void converge(int line, Act act) {
   Warp& warp = *current->warp;
@@ -224,7 +235,8 @@ EMULATOR_INTERNAL inline void run_block() {
     }
     if (moved) continue;
     for (Fiber& fiber : block.fibers)
-      if (!fiber.done) fail("deadlock: line where a thread waits, threads left", fiber.waits_at->line, left);
+      if (!fiber.done)
+        fail("deadlock: line where a thread waits, threads left", fiber.waits_at->line, left);
   }
 }
 
@@ -250,7 +262,8 @@ inline void reset_fiber(Fiber& fiber, int index) {
   fiber.stack_size = fiber.stack.size();
   fiber.asan_fake_stack = nullptr;
 #if defined(__SANITIZE_ADDRESS__)
-  // The fiber before on this stack never returned from its first frame, whose redzones are still poisoned.
+  // The fiber before on this stack never returned from its first frame, whose redzones are still
+  // poisoned.
   __asan_unpoison_memory_region(fiber.stack.data(), fiber.stack.size());
 #endif
   void** top = (void**)(((uintptr_t)fiber.stack.data() + fiber.stack.size()) & ~(uintptr_t)15);
@@ -263,7 +276,8 @@ inline void reset_fiber(Fiber& fiber, int index) {
 
 inline void launch_block(Dim3 index, int threads) {
   block.index = index;
-  if (posix_memalign((void**)&block.shared, 128, block.shared_bytes ? block.shared_bytes : 1)) abort();
+  if (posix_memalign((void**)&block.shared, 128, block.shared_bytes ? block.shared_bytes : 1))
+    abort();
   memset(block.shared, 0xff, block.shared_bytes);  // unwritten shared memory reads as NaN
   block.barrier = Barrier();
   block.barrier.expected = threads;

@@ -1,6 +1,8 @@
-// Host side of the emulator: kernels by the same names that NVRTC is asked for, callable through ctypes.
+// Host side of the emulator: kernels by the same names that NVRTC is asked for, callable through
+// ctypes.
 //
-// INSTANTIATIONS names a generated file with one line EMULATE(Params, kernel<arguments>) per specialization.
+// INSTANTIATIONS names a generated file with one line EMULATE(Params, kernel<arguments>) per
+// specialization.
 #define CHUNKLLAMA_EMULATE
 #include "../cuda/conformance.cuh"
 #include "../cuda/copy_chunks.cuh"
@@ -29,8 +31,9 @@ static const EmulatedKernel kernels[] = {
 };
 
 // 0, or -1 for a kernel this library does not hold, -2 for a parameter struct of another size.
-extern "C" __attribute__((visibility("default"))) int emulate(const char* name, const unsigned* grid, int threads, size_t shared_bytes, const void* params,
-                       size_t params_bytes, int schedule, emulation::Counters* counters) {
+extern "C" __attribute__((visibility("default"))) int emulate(
+    const char* name, const unsigned* grid, int threads, size_t shared_bytes, const void* params,
+    size_t params_bytes, int schedule, emulation::Counters* counters) {
   for (const EmulatedKernel& kernel : kernels) {
     if (strcmp(kernel.name, name)) continue;
     if (kernel.params_bytes != params_bytes) return -2;

@@ -44,8 +44,7 @@ class Bug:
 
 
 STAGE_BARRIER = (
-    "    __syncthreads();  // this stage has landed for every thread, "
-    "and nobody reads the stage that is loaded next\n"
+    "    __syncthreads();  // this stage has arrived for all, and none reads the one loaded next\n"
 )
 BUGS = {
     "missing_stage_barrier": Bug("tpp_partial.cuh", STAGE_BARRIER, "", "tsan", "data race"),
