@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from chunkllama.backends.cpu import abi
 from chunkllama.backends.cpu import backend as native
 from chunkllama.backends.cpu.abi import load_library
 from chunkllama.backends.cpu.build import (
@@ -22,6 +25,7 @@ from chunkllama.backends.cpu.build import (
     build,
 )
 from chunkllama.backends.cpu.memory import allocate_lazily
+from chunkllama.resources import data_folder
 
 BASELINE = LEVELS[-1]
 
@@ -71,6 +75,27 @@ def test_a_compiler_that_refuses_is_quoted_and_leaves_nothing(
     with pytest.raises(NativeBuildError, match="error: what is '-mnew'"):
         build(BASELINE)
     assert [path.name for path in directory.iterdir()] == [".lock"]
+
+
+def test_structures_of_other_sizes_than_the_library_has_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class CLonger(abi.CHeads):
+        _fields_ = (("added", ctypes.c_int64),)
+
+    monkeypatch.setitem(abi._MIRRORED, "Heads", CLonger)
+    with pytest.raises(NativeBuildError, match="CLonger has 40 bytes, but Heads .* has 32"):
+        load_library(BASELINE)
+    monkeypatch.undo()
+    load_library(BASELINE)
+
+
+def test_every_structure_of_the_interface_is_compared() -> None:
+    sources = data_folder("kernels") / "cpu"
+    exported = set(re.findall(r"SIZE\((\w+)\)", (sources / "ops.cpp").read_text())) - {"type"}
+    assert exported == set(abi._MIRRORED)
+    declared = set(re.findall(r"^struct (\w+) {", (sources / "api.h").read_text(), re.M))
+    assert declared <= exported
 
 
 def test_the_next_level_stands_in_with_a_warning(

@@ -1,10 +1,11 @@
-"""The C ABI of the native backend: its structures and its functions."""
+"""The C ABI of the CPU backend: its structures and its functions."""
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
-from typing import Any, Final
+from collections.abc import Callable
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from typing import Any, Final, TypeVar
 
 import torch
 
@@ -14,9 +15,22 @@ F32, BF16, INT8 = 0, 1, 2
 TYPES: Final = {torch.float32: F32, torch.bfloat16: BF16}
 
 
-class CPlan(Structure):
-    """Mirrors ``Plan`` of kernels/cpu/api.h, as the structures below mirror theirs."""
+_S = TypeVar("_S", bound=Structure)
+_MIRRORED: Final[dict[str, type[Structure]]] = {}
 
+
+def mirrors(name: str) -> Callable[[type[_S]], type[_S]]:
+    """Declare which struct of kernels/cpu a structure mirrors; loading compares their sizes."""
+
+    def register(structure: type[_S]) -> type[_S]:
+        _MIRRORED[name] = structure
+        return structure
+
+    return register
+
+
+@mirrors("Plan")
+class CPlan(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("items", "chunk_ids", "row_tail")),
         *((name, c_void_p) for name in ("merge_indptr", "merge_slots", "row_flags")),
@@ -24,6 +38,7 @@ class CPlan(Structure):
     )
 
 
+@mirrors("Heads")
 class CHeads(Structure):
     _fields_ = (
         *(("q_heads", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64)),
@@ -31,6 +46,7 @@ class CHeads(Structure):
     )
 
 
+@mirrors("AttentionArgs")
 class CAttention(Structure):
     _fields_ = (
         *(("plan", CPlan), ("heads", CHeads), ("positions", c_void_p)),
@@ -40,6 +56,7 @@ class CAttention(Structure):
     )
 
 
+@mirrors("RopeArgs")
 class CRope(Structure):
     _fields_ = (
         *(("plan", CPlan), ("heads", CHeads), ("positions", c_void_p), ("cos_sin", c_void_p)),
@@ -48,6 +65,7 @@ class CRope(Structure):
     )
 
 
+@mirrors("NormArgs")
 class CNorm(Structure):
     _fields_ = (
         *(("x", c_void_p), ("residual", c_void_p), ("sum", c_void_p), ("y", c_void_p)),
@@ -58,6 +76,7 @@ class CNorm(Structure):
 
 _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "ck_initialize": (c_int, []),
+    "ck_struct_size": (c_int64, [c_char_p]),
     "ck_chunk_elements": (c_int64, [POINTER(CHeads)]),
     "ck_attention": (None, [POINTER(CAttention), c_int]),
     "ck_rope_append": (None, [POINTER(CRope), c_int]),
@@ -79,11 +98,11 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
 
 
 def load_library(level: IsaLevel, sanitizer: str = "") -> ctypes.CDLL:
-    """The library of a level, built if need be, with its signatures declared.
+    """Load the library of a level, built if necessary, and declare its signatures.
 
     Raises:
-        NativeBuildError: it cannot be built or loaded (a folder mounted noexec), or the kernel
-            refuses what it needs (AMX state).
+        NativeBuildError: it cannot be built or loaded (a folder mounted noexec), its structures are
+            not those of this module, or the operating system refuses what it needs (AMX state).
     """
     try:
         library = ctypes.CDLL(str(build(level, sanitizer)))
@@ -92,6 +111,17 @@ def load_library(level: IsaLevel, sanitizer: str = "") -> ctypes.CDLL:
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    _check_sizes(library)
     if not library.ck_initialize():
-        raise NativeBuildError(f"the kernel does not let this process use {level.name}")
+        raise NativeBuildError(f"the operating system does not permit {level.name}")
     return library
+
+
+def _check_sizes(library: ctypes.CDLL) -> None:
+    for name, structure in _MIRRORED.items():
+        expected, size = library.ck_struct_size(name.encode()), ctypes.sizeof(structure)
+        if size != expected:
+            raise NativeBuildError(
+                f"{structure.__name__} has {size} bytes, but {name} of kernels/cpu has {expected}; "
+                "change both alike"
+            )

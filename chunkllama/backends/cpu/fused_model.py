@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from chunkllama.backends.base import DevicePlan, KVCache
-from chunkllama.backends.cpu.abi import BF16, INT8, TYPES, CHeads, CPlan
+from chunkllama.backends.cpu.abi import BF16, INT8, TYPES, CHeads, CPlan, mirrors
 from chunkllama.backends.cpu.packed import (
     UNIT,
     Arena,
@@ -28,6 +28,7 @@ from chunkllama.model_spec import LayerSpec, ModelSpec
 KEPT_LOGIT_ROWS: Final = 64
 
 
+@mirrors("Layer")
 class CLayer(Structure):
     _fields_ = (
         *(("attention_norm", c_void_p), ("mlp_norm", c_void_p)),
@@ -35,6 +36,7 @@ class CLayer(Structure):
     )
 
 
+@mirrors("Model")
 class CModel(Structure):
     _fields_ = (
         *(("layers", POINTER(CLayer)), ("num_layers", c_int64), ("heads", CHeads)),
@@ -44,6 +46,7 @@ class CModel(Structure):
     )
 
 
+@mirrors("Step")
 class CStep(Structure):
     _fields_ = (
         *(("plan", CPlan), ("token_ids", c_void_p), ("positions", c_void_p), ("cos_sin", c_void_p)),

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from chunkllama.backends.base import Quantization
-from chunkllama.backends.cpu.abi import BF16, F32, INT8, TYPES
+from chunkllama.backends.cpu.abi import BF16, F32, INT8, TYPES, mirrors
 from chunkllama.backends.cpu.memory import allocate_lazily
 from chunkllama.backends.model import Linear, ModelWeights
 from chunkllama.errors import ConfigError
@@ -21,6 +21,7 @@ UNIT: Final = 32  # output columns that are packed together
 STRIDE: Final = 64  # k of packed weights is a multiple of this
 
 
+@mirrors("Linear")
 class CLinear(Structure):
     _fields_ = (
         *(("weight", c_void_p), ("bias", c_void_p)),
