@@ -58,11 +58,17 @@ class ModelConfig(ConfigGroup):
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto",
-        description="Type of weights and K/V. auto is the checkpoint's, except that a CPU without "
-        "bfloat16 instructions computes in float32.",
+        description="Type of weights and K/V. auto is the checkpoint's, except that a CPU takes "
+        "float32 for float16, and for bfloat16 where backend is reference and the CPU has no "
+        "bfloat16 instructions.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where to compute. auto is a CUDA device if there is one."
+    )
+    isa_level: Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "baseline"] = Field(
+        default="auto",
+        description="Instructions that the cpu backend uses. auto is the best level this CPU has; "
+        "one that it lacks is an error.",
     )
     backend: Annotated[
         Literal["auto", "reference", "cpu", "cuda"], BeforeValidator(_renamed_backend)

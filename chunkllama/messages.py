@@ -210,6 +210,7 @@ class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):
     max_request_tokens: int
     device: str
     backend: str
+    isa_level: str = ""
 
 
 class StartFailed(msgspec.Struct, kw_only=True, tag="start_failed"):

@@ -70,6 +70,7 @@ class Backend(ABC):
     name: str
     device: torch.device
     chunk_sizes: tuple[int, ...]
+    isa_level: str = ""  # instructions that the kernels were compiled for, where there is a choice
 
     @abstractmethod
     def packing(self, *, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> Packing:

@@ -24,19 +24,24 @@ def select_backend(
     chunk_size: int,
     num_kv_heads: int,
     backend: BackendName = "auto",
+    isa_level: str = "auto",
 ) -> Backend:
     """Choose the backend for a device ("cpu", "cuda", "cuda:1") and a model's shape.
 
     "auto" takes ``cuda`` on a GPU, and on a CPU ``cpu``, or where that is not built or lacks the
-    shape the ``reference``, saying so once in the log.
+    shape the ``reference``, saying so once in the log. A named ``isa_level`` is never replaced.
 
     Raises:
         ConfigError: the backend is not installed, or lacks the device, dtype, head_dim or chunk
-            size; the message names it and the fix.
+            size, or there is no such ``isa_level``; the message names it and the fix.
     """
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise ConfigError(f"device: {device!r} is not one of cpu, cuda, cuda:N")
     target = torch.device(device)
+    if isa_level != "auto":
+        if backend not in ("auto", "cpu") or target.type != "cpu":
+            raise ConfigError(f"isa_level: {isa_level} is for the cpu backend only; use auto")
+        return _cpu(target, dtype, head_dim, chunk_size, num_kv_heads, isa_level)
     if backend == "auto" and target.type == "cpu":
         try:
             return _cpu(target, dtype, head_dim, chunk_size, num_kv_heads)
@@ -51,13 +56,18 @@ def select_backend(
 
 
 def _cpu(
-    device: torch.device, dtype: torch.dtype, head_dim: int, chunk_size: int, num_kv_heads: int
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    chunk_size: int,
+    num_kv_heads: int,
+    level: str = "",
 ) -> Backend:
     if device.type != "cpu":
         raise ConfigError(f"backend: cpu runs on device cpu, not on {device}")
     from chunkllama.backends.cpu.backend import CpuBackend
 
-    ops = CpuBackend(dtype=dtype, head_dim=head_dim, num_kv_heads=num_kv_heads)
+    ops = CpuBackend(dtype=dtype, head_dim=head_dim, num_kv_heads=num_kv_heads, level=level)
     return _checked(ops, chunk_size)
 
 

@@ -35,7 +35,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
     folder = resolve_model(config.model.model)
     spec = read_spec(folder)
     device = _device(config.model.device)
-    dtype = resolve_dtype(spec, config.model.dtype, device)
+    dtype = resolve_dtype(spec, config.model.dtype, device, config.model.backend)
     max_model_len = _max_model_len(config, spec)
     chunk_size = config.cache.chunk_size
     num_chunks = _num_chunks(config, spec, folder, device, dtype)
@@ -48,6 +48,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         num_chunks=num_chunks,
         chunk_size=chunk_size,
         max_model_len=_table_length(spec, max_model_len, num_chunks * chunk_size),
+        isa_level=config.model.isa_level,
         backend=config.model.backend,
         weights=config.model.weights,
     )
@@ -74,14 +75,15 @@ def build_engine(config: EngineConfig) -> EngineCore:
         max_request_tokens=min(max_model_len, num_chunks * chunk_size),
         device=device,
         backend=executor.backend.name,
+        isa_level=executor.backend.isa_level,
     )
     logger.info(
-        "engine ready in %.1f s: %s, %s on %s (%s ops), %d chunks of %d tokens (%d MiB)",
+        "engine ready in %.1f s: %s, %s on %s (%s backend), %d chunks of %d tokens (%d MiB)",
         time.monotonic() - started,
         config.model.model,
         dtype,
         device,
-        info.backend,
+        f"{info.backend} {info.isa_level}".strip(),
         num_chunks,
         chunk_size,
         num_chunks * kv_bytes_per_chunk(spec, chunk_size, dtype) >> 20,

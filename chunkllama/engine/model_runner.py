@@ -270,6 +270,7 @@ def load_executor(
     chunk_size: int,
     max_model_len: int,
     backend: BackendName = "auto",
+    isa_level: str = "auto",
     weights: Quantization = "auto",
 ) -> ModelRunner:
     """A model folder's executor, its pool allocated.
@@ -278,6 +279,7 @@ def load_executor(
         dtype: as ``resolve_dtype`` returns it.
         max_model_len: positions the rotary table covers.
         backend: "auto" or the name of one.
+        isa_level: of the cpu backend, "auto" or the name of one.
         weights: storage of the linear layers, "auto" or what the backend offers.
 
     Raises:
@@ -292,6 +294,7 @@ def load_executor(
         num_chunks=num_chunks,
         chunk_size=chunk_size,
         backend=backend,
+        isa_level=isa_level,
     )
     loaded = load_weights(checkpoint, spec, getattr(torch, dtype), attention.backend.device)
     model = build_model(spec, loaded, attention, max_model_len=max_model_len, weights=weights)
@@ -306,6 +309,7 @@ def build_attention(
     num_chunks: int,
     chunk_size: int,
     backend: BackendName = "auto",
+    isa_level: str = "auto",
 ) -> Attention:
     """The backend for the device, its chunk pool and planner."""
     ops = select_backend(
@@ -315,6 +319,7 @@ def build_attention(
         chunk_size=chunk_size,
         num_kv_heads=spec.num_kv_heads,
         backend=backend,
+        isa_level=isa_level,
     )
     kv = ops.allocate_kv(
         num_layers=spec.num_layers,

@@ -124,10 +124,11 @@ def _tokenizer_eos(folder: Path) -> set[int]:
     }
 
 
-def resolve_dtype(spec: ModelSpec, dtype: str, device: str) -> str:
+def resolve_dtype(spec: ModelSpec, dtype: str, device: str, backend: str = "auto") -> str:
     """The dtype to compute in: ``auto`` is the checkpoint's, where the device is good at it.
 
-    On a CPU that means bfloat16 only with bfloat16 instructions, and never float16.
+    On a CPU float16 becomes float32; so does bfloat16 with the reference backend where the CPU has
+    no instructions for it. The cpu backend widens bfloat16 at every level, at half the memory.
 
     Raises:
         ConfigError: an unknown name.
@@ -136,8 +137,9 @@ def resolve_dtype(spec: ModelSpec, dtype: str, device: str) -> str:
         if dtype not in _DTYPES:
             raise ConfigError(f"dtype must be auto, {', '.join(_DTYPES)}, got {dtype!r}")
         return dtype
-    if device == "cpu" and not (spec.dtype == "bfloat16" and _cpu_has_bfloat16()):
-        return "float32"
+    if device == "cpu":
+        fast = backend != "reference" or _cpu_has_bfloat16()
+        return "bfloat16" if spec.dtype == "bfloat16" and fast else "float32"
     return spec.dtype
 
 

@@ -84,7 +84,7 @@ def test_structures_of_other_sizes_than_the_library_has_are_refused(
         _fields_ = (("added", ctypes.c_int64),)
 
     monkeypatch.setitem(abi._MIRRORED, "Heads", CLonger)
-    with pytest.raises(NativeBuildError, match="CLonger has 40 bytes, but Heads .* has 32"):
+    with pytest.raises(NativeBuildError, match=r"CLonger has 40 bytes, but Heads .* has 32"):
         load_library(BASELINE)
     monkeypatch.undo()
     load_library(BASELINE)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from chunkllama.backends.base import Backend
+from chunkllama.backends.cpu import backend as cpu_backend
+from chunkllama.backends.cpu.build import LEVELS, available_levels
 from chunkllama.backends.select import BackendName, select_backend
+from chunkllama.config import ModelConfig
 from chunkllama.errors import ConfigError
 
 
@@ -20,6 +24,7 @@ def select(
     backend: BackendName = "auto",
     chunk_size: int = 64,
     head_dim: int = 64,
+    isa_level: str = "auto",
 ) -> Backend:
     return select_backend(
         device,
@@ -28,7 +33,32 @@ def select(
         chunk_size=chunk_size,
         num_kv_heads=3,
         backend=backend,
+        isa_level=isa_level,
     )
+
+
+@pytest.mark.parametrize("level", [level.name for level in available_levels()])
+def test_a_named_level_is_the_one_that_runs(level: str) -> None:
+    assert select(isa_level=level).isa_level == level
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_a_level_that_the_cpu_lacks_is_refused_by_name(
+    backend: BackendName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_backend, "available_levels", lambda: LEVELS[-2:])
+    with pytest.raises(ConfigError, match="isa_level: this CPU lacks amx; use auto .* avx2, base"):
+        select(isa_level="amx", backend=backend)
+
+
+def test_a_level_is_refused_where_it_has_no_effect() -> None:
+    with pytest.raises(ConfigError, match="isa_level: avx2 is for the cpu backend only"):
+        select(isa_level="avx2", backend="reference")
+
+
+def test_the_setting_lists_every_level() -> None:
+    choices = get_args(ModelConfig.model_fields["isa_level"].annotation)
+    assert choices == ("auto", *(level.name for level in LEVELS))
 
 
 def test_the_reference_by_name() -> None:

@@ -82,6 +82,7 @@ class CpuBackend(Backend):
         _check_shape(dtype, head_dim)
         self.device = torch.device("cpu")
         self.level, self.library = _best_library(level, sanitizer)
+        self.isa_level = self.level
         tuning = yaml.safe_load((data_folder("configs") / "hardware" / "cpu.yaml").read_text())
         self.vector_rows = int(tuning["vector_rows"])
         self._packing = tuning["packing"]
@@ -294,8 +295,10 @@ def _best_library(level: str, sanitizer: str) -> tuple[str, ctypes.CDLL]:
         for failure in failures:
             logger.warning("CPU kernels without level %s", failure)
         return candidate.name, library
-    reason = failures[0] if failures else f"this CPU lacks {level}"
-    raise ConfigError(f"backend: cpu is not available here: {reason}")
+    if not failures:
+        names = ", ".join(each.name for each in available_levels())
+        raise ConfigError(f"isa_level: this CPU lacks {level}; use auto or one of {names}")
+    raise ConfigError(f"backend: cpu is not available here: {failures[0]}")
 
 
 def main() -> int:

@@ -119,10 +119,10 @@ class Application:
         engine.on_restarting = server.engine_restarting
         info = engine.info
         logger.info(
-            "%s on %s (%s ops), %d chunks of %d tokens, context %d",
+            "%s on %s (%s backend), %d chunks of %d tokens, context %d",
             settings.model_names[0],
             info.device,
-            info.backend,
+            f"{info.backend} {info.isa_level}".strip(),
             info.num_chunks,
             info.chunk_size,
             info.max_model_len,

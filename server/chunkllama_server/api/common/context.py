@@ -59,7 +59,9 @@ class ServerContext:
 
     @property
     def fingerprint(self) -> str:
-        return f"chunkllama-{__version__}-{self.engine.info.backend}"
+        info = self.engine.info
+        parts = ("chunkllama", __version__, info.backend, info.isa_level)
+        return "-".join(part for part in parts if part)
 
     def check_serving(self) -> None:
         """Refuse new work while starting or draining.

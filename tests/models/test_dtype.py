@@ -1,0 +1,42 @@
+"""Which type a model computes in when the user names none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from chunkllama.model_spec import ModelSpec
+from chunkllama.models import config
+from chunkllama.models.config import resolve_dtype
+
+SPEC = ModelSpec(
+    num_layers=1,
+    hidden_size=64,
+    intermediate_size=64,
+    num_qo_heads=1,
+    num_kv_heads=1,
+    head_dim=64,
+    vocab_size=16,
+    max_position=64,
+)
+
+
+@pytest.mark.parametrize(
+    ("stored", "backend", "instructions", "expected"),
+    [
+        ("bfloat16", "auto", False, "bfloat16"),
+        ("bfloat16", "cpu", False, "bfloat16"),
+        ("bfloat16", "reference", False, "float32"),
+        ("bfloat16", "reference", True, "bfloat16"),
+        ("float16", "cpu", True, "float32"),
+        ("float32", "cpu", True, "float32"),
+    ],
+)
+def test_a_cpu_keeps_bfloat16_where_its_kernels_widen_it(
+    monkeypatch: pytest.MonkeyPatch, stored: str, backend: str, instructions: bool, expected: str
+) -> None:
+    monkeypatch.setattr(config, "_cpu_has_bfloat16", lambda: instructions)
+    spec = replace(SPEC, dtype=stored)
+    assert resolve_dtype(spec, "auto", "cpu", backend) == expected
+    assert resolve_dtype(spec, "float32", "cpu", backend) == "float32"
