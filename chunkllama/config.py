@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
@@ -24,6 +24,25 @@ def parse_bytes(value: object) -> object:
     if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
         return int(float(match[1]) * _UNITS[match[2].lower()])
     return value
+
+
+def parse_weights(value: str) -> dict[str, float]:
+    """Weights by tenant from "alice=4,bob=0.5".
+
+    Raises:
+        ValueError: naming the entry.
+    """
+    weights: dict[str, float] = {}
+    for entry in filter(None, map(str.strip, value.split(","))):
+        tenant, _, weight = entry.rpartition("=")
+        try:
+            number = float(weight)
+        except ValueError:
+            number = 0.0
+        if not tenant or not 0.001 <= number <= 1000:
+            raise ValueError(f"write name=weight with a weight in [0.001, 1000], not {entry!r}")
+        weights[tenant.strip()] = number
+    return weights
 
 
 def _number(value: object) -> object:
@@ -131,10 +150,20 @@ class SchedulerConfig(ConfigGroup):
     max_num_batched_tokens: int = Field(
         default=512, gt=0, description="Tokens of one step: decodes first, then slices of prompts."
     )
-    scheduling_policy: Literal["fcfs", "prefix"] = Field(
-        default="prefix",
-        description="Order of waiting requests: first come first served, or those that share a "
-        "running prefix first, within an ageing bound.",
+    scheduling_policy: Literal["fair", "prefix", "fcfs"] = Field(
+        default="fair",
+        description="Order of waiting requests: grouped by prefix within fair shares of tenants, "
+        "grouped by prefix alone, or first come first served.",
+    )
+    fair_quantum: int = Field(
+        default=8192,
+        gt=0,
+        description="Tokens that a group of requests with one prefix, or a tenant, may run ahead "
+        "of others that wait.",
+    )
+    tenant_weights: str = Field(
+        default="",
+        description="Shares of tenants with policy fair, like alice=4,bob=0.5; others have 1.",
     )
     max_waiting: int = Field(
         default=1024, ge=0, description="Requests that may wait; one more is refused with 429."
@@ -144,6 +173,12 @@ class SchedulerConfig(ConfigGroup):
         ge=0,
         description="Waiting for another request's prefix must save at least this much.",
     )
+
+    @field_validator("tenant_weights")
+    @classmethod
+    def _check_weights(cls, value: str) -> str:
+        parse_weights(value)
+        return value
 
 
 class LogConfig(ConfigGroup):

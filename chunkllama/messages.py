@@ -38,6 +38,7 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag="request"):
     Attributes:
         namespace: "" is public (matched by everyone); any other string is matched by that
             tenant alone, below public.
+        tenant: whose share of the engine, queue and cache it uses; "" where there is one tenant.
         delivered: per choice, output tokens the client already has (replay after an engine
             restart).
         wants_hidden_states: return one pooled embedding of the prompt instead of tokens.
@@ -51,6 +52,7 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag="request"):
     prompt_token_ids: list[int]
     sampling: SamplingParams
     namespace: str = ""
+    tenant: str = ""
     delivered: list[list[int]] = []
     wants_hidden_states: Literal["", "mean", "last"] = ""
     cache_until: int | None = None

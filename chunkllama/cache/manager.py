@@ -92,24 +92,6 @@ class CacheManager:
         whole = tokens == self.chunk_size
         return (node.scheduled if whole else node.filled) < tokens
 
-    def live_node(self, tokens: Int32Array, limit: int, namespace: str, near: Node | None) -> Node:
-        """The last of the leading chunks of ``tokens`` that running sequences use now, or the root.
-
-        ``near`` is an earlier answer for these tokens, where the search starts: descendants of an
-        unused node are unused too, so the answer is an ancestor of it or continues it.
-        """
-        size, node = self.chunk_size, near or self._root
-        while node.parent is not None and not node.is_live:
-            node = node.parent
-        for end in range((node.depth + 2) * size, limit + 1, size):
-            key = encode_tokens(tokens[end - size : end])
-            equal = [children.find(key) for children in node.visible_children(namespace)]
-            live = next((child for child in equal if child and child.is_live), None)
-            if live is None:
-                break
-            node = live
-        return node
-
     def admissions(self, match: Match, num_chunks: int, namespace: str) -> Iterator[Admission]:
         """Ways to admit a sequence of ``num_chunks`` chunks, the one that keeps most first.
 
@@ -374,7 +356,7 @@ class CacheManager:
         ]
 
     def check_invariants(self, live: Iterable[SequenceChunks], *, in_step: bool = False) -> None:
-        """Check the invariants of ``cache/invariants.py``; ``live`` is all live sequences."""
+        """Check ``cache/invariants.py``, given the chunks of all live sequences."""
         check_cache(self.tree, self.pins, list(live), in_step=in_step)
 
 

@@ -135,11 +135,6 @@ class Node:
         return self.num_sequences > 0 or self.copy_refs > 0
 
     @property
-    def is_live(self) -> bool:
-        """A sequence uses the chunk, and all of it is there when the next step has run."""
-        return self.num_sequences > 0 and self.scheduled == self.num_tokens
-
-    @property
     def is_evictable(self) -> bool:
         """The chunk is unused and unpinned (its children are too, and are evicted first)."""
         return self.num_sequences == 0 and self.copy_refs == 0 and self.num_pins == 0

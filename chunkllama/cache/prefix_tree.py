@@ -234,7 +234,7 @@ class PrefixTree:
             self._started_use(node)
 
     def release(self, node: Node) -> None:
-        """Count one live sequence fewer; the last leaves the node cached, most recently used."""
+        """Count one live sequence fewer; after the last the node is cached, most recently used."""
         node.num_sequences -= 1
         assert node.num_sequences >= 0
         self._ended_use(node)

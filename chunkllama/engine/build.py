@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from chunkllama.cache.manager import CacheManager
-from chunkllama.config import EngineConfig
+from chunkllama.config import EngineConfig, parse_weights
 from chunkllama.engine.core import EngineCore
 from chunkllama.engine.model_runner import load_executor
 from chunkllama.errors import ConfigError
@@ -58,6 +58,8 @@ def build_engine(config: EngineConfig) -> EngineCore:
         max_model_len=max_model_len,
         max_waiting=config.scheduler.max_waiting,
         policy=config.scheduler.scheduling_policy,
+        fair_quantum=config.scheduler.fair_quantum,
+        tenant_weights=parse_weights(config.scheduler.tenant_weights),
         min_wait_tokens=config.scheduler.min_wait_tokens,
         spare_chunks=executor.spare_chunks,
         eos_token_ids=frozenset(spec.eos_token_ids),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from chunkllama.errors import InvalidRequestError
+from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.messages import EngineRequest
 from chunkllama.scheduler.admission import AdmissionControl
 from chunkllama.scheduler.beam import BeamSearch
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.request import Sequence, SequenceGroup
+from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
 
 
 def make_group(
@@ -81,3 +82,28 @@ def _make_sequences(group: SequenceGroup, limits: SchedulerLimits) -> None:
             group.sequences[index] = sequence
     if not group.sequences:
         raise InvalidRequestError("every choice has been delivered whole", "delivered")
+
+
+def check_places(tenant: str, limits: SchedulerLimits, lifecycle: SequenceLifecycle) -> None:
+    """Refuse a request beyond the queue's places, or its tenant's.
+
+    A tenant's waiting requests may be as many as the places still free: one tenant takes at most
+    half of them, and k tenants leave 1 / (k + 1) (Choudhury and Hahne, "Dynamic queue length
+    thresholds", 1998). Requests without a tenant have no such limit.
+
+    Raises:
+        OverloadedError: with the seconds to wait.
+    """
+    total, own = len(lifecycle.groups), lifecycle.accounts.num_requests(tenant)
+    free = limits.max_num_seqs + limits.max_waiting - total
+    if free <= 0:
+        reason = f"{total} requests are running or waiting, the most this server accepts"
+    elif tenant and own - limits.max_num_seqs >= free:
+        reason = f"{own} requests of this API key are running or waiting, its share of the queue"
+    else:
+        return
+    admission = lifecycle.admission
+    raise OverloadedError(
+        f"{reason}; try again later",
+        admission.drain.seconds_for(admission.num_chunks_queued(lifecycle.waiting)),
+    )

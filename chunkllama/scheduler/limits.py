@@ -1,8 +1,9 @@
-"""What bounds the scheduler; resolved once by whoever builds the engine."""
+"""Limits of the scheduler, resolved once by the engine builder."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from chunkllama.errors import ConfigError
@@ -17,8 +18,9 @@ class SchedulerLimits:
         max_num_batched_tokens: tokens computed in one step.
         max_model_len: tokens of prompt and output together.
         max_waiting: requests accepted beyond ``max_num_seqs``; one more is refused.
-        policy: order of waiting requests: first come, or those that share live chunks first.
-        prefix_max_wait: seconds after which ``prefix`` lets nobody overtake a request any more.
+        policy: order of waiting requests; see ``queue.py``.
+        fair_quantum: virtual tokens that a group of requests or a tenant may run ahead.
+        tenant_weights: share of each tenant relative to others; 1 for those not listed.
         min_wait_tokens: a follower waits for its leader only if that saves this many tokens.
         spare_chunks: chunks kept beyond a tail, so that a decode plan lives longer.
         eos_token_ids: tokens that end a choice unless it ignores them.
@@ -30,10 +32,11 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     max_model_len: int
     max_waiting: int
-    policy: Literal["fcfs", "prefix"]
+    policy: Literal["fair", "prefix", "fcfs"]
     min_wait_tokens: int
     enable_prefix_caching: bool
-    prefix_max_wait: float = 2.0
+    fair_quantum: int
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
     spare_chunks: int = 1
     eos_token_ids: frozenset[int] = frozenset()
     reserve_quantile: float = 0.75
@@ -50,3 +53,10 @@ class SchedulerLimits:
             raise ConfigError("max_model_len, max_waiting and spare_chunks cannot be negative")
         if self.min_wait_tokens < 0:
             raise ConfigError(f"min_wait_tokens cannot be negative, got {self.min_wait_tokens}")
+        if self.fair_quantum < 1:
+            raise ConfigError(f"fair_quantum must be at least 1, got {self.fair_quantum}")
+        for tenant, weight in self.tenant_weights.items():
+            if not 0.001 <= weight <= 1000:
+                raise ConfigError(
+                    f"tenant_weights: the weight of {tenant} must be in [0.001, 1000], got {weight}"
+                )

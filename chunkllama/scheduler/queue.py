@@ -1,66 +1,227 @@
-"""The waiting queue and the order in which its sequences are looked at."""
+"""The waiting queue: sequences grouped by prefix, tenants served by what they have received.
+
+Each tenant has a *turn*. Its oldest request leads it; the waiting requests that share the longest
+prefix with the last one started follow, so a prefix is computed once and used by all of them. A
+turn lets at most ``quantum`` tokens of younger requests start before the oldest, then the oldest
+starts whatever its prefix. Between tenants, the one with the lowest clock (``tenants.py``) is
+served next; tenants in the middle of a group continue while their clock is less than ``quantum``
+ahead of the lowest.
+
+Two bounds follow, which every simulated run checks, with L the virtual tokens of the longest
+request:
+
+- A waiting tenant's clock is never passed by more than ``quantum`` by a tenant that is served
+  instead.
+- Younger requests of one tenant that start before a request with ``n`` older ones are at most
+  ``(n + 1) * (quantum + L)`` tokens.
+"""
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final, Literal
 
+from chunkllama.cache.node import common_prefix, encode_tokens
 from chunkllama.scheduler.request import Sequence
 
-PREFIX_WINDOW: Final = 64  # waiting sequences whose shared prefix is looked up in one step
+Policy = Literal["fair", "prefix", "fcfs"]
+NEAR: Final = 8  # neighbours in token order that are compared when a group continues
 
 
 def queue_key(sequence: Sequence) -> tuple[bool, int, int, int]:
-    """Priority, then order of arrival: a preempted sequence comes back where it was.
+    """Priority, then order of arrival: a preempted sequence returns to its former place.
 
-    Beams of a search that has begun stand before all others: their siblings hold chunks and can
-    do nothing without them.
+    Beams of a search that has begun precede all others: their siblings hold chunks and cannot
+    advance without them.
     """
     beam = sequence.group.beam
     joins_others = beam is not None and beam.is_expanded
     return not joins_others, sequence.group.request.priority, *sequence.age
 
 
-class WaitingQueue:
-    """Sequences that hold nothing, in order of (priority, arrival)."""
+class TenantQueue:
+    """Waiting sequences of one tenant, by age and by token order.
+
+    Attributes:
+        clock: the tenant's clock plus the cost of what was started since, in virtual tokens.
+        overtaken: tokens of younger requests started since the oldest became the oldest.
+    """
 
     def __init__(self) -> None:
-        self._sequences: list[Sequence] = []
-
-    def __len__(self) -> int:
-        return len(self._sequences)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._sequences)
+        self.by_age: list[Sequence] = []
+        self.clock = 0.0
+        self.overtaken = 0
+        self._by_prefix: list[tuple[bytes, tuple[int, int], Sequence]] = []
+        self._keys: dict[Sequence, bytes] = {}  # a queued beam may still be given its last token
+        self._last = b""
 
     def add(self, sequence: Sequence) -> None:
-        insort(self._sequences, sequence, key=queue_key)
+        insort(self.by_age, sequence, key=queue_key)
+        if self.by_age[0] is sequence:
+            self.overtaken = 0
+        self._keys[sequence] = key = encode_tokens(sequence.token_ids)
+        insort(self._by_prefix, (key, sequence.age, sequence), key=lambda e: e[:2])
 
     def remove(self, sequence: Sequence) -> None:
-        at = bisect_left(self._sequences, queue_key(sequence), key=queue_key)
-        assert self._sequences[at] is sequence
-        del self._sequences[at]
+        at = bisect_left(self.by_age, queue_key(sequence), key=queue_key)
+        assert self.by_age[at] is sequence
+        del self.by_age[at]
+        if at == 0:
+            self.overtaken = 0
+        entry = (self._keys.pop(sequence), sequence.age)
+        at = bisect_left(self._by_prefix, entry, key=lambda e: e[:2])
+        assert self._by_prefix[at][2] is sequence
+        del self._by_prefix[at]
 
-    def candidates(
-        self,
-        policy: Literal["fcfs", "prefix"],
-        num_live_tokens: Callable[[Sequence], int],
-        arrived_before: float,
-    ) -> list[Sequence]:
-        """The order of admission.
+    def started(self, sequence: Sequence, cost: int) -> None:
+        """Note a sequence that is about to leave the queue to run."""
+        self._last = encode_tokens(sequence.token_ids)
+        if sequence is not self.by_age[0]:
+            self.overtaken += cost
 
-        ``prefix`` puts those first that share most with sequences running now, so that a group
-        is served while its prefix is in use; a request that arrived before ``arrived_before`` is
-        overtaken by nobody.
+    def follower(self, least: int, passed: set[int]) -> Sequence | None:
+        """The waiting sequence that shares most, at least ``least`` tokens, with the last started.
+
+        Only sequences of the oldest one's priority follow.
         """
-        if policy == "fcfs" or len(self._sequences) < 2:
-            return list(self._sequences)
-        window = self._sequences[:PREFIX_WINDOW]
-        aged: list[Sequence] = []
-        young: list[Sequence] = []
-        for s in window:
-            is_first = s.group.arrived_at <= arrived_before or not queue_key(s)[0]
-            (aged if is_first else young).append(s)
-        young.sort(key=lambda s: (s.group.request.priority, -num_live_tokens(s)))
-        return aged + young
+        at = bisect_left(self._by_prefix, self._last, key=lambda e: e[0])
+        best, longest = None, least - 1
+        for low, high, step in ((at - 1, max(at - 1 - NEAR, -1), -1), (at, at + NEAR, 1)):
+            for i in range(low, min(high, len(self._by_prefix)), step):
+                key, _, sequence = self._by_prefix[i]
+                if id(sequence) in passed:
+                    continue
+                tokens = common_prefix(key, self._last)
+                if tokens > longest and queue_key(sequence)[:2] == queue_key(self.by_age[0])[:2]:
+                    best, longest = sequence, tokens
+                break
+        return best
+
+
+class WaitingQueue:
+    """Sequences that hold no chunks.
+
+    Args:
+        policy: ``fair`` groups by prefix within fair shares of tenants, ``prefix`` groups by prefix
+            as if there were one tenant, ``fcfs`` goes by priority and arrival alone.
+        quantum: virtual tokens that a group may run ahead.
+        least_shared: tokens that a follower must share with the sequence started last.
+    """
+
+    def __init__(self, policy: Policy, quantum: int, least_shared: int) -> None:
+        self._policy = policy
+        self._quantum = quantum
+        self._least_shared = max(least_shared, 1)
+        self._tenants: dict[str, TenantQueue] = {}
+        self._open: dict[str, None] = {}  # tenants that have started one, in order of start
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for queue in self._tenants.values():
+            yield from queue.by_age
+
+    def _tenant(self, sequence: Sequence) -> str:
+        return sequence.group.request.tenant if self._policy == "fair" else ""
+
+    def add(self, sequence: Sequence) -> None:
+        self._tenants.setdefault(self._tenant(sequence), TenantQueue()).add(sequence)
+        self._size += 1
+
+    def remove(self, sequence: Sequence) -> None:
+        tenant = self._tenant(sequence)
+        queue = self._tenants[tenant]
+        queue.remove(sequence)
+        self._size -= 1
+
+    def started(self, sequence: Sequence, cost: int, weight: float) -> None:
+        """Note that a sequence which costs ``cost`` virtual tokens is about to start."""
+        tenant = self._tenant(sequence)
+        queue = self._tenants[tenant]
+        queue.started(sequence, cost)
+        queue.clock += cost / weight
+        self._open.setdefault(tenant)
+
+    def tenants(self) -> list[str]:
+        """Tenants with waiting sequences; [""] where the policy knows none."""
+        return [tenant for tenant, queue in self._tenants.items() if queue.by_age]
+
+    def may_overtake(self, sequence: Sequence) -> bool:
+        """Whether the sequence may start before its tenant's oldest one."""
+        queue = self._tenants[self._tenant(sequence)]
+        return sequence is queue.by_age[0] or queue.overtaken < self._quantum
+
+    def candidates(self, clocks: Mapping[str, float]) -> Iterator[Sequence]:
+        """The order of admission; the caller may start each sequence it is given.
+
+        Args:
+            clocks: of every tenant with waiting sequences, the cost of running ones included.
+        """
+        if self._policy == "fcfs":
+            for queue in list(self._tenants.values()):
+                yield from list(queue.by_age)
+            return
+        for name in [name for name, each in self._tenants.items() if not each.by_age]:
+            del self._tenants[name]
+            self._open.pop(name, None)
+        for name, each in self._tenants.items():
+            each.clock = clocks.get(name, 0.0)
+        heap = [(q.clock, q.by_age[0].age, t) for t, q in self._tenants.items() if q.by_age]
+        heapq.heapify(heap)
+        passed: set[int] = set()
+        continuing = list(self._open)
+        continuing.reverse()
+        oldest = {t: iter(list(q.by_age)) for _, _, t in heap for q in [self._tenants[t]]}
+        while heap:
+            clock, age, tenant = heap[0]
+            queue = self._tenants[tenant]
+            if not queue.by_age:
+                heapq.heappop(heap)
+                continue
+            if queue.clock != clock:
+                heapq.heapreplace(heap, (queue.clock, age, tenant))
+                continue
+            chosen = self._continuation(continuing, clock, passed)
+            if chosen is None:
+                chosen = self._next_of(queue, oldest[tenant], passed)
+            if chosen is None:
+                heapq.heappop(heap)
+                continue
+            passed.add(id(chosen))
+            yield chosen
+
+    def _continuation(
+        self, continuing: list[str], lowest: float, passed: set[int]
+    ) -> Sequence | None:
+        """The next of the groups in progress whose tenants may continue, the first begun first.
+
+        Args:
+            continuing: tenants to ask, the last one first; those without an answer are removed.
+        """
+        while continuing:
+            queue = self._tenants[continuing[-1]]
+            if queue.by_age and queue.clock < lowest + self._quantum:
+                follower = self._follower(queue, passed)
+                if follower is not None:
+                    return follower
+            continuing.pop()
+        return None
+
+    def _follower(self, queue: TenantQueue, passed: set[int]) -> Sequence | None:
+        """The next of the tenant's group, unless its oldest sequence has to start first."""
+        if queue.overtaken >= self._quantum or not queue_key(queue.by_age[0])[0]:
+            return None
+        return queue.follower(self._least_shared, passed)
+
+    def _next_of(
+        self, queue: TenantQueue, oldest: Iterator[Sequence], passed: set[int]
+    ) -> Sequence | None:
+        """A follower of the tenant's last start, else its oldest sequence not passed yet."""
+        follower = self._follower(queue, passed)
+        if follower is not None:
+            return follower
+        return next((s for s in oldest if s.slot < 0 and id(s) not in passed), None)

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkllama.cache.manager import Match, SequenceChunks
-from chunkllama.cache.node import Node
 from chunkllama.messages import EngineRequest, FinishReason, TokenLogprob
 from chunkllama.scheduler.beam import BeamSearch
 
@@ -29,8 +28,6 @@ class Sequence:
         num_scheduled: tokens of it in the step being put together or in flight.
         num_admitted: tokens known when it was admitted; computing those is prefill.
         match: while it waits for a leader, what it waits for.
-        live_node: while it waits, the last chunk it shared with running sequences when it was last
-            looked up.
     """
 
     __slots__ = (
@@ -38,7 +35,6 @@ class Sequence:
         "chunks",
         "group",
         "index",
-        "live_node",
         "match",
         "num_admitted",
         "num_computed_tokens",
@@ -60,7 +56,6 @@ class Sequence:
         self.slot = -1
         self.chunks: SequenceChunks | None = None
         self.match: Match | None = None
-        self.live_node: Node | None = None
 
     @property
     def age(self) -> tuple[int, int]:

@@ -1,20 +1,23 @@
 """Continuous batching over the prefix tree: which sequence computes how many tokens in each step.
 
 Every sequence is a count of computed tokens catching up with its tokens; prefill, decode, prefix
-hits and recompute after a preemption are the same thing. A step serves running sequences first
-(those with one token left before those with many), then admits waiting ones while tokens, slots
-and chunks last.
+hits and recompute after a preemption are the same thing. A step's token budget is spent in this
+order: a token for each decode; a reserved quarter for short prompts, running or new, if long ones
+are running; long running prompts in fair order; then waiting sequences in the order of
+``queue.py``, while tokens, slots and chunks last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
-from chunkllama.cache.manager import CacheManager
-from chunkllama.errors import InvalidRequestError, OverloadedError
+from chunkllama.cache.manager import CacheManager, Match
+from chunkllama.errors import InvalidRequestError
 from chunkllama.messages import EngineRequest, EngineStats, TokenDelta, TreeNodeInfo
 from chunkllama.scheduler.counters import read_stats
-from chunkllama.scheduler.intake import make_group
+from chunkllama.scheduler.failures import drop_failed
+from chunkllama.scheduler.intake import check_places, make_group
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.memory_pressure import grow_tails, preemption_victim
 from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
@@ -23,6 +26,9 @@ from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
 from chunkllama.scheduler.step_deltas import StepDeltas
 
 __all__ = ["Scheduler", "SchedulerLimits"]
+
+SHORT_SHARE: Final = 4  # a step reserves 1 / SHORT_SHARE of its tokens for short and new prompts
+MAX_LONG_LOOKED_AT: Final = 16  # long waiting prompts that are matched to find a short remainder
 
 
 class Scheduler:
@@ -58,7 +64,7 @@ class Scheduler:
     def add(self, request: EngineRequest) -> None:
         """Queue a request.
 
-        A choice whose ``delivered`` tokens end it already is not run again and yields nothing.
+        A choice that its ``delivered`` tokens end is not run again and yields nothing.
 
         Raises:
             InvalidRequestError: it could never run, or its id is in use.
@@ -67,12 +73,7 @@ class Scheduler:
         if request.request_id in self._groups:
             raise InvalidRequestError(f"request_id {request.request_id!r} is in use", "request_id")
         group = make_group(request, self._limits, self._admission, self._arrivals, self._clock())
-        if len(self._groups) >= self._limits.max_num_seqs + self._limits.max_waiting:
-            raise OverloadedError(
-                f"{len(self._groups)} requests are running or waiting, the most this server "
-                "accepts; try again later",
-                self._admission.drain.seconds_for(self._admission.num_chunks_queued(self._waiting)),
-            )
+        check_places(request.tenant, self._limits, self._lifecycle)
         self._arrivals += 1
         self._lifecycle.add(group)
 
@@ -88,9 +89,7 @@ class Scheduler:
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Drop a request, or one choice of it (of a beam search all); yields no delta.
 
-        Unknown ids are ignored.
-
-        Takes effect after the step in flight commits: its rows still write the chunks.
+        Unknown ids are ignored. Takes effect after the step in flight, which writes the chunks.
         """
         if self._in_flight is not None:
             self._aborts.append((request_id, index))
@@ -107,8 +106,8 @@ class Scheduler:
         assert self._in_flight is None, "the last step has not been committed"
         self._cache.expire_pins()
         grow_tails(self._lifecycle, self._cache)
-        budget = self._schedule_running(self._limits.max_num_batched_tokens)
-        self._admit(budget)
+        budget = self._take_decodes(self._limits.max_num_batched_tokens)
+        self._admit(self._schedule_prefills(budget))
         while not self._scheduled and self._break_deadlock():
             self._admit(self._limits.max_num_batched_tokens)
         if not self._scheduled:
@@ -130,24 +129,49 @@ class Scheduler:
         )
         return self._in_flight
 
-    def _schedule_running(self, budget: int) -> int:
-        """Take tokens of running sequences; returns the rest of the budget."""
-        prefills = []
+    def _take_decodes(self, budget: int) -> int:
+        """Take the token of every sequence that has one left; returns the rest of the budget."""
         for sequence in self._running.by_age:
-            remaining = sequence.num_tokens - sequence.num_computed_tokens
-            if remaining == 1:
+            if sequence.num_tokens - sequence.num_computed_tokens == 1:
                 self._take(sequence, 1)
                 budget -= 1
-            elif remaining:
-                prefills.append(sequence)
+        return budget
+
+    def _schedule_prefills(self, budget: int) -> int:
+        """Take slices of running prompts; returns the rest of the budget.
+
+        A quarter of the step is reserved for prompts that fit in it, running or new. The rest goes
+        to long prompts in fair order.
+        """
+        clocks = self._clocks()
+        prefills = [s for s in self._running.by_age if s.num_tokens - s.num_computed_tokens > 1]
+        if self._limits.policy == "fair":
+            prefills.sort(key=lambda s: (clocks[s.group.request.tenant], s.age))
+        reserve = min(budget, max(self._limits.max_num_batched_tokens // SHORT_SHARE, 1))
+        short = [s for s in prefills if s.num_tokens - s.num_computed_tokens <= reserve]
+        if len(short) < len(prefills):
+            rest = self._admit(self._take_slices(short, reserve), only_short=True)
+            budget -= reserve - rest
+            prefills = [s for s in prefills if not s.num_scheduled]
+        return self._take_slices(prefills, budget)
+
+    def _take_slices(self, prefills: list[Sequence], budget: int) -> int:
         for sequence in prefills:
             if budget == 0:
                 break
-            remaining = sequence.num_tokens - sequence.num_computed_tokens
-            count = min(remaining, budget)
+            count = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
             self._take(sequence, count)
             budget -= count
         return budget
+
+    def _clocks(self) -> dict[str, float]:
+        """Clock of every tenant with requests, with the prompt tokens that it still has running."""
+        accounts = self._lifecycle.accounts
+        clocks = accounts.clocks()
+        for s in self._running.by_age:
+            tenant = s.group.request.tenant
+            clocks[tenant] += (s.num_tokens - s.num_computed_tokens) / accounts[tenant].weight
+        return clocks
 
     def _take(self, sequence: Sequence, count: int) -> None:
         """Put ``count`` tokens of the sequence into this step."""
@@ -158,24 +182,25 @@ class Scheduler:
             assert sequence.chunks is not None
             self._cache.will_compute(sequence.chunks, start, start + count)
 
-    def _admit(self, budget: int) -> None:
-        """Start waiting sequences while tokens, slots and chunks last.
+    def _admit(self, budget: int, *, only_short: bool = False) -> int:
+        """Start waiting sequences while tokens, slots and chunks last; returns the tokens left.
 
         Skips a follower of a running leader while waiting saves it enough; the follower holds
         nothing meanwhile. One that does not fit stops the queue, which prevents starvation.
+
+        Args:
+            only_short: start only prompts that the budget computes whole, and the first prompt of
+                a tenant that has none in progress.
         """
         if not budget or not len(self._waiting) or not self._running.num_free_slots:
-            return
-        candidates = self._waiting.candidates(
-            self._limits.policy,
-            self._num_live_tokens,
-            self._clock() - self._limits.prefix_max_wait,
-        )
-        for sequence in candidates:
+            return budget
+        long_looked_at = 0
+        for sequence in self._waiting.candidates(self._clocks()):
             if budget == 0 or not self._running.num_free_slots:
-                return
-            pending = sequence.match is not None and self._cache.is_pending(sequence.match)
-            if pending or sequence.group.held:
+                break
+            if sequence.group.held or (sequence.match and self._cache.is_pending(sequence.match)):
+                continue
+            if only_short and not self._waiting.may_overtake(sequence):
                 continue
             match = self._cache.match(
                 sequence.token_ids, self._match_limit(sequence), sequence.group.request.namespace
@@ -185,15 +210,29 @@ class Scheduler:
                 sequence.match = match
                 continue
             sequence.match = None
+            if only_short and not self._may_start_early(sequence, match, budget):
+                long_looked_at += 1
+                if long_looked_at == MAX_LONG_LOOKED_AT:
+                    break
+                continue
             admitted = self._admission.admit(sequence, match, self._running.by_age)
             while admitted is None and not len(self._running) and self._cache.pins.break_one():
                 admitted = self._admission.admit(sequence, match, self._running.by_age)
             if admitted is None:
-                return
+                break
             self._lifecycle.start(sequence, *admitted)
-            count = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
-            self._take(sequence, count)
-            budget -= count
+            budget = self._take_slices([sequence], budget)
+        return budget
+
+    def _may_start_early(self, sequence: Sequence, match: Match, budget: int) -> bool:
+        """Whether a waiting prompt may use tokens reserved for short and new ones."""
+        if sequence.num_tokens - match.num_tokens <= budget:
+            return True
+        tenant = sequence.group.request.tenant
+        return self._limits.policy == "fair" and not any(
+            s.group.request.tenant == tenant and s.num_computed_tokens < s.num_admitted
+            for s in self._running.by_age
+        )
 
     def _match_limit(self, sequence: Sequence) -> int:
         """All tokens but the last, whose row yields the next; nothing where every row is wanted."""
@@ -201,13 +240,6 @@ class Scheduler:
         if wants_rows or not self._limits.enable_prefix_caching:
             return 0
         return sequence.num_tokens - 1
-
-    def _num_live_tokens(self, sequence: Sequence) -> int:
-        """Tokens of a waiting sequence in chunks that running sequences use now."""
-        limit, namespace = self._match_limit(sequence), sequence.group.request.namespace
-        node = self._cache.live_node(sequence.token_ids, limit, namespace, sequence.live_node)
-        sequence.live_node = node
-        return (node.depth + 1) * self._cache.chunk_size
 
     def _break_deadlock(self) -> bool:
         """Preempt the newest sequence when beams of several requests wait for one another."""
@@ -241,14 +273,14 @@ class Scheduler:
         deltas = StepDeltas(self._clock())
         self._cache.end_step()
         if sampled.failed:
-            scheduled = self._drop_failed(scheduled, sampled.failed, deltas)
+            scheduled = drop_failed(scheduled, sampled.failed, deltas, self._lifecycle, self._cache)
         for sequence in scheduled:
             start = sequence.num_computed_tokens
             sequence.num_computed_tokens = end = start + sequence.num_scheduled
             sequence.num_scheduled = 0
+            self._lifecycle.computed(sequence, start, end)
             if start < sequence.num_admitted:
                 assert sequence.chunks is not None
-                self._lifecycle.counters.prefill_tokens_computed += end - start
                 self._cache.did_compute(sequence.chunks, start, end)
         aborts, self._aborts = self._aborts, []
         for request_id, index in aborts:
@@ -344,36 +376,6 @@ class Scheduler:
             group.sequences[index].append(token_id)
             self._running.renew(group.sequences[index])
         beam.bind(logprobs)
-
-    def _drop_failed(
-        self, scheduled: list[Sequence], failed: dict[int, str], deltas: StepDeltas
-    ) -> list[Sequence]:
-        """End requests whose slots failed; returns the sequences whose results may be used.
-
-        Sequences that joined the step of a failed leader read chunks that cannot be trusted:
-        they go back to the queue, and the first of them leads in the next ``schedule()``.
-        """
-        reasons = {s.group.request_id: failed[s.slot] for s in scheduled if s.slot in failed}
-        dropped = [s for s in scheduled if s.group.request_id in reasons]
-        rest = [s for s in scheduled if s.group.request_id not in reasons]
-        for sequence in dropped:
-            self._undo(sequence)
-        tainted = [s for s in rest if s.chunks and not self._cache.is_readable(s.chunks)]
-        for sequence in tainted:
-            self._undo(sequence)
-        for request_id, reason in reasons.items():
-            group = self._groups[request_id]
-            for sequence in list(group.sequences.values()):
-                self._lifecycle.discard(sequence)
-            deltas.fail(group, reason)
-        for sequence in tainted:
-            self._lifecycle.requeue(sequence)
-        return [s for s in rest if s not in tainted]
-
-    def _undo(self, sequence: Sequence) -> None:
-        assert sequence.chunks is not None
-        start = sequence.num_computed_tokens
-        self._cache.undo_compute(sequence.chunks, start, start + sequence.num_scheduled)
 
     # -- inspection -------------------------------------------------------------------------
 

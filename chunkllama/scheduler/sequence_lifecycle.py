@@ -21,6 +21,7 @@ from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.queue import WaitingQueue
 from chunkllama.scheduler.request import Sequence, SequenceGroup
 from chunkllama.scheduler.running import RunningSequences
+from chunkllama.scheduler.tenants import DECODE_WEIGHT, TenantAccounts, split_prefill
 
 
 class SequenceLifecycle:
@@ -36,6 +37,7 @@ class SequenceLifecycle:
         waiting: sequences that hold no chunks.
         running: sequences that hold a slot and chunks.
         admission: decides which waiting sequence fits.
+        accounts: service received by each tenant.
         counters: monotonic totals.
     """
 
@@ -43,7 +45,9 @@ class SequenceLifecycle:
         self, limits: SchedulerLimits, cache: CacheManager, clock: Callable[[], float]
     ) -> None:
         self.groups: dict[str, SequenceGroup] = {}
-        self.waiting = WaitingQueue()
+        least_shared = min(limits.min_wait_tokens, cache.chunk_size)
+        self.waiting = WaitingQueue(limits.policy, limits.fair_quantum, least_shared)
+        self.accounts = TenantAccounts(limits.tenant_weights)
         self.running = RunningSequences(limits.max_num_seqs)
         self.admission = AdmissionControl(limits, cache, clock)
         self.counters = Counters()
@@ -53,6 +57,7 @@ class SequenceLifecycle:
     def add(self, group: SequenceGroup) -> None:
         """Queue a new request."""
         self.groups[group.request_id] = group
+        self.accounts.join(group.request.tenant)
         for sequence in group.sequences.values():
             self.waiting.add(sequence)
         self.counters.prompt_tokens += group.num_prompt_tokens
@@ -60,6 +65,8 @@ class SequenceLifecycle:
     def start(self, sequence: Sequence, chunks: SequenceChunks, match: Match) -> None:
         """Run a waiting sequence in ``chunks``, of which ``match`` is computed."""
         group = sequence.group
+        cost = sequence.num_tokens - match.num_tokens
+        self.waiting.started(sequence, cost, self.accounts[group.request.tenant].weight)
         self.waiting.remove(sequence)
         sequence.num_admitted = sequence.num_tokens
         self.running.start(sequence, chunks, match.num_tokens)
@@ -73,6 +80,19 @@ class SequenceLifecycle:
             self.counters.prefix_tokens_hit_public += min(
                 match.num_public_tokens, group.num_cached_tokens
             )
+
+    def computed(self, sequence: Sequence, start: int, end: int) -> None:
+        """Count and charge positions [start, end) of a running sequence."""
+        if start >= sequence.num_admitted:
+            self.counters.decode_tokens_computed += end - start
+            self.accounts.charge(sequence.group.request.tenant, DECODE_WEIGHT * (end - start))
+            return
+        self.counters.prefill_tokens_computed += end - start
+        order = self.running.order
+        at = order.sequences.index(sequence)
+        size = self._cache.chunk_size
+        for tenant, tokens in split_prefill(order.sequences, order.shared, at, start, end, size):
+            self.accounts.charge(tenant, tokens)
 
     def finish(self, sequence: Sequence) -> None:
         """End a running sequence; what it computed stays in the cache."""
@@ -149,10 +169,14 @@ class SequenceLifecycle:
         del group.sequences[sequence.index]
         if not group.sequences:
             del self.groups[group.request_id]
+            self.accounts.leave(group.request.tenant)
 
     def check_invariants(self) -> None:
-        """Every sequence is in exactly one set and within its chunks."""
+        """Every sequence is in exactly one set and within its chunks; charges are the work done."""
         self.running.check_invariants()
+        counters = self.counters
+        work = counters.prefill_tokens_computed + DECODE_WEIGHT * counters.decode_tokens_computed
+        assert self.accounts.total_charged == work, "charges differ from the work done"
         waiting, running = list(self.waiting), self.running.by_age
         assert all(s.chunks is None and s.slot < 0 for s in waiting)
         everyone = {id(s) for g in self.groups.values() for s in g.sequences.values()}

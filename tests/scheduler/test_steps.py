@@ -69,7 +69,7 @@ class TestSteps:
         run.check_outputs()
 
     def test_slices_stand_in_tree_order_with_their_shared_chunks(self) -> None:
-        run = engine()
+        run = engine(policy="fcfs")
         run.add([1, 1, 1, 1, 2, 2, 2, 2, 3], 9)
         run.add([9, 9, 9, 9, 9], 9)
         run.add([1, 1, 1, 1, 4], 9)

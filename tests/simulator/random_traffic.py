@@ -28,7 +28,9 @@ class RandomTraffic:
             "max_model_len": 40 * chunk_size,
             "min_wait_tokens": pick([0, 2, max(chunk_size // 2, 1)]),
             "spare_chunks": pick([0, 1, 2]),
-            "policy": pick(["fcfs", "prefix"]),
+            "policy": pick(["fair", "prefix", "fcfs"]),
+            "fair_quantum": pick([1, 3 * chunk_size, 1000]),
+            "tenant_weights": {"A": 2.0},
             "eos_token_ids": pick([frozenset(), frozenset(), frozenset({2})]),
             "max_waiting": 16,
             "enable_prefix_caching": self.random.random() < 0.85,
@@ -51,7 +53,9 @@ class RandomTraffic:
         prompt = rnd.choice(self.bases)[: self._length()]
         if rnd.random() < 0.6:
             prompt = prompt + self._tokens(rnd.randrange(1, self.chunk_size + 2))
-        options: dict[str, object] = {"namespace": rnd.choice(["", "", "A", "B"])}
+        namespace = rnd.choice(["", "", "A", "B"])
+        tenant = namespace or rnd.choice(["", "A", "B"])
+        options: dict[str, object] = {"namespace": namespace, "tenant": tenant}
         kind = rnd.random()
         max_tokens: int | None = rnd.choice([1, 2, self.chunk_size, 2 * self.chunk_size + 1])
         if kind < 0.15:

@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterable
 
 import numpy as np
+from fairness_monitor import FairnessMonitor
 
 from chunkllama.cache.manager import CacheManager
 from chunkllama.messages import EngineRequest, TokenDelta, TokenLogprob
@@ -251,6 +252,7 @@ class SimulatedEngine:
         self.limits = SchedulerLimits(**{**LIMITS, **limits})
         self.cache = make_cache(num_chunks, chunk_size, self.clock)
         self.scheduler = make_scheduler(self.limits, self.cache, self.clock)
+        self.monitor = FairnessMonitor(self.scheduler)
         self.model = FakeModel(num_chunks, chunk_size, vocab_size)
         self.oracle = Oracle(vocab_size, self.limits.eos_token_ids)
         self.requests: dict[str, EngineRequest] = {}

@@ -39,7 +39,7 @@ class CacheMachine(RuleBasedStateMachine):
         budget=st.sampled_from([4, 9, 200]),
         min_wait=st.sampled_from([1, 3, 32]),
         spare=st.integers(0, 2),
-        policy=st.sampled_from(["fcfs", "prefix"]),
+        policy=st.sampled_from(["fair", "prefix", "fcfs"]),
     )
     def start(self, chunk_size, num_chunks, max_num_seqs, budget, min_wait, spare, policy) -> None:
         self.size = chunk_size
@@ -54,6 +54,7 @@ class CacheMachine(RuleBasedStateMachine):
             min_wait_tokens=min_wait,
             spare_chunks=spare,
             policy=policy,
+            fair_quantum=3 * chunk_size,
             max_waiting=8,
             check=False,
         )
@@ -76,7 +77,9 @@ class CacheMachine(RuleBasedStateMachine):
     )
     def add(self, edge, off, tail, max_tokens, n, best_of, namespace) -> str:
         prompt = self.base[: max(1, edge * self.size + off)] + tail
-        return self._add(prompt, max_tokens, n=n, best_of=best_of, namespace=namespace)
+        return self._add(
+            prompt, max_tokens, n=n, best_of=best_of, namespace=namespace, tenant=namespace
+        )
 
     @rule(target=requests, tail=tokens, width=st.integers(2, 3), max_tokens=st.integers(1, 5))
     def fork(self, tail, width, max_tokens) -> str:

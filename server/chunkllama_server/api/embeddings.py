@@ -94,6 +94,7 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, context: C
                 prompt_token_ids=ids,
                 sampling=SamplingParams(temperature=0.0, max_tokens=1),
                 namespace=namespace,
+                tenant=info.tenant,
                 wants_hidden_states=context.settings.embedding_pooling,
                 cache_until=cache.until,
                 pin_seconds=cache.pin_seconds,

@@ -114,6 +114,7 @@ class PreparedChat:
             prompt_token_ids=ids,
             sampling=sampling,
             namespace=self.context.tenants.namespace(info.tenant, body.cache_salt),
+            tenant=info.tenant,
             cache_until=cache.until,
             pin_seconds=cache.pin_seconds,
             priority=(body.priority or 0) + PRIORITY_OF_TIER.get(body.service_tier or "auto", 0),

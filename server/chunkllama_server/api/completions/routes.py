@@ -139,6 +139,7 @@ async def create_completion(
                 prompt_token_ids=ids,
                 sampling=sampling,
                 namespace=namespace,
+                tenant=info.tenant,
                 cache_until=cache.until,
                 pin_seconds=cache.pin_seconds,
                 priority=body.priority or 0,

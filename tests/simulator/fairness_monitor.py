@@ -1,0 +1,78 @@
+"""Checks the two bounds of ``chunkllama/scheduler/queue.py`` at every start of a sequence."""
+
+from __future__ import annotations
+
+from chunkllama.cache.manager import Match, SequenceChunks
+from chunkllama.scheduler.queue import queue_key
+from chunkllama.scheduler.request import Sequence
+from chunkllama.scheduler.scheduler import Scheduler
+
+
+class FairnessMonitor:
+    """Watches a scheduler's starts.
+
+    Attributes:
+        most_overtaken: the most tokens of younger requests that started before one request.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.most_overtaken = 0
+        self._scheduler = scheduler
+        self._policy = scheduler._limits.policy
+        self._quantum = scheduler._limits.fair_quantum
+        self._overtaken: dict[Sequence, int] = {}
+        self._older_starts: dict[Sequence, int] = {}
+        self._longest = 1
+        self._start = scheduler._lifecycle.start
+        if self._policy != "fcfs":
+            scheduler._lifecycle.start = self._checked_start
+
+    def _checked_start(self, sequence: Sequence, chunks: SequenceChunks, match: Match) -> None:
+        cost = sequence.num_tokens - match.num_tokens
+        self._longest = max(self._longest, cost)
+        if self._policy == "fair" and queue_key(sequence)[0]:
+            self._check_tenants(sequence)
+        for waiting in self._scheduler._waiting:
+            if waiting is not sequence and self._is_rival(waiting, sequence):
+                self._check_order(waiting, sequence, cost)
+        self._overtaken.pop(sequence, None)
+        self._older_starts.pop(sequence, None)
+        self._start(sequence, chunks, match)
+
+    def _check_tenants(self, sequence: Sequence) -> None:
+        """No tenant that could start a sequence is more than a quantum behind the one served."""
+        clocks = self._scheduler._clocks()
+        served = sequence.group.request.tenant
+        in_progress = {
+            s.group.request.tenant
+            for s in self._scheduler._running.by_age
+            if s.num_computed_tokens < s.num_admitted
+        }
+        for tenant in {s.group.request.tenant for s in self._scheduler._waiting} - in_progress:
+            queue = self._scheduler._waiting._tenants[tenant]
+            if not self._is_blocked(queue.by_age[0]):
+                ahead = clocks[served] - clocks[tenant]
+                assert ahead <= self._quantum + 1e-6, f"{served} is {ahead} ahead of {tenant}"
+
+    def _check_order(self, waiting: Sequence, started: Sequence, cost: int) -> None:
+        """Younger requests overtake by at most a quantum and one request for each older start."""
+        if queue_key(started) < queue_key(waiting):
+            self._older_starts[waiting] = self._older_starts.get(waiting, 0) + 1
+        elif not self._is_blocked(waiting):
+            total = self._overtaken.get(waiting, 0) + cost
+            self._overtaken[waiting] = total
+            self.most_overtaken = max(self.most_overtaken, total)
+            turns = self._older_starts.get(waiting, 0) + 1
+            assert total <= turns * (self._quantum + self._longest), "a request starves"
+
+    def _is_rival(self, waiting: Sequence, started: Sequence) -> bool:
+        """Both are in one order: the same tenant, unless the policy knows none."""
+        same = waiting.group.request.tenant == started.group.request.tenant
+        return same or self._policy == "prefix"
+
+    def _is_blocked(self, waiting: Sequence) -> bool:
+        """It waits for a leader or is held: others may start before it without limit."""
+        match = waiting.match
+        return waiting.group.held or (
+            match is not None and self._scheduler._cache.is_pending(match)
+        )
