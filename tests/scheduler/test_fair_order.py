@@ -7,6 +7,8 @@ import random
 import pytest
 from simulated_engine import SimulatedEngine
 
+from chunkllama.errors import OverloadedError
+
 SIZE = 16
 
 
@@ -95,7 +97,7 @@ def test_a_short_prompt_beside_four_long_ones_starts_at_once(policy: str) -> Non
 
 def test_short_prompts_without_end_leave_long_ones_three_quarters_of_a_step() -> None:
     rng = random.Random(3)
-    run = engine(2000, max_model_len=8000, max_num_seqs=256)
+    run = engine(2000, max_model_len=8000, max_waiting=10_000)
     (long,) = prompts(rng, 1, 3000)
     name = run.add(long, 1)
     steps = 0
@@ -179,8 +181,6 @@ def test_a_tenant_that_was_idle_earns_no_credit_and_keeps_its_debt() -> None:
 
 
 def test_one_tenant_leaves_half_of_the_places() -> None:
-    from chunkllama.errors import OverloadedError
-
     run = engine(64, max_num_seqs=2, max_waiting=10)
     accepted = 0
     with pytest.raises(OverloadedError, match="this API key"):

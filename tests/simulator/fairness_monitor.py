@@ -72,7 +72,6 @@ class FairnessMonitor:
 
     def _is_blocked(self, waiting: Sequence) -> bool:
         """It waits for a leader or is held: others may start before it without limit."""
-        match = waiting.match
-        return waiting.group.held or (
-            match is not None and self._scheduler._cache.is_pending(match)
-        )
+        if waiting.match is not None and self._scheduler._cache.is_pending(waiting.match):
+            return True
+        return waiting.group.held

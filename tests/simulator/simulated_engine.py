@@ -227,7 +227,8 @@ LIMITS: dict[str, object] = {
     "max_num_batched_tokens": 2048,
     "max_model_len": 8192,
     "max_waiting": 256,
-    "policy": "fcfs",
+    "policy": "fair",
+    "fair_quantum": 8192,
     "min_wait_tokens": 32,
     "enable_prefix_caching": True,
 }
