@@ -32,6 +32,8 @@ def check_cache(tree: PrefixTree, pins: Pins, live: list[SequenceChunks], *, in_
         num_nodes += 1
         num_evictable += node.is_evictable
     assert num_nodes == tree.num_nodes
+    owned = Counter(node.owner for node in tree.nodes())
+    assert all(tree.order.num_nodes(owner) == count for owner, count in owned.items())
     assert num_evictable == tree.num_evictable
     assert len(seen) == num_nodes
     num_private = sum(_check_sequence(tree, chunks, seen) for chunks in live)

@@ -122,18 +122,24 @@ class CacheManager:
             yield Admission(without, False, num_new, available)
 
     def admit(
-        self, admission: Admission, tokens: Int32Array, namespace: str, insert_limit: int
+        self,
+        admission: Admission,
+        tokens: Int32Array,
+        namespace: str,
+        insert_limit: int,
+        tenant: str = "",
     ) -> SequenceChunks:
         """Reference the match, allocate the rest, insert the prompt's chunks as unfilled nodes.
 
         Args:
             tokens: every token known of the sequence.
             insert_limit: leading tokens that others may see.
+            tenant: owner of the chunks that it adds.
         """
         match = admission.match
         for node in match.nodes:
             self.tree.acquire(node)
-        chunks = SequenceChunks(namespace, insert_limit, list(match.nodes))
+        chunks = SequenceChunks(namespace, insert_limit, list(match.nodes), tenant)
         source = match.copy_source
         if source is not None:
             self.tree.add_ref(source)  # allocating may evict
@@ -161,7 +167,8 @@ class CacheManager:
             key = encode_tokens(tokens[depth * size : min((depth + 1) * size, end)])
             if self.tree.find_extending(parent, chunks.namespace, key) is not None:
                 return  # an equal chunk is pending: ours is published, or replaced, once it is full
-            node = self.tree.insert(parent, chunks.namespace, key, int(chunks.ids[depth]), 0)
+            chunk_id = int(chunks.ids[depth])
+            node = self.tree.insert(parent, chunks.namespace, key, chunk_id, 0, chunks.tenant)
             self.tree.acquire(node)
             chunks.path.append(node)
             if depth == first and match.copy_source is not None:
@@ -240,7 +247,9 @@ class CacheManager:
                 own.filled = own.scheduled = size
             else:
                 chunk_id = int(chunks.ids[depth])
-                node = self.tree.insert(parent, chunks.namespace, key, chunk_id, size)
+                node = self.tree.insert(
+                    parent, chunks.namespace, key, chunk_id, size, chunks.tenant
+                )
                 self.tree.acquire(node)
                 chunks.path.append(node)
             chunks.num_whole += 1
@@ -274,7 +283,7 @@ class CacheManager:
         path = chunks.path[:depth]
         for node in path:
             self.tree.acquire(node)
-        child = SequenceChunks(chunks.namespace, chunks.insert_limit, list(path))
+        child = SequenceChunks(chunks.namespace, chunks.insert_limit, list(path), chunks.tenant)
         child.extend(self._allocate(copied))
         for i in range(depth, depth + copied):
             tokens = min(size, num_computed - i * size)
@@ -325,14 +334,14 @@ class CacheManager:
 
     # -- pins -------------------------------------------------------------------------------
 
-    def pin(self, tokens: Int32Array, namespace: str, seconds: float) -> bool:
+    def pin(self, tokens: Int32Array, namespace: str, seconds: float, tenant: str = "") -> bool:
         """Keep what the tree has of ``tokens`` for ``seconds``; False if over the budget."""
         match = self.match(tokens, len(tokens), namespace)
         leaf = match.nodes[-1] if match.nodes else None
         source = match.copy_source
         if source and match.num_tokens == len(tokens) and source.filled == source.num_tokens:
             leaf = source
-        return leaf is None or self.pins.add(leaf, self._clock() + seconds)
+        return leaf is None or self.pins.add(leaf, self._clock() + seconds, tenant)
 
     def expire_pins(self) -> None:
         self.pins.expire(self._clock())

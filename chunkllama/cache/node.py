@@ -82,6 +82,7 @@ class Node:
     Attributes:
         key: its token ids, encoded; fewer than C of them make a *partial* node, always a leaf.
         chunk_id: where the K/V lies; -1 once the node has left the tree.
+        owner: tenant that the chunk counts for in eviction: the one that added it.
         filled: leading tokens whose K/V is computed.
         scheduled: leading tokens whose K/V will be computed when the step being put together
             has run; rows of that same step may read them.
@@ -104,15 +105,23 @@ class Node:
         "namespace",
         "num_pins",
         "num_sequences",
+        "owner",
         "parent",
         "scheduled",
     )
 
     def __init__(
-        self, parent: Node | None, namespace: str, key: bytes, chunk_id: int, filled: int
+        self,
+        parent: Node | None,
+        namespace: str,
+        key: bytes,
+        chunk_id: int,
+        filled: int,
+        owner: str = "",
     ) -> None:
         self.parent = parent
         self.namespace = namespace
+        self.owner = owner
         self.key = key
         self.chunk_id = chunk_id
         self.depth: int = -1 if parent is None else parent.depth + 1

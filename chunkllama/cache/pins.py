@@ -1,15 +1,22 @@
-"""Pins: prefixes that stay cached for a while, inside a budget."""
+"""Pins: prefixes that stay cached until a time, inside a budget that tenants share."""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
 
 from chunkllama.cache.node import Node
 from chunkllama.cache.prefix_tree import PrefixTree
 
 
 class Pins:
-    """Nodes kept from eviction until a time; at most ``budget`` chunks are held by pins at once.
+    """Nodes protected from eviction until a time; at most ``budget`` chunks at once.
 
     A pin protects a node and its ancestors. Pinning a node again extends its time.
+
+    A tenant's pins may cover as many chunks as the budget still has free: one tenant takes at most
+    half of it and k tenants leave 1 / (k + 1). Pins of the tenant "" (public prefixes, or a server
+    with one tenant) are bounded by the budget alone.
     """
 
     def __init__(self, tree: PrefixTree, budget: int) -> None:
@@ -17,56 +24,95 @@ class Pins:
         self.num_chunks = 0
         self.refused_total = 0
         self._tree = tree
-        self._expiry: dict[Node, float] = {}
+        self._expiry: dict[tuple[Node, str], float] = {}
+        self._covered: dict[str, Counter[Node]] = {}  # by tenant: its pins at or below each node
 
-    def add(self, node: Node, until: float) -> bool:
-        """Pin ``node``; False if that would exceed the budget."""
-        if node in self._expiry:
-            self._expiry[node] = max(self._expiry[node], until)
+    def add(self, node: Node, until: float, tenant: str = "") -> bool:
+        """Pin ``node``; False if that would exceed the budget or the tenant's part of it."""
+        key = (node, tenant)
+        if key in self._expiry:
+            self._expiry[key] = max(self._expiry[key], until)
             return True
         price = self._tree.num_unpinned(node)
-        if self.num_chunks + price > self.budget:
+        free = self.budget - self.num_chunks - price
+        covered = self._covered.get(tenant, Counter())
+        own = len(covered) + sum(step not in covered for step in _path(node))
+        if free < 0 or (tenant and own > free):
             self.refused_total += 1
             return False
-        self._tree.pin(node)
-        self.num_chunks += price
-        self._expiry[node] = until
+        self._place(node, until, tenant)
         return True
 
-    def remove(self, node: Node) -> None:
-        del self._expiry[node]
+    def _place(self, node: Node, until: float, tenant: str) -> None:
+        self.num_chunks += self._tree.num_unpinned(node)
+        self._tree.pin(node)
+        self._expiry[node, tenant] = until
+        self._covered.setdefault(tenant, Counter()).update(_path(node))
+
+    def remove(self, node: Node, tenant: str = "") -> None:
+        del self._expiry[node, tenant]
         self._tree.unpin(node)
         self.num_chunks -= self._tree.num_unpinned(node)
+        covered = self._covered[tenant]
+        for step in _path(node):
+            covered[step] -= 1
+            if not covered[step]:
+                del covered[step]
+        if not covered:
+            del self._covered[tenant]
 
     def move(self, node: Node, duplicate: Node) -> None:
-        """``duplicate``, a sibling with the same tokens, takes the place of ``node``."""
-        until = self._expiry.get(node)
-        if until is not None:
-            self.remove(node)
-            self.add(duplicate, until)
+        """Move the pins of ``node`` to ``duplicate``, a sibling with the same tokens."""
+        for pinned, tenant in [key for key in self._expiry if key[0] is node]:
+            until = self._expiry[pinned, tenant]
+            self.remove(pinned, tenant)
+            if (duplicate, tenant) in self._expiry:
+                self.add(duplicate, until, tenant)
+            else:
+                self._place(duplicate, until, tenant)
 
     def expire(self, now: float) -> None:
         """End the pins whose time is over."""
         if self._expiry:
-            for node in [n for n, until in self._expiry.items() if until <= now]:
-                self.remove(node)
+            for key in [key for key, until in self._expiry.items() if until <= now]:
+                self.remove(*key)
 
     def break_one(self) -> bool:
-        """End the pin that expires first, for a sequence that could not run otherwise."""
+        """End a pin early, for a sequence that could not run otherwise.
+
+        The tenant that covers most chunks loses the pin that expires first; pins without a tenant
+        are ended last.
+        """
         if not self._expiry:
             return False
-        self.remove(min(self._expiry, key=self._expiry.__getitem__))
+        size = {tenant: len(covered) for tenant, covered in self._covered.items()}
+        self.remove(
+            *min(
+                self._expiry,
+                key=lambda key: (key[1] == "", -size[key[1]], self._expiry[key]),
+            )
+        )
         return True
 
     def check_invariants(self) -> None:
         """Each node's pins are those at or below it; the price of all is what was counted."""
-        counts: dict[Node, int] = {}
-        for leaf in self._expiry:
+        counts: Counter[Node] = Counter()
+        covered: dict[str, Counter[Node]] = {}
+        for leaf, tenant in self._expiry:
             assert leaf.chunk_id >= 0, "a pinned node has left the tree"
-            step: Node | None = leaf
-            while step is not None and step.parent is not None:
-                counts[step] = counts.get(step, 0) + 1
-                step = step.parent
+            counts.update(_path(leaf))
+            covered.setdefault(tenant, Counter()).update(_path(leaf))
         for node in self._tree.nodes():
-            assert node.num_pins == counts.get(node, 0)
-        assert self.num_chunks == len(counts) <= self.budget
+            assert node.num_pins == counts[node]
+        assert self.num_chunks == len(+counts) <= self.budget
+        assert self._covered == covered
+        largest = max((len(c) for tenant, c in covered.items() if tenant), default=0)
+        assert largest <= max(self.budget // 2, 1), "a tenant has most of the pin budget"
+
+
+def _path(node: Node) -> Iterator[Node]:
+    """The node and its ancestors, without the root."""
+    step: Node | None = node
+    while step is not None and step.parent is not None:
+        yield step
+        step = step.parent

@@ -14,11 +14,11 @@ After Ye et al., "ChunkAttention" (arXiv 2402.15220), section 3.1, with token-gr
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
+from chunkllama.cache.eviction import EvictionOrder, is_evictable_leaf
 from chunkllama.cache.node import PUBLIC, TOKEN_BYTES, Children, Node, common_prefix
 
 
@@ -58,10 +58,8 @@ class PrefixTree:
         self.num_nodes = 0
         self.evicted_chunks_total = 0
         self._roots: dict[str, Node] = {}
+        self.order = EvictionOrder(pool.num_chunks)
         self._tick = 0
-        # (last use, order of pushing, node); an entry is stale once the node was used again
-        self._leaves: list[tuple[int, int, Node]] = []
-        self._pushes = 0
 
     def root(self, variant: str) -> Node:
         """Root of one K/V variant, created on first use; it holds no chunk."""
@@ -187,12 +185,21 @@ class PrefixTree:
                     return node
         return None
 
-    def insert(self, parent: Node, namespace: str, key: bytes, chunk_id: int, filled: int) -> Node:
+    def insert(
+        self,
+        parent: Node,
+        namespace: str,
+        key: bytes,
+        chunk_id: int,
+        filled: int,
+        owner: str = "",
+    ) -> Node:
         """Add an unused child; the tree becomes the owner of its chunk."""
         assert parent.namespace in (PUBLIC, namespace), "a node below another tenant's"
-        node = Node(parent, namespace, key, chunk_id, filled)
+        node = Node(parent, namespace, key, chunk_id, filled, owner)
         parent.children.setdefault(namespace, Children()).add(node)
         self.num_nodes += 1
+        self.order.add(owner)
         self.num_evictable += 1
         self.pool.set_state(chunk_id, ChunkState.CACHED)
         self._touch(node)
@@ -221,6 +228,7 @@ class PrefixTree:
         self.pool.set_state(chunk_id, ChunkState.PRIVATE)
         node.chunk_id = -1
         self.num_nodes -= 1
+        self.order.remove(node.owner)
         self.num_evictable -= 1
         self._push_if_leaf(parent)
         return chunk_id
@@ -289,18 +297,13 @@ class PrefixTree:
     # -- eviction ---------------------------------------------------------------------------
 
     def evict(self, count: int) -> int:
-        """Free up to ``count`` chunks, least recently used leaves first; returns how many."""
+        """Free up to ``count`` chunks in the order of ``eviction.py``; returns how many."""
         evicted = 0
-        while evicted < count and self._leaves:
-            last_use, _, node = heapq.heappop(self._leaves)
-            if self._is_evictable_leaf(node) and node.last_use == last_use:
-                self.remove(node)
-                evicted += 1
+        while evicted < count and (node := self.order.pop(self._tick)) is not None:
+            self.remove(node)
+            evicted += 1
         self.evicted_chunks_total += evicted
         return evicted
-
-    def _is_evictable_leaf(self, node: Node) -> bool:
-        return node.chunk_id >= 0 and node.is_evictable and not node.children
 
     def _touch(self, node: Node) -> None:
         self._tick += 1
@@ -308,12 +311,5 @@ class PrefixTree:
         self._push_if_leaf(node)
 
     def _push_if_leaf(self, node: Node) -> None:
-        if not self._is_evictable_leaf(node):
-            return
-        self._pushes += 1
-        heapq.heappush(self._leaves, (node.last_use, self._pushes, node))
-        # a prefix that is hit again and again leaves a stale entry each time
-        if len(self._leaves) > 2 * self.num_nodes + 64:
-            fresh = {id(n): (use, i, n) for use, i, n in self._leaves if n.last_use == use}
-            self._leaves = [e for e in fresh.values() if self._is_evictable_leaf(e[2])]
-            heapq.heapify(self._leaves)
+        if node.parent is not None and is_evictable_leaf(node):
+            self.order.push(node)

@@ -22,7 +22,7 @@ def keep_tail(tree: PrefixTree, root: Node, chunks: SequenceChunks, key: bytes) 
         return own
     if own is None:
         chunk_id, tokens = int(chunks.ids[depth]), len(key) // TOKEN_BYTES
-        return tree.insert(parent, chunks.namespace, key, chunk_id, tokens)
+        return tree.insert(parent, chunks.namespace, key, chunk_id, tokens, chunks.tenant)
     tree.rekey(own, key)
     own.filled = own.scheduled = own.num_tokens
     return own

@@ -26,6 +26,7 @@ class SequenceChunks:
         num_whole: leading nodes of ``path`` that are whole chunks.
         num_shared: nodes that were there when the sequence was admitted.
         insert_limit: tokens of this sequence that may be shown to others.
+        tenant: owner of the nodes that it adds.
         next_publish: number of computed tokens at which a chunk may become a node.
         copies: (source, destination, tokens) to be done before the sequence's next slice.
     """
@@ -40,10 +41,14 @@ class SequenceChunks:
         "num_shared",
         "num_whole",
         "path",
+        "tenant",
     )
 
-    def __init__(self, namespace: str, insert_limit: int, path: list[Node]) -> None:
+    def __init__(
+        self, namespace: str, insert_limit: int, path: list[Node], tenant: str = ""
+    ) -> None:
         self.namespace = namespace
+        self.tenant = tenant
         self.insert_limit = insert_limit
         self.path = path
         self.num_whole = len(path)

@@ -329,9 +329,10 @@ class Scheduler:
             group.collects_prompt_logprobs = False
         if group.request.pin_seconds > 0 and not group.is_pinned:
             group.is_pinned = True
-            prompt = sequence.prompt_token_ids[: group.request.cache_until]
+            request = group.request
+            prompt = sequence.prompt_token_ids[: request.cache_until]
             group.pin_refused = not self._cache.pin(
-                prompt, group.request.namespace, group.request.pin_seconds
+                prompt, request.namespace, request.pin_seconds, request.tenant
             )
 
     def _append_token(self, sequence: Sequence, sampled: SampledTokens, deltas: StepDeltas) -> None:

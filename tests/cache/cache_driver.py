@@ -74,20 +74,26 @@ class CacheDriver:
         return self.cache.match(ids(text), most, namespace)
 
     def start(
-        self, text: str, namespace: str = "", *, insert_limit: int = PUBLIC_LIMIT, option: int = 0
+        self,
+        text: str,
+        namespace: str = "",
+        *,
+        insert_limit: int = PUBLIC_LIMIT,
+        option: int = 0,
+        tenant: str = "",
     ) -> Text:
         """Admit a sequence; nothing of it is computed yet."""
         match = self.match(text, namespace)
         num_chunks = -(-len(text) // self.cache.chunk_size)
         admission = list(self.cache.admissions(match, num_chunks, namespace))[option]
-        chunks = self.cache.admit(admission, ids(text), namespace, insert_limit)
+        chunks = self.cache.admit(admission, ids(text), namespace, insert_limit, tenant)
         live = Text(self, text, chunks, admission.match.num_tokens)
         self.live.append(live)
         return live
 
-    def store(self, text: str, namespace: str = "") -> None:
-        """Compute a text and let it go."""
-        live = self.start(text, namespace)
+    def store(self, text: str, namespace: str = "", tenant: str = "") -> None:
+        """Compute a text and release it."""
+        live = self.start(text, namespace, tenant=tenant)
         live.compute()
         live.release()
 

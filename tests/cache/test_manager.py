@@ -326,6 +326,31 @@ class TestPins:
         assert driver.cache.pins.refused_total == 1
         assert driver.cache.pins.num_chunks == 3
 
+    def test_a_tenant_leaves_half_of_the_free_pin_budget(self) -> None:
+        driver = CacheDriver(40)
+        texts = [chr(97 + i) * 8 for i in range(12)]
+        for text in texts:
+            driver.store(text)
+        granted = [driver.cache.pin(ids(text), "", 86_400.0, "A") for text in texts]
+        assert granted == [True] * 5 + [False] * 7  # 10 of the 20 chunks of the budget
+        granted = [driver.cache.pin(ids(text), "", 60.0, "B") for text in texts[5:]]
+        assert granted == [True, True, False, False, False, False, False]
+        driver.cache.check_invariants([])
+
+    def test_tenants_that_pin_one_node_each_hold_it(self) -> None:
+        driver = CacheDriver(40)
+        driver.store("abcdefgh")
+        assert driver.cache.pin(ids("abcdefgh"), "", 10.0, "A")
+        assert driver.cache.pin(ids("abcdefgh"), "", 20.0, "B")
+        assert driver.cache.pins.num_chunks == 2
+        driver.now += 15.0
+        driver.cache.expire_pins()
+        driver.cache.check_invariants([])
+        assert driver.cache.pins.num_chunks == 2
+        driver.now += 15.0
+        driver.cache.expire_pins()
+        assert driver.cache.pins.num_chunks == 0
+
     def test_pinning_again_extends(self, driver: CacheDriver) -> None:
         driver.store("abcd")
         driver.cache.pin(ids("abcd"), "", 10.0)
