@@ -59,7 +59,10 @@ class EvictionOrder:
 
     def add(self, owner: str) -> None:
         """Count a node that joined the tree."""
-        entry = self._owners.setdefault(owner, _Owner())
+        entry = self._owners.get(owner)
+        if entry is None:
+            entry = self._owners[owner] = _Owner()
+            self._reclassify_public()
         entry.num_nodes += 1
         if entry.num_nodes & (entry.num_nodes - 1) == 0:
             self._announce(owner)
@@ -70,6 +73,7 @@ class EvictionOrder:
         entry.num_nodes -= 1
         if entry.num_nodes == 0:
             del self._owners[owner]
+            self._reclassify_public()
         elif entry.num_nodes & (entry.num_nodes + 1) == 0:
             self._announce(owner)
 
@@ -110,6 +114,11 @@ class EvictionOrder:
     def _class_of(self, owner: str) -> int:
         several = len(self._owners) > 1
         return 0 if owner == "" and several else self._owners[owner].num_nodes.bit_length()
+
+    def _reclassify_public(self) -> None:
+        """Move "" between classes when the second owner comes or goes."""
+        if "" in self._owners and len(self._owners) <= 2:
+            self._announce("")
 
     def _first(self, size_class: int, heap: list[tuple[int, int, str]]) -> str | None:
         """The owner of the class whose leaf is oldest."""

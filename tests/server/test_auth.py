@@ -134,3 +134,25 @@ def test_root_path_of_a_proxy(start_server):
             assert http.get(f"{prefix}/v1/models").status_code == 401
             answer = http.get(f"{prefix}/v1/models", headers={"authorization": "Bearer k"})
             assert answer.json()["data"][0]["id"] == MODEL
+
+
+def test_a_key_cannot_exceed_its_highest_priority(guarded):
+    client = guarded.client("secret-key-a")
+    chat = {"messages": [{"role": "user", "content": "hi"}], "model": MODEL, "max_tokens": 1}
+    for priority in (-1000, -11):
+        with pytest.raises(openai.BadRequestError, match="priority must be at least -10") as caught:
+            client.chat.completions.create(**chat, extra_body={"priority": priority})
+        assert caught.value.param == "priority"
+        with pytest.raises(openai.BadRequestError, match="priority must be at least -10"):
+            client.completions.create(
+                model=MODEL, prompt="hi", max_tokens=1, extra_body={"priority": priority}
+            )
+    client.chat.completions.create(**chat, extra_body={"priority": -10})
+
+
+def test_a_tier_and_a_priority_together_stay_in_the_keys_range(guarded):
+    chat = {"messages": [{"role": "user", "content": "hi"}], "model": MODEL, "max_tokens": 1}
+    extra = {"priority": -10, "service_tier": "priority"}
+    guarded.client("secret-key-a").chat.completions.create(**chat, extra_body=extra)
+    assert guarded.engine.requests[-1].priority == -10
+    assert guarded.engine.requests[-1].tenant == "a"

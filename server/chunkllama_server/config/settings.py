@@ -76,6 +76,13 @@ class ServerConfig(ConfigGroup):
         description="tenant gives each key its own cache namespace, off shares one. tenant is the "
         "default with keys.",
     )
+    highest_priority: int = Field(
+        default=-10,
+        ge=-1000,
+        le=1000,
+        description="Lowest priority number, which is served first, that a request with an API "
+        "key may carry.",
+    )
     public_prefixes: Path | None = Field(
         default=None,
         description="YAML list of system prompts that every tenant may share; computed at start "

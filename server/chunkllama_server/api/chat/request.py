@@ -16,9 +16,9 @@ from chunkllama_server.api.common.context import ServerContext, check_stream_opt
 from chunkllama_server.api.common.prompt_cache import cache_plan
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.sampling import (
-    PRIORITY_OF_TIER,
     check_lengths,
     check_prompt_ids,
+    request_priority,
     sampling_params,
 )
 from chunkllama_server.api.common.structured_outputs import grammar_of
@@ -117,7 +117,9 @@ class PreparedChat:
             tenant=info.tenant,
             cache_until=cache.until,
             pin_seconds=cache.pin_seconds,
-            priority=(body.priority or 0) + PRIORITY_OF_TIER.get(body.service_tier or "auto", 0),
+            priority=request_priority(
+                body.priority, body.service_tier, info.tenant, settings.highest_priority
+            ),
         )
 
     async def _grammar(self) -> GrammarSpec | None:

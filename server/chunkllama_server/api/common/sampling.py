@@ -17,6 +17,26 @@ T = TypeVar("T")
 PRIORITY_OF_TIER = {"flex": 10, "priority": -10, "fast": -10}
 
 
+def request_priority(
+    priority: int | None, service_tier: str | None, tenant: str, highest: int
+) -> int:
+    """Priority of a request; lower is served first among the requests of its tenant.
+
+    Args:
+        tenant: the API key's tenant; "" may use every priority.
+        highest: the lowest number that a request with an API key may carry.
+
+    Raises:
+        ApiError: 400 for a priority above the key's highest.
+    """
+    if tenant and priority is not None and priority < highest:
+        raise invalid(
+            f"priority must be at least {highest} with this API key, got {priority}", "priority"
+        )
+    value = (priority or 0) + PRIORITY_OF_TIER.get(service_tier or "auto", 0)
+    return max(value, highest) if tenant else value
+
+
 def _or(value: T | None, default: T) -> T:
     return default if value is None else value
 

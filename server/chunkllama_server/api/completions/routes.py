@@ -14,7 +14,12 @@ from chunkllama_server.api.common.context import Context, ServerContext, check_s
 from chunkllama_server.api.common.logprobs import LogprobFormatter
 from chunkllama_server.api.common.prompt_cache import cache_plan
 from chunkllama_server.api.common.request_stream import RequestStream
-from chunkllama_server.api.common.sampling import check_lengths, check_prompt_ids, sampling_params
+from chunkllama_server.api.common.sampling import (
+    check_lengths,
+    check_prompt_ids,
+    request_priority,
+    sampling_params,
+)
 from chunkllama_server.api.common.structured_outputs import grammar_of
 from chunkllama_server.api.completions.response import CompletionAnswer
 from chunkllama_server.api.openapi import answers
@@ -130,6 +135,8 @@ async def create_completion(
     sampling = await completion_sampling(body, context, prompts)
     cache = cache_plan(body, context.settings)
     namespace = context.tenants.namespace(info.tenant, body.cache_salt)
+    highest = context.settings.highest_priority
+    priority = request_priority(body.priority, None, info.tenant, highest)
     completion_id = f"cmpl-{uuid.uuid4().hex}"
     generations = [
         RequestStream(
@@ -142,7 +149,7 @@ async def create_completion(
                 tenant=info.tenant,
                 cache_until=cache.until,
                 pin_seconds=cache.pin_seconds,
-                priority=body.priority or 0,
+                priority=priority,
             ),
             context.text.tokenizer,
             context.metrics,
