@@ -124,7 +124,7 @@ class AdmissionControl:
         return max_tokens
 
     def _beam_tokens(self, request: EngineRequest, max_tokens: int) -> int:
-        """Limit the tokens of beams, which run together and share only the prompt's whole chunks."""
+        """Limit the tokens of beams, which run together and share the prompt's whole chunks."""
         width, explicit = request.sampling.beam_width, request.sampling.max_tokens
         size, num_prompt = self._cache.chunk_size, len(request.prompt_token_ids)
         whole = self._num_shown_chunks(request)

@@ -116,9 +116,8 @@ class Scheduler:
         copies = []
         for sequence in self._scheduled:
             assert sequence.chunks is not None
-            if sequence.chunks.copies:
-                copies += sequence.chunks.copies
-                sequence.chunks.copies = []
+            copies += sequence.chunks.copies
+            sequence.chunks.copies = []
         self._in_flight = SchedulerOutput(
             step=self._step,
             slices=self._running.slices(),

@@ -1,7 +1,7 @@
 """Compile kernels for the device and launch them on torch's stream; the only importer of CuPy.
 
-Facts of CuPy 14 that this file relies on: a size-1 void array is passed as its raw bytes (a struct by
-value); a launch reads nothing of its stream but ``.ptr``; kernels and torch share the device's
+Facts of CuPy 14 that this file relies on: a size-1 void array is passed as its raw bytes (a struct
+by value); a launch reads nothing of its stream but ``.ptr``; kernels and torch share the device's
 primary context, so torch's pointers are valid in both; compiled modules are cached on disk
 (``CUPY_CACHE_DIR``, else ~/.cupy/kernel_cache), keyed by source, options and compiler.
 """
