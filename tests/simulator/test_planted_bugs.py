@@ -13,14 +13,17 @@ from random_traffic import RandomTraffic
 from simulated_engine import SimulatedEngine
 
 from chunkllama.cache import manager, retention
+from chunkllama.cache.eviction import EvictionOrder
 from chunkllama.cache.manager import CacheManager
 from chunkllama.cache.node import Node
 from chunkllama.cache.prefix_tree import PrefixTree
 from chunkllama.cache.sequence_chunks import SequenceChunks
 from chunkllama.scheduler.admission import AdmissionControl
+from chunkllama.scheduler.queue import WaitingQueue
 from chunkllama.scheduler.running import RunningSequences
 from chunkllama.scheduler.scheduler import Scheduler
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
+from chunkllama.scheduler.tenants import DECODE_WEIGHT, TenantAccounts
 from chunkllama.scheduler.tree_order import TreeOrder
 
 Patch = pytest.MonkeyPatch
@@ -82,6 +85,28 @@ def search_pins() -> None:
     name = engine.add([0] * 8 + [1], 1)
     engine.run()
     assert engine.cached[name] == 8
+
+
+def search_starvation() -> None:
+    """One prefix is asked for without end while a request with another prefix waits."""
+    engine = SimulatedEngine(40, 4, max_num_seqs=1, min_wait_tokens=2, fair_quantum=20)
+    engine.add([0] * 9, 2)
+    engine.step()
+    other = engine.add([1] * 9, 2)
+    for i in range(60):
+        engine.add([0] * 8 + [1, i % 2], 2)
+        engine.step()
+    assert other in engine.first_deltas
+
+
+def search_shares() -> None:
+    """A tenant floods while another sends one request; both prefixes are their own."""
+    engine = SimulatedEngine(40, 4, max_num_seqs=1, min_wait_tokens=2, fair_quantum=20)
+    for i in range(60):
+        engine.add([0] * 8 + [1, i % 2], 2, tenant="A", namespace="A")
+    engine.add([1] * 9, 2, tenant="B", namespace="B")
+    engine.run()
+    assert list(engine.first_deltas).index("r60") < 15
 
 
 # -- bugs ---------------------------------------------------------------------------------------
@@ -270,6 +295,39 @@ def spare_chunks_leaked(patch: Patch) -> None:
     patch.setattr(CacheManager, "release", leaky)
 
 
+def overtaking_without_end(patch: Patch) -> None:
+    patch.setattr(
+        WaitingQueue,
+        "_follower",
+        lambda self, queue, passed: queue.follower(self._least_shared, passed),
+    )
+
+
+def charges_lost(patch: Patch) -> None:
+    """What a tenant decodes is free."""
+    charge = TenantAccounts.charge
+
+    def cheap(self: TenantAccounts, tenant: str, virtual_tokens: int) -> None:
+        charge(self, tenant, 0 if virtual_tokens == DECODE_WEIGHT else virtual_tokens)
+
+    patch.setattr(TenantAccounts, "charge", cheap)
+
+
+def tenants_ignored(patch: Patch) -> None:
+    patch.setattr(WaitingQueue, "_tenant", lambda self, sequence: "")
+
+
+def flooder_keeps_its_chunks(patch: Patch) -> None:
+    """A tenant's nodes are counted once too often, so the order of eviction is wrong."""
+    add = EvictionOrder.add
+
+    def twice(self: EvictionOrder, owner: str) -> None:
+        add(self, owner)
+        self._owners[owner].num_nodes += 1
+
+    patch.setattr(EvictionOrder, "add", twice)
+
+
 BUGS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [
     (missing_incref, search_traffic),
     (publish_one_token_early, search_traffic),
@@ -291,6 +349,10 @@ BUGS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [
     (order_not_repaired, search_traffic),
     (pins_ignored, search_pins),
     (spare_chunks_leaked, search_traffic),
+    (overtaking_without_end, search_starvation),
+    (charges_lost, search_traffic),
+    (tenants_ignored, search_shares),
+    (flooder_keeps_its_chunks, search_traffic),
 ]
 
 
@@ -304,7 +366,16 @@ def test_planted_bug_is_caught(
 
 
 @pytest.mark.parametrize(
-    "search", [search_traffic, search_reserve, search_failure, search_hand_over, search_pins]
+    "search",
+    [
+        search_traffic,
+        search_reserve,
+        search_failure,
+        search_hand_over,
+        search_pins,
+        search_starvation,
+        search_shares,
+    ],
 )
 def test_the_searches_pass_without_a_bug(search: Callable[[], None]) -> None:
     search()
