@@ -1,10 +1,10 @@
-"""Configuration of an engine: frozen groups, flat keys that equal the command line's flags."""
+"""Configuration of an engine: frozen groups; flat keys equal the flags of the command line."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -15,12 +15,14 @@ from chunkllama.logger import init_logger
 logger = init_logger(__name__)
 
 DEMO_MODEL = "smollm2-135m-instruct"
+# Former keys, still accepted wherever a key is.
+RENAMED_KEYS = {"op_set": "backend", "weights": "quantization"}
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d+)?)\s*((?:[kmg]i?)?)b?", re.IGNORECASE)
 
 
 def parse_bytes(value: object) -> object:
-    """Bytes from "512MiB", "2g" or a number; what is neither is left for the type to refuse."""
+    """Parse bytes from "512MiB", "2g" or a number; the type refuses anything else."""
     if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
         return int(float(match[1]) * _UNITS[match[2].lower()])
     return value
@@ -46,7 +48,7 @@ def parse_weights(value: str) -> dict[str, float]:
 
 
 def _number(value: object) -> object:
-    """Literal types compare, they do not parse: flags and variables are strings."""
+    """Parse a number: flags and variables are strings, and a Literal only compares."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
@@ -62,13 +64,13 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 
 
 class ConfigGroup(BaseModel):
-    """One part of the configuration; every field has a default and says what it means."""
+    """One part of the configuration; every field has a default and a description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class ModelConfig(ConfigGroup):
-    """Which model, in which numbers, on which device."""
+    """The model, its number formats, and its device."""
 
     model: str = Field(
         default=DEMO_MODEL,
@@ -96,7 +98,7 @@ class ModelConfig(ConfigGroup):
         description="Kernels: reference (torch), cpu (C++), cuda; auto is the fastest "
         "that works here.",
     )
-    weights: Literal["auto", "bf16", "int8"] = Field(
+    quantization: Literal["auto", "bf16", "int8"] = Field(
         default="auto",
         description="Storage of linear layers. auto is the dtype's own; int8 needs backend cpu.",
     )
@@ -111,7 +113,7 @@ class ModelConfig(ConfigGroup):
         description="Compute threads. Default: this process's processors, cut to its CPU quota.",
     )
     seed: int | None = Field(
-        default=None, ge=0, description="Makes the seeds of requests that bring none reproducible."
+        default=None, ge=0, description="Makes the seeds of requests without one reproducible."
     )
     generation_config: Literal["auto", "none"] = Field(
         default="auto",
@@ -121,7 +123,7 @@ class ModelConfig(ConfigGroup):
 
 
 class CacheConfig(ConfigGroup):
-    """The pool of K/V chunks that every prompt's prefix tree is made of."""
+    """The pool of K/V chunks, which the prefix tree shares between prompts."""
 
     num_chunks: int | None = Field(
         default=None,
@@ -144,7 +146,7 @@ class CacheConfig(ConfigGroup):
 
 
 class SchedulerConfig(ConfigGroup):
-    """What runs in a step, and who waits."""
+    """What runs in a step, and which requests wait."""
 
     max_num_seqs: int = Field(default=64, gt=0, le=256, description="Sequences that run at once.")
     max_num_batched_tokens: int = Field(
@@ -182,18 +184,18 @@ class SchedulerConfig(ConfigGroup):
 
 
 class LogConfig(ConfigGroup):
-    """What is logged, by the API process and the engine process alike."""
+    """Logging of the API process and of the engine process."""
 
     log_format: Literal["text", "json"] = Field(
-        default="text", description="Log lines for people, or one JSON object a line."
+        default="text", description="Plain log lines, or one JSON object per line."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="Least severe level that is logged."
+        default="info", description="Lowest level that is logged."
     )
 
 
 class EngineConfig(BaseModel):
-    """Everything an engine is built from."""
+    """The configuration of an engine."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -215,6 +217,7 @@ class EngineConfig(BaseModel):
             "scheduler": SchedulerConfig,
             "log": LogConfig,
         }
+        settings = rename_keys(settings)
         known = [key for group in groups.values() for key in group.model_fields]
         check_keys(settings, known)
         try:
@@ -226,6 +229,27 @@ class EngineConfig(BaseModel):
             )
         except ValidationError as error:
             raise ConfigError(first_error(error)) from None
+
+
+def rename_keys(given: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
+    """Replace former keys by their present names, with a warning for each.
+
+    Args:
+        origin: where the keys come from, for the warning.
+
+    Raises:
+        ConfigError: a key is given under both names.
+    """
+    renamed: dict[str, Any] = {}
+    for key, value in given.items():
+        name = RENAMED_KEYS.get(key, key)
+        if name != key:
+            where = f" in {origin}" if origin else ""
+            if name in given:
+                raise ConfigError(f"{key}{where} is the former name of {name}; give {name} only")
+            logger.warning("%s%s is a former name and will be removed; use %s", key, where, name)
+        renamed[name] = value
+    return renamed
 
 
 def check_keys(keys: Iterable[str], known: Iterable[str], origin: str = "") -> None:
@@ -243,7 +267,7 @@ def check_keys(keys: Iterable[str], known: Iterable[str], origin: str = "") -> N
 
 
 def first_error(error: ValidationError) -> str:
-    """The first of a validation's errors as one line: key, what is wrong, the value given."""
+    """Describe the first of a validation's errors in one line: key, problem, the value given."""
     detail = error.errors(include_url=False, include_context=False)[0]
     message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"]:

@@ -7,10 +7,12 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from chunkllama.config import RENAMED_KEYS
 from chunkllama_server.config.flags import choices, show_value
 from chunkllama_server.config.settings import ENV_PREFIX, Settings
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+_FORMER = ", ".join(f"`{old}` is now `{new}`" for old, new in RENAMED_KEYS.items())
 HEAD = f"""# Configuration
 
 Every setting has one key with the same spelling everywhere: `--num-chunks 512` on the command line,
@@ -26,6 +28,7 @@ Every setting has one key with the same spelling everywhere: `--num-chunks 512` 
 - Sizes take a unit: `512MiB`, `2g`, or bytes.
 - Defaults respect the container's limits, not the host's: threads default to the CPU affinity cut
   to the control group's quota, the chunk pool to a share of the memory left in the group.
+- Former keys are accepted with a warning: {_FORMER}.
 
 Two more variables are read before any setting: `CHUNKLLAMA_CACHE` (downloaded and converted models;
 default `~/.cache/chunkllama`) and `CHUNKLLAMA_NATIVE_DIR` (compiled CPU kernels).

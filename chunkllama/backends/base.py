@@ -94,7 +94,7 @@ class Backend(ABC):
         if quantization == "auto" or (quantization == "bf16" and is_bf16):
             return model
         raise ConfigError(
-            f"weights: {quantization} is not available with the {self.name} backend; use auto"
+            f"quantization: {quantization} is not available with the {self.name} backend; use auto"
         )
 
     def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:

@@ -50,7 +50,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         max_model_len=_table_length(spec, max_model_len, num_chunks * chunk_size),
         isa_level=config.model.isa_level,
         backend=config.model.backend,
-        weights=config.model.weights,
+        weights=config.model.quantization,
     )
     limits = SchedulerLimits(
         max_num_seqs=config.scheduler.max_num_seqs,

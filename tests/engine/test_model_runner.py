@@ -235,7 +235,7 @@ def test_a_grammar_without_a_tokenizer_fails_its_request_only(runner: ModelRunne
 
 
 def test_a_weight_storage_the_backend_lacks_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="weights: int8"):
+    with pytest.raises(ConfigError, match="quantization: int8"):
         load_executor(
             model_path=folder,
             device="cpu",

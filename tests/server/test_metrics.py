@@ -105,7 +105,7 @@ def test_every_accepted_request_has_one_end(server):
 
 def test_refusals_are_counted_by_status(server):
     changes = change(server, lambda: server.chat(n=0))
-    assert changes['chunkllama_rejected_total{why="400"}'] == 1
+    assert changes['chunkllama_rejected_total{reason="400"}'] == 1
 
 
 @pytest.mark.parametrize("fields", [{}, {"n": 2}, {"stop": "b"}, {"n": 2, "stop": "b"}])

@@ -69,11 +69,11 @@ def packed_type(dtype: torch.dtype, quantization: Quantization) -> int:
         return own
     if quantization not in WEIGHT_TYPES:
         raise ConfigError(
-            f"weights: {quantization!r} is not one of auto, {', '.join(WEIGHT_TYPES)}"
+            f"quantization: {quantization!r} is not one of auto, {', '.join(WEIGHT_TYPES)}"
         )
     wanted = WEIGHT_TYPES[quantization]
     if wanted not in (INT8, own):
-        raise ConfigError(f"weights: {quantization} does not fit --dtype; use auto or int8")
+        raise ConfigError(f"quantization: {quantization} does not fit --dtype; use auto or int8")
     return wanted
 
 

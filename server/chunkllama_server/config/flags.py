@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
+from chunkllama.config import RENAMED_KEYS
 from chunkllama_server.config.settings import Loaded, Settings, load_settings
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,6 +29,7 @@ def with_setting_flags(command: F) -> F:
         title = group.__name__.removesuffix("Config")
         for key, field in group.model_fields.items():
             parameters.append(_setting(key, field, title))
+    parameters += [_former(key) for key in RENAMED_KEYS]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
@@ -81,6 +83,16 @@ def _setting(key: str, field: FieldInfo, title: str) -> inspect.Parameter:
     metavar = "|".join(map(str, options)) if options else _metavar(key, field)
     kind: Any = list[str] | None if "tuple" in str(field.annotation) else str | None
     return _parameter(key, kind, text, title, metavar)
+
+
+def _former(key: str) -> inspect.Parameter:
+    """A flag under its former name, which ``--help`` does not list."""
+    return inspect.Parameter(
+        key,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[str | None, typer.Option(hidden=True)],
+    )
 
 
 def _metavar(key: str, field: FieldInfo) -> str:

@@ -25,6 +25,7 @@ from chunkllama.config import (
     SchedulerConfig,
     check_keys,
     first_error,
+    rename_keys,
 )
 from chunkllama.errors import ConfigError
 
@@ -237,11 +238,14 @@ def load_settings(
         and name not in _OTHER_VARIABLES
         and not _is_service_link(name, value)
     }
+    variables = rename_keys(variables, "the environment")
     check_keys(variables, known, f"the environment ({ENV_PREFIX}...)")
     config_file = config_file or (
         Path(environ["CHUNKLLAMA_CONFIG"]) if environ.get("CHUNKLLAMA_CONFIG") else None
     )
     document = _read_yaml(config_file) if config_file is not None else {}
+    document = rename_keys(document, str(config_file))
+    flags = rename_keys(flags, "the command line")
     check_keys(document, known, str(config_file))
     values: dict[str, Any] = {}
     origins = dict.fromkeys(known, "default")

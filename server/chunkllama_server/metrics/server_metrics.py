@@ -1,5 +1,4 @@
-"""Prometheus metrics: one registry in the API process, fed by its own clocks and by engine
-snapshots."""
+"""Prometheus metrics: one registry in the API process, fed by its clocks and engine snapshots."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from chunkllama_server.metrics.vllm_names import VllmNames
 
 CHUNK_STATES = ("free", "cached", "referenced", "private")
 MAX_TENANT_LABELS = 100
-# Those of OpenTelemetry's conventions for generative AI, and finer ones below 10 ms per token.
+# OpenTelemetry's conventions for generative AI, with finer buckets below 10 ms per token.
 _FIRST_TOKEN_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
     30.0, 60.0,
@@ -54,8 +53,8 @@ ENGINE_HISTOGRAMS = {
 ENGINE_GAUGES = {
     "requests_running": ("requests_running", "Requests in the running batch."),
     "requests_waiting": ("requests_waiting", "Requests waiting for admission."),
-    "chunks_peak": ("kv_chunks_peak", "Most chunks ever in use at once."),
-    "chunks_total": ("kv_chunks_total", "Chunks of the pool."),
+    "chunks_peak": ("kv_chunks_peak", "Highest number of chunks in use at once."),
+    "chunks_total": ("kv_chunks_capacity", "Chunks of the pool."),
     "pinned_chunks": ("kv_chunks_pinned", "Chunks pinned by prompt_cache_options."),
     "invariant_violations": (
         "invariant_violations",
@@ -65,7 +64,7 @@ ENGINE_GAUGES = {
 
 
 class EngineStatsCollector:
-    """Renders the last engine snapshot; counters go on rising when an engine restarts from zero."""
+    """Renders the last engine snapshot; counters keep rising across restarts of the engine."""
 
     def __init__(self) -> None:
         self._last = EngineStats()
@@ -73,7 +72,7 @@ class EngineStatsCollector:
         self._restarts = 0
 
     def update(self, stats: EngineStats) -> None:
-        """Take a snapshot; one with fewer steps comes from a new engine."""
+        """Store a snapshot; one with fewer steps comes from a new engine process."""
         if stats.steps_total < self._last.steps_total:
             for name in (*ENGINE_COUNTERS, *_HITS):
                 setattr(self._before, name, self._count(name))
@@ -133,8 +132,8 @@ class ServerMetrics:
     """All metrics of one application.
 
     Args:
-        by_tenant: label requests with their tenant; the first ``MAX_TENANT_LABELS`` get labels of
-            their own, later ones share ``other``.
+        by_tenant: label requests with their tenant; the first ``MAX_TENANT_LABELS`` get their own
+            labels, later ones share ``other``.
         vllm_model: repeat the metrics under vLLM's names, for a model of this name.
 
     Attributes:
@@ -153,14 +152,14 @@ class ServerMetrics:
         self.finished = self._counter(
             "request_finished", "Requests ended, by reason.", ["reason", *tenant]
         )
-        self._rejected = self._counter("rejected", "HTTP requests refused, by status.", ["why"])
+        self._rejected = self._counter("rejected", "HTTP requests refused, by status.", ["reason"])
         self._ignored = self._counter("ignored_fields", "Unknown request fields ignored.")
         self.live = Gauge(
             "chunkllama_requests_live", "Requests between acceptance and end.",
             registry=self.registry,
         )  # fmt: skip
         self._info = Gauge(
-            "chunkllama_info", "Constant 1; what is being served, in labels.",
+            "chunkllama_info", "Constant 1; labels describe what is served.",
             ["model", "version", "device", "backend"], registry=self.registry,
         )  # fmt: skip
         Gauge(
@@ -199,14 +198,14 @@ class ServerMetrics:
         self._info.labels(model, version, info.device, info.backend).set(1)
 
     def reject(self, status: int) -> None:
-        """A request was answered with an error status."""
+        """Count a request that was answered with an error status."""
         self._rejected.labels(str(status)).inc()
 
     def ignore_fields(self, count: int) -> None:
         self._ignored.inc(count)
 
     def start_request(self, tenant: str) -> RequestTimer:
-        """A request goes to the engine."""
+        """Count a request that is handed to the engine, and time it."""
         labels = self._tenant_labels(tenant)
         (self._accepted.labels(**labels) if labels else self._accepted).inc()
         self.live.inc()
@@ -220,16 +219,16 @@ class ServerMetrics:
         return {"tenant": tenant if tenant in self._tenants else "other"}
 
     def render(self) -> bytes:
-        """The Prometheus text format."""
+        """Return the metrics in the Prometheus text format."""
         text = generate_latest(self.registry)
         return text if self._also is None else text + generate_latest(self._also)
 
 
 class RequestTimer:
-    """Follows one request to its one end; calls after the first ``finish`` change nothing.
+    """Times one request; calls after the first ``finish`` have no effect.
 
     Attributes:
-        reason: why its last choice ended; at the end, why the request did.
+        reason: finish reason of its last choice; after the end, that of the request.
         first_token_seconds: from acceptance to the first token, None before it.
     """
 
@@ -243,13 +242,13 @@ class RequestTimer:
         self.first_token_seconds: float | None = None
 
     def add(self, delta: TokenDelta) -> None:
-        """The engine has sent a delta."""
+        """Observe a delta of the engine."""
         metrics = self._metrics
         if self._decode_seconds is None:
             metrics.queue.observe(delta.queue_seconds)
             metrics.prefill.observe(delta.prefill_seconds)
             self._decode_seconds = 0.0
-        # The client's own word on an aborted choice comes without durations.
+        # The engine client reports an aborted choice without durations.
         self._decode_seconds = max(self._decode_seconds, delta.decode_seconds)
         count = max((len(choice.token_ids) for choice in delta.choices), default=0)
         if not count:
@@ -263,7 +262,7 @@ class RequestTimer:
         self._last = now
 
     def finish(self, reason: str) -> None:
-        """The request has ended."""
+        """Observe the end of the request."""
         if self._ended:
             return
         self._ended = True

@@ -1,4 +1,4 @@
-"""Our metrics once more under vLLM's names, for the routers and dashboards that look for those."""
+"""Repeat the metrics under vLLM's names, for routers and dashboards that expect them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-# Ours to vLLM's, without the suffixes that each type has.
+# Names here to vLLM's, without the suffixes that each type has.
 _NAMES = {
     "requests_running": ("num_requests_running",),
     "requests_waiting": ("num_requests_waiting",),
@@ -20,7 +20,7 @@ _NAMES = {
     "preemptions": ("num_preemptions",),
     "request_finished": ("request_success",),
     "time_to_first_token_seconds": ("time_to_first_token_seconds",),
-    # The second is the older name of the first; both are looked for.
+    # The second is the older name of the first; both are in use.
     "inter_token_latency_seconds": (
         "inter_token_latency_seconds",
         "time_per_output_token_seconds",

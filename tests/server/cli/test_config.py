@@ -14,6 +14,7 @@ from chunkllama.config import EngineConfig
 from chunkllama.errors import ConfigError
 from chunkllama.logger import configure_logging, init_logger, request_id_context
 from chunkllama.resources import default_kv_cache_memory, memory_left, usable_threads
+from chunkllama_server.commands import run
 from chunkllama_server.config.settings import Settings, load_settings
 
 
@@ -112,6 +113,62 @@ def test_engine_settings_refuse_unknown_keys():
         EngineConfig.from_flat(max_num_seq=3)
     config = EngineConfig.from_flat(num_chunks=3, seed=1)
     assert EngineConfig.model_validate_json(config.model_dump_json()) == config
+
+
+FORMER = [("op_set", "backend", "reference"), ("weights", "quantization", "int8")]
+
+
+@pytest.mark.parametrize(("former", "key", "value"), FORMER)
+def test_a_former_key_is_accepted_with_one_warning(tmp_path, caplog, former, key, value):
+    file = tmp_path / "server.yaml"
+    file.write_text(f"{former}: {value}\n")
+    sources = {
+        "command line": ({former: value}, {}, None),
+        "environment": ({}, {f"CHUNKLLAMA_{former.upper()}": value}, None),
+        str(file): ({}, {}, file),
+    }
+    for origin, source in sources.items():
+        caplog.clear()
+        loaded = load_settings(*source)
+        assert getattr(loaded.settings.engine().model, key) == value
+        assert loaded.origins[key] == origin
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert f"{former} in " in record.message and record.message.endswith(f"use {key}")
+        assert origin in record.message
+
+
+@pytest.mark.parametrize(("former", "key", "value"), FORMER)
+def test_a_former_key_keeps_its_source_and_stands_alone(tmp_path, former, key, value):
+    """Precedence goes by source, whichever name a source uses; one source uses one name."""
+    file = tmp_path / "server.yaml"
+    file.write_text(f"{key}: auto\n")
+    assert getattr(load_settings({former: value}, {}, file).settings, key) == value
+    file.write_text(f"{former}: {value}\n")
+    assert getattr(load_settings({key: "auto"}, {}, file).settings, key) == "auto"
+    with pytest.raises(ConfigError, match=f"{former} in the command line .*{key} only"):
+        load_settings({former: value, key: value}, {})
+    with pytest.raises(ConfigError, match=f"^{key}: "):
+        load_settings({former: "nonsense"}, {})
+
+
+@pytest.mark.parametrize(("former", "key", "value"), FORMER)
+def test_a_former_key_of_an_engine(caplog, former, key, value):
+    assert getattr(EngineConfig.from_flat(**{former: value}).model, key) == value
+    (record,) = caplog.records
+    assert record.message == f"{former} is a former name and will be removed; use {key}"
+
+
+@pytest.mark.parametrize(("former", "key", "value"), FORMER)
+def test_a_former_flag_works_and_is_not_listed(capsys, former, key, value):
+    flag = f"--{former.replace('_', '-')}"
+    assert run(["config", "show", flag, value]) == 0
+    shown = {line.split()[1]: line.split()[3] for line in capsys.readouterr().out.splitlines()
+             if line.startswith("\u2502")}  # fmt: skip
+    assert shown[key] == value
+    assert run(["serve", "--help"]) == 0
+    listed = capsys.readouterr().out
+    assert f"--{key}" in listed and f"{flag} " not in listed
 
 
 def _machine(root: Path, files: dict[str, str]) -> Path:
