@@ -1,6 +1,6 @@
 """Commands of ``chunkllama``: ``serve|bench|health|config|version|models``.
 
-Only the requested command is imported, so that ``version`` and ``health`` answer at once.
+Only the requested command is imported, so that ``version`` and ``health`` are fast.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _add_health(app: typer.Typer) -> None:
 
 
 def default_url(environ: os._Environ[str] | dict[str, str]) -> str:
-    """Where a server configured by this environment listens."""
+    """Return the address of a server that this environment configures."""
     port = environ.get("CHUNKLLAMA_PORT", "")
     scheme = "https" if environ.get("CHUNKLLAMA_SSL_CERTFILE") else "http"
     return f"{scheme}://127.0.0.1:{port if port.isdecimal() else '8000'}"
@@ -98,7 +98,7 @@ def _add_serve(app: typer.Typer) -> None:
 
         settings = read_settings()
         from chunkllama_server.process.launch import (
-            serve_forever,  # after the settings, which are quick to refuse
+            serve_forever,  # after the settings, whose errors must be fast
         )
 
         return serve_forever(settings, read_settings)
@@ -107,7 +107,7 @@ def _add_serve(app: typer.Typer) -> None:
 def _add_config(app: typer.Typer) -> None:
     from chunkllama_server.config.flags import load_from_flags, show_settings, with_setting_flags
 
-    group = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
+    group = typer.Typer(no_args_is_help=True, help="Show the configuration.")
 
     @group.callback()
     def config() -> None:
@@ -116,14 +116,14 @@ def _add_config(app: typer.Typer) -> None:
     @group.command()
     @with_setting_flags
     def show(**flags: object) -> None:
-        """Print every setting's value and where it comes from, without starting anything."""
+        """Print the value and origin of every setting; starts nothing."""
         show_settings(load_from_flags(flags))
 
     app.add_typer(group, name="config")
 
 
 def _add_models(app: typer.Typer) -> None:
-    group = typer.Typer(invoke_without_command=True, help="Models this package can fetch.")
+    group = typer.Typer(invoke_without_command=True, help="Models that this package can download.")
 
     @group.callback()
     def models(context: typer.Context) -> None:

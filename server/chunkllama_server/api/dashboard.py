@@ -1,4 +1,4 @@
-"""/dashboard: one static page, and the snapshot it draws once a second."""
+"""Serve /dashboard: a static page, and the snapshot that it draws once a second."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ router = APIRouter(include_in_schema=False)
 MAX_NODES = 4000
 SNAPSHOT_SECONDS = 0.5
 ENGINE_KEYS = ("device", "backend", "num_chunks", "chunk_size")
-# The page is self-contained, runs its own script alone, and talks to this server alone.
+# The page is self-contained, runs only its own script, and connects only to this server.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -32,7 +32,7 @@ _POLICY = (
 
 @router.get("/dashboard")
 async def page() -> HTMLResponse:
-    """The page; it holds nothing secret, so it needs no key. Its data does."""
+    """Return the page, which needs no key because it holds nothing secret; its data does."""
     text = (
         resources.files("chunkllama_server.api")
         .joinpath("static/dashboard.html")
@@ -73,7 +73,7 @@ def snapshots(request: Request) -> SnapshotCache:
 
 @router.get("/dashboard/data")
 async def data(context: Context, request: Request) -> Response:
-    """Engine, counters, latencies, and the tree's nodes that this caller may see: never tokens."""
+    """Return counters, latencies and the tree's nodes that the caller may see, without tokens."""
     stats = await snapshots(request).get(context.engine)
     visible = visible_namespaces(context, request)
     nodes = [n for n in stats.tree if visible is None or n.namespace in visible]
@@ -103,7 +103,7 @@ def visible_namespaces(context: ServerContext, request: Request) -> set[str] | N
 
 
 def mean_seconds(context: ServerContext, histogram: str) -> dict[str, Any]:
-    """Sum and count of a histogram since the start; the page takes differences."""
+    """Return sum and count of a histogram since the start; the page computes differences."""
     registry = context.metrics.registry
     return {
         "sum": registry.get_sample_value(f"{histogram}_sum") or 0.0,

@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: pooled hidden states of the prompt, normalised."""
+"""Serve POST /v1/embeddings: pooled hidden states of the prompt, normalised."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from chunkllama_server.transport.sse import gather_or_cancel, unless_disconnecte
 
 router = APIRouter(route_class=JsonRoute, tags=["embeddings"])
 
-# A large batch must not fill the engine's queue and push others out.
+# A large batch must not fill the engine's queue, where other requests wait.
 MAX_AT_ONCE = 16
 
 
 def normalised(vector: list[float], dimensions: int | None) -> list[float]:
-    """The first ``dimensions`` values, scaled to length 1.
+    """Return the first ``dimensions`` values, scaled to length 1.
 
     Raises:
         ApiError: 400 when the model has fewer.
@@ -45,7 +45,7 @@ def normalised(vector: list[float], dimensions: int | None) -> list[float]:
 
 
 def base64_float32(vector: list[float]) -> str:
-    """Little-endian float32, as the openai client decodes it."""
+    """Encode as little-endian float32, which the openai client decodes."""
     values = array.array("f", vector)
     if sys.byteorder == "big":
         values.byteswap()
@@ -53,7 +53,7 @@ def base64_float32(vector: list[float]) -> str:
 
 
 async def input_ids(body: EmbeddingRequest, context: ServerContext) -> list[list[int]]:
-    """Token ids of each input.
+    """Return the token ids of each input.
 
     Raises:
         ApiError: 400 for an empty input, one beyond the context, or an unknown id.

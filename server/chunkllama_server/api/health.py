@@ -1,4 +1,4 @@
-"""Liveness, readiness and metrics."""
+"""Serve liveness, readiness and metrics."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from chunkllama_server.transport.errors import unavailable
 router = APIRouter(tags=["health"])
 metrics_router = APIRouter(tags=["health"])
 
-# A probe must answer before the prober gives up; Kubernetes' default is one second.
+# A probe must answer before the timeout of the prober; Kubernetes' default is one second.
 PROBE_SECONDS = 0.8
 
 
 async def refresh_stats(context: ServerContext) -> None:
-    """Take an engine snapshot if one comes in time; the last one stands otherwise."""
+    """Update the engine snapshot if a new one arrives in time."""
     try:
         async with asyncio.timeout(PROBE_SECONDS):
             context.metrics.engine.update(await context.engine.stats())
@@ -31,7 +31,7 @@ async def refresh_stats(context: ServerContext) -> None:
 
 @router.get("/health/live", responses=refusals(405))
 async def live() -> Health:
-    """The event loop turns; says nothing of the engine."""
+    """Answer while the event loop runs; does not check the engine."""
     return {"status": "ok"}
 
 
@@ -51,6 +51,6 @@ async def ready(context: Context) -> Health:
     responses={200: {"content": {"text/plain": {}}}, **refusals(401, 405)},
 )
 async def metrics(context: Context) -> Response:
-    """Prometheus metrics, with a fresh engine snapshot."""
+    """Return Prometheus metrics, with a new engine snapshot."""
     await refresh_stats(context)
     return Response(context.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,4 +1,4 @@
-"""GET /v1/models, /v1/models/{id} and /version."""
+"""Serve GET /v1/models, /v1/models/{id} and /version."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def describe_model(context: ServerContext, name: str) -> Model:
         "object": "model",
         "created": context.created,
         "owned_by": "chunkllama",
-        "root": context.settings.model_names[0],  # never the folder: callers are strangers
+        "root": context.settings.model_names[0],  # not the folder, which callers must not learn
         "parent": None,
         "max_model_len": context.engine.info.max_model_len,
         "chat_template": None if template is None else template.capabilities.as_dict(),
@@ -28,18 +28,18 @@ def describe_model(context: ServerContext, name: str) -> Model:
 
 @router.get("/v1/models", responses=refusals(401, 405, 503))
 async def list_models(context: Context) -> ModelList:
-    """The served models."""
+    """List the served models."""
     names = context.settings.model_names
     return {"object": "list", "data": [describe_model(context, name) for name in names]}
 
 
 @router.get("/v1/models/{model:path}", responses=refusals(401, 404, 405, 503))
 async def get_model(model: str, context: Context) -> Model:
-    """One served model; its name may contain slashes."""
+    """Return one served model; its name may contain slashes."""
     return describe_model(context, context.check_model(model))
 
 
 @router.get("/version", responses=refusals(401, 405))
 async def get_version() -> Version:
-    """The server's version."""
+    """Return the server's version."""
     return {"version": __version__}

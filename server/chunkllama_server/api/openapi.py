@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI derives, corrected for our errors, statuses and streams."""
+"""Correct the OpenAPI document that FastAPI derives: error bodies, statuses and streams."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _EVENTS = (ChatCompletionChunk, Completion, ResponseEvent)
 
 
 def refusals(*statuses: int) -> Responses:
-    """Documentation of error responses."""
+    """Document error responses."""
     return {
         status: {"model": ErrorBody, "description": _DESCRIPTIONS[status]} for status in statuses
     }
 
 
 def answers(model: Any, event: Any = None) -> Responses:
-    """Documentation of a POST's answers: 200 as JSON (and as events), and every refusal.
+    """Document a POST's answers: 200 as JSON (and as events), and every refusal.
 
     Args:
         model: schema of the JSON answer.
@@ -71,7 +71,7 @@ def answers(model: Any, event: Any = None) -> Responses:
 
 
 def _event_schemas() -> dict[str, Any]:
-    """Schemas of the events, and of what they contain."""
+    """Return the schemas of the events, and of what they contain."""
     inputs = [(event.__name__, "serialization", TypeAdapter(event)) for event in _EVENTS]
     _, schema = TypeAdapter.json_schemas(inputs, ref_template=_COMPONENTS)  # type: ignore[arg-type]
     return dict(schema["$defs"])

@@ -1,4 +1,4 @@
-"""POST /tokenize, /detokenize and /v1/chat/completions/render: show what the model would read."""
+"""Serve /tokenize, /detokenize and /v1/chat/completions/render: what the model would read."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def _messages_ids(
 
 @router.post("/tokenize", response_model=None, responses=answers(TokenizeResponse))
 async def tokenize(body: TokenizeRequest, request: Request, context: Context) -> Response:
-    """Token ids of a prompt, or of a conversation through the chat template."""
+    """Return token ids of a prompt, or of a conversation through the chat template."""
     info = context.admit(body, request)
     if (body.prompt is None) == (body.messages is None):
         raise invalid("Send either prompt or messages", "prompt")
@@ -67,7 +67,7 @@ async def tokenize(body: TokenizeRequest, request: Request, context: Context) ->
 
 @router.post("/detokenize", response_model=None, responses=answers(DetokenizeResponse))
 async def detokenize(body: DetokenizeRequest, request: Request, context: Context) -> Response:
-    """Text of token ids."""
+    """Return the text of token ids."""
     context.admit(body, request)
     vocab_size = context.engine.info.vocab_size
     for index, token_id in enumerate(body.tokens):
@@ -86,7 +86,7 @@ async def detokenize(body: DetokenizeRequest, request: Request, context: Context
 
 @router.post("/v1/chat/completions/render", response_model=None, responses=answers(RenderedPrompt))
 async def render(body: ChatCompletionRequest, request: Request, context: Context) -> Response:
-    """The prompt a chat completion with this body would have; nothing is generated."""
+    """Return the prompt of a chat completion with this body; nothing is generated."""
     info = context.admit(body, request)
     prepared = await prepare_chat(body, context, info)
     ids = prepared.prompt.token_ids

@@ -1,6 +1,6 @@
-"""A streaming client that costs little: it shares the machine with the server it measures.
+"""Stream with little overhead, because the client shares the machine with the server.
 
-Raw asyncio and just enough HTTP/1.1 and server-sent events to read an OpenAI-compatible stream.
+Uses asyncio streams, and implements the HTTP/1.1 that an OpenAI-compatible stream needs.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from chunkllama.errors import ConfigError
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one request; times are seconds, monotonic.
+    """Result of one request; times are monotonic seconds.
 
     Attributes:
-        arrivals: when each event with text came; the first is the first token.
+        arrivals: arrival time of each event with text; the first is the first token.
         text: of the answer, for the next turn of a conversation.
         error: "" for a request that was answered.
     """
@@ -40,12 +40,12 @@ class Outcome:
 
     @property
     def ttft(self) -> float:
-        """Time to first token."""
+        """Return the time to first token."""
         return self.arrivals[0] - self.started
 
     @property
     def tpot(self) -> float:
-        """Time per output token after the first."""
+        """Return the time per output token after the first."""
         return (self.arrivals[-1] - self.arrivals[0]) / max(self.completion_tokens - 1, 1)
 
     @property
@@ -58,7 +58,7 @@ class Endpoint:
 
     Args:
         url: with or without ``/v1``.
-        api_keys: tenants take them in turn; empty sends none.
+        api_keys: assigned to the tenants round-robin; empty sends none.
     """
 
     def __init__(self, url: str, api_keys: tuple[str, ...] = ()) -> None:
@@ -86,16 +86,16 @@ class Endpoint:
                 outcome.error = outcome.error or "no token came"
         except (OSError, EOFError, ValueError) as error:
             outcome.error = str(error) or type(error).__name__
-        except Exception as error:  # an answer of another shape fails its request, not the test
+        except Exception as error:  # an unexpected answer fails its request, not the test
             outcome.error = f"unexpected answer: {error!r}"
         outcome.ended = time.monotonic()
         return outcome
 
     async def get(self, path: str) -> tuple[int, bytes]:
-        """Status and body of a GET.
+        """Return status and body of a GET.
 
         Raises:
-            OSError, EOFError, ValueError: no HTTP answer came.
+            OSError, EOFError, ValueError: there was no HTTP answer.
         """
         reader, writer = await self._connect()
         try:
@@ -160,7 +160,7 @@ def _record(outcome: Outcome, event: dict[str, Any]) -> None:
 
 
 async def _read_head(reader: asyncio.StreamReader) -> tuple[int, bool, int | None]:
-    """(status, chunked, content length) of a response."""
+    """Read (status, chunked, content length) of a response."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower().split("\r\n")
     fields = dict(line.split(":", 1) for line in head[1:] if ":" in line)
     length = fields.get("content-length")

@@ -1,4 +1,4 @@
-"""``chunkllama bench``: the load test's flags, live progress, and what is written at its end."""
+"""Implement ``chunkllama bench``: flags, progress, and the files of a load test."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measure a server.")
 
 @bench_app.callback()
 def bench() -> None:
-    """Keeps ``serve`` a subcommand."""
+    """Keep ``serve`` a subcommand."""
 
 
 @bench_app.command()
@@ -60,7 +60,7 @@ def serve(  # noqa: PLR0913 - one parameter a flag
     conversations: Annotated[int, typer.Option(min=1, help="Conversations in all.")] = 64,
     turns: Annotated[int, typer.Option(min=1, help="User messages of a conversation.")] = 1,
     concurrency: Annotated[
-        str, typer.Option(help="Conversations at once; several points as 1,4,16.")
+        str, typer.Option(help="Concurrent conversations; several points as 1,4,16.")
     ] = "16",
     rate: Annotated[
         str, typer.Option(help="Conversations a second, Poisson, instead of a concurrency: 1,2,4.")
@@ -76,7 +76,7 @@ def serve(  # noqa: PLR0913 - one parameter a flag
     ] = True,
     seed: Annotated[int, typer.Option(help="Of texts and arrivals.")] = 0,
     api_key: Annotated[
-        list[str] | None, typer.Option(help="Key; several are dealt to the tenants in turn.")
+        list[str] | None, typer.Option(help="Key; several are assigned to the tenants round-robin.")
     ] = None,
     pid: Annotated[
         int | None, typer.Option(help="The server's process: measure its tree's peak memory.")
@@ -84,10 +84,12 @@ def serve(  # noqa: PLR0913 - one parameter a flag
     output: Annotated[
         Path | None, typer.Option(help="Folder for results: NAME.json, and plots.")
     ] = None,
-    name: Annotated[str, typer.Option(help="Of the files in the output folder.")] = "load-test",
+    name: Annotated[
+        str, typer.Option(help="Base name of the files in the output folder.")
+    ] = "load-test",
     plots: Annotated[bool, typer.Option(help="Also write PNG plots.")] = False,
 ) -> int:
-    """Load a server with tenants that share system prompts; exit code 1 if a request failed."""
+    """Load a server with tenants that share system prompts; exit code 1 if a request fails."""
     base = Workload(
         tenants=tenants,
         system_tokens=system_tokens,
@@ -106,7 +108,7 @@ def serve(  # noqa: PLR0913 - one parameter a flag
     endpoint = Endpoint(url, tuple(api_key or ()))
     console = Console()
     if not console.is_terminal:
-        console = Console(width=150)  # a log file has no columns to fit
+        console = Console(width=150)  # a log file has no terminal width
     runs, server = asyncio.run(
         _measure(endpoint, model, points, tokenizer, trace, exact_output, pid)
     )
@@ -120,7 +122,7 @@ def serve(  # noqa: PLR0913 - one parameter a flag
 
 
 def _points(base: Workload, concurrency: str, rate: str) -> list[Workload]:
-    """One workload per load asked for, each with texts of its own."""
+    """Return one workload per requested load, each with different texts."""
     try:
         if rate:
             points = [replace(base, rate=float(value)) for value in rate.split(",")]
@@ -205,7 +207,7 @@ async def _one_run(
 
 
 async def _describe_server(endpoint: Endpoint) -> dict[str, Any]:
-    """The first model's name, and the server's version where it tells."""
+    """Return the first model's name, and the server's version if it reports one."""
     try:
         status, body = await endpoint.get("/v1/models")
         if status != 200:

@@ -1,4 +1,4 @@
-"""What the server does meanwhile: chunk occupancy from /metrics, memory of its processes."""
+"""Monitor a server during a test: chunk occupancy from /metrics, memory of its processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Monitor:
     """Samples a server while the block runs (``async with``).
 
     Args:
-        endpoint: asked for /metrics; a server without our gauges leaves ``occupancy`` empty.
+        endpoint: serves /metrics; ``occupancy`` stays empty without the gauges of this server.
         pid: the server's first process; None measures no memory.
 
     Attributes:
@@ -77,7 +77,7 @@ class Monitor:
 
 
 def tree_memory(pid: int) -> int:
-    """Bytes of a process and its descendants; pages they share count once."""
+    """Return bytes of a process and its descendants; shared pages count once."""
     total = 0
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)

@@ -1,4 +1,4 @@
-"""Figures of a load test: a table, a JSON file, plots."""
+"""Report a load test: a table, a JSON file, plots."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from chunkllama_server.bench.client import Outcome
 from chunkllama_server.bench.workload import Workload
 
 _PERCENTILES = (50, 90, 99)
-# Referenced, private, cached, free: as on the dashboard.
+# Referenced, private, cached, free, as on the dashboard.
 _STATE_COLOURS = ("#2f6fed", "#f08c2e", "#7aa7a0", "#e4e7ec")
 
 
@@ -35,7 +35,7 @@ class Run:
     """One point of a load test.
 
     Attributes:
-        label: what varies between the points, e.g. "concurrency 16".
+        label: the value that varies between the points, e.g. "concurrency 16".
         seconds: from the first request to the last answer.
         occupancy: samples of the chunk pool over time.
         peak_memory: bytes of the server's process tree, 0 if not measured.
@@ -49,7 +49,7 @@ class Run:
     peak_memory: int = 0
 
     def summary(self) -> dict[str, Any]:
-        """Counts, rates, and the distributions of TTFT, TPOT and latency in milliseconds."""
+        """Return counts, rates, and the distributions of TTFT, TPOT and latency in milliseconds."""
         done = [outcome for outcome in self.outcomes if not outcome.error]
         failed = [outcome.error for outcome in self.outcomes if outcome.error]
         output = sum(outcome.completion_tokens for outcome in done)
@@ -73,7 +73,7 @@ class Run:
 
 
 def print_table(runs: Sequence[Run], console: Console) -> None:
-    """One row a run."""
+    """Print one row per run."""
     table = Table(
         "load", "requests", "failed", "output tok/s", "req/s", "cached",
         "TTFT p50 / p99 ms", "TPOT p50 / p99 ms", "latency p50 ms",
@@ -101,7 +101,7 @@ def print_table(runs: Sequence[Run], console: Console) -> None:
 
 
 def command_line(secrets: Sequence[str]) -> str:
-    """How this process was called, its secrets as asterisks: results are published."""
+    """Return this process's command line, secrets as asterisks because results are published."""
     arguments = [Path(sys.argv[0]).name, *sys.argv[1:]]
     for secret in filter(None, secrets):
         arguments = [argument.replace(secret, "***") for argument in arguments]
@@ -109,7 +109,7 @@ def command_line(secrets: Sequence[str]) -> str:
 
 
 def write_json(path: Path, runs: Sequence[Run], server: dict[str, Any], command: str) -> None:
-    """Everything: machine, versions, command, and per run its summary and every request."""
+    """Write machine, versions, command, and the summary and requests of each run."""
     document = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
@@ -130,7 +130,7 @@ def write_json(path: Path, runs: Sequence[Run], server: dict[str, Any], command:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, processors usable, memory, and how busy it was."""
+    """Return processor, usable processors, memory and load."""
     model, memory = platform.machine(), 0
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -149,7 +149,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def check_output(folder: Path, plots: bool) -> None:
-    """Make sure, before a measurement, that its results can be written.
+    """Check, before a measurement, that its results can be written.
 
     Raises:
         ConfigError: the folder cannot be written, or matplotlib is not installed.
@@ -166,7 +166,7 @@ def check_output(folder: Path, plots: bool) -> None:
 
 
 def installed_versions(*names: str) -> dict[str, str]:
-    """Versions of packages beside this one, where they are installed."""
+    """Return the versions of this package and of those given that are installed."""
     found = {}
     for name in names:
         try:
@@ -177,7 +177,7 @@ def installed_versions(*names: str) -> dict[str, str]:
 
 
 def write_plots(folder: Path, runs: Sequence[Run], stem: str) -> list[Path]:
-    """Distributions, occupancy over time, and latency against load where several points ran."""
+    """Plot distributions, occupancy over time, and latency against load for several points."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -212,7 +212,7 @@ def _distribution(seconds: Sequence[float]) -> dict[str, float]:
     ordered = sorted(seconds)
     values = {"mean": statistics.fmean(ordered)}
     for percent in _PERCENTILES:
-        # Nearest rank: the smallest value that at least that share does not exceed.
+        # Nearest rank: the smallest value that at least this share of values does not exceed.
         values[f"p{percent}"] = ordered[max(0, -(-percent * len(ordered) // 100) - 1)]
     values["max"] = ordered[-1]
     return {name: round(value * 1000, 2) for name, value in values.items()}

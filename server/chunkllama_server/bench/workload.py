@@ -1,4 +1,4 @@
-"""The load test: many tenants that share system prompts, against any OpenAI-compatible server."""
+"""Simulate tenants that share system prompts, against any OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ end member law car city community name president team minute idea body informati
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is sent.
+    """Requests of a load test.
 
     Attributes:
-        tenants: system prompts, each unique and shared by that tenant's conversations.
+        tenants: number of system prompts, each shared by the conversations of its tenant.
         system_tokens, user_tokens, output_tokens: lengths, exact by the model's tokenizer.
-        conversations: in all, dealt to the tenants in turn.
+        conversations: total number, assigned to the tenants round-robin.
         turns: user messages of a conversation; each sends the whole history.
-        concurrency: conversations at once (closed loop), ignored with a rate.
+        concurrency: concurrent conversations (closed loop), ignored with a rate.
         rate: conversations a second, Poisson arrivals (open loop); None is closed loop.
         warm: compute every system prompt before the measurement begins.
     """
@@ -70,22 +70,22 @@ class PromptMaker:
         self._random = random.Random(seed)
 
     def text(self, num_tokens: int) -> str:
-        """A text that the tokenizer encodes into exactly ``num_tokens`` ids.
+        """Return a text that the tokenizer encodes to exactly ``num_tokens`` ids.
 
         Raises:
-            ConfigError: the tokenizer does not give back what it decoded.
+            ConfigError: encoding does not restore the decoded ids.
         """
         for _ in range(100):
             words = " ".join(self._random.choice(_WORDS) for _ in range(num_tokens))
             text = self._tokenizer.decode(self._tokenizer.encode(words)[:num_tokens])
-            # A word cut in two may join differently; other words may not.
+            # A word that is cut may merge differently with the next one.
             if len(self._tokenizer.encode(text)) == num_tokens:
                 return text
         raise ConfigError(f"tokenizer: cannot make a text of exactly {num_tokens} tokens")
 
 
 def make_conversations(workload: Workload, tokenizer: Tokenizer) -> list[Conversation]:
-    """The workload's conversations, the same for the same seed."""
+    """Make the workload's conversations, equal for equal seeds."""
     maker = PromptMaker(tokenizer, workload.seed)
     arrivals = random.Random(workload.seed + 1)
     systems = [maker.text(workload.system_tokens) for _ in range(workload.tenants)]
@@ -100,10 +100,10 @@ def make_conversations(workload: Workload, tokenizer: Tokenizer) -> list[Convers
 
 
 def read_trace(path: Path) -> list[Conversation]:
-    """Conversations of a JSONL file, to be sent at the times it gives.
+    """Read conversations of a JSONL file, to be sent at the times in the file.
 
     A line is ``{"at": seconds, "messages": [...], "max_tokens": n, "tenant": n}``; ``at`` defaults
-    to 0, ``max_tokens`` to 64; other members go into the request as they are.
+    to 0, ``max_tokens`` to 64; other members are copied to the request.
 
     Raises:
         ConfigError: the file or a line cannot be used.
@@ -135,7 +135,7 @@ def read_trace(path: Path) -> list[Conversation]:
 
 
 class LoadTest:
-    """Sends conversations and collects what became of their requests.
+    """Sends conversations and collects the outcomes of their requests.
 
     Args:
         endpoint: the server.

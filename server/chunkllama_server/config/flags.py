@@ -1,4 +1,4 @@
-"""Command-line flags of every setting, made from the configuration's fields."""
+"""Generate command-line flags from the fields of the configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def with_setting_flags(command: F) -> F:
     """Give a ``**flags`` command one option per setting, and ``--config``.
 
-    Values stay strings: the configuration parses them, whichever source they come from.
+    Values stay strings: the configuration parses values of all sources alike.
     """
     parameters = [_parameter("config", Path | None, "YAML file with settings.", "General", "FILE")]
     for group in Settings.groups:
@@ -36,7 +36,7 @@ def with_setting_flags(command: F) -> F:
 
 
 def load_from_flags(flags: Mapping[str, Any]) -> Loaded:
-    """Settings from a command's flags and every other source.
+    """Load settings from a command's flags and all other sources.
 
     Raises:
         ConfigError: an unknown key or a bad value.
@@ -55,7 +55,7 @@ def show_settings(loaded: Loaded) -> None:
 
 
 def show_value(value: object) -> str:
-    """A setting's value as the YAML file would have it; secrets as asterisks."""
+    """Format a setting's value as in a YAML file; secrets as asterisks."""
     if value is None or value == ():
         return "-"
     if isinstance(value, tuple):
@@ -64,7 +64,7 @@ def show_value(value: object) -> str:
 
 
 def choices(annotation: Any) -> tuple[Any, ...]:
-    """Values of a ``Literal``, inside an optional type too; () for any other type."""
+    """Return the values of a ``Literal``, also in an optional type; () for any other type."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     if get_origin(annotation) in (Union, types.UnionType):
@@ -86,7 +86,7 @@ def _setting(key: str, field: FieldInfo, title: str) -> inspect.Parameter:
 
 
 def _former(key: str) -> inspect.Parameter:
-    """A flag under its former name, which ``--help`` does not list."""
+    """Make the flag of a former name, which ``--help`` does not list."""
     return inspect.Parameter(
         key,
         inspect.Parameter.KEYWORD_ONLY,

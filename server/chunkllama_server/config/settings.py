@@ -1,4 +1,4 @@
-"""Settings of a whole server, from the command line, the environment, a YAML file and defaults.
+"""Load a server's settings from the command line, the environment, a YAML file and defaults.
 
 Keys are flat and the same everywhere: ``--num-chunks``, ``CHUNKLLAMA_NUM_CHUNKS``, ``num_chunks:``.
 """
@@ -30,14 +30,14 @@ from chunkllama.config import (
 from chunkllama.errors import ConfigError
 
 ENV_PREFIX = "CHUNKLLAMA_"
-# Read elsewhere: places on disk that exist before any configuration does.
+# Read elsewhere, before any configuration: locations of files.
 _OTHER_VARIABLES = frozenset({"CHUNKLLAMA_CACHE", "CHUNKLLAMA_NATIVE_DIR", "CHUNKLLAMA_CONFIG"})
 
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT_\d+_(TCP|UDP|SCTP)")
 
 
 def _listed(value: object) -> object:
-    """A list from "a,b": environment variables and flags are strings."""
+    """Split "a,b" into a list: environment variables and flags are strings."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
@@ -49,20 +49,20 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class ServerConfig(ConfigGroup):
-    """How the engine is offered over HTTP."""
+    """The HTTP server."""
 
     served_model_name: Names = Field(
-        default=(), description="Names clients may ask for. Default: the model's own name."
+        default=(), description="Names that clients may request. Default: the model's own name."
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
-    port: Port = Field(default=8000, description="Port to listen on; 0 takes a free one.")
+    port: Port = Field(default=8000, description="Port to listen on; 0 selects a free one.")
     admin_port: Port | None = Field(
         default=None, description="Serve /metrics on this port instead of the main one."
     )
     metrics_compat: Literal["vllm"] | None = Field(
         default=None,
-        description="Repeat the metrics under the names that routers and dashboards of another "
-        "server look for.",
+        description="Repeat the metrics under the names of another server, for its routers and "
+        "dashboards.",
     )
     api_key: Secrets = Field(
         default=(),
@@ -70,7 +70,7 @@ class ServerConfig(ConfigGroup):
         "other users can read a command line.",
     )
     api_key_file: Path | None = Field(
-        default=None, description="File with one name:key a line; # begins a comment."
+        default=None, description="File with one name:key per line; # begins a comment."
     )
     isolation: Literal["off", "tenant"] | None = Field(
         default=None,
@@ -86,8 +86,8 @@ class ServerConfig(ConfigGroup):
     )
     public_prefixes: Path | None = Field(
         default=None,
-        description="YAML list of system prompts that every tenant may share; computed at start "
-        "and kept in the cache.",
+        description="YAML list of system prompts that all tenants share; computed at start and "
+        "pinned in the cache.",
     )
     chat_template: Path | None = Field(
         default=None, description="jinja2 file to use instead of the model's chat template."
@@ -101,48 +101,48 @@ class ServerConfig(ConfigGroup):
     )
     chat_template_kwargs: Names = Field(
         default=("enable_thinking", "thinking", "date_string", "tools_in_user_message"),
-        description="Names that a request's chat_template_kwargs may carry.",
+        description="Names that a request's chat_template_kwargs may set.",
     )
     tool_call_parser: Literal["llama3_json", "hermes"] | None = Field(
         default=None,
-        description="How the model writes tool calls. Default: as its chat template has it.",
+        description="Format of the model's tool calls. Default: that of its chat template.",
     )
     embedding_pooling: Literal["mean", "last"] = Field(
-        default="mean", description="How a prompt's hidden states become one embedding."
+        default="mean", description="Pooling of a prompt's hidden states to one embedding."
     )
     response_store_items: int = Field(
-        default=1000, ge=0, description="Responses kept for previous_response_id; 0 keeps none."
+        default=1000, ge=0, description="Responses stored for previous_response_id; 0 stores none."
     )
     response_store_bytes: Bytes = Field(
-        default=64 << 20, description="Size of the kept responses, all together."
+        default=64 << 20, description="Total size of the stored responses."
     )
     response_store_seconds: float = Field(
-        default=3600.0, gt=0, description="A kept response is forgotten after so long."
+        default=3600.0, gt=0, description="A stored response expires after this many seconds."
     )
-    root_path: str = Field(default="", description="Path prefix that a proxy strips.")
+    root_path: str = Field(default="", description="Path prefix that a proxy removes.")
     allowed_hosts: Names = Field(
         default=(),
         description="Names that requests may address a server on a loopback address by, beside "
         "localhost, IP addresses and names without a dot. Others are refused with 403.",
     )
     cors_origins: Names = Field(
-        default=(), description="Origins browsers may call from; * is any. Default: none."
+        default=(), description="Origins from which browsers may call; * is any. Default: none."
     )
     ssl_certfile: Path | None = Field(default=None, description="PEM certificate chain for HTTPS.")
     ssl_keyfile: Path | None = Field(default=None, description="PEM private key for HTTPS.")
     max_body_bytes: Bytes = Field(
         default=2 << 20, description="A larger request body is refused with 413."
     )
-    keep_alive_seconds: int = Field(
-        default=75, gt=0, description="An idle connection is closed after so long."
-    )
+    keep_alive_seconds: int = Field(default=75, gt=0, description="Idle timeout of a connection.")
     stream_stall_seconds: float = Field(
-        default=30.0, gt=0, description="A client that reads nothing for so long is given up."
+        default=30.0,
+        gt=0,
+        description="A client that reads nothing for this many seconds is disconnected.",
     )
     drain_seconds: float = Field(
         default=30.0,
         ge=0,
-        description="On SIGTERM, live requests may finish within this time; then they are cut.",
+        description="Time for live requests to finish on SIGTERM; then they are ended.",
     )
     engine_hang_seconds: float = Field(
         default=30.0,
@@ -159,7 +159,7 @@ class ServerConfig(ConfigGroup):
 
 
 class Settings(ServerConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfig):
-    """All keys side by side."""
+    """All keys of all groups."""
 
     groups: ClassVar[tuple[type[ConfigGroup], ...]] = (
         ModelConfig,
@@ -171,7 +171,7 @@ class Settings(ServerConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfi
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """Names clients may ask for; answers without a requested model carry the first."""
+        """Return the names that clients may request; the first is the default."""
         path = Path(self.model).resolve()  # an alias or a hub id ends in its name, too
         own_name = path.stem if path.suffix.lower() == ".gguf" else path.name
         return self.served_model_name or (own_name,)
@@ -182,12 +182,12 @@ class Settings(ServerConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfi
         return EngineConfig.from_flat(**{key: getattr(self, key) for key in keys})
 
     def keys_by_tenant(self) -> dict[str, str]:
-        """Tenant name to API key, from both the file and the flags.
+        """Return API keys by tenant name, from the file and the flags.
 
-        A key without a name is called after its hash, which stays when other keys come or go.
+        A key without a name is named by its hash, which does not depend on other keys.
 
         Raises:
-            ConfigError: the file cannot be read, or a name or key stands twice.
+            ConfigError: the file cannot be read, or a name or key occurs twice.
         """
         entries = [secret.get_secret_value() for secret in self.api_key]
         if self.api_key_file is not None:
@@ -209,7 +209,7 @@ class Settings(ServerConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfi
 
 
 class Loaded:
-    """Settings and where each value came from.
+    """Settings and the origin of each value.
 
     Attributes:
         origins: key to "command line", "environment", a file's path, or "default".
@@ -265,12 +265,12 @@ def load_settings(
 
 
 def _is_service_link(name: str, value: str) -> bool:
-    """Whether Kubernetes set it for a Service whose name begins with chunkllama."""
+    """Tell whether Kubernetes set it for a Service whose name begins with chunkllama."""
     return value.startswith("tcp://") or _SERVICE_LINK.search(name) is not None
 
 
 def read_text(path: Path, key: str) -> str:
-    """A file's text.
+    """Read a file's text.
 
     Raises:
         ConfigError: it cannot be read; ``key`` is the setting that names it.

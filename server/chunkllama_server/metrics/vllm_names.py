@@ -31,7 +31,7 @@ _NAMES = {
     "decode_time_seconds": ("request_decode_time_seconds",),
 }
 _LABELS = {"reason": "finished_reason"}
-# vLLM has no such labels, and divides one series by another: they are summed over.
+# vLLM has no such labels, and its users divide one series by another, so they are summed.
 _SUMMED_OVER = ("scope", "tenant")
 
 
@@ -39,8 +39,8 @@ class VllmNames(Collector):
     """Renames what a registry collects; every sample gets the label ``model_name``.
 
     Args:
-        source: has our metrics.
-        model_name: as clients ask for it.
+        source: the registry of the metrics.
+        model_name: name that clients request.
     """
 
     def __init__(self, source: Collector, model_name: str) -> None:

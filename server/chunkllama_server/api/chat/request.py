@@ -85,7 +85,7 @@ class PreparedChat:
 
     @property
     def max_tokens_field(self) -> str:
-        """Field that limits the answer: the newer one takes precedence."""
+        """Name the field that limits the answer: the newer one takes precedence."""
         return "max_tokens" if self.body.max_completion_tokens is None else "max_completion_tokens"
 
     async def engine_request(self, info: RequestInfo, request_id: str) -> EngineRequest:
@@ -123,7 +123,7 @@ class PreparedChat:
         )
 
     async def _grammar(self) -> GrammarSpec | None:
-        """Grammar of the output: a response format or forced tool calls, compiled once here."""
+        """Return the output's grammar, of a response format or forced tool calls, after a check."""
         grammar, param = grammar_of(self.body.response_format, self.body.structured_outputs)
         if self.tools.grammar is not None:
             if grammar is not None:

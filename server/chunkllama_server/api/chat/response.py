@@ -1,4 +1,4 @@
-"""Pieces of text turned into a chat completion, whole or as chunks."""
+"""Format output deltas as a chat completion, whole or as chunks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _call_id() -> str:
 
 @dataclass(slots=True)
 class ChatAnswer:
-    """What all chunks of one answer, or the whole of it, have in common.
+    """One answer; holds the values that all its chunks repeat.
 
     Attributes:
         prefix: text put before each choice (echo of a continued message).
@@ -62,7 +62,7 @@ class ChatAnswer:
         return self.formatter.chat(piece.logprobs) if self.body.logprobs else None
 
     async def whole(self) -> ChatCompletion:
-        """Run the generation and put the answer together."""
+        """Run the generation and return the completion."""
         pieces = await self.generation.collect()
         completion: ChatCompletion = {
             "id": self.generation.request.request_id,
@@ -111,8 +111,7 @@ class ChatAnswer:
         return choice
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Server-sent events: roles, text as it comes, finish reasons, usage if asked for,
-        [DONE]."""
+        """Yield server-sent events: roles, text, finish reasons, usage if requested, [DONE]."""
         choices = [_StreamedChoice(self) for _ in range(self.generation.request.sampling.n)]
         async with aclosing(self.generation.pieces()) as stream:
             is_first = True
@@ -123,7 +122,7 @@ class ChatAnswer:
                         yield sse(self._first_chunk(index))
                         if self.prefix:
                             yield sse(self._chunk([delta_choice(index, {"content": self.prefix})]))
-                # One choice a chunk: many clients look at choices[0] alone.
+                # One choice per chunk, because many clients read only choices[0].
                 for piece in pieces:
                     for change in choices[piece.index].take(piece):
                         yield sse(self._chunk([change]))
@@ -161,12 +160,12 @@ class ChatAnswer:
 def delta_choice(
     index: int, delta: ChatDelta, finish_reason: FinishReason | None = None
 ) -> ChatChunkChoice:
-    """One choice of a chunk."""
+    """Make one choice of a chunk."""
     return {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
 
 
 class _StreamedChoice:
-    """One choice's parser, and what it has said so far."""
+    """State of one streamed choice: its parser and what has been sent."""
 
     def __init__(self, answer: ChatAnswer) -> None:
         self._answer = answer
@@ -174,7 +173,7 @@ class _StreamedChoice:
         self._has_calls = False
 
     def take(self, piece: OutputDelta) -> list[ChatChunkChoice]:
-        """The chunk choices a piece makes: its text or calls, then its end."""
+        """Return the chunk choices of a piece: its text or calls, then its end."""
         answer = self._answer
         parsed = self._parser.feed(piece.text)
         if piece.finish_reason is not None:

@@ -43,7 +43,7 @@ class ServerContext:
         tenants: API keys and cache namespaces.
         generation_defaults: the model's own sampling values, for fields a client leaves out.
         created: Unix time at which the application was built, for /v1/models.
-        fingerprint: names version and backend; changes when outputs may.
+        fingerprint: version and backend; changes whenever outputs may change.
     """
 
     engine: EngineClient

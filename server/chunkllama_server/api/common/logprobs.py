@@ -1,4 +1,4 @@
-"""Token log-probabilities in the shapes of the chat and the completions endpoint."""
+"""Format token log-probabilities for the chat and the completions endpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.api.schema.chat import ChatLogprobs, ChatTokenLogprob, PromptLogprob
 from chunkllama_server.api.schema.completions import CompletionLogprobs
 
-# JSON has no -Infinity; OpenAI writes a token that cannot come as -9999.
+# JSON has no -Infinity; OpenAI reports -9999 for an impossible token.
 _LOWEST = -9999.0
 
 
@@ -20,10 +20,10 @@ def _finite(logprob: float) -> float:
 
 
 class TextOffsets:
-    """Where each token of a growing text begins, in characters.
+    """Computes the offset, in characters, of each token of a growing text.
 
     Args:
-        before: tokens in front of the text, which are no part of it.
+        before: tokens that precede the text and are not part of it.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class TextOffsets:
         self._end = 0
 
     def add(self, token_id: int) -> int:
-        """The next token's; a later part of a character begins where the character does."""
+        """Return the next token's offset; parts of a character share the character's offset."""
         begin = self._end
         self._end += len(self._detokenizer.add([token_id]))
         return begin
 
 
 class LogprobFormatter:
-    """Writes tokens as text, or as ``token_id:N`` where the client asked for that."""
+    """Writes tokens as text, or as ``token_id:N`` on request."""
 
     def __init__(self, tokenizer: Tokenizer, as_token_ids: bool) -> None:
         self._tokenizer = tokenizer
@@ -57,7 +57,7 @@ class LogprobFormatter:
         return list(self._tokenizer.token_bytes(token_id))
 
     def chat(self, entries: Sequence[TokenLogprob]) -> ChatLogprobs:
-        """Log-probabilities of a chat choice or chunk."""
+        """Format the log-probabilities of a chat choice or chunk."""
         content: list[ChatTokenLogprob] = [
             {
                 "token": self.token(entry.token_id),
@@ -77,7 +77,7 @@ class LogprobFormatter:
         return {"content": content, "refusal": None}
 
     def offsets(self, before: Sequence[int], skip_special_tokens: bool) -> TextOffsets:
-        """For ``completion``, one for each choice."""
+        """Make the offsets of one choice, for ``completion``."""
         return TextOffsets(self._tokenizer, before, skip_special_tokens)
 
     def completion(
@@ -86,7 +86,7 @@ class LogprobFormatter:
         token_ids: Sequence[int],
         offsets: TextOffsets,
     ) -> CompletionLogprobs:
-        """Parallel lists; an entry is None for the prompt's first token, which nothing predicts."""
+        """Return parallel lists; the entry of the prompt's first token, not predicted, is None."""
         result: CompletionLogprobs = {
             "tokens": [],
             "token_logprobs": [],
@@ -102,7 +102,7 @@ class LogprobFormatter:
                 continue
             result["token_logprobs"].append(_finite(entry.logprob))
             top = {self.token(entry.token_id): _finite(entry.logprob)}
-            for other, logprob in entry.top:  # parts of characters may have one text
+            for other, logprob in entry.top:  # parts of characters may share a text
                 top.setdefault(self.token(other), _finite(logprob))
             result["top_logprobs"].append(top)
         return result
@@ -110,8 +110,7 @@ class LogprobFormatter:
     def prompt(
         self, entries: Sequence[TokenLogprob | None]
     ) -> list[dict[str, PromptLogprob] | None]:
-        """Per prompt token: its own entry and the best ones, keyed by token id; null for the
-        first."""
+        """Return each prompt token's entry and the best ones, by token id; null for the first."""
         return [None if entry is None else self._prompt_entry(entry) for entry in entries]
 
     def _prompt_entry(self, entry: TokenLogprob) -> dict[str, PromptLogprob]:

@@ -1,4 +1,4 @@
-"""Finished responses, kept for previous_response_id: bounded by count, bytes and age."""
+"""Store finished responses for previous_response_id, bounded by count, bytes and age."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class ResponseStore:
         return len(self._entries)
 
     def put(self, tenant: str, stored: StoredResponse) -> None:
-        """Keep a response; one larger than the whole store is not kept."""
+        """Store a response, unless it is larger than the whole store."""
         response = msgspec.json.encode(stored.response)
         messages = _MESSAGES.dump_json(stored.messages, by_alias=True, exclude_unset=True)
         num_bytes = len(response) + len(messages) + _OVERHEAD_BYTES
@@ -93,7 +93,7 @@ class ResponseStore:
             self._remove(next(iter(self._entries)))
 
     def get(self, tenant: str, response_id: str) -> StoredResponse | None:
-        """A kept response of this tenant."""
+        """Return a stored response of this tenant."""
         self._drop_expired()
         entry = self._entries.get((tenant, response_id))
         if entry is None:
@@ -102,14 +102,14 @@ class ResponseStore:
         return entry.load()
 
     def find_item(self, tenant: str, item_id: str) -> OutputItem | None:
-        """An output item of a response this tenant has stored."""
+        """Return an output item of a stored response of this tenant."""
         self._drop_expired()
         entry = self._entries.get((tenant, self._items.get((tenant, item_id), "")))
         output = [] if entry is None else entry.load().response["output"]
         return next((item for item in output if item["id"] == item_id), None)
 
     def delete(self, tenant: str, response_id: str) -> bool:
-        """Forget a response; False when there is none."""
+        """Delete a response; returns False when there is none."""
         self._drop_expired()
         return self._remove((tenant, response_id))
 

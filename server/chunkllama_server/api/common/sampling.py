@@ -42,8 +42,10 @@ def _or(value: T | None, default: T) -> T:
 
 
 def check_prompt_ids(ids: list[int], vocab_size: int, param: str) -> None:
-    """Raises:
-    ApiError: 400 for an empty prompt or an id outside the vocabulary.
+    """Refuse an empty prompt or an id outside the vocabulary.
+
+    Raises:
+        ApiError: 400.
     """
     if not ids:
         raise invalid("The prompt is empty", param)
@@ -80,8 +82,10 @@ def check_lengths(
 
 
 def parse_logit_bias(body: SamplingFields, vocab_size: int) -> dict[int, float]:
-    """Raises:
-    ApiError: 400 for a key that is no token id of this model.
+    """Parse logit_bias.
+
+    Raises:
+        ApiError: 400 for a key that is not a token id of this model.
     """
     bias: dict[int, float] = {}
     for key, value in (body.logit_bias or {}).items():
@@ -96,7 +100,7 @@ def parse_logit_bias(body: SamplingFields, vocab_size: int) -> dict[int, float]:
 
 
 def parse_bad_words(words: list[str] | None, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Each word at the start of a text and after a space, as token ids."""
+    """Encode each word as at the start of a text and as after a space."""
     sequences = []
     for word in words or ():
         for spelled in (word, f" {word}"):
@@ -131,8 +135,10 @@ def _temperature(body: SamplingFields, defaults: Mapping[str, Any]) -> float:
 
 
 def check_beam_search(n: int, logprobs: int | None, grammar: GrammarSpec | None) -> None:
-    """Raises:
-    ApiError: 400 for too many beams, or what beams cannot be combined with.
+    """Refuse too many beams, and what beam search cannot be combined with.
+
+    Raises:
+        ApiError: 400.
     """
     if n > 32:
         raise invalid(f"Beam search takes at most 32 beams, got n = {n}", "n")

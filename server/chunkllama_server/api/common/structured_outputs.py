@@ -1,5 +1,4 @@
-"""response_format and structured_outputs as one GrammarSpec, bounded in size before anything
-compiles it."""
+"""Convert response_format and structured_outputs to a GrammarSpec, after a check of its size."""
 
 from __future__ import annotations
 
@@ -31,10 +30,10 @@ MAX_WAIT_SECONDS = 10.0
 
 
 def check_schema(schema: Any, param: str) -> str:
-    """The schema as JSON text.
+    """Return the schema as JSON text.
 
     Raises:
-        ApiError: 400 when it is too large, too deep, or has an enum too long.
+        ApiError: 400 when it is too large, too deep, or has too long an enum.
     """
     stack: list[tuple[Any, int]] = [(schema, 1)]
     while stack:
@@ -70,10 +69,10 @@ def _from_json_field(value: str | dict[str, Any], param: str) -> GrammarSpec:
 
 
 def from_structured_outputs(outputs: StructuredOutputs) -> tuple[GrammarSpec, str]:
-    """The constraint, and the field that gives it.
+    """Return the constraint and the field that contains it.
 
     Raises:
-        ApiError: 400 unless exactly one constraint is there, or when it is too large.
+        ApiError: 400 without exactly one constraint, or when it is too large.
     """
     given = {
         "json": outputs.json_,
@@ -107,7 +106,7 @@ def from_structured_outputs(outputs: StructuredOutputs) -> tuple[GrammarSpec, st
 
 
 def from_response_format(response_format: ResponseFormat) -> tuple[GrammarSpec | None, str]:
-    """The constraint, if it is one, and the field that gives it.
+    """Return the constraint, if there is one, and the field that contains it.
 
     Raises:
         ApiError: 400 for json_schema without a schema, or one that is too large.
@@ -128,7 +127,7 @@ def from_response_format(response_format: ResponseFormat) -> tuple[GrammarSpec |
 def grammar_of(
     response_format: ResponseFormat | None, outputs: StructuredOutputs | None
 ) -> tuple[GrammarSpec | None, str]:
-    """The constraint a request asks for, and the exact field that asks.
+    """Return the constraint of a request, and the field that contains it.
 
     Raises:
         ApiError: 400 for two constraints, or one that is malformed.
@@ -161,9 +160,11 @@ class GrammarChecker:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
 
     async def check(self, spec: GrammarSpec, param: str) -> None:
-        """Raises:
-        ApiError: 400 naming what is wrong with the grammar, or that it takes too long; 503 when
-            others keep the compiler busy.
+        """Compile a grammar once, to find its errors.
+
+        Raises:
+            ApiError: 400 when the grammar is wrong or takes too long; 503 when the compiler is
+                busy with other requests.
         """
         loop = asyncio.get_running_loop()
         if self._validate is None:

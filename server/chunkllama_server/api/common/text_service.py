@@ -1,5 +1,4 @@
-"""Text to ids and back for the HTTP application: tokenizer, chat template, and a thread for long
-texts."""
+"""Tokenize and render for the HTTP application; long texts go to a worker thread."""
 
 from __future__ import annotations
 
@@ -50,11 +49,11 @@ class RequestTemplate:
 
 
 class TextService:
-    """Tokenizes on the event loop when short, in one worker thread with a time limit when long.
+    """Processes short texts on the event loop, long ones in a worker thread with a time limit.
 
     Args:
         tokenizer, template: the model's; ``template`` is None for a model without one.
-        make_template: builds a template from a source a trusted client sent.
+        make_template: builds a template from the source that a trusted client sent.
         offload_bytes: texts longer than this leave the event loop.
         time_limit: seconds one request's text may take.
     """
@@ -85,7 +84,7 @@ class TextService:
         ``template`` is the one ``work`` uses, and one from a request always does.
 
         Raises:
-            ApiError: 503 when the time limit passes: the texts of others come first.
+            ApiError: 503 when the time limit passes, because other texts are in front.
         """
         is_foreign = isinstance(template, RequestTemplate)
         if size <= self._offload_bytes and self._is_quick and not is_foreign:
@@ -103,7 +102,7 @@ class TextService:
             raise unavailable("Too many long texts are being tokenized", "tokenizer_busy") from None
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a prompt; special-token strings in it are read as special tokens."""
+        """Return token ids of a prompt; special-token strings in it become special tokens."""
         return await self.run(
             len(text),
             lambda: self.tokenizer.encode(
@@ -112,7 +111,7 @@ class TextService:
         )
 
     def chat_template(self, override: str | None = None) -> ChatTemplate | RequestTemplate:
-        """The model's template, or the one a trusted client sent.
+        """Return the model's template, or the one that a trusted client sent.
 
         Raises:
             ApiError: the model has none.
@@ -135,7 +134,7 @@ class TextService:
 
 
 def text_size(value: Any) -> int:
-    """Characters of all strings in plain data, to decide where to tokenize it."""
+    """Count the characters of all strings in plain data, to decide where to tokenize it."""
     size, pending = 0, [value]
     while pending:
         item = pending.pop()

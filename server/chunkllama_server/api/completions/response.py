@@ -1,4 +1,4 @@
-"""Pieces of text turned into a text completion, whole or as chunks, over any number of prompts."""
+"""Format output deltas as a text completion, whole or as chunks, for one prompt or several."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from chunkllama_server.api.schema.completions import (
 from chunkllama_server.api.schema.usage import CompletionUsage, completion_usage
 from chunkllama_server.transport.sse import DONE, gather_or_cancel, sse
 
-# Prompts of one request in the engine at once, so that a long list leaves its queue to others.
+# Concurrent prompts of one request, so that a long list does not fill the engine's queue.
 MAX_AT_ONCE = 64
 
 
@@ -48,7 +48,7 @@ class CompletionAnswer:
         return self.generations[0].request.sampling.n
 
     def usage(self) -> CompletionUsage:
-        """Sums over the prompts."""
+        """Sum the usage of all prompts."""
         return completion_usage(
             sum(len(g.request.prompt_token_ids) for g in self.generations),
             sum(g.output.num_tokens for g in self.generations),
@@ -67,7 +67,7 @@ class CompletionAnswer:
         }
 
     async def whole(self) -> Completion:
-        """Run all prompts; one that fails ends them all."""
+        """Run all prompts; the failure of one ends all."""
 
         async def collect(generation: RequestStream) -> list[OutputDelta]:
             async with self._slots:
@@ -85,7 +85,7 @@ class CompletionAnswer:
         return completion
 
     def _offsets(self, number: int) -> TextOffsets:
-        """Of one choice, whose text begins with the prompt or behind it."""
+        """Make the offsets of one choice, whose text begins with the prompt or after it."""
         request = self.generations[number].request
         before = () if self.body.echo else request.prompt_token_ids
         return self.formatter.offsets(before, request.sampling.skip_special_tokens)
@@ -93,7 +93,7 @@ class CompletionAnswer:
     def _choice(
         self, number: int, shown: OutputDelta, offsets: TextOffsets, *, is_first: bool
     ) -> CompletionChoice:
-        """A choice or its next chunk; ``is_first`` puts what belongs to the prompt before it."""
+        """Make a choice or its next chunk; ``is_first`` includes the prompt's fields."""
         generation = self.generations[number]
         echoes = bool(self.body.echo) and is_first
         prompt_text = self.prompt_texts[number] if echoes else ""
@@ -130,7 +130,7 @@ class CompletionAnswer:
         return self.formatter.completion(entries, token_ids, offsets)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Server-sent events of all prompts as their steps produce them, usage if asked, [DONE]."""
+        """Yield server-sent events of all prompts, usage if requested, [DONE]."""
         options = self.body.stream_options
         wants_usage = options is not None and bool(options.include_usage)
         continuous = options is not None and bool(options.continuous_usage_stats)
@@ -161,7 +161,7 @@ class CompletionAnswer:
         return [*(OutputDelta(index) for index in range(self._n) if index not in started), *pieces]
 
     async def _merged(self) -> AsyncGenerator[tuple[int, list[OutputDelta]], None]:
-        """Lists of pieces with their prompt's number, in the order they come."""
+        """Yield lists of pieces with the number of their prompt, in order of arrival."""
         if len(self.generations) == 1:
             async with aclosing(self.generations[0].pieces()) as stream:
                 async for pieces in stream:

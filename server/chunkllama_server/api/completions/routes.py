@@ -1,4 +1,4 @@
-"""POST /v1/completions."""
+"""Serve POST /v1/completions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MAX_CHOICES = 1024
 
 
 def check_completion(body: CompletionRequest, context: ServerContext) -> None:
-    """Fields that exclude each other.
+    """Refuse fields that exclude each other.
 
     Raises:
         ApiError: 400 naming the field.
@@ -57,7 +57,7 @@ def check_completion(body: CompletionRequest, context: ServerContext) -> None:
 
 
 async def prompt_ids(body: CompletionRequest, context: ServerContext) -> list[list[int]]:
-    """Token ids of each prompt.
+    """Return the token ids of each prompt.
 
     Raises:
         ApiError: 400 for an empty prompt, an id outside the vocabulary, or too many choices.
@@ -94,7 +94,7 @@ async def prompt_ids(body: CompletionRequest, context: ServerContext) -> list[li
 async def completion_sampling(
     body: CompletionRequest, context: ServerContext, prompts: list[list[int]]
 ) -> SamplingParams:
-    """Sampling parameters all prompts share.
+    """Return the sampling parameters that all prompts share.
 
     Raises:
         ApiError, InvalidRequestError: 400 naming the field.
@@ -174,7 +174,7 @@ async def create_completion(
 
 
 def _echo_text(body: CompletionRequest, context: ServerContext, index: int, ids: list[int]) -> str:
-    """The prompt as the client wrote it, or decoded from its ids."""
+    """Return the prompt as the client wrote it, or decoded from its ids."""
     if not body.echo:
         return ""
     prompt = body.prompt

@@ -1,4 +1,4 @@
-"""POST /v1/responses and what belongs to it: stored responses, and counting input tokens."""
+"""Serve POST /v1/responses, stored responses, and the count of input tokens."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _missing(response_id: str) -> ApiError:
 
 @router.get("/v1/responses/{response_id}", responses=refusals(401, 404, 405))
 async def get_response(response_id: str, request: Request, context: Context) -> Response:
-    """A stored response."""
+    """Return a stored response."""
     stored = context.responses.get(request_info(request.scope).tenant, response_id)
     if stored is None:
         raise _missing(response_id)
@@ -131,7 +131,7 @@ async def get_response(response_id: str, request: Request, context: Context) -> 
 
 @router.delete("/v1/responses/{response_id}", responses=refusals(401, 404, 405))
 async def delete_response(response_id: str, request: Request, context: Context) -> DeletedResponse:
-    """Forget a stored response."""
+    """Delete a stored response."""
     if not context.responses.delete(request_info(request.scope).tenant, response_id):
         raise _missing(response_id)
     return {"id": response_id, "object": "response", "deleted": True}
