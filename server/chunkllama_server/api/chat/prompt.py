@@ -99,15 +99,14 @@ class ChatPrompter:
         history = normalise(body.messages)
         self._continued_text: str = history.messages[-1]["content"] if continues else ""
         self.repairs = [*body.repairs, *history.repairs]
-        self._messages, tools = self._adapt(history.messages)
+        self._messages = history.messages
         self._options: dict[str, Any] = {
-            "tools": tools,
             "add_generation_prompt": not continues and body.add_generation_prompt is not False,
             "continue_final_message": continues,
             "template_kwargs": template_kwargs(body, settings),
             "require_all_text": True,
         }
-        self._size = text_size([self._messages, self._options])
+        self._size = text_size([self._messages, tools, self._options])
 
     async def encode(self) -> ChatPrompt:
         """Token ids, and where the last cache breakpoint lies in them."""
@@ -115,15 +114,16 @@ class ChatPrompter:
 
     async def render(self) -> str:
         """The prompt's text."""
-        return await self._text.run(
-            self._size,
-            lambda: self._template.render(self._messages, **self._options),
-            self._template,
-        )
+        return await self._text.run(self._size, self._render, self._template)
+
+    def _render(self) -> str:
+        messages, options = self._adapt(self._messages)
+        return self._template.render(messages, **options)
 
     def _encode(self) -> ChatPrompt:
         try:
-            ids = self._template.encode(self._messages, **self._options)
+            messages, options = self._adapt(self._messages)
+            ids = self._template.encode(messages, **options)
             limit = self._body.truncate_prompt_tokens
             if limit is not None:
                 ids = ids[-limit:]
@@ -135,9 +135,13 @@ class ChatPrompter:
             raise invalid(error.message, error.param or "messages", error.code) from None
         return ChatPrompt(ids, reusable, self._continued_text)
 
-    def _adapt(self, messages: list[Message]) -> tuple[list[Message], list[dict[str, Any]] | None]:
-        """The messages and tools as the template can show them."""
-        return adapt(messages, self._tools, self._template.capabilities)
+    def _adapt(self, messages: list[Message]) -> tuple[list[Message], dict[str, Any]]:
+        """Return messages and options that the template can show.
+
+        Runs where the template is rendered, because it renders a request's template to probe it.
+        """
+        shown, tools = adapt(messages, self._tools, self._template.capabilities)
+        return shown, {**self._options, "tools": tools}
 
     def _tokens_before(self, ids: list[int], message: int, part: int) -> int:
         """Tokens of ``ids`` that do not depend on what follows the breakpoint."""
@@ -148,5 +152,5 @@ class ChatPrompter:
         changed = last.model_copy(update={"text": (last.text or "") + _MARKER})
         parts = [*content[:part], changed, *content[part + 1 :]]
         marked[message] = marked[message].model_copy(update={"content": parts})
-        messages, _ = self._adapt(normalise(marked).messages)
-        return common_prefix(ids, self._template.encode(messages, **self._options))
+        messages, options = self._adapt(normalise(marked).messages)
+        return common_prefix(ids, self._template.encode(messages, **options))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from chunkllama.text.chat_template import ChatTemplate
+from chunkllama.text.template_capabilities import TemplateCapabilities
 from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.transport.errors import invalid, unavailable
 
@@ -31,9 +31,11 @@ class RequestTemplate:
     def __init__(self, source: str, make: Callable[[str], ChatTemplate]) -> None:
         self.source = source
         self._make = make
+        self._compiled: ChatTemplate | None = None
 
-    def accepts(self, name: str) -> bool:
-        return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
+    @property
+    def capabilities(self) -> TemplateCapabilities:
+        return self._compile().capabilities
 
     def encode(self, messages: list[Message], **options: Any) -> list[int]:
         return self._compile().encode(messages, **options)
@@ -42,10 +44,12 @@ class RequestTemplate:
         return self._compile().render(messages, **options)
 
     def _compile(self) -> ChatTemplate:
-        try:
-            return self._make(self.source)
-        except Exception as error:  # what an untrusted template raises is not foreseeable
-            raise invalid(f"The template cannot be used: {error}", "chat_template") from None
+        if self._compiled is None:
+            try:
+                self._compiled = self._make(self.source)
+            except Exception as error:  # what an untrusted template raises is not foreseeable
+                raise invalid(f"The template cannot be used: {error}", "chat_template") from None
+        return self._compiled
 
 
 class TextService:
