@@ -206,8 +206,8 @@ def read_bandwidth(device: torch.device) -> float:
 def paired(bench: Bench, rounds: int = 200) -> dict[str, float]:
     """Return time with sharing on / off when nothing is shared: median, upper 95% bound.
 
-    A step of either kind plans anew and runs all layers; with sharing on it first looks for what
-    neighbours share. A real step does so only when a sequence comes, grows a chunk or goes.
+    A step of either kind builds a plan and runs all layers; with sharing on it first looks for what
+    neighbours share. A real step does so only when a sequence starts, grows a chunk or ends.
     """
     batch, own = bench.case.batch, bench.case.private // CHUNK
     paths = [list(range(i * own, (i + 1) * own)) for i in range(batch)]

@@ -295,7 +295,7 @@ def test_a_team_smaller_than_asked_for_does_all_the_work(
 def test_int8_of_zero_tiny_uneven_and_broken_rows(
     level: str, rng: np.random.Generator, dtype: torch.dtype
 ) -> None:
-    """A scale holds for 32 weights of a row: an outlier costs its 31 neighbours, nobody else."""
+    """A scale holds for 32 weights of a row: an outlier costs only its 31 neighbours."""
     spec = replace(SPEC, num_layers=1, hidden_size=128, vocab_size=40)
     model, _ = make_model(native_ops(dtype, level), spec, random_case(rng, kind="decode"), dtype)
     head = model.weights.lm_head.weight

@@ -112,7 +112,7 @@ def test_narrow_checkpoints_widen_exactly(dtype, make_tiny, our_logits, tmp_path
     model = make_tiny().to(dtype)
     model.save_pretrained(tmp_path)
     assert read_spec(tmp_path).dtype == str(dtype).removeprefix("torch.")
-    # Loaded anew: ``to`` has rounded the rotary frequencies as well.
+    # Loaded again, because ``to`` has also rounded the rotary frequencies.
     widened = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert_same_logits(our_logits(tmp_path, PROMPT), widened)
 

@@ -1,4 +1,4 @@
-"""Text on its way to ids: limits, models without a template, templates that refuse."""
+"""Test the way from text to ids: limits, models without a template, templates that refuse."""
 
 from __future__ import annotations
 

@@ -319,7 +319,7 @@ class SimulatedEngine:
                 break
             before = self.num_steps
             self.step()
-            assert self.num_steps > before, "standstill: work is left and nothing is scheduled"
+            assert self.num_steps > before, "deadlock: work is left and nothing is scheduled"
         assert not self.scheduler.has_unfinished(), "still running"
         self.check_idle()
 

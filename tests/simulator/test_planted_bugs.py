@@ -37,7 +37,7 @@ def search_traffic() -> None:
 
 
 def search_reserve() -> None:
-    """Two requests that fit one after the other, not together: nobody is preempted."""
+    """Two requests that fit one after the other, not together: no sequence is preempted."""
     engine = SimulatedEngine(8, 4, max_num_seqs=2, max_num_batched_tokens=32, spare_chunks=0)
     engine.add([0] * 8, 13)
     engine.step()
@@ -174,7 +174,7 @@ def slot_of_a_later_step_read(patch: Patch) -> None:
 
 
 def unfilled_nodes_left_behind(patch: Patch) -> None:
-    """An aborted leader's unfilled nodes stay, and followers wait for nobody."""
+    """An aborted leader's unfilled nodes stay, and followers wait for no request."""
     patch.setattr(retention, "_cut", lambda tree, node: None)
 
 

@@ -1,4 +1,4 @@
-"""The command line as a stranger meets it: real processes, and a tiny random model to serve."""
+"""Run the command line in real processes, with a tiny random model to serve."""
 
 from __future__ import annotations
 
