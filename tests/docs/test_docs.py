@@ -24,6 +24,28 @@ def blocks(page: Path, language: str) -> list[str]:
     return [text for kind, text in BLOCK.findall(page.read_text()) if kind == language]
 
 
+def named_paths(page: Path) -> set[str]:
+    """Return the source files and folders that a page names in backticks."""
+    text = page.read_text()
+    roots = "api|attention|backends|cache|chunkllama|engine|models|scheduler|server|tests|text"
+    files = re.findall(r"`([\w./-]+\.(?:py|cpp|cuh|h|sh|yaml))`", text)
+    return {*files, *re.findall(rf"`((?:{roots})/[\w/]*\w)/?`", text)}
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda p: p.name)
+def test_named_files_exist(page):
+    """A page may shorten a path, such as `scheduler/queue.py`; a how-to page may add `count.py`."""
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    tracked = [f"/{line}" for line in listing.stdout.splitlines()]
+    unknown = [
+        name
+        for name in named_paths(page)
+        if not any(f"{path}/".find(f"/{name}/") >= 0 for path in tracked)
+        and not name.endswith("count.py")
+    ]
+    assert not unknown
+
+
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False
