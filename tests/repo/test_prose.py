@@ -46,7 +46,7 @@ PHRASES = {
     r"is forgotten": "expires",
     r"heals?|mends?|mended": "fixes",
     r"(?:taken|takes|take) over": "reuses",
-    r"tokens join|sequences end|chunks are shown": "append tokens, finish sequences, publish chunks",
+    r"tokens join|sequences end|chunks are shown": "append tokens, finish sequences",
     # places
     r"at hand": "available",
     r"as (?:it stands|they stand)": "unchanged",
