@@ -24,7 +24,7 @@ class ConfigError(ChunkLlamaError):
 
 
 class InvalidRequestError(ChunkLlamaError):
-    """A request that can never be served as it stands (HTTP 400).
+    """A request that is invalid; a retry cannot succeed (HTTP 400).
 
     Args:
         message: one line with the offending and the allowed values.
@@ -53,7 +53,7 @@ class EngineDeadError(ChunkLlamaError):
 
 
 class RequestFailedError(ChunkLlamaError):
-    """The engine failed this one request (HTTP 500); others go on."""
+    """The engine failed this one request (HTTP 500); other requests continue."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)

@@ -253,8 +253,8 @@ class _ControlText:
 
 
 class _Literals:
-    """Hides control-token strings of one conversation behind sentinels that nobody in it has
-    written."""
+    """Hide control-token strings of one conversation behind sentinels that it does not
+    contain."""
 
     def __init__(self, control_text: _ControlText, inputs: Any) -> None:
         self.hidden: list[str] = []

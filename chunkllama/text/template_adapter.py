@@ -212,7 +212,7 @@ def find_dropped(messages: list[Message], rendered: str) -> int | None:
             if message["role"] == "assistant":
                 text = text.rpartition("</think>")[2]
             text = text.strip()
-            # Messages are printed in order, so the search goes on where the last text was found.
+            # Messages are printed in order, so the search continues after the last text.
             found = rendered.find(text, start)
             if found >= 0:
                 start = found

@@ -103,8 +103,8 @@ class Tokenizer:
         Args:
             add_special_tokens: put what the model expects around a document (usually BOS), never a
                 second BOS.
-            allow_special: strings such as ``<|eot_id|>`` become control tokens; only for text
-                nobody else wrote.
+            allow_special: strings such as ``<|eot_id|>`` become control tokens; only for trusted
+                text.
         """
         backend = self._backend if allow_special else self._plain
         ids = encode_ids(backend, text, add_special_tokens=add_special_tokens)
@@ -184,8 +184,8 @@ class Tokenizer:
 
 
 def encode_ids(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Ids of one text. Other threads run meanwhile: of the backend's calls only those for a batch
-    let go of the interpreter, and a megabyte takes more than a second."""
+    """Return ids of one text. Only the backend's batch calls release the interpreter lock, and a
+    megabyte takes more than a second."""
     ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
     return ids
 
@@ -260,7 +260,7 @@ def _load(path: Path) -> Tokenizer:
 def _load_json(
     path: Path, config: dict[str, Any], model_config: dict[str, Any]
 ) -> tokenizers.Tokenizer:
-    """tokenizer.json as it stands, or rebuilt where transformers builds its LlamaTokenizer for the
+    """Load tokenizer.json unchanged, or rebuilt where transformers uses its LlamaTokenizer for the
     folder."""
     declared = config.get("tokenizer_class") or model_config.get("tokenizer_class")
     is_mistral = model_config.get("model_type") in ("mistral", "mixtral")

@@ -44,7 +44,7 @@ class AccessLog:
         try:
             await self.app(scope, receive, noting_send)
         except asyncio.CancelledError:
-            # The server stops now. uvicorn would log a traceback and answer a plain-text 500.
+            # The server is exiting; uvicorn would log a traceback and answer a plain-text 500.
             if not status:
                 error = ApiError(503, "The server is shutting down", code="draining", retry_after=2)
                 await error.response()(scope, receive, noting_send)

@@ -25,7 +25,7 @@ def is_loopback(host: str) -> bool:
 def is_allowed_host(header: bytes, names: Collection[str]) -> bool:
     """Whether a Host header names this machine.
 
-    An IP address, localhost, a name without a dot (which nobody can register) and ``names`` do.
+    An IP address, localhost, a name without a dot (which cannot be registered) and ``names`` do.
     """
     text = header.decode("latin-1").strip().lower()
     if text.startswith("["):

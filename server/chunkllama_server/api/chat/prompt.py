@@ -31,7 +31,7 @@ class ChatPrompt:
 
     Attributes:
         breakpoint: tokens before the last explicit cache breakpoint; None without one.
-        continued_text: content of the final message, when the answer goes on from there.
+        continued_text: content of the final message, when the answer continues it.
     """
 
     token_ids: list[int]

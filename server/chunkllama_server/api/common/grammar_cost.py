@@ -1,6 +1,6 @@
 """Bound what a grammar costs at each token, from its text, before anything compiles it.
 
-The engine's matcher computes the text that must follow (a constant, ``a{1000}``) anew for each
+The engine's matcher recomputes the text that must follow (a constant, ``a{1000}``) for each
 token, so a forced run of N bytes costs N for each of its tokens: 100,000 cost 60 ms a token, which
 every other request of the step waits for. Repeats that force nothing (``.{0,10000}``) cost little.
 """

@@ -48,7 +48,7 @@ def output_text(text: str, logprobs: list[ChatTokenLogprob]) -> OutputText:
 
 
 def assistant_message(output: list[OutputItem]) -> ChatMessage:
-    """The output as the message that a following response goes on from."""
+    """Return the output as the message that a following response continues."""
     text, calls = "", []
     for item in output:
         if item["type"] == "message":
@@ -65,7 +65,7 @@ class ResponseAnswer:
     """What the response object and its events have in common.
 
     Attributes:
-        on_finished: told of the finished response (the store keeps it).
+        on_finished: called with the finished response (the store keeps it).
     """
 
     body: ResponseRequest
@@ -91,7 +91,7 @@ class ResponseAnswer:
         }
 
     def response(self) -> Response:
-        """The object as it stands before any output."""
+        """Return the object before any output."""
         body, sampling = self.body, self.generation.request.sampling
         echoed = {"reasoning", "text", "tool_choice", "tools"}
         given = body.model_dump(include=echoed, exclude_none=True, by_alias=True)
