@@ -171,7 +171,7 @@ class MessageClient(ABC):
                 if delta.error is not None:
                     unfinished.clear()
                     raise as_exception(delta.error)
-                # a choice aborted here may still have had tokens on their way
+                # a choice aborted here may still have had tokens in transit
                 delta.choices = [c for c in delta.choices if c.index in unfinished]
                 unfinished -= {c.index for c in delta.choices if c.finish_reason is not None}
                 yield delta

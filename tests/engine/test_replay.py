@@ -1,4 +1,4 @@
-"""What another engine process is told of a request, and what its client is told of the past."""
+"""Test what a replayed request contains, and which past tokens its client receives again."""
 
 from __future__ import annotations
 
