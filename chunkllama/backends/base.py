@@ -71,6 +71,7 @@ class Backend(ABC):
     device: torch.device
     chunk_sizes: tuple[int, ...]
     isa_level: str = ""  # instructions that the kernels were compiled for, where there is a choice
+    has_softcap: bool = False
 
     @abstractmethod
     def packing(self, *, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> Packing:
@@ -210,10 +211,16 @@ class Backend(ABC):
         positions: torch.Tensor,
         plan: DevicePlan,
         scale: float,
+        softcap: float | None = None,
     ) -> torch.Tensor:
-        """Two-phase partition attention and merge: q [T, Hq, D] -> [T, Hq D] in q's dtype."""
+        """Two-phase partition attention and merge: q [T, Hq, D] -> [T, Hq D] in q's dtype.
+
+        With ``softcap``, which needs ``has_softcap``, scores become softcap * tanh(s / softcap).
+        """
         check_tpp_attention(q, kv, positions, self._num_rows(plan, q))
-        return self._tpp_attention(q, kv, layer, positions, plan, scale)
+        if softcap is not None and not self.has_softcap:
+            raise ValueError(f"tpp_attention: backend {self.name} has no soft cap of scores")
+        return self._tpp_attention(q, kv, layer, positions, plan, scale, softcap)
 
     @abstractmethod
     def _tpp_attention(
@@ -224,6 +231,7 @@ class Backend(ABC):
         positions: torch.Tensor,
         plan: DevicePlan,
         scale: float,
+        softcap: float | None,
     ) -> torch.Tensor: ...
 
     def _num_rows(self, plan: DevicePlan, rows: torch.Tensor) -> int:

@@ -320,6 +320,7 @@ def build_attention(
         num_kv_heads=spec.num_kv_heads,
         backend=backend,
         isa_level=isa_level,
+        softcap=spec.attention_softcap is not None,
     )
     kv = ops.allocate_kv(
         num_layers=spec.num_layers,
@@ -332,7 +333,14 @@ def build_attention(
     packing = ops.packing(
         num_qo_heads=spec.num_qo_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim
     )
-    return Attention(ops, kv, Planner(packing, chunk_size), spec.num_qo_heads, spec.score_scale)
+    return Attention(
+        ops,
+        kv,
+        Planner(packing, chunk_size),
+        spec.num_qo_heads,
+        spec.score_scale,
+        spec.attention_softcap,
+    )
 
 
 def build_model(

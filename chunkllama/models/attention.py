@@ -49,10 +49,17 @@ class Attention:
         planner: cuts rows and runs as the backend's ``packing`` says.
         num_qo_heads: query heads of this rank.
         scale: factor of the scores, usually head_dim ** -0.5.
+        softcap: of the scores, see ``Backend.tpp_attention``.
     """
 
     def __init__(
-        self, backend: Backend, kv: KVCache, planner: Planner, num_qo_heads: int, scale: float
+        self,
+        backend: Backend,
+        kv: KVCache,
+        planner: Planner,
+        num_qo_heads: int,
+        scale: float,
+        softcap: float | None = None,
     ) -> None:
         assert planner.chunk_size == kv.chunk_size, (planner.chunk_size, kv.chunk_size)
         self.backend = backend
@@ -60,6 +67,7 @@ class Attention:
         self.planner = planner
         self.num_qo_heads = num_qo_heads
         self.scale = scale
+        self.softcap = softcap
         self._decode_plan: DevicePlan | None = None
 
     def plan(self, step: PlannedStep) -> DevicePlan:
@@ -102,4 +110,6 @@ class Attention:
             plan: of this step.
         """
         q = self.backend.rope_append(qkv, positions, cos_sin, self.kv, layer, plan)
-        return self.backend.tpp_attention(q, self.kv, layer, positions, plan, self.scale)
+        return self.backend.tpp_attention(
+            q, self.kv, layer, positions, plan, self.scale, self.softcap
+        )

@@ -27,21 +27,20 @@ def read_rope(config: ConfigFile, head_dim: int, *, interleaved: bool = False) -
 
 
 def read_ropes_by_type(
-    config: ConfigFile, head_dim: int, *, local_theta: float, global_theta: float
+    config: ConfigFile, head_dim: int, *, local_key: str
 ) -> tuple[RopeSpec, RopeSpec]:
-    """The ropes of full and of sliding attention; older files scale only that of full attention."""
+    """The ropes of full and of sliding attention. Older files give the base of the latter as
+    ``local_key`` and scale only the former.
+    """
     raw = _object(config, raw_parameters(config))
+    full, sliding = raw, {}
     if "full_attention" in raw or "sliding_attention" in raw:
         full = _object(config, raw.get("full_attention") or {})
         sliding = _object(config, raw.get("sliding_attention") or {})
-    else:
-        full = {**raw, "rope_theta": raw.get("rope_theta") or config.get("rope_theta")}
-        sliding = {"rope_theta": config.get("rope_local_base_freq")}
+    local_theta = sliding.get("rope_theta") or config.get(local_key)
     return (
-        _parse(config, {**full, "rope_theta": full.get("rope_theta") or global_theta}, head_dim),
-        _parse(
-            config, {**sliding, "rope_theta": sliding.get("rope_theta") or local_theta}, head_dim
-        ),
+        _parse(config, full, head_dim),
+        _parse(config, {**sliding, "rope_theta": local_theta}, head_dim),
     )
 
 

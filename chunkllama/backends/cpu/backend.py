@@ -228,6 +228,7 @@ class CpuBackend(Backend):
         positions: torch.Tensor,
         plan: DevicePlan,
         scale: float,
+        softcap: float | None,
     ) -> torch.Tensor:
         q, positions = q.contiguous(), positions.int().contiguous()
         num_rows, num_qo_heads, head_dim = q.shape

@@ -251,6 +251,7 @@ class CudaBackend(Backend):
         positions: torch.Tensor,
         plan: DevicePlan,
         scale: float,
+        softcap: float | None,
     ) -> torch.Tensor:
         num_rows, num_qo_heads, _ = q.shape
         _check_vectors("tpp_attention", q, kv.head_dim)

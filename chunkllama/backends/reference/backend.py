@@ -33,6 +33,7 @@ class ReferenceBackend(Backend):
 
     name = "reference"
     chunk_sizes = (16, 32, 64, 128)
+    has_softcap = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -80,8 +81,10 @@ class ReferenceBackend(Backend):
         positions: torch.Tensor,
         plan: DevicePlan,
         scale: float,
+        softcap: float | None,
     ) -> torch.Tensor:
-        return tpp_attention_reference(q, kv, layer, positions, plan.state.attention, scale)
+        tables = plan.state.attention
+        return tpp_attention_reference(q, kv, layer, positions, tables, scale, softcap)
 
     def _silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return silu_and_mul_reference(gate_up)

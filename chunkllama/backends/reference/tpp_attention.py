@@ -151,14 +151,18 @@ def tpp_attention_reference(
     positions: torch.Tensor,
     tables: AttentionTables,
     scale: float,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """q [T, Hq, D] -> [T, Hq D] in q's dtype; float32 inside."""
+    cap = None if softcap is None else softcap * math.log2(math.e)  # as the scores, in base 2
     num_rows, num_heads, head_dim = q.shape
     wide = q.float() * (scale * math.log2(math.e))
     out = wide.new_empty(tables.num_slots + 1, num_heads, head_dim)
     lse = wide.new_empty(tables.num_slots + 1, num_heads)
     for batch in tables.batches:
-        partial_out, partial_lse = _partials(wide, kv, kv.layers[layer], positions, batch, tables)
+        partial_out, partial_lse = _partials(
+            wide, kv, kv.layers[layer], positions, batch, tables, cap
+        )
         out[batch.slots] = partial_out
         lse[batch.slots] = partial_lse
     # The spare slot holds what the missing rows wrote: as a merge partner it must weigh nothing.
@@ -174,6 +178,7 @@ def _partials(
     positions: torch.Tensor,
     batch: ItemBatch,
     tables: AttentionTables,
+    cap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalised outputs [N M, Hq, D] and base-2 log-sum-exps [N M, Hq] of a batch, block of keys
     by block.
@@ -202,20 +207,29 @@ def _partials(
         scores = scores.view(*queries.shape[:2], -1)
         if end <= visible_chunks:
             wide_tiles.copy_(tiles)
-            torch.bmm(queries, keys.transpose(1, 2), out=scores)
+            _multiply(queries, keys, cap, scores)
         else:
             nth = torch.arange(begin * kv.chunk_size, end * kv.chunk_size, device=q.device)
             hidden = (batch.first_position + nth).unsqueeze(1) > last.unsqueeze(2)  # [N, M, keys]
             unwritten = hidden[:, -1, None, :, None]
             _zero_rows(tiles.view(2, num_items, heads, -1, kv.head_dim), unwritten)
             wide_tiles.copy_(tiles)
-            torch.bmm(queries, keys.transpose(1, 2), out=scores)
+            _multiply(queries, keys, cap, scores)
             bias = torch.where(hidden, -torch.inf, 0.0)[:, None, :, None]
             scores.view(num_items, heads, num_rows, group, -1).add_(bias)
         softmax.add(scores, values)
     shape = (num_items, heads, num_rows, group, -1)
     out, lse = (x.view(shape).transpose(1, 2) for x in softmax.result())
     return out.reshape(num_items * num_rows, -1, kv.head_dim), lse.reshape(-1, heads * group)
+
+
+def _multiply(
+    queries: torch.Tensor, keys: torch.Tensor, cap: float | None, scores: torch.Tensor
+) -> None:
+    """scores = queries keys^T, or cap * tanh(that / cap)."""
+    torch.bmm(queries, keys.transpose(1, 2), out=scores)
+    if cap is not None:
+        scores.div_(cap).tanh_().mul_(cap)
 
 
 class _Softmax:
