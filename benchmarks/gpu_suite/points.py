@@ -42,7 +42,12 @@ def sources_digest(verb: str) -> str:
     writes them.
     """
     package = Path(chunkllama.__file__).parent
-    python = ("attention/plan.py", "ops/cuda.py", "ops/cuda_plan.py", "ops/launch.py")
+    python = (
+        "attention/plan.py",
+        "backends/cuda/backend.py",
+        "backends/cuda/plan.py",
+        "backends/cuda/launch.py",
+    )
     files = [*sorted(data_folder("kernels").glob("cuda/*")), *(package / name for name in python)]
     if verb != "tune":
         files += sorted(data_folder("configs").rglob("sm_*"))

@@ -66,7 +66,7 @@ def test_the_setting_lists_every_level() -> None:
 def test_a_soft_cap_of_scores_needs_the_reference(caplog: pytest.LogCaptureFixture) -> None:
     assert select(softcap=True).name == "reference"
     assert "soft cap" in caplog.text
-    with pytest.raises(ConfigError, match="backend: cpu has no soft cap .* use reference"):
+    with pytest.raises(ConfigError, match=r"backend: cpu has no soft cap .* use reference"):
         select(softcap=True, backend="cpu")
 
 
