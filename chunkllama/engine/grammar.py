@@ -17,7 +17,7 @@ from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec
 
 # One optional blank between JSON tokens: a model that may write blanks without end will.
-_JSON_WHITESPACE = "[ \\n]?"
+JSON_WHITESPACE = {"whitespace_pattern": "[ \\n]?", "whitespace_flexible": True}
 _MAX_COMPILED = 64
 
 
@@ -28,7 +28,7 @@ def to_llguidance(spec: GrammarSpec) -> str:
         InvalidRequestError: ``text`` is not what ``kind`` says.
     """
     matcher = llguidance.LLMatcher
-    json_options: Any = {"whitespace_pattern": _JSON_WHITESPACE, "whitespace_flexible": True}
+    json_options: Any = JSON_WHITESPACE
     try:
         match spec.kind:
             case "json_schema":

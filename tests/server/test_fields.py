@@ -222,7 +222,7 @@ def test_template_variables(server):
 
 def test_trusted_chat_template(start_server):
     server = start_server(trust_request_chat_template=True)
-    server.chat("x", chat_template="say(mine)yas")
+    server.chat("x", chat_template="{{ messages[0].content }} say(mine)yas")
     assert server.engine.reply(server.engine.requests[0]) == server.engine.tokenizer.encode("mine")
     refused = server.chat("x", chat_template="{{ ''.__class__ }}{% for")
     assert refused.status_code == 400

@@ -9,7 +9,11 @@ import time
 import pytest
 from fake_engine import MODEL
 
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}},
+    "additionalProperties": False,
+}
 
 
 def nested(depth: int) -> dict:
@@ -98,16 +102,21 @@ def test_slow_grammars_are_given_up_and_stop_nobody(start_server):
     assert server.chat(structured_outputs={"regex": "a"}).status_code == 200, "its turn has come"
 
 
-def test_forced_tools_exclude_another_format(server):
+def test_forced_tools_exclude_structured_outputs(server):
     tools = [{"type": "function", "function": {"name": "f"}}]
-    response = server.chat(
-        tools=tools, tool_choice="required", response_format={"type": "json_object"}
-    )
-    assert response.json()["error"]["param"] == "response_format"
+    response = server.chat(tools=tools, tool_choice="required", structured_outputs={"regex": "a"})
+    assert response.json()["error"]["param"] == "structured_outputs.regex"
 
 
-@pytest.mark.parametrize("parameters", [{"x": "REFUSE"}, {"enum": list(range(10_000))}, nested(70)])
-def test_a_tool_schema_that_does_not_compile(server, parameters):
+@pytest.mark.parametrize(
+    ("parameters", "param"),
+    [
+        ({"x": "REFUSE"}, "tools"),
+        ({"enum": list(range(10_000))}, "tools[0].function.parameters"),
+        (nested(70), "tools[0].function.parameters"),
+    ],
+)
+def test_a_tool_schema_that_does_not_compile(server, parameters, param):
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
     response = server.chat(tools=tools, tool_choice="required")
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)

@@ -74,7 +74,34 @@ HERMES = [
     ('<tool_call>{"na', '<tool_call>{"na', []),
     ("just text", "just text", []),
 ]
+# What weak models write around a call: arguments end with their own bracket, nothing leaks.
+INNER = '{"name": "add", "arguments": {"a": 1}'
+ONE = [("add", '{"a": 1}')]
+WRAPPED = '{"type": "function", "function": ' + INNER
+SHAPES = [
+    (INNER, 1),
+    (INNER + "}}", 1),
+    (WRAPPED + "}}", 1),
+    (WRAPPED + "}", 1),
+    (f"```json\n{INNER}}}\n```", 1),
+    (f"```\n{INNER}}}\n```", 1),
+    (f"[{INNER}}}, {INNER}}}]", 2),
+]
+ODD_HERMES = [(f"<tool_call>\n{shape}\n</tool_call>", "", ONE * count) for shape, count in SHAPES]
+ODD_HERMES += [
+    (f"<tool_call>\n{INNER}\n</tool_call>\n<tool_call>{ADD}</tool_call>", "", ONE * 2),
+    ('<tool_call>{"title": "x"}</tool_call>', '<tool_call>{"title": "x"}</tool_call>', []),
+]
+ODD_LLAMA = [(shape, "", ONE * count) for shape, count in SHAPES[2:]]
+ODD_LLAMA += [
+    (f"[TOOL_CALLS][{INNER}}}, {INNER}}}]", "", ONE * 2),
+    ("[1, 2]", "[1, 2]", []),
+    ('```json\n{"a": 1}\n```', '```json\n{"a": 1}\n```', []),
+    ("```python\nx\n```", "```python\nx\n```", []),
+    ('{"name": "Bob", "age": 3}', '{"name": "Bob", "age": 3}', []),
+]
 FORCED = [
+    ('[{"name": "add", "arguments": {"a": 1} \n} ]', "", ONE),
     (f"[{ADD}, {WEATHER}]", "", [("add", '{"a": 1}'), ("get_weather", WEATHER_ARGUMENTS)]),
     (f"[ {ADD}", "", [("add", '{"a": 1}')]),
 ]
@@ -82,6 +109,8 @@ CASES = [
     *((lambda: JsonCalls(NAMES), *case) for case in LLAMA),
     *((lambda: HermesCalls(NAMES), *case) for case in HERMES),
     *((lambda: JsonCalls(NAMES, forced=True), *case) for case in FORCED),
+    *((lambda: JsonCalls(NAMES), *case) for case in ODD_LLAMA),
+    *((lambda: HermesCalls(NAMES), *case) for case in ODD_HERMES),
     (PlainText, WEATHER, WEATHER, []),
 ]
 
@@ -90,6 +119,13 @@ CASES = [
 def test_whole_and_character_by_character(make, text, content, calls):
     assert read(make(), [text]) == (content, calls)
     assert read(make(), text) == (content, calls)
+
+
+def test_an_answer_in_json_streams_although_tools_are_there():
+    parser = JsonCalls(NAMES)
+    first = parser.feed('{"title": "a long')
+    assert first.content == '{"title": "a long'
+    assert parser.feed(" text").content == " text"
 
 
 @settings(max_examples=150, deadline=None)

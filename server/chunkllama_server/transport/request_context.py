@@ -40,7 +40,8 @@ class RequestInfo:
     def _name(self, header: str, paths: list[str]) -> None:
         if paths:
             names = [_UNCLEAN_FIELD.sub("_", path)[:64] or "_" for path in paths[:MAX_NAMED_FIELDS]]
-            self.headers[header] = ", ".join(names)
+            earlier = self.headers.get(header)
+            self.headers[header] = ", ".join([*([earlier] if earlier else []), *names])
 
     def name_pin(self, granted: bool) -> None:
         """Tell the client whether its prefix is kept, or the pin budget was used up."""

@@ -114,16 +114,15 @@ class ChatPrompter:
 
     async def render(self) -> str:
         """The prompt's text."""
-        return await self._text.run(self._size, self._render, self._template)
-
-    def _render(self) -> str:
-        messages, options = self._adapt(self._messages)
-        return self._template.render(messages, **options)
+        return await self._text.run(
+            self._size,
+            lambda: self._template.render(**self._arguments(self._messages)),
+            self._template,
+        )
 
     def _encode(self) -> ChatPrompt:
         try:
-            messages, options = self._adapt(self._messages)
-            ids = self._template.encode(messages, **options)
+            ids = self._template.encode(**self._arguments(self._messages))
             limit = self._body.truncate_prompt_tokens
             if limit is not None:
                 ids = ids[-limit:]
@@ -135,13 +134,13 @@ class ChatPrompter:
             raise invalid(error.message, error.param or "messages", error.code) from None
         return ChatPrompt(ids, reusable, self._continued_text)
 
-    def _adapt(self, messages: list[Message]) -> tuple[list[Message], dict[str, Any]]:
-        """Return messages and options that the template can show.
+    def _arguments(self, messages: list[Message]) -> dict[str, Any]:
+        """Arguments of the template's methods: messages and tools in the forms it has.
 
-        Runs where the template is rendered, because it renders a request's template to probe it.
+        A template from a request is compiled and probed here, so only in the worker thread.
         """
-        shown, tools = adapt(messages, self._tools, self._template.capabilities)
-        return shown, {**self._options, "tools": tools}
+        messages, tools = adapt(messages, self._tools, self._template.capabilities)
+        return {"messages": messages, "tools": tools, **self._options}
 
     def _tokens_before(self, ids: list[int], message: int, part: int) -> int:
         """Tokens of ``ids`` that do not depend on what follows the breakpoint."""
@@ -152,5 +151,5 @@ class ChatPrompter:
         changed = last.model_copy(update={"text": (last.text or "") + _MARKER})
         parts = [*content[:part], changed, *content[part + 1 :]]
         marked[message] = marked[message].model_copy(update={"content": parts})
-        messages, options = self._adapt(normalise(marked).messages)
-        return common_prefix(ids, self._template.encode(messages, **options))
+        arguments = self._arguments(normalise(marked).messages)
+        return common_prefix(ids, self._template.encode(**arguments))

@@ -23,7 +23,7 @@ from chunkllama_server.api.common.sampling import (
 )
 from chunkllama_server.api.common.structured_outputs import grammar_of
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
-from chunkllama_server.api.tools.config import ToolConfig, plan_tools, tool_format
+from chunkllama_server.api.tools.config import ToolConfig, calls_or_answer, plan_tools, tool_format
 from chunkllama_server.transport.errors import invalid
 from chunkllama_server.transport.request_context import RequestInfo
 
@@ -105,7 +105,7 @@ class PreparedChat:
             self.context.text.tokenizer,
             max_tokens=max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            grammar=await self._grammar(),
+            grammar=await self._grammar(info),
         )
         position = self.prompt.breakpoint
         cache = cache_plan(body, settings, () if position is None else (position,))
@@ -122,13 +122,19 @@ class PreparedChat:
             ),
         )
 
-    async def _grammar(self) -> GrammarSpec | None:
-        """Return the output's grammar, of a response format or forced tool calls, after a check."""
-        grammar, param = grammar_of(self.body.response_format, self.body.structured_outputs)
+    async def _grammar(self, info: RequestInfo) -> GrammarSpec | None:
+        """Return the output's grammar, compiled once: calls, a typed answer, or either of them."""
+        left_out = list(self.tools.left_out)
+        body = self.body
+        grammar, param = grammar_of(body.response_format, body.structured_outputs, left_out)
+        info.name_ignored_fields(left_out)
         if self.tools.grammar is not None:
-            if grammar is not None:
-                raise invalid("A forced tool call excludes another output format", param)
+            if self.body.structured_outputs is not None:
+                raise invalid("A forced tool call excludes structured_outputs", param)
+            # The typed answer follows in a later turn, after the tools' results.
             grammar, param = self.tools.grammar, "tools"
+        elif grammar is not None and self.tools.names and self.body.structured_outputs is None:
+            grammar = calls_or_answer(self.tools, grammar)
         if grammar is not None:
             await self.context.grammars.check(grammar, param)
         return grammar

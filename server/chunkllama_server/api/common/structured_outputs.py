@@ -16,6 +16,7 @@ from chunkllama_server.api.common.grammar_cost import (
     check_regex_cost,
     check_schema_cost,
 )
+from chunkllama_server.api.common.schema_levels import prepare_schema
 from chunkllama_server.api.schema.base import StructuredOutputs
 from chunkllama_server.api.schema.chat import ResponseFormat
 from chunkllama_server.transport.errors import invalid, unavailable
@@ -30,10 +31,10 @@ MAX_WAIT_SECONDS = 10.0
 
 
 def check_schema(schema: Any, param: str) -> str:
-    """Return the schema as JSON text.
+    """Return the schema as JSON text, its size checked.
 
     Raises:
-        ApiError: 400 when it is too large, too deep, or has too long an enum.
+        ApiError: 400 when it is too large, too deep, or has an enum too long.
     """
     stack: list[tuple[Any, int]] = [(schema, 1)]
     while stack:
@@ -56,7 +57,7 @@ def _check_size(text: str, limit: int, param: str) -> None:
         raise invalid(f"{param} must have 1 to {limit} characters, got {len(text)}", param)
 
 
-def _from_json_field(value: str | dict[str, Any], param: str) -> GrammarSpec:
+def _from_json_field(value: str | dict[str, Any], param: str, left_out: list[str]) -> GrammarSpec:
     if isinstance(value, str):
         _check_size(value, MAX_SCHEMA_CHARS, param)
         try:
@@ -65,10 +66,24 @@ def _from_json_field(value: str | dict[str, Any], param: str) -> GrammarSpec:
             raise invalid("The schema is not valid JSON", param) from None
     if not isinstance(value, dict):
         raise invalid("A JSON schema is an object", param)
-    return GrammarSpec(kind="json_schema", text=check_schema(value, param))
+    return json_schema(value, param, strict=False, left_out=left_out)
 
 
-def from_structured_outputs(outputs: StructuredOutputs) -> tuple[GrammarSpec, str]:
+def json_schema(schema: Any, param: str, *, strict: bool, left_out: list[str]) -> GrammarSpec:
+    """Return the grammar of a schema; paths that cannot be enforced are added to ``left_out``.
+
+    Raises:
+        ApiError: 400 for a schema that is too large, or strict and not enforceable.
+    """
+    check_schema(schema, param)
+    prepared = prepare_schema(schema, param, strict=strict)
+    left_out += prepared.left_out
+    return GrammarSpec(kind="json_schema", text=json.dumps(prepared.schema))
+
+
+def from_structured_outputs(
+    outputs: StructuredOutputs, left_out: list[str]
+) -> tuple[GrammarSpec, str]:
     """Return the constraint and the field that contains it.
 
     Raises:
@@ -88,7 +103,7 @@ def from_structured_outputs(outputs: StructuredOutputs) -> tuple[GrammarSpec, st
         )
     param = f"structured_outputs.{kinds[0]}"
     if outputs.json_ is not None:
-        return _from_json_field(outputs.json_, param), param
+        return _from_json_field(outputs.json_, param, left_out), param
     if outputs.regex is not None:
         _check_size(outputs.regex, MAX_REGEX_CHARS, param)
         check_regex_cost(outputs.regex, param)
@@ -105,7 +120,9 @@ def from_structured_outputs(outputs: StructuredOutputs) -> tuple[GrammarSpec, st
     return GrammarSpec(kind="json_object", text=""), param
 
 
-def from_response_format(response_format: ResponseFormat) -> tuple[GrammarSpec | None, str]:
+def from_response_format(
+    response_format: ResponseFormat, left_out: list[str]
+) -> tuple[GrammarSpec | None, str]:
     """Return the constraint, if there is one, and the field that contains it.
 
     Raises:
@@ -121,25 +138,31 @@ def from_response_format(response_format: ResponseFormat) -> tuple[GrammarSpec |
     if description.schema_ is None:
         return GrammarSpec(kind="json_object", text=""), "response_format"
     param = "response_format.json_schema.schema"
-    return GrammarSpec(kind="json_schema", text=check_schema(description.schema_, param)), param
+    strict = bool(description.strict)
+    return json_schema(description.schema_, param, strict=strict, left_out=left_out), param
 
 
 def grammar_of(
-    response_format: ResponseFormat | None, outputs: StructuredOutputs | None
+    response_format: ResponseFormat | None,
+    outputs: StructuredOutputs | None,
+    left_out: list[str],
 ) -> tuple[GrammarSpec | None, str]:
     """Return the constraint of a request, and the field that contains it.
+
+    Args:
+        left_out: gets the paths of schema keywords that are not enforced.
 
     Raises:
         ApiError: 400 for two constraints, or one that is malformed.
     """
     grammar, param = None, "response_format"
     if response_format is not None:
-        grammar, param = from_response_format(response_format)
+        grammar, param = from_response_format(response_format, left_out)
     if outputs is None:
         return grammar, param
     if grammar is not None:
         raise invalid("Send response_format or structured_outputs, not both", "structured_outputs")
-    return from_structured_outputs(outputs)
+    return from_structured_outputs(outputs, left_out)
 
 
 class GrammarChecker:

@@ -1,4 +1,5 @@
-"""Tokenize and render for the HTTP application; long texts go to a worker thread."""
+"""Text to ids and back for the HTTP application: tokenizer, chat template, and a thread for long
+texts."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, TypeVar
 
 from chunkllama.text.chat_template import ChatTemplate
@@ -31,33 +33,31 @@ class RequestTemplate:
     def __init__(self, source: str, make: Callable[[str], ChatTemplate]) -> None:
         self.source = source
         self._make = make
-        self._compiled: ChatTemplate | None = None
 
     @property
     def capabilities(self) -> TemplateCapabilities:
-        return self._compile().capabilities
+        return self._compiled.capabilities
 
     def encode(self, messages: list[Message], **options: Any) -> list[int]:
-        return self._compile().encode(messages, **options)
+        return self._compiled.encode(messages, **options)
 
     def render(self, messages: list[Message], **options: Any) -> str:
-        return self._compile().render(messages, **options)
+        return self._compiled.render(messages, **options)
 
-    def _compile(self) -> ChatTemplate:
-        if self._compiled is None:
-            try:
-                self._compiled = self._make(self.source)
-            except Exception as error:  # what an untrusted template raises is not foreseeable
-                raise invalid(f"The template cannot be used: {error}", "chat_template") from None
-        return self._compiled
+    @cached_property
+    def _compiled(self) -> ChatTemplate:
+        try:
+            return self._make(self.source)
+        except Exception as error:  # what an untrusted template raises is not foreseeable
+            raise invalid(f"The template cannot be used: {error}", "chat_template") from None
 
 
 class TextService:
-    """Processes short texts on the event loop, long ones in a worker thread with a time limit.
+    """Tokenizes on the event loop when short, in one worker thread with a time limit when long.
 
     Args:
         tokenizer, template: the model's; ``template`` is None for a model without one.
-        make_template: builds a template from the source that a trusted client sent.
+        make_template: builds a template from a source a trusted client sent.
         offload_bytes: texts longer than this leave the event loop.
         time_limit: seconds one request's text may take.
     """
@@ -88,7 +88,7 @@ class TextService:
         ``template`` is the one ``work`` uses, and one from a request always does.
 
         Raises:
-            ApiError: 503 when the time limit passes, because other texts are in front.
+            ApiError: 503 when the time limit passes: the texts of others come first.
         """
         is_foreign = isinstance(template, RequestTemplate)
         if size <= self._offload_bytes and self._is_quick and not is_foreign:
@@ -106,7 +106,7 @@ class TextService:
             raise unavailable("Too many long texts are being tokenized", "tokenizer_busy") from None
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Return token ids of a prompt; special-token strings in it become special tokens."""
+        """Token ids of a prompt; special-token strings in it are read as special tokens."""
         return await self.run(
             len(text),
             lambda: self.tokenizer.encode(
@@ -115,7 +115,7 @@ class TextService:
         )
 
     def chat_template(self, override: str | None = None) -> ChatTemplate | RequestTemplate:
-        """Return the model's template, or the one that a trusted client sent.
+        """The model's template, or the one a trusted client sent.
 
         Raises:
             ApiError: the model has none.
@@ -138,7 +138,7 @@ class TextService:
 
 
 def text_size(value: Any) -> int:
-    """Count the characters of all strings in plain data, to decide where to tokenize it."""
+    """Characters of all strings in plain data, to decide where to tokenize it."""
     size, pending = 0, [value]
     while pending:
         item = pending.pop()

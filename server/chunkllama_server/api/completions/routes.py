@@ -99,13 +99,14 @@ async def completion_sampling(
     Raises:
         ApiError, InvalidRequestError: 400 naming the field.
     """
+    left_out: list[str] = []
     info = context.engine.info
     longest = max(len(ids) for ids in prompts)
     check_lengths(longest, body.max_tokens, info, "prompt", "max_tokens")
     max_tokens = body.max_tokens
     if max_tokens is None:
         max_tokens = min(DEFAULT_MAX_TOKENS, info.max_model_len - longest)
-    grammar, param = grammar_of(body.response_format, body.structured_outputs)
+    grammar, param = grammar_of(body.response_format, body.structured_outputs, left_out)
     if grammar is not None:
         await context.grammars.check(grammar, param)
     scores_prompt = max_tokens == 0 or (body.echo and body.logprobs is not None)

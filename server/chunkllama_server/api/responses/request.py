@@ -220,7 +220,7 @@ def _response_format(body: ResponseRequest) -> ResponseFormat | None:
         return ResponseFormat(type=given.type)
     if given.schema_ is None:
         raise invalid("json_schema needs a schema", "text.format.schema")
-    schema = JsonSchemaFormat(name=given.name or "schema", schema=given.schema_)
+    schema = JsonSchemaFormat(schema=given.schema_, strict=given.strict)
     return ResponseFormat(type="json_schema", json_schema=schema)
 
 

@@ -108,7 +108,8 @@ class FunctionDefinition(RequestModel):
         default=None, description="Honoured: a JSON schema, which forced calls obey."
     )
     strict: bool | None = Field(
-        default=None, description="Validated: forced calls always obey the schema."
+        default=None,
+        description="Honoured for forced calls: as strict of a response format.",
     )
 
 
@@ -154,7 +155,7 @@ class NamedToolChoice(RequestModel):
 class JsonSchemaFormat(RequestModel):
     """A named JSON schema."""
 
-    name: Name = Field(description="Validated.")
+    name: Name | None = Field(default=None, description="Validated.")
     description: str | None = Field(
         default=None, description="Ignored: the schema alone constrains."
     )
@@ -162,7 +163,9 @@ class JsonSchemaFormat(RequestModel):
         default=None, alias="schema", description="Honoured: the output validates against it."
     )
     strict: bool | None = Field(
-        default=None, description="Validated: the schema is always enforced."
+        default=None,
+        description="Honoured: true refuses a schema that cannot be enforced in full; otherwise "
+        "what cannot is named in a header, and objects that list their members are closed.",
     )
 
 

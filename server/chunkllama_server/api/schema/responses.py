@@ -77,7 +77,7 @@ class TextFormat(RequestModel):
         default=None, alias="schema", description="Honoured: required for json_schema."
     )
     strict: bool | None = Field(
-        default=None, description="Validated: the schema is always enforced."
+        default=None, description="Honoured: as strict of a response format of chat."
     )
 
 
@@ -102,7 +102,7 @@ class ResponseTool(RequestModel):
     description: str | None = Field(default=None, description="Honoured through the template.")
     parameters: dict[str, Any] | None = Field(default=None, description="Honoured.")
     strict: bool | None = Field(
-        default=None, description="Validated: forced calls obey the schema."
+        default=None, description="Honoured for forced calls: as strict of a response format."
     )
 
     def is_skipped(self) -> bool:

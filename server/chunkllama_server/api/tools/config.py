@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from chunkllama.engine.grammar import JSON_WHITESPACE
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama.text.chat_template import ChatTemplate
+from chunkllama_server.api.common.schema_levels import object_schema, prepare_schema
 from chunkllama_server.api.common.structured_outputs import check_schema
 from chunkllama_server.api.schema.chat import (
     ChatCompletionRequest,
@@ -28,6 +31,8 @@ class ToolConfig:
 
     Attributes:
         prompt_tools: tools for the template, None to show none.
+        call_schemas: a schema of each call, for grammars of calls or an answer.
+        left_out: paths of schema keywords that forced calls do not enforce.
         names: functions the model may call.
         grammar: forces calls, when they are required or one is named.
         max_calls: 1 without parallel calls, else None.
@@ -37,6 +42,8 @@ class ToolConfig:
     prompt_tools: list[dict[str, Any]] | None = None
     names: frozenset[str] = frozenset()
     grammar: GrammarSpec | None = None
+    call_schemas: tuple[dict[str, Any], ...] = ()
+    left_out: tuple[str, ...] = ()
     max_calls: int | None = None
     format: ToolFormat = "llama3_json"
     is_legacy: bool = False
@@ -66,18 +73,22 @@ def tool_format(configured: ToolFormat | None, template: ChatTemplate | None) ->
     return "llama3_json"
 
 
-def _functions(body: ChatCompletionRequest) -> list[FunctionDefinition]:
+def _functions(body: ChatCompletionRequest) -> list[tuple[str, FunctionDefinition]]:
+    """Each function with the path of its parameters."""
     if body.functions is not None:
         if body.tools is not None:
             raise invalid("Send tools or functions, not both", "functions")
-        return body.functions
+        return [
+            (f"functions[{index}].parameters", function)
+            for index, function in enumerate(body.functions)
+        ]
     functions = []
     for index, tool in enumerate(body.tools or ()):
         if tool.is_skipped():
             continue
         if tool.function is None:
             raise invalid("A function tool needs function", f"tools[{index}].function")
-        functions.append(tool.function)
+        functions.append((f"tools[{index}].function.parameters", tool.function))
     return functions
 
 
@@ -125,7 +136,7 @@ def plan_tools(body: ChatCompletionRequest, output_format: ToolFormat) -> ToolCo
                 raise invalid(f"{field} needs tools", field)
         return ToolConfig()
     mode, allowed, path = _choice(body)
-    by_name = {function.name: function for function in functions}
+    by_name = {function.name: function for _, function in functions}
     if len(by_name) < len(functions):
         raise invalid("Two tools have the same name", "tools")
     if allowed is not None:
@@ -133,18 +144,28 @@ def plan_tools(body: ChatCompletionRequest, output_format: ToolFormat) -> ToolCo
             if name not in by_name:
                 raise invalid(f"{name!r} is not among the tools", path)
         by_name = {name: by_name[name] for name in allowed}
+    by_path = {path: function for path, function in functions if function.name in by_name}
+    # The prompt shows the same tools whatever tool_choice says, so that its prefix stays cached.
+    prompt_tools = [
+        {"type": "function", "function": _as_template_function(function)}
+        for _, function in functions
+    ]
     if mode == "none":
-        return ToolConfig()
+        return ToolConfig(prompt_tools=prompt_tools)
     is_single = (
         body.parallel_tool_calls is False or body.functions is not None or path.endswith(".name")
     )
+    left_out: list[str] = []
+    # Schemas of calls that nothing constrains are only shown.
+    has_answer = body.response_format is not None and body.response_format.type != "text"
+    constrained = by_path if mode == "required" or has_answer else {}
+    schemas = [_call_schema(function, where, left_out) for where, function in constrained.items()]
     return ToolConfig(
-        prompt_tools=[
-            {"type": "function", "function": _as_template_function(function)}
-            for function in by_name.values()
-        ],
+        prompt_tools=prompt_tools,
         names=frozenset(by_name),
-        grammar=forced_calls(by_name.values(), is_single) if mode == "required" else None,
+        grammar=forced_calls(schemas, is_single) if mode == "required" else None,
+        call_schemas=tuple(schemas),
+        left_out=tuple(left_out),
         max_calls=1 if is_single else None,
         format=output_format,
         is_legacy=body.functions is not None,
@@ -160,34 +181,70 @@ def _as_template_function(function: FunctionDefinition) -> dict[str, Any]:
     }
 
 
-def forced_calls(functions: Iterable[FunctionDefinition], is_single: bool) -> GrammarSpec:
+def _call_schema(function: FunctionDefinition, path: str, left_out: list[str]) -> dict[str, Any]:
+    """The schema of one call; its arguments are always an object with its required members.
+
+    Raises:
+        ApiError: 400 for parameters that are too large, or strict and not enforceable.
+    """
+    parameters = object_schema(function.parameters)
+    check_schema(parameters, path)
+    owner = f"the function {function.name!r}"
+    prepared = prepare_schema(parameters, path, strict=bool(function.strict), owner=owner)
+    left_out += prepared.left_out
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function.name}, "arguments": prepared.schema},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def _any_call(schemas: Iterable[dict[str, Any]], pointer: str) -> dict[str, Any]:
+    """A call of one of the functions, as a schema that stands at ``pointer`` of a larger one."""
+    variants = []
+    for index, schema in enumerate(schemas):
+        place = f"{pointer}/anyOf/{index}/properties/arguments"
+        properties = schema["properties"]
+        arguments = _at(properties["arguments"], place)
+        variants.append({**schema, "properties": {**properties, "arguments": arguments}})
+    return {"anyOf": variants}
+
+
+def forced_calls(schemas: Iterable[dict[str, Any]], is_single: bool) -> GrammarSpec:
     """A JSON schema for a list of calls, each one function's name with arguments of its schema.
 
     Raises:
         ApiError: 400 where the functions' schemas are too large.
     """
-    variants = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": function.name},
-                "arguments": _at(
-                    function.parameters or {"type": "object", "additionalProperties": False},
-                    f"#/items/anyOf/{index}/properties/arguments",
-                ),
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for index, function in enumerate(functions)
-    ]
     schema = {
         "type": "array",
         "minItems": 1,
         "maxItems": 1 if is_single else MAX_FORCED_CALLS,
-        "items": {"anyOf": variants},
+        "items": _any_call(schemas, "#/items"),
     }
     return GrammarSpec(kind="json_schema", text=check_schema(schema, "tools"))
+
+
+def calls_or_answer(tools: ToolConfig, answer: GrammarSpec) -> GrammarSpec:
+    """A grammar of calls in the model's own format, or of a typed answer.
+
+    Args:
+        answer: a JSON schema, or any JSON object.
+    """
+    schema = json.loads(answer.text) if answer.kind == "json_schema" else {"type": "object"}
+    call = f"%json {_inline(_any_call(tools.call_schemas, '#'))}"
+    if tools.format == "hermes":
+        call = f'"<tool_call>" /[ \\n]?/ {call} /[ \\n]?/ "</tool_call>"'
+    more = "" if tools.max_calls == 1 else " (/[;\\n]?/ call)*"
+    lines = ("start: calls | answer", f"calls: call{more}", f"call: {call}")
+    text = "\n".join((*lines, f"answer: %json {_inline(schema)}"))
+    return GrammarSpec(kind="lark", text=text)
+
+
+def _inline(schema: dict[str, Any]) -> str:
+    """A schema for a ``%json`` rule, with as little white space as a schema alone has."""
+    return json.dumps({**schema, "x-guidance": {**JSON_WHITESPACE}})
 
 
 def _at(schema: Any, pointer: str) -> Any:

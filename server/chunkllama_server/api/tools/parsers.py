@@ -15,6 +15,8 @@ from typing import Protocol
 
 _SPACE = " \t\r\n"
 _ARGUMENT_KEYS = ("arguments", "parameters")
+_CALL_KEYS = frozenset(("name", "type", "function", "id", "index", *_ARGUMENT_KEYS))
+_FENCES = ("```json", "```")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +59,24 @@ class PlainText:
 
 
 class _CallObject:
-    """Reads one ``{"name": ..., "arguments" | "parameters": ...}`` a character at a time."""
+    """Reads one call object a character at a time.
+
+    The object is ``{"name": ..., "arguments" | "parameters": ...}``, perhaps inside ``{"type":
+    "function", "function": ...}``. The arguments end with their own bracket, so a missing outer
+    brace does not swallow what follows.
+    """
 
     def __init__(self) -> None:
         self.raw = ""
         self.name: str | None = None
         self.is_complete = False
+        # A member that no call has was read.
+        self.is_other = False
         self._depth = 0
+        self._base = 1
         self._in_string = False
         self._escaped = False
+        self._is_closing = False
         self._key = ""
         self._part_start = 0
         self._arguments_start: int | None = None
@@ -73,8 +84,11 @@ class _CallObject:
         self._num_given = 0
 
     def feed(self, text: str) -> str:
-        """Consume up to the object's closing brace; returns what stands behind it."""
+        """Consume up to the object's end; returns what follows it."""
         for position, char in enumerate(text):
+            if self._is_closing and char not in _SPACE and char not in ",}]":
+                self.is_complete = True
+                return text[position:]
             self.raw += char
             self._step(char)
             if self.is_complete:
@@ -93,31 +107,53 @@ class _CallObject:
         if char == '"':
             self._in_string = True
         elif char in "{[":
-            self._depth += 1
-            if self._depth == 1:
-                self._part_start = len(self.raw)
+            self._open(char)
         elif char in "}]":
-            self._depth -= 1
-            if self._depth == 0:
-                self._end_value()
-                self.is_complete = True
-        elif self._depth == 1 and char == ":":
+            self._close()
+        elif self._depth == self._base and char == ":":
             self._begin_value()
-        elif self._depth == 1 and char == ",":
+        elif self._depth == self._base and char == ",":
             self._end_value()
             self._part_start = len(self.raw)
+            self._is_closing = False
+
+    def _open(self, char: str) -> None:
+        self._depth += 1
+        is_wrapped = char == "{" and self._key == "function" and self._depth == self._base + 1
+        if self._depth == 1 or is_wrapped:
+            self._base = self._depth
+            self._part_start = len(self.raw)
+            self._key = ""
+
+    def _close(self) -> None:
+        if self._depth == self._base:
+            self._end_value()
+        self._depth -= 1
+        if self._depth == 0:
+            self.is_complete = True
+        elif self._depth < self._base:
+            self._base = self._depth
+            self._is_closing = True
+        elif self._depth == self._base and self._reads_arguments:
+            self._arguments_end = len(self.raw)
+            self._is_closing = True
+
+    @property
+    def _reads_arguments(self) -> bool:
+        return self._key in _ARGUMENT_KEYS and self._arguments_end is None
 
     def _begin_value(self) -> None:
         self._key = _loads(self.raw[self._part_start : -1]) or ""
         self._part_start = len(self.raw)
-        # Of two the first counts: it may have been sent already.
+        self.is_other = self.is_other or self._key not in _CALL_KEYS
+        # The first of two counts: it may have been sent already.
         if self._key in _ARGUMENT_KEYS and self._arguments_start is None:
             self._arguments_start = self._part_start
 
     def _end_value(self) -> None:
         if self._key == "name":
             self.name = _loads(self.raw[self._part_start : -1])
-        elif self._key in _ARGUMENT_KEYS and self._arguments_end is None:
+        elif self._reads_arguments:
             self._arguments_end = len(self.raw) - 1
         self._key = ""
 
@@ -175,6 +211,12 @@ class _CallWriter:
     def knows(self, call: _CallObject) -> bool:
         return call.name in self._tool_names
 
+    def refuses(self, call: _CallObject) -> bool:
+        """Whether the object can no longer become a call of a known tool."""
+        if self.knows(call):
+            return False
+        return call.is_other or call.is_complete or call.name is not None
+
 
 class JsonCalls:
     """Llama 3 style: the answer is one JSON object per call, or a JSON array of them.
@@ -185,16 +227,17 @@ class JsonCalls:
         max_calls: calls beyond this are dropped; None is no limit.
     """
 
-    _PYTHON_TAG = "<|python_tag|>"
+    _TAGS = ("<|python_tag|>", "[TOOL_CALLS]")
+    _SEPARATORS = _SPACE + "[],;"
 
     def __init__(
         self, tool_names: Collection[str], *, forced: bool = False, max_calls: int | None = None
     ) -> None:
         self._writer = _CallWriter(tool_names, max_calls)
         self._forced = forced
-        self._separators = _SPACE + ("[],;" if forced else ",;")
         self._call: _CallObject | None = None
         self._lead = ""
+        self._has_calls = False
         self._is_content = False
 
     def feed(self, text: str) -> Parsed:
@@ -211,31 +254,38 @@ class JsonCalls:
 
     def _find_call(self, text: str, parsed: Parsed) -> str:
         self._lead += text
-        stripped = self._lead.lstrip(self._separators)
-        if self._PYTHON_TAG.startswith(stripped):
-            return ""
-        if stripped.startswith(self._PYTHON_TAG):
-            self._lead = ""
-            return stripped.removeprefix(self._PYTHON_TAG)
+        stripped = self._lead.lstrip(_SPACE)
+        for tag in self._TAGS:
+            if stripped and tag.startswith(stripped):
+                return ""
+            if stripped.startswith(tag):
+                self._lead = ""
+                return stripped.removeprefix(tag)
+        stripped = _after_fence(stripped.lstrip(self._SEPARATORS))
+        stripped = stripped.lstrip(self._SEPARATORS + ("`" if self._has_calls else ""))
         if stripped.startswith("{"):
             self._call = _CallObject()
             self._lead = self._lead[: -len(stripped)]
             return stripped
+        if _FENCES[0].startswith(stripped):
+            return ""
         self._is_content = not self._forced
         lead, self._lead = self._lead, ""
         if self._is_content:
-            parsed.content += lead
+            # Behind calls the brackets and fences of their list are no content.
+            parsed.content += stripped if self._has_calls else lead
         return ""
 
     def _read_call(self, call: _CallObject, text: str, parsed: Parsed) -> str:
         rest = call.feed(text)
         parsed.calls += self._writer.write(call)
-        if call.is_complete:
-            self._call = None
-            if not self._writer.knows(call) and not self._forced:
-                parsed.content += self._lead + call.raw
-                self._is_content = True
-            self._lead = ""
+        if self._writer.refuses(call) and not self._forced:
+            parsed.content += self._lead + call.raw
+            self._is_content = True
+        elif not call.is_complete:
+            return rest
+        self._has_calls = self._has_calls or self._writer.knows(call)
+        self._call, self._lead = None, ""
         return rest
 
     def finish(self) -> Parsed:
@@ -244,7 +294,17 @@ class JsonCalls:
         if self._forced or (call is not None and self._writer.knows(call)):
             return Parsed()
         content = lead + (call.raw if call is not None else "")
-        return Parsed(content if content.strip(self._separators) else "")
+        if self._has_calls:
+            content = content.strip(self._SEPARATORS + "`")
+        return Parsed(content if content.strip(_SPACE) else "")
+
+
+def _after_fence(text: str) -> str:
+    """The text behind the beginning of a code fence."""
+    for fence in _FENCES:
+        if text.startswith(fence) and (fence == _FENCES[0] or not _FENCES[0].startswith(text)):
+            return text.removeprefix(fence)
+    return text
 
 
 class HermesCalls:
@@ -287,7 +347,7 @@ class HermesCalls:
 
     def _end_call(self) -> bool:
         """Behind a call: another of the same list, or the closing tag."""
-        self._text = self._text.lstrip(_SPACE + ",]")
+        self._text = self._text.lstrip(_SPACE + ",]}`")
         if self._text.startswith("{"):
             self._after_call, self._call = False, _CallObject()
             return True
@@ -298,8 +358,8 @@ class HermesCalls:
         return True
 
     def _begin_call(self, parsed: Parsed) -> bool:
-        stripped = self._text.lstrip(_SPACE + "[")
-        if not stripped:
+        stripped = _after_fence(self._text.lstrip(_SPACE)).lstrip(_SPACE + "[")
+        if _FENCES[0].startswith(stripped):
             return False
         if stripped.startswith("{"):
             self._lead += self._text[: -len(stripped)]
@@ -313,11 +373,11 @@ class HermesCalls:
     def _read_call(self, call: _CallObject, parsed: Parsed) -> bool:
         self._text = call.feed(self._text)
         parsed.calls += self._writer.write(call)
-        if call.is_complete:
-            is_call = self._writer.knows(call)
-            if not is_call:
-                parsed.content += self._lead + call.raw
-            self._after_call, self._call, self._lead = is_call, None, ""
+        if self._writer.refuses(call):
+            parsed.content += self._lead + call.raw
+            self._after_call, self._call, self._lead = False, None, ""
+        elif call.is_complete:
+            self._after_call, self._call, self._lead = True, None, ""
         return True
 
     def finish(self) -> Parsed:

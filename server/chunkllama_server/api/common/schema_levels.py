@@ -1,0 +1,172 @@
+"""Prepare a JSON schema for a grammar: enforce what a grammar can, name what it cannot.
+
+A keyword is enforced, an annotation (it constrains nothing, or names a format no grammar knows), or
+unenforceable. An unenforceable keyword is a 400 that names its place if the schema is strict;
+otherwise it is left out and named. Objects that list their properties are closed unless the schema
+says otherwise: a model invents members where it may.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from chunkllama_server.transport.errors import invalid
+
+# Formats llguidance enforces; another format is an annotation.
+FORMATS = frozenset(
+    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+)
+UNENFORCEABLE = frozenset(
+    (
+        *("uniqueItems", "propertyNames", "not", "contains", "minContains", "maxContains"),
+        *("if", "then", "else", "dependencies", "dependentRequired", "dependentSchemas"),
+        *("unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef"),
+    )
+)
+# Identifiers make references resolve against addresses that nothing fetches.
+_IDENTIFIERS = frozenset(("$schema", "$id", "id", "$anchor"))
+_SCHEMA_MEMBERS = frozenset(("additionalProperties", "items", "additionalItems"))
+_SCHEMA_MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+_SCHEMA_LISTS = frozenset(("anyOf", "oneOf", "allOf", "prefixItems"))
+_COMBINATORS = frozenset(("anyOf", "oneOf", "allOf", "$ref"))
+# Assertions of a regular expression that no automaton has: look-around and back references.
+_ASSERTION = re.compile(r"\(\?(?:[=!]|<[=!])|\\[1-9]")
+
+
+@dataclass(slots=True)
+class PreparedSchema:
+    """A schema a grammar can enforce.
+
+    Attributes:
+        left_out: dotted paths of keywords that are not enforced.
+    """
+
+    schema: Any
+    left_out: list[str] = field(default_factory=list)
+
+
+def prepare_schema(schema: Any, param: str, *, strict: bool, owner: str = "") -> PreparedSchema:
+    """The part of a schema that a grammar enforces.
+
+    Args:
+        param: path of the schema in the request.
+        strict: refuse what cannot be enforced, and close no object that the schema leaves open.
+        owner: names the schema in errors, e.g. the tool it belongs to.
+
+    Raises:
+        ApiError: 400 naming the keyword and its place.
+    """
+    preparer = _Preparer(param, strict, owner)
+    prepared = preparer.schema(schema, (), closes=not strict)
+    return PreparedSchema(prepared, preparer.left_out)
+
+
+class _Preparer:
+    def __init__(self, param: str, strict: bool, owner: str) -> None:
+        self.left_out: list[str] = []
+        self._param = param
+        self._strict = strict
+        self._owner = owner
+
+    def _leave_out(self, path: tuple[str, ...], *, constrains: bool = True) -> None:
+        dotted = ".".join((self._param, *path))
+        if self._strict and constrains:
+            pointer = "/".join(part.replace("~", "~0").replace("/", "~1") for part in path)
+            owner = f" of {self._owner}" if self._owner else ""
+            raise invalid(
+                f"{path[-1]!r} at #/{pointer}{owner} cannot be enforced; remove it or send "
+                "strict: false",
+                dotted,
+                "unenforceable_schema",
+            )
+        self.left_out.append(dotted)
+
+    def schema(self, node: Any, path: tuple[str, ...], *, closes: bool) -> Any:
+        if not isinstance(node, dict):
+            return node
+        if node.get("not") in ({}, True):
+            return False
+        prepared: dict[str, Any] = {}
+        for key, value in self._with_names(node).items():
+            here = (*path, key)
+            if key in _IDENTIFIERS and isinstance(value, str):
+                continue
+            if key in UNENFORCEABLE:
+                if not _is_trivial(key, value):
+                    self._leave_out(here)
+            elif key == "format" and value not in FORMATS:
+                self._leave_out(here, constrains=False)
+            elif key == "pattern" and isinstance(value, str) and _ASSERTION.search(value):
+                self._leave_out(here)
+            else:
+                prepared[key] = self._member(key, value, here, closes)
+        if "oneOf" in prepared and "anyOf" not in prepared:
+            prepared["anyOf"] = prepared.pop("oneOf")
+        if closes and _lists_its_members(prepared):
+            prepared["additionalProperties"] = False
+        return prepared
+
+    def _member(self, key: str, value: Any, path: tuple[str, ...], closes: bool) -> Any:
+        # A closed branch of allOf would forbid the members of the others.
+        closes = closes and key != "allOf"
+        if key in _SCHEMA_MAPS and isinstance(value, dict):
+            return {
+                name: self.schema(item, (*path, name), closes=closes)
+                for name, item in value.items()
+            }
+        if key in _SCHEMA_LISTS and isinstance(value, list):
+            return [
+                self.schema(item, (*path, str(index)), closes=closes)
+                for index, item in enumerate(value)
+            ]
+        if key in _SCHEMA_MEMBERS:
+            return self.schema(value, path, closes=closes)
+        return value
+
+    def _with_names(self, node: dict[str, Any]) -> dict[str, Any]:
+        """A map whose names are listed, as an object that has these members."""
+        names = node.get("propertyNames")
+        listed = names.get("enum") if isinstance(names, dict) else None
+        is_plain = isinstance(listed, list) and all(isinstance(name, str) for name in listed)
+        if listed is None or not is_plain or "patternProperties" in node:
+            return node
+        own = node.get("properties")
+        known = own if isinstance(own, dict) else {}
+        value = node.get("additionalProperties", True)
+        rest = {key: item for key, item in node.items() if key != "propertyNames"}
+        members = {name: known.get(name, value) for name in listed}
+        return {**rest, "properties": members, "additionalProperties": False}
+
+
+def _is_trivial(key: str, value: Any) -> bool:
+    """Whether an unenforceable keyword constrains nothing."""
+    if key == "propertyNames":
+        return value is True or value in ({}, {"type": "string"})
+    if key in ("uniqueItems", "minContains"):
+        return not value
+    return value in ({}, []) and key.startswith("depend")
+
+
+def _lists_its_members(node: dict[str, Any]) -> bool:
+    return (
+        isinstance(node.get("properties"), dict)
+        and "additionalProperties" not in node
+        and "patternProperties" not in node
+        and not _COMBINATORS & node.keys()
+    )
+
+
+def object_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
+    """The schema of a call's arguments: always an object, whatever the parameters say."""
+    if not parameters:
+        return {"type": "object", "properties": {}}
+    kind = parameters.get("type")
+    if kind == "object":
+        return parameters
+    if kind is None and not _COMBINATORS & parameters.keys():
+        return {"properties": {}, **parameters, "type": "object"}
+    if kind is None or (isinstance(kind, list) and "object" in kind):
+        return {**parameters, "type": "object"}
+    return {"type": "object", "properties": {}}

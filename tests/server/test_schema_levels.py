@@ -1,0 +1,204 @@
+"""Schemas that libraries write by default, in three levels, and grammars of calls or an answer."""
+
+from __future__ import annotations
+
+import json
+
+import llguidance
+import pytest
+
+from chunkllama.engine.grammar import to_llguidance
+from chunkllama.sampling_params import GrammarSpec
+from chunkllama_server.api.common.schema_levels import object_schema, prepare_schema
+from chunkllama_server.api.tools.config import ToolConfig, calls_or_answer
+from chunkllama_server.transport.errors import ApiError
+
+
+def compiles(spec: GrammarSpec) -> bool:
+    return not llguidance.LLMatcher.validate_grammar(to_llguidance(spec), None)
+
+
+def member(field) -> dict:
+    return {"type": "object", "properties": {"ok": {"type": "boolean"}, "x": field}}
+
+
+UNENFORCEABLE = {
+    "pydantic set": (
+        {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
+        "uniqueItems",
+    ),
+    "names by pattern": ({"type": "object", "propertyNames": {"pattern": "^a"}}, "propertyNames"),
+    "not": ({"type": "string", "not": {"const": "a"}}, "not"),
+    "look-ahead": ({"type": "string", "pattern": "^(?=a)b"}, "pattern"),
+    "contains": ({"type": "array", "contains": {"const": 1}}, "contains"),
+    "if": ({"if": {"const": 1}, "then": {"const": 1}}, "if"),
+}
+ACCEPTED = {
+    "zod record": {
+        "type": "object",
+        "propertyNames": {"type": "string"},
+        "additionalProperties": {"type": "string"},
+    },
+    "zod never": {"not": {}},
+    "dict of literals": {
+        "type": "object",
+        "additionalProperties": {"type": "integer"},
+        "propertyNames": {"enum": ["a", "b"]},
+    },
+    "schema address": {"$schema": "http://json-schema.org/draft-07/schema#", "$id": "x"},
+    "one of objects": {"oneOf": [member({"const": 1}), member({"const": 2})]},
+    **{
+        f"format {name}": {"type": "string", "format": name}
+        for name in ("password", "binary", "path", "uuid4", "int64", "regex", "uri-reference")
+    },
+    "format date": {"type": "string", "format": "date"},
+}
+
+
+@pytest.mark.parametrize("name", UNENFORCEABLE)
+def test_what_cannot_be_enforced_is_named_or_refused(name):
+    field, keyword = UNENFORCEABLE[name]
+    prepared = prepare_schema(member(field), "s", strict=False)
+    assert f"s.properties.x.{keyword}" in prepared.left_out
+    assert compiles(GrammarSpec(kind="json_schema", text=json.dumps(prepared.schema)))
+    with pytest.raises(ApiError, match=f"{keyword}' at #/properties/x/{keyword} of f") as caught:
+        prepare_schema(member(field), "s", strict=True, owner="f")
+    assert caught.value.param == f"s.properties.x.{keyword}"
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_libraries_write_by_default_is_accepted(name, strict):
+    prepared = prepare_schema(member(ACCEPTED[name]), "s", strict=strict)
+    assert compiles(GrammarSpec(kind="json_schema", text=json.dumps(prepared.schema)))
+
+
+def test_objects_that_list_their_members_are_closed():
+    inner = {"type": "object", "properties": {"b": {"type": "integer"}}}
+    schema = {
+        "type": "object",
+        "properties": {
+            "a": inner,
+            "map": {"type": "object"},
+            "open": {**inner, "additionalProperties": True},
+            "all": {"allOf": [inner, {"$ref": "#/$defs/d"}]},
+        },
+        "$defs": {"d": inner},
+    }
+    closed = prepare_schema(schema, "s", strict=False).schema
+    assert closed["additionalProperties"] is False
+    members = closed["properties"]
+    assert members["a"]["additionalProperties"] is False
+    assert "additionalProperties" not in members["map"]
+    assert members["open"]["additionalProperties"] is True
+    assert "additionalProperties" not in members["all"]["allOf"][0]
+    assert "additionalProperties" not in prepare_schema(schema, "s", strict=True).schema
+
+
+def test_listed_names_are_members():
+    prepared = prepare_schema(ACCEPTED["dict of literals"], "s", strict=True).schema
+    assert prepared["properties"] == {"a": {"type": "integer"}, "b": {"type": "integer"}}
+    assert prepared["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("parameters", "shown"),
+    [
+        (None, {"type": "object", "properties": {}}),
+        ({}, {"type": "object", "properties": {}}),
+        ({"type": "string"}, {"type": "object", "properties": {}}),
+        ({"type": ["object", "null"]}, {"type": "object"}),
+        ({"properties": {"a": {}}}, {"type": "object", "properties": {"a": {}}}),
+        ({"$ref": "#/$defs/a"}, {"type": "object", "$ref": "#/$defs/a"}),
+    ],
+)
+def test_arguments_are_an_object(parameters, shown):
+    assert object_schema(parameters) == shown
+
+
+def matches(spec: GrammarSpec, text: str) -> bool:
+    """Whether a grammar accepts a text, each byte a token."""
+    grammar = to_llguidance(spec)
+    tokenizer = llguidance.LLTokenizer("byte")
+    matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
+    tokens = tokenizer.tokenize_str(text)
+    return matcher.validate_tokens(tokens) == len(tokens) and (
+        matcher.consume_tokens(tokens) and matcher.is_accepting()
+    )
+
+
+ARGUMENTS = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+CALL_SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"const": "weather"}, "arguments": ARGUMENTS},
+    "required": ["name", "arguments"],
+    "additionalProperties": False,
+}
+CALL = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+ANSWER = GrammarSpec(
+    kind="json_schema",
+    text=json.dumps(
+        {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("tools", "text", "allowed"),
+    [
+        ("hermes", f"<tool_call>\n{CALL}\n</tool_call>", True),
+        ("hermes", f"<tool_call>{CALL}</tool_call>\n<tool_call>\n{CALL}\n</tool_call>", True),
+        ("hermes", '{"a": 1}', True),
+        ("hermes", "hello", False),
+        ("hermes", '<tool_call>{"name": "other", "arguments": {}}</tool_call>', False),
+        ("hermes", '<tool_call>{"name": "weather", "arguments": {}}</tool_call>', False),
+        ("llama3_json", CALL, True),
+        ("llama3_json", f"{CALL};{CALL}", True),
+        ("llama3_json", '{"a": 1}', True),
+    ],
+)
+def test_a_typed_answer_or_calls(tools, text, allowed):
+    config = ToolConfig(names=frozenset(["weather"]), call_schemas=(CALL_SCHEMA,), format=tools)
+    spec = calls_or_answer(config, ANSWER)
+    assert matches(spec, text) is allowed
+    single = ToolConfig(
+        names=frozenset(["weather"]), call_schemas=(CALL_SCHEMA,), format=tools, max_calls=1
+    )
+    if text.count(CALL) == 2:
+        assert not matches(calls_or_answer(single, ANSWER), text)
+
+
+def ask(server, **fields):
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    response_format = {"type": "json_schema", "json_schema": {"schema": schema}}
+    return server.chat(tools=tools, response_format=response_format, **fields)
+
+
+@pytest.mark.parametrize(
+    ("choice", "kind"), [("auto", "lark"), ("required", "json_schema"), ("none", "json_schema")]
+)
+def test_tools_and_a_typed_answer_in_one_request(server, choice, kind):
+    assert ask(server, tool_choice=choice).status_code == 200
+    grammar = server.engine.requests[0].sampling.grammar
+    assert grammar.kind == kind
+    assert ('"weather"' in grammar.text) == (choice != "none")
+    assert compiles(grammar)
+
+
+def test_left_out_keywords_are_named(server):
+    parameters = member({"type": "array", "uniqueItems": True})
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    answer = server.chat(tools=tools, tool_choice="required")
+    named = answer.headers["x-chunkllama-ignored-fields"]
+    assert named == "tools[0].function.parameters.properties.x.uniqueItems"
+    tools[0]["function"]["strict"] = True
+    error = server.chat(tools=tools, tool_choice="required").json()["error"]
+    assert error["param"] == named
+    assert "'f'" in error["message"]
