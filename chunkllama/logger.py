@@ -18,6 +18,7 @@ LogFormat = Literal["text", "json"]
 
 # Set by the HTTP layer for the request being served; every record made meanwhile carries it.
 request_id_context: ContextVar[str] = ContextVar("request_id", default="")
+tenant_context: ContextVar[str] = ContextVar("tenant", default="")
 
 _ROOT = "chunkllama"
 _CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]}
@@ -110,8 +111,8 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         name = record.name.removeprefix(f"{_ROOT}.")
-        request_id = request_id_context.get()
-        where = f"{name} [{request_id}]" if request_id else name
+        request = " ".join(filter(None, (request_id_context.get(), tenant_context.get())))
+        where = f"{name} [{request}]" if request else name
         extra = "".join(f" {key}={value}" for key, value in _extra(record).items())
         line = f"{clock}.{int(record.msecs):03d} {record.levelname:<7} {where}: {_message(record)}"
         return (line + extra).translate(_CONTROL)
@@ -129,6 +130,8 @@ class JsonFormatter(logging.Formatter):
         }
         if request_id := request_id_context.get():
             entry["request_id"] = request_id
+        if tenant := tenant_context.get():
+            entry["tenant"] = tenant
         # ASCII alone: no terminal or log shipper sees a control character or a line separator.
         return json.dumps(entry | _extra(record), default=str)
 

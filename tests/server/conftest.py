@@ -145,7 +145,11 @@ def start_server(text_parts: tuple[Any, Any]) -> Iterator[StartServer]:
         if template_source is not None:
             template = ChatTemplate(template_source, tokenizer)
         engine = fake_engine.FakeEngine(tokenizer)
-        tenants = Tenants(settings.pop("api_keys", {}), settings.get("isolation"))
+        tenants = Tenants(
+            settings.pop("api_keys", {}),
+            settings.get("isolation"),
+            operator_keys=settings.pop("operator_keys", ()),
+        )
         grammars = GrammarChecker(lambda: allow_all, settings.pop("grammar_seconds", 2.0))
         defaults = settings.pop("generation_defaults", None)
         app = create_app(

@@ -216,20 +216,45 @@ def test_a_template_of_a_request_never_runs_on_the_event_loop(text_parts) -> Non
     seen: list[str] = []
 
     class Template:
-        source = ""
-
-        def encode(self, messages, **options):
+        def _note(self, *_: Any, **__: Any) -> list[int]:
             seen.append(threading.current_thread().name)
             return [1]
 
-    service = TextService(text_parts[0], text_parts[1], make_template=lambda source: Template())
-    template = service.chat_template("{{ messages }}")
-    assert isinstance(template, RequestTemplate)
-    asyncio.run(service.run(1, lambda: template.encode([]), template))
-    assert seen[0].startswith("template")
-    with pytest.raises(ApiError, match="at most"):
-        service.chat_template("x" * 100_000)
+        check = encode = _note
+        capabilities = property(_note)
+
+    def make(source: str) -> Any:
+        seen.append(threading.current_thread().name)
+        return Template()
+
+    async def main() -> None:
+        template = await service.chat_template("{{ messages }}")
+        assert isinstance(template, RequestTemplate)
+        assert template.capabilities == [1]
+        await service.run(1, lambda: template.encode([]), template)
+        with pytest.raises(ApiError, match="at most"):
+            await service.chat_template("x" * 100_000)
+
+    service = TextService(*text_parts, make_template=make)
+    asyncio.run(main())
+    assert len(seen) == 4
+    assert all(name.startswith("template") for name in seen)
     service.close()
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "source", [LOOP, "{{ 'a' * 10**9 }}", "{{", "{{ 1/0 }}", "{{ messages.x.y }}", "{% if %}"]
+)
+def test_a_hostile_template_of_a_request_is_400(start_server, source) -> None:
+    server = start_server(trust_request_chat_template=True)
+    response = server.chat("hi", chat_template=source)
+    assert response.status_code == 400
+    assert "\n" not in response.json()["error"]["message"]
+    fine = "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
+    assert server.chat("say(ab)yas", chat_template=fine).status_code == 200
 
 
 def test_a_template_that_was_slow_once_leaves_the_event_loop(text_parts) -> None:

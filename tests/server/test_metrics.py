@@ -155,11 +155,11 @@ def test_counters_go_on_when_an_engine_starts_from_zero():
 
 
 def test_requests_are_labelled_with_their_tenant(start_server):
-    server = start_server(api_keys={"blue": "key-b", "red": "key-r"})
+    server = start_server(api_keys={"blue": "key-b", "red": "key-r"}, operator_keys=("key-o",))
     for key in ("key-b", "key-b", "key-r"):
         body = {"model": "alias", "messages": [{"role": "user", "content": "hi"}]}
         assert server.post("/v1/chat/completions", body, **{"x-api-key": key}).status_code == 200
-    samples = scrape(server, "key-b")
+    samples = scrape(server, "key-o")
     assert samples['chunkllama_request_accepted_total{tenant="blue"}'] == 2
     assert samples['chunkllama_request_finished_total{reason="stop",tenant="red"}'] == 1
 

@@ -97,7 +97,7 @@ async def data(context: Context, request: Request) -> Response:
 
 def visible_namespaces(context: ServerContext, request: Request) -> set[str] | None:
     """Return the namespaces that the caller may see: public and its own; None is all of them."""
-    if not context.tenants.are_isolated:
+    if not context.tenants.are_isolated or request_info(request.scope).is_operator:
         return None
     return {"", context.tenants.namespace(request_info(request.scope).tenant, None)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from chunkllama.errors import EngineDeadError
@@ -12,6 +12,7 @@ from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.openapi import refusals
 from chunkllama_server.api.schema.models import Health
 from chunkllama_server.transport.errors import unavailable
+from chunkllama_server.transport.request_context import has_request_info, request_info
 
 router = APIRouter(tags=["health"])
 metrics_router = APIRouter(tags=["health"])
@@ -45,12 +46,24 @@ async def ready(context: Context) -> Health:
     return {"status": "ok"}
 
 
+def tenant_view(context: ServerContext, request: Request) -> str | None:
+    """The tenant whose part the caller may see; None is all: an operator, the admin port, or a
+    server without keys."""
+    if not context.tenants.keys or not has_request_info(request.scope):
+        return None
+    info = request_info(request.scope)
+    return None if info.is_operator else info.tenant
+
+
 @metrics_router.get(
     "/metrics",
     response_class=Response,
     responses={200: {"content": {"text/plain": {}}}, **refusals(401, 405)},
 )
-async def metrics(context: Context) -> Response:
+async def metrics(context: Context, request: Request) -> Response:
     """Return Prometheus metrics, with a new engine snapshot."""
     await refresh_stats(context)
-    return Response(context.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(
+        context.metrics.render(tenant_view(context, request)),
+        media_type="text/plain; version=0.0.4; charset=utf-8",
+    )

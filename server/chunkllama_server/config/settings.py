@@ -72,6 +72,11 @@ class ServerConfig(ConfigGroup):
     api_key_file: Path | None = Field(
         default=None, description="File with one name:key per line; # begins a comment."
     )
+    operator_key: Secrets = Field(
+        default=(),
+        description="Key that reads all of /metrics and /dashboard/data and may do nothing else; "
+        "repeatable. A tenant's key reads no other tenant's part.",
+    )
     isolation: Literal["off", "tenant"] | None = Field(
         default=None,
         description="tenant gives each key its own cache namespace, off shares one. tenant is the "
@@ -205,6 +210,11 @@ class Settings(ServerConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfi
             if name in keys or key in keys.values():
                 raise ConfigError(f"api_key: entry {number} ({name}) repeats a name or a key")
             keys[name] = key
+        operators = [secret.get_secret_value() for secret in self.operator_key]
+        if operators and not keys:
+            raise ConfigError("operator_key: needs api_key; without keys anyone reads everything")
+        if not all(operators) or any(key in keys.values() for key in operators):
+            raise ConfigError("operator_key: empty, or the same as a tenant's key")
         return keys
 
 

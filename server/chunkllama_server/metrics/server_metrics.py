@@ -14,6 +14,7 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from chunkllama.logger import NonBlockingHandler
@@ -128,6 +129,24 @@ class EngineStatsCollector:
         )
 
 
+class TenantView(Collector):
+    """Collects what a tenant may see: series without a tenant label, and its own."""
+
+    def __init__(self, source: Collector, tenant: str) -> None:
+        self._source = source
+        self._tenant = tenant
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._source.collect():
+            shown = Metric(metric.name, metric.documentation, metric.type)
+            shown.samples = [
+                sample
+                for sample in metric.samples
+                if sample.labels.get("tenant", self._tenant) == self._tenant
+            ]
+            yield shown
+
+
 class ServerMetrics:
     """All metrics of one application.
 
@@ -218,9 +237,11 @@ class ServerMetrics:
             self._tenants.add(tenant)
         return {"tenant": tenant if tenant in self._tenants else "other"}
 
-    def render(self) -> bytes:
-        """Return the metrics in the Prometheus text format."""
-        text = generate_latest(self.registry)
+    def render(self, tenant: str | None = None) -> bytes:
+        """Return the metrics in the Prometheus text format, without the series of tenants other than ``tenant``;
+        None is the operator's view."""
+        own = self.registry if tenant is None else TenantView(self.registry, tenant)
+        text = generate_latest(own)
         return text if self._also is None else text + generate_latest(self._also)
 
 

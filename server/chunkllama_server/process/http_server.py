@@ -107,7 +107,11 @@ class Application:
             engine,
             text,
             settings,
-            Tenants(self._keys, settings.isolation),
+            Tenants(
+                self._keys,
+                settings.isolation,
+                operator_keys=tuple(key.get_secret_value() for key in settings.operator_key),
+            ),
             GrammarChecker(self._grammar_check),
             generation_defaults=(
                 self._spec.default_sampling if settings.generation_config == "auto" else None

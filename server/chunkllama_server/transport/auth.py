@@ -11,10 +11,12 @@ from typing import Literal
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from chunkllama.logger import tenant_context
 from chunkllama_server.transport.errors import ApiError
 from chunkllama_server.transport.request_context import request_info
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/dashboard"})
+OPERATOR_PATHS = frozenset({"/metrics", "/dashboard/data"})
 
 
 def bearer_token(scope: Scope) -> bytes | None:
@@ -45,16 +47,23 @@ class Tenants:
             mapping in place.
         isolation: ``tenant`` gives each key its own cache namespace, ``off`` shares one; None is
             ``tenant`` with keys, even with one key, because a reload may add more.
+        operator_keys: read every tenant's part of ``OPERATOR_PATHS``, and nothing else.
     """
 
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     isolation: Literal["off", "tenant"] | None = None
     _secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
+    operator_keys: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def are_isolated(self) -> bool:
         """Whether each tenant has its own cache namespace."""
         return bool(self.keys) if self.isolation is None else self.isolation == "tenant"
+
+    def is_operator(self, token: bytes) -> bool:
+        """Whether a key is an operator's; every key is compared, each in constant time."""
+        matches = [hmac.compare_digest(token, key.encode()) for key in self.operator_keys]
+        return any(matches)
 
     def namespace(self, tenant: str, cache_salt: str | None) -> str:
         """Return the namespace below the public prefix that a request uses; "" is shared by all.
@@ -80,6 +89,7 @@ class AuthMiddleware:
 
     def __init__(self, app: ASGIApp, tenants: Tenants, root_path: str) -> None:
         self._app = app
+        self._tenants = tenants
         self._keys = tenants.keys
         self._root_path = root_path
 
@@ -92,6 +102,17 @@ class AuthMiddleware:
             return
         token = bearer_token(scope)
         tenant = tenant_of_key(token, self._keys) if token else None
+        if token and self._tenants.is_operator(token):
+            if scope["path"].removeprefix(self._root_path) not in OPERATOR_PATHS:
+                error = ApiError(
+                    403,
+                    "An operator's key reads metrics and the dashboard alone",
+                    code="operator_key",
+                )
+                await error.response()(scope, receive, send)
+                return
+            request_info(scope).is_operator = True
+            tenant = ""
         if tenant is None:
             message = "Incorrect API key provided" if token else "You didn't provide an API key"
             error = ApiError(401, message, code="invalid_api_key")
@@ -99,4 +120,5 @@ class AuthMiddleware:
             await error.response()(scope, receive, send)
             return
         request_info(scope).tenant = tenant
+        tenant_context.set(tenant)
         await self._app(scope, receive, send)

@@ -26,6 +26,7 @@ class RequestInfo:
     request_id: str
     started: float
     tenant: str = ""
+    is_operator: bool = False
     headers: dict[str, str] = field(default_factory=dict)
 
     def name_ignored_fields(self, paths: list[str]) -> None:
@@ -52,6 +53,11 @@ def request_info(scope: Scope) -> RequestInfo:
     info = scope[_SCOPE_KEY]
     assert isinstance(info, RequestInfo)
     return info
+
+
+def has_request_info(scope: Scope) -> bool:
+    """Whether the request came through ``RequestInfoMiddleware``; the admin port has none."""
+    return _SCOPE_KEY in scope
 
 
 class RequestInfoMiddleware:

@@ -81,10 +81,9 @@ class ChatPrompter:
         body: ChatCompletionRequest,
         settings: Settings,
         text: TextService,
+        template: ChatTemplate | RequestTemplate,
         tools: list[dict[str, Any]] | None,
     ) -> None:
-        if body.chat_template is not None and not settings.trust_request_chat_template:
-            raise invalid("chat_template is not accepted by this server", "chat_template")
         if body.add_special_tokens:
             raise invalid("The chat template writes special tokens itself", "add_special_tokens")
         continues = bool(body.continue_final_message)
@@ -92,7 +91,7 @@ class ChatPrompter:
             raise invalid(
                 "continue_final_message excludes add_generation_prompt", "continue_final_message"
             )
-        self._template: ChatTemplate | RequestTemplate = text.chat_template(body.chat_template)
+        self._template = template
         self._body = body
         self._text = text
         self._tools = tools

@@ -38,7 +38,10 @@ async def prepare_chat(
     """
     _check_fields(body)
     tools = plan_tools(body, tool_format(context.settings.tool_call_parser, context.text.template))
-    prompter = ChatPrompter(body, context.settings, context.text, tools.prompt_tools)
+    if body.chat_template is not None and not context.settings.trust_request_chat_template:
+        raise invalid("chat_template is not accepted by this server", "chat_template")
+    template = await context.text.chat_template(body.chat_template)
+    prompter = ChatPrompter(body, context.settings, context.text, template, tools.prompt_tools)
     info.name_repairs(prompter.repairs)
     return PreparedChat(body, context, tools, prompter, await prompter.encode())
 

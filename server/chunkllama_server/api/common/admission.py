@@ -19,7 +19,11 @@ _RETRY_AFTER = 2
 
 
 class ChargedEngine:
-    """An engine that takes at most ``max_sequences`` at once; an idle one takes any request."""
+    """An engine that takes requests until ``max_sequences`` are running or waiting.
+
+    The last one taken may exceed the limit: were it refused for its size, small requests would fill
+    what is left and wait behind the large ones without end.
+    """
 
     def __init__(self, engine: EngineClient, max_sequences: int) -> None:
         self._engine = engine
@@ -41,10 +45,10 @@ class ChargedEngine:
             OverloadedError: before the engine sees the request.
         """
         charge = max(request.sampling.num_sequences, request.sampling.beam_width)
-        if self.num_sequences and self.num_sequences + charge > self._max_sequences:
+        if self.num_sequences >= self._max_sequences:
             raise OverloadedError(
-                f"{self.num_sequences} sequences are running or waiting and the request asks for "
-                f"{charge}; the server takes {self._max_sequences}",
+                f"{self.num_sequences} sequences are running or waiting, the server takes "
+                f"{self._max_sequences}",
                 _RETRY_AFTER,
             )
         self.num_sequences += charge

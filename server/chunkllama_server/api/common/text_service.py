@@ -7,13 +7,12 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from typing import Any, TypeVar
 
 from chunkllama.text.chat_template import ChatTemplate
 from chunkllama.text.template_capabilities import TemplateCapabilities
 from chunkllama.text.tokenizer import Tokenizer
-from chunkllama_server.transport.errors import invalid, unavailable
+from chunkllama_server.transport.errors import ApiError, invalid, unavailable
 
 T = TypeVar("T")
 MAX_TEMPLATE_CHARS = 64 * 1024
@@ -23,33 +22,26 @@ Message = dict[str, Any]
 
 
 class RequestTemplate:
-    """A template that a request brought, compiled where it is used: in the worker thread.
+    """A template that a request brought: compiled, probed and run in a worker thread alone.
 
     Args:
         source: its text.
-        make: compiles it.
+        compiled: the template, which is not to be used on the event loop.
+        capabilities: what it can express.
     """
 
-    def __init__(self, source: str, make: Callable[[str], ChatTemplate]) -> None:
+    def __init__(
+        self, source: str, compiled: ChatTemplate, capabilities: TemplateCapabilities
+    ) -> None:
         self.source = source
-        self._make = make
-
-    @property
-    def capabilities(self) -> TemplateCapabilities:
-        return self._compiled.capabilities
+        self.capabilities = capabilities
+        self._compiled = compiled
 
     def encode(self, messages: list[Message], **options: Any) -> list[int]:
         return self._compiled.encode(messages, **options)
 
     def render(self, messages: list[Message], **options: Any) -> str:
         return self._compiled.render(messages, **options)
-
-    @cached_property
-    def _compiled(self) -> ChatTemplate:
-        try:
-            return self._make(self.source)
-        except Exception as error:  # what an untrusted template raises is not foreseeable
-            raise invalid(f"The template cannot be used: {error}", "chat_template") from None
 
 
 class TextService:
@@ -97,7 +89,9 @@ class TextService:
                 return work()
             finally:
                 self._is_quick = time.thread_time() - started < _SLOW_SECONDS
-        pool = self._template_pool if is_foreign else self._pool
+        return await self._run_in(self._template_pool if is_foreign else self._pool, work)
+
+    async def _run_in(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         future = asyncio.get_running_loop().run_in_executor(pool, work)
         try:
             async with asyncio.timeout(self._time_limit):
@@ -114,23 +108,35 @@ class TextService:
             ),
         )
 
-    def chat_template(self, override: str | None = None) -> ChatTemplate | RequestTemplate:
-        """The model's template, or the one a trusted client sent.
+    async def chat_template(self, override: str | None = None) -> ChatTemplate | RequestTemplate:
+        """Return the model's template, or the one a trusted client sent.
 
         Raises:
-            ApiError: the model has none.
+            ApiError: the model has none, or the client's cannot be used.
         """
-        if override is not None:
-            assert self._make_template is not None, "templates from requests are not set up"
-            if len(override) > MAX_TEMPLATE_CHARS:
-                raise invalid(
-                    f"chat_template has {len(override)} characters; at most {MAX_TEMPLATE_CHARS}",
-                    "chat_template",
-                )
-            return RequestTemplate(override, self._make_template)
-        if self.template is None:
-            raise invalid("This model has no chat template; use /v1/completions", "messages")
-        return self.template
+        if override is None:
+            if self.template is None:
+                raise invalid("This model has no chat template; use /v1/completions", "messages")
+            return self.template
+        make = self._make_template
+        assert make is not None, "templates from requests are not set up"
+        if len(override) > MAX_TEMPLATE_CHARS:
+            raise invalid(
+                f"chat_template has {len(override)} characters; at most {MAX_TEMPLATE_CHARS}",
+                "chat_template",
+            )
+
+        def compile_and_probe() -> RequestTemplate:
+            compiled = make(override)
+            compiled.check()
+            return RequestTemplate(override, compiled, compiled.capabilities)
+
+        try:
+            return await self._run_in(self._template_pool, compile_and_probe)
+        except ApiError:
+            raise
+        except Exception as error:  # what an untrusted template raises is not foreseeable
+            raise invalid(f"The template cannot be used: {error}", "chat_template") from None
 
     def close(self) -> None:
         for pool in (self._pool, self._template_pool):
