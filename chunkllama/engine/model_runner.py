@@ -261,7 +261,7 @@ class ModelRunner:
                 sampled.failed[piece.slot] = "model_nan"
 
 
-def load_executor(
+def load_executor(  # noqa: PLR0913
     *,
     model_path: Path,
     device: str,
@@ -273,7 +273,7 @@ def load_executor(
     isa_level: str = "auto",
     weights: Quantization = "auto",
 ) -> ModelRunner:
-    """A model folder's executor, its pool allocated.
+    """Load a model folder's executor and allocate its pool.
 
     Args:
         dtype: as ``resolve_dtype`` returns it.

@@ -49,7 +49,7 @@ def test_a_level_that_the_cpu_lacks_is_refused_by_name(
     backend: BackendName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_backend, "available_levels", lambda: LEVELS[-2:])
-    with pytest.raises(ConfigError, match="isa_level: this CPU lacks amx; use auto .* avx2, base"):
+    with pytest.raises(ConfigError, match=r"isa_level: this CPU lacks amx; use auto .* avx2, base"):
         select(isa_level="amx", backend=backend)
 
 

@@ -238,8 +238,11 @@ class ServerMetrics:
         return {"tenant": tenant if tenant in self._tenants else "other"}
 
     def render(self, tenant: str | None = None) -> bytes:
-        """Return the metrics in the Prometheus text format, without the series of tenants other than ``tenant``;
-        None is the operator's view."""
+        """Return the metrics in the Prometheus text format.
+
+        Args:
+            tenant: leaves out the series of other tenants; None is the operator's view.
+        """
         own = self.registry if tenant is None else TenantView(self.registry, tenant)
         text = generate_latest(own)
         return text if self._also is None else text + generate_latest(self._also)
