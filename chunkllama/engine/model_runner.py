@@ -67,7 +67,7 @@ class ModelRunner:
         self._compile_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-compile")
 
     def prepare(self, sampling: SamplingParams) -> Future[None] | None:
-        """Compile the request's grammar in a thread, unless it is at hand.
+        """Compile the request's grammar in a thread, unless it is compiled.
 
         The very first also reads the vocabulary, which stops all others for a quarter of a second.
         """

@@ -53,7 +53,7 @@ class ReplayState:
         return len(self.ended) < len(self.delivered)
 
     def record(self, delta: TokenDelta) -> None:
-        """Record what the client gets; after a replay, correct the delta's report of the past."""
+        """Record what the client gets; after a replay, correct the past tokens of the delta."""
         if delta.error is not None:
             self.ended = set(range(len(self.delivered)))
             return
