@@ -83,7 +83,7 @@ async def _end(starting: asyncio.Task[SupervisedEngineClient]) -> None:
 
 
 def bind(host: str, port: int, key: str) -> socket.socket:
-    """A bound socket, not yet listening: the port is ours, and nobody is kept waiting on it.
+    """A bound socket, not yet listening: the port is reserved, and no client can connect yet.
 
     Raises:
         ConfigError: the port is taken or privileged, or the host is not of this machine.

@@ -38,7 +38,7 @@ class DrainingServer(uvicorn.Server):
         self._deadline: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain. Second: stop now."""
+        """Drain at the first signal; exit immediately at the second."""
         if self._deadline is not None:
             self.should_exit = self.force_exit = True
             return
@@ -47,7 +47,7 @@ class DrainingServer(uvicorn.Server):
         context.lifecycle.draining = True
         if self.server_state.tasks:
             logger.info(
-                "%s: finishing %d live requests within %g s; again to stop now",
+                "%s: finishing %d live requests within %g s; send it again to exit immediately",
                 signal.Signals(sig).name,
                 len(self.server_state.tasks),
                 self._drain_seconds,
