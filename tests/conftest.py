@@ -6,11 +6,14 @@ from every test module.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import zlib
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -19,19 +22,24 @@ import pytest
 SEED = int(os.environ.pop("CHUNKLLAMA_TEST_SEED", "0"))
 
 
-def _make_importable(name: str, path: Path) -> None:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    loader = importlib.util.LazyLoader(spec.loader)
-    spec.loader = loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    loader.exec_module(module)
+class _Helpers(MetaPathFinder):
+    """Finds helper modules of tests by name.
+
+    They are loaded when a test imports them: the tests of the server must not import torch through
+    this file, and ``inspect``, which torch uses while it is imported, loads lazy modules.
+    """
+
+    paths: ClassVar[dict[str, Path]] = {
+        "attention_plans": Path(__file__).parent / "attention" / "plans.py",
+        "hostile_files": Path(__file__).parent / "models" / "hostile_files.py",
+    }
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        found = self.paths.get(fullname)
+        return None if found is None else spec_from_file_location(fullname, found)
 
 
-# Lazy: the tests of the server must not import torch through this file.
-_make_importable("attention_plans", Path(__file__).parent / "attention" / "plans.py")
-_make_importable("hostile_files", Path(__file__).parent / "models" / "hostile_files.py")
+sys.meta_path.append(_Helpers())
 
 
 def pytest_report_header() -> str:
