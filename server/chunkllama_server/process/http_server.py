@@ -170,7 +170,7 @@ def _uvicorn_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
         AccessLog(app),
         http=make_protocol(limits),
-        backlog=min(_BACKLOG, limits.reserved_connections * 4),
+        backlog=_BACKLOG,
         ws="none",
         loop="asyncio",
         lifespan="on",
