@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
-from chunkllama_server.api.schema.chat import ChatCompletionChunk
+from chunkllama_server.api.schema.chat_response import ChatCompletionChunk
 from chunkllama_server.api.schema.completions import Completion
 from chunkllama_server.api.schema.errors import ErrorBody
 from chunkllama_server.api.schema.response_object import ResponseEvent

@@ -12,12 +12,12 @@ from typing import cast
 from chunkllama.text.output_processor import OutputDelta
 from chunkllama_server.api.common.logprobs import LogprobFormatter
 from chunkllama_server.api.common.request_stream import RequestStream
-from chunkllama_server.api.schema.chat import (
+from chunkllama_server.api.schema.chat import ChatCompletionRequest
+from chunkllama_server.api.schema.chat_response import (
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
     ChatCompletionChunk,
-    ChatCompletionRequest,
     ChatDelta,
     ChatLogprobs,
     FinishReason,

@@ -12,11 +12,8 @@ from chunkllama_server.api.chat.response import ChatAnswer
 from chunkllama_server.api.common.context import Context
 from chunkllama_server.api.common.logprobs import LogprobFormatter
 from chunkllama_server.api.openapi import answers
-from chunkllama_server.api.schema.chat import (
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatCompletionRequest,
-)
+from chunkllama_server.api.schema.chat import ChatCompletionRequest
+from chunkllama_server.api.schema.chat_response import ChatCompletion, ChatCompletionChunk
 from chunkllama_server.transport.body import JsonRoute, json_response
 from chunkllama_server.transport.sse import SseResponse, unless_disconnected
 

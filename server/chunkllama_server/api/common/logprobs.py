@@ -8,7 +8,7 @@ from typing import Any, cast
 from chunkllama.messages import TokenLogprob
 from chunkllama.text.detokenizer import IncrementalDetokenizer
 from chunkllama.text.tokenizer import Tokenizer
-from chunkllama_server.api.schema.chat import ChatLogprobs, ChatTokenLogprob, PromptLogprob
+from chunkllama_server.api.schema.chat_response import ChatLogprobs, ChatTokenLogprob, PromptLogprob
 from chunkllama_server.api.schema.completions import CompletionLogprobs
 
 # JSON has no -Infinity; OpenAI reports -9999 for an impossible token.

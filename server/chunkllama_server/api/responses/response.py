@@ -13,12 +13,8 @@ from chunkllama.text.output_processor import OutputDelta
 from chunkllama_server.api.chat.response import whole_calls
 from chunkllama_server.api.common.logprobs import LogprobFormatter
 from chunkllama_server.api.common.request_stream import RequestStream
-from chunkllama_server.api.schema.chat import (
-    CalledFunction,
-    ChatMessage,
-    ChatTokenLogprob,
-    MessageToolCall,
-)
+from chunkllama_server.api.schema.chat import CalledFunction, ChatMessage, MessageToolCall
+from chunkllama_server.api.schema.chat_response import ChatTokenLogprob
 from chunkllama_server.api.schema.response_object import (
     OutputFunctionCall,
     OutputItem,

@@ -8,7 +8,8 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from chunkllama_server.api.schema.base import MAX_TOKENS, SamplingFields, TokenIds
-from chunkllama_server.api.schema.chat import PromptLogprob, ResponseFormat
+from chunkllama_server.api.schema.chat import ResponseFormat
+from chunkllama_server.api.schema.chat_response import PromptLogprob
 from chunkllama_server.api.schema.usage import CompletionUsage
 
 PromptIds = Annotated[TokenIds, Field(min_length=1, max_length=2**20)]
