@@ -97,7 +97,7 @@ def test_unusable_sampling_defaults_are_left_out_with_a_warning(
         ({"max_position_embeddings": 2**31 - 1}, "max_position_embeddings"),
         ({"head_dim": 2**20}, "head_dim"),
         ({"hidden_size": 10**400}, "hidden_size"),
-        ({"architectures": 5}, "wrong type"),
+        ({"architectures": 5}, "unsupported architecture 5"),
         ({"num_hidden_layers": "a" * 100_000}, "num_hidden_layers"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor"),
         ({"rope_scaling": {"rope_type": "yarn", "mscale": "x"}}, "mscale"),

