@@ -80,7 +80,7 @@ def test_a_tenant_reads_no_other_tenants_metrics(guarded) -> None:
     assert 'tenant="alpha"' in texts["ka"] and "beta" not in texts["ka"]
     assert 'tenant="beta"' in texts["kb"] and "alpha" not in texts["kb"]
     assert 'tenant="alpha"' in texts["ko"] and 'tenant="beta"' in texts["ko"]
-    assert all("chunkllama_kv_chunks_total" in text for text in texts.values())
+    assert all("chunkllama_kv_chunks_capacity" in text for text in texts.values())
 
 
 def test_only_an_operator_sees_every_node(guarded) -> None:

@@ -116,7 +116,8 @@ def test_grammars_no_engine_could_run_are_400(client, model, grammar):
         client.chat.completions.create(
             model=model, messages=FRANCE, extra_body={"structured_outputs": grammar}
         )
-    assert caught.value.code == "invalid_grammar"
+    # The compiler's own limit or the time limit, whichever this machine reaches first.
+    assert caught.value.code in ("invalid_grammar", "grammar_too_complex")
 
 
 def test_forced_tool_call(client, model):
