@@ -74,7 +74,9 @@ def _known_flags(chunkllama) -> set[str]:
     commands = (["serve"], ["bench", "serve"], ["health"], ["config", "show"], ["models"])
     known = {"--config", "--help"}
     for command in commands:
-        known |= set(re.findall(r"--[a-z][a-z-]+", chunkllama(*command, "--help", COLUMNS="160").stdout))
+        known |= set(
+            re.findall(r"--[a-z][a-z-]+", chunkllama(*command, "--help", COLUMNS="160").stdout)
+        )
     return known
 
 

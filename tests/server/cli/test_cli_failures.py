@@ -12,7 +12,8 @@ import pytest
 def refused(result, pattern: str) -> None:
     """Exit code 2 and, apart from log lines before it, one line with the reason."""
     assert result.returncode == 2, result.stderr
-    errors = [line for line in result.stderr.splitlines() if not {"INFO", "WARNING"} & set(line.split())]
+    lines = result.stderr.splitlines()
+    errors = [line for line in lines if not {"INFO", "WARNING"} & set(line.split())]
     assert len(errors) == 1, result.stderr
     assert errors[0].startswith("chunkllama: error: ")
     assert re.search(pattern, errors[0]), errors[0]
