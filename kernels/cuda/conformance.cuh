@@ -1,5 +1,5 @@
 // Every wrapper of the device layer once, on given inputs: run on a GPU and compared with the
-// emulator's stored answers (benchmarks/gpu.py check), this shows that the PTX and its CPU twin
+// emulator's stored answers (benchmarks/gpu.py check), this shows that PTX and emulation
 // mean the same.
 #pragma once
 #include "device.cuh"

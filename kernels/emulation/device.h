@@ -1,9 +1,9 @@
-// The CPU twin of cuda/device.cuh: the same names with the same meaning, on fibers.
+// The CPU counterpart of cuda/device.cuh: the same names with the same meaning, on fibers.
 //
-// Where the hardware would forgive or race, the twin is strict: an asynchronous copy poisons its
-// destination with NaN when it is issued and lands only at the wait that covers it; addresses must
-// be aligned and inside shared memory. Counted: bytes of asynchronous copies, of 16-byte loads and
-// stores, bank conflicts of every ldmatrix, mma.
+// Where the hardware tolerates an error or races, the emulation is strict: an asynchronous copy
+// poisons its destination with NaN when it is issued and lands only at the wait that covers it;
+// addresses must be aligned and inside shared memory. Counted: bytes of asynchronous copies, of
+// 16-byte loads and stores, bank conflicts of every ldmatrix, mma.
 #pragma once
 #include <cmath>
 
