@@ -14,7 +14,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from chunkllama_server.api.schema import (
-    chat,
+    chat_response,
     completions,
     embeddings,
     models,
@@ -28,12 +28,12 @@ CALL = [{"role": "user", "content": 'say(<tool_call>{"name": "f"}</tool_call>)ya
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 FLAT_TOOL = {"type": "function", "name": "f"}
 ANSWERS = [
-    (CHAT, {"messages": HELLO}, chat.ChatCompletion, ChatCompletion),
+    (CHAT, {"messages": HELLO}, chat_response.ChatCompletion, ChatCompletion),
     (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 2, "n": 2, "stop": "i",
             "return_token_ids": True, "prompt_logprobs": 1, "metadata": {"a": "b"}},
-     chat.ChatCompletion, ChatCompletion),
-    (CHAT, {"messages": CALL, "tools": [TOOL]}, chat.ChatCompletion, ChatCompletion),
-    (CHAT, {"messages": CALL, "functions": [TOOL["function"]]}, chat.ChatCompletion,
+     chat_response.ChatCompletion, ChatCompletion),
+    (CHAT, {"messages": CALL, "tools": [TOOL]}, chat_response.ChatCompletion, ChatCompletion),
+    (CHAT, {"messages": CALL, "functions": [TOOL["function"]]}, chat_response.ChatCompletion,
      ChatCompletion),
     (TEXT, {"prompt": "say(hi)yas", "logprobs": 2, "stop": ["i"], "return_token_ids": True,
             "prompt_logprobs": 1}, completions.Completion, Completion),
@@ -56,9 +56,10 @@ ANSWERS = [
 STREAMS = [
     (CHAT, {"messages": HELLO, "stream_options": {"include_usage": True}, "logprobs": True,
             "return_token_ids": True, "stop": "i", "n": 2},
-     chat.ChatCompletionChunk, ChatCompletionChunk),
-    (CHAT, {"messages": CALL, "tools": [TOOL]}, chat.ChatCompletionChunk, ChatCompletionChunk),
-    (CHAT, {"messages": CALL, "functions": [TOOL["function"]]}, chat.ChatCompletionChunk,
+     chat_response.ChatCompletionChunk, ChatCompletionChunk),
+    (CHAT, {"messages": CALL, "tools": [TOOL]}, chat_response.ChatCompletionChunk,
+     ChatCompletionChunk),
+    (CHAT, {"messages": CALL, "functions": [TOOL["function"]]}, chat_response.ChatCompletionChunk,
      ChatCompletionChunk),
     # Nor the finish_reason null of a streamed completion.
     (TEXT, {"prompt": ["say(hi)yas", "b"], "logprobs": 1, "return_token_ids": True,
