@@ -29,9 +29,11 @@ def run(arguments: list[str]) -> int:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # plain help: rich's columns cut long flags at 80 characters
+        context_settings={"help_option_names": ["-h", "--help"]},
         help="LLM serving for many tenants that share prompts.",
     )
-    app.callback()(lambda: None)
+    app.callback()(_options)
     try:
         for name in asked or _COMMANDS:
             _COMMANDS[name](app)
@@ -43,8 +45,28 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's usage errors have it
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+            print(error.format_message())
+            return 0
         return _fail(error.format_message())
     return result if isinstance(result, int) else 0
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        print(__version__)
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def _fail(message: str) -> int:
@@ -85,10 +107,14 @@ def default_url(environ: os._Environ[str] | dict[str, str]) -> str:
 
 
 def _add_serve(app: typer.Typer) -> None:
-    from chunkllama_server.config.flags import load_from_flags, with_setting_flags
+    from chunkllama_server.config.flags import (
+        GroupedCommand,
+        load_from_flags,
+        with_setting_flags,
+    )
     from chunkllama_server.config.settings import Settings
 
-    @app.command()
+    @app.command(cls=GroupedCommand)
     @with_setting_flags
     def serve(**flags: object) -> int:
         """Serve a model over an OpenAI-compatible HTTP API."""
@@ -105,7 +131,12 @@ def _add_serve(app: typer.Typer) -> None:
 
 
 def _add_config(app: typer.Typer) -> None:
-    from chunkllama_server.config.flags import load_from_flags, show_settings, with_setting_flags
+    from chunkllama_server.config.flags import (
+        GroupedCommand,
+        load_from_flags,
+        show_settings,
+        with_setting_flags,
+    )
 
     group = typer.Typer(no_args_is_help=True, help="Show the configuration.")
 
@@ -113,7 +144,7 @@ def _add_config(app: typer.Typer) -> None:
     def config() -> None:
         pass
 
-    @group.command()
+    @group.command(cls=GroupedCommand)
     @with_setting_flags
     def show(**flags: object) -> None:
         """Print the value and origin of every setting; starts nothing."""

@@ -12,11 +12,28 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from chunkllama.config import RENAMED_KEYS
 from chunkllama_server.config.settings import Loaded, Settings, load_settings
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose ``--help`` lists the flags by group, complete at any terminal width."""
+
+    def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Write one section per ``rich_help_panel``."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                title = getattr(parameter, "rich_help_panel", None) or "General"
+                groups.setdefault(title, []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 def with_setting_flags(command: F) -> F:
@@ -79,8 +96,9 @@ def _setting(key: str, field: FieldInfo, title: str) -> inspect.Parameter:
         text += f" [default: {default}]"
     if isinstance(field.default, bool):
         return _parameter(key, bool | None, text, title, None)
-    options = choices(field.annotation)
-    metavar = "|".join(map(str, options)) if options else _metavar(key, field)
+    if options := choices(field.annotation):
+        text += f" [{'|'.join(map(str, options))}]"
+    metavar = "NAME" if options else _metavar(key, field)
     kind: Any = list[str] | None if "tuple" in str(field.annotation) else str | None
     return _parameter(key, kind, text, title, metavar)
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from chunkllama import __version__
+from chunkllama_server.config.flags import choices
+from chunkllama_server.config.settings import Settings
 
 
 def test_version_and_help(chunkllama):
@@ -14,6 +18,28 @@ def test_version_and_help(chunkllama):
     for command in ("serve", "bench", "health", "config", "version", "models"):
         assert command in listed
     assert "--num-chunks" in chunkllama("serve", "--help").stdout
+
+
+def test_version_and_help_as_flags(chunkllama):
+    assert chunkllama("--version").stdout.strip() == __version__
+    for arguments in ((), ("-h",)):
+        result = chunkllama(*arguments)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout == chunkllama("--help").stdout
+    assert chunkllama("config").stdout == chunkllama("config", "-h").stdout
+
+
+@pytest.mark.parametrize("command", [("serve",), ("config", "show")])
+def test_help_is_complete_in_a_narrow_terminal(chunkllama, command):
+    listed = chunkllama(*command, "-h", COLUMNS="60").stdout
+    words = set(listed.split())
+    for group in Settings.groups:
+        assert f"\n{group.__name__.removesuffix('Config')}:\n" in listed
+        for key, field in group.model_fields.items():
+            assert f"--{key.replace('_', '-')}" in words
+            if options := choices(field.annotation):
+                assert "|".join(map(str, options)) in "".join(listed.split())
+    assert "…" not in listed
 
 
 def test_unknown_commands_are_one_line(chunkllama):
