@@ -48,6 +48,20 @@ class OverloadedError(ChunkLlamaError):
         self.retry_after = retry_after
 
 
+class DeadlineError(ChunkLlamaError):
+    """A request waited or ran longer than the server allows.
+
+    Args:
+        message: one line with the limit.
+        code: ``queue_timeout`` (HTTP 503) before its first token, else ``deadline`` (HTTP 504).
+    """
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+
+
 class EngineDeadError(ChunkLlamaError):
     """The engine process has ended and the request cannot be continued (HTTP 503)."""
 

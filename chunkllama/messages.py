@@ -137,9 +137,10 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="engine_stats"):
     """A snapshot of the engine's counters (monotonic, since its start) and gauges.
 
     ``batch_size`` counts sequences of a step. Of ``prefix_tokens_hit_total``, the ``public`` ones
-    lay in the part of the tree that everyone matches.
+    lay in the part of the tree that everyone matches. ``is_pushed``: the step loop sent it unasked.
     """
 
+    is_pushed: bool = False
     steps_total: int = 0
     requests_running: int = 0
     requests_waiting: int = 0

@@ -1,7 +1,7 @@
 """What every test stands on: one printed seed, and markers that say what was not run.
 
-``attention_plans`` (tests/attention/plans.py) and ``hostile_files`` (tests/models) are importable
-from every test module.
+``attention_plans`` (tests/attention/plans.py), ``hostile_files`` (tests/models) and
+``tiny_model`` are importable from every test module.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class _Helpers(MetaPathFinder):
     paths: ClassVar[dict[str, Path]] = {
         "attention_plans": Path(__file__).parent / "attention" / "plans.py",
         "hostile_files": Path(__file__).parent / "models" / "hostile_files.py",
+        "tiny_model": Path(__file__).parent / "tiny_model.py",
     }
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:

@@ -9,6 +9,7 @@ import asyncio
 import queue
 import random
 import secrets
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -105,18 +106,42 @@ def as_exception(error: EngineErrorInfo) -> Exception:
     return RequestFailedError(error.message, error.code or "engine_error")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Stream:
-    """A request that is being answered; ``unfinished`` are the choices that have not ended."""
+    """A request that is being answered.
+
+    Attributes:
+        unfinished: choices that have not ended.
+        backlog: tokens and log-probability entries that wait in ``inbox``.
+    """
 
     state: ReplayState
     inbox: asyncio.Queue[TokenDelta | EngineDeadError]
     unfinished: set[int]
     is_beam_search: bool
+    backlog: int = 0
+    overflowed: bool = False
+
+
+def num_entries(delta: TokenDelta) -> int:
+    """What a delta adds to a stream's backlog."""
+    return sum(
+        len(choice.token_ids)
+        if choice.logprobs is None
+        else sum(1 + len(entry.top) for entry in choice.logprobs)
+        for choice in delta.choices
+    )
 
 
 class MessageClient(ABC):
-    """An EngineClient over a stream of messages: each delta goes to the request that waits."""
+    """An EngineClient over a stream of messages: each delta goes to the request that waits.
+
+    Attributes:
+        draw_seed: makes the seed of a request without one.
+        on_stats: called with each snapshot that the step loop sends unasked.
+        max_backlog: tokens and log-probability entries that may wait for one caller of
+            ``generate``; beyond, its request fails.
+    """
 
     def __init__(self) -> None:
         self._streams: dict[str, Stream] = {}
@@ -124,6 +149,8 @@ class MessageClient(ABC):
         self._info: EngineReady | None = None
         self._dead: EngineDeadError | None = None
         self.draw_seed = seed_source(None)
+        self.on_stats: Callable[[EngineStats], None] = lambda _: None
+        self.max_backlog = sys.maxsize
 
     @abstractmethod
     def _send(self, message: ToEngine) -> None: ...
@@ -134,7 +161,28 @@ class MessageClient(ABC):
 
     def _deliver(self, stream: Stream, delta: TokenDelta) -> None:
         """Hand a delta to the caller of ``generate``."""
+        if stream.overflowed:
+            return
+        stream.backlog += num_entries(delta)
+        if stream.backlog > self.max_backlog:
+            delta = self._overflow(stream)
         stream.inbox.put_nowait(delta)
+
+    def _overflow(self, stream: Stream) -> TokenDelta:
+        """Drop what waits for a caller that is too slow; returns the failure it gets instead."""
+        request_id = stream.state.request.request_id
+        self._send(AbortRequest(request_id=request_id))
+        stream.overflowed = True
+        while not stream.inbox.empty():
+            stream.inbox.get_nowait()
+        info = EngineErrorInfo(
+            kind="failed",
+            message=f"the client reads too slowly: {stream.backlog} tokens wait for it",
+            code="slow_reader",
+        )
+        failed = TokenDelta(request_id=request_id, choices=[], error=info)
+        stream.state.record(failed)
+        return failed
 
     def _forget(self, stream: Stream) -> None:
         """The caller of ``generate`` has left."""
@@ -171,6 +219,7 @@ class MessageClient(ABC):
                 if delta.error is not None:
                     unfinished.clear()
                     raise as_exception(delta.error)
+                stream.backlog -= num_entries(delta)
                 # a choice aborted here may still have had tokens in transit
                 delta.choices = [c for c in delta.choices if c.index in unfinished]
                 unfinished -= {c.index for c in delta.choices if c.finish_reason is not None}
@@ -206,6 +255,8 @@ class MessageClient(ABC):
                     stream = self._streams.get(message.request_id)
                     if stream is not None:
                         self._deliver(stream, message)
+                case EngineStats(is_pushed=True):
+                    self.on_stats(message)
                 case EngineStats():
                     waiter = self._stats_waiters.popleft()
                     if not waiter.done():

@@ -5,12 +5,14 @@ One loop, one thread, no I/O of its own.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Protocol
 
 from chunkllama.engine.executor import Executor
+from chunkllama.engine.faults import Faults
 from chunkllama.engine.journal import StepJournal
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.logger import init_logger
@@ -35,6 +37,7 @@ from chunkllama.scheduler.scheduler import Scheduler
 logger = init_logger(__name__)
 
 _PREPARATION_POLL = 0.02  # seconds between looks at the inbox while all requests are prepared
+_PUSH_SECONDS = 0.5  # between two snapshots that a busy loop sends unasked
 
 
 class EngineCore:
@@ -50,6 +53,7 @@ class EngineCore:
 
     Attributes:
         journal: where the steps of a process of its own are noted; None elsewhere.
+        faults: failures that a test plants; None in service.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class EngineCore:
     ) -> None:
         self.info = info
         self.journal: StepJournal | None = None
+        self.faults: Faults | None = None
         self._scheduler = scheduler
         self._executor = executor
         self._clock = clock
@@ -71,6 +76,7 @@ class EngineCore:
         self._violations = 0
         self._request_of_slot: dict[int, str] = {}
         self._checked_at_step = 0
+        self._pushed_at = -math.inf
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request.
@@ -117,13 +123,19 @@ class EngineCore:
         started = self._clock()
         if self.journal is not None:
             self.journal.begin_step(self._requests_of(output))
+        if self.faults is not None:
+            self.faults.reach("step")
         sampled = self._executor.execute(output)
+        if self.faults is not None:
+            self.faults.reach("commit")
         deltas = self._scheduler.commit(output, sampled)
         if self.journal is not None:
             self.journal.end_step()
         self._steps += 1
         self._step_seconds.observe(self._clock() - started)
         self._batch_size.observe(len(output.slices))
+        if self.faults is not None:
+            self.faults.reach("send")
         return deltas
 
     def _requests_of(self, output: SchedulerOutput) -> list[str]:
@@ -152,6 +164,17 @@ class EngineCore:
         stats.invariant_violations = self._violations
         if include_tree:
             stats.tree = self._scheduler.tree()
+        return stats
+
+    def stats_to_push(self) -> EngineStats | None:
+        """A snapshot if the last one is ``_PUSH_SECONDS`` old: a step may take longer than anyone
+        waits for an answer."""
+        now = self._clock()
+        if now - self._pushed_at < _PUSH_SECONDS:
+            return None
+        self._pushed_at = now
+        stats = self.stats()
+        stats.is_pushed = True
         return stats
 
     def close(self) -> None:
@@ -184,6 +207,8 @@ def run_engine_loop(core: EngineCore, channel: EngineChannel) -> None:
             replies.extend(_handle(core, message))
         if core.has_work():
             replies.extend(core.step())
+            if (snapshot := core.stats_to_push()) is not None:
+                replies.append(snapshot)
         if replies:
             channel.send(replies)
 

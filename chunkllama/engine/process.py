@@ -22,6 +22,7 @@ import msgspec
 
 from chunkllama.config import EngineConfig
 from chunkllama.engine.client import MessageClient, seed_source
+from chunkllama.engine.faults import faults_from
 from chunkllama.engine.journal import StepJournal
 from chunkllama.errors import ChunkLlamaError, ConfigError, EngineDeadError
 from chunkllama.logger import configure_logging, init_logger
@@ -290,6 +291,7 @@ def main() -> int:
     from chunkllama.engine.core import run_engine_loop
 
     try:
+        faults = faults_from()
         core = build_engine(config)
     except ChunkLlamaError as error:
         channel.send([StartFailed(message=str(error))])
@@ -303,7 +305,7 @@ def main() -> int:
             ]
         )
         return 2
-    core.journal = StepJournal(journal)
+    core.journal, core.faults = StepJournal(journal), faults
     try:
         run_engine_loop(core, channel)
     except Exception:

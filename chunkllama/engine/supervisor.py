@@ -5,7 +5,8 @@ running step of two engine processes that ended, without a token between, is a s
 continued one at a time, and one that ends the process alone is failed.
 
     process ends or hangs -> kill, count the crash against the requests of the running step
-                          -> back off (only after processes that committed no step) -> start
+                          -> back off (only after processes that committed no step)
+                          -> start, or take the standby process, which has loaded its model
                           -> no suspects: submit every live request
                              suspects: submit one; when it gains a token, the next; then the others
 """
@@ -35,6 +36,8 @@ from chunkllama.messages import (
 
 logger = init_logger(__name__)
 
+Started = tuple[EngineProcess, list[FromEngine]]
+
 _SUSPECT_CRASHES = 2
 _MAX_BARREN = 5  # restarts without a committed step, within _BARREN_WINDOW seconds
 _BARREN_WINDOW = 600.0
@@ -50,17 +53,28 @@ class SupervisedEngineClient(MessageClient):
         config: of every process that is started.
         process: the first one.
         hang_seconds: without progress and processor time, this long is a hang.
+        standby: keep another process ready, with weights and pool of its own.
 
     Attributes:
         on_restarting: told True when the process has ended, and False when another one runs.
         on_death: called when restarting has been abandoned.
+        restarts, hangs, replays: processes restarted, those of them that hung, and requests
+            continued in another process, since the start.
     """
 
-    def __init__(self, config: EngineConfig, process: EngineProcess, hang_seconds: float) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        process: EngineProcess,
+        hang_seconds: float,
+        standby: bool = False,
+    ) -> None:
         super().__init__()
         self._config = config
         self._process = process
         self._hang_seconds = hang_seconds
+        self._keeps_spare = standby
+        self._spare: asyncio.Task[Started] | None = None
         self._is_up = True
         self._barren: deque[float] = deque()
         self._pins = PinRecords()
@@ -68,18 +82,27 @@ class SupervisedEngineClient(MessageClient):
         self._restores_pins: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self.restarts = 0
+        self.hangs = 0
+        self.replays = 0
         self.on_restarting: Callable[[bool], None] = lambda _: None
         self.on_death: Callable[[], None] = lambda: None
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, hang_seconds: float = 30.0
+        cls, config: EngineConfig, hang_seconds: float = 30.0, *, standby: bool = False
     ) -> SupervisedEngineClient:
-        """Spawn the engine and wait until its model is loaded; see ``EngineProcess.start``."""
+        """Spawn the engine and wait until its model is loaded; see ``EngineProcess.start``.
+
+        A standby process is spawned then; it does not delay the start.
+        """
         process, first = await EngineProcess.start(config)
-        client = cls(config, process, hang_seconds)
+        client = cls(config, process, hang_seconds, standby)
         client.draw_seed = seed_source(config.model.seed)
         client._dispatch(first)
+        # Requests were accepted for this pool; what is left of memory may be less by now.
+        cache = config.cache.model_copy(update={"num_chunks": client.info.num_chunks})
+        client._config = config.model_copy(update={"cache": cache})
+        client._start_spare()
         client._task = asyncio.create_task(client._supervise())
         return client
 
@@ -104,6 +127,12 @@ class SupervisedEngineClient(MessageClient):
             self._task.cancel()
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
+        if self._spare is not None:
+            self._spare.cancel()
+            (ended,) = await asyncio.gather(self._spare, return_exceptions=True)
+            if not isinstance(ended, BaseException):  # it had started
+                await ended[0].kill()
+                ended[0].close()
         self._fail_all(dead)
 
     # -- messages -----------------------------------------------------------------------------
@@ -162,6 +191,7 @@ class SupervisedEngineClient(MessageClient):
             reading.cancel()
             watching.cancel()
         if hung:
+            self.hangs += 1
             return f"the engine process made no progress for {self._hang_seconds:g} s"
         return f"the engine process has ended (exit code {code})"
 
@@ -211,6 +241,7 @@ class SupervisedEngineClient(MessageClient):
             self._barren.clear()
         else:
             self._barren.append(now)
+        self.replays += len(live)
         for stream in live:
             stream.state.submitted = False
             if stream.state.request.request_id in in_step:
@@ -230,13 +261,32 @@ class SupervisedEngineClient(MessageClient):
         )
         self._deliver(stream, TokenDelta(request_id=request_id, choices=[], error=error))
 
-    async def _restart(self) -> tuple[EngineProcess, list[FromEngine]] | None:
+    def _start_spare(self) -> None:
+        if self._keeps_spare:
+            self._spare = asyncio.create_task(EngineProcess.start(self._config))
+
+    async def _take_spare(self) -> Started | None:
+        """The standby process, if it has not ended."""
+        spare, self._spare = self._spare, None
+        if spare is None:
+            return None
+        try:
+            process, first = await spare
+        except ConfigError as error:
+            logger.error("the standby process did not start: %s", error)
+            return None
+        if process.child.poll() is None:
+            return process, first
+        process.close()
+        return None
+
+    async def _restart(self) -> Started | None:
         """Another engine process, or None after too many that did nothing."""
         while len(self._barren) <= _MAX_BARREN:
             if self._barren:
                 await asyncio.sleep(min(2.0 ** (len(self._barren) - 1), _MAX_BACK_OFF))
             try:
-                return await EngineProcess.start(self._config)
+                return await self._take_spare() or await EngineProcess.start(self._config)
             except ConfigError as error:
                 logger.error("the engine process cannot be restarted: %s", error)
                 self._barren.append(time.monotonic())
@@ -246,6 +296,7 @@ class SupervisedEngineClient(MessageClient):
         self._process = process
         self._is_up = True
         self._dispatch(first)
+        self._start_spare()
         logger.info("the engine process runs again")
         self.on_restarting(False)
         self._submit_waiting()

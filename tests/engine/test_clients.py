@@ -16,7 +16,12 @@ import pytest
 from chunkllama.config import EngineConfig
 from chunkllama.engine.client import InProcessEngineClient, MessageClient
 from chunkllama.engine.process import ProcessEngineClient
-from chunkllama.errors import ConfigError, EngineDeadError, InvalidRequestError
+from chunkllama.errors import (
+    ConfigError,
+    EngineDeadError,
+    InvalidRequestError,
+    RequestFailedError,
+)
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
 
@@ -98,6 +103,41 @@ def test_leaving_a_stream_frees_its_chunks(open_client) -> None:
             stats = await client.stats()
             assert stats.chunks_private == stats.chunks_referenced == 0
             assert stats.generation_tokens_total < 400
+
+    asyncio.run(scenario())
+
+
+def test_the_step_loop_sends_statistics_unasked(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client() as client:
+            pushed = asyncio.Queue()
+            client.on_stats = pushed.put_nowait
+            await collect(client, request("any"))
+            stats = await pushed.get()
+            assert stats.steps_total >= 1 and stats.chunks_total == 8
+            asked = await client.stats()
+            assert asked.steps_total >= stats.steps_total and not asked.is_pushed
+
+    asyncio.run(scenario())
+
+
+def test_a_caller_that_reads_too_slowly_loses_its_request(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client() as client:
+            alone = await collect(client, request("alone", max_tokens=100))
+            client.max_backlog = 50
+            slow = client.generate(request("slow", max_tokens=400, logprobs=3))
+            await anext(slow)
+            while (await client.stats()).requests_running:
+                await asyncio.sleep(0)
+            with pytest.raises(RequestFailedError, match="too slowly") as failure:
+                await anext(slow)
+            assert failure.value.code == "slow_reader"
+            stats = await client.stats()
+            assert stats.chunks_private == stats.chunks_referenced == 0
+            assert stats.generation_tokens_total < 500
+            client.max_backlog = 10**6
+            assert await collect(client, request("after", max_tokens=100)) == alone
 
     asyncio.run(scenario())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -275,6 +276,69 @@ def test_pins_are_restored(open_client) -> None:
             while (await client.stats()).pinned_chunks < pinned:
                 await asyncio.sleep(0.01)
             assert (await client.stats()).pinned_chunks == pinned
+
+    asyncio.run(scenario())
+
+
+def engines() -> list[psutil.Process]:
+    """Engine processes that this process has started and that have not ended."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "chunkllama.engine.process" in child.cmdline():
+                found.append(child)
+    return found
+
+
+async def ready_spare(client: SupervisedEngineClient) -> int:
+    """Process id of the standby process, once it has loaded its model."""
+    while client._spare is None:
+        await asyncio.sleep(0.01)
+    process, _ = await asyncio.shield(client._spare)
+    return process.child.pid
+
+
+def test_the_standby_process_takes_over_and_another_one_follows(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client(standby=True) as client:
+            alone = await collect(client, request("alone", max_tokens=200))
+            for number in range(2):
+                spare = await ready_spare(client)
+                assert spare != client.pid and len(engines()) == 2
+                answer = Answer()
+                live = asyncio.create_task(
+                    collect(client, request(f"live{number}", max_tokens=200), answer)
+                )
+                await gained([(answer, live)], 3)
+                os.kill(client.pid, signal.SIGKILL)
+                assert (await live).tokens == alone.tokens
+                assert client.pid == spare and client.restarts == number + 1
+        assert not engines()
+
+    asyncio.run(scenario())
+
+
+def test_a_standby_process_that_has_ended_is_not_used(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client(standby=True) as client:
+            spare = await ready_spare(client)
+            os.kill(spare, signal.SIGKILL)
+            psutil.Process(spare).wait()
+            os.kill(client.pid, signal.SIGKILL)
+            answer = await collect(client, request("after"))
+            assert len(answer.tokens[0]) == 40 and client.pid != spare
+        assert not engines(), "closed while the next one was starting"
+
+    asyncio.run(scenario())
+
+
+def test_a_restarted_process_has_a_pool_of_the_same_size(tiny_model) -> None:
+    async def scenario() -> None:
+        model = {"model": str(tiny_model[0]), "dtype": "float32", "threads": 1}
+        config = EngineConfig.from_flat(**model, kv_cache_memory=8 << 20)
+        client = await SupervisedEngineClient.start(config)
+        assert client._config.cache.num_chunks == client.info.num_chunks
+        await client.close()
 
     asyncio.run(scenario())
 

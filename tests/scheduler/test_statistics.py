@@ -73,21 +73,23 @@ def test_hits_in_the_public_part_are_told_from_a_tenants_own() -> None:
     assert stats.prefix_tokens_hit_total == stats.prefix_tokens_hit_public_total + 8
 
 
+INFO = EngineReady(
+    model_name="m",
+    vocab_size=50,
+    max_model_len=64,
+    eos_token_ids=[],
+    num_chunks=32,
+    chunk_size=4,
+    max_request_tokens=64,
+    device="cpu",
+    backend="fake",
+)
+
+
 def test_steps_are_counted_by_duration_and_size() -> None:
     run = SimulatedEngine(32, 4, vocab_size=50, max_num_seqs=4)
     ticks = iter([0.0, 0.003, 1.0, 9.0])
-    info = EngineReady(
-        model_name="m",
-        vocab_size=50,
-        max_model_len=64,
-        eos_token_ids=[],
-        num_chunks=32,
-        chunk_size=4,
-        max_request_tokens=64,
-        device="cpu",
-        backend="fake",
-    )
-    core = EngineCore(run.scheduler, run.model, info, clock=lambda: next(ticks))
+    core = EngineCore(run.scheduler, run.model, INFO, clock=lambda: next(ticks))
     for name in "abc":
         sampling = SamplingParams(max_tokens=1 if name == "a" else 2, temperature=0.0, seed=1)
         core.add(EngineRequest(request_id=name, prompt_token_ids=[1, 2], sampling=sampling))
@@ -99,6 +101,20 @@ def test_steps_are_counted_by_duration_and_size() -> None:
     assert by_bound[0.005] == stats.step_seconds.counts[-1] == 1
     assert sum(stats.step_seconds.counts) == stats.steps_total == 2
     assert stats.batch_size.total == 3 + 2
+
+
+def test_a_busy_loop_sends_snapshots_unasked() -> None:
+    run = SimulatedEngine(32, 4, vocab_size=50, max_num_seqs=4)
+    now = [5.0]
+    core = EngineCore(run.scheduler, run.model, INFO, clock=lambda: now[0])
+    first = core.stats_to_push()
+    assert first is not None and first.is_pushed
+    now[0] += 0.4
+    assert core.stats_to_push() is None
+    now[0] += 0.2
+    assert core.stats_to_push() is not None
+    assert core.stats_to_push() is None
+    assert not core.stats().is_pushed
 
 
 def test_a_bound_belongs_to_its_bucket() -> None:

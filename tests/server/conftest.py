@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 import threading
 import time
@@ -16,7 +15,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tiny_model import write_tiny_model, write_tokenizer
 
 from chunkllama.text.chat_template import ChatTemplate, load_chat_template
 from chunkllama.text.tokenizer import load_tokenizer
@@ -42,31 +41,6 @@ fake_engine = _load("fake_engine")
 tiny_server_module = _load("tiny_server")
 
 MODEL = fake_engine.MODEL
-TEMPLATE = (
-    "{% if tools %}<|im_start|>tools {{ tools | tojson }} <tool_call><|im_end|>{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
-    "{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer of 256 bytes and three control tokens; no merges."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "bos_token": "<|endoftext|>",
-        "eos_token": "<|im_end|>",
-        "chat_template": TEMPLATE,
-        "add_bos_token": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def allow_all(spec: Any) -> None:
@@ -120,7 +94,7 @@ def tokenizer_writer() -> Callable[[Path], None]:
 def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A real server process over a tiny random model (``tiny_server.TinyServer``)."""
     folder = tmp_path_factory.mktemp("tiny")
-    tiny_server_module.write_tiny_model(folder, write_tokenizer)
+    write_tiny_model(folder)
     with tiny_server_module.serve(folder) as server:
         yield server
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -54,6 +55,9 @@ class FakeEngine:
         self.is_ready = True
         self.delay = 0.0
         self.tokens_per_delta = 1
+        self.gate = threading.Event()  # closed, no delta from number ``gate_at`` on is sent
+        self.gate.set()
+        self.gate_at = 0
         self.fail_with: Exception | None = None
         self.fail_after: tuple[int, Exception] | None = None
         self.requests: list[EngineRequest] = []
@@ -83,18 +87,28 @@ class FakeEngine:
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
         self.requests.append(request)
+        if self.gate_at == 0:
+            await self._opened()
         if self.fail_with is not None:
             raise self.fail_with
         self.live.add(request.request_id)
+        number = 0
         try:
             async for delta in self._deltas(request):
                 await asyncio.sleep(self.delay)
+                if number >= self.gate_at:
+                    await self._opened()
+                number += 1
                 yield delta
             self.live.discard(request.request_id)
         finally:
             if request.request_id in self.live:
                 self.live.discard(request.request_id)
                 self.aborted.append((request.request_id, None))
+
+    async def _opened(self) -> None:
+        while not self.gate.is_set():
+            await asyncio.sleep(0.002)
 
     async def _deltas(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
         sampling = request.sampling

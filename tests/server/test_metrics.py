@@ -11,7 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from chunkllama.messages import EngineStats
 from chunkllama_server.metrics.server_metrics import (
+    FINISH_REASONS,
     MAX_TENANT_LABELS,
+    REFUSALS,
     EngineStatsCollector,
     ServerMetrics,
 )
@@ -22,6 +24,7 @@ requests_running requests_waiting kv_chunks kv_usage_ratio prefix_tokens_queried
 request_accepted request_finished rejected time_to_first_token_seconds inter_token_latency_seconds
 e2e_request_latency_seconds queue_time_seconds prefill_time_seconds decode_time_seconds
 prompt_tokens generation_tokens preemptions engine_restarts step_seconds batch_size
+engine_stats_age_seconds watchdog_kills replayed_requests
 """
 VLLM = """
 num_requests_running num_requests_waiting kv_cache_usage_perc prefix_cache_queries
@@ -151,7 +154,35 @@ def test_counters_go_on_when_an_engine_starts_from_zero():
     assert values["chunkllama_prefix_tokens_hit_total{'scope': 'tenant'}"] == 103
     assert values["chunkllama_batch_size_count{}"] == 2
     assert values["chunkllama_batch_size_sum{}"] == 5
-    assert values["chunkllama_engine_restarts_total{}"] == 1
+
+
+def test_the_age_of_the_engine_values_is_exported():
+    now = [100.0]
+    collector = EngineStatsCollector(lambda: now[0])
+    collector.update(EngineStats(requests_running=5, chunks_total=9, chunks_free=2))
+    now[0] += 7.5
+
+    def values() -> dict[str, float]:
+        return {s.name: s.value for m in collector.collect() for s in m.samples if not s.labels}
+
+    assert values()["chunkllama_engine_stats_age_seconds"] == 7.5
+    assert values()["chunkllama_requests_running"] == 5
+    collector.restarted()
+    assert values()["chunkllama_engine_stats_age_seconds"] == 0
+    assert values()["chunkllama_requests_running"] == 0
+    assert values()["chunkllama_kv_chunks_capacity"] == 9
+
+
+def test_known_labels_begin_at_zero(start_server):
+    alone = scrape(start_server())
+    keyed = scrape(start_server(api_keys={"blue": "k"}), "k")
+    for status in REFUSALS:
+        assert alone[f'chunkllama_rejected_total{{reason="{status}"}}'] == 0
+    for reason in FINISH_REASONS:
+        assert alone[f'chunkllama_request_finished_total{{reason="{reason}"}}'] == 0
+        name = f'chunkllama_request_finished_total{{reason="{reason}",tenant="blue"}}'
+        assert keyed[name] == 0
+    assert keyed['chunkllama_request_accepted_total{tenant="blue"}'] == 0
 
 
 def test_requests_are_labelled_with_their_tenant(start_server):
@@ -205,7 +236,7 @@ def test_names_of_vllm(start_server):
     assert values["vllm:num_requests_waiting"] == [3]
     assert values["vllm:kv_cache_usage_perc"] == [0.25]
     assert values["vllm:prefix_cache_hits_total"] == [9]
-    assert values["vllm:request_success_total"] == [2]
+    assert sorted(values["vllm:request_success_total"]) == [0, 0, 0, 0, 2]
     assert values["vllm:request_queue_time_seconds_count"] == [2]
     for ours, their in (
         ("inter_token_latency_seconds", "time_per_output_token_seconds"),
@@ -225,4 +256,5 @@ def test_refusals_are_no_successes_of_vllm():
     metrics.start_request("").finish("length")
     lines = metrics.render().decode().splitlines()
     ends = [line for line in lines if line.startswith("vllm:request_success_total{")]
+    ends = [line for line in ends if not line.endswith(" 0.0")]
     assert ends == ['vllm:request_success_total{finished_reason="length",model_name="m"} 1.0']

@@ -116,11 +116,11 @@ class Result:
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, tokenizer_writer):
-    from tiny_server import write_tiny_model
+def model_folder(tmp_path_factory):
+    from tiny_model import write_tiny_model
 
     folder = tmp_path_factory.mktemp("parity")
-    write_tiny_model(folder, tokenizer_writer)
+    write_tiny_model(folder)
     return folder
 
 

@@ -1,23 +1,19 @@
-"""A real server process over a random Llama of two layers in fp32, written without torch."""
+"""A real server process over the random Llama of ``tiny_model``."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import numpy as np
 from fake_engine import MODEL
-from safetensors.numpy import save_file
-
-MAX_MODEL_LEN = 256
+from tiny_model import MAX_MODEL_LEN
 
 
 @dataclass(frozen=True)
@@ -27,55 +23,6 @@ class TinyServer:
     url: str
     folder: Path
     process: subprocess.Popen[bytes]
-
-
-def write_tiny_model(folder: Path, write_tokenizer: Callable[[Path], None]) -> None:
-    """A model folder; its tokenizer is byte-level, of 259 tokens."""
-    write_tokenizer(folder)
-    vocab, hidden, heads, kv_heads, head_dim, inner = 259, 128, 2, 1, 64, 128
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": 2,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "max_position_embeddings": MAX_MODEL_LEN,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "bos_token_id": 256,
-        "eos_token_id": 258,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    shapes = {"model.embed_tokens": (vocab, hidden), "lm_head": (vocab, hidden)}
-    for layer in range(2):
-        block = f"model.layers.{layer}"
-        shapes |= {
-            f"{block}.self_attn.q_proj": (heads * head_dim, hidden),
-            f"{block}.self_attn.k_proj": (kv_heads * head_dim, hidden),
-            f"{block}.self_attn.v_proj": (kv_heads * head_dim, hidden),
-            f"{block}.self_attn.o_proj": (hidden, heads * head_dim),
-            f"{block}.mlp.gate_proj": (inner, hidden),
-            f"{block}.mlp.up_proj": (inner, hidden),
-            f"{block}.mlp.down_proj": (hidden, inner),
-            f"{block}.input_layernorm": (hidden,),
-            f"{block}.post_attention_layernorm": (hidden,),
-        }
-    shapes["model.norm"] = (hidden,)
-    random = np.random.default_rng(7)
-    weights = {
-        f"{name}.weight": np.ones(shape, np.float32)
-        if len(shape) == 1
-        else random.normal(0, 0.2, shape).astype(np.float32)
-        for name, shape in shapes.items()
-    }
-    save_file(weights, folder / "model.safetensors")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from chunkllama.engine.client import EngineClient
 from chunkllama.logger import init_logger
 from chunkllama_server.api import embeddings, health, models, tokenize
 from chunkllama_server.api.chat import routes as chat
-from chunkllama_server.api.common.admission import ChargedEngine
+from chunkllama_server.api.common.admission import ChargedEngine, QueueLimits
 from chunkllama_server.api.common.context import ServerContext
 from chunkllama_server.api.common.response_store import ResponseStore
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
@@ -32,6 +32,7 @@ from chunkllama_server.transport.request_context import RequestInfoMiddleware
 
 logger = init_logger(__name__)
 
+WAITING_POOLS = 64  # chunks that may be waited for, in sizes of the pool, unless set
 DESCRIPTION = (
     "OpenAI-compatible API of ChunkLlama. Errors are OpenAI error bodies; unknown fields are "
     "ignored and named in x-chunkllama-ignored-fields, or refused in strict mode."
@@ -58,7 +59,9 @@ def create_app(
         generation_defaults: the model's own sampling values, for fields a client leaves out.
     """
     context = ServerContext(
-        engine=ChargedEngine(engine, settings.max_num_seqs + settings.max_waiting),
+        engine=ChargedEngine(
+            engine, settings.max_num_seqs + settings.max_waiting, _queue_limits(settings, engine)
+        ),
         text=text,
         settings=settings,
         metrics=ServerMetrics(
@@ -74,6 +77,7 @@ def create_app(
         tenants=tenants,
         generation_defaults=generation_defaults or {},
     )
+    context.metrics.begin_at_zero(tenants.keys)
     context.metrics.describe(settings.model_names[0], engine.info, __version__)
 
     @asynccontextmanager
@@ -103,6 +107,17 @@ def create_app(
             "--isolation off shares all prefixes between keys"
         )
     return app
+
+
+def _queue_limits(settings: Settings, engine: EngineClient) -> QueueLimits:
+    chunks = settings.max_waiting_chunks
+    return QueueLimits(
+        tokens=settings.max_waiting_tokens,
+        chunks=WAITING_POOLS * engine.info.num_chunks if chunks is None else chunks,
+        chunk_size=engine.info.chunk_size,
+        queue_seconds=settings.queue_timeout_seconds,
+        request_seconds=settings.request_timeout_seconds,
+    )
 
 
 def _add_middleware(app: FastAPI, context: ServerContext) -> None:

@@ -15,6 +15,7 @@ from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
 from chunkllama.messages import EngineStats
 from chunkllama_server.api.common.context import Context, ServerContext
+from chunkllama_server.transport.errors import unavailable
 from chunkllama_server.transport.request_context import request_info
 
 router = APIRouter(include_in_schema=False)
@@ -22,6 +23,7 @@ router = APIRouter(include_in_schema=False)
 # No screen shows more rectangles; the page says how many were left out.
 MAX_NODES = 4000
 SNAPSHOT_SECONDS = 0.5
+ANSWER_SECONDS = 3.0  # a step of the engine may take longer
 ENGINE_KEYS = ("device", "backend", "num_chunks", "chunk_size")
 # The page is self-contained, runs only its own script, and connects only to this server.
 _POLICY = (
@@ -73,8 +75,16 @@ def snapshots(request: Request) -> SnapshotCache:
 
 @router.get("/dashboard/data")
 async def data(context: Context, request: Request) -> Response:
-    """Return counters, latencies and the tree's nodes that the caller may see, without tokens."""
-    stats = await snapshots(request).get(context.engine)
+    """Return counters, latencies and the tree's nodes that the caller may see, without tokens.
+
+    Raises:
+        ApiError: 503 when the engine does not answer in time; nothing old is shown.
+    """
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            stats = await snapshots(request).get(context.engine)
+    except TimeoutError:
+        raise unavailable("The engine is in a long step; try again", "engine_busy") from None
     visible = visible_namespaces(context, request)
     nodes = [n for n in stats.tree if visible is None or n.namespace in visible]
     counters = msgspec.structs.asdict(stats)

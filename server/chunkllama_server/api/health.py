@@ -22,7 +22,10 @@ PROBE_SECONDS = 0.8
 
 
 async def refresh_stats(context: ServerContext) -> None:
-    """Update the engine snapshot if a new one arrives in time."""
+    """Update the engine snapshot if a new one arrives in time.
+
+    Else the last one that the step loop sent is shown, with its age.
+    """
     try:
         async with asyncio.timeout(PROBE_SECONDS):
             context.metrics.engine.update(await context.engine.stats())

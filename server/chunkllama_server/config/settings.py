@@ -27,11 +27,15 @@ from chunkllama.config import (
     first_error,
     rename_keys,
 )
+from chunkllama.engine.faults import TEST_MODE
+from chunkllama.engine.faults import VARIABLE as FAULTS
 from chunkllama.errors import ConfigError
 
 ENV_PREFIX = "CHUNKLLAMA_"
-# Read elsewhere, before any configuration: locations of files.
-_OTHER_VARIABLES = frozenset({"CHUNKLLAMA_CACHE", "CHUNKLLAMA_NATIVE_DIR", "CHUNKLLAMA_CONFIG"})
+# Read elsewhere, before any configuration: locations of files, and what tests plant.
+_OTHER_VARIABLES = frozenset(
+    {"CHUNKLLAMA_CACHE", "CHUNKLLAMA_NATIVE_DIR", "CHUNKLLAMA_CONFIG", TEST_MODE, FAULTS}
+)
 
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT_\d+_(TCP|UDP|SCTP)")
 
@@ -138,11 +142,65 @@ class ServerConfig(ConfigGroup):
     max_body_bytes: Bytes = Field(
         default=2 << 20, description="A larger request body is refused with 413."
     )
+    max_waiting_tokens: int = Field(
+        default=4 << 20,
+        gt=0,
+        description="Prompt tokens, once per choice, of requests without a token yet; beyond, "
+        "requests are refused with 429.",
+    )
+    max_waiting_chunks: int | None = Field(
+        default=None,
+        gt=0,
+        description="Chunks that requests without a token yet will need; beyond, requests are "
+        "refused with 429. Default: 64 times the pool.",
+    )
+    queue_timeout_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="A request without a token after this many seconds is ended with 503. Default: "
+        "no limit.",
+    )
+    request_timeout_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="A request that runs longer than this many seconds is ended with 504. Default: "
+        "no limit.",
+    )
+    max_connections: int = Field(
+        default=4096,
+        gt=0,
+        description="Open connections; beyond, only health checks are answered. One address may "
+        "hold three quarters of them.",
+    )
+    header_timeout_seconds: float = Field(
+        default=10.0, gt=0, description="Seconds within which a request's headers must arrive."
+    )
+    body_timeout_seconds: float = Field(
+        default=30.0, gt=0, description="Seconds within which a request's body must arrive."
+    )
     keep_alive_seconds: int = Field(default=75, gt=0, description="Idle timeout of a connection.")
     stream_stall_seconds: float = Field(
         default=30.0,
         gt=0,
         description="A client that reads nothing for this many seconds is disconnected.",
+    )
+    max_stream_backlog: int = Field(
+        default=1 << 16,
+        gt=0,
+        description="Tokens and log-probability entries that may wait for a client which reads "
+        "slowly; beyond, its request is ended.",
+    )
+    stream_first_byte_seconds: float = Field(
+        default=4.0,
+        gt=0,
+        description="Seconds after which a stream that waits sends its headers and a comment line; "
+        "an error until then is a status, later an error event.",
+    )
+    stream_comment_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        description="Seconds of silence after which a stream sends a comment line, so that proxies "
+        "keep it.",
     )
     drain_seconds: float = Field(
         default=30.0,
@@ -154,6 +212,12 @@ class ServerConfig(ConfigGroup):
         gt=0,
         description="An engine process that makes no progress for this many seconds is restarted; "
         "ten times as long while it uses processor time.",
+    )
+
+    standby: bool = Field(
+        default=False,
+        description="Keep a second engine process ready, which takes over when the first one ends; "
+        "weights and pool take their memory twice.",
     )
 
     @model_validator(mode="after")

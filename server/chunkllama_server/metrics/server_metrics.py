@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import (
@@ -46,10 +48,19 @@ ENGINE_COUNTERS = {
     "pins_refused_total": "Pins refused because the pin budget was used up.",
 }
 # Exported together as prefix_tokens_hit_total{scope}.
+# How a request may end, and the statuses of refusals: these begin at 0, so that a rate over the
+# first of them is seen.
+FINISH_REASONS = ("stop", "length", "abort", "error", "timeout", "refused")
+REFUSALS = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)
 _HITS = ("prefix_tokens_hit_total", "prefix_tokens_hit_public_total")
 ENGINE_HISTOGRAMS = {
     "step_seconds": "Duration of a step.",
     "batch_size": "Sequences in a step.",
+}
+SUPERVISOR_COUNTERS = {
+    "engine_restarts": ("restarts", "Restarts of the engine process."),
+    "watchdog_kills": ("hangs", "Engine processes killed because they made no progress."),
+    "replayed_requests": ("replays", "Requests continued in another engine process."),
 }
 ENGINE_GAUGES = {
     "requests_running": ("requests_running", "Requests in the running batch."),
@@ -64,26 +75,66 @@ ENGINE_GAUGES = {
 }
 
 
-class EngineStatsCollector:
-    """Renders the last engine snapshot; counters keep rising across restarts of the engine."""
+class Supervisor(Protocol):
+    """Counts of what happened to the engine process since the start."""
 
-    def __init__(self) -> None:
+    restarts: int
+    hangs: int
+    replays: int
+
+
+@dataclass(slots=True)
+class NoSupervisor:
+    """Stands for the supervisor of an engine that is never restarted."""
+
+    restarts: int = 0
+    hangs: int = 0
+    replays: int = 0
+
+
+class EngineStatsCollector:
+    """Renders the last engine snapshot and its age; counters keep rising across restarts.
+
+    Attributes:
+        supervisor: counts the restarts.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._last = EngineStats()
         self._before = EngineStats()
-        self._restarts = 0
+        self._updated_at = clock()
+        self.supervisor: Supervisor = NoSupervisor()
+
+    @property
+    def age_seconds(self) -> float:
+        """Time since the last snapshot arrived."""
+        return self._clock() - self._updated_at
 
     def update(self, stats: EngineStats) -> None:
         """Store a snapshot; one with fewer steps comes from a new engine process."""
         if stats.steps_total < self._last.steps_total:
-            for name in (*ENGINE_COUNTERS, *_HITS):
-                setattr(self._before, name, self._count(name))
-            for name in ENGINE_HISTOGRAMS:
-                getattr(self._before, name).add(getattr(self._last, name))
-            self._restarts += 1
+            self.restarted()
         self._last = stats
+        self._updated_at = self._clock()
+
+    def restarted(self) -> None:
+        """Add up the counters of an engine process that has ended; its pool is gone."""
+        last = self._last
+        for name in (*ENGINE_COUNTERS, *_HITS):
+            setattr(self._before, name, self._count(name))
+        for name in ENGINE_HISTOGRAMS:
+            getattr(self._before, name).add(getattr(last, name))
+        self._last = EngineStats(chunks_total=last.chunks_total, chunks_free=last.chunks_total)
+        self._updated_at = self._clock()
 
     def collect(self) -> Iterator[Metric]:
         stats = self._last
+        yield GaugeMetricFamily(
+            "chunkllama_engine_stats_age_seconds",
+            "Time since the engine's values below were read; a step may take long.",
+            self.age_seconds,
+        )
         for name, text in ENGINE_COUNTERS.items():
             yield CounterMetricFamily(f"chunkllama_{name}", text, self._count(name))
         hit, public = map(self._count, _HITS)
@@ -95,9 +146,8 @@ class EngineStatsCollector:
         hits.add_metric(["public"], public)
         hits.add_metric(["tenant"], hit - public)
         yield hits
-        yield CounterMetricFamily(
-            "chunkllama_engine_restarts", "Restarts of the engine process.", self._restarts
-        )
+        for name, (count, text) in SUPERVISOR_COUNTERS.items():
+            yield CounterMetricFamily(f"chunkllama_{name}", text, getattr(self.supervisor, count))
         for name, text in ENGINE_HISTOGRAMS.items():
             yield self._histogram(name, text)
         for name, (metric, text) in ENGINE_GAUGES.items():
@@ -172,6 +222,9 @@ class ServerMetrics:
             "request_finished", "Requests ended, by reason.", ["reason", *tenant]
         )
         self._rejected = self._counter("rejected", "HTTP requests refused, by status.", ["reason"])
+        for status in REFUSALS:
+            self._rejected.labels(str(status))
+        self.begin_at_zero(() if by_tenant else ("",))
         self._ignored = self._counter("ignored_fields", "Unknown request fields ignored.")
         self.live = Gauge(
             "chunkllama_requests_live", "Requests between acceptance and end.",
@@ -236,6 +289,15 @@ class ServerMetrics:
         if len(self._tenants) < MAX_TENANT_LABELS:
             self._tenants.add(tenant)
         return {"tenant": tenant if tenant in self._tenants else "other"}
+
+    def begin_at_zero(self, tenants: Iterable[str]) -> None:
+        """Export the series of these tenants before their first request."""
+        for tenant in tenants:
+            labels = self._tenant_labels(tenant)
+            if labels:
+                self._accepted.labels(**labels)
+            for reason in FINISH_REASONS:
+                self.finished.labels(reason=reason, **labels)
 
     def render(self, tenant: str | None = None) -> bytes:
         """Return the metrics in the Prometheus text format.

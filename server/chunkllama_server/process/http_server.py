@@ -7,6 +7,7 @@ import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
@@ -43,6 +44,8 @@ logger = init_logger(__name__)
 # What is left after the drain limit: error events to write and connections to close.
 _GRACE_SECONDS = 5
 _BACKLOG = 2048
+# Of the admin port, ordinary and as many reserved ones, whatever the main port has open.
+_ADMIN_CONNECTIONS = 32
 
 
 class Application:
@@ -118,9 +121,15 @@ class Application:
             ),
         )
         app.include_router(dashboard.router)
-        server = DrainingServer(_uvicorn_config(settings, app), engine, settings.drain_seconds)
+        limits = _limits(settings)
+        config = _uvicorn_config(settings, app, limits)
+        server = DrainingServer(config, engine, settings.drain_seconds)
         engine.on_death = server.engine_died
         engine.on_restarting = server.engine_restarting
+        metrics = app.state.context.metrics.engine
+        metrics.supervisor = engine
+        engine.on_stats = metrics.update
+        engine.max_backlog = settings.max_stream_backlog
         info = engine.info
         logger.info(
             "%s on %s (%s backend), %d chunks of %d tokens, context %d",
@@ -142,7 +151,7 @@ class Application:
         ).start()
         limit_accept_log(asyncio.get_running_loop())
         notify_supervisor("READY=1")
-        async with _admin_server(settings, app, admin):
+        async with _admin_server(settings, app, admin, limits):
             await server.serve(sockets=[main])
         reloading.cancel()
         notify_supervisor("STOPPING=1")
@@ -165,8 +174,19 @@ def _listen(sock: socket.socket, key: str) -> None:
         raise ConfigError(f"{key}: {error.strerror}; another server has just taken it") from None
 
 
-def _uvicorn_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
-    limits = fit_to_descriptors(HttpLimits(write_seconds=settings.stream_stall_seconds))
+def _limits(settings: Settings) -> HttpLimits:
+    """Limits of the main port; descriptors are left for the admin port's connections."""
+    limits = HttpLimits(
+        header_seconds=settings.header_timeout_seconds,
+        body_seconds=settings.body_timeout_seconds,
+        write_seconds=settings.stream_stall_seconds,
+        max_connections=settings.max_connections,
+    )
+    has_admin = settings.admin_port is not None
+    return fit_to_descriptors(limits, 2 * _ADMIN_CONNECTIONS if has_admin else 0)
+
+
+def _uvicorn_config(settings: Settings, app: FastAPI, limits: HttpLimits) -> uvicorn.Config:
     return uvicorn.Config(
         AccessLog(app),
         http=make_protocol(limits),
@@ -186,7 +206,7 @@ def _uvicorn_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
 
 @contextlib.asynccontextmanager
 async def _admin_server(
-    settings: Settings, app: FastAPI, sock: socket.socket | None
+    settings: Settings, app: FastAPI, sock: socket.socket | None, limits: HttpLimits
 ) -> AsyncIterator[None]:
     """Metrics and health on a port of their own while the block runs, if one is asked for."""
     if sock is None:
@@ -199,7 +219,13 @@ async def _admin_server(
     admin.include_router(health.router)
     admin.include_router(health.metrics_router)
     _listen(sock, "admin_port")
-    server = uvicorn.Server(_uvicorn_config(settings, admin))
+    limits = replace(
+        limits,
+        max_connections=_ADMIN_CONNECTIONS,
+        max_peer_connections=_ADMIN_CONNECTIONS,
+        reserved_connections=_ADMIN_CONNECTIONS,
+    )
+    server = uvicorn.Server(_uvicorn_config(settings, admin, limits))
     # Signals are the main server's; this one ends with it.
     task = asyncio.create_task(server._serve([sock]))
     try:

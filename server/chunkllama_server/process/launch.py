@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
 import time
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chunkllama.engine.faults import VARIABLE as FAULTS
+from chunkllama.engine.faults import faults_from
 from chunkllama.engine.supervisor import SupervisedEngineClient
 from chunkllama.errors import ConfigError
 from chunkllama.logger import configure_logging, init_logger
@@ -44,6 +47,8 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
     started = time.monotonic()
     start_signals.install()  # the entry point has done so, except in a caller's own process
     configure_logging(settings.log_level, settings.log_format)
+    if faults_from() is not None:
+        logger.warning("faults are planted: %s", os.environ[FAULTS])
     keys = settings.keys_by_tenant()
     check_tls(settings)
     with contextlib.ExitStack() as sockets:
@@ -65,7 +70,11 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
         async def run() -> int:
             async with contextlib.AsyncExitStack() as stack:
                 starting = asyncio.create_task(
-                    SupervisedEngineClient.start(settings.engine(), settings.engine_hang_seconds)
+                    SupervisedEngineClient.start(
+                        settings.engine(),
+                        settings.engine_hang_seconds,
+                        standby=settings.standby,
+                    )
                 )
                 stack.push_async_callback(_end, starting)
                 await asyncio.sleep(0)  # the engine process is spawned here

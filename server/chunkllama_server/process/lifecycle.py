@@ -55,7 +55,10 @@ class DrainingServer(uvicorn.Server):
 
     def engine_restarting(self, restarting: bool) -> None:
         """Report not ready while the engine process is restarted; requests wait meanwhile."""
-        self._context().lifecycle.restarting = restarting
+        context = self._context()
+        context.lifecycle.restarting = restarting
+        if restarting:
+            context.metrics.engine.restarted()
 
     def engine_died(self) -> None:
         """End with code 70, so that a supervisor restarts the server: nothing can be served."""

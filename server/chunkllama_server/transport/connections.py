@@ -135,8 +135,12 @@ class ConnectionTable:
             self._start_sweeping()
 
 
-def fit_to_descriptors(limits: HttpLimits) -> HttpLimits:
-    """Raise the process's descriptor limit as far as allowed, and the caps to what it holds."""
+def fit_to_descriptors(limits: HttpLimits, num_others: int = 0) -> HttpLimits:
+    """Raise the process's descriptor limit as far as allowed, and cut the caps to what it holds.
+
+    Args:
+        num_others: connections of other ports that must always find a descriptor.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -144,7 +148,7 @@ def fit_to_descriptors(limits: HttpLimits) -> HttpLimits:
         soft = wanted
     if soft == resource.RLIM_INFINITY:
         return limits
-    room = max(soft - _OWN_DESCRIPTORS, 8)
+    room = max(soft - _OWN_DESCRIPTORS - num_others, 8)
     if limits.max_connections + limits.reserved_connections <= room:
         return limits
     reserved = min(limits.reserved_connections, room // 4)

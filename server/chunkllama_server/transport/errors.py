@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from chunkllama.errors import (
+    DeadlineError,
     EngineDeadError,
     InvalidRequestError,
     OverloadedError,
@@ -126,6 +127,12 @@ def as_api_error(error: Exception) -> ApiError:
         api_error = ApiError(500, error.message, code=error.code)
         api_error.headers = {"x-should-retry": "false"}
         return api_error
+    if isinstance(error, DeadlineError) and error.code == "queue_timeout":
+        return unavailable(error.message, error.code)
+    if isinstance(error, DeadlineError):
+        api_error = ApiError(504, error.message, code=error.code)
+        api_error.headers = {"x-should-retry": "false"}  # it would take as long again
+        return api_error
     if isinstance(error, EngineDeadError):
         return unavailable("The engine is not available; try again", "engine_unavailable")
     logger.error("request failed", exc_info=error)
@@ -212,5 +219,11 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnected, on_disconnect)
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
-    for known in (InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError):
+    for known in (
+        InvalidRequestError,
+        OverloadedError,
+        RequestFailedError,
+        DeadlineError,
+        EngineDeadError,
+    ):
         app.add_exception_handler(known, on_any)

@@ -1,10 +1,11 @@
-"""Server-sent events with back-pressure, and the end of work whose client has gone."""
+"""Server-sent events with back-pressure and signs of life; the end of work whose client left."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,6 +18,7 @@ from chunkllama_server.transport.errors import ClientDisconnected, as_api_error
 T = TypeVar("T")
 _encode = msgspec.json.encode
 DONE = b"data: [DONE]\n\n"
+COMMENT = b": waiting\n\n"  # clients skip lines that begin with a colon
 
 
 def sse(payload: Mapping[str, Any], event: str | None = None) -> bytes:
@@ -64,22 +66,58 @@ async def _cancel(task: asyncio.Future[Any]) -> None:
         await asyncio.wait({task})
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamTimes:
+    """Times of a stream, in seconds.
+
+    Attributes:
+        stall: without the client reading, until it is disconnected.
+        first_byte: from the request's arrival until the headers are sent without an event.
+        comment: of silence until a comment line is sent.
+    """
+
+    stall: float
+    first_byte: float
+    comment: float
+
+
 class SseResponse(Response):
-    """Stream events; the status is sent with the first event, so a refusal keeps its own.
+    """Stream events; a refusal before the first byte keeps its own status.
+
+    The status is sent with the first event, or after ``times.first_byte`` with a comment line,
+    because proxies end a connection on which nothing arrives. From then on an error is a
+    ``data: {"error": ...}`` event, and no [DONE] follows it. While no event comes, a comment line
+    is sent every ``times.comment``.
 
     The generator is pulled one event at a time: while the client does not read, nothing is produced
-    here, and after ``stall_seconds`` without progress the client is disconnected. The generator is
-    always closed, which aborts the engine's work. An error after the first event becomes
-    a ``data: {"error": ...}`` event, and no [DONE] follows it.
+    here, and after ``times.stall`` without progress the client is disconnected. The generator is
+    always closed, which aborts the engine's work.
+
+    Args:
+        events: whole server-sent events.
+        times: in seconds.
+        arrived_at: the request's arrival, by the event loop's clock; None is now.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], stall_seconds: float) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        times: StreamTimes,
+        arrived_at: float | None = None,
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
-        self._stall_seconds = stall_seconds
+        self._times = times
+        self._loop = asyncio.get_running_loop()
+        arrived_at = self._loop.time() if arrived_at is None else arrived_at
+        self._comment_at = arrived_at + times.first_byte
+        self._lock = asyncio.Lock()
+        self._has_begun = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._comment: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -87,21 +125,47 @@ class SseResponse(Response):
             await unless_disconnected(request, self._stream(send))
 
     async def _stream(self, send: Send) -> None:
+        self._timer = self._loop.call_at(self._comment_at, self._check_silence, send)
         try:
-            event: bytes | None = await anext(self._events)
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            while event is not None:
-                async with asyncio.timeout(self._stall_seconds):
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-                event = await self._next_event()
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            while (event := await self._next_event()) is not None:
+                await self._send(send, event)
+            await self._send(send, b"", more_body=False)
         except TimeoutError:
             raise ClientDisconnected from None
         finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._comment is not None:
+                await _cancel(self._comment)
             await self._events.aclose()
 
     async def _next_event(self) -> bytes | None:
         try:
             return await anext(self._events, None)
         except Exception as error:
+            if not self._has_begun:
+                raise
             return sse(as_api_error(error).body())
+
+    async def _send(self, send: Send, body: bytes, *, more_body: bool = True) -> None:
+        async with self._lock, asyncio.timeout(self._times.stall):
+            if not self._has_begun:
+                self._has_begun = True
+                await send(
+                    {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+                )
+            await send({"type": "http.response.body", "body": body, "more_body": more_body})
+        self._comment_at = self._loop.time() + self._times.comment
+
+    def _check_silence(self, send: Send) -> None:
+        """Send a comment line if nothing has been sent for long; come again when one is due."""
+        if self._loop.time() < self._comment_at:
+            self._timer = self._loop.call_at(self._comment_at, self._check_silence, send)
+            return
+        self._timer = None
+        self._comment = self._loop.create_task(self._send_comment(send))
+
+    async def _send_comment(self, send: Send) -> None:
+        with contextlib.suppress(TimeoutError):  # the next event finds the same
+            await self._send(send, COMMENT)
+        self._timer = self._loop.call_at(self._comment_at, self._check_silence, send)

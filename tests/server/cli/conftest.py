@@ -141,9 +141,11 @@ def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """Start ``chunkllama serve`` on the tiny model and wait until it is ready."""
     running: list[Served] = []
 
-    def begin(*flags: object, scheme: str = "http", **extra: str) -> Served:
+    def begin(
+        *flags: object, scheme: str = "http", log: Path | None = None, **extra: str
+    ) -> Served:
         port = free_port()
-        log = tmp_path_factory.mktemp("serve") / "log"
+        log = log or tmp_path_factory.mktemp("serve") / "log"
         command = [sys.executable, "-m", "chunkllama_server.cli", "serve", "--port", str(port)]
         command += ["--model", str(tiny_model), "--num-chunks", "64", "--backend", "reference"]
         with log.open("w") as file:

@@ -15,7 +15,7 @@ from chunkllama_server.api.openapi import answers
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.schema.chat_response import ChatCompletion, ChatCompletionChunk
 from chunkllama_server.transport.body import JsonRoute, json_response
-from chunkllama_server.transport.sse import SseResponse, unless_disconnected
+from chunkllama_server.transport.sse import unless_disconnected
 
 router = APIRouter(route_class=JsonRoute, tags=["chat"])
 
@@ -50,7 +50,7 @@ async def create_chat_completion(
         prefix=prepared.prompt.continued_text if body.echo else "",
     )
     if body.stream:
-        return SseResponse(answer.events(), context.settings.stream_stall_seconds)
+        return context.stream(answer.events(), info)
     return json_response(await unless_disconnected(request, answer.whole()))
 
 

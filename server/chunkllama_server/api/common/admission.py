@@ -1,4 +1,4 @@
-"""Charge each request by the sequences it makes before it enters the engine.
+"""Bound what waits before it enters the engine, and for how long.
 
 A refusal here costs microseconds; one in the engine waits for a step and weighs what is queued. A
 request of n choices counts n times, because it occupies n places of the running batch and a copy of
@@ -7,28 +7,93 @@ its token list each.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+import math
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import cast
 
 from chunkllama.engine.client import EngineClient
-from chunkllama.errors import OverloadedError
+from chunkllama.errors import DeadlineError, OverloadedError
 from chunkllama.messages import EngineReady, EngineRequest, EngineStats, TokenDelta
 
-_RETRY_AFTER = 2
+_RETRY_AFTER = 2  # before anything has ended
+_MAX_RETRY_AFTER = 30
+_EXPECTED_TOKENS = 256  # of an answer whose length is not known
+_RATE_WINDOW = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueLimits:
+    """What may wait, and for how long; None is no limit.
+
+    Attributes:
+        tokens: prompt tokens of requests without a token yet, once for each choice.
+        chunks: K/V chunks of ``chunk_size`` tokens that these requests will need.
+        queue_seconds: until a request's first token.
+        request_seconds: until its end.
+    """
+
+    tokens: int | None = None
+    chunks: int | None = None
+    chunk_size: int = 64
+    queue_seconds: float | None = None
+    request_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Charge:
+    """What one request adds to the sums while it runs, and while it waits."""
+
+    sequences: int
+    tokens: int
+    chunks: int
+
+
+class EndRate:
+    """How fast sequences have ended lately."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ends: deque[tuple[float, int]] = deque(maxlen=_RATE_WINDOW)
+
+    def add(self, num_sequences: int) -> None:
+        self._ends.append((self._clock(), num_sequences))
+
+    def seconds_for(self, num_sequences: int) -> int:
+        """Whole seconds until that many have ended, in [1, 30]."""
+        if not self._ends:
+            return _RETRY_AFTER
+        elapsed = self._clock() - self._ends[0][0]
+        ended = sum(count for _, count in self._ends)
+        return min(max(math.ceil(num_sequences * elapsed / ended), 1), _MAX_RETRY_AFTER)
 
 
 class ChargedEngine:
-    """An engine that takes requests until ``max_sequences`` are running or waiting.
+    """An engine that takes requests until ``max_sequences`` are running or waiting, or a limit of
+    the queue is reached.
 
-    The last one taken may exceed the limit: were it refused for its size, small requests would fill
+    The last one taken may exceed a limit: were it refused for its size, small requests would fill
     what is left and wait behind the large ones without end.
+
+    Attributes:
+        num_sequences: running or waiting.
+        tokens_waiting, chunks_waiting: of requests without a token yet.
     """
 
-    def __init__(self, engine: EngineClient, max_sequences: int) -> None:
+    def __init__(
+        self, engine: EngineClient, max_sequences: int, limits: QueueLimits | None = None
+    ) -> None:
         self._engine = engine
         self._max_sequences = max_sequences
+        self._limits = limits or QueueLimits()
+        self._rate = EndRate()
         self.num_sequences = 0
+        self.tokens_waiting = 0
+        self.chunks_waiting = 0
 
     @property
     def info(self) -> EngineReady:
@@ -43,22 +108,72 @@ class ChargedEngine:
 
         Raises:
             OverloadedError: before the engine sees the request.
+            DeadlineError: the request has waited or run for too long; it is aborted.
         """
-        charge = max(request.sampling.num_sequences, request.sampling.beam_width)
-        if self.num_sequences >= self._max_sequences:
-            raise OverloadedError(
-                f"{self.num_sequences} sequences are running or waiting, the server takes "
-                f"{self._max_sequences}",
-                _RETRY_AFTER,
-            )
-        self.num_sequences += charge
+        self._check_room()
+        charge = self._charge(request)
+        self._wait(charge, 1)
+        self.num_sequences += charge.sequences
+        is_waiting = True
+        began = asyncio.get_running_loop().time()
         try:
             deltas = cast(AsyncGenerator[TokenDelta, None], self._engine.generate(request))
             async with contextlib.aclosing(deltas):
-                async for delta in deltas:
+                while (delta := await self._next(deltas, began, is_waiting)) is not None:
+                    if is_waiting:
+                        is_waiting = False
+                        self._wait(charge, -1)
                     yield delta
         finally:
-            self.num_sequences -= charge
+            if is_waiting:
+                self._wait(charge, -1)
+            self.num_sequences -= charge.sequences
+            self._rate.add(charge.sequences)
+
+    def _charge(self, request: EngineRequest) -> _Charge:
+        sampling, size = request.sampling, self._limits.chunk_size
+        sequences = max(sampling.num_sequences, sampling.beam_width)
+        num_prompt = len(request.prompt_token_ids)
+        answer = min(_EXPECTED_TOKENS, sampling.max_tokens or _EXPECTED_TOKENS)
+        chunks = -(-num_prompt // size) + sequences * -(-answer // size)
+        return _Charge(sequences, num_prompt * sequences, chunks)
+
+    def _wait(self, charge: _Charge, sign: int) -> None:
+        self.tokens_waiting += sign * charge.tokens
+        self.chunks_waiting += sign * charge.chunks
+
+    def _check_room(self) -> None:
+        limits = self._limits
+        for present, most, what in (
+            (self.num_sequences, self._max_sequences, "sequences are running or waiting"),
+            (self.tokens_waiting, limits.tokens, "prompt tokens are waiting"),
+            (self.chunks_waiting, limits.chunks, "chunks are needed by waiting requests"),
+        ):
+            if most is not None and present >= most:
+                raise OverloadedError(
+                    f"{present} {what}, the server takes {most}; try again later",
+                    self._rate.seconds_for(self.num_sequences),
+                )
+
+    async def _next(
+        self, deltas: AsyncGenerator[TokenDelta, None], began: float, is_waiting: bool
+    ) -> TokenDelta | None:
+        """The next delta, None at the end."""
+        limits = self._limits
+        waits, runs = limits.queue_seconds if is_waiting else None, limits.request_seconds
+        if waits is None and runs is None:
+            return await anext(deltas, None)
+        seconds = min(s for s in (waits, runs) if s is not None)
+        try:
+            async with asyncio.timeout_at(began + seconds):
+                return await anext(deltas, None)
+        except TimeoutError:
+            if seconds == waits:
+                raise DeadlineError(
+                    f"The request waited {waits:g} s without a token; try again later",
+                    "queue_timeout",
+                ) from None
+            raise DeadlineError(f"The request ran for {runs:g} s", "deadline") from None
 
     async def abort(self, request_id: str, index: int | None = None) -> None:
         await self._engine.abort(request_id, index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from chunkllama_server.metrics.server_metrics import ServerMetrics
 from chunkllama_server.transport.auth import Tenants
 from chunkllama_server.transport.errors import invalid, not_found_model, unavailable
 from chunkllama_server.transport.request_context import RequestInfo, request_info
+from chunkllama_server.transport.sse import SseResponse, StreamTimes
 
 
 @dataclass(slots=True)
@@ -62,6 +63,16 @@ class ServerContext:
         info = self.engine.info
         parts = ("chunkllama", __version__, info.backend, info.isa_level)
         return "-".join(part for part in parts if part)
+
+    def stream(self, events: AsyncGenerator[bytes, None], info: RequestInfo) -> SseResponse:
+        """Make the response that streams ``events`` to the client of this request."""
+        settings = self.settings
+        times = StreamTimes(
+            stall=settings.stream_stall_seconds,
+            first_byte=settings.stream_first_byte_seconds,
+            comment=settings.stream_comment_seconds,
+        )
+        return SseResponse(events, times, info.started)
 
     def check_serving(self) -> None:
         """Refuse new work while starting or draining.

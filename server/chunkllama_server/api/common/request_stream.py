@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import cast
 
 from chunkllama.engine.client import EngineClient
-from chunkllama.errors import InvalidRequestError, OverloadedError
+from chunkllama.errors import DeadlineError, InvalidRequestError, OverloadedError
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineRequest, TokenDelta
 from chunkllama.text.output_processor import OutputCollector, OutputDelta, OutputProcessor
@@ -70,8 +70,7 @@ class RequestStream:
         Closing the generator aborts the request.
 
         Raises:
-            InvalidRequestError, OverloadedError, EngineDeadError: from the
-            engine.
+            InvalidRequestError, OverloadedError, DeadlineError, EngineDeadError: from the engine.
         """
         timer = self._metrics.start_request(self._tenant)
         deltas = self._engine.generate(self.request)
@@ -84,6 +83,9 @@ class RequestStream:
             timer.finish("refused")
             if isinstance(error, InvalidRequestError):
                 error.param = self._param_names.get(error.param or "", error.param)
+            raise
+        except DeadlineError:
+            timer.finish("timeout")
             raise
         except Exception:
             timer.finish("error")

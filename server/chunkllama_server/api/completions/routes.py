@@ -26,7 +26,7 @@ from chunkllama_server.api.openapi import answers
 from chunkllama_server.api.schema.completions import Completion, CompletionRequest
 from chunkllama_server.transport.body import JsonRoute, json_response
 from chunkllama_server.transport.errors import invalid
-from chunkllama_server.transport.sse import SseResponse, unless_disconnected
+from chunkllama_server.transport.sse import unless_disconnected
 
 router = APIRouter(route_class=JsonRoute, tags=["completions"])
 
@@ -170,7 +170,7 @@ async def create_completion(
         fingerprint=context.fingerprint,
     )
     if body.stream:
-        return SseResponse(answer.events(), context.settings.stream_stall_seconds)
+        return context.stream(answer.events(), info)
     return json_response(await unless_disconnected(request, answer.whole()))
 
 

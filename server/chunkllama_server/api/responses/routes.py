@@ -25,7 +25,7 @@ from chunkllama_server.api.schema.responses import ResponseRequest
 from chunkllama_server.transport.body import JsonRoute, json_response
 from chunkllama_server.transport.errors import ApiError
 from chunkllama_server.transport.request_context import RequestInfo, request_info
-from chunkllama_server.transport.sse import SseResponse, unless_disconnected
+from chunkllama_server.transport.sse import unless_disconnected
 
 router = APIRouter(route_class=JsonRoute, tags=["responses"])
 
@@ -90,7 +90,7 @@ async def create_response(
         on_finished=keep,
     )
     if body.stream:
-        return SseResponse(answer.events(), context.settings.stream_stall_seconds)
+        return context.stream(answer.events(), info)
     return json_response(await unless_disconnected(request, answer.whole()))
 
 
