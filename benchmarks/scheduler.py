@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +19,10 @@ from statistics import median
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "simulator"))
-
-from random_traffic import RandomTraffic
-from simulated_engine import SimulatedEngine
-
 from chunkllama.cache.manager import CacheManager
 from chunkllama.scheduler.output import SampledTokens
+from chunkllama.simulation.engine import SimulatedEngine
+from chunkllama.simulation.random_traffic import RandomTraffic
 
 SIZE = 64
 

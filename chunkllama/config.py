@@ -138,6 +138,13 @@ class CacheConfig(ConfigGroup):
         default=True,
         description="Share equal prompt prefixes and keep them. Off is for comparisons only.",
     )
+    explain_chunks: int = Field(
+        default=1024,
+        ge=0,
+        le=1_000_000,
+        description="Chunks of each tenant's own prompts that are remembered to explain cache "
+        "misses; 0 remembers none.",
+    )
     kv_cache_memory: Bytes | None = Field(
         default=None,
         description="Memory of the pool, like 512MiB. Default on a CPU: a quarter of what is left "

@@ -46,6 +46,7 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag="request"):
         pin_seconds: keep the prompt's path in the cache at least this long, inside the pin
             budget; 0 is no pin.
         priority: lower is served first among waiting requests.
+        explain: say on the first delta why the prompt's match in the cache ended.
     """
 
     request_id: str
@@ -58,6 +59,7 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag="request"):
     cache_until: int | None = None
     pin_seconds: float = 0.0
     priority: int = 0
+    explain: bool = False
 
 
 class ChoiceDelta(msgspec.Struct, kw_only=True):
@@ -92,7 +94,31 @@ class TokenDelta(msgspec.Struct, kw_only=True, tag="tokens"):
     decode_seconds: float = 0.0
     prompt_logprobs: list[TokenLogprob | None] | None = None
     embedding: list[float] | None = None
+    explanation: CacheExplanation | None = None
     error: EngineErrorInfo | None = None
+
+
+CacheReason = Literal[
+    "complete", "below_minimum", "not_looked_up", "no_room", "in_progress", "diverged", "evicted",
+    "expired", "dropped", "not_stored", "another_namespace", "never_seen", "unknown",
+]  # fmt: skip
+
+
+class CacheExplanation(msgspec.Struct, kw_only=True):
+    """How much of a prompt the cache had, and why the match ended there.
+
+    Attributes:
+        num_matched_tokens: leading tokens that need no computing; the match ended at this index.
+        num_known_tokens: leading tokens that an earlier prompt of the same tenant had too.
+        reason: see ``cache/explain.py``.
+        seconds_ago: since the chunk was evicted or dropped, or its pin ended; None where that
+            would tell of another tenant.
+    """
+
+    num_matched_tokens: int
+    num_known_tokens: int
+    reason: CacheReason
+    seconds_ago: float | None = None
 
 
 class EngineErrorInfo(msgspec.Struct, kw_only=True):
@@ -198,7 +224,16 @@ class Shutdown(msgspec.Struct, kw_only=True, tag="shutdown"):
     """Finish the step in flight and exit."""
 
 
-ToEngine = EngineRequest | AbortRequest | StatsRequest | Shutdown
+class ExplainPrompt(msgspec.Struct, kw_only=True, tag="explain"):
+    """Ask why the match of a prompt would end; nothing is computed or recorded."""
+
+    command_id: int
+    prompt_token_ids: list[int]
+    namespace: str = ""
+    tenant: str = ""
+
+
+ToEngine = EngineRequest | AbortRequest | StatsRequest | ExplainPrompt | Shutdown
 
 
 class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):
@@ -222,7 +257,14 @@ class StartFailed(msgspec.Struct, kw_only=True, tag="start_failed"):
     message: str
 
 
-FromEngine = TokenDelta | EngineStats | EngineReady | StartFailed
+class CommandReply(msgspec.Struct, kw_only=True, tag="reply"):
+    """Answers the command with the same id."""
+
+    command_id: int
+    explanation: CacheExplanation | None = None
+
+
+FromEngine = TokenDelta | EngineStats | CommandReply | EngineReady | StartFailed
 
 
 @dataclass(slots=True)

@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 from chunkllama.cache import retention
 from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
+from chunkllama.cache.explain import explain_match
+from chunkllama.cache.history import PromptHistory
 from chunkllama.cache.invariants import check_cache
 from chunkllama.cache.node import PUBLIC, Node, encode_tokens
 from chunkllama.cache.pins import Pins
 from chunkllama.cache.prefix_tree import Match, PrefixTree
 from chunkllama.cache.sequence_chunks import SequenceChunks
-from chunkllama.messages import TreeNodeInfo
+from chunkllama.messages import CacheExplanation, TreeNodeInfo
 
 Int32Array = NDArray[np.int32]
 
@@ -52,6 +54,7 @@ class CacheManager:
         num_chunks, chunk_size: the pool.
         clock: seconds; only pins look at it.
         variant: key of the K/V variant this engine computes (model, adapter, dtype, RoPE).
+        history_chunks: chunks of the record of each tenant's prompts, for explanations.
     """
 
     def __init__(
@@ -60,12 +63,15 @@ class CacheManager:
         chunk_size: int,
         clock: Callable[[], float],
         variant: str = "",
+        history_chunks: int = 0,
     ) -> None:
         self.pool = ChunkPool(num_chunks, chunk_size)
         self.tree = PrefixTree(self.pool)
         self.pins = Pins(self.tree, num_chunks // 2)
         self.chunk_size = chunk_size
         self.num_chunks = num_chunks
+        self.history = PromptHistory(history_chunks, chunk_size, clock)
+        self.tree.on_evicted = lambda node: self.history.removed(node, "evicted")
         self._clock = clock
         self._root = self.tree.root(variant)
         self._copy_sources: list[Node] = []
@@ -84,9 +90,10 @@ class CacheManager:
 
     def is_pending(self, match: Match) -> bool:
         """Tell whether the chunk a follower waits for is neither computed nor abandoned."""
-        if match.pending is None:
-            return False
-        node, tokens = match.pending
+        return match.pending is not None and self.is_pending_node(*match.pending)
+
+    def is_pending_node(self, node: Node, tokens: int) -> bool:
+        """Tell whether a running sequence still computes the first ``tokens`` of a node."""
         if node.num_sequences == 0:
             return False
         whole = tokens == self.chunk_size
@@ -297,6 +304,10 @@ class CacheManager:
         if chunks.copies:  # a fork whose chunks were not copied yet: there is nothing in them
             num_computed = chunks.num_whole * size
         self.publish(chunks, tokens, num_computed)
+        if chunks.insert_limit:
+            self.record_prompt(
+                tokens[:num_computed], chunks.insert_limit, chunks.tenant, chunks.namespace
+            )
         depth = chunks.num_whole
         end = min(num_computed, chunks.insert_limit, (depth + 1) * size)
         private = chunks.ids[len(chunks.path) :].tolist()
@@ -344,7 +355,8 @@ class CacheManager:
         return leaf is None or self.pins.add(leaf, self._clock() + seconds, tenant)
 
     def expire_pins(self) -> None:
-        self.pins.expire(self._clock())
+        for node, tenant in self.pins.expire(self._clock()):
+            self.history.pin_ended(node, tenant)
 
     # -- inspection -------------------------------------------------------------------------
 
@@ -364,9 +376,23 @@ class CacheManager:
             for node in self.tree.nodes()
         ]
 
+    def explain(
+        self, tokens: Int32Array, match: Match | None, num_used: int, tenant: str, namespace: str
+    ) -> CacheExplanation:
+        """Explain why the match of all tokens but the last ended; see ``explain_match``."""
+        key = encode_tokens(tokens)
+        return explain_match(self.history, self._clock(), tenant, namespace, key, match, num_used)
+
+    def record_prompt(
+        self, tokens: Int32Array, num_stored: int, tenant: str, namespace: str
+    ) -> None:
+        """Record a prompt that a tenant has sent, of which ``num_stored`` tokens may be stored."""
+        self.history.record(tenant, namespace, encode_tokens(tokens), num_stored)
+
     def check_invariants(self, live: Iterable[SequenceChunks], *, in_step: bool = False) -> None:
         """Check ``cache/invariants.py``, given the chunks of all live sequences."""
         check_cache(self.tree, self.pins, list(live), in_step=in_step)
+        self.history.check_invariants()
 
 
 __all__ = ["PUBLIC", "Admission", "CacheManager", "ChunkState", "Match", "SequenceChunks"]

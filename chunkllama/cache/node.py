@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 TOKEN_BYTES = 4
 PUBLIC = ""
+_FEW_TOKENS = 512
 
 
 def encode_tokens(tokens: NDArray[np.int32]) -> bytes:
@@ -24,6 +25,10 @@ def common_prefix(a: bytes, b: bytes) -> int:
     shorter = min(len(a), len(b)) // TOKEN_BYTES
     if shorter == 0:
         return 0
+    if shorter <= _FEW_TOKENS:  # arithmetic on integers costs less than a call of numpy
+        size = shorter * TOKEN_BYTES
+        differing = int.from_bytes(a[:size], "big") ^ int.from_bytes(b[:size], "big")
+        return (8 * size - differing.bit_length()) // (8 * TOKEN_BYTES)
     differ = np.frombuffer(a, ">u4", shorter) != np.frombuffer(b, ">u4", shorter)
     first = int(differ.argmax())
     return first if differ[first] else shorter
@@ -88,6 +93,8 @@ class Node:
             has run; rows of that same step may read them.
         num_sequences: live sequences whose path goes through the node.
         copy_refs: copies of the step in flight that read the chunk.
+        fingerprint: hash of the tokens from the root to the node's end, for records of what was
+            here; a match never relies on it.
         num_pins: pins at or below the node.
         last_use: tick of the last release, the age for eviction.
         copied_from: while the node is being filled by a copy: (source node, tokens).
@@ -100,6 +107,7 @@ class Node:
         "copy_refs",
         "depth",
         "filled",
+        "fingerprint",
         "key",
         "last_use",
         "namespace",
@@ -122,7 +130,7 @@ class Node:
         self.parent = parent
         self.namespace = namespace
         self.owner = owner
-        self.key = key
+        self.set_key(key)
         self.chunk_id = chunk_id
         self.depth: int = -1 if parent is None else parent.depth + 1
         self.filled = filled
@@ -133,6 +141,11 @@ class Node:
         self.num_pins = 0
         self.last_use = 0
         self.copied_from: tuple[Node, int] | None = None
+
+    def set_key(self, key: bytes) -> None:
+        """Give the node its tokens."""
+        self.key = key
+        self.fingerprint: int = 0 if self.parent is None else hash((self.parent.fingerprint, key))
 
     @property
     def num_tokens(self) -> int:

@@ -71,11 +71,12 @@ class Pins:
             else:
                 self._place(duplicate, until, tenant)
 
-    def expire(self, now: float) -> None:
-        """End the pins whose time is over."""
-        if self._expiry:
-            for key in [key for key, until in self._expiry.items() if until <= now]:
-                self.remove(*key)
+    def expire(self, now: float) -> list[tuple[Node, str]]:
+        """End the pins whose time is over; returns their nodes and tenants."""
+        ended = [key for key, until in self._expiry.items() if until <= now]
+        for key in ended:
+            self.remove(*key)
+        return ended
 
     def break_one(self) -> bool:
         """End a pin early, for a sequence that could not run otherwise.

@@ -14,7 +14,7 @@ After Ye et al., "ChunkAttention" (arXiv 2402.15220), section 3.1, with token-gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
@@ -57,6 +57,7 @@ class PrefixTree:
         self.num_evictable = 0
         self.num_nodes = 0
         self.evicted_chunks_total = 0
+        self.on_evicted: Callable[[Node], None] = lambda node: None  # told before it leaves
         self._roots: dict[str, Node] = {}
         self.order = EvictionOrder(pool.num_chunks)
         self._tick = 0
@@ -122,17 +123,21 @@ class PrefixTree:
         size = self.pool.chunk_size
         ready = next((i for i, node in enumerate(chain) if node.scheduled < size), len(chain))
         nodes = chain[:ready]
-        parent = nodes[-1] if nodes else root
+        end = chain[-1] if chain else root
+        overlaps = list(self._overlaps(end, key, limit, namespace))
+        copyable = overlaps
+        if ready < len(chain):
+            parent = nodes[-1] if nodes else root
+            copyable = list(self._overlaps(parent, key, limit, namespace))
         source, copied = None, 0
-        for node, tokens in self._copyable(parent, key, limit, namespace):
+        for node, tokens in _copyable(copyable):
             if tokens > copied:
                 source, copied = node, tokens
         later, pending = len(chain) * size, None
         if ready < len(chain):
             pending = (chain[-1], size)
-        end = chain[-1] if chain else root
         best_overlap = 0
-        for node, overlap in self._overlaps(end, key, limit, namespace):
+        for node, overlap in overlaps:
             if overlap > best_overlap:
                 best_overlap = overlap
                 if ready == len(chain):
@@ -153,19 +158,6 @@ class PrefixTree:
         for children in parent.visible_children(namespace):
             for node in children.neighbours(rest):
                 yield node, common_prefix(node.key, rest)
-
-    def _copyable(
-        self, parent: Node, key: bytes, limit: int, namespace: str
-    ) -> Iterator[tuple[Node, int]]:
-        """Filled nodes and how many tokens may be copied from each in this step.
-
-        A node that a copy of this step fills is not filled yet, but its source is.
-        """
-        for node, overlap in self._overlaps(parent, key, limit, namespace):
-            yield node, min(overlap, node.filled)
-            if node.copied_from is not None:
-                source, tokens = node.copied_from
-                yield source, min(overlap, tokens)
 
     # -- structure --------------------------------------------------------------------------
 
@@ -210,7 +202,7 @@ class PrefixTree:
         assert node.parent is not None and not node.children
         siblings = node.parent.children[node.namespace]
         siblings.remove(node)
-        node.key = key
+        node.set_key(key)
         siblings.add(node)
 
     def remove(self, node: Node) -> None:
@@ -300,6 +292,7 @@ class PrefixTree:
         """Free up to ``count`` chunks in the order of ``eviction.py``; returns how many."""
         evicted = 0
         while evicted < count and (node := self.order.pop(self._tick)) is not None:
+            self.on_evicted(node)
             self.remove(node)
             evicted += 1
         self.evicted_chunks_total += evicted
@@ -313,3 +306,15 @@ class PrefixTree:
     def _push_if_leaf(self, node: Node) -> None:
         if node.parent is not None and is_evictable_leaf(node):
             self.order.push(node)
+
+
+def _copyable(overlaps: list[tuple[Node, int]]) -> Iterator[tuple[Node, int]]:
+    """Filled nodes and how many tokens may be copied from each in this step.
+
+    A node that a copy of this step fills is not filled yet, but its source is.
+    """
+    for node, overlap in overlaps:
+        yield node, min(overlap, node.filled)
+        if node.copied_from is not None:
+            source, tokens = node.copied_from
+            yield source, min(overlap, tokens)

@@ -65,7 +65,9 @@ def build_engine(config: EngineConfig) -> EngineCore:
         eos_token_ids=frozenset(spec.eos_token_ids),
         enable_prefix_caching=config.cache.enable_prefix_caching,
     )
-    cache = CacheManager(num_chunks, chunk_size, time.monotonic)
+    cache = CacheManager(
+        num_chunks, chunk_size, time.monotonic, history_chunks=config.cache.explain_chunks
+    )
     scheduler = Scheduler(limits, cache, time.monotonic)
     info = EngineReady(
         model_name=config.model.model,

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -29,11 +29,14 @@ from chunkllama.errors import (
 from chunkllama.logger import init_logger
 from chunkllama.messages import (
     AbortRequest,
+    CacheExplanation,
     ChoiceDelta,
+    CommandReply,
     EngineErrorInfo,
     EngineReady,
     EngineRequest,
     EngineStats,
+    ExplainPrompt,
     FromEngine,
     Shutdown,
     StatsRequest,
@@ -77,6 +80,16 @@ class EngineClient(Protocol):
 
     async def stats(self, *, include_tree: bool = False) -> EngineStats:
         """A fresh snapshot from the engine loop."""
+        ...
+
+    async def explain(
+        self, prompt_token_ids: list[int], namespace: str = "", tenant: str = ""
+    ) -> CacheExplanation:
+        """Why the match of a prompt would end now, from the tenant's own record.
+
+        Raises:
+            EngineDeadError: the engine has ended or is being restarted.
+        """
         ...
 
     async def close(self) -> None:
@@ -145,6 +158,8 @@ class MessageClient(ABC):
 
     def __init__(self) -> None:
         self._streams: dict[str, Stream] = {}
+        self._replies: dict[int, asyncio.Future[CommandReply]] = {}
+        self._commands = 0
         self._stats_waiters: deque[asyncio.Future[EngineStats]] = deque()
         self._info: EngineReady | None = None
         self._dead: EngineDeadError | None = None
@@ -248,6 +263,34 @@ class MessageClient(ABC):
         self._send(StatsRequest(include_tree=include_tree))
         return await waiter
 
+    async def explain(
+        self, prompt_token_ids: list[int], namespace: str = "", tenant: str = ""
+    ) -> CacheExplanation:
+        reply = await self._ask(
+            lambda command_id: ExplainPrompt(
+                command_id=command_id,
+                prompt_token_ids=prompt_token_ids,
+                namespace=namespace,
+                tenant=tenant,
+            )
+        )
+        assert reply.explanation is not None
+        return reply.explanation
+
+    async def _ask(self, make: Callable[[int], ToEngine]) -> CommandReply:
+        """Send a command and wait for its reply."""
+        if self._dead is not None:
+            raise self._dead
+        self._commands += 1
+        command_id = self._commands
+        waiter: asyncio.Future[CommandReply] = asyncio.get_running_loop().create_future()
+        self._replies[command_id] = waiter
+        try:
+            self._send(make(command_id))
+            return await waiter
+        finally:
+            self._replies.pop(command_id, None)
+
     def _dispatch(self, messages: list[FromEngine]) -> None:
         for message in messages:
             match message:
@@ -261,6 +304,10 @@ class MessageClient(ABC):
                     waiter = self._stats_waiters.popleft()
                     if not waiter.done():
                         waiter.set_result(message)
+                case CommandReply():
+                    reply = self._replies.get(message.command_id)
+                    if reply is not None and not reply.done():
+                        reply.set_result(message)
                 case EngineReady():
                     self._info = message
 
@@ -271,7 +318,9 @@ class MessageClient(ABC):
         self._fail_stats(error)
 
     def _fail_stats(self, error: EngineDeadError) -> None:
-        for waiter in self._stats_waiters:
+        """Fail whoever waits for statistics or for the reply to a command."""
+        waiters: list[asyncio.Future[Any]] = [*self._stats_waiters, *self._replies.values()]
+        for waiter in waiters:
             if not waiter.done():
                 waiter.set_exception(error)
         self._stats_waiters.clear()

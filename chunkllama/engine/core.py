@@ -20,10 +20,12 @@ from chunkllama.messages import (
     BATCH_SIZE_BOUNDS,
     STEP_SECONDS_BOUNDS,
     AbortRequest,
+    CommandReply,
     EngineErrorInfo,
     EngineReady,
     EngineRequest,
     EngineStats,
+    ExplainPrompt,
     FromEngine,
     Histogram,
     Shutdown,
@@ -54,6 +56,7 @@ class EngineCore:
     Attributes:
         journal: where the steps of a process of its own are noted; None elsewhere.
         faults: failures that a test plants; None in service.
+        on_step: told each step and its duration in seconds.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class EngineCore:
         self.info = info
         self.journal: StepJournal | None = None
         self.faults: Faults | None = None
+        self.on_step: Callable[[SchedulerOutput, float], None] = lambda output, seconds: None
         self._scheduler = scheduler
         self._executor = executor
         self._clock = clock
@@ -132,7 +136,9 @@ class EngineCore:
         if self.journal is not None:
             self.journal.end_step()
         self._steps += 1
-        self._step_seconds.observe(self._clock() - started)
+        elapsed = self._clock() - started
+        self._step_seconds.observe(elapsed)
+        self.on_step(output, elapsed)
         self._batch_size.observe(len(output.slices))
         if self.faults is not None:
             self.faults.reach("send")
@@ -176,6 +182,13 @@ class EngineCore:
         stats = self.stats()
         stats.is_pushed = True
         return stats
+
+    def explain(self, command: ExplainPrompt) -> CommandReply:
+        """Explain why the match of a prompt would end."""
+        explanation = self._scheduler.explain(
+            command.prompt_token_ids, command.namespace, command.tenant
+        )
+        return CommandReply(command_id=command.command_id, explanation=explanation)
 
     def close(self) -> None:
         self._executor.close()
@@ -235,6 +248,8 @@ def _handle(core: EngineCore, message: ToEngine) -> list[FromEngine]:
         case AbortRequest():
             core.abort(message.request_id, message.index)
             return []
+        case ExplainPrompt():
+            return [core.explain(message)]
         case StatsRequest():
             return [core.stats(include_tree=message.include_tree)]
         case _:

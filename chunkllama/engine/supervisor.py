@@ -26,6 +26,7 @@ from chunkllama.errors import ChunkLlamaError, ConfigError, EngineDeadError
 from chunkllama.logger import init_logger
 from chunkllama.messages import (
     AbortRequest,
+    CommandReply,
     EngineErrorInfo,
     EngineRequest,
     EngineStats,
@@ -115,6 +116,11 @@ class SupervisedEngineClient(MessageClient):
         if not self._is_up and self._dead is None:
             raise EngineDeadError("the engine is being restarted")
         return await super().stats(include_tree=include_tree)
+
+    async def _ask(self, make: Callable[[int], ToEngine]) -> CommandReply:
+        if not self._is_up and self._dead is None:
+            raise EngineDeadError("the engine is being restarted")
+        return await super()._ask(make)
 
     async def close(self) -> None:
         self.on_death = lambda: None

@@ -163,11 +163,17 @@ class AdmissionControl:
 
     def reserved(self, running: Iterable[Sequence]) -> int:
         """Chunks promised to running sequences and not allocated yet."""
-        total = 0
+        total, size = 0, self._cache.chunk_size
+        output = self.lengths.expected() - 1
         for sequence in running:
             assert sequence.chunks is not None
-            total += max(0, self.expected_chunks(sequence) - len(sequence.chunks))
-            total += self._beam_chunks(sequence)
+            known, most = sequence.num_tokens, sequence.max_kv_tokens
+            tokens = max(known, min(most, sequence.num_prompt_tokens + output))
+            unused = -(-tokens // size) - len(sequence.chunks.ids)
+            if unused > 0:
+                total += unused
+            if sequence.group.beam is not None:
+                total += self._beam_chunks(sequence)
         return total
 
     def _beam_chunks(self, sequence: Sequence) -> int:
@@ -183,14 +189,17 @@ class AdmissionControl:
         return sum(self.expected_chunks(sequence) for sequence in waiting)
 
     def admit(
-        self, sequence: Sequence, match: Match, running: Iterable[Sequence]
+        self, sequence: Sequence, match: Match, promised: int
     ) -> tuple[SequenceChunks, Match] | None:
-        """Chunks for a sequence that may start and what it takes of ``match``, else None."""
+        """Chunks for a sequence that may start and what it takes of ``match``, else None.
+
+        Args:
+            promised: ``reserved`` of the running sequences.
+        """
         num_chunks = self.num_chunks(sequence.num_tokens)
         num_chunks += self.spare_chunks(sequence, num_chunks)
         reserve = max(0, self.expected_chunks(sequence) - num_chunks)
         reserve += self._beam_chunks(sequence)
-        promised = self.reserved(running)
         group = sequence.group
         insert_limit = group.insert_limit if self._limits.enable_prefix_caching else 0
         namespace = group.request.namespace

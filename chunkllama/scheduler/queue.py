@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Hashable, Iterator, Mapping
 from typing import Final, Literal
 
 from chunkllama.cache.node import common_prefix, encode_tokens
@@ -44,15 +44,24 @@ def queue_key(sequence: Sequence) -> tuple[bool, int, int, int]:
 class TenantQueue:
     """Waiting sequences of one tenant, by age and by token order.
 
+    Args:
+        parked: sequences of all tenants that may not start now.
+
     Attributes:
         clock: the tenant's clock plus the cost of what was started since, in virtual tokens.
         overtaken: tokens of younger requests started since the oldest became the oldest.
+        num_parked: its sequences among ``parked``.
+        oldest_age: age of the oldest one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parked: Container[Sequence]) -> None:
         self.by_age: list[Sequence] = []
         self.clock = 0.0
         self.overtaken = 0
+        self.num_parked = 0
+        self.oldest_age = (0, 0)
+        self._parked = parked
+        self._reach: int | None = None  # most tokens that a neighbour shares with the last started
         self._by_prefix: list[tuple[bytes, tuple[int, int], Sequence]] = []
         self._keys: dict[Sequence, bytes] = {}  # a queued beam may still be given its last token
         self._last = b""
@@ -61,6 +70,8 @@ class TenantQueue:
         insort(self.by_age, sequence, key=queue_key)
         if self.by_age[0] is sequence:
             self.overtaken = 0
+            self.oldest_age = sequence.age
+        self._reach = None
         self._keys[sequence] = key = encode_tokens(sequence.token_ids)
         insort(self._by_prefix, (key, sequence.age, sequence), key=lambda e: e[:2])
 
@@ -70,6 +81,8 @@ class TenantQueue:
         del self.by_age[at]
         if at == 0:
             self.overtaken = 0
+            self.oldest_age = self.by_age[0].age if self.by_age else (0, 0)
+        self._reach = None
         entry = (self._keys.pop(sequence), sequence.age)
         at = bisect_left(self._by_prefix, entry, key=lambda e: e[:2])
         assert self._by_prefix[at][2] is sequence
@@ -78,20 +91,28 @@ class TenantQueue:
     def started(self, sequence: Sequence, cost: int) -> None:
         """Note a sequence that is about to leave the queue to run."""
         self._last = encode_tokens(sequence.token_ids)
+        self._reach = None
         if sequence is not self.by_age[0]:
             self.overtaken += cost
 
-    def follower(self, least: int, passed: set[int]) -> Sequence | None:
+    def follower(self, least: int, passed: Container[Sequence]) -> Sequence | None:
         """The waiting sequence that shares most, at least ``least`` tokens, with the last started.
 
-        Only sequences of the oldest one's priority follow.
+        Only sequences of the oldest one's priority follow, and none that is parked or passed.
         """
+        if self._reach is not None and self._reach < least:
+            return None
         at = bisect_left(self._by_prefix, self._last, key=lambda e: e[0])
+        if self._reach is None:
+            near = self._by_prefix[max(at - 1, 0) : at + 1]
+            self._reach = max((common_prefix(e[0], self._last) for e in near), default=0)
+            if self._reach < least:
+                return None
         best, longest = None, least - 1
         for low, high, step in ((at - 1, max(at - 1 - NEAR, -1), -1), (at, at + NEAR, 1)):
             for i in range(low, min(high, len(self._by_prefix)), step):
                 key, _, sequence = self._by_prefix[i]
-                if id(sequence) in passed:
+                if sequence in passed or sequence in self._parked:
                     continue
                 tokens = common_prefix(key, self._last)
                 if tokens > longest and queue_key(sequence)[:2] == queue_key(self.by_age[0])[:2]:
@@ -116,6 +137,8 @@ class WaitingQueue:
         self._least_shared = max(least_shared, 1)
         self._tenants: dict[str, TenantQueue] = {}
         self._open: dict[str, None] = {}  # tenants that have started one, in order of start
+        self._parked: dict[Sequence, Hashable] = {}  # with the reason, which several may share
+        self._by_reason: dict[Hashable, list[Sequence]] = {}
         self._size = 0
 
     def __len__(self) -> int:
@@ -129,14 +152,41 @@ class WaitingQueue:
         return sequence.group.request.tenant if self._policy == "fair" else ""
 
     def add(self, sequence: Sequence) -> None:
-        self._tenants.setdefault(self._tenant(sequence), TenantQueue()).add(sequence)
+        tenant = self._tenant(sequence)
+        queue = self._tenants.get(tenant)
+        if queue is None:
+            queue = self._tenants[tenant] = TenantQueue(self._parked)
+        queue.add(sequence)
         self._size += 1
 
     def remove(self, sequence: Sequence) -> None:
-        tenant = self._tenant(sequence)
-        queue = self._tenants[tenant]
+        queue = self._tenants[self._tenant(sequence)]
         queue.remove(sequence)
         self._size -= 1
+        if sequence in self._parked:
+            reason = self._parked.pop(sequence)
+            queue.num_parked -= 1
+            self._by_reason[reason].remove(sequence)
+            if not self._by_reason[reason]:
+                del self._by_reason[reason]
+
+    def park(self, sequence: Sequence, reason: Hashable) -> None:
+        """Leave a waiting sequence out of the order, at its place, until ``unpark``."""
+        if sequence in self._parked:
+            return
+        self._parked[sequence] = reason
+        self._by_reason.setdefault(reason, []).append(sequence)
+        self._tenants[self._tenant(sequence)].num_parked += 1
+
+    def unpark(self, reason: Hashable) -> None:
+        """Return the sequences of a reason to the order."""
+        for sequence in self._by_reason.pop(reason, ()):
+            del self._parked[sequence]
+            self._tenants[self._tenant(sequence)].num_parked -= 1
+
+    def reasons(self) -> list[Hashable]:
+        """Reasons of the sequences that are parked."""
+        return list(self._by_reason)
 
     def started(self, sequence: Sequence, cost: int, weight: float) -> None:
         """Note that a sequence which costs ``cost`` virtual tokens is about to start."""
@@ -163,19 +213,13 @@ class WaitingQueue:
         """
         if self._policy == "fcfs":
             for queue in list(self._tenants.values()):
-                yield from list(queue.by_age)
+                yield from [s for s in queue.by_age if s not in self._parked]
             return
-        for name in [name for name, each in self._tenants.items() if not each.by_age]:
-            del self._tenants[name]
-            self._open.pop(name, None)
-        for name, each in self._tenants.items():
-            each.clock = clocks.get(name, 0.0)
-        heap = [(q.clock, q.by_age[0].age, t) for t, q in self._tenants.items() if q.by_age]
-        heapq.heapify(heap)
-        passed: set[int] = set()
+        heap = self._heap(clocks)
+        passed: set[Sequence] = set()
         continuing = list(self._open)
         continuing.reverse()
-        oldest = {t: iter(list(q.by_age)) for _, _, t in heap for q in [self._tenants[t]]}
+        oldest: dict[str, Iterator[Sequence]] = {}
         while heap:
             clock, age, tenant = heap[0]
             queue = self._tenants[tenant]
@@ -187,15 +231,34 @@ class WaitingQueue:
                 continue
             chosen = self._continuation(continuing, clock, passed)
             if chosen is None:
+                if tenant not in oldest:
+                    oldest[tenant] = iter(list(queue.by_age))
                 chosen = self._next_of(queue, oldest[tenant], passed)
             if chosen is None:
                 heapq.heappop(heap)
                 continue
-            passed.add(id(chosen))
+            passed.add(chosen)
             yield chosen
 
+    def _heap(self, clocks: Mapping[str, float]) -> list[tuple[float, tuple[int, int], str]]:
+        """Tenants that could start a sequence, the one with the lowest clock first."""
+        heap: list[tuple[float, tuple[int, int], str]] = []
+        empty: list[str] = []
+        for name, queue in self._tenants.items():
+            if not queue.by_age:
+                empty.append(name)
+                continue
+            queue.clock = clock = clocks.get(name, 0.0)
+            if queue.num_parked < len(queue.by_age):
+                heap.append((clock, queue.oldest_age, name))
+        for name in empty:
+            del self._tenants[name]
+            self._open.pop(name, None)
+        heapq.heapify(heap)
+        return heap
+
     def _continuation(
-        self, continuing: list[str], lowest: float, passed: set[int]
+        self, continuing: list[str], lowest: float, passed: Container[Sequence]
     ) -> Sequence | None:
         """The next of the groups in progress whose tenants may continue, the first begun first.
 
@@ -204,24 +267,27 @@ class WaitingQueue:
         """
         while continuing:
             queue = self._tenants[continuing[-1]]
-            if queue.by_age and queue.clock < lowest + self._quantum:
+            if queue.num_parked < len(queue.by_age) and queue.clock < lowest + self._quantum:
                 follower = self._follower(queue, passed)
                 if follower is not None:
                     return follower
             continuing.pop()
         return None
 
-    def _follower(self, queue: TenantQueue, passed: set[int]) -> Sequence | None:
+    def _follower(self, queue: TenantQueue, passed: Container[Sequence]) -> Sequence | None:
         """The next of the tenant's group, unless its oldest sequence has to start first."""
         if queue.overtaken >= self._quantum or not queue_key(queue.by_age[0])[0]:
             return None
         return queue.follower(self._least_shared, passed)
 
     def _next_of(
-        self, queue: TenantQueue, oldest: Iterator[Sequence], passed: set[int]
+        self, queue: TenantQueue, oldest: Iterator[Sequence], passed: Container[Sequence]
     ) -> Sequence | None:
         """A follower of the tenant's last start, else its oldest sequence not passed yet."""
         follower = self._follower(queue, passed)
         if follower is not None:
             return follower
-        return next((s for s in oldest if s.slot < 0 and id(s) not in passed), None)
+        for sequence in oldest:
+            if sequence.slot < 0 and sequence not in passed and sequence not in self._parked:
+                return sequence
+        return None

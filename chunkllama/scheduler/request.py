@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkllama.cache.manager import Match, SequenceChunks
-from chunkllama.messages import EngineRequest, FinishReason, TokenLogprob
+from chunkllama.messages import CacheExplanation, EngineRequest, FinishReason, TokenLogprob
 from chunkllama.scheduler.beam import BeamSearch
 
 Int32Array = NDArray[np.int32]
@@ -133,6 +133,7 @@ class SequenceGroup:
         held: it may not start yet.
         num_cached_tokens: prompt tokens that were not computed again; -1 until admitted.
         prompt_logprobs: entries so far; the first is None (nothing comes before it).
+        explanation: of the prompt's match, until it is sent.
     """
 
     request: EngineRequest
@@ -149,6 +150,7 @@ class SequenceGroup:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     is_pinned: bool = False
     pin_refused: bool = False
+    explanation: CacheExplanation | None = None
 
     @property
     def request_id(self) -> str:

@@ -14,14 +14,22 @@ from typing import Final
 
 from chunkllama.cache.manager import CacheManager, Match
 from chunkllama.errors import InvalidRequestError
-from chunkllama.messages import EngineRequest, EngineStats, TokenDelta, TreeNodeInfo
+from chunkllama.messages import (
+    CacheExplanation,
+    EngineRequest,
+    EngineStats,
+    TokenDelta,
+    TreeNodeInfo,
+)
+from chunkllama.scheduler.beam_steps import advance_beams
+from chunkllama.scheduler.cache_lookup import explain_prompt, match_limit, record_prompt
 from chunkllama.scheduler.counters import read_stats
 from chunkllama.scheduler.failures import drop_failed
 from chunkllama.scheduler.intake import check_places, make_group
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.memory_pressure import grow_tails, preemption_victim
 from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
-from chunkllama.scheduler.request import Sequence, SequenceGroup
+from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
 from chunkllama.scheduler.step_deltas import StepDeltas
 
@@ -79,12 +87,16 @@ class Scheduler:
 
     def hold(self, request_id: str) -> None:
         """Keep a request that was just added from starting before ``release``."""
-        self._groups[request_id].held = True
+        group = self._groups[request_id]
+        group.held = True
+        for sequence in group.sequences.values():
+            self._waiting.park(sequence, request_id)
 
     def release(self, request_id: str) -> None:
         """Let a held request start. Unknown ids are ignored."""
         if group := self._groups.get(request_id):
             group.held = False
+            self._waiting.unpark(request_id)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Drop a request, or one choice of it (of a beam search all); yields no delta.
@@ -142,9 +154,9 @@ class Scheduler:
         A quarter of the step is reserved for prompts that fit in it, running or new. The rest goes
         to long prompts in fair order.
         """
-        clocks = self._clocks()
         prefills = [s for s in self._running.by_age if s.num_tokens - s.num_computed_tokens > 1]
-        if self._limits.policy == "fair":
+        if len(prefills) > 1 and self._limits.policy == "fair":
+            clocks = self._clocks()
             prefills.sort(key=lambda s: (clocks[s.group.request.tenant], s.age))
         reserve = min(budget, max(self._limits.max_num_batched_tokens // SHORT_SHARE, 1))
         short = [s for s in prefills if s.num_tokens - s.num_computed_tokens <= reserve]
@@ -184,8 +196,8 @@ class Scheduler:
     def _admit(self, budget: int, *, only_short: bool = False) -> int:
         """Start waiting sequences while tokens, slots and chunks last; returns the tokens left.
 
-        Skips a follower of a running leader while waiting saves it enough; the follower holds
-        nothing meanwhile. One that does not fit stops the queue, which prevents starvation.
+        A follower of a running leader is parked while waiting saves it enough; it holds nothing
+        meanwhile. One that does not fit stops the queue, which prevents starvation.
 
         Args:
             only_short: start only prompts that the budget computes whole, and the first prompt of
@@ -193,20 +205,20 @@ class Scheduler:
         """
         if not budget or not len(self._waiting) or not self._running.num_free_slots:
             return budget
+        self._unpark_followers()
         long_looked_at = 0
+        promised = self._admission.reserved(self._running.by_age)
         for sequence in self._waiting.candidates(self._clocks()):
             if budget == 0 or not self._running.num_free_slots:
                 break
-            if sequence.group.held or (sequence.match and self._cache.is_pending(sequence.match)):
-                continue
             if only_short and not self._waiting.may_overtake(sequence):
                 continue
-            match = self._cache.match(
-                sequence.token_ids, self._match_limit(sequence), sequence.group.request.namespace
-            )
+            limit = match_limit(sequence, self._limits)
+            namespace = sequence.group.request.namespace
+            match = self._cache.match(sequence.token_ids, limit, namespace)
             saved = match.num_later_tokens - match.num_tokens
             if saved > 0 and saved >= self._limits.min_wait_tokens:
-                sequence.match = match
+                self._wait_for_leader(sequence, match)
                 continue
             sequence.match = None
             if only_short and not self._may_start_early(sequence, match, budget):
@@ -214,14 +226,28 @@ class Scheduler:
                 if long_looked_at == MAX_LONG_LOOKED_AT:
                     break
                 continue
-            admitted = self._admission.admit(sequence, match, self._running.by_age)
+            admitted = self._admission.admit(sequence, match, promised)
             while admitted is None and not len(self._running) and self._cache.pins.break_one():
-                admitted = self._admission.admit(sequence, match, self._running.by_age)
+                admitted = self._admission.admit(sequence, match, promised)
             if admitted is None:
                 break
+            record_prompt(sequence, match, admitted[1], self._cache, self._limits)
             self._lifecycle.start(sequence, *admitted)
+            promised += self._admission.reserved([sequence])
             budget = self._take_slices([sequence], budget)
         return budget
+
+    def _wait_for_leader(self, sequence: Sequence, match: Match) -> None:
+        """Park a follower until the node it waits for is computed or abandoned."""
+        sequence.match = match
+        if self._cache.is_pending(match):
+            self._waiting.park(sequence, match.pending)
+
+    def _unpark_followers(self) -> None:
+        """Return the followers whose wait is over to the order."""
+        for reason in self._waiting.reasons():
+            if isinstance(reason, tuple) and not self._cache.is_pending_node(*reason):
+                self._waiting.unpark(reason)
 
     def _may_start_early(self, sequence: Sequence, match: Match, budget: int) -> bool:
         """Whether a waiting prompt may use tokens reserved for short and new ones."""
@@ -232,13 +258,6 @@ class Scheduler:
             s.group.request.tenant == tenant and s.num_computed_tokens < s.num_admitted
             for s in self._running.by_age
         )
-
-    def _match_limit(self, sequence: Sequence) -> int:
-        """All tokens but the last, whose row yields the next; nothing where every row is wanted."""
-        wants_rows = sequence.wants_prompt_logits or sequence.group.request.wants_hidden_states
-        if wants_rows or not self._limits.enable_prefix_caching:
-            return 0
-        return sequence.num_tokens - 1
 
     def _break_deadlock(self) -> bool:
         """Preempt the newest sequence when beams of several requests wait for one another."""
@@ -312,7 +331,7 @@ class Scheduler:
         elif group.beam is not None:
             group.beam.feed(sequence.index, sampled.beam_candidates[sequence.slot])
             if group.beam.is_fed:
-                self._advance_beams(group, deltas)
+                advance_beams(group, deltas, self._lifecycle)
         else:
             self._append_token(sequence, sampled, deltas)
 
@@ -346,37 +365,6 @@ class Scheduler:
         if reason is not None:
             self._lifecycle.finish(sequence)
 
-    def _advance_beams(self, group: SequenceGroup, deltas: StepDeltas) -> None:
-        """All beams are fed: fork those with several children, discard those with none."""
-        beam = group.beam
-        assert beam is not None
-        outputs = {i: s.output_token_ids.tolist() for i, s in group.sequences.items()}
-        extensions = beam.advance(outputs)
-        if not extensions:
-            deltas.end_beams(group)
-            for sequence in list(group.sequences.values()):
-                self._lifecycle.finish(sequence)
-            return
-        self._lifecycle.counters.generation_tokens += len(extensions)
-        parents = {e.parent for e in extensions}
-        for index in [i for i in group.sequences if i not in parents]:
-            self._lifecycle.discard(group.sequences[index])
-        unused = iter(i for i in range(beam.width) if i not in parents)
-        logprobs: dict[int, float] = {}
-        firsts: dict[int, int] = {}
-        for extension in extensions:
-            if extension.parent not in firsts:
-                firsts[extension.parent] = extension.token_id
-                logprobs[extension.parent] = extension.logprob
-                continue
-            child = self._lifecycle.fork(group.sequences[extension.parent], next(unused))
-            child.append(extension.token_id)
-            logprobs[child.index] = extension.logprob
-        for index, token_id in firsts.items():
-            group.sequences[index].append(token_id)
-            self._running.renew(group.sequences[index])
-        beam.bind(logprobs)
-
     # -- inspection -------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
@@ -388,6 +376,10 @@ class Scheduler:
         stats.requests_waiting = waiting
         stats.requests_running = len(self._groups) - waiting
         return stats
+
+    def explain(self, prompt_token_ids: list[int], namespace: str, tenant: str) -> CacheExplanation:
+        """Explain why the match of a prompt would end now; changes nothing."""
+        return explain_prompt(prompt_token_ids, namespace, tenant, self._cache, self._limits)
 
     def tree(self) -> list[TreeNodeInfo]:
         """Every node of the prefix tree, for a dashboard."""

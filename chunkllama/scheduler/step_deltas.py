@@ -90,6 +90,8 @@ class StepDeltas:
                 decode_seconds=self.now - group.prefilled_at,
             )
             self._deltas[group.request_id] = delta
+        if group.explanation is not None:
+            delta.explanation, group.explanation = group.explanation, None
         if group.prompt_logprobs is not None and not group.collects_prompt_logprobs:
             delta.prompt_logprobs, group.prompt_logprobs = group.prompt_logprobs, None
         return delta

@@ -15,7 +15,13 @@ from dataclasses import dataclass, field
 import msgspec
 
 from chunkllama.errors import RequestFailedError
-from chunkllama.messages import ChoiceDelta, EngineRequest, TokenDelta, TokenLogprob
+from chunkllama.messages import (
+    CacheExplanation,
+    ChoiceDelta,
+    EngineRequest,
+    TokenDelta,
+    TokenLogprob,
+)
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.text.detokenizer import IncrementalDetokenizer, StopChecker
 from chunkllama.text.tokenizer import Tokenizer
@@ -62,6 +68,7 @@ class OutputProcessor:
         num_tokens: output tokens of all choices, up to the token that completes a stop string.
         num_cached_tokens: prompt tokens whose K/V came from the cache.
         num_cache_write_tokens: prompt tokens whose K/V were added to the cache.
+        explanation: why the prompt's match in the cache ended, if that was asked for.
         prompt_logprobs: log-probabilities of the prompt, once they have arrived.
         embedding: pooled hidden state of the prompt, once it has arrived.
     """
@@ -72,6 +79,7 @@ class OutputProcessor:
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.num_cache_write_tokens = 0
+        self.explanation: CacheExplanation | None = None
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         self.embedding: list[float] | None = None
         self._choices = [
@@ -92,6 +100,7 @@ class OutputProcessor:
         """
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
         self.num_cache_write_tokens = max(self.num_cache_write_tokens, delta.num_cache_write_tokens)
+        self.explanation = self.explanation or delta.explanation
         self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
         self.embedding = delta.embedding or self.embedding
         return [new for choice in delta.choices if (new := self._add(choice)) is not None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from simulated_engine import SimulatedEngine
 
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.scheduler.admission import (
@@ -12,6 +11,7 @@ from chunkllama.scheduler.admission import (
     DrainRate,
     OutputLengths,
 )
+from chunkllama.simulation.engine import SimulatedEngine
 
 
 def engine(num_chunks: int, **limits: object) -> SimulatedEngine:

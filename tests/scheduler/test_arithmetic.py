@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from simulated_engine import SimulatedEngine
+
+from chunkllama.simulation.engine import SimulatedEngine
 
 
 def engine(num_chunks: int, **limits: object) -> SimulatedEngine:

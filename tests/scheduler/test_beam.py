@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from simulated_engine import SimulatedEngine
 
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.beam import BeamSearch, Extension
+from chunkllama.simulation.engine import SimulatedEngine
 
 
 def search(width: int = 2, max_tokens: int = 3, **params: object) -> BeamSearch:

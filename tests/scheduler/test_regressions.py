@@ -7,9 +7,9 @@ and pull requests 211 and 233, mini-sglang pull request 142, vLLM 37076, SGLang 
 from __future__ import annotations
 
 import pytest
-from simulated_engine import SimulatedEngine
 
 from chunkllama.errors import InvalidRequestError
+from chunkllama.simulation.engine import SimulatedEngine
 
 
 def engine(num_chunks: int = 32, **limits: object) -> SimulatedEngine:

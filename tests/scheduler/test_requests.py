@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from simulated_engine import LIMITS, SimulatedEngine
 
 from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.scheduler.limits import SchedulerLimits
+from chunkllama.simulation.engine import LIMITS, SimulatedEngine
 
 
 def engine(num_chunks: int = 32, **limits: object) -> SimulatedEngine:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from simulated_engine import SimulatedEngine
+
+from chunkllama.simulation.engine import SimulatedEngine
 
 PREFIX = list(range(16))
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from simulated_engine import SimulatedEngine
 
 from chunkllama.engine.core import EngineCore
 from chunkllama.messages import EngineReady, EngineRequest, Histogram, TokenDelta
 from chunkllama.sampling_params import SamplingParams
+from chunkllama.simulation.engine import SimulatedEngine
 
 STEP = 0.01  # of the simulated engine
 

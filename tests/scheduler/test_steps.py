@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from simulated_engine import SimulatedEngine
-
 from chunkllama.scheduler.output import SchedulerOutput
+from chunkllama.simulation.engine import SimulatedEngine
 
 
 def engine(num_chunks: int = 32, **limits: object) -> SimulatedEngine:

@@ -9,22 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from random_traffic import RandomTraffic
-from simulated_engine import SimulatedEngine
 
-from chunkllama.cache import manager, retention
+from chunkllama.cache import manager, prefix_tree, retention
 from chunkllama.cache.eviction import EvictionOrder
 from chunkllama.cache.manager import CacheManager
 from chunkllama.cache.node import Node
 from chunkllama.cache.prefix_tree import PrefixTree
 from chunkllama.cache.sequence_chunks import SequenceChunks
+from chunkllama.scheduler import scheduler
 from chunkllama.scheduler.admission import AdmissionControl
 from chunkllama.scheduler.queue import WaitingQueue
 from chunkllama.scheduler.running import RunningSequences
-from chunkllama.scheduler.scheduler import Scheduler
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
 from chunkllama.scheduler.tenants import DECODE_WEIGHT, TenantAccounts
 from chunkllama.scheduler.tree_order import TreeOrder
+from chunkllama.simulation.engine import SimulatedEngine
+from chunkllama.simulation.random_traffic import RandomTraffic
 
 Patch = pytest.MonkeyPatch
 CAUGHT = (AssertionError, IndexError, KeyError, ValueError, AttributeError, TypeError)
@@ -130,7 +130,7 @@ def publish_one_token_early(patch: Patch) -> None:
 
 
 def whole_prompt_matched(patch: Patch) -> None:
-    patch.setattr(Scheduler, "_match_limit", lambda self, sequence: sequence.num_tokens)
+    patch.setattr(scheduler, "match_limit", lambda sequence, limits: sequence.num_tokens)
 
 
 def double_free(patch: Patch) -> None:
@@ -210,7 +210,7 @@ def reserve_forgotten(patch: Patch) -> None:
 
 
 def partial_leaf_matched_past_filled(patch: Patch) -> None:
-    patch.setattr(PrefixTree, "_copyable", PrefixTree._overlaps)
+    patch.setattr(prefix_tree, "_copyable", iter)
 
 
 def namespace_leak(patch: Patch) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from random_traffic import RandomTraffic
+
+from chunkllama.simulation.random_traffic import RandomTraffic
 
 CHUNK_SIZES = [1, 2, 4, 8, 64]
 

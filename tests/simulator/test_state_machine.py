@@ -14,10 +14,10 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from simulated_engine import SimulatedEngine
 
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.scheduler.memory_pressure import preemption_victim
+from chunkllama.simulation.engine import SimulatedEngine
 
 tokens = st.lists(st.integers(0, 1), max_size=6)
 

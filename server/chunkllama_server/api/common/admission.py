@@ -18,7 +18,13 @@ from typing import cast
 
 from chunkllama.engine.client import EngineClient
 from chunkllama.errors import DeadlineError, OverloadedError
-from chunkllama.messages import EngineReady, EngineRequest, EngineStats, TokenDelta
+from chunkllama.messages import (
+    CacheExplanation,
+    EngineReady,
+    EngineRequest,
+    EngineStats,
+    TokenDelta,
+)
 
 _RETRY_AFTER = 2  # before anything has ended
 _MAX_RETRY_AFTER = 30
@@ -180,6 +186,11 @@ class ChargedEngine:
 
     async def stats(self, *, include_tree: bool = False) -> EngineStats:
         return await self._engine.stats(include_tree=include_tree)
+
+    async def explain(
+        self, prompt_token_ids: list[int], namespace: str = "", tenant: str = ""
+    ) -> CacheExplanation:
+        return await self._engine.explain(prompt_token_ids, namespace, tenant)
 
     async def close(self) -> None:
         await self._engine.close()

@@ -1,28 +1,28 @@
-"""Seeded random traffic for the simulated engine: everything a server could be asked for."""
+"""Seeded random traffic for the simulated engine, of every kind of request."""
 
 from __future__ import annotations
 
 import random
-
-from simulated_engine import SimulatedEngine
+from typing import Any
 
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.memory_pressure import preemption_victim
+from chunkllama.simulation.engine import SimulatedEngine
 
 
 class RandomTraffic:
     """Adds, cancels, pins, fails and preempts at random; ``run`` ends with a full check.
 
     Prompts are cut from a few base texts over two tokens, at lengths around the edges of chunks,
-    so that sequences share, diverge and meet again all the time.
+    so that sequences share and diverge often.
     """
 
-    def __init__(self, seed: int, chunk_size: int, **overrides: object) -> None:
+    def __init__(self, seed: int, chunk_size: int, **overrides: Any) -> None:
         self.random = random.Random(seed)
         pick = self.random.choice
         self.chunk_size = chunk_size
-        limits = {
+        limits: dict[str, Any] = {
             "max_num_seqs": pick([1, 2, 4, 8]),
             "max_num_batched_tokens": pick([8, 16, 4 * chunk_size + 8]),
             "max_model_len": 40 * chunk_size,
@@ -49,13 +49,14 @@ class RandomTraffic:
         return max(1, edge + self.random.choice([-2, -1, 0, 1, 2]))
 
     def add(self) -> None:
+        """Queue a request of a random kind, unless it is refused."""
         rnd = self.random
         prompt = rnd.choice(self.bases)[: self._length()]
         if rnd.random() < 0.6:
             prompt = prompt + self._tokens(rnd.randrange(1, self.chunk_size + 2))
         namespace = rnd.choice(["", "", "A", "B"])
         tenant = namespace or rnd.choice(["", "A", "B"])
-        options: dict[str, object] = {"namespace": namespace, "tenant": tenant}
+        options: dict[str, Any] = {"namespace": namespace, "tenant": tenant}
         kind = rnd.random()
         max_tokens: int | None = rnd.choice([1, 2, self.chunk_size, 2 * self.chunk_size + 1])
         if kind < 0.15:
@@ -87,7 +88,7 @@ class RandomTraffic:
             return
 
     def abort(self) -> None:
-        """A whole request, or one choice of it, whether it still runs or not."""
+        """Abort a live request, or one choice of it."""
         live = [name for name in self.engine.requests if self.is_live(name)]
         if live:
             victim = self.random.choice(live)
@@ -95,12 +96,13 @@ class RandomTraffic:
             index = self.random.choice([None, self.random.randrange(sampling.num_sequences)])
             self.engine.scheduler.abort(victim, index)
             one_of_many = index is not None and sampling.num_sequences > 1
-            if not one_of_many or sampling.beam_width > 1:
+            if index is None or not one_of_many or sampling.beam_width > 1:
                 self.aborted.add(victim)
             else:
                 self.aborted.add((victim, index))
 
     def is_live(self, name: str) -> bool:
+        """Return whether a choice of the request has not ended."""
         sampling = self.engine.requests[name].sampling
         count = sampling.n if sampling.beam_width > 1 else sampling.num_sequences
         if name in self.aborted or name in self.engine.errors:
@@ -108,7 +110,7 @@ class RandomTraffic:
         return any((name, i) not in self.engine.finished for i in range(count))
 
     def turn(self) -> None:
-        """One step of the engine with whatever happens around it."""
+        """Run one step, with random events before and during it."""
         rnd, engine = self.random, self.engine
         if rnd.random() < 0.35:
             self.add()
@@ -131,7 +133,7 @@ class RandomTraffic:
             engine.now += 1.0
 
     def preempt(self) -> None:
-        """The newest running sequence goes back to the queue, as if the pool had run out."""
+        """Requeue the newest running sequence, as if the pool had run out."""
         scheduler = self.engine.scheduler
         if len(scheduler._running):
             victim = preemption_victim(scheduler._running)
@@ -139,6 +141,7 @@ class RandomTraffic:
                 scheduler._lifecycle.preempt(victim)
 
     def run(self, num_steps: int) -> SimulatedEngine:
+        """Run at least ``num_steps``, then until every request has ended; check all outputs."""
         while self.engine.num_steps < num_steps:
             self.turn()
         self.engine.run()

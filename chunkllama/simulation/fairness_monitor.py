@@ -25,7 +25,7 @@ class FairnessMonitor:
         self._longest = 1
         self._start = scheduler._lifecycle.start
         if self._policy != "fcfs":
-            scheduler._lifecycle.start = self._checked_start
+            scheduler._lifecycle.start = self._checked_start  # type: ignore[method-assign]
 
     def _checked_start(self, sequence: Sequence, chunks: SequenceChunks, match: Match) -> None:
         cost = sequence.num_tokens - match.num_tokens

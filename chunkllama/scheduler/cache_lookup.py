@@ -1,0 +1,56 @@
+"""How much of a prompt may be looked up in the cache, and why the match ended."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from chunkllama.cache.manager import CacheManager, Match
+from chunkllama.messages import CacheExplanation
+from chunkllama.scheduler.limits import SchedulerLimits
+from chunkllama.scheduler.request import Sequence
+
+
+def match_limit(sequence: Sequence, limits: SchedulerLimits) -> int:
+    """All tokens but the last, whose row yields the next; nothing where every row is wanted."""
+    wants_rows = sequence.wants_prompt_logits or sequence.group.request.wants_hidden_states
+    if wants_rows or not limits.enable_prefix_caching:
+        return 0
+    return sequence.num_tokens - 1
+
+
+def record_prompt(
+    sequence: Sequence, match: Match, used: Match, cache: CacheManager, limits: SchedulerLimits
+) -> None:
+    """Explain the match of a prompt that is about to start, if asked to, and record the prompt.
+
+    Args:
+        match: what the tree has.
+        used: what of it the sequence takes.
+    """
+    group, request = sequence.group, sequence.group.request
+    if group.num_cached_tokens >= 0:  # another choice of the request, or preempted before
+        return
+    tokens, tenant, namespace = sequence.token_ids, request.tenant, request.namespace
+    if request.explain:
+        is_whole = match_limit(sequence, limits) == len(tokens) - 1
+        group.explanation = cache.explain(
+            tokens, match if is_whole else None, used.num_tokens, tenant, namespace
+        )
+    if limits.enable_prefix_caching:
+        cache.record_prompt(tokens, group.insert_limit, tenant, namespace)
+
+
+def explain_prompt(
+    prompt_token_ids: list[int],
+    namespace: str,
+    tenant: str,
+    cache: CacheManager,
+    limits: SchedulerLimits,
+) -> CacheExplanation:
+    """Explain why the match of a prompt would end now; changes nothing."""
+    tokens = np.array(prompt_token_ids, np.int32)
+    match = None
+    if limits.enable_prefix_caching:
+        match = cache.match(tokens, len(tokens) - 1, namespace)
+    used = 0 if match is None else match.num_tokens
+    return cache.explain(tokens, match, used, tenant, namespace)
