@@ -1,4 +1,4 @@
-"""Commands of ``chunkllama``: ``serve|bench|health|config|version|models``.
+"""Commands of ``chunkllama``: ``serve|bench|capacity|health|config|version|models``.
 
 Only the requested command is imported, so that ``version`` and ``health`` are fast.
 """
@@ -191,9 +191,16 @@ def _add_bench(app: typer.Typer) -> None:
     app.add_typer(bench_app, name="bench")
 
 
+def _add_capacity(app: typer.Typer) -> None:
+    from chunkllama_server.capacity.command import capacity
+
+    app.command()(capacity)
+
+
 _COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "serve": _add_serve,
     "bench": _add_bench,
+    "capacity": _add_capacity,
     "health": _add_health,
     "config": _add_config,
     "version": _add_version,

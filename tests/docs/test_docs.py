@@ -71,7 +71,14 @@ def test_python_blocks_run(page, served):
 
 
 def _known_flags(chunkllama) -> set[str]:
-    commands = (["serve"], ["bench", "serve"], ["health"], ["config", "show"], ["models"])
+    commands = (
+        ["serve"],
+        ["bench", "serve"],
+        ["capacity"],
+        ["health"],
+        ["config", "show"],
+        ["models"],
+    )
     known = {"--config", "--help"}
     for command in commands:
         known |= set(

@@ -15,7 +15,7 @@ from chunkllama_server.config.settings import Settings
 def test_version_and_help(chunkllama):
     assert chunkllama("version").stdout.strip() == __version__
     listed = chunkllama("--help").stdout
-    for command in ("serve", "bench", "health", "config", "version", "models"):
+    for command in ("serve", "bench", "capacity", "health", "config", "version", "models"):
         assert command in listed
     assert "--num-chunks" in chunkllama("serve", "--help").stdout
 
