@@ -26,10 +26,14 @@ from chunkllama.models.loading.hub import resolve_model
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.text.chat_template import load_chat_template
 from chunkllama.text.output_processor import OutputCollector, OutputProcessor, with_ranking
-from chunkllama.text.tokenizer import Tokenizer, load_tokenizer
+from chunkllama.text.template_adapter import adapt, plain_messages
+from chunkllama.text.thoughts import NO_THOUGHTS, Thoughts, ThoughtTags, tag_ids
+from chunkllama.text.tokenizer import load_tokenizer
 
 Prompt = str | Sequence[int]
 Conversation = list[dict[str, Any]]
+# The end of a prompt that shows whether it has opened the thoughts: a tag and white space.
+_TAIL_TOKENS = 32
 
 
 class LLM:
@@ -101,17 +105,46 @@ class LLM:
         use_progress_bar: bool = True,
         **template_options: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several at once, through the model's chat template."""
+        """Answer one conversation, or several at once, through the model's chat template.
+
+        What the template has no form for is said in the nearest form it has, as the server does.
+        Thoughts are told from the answer by the tags of the template.
+
+        Args:
+            messages: as in a chat completion: text or text parts, tool calls, tool results.
+            template_options: ``tools``, ``template_kwargs``, ``add_generation_prompt``,
+                ``continue_final_message``.
+
+        Raises:
+            InvalidRequestError: the template refuses a conversation or leaves out a text of it.
+        """
         if self._template is None:
             raise InvalidRequestError("this model has no chat template; use generate()", "messages")
         single = len(messages) > 0 and isinstance(messages[0], dict)
         several = cast(Sequence[Conversation], [messages] if single else messages)
         encoded: list[tuple[str | None, list[int]]] = [
-            (None, self._template.encode(conversation, **template_options))
-            for conversation in several
+            (None, self._encode_chat(conversation, **template_options)) for conversation in several
         ]
         sampling = sampling_params or self._defaults
         return self._run(encoded, sampling, use_progress_bar, continues_prompt=False)
+
+    def _encode_chat(
+        self, messages: Conversation, *, tools: list[dict[str, Any]] | None = None, **options: Any
+    ) -> list[int]:
+        assert self._template is not None
+        able = self._template.capabilities
+        chat, shown = adapt(plain_messages(messages), tools, able)
+        return self._template.encode(chat, tools=shown, require_all_text=True, **options)
+
+    def _thoughts(self, ids: list[int]) -> Thoughts:
+        """How the thoughts of a chat's answer are told from it."""
+        able = None if self._template is None else self._template.capabilities
+        if able is None or able.thought_tags is None:
+            return NO_THOUGHTS
+        tags = ThoughtTags(*able.thought_tags)
+        tail = self._tokenizer.decode(ids[-_TAIL_TOKENS:], skip_special_tokens=False)
+        is_open = tail.rstrip().endswith(tags.start)
+        return Thoughts(tags, is_open, tag_ids(tags, self._tokenizer))
 
     def _run(
         self,
@@ -121,12 +154,16 @@ class LLM:
         continues_prompt: bool,
     ) -> list[RequestOutput]:
         sent = with_ranking(sampling)
-        generations = [
-            _Generation(
-                self._make_request(ids, sent), sampling, text, self._tokenizer, continues_prompt
+        generations = []
+        for text, ids in prompts:
+            request = self._make_request(ids, sent)
+            processor = OutputProcessor(
+                request,
+                self._tokenizer,
+                continues_prompt=continues_prompt,
+                thoughts=NO_THOUGHTS if continues_prompt else self._thoughts(ids),
             )
-            for text, ids in prompts
-        ]
+            generations.append(_Generation(request, sampling, text, processor))
         live = {generation.request.request_id: generation for generation in generations}
         columns = (
             TextColumn("generating"),
@@ -188,11 +225,10 @@ class _Generation:
         request: EngineRequest,
         sampling: SamplingParams,
         prompt: str | None,
-        tokenizer: Tokenizer,
-        continues_prompt: bool,
+        processor: OutputProcessor,
     ) -> None:
         self.request = request
-        self.processor = OutputProcessor(request, tokenizer, continues_prompt=continues_prompt)
+        self.processor = processor
         self._collector = OutputCollector(request.sampling)
         self._sampling = sampling
         self._prompt = prompt
@@ -219,6 +255,7 @@ class _Generation:
                     choice.finish_reason,
                     choice.stop_reason,
                     None if self._sampling.logprobs is None else choice.logprobs,
+                    choice.reasoning,
                 )
                 for choice in self._collector.result()
             ],

@@ -269,7 +269,11 @@ FromEngine = TokenDelta | EngineStats | CommandReply | EngineReady | StartFailed
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One choice of a request: ``text`` is decoded, ``finish_reason`` None while it runs."""
+    """One choice of a request: ``text`` is decoded, ``finish_reason`` None while it runs.
+
+    ``reasoning`` has the thoughts that a chat model wrote before its answer; they are no part of
+    ``text``.
+    """
 
     index: int
     text: str
@@ -277,6 +281,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprob] | None = None
+    reasoning: str = ""
 
 
 @dataclass(slots=True)

@@ -12,14 +12,33 @@ from chunkllama.errors import InvalidRequestError
 MAX_SEED = 2**63 - 1
 
 
+class ThinkingSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Thoughts before the answer: a grammar holds from their end on.
+
+    Attributes:
+        is_open: the prompt has begun them; otherwise ``start_token_id`` begins them.
+        start_token_id: None where the starting tag is no single token.
+        end: text of the ending tag; ``end_token_ids`` are its tokens.
+        budget: output tokens after which the ending tag is forced; None is no limit.
+    """
+
+    is_open: bool
+    start_token_id: int | None
+    end: str
+    end_token_ids: tuple[int, ...]
+    budget: int | None = None
+
+
 class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A constraint on the output.
 
-    ``kind`` is json_schema, json_object, regex, choice or lark; ``text`` its source.
+    ``kind`` is json_schema, json_object, regex, choice, lark, or any, which constrains nothing but
+    the thoughts; ``text`` is its source.
     """
 
     kind: str
     text: str
+    thinking: ThinkingSpec | None = None
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

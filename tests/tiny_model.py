@@ -19,13 +19,13 @@ TEMPLATE = (
 )
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, special: tuple[str, ...] = ()) -> None:
     """A byte-level tokenizer of 256 bytes and three control tokens; no merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *special]
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

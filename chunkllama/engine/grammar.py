@@ -7,14 +7,16 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import llguidance
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from chunkllama.errors import InvalidRequestError
-from chunkllama.sampling_params import GrammarSpec
+from chunkllama.sampling_params import GrammarSpec, ThinkingSpec
 
 # One optional blank between JSON tokens: a model that may write blanks without end will.
 JSON_WHITESPACE = {"whitespace_pattern": "[ \\n]?", "whitespace_flexible": True}
@@ -62,6 +64,28 @@ def _one_line(error: object) -> str:
     return lines[0] if lines else "not accepted"
 
 
+class Matcher(Protocol):
+    """What may come next in one sequence."""
+
+    def fill_mask(self, mask: NDArray[np.int32]) -> None:
+        """Set bit t of ``mask`` [ceil(vocab / 32)] for each token t that may come next."""
+        ...
+
+    @property
+    def error(self) -> str:
+        """Why no mask could be computed; "" while all is well."""
+        ...
+
+    def accept(self, token_id: int) -> bool:
+        """Move on by a sampled token; False if the grammar does not allow it."""
+        ...
+
+    @property
+    def is_finished(self) -> bool:
+        """Nothing but the end of the sequence may follow."""
+        ...
+
+
 class GrammarMatcher:
     """The state of one sequence's grammar."""
 
@@ -69,23 +93,113 @@ class GrammarMatcher:
         self._matcher = matcher
 
     def fill_mask(self, mask: NDArray[np.int32]) -> None:
-        """Set bit t of ``mask`` [ceil(vocab / 32)] for each token t that may come next."""
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
 
     @property
     def error(self) -> str:
-        """Why no mask could be computed; "" while all is well."""
         return _one_line(self._matcher.get_error()) if self._matcher.is_error() else ""
 
     def accept(self, token_id: int) -> bool:
-        """Move on by a sampled token; False if the grammar does not allow it."""
         # The end-of-sequence token after a complete answer is not part of the grammar.
         return self._matcher.is_stopped() or bool(self._matcher.consume_token(token_id))
 
     @property
     def is_finished(self) -> bool:
-        """Nothing but the end of the sequence may follow."""
         return bool(self._matcher.is_stopped())
+
+
+class ThinkingMatcher:
+    """Thoughts of free text up to their budget, then a grammar or free text.
+
+    Args:
+        answer: what the answer obeys; None for free text.
+        token_bytes: the bytes of one token.
+        eos_token_ids: forbidden in thoughts that an answer with a grammar follows.
+    """
+
+    def __init__(
+        self,
+        spec: ThinkingSpec,
+        answer: GrammarMatcher | None,
+        token_bytes: Callable[[int], bytes],
+        eos_token_ids: list[int],
+    ) -> None:
+        self._spec = spec
+        self._answer = answer
+        self._token_bytes = token_bytes
+        self._eos_token_ids = eos_token_ids
+        self._end = spec.end.encode()
+        self._is_thinking = spec.is_open
+        self._num_tokens = 0
+        # Of the ending tag that is being forced.
+        self._num_forced = 0
+        self._tail = b""
+
+    @property
+    def _may_begin(self) -> bool:
+        return not self._is_thinking and self._num_tokens == 0
+
+    @property
+    def _must_end(self) -> bool:
+        budget = self._spec.budget
+        return self._is_thinking and budget is not None and self._num_tokens >= budget
+
+    def fill_mask(self, mask: NDArray[np.int32]) -> None:
+        if self._must_end:
+            _allow(mask, self._spec.end_token_ids[self._num_forced])
+        elif self._is_thinking or self._answer is None:
+            mask.fill(-1)
+            if self._answer is not None:
+                for token in self._eos_token_ids:
+                    mask[token // 32] &= ~np.int32(_bit(token))
+        else:
+            self._answer.fill_mask(mask)
+            if self._may_begin and self._spec.start_token_id is not None:
+                _allow(mask, self._spec.start_token_id)
+
+    @property
+    def error(self) -> str:
+        return "" if self._is_thinking or self._answer is None else self._answer.error
+
+    def accept(self, token_id: int) -> bool:
+        may_begin, must_end = self._may_begin, self._must_end
+        self._num_tokens += 1
+        if self._is_thinking:
+            self._think(token_id, must_end)
+            return True
+        if may_begin and token_id == self._spec.start_token_id:
+            self._is_thinking = True
+            return True
+        return self._answer is None or self._answer.accept(token_id)
+
+    def _think(self, token_id: int, must_end: bool) -> None:
+        if must_end:
+            self._num_forced += 1
+            self._is_thinking = self._num_forced < len(self._spec.end_token_ids)
+            return
+        self._tail += self._token_bytes(token_id)
+        is_end = self._spec.end_token_ids == (token_id,) or self._end in self._tail
+        self._tail = self._tail[-len(self._end) :]
+        self._is_thinking = not is_end
+
+    @property
+    def is_finished(self) -> bool:
+        return not self._is_thinking and self._answer is not None and self._answer.is_finished
+
+
+def _bit(token_id: int) -> int:
+    """The bit of a token in its 32-bit word, as a signed number."""
+    bit = 1 << (token_id % 32)
+    return bit - (1 << 32) if bit >> 31 else bit
+
+
+def _allow(mask: NDArray[np.int32], token_id: int) -> None:
+    mask[token_id // 32] |= np.int32(_bit(token_id))
+
+
+def _answer_spec(spec: GrammarSpec) -> GrammarSpec:
+    """The grammar of the answer alone, which requests with other thoughts share."""
+    return msgspec.structs.replace(spec, thinking=None)
 
 
 class GrammarCompiler:
@@ -114,19 +228,35 @@ class GrammarCompiler:
                 f"{_one_line(str(error))[:200]}",
                 "grammar",
             ) from None
+        self._eos_token_ids = eos_token_ids
         self._compiled: OrderedDict[GrammarSpec, llguidance.LLMatcher] = OrderedDict()
         self._lock = threading.Lock()  # of the order of _compiled
 
     def has(self, spec: GrammarSpec) -> bool:
         """Whether the grammar is compiled."""
-        return spec in self._compiled
+        return spec.kind == "any" or _answer_spec(spec) in self._compiled
 
-    def matcher(self, spec: GrammarSpec, output_token_ids: list[int]) -> GrammarMatcher:
+    def matcher(self, spec: GrammarSpec, output_token_ids: list[int]) -> Matcher:
         """A matcher that has already seen ``output_token_ids``. Several threads may call.
 
         Raises:
             InvalidRequestError: the grammar does not compile, or the tokens do not follow it.
         """
+        answer = None if spec.kind == "any" else self._answer_matcher(_answer_spec(spec))
+        matcher: Matcher
+        if spec.thinking is None:
+            assert answer is not None, "a grammar of kind any bounds thoughts"
+            matcher = answer
+        else:
+            matcher = ThinkingMatcher(spec.thinking, answer, self._token_bytes, self._eos_token_ids)
+        if not all(matcher.accept(token) for token in output_token_ids):
+            raise InvalidRequestError("the tokens so far do not follow the grammar", "grammar")
+        return matcher
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        return bytes(self._tokenizer.decode_bytes([token_id]))
+
+    def _answer_matcher(self, spec: GrammarSpec) -> GrammarMatcher:
         with self._lock:
             compiled = self._compiled.get(spec)
         if compiled is None:
@@ -139,10 +269,7 @@ class GrammarCompiler:
             self._compiled.move_to_end(spec)
             if len(self._compiled) > _MAX_COMPILED:
                 self._compiled.popitem(last=False)
-        matcher = GrammarMatcher(compiled.deep_copy())
-        if not all(matcher.accept(token) for token in output_token_ids):
-            raise InvalidRequestError("the tokens so far do not follow the grammar", "grammar")
-        return matcher
+        return GrammarMatcher(compiled.deep_copy())
 
     def check(self, spec: GrammarSpec) -> None:
         """Compile a grammar and compute its first mask, where too complex ones fail.
@@ -150,7 +277,9 @@ class GrammarCompiler:
         Raises:
             InvalidRequestError: it does not compile, or nothing can follow it.
         """
-        matcher = self.matcher(spec, [])
+        if spec.kind == "any":
+            return
+        matcher = self._answer_matcher(_answer_spec(spec))
         matcher.fill_mask(np.zeros(-(-self._tokenizer.vocab_size // 32), dtype=np.int32))
         if matcher.error:
             reason = "nothing matches it" if "NoExtension" in matcher.error else matcher.error

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from chunkllama.engine.grammar import GrammarMatcher
+from chunkllama.engine.grammar import Matcher
 from chunkllama.sampling_params import SamplingParams
 
 
@@ -28,7 +28,7 @@ class SequenceState:
     prompt_token_ids: NDArray[np.int32]
     output_token_ids: list[int]
     pooling: str = ""
-    matcher: GrammarMatcher | None = None
+    matcher: Matcher | None = None
     failed: str = ""
     pooled: torch.Tensor | None = field(default=None, repr=False)
     _allowed_ids: torch.Tensor | None = field(default=None, repr=False)

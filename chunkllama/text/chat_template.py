@@ -119,14 +119,17 @@ class ChatTemplate:
         """What the template can express, read from the output of probe conversations."""
 
         def render(
-            messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+            messages: list[dict[str, Any]],
+            tools: list[dict[str, Any]] | None,
+            arguments: dict[str, Any] | None = None,
         ) -> str | None:
             try:
-                return self._fill(messages, tools, None, True)
+                return self._fill(messages, tools, arguments, True)
             except InvalidRequestError:
                 return None
 
-        return probe(render)
+        added = {token.content for token in self._tokenizer.added_tokens.values()}
+        return probe(render, added)
 
     def _render(
         self,

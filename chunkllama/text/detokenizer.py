@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from chunkllama.text.tokenizer import Tokenizer
 
@@ -18,13 +18,19 @@ class IncrementalDetokenizer:
     Args:
         prompt_ids: tokens that the answer continues (completions); the answer then keeps its
             leading space. Without them the answer is a text of its own (chat).
+        shown_ids: special tokens that are not skipped.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt_ids: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool,
+        prompt_ids: Sequence[int] = (),
+        shown_ids: Collection[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = skipped.difference(shown_ids)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._byte_run = bytearray()
         self._strip_left = tokenizer.rule.strip_left

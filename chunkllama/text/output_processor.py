@@ -24,6 +24,7 @@ from chunkllama.messages import (
 )
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.text.detokenizer import IncrementalDetokenizer, StopChecker
+from chunkllama.text.thoughts import NO_THOUGHTS, Thoughts, ThoughtSplitter
 from chunkllama.text.tokenizer import Tokenizer
 
 
@@ -32,6 +33,7 @@ class OutputDelta:
     """New text of one choice: complete characters, and the tokens that made them.
 
     Attributes:
+        reasoning: new text of the model's thoughts, which stand before ``text``.
         finish_reason: set on the choice's last delta, which may carry no text.
         stop_reason: the stop string or the stop token id of the request that ended the choice;
             None when end-of-sequence or a length did.
@@ -40,6 +42,7 @@ class OutputDelta:
 
     index: int
     text: str = ""
+    reasoning: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
@@ -49,6 +52,7 @@ class OutputDelta:
     def extend(self, other: OutputDelta) -> None:
         """Append a later delta of the same choice."""
         self.text += other.text
+        self.reasoning += other.reasoning
         self.token_ids += other.token_ids
         self.logprobs += other.logprobs
         self.finish_reason = other.finish_reason
@@ -63,9 +67,11 @@ class OutputProcessor:
         tokenizer: decodes the tokens.
         continues_prompt: the text continues the prompt's (completions), rather than being a text
             of its own (chat).
+        thoughts: how they are told from the answer.
 
     Attributes:
         num_tokens: output tokens of all choices, up to the token that completes a stop string.
+        num_reasoning_tokens: those of them that are thoughts or their tags.
         num_cached_tokens: prompt tokens whose K/V came from the cache.
         num_cache_write_tokens: prompt tokens whose K/V were added to the cache.
         explanation: why the prompt's match in the cache ended, if that was asked for.
@@ -74,16 +80,32 @@ class OutputProcessor:
     """
 
     def __init__(
-        self, request: EngineRequest, tokenizer: Tokenizer, *, continues_prompt: bool
+        self,
+        request: EngineRequest,
+        tokenizer: Tokenizer,
+        *,
+        continues_prompt: bool,
+        thoughts: Thoughts = NO_THOUGHTS,
     ) -> None:
         self.num_tokens = 0
+        self.num_reasoning_tokens = 0
         self.num_cached_tokens = 0
         self.num_cache_write_tokens = 0
         self.explanation: CacheExplanation | None = None
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         self.embedding: list[float] | None = None
         self._choices = [
-            _Choice(index, request, tokenizer, continues_prompt)
+            _Choice(
+                index,
+                request.sampling,
+                IncrementalDetokenizer(
+                    tokenizer,
+                    request.sampling.skip_special_tokens,
+                    request.prompt_token_ids if continues_prompt else (),
+                    thoughts.shown_ids,
+                ),
+                ThoughtSplitter(thoughts),
+            )
             for index in range(request.sampling.num_choices)
         ]
 
@@ -111,9 +133,10 @@ class OutputProcessor:
         if delta.finish_reason in ("abort", "error"):
             raise RequestFailedError("The engine ended this request", "engine_error")
         choice = self._choices[delta.index]
-        before = choice.num_tokens
+        before, thought = choice.num_tokens, choice.num_reasoning_tokens
         completed = choice.add(delta)
         self.num_tokens += choice.num_tokens - before
+        self.num_reasoning_tokens += choice.num_reasoning_tokens - thought
         return completed
 
 
@@ -157,26 +180,32 @@ class _Choice:
     """State of one choice; tokens are held until their characters are complete."""
 
     def __init__(
-        self, index: int, request: EngineRequest, tokenizer: Tokenizer, continues_prompt: bool
+        self,
+        index: int,
+        sampling: SamplingParams,
+        detokenizer: IncrementalDetokenizer,
+        thoughts: ThoughtSplitter,
     ) -> None:
-        sampling = request.sampling
         self._sampling = sampling
-        self._detokenizer = IncrementalDetokenizer(
-            tokenizer,
-            sampling.skip_special_tokens,
-            request.prompt_token_ids if continues_prompt else (),
-        )
+        self._detokenizer = detokenizer
+        self._thoughts = thoughts
         self._stop = StopChecker(sampling.stop, sampling.include_stop_str_in_output)
         self._held = OutputDelta(index)
         self.num_tokens = 0
+        self._num_before_answer = 0
         self.is_finished = False
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Tokens of thoughts, with those of their tags."""
+        return self._num_before_answer if self._thoughts.has_thoughts else 0
 
     def add(self, delta: ChoiceDelta) -> OutputDelta | None:
         """Return what the delta completes, or None while characters or stop strings are partial."""
         held = self._held
         matched = self._add_tokens(delta)
         if matched is None and delta.finish_reason is not None:
-            matched = self._feed(self._detokenizer.finish())
+            matched = self._feed(self._detokenizer.finish(), is_last=True)
         if matched is not None:
             held.finish_reason, held.stop_reason = "stop", matched
             held.needs_abort = delta.finish_reason is None
@@ -186,7 +215,7 @@ class _Choice:
             if delta.stop_token_id in self._sampling.stop_token_ids:
                 held.stop_reason = delta.stop_token_id
         self.is_finished = held.finish_reason is not None
-        if not held.text and not self.is_finished:
+        if not held.text and not held.reasoning and not self.is_finished:
             return None
         self._held = OutputDelta(held.index)
         return held
@@ -199,6 +228,7 @@ class _Choice:
             if delta.logprobs:
                 self._held.logprobs.append(delta.logprobs[position])
             self.num_tokens += 1
+            self._num_before_answer += not self._thoughts.is_answer
             ends = position == last and token_id == delta.stop_token_id
             if ends and not self._sampling.include_stop_str_in_output:
                 continue
@@ -207,9 +237,14 @@ class _Choice:
                 return matched
         return None
 
-    def _feed(self, text: str) -> str | None:
-        """Add text; before ``min_tokens`` no stop string ends the choice."""
+    def _feed(self, text: str, is_last: bool = False) -> str | None:
+        """Add text; before ``min_tokens`` no stop string ends the choice, in thoughts none does."""
+        thoughts, answer = self._thoughts.feed(text)
+        if is_last:
+            more_thoughts, more = self._thoughts.finish()
+            thoughts, answer = thoughts + more_thoughts, answer + more
+        self._held.reasoning += thoughts
         may_stop = self.num_tokens >= self._sampling.min_tokens
-        emitted, matched = self._stop.feed(text, may_stop=may_stop)
+        emitted, matched = self._stop.feed(answer, may_stop=may_stop)
         self._held.text += emitted
         return matched

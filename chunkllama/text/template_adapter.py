@@ -24,6 +24,42 @@ _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 _JOINED = "\n\n"
 
 
+def plain_messages(messages: list[Message]) -> list[Message]:
+    """Messages of a chat completion with text content, and arguments of calls as objects.
+
+    Raises:
+        InvalidRequestError: a message has no role, or a part that is no text.
+    """
+    return [_plain(index, message) for index, message in enumerate(messages)]
+
+
+def _plain(index: int, message: Message) -> Message:
+    if not isinstance(message.get("role"), str):
+        raise InvalidRequestError("a message needs a role", f"messages[{index}].role")
+    plain = {**message, "content": _text(message.get("content"), f"messages[{index}].content")}
+    calls = []
+    for number, call in enumerate(message.get("tool_calls") or ()):
+        function = dict(call["function"])
+        arguments = function.get("arguments")
+        try:
+            parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except (ValueError, RecursionError):
+            parsed = {"value": arguments}
+        function["arguments"] = parsed if isinstance(parsed, dict) else {}
+        calls.append({"id": f"call_{number}", "type": "function", **call, "function": function})
+    plain.pop("tool_calls", None)
+    return {**plain, "tool_calls": calls} if calls else plain
+
+
+def _text(content: Any, path: str) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = content if isinstance(content, list) else [content]
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        raise InvalidRequestError("content is text or a list of text parts", path)
+    return "\n".join(part["text"] for part in parts)
+
+
 def adapt(
     messages: list[Message], tools: list[dict[str, Any]] | None, able: TemplateCapabilities
 ) -> tuple[list[Message], list[dict[str, Any]] | None]:

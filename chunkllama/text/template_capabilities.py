@@ -7,15 +7,32 @@ its source: a comment may contain any word.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Container
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+from chunkllama.text.thoughts import KNOWN_TAGS
 
 Message = dict[str, Any]
-# Renders messages with tools; None where the template refuses them.
-Render = Callable[[list[Message], list[dict[str, Any]] | None], str | None]
 
-CALL_MARKERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<function=", "<|tool_call|>")
+
+class Render(Protocol):
+    """Renders messages with tools and template arguments; None where the template refuses them."""
+
+    def __call__(
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        arguments: dict[str, Any] | None = None,
+    ) -> str | None: ...
+
+
+CALL_MARKERS = (
+    *("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<function=", "<parameter=", "functools["),
+    *("<|tool_call|>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", ">>>", "<|recipient|>"),
+    *("<function_calls>", "<|python_start|>", "<|tool_call_start|>"),
+    "<|tool_calls_section_begin|>",
+)
 LONG_ID = "call_0123456789abcdef01234567"
 SHORT_ID = "a1B2c3D4e"
 _NAME, _KEY = "qznamea", "qzkeya"
@@ -39,7 +56,12 @@ class TemplateCapabilities:
         tool_results: it prints messages of role tool.
         long_call_ids: it accepts ids of other forms than nine letters and digits.
         call_markers: known tags around calls that its output has.
-        opens_thinking: its generation prompt ends with ``<think>``.
+        python_calls: it prints a call as Python.
+        thought_tags: the tags around thoughts, of its output or of the vocabulary.
+        opens_thinking: its generation prompt ends with the first of them.
+        thinking_switch: the argument that turns thoughts on and off.
+        reasoning_effort: it prints something else for another ``reasoning_effort``.
+        keeps_thoughts: it prints the thoughts of an earlier turn.
     """
 
     content: Literal["text", "parts"] = "text"
@@ -55,11 +77,17 @@ class TemplateCapabilities:
     tool_results: bool = True
     long_call_ids: bool = True
     call_markers: tuple[str, ...] = ()
+    python_calls: bool = False
+    thought_tags: tuple[str, str] | None = None
     opens_thinking: bool = False
+    thinking_switch: str | None = None
+    reasoning_effort: bool = False
+    keeps_thoughts: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The record as plain data."""
-        return {**asdict(self), "call_markers": list(self.call_markers)}
+        plain = asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
 
 def tool(name: str) -> dict[str, Any]:
@@ -70,18 +98,23 @@ def tool(name: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def probe(render: Render) -> TemplateCapabilities:
-    """Render the probes; a template that refuses even a greeting is taken to express everything."""
+def probe(render: Render, vocabulary: Container[str] = ()) -> TemplateCapabilities:
+    """Render the probes; a template that refuses even a greeting is taken to express everything.
+
+    Args:
+        vocabulary: the added tokens, which may have the tags of thoughts.
+    """
     for content in ("text", "parts"):
-        probes = _Probes(render, content)
+        probes = _Probes(render, content, vocabulary)
         if probes.prints([probes.message("user", "qzhello")], "qzhello"):
             return probes.run()
     return TemplateCapabilities()
 
 
 class _Probes:
-    def __init__(self, render: Render, content: str) -> None:
+    def __init__(self, render: Render, content: str, vocabulary: Container[str]) -> None:
         self._render = render
+        self._vocabulary = vocabulary
         self._content: Literal["text", "parts"] = "parts" if content == "parts" else "text"
 
     def message(self, role: str, text: str, **members: Any) -> Message:
@@ -116,9 +149,36 @@ class _Probes:
             developer=self._knows_developer(user),
             repeated_roles=self.prints(repeated, "qzone", "qzthree", "qztwo", "qzfour", "qzthree"),
             tools=_NAME in with_tools,
-            opens_thinking=prompt.rstrip().endswith("<think>"),
+            **self._thoughts(user, again, prompt),
             **self._calls(with_tools),
         )
+
+    def _thoughts(self, user: Message, again: Message, prompt: str) -> dict[str, Any]:
+        """The members of the record that are about thoughts."""
+        names = ("reasoning_content", "thinking", "reasoning")
+        thought = self.message("assistant", "qztwo", **dict.fromkeys(names, "qzthought"))
+        last = self._render([user, thought], None) or ""
+        switches = ("enable_thinking", "thinking")
+        prompts = {
+            name: [self._render([user], None, {name: value}) or "" for value in (False, True)]
+            for name in switches
+        }
+        switch = next((name for name in switches if prompts[name][0] != prompts[name][1]), None)
+        shown = "".join((prompt, last, *(text for pair in prompts.values() for text in pair)))
+        tags = next((tags for tags in KNOWN_TAGS if tags.start in shown), None)
+        if tags is None:
+            known = (t for t in KNOWN_TAGS if t.start in self._vocabulary)
+            tags = next((t for t in known if t.end in self._vocabulary), None)
+        efforts = [
+            self._render([user], None, {"reasoning_effort": effort}) for effort in ("low", "high")
+        ]
+        return {
+            "thought_tags": None if tags is None else tuple(tags),
+            "opens_thinking": tags is not None and prompt.rstrip().endswith(tags.start),
+            "thinking_switch": switch,
+            "reasoning_effort": efforts[0] != efforts[1],
+            "keeps_thoughts": self.prints([user, thought, again], "qzthought", "qztwo"),
+        }
 
     def _knows_developer(self, user: Message) -> bool:
         """A template that prints any role's name has no form of its own for this one."""
@@ -170,6 +230,7 @@ class _Probes:
         found["parallel_calls"] = found["tool_calls"] and self.prints(two, *names, tools=tools)
         beside = self._conversation(1, call_id, as_text, text="qzbeside")
         found["text_beside_calls"] = self.prints(beside, "qzbeside", tools=tools)
+        found["python_calls"] = f"{_NAME}({_KEY}=" in text
         found["call_markers"] = tuple(tag for tag in CALL_MARKERS if tag in with_tools + text)
         return found
 

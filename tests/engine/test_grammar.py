@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chunkllama.engine.grammar import GrammarCompiler, GrammarMatcher
+from chunkllama.engine.grammar import GrammarCompiler, Matcher
 from chunkllama.errors import InvalidRequestError
-from chunkllama.sampling_params import GrammarSpec
+from chunkllama.sampling_params import GrammarSpec, ThinkingSpec
 from chunkllama.text.tokenizer import Tokenizer, load_tokenizer
 
 VOCAB, EOS = 49152, 2
@@ -36,13 +36,13 @@ def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
     return GrammarCompiler(tokenizer.to_json(), VOCAB, [EOS])
 
 
-def allowed(matcher: GrammarMatcher) -> set[int]:
+def allowed(matcher: Matcher) -> set[int]:
     mask = np.zeros(-(-VOCAB // 32), np.int32)
     matcher.fill_mask(mask)
     return set(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist())
 
 
-def walk(matcher: GrammarMatcher, tokenizer: Tokenizer, seed: int, limit: int = 80) -> str:
+def walk(matcher: Matcher, tokenizer: Tokenizer, seed: int, limit: int = 80) -> str:
     """A random allowed text, ended by the grammar; "" if it does not end within ``limit``."""
     rng, ids = np.random.default_rng(seed), []
     for _ in range(limit):
@@ -141,3 +141,74 @@ def test_matchers_of_one_grammar_do_not_share_state(compiler, tokenizer) -> None
     before = allowed(second)
     assert first.accept(next(t for t in before if tokenizer.decode([t]) == "b"))
     assert allowed(second) == before
+
+
+def thinking(tokenizer: Tokenizer, **options) -> ThinkingSpec:
+    """Thoughts between tags that are several tokens; the prompt has opened them."""
+    ids = tuple(tokenizer.encode("</think>"))
+    values = {"is_open": True, "start_token_id": None, "end": "</think>", "end_token_ids": ids}
+    return ThinkingSpec(**(values | options))
+
+
+def feed(matcher, tokenizer: Tokenizer, text: str) -> None:
+    for token in tokenizer.encode(text):
+        assert token in allowed(matcher)
+        assert matcher.accept(token)
+
+
+def test_a_grammar_holds_from_the_end_of_the_thoughts_on(compiler, tokenizer):
+    answer = GrammarSpec(kind="choice", text='["yes"]', thinking=thinking(tokenizer))
+    matcher = compiler.matcher(answer, [])
+    assert EOS not in allowed(matcher), "an answer has to follow"
+    feed(matcher, tokenizer, "Let me see: {no} < yes.</think>")
+    assert not matcher.is_finished
+    assert allowed(matcher) <= {t for t in range(VOCAB) if "yes".startswith(tokenizer.token_str(t))}
+    feed(matcher, tokenizer, "yes")
+    assert matcher.is_finished
+    again = compiler.matcher(answer, tokenizer.encode("Hm.</think>y"))
+    feed(again, tokenizer, "es")
+
+
+@pytest.mark.parametrize("budget", [0, 1, 5])
+def test_thoughts_end_within_their_budget(compiler, tokenizer, budget):
+    bound = thinking(tokenizer, budget=budget)
+    for kind, text in (("any", ""), ("choice", '["yes"]')):
+        matcher = compiler.matcher(GrammarSpec(kind=kind, text=text, thinking=bound), [])
+        words = tokenizer.encode(" and so on" * 3)
+        for token in words[:budget]:
+            assert matcher.accept(token)
+        for token in bound.end_token_ids:
+            assert allowed(matcher) == {token}
+            assert matcher.accept(token)
+        if kind == "any":
+            assert len(allowed(matcher)) >= VOCAB
+        else:
+            feed(matcher, tokenizer, "yes")
+            assert matcher.is_finished
+
+
+def test_thoughts_that_the_model_may_begin(compiler, tokenizer):
+    start = tokenizer.token_id("<|im_start|>")
+    optional = thinking(tokenizer, is_open=False, start_token_id=start)
+    spec = GrammarSpec(kind="choice", text='["yes"]', thinking=optional)
+    direct = compiler.matcher(spec, [])
+    assert start in allowed(direct)
+    feed(direct, tokenizer, "yes")
+    assert direct.is_finished
+    thoughtful = compiler.matcher(spec, [])
+    assert thoughtful.accept(start)
+    feed(thoughtful, tokenizer, "hm</think>yes")
+    late = compiler.matcher(spec, tokenizer.encode("y"))
+    assert start not in allowed(late)
+
+
+def test_an_ending_tag_that_is_one_token(compiler, tokenizer):
+    end = tokenizer.token_id("<|im_end|>")
+    spec = GrammarSpec(
+        kind="choice",
+        text='["yes"]',
+        thinking=thinking(tokenizer, end="<|im_end|>", end_token_ids=(end,)),
+    )
+    matcher = compiler.matcher(spec, [*tokenizer.encode("hm"), end])
+    feed(matcher, tokenizer, "yes")
+    assert matcher.is_finished

@@ -113,9 +113,12 @@ def start_server(text_parts: tuple[Any, Any]) -> Iterator[StartServer]:
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
     def start(
-        limits: HttpLimits | None = None, template_source: str | None = None, **settings: Any
+        limits: HttpLimits | None = None,
+        template_source: str | None = None,
+        parts: tuple[Any, Any] = text_parts,
+        **settings: Any,
     ) -> Server:
-        tokenizer, template = text_parts
+        tokenizer, template = parts
         if template_source is not None:
             template = ChatTemplate(template_source, tokenizer)
         engine = fake_engine.FakeEngine(tokenizer)

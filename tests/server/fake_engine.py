@@ -58,6 +58,7 @@ class FakeEngine:
         self.gate = threading.Event()  # closed, no delta from number ``gate_at`` on is sent
         self.gate.set()
         self.gate_at = 0
+        self.writes_special = False
         self.fail_with: Exception | None = None
         self.fail_after: tuple[int, Exception] | None = None
         self.requests: list[EngineRequest] = []
@@ -69,7 +70,8 @@ class FakeEngine:
     def reply(self, request: EngineRequest) -> list[int]:
         prompt = self.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False)
         match = re.findall(r"say\((.*?)\)yas", prompt, re.DOTALL)
-        return self.tokenizer.encode(match[-1] if match else "Paris")
+        text = match[-1] if match else "Paris"
+        return self.tokenizer.encode(text, allow_special=self.writes_special)
 
     def _cached(self, request: EngineRequest) -> int:
         best = 0

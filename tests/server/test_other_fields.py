@@ -60,7 +60,7 @@ ENGINE = {
 RESPONSES_ELSEWHERE = {
     "model", "input", "previous_response_id", "stream", "stream_options", "text", "tools",
     "tool_choice", "include", "reasoning", "background", "conversation", "context_management",
-    "prompt", "moderation",
+    "prompt", "moderation", "thinking_token_budget",
 }  # fmt: skip
 CALL = '{"name": "add", "arguments": {}}'
 

@@ -149,7 +149,7 @@ def run_server(engine: ScriptedEngine, sampling: SamplingParams, *, streamed: bo
         sampling=with_ranking(sampling),
     )
     stream = RequestStream(
-        engine, request, engine.tokenizer, ServerMetrics(), tenant="", continues_prompt=True
+        engine, request, engine.tokenizer, ServerMetrics(), continues_prompt=True
     )
 
     async def collect() -> list[OutputDelta]:

@@ -9,7 +9,7 @@ from fake_engine import MODEL
 
 from chunkllama.errors import RequestFailedError
 from chunkllama_server.api.common.response_store import ResponseStore, StoredResponse
-from chunkllama_server.api.responses.response import assistant_message
+from chunkllama_server.api.responses.items import assistant_message
 from chunkllama_server.api.schema.chat import ChatMessage
 
 CALL = '{"name": "add", "arguments": {"a": 1}}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import llguidance
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from chunkllama.engine.grammar import to_llguidance
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.common.schema_levels import object_schema, prepare_schema
-from chunkllama_server.api.tools.config import ToolConfig, calls_or_answer
+from chunkllama_server.api.tools.config import CallFormat, ToolConfig, calls_or_answer
 from chunkllama_server.transport.errors import ApiError
 
 
@@ -160,15 +161,20 @@ ANSWER = GrammarSpec(
         ("llama3_json", CALL, True),
         ("llama3_json", f"{CALL};{CALL}", True),
         ("llama3_json", '{"a": 1}', True),
+        ("mistral", f"[TOOL_CALLS][{CALL}]", True),
+        ("mistral", f"[TOOL_CALLS][{CALL},{CALL}]", True),
+        ("mistral", CALL, False),
+        ("granite", f"<|tool_call|>[{CALL}]", True),
+        ("qwen3_coder", f"<tool_call>{CALL}</tool_call>", True),
     ],
 )
 def test_a_typed_answer_or_calls(tools, text, allowed):
-    config = ToolConfig(names=frozenset(["weather"]), call_schemas=(CALL_SCHEMA,), format=tools)
+    config = ToolConfig(
+        functions={"weather": {}}, call_schemas=(CALL_SCHEMA,), format=CallFormat(tools)
+    )
     spec = calls_or_answer(config, ANSWER)
     assert matches(spec, text) is allowed
-    single = ToolConfig(
-        names=frozenset(["weather"]), call_schemas=(CALL_SCHEMA,), format=tools, max_calls=1
-    )
+    single = replace(config, max_calls=1)
     if text.count(CALL) == 2:
         assert not matches(calls_or_answer(single, ANSWER), text)
 

@@ -8,6 +8,9 @@ import pydantic
 import pytest
 from fake_engine import MODEL
 
+from chunkllama.text.chat_template import load_chat_template
+from chunkllama.text.tokenizer import load_tokenizer
+
 CALL = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
 SCHEMA = {
     "type": "object",
@@ -249,3 +252,42 @@ def test_breakpoint_where_the_template_looks_ahead(start_server, text_parts):
     request = server.engine.requests[0]
     stored = text_parts[0].decode(request.prompt_token_ids[: request.cache_until])
     assert stored == "<system of 2>rules"
+
+
+SPECIAL_TAGS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<think>", "</think>")
+
+
+@pytest.fixture(scope="module")
+def special(start_server, tokenizer_writer, tmp_path_factory):
+    """A server whose tags of calls and thoughts are special tokens, which decoding skips."""
+    folder = tmp_path_factory.mktemp("special")
+    tokenizer_writer(folder, SPECIAL_TAGS)
+    tokenizer = load_tokenizer(folder)
+    server = start_server(parts=(tokenizer, load_chat_template(folder, tokenizer)))
+    server.engine.writes_special = True
+    return server
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"<tool_call>{CALL}</tool_call>",
+        f"[TOOL_CALLS][{CALL}]",
+        '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}',
+        f"<think>hm</think><tool_call>{CALL}</tool_call>",
+    ],
+)
+def test_tags_that_are_special_tokens(special, text):
+    with special.client() as client:
+        message = ask(client, text, tools=TOOLS).choices[0].message
+        assert message.content is None
+        assert message.tool_calls[0].function.arguments == '{"city": "Paris"}'
+        said = streamed(client, text, tools=TOOLS)
+    assert said == ("", [["get_weather", '{"city": "Paris"}']], "tool_calls")
+
+
+def test_special_tags_are_not_in_an_answer_without_calls(special):
+    with special.client() as client:
+        text = "<tool_call>no</tool_call> call[ARGS]"
+        assert ask(client, text, tools=TOOLS).choices[0].message.content == "no call"
+        assert ask(client, text).choices[0].message.content == "no call"

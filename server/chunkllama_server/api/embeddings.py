@@ -101,7 +101,6 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, context: C
             ),
             context.text.tokenizer,
             context.metrics,
-            tenant=info.tenant,
             param_names={"prompt": "input"},
             on_pin=info.name_pin,
         )

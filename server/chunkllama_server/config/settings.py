@@ -52,6 +52,21 @@ Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_listed)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
+# Model families by the form in which they write tool calls.
+ToolFamily = Literal[
+    "hermes",
+    "llama3_json",
+    "pythonic",
+    "mistral",
+    "qwen3_coder",
+    "deepseek_v3",
+    "granite",
+    "phi4_mini_json",
+    "functionary",
+    "kimi_k2",
+]
+
+
 class ServerConfig(ConfigGroup):
     """The HTTP server."""
 
@@ -112,9 +127,15 @@ class ServerConfig(ConfigGroup):
         default=("enable_thinking", "thinking", "date_string", "tools_in_user_message"),
         description="Names that a request's chat_template_kwargs may set.",
     )
-    tool_call_parser: Literal["llama3_json", "hermes"] | None = Field(
+    tool_call_parser: ToolFamily | None = Field(
         default=None,
-        description="Format of the model's tool calls. Default: that of its chat template.",
+        description="Family whose form of tool calls is read. Default: all forms, and that of the "
+        "chat template where a grammar forces one.",
+    )
+    reasoning_tags: Names = Field(
+        default=("auto",),
+        description="Tags around the model's thoughts, as START,END; auto takes those of the chat "
+        "template or the vocabulary, none leaves thoughts in the text.",
     )
     embedding_pooling: Literal["mean", "last"] = Field(
         default="mean", description="Pooling of a prompt's hidden states to one embedding."
@@ -224,6 +245,13 @@ class ServerConfig(ConfigGroup):
     def _check_tls(self) -> ServerConfig:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ValueError("ssl_certfile and ssl_keyfile must be given together")
+        return self
+
+    @model_validator(mode="after")
+    def _check_reasoning_tags(self) -> ServerConfig:
+        tags = self.reasoning_tags
+        if tags not in (("auto",), ("none",)) and (len(tags) != 2 or tags[0] == tags[1]):
+            raise ValueError("reasoning_tags must be auto, none, or two tags as START,END")
         return self
 
 

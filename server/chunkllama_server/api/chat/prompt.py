@@ -8,7 +8,9 @@ from typing import Any
 from chunkllama.errors import InvalidRequestError
 from chunkllama.text.chat_template import ChatTemplate
 from chunkllama.text.template_adapter import adapt
+from chunkllama.text.thoughts import NO_THOUGHTS, Thoughts
 from chunkllama_server.api.chat.history import normalise
+from chunkllama_server.api.chat.thinking import find_thoughts, thinking_arguments, thought_tags
 from chunkllama_server.api.common.prompt_cache import common_prefix
 from chunkllama_server.api.common.text_service import (
     Message,
@@ -23,6 +25,8 @@ from chunkllama_server.transport.errors import invalid
 # Follows a breakpoint in a second rendering of the same conversation: a character no prompt has, so
 # that the two tokenizations differ exactly from the end of the reusable prefix.
 _MARKER = "\ue0ff\u0001"
+# The end of a prompt that shows whether it has opened the thoughts: a tag and white space.
+_TAIL_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +36,13 @@ class ChatPrompt:
     Attributes:
         breakpoint: tokens before the last explicit cache breakpoint; None without one.
         continued_text: content of the final message, when the answer continues it.
+        thoughts: how the thoughts of the answer are told from it.
     """
 
     token_ids: list[int]
     breakpoint: int | None = None
     continued_text: str = ""
+    thoughts: Thoughts = NO_THOUGHTS
 
 
 def last_breakpoint(messages: list[ChatMessage]) -> tuple[int, int] | None:
@@ -64,8 +70,6 @@ def template_kwargs(body: ChatCompletionRequest, settings: Settings) -> dict[str
                 f"{', '.join(settings.chat_template_kwargs)}",
                 "chat_template_kwargs",
             )
-    if body.reasoning_effort is not None:
-        kwargs["reasoning_effort"] = body.reasoning_effort
     return kwargs
 
 
@@ -102,10 +106,11 @@ class ChatPrompter:
         self._options: dict[str, Any] = {
             "add_generation_prompt": not continues and body.add_generation_prompt is not False,
             "continue_final_message": continues,
-            "template_kwargs": template_kwargs(body, settings),
             "require_all_text": True,
         }
-        self._size = text_size([self._messages, tools, self._options])
+        self._settings = settings
+        self._template_kwargs = template_kwargs(body, settings)
+        self._size = text_size([self._messages, tools, self._options, self._template_kwargs])
 
     async def encode(self) -> ChatPrompt:
         """Token ids, and where the last cache breakpoint lies in them."""
@@ -113,15 +118,23 @@ class ChatPrompter:
 
     async def render(self) -> str:
         """The prompt's text."""
-        return await self._text.run(
-            self._size,
-            lambda: self._template.render(**self._arguments(self._messages)),
-            self._template,
-        )
+        return await self._text.run(self._size, self._render, self._template)
+
+    def _render(self) -> str:
+        text = self._template.render(**self._arguments(self._messages))
+        return text + self._find_thoughts(text)[1]
+
+    def _find_thoughts(self, prompt: str) -> tuple[Thoughts, str]:
+        tags = thought_tags(self._settings, self._template.capabilities)
+        return find_thoughts(self._body, tags, prompt, self._text.tokenizer)
 
     def _encode(self) -> ChatPrompt:
+        tokenizer = self._text.tokenizer
         try:
             ids = self._template.encode(**self._arguments(self._messages))
+            tail = tokenizer.decode(ids[-_TAIL_TOKENS:], skip_special_tokens=False)
+            thoughts, closing = self._find_thoughts(tail)
+            ids = [*ids, *tokenizer.encode(closing, allow_special=True)] if closing else ids
             limit = self._body.truncate_prompt_tokens
             if limit is not None:
                 ids = ids[-limit:]
@@ -131,15 +144,22 @@ class ChatPrompter:
                 reusable = self._tokens_before(ids, *position)
         except InvalidRequestError as error:
             raise invalid(error.message, error.param or "messages", error.code) from None
-        return ChatPrompt(ids, reusable, self._continued_text)
+        return ChatPrompt(ids, reusable, self._continued_text, thoughts)
 
     def _arguments(self, messages: list[Message]) -> dict[str, Any]:
         """Arguments of the template's methods: messages and tools in the forms it has.
 
         A template from a request is compiled and probed here, so only in the worker thread.
         """
-        messages, tools = adapt(messages, self._tools, self._template.capabilities)
-        return {"messages": messages, "tools": tools, **self._options}
+        able = self._template.capabilities
+        messages, tools = adapt(messages, self._tools, able)
+        arguments = thinking_arguments(self._body, able, self._template_kwargs)
+        return {
+            "messages": messages,
+            "tools": tools,
+            "template_kwargs": arguments,
+            **self._options,
+        }
 
     def _tokens_before(self, ids: list[int], message: int, part: int) -> int:
         """Tokens of ``ids`` that do not depend on what follows the breakpoint."""

@@ -7,11 +7,12 @@ shown or counted is the prompt that is generated from.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.chat.prompt import ChatPrompt, ChatPrompter
+from chunkllama_server.api.chat.thinking import with_thoughts
 from chunkllama_server.api.common.context import ServerContext, check_stream_options
 from chunkllama_server.api.common.prompt_cache import cache_plan
 from chunkllama_server.api.common.request_stream import RequestStream
@@ -23,7 +24,7 @@ from chunkllama_server.api.common.sampling import (
 )
 from chunkllama_server.api.common.structured_outputs import grammar_of
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
-from chunkllama_server.api.tools.config import ToolConfig, calls_or_answer, plan_tools, tool_format
+from chunkllama_server.api.tools.config import ToolConfig, call_format, calls_or_answer, plan_tools
 from chunkllama_server.transport.errors import invalid
 from chunkllama_server.transport.request_context import RequestInfo
 
@@ -37,7 +38,9 @@ async def prepare_chat(
         ApiError: 400 naming the field.
     """
     _check_fields(body)
-    tools = plan_tools(body, tool_format(context.settings.tool_call_parser, context.text.template))
+    text = context.text
+    able = None if text.template is None else text.template.capabilities
+    tools = plan_tools(body, call_format(context.settings.tool_call_parser, able, text.tokenizer))
     if body.chat_template is not None and not context.settings.trust_request_chat_template:
         raise invalid("chat_template is not accepted by this server", "chat_template")
     template = await context.text.chat_template(body.chat_template)
@@ -75,15 +78,15 @@ class PreparedChat:
         Raises:
             ApiError, InvalidRequestError: 400 naming the field.
         """
-        context = self.context
+        context, thoughts = self.context, self.prompt.thoughts
         return RequestStream(
             context.engine,
             await self.engine_request(info, request_id),
             context.text.tokenizer,
             context.metrics,
-            tenant=info.tenant,
             param_names=param_names,
             on_pin=info.name_pin,
+            thoughts=replace(thoughts, shown_ids=thoughts.shown_ids | self.tools.shown_ids),
         )
 
     @property
@@ -136,11 +139,16 @@ class PreparedChat:
                 raise invalid("A forced tool call excludes structured_outputs", param)
             # The typed answer follows in a later turn, after the tools' results.
             grammar, param = self.tools.grammar, "tools"
-        elif grammar is not None and self.tools.names and self.body.structured_outputs is None:
+        elif grammar is not None and self.tools.functions and self.body.structured_outputs is None:
             grammar = calls_or_answer(self.tools, grammar)
         if grammar is not None:
             await self.context.grammars.check(grammar, param)
-        return grammar
+        return with_thoughts(
+            grammar,
+            self.prompt.thoughts,
+            body.thinking_token_budget,
+            self.context.text.tokenizer,
+        )
 
 
 def _check_fields(body: ChatCompletionRequest) -> None:

@@ -90,9 +90,11 @@ class ChatAnswer:
         calls = whole_calls([*parsed.calls, *rest.calls])
         message: ResponseMessage = {
             "role": "assistant",
-            "content": content if content or not calls else None,
+            "content": content if content or not (calls or piece.reasoning) else None,
             "refusal": None,
         }
+        if piece.reasoning:
+            message["reasoning_content"] = piece.reasoning
         if calls and self.tools.is_legacy:
             message["function_call"] = calls[0]["function"]
         elif calls:
@@ -180,7 +182,11 @@ class _StreamedChoice:
             rest = self._parser.finish()
             parsed = Parsed(parsed.content + rest.content, parsed.calls + rest.calls)
         self._has_calls = self._has_calls or bool(parsed.calls)
-        deltas: list[ChatDelta] = [{"content": parsed.content}] if parsed.content else []
+        deltas: list[ChatDelta] = []
+        if piece.reasoning:
+            deltas.append({"reasoning_content": piece.reasoning})
+        if parsed.content:
+            deltas.append({"content": parsed.content})
         deltas += [self._call_delta(call) for call in parsed.calls]
         choices = [delta_choice(piece.index, delta) for delta in deltas]
         if piece.finish_reason is not None:

@@ -11,6 +11,7 @@ from chunkllama.errors import DeadlineError, InvalidRequestError, OverloadedErro
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineRequest, TokenDelta
 from chunkllama.text.output_processor import OutputCollector, OutputDelta, OutputProcessor
+from chunkllama.text.thoughts import NO_THOUGHTS, Thoughts
 from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.api.schema.usage import CompletionUsage, completion_usage
 from chunkllama_server.metrics.server_metrics import RequestTimer, ServerMetrics
@@ -25,10 +26,11 @@ class RequestStream:
         engine: runs the request.
         request: token ids and sampling parameters; its stop strings are applied here.
         tokenizer: decodes the output.
-        metrics: counts the request from acceptance to its end, for this ``tenant``.
+        metrics: counts the request from acceptance to its end, for its tenant.
         continues_prompt: the text continues the prompt's (completions), rather than being a text
             of its own (chat).
         param_names: the endpoint's names of fields that the engine may refuse.
+        thoughts: how the model's thoughts are told from its answer.
         on_pin: called once, with the first delta: whether the requested pin was granted.
 
     Attributes:
@@ -42,16 +44,20 @@ class RequestStream:
         tokenizer: Tokenizer,
         metrics: ServerMetrics,
         *,
-        tenant: str,
         continues_prompt: bool = False,
         param_names: Mapping[str, str] | None = None,
         on_pin: Callable[[bool], None] | None = None,
+        thoughts: Thoughts = NO_THOUGHTS,
     ) -> None:
         self.request = request
-        self.output = OutputProcessor(request, tokenizer, continues_prompt=continues_prompt)
+        self.output = OutputProcessor(
+            request,
+            tokenizer,
+            continues_prompt=continues_prompt,
+            thoughts=thoughts,
+        )
         self._engine = engine
         self._metrics = metrics
-        self._tenant = tenant
         self._param_names = param_names or {}
         self._on_pin = on_pin if request.pin_seconds > 0 else None
 
@@ -62,6 +68,7 @@ class RequestStream:
             self.output.num_tokens,
             self.output.num_cached_tokens,
             self.output.num_cache_write_tokens,
+            self.output.num_reasoning_tokens,
         )
 
     async def pieces(self) -> AsyncGenerator[list[OutputDelta], None]:
@@ -72,7 +79,7 @@ class RequestStream:
         Raises:
             InvalidRequestError, OverloadedError, DeadlineError, EngineDeadError: from the engine.
         """
-        timer = self._metrics.start_request(self._tenant)
+        timer = self._metrics.start_request(self.request.tenant)
         deltas = self._engine.generate(self.request)
         try:
             async with contextlib.aclosing(cast(AsyncGenerator[TokenDelta, None], deltas)):

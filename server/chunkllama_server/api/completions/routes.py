@@ -154,7 +154,6 @@ async def create_completion(
             ),
             context.text.tokenizer,
             context.metrics,
-            tenant=info.tenant,
             continues_prompt=True,
             param_names={"beam_width": "n"},
             on_pin=info.name_pin,

@@ -13,13 +13,13 @@ from chunkllama.text.output_processor import OutputDelta
 from chunkllama_server.api.chat.response import whole_calls
 from chunkllama_server.api.common.logprobs import LogprobFormatter
 from chunkllama_server.api.common.request_stream import RequestStream
-from chunkllama_server.api.schema.chat import CalledFunction, ChatMessage, MessageToolCall
+from chunkllama_server.api.responses.items import item_id, output_text, reasoning_item
 from chunkllama_server.api.schema.chat_response import ChatTokenLogprob
 from chunkllama_server.api.schema.response_object import (
     OutputFunctionCall,
     OutputItem,
     OutputMessage,
-    OutputText,
+    OutputReasoning,
     Response,
 )
 from chunkllama_server.api.schema.responses import ResponseRequest
@@ -28,32 +28,6 @@ from chunkllama_server.api.tools.config import ToolConfig
 from chunkllama_server.api.tools.parsers import CallDelta, Parsed
 from chunkllama_server.transport.errors import as_api_error
 from chunkllama_server.transport.sse import sse
-
-
-def _item_id(prefix: str) -> str:
-    return f"{prefix}_{uuid.uuid4().hex}"
-
-
-def output_text(text: str, logprobs: list[ChatTokenLogprob]) -> OutputText:
-    return {
-        "type": "output_text",
-        "text": text,
-        "annotations": [],
-        "logprobs": cast(list[Any], logprobs),
-    }
-
-
-def assistant_message(output: list[OutputItem]) -> ChatMessage:
-    """Return the output as the message that a following response continues."""
-    text, calls = "", []
-    for item in output:
-        if item["type"] == "message":
-            text += "".join(part["text"] for part in item["content"])
-        else:
-            function = CalledFunction(name=item["name"], arguments=item["arguments"])
-            calls.append(MessageToolCall(id=item["call_id"], function=function))
-    # Not validated: a model may make more calls than a request may carry.
-    return ChatMessage.model_construct(role="assistant", content=text, tool_calls=calls or None)
 
 
 @dataclass(slots=True)
@@ -82,7 +56,7 @@ class ResponseAnswer:
                 "cache_write_tokens": generation.output.num_cache_write_tokens,
             },
             "output_tokens": generation.output.num_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": generation.output.num_reasoning_tokens},
             "total_tokens": prompt + generation.output.num_tokens,
         }
 
@@ -152,9 +126,11 @@ class ResponseAnswer:
         content = parsed.content + rest.content
         calls = whole_calls([*parsed.calls, *rest.calls])
         output: list[OutputItem] = []
-        if content or not calls:
+        if piece.reasoning:
+            output.append(reasoning_item(piece.reasoning, "completed"))
+        if content or not (output or calls):
             message: OutputMessage = {
-                "id": _item_id("msg"),
+                "id": item_id("msg"),
                 "type": "message",
                 "role": "assistant",
                 "status": "completed",
@@ -163,7 +139,7 @@ class ResponseAnswer:
             output.append(message)
         for call in calls:
             item: OutputFunctionCall = {
-                "id": _item_id("fc"),
+                "id": item_id("fc"),
                 "type": "function_call",
                 "call_id": call["id"],
                 "name": call["function"]["name"],
@@ -228,6 +204,8 @@ class _EventStream:
             parsed = Parsed(parsed.content + rest.content, parsed.calls + rest.calls)
         self._logprobs += self._answer.logprobs(piece)
         events: list[bytes] = []
+        if piece.reasoning:
+            events += self._add_thoughts(piece.reasoning)
         if parsed.content or (self._logprobs and self._message() is not None):
             events += self._add_text(parsed.content, self._logprobs)
             self._logprobs = []
@@ -256,23 +234,47 @@ class _EventStream:
     def _place(self) -> dict[str, Any]:
         return {"item_id": self.output[-1]["id"], "output_index": len(self.output) - 1}
 
+    def _open(self, item: OutputItem) -> list[bytes]:
+        self.output.append(item)
+        self._is_open = True
+        index = len(self.output) - 1
+        return [self.event("response.output_item.added", output_index=index, item=item)]
+
     def _open_message(self) -> list[bytes]:
         events = self._close()
         item: OutputMessage = {
-            "id": _item_id("msg"),
+            "id": item_id("msg"),
             "type": "message",
             "role": "assistant",
             "status": "in_progress",
             "content": [],
         }
-        self.output.append(item)
-        self._is_open = True
-        index = len(self.output) - 1
-        events.append(self.event("response.output_item.added", output_index=index, item=item))
+        events += self._open(item)
         item["content"].append(output_text("", []))
         part = output_text("", [])
         events.append(
             self.event("response.content_part.added", **self._place, content_index=0, part=part)
+        )
+        return events
+
+    def _add_thoughts(self, text: str) -> list[bytes]:
+        events = []
+        if not self._is_open:
+            item = reasoning_item("", "in_progress")
+            events += self._open(item)
+            item["content"].append({"type": "reasoning_text", "text": ""})
+            events.append(
+                self.event(
+                    "response.content_part.added",
+                    **self._place,
+                    content_index=0,
+                    part=item["content"][0],
+                )
+            )
+        thoughts = cast(OutputReasoning, self.output[-1])
+        thoughts["content"][0]["text"] += text
+        events.append(
+            self.event("response.reasoning_text.delta", **self._place, content_index=0, delta=text)
         )
         return events
 
@@ -303,17 +305,14 @@ class _EventStream:
         if delta.name is not None:
             events = self._close()
             item: OutputFunctionCall = {
-                "id": _item_id("fc"),
+                "id": item_id("fc"),
                 "type": "function_call",
                 "call_id": f"call_{uuid.uuid4().hex[:24]}",
                 "name": delta.name,
                 "arguments": "",
                 "status": "in_progress",
             }
-            self.output.append(item)
-            self._is_open = True
-            index = len(self.output) - 1
-            events.append(self.event("response.output_item.added", output_index=index, item=item))
+            events += self._open(item)
         if delta.arguments:
             call = cast(OutputFunctionCall, self.output[-1])
             call["arguments"] += delta.arguments
@@ -330,7 +329,15 @@ class _EventStream:
         self._is_open = False
         item, place = self.output[-1], self._place
         item["status"] = "incomplete" if self._reason == "length" else "completed"
-        if item["type"] == "message":
+        if item["type"] == "reasoning":
+            thought = item["content"][0]
+            events = [
+                self.event(
+                    "response.reasoning_text.done", **place, content_index=0, text=thought["text"]
+                ),
+                self.event("response.content_part.done", **place, content_index=0, part=thought),
+            ]
+        elif item["type"] == "message":
             part = item["content"][0]
             events = [
                 self.event(

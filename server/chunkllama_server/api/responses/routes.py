@@ -12,8 +12,9 @@ from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.common.logprobs import LogprobFormatter
 from chunkllama_server.api.common.response_store import StoredResponse
 from chunkllama_server.api.openapi import answers, refusals
+from chunkllama_server.api.responses.items import assistant_message
 from chunkllama_server.api.responses.request import as_chat, previous_messages
-from chunkllama_server.api.responses.response import ResponseAnswer, assistant_message
+from chunkllama_server.api.responses.response import ResponseAnswer
 from chunkllama_server.api.schema.chat import ChatMessage
 from chunkllama_server.api.schema.response_object import (
     DeletedResponse,

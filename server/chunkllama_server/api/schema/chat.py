@@ -211,7 +211,15 @@ class ChatCompletionRequest(SamplingFields):
         default=None, description="Ignored: a hint for speculative decoding, which is off."
     )
     reasoning_effort: ReasoningEffort | None = Field(
-        default=None, description="Honoured through a template that knows it."
+        default=None,
+        description="Honoured: none turns thoughts off; the others through a template that "
+        "knows them.",
+    )
+    thinking_token_budget: int | None = Field(
+        default=None,
+        ge=0,
+        le=1 << 24,
+        description="Honoured: thoughts end after this many tokens; 0 turns them off.",
     )
     verbosity: Literal["low", "medium", "high"] | None = Field(
         default=None, description="Validated."

@@ -54,6 +54,7 @@ class ResponseMessage(TypedDict):
     role: Literal["assistant"]
     content: str | None
     refusal: str | None
+    reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCall]]
     function_call: NotRequired[FunctionCall]
 
@@ -118,6 +119,7 @@ class ChatDelta(TypedDict):
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str | None]
     refusal: NotRequired[str | None]
+    reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCallDelta]]
     function_call: NotRequired[FunctionCallDelta]
 

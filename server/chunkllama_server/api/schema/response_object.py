@@ -39,7 +39,24 @@ class OutputFunctionCall(TypedDict):
     status: Literal["in_progress", "completed", "incomplete"]
 
 
-OutputItem = OutputMessage | OutputFunctionCall
+class ReasoningText(TypedDict):
+    """Text of the model's thoughts."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class OutputReasoning(TypedDict):
+    """The model's thoughts as an output item; there is no summary of them."""
+
+    id: str
+    type: Literal["reasoning"]
+    summary: list[Any]
+    content: list[ReasoningText]
+    status: Literal["in_progress", "completed", "incomplete"]
+
+
+OutputItem = OutputReasoning | OutputMessage | OutputFunctionCall
 
 
 class IncompleteDetails(TypedDict):
@@ -113,7 +130,7 @@ class ResponseEvent(TypedDict):
     sequence_number: int
     response: NotRequired[Response]
     item: NotRequired[OutputItem]
-    part: NotRequired[OutputText]
+    part: NotRequired[OutputText | ReasoningText]
     item_id: NotRequired[str]
     output_index: NotRequired[int]
     content_index: NotRequired[int]

@@ -124,10 +124,10 @@ class Reasoning(RequestModel):
     """Reasoning options."""
 
     effort: ReasoningEffort | None = Field(
-        default=None, description="Honoured through a template that knows it."
+        default=None, description="Honoured: as reasoning_effort of a chat completion."
     )
     summary: Literal["auto", "concise", "detailed"] | None = Field(
-        default=None, description="Validated: there is no reasoning to summarise."
+        default=None, description="Validated: thoughts are sent whole, not summarised."
     )
     generate_summary: Any = Field(default=None, description="Ignored (deprecated).")
 
@@ -196,6 +196,9 @@ class ResponseRequest(CacheFields):
         description="Honoured: message.output_text.logprobs; other values have nothing to add.",
     )
     reasoning: Reasoning | None = Field(default=None, description="Honoured.")
+    thinking_token_budget: int | None = Field(
+        default=None, ge=0, le=1 << 24, description="Honoured: as in a chat completion."
+    )
     metadata: dict[str, str] | None = Field(
         default=None,
         max_length=16,

@@ -49,7 +49,7 @@ class InputTokensDetails(TypedDict):
 
 
 class OutputTokensDetails(TypedDict):
-    """Reasoning tokens; always 0 here."""
+    """Tokens of thoughts."""
 
     reasoning_tokens: int
 
@@ -65,7 +65,11 @@ class ResponseUsage(TypedDict):
 
 
 def completion_usage(
-    prompt_tokens: int, completion_tokens: int, cached_tokens: int, cache_write_tokens: int
+    prompt_tokens: int,
+    completion_tokens: int,
+    cached_tokens: int,
+    cache_write_tokens: int,
+    reasoning_tokens: int = 0,
 ) -> CompletionUsage:
     """Fill every required member of a usage object."""
     return {
@@ -80,7 +84,7 @@ def completion_usage(
             "image_tokens": 0,
         },
         "completion_tokens_details": {
-            "reasoning_tokens": 0,
+            "reasoning_tokens": reasoning_tokens,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,
             "audio_tokens": 0,

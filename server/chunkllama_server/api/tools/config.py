@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from chunkllama.engine.grammar import JSON_WHITESPACE
 from chunkllama.sampling_params import GrammarSpec
-from chunkllama.text.chat_template import ChatTemplate
+from chunkllama.text.template_capabilities import TemplateCapabilities
+from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.api.common.schema_levels import object_schema, prepare_schema
 from chunkllama_server.api.common.structured_outputs import check_schema
 from chunkllama_server.api.schema.chat import (
@@ -17,12 +18,54 @@ from chunkllama_server.api.schema.chat import (
     FunctionDefinition,
     NamedToolChoice,
 )
-from chunkllama_server.api.tools.parsers import HermesCalls, JsonCalls, OutputParser, PlainText
+from chunkllama_server.api.tools.families import (
+    FAMILY_TAGS,
+    CallTags,
+    all_tags,
+    special_tags,
+    tool_family,
+)
+from chunkllama_server.api.tools.parsers import CallReader, OutputParser, PlainText
+from chunkllama_server.config.settings import ToolFamily as Family
 from chunkllama_server.transport.errors import invalid
 
-ToolFormat = Literal["llama3_json", "hermes"]
+# Families that write calls as a list behind a tag.
+_LIST_TAGS: dict[Family, str] = {
+    "mistral": "[TOOL_CALLS]",
+    "granite": "<|tool_call|>",
+    "phi4_mini_json": "<|tool_call|>",
+}
 # A weak model under a grammar may never close the list by itself.
 MAX_FORCED_CALLS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class CallFormat:
+    """How the model writes calls.
+
+    Attributes:
+        family: decides the form of calls in a grammar.
+        tags: what begins and ends calls in the output.
+        special: the tags that are special tokens, by id; decoding has to show them.
+    """
+
+    family: Family = "hermes"
+    tags: CallTags = FAMILY_TAGS["hermes"]
+    special: Mapping[int, str] = field(default_factory=dict)
+
+    def terminal(self, tag: str) -> str:
+        """A tag as a grammar has it: by its id where it is a special token."""
+        token_id = next((i for i, special in self.special.items() if special == tag), None)
+        return json.dumps(tag) if token_id is None else f"<[{token_id}]>"
+
+
+def call_format(
+    configured: Family | None, able: TemplateCapabilities | None, tokenizer: Tokenizer
+) -> CallFormat:
+    """The form of the model's calls; a configured family restricts reading to its own tags."""
+    family = tool_family(configured, able, tokenizer)
+    tags = FAMILY_TAGS[family] if configured is not None else all_tags(family)
+    return CallFormat(family, tags, special_tags(tags, tokenizer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,44 +76,39 @@ class ToolConfig:
         prompt_tools: tools for the template, None to show none.
         call_schemas: a schema of each call, for grammars of calls or an answer.
         left_out: paths of schema keywords that forced calls do not enforce.
-        names: functions the model may call.
+        functions: functions the model may call, with their parameters.
         grammar: forces calls, when they are required or one is named.
         max_calls: 1 without parallel calls, else None.
+        format: how the model writes calls.
         is_legacy: the client used ``functions``, so it is answered with ``function_call``.
     """
 
     prompt_tools: list[dict[str, Any]] | None = None
-    names: frozenset[str] = frozenset()
+    functions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     grammar: GrammarSpec | None = None
     call_schemas: tuple[dict[str, Any], ...] = ()
     left_out: tuple[str, ...] = ()
     max_calls: int | None = None
-    format: ToolFormat = "llama3_json"
+    format: CallFormat = field(default_factory=CallFormat)
     is_legacy: bool = False
 
     def parser(self) -> OutputParser:
         """A fresh parser for one choice."""
-        if not self.names:
+        if not self.functions:
             return PlainText()
-        if self.grammar is not None:
-            return JsonCalls(self.names, forced=True, max_calls=self.max_calls)
-        if self.format == "hermes":
-            return HermesCalls(self.names, max_calls=self.max_calls)
-        return JsonCalls(self.names, max_calls=self.max_calls)
+        return CallReader(
+            self.functions,
+            self.format.tags,
+            hidden=frozenset(self.format.special.values()),
+            bare_python=self.format.family == "pythonic",
+            forced=self.grammar is not None,
+            max_calls=self.max_calls,
+        )
 
-
-def tool_format(configured: ToolFormat | None, template: ChatTemplate | None) -> ToolFormat:
-    """The configured format, else the one in which the template's output shows calls.
-
-    A template without tools gets them described with Hermes tags.
-    """
-    if configured is not None:
-        return configured
-    if template is None or not template.capabilities.tools:
-        return "hermes"
-    if "<tool_call>" in template.capabilities.call_markers:
-        return "hermes"
-    return "llama3_json"
+    @property
+    def shown_ids(self) -> frozenset[int]:
+        """Special tokens that the parser has to see."""
+        return frozenset(self.format.special) if self.functions else frozenset()
 
 
 def _functions(body: ChatCompletionRequest) -> list[tuple[str, FunctionDefinition]]:
@@ -123,7 +161,7 @@ def _named_choice(choice: NamedToolChoice) -> tuple[str, Iterable[str] | None, s
     raise invalid(f"tool_choice of type {choice.type!r} needs its function", "tool_choice")
 
 
-def plan_tools(body: ChatCompletionRequest, output_format: ToolFormat) -> ToolConfig:
+def plan_tools(body: ChatCompletionRequest, output_format: CallFormat) -> ToolConfig:
     """Check tools and tool_choice against each other.
 
     Raises:
@@ -162,7 +200,7 @@ def plan_tools(body: ChatCompletionRequest, output_format: ToolFormat) -> ToolCo
     schemas = [_call_schema(function, where, left_out) for where, function in constrained.items()]
     return ToolConfig(
         prompt_tools=prompt_tools,
-        names=frozenset(by_name),
+        functions={name: function.parameters or {} for name, function in by_name.items()},
         grammar=forced_calls(schemas, is_single) if mode == "required" else None,
         call_schemas=tuple(schemas),
         left_out=tuple(left_out),
@@ -234,10 +272,15 @@ def calls_or_answer(tools: ToolConfig, answer: GrammarSpec) -> GrammarSpec:
     """
     schema = json.loads(answer.text) if answer.kind == "json_schema" else {"type": "object"}
     call = f"%json {_inline(_any_call(tools.call_schemas, '#'))}"
-    if tools.format == "hermes":
-        call = f'"<tool_call>" /[ \\n]?/ {call} /[ \\n]?/ "</tool_call>"'
-    more = "" if tools.max_calls == 1 else " (/[;\\n]?/ call)*"
-    lines = ("start: calls | answer", f"calls: call{more}", f"call: {call}")
+    calls = "call" if tools.max_calls == 1 else "call (/[;\\n]?/ call)*"
+    if tools.format.family in ("hermes", "qwen3_coder"):
+        first, last = (tools.format.terminal(tag) for tag in ("<tool_call>", "</tool_call>"))
+        call = f"{first} /[ \\n]?/ {call} /[ \\n]?/ {last}"
+    elif tools.format.family in _LIST_TAGS:
+        more = "" if tools.max_calls == 1 else ' ("," call)*'
+        tag = tools.format.terminal(_LIST_TAGS[tools.format.family])
+        calls = f'{tag} "[" call{more} "]"'
+    lines = ("start: calls | answer", f"calls: {calls}", f"call: {call}")
     text = "\n".join((*lines, f"answer: %json {_inline(schema)}"))
     return GrammarSpec(kind="lark", text=text)
 

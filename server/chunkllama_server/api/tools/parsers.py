@@ -1,22 +1,29 @@
-"""Tool calls read out of the model's text as it streams: Llama 3 JSON, Hermes tags, and forced
-JSON.
+"""Read tool calls out of the model's text as it streams.
 
-A parser gets complete characters and gives back what is content and what is part of a call. A
-call's name comes first, then its arguments in pieces; text that turns out to be no call becomes
-content.
+A reader gets complete characters and tells content from calls. A call's name comes first, then its
+arguments in pieces; text that turns out to be no call becomes content. However the text is cut, the
+content and the calls are the same.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
-_SPACE = " \t\r\n"
-_ARGUMENT_KEYS = ("arguments", "parameters")
-_CALL_KEYS = frozenset(("name", "type", "function", "id", "index", *_ARGUMENT_KEYS))
-_FENCES = ("```json", "```")
+import regex
+
+from chunkllama_server.api.tools.brackets import SPACE
+from chunkllama_server.api.tools.call_forms import (
+    CallForm,
+    Functions,
+    JsonCall,
+    NamedCall,
+    resolve_name,
+)
+from chunkllama_server.api.tools.families import CallTags
+from chunkllama_server.api.tools.parameter_call import ParameterCall
+from chunkllama_server.api.tools.python_call import PythonCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,141 +65,17 @@ class PlainText:
         return Parsed()
 
 
-class _CallObject:
-    """Reads one call object a character at a time.
-
-    The object is ``{"name": ..., "arguments" | "parameters": ...}``, perhaps inside ``{"type":
-    "function", "function": ...}``. The arguments end with their own bracket, so a missing outer
-    brace does not swallow what follows.
-    """
-
-    def __init__(self) -> None:
-        self.raw = ""
-        self.name: str | None = None
-        self.is_complete = False
-        # A member that no call has was read.
-        self.is_other = False
-        self._depth = 0
-        self._base = 1
-        self._in_string = False
-        self._escaped = False
-        self._is_closing = False
-        self._key = ""
-        self._part_start = 0
-        self._arguments_start: int | None = None
-        self._arguments_end: int | None = None
-        self._num_given = 0
-
-    def feed(self, text: str) -> str:
-        """Consume up to the object's end; returns what follows it."""
-        for position, char in enumerate(text):
-            if self._is_closing and char not in _SPACE and char not in ",}]":
-                self.is_complete = True
-                return text[position:]
-            self.raw += char
-            self._step(char)
-            if self.is_complete:
-                return text[position + 1 :]
-        return ""
-
-    def _step(self, char: str) -> None:
-        if self._in_string:
-            if self._escaped:
-                self._escaped = False
-            elif char == "\\":
-                self._escaped = True
-            elif char == '"':
-                self._in_string = False
-            return
-        if char == '"':
-            self._in_string = True
-        elif char in "{[":
-            self._open(char)
-        elif char in "}]":
-            self._close()
-        elif self._depth == self._base and char == ":":
-            self._begin_value()
-        elif self._depth == self._base and char == ",":
-            self._end_value()
-            self._part_start = len(self.raw)
-            self._is_closing = False
-
-    def _open(self, char: str) -> None:
-        self._depth += 1
-        is_wrapped = char == "{" and self._key == "function" and self._depth == self._base + 1
-        if self._depth == 1 or is_wrapped:
-            self._base = self._depth
-            self._part_start = len(self.raw)
-            self._key = ""
-
-    def _close(self) -> None:
-        if self._depth == self._base:
-            self._end_value()
-        self._depth -= 1
-        if self._depth == 0:
-            self.is_complete = True
-        elif self._depth < self._base:
-            self._base = self._depth
-            self._is_closing = True
-        elif self._depth == self._base and self._reads_arguments:
-            self._arguments_end = len(self.raw)
-            self._is_closing = True
-
-    @property
-    def _reads_arguments(self) -> bool:
-        return self._key in _ARGUMENT_KEYS and self._arguments_end is None
-
-    def _begin_value(self) -> None:
-        self._key = _loads(self.raw[self._part_start : -1]) or ""
-        self._part_start = len(self.raw)
-        self.is_other = self.is_other or self._key not in _CALL_KEYS
-        # The first of two counts: it may have been sent already.
-        if self._key in _ARGUMENT_KEYS and self._arguments_start is None:
-            self._arguments_start = self._part_start
-
-    def _end_value(self) -> None:
-        if self._key == "name":
-            self.name = _loads(self.raw[self._part_start : -1])
-        elif self._reads_arguments:
-            self._arguments_end = len(self.raw) - 1
-        self._key = ""
-
-    def take_arguments(self) -> str:
-        """Argument text that has come since the last call; JSON text even if the value is a
-        string."""
-        if self._arguments_start is None:
-            return "{}" if self.is_complete else ""
-        value = self.raw[self._arguments_start : self._arguments_end].lstrip(_SPACE)
-        if value.startswith("{"):
-            shown = value.rstrip(_SPACE) if self._arguments_end else value
-        elif self._arguments_end is None:
-            return ""
-        else:
-            shown = _loads(value) or "{}"
-        new, self._num_given = shown[self._num_given :], len(shown)
-        return new
-
-
-def _loads(text: str) -> str | None:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    return value if isinstance(value, str) else None
-
-
 class _CallWriter:
-    """Numbers calls and turns objects into deltas; calls beyond ``max_calls`` are dropped."""
+    """Numbers calls and turns forms into deltas; calls beyond ``max_calls`` are dropped."""
 
-    def __init__(self, tool_names: Collection[str], max_calls: int | None) -> None:
-        self._tool_names = tool_names
+    def __init__(self, max_calls: int | None) -> None:
         self._max_calls = max_calls
         self._index = -1
         self._announced = False
 
-    def write(self, call: _CallObject) -> list[CallDelta]:
-        """New deltas of the current object; [] until its name is known to be a tool's."""
-        if not self.knows(call):
+    def write(self, call: CallForm) -> list[CallDelta]:
+        """New deltas of the current call; [] until its name is known."""
+        if call.name is None or call.is_other:
             return []
         deltas = []
         if not self._announced:
@@ -208,185 +91,234 @@ class _CallWriter:
             return []
         return deltas
 
-    def knows(self, call: _CallObject) -> bool:
-        return call.name in self._tool_names
 
-    def refuses(self, call: _CallObject) -> bool:
-        """Whether the object can no longer become a call of a known tool."""
-        if self.knows(call):
-            return False
-        return call.is_other or call.is_complete or call.name is not None
+_NAME = r"(?P<name>[\w.\-]+)"
+# What begins a call behind a tag or a bracket. Every form ends with a character that no other form
+# has there, so that more text never changes the choice.
+_BEGINS = regex.compile(
+    r"\s*(?:```[A-Za-z_]*\s*)?[\s\[]*(?:"
+    r"(?P<json>\{)"
+    rf"|(?P<parameters><function={_NAME}>|<invoke\s+name=\"{_NAME}\"\s*>)"
+    rf"|(?P<python>{_NAME}\()"
+    rf"|(?P<named>(?:function<｜tool▁sep｜>)?{_NAME}(?::\d+)?\s*(?:\[CALL_ID\]\s*\w*\s*)?"
+    r"(?:\[ARGS\]|<｜tool▁sep｜>|<\|tool_call_argument_begin\|>|<\|content\|>)?\s*"
+    r"(?:```(?:json)?\s*)?\{)"
+    r")"
+)
+_LEAD = regex.compile(r"\s*(?:```[A-Za-z_]*\s+)?[\s\[]*")
+_WORD = regex.compile(r"[\w.\-]+")
+_FORMS: dict[str, Callable[[Functions, str, str], CallForm]] = {
+    "parameters": ParameterCall,
+    "python": PythonCall,
+    "named": NamedCall,
+}
+# Tags that are the beginning of a call themselves.
+_CALL_TAGS = ("<function=", "<invoke name=")
+# An opening of this length without a call is none: names have up to 64 characters.
+_MAX_OPENING = 256
+_State = Literal["start", "text", "open", "call", "after", "between"]
 
 
-class JsonCalls:
-    """Llama 3 style: the answer is one JSON object per call, or a JSON array of them.
+class CallReader:
+    """Content and calls of one choice, in whatever form the model writes them.
 
     Args:
-        tool_names: names that make an object a call.
+        functions: names that make a text a call, with their parameters.
+        tags: what begins and ends calls; bare forms are read where the answer begins.
+        hidden: tags that are special tokens, so they are never content.
+        bare_python: a Python call needs neither tag nor bracket.
         forced: a grammar guarantees calls, so nothing is content.
         max_calls: calls beyond this are dropped; None is no limit.
     """
 
-    _TAGS = ("<|python_tag|>", "[TOOL_CALLS]")
-    _SEPARATORS = _SPACE + "[],;"
-
     def __init__(
-        self, tool_names: Collection[str], *, forced: bool = False, max_calls: int | None = None
+        self,
+        functions: Functions,
+        tags: CallTags,
+        *,
+        hidden: frozenset[str] = frozenset(),
+        bare_python: bool = False,
+        forced: bool = False,
+        max_calls: int | None = None,
     ) -> None:
-        self._writer = _CallWriter(tool_names, max_calls)
+        self._functions = functions
+        self._tags = tags
+        self._hidden = hidden
+        self._bare_python = bare_python
         self._forced = forced
-        self._call: _CallObject | None = None
-        self._lead = ""
-        self._has_calls = False
-        self._is_content = False
-
-    def feed(self, text: str) -> Parsed:
-        parsed = Parsed()
-        while text:
-            if self._is_content:
-                parsed.content += text
-                break
-            if self._call is None:
-                text = self._find_call(text, parsed)
-            else:
-                text = self._read_call(self._call, text, parsed)
-        return parsed
-
-    def _find_call(self, text: str, parsed: Parsed) -> str:
-        self._lead += text
-        stripped = self._lead.lstrip(_SPACE)
-        for tag in self._TAGS:
-            if stripped and tag.startswith(stripped):
-                return ""
-            if stripped.startswith(tag):
-                self._lead = ""
-                return stripped.removeprefix(tag)
-        stripped = _after_fence(stripped.lstrip(self._SEPARATORS))
-        stripped = stripped.lstrip(self._SEPARATORS + ("`" if self._has_calls else ""))
-        if stripped.startswith("{"):
-            self._call = _CallObject()
-            self._lead = self._lead[: -len(stripped)]
-            return stripped
-        if _FENCES[0].startswith(stripped):
-            return ""
-        self._is_content = not self._forced
-        lead, self._lead = self._lead, ""
-        if self._is_content:
-            # Behind calls the brackets and fences of their list are no content.
-            parsed.content += stripped if self._has_calls else lead
-        return ""
-
-    def _read_call(self, call: _CallObject, text: str, parsed: Parsed) -> str:
-        rest = call.feed(text)
-        parsed.calls += self._writer.write(call)
-        if self._writer.refuses(call) and not self._forced:
-            parsed.content += self._lead + call.raw
-            self._is_content = True
-        elif not call.is_complete:
-            return rest
-        self._has_calls = self._has_calls or self._writer.knows(call)
-        self._call, self._lead = None, ""
-        return rest
-
-    def finish(self) -> Parsed:
-        call, lead = self._call, self._lead
-        self._call, self._lead = None, ""
-        if self._forced or (call is not None and self._writer.knows(call)):
-            return Parsed()
-        content = lead + (call.raw if call is not None else "")
-        if self._has_calls:
-            content = content.strip(self._SEPARATORS + "`")
-        return Parsed(content if content.strip(_SPACE) else "")
-
-
-def _after_fence(text: str) -> str:
-    """The text behind the beginning of a code fence."""
-    for fence in _FENCES:
-        if text.startswith(fence) and (fence == _FENCES[0] or not _FENCES[0].startswith(text)):
-            return text.removeprefix(fence)
-    return text
-
-
-class HermesCalls:
-    """Hermes style: content, and calls as ``<tool_call>{...}</tool_call>``, or a list of them."""
-
-    _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-
-    def __init__(self, tool_names: Collection[str], *, max_calls: int | None = None) -> None:
-        self._writer = _CallWriter(tool_names, max_calls)
+        self._writer = _CallWriter(max_calls)
+        self._state: _State = "start"
         self._text = ""
-        self._call: _CallObject | None = None
         self._lead = ""
-        self._after_call = False
+        self._call: CallForm | None = None
+        self._text_tags = (*tags.opens, *hidden.difference(tags.opens))
 
     def feed(self, text: str) -> Parsed:
         parsed = Parsed()
         self._text += text
-        while self._text and self._step(parsed):
+        steps = {
+            "start": self._begin_answer,
+            "text": self._read_text,
+            "open": self._begin_call,
+            "call": self._read_call,
+            "after": self._end_call,
+            "between": self._end_call,
+        }
+        while self._text and steps[self._state](parsed):
             pass
+        if self._forced:
+            parsed.content = ""
         return parsed
 
-    def _step(self, parsed: Parsed) -> bool:
-        """Consume some of the text; False when more must come first."""
-        if self._call is not None:
-            return self._read_call(self._call, parsed)
-        if self._lead:
-            return self._begin_call(parsed)
-        if self._after_call:
-            return self._end_call()
-        start = self._text.find(self._OPEN)
-        if start >= 0:
-            parsed.content += self._text[:start]
-            self._text = self._text[start + len(self._OPEN) :]
-            self._lead = self._OPEN
-            return True
-        held = _partial_suffix(self._text, self._OPEN)
-        parsed.content += self._text[: len(self._text) - held]
-        self._text = self._text[len(self._text) - held :]
-        return False
-
-    def _end_call(self) -> bool:
-        """Behind a call: another of the same list, or the closing tag."""
-        self._text = self._text.lstrip(_SPACE + ",]}`")
-        if self._text.startswith("{"):
-            self._after_call, self._call = False, _CallObject()
-            return True
-        if self._CLOSE.startswith(self._text):
+    def _begin_answer(self, parsed: Parsed) -> bool:
+        """A call without tags, else text."""
+        stripped = self._text.lstrip(SPACE)
+        if not stripped or any(t != stripped and t.startswith(stripped) for t in self._tags.opens):
             return False
-        self._text = self._text.removeprefix(self._CLOSE).lstrip(_SPACE)
-        self._after_call = False
+        if any(stripped.startswith(tag) for tag in self._tags.opens):
+            # White space before a call is no content.
+            self._lead = self._text[: len(self._text) - len(stripped)]
+            self._text = stripped
+        else:
+            word = _WORD.match(_LEAD.sub("", stripped, count=1))
+            if word is None or self._may_name(word[0]):
+                begun = self._match_call()
+                if begun != "no":
+                    return begun == "yes"
+        self._state = "text"
         return True
+
+    def _may_name(self, word: str) -> bool:
+        return any(name.startswith(word) or word.startswith(name) for name in self._functions)
+
+    def _reads_python(self, raw: str) -> bool:
+        """Whether a name with a bracket is a call: prose may begin with one."""
+        return self._bare_python or self._state != "start" or "[" in raw or "```" in raw
+
+    def _match_call(self) -> Literal["yes", "no", "more"]:
+        """Begin the call that the text begins with."""
+        found = _BEGINS.match(self._text, partial=True)
+        if found is None or (found.partial and len(self._text) > _MAX_OPENING):
+            return "no"
+        if found.partial:
+            return "more"
+        raw, written = found[0], found["name"]
+        name = None if written is None else resolve_name(written, self._functions)
+        if found["json"] is not None:
+            # The object reads its own bracket.
+            self._lead += raw[:-1]
+            self._text = self._text[len(raw) - 1 :]
+            self._call = JsonCall(self._functions)
+        elif name is None or (found["python"] is not None and not self._reads_python(raw)):
+            return "no"
+        else:
+            self._text = self._text[len(raw) :]
+            form = next(form for kind, form in _FORMS.items() if found[kind] is not None)
+            self._call = form(self._functions, name, raw)
+        self._state = "call"
+        return "yes"
+
+    def _read_text(self, parsed: Parsed) -> bool:
+        """Content up to the next tag."""
+        places = [(at, tag) for tag in self._text_tags if (at := self._text.find(tag)) >= 0]
+        if not places:
+            held = max((_partial_suffix(self._text, tag) for tag in self._text_tags), default=0)
+            cut = len(self._text) - held
+            parsed.content += self._text[:cut]
+            self._text = self._text[cut:]
+            return False
+        at, tag = min(places)
+        parsed.content += self._text[:at]
+        self._text = self._text[at:]
+        self._open(tag)
+        return True
+
+    def _open(self, tag: str) -> None:
+        """Consume a tag that stands where the text begins."""
+        if tag in self._tags.opens:
+            self._state = "open"
+        if tag not in _CALL_TAGS:
+            self._lead += "" if tag in self._hidden else tag
+            self._text = self._text[len(tag) :]
 
     def _begin_call(self, parsed: Parsed) -> bool:
-        stripped = _after_fence(self._text.lstrip(_SPACE)).lstrip(_SPACE + "[")
-        if _FENCES[0].startswith(stripped):
+        """Behind an opening tag: another one, or a call."""
+        stripped = self._text.lstrip(SPACE)
+        for tag in self._tags.opens:
+            if tag not in _CALL_TAGS and stripped.startswith(tag):
+                self._lead += self._text[: len(self._text) - len(stripped)]
+                self._text = stripped
+                self._open(tag)
+                return True
+        if not stripped or any(tag.startswith(stripped) for tag in self._tags.opens):
             return False
-        if stripped.startswith("{"):
-            self._lead += self._text[: -len(stripped)]
-            self._text = stripped
-            self._call = _CallObject()
-        else:
-            parsed.content += self._lead
-            self._lead = ""
+        begun = self._match_call()
+        if begun != "no":
+            return begun == "yes"
+        # Where the tag is part of the call's own form, at least the tag is content.
+        size = max((len(tag) for tag in _CALL_TAGS if self._text.startswith(tag)), default=0)
+        parsed.content += self._lead + self._text[:size]
+        self._text = self._text[size:]
+        self._lead, self._state = "", "text"
         return True
 
-    def _read_call(self, call: _CallObject, parsed: Parsed) -> bool:
+    def _read_call(self, parsed: Parsed) -> bool:
+        call = self._call
+        assert call is not None
         self._text = call.feed(self._text)
+        if call.is_wrapper:
+            self._lead += call.raw
+            self._call, self._state = None, "open"
+            return True
         parsed.calls += self._writer.write(call)
-        if self._writer.refuses(call):
+        if call.is_other or (call.is_complete and call.name is None):
             parsed.content += self._lead + call.raw
-            self._after_call, self._call, self._lead = False, None, ""
+            self._call, self._lead, self._state = None, "", "text"
         elif call.is_complete:
-            self._after_call, self._call, self._lead = True, None, ""
+            self._call, self._lead, self._state = None, "", "after"
+        return True
+
+    def _end_call(self, parsed: Parsed) -> bool:
+        """Behind a call: another of the same list, a closing tag, or text."""
+        in_list = self._state == "after"
+        self._text = self._text.lstrip(SPACE + ",;]})`" if in_list else SPACE)
+        if not self._text:
+            return False
+        tags = (*self._tags.opens, *self._tags.closes)
+        tag = next((tag for tag in tags if self._text.startswith(tag)), None)
+        if tag in self._tags.opens:
+            self._open(tag or "")
+            return True
+        if tag is not None:
+            self._text = self._text[len(tag) :]
+            self._state = "between"
+            return True
+        if any(tag.startswith(self._text) for tag in tags):
+            return False
+        word = _WORD.match(self._text)
+        if self._text[0] == "{" or (in_list and word is not None and self._may_name(word[0])):
+            begun = self._match_call()
+            if begun != "no":
+                return begun == "yes"
+        self._state = "text"
         return True
 
     def finish(self) -> Parsed:
-        call = self._call
-        known = call is not None and self._writer.knows(call)
-        held = "" if known or self._after_call else self._lead + (call.raw if call else "")
-        text = "" if self._after_call and self._CLOSE.startswith(self._text) else self._text
+        call, parsed = self._call, Parsed()
+        if call is not None:
+            call.finish()
+            parsed.calls += self._writer.write(call)
+        is_call = call is not None and call.name is not None and not call.is_other
+        if not is_call and self._state in ("start", "text", "open", "call"):
+            parsed.content = self._lead + (call.raw if call is not None else "") + self._text
+        elif self._state in ("after", "between"):
+            tags = (*self._tags.opens, *self._tags.closes)
+            is_cut_tag = any(tag.startswith(self._text) for tag in tags)
+            parsed.content = "" if is_cut_tag else self._text
         self._call, self._lead, self._text = None, "", ""
-        return Parsed(held + text)
+        if self._forced:
+            parsed.content = ""
+        return parsed
 
 
 def _partial_suffix(text: str, tag: str) -> int:

@@ -1,0 +1,132 @@
+"""Read a call that has a tag for each parameter, as Qwen3-Coder writes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import regex
+
+from chunkllama_server.api.tools.brackets import SPACE
+from chunkllama_server.api.tools.call_forms import CallForm, Functions, NamedCall
+
+_PARAMETER = regex.compile(r'<parameter(?:=|\s+name=)"?(?P<key>[^">]*)"?[^>]*>')
+_ENDS = ("</function>", "</invoke>")
+# A value ends with its own tag; where that is missing, with the next tag of the call.
+_VALUE_ENDS = ("</parameter>", "<parameter=", "<parameter ", *_ENDS, "</tool_call>")
+
+
+class ParameterCall(CallForm):
+    """``<function=name>`` or ``<invoke name="name">``, which has been read, then a tag for each
+    parameter, or a JSON object, and the closing tag."""
+
+    def __init__(self, functions: Functions, name: str, raw: str) -> None:
+        super().__init__(functions, name, raw)
+        self._text = ""
+        self._key: str | None = None
+        self._num_given = 0
+        self._named: NamedCall | None = None
+
+    def feed(self, text: str) -> str:
+        self.raw += text
+        self._text += text
+        while not self.is_complete and self._step():
+            pass
+        if not self.is_complete:
+            return ""
+        self.raw = self.raw[: len(self.raw) - len(self._text)]
+        return self._text
+
+    def _step(self) -> bool:
+        """Consume some of the text; False when more must come first."""
+        if self._key is not None:
+            return self._read_value(self._key)
+        if self._named is not None:
+            self._text = self._named.feed(self._text)
+            self._written.append(self._named.take_arguments())
+            if self._named.is_complete:
+                self._named, self._num_given = None, -1
+            return bool(self._text)
+        self._text = self._text.lstrip(SPACE)
+        if not self._text:
+            return False
+        if self._text[0] == "{" and self._num_given == 0:
+            self._named = NamedCall(self._functions, self.name or "", "")
+            self._text = self._text[1:]
+            return True
+        for tag in _ENDS:
+            if self._text.startswith(tag):
+                self._text = self._text[len(tag) :]
+                return self._end()
+        found = _PARAMETER.match(self._text, partial=True)
+        if found is not None and not found.partial:
+            self._key = found["key"].strip()
+            self._text = self._text[found.end() :]
+            return True
+        if found is not None or any(tag.startswith(self._text) for tag in _ENDS):
+            return False
+        return self._end()
+
+    def _read_value(self, key: str) -> bool:
+        ends = [at for tag in _VALUE_ENDS if (at := self._text.find(tag)) >= 0]
+        if not ends:
+            return False
+        value, rest = self._text[: min(ends)], self._text[min(ends) :]
+        self._text = rest.removeprefix("</parameter>")
+        properties = self._functions.get(self.name or "", {}).get("properties") or {}
+        schema = properties.get(key) if isinstance(properties, Mapping) else None
+        member = f"{json.dumps(key)}: {_value_text(value, schema)}"
+        self._written.append(("{" if self._num_given == 0 else ", ") + member)
+        self._num_given += 1
+        self._key = None
+        return True
+
+    def _end(self) -> bool:
+        if self._num_given >= 0:
+            self._written.append("}" if self._num_given else "{}")
+        self.is_complete = True
+        return False
+
+    def finish(self) -> None:
+        if not self.is_complete and self._key is None and self._named is None:
+            self._end()
+
+
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "integer": lambda v: isinstance(v, int) and not isinstance(v, bool),
+    "number": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
+    "boolean": lambda v: isinstance(v, bool),
+    "null": lambda v: v is None,
+    "array": lambda v: isinstance(v, list),
+    "object": lambda v: isinstance(v, dict),
+}
+
+
+def _allowed_types(schema: Any) -> set[str]:
+    """The JSON types that a property's schema names; empty where it names none."""
+    if not isinstance(schema, Mapping):
+        return set()
+    kind = schema.get("type")
+    found = {kind} if isinstance(kind, str) else set(kind) if isinstance(kind, list) else set()
+    for variants in (schema.get("anyOf"), schema.get("oneOf")):
+        for variant in variants if isinstance(variants, list) else ():
+            found |= _allowed_types(variant)
+    return found
+
+
+def _value_text(text: str, schema: Any) -> str:
+    """A parameter's text as JSON: a value of another type only where the schema allows one."""
+    text = text.removeprefix("\n").removesuffix("\n")
+    allowed = _allowed_types(schema)
+    if allowed != {"string"}:
+        stripped = text.strip()
+        for source in (stripped, {"True": "true", "False": "false", "None": "null"}.get(stripped)):
+            try:
+                value = json.loads(source or "")
+            except (ValueError, RecursionError):
+                continue
+            kinds = allowed - {"string"} or _TYPES.keys()
+            if any(_TYPES[kind](value) for kind in kinds if kind in _TYPES):
+                return source or ""
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,79 @@
+"""Read a call that is written as Python: Llama 3.2 and 4, OLMo 3, Gemma."""
+
+from __future__ import annotations
+
+import ast
+import json
+from typing import Any
+
+from chunkllama_server.api.tools.brackets import BracketScanner
+from chunkllama_server.api.tools.call_forms import CallForm, Functions
+
+# Python is parsed by recursion in C, and a call of this size is no call.
+_MAX_PYTHON_CHARS = 1 << 16
+
+
+class PythonCall(CallForm):
+    """``name(``, which has been read, then keyword arguments up to the closing bracket."""
+
+    def __init__(self, functions: Functions, name: str, raw: str) -> None:
+        super().__init__(functions, None, raw)
+        self._function = name
+        self._arguments = ""
+        self._scanner = BracketScanner()
+
+    def feed(self, text: str) -> str:
+        for position, char in enumerate(text):
+            self.raw += char
+            self._scanner.feed(char)
+            if self._scanner.is_complete:
+                self._end()
+                return text[position + 1 :]
+            self._arguments += char
+        self.is_other = len(self._arguments) > _MAX_PYTHON_CHARS
+        return ""
+
+    def _end(self) -> None:
+        self.is_complete = True
+        properties = self._functions[self._function].get("properties") or {}
+        try:
+            arguments = _keyword_arguments(self._arguments, list(properties))
+            text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            self.is_other = True
+            return
+        self.name = self._function
+        self._written.append(text)
+
+
+def _keyword_arguments(text: str, names: list[str]) -> dict[str, Any]:
+    """The arguments of a Python call; those without a name take ``names`` in order.
+
+    Raises:
+        ValueError, SyntaxError: the text is no list of literal arguments.
+    """
+    call = ast.parse(f"f({text}\n)", mode="eval").body
+    if not isinstance(call, ast.Call) or len(call.args) > len(names):
+        raise ValueError("not a call")
+    given = dict(zip(names, map(_literal, call.args), strict=False))
+    for keyword in call.keywords:
+        if keyword.arg is not None:
+            given[keyword.arg] = _literal(keyword.value)
+            continue
+        members = _literal(keyword.value)
+        if not isinstance(members, dict):
+            raise ValueError("** needs an object")
+        given.update(members)
+    return given
+
+
+class _JsonConstants(ast.NodeTransformer):
+    """JSON's constants among Python's literals."""
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        values = {"true": True, "false": False, "null": None}
+        return ast.Constant(values[node.id]) if node.id in values else node
+
+
+def _literal(node: ast.AST) -> Any:
+    return ast.literal_eval(_JsonConstants().visit(node))
