@@ -29,6 +29,7 @@ async def main() -> None:
                     {"role": "user", "content": f"I am customer {number}. Who are you?"},
                 ],
                 max_tokens=8,
+                temperature=0,
             )
             for number in range(16)
         )

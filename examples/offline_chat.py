@@ -1,4 +1,4 @@
-"""Answer several questions in one batch in this process; the system prompt is computed once.
+"""Answer several questions in one batch in this process; their system prompt is computed once.
 
 python examples/offline_chat.py [MODEL]
 """
@@ -15,7 +15,8 @@ QUESTIONS = ("What is the capital of France?", "What is two plus two?", "Name a 
 def main() -> None:
     model = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m-instruct"
     llm = LLM(model, num_chunks=64)
-    system = {"role": "system", "content": "You answer in one short sentence."}
+    rules = "Answer in one short sentence. Use plain words. If you do not know it, say so. " * 4
+    system = {"role": "system", "content": f"You are a helpful assistant. {rules}"}
     chats = [[system, {"role": "user", "content": question}] for question in QUESTIONS]
     outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=24))
     for question, output in zip(QUESTIONS, outputs, strict=True):

@@ -24,6 +24,7 @@ def main() -> None:
                 {"role": "user", "content": question},
             ],
             max_tokens=48,
+            temperature=0,
             stream=True,
             stream_options={"include_usage": True},
         )

@@ -1,4 +1,4 @@
-"""Commands of ``chunkllama``: ``serve|bench|capacity|health|config|version|models``.
+"""Commands of ``chunkllama``: ``serve|bench|capacity|demo|health|config|version|models``.
 
 Only the requested command is imported, so that ``version`` and ``health`` are fast.
 """
@@ -197,10 +197,17 @@ def _add_capacity(app: typer.Typer) -> None:
     app.command()(capacity)
 
 
+def _add_demo(app: typer.Typer) -> None:
+    from chunkllama_server.bench.demo import demo_app
+
+    app.add_typer(demo_app, name="demo")
+
+
 _COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "serve": _add_serve,
     "bench": _add_bench,
     "capacity": _add_capacity,
+    "demo": _add_demo,
     "health": _add_health,
     "config": _add_config,
     "version": _add_version,
