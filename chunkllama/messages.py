@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from chunkllama.sampling_params import SamplingParams
+from chunkllama.tenant_limits import NO_LIMITS, TenantLimits
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -192,6 +193,42 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="engine_stats"):
     batch_size: Histogram = msgspec.field(default_factory=lambda: Histogram.over(BATCH_SIZE_BOUNDS))
     invariant_violations: int = 0
     tree: list[TreeNodeInfo] = []
+    tenants: dict[str, TenantStats] = {}
+
+
+class TenantStats(msgspec.Struct, kw_only=True):
+    """What one tenant uses of the engine and has used since the engine's start.
+
+    Attributes:
+        requests_running, requests_waiting: unfinished requests with and without a running sequence.
+        chunks_used: chunks in use by its requests; one that several sequences use is divided among
+            them.
+        chunks_cached: chunks it added that no sequence uses now.
+        chunks_pinned: chunks its pins cover.
+        computed_tokens: prompt tokens computed for it; positions that requests of several tenants
+            read at the time are divided among them.
+        decoded_tokens: positions computed for its output.
+        chunk_seconds, cached_chunk_seconds: ``chunks_used`` and ``chunks_cached`` over time.
+        evicted_chunks, evicted_tokens: its cached chunks that were evicted, and the tokens in them.
+        evictions_for: chunks that were evicted to make place for it; ``evictions_of_others`` those
+            of them that other tenants had added.
+        pins_refused: pins beyond its budget or the server's.
+    """
+
+    requests_running: int = 0
+    requests_waiting: int = 0
+    chunks_used: float = 0.0
+    chunks_cached: int = 0
+    chunks_pinned: int = 0
+    computed_tokens: int = 0
+    decoded_tokens: int = 0
+    chunk_seconds: float = 0.0
+    cached_chunk_seconds: float = 0.0
+    evicted_chunks: int = 0
+    evicted_tokens: int = 0
+    evictions_for: int = 0
+    evictions_of_others: int = 0
+    pins_refused: int = 0
 
 
 class TreeNodeInfo(msgspec.Struct, kw_only=True):
@@ -218,6 +255,14 @@ class StatsRequest(msgspec.Struct, kw_only=True, tag="stats"):
     """Ask for an EngineStats; also the liveness probe of an idle engine."""
 
     include_tree: bool = False
+    include_tenants: bool = False
+
+
+class SetTenants(msgspec.Struct, kw_only=True, tag="set_tenants"):
+    """Replace the limits of all tenants; ``default`` is for those not listed."""
+
+    tenants: dict[str, TenantLimits] = {}
+    default: TenantLimits = NO_LIMITS
 
 
 class Shutdown(msgspec.Struct, kw_only=True, tag="shutdown"):
@@ -233,7 +278,7 @@ class ExplainPrompt(msgspec.Struct, kw_only=True, tag="explain"):
     tenant: str = ""
 
 
-ToEngine = EngineRequest | AbortRequest | StatsRequest | ExplainPrompt | Shutdown
+ToEngine = EngineRequest | AbortRequest | StatsRequest | ExplainPrompt | SetTenants | Shutdown
 
 
 class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):

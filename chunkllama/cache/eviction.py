@@ -1,12 +1,17 @@
 """Which unused leaf is evicted next: tenants over their share lose theirs first.
 
-Leaves of one tenant go least recently used first. Between tenants, a leaf's age counts times the
-chunks its tenant has, rounded up to a power of two; equal tenants together are least recently used
-first. Two kinds of tenants lose a leaf only when no other has one: those below a floor of half an
-equal share of the pool, and "", which owns public prefixes on a server with several tenants.
+Leaves of one tenant go least recently used first. Tenants have three ranks:
 
-Tenants of one power of two form a class with a heap of their oldest leaves, so an eviction looks at
-one tenant for each of at most log2(chunks) classes.
+1. over the ``chunk_share`` of its limits: loses leaves before all others;
+2. the rest;
+3. within its floor (``chunk_floor``, else half an equal share of the pool), and "", which owns
+   public prefixes on a server with several tenants: loses a leaf only when no other tenant has one.
+
+Between tenants of one rank, a leaf's age counts times the chunks its tenant has, rounded up to a
+power of two; equal tenants together are least recently used first.
+
+Tenants of one rank and one power of two form a class with a heap of their oldest leaves, so an
+eviction looks at one tenant for each of at most 4 log2(chunks) classes.
 """
 
 from __future__ import annotations
@@ -14,16 +19,27 @@ from __future__ import annotations
 import heapq
 
 from chunkllama.cache.node import Node
+from chunkllama.tenant_limits import TenantTable
+
+_DEFAULT, _OVER, _BETWEEN, _WITHIN = range(4)  # _DEFAULT: the floor is half an equal share
 
 
 class _Owner:
-    """Chunks of one tenant: how many, and a heap of (last use, order of pushing, leaf)."""
+    """Chunks of one tenant: how many, and a heap of (last use, order of pushing, leaf).
 
-    __slots__ = ("leaves", "num_nodes")
+    Attributes:
+        share, floor: its limits in chunks; None is no limit, and half an equal share.
+        key: its class.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("floor", "key", "leaves", "num_nodes", "share")
+
+    def __init__(self, share: int | None, floor: int | None) -> None:
         self.num_nodes = 0
         self.leaves: list[tuple[int, int, Node]] = []
+        self.share = share
+        self.floor = floor
+        self.key = -1
 
     def oldest(self) -> int | None:
         """Last use of the least recently used leaf; drops entries that are out of date."""
@@ -34,17 +50,25 @@ class _Owner:
             heapq.heappop(self.leaves)
         return None
 
+    def kind(self) -> int:
+        """Which of its limits it is beyond."""
+        if self.share is not None and self.num_nodes > self.share:
+            return _OVER
+        if self.floor is None:
+            return _DEFAULT
+        return _WITHIN if self.num_nodes <= self.floor else _BETWEEN
+
 
 class EvictionOrder:
     """Leaves of the tree by tenant; the tree reports every node and every unused leaf."""
 
     def __init__(self, num_chunks: int) -> None:
         self._num_chunks = num_chunks
+        self._limits = TenantTable()
         self._owners: dict[str, _Owner] = {}
+        self._num_sizes = num_chunks.bit_length() + 1
         # by class: (last use, order of pushing, owner); out of date unless it is the owner's oldest
-        self._classes: list[list[tuple[int, int, str]]] = [
-            [] for _ in range(num_chunks.bit_length() + 1)
-        ]
+        self._classes: list[list[tuple[int, int, str]]] = [[] for _ in range(4 * self._num_sizes)]
         self._pushes = 0
 
     @property
@@ -57,15 +81,21 @@ class EvictionOrder:
         """Nodes of the tree that were added for a tenant."""
         return self._owners[owner].num_nodes if owner in self._owners else 0
 
+    def set_limits(self, limits: TenantTable) -> None:
+        """Apply other shares and floors."""
+        self._limits = limits
+        for name, entry in self._owners.items():
+            entry.share, entry.floor = self._limits_of(name)
+            self._classify(name)
+
     def add(self, owner: str) -> None:
         """Count a node that joined the tree."""
         entry = self._owners.get(owner)
         if entry is None:
-            entry = self._owners[owner] = _Owner()
+            entry = self._owners[owner] = _Owner(*self._limits_of(owner))
             self._reclassify_public()
         entry.num_nodes += 1
-        if entry.num_nodes & (entry.num_nodes - 1) == 0:
-            self._announce(owner)
+        self._classify(owner)
 
     def remove(self, owner: str) -> None:
         """Count a node that left the tree."""
@@ -74,8 +104,16 @@ class EvictionOrder:
         if entry.num_nodes == 0:
             del self._owners[owner]
             self._reclassify_public()
-        elif entry.num_nodes & (entry.num_nodes + 1) == 0:
-            self._announce(owner)
+        else:
+            self._classify(owner)
+
+    def _limits_of(self, owner: str) -> tuple[int | None, int | None]:
+        limits = self._limits[owner]
+        share, floor = limits.chunk_share, limits.chunk_floor
+        return (
+            None if share is None else int(share * self._num_chunks),
+            None if floor is None else int(floor * self._num_chunks),
+        )
 
     def push(self, node: Node) -> None:
         """Add an unused leaf, or one that was used again."""
@@ -97,41 +135,51 @@ class EvictionOrder:
             now: the tick that ``Node.last_use`` is compared with.
         """
         floor = self._num_chunks // (2 * max(len(self._owners), 1))
-        best: tuple[bool, int, str] | None = None
-        for size_class, heap in enumerate(self._classes):
-            owner = self._first(size_class, heap)
-            if owner is not None:
-                is_protected = (1 << size_class) - 1 <= floor
-                score = (now - heap[0][0] + 1) << size_class
-                if best is None or (not is_protected, score) > best[:2]:
-                    best = (not is_protected, score, owner)
+        best: tuple[int, int, str] | None = None
+        for key, heap in enumerate(self._classes):
+            owner = self._first(key, heap) if heap else None
+            if owner is None:
+                continue
+            kind, size = divmod(key, self._num_sizes)
+            if kind == _DEFAULT:
+                kind = _WITHIN if (1 << size) - 1 <= floor else _BETWEEN
+            score = (now - heap[0][0] + 1) << size
+            if best is None or (-kind, score) > best[:2]:
+                best = (-kind, score, owner)
         if best is None:
             return None
         node = heapq.heappop(self._owners[best[2]].leaves)[2]
         self._announce(best[2])
         return node
 
-    def _class_of(self, owner: str) -> int:
-        several = len(self._owners) > 1
-        return 0 if owner == "" and several else self._owners[owner].num_nodes.bit_length()
+    def _classify(self, owner: str) -> None:
+        """Note the owner's class, and push its oldest leaf there if that is another one."""
+        entry = self._owners[owner]
+        if owner == "" and len(self._owners) > 1:
+            key = 0  # no chunks: always within the floor
+        else:
+            key = entry.kind() * self._num_sizes + entry.num_nodes.bit_length()
+        if key != entry.key:
+            entry.key = key
+            self._announce(owner)
 
     def _reclassify_public(self) -> None:
         """Move "" between classes when the second owner comes or goes."""
         if "" in self._owners and len(self._owners) <= 2:
-            self._announce("")
+            self._classify("")
 
-    def _first(self, size_class: int, heap: list[tuple[int, int, str]]) -> str | None:
+    def _first(self, key: int, heap: list[tuple[int, int, str]]) -> str | None:
         """The owner of the class whose leaf is oldest."""
         while heap:
             last_use, _, owner = heap[0]
             if owner in self._owners:
-                actual = self._class_of(owner)
+                actual = self._owners[owner].key
                 oldest = self._owners[owner].oldest()
-                if actual == size_class and oldest == last_use:
+                if actual == key and oldest == last_use:
                     return owner
                 if oldest is not None:
                     heapq.heappop(heap)
-                    if (actual, oldest) != (size_class, last_use):
+                    if (actual, oldest) != (key, last_use):
                         self._announce(owner)
                     continue
             heapq.heappop(heap)
@@ -139,15 +187,15 @@ class EvictionOrder:
 
     def _announce(self, owner: str) -> None:
         """Push the owner's oldest leaf to its class."""
-        oldest = self._owners[owner].oldest()
+        entry = self._owners[owner]
+        oldest = entry.oldest()
         if oldest is None:
             return
         self._pushes += 1
-        size_class = self._class_of(owner)
-        heap = self._classes[size_class]
+        heap = self._classes[entry.key]
         heapq.heappush(heap, (oldest, self._pushes, owner))
         if len(heap) > 4 * len(self._owners) + 64:
-            members = [name for name in self._owners if self._class_of(name) == size_class]
+            members = [name for name, each in self._owners.items() if each.key == entry.key]
             uses = [(self._owners[name].oldest(), name) for name in members]
             heap[:] = sorted(
                 (use, i, name) for i, (use, name) in enumerate(uses) if use is not None

@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 
 from chunkllama.cache import retention
 from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
-from chunkllama.cache.explain import explain_match
 from chunkllama.cache.history import PromptHistory
 from chunkllama.cache.invariants import check_cache
 from chunkllama.cache.node import PUBLIC, Node, encode_tokens
 from chunkllama.cache.pins import Pins
 from chunkllama.cache.prefix_tree import Match, PrefixTree
 from chunkllama.cache.sequence_chunks import SequenceChunks
-from chunkllama.messages import CacheExplanation, TreeNodeInfo
+from chunkllama.cache.usage import ChunkUsage
+from chunkllama.messages import TreeNodeInfo
+from chunkllama.tenant_limits import TenantTable
 
 Int32Array = NDArray[np.int32]
 
@@ -52,7 +53,7 @@ class CacheManager:
 
     Args:
         num_chunks, chunk_size: the pool.
-        clock: seconds; only pins look at it.
+        clock: seconds; pins and chunk-seconds depend on it.
         variant: key of the K/V variant this engine computes (model, adapter, dtype, RoPE).
         history_chunks: chunks of the record of each tenant's prompts, for explanations.
     """
@@ -66,7 +67,8 @@ class CacheManager:
         history_chunks: int = 0,
     ) -> None:
         self.pool = ChunkPool(num_chunks, chunk_size)
-        self.tree = PrefixTree(self.pool)
+        self.usage = ChunkUsage(clock)
+        self.tree = PrefixTree(self.pool, self.usage)
         self.pins = Pins(self.tree, num_chunks // 2)
         self.chunk_size = chunk_size
         self.num_chunks = num_chunks
@@ -144,20 +146,20 @@ class CacheManager:
             tenant: owner of the chunks that it adds.
         """
         match = admission.match
-        for node in match.nodes:
-            self.tree.acquire(node)
         chunks = SequenceChunks(namespace, insert_limit, list(match.nodes), tenant)
+        for node in match.nodes:
+            chunks.meter -= self.tree.acquire(node)
         source = match.copy_source
         if source is not None:
             self.tree.add_ref(source)  # allocating may evict
-        fresh = self._allocate(admission.num_new)
+        fresh = self._allocate(admission.num_new, tenant)
         if source is not None and admission.reuses_leaf:
             self.tree.drop_ref(source)
             fresh.insert(0, self.tree.detach(source))
         elif source is not None:
             self._copy_sources.append(source)
             chunks.copies.append((source.chunk_id, fresh[0], match.num_copied))
-        chunks.extend(fresh)
+        chunks.extend(fresh, self._clock())
         self._show_prompt(chunks, tokens, admission)
         chunks.set_next_publish(self.chunk_size)
         return chunks
@@ -176,8 +178,7 @@ class CacheManager:
                 return  # an equal chunk is pending: ours is published, or replaced, once it is full
             chunk_id = int(chunks.ids[depth])
             node = self.tree.insert(parent, chunks.namespace, key, chunk_id, 0, chunks.tenant)
-            self.tree.acquire(node)
-            chunks.path.append(node)
+            self._append_own(chunks, node)
             if depth == first and match.copy_source is not None:
                 if admission.reuses_leaf:
                     node.filled = node.scheduled = min(match.num_copied, node.num_tokens)
@@ -197,7 +198,7 @@ class CacheManager:
         if self.num_available < needed:
             return False
         spare = min(spare, self.num_available - needed)
-        chunks.extend(self._allocate(needed + spare))
+        chunks.extend(self._allocate(needed + spare, chunks.tenant), self._clock())
         return True
 
     def will_compute(self, chunks: SequenceChunks, start: int, end: int) -> None:
@@ -257,22 +258,26 @@ class CacheManager:
                 node = self.tree.insert(
                     parent, chunks.namespace, key, chunk_id, size, chunks.tenant
                 )
-                self.tree.acquire(node)
-                chunks.path.append(node)
+                self._append_own(chunks, node)
             chunks.num_whole += 1
             chunks.set_next_publish(size)
         return adopted
 
+    def _append_own(self, chunks: SequenceChunks, node: Node) -> None:
+        """The sequence's next private chunk has become this node."""
+        chunks.meter += self._clock() - self.tree.acquire(node)
+        chunks.path.append(node)
+
     def _adopt(self, chunks: SequenceChunks, duplicate: Node, own: Node | None) -> None:
         depth = chunks.num_whole
-        self.tree.acquire(duplicate)
         if own is None:
             self.pool.free(int(chunks.ids[depth]))
-            chunks.path.append(duplicate)
+            self._append_own(chunks, duplicate)
         else:
             assert own.num_sequences == 1, "a partial node in two paths"
+            chunks.meter -= self.tree.acquire(duplicate)
             self.pins.move(own, duplicate)
-            self.tree.release(own)
+            chunks.meter += self.tree.release(own)
             self.tree.remove(own)
             chunks.path[depth] = duplicate
         chunks.ids[depth] = duplicate.chunk_id
@@ -288,10 +293,10 @@ class CacheManager:
         if self.num_available < copied:
             return None
         path = chunks.path[:depth]
+        child = SequenceChunks(chunks.namespace, chunks.insert_limit, path, chunks.tenant)
         for node in path:
-            self.tree.acquire(node)
-        child = SequenceChunks(chunks.namespace, chunks.insert_limit, list(path), chunks.tenant)
-        child.extend(self._allocate(copied))
+            child.meter -= self.tree.acquire(node)
+        child.extend(self._allocate(copied, chunks.tenant), self._clock())
         for i in range(depth, depth + copied):
             tokens = min(size, num_computed - i * size)
             child.copies.append((int(chunks.ids[i]), int(child.ids[i]), tokens))
@@ -311,13 +316,15 @@ class CacheManager:
         depth = chunks.num_whole
         end = min(num_computed, chunks.insert_limit, (depth + 1) * size)
         private = chunks.ids[len(chunks.path) :].tolist()
+        chunks.meter += len(private) * self._clock()
         tail = None
         if end > depth * size:
             key = encode_tokens(tokens[depth * size : end])
             tail = retention.keep_tail(self.tree, self._root, chunks, key)
             if tail is not None and private and tail.chunk_id == private[0]:
                 del private[0]
-        retention.release_path(self.tree, chunks.path)
+        chunks.meter += retention.release_path(self.tree, chunks.path)
+        self.usage.add_used(chunks.tenant, chunks.meter)
         if tail is not None:
             retention.drop_covered(self.tree, tail)
         for chunk_id in private:
@@ -327,20 +334,22 @@ class CacheManager:
         """Release a sequence and drop everything that it alone computed."""
         own = chunks.path[chunks.num_shared :]
         private = chunks.ids[len(chunks.path) :].tolist()
+        chunks.meter += len(private) * self._clock()
         for node in reversed(own):
-            self.tree.release(node)
+            chunks.meter += self.tree.release(node)
             if node.is_evictable and not node.children:
                 self.tree.remove(node)
-        retention.release_path(self.tree, chunks.path[: chunks.num_shared])
+        chunks.meter += retention.release_path(self.tree, chunks.path[: chunks.num_shared])
+        self.usage.add_used(chunks.tenant, chunks.meter)
         for chunk_id in private:
             self.pool.free(chunk_id)
 
     # -- memory -----------------------------------------------------------------------------
 
-    def _allocate(self, count: int) -> list[int]:
+    def _allocate(self, count: int, tenant: str) -> list[int]:
         missing = count - self.pool.num_free
         if missing > 0:
-            self.tree.evict(missing)
+            self.tree.evict(missing, tenant)
         return self.pool.allocate(count)
 
     # -- pins -------------------------------------------------------------------------------
@@ -352,42 +361,27 @@ class CacheManager:
         source = match.copy_source
         if source and match.num_tokens == len(tokens) and source.filled == source.num_tokens:
             leaf = source
-        return leaf is None or self.pins.add(leaf, self._clock() + seconds, tenant)
+        granted = leaf is None or self.pins.add(leaf, self._clock() + seconds, tenant)
+        if not granted:
+            self.usage.add_refused_pin(tenant)
+        return granted
 
     def expire_pins(self) -> None:
         for node, tenant in self.pins.expire(self._clock()):
             self.history.pin_ended(node, tenant)
 
+    # -- tenants ----------------------------------------------------------------------------
+
+    def set_tenants(self, limits: TenantTable) -> None:
+        """Apply the tenants' shares of the pool and of the pin budget."""
+        self.tree.order.set_limits(limits)
+        self.pins.limits = limits
+
     # -- inspection -------------------------------------------------------------------------
 
     def describe(self) -> list[TreeNodeInfo]:
         """Every node for the dashboard, parents before children."""
-        return [
-            TreeNodeInfo(
-                chunk_id=node.chunk_id,
-                parent_chunk_id=node.parent.chunk_id if node.parent else -1,
-                depth=node.depth,
-                num_tokens=node.num_tokens,
-                filled=node.filled,
-                num_sequences=node.num_sequences,
-                state=self.pool.state(node.chunk_id).name.lower(),
-                namespace=node.namespace,
-            )
-            for node in self.tree.nodes()
-        ]
-
-    def explain(
-        self, tokens: Int32Array, match: Match | None, num_used: int, tenant: str, namespace: str
-    ) -> CacheExplanation:
-        """Explain why the match of all tokens but the last ended; see ``explain_match``."""
-        key = encode_tokens(tokens)
-        return explain_match(self.history, self._clock(), tenant, namespace, key, match, num_used)
-
-    def record_prompt(
-        self, tokens: Int32Array, num_stored: int, tenant: str, namespace: str
-    ) -> None:
-        """Record a prompt that a tenant has sent, of which ``num_stored`` tokens may be stored."""
-        self.history.record(tenant, namespace, encode_tokens(tokens), num_stored)
+        return self.tree.describe()
 
     def check_invariants(self, live: Iterable[SequenceChunks], *, in_step: bool = False) -> None:
         """Check ``cache/invariants.py``, given the chunks of all live sequences."""

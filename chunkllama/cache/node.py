@@ -98,6 +98,7 @@ class Node:
         num_pins: pins at or below the node.
         last_use: tick of the last release, the age for eviction.
         copied_from: while the node is being filled by a copy: (source node, tokens).
+        shares_since: when ``num_sequences`` changed last, in seconds.
     """
 
     __slots__ = (
@@ -116,6 +117,8 @@ class Node:
         "owner",
         "parent",
         "scheduled",
+        "shares_since",
+        "summed_seconds",
     )
 
     def __init__(
@@ -141,6 +144,8 @@ class Node:
         self.num_pins = 0
         self.last_use = 0
         self.copied_from: tuple[Node, int] | None = None
+        self.shares_since = 0.0
+        self.summed_seconds = 0.0
 
     def set_key(self, key: bytes) -> None:
         """Give the node its tokens."""
@@ -150,6 +155,13 @@ class Node:
     @property
     def num_tokens(self) -> int:
         return len(self.key) // TOKEN_BYTES
+
+    def shared_seconds(self, now: float) -> float:
+        """Return the integral of 1 / ``num_sequences`` over the time it was in use, to ``now``."""
+        if self.num_sequences:
+            self.summed_seconds += (now - self.shares_since) / self.num_sequences
+        self.shares_since = now
+        return self.summed_seconds
 
     @property
     def is_used(self) -> bool:

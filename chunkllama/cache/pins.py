@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from chunkllama.cache.node import Node
 from chunkllama.cache.prefix_tree import PrefixTree
+from chunkllama.tenant_limits import TenantTable
 
 
 class Pins:
@@ -14,15 +15,16 @@ class Pins:
 
     A pin protects a node and its ancestors. Pinning a node again extends its time.
 
-    A tenant's pins may cover as many chunks as the budget still has free: one tenant takes at most
-    half of it and k tenants leave 1 / (k + 1). Pins of the tenant "" (public prefixes, or a server
-    with one tenant) are bounded by the budget alone.
+    A tenant's pins may cover as many chunks as its limits say (``pin_chunks``), or else as the
+    budget still has free: one tenant takes at most half of it and k tenants leave 1 / (k + 1). Pins
+    of the tenant "" (public prefixes, or a server with one tenant) are bounded by the budget alone.
     """
 
     def __init__(self, tree: PrefixTree, budget: int) -> None:
         self.budget = budget
         self.num_chunks = 0
         self.refused_total = 0
+        self.limits = self._no_limits = TenantTable()
         self._tree = tree
         self._expiry: dict[tuple[Node, str], float] = {}
         self._covered: dict[str, Counter[Node]] = {}  # by tenant: its pins at or below each node
@@ -37,7 +39,8 @@ class Pins:
         free = self.budget - self.num_chunks - price
         covered = self._covered.get(tenant, Counter())
         own = len(covered) + sum(step not in covered for step in _path(node))
-        if free < 0 or (tenant and own > free):
+        most = self.limits[tenant].pin_chunks
+        if free < 0 or (tenant and own > (free if most is None else most)):
             self.refused_total += 1
             return False
         self._place(node, until, tenant)
@@ -48,6 +51,10 @@ class Pins:
         self._tree.pin(node)
         self._expiry[node, tenant] = until
         self._covered.setdefault(tenant, Counter()).update(_path(node))
+
+    def num_covered(self, tenant: str) -> int:
+        """Chunks that a tenant's pins protect."""
+        return len(self._covered.get(tenant, ()))
 
     def remove(self, node: Node, tenant: str = "") -> None:
         del self._expiry[node, tenant]
@@ -107,8 +114,9 @@ class Pins:
             assert node.num_pins == counts[node]
         assert self.num_chunks == len(+counts) <= self.budget
         assert self._covered == covered
-        largest = max((len(c) for tenant, c in covered.items() if tenant), default=0)
-        assert largest <= max(self.budget // 2, 1), "a tenant has most of the pin budget"
+        if self.limits is self._no_limits:
+            largest = max((len(c) for tenant, c in covered.items() if tenant), default=0)
+            assert largest <= max(self.budget // 2, 1), "a tenant has most of the pin budget"
 
 
 def _path(node: Node) -> Iterator[Node]:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
 from chunkllama.cache.eviction import EvictionOrder, is_evictable_leaf
 from chunkllama.cache.node import PUBLIC, TOKEN_BYTES, Children, Node, common_prefix
+from chunkllama.cache.usage import ChunkUsage
+from chunkllama.messages import TreeNodeInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +52,16 @@ class Match:
 
 
 class PrefixTree:
-    """Nodes over a ChunkPool. The tree owns the chunk of every node in it."""
+    """Nodes over a ChunkPool. The tree owns the chunk of every node in it.
 
-    def __init__(self, pool: ChunkPool) -> None:
+    Args:
+        pool: chunks of the nodes.
+        usage: counts what each tenant has in the tree.
+    """
+
+    def __init__(self, pool: ChunkPool, usage: ChunkUsage) -> None:
         self.pool = pool
+        self.usage = usage
         self.num_evictable = 0
         self.num_nodes = 0
         self.evicted_chunks_total = 0
@@ -72,6 +80,22 @@ class PrefixTree:
         """Every node, parents before children."""
         for root in self._roots.values():
             yield from root.descendants()
+
+    def describe(self) -> list[TreeNodeInfo]:
+        """Every node for the dashboard, parents before children."""
+        return [
+            TreeNodeInfo(
+                chunk_id=node.chunk_id,
+                parent_chunk_id=node.parent.chunk_id if node.parent else -1,
+                depth=node.depth,
+                num_tokens=node.num_tokens,
+                filled=node.filled,
+                num_sequences=node.num_sequences,
+                state=self.pool.state(node.chunk_id).name.lower(),
+                namespace=node.namespace,
+            )
+            for node in self.nodes()
+        ]
 
     # -- match ------------------------------------------------------------------------------
 
@@ -192,6 +216,7 @@ class PrefixTree:
         parent.children.setdefault(namespace, Children()).add(node)
         self.num_nodes += 1
         self.order.add(owner)
+        self.usage.add_cached(owner, 1)
         self.num_evictable += 1
         self.pool.set_state(chunk_id, ChunkState.CACHED)
         self._touch(node)
@@ -221,23 +246,34 @@ class PrefixTree:
         node.chunk_id = -1
         self.num_nodes -= 1
         self.order.remove(node.owner)
+        self.usage.add_cached(node.owner, -1)
         self.num_evictable -= 1
         self._push_if_leaf(parent)
         return chunk_id
 
     # -- use --------------------------------------------------------------------------------
 
-    def acquire(self, node: Node) -> None:
-        """Count one more live sequence through the node."""
+    def acquire(self, node: Node) -> float:
+        """Count one more live sequence through the node; returns its ``shared_seconds``."""
+        seconds = node.shared_seconds(self.usage.now())
         node.num_sequences += 1
         if node.num_sequences == 1:
+            self.usage.add_cached(node.owner, -1)
             self._started_use(node)
+        return seconds
 
-    def release(self, node: Node) -> None:
-        """Count one live sequence fewer; after the last the node is cached, most recently used."""
+    def release(self, node: Node) -> float:
+        """Count one live sequence fewer; after the last the node is cached, most recently used.
+
+        Returns its ``shared_seconds``.
+        """
+        seconds = node.shared_seconds(self.usage.now())
         node.num_sequences -= 1
         assert node.num_sequences >= 0
+        if node.num_sequences == 0:
+            self.usage.add_cached(node.owner, 1)
         self._ended_use(node)
+        return seconds
 
     def add_ref(self, node: Node) -> None:
         """A copy of the step being put together reads the node."""
@@ -288,11 +324,16 @@ class PrefixTree:
 
     # -- eviction ---------------------------------------------------------------------------
 
-    def evict(self, count: int) -> int:
-        """Free up to ``count`` chunks in the order of ``eviction.py``; returns how many."""
+    def evict(self, count: int, tenant: str = "") -> int:
+        """Free up to ``count`` chunks in the order of ``eviction.py``; returns how many.
+
+        Args:
+            tenant: who needs them.
+        """
         evicted = 0
         while evicted < count and (node := self.order.pop(self._tick)) is not None:
             self.on_evicted(node)
+            self.usage.add_eviction(node, tenant)
             self.remove(node)
             evicted += 1
         self.evicted_chunks_total += evicted

@@ -28,12 +28,17 @@ def keep_tail(tree: PrefixTree, root: Node, chunks: SequenceChunks, key: bytes) 
     return own
 
 
-def release_path(tree: PrefixTree, path: list[Node]) -> None:
-    """Drop references bottom up; what was never computed leaves the tree at once."""
+def release_path(tree: PrefixTree, path: list[Node]) -> float:
+    """Drop references bottom up; what was never computed leaves the tree at once.
+
+    Returns the sum of the nodes' ``shared_seconds``.
+    """
+    seconds = 0.0
     for node in reversed(path):
-        tree.release(node)
+        seconds += tree.release(node)
         if node.filled < node.num_tokens and not node.is_used:
             _cut(tree, node)
+    return seconds
 
 
 def drop_covered(tree: PrefixTree, tail: Node) -> None:

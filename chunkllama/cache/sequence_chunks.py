@@ -29,6 +29,8 @@ class SequenceChunks:
         tenant: owner of the nodes that it adds.
         next_publish: number of computed tokens at which a chunk may become a node.
         copies: (source, destination, tokens) to be done before the sequence's next slice.
+        meter: chunk-seconds of the chunks it no longer has, less, for each that it has, the clock
+            (of a node: its ``shared_seconds``) when it got it; see ``usage.py``.
     """
 
     __slots__ = (
@@ -36,6 +38,7 @@ class SequenceChunks:
         "copies",
         "ids",
         "insert_limit",
+        "meter",
         "namespace",
         "next_publish",
         "num_shared",
@@ -55,6 +58,7 @@ class SequenceChunks:
         self.num_shared = len(path)
         self.next_publish = NEVER
         self.copies: list[tuple[int, int, int]] = []
+        self.meter = 0.0
         self._buffer = np.empty(max(16, 2 * len(path)), np.int32)
         self._buffer[: len(path)] = [node.chunk_id for node in path]
         self.ids: NDArray[np.int32] = self._buffer[: len(path)]
@@ -62,8 +66,14 @@ class SequenceChunks:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def extend(self, chunk_ids: list[int]) -> None:
-        """Append chunks; the array grows in place while its capacity lasts."""
+    @property
+    def num_private(self) -> int:
+        """Chunks that this sequence alone has, outside the tree."""
+        return len(self.ids) - len(self.path)
+
+    def extend(self, chunk_ids: list[int], now: float) -> None:
+        """Append private chunks at ``now``; the array grows in place while its capacity lasts."""
+        self.meter -= len(chunk_ids) * now
         start, end = len(self.ids), len(self.ids) + len(chunk_ids)
         if end > len(self._buffer):
             grown = np.empty(2 * end, np.int32)

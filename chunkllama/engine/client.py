@@ -38,6 +38,7 @@ from chunkllama.messages import (
     EngineStats,
     ExplainPrompt,
     FromEngine,
+    SetTenants,
     Shutdown,
     StatsRequest,
     ToEngine,
@@ -78,8 +79,14 @@ class EngineClient(Protocol):
         """
         ...
 
-    async def stats(self, *, include_tree: bool = False) -> EngineStats:
-        """A fresh snapshot from the engine loop."""
+    async def stats(
+        self, *, include_tree: bool = False, include_tenants: bool = False
+    ) -> EngineStats:
+        """A fresh snapshot from the engine loop, on request with the tree and each tenant."""
+        ...
+
+    def set_tenants(self, tenants: SetTenants) -> None:
+        """Replace the limits of all tenants, also in engines that are started later."""
         ...
 
     async def explain(
@@ -163,6 +170,7 @@ class MessageClient(ABC):
         self._stats_waiters: deque[asyncio.Future[EngineStats]] = deque()
         self._info: EngineReady | None = None
         self._dead: EngineDeadError | None = None
+        self._tenants: SetTenants | None = None
         self.draw_seed = seed_source(None)
         self.on_stats: Callable[[EngineStats], None] = lambda _: None
         self.max_backlog = sys.maxsize
@@ -255,12 +263,19 @@ class MessageClient(ABC):
         ended = [ChoiceDelta(index=i, token_ids=[], finish_reason="abort") for i in indices]
         self._deliver(stream, TokenDelta(request_id=request_id, choices=ended))
 
-    async def stats(self, *, include_tree: bool = False) -> EngineStats:
+    def set_tenants(self, tenants: SetTenants) -> None:
+        self._tenants = tenants
+        if self._dead is None:
+            self._send(tenants)
+
+    async def stats(
+        self, *, include_tree: bool = False, include_tenants: bool = False
+    ) -> EngineStats:
         if self._dead is not None:
             raise self._dead
         waiter: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
         self._stats_waiters.append(waiter)
-        self._send(StatsRequest(include_tree=include_tree))
+        self._send(StatsRequest(include_tree=include_tree, include_tenants=include_tenants))
         return await waiter
 
     async def explain(

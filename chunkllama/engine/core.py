@@ -28,6 +28,7 @@ from chunkllama.messages import (
     ExplainPrompt,
     FromEngine,
     Histogram,
+    SetTenants,
     Shutdown,
     StatsRequest,
     ToEngine,
@@ -35,6 +36,7 @@ from chunkllama.messages import (
 )
 from chunkllama.scheduler.output import SchedulerOutput
 from chunkllama.scheduler.scheduler import Scheduler
+from chunkllama.tenant_limits import TenantTable
 
 logger = init_logger(__name__)
 
@@ -113,6 +115,10 @@ class EngineCore:
                 future.cancel()
                 del self._preparations[future]
 
+    def set_tenants(self, limits: TenantTable) -> None:
+        """Apply other limits of tenants; accepted requests stay."""
+        self._scheduler.set_tenants(limits)
+
     def has_work(self) -> bool:
         return self._scheduler.has_unfinished()
 
@@ -161,9 +167,9 @@ class EngineCore:
             self._violations += 1
             logger.error("cache invariant violated: %s", violation)
 
-    def stats(self, *, include_tree: bool = False) -> EngineStats:
+    def stats(self, *, include_tree: bool = False, include_tenants: bool = False) -> EngineStats:
         """Counters since the start and gauges of this moment."""
-        stats = self._scheduler.stats()
+        stats = self._scheduler.stats(include_tenants=include_tenants)
         stats.steps_total = self._steps
         stats.step_seconds = self._step_seconds
         stats.batch_size = self._batch_size
@@ -251,6 +257,13 @@ def _handle(core: EngineCore, message: ToEngine) -> list[FromEngine]:
         case ExplainPrompt():
             return [core.explain(message)]
         case StatsRequest():
-            return [core.stats(include_tree=message.include_tree)]
+            return [
+                core.stats(
+                    include_tree=message.include_tree, include_tenants=message.include_tenants
+                )
+            ]
+        case SetTenants():
+            core.set_tenants(TenantTable(message.tenants, message.default))
+            return []
         case _:
             raise AssertionError(f"unknown message {message!r}")

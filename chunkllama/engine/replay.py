@@ -116,7 +116,7 @@ class PinRecords:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._pins: dict[tuple[str, tuple[int, ...]], float] = {}
+        self._pins: dict[tuple[str, str, tuple[int, ...]], float] = {}
 
     def add(self, state: ReplayState) -> None:
         """Keep the pin of a request that ends, if it has one."""
@@ -128,7 +128,7 @@ class PinRecords:
         request = state.request
         prompt = tuple(request.prompt_token_ids[: request.cache_until])
         if prompt:
-            key = (request.namespace, prompt)
+            key = (request.namespace, request.tenant, prompt)
             self._pins[key] = max(now + seconds, self._pins.get(key, 0.0))
 
     def requests(self) -> list[EngineRequest]:
@@ -140,8 +140,9 @@ class PinRecords:
                 prompt_token_ids=list(prompt),
                 sampling=SamplingParams(temperature=0.0, max_tokens=1, seed=0),
                 namespace=namespace,
+                tenant=tenant,
                 pin_seconds=until - now,
             )
-            for number, ((namespace, prompt), until) in enumerate(self._pins.items())
+            for number, ((namespace, tenant, prompt), until) in enumerate(self._pins.items())
             if until > now
         ]

@@ -112,10 +112,12 @@ class SupervisedEngineClient(MessageClient):
         """Process id of the present engine."""
         return self._process.child.pid
 
-    async def stats(self, *, include_tree: bool = False) -> EngineStats:
+    async def stats(
+        self, *, include_tree: bool = False, include_tenants: bool = False
+    ) -> EngineStats:
         if not self._is_up and self._dead is None:
             raise EngineDeadError("the engine is being restarted")
-        return await super().stats(include_tree=include_tree)
+        return await super().stats(include_tree=include_tree, include_tenants=include_tenants)
 
     async def _ask(self, make: Callable[[int], ToEngine]) -> CommandReply:
         if not self._is_up and self._dead is None:
@@ -304,6 +306,8 @@ class SupervisedEngineClient(MessageClient):
         self._dispatch(first)
         self._start_spare()
         logger.info("the engine process runs again")
+        if self._tenants is not None:
+            process.send([self._tenants])
         self.on_restarting(False)
         self._submit_waiting()
         pins = self._pins.requests()

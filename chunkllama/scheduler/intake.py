@@ -9,6 +9,8 @@ from chunkllama.scheduler.beam import BeamSearch
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.request import Sequence, SequenceGroup
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
+from chunkllama.scheduler.tenants import Account
+from chunkllama.tenant_limits import TenantLimits
 
 
 def make_group(
@@ -87,19 +89,24 @@ def _make_sequences(group: SequenceGroup, limits: SchedulerLimits) -> None:
 def check_places(tenant: str, limits: SchedulerLimits, lifecycle: SequenceLifecycle) -> None:
     """Refuse a request beyond the queue's places, or its tenant's.
 
-    A tenant's waiting requests may be as many as the places still free: one tenant takes at most
-    half of them, and k tenants leave 1 / (k + 1) (Choudhury and Hahne, "Dynamic queue length
-    thresholds", 1998). Requests without a tenant have no such limit.
+    A tenant with limits may have ``max_queued_requests`` and ``queue_share * max_waiting`` requests
+    that wait; those that can start at once do not count. Without limits, a tenant's waiting
+    requests may be as many as the places still free: one tenant takes at most half of them, and k
+    tenants leave 1 / (k + 1) (Choudhury and Hahne, "Dynamic queue length thresholds", 1998).
+    Requests without a tenant have no such limit.
 
     Raises:
         OverloadedError: with the seconds to wait.
     """
-    total, own = len(lifecycle.groups), lifecycle.accounts.num_requests(tenant)
+    total, account = len(lifecycle.groups), lifecycle.accounts.get(tenant)
     free = limits.max_num_seqs + limits.max_waiting - total
+    own, most = account.num_requests, _most_waiting(account.limits, limits)
     if free <= 0:
         reason = f"{total} requests are running or waiting, the most this server accepts"
-    elif tenant and own - limits.max_num_seqs >= free:
+    elif most is None and tenant and own - limits.max_num_seqs >= free:
         reason = f"{own} requests of this API key are running or waiting, its share of the queue"
+    elif most is not None and account.num_waiting - _num_starting(account, lifecycle) >= most:
+        reason = f"{account.num_waiting} requests of this API key are waiting, it may have {most}"
     else:
         return
     admission = lifecycle.admission
@@ -107,3 +114,17 @@ def check_places(tenant: str, limits: SchedulerLimits, lifecycle: SequenceLifecy
         f"{reason}; try again later",
         admission.drain.seconds_for(admission.num_chunks_queued(lifecycle.waiting)),
     )
+
+
+def _most_waiting(tenant: TenantLimits, limits: SchedulerLimits) -> int | None:
+    """Requests of a tenant that may wait; None is no limit of its own."""
+    share = None if tenant.queue_share is None else int(tenant.queue_share * limits.max_waiting)
+    both = [most for most in (tenant.max_queued_requests, share) if most is not None]
+    return min(both, default=None)
+
+
+def _num_starting(account: Account, lifecycle: SequenceLifecycle) -> int:
+    """Waiting requests of a tenant for which slots are free."""
+    free = lifecycle.running.num_free_slots
+    most = account.limits.max_concurrent_requests
+    return free if most is None else min(free, max(most - account.num_running, 0))

@@ -157,6 +157,11 @@ class SequenceGroup:
         return self.request.request_id
 
     @property
+    def is_running(self) -> bool:
+        """One of its sequences runs."""
+        return any(sequence.chunks is not None for sequence in self.sequences.values())
+
+    @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
 

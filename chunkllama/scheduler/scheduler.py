@@ -23,7 +23,6 @@ from chunkllama.messages import (
 )
 from chunkllama.scheduler.beam_steps import advance_beams
 from chunkllama.scheduler.cache_lookup import explain_prompt, match_limit, record_prompt
-from chunkllama.scheduler.counters import read_stats
 from chunkllama.scheduler.failures import drop_failed
 from chunkllama.scheduler.intake import check_places, make_group
 from chunkllama.scheduler.limits import SchedulerLimits
@@ -31,7 +30,9 @@ from chunkllama.scheduler.memory_pressure import grow_tails, preemption_victim
 from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
+from chunkllama.scheduler.stats import read_stats
 from chunkllama.scheduler.step_deltas import StepDeltas
+from chunkllama.tenant_limits import TenantTable
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
@@ -107,6 +108,10 @@ class Scheduler:
             self._aborts.append((request_id, index))
             return
         self._lifecycle.abort(request_id, index)
+
+    def set_tenants(self, limits: TenantTable) -> None:
+        """Apply other limits of tenants; running and waiting requests stay."""
+        self._lifecycle.set_tenants(limits)
 
     def has_unfinished(self) -> bool:
         return bool(self._groups)
@@ -212,6 +217,8 @@ class Scheduler:
             if budget == 0 or not self._running.num_free_slots:
                 break
             if only_short and not self._waiting.may_overtake(sequence):
+                continue
+            if not self._lifecycle.may_run(sequence):
                 continue
             limit = match_limit(sequence, self._limits)
             namespace = sequence.group.request.namespace
@@ -367,15 +374,9 @@ class Scheduler:
 
     # -- inspection -------------------------------------------------------------------------
 
-    def stats(self) -> EngineStats:
-        """Counters since the start and current gauges."""
-        waiting = sum(
-            all(s.chunks is None for s in g.sequences.values()) for g in self._groups.values()
-        )
-        stats = read_stats(self._lifecycle.counters, self._cache)
-        stats.requests_waiting = waiting
-        stats.requests_running = len(self._groups) - waiting
-        return stats
+    def stats(self, *, include_tenants: bool = False) -> EngineStats:
+        """Counters since the start and current gauges, on request of each tenant too."""
+        return read_stats(self._lifecycle, self._cache, include_tenants=include_tenants)
 
     def explain(self, prompt_token_ids: list[int], namespace: str, tenant: str) -> CacheExplanation:
         """Explain why the match of a prompt would end now; changes nothing."""

@@ -22,6 +22,7 @@ from chunkllama.scheduler.queue import WaitingQueue
 from chunkllama.scheduler.request import Sequence, SequenceGroup
 from chunkllama.scheduler.running import RunningSequences
 from chunkllama.scheduler.tenants import DECODE_WEIGHT, TenantAccounts, split_prefill
+from chunkllama.tenant_limits import TenantTable
 
 
 class SequenceLifecycle:
@@ -54,6 +55,16 @@ class SequenceLifecycle:
         self._cache = cache
         self._clock = clock
 
+    def set_tenants(self, limits: TenantTable) -> None:
+        """Apply the tenants' limits to their accounts and to the cache."""
+        self.accounts.set_limits(limits)
+        self._cache.set_tenants(limits)
+
+    def may_run(self, sequence: Sequence) -> bool:
+        """Whether the sequence may start beside the running requests of its tenant."""
+        group = sequence.group
+        return self.accounts[group.request.tenant].may_run(group)
+
     def add(self, group: SequenceGroup) -> None:
         """Queue a new request."""
         self.groups[group.request_id] = group
@@ -66,8 +77,10 @@ class SequenceLifecycle:
         """Run a waiting sequence in ``chunks``, of which ``match`` is computed."""
         group = sequence.group
         cost = sequence.num_tokens - match.num_tokens
-        self.waiting.started(sequence, cost, self.accounts[group.request.tenant].weight)
+        account = self.accounts[group.request.tenant]
+        self.waiting.started(sequence, cost, account.weight)
         self.waiting.remove(sequence)
+        account.num_running += not group.is_running
         sequence.num_admitted = sequence.num_tokens
         self.running.start(sequence, chunks, match.num_tokens)
         if sequence.wants_prompt_logits:
@@ -85,20 +98,20 @@ class SequenceLifecycle:
         """Count and charge positions [start, end) of a running sequence."""
         if start >= sequence.num_admitted:
             self.counters.decode_tokens_computed += end - start
-            self.accounts.charge(sequence.group.request.tenant, DECODE_WEIGHT * (end - start))
+            self.accounts.charge_decoded(sequence.group.request.tenant, end - start)
             return
         self.counters.prefill_tokens_computed += end - start
         order = self.running.order
         at = order.sequences.index(sequence)
         size = self._cache.chunk_size
         for tenant, tokens in split_prefill(order.sequences, order.shared, at, start, end, size):
-            self.accounts.charge(tenant, tokens)
+            self.accounts.charge_computed(tenant, tokens)
 
     def finish(self, sequence: Sequence) -> None:
         """End a running sequence; what it computed stays in the cache."""
         if sequence.num_output_tokens:
             self.admission.lengths.add(sequence.num_output_tokens)
-        chunks = self.running.stop(sequence)
+        chunks = self._stop(sequence)
         self.admission.drain.add(len(chunks) - chunks.num_shared)
         self._cache.release(chunks, sequence.token_ids, sequence.num_computed_tokens)
         self._forget(sequence)
@@ -152,7 +165,7 @@ class SequenceLifecycle:
         if sequence.chunks is None:
             self.waiting.remove(sequence)
         else:
-            self._cache.discard(self.running.stop(sequence))
+            self._cache.discard(self._stop(sequence))
         self._forget(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
@@ -161,8 +174,15 @@ class SequenceLifecycle:
             self.waiting.remove(sequence)
             return
         computed = sequence.num_computed_tokens
-        self._cache.release(self.running.stop(sequence), sequence.token_ids, computed)
+        self._cache.release(self._stop(sequence), sequence.token_ids, computed)
         sequence.num_computed_tokens = 0
+
+    def _stop(self, sequence: Sequence) -> SequenceChunks:
+        """Take a sequence out of the running ones; returns its chunks."""
+        chunks = self.running.stop(sequence)
+        group = sequence.group
+        self.accounts[group.request.tenant].num_running -= not group.is_running
+        return chunks
 
     def _forget(self, sequence: Sequence) -> None:
         group = sequence.group
@@ -177,6 +197,12 @@ class SequenceLifecycle:
         counters = self.counters
         work = counters.prefill_tokens_computed + DECODE_WEIGHT * counters.decode_tokens_computed
         assert self.accounts.total_charged == work, "charges differ from the work done"
+        charged = sum(account.charged for _, account in self.accounts)
+        assert charged == work, "the tenants' charges differ from the work done"
+        for tenant, account in self.accounts:
+            own = [g for g in self.groups.values() if g.request.tenant == tenant]
+            assert account.num_requests == len(own)
+            assert account.num_running == sum(group.is_running for group in own)
         waiting, running = list(self.waiting), self.running.by_age
         assert all(s.chunks is None and s.slot < 0 for s in waiting)
         everyone = {id(s) for g in self.groups.values() for s in g.sequences.values()}

@@ -1,4 +1,4 @@
-"""Service that each tenant has received, in virtual tokens, and its places in the queue.
+"""Service that each tenant has received, in virtual tokens, and its unfinished requests.
 
 A virtual token is a prompt token computed or, times ``DECODE_WEIGHT``, a token decoded (the virtual
 token counters of Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024). Charges are
@@ -8,13 +8,13 @@ is charged to the sequence that computed it, so the charges of a step add up to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
-from chunkllama.scheduler.request import Sequence
+from chunkllama.scheduler.request import Sequence, SequenceGroup
+from chunkllama.tenant_limits import TenantLimits, TenantTable
 
 DECODE_WEIGHT: Final = 2  # a decoded token costs about twice a prompt token of a full step
-MAX_IDLE_ACCOUNTS: Final = 4096
 
 
 class Account:
@@ -22,25 +22,57 @@ class Account:
 
     Attributes:
         weight: its share relative to other tenants.
-        charged: virtual tokens charged since the start.
-        clock: ``charged / weight``, advanced past the time the tenant was idle.
-        num_requests: its unfinished requests.
+        limits: what it may use.
+        computed_tokens, decoded_tokens: positions charged since the start, of prompts and output.
+        clock: what was charged in virtual tokens divided by the weight at that time, advanced past
+            the time the tenant was idle.
+        num_requests: its unfinished requests; ``num_running`` those with a running sequence.
     """
 
-    __slots__ = ("charged", "clock", "num_requests", "weight")
+    __slots__ = (
+        "clock",
+        "computed_tokens",
+        "decoded_tokens",
+        "limits",
+        "num_requests",
+        "num_running",
+        "weight",
+    )
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, weight: float, limits: TenantLimits) -> None:
         self.weight = weight
-        self.charged = 0
+        self.limits = limits
+        self.computed_tokens = 0
+        self.decoded_tokens = 0
         self.clock = 0.0
         self.num_requests = 0
+        self.num_running = 0
+
+    @property
+    def charged(self) -> int:
+        """Virtual tokens charged since the start."""
+        return self.computed_tokens + DECODE_WEIGHT * self.decoded_tokens
+
+    @property
+    def num_waiting(self) -> int:
+        """Its requests without a running sequence."""
+        return self.num_requests - self.num_running
+
+    def may_run(self, group: SequenceGroup) -> bool:
+        """Whether a sequence of the group may start beside the tenant's running requests."""
+        most = self.limits.max_concurrent_requests
+        return most is None or self.num_running < most or group.is_running
 
 
 class TenantAccounts:
-    """Accounts by tenant name; the tenant with the lowest clock is served next."""
+    """Accounts by tenant name; the tenant with the lowest clock is served next.
+
+    Accounts are kept: tenants are the names of API keys, so there are few.
+    """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         self._weights = weights
+        self._limits = TenantTable()
         self._accounts: dict[str, Account] = {}
         self._floor = 0.0
         self.total_charged = 0
@@ -48,14 +80,28 @@ class TenantAccounts:
     def __getitem__(self, tenant: str) -> Account:
         return self._accounts[tenant]
 
+    def __iter__(self) -> Iterator[tuple[str, Account]]:
+        return iter(self._accounts.items())
+
+    def set_limits(self, limits: TenantTable) -> None:
+        """Apply other limits and weights, from the next charge and the next start on."""
+        self._limits = limits
+        for tenant, account in self._accounts.items():
+            account.limits = limits[tenant]
+            account.weight = self._weight(tenant)
+
+    def _weight(self, tenant: str) -> float:
+        own = self._limits[tenant].weight
+        return self._weights.get(tenant, 1.0) if own is None else own
+
     def clocks(self) -> dict[str, float]:
         """Clock of every tenant with unfinished requests."""
         return {name: a.clock for name, a in self._accounts.items() if a.num_requests}
 
-    def num_requests(self, tenant: str) -> int:
-        """Unfinished requests of a tenant, known or not."""
+    def get(self, tenant: str) -> Account:
+        """Return a tenant's account; one without requests if it has none."""
         account = self._accounts.get(tenant)
-        return account.num_requests if account else 0
+        return account or Account(self._weight(tenant), self._limits[tenant])
 
     def join(self, tenant: str) -> None:
         """Count one more unfinished request.
@@ -65,8 +111,7 @@ class TenantAccounts:
         """
         account = self._accounts.get(tenant)
         if account is None:
-            self._drop_idle()
-            account = self._accounts[tenant] = Account(self._weights.get(tenant, 1.0))
+            account = self._accounts[tenant] = self.get(tenant)
         if account.num_requests == 0:
             busy = [a.clock for a in self._accounts.values() if a.num_requests]
             account.clock = max(account.clock, min(busy, default=self._floor))
@@ -79,20 +124,21 @@ class TenantAccounts:
         if account.num_requests == 0:
             self._floor = max(self._floor, account.clock)
 
-    def charge(self, tenant: str, virtual_tokens: int) -> None:
+    def charge_computed(self, tenant: str, tokens: int) -> None:
+        """Charge prompt tokens that were computed."""
         account = self._accounts[tenant]
-        account.charged += virtual_tokens
+        account.computed_tokens += tokens
+        self._charge(account, tokens)
+
+    def charge_decoded(self, tenant: str, tokens: int) -> None:
+        """Charge output tokens that were computed."""
+        account = self._accounts[tenant]
+        account.decoded_tokens += tokens
+        self._charge(account, DECODE_WEIGHT * tokens)
+
+    def _charge(self, account: Account, virtual_tokens: int) -> None:
         self.total_charged += virtual_tokens
         account.clock += virtual_tokens / account.weight
-
-    def _drop_idle(self) -> None:
-        """Bound the memory of tenants without requests: those served least are forgotten first."""
-        if len(self._accounts) < MAX_IDLE_ACCOUNTS:
-            return
-        idle = [name for name, a in self._accounts.items() if a.num_requests == 0]
-        idle.sort(key=lambda name: self._accounts[name].clock)
-        for name in idle[: len(idle) // 2 + 1]:
-            del self._accounts[name]
 
 
 def split_prefill(

@@ -57,7 +57,8 @@ class SimulatedEngine:
         make_scheduler: type[Scheduler] = Scheduler,
         **limits: Any,
     ) -> None:
-        self.now = 0.0
+        self._now = 0.0
+        self.chunk_seconds = 0.0  # of chunks that are not free
         self.check = check
         self.limits = SchedulerLimits(**{**LIMITS, **limits})
         self.cache = make_cache(num_chunks, chunk_size, self.clock, history_chunks=history_chunks)
@@ -77,8 +78,34 @@ class SimulatedEngine:
         self.num_steps = 0
         self.random = random.Random(0)
 
+    @property
+    def now(self) -> float:
+        """The clock in seconds; it stands still except at the end of a step."""
+        return self._now
+
+    @now.setter
+    def now(self, value: float) -> None:
+        used = self.cache.num_chunks - self.cache.pool.num_free
+        self.chunk_seconds += (value - self._now) * used
+        self._now = value
+
     def clock(self) -> float:
-        return self.now
+        return self._now
+
+    def check_charges(self) -> None:
+        """The tenants' parts add up to what was computed, and to the chunks in use over time."""
+        stats = self.scheduler.stats(include_tenants=True)
+        tenants = stats.tenants.values()
+        assert sum(t.computed_tokens for t in tenants) == stats.prefill_tokens_computed_total
+        assert sum(t.requests_running for t in tenants) == stats.requests_running
+        assert sum(t.requests_waiting for t in tenants) == stats.requests_waiting
+        assert sum(t.evicted_chunks for t in tenants) == stats.evicted_chunks_total
+        assert sum(t.evictions_for for t in tenants) == stats.evicted_chunks_total
+        assert sum(t.pins_refused for t in tenants) == stats.pins_refused_total
+        in_use = sum(t.chunks_used + t.chunks_cached for t in tenants)
+        assert abs(in_use - (stats.chunks_total - stats.chunks_free)) < 1e-6
+        seconds = sum(t.chunk_seconds + t.cached_chunk_seconds for t in tenants)
+        assert abs(seconds - self.chunk_seconds) < 1e-6 * max(self.chunk_seconds, 1.0)
 
     def add(self, prompt: list[int], max_tokens: int | None = 4, **options: Any) -> str:
         """Queue a request; options belong to EngineRequest or else to SamplingParams."""
@@ -153,6 +180,7 @@ class SimulatedEngine:
     def check_idle(self) -> None:
         """Check that nothing is referenced or private, and that the pool adds up."""
         self.scheduler.check_invariants()
+        self.check_charges()
         stats = self.scheduler.stats()
         assert stats.chunks_referenced == stats.chunks_private == 0
         assert stats.chunks_free + stats.chunks_cached == stats.chunks_total

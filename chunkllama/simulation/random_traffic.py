@@ -9,6 +9,7 @@ from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.memory_pressure import preemption_victim
 from chunkllama.simulation.engine import SimulatedEngine
+from chunkllama.tenant_limits import TenantLimits, TenantTable
 
 
 class RandomTraffic:
@@ -38,8 +39,22 @@ class RandomTraffic:
         }
         num_chunks = pick([6, 8, 12, 20, 60])
         self.engine = SimulatedEngine(num_chunks, chunk_size, vocab_size=3, **limits)
+        if self.random.random() < 0.5:
+            self.engine.scheduler.set_tenants(
+                TenantTable({"A": self._limits(), "B": self._limits()})
+            )
         self.aborted: set[str | tuple[str, int]] = set()
         self.bases = [self._tokens(4 * chunk_size) for _ in range(2)]
+
+    def _limits(self) -> TenantLimits:
+        pick = self.random.choice
+        return TenantLimits(
+            max_concurrent_requests=pick([None, 1, 2]),
+            max_queued_requests=pick([None, 0, 4]),
+            pin_chunks=pick([None, 0, 3]),
+            chunk_share=pick([None, 0.2]),
+            chunk_floor=pick([None, 0.0, 0.2]),
+        )
 
     def _tokens(self, count: int) -> list[int]:
         return [self.random.randrange(2) for _ in range(count)]
@@ -145,5 +160,6 @@ class RandomTraffic:
         while self.engine.num_steps < num_steps:
             self.turn()
         self.engine.run()
+        self.engine.check_charges()
         self.engine.check_outputs(self.aborted)
         return self.engine

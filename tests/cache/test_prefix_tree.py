@@ -9,6 +9,7 @@ from cache_driver import CacheDriver
 from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
 from chunkllama.cache.node import Children, Node, common_prefix, encode_tokens
 from chunkllama.cache.prefix_tree import PrefixTree
+from chunkllama.cache.usage import ChunkUsage
 
 
 @pytest.fixture
@@ -133,7 +134,7 @@ class TestNamespaces:
         assert len(match.nodes) == len(public + "mine") // 4
 
     def test_roots_keep_variants_apart(self) -> None:
-        tree = PrefixTree(ChunkPool(4, 4))
+        tree = PrefixTree(ChunkPool(4, 4), ChunkUsage(lambda: 0.0))
         one, other = tree.root("llama/bf16"), tree.root("llama/fp8")
         (chunk_id,) = tree.pool.allocate(1)
         key = encode_tokens(np.array([1, 2, 3, 4], np.int32))

@@ -18,7 +18,7 @@ def sequence(chunk_ids: list[int]) -> Sequence:
     request = EngineRequest(request_id="r", prompt_token_ids=[1], sampling=SamplingParams())
     made = Sequence(SequenceGroup(request, 0, 0.0, 1), 0, [1])
     made.chunks = SequenceChunks("", 0, [])
-    made.chunks.extend(chunk_ids)
+    made.chunks.extend(chunk_ids, 0.0)
     return made
 
 
@@ -47,7 +47,7 @@ def test_growth_past_a_neighbour_that_continues_the_path() -> None:
     order.insert(long)
     order.insert(short)
     assert paths(order) == [[1, 2], [1, 2, 5]]
-    short.chunks.extend([9])
+    short.chunks.extend([9], 0.0)
     order.extended(short, 2)
     assert paths(order) == [[1, 2, 5], [1, 2, 9]]
     order.check_invariants()
@@ -59,7 +59,7 @@ def test_every_change_has_its_version() -> None:
     versions = [order.version]
     order.insert(one)
     versions.append(order.version)
-    one.chunks.extend([2])
+    one.chunks.extend([2], 0.0)
     order.extended(one, 1)
     versions.append(order.version)
     order.move(one)
@@ -71,11 +71,11 @@ def test_every_change_has_its_version() -> None:
 
 def test_the_chunk_array_grows_in_place() -> None:
     chunks = SequenceChunks("", 0, [])
-    chunks.extend(list(range(5)))
+    chunks.extend(list(range(5)), 0.0)
     before = chunks.ids
-    chunks.extend([5, 6])
+    chunks.extend([5, 6], 0.0)
     assert np.shares_memory(before, chunks.ids)
-    chunks.extend(list(range(7, 100)))
+    chunks.extend(list(range(7, 100)), 0.0)
     assert chunks.ids.tolist() == list(range(100))
 
 
@@ -95,7 +95,7 @@ def test_random_changes_equal_a_fresh_sort() -> None:
             elif kind < 0.85:
                 grown = rnd.choice(live)
                 length = len(grown.chunks)
-                grown.chunks.extend([next(unique)])
+                grown.chunks.extend([next(unique)], 0.0)
                 order.extended(grown, length)
             else:
                 moved = rnd.choice(live)

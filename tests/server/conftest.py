@@ -126,7 +126,9 @@ def start_server(text_parts: tuple[Any, Any]) -> Iterator[StartServer]:
             settings.pop("api_keys", {}),
             settings.get("isolation"),
             operator_keys=settings.pop("operator_keys", ()),
+            clock=settings.pop("clock", time.monotonic),
         )
+        tenants.set_quotas(settings.pop("quotas", {}))
         grammars = GrammarChecker(lambda: allow_all, settings.pop("grammar_seconds", 2.0))
         defaults = settings.pop("generation_defaults", None)
         app = create_app(

@@ -20,6 +20,7 @@ from chunkllama.messages import (
     EngineReady,
     EngineRequest,
     EngineStats,
+    SetTenants,
     TokenDelta,
     TokenLogprob,
 )
@@ -180,7 +181,12 @@ class FakeEngine:
     async def abort(self, request_id: str, index: int | None = None) -> None:
         self.aborted.append((request_id, index))
 
-    async def stats(self, *, include_tree: bool = False) -> EngineStats:
+    def set_tenants(self, tenants: SetTenants) -> None:
+        self.tenants = tenants
+
+    async def stats(
+        self, *, include_tree: bool = False, include_tenants: bool = False
+    ) -> EngineStats:
         if not self.is_ready:
             raise EngineDeadError("gone")
         return self.statistics

@@ -139,7 +139,9 @@ class _Engine:
         await self.go.wait()
         yield request.request_id
 
-    async def stats(self, *, include_tree: bool = False) -> EngineStats:
+    async def stats(
+        self, *, include_tree: bool = False, include_tenants: bool = False
+    ) -> EngineStats:
         self.snapshots += 1
         await asyncio.sleep(0)
         return EngineStats()
@@ -154,7 +156,7 @@ def _request(name: str, n: int) -> EngineRequest:
 def test_requests_are_charged_by_their_choices_before_the_engine() -> None:
     async def main() -> None:
         engine = _Engine()
-        charged = ChargedEngine(engine, 10)
+        charged = ChargedEngine(engine, 8, 2)
 
         async def run(name: str, n: int) -> list[Any]:
             return [delta async for delta in charged.generate(_request(name, n))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import httpx
@@ -9,10 +10,9 @@ import pytest
 from fake_engine import DURATIONS
 from prometheus_client.parser import text_string_to_metric_families
 
-from chunkllama.messages import EngineStats
+from chunkllama.messages import EngineStats, TenantStats
 from chunkllama_server.metrics.server_metrics import (
     FINISH_REASONS,
-    MAX_TENANT_LABELS,
     REFUSALS,
     EngineStatsCollector,
     ServerMetrics,
@@ -195,19 +195,54 @@ def test_requests_are_labelled_with_their_tenant(start_server):
     assert samples['chunkllama_request_finished_total{reason="stop",tenant="red"}'] == 1
 
 
-def test_many_tenants_have_no_labels(start_server):
-    keys = {f"t{i}": f"k{i}" for i in range(MAX_TENANT_LABELS + 1)}
-    assert scrape(start_server(api_keys=keys), "k0")["chunkllama_request_accepted_total"] == 0
+def by_tenant(metrics: ServerMetrics, name: str) -> dict[str, float]:
+    """Value of each tenant label, of all other labels together."""
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        for sample in family.samples:
+            if sample.name == f"chunkllama_{name}_total":
+                tenant = sample.labels["tenant"]
+                values[tenant] = values.get(tenant, 0.0) + sample.value
+    return values
 
 
-def test_tenants_that_come_later_cannot_add_labels_without_end():
-    metrics = ServerMetrics(by_tenant=True)
-    for number in range(MAX_TENANT_LABELS + 5):
-        metrics.start_request(f"t{number}")
-    lines = metrics.render().decode().splitlines()
-    accepted = [line for line in lines if line.startswith("chunkllama_request_accepted_total{")]
-    assert len(accepted) == MAX_TENANT_LABELS + 1
-    assert 'chunkllama_request_accepted_total{tenant="other"} 5.0' in accepted
+def test_tenants_beyond_the_first_share_a_label():
+    metrics = ServerMetrics(tenant_labels=3)
+    for number in range(8):
+        metrics.start_request(f"t{number}").finish("stop")
+    expected = {"t0": 1, "t1": 1, "t2": 1, "other": 5}
+    assert by_tenant(metrics, "request_accepted") == expected
+    assert by_tenant(metrics, "request_finished") == expected
+
+
+def test_the_tenants_with_most_tokens_have_labels_and_sums_never_decrease():
+    metrics = ServerMetrics(tenant_labels=2)
+    rng = random.Random(0)
+    spent = {f"t{i}": 0 for i in range(30)}
+    total = 0.0
+    for turn in range(3000):
+        # in each third of the time, two others of the thirty are the busy ones
+        tenant = f"t{turn // 1000 * 10 + rng.choice([3, 4] * 9 + list(range(10)))}"
+        tokens = rng.randrange(100) * 10 ** (turn // 1000)
+        spent[tenant] += tokens
+        metrics.add_usage(tenant, prompt_tokens=tokens)
+        if turn % 100 == 99:
+            values = by_tenant(metrics, "tenant_prompt_tokens")
+            assert len(values) <= 3 and sum(values.values()) >= total
+            total = sum(values.values())
+    assert total == sum(spent.values())
+    assert set(values) == {"t23", "t24", "other"}
+    assert values["t23"] <= spent["t23"]
+
+
+def test_usage_of_engines_that_start_from_zero_adds_up():
+    metrics = ServerMetrics(tenant_labels=5)
+    for steps, computed in ((10, 100), (20, 150), (3, 7), (9, 9)):
+        tenants = {"a": TenantStats(computed_tokens=computed, chunks_cached=computed)}
+        metrics.update(EngineStats(steps_total=steps, tenants=tenants))
+    assert metrics.usage.engine("a").computed_tokens == 159
+    assert metrics.usage.engine("a").chunks_cached == 9
+    assert by_tenant(metrics, "tenant_computed_tokens") == {"a": 159}
 
 
 def test_names_of_vllm(start_server):

@@ -15,6 +15,7 @@ from chunkllama.messages import ChoiceDelta, EngineRequest, TokenDelta, TokenLog
 from chunkllama.text.output_processor import OutputDelta, with_ranking
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.metrics.server_metrics import ServerMetrics
+from chunkllama_server.transport.request_context import RequestInfo
 
 PROMPT = "Where?"
 
@@ -149,7 +150,12 @@ def run_server(engine: ScriptedEngine, sampling: SamplingParams, *, streamed: bo
         sampling=with_ranking(sampling),
     )
     stream = RequestStream(
-        engine, request, engine.tokenizer, ServerMetrics(), continues_prompt=True
+        engine,
+        request,
+        engine.tokenizer,
+        ServerMetrics(),
+        info=RequestInfo("r", 0.0),
+        continues_prompt=True,
     )
 
     async def collect() -> list[OutputDelta]:

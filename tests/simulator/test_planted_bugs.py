@@ -19,9 +19,10 @@ from chunkllama.cache.sequence_chunks import SequenceChunks
 from chunkllama.scheduler import scheduler
 from chunkllama.scheduler.admission import AdmissionControl
 from chunkllama.scheduler.queue import WaitingQueue
+from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.running import RunningSequences
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
-from chunkllama.scheduler.tenants import DECODE_WEIGHT, TenantAccounts
+from chunkllama.scheduler.tenants import TenantAccounts
 from chunkllama.scheduler.tree_order import TreeOrder
 from chunkllama.simulation.engine import SimulatedEngine
 from chunkllama.simulation.random_traffic import RandomTraffic
@@ -305,12 +306,35 @@ def overtaking_without_end(patch: Patch) -> None:
 
 def charges_lost(patch: Patch) -> None:
     """What a tenant decodes is free."""
-    charge = TenantAccounts.charge
+    patch.setattr(TenantAccounts, "charge_decoded", lambda self, tenant, tokens: None)
 
-    def cheap(self: TenantAccounts, tenant: str, virtual_tokens: int) -> None:
-        charge(self, tenant, 0 if virtual_tokens == DECODE_WEIGHT else virtual_tokens)
 
-    patch.setattr(TenantAccounts, "charge", cheap)
+def charged_to_another_tenant(patch: Patch) -> None:
+    """The total is right, one tenant's part is not."""
+
+    def wrong(self: TenantAccounts, tenant: str, tokens: int) -> None:
+        self.total_charged += tokens
+
+    patch.setattr(TenantAccounts, "charge_computed", wrong)
+
+
+def shares_not_metered(patch: Patch) -> None:
+    """The time that a node is in use counts for no sequence."""
+    patch.setattr(Node, "shared_seconds", lambda self, now: self.summed_seconds)
+
+
+def limit_forgotten(patch: Patch) -> None:
+    """Requests that end are not subtracted from the running ones of their tenant."""
+    stop = SequenceLifecycle._stop
+
+    def leaky(self: SequenceLifecycle, sequence: Sequence) -> SequenceChunks:
+        account = self.accounts[sequence.group.request.tenant]
+        before = account.num_running
+        chunks = stop(self, sequence)
+        account.num_running = before
+        return chunks
+
+    patch.setattr(SequenceLifecycle, "_stop", leaky)
 
 
 def tenants_ignored(patch: Patch) -> None:
@@ -351,6 +375,9 @@ BUGS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [
     (spare_chunks_leaked, search_traffic),
     (overtaking_without_end, search_starvation),
     (charges_lost, search_traffic),
+    (charged_to_another_tenant, search_traffic),
+    (shares_not_metered, search_traffic),
+    (limit_forgotten, search_traffic),
     (tenants_ignored, search_shares),
     (flooder_keeps_its_chunks, search_traffic),
 ]

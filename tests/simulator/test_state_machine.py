@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.scheduler.memory_pressure import preemption_victim
 from chunkllama.simulation.engine import SimulatedEngine
+from chunkllama.tenant_limits import TenantLimits, TenantTable
 
 tokens = st.lists(st.integers(0, 1), max_size=6)
 
@@ -142,6 +143,26 @@ class CacheMachine(RuleBasedStateMachine):
         if victim is not None:
             scheduler._lifecycle.preempt(victim)
 
+    @rule(
+        concurrent=st.sampled_from([None, 1, 2]),
+        queued=st.sampled_from([None, 0, 3]),
+        pins=st.sampled_from([None, 0, 2]),
+        share=st.sampled_from([None, 0.1, 1.0]),
+        floor=st.sampled_from([None, 0.0, 0.1]),
+        weight=st.sampled_from([None, 3.0]),
+    )
+    def limit(self, concurrent, queued, pins, share, floor, weight) -> None:
+        """Other limits for one tenant, while its requests run and wait."""
+        limits = TenantLimits(
+            max_concurrent_requests=concurrent,
+            max_queued_requests=queued,
+            pin_chunks=pins,
+            chunk_share=share,
+            chunk_floor=floor,
+            weight=weight,
+        )
+        self.engine.scheduler.set_tenants(TenantTable({"A": limits}))
+
     @rule(seconds=st.sampled_from([0.01, 3.0]))
     def wait(self, seconds) -> None:
         self.engine.now += seconds
@@ -150,6 +171,7 @@ class CacheMachine(RuleBasedStateMachine):
     def holds(self) -> None:
         if hasattr(self, "engine"):
             self.engine.scheduler.check_invariants()
+            self.engine.check_charges()
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):

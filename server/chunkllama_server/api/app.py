@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
 from chunkllama.logger import init_logger
-from chunkllama_server.api import embeddings, health, models, tokenize
+from chunkllama_server.api import embeddings, health, models, tokenize, usage
 from chunkllama_server.api.chat import routes as chat
 from chunkllama_server.api.common.admission import ChargedEngine, QueueLimits
 from chunkllama_server.api.common.context import ServerContext
@@ -23,7 +23,7 @@ from chunkllama_server.api.completions import routes as completions
 from chunkllama_server.api.openapi import install_openapi
 from chunkllama_server.api.responses import routes as responses
 from chunkllama_server.config.settings import Settings
-from chunkllama_server.metrics.server_metrics import MAX_TENANT_LABELS, ServerMetrics
+from chunkllama_server.metrics.server_metrics import ServerMetrics
 from chunkllama_server.transport.auth import AuthMiddleware, Tenants
 from chunkllama_server.transport.body import BodyLimitMiddleware
 from chunkllama_server.transport.errors import install_error_handlers
@@ -60,12 +60,16 @@ def create_app(
     """
     context = ServerContext(
         engine=ChargedEngine(
-            engine, settings.max_num_seqs + settings.max_waiting, _queue_limits(settings, engine)
+            engine,
+            settings.max_num_seqs,
+            settings.max_waiting,
+            _queue_limits(settings, engine),
+            lambda tenant: tenants.quotas(tenant).queue_share,
         ),
         text=text,
         settings=settings,
         metrics=ServerMetrics(
-            by_tenant=0 < len(tenants.keys) <= MAX_TENANT_LABELS,
+            tenant_labels=settings.metrics_tenants if tenants.keys else None,
             vllm_model=settings.model_names[0] if settings.metrics_compat else None,
         ),
         grammars=grammars,
@@ -78,6 +82,7 @@ def create_app(
         generation_defaults=generation_defaults or {},
     )
     context.metrics.begin_at_zero(tenants.keys)
+    text.share = lambda tenant: tenants.quotas(tenant).tokenizer_share or 1.0
     context.metrics.describe(settings.model_names[0], engine.info, __version__)
 
     @asynccontextmanager
@@ -94,7 +99,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.context = context
-    for family in (chat, completions, responses, embeddings, tokenize, models, health):
+    for family in (chat, completions, responses, embeddings, tokenize, models, usage, health):
         app.include_router(family.router)
     if settings.admin_port is None:
         app.include_router(health.metrics_router)
@@ -124,7 +129,12 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     """Add, from the innermost to the outermost: body limit, keys, CORS, request ids."""
     settings = context.settings
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
-    app.add_middleware(AuthMiddleware, tenants=context.tenants, root_path=settings.root_path)
+    app.add_middleware(
+        AuthMiddleware,
+        tenants=context.tenants,
+        root_path=settings.root_path,
+        on_rejection=context.metrics.reject_tenant,
+    )
     if is_loopback(settings.host):
         app.add_middleware(HostCheckMiddleware, names=settings.allowed_hosts)
     if settings.cors_origins:

@@ -86,30 +86,36 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, context: C
     cache = cache_plan(body, context.settings)
     slots = asyncio.Semaphore(MAX_AT_ONCE)
 
-    async def embed(ids: list[int]) -> RequestStream:
+    requests = [
+        EngineRequest(
+            request_id=f"embd-{uuid.uuid4().hex}",
+            prompt_token_ids=ids,
+            sampling=SamplingParams(temperature=0.0, max_tokens=1),
+            namespace=namespace,
+            tenant=info.tenant,
+            wants_hidden_states=context.settings.embedding_pooling,
+            cache_until=cache.until,
+            pin_seconds=cache.pin_seconds,
+        )
+        for ids in prompts
+    ]
+    context.charge(info, requests)
+
+    async def embed(engine_request: EngineRequest) -> RequestStream:
         generation = RequestStream(
             context.engine,
-            EngineRequest(
-                request_id=f"embd-{uuid.uuid4().hex}",
-                prompt_token_ids=ids,
-                sampling=SamplingParams(temperature=0.0, max_tokens=1),
-                namespace=namespace,
-                tenant=info.tenant,
-                wants_hidden_states=context.settings.embedding_pooling,
-                cache_until=cache.until,
-                pin_seconds=cache.pin_seconds,
-            ),
+            engine_request,
             context.text.tokenizer,
             context.metrics,
+            info=info,
             param_names={"prompt": "input"},
-            on_pin=info.name_pin,
         )
         async with slots:
             await generation.collect()
         return generation
 
     async def embed_all() -> EmbeddingList:
-        return _answer(body, await gather_or_cancel([embed(ids) for ids in prompts]))
+        return _answer(body, await gather_or_cancel([embed(each) for each in requests]))
 
     return json_response(await unless_disconnected(request, embed_all()))
 

@@ -16,12 +16,13 @@ from chunkllama_server.api.schema.response_object import ResponseEvent
 _DESCRIPTIONS = {
     400: "The request is malformed, out of range, or does not fit the context.",
     401: "No API key, or a wrong one.",
+    403: "The API key may not use this model or path.",
     404: "Unknown model or path.",
     405: "Wrong method for this path.",
     408: "The request arrived too slowly.",
     413: "The body is over the size limit.",
     415: "The body is compressed.",
-    429: "The queue is full; Retry-After says when to try again.",
+    429: "The queue is full or a quota is used up; Retry-After says when to try again.",
     500: "The request failed; other requests continue.",
     503: "Starting, restarting, draining or busy; Retry-After says when to try again.",
 }
@@ -67,7 +68,7 @@ def answers(model: Any, event: Any = None) -> Responses:
                 }
             }
         }
-    return {200: success, **refusals(400, 401, 404, 405, 408, 413, 415, 429, 500, 503)}
+    return {200: success, **refusals(400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503)}
 
 
 def _event_schemas() -> dict[str, Any]:

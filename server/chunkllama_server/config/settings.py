@@ -5,14 +5,12 @@ Keys are flat and the same everywhere: ``--num-chunks``, ``CHUNKLLAMA_NUM_CHUNKS
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 
 from chunkllama.config import (
@@ -30,6 +28,8 @@ from chunkllama.config import (
 from chunkllama.engine.faults import TEST_MODE
 from chunkllama.engine.faults import VARIABLE as FAULTS
 from chunkllama.errors import ConfigError
+from chunkllama_server.config.api_keys import KeyEntry, parse_key
+from chunkllama_server.config.files import read_text, read_yaml
 
 ENV_PREFIX = "CHUNKLLAMA_"
 # Read elsewhere, before any configuration: locations of files, and what tests plant.
@@ -78,6 +78,13 @@ class ServerConfig(ConfigGroup):
     admin_port: Port | None = Field(
         default=None, description="Serve /metrics on this port instead of the main one."
     )
+    metrics_tenants: int = Field(
+        default=100,
+        ge=1,
+        le=10_000,
+        description="Tenants with a label of their own in /metrics, those with most tokens; the "
+        "others share the label other.",
+    )
     metrics_compat: Literal["vllm"] | None = Field(
         default=None,
         description="Repeat the metrics under the names of another server, for its routers and "
@@ -89,12 +96,20 @@ class ServerConfig(ConfigGroup):
         "other users can read a command line.",
     )
     api_key_file: Path | None = Field(
-        default=None, description="File with one name:key per line; # begins a comment."
+        default=None,
+        description="File with one name:key per line, and quotas like weight=2 behind it; # begins "
+        "a comment.",
+    )
+    tenants_file: Path | None = Field(
+        default=None,
+        description="YAML file with quotas of tenants: rates, shares, priority, models; read again "
+        "at SIGHUP.",
     )
     operator_key: Secrets = Field(
         default=(),
-        description="Key that reads all of /metrics and /dashboard/data and may do nothing else; "
-        "repeatable. A tenant's key reads no other tenant's part.",
+        description="Key that reads all of /metrics, /v1/usage, /dashboard/data and "
+        "/dashboard/tenants and may do nothing else; repeatable. A tenant's key reads no other "
+        "tenant's part.",
     )
     isolation: Literal["off", "tenant"] | None = Field(
         default=None,
@@ -278,13 +293,13 @@ class Settings(ServerConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfi
         keys = [key for group in self.groups[:-1] for key in group.model_fields]
         return EngineConfig.from_flat(**{key: getattr(self, key) for key in keys})
 
-    def keys_by_tenant(self) -> dict[str, str]:
-        """Return API keys by tenant name, from the file and the flags.
+    def key_entries(self) -> list[KeyEntry]:
+        """Return the API keys of the flags and the file with the quotas behind them.
 
         A key without a name is named by its hash, which does not depend on other keys.
 
         Raises:
-            ConfigError: the file cannot be read, or a name or key occurs twice.
+            ConfigError: the file cannot be read or a line is malformed.
         """
         entries = [secret.get_secret_value() for secret in self.api_key]
         if self.api_key_file is not None:
@@ -292,13 +307,16 @@ class Settings(ServerConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfi
             entries += [line.strip() for line in lines if line.strip() and line.strip()[0] != "#"]
             if not entries:
                 raise ConfigError(f"api_key_file: {self.api_key_file} holds no key")
+        return [parse_key(entry, number) for number, entry in enumerate(entries, start=1)]
+
+    def keys_by_tenant(self) -> dict[str, str]:
+        """Return API keys by tenant name.
+
+        Raises:
+            ConfigError: see ``key_entries``; a name or key occurs twice.
+        """
         keys: dict[str, str] = {}
-        for number, entry in enumerate(entries, start=1):
-            name, colon, key = entry.partition(":")
-            if not colon:
-                name, key = f"key-{hashlib.sha256(entry.encode()).hexdigest()[:8]}", entry
-            if not name or not key:
-                raise ConfigError(f"api_key: entry {number} is not of the form name:key")
+        for number, (name, key, _) in enumerate(self.key_entries(), start=1):
             if name in keys or key in keys.values():
                 raise ConfigError(f"api_key: entry {number} ({name}) repeats a name or a key")
             keys[name] = key
@@ -345,7 +363,7 @@ def load_settings(
     config_file = config_file or (
         Path(environ["CHUNKLLAMA_CONFIG"]) if environ.get("CHUNKLLAMA_CONFIG") else None
     )
-    document = _read_yaml(config_file) if config_file is not None else {}
+    document = read_yaml(config_file) if config_file is not None else {}
     document = rename_keys(document, str(config_file))
     flags = rename_keys(flags, "the command line")
     check_keys(document, known, str(config_file))
@@ -369,30 +387,3 @@ def load_settings(
 def _is_service_link(name: str, value: str) -> bool:
     """Tell whether Kubernetes set it for a Service whose name begins with chunkllama."""
     return value.startswith("tcp://") or _SERVICE_LINK.search(name) is not None
-
-
-def read_text(path: Path, key: str) -> str:
-    """Read a file's text.
-
-    Raises:
-        ConfigError: it cannot be read; ``key`` is the setting that names it.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{key}: cannot read {path}: {reason}") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        document = yaml.safe_load(read_text(path, "config"))
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise ConfigError(f"config: {path} is not valid YAML{line}") from None
-    if document is None:
-        return {}
-    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
-        raise ConfigError(f"config: {path} must hold key: value lines")
-    return document

@@ -20,11 +20,13 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from chunkllama.logger import NonBlockingHandler
-from chunkllama.messages import EngineReady, EngineStats, TokenDelta
+from chunkllama.messages import EngineReady, EngineStats
+from chunkllama_server.metrics.request_timer import RequestTimer
+from chunkllama_server.metrics.tenant_series import TenantSeries
+from chunkllama_server.metrics.usage import UsageRecorder
 from chunkllama_server.metrics.vllm_names import VllmNames
 
 CHUNK_STATES = ("free", "cached", "referenced", "private")
-MAX_TENANT_LABELS = 100
 # OpenTelemetry's conventions for generative AI, with finer buckets below 10 ms per token.
 _FIRST_TOKEN_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
@@ -53,6 +55,14 @@ ENGINE_COUNTERS = {
 FINISH_REASONS = ("stop", "length", "abort", "error", "timeout", "refused")
 REFUSALS = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)
 _HITS = ("prefix_tokens_hit_total", "prefix_tokens_hit_public_total")
+# Of TenantStats, exported as tenant_{name}_total.
+TENANT_COUNTERS = {
+    "computed_tokens": "Prompt tokens computed, shared ones divided.",
+    "chunk_seconds": "Chunks in use over time, shared ones divided.",
+    "cached_chunk_seconds": "Unused cached chunks over time.",
+    "evicted_chunks": "Cached chunks evicted.",
+    "evictions_of_others": "Chunks of other tenants evicted for this one.",
+}
 ENGINE_HISTOGRAMS = {
     "step_seconds": "Duration of a step.",
     "batch_size": "Sequences in a step.",
@@ -201,30 +211,34 @@ class ServerMetrics:
     """All metrics of one application.
 
     Args:
-        by_tenant: label requests with their tenant; the first ``MAX_TENANT_LABELS`` get their own
-            labels, later ones share ``other``.
+        tenant_labels: tenants with a label of their own, the others share ``other``; None has no
+            tenant labels.
         vllm_model: repeat the metrics under vLLM's names, for a model of this name.
 
     Attributes:
-        finished, live, first_token, inter_token, latency, queue, prefill, decode: what a
+        usage: what each tenant has used.
+        live, first_token, inter_token, latency, queue, prefill, decode: what a
             ``RequestTimer`` observes.
     """
 
-    def __init__(self, *, by_tenant: bool = False, vllm_model: str | None = None) -> None:
+    def __init__(self, *, tenant_labels: int | None = None, vllm_model: str | None = None) -> None:
         self.registry = CollectorRegistry()
         self._also = None if vllm_model is None else VllmNames(self.registry, vllm_model)
         self.engine = EngineStatsCollector()
         self.registry.register(self.engine)
-        self._tenants: set[str] | None = set() if by_tenant else None
-        tenant = ["tenant"] if by_tenant else []
-        self._accepted = self._counter("request_accepted", "Requests handed to the engine.", tenant)
-        self.finished = self._counter(
-            "request_finished", "Requests ended, by reason.", ["reason", *tenant]
-        )
+        self.usage = UsageRecorder()
+        self._has_tenants = tenant_labels is not None
+        self._by_tenant = TenantSeries(tenant_labels)
+        self._by_tenant.declare("request_accepted", "Requests handed to the engine.")
+        self._by_tenant.declare("request_finished", "Requests ended, by reason.", "reason")
+        if self._has_tenants:
+            self._declare_tenant_counters()
+        self.registry.register(self._by_tenant)
         self._rejected = self._counter("rejected", "HTTP requests refused, by status.", ["reason"])
         for status in REFUSALS:
             self._rejected.labels(str(status))
-        self.begin_at_zero(() if by_tenant else ("",))
+        if not self._has_tenants:
+            self.begin_at_zero([""])
         self._ignored = self._counter("ignored_fields", "Unknown request fields ignored.")
         self.live = Gauge(
             "chunkllama_requests_live", "Requests between acceptance and end.",
@@ -257,6 +271,16 @@ class ServerMetrics:
             "decode_time", "From the end of the prompt to the last token.", _DURATION_BUCKETS
         )
 
+    def _declare_tenant_counters(self) -> None:
+        declare = self._by_tenant.declare
+        declare("tenant_prompt_tokens", "Prompt tokens of requests that began to answer.")
+        declare("tenant_cached_tokens", "Those of them whose K/V came from the cache.")
+        declare("tenant_output_tokens", "Output tokens sent.")
+        declare("tenant_queue_seconds", "Time of requests from arrival to the first step.")
+        declare("tenant_rejected", "Requests refused because of a quota or overload.", "reason")
+        for name, text in TENANT_COUNTERS.items():
+            declare(f"tenant_{name}", text)
+
     def _counter(self, name: str, text: str, labels: list[str] | None = None) -> Counter:
         return Counter(f"chunkllama_{name}", text, labels or (), registry=self.registry)
 
@@ -276,28 +300,73 @@ class ServerMetrics:
     def ignore_fields(self, count: int) -> None:
         self._ignored.inc(count)
 
+    def reject_tenant(self, tenant: str, reason: str) -> None:
+        """Count a request of a tenant that a quota, or overload, refused."""
+        self.usage[tenant].rejections[reason] += 1
+        if self._has_tenants:
+            self._by_tenant.rank(tenant, 1)
+            self._by_tenant.add("tenant_rejected", tenant, 1, reason)
+
     def start_request(self, tenant: str) -> RequestTimer:
         """Count a request that is handed to the engine, and time it."""
-        labels = self._tenant_labels(tenant)
-        (self._accepted.labels(**labels) if labels else self._accepted).inc()
+        self.usage[tenant].requests += 1
+        self._by_tenant.rank(tenant, 1)
+        self._by_tenant.add("request_accepted", tenant)
         self.live.inc()
-        return RequestTimer(self, labels)
+        return RequestTimer(self, tenant)
 
-    def _tenant_labels(self, tenant: str) -> dict[str, str]:
-        if self._tenants is None:
-            return {}
-        if len(self._tenants) < MAX_TENANT_LABELS:
-            self._tenants.add(tenant)
-        return {"tenant": tenant if tenant in self._tenants else "other"}
+    def finish_request(self, tenant: str, reason: str) -> None:
+        """Count the end of a request."""
+        self._by_tenant.add("request_finished", tenant, 1, reason)
+        self.live.dec()
+
+    def add_usage(
+        self,
+        tenant: str,
+        *,
+        prompt_tokens: int = 0,
+        cached_tokens: int = 0,
+        output_tokens: int = 0,
+        queue_seconds: float = 0.0,
+    ) -> None:
+        """Charge a tenant what a request has used."""
+        usage = self.usage[tenant]
+        usage.prompt_tokens += prompt_tokens
+        usage.cached_tokens += cached_tokens
+        usage.output_tokens += output_tokens
+        usage.queue_seconds += queue_seconds
+        if self._has_tenants:
+            self._by_tenant.rank(tenant, prompt_tokens + output_tokens)
+            self._by_tenant.add("tenant_prompt_tokens", tenant, prompt_tokens)
+            self._by_tenant.add("tenant_cached_tokens", tenant, cached_tokens)
+            self._by_tenant.add("tenant_output_tokens", tenant, output_tokens)
+            self._by_tenant.add("tenant_queue_seconds", tenant, queue_seconds)
+
+    def restarted(self) -> None:
+        """Keep the totals of an engine process that has ended."""
+        self.engine.restarted()
+        self.usage.restarted()
+
+    def update(self, stats: EngineStats) -> None:
+        """Store an engine snapshot that has the tenants' parts."""
+        self.engine.update(stats)
+        before = {tenant: self.usage.engine(tenant) for tenant in stats.tenants}
+        self.usage.update(stats)
+        if self._has_tenants:
+            for tenant, old in before.items():
+                new = self.usage.engine(tenant)
+                self._by_tenant.rank(tenant, 0)
+                for name in TENANT_COUNTERS:
+                    more = max(getattr(new, name) - getattr(old, name), 0.0)
+                    self._by_tenant.add(f"tenant_{name}", tenant, more)
 
     def begin_at_zero(self, tenants: Iterable[str]) -> None:
         """Export the series of these tenants before their first request."""
         for tenant in tenants:
-            labels = self._tenant_labels(tenant)
-            if labels:
-                self._accepted.labels(**labels)
+            self._by_tenant.rank(tenant, 0)
+            self._by_tenant.add("request_accepted", tenant, 0)
             for reason in FINISH_REASONS:
-                self.finished.labels(reason=reason, **labels)
+                self._by_tenant.add("request_finished", tenant, 0, reason)
 
     def render(self, tenant: str | None = None) -> bytes:
         """Return the metrics in the Prometheus text format.
@@ -308,55 +377,3 @@ class ServerMetrics:
         own = self.registry if tenant is None else TenantView(self.registry, tenant)
         text = generate_latest(own)
         return text if self._also is None else text + generate_latest(self._also)
-
-
-class RequestTimer:
-    """Times one request; calls after the first ``finish`` have no effect.
-
-    Attributes:
-        reason: finish reason of its last choice; after the end, that of the request.
-        first_token_seconds: from acceptance to the first token, None before it.
-    """
-
-    def __init__(self, metrics: ServerMetrics, labels: dict[str, str]) -> None:
-        self._metrics = metrics
-        self._labels = labels
-        self._started = self._last = time.monotonic()
-        self._decode_seconds: float | None = None
-        self._ended = False
-        self.reason: str | None = None
-        self.first_token_seconds: float | None = None
-
-    def add(self, delta: TokenDelta) -> None:
-        """Observe a delta of the engine."""
-        metrics = self._metrics
-        if self._decode_seconds is None:
-            metrics.queue.observe(delta.queue_seconds)
-            metrics.prefill.observe(delta.prefill_seconds)
-            self._decode_seconds = 0.0
-        # The engine client reports an aborted choice without durations.
-        self._decode_seconds = max(self._decode_seconds, delta.decode_seconds)
-        count = max((len(choice.token_ids) for choice in delta.choices), default=0)
-        if not count:
-            return
-        now = time.monotonic()
-        if self.first_token_seconds is None:
-            self.first_token_seconds = now - self._started
-            metrics.first_token.observe(self.first_token_seconds)
-        else:
-            metrics.inter_token.observe((now - self._last) / count)
-        self._last = now
-
-    def finish(self, reason: str) -> None:
-        """Observe the end of the request."""
-        if self._ended:
-            return
-        self._ended = True
-        self.reason = reason
-        metrics = self._metrics
-        metrics.finished.labels(reason=reason, **self._labels).inc()
-        metrics.live.dec()
-        metrics.latency.observe(time.monotonic() - self._started)
-        if self.first_token_seconds is not None:
-            assert self._decode_seconds is not None
-            metrics.decode.observe(self._decode_seconds)

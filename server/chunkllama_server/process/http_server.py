@@ -21,11 +21,12 @@ from chunkllama.model_spec import ModelSpec
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama.text.chat_template import ChatTemplate, load_chat_template
 from chunkllama.text.tokenizer import load_tokenizer
-from chunkllama_server.api import dashboard, health
+from chunkllama_server.api import dashboard, health, usage
 from chunkllama_server.api.app import create_app
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
 from chunkllama_server.config.settings import Settings
+from chunkllama_server.config.tenants import TenantQuotas, engine_message
 from chunkllama_server.process.lifecycle import DrainingServer, notify_supervisor
 from chunkllama_server.process.public_prefixes import load_public_prefixes, register_public_prefixes
 from chunkllama_server.process.reload import Reloader
@@ -54,6 +55,7 @@ class Application:
     Args:
         read_settings: reads ``settings`` again, at SIGHUP.
         keys: tenant name to API key.
+        quotas: of each tenant.
         path, spec: the model's folder and numbers.
 
     Raises:
@@ -65,12 +67,20 @@ class Application:
         settings: Settings,
         read_settings: Callable[[], Settings],
         keys: dict[str, str],
+        quotas: dict[str, TenantQuotas],
         path: Path,
         spec: ModelSpec,
     ) -> None:
         self._settings = settings
         self._read_settings = read_settings
+        self._tenants = Tenants(
+            keys,
+            settings.isolation,
+            operator_keys=tuple(key.get_secret_value() for key in settings.operator_key),
+        )
+        self._tenants.set_quotas(quotas)
         self._keys = keys
+        self._quotas = quotas
         self._spec = spec
         self._tokenizer = load_tokenizer(path)
         if self._tokenizer.vocab_size > spec.vocab_size:
@@ -99,6 +109,8 @@ class Application:
         Raises:
             ConfigError: a public prefix does not fit, or another server took the port.
         """
+        if self._quotas:
+            engine.set_tenants(engine_message(self._quotas))
         await register_public_prefixes(engine, self._prefixes)
         text = TextService(
             self._tokenizer,
@@ -110,11 +122,7 @@ class Application:
             engine,
             text,
             settings,
-            Tenants(
-                self._keys,
-                settings.isolation,
-                operator_keys=tuple(key.get_secret_value() for key in settings.operator_key),
-            ),
+            self._tenants,
             GrammarChecker(self._grammar_check),
             generation_defaults=(
                 self._spec.default_sampling if settings.generation_config == "auto" else None
@@ -147,7 +155,7 @@ class Application:
         elapsed = time.monotonic() - started
         logger.info("ready at %s://%s:%d after %.1f s", scheme, host, port, elapsed)
         reloading = Reloader(
-            settings, self._read_settings, self._keys, self._template, engine
+            settings, self._read_settings, self._keys, self._tenants, self._template, engine
         ).start()
         limit_accept_log(asyncio.get_running_loop())
         notify_supervisor("READY=1")
@@ -218,6 +226,7 @@ async def _admin_server(
         admin.add_middleware(HostCheckMiddleware, names=settings.allowed_hosts)
     admin.include_router(health.router)
     admin.include_router(health.metrics_router)
+    admin.include_router(usage.router)
     _listen(sock, "admin_port")
     limits = replace(
         limits,

@@ -27,6 +27,7 @@ from chunkllama.models.config import read_spec
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.models.loading.safetensors import Checkpoint
 from chunkllama_server.config.settings import Settings
+from chunkllama_server.config.tenants import load_quotas
 from chunkllama_server.process import start_signals
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
     configure_logging(settings.log_level, settings.log_format)
     if faults_from() is not None:
         logger.warning("faults are planted: %s", os.environ[FAULTS])
-    keys = settings.keys_by_tenant()
+    keys, quotas = settings.keys_by_tenant(), load_quotas(settings)
     check_tls(settings)
     with contextlib.ExitStack() as sockets:
         main = sockets.enter_context(bind(settings.host, settings.port, "port"))
@@ -65,7 +66,7 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
                 Application,  # fastapi and all that it brings
             )
 
-            return Application(settings, read_settings, keys, path, spec)
+            return Application(settings, read_settings, keys, quotas, path, spec)
 
         async def run() -> int:
             async with contextlib.AsyncExitStack() as stack:

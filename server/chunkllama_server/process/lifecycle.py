@@ -58,7 +58,7 @@ class DrainingServer(uvicorn.Server):
         context = self._context()
         context.lifecycle.restarting = restarting
         if restarting:
-            context.metrics.engine.restarted()
+            context.metrics.restarted()
 
     def engine_died(self) -> None:
         """End with code 70, so that a supervisor restarts the server: nothing can be served."""

@@ -17,7 +17,7 @@ from chunkllama.logger import init_logger
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.text.chat_template import ChatTemplate
-from chunkllama_server.config.settings import read_text
+from chunkllama_server.config.files import read_text
 
 logger = init_logger(__name__)
 

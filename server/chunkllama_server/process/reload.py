@@ -1,4 +1,4 @@
-"""SIGHUP: API keys, public prefixes and the log level are read again; streams notice nothing."""
+"""Read API keys, quotas, public prefixes and log level again at SIGHUP; streams continue."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from chunkllama.errors import ChunkLlamaError, ConfigError
 from chunkllama.logger import configure_logging, init_logger
 from chunkllama.text.chat_template import ChatTemplate
 from chunkllama_server.config.settings import Settings
+from chunkllama_server.config.tenants import TenantQuotas, engine_message, load_quotas
 from chunkllama_server.process.lifecycle import notify_supervisor
 from chunkllama_server.process.public_prefixes import load_public_prefixes, register_public_prefixes
+from chunkllama_server.transport.auth import Tenants
 
 logger = init_logger(__name__)
 
-RELOADED = frozenset({"api_key", "api_key_file", "public_prefixes", "log_level"})
+RELOADED = frozenset({"api_key", "api_key_file", "tenants_file", "public_prefixes", "log_level"})
 
 
 class Reloader:
@@ -27,6 +29,7 @@ class Reloader:
         settings: those the server was started with.
         read_settings: reads them again from where they came.
         keys: tenant name to API key, as the application looks them up; changed in place.
+        tenants: gets the quotas.
         template, engine: for the public prefixes.
     """
 
@@ -35,12 +38,14 @@ class Reloader:
         settings: Settings,
         read_settings: Callable[[], Settings],
         keys: dict[str, str],
+        tenants: Tenants,
         template: ChatTemplate | None,
         engine: EngineClient,
     ) -> None:
         self._settings = settings
         self._read_settings = read_settings
         self._keys = keys
+        self._tenants = tenants
         self._template = template
         self._engine = engine
         self._hangup = asyncio.Event()
@@ -65,13 +70,16 @@ class Reloader:
         """Read everything, then apply it.
 
         Raises:
-            ConfigError: a file is bad or a prefix does not fit; keys and log level are as before.
+            ConfigError: a file is bad or a prefix does not fit; keys, quotas and log level are as
+                before.
         """
         # In a thread: long prefixes take a while to tokenize, and streams go on meanwhile.
-        settings, keys, prefixes = await asyncio.to_thread(self._read)
+        settings, keys, quotas, prefixes = await asyncio.to_thread(self._read)
         await register_public_prefixes(self._engine, prefixes)
         self._keys.clear()
         self._keys.update(keys)
+        self._tenants.set_quotas(quotas)
+        self._engine.set_tenants(engine_message(quotas))
         configure_logging(settings.log_level, self._settings.log_format)
         logger.info("reloaded: %d keys, log level %s", len(keys), settings.log_level)
         late = [
@@ -82,9 +90,12 @@ class Reloader:
         if late:
             logger.warning("changed, but used from the next start on: %s", ", ".join(late))
 
-    def _read(self) -> tuple[Settings, dict[str, str], list[list[int]]]:
+    def _read(
+        self,
+    ) -> tuple[Settings, dict[str, str], dict[str, TenantQuotas], list[list[int]]]:
         settings = self._read_settings()
         keys = settings.keys_by_tenant()
         if bool(keys) != bool(self._keys):
             raise ConfigError("api_key_file: keys cannot be turned on or off while serving")
-        return settings, keys, load_public_prefixes(settings.public_prefixes, self._template)
+        prefixes = load_public_prefixes(settings.public_prefixes, self._template)
+        return settings, keys, load_quotas(settings), prefixes

@@ -1,22 +1,25 @@
-"""API keys and cache namespaces: every route is protected unless it is on the short open list."""
+"""API keys, cache namespaces and rate limits; every route but the open ones asks for a key."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 import secrets
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chunkllama.logger import tenant_context
+from chunkllama_server.config.tenants import NO_QUOTAS, TenantQuotas
 from chunkllama_server.transport.errors import ApiError
+from chunkllama_server.transport.rate_limit import RateLimiter
 from chunkllama_server.transport.request_context import request_info
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/dashboard"})
-OPERATOR_PATHS = frozenset({"/metrics", "/dashboard/data"})
+OPERATOR_PATHS = frozenset({"/metrics", "/v1/usage", "/dashboard/data", "/dashboard/tenants"})
 
 
 def bearer_token(scope: Scope) -> bytes | None:
@@ -40,7 +43,7 @@ def tenant_of_key(token: bytes, api_keys: Mapping[str, str]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Tenants:
-    """API keys, and the cache namespace of each tenant.
+    """API keys, and the cache namespace and quotas of each tenant.
 
     Attributes:
         keys: tenant name to API key; empty admits requests without a key. A reload changes the
@@ -48,12 +51,34 @@ class Tenants:
         isolation: ``tenant`` gives each key its own cache namespace, ``off`` shares one; None is
             ``tenant`` with keys, even with one key, because a reload may add more.
         operator_keys: read every tenant's part of ``OPERATOR_PATHS``, and nothing else.
+        clock: monotonic seconds, of the rate limits.
     """
 
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     isolation: Literal["off", "tenant"] | None = None
     _secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
     operator_keys: tuple[str, ...] = field(default=(), repr=False)
+    clock: Callable[[], float] = time.monotonic
+    _quotas: dict[str, TenantQuotas] = field(default_factory=dict)
+    _limiters: dict[str, RateLimiter] = field(default_factory=dict, repr=False)
+
+    def set_quotas(self, quotas: Mapping[str, TenantQuotas]) -> None:
+        """Replace the quotas of all tenants; what is left of a rate stays in proportion."""
+        self._quotas.clear()
+        self._quotas.update(quotas)
+        for tenant, limiter in self._limiters.items():
+            limiter.set_quotas(self.quotas(tenant))
+
+    def quotas(self, tenant: str) -> TenantQuotas:
+        """Return a tenant's quotas."""
+        return self._quotas.get(tenant, NO_QUOTAS)
+
+    def limiter(self, tenant: str) -> RateLimiter:
+        """Return a tenant's rate limits."""
+        found = self._limiters.get(tenant)
+        if found is None:
+            found = self._limiters[tenant] = RateLimiter(self.quotas(tenant), self.clock)
+        return found
 
     @property
     def are_isolated(self) -> bool:
@@ -85,13 +110,24 @@ class AuthMiddleware:
     """Asks for a key on every path but the open ones, going by the raw ASGI path alone.
 
     The URL is never rebuilt from the Host header, so no header can move a request to an open path.
+    A POST counts as one of its tenant's requests per minute before its body is read.
+
+    Args:
+        on_rejection: called with the tenant and the reason when a quota refuses a request.
     """
 
-    def __init__(self, app: ASGIApp, tenants: Tenants, root_path: str) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        tenants: Tenants,
+        root_path: str,
+        on_rejection: Callable[[str, str], None],
+    ) -> None:
         self._app = app
         self._tenants = tenants
         self._keys = tenants.keys
         self._root_path = root_path
+        self._on_rejection = on_rejection
 
     def _is_open(self, path: str) -> bool:
         return path.removeprefix(self._root_path) in OPEN_PATHS
@@ -106,7 +142,7 @@ class AuthMiddleware:
             if scope["path"].removeprefix(self._root_path) not in OPERATOR_PATHS:
                 error = ApiError(
                     403,
-                    "An operator's key reads metrics and the dashboard alone",
+                    "An operator's key reads metrics, usage and the dashboard alone",
                     code="operator_key",
                 )
                 await error.response()(scope, receive, send)
@@ -119,6 +155,30 @@ class AuthMiddleware:
             error.headers = {"WWW-Authenticate": "Bearer"}
             await error.response()(scope, receive, send)
             return
-        request_info(scope).tenant = tenant
         tenant_context.set(tenant)
-        await self._app(scope, receive, send)
+        await self._serve(tenant, scope, receive, send)
+
+    async def _serve(self, tenant: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request within its tenant's rate limits."""
+        info = request_info(scope)
+        info.tenant = tenant
+        if tenant:
+            info.rates = self._tenants.limiter(tenant)
+        if scope["method"] == "POST":
+            try:
+                info.rates.take_request()
+            except ApiError as error:
+                self._on_rejection(tenant, "requests")
+                await error.response()(scope, receive, send)
+                return
+
+        async def send_settled(message: Message) -> None:
+            # before the end is sent, or the client's next request would meet the whole estimate
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                info.charge.settle()
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_settled)
+        finally:
+            info.charge.settle()

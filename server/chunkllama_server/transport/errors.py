@@ -52,6 +52,7 @@ class ApiError(HTTPException):
         param: exact path of the offending field, e.g. ``messages[0].content[1]``.
         code: machine-readable code.
         retry_after: seconds for the Retry-After header, or None.
+        kind: the error body's type; None is that of the status.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class ApiError(HTTPException):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        kind: str | None = None,
     ) -> None:
         headers = {}
         if retry_after is not None:
@@ -69,12 +71,13 @@ class ApiError(HTTPException):
         self.message = message
         self.param = param
         self.code = code
+        self.kind = kind or ERROR_TYPES.get(status, "server_error")
 
     def body(self) -> ErrorBody:
         return {
             "error": {
                 "message": self.message,
-                "type": ERROR_TYPES.get(self.status_code, "server_error"),
+                "type": self.kind,
                 "param": self.param,
                 "code": self.code,
             }
@@ -102,6 +105,16 @@ def unavailable(message: str, code: str) -> ApiError:
 def not_found_model(name: str) -> ApiError:
     return ApiError(
         404, f"The model {name[:200]!r} does not exist", param="model", code="model_not_found"
+    )
+
+
+def refused_model(name: str) -> ApiError:
+    """A 403 with OpenAI's code for a model that the API key may not use."""
+    return ApiError(
+        403,
+        f"This API key does not have access to model {name[:200]!r}",
+        param="model",
+        code="model_not_found",
     )
 
 

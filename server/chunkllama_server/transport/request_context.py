@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chunkllama.logger import request_id_context
 from chunkllama_server.transport.errors import ApiError, as_api_error
+from chunkllama_server.transport.rate_limit import RateLimiter, TokenCharge
 
 _CLEAN_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _UNCLEAN_FIELD = re.compile(r"[^A-Za-z0-9_.\[\]-]")
@@ -21,13 +22,23 @@ _SCOPE_KEY = "chunkllama.request_info"
 
 @dataclass(slots=True)
 class RequestInfo:
-    """One request's id, tenant and start; ``headers`` are added to its response."""
+    """One HTTP request.
+
+    Attributes:
+        started: monotonic seconds.
+        tenant: whose API key it carries; "" without keys and for operators.
+        headers: added to its response.
+        rates: rate limits of its tenant; their headers are added, too.
+        charge: tokens it was charged for.
+    """
 
     request_id: str
     started: float
     tenant: str = ""
     is_operator: bool = False
     headers: dict[str, str] = field(default_factory=dict)
+    rates: RateLimiter = field(default_factory=RateLimiter)
+    charge: TokenCharge = field(default_factory=TokenCharge)
 
     def name_ignored_fields(self, paths: list[str]) -> None:
         """Tell the client which fields were ignored, cleaned of anything a header must not
@@ -101,6 +112,7 @@ class RequestInfoMiddleware:
                 extra = {
                     "x-request-id": info.request_id,
                     "openai-processing-ms": str(elapsed_ms),
+                    **info.rates.headers(),
                     **info.headers,
                 }
                 message["headers"] = [

@@ -1,4 +1,4 @@
-"""SIGHUP: keys, public prefixes and the log level change; a live stream does not notice."""
+"""SIGHUP: keys, quotas, public prefixes and log level change; a live stream continues."""
 
 from __future__ import annotations
 
@@ -45,13 +45,19 @@ def server(start: Callable[..., Any], folder: Path, supervisor: socket.socket) -
 
 
 def write(
-    folder: Path, keys: str = "blue:key-b\n", prefixes: str = "[]", **settings: object
+    folder: Path,
+    keys: str = "blue:key-b\n",
+    prefixes: str = "[]",
+    tenants: str = "",
+    **settings: object,
 ) -> None:
     (folder / "keys").write_text(keys)
     (folder / "prefixes.yaml").write_text(prefixes)
+    (folder / "tenants.yaml").write_text(tenants)
     values = {
         "api_key_file": str(folder / "keys"),
         "public_prefixes": str(folder / "prefixes.yaml"),
+        "tenants_file": str(folder / "tenants.yaml"),
         "log_level": "info",
         **settings,
     }
@@ -143,6 +149,11 @@ def test_the_log_level_changes(server, supervisor, folder):
         ({"keys": "red:key-r\n", "log_level": "loud"}, "log_level"),
         ({"keys": "red:key-r\n", "num_chunk": 3}, "did you mean num_chunks"),
         ({"api_key_file": None}, "cannot be turned on or off"),
+        (
+            {"keys": "red:key-r\n", "tenants": "tenants: {red: {weight: -1}}"},
+            "tenant red: weight: ",
+        ),
+        ({"keys": "red:key-r wait=1\n"}, "tenant red: unknown field wait"),
     ],
 )
 def test_after_a_bad_file_everything_is_as_before(server, supervisor, folder, bad, told):
@@ -153,6 +164,22 @@ def test_after_a_bad_file_everything_is_as_before(server, supervisor, folder, ba
     assert "nothing reloaded: " in line and told in line
     assert post(server, "key-b", max_tokens=1).status_code == 200
     assert post(server, "key-r", max_tokens=1).status_code == 401
+
+
+def test_quotas_change(server, supervisor, folder):
+    """Those of the API process and those of the engine process."""
+    write(folder, tenants="tenants: {blue: {requests_per_minute: 1000, pin_chunks: 0}}")
+    hang_up(server, supervisor)
+    pinned = {"prompt_cache_options": {"ttl": "5m"}, "max_tokens": 1}
+    answer = post(server, "key-b", **pinned)
+    assert answer.headers["x-ratelimit-limit-requests"] == "1000"
+    assert answer.headers["x-chunkllama-cache-pin"] == "over-budget"
+    write(folder, keys="blue:key-b tokens_per_minute=500\n")
+    hang_up(server, supervisor)
+    answer = post(server, "key-b", **pinned)
+    assert "x-ratelimit-limit-requests" not in answer.headers
+    assert answer.headers["x-ratelimit-limit-tokens"] == "500"
+    assert answer.headers["x-chunkllama-cache-pin"] == "granted"
 
 
 def test_other_settings_wait_for_the_next_start(server, supervisor, folder):

@@ -76,16 +76,19 @@ class PreparedChat:
                 which the engine may refuse.
 
         Raises:
-            ApiError, InvalidRequestError: 400 naming the field.
+            ApiError, InvalidRequestError: 400 naming the field, 429 beyond the tenant's tokens per
+                minute.
         """
         context, thoughts = self.context, self.prompt.thoughts
+        request = await self.engine_request(info, request_id)
+        context.charge(info, [request])
         return RequestStream(
             context.engine,
-            await self.engine_request(info, request_id),
+            request,
             context.text.tokenizer,
             context.metrics,
+            info=info,
             param_names=param_names,
-            on_pin=info.name_pin,
             thoughts=replace(thoughts, shown_ids=thoughts.shown_ids | self.tools.shown_ids),
         )
 
@@ -124,7 +127,10 @@ class PreparedChat:
             cache_until=cache.until,
             pin_seconds=cache.pin_seconds,
             priority=request_priority(
-                body.priority, body.service_tier, info.tenant, settings.highest_priority
+                body.priority,
+                body.service_tier,
+                info.tenant,
+                self.context.highest_priority(info.tenant),
             ),
         )
 

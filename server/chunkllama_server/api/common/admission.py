@@ -11,10 +11,10 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import NoReturn, cast
 
 from chunkllama.engine.client import EngineClient
 from chunkllama.errors import DeadlineError, OverloadedError
@@ -23,6 +23,7 @@ from chunkllama.messages import (
     EngineReady,
     EngineRequest,
     EngineStats,
+    SetTenants,
     TokenDelta,
 )
 
@@ -50,13 +51,13 @@ class QueueLimits:
     request_seconds: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Charge:
-    """What one request adds to the sums while it runs, and while it waits."""
+    """What requests add to the sums: ``sequences`` while they run, the others while they wait."""
 
-    sequences: int
-    tokens: int
-    chunks: int
+    sequences: int = 0
+    tokens: int = 0
+    chunks: int = 0
 
 
 class EndRate:
@@ -79,11 +80,17 @@ class EndRate:
 
 
 class ChargedEngine:
-    """An engine that takes requests until ``max_sequences`` are running or waiting, or a limit of
-    the queue is reached.
+    """An engine that takes requests until as many sequences as it has places run or wait, or a
+    limit of the queue is reached.
 
-    The last one taken may exceed a limit: were it refused for its size, small requests would fill
-    what is left and wait behind the large ones without end.
+    A tenant may take as much of each limit as is still free, or its ``queue_share``
+    (``chunkllama.scheduler.intake`` has the same rule for requests). The last request taken may
+    exceed a limit: were it refused for its size, small requests would fill what is left and wait
+    behind the large ones without end.
+
+    Args:
+        max_running, max_waiting: sequences.
+        queue_share: of a tenant, in (0, 1]; None is no limit of its own.
 
     Attributes:
         num_sequences: running or waiting.
@@ -91,11 +98,19 @@ class ChargedEngine:
     """
 
     def __init__(
-        self, engine: EngineClient, max_sequences: int, limits: QueueLimits | None = None
+        self,
+        engine: EngineClient,
+        max_running: int,
+        max_waiting: int,
+        limits: QueueLimits | None = None,
+        queue_share: Callable[[str], float | None] = lambda _: None,
     ) -> None:
         self._engine = engine
-        self._max_sequences = max_sequences
+        self._max_running = max_running
+        self._max_waiting = max_waiting
         self._limits = limits or QueueLimits()
+        self._queue_share = queue_share
+        self._by_tenant: defaultdict[str, _Charge] = defaultdict(_Charge)
         self._rate = EndRate()
         self.num_sequences = 0
         self.tokens_waiting = 0
@@ -116,10 +131,11 @@ class ChargedEngine:
             OverloadedError: before the engine sees the request.
             DeadlineError: the request has waited or run for too long; it is aborted.
         """
-        self._check_room()
+        tenant = request.tenant
+        self._check_places(tenant)
         charge = self._charge(request)
-        self._wait(charge, 1)
-        self.num_sequences += charge.sequences
+        self._wait(tenant, charge, 1)
+        self._run(tenant, charge, 1)
         is_waiting = True
         began = asyncio.get_running_loop().time()
         try:
@@ -128,12 +144,12 @@ class ChargedEngine:
                 while (delta := await self._next(deltas, began, is_waiting)) is not None:
                     if is_waiting:
                         is_waiting = False
-                        self._wait(charge, -1)
+                        self._wait(tenant, charge, -1)
                     yield delta
         finally:
             if is_waiting:
-                self._wait(charge, -1)
-            self.num_sequences -= charge.sequences
+                self._wait(tenant, charge, -1)
+            self._run(tenant, charge, -1)
             self._rate.add(charge.sequences)
 
     def _charge(self, request: EngineRequest) -> _Charge:
@@ -144,22 +160,54 @@ class ChargedEngine:
         chunks = -(-num_prompt // size) + sequences * -(-answer // size)
         return _Charge(sequences, num_prompt * sequences, chunks)
 
-    def _wait(self, charge: _Charge, sign: int) -> None:
+    def _wait(self, tenant: str, charge: _Charge, sign: int) -> None:
+        own = self._by_tenant[tenant]
         self.tokens_waiting += sign * charge.tokens
         self.chunks_waiting += sign * charge.chunks
+        own.tokens += sign * charge.tokens
+        own.chunks += sign * charge.chunks
 
-    def _check_room(self) -> None:
+    def _run(self, tenant: str, charge: _Charge, sign: int) -> None:
+        self.num_sequences += sign * charge.sequences
+        own = self._by_tenant[tenant]
+        own.sequences += sign * charge.sequences
+        if not own.sequences:
+            del self._by_tenant[tenant]
+
+    def _check_places(self, tenant: str) -> None:
         limits = self._limits
-        for present, most, what in (
-            (self.num_sequences, self._max_sequences, "sequences are running or waiting"),
-            (self.tokens_waiting, limits.tokens, "prompt tokens are waiting"),
-            (self.chunks_waiting, limits.chunks, "chunks are needed by waiting requests"),
+        own = self._by_tenant.get(tenant, _Charge())
+        share = self._queue_share(tenant) if tenant else None
+        for present, mine, running, waiting, what in (
+            (
+                self.num_sequences,
+                own.sequences,
+                self._max_running,
+                self._max_waiting,
+                "sequences are running or waiting",
+            ),
+            (self.tokens_waiting, own.tokens, 0, limits.tokens, "prompt tokens are waiting"),
+            (
+                self.chunks_waiting,
+                own.chunks,
+                0,
+                limits.chunks,
+                "chunks are needed by waiting requests",
+            ),
         ):
-            if most is not None and present >= most:
-                raise OverloadedError(
-                    f"{present} {what}, the server takes {most}; try again later",
-                    self._rate.seconds_for(self.num_sequences),
-                )
+            if waiting is None:
+                continue
+            most = running + waiting
+            if present >= most:
+                self._refuse(f"{present} {what}, the server takes {most}")
+            part = most - present if share is None else int(share * waiting)
+            if tenant and mine >= running + part:
+                self._refuse(f"{mine} {what} for this API key, its share of the queue")
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise OverloadedError(
+            f"{reason}; try again later", self._rate.seconds_for(self.num_sequences)
+        )
 
     async def _next(
         self, deltas: AsyncGenerator[TokenDelta, None], began: float, is_waiting: bool
@@ -184,8 +232,13 @@ class ChargedEngine:
     async def abort(self, request_id: str, index: int | None = None) -> None:
         await self._engine.abort(request_id, index)
 
-    async def stats(self, *, include_tree: bool = False) -> EngineStats:
-        return await self._engine.stats(include_tree=include_tree)
+    async def stats(
+        self, *, include_tree: bool = False, include_tenants: bool = False
+    ) -> EngineStats:
+        return await self._engine.stats(include_tree=include_tree, include_tenants=include_tenants)
+
+    def set_tenants(self, tenants: SetTenants) -> None:
+        self._engine.set_tenants(tenants)
 
     async def explain(
         self, prompt_token_ids: list[int], namespace: str = "", tenant: str = ""

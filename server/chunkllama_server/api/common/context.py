@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -11,6 +12,8 @@ from fastapi import Depends, Request
 
 from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
+from chunkllama.errors import EngineDeadError
+from chunkllama.messages import EngineRequest
 from chunkllama_server.api.common.response_store import ResponseStore
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
@@ -18,9 +21,22 @@ from chunkllama_server.api.schema.base import RequestModel, SamplingFields, walk
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.metrics.server_metrics import ServerMetrics
 from chunkllama_server.transport.auth import Tenants
-from chunkllama_server.transport.errors import invalid, not_found_model, unavailable
-from chunkllama_server.transport.request_context import RequestInfo, request_info
+from chunkllama_server.transport.errors import (
+    ApiError,
+    invalid,
+    not_found_model,
+    refused_model,
+    unavailable,
+)
+from chunkllama_server.transport.request_context import (
+    RequestInfo,
+    has_request_info,
+    request_info,
+)
 from chunkllama_server.transport.sse import SseResponse, StreamTimes
+
+# A probe must answer before the timeout of the prober; Kubernetes' default is one second.
+PROBE_SECONDS = 0.8
 
 
 @dataclass(slots=True)
@@ -85,29 +101,73 @@ class ServerContext:
         if not self.engine.is_ready:
             raise unavailable("The engine is not ready", "engine_unavailable")
 
-    def check_model(self, name: str) -> str:
+    def allowed_models(self, tenant: str) -> tuple[str, ...]:
+        """Return the served names that a tenant may request; the first is its default."""
+        return self.tenants.quotas(tenant).allowed_models or self.settings.model_names
+
+    def check_model(self, name: str, tenant: str) -> str:
         """Return the name to answer with.
 
         Raises:
-            ApiError: 404 for a model that is not served.
+            ApiError: 404 for a model that is not served, 403 for one that the tenant may not use.
         """
         if name not in self.settings.model_names:
             raise not_found_model(name)
+        if name not in self.allowed_models(tenant):
+            self.metrics.reject_tenant(tenant, "model")
+            raise refused_model(name)
         return name
+
+    def highest_priority(self, tenant: str) -> int:
+        """Return the lowest priority number that a tenant's requests may carry."""
+        own = self.tenants.quotas(tenant).highest_priority
+        return self.settings.highest_priority if own is None else own
+
+    def charge(self, info: RequestInfo, requests: Iterable[EngineRequest]) -> None:
+        """Charge a tenant the tokens that the requests of one HTTP request may use.
+
+        That is the prompts, and the output where ``max_tokens`` limits it; the HTTP request's end
+        settles the charge.
+
+        Raises:
+            ApiError: 429 beyond the tenant's tokens per minute.
+        """
+        estimate = 0
+        for request in requests:
+            sampling = request.sampling
+            output = 0 if request.wants_hidden_states else sampling.max_tokens or 0
+            choices = max(sampling.num_sequences, sampling.beam_width)
+            estimate += len(request.prompt_token_ids) + output * choices
+        try:
+            info.charge = info.rates.take_tokens(estimate)
+        except ApiError:
+            self.metrics.reject_tenant(info.tenant, "tokens")
+            raise
+
+    async def refresh_stats(self) -> None:
+        """Update the engine snapshot if a new one arrives in time.
+
+        Else the last one that the step loop sent is shown, with its age.
+        """
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                self.metrics.update(await self.engine.stats(include_tenants=True))
+        except (TimeoutError, EngineDeadError):
+            return
 
     def admit(self, body: RequestModel, request: Request) -> RequestInfo:
         """Check what every POST needs: readiness, model, unknown and refused fields.
 
         Raises:
-            ApiError: 400, 404 or 503.
+            ApiError: 400, 403, 404 or 503.
         """
         self.check_serving()
+        info = request_info(request.scope)
         model = getattr(body, "model", None)
         if model:
-            self.check_model(model)
+            self.check_model(model, info.tenant)
         elif model == "":
-            body.__dict__["model"] = self.settings.model_names[0]
-        info = request_info(request.scope)
+            body.__dict__["model"] = self.allowed_models(info.tenant)[0]
         unknown = []
         for path, kind in walk_fields(body):
             if kind == "refused":
@@ -128,6 +188,15 @@ def get_context(request: Request) -> ServerContext:
 
 
 Context = Annotated[ServerContext, Depends(get_context)]
+
+
+def tenant_view(context: ServerContext, request: Request) -> str | None:
+    """Return the tenant whose part the caller may see; None is all: an operator, the admin port,
+    or a server without keys."""
+    if not context.tenants.keys or not has_request_info(request.scope):
+        return None
+    info = request_info(request.scope)
+    return None if info.is_operator else info.tenant
 
 
 def check_stream_options(body: SamplingFields) -> None:

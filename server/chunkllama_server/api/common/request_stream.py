@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import cast
 
 from chunkllama.engine.client import EngineClient
@@ -14,7 +14,9 @@ from chunkllama.text.output_processor import OutputCollector, OutputDelta, Outpu
 from chunkllama.text.thoughts import NO_THOUGHTS, Thoughts
 from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.api.schema.usage import CompletionUsage, completion_usage
-from chunkllama_server.metrics.server_metrics import RequestTimer, ServerMetrics
+from chunkllama_server.metrics.request_timer import RequestTimer
+from chunkllama_server.metrics.server_metrics import ServerMetrics
+from chunkllama_server.transport.request_context import RequestInfo
 
 logger = init_logger(__name__)
 
@@ -26,12 +28,12 @@ class RequestStream:
         engine: runs the request.
         request: token ids and sampling parameters; its stop strings are applied here.
         tokenizer: decodes the output.
-        metrics: counts the request from acceptance to its end, for its tenant.
+        metrics: counts the request from acceptance to its end, for the tenant of ``info``.
+        info: the HTTP request, which is charged for the tokens and learns whether a pin was granted.
         continues_prompt: the text continues the prompt's (completions), rather than being a text
             of its own (chat).
         param_names: the endpoint's names of fields that the engine may refuse.
         thoughts: how the model's thoughts are told from its answer.
-        on_pin: called once, with the first delta: whether the requested pin was granted.
 
     Attributes:
         output: the text state, with token counts, prompt log-probabilities and embedding.
@@ -44,9 +46,9 @@ class RequestStream:
         tokenizer: Tokenizer,
         metrics: ServerMetrics,
         *,
+        info: RequestInfo,
         continues_prompt: bool = False,
         param_names: Mapping[str, str] | None = None,
-        on_pin: Callable[[bool], None] | None = None,
         thoughts: Thoughts = NO_THOUGHTS,
     ) -> None:
         self.request = request
@@ -58,8 +60,9 @@ class RequestStream:
         )
         self._engine = engine
         self._metrics = metrics
+        self._info = info
         self._param_names = param_names or {}
-        self._on_pin = on_pin if request.pin_seconds > 0 else None
+        self._on_pin = info.name_pin if request.pin_seconds > 0 else None
 
     def usage(self) -> CompletionUsage:
         """Return the token counts so far; the prompt counts once for all choices."""
@@ -79,7 +82,9 @@ class RequestStream:
         Raises:
             InvalidRequestError, OverloadedError, DeadlineError, EngineDeadError: from the engine.
         """
-        timer = self._metrics.start_request(self.request.tenant)
+        timer = self._metrics.start_request(self._info.tenant)
+        num_prompt_tokens = len(self.request.prompt_token_ids)
+        self._info.charge.use(num_prompt_tokens)
         deltas = self._engine.generate(self.request)
         try:
             async with contextlib.aclosing(cast(AsyncGenerator[TokenDelta, None], deltas)):
@@ -88,6 +93,9 @@ class RequestStream:
             timer.finish(timer.reason or "stop")
         except (InvalidRequestError, OverloadedError) as error:
             timer.finish("refused")
+            self._info.charge.use(-num_prompt_tokens)
+            if isinstance(error, OverloadedError):
+                self._metrics.reject_tenant(self._info.tenant, "queue")
             if isinstance(error, InvalidRequestError):
                 error.param = self._param_names.get(error.param or "", error.param)
             raise
@@ -119,8 +127,10 @@ class RequestStream:
             if self._on_pin is not None:
                 self._on_pin(not delta.pin_refused)
                 self._on_pin = None
+            is_first, before = timer.is_new, self.output.num_tokens
             timer.add(delta)
             pieces = self.output.add(delta)
+            self._charge(delta, is_first=is_first, output_tokens=self.output.num_tokens - before)
             for piece in pieces:
                 timer.reason = piece.finish_reason or timer.reason
                 # Closing the generator ends the last choice.
@@ -130,6 +140,18 @@ class RequestStream:
             yield pieces
             if self.output.is_finished:
                 return
+
+    def _charge(self, delta: TokenDelta, *, is_first: bool, output_tokens: int) -> None:
+        """Charge the tenant; the prompt counts as usage once the answer begins."""
+        prompt_tokens = len(self.request.prompt_token_ids) if is_first else 0
+        self._info.charge.use(output_tokens)
+        self._metrics.add_usage(
+            self._info.tenant,
+            prompt_tokens=prompt_tokens,
+            cached_tokens=delta.num_cached_tokens if is_first else 0,
+            output_tokens=output_tokens,
+            queue_seconds=delta.queue_seconds if is_first else 0.0,
+        )
 
     async def collect(self) -> list[OutputDelta]:
         """Run to the end and return whole choices; of ``best_of`` the n most likely per token."""

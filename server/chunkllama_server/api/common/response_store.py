@@ -43,8 +43,35 @@ class _Entry:
         )
 
 
+class _TenantEntries:
+    """One tenant's responses by id, the least recently used first; ``items`` leads to them."""
+
+    def __init__(self) -> None:
+        self.entries: OrderedDict[str, _Entry] = OrderedDict()
+        self.items: dict[str, str] = {}
+        self.num_bytes = 0
+
+    def add(self, response_id: str, entry: _Entry) -> None:
+        self.entries[response_id] = entry
+        self.num_bytes += entry.num_bytes
+        for item_id in entry.item_ids:
+            self.items[item_id] = response_id
+
+    def remove(self, response_id: str) -> int:
+        """Remove a response; returns its bytes."""
+        entry = self.entries.pop(response_id)
+        self.num_bytes -= entry.num_bytes
+        for item_id in entry.item_ids:
+            if self.items.get(item_id) == response_id:
+                del self.items[item_id]
+        return entry.num_bytes
+
+
 class ResponseStore:
-    """Evict the least recently used responses first; a tenant sees only its own.
+    """Store responses by tenant; a tenant sees only its own.
+
+    When the store is full, the tenant with most of what is short loses its least recently used
+    response.
 
     Args:
         max_items, max_bytes: bounds of the whole store; bytes are those of the JSON text.
@@ -63,67 +90,89 @@ class ResponseStore:
         self._max_bytes = max_bytes
         self._ttl_seconds = ttl_seconds
         self._clock = clock
-        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
-        self._items: dict[tuple[str, str], str] = {}  # to the response's id
+        self._tenants: dict[str, _TenantEntries] = {}
         self.num_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return sum(len(own.entries) for own in self._tenants.values())
 
-    def put(self, tenant: str, stored: StoredResponse) -> None:
-        """Store a response, unless it is larger than the whole store."""
+    def put(self, tenant: str, stored: StoredResponse, max_items: int | None = None) -> None:
+        """Store a response, unless it is larger than the whole store.
+
+        Args:
+            max_items: of this tenant; None is no limit of its own.
+        """
         response = msgspec.json.encode(stored.response)
         messages = _MESSAGES.dump_json(stored.messages, by_alias=True, exclude_unset=True)
         num_bytes = len(response) + len(messages) + _OVERHEAD_BYTES
         self._drop_expired()
         if num_bytes > self._max_bytes:
             return
-        self._remove((tenant, stored.response["id"]))
-        self._entries[tenant, stored.response["id"]] = _Entry(
-            response,
-            messages,
-            tuple(item["id"] for item in stored.response["output"]),
-            num_bytes,
-            self._clock() + self._ttl_seconds,
+        response_id = stored.response["id"]
+        self._remove(tenant, response_id)
+        own = self._tenants.setdefault(tenant, _TenantEntries())
+        own.add(
+            response_id,
+            _Entry(
+                response,
+                messages,
+                tuple(item["id"] for item in stored.response["output"]),
+                num_bytes,
+                self._clock() + self._ttl_seconds,
+            ),
         )
-        for item in stored.response["output"]:
-            self._items[tenant, item["id"]] = stored.response["id"]
         self.num_bytes += num_bytes
-        while len(self._entries) > self._max_items or self.num_bytes > self._max_bytes:
-            self._remove(next(iter(self._entries)))
+        while max_items is not None and len(own.entries) > max_items:
+            self._remove(tenant, next(iter(own.entries)))
+        while len(self) > self._max_items:
+            self._drop_oldest(lambda each: len(each.entries))
+        while self.num_bytes > self._max_bytes:
+            self._drop_oldest(lambda each: each.num_bytes)
 
     def get(self, tenant: str, response_id: str) -> StoredResponse | None:
         """Return a stored response of this tenant."""
         self._drop_expired()
-        entry = self._entries.get((tenant, response_id))
-        if entry is None:
+        own = self._tenants.get(tenant)
+        if own is None or response_id not in own.entries:
             return None
-        self._entries.move_to_end((tenant, response_id))
-        return entry.load()
+        own.entries.move_to_end(response_id)
+        return own.entries[response_id].load()
 
     def find_item(self, tenant: str, item_id: str) -> OutputItem | None:
         """Return an output item of a stored response of this tenant."""
         self._drop_expired()
-        entry = self._entries.get((tenant, self._items.get((tenant, item_id), "")))
-        output = [] if entry is None else entry.load().response["output"]
+        own = self._tenants.get(tenant)
+        if own is None or item_id not in own.items:
+            return None
+        output = own.entries[own.items[item_id]].load().response["output"]
         return next((item for item in output if item["id"] == item_id), None)
 
     def delete(self, tenant: str, response_id: str) -> bool:
         """Delete a response; returns False when there is none."""
         self._drop_expired()
-        return self._remove((tenant, response_id))
+        return self._remove(tenant, response_id)
 
-    def _remove(self, key: tuple[str, str]) -> bool:
-        entry = self._entries.pop(key, None)
-        if entry is None:
+    def _drop_oldest(self, size: Callable[[_TenantEntries], int]) -> None:
+        """Drop the oldest response of the largest tenant."""
+        tenant = max(self._tenants, key=lambda name: size(self._tenants[name]))
+        self._remove(tenant, next(iter(self._tenants[tenant].entries)))
+
+    def _remove(self, tenant: str, response_id: str) -> bool:
+        own = self._tenants.get(tenant)
+        if own is None or response_id not in own.entries:
             return False
-        for item_id in entry.item_ids:
-            self._items.pop((key[0], item_id), None)
-        self.num_bytes -= entry.num_bytes
+        self.num_bytes -= own.remove(response_id)
+        if not own.entries:
+            del self._tenants[tenant]
         return True
 
     def _drop_expired(self) -> None:
         now = self._clock()
-        expired = [key for key, entry in self._entries.items() if entry.expires <= now]
-        for key in expired:
-            self._remove(key)
+        expired = [
+            (tenant, response_id)
+            for tenant, own in self._tenants.items()
+            for response_id, entry in own.entries.items()
+            if entry.expires <= now
+        ]
+        for tenant, response_id in expired:
+            self._remove(tenant, response_id)

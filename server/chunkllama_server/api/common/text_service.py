@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from chunkllama.logger import tenant_context
 from chunkllama.text.chat_template import ChatTemplate
 from chunkllama.text.template_capabilities import TemplateCapabilities
 from chunkllama.text.tokenizer import Tokenizer
+from chunkllama_server.api.common.fair_pool import FairPool
 from chunkllama_server.transport.errors import ApiError, invalid, unavailable
 
 T = TypeVar("T")
@@ -47,11 +48,16 @@ class RequestTemplate:
 class TextService:
     """Tokenizes on the event loop when short, in one worker thread with a time limit when long.
 
+    The worker's time is divided among the tenants whose texts wait.
+
     Args:
         tokenizer, template: the model's; ``template`` is None for a model without one.
         make_template: builds a template from a source a trusted client sent.
         offload_bytes: texts longer than this leave the event loop.
         time_limit: seconds one request's text may take.
+
+    Attributes:
+        share: of a tenant in the worker's time, relative to others.
     """
 
     def __init__(
@@ -68,9 +74,10 @@ class TextService:
         self._make_template = make_template
         self._offload_bytes = offload_bytes
         self._time_limit = time_limit
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="text")
-        # Their own, so that the model's texts do not wait for them.
-        self._template_pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="template")
+        self.share: Callable[[str], float] = lambda _: 1.0
+        self._pool = FairPool(1, "text", lambda tenant: self.share(tenant))
+        # Its own, so that the model's texts do not wait for it.
+        self._template_pool = FairPool(1, "template", lambda tenant: self.share(tenant))
         self._is_quick = True
 
     async def run(self, size: int, work: Callable[[], T], template: object = None) -> T:
@@ -91,11 +98,10 @@ class TextService:
                 self._is_quick = time.thread_time() - started < _SLOW_SECONDS
         return await self._run_in(self._template_pool if is_foreign else self._pool, work)
 
-    async def _run_in(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-        future = asyncio.get_running_loop().run_in_executor(pool, work)
+    async def _run_in(self, pool: FairPool, work: Callable[[], T]) -> T:
         try:
             async with asyncio.timeout(self._time_limit):
-                return await future
+                return await pool.run(tenant_context.get(), work)
         except TimeoutError:
             raise unavailable("Too many long texts are being tokenized", "tokenizer_busy") from None
 
@@ -140,7 +146,7 @@ class TextService:
 
     def close(self) -> None:
         for pool in (self._pool, self._template_pool):
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.close()
 
 
 def text_size(value: Any) -> int:

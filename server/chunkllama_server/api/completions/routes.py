@@ -136,7 +136,7 @@ async def create_completion(
     sampling = await completion_sampling(body, context, prompts)
     cache = cache_plan(body, context.settings)
     namespace = context.tenants.namespace(info.tenant, body.cache_salt)
-    highest = context.settings.highest_priority
+    highest = context.highest_priority(info.tenant)
     priority = request_priority(body.priority, None, info.tenant, highest)
     completion_id = f"cmpl-{uuid.uuid4().hex}"
     generations = [
@@ -154,12 +154,13 @@ async def create_completion(
             ),
             context.text.tokenizer,
             context.metrics,
+            info=info,
             continues_prompt=True,
             param_names={"beam_width": "n"},
-            on_pin=info.name_pin,
         )
         for index, ids in enumerate(prompts)
     ]
+    context.charge(info, [generation.request for generation in generations])
     answer = CompletionAnswer(
         body=body,
         completion_id=completion_id,

@@ -80,7 +80,8 @@ async def create_response(
     def keep(response: Response) -> None:
         if body.store is not False:
             messages = [*conversation, assistant_message(response["output"])]
-            context.responses.put(info.tenant, StoredResponse(response, messages))
+            most = context.tenants.quotas(info.tenant).stored_responses
+            context.responses.put(info.tenant, StoredResponse(response, messages), most)
 
     answer = ResponseAnswer(
         body=body,

@@ -1,0 +1,43 @@
+"""One API key of the flags or the key file."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+from chunkllama.errors import ConfigError
+
+
+class KeyEntry(NamedTuple):
+    """One API key: its tenant, and quotas as text."""
+
+    name: str
+    key: str
+    fields: dict[str, str]
+
+
+def parse_key(text: str, number: int) -> KeyEntry:
+    """Parse "name:key field=value ..." or a bare key, which is named by its hash.
+
+    Args:
+        number: of the entry, for messages.
+
+    Raises:
+        ConfigError: the text is malformed; the message shows no part of the key.
+    """
+    given, *words = text.split() or [""]
+    name, colon, key = given.partition(":")
+    if not colon:
+        name, key = f"key-{hashlib.sha256(given.encode()).hexdigest()[:8]}", given
+    if not name or not key:
+        raise ConfigError(f"api_key: entry {number} is not of the form name:key")
+    fields: dict[str, str] = {}
+    for word in words:
+        field, equals, value = word.partition("=")
+        if not equals or field in fields:  # the text may be part of a key: it is not shown
+            raise ConfigError(
+                f"api_key: entry {number} ({name}): after the key, write field=value, each field "
+                "once; a key has no spaces"
+            )
+        fields[field] = value
+    return KeyEntry(name, key, fields)

@@ -1,0 +1,42 @@
+"""Read the files that settings name, with errors of one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from chunkllama.errors import ConfigError
+
+
+def read_text(path: Path, key: str) -> str:
+    """Read a file's text.
+
+    Raises:
+        ConfigError: it cannot be read; ``key`` is the setting that names it.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{key}: cannot read {path}: {reason}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a settings file of ``key: value`` lines.
+
+    Raises:
+        ConfigError: it cannot be read or holds something else.
+    """
+    try:
+        document = yaml.safe_load(read_text(path, "config"))
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise ConfigError(f"config: {path} is not valid YAML{line}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
+        raise ConfigError(f"config: {path} must hold key: value lines")
+    return document

@@ -1,0 +1,67 @@
+"""Time one request and count it for its tenant."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from chunkllama.messages import TokenDelta
+
+if TYPE_CHECKING:
+    from chunkllama_server.metrics.server_metrics import ServerMetrics
+
+
+class RequestTimer:
+    """Times one request; calls after the first ``finish`` have no effect.
+
+    Attributes:
+        reason: finish reason of its last choice; after the end, that of the request.
+        first_token_seconds: from acceptance to the first token, None before it.
+    """
+
+    def __init__(self, metrics: ServerMetrics, tenant: str) -> None:
+        self._metrics = metrics
+        self._tenant = tenant
+        self._started = self._last = time.monotonic()
+        self._decode_seconds: float | None = None
+        self._ended = False
+        self.reason: str | None = None
+        self.first_token_seconds: float | None = None
+
+    @property
+    def is_new(self) -> bool:
+        """No delta has arrived."""
+        return self._decode_seconds is None
+
+    def add(self, delta: TokenDelta) -> None:
+        """Observe a delta of the engine."""
+        metrics = self._metrics
+        if self._decode_seconds is None:
+            metrics.queue.observe(delta.queue_seconds)
+            metrics.prefill.observe(delta.prefill_seconds)
+            self._decode_seconds = 0.0
+        # The engine client reports an aborted choice without durations.
+        self._decode_seconds = max(self._decode_seconds, delta.decode_seconds)
+        count = max((len(choice.token_ids) for choice in delta.choices), default=0)
+        if not count:
+            return
+        now = time.monotonic()
+        if self.first_token_seconds is None:
+            self.first_token_seconds = now - self._started
+            metrics.first_token.observe(self.first_token_seconds)
+        else:
+            metrics.inter_token.observe((now - self._last) / count)
+        self._last = now
+
+    def finish(self, reason: str) -> None:
+        """Observe the end of the request."""
+        if self._ended:
+            return
+        self._ended = True
+        self.reason = reason
+        metrics = self._metrics
+        metrics.finish_request(self._tenant, reason)
+        metrics.latency.observe(time.monotonic() - self._started)
+        if self.first_token_seconds is not None:
+            assert self._decode_seconds is not None
+            metrics.decode.observe(self._decode_seconds)
