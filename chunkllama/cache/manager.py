@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from chunkllama.cache import retention
 from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
+from chunkllama.cache.explain import explain_match
 from chunkllama.cache.history import PromptHistory
 from chunkllama.cache.invariants import check_cache
 from chunkllama.cache.node import PUBLIC, Node, encode_tokens
@@ -25,7 +26,7 @@ from chunkllama.cache.pins import Pins
 from chunkllama.cache.prefix_tree import Match, PrefixTree
 from chunkllama.cache.sequence_chunks import SequenceChunks
 from chunkllama.cache.usage import ChunkUsage
-from chunkllama.messages import TreeNodeInfo
+from chunkllama.messages import CacheExplanation
 from chunkllama.tenant_limits import TenantTable
 
 Int32Array = NDArray[np.int32]
@@ -361,16 +362,11 @@ class CacheManager:
         source = match.copy_source
         if source and match.num_tokens == len(tokens) and source.filled == source.num_tokens:
             leaf = source
-        granted = leaf is None or self.pins.add(leaf, self._clock() + seconds, tenant)
-        if not granted:
-            self.usage.add_refused_pin(tenant)
-        return granted
+        return leaf is None or self.pins.add(leaf, self._clock() + seconds, tenant)
 
     def expire_pins(self) -> None:
         for node, tenant in self.pins.expire(self._clock()):
             self.history.pin_ended(node, tenant)
-
-    # -- tenants ----------------------------------------------------------------------------
 
     def set_tenants(self, limits: TenantTable) -> None:
         """Apply the tenants' shares of the pool and of the pin budget."""
@@ -379,9 +375,18 @@ class CacheManager:
 
     # -- inspection -------------------------------------------------------------------------
 
-    def describe(self) -> list[TreeNodeInfo]:
-        """Every node for the dashboard, parents before children."""
-        return self.tree.describe()
+    def explain(
+        self, tokens: Int32Array, match: Match | None, num_used: int, tenant: str, namespace: str
+    ) -> CacheExplanation:
+        """Explain why the match of all tokens but the last ended; see ``explain_match``."""
+        key = encode_tokens(tokens)
+        return explain_match(self.history, self._clock(), tenant, namespace, key, match, num_used)
+
+    def record_prompt(
+        self, tokens: Int32Array, num_stored: int, tenant: str, namespace: str
+    ) -> None:
+        """Record a prompt that a tenant has sent, of which ``num_stored`` tokens may be stored."""
+        self.history.record(tenant, namespace, encode_tokens(tokens), num_stored)
 
     def check_invariants(self, live: Iterable[SequenceChunks], *, in_step: bool = False) -> None:
         """Check ``cache/invariants.py``, given the chunks of all live sequences."""

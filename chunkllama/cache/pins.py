@@ -23,7 +23,7 @@ class Pins:
     def __init__(self, tree: PrefixTree, budget: int) -> None:
         self.budget = budget
         self.num_chunks = 0
-        self.refused_total = 0
+        self.refused: Counter[str] = Counter()  # by tenant
         self.limits = self._no_limits = TenantTable()
         self._tree = tree
         self._expiry: dict[tuple[Node, str], float] = {}
@@ -41,7 +41,7 @@ class Pins:
         own = len(covered) + sum(step not in covered for step in _path(node))
         most = self.limits[tenant].pin_chunks
         if free < 0 or (tenant and own > (free if most is None else most)):
-            self.refused_total += 1
+            self.refused[tenant] += 1
             return False
         self._place(node, until, tenant)
         return True
@@ -51,6 +51,11 @@ class Pins:
         self._tree.pin(node)
         self._expiry[node, tenant] = until
         self._covered.setdefault(tenant, Counter()).update(_path(node))
+
+    @property
+    def refused_total(self) -> int:
+        """Pins that were refused."""
+        return self.refused.total()
 
     def num_covered(self, tenant: str) -> int:
         """Chunks that a tenant's pins protect."""

@@ -58,9 +58,6 @@ class ChunkUsage:
         caused.evictions_for += 1
         caused.evictions_of_others += node.owner != tenant
 
-    def add_refused_pin(self, tenant: str) -> None:
-        self._of(tenant).pins_refused += 1
-
     def read(self, live: Iterable[SequenceChunks]) -> dict[str, TenantStats]:
         """Return totals and gauges of every tenant.
 

@@ -384,7 +384,7 @@ class Scheduler:
 
     def tree(self) -> list[TreeNodeInfo]:
         """Every node of the prefix tree, for a dashboard."""
-        return self._cache.describe()
+        return self._cache.tree.describe()
 
     def check_invariants(self) -> None:
         """Raise AssertionError if pool, tree, order and sequences do not agree."""

@@ -49,4 +49,5 @@ def read_tenants(lifecycle: SequenceLifecycle, cache: CacheManager) -> dict[str,
         stats.decoded_tokens = account.decoded_tokens
     for tenant, stats in result.items():
         stats.chunks_pinned = cache.pins.num_covered(tenant)
+        stats.pins_refused = cache.pins.refused[tenant]
     return result

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-from simulated_engine import SimulatedEngine
 
 from chunkllama.errors import OverloadedError
+from chunkllama.simulation.engine import SimulatedEngine
 from chunkllama.tenant_limits import NO_LIMITS, TenantLimits, TenantTable
 
 SIZE = 16
