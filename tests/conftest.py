@@ -1,6 +1,6 @@
 """What every test stands on: one printed seed, and markers that say what was not run.
 
-``attention_plans`` (tests/attention/plans.py), ``hostile_files`` (tests/models) and
+``attention_plans`` (tests/attention/plans.py), ``hostile_files`` (tests/models), ``soak`` and
 ``tiny_model`` are importable from every test module.
 """
 
@@ -32,6 +32,8 @@ class _Helpers(MetaPathFinder):
     paths: ClassVar[dict[str, Path]] = {
         "attention_plans": Path(__file__).parent / "attention" / "plans.py",
         "hostile_files": Path(__file__).parent / "models" / "hostile_files.py",
+        "soak": Path(__file__).parent / "soak.py",
+        "soak_client": Path(__file__).parent / "soak_client.py",
         "tiny_model": Path(__file__).parent / "tiny_model.py",
     }
 

@@ -1,0 +1,341 @@
+"""Faults of the table in docs/contributing/faults.md, each from outside on a real server.
+
+A test is named by the row that it shows; the table names the tests of the other rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from soak_client import Answer, ask
+
+LONG = {"model": "tiny", "prompt": [70, 71, 72], "max_tokens": 600, "ignore_eos": True,
+        "temperature": 0, "stream": True, "return_token_ids": True}  # fmt: skip
+
+
+def port_of(server) -> int:
+    return int(server.url.rpartition(":")[2])
+
+
+def metrics(server, port: int | None = None) -> dict[str, float]:
+    url = server.url if port is None else f"http://127.0.0.1:{port}"
+    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
+    pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name.removeprefix("chunkllama_"): float(value) for name, _, value in pairs}
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def idle(server) -> dict[str, float]:
+    """The metrics once nothing is live; no chunk may be held then."""
+    names = ("requests_live", "requests_running", "requests_waiting")
+    wait_until(lambda: not any(metrics(server)[name] for name in names))
+    values = metrics(server)
+    assert values['kv_chunks{state="private"}'] == values['kv_chunks{state="referenced"}'] == 0
+    ended = sum(v for k, v in values.items() if k.startswith("request_finished_total"))
+    assert values["request_accepted_total"] == ended
+    assert values["invariant_violations"] == 0
+    return values
+
+
+async def stream_all(server, bodies: list[dict]) -> list[Answer]:
+    port = port_of(server)
+    return await asyncio.gather(*(ask(port, "/v1/completions", body, Answer()) for body in bodies))
+
+
+def raw_request(body: bytes) -> bytes:
+    return (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body) + body
+    )
+
+
+def test_f01_f02_clients_that_leave_at_any_moment(served) -> None:
+    whole = raw_request(
+        b'{"model":"tiny","prompt":"go on","max_tokens":500,"ignore_eos":true,"stream":true}'
+    )
+    before = metrics(served)["request_accepted_total"]
+    for cycle in range(40):
+        sock = socket.create_connection(("127.0.0.1", port_of(served)))
+        if cycle % 2:  # closed with RST instead of FIN
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.sendall(whole[: len(whole) * (cycle % 5 + 1) // 5])
+        if cycle % 5 == 4 and cycle > 20:
+            sock.recv(1)  # the headers, with the first token
+        if cycle % 10 == 9:
+            sock.shutdown(socket.SHUT_WR)
+        sock.close()
+    values = idle(served)
+    assert values["request_accepted_total"] >= before + 4
+    assert values['request_finished_total{reason="abort"}'] >= 4
+
+
+@pytest.fixture(scope="module")
+def small_pool(start):
+    """A server whose pool holds 960 tokens, fewer than the context of 1,024."""
+    return start("--num-chunks", 15)  # the last of repeated flags counts
+
+
+def test_f06_a_prompt_larger_than_the_pool(small_pool) -> None:
+    for size in (961, 1000):
+        body = {**LONG, "prompt": [70] * size, "max_tokens": 1}
+        refused = httpx.post(f"{small_pool.url}/v1/completions", json=body, timeout=30)
+        assert refused.status_code == 400
+        error = refused.json()["error"]
+        assert error["code"] == "context_length_exceeded" and "pool 960" in error["message"]
+    fits = {**LONG, "prompt": [70] * 900, "max_tokens": 4, "stream": False}
+    url = f"{small_pool.url}/v1/completions"
+    assert httpx.post(url, json=fits, timeout=30).status_code == 200
+
+
+def test_f09_one_request_id_many_times(served) -> None:
+    async def send() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            body = {"model": "tiny", "prompt": "hi", "max_tokens": 8, "temperature": 0}
+            headers = {"X-Request-Id": "the-same"}
+            url = f"{served.url}/v1/completions"
+            return await asyncio.gather(
+                *(client.post(url, json=body, headers=headers) for _ in range(100))
+            )
+
+    answers = asyncio.run(send())
+    assert {answer.status_code for answer in answers} == {200}
+    assert {answer.headers["x-request-id"] for answer in answers} == {"the-same"}
+    assert len({answer.json()["id"] for answer in answers}) == 100
+    assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1
+    idle(served)
+
+
+def test_f13_a_request_that_kills_the_engine(start, tmp_path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'chunkllama.engine.process' in sys.orig_argv:\n"
+        "    from chunkllama.engine.core import EngineCore\n"
+        "    from chunkllama.engine.journal import StepJournal\n"
+        "    add, begin, poison = EngineCore.add, StepJournal.begin_step, set()\n"
+        "    def adding(self, request):\n"
+        "        if request.prompt_token_ids[:3] == [66, 66, 66]:\n"
+        "            poison.add(request.request_id)\n"
+        "        add(self, request)\n"
+        "    def beginning(self, ids):\n"
+        "        begin(self, ids)\n"
+        "        if poison & set(ids):\n"
+        "            os.kill(os.getpid(), 9)\n"
+        "    EngineCore.add, StepJournal.begin_step = adding, beginning\n"
+    )
+    server = start(PYTHONPATH=str(tmp_path))
+    (alone,) = asyncio.run(stream_all(server, [LONG]))
+    poison = {**LONG, "prompt": [66, 66, 66]}
+    answer, failed = asyncio.run(stream_all(server, [LONG, poison]))
+    assert failed.error is not None and failed.error["code"] == "engine_poison_request"
+    assert answer.is_done and answer.tokens == alone.tokens
+    assert idle(server)["engine_restarts_total"] <= 3
+
+
+def test_f15_nothing_is_left_when_the_server_is_killed(start, tmp_path) -> None:
+    temporary, cache = tmp_path / "tmp", tmp_path / "cache"
+    temporary.mkdir()
+    server = start(TMPDIR=str(temporary), CHUNKLLAMA_CACHE=str(cache))
+    shared_memory = set(os.listdir("/dev/shm"))
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.kill()
+        server.process.wait(10)
+        assert not psutil.wait_procs(family, timeout=5)[1]
+        with pytest.raises(httpx.TransportError):
+            list(lines)
+    assert list(temporary.iterdir()) == []
+    assert set(os.listdir("/dev/shm")) <= shared_memory
+    files = [path for path in cache.rglob("*") if path.is_file()] if cache.exists() else []
+    assert not [path for path in files if ".tmp" in path.name or path.stat().st_size == 0]
+
+
+def test_f16_a_pool_smaller_than_its_load(small_pool) -> None:
+    server = small_pool
+    # many short answers, after which the scheduler expects short ones and admits too many
+    asyncio.run(stream_all(server, [{**LONG, "prompt": [70], "max_tokens": 2}] * 20))
+    bodies = [{**LONG, "prompt": [80 + i, 81, 82], "max_tokens": 260} for i in range(6)]
+    together = asyncio.run(stream_all(server, bodies))
+    alone = [asyncio.run(stream_all(server, [body]))[0].tokens for body in bodies]
+    assert all(answer.is_done for answer in together)
+    assert [answer.tokens for answer in together] == alone
+    assert idle(server)["preemptions_total"] > 0
+
+
+def test_f18_more_than_the_queue_takes(start) -> None:
+    server = start("--max-num-seqs", 2, "--max-waiting", 2)
+    bodies = [{**LONG, "max_tokens": 60, "prompt": [65, number]} for number in range(40)]
+
+    async def flood() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(timeout=60, limits=limits) as client:
+            url = f"{server.url}/v1/completions"
+            sent = (client.post(url, json={**body, "stream": False}) for body in bodies)
+            return await asyncio.gather(*sent)
+
+    answers = asyncio.run(flood())
+    counts = Counter(answer.status_code for answer in answers)
+    assert set(counts) == {200, 429} and counts[200] >= 4, counts
+    for answer in answers:
+        if answer.status_code == 429:
+            assert 1 <= int(answer.headers["retry-after"]) <= 30
+            assert answer.json()["error"]["code"] == "engine_overloaded"
+    idle(server)
+    assert server.chat(max_tokens=2).status_code == 200
+
+
+def test_f19_deadlines(start) -> None:
+    server = start("--max-num-seqs", 1, "--queue-timeout-seconds", 0.1,
+                   "--request-timeout-seconds", 0.4)  # fmt: skip
+    body = {**LONG, "n": 16, "max_tokens": 900}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        late = server.chat(max_tokens=2)
+        events = [line for line in lines if line.startswith("data: ")]
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "queue_timeout")
+    assert int(late.headers["retry-after"]) >= 1
+    assert '"code":"deadline"' in events[-1]
+    assert idle(server)['request_finished_total{reason="timeout"}'] == 2
+
+
+def test_f20_two_hundred_streams_are_drained(start) -> None:
+    server = start("--drain-seconds", 300)
+    bodies = [{**LONG, "prompt": [65, i, 67], "max_tokens": 30} for i in range(200)]
+
+    async def scenario() -> list[Answer]:
+        answers = [Answer() for _ in bodies]
+        streams = [
+            asyncio.create_task(ask(port_of(server), "/v1/completions", body, answer))
+            for body, answer in zip(bodies, answers, strict=True)
+        ]
+        while (await asyncio.to_thread(metrics, server))["requests_live"] < len(bodies):
+            assert not all(answer.is_done for answer in answers), "too few tokens for this test"
+            if sum(answer.status != 0 for answer in answers) > 100:
+                break
+        server.process.send_signal(signal.SIGTERM)
+        refused = await asyncio.to_thread(server.chat)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        return await asyncio.gather(*streams)
+
+    answers = asyncio.run(scenario())
+    begun = [answer for answer in answers if answer.status == 200]
+    assert all(answer.is_done and len(answer.tokens[0]) == 30 for answer in begun)
+    assert all(answer.error["code"] == "draining" for answer in answers if answer.status == 503)
+    assert len(begun) > 100
+    assert server.process.wait(60) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_f23_f33_no_log_can_be_written_and_no_home_exists(start, tmp_path) -> None:
+    server = start(log=Path("/dev/full"), HOME="/nonexistent", TMPDIR=str(tmp_path))
+    for _ in range(3):
+        assert server.chat(max_tokens=2).status_code == 200
+    idle(server)
+    assert server.stop() == 0
+
+
+@pytest.fixture
+def few_descriptors(tmp_path: Path) -> str:
+    """PYTHONPATH of servers that may open 200 descriptors."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import resource, sys\n"
+        "if 'serve' in sys.orig_argv:\n"
+        "    resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))\n"
+    )
+    return str(tmp_path)
+
+
+def test_f31_no_descriptor_is_left_for_clients(start, few_descriptors) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        admin = probe.getsockname()[1]
+    server = start("--admin-port", admin, PYTHONPATH=few_descriptors)
+    assert "descriptor limit of 200" in server.log.read_text()
+    with contextlib.ExitStack() as stack:
+        connect = socket.create_connection
+        live = stack.enter_context(
+            httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=60)
+        )
+        for _ in range(260):
+            stack.enter_context(connect(("127.0.0.1", port_of(server)), 10))
+        for _ in range(5):
+            url = f"http://127.0.0.1:{admin}"
+            assert httpx.get(f"{url}/health/ready", timeout=30).status_code == 200
+            assert metrics(server, admin)["requests_live"] >= 0
+        assert live.read().endswith(b"data: [DONE]\n\n")
+    wait_until(lambda: psutil.Process(server.process.pid).num_fds() < 60)
+    assert server.chat(max_tokens=2).status_code == 200
+    assert server.log.read_text().count("cannot accept connections") <= 2
+
+
+def beside_hogs(server, count: int) -> float:
+    """Restarts after ``count`` answers beside four processes that use every processor."""
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    try:
+        for _ in range(count):
+            assert server.chat(max_tokens=20).status_code == 200
+        return metrics(server)["engine_restarts_total"]
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+
+
+def test_f34_busy_neighbours_are_no_hang(served) -> None:
+    before = metrics(served)["engine_restarts_total"]
+    assert beside_hogs(served, 2) == before
+
+
+@pytest.mark.nightly
+def test_f34_busy_neighbours_for_minutes(served) -> None:
+    before = metrics(served)["engine_restarts_total"]
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        assert beside_hogs(served, 20) == before
+
+
+def test_f35_choices_that_end_apart(served) -> None:
+    body = {"model": "tiny", "prompt": "go on", "n": 6, "temperature": 1.5, "seed": 5,
+            "max_tokens": 120, "stop": ["e"]}  # fmt: skip
+    answer = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60)
+    choices = answer.json()["choices"]
+    assert sorted(choice["index"] for choice in choices) == list(range(6))
+    assert len({len(choice["text"]) for choice in choices}) > 1
+    assert all(choice["finish_reason"] in ("stop", "length") for choice in choices)
+    idle(served)
+
+
+def test_statistics_have_an_age_while_the_engine_stands(served) -> None:
+    server = served
+    (engine,) = psutil.Process(server.process.pid).children()
+    assert metrics(server)["engine_stats_age_seconds"] < 0.8
+    capacity = metrics(server)["kv_chunks_capacity"]
+    engine.suspend()
+    try:
+        first, second = metrics(server), metrics(server)
+    finally:
+        engine.resume()
+    assert 0.5 < first["engine_stats_age_seconds"] < second["engine_stats_age_seconds"]
+    assert second["kv_chunks_capacity"] == capacity
+    wait_until(lambda: metrics(server)["engine_stats_age_seconds"] < 0.5)
