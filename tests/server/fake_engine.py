@@ -16,6 +16,7 @@ from typing import Any
 
 from chunkllama.errors import EngineDeadError
 from chunkllama.messages import (
+    CacheExplanation,
     ChoiceDelta,
     EngineReady,
     EngineRequest,
@@ -121,6 +122,8 @@ class FakeEngine:
             "num_cache_write_tokens": len(request.prompt_token_ids) - num_cached,
             "pin_refused": request.pin_seconds > 3600,
         }
+        if request.explain:
+            first["explanation"] = self.explanation(request.prompt_token_ids, num_cached)
         queue_seconds, prefill_seconds, per_delta = DURATIONS
         timing = {"queue_seconds": queue_seconds, "prefill_seconds": prefill_seconds}
         if request.wants_hidden_states:
@@ -177,6 +180,29 @@ class FakeEngine:
             timing["decode_seconds"] = start // self.tokens_per_delta * per_delta
             yield TokenDelta(request_id=request.request_id, choices=choices, **first, **timing)
             first = {}
+
+    def explanation(self, prompt_token_ids: list[int], num_cached: int) -> CacheExplanation:
+        reason = "complete" if num_cached == len(prompt_token_ids) - 1 else "diverged"
+        return CacheExplanation(
+            num_matched_tokens=num_cached, num_known_tokens=num_cached, reason=reason
+        )
+
+    async def explain(
+        self, prompt_token_ids: list[int], namespace: str = "", tenant: str = ""
+    ) -> CacheExplanation:
+        self.explained = (namespace, tenant)
+        known = [
+            next(
+                (
+                    i
+                    for i, (a, b) in enumerate(zip(earlier, prompt_token_ids, strict=False))
+                    if a != b
+                ),
+                min(len(earlier), len(prompt_token_ids)),
+            )
+            for earlier in self.prompts.get(namespace, [[]])
+        ]
+        return self.explanation(prompt_token_ids, min(max(known), len(prompt_token_ids) - 1))
 
     async def abort(self, request_id: str, index: int | None = None) -> None:
         self.aborted.append((request_id, index))

@@ -43,7 +43,7 @@ CHAT_ELSEWHERE = {
     "parallel_tool_calls", "functions", "function_call", "response_format", "structured_outputs",
     "return_token_ids", "cache_salt", "prompt_cache_options", "prompt_cache_retention",
     "prompt_cache_key", "modalities", "store", "metadata", "chat_template",
-    "thinking_token_budget",
+    "thinking_token_budget", "explain_cache",
 }  # fmt: skip
 CHAT_BELOW = {
     "bad_words", "use_beam_search", "length_penalty", "return_tokens_as_token_ids",

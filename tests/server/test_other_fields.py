@@ -53,6 +53,7 @@ ENGINE = {
     "temperature": (0.5, lambda request: request.sampling.temperature == 0.5),
     "top_p": (0.25, lambda request: request.sampling.top_p == 0.25),
     "max_output_tokens": (16, lambda request: request.sampling.max_tokens == 16),
+    "explain_cache": (True, lambda request: request.explain),
     "service_tier": ("flex", lambda request: request.priority == 10),
     "top_logprobs": (2, lambda request: request.sampling.logprobs == 2),
 }

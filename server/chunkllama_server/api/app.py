@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
 from chunkllama.logger import init_logger
-from chunkllama_server.api import embeddings, health, models, tokenize, usage
+from chunkllama_server.api import cache, embeddings, health, models, tokenize, usage
 from chunkllama_server.api.chat import routes as chat
 from chunkllama_server.api.common.admission import ChargedEngine, QueueLimits
 from chunkllama_server.api.common.context import ServerContext
@@ -99,7 +99,17 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.context = context
-    for family in (chat, completions, responses, embeddings, tokenize, models, usage, health):
+    for family in (
+        chat,
+        completions,
+        responses,
+        embeddings,
+        tokenize,
+        cache,
+        models,
+        usage,
+        health,
+    ):
         app.include_router(family.router)
     if settings.admin_port is None:
         app.include_router(health.metrics_router)

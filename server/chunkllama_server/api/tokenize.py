@@ -5,8 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from chunkllama_server.api.chat.prompt_body import body_token_ids
 from chunkllama_server.api.chat.request import prepare_chat
-from chunkllama_server.api.common.context import Context, ServerContext
+from chunkllama_server.api.common.context import Context
 from chunkllama_server.api.openapi import answers
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.schema.tokenize import (
@@ -18,40 +19,15 @@ from chunkllama_server.api.schema.tokenize import (
 )
 from chunkllama_server.transport.body import JsonRoute, json_response
 from chunkllama_server.transport.errors import invalid
-from chunkllama_server.transport.request_context import RequestInfo
 
 router = APIRouter(route_class=JsonRoute, tags=["tokenize"])
-
-
-async def _messages_ids(
-    body: TokenizeRequest, context: ServerContext, info: RequestInfo
-) -> list[int]:
-    shared = (
-        "messages",
-        "tools",
-        "add_generation_prompt",
-        "continue_final_message",
-        "chat_template_kwargs",
-    )
-    chat = ChatCompletionRequest.model_construct(
-        model=body.model or context.settings.model_names[0],
-        **{name: getattr(body, name) for name in shared},
-    )
-    return (await prepare_chat(chat, context, info)).prompt.token_ids
 
 
 @router.post("/tokenize", response_model=None, responses=answers(TokenizeResponse))
 async def tokenize(body: TokenizeRequest, request: Request, context: Context) -> Response:
     """Return token ids of a prompt, or of a conversation through the chat template."""
     info = context.admit(body, request)
-    if (body.prompt is None) == (body.messages is None):
-        raise invalid("Send either prompt or messages", "prompt")
-    if body.prompt is not None:
-        ids = await context.text.encode(
-            body.prompt, add_special_tokens=body.add_special_tokens is not False
-        )
-    else:
-        ids = await _messages_ids(body, context, info)
+    ids = await body_token_ids(body, context, info)
     strings = None
     if body.return_token_strs:
         tokenizer = context.text.tokenizer

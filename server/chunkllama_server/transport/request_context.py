@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chunkllama.logger import request_id_context
+from chunkllama.messages import CacheExplanation
 from chunkllama_server.transport.errors import ApiError, as_api_error
 from chunkllama_server.transport.rate_limit import RateLimiter, TokenCharge
 
@@ -26,6 +27,7 @@ class RequestInfo:
 
     Attributes:
         started: monotonic seconds.
+        wants_explanation: the client sent ``x-chunkllama-explain: 1``.
         tenant: whose API key it carries; "" without keys and for operators.
         headers: added to its response.
         rates: rate limits of its tenant; their headers are added, too.
@@ -36,6 +38,7 @@ class RequestInfo:
     started: float
     tenant: str = ""
     is_operator: bool = False
+    wants_explanation: bool = False
     headers: dict[str, str] = field(default_factory=dict)
     rates: RateLimiter = field(default_factory=RateLimiter)
     charge: TokenCharge = field(default_factory=TokenCharge)
@@ -54,6 +57,18 @@ class RequestInfo:
             names = [_UNCLEAN_FIELD.sub("_", path)[:64] or "_" for path in paths[:MAX_NAMED_FIELDS]]
             earlier = self.headers.get(header)
             self.headers[header] = ", ".join([*([earlier] if earlier else []), *names])
+
+    def name_explanation(self, explanation: CacheExplanation) -> None:
+        """Tell the client why the prompt's match in the cache ended, without any text of it."""
+        self._add(
+            "x-chunkllama-cache-explanation",
+            f"{explanation.reason}; matched={explanation.num_matched_tokens}; "
+            f"known={explanation.num_known_tokens}",
+        )
+
+    def _add(self, header: str, value: str) -> None:
+        earlier = self.headers.get(header)
+        self.headers[header] = value if earlier is None else f"{earlier}, {value}"[:4096]
 
     def name_pin(self, granted: bool) -> None:
         """Tell the client whether its prefix is kept, or the pin budget was used up."""
@@ -94,6 +109,7 @@ class RequestInfoMiddleware:
         info = RequestInfo(
             request_id=given.decode() if clean else f"req_{uuid.uuid4().hex}",
             started=time.monotonic(),
+            wants_explanation=headers.get(b"x-chunkllama-explain", b"") in (b"1", b"true"),
         )
         scope[_SCOPE_KEY] = info
         request_id_context.set(info.request_id)

@@ -132,6 +132,7 @@ class PreparedChat:
                 info.tenant,
                 self.context.highest_priority(info.tenant),
             ),
+            explain=info.wants_explanation or bool(body.explain_cache),
         )
 
     async def _grammar(self, info: RequestInfo) -> GrammarSpec | None:

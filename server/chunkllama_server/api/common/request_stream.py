@@ -13,7 +13,12 @@ from chunkllama.messages import EngineRequest, TokenDelta
 from chunkllama.text.output_processor import OutputCollector, OutputDelta, OutputProcessor
 from chunkllama.text.thoughts import NO_THOUGHTS, Thoughts
 from chunkllama.text.tokenizer import Tokenizer
-from chunkllama_server.api.schema.usage import CompletionUsage, completion_usage
+from chunkllama_server.api.common.cache_explanation import explanation_body
+from chunkllama_server.api.schema.usage import (
+    CacheExplanationBody,
+    CompletionUsage,
+    completion_usage,
+)
 from chunkllama_server.metrics.request_timer import RequestTimer
 from chunkllama_server.metrics.server_metrics import ServerMetrics
 from chunkllama_server.transport.request_context import RequestInfo
@@ -62,6 +67,7 @@ class RequestStream:
         self._metrics = metrics
         self._info = info
         self._param_names = param_names or {}
+        self._tokenizer = tokenizer
         self._on_pin = info.name_pin if request.pin_seconds > 0 else None
 
     def usage(self) -> CompletionUsage:
@@ -72,7 +78,15 @@ class RequestStream:
             self.output.num_cached_tokens,
             self.output.num_cache_write_tokens,
             self.output.num_reasoning_tokens,
+            self.explanations(),
         )
+
+    def explanations(self) -> list[CacheExplanationBody]:
+        """Return the explanation of the prompt's match, if one was asked for and is known."""
+        explanation = self.output.explanation
+        if explanation is None:
+            return []
+        return [explanation_body(explanation, self.request.prompt_token_ids, self._tokenizer)]
 
     async def pieces(self) -> AsyncGenerator[list[OutputDelta], None]:
         """Yield output as steps produce it; the first list may be empty.
@@ -127,6 +141,8 @@ class RequestStream:
             if self._on_pin is not None:
                 self._on_pin(not delta.pin_refused)
                 self._on_pin = None
+            if delta.explanation is not None:
+                self._info.name_explanation(delta.explanation)
             is_first, before = timer.is_new, self.output.num_tokens
             timer.add(delta)
             pieces = self.output.add(delta)

@@ -54,6 +54,7 @@ class CompletionAnswer:
             sum(g.output.num_tokens for g in self.generations),
             sum(g.output.num_cached_tokens for g in self.generations),
             sum(g.output.num_cache_write_tokens for g in self.generations),
+            explanations=[body for g in self.generations for body in g.explanations()],
         )
 
     def _completion(self, choices: list[CompletionChoice]) -> Completion:

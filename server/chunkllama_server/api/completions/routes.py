@@ -151,6 +151,7 @@ async def create_completion(
                 cache_until=cache.until,
                 pin_seconds=cache.pin_seconds,
                 priority=priority,
+                explain=info.wants_explanation or bool(body.explain_cache),
             ),
             context.text.tokenizer,
             context.metrics,

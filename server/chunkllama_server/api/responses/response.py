@@ -49,7 +49,7 @@ class ResponseAnswer:
     def usage(self) -> ResponseUsage:
         generation = self.generation
         prompt = len(generation.request.prompt_token_ids)
-        return {
+        usage: ResponseUsage = {
             "input_tokens": prompt,
             "input_tokens_details": {
                 "cached_tokens": generation.output.num_cached_tokens,
@@ -59,6 +59,9 @@ class ResponseAnswer:
             "output_tokens_details": {"reasoning_tokens": generation.output.num_reasoning_tokens},
             "total_tokens": prompt + generation.output.num_tokens,
         }
+        if explanations := generation.explanations():
+            usage["input_tokens_details"]["cache_explanations"] = explanations
+        return usage
 
     def response(self) -> Response:
         """Return the object before any output."""

@@ -184,7 +184,17 @@ class CacheFields(RequestModel):
     )
 
 
-class SamplingFields(CacheFields):
+class ExplainField(RequestModel):
+    """The field that asks why a prompt was not cached."""
+
+    explain_cache: bool | None = Field(
+        default=None,
+        description="Honoured: the usage details say why the match in the cache ended, as with the "
+        "header x-chunkllama-explain: 1.",
+    )
+
+
+class SamplingFields(CacheFields, ExplainField):
     """Sampling fields that chat and text completions share."""
 
     model: str = Field(

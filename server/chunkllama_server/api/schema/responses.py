@@ -9,6 +9,7 @@ from pydantic import Field
 from chunkllama_server.api.schema.base import (
     MAX_TOKENS,
     CacheFields,
+    ExplainField,
     PromptCacheBreakpoint,
     RequestModel,
 )
@@ -140,7 +141,7 @@ class ResponseStreamOptions(RequestModel):
     )
 
 
-class ResponseRequest(CacheFields):
+class ResponseRequest(CacheFields, ExplainField):
     """Body of POST /v1/responses."""
 
     model: str = Field(

@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from chunkllama_server.api.schema.cache import ExplainRequest
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.schema.completions import CompletionRequest
 from chunkllama_server.api.schema.embeddings import EmbeddingRequest
@@ -25,6 +26,7 @@ REQUESTS: dict[str, type[BaseModel]] = {
     "POST /v1/embeddings": EmbeddingRequest,
     "POST /tokenize": TokenizeRequest,
     "POST /detokenize": DetokenizeRequest,
+    "POST /v1/cache/explain": ExplainRequest,
 }
 
 

@@ -11,8 +11,8 @@ from chunkllama_server.api.schema.base import RequestModel, TokenIds
 from chunkllama_server.api.schema.chat import ChatMessage, ChatTool
 
 
-class TokenizeRequest(RequestModel):
-    """Body of POST /tokenize: a prompt, or messages."""
+class PromptBody(RequestModel):
+    """A prompt, or messages."""
 
     model: str | None = Field(
         default=None, description="Honoured: a served model name; another is 404."
@@ -32,6 +32,11 @@ class TokenizeRequest(RequestModel):
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="Honoured for messages: names on the operator's list."
     )
+
+
+class TokenizeRequest(PromptBody):
+    """Body of POST /tokenize: a prompt, or messages."""
+
     return_token_strs: bool | None = Field(
         default=None, description="Honoured: token_strs is each token's text."
     )

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+from typing import NotRequired
+
 from typing_extensions import TypedDict
+
+from chunkllama.messages import CacheReason
+
+
+class CacheExplanationBody(TypedDict):
+    """Why a prompt's match in the cache ended after ``matched_tokens``.
+
+    ``known_tokens`` leading tokens were in an earlier prompt of the same key; ``seconds_ago`` is
+    when the cached rest was removed or its pin ended. Both texts are the prompt's own.
+    """
+
+    reason: CacheReason
+    message: str
+    prompt_tokens: int
+    matched_tokens: int
+    known_tokens: int
+    seconds_ago: float | None
+    text_before: str
+    text_after: str
 
 
 class PromptTokensDetails(TypedDict):
-    """``cached_tokens`` came from the cache, ``cache_write_tokens`` were computed and stored."""
+    """``cached_tokens`` came from the cache, ``cache_write_tokens`` were computed and stored.
+
+    ``cache_explanations`` is there on demand, one for each prompt.
+    """
 
     cached_tokens: int
     cache_write_tokens: int
     audio_tokens: int
     text_tokens: int
     image_tokens: int
+    cache_explanations: NotRequired[list[CacheExplanationBody]]
 
 
 class CompletionTokensDetails(TypedDict):
@@ -46,6 +71,7 @@ class InputTokensDetails(TypedDict):
 
     cached_tokens: int
     cache_write_tokens: int
+    cache_explanations: NotRequired[list[CacheExplanationBody]]
 
 
 class OutputTokensDetails(TypedDict):
@@ -70,9 +96,10 @@ def completion_usage(
     cached_tokens: int,
     cache_write_tokens: int,
     reasoning_tokens: int = 0,
+    explanations: list[CacheExplanationBody] | None = None,
 ) -> CompletionUsage:
-    """Fill every required member of a usage object."""
-    return {
+    """Fill every required member of a usage object, and the explanations if there are any."""
+    usage: CompletionUsage = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
@@ -90,3 +117,6 @@ def completion_usage(
             "audio_tokens": 0,
         },
     }
+    if explanations:
+        usage["prompt_tokens_details"]["cache_explanations"] = explanations
+    return usage

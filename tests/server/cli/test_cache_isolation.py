@@ -1,0 +1,83 @@
+"""No answer to one key holds a token of another key's prompts: every output is searched."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import httpx
+import pytest
+
+# Characters of two tokens each that nothing else contains; half of one decodes to U+FFFD.
+SECRET = "ß¶§¤"
+BASE = "you are a helpful assistant of the company and answer briefly " * 4
+
+
+@pytest.fixture(scope="module")
+def server(start, tmp_path_factory):
+    keys = tmp_path_factory.mktemp("keys") / "keys.txt"
+    keys.write_text("red:key-red\nblue:key-blue\n")
+    return start("--api-key-file", keys, "--num-chunks", "24", "--max-model-len", "512")
+
+
+@pytest.fixture(scope="module")
+def shared(start, tmp_path_factory):
+    keys = tmp_path_factory.mktemp("keys") / "keys.txt"
+    keys.write_text("red:key-red\nblue:key-blue\n")
+    return start(
+        "--api-key-file", keys, "--num-chunks", "24", "--max-model-len", "512",
+        "--isolation", "off",
+    )  # fmt: skip
+
+
+def ask(server, key: str, path: str, body: dict) -> httpx.Response:
+    headers = {"authorization": f"Bearer key-{key}", "x-chunkllama-explain": "1"}
+    answer = httpx.post(server.url + path, json=body, headers=headers, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def complete(server, key: str, prompt: str) -> httpx.Response:
+    # the answer of a random model may be any byte; this one is "a"
+    (letter,) = ask(server, key, "/tokenize", {"prompt": "a"}).json()["tokens"]
+    body = {"model": server.model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+    return ask(server, key, "/v1/completions", body | {"allowed_token_ids": [letter]})
+
+
+def outputs(server, prompts: list[str]) -> list[tuple[str, str]]:
+    """Everything that the server tells blue, as (reason, text of head and body)."""
+    told = []
+    for prompt in prompts:
+        for path in ("/v1/cache/explain", "/v1/completions"):
+            answer = (
+                ask(server, "blue", path, {"prompt": prompt})
+                if path == "/v1/cache/explain"
+                else complete(server, "blue", prompt)
+            )
+            value = answer.json()
+            text = json.dumps(value, ensure_ascii=False) + answer.text + str(answer.headers)
+            if "usage" in value:
+                (value,) = value["usage"]["prompt_tokens_details"]["cache_explanations"]
+            told.append((value["reason"], text))
+    for path in ("/metrics", "/dashboard/data", "/v1/models"):
+        headers = {"authorization": "Bearer key-blue"}
+        told.append(("", httpx.get(server.url + path, headers=headers, timeout=60).text))
+    return told
+
+
+@pytest.mark.parametrize("kind", ["server", "shared"])
+def test_no_output_holds_another_keys_tokens(kind, request) -> None:
+    server = request.getfixturevalue(kind)
+    cuts = (1, 30, 63, 64, 65, 127, 128, 140)
+    for cut, turn in itertools.product(cuts, range(2)):
+        complete(server, "red", BASE[:cut] + SECRET * (3 + turn))
+    prompts = [BASE[:cut] + "abc" for cut in cuts] + [BASE, BASE + "more", "other"]
+    told = outputs(server, prompts) + outputs(server, prompts[::-1])
+    for reason, text in told:
+        assert not {*SECRET, "\ufffd"} & {*text}, (reason, text)
+        assert reason not in ("in_progress",)
+    reasons = {reason for reason, _ in told}
+    assert {"complete", "diverged"} <= reasons
+    if kind == "server":
+        first = told[0]
+        assert first[0] == "never_seen"
