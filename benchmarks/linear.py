@@ -32,7 +32,7 @@ from machine import cpu_name
 from chunkllama.backends.cpu.abi import BF16, TYPES, load_library
 from chunkllama.backends.cpu.build import LEVELS, available_levels
 from chunkllama.backends.cpu.memory import allocate_lazily
-from chunkllama.backends.cpu.packed import CLinear
+from chunkllama.backends.cpu.packed import MAX_PARTS, CLinear, CWeights
 
 # (outputs, inputs) of the demo model's layers and of a 1.1B Llama's (TinyLlama).
 SHAPES = {
@@ -73,11 +73,12 @@ class Weights:
         self.prepacked: list[torch.Tensor] = []
 
     def _pack(self, weight: torch.Tensor, offset: int) -> CLinear:
-        packed = CLinear(self.memory.data_ptr() + offset, None, *self.shape, BF16)
+        n, k = self.shape
+        packed = CWeights(self.memory.data_ptr() + offset, n, BF16)
         self.library.ck_pack(
-            weight.data_ptr(), BF16, *self.shape, ctypes.byref(packed), torch.get_num_threads()
+            *(weight.data_ptr(), BF16, n, k, ctypes.byref(packed), k, 0, torch.get_num_threads())
         )
-        return packed
+        return CLinear((CWeights * MAX_PARTS)(packed), None, n, k)
 
     def variants(self, rows: int) -> dict[str, Callable[[int], object]]:
         """Name -> product of ``rows`` rows with the copy of an index."""

@@ -80,7 +80,7 @@ class ModelConfig(ConfigGroup):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto",
         description="Type of weights and K/V. auto is the checkpoint's, except that a CPU takes "
-        "float32 for float16, and for bfloat16 where backend is reference and the CPU has no "
+        "bfloat16 for float16, and float32 where backend is reference and the CPU has no "
         "bfloat16 instructions.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -98,9 +98,11 @@ class ModelConfig(ConfigGroup):
         description="Kernels: reference (torch), cpu (C++), cuda; auto is the fastest "
         "that works here.",
     )
-    quantization: Literal["auto", "bf16", "int8"] = Field(
+    quantization: Literal["auto", "bf16", "int8", "int4"] = Field(
         default="auto",
-        description="Storage of linear layers. auto is the dtype's own; int8 needs backend cpu.",
+        description="Storage of linear layers. auto is the checkpoint's: quantized ones stay as "
+        "they are. int8 and int4 quantize any checkpoint while it is loaded (8.5 and 4.5 bits a "
+        "weight; the head of int4 is int8) and need backend cpu.",
     )
     max_model_len: int | None = Field(
         default=None,
@@ -148,7 +150,7 @@ class CacheConfig(ConfigGroup):
     kv_cache_memory: Bytes | None = Field(
         default=None,
         description="Memory of the pool, like 512MiB. Default on a CPU: a quarter of what is left "
-        "after loading the weights, at most 1 GiB.",
+        "after loading the weights, at most what max_num_seqs requests of max_model_len need.",
     )
 
 

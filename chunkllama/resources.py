@@ -13,7 +13,6 @@ from pathlib import Path
 
 from chunkllama.errors import ConfigError
 
-_GIB = 1 << 30
 _ROOT = Path("/")
 
 
@@ -53,13 +52,14 @@ def cache_folder() -> Path:
         raise ConfigError("this user has no home folder; set CHUNKLLAMA_CACHE") from None
 
 
-def default_kv_cache_memory(left: int) -> int:
-    """Return the default bytes of the chunk pool on a CPU: a quarter of what is left, up to 1 GiB.
+def default_kv_cache_memory(left: int, useful: int) -> int:
+    """Return the default bytes of the chunk pool on a CPU: a quarter of what is left.
 
     Args:
         left: bytes free once the weights are loaded.
+        useful: what the largest number of requests needs at their longest.
     """
-    return min(_GIB, left // 4)
+    return min(useful, left // 4)
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:

@@ -1,7 +1,6 @@
 """What every test stands on: one printed seed, and markers that say what was not run.
 
-``attention_plans`` (tests/attention/plans.py), ``hostile_files`` (tests/models), ``soak`` and
-``tiny_model`` are importable from every test module.
+The helper modules that ``_Helpers`` names are importable from every test module.
 """
 
 from __future__ import annotations
@@ -35,6 +34,8 @@ class _Helpers(MetaPathFinder):
         "soak": Path(__file__).parent / "soak.py",
         "soak_client": Path(__file__).parent / "soak_client.py",
         "tiny_model": Path(__file__).parent / "tiny_model.py",
+        "native_models": Path(__file__).parent / "backends" / "native_models.py",
+        "gguf_files": Path(__file__).parent / "models" / "gguf_files.py",
     }
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:

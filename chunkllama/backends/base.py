@@ -22,11 +22,12 @@ from chunkllama.backends.checks import (
     check_tpp_attention,
 )
 from chunkllama.backends.model import Linear, PlainModel, RunnableModel
+from chunkllama.backends.quantized import widen_model
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import Activation
 
 CopyTriple = tuple[int, int, int]
-Quantization = Literal["auto", "bf16", "fp32", "int8"]
+Quantization = Literal["auto", "bf16", "fp32", "int8", "int4"]
 
 _WIDENED_ROWS = 4096
 
@@ -86,6 +87,7 @@ class Backend(ABC):
     def fuse(self, model: PlainModel, quantization: Quantization = "auto") -> RunnableModel:
         """Return the model as this device runs it best: fused, or itself with packed weights.
 
+        Quantized weights are widened to the model's dtype where a backend has no kernels for them.
         ``model`` must not be used afterwards unless it is what is returned.
 
         Raises:
@@ -93,6 +95,7 @@ class Backend(ABC):
         """
         is_bf16 = model.weights.embedding.dtype == torch.bfloat16
         if quantization == "auto" or (quantization == "bf16" and is_bf16):
+            widen_model(model.weights, self.device)
             return model
         raise ConfigError(
             f"quantization: {quantization} is not available with the {self.name} backend; use auto"

@@ -11,6 +11,7 @@ from chunkllama.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     from chunkllama.backends.base import DevicePlan, KVCache
+    from chunkllama.backends.quantized import WeightRows
 
 
 @dataclass(slots=True)
@@ -46,15 +47,23 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class ModelWeights:
-    """A whole model; with tied embeddings ``lm_head.weight`` is the embedding matrix itself."""
+    """A whole model; with tied embeddings ``lm_head.weight`` is the embedding matrix itself.
+
+    Attributes:
+        embedding: its dtype is the model's; empty where ``embedding_rows`` holds the matrix.
+        embedding_rows: the quantized embedding matrix, which a tied head has as its only part.
+    """
 
     embedding: torch.Tensor
     layers: list[LayerWeights]
     norm: torch.Tensor
     lm_head: Linear
+    embedding_rows: WeightRows | None = None
 
     @property
     def is_tied(self) -> bool:
+        if self.embedding_rows is not None:
+            return getattr(self.lm_head, "parts", ()) == (self.embedding_rows,)
         return self.lm_head.weight is self.embedding
 
 

@@ -17,6 +17,8 @@ from chunkllama.messages import EngineReady
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.config import kv_bytes_per_chunk, read_spec, resolve_dtype
 from chunkllama.models.loading.hub import resolve_model
+from chunkllama.models.loading.safetensors import Checkpoint
+from chunkllama.models.loading.sizes import allocated_bytes
 from chunkllama.resources import default_kv_cache_memory, memory_left, usable_threads
 from chunkllama.scheduler.scheduler import Scheduler, SchedulerLimits
 
@@ -36,6 +38,8 @@ def build_engine(config: EngineConfig) -> EngineCore:
     spec = read_spec(folder)
     device = _device(config.model.device)
     dtype = resolve_dtype(spec, config.model.dtype, device, config.model.backend)
+    if (spec.dtype, dtype, config.model.dtype) == ("float16", "bfloat16", "auto"):
+        logger.info("dtype: float16 weights are stored as bfloat16; float32 keeps all their bits")
     max_model_len = _max_model_len(config, spec)
     chunk_size = config.cache.chunk_size
     num_chunks = _num_chunks(config, spec, folder, device, dtype)
@@ -82,7 +86,8 @@ def build_engine(config: EngineConfig) -> EngineCore:
         isa_level=executor.backend.isa_level,
     )
     logger.info(
-        "engine ready in %.1f s: %s, %s on %s (%s backend), %d chunks of %d tokens (%d MiB)",
+        "engine ready in %.1f s: %s, %s on %s (%s backend), %d chunks of %d tokens (%d MiB): "
+        "requests of up to %d tokens, %d of that length at once",
         time.monotonic() - started,
         config.model.model,
         dtype,
@@ -91,6 +96,11 @@ def build_engine(config: EngineConfig) -> EngineCore:
         num_chunks,
         chunk_size,
         num_chunks * kv_bytes_per_chunk(spec, chunk_size, dtype) >> 20,
+        info.max_request_tokens,
+        min(
+            num_chunks // -(-info.max_request_tokens // chunk_size),
+            config.scheduler.max_num_seqs,
+        ),
     )
     return EngineCore(scheduler, executor, info)
 
@@ -149,9 +159,11 @@ def _num_chunks(
     per_chunk = kv_bytes_per_chunk(spec, config.cache.chunk_size, dtype)
     memory = config.cache.kv_cache_memory
     if memory is None:
-        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        weights = allocated_bytes(Checkpoint(folder, spec), dtype, config.model.quantization)
         if device == "cpu":
-            memory = default_kv_cache_memory(memory_left() - weights)
+            longest = -(-_max_model_len(config, spec) // config.cache.chunk_size) * per_chunk
+            useful = config.scheduler.max_num_seqs * longest
+            memory = default_kv_cache_memory(memory_left() - weights, useful)
         else:
             memory = int((torch.cuda.mem_get_info()[0] - weights) * _GPU_POOL_SHARE)
     if memory < 2 * per_chunk:

@@ -127,8 +127,9 @@ def _tokenizer_eos(folder: Path) -> set[int]:
 def resolve_dtype(spec: ModelSpec, dtype: str, device: str, backend: str = "auto") -> str:
     """The dtype to compute in: ``auto`` is the checkpoint's, where the device is good at it.
 
-    On a CPU float16 becomes float32; so does bfloat16 with the reference backend where the CPU has
-    no instructions for it. The cpu backend widens bfloat16 at every level, at half the memory.
+    On a CPU float16 becomes bfloat16, for which there are instructions. The cpu backend computes
+    with bfloat16 weights at every level; the reference backend takes float32 where the CPU has no
+    instructions for it.
 
     Raises:
         ConfigError: an unknown name.
@@ -139,7 +140,7 @@ def resolve_dtype(spec: ModelSpec, dtype: str, device: str, backend: str = "auto
         return dtype
     if device == "cpu":
         fast = backend != "reference" or _cpu_has_bfloat16()
-        return "bfloat16" if spec.dtype == "bfloat16" and fast else "float32"
+        return "bfloat16" if spec.dtype != "float32" and fast else "float32"
     return spec.dtype
 
 

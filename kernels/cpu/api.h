@@ -5,7 +5,12 @@
 
 namespace chunkllama {
 
-enum Type : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
+// F16 only as the type of given weights and of scales.
+enum Type : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, F16 = 4 };
+
+// A second 16-bit value for each column and 32 k of a quantized weight: nothing, an offset that is
+// added to every weight, or the scale of the upper 16 k.
+enum Extra : int32_t { NO_EXTRA = 0, OFFSETS = 1, UPPER_SCALES = 2 };
 
 constexpr int CHUNK = 64;  // tokens per chunk
 
@@ -60,12 +65,25 @@ struct RopeArgs {
   void* kv;
 };
 
-// A weight [n, k] in packed order (linear.h); n is a multiple of 32, k of 64.
-struct Linear {
-  const void* weight;
-  const float* bias;  // [n] or null
-  int64_t n, k;
+// A matrix [n, k] in packed order (linear.h); n is a multiple of 32, k of 64. The fields after
+// `type` matter to quantized types.
+struct Weights {
+  const void* data;
+  int64_t n;
   int32_t type;
+  int32_t scale_type;  // BF16 or F16, of scales and offsets
+  int32_t extra;
+  float factor;        // INT4: the value of a code is table[code] * factor, a power of two that
+  const float* table;  // keeps the 16 entries within [-1, 1]
+};
+
+// A linear layer: matrices above each other, which may be of different types (queries in 4 bits,
+// values in 8). Unused parts have no columns.
+constexpr int MAX_PARTS = 3;
+struct Linear {
+  Weights parts[MAX_PARTS];
+  const float* bias;  // [n] or null
+  int64_t n, k;       // n: of all parts
 };
 
 struct Layer {
@@ -81,8 +99,9 @@ struct Model {
   const float* final_norm;
   float eps, scale;
   int32_t vector_rows;
-  const void* embedding;  // [vocab, hidden] row by row, or null: rows are read from the packed head
+  const void* embedding;  // [vocab, hidden] row by row, or null: rows are read from
   int32_t embedding_type;
+  Weights packed_embedding;
   Linear head;
 };
 

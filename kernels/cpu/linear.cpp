@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "quantized.h"
 #include "scratch.h"
 #include "tiles.h"
 #include "vec.h"
@@ -11,15 +12,17 @@ namespace chunkllama {
 namespace {
 
 constexpr int MAX_ROWS = 32;     // rows of one block product
-constexpr long AHEAD = 8192;     // distance in bytes at which weights are prefetched
 constexpr int64_t PANEL = 512;   // most rows of x that are multiplied by a unit before the next
 constexpr int64_t DEEP = 18;     // k blocks of 2 KB that stay in L1 during a panel's rows
 constexpr int TILE_PAIR = 2048;  // bytes of a k block of bf16: two tiles
 // From this many rows per thread on, each thread has rows of its own, which stay in its L2.
 constexpr int64_t LEAST_PANEL = 64;
 #if defined(__AVX512BF16__)
-// int8 weights with up to this many rows are multiplied as floats: widening a unit takes longer.
-constexpr int FEW_ROWS = 2;
+// Quantized weights with up to this many rows are multiplied as floats: widening a unit takes
+// longer.
+constexpr int few_rows(const Weights& w) {
+  return w.type == INT4 ? 4 : w.type == INT8 ? 2 : 0;
+}
 #endif
 #if defined(__AVX512BF16__) && !defined(__AMX_TILE__)
 #define PAIR_PRODUCTS 1  // bf16 products on the vector units
@@ -27,58 +30,6 @@ constexpr int FEW_ROWS = 2;
 constexpr int PAIR_ROWS = 12;
 // k blocks (128 KB of weights) that stay in L2 while all rows are multiplied by them.
 constexpr int64_t PAIR_PART = 64;
-#endif
-
-// The weights of a unit, and where those of the next one begin.
-struct Stream {
-  const char *at, *end, *next;
-  INLINE const char* ahead(const char* p) const {
-    const char* a = p + AHEAD;
-    return a < end ? a : next ? next + (a - end) : p;
-  }
-  INLINE void prefetch(const char* p, int bytes) const {
-    const char* a = ahead(p);
-    for (int i = 0; i < bytes; i += 64) prefetch_l2(a + i);
-  }
-};
-
-// Byte `nth` of each word (u = w + 128) times its column's scale: the byte becomes the top of the
-// mantissa of a float in [128, 256), and one multiply-add removes both offsets.
-// `twice` is 2 * scale, `offset` is -384 * scale.
-template <int NTH>
-INLINE Vec dequantize(IntVec words, Vec twice, Vec offset) {
-  const IntVec shifted = NTH < 2 ? words << (15 - 8 * NTH) : words >> (8 * NTH - 15);
-  return (Vec)((shifted & 0x7f8000) | 0x43000000) * twice + offset;
-}
-
-#if defined(__AVX512BF16__)
-// A k block of int8 as two bf16 tiles; the block at `next` is prefetched meanwhile. Truncating a
-// float to its upper half shrinks it by 2^-9 on average, for which the scale compensates.
-INLINE void widen(const char* from, char* tiles, const char* next) {
-  for (int half = 0; half < 2; half++) {
-    const Vec scale = load(reinterpret_cast<const bf16*>(from) + half * 16) * (1.f + 1.f / 512);
-    const Vec twice = scale * 2.f, offset = scale * -384.f;
-    const char* bytes = from + SCALES + half * 512;
-    for (int quad = 0; quad < 8; quad++, bytes += 64, tiles += 128) {
-      prefetch_l2(next + half * 512 + quad * 64);
-      IntVec v;
-      memcpy(&v, bytes, sizeof v);
-      auto pair = [](Vec a, Vec b) {
-        return (IntVec)_mm512_srli_epi32((__m512i)a, 16) | ((IntVec)b & (int32_t)0xffff0000);
-      };
-      const IntVec first = pair(dequantize<0>(v, twice, offset), dequantize<1>(v, twice, offset));
-      const IntVec second = pair(dequantize<2>(v, twice, offset), dequantize<3>(v, twice, offset));
-      memcpy(tiles, &first, sizeof first);
-      memcpy(tiles + 64, &second, sizeof second);
-    }
-  }
-}
-
-// A whole unit as bf16 tiles.
-void widen_unit(const Stream& w, char* tiles) {
-  for (const char* p = w.at; p < w.end; p += K_BYTES[INT8], tiles += TILE_PAIR)
-    widen(p, tiles, w.ahead(p));
-}
 #endif
 
 #if defined(__AMX_TILE__)
@@ -92,15 +43,20 @@ struct Rows {
 INLINE Rows rows_of(const char* x, long stride) { return {x, stride, 16 * stride, 64}; }
 INLINE Rows tiles_of(const char* x) { return {x, 64, TILE_PAIR / 2, TILE_PAIR}; }
 
-// acc [16 * ROW_TILES, 32] (+)= x * unit. int8 is widened one k block ahead of its use, through a
-// buffer that stays in L1. With many rows (X is STREAM), x is loaded with the hint that keeps it
+// acc [16 * ROW_TILES, 32] (+)= x * unit. Quantized weights are widened one k block ahead of their
+// use, through a buffer that stays in L1. With many rows (X is STREAM), x is loaded with the hint that keeps it
 // out of L1, where the unit stays, and for each k block `pace` bytes at `later` are prefetched.
-template <bool WIDEN, int ROW_TILES, Hint X>
+template <Type TYPE, int ROW_TILES, Hint X>
 INLINE void tile_product(Rows x, const Stream& w, bool prefetch, bool accumulate, float* acc,
                          const char* later = nullptr, int pace = 0) {
-  constexpr int bytes = WIDEN ? K_BYTES[INT8] : K_BYTES[BF16];
+  constexpr bool WIDEN = TYPE != BF16;
+  const int bytes = WIDEN ? block_bytes(*w.format) : TILE_PAIR;
   alignas(64) char ahead[WIDEN ? 2 * TILE_PAIR : 64];
-  if (WIDEN) widen(w.at, ahead, w.ahead(w.at));
+  auto widen_block = [&](const char* from, char* to) {
+    if constexpr (TYPE == INT4) widen_int4(*w.format, Table(w.format->table), from, to, w.ahead(from));
+    else if constexpr (TYPE == INT8) widen_int8(*w.format, from, to, w.ahead(from));
+  };
+  widen_block(w.at, ahead);
   int turn = 0;
   using Sum = TileSum<ROW_TILES, 2>;
   if (accumulate) Sum::load(acc, UNIT);
@@ -112,7 +68,7 @@ INLINE void tile_product(Rows x, const Stream& w, bool prefetch, bool accumulate
     if (WIDEN) {
       tiles = ahead + turn * TILE_PAIR;
       turn ^= 1;
-      if (p + bytes < w.end) widen(p + bytes, ahead + turn * TILE_PAIR, w.ahead(p + bytes));
+      if (p + bytes < w.end) widen_block(p + bytes, ahead + turn * TILE_PAIR);
     }
     Sum::template add_product<X, KEEP>(x.at, x.stride, x.lower, tiles, 64, TILE_PAIR / 2);
   }
@@ -187,38 +143,28 @@ constexpr int N = BLOCKS * 16 / W;
 template <Type TYPE, int R>
 INLINE void vector_product(const float* x, long x_stride, const Stream& w, bool prefetch,
                            int column, float* acc) {
+  if constexpr (TYPE == INT8) {
+    int8_product<R, N>(x, x_stride, w, prefetch, column, acc);
+    return;
+  } else if constexpr (TYPE == INT4) {
+    int4_product<R, N>(x, x_stride, w, prefetch, column, acc);
+    return;
+  }
   Vec c[R][N] = {};
-  for (const char* p = w.at; p < w.end; p += K_BYTES[TYPE], x += K_BLOCK[TYPE]) {
-    if (prefetch) w.prefetch(p, K_BYTES[TYPE]);
+  for (const char* p = w.at; p < w.end; p += CODE_BYTES[TYPE], x += K_BLOCK[TYPE]) {
+    if (prefetch) w.prefetch(p, CODE_BYTES[TYPE]);
     for (int j = 0; j < N; j++) {
       const int at = column + j * W;
       if constexpr (TYPE == F32) {
         const float* b = reinterpret_cast<const float*>(p) + at;
         for (int s = 0; s < 16; s++, b += UNIT)
           for (int r = 0; r < R; r++) c[r][j] += load(b) * set(x[r * x_stride + s]);
-      } else if constexpr (TYPE == BF16) {
+      } else {
         const bf16* b = reinterpret_cast<const bf16*>(p + at / 16 * 1024) + at % 16 * 2;
         for (int s = 0; s < 16; s++, b += 32) {
           const IntVec v = load_pairs(b);
           for (int r = 0; r < R; r++) c[r][j] += even(v) * set(x[r * x_stride + 2 * s]);
           for (int r = 0; r < R; r++) c[r][j] += odd(v) * set(x[r * x_stride + 2 * s + 1]);
-        }
-      } else {
-        const Vec scale = load(reinterpret_cast<const bf16*>(p) + at), twice = scale * 2.f,
-                  offset = scale * -384.f;
-        const char* b = p + SCALES + at / 16 * 512 + at % 16 * 4;
-        for (int s = 0; s < 8; s++, b += 64) {
-          IntVec v;
-          memcpy(&v, b, sizeof v);
-          auto add = [&](auto nth) {
-            constexpr int K = decltype(nth)::value;
-            const Vec w4 = dequantize<K>(v, twice, offset);
-            for (int r = 0; r < R; r++) c[r][j] += w4 * set(x[r * x_stride + 4 * s + K]);
-          };
-          add(std::integral_constant<int, 0>{});
-          add(std::integral_constant<int, 1>{});
-          add(std::integral_constant<int, 2>{});
-          add(std::integral_constant<int, 3>{});
         }
       }
     }
@@ -267,17 +213,25 @@ void block_product(const LinearArgs& a, int64_t first, int rows, const Stream& w
 #if defined(__AMX_TILE__)
   if (a.x_type == BF16) {
     const Rows x = rows_of(static_cast<const char*>(a.x) + first * a.x_stride * 2, a.x_stride * 2);
-    const bool widen = a.linear->type == INT8;
-    if (widen && rows > 16) tile_product<true, 2, KEEP>(x, w, prefetch, false, acc);
-    else if (widen) tile_product<true, 1, KEEP>(x, w, prefetch, false, acc);
-    else if (rows > 16) tile_product<false, 2, KEEP>(x, w, prefetch, false, acc);
-    else tile_product<false, 1, KEEP>(x, w, prefetch, false, acc);
+    auto run = [&](auto type) {
+      constexpr Type TYPE = Type(decltype(type)::value);
+      if (rows > 16) tile_product<TYPE, 2, KEEP>(x, w, prefetch, false, acc);
+      else tile_product<TYPE, 1, KEEP>(x, w, prefetch, false, acc);
+    };
+    switch (w.format->type) {
+      case INT8: run(std::integral_constant<int, INT8>{}); break;
+      case INT4: run(std::integral_constant<int, INT4>{}); break;
+      default: run(std::integral_constant<int, BF16>{});
+    }
     return;
   }
 #endif
-  if (a.linear->type == F32) vector_block<F32>(a, first, rows, w, prefetch, acc);
-  else if (a.linear->type == BF16) vector_block<BF16>(a, first, rows, w, prefetch, acc);
-  else vector_block<INT8>(a, first, rows, w, prefetch, acc);
+  switch (w.format->type) {
+    case F32: vector_block<F32>(a, first, rows, w, prefetch, acc); break;
+    case BF16: vector_block<BF16>(a, first, rows, w, prefetch, acc); break;
+    case INT8: vector_block<INT8>(a, first, rows, w, prefetch, acc); break;
+    default: vector_block<INT4>(a, first, rows, w, prefetch, acc);
+  }
 }
 
 template <class Y>
@@ -349,11 +303,11 @@ void panel_product(const LinearArgs& a, int64_t column, int64_t begin, int64_t e
   const int64_t advance = w.end - w.at > part ? MAX_ROWS * UNIT : 0;
   const char* later = w.next;
   for (const char* at = w.at; at < w.end; at += part) {
-    const Stream stream{at, std::min(at + part, w.end), nullptr};
+    const Stream stream{at, std::min(at + part, w.end), nullptr, w.format};
     const char* x = tiles + (at - w.at);
     float* to = acc;
     for (int64_t r = begin; r < end; r += MAX_ROWS, x += block, to += advance) {
-      tile_product<false, 2, STREAM>(tiles_of(x), stream, false, at != w.at, to, later, int(pace));
+      tile_product<BF16, 2, STREAM>(tiles_of(x), stream, false, at != w.at, to, later, int(pace));
       if (pace) later += (stream.end - at) / TILE_PAIR * pace;
       if (stream.end == w.end) finish_rows(a, column, r, std::min<int64_t>(MAX_ROWS, end - r), to);
     }
@@ -397,12 +351,8 @@ void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end,
   if (a.x_type == BF16 && end - begin > MAX_ROWS) {
     static thread_local Scratch<char> wide;
     static thread_local Scratch<float> panel;
-    if (a.linear->type == INT8) {
-      const int64_t bytes = a.linear->k / 32 * TILE_PAIR;
-      char* tiles = wide.fit(bytes);
-      widen_unit(w, tiles);
-      w = {tiles, tiles + bytes, nullptr};
-    }
+    if (is_quantized(*w.format))
+      w = widen_unit(w, a.linear->k, wide.fit(a.linear->k / 32 * TILE_PAIR));
     float* acc = panel.fit(PANEL * UNIT);
     panel_product(a, column, begin, end, packed, w, acc);
     return;
@@ -410,12 +360,8 @@ void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end,
 #elif defined(PAIR_PRODUCTS)
   if (a.x_type == BF16) {
     static thread_local Scratch<char> wide;
-    if (a.linear->type == INT8) {
-      const int64_t bytes = a.linear->k / 32 * TILE_PAIR;
-      char* tiles = wide.fit(bytes);
-      widen_unit(w, tiles);
-      w = {tiles, tiles + bytes, nullptr};
-    }
+    if (is_quantized(*w.format))
+      w = widen_unit(w, a.linear->k, wide.fit(a.linear->k / 32 * TILE_PAIR));
     pair_unit(a, column, begin, end, w);
     return;
   }
@@ -428,7 +374,22 @@ void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end,
   }
 }
 
+Stream unit_of(const Linear& l, int64_t unit) {
+  const Weights* w = l.parts;
+  for (; unit >= w->n / UNIT; w++) unit -= w->n / UNIT;
+  const int64_t bytes = l.k / K_BLOCK[w->type] * block_bytes(*w);
+  const char* at = static_cast<const char*>(w->data) + unit * bytes;
+  return {at, at + bytes, nullptr, w};
+}
+
 #if defined(__AVX512BF16__)
+// Whether all units are multiplied by floats: all parts are quantized and the rows are few.
+bool takes_floats(const LinearArgs& a) {
+  for (const Weights& w : a.linear->parts)
+    if (w.n && a.rows > few_rows(w)) return false;
+  return true;
+}
+
 // With x as floats, for the vector units.
 LinearArgs with_floats(LinearArgs a) {
   static thread_local Scratch<float> floats;
@@ -446,27 +407,26 @@ LinearArgs with_floats(LinearArgs a) {
 // pays only while many units of it are left.
 void run_panel(LinearArgs a, int64_t first, int64_t last, Phase& phase, int threads, bool late) {
   const Linear& l = *a.linear;
-  const int64_t units = l.n / UNIT, bytes = l.k / K_BLOCK[l.type] * K_BYTES[l.type];
+  const int64_t units = l.n / UNIT;
   if (late && phase.taken() > units * 3 / 4) return;
   // Two units of SILU_AND_MUL share the cache lines of y.
   const int64_t even = a.epilogue == SILU_AND_MUL ? 2 : 1;
   const int64_t grain = std::max<int64_t>(1, units / (16 * threads * even)) * even;
-  const char* weight = static_cast<const char*>(l.weight);
   const char* packed = nullptr;
   int64_t begin = phase.take(grain);
   while (begin < units) {
 #if defined(__AVX512BF16__)
-    if (l.type == INT8 && a.x_type == BF16 && a.rows <= FEW_ROWS) a = with_floats(a);
+    if (a.x_type == BF16 && takes_floats(a)) a = with_floats(a);
 #endif
 #if defined(__AMX_TILE__)
     if (!packed && a.x_type == BF16 && last - first > MAX_ROWS) packed = pack_panel(a, first, last);
 #endif
     const int64_t following = phase.take(grain), end = std::min(begin + grain, units);
     for (int64_t u = begin; u < end; u++) {
-      const char* at = weight + u * bytes;
       const int64_t after = u + 1 < end ? u + 1 : following;
-      run_unit(a, u, first, last, packed,
-               {at, at + bytes, after < units ? weight + after * bytes : nullptr});
+      Stream w = unit_of(l, u);
+      if (after < units) w.next = unit_of(l, after).at;
+      run_unit(a, u, first, last, packed, w);
     }
     phase.finish(end - begin);
     begin = following;

@@ -1,9 +1,11 @@
 // Linear layers on packed weights. A unit is 32 output columns, one sequential stream:
 //
 //   bf16  [n / 32][k / 32][2][16 pairs of k][16 columns][2]     two AMX tiles of 1 KB per 32 k
-//   int8  [n / 32][k / 32] of {[32] bf16 scales, [2][8 quads of k][16 columns][4]}:
-//         u = round(w / scale) + 128, one scale per column and 32 k. Activations are not rounded
+//   int8  [n / 32][k / 32] of {[32] scales, ([32] extra values,) [2][8 quads of k][16 columns][4]}:
+//         weight = (byte - 128) * scale, one scale per column and 32 k. Activations are not rounded
 //         to 8 bits: that costs ten times as much accuracy.
+//   int4  [n / 32][k / 32] of {[32] scales, ([32] extra values,) [2][4][16 columns] words}: the
+//         nth nibble of a word is the code of k = 8 * word + n, weight = value of the code * scale
 //   fp32  [n / 32][k][32 columns]
 #pragma once
 #include "api.h"
@@ -12,9 +14,16 @@
 namespace chunkllama {
 
 constexpr int UNIT = 32;
-constexpr int SCALES = 64;               // bytes of the scales before a k block of int8
-constexpr int K_BLOCK[] = {16, 32, 32};  // k per block of a unit, by Type
-constexpr int K_BYTES[] = {2048, 2048, SCALES + 1024};
+constexpr int SCALES = 64;  // bytes of the scales (and of extra values) before a quantized k block
+constexpr int K_BLOCK[] = {16, 32, 32, 32};          // k per block of a unit, by Type
+constexpr int CODE_BYTES[] = {2048, 2048, 1024, 512};  // of a block without scales
+
+inline bool is_quantized(const Weights& w) { return w.type == INT8 || w.type == INT4; }
+// Bytes of a block before its codes, and of all of it.
+inline int header_bytes(const Weights& w) {
+  return !is_quantized(w) ? 0 : w.extra ? 2 * SCALES : SCALES;
+}
+inline int block_bytes(const Weights& w) { return header_bytes(w) + CODE_BYTES[w.type]; }
 
 #if defined(__AVX512BF16__)
 constexpr Type NARROW_ACTIVATIONS = BF16;  // of models whose weights are bf16 or int8
@@ -58,13 +67,22 @@ int64_t panel_rows(int64_t rows, int threads);
 // threads).
 void linear_units(const LinearArgs& args, Phase* panels, int thread, int threads);
 
-// Packs rows of w [n, k] (F32 or BF16) into linear.type; rows beyond n and columns beyond k up to
-// the padded sizes are zero.
-void pack_units(const void* w, int32_t w_type, int64_t n, int64_t k, const Linear& packed,
+// Packs units [begin, end) of `packed`, [packed.n, packed_k]: column first + i is row i of w [n, k]
+// (F32, BF16 or F16). What lies beyond n and k is zero.
+void pack_units(const void* w, int32_t w_type, int64_t n, int64_t k, const Weights& packed,
+                int64_t packed_k, int64_t first, int64_t begin, int64_t end);
+
+// The same from codes [n, k], a byte each, and 16-bit scales and extra values [n, ceil(k / 32)]
+// (`extra` null without any), in the format of `packed`, INT8 or INT4.
+struct Codes {
+  const uint8_t* codes;
+  const uint16_t *scales, *extra;
+  int64_t n, k;
+};
+void pack_codes(const Codes& codes, const Weights& packed, int64_t packed_k, int64_t first,
                 int64_t begin, int64_t end);
 
-// Row `column` of the original weight, as floats: the embedding of a token whose table is the
-// packed head (not int8).
-void unpack_row(const Linear& packed, int64_t column, float* to, int64_t size);
+// Row `column` of the original weight, as floats: a token's embedding.
+void unpack_row(const Weights& packed, int64_t packed_k, int64_t column, float* to, int64_t size);
 
 }  // namespace chunkllama

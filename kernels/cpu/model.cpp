@@ -51,7 +51,7 @@ class Pass {
     float* to = s_.hidden + row * stride(m_.hidden);
     const int64_t id = s_.token_ids[row];
     if (!m_.embedding) {
-      unpack_row(m_.head, id, to, m_.hidden);
+      unpack_row(m_.packed_embedding, m_.head.k, id, to, m_.hidden);
       return;
     }
     for (int64_t i = 0; i < m_.hidden; i++)
@@ -166,12 +166,39 @@ EXPORT void ck_best(const Linear* linear, const void* x, int64_t x_stride, int32
   }
 }
 
-EXPORT void ck_pack(const void* w, int32_t w_type, int64_t n, int64_t k, const Linear* packed,
-                    int threads) {
+// Packs rows of w as columns [first, first + n) of `packed`; `first` is a multiple of 32, and what
+// lies behind them in their last unit is zero.
+EXPORT void ck_pack(const void* w, int32_t w_type, int64_t n, int64_t k, const Weights* packed,
+                    int64_t packed_k, int64_t first, int threads) {
   Phase units;
   parallel(threads, [&](int, int) {
-    units.run(packed->n / UNIT, 1, [&](int64_t begin, int64_t end) {
-      pack_units(w, w_type, n, k, *packed, begin, end);
+    units.run((n + UNIT - 1) / UNIT, 1, [&](int64_t begin, int64_t end) {
+      pack_units(w, w_type, n, k, *packed, packed_k, first, first / UNIT + begin,
+                 first / UNIT + end);
+    });
+  });
+}
+
+// The same from codes, a byte each, and 16-bit scales and extra values.
+EXPORT void ck_pack_codes(const uint8_t* codes, const uint16_t* scales, const uint16_t* extra,
+                          int64_t n, int64_t k, const Weights* packed, int64_t packed_k,
+                          int64_t first, int threads) {
+  const Codes given{codes, scales, extra, n, k};
+  Phase units;
+  parallel(threads, [&](int, int) {
+    units.run((n + UNIT - 1) / UNIT, 1, [&](int64_t begin, int64_t end) {
+      pack_codes(given, *packed, packed_k, first, first / UNIT + begin, first / UNIT + end);
+    });
+  });
+}
+
+// Columns [first, first + n) of packed weights as floats, y [n, k].
+EXPORT void ck_unpack(const Weights* packed, int64_t packed_k, int64_t first, int64_t n, int64_t k,
+                      float* y, int threads) {
+  Phase rows;
+  parallel(threads, [&](int, int) {
+    rows.run(n, row_grain(n, threads), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) unpack_row(*packed, packed_k, first + i, y + i * k, k);
     });
   });
 }

@@ -8,73 +8,189 @@
 namespace chunkllama {
 namespace {
 
+INLINE float f16_to_float(uint16_t x) {
+  uint16_t lane[W] = {x};
+  return load_f16(lane)[0];
+}
 INLINE float element(const void* w, int32_t type, int64_t i) {
-  return type == BF16 ? to_float(static_cast<const bf16*>(w)[i]) : static_cast<const float*>(w)[i];
+  if (type == F32) return static_cast<const float*>(w)[i];
+  const uint16_t half = static_cast<const uint16_t*>(w)[i];
+  return type == F16 ? f16_to_float(half) : to_float(half);
 }
 
-// Where element (column, k) of a packed weight lies: bytes from its start.
-INLINE int64_t packed_offset(const Linear& l, int64_t column, int64_t k) {
-  const int type = l.type;
-  const int64_t block = (column / UNIT * (l.k / K_BLOCK[type]) + k / K_BLOCK[type]) * K_BYTES[type];
-  const int64_t half = column % UNIT / 16, c = column % 16, within = k % K_BLOCK[type];
-  if (type == F32) return block + (within * UNIT + column % UNIT) * 4;
-  if (type == BF16) return block + half * 1024 + (within / 2 * 32 + c * 2 + within % 2) * 2;
-  return block + SCALES + half * 512 + within / 4 * 64 + c * 4 + within % 4;
+// Where the k block that holds (column, k) begins.
+INLINE char* block_of(const Weights& w, int64_t packed_k, int64_t column, int64_t k) {
+  const int64_t block = column / UNIT * (packed_k / K_BLOCK[w.type]) + k / K_BLOCK[w.type];
+  return static_cast<char*>(const_cast<void*>(w.data)) + block * block_bytes(w);
+}
+
+// Where the codes of a column begin in its block, and the code of k there: int8.
+INLINE int64_t byte_of(int64_t column, int64_t k) {
+  return column % UNIT / 16 * 512 + k / 4 * 64 + column % 16 * 4 + k % 4;
+}
+// int4: the byte, its lower nibble for even k.
+INLINE int64_t nibbles_of(int64_t column, int64_t k) {
+  return column % UNIT / 16 * 256 + k / 8 * 64 + column % 16 * 4 + k % 8 / 2;
+}
+
+// Stores the codes of one column and 32 k: `codes` one a byte.
+INLINE void store_codes(const Weights& w, char* block, int64_t column, const uint8_t* codes) {
+  char* to = block + header_bytes(w);
+  if (w.type == INT8) {
+    for (int i = 0; i < 32; i++) to[byte_of(column, i)] = char(codes[i]);
+  } else {
+    for (int i = 0; i < 32; i += 2)
+      to[nibbles_of(column, i)] = char((codes[i] & 15) | (codes[i + 1] & 15) << 4);
+  }
+}
+INLINE void store_scale(char* block, int64_t column, int place, uint16_t bits) {
+  memcpy(block + place * SCALES + column % UNIT * 2, &bits, 2);
+}
+
+// The largest magnitude with its sign; NaN if there is one.
+INLINE float extreme(const float* values) {
+  float top = 0;
+  for (int i = 0; i < 32; i++) {
+    if (values[i] != values[i]) return values[i];
+    if (std::fabs(values[i]) > std::fabs(top)) top = values[i];
+  }
+  return top;
+}
+INLINE float inverse_of(float scale) {
+  const float inverse = 1.f / scale;
+  return std::isfinite(inverse) ? inverse : 0.f;
+}
+
+// Codes of 32 values for a scale, and the sum of squared errors relative to `top`, the largest.
+template <int LOW, int HIGH>
+INLINE float round_codes(const float* values, float top, float scale, uint8_t* codes) {
+  const float inverse = inverse_of(scale), unit = inverse_of(top);
+  float error = 0;
+  for (int i = 0; i < 32; i++) {
+    const float q = std::min(float(HIGH), std::max(float(LOW), std::nearbyint(values[i] * inverse)));
+    codes[i] = uint8_t(int(q) + (HIGH > 7 ? 128 : 8));
+    const float off = (values[i] - q * scale) * unit;
+    error += off * off;
+  }
+  return error;
+}
+
+// The best of several scales that map the extreme value near -8 or 7, in squared error: values of
+// a block are rarely spread so that the extreme one should be exact.
+float int4_scale(const float* values, float top, uint8_t* codes) {
+  uint8_t tried[32];
+  float best = INFINITY, scale = 0;
+  for (float end : {-8.f, -7.6f, -7.2f, -6.8f, -8.5f, 7.f, 7.4f, 6.6f}) {
+    const float candidate = to_float(to_bf16(top / end));
+    const float error = round_codes<-8, 7>(values, top, candidate, tried);
+    if (!(error < best)) continue;
+    best = error, scale = candidate;
+    memcpy(codes, tried, 32);
+  }
+  return scale;
+}
+
+// Quantizes 32 values of a column; scales are bf16, so that any magnitude has one. A value that is
+// not finite makes the block NaN.
+void quantize(const Weights& w, char* block, int64_t column, const float* values) {
+  uint8_t codes[32];
+  const float top = extreme(values);
+  float scale = to_float(to_bf16(std::fabs(top) / 127.f));
+  if (!std::isfinite(top)) {
+    scale = NAN;
+    std::fill(codes, codes + 32, uint8_t(w.type == INT8 ? 129 : 9));
+  } else if (w.type == INT8) {
+    round_codes<-127, 127>(values, top, scale, codes);
+  } else if (top == 0) {
+    scale = 0;
+    std::fill(codes, codes + 32, uint8_t(8));
+  } else {
+    scale = int4_scale(values, top, codes);
+  }
+  store_scale(block, column, 0, to_bf16(scale));
+  store_codes(w, block, column, codes);
 }
 
 // Packs one column, given as floats padded with zeros.
-void pack_column(const Linear& l, int64_t column, const float* values) {
-  char* to = static_cast<char*>(const_cast<void*>(l.weight)) + packed_offset(l, column, 0);
-  if (l.type == F32) {
-    for (int64_t i = 0; i < l.k; i++) memcpy(to + i * UNIT * 4, values + i, 4);
-  } else if (l.type == BF16) {
-    for (int64_t block = 0; block < l.k; block += 32, to += K_BYTES[BF16])
+void pack_column(const Weights& w, int64_t packed_k, int64_t column, const float* values) {
+  for (int64_t k = 0; k < packed_k; k += K_BLOCK[w.type]) {
+    char* block = block_of(w, packed_k, column, k);
+    if (w.type == F32) {
+      for (int i = 0; i < K_BLOCK[F32]; i++)
+        memcpy(block + (i * UNIT + column % UNIT) * 4, values + k + i, 4);
+    } else if (w.type == BF16) {
+      char* to = block + column % UNIT / 16 * 1024 + column % 16 * 4;
       for (int i = 0; i < 32; i += 2) {
-        const uint32_t pair = to_bf16(values[block + i]) | uint32_t(to_bf16(values[block + i + 1]))
-                                                               << 16;
+        const uint32_t pair =
+            to_bf16(values[k + i]) | uint32_t(to_bf16(values[k + i + 1])) << 16;
         memcpy(to + i * 32, &pair, 4);
       }
-  } else {
-    char* scales = static_cast<char*>(const_cast<void*>(l.weight)) +
-                   packed_offset(l, column / UNIT * UNIT, 0) - SCALES;
-    for (int64_t block = 0; block < l.k;
-         block += 32, to += K_BYTES[INT8], scales += K_BYTES[INT8]) {
-      float top = 0;
-      for (int i = 0; i < 32; i++)
-        if (!(std::fabs(values[block + i]) <= top) && top == top)  // a NaN is kept
-          top = std::fabs(values[block + i]);
-      const bf16 scale = to_bf16(top / 127.f);
-      const float inverse = to_float(scale) > 0 ? 1.f / to_float(scale) : 0.f;
-      memcpy(scales + column % UNIT * 2, &scale, 2);
-      for (int i = 0; i < 32; i++) {
-        const long q = std::lrint(values[block + i] * inverse);
-        to[i / 4 * 64 + i % 4] = char(std::min(127L, std::max(-127L, q)) + 128);
-      }
+    } else {
+      quantize(w, block, column, values + k);
     }
   }
 }
 
 }  // namespace
 
-void pack_units(const void* w, int32_t w_type, int64_t n, int64_t k, const Linear& packed,
-                int64_t begin, int64_t end) {
+void pack_units(const void* w, int32_t w_type, int64_t n, int64_t k, const Weights& packed,
+                int64_t packed_k, int64_t first, int64_t begin, int64_t end) {
   static thread_local Scratch<float> column_values;
-  float* values = column_values.fit(packed.k);
-  std::fill(values, values + packed.k, 0.f);
+  float* values = column_values.fit(packed_k);
   for (int64_t column = begin * UNIT; column < end * UNIT; column++) {
-    for (int64_t i = 0; i < k; i++)
-      values[i] = column < n ? element(w, w_type, column * k + i) : 0.f;
-    pack_column(packed, column, values);
+    const int64_t row = column - first;
+    std::fill(values, values + packed_k, 0.f);
+    for (int64_t i = 0; row < n && i < k; i++) values[i] = element(w, w_type, row * k + i);
+    pack_column(packed, packed_k, column, values);
   }
 }
 
-void unpack_row(const Linear& packed, int64_t column, float* to, int64_t size) {
-  const char* from = static_cast<const char*>(packed.weight) + packed_offset(packed, column, 0);
-  const int64_t block = K_BLOCK[packed.type];
-  for (int64_t at = 0; at < size; at += block, from += K_BYTES[packed.type])
-    for (int64_t i = 0; i < std::min(block, size - at); i++)
-      to[at + i] = packed.type == F32 ? element(from, F32, i * UNIT)
-                                      : element(from, BF16, i / 2 * 32 + i % 2);
+void pack_codes(const Codes& codes, const Weights& packed, int64_t packed_k, int64_t first,
+                int64_t begin, int64_t end) {
+  const int64_t blocks = (codes.k + 31) / 32;
+  const uint8_t zero = packed.type == INT8 ? 128 : 8;
+  for (int64_t column = begin * UNIT; column < end * UNIT; column++) {
+    const int64_t row = column - first;
+    for (int64_t b = 0; b < packed_k / 32; b++) {
+      const bool inside = row < codes.n && b < blocks;
+      uint8_t padded[32];
+      std::fill(padded, padded + 32, zero);
+      if (inside)
+        memcpy(padded, codes.codes + row * codes.k + b * 32,
+               size_t(std::min<int64_t>(32, codes.k - b * 32)));
+      char* block = block_of(packed, packed_k, column, b * 32);
+      store_codes(packed, block, column, padded);
+      const int64_t at = row * blocks + b;
+      store_scale(block, column, 0, inside ? codes.scales[at] : 0);
+      if (packed.extra) store_scale(block, column, 1, inside ? codes.extra[at] : 0);
+    }
+  }
+}
+
+void unpack_row(const Weights& w, int64_t packed_k, int64_t column, float* to, int64_t size) {
+  const int64_t step = K_BLOCK[w.type];
+  for (int64_t at = 0; at < size; at += step) {
+    const char* block = block_of(w, packed_k, column, at);
+    const char* codes = block + header_bytes(w);
+    auto scale = [&](int place) {
+      return element(block + place * SCALES, w.scale_type, column % UNIT);
+    };
+    for (int64_t i = 0; i < std::min(step, size - at); i++) {
+      if (w.type == F32) {
+        to[at + i] = element(block, F32, i * UNIT + column % UNIT);
+      } else if (w.type == BF16) {
+        to[at + i] = element(block + column % UNIT / 16 * 1024, BF16,
+                             i / 2 * 32 + column % 16 * 2 + i % 2);
+      } else {
+        const float s = scale(w.extra == UPPER_SCALES && i >= 16 ? 1 : 0);
+        const float value =
+            w.type == INT8
+                ? float(uint8_t(codes[byte_of(column, i)]) - 128)
+                : w.table[uint8_t(codes[nibbles_of(column, i)]) >> i % 2 * 4 & 15] * w.factor;
+        to[at + i] = value * s + (w.extra == OFFSETS ? scale(1) : 0.f);
+      }
+    }
+  }
 }
 
 }  // namespace chunkllama

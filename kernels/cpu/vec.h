@@ -47,6 +47,26 @@ static INLINE Vec load(const int8_t* p) {
   memcpy(&b, p, sizeof b);
   return __builtin_convertvector(b, Vec);
 }
+// W half-precision floats.
+static INLINE Vec load_f16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  __m256i h;
+  memcpy(&h, p, sizeof h);
+  return (Vec)_mm512_cvtph_ps(h);
+#elif defined(__F16C__)
+  __m128i h;
+  memcpy(&h, p, sizeof h);
+  return (Vec)_mm256_cvtph_ps(h);
+#else
+  HalfVec h;
+  memcpy(&h, p, sizeof h);
+  const IntVec bits = __builtin_convertvector(h, IntVec), magnitude = (bits & 0x7fff) << 13;
+  // Multiplying by 2^112 moves the exponent's bias, for subnormal values too.
+  const IntVec finite = (IntVec)((Vec)magnitude * 5.192296858534828e33f);
+  const IntVec value = (bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : finite;
+  return (Vec)(value | (bits & 0x8000) << 16);
+#endif
+}
 // W pairs of 16-bit values: the even ones, then the odd ones, as floats.
 static INLINE IntVec load_pairs(const bf16* p) {
   IntVec v;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,34 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attention_plans import Case, random_case
+from attention_plans import random_case
+from native_models import SPEC, make_model, native_ops
 
-from chunkllama.attention.plan import Planner
-from chunkllama.backends.base import Backend, DevicePlan, Quantization
+from chunkllama.backends.base import Quantization
 from chunkllama.backends.cpu.backend import CpuBackend
-from chunkllama.backends.cpu.build import LEVELS, available_levels
 from chunkllama.backends.cpu.fused_model import FusedModel
 from chunkllama.backends.model import Linear
 from chunkllama.backends.reference.backend import ReferenceBackend
 from chunkllama.errors import ConfigError
-from chunkllama.model_spec import LayerSpec, ModelSpec
-from chunkllama.models.attention import Attention
-from chunkllama.models.llama import Llama
-from chunkllama.models.loading.weights import random_weights
-from chunkllama.models.rotary import rotary_tables
 
-# No size is a multiple of what the kernels pack by.
-SPEC = ModelSpec(
-    num_layers=2,
-    hidden_size=104,
-    intermediate_size=200,
-    num_qo_heads=9,
-    num_kv_heads=3,
-    head_dim=32,
-    vocab_size=1003,
-    max_position=2048,
-    layers=(LayerSpec(qkv_bias=True, output_bias=True, mlp_bias=True),),
-)
 # (computing dtype, packed weights) -> largest error of a logit; the logits' spread is about one.
 TOLERANCE = {
     (torch.float32, "auto"): 2e-5,
@@ -47,50 +28,6 @@ TOLERANCE = {
     (torch.float32, "int8"): 0.15,
     (torch.bfloat16, "int8"): 0.2,
 }
-
-
-SANITIZER = os.environ.get("CHUNKLLAMA_TEST_SANITIZER", "")
-
-
-@pytest.fixture(params=[level.name for level in LEVELS])
-def level(request: pytest.FixtureRequest) -> str:
-    if request.param not in {level.name for level in available_levels()}:
-        pytest.skip(f"not run: this CPU has no {request.param}")
-    return str(request.param)
-
-
-def native_ops(dtype: torch.dtype, level: str) -> CpuBackend:
-    return CpuBackend(
-        dtype=dtype,
-        head_dim=SPEC.head_dim,
-        num_kv_heads=SPEC.num_kv_heads,
-        level=level,
-        sanitizer=SANITIZER,
-    )
-
-
-def make_model(
-    backend: Backend, spec: ModelSpec, case: Case, dtype: torch.dtype
-) -> tuple[Llama, DevicePlan]:
-    """The model, and the plan of a step in which all earlier K/V are zero."""
-    kv = backend.allocate_kv(
-        num_layers=spec.num_layers,
-        num_chunks=case.num_chunks,
-        chunk_size=64,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=dtype,
-    )
-    for layer in kv.layers:
-        layer.zero_()
-    packing = backend.packing(
-        num_qo_heads=spec.num_qo_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim
-    )
-    heads, scale = spec.num_qo_heads, spec.head_dim**-0.5
-    attention = Attention(backend, kv, Planner(packing, 64), heads, scale)
-    rotary = rotary_tables(spec, spec.max_position)
-    model = Llama(spec, random_weights(spec, 0, dtype), attention, rotary)
-    return model, backend.upload_plan(case.plan(packing), kv, num_qo_heads=heads)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -35,7 +35,8 @@ def test_native_ops_are_clean_under(
         environment["ASAN_OPTIONS"] = "detect_leaks=0"
     longer = [each.name for each in LEVELS if each.name != level.name and level.name in each.name]
     chosen = " and not ".join([level.name, *longer])
-    files = [str(HERE / name) for name in ("test_native_ops.py", "test_native_model.py")]
+    names = ("test_native_ops.py", "test_native_model.py", "test_native_quantized.py")
+    files = [str(HERE / name) for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files],
         env=environment,

@@ -29,11 +29,14 @@ SPEC = ModelSpec(
         ("bfloat16", "cpu", False, "bfloat16"),
         ("bfloat16", "reference", False, "float32"),
         ("bfloat16", "reference", True, "bfloat16"),
-        ("float16", "cpu", True, "float32"),
+        ("float16", "cpu", True, "bfloat16"),
+        ("float16", "auto", False, "bfloat16"),
+        ("float16", "reference", False, "float32"),
+        ("float16", "reference", True, "bfloat16"),
         ("float32", "cpu", True, "float32"),
     ],
 )
-def test_a_cpu_keeps_bfloat16_where_its_kernels_widen_it(
+def test_a_cpu_stores_16_bits_where_its_kernels_widen_them(
     monkeypatch: pytest.MonkeyPatch, stored: str, backend: str, instructions: bool, expected: str
 ) -> None:
     monkeypatch.setattr(config, "_cpu_has_bfloat16", lambda: instructions)

@@ -11,8 +11,11 @@ import torch
 
 from chunkllama.backends.cpu.build import IsaLevel, NativeBuildError, build
 
-F32, BF16, INT8 = 0, 1, 2
+F32, BF16, INT8, INT4, F16 = range(5)
 TYPES: Final = {torch.float32: F32, torch.bfloat16: BF16}
+# Types that weights are packed from.
+SOURCE_TYPES: Final = {**TYPES, torch.float16: F16}
+NO_EXTRA, OFFSETS, UPPER_SCALES = range(3)
 
 
 _S = TypeVar("_S", bound=Structure)
@@ -93,7 +96,18 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
         None,
         [c_void_p, c_void_p, c_int64, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_int],
     ),
-    "ck_pack": (None, [c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int]),
+    "ck_pack": (
+        None,
+        [c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int],
+    ),
+    "ck_pack_codes": (
+        None,
+        [*([c_void_p] * 3), c_int64, c_int64, c_void_p, c_int64, c_int64, c_int],
+    ),
+    "ck_unpack": (
+        None,
+        [c_void_p, *([c_int64] * 4), c_void_p, c_int],
+    ),
 }
 
 

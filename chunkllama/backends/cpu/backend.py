@@ -33,9 +33,9 @@ from chunkllama.backends.cpu.packed import (
     UNIT,
     PackedLinear,
     pack_model,
-    packed_type,
     round_up,
     row_stride,
+    weight_types,
 )
 from chunkllama.backends.model import Linear, PlainModel, RunnableModel
 from chunkllama.errors import ConfigError
@@ -96,10 +96,10 @@ class CpuBackend(Backend):
         """Return one native call per step where the kernels know the model's specification; for any
         other the model itself, its linear layers packed.
         """
-        weight_type = packed_type(model.weights.embedding.dtype, quantization)
+        types = weight_types(model.weights, quantization)
         if can_fuse(model.spec):
-            return FusedModel(self.library, self.vector_rows, model, weight_type)
-        pack_model(self.library, model.weights, weight_type)
+            return FusedModel(self.library, self.vector_rows, model, types)
+        pack_model(self.library, model.weights, types)
         return model
 
     def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:

@@ -10,19 +10,26 @@ from typing import Final
 import torch
 
 from chunkllama.backends.base import DevicePlan, KVCache
-from chunkllama.backends.cpu.abi import BF16, INT8, TYPES, CHeads, CPlan, mirrors
+from chunkllama.backends.cpu.abi import BF16, TYPES, CHeads, CPlan, mirrors
 from chunkllama.backends.cpu.packed import (
     UNIT,
     Arena,
     CLinear,
+    CWeights,
+    Parts,
+    Storage,
+    WeightTypes,
     interleave,
     pack,
+    pack_matrix,
     packed_bytes,
     padded_bias,
+    parts_of,
     round_up,
     row_stride,
 )
 from chunkllama.backends.model import LayerWeights, Linear, ModelWeights, PlainModel
+from chunkllama.backends.quantized import WeightRows
 from chunkllama.model_spec import LayerSpec, ModelSpec
 
 KEPT_LOGIT_ROWS: Final = 64
@@ -42,7 +49,7 @@ class CModel(Structure):
         *(("layers", POINTER(CLayer)), ("num_layers", c_int64), ("heads", CHeads)),
         *(("hidden", c_int64), ("final_norm", c_void_p), ("eps", c_float), ("scale", c_float)),
         *(("vector_rows", c_int32), ("embedding", c_void_p), ("embedding_type", c_int32)),
-        ("head", CLinear),
+        *(("packed_embedding", CWeights), ("head", CLinear)),
     )
 
 
@@ -77,29 +84,28 @@ class FusedModel:
 
     Activations between the ops are bf16 (AMX) or float32, the residual stream is float32. The
     packed weights replace the model's, whose tensors are freed one by one; with tied embeddings
-    rows are read from the packed head, only int8 heads keep the embedding beside them.
+    rows are read from the packed head, unless packing it lost something that the embedding has.
 
     Args:
         library: of the level that runs it.
         vector_rows: query rows per kv head up to which attention runs on the vector units.
         model: of a specification that ``can_fuse`` accepts; it cannot run any more afterwards.
-        weight_type: of the packed matrices, see ``packed_type``.
+        types: of the packed matrices, see ``weight_types``.
     """
 
     def __init__(
-        self, library: ctypes.CDLL, vector_rows: int, model: PlainModel, weight_type: int
+        self, library: ctypes.CDLL, vector_rows: int, model: PlainModel, types: WeightTypes
     ) -> None:
         spec = model.spec
-        own = TYPES[model.weights.embedding.dtype]
-        self._type = weight_type
+        self._types = types
         self._library = library
-        activation = self._library.ck_activation_type(own)
+        activation = self._library.ck_activation_type(types.own)
         self._activation = torch.bfloat16 if activation == BF16 else torch.float32
         self._hidden, self._vocab = spec.hidden_size, spec.vocab_size
         self._kv: KVCache = model.kv
         self._cos_sin = model.rotary[0].float().contiguous()
         self._keep: list[torch.Tensor] = []
-        self._arena = Arena(packed_bytes(model.weights, self._type))
+        self._arena = Arena(self._size(model.weights))
         heads = CHeads(
             *(spec.num_qo_heads, spec.num_kv_heads, spec.head_dim),
             *(TYPES[self._kv.layers[0].dtype], activation),
@@ -192,6 +198,28 @@ class FusedModel:
             **{name: buffer.data_ptr() for name, buffer in self._buffers.items()},
         )
 
+    def _size(self, weights: ModelWeights) -> int:
+        """Bytes of all packed matrices."""
+        total = packed_bytes(self._parts(weights.lm_head, head=True))
+        if weights.embedding_rows is not None and not weights.is_tied:
+            rows = weights.embedding_rows
+            total += self._embedding_storage(rows).size(rows.rows, rows.columns)
+        for layer in weights.layers:
+            total += sum(
+                packed_bytes(self._parts(each)) for each in (layer.qkv, layer.output, layer.down)
+            )
+            total += packed_bytes(self._parts(layer.gate_up, interleaved=True))
+        return total
+
+    def _parts(self, linear: Linear, *, interleaved: bool = False, head: bool = False) -> Parts:
+        types = self._types
+        wanted = types.head if head else types.layers
+        return parts_of(linear, types.own, wanted, interleaved=interleaved)
+
+    def _embedding_storage(self, rows: WeightRows) -> Storage:
+        """An embedding beside the head stays as the checkpoint has it."""
+        return Storage(self._types.own) if rows.format is None else Storage.of(rows.format)
+
     def _pack_layer(self, layer: LayerWeights) -> CLayer:
         assert layer.input_norm is not None and layer.mlp_norm is not None
         return CLayer(
@@ -204,25 +232,28 @@ class FusedModel:
         )
 
     def _pack_head(self, weights: ModelWeights) -> None:
-        self._model.head = self._pack_matrix(weights.lm_head.weight, None)
-        if not weights.is_tied or self._type == INT8:
+        rows, is_tied = weights.embedding_rows, weights.is_tied
+        self._model.head = self._pack(weights.lm_head, head=True)
+        if rows is not None and not is_tied:
+            storage = self._embedding_storage(rows)
+            self._model.packed_embedding = pack_matrix(self._library, self._arena, rows, storage)
+        elif rows is not None or (is_tied and self._types.head in (None, self._types.own)):
+            self._model.packed_embedding = self._model.head.parts[0]
+        else:
             self._keep.append(weights.embedding.contiguous())
             self._model.embedding = self._keep[-1].data_ptr()
             self._model.embedding_type = TYPES[self._keep[-1].dtype]
-        weights.embedding = weights.lm_head.weight = torch.empty(0)
+        weights.embedding, weights.embedding_rows = torch.empty(0), None
 
-    def _pack(self, linear: Linear, *, interleaved: bool = False) -> CLinear:
-        weight, bias = linear.weight, linear.bias
-        if interleaved:
-            weight = interleave(weight)
-            bias = None if bias is None else interleave(bias)
-        packed = self._pack_matrix(weight, bias)
+    def _pack(self, linear: Linear, *, interleaved: bool = False, head: bool = False) -> CLinear:
+        bias_address = 0
+        if linear.bias is not None:
+            bias = interleave(linear.bias) if interleaved else linear.bias
+            bias_address = self._vector(padded_bias(bias))
+        parts = self._parts(linear, interleaved=interleaved, head=head)
+        packed = pack(self._library, self._arena, parts, bias_address)
         linear.weight, linear.bias = torch.empty(0), None
         return packed
-
-    def _pack_matrix(self, weight: torch.Tensor, bias: torch.Tensor | None) -> CLinear:
-        address = 0 if bias is None else self._vector(padded_bias(bias))
-        return pack(self._library, self._arena, weight, address, self._type)
 
     def _vector(self, values: torch.Tensor) -> int:
         """A float32 copy that lives as long as the model."""

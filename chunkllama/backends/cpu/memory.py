@@ -16,6 +16,7 @@ import torch
 
 MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; elsewhere the call fails and pages come as touched
 HUGE_PAGE: Final = 2 << 20
+COMMITTED: Final = 1 << 30  # bytes of a pool that are committed ahead; zeroing more takes seconds
 
 
 def allocate_lazily(elements: int, dtype: torch.dtype) -> torch.Tensor:
@@ -38,7 +39,8 @@ def allocate_lazily(elements: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def commit_in_background(layers: list[torch.Tensor]) -> threading.Thread:
-    """Let the system commit the layers' pages, the low chunks of every layer first.
+    """Let the system commit the layers' pages, the low chunks of every layer first, ``COMMITTED``
+    bytes in all.
 
     What the pages hold stays as it is, so the pool can be used meanwhile. The thread ends early
     where the system cannot do it.
@@ -56,7 +58,7 @@ def _commit(layers: list[torch.Tensor]) -> None:
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     page = os.sysconf("SC_PAGE_SIZE")
     size = layers[0].numel() * layers[0].element_size()
-    for begin in range(0, size, HUGE_PAGE):
+    for begin in range(0, min(size, max(COMMITTED // len(layers), HUGE_PAGE)), HUGE_PAGE):
         for layer in layers:
             start = (layer.data_ptr() + begin) // page * page
             end = layer.data_ptr() + min(begin + HUGE_PAGE, size)

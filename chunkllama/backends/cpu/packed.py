@@ -3,30 +3,105 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import Structure, c_int32, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import torch
 
 from chunkllama.backends.base import Quantization
-from chunkllama.backends.cpu.abi import BF16, F32, INT8, TYPES, mirrors
+from chunkllama.backends.cpu.abi import (
+    BF16,
+    F16,
+    F32,
+    INT4,
+    INT8,
+    NO_EXTRA,
+    OFFSETS,
+    SOURCE_TYPES,
+    TYPES,
+    UPPER_SCALES,
+    mirrors,
+)
 from chunkllama.backends.cpu.memory import allocate_lazily
 from chunkllama.backends.model import Linear, ModelWeights
+from chunkllama.backends.quantized import (
+    Codes,
+    QuantFormat,
+    QuantizedLinear,
+    StackedRows,
+    WeightRows,
+    is_quantized,
+    rows_of,
+    widened,
+)
 from chunkllama.errors import ConfigError
 
-WEIGHT_TYPES: Final = {"fp32": F32, "bf16": BF16, "int8": INT8}
-BITS: Final = {F32: 32, BF16: 16, INT8: 8.5}  # int8: with a bf16 scale for each 32 of them
 UNIT: Final = 32  # output columns that are packed together
 STRIDE: Final = 64  # k of packed weights is a multiple of this
+MAX_PARTS: Final = 3
+_EXTRAS: Final = {"none": NO_EXTRA, "offsets": OFFSETS, "upper_scales": UPPER_SCALES}
+_CODE_BITS: Final = {F32: 32, BF16: 16, INT8: 8, INT4: 4}
+_CHUNK_ELEMENTS: Final = 1 << 21  # weights that are read and packed at a time
+
+
+@mirrors("Weights")
+class CWeights(Structure):
+    _fields_ = (
+        *(("data", c_void_p), ("n", c_int64), ("type", c_int32), ("scale_type", c_int32)),
+        *(("extra", c_int32), ("factor", c_float), ("table", c_void_p)),
+    )
 
 
 @mirrors("Linear")
 class CLinear(Structure):
     _fields_ = (
-        *(("weight", c_void_p), ("bias", c_void_p)),
-        *(("n", c_int64), ("k", c_int64), ("type", c_int32)),
+        *(("parts", CWeights * MAX_PARTS), ("bias", c_void_p)),
+        *(("n", c_int64), ("k", c_int64)),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How a matrix is packed: ``type`` and, for quantized types, the fields of ``Weights``."""
+
+    type: int
+    scale_type: int = BF16
+    extra: int = NO_EXTRA
+    values: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, format_: QuantFormat) -> Storage:
+        """Return the storage that holds a format's codes as they are."""
+        return cls(
+            INT4 if format_.bits == 4 else INT8,
+            F16 if format_.scale_dtype == torch.float16 else BF16,
+            _EXTRAS[format_.extra],
+            format_.values,
+        )
+
+    def size(self, rows: int, columns: int) -> int:
+        """Bytes of a matrix."""
+        n, k = _padded(rows, columns)
+        scales = 0 if self.type in (F32, BF16) else 1 if self.extra == NO_EXTRA else 2
+        return round_up(n * k * _CODE_BITS[self.type] // 8 + n * k // 32 * 2 * scales, STRIDE)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightTypes:
+    """Types of a model's packed matrices.
+
+    Attributes:
+        own: of what is not quantized.
+        layers: of all matrices of the layers; None: as the checkpoint has them.
+        head: the same of the head.
+    """
+
+    own: int
+    layers: int | None = None
+    head: int | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,48 +133,190 @@ class Arena:
         return self.memory.data_ptr() + at
 
 
-def packed_type(dtype: torch.dtype, quantization: Quantization) -> int:
-    """Type of the packed matrices of a model whose weights have ``dtype``.
+def weight_types(weights: ModelWeights, quantization: Quantization) -> WeightTypes:
+    """Return the types of a model's packed matrices.
+
+    The head of a quantized model is int8 unless the checkpoint has it quantized: its 4-bit error
+    would reach every logit.
 
     Raises:
         ConfigError: an unknown quantization, or one wider than the model's own type.
     """
-    own = TYPES[dtype]
-    if quantization == "auto":
-        return own
-    if quantization not in WEIGHT_TYPES:
-        raise ConfigError(
-            f"quantization: {quantization!r} is not one of auto, {', '.join(WEIGHT_TYPES)}"
+    own = TYPES[weights.embedding.dtype]
+    head_is_quantized = isinstance(weights.lm_head, QuantizedLinear)
+    match quantization:
+        case "auto":
+            head = INT8 if is_quantized(weights) and not head_is_quantized else None
+            return WeightTypes(own, None, head)
+        case "int8" | "int4":
+            return WeightTypes(own, INT4 if quantization == "int4" else INT8, INT8)
+        case "bf16" | "fp32":
+            wanted = BF16 if quantization == "bf16" else F32
+            if wanted == own:
+                return WeightTypes(own, own, own)
+            raise ConfigError(
+                f"quantization: {quantization} does not fit --dtype; use auto, int8 or int4"
+            )
+    raise ConfigError(f"quantization: {quantization!r} is not one of auto, fp32, bf16, int8, int4")
+
+
+Parts = list[tuple[WeightRows, Storage]]
+
+
+def parts_of(linear: Linear, own: int, wanted: int | None, *, interleaved: bool = False) -> Parts:
+    """Return the matrices that a layer is packed as.
+
+    Codes are kept where ``wanted`` is None; what has none, or cannot be stacked by whole units, is
+    widened to ``own``.
+    """
+    sources = rows_of(linear)
+    if interleaved:
+        sources = (InterleavedRows(*_halves(sources)),)
+    if wanted is not None:
+        return [(StackedRows(sources), Storage(wanted))]
+    groups: list[list[WeightRows]] = []
+    for source in sources:
+        if groups and groups[-1][0].format == source.format:
+            groups[-1].append(source)
+        else:
+            groups.append([source])
+    stacked = [StackedRows(group) for group in groups]
+    if len(stacked) > MAX_PARTS or any(rows.rows % UNIT for rows in stacked[:-1]):
+        return [(StackedRows(sources), Storage(own))]
+    return [
+        (rows, Storage(own) if rows.format is None else Storage.of(rows.format)) for rows in stacked
+    ]
+
+
+def _halves(sources: Sequence[WeightRows]) -> tuple[WeightRows, WeightRows]:
+    """The gate and the up projection."""
+    if len(sources) == 2:
+        return sources[0], sources[1]
+    stacked = StackedRows(sources)
+    half = stacked.rows // 2
+    return _Slice(stacked, 0, half), _Slice(stacked, half, half)
+
+
+class _Slice(WeightRows):
+    def __init__(self, source: WeightRows, first: int, rows: int) -> None:
+        self._source, self._first = source, first
+        self.rows, self.columns, self.format = rows, source.columns, source.format
+
+    def floats(self, begin: int, end: int) -> torch.Tensor:
+        return self._source.floats(self._first + begin, self._first + end)
+
+    def codes(self, begin: int, end: int) -> Codes:
+        return self._source.codes(self._first + begin, self._first + end)
+
+
+class InterleavedRows(WeightRows):
+    """16 rows of gate, 16 of up, ...: each padded with zeros to whole strides.
+
+    Ranges begin and end at multiples of 32.
+    """
+
+    def __init__(self, gate: WeightRows, up: WeightRows) -> None:
+        self._both = (gate, up)
+        self.rows, self.columns = 2 * round_up(gate.rows, STRIDE), gate.columns
+        self.format = gate.format if gate.format == up.format else None
+
+    def floats(self, begin: int, end: int) -> torch.Tensor:
+        gate, up = (half.floats(*self._range(begin, end)) for half in self._both)
+        if gate.dtype != up.dtype:
+            gate, up = gate.float(), up.float()
+        return _interleaved(gate, up, end - begin)
+
+    def codes(self, begin: int, end: int) -> Codes:
+        gate, up = (half.codes(*self._range(begin, end)) for half in self._both)
+        extra = None
+        if gate.extra is not None and up.extra is not None:
+            extra = _interleaved(gate.extra, up.extra, end - begin)
+        return Codes(
+            gate.format,
+            _interleaved(gate.codes, up.codes, end - begin),
+            _interleaved(gate.scales, up.scales, end - begin),
+            extra,
         )
-    wanted = WEIGHT_TYPES[quantization]
-    if wanted not in (INT8, own):
-        raise ConfigError(f"quantization: {quantization} does not fit --dtype; use auto or int8")
-    return wanted
+
+    def _range(self, begin: int, end: int) -> tuple[int, int]:
+        return min(begin // 2, self._both[0].rows), min(end // 2, self._both[0].rows)
 
 
-def packed_bytes(weights: ModelWeights, weight_type: int) -> int:
-    """Size of all packed matrices, the gate and up projections interleaved."""
-    shapes = [tuple(weights.lm_head.weight.shape)]
-    for layer in weights.layers:
-        rows, columns = layer.gate_up.weight.shape
-        shapes += [tuple(x.weight.shape) for x in (layer.qkv, layer.output, layer.down)]
-        shapes.append((2 * round_up(rows // 2, STRIDE), columns))
-    return sum(_matrix_bytes(n, k, weight_type) for n, k in shapes)
+def _interleaved(gate: torch.Tensor, up: torch.Tensor, rows: int) -> torch.Tensor:
+    both = gate.new_zeros(rows // 32, 2, 16, *gate.shape[1:])
+    for at, part in enumerate((gate, up)):
+        padding = (0, 0) * (part.dim() - 1) + (0, rows // 2 - len(part))
+        both[:, at] = torch.nn.functional.pad(part, padding).view(-1, 16, *part.shape[1:])
+    return both.flatten(0, 2)
 
 
-def pack(
-    library: ctypes.CDLL, arena: Arena, weight: torch.Tensor, bias_address: int, weight_type: int
-) -> CLinear:
-    """Copy a matrix [out, in] into the arena; ``bias_address``: [round_up(out, UNIT)] float32."""
-    weight = weight.contiguous()
-    n, k = _padded(*weight.shape)
-    address = arena.take(_matrix_bytes(n, k, weight_type))
-    packed = CLinear(address, bias_address, n, k, weight_type)
-    library.ck_pack(
-        *(weight.data_ptr(), TYPES[weight.dtype], *weight.shape, ctypes.byref(packed)),
-        torch.get_num_threads(),
+def interleave(stacked: torch.Tensor) -> torch.Tensor:
+    """[gate; up] of a bias -> 16 of gate, 16 of up, ...: zeros pad each to whole strides."""
+    gate, up = stacked.chunk(2)
+    return _interleaved(gate, up, 2 * round_up(len(gate), STRIDE))
+
+
+def packed_bytes(parts: Parts) -> int:
+    """Bytes of a packed layer."""
+    return sum(storage.size(rows.rows, rows.columns) for rows, storage in parts)
+
+
+def pack(library: ctypes.CDLL, arena: Arena, parts: Parts, bias_address: int) -> CLinear:
+    """Copy matrices into the arena; ``bias_address``: [round_up(out, UNIT)] float32."""
+    packed = [pack_matrix(library, arena, rows, storage) for rows, storage in parts]
+    k = _padded(0, parts[0][0].columns)[1]
+    unused = [CWeights()] * (MAX_PARTS - len(packed))
+    n = sum(weights.n for weights in packed)
+    return CLinear((CWeights * MAX_PARTS)(*packed, *unused), bias_address, n, k)
+
+
+def pack_matrix(library: ctypes.CDLL, arena: Arena, rows: WeightRows, storage: Storage) -> CWeights:
+    """Copy one matrix into the arena, some rows at a time."""
+    n, k = _padded(rows.rows, rows.columns)
+    table, factor = _table(storage.values)
+    weights = CWeights(
+        *(arena.take(storage.size(rows.rows, rows.columns)), n, storage.type, storage.scale_type),
+        *(storage.extra, factor, table.data_ptr()),
     )
-    return packed
+    keeps_codes = rows.format is not None and Storage.of(rows.format) == storage
+    step = max(_CHUNK_ELEMENTS // rows.columns // STRIDE, 1) * STRIDE
+    threads = torch.get_num_threads()
+    for begin in range(0, rows.rows, step):
+        end = min(begin + step, rows.rows)
+        if keeps_codes:
+            codes = rows.codes(begin, end)
+            held = [x.contiguous() for x in (codes.codes, codes.scales)]
+            extra = None if codes.extra is None else codes.extra.contiguous()
+            library.ck_pack_codes(
+                *(held[0].data_ptr(), held[1].data_ptr()),
+                None if extra is None else extra.data_ptr(),
+                *(end - begin, rows.columns, ctypes.byref(weights), k, begin, threads),
+            )
+        else:
+            values = rows.floats(begin, end).contiguous()
+            library.ck_pack(
+                *(values.data_ptr(), SOURCE_TYPES[values.dtype], end - begin, rows.columns),
+                *(ctypes.byref(weights), k, begin, threads),
+            )
+    return weights
+
+
+@cache  # the kernels keep pointers to them
+def _table(values: tuple[float, ...] | None) -> tuple[torch.Tensor, float]:
+    """The values of the codes within [-1, 1], and the power of two they are to be multiplied by."""
+    numbers = torch.tensor(values or range(-8, 8), dtype=torch.float64)
+    factor = 2.0 ** torch.ceil(torch.log2(numbers.abs().max())).item()
+    return (numbers / factor).float(), factor
+
+
+def unpack(library: ctypes.CDLL, weights: CWeights, rows: int, columns: int) -> torch.Tensor:
+    """Return packed weights as floats [rows, columns]."""
+    y = torch.empty(rows, columns)
+    library.ck_unpack(
+        *(ctypes.byref(weights), _padded(0, columns)[1], 0, rows, columns),
+        *(y.data_ptr(), torch.get_num_threads()),
+    )
+    return y
 
 
 def padded_bias(bias: torch.Tensor) -> torch.Tensor:
@@ -108,42 +325,37 @@ def padded_bias(bias: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(bias.float(), (0, size - len(bias))).contiguous()
 
 
-def pack_linear(library: ctypes.CDLL, linear: Linear, weight_type: int) -> PackedLinear:
+def pack_linear(library: ctypes.CDLL, linear: Linear, own: int, wanted: int | None) -> PackedLinear:
     """Pack one layer into memory of its own; ``linear`` gives its weight back."""
-    out, columns = linear.weight.shape
-    arena = Arena(_matrix_bytes(out, columns, weight_type))
+    parts = parts_of(linear, own, wanted)
+    arena = Arena(packed_bytes(parts))
     memory: tuple[torch.Tensor, ...] = (arena.memory,)
     bias_address = 0
     if linear.bias is not None:
         bias = padded_bias(linear.bias)
         memory, bias_address = (arena.memory, bias), bias.data_ptr()
-    packed = pack(library, arena, linear.weight, bias_address, weight_type)
+    packed = pack(library, arena, parts, bias_address)
+    out = sum(rows.rows for rows, _ in parts)
     return PackedLinear(torch.empty(0), packed=packed, out=out, memory=memory)
 
 
-def pack_model(library: ctypes.CDLL, weights: ModelWeights, weight_type: int) -> None:
+def pack_model(library: ctypes.CDLL, weights: ModelWeights, types: WeightTypes) -> None:
     """Replace every linear layer of a model by its packed form, one at a time, and norms by float32
-    ones. The embedding stays: its rows are looked up.
+    ones. The embedding is a tensor of the model's dtype afterwards: its rows are looked up.
     """
     for layer in weights.layers:
         for name in ("qkv", "output", "gate_up", "down"):
-            setattr(layer, name, pack_linear(library, getattr(layer, name), weight_type))
+            packed = pack_linear(library, getattr(layer, name), types.own, types.layers)
+            setattr(layer, name, packed)
         for name in ("input", "q", "k", "attention_output", "mlp", "mlp_output"):
             norm = getattr(layer, f"{name}_norm")
             setattr(layer, f"{name}_norm", None if norm is None else norm.float())
     weights.norm = weights.norm.float()
-    weights.lm_head = pack_linear(library, weights.lm_head, weight_type)
-
-
-def interleave(stacked: torch.Tensor) -> torch.Tensor:
-    """[gate; up] -> 16 rows of gate, 16 of up, ...: each padded with zeros to whole strides."""
-    gate, up = stacked.chunk(2)
-    size = round_up(len(gate), STRIDE)
-    both = stacked.new_zeros(size // 16, 2, 16, *stacked.shape[1:])
-    for at, part in enumerate((gate, up)):
-        padded = torch.nn.functional.pad(part, (0, 0) * (part.dim() - 1) + (0, size - len(part)))
-        both[:, at] = padded.view(size // 16, 16, *stacked.shape[1:])
-    return both.flatten(0, 2)
+    weights.lm_head = pack_linear(library, weights.lm_head, types.own, types.head)
+    if weights.embedding_rows is not None:
+        dtype, device = weights.embedding.dtype, torch.device("cpu")
+        weights.embedding = widened([weights.embedding_rows], dtype, device)
+        weights.embedding_rows = None
 
 
 def row_stride(width: int) -> int:
@@ -158,8 +370,3 @@ def round_up(value: int, unit: int) -> int:
 
 def _padded(out: int, columns: int) -> tuple[int, int]:
     return round_up(out, UNIT), round_up(columns, STRIDE)
-
-
-def _matrix_bytes(out: int, columns: int, weight_type: int) -> int:
-    n, k = _padded(out, columns)
-    return round_up(int(n * k * BITS[weight_type]) // 8, STRIDE)

@@ -1,7 +1,9 @@
-"""GGUF files, read once: dequantized, renamed and written as a Hugging Face folder.
+"""GGUF files as Hugging Face folders: indexed, or dequantized once.
 
-What the file holds is kept exactly: quantized tensors become float32 (their values need it), F16,
-BF16 and F32 tensors stay as they are. ``dtype`` in config.json says what to compute in.
+A file is served from where it lies: ``index_gguf`` writes configuration and tokenizer files, the
+vectors, and where each matrix is. ``convert_gguf`` writes a whole folder that other programs read
+too. What the file holds is kept exactly: quantized tensors become float32 there (their values need
+it), F16, BF16 and F32 tensors stay as they are. ``dtype`` in config.json says what to compute in.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkllama.errors import ConfigError
+from chunkllama.models.loading.gguf_index import write_index
 from chunkllama.models.loading.gguf_layout import check_gguf
 from chunkllama.models.loading.gguf_tokenizer import tokenizer_files
 
@@ -44,6 +47,33 @@ _ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
+def index_gguf(path: Path, folder: Path) -> None:
+    """Write ``folder`` for a file that is served from where it lies.
+
+    Args:
+        path: a GGUF file of the llama architecture.
+        folder: exists and is empty.
+
+    Raises:
+        ConfigError: as ``convert_gguf``.
+    """
+
+    def write(tensors: list[tuple[str, ReaderTensor]], heads: dict[str, int]) -> None:
+        vectors = [(name, tensor) for name, tensor in tensors if len(tensor.shape) < 2]
+        _write_safetensors(folder / "model.safetensors", vectors, heads, lambda done, total: None)
+        write_index(
+            folder,
+            path,
+            [
+                (name, tensor, _permuted_heads(name, heads))
+                for name, tensor in tensors
+                if len(tensor.shape) == 2
+            ],
+        )
+
+    _read(path, folder, write)
+
+
 def convert_gguf(path: Path, folder: Path, on_progress: Callable[[int, int], None]) -> None:
     """Write ``folder``: model.safetensors, config, generation config and tokenizer files.
 
@@ -56,9 +86,21 @@ def convert_gguf(path: Path, folder: Path, on_progress: Callable[[int, int], Non
         ConfigError: not a GGUF file, another architecture, or a tensor or tokenizer kind that has
             no equivalent.
     """
+
+    def write(tensors: list[tuple[str, ReaderTensor]], heads: dict[str, int]) -> None:
+        _write_safetensors(folder / "model.safetensors", tensors, heads, on_progress)
+
+    _read(path, folder, write)
+
+
+# Named tensors, and the heads of the modules whose rows llama.cpp reorders.
+_Writer = Callable[[list[tuple[str, "ReaderTensor"]], dict[str, int]], None]
+
+
+def _read(path: Path, folder: Path, write: _Writer) -> None:
     check_gguf(path)
     try:
-        _convert(path, folder, on_progress)
+        _convert(path, folder, write)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # The layout is sound but the values contradict each other.
         reason = " ".join(str(error).split())[:200]
@@ -68,7 +110,7 @@ def convert_gguf(path: Path, folder: Path, on_progress: Callable[[int, int], Non
         ) from None
 
 
-def _convert(path: Path, folder: Path, on_progress: Callable[[int, int], None]) -> None:
+def _convert(path: Path, folder: Path, write: _Writer) -> None:
     reader = _open(path)
     metadata = _Metadata(path, reader)
     architecture = metadata.text("general.architecture")
@@ -83,10 +125,8 @@ def _convert(path: Path, folder: Path, on_progress: Callable[[int, int], None]) 
         **tokenizer_files(path, metadata.values),
     }.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1))
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    _write_safetensors(
-        folder / "model.safetensors", _tensors(path, reader), heads, kv_heads, on_progress
-    )
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    write(list(_tensors(path, reader)), heads)
 
 
 def _open(path: Path) -> GGUFReader:
@@ -230,13 +270,11 @@ def _tensors(path: Path, reader: GGUFReader) -> Iterator[tuple[str, ReaderTensor
 
 def _write_safetensors(
     path: Path,
-    tensors: Iterator[tuple[str, ReaderTensor]],
-    num_heads: int,
-    num_kv_heads: int,
+    named: list[tuple[str, ReaderTensor]],
+    heads: dict[str, int],
     on_progress: Callable[[int, int], None],
 ) -> None:
     """Stream the tensors into one file: memory stays at one tensor."""
-    named = list(tensors)
     header: dict[str, dict[str, Any]] = {}
     end = 0
     for name, tensor in named:
@@ -250,12 +288,15 @@ def _write_safetensors(
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, tensor in named:
             values = _values(tensor).reshape(header[name]["shape"])
-            if "self_attn.q_proj" in name:
-                values = unpermute(values, num_heads)
-            elif "self_attn.k_proj" in name:
-                values = unpermute(values, num_kv_heads)
+            if permuted := _permuted_heads(name, heads):
+                values = unpermute(values, permuted)
             file.write(np.ascontiguousarray(values).data)
             on_progress(header[name]["data_offsets"][1], end)
+
+
+def _permuted_heads(name: str, heads: dict[str, int]) -> int:
+    """Heads of a tensor whose rows llama.cpp reorders, else 0."""
+    return next((count for part, count in heads.items() if f"self_attn.{part}" in name), 0)
 
 
 def _values(tensor: ReaderTensor) -> NDArray[Any]:

@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -21,14 +22,16 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
-from chunkllama.models.loading.gguf import convert_gguf
+from chunkllama.models.loading.gguf import convert_gguf, index_gguf
 from chunkllama.resources import cache_folder
 
 logger = init_logger(__name__)
 
-_CONVERTER_VERSION = 1  # part of a converted folder's name: raise it when the conversion changes
+# Parts of a folder's name: raise them when what is written changes.
+_CONVERTER_VERSION, _INDEX_VERSION = 1, 2
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
+_HUB_IGNORED = ["consolidated*.safetensors"]  # Mistral's second copy of the weights
 _TEMPORARY = ".tmp-"
 
 
@@ -84,9 +87,9 @@ def resolve_model(model: str) -> Path:
 
 def _resolve_gguf(path: Path) -> Path:
     stat = path.stat()
-    identity = f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0{_CONVERTER_VERSION}"
+    identity = f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0{_INDEX_VERSION}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    return _cached(f"{path.stem}-{digest}", lambda folder: _convert(path, folder))
+    return _cached(f"{path.stem}-{digest}", lambda folder: index_gguf(path, folder))
 
 
 def _resolve_wheel(alias: str, model: _WheelModel) -> Path:
@@ -188,11 +191,14 @@ def _resolve_hub(model: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    fetch = partial(
+        snapshot_download, model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
+    )
     with contextlib.suppress(LocalEntryNotFoundError):  # an interrupted download is one too
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=True))
+        return Path(fetch(local_files_only=True))
     try:
         HfApi().model_info(model, timeout=10)
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES, etag_timeout=10))
+        return Path(fetch(etag_timeout=10))
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{model}: the model hub refuses it: {reason}") from None

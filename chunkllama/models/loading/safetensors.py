@@ -11,13 +11,15 @@ import json
 import math
 import mmap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.config_file import read_json
+from chunkllama.models.loading.gguf_index import INDEX as GGUF_INDEX
+from chunkllama.models.loading.gguf_index import read_index
+from chunkllama.models.loading.tensor_info import TensorInfo
 from chunkllama.models.tensors import HEAD, expected_shapes
 
 ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -31,17 +33,6 @@ _BLOCK_BYTES = 4 << 20
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _HARMLESS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where a tensor lies: bytes [begin, end) of ``path``."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 class Checkpoint:
@@ -65,6 +56,9 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self._infos
+
+    def __iter__(self) -> Iterator[TensorInfo]:
+        return iter(self._infos.values())
 
     def are_equal(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same bytes."""
@@ -131,19 +125,26 @@ def _check_shapes(folder: Path, infos: dict[str, TensorInfo], spec: ModelSpec) -
             )
 
 
+def is_quantized(info: TensorInfo) -> bool:
+    """Whether a tensor is a matrix of one of GGUF's quantized types."""
+    return info.dtype not in _SIZES and len(info.shape) == 2
+
+
 def _check_tensor(name: str, info: TensorInfo, shape: tuple[int, ...]) -> None:
     if info.shape != shape:
         raise ConfigError(
             f"{info.path}: tensor {name} has shape {list(info.shape)}, config.json asks for "
             f"{list(shape)}"
         )
-    if info.dtype not in ITEM_SIZES:
+    if info.dtype not in ITEM_SIZES and not is_quantized(info):
         raise ConfigError(
             f"{info.path}: tensor {name} is {info.dtype}; supported: {', '.join(ITEM_SIZES)}"
         )
 
 
 def _locate(folder: Path) -> dict[str, TensorInfo]:
+    if (folder / GGUF_INDEX).exists():
+        return {**read_header(folder / _SINGLE), **read_index(folder)}
     if (folder / _SINGLE).exists():
         return read_header(folder / _SINGLE)
     if not (folder / _INDEX).exists():

@@ -7,11 +7,15 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from chunkllama.backends.model import LayerWeights, Linear, ModelWeights
+from chunkllama.backends.quantized import QuantizedLinear, TensorRows, WeightRows
 from chunkllama.model_spec import ModelSpec
-from chunkllama.models.loading.safetensors import Checkpoint
+from chunkllama.models.loading.gguf_rows import GgufRows, file_order
+from chunkllama.models.loading.safetensors import Checkpoint, is_quantized
 from chunkllama.models.rotary import head_order
 from chunkllama.models.tensors import (
     EMBEDDING,
@@ -31,15 +35,21 @@ def load_weights(
     """The model's weights on ``device`` in ``dtype``; norms with an offset are float32.
 
     On a CPU, tensors that are neither stacked nor converted stay views of the mapped file.
+    Quantized matrices are read by the backend that packs them.
     """
     load = _Loader(checkpoint, spec, dtype, device)
-    embedding = load.stacked(EMBEDDING)
-    head = embedding if _is_tied(checkpoint, spec) else load.stacked(HEAD)
+    embedding, embedding_rows = load.matrix(EMBEDDING)
+    head: Linear
+    if _is_tied(checkpoint, spec):
+        head = load.head(embedding, embedding_rows)
+    else:
+        head = load.head(*load.matrix(HEAD))
     return ModelWeights(
         embedding=embedding,
         layers=[load.layer(index) for index in range(spec.num_layers)],
         norm=load.norm(NormTensor(NORM, spec.hidden_size)),
-        lm_head=Linear(head),
+        lm_head=head,
+        embedding_rows=embedding_rows,
     )
 
 
@@ -78,39 +88,77 @@ class _Loader:
         offset = self._spec.norm_offset
         return weight.float() + offset if offset else weight
 
+    def matrix(self, name: str) -> tuple[torch.Tensor, WeightRows | None]:
+        """A matrix; if it is quantized an empty tensor of the model's dtype, and its rows."""
+        if is_quantized(self._checkpoint[name]):
+            return torch.empty(0, dtype=self._dtype), self._rows(name, None)
+        return self.stacked(name), None
+
+    def head(self, weight: torch.Tensor, rows: WeightRows | None) -> Linear:
+        return Linear(weight) if rows is None else QuantizedLinear(weight, parts=(rows,))
+
     def linear(self, source: LinearTensors) -> Linear:
         names = [name for name, _ in source.parts]
-        weight = self.stacked(*(f"{name}.weight" for name in names))
         bias = self.stacked(*(f"{name}.bias" for name in names)) if source.bias else None
-        return Linear(
-            self._in_order(weight, source.rotary_heads),
-            None if bias is None else self._in_order(bias, source.rotary_heads),
-        )
+        if bias is not None:
+            bias = self._in_order(bias, source.rotary_heads)
+        weights = [f"{name}.weight" for name in names]
+        if any(is_quantized(self._checkpoint[name]) for name in weights):
+            order = self._row_order(sum(rows for _, rows in source.parts), source.rotary_heads)
+            parts, first = [], 0
+            for name, (_, rows) in zip(weights, source.parts, strict=True):
+                # Heads are whole within a part.
+                own = None if order is None else order[first : first + rows] - first
+                parts.append(self._rows(name, own))
+                first += rows
+            return QuantizedLinear(torch.empty(0, dtype=self._dtype), bias, parts=tuple(parts))
+        return Linear(self._in_order(self.stacked(*weights), source.rotary_heads), bias)
+
+    def _rows(self, name: str, order: NDArray[np.int64] | None) -> WeightRows:
+        """Rows of one matrix; ``order``: row of the checkpoint's matrix for each of them."""
+        info = self._checkpoint[name]
+        if not is_quantized(info):
+            weight = self.stacked(name)
+            return TensorRows(weight if order is None else weight[torch.from_numpy(order)])
+        in_file = file_order(info)
+        if in_file is not None:
+            order = in_file if order is None else in_file[order]
+        return GgufRows(info, order)
+
+    def _row_order(self, rows: int, rotary_heads: int) -> NDArray[np.int64] | None:
+        """Row of the checkpoint for each row, the first heads in the order of ``head_order``."""
+        if not rotary_heads or self._head_order is None:
+            return None
+        head = np.array(self._head_order)
+        order = np.arange(rows)
+        starts = np.arange(rotary_heads) * len(head)
+        order[: rotary_heads * len(head)] = (starts[:, None] + head).reshape(-1)
+        return order
 
     def _in_order(self, rows: torch.Tensor, rotary_heads: int) -> torch.Tensor:
-        """Reorder the dimensions of the first heads as ``head_order`` says."""
-        if not rotary_heads or self._head_order is None:
-            return rows
-        order = torch.tensor(self._head_order, device=rows.device)
-        starts = torch.arange(rotary_heads, device=rows.device) * len(order)
-        index = torch.arange(len(rows), device=rows.device)
-        index[: rotary_heads * len(order)] = (starts[:, None] + order).view(-1)
-        return rows[index]
+        order = self._row_order(len(rows), rotary_heads)
+        return rows if order is None else rows[torch.from_numpy(order).to(rows.device)]
 
     def stacked(self, *names: str) -> torch.Tensor:
         """One tensor, or several stacked along their first dimension."""
         infos = [self._checkpoint[name] for name in names]
         dtypes = {_TORCH_DTYPES[info.dtype] for info in infos}
-        if len(names) == 1 and dtypes == {self._dtype} and self._device.type == "cpu":
+        orders = [file_order(info) for info in infos]
+        is_plain = len(names) == 1 and dtypes == {self._dtype} and orders == [None]
+        if is_plain and self._device.type == "cpu":
             return self._map(names[0])
         rows = sum(info.shape[0] for info in infos)
         stacked = torch.empty(rows, *infos[0].shape[1:], dtype=self._dtype, device=self._device)
-        flat, begin = stacked.view(-1), 0
-        for name, info in zip(names, infos, strict=True):
+        flat, begin, first = stacked.view(-1), 0, 0
+        for name, info, order in zip(names, infos, orders, strict=True):
             for block in self._checkpoint.blocks(name):
                 values = torch.frombuffer(block, dtype=_TORCH_DTYPES[info.dtype])
                 flat[begin : begin + len(values)].copy_(values)
                 begin += len(values)
+            if order is not None:
+                own = stacked[first : first + len(order)]
+                own.copy_(own[torch.from_numpy(order).to(own.device)])
+            first += info.shape[0]
         return stacked
 
     def _map(self, name: str) -> torch.Tensor:

@@ -218,8 +218,9 @@ def test_limits_come_from_the_control_group(files, threads, left, tmp_path):
 
 
 def test_default_pool_is_a_quarter_of_what_is_left():
-    assert default_kv_cache_memory(1 << 30) == 1 << 28
-    assert default_kv_cache_memory(1 << 40) == 1 << 30
+    assert default_kv_cache_memory(1 << 30, useful=1 << 40) == 1 << 28
+    assert default_kv_cache_memory(1 << 40, useful=1 << 40) == 1 << 38
+    assert default_kv_cache_memory(1 << 40, useful=1 << 30) == 1 << 30
 
 
 LOGGERS = ("", "chunkllama")

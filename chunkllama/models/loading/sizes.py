@@ -1,0 +1,39 @@
+"""How much memory a model's weights take, before one of them is read."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from chunkllama.backends.base import Quantization
+from chunkllama.models.loading.gguf_blocks import BLOCK_TYPES
+from chunkllama.models.loading.safetensors import ITEM_SIZES, Checkpoint
+from chunkllama.models.loading.tensor_info import TensorInfo
+
+_BITS: Final = {"float32": 32, "float16": 16, "bfloat16": 16}
+_QUANTIZED_BITS: Final = {"int8": 8.5, "int4": 4.5}
+
+
+def allocated_bytes(checkpoint: Checkpoint, dtype: str, quantization: Quantization) -> int:
+    """Return the bytes that a checkpoint's tensors take once they are loaded.
+
+    Args:
+        checkpoint: only the tensors of the model count, whatever else lies in its folder.
+        dtype: that the model computes in.
+        quantization: of the linear layers.
+    """
+    return math.ceil(
+        sum(_bits(info, dtype, quantization) * math.prod(info.shape) for info in checkpoint) / 8
+    )
+
+
+def _bits(info: TensorInfo, dtype: str, quantization: Quantization) -> float:
+    if len(info.shape) == 2 and quantization in _QUANTIZED_BITS:
+        return _QUANTIZED_BITS[quantization]
+    if info.dtype in ITEM_SIZES or quantization == "bf16":
+        return _BITS[dtype]
+    if info.dtype in BLOCK_TYPES:
+        kind = BLOCK_TYPES[info.dtype].format
+        return kind.bits + (0.5 if kind.extra == "none" else 1.0)
+    own = 8 * (info.end - info.begin) / max(math.prod(info.shape), 1)
+    return max(own, _BITS[dtype]) if own < 8 else own

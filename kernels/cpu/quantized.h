@@ -1,0 +1,260 @@
+// Quantized weights (int8 and int4 of linear.h) on the vector units: as floats, a few rows at a
+// time, and widened to bf16 where an instruction multiplies that.
+#pragma once
+#include "linear.h"
+#include "prefetch.h"
+#include "vec.h"
+
+namespace chunkllama {
+
+// The weights of a unit, and where those of the next one begin.
+struct Stream {
+  const char *at, *end, *next;
+  const Weights* format;
+  INLINE const char* ahead(const char* p) const {
+    constexpr long AHEAD = 8192;  // distance in bytes at which weights are prefetched
+    const char* a = p + AHEAD;
+    return a < end ? a : next ? next + (a - end) : p;
+  }
+  INLINE void prefetch(const char* p, int bytes) const {
+    const char* a = ahead(p);
+    for (int i = 0; i < bytes; i += 64) prefetch_l2(a + i);
+  }
+};
+
+// W scales, offsets or upper scales.
+static INLINE Vec load_scales(const Weights& w, const char* p) {
+  if (w.scale_type == F16) return load_f16(reinterpret_cast<const uint16_t*>(p));
+  return load(reinterpret_cast<const bf16*>(p));
+}
+static INLINE IntVec load_words(const char* p) {
+  IntVec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Byte `nth` of each word times its column's scale: the byte becomes the top of the mantissa of a
+// float in [128, 256), and one multiply-add removes both offsets.
+// `twice` is 2 * scale, `offset` is -384 * scale plus the weights' own offset.
+template <int NTH>
+static INLINE Vec dequantize(IntVec words, Vec twice, Vec offset) {
+  const IntVec shifted = NTH < 2 ? words << (15 - 8 * NTH) : words >> (8 * NTH - 15);
+  return (Vec)((shifted & 0x7f8000) | 0x43000000) * twice + offset;
+}
+
+// The values of the 16 codes of int4.
+#if defined(__AVX512F__)
+class Table {
+ public:
+  explicit Table(const float* values) : values_((__m512)load(values)) {}
+  // Values of nibble NTH of each word.
+  template <int NTH>
+  INLINE Vec at(IntVec words) const {
+    return (Vec)_mm512_permutexvar_ps((__m512i)(words >> (4 * NTH)), values_);
+  }
+
+ private:
+  __m512 values_;
+};
+#elif defined(__AVX2__)
+class Table {
+ public:
+  explicit Table(const float* values)
+      : lower_((__m256)load(values)), upper_((__m256)load(values + 8)) {}
+  template <int NTH>
+  INLINE Vec at(IntVec words) const {
+    const __m256i index = (__m256i)(words >> (4 * NTH));
+    const __m256 is_upper = (__m256)((IntVec)words << (28 - 4 * NTH));  // its sign bit
+    return (Vec)_mm256_blendv_ps(_mm256_permutevar8x32_ps(lower_, index),
+                                 _mm256_permutevar8x32_ps(upper_, index), is_upper);
+  }
+
+ private:
+  __m256 lower_, upper_;
+};
+#else
+class Table {
+ public:
+  explicit Table(const float* values) : values_(values) {}
+  template <int NTH>
+  INLINE Vec at(IntVec words) const {
+    const IntVec index = (words >> (4 * NTH)) & 15;
+    Vec v;
+    for (int i = 0; i < W; i++) v[i] = values_[index[i]];
+    return v;
+  }
+
+ private:
+  const float* values_;
+};
+#endif
+
+// f(0), f(1), ... f(COUNT - 1), each a constant.
+template <int COUNT, class F>
+static INLINE void for_each(F&& f) {
+  if constexpr (COUNT > 0) {
+    for_each<COUNT - 1>(f);
+    f(std::integral_constant<int, COUNT - 1>{});
+  }
+}
+
+// acc [R, 32] = x [R] * columns [column, column + N * W) of an int8 unit.
+template <int R, int N>
+static INLINE void int8_product(const float* x, long x_stride, const Stream& stream, bool prefetch,
+                                int column, float* acc) {
+  const Weights& w = *stream.format;
+  const int header = header_bytes(w), bytes = block_bytes(w);
+  Vec c[R][N] = {};
+  for (const char* p = stream.at; p < stream.end; p += bytes, x += 32) {
+    if (prefetch) stream.prefetch(p, bytes);
+    for (int j = 0; j < N; j++) {
+      const int at = column + j * W;
+      Vec scale = load_scales(w, p + at * 2), own{};
+      if (w.extra == OFFSETS) own = load_scales(w, p + SCALES + at * 2);
+      const char* b = p + header + at / 16 * 512 + at % 16 * 4;
+      for (int half = 0; half < 2; half++) {
+        if (half && w.extra == UPPER_SCALES) scale = load_scales(w, p + SCALES + at * 2);
+        const Vec twice = scale * 2.f, offset = scale * -384.f + own;
+        for (int s = 4 * half; s < 4 * half + 4; s++, b += 64) {
+          const IntVec v = load_words(b);
+          for_each<4>([&](auto nth) {
+            const Vec value = dequantize<nth()>(v, twice, offset);
+            for (int r = 0; r < R; r++) c[r][j] += value * set(x[r * x_stride + 4 * s + nth()]);
+          });
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < N; j++) store(acc + r * UNIT + column + j * W, c[r][j]);
+}
+
+// The same of int4. Values are summed over half a block before they are scaled: one instruction
+// less for each vector of weights. They are within [-1, 1]: such a sum overflows only where x is
+// above 1e37. An offset is multiplied by the sum of the block's x.
+template <int R, int N>
+static INLINE void int4_product(const float* x, long x_stride, const Stream& stream, bool prefetch,
+                                int column, float* acc) {
+  const Weights& w = *stream.format;
+  const Table table(w.table);
+  const int header = header_bytes(w), bytes = block_bytes(w);
+  Vec c[R][N] = {};
+  for (const char* p = stream.at; p < stream.end; p += bytes, x += 32) {
+    if (prefetch) stream.prefetch(p, bytes);
+    float sums[R];
+    if (w.extra == OFFSETS)
+      for (int r = 0; r < R; r++) {
+        Vec total{};
+        for (int i = 0; i < 32; i += W) total += load(x + r * x_stride + i);
+        sums[r] = sum(total);
+      }
+    for (int j = 0; j < N; j++) {
+      const int at = column + j * W;
+      const char* b = p + header + at / 16 * 256 + at % 16 * 4;
+      Vec scale = load_scales(w, p + at * 2) * w.factor;
+      for (int half = 0; half < 2; half++) {
+        if (half && w.extra == UPPER_SCALES)
+          scale = load_scales(w, p + SCALES + at * 2) * w.factor;
+        Vec part[R] = {};
+        for (int word = 2 * half; word < 2 * half + 2; word++, b += 64) {
+          const IntVec v = load_words(b);
+          for_each<8>([&](auto nth) {
+            const Vec value = table.at<nth()>(v);
+            for (int r = 0; r < R; r++) part[r] += value * set(x[r * x_stride + 8 * word + nth()]);
+          });
+        }
+        for (int r = 0; r < R; r++) c[r][j] += scale * part[r];
+      }
+      if (w.extra == OFFSETS) {
+        const Vec offset = load_scales(w, p + SCALES + at * 2);
+        for (int r = 0; r < R; r++) c[r][j] += offset * set(sums[r]);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < N; j++) store(acc + r * UNIT + column + j * W, c[r][j]);
+}
+
+#if defined(__AVX512BF16__)
+// Scales of a block's 16 columns, with what makes up for truncation: cutting a float to its upper
+// half shrinks it by 2^-9 on average.
+constexpr float TRUNCATED = 1.f + 1.f / 512;
+
+// The upper halves of a and b, side by side.
+static INLINE IntVec upper_halves(Vec a, Vec b) {
+  return (IntVec)_mm512_srli_epi32((__m512i)a, 16) | ((IntVec)b & (int32_t)0xffff0000);
+}
+static INLINE void store_words(char* p, IntVec v) { memcpy(p, &v, sizeof v); }
+
+// A k block of int8 as two bf16 tiles; the block at `next` is prefetched meanwhile.
+static INLINE void widen_int8(const Weights& w, const char* from, char* tiles, const char* next) {
+  const int header = header_bytes(w);
+  for (int half = 0; half < 2; half++) {
+    Vec scale = load_scales(w, from + half * 32) * TRUNCATED, own{};
+    if (w.extra == OFFSETS) own = load_scales(w, from + SCALES + half * 32) * TRUNCATED;
+    const char* bytes = from + header + half * 512;
+    for (int part = 0; part < 2; part++) {
+      if (part && w.extra == UPPER_SCALES)
+        scale = load_scales(w, from + SCALES + half * 32) * TRUNCATED;
+      const Vec twice = scale * 2.f, offset = scale * -384.f + own;
+      for (int quad = 0; quad < 4; quad++, bytes += 64, tiles += 128) {
+        prefetch_l2(next + half * 512 + part * 256 + quad * 64);
+        const IntVec v = load_words(bytes);
+        store_words(tiles, upper_halves(dequantize<0>(v, twice, offset),
+                                        dequantize<1>(v, twice, offset)));
+        store_words(tiles + 64, upper_halves(dequantize<2>(v, twice, offset),
+                                             dequantize<3>(v, twice, offset)));
+      }
+    }
+  }
+}
+
+// The same of int4.
+static INLINE void widen_int4(const Weights& w, const Table& table, const char* from, char* tiles,
+                              const char* next) {
+  const int header = header_bytes(w);
+  const float factor = w.factor * TRUNCATED;
+  for (int half = 0; half < 2; half++) {
+    Vec scale = load_scales(w, from + half * 32) * factor, offset{};
+    if (w.extra == OFFSETS) offset = load_scales(w, from + SCALES + half * 32) * TRUNCATED;
+    const char* words = from + header + half * 256;
+    for (int word = 0; word < 4; word++, words += 64, tiles += 256) {
+      if (word == 2 && w.extra == UPPER_SCALES)
+        scale = load_scales(w, from + SCALES + half * 32) * factor;
+      prefetch_l2(next + half * 256 + word * 64);
+      const IntVec v = load_words(words);
+      for_each<4>([&](auto pair) {
+        const Vec a = table.at<2 * pair()>(v) * scale + offset;
+        const Vec b = table.at<2 * pair() + 1>(v) * scale + offset;
+        store_words(tiles + pair() * 64, upper_halves(a, b));
+      });
+    }
+  }
+}
+
+template <Type TYPE>
+static INLINE void widen(const Weights& w, const Table& table, const char* from, char* tiles,
+                         const char* next) {
+  if constexpr (TYPE == INT4) widen_int4(w, table, from, tiles, next);
+  else widen_int8(w, from, tiles, next);
+}
+
+// A whole unit as bf16 tiles.
+static INLINE Stream widen_unit(const Stream& s, int64_t k, char* tiles) {
+  static const Weights WIDE{nullptr, 0, BF16, BF16, NO_EXTRA, 1.f, nullptr};
+  const Weights& w = *s.format;
+  const int bytes = block_bytes(w);
+  char* to = tiles;
+  if (w.type == INT4) {
+    const Table table(w.table);
+    for (const char* p = s.at; p < s.end; p += bytes, to += CODE_BYTES[BF16])
+      widen_int4(w, table, p, to, s.ahead(p));
+  } else {
+    for (const char* p = s.at; p < s.end; p += bytes, to += CODE_BYTES[BF16])
+      widen_int8(w, p, to, s.ahead(p));
+  }
+  return {tiles, tiles + k / 32 * CODE_BYTES[BF16], nullptr, &WIDE};
+}
+#endif
+
+}  // namespace chunkllama

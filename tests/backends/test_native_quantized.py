@@ -1,0 +1,280 @@
+"""Quantized linears of every level against float64 products of the dequantized weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from attention_plans import random_case
+from native_models import SPEC, make_model, native_ops
+
+from chunkllama.backends.base import Backend, Quantization
+from chunkllama.backends.cpu.abi import BF16, F32, INT4, INT8
+from chunkllama.backends.cpu.backend import CpuBackend
+from chunkllama.backends.cpu.fused_model import FusedModel
+from chunkllama.backends.cpu.packed import PackedLinear, Storage, pack_linear, unpack
+from chunkllama.backends.model import Linear
+from chunkllama.backends.quantized import (
+    Codes,
+    QuantFormat,
+    QuantizedLinear,
+    StackedRows,
+    WeightRows,
+)
+from chunkllama.backends.reference.backend import ReferenceBackend
+
+NORMAL_FLOAT = (
+    *(-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0),
+    *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
+)
+FORMATS = {
+    "int4": QuantFormat(4),
+    "int4-bf16": QuantFormat(4, torch.bfloat16),
+    "int4-offsets": QuantFormat(4, extra="offsets", values=tuple(map(float, range(16)))),
+    "int4-upper": QuantFormat(4, extra="upper_scales"),
+    "int4-table": QuantFormat(4, torch.bfloat16, values=NORMAL_FLOAT),
+    "int8": QuantFormat(8),
+    "int8-bf16": QuantFormat(8, torch.bfloat16),
+    "int8-offsets": QuantFormat(8, extra="offsets"),
+    "int8-upper": QuantFormat(8, torch.bfloat16, extra="upper_scales"),
+}
+
+
+class HeldRows(WeightRows):
+    """Codes in memory."""
+
+    def __init__(self, codes: Codes) -> None:
+        self.held, self.format = codes, codes.format
+        self.rows, self.columns = codes.codes.shape
+
+    def codes(self, begin: int, end: int) -> Codes:
+        held = self.held
+        extra = None if held.extra is None else held.extra[begin:end]
+        return Codes(held.format, held.codes[begin:end], held.scales[begin:end], extra)
+
+    def floats(self, begin: int, end: int) -> torch.Tensor:
+        return self.codes(begin, end).floats()
+
+
+def random_rows(rng: np.random.Generator, kind: QuantFormat, rows: int, columns: int) -> HeldRows:
+    """Weights of about the size that keeps products at one."""
+    largest = 128.0 if kind.bits == 8 else max(map(abs, kind.values or (8.0,)))
+    blocks = -(-columns // 32)
+
+    def numbers(size: float) -> torch.Tensor:
+        values = rng.standard_normal((rows, blocks)) * size * columns**-0.5
+        return torch.from_numpy(values).to(kind.scale_dtype)
+
+    codes = rng.integers(0, 1 << kind.bits, (rows, columns), dtype=np.uint8)
+    extra = {"none": None, "offsets": numbers(1.0), "upper_scales": numbers(1 / largest)}
+    return HeldRows(Codes(kind, torch.from_numpy(codes), numbers(1 / largest), extra[kind.extra]))
+
+
+def packed_linear(ops: CpuBackend, parts: Sequence[WeightRows]) -> PackedLinear:
+    linear = QuantizedLinear(torch.empty(0), parts=tuple(parts))
+    return pack_linear(ops.library, linear, BF16, None)
+
+
+def unpacked(ops: CpuBackend, linear: PackedLinear, columns: int) -> torch.Tensor:
+    return unpack(ops.library, linear.packed.parts[0], linear.out, columns)
+
+
+def error(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> float:
+    """Largest error of y = x W^T over the largest sum of magnitudes."""
+    exact = x.double() @ weight.double().T
+    magnitude = (x.double().abs() @ weight.double().abs().T).max()
+    return float((y.double() - exact).abs().max() / magnitude)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_equal_those_of_the_dequantized_weights(
+    level: str,
+    rng: np.random.Generator,
+    dtype: torch.dtype,
+    kind: str,
+) -> None:
+    """Few rows, a block, a panel; outputs and inputs that are no multiple of what is packed."""
+    ops = native_ops(dtype, level)
+    for out, columns in ((70, 96), (33, 1056), (16, 40)):
+        rows = random_rows(rng, FORMATS[kind], out, columns)
+        weight = rows.floats(0, out)
+        linear = packed_linear(ops, [rows])
+        for count in (1, 2, 3, 4, 5, 8, 9, 17, 33, 70):
+            x = torch.from_numpy(rng.standard_normal((count, columns))).to(dtype).float()
+            bound = 2e-6 if dtype == torch.float32 else 2**-8  # bf16 products round weights
+            assert error(ops.logits(x, linear), x, weight) <= bound, (out, columns, count)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_packed_weights_are_the_codes_weights(
+    level: str,
+    rng: np.random.Generator,
+    kind: str,
+) -> None:
+    ops = native_ops(torch.bfloat16, level)
+    rows = random_rows(rng, FORMATS[kind], 75, 160)
+    found = unpacked(ops, packed_linear(ops, [rows]), 160)
+    torch.testing.assert_close(found, rows.floats(0, 75), rtol=1e-6, atol=1e-7)
+
+
+def test_parts_of_different_formats_are_one_layer(
+    level: str,
+    rng: np.random.Generator,
+) -> None:
+    """Parts of whole units keep their formats; any other stack is widened."""
+    ops = native_ops(torch.bfloat16, level)
+    for sizes in ((64, 32, 40), (64, 20, 40)):
+        kinds = [FORMATS[name] for name in ("int4-offsets", "int8-upper", "int4")]
+        parts = [random_rows(rng, k, n, 128) for k, n in zip(kinds, sizes, strict=True)]
+        linear = packed_linear(ops, parts)
+        used = [each.type for each in linear.packed.parts if each.n]
+        assert used == ([INT4, INT8, INT4] if sizes[1] % 32 == 0 else [BF16])
+        weight = torch.cat([part.floats(0, part.rows) for part in parts])
+        for count in (1, 2, 3, 5, 40, 600):
+            x = torch.from_numpy(rng.standard_normal((count, 128))).bfloat16().float()
+            assert error(ops.logits(x, linear), x, weight) <= 2**-8, count
+
+
+@pytest.mark.parametrize("kind", ["int4", "int4-offsets", "int8", "int8-upper"])
+def test_broken_numbers_reach_their_own_row_and_column_only(
+    level: str,
+    rng: np.random.Generator,
+    kind: str,
+) -> None:
+    ops = native_ops(torch.bfloat16, level)
+    rows = random_rows(rng, FORMATS[kind], 70, 96)
+    rows.held.scales[11, 1] = torch.nan
+    rows.held.scales[12, 2] = torch.inf
+    if rows.held.extra is not None:
+        rows.held.extra[13, 0] = torch.nan
+    linear = packed_linear(ops, [rows])
+    broken = [11, 12] if rows.held.extra is None else [11, 12, 13]
+    healthy = [column for column in range(70) if column not in broken]
+    for count in (1, 2, 5, 14, 40, 70):
+        x = torch.from_numpy(rng.uniform(0.5, 1, (count, 96))).float()
+        plain = ops.logits(x, linear).clone()
+        assert not plain[:, broken].isfinite().any()
+        assert plain[:, healthy].isfinite().all()
+        x[count // 2, 7] = torch.nan
+        y = ops.logits(x, linear)
+        assert y[count // 2].isnan().all()
+        others = torch.arange(count) != count // 2
+        assert torch.equal(y[others].nan_to_num(), plain[others].nan_to_num())
+        x[count // 2, 7] = 3e38
+        huge = ops.logits(x, linear)[count // 2, healthy]
+        weight = rows.floats(0, 70)[healthy, 7]
+        assert torch.equal(huge.sign()[weight != 0], weight.sign()[weight != 0])
+
+
+def heavy_tailed(rng: np.random.Generator, rows: int, columns: int) -> torch.Tensor:
+    values = rng.standard_t(4, (rows, columns)) * columns**-0.5
+    return torch.from_numpy(values).float()
+
+
+def test_int4_is_as_close_as_llama_cpps_type_of_the_same_size(
+    level: str,
+    rng: np.random.Generator,
+) -> None:
+    ops = native_ops(torch.bfloat16, level)
+    weight = heavy_tailed(rng, 64, 512)
+    q4_0 = gguf.GGMLQuantizationType.Q4_0
+    theirs = gguf.dequantize(gguf.quantize(weight.numpy(), q4_0), q4_0)
+    ours = unpacked(ops, pack_linear(ops.library, Linear(weight.clone()), F32, INT4), 512)
+    assert Storage(INT4).size(64, 512) == 64 * 512 * 9 // 16
+    expected = float(np.square(theirs - weight.numpy()).mean())
+    assert float((ours - weight).square().mean()) < 0.95 * expected
+
+
+@pytest.mark.parametrize("storage", [INT4, INT8])
+def test_quantizing_zero_tiny_huge_and_broken_blocks(
+    level: str,
+    storage: int,
+) -> None:
+    ops = native_ops(torch.float32, level)
+    weight = torch.zeros(40, 128)
+    weight[1, :32] = 1e-40
+    weight[2] = 1e30
+    weight[3, 7] = torch.nan
+    weight[4, 40] = -torch.inf
+    weight[5, 64:96] = torch.linspace(-3, 3, 32)
+    found = unpacked(ops, pack_linear(ops.library, Linear(weight.clone()), F32, storage), 128)
+    assert (found[0] == 0).all() and (found[6:] == 0).all()
+    assert (found[1].abs() < 1e-38).all()
+    torch.testing.assert_close(found[2], weight[2], rtol=5e-3, atol=0)
+    assert found[3, :32].isnan().all() and (found[3, 32:] == 0).all()
+    assert not found[4, 32:64].isfinite().any() and (found[4, :32] == 0).all()
+    step = 3 / 127 if storage == INT8 else 3 / 7
+    assert (found[5] - weight[5]).abs().max() <= 0.6 * step
+
+
+QUANTIZED: list[Quantization] = ["auto", "int8", "int4"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("formats", [("int4-offsets", "int4-offsets", "int8-upper"), ("int8",) * 3])
+def test_a_quantized_model_equals_the_reference_running_its_widened_weights(
+    level: str,
+    rng: np.random.Generator,
+    formats: tuple[str, str, str],
+    tied: bool,
+) -> None:
+    """Fused and op by op: queries and keys in one format, values in another, as files mix them."""
+    case = random_case(rng, kind="mixed", max_rows=60)
+    token_ids = torch.from_numpy(rng.integers(0, SPEC.vocab_size, case.num_rows))
+    positions = torch.from_numpy(case.positions)
+    seed = int(rng.integers(1 << 30))
+
+    def run(backend: Backend, dtype: torch.dtype, multiplier: float) -> torch.Tensor:
+        spec = replace(SPEC, tie_word_embeddings=tied, residual_multiplier=multiplier)
+        model, plan = make_model(backend, spec, case, dtype)
+        quantize(model.weights, formats, np.random.default_rng(seed))
+        runnable = backend.fuse(model)
+        assert isinstance(runnable, FusedModel) == (backend.name == "cpu" and multiplier == 1)
+        return runnable.logits(runnable.forward(token_ids, positions, plan)).clone()
+
+    def quantize(weights, kinds: tuple[str, ...], generator: np.random.Generator) -> None:  # type: ignore[no-untyped-def]
+        head_dim = SPEC.head_dim
+        sizes = [SPEC.num_qo_heads * head_dim, *[SPEC.num_kv_heads * head_dim] * 2]
+
+        def stack(rows: Sequence[int], columns: int, names: Sequence[str]) -> tuple:  # type: ignore[type-arg]
+            return tuple(
+                random_rows(generator, FORMATS[name], n, columns)
+                for n, name in zip(rows, names, strict=True)
+            )
+
+        hidden, inner = SPEC.hidden_size, SPEC.intermediate_size
+        empty = torch.empty(0, dtype=weights.embedding.dtype)
+        for layer in weights.layers:
+            qkv = stack(sizes, hidden, kinds)
+            layer.qkv = QuantizedLinear(empty, layer.qkv.bias, parts=qkv)
+            output = stack([hidden], sizes[0], kinds[:1])
+            layer.output = QuantizedLinear(empty, layer.output.bias, parts=output)
+            both = stack([inner] * 2, hidden, kinds[:2])
+            layer.gate_up = QuantizedLinear(empty, layer.gate_up.bias, parts=both)
+            down = stack([hidden], inner, kinds[2:])
+            layer.down = QuantizedLinear(empty, layer.down.bias, parts=down)
+        weights.embedding = empty
+        (rows,) = stack([SPEC.vocab_size], hidden, kinds[2:])
+        weights.embedding_rows = rows
+        head = (rows,) if tied else stack([SPEC.vocab_size], hidden, kinds[2:])
+        weights.lm_head = QuantizedLinear(empty, parts=head)
+
+    for multiplier in (1.0, 0.5):
+        reference = ReferenceBackend(torch.device("cpu"))
+        expected = run(reference, torch.float32, multiplier)
+        for dtype, bound in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
+            found = run(native_ops(dtype, level), dtype, multiplier)
+            assert (found - expected).abs().max() <= bound * expected.abs().max(), dtype
+
+
+def test_stacked_rows_of_one_format_are_read_across_their_parts(rng: np.random.Generator) -> None:
+    parts = [random_rows(rng, FORMATS["int4"], n, 64) for n in (10, 30, 5)]
+    stacked = StackedRows(parts)
+    whole = torch.cat([part.floats(0, part.rows) for part in parts])
+    assert torch.equal(stacked.floats(3, 42), whole[3:42])
+    assert torch.equal(stacked.codes(3, 42).floats(), whole[3:42])
