@@ -51,6 +51,11 @@ class Codes:
     scales: torch.Tensor
     extra: torch.Tensor | None = None
 
+    def head(self, count: int) -> Codes:
+        """Return the first rows."""
+        extra = None if self.extra is None else self.extra[:count]
+        return Codes(self.format, self.codes[:count], self.scales[:count], extra)
+
     def floats(self) -> torch.Tensor:
         """Return the weights [rows, columns] float32."""
         rows, columns = self.codes.shape
@@ -88,8 +93,8 @@ class WeightRows(ABC):
         """Return rows [begin, end) as floats of any width, contiguous."""
 
     def codes(self, begin: int, end: int) -> Codes:
-        """Return rows [begin, end) as codes."""
-        raise NotImplementedError
+        """Return rows [begin, end) as codes; only where there is a format."""
+        raise AssertionError(f"rows {begin} to {end} have no codes")
 
 
 class TensorRows(WeightRows):

@@ -44,8 +44,9 @@ INLINE Rows rows_of(const char* x, long stride) { return {x, stride, 16 * stride
 INLINE Rows tiles_of(const char* x) { return {x, 64, TILE_PAIR / 2, TILE_PAIR}; }
 
 // acc [16 * ROW_TILES, 32] (+)= x * unit. Quantized weights are widened one k block ahead of their
-// use, through a buffer that stays in L1. With many rows (X is STREAM), x is loaded with the hint that keeps it
-// out of L1, where the unit stays, and for each k block `pace` bytes at `later` are prefetched.
+// use, through a buffer that stays in L1. With many rows (X is STREAM), x is loaded with the hint
+// that keeps it out of L1, where the unit stays, and for each k block `pace` bytes at `later` are
+// prefetched.
 template <Type TYPE, int ROW_TILES, Hint X>
 INLINE void tile_product(Rows x, const Stream& w, bool prefetch, bool accumulate, float* acc,
                          const char* later = nullptr, int pace = 0) {
@@ -53,8 +54,9 @@ INLINE void tile_product(Rows x, const Stream& w, bool prefetch, bool accumulate
   const int bytes = WIDEN ? block_bytes(*w.format) : TILE_PAIR;
   alignas(64) char ahead[WIDEN ? 2 * TILE_PAIR : 64];
   auto widen_block = [&](const char* from, char* to) {
-    if constexpr (TYPE == INT4) widen_int4(*w.format, Table(w.format->table), from, to, w.ahead(from));
-    else if constexpr (TYPE == INT8) widen_int8(*w.format, from, to, w.ahead(from));
+    const Weights& format = *w.format;
+    if constexpr (TYPE == INT4) widen_int4(format, Table(format.table), from, to, w.ahead(from));
+    else if constexpr (TYPE == INT8) widen_int8(format, from, to, w.ahead(from));
   };
   widen_block(w.at, ahead);
   int turn = 0;

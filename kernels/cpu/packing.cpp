@@ -67,7 +67,8 @@ INLINE float round_codes(const float* values, float top, float scale, uint8_t* c
   const float inverse = inverse_of(scale), unit = inverse_of(top);
   float error = 0;
   for (int i = 0; i < 32; i++) {
-    const float q = std::min(float(HIGH), std::max(float(LOW), std::nearbyint(values[i] * inverse)));
+    const float nearest = std::nearbyint(values[i] * inverse);
+    const float q = std::min(float(HIGH), std::max(float(LOW), nearest));
     codes[i] = uint8_t(int(q) + (HIGH > 7 ? 128 : 8));
     const float off = (values[i] - q * scale) * unit;
     error += off * off;

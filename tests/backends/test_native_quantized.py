@@ -16,7 +16,13 @@ from chunkllama.backends.base import Backend, Quantization
 from chunkllama.backends.cpu.abi import BF16, F32, INT4, INT8
 from chunkllama.backends.cpu.backend import CpuBackend
 from chunkllama.backends.cpu.fused_model import FusedModel
-from chunkllama.backends.cpu.packed import PackedLinear, Storage, pack_linear, unpack
+from chunkllama.backends.cpu.packed import (
+    InterleavedRows,
+    PackedLinear,
+    Storage,
+    pack_linear,
+    unpack,
+)
 from chunkllama.backends.model import Linear
 from chunkllama.backends.quantized import (
     Codes,
@@ -270,6 +276,25 @@ def test_a_quantized_model_equals_the_reference_running_its_widened_weights(
         for dtype, bound in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
             found = run(native_ops(dtype, level), dtype, multiplier)
             assert (found - expected).abs().max() <= bound * expected.abs().max(), dtype
+
+
+def test_a_gate_shorter_than_what_is_read_at_a_time_is_padded_with_zeros(
+    rng: np.random.Generator,
+) -> None:
+    """Gate and up alternate by 16 rows up to whole strides, in any range of them."""
+    for count in (5, 40, 64, 70):
+        gate, up = (random_rows(rng, FORMATS["int4-offsets"], count, 64) for _ in range(2))
+        both = InterleavedRows(gate, up)
+        size = -(-count // 64) * 64
+        padded = [
+            torch.nn.functional.pad(x.floats(0, count), (0, 0, 0, size - count)) for x in (gate, up)
+        ]
+        whole = torch.stack([x.view(-1, 16, 64) for x in padded], dim=1).reshape(-1, 64)
+        for step in (32, 96, 2 * size):
+            for begin in range(0, both.rows, step):
+                end = min(begin + step, both.rows)
+                assert torch.equal(both.floats(begin, end), whole[begin:end])
+                assert torch.equal(both.codes(begin, end).floats(), whole[begin:end])
 
 
 def test_stacked_rows_of_one_format_are_read_across_their_parts(rng: np.random.Generator) -> None:

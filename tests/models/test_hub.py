@@ -121,7 +121,7 @@ def test_a_cached_folder_is_made_once_and_appears_complete(
     made: list[Path] = []
     started = threading.Event()
 
-    def convert(gguf: Path, folder: Path, on_progress: object) -> None:
+    def convert(gguf: Path, folder: Path) -> None:
         made.append(folder)
         started.set()
         (folder / "config.json").write_text("{}")
@@ -129,7 +129,7 @@ def test_a_cached_folder_is_made_once_and_appears_complete(
         threading.Event().wait(0.1)
         (folder / "model.safetensors").write_text("")
 
-    monkeypatch.setattr(hub, "convert_gguf", convert)
+    monkeypatch.setattr(hub, "index_gguf", convert)
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     leftover = own_cache / "models" / ".tmp-killed"
     leftover.mkdir(parents=True)
@@ -151,11 +151,11 @@ def test_a_cached_folder_is_made_once_and_appears_complete(
 def test_a_failed_conversion_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, own_cache: Path, tmp_path: Path
 ) -> None:
-    def convert(gguf: Path, folder: Path, on_progress: object) -> None:
+    def convert(gguf: Path, folder: Path) -> None:
         (folder / "half").write_text("")
         raise ConfigError("no")
 
-    monkeypatch.setattr(hub, "convert_gguf", convert)
+    monkeypatch.setattr(hub, "index_gguf", convert)
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     assert refusal(str(tmp_path / "tiny.gguf")) == "no"
     assert [path.name for path in (own_cache / "models").iterdir()] == [".lock"]

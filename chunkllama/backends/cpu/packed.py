@@ -221,13 +221,15 @@ class InterleavedRows(WeightRows):
         self.format = gate.format if gate.format == up.format else None
 
     def floats(self, begin: int, end: int) -> torch.Tensor:
-        gate, up = (half.floats(*self._range(begin, end)) for half in self._both)
+        first, last, count = self._range(begin, end)
+        gate, up = (half.floats(first, last)[:count] for half in self._both)
         if gate.dtype != up.dtype:
             gate, up = gate.float(), up.float()
         return _interleaved(gate, up, end - begin)
 
     def codes(self, begin: int, end: int) -> Codes:
-        gate, up = (half.codes(*self._range(begin, end)) for half in self._both)
+        first, last, count = self._range(begin, end)
+        gate, up = (half.codes(first, last).head(count) for half in self._both)
         extra = None
         if gate.extra is not None and up.extra is not None:
             extra = _interleaved(gate.extra, up.extra, end - begin)
@@ -238,8 +240,11 @@ class InterleavedRows(WeightRows):
             extra,
         )
 
-    def _range(self, begin: int, end: int) -> tuple[int, int]:
-        return min(begin // 2, self._both[0].rows), min(end // 2, self._both[0].rows)
+    def _range(self, begin: int, end: int) -> tuple[int, int, int]:
+        """Rows to read of each half, at least one, and how many of them count."""
+        rows = self._both[0].rows
+        first, last = min(begin // 2, rows - 1), min(end // 2, rows)
+        return first, last, max(last - begin // 2, 0)
 
 
 def _interleaved(gate: torch.Tensor, up: torch.Tensor, rows: int) -> torch.Tensor:
