@@ -19,8 +19,9 @@ $(STAMP): pyproject.toml scripts/setup.sh $(wildcard kernels/cpu/*)
 serve: setup
 	exec $(BIN)/chunkllama serve --host $(HOST) --port $(PORT) $(ARGS)
 
+# One worker per processor; the tests of a file stay together and share its fixtures.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
