@@ -131,6 +131,7 @@ def start_server(text_parts: tuple[Any, Any]) -> Iterator[StartServer]:
         tenants.set_quotas(settings.pop("quotas", {}))
         grammars = GrammarChecker(lambda: allow_all, settings.pop("grammar_seconds", 2.0))
         defaults = settings.pop("generation_defaults", None)
+        tracing = settings.pop("tracing", None)
         app = create_app(
             engine,
             TextService(
@@ -140,6 +141,7 @@ def start_server(text_parts: tuple[Any, Any]) -> Iterator[StartServer]:
             tenants,
             grammars,
             generation_defaults=defaults,
+            tracing=tracing,
         )
         config = uvicorn.Config(
             app,

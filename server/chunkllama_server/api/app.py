@@ -24,6 +24,7 @@ from chunkllama_server.api.openapi import install_openapi
 from chunkllama_server.api.responses import routes as responses
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.metrics.server_metrics import ServerMetrics
+from chunkllama_server.metrics.tracing import Tracing, TracingMiddleware
 from chunkllama_server.transport.auth import AuthMiddleware, Tenants
 from chunkllama_server.transport.body import BodyLimitMiddleware
 from chunkllama_server.transport.errors import install_error_handlers
@@ -47,6 +48,7 @@ def create_app(
     grammars: GrammarChecker,
     *,
     generation_defaults: Mapping[str, Any] | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """Build the HTTP application over an engine that is ready.
 
@@ -57,6 +59,7 @@ def create_app(
         tenants: API keys and cache namespaces.
         grammars: compiles a request's grammar before the engine does.
         generation_defaults: the model's own sampling values, for fields a client leaves out.
+        tracing: makes a span for each request; closed with the application.
     """
     context = ServerContext(
         engine=ChargedEngine(
@@ -90,6 +93,8 @@ def create_app(
         yield
         context.grammars.close()
         text.close()
+        if tracing is not None:
+            tracing.close()
 
     app = FastAPI(
         title="ChunkLlama",
@@ -115,6 +120,7 @@ def create_app(
         app.include_router(health.metrics_router)
     install_error_handlers(app)
     install_openapi(app, settings.root_path, needs_key=bool(tenants.keys))
+    context.metrics.tracing = tracing
     _add_middleware(app, context)
     if tenants.are_isolated:
         logger.info(
@@ -136,7 +142,7 @@ def _queue_limits(settings: Settings, engine: EngineClient) -> QueueLimits:
 
 
 def _add_middleware(app: FastAPI, context: ServerContext) -> None:
-    """Add, from the innermost to the outermost: body limit, keys, CORS, request ids."""
+    """Add, from the innermost to the outermost: body limit, keys, CORS, request ids, traces."""
     settings = context.settings
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
     app.add_middleware(
@@ -159,3 +165,5 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     app.add_middleware(
         RequestInfoMiddleware, root_path=settings.root_path, on_refusal=context.metrics.reject
     )
+    if context.metrics.tracing is not None:
+        app.add_middleware(TracingMiddleware, tracing=context.metrics.tracing)

@@ -90,6 +90,11 @@ class ServerConfig(ConfigGroup):
         description="Repeat the metrics under the names of another server, for its routers and "
         "dashboards.",
     )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        description="Send a trace of each request to this OTLP/HTTP URL, such as "
+        "http://127.0.0.1:4318/v1/traces; needs the extra chunkllama[otel].",
+    )
     api_key: Secrets = Field(
         default=(),
         description="name:key of a tenant, or a bare key; repeatable. Prefer api_key_file: "

@@ -17,13 +17,19 @@ class RequestTimer:
     Attributes:
         reason: finish reason of its last choice; after the end, that of the request.
         first_token_seconds: from acceptance to the first token, None before it.
+        queue_seconds, prefill_seconds, decode_seconds: by the engine's clock; the first and the
+            last are None before the first delta.
+        total_seconds: from acceptance to the end.
     """
 
     def __init__(self, metrics: ServerMetrics, tenant: str) -> None:
         self._metrics = metrics
         self._tenant = tenant
         self._started = self._last = time.monotonic()
-        self._decode_seconds: float | None = None
+        self.queue_seconds: float | None = None
+        self.prefill_seconds = 0.0
+        self.decode_seconds: float | None = None
+        self.total_seconds = 0.0
         self._ended = False
         self.reason: str | None = None
         self.first_token_seconds: float | None = None
@@ -31,17 +37,18 @@ class RequestTimer:
     @property
     def is_new(self) -> bool:
         """No delta has arrived."""
-        return self._decode_seconds is None
+        return self.decode_seconds is None
 
     def add(self, delta: TokenDelta) -> None:
         """Observe a delta of the engine."""
         metrics = self._metrics
-        if self._decode_seconds is None:
+        if self.decode_seconds is None:
+            self.queue_seconds, self.prefill_seconds = delta.queue_seconds, delta.prefill_seconds
             metrics.queue.observe(delta.queue_seconds)
             metrics.prefill.observe(delta.prefill_seconds)
-            self._decode_seconds = 0.0
+            self.decode_seconds = 0.0
         # The engine client reports an aborted choice without durations.
-        self._decode_seconds = max(self._decode_seconds, delta.decode_seconds)
+        self.decode_seconds = max(self.decode_seconds, delta.decode_seconds)
         count = max((len(choice.token_ids) for choice in delta.choices), default=0)
         if not count:
             return
@@ -61,7 +68,8 @@ class RequestTimer:
         self.reason = reason
         metrics = self._metrics
         metrics.finish_request(self._tenant, reason)
-        metrics.latency.observe(time.monotonic() - self._started)
+        self.total_seconds = time.monotonic() - self._started
+        metrics.latency.observe(self.total_seconds)
         if self.first_token_seconds is not None:
-            assert self._decode_seconds is not None
-            metrics.decode.observe(self._decode_seconds)
+            assert self.decode_seconds is not None
+            metrics.decode.observe(self.decode_seconds)

@@ -23,6 +23,7 @@ from chunkllama.logger import NonBlockingHandler
 from chunkllama.messages import EngineReady, EngineStats
 from chunkllama_server.metrics.request_timer import RequestTimer
 from chunkllama_server.metrics.tenant_series import TenantSeries
+from chunkllama_server.metrics.tracing import Tracing
 from chunkllama_server.metrics.usage import UsageRecorder
 from chunkllama_server.metrics.vllm_names import VllmNames
 
@@ -219,10 +220,12 @@ class ServerMetrics:
         usage: what each tenant has used.
         live, first_token, inter_token, latency, queue, prefill, decode: what a
             ``RequestTimer`` observes.
+        tracing: makes the spans of each generation; None makes none.
     """
 
     def __init__(self, *, tenant_labels: int | None = None, vllm_model: str | None = None) -> None:
         self.registry = CollectorRegistry()
+        self.tracing: Tracing | None = None
         self._also = None if vllm_model is None else VllmNames(self.registry, vllm_model)
         self.engine = EngineStatsCollector()
         self.registry.register(self.engine)

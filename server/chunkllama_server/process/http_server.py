@@ -27,6 +27,7 @@ from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.config.tenants import TenantQuotas, engine_message
+from chunkllama_server.metrics.tracing import make_tracing
 from chunkllama_server.process.lifecycle import DrainingServer, notify_supervisor
 from chunkllama_server.process.public_prefixes import load_public_prefixes, register_public_prefixes
 from chunkllama_server.process.reload import Reloader
@@ -59,7 +60,8 @@ class Application:
         path, spec: the model's folder and numbers.
 
     Raises:
-        ConfigError: tokenizer, chat template or public prefixes cannot be used.
+        ConfigError: tokenizer, chat template or public prefixes cannot be used, or traces need a
+            package that is not installed.
     """
 
     def __init__(
@@ -91,6 +93,9 @@ class Application:
         self._template = load_chat_template(path, self._tokenizer, settings.chat_template)
         if self._template is not None:
             logger.info("chat template: %s", self._template.capabilities)
+        self._tracing = None
+        if settings.otlp_endpoint is not None:
+            self._tracing = make_tracing(settings.otlp_endpoint, settings.model_names[0])
         self._prefixes = load_public_prefixes(settings.public_prefixes, self._template)
 
     async def serve(
@@ -127,6 +132,7 @@ class Application:
             generation_defaults=(
                 self._spec.default_sampling if settings.generation_config == "auto" else None
             ),
+            tracing=self._tracing,
         )
         app.include_router(dashboard.router)
         limits = _limits(settings)

@@ -21,6 +21,7 @@ from chunkllama_server.api.schema.usage import (
 )
 from chunkllama_server.metrics.request_timer import RequestTimer
 from chunkllama_server.metrics.server_metrics import ServerMetrics
+from chunkllama_server.metrics.tracing import GenerationTimes
 from chunkllama_server.transport.request_context import RequestInfo
 
 logger = init_logger(__name__)
@@ -122,6 +123,7 @@ class RequestStream:
         finally:
             timer.finish("abort")
             self._log(timer)
+            self._trace(timer)
 
     def _log(self, timer: RequestTimer) -> None:
         first = timer.first_token_seconds
@@ -133,6 +135,23 @@ class RequestStream:
             "first_token_ms": None if first is None else round(first * 1000),
         }
         logger.info("generation ended", extra=counts)
+
+    def _trace(self, timer: RequestTimer) -> None:
+        tracing = self._metrics.tracing
+        if tracing is None:
+            return
+        tracing.record(
+            GenerationTimes(
+                total=timer.total_seconds,
+                queue=timer.queue_seconds,
+                prefill=timer.prefill_seconds,
+                decode=timer.decode_seconds or 0.0,
+                reason=timer.reason or "",
+                num_prompt_tokens=len(self.request.prompt_token_ids),
+                num_cached_tokens=self.output.num_cached_tokens,
+                num_output_tokens=self.output.num_tokens,
+            )
+        )
 
     async def _consume(
         self, deltas: AsyncIterator[TokenDelta], timer: RequestTimer

@@ -1,0 +1,121 @@
+"""A request's trace: the caller's context, the phases and what they hold, none of it a prompt."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from fake_engine import DURATIONS, MODEL
+
+from chunkllama.errors import ConfigError, RequestFailedError
+from chunkllama_server.metrics.tracing import Tracing, make_tracing
+
+pytest.importorskip("opentelemetry.sdk", reason="the extra chunkllama[otel] is not installed")
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+@pytest.fixture
+def traced(start_server):
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    server = start_server(tracing=Tracing(provider, MODEL))
+    return server, exporter
+
+
+def spans_of(exporter) -> dict:
+    return {span.name: span for span in exporter.get_finished_spans()}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_phases_of_a_request_under_the_callers_span(traced, stream) -> None:
+    server, exporter = traced
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "say(SECRET)yas"}]}
+    headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+    answer = server.post("/v1/chat/completions", {**body, "stream": stream}, **headers)
+    version, trace, span_id, flags = answer.headers["traceparent"].split("-")
+    assert (version, trace, flags) == ("00", TRACE, "01") and span_id != PARENT
+    spans = spans_of(exporter)
+    request = spans["POST /v1/chat/completions"]
+    assert f"{request.context.trace_id:032x}" == TRACE
+    assert f"{request.context.span_id:016x}" == span_id
+    assert f"{request.parent.span_id:016x}" == PARENT
+    assert request.attributes["http.response.status_code"] == 200
+    generation = spans[f"generate {MODEL}"]
+    assert generation.parent.span_id == request.context.span_id
+    assert generation.attributes["gen_ai.usage.output_tokens"] == 7
+    assert generation.attributes["gen_ai.response.finish_reasons"] == ("stop",)
+    phases = [spans[name] for name in ("queue", "match", "prefill", "decode")]
+    assert {span.parent.span_id for span in phases} == {generation.context.span_id}
+    assert phases[1].attributes["chunkllama.cached_tokens"] == 0
+    for before, after in itertools.pairwise(phases):
+        assert before.end_time == after.start_time
+    assert all(span.start_time <= span.end_time <= generation.end_time for span in phases)
+    shown = str([(s.name, dict(s.attributes)) for s in exporter.get_finished_spans()])
+    assert "SECRET" not in shown and "say" not in shown
+
+
+def test_a_request_without_a_context_begins_a_trace(traced) -> None:
+    server, exporter = traced
+    first, second = (server.chat().headers["traceparent"] for _ in range(2))
+    assert first.split("-")[1] != second.split("-")[1]
+    bad = server.post("/v1/completions", {"model": MODEL}, traceparent="00-zz-11-01")
+    assert bad.headers["traceparent"].split("-")[1] not in ("zz", first.split("-")[1])
+    assert spans_of(exporter)["POST /v1/completions"].parent is None
+    with server.http() as http:
+        assert "traceparent" not in http.get("/health").headers
+
+
+def test_a_failure_is_told(traced) -> None:
+    server, exporter = traced
+    server.engine.fail_with = RequestFailedError("boom", "model_nan")
+    assert server.chat().status_code == 500
+    spans = spans_of(exporter)
+    assert not spans["POST /v1/chat/completions"].status.is_ok
+    assert spans[f"generate {MODEL}"].attributes["gen_ai.response.finish_reasons"] == ("error",)
+    assert set(spans) == {"POST /v1/chat/completions", f"generate {MODEL}", "queue"}
+
+
+def test_each_prompt_has_a_generation(traced) -> None:
+    server, exporter = traced
+    server.post("/v1/completions", {"model": MODEL, "prompt": ["a", "b"]})
+    names = [span.name for span in exporter.get_finished_spans()]
+    assert names.count(f"generate {MODEL}") == names.count("prefill") == 2
+    assert DURATIONS[0] > 0
+
+
+def test_spans_are_sent_to_the_endpoint(start_server) -> None:
+    received = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        tracing = make_tracing(f"http://127.0.0.1:{collector.server_port}/v1/traces", MODEL)
+        assert start_server(tracing=tracing).chat().status_code == 200
+        tracing.close()  # sends what is left
+        collector.shutdown()
+    ((path, body),) = received
+    assert path == "/v1/traces"
+    assert b"chunkllama" in body and b"prefill" in body
+
+
+def test_an_endpoint_without_the_extra_is_refused(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
+    with pytest.raises(ConfigError, match=r"pip install 'chunkllama\[otel\]'"):
+        make_tracing("http://127.0.0.1:9/v1/traces", MODEL)
