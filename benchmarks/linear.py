@@ -17,7 +17,6 @@ import argparse
 import ctypes
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import cpu_name
+from machine import cpu_name, new_result
 
 from chunkllama.backends.cpu.abi import BF16, TYPES, load_library
 from chunkllama.backends.cpu.build import LEVELS, available_levels
@@ -53,7 +52,6 @@ ONEDNN_ISA = {
     "avx2": "AVX2",
     "baseline": "SSE41",
 }
-RESULTS = Path(__file__).parent / "results"
 RING_BYTES = 160 << 20  # copies of a bf16 weight together; fp32 ones take twice as much
 SAMPLE_SECONDS = 0.02
 
@@ -210,15 +208,13 @@ COLUMNS = ("chunkllama", "torch bf16", "torch bf16 prepacked", "torch fp32")
 
 
 def save(options: argparse.Namespace, results: list[dict[str, Any]]) -> Path:
-    """Write this machine's file: another machine has another name, so it keeps its own."""
-    machine = cpu_name()
-    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower().replace("(r)", "")).strip("-")
-    path = RESULTS / f"linear-{slug}.json"
+    """Write a file of this machine and these levels; files of earlier runs stay."""
+    path = new_result("-".join(["linear", *options.levels]))
     path.write_text(
         json.dumps(
             {
                 "command": " ".join(["python", *sys.argv]),
-                "machine": machine,
+                "machine": cpu_name(),
                 "date": time.strftime("%Y-%m-%d"),
                 "threads": options.threads or torch.get_num_threads(),
                 "torch": torch.__version__,
@@ -241,7 +237,9 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--rounds", type=int, default=7, help="at least 5 for --save")
     parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--save", action="store_true", help="write results/linear-<machine>.json")
+    parser.add_argument(
+        "--save", action="store_true", help="write results/linear-<levels>-<machine>.json"
+    )
     parser.add_argument("--child", choices=here, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.save and options.rounds < 5:

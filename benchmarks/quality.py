@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import cpu_name, new_result
 
 from chunkllama.backends.base import DevicePlan
 from chunkllama.backends.model import RunnableModel
@@ -36,6 +37,8 @@ KINDS = {
     "bf16": (torch.bfloat16, "auto"),
     "int8": (torch.bfloat16, "int8"),
     "int8-fp32": (torch.float32, "int8"),
+    "int4": (torch.bfloat16, "int4"),
+    "int4-fp32": (torch.float32, "int4"),
 }
 
 
@@ -89,7 +92,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--tokens", type=int, default=20 * WINDOW, help="at least 20,000 to count")
     parser.add_argument("--candidates", nargs="+", default=["bf16", "int8"], choices=[*KINDS])
-    parser.add_argument("--save", action="store_true", help="write results/quality.json")
+    parser.add_argument("--save", action="store_true", help="write results/quality-<machine>.json")
     options = parser.parse_args()
     folder = resolve_model(options.model)
     ids = np.array(load_tokenizer(folder).encode(repository_text()), np.int64)
@@ -105,8 +108,13 @@ def main() -> None:
             f"| {kind} | {r['top1']:.2%} | {r['kl']:.5f} | {r['nll']:.4f} | {r['nll_fp32']:.4f} |"
         )
     if options.save:
-        path = Path(__file__).parent / "results" / "quality.json"
-        report = {"model": options.model, "tokens": int(windows.size), "candidates": results}
+        path = new_result("quality")
+        report = {
+            "machine": cpu_name(),
+            "model": options.model,
+            "tokens": int(windows.size),
+            "candidates": results,
+        }
         path.write_text(json.dumps(report, indent=1) + "\n")
 
 

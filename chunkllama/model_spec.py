@@ -76,6 +76,8 @@ class ModelSpec:
         logit_softcap: logits become softcap * tanh(logits / softcap); None: they stay.
         attention_softcap: the same for attention scores.
         dtype: of the checkpoint: float32, float16 or bfloat16.
+        quantization_method: how the checkpoint stores quantized linear layers ("awq", "gptq",
+            "gptq_v2", "compressed-tensors", "fp8"); empty: it has none.
         eos_token_ids: ascending union of generation_config.json, config.json and the tokenizer.
         default_sampling: SamplingParams fields that generation_config.json sets.
     """
@@ -101,6 +103,7 @@ class ModelSpec:
     logit_softcap: float | None = None
     tie_word_embeddings: bool = False
     dtype: str = "float32"
+    quantization_method: str = ""
     eos_token_ids: tuple[int, ...] = ()
     default_sampling: dict[str, float] = field(default_factory=dict)
 

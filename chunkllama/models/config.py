@@ -9,6 +9,7 @@ from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.architectures import ARCHITECTURES
 from chunkllama.models.config_file import ConfigFile, read_json
+from chunkllama.models.loading.module_tensors import quantization_method
 from chunkllama.models.spec_checks import check_numbers, default_sampling, usable_eos_ids
 
 _DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -38,10 +39,6 @@ def _parse(
     name: str, config: ConfigFile, generation: dict[str, Any], tokenizer_eos: set[int]
 ) -> ModelSpec:
     entry = ARCHITECTURES[name]
-    if config.get("quantization_config"):
-        raise config.error(
-            "quantized checkpoints are not supported; use bfloat16 weights or a GGUF"
-        )
     hidden, heads = config.positive("hidden_size"), config.positive("num_attention_heads")
     kv_heads = config.positive("num_key_value_heads", heads)
     head_dim = config.positive("head_dim", hidden // heads)
@@ -66,6 +63,7 @@ def _parse(
         rms_norm_eps=config.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         dtype=_parse_dtype(config),
+        quantization_method=_quantization_method(config),
         eos_token_ids=usable_eos_ids(
             _ids(config.get("eos_token_id")) | _ids(generation.get("eos_token_id")) | tokenizer_eos,
             config.positive("vocab_size"),
@@ -98,6 +96,16 @@ def _parse_dtype(config: ConfigFile) -> str:
     if name not in _DTYPES:
         raise config.error(f"dtype {name!r} is not supported; supported: {', '.join(_DTYPES)}")
     return name
+
+
+def _quantization_method(config: ConfigFile) -> str:
+    settings = config.get("quantization_config")
+    if not settings:
+        return ""
+    try:
+        return quantization_method(settings)
+    except (AttributeError, ValueError) as error:
+        raise config.error(f"quantization_config: {error}") from None
 
 
 def _ids(value: Any) -> set[int]:

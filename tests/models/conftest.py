@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from chunkllama.backends.select import BackendName
 from chunkllama.engine.model_runner import build_attention, build_model
 from chunkllama.models.config import read_spec
 from chunkllama.models.loading.safetensors import Checkpoint
@@ -61,17 +62,23 @@ def tiny_folder(make_tiny: MakeTiny, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def our_logits() -> Logits:
-    """All logits of a prompt by our model on the reference ops, in float32."""
+    """All logits of a prompt by our model in float32, on the reference ops by default."""
 
-    def compute(folder: Path, token_ids: list[int]) -> torch.Tensor:
+    def compute(
+        folder: Path,
+        token_ids: list[int],
+        *,
+        backend: BackendName = "reference",
+        chunk_size: int = CHUNK_SIZE,
+    ) -> torch.Tensor:
         spec = read_spec(folder)
         attention = build_attention(
             spec,
             device="cpu",
             dtype=torch.float32,
             num_chunks=12,
-            chunk_size=CHUNK_SIZE,
-            backend="reference",
+            chunk_size=chunk_size,
+            backend=backend,
         )
         weights = load_weights(Checkpoint(folder, spec), spec, torch.float32, torch.device("cpu"))
         model = build_model(spec, weights, attention, max_model_len=spec.max_position)

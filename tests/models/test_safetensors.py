@@ -73,7 +73,7 @@ def test_config_that_is_not_a_json_object(text: str, tiny_folder: Path) -> None:
         ({"num_key_value_heads": 4}, "no multiple"),
         ({"head_dim": 7}, "odd"),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported: silu"),
-        ({"quantization_config": {"bits": 4}}, "quantized"),
+        ({"quantization_config": {"bits": 4}}, "quant_method"),
         ({"dtype": "float8_e4m3fn"}, "dtype"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number"),
         ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type 'spiral'"),

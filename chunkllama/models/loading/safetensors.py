@@ -19,6 +19,11 @@ from chunkllama.model_spec import ModelSpec
 from chunkllama.models.config_file import read_json
 from chunkllama.models.loading.gguf_index import INDEX as GGUF_INDEX
 from chunkllama.models.loading.gguf_index import read_index
+from chunkllama.models.loading.module_tensors import (
+    ModuleTensors,
+    find_module,
+    unused_tensors,
+)
 from chunkllama.models.loading.tensor_info import TensorInfo
 from chunkllama.models.tensors import HEAD, expected_shapes
 
@@ -31,7 +36,10 @@ _SIZES = {**ITEM_SIZES, **_OTHER_ITEM_SIZES}
 _MAX_HEADER_BYTES = 8 << 20  # a 405B model needs 0.2 MB; parsing more costs seconds and gigabytes
 _BLOCK_BYTES = 4 << 20
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_HARMLESS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+_HARMLESS = (
+    *("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"),
+    *(".k_scale", ".v_scale"),  # of 8-bit K/V
+)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -49,13 +57,18 @@ class Checkpoint:
     def __init__(self, folder: Path, spec: ModelSpec) -> None:
         self._infos = _locate(folder)
         self._maps: dict[Path, mmap.mmap] = {}
-        _check_shapes(folder, self._infos, spec)
+        self._modules: dict[str, ModuleTensors] = {}
+        self._check_shapes(folder, spec)
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._infos[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self._infos
+
+    def module(self, name: str) -> ModuleTensors | None:
+        """The tensors of a quantized module; None: its weight is one tensor."""
+        return self._modules.get(name)
 
     def __iter__(self) -> Iterator[TensorInfo]:
         return iter(self._infos.values())
@@ -98,31 +111,48 @@ class Checkpoint:
                 left -= done
                 yield buffer
 
-
-def _check_shapes(folder: Path, infos: dict[str, TensorInfo], spec: ModelSpec) -> None:
-    if spec.num_layers * 6 > 2 * len(infos) + 9:
-        # A layer count out of proportion would make the loop below the slow part.
-        raise ConfigError(
-            f"{folder}: config.json says {spec.num_layers} layers, the weights hold {len(infos)} "
-            "tensors; are they of the same model?"
-        )
-    unexpected = set(infos)
-    for name, shape in expected_shapes(spec):
-        info = infos.get(name)
-        if info is None:
-            raise ConfigError(f"{folder}: the weights have no tensor {name}; is a shard missing?")
-        _check_tensor(name, info, shape)
-        unexpected.discard(name)
-    if HEAD in unexpected:  # tied, and beside the embedding: equal to it or not, it is read
-        _check_tensor(HEAD, infos[HEAD], (spec.vocab_size, spec.hidden_size))
-        unexpected.discard(HEAD)
-    for name in sorted(unexpected):
-        # Old checkpoints store buffers that follow from config.json. Anything else means another
-        # architecture.
-        if not name.endswith(_HARMLESS):
+    def _check_shapes(self, folder: Path, spec: ModelSpec) -> None:
+        infos, method = self._infos, spec.quantization_method
+        if spec.num_layers * 6 > 2 * len(infos) + 9:
+            # A layer count out of proportion would make the loop below the slow part.
             raise ConfigError(
-                f"{infos[name].path}: unexpected tensor {name}; the model differs from config.json"
+                f"{folder}: config.json says {spec.num_layers} layers, the weights hold "
+                f"{len(infos)} tensors; are they of the same model?"
             )
+        unexpected = set(infos)
+        for name, shape in expected_shapes(spec):
+            module = name.removesuffix(".weight")
+            if method and len(shape) == 2 and (found := self._find(folder, method, module, shape)):
+                self._modules[module] = found
+                unexpected.difference_update(f"{module}.{suffix}" for suffix in found.infos)
+                unexpected.difference_update(unused_tensors(infos, module))
+                continue
+            info = infos.get(name)
+            if info is None:
+                raise ConfigError(
+                    f"{folder}: the weights have no tensor {name}; is a shard missing?"
+                )
+            _check_tensor(name, info, shape)
+            unexpected.discard(name)
+        if HEAD in unexpected:  # tied, and beside the embedding: equal to it or not, it is read
+            _check_tensor(HEAD, infos[HEAD], (spec.vocab_size, spec.hidden_size))
+            unexpected.discard(HEAD)
+        for name in sorted(unexpected):
+            # Old checkpoints store buffers that follow from config.json. Anything else means
+            # another architecture.
+            if not name.endswith(_HARMLESS):
+                raise ConfigError(
+                    f"{infos[name].path}: unexpected tensor {name}; the model differs from "
+                    "config.json"
+                )
+
+    def _find(
+        self, folder: Path, method: str, module: str, shape: tuple[int, ...]
+    ) -> ModuleTensors | None:
+        try:
+            return find_module(self._infos, method, module, shape)
+        except ConfigError as error:
+            raise ConfigError(f"{folder}: {error}") from None
 
 
 def is_quantized(info: TensorInfo) -> bool:

@@ -28,10 +28,11 @@ def allocated_bytes(checkpoint: Checkpoint, dtype: str, quantization: Quantizati
 
 
 def _bits(info: TensorInfo, dtype: str, quantization: Quantization) -> float:
+    words = 8 if info.dtype == "I32" else 1  # weights in a number of the file
     if len(info.shape) == 2 and quantization in _QUANTIZED_BITS:
-        return _QUANTIZED_BITS[quantization]
-    if info.dtype in ITEM_SIZES or quantization == "bf16":
-        return _BITS[dtype]
+        return _QUANTIZED_BITS[quantization] * words
+    if info.dtype in (*ITEM_SIZES, "F8_E4M3") or quantization == "bf16":
+        return _BITS[dtype] * words
     if info.dtype in BLOCK_TYPES:
         kind = BLOCK_TYPES[info.dtype].format
         return kind.bits + (0.5 if kind.extra == "none" else 1.0)

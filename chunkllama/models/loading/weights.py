@@ -15,6 +15,7 @@ from chunkllama.backends.model import LayerWeights, Linear, ModelWeights
 from chunkllama.backends.quantized import QuantizedLinear, TensorRows, WeightRows
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.loading.gguf_rows import GgufRows, file_order
+from chunkllama.models.loading.module_rows import ModuleRows
 from chunkllama.models.loading.safetensors import Checkpoint, is_quantized
 from chunkllama.models.rotary import head_order
 from chunkllama.models.tensors import (
@@ -90,7 +91,7 @@ class _Loader:
 
     def matrix(self, name: str) -> tuple[torch.Tensor, WeightRows | None]:
         """A matrix; if it is quantized an empty tensor of the model's dtype, and its rows."""
-        if is_quantized(self._checkpoint[name]):
+        if self._is_quantized(name):
             return torch.empty(0, dtype=self._dtype), self._rows(name, None)
         return self.stacked(name), None
 
@@ -103,7 +104,7 @@ class _Loader:
         if bias is not None:
             bias = self._in_order(bias, source.rotary_heads)
         weights = [f"{name}.weight" for name in names]
-        if any(is_quantized(self._checkpoint[name]) for name in weights):
+        if any(self._is_quantized(name) for name in weights):
             order = self._row_order(sum(rows for _, rows in source.parts), source.rotary_heads)
             parts, first = [], 0
             for name, (_, rows) in zip(weights, source.parts, strict=True):
@@ -114,8 +115,14 @@ class _Loader:
             return QuantizedLinear(torch.empty(0, dtype=self._dtype), bias, parts=tuple(parts))
         return Linear(self._in_order(self.stacked(*weights), source.rotary_heads), bias)
 
+    def _is_quantized(self, name: str) -> bool:
+        is_module = self._checkpoint.module(name.removesuffix(".weight")) is not None
+        return is_module or is_quantized(self._checkpoint[name])
+
     def _rows(self, name: str, order: NDArray[np.int64] | None) -> WeightRows:
         """Rows of one matrix; ``order``: row of the checkpoint's matrix for each of them."""
+        if module := self._checkpoint.module(name.removesuffix(".weight")):
+            return ModuleRows(module, order)
         info = self._checkpoint[name]
         if not is_quantized(info):
             weight = self.stacked(name)
