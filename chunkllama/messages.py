@@ -278,7 +278,27 @@ class ExplainPrompt(msgspec.Struct, kw_only=True, tag="explain"):
     tenant: str = ""
 
 
-ToEngine = EngineRequest | AbortRequest | StatsRequest | ExplainPrompt | SetTenants | Shutdown
+CacheAction = Literal["pins", "tree", "drop_pin", "drop_branch", "drop_tenant"]
+
+
+class CacheCommand(msgspec.Struct, kw_only=True, tag="cache_command"):
+    """An operator's command: list pins or chunks, or drop what ``chunk_id`` or ``tenant`` name."""
+
+    command_id: int
+    action: CacheAction
+    chunk_id: int = -1
+    tenant: str = ""
+
+
+ToEngine = (
+    EngineRequest
+    | AbortRequest
+    | StatsRequest
+    | ExplainPrompt
+    | CacheCommand
+    | SetTenants
+    | Shutdown
+)
 
 
 class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):
@@ -302,11 +322,45 @@ class StartFailed(msgspec.Struct, kw_only=True, tag="start_failed"):
     message: str
 
 
+class PinInfo(msgspec.Struct, kw_only=True):
+    """A pin: the chunk it ends at, whose it is, what it covers from the root, and its time left."""
+
+    chunk_id: int
+    tenant: str
+    num_tokens: int
+    num_chunks: int
+    seconds_left: float
+
+
+class OwnedNode(msgspec.Struct, kw_only=True):
+    """One chunk of the tree for an operator, with the tenant that added it; never its tokens."""
+
+    chunk_id: int
+    parent_chunk_id: int
+    depth: int
+    num_tokens: int
+    num_sequences: int
+    num_pins: int
+    state: str
+    tenant: str
+    is_public: bool
+
+
 class CommandReply(msgspec.Struct, kw_only=True, tag="reply"):
-    """Answers the command with the same id."""
+    """Answers the command with the same id.
+
+    Attributes:
+        found: the pin, chunk or tenant of a drop exists.
+        num_dropped, num_kept: chunks removed, and those left because a request uses them.
+    """
 
     command_id: int
     explanation: CacheExplanation | None = None
+    pins: list[PinInfo] = []
+    tree: list[OwnedNode] = []
+    found: bool = True
+    num_dropped: int = 0
+    num_kept: int = 0
 
 
 FromEngine = TokenDelta | EngineStats | CommandReply | EngineReady | StartFailed

@@ -61,6 +61,10 @@ class Pins:
         """Chunks that a tenant's pins protect."""
         return len(self._covered.get(tenant, ()))
 
+    def expiry(self) -> dict[tuple[Node, str], float]:
+        """Pins as (node, tenant), and when each ends; a copy."""
+        return dict(self._expiry)
+
     def remove(self, node: Node, tenant: str = "") -> None:
         del self._expiry[node, tenant]
         self._tree.unpin(node)

@@ -11,14 +11,15 @@ import random
 import secrets
 import sys
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from chunkllama.engine.commands import CommandClient
 from chunkllama.engine.replay import ReplayState
 from chunkllama.errors import (
     EngineDeadError,
@@ -29,6 +30,7 @@ from chunkllama.errors import (
 from chunkllama.logger import init_logger
 from chunkllama.messages import (
     AbortRequest,
+    CacheAction,
     CacheExplanation,
     ChoiceDelta,
     CommandReply,
@@ -36,7 +38,6 @@ from chunkllama.messages import (
     EngineReady,
     EngineRequest,
     EngineStats,
-    ExplainPrompt,
     FromEngine,
     SetTenants,
     Shutdown,
@@ -99,6 +100,12 @@ class EngineClient(Protocol):
         """
         ...
 
+    async def cache_command(
+        self, action: CacheAction, *, chunk_id: int = -1, tenant: str = ""
+    ) -> CommandReply:
+        """Run an operator's command; see ``chunkllama/cache/admin.py``."""
+        ...
+
     async def close(self) -> None:
         """End the engine; live requests end with EngineDeadError."""
         ...
@@ -153,7 +160,7 @@ def num_entries(delta: TokenDelta) -> int:
     )
 
 
-class MessageClient(ABC):
+class MessageClient(CommandClient):
     """An EngineClient over a stream of messages: each delta goes to the request that waits.
 
     Attributes:
@@ -164,12 +171,10 @@ class MessageClient(ABC):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._streams: dict[str, Stream] = {}
-        self._replies: dict[int, asyncio.Future[CommandReply]] = {}
-        self._commands = 0
         self._stats_waiters: deque[asyncio.Future[EngineStats]] = deque()
         self._info: EngineReady | None = None
-        self._dead: EngineDeadError | None = None
         self._tenants: SetTenants | None = None
         self.draw_seed = seed_source(None)
         self.on_stats: Callable[[EngineStats], None] = lambda _: None
@@ -278,34 +283,6 @@ class MessageClient(ABC):
         self._send(StatsRequest(include_tree=include_tree, include_tenants=include_tenants))
         return await waiter
 
-    async def explain(
-        self, prompt_token_ids: list[int], namespace: str = "", tenant: str = ""
-    ) -> CacheExplanation:
-        reply = await self._ask(
-            lambda command_id: ExplainPrompt(
-                command_id=command_id,
-                prompt_token_ids=prompt_token_ids,
-                namespace=namespace,
-                tenant=tenant,
-            )
-        )
-        assert reply.explanation is not None
-        return reply.explanation
-
-    async def _ask(self, make: Callable[[int], ToEngine]) -> CommandReply:
-        """Send a command and wait for its reply."""
-        if self._dead is not None:
-            raise self._dead
-        self._commands += 1
-        command_id = self._commands
-        waiter: asyncio.Future[CommandReply] = asyncio.get_running_loop().create_future()
-        self._replies[command_id] = waiter
-        try:
-            self._send(make(command_id))
-            return await waiter
-        finally:
-            self._replies.pop(command_id, None)
-
     def _dispatch(self, messages: list[FromEngine]) -> None:
         for message in messages:
             match message:
@@ -320,9 +297,7 @@ class MessageClient(ABC):
                     if not waiter.done():
                         waiter.set_result(message)
                 case CommandReply():
-                    reply = self._replies.get(message.command_id)
-                    if reply is not None and not reply.done():
-                        reply.set_result(message)
+                    self._take_reply(message)
                 case EngineReady():
                     self._info = message
 
@@ -334,8 +309,8 @@ class MessageClient(ABC):
 
     def _fail_stats(self, error: EngineDeadError) -> None:
         """Fail whoever waits for statistics or for the reply to a command."""
-        waiters: list[asyncio.Future[Any]] = [*self._stats_waiters, *self._replies.values()]
-        for waiter in waiters:
+        self._fail_replies(error)
+        for waiter in self._stats_waiters:
             if not waiter.done():
                 waiter.set_exception(error)
         self._stats_waiters.clear()

@@ -20,6 +20,7 @@ from chunkllama.messages import (
     BATCH_SIZE_BOUNDS,
     STEP_SECONDS_BOUNDS,
     AbortRequest,
+    CacheCommand,
     CommandReply,
     EngineErrorInfo,
     EngineReady,
@@ -189,6 +190,10 @@ class EngineCore:
         stats.is_pushed = True
         return stats
 
+    def cache_command(self, command: CacheCommand) -> CommandReply:
+        """Run an operator's command on the cache, between two steps."""
+        return self._scheduler.cache_command(command)
+
     def explain(self, command: ExplainPrompt) -> CommandReply:
         """Explain why the match of a prompt would end."""
         explanation = self._scheduler.explain(
@@ -256,6 +261,8 @@ def _handle(core: EngineCore, message: ToEngine) -> list[FromEngine]:
             return []
         case ExplainPrompt():
             return [core.explain(message)]
+        case CacheCommand():
+            return [core.cache_command(message)]
         case StatsRequest():
             return [
                 core.stats(

@@ -12,10 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from chunkllama.cache.admin import run_command
 from chunkllama.cache.manager import CacheManager, Match
 from chunkllama.errors import InvalidRequestError
 from chunkllama.messages import (
+    CacheCommand,
     CacheExplanation,
+    CommandReply,
     EngineRequest,
     EngineStats,
     TokenDelta,
@@ -381,6 +384,10 @@ class Scheduler:
     def explain(self, prompt_token_ids: list[int], namespace: str, tenant: str) -> CacheExplanation:
         """Explain why the match of a prompt would end now; changes nothing."""
         return explain_prompt(prompt_token_ids, namespace, tenant, self._cache, self._limits)
+
+    def cache_command(self, command: CacheCommand) -> CommandReply:
+        """Run an operator's command on the cache; not while a step is in flight."""
+        return run_command(command, self._cache, self._clock())
 
     def tree(self) -> list[TreeNodeInfo]:
         """Every node of the prefix tree, for a dashboard."""

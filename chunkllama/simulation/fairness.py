@@ -23,7 +23,7 @@ from chunkllama.simulation.trace import TraceRequest
 CHUNK_SIZE: Final = 16
 STEP_TOKENS: Final = 128
 PREFIX_CHUNKS: Final = 8
-SUFFIX_TOKENS: Final = 5
+SUFFIX_TOKENS: Final = {"private": 5, "public": 29}  # a tenant's work is more than the quantum
 OUTPUT_TOKENS: Final = 2
 NUM_CHUNKS: Final = 160  # 20 prefixes
 VOCABULARY: Final = 32_000
@@ -39,12 +39,14 @@ class Scenario:
         prefixes: ``private`` gives each tenant prefixes in its own namespace; ``public`` ones are
             computed before, and all tenants match them.
         skewed: few tenants send most requests, and few prefixes are used most.
+        quantum_steps: fair_quantum in steps; the server's default is 16.
         overload: arriving work over what can be served meanwhile.
     """
 
     num_tenants: int
     prefixes: Literal["private", "public"]
     skewed: bool
+    quantum_steps: int = 4
     overload: float = 4.0
     seed: int = 0
     policy: Literal["fair", "prefix", "fcfs"] = "fair"
@@ -88,7 +90,7 @@ def compare(scenario: Scenario) -> Comparison:
         max_model_len=1024,
         max_waiting=10**6,
         policy=scenario.policy,
-        fair_quantum=16 * STEP_TOKENS,  # as many steps as the server's default
+        fair_quantum=scenario.quantum_steps * STEP_TOKENS,
         min_wait_tokens=32,
         spare_chunks=0,
         enable_prefix_caching=True,
@@ -132,7 +134,7 @@ def _traffic(
 ) -> tuple[list[list[int]], list[TraceRequest], list[FluidRequest], int]:
     """Return prefixes, requests, their work under an ideal cache, and the least prefill tokens."""
     rng = random.Random(scenario.seed)
-    size = PREFIX_CHUNKS * CHUNK_SIZE
+    size, suffix_tokens = PREFIX_CHUNKS * CHUNK_SIZE, SUFFIX_TOKENS[scenario.prefixes]
     num_prefixes = 4 if scenario.prefixes == "public" else min(4, max(scenario.num_tenants // 4, 1))
     prefixes = [[rng.randrange(VOCABULARY) for _ in range(size)] for _ in range(num_prefixes)]
     turns = []
@@ -151,14 +153,14 @@ def _traffic(
             prefix = i % num_prefixes
         is_first = scenario.prefixes == "private" and (tenant, prefix) not in used
         used.add((tenant, prefix))
-        chosen.append((tenant, prefix, SUFFIX_TOKENS + (size if is_first else 0)))
+        chosen.append((tenant, prefix, suffix_tokens + (size if is_first else 0)))
     ideal = sum(prefill for _, _, prefill in chosen)
     total = ideal + len(chosen) * (OUTPUT_TOKENS - 1)
     window = total / STEP_TOKENS / scenario.overload
     requests, fluid = [], []
     for number, (tenant, prefix, prefill) in enumerate(chosen):
         at = window * number / len(chosen)
-        suffix = [rng.randrange(VOCABULARY) for _ in range(SUFFIX_TOKENS)]
+        suffix = [rng.randrange(VOCABULARY) for _ in range(suffix_tokens)]
         prompt = (*prefixes[prefix], *suffix)
         requests.append(TraceRequest(at, tenant, len(prompt), OUTPUT_TOKENS, prompt))
         fluid.append(FluidRequest(at, tenant, prefill, OUTPUT_TOKENS - 1))

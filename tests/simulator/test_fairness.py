@@ -8,17 +8,17 @@ from chunkllama.simulation.fairness import Scenario, compare
 
 # prefill over the least possible, and the worst tenant's P99 wait over the fluid scheduler's
 EXPECTED = {
-    (2, "private", False): (0.9997, 1.2931),
-    (2, "private", True): (1.0000, 1.8468),
-    (2, "public", False): (1.0000, 1.3484),
-    (2, "public", True): (1.0000, 1.7575),
+    (2, "private", False): (1.0000, 1.2716),
+    (2, "private", True): (1.0000, 1.2520),
+    (2, "public", False): (1.0000, 1.1887),
+    (2, "public", True): (1.0000, 1.1720),
     (16, "private", False): (1.0160, 1.2753),
-    (16, "private", True): (1.0000, 1.2919),
-    (16, "public", False): (1.0000, 1.3325),
-    (16, "public", True): (1.0000, 1.9705),
+    (16, "private", True): (1.0000, 1.2669),
+    (16, "public", False): (1.0000, 1.3011),
+    (16, "public", True): (1.0000, 1.5000),
     (256, "private", False): (1.1858, 1.6663),
-    (256, "public", False): (1.0000, 1.2857),
-    (256, "public", True): (0.9999, 1.6282),
+    (256, "public", False): (1.0000, 1.0948),
+    (256, "public", True): (1.0000, 1.2808),
 }
 
 

@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
 from chunkllama.logger import init_logger
-from chunkllama_server.api import cache, embeddings, health, models, tokenize, usage
+from chunkllama_server.api import cache, divergence, embeddings, health, models, tokenize, usage
 from chunkllama_server.api.chat import routes as chat
 from chunkllama_server.api.common.admission import ChargedEngine, QueueLimits
 from chunkllama_server.api.common.context import ServerContext
@@ -74,6 +74,7 @@ def create_app(
         metrics=ServerMetrics(
             tenant_labels=settings.metrics_tenants if tenants.keys else None,
             vllm_model=settings.model_names[0] if settings.metrics_compat else None,
+            recent_prompt_tokens=settings.recent_prompt_tokens,
         ),
         grammars=grammars,
         responses=ResponseStore(
@@ -113,6 +114,7 @@ def create_app(
         cache,
         models,
         usage,
+        divergence,
         health,
     ):
         app.include_router(family.router)

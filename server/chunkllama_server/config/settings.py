@@ -166,6 +166,12 @@ class ServerConfig(ConfigGroup):
     response_store_bytes: Bytes = Field(
         default=64 << 20, description="Total size of the stored responses."
     )
+    recent_prompt_tokens: int = Field(
+        default=262_144,
+        ge=0,
+        le=100_000_000,
+        description="Tokens of recent prompts kept for the report of divergences; 0 keeps none.",
+    )
     response_store_seconds: float = Field(
         default=3600.0, gt=0, description="A stored response expires after this many seconds."
     )

@@ -21,6 +21,7 @@ from prometheus_client.utils import floatToGoString
 
 from chunkllama.logger import NonBlockingHandler
 from chunkllama.messages import EngineReady, EngineStats
+from chunkllama_server.metrics.divergence import PromptLog
 from chunkllama_server.metrics.request_timer import RequestTimer
 from chunkllama_server.metrics.tenant_series import TenantSeries
 from chunkllama_server.metrics.tracing import Tracing
@@ -218,18 +219,26 @@ class ServerMetrics:
 
     Attributes:
         usage: what each tenant has used.
+        prompts: the last prompts, up to ``recent_prompt_tokens``.
         live, first_token, inter_token, latency, queue, prefill, decode: what a
             ``RequestTimer`` observes.
         tracing: makes the spans of each generation; None makes none.
     """
 
-    def __init__(self, *, tenant_labels: int | None = None, vllm_model: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        tenant_labels: int | None = None,
+        vllm_model: str | None = None,
+        recent_prompt_tokens: int = 0,
+    ) -> None:
         self.registry = CollectorRegistry()
         self.tracing: Tracing | None = None
         self._also = None if vllm_model is None else VllmNames(self.registry, vllm_model)
         self.engine = EngineStatsCollector()
         self.registry.register(self.engine)
         self.usage = UsageRecorder()
+        self.prompts = PromptLog(recent_prompt_tokens)
         self._has_tenants = tenant_labels is not None
         self._by_tenant = TenantSeries(tenant_labels)
         self._by_tenant.declare("request_accepted", "Requests handed to the engine.")

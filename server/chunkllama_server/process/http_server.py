@@ -21,7 +21,8 @@ from chunkllama.model_spec import ModelSpec
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama.text.chat_template import ChatTemplate, load_chat_template
 from chunkllama.text.tokenizer import load_tokenizer
-from chunkllama_server.api import dashboard, health, usage
+from chunkllama_server.api import admin as cache_admin
+from chunkllama_server.api import dashboard, divergence, health, usage
 from chunkllama_server.api.app import create_app
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
@@ -33,11 +34,13 @@ from chunkllama_server.process.public_prefixes import load_public_prefixes, regi
 from chunkllama_server.process.reload import Reloader
 from chunkllama_server.transport.access_log import AccessLog
 from chunkllama_server.transport.auth import Tenants
+from chunkllama_server.transport.body import BodyLimitMiddleware
 from chunkllama_server.transport.connections import (
     HttpLimits,
     fit_to_descriptors,
     limit_accept_log,
 )
+from chunkllama_server.transport.errors import install_error_handlers
 from chunkllama_server.transport.host_check import HostCheckMiddleware, is_loopback
 from chunkllama_server.transport.http_protocol import make_protocol
 
@@ -222,7 +225,7 @@ def _uvicorn_config(settings: Settings, app: FastAPI, limits: HttpLimits) -> uvi
 async def _admin_server(
     settings: Settings, app: FastAPI, sock: socket.socket | None, limits: HttpLimits
 ) -> AsyncIterator[None]:
-    """Metrics and health on a port of their own while the block runs, if one is asked for."""
+    """Serve metrics, health and the cache's administration on a port of their own, if asked for."""
     if sock is None:
         yield
         return
@@ -233,6 +236,10 @@ async def _admin_server(
     admin.include_router(health.router)
     admin.include_router(health.metrics_router)
     admin.include_router(usage.router)
+    admin.include_router(divergence.router)
+    admin.include_router(cache_admin.router)
+    install_error_handlers(admin)
+    admin.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
     _listen(sock, "admin_port")
     limits = replace(
         limits,

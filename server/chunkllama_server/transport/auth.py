@@ -19,7 +19,9 @@ from chunkllama_server.transport.rate_limit import RateLimiter
 from chunkllama_server.transport.request_context import request_info
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/dashboard"})
-OPERATOR_PATHS = frozenset({"/metrics", "/v1/usage", "/dashboard/data", "/dashboard/tenants"})
+OPERATOR_PATHS = frozenset(
+    {"/metrics", "/v1/usage", "/dashboard/data", "/dashboard/tenants", "/dashboard/divergence"}
+)
 
 
 def bearer_token(scope: Scope) -> bytes | None:

@@ -19,7 +19,9 @@ from typing import NoReturn, cast
 from chunkllama.engine.client import EngineClient
 from chunkllama.errors import DeadlineError, OverloadedError
 from chunkllama.messages import (
+    CacheAction,
     CacheExplanation,
+    CommandReply,
     EngineReady,
     EngineRequest,
     EngineStats,
@@ -244,6 +246,11 @@ class ChargedEngine:
         self, prompt_token_ids: list[int], namespace: str = "", tenant: str = ""
     ) -> CacheExplanation:
         return await self._engine.explain(prompt_token_ids, namespace, tenant)
+
+    async def cache_command(
+        self, action: CacheAction, *, chunk_id: int = -1, tenant: str = ""
+    ) -> CommandReply:
+        return await self._engine.cache_command(action, chunk_id=chunk_id, tenant=tenant)
 
     async def close(self) -> None:
         await self._engine.close()

@@ -32,16 +32,22 @@ def pin_seconds(body: CacheFields, settings: Settings) -> float:
     if options is not None and options.ttl is not None:
         if settings.strict and options.ttl != "30m":
             raise invalid('ttl must be "30m"', "prompt_cache_options.ttl")
-        seconds = float(int(options.ttl[:-1]) * _UNIT_SECONDS[options.ttl[-1]])
-        if seconds > MAX_PIN_SECONDS:
-            raise invalid(
-                f"ttl is {seconds:.0f} s, the server allows {MAX_PIN_SECONDS:.0f} s",
-                "prompt_cache_options.ttl",
-            )
-        return seconds
+        return ttl_seconds(options.ttl, "prompt_cache_options.ttl")
     if body.prompt_cache_retention == "24h":
         return _DAY
     return 0.0
+
+
+def ttl_seconds(ttl: str, param: str) -> float:
+    """Return the seconds of a checked ttl such as "30m".
+
+    Raises:
+        ApiError: 400 naming ``param``, beyond the server's limit.
+    """
+    seconds = float(int(ttl[:-1]) * _UNIT_SECONDS[ttl[-1]])
+    if seconds > MAX_PIN_SECONDS:
+        raise invalid(f"ttl is {seconds:.0f} s, the server allows {MAX_PIN_SECONDS:.0f} s", param)
+    return seconds
 
 
 def cache_plan(body: CacheFields, settings: Settings, breakpoints: Sequence[int] = ()) -> CachePlan:

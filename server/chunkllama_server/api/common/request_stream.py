@@ -180,6 +180,13 @@ class RequestStream:
         """Charge the tenant; the prompt counts as usage once the answer begins."""
         prompt_tokens = len(self.request.prompt_token_ids) if is_first else 0
         self._info.charge.use(output_tokens)
+        if is_first:
+            self._metrics.prompts.record(
+                self._info.tenant,
+                self.request.namespace,
+                self.request.prompt_token_ids,
+                delta.num_cached_tokens,
+            )
         self._metrics.add_usage(
             self._info.tenant,
             prompt_tokens=prompt_tokens,

@@ -1,8 +1,11 @@
-"""POST /v1/cache/explain: request schema; the answer is ``CacheExplanationBody``."""
+"""POST /v1/cache/explain and /admin/cache: schemas; explanations are in ``usage.py``."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
+from typing_extensions import TypedDict
 
 from chunkllama_server.api.schema.tokenize import PromptBody
 
@@ -16,3 +19,44 @@ class ExplainRequest(PromptBody):
         max_length=1024,
         description="Honoured: the salt that the generating request would have.",
     )
+
+
+class PinRequest(ExplainRequest):
+    """Body of POST /admin/cache/pins: a prompt, or messages, of a tenant."""
+
+    tenant: str | None = Field(
+        default=None,
+        max_length=256,
+        description="Honoured: whose prompt it is; absent pins it for all tenants.",
+    )
+    ttl: str = Field(
+        pattern=r"^\d{1,5}[smh]$", description='Honoured: how long it is kept, e.g. "30m".'
+    )
+
+
+class PinAnswer(TypedDict):
+    """A pin that was granted."""
+
+    object: Literal["pin"]
+    tenant: str
+    prompt_tokens: int
+
+
+class Dropped(TypedDict):
+    """Chunks removed from the tree, and those kept because a request uses them."""
+
+    object: Literal["dropped"]
+    chunks: int
+    kept: int
+
+
+class TenantTree(TypedDict):
+    """Chunks in the tree that one tenant has added."""
+
+    tenant: str
+    chunks: int
+    tokens: int
+    in_use: int
+    pinned: int
+    public: int
+    deepest: int

@@ -1,0 +1,78 @@
+"""What an operator may do with the cache: list and end pins, drop chunks, see chunks by tenant.
+
+Nothing here runs while a step is in flight. Chunks that a running request uses are never dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from chunkllama.cache.manager import CacheManager
+from chunkllama.cache.node import Node
+from chunkllama.messages import CacheCommand, CommandReply, OwnedNode, PinInfo
+
+
+def run_command(command: CacheCommand, cache: CacheManager, now: float) -> CommandReply:
+    """Run one command; an unknown pin or chunk is a reply that is not ``found``."""
+    reply = CommandReply(command_id=command.command_id)
+    if command.action == "pins":
+        reply.pins = _pins(cache, now)
+    elif command.action == "tree":
+        reply.tree = [_owned(cache, node) for node in cache.tree.nodes()]
+    elif command.action == "drop_pin":
+        keys = [key for key in cache.pins.expiry() if key[0].chunk_id == command.chunk_id]
+        keys = [key for key in keys if key[1] == command.tenant]
+        reply.found = bool(keys)
+        for key in keys:
+            cache.pins.remove(*key)
+    elif command.action == "drop_branch":
+        roots = [node for node in cache.tree.nodes() if node.chunk_id == command.chunk_id]
+        reply.found = bool(roots)
+        nodes = [each for node in roots for each in (node, *node.descendants())]
+        _drop(cache, nodes, reply)
+    else:
+        nodes = [node for node in cache.tree.nodes() if node.owner == command.tenant]
+        reply.found = bool(nodes)
+        _drop(cache, nodes, reply)
+    return reply
+
+
+def _pins(cache: CacheManager, now: float) -> list[PinInfo]:
+    return [
+        PinInfo(
+            chunk_id=node.chunk_id,
+            tenant=tenant,
+            num_tokens=node.depth * cache.chunk_size + node.num_tokens,
+            num_chunks=node.depth + 1,
+            seconds_left=max(until - now, 0.0),
+        )
+        for (node, tenant), until in cache.pins.expiry().items()
+    ]
+
+
+def _owned(cache: CacheManager, node: Node) -> OwnedNode:
+    return OwnedNode(
+        chunk_id=node.chunk_id,
+        parent_chunk_id=node.parent.chunk_id if node.parent else -1,
+        depth=node.depth,
+        num_tokens=node.num_tokens,
+        num_sequences=node.num_sequences,
+        num_pins=node.num_pins,
+        state=cache.pool.state(node.chunk_id).name.lower(),
+        tenant=node.owner,
+        is_public=node.namespace == "",
+    )
+
+
+def _drop(cache: CacheManager, nodes: Iterable[Node], reply: CommandReply) -> None:
+    """Remove nodes, the deepest first; those in use, and what such a node is below, are kept."""
+    chosen = set(nodes)
+    for key in [key for key in cache.pins.expiry() if key[0] in chosen]:
+        cache.pins.remove(*key)
+    for node in sorted(chosen, key=lambda node: -node.depth):
+        if node.is_evictable and not node.children:
+            cache.history.removed(node, "dropped")
+            cache.tree.remove(node)
+            reply.num_dropped += 1
+        else:
+            reply.num_kept += 1

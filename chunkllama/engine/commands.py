@@ -1,0 +1,78 @@
+"""Commands to an engine, each with one reply: explanations, and work on the cache."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from chunkllama.errors import EngineDeadError
+from chunkllama.messages import (
+    CacheAction,
+    CacheCommand,
+    CacheExplanation,
+    CommandReply,
+    ExplainPrompt,
+    ToEngine,
+)
+
+
+class CommandClient(ABC):
+    """Sends commands and hands each reply to whoever waits for it."""
+
+    def __init__(self) -> None:
+        self._replies: dict[int, asyncio.Future[CommandReply]] = {}
+        self._commands = 0
+        self._dead: EngineDeadError | None = None
+
+    @abstractmethod
+    def _send(self, message: ToEngine) -> None: ...
+
+    async def explain(
+        self, prompt_token_ids: list[int], namespace: str = "", tenant: str = ""
+    ) -> CacheExplanation:
+        """As ``EngineClient.explain``."""
+        reply = await self._ask(
+            lambda command_id: ExplainPrompt(
+                command_id=command_id,
+                prompt_token_ids=prompt_token_ids,
+                namespace=namespace,
+                tenant=tenant,
+            )
+        )
+        assert reply.explanation is not None
+        return reply.explanation
+
+    async def cache_command(
+        self, action: CacheAction, *, chunk_id: int = -1, tenant: str = ""
+    ) -> CommandReply:
+        """As ``EngineClient.cache_command``."""
+        return await self._ask(
+            lambda command_id: CacheCommand(
+                command_id=command_id, action=action, chunk_id=chunk_id, tenant=tenant
+            )
+        )
+
+    async def _ask(self, make: Callable[[int], ToEngine]) -> CommandReply:
+        """Send a command and wait for its reply."""
+        if self._dead is not None:
+            raise self._dead
+        self._commands += 1
+        command_id = self._commands
+        waiter: asyncio.Future[CommandReply] = asyncio.get_running_loop().create_future()
+        self._replies[command_id] = waiter
+        try:
+            self._send(make(command_id))
+            return await waiter
+        finally:
+            self._replies.pop(command_id, None)
+
+    def _take_reply(self, reply: CommandReply) -> None:
+        waiter = self._replies.get(reply.command_id)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(reply)
+
+    def _fail_replies(self, error: EngineDeadError) -> None:
+        for waiter in self._replies.values():
+            if not waiter.done():
+                waiter.set_exception(error)

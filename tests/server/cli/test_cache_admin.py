@@ -1,0 +1,138 @@
+"""The admin port's work on the cache, on a real server: pins, branches, tenants, the tree."""
+
+from __future__ import annotations
+
+import socket
+
+import httpx
+import pytest
+
+from chunkllama.cache.admin import run_command
+from chunkllama.messages import CacheCommand
+from chunkllama.simulation.engine import SimulatedEngine
+
+TEXT = "you are a helpful assistant of the company and answer each question briefly " * 3
+
+
+@pytest.fixture(scope="module")
+def server(start, tmp_path_factory):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    keys = tmp_path_factory.mktemp("keys") / "keys.txt"
+    keys.write_text("red:key-red\nblue:key-blue\n")
+    served = start("--api-key-file", keys, "--admin-port", port)
+    return served, httpx.Client(base_url=f"http://127.0.0.1:{port}/admin/cache", timeout=60)
+
+
+def complete(served, key: str, prompt: str, **fields) -> int:
+    """Run a prompt; returns its cached tokens."""
+    body = {"model": served.model, "prompt": prompt, "max_tokens": 1, **fields}
+    headers = {"authorization": f"Bearer key-{key}"}
+    answer = httpx.post(f"{served.url}/v1/completions", json=body, headers=headers, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def counts(client) -> dict[str, int]:
+    return {row["tenant"]: row["chunks"] for row in client.get("/tree").json()["tenants"]}
+
+
+def test_an_operator_works_on_the_cache(server) -> None:
+    served, client = server
+    assert complete(served, "red", TEXT) == complete(served, "blue", TEXT) == 0
+    assert complete(served, "red", TEXT) == len(TEXT) - 1
+    before = counts(client)
+    assert before["red"] == before["blue"] == -(-len(TEXT) // 64)
+
+    tree = client.get("/tree", params={"tenant": "red"}).json()
+    assert [node["depth"] for node in tree["nodes"]] == [0, 1, 2, 3]
+    assert {node["tenant"] for node in tree["nodes"]} == {"red"} and tree["hidden_nodes"] == 0
+    assert not {"tokens", "token_ids", "key"} & set(tree["nodes"][0])
+
+    dropped = client.delete(f"/branches/{tree['nodes'][2]['chunk_id']}").json()
+    assert dropped == {"object": "dropped", "chunks": 2, "kept": 0}
+    assert counts(client) == before | {"red": 2}
+    explained = httpx.post(
+        f"{served.url}/v1/cache/explain",
+        json={"prompt": TEXT},
+        headers={"authorization": "Bearer key-red"},
+    ).json()
+    assert (explained["reason"], explained["matched_tokens"]) == ("dropped", 128)
+
+    assert client.delete("/tenants/blue").json()["chunks"] == before["blue"]
+    assert "blue" not in counts(client)
+    assert complete(served, "blue", TEXT) == 0
+    assert complete(served, "red", TEXT) == 128
+
+
+def test_pins_are_listed_added_and_dropped(server) -> None:
+    served, client = server
+    answer = client.post("/pins", json={"prompt": "pinned " * 20, "tenant": "red", "ttl": "5m"})
+    assert answer.json() == {"object": "pin", "tenant": "red", "prompt_tokens": 140}
+    (pin,) = client.get("/pins").json()["data"]
+    assert (pin["tenant"], pin["num_tokens"], pin["num_chunks"]) == ("red", 140, 3)
+    assert 0 < pin["seconds_left"] <= 300
+    assert complete(served, "red", "pinned " * 20) == 139
+    assert complete(served, "blue", "pinned " * 20) == 0
+    path = f"/pins/{pin['chunk_id']}"
+    assert client.delete(path, params={"tenant": "blue"}).status_code == 404
+    assert client.delete(path, params={"tenant": "red"}).status_code == 200
+    assert client.get("/pins").json()["data"] == []
+    assert complete(served, "red", "pinned " * 20) == 139
+
+    shared = {"messages": [{"role": "user", "content": "for all " * 20}], "ttl": "30s"}
+    assert client.post("/pins", json=shared).status_code == 200
+    (pin,) = client.get("/pins").json()["data"]
+    assert pin["tenant"] == ""
+    assert client.delete(f"/branches/{pin['chunk_id']}").json()["chunks"] == 1
+    assert client.get("/pins").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "param"),
+    [
+        ("POST", "/pins", {"prompt": "x"}, 400, "ttl"),
+        ("POST", "/pins", {"prompt": "x", "ttl": "soon"}, 400, "ttl"),
+        ("POST", "/pins", {"prompt": "x", "ttl": "99999h"}, 400, "ttl"),
+        ("POST", "/pins", {"ttl": "5m"}, 400, "prompt"),
+        ("POST", "/pins", {"prompt": "x", "ttl": "5m", "tenant": "green"}, 404, "tenant"),
+        ("POST", "/pins", {"prompt": "x" * 5000, "ttl": "5m"}, 400, "prompt"),
+        ("POST", "/pins", {"prompt": "y" * 1000, "tenant": "red", "ttl": "5m"}, 200, None),
+        ("POST", "/pins", {"prompt": "z" * 1000, "tenant": "red", "ttl": "5m"}, 409, "ttl"),
+        ("DELETE", "/pins/9999", None, 404, None),
+        ("DELETE", "/branches/9999", None, 404, None),
+        ("DELETE", "/branches/x", None, 400, "chunk_id"),
+        ("DELETE", "/tenants/green", None, 404, None),
+    ],
+)
+def test_refusals_name_what_is_wrong(server, method, path, body, status, param) -> None:
+    _, client = server
+    answer = client.request(method, path, json=body)
+    assert answer.status_code == status, answer.text
+    if status != 200:
+        assert answer.json()["error"]["param"] == param
+
+
+def test_the_main_port_has_no_administration(server) -> None:
+    served, _ = server
+    headers = {"authorization": "Bearer key-red"}
+    for path in ("pins", "tree"):
+        assert httpx.get(f"{served.url}/admin/cache/{path}", headers=headers).status_code == 404
+
+
+def test_chunks_in_use_are_kept() -> None:
+    run = SimulatedEngine(40, 4, vocab_size=1000)
+    run.add(list(range(10)), 5, tenant="a", namespace="A", pin_seconds=9.0)
+    run.run()
+    run.add([*range(8), 1, 2, 3], 5, tenant="b", namespace="A")
+    run.step()
+    drop = CacheCommand(command_id=3, action="drop_tenant", tenant="a")
+    reply = run.scheduler.cache_command(drop)
+    run.scheduler.check_invariants()
+    # two chunks are in use by b; those with a's output go, pinned or not
+    assert (reply.command_id, reply.found) == (3, True)
+    assert (reply.num_dropped, reply.num_kept) == (2, 2)
+    assert run_command(CacheCommand(command_id=4, action="pins"), run.cache, run.now).pins == []
+    run.run()
+    run.check_outputs()
