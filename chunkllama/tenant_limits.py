@@ -46,6 +46,10 @@ class TenantTable:
         self._tenants = dict(tenants or {})
         self._default = default
 
+    def __len__(self) -> int:
+        """Return how many tenants are listed."""
+        return len(self._tenants)
+
     def __getitem__(self, tenant: str) -> TenantLimits:
         """Return a tenant's limits; "" (a server with one tenant, public prefixes) has none."""
         return self._tenants.get(tenant, self._default) if tenant else NO_LIMITS

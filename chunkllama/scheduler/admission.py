@@ -188,6 +188,11 @@ class AdmissionControl:
         """Chunks the waiting sequences will need, sharing apart."""
         return sum(self.expected_chunks(sequence) for sequence in waiting)
 
+    def num_needed(self, sequence: Sequence, match: Match) -> int:
+        """Chunks that the sequence will probably need beside those of the match."""
+        needed = self.expected_chunks(sequence) + self._beam_chunks(sequence)
+        return max(needed - len(match.nodes), 0)
+
     def admit(
         self, sequence: Sequence, match: Match, promised: int
     ) -> tuple[SequenceChunks, Match] | None:

@@ -139,6 +139,7 @@ class WaitingQueue:
         self._open: dict[str, None] = {}  # tenants that have started one, in order of start
         self._parked: dict[Sequence, Hashable] = {}  # with the reason, which several may share
         self._by_reason: dict[Hashable, list[Sequence]] = {}
+        self.blocked: set[str] = set()  # tenants left out of the order being made
         self._size = 0
 
     def __len__(self) -> int:
@@ -205,12 +206,21 @@ class WaitingQueue:
         queue = self._tenants[self._tenant(sequence)]
         return sequence is queue.by_age[0] or queue.overtaken < self._quantum
 
+    def block(self, sequence: Sequence) -> None:
+        """Leave the sequence's tenant out of the rest of ``candidates``.
+
+        With a policy that knows no tenants the caller has to pass over each of its sequences.
+        """
+        if self._policy == "fair":
+            self.blocked.add(sequence.group.request.tenant)
+
     def candidates(self, clocks: Mapping[str, float]) -> Iterator[Sequence]:
         """The order of admission; the caller may start each sequence it is given.
 
         Args:
             clocks: of every tenant with waiting sequences, the cost of running ones included.
         """
+        self.blocked.clear()
         if self._policy == "fcfs":
             for queue in list(self._tenants.values()):
                 yield from [s for s in queue.by_age if s not in self._parked]
@@ -223,7 +233,7 @@ class WaitingQueue:
         while heap:
             clock, age, tenant = heap[0]
             queue = self._tenants[tenant]
-            if not queue.by_age:
+            if not queue.by_age or tenant in self.blocked:
                 heapq.heappop(heap)
                 continue
             if queue.clock != clock:
@@ -267,7 +277,11 @@ class WaitingQueue:
         """
         while continuing:
             queue = self._tenants[continuing[-1]]
-            if queue.num_parked < len(queue.by_age) and queue.clock < lowest + self._quantum:
+            if (
+                continuing[-1] not in self.blocked
+                and queue.num_parked < len(queue.by_age)
+                and queue.clock < lowest + self._quantum
+            ):
                 follower = self._follower(queue, passed)
                 if follower is not None:
                     return follower

@@ -27,6 +27,7 @@ from chunkllama.messages import (
 from chunkllama.scheduler.beam_steps import advance_beams
 from chunkllama.scheduler.cache_lookup import explain_prompt, match_limit, record_prompt
 from chunkllama.scheduler.failures import drop_failed
+from chunkllama.scheduler.headroom import Headroom
 from chunkllama.scheduler.intake import check_places, make_group
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.memory_pressure import grow_tails, preemption_victim
@@ -216,12 +217,14 @@ class Scheduler:
         self._unpark_followers()
         long_looked_at = 0
         promised = self._admission.reserved(self._running.by_age)
+        headroom = Headroom(self._lifecycle, self._cache, self._limits)
         for sequence in self._waiting.candidates(self._clocks()):
             if budget == 0 or not self._running.num_free_slots:
                 break
             if only_short and not self._waiting.may_overtake(sequence):
                 continue
             if not self._lifecycle.may_run(sequence):
+                self._waiting.block(sequence)
                 continue
             limit = match_limit(sequence, self._limits)
             namespace = sequence.group.request.namespace
@@ -236,6 +239,9 @@ class Scheduler:
                 if long_looked_at == MAX_LONG_LOOKED_AT:
                     break
                 continue
+            if not headroom.remains(sequence, match, promised):
+                self._waiting.block(sequence)
+                continue
             admitted = self._admission.admit(sequence, match, promised)
             while admitted is None and not len(self._running) and self._cache.pins.break_one():
                 admitted = self._admission.admit(sequence, match, promised)
@@ -243,6 +249,7 @@ class Scheduler:
                 break
             record_prompt(sequence, match, admitted[1], self._cache, self._limits)
             self._lifecycle.start(sequence, *admitted)
+            headroom.add(sequence)
             promised += self._admission.reserved([sequence])
             budget = self._take_slices([sequence], budget)
         return budget

@@ -83,6 +83,11 @@ class TenantAccounts:
     def __iter__(self) -> Iterator[tuple[str, Account]]:
         return iter(self._accounts.items())
 
+    @property
+    def are_several(self) -> bool:
+        """At least two tenants have limits or have sent requests."""
+        return len(self._limits) > 1 or sum(map(bool, self._accounts)) > 1
+
     def set_limits(self, limits: TenantTable) -> None:
         """Apply other limits and weights, from the next charge and the next start on."""
         self._limits = limits

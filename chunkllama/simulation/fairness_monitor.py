@@ -71,8 +71,10 @@ class FairnessMonitor:
         return same or self._policy == "prefix"
 
     def _is_blocked(self, waiting: Sequence) -> bool:
-        """It waits for a leader, is held, or its tenant runs as many requests as it may: others
-        may start before it without limit."""
+        """It waits for a leader, is held, or its tenant has running what it may: others may start
+        before it without limit."""
         if waiting.match is not None and self._scheduler._cache.is_pending(waiting.match):
             return True
-        return waiting.group.held or not self._scheduler._lifecycle.may_run(waiting)
+        tenant = waiting.group.request.tenant
+        may_run = self._scheduler._lifecycle.may_run(waiting)
+        return waiting.group.held or not may_run or tenant in self._scheduler._waiting.blocked

@@ -164,6 +164,11 @@ class EngineStatsCollector:
             yield self._histogram(name, text)
         for name, (metric, text) in ENGINE_GAUGES.items():
             yield GaugeMetricFamily(f"chunkllama_{metric}", text, getattr(stats, name))
+        yield GaugeMetricFamily(
+            "chunkllama_kv_chunks_total",
+            "Former name of chunkllama_kv_chunks_capacity; will be removed.",
+            stats.chunks_total,
+        )
         chunks = GaugeMetricFamily("chunkllama_kv_chunks", "Chunks by state.", labels=["state"])
         for state in CHUNK_STATES:
             chunks.add_metric([state], getattr(stats, f"chunks_{state}"))
