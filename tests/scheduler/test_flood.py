@@ -83,7 +83,7 @@ def test_a_new_tenant_finds_a_slot_and_chunks_beside_several_others() -> None:
 
 
 def test_the_headroom_costs_a_flooding_tenant_little() -> None:
-    """400 short requests run in 57 slots instead of 64. Prefill limits the long ones, whatever the slots."""
+    """Short requests run in 57 slots instead of 64; long ones are limited by prefill anyway."""
 
     def num_steps(tenant: str, length: int, output: int, count: int) -> int:
         rng = random.Random(2)
