@@ -22,6 +22,7 @@ STEP_SECONDS_BOUNDS = (
     2.5,
 )  # fmt: skip
 BATCH_SIZE_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+STEP_TOKENS_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -191,6 +192,9 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="engine_stats"):
         default_factory=lambda: Histogram.over(STEP_SECONDS_BOUNDS)
     )
     batch_size: Histogram = msgspec.field(default_factory=lambda: Histogram.over(BATCH_SIZE_BOUNDS))
+    step_tokens: Histogram = msgspec.field(
+        default_factory=lambda: Histogram.over(STEP_TOKENS_BOUNDS)
+    )
     invariant_violations: int = 0
     tree: list[TreeNodeInfo] = []
     tenants: dict[str, TenantStats] = {}

@@ -32,8 +32,8 @@ class ThinkingSpec(msgspec.Struct, frozen=True, kw_only=True):
 class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A constraint on the output.
 
-    ``kind`` is json_schema, json_object, regex, choice, lark, or any, which constrains nothing but
-    the thoughts; ``text`` is its source.
+    ``kind`` is json_schema, json_object, regex, choice, lark, gbnf, or any, which constrains
+    nothing but the thoughts; ``text`` is its source.
     """
 
     kind: str

@@ -20,6 +20,7 @@ from chunkllama.models.loading.hub import resolve_model
 from chunkllama.models.loading.safetensors import Checkpoint
 from chunkllama.models.loading.sizes import allocated_bytes
 from chunkllama.resources import default_kv_cache_memory, memory_left, usable_threads
+from chunkllama.scheduler.admission import longest_request
 from chunkllama.scheduler.scheduler import Scheduler, SchedulerLimits
 
 logger = init_logger(__name__)
@@ -80,7 +81,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         eos_token_ids=list(spec.eos_token_ids),
         num_chunks=num_chunks,
         chunk_size=chunk_size,
-        max_request_tokens=min(max_model_len, num_chunks * chunk_size),
+        max_request_tokens=longest_request(max_model_len, num_chunks * chunk_size),
         device=device,
         backend=executor.backend.name,
         isa_level=executor.backend.isa_level,

@@ -19,6 +19,7 @@ from chunkllama.logger import init_logger
 from chunkllama.messages import (
     BATCH_SIZE_BOUNDS,
     STEP_SECONDS_BOUNDS,
+    STEP_TOKENS_BOUNDS,
     AbortRequest,
     CacheCommand,
     CommandReply,
@@ -80,6 +81,7 @@ class EngineCore:
         self._steps = 0
         self._step_seconds = Histogram.over(STEP_SECONDS_BOUNDS)
         self._batch_size = Histogram.over(BATCH_SIZE_BOUNDS)
+        self._step_tokens = Histogram.over(STEP_TOKENS_BOUNDS)
         self._violations = 0
         self._request_of_slot: dict[int, str] = {}
         self._checked_at_step = 0
@@ -147,6 +149,7 @@ class EngineCore:
         self._step_seconds.observe(elapsed)
         self.on_step(output, elapsed)
         self._batch_size.observe(len(output.slices))
+        self._step_tokens.observe(output.num_tokens)
         if self.faults is not None:
             self.faults.reach("send")
         return deltas
@@ -174,6 +177,7 @@ class EngineCore:
         stats.steps_total = self._steps
         stats.step_seconds = self._step_seconds
         stats.batch_size = self._batch_size
+        stats.step_tokens = self._step_tokens
         stats.invariant_violations = self._violations
         if include_tree:
             stats.tree = self._scheduler.tree()

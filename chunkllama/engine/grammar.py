@@ -5,6 +5,7 @@ with it.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import llguidance
 import msgspec
 import numpy as np
+from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 from numpy.typing import NDArray
 
 from chunkllama.errors import InvalidRequestError
@@ -38,14 +40,67 @@ def to_llguidance(spec: GrammarSpec) -> str:
             case "json_object":
                 return matcher.grammar_from_json_schema('{"type":"object"}', overrides=json_options)
             case "regex":
-                return matcher.grammar_from_regex(spec.text)
+                return matcher.grammar_from_regex(with_ascii_classes(spec.text))
             case "choice":
                 return matcher.grammar_from_lark(_choice(json.loads(spec.text)))
             case "lark":
                 return matcher.grammar_from_lark(spec.text)
+            case "gbnf":
+                return matcher.grammar_from_lark(gbnf_as_lark(spec.text))
     except ValueError as error:
         raise InvalidRequestError(f"invalid {spec.kind}: {_one_line(error)}", "grammar") from None
     raise InvalidRequestError(f"unknown grammar kind {spec.kind!r}", "grammar")
+
+
+def is_gbnf(text: str) -> bool:
+    """Whether a grammar is in GBNF (llama.cpp, xgrammar), not in Lark's syntax."""
+    return re.search(r"^\s*[\w-]+\s*::=", text, re.MULTILINE) is not None
+
+
+def gbnf_as_lark(text: str) -> str:
+    """A GBNF grammar in Lark's syntax; its rule ``root`` becomes ``start``.
+
+    Raises:
+        InvalidRequestError: it is malformed, or nested too deeply.
+    """
+    try:
+        return str(gbnf_to_lark(text))
+    except (GbnfToLarkError, ValueError, IndexError, RecursionError) as error:
+        raise InvalidRequestError(f"invalid gbnf: {_one_line(error)}", "grammar") from None
+
+
+# ECMA-262's and Python's ASCII meaning of the classes that Rust's regex reads as Unicode's.
+_ASCII_CLASSES = {"d": "0-9", "w": "0-9A-Za-z_"}
+
+
+def with_ascii_classes(pattern: str) -> str:
+    r"""A regex in which ``\d`` and ``\w`` and their opposites mean ASCII, as in ECMA-262."""
+    parts: list[str] = []
+    depth = at = 0
+    while at < len(pattern):
+        char, following = pattern[at], pattern[at + 1 : at + 2]
+        if char == "\\":
+            members = _ASCII_CLASSES.get(following.lower())
+            if members is None:
+                parts.append(char + following)
+            elif following.isupper():
+                parts.append(f"[^{members}]")
+            else:
+                parts.append(members if depth else f"[{members}]")
+            at += 2
+            continue
+        if char == "[":
+            depth += 1
+            # A bracket that comes first in its class is a member.
+            head = re.compile(r"\[\^?\]?").match(pattern, at)
+            assert head is not None, "it begins with a bracket"
+            parts.append(head[0])
+            at = head.end()
+            continue
+        depth -= char == "]" and depth > 0
+        parts.append(char)
+        at += 1
+    return "".join(parts)
 
 
 def _choice(choices: object) -> str:

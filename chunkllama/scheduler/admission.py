@@ -70,6 +70,11 @@ class DrainRate:
         return min(max(seconds, 1), MAX_RETRY_AFTER)
 
 
+def longest_request(max_model_len: int, pool_tokens: int) -> int:
+    """Prompt and output tokens that one request may have; the last token needs no K/V."""
+    return min(max_model_len, pool_tokens + 1)
+
+
 class AdmissionControl:
     """Decides who may start and with how many chunks; refuses what could never run."""
 
@@ -86,9 +91,9 @@ class AdmissionControl:
 
     @property
     def max_request_tokens(self) -> int:
-        """Prompt and output of the longest request; the last token needs no K/V."""
+        """Prompt and output tokens of the longest request."""
         pool = self._cache.num_chunks * self._cache.chunk_size
-        return min(self._limits.max_model_len, pool + 1)
+        return longest_request(self._limits.max_model_len, pool)
 
     def resolve_max_tokens(self, request: EngineRequest) -> int:
         """Output tokens of each choice; with max_tokens null what fits alone.

@@ -20,7 +20,12 @@ from jinja2.exceptions import SecurityError
 from tokenizers import AddedToken
 
 from chunkllama.errors import ConfigError, InvalidRequestError
-from chunkllama.text.sandbox import TemplateEnvironment, TemplateLimitError
+from chunkllama.text.sandbox import (
+    TemplateEnvironment,
+    TemplateLimitError,
+    num_chars,
+    strings_in,
+)
 from chunkllama.text.template_adapter import check_all_text
 from chunkllama.text.template_capabilities import TemplateCapabilities, probe
 from chunkllama.text.tokenizer import Tokenizer, encode_continuation, encode_ids, read_json
@@ -131,6 +136,11 @@ class ChatTemplate:
         added = {token.content for token in self._tokenizer.added_tokens.values()}
         return probe(render, added)
 
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names that the template reads and does not define itself."""
+        return self._environment.variables_of(self._sources.values())
+
     def _render(
         self,
         messages: Sequence[dict[str, Any]],
@@ -172,7 +182,7 @@ class ChatTemplate:
         return self._run(self._templates[name], variables)
 
     def _run(self, template: jinja2.Template, variables: dict[str, Any]) -> str:
-        size = _num_chars(variables)
+        size = num_chars(variables)
         try:
             with self._environment.budget(
                 RENDER_SECONDS, work=_WORK_CHARS + 64 * size, output=_OUTPUT_CHARS + 4 * size
@@ -262,7 +272,7 @@ class _Literals:
     def __init__(self, control_text: _ControlText, inputs: Any) -> None:
         self.hidden: list[str] = []
         self._control_text = control_text
-        written = "\0".join(_strings(inputs))
+        written = "\0".join(strings_in(inputs))
         serial = 0
         while f"literal{serial}x" in written:
             serial += 1
@@ -378,21 +388,3 @@ def _cut_final(text: str, final: str) -> str:
             "continue_final_message",
         )
     return text[:tag] if text.startswith(_CONTINUE, tag) else text[:tag].rstrip()
-
-
-def _strings(value: Any) -> list[str]:
-    found: list[str] = []
-    pending = [value]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, str):
-            found.append(item)
-        elif isinstance(item, dict):
-            pending += [*item.keys(), *item.values()]
-        elif isinstance(item, list | tuple):
-            pending += item
-    return found
-
-
-def _num_chars(value: Any) -> int:
-    return sum(map(len, _strings(value)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from functools import wraps
@@ -20,6 +20,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
@@ -140,6 +141,11 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         )
         for name in ("lipsum", "cycler", "joiner"):
             self.globals.pop(name, None)
+
+    def variables_of(self, sources: Iterable[str]) -> frozenset[str]:
+        """Names that templates read and do not define themselves."""
+        found = (jinja2.meta.find_undeclared_variables(self.parse(source)) for source in sources)
+        return frozenset().union(*found)
 
     @contextmanager
     def budget(self, seconds: float, work: int, output: int) -> Iterator[None]:
@@ -372,3 +378,23 @@ def _result_bits(operator: str, left: Any, right: Any) -> int:
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def strings_in(value: Any) -> list[str]:
+    """Every string in plain data, keys included."""
+    found: list[str] = []
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            found.append(item)
+        elif isinstance(item, dict):
+            pending += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            pending += item
+    return found
+
+
+def num_chars(value: Any) -> int:
+    """Characters of all strings in plain data."""
+    return sum(map(len, strings_in(value)))

@@ -100,13 +100,12 @@ def test_every_flag_in_the_docs_exists(chunkllama):
     assert not named - known - others
 
 
-def test_the_configuration_page_is_current():
-    spec = importlib.util.spec_from_file_location(
-        "document_configuration", ROOT / "scripts/document_configuration.py"
-    )
+@pytest.mark.parametrize("script", ["document_configuration", "document_http"])
+def test_a_generated_page_is_current(script):
+    spec = importlib.util.spec_from_file_location(script, ROOT / f"scripts/{script}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.PAGE.read_text() == module.page(), "run: python scripts/document_configuration.py"
+    assert module.PAGE.read_text() == module.page(), f"run: python scripts/{script}.py"
 
 
 # A tenants file is no settings file; tests/server/test_tenants_file.py loads it.

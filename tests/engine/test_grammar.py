@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chunkllama.engine.grammar import GrammarCompiler, Matcher
+from chunkllama.engine.grammar import GrammarCompiler, Matcher, is_gbnf
 from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec, ThinkingSpec
 from chunkllama.text.tokenizer import Tokenizer, load_tokenizer
@@ -212,3 +212,81 @@ def test_an_ending_tag_that_is_one_token(compiler, tokenizer):
     matcher = compiler.matcher(spec, [*tokenizer.encode("hm"), end])
     feed(matcher, tokenizer, "yes")
     assert matcher.is_finished
+
+
+def accepts(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, grammar: GrammarSpec, text: str
+) -> bool:
+    """Whether a text, token by token, follows a grammar to its end."""
+    matcher = compiler.matcher(grammar, [])
+    if not all(
+        token in allowed(matcher) and matcher.accept(token) for token in tokenizer.encode(text)
+    ):
+        return False
+    return matcher.is_finished or EOS in allowed(matcher)
+
+
+DIGITS = ["\u0664", "\u0967", "\U0001fbf1", "\uff15"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "inside", "outside"),
+    [
+        (r"\d", ["0", "9"], [*DIGITS, "a"]),
+        (r"\w", ["a", "Z", "_", "0"], ["é", "\u0664", "-"]),
+        (r"\D", ["a", "\u0664", "é"], ["0", "9"]),
+        (r"\W", ["é", "-", "\u0664"], ["a", "_", "5"]),
+        (r"[\d.]", ["5", "."], ["\u0664", "a"]),
+        (r"[^\d]", ["a", "\u0664"], ["5"]),
+        (r"[\D]", ["a", "\u0664"], ["5"]),
+        (r"[a\W]", ["a", "é", "-"], ["b", "5"]),
+        (r"\\d", [r"\d"], ["5"]),
+        (r"[\\d]", ["d", "\\"], ["5"]),
+        (r"\[\d\]", ["[5]"], ["[\u0664]"]),
+        (r"[]\d]", ["]", "5"], ["\u0664"]),
+        (r"(\d{2})-\d+", ["12-3"], ["1\u0664-3"]),
+    ],
+)
+def test_classes_of_a_regex_are_ascii(compiler, tokenizer, pattern, inside, outside):
+    """ECMA-262's meaning, in a regex and in a schema's pattern."""
+    grammars = [
+        spec("regex", pattern),
+        spec("json_schema", {"type": "string", "pattern": f"^{pattern}$"}),
+    ]
+    for grammar in grammars:
+        for text in inside:
+            shown = text if grammar.kind == "regex" else json.dumps(text, ensure_ascii=False)
+            assert accepts(compiler, tokenizer, grammar, shown), (grammar.kind, text)
+        for text in outside:
+            shown = text if grammar.kind == "regex" else json.dumps(text, ensure_ascii=False)
+            assert not accepts(compiler, tokenizer, grammar, shown), (grammar.kind, text)
+
+
+GBNF = """# A list of animals.
+root   ::= animal ("," ws animal){0,2}
+animal ::= "cat" | "dog" [0-9]+
+ws     ::= " "?
+"""
+
+
+def test_gbnf(compiler, tokenizer):
+    grammar = spec("gbnf", GBNF)
+    for text in ("cat", "dog12", "cat,dog1", "cat, cat, dog7"):
+        assert accepts(compiler, tokenizer, grammar, text)
+    for text in ("", "bird", "dog", "cat,,cat", "cat,cat,cat,cat"):
+        assert not accepts(compiler, tokenizer, grammar, text)
+
+
+def test_gbnf_is_told_from_lark():
+    assert is_gbnf(GBNF)
+    assert is_gbnf('root::="a"')
+    assert not is_gbnf('start: "a::=b"')
+    assert not is_gbnf('start: "x"\n// a ::= b')
+
+
+@pytest.mark.parametrize(
+    "text", ['root ::= "a', "root ::= [a", "root ::= (", "root = 1", "root ::= a " + "(" * 3000]
+)
+def test_malformed_gbnf_is_refused(compiler, text):
+    with pytest.raises(InvalidRequestError):
+        compiler.check(spec("gbnf", text))

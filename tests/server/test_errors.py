@@ -144,6 +144,8 @@ REFUSED = [
     ({"prompt_cache_retention": "48h"}, "prompt_cache_retention"),
     ({"chat_template": "{{ 7 * 7 }}"}, "chat_template"),
     ({"chat_template_kwargs": {"__class__": 1}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"bos_token": "x"}}, "chat_template_kwargs"),
     ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
     ({"add_special_tokens": True}, "add_special_tokens"),
     ({"priority": 10**6}, "priority"),
@@ -234,10 +236,14 @@ def test_escaped_backslash_before_u0000_is_text(server):
     assert send_raw(server, raw).status_code == 200
 
 
-def test_body_without_json_content_type(server):
-    with server.http() as http:
-        response = http.post(PATH, content=b"{}", headers={"content-type": "text/plain"})
-    assert "Content-Type" in check_error(response, 400)["message"]
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
+def test_a_browser_must_name_json(server, kind):
+    """A page may send these types to another site without asking, and browsers name the page."""
+    for origin in ({"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}):
+        headers = {**origin, **({} if kind is None else {"content-type": kind})}
+        with server.http() as http:
+            response = http.post(PATH, content=b"{}", headers=headers)
+        assert "Content-Type" in check_error(response, 400)["message"]
 
 
 def test_body_over_the_limit_is_413(server):

@@ -223,7 +223,7 @@ def test_a_template_of_a_request_never_runs_on_the_event_loop(text_parts) -> Non
             return [1]
 
         check = encode = _note
-        capabilities = property(_note)
+        capabilities = variables = property(_note)
 
     def make(source: str) -> Any:
         seen.append(threading.current_thread().name)
@@ -239,7 +239,7 @@ def test_a_template_of_a_request_never_runs_on_the_event_loop(text_parts) -> Non
 
     service = TextService(*text_parts, make_template=make)
     asyncio.run(main())
-    assert len(seen) == 4
+    assert len(seen) == 5
     assert all(name.startswith("template") for name in seen)
     service.close()
 

@@ -23,7 +23,8 @@ PROMISED = """
 requests_running requests_waiting kv_chunks kv_usage_ratio prefix_tokens_queried prefix_tokens_hit
 request_accepted request_finished rejected time_to_first_token_seconds inter_token_latency_seconds
 e2e_request_latency_seconds queue_time_seconds prefill_time_seconds decode_time_seconds
-prompt_tokens generation_tokens preemptions engine_restarts step_seconds batch_size
+prompt_tokens generation_tokens preemptions engine_restarts step_seconds batch_size step_tokens
+inference_time_seconds request_prompt_tokens request_generation_tokens
 engine_stats_age_seconds watchdog_kills replayed_requests
 """
 VLLM = """
@@ -31,7 +32,10 @@ num_requests_running num_requests_waiting kv_cache_usage_perc prefix_cache_queri
 prefix_cache_hits prompt_tokens generation_tokens num_preemptions request_success
 time_to_first_token_seconds inter_token_latency_seconds time_per_output_token_seconds
 e2e_request_latency_seconds request_queue_time_seconds request_prefill_time_seconds
-request_decode_time_seconds
+request_decode_time_seconds request_inference_time_seconds
+request_prompt_tokens request_generation_tokens iteration_tokens iteration_tokens_total
+gpu_cache_usage_perc gpu_prefix_cache_queries gpu_prefix_cache_hits cache_config_info
+lora_requests_info
 """
 
 
@@ -266,12 +270,22 @@ def test_names_of_vllm(start_server):
     for family in theirs.values():
         for sample in family.samples:
             assert sample.labels["model_name"] == "org/tiny"
-            assert set(sample.labels) <= {"model_name", "finished_reason", "le"}
+            assert (
+                set(sample.labels) <= {"model_name", "finished_reason", "le"}
+                or "info" in sample.name
+            )
             values.setdefault(sample.name, []).append(sample.value)
     assert values["vllm:num_requests_waiting"] == [3]
     assert values["vllm:kv_cache_usage_perc"] == [0.25]
     assert values["vllm:prefix_cache_hits_total"] == [9]
     assert sorted(values["vllm:request_success_total"]) == [0, 0, 0, 0, 2]
+    assert values["vllm:request_generation_tokens_sum"] == [10]
+    assert values["vllm:request_prompt_tokens_count"] == [2]
+    assert values["vllm:request_inference_time_seconds_count"] == [2]
+    assert values["vllm:gpu_cache_usage_perc"] == [0.25]
+    (cache,) = theirs["vllm:cache_config_info"].samples
+    assert (cache.labels["block_size"], cache.labels["num_gpu_blocks"]) == ("64", "64")
+    assert theirs["vllm:lora_requests_info"].samples[0].labels["max_lora"] == "0"
     assert values["vllm:request_queue_time_seconds_count"] == [2]
     for ours, their in (
         ("inter_token_latency_seconds", "time_per_output_token_seconds"),

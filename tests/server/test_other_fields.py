@@ -56,12 +56,36 @@ ENGINE = {
     "explain_cache": (True, lambda request: request.explain),
     "service_tier": ("flex", lambda request: request.priority == 10),
     "top_logprobs": (2, lambda request: request.sampling.logprobs == 2),
+    "top_k": (7, lambda request: request.sampling.top_k == 7),
+    "min_p": (0.125, lambda request: request.sampling.min_p == 0.125),
+    "frequency_penalty": (1.5, lambda request: request.sampling.frequency_penalty == 1.5),
+    "presence_penalty": (1.5, lambda request: request.sampling.presence_penalty == 1.5),
+    "repetition_penalty": (1.5, lambda request: request.sampling.repetition_penalty == 1.5),
+    "logit_bias": ({"5": 2}, lambda request: request.sampling.logit_bias == {5: 2.0}),
+    "seed": (7, lambda request: request.sampling.seed == 7),
+    "stop": (["x"], lambda request: request.sampling.stop == ("x",)),
+    "stop_token_ids": ([5], lambda request: request.sampling.stop_token_ids == (5,)),
+    "include_stop_str_in_output": (
+        True,
+        lambda request: request.sampling.include_stop_str_in_output,
+    ),
+    "ignore_eos": (True, lambda request: request.sampling.ignore_eos),
+    "min_tokens": (3, lambda request: request.sampling.min_tokens == 3),
+    "skip_special_tokens": (False, lambda request: not request.sampling.skip_special_tokens),
+    "bad_words": (["no"], lambda request: len(request.sampling.bad_words_token_ids) == 2),
+    "allowed_token_ids": ([5, 6], lambda request: request.sampling.allowed_token_ids == (5, 6)),
+    "structured_outputs": (
+        {"regex": "a"},
+        lambda request: request.sampling.grammar.kind == "regex",
+    ),
+    "truncate_prompt_tokens": (5, lambda request: len(request.prompt_token_ids) == 5),
+    "priority": (7, lambda request: request.priority == 7),
 }
 # test_responses, test_openapi
 RESPONSES_ELSEWHERE = {
     "model", "input", "previous_response_id", "stream", "stream_options", "text", "tools",
     "tool_choice", "include", "reasoning", "background", "conversation", "context_management",
-    "prompt", "moderation", "thinking_token_budget",
+    "prompt", "moderation", "chat_template_kwargs", "thinking_token_budget",
 }  # fmt: skip
 CALL = '{"name": "add", "arguments": {}}'
 
@@ -145,8 +169,8 @@ def test_tokenize_options_are_those_of_chat(server, fields):
         assert tokens != server.post("/tokenize", body).json()["tokens"]
 
 
-def test_tokenize_takes_no_other_template_variables(server):
-    body = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"evil": 1}}
+def test_tokenize_takes_no_variable_that_the_server_sets(server):
+    body = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"tools": "x"}}
     assert server.post("/tokenize", body).json()["error"]["param"] == "chat_template_kwargs"
 
 

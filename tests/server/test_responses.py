@@ -250,6 +250,7 @@ def test_tenants_do_not_see_each_other(start_server):
     [
         ({"input": []}, "input"),
         ({"input": [{"type": "reasoning"}]}, "input"),
+        ({"input": None}, "input"),
         ({"input": [{"content": "x"}]}, "input[0].role"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
         (
@@ -260,7 +261,7 @@ def test_tenants_do_not_see_each_other(start_server):
         ({"max_output_tokens": 15}, "max_output_tokens"),
         ({"max_output_tokens": 2040}, "max_output_tokens"),
         ({"input": "x" * 3000}, "input"),
-        ({"background": True}, "background"),
+        ({"background": True, "store": False}, "background"),
         ({"conversation": "c"}, "conversation"),
         ({"context_management": []}, "context_management"),
         ({"prompt": {"id": "p"}}, "prompt"),

@@ -15,6 +15,7 @@ from chunkllama.logger import init_logger
 from chunkllama_server.api import cache, divergence, embeddings, health, models, tokenize, usage
 from chunkllama_server.api.chat import routes as chat
 from chunkllama_server.api.common.admission import ChargedEngine, QueueLimits
+from chunkllama_server.api.common.background import BackgroundResponses
 from chunkllama_server.api.common.context import ServerContext
 from chunkllama_server.api.common.response_store import ResponseStore
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
@@ -29,6 +30,7 @@ from chunkllama_server.transport.auth import AuthMiddleware, Tenants
 from chunkllama_server.transport.body import BodyLimitMiddleware
 from chunkllama_server.transport.errors import install_error_handlers
 from chunkllama_server.transport.host_check import HostCheckMiddleware, is_loopback
+from chunkllama_server.transport.paths import MethodMiddleware, PathMiddleware
 from chunkllama_server.transport.request_context import RequestInfoMiddleware
 
 logger = init_logger(__name__)
@@ -82,6 +84,7 @@ def create_app(
             settings.response_store_bytes,
             settings.response_store_seconds,
         ),
+        background=BackgroundResponses(settings.background_responses),
         tenants=tenants,
         generation_defaults=generation_defaults or {},
     )
@@ -92,6 +95,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        await context.background.close()
         context.grammars.close()
         text.close()
         if tracing is not None:
@@ -144,9 +148,12 @@ def _queue_limits(settings: Settings, engine: EngineClient) -> QueueLimits:
 
 
 def _add_middleware(app: FastAPI, context: ServerContext) -> None:
-    """Add, from the innermost to the outermost: body limit, keys, CORS, request ids, traces."""
+    """Add, from innermost to outermost: methods, body limit, paths, keys, CORS, ids, traces."""
     settings = context.settings
+    app.add_middleware(MethodMiddleware, routes=app.routes)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
+    # Inside the key check: only the exact spellings of open paths are open.
+    app.add_middleware(PathMiddleware, root_path=settings.root_path)
     app.add_middleware(
         AuthMiddleware,
         tenants=context.tenants,

@@ -19,13 +19,14 @@ from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.common.prompt_cache import cache_plan
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.sampling import check_lengths, check_prompt_ids
+from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers
 from chunkllama_server.api.schema.embeddings import Embedding, EmbeddingList, EmbeddingRequest
-from chunkllama_server.transport.body import JsonRoute, json_response
+from chunkllama_server.transport.body import json_response
 from chunkllama_server.transport.errors import invalid
 from chunkllama_server.transport.sse import gather_or_cancel, unless_disconnected
 
-router = APIRouter(route_class=JsonRoute, tags=["embeddings"])
+router = APIRouter(route_class=DialectRoute, tags=["embeddings"])
 
 # A large batch must not fill the engine's queue, where other requests wait.
 MAX_AT_ONCE = 16

@@ -22,7 +22,8 @@ def describe_model(context: ServerContext, name: str) -> Model:
         "owned_by": "chunkllama",
         "root": context.settings.model_names[0],  # not the folder, which callers must not learn
         "parent": None,
-        "max_model_len": context.engine.info.max_model_len,
+        "max_request_tokens": context.engine.info.max_request_tokens,
+        "max_model_len": context.engine.info.max_request_tokens,
         "chat_template": None if template is None else template.capabilities.as_dict(),
     }
 

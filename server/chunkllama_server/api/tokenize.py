@@ -8,6 +8,7 @@ from starlette.responses import Response
 from chunkllama_server.api.chat.prompt_body import body_token_ids
 from chunkllama_server.api.chat.request import prepare_chat
 from chunkllama_server.api.common.context import Context
+from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.schema.tokenize import (
@@ -17,10 +18,10 @@ from chunkllama_server.api.schema.tokenize import (
     TokenizeRequest,
     TokenizeResponse,
 )
-from chunkllama_server.transport.body import JsonRoute, json_response
+from chunkllama_server.transport.body import json_response
 from chunkllama_server.transport.errors import invalid
 
-router = APIRouter(route_class=JsonRoute, tags=["tokenize"])
+router = APIRouter(route_class=DialectRoute, tags=["tokenize"])
 
 
 @router.post("/tokenize", response_model=None, responses=answers(TokenizeResponse))
@@ -34,7 +35,7 @@ async def tokenize(body: TokenizeRequest, request: Request, context: Context) ->
         strings = await context.text.run(len(ids), lambda: [tokenizer.token_str(i) for i in ids])
     result: TokenizeResponse = {
         "count": len(ids),
-        "max_model_len": context.engine.info.max_model_len,
+        "max_model_len": context.engine.info.max_request_tokens,
         "tokens": ids,
         "token_strs": strings,
     }
@@ -70,6 +71,6 @@ async def render(body: ChatCompletionRequest, request: Request, context: Context
         "prompt": await prepared.prompter.render(),
         "prompt_token_ids": ids,
         "count": len(ids),
-        "max_model_len": context.engine.info.max_model_len,
+        "max_model_len": context.engine.info.max_request_tokens,
     }
     return json_response(result)

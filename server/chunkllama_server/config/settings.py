@@ -144,8 +144,8 @@ class ServerConfig(ConfigGroup):
         description="Accept a chat_template in requests; only for clients that may run templates.",
     )
     chat_template_kwargs: Names = Field(
-        default=("enable_thinking", "thinking", "date_string", "tools_in_user_message"),
-        description="Names that a request's chat_template_kwargs may set.",
+        default=("enable_thinking", "thinking", "date_string", "tools_in_user_message", "*"),
+        description="Names that chat_template_kwargs may set; * is all that the template reads.",
     )
     tool_call_parser: ToolFamily | None = Field(
         default=None,
@@ -175,6 +175,7 @@ class ServerConfig(ConfigGroup):
     response_store_seconds: float = Field(
         default=3600.0, gt=0, description="A stored response expires after this many seconds."
     )
+    background_responses: int = Field(default=16, ge=0, description="Background responses at once.")
     root_path: str = Field(default="", description="Path prefix that a proxy removes.")
     allowed_hosts: Names = Field(
         default=(),

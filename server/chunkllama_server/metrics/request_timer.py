@@ -5,10 +5,22 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from prometheus_client import CollectorRegistry, Histogram
+
 from chunkllama.messages import TokenDelta
 
 if TYPE_CHECKING:
     from chunkllama_server.metrics.server_metrics import ServerMetrics
+
+_TOKEN_COUNTS = (
+    1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000,
+)  # fmt: skip
+
+
+def token_histogram(registry: CollectorRegistry, kind: str, text: str) -> Histogram:
+    """Make the histogram of how many tokens of a kind finished requests have."""
+    name = f"chunkllama_request_{kind}_tokens"
+    return Histogram(name, text, buckets=_TOKEN_COUNTS, registry=registry)
 
 
 class RequestTimer:
@@ -22,9 +34,11 @@ class RequestTimer:
         total_seconds: from acceptance to the end.
     """
 
-    def __init__(self, metrics: ServerMetrics, tenant: str) -> None:
+    def __init__(self, metrics: ServerMetrics, tenant: str, prompt_tokens: int = 0) -> None:
         self._metrics = metrics
         self._tenant = tenant
+        self._prompt_tokens = prompt_tokens
+        self._generation_tokens = 0
         self._started = self._last = time.monotonic()
         self.queue_seconds: float | None = None
         self.prefill_seconds = 0.0
@@ -49,7 +63,9 @@ class RequestTimer:
             self.decode_seconds = 0.0
         # The engine client reports an aborted choice without durations.
         self.decode_seconds = max(self.decode_seconds, delta.decode_seconds)
-        count = max((len(choice.token_ids) for choice in delta.choices), default=0)
+        counts = [len(choice.token_ids) for choice in delta.choices]
+        self._generation_tokens += sum(counts)
+        count = max(counts, default=0)
         if not count:
             return
         now = time.monotonic()
@@ -73,3 +89,7 @@ class RequestTimer:
         if self.first_token_seconds is not None:
             assert self.decode_seconds is not None
             metrics.decode.observe(self.decode_seconds)
+            metrics.inference.observe(self.prefill_seconds + self.decode_seconds)
+        if reason != "refused":
+            metrics.prompt_tokens.observe(self._prompt_tokens)
+            metrics.generation_tokens.observe(self._generation_tokens)

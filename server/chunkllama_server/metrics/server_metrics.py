@@ -22,7 +22,7 @@ from prometheus_client.utils import floatToGoString
 from chunkllama.logger import NonBlockingHandler
 from chunkllama.messages import EngineReady, EngineStats
 from chunkllama_server.metrics.divergence import PromptLog
-from chunkllama_server.metrics.request_timer import RequestTimer
+from chunkllama_server.metrics.request_timer import RequestTimer, token_histogram
 from chunkllama_server.metrics.tenant_series import TenantSeries
 from chunkllama_server.metrics.tracing import Tracing
 from chunkllama_server.metrics.usage import UsageRecorder
@@ -68,6 +68,7 @@ TENANT_COUNTERS = {
 ENGINE_HISTOGRAMS = {
     "step_seconds": "Duration of a step.",
     "batch_size": "Sequences in a step.",
+    "step_tokens": "Tokens computed in a step, of prompts and of answers.",
 }
 SUPERVISOR_COUNTERS = {
     "engine_restarts": ("restarts", "Restarts of the engine process."),
@@ -225,8 +226,8 @@ class ServerMetrics:
     Attributes:
         usage: what each tenant has used.
         prompts: the last prompts, up to ``recent_prompt_tokens``.
-        live, first_token, inter_token, latency, queue, prefill, decode: what a
-            ``RequestTimer`` observes.
+        live, first_token, inter_token, latency, queue, prefill, decode, inference, prompt_tokens,
+            generation_tokens: what a ``RequestTimer`` observes.
         tracing: makes the spans of each generation; None makes none.
     """
 
@@ -288,6 +289,16 @@ class ServerMetrics:
             "decode_time", "From the end of the prompt to the last token.", _DURATION_BUCKETS
         )
 
+        self.inference = self._histogram(
+            "inference_time", "From admission to the last token.", _DURATION_BUCKETS
+        )
+        self.prompt_tokens = token_histogram(
+            self.registry, "prompt", "Prompt tokens of a finished request."
+        )
+        self.generation_tokens = token_histogram(
+            self.registry, "generation", "Output tokens of all its choices."
+        )
+
     def _declare_tenant_counters(self) -> None:
         declare = self._by_tenant.declare
         declare("tenant_prompt_tokens", "Prompt tokens of requests that began to answer.")
@@ -309,6 +320,8 @@ class ServerMetrics:
     def describe(self, model: str, info: EngineReady, version: str) -> None:
         """Name the model, as clients know it, and the engine in the info metric."""
         self._info.labels(model, version, info.device, info.backend).set(1)
+        if self._also is not None:
+            self._also.describe(info)
 
     def reject(self, status: int) -> None:
         """Count a request that was answered with an error status."""
@@ -324,13 +337,13 @@ class ServerMetrics:
             self._by_tenant.rank(tenant, 1)
             self._by_tenant.add("tenant_rejected", tenant, 1, reason)
 
-    def start_request(self, tenant: str) -> RequestTimer:
-        """Count a request that is handed to the engine, and time it."""
+    def start_request(self, tenant: str, prompt_tokens: int = 0) -> RequestTimer:
+        """Count a request of so many prompt tokens that is handed to the engine, and time it."""
         self.usage[tenant].requests += 1
         self._by_tenant.rank(tenant, 1)
         self._by_tenant.add("request_accepted", tenant)
         self.live.inc()
-        return RequestTimer(self, tenant)
+        return RequestTimer(self, tenant, prompt_tokens)
 
     def finish_request(self, tenant: str, reason: str) -> None:
         """Count the end of a request."""

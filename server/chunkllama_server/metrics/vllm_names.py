@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-# Names here to vLLM's, without the suffixes that each type has.
+from chunkllama.messages import EngineReady
+
+# Names here to vLLM's, without the suffixes that each type has: those that its dashboards and the
+# routers of llm-d, production-stack and aibrix read, with the older name after the newer one.
 _NAMES = {
     "requests_running": ("num_requests_running",),
     "requests_waiting": ("num_requests_waiting",),
-    "kv_usage_ratio": ("kv_cache_usage_perc",),
-    "prefix_tokens_queried": ("prefix_cache_queries",),
-    "prefix_tokens_hit": ("prefix_cache_hits",),
+    "kv_usage_ratio": ("kv_cache_usage_perc", "gpu_cache_usage_perc"),
+    "prefix_tokens_queried": ("prefix_cache_queries", "gpu_prefix_cache_queries"),
+    "prefix_tokens_hit": ("prefix_cache_hits", "gpu_prefix_cache_hits"),
     "prompt_tokens": ("prompt_tokens",),
     "generation_tokens": ("generation_tokens",),
     "preemptions": ("num_preemptions",),
     "request_finished": ("request_success",),
     "time_to_first_token_seconds": ("time_to_first_token_seconds",),
-    # The second is the older name of the first; both are in use.
     "inter_token_latency_seconds": (
         "inter_token_latency_seconds",
         "time_per_output_token_seconds",
@@ -29,6 +32,11 @@ _NAMES = {
     "queue_time_seconds": ("request_queue_time_seconds",),
     "prefill_time_seconds": ("request_prefill_time_seconds",),
     "decode_time_seconds": ("request_decode_time_seconds",),
+    "inference_time_seconds": ("request_inference_time_seconds",),
+    "request_prompt_tokens": ("request_prompt_tokens",),
+    "request_generation_tokens": ("request_generation_tokens",),
+    # A histogram, which vLLM names like a counter.
+    "step_tokens": ("iteration_tokens_total", "iteration_tokens"),
 }
 _LABELS = {"reason": "finished_reason"}
 # vLLM has no such labels, and its users divide one series by another, so they are summed.
@@ -46,8 +54,32 @@ class VllmNames(Collector):
     def __init__(self, source: Collector, model_name: str) -> None:
         self._source = source
         self._model_name = model_name
+        self._cache_labels: dict[str, str] = {}
+
+    def describe(self, info: EngineReady) -> None:
+        """Take the size of the K/V pool, which routers read from labels."""
+        self._cache_labels = {
+            "block_size": str(info.chunk_size),
+            "num_gpu_blocks": str(info.num_chunks),
+            "cache_dtype": "auto",
+            "enable_prefix_caching": "True",
+        }
+
+    def _constants(self) -> Iterator[Metric]:
+        """Yield what has no equivalent here: the pool's size as labels, and that no LoRA is
+        loaded, whose value is the time of the report."""
+        cache = Metric("vllm:cache_config_info", "Sizes of the K/V pool.", "gauge")
+        name = {"model_name": self._model_name}
+        cache.add_sample("vllm:cache_config_info", {**self._cache_labels, **name}, 1)
+        yield cache
+        lora = Metric("vllm:lora_requests_info", "LoRA adapters; none are served.", "gauge")
+        labels = {"max_lora": "0", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+        lora.add_sample("vllm:lora_requests_info", {**labels, **name}, time.time())
+        yield lora
 
     def collect(self) -> Iterator[Metric]:
+        if self._cache_labels:
+            yield from self._constants()
         for metric in self._source.collect():
             for name in _NAMES.get(metric.name.removeprefix("chunkllama_"), ()):
                 yield self._renamed(metric, f"vllm:{name}")

@@ -157,6 +157,13 @@ class Application:
             info.chunk_size,
             info.max_model_len,
         )
+        if info.max_request_tokens < info.max_model_len:
+            logger.warning(
+                "the K/V pool holds %d tokens, less than the context of %d: longer requests are "
+                "refused; raise num_chunks or lower max_model_len",
+                info.num_chunks * info.chunk_size,
+                info.max_model_len,
+            )
         scheme = "https" if settings.ssl_certfile else "http"
         host, port = main.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host

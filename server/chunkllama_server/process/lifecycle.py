@@ -74,7 +74,7 @@ class DrainingServer(uvicorn.Server):
                 # Their streams end with an error event instead of a closed connection.
                 await self._engine.close()
                 self.should_exit = True
-            elif not self.server_state.tasks:
+            elif not self.server_state.tasks and not self._context().background:
                 self.should_exit = True
         return await super().on_tick(counter)
 

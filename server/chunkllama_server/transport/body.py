@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -11,10 +12,12 @@ from typing import Any, NoReturn
 import msgspec
 from fastapi import Request
 from fastapi.routing import APIRoute
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chunkllama_server.transport.errors import ApiError, invalid
+from chunkllama_server.transport.paths import names_json
 
 # What a body costs to check, on the event loop: 15 us an object, 7 us a member of a wrong type.
 MAX_OBJECTS = 16_384
@@ -24,6 +27,22 @@ MAX_CONTAINERS = 32_768
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 # Templates and schemas are walked by recursion.
 MAX_DEPTH = 100
+_BOMS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # begins with the BOM of UTF-16
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+# Encodings of text that decode in linear time; by the names Python gives them.
+_CHARSETS = frozenset(
+    (
+        *("utf-8", "ascii", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"),
+        *("utf-32-be", "iso8859-1", "iso8859-2", "iso8859-15", "cp1250", "cp1251", "cp1252"),
+        *("koi8-r", "shift_jis", "euc_jp", "euc_kr", "gb2312", "gbk", "gb18030", "big5"),
+    )
+)
+_CHARSET = re.compile(r";\s*charset\s*=\s*\"?([\w.:+-]{1,40})\"?", re.IGNORECASE)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -37,23 +56,59 @@ def _finite_float(text: str) -> float:
     return value
 
 
-def parse_json(raw: bytes) -> Any:
-    """JSON as RFC 8259 has it: UTF-8, no NaN or Infinity, no lone surrogates. A NUL
-    character is text: it comes out of documents and of tools that print binary files.
+def named_charset(headers: Headers) -> str | None:
+    """The charset that Content-Type names, by Python's name of it.
+
+    Raises:
+        ApiError: 415 for one that is not an encoding of text known here.
+    """
+    match = _CHARSET.search(headers.get("content-type", ""))
+    if match is None:
+        return None
+    try:
+        name = codecs.lookup(match[1]).name
+    except LookupError:
+        name = ""
+    if name not in _CHARSETS:
+        raise ApiError(
+            415,
+            f"The charset {match[1]!r} of Content-Type is not known; send UTF-8",
+            code="unsupported_charset",
+        )
+    return name
+
+
+def _as_utf8(raw: bytes, charset: str | None) -> bytes:
+    """The text in UTF-8 without a byte order mark, which names the encoding where there is one."""
+    for mark, encoding in _BOMS:
+        if raw.startswith(mark):
+            raw = raw[len(mark) :]
+            return raw if encoding == "utf-8" else raw.decode(encoding).encode()
+    return raw if charset in (None, "utf-8") else raw.decode(charset).encode()
+
+
+def parse_json(raw: bytes, charset: str | None = None) -> Any:
+    """JSON as RFC 8259 has it: no NaN or Infinity, no lone surrogates. A NUL character is text: it
+    comes out of documents and of tools that print binary files.
+
+    Args:
+        charset: encoding of ``raw``; UTF-8 if it is None.
 
     Raises:
         ApiError: 400 with code invalid_json.
     """
-    _check_containers(raw)
     try:
+        raw = _as_utf8(raw, charset)
+        _check_containers(raw)
         parsed = json.loads(
-            raw.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite_float
+            raw.decode(), parse_constant=_refuse_constant, parse_float=_finite_float
         )
         _check_shape(parsed)
         if b"\\u" in raw:
             json.dumps(parsed, ensure_ascii=False).encode()
     except UnicodeError:
-        raise invalid("The body is not valid UTF-8 text", code="invalid_json") from None
+        name = (charset or "UTF-8").upper()
+        raise invalid(f"The body is not valid {name} text", code="invalid_json") from None
     except (ValueError, RecursionError):
         raise invalid("The request body is not valid JSON", code="invalid_json") from None
     return parsed
@@ -96,20 +151,34 @@ def _check_shape(value: Any) -> None:
 
 
 class StrictRequest(Request):
-    """A request whose ``json`` accepts nothing but JSON."""
+    """A request whose ``json`` accepts nothing but JSON, and translates it."""
+
+    translate: Callable[[Any, Scope], Any]
 
     async def json(self) -> Any:
-        return parse_json(await self.body())
+        parsed = parse_json(await self.body(), named_charset(self.headers))
+        return self.translate(parsed, self.scope)
 
 
 class JsonRoute(APIRoute):
     """A route whose bodies are read by ``parse_json``."""
 
+    def translate(self, parsed: Any, scope: Scope) -> Any:
+        """Return the body as the route's schema has it; a subclass may translate it."""
+        return parsed
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
-            return await handle(StrictRequest(request.scope, request.receive))
+            if names_json(request.headers):
+                # FastAPI parses a body of this type alone; the charset stays.
+                charset = request.headers.get("content-type", "").partition(";")[2]
+                value = "application/json" + (f";{charset}" if charset else "")
+                MutableHeaders(scope=request.scope)["content-type"] = value
+            strict = StrictRequest(request.scope, request.receive)
+            strict.translate = self.translate
+            return await handle(strict)
 
         return handle_strictly
 

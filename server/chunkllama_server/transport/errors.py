@@ -3,7 +3,7 @@ handlers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -36,6 +36,8 @@ ERROR_TYPES = {
     429: "rate_limit_error",
 }
 CLIENT_CLOSED_REQUEST = 499
+# In a request's scope: paths of translated fields here, and as the client wrote them.
+SPELLED = "chunkllama.spelled"
 MAX_RETRY_AFTER = 30
 
 
@@ -199,6 +201,19 @@ def from_validation_error(error: RequestValidationError) -> ApiError:
     return invalid(f"{path}: {message}" if path else message, param=path or None)
 
 
+def as_spelled(error: ApiError, request: Request) -> ApiError:
+    """The error with the name of its field that the client sent, where it was translated."""
+    spelled: Mapping[str, str] = request.scope.get(SPELLED, {})
+    ours = error.param or ""
+    for here in sorted(spelled, key=len, reverse=True):
+        if ours == here or ours.startswith((f"{here}.", f"{here}[")):
+            error.param = spelled[here] + ours[len(here) :]
+            if error.message.startswith(ours):
+                error.message = error.param + error.message[len(ours) :]
+            break
+    return error
+
+
 def from_http_exception(error: HTTPException) -> ApiError:
     """Starlette's own refusals (unknown path, wrong method, body over the limit)."""
     if isinstance(error, ApiError):
@@ -215,16 +230,16 @@ def install_error_handlers(app: FastAPI) -> None:
     """Every exception that is foreseen becomes an OpenAI error body; RequestInfoMiddleware answers
     the others."""
 
-    async def on_validation(_: Request, error: Exception) -> Response:
+    async def on_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return from_validation_error(error).response()
+        return as_spelled(from_validation_error(error), request).response()
 
-    async def on_http(_: Request, error: Exception) -> Response:
+    async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return from_http_exception(error).response()
+        return as_spelled(from_http_exception(error), request).response()
 
-    async def on_any(_: Request, error: Exception) -> Response:
-        return as_api_error(error).response()
+    async def on_any(request: Request, error: Exception) -> Response:
+        return as_spelled(as_api_error(error), request).response()
 
     async def on_disconnect(_: Request, __: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -32,6 +32,8 @@ class RequestInfo:
         headers: added to its response.
         rates: rate limits of its tenant; their headers are added, too.
         charge: tokens it was charged for.
+        harmless, unknown: paths of the body's fields that have no effect, as the translation of
+            its dialect found them: known to have none, and unknown.
     """
 
     request_id: str
@@ -42,6 +44,8 @@ class RequestInfo:
     headers: dict[str, str] = field(default_factory=dict)
     rates: RateLimiter = field(default_factory=RateLimiter)
     charge: TokenCharge = field(default_factory=TokenCharge)
+    harmless: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
     def name_ignored_fields(self, paths: list[str]) -> None:
         """Tell the client which fields were ignored, cleaned of anything a header must not

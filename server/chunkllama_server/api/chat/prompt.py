@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,17 @@ from chunkllama_server.transport.errors import invalid
 _MARKER = "\ue0ff\u0001"
 # The end of a prompt that shows whether it has opened the thoughts: a tag and white space.
 _TAIL_TOKENS = 32
+_VARIABLE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+# In the operator's list: every name that the template reads.
+_ANY_VARIABLE = "*"
+# Set by the server; a request must not write another conversation or other control tokens.
+_OWN_VARIABLES = frozenset(
+    (
+        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+        *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"),
+        *("mask_token", "additional_special_tokens", "raise_exception", "strftime_now"),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +68,42 @@ def last_breakpoint(messages: list[ChatMessage]) -> tuple[int, int] | None:
     return None
 
 
-def template_kwargs(body: ChatCompletionRequest, settings: Settings) -> dict[str, Any]:
-    """Extra template variables a request may set.
+def template_kwargs(
+    body: ChatCompletionRequest, settings: Settings, variables: frozenset[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Template variables that a request sets, and the paths of those that have no effect.
+
+    Args:
+        variables: names that the template reads.
 
     Raises:
-        ApiError: 400 for a name that is not on the operator's list.
+        ApiError: 400 for a name that the server sets itself or the operator does not allow, or a
+            value that is not plain.
     """
-    kwargs = dict(body.chat_template_kwargs or {})
-    for name, value in kwargs.items():
-        if name not in settings.chat_template_kwargs or not isinstance(value, str | bool | int):
+    allowed = settings.chat_template_kwargs
+    kwargs: dict[str, Any] = {}
+    ignored = []
+    for name, value in (body.chat_template_kwargs or {}).items():
+        path = f"chat_template_kwargs.{name[:64]}"
+        is_allowed = name in allowed or (name in variables and _ANY_VARIABLE in allowed)
+        if value is None:
+            continue
+        if not _VARIABLE.fullmatch(name) or name in _OWN_VARIABLES:
+            raise invalid(f"{path} is not a variable that requests may set", "chat_template_kwargs")
+        if not isinstance(value, str | bool | int | float):
+            raise invalid(f"{path} must be text, a number or a boolean", "chat_template_kwargs")
+        if is_allowed:
+            kwargs[name] = value
+        elif name in variables:
             raise invalid(
-                f"chat_template_kwargs.{name[:64]} is not allowed here; allowed: "
-                f"{', '.join(settings.chat_template_kwargs)}",
+                f"{path} is not allowed here; allowed: {', '.join(allowed)}",
                 "chat_template_kwargs",
             )
-    return kwargs
+        elif settings.strict:
+            raise invalid(f"The template reads no {path}", path, "unknown_field")
+        else:
+            ignored.append(path)
+    return kwargs, ignored
 
 
 class ChatPrompter:
@@ -109,7 +142,7 @@ class ChatPrompter:
             "require_all_text": True,
         }
         self._settings = settings
-        self._template_kwargs = template_kwargs(body, settings)
+        self._template_kwargs, self.ignored = template_kwargs(body, settings, template.variables)
         self._size = text_size([self._messages, tools, self._options, self._template_kwargs])
 
     async def encode(self) -> ChatPrompt:

@@ -46,6 +46,7 @@ async def prepare_chat(
     template = await context.text.chat_template(body.chat_template)
     prompter = ChatPrompter(body, context.settings, context.text, template, tools.prompt_tools)
     info.name_repairs(prompter.repairs)
+    info.name_ignored_fields(prompter.ignored)
     return PreparedChat(body, context, tools, prompter, await prompter.encode())
 
 
@@ -149,7 +150,7 @@ class PreparedChat:
         elif grammar is not None and self.tools.functions and self.body.structured_outputs is None:
             grammar = calls_or_answer(self.tools, grammar)
         if grammar is not None:
-            await self.context.grammars.check(grammar, param)
+            grammar = await self.context.grammars.check(grammar, param)
         return with_thoughts(
             grammar,
             self.prompt.thoughts,

@@ -136,7 +136,9 @@ class ChatAnswer:
         yield DONE
 
     def _first_chunk(self, index: int) -> ChatCompletionChunk:
-        role: ChatDelta = {"role": "assistant", "content": "", "refusal": None}
+        role: ChatDelta = {"role": "assistant"}
+        if not self.tools.functions:  # else a client would take the empty text for an answer
+            role |= {"content": "", "refusal": None}
         chunk = self._chunk([delta_choice(index, role)])
         if self.body.return_token_ids and index == 0:
             chunk["prompt_token_ids"] = self.generation.request.prompt_token_ids

@@ -11,13 +11,14 @@ from chunkllama_server.api.chat.request import prepare_chat
 from chunkllama_server.api.chat.response import ChatAnswer
 from chunkllama_server.api.common.context import Context
 from chunkllama_server.api.common.logprobs import LogprobFormatter
+from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.schema.chat_response import ChatCompletion, ChatCompletionChunk
-from chunkllama_server.transport.body import JsonRoute, json_response
+from chunkllama_server.transport.body import json_response
 from chunkllama_server.transport.sse import unless_disconnected
 
-router = APIRouter(route_class=JsonRoute, tags=["chat"])
+router = APIRouter(route_class=DialectRoute, tags=["chat"])
 
 
 @router.post(

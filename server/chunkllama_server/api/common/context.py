@@ -14,9 +14,11 @@ from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
 from chunkllama.errors import EngineDeadError
 from chunkllama.messages import EngineRequest
+from chunkllama_server.api.common.background import BackgroundResponses
 from chunkllama_server.api.common.response_store import ResponseStore
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
+from chunkllama_server.api.dialect.translate import binding, looks_binding
 from chunkllama_server.api.schema.base import RequestModel, SamplingFields, walk_fields
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.metrics.server_metrics import ServerMetrics
@@ -37,6 +39,10 @@ from chunkllama_server.transport.sse import SseResponse, StreamTimes
 
 # A probe must answer before the timeout of the prober; Kubernetes' default is one second.
 PROBE_SECONDS = 0.8
+# Objects that say what the answer is to be, unlike messages and tools.
+_OPTIONS = frozenset(
+    ("response_format", "structured_outputs", "text", "reasoning", "stream_options")
+)
 
 
 @dataclass(slots=True)
@@ -69,6 +75,7 @@ class ServerContext:
     metrics: ServerMetrics
     grammars: GrammarChecker
     responses: ResponseStore
+    background: BackgroundResponses
     tenants: Tenants
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
@@ -168,17 +175,31 @@ class ServerContext:
             self.check_model(model, info.tenant)
         elif model == "":
             body.__dict__["model"] = self.allowed_models(info.tenant)[0]
-        unknown = []
+        unknown = [*info.unknown]
         for path, kind in walk_fields(body):
             if kind == "refused":
                 raise invalid(f"{path} is not supported by this server", path, "unsupported")
             unknown.append(path)
         if unknown and self.settings.strict:
             raise invalid(f"Unknown field {unknown[0][:200]!r}", unknown[0], "unknown_field")
-        if unknown:
-            self.metrics.ignore_fields(len(unknown))
-            info.name_ignored_fields(unknown)
+        _check_options(unknown)
+        ignored = [*unknown, *info.harmless]
+        if ignored:
+            self.metrics.ignore_fields(len(ignored))
+            info.name_ignored_fields(ignored)
         return info
+
+
+def _check_options(unknown: list[str]) -> None:
+    """Refuse an unknown member of an option that would constrain the answer.
+
+    Raises:
+        ApiError: 400 naming it.
+    """
+    for path in unknown:
+        option, _, member = path.partition(".")
+        if member and option in _OPTIONS and looks_binding(path.rpartition(".")[2]):
+            raise binding(path)
 
 
 def get_context(request: Request) -> ServerContext:

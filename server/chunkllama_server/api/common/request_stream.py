@@ -97,8 +97,8 @@ class RequestStream:
         Raises:
             InvalidRequestError, OverloadedError, DeadlineError, EngineDeadError: from the engine.
         """
-        timer = self._metrics.start_request(self._info.tenant)
         num_prompt_tokens = len(self.request.prompt_token_ids)
+        timer = self._metrics.start_request(self._info.tenant, num_prompt_tokens)
         self._info.charge.use(num_prompt_tokens)
         deltas = self._engine.generate(self.request)
         try:

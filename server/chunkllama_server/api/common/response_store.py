@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 from pydantic import TypeAdapter
@@ -16,15 +18,23 @@ from chunkllama_server.api.schema.response_object import OutputItem, Response
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response and the conversation that ends with it (without instructions)."""
+    """A response and the conversation that ends with it (without instructions).
+
+    Attributes:
+        input_items: what the request sent, as items with ids, oldest first.
+        events: the server-sent events that told of it, in order.
+    """
 
     response: Response
     messages: list[ChatMessage]
+    input_items: list[dict[str, Any]] = field(default_factory=list)
+    events: list[bytes] = field(default_factory=list)
 
 
 _MESSAGES = TypeAdapter(list[ChatMessage])
 # Of an entry beside its text: key, tuple, node of the ordered dictionary.
 _OVERHEAD_BYTES = 512
+_EVENT_END = b"\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +43,23 @@ class _Entry:
 
     response: bytes
     messages: bytes
+    input_items: bytes
+    events: bytes  # compressed: they repeat most of their members
     item_ids: tuple[str, ...]
     num_bytes: int
     expires: float
 
     def load(self) -> StoredResponse:
         return StoredResponse(
-            msgspec.json.decode(self.response), _MESSAGES.validate_json(self.messages)
+            msgspec.json.decode(self.response),
+            _MESSAGES.validate_json(self.messages),
+            msgspec.json.decode(self.input_items),
+            _split_events(zlib.decompress(self.events)),
         )
+
+
+def _split_events(joined: bytes) -> list[bytes]:
+    return [event + _EVENT_END for event in joined.split(_EVENT_END) if event]
 
 
 class _TenantEntries:
@@ -104,7 +123,10 @@ class ResponseStore:
         """
         response = msgspec.json.encode(stored.response)
         messages = _MESSAGES.dump_json(stored.messages, by_alias=True, exclude_unset=True)
-        num_bytes = len(response) + len(messages) + _OVERHEAD_BYTES
+        input_items = msgspec.json.encode(stored.input_items)
+        events = zlib.compress(b"".join(stored.events), level=1)
+        parts = (response, messages, input_items, events)
+        num_bytes = sum(map(len, parts)) + _OVERHEAD_BYTES
         self._drop_expired()
         if num_bytes > self._max_bytes:
             return
@@ -114,8 +136,7 @@ class ResponseStore:
         own.add(
             response_id,
             _Entry(
-                response,
-                messages,
+                *parts,
                 tuple(item["id"] for item in stored.response["output"]),
                 num_bytes,
                 self._clock() + self._ttl_seconds,

@@ -62,23 +62,30 @@ def check_lengths(
     Raises:
         ApiError: 400 with code context_length_exceeded.
     """
-    limit = info.max_model_len
+    limit = info.max_request_tokens
     least = 0 if max_tokens == 0 else 1
     if prompt_tokens + least > limit:
         raise invalid(
-            f"This model's maximum context length is {limit} tokens, but the prompt has "
+            f"At most {limit} tokens fit ({_what_limits(info)}), but the prompt has "
             f"{prompt_tokens}, which leaves none for the answer",
             prompt_param,
             "context_length_exceeded",
         )
     if max_tokens is not None and prompt_tokens + max_tokens > limit:
         raise invalid(
-            f"This model's maximum context length is {limit} tokens, but the request asks for "
+            f"At most {limit} tokens fit ({_what_limits(info)}), but the request asks for "
             f"{prompt_tokens + max_tokens} ({prompt_tokens} in the prompt, {max_tokens} in the "
             "answer)",
             param,
             "context_length_exceeded",
         )
+
+
+def _what_limits(info: EngineReady) -> str:
+    context = f"this model's maximum context length is {info.max_model_len} tokens"
+    if info.max_request_tokens >= info.max_model_len:
+        return context
+    return f"{context}, the server's K/V pool holds {info.num_chunks * info.chunk_size}"
 
 
 def parse_logit_bias(body: SamplingFields, vocab_size: int) -> dict[int, float]:

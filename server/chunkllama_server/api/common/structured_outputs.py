@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from chunkllama.engine.grammar import gbnf_as_lark, is_gbnf
 from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.common.grammar_cost import (
@@ -115,6 +116,8 @@ def from_structured_outputs(
         return GrammarSpec(kind="choice", text=text), param
     if outputs.grammar is not None:
         _check_size(outputs.grammar, MAX_GRAMMAR_CHARS, param)
+        if is_gbnf(outputs.grammar):  # charged when it has been translated
+            return GrammarSpec(kind="gbnf", text=outputs.grammar), param
         check_lark_cost(outputs.grammar, param)
         return GrammarSpec(kind="lark", text=outputs.grammar), param
     return GrammarSpec(kind="json_object", text=""), param
@@ -165,6 +168,15 @@ def grammar_of(
     return from_structured_outputs(outputs, left_out)
 
 
+def _compile(validate: Validate, spec: GrammarSpec, param: str) -> GrammarSpec:
+    """Compile a grammar in the worker thread, where GBNF becomes Lark first."""
+    if spec.kind == "gbnf":
+        spec = GrammarSpec(kind="lark", text=gbnf_as_lark(spec.text))
+        check_lark_cost(spec.text, param)
+    validate(spec)
+    return spec
+
+
 class GrammarChecker:
     """Compiles grammars off the event loop, so that a bad one is refused before the engine sees it.
 
@@ -182,8 +194,8 @@ class GrammarChecker:
         self._turn = asyncio.Lock()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
 
-    async def check(self, spec: GrammarSpec, param: str) -> None:
-        """Compile a grammar once, to find its errors.
+    async def check(self, spec: GrammarSpec, param: str) -> GrammarSpec:
+        """Compile a grammar once, to find its errors, and return the one the engine is to run.
 
         Raises:
             ApiError: 400 when the grammar is wrong or takes too long; 503 when the compiler is
@@ -198,11 +210,11 @@ class GrammarChecker:
                 await self._turn.acquire()
         except TimeoutError:
             raise unavailable("The grammar compiler is busy", "grammar_compiler_busy") from None
-        compiling = loop.run_in_executor(self._pool, validate, spec)
+        compiling = loop.run_in_executor(self._pool, _compile, validate, spec, param)
         compiling.add_done_callback(self._end_turn)
         try:
             async with asyncio.timeout(self._time_limit):
-                await asyncio.shield(compiling)
+                return await asyncio.shield(compiling)
         except InvalidRequestError as error:
             raise invalid(error.message, param, "invalid_grammar") from None
         except TimeoutError:
@@ -210,7 +222,7 @@ class GrammarChecker:
                 f"Compiling takes longer than {self._time_limit:g} s", param, "grammar_too_complex"
             ) from None
 
-    def _end_turn(self, compiling: asyncio.Future[None]) -> None:
+    def _end_turn(self, compiling: asyncio.Future[GrammarSpec]) -> None:
         self._turn.release()
         if not compiling.cancelled():
             compiling.exception()  # its request may have ended

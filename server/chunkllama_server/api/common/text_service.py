@@ -29,13 +29,19 @@ class RequestTemplate:
         source: its text.
         compiled: the template, which is not to be used on the event loop.
         capabilities: what it can express.
+        variables: names it reads.
     """
 
     def __init__(
-        self, source: str, compiled: ChatTemplate, capabilities: TemplateCapabilities
+        self,
+        source: str,
+        compiled: ChatTemplate,
+        capabilities: TemplateCapabilities,
+        variables: frozenset[str],
     ) -> None:
         self.source = source
         self.capabilities = capabilities
+        self.variables = variables
         self._compiled = compiled
 
     def encode(self, messages: list[Message], **options: Any) -> list[int]:
@@ -135,7 +141,7 @@ class TextService:
         def compile_and_probe() -> RequestTemplate:
             compiled = make(override)
             compiled.check()
-            return RequestTemplate(override, compiled, compiled.capabilities)
+            return RequestTemplate(override, compiled, compiled.capabilities, compiled.variables)
 
         try:
             return await self._run_in(self._template_pool, compile_and_probe)

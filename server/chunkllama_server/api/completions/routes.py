@@ -22,13 +22,14 @@ from chunkllama_server.api.common.sampling import (
 )
 from chunkllama_server.api.common.structured_outputs import grammar_of
 from chunkllama_server.api.completions.response import CompletionAnswer
+from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers
 from chunkllama_server.api.schema.completions import Completion, CompletionRequest
-from chunkllama_server.transport.body import JsonRoute, json_response
+from chunkllama_server.transport.body import json_response
 from chunkllama_server.transport.errors import invalid
 from chunkllama_server.transport.sse import unless_disconnected
 
-router = APIRouter(route_class=JsonRoute, tags=["completions"])
+router = APIRouter(route_class=DialectRoute, tags=["completions"])
 
 DEFAULT_MAX_TOKENS = 16
 # Prompts times choices of one request.
@@ -105,10 +106,10 @@ async def completion_sampling(
     check_lengths(longest, body.max_tokens, info, "prompt", "max_tokens")
     max_tokens = body.max_tokens
     if max_tokens is None:
-        max_tokens = min(DEFAULT_MAX_TOKENS, info.max_model_len - longest)
+        max_tokens = min(DEFAULT_MAX_TOKENS, info.max_request_tokens - longest)
     grammar, param = grammar_of(body.response_format, body.structured_outputs, left_out)
     if grammar is not None:
-        await context.grammars.check(grammar, param)
+        grammar = await context.grammars.check(grammar, param)
     scores_prompt = max_tokens == 0 or (body.echo and body.logprobs is not None)
     if scores_prompt:
         num_top = max(body.prompt_logprobs or 0, body.logprobs or 0)

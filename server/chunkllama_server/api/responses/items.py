@@ -1,20 +1,38 @@
-"""Items of a response's output, and the message that they amount to."""
+"""Input and output items of the Responses API: made, stored and read again."""
 
 from __future__ import annotations
 
+import base64
+import json
 import uuid
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
+from chunkllama_server.api.chat.history import readable_arguments
 from chunkllama_server.api.schema.chat import CalledFunction, ChatMessage, MessageToolCall
 from chunkllama_server.api.schema.chat_response import ChatTokenLogprob
-from chunkllama_server.api.schema.response_object import OutputItem, OutputReasoning, OutputText
+from chunkllama_server.api.schema.response_object import (
+    CompactionItem,
+    OutputItem,
+    OutputReasoning,
+    OutputText,
+)
+from chunkllama_server.api.schema.responses import InputItem, ResponseRequest
+
+# The member of a custom tool's arguments that holds its input.
+CUSTOM_INPUT = "input"
+_ID_PREFIXES = {"message": "msg", "function_call": "fc", "reasoning": "rs", "compaction": "cmp"}
+# Of the users' messages a compaction keeps so many characters, the newest first.
+_KEPT_CHARS = 8192
 
 
 def item_id(prefix: str) -> str:
+    """A new id of an item."""
     return f"{prefix}_{uuid.uuid4().hex}"
 
 
 def output_text(text: str, logprobs: list[ChatTokenLogprob]) -> OutputText:
+    """A part of an answer's text."""
     return {
         "type": "output_text",
         "text": text,
@@ -24,6 +42,7 @@ def output_text(text: str, logprobs: list[ChatTokenLogprob]) -> OutputText:
 
 
 def reasoning_item(text: str, status: Literal["in_progress", "completed"]) -> OutputReasoning:
+    """The model's thoughts."""
     return {
         "id": item_id("rs"),
         "type": "reasoning",
@@ -31,6 +50,34 @@ def reasoning_item(text: str, status: Literal["in_progress", "completed"]) -> Ou
         "content": [{"type": "reasoning_text", "text": text}] if text else [],
         "status": status,
     }
+
+
+def opened_call(name: str, is_custom: bool, call_id: str) -> OutputItem:
+    """A call that has just begun, without its arguments."""
+    if is_custom:
+        return {
+            "id": item_id("ctc"),
+            "type": "custom_tool_call",
+            "call_id": call_id,
+            "name": name,
+            "input": "",
+            "status": "in_progress",
+        }
+    return {
+        "id": item_id("fc"),
+        "type": "function_call",
+        "call_id": call_id,
+        "name": name,
+        "arguments": "",
+        "status": "in_progress",
+    }
+
+
+def custom_input(arguments: str) -> str:
+    """The text that a custom tool is called with; arguments that are cut are read so far."""
+    read, _ = readable_arguments(arguments)
+    value = read.get(CUSTOM_INPUT, read.get("value", ""))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def assistant_message(output: list[OutputItem]) -> ChatMessage:
@@ -41,8 +88,12 @@ def assistant_message(output: list[OutputItem]) -> ChatMessage:
             text += "".join(part["text"] for part in item["content"])
         elif item["type"] == "reasoning":
             thoughts += "".join(part["text"] for part in item["content"])
-        else:
+        elif item["type"] == "function_call":
             function = CalledFunction(name=item["name"], arguments=item["arguments"])
+            calls.append(MessageToolCall(id=item["call_id"], function=function))
+        elif item["type"] == "custom_tool_call":
+            arguments = json.dumps({CUSTOM_INPUT: item["input"]}, ensure_ascii=False)
+            function = CalledFunction(name=item["name"], arguments=arguments)
             calls.append(MessageToolCall(id=item["call_id"], function=function))
     # Not validated: a model may make more calls than a request may carry.
     return ChatMessage.model_construct(
@@ -51,3 +102,85 @@ def assistant_message(output: list[OutputItem]) -> ChatMessage:
         tool_calls=calls or None,
         reasoning_content=thoughts or None,
     )
+
+
+def input_items(body: ResponseRequest) -> list[dict[str, Any]]:
+    """The request's input as stored items, each with an id, oldest first."""
+    if isinstance(body.input, str):
+        return [_message("user", [{"type": "input_text", "text": body.input}])]
+    return [_stored(item) for item in body.input or ()]
+
+
+def _message(
+    role: str, content: list[dict[str, Any]], given_id: str | None = None
+) -> dict[str, Any]:
+    return {
+        "id": given_id or item_id("msg"),
+        "type": "message",
+        "role": role,
+        "status": "completed",
+        "content": content,
+    }
+
+
+def _stored(item: InputItem) -> dict[str, Any]:
+    given = item.model_dump(by_alias=True, exclude_unset=True)
+    kind = item.type or "message"
+    if kind == "message":
+        content = item.content
+        is_answer = item.role == "assistant"
+        text_type = "output_text" if is_answer else "input_text"
+        parts: list[dict[str, Any]] = []
+        if isinstance(content, str):
+            parts.append({"type": text_type, "text": content})
+        for part in content if isinstance(content, list) else ():
+            plain = part.model_dump(by_alias=True, exclude_unset=True)
+            parts.append({**plain, "type": text_type if part.type == "text" else part.type})
+        if is_answer:
+            parts = [{"annotations": [], "logprobs": [], **part} for part in parts]
+        return _message(item.role or "user", parts, item.id)
+    stored = {**given, "type": kind, "id": item.id or item_id(_ID_PREFIXES.get(kind, "item"))}
+    if kind == "reasoning":
+        stored.setdefault("summary", [])
+    elif kind.endswith(("_call", "_call_output")):
+        stored.setdefault("status", "completed")
+    return stored
+
+
+def compaction(messages: list[ChatMessage], summary: str) -> CompactionItem:
+    """A conversation in short: the summary, and what the user wrote last."""
+    kept: list[str] = []
+    room = _KEPT_CHARS
+    for message in reversed(messages):
+        text = _text_of(message)
+        if message.role == "user" and text:
+            if len(text) > room:
+                break
+            room -= len(text)
+            kept.append(text)
+    content = {"user": kept[::-1], "summary": summary}
+    encoded = base64.urlsafe_b64encode(json.dumps(content).encode()).decode()
+    return {"id": item_id("cmp"), "type": "compaction", "encrypted_content": encoded}
+
+
+def _text_of(message: ChatMessage) -> str:
+    content = message.content
+    if isinstance(content, list):
+        return "".join(part.text or "" for part in content)
+    return content or ""
+
+
+def compacted_text(encoded: Any) -> str | None:
+    """What a compaction says, as text for the prompt; None if it was not made by this server."""
+    try:
+        content = json.loads(base64.urlsafe_b64decode(str(encoded)))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, Mapping) or not isinstance(content.get("summary"), str):
+        return None
+    lines = [f"Summary of the conversation so far:\n{content['summary']}"]
+    users = content.get("user")
+    if isinstance(users, list) and users:
+        lines.append("Messages of the user so far:")
+        lines += [f"- {text}" for text in users if isinstance(text, str)]
+    return "\n".join(lines)

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from chunkllama_server.api.common.response_store import ResponseStore
+from chunkllama_server.api.common.context import ServerContext
+from chunkllama_server.api.responses.items import CUSTOM_INPUT, compacted_text
 from chunkllama_server.api.schema.base import SamplingFields
 from chunkllama_server.api.schema.chat import (
     AllowedTools,
@@ -28,6 +29,7 @@ from chunkllama_server.api.schema.responses import (
     InputItem,
     InputPart,
     ResponseRequest,
+    ResponseTool,
     ResponseToolChoice,
 )
 from chunkllama_server.transport.errors import ApiError, invalid
@@ -53,6 +55,8 @@ class _InputReader:
             self._reasoning += _reasoning_text(item)
         elif kind == "item_reference":
             self._follow(item, path)
+        elif kind == "compaction":
+            self._add_compaction(item, path)
         elif kind == "function_call" or (kind.endswith("_call") and item.call_id is not None):
             self._add_call(item, kind, path)
         elif kind.endswith("_call_output"):
@@ -92,6 +96,13 @@ class _InputReader:
             self.messages[-1] = last.model_copy(update={"tool_calls": calls})
         else:
             self._add(ChatMessage(role="assistant", content=None, tool_calls=[call]), path)
+
+    def _add_compaction(self, item: InputItem, path: str) -> None:
+        text = compacted_text(item.encrypted_content)
+        if text is None:
+            self.repairs.append(path)
+        else:
+            self._add(ChatMessage(role="developer", content=text), path)
 
     def _add_output(self, item: InputItem, kind: str, path: str) -> None:
         content: Any = item.output
@@ -139,7 +150,7 @@ def _chat_part(part: InputPart) -> ContentPart:
 
 
 def input_messages(
-    given: str | list[InputItem], find_item: FindItem = lambda _: None
+    given: str | list[InputItem] | None, find_item: FindItem = lambda _: None
 ) -> tuple[list[ChatMessage], list[str]]:
     """Chat messages of the input, and the paths of items that were left out or repaired.
 
@@ -149,6 +160,8 @@ def input_messages(
     Raises:
         ApiError: 400 for a message without role or content, or a reference to no stored item.
     """
+    if given is None:
+        return [], []
     if isinstance(given, str):
         return [ChatMessage(role="user", content=given).from_path("input")], []
     reader = _InputReader(find_item)
@@ -158,20 +171,25 @@ def input_messages(
 
 
 def previous_messages(
-    body: ResponseRequest, store: ResponseStore, tenant: str
+    body: ResponseRequest, context: ServerContext, tenant: str
 ) -> list[ChatMessage]:
     """The conversation of the response this one follows.
 
     Raises:
-        ApiError: 404 when it is not, or no longer, stored.
+        ApiError: 404 when it is not, or no longer, stored; 400 while it is running.
     """
-    if body.previous_response_id is None:
+    previous = body.previous_response_id
+    if previous is None:
         return []
-    stored = store.get(tenant, body.previous_response_id)
+    if context.background.get(tenant, previous) is not None:
+        raise invalid(
+            f"Response {previous!r} is still running", "previous_response_id", "response_running"
+        )
+    stored = context.responses.get(tenant, previous)
     if stored is None:
         raise ApiError(
             404,
-            f"Response {body.previous_response_id!r} is not stored (any more)",
+            f"Response {previous!r} is not stored (any more)",
             "previous_response_id",
             "response_not_found",
         )
@@ -186,12 +204,7 @@ def _tools(body: ResponseRequest) -> list[ChatTool] | None:
         if tool.name is None:
             raise invalid("A function needs a name", f"tools[{index}].name")
         try:
-            function = FunctionDefinition(
-                name=tool.name,
-                description=tool.description,
-                parameters=tool.parameters,
-                strict=tool.strict,
-            )
+            function = _function(tool)
         except ValidationError:
             raise invalid(
                 "A function's name has 1 to 64 letters, digits, _ and -", f"tools[{index}].name"
@@ -200,8 +213,34 @@ def _tools(body: ResponseRequest) -> list[ChatTool] | None:
     return tools or None
 
 
+def _function(tool: ResponseTool) -> FunctionDefinition:
+    """A function, or a custom tool as a function of one text."""
+    if tool.type == "function":
+        return FunctionDefinition(
+            name=tool.name or "",
+            description=tool.description,
+            parameters=tool.parameters,
+            strict=tool.strict,
+        )
+    description = tool.description or ""
+    definition = (tool.format or {}).get("definition")
+    if isinstance(definition, str):
+        syntax = (tool.format or {}).get("syntax", "")
+        description += f"\nThe input matches this {syntax} grammar:\n{definition}"
+    return FunctionDefinition(
+        name=tool.name or "",
+        description=description.strip() or None,
+        parameters={
+            "type": "object",
+            "properties": {CUSTOM_INPUT: {"type": "string"}},
+            "required": [CUSTOM_INPUT],
+            "additionalProperties": False,
+        },
+    )
+
+
 def _tool_choice(choice: ResponseToolChoice) -> NamedToolChoice:
-    if choice.type == "function":
+    if choice.type in ("function", "custom"):
         if choice.name is None:
             raise invalid("A function choice needs a name", "tool_choice.name")
         return NamedToolChoice(type="function", function=NamedFunction(name=choice.name))
@@ -235,8 +274,8 @@ def as_chat(
     Raises:
         ApiError: 400 naming the field.
     """
-    if body.background:
-        raise invalid("Background responses are not supported", "background")
+    if body.background and body.store is False:
+        raise invalid("A background response is read from the store; leave store out", "background")
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options needs stream: true", "stream_options")
     system = []
@@ -269,6 +308,7 @@ def as_chat(
         top_logprobs=body.top_logprobs if wants_logprobs else None,
         service_tier=body.service_tier,
         metadata=body.metadata,
+        chat_template_kwargs=body.chat_template_kwargs,
     )
     chat.repairs.extend(repairs)
     return chat

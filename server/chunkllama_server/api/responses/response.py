@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
+from chunkllama.errors import OverloadedError
 from chunkllama.text.output_processor import OutputDelta
-from chunkllama_server.api.chat.response import whole_calls
 from chunkllama_server.api.common.logprobs import LogprobFormatter
 from chunkllama_server.api.common.request_stream import RequestStream
-from chunkllama_server.api.responses.items import item_id, output_text, reasoning_item
+from chunkllama_server.api.responses.event_stream import EventStream
 from chunkllama_server.api.schema.chat_response import ChatTokenLogprob
-from chunkllama_server.api.schema.response_object import (
-    OutputFunctionCall,
-    OutputItem,
-    OutputMessage,
-    OutputReasoning,
-    Response,
-)
+from chunkllama_server.api.schema.response_object import Response, ResponseError
 from chunkllama_server.api.schema.responses import ResponseRequest
 from chunkllama_server.api.schema.usage import ResponseUsage
 from chunkllama_server.api.tools.config import ToolConfig
-from chunkllama_server.api.tools.parsers import CallDelta, Parsed
-from chunkllama_server.transport.errors import as_api_error
-from chunkllama_server.transport.sse import sse
+from chunkllama_server.transport.errors import ApiError, as_api_error
+
+# Called with the response and its events when it has ended.
+OnEnded = Callable[[Response, list[bytes]], None]
 
 
 @dataclass(slots=True)
@@ -35,7 +29,8 @@ class ResponseAnswer:
     """What the response object and its events have in common.
 
     Attributes:
-        on_finished: called with the finished response (the store keeps it).
+        on_ended: stores the response.
+        events_so_far: every event that was made, in order.
     """
 
     body: ResponseRequest
@@ -43,8 +38,17 @@ class ResponseAnswer:
     tools: ToolConfig
     formatter: LogprobFormatter
     wants_logprobs: bool
-    on_finished: Callable[[Response], None]
+    on_ended: OnEnded
     created: int = field(default_factory=lambda: int(time.time()))
+    events_so_far: list[bytes] = field(default_factory=list)
+    _stream: EventStream = field(init=False)
+    _has_begun: bool = False
+
+    def __post_init__(self) -> None:
+        custom = frozenset(
+            tool.name for tool in self.body.tools or () if tool.type == "custom" and tool.name
+        )
+        self._stream = EventStream(self.tools.parser(), custom, self.logprobs)
 
     def usage(self) -> ResponseUsage:
         generation = self.generation
@@ -75,7 +79,7 @@ class ResponseAnswer:
             "created_at": self.created,
             "completed_at": None,
             "status": "in_progress",
-            "background": False,
+            "background": bool(body.background),
             "error": None,
             "incomplete_details": None,
             "instructions": body.instructions,
@@ -94,7 +98,8 @@ class ResponseAnswer:
             "temperature": sampling.temperature,
             "text": {"format": {"type": "text"}, **given.get("text", {})},
             "tool_choice": given.get("tool_choice", "auto"),
-            "tools": given.get("tools", []),
+            # Those that are left out may be of types that clients cannot read either.
+            "tools": [t for t in given.get("tools", []) if t["type"] in ("function", "custom")],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": sampling.top_p,
             "truncation": body.truncation or "disabled",
@@ -103,17 +108,11 @@ class ResponseAnswer:
             "metadata": body.metadata or {},
         }
 
-    def finished(self, output: list[OutputItem], reason: str | None) -> Response:
-        """The object with its output; ``reason`` is why generation ended."""
+    def snapshot(self) -> Response:
+        """Return the response as it is while it runs."""
         response = self.response()
-        response["completed_at"] = int(time.time())
-        response["status"] = "completed"
-        if reason == "length":
-            response["status"] = "incomplete"
-            response["incomplete_details"] = {"reason": "max_output_tokens"}
-        response["output"] = output
-        response["usage"] = self.usage()
-        self.on_finished(response)
+        response["status"] = "in_progress" if self._has_begun else "queued"
+        response["output"] = [*self._stream.output]
         return response
 
     def logprobs(self, piece: OutputDelta) -> list[ChatTokenLogprob]:
@@ -124,243 +123,92 @@ class ResponseAnswer:
     async def whole(self) -> Response:
         """Run the generation and put the response together."""
         piece = (await self.generation.collect())[0]
-        parser = self.tools.parser()
-        parsed, rest = parser.feed(piece.text), parser.finish()
-        content = parsed.content + rest.content
-        calls = whole_calls([*parsed.calls, *rest.calls])
-        output: list[OutputItem] = []
-        if piece.reasoning:
-            output.append(reasoning_item(piece.reasoning, "completed"))
-        if content or not (output or calls):
-            message: OutputMessage = {
-                "id": item_id("msg"),
-                "type": "message",
-                "role": "assistant",
-                "status": "completed",
-                "content": [output_text(content, self.logprobs(piece))],
-            }
-            output.append(message)
-        for call in calls:
-            item: OutputFunctionCall = {
-                "id": item_id("fc"),
-                "type": "function_call",
-                "call_id": call["id"],
-                "name": call["function"]["name"],
-                "arguments": call["function"]["arguments"],
-                "status": "completed",
-            }
-            output.append(item)
-        if piece.finish_reason == "length":
-            output[-1]["status"] = "incomplete"
-        return self.finished(output, piece.finish_reason)
+        self._begin()
+        self._note(self._stream.take(piece))
+        return self._end()[0]
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events; an error after the first of them is ``response.failed``."""
-        stream = _EventStream(self)
-        has_begun = False
+        has_answered = bool(self.body.background)
+        if has_answered:
+            response = self.snapshot()
+            for kind in ("response.created", "response.queued"):
+                yield self._note([self._stream.event(kind, response=response)])[0]
         try:
             async with aclosing(self.generation.pieces()) as generated:
                 async for pieces in generated:
-                    if not has_begun:
-                        has_begun = True
-                        yield stream.event("response.created", response=self.response())
-                        yield stream.event("response.in_progress", response=self.response())
-                    for piece in pieces:
-                        for event in stream.take(piece):
+                    if not self._has_begun:
+                        has_answered = True
+                        for event in self._begin():
                             yield event
-            for event in stream.finish():
+                    for piece in pieces:
+                        for event in self._note(self._stream.take(piece)):
+                            yield event
+            for event in self._end()[1]:
                 yield event
         except Exception as error:
-            if not has_begun:
+            if not has_answered:
                 raise
-            failed = self.response()
-            failed["status"] = "failed"
-            failed["error"] = {"code": "server_error", "message": as_api_error(error).message}
-            failed["output"] = stream.output
-            yield stream.event("response.failed", response=failed)
+            yield self._fail(error)
 
+    def cancelled(self) -> bytes:
+        """End the response where it is, and return the event that says so."""
+        self._stream.interrupt()
+        response = self._ended("cancelled")
+        # The API has no event for it; the response in it has the status.
+        return self._last(response, "response.incomplete")
 
-class _EventStream:
-    """The items of one streamed response as they open, grow and close."""
-
-    def __init__(self, answer: ResponseAnswer) -> None:
-        self.output: list[OutputItem] = []
-        self._answer = answer
-        self._parser = answer.tools.parser()
-        self._sequence_number = 0
-        self._reason: str | None = None
-        self._is_open = False
-        # Of text that the parser holds back.
-        self._logprobs: list[ChatTokenLogprob] = []
-
-    def event(self, event_type: str, **members: Any) -> bytes:
-        """One event with the next sequence number."""
-        payload = {"type": event_type, "sequence_number": self._sequence_number, **members}
-        self._sequence_number += 1
-        return sse(payload, event_type)
-
-    def take(self, piece: OutputDelta) -> list[bytes]:
-        """Events for what a piece adds."""
-        parsed = self._parser.feed(piece.text)
-        if piece.finish_reason is not None:
-            rest = self._parser.finish()
-            parsed = Parsed(parsed.content + rest.content, parsed.calls + rest.calls)
-        self._logprobs += self._answer.logprobs(piece)
-        events: list[bytes] = []
-        if piece.reasoning:
-            events += self._add_thoughts(piece.reasoning)
-        if parsed.content or (self._logprobs and self._message() is not None):
-            events += self._add_text(parsed.content, self._logprobs)
-            self._logprobs = []
-        for call in parsed.calls:
-            events += self._add_call(call)
-            self._logprobs = []
-        self._reason = piece.finish_reason
+    def _note(self, events: list[bytes]) -> list[bytes]:
+        self.events_so_far += events
         return events
 
-    def finish(self) -> list[bytes]:
-        """Close what is open, and end."""
-        events: list[bytes] = []
-        if not self.output:
-            events += self._open_message()
-        events += self._close()
-        response = self._answer.finished(self.output, self._reason)
-        events.append(self.event(f"response.{response['status']}", response=response))
-        return events
-
-    def _message(self) -> OutputMessage | None:
-        if self._is_open and self.output[-1]["type"] == "message":
-            return self.output[-1]
-        return None
-
-    @property
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self.output[-1]["id"], "output_index": len(self.output) - 1}
-
-    def _open(self, item: OutputItem) -> list[bytes]:
-        self.output.append(item)
-        self._is_open = True
-        index = len(self.output) - 1
-        return [self.event("response.output_item.added", output_index=index, item=item)]
-
-    def _open_message(self) -> list[bytes]:
-        events = self._close()
-        item: OutputMessage = {
-            "id": item_id("msg"),
-            "type": "message",
-            "role": "assistant",
-            "status": "in_progress",
-            "content": [],
-        }
-        events += self._open(item)
-        item["content"].append(output_text("", []))
-        part = output_text("", [])
-        events.append(
-            self.event("response.content_part.added", **self._place, content_index=0, part=part)
+    def _begin(self) -> list[bytes]:
+        self._has_begun = True
+        kinds = ["response.created", "response.in_progress"]
+        return self._note(
+            [
+                self._stream.event(kind, response=self.response())
+                for kind in (kinds[1:] if self.body.background else kinds)
+            ]
         )
-        return events
 
-    def _add_thoughts(self, text: str) -> list[bytes]:
-        events = []
-        if not self._is_open:
-            item = reasoning_item("", "in_progress")
-            events += self._open(item)
-            item["content"].append({"type": "reasoning_text", "text": ""})
-            events.append(
-                self.event(
-                    "response.content_part.added",
-                    **self._place,
-                    content_index=0,
-                    part=item["content"][0],
-                )
-            )
-        thoughts = cast(OutputReasoning, self.output[-1])
-        thoughts["content"][0]["text"] += text
-        events.append(
-            self.event("response.reasoning_text.delta", **self._place, content_index=0, delta=text)
-        )
-        return events
+    def _end(self) -> tuple[Response, list[bytes]]:
+        closed = self._note(self._stream.close())
+        is_cut = self._stream.reason == "length"
+        response = self._ended("incomplete" if is_cut else "completed")
+        if is_cut:
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
+        return response, [*closed, self._last(response, f"response.{response['status']}")]
 
-    def _add_text(self, text: str, logprobs: list[ChatTokenLogprob]) -> list[bytes]:
-        message = self._message()
-        events = []
-        if message is None:
-            events = self._open_message()
-            message = self._message()
-            assert message is not None
-        part = message["content"][0]
-        part["text"] += text
-        part["logprobs"] += logprobs
-        if text:
-            events.append(
-                self.event(
-                    "response.output_text.delta",
-                    **self._place,
-                    content_index=0,
-                    delta=text,
-                    logprobs=logprobs,
-                )
-            )
-        return events
+    def _fail(self, error: Exception) -> bytes:
+        self._stream.interrupt()
+        response = self._ended("failed")
+        response["error"] = _response_error(error)
+        return self._last(response, "response.failed")
 
-    def _add_call(self, delta: CallDelta) -> list[bytes]:
-        events = []
-        if delta.name is not None:
-            events = self._close()
-            item: OutputFunctionCall = {
-                "id": item_id("fc"),
-                "type": "function_call",
-                "call_id": f"call_{uuid.uuid4().hex[:24]}",
-                "name": delta.name,
-                "arguments": "",
-                "status": "in_progress",
-            }
-            events += self._open(item)
-        if delta.arguments:
-            call = cast(OutputFunctionCall, self.output[-1])
-            call["arguments"] += delta.arguments
-            events.append(
-                self.event(
-                    "response.function_call_arguments.delta", **self._place, delta=delta.arguments
-                )
-            )
-        return events
+    def _ended(self, status: Any) -> Response:
+        response = self.response()
+        response["completed_at"] = int(time.time()) if status in _COMPLETED else None
+        response["status"] = status
+        response["output"] = self._stream.output
+        response["usage"] = self.usage()
+        return response
 
-    def _close(self) -> list[bytes]:
-        if not self._is_open:
-            return []
-        self._is_open = False
-        item, place = self.output[-1], self._place
-        item["status"] = "incomplete" if self._reason == "length" else "completed"
-        if item["type"] == "reasoning":
-            thought = item["content"][0]
-            events = [
-                self.event(
-                    "response.reasoning_text.done", **place, content_index=0, text=thought["text"]
-                ),
-                self.event("response.content_part.done", **place, content_index=0, part=thought),
-            ]
-        elif item["type"] == "message":
-            part = item["content"][0]
-            events = [
-                self.event(
-                    "response.output_text.done",
-                    **place,
-                    content_index=0,
-                    text=part["text"],
-                    logprobs=part["logprobs"],
-                ),
-                self.event("response.content_part.done", **place, content_index=0, part=part),
-            ]
-        else:
-            events = [
-                self.event(
-                    "response.function_call_arguments.done",
-                    **place,
-                    name=item["name"],
-                    arguments=item["arguments"],
-                )
-            ]
-        index = place["output_index"]
-        events.append(self.event("response.output_item.done", output_index=index, item=item))
-        return events
+    def _last(self, response: Response, kind: str) -> bytes:
+        event = self._note([self._stream.event(kind, response=response)])[0]
+        self.on_ended(response, self.events_so_far)
+        return event
+
+
+_COMPLETED = ("completed", "incomplete")
+
+
+def _response_error(error: Exception) -> ResponseError:
+    api_error = as_api_error(error)
+    if isinstance(error, OverloadedError):
+        return {"code": "rate_limit_exceeded", "message": api_error.message}
+    is_refused = isinstance(api_error, ApiError) and api_error.status_code == 400
+    return {
+        "code": "invalid_prompt" if is_refused else "server_error",
+        "message": api_error.message,
+    }

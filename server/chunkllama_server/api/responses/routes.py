@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import uuid
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response as HttpResponse
 
 from chunkllama_server.api.chat.request import PreparedChat, prepare_chat
+from chunkllama_server.api.common.background import EventLog, RunningResponse
 from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.common.logprobs import LogprobFormatter
+from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.response_store import StoredResponse
+from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers, refusals
-from chunkllama_server.api.responses.items import assistant_message
+from chunkllama_server.api.responses.items import assistant_message, compaction, input_items
 from chunkllama_server.api.responses.request import as_chat, previous_messages
-from chunkllama_server.api.responses.response import ResponseAnswer
+from chunkllama_server.api.responses.response import OnEnded, ResponseAnswer
 from chunkllama_server.api.schema.chat import ChatMessage
 from chunkllama_server.api.schema.response_object import (
+    CompactedResponse,
     DeletedResponse,
+    InputItems,
     InputTokens,
     Response,
     ResponseEvent,
 )
 from chunkllama_server.api.schema.responses import ResponseRequest
-from chunkllama_server.transport.body import JsonRoute, json_response
-from chunkllama_server.transport.errors import ApiError
+from chunkllama_server.transport.body import json_response
+from chunkllama_server.transport.errors import ApiError, invalid
 from chunkllama_server.transport.request_context import RequestInfo, request_info
 from chunkllama_server.transport.sse import unless_disconnected
 
-router = APIRouter(route_class=JsonRoute, tags=["responses"])
+router = APIRouter(route_class=DialectRoute, tags=["responses"])
 
+_SUMMARISE = (
+    "Summarise the conversation so far for someone who continues it: the task, decisions, facts, "
+    "names and numbers, and what is still to do. Write nothing else."
+)
+_SUMMARY_TOKENS = 256
 _PARAM_NAMES = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
@@ -48,7 +59,7 @@ async def prepare(
     Raises:
         ApiError: 400 naming the field, 404 for a previous response that is not stored.
     """
-    history = previous_messages(body, context.responses, info.tenant)
+    history = previous_messages(body, context, info.tenant)
     chat = as_chat(body, history, lambda item_id: context.responses.find_item(info.tenant, item_id))
     conversation = chat.messages[chat.messages[0].origin == "instructions" :]
     return await prepare_chat(chat, context, info), conversation
@@ -61,38 +72,59 @@ def rename_param(error: ApiError) -> ApiError:
     return error
 
 
-@router.post("/v1/responses", response_model=None, responses=answers(Response, ResponseEvent))
-async def create_response(
-    body: ResponseRequest, request: Request, context: Context
-) -> HttpResponse:
-    """Answer an input, whole or as events; the response is stored unless store is false."""
-    info = context.admit(body, request)
-    try:
-        prepared, conversation = await prepare(body, context, info)
-        generation = await prepared.stream(
-            info,
-            f"resp_{uuid.uuid4().hex}",
-            {"prompt": "input", "max_tokens": "max_output_tokens"},
-        )
-    except ApiError as error:
-        raise rename_param(error) from None
-
-    def keep(response: Response) -> None:
-        if body.store is not False:
-            messages = [*conversation, assistant_message(response["output"])]
-            most = context.tenants.quotas(info.tenant).stored_responses
-            context.responses.put(info.tenant, StoredResponse(response, messages), most)
-
-    answer = ResponseAnswer(
+def _answer(
+    body: ResponseRequest,
+    prepared: PreparedChat,
+    generation: RequestStream,
+    context: ServerContext,
+    on_ended: OnEnded,
+) -> ResponseAnswer:
+    return ResponseAnswer(
         body=body,
         generation=generation,
         tools=prepared.tools,
         formatter=LogprobFormatter(context.text.tokenizer, as_token_ids=False),
         wants_logprobs=bool(prepared.body.logprobs),
-        on_finished=keep,
+        on_ended=on_ended,
     )
+
+
+@router.post("/v1/responses", response_model=None, responses=answers(Response, ResponseEvent))
+async def create_response(
+    body: ResponseRequest, request: Request, context: Context
+) -> HttpResponse:
+    """Answer an input, whole, as events or in the background; the response is stored unless store
+    is false."""
+    info = context.admit(body, request)
+    if body.background:
+        context.background.check_room()
+    response_id = f"resp_{uuid.uuid4().hex}"
+    try:
+        prepared, conversation = await prepare(body, context, info)
+        generation = await prepared.stream(
+            info, response_id, {"prompt": "input", "max_tokens": "max_output_tokens"}
+        )
+    except ApiError as error:
+        raise rename_param(error) from None
+    items = input_items(body)
+
+    def keep(response: Response, events: list[bytes]) -> None:
+        if body.store is not False and (body.background or response["status"] != "failed"):
+            messages = [*conversation, assistant_message(response["output"])]
+            most = context.tenants.quotas(info.tenant).stored_responses
+            stored = StoredResponse(response, messages, items, events)
+            context.responses.put(info.tenant, stored, most)
+
+    answer = _answer(body, prepared, generation, context, keep)
+    events = answer.events()
+    if body.background:
+        running = RunningResponse(answer.snapshot, answer.cancelled)
+        context.background.start(info.tenant, response_id, running, events)
+        events = running.log.follow()
     if body.stream:
-        return context.stream(answer.events(), info)
+        return context.stream(events, info)
+    if body.background:
+        return json_response(answer.snapshot())
     return json_response(await unless_disconnected(request, answer.whole()))
 
 
@@ -113,6 +145,39 @@ async def count_input_tokens(
     return json_response(counted)
 
 
+@router.post("/v1/responses/compact", response_model=None, responses=answers(CompactedResponse))
+async def compact_response(
+    body: ResponseRequest, request: Request, context: Context
+) -> HttpResponse:
+    """Summarise a conversation in one item that stands for it as the input of a later response."""
+    info = context.admit(body, request)
+    body.tool_choice = "none" if body.tools else None
+    try:
+        history = previous_messages(body, context, info.tenant)
+        chat = as_chat(body, history, lambda item: context.responses.find_item(info.tenant, item))
+        conversation = list(chat.messages)
+        chat.messages.append(ChatMessage(role="user", content=_SUMMARISE))
+        prepared = await prepare_chat(chat, context, info)
+        room = context.engine.info.max_request_tokens - len(prepared.prompt.token_ids)
+        if body.max_output_tokens is None and room > 0:
+            chat.max_completion_tokens = min(_SUMMARY_TOKENS, room)
+        compaction_id = f"resp_{uuid.uuid4().hex}"
+        names = {"prompt": "input", "max_tokens": "max_output_tokens"}
+        generation = await prepared.stream(info, compaction_id, names)
+    except ApiError as error:
+        raise rename_param(error) from None
+    answer = _answer(body, prepared, generation, context, lambda response, events: None)
+    pieces = await unless_disconnected(request, generation.collect())
+    compacted: CompactedResponse = {
+        "id": compaction_id,
+        "object": "response.compaction",
+        "created_at": answer.created,
+        "output": [compaction(conversation, pieces[0].text)],
+        "usage": answer.usage(),
+    }
+    return json_response(compacted)
+
+
 def _missing(response_id: str) -> ApiError:
     return ApiError(
         404,
@@ -122,18 +187,88 @@ def _missing(response_id: str) -> ApiError:
     )
 
 
-@router.get("/v1/responses/{response_id}", responses=refusals(401, 404, 405))
-async def get_response(response_id: str, request: Request, context: Context) -> Response:
-    """Return a stored response."""
+@router.get(
+    "/v1/responses/{response_id}", response_model=None, responses=answers(Response, ResponseEvent)
+)
+async def get_response(
+    response_id: str,
+    request: Request,
+    context: Context,
+    stream: bool = False,
+    starting_after: Annotated[int | None, Query(ge=0, le=2**31 - 1)] = None,
+) -> HttpResponse:
+    """Return a stored or running response; with stream, its events after ``starting_after``."""
+    info = request_info(request.scope)
+    tenant = info.tenant
+    if starting_after is not None and not stream:
+        raise invalid("starting_after needs stream=true", "starting_after")
+    running = context.background.get(tenant, response_id)
+    if running is not None:
+        if stream:
+            return context.stream(running.log.follow(starting_after), info)
+        return json_response(running.snapshot())
+    stored = context.responses.get(tenant, response_id)
+    if stored is None:
+        raise _missing(response_id)
+    if not stream:
+        return json_response(stored.response)
+    log = EventLog()
+    log.events = stored.events
+    log.finish()
+    return context.stream(log.follow(starting_after), info)
+
+
+@router.get("/v1/responses/{response_id}/input_items", responses=refusals(400, 401, 404, 405))
+async def list_input_items(
+    response_id: str,
+    request: Request,
+    context: Context,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+    after: str | None = None,
+) -> InputItems:
+    """List what a stored response was asked with, in pages of ``limit`` items."""
     stored = context.responses.get(request_info(request.scope).tenant, response_id)
     if stored is None:
         raise _missing(response_id)
-    return stored.response
+    items = stored.input_items if order == "asc" else stored.input_items[::-1]
+    if after is not None:
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            raise invalid(f"The response has no input item {after[:100]!r}", "after")
+        items = items[ids.index(after) + 1 :]
+    page = items[:limit]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": len(items) > limit,
+    }
+
+
+@router.post("/v1/responses/{response_id}/cancel", response_model=None, responses=answers(Response))
+async def cancel_response(response_id: str, request: Request, context: Context) -> HttpResponse:
+    """End a background response; one that has ended already is returned as it is."""
+    tenant = request_info(request.scope).tenant
+    await context.background.cancel(tenant, response_id)
+    stored = context.responses.get(tenant, response_id)
+    if stored is None:
+        raise _missing(response_id)
+    if not stored.response["background"]:
+        raise invalid(
+            "Only a response created with background: true can be cancelled",
+            "response_id",
+            "not_a_background_response",
+        )
+    return json_response(stored.response)
 
 
 @router.delete("/v1/responses/{response_id}", responses=refusals(401, 404, 405))
 async def delete_response(response_id: str, request: Request, context: Context) -> DeletedResponse:
-    """Delete a stored response."""
-    if not context.responses.delete(request_info(request.scope).tenant, response_id):
+    """Delete a stored response; one that is running is ended first."""
+    tenant = request_info(request.scope).tenant
+    await context.background.cancel(tenant, response_id)
+    if not context.responses.delete(tenant, response_id):
         raise _missing(response_id)
     return {"id": response_id, "object": "response", "deleted": True}

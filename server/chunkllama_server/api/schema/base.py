@@ -45,14 +45,14 @@ class RequestModel(BaseModel):
         if not isinstance(data, dict):
             return data
         return {
-            name: _plain_value(name, value) if name in cls._wire_names() else value
+            name: _plain_value(name, value) if name in cls.wire_names() else value
             for name, value in data.items()
             if value is not None or name != "model"
         }
 
     @classmethod
     @cache
-    def _wire_names(cls) -> frozenset[str]:
+    def wire_names(cls) -> frozenset[str]:
         return frozenset(field.alias or name for name, field in cls.model_fields.items())
 
     def is_skipped(self) -> bool:
@@ -156,7 +156,9 @@ class StructuredOutputs(RequestModel):
         max_length=1024,
         description="Honoured: the output is one of these.",
     )
-    grammar: str | None = Field(default=None, description="Honoured: a Lark grammar.")
+    grammar: str | None = Field(
+        default=None, description="Honoured: a grammar in Lark's syntax or GBNF (with ::=)."
+    )
     json_object: bool | None = Field(
         default=None, description="Honoured: true asks for any JSON object."
     )
@@ -194,26 +196,13 @@ class ExplainField(RequestModel):
     )
 
 
-class SamplingFields(CacheFields, ExplainField):
-    """Sampling fields that chat and text completions share."""
+class GenerationFields(CacheFields, ExplainField):
+    """Sampling fields that every endpoint has that generates text."""
 
-    model: str = Field(
-        default="",
-        description="Honoured: a served model name; another is 404. Absent: the served model.",
-    )
-    temperature: float | None = Field(
-        default=None, ge=0, le=2, description="Honoured: 0 is greedy. Default 1 or the model's."
-    )
-    top_p: float | None = Field(
-        default=None, ge=0, le=1, description="Honoured: 0 keeps the single best token."
-    )
     top_k: int | None = Field(
         default=None, ge=-1, le=MAX_TOKENS, description="Honoured: -1 and 0 are off."
     )
     min_p: float | None = Field(default=None, ge=0, le=1, description="Honoured.")
-    n: int | None = Field(
-        default=None, ge=1, le=128, description="Honoured: choices; the prompt is computed once."
-    )
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="Honoured.")
     presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="Honoured.")
     repetition_penalty: float | None = Field(default=None, gt=0, le=100, description="Honoured.")
@@ -246,6 +235,31 @@ class SamplingFields(CacheFields, ExplainField):
         max_length=65536,
         description="Honoured: only these are generated.",
     )
+    structured_outputs: StructuredOutputs | None = Field(default=None, description="Honoured.")
+    truncate_prompt_tokens: int | None = Field(
+        default=None, ge=1, le=MAX_TOKENS, description="Honoured: keeps the prompt's last N tokens."
+    )
+    priority: int | None = Field(
+        default=None, ge=-1000, le=1000, description="Honoured: lower is served first. Default 0."
+    )
+
+
+class SamplingFields(GenerationFields):
+    """Sampling fields that chat and text completions share."""
+
+    model: str = Field(
+        default="",
+        description="Honoured: a served model name; another is 404. Absent: the served model.",
+    )
+    temperature: float | None = Field(
+        default=None, ge=0, le=2, description="Honoured: 0 is greedy. Default 1 or the model's."
+    )
+    top_p: float | None = Field(
+        default=None, ge=0, le=1, description="Honoured: 0 keeps the single best token."
+    )
+    n: int | None = Field(
+        default=None, ge=1, le=128, description="Honoured: choices; the prompt is computed once."
+    )
     use_beam_search: bool | None = Field(
         default=None,
         description="Honoured: n beams; temperature 0 or absent; no stream, logprobs or grammar.",
@@ -259,7 +273,6 @@ class SamplingFields(CacheFields, ExplainField):
         le=20,
         description="Honoured: not with stream. Recomputes the whole prompt.",
     )
-    structured_outputs: StructuredOutputs | None = Field(default=None, description="Honoured.")
     stream: bool | None = Field(default=None, description="Honoured.")
     stream_options: StreamOptions | None = Field(
         default=None, description="Honoured: 400 without stream."
@@ -269,12 +282,6 @@ class SamplingFields(CacheFields, ExplainField):
     )
     return_tokens_as_token_ids: bool | None = Field(
         default=None, description="Honoured: log-probability tokens read token_id:N."
-    )
-    truncate_prompt_tokens: int | None = Field(
-        default=None, ge=1, le=MAX_TOKENS, description="Honoured: keeps the prompt's last N tokens."
-    )
-    priority: int | None = Field(
-        default=None, ge=-1000, le=1000, description="Honoured: lower is served first. Default 0."
     )
     user: str | None = Field(default=None, max_length=512, description="Validated (deprecated).")
     request_id: str | None = Field(
@@ -286,14 +293,5 @@ class SamplingFields(CacheFields, ExplainField):
     stream_interval: int | None = Field(
         default=None, ge=1, le=1024, description="Ignored: each step's tokens are sent at once."
     )
-    # Ignored, these would change what is answered: constraints and prompts by other names.
-    guided_json: Any = Field(default=None, description="Refused.")
-    guided_regex: Any = Field(default=None, description="Refused.")
-    guided_choice: Any = Field(default=None, description="Refused.")
-    guided_grammar: Any = Field(default=None, description="Refused.")
-    regex: Any = Field(default=None, description="Refused.")
-    ebnf: Any = Field(default=None, description="Refused.")
-    prompt_token_ids: Any = Field(default=None, description="Refused.")
-    input_ids: Any = Field(default=None, description="Refused.")
     kv_transfer_params: Any = Field(default=None, description="Refused.")
     vllm_xargs: Any = Field(default=None, description="Refused.")

@@ -259,7 +259,10 @@ class ChatCompletionRequest(SamplingFields):
         description="Refused unless the operator trusts clients with it.",
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
-        default=None, description="Honoured: names on the operator's list, others are refused."
+        default=None,
+        description="Honoured: variables that the template reads and the operator allows. Ignored "
+        "and named if the template does not read them, refused if the operator does not allow "
+        "them.",
     )
     documents: Any = Field(default=None, description="Refused.")
     # Items of a Responses request that were repaired or left out on the way here.

@@ -8,7 +8,11 @@ from typing_extensions import TypedDict
 
 
 class Model(TypedDict):
-    """A served model; ``chat_template`` is what its chat template can express."""
+    """A served model; ``chat_template`` is what its chat template can express.
+
+    ``max_request_tokens`` are the tokens of a prompt and its answer that fit the context and the
+    K/V pool. ``max_model_len`` is the same number, by the name that clients of vLLM read.
+    """
 
     id: str
     object: Literal["model"]
@@ -16,6 +20,7 @@ class Model(TypedDict):
     owned_by: str
     root: str
     parent: str | None
+    max_request_tokens: int
     max_model_len: int
     chat_template: dict[str, Any] | None
 

@@ -56,7 +56,18 @@ class OutputReasoning(TypedDict):
     status: Literal["in_progress", "completed", "incomplete"]
 
 
-OutputItem = OutputReasoning | OutputMessage | OutputFunctionCall
+class OutputCustomToolCall(TypedDict):
+    """A call of a custom tool, whose input is free text."""
+
+    id: str
+    type: Literal["custom_tool_call"]
+    call_id: str
+    name: str
+    input: str
+    status: Literal["in_progress", "completed", "incomplete"]
+
+
+OutputItem = OutputReasoning | OutputMessage | OutputFunctionCall | OutputCustomToolCall
 
 
 class IncompleteDetails(TypedDict):
@@ -68,7 +79,7 @@ class IncompleteDetails(TypedDict):
 class ResponseError(TypedDict):
     """Why a response failed."""
 
-    code: Literal["server_error"]
+    code: Literal["server_error", "rate_limit_exceeded", "invalid_prompt"]
     message: str
 
 
@@ -79,7 +90,7 @@ class Response(TypedDict):
     object: Literal["response"]
     created_at: int
     completed_at: int | None
-    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
     background: bool
     error: ResponseError | None
     incomplete_details: IncompleteDetails | None
@@ -116,6 +127,34 @@ class DeletedResponse(TypedDict):
     deleted: bool
 
 
+class InputItems(TypedDict):
+    """Answer to GET /v1/responses/{id}/input_items: one page, newest first unless order is asc."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class CompactionItem(TypedDict):
+    """A conversation in short, to be sent as an input item in its place."""
+
+    id: str
+    type: Literal["compaction"]
+    encrypted_content: str
+
+
+class CompactedResponse(TypedDict):
+    """Answer to POST /v1/responses/compact."""
+
+    id: str
+    object: Literal["response.compaction"]
+    created_at: int
+    output: list[CompactionItem]
+    usage: ResponseUsage
+
+
 class InputTokens(TypedDict):
     """Answer to POST /v1/responses/input_tokens."""
 
@@ -135,6 +174,7 @@ class ResponseEvent(TypedDict):
     output_index: NotRequired[int]
     content_index: NotRequired[int]
     delta: NotRequired[str]
+    input: NotRequired[str]
     text: NotRequired[str]
     name: NotRequired[str]
     arguments: NotRequired[str]

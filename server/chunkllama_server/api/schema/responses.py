@@ -8,8 +8,7 @@ from pydantic import Field
 
 from chunkllama_server.api.schema.base import (
     MAX_TOKENS,
-    CacheFields,
-    ExplainField,
+    GenerationFields,
     PromptCacheBreakpoint,
     RequestModel,
 )
@@ -44,7 +43,7 @@ class InputItem(RequestModel):
         default="message",
         max_length=64,
         description="Honoured: messages, calls, outputs of calls, reasoning, and item_reference "
-        "to an item of a stored response. Items of other types are left out and named.",
+        "to an item of a stored response, compaction. Items of other types are left out and named.",
     )
     role: Literal["user", "assistant", "system", "developer"] | None = Field(
         default=None, description="Honoured: required for a message."
@@ -65,7 +64,9 @@ class InputItem(RequestModel):
     status: str | None = Field(default=None, max_length=64, description="Ignored.")
     phase: str | None = Field(default=None, max_length=64, description="Ignored.")
     summary: Any = Field(default=None, description="Ignored.")
-    encrypted_content: Any = Field(default=None, description="Ignored.")
+    encrypted_content: Any = Field(
+        default=None, description="Honoured for a compaction; ignored for reasoning."
+    )
 
 
 class TextFormat(RequestModel):
@@ -92,12 +93,12 @@ class TextOptions(RequestModel):
 
 
 class ResponseTool(RequestModel):
-    """A function the model may call."""
+    """A function or custom tool the model may call."""
 
     type: str = Field(
         max_length=64,
-        description="Honoured: function. A tool of another type is left out and named in the "
-        "header of ignored fields.",
+        description="Honoured: function, and custom, whose input is free text. A tool of another "
+        "type is left out and named in the header of ignored fields.",
     )
     name: str | None = Field(default=None, description="Honoured.")
     description: str | None = Field(default=None, description="Honoured through the template.")
@@ -106,14 +107,20 @@ class ResponseTool(RequestModel):
         default=None, description="Honoured for forced calls: as strict of a response format."
     )
 
+    format: dict[str, Any] | None = Field(
+        default=None,
+        description="Ignored and named: shown to the model, but the input of a custom tool is not "
+        "constrained.",
+    )
+
     def is_skipped(self) -> bool:
-        return self.type != "function"
+        return self.type not in ("function", "custom")
 
 
 class ResponseToolChoice(RequestModel):
     """One function, or a subset of the tools."""
 
-    type: Literal["function", "allowed_tools"] = Field(description="Honoured.")
+    type: Literal["function", "custom", "allowed_tools"] = Field(description="Honoured.")
     name: Name | None = Field(default=None, description="Honoured.")
     mode: Literal["auto", "required"] | None = Field(default=None, description="Honoured.")
     tools: list[dict[str, Any]] | None = Field(
@@ -141,15 +148,15 @@ class ResponseStreamOptions(RequestModel):
     )
 
 
-class ResponseRequest(CacheFields, ExplainField):
+class ResponseRequest(GenerationFields):
     """Body of POST /v1/responses."""
 
     model: str = Field(
         default="",
         description="Honoured: a served model name; another is 404. Absent: the served model.",
     )
-    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=4096)] = Field(
-        description="Honoured: text, or items."
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=4096)] | None = Field(
+        default=None, description="Honoured: text, or items. Optional after a previous response."
     )
     instructions: str | None = Field(
         default=None,
@@ -214,7 +221,12 @@ class ResponseRequest(CacheFields, ExplainField):
     )
     safety_identifier: str | None = Field(default=None, max_length=64, description="Validated.")
     user: str | None = Field(default=None, max_length=512, description="Validated (deprecated).")
-    background: bool | None = Field(default=None, description="Validated: true is refused.")
+    background: bool | None = Field(
+        default=None, description="Honoured: runs without a connection; needs store."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="Honoured: as in chat."
+    )
     conversation: Any = Field(default=None, description="Refused.")
     context_management: Any = Field(default=None, description="Refused.")
     prompt: Any = Field(default=None, description="Refused.")

@@ -1,5 +1,4 @@
-"""The field tables of docs/http.md, written from the request models: ``python -m
-chunkllama_server.api.schema.table``."""
+"""The field tables of docs/http.md, made from the request models."""
 
 from __future__ import annotations
 
@@ -105,7 +104,3 @@ def field_tables() -> str:
         lines += [_row(name, field) for name, field in model.model_fields.items()]
         lines.append("")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(field_tables())

@@ -1,0 +1,374 @@
+"""The fields of other servers, by name: what each becomes here, or why it is refused.
+
+Read from the request schemas of vLLM, SGLang, llama.cpp, TGI and huggingface_hub, Ollama, NVIDIA
+Dynamo and NIM, TensorRT-LLM, Mistral, Anthropic and OpenRouter. Names that an endpoint has itself
+are its own fields and are not looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from chunkllama_server.api.dialect.values import (
+    DialectError,
+    answer_format,
+    chat_format_of,
+    constraint,
+    text_format_of,
+    token_limit,
+)
+
+Endpoint = Literal["chat", "completions", "responses", "embeddings", "tokenize"]
+Becomes = Callable[[Any, Endpoint], Mapping[str, Any]]
+GENERATE: tuple[Endpoint, ...] = ("chat", "completions", "responses")
+TEMPLATED: tuple[Endpoint, ...] = ("chat", "responses")
+# Objects whose members are read as if they stood in the body itself.
+CONTAINERS = {
+    "extra_body": "openai-python's argument, sent as it is",
+    "nvext": "NVIDIA Dynamo and NIM",
+    "options": "Ollama",
+    "parameters": "TGI",
+    "sampling_params": "SGLang, TensorRT-LLM",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Some names that mean the same.
+
+    Attributes:
+        note: what they become; or why they are refused or harmless, as a part of a sentence.
+        servers: whose names they are.
+        becomes: makes own fields of a value; None for a field that is refused or harmless.
+        off: values that ask for nothing; the field is then dropped.
+        refused_if: of a field without meaning here: whether this body makes it binding.
+    """
+
+    names: tuple[str, ...]
+    note: str
+    servers: str
+    endpoints: tuple[Endpoint, ...] = GENERATE
+    becomes: Becomes | None = None
+    off: tuple[Any, ...] = ()
+    refused_if: Callable[[Mapping[str, Any]], bool] = lambda _: False
+    handling: Literal["translated", "refused", "harmless"] = "harmless"
+
+    def is_refused(self, body: Mapping[str, Any]) -> bool:
+        """Whether the field is refused in this body."""
+        return self.handling == "refused" and self.refused_if(body)
+
+
+def _translated(
+    names: str,
+    note: str,
+    servers: str,
+    becomes: Becomes,
+    endpoints: tuple[Endpoint, ...] = GENERATE,
+    off: tuple[Any, ...] = (),
+) -> Row:
+    return Row(tuple(names.split()), note, servers, endpoints, becomes, off, handling="translated")
+
+
+def _refused(
+    names: str,
+    note: str,
+    servers: str,
+    off: tuple[Any, ...] = (False,),
+    endpoints: tuple[Endpoint, ...] = GENERATE,
+    refused_if: Callable[[Mapping[str, Any]], bool] = lambda _: True,
+) -> Row:
+    return Row(
+        tuple(names.split()),
+        note,
+        servers,
+        endpoints,
+        off=(*off, [], {}, ""),
+        refused_if=refused_if,
+        handling="refused",
+    )
+
+
+def _harmless(
+    names: str, note: str, servers: str, endpoints: tuple[Endpoint, ...] = GENERATE
+) -> Row:
+    return Row(tuple(names.split()), note, servers, endpoints)
+
+
+def _to(target: str) -> Becomes:
+    return lambda value, _: {target: value}
+
+
+def _flag(target: str, meaning: Any = True) -> Becomes:
+    """A boolean that sets one field when it is true."""
+
+    def becomes(value: Any, _: Endpoint) -> dict[str, Any]:
+        if not isinstance(value, bool):
+            raise DialectError("must be true or false")
+        return {target: meaning} if value else {}
+
+    return becomes
+
+
+def _limit(value: Any, endpoint: Endpoint) -> dict[str, Any]:
+    if endpoint == "completions" and type(value) is int and value < 0:
+        raise DialectError("must be a number of tokens; without a limit 16 are generated")
+    return token_limit(value, "max_output_tokens" if endpoint == "responses" else "max_tokens")
+
+
+def _not_sampled(value: Any, _: Endpoint) -> dict[str, Any]:
+    if not isinstance(value, bool):
+        raise DialectError("must be true or false")
+    return {} if value else {"temperature": 0}
+
+
+def _seed(value: Any, _: Endpoint) -> dict[str, Any]:
+    return {} if value == -1 else {"seed": value}
+
+
+def _top_logprobs(value: Any, endpoint: Endpoint) -> dict[str, Any]:
+    if endpoint == "completions":
+        return {"logprobs": value}
+    return {"logprobs": True, "top_logprobs": value}
+
+
+def _thinking(value: Any, _: Endpoint) -> dict[str, Any]:
+    """Whether to think: true, an effort, or an object of type enabled or disabled."""
+    if isinstance(value, dict):
+        kind = value.get("type")
+        if kind not in ("enabled", "disabled", "adaptive", "auto"):
+            raise DialectError("must have the type enabled or disabled")
+        if kind == "enabled" and value.get("budget_tokens") is not None:
+            return {**_thinking(True, "chat"), "thinking_token_budget": value["budget_tokens"]}
+        if kind in ("adaptive", "auto"):
+            return {}
+        value = kind == "enabled"
+    if isinstance(value, str):
+        return {"reasoning_effort": value}
+    if not isinstance(value, bool):
+        raise DialectError("must be true or false")
+    return {
+        "chat_template_kwargs.enable_thinking": value,
+        "chat_template_kwargs.thinking": value,
+    }
+
+
+def _reasoning(value: Any, _: Endpoint) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DialectError("must be an object")
+    meanings: dict[str, Any] = {}
+    if value.get("enabled") is not None:
+        meanings |= _thinking(value["enabled"], "chat")
+    if value.get("effort") is not None:
+        meanings["reasoning_effort"] = value["effort"]
+    if value.get("max_tokens") is not None:
+        meanings["thinking_token_budget"] = value["max_tokens"]
+    return meanings
+
+
+def _has_penalty(body: Mapping[str, Any]) -> bool:
+    """Whether a body asks for a penalty whose window the field bounds."""
+    repeats = [body.get(name) for name in ("repeat_penalty", "repetition_penalty")]
+    others = [body.get(name) for name in ("presence_penalty", "frequency_penalty")]
+    return any(value not in (None, 1) for value in repeats) or any(others)
+
+
+_STRUCTURED = (
+    _translated(
+        "guided_json json_schema schema response_schema guided_schema",
+        "`structured_outputs.json`",
+        "vLLM, NIM, SGLang, llama.cpp, Gemini",
+        _to("structured_outputs.json"),
+    ),
+    _translated(
+        "guided_regex regex",
+        "`structured_outputs.regex`",
+        "vLLM, SGLang",
+        _to("structured_outputs.regex"),
+    ),
+    _translated(
+        "guided_choice choice choices",
+        "`structured_outputs.choice`",
+        "vLLM",
+        _to("structured_outputs.choice"),
+    ),
+    _translated(
+        "guided_grammar ebnf",
+        "`structured_outputs.grammar`, as GBNF or Lark",
+        "vLLM, SGLang",
+        _to("structured_outputs.grammar"),
+    ),
+    _translated(
+        "guided_json_object",
+        "`structured_outputs.json_object`",
+        "vLLM",
+        _flag("structured_outputs.json_object"),
+    ),
+    _translated(
+        "grammar",
+        "`structured_outputs`: GBNF or Lark text, or `{type: json or regex, value}`",
+        "llama.cpp, TGI",
+        lambda value, _: constraint(value),
+    ),
+    _translated(
+        "format",
+        '`structured_outputs`: `"json"` or a schema',
+        "Ollama",
+        lambda value, _: answer_format(value),
+    ),
+    _translated(
+        "response_format",
+        "`text.format`; a regex or grammar is `structured_outputs`",
+        "chat",
+        lambda value, _: text_format_of(value),
+        ("responses",),
+    ),
+    _translated(
+        "text",
+        "`response_format`",
+        "the Responses API",
+        lambda value, _: chat_format_of(value),
+        ("chat", "completions"),
+    ),
+    _refused("structural_tag", "send structured_outputs", "vLLM, SGLang"),
+    _refused("guided_whitespace_pattern whitespace_pattern", "white space is fixed", "vLLM"),
+    _refused("grammar_lazy grammar_triggers", "send tools", "llama.cpp"),
+    _harmless("guided_decoding_backend", "there is one grammar engine", "vLLM"),
+)
+_LIMITS = (
+    _translated(
+        "n_predict max_new_tokens num_predict max_tokens max_completion_tokens max_output_tokens "
+        "max_tokens_to_sample max_gen_len maxOutputTokens",
+        "`max_tokens`, in responses `max_output_tokens`; -1 and -2 are no limit",
+        "llama.cpp, TGI, SGLang, Ollama, Anthropic, Gemini, the other endpoints",
+        _limit,
+    ),
+    _translated("min_new_tokens", "`min_tokens`", "SGLang, Transformers", _to("min_tokens")),
+    _translated("stop_sequences stop_strings stopSequences", "`stop`",
+                "Anthropic, Transformers, Gemini", _to("stop")),
+    _translated("no_stop_trim", "`include_stop_str_in_output`", "SGLang",
+                _flag("include_stop_str_in_output")),
+    _translated("truncate", "`truncate_prompt_tokens`", "TGI", _to("truncate_prompt_tokens"),
+                ("chat", "completions"), off=(False,)),
+    _translated("n_cmpl", "`n`", "llama.cpp", _to("n"), ("chat", "completions")),
+    _refused("stop_regex", "send stop strings", "SGLang"),
+    _refused("max_length min_length", "send max_tokens or min_tokens", "Transformers"),
+    _refused("t_max_predict_ms max_time", "send max_tokens", "llama.cpp, Transformers", (0,)),
+    _refused("n_indent", "there is no such sampler", "llama.cpp", (0,)),
+    _refused("repetition_detection", "send stop strings or max_tokens", "vLLM"),
+    _translated("max_thinking_tokens thinking_budget reasoning_budget thinking_budget_tokens",
+                "`thinking_token_budget`; -1 is none", "Dynamo, Qwen, llama.cpp",
+                lambda value, _: token_limit(value, "thinking_token_budget"), TEMPLATED),
+    _refused("truncation_side", "the prompt's last tokens are kept", "vLLM", ("left",)),
+    _refused("num_beams", "send use_beam_search and n", "Transformers", (1,)),
+    _refused("best_of", "send n", "text completions", (1,), ("chat", "responses")),
+    _refused("early_stopping diversity_penalty", "beam search has no such option", "Transformers",
+             (False, 0)),
+)  # fmt: skip
+_SAMPLING = (
+    _translated("repeat_penalty repetitionPenalty", "`repetition_penalty`", "llama.cpp, Ollama",
+                _to("repetition_penalty")),
+    _translated("topP", "`top_p`", "Gemini", _to("top_p")),
+    _translated("topK", "`top_k`", "Gemini", _to("top_k")),
+    _translated("random_seed sampling_seed", "`seed`; -1 is none", "Mistral, SGLang", _seed),
+    _translated("do_sample", "false is `temperature: 0`", "TGI, Transformers", _not_sampled),
+    _translated("greed_sampling", "`temperature: 0`", "Dynamo", _flag("temperature", 0)),
+    _translated("n_probs top_n_tokens", "`logprobs`, in chat with `top_logprobs`",
+                "llama.cpp, TGI", _top_logprobs, ("chat", "completions"), off=(0,)),
+    _translated("extra_key", "`cache_salt`", "SGLang", _to("cache_salt")),
+    _refused("typical_p typ_p tfs_z tfs encoder_repetition_penalty guidance_scale cfg_scale",
+             "there is no such sampler; leave it at 1", "TGI, llama.cpp, Transformers", (1,)),
+    _refused("mirostat mirostat_mode dynatemp_range xtc_probability dry_multiplier top_a "
+             "epsilon_cutoff eta_cutoff penalty_alpha no_repeat_ngram_size smoothing_factor "
+             "top_n_sigma adaptive_target min_keep",
+             "there is no such sampler; leave it at 0", "llama.cpp, OpenRouter, Transformers",
+             (0, -1, False)),
+    _refused("repeat_last_n penalty_last_n",
+             "penalties look at the whole text; leave it out or send -1", "llama.cpp, Ollama",
+             (-1,), refused_if=_has_penalty),
+    _refused("spaces_between_special_tokens", "text is decoded as it was encoded", "vLLM", (True,)),
+    _refused("logits_processors custom_logit_processor logits_processor logit_bias_exp",
+             "no code of a request is run", "vLLM, SGLang"),
+    _refused("logprob_token_ids", "send top_logprobs", "vLLM, SGLang"),
+    _refused("watermark watermarking", "there is no watermark", "TGI, vLLM"),
+    _refused("end_id pad_id", "send stop_token_ids", "TensorRT-LLM"),
+    _harmless("mirostat_tau mirostat_eta dynatemp_exponent xtc_threshold dry_base "
+              "dry_allowed_length dry_penalty_last_n dry_sequence_breakers penalize_nl "
+              "adaptive_decay",
+              "belongs to a sampler that is off", "llama.cpp"),
+    _harmless("samplers", "samplers have one order", "llama.cpp"),
+)  # fmt: skip
+_PROMPT = (
+    _translated("inputs", "`prompt`", "TGI", _to("prompt"), ("completions",)),
+    _translated("return_full_text", "`echo`", "TGI", _flag("echo"), ("completions",)),
+    _translated("enable_thinking think thinking",
+                "`chat_template_kwargs.enable_thinking` and `.thinking`; an effort is "
+                "`reasoning_effort`", "Qwen, Ollama, DeepSeek, GLM, Anthropic", _thinking,
+                ("chat",)),
+    _translated("reasoning", "`reasoning_effort`, `thinking_token_budget`, or as `thinking`",
+                "OpenRouter", _reasoning, ("chat",)),
+    _translated("reasoning_effort", "`reasoning.effort`", "chat", _to("reasoning.effort"),
+                ("responses",)),
+    _refused("prompt inputs", "send messages, in responses input", "text completions, TGI",
+             endpoints=TEMPLATED),
+    _refused("messages", "send input, or use /v1/chat/completions", "chat",
+             endpoints=("responses", "completions")),
+    _refused("input", "send messages, or use /v1/responses", "the Responses API",
+             endpoints=("chat", "completions")),
+    _refused("system system_prompt instructions system_instruction",
+             "send a message of role system", "Anthropic, Ollama, the Responses API",
+             endpoints=("chat", "completions")),
+    _refused("system system_prompt system_instruction", "send instructions", "Anthropic",
+             endpoints=("responses",)),
+    _refused("previous_response_id conversation", "use /v1/responses", "the Responses API",
+             endpoints=("chat", "completions")),
+    _refused("prompt_token_ids input_ids token_data prompt_embeds input_embeds",
+             "token ids are sent as prompt of /v1/completions", "vLLM, SGLang, Dynamo"),
+    _refused("use_raw_prompt raw", "use /v1/completions", "Dynamo, Ollama"),
+    _refused("safe_prompt prompt_mode tool_prompt negative_prompt",
+             "send a message of role system", "Mistral, TGI"),
+    _refused("transforms plugins web_search search_parameters", "prompts are not rewritten",
+             "OpenRouter, xAI"),
+    _refused("images image_data video_data audio_data videos", "only text is served",
+             "SGLang, Ollama"),
+    _refused("template", "send chat_template, where the operator allows it", "Ollama"),
+    _refused("task session_params context", "send the whole conversation", "SGLang, Ollama"),
+    _refused("lora lora_path lora_request adapter_id adapters", "adapters are not served",
+             "llama.cpp, SGLang, TGI", (False, 0)),
+    _refused("prompt_name normalize input_type pooling", "embeddings have one form", "TEI, vLLM",
+             (True,), ("embeddings",)),
+    _translated("content", "`input`", "llama.cpp", _to("input"), ("embeddings",)),
+    _translated("content", "`prompt`", "llama.cpp", _to("prompt"), ("tokenize",)),
+    _translated("add_special", "`add_special_tokens`", "llama.cpp", _to("add_special_tokens"),
+                ("tokenize",)),
+    _translated("with_pieces", "`return_token_strs`", "llama.cpp", _to("return_token_strs"),
+                ("tokenize",)),
+)  # fmt: skip
+_SERVING = (
+    _refused("bootstrap_host bootstrap_port bootstrap_room ec_transfer_params lookahead_config",
+             "there is no disaggregated serving", "SGLang, vLLM, TensorRT-LLM"),
+    _harmless("id_slot slot_id cache_prompt n_cache_reuse n_keep num_keep num_ctx num_batch "
+              "num_thread num_gpu keep_alive",
+              "the cache, its size and the context are the server's", "llama.cpp, Ollama"),
+    _harmless("routed_dp_rank data_parallel_rank disagg_prefill_dp_rank backend_instance_id "
+              "agent_hints priority_jump",
+              "there is one engine", "SGLang, Dynamo"),
+    _harmless("timings_per_token return_progress return_tokens response_fields annotations "
+              "extra_fields details decoder_input_details return_hidden_states "
+              "return_routed_experts routed_experts_start_len routed_experts_prompt_start "
+              "return_cached_tokens_details return_meta_info return_prompt_text "
+              "return_token_offsets return_mm_kwargs post_sampling_probs sse_ping_interval "
+              "return_prompt_token_ids usage include_usage",
+              "the answer has its usual members", "llama.cpp, SGLang, vLLM, TGI, Dynamo"),
+    _harmless("separate_reasoning stream_reasoning include_reasoning reasoning_format "
+              "reasoning_split",
+              "reasoning is returned as the server is set", "SGLang, vLLM, llama.cpp"),
+    _harmless("mm_processor_kwargs media_io_kwargs images_config use_audio_in_video "
+              "max_dynamic_patch min_dynamic_patch",
+              "only text is served", "vLLM, SGLang"),
+    _harmless("rid custom_params custom_labels ngram_corpus_id provider route models "
+              "drop_params custom_llm_provider",
+              "meant for a router or a log", "SGLang, OpenRouter, LiteLLM"),
+)  # fmt: skip
+TABLE: tuple[Row, ...] = (*_STRUCTURED, *_LIMITS, *_SAMPLING, *_PROMPT, *_SERVING)

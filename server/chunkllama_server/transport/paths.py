@@ -1,0 +1,116 @@
+"""Accept the paths and methods that clients commonly send: one canonical path for each endpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_SLASHES = re.compile(r"/{2,}")
+# First parts of paths below /v1, and of paths that are not.
+_BELOW_V1 = frozenset(("chat", "completions", "responses", "embeddings", "models"))
+_BESIDE_V1 = frozenset(("tokenize", "detokenize", "health", "metrics", "version"))
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+
+
+def canonical_path(path: str, root_path: str) -> str:
+    """The path of the endpoint that is meant.
+
+    Repeated and trailing slashes are dropped, and /v1 is added or removed where a client's base URL
+    has it once too few or too often. A ``root_path`` that a proxy has not removed stays.
+    """
+    rest = path.removeprefix(root_path)
+    root = path[: len(path) - len(rest)]
+    if rest and not rest.startswith("/"):
+        root, rest = "", path
+    rest = _SLASHES.sub("/", rest).rstrip("/") or "/"
+    while rest.startswith("/v1/v1/"):
+        rest = rest[3:]
+    below = rest.removeprefix("/v1")
+    first = below.split("/", 2)[1] if below.startswith("/") else ""
+    if first in _BELOW_V1:
+        rest = f"/v1{below}"
+    elif first in _BESIDE_V1:
+        rest = below
+    return root + rest
+
+
+class PathMiddleware:
+    """Routes each request by its ``canonical_path``."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope = {**scope, "path": canonical_path(scope["path"], self._root_path)}
+        await self._app(scope, receive, send)
+
+
+class MethodMiddleware:
+    """Answers HEAD like GET without a body, and OPTIONS with the methods of the path.
+
+    A browser's preflight is answered by the CORS middleware where origins are configured. Without
+    them the answer here names no origin, so the browser refuses the call.
+
+    Args:
+        routes: of the application, in which a path's methods are looked up.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        self._app = app
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method = scope["method"] if scope["type"] == "http" else ""
+        if method == "HEAD":
+            await self._app({**scope, "method": "GET"}, receive, _without_body(send))
+        elif method == "OPTIONS" and (methods := self._methods(scope)):
+            if "GET" in methods:
+                methods.insert(1, "HEAD")
+            allowed = ", ".join([*methods, "OPTIONS"])
+            await Response(status_code=204, headers={"allow": allowed})(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _methods(self, scope: Scope) -> list[str]:
+        return [
+            method
+            for method in _METHODS
+            if any(
+                route.matches({**scope, "method": method})[0] is Match.FULL
+                for route in self._routes
+            )
+        ]
+
+
+def _without_body(send: Send) -> Send:
+    async def send_head(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await send(message)
+
+    return send_head
+
+
+# What clients send that do not name JSON: nothing, curl's default, and the generic types.
+_UNNAMED = frozenset(
+    ("", "application/x-www-form-urlencoded", "text/plain", "application/octet-stream", "text/json")
+)
+
+
+def names_json(headers: Headers) -> bool:
+    """Whether a body may be read as JSON by its Content-Type.
+
+    A type that a web page can send to another site without asking counts as JSON only where no
+    browser sent it: browsers name the page's origin.
+    """
+    given = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given == "application/json" or (given.startswith("application/") and given[-5:] == "+json"):
+        return True
+    return given in _UNNAMED and "origin" not in headers and "sec-fetch-site" not in headers

@@ -1,0 +1,387 @@
+"""Every row of the dialect table over HTTP: what a name of another server does here."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+from fake_engine import MODEL
+
+from chunkllama_server.api.dialect.route import MODELS
+from chunkllama_server.api.dialect.table import CONTAINERS, TABLE, Endpoint, Row
+from chunkllama_server.api.dialect.translate import Translation, looks_binding, translate
+from chunkllama_server.transport.errors import ApiError
+
+PATHS: dict[Endpoint, str] = {
+    "chat": "/v1/chat/completions",
+    "completions": "/v1/completions",
+    "responses": "/v1/responses",
+    "embeddings": "/v1/embeddings",
+    "tokenize": "/tokenize",
+}
+BODIES: dict[Endpoint, dict[str, Any]] = {
+    "chat": {"messages": [{"role": "user", "content": "hi"}]},
+    "completions": {"prompt": "hi"},
+    "responses": {"input": "hi"},
+    "embeddings": {"input": "hi"},
+    "tokenize": {"prompt": "hi"},
+}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+GBNF = 'root ::= "yes" | "no"\n'
+JSON, REGEX = (
+    {"structured_outputs": {"json": SCHEMA}},
+    {"structured_outputs": {"regex": "[0-9]{3}"}},
+)
+THINKS = {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}}
+# First name of a translated row -> a value, and own fields that mean the same.
+MEANINGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "guided_json": (SCHEMA, JSON),
+    "guided_regex": ("[0-9]{3}", REGEX),
+    "guided_choice": (["a", "b"], {"structured_outputs": {"choice": ["a", "b"]}}),
+    "guided_grammar": (GBNF, {"structured_outputs": {"grammar": GBNF}}),
+    "guided_json_object": (True, {"structured_outputs": {"json_object": True}}),
+    "grammar": ({"type": "json", "value": SCHEMA}, JSON),
+    "format": (SCHEMA, JSON),
+    "response_format": (
+        {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
+        {"text": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+    ),
+    "text": (
+        {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+    ),
+    "n_predict": (20, {"max_tokens": 20}),
+    "max_thinking_tokens": (5, {"thinking_token_budget": 5}),
+    "min_new_tokens": (3, {"min_tokens": 3}),
+    "stop_sequences": (["x"], {"stop": ["x"]}),
+    "no_stop_trim": (True, {"include_stop_str_in_output": True}),
+    "truncate": (1, {"truncate_prompt_tokens": 1}),
+    "n_cmpl": (2, {"n": 2}),
+    "repeat_penalty": (1.25, {"repetition_penalty": 1.25}),
+    "topP": (0.5, {"top_p": 0.5}),
+    "topK": (7, {"top_k": 7}),
+    "random_seed": (7, {"seed": 7}),
+    "do_sample": (False, {"temperature": 0}),
+    "greed_sampling": (True, {"temperature": 0}),
+    "n_probs": (2, {"logprobs": True, "top_logprobs": 2}),
+    "extra_key": ("k", {"cache_salt": "k"}),
+    "inputs": ("ho", {"prompt": "ho"}),
+    "return_full_text": (True, {"echo": True}),
+    "enable_thinking": (False, THINKS),
+    "reasoning": ({"enabled": False}, THINKS),
+    "reasoning_effort": ("low", {"reasoning": {"effort": "low"}}),
+    "add_special": (False, {"add_special_tokens": False}),
+    "with_pieces": (True, {"return_token_strs": True}),
+}
+COMPLETION_LOGPROBS = {"logprobs": 2}
+
+
+def names_at(row: Row, endpoint: Endpoint) -> list[str]:
+    """The row's names that are not fields of the endpoint itself."""
+    return [name for name in row.names if name not in MODELS[endpoint].wire_names()]
+
+
+def label(value: Any) -> str:
+    return value if isinstance(value, str) else value.names[0]
+
+
+def run(server: Any, endpoint: Endpoint, fields: dict[str, Any]) -> Any:
+    """What the engine is asked for, or the answer where it is not asked."""
+    body = {"model": MODEL, **BODIES[endpoint], **fields}
+    if fields.keys() & {"inputs", "content"}:
+        body.pop("prompt", None)
+        body.pop("input", None)
+    response = server.post(PATHS[endpoint], body)
+    assert response.status_code == 200, response.text
+    assert "x-chunkllama-ignored-fields" not in response.headers
+    if endpoint == "tokenize":
+        return response.json()
+    request = server.engine.requests[-1]
+    return request.prompt_token_ids, request.sampling, request.namespace
+
+
+def meaning_of(row: Row, endpoint: Endpoint) -> tuple[Any, dict[str, Any]]:
+    if row.names[0] == "content":
+        return "ho", {"input" if endpoint == "embeddings" else "prompt": "ho"}
+    value, means = MEANINGS[row.names[0]]
+    if row.names[0] == "n_probs" and endpoint == "completions":
+        means = COMPLETION_LOGPROBS
+    if endpoint == "responses" and "max_tokens" in means:
+        means = {"max_output_tokens": means["max_tokens"]}
+    return value, means
+
+
+def read(endpoint: Endpoint, fields: dict[str, Any]) -> Translation:
+    return translate(fields, endpoint, MODELS[endpoint].wire_names())
+
+
+TRANSLATED = [(row, endpoint) for row in TABLE for endpoint in row.endpoints
+              if row.handling == "translated" and names_at(row, endpoint)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "endpoint"), TRANSLATED, ids=label)
+def test_a_translated_name_does_what_it_means(server, row, endpoint):
+    names = names_at(row, endpoint)
+    value, means = meaning_of(row, endpoint)
+    bodies = [read(endpoint, {name: value}).body for name in names]
+    assert bodies == [bodies[0]] * len(names)
+    if row.names[0] == "max_thinking_tokens":  # the test's model has no thoughts
+        assert bodies[0] == means
+        return
+    expected = run(server, endpoint, means)
+    assert run(server, endpoint, {names[0]: value}) == expected
+    is_shown = row.names[0] not in (
+        "enable_thinking", "reasoning", "reasoning_effort", "return_full_text", "add_special",
+    )  # fmt: skip
+    assert (expected != run(server, endpoint, {})) is is_shown or endpoint == "embeddings"
+
+
+def by_handling(handling: str) -> list[Row]:
+    return [row for row in TABLE if row.handling == handling]
+
+
+@pytest.mark.parametrize("row", by_handling("refused"), ids=label)
+def test_refused_names_are_named_and_values_that_ask_for_nothing_pass(row):
+    for endpoint in row.endpoints:
+        rest = {} if endpoint == "embeddings" else {"repetition_penalty": 1.5}
+        for name in names_at(row, endpoint):
+            with pytest.raises(ApiError) as caught:
+                read(endpoint, {name: 0.5, **rest})
+            assert (caught.value.param, caught.value.code) == (name, "unsupported")
+            assert row.note in caught.value.message
+            for value in (None, *row.off):
+                nothing = read(endpoint, {name: value, **rest})
+                assert nothing.body == rest
+                assert not nothing.harmless + nothing.unknown
+
+
+@pytest.mark.parametrize("row", by_handling("harmless"), ids=label)
+def test_harmless_names_are_listed(row):
+    for endpoint in row.endpoints:
+        for name in names_at(row, endpoint):
+            assert read(endpoint, {name: 0.5}).harmless == [name]
+
+
+def test_a_refusal_over_http(server):
+    error = server.chat(mirostat=2).json()["error"]
+    assert (error["param"], error["code"]) == ("mirostat", "unsupported")
+    assert not server.engine.requests
+    assert server.chat(mirostat=0).status_code == 200
+
+
+def test_a_harmless_name_is_in_the_header_in_strict_mode_too(server, strict_server):
+    for one in (server, strict_server):
+        response = one.chat(id_slot=2)
+        assert response.status_code == 200, response.text
+        assert response.headers["x-chunkllama-ignored-fields"] == "id_slot"
+
+
+@pytest.fixture(scope="module")
+def strict_server(start_server):
+    return start_server(strict=True)
+
+
+def test_each_name_has_one_row_at_each_endpoint():
+    for endpoint in get_args(Endpoint):
+        names = [name for row in TABLE if endpoint in row.endpoints for name in row.names]
+        assert len(names) == len(set(names)), endpoint
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_members_of_a_container_count_as_fields(server, container):
+    inner = {"max_new_tokens": 5, "top_k": 7, "guided_regex": "[0-9]{3}", "nothing": 1}
+    response = server.chat(**{container: inner})
+    assert response.status_code == 200, response.text
+    assert response.headers["x-chunkllama-ignored-fields"] == f"{container}.nothing"
+    sampling = server.engine.requests[-1].sampling
+    assert (sampling.max_tokens, sampling.top_k) == (5, 7)
+    assert sampling.grammar.kind == "regex"
+    error = server.chat(**{container: {"mirostat": 2}}).json()["error"]
+    assert error["param"] == f"{container}.mirostat"
+
+
+FORMATS = [
+    {"type": "json_object", "schema": SCHEMA},
+    {"type": "json_object", "value": SCHEMA},
+    {"type": "json", "value": SCHEMA},
+    {"type": "json", "schema": SCHEMA},
+    {"type": "json_schema", "value": {"name": "a", "schema": SCHEMA}},
+    {"type": "json_schema", "schema": SCHEMA},
+    {"type": "json_schema", "name": "a", "schema": SCHEMA},
+    {"type": "json_schema", "json_schema": SCHEMA},
+    {"type": "json_object", "response_schema": SCHEMA},
+    {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
+]
+
+
+@pytest.mark.parametrize("given", FORMATS, ids=str)
+def test_a_schema_is_found_wherever_clients_put_it(server, given):
+    expected = run(server, "chat", JSON)
+    assert run(server, "chat", {"response_format": given}) == expected
+    assert run(server, "completions", {"response_format": given})[1].grammar == expected[1].grammar
+    for fields in ({"text": {"format": given}}, {"response_format": given}):
+        assert run(server, "responses", fields)[1].grammar == expected[1].grammar
+
+
+@pytest.mark.parametrize("name", ["value", "regex", "pattern"])
+def test_a_regex_as_response_format(server, name):
+    given = {"type": "regex", name: "[0-9]{3}"}
+    expected = run(server, "chat", REGEX)[1].grammar
+    assert run(server, "chat", {"response_format": given})[1].grammar == expected
+    assert run(server, "responses", {"text": {"format": given}})[1].grammar == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n_predict": 0}, "n_predict"),
+        ({"n_predict": "5"}, "n_predict"),
+        ({"options": {"num_predict": 10**6}}, "options.num_predict"),
+        ({"nvext": {"top_k": "x"}}, "nvext.top_k"),
+        ({"guided_regex": 5}, "guided_regex"),
+        ({"guided_regex": "REFUSE"}, "guided_regex"),
+        ({"json_schema": {"type": "string", "pattern": "REFUSE"}}, "json_schema"),
+        ({"response_format": {"type": "json", "value": {"enum": ["REFUSE"]}}},
+         "response_format.value"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+        ({"tools": [{"name": "f", "input_schema": {"enum": ["REFUSE"]}}], "tool_choice": "any"},
+         "tools"),
+        ({"n_predict": 5, "max_tokens": 6}, "n_predict"),
+        ({"n_predict": 5, "max_new_tokens": 6}, "max_new_tokens"),
+        ({"regex": "a", "guided_choice": ["a"]}, "guided_choice"),
+        ({"regex": "a", "guided_regex": "b"}, "guided_regex"),
+        ({"do_sample": "no"}, "do_sample"),
+        ({"format": "yaml"}, "format"),
+        ({"grammar": {"type": "yaml", "value": "x"}}, "grammar"),
+        ({"thinking": {"type": "enabled", "budget_tokens": "x"}}, "thinking"),
+        ({"thinking": {"type": "perhaps"}}, "thinking"),
+        ({"response_format": {"type": "regex"}}, "response_format.regex"),
+        ({"structured_outputs": {"regex": "a", "whitespace_pattern": " "}},
+         "structured_outputs.whitespace_pattern"),
+        ({"response_format": {"type": "json_object", "max_length": 5}},
+         "response_format.max_length"),
+        ({"logit_bias": [[1]]}, "logit_bias[0]"),
+        ({"output_schema": {"type": "object"}}, "output_schema"),
+        ({"max_answer_tokens": 5}, "max_answer_tokens"),
+        ({"topic_penalty": 0.5}, "topic_penalty"),
+        ({"extra_body": {"bannedStrings": ["a"]}}, "extra_body.bannedStrings"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_errors_use_the_clients_names(server, fields, param):
+    response = server.chat(**fields)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param), error
+    assert not server.engine.requests
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n_predict": -1},
+        {"options": {"num_predict": -2}},
+        {"grammar": ""},
+        {"format": ""},
+        {"seed": None, "sampling_seed": -1},
+        {"mood": 1, "schema": None},
+    ],
+    ids=str,
+)
+def test_no_limit_and_no_constraint_are_none(server, fields):
+    plain = run(server, "chat", {})
+    response = server.chat("hi", **fields)
+    assert response.status_code == 200, response.text
+    assert server.engine.requests[-1].sampling == plain[1]
+
+
+def test_the_same_value_by_two_names_is_no_contradiction(server):
+    assert run(server, "chat", {"n_predict": 5, "max_tokens": 5})[1].max_tokens == 5
+
+
+def test_completions_without_a_limit_are_refused_by_name(server):
+    body = {"model": MODEL, "prompt": "x", "n_predict": -1}
+    assert server.post("/v1/completions", body).json()["error"]["param"] == "n_predict"
+
+
+def test_what_the_llama_cpp_web_page_sends(server):
+    """All its sampling fields, every one at its default."""
+    page = {
+        "samplers": ["top_k"], "dynatemp_range": 0, "dynatemp_exponent": 1, "typical_p": 1,
+        "xtc_probability": 0, "xtc_threshold": 0.1, "repeat_last_n": 64, "repeat_penalty": 1,
+        "dry_multiplier": 0, "dry_base": 1.75, "dry_allowed_length": 2, "dry_penalty_last_n": -1,
+        "n_predict": -1, "timings_per_token": False, "cache_prompt": True, "mirostat": 0,
+    }  # fmt: skip
+    assert server.chat(**page).status_code == 200
+    error = server.chat(**{**page, "repeat_penalty": 1.2}).json()["error"]
+    assert error["param"] == "repeat_last_n"
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "responses"])
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"type": "function", "function": {"name": "f", "parameters": SCHEMA}},
+        {"type": "function", "name": "f", "parameters": SCHEMA},
+        {"function": {"name": "f", "parameters": SCHEMA}},
+        {"name": "f", "input_schema": SCHEMA},
+        {"type": "custom", "name": "f", "input_schema": SCHEMA},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"type": "function", "function": {"name": "f"}},
+        {"type": "function", "name": "f"},
+        {"type": "tool", "name": "f"},
+        {"function": {"name": "f"}},
+    ],
+    ids=str,
+)
+def test_shapes_of_tools(server, endpoint, tool, choice):
+    canonical = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
+    named = {"type": "function", "function": {"name": "f"}}
+    expected = run(server, "chat", {"tools": [canonical], "tool_choice": named})
+    fields = {"tools": [tool], "tool_choice": choice}
+    assert run(server, endpoint, fields)[:2] == expected[:2]
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "responses"])
+@pytest.mark.parametrize("choice", ["any", {"type": "any"}, "required"], ids=str)
+def test_any_tool_is_a_required_call(server, endpoint, choice):
+    tool = {"type": "function", "name": "f", "parameters": SCHEMA}
+    sampling = run(server, endpoint, {"tools": [tool], "tool_choice": choice})[1]
+    assert '"const": "f"' in sampling.grammar.text
+
+
+def test_bias_as_pairs(server):
+    assert run(server, "chat", {"logit_bias": [[5, 1], [6, False]]})[1].logit_bias == {
+        5: 1.0,
+        6: -100.0,
+    }
+
+
+def test_a_prefix_message_is_continued(server, text_parts):
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "It is", "prefix": True},
+    ]
+    assert server.post(PATHS["chat"], {"messages": messages}).status_code == 200
+    prompt = text_parts[0].decode(server.engine.requests[-1].prompt_token_ids)
+    assert prompt.endswith("assistant\nIt is")
+
+
+def test_names_that_bind():
+    binding = ("output_schema", "guided_x", "max_answer_tokens", "foo_penalty", "stopWords",
+               "custom_regex", "min_words", "system_prompt", "lora_name")  # fmt: skip
+    others = ("mood", "trace_id", "maximum", "x", "", "prompt_id", "tokens", "sessionId")
+    assert all(map(looks_binding, binding))
+    assert not any(map(looks_binding, others))
+
+
+def test_members_of_every_model_are_own_names():
+    """A row whose name every endpoint has itself would never be looked up."""
+    for row in TABLE:
+        for name in row.names:
+            ends = [one for one in row.endpoints if name not in MODELS[one].wire_names()]
+            assert ends, f"{name} is a field of each of its endpoints: remove the row"
