@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +29,57 @@ logger = init_logger(__name__)
 _GPU_POOL_SHARE = 0.85  # of the device memory left beside the weights; the rest is workspace
 
 
+@dataclass(frozen=True, slots=True)
+class EngineSize:
+    """What a configuration makes of a model and this machine's memory.
+
+    Attributes:
+        weight_bytes, pool_bytes: memory of the weights and of the chunk pool.
+        max_model_len: longest prompt plus answer in tokens that the model is served with.
+        max_request_tokens: the same, cut to what the whole pool holds.
+        longest_requests: how many requests of that length run at once.
+    """
+
+    spec: ModelSpec
+    device: str
+    dtype: str
+    max_model_len: int
+    weight_bytes: int
+    num_chunks: int
+    pool_bytes: int
+    max_request_tokens: int
+    longest_requests: int
+
+
+def plan_size(config: EngineConfig, folder: Path) -> EngineSize:
+    """Read a model folder's headers and size the pool; loads no weights.
+
+    Raises:
+        ConfigError: the model or a setting is unusable; one line says why.
+    """
+    spec = read_spec(folder)
+    device = _device(config.model.device)
+    dtype = resolve_dtype(spec, config.model.dtype, device, config.model.backend)
+    max_model_len = _max_model_len(config, spec)
+    chunk_size = config.cache.chunk_size
+    weights = allocated_bytes(Checkpoint(folder, spec), dtype, config.model.quantization)
+    num_chunks = _num_chunks(config, spec, weights, max_model_len, device, dtype)
+    longest = longest_request(max_model_len, num_chunks * chunk_size)
+    return EngineSize(
+        spec=spec,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        weight_bytes=weights,
+        num_chunks=num_chunks,
+        pool_bytes=num_chunks * kv_bytes_per_chunk(spec, chunk_size, dtype),
+        max_request_tokens=longest,
+        longest_requests=min(
+            num_chunks // -(-longest // chunk_size), config.scheduler.max_num_seqs
+        ),
+    )
+
+
 def build_engine(config: EngineConfig) -> EngineCore:
     """Load the model, allocate the pool, join scheduler and executor.
 
@@ -36,14 +88,12 @@ def build_engine(config: EngineConfig) -> EngineCore:
     """
     started = time.monotonic()
     folder = resolve_model(config.model.model)
-    spec = read_spec(folder)
-    device = _device(config.model.device)
-    dtype = resolve_dtype(spec, config.model.dtype, device, config.model.backend)
+    size = plan_size(config, folder)
+    spec, device, dtype = size.spec, size.device, size.dtype
+    max_model_len, num_chunks = size.max_model_len, size.num_chunks
     if (spec.dtype, dtype, config.model.dtype) == ("float16", "bfloat16", "auto"):
         logger.info("dtype: float16 weights are stored as bfloat16; float32 keeps all their bits")
-    max_model_len = _max_model_len(config, spec)
     chunk_size = config.cache.chunk_size
-    num_chunks = _num_chunks(config, spec, folder, device, dtype)
     if device == "cpu":
         torch.set_num_threads(config.model.threads or usable_threads())
     executor = load_executor(
@@ -81,7 +131,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         eos_token_ids=list(spec.eos_token_ids),
         num_chunks=num_chunks,
         chunk_size=chunk_size,
-        max_request_tokens=longest_request(max_model_len, num_chunks * chunk_size),
+        max_request_tokens=size.max_request_tokens,
         device=device,
         backend=executor.backend.name,
         isa_level=executor.backend.isa_level,
@@ -96,12 +146,9 @@ def build_engine(config: EngineConfig) -> EngineCore:
         f"{info.backend} {info.isa_level}".strip(),
         num_chunks,
         chunk_size,
-        num_chunks * kv_bytes_per_chunk(spec, chunk_size, dtype) >> 20,
-        info.max_request_tokens,
-        min(
-            num_chunks // -(-info.max_request_tokens // chunk_size),
-            config.scheduler.max_num_seqs,
-        ),
+        size.pool_bytes >> 20,
+        size.max_request_tokens,
+        size.longest_requests,
     )
     return EngineCore(scheduler, executor, info)
 
@@ -152,7 +199,12 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
 
 
 def _num_chunks(
-    config: EngineConfig, spec: ModelSpec, folder: Path, device: str, dtype: str
+    config: EngineConfig,
+    spec: ModelSpec,
+    weights: int,
+    max_model_len: int,
+    device: str,
+    dtype: str,
 ) -> int:
     """Chunks as asked for, or as many as the memory given to the pool holds."""
     if config.cache.num_chunks is not None:
@@ -160,9 +212,8 @@ def _num_chunks(
     per_chunk = kv_bytes_per_chunk(spec, config.cache.chunk_size, dtype)
     memory = config.cache.kv_cache_memory
     if memory is None:
-        weights = allocated_bytes(Checkpoint(folder, spec), dtype, config.model.quantization)
         if device == "cpu":
-            longest = -(-_max_model_len(config, spec) // config.cache.chunk_size) * per_chunk
+            longest = -(-max_model_len // config.cache.chunk_size) * per_chunk
             useful = config.scheduler.max_num_seqs * longest
             memory = default_kv_cache_memory(memory_left() - weights, useful)
         else:

@@ -1,4 +1,4 @@
-"""Commands of ``chunkllama``: ``serve|bench|capacity|demo|health|config|version|models``.
+"""Commands of ``chunkllama``: ``serve|bench|capacity|demo|doctor|health|config|version|models``.
 
 Only the requested command is imported, so that ``version`` and ``health`` are fast.
 """
@@ -197,6 +197,26 @@ def _add_capacity(app: typer.Typer) -> None:
     app.command()(capacity)
 
 
+def _add_doctor(app: typer.Typer) -> None:
+    from chunkllama_server.config.flags import (
+        GroupedCommand,
+        load_from_flags,
+        with_setting_flags,
+    )
+
+    @app.command(cls=GroupedCommand)
+    @with_setting_flags
+    def doctor(**flags: object) -> int:
+        """Check what serving needs on this machine; exit code 1 if a server could not start."""
+        settings = load_from_flags(flags).settings
+        from chunkllama_server.process.doctor import examine
+
+        findings = examine(settings.engine())
+        for finding in findings:
+            print(f"{finding.verdict:8} {finding.topic:11} {finding.text}")
+        return 1 if any(finding.verdict == "problem" for finding in findings) else 0
+
+
 def _add_demo(app: typer.Typer) -> None:
     from chunkllama_server.bench.demo import demo_app
 
@@ -208,6 +228,7 @@ _COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "bench": _add_bench,
     "capacity": _add_capacity,
     "demo": _add_demo,
+    "doctor": _add_doctor,
     "health": _add_health,
     "config": _add_config,
     "version": _add_version,

@@ -79,6 +79,7 @@ def _known_flags(chunkllama) -> set[str]:
         ["config", "show"],
         ["models"],
         ["demo", "tenants"],
+        ["doctor"],
     )
     known = {"--config", "--help"}
     for command in commands:

@@ -119,6 +119,11 @@ def build(level: IsaLevel, sanitizer: str = "") -> Path:
     return library
 
 
+def is_built(level: IsaLevel) -> bool:
+    """Return whether a library of these sources is there, made by any compiler."""
+    return any(library_directory().glob(f"{level.name}-{_source_hash(level, '')}-*.so"))
+
+
 def _source_files() -> list[Path]:
     folder = data_folder("kernels") / "cpu"
     return sorted(p for p in folder.iterdir() if p.suffix in (".cpp", ".h"))

@@ -60,6 +60,11 @@ def aliases() -> list[str]:
     return sorted(_ALIASES)
 
 
+def is_hub_id(model: str) -> bool:
+    """Return whether a name that is no path here has the form of a hub id, ``owner/name``."""
+    return _HUB_ID.fullmatch(model) is not None and not model.lower().endswith(".gguf")
+
+
 def resolve_model(model: str) -> Path:
     """The folder of a model, fetched or converted first where needed.
 
@@ -78,7 +83,7 @@ def resolve_model(model: str) -> Path:
         if path.suffix.lower() != ".gguf":
             raise ConfigError(f"{path}: a model is a folder or a .gguf file")
         return _resolve_gguf(path.resolve())
-    if _HUB_ID.fullmatch(model) and path.suffix.lower() != ".gguf":
+    if is_hub_id(model):
         return _resolve_hub(model)
     raise ConfigError(
         f"{model}: no such folder or file, and no known alias ({', '.join(aliases())})"
