@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,29 @@ NAMES = {
 }
 
 
+def random_blocks(rng: np.random.Generator, kind: str, rows: int, columns: int) -> np.ndarray:
+    """Rows of random blocks whose scales are sane numbers."""
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    raw = rng.integers(0, 256, (rows * columns // block, size), dtype=np.uint8)
+    scales = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2)}.get(kind, (0,))
+    scales = {"Q6_K": (208,), "Q3_K": (108,), "Q2_K": (80, 82)}.get(kind, scales)
+    for at in scales:
+        d = rng.uniform(0.5, 1, len(raw)) * (1e-4 if kind.endswith(("_K", "_XS")) else 2e-3)
+        raw[:, at : at + 2] = d.astype(np.float16)[:, None].view(np.uint8)
+    return raw.reshape(rows, -1)
+
+
 def write_gguf(
     path: Path,
     model: LlamaForCausalLM,
-    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    kind: gguf.GGMLQuantizationType | Callable[[str], str] = gguf.GGMLQuantizationType.F32,
     **metadata: Any,
 ) -> None:
-    """What llama.cpp's converter writes: names, q and k permuted, matrices quantized."""
+    """What llama.cpp's converter writes: names, q and k permuted, matrices quantized.
+
+    ``kind`` may depend on the tensor's name; of types that the gguf package cannot quantize, blocks
+    are random.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, metadata.pop("architecture", "llama"))
     writer.add_context_length(config.max_position_embeddings)
@@ -69,7 +87,13 @@ def write_gguf(
         else:
             new = f"{NAMES[stem]}.{suffix}"
         if values.ndim == 2:
-            writer.add_tensor(new, gguf.quantize(values, kind), raw_dtype=kind)
+            own = gguf.GGMLQuantizationType[kind(new)] if callable(kind) else kind
+            try:
+                raw = gguf.quantize(values, own)
+            except NotImplementedError:
+                rng = np.random.default_rng(zlib.crc32(new.encode()))
+                raw = random_blocks(rng, own.name, *values.shape)
+            writer.add_tensor(new, raw, raw_dtype=own)
         else:
             writer.add_tensor(new, values)
     if factors := getattr(model, "rope_factors", None):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_files import PROMPT, converted, write_gguf
+from gguf_files import PROMPT, converted, random_blocks, write_gguf
 
 from chunkllama.errors import ConfigError
 from chunkllama.models.loading.gguf_blocks import BLOCK_TYPES, decode_rows
@@ -16,18 +18,6 @@ from chunkllama.models.loading.hub import resolve_model
 
 # Types whose scales are products, rounded to half precision.
 ROUNDED = ("Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
-
-
-def random_blocks(rng: np.random.Generator, kind: str, rows: int, columns: int) -> np.ndarray:
-    """Rows of random blocks whose scales are sane numbers."""
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    raw = rng.integers(0, 256, (rows * columns // block, size), dtype=np.uint8)
-    scales = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2)}.get(kind, (0,))
-    scales = {"Q6_K": (208,), "Q3_K": (108,), "Q2_K": (80, 82)}.get(kind, scales)
-    for at in scales:
-        d = rng.uniform(0.5, 1, len(raw)) * (1e-4 if kind.endswith(("_K", "_XS")) else 2e-3)
-        raw[:, at : at + 2] = d.astype(np.float16)[:, None].view(np.uint8)
-    return raw.reshape(rows, -1)
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
@@ -79,3 +69,70 @@ def test_an_indexed_file_equals_the_converted_one(
     path.unlink()
     with pytest.raises(ConfigError, match="cannot be read"):
         our_logits(folder, PROMPT)
+
+
+MIXES = {  # as llama.cpp mixes types: values and the head in more bits
+    "Q4_K_M": lambda name: "Q6_K" if "_v." in name or "down" in name or "embd" in name else "Q4_K",
+    "Q5_K_M": lambda name: "Q6_K" if "_v." in name or "output." in name else "Q5_K",
+    "Q3_K_M": lambda name: "Q5_K" if "down" in name else "Q3_K",
+    "IQ4_XS": lambda name: "Q5_K" if "_v." in name else "IQ4_XS",
+    "IQ4_NL": lambda name: "Q8_0" if "output." in name else "IQ4_NL",
+    "Q2_K": lambda name: "Q4_K" if "_v." in name else "Q2_K",
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_logits_of_a_mixed_file_are_those_of_its_dequantized_weights(
+    mix: str, make_tiny, our_logits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHUNKLLAMA_CACHE", str(tmp_path / "cache"))
+    tied = mix == "Q4_K_M"
+    model = make_tiny(
+        hidden_size=256, intermediate_size=512, num_attention_heads=4, tie_word_embeddings=tied
+    )
+    if tied:
+        del model.lm_head
+    path = tmp_path / "m.gguf"
+    write_gguf(path, model, MIXES[mix])
+    expected = our_logits(converted(path, tmp_path / "out"), PROMPT)
+    folder = resolve_model(str(path))
+    assert torch.equal(our_logits(folder, PROMPT), expected)
+    native = our_logits(folder, PROMPT, backend="cpu", chunk_size=64)
+    assert expected.abs().max() > 0.01
+    # Scales in half precision cost less than products in bfloat16 do.
+    assert (native - expected).abs().max() <= 2**-8 * expected.abs().max()
+
+
+def test_loading_takes_little_more_than_the_packed_weights(tmp_path: Path) -> None:
+    """A matrix is read, decoded and packed in pieces, from the file into its last place."""
+    path = tmp_path / "weights"
+    rows, columns = 12_288, 4096
+    size = rows * columns * 18 // 32
+    path.write_bytes(bytes(size))
+    code = f"""
+from pathlib import Path
+import torch
+from chunkllama.backends.cpu.backend import CpuBackend
+from chunkllama.backends.cpu.packed import pack_linear
+from chunkllama.backends.cpu.abi import BF16
+from chunkllama.backends.quantized import QuantizedLinear
+from chunkllama.models.loading.gguf_rows import GgufRows
+from chunkllama.models.loading.tensor_info import TensorInfo
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+ops = CpuBackend(dtype=torch.bfloat16, head_dim=64, num_kv_heads=1)
+def packed(rows):
+    end = rows * {columns} * 18 // 32
+    info = TensorInfo(Path({str(path)!r}), "Q4_0", (rows, {columns}), 0, end)
+    linear = QuantizedLinear(torch.empty(0), parts=(GgufRows(info, None),))
+    return pack_linear(ops.library, linear, BF16, None)
+first = packed(2048)  # whatever a first call loads
+before = peak()
+whole = packed({rows})
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 1.15 * size

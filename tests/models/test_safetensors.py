@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import resource
 import shutil
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from chunkllama.errors import ConfigError
 from chunkllama.models.config import read_spec
 from chunkllama.models.loading.safetensors import Checkpoint, read_header
+from chunkllama.models.loading.sizes import allocated_bytes
 
 
 def refusal(folder: Path) -> str:
@@ -256,3 +258,17 @@ def test_any_mutated_header_is_read_or_refused(edits, cut: int, tiny_folder: Pat
         assert "\n" not in str(error)
     else:
         assert all(0 <= info.begin <= info.end <= len(data) for info in infos.values())
+
+
+def test_memory_is_that_of_the_models_tensors_as_they_are_stored(tiny_folder: Path) -> None:
+    """Files that the index does not name do not count; types narrower than the file's do."""
+    checkpoint = Checkpoint(tiny_folder, read_spec(tiny_folder))
+    elements = sum(math.prod(info.shape) for info in checkpoint)
+    (tiny_folder / "consolidated.safetensors").write_bytes(bytes(1 << 20))
+    again = Checkpoint(tiny_folder, read_spec(tiny_folder))
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        assert allocated_bytes(again, dtype, "auto") == size * elements
+    matrices = sum(math.prod(info.shape) for info in checkpoint if len(info.shape) == 2)
+    for quantization, bits in (("int8", 8.5), ("int4", 4.5)):
+        expected = (matrices * bits + (elements - matrices) * 16) / 8
+        assert abs(allocated_bytes(again, "bfloat16", quantization) - expected) <= 1
