@@ -341,7 +341,7 @@ class Scheduler:
         if computed < sequence.num_tokens:
             return
         if computed == sequence.num_admitted:
-            self._end_prefill(sequence, deltas.now)
+            self._lifecycle.end_prefill(sequence, deltas.now)
         if group.max_tokens == 0:
             deltas.end_prompt(sequence, sampled.embeddings.get(sequence.slot))
             self._lifecycle.finish(sequence)
@@ -351,24 +351,6 @@ class Scheduler:
                 advance_beams(group, deltas, self._lifecycle)
         else:
             self._append_token(sequence, sampled, deltas)
-
-    def _end_prefill(self, sequence: Sequence, now: float) -> None:
-        """Every token known at admission is computed."""
-        group = sequence.group
-        if group.prefilled_at is None:
-            group.prefilled_at = now
-        if sequence.wants_prompt_logits:
-            assert group.prompt_logprobs is not None
-            # the last row's next position is the first output token, not the prompt's
-            del group.prompt_logprobs[group.num_prompt_tokens :]
-            group.collects_prompt_logprobs = False
-        if group.request.pin_seconds > 0 and not group.is_pinned:
-            group.is_pinned = True
-            request = group.request
-            prompt = sequence.prompt_token_ids[: request.cache_until]
-            group.pin_refused = not self._cache.pin(
-                prompt, request.namespace, request.pin_seconds, request.tenant
-            )
 
     def _append_token(self, sequence: Sequence, sampled: SampledTokens, deltas: StepDeltas) -> None:
         slot = sequence.slot

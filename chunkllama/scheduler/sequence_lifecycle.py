@@ -107,6 +107,24 @@ class SequenceLifecycle:
         for tenant, tokens in split_prefill(order.sequences, order.shared, at, start, end, size):
             self.accounts.charge_computed(tenant, tokens)
 
+    def end_prefill(self, sequence: Sequence, now: float) -> None:
+        """Note that every token known at admission is computed; pin the prompt if asked to."""
+        group = sequence.group
+        if group.prefilled_at is None:
+            group.prefilled_at = now
+        if sequence.wants_prompt_logits:
+            assert group.prompt_logprobs is not None
+            # the last row's next position is the first output token, not the prompt's
+            del group.prompt_logprobs[group.num_prompt_tokens :]
+            group.collects_prompt_logprobs = False
+        if group.request.pin_seconds > 0 and not group.is_pinned:
+            group.is_pinned = True
+            request = group.request
+            prompt = sequence.prompt_token_ids[: request.cache_until]
+            group.pin_refused = not self._cache.pin(
+                prompt, request.namespace, request.pin_seconds, request.tenant
+            )
+
     def finish(self, sequence: Sequence) -> None:
         """End a running sequence; what it computed stays in the cache."""
         if sequence.num_output_tokens:
