@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
@@ -75,6 +75,8 @@ class ModelSpec:
         logit_multiplier: factor of the logits.
         logit_softcap: logits become softcap * tanh(logits / softcap); None: they stay.
         attention_softcap: the same for attention scores.
+        is_native: ``models/llama.py`` runs it; otherwise transformers does, on our attention, and
+            only the sizes, limits and tokens here are used.
         dtype: of the checkpoint: float32, float16 or bfloat16.
         quantization_method: how the checkpoint stores quantized linear layers ("awq", "gptq",
             "gptq_v2", "compressed-tensors", "fp8"); empty: it has none.
@@ -91,6 +93,7 @@ class ModelSpec:
     vocab_size: int
     max_position: int
     architecture: str = "LlamaForCausalLM"
+    is_native: bool = True
     layers: tuple[LayerSpec, ...] = (LayerSpec(),)
     ropes: tuple[RopeSpec, ...] = (RopeSpec(),)
     rms_norm_eps: float = 1e-6
@@ -117,12 +120,16 @@ class ModelSpec:
         """Factor of the attention scores."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
-    @property
-    def max_window(self) -> int | None:
-        """Positions up to which no layer's window hides a key; None: there is no window."""
-        windows = [layer.window for layer in self.layers if layer.window is not None]
-        return min(windows, default=None)
-
     def layer(self, index: int) -> LayerSpec:
         """The specification of layer ``index``."""
         return self.layers[index % len(self.layers)]
+
+    def for_length(self, num_positions: int) -> ModelSpec:
+        """This model for sequences of so many positions: without windows that hide nothing."""
+        layers = tuple(
+            layer
+            if layer.window is None or layer.window < num_positions
+            else replace(layer, window=None)
+            for layer in self.layers
+        )
+        return replace(self, layers=layers)

@@ -36,6 +36,8 @@ class _Helpers(MetaPathFinder):
         "tiny_model": Path(__file__).parent / "tiny_model.py",
         "native_models": Path(__file__).parent / "backends" / "native_models.py",
         "gguf_files": Path(__file__).parent / "models" / "gguf_files.py",
+        "model_families": Path(__file__).parent / "models" / "families.py",
+        "random_texts": Path(__file__).parent / "text" / "random_texts.py",
     }
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:

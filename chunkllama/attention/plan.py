@@ -19,11 +19,18 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from chunkllama.attention.plan_blocks import (
+    BLOCK_END,
+    WHOLE,
+    Block,
+    Int64Array,
+    cut_rows,
+    nth,
+    within_window,
+)
 from chunkllama.attention.plan_format import (
     CHUNK_OFFSET,
     FIRST_POSITION,
@@ -33,8 +40,10 @@ from chunkllama.attention.plan_format import (
     HEADER_NUM_ROWS,
     HEADER_NUM_SLOTS,
     HEADER_VERSION,
+    HEADER_WINDOW,
     ITEM_COLUMNS,
     ITEM_MASK,
+    ITEM_WINDOW,
     NUM_ROWS,
     NUM_TOKENS,
     PARTIAL_BASE,
@@ -46,16 +55,6 @@ from chunkllama.attention.plan_format import (
     PlanCapacity,
     allocate_plan,
 )
-
-Int64Array = NDArray[np.int64]
-
-# A block is a row range times a chunk range, before it is cut into items: (row_begin, num_rows,
-# chunk_begin, chunk_end, chunk_offset, position, private). `position` is that of its first row (the
-# rows of a masked block are consecutive tokens), or _WHOLE where every row sees every key.
-_Block = tuple[int, int, int, int, int, int, int]
-_BLOCK_ROWS: Final = 1
-_BLOCK_END: Final = 3
-_WHOLE: Final = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +69,12 @@ class _Slices:
     shared: Int64Array  # [S + 1]
     chunk_ids: Sequence[Int32Array]
     reusable: bool  # the plan outlives the step: tails keep their spares, positions grow
+
+    def first_keys(self, window: int) -> Int64Array:
+        """[R] position of the first key in each row's window."""
+        position = np.repeat(self.first, self.rows) + nth(self.rows)
+        first: Int64Array = np.maximum(position + 1 - window, 0)
+        return first
 
 
 class Planner:
@@ -95,6 +100,7 @@ class Planner:
         shared: Sequence[int],
         version: int,
         capacity: PlanCapacity | None = None,
+        window: int | None = None,
     ) -> AttentionPlan:
         """Plan the attention of a step; slices in depth-first order, their tokens are the rows in
         that order.
@@ -111,6 +117,8 @@ class Planner:
             capacity: sizes of the arrays, or None: what is needed (with a version rounded up to
                 powers of two, so that successive plans fit the same buffers). Runs are lengthened
                 where items would not fit.
+            window: keys that a row sees, its own included; None: all before it. Chunks that no row
+                of an item sees are left out of it.
 
         Raises:
             ValueError: the plan does not fit ``capacity`` however long its runs.
@@ -118,15 +126,16 @@ class Planner:
         slices = self._slices(first_positions, num_tokens, chunk_ids, shared, version != 0)
         blocks, lists, row_tail = self._blocks(slices)
         num_rows, num_chunks = len(row_tail), sum(map(len, lists))
+        first_key = None if window is None else slices.first_keys(window)
         slack = 1
         while True:
-            items = self._items(blocks, slices.reusable, slack)
+            items = self._items(blocks, slices.reusable, slack, first_key)
             need = PlanCapacity(num_rows, items.shape[1], num_chunks, int(items[NUM_ROWS].sum()))
             if capacity is None:
                 capacity = _rounded_up(need) if slices.reusable else need
             if need.items <= capacity.items and need.slots <= capacity.slots:
                 break
-            if slack > int(blocks[_BLOCK_END].max()):
+            if slack > int(blocks[BLOCK_END].max()):
                 break
             slack *= 2
         if not _holds(capacity, need):
@@ -137,6 +146,7 @@ class Planner:
         plan.header[HEADER_NUM_ROWS] = num_rows
         plan.header[HEADER_NUM_SLOTS] = need.slots
         plan.header[HEADER_VERSION] = version
+        plan.header[HEADER_WINDOW] = window or 0
         plan.header[HEADER_NUM_CLASS0_ITEMS] = need.items - np.count_nonzero(items[TILE_CLASS])
         plan.items[: need.items] = items.T
         np.concatenate(lists, out=plan.chunk_ids[:num_chunks])
@@ -198,7 +208,7 @@ class Planner:
         # Slices that compute part of a run other slices read in this very step.
         writers = np.flatnonzero(skipped).tolist()
         next_offset = int(length.sum())
-        blocks: list[_Block] = []
+        blocks: list[Block] = []
         for low, high, chunk_begin, chunk_end in _shared_runs(s.shared.tolist()):
             lists.append(s.chunk_ids[low][chunk_begin:chunk_end])
             run = (chunk_begin, chunk_end, next_offset)
@@ -215,7 +225,7 @@ class Planner:
         between: tuple[int, int],
         run: tuple[int, int, int],
         writers: list[int],
-        blocks: list[_Block],
+        blocks: list[Block],
         row_tail: Int64Array,
     ) -> None:
         """Blocks of a shared run: rows that see it whole are read together, rows inside it each
@@ -232,7 +242,7 @@ class Planner:
             inside_from = min(rows, max(0, first_key - first))
             inside_to = min(rows, max(0, last_key - first))
             if whole_from < row and inside_to > 0:
-                whole = (whole_from, row - whole_from, *run, _WHOLE, 0)
+                whole = (whole_from, row - whole_from, *run, WHOLE, 0)
                 blocks.append(whole)
             if inside_from < inside_to:
                 position = first + inside_from
@@ -246,9 +256,11 @@ class Planner:
             )
         row_end = int(s.row_start[between[1]])
         if whole_from < row_end:
-            blocks.append((whole_from, row_end - whole_from, *run, _WHOLE, 0))
+            blocks.append((whole_from, row_end - whole_from, *run, WHOLE, 0))
 
-    def _items(self, blocks: Int64Array, reusable: bool, slack: int) -> Int64Array:
+    def _items(
+        self, blocks: Int64Array, reusable: bool, slack: int, first_key: Int64Array | None
+    ) -> Int64Array:
         """Cut blocks into items [8, I]: rows by ``rows_per_item``, runs so that no unit outweighs
         its share.
 
@@ -256,18 +268,19 @@ class Planner:
         of computing on it; a run is cut where its unit would cost more than 1 / ``target_units`` of
         the whole, into the longest pieces that do not, but never below ``min_run_chunks``. Cuts
         fall at multiples of a power of two of chunks from position 0. ``slack`` lengthens the
-        pieces.
+        pieces. With ``first_key`` [R] a run begins at the first chunk that one of its rows sees.
         """
         packing, size = self.packing, self.chunk_size
-        tiles = -(-blocks[_BLOCK_ROWS] // packing.rows_per_item)
-        nth = _nth(tiles)
-        tile_rows = np.minimum(blocks[_BLOCK_ROWS], packing.rows_per_item)
-        weight = np.repeat(packing.chunk_cost_rows + tile_rows, tiles)
-        row, rows, begin, end, offset, position, private = np.repeat(blocks, tiles, axis=1)
-        skipped = nth * packing.rows_per_item
-        row, rows = row + skipped, np.minimum(rows - skipped, packing.rows_per_item)
-        masked = position < _WHOLE
-        position = np.where(masked, position + skipped, _WHOLE)
+        tiles, largest = cut_rows(blocks, packing.rows_per_item)
+        window_end = np.zeros_like(largest)  # from there on every row sees every key
+        if first_key is not None:
+            tiles, seen, window_end = within_window(tiles, first_key, size)
+            largest = largest[seen]
+            if reusable:
+                window_end[:] = WHOLE  # positions grow
+        weight = packing.chunk_cost_rows + largest
+        row, rows, begin, end, offset, position, private = tiles
+        masked = position < WHOLE
         filled = np.minimum(end, (position + rows - 1) // size + 1)  # spare chunks cost nothing yet
         if not reusable:
             end = filled
@@ -283,21 +296,22 @@ class Planner:
         cuts[(cost <= share) | ((private == 1) & (not packing.split_private))] = 0
 
         pieces = cuts + 1
-        nth, last = _nth(pieces), np.repeat(cuts, pieces)
-        row, rows, begin, end, offset, masked, run, first_cut, weight = np.repeat(
-            np.stack((row, rows, begin, end, offset, masked, run, first_cut, weight)),
+        piece, last = nth(pieces), np.repeat(cuts, pieces)
+        row, rows, begin, end, offset, masked, run, first_cut, window_end = np.repeat(
+            np.stack((row, rows, begin, end, offset, masked, run, first_cut, window_end)),
             pieces,
             axis=1,
         )
-        piece_begin = np.where(nth == 0, begin, first_cut + (nth - 1) * run)
-        piece_end = np.where(nth == last, end, first_cut + nth * run)
+        piece_begin = np.where(piece == 0, begin, first_cut + (piece - 1) * run)
+        piece_end = np.where(piece == last, end, first_cut + piece * run)
         items = np.zeros((ITEM_COLUMNS, len(row)), np.int64)
         items[ROW_BEGIN] = row
         items[NUM_ROWS] = rows
         items[CHUNK_OFFSET] = offset + piece_begin - begin
         items[NUM_TOKENS] = (piece_end - piece_begin) * size
         items[FIRST_POSITION] = piece_begin * size
-        items[FLAGS] = np.where((masked == 1) & (nth == last), ITEM_MASK, 0)
+        items[FLAGS] = np.where((masked == 1) & (piece == last), ITEM_MASK, 0)
+        items[FLAGS] += np.where(piece_begin * size < window_end, ITEM_WINDOW, 0)
         items[TILE_CLASS] = rows <= packing.small_rows_per_item
         cost = items[NUM_TOKENS] * (packing.chunk_cost_rows + rows)
         by_class_then_cost = np.lexsort((-cost, items[TILE_CLASS]))
@@ -327,19 +341,13 @@ def _shared_runs(shared: list[int]) -> list[tuple[int, int, int, int]]:
 
 def _fill_merge(plan: AttentionPlan, items: Int64Array, num_rows: int) -> None:
     """The CSR of partial slots per row, ascending by position. Slots count up over the items."""
-    row = np.repeat(items[ROW_BEGIN], items[NUM_ROWS]) + _nth(items[NUM_ROWS])
+    row = np.repeat(items[ROW_BEGIN], items[NUM_ROWS]) + nth(items[NUM_ROWS])
     position = np.repeat(items[FIRST_POSITION], items[NUM_ROWS])
     plan.merge_slots[: len(row)] = np.argsort(row * (1 << 32) + position)
     partials = np.bincount(row, minlength=num_rows)
     plan.merge_indptr[num_rows:] = len(row)
     np.cumsum(partials[:-1], out=plan.merge_indptr[1:num_rows])
     plan.row_flags[:num_rows] = partials == 1
-
-
-def _nth(counts: Int64Array) -> Int64Array:
-    """0, 1, ..., counts[0] - 1, 0, 1, ..., counts[1] - 1, ..."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1]) - np.repeat(ends - counts, counts)
 
 
 def _rounded_up(need: PlanCapacity) -> PlanCapacity:

@@ -37,6 +37,7 @@ ITEM_COLUMNS: Final = 8
 # Bits of an item's flags.
 ITEM_MASK: Final = 1  # mask by position (key_position <= positions[row]) and clip the run to it.
 # Positions never decrease over the rows of a masked item, so its last row bounds the run.
+ITEM_WINDOW: Final = 2  # some row's window begins after the run's first key: mask below it, too
 
 # Words of `header`.
 HEADER_NUM_ITEMS: Final = 0
@@ -44,6 +45,7 @@ HEADER_NUM_ROWS: Final = 1
 HEADER_NUM_SLOTS: Final = 2
 HEADER_VERSION: Final = 3
 HEADER_NUM_CLASS0_ITEMS: Final = 4
+HEADER_WINDOW: Final = 5  # keys that a row sees, its own included; 0: all before it
 HEADER_WORDS: Final = 16
 
 
@@ -80,7 +82,8 @@ class AttentionPlan:
 
     Attributes:
         buffer: [capacity.words]; the views below in this order, back to back.
-        header: [16]: num_items, num_rows, num_slots, version, number of items of tile class 0.
+        header: [16]: num_items, num_rows, num_slots, version, number of items of tile class 0,
+            window.
         items: [I, 8] see the column constants; sorted by tile class, then by falling cost.
         chunk_ids: [C] chunk lists of the items, concatenated; tail lists carry their spare chunks.
         row_tail: [R, 2] (offset into chunk_ids, first position) of the row's tail item: where
@@ -116,6 +119,11 @@ class AttentionPlan:
     @property
     def version(self) -> int:
         return int(self.header[HEADER_VERSION])
+
+    @property
+    def window(self) -> int | None:
+        """Keys that a row sees, its own included; None: all before it."""
+        return int(self.header[HEADER_WINDOW]) or None
 
 
 def allocate_plan(capacity: PlanCapacity) -> AttentionPlan:

@@ -54,12 +54,20 @@ class DevicePlan:
     of its arrays.
 
     ``state`` belongs to the backend (workspaces, gather indices, launch arguments) and is built
-    once per plan.
+    once per plan. ``others`` are plans of the same rows for layers with other windows.
     """
 
     host: AttentionPlan
     buffer: torch.Tensor
     state: Any = None
+    others: tuple[DevicePlan, ...] = ()
+
+    def for_window(self, window: int | None) -> DevicePlan:
+        """The plan of layers with that window."""
+        for plan in (self, *self.others):
+            if plan.host.window == window:
+                return plan
+        raise AssertionError(f"no plan was built for a window of {window}")
 
 
 class Backend(ABC):

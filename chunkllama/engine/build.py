@@ -175,15 +175,6 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
         raise ConfigError(
             f"max_model_len: {wanted} is above the model's own limit of {spec.max_position}"
         )
-    window = spec.max_window
-    if window is not None and window < (wanted or spec.max_position):
-        logger.warning(
-            "max_model_len: %d, the model's sliding window, beyond which it is not supported "
-            "(its own limit is %d)",
-            window,
-            spec.max_position,
-        )
-        return window
     if wanted is not None:
         return wanted
     original = min((r.original_max_position for r in spec.ropes if r.type == "longrope"), default=0)

@@ -31,6 +31,7 @@ from chunkllama.scheduler.output import NewSequence, SampledTokens, ScheduledSli
 
 if TYPE_CHECKING:
     from chunkllama.engine.grammar import GrammarCompiler
+    from chunkllama.models.hf_model import TransformersModel
 
 logger = init_logger(__name__)
 
@@ -285,8 +286,12 @@ def load_executor(  # noqa: PLR0913
     Raises:
         ConfigError: the folder or a setting is unusable; checked before any weight is read.
     """
-    spec = read_spec(model_path)
+    spec = read_spec(model_path).for_length(max_model_len)
     checkpoint = Checkpoint(model_path, spec)
+    foreign = None
+    if not spec.is_native:
+        foreign = _transformers_model(model_path, spec, dtype, device, weights)
+        spec = foreign.spec.for_length(max_model_len)
     attention = build_attention(
         spec,
         device=device,
@@ -296,9 +301,30 @@ def load_executor(  # noqa: PLR0913
         backend=backend,
         isa_level=isa_level,
     )
+    if foreign is not None:
+        foreign.attach(attention, max_model_len)
+        return ModelRunner(spec, foreign, attention, model_path)
     loaded = load_weights(checkpoint, spec, getattr(torch, dtype), attention.backend.device)
     model = build_model(spec, loaded, attention, max_model_len=max_model_len, weights=weights)
     return ModelRunner(spec, model, attention, model_path)
+
+
+def _transformers_model(
+    path: Path, spec: ModelSpec, dtype: str, device: str, weights: Quantization
+) -> TransformersModel:
+    if weights != "auto":
+        raise ConfigError(
+            f"quantization: {weights} is not available for {spec.architecture}, which transformers "
+            "runs; use auto"
+        )
+    logger.warning(
+        "%s is not an architecture of this server: transformers runs it, which is slower, on this "
+        "server's attention and prefix cache",
+        spec.architecture,
+    )
+    from chunkllama.models.hf_model import TransformersModel
+
+    return TransformersModel(path, spec, getattr(torch, dtype), torch.device(device))
 
 
 def build_attention(
@@ -340,6 +366,7 @@ def build_attention(
         spec.num_qo_heads,
         spec.score_scale,
         spec.attention_softcap,
+        [layer.window for layer in spec.layers],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -50,6 +51,8 @@ class Attention:
         num_qo_heads: query heads of this rank.
         scale: factor of the scores, usually head_dim ** -0.5.
         softcap: of the scores, see ``Backend.tpp_attention``.
+        windows: keys that a row sees in each layer, itself included, None: all; repeated up to the
+            model's depth.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Attention:
         num_qo_heads: int,
         scale: float,
         softcap: float | None = None,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
         assert planner.chunk_size == kv.chunk_size, (planner.chunk_size, kv.chunk_size)
         self.backend = backend
@@ -68,6 +72,7 @@ class Attention:
         self.num_qo_heads = num_qo_heads
         self.scale = scale
         self.softcap = softcap
+        self.windows = tuple(windows)
         self._decode_plan: DevicePlan | None = None
 
     def plan(self, step: PlannedStep) -> DevicePlan:
@@ -79,18 +84,23 @@ class Attention:
         if version != 0 and cached is not None and cached.host.version == version:
             assert cached.host.num_rows == len(step.slices), "rows changed, the version did not"
             return cached
+        first, *others = (self._plan(step, window) for window in dict.fromkeys(self.windows))
+        plan = replace(first, others=tuple(others))
+        if version != 0:
+            self._decode_plan = plan
+        return plan
+
+    def _plan(self, step: PlannedStep, window: int | None) -> DevicePlan:
         slices = step.slices
         host = self.planner.build(
             first_positions=[s.first_position for s in slices],
             num_tokens=[s.num_tokens for s in slices],
             chunk_ids=[s.chunk_ids for s in slices],
             shared=[s.shared for s in slices],
-            version=version,
+            version=step.plan_version,
+            window=window,
         )
-        plan = self.backend.upload_plan(host, self.kv, num_qo_heads=self.num_qo_heads)
-        if version != 0:
-            self._decode_plan = plan
-        return plan
+        return self.backend.upload_plan(host, self.kv, num_qo_heads=self.num_qo_heads)
 
     def forward(
         self,
@@ -109,6 +119,7 @@ class Attention:
             layer: index into ``kv.layers``.
             plan: of this step.
         """
+        plan = plan.for_window(self.windows[layer % len(self.windows)])
         q = self.backend.rope_append(qkv, positions, cos_sin, self.kv, layer, plan)
         return self.backend.tpp_attention(
             q, self.kv, layer, positions, plan, self.scale, self.softcap

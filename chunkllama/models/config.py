@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from chunkllama.models.config_file import ConfigFile, read_json
 from chunkllama.models.loading.module_tensors import quantization_method
 from chunkllama.models.spec_checks import check_numbers, default_sampling, usable_eos_ids
 
+_DECODERS = ("ForCausalLM", "LMHeadModel")
 _DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -20,15 +22,35 @@ def read_spec(folder: Path) -> ModelSpec:
 
     Raises:
         ConfigError: a file is missing or not JSON, a value is out of range, or the architecture is
-            not one of ``ARCHITECTURES``.
+            neither one of ``ARCHITECTURES`` nor a decoder by its name.
     """
     path = folder / "config.json"
-    values = read_json(path)
     generation = read_json(folder / "generation_config.json", required=False)
     try:
+        tokenizer_eos = _tokenizer_eos(folder)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{folder / 'tokenizer_config.json'}: a value has the wrong type: {error}"
+        ) from None
+    return parse_spec(read_json(path), path, generation, tokenizer_eos)
+
+
+def parse_spec(
+    values: dict[str, Any],
+    path: Path,
+    generation: Mapping[str, Any] | None = None,
+    tokenizer_eos: Set[int] = frozenset(),
+) -> ModelSpec:
+    """The specification that the content of config.json describes; ``path`` is for errors.
+
+    Raises:
+        ConfigError: as ``read_spec``.
+    """
+    try:
         name = _architecture(values, path)
-        config = ConfigFile(path, values, ARCHITECTURES[name].defaults)
-        spec = _parse(name, config, generation, _tokenizer_eos(folder))
+        entry = ARCHITECTURES.get(name)
+        config = ConfigFile(path, values, None if entry is None else entry.defaults)
+        spec = _parse(name, config, generation or {}, tokenizer_eos)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: a value has the wrong type or size: {error}") from None
     check_numbers(spec, path)
@@ -36,10 +58,15 @@ def read_spec(folder: Path) -> ModelSpec:
 
 
 def _parse(
-    name: str, config: ConfigFile, generation: dict[str, Any], tokenizer_eos: set[int]
+    name: str, config: ConfigFile, generation: Mapping[str, Any], tokenizer_eos: Set[int]
 ) -> ModelSpec:
-    entry = ARCHITECTURES[name]
-    hidden, heads = config.positive("hidden_size"), config.positive("num_attention_heads")
+    entry = ARCHITECTURES.get(name)
+    if entry is None and config.get("quantization_config"):
+        raise config.error(
+            f"quantized checkpoints of {name} are not supported; use bfloat16 weights"
+        )
+    hidden = _size(config, "hidden_size", "n_embd")
+    heads = _size(config, "num_attention_heads", "n_head")
     kv_heads = config.positive("num_key_value_heads", heads)
     head_dim = config.positive("head_dim", hidden // heads)
     if heads % kv_heads:
@@ -48,31 +75,46 @@ def _parse(
         )
     if head_dim % 2:
         raise config.error(f"head_dim {head_dim} is odd; rotary embedding needs pairs")
+    vocab_size = config.positive("vocab_size")
+    common: dict[str, Any] = {
+        "architecture": name,
+        "is_native": entry is not None,
+        "num_layers": _size(config, "num_hidden_layers", "n_layer"),
+        "hidden_size": hidden,
+        "num_qo_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocab_size,
+        "dtype": _parse_dtype(config),
+        "quantization_method": _quantization_method(config),
+        "eos_token_ids": usable_eos_ids(
+            _ids(config.get("eos_token_id")) | _ids(generation.get("eos_token_id")) | tokenizer_eos,
+            vocab_size,
+            config.path,
+        ),
+        "default_sampling": default_sampling(
+            generation, config.path.with_name("generation_config.json")
+        ),
+    }
+    if entry is None:
+        length = _size(config, "max_position_embeddings", "n_positions")
+        return ModelSpec(**common, intermediate_size=hidden, max_position=length, ropes=())
     return ModelSpec(
-        architecture=name,
-        num_layers=config.positive("num_hidden_layers"),
-        hidden_size=hidden,
+        **common,
         intermediate_size=config.positive("intermediate_size"),
-        num_qo_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=config.positive("vocab_size"),
         max_position=config.positive("max_position_embeddings", 2048),
         layers=entry.layers(config),
         ropes=entry.ropes(config, head_dim),
         rms_norm_eps=config.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=config.flag("tie_word_embeddings"),
-        dtype=_parse_dtype(config),
-        quantization_method=_quantization_method(config),
-        eos_token_ids=usable_eos_ids(
-            _ids(config.get("eos_token_id")) | _ids(generation.get("eos_token_id")) | tokenizer_eos,
-            config.positive("vocab_size"),
-            config.path,
-        ),
-        default_sampling=default_sampling(
-            generation, config.path.with_name("generation_config.json")
-        ),
         **entry.fields(config),
+    )
+
+
+def _size(config: ConfigFile, key: str, other_key: str) -> int:
+    """A size by the first of two names that config.json has."""
+    return config.positive(
+        key, None if config.get(other_key) is None else config.positive(other_key)
     )
 
 
@@ -85,9 +127,12 @@ def _architecture(values: dict[str, Any], path: Path) -> str:
     for name in names:
         if name in ARCHITECTURES:
             return str(name)
+    for name in map(str, names):
+        if name.endswith(_DECODERS):  # transformers may know it: engine/model_runner.py asks it
+            return name
     raise ConfigError(
         f"{path}: unsupported architecture {', '.join(map(str, names)) or 'unknown'}; "
-        f"supported: {', '.join(ARCHITECTURES)}"
+        f"supported: {', '.join(ARCHITECTURES)}, and decoders of transformers (*ForCausalLM)"
     )
 
 

@@ -1,5 +1,5 @@
-"""Token ids and text of a Llama-family model folder: tokenizer.json, or tokenizer.model alone.
-Imports no torch.
+"""Token ids and text of a model folder: tokenizer.json, or tokenizer.model alone (sentencepiece or
+tiktoken). Imports no torch.
 
 The ids are those of transformers' tokenizer for the same folder. Decoding is described by two
 kinds, which the incremental detokenizer shares: byte-level BPE (Llama 3, SmolLM) and sentencepiece
@@ -18,6 +18,8 @@ import tokenizers
 from tokenizers import AddedToken, models, processors
 
 from chunkllama.errors import ConfigError
+from chunkllama.text import tiktoken_file
+from chunkllama.text.byte_alphabet import BYTE_OF_CHAR
 from chunkllama.text.llama_parts import (
     SPIECE_SPACE,
     as_llama_sentencepiece,
@@ -135,7 +137,7 @@ class Tokenizer:
         if token is None:
             return b""
         if self.rule.byte_level:
-            mapped = [_BYTE_OF_CHAR.get(char) for char in token]
+            mapped = [BYTE_OF_CHAR.get(char) for char in token]
             return token.encode() if None in mapped else bytes(b for b in mapped if b is not None)
         if (byte := self.fallback_byte(token_id)) is not None:
             return bytes([byte])
@@ -225,6 +227,9 @@ def _load(path: Path) -> Tokenizer:
     json_path, spm_path = path / "tokenizer.json", path / "tokenizer.model"
     if json_path.is_file():
         backend = _load_json(json_path, config, model_config)
+    elif spm_path.is_file() and tiktoken_file.is_tiktoken(spm_path):
+        backend = tiktoken_file.load_tiktoken(spm_path, _listed_tokens(config))
+        config = {**tiktoken_file.DEFAULTS, **config}
     elif spm_path.is_file():
         vocab, merges, added = load_sentencepiece(spm_path)
         backend = tokenizers.Tokenizer(
@@ -295,14 +300,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _bytes_to_unicode() -> dict[int, str]:
-    """GPT-2's alphabet: each byte a printable character (openai/gpt-2, encoder.py)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-_BYTE_OF_CHAR = {char: byte for byte, char in _bytes_to_unicode().items()}
+def _listed_tokens(config: dict[str, Any]) -> list[str]:
+    """Tokens of tokenizer_config.json in the order of their ids."""
+    listed = config.get("added_tokens_decoder") or {}
+    return [entry["content"] for _, entry in sorted(listed.items(), key=lambda x: int(x[0]))]
 
 
 def _content(token: Any) -> str | None:

@@ -26,11 +26,12 @@ enum ItemColumn {
   TILE_CLASS,
   ITEM_COLUMNS,
 };
-constexpr int32_t ITEM_MASK = 1;
+constexpr int32_t ITEM_MASK = 1, ITEM_WINDOW = 2;
 
 struct Plan {
   const int32_t *items, *chunk_ids, *row_tail, *merge_indptr, *merge_slots, *row_flags;
   int64_t num_items, num_rows;
+  int64_t window;  // keys that a row sees, its own included; 0: all before it
 };
 
 // Shape and types of one layer's attention; layout.h says where K and V lie.

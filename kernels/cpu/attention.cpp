@@ -30,6 +30,7 @@ struct Unit {
     rows = item[NUM_ROWS] * group;
     dim = a.heads.head_dim;
     masked = item[FLAGS] & ITEM_MASK;
+    windowed = item[FLAGS] & ITEM_WINDOW;
     tokens = item[NUM_TOKENS];
     if (masked)
       tokens = std::min(
@@ -77,12 +78,24 @@ struct Unit {
     return most > 0;
   }
 
+  // Hides the keys before the window of each of the rows [first, first + count): their scores
+  // become -inf.
+  void hide_before_window(int step, int first, int count, int keys, float* scores) const {
+    if (!windowed) return;
+    const int64_t position = item[FIRST_POSITION] + step * STEP_KEYS;
+    for (int r = 0; r < count; r++) {
+      const int64_t own = args.positions[item[ROW_BEGIN] + (first + r) / group];
+      const int64_t hidden = std::min<int64_t>(own + 1 - args.plan.window - position, keys);
+      if (hidden > 0) std::fill_n(scores + r * SCORE_STRIDE, hidden, -INFINITY);
+    }
+  }
+
   const AttentionArgs& args;
   const int32_t* item;
   int64_t head;
   long dim;
   int group, rows, tokens, chunks, steps;
-  bool masked;
+  bool masked, windowed;
 };
 
 template <class Q, class T, class Out>
@@ -193,6 +206,7 @@ void run_vectors(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
                                  q + first * dim, dim, u.k(g * STEP_CHUNKS + j), L::k_step(),
                                  L::k_block(dim), scores + j * CHUNK, SCORE_STRIDE,
                                  int(dim / STEP<T>), ahead);
+      u.hide_before_window(g, first, rows, keys, scores);
       const RowState rs = state.from(first);
       constexpr Precision P = L::PAIRS ? COARSE : FINE;
       if (cut)
@@ -274,6 +288,7 @@ void tile_step(const Unit<bf16>& u, int step, int first, const bf16* const* v, c
   for (int j = 0; j < chunks; j++)
     tile_scores<ROW_TILES>(q + first * k_dim, u.k(step * STEP_CHUNKS + j), k_dim,
                            scores + j * CHUNK, ahead);
+  u.hide_before_window(step, first, rows, keys, scores);
   for (int r = 0; r < rows; r += BLOCK) {
     const int n = std::min(BLOCK, rows - r);
     float* s = scores + r * SCORE_STRIDE;

@@ -1,4 +1,4 @@
-"""Commands of ``chunkllama``: ``serve|bench|capacity|demo|doctor|health|config|version|models``.
+"""Commands of ``chunkllama``: one function for each, see ``_COMMANDS``.
 
 Only the requested command is imported, so that ``version`` and ``health`` are fast.
 """
@@ -154,7 +154,9 @@ def _add_config(app: typer.Typer) -> None:
 
 
 def _add_models(app: typer.Typer) -> None:
-    group = typer.Typer(invoke_without_command=True, help="Models that this package can download.")
+    group = typer.Typer(
+        invoke_without_command=True, help="Models to download, and architectures to run."
+    )
 
     @group.callback()
     def models(context: typer.Context) -> None:
@@ -171,6 +173,21 @@ def _add_models(app: typer.Typer) -> None:
         for alias in aliases():
             present = any(name.startswith(f"{alias}-") for name in cached)
             table.add_row(alias, "yes" if present else "no")
+        Console().print(table)
+
+    @group.command("list")
+    def list_architectures() -> None:
+        """Print how each supported architecture runs, and its limits."""
+        from chunkllama.models.listing import entries
+
+        table = Table()
+        for column in ("architecture", "cpu", "cuda", "quantizations", "gguf", "limits"):
+            table.add_column(column, overflow="fold")
+        for entry in entries():
+            table.add_row(
+                *(entry.architecture, entry.cpu, entry.cuda, entry.quantizations),
+                *(entry.gguf, entry.limits),
+            )
         Console().print(table)
 
     @group.command()
@@ -223,6 +240,12 @@ def _add_demo(app: typer.Typer) -> None:
     app.add_typer(demo_app, name="demo")
 
 
+def _add_verify(app: typer.Typer) -> None:
+    from chunkllama_server.verify_command import verify
+
+    app.command()(verify)
+
+
 _COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "serve": _add_serve,
     "bench": _add_bench,
@@ -233,4 +256,5 @@ _COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "config": _add_config,
     "version": _add_version,
     "models": _add_models,
+    "verify": _add_verify,
 }

@@ -64,7 +64,12 @@ class Case:
                 filled[ids[whole]] = max(filled[ids[whole]], rest)
         return filled
 
-    def plan(self, packing: Packing, capacity: PlanCapacity | None = None) -> AttentionPlan:
+    def plan(
+        self,
+        packing: Packing,
+        capacity: PlanCapacity | None = None,
+        window: int | None = None,
+    ) -> AttentionPlan:
         return Planner(packing, self.chunk_size).build(
             first_positions=self.first_positions,
             num_tokens=self.num_tokens,
@@ -72,6 +77,7 @@ class Case:
             shared=self.shared,
             version=self.version,
             capacity=capacity,
+            window=window,
         )
 
 
@@ -222,7 +228,12 @@ def _append(
 
 
 def attention_oracle(
-    case: Case, q: torch.Tensor, keys: np.ndarray, values: np.ndarray, scale: float
+    case: Case,
+    q: torch.Tensor,
+    keys: np.ndarray,
+    values: np.ndarray,
+    scale: float,
+    window: int | None = None,
 ) -> np.ndarray:
     """Plain softmax attention in float64, one slice at a time: [R, Hq, D]."""
     queries = q.double().cpu().numpy()
@@ -239,6 +250,8 @@ def attention_oracle(
         )
         scores = np.einsum("rhd,khd->hrk", queries[row : row + count], k) * scale
         hidden = np.arange(end) > np.arange(first, end)[:, None]
+        if window is not None:
+            hidden |= np.arange(end) <= np.arange(first, end)[:, None] - window
         scores[:, hidden] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)

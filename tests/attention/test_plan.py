@@ -12,6 +12,7 @@ from chunkllama.attention.plan import Planner
 from chunkllama.attention.plan_format import (
     HEADER_NUM_CLASS0_ITEMS,
     ITEM_MASK,
+    ITEM_WINDOW,
     AttentionPlan,
     Packing,
     PlanCapacity,
@@ -121,6 +122,38 @@ def test_a_row_that_stands_in_a_shared_chunk_keeps_it_in_its_tail(first: int, se
     check_plan(case, plan, ONE_PIECE)
 
 
+# ---- windows ---------------------------------------------------------------------------------
+
+
+def test_a_window_leaves_out_the_chunks_that_no_row_sees() -> None:
+    case = make_case(TREE, [(63, 1), (66, 1), (32, 1)], chunk_size=16, version=5)
+    # Rows at 63, 66 and 32 see keys from 44, 47 and 13 on.
+    plan = case.plan(ONE_PIECE, window=20)
+    assert items_of(plan) == [
+        (0, 3, (0, 1), 0, ITEM_WINDOW),
+        (0, 2, (2,), 32, ITEM_WINDOW),
+        (2, 3, (6,), 32, ITEM_MASK | ITEM_WINDOW),
+        (0, 1, (3,), 48, ITEM_MASK | ITEM_WINDOW),
+        (1, 2, (4, 5), 48, ITEM_MASK | ITEM_WINDOW),
+    ]
+    assert plan.window == 20
+    # Without the third row nobody sees chunks 0 and 1.
+    case = make_case(TREE[:2], [(63, 1), (66, 1)], chunk_size=16)
+    assert items_of(case.plan(ONE_PIECE, window=20)) == [
+        (0, 2, (2,), 32, ITEM_WINDOW),
+        (0, 1, (3,), 48, ITEM_MASK),
+        (1, 2, (4, 5), 48, ITEM_MASK),
+    ]
+    assert case.plan(ONE_PIECE).window is None
+
+
+def test_a_prompt_reads_each_row_tile_its_own_window() -> None:
+    case = make_case([list(range(8))], [(0, 128)], chunk_size=16)
+    plan = case.plan(Packing(rows_per_item=32, target_units=1), window=16)
+    chunks = [(item[0], item[2]) for item in items_of(plan)]
+    assert chunks == [(0, (0, 1)), (32, (1, 2, 3)), (64, (3, 4, 5)), (96, (5, 6, 7))]
+
+
 # ---- cutting ---------------------------------------------------------------------------------
 
 
@@ -215,11 +248,16 @@ def test_decode_plans_share_capacities_by_bucket() -> None:
 
 
 def check_plan(
-    case: Case, plan: AttentionPlan, packing: Packing, positions: np.ndarray | None = None
+    case: Case,
+    plan: AttentionPlan,
+    packing: Packing,
+    positions: np.ndarray | None = None,
+    window: int | None = None,
 ) -> None:
     """Every row reads every key it may see exactly once, appends to its own chunk, and merges in
-    order.
+    order. With a window, every chunk of an item is seen by one of its rows.
     """
+    assert plan.window == window
     size = case.chunk_size
     positions = case.positions if positions is None else positions
     paths = [
@@ -238,16 +276,24 @@ def check_plan(
         own = positions[row : row + rows]
         if flags & ITEM_MASK:
             assert (np.diff(own) >= 0).all()
+        unseen = set(range(first, first + tokens, size))
         for r in range(row, row + rows):
             end = min(first + tokens, positions[r] + 1) if flags & ITEM_MASK else first + tokens
+            begin = positions[r] + 1 - window if window and flags & ITEM_WINDOW else 0
             for at in range(first, end, size):
                 chunk = int(plan.chunk_ids[offset + (at - first) // size])
                 assert chunk == paths[r][at // size]
-                seen[r].append((at, min(end, at + size)))
+                if begin < at + size:
+                    seen[r].append((max(at, begin), min(end, at + size)))
+                    unseen.discard(at)
             partials[r].append((first, base + r - row))
+        assert window is None or plan.version or not unseen
     for r, path in enumerate(paths):
         p = int(positions[r])
-        expected = [(at, min(p + 1, at + size)) for at in range(0, p + 1, size)]
+        low = max(0, p + 1 - window) if window else 0
+        expected = [
+            (max(low, at), min(p + 1, at + size)) for at in range(low // size * size, p + 1, size)
+        ]
         assert sorted(seen[r]) == expected, r
         begin, end = plan.merge_indptr[r : r + 2]
         assert plan.merge_slots[begin:end].tolist() == [slot for _, slot in sorted(partials[r])]
@@ -346,6 +392,27 @@ def test_a_decode_plan_stays_right_while_tails_grow(
         readers = sum(chunk in path for path in case.chunk_ids)
         reads = sum(chunk in item[2] for item in chunks_read(plan))
         assert reads == -(-readers // packing.rows_per_item)
+
+
+@settings(max_examples=200, deadline=None)
+@given(tree=trees, packing=packings, decode=st.booleans(), window=st.integers(1, 30))
+def test_every_plan_covers_each_key_of_a_window_once(
+    tree: tuple, packing: Packing, decode: bool, window: int
+) -> None:
+    case = case_of(tree, decode=decode)
+    check_plan(case, case.plan(packing, window=window), packing, window=window)
+
+
+@settings(max_examples=100, deadline=None)
+@given(tree=trees, packing=packings, steps=st.integers(0, 3 * SIZE), window=st.integers(1, 30))
+def test_a_decode_plan_with_a_window_stays_right_while_tails_grow(
+    tree: tuple, packing: Packing, steps: int, window: int
+) -> None:
+    case = case_of(tree, decode=True)
+    plan = case.plan(packing, window=window)
+    ends = np.array([len(path) * SIZE - 1 for path in case.chunk_ids])
+    positions = np.minimum(case.positions + steps, ends)
+    check_plan(case, plan, packing, positions, window=window)
 
 
 def chunks_read(plan: AttentionPlan) -> list[tuple[int, int, list[int]]]:

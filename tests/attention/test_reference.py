@@ -40,6 +40,7 @@ def worst_error(
     num_kv_heads: int = 2,
     head_dim: int = 16,
     dtype: torch.dtype = torch.float32,
+    window: int | None = None,
 ) -> float:
     """Largest difference to the oracle; NaN counts as infinite."""
     heads = num_kv_heads * group
@@ -55,12 +56,12 @@ def worst_error(
     )
     fill_pool(OPS, kv, 0, case, keys, values)
     q = torch.from_numpy(rng.standard_normal((case.num_rows, heads, head_dim))).to(dtype)
-    plan = OPS.upload_plan(case.plan(packing), kv, num_qo_heads=heads)
+    plan = OPS.upload_plan(case.plan(packing, window=window), kv, num_qo_heads=heads)
     positions = torch.from_numpy(case.positions)
     out = OPS.tpp_attention(q, kv, 0, positions, plan, scale)
     assert out.dtype == dtype
     assert out.shape == (case.num_rows, heads * head_dim)
-    expected = attention_oracle(case, q, keys, values, scale).reshape(case.num_rows, -1)
+    expected = attention_oracle(case, q, keys, values, scale, window).reshape(case.num_rows, -1)
     error = np.abs(out.double().numpy() - expected).max()
     return float(np.nan_to_num(error, nan=np.inf))
 
@@ -72,6 +73,15 @@ def test_random_plans(rng: np.random.Generator, kind: str, group: int, chunk_siz
     for packing in PACKINGS:
         case = random_case(rng, kind=kind, chunk_size=chunk_size)
         assert worst_error(rng, case, packing, group=group) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("kind", ["decode", "slices", "mixed"])
+def test_windows(rng: np.random.Generator, kind: str) -> None:
+    for packing in PACKINGS:
+        for window in (1, 2, 15, 16, 17, 40, 1000):
+            case = random_case(rng, kind=kind, chunk_size=16)
+            error = worst_error(rng, case, packing, group=3, window=window)
+            assert error < TOLERANCE[torch.float32], window
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -136,7 +136,9 @@ def predicted_bytes(
     return total
 
 
-def check(case: Case, setting: Setting, rng: np.random.Generator) -> Counters:
+def check(
+    case: Case, setting: Setting, rng: np.random.Generator, window: int | None = None
+) -> Counters:
     """Run a case and hold it to the float64 oracle, the predicted traffic and no bank conflict."""
     ops, launcher = setting.ops()
     inputs = random_inputs(rng, case, setting)
@@ -154,11 +156,11 @@ def check(case: Case, setting: Setting, rng: np.random.Generator) -> Counters:
         num_kv_heads=setting.num_kv_heads,
         head_dim=setting.head_dim,
     )
-    plan = case.plan(packing)
+    plan = case.plan(packing, window=window)
     device_plan = ops.upload_plan(plan, kv, num_qo_heads=setting.num_qo_heads)
     positions = torch.from_numpy(case.positions)
     out = ops.tpp_attention(inputs.q, kv, 0, positions, device_plan, setting.scale)
-    expected = attention_oracle(case, inputs.q, inputs.keys, inputs.values, setting.scale)
+    expected = attention_oracle(case, inputs.q, inputs.keys, inputs.values, setting.scale, window)
     error = np.abs(out.view(inputs.q.shape).double().numpy() - expected)
     assert error.max() <= TOLERANCE[setting.dtype], f"largest error {error.max():.2e}"
     assert launcher.counters.bank_conflicts == 0
@@ -240,6 +242,18 @@ TREES = {
 @pytest.mark.parametrize("tree", TREES)
 def test_emulation_trees(tree: str, schedule: int, rng: np.random.Generator) -> None:
     check(TREES[tree], Setting(schedule=schedule), rng)
+
+
+@pytest.mark.parametrize("window", [1, 30, 64, 100, 200])
+@pytest.mark.parametrize("tree", ["prefix", "three_levels", "many_groups"])
+def test_emulation_windows(tree: str, window: int, rng: np.random.Generator) -> None:
+    check(TREES[tree], Setting(schedule=window % 3), rng, window)
+
+
+@pytest.mark.parametrize("window", [1, 70, 130])
+def test_emulation_windows_of_slices(window: int, rng: np.random.Generator) -> None:
+    case = prefill_case(130, [70, 90], shared_chunks=2)
+    check(case, Setting(num_kv_heads=1, group=2), rng, window)
 
 
 @pytest.mark.parametrize("tree", ["prefix", "three_levels"])

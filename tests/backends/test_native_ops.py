@@ -43,6 +43,7 @@ def check_attention(
     head_dim: int,
     dtype: torch.dtype,
     packing: Packing,
+    window: int | None = None,
 ) -> None:
     case = random_case(rng, kind=kind)  # type: ignore[arg-type]
     q_heads, kv_heads = heads
@@ -59,10 +60,10 @@ def check_attention(
     fill_pool(ops, kv, 0, case, keys, values)
     shape = (case.num_rows, q_heads, head_dim)
     q = torch.from_numpy(rng.standard_normal(shape) * rng.choice([1, 3])).to(dtype)
-    plan = ops.upload_plan(case.plan(packing), kv, num_qo_heads=q_heads)
+    plan = ops.upload_plan(case.plan(packing, window=window), kv, num_qo_heads=q_heads)
     scale = head_dim**-0.5
     out = ops.tpp_attention(q, kv, 0, torch.from_numpy(case.positions), plan, scale)
-    expected = attention_oracle(case, q, keys, values, scale)
+    expected = attention_oracle(case, q, keys, values, scale, window)
     assert out.dtype == dtype
     error = np.abs(out.double().numpy().reshape(expected.shape) - expected)
     assert error.max() <= TOLERANCE[dtype] * max(1, np.abs(expected).max())
@@ -95,6 +96,18 @@ def test_any_packing_and_group_gives_the_same_attention(
             split_private=bool(rng.integers(2)),
         )
         check_attention(ops, rng, "mixed", heads, head_dim, torch.bfloat16, packing)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["decode", "slices", "mixed"])
+def test_attention_within_windows_equals_the_oracle(
+    ops: CpuBackend, rng: np.random.Generator, kind: str, dtype: torch.dtype
+) -> None:
+    """Windows of one key, of parts of a softmax step, of several; on both units of the CPU."""
+    for window in (1, 7, 63, 64, 65, 130, 300):
+        heads = HEADS[int(rng.integers(len(HEADS)))]
+        packing = ops.packing(num_qo_heads=heads[0], num_kv_heads=heads[1], head_dim=64)
+        check_attention(ops, rng, kind, heads, 64, dtype, packing, window)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -80,6 +80,7 @@ def _known_flags(chunkllama) -> set[str]:
         ["models"],
         ["demo", "tenants"],
         ["doctor"],
+        ["verify"],
     )
     known = {"--config", "--help"}
     for command in commands:
@@ -101,7 +102,7 @@ def test_every_flag_in_the_docs_exists(chunkllama):
     assert not named - known - others
 
 
-@pytest.mark.parametrize("script", ["document_configuration", "document_http"])
+@pytest.mark.parametrize("script", ["document_configuration", "document_http", "document_models"])
 def test_a_generated_page_is_current(script):
     spec = importlib.util.spec_from_file_location(script, ROOT / f"scripts/{script}.py")
     module = importlib.util.module_from_spec(spec)

@@ -140,9 +140,9 @@ def test_llama3_takes_whole_words_first() -> None:
             {
                 "tokenizer.ggml.model": "gpt2",
                 "tokenizer.ggml.tokens": ["a"],
-                "tokenizer.ggml.pre": "qwen2",
+                "tokenizer.ggml.pre": "martian",
             },
-            "'qwen2'",
+            "'martian'",
         ),
     ],
 )

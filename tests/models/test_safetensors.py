@@ -65,7 +65,7 @@ def test_config_that_is_not_a_json_object(text: str, tiny_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "unsupported architecture GPT2LMHeadModel"),
+        ({"architectures": ["BertForMaskedLM"]}, "unsupported architecture BertForMaskedLM"),
         ({"architectures": [], "model_type": "gpt2"}, "supported: LlamaForCausalLM"),
         ({"hidden_size": "big"}, "hidden_size must be a positive integer"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer"),
@@ -98,11 +98,11 @@ def test_config_that_does_not_fit(change: dict[str, Any], words: str, tiny_folde
 def test_the_window_of_a_mistral_is_the_default_of_transformers(tiny_folder: Path) -> None:
     path = tiny_folder / "config.json"
     edit_json(path, lambda config: config.update(architectures=["MistralForCausalLM"]))
-    assert read_spec(tiny_folder).max_window == 4096
+    assert read_spec(tiny_folder).layers[0].window == 4096
     edit_json(path, lambda config: config.update(sliding_window=4))
-    assert read_spec(tiny_folder).max_window == 4
+    assert read_spec(tiny_folder).layers[0].window == 4
     edit_json(path, lambda config: config.update(sliding_window=None))
-    assert read_spec(tiny_folder).max_window is None
+    assert read_spec(tiny_folder).layers[0].window is None
     edit_json(path, lambda config: config.update(sliding_window=0))
     with pytest.raises(ConfigError, match="sliding_window must be a positive integer"):
         read_spec(tiny_folder)

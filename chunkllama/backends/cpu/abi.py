@@ -37,7 +37,7 @@ class CPlan(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("items", "chunk_ids", "row_tail")),
         *((name, c_void_p) for name in ("merge_indptr", "merge_slots", "row_flags")),
-        *(("num_items", c_int64), ("num_rows", c_int64)),
+        *(("num_items", c_int64), ("num_rows", c_int64), ("window", c_int64)),
     )
 
 

@@ -268,7 +268,7 @@ def c_plan(plan: AttentionPlan) -> CPlan:
     """Pointers into the plan's buffer, which must outlive them."""
     arrays = (plan.items, plan.chunk_ids, plan.row_tail, plan.merge_indptr, plan.merge_slots)
     pointers = [array.ctypes.data for array in (*arrays, plan.row_flags)]
-    return CPlan(*pointers, plan.num_items, plan.num_rows)
+    return CPlan(*pointers, plan.num_items, plan.num_rows, plan.window or 0)
 
 
 def _check_shape(dtype: torch.dtype, head_dim: int) -> None:

@@ -63,9 +63,12 @@ class CStep(Structure):
 
 
 def can_fuse(spec: ModelSpec) -> bool:
-    """Whether ``kernels/cpu/model.cpp`` computes this model: plain pre-norm layers."""
+    """Whether ``kernels/cpu/model.cpp`` computes this model: plain pre-norm layers, all with the
+    same window or none.
+    """
     return (
         all(_is_plain(layer) for layer in spec.layers)
+        and len({layer.window for layer in spec.layers}) == 1
         and spec.attention_softcap is None
         and spec.logit_softcap is None
         and (spec.embedding_multiplier, spec.residual_multiplier, spec.logit_multiplier)
@@ -74,7 +77,7 @@ def can_fuse(spec: ModelSpec) -> bool:
 
 
 def _is_plain(layer: LayerSpec) -> bool:
-    plain = replace(LayerSpec(), window=layer.window)  # the length of sequences respects windows
+    plain = replace(LayerSpec(), window=layer.window)  # a window is the plan's
     biases = (layer.qkv_bias, layer.output_bias, layer.mlp_bias)
     return layer == replace(plain, qkv_bias=biases[0], output_bias=biases[1], mlp_bias=biases[2])
 

@@ -20,6 +20,7 @@ from chunkllama.attention.plan_format import (
     FIRST_POSITION,
     FLAGS,
     ITEM_MASK,
+    ITEM_WINDOW,
     NUM_ROWS,
     NUM_TOKENS,
     PARTIAL_BASE,
@@ -48,6 +49,7 @@ class ItemBatch:
     first_position: torch.Tensor  # [N, 1] int64
     last_position: torch.Tensor  # [N, 1] int64, of the run
     masked: torch.Tensor  # [N, 1] bool
+    window: int | None  # keys that a row sees; None: no item needs a mask for it
     all_visible: bool  # no item is masked or padded
     chunks_per_block: int
 
@@ -131,6 +133,7 @@ def _item_batch(
     key_tiles = key_tiles + np.arange(kv.num_kv_heads, dtype=np.int64)[:, None]
     tiles = np.stack((key_tiles, key_tiles + kv.num_kv_heads))
     masked = wide[:, FLAGS, None] & ITEM_MASK != 0
+    window = plan.window if (wide[:, FLAGS] & ITEM_WINDOW).any() else None
     widest = max(kv.num_kv_heads * kv.head_dim, len(nth_row) * num_qo_heads)
     return ItemBatch(
         rows=torch.as_tensor(rows, device=device),
@@ -139,7 +142,10 @@ def _item_batch(
         first_position=torch.as_tensor(first, device=device),
         last_position=torch.as_tensor(first + tokens - 1, device=device),
         masked=torch.as_tensor(masked, device=device),
-        all_visible=not masked.any() and bool((num_chunks == len(nth_chunk)).all()),
+        window=window,
+        all_visible=window is None
+        and not masked.any()
+        and bool((num_chunks == len(nth_chunk)).all()),
         chunks_per_block=max(1, MAX_ELEMENTS // (len(items) * kv.chunk_size * widest)),
     )
 
@@ -195,7 +201,7 @@ def _partials(
         keys_seen = last - batch.first_position + 1
         # Chunks that no row sees are not worth a read, those that every row sees need no mask.
         num_chunks = -(-int(keys_seen.amax()) // kv.chunk_size)
-        visible_chunks = int(keys_seen.amin()) // kv.chunk_size
+        visible_chunks = int(keys_seen.amin()) // kv.chunk_size if batch.window is None else 0
     softmax = _Softmax(queries)
     for begin in range(0, num_chunks, batch.chunks_per_block):
         end = min(num_chunks, begin + batch.chunks_per_block)
@@ -210,9 +216,13 @@ def _partials(
             _multiply(queries, keys, cap, scores)
         else:
             nth = torch.arange(begin * kv.chunk_size, end * kv.chunk_size, device=q.device)
-            hidden = (batch.first_position + nth).unsqueeze(1) > last.unsqueeze(2)  # [N, M, keys]
+            keys_at = (batch.first_position + nth).unsqueeze(1)
+            hidden = keys_at > last.unsqueeze(2)  # [N, M, keys]
             unwritten = hidden[:, -1, None, :, None]
             _zero_rows(tiles.view(2, num_items, heads, -1, kv.head_dim), unwritten)
+            if batch.window is not None:
+                first = positions[batch.rows].long() + 1 - batch.window
+                hidden = hidden | (keys_at < first.unsqueeze(2))
             wide_tiles.copy_(tiles)
             _multiply(queries, keys, cap, scores)
             bias = torch.where(hidden, -torch.inf, 0.0)[:, None, :, None]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkllama.errors import ConfigError
+from chunkllama.models.loading.gguf_config import GgufModel, generation_config, read_gguf
+from chunkllama.models.loading.gguf_file import GgufFile
 from chunkllama.models.loading.gguf_index import write_index
 from chunkllama.models.loading.gguf_layout import check_gguf
 from chunkllama.models.loading.gguf_tokenizer import tokenizer_files
@@ -25,48 +27,30 @@ from chunkllama.models.loading.gguf_tokenizer import tokenizer_files
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_TOP_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_ROPE_FACTORS = "rope_freqs.weight"
 _STORED = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 _ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def index_gguf(path: Path, folder: Path) -> None:
     """Write ``folder`` for a file that is served from where it lies.
 
     Args:
-        path: a GGUF file of the llama architecture.
+        path: a GGUF file of one of ``GGUF_ARCHITECTURES``.
         folder: exists and is empty.
 
     Raises:
         ConfigError: as ``convert_gguf``.
     """
 
-    def write(tensors: list[tuple[str, ReaderTensor]], heads: dict[str, int]) -> None:
-        vectors = [(name, tensor) for name, tensor in tensors if len(tensor.shape) < 2]
-        _write_safetensors(folder / "model.safetensors", vectors, heads, lambda done, total: None)
+    def write(model: GgufModel) -> None:
+        vectors = [(name, x) for name, x in model.tensors.items() if len(x.shape) < 2]
+        _write_safetensors(folder / "model.safetensors", vectors, model, lambda done, total: None)
         write_index(
             folder,
             path,
             [
-                (name, tensor, _permuted_heads(name, heads))
-                for name, tensor in tensors
+                (name, tensor, _permuted_heads(name, model))
+                for name, tensor in model.tensors.items()
                 if len(tensor.shape) == 2
             ],
         )
@@ -78,7 +62,7 @@ def convert_gguf(path: Path, folder: Path, on_progress: Callable[[int, int], Non
     """Write ``folder``: model.safetensors, config, generation config and tokenizer files.
 
     Args:
-        path: a GGUF file of the llama architecture.
+        path: a GGUF file of one of ``GGUF_ARCHITECTURES``.
         folder: exists and is empty.
         on_progress: called with (bytes written, bytes in all).
 
@@ -87,17 +71,14 @@ def convert_gguf(path: Path, folder: Path, on_progress: Callable[[int, int], Non
             no equivalent.
     """
 
-    def write(tensors: list[tuple[str, ReaderTensor]], heads: dict[str, int]) -> None:
-        _write_safetensors(folder / "model.safetensors", tensors, heads, on_progress)
+    def write(model: GgufModel) -> None:
+        named = list(model.tensors.items())
+        _write_safetensors(folder / "model.safetensors", named, model, on_progress)
 
     _read(path, folder, write)
 
 
-# Named tensors, and the heads of the modules whose rows llama.cpp reorders.
-_Writer = Callable[[list[tuple[str, "ReaderTensor"]], dict[str, int]], None]
-
-
-def _read(path: Path, folder: Path, write: _Writer) -> None:
+def _read(path: Path, folder: Path, write: Callable[[GgufModel], None]) -> None:
     check_gguf(path)
     try:
         _convert(path, folder, write)
@@ -110,23 +91,16 @@ def _read(path: Path, folder: Path, write: _Writer) -> None:
         ) from None
 
 
-def _convert(path: Path, folder: Path, write: _Writer) -> None:
-    reader = _open(path)
-    metadata = _Metadata(path, reader)
-    architecture = metadata.text("general.architecture")
-    if architecture != "llama":
-        raise ConfigError(f"{path}: GGUF architecture {architecture!r}; supported: llama")
-    config = _config(metadata, reader)
+def _convert(path: Path, folder: Path, write: Callable[[GgufModel], None]) -> None:
+    file = GgufFile(path, _open(path))
+    model = read_gguf(file)
     for name, content in {
-        "config.json": config,
-        "generation_config.json": {
-            key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config
-        },
-        **tokenizer_files(path, metadata.values),
+        "config.json": model.config,
+        "generation_config.json": generation_config(file, model.config),
+        **tokenizer_files(path, file.values),
     }.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1))
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    write(list(_tensors(path, reader)), heads)
+    write(model)
 
 
 def _open(path: Path) -> GGUFReader:
@@ -138,140 +112,10 @@ def _open(path: Path) -> GGUFReader:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-class _Metadata:
-    """The file's key-value pairs, with errors that name the key."""
-
-    def __init__(self, path: Path, reader: GGUFReader) -> None:
-        self.path = path
-        self.values: dict[str, Any] = {
-            name: field.contents() for name, field in reader.fields.items()
-        }
-
-    def text(self, key: str) -> str:
-        return str(self.required(key))
-
-    def integer(self, key: str) -> int:
-        value = self.required(key)
-        if not isinstance(value, int):
-            raise ConfigError(f"{self.path}: {key} is {value!r}, expected one integer")
-        return value
-
-    def required(self, key: str) -> Any:
-        if key not in self.values:
-            raise ConfigError(f"{self.path}: the GGUF metadata has no {key}")
-        return self.values[key]
-
-
-def _config(metadata: _Metadata, reader: GGUFReader) -> dict[str, Any]:
-    values, tensors = metadata.values, {tensor.name: tensor for tensor in reader.tensors}
-    heads, hidden = (
-        metadata.integer("llama.attention.head_count"),
-        metadata.integer("llama.embedding_length"),
-    )
-    head_dim = values.get("llama.attention.key_length") or hidden // heads
-    if values.get("llama.rope.dimension_count", head_dim) != head_dim:
-        raise ConfigError(f"{metadata.path}: partial rotary embedding is not supported")
-    if values.get("llama.expert_count"):
-        raise ConfigError(f"{metadata.path}: mixtures of experts are not supported")
-    if "token_embd.weight" not in tensors:
-        raise ConfigError(f"{metadata.path}: no tensor token_embd.weight; is the file complete?")
-    matrix = tensors.get("blk.0.ffn_down.weight", tensors["token_embd.weight"])
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": _DTYPES.get(matrix.tensor_type.name, "bfloat16"),
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-        "hidden_size": hidden,
-        "intermediate_size": metadata.integer("llama.feed_forward_length"),
-        "num_hidden_layers": metadata.integer("llama.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": values.get("llama.attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": metadata.integer("llama.context_length"),
-        "rms_norm_eps": _shortest(metadata.required("llama.attention.layer_norm_rms_epsilon")),
-        "rope_theta": _shortest(values.get("llama.rope.freq_base", 10000.0)),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
-    }
-    if scaling := _rope_scaling(metadata, tensors, config):
-        config["rope_scaling"] = scaling
-    for key in ("bos", "eos"):
-        token = values.get(f"tokenizer.ggml.{key}_token_id")
-        if token is not None:
-            config[f"{key}_token_id"] = token
-    return config
-
-
-def _shortest(value: float) -> float:
-    """The shortest decimal with the same float32: 1e-05, where the file holds 9.999999747e-06."""
-    return float(str(np.float32(value)))
-
-
-def _rope_scaling(
-    metadata: _Metadata, tensors: dict[str, ReaderTensor], config: dict[str, Any]
-) -> dict[str, Any] | None:
-    values = metadata.values
-    original = values.get("llama.rope.scaling.original_context_length")
-    if _ROPE_FACTORS in tensors:
-        return _llama3_scaling(metadata.path, tensors[_ROPE_FACTORS], config, original or 8192)
-    kind = values.get("llama.rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    if kind not in ("linear", "yarn"):
-        raise ConfigError(f"{metadata.path}: rope scaling {kind!r} is not supported")
-    scaling = {"rope_type": kind, "factor": float(metadata.required("llama.rope.scaling.factor"))}
-    if original:
-        scaling["original_max_position_embeddings"] = original
-    return scaling
-
-
-def _llama3_scaling(
-    path: Path, tensor: ReaderTensor, config: dict[str, Any], original: int
-) -> dict[str, Any]:
-    """Llama 3's parameters from the per-frequency divisors that llama.cpp stores instead.
-
-    Raises:
-        ConfigError: the divisors are not those of the published parameters (1, 4) for any factor.
-    """
-    divisors = np.asarray(tensor.data, np.float64).reshape(-1)
-    low, high, factor = 1.0, 4.0, float(divisors.max())
-    dim = config["head_dim"]
-    wavelengths = 2 * np.pi * config["rope_theta"] ** (np.arange(0, dim, 2) / dim)
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    if divisors.shape != smooth.shape or not np.allclose(
-        divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3
-    ):
-        raise ConfigError(f"{path}: {_ROPE_FACTORS} does not follow llama3's rule; not supported")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
-
-
-def _tensors(path: Path, reader: GGUFReader) -> Iterator[tuple[str, ReaderTensor]]:
-    """(Hugging Face name, tensor), skipping what is configuration."""
-    for tensor in reader.tensors:
-        if tensor.name == _ROPE_FACTORS:
-            continue
-        stem, _, suffix = tensor.name.rpartition(".")
-        if stem in _TOP_NAMES:
-            yield f"{_TOP_NAMES[stem]}.{suffix}", tensor
-            continue
-        block, _, rest = stem.removeprefix("blk.").partition(".")
-        if not stem.startswith("blk.") or not block.isdigit() or rest not in _LAYER_NAMES:
-            raise ConfigError(f"{path}: tensor {tensor.name} is not part of a Llama")
-        yield f"model.layers.{block}.{_LAYER_NAMES[rest]}.{suffix}", tensor
-
-
 def _write_safetensors(
     path: Path,
     named: list[tuple[str, ReaderTensor]],
-    heads: dict[str, int],
+    model: GgufModel,
     on_progress: Callable[[int, int], None],
 ) -> None:
     """Stream the tensors into one file: memory stays at one tensor."""
@@ -288,15 +132,29 @@ def _write_safetensors(
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, tensor in named:
             values = _values(tensor).reshape(header[name]["shape"])
-            if permuted := _permuted_heads(name, heads):
-                values = unpermute(values, permuted)
+            values = _as_stored_by_transformers(values, name, model)
             file.write(np.ascontiguousarray(values).data)
             on_progress(header[name]["data_offsets"][1], end)
 
 
-def _permuted_heads(name: str, heads: dict[str, int]) -> int:
+def _as_stored_by_transformers(values: NDArray[Any], name: str, model: GgufModel) -> NDArray[Any]:
+    """Undo what llama.cpp's converter does to some tensors of an architecture."""
+    if model.entry.norm_offset and name.endswith("norm.weight"):
+        if values.dtype != np.float32:
+            raise ConfigError(f"tensor {name}: norms of this architecture must be F32")
+        return values - np.float32(model.entry.norm_offset)
+    heads = _permuted_heads(name, model)
+    return unpermute(values, heads) if heads else values
+
+
+def _permuted_heads(name: str, model: GgufModel) -> int:
     """Heads of a tensor whose rows llama.cpp reorders, else 0."""
-    return next((count for part, count in heads.items() if f"self_attn.{part}" in name), 0)
+    if not model.entry.is_permuted:
+        return 0
+    for part, key in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+        if f"self_attn.{part}." in name:
+            return int(model.config[key])
+    return 0
 
 
 def _values(tensor: ReaderTensor) -> NDArray[Any]:

@@ -6,42 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from chunkllama.errors import ConfigError
+from chunkllama.logger import init_logger
+from chunkllama.models.loading.gguf_pretokenizers import PRE_TOKENIZERS, PreTokenizer
+
+logger = init_logger(__name__)
 
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
 
-_LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-_LLAMA3_SPLIT = {
-    "type": "Sequence",
-    "pretokenizers": [
-        {
-            "type": "Split",
-            "pattern": {"Regex": _LLAMA3_PATTERN},
-            "behavior": "Isolated",
-            "invert": False,
-        },
-        {**_BYTE_LEVEL, "use_regex": False},
-    ],
-}
-_DIGITS_SPLIT = {
-    "type": "Sequence",
-    "pretokenizers": [
-        {"type": "Digits", "individual_digits": True},
-        {**_BYTE_LEVEL, "use_regex": True},
-    ],
-}
-_PLAIN_SPLIT = {**_BYTE_LEVEL, "use_regex": True}
-_PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
-    "smollm": _DIGITS_SPLIT,
-    "llama-bpe": _LLAMA3_SPLIT,
-    "llama3": _LLAMA3_SPLIT,
-    "llama-v3": _LLAMA3_SPLIT,
-    "gpt-2": _PLAIN_SPLIT,
-    "default": _PLAIN_SPLIT,
-}
+_GGUF_NAMES = {"unk": "unknown", "pad": "padding"}
 
 
 def tokenizer_files(path: Path, metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -54,8 +27,10 @@ def tokenizer_files(path: Path, metadata: dict[str, Any]) -> dict[str, dict[str,
     tokens: list[str] = metadata.get("tokenizer.ggml.tokens") or []
     if not tokens:
         raise ConfigError(f"{path}: the GGUF holds no tokenizer")
+    add_bos = kind == "llama"
     if kind == "gpt2":
-        pipeline = _byte_level_bpe(path, metadata, tokens)
+        splitter = _pre_tokenizer(path, metadata)
+        pipeline, add_bos = _byte_level_bpe(splitter, metadata, tokens), splitter.add_bos
     elif kind == "llama":
         pipeline = _sentencepiece_bpe(metadata, tokens)
     else:
@@ -67,14 +42,14 @@ def tokenizer_files(path: Path, metadata: dict[str, Any]) -> dict[str, dict[str,
         is not None
         and token < len(tokens)
     }
-    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"))
+    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
     if add_bos and "bos" in special:
         pipeline["post_processor"] = _prepend(special["bos"], tokens.index(special["bos"]))
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "add_bos_token": add_bos,
-        "model_max_length": metadata.get("llama.context_length"),
+        "model_max_length": metadata.get(f"{metadata.get('general.architecture')}.context_length"),
         **{f"{name}_token": token for name, token in special.items()},
     }
     if template := metadata.get("tokenizer.chat_template"):
@@ -91,9 +66,6 @@ def tokenizer_files(path: Path, metadata: dict[str, Any]) -> dict[str, dict[str,
         },
         "tokenizer_config.json": config,
     }
-
-
-_GGUF_NAMES = {"unk": "unknown", "pad": "padding"}
 
 
 def _added_tokens(metadata: dict[str, Any], tokens: list[str]) -> list[dict[str, Any]]:
@@ -113,20 +85,32 @@ def _added_tokens(metadata: dict[str, Any], tokens: list[str]) -> list[dict[str,
     ]
 
 
-def _byte_level_bpe(path: Path, metadata: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in _PRE_TOKENIZERS:
-        raise ConfigError(
-            f"{path}: GGUF pre-tokenizer {pre!r}; supported: {', '.join(_PRE_TOKENIZERS)}"
+def _pre_tokenizer(path: Path, metadata: dict[str, Any]) -> PreTokenizer:
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre is None:
+        logger.warning(
+            "%s: no tokenizer.ggml.pre says how texts are split into words; llama.cpp's default is "
+            "used, which may lower the quality of answers; convert the model again",
+            path,
         )
-    splitter = _PRE_TOKENIZERS[pre]
+        pre = "default"
+    if pre not in PRE_TOKENIZERS:
+        raise ConfigError(
+            f"{path}: GGUF pre-tokenizer {pre!r}; supported: {', '.join(PRE_TOKENIZERS)}"
+        )
+    return PRE_TOKENIZERS[pre]
+
+
+def _byte_level_bpe(
+    splitter: PreTokenizer, metadata: dict[str, Any], tokens: list[str]
+) -> dict[str, Any]:
     return {
-        "pre_tokenizer": splitter,
+        "normalizer": {"type": "NFC"} if splitter.is_nfc else None,
+        "pre_tokenizer": splitter.steps,
         "decoder": {**_BYTE_LEVEL, "use_regex": True},
         "model": {
             **_bpe(tokens, [list(_pair(merge)) for merge in metadata["tokenizer.ggml.merges"]]),
-            # Llama 3 encodes a whole word that is a token as that token, before any merge.
-            "ignore_merges": splitter is _LLAMA3_SPLIT,
+            "ignore_merges": splitter.ignore_merges,
         },
     }
 

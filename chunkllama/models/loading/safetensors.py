@@ -58,7 +58,8 @@ class Checkpoint:
         self._infos = _locate(folder)
         self._maps: dict[Path, mmap.mmap] = {}
         self._modules: dict[str, ModuleTensors] = {}
-        self._check_shapes(folder, spec)
+        if spec.is_native:
+            self._check_shapes(folder, spec)
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._infos[name]

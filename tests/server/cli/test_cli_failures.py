@@ -75,7 +75,7 @@ def test_unusable_model_folders(chunkllama, broken_model):
     good = config.read_text()
     _edit(config, hidden_size=128)
     refused(_serve(chunkllama, broken_model), r"model\.embed_tokens\.weight has shape")
-    _edit(config, architectures=["GPT2LMHeadModel"])
+    _edit(config, architectures=["BertForMaskedLM"])
     refused(_serve(chunkllama, broken_model), r"config\.json: unsupported architecture")
     config.write_text(good[:-5])
     refused(_serve(chunkllama, broken_model), r"config\.json: not valid JSON")

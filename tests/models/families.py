@@ -1,0 +1,198 @@
+"""Random models of every supported family, and engines compared with transformers on them.
+
+``tests/conftest.py`` makes this file importable as ``model_families`` anywhere under tests/.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from chunkllama.engine.core import EngineCore
+from chunkllama.messages import EngineRequest
+from chunkllama.sampling_params import SamplingParams
+
+VOCAB = 151
+LENGTHS = (1, 5, 64, 65, 150)
+TOLERANCE = 4e-5
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.4],
+    "long_factor": [1.0, 2.0, 4.0, 6.0],
+    "partial_rotary_factor": 0.5,
+}
+
+# Name of a case -> (transformers class, changes of SMALL). A window of 256 hides nothing here.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama gelu": ("Llama", {"hidden_act": "gelu", "mlp_bias": True}),
+    "llama dynamic": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+    "mistral": ("Mistral", {"sliding_window": 256}),
+    "mistral wide": ("Mistral", {"sliding_window": None, "head_dim": 32}),
+    "ministral": ("Ministral", {"sliding_window": 256}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "qwen2 windows": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 256, "max_window_layers": 2},
+    ),
+    "qwen3": ("Qwen3", {}),
+    "qwen3 bias": ("Qwen3", {"attention_bias": True, "head_dim": 32, "tie_word_embeddings": True}),
+    "smollm3": ("SmolLM3", {}),
+    "smollm3 list": (
+        "SmolLM3",
+        {"no_rope_layers": [0, 1, 1, 0], "attention_bias": True, "tie_word_embeddings": False},
+    ),
+    "phi3": ("Phi3", {}),
+    "phi3 partial": (
+        "Phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+            }
+        },
+    ),
+    "phi3 short": ("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 256}),
+    "granite": (
+        "Granite",
+        {
+            "attention_multiplier": 0.1,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 3.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite bias": ("Granite", {"attention_bias": True, "mlp_bias": True, "logits_scaling": 8.0}),
+    "seed_oss": ("SeedOss", {}),
+    "seed_oss out": ("SeedOss", {"attention_out_bias": True, "attention_bias": False}),
+    "arcee": ("Arcee", {}),
+    "arcee bias": ("Arcee", {"mlp_bias": True, "attention_bias": True}),
+    "ernie": ("Ernie4_5", {}),
+    "ernie bias": ("Ernie4_5", {"use_bias": True, "tie_word_embeddings": False}),
+    "olmo2": ("Olmo2", {}),
+    "olmo2 bias": ("Olmo2", {"attention_bias": True, "num_key_value_heads": 1}),
+    "olmo3": ("Olmo3", {"sliding_window": 256}),
+    "olmo3 yarn": (
+        "Olmo3",
+        {
+            "sliding_window": 256,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 128,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "exaone4": ("Exaone4", {"sliding_window": 256}),
+    "exaone4 global": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "gemma": ("Gemma", {}),
+    "gemma mqa": ("Gemma", {"num_key_value_heads": 1, "head_dim": 32}),
+    "gemma2": ("Gemma2", {"sliding_window": 256, "query_pre_attn_scalar": 32}),
+    "gemma2 caps": (
+        "Gemma2",
+        {
+            "sliding_window": 256,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 4,
+        },
+    ),
+    "gemma3": ("Gemma3", {"sliding_window": 256, "query_pre_attn_scalar": 16}),
+    "gemma3 linear": (
+        "Gemma3",
+        {
+            "sliding_window": 256,
+            "num_hidden_layers": 7,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+}
+
+
+def random_model(family: str, changes: dict[str, Any]) -> torch.nn.Module:
+    """Random weights whose logits tell tokens apart; norms and biases are random too."""
+    config_class = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, ""), None)
+    config_class = config_class or getattr(transformers, f"{family}Config")
+    config = config_class(**{**SMALL, **changes}, attn_implementation="eager")
+    torch.manual_seed(7)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                wide = "embed" in name or "lm_head" in name
+                parameter.normal_(0, 0.15 if wide else 0.7 / parameter.shape[-1] ** 0.5)
+            elif "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+def answers(core: EngineCore, prompts: list[list[int]]) -> list[tuple[np.ndarray, list[int]]]:
+    """Log-probabilities of prompt and answer, and the greedy ids, of all prompts at once."""
+    numbers: list[list[float]] = [[] for _ in prompts]
+    ids: list[list[int]] = [[] for _ in prompts]
+    for nth, prompt in enumerate(prompts):
+        sampling = SamplingParams(
+            max_tokens=6, temperature=0.0, ignore_eos=True, seed=1, logprobs=0, prompt_logprobs=0
+        )
+        core.add(EngineRequest(request_id=str(nth), prompt_token_ids=prompt, sampling=sampling))
+    while core.has_work():
+        for delta in core.step():
+            assert delta.error is None, delta.error
+            nth = int(delta.request_id)
+            numbers[nth] += [x.logprob for x in delta.prompt_logprobs or [] if x is not None]
+            for choice in delta.choices:
+                ids[nth] += choice.token_ids
+                numbers[nth] += [x.logprob for x in choice.logprobs or []]
+    return [(np.array(values), tokens) for values, tokens in zip(numbers, ids, strict=True)]
+
+
+def assert_equals_transformers(core: EngineCore, model: torch.nn.Module, lengths: tuple[int, ...]):
+    rng = np.random.default_rng(3)
+    text = rng.integers(3, VOCAB, max(lengths)).tolist()
+    prompts = [
+        [*text[: max(n - 3, 0)], *rng.integers(3, VOCAB, min(n, 3)).tolist()] for n in lengths
+    ]
+    for turn in ("cold", "warm"):
+        for prompt, (numbers, ids) in zip(prompts, answers(core, prompts), strict=True):
+            whole = prompt + ids
+            with torch.inference_mode():
+                logits = model(torch.tensor([whole[:-1]])).logits[0].float()
+            expected = logits.log_softmax(-1).numpy()
+            chosen = expected[np.arange(len(whole) - 1), whole[1:]]
+            assert np.abs(numbers - chosen).max() <= TOLERANCE, (turn, len(prompt))
+            gaps = expected[len(prompt) - 1 :].max(axis=1) - chosen[len(prompt) - 1 :]
+            assert gaps.max() <= 2 * TOLERANCE, (turn, len(prompt))

@@ -1,0 +1,111 @@
+"""Decoders that transformers runs on this server's chunks and attention: mixtures of experts, and
+families without an entry, equal transformers; what keeps another state is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from model_families import SMALL, VOCAB, assert_equals_transformers, random_model
+
+from chunkllama.config import EngineConfig
+from chunkllama.engine.build import build_engine
+from chunkllama.engine.core import EngineCore
+from chunkllama.errors import ConfigError
+from chunkllama.models.config import read_spec
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {**EXPERTS, "sliding_window": None}),
+    "mixtral window": ("Mixtral", {**EXPERTS, "sliding_window": 70}),
+    "qwen3 moe": (
+        "Qwen3Moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    ),
+    "cohere": ("Cohere", {"logit_scale": 0.5}),
+    "stablelm": ("StableLm", {"partial_rotary_factor": 0.5}),
+    "starcoder2": ("Starcoder2", {"sliding_window": None}),
+}
+
+
+@pytest.fixture
+def cores() -> Iterator[list[EngineCore]]:
+    made: list[EngineCore] = []
+    yield made
+    for core in made:
+        core.close()
+
+
+def built(cores: list[EngineCore], folder: Path, **changes: Any) -> EngineCore:
+    settings = {"dtype": "float32", "device": "cpu", "threads": 1, "num_chunks": 64, **changes}
+    cores.append(build_engine(EngineConfig.from_flat(model=str(folder), **settings)))
+    return cores[-1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_log_probabilities_and_greedy_ids_equal_transformers(
+    case: str, tmp_path: Path, cores: list[EngineCore], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = random_model(*CASES[case])
+    model.save_pretrained(tmp_path)
+    core = built(cores, tmp_path)
+    assert not read_spec(tmp_path).is_native
+    assert "transformers runs it" in caplog.text
+    assert_equals_transformers(core, model, (1, 5, 64, 65, 150))
+
+
+def test_reference_and_cpu_backends_run_it(tmp_path: Path, cores: list[EngineCore]) -> None:
+    model = random_model(*CASES["mixtral window"])
+    model.save_pretrained(tmp_path)
+    core = built(cores, tmp_path, backend="reference")
+    assert core.info.backend == "reference"
+    assert_equals_transformers(core, model, (65, 230))
+
+
+def test_bfloat16_serves(tmp_path: Path, cores: list[EngineCore]) -> None:
+    model = random_model(*CASES["qwen3 moe"])
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    core = built(cores, tmp_path, dtype="bfloat16")
+    assert core.info.vocab_size == VOCAB
+
+
+def refused(folder: Path, words: str, **changes: Any) -> None:
+    settings: dict[str, Any] = {"device": "cpu", "num_chunks": 8, "dtype": "float32", **changes}
+    with pytest.raises(ConfigError, match=words) as caught:
+        build_engine(EngineConfig.from_flat(model=str(folder), **settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_state_other_than_keys_and_values_is_refused(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4
+    )
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    sizes = {"num_attention_heads": 2, "max_position_embeddings": 64}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **sizes}))
+    refused(tmp_path, "MambaForCausalLM cannot run on this server's attention")
+
+
+def test_attention_sinks_are_refused(tmp_path: Path) -> None:
+    config = transformers.GptOssConfig(
+        **{**SMALL, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 32}
+    )
+    transformers.GptOssForCausalLM(config).save_pretrained(tmp_path)
+    refused(tmp_path, "s_aux")
+
+
+def test_quantization_and_unknown_classes_are_named(tmp_path: Path) -> None:
+    random_model(*CASES["mixtral"]).save_pretrained(tmp_path)
+    refused(tmp_path, "quantization: int8 is not available for Mixtral", quantization="int8")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    changes = {"architectures": ["MartianForCausalLM"], "model_type": "martian"}
+    path.write_text(json.dumps({**config, **changes}))
+    refused(tmp_path, "transformers cannot load it")

@@ -1,0 +1,126 @@
+"""Sliding windows: sequences of more than three windows with shared prefixes equal transformers,
+and each layer reads the chunks of its own window and no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_families import assert_equals_transformers, random_model
+
+from chunkllama.attention.plan_format import CHUNK_OFFSET, NUM_TOKENS, AttentionPlan
+from chunkllama.backends.cpu.fused_model import FusedModel
+from chunkllama.config import EngineConfig
+from chunkllama.engine.build import build_engine
+from chunkllama.engine.core import EngineCore
+
+CHUNK = 64
+LENGTHS = (1, 69, 70, 71, 150, 230, 300)
+WINDOW = {"sliding_window": 70}
+# Name -> (transformers class, changes): one window for all layers, and several kinds of patterns.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("Mistral", WINDOW),
+    "phi3": ("Phi3", {"sliding_window": 64}),
+    "ministral": ("Ministral", WINDOW),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "max_window_layers": 2, **WINDOW}),
+    "qwen3": ("Qwen3", {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}),
+    "gemma3": ("Gemma3", {"num_hidden_layers": 7, "query_pre_attn_scalar": 16, **WINDOW}),
+    "gemma2": ("Gemma2", {"query_pre_attn_scalar": 32, **WINDOW}),
+    "olmo3": ("Olmo3", WINDOW),
+    "exaone4": ("Exaone4", WINDOW),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, torch.nn.Module]:
+    model = random_model(*CASES[request.param])
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return folder, model
+
+
+@pytest.fixture
+def cores() -> Iterator[list[EngineCore]]:
+    made: list[EngineCore] = []
+    yield made
+    for core in made:
+        core.close()
+
+
+def built(cores: list[EngineCore], folder: Path, **changes: Any) -> EngineCore:
+    settings = {"dtype": "float32", "device": "cpu", "threads": 1, "num_chunks": 64, **changes}
+    cores.append(build_engine(EngineConfig.from_flat(model=str(folder), **settings)))
+    return cores[-1]
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_sequences_of_many_windows_equal_transformers(
+    case: tuple[Path, torch.nn.Module], backend: str, cores: list[EngineCore]
+) -> None:
+    folder, model = case
+    core = built(cores, folder, backend=backend)
+    assert core.info.max_model_len == 512
+    assert_equals_transformers(core, model, LENGTHS)
+
+
+def chunks_of(plan: AttentionPlan) -> set[int]:
+    items = plan.items[: plan.num_items]
+    return {
+        int(chunk)
+        for offset, tokens in items[:, [CHUNK_OFFSET, NUM_TOKENS]]
+        for chunk in plan.chunk_ids[offset : offset + tokens // CHUNK]
+    }
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_each_layer_reads_the_chunks_of_its_window(
+    family: str, tmp_path: Path, cores: list[EngineCore]
+) -> None:
+    model = random_model(*CASES[family])
+    model.save_pretrained(tmp_path)
+    core = built(cores, tmp_path)
+    attention = core._executor._attention  # type: ignore[attr-defined]
+    windows = {"mistral": {70}, "gemma3": {70, None}}[family]
+    assert set(attention.windows) == windows
+    plain, checked = attention.plan, []
+
+    def plan(step: Any) -> Any:
+        known = attention._decode_plan
+        made = plain(step)
+        if made is known:  # its tails have grown
+            return made
+        for window in windows:
+            host = made.for_window(window).host
+            needed, spare = set(), set()
+            for piece in step.slices:
+                last = piece.first_position + piece.num_tokens - 1
+                first = 0 if window is None else max(0, piece.first_position + 1 - window)
+                needed |= set(piece.chunk_ids[first // CHUNK : last // CHUNK + 1].tolist())
+                spare |= set(piece.chunk_ids[last // CHUNK + 1 :].tolist())
+            assert needed <= chunks_of(host) <= needed | spare
+            assert host.window == window
+            checked.append(len(needed))
+        return made
+
+    attention.plan = plan
+    assert_equals_transformers(core, model, (150, 230, 300))
+    assert len(checked) > 4
+
+
+def test_one_window_for_all_layers_runs_fused(tmp_path: Path, cores: list[EngineCore]) -> None:
+    random_model("Mistral", WINDOW).save_pretrained(tmp_path)
+    core = built(cores, tmp_path, backend="cpu")
+    assert isinstance(core._executor._model, FusedModel)  # type: ignore[attr-defined]
+
+
+def test_a_window_that_hides_nothing_is_none(tmp_path: Path, cores: list[EngineCore]) -> None:
+    random_model("Mistral", WINDOW).save_pretrained(tmp_path)
+    core = built(cores, tmp_path, max_model_len=70)
+    assert core._executor._attention.windows == (None,)  # type: ignore[attr-defined]
+    assert core.info.max_model_len == 70

@@ -1,0 +1,228 @@
+"""``chunkllama verify``: equal models pass, and a planted fault is found and its area named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from model_families import random_model
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, decoders, pre_tokenizers, processors, trainers
+
+from chunkllama.verify.report import Report
+from chunkllama.verify.run import Options, verify
+from chunkllama.verify.texts import PROSE, SAMPLES
+from chunkllama_server.commands import run
+
+FAST = {"max_tokens": 60, "backends": ("reference",), "quantizations": ("auto",)}
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "qwen3": ("Qwen3", {}),
+    "gemma3": ("Gemma3", {"sliding_window": 32}),
+    "granite": ("Granite", {"residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    "ernie": ("Ernie4_5", {}),
+}
+
+
+def write_tokenizer(folder: Path) -> int:
+    """A byte-level tokenizer with BOS; returns the size of its vocabulary."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        special_tokens=["<pad>", "<s>", "</s>"],
+    )
+    backend.train_from_iterator([PROSE], trainer)
+    backend.add_special_tokens([AddedToken("<s>", special=True)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return backend.get_vocab_size()
+
+
+def write_model(folder: Path, family: str) -> Path:
+    folder.mkdir()
+    name, changes = FAMILIES[family]
+    model = random_model(name, {**changes, "vocab_size": write_tokenizer(folder)})
+    model.save_pretrained(folder)
+    return folder
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder: Path, edit: Any) -> None:
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def swap_qk_norms(weights: dict[str, torch.Tensor]) -> None:
+    q, k = (f"model.layers.1.self_attn.{x}_norm.weight" for x in "qk")
+    weights[q], weights[k] = weights[k], weights[q]
+
+
+def other_head(weights: dict[str, torch.Tensor]) -> None:
+    weights["lm_head.weight"] = weights["lm_head.weight"].flip(0).contiguous()
+
+
+def change_rows(name: str) -> Any:
+    def edit(weights: dict[str, torch.Tensor]) -> None:
+        weights[name] = weights[name] * 1.5
+
+    return edit
+
+
+def test_equal_models_pass_on_every_backend(tmp_path: Path, capsys) -> None:
+    folder = write_model(tmp_path / "model", "qwen3")
+    path = tmp_path / "report.json"
+    arguments = ["verify", "--model", str(folder), "--max-tokens", "80", "--json", str(path)]
+    assert run(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "equal to transformers" in printed
+    report = json.loads(path.read_text())
+    assert report["equal"] is True
+    assert report["architecture"] == "Qwen3ForCausalLM"
+    by_subject = {x["subject"]: x for x in report["findings"] if x["subject"]}
+    assert set(by_subject) == {
+        "stages",
+        *(
+            f"{backend}, {dtype}"
+            for backend in ("reference", "cpu")
+            for dtype in ("float32", "bfloat16")
+        ),
+        "cpu, bfloat16, int8",
+    } - {"stages"}
+    for finding in by_subject.values():
+        assert {"top1", "kl", "nll", "nll_reference"} <= finding["numbers"].keys()
+        assert finding["area"] in printed
+    assert by_subject["reference, float32"]["numbers"]["largest_difference"] < 1e-4
+    assert by_subject["cpu, bfloat16, int8"]["numbers"]["kl"] > 0
+
+
+@pytest.mark.parametrize("family", ["gemma3", "granite", "ernie"])
+def test_stages_of_other_families_are_equal(family: str, tmp_path: Path) -> None:
+    report = verified(write_model(tmp_path / "model", family))
+    assert report.areas == []
+    (stages,) = [x for x in report.findings if x.area == "stages"]
+    assert int(stages.detail.split()[0]) >= 4 * 7
+
+
+def verified(folder: Path, reference: Path | None = None, **options: Any) -> Report:
+    other = "" if reference is None else str(reference)
+    return verify(Options(str(folder), other, **{**FAST, **options}))
+
+
+FAULTS: dict[str, tuple[str, Any, str]] = {
+    "theta": (
+        "llama",
+        lambda f: edit_config(f, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+        "rotary embedding",
+    ),
+    "q/k norms": ("qwen3", lambda f: edit_weights(f, swap_qk_norms), "q/k norms"),
+    "head": ("llama", lambda f: edit_weights(f, other_head), "head"),
+    "tied head": (
+        "llama",
+        lambda f: edit_weights(
+            f, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()})
+        ),
+        "head",
+    ),
+    "embedding": (
+        "llama",
+        lambda f: edit_weights(f, change_rows("model.embed_tokens.weight")),
+        "embedding",
+    ),
+    "norm": (
+        "llama",
+        lambda f: edit_weights(f, change_rows("model.layers.2.input_layernorm.weight")),
+        "norms",
+    ),
+    "down": (
+        "llama",
+        lambda f: edit_weights(f, change_rows("model.layers.1.mlp.down_proj.weight")),
+        "down projection",
+    ),
+    "window": (
+        "gemma3",
+        lambda f: edit_config(f, sliding_window=8),
+        "attention (scale, window or soft cap)",
+    ),
+    "multiplier": ("granite", lambda f: edit_config(f, logits_scaling=4.0), "head"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_and_its_area_named(fault: str, tmp_path: Path) -> None:
+    family, plant, area = FAULTS[fault]
+    reference = write_model(tmp_path / "reference", family)
+    folder = tmp_path / "model"
+    shutil.copytree(reference, folder)
+    plant(folder)
+    report = verified(folder, reference)
+    assert report.areas == [area, "log-probabilities"]
+
+
+def test_a_doubled_bos_is_named(tmp_path: Path, capsys) -> None:
+    reference = write_model(tmp_path / "reference", "llama")
+    folder = tmp_path / "model"
+    shutil.copytree(reference, folder)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    single = document["post_processor"]["single"]
+    document["post_processor"]["single"] = [single[0], *single]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    assert verified(folder, reference).areas == []  # one of two is left out again
+    document["post_processor"]["single"] = [single[0], single[0], *single]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    assert verified(folder, reference).areas == ["BOS"]
+    arguments = ["verify", "--model", str(folder), "--reference", str(reference)]
+    arguments += ["--max-tokens", "20", "--backends", "reference", "--quantizations", "auto"]
+    assert run(arguments) == 1
+    assert capsys.readouterr().out.rstrip().endswith("in: BOS")
+
+
+def test_another_vocabulary_is_named(tmp_path: Path) -> None:
+    reference = write_model(tmp_path / "reference", "llama")
+    folder = tmp_path / "model"
+    shutil.copytree(reference, folder)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["model"]["merges"] = document["model"]["merges"][:-30]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    report = verified(folder, reference)
+    assert report.areas[:2] == ["tokenizer", "BOS"]
+    assert f"of {len(SAMPLES)} texts differ" in report.findings[0].detail
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--backends", "gpu"], "backends: 'gpu' is not one of reference, cpu"),
+        (["--quantizations", "int3"], "quantizations: 'int3' is not one of auto"),
+        (["--backends", ","], "backends: name at least one"),
+        (["--text", "/nonexistent"], "text: /nonexistent cannot be read"),
+        (["--model", "/nonexistent"], "no such folder"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(arguments: list[str], words: str, capsys) -> None:
+    assert run(["verify", *arguments]) == 2
+    printed = capsys.readouterr().err.strip()
+    assert words in printed
+    assert "\n" not in printed
