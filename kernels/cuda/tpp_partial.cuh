@@ -114,7 +114,8 @@ struct Unit {
   int first_position;
   int partial_base;
   bool masked;
-  int window;  // keys that a row sees, its own included; 0: the run needs no mask for it
+  // A row at position p does not see the run's keys before p - before_window; -1: no key is hidden.
+  int before_window;
   const int* chunk_ids;
 
   DEVICE int row(const TppPartialParams& p, int r) const {
@@ -128,10 +129,6 @@ struct Unit {
     if (!masked) return num_tokens;
     const int visible = p.positions[row] + 1 - first_position;
     return visible < num_tokens ? visible : num_tokens;
-  }
-  // How many keys at the run's start lie before a row's window.
-  DEVICE int hidden_tokens(const TppPartialParams& p, int row) const {
-    return window == 0 ? 0 : p.positions[row] + 1 - window - first_position;
   }
 };
 
@@ -150,7 +147,8 @@ DEVICE Unit decode_unit(const TppPartialParams& p, int index) {
   unit.first_position = item[FIRST_POSITION];
   unit.partial_base = item[PARTIAL_BASE];
   unit.masked = (item[FLAGS] & ITEM_MASK) != 0;
-  unit.window = (item[FLAGS] & ITEM_WINDOW) != 0 ? p.header[WINDOW] : 0;
+  unit.before_window =
+      (item[FLAGS] & ITEM_WINDOW) != 0 ? p.header[WINDOW] + unit.first_position - 1 : -1;
   unit.chunk_ids = p.chunk_ids + item[CHUNK_OFFSET];
   if (unit.packed_rows > 0) {  // positions never decrease over a masked item's rows: the tile's
                                // last row bounds the run
@@ -291,18 +289,37 @@ DEVICE void score(Scores<X>& s, const Queries<X>& q, const unsigned char* querie
 }
 
 template <class X>
-DEVICE void mask_scores(Scores<X>& s, const int (&hidden)[X::ROW_TILES][2],
-                        const int (&visible)[X::ROW_TILES][2], int first_token, WarpRole role) {
+DEVICE void mask_scores(Scores<X>& s, const int (&visible)[X::ROW_TILES][2], int first_token,
+                        WarpRole role) {
   const int first_key = first_token + role.key_warp * X::WARP_KEYS + 2 * role.pair;
 #pragma unroll
   for (int a = 0; a < X::ROW_TILES; a++)
 #pragma unroll
     for (int j = 0; j < X::KEY_TILES; j++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int key = first_key + j * 8 + (e & 1);
-        if (key < hidden[a][e >> 1] || key >= visible[a][e >> 1]) s[a][j][e] = NEGATIVE_INFINITY;
-      }
+      for (int e = 0; e < 4; e++)
+        if (first_key + j * 8 + (e & 1) >= visible[a][e >> 1]) s[a][j][e] = NEGATIVE_INFINITY;
+}
+
+// Hides the keys before each row's window. The rows' positions are read again for every stage: kept
+// in registers they would spill.
+template <class X>
+DEVICE void mask_before_window(Scores<X>& s, const TppPartialParams& p, const Unit& unit,
+                               int first_token, WarpRole role) {
+  const int first_key = first_token + role.key_warp * X::WARP_KEYS + 2 * role.pair;
+#pragma unroll
+  for (int a = 0; a < X::ROW_TILES; a++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int r = (role.row_warp * X::ROW_TILES + a) * 16 + role.group + 8 * h;
+      if (r >= unit.packed_rows) continue;
+      const int hidden = p.positions[unit.row(p, r)] - unit.before_window;
+#pragma unroll
+      for (int j = 0; j < X::KEY_TILES; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          if (first_key + j * 8 + e < hidden) s[a][j][2 * h + e] = NEGATIVE_INFINITY;
+    }
 }
 
 // Scores become weights 2^(score - anchor); what was accumulated under a smaller maximum is scaled
@@ -444,15 +461,14 @@ DEVICE void attend(const TppPartialParams& p, const Unit& unit, unsigned char* s
 
   Output<X> o;
   States<X> states;
-  int hidden[X::ROW_TILES][2], visible[X::ROW_TILES][2];
+  int visible[X::ROW_TILES][2];
 #pragma unroll
   for (int a = 0; a < X::ROW_TILES; a++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int r = (role.row_warp * X::ROW_TILES + a) * 16 + role.group + 8 * h;
-      const bool is_row = r < unit.packed_rows;
-      hidden[a][h] = is_row ? unit.hidden_tokens(p, unit.row(p, r)) : 0;
-      visible[a][h] = is_row ? unit.visible_tokens(p, unit.row(p, r)) : unit.num_tokens;
+      visible[a][h] =
+          r < unit.packed_rows ? unit.visible_tokens(p, unit.row(p, r)) : unit.num_tokens;
       states[a][h] = SoftmaxState::empty();
 #pragma unroll
       for (int j = 0; j < X::HEAD_DIM / 8; j++) o[a][j][2 * h] = o[a][j][2 * h + 1] = 0.f;
@@ -467,8 +483,8 @@ DEVICE void attend(const TppPartialParams& p, const Unit& unit, unsigned char* s
     if (token == 0) q.keep(queries, role);
     Scores<X> s;
     score<X>(s, q, queries, stage, role);
-    if (unit.window != 0 || token + X::STAGE_TOKENS > unit.unmasked_tokens)
-      mask_scores<X>(s, hidden, visible, token, role);
+    if (token + X::STAGE_TOKENS > unit.unmasked_tokens) mask_scores<X>(s, visible, token, role);
+    if (unit.before_window >= 0) mask_before_window<X>(s, p, unit, token, role);
     softmax<X>(s, states, o, p.scale_log2);
     accumulate<X>(o, s, stage + X::MATRIX_BYTES, role);
     stage = stage + X::STAGE_BYTES == stages + X::STAGES * X::STAGE_BYTES ? stages
