@@ -42,6 +42,7 @@ gpu-test: setup
 
 # Runs full sizes with fresh seeds; writes result and seed to benchmarks/results/nightly.txt.
 nightly: setup
+	"$(BIN)/python" -m pip install -q -e ".[clients]"
 	sh scripts/nightly.sh "$(BIN)/python" $(ARGS)
 
 clean:

@@ -26,7 +26,7 @@ from chunkllama.models.loading.hub import resolve_model
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.text.chat_template import load_chat_template
 from chunkllama.text.output_processor import OutputCollector, OutputProcessor, with_ranking
-from chunkllama.text.template_adapter import adapt, plain_messages
+from chunkllama.text.template_adapter import adapt, plain_messages, template_tool
 from chunkllama.text.thoughts import NO_THOUGHTS, Thoughts, ThoughtTags, tag_ids
 from chunkllama.text.tokenizer import load_tokenizer
 
@@ -133,7 +133,8 @@ class LLM:
     ) -> list[int]:
         assert self._template is not None
         able = self._template.capabilities
-        chat, shown = adapt(plain_messages(messages), tools, able)
+        described = [template_tool(tool["function"]) for tool in tools or ()]
+        chat, shown = adapt(plain_messages(messages), described or None, able)
         return self._template.encode(chat, tools=shown, require_all_text=True, **options)
 
     def _thoughts(self, ids: list[int]) -> Thoughts:

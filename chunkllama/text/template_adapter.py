@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from chunkllama.errors import InvalidRequestError
@@ -31,6 +32,16 @@ def plain_messages(messages: list[Message]) -> list[Message]:
         InvalidRequestError: a message has no role, or a part that is no text.
     """
     return [_plain(index, message) for index, message in enumerate(messages)]
+
+
+def template_tool(function: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool with the members that templates read without asking whether they are there."""
+    shown = {
+        "name": function["name"],
+        "description": function.get("description") or "",
+        "parameters": function.get("parameters") or {"type": "object", "properties": {}},
+    }
+    return {"type": "function", "function": shown}
 
 
 def _plain(index: int, message: Message) -> Message:

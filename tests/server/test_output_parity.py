@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from fake_engine import MODEL
 
 from chunkllama import LLM, SamplingParams
-from chunkllama.errors import RequestFailedError
+from chunkllama.errors import InvalidRequestError, RequestFailedError
 from chunkllama.messages import ChoiceDelta, EngineRequest, TokenDelta, TokenLogprob
+from chunkllama.text.chat_template import ChatTemplate
 from chunkllama.text.output_processor import OutputDelta, with_ranking
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.metrics.server_metrics import ServerMetrics
@@ -289,3 +291,37 @@ def test_a_choice_that_the_engine_ended_fails_the_request(run_llm, text_parts, r
     for run in (run_llm, lambda *given: run_server(*given, streamed=False)):
         with pytest.raises(RequestFailedError, match="The engine ended this request"):
             run(ScriptedEngine(text_parts[0], choices, 1), SamplingParams())
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {}}}]
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+WORDS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+CONVERSATIONS = [
+    [{"role": "user", "content": "hi"}],
+    [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+    [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": "1 + 1"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c1", "content": "2"},
+        {"role": "system", "content": "now in French"},
+        {"role": "user", "content": "and?"},
+    ],
+]
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
+@pytest.mark.parametrize("source", [None, WORDS], ids=["prints tools", "has no tools"])
+def test_a_conversation_has_one_prompt(start_server, text_parts, messages, tools, source):
+    tokenizer, template = text_parts
+    template = template if source is None else ChatTemplate(source, tokenizer)
+    llm = object.__new__(LLM)
+    llm._tokenizer, llm._template = tokenizer, template
+    server = start_server(template_source=source)
+    fields = {} if tools is None else {"tools": tools}
+    answer = server.post("/v1/chat/completions", {"model": MODEL, "messages": messages, **fields})
+    assert answer.status_code == 200
+    assert llm._encode_chat(messages, tools=tools) == server.engine.requests[0].prompt_token_ids
+    with pytest.raises(InvalidRequestError, match="text parts"):
+        llm._encode_chat([{"role": "user", "content": [{"type": "image_url"}]}])

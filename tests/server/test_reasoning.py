@@ -8,6 +8,9 @@ import json
 import pytest
 from fake_engine import MODEL
 
+from chunkllama.errors import ConfigError
+from chunkllama_server.config.settings import load_settings
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}<|im_end|>\n"
@@ -135,6 +138,18 @@ def test_configured_tags(start_server):
     off = start_server(template_source=SWITCH, reasoning_tags=("none",))
     message = off.chat(said("<think>hm</think>yes")).json()["choices"][0]["message"]
     assert message["content"] == "<think>hm</think>yes"
+
+
+@pytest.mark.parametrize("given", ["<a>,</a>", ["<a>,</a>"], ["<a>", "</a>"]])
+def test_tags_are_one_text_or_two(given):
+    loaded = load_settings({"reasoning_tags": given}, {})
+    assert loaded.settings.reasoning_tags == ("<a>", "</a>")
+
+
+@pytest.mark.parametrize("given", ["<a>", "<a>,<a>", "<a>,<b>,<c>"])
+def test_other_numbers_of_tags_are_refused(given):
+    with pytest.raises(ConfigError, match="reasoning_tags must be"):
+        load_settings({"reasoning_tags": given}, {})
 
 
 def test_responses_whole(thinking):

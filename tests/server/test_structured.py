@@ -11,7 +11,7 @@ from fake_engine import MODEL
 
 SCHEMA = {
     "type": "object",
-    "properties": {"a": {"type": "integer"}},
+    "properties": {"a": {"type": "boolean"}},
     "additionalProperties": False,
 }
 

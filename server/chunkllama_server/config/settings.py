@@ -47,7 +47,16 @@ def _listed(value: object) -> object:
     return value
 
 
+def _split(value: object) -> object:
+    """Split the texts of a list too: a flag may hold "a,b" or be repeated."""
+    listed = _listed(value)
+    if isinstance(listed, list | tuple) and all(isinstance(part, str) for part in listed):
+        return [part for text in listed for part in text.split(",")]
+    return listed
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Tags = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_listed)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -152,7 +161,7 @@ class ServerConfig(ConfigGroup):
         description="Family whose form of tool calls is read. Default: all forms, and that of the "
         "chat template where a grammar forces one.",
     )
-    reasoning_tags: Names = Field(
+    reasoning_tags: Tags = Field(
         default=("auto",),
         description="Tags around the model's thoughts, as START,END; auto takes those of the chat "
         "template or the vocabulary, none leaves thoughts in the text.",

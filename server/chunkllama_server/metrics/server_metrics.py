@@ -22,6 +22,7 @@ from prometheus_client.utils import floatToGoString
 from chunkllama.logger import NonBlockingHandler
 from chunkllama.messages import EngineReady, EngineStats
 from chunkllama_server.metrics.divergence import PromptLog
+from chunkllama_server.metrics.prompt_heads import PromptHeads
 from chunkllama_server.metrics.request_timer import RequestTimer, token_histogram
 from chunkllama_server.metrics.tenant_series import TenantSeries
 from chunkllama_server.metrics.tracing import Tracing
@@ -258,6 +259,7 @@ class ServerMetrics:
         if not self._has_tenants:
             self.begin_at_zero([""])
         self._ignored = self._counter("ignored_fields", "Unknown request fields ignored.")
+        self.prompt_heads = PromptHeads(self.registry)
         self.live = Gauge(
             "chunkllama_requests_live", "Requests between acceptance and end.",
             registry=self.registry,

@@ -194,6 +194,11 @@ class ChatPrompter:
             **self._options,
         }
 
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation as templates read it."""
+        return self._messages
+
     def _tokens_before(self, ids: list[int], message: int, part: int) -> int:
         """Tokens of ``ids`` that do not depend on what follows the breakpoint."""
         marked = [*self._body.messages]

@@ -22,6 +22,7 @@ from chunkllama_server.api.common.sampling import (
     request_priority,
     sampling_params,
 )
+from chunkllama_server.api.common.schema_bounds import bound_grammar
 from chunkllama_server.api.common.structured_outputs import grammar_of
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.tools.config import ToolConfig, call_format, calls_or_answer, plan_tools
@@ -47,7 +48,10 @@ async def prepare_chat(
     prompter = ChatPrompter(body, context.settings, context.text, template, tools.prompt_tools)
     info.name_repairs(prompter.repairs)
     info.name_ignored_fields(prompter.ignored)
-    return PreparedChat(body, context, tools, prompter, await prompter.encode())
+    prepared = PreparedChat(body, context, tools, prompter, await prompter.encode())
+    if not tools.call_schemas:
+        return prepared
+    return replace(prepared, tools=tools.bounded(prepared.num_answer_tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,9 @@ class PreparedChat:
         """
         context, thoughts = self.context, self.prompt.thoughts
         request = await self.engine_request(info, request_id)
+        context.metrics.prompt_heads.observe(
+            request.namespace, self.prompter.messages, request.prompt_token_ids
+        )
         context.charge(info, [request])
         return RequestStream(
             context.engine,
@@ -92,6 +99,13 @@ class PreparedChat:
             param_names=param_names,
             thoughts=replace(thoughts, shown_ids=thoughts.shown_ids | self.tools.shown_ids),
         )
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens within which an answer with a grammar has to end."""
+        given: int | None = getattr(self.body, self.max_tokens_field)
+        fitting = self.context.engine.info.max_model_len - len(self.prompt.token_ids)
+        return fitting if given is None else given
 
     @property
     def max_tokens_field(self) -> str:
@@ -142,6 +156,8 @@ class PreparedChat:
         body = self.body
         grammar, param = grammar_of(body.response_format, body.structured_outputs, left_out)
         info.name_ignored_fields(left_out)
+        if grammar is not None and not _is_strict(body):
+            grammar = bound_grammar(grammar, self.num_answer_tokens)
         if self.tools.grammar is not None:
             if self.body.structured_outputs is not None:
                 raise invalid("A forced tool call excludes structured_outputs", param)
@@ -157,6 +173,12 @@ class PreparedChat:
             body.thinking_token_budget,
             self.context.text.tokenizer,
         )
+
+
+def _is_strict(body: ChatCompletionRequest) -> bool:
+    """Whether the typed answer's schema is enforced to the letter."""
+    described = body.response_format.json_schema if body.response_format is not None else None
+    return described is not None and bool(described.strict)
 
 
 def _check_fields(body: ChatCompletionRequest) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from chunkllama.engine.grammar import JSON_WHITESPACE
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama.text.template_capabilities import TemplateCapabilities
 from chunkllama.text.tokenizer import Tokenizer
+from chunkllama_server.api.common.schema_bounds import bound_grammar, bounded
 from chunkllama_server.api.common.schema_levels import object_schema, prepare_schema
 from chunkllama_server.api.common.structured_outputs import check_schema
 from chunkllama_server.api.schema.chat import (
@@ -104,6 +105,12 @@ class ToolConfig:
             forced=self.grammar is not None,
             max_calls=self.max_calls,
         )
+
+    def bounded(self, num_tokens: int) -> ToolConfig:
+        """The same with schemas of calls that end within a number of output tokens."""
+        grammar = None if self.grammar is None else bound_grammar(self.grammar, num_tokens)
+        schemas = tuple(bounded(schema, num_tokens) for schema in self.call_schemas)
+        return replace(self, grammar=grammar, call_schemas=schemas)
 
     @property
     def shown_ids(self) -> frozenset[int]:

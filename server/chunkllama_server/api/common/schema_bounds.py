@@ -1,0 +1,164 @@
+"""Bound what a schema leaves open, so that an answer with a grammar ends within its tokens.
+
+A weak model in a grammar repeats itself where it may: a string, a number or a list without an end
+takes all tokens, and what is left is cut JSON. The bounds are wide: they follow from the tokens
+that the answer may take.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from chunkllama.sampling_params import GrammarSpec
+
+MAX_INTEGER = 2**53 - 1
+_MAX_NUMBER = 10**15
+_DECIMAL_STEP = 1e-9
+_MAX_MEMBERS = 32
+_MAX_ITEMS = 256
+_LEAST_ITEMS, _LEAST_CHARS = 4, 32
+# A token of ordinary text has about four characters; half of that leaves room for bad text.
+_CHARS_PER_TOKEN = 2
+_MAX_CHARS = 1 << 15
+# Names of members of a map.
+_NAMES = "^.{1,64}$"
+# Digits behind a second or a label of a host name may go on as long as any text.
+_FORMAT_CHARS = {
+    **{"date-time": 35, "time": 24, "date": 10, "duration": 32, "uuid": 36, "ipv4": 15, "ipv6": 45},
+    **{"email": 128, "hostname": 128, "uri": 512},
+}
+# A pattern that counts in hundreds may need more characters than any bound.
+_PATTERN_CHARS, _LONG_PATTERN = 256, re.compile(r"\{\d{3,}|\{\d*,\d{3,}")
+# What may come several times counts so often.
+_REPEATED, _REPEATS = frozenset(("items", "additionalProperties", "patternProperties")), 4
+# An untyped value may nest so deep.
+_ANY_DEPTH = 3
+_MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+_LISTS = frozenset(("anyOf", "oneOf", "allOf", "prefixItems"))
+_CHILDREN = frozenset(("items", "additionalProperties", "additionalItems"))
+_ANNOTATIONS = frozenset(
+    (
+        *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"),
+        *("$comment", "nullable", "example"),
+    )
+)
+_FIXED = frozenset(("enum", "const", "$ref"))
+
+
+def bound_grammar(grammar: GrammarSpec, num_tokens: int) -> GrammarSpec:
+    """A grammar whose JSON schema has bounds; other grammars stay as they are."""
+    if grammar.kind != "json_schema":
+        return grammar
+    text = json.dumps(bounded(json.loads(grammar.text), num_tokens))
+    return GrammarSpec(kind=grammar.kind, text=text)
+
+
+def bounded(schema: Any, num_tokens: int) -> Any:
+    """The schema with bounds where it has none.
+
+    Args:
+        schema: what a grammar enforces; it stays as it is.
+        num_tokens: output tokens that the answer may take.
+    """
+    share = max(num_tokens, 1) * _CHARS_PER_TOKEN // max(_num_strings(schema), 1)
+    items = min(max(_floor(num_tokens // 16), _LEAST_ITEMS), _MAX_ITEMS)
+    return _Bounder(min(max(_floor(share), _LEAST_CHARS), _MAX_CHARS), items).schema(schema)
+
+
+def _floor(number: int) -> int:
+    """The power of two at or below a number: few different bounds share compiled grammars."""
+    return 1 << (number.bit_length() - 1) if number > 0 else 0
+
+
+def _num_strings(schema: Any) -> int:
+    """Places of a schema that may be text; of alternatives, those of the longest."""
+    if isinstance(schema, list):
+        return sum(map(_num_strings, schema))
+    if not isinstance(schema, dict):
+        return 0
+    kind = schema.get("type")
+    count = int(kind == "string" or (isinstance(kind, list) and "string" in kind))
+    for key, value in schema.items():
+        if key in ("anyOf", "oneOf") and isinstance(value, list):
+            count += max(map(_num_strings, value), default=0)
+        elif key in _REPEATED:
+            count += _REPEATS * _num_strings(value)
+        else:
+            count += _num_strings(value)
+    return count
+
+
+def _least(node: dict[str, Any]) -> int:
+    """Characters that a string may need."""
+    least: int = node.get("minLength", 0)
+    return max(least, _PATTERN_CHARS if "pattern" in node else 0)
+
+
+class _Bounder:
+    def __init__(self, max_chars: int, max_items: int) -> None:
+        self._max_chars = max_chars
+        self._max_items = max_items
+
+    def schema(self, node: Any, depth: int = 0) -> Any:
+        """A schema with bounds; ``depth`` counts the untyped values around it."""
+        if node is True:
+            return self._any(depth)
+        if not isinstance(node, dict):
+            return node
+        if node.keys() <= _ANNOTATIONS:
+            return {**node, **self._any(depth)}
+        result = {key: self._member(key, value, depth) for key, value in node.items()}
+        kinds = result.get("type")
+        kinds = {kinds} if isinstance(kinds, str) else set(kinds or ())
+        if not _FIXED & result.keys():
+            self._bound(result, kinds, depth)
+        return result
+
+    def _member(self, key: str, value: Any, depth: int) -> Any:
+        if key in _MAPS and isinstance(value, dict):
+            return {name: self.schema(item, depth) for name, item in value.items()}
+        if key in _LISTS and isinstance(value, list):
+            return [self.schema(item, depth) for item in value]
+        return self.schema(value, depth) if key in _CHILDREN else value
+
+    def _bound(self, node: dict[str, Any], kinds: set[str], depth: int) -> None:
+        if "string" in kinds and not _LONG_PATTERN.search(str(node.get("pattern", ""))):
+            limit = max(_FORMAT_CHARS.get(str(node.get("format")), self._max_chars), _least(node))
+            node.setdefault("maxLength", limit)
+        if "integer" in kinds or "number" in kinds:
+            self._bound_number(node, MAX_INTEGER if "integer" in kinds else _MAX_NUMBER)
+        if "number" in kinds:
+            node.setdefault("multipleOf", _DECIMAL_STEP)
+        if "array" in kinds:
+            node.setdefault("maxItems", max(self._max_items, node.get("minItems", 0)))
+            if "items" not in node and "prefixItems" not in node:
+                node["items"] = self._any(depth + 1)
+        is_map = "object" in kinds and node.get("additionalProperties", True) is not False
+        if is_map and "patternProperties" not in node:
+            value = node.setdefault("additionalProperties", self._any(depth + 1))
+            # The grammar library counts members, and bounds their names, of plain maps alone.
+            if not node.get("properties"):
+                node.setdefault("maxProperties", max(_MAX_MEMBERS, node.get("minProperties", 0)))
+                node["patternProperties"] = {_NAMES: value}
+                node["additionalProperties"] = False
+
+    def _bound_number(self, node: dict[str, Any], limit: int) -> None:
+        lower, upper = node.get("minimum"), node.get("maximum")
+        if lower is None and "exclusiveMinimum" not in node:
+            node["minimum"] = -limit if upper is None else min(-limit, upper)
+        if upper is None and "exclusiveMaximum" not in node:
+            node["maximum"] = limit if lower is None else max(limit, lower)
+
+    def _any(self, depth: int) -> dict[str, Any]:
+        """Any JSON value, with bounds."""
+        kinds: list[dict[str, Any]] = [
+            {"type": "string"},
+            {"type": "number"},
+            {"type": "boolean"},
+            {"type": "null"},
+        ]
+        if depth < _ANY_DEPTH:
+            kinds += [{"type": "array"}, {"type": "object"}]
+        return {"anyOf": [self.schema(kind, depth) for kind in kinds]}

@@ -1,0 +1,129 @@
+"""Schemas as eight libraries write them: every forced call is an object that its function accepts,
+and ends within its tokens.
+
+``schema_writers.json`` has their output for one function with a plain signature and one with nested
+models, recorded from pydantic 2.14, zod 4.6, instructor 1.17, LangChain 1.8, OpenAI Agents 0.24,
+AI SDK 6.0, LlamaIndex 0.14 and MCP 2.3.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema_rs
+import numpy as np
+import pytest
+
+from chunkllama import LLM, SamplingParams
+from chunkllama.engine.grammar import GrammarCompiler
+from chunkllama.text.tokenizer import load_tokenizer
+from chunkllama_server.api.common.schema_bounds import bound_grammar
+from chunkllama_server.api.schema.chat import ChatCompletionRequest
+from chunkllama_server.api.tools.config import CallFormat, plan_tools
+
+RECORDED = json.loads(Path(__file__).with_name("schema_writers.json").read_text())
+WRITERS = [(writer, tool) for writer, tools in RECORDED.items() for tool in tools]
+IDS = [f"{writer}-{tool['name']}" for writer, tool in WRITERS]
+NUM_TOKENS = 1024
+VOCAB, EOS = 49152, 2
+CHAT = [{"role": "user", "content": "Weather in Oslo, and an order of two apples for Bergen"}]
+BATCH = 50
+
+
+def plan(tool):
+    """What a request that forces a call of the tool makes of it."""
+    body = ChatCompletionRequest(
+        model="m",
+        messages=CHAT,
+        tools=[{"type": "function", "function": tool}],
+        tool_choice={"type": "function", "function": {"name": tool["name"]}},
+    )
+    config = plan_tools(body, CallFormat())
+    return config, bound_grammar(config.grammar, NUM_TOKENS)
+
+
+def check(config, tool, text: str) -> None:
+    """The text is one whole call whose arguments are an object of the tool's schema."""
+    parser = config.parser()
+    deltas = [*parser.feed(text).calls, *parser.finish().calls]
+    assert [delta.name for delta in deltas if delta.name] == [tool["name"]], text
+    arguments = json.loads("".join(delta.arguments for delta in deltas))
+    assert isinstance(arguments, dict)
+    assert set(tool["parameters"].get("required", ())) <= arguments.keys()
+    known = tool["parameters"].get("properties", {}).keys()
+    assert arguments.keys() <= known, "a function takes no other keyword arguments"
+    errors = list(jsonschema_rs.validator_for(tool["parameters"]).iter_errors(arguments))
+    assert not errors, (str(errors[0]), text)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_path: Path):
+    return load_tokenizer(demo_path)
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer):
+    return GrammarCompiler(tokenizer.to_json(), VOCAB, [EOS])
+
+
+def walk(matcher, tokenizer, seed: int) -> str:
+    """The text of tokens drawn evenly from what the grammar allows: a model that knows nothing."""
+    rng, ids = np.random.default_rng(seed), []
+    while not matcher.is_finished:
+        assert len(ids) < NUM_TOKENS, f"does not end: {tokenizer.decode(ids)[-300:]}"
+        mask = np.zeros(VOCAB // 32, np.int32)
+        matcher.fill_mask(mask)
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        token = int(rng.choice(allowed))
+        if token == EOS:
+            break
+        assert matcher.accept(token)
+        ids.append(token)
+    return tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(("writer", "tool"), WRITERS, ids=IDS)
+def test_a_forced_call_ends_with_its_members(compiler, tokenizer, writer, tool):
+    config, grammar = plan(tool)
+    for seed in range(10):
+        check(config, tool, walk(compiler.matcher(grammar, []), tokenizer, seed))
+
+
+def test_all_writers_are_recorded():
+    assert set(RECORDED) == {
+        "pydantic", "zod", "instructor", "langchain", "openai_agents", "ai_sdk", "llama_index",
+        "mcp",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llm(demo_path):
+    with LLM(str(demo_path), num_chunks=1024) as llm:
+        yield llm
+
+
+def call_with_the_demo_model(llm, tool, num_calls: int) -> None:
+    config, grammar = plan(tool)
+    for seed in range(-(-num_calls // BATCH)):
+        sampling = SamplingParams(
+            n=min(BATCH, num_calls),
+            temperature=0.8,
+            seed=seed,
+            max_tokens=NUM_TOKENS,
+            grammar=grammar,
+        )
+        (output,) = llm.chat(CHAT, sampling, tools=config.prompt_tools, use_progress_bar=False)
+        for choice in output.outputs:
+            assert choice.finish_reason == "stop", choice.text
+            check(config, tool, choice.text)
+
+
+def test_calls_of_the_demo_model(llm):
+    call_with_the_demo_model(llm, RECORDED["pydantic"][0], 4)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("writer", "tool"), WRITERS, ids=IDS)
+def test_two_hundred_calls_of_the_demo_model(llm, writer, tool):
+    call_with_the_demo_model(llm, tool, 200)

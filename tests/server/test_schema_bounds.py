@@ -1,0 +1,105 @@
+"""Bounds of schemas: an answer with a grammar ends, and what the schema says itself stays."""
+
+from __future__ import annotations
+
+import json
+
+import llguidance
+import pytest
+
+from chunkllama_server.api.common.schema_bounds import bounded
+
+
+def at(schema, *path):
+    for step in path:
+        schema = schema[step]
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({"type": "string"}, {"maxLength": 2048}),
+        ({"type": "string", "maxLength": 5}, {"maxLength": 5}),
+        ({"type": "string", "minLength": 5000}, {"maxLength": 5000}),
+        ({"type": ["string", "null"]}, {"maxLength": 2048}),
+        ({"type": "string", "format": "date-time"}, {"maxLength": 35}),
+        ({"type": "string", "format": "date-time", "pattern": "^2"}, {"maxLength": 256}),
+        ({"type": "string", "pattern": "^a+$"}, {"maxLength": 2048}),
+        ({"type": "integer"}, {"minimum": -(2**53) + 1, "maximum": 2**53 - 1}),
+        ({"type": "integer", "minimum": 3}, {"minimum": 3, "maximum": 2**53 - 1}),
+        ({"type": "integer", "exclusiveMinimum": 3}, {"maximum": 2**53 - 1}),
+        ({"type": "number"}, {"minimum": -(10**15), "maximum": 10**15, "multipleOf": 1e-9}),
+        ({"type": "number", "multipleOf": 0.5}, {"multipleOf": 0.5}),
+        ({"type": "array", "items": {"type": "null"}}, {"maxItems": 64}),
+        ({"type": "array", "maxItems": 3, "items": {"type": "null"}}, {"maxItems": 3}),
+        (
+            {"type": "object", "additionalProperties": {"type": "null"}},
+            {
+                "maxProperties": 32,
+                "patternProperties": {"^.{1,64}$": {"type": "null"}},
+                "additionalProperties": False,
+            },
+        ),
+    ],
+)
+def test_a_bound_where_there_is_none(schema, expected):
+    before = json.dumps(schema)
+    result = bounded(schema, 1024)
+    assert {key: result[key] for key in expected} == expected
+    assert json.dumps(schema) == before, "the schema stays as it is"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"enum": ["a"], "type": "string"},
+        {"const": 1, "type": "integer"},
+        {"type": "string", "pattern": "^a{300}$"},
+        {"type": "boolean"},
+        {"type": "null"},
+        {"$ref": "#/$defs/a"},
+        {"type": "object", "properties": {}, "additionalProperties": False},
+    ],
+)
+def test_what_ends_by_itself_stays(schema):
+    assert bounded(schema, 1024) == schema
+
+
+def test_bounds_follow_from_the_tokens_and_the_number_of_strings():
+    one = {"type": "object", "properties": {"a": {"type": "string"}}}
+    assert at(bounded(one, 100), "properties", "a", "maxLength") == 128
+    assert at(bounded(one, 130), "properties", "a", "maxLength") == 256
+    assert at(bounded(one, 10**9), "properties", "a", "maxLength") == 1 << 15
+    four = {"type": "object", "properties": {key: {"type": "string"} for key in "abcd"}}
+    assert at(bounded(four, 1024), "properties", "a", "maxLength") == 512
+    listed = {"type": "array", "items": {"type": "string"}}
+    assert at(bounded(listed, 1024), "items", "maxLength") == 512
+    either = {"anyOf": [four, one]}
+    assert at(bounded(either, 1024), "anyOf", 1, "properties", "a", "maxLength") == 512
+
+
+CLOSED = {"additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        True,
+        {},
+        {"title": "Anything", "default": None},
+        {"type": "array"},
+        {"type": "object"},
+        {"type": "object", "additionalProperties": True},
+        {
+            "properties": {"a": {"$ref": "#/properties/x/$defs/b"}},
+            "$defs": {"b": {"type": "number"}},
+        },
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {}}]},
+    ],
+    ids=str,
+)
+def test_bounded_schemas_compile(schema):
+    text = json.dumps(bounded({"type": "object", "properties": {"x": schema}, **CLOSED}, 256))
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(text)
+    assert llguidance.LLMatcher.validate_grammar(grammar) == ""
