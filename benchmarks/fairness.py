@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from chunkllama.simulation.fairness import Comparison, Scenario, compare
 
@@ -32,6 +33,17 @@ def scenarios(seeds: int) -> list[Scenario]:
 def name_of(scenario: Scenario) -> str:
     skew = "skewed" if scenario.skewed else "uniform"
     return f"{scenario.num_tenants} tenants, {scenario.prefixes}, {skew}"
+
+
+def row(result: Comparison) -> dict[str, Any]:
+    """The result with rounded numbers; the ratios by tenant follow from the waits."""
+    values = result.as_dict()
+    del values["wait_ratios"]
+    for name in ("waits", "fluid_waits"):
+        values[name] = {tenant: round(wait, 2) for tenant, wait in values[name].items()}
+    for name in ("prefill_over_ideal", "worst_wait_ratio"):
+        values[name] = round(values[name], 4)
+    return values
 
 
 def plot(results: list[Comparison], path: Path) -> None:
@@ -66,7 +78,7 @@ def plot(results: list[Comparison], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", action="store_true", help="write results/fairness.json and .png")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
     results = []
     for scenario in scenarios(options.seeds):
@@ -81,10 +93,10 @@ def main() -> None:
     if options.save:
         folder = Path(__file__).parent / "results"
         document = {
-            "command": "python benchmarks/fairness.py --save",
+            "command": f"python benchmarks/fairness.py --seeds {options.seeds} --save",
             "unit": "steps",
             "targets": {"prefill_over_ideal": 1.2, "worst_wait_ratio": 2.0},
-            "results": [result.as_dict() for result in results],
+            "results": [row(result) for result in results],
         }
         (folder / "fairness.json").write_text(json.dumps(document) + "\n")
         plot(results, folder / "fairness.png")
