@@ -106,6 +106,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         isa_level=config.model.isa_level,
         backend=config.model.backend,
         weights=config.model.quantization,
+        row_work_share=config.scheduler.row_work_share,
     )
     limits = SchedulerLimits(
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -113,6 +114,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         max_model_len=max_model_len,
         max_waiting=config.scheduler.max_waiting,
         policy=config.scheduler.scheduling_policy,
+        max_scored_tokens=config.scheduler.max_scored_tokens,
         fair_quantum=config.scheduler.fair_quantum,
         tenant_weights=parse_weights(config.scheduler.tenant_weights),
         min_wait_tokens=config.scheduler.min_wait_tokens,

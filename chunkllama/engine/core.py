@@ -155,10 +155,11 @@ class EngineCore:
         return deltas
 
     def _requests_of(self, output: SchedulerOutput) -> list[str]:
-        """Ids of the requests with a slice in this step."""
+        """Ids of the requests with a slice in this step, or a row to sample."""
         for new in output.new_sequences:
             self._request_of_slot[new.slot] = new.request_id
-        return list(dict.fromkeys(self._request_of_slot[piece.slot] for piece in output.slices))
+        slots = [*(piece.slot for piece in output.slices), *output.awaited]
+        return list(dict.fromkeys(self._request_of_slot[slot] for slot in slots))
 
     def check_idle(self) -> None:
         """Audit pool and tree once per idle spell; a violation is counted and logged."""

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from chunkllama.attention.plan import Planner
 from chunkllama.backends.base import Backend, Quantization
 from chunkllama.backends.model import ModelWeights, RunnableModel
 from chunkllama.backends.select import BackendName, select_backend
 from chunkllama.engine.logprobs import token_logprobs
-from chunkllama.engine.sampler import Sampled, Sampler, takes_best
 from chunkllama.engine.sequence_state import SequenceState
-from chunkllama.errors import ConfigError, InvalidRequestError
+from chunkllama.engine.step_sampler import StepSampler
+from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.attention import Attention
@@ -30,7 +31,7 @@ from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.output import NewSequence, SampledTokens, ScheduledSlice, SchedulerOutput
 
 if TYPE_CHECKING:
-    from chunkllama.engine.grammar import GrammarCompiler
+    from chunkllama.engine.grammar import GrammarCompiler, Matcher
     from chunkllama.models.hf_model import TransformersModel
 
 logger = init_logger(__name__)
@@ -46,6 +47,9 @@ class ModelRunner:
         model: built on ``attention``.
         attention: the backend, the chunk pool and the planner.
         model_path: where the tokenizer for grammars lies; None: no grammars.
+        row_work_share: of the model's time that one request's masks and sampling may take in a step
+            that others take part in; rows beyond it are sampled in a later step.
+        clock: seconds.
     """
 
     def __init__(
@@ -54,17 +58,19 @@ class ModelRunner:
         model: RunnableModel,
         attention: Attention,
         model_path: Path | None = None,
+        *,
+        row_work_share: float = 0.2,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.spec = spec
         self.backend: Backend = attention.backend
         self.spare_chunks: int = attention.planner.packing.spare_chunks
         self._model = model
         self._attention = attention
-        self._sampler = Sampler(spec.eos_token_ids)
         self._sequences: dict[int, SequenceState] = {}
+        self._sampler = StepSampler(spec, self._sequences, row_work_share, clock)
         self._model_path = model_path
         self._grammars: GrammarCompiler | None = None
-        self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-mask")
         self._compile_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-compile")
 
     def prepare(self, sampling: SamplingParams) -> Future[None] | None:
@@ -83,16 +89,28 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> SampledTokens:
-        """Copy chunks, run the model over every slice, sample where a slice asks for it."""
+        """Copy chunks, run the model over every slice, sample where a slice asks for it.
+
+        Rows that an earlier step deferred are sampled too, as far as the time of their request
+        goes.
+        """
         for slot in output.freed_slots:
             self._sequences.pop(slot, None)
         for new in output.new_sequences:
             self._sequences[new.slot] = self._new_state(new)
-        masks = self._start_masks(output.slices)
+        self._sampler.begin(output)
         if output.copies:
             self.backend.copy_chunks(self._attention.kv, output.copies)
-        hidden = self._forward(output)
         sampled = SampledTokens(token_ids={})
+        hidden = torch.empty(0, self.spec.hidden_size)
+        if output.slices:
+            hidden = self._run_slices(output, sampled)
+        self._sampler.finish(output, self._model, hidden, sampled)
+        return sampled
+
+    def _run_slices(self, output: SchedulerOutput, sampled: SampledTokens) -> torch.Tensor:
+        """Score and pool prompts; returns the hidden states [R, H] of the rows to sample."""
+        hidden = self._forward(output)
         begin = 0
         for piece in output.slices:
             rows = hidden[begin : begin + piece.num_tokens]
@@ -101,12 +119,17 @@ class ModelRunner:
                 self._score_prompt(piece, rows, sampled)
             if self._sequences[piece.slot].pooling:
                 self._pool(piece, rows, sampled)
-        self._sample(output.slices, hidden, masks, sampled)
-        return sampled
+        ends = np.cumsum([piece.num_tokens for piece in output.slices])
+        last = [
+            int(end) - 1 for piece, end in zip(output.slices, ends, strict=True) if piece.samples
+        ]
+        if last == list(range(len(hidden))):
+            return hidden
+        return hidden[torch.tensor(last, dtype=torch.int64, device=hidden.device)]
 
     def close(self) -> None:
         """Release the model and the pool."""
-        self._mask_thread.shutdown(wait=True)
+        self._sampler.close()
         self._compile_thread.shutdown(wait=True, cancel_futures=True)
         self._sequences.clear()
         self._attention.kv.layers.clear()
@@ -136,18 +159,30 @@ class ModelRunner:
         state = SequenceState(
             sampling=new.sampling,
             index=new.index,
+            request_id=new.request_id,
             prompt_token_ids=np.array(new.prompt_token_ids, np.int32),
             output_token_ids=[int(token) for token in new.output_token_ids],
             pooling=new.pooling,
         )
         if new.sampling.grammar is not None:
-            try:
-                compiler = self._grammar_compiler()
-                state.matcher = compiler.matcher(new.sampling.grammar, state.output_token_ids)
-            except (InvalidRequestError, ConfigError) as error:
-                logger.warning("request %s: %s", new.request_id, error)
-                state.failed = "grammar_error"
+            self._start_matcher(state)
         return state
+
+    def _start_matcher(self, state: SequenceState) -> None:
+        """Make the matcher, in the thread if its grammar is not compiled or it has tokens to see.
+
+        A grammar that was prepared may have been pushed out by others before its request begins.
+        """
+        grammar, tokens = state.sampling.grammar, list(state.output_token_ids)
+        assert grammar is not None
+
+        def make() -> Matcher:
+            return self._grammar_compiler().matcher(grammar, tokens)
+
+        if tokens or self._grammars is None or not self._grammars.has(grammar):
+            state.pending_matcher = self._compile_thread.submit(make)
+        else:
+            state.matcher = make()
 
     def _grammar_compiler(self) -> GrammarCompiler:
         """Built with the first grammar: it takes a second that most servers never need."""
@@ -162,73 +197,6 @@ class ModelRunner:
                 tokenizer.to_json(), self.spec.vocab_size, list(self.spec.eos_token_ids)
             )
         return self._grammars
-
-    def _start_masks(
-        self, slices: list[ScheduledSlice]
-    ) -> Future[dict[int, NDArray[np.int32]]] | None:
-        """Compute the grammar masks of this step's samples in a thread while the model runs."""
-        matchers = {
-            piece.slot: state.matcher
-            for piece in slices
-            if piece.samples and (state := self._sequences[piece.slot]).matcher is not None
-        }
-        if not matchers:
-            return None
-        words = -(-self.spec.vocab_size // 32)
-
-        def compute() -> dict[int, NDArray[np.int32]]:
-            masks = {}
-            for slot, matcher in matchers.items():
-                masks[slot] = np.zeros(words, np.int32)
-                matcher.fill_mask(masks[slot])
-            return masks
-
-        return self._mask_thread.submit(compute)
-
-    def _sample(
-        self,
-        slices: list[ScheduledSlice],
-        hidden: torch.Tensor,
-        pending_masks: Future[dict[int, NDArray[np.int32]]] | None,
-        sampled: SampledTokens,
-    ) -> None:
-        ends = np.cumsum([piece.num_tokens for piece in slices])
-        slots = [piece.slot for piece in slices if piece.samples]
-        if not slots:
-            return
-        last_rows = [int(end) - 1 for piece, end in zip(slices, ends, strict=True) if piece.samples]
-        if last_rows != list(range(len(hidden))):
-            hidden = hidden[torch.tensor(last_rows, device=hidden.device)]
-        states = [self._sequences[slot] for slot in slots]
-        if all(takes_best(state.sampling) for state in states):
-            outcomes = self._take_best(hidden)
-        else:
-            logits = self._model.logits(hidden)
-            masks = pending_masks.result() if pending_masks is not None else {}
-            of_rows = {row: masks[slot] for row, slot in enumerate(slots) if slot in masks}
-            outcomes = self._sampler.sample(logits, states, of_rows)
-        for slot, outcome in zip(slots, outcomes, strict=True):
-            state = self._sequences[slot]
-            if not (state.failed or outcome.failed):
-                state.append(outcome.token_id)
-            if reason := state.failed or outcome.failed:
-                sampled.failed[slot] = reason
-                continue
-            sampled.token_ids[slot] = outcome.token_id
-            if outcome.logprob is not None:
-                sampled.logprobs[slot] = outcome.logprob
-            if outcome.beam_candidates is not None:
-                sampled.beam_candidates[slot] = outcome.beam_candidates
-            if state.matcher is not None and state.matcher.is_finished:
-                sampled.finished_grammar.add(slot)
-
-    def _take_best(self, hidden: torch.Tensor) -> list[Sampled]:
-        """Greedy sampling alone needs no logits in memory."""
-        values, tokens = self._model.best_tokens(hidden)
-        return [
-            Sampled(token, failed="" if is_finite else "model_nan")
-            for token, is_finite in zip(tokens.tolist(), values.isfinite().tolist(), strict=True)
-        ]
 
     def _score_prompt(
         self, piece: ScheduledSlice, hidden: torch.Tensor, sampled: SampledTokens
@@ -273,6 +241,7 @@ def load_executor(  # noqa: PLR0913
     backend: BackendName = "auto",
     isa_level: str = "auto",
     weights: Quantization = "auto",
+    row_work_share: float = 0.2,
 ) -> ModelRunner:
     """Load a model folder's executor and allocate its pool.
 
@@ -282,6 +251,7 @@ def load_executor(  # noqa: PLR0913
         backend: "auto" or the name of one.
         isa_level: of the cpu backend, "auto" or the name of one.
         weights: storage of the linear layers, "auto" or what the backend offers.
+        row_work_share: as ``ModelRunner`` takes it.
 
     Raises:
         ConfigError: the folder or a setting is unusable; checked before any weight is read.
@@ -303,10 +273,12 @@ def load_executor(  # noqa: PLR0913
     )
     if foreign is not None:
         foreign.attach(attention, max_model_len)
-        return ModelRunner(spec, foreign, attention, model_path)
+        return ModelRunner(
+            spec, foreign, attention, model_path, row_work_share=row_work_share
+        )
     loaded = load_weights(checkpoint, spec, getattr(torch, dtype), attention.backend.device)
     model = build_model(spec, loaded, attention, max_model_len=max_model_len, weights=weights)
-    return ModelRunner(spec, model, attention, model_path)
+    return ModelRunner(spec, model, attention, model_path, row_work_share=row_work_share)
 
 
 def _transformers_model(

@@ -7,8 +7,9 @@ min-p, top-k, top-p, draw. A row's draw depends on that row alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,12 +34,37 @@ _BIAS_OF_BYTE = np.where(
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One row's outcome; ``failed`` is a reason instead of a token."""
+    """One row's outcome; ``failed`` is a reason instead of a token.
+
+    ``seconds`` is what the row has cost beyond the best of its logits; work on several rows at once
+    is divided evenly among those that asked for it.
+    """
 
     token_id: int
     logprob: TokenLogprob | None = None
     beam_candidates: list[tuple[int, float]] | None = None
     failed: str = ""
+    seconds: float = field(default=0.0, compare=False)
+
+
+class RowTimes:
+    """Divides the time of a step's sampling among its rows.
+
+    Attributes:
+        seconds: of each row so far.
+    """
+
+    def __init__(self, num_rows: int, clock: Callable[[], float]) -> None:
+        self.seconds = [0.0] * num_rows
+        self._clock = clock
+        self._last = clock()
+
+    def charge(self, rows: Sequence[int]) -> None:
+        """Charge the time since the last call to ``rows``; with none it is nobody's."""
+        now = self._clock()
+        passed, self._last = now - self._last, now
+        for row in rows:
+            self.seconds[row] += passed / len(rows)
 
 
 class Sampler:
@@ -46,10 +72,14 @@ class Sampler:
 
     Args:
         eos_token_ids: what ``min_tokens`` suppresses in addition to a request's own stop tokens.
+        clock: seconds.
     """
 
-    def __init__(self, eos_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self, eos_token_ids: Iterable[int], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
+        self._clock = clock
 
     def sample(
         self,
@@ -69,19 +99,24 @@ class Sampler:
         if bool(broken.any()):
             logits[broken] = 0.0
             top[broken] = 0.0
+        times = RowTimes(len(sequences), self._clock)
         raw = _raw_logprobs(logits, sequences)
-        if self._edit(logits, sequences, masks):
+        times.charge(raw[0])
+        if self._edit(logits, sequences, masks, times):
             top = logits.amax(dim=1)
         empty = top.isneginf()
+        times.charge(())
         beams = _beam_candidates(logits, sequences)
-        token_ids = _choose(logits, top, sequences)
+        times.charge([*beams])
+        token_ids = _choose(logits, top, sequences, times)
         logprobs = _logprobs(raw, sequences, token_ids)
+        times.charge(raw[0])
         failed = [
             "model_nan" if is_broken else "no_allowed_token" if is_empty else ""
             for is_broken, is_empty in zip(broken.tolist(), empty.tolist(), strict=True)
         ]
         return [
-            Sampled(token, logprobs.get(row), beams.get(row), failed[row])
+            Sampled(token, logprobs.get(row), beams.get(row), failed[row], times.seconds[row])
             for row, token in enumerate(token_ids)
         ]
 
@@ -90,6 +125,7 @@ class Sampler:
         logits: torch.Tensor,
         sequences: list[SequenceState],
         masks: dict[int, NDArray[np.int32]],
+        times: RowTimes,
     ) -> bool:
         """Apply masks, bans, bias and penalties; report whether any logit was edited."""
         vocab_size = logits.shape[1]
@@ -99,6 +135,7 @@ class Sampler:
                 logits[row] += torch.from_numpy(added).to(logits.device)
             else:  # torch would wake its other threads for each row
                 logits[row].numpy()[:] += added
+            times.charge([row])
         additions = _Entries(vocab_size)
         for row, sequence in enumerate(sequences):
             sampling = sequence.sampling
@@ -111,12 +148,15 @@ class Sampler:
                 additions.add(row, token, -np.inf)
             for token, bias in sampling.logit_bias.items():
                 additions.add(row, token, bias)
+            times.charge([row])
         if additions:
             where, values = additions.tensors(logits.device)
             logits.index_put_(where, values, accumulate=True)
+            times.charge(additions.rows())
         penalised = [row for row, s in enumerate(sequences) if _is_penalised(s.sampling)]
         for row in penalised:
             _penalise(logits[row], sequences[row])
+            times.charge([row])
         restricted = any(sequence.sampling.allowed_token_ids for sequence in sequences)
         return bool(masks or additions or penalised or restricted)
 
@@ -174,6 +214,10 @@ class _Entries:
     def __bool__(self) -> bool:
         return bool(self._rows)
 
+    def rows(self) -> list[int]:
+        """The rows that have entries."""
+        return sorted(set(self._rows))
+
     def tensors(
         self, device: torch.device
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -197,19 +241,22 @@ def _penalise(logits: torch.Tensor, sequence: SequenceState) -> None:
     logits[ids] -= torch.from_numpy(penalty).to(logits.device, torch.float32)
 
 
-def _choose(logits: torch.Tensor, top: torch.Tensor, sequences: list[SequenceState]) -> list[int]:
+def _choose(
+    logits: torch.Tensor, top: torch.Tensor, sequences: list[SequenceState], times: RowTimes
+) -> list[int]:
     """The best token of greedy rows, a drawn one of the others.
 
     logits [N, V], whose maxima are top [N], are overwritten.
     """
-    draws = [s.sampling.temperature >= _MIN_TEMPERATURE for s in sequences]
-    if all(draws):
-        return _ids(_draw(logits, top, sequences))
+    drawing = [r for r, s in enumerate(sequences) if s.sampling.temperature >= _MIN_TEMPERATURE]
+    if len(drawing) == len(sequences):
+        return _ids(_draw(logits, top, sequences, drawing, times))
     tokens = logits.argmax(dim=1)
-    if any(draws):
-        rows = torch.tensor([row for row, draw in enumerate(draws) if draw], device=logits.device)
-        drawing = [s for s, draw in zip(sequences, draws, strict=True) if draw]
-        drawn = _draw(logits[rows], top[rows], drawing)
+    times.charge(())
+    if drawing:
+        rows = torch.tensor(drawing, device=logits.device)
+        states = [sequences[row] for row in drawing]
+        drawn = _draw(logits[rows], top[rows], states, drawing, times)
         tokens = tokens.index_put((rows,), drawn)
     return _ids(tokens)
 
@@ -219,10 +266,17 @@ def _ids(tokens: torch.Tensor) -> list[int]:
     return ids
 
 
-def _draw(logits: torch.Tensor, top: torch.Tensor, sequences: list[SequenceState]) -> torch.Tensor:
+def _draw(
+    logits: torch.Tensor,
+    top: torch.Tensor,
+    sequences: list[SequenceState],
+    rows: list[int],
+    times: RowTimes,
+) -> torch.Tensor:
     """Token ids [R] drawn from logits [R, V] (overwritten); top [R] are their maxima.
 
-    Where several tokens tie at the edge of a top-k or top-p set, all of them are in it.
+    Where several tokens tie at the edge of a top-k or top-p set, all of them are in it. ``rows``
+    [R] are the rows that ``times`` knows them by.
     """
     sampling = [sequence.sampling for sequence in sequences]
     device = logits.device
@@ -231,21 +285,29 @@ def _draw(logits: torch.Tensor, top: torch.Tensor, sequences: list[SequenceState
     scale = [[_LOG2E / s.temperature] for s in sampling]
     logits *= torch.tensor(scale, dtype=torch.float32, device=device)
     weights = logits.exp2_()  # the best token's is 1
-    edge = _edges(weights, sampling)
+    edge = torch.tensor([[s.min_p] for s in sampling], dtype=torch.float32, device=device)
+    times.charge(rows)
+    cut = [i for i, s in enumerate(sampling) if s.top_p < 1.0 or 0 < s.top_k < weights.shape[1]]
+    if cut:
+        some = slice(None) if len(cut) == len(rows) else torch.tensor(cut, device=device)
+        edge[some] = _edges(weights[some], edge[some], [sampling[i] for i in cut])
+        times.charge([rows[i] for i in cut])
     if bool(edge.any()):
         weights.masked_fill_(weights < edge, 0.0)
-    return _race(weights, sequences)
+    drawn = _race(weights, sequences)
+    times.charge(rows)
+    return drawn
 
 
-def _edges(weights: torch.Tensor, sampling: list[SamplingParams]) -> torch.Tensor:
-    """The smallest weight [R, 1] that each row may draw: min-p, then top-k, then the smallest set,
-    best first, that holds top_p of what is left (nucleus sampling, arXiv 1904.09751).
+def _edges(
+    weights: torch.Tensor, edge: torch.Tensor, sampling: list[SamplingParams]
+) -> torch.Tensor:
+    """The smallest weight [R, 1] that each row may draw: min-p (``edge`` [R, 1]), then top-k, then
+    the smallest set, best first, that holds top_p of what is left (nucleus sampling, arXiv
+    1904.09751).
     """
     device, vocab_size = weights.device, weights.shape[1]
-    edge = torch.tensor([[s.min_p] for s in sampling], dtype=torch.float32, device=device)
     top_k = [s.top_k if 0 < s.top_k < vocab_size else vocab_size for s in sampling]
-    if all(k == vocab_size for k in top_k) and all(s.top_p >= 1.0 for s in sampling):
-        return edge
     falling = _sort_falling(weights)
     last = torch.tensor(top_k, device=device)[:, None] - 1
     edge = torch.maximum(edge, falling.gather(1, last))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,19 +19,31 @@ class SequenceState:
 
     Attributes:
         index: of the choice within its request; part of the random numbers' counter.
-        matcher: the grammar's state after ``output_token_ids``.
+        request_id: whose choice it is.
+        matcher: the grammar's state after ``output_token_ids``; None without a grammar, or while
+            ``pending_matcher`` is being made.
+        mask: of the tokens that may come next, once ``mask_task`` has computed it.
+        mask_seconds, slowest_mask: what the last mask took, and about the slowest of the last ones.
         failed: why this sequence can sample no more, "" while it can.
         pooled: [H] float32 sum (mean pooling) or last hidden state, over the rows seen so far.
+        hidden: [H] final hidden state of a row that is sampled in a later step.
     """
 
     sampling: SamplingParams
     index: int
     prompt_token_ids: NDArray[np.int32]
     output_token_ids: list[int]
+    request_id: str = ""
     pooling: str = ""
     matcher: Matcher | None = None
+    pending_matcher: Future[Matcher] | None = None
+    mask: NDArray[np.int32] | None = field(default=None, repr=False)
+    mask_task: Future[None] | None = field(default=None, repr=False)
+    mask_seconds: float = 0.0
+    slowest_mask: float = 0.0
     failed: str = ""
     pooled: torch.Tensor | None = field(default=None, repr=False)
+    hidden: torch.Tensor | None = field(default=None, repr=False)
     _allowed_ids: torch.Tensor | None = field(default=None, repr=False)
 
     def allowed_ids(self, vocab_size: int, device: torch.device) -> torch.Tensor:
@@ -40,8 +53,16 @@ class SequenceState:
             self._allowed_ids = torch.tensor(known, dtype=torch.int64, device=device)
         return self._allowed_ids
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next token can be drawn: its mask is there, or none is needed."""
+        if self.failed or (self.matcher is None and self.pending_matcher is None):
+            return True
+        return self.mask is not None
+
     def append(self, token_id: int) -> None:
         """Add a sampled token; the grammar moves on with it."""
         self.output_token_ids.append(token_id)
+        self.mask = self.mask_task = None
         if self.matcher is not None and not self.matcher.accept(token_id):
             self.failed = "grammar_error"

@@ -40,5 +40,7 @@ def drop_failed(
 
 def _undo(sequence: Sequence, cache: CacheManager) -> None:
     assert sequence.chunks is not None
+    if not sequence.num_scheduled:  # it only awaited a sample
+        return
     start = sequence.num_computed_tokens
     cache.undo_compute(sequence.chunks, start, start + sequence.num_scheduled)

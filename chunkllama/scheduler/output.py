@@ -75,6 +75,7 @@ class SchedulerOutput:
     preempt, spares used up. It is 0 when some slice has more than one token (a plan for this step
     alone).
     ``copies`` are (source chunk, destination chunk, tokens), done before the first layer.
+    ``awaited`` are slots whose token an earlier step deferred; they have no slice.
     """
 
     step: int
@@ -83,6 +84,7 @@ class SchedulerOutput:
     new_sequences: list[NewSequence] = field(default_factory=list)
     freed_slots: list[int] = field(default_factory=list)
     copies: list[tuple[int, int, int]] = field(default_factory=list)
+    awaited: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -100,6 +102,8 @@ class SampledTokens:
     ``beam_candidates[slot]`` (beam search only): the best (token id, log-probability) pairs at the
     sampled position.
     ``finished_grammar``: slots whose grammar accepts nothing more after the sampled token.
+    ``deferred``: slots that were to be sampled and are not yet; they stay in the ``awaited`` of the
+    next steps until they have a token.
     """
 
     token_ids: dict[int, int]
@@ -109,3 +113,4 @@ class SampledTokens:
     beam_candidates: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
     finished_grammar: set[int] = field(default_factory=set)
     failed: dict[int, str] = field(default_factory=dict)
+    deferred: set[int] = field(default_factory=set)

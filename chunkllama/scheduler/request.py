@@ -28,10 +28,12 @@ class Sequence:
         num_scheduled: tokens of it in the step being put together or in flight.
         num_admitted: tokens known when it was admitted; computing those is prefill.
         match: while it waits for a leader, what it waits for.
+        awaits_sample: its last token is computed and the executor has deferred the next one.
     """
 
     __slots__ = (
         "_tokens",
+        "awaits_sample",
         "chunks",
         "group",
         "index",
@@ -56,6 +58,7 @@ class Sequence:
         self.slot = -1
         self.chunks: SequenceChunks | None = None
         self.match: Match | None = None
+        self.awaits_sample = False
 
     @property
     def age(self) -> tuple[int, int]:

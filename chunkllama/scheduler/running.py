@@ -58,6 +58,7 @@ class RunningSequences:
             self._freed_slots.append(sequence.slot)
         sequence.slot, sequence.chunks = -1, None
         sequence.num_scheduled = 0
+        sequence.awaits_sample = False
         return chunks
 
     def renew(self, sequence: Sequence) -> None:

@@ -68,6 +68,7 @@ class Scheduler:
         self._step = 0
         self._in_flight: SchedulerOutput | None = None
         self._scheduled: list[Sequence] = []
+        self._awaiting: list[Sequence] = []
         self._aborts: list[tuple[str, int | None]] = []
         self._plan_key: tuple[int, int] = (0, 0)
         self._plan_version = 0
@@ -129,9 +130,10 @@ class Scheduler:
         grow_tails(self._lifecycle, self._cache)
         budget = self._take_decodes(self._limits.max_num_batched_tokens)
         self._admit(self._schedule_prefills(budget))
-        while not self._scheduled and self._break_deadlock():
+        while not (self._scheduled or self._find_awaiting()) and self._break_deadlock():
             self._admit(self._limits.max_num_batched_tokens)
-        if not self._scheduled:
+        self._awaiting = self._find_awaiting()
+        if not self._scheduled and not self._awaiting:
             return None
         self._step += 1
         copies = []
@@ -146,8 +148,13 @@ class Scheduler:
             new_sequences=self._running.take_new_sequences(),
             freed_slots=self._running.take_freed_slots(),
             copies=copies,
+            awaited=[sequence.slot for sequence in self._awaiting],
         )
         return self._in_flight
+
+    def _find_awaiting(self) -> list[Sequence]:
+        """Find the sequences whose samples the executor has deferred, oldest first."""
+        return [s for s in self._running.by_age if s.awaits_sample]
 
     def _take_decodes(self, budget: int) -> int:
         """Take the token of every sequence that has one left; returns the rest of the budget."""
@@ -180,6 +187,8 @@ class Scheduler:
             if budget == 0:
                 break
             count = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+            if sequence.wants_prompt_logits:
+                count = min(count, self._limits.max_scored_tokens)
             self._take(sequence, count)
             budget -= count
         return budget
@@ -303,13 +312,16 @@ class Scheduler:
         Returns one delta per request that gained tokens or ended; aborted requests have none.
         """
         assert output is self._in_flight, "not the step in flight"
-        scheduled, self._scheduled = self._scheduled, []
+        scheduled = [*self._scheduled, *self._awaiting]
+        self._scheduled, self._awaiting = [], []
         self._in_flight = None
         deltas = StepDeltas(self._clock())
         self._cache.end_step()
         if sampled.failed:
             scheduled = drop_failed(scheduled, sampled.failed, deltas, self._lifecycle, self._cache)
         for sequence in scheduled:
+            if sequence.awaits_sample:
+                continue
             start = sequence.num_computed_tokens
             sequence.num_computed_tokens = end = start + sequence.num_scheduled
             sequence.num_scheduled = 0
@@ -321,7 +333,11 @@ class Scheduler:
         for request_id, index in aborts:
             self._lifecycle.abort(request_id, index)
         for sequence in scheduled:
-            if sequence.chunks is not None:  # else aborted
+            if sequence.chunks is None:
+                continue  # aborted
+            if sequence.awaits_sample:
+                self._use_sample(sequence, sampled, deltas)
+            else:
                 self._commit_sequence(sequence, sampled, deltas)
         return deltas.all()
 
@@ -345,7 +361,16 @@ class Scheduler:
         if group.max_tokens == 0:
             deltas.end_prompt(sequence, sampled.embeddings.get(sequence.slot))
             self._lifecycle.finish(sequence)
-        elif group.beam is not None:
+        else:
+            self._use_sample(sequence, sampled, deltas)
+
+    def _use_sample(self, sequence: Sequence, sampled: SampledTokens, deltas: StepDeltas) -> None:
+        """Continue a sequence with its next token, unless the executor has deferred it."""
+        group = sequence.group
+        sequence.awaits_sample = sequence.slot in sampled.deferred
+        if sequence.awaits_sample:
+            return
+        if group.beam is not None:
             group.beam.feed(sequence.index, sampled.beam_candidates[sequence.slot])
             if group.beam.is_fed:
                 advance_beams(group, deltas, self._lifecycle)

@@ -7,6 +7,8 @@ wrong slot anywhere changes all that follows.
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -62,7 +64,12 @@ def candidates(value: int, vocab_size: int, width: int) -> list[tuple[int, float
 
 
 class FakeModel:
-    """An executor over one number per slot of the pool."""
+    """An executor over one number per slot of the pool.
+
+    Attributes:
+        fail_slots: slots whose rows fail in the next step.
+        defer_share: part of the samples that wait for a later step, at random.
+    """
 
     def __init__(self, num_chunks: int, chunk_size: int, vocab_size: int) -> None:
         self.chunk_size = chunk_size
@@ -72,6 +79,9 @@ class FakeModel:
         )
         self.sequences: dict[int, NewSequence] = {}
         self.fail_slots: set[int] = set()
+        self.defer_share = 0.0
+        self._random = random.Random(0)
+        self._late: dict[int, int] = {}
         self._offsets = np.arange(chunk_size)
 
     def prepare(self, sampling: SamplingParams) -> None:
@@ -81,6 +91,7 @@ class FakeModel:
         """Compute the step, as the executor of an engine does."""
         for slot in output.freed_slots:
             del self.sequences[slot]
+            self._late.pop(slot, None)
         for new in output.new_sequences:
             assert new.slot not in self.sequences, "a slot was given twice"
             self.sequences[new.slot] = new
@@ -92,6 +103,13 @@ class FakeModel:
                 sampled.failed[piece.slot] = "model_nan"
             else:
                 self._sample(sampled, piece, values[piece.slot])
+        assert {*output.awaited} == {*self._late} - {piece.slot for piece in output.slices}
+        for slot in output.awaited:
+            value = self._late.pop(slot)
+            if slot in self.fail_slots:
+                sampled.failed[slot] = "model_nan"
+            else:
+                self._draw(sampled, slot, value)
         return sampled
 
     def _copy(self, copies: list[tuple[int, int, int]]) -> None:
@@ -137,9 +155,17 @@ class FakeModel:
             sampled.embeddings[piece.slot] = [logprob(values[-1])]
         if not piece.samples:
             return
-        value = values[-1]
+        self._draw(sampled, piece.slot, values[-1])
+
+    def _draw(self, sampled: SampledTokens, slot: int, value: int) -> None:
+        """Sample now, or in a later step, as an executor that is short of time does."""
+        if self._random.random() < self.defer_share:
+            self._late[slot] = value
+            sampled.deferred.add(slot)
+            return
+        sequence = self.sequences[slot]
         width = sequence.sampling.beam_width
         if width > 1:
-            sampled.beam_candidates[piece.slot] = candidates(value, self.vocab_size, width)
-        sampled.token_ids[piece.slot] = sample(value, self.vocab_size, sequence.index)
-        sampled.logprobs[piece.slot] = TokenLogprob(0, logprob(value), 1, [])
+            sampled.beam_candidates[slot] = candidates(value, self.vocab_size, width)
+        sampled.token_ids[slot] = sample(value, self.vocab_size, sequence.index)
+        sampled.logprobs[slot] = TokenLogprob(0, logprob(value), 1, [])

@@ -43,6 +43,7 @@ class RandomTraffic:
             self.engine.scheduler.set_tenants(
                 TenantTable({"A": self._limits(), "B": self._limits()})
             )
+        self.engine.model.defer_share = [0.0, 0.0, 0.2, 0.7][seed % 4]
         self.aborted: set[str | tuple[str, int]] = set()
         self.bases = [self._tokens(4 * chunk_size) for _ in range(2)]
 
@@ -141,7 +142,9 @@ class RandomTraffic:
         if rnd.random() < 0.05:
             self.abort()
         if rnd.random() < 0.02:
-            engine.model.fail_slots = {rnd.choice(engine.last_output.slices).slot}
+            output = engine.last_output
+            slots = [piece.slot for piece in output.slices] or output.awaited
+            engine.model.fail_slots = {rnd.choice(slots)}
         engine.commit()
         engine.model.fail_slots = set()
         if rnd.random() < 0.01:

@@ -1,0 +1,74 @@
+"""Compute grammar masks in threads while the model runs. A step waits for none longer than it
+says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Final
+
+import numpy as np
+
+from chunkllama.engine.sequence_state import SequenceState
+
+# A mask that took longer is computed beside the others the next time, so that none waits for it.
+_SLOW_SECONDS: Final = 0.002
+_DECAY: Final = 0.9
+
+
+class MaskThreads:
+    """Two threads: one for masks that are quick, as all ordinary ones are, one for the rest.
+
+    Args:
+        vocab_size: of the model.
+        clock: seconds.
+    """
+
+    def __init__(self, vocab_size: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._words = -(-vocab_size // 32)
+        self._clock = clock
+        self._quick = ThreadPoolExecutor(1, thread_name_prefix="grammar-mask")
+        self._slow = ThreadPoolExecutor(1, thread_name_prefix="grammar-slow-mask")
+
+    def start(self, states: Iterable[SequenceState]) -> None:
+        """Compute the masks of the next tokens that are not there yet nor being computed."""
+        missing = [s for s in states if s.matcher and s.mask is None and s.mask_task is None]
+        quick = [s for s in missing if s.slowest_mask <= _SLOW_SECONDS]
+        if quick:
+            self._submit(self._quick, quick)
+        for state in missing:
+            if state.slowest_mask > _SLOW_SECONDS:
+                self._submit(self._slow, [state])
+
+    def _submit(self, pool: ThreadPoolExecutor, states: list[SequenceState]) -> None:
+        task = pool.submit(self._compute, states)
+        for state in states:
+            state.mask_task = task
+
+    def _compute(self, states: list[SequenceState]) -> None:
+        for state in states:
+            assert state.matcher is not None
+            started = self._clock()
+            mask = np.zeros(self._words, np.int32)
+            state.matcher.fill_mask(mask)
+            state.mask_seconds = self._clock() - started
+            state.slowest_mask = max(state.mask_seconds, _DECAY * state.slowest_mask)
+            state.mask = mask  # last, because the step loop looks at it
+
+    def wait(self, states: Iterable[SequenceState], seconds: float | None) -> None:
+        """Wait for the masks of ``states`` at most this long; None is without limit."""
+        tasks = _tasks(states)
+        if tasks:
+            wait(tasks, seconds)
+        for task in tasks:
+            if task.done():
+                task.result()  # an error of the library is the step's
+
+    def close(self) -> None:
+        self._quick.shutdown(wait=True, cancel_futures=True)
+        self._slow.shutdown(wait=True, cancel_futures=True)
+
+
+def _tasks(states: Iterable[SequenceState]) -> set[Future[None]]:
+    return {s.mask_task for s in states if s.mask is None and s.mask_task is not None}

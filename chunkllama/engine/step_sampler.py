@@ -1,0 +1,222 @@
+"""Sample the rows of a step within the time of their requests; defer the others.
+
+While the model runs, threads compute the masks of the rows that this step samples. A row whose mask
+is late, whose grammar is still being compiled, or whose request has used up its time keeps its
+hidden state and is sampled in a later step, without another pass of the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, Final
+
+import torch
+
+from chunkllama.backends.model import RunnableModel
+from chunkllama.engine.mask_threads import MaskThreads
+from chunkllama.engine.row_budget import RowBudget
+from chunkllama.engine.sampler import Sampled, Sampler, takes_best
+from chunkllama.engine.sequence_state import SequenceState
+from chunkllama.errors import ConfigError, InvalidRequestError
+from chunkllama.logger import init_logger
+from chunkllama.model_spec import ModelSpec
+from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
+
+logger = init_logger(__name__)
+
+# While a step has nothing but masks or compilations to wait for, the inbox is looked at this often.
+_POLL_SECONDS: Final = 0.02
+
+
+class StepSampler:
+    """Rows to tokens, step by step.
+
+    Args:
+        spec: of the model.
+        sequences: state of every slot, which the model runner keeps.
+        share: of the model's time that one request's rows may take in a step with others.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        sequences: Mapping[int, SequenceState],
+        share: float,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._sampler = Sampler(spec.eos_token_ids, clock)
+        self._masks = MaskThreads(spec.vocab_size, clock)
+        self._budget = RowBudget(share)
+        self._sequences = sequences
+        self._clock = clock
+        self._started = 0.0
+        self._chosen: list[int] = []
+        self._is_alone = True
+        self._model_seconds = 0.0
+
+    def begin(self, output: SchedulerOutput) -> None:
+        """Choose the rows that this step samples and start their masks.
+
+        The longest deferred come first, then the slices in their order.
+        """
+        self._started = self._clock()
+        states = self._sequences
+        asked = [*output.awaited, *_samples(output)]
+        self._chosen = asked
+        if all(takes_best(states[slot].sampling) for slot in asked):
+            return
+        for slot in asked:
+            _settle_matcher(states[slot])
+        present = self._present(output)
+        self._is_alone = len(present) == 1
+        rows = [(s, states[s].request_id) for s in asked if states[s].pending_matcher is None]
+        chosen = self._budget.choose(rows, present, must_choose=not output.slices)
+        self._chosen = [slot for slot in asked if slot in chosen]
+        self._masks.start(states[slot] for slot in self._chosen)
+
+    def finish(
+        self,
+        output: SchedulerOutput,
+        model: RunnableModel,
+        hidden: torch.Tensor,
+        sampled: SampledTokens,
+    ) -> None:
+        """Sample what was chosen and is ready.
+
+        Args:
+            hidden: [R, H] final hidden states of the slices that sample.
+            sampled: gets the tokens, and the slots that are deferred.
+        """
+        fresh = {slot: row for row, slot in enumerate(_samples(output))}
+        states = self._sequences
+        waiting = self._clock()
+        slots = self._ready(output)
+        waited = self._clock() - waiting
+        for slot in {*output.awaited, *fresh}.difference(slots):
+            sampled.deferred.add(slot)
+            if slot in fresh:
+                states[slot].hidden = hidden[fresh[slot]].clone()
+        if slots:
+            if slots != list(fresh):
+                hidden = torch.stack([_row(states[s], hidden, fresh.get(s)) for s in slots])
+            began = self._started + waited if output.slices else None
+            self._sample(slots, model, hidden, began, sampled)
+        if output.slices:
+            self._budget.refill(self._model_seconds, self._present(output))
+
+    def close(self) -> None:
+        self._masks.close()
+
+    def _present(self, output: SchedulerOutput) -> set[str]:
+        """Ids of the requests that take part in a step."""
+        slots = [*output.awaited, *(piece.slot for piece in output.slices)]
+        return {self._sequences[slot].request_id for slot in slots}
+
+    def _ready(self, output: SchedulerOutput) -> list[int]:
+        """The chosen slots whose masks are there, after a wait that the other requests can bear."""
+        states = [self._sequences[slot] for slot in self._chosen]
+        limit = self._budget.share * self._model_seconds
+        self._masks.wait(states, None if self._is_alone else limit)
+        ready = [slot for slot in self._chosen if self._sequences[slot].is_ready]
+        if ready or output.slices:
+            return ready
+        pending: set[Future[Any]] = {
+            task
+            for slot in output.awaited
+            for task in (self._sequences[slot].pending_matcher, self._sequences[slot].mask_task)
+            if task is not None
+        }
+        wait(pending, _POLL_SECONDS, return_when=FIRST_COMPLETED)
+        return [slot for slot in self._chosen if self._sequences[slot].is_ready]
+
+    def _sample(
+        self,
+        slots: list[int],
+        model: RunnableModel,
+        hidden: torch.Tensor,
+        began: float | None,
+        sampled: SampledTokens,
+    ) -> None:
+        """Draw a token for each slot.
+
+        Args:
+            began: when the model's pass did; None if this step has none.
+        """
+        states = [self._sequences[slot] for slot in slots]
+        if all(takes_best(state.sampling) for state in states):
+            outcomes = _take_best(model, hidden)
+            self._end_model(began)
+        else:
+            logits = model.logits(hidden)
+            logits[0, 0].item()  # a device works behind the calls until something is read
+            self._end_model(began)
+            masks = {row: s.mask for row, s in enumerate(states) if s.mask is not None}
+            outcomes = self._sampler.sample(logits, states, masks)
+            self._charge(states, outcomes)
+        for slot, state, outcome in zip(slots, states, outcomes, strict=True):
+            _take(slot, state, outcome, sampled)
+
+    def _end_model(self, began: float | None) -> None:
+        if began is not None:
+            self._model_seconds = self._clock() - began
+
+    def _charge(self, states: list[SequenceState], outcomes: list[Sampled]) -> None:
+        costs: dict[str, list[float]] = {}
+        for state, outcome in zip(states, outcomes, strict=True):
+            mask_seconds = state.mask_seconds if state.mask is not None else 0.0
+            costs.setdefault(state.request_id, []).append(outcome.seconds + mask_seconds)
+        for request_id, seconds in costs.items():
+            self._budget.charge(request_id, sum(seconds), len(seconds))
+
+
+def _samples(output: SchedulerOutput) -> list[int]:
+    return [piece.slot for piece in output.slices if piece.samples]
+
+
+def _row(state: SequenceState, hidden: torch.Tensor, row: int | None) -> torch.Tensor:
+    """The hidden state [H] of this step, or of the step that deferred it."""
+    if row is not None:
+        return hidden[row]
+    assert state.hidden is not None, "a deferred row without its hidden state"
+    return state.hidden
+
+
+def _settle_matcher(state: SequenceState) -> None:
+    """Take over the matcher that a thread has made."""
+    if state.pending_matcher is None or not state.pending_matcher.done():
+        return
+    try:
+        state.matcher = state.pending_matcher.result()
+    except (InvalidRequestError, ConfigError) as error:
+        logger.warning("request %s: %s", state.request_id, error)
+        state.failed = "grammar_error"
+    state.pending_matcher = None
+
+
+def _take_best(model: RunnableModel, hidden: torch.Tensor) -> list[Sampled]:
+    """Greedy sampling alone needs no logits in memory."""
+    values, tokens = model.best_tokens(hidden)
+    return [
+        Sampled(token, failed="" if is_finite else "model_nan")
+        for token, is_finite in zip(tokens.tolist(), values.isfinite().tolist(), strict=True)
+    ]
+
+
+def _take(slot: int, state: SequenceState, outcome: Sampled, sampled: SampledTokens) -> None:
+    """Move a sequence on by its token, and report it."""
+    state.hidden = None
+    if not (state.failed or outcome.failed):
+        state.append(outcome.token_id)
+    if reason := state.failed or outcome.failed:
+        sampled.failed[slot] = reason
+        return
+    sampled.token_ids[slot] = outcome.token_id
+    if outcome.logprob is not None:
+        sampled.logprobs[slot] = outcome.logprob
+    if outcome.beam_candidates is not None:
+        sampled.beam_candidates[slot] = outcome.beam_candidates
+    if state.matcher is not None and state.matcher.is_finished:
+        sampled.finished_grammar.add(slot)
