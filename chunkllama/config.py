@@ -69,6 +69,29 @@ class ConfigGroup(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+def limit(
+    default: Any,
+    unit: str,
+    reach: Literal["anyone", "tenant", "operator"],
+    answer: str,
+    description: str,
+    text: str = "",
+    **bounds: Any,
+) -> Any:
+    """Declare a setting that bounds what a client can cause.
+
+    Args:
+        unit: of the value.
+        reach: who can reach the limit: anyone who can connect, a tenant (whoever may send
+            requests), or the operator alone.
+        answer: the status and code that the client gets, or "closed", "waits" or "left out".
+        text: the error's message, with {limit} and {value}.
+        bounds: as ``pydantic.Field`` takes them.
+    """
+    extra: dict[str, Any] = {"unit": unit, "reach": reach, "answer": answer, "text": text}
+    return Field(default=default, description=description, json_schema_extra=extra, **bounds)
+
+
 class ModelConfig(ConfigGroup):
     """The model, its number formats, and its device."""
 
@@ -157,7 +180,9 @@ class CacheConfig(ConfigGroup):
 class SchedulerConfig(ConfigGroup):
     """What runs in a step, and which requests wait."""
 
-    max_num_seqs: int = Field(default=64, gt=0, le=256, description="Sequences that run at once.")
+    max_num_seqs: int = limit(
+        64, "sequences", "tenant", "waits", "Sequences that run at once.", gt=0, le=256
+    )
     max_num_batched_tokens: int = Field(
         default=512, gt=0, description="Tokens of one step: decodes first, then slices of prompts."
     )
@@ -176,9 +201,22 @@ class SchedulerConfig(ConfigGroup):
         default="",
         description="Shares of tenants with policy fair, like alice=4,bob=0.5; others have 1.",
     )
-    max_waiting: int = Field(
-        default=1024, ge=0, description="Requests that may wait; one more is refused with 429."
-    )
+    max_waiting: int = limit(
+        1024, "requests", "tenant", "429 engine_overloaded",
+        "Requests that may wait; one more is refused with 429.", ge=0,
+    )  # fmt: skip
+    row_work_share: float = limit(
+        0.2, "of the model's time", "tenant", "waits",
+        "Time that one request's grammar masks and sampling may take in a step with other "
+        "requests, as a share of the model's; its rows beyond that are sampled in a later step.",
+        gt=0, le=100,
+    )  # fmt: skip
+    max_scored_tokens: int = limit(
+        64, "tokens", "tenant", "waits",
+        "Prompt tokens of one request in a step whose log-probabilities it wants: each takes a "
+        "pass over the vocabulary, which the whole step waits for.",
+        gt=0,
+    )  # fmt: skip
     min_wait_tokens: int = Field(
         default=32,
         ge=0,

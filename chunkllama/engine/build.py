@@ -114,7 +114,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         max_model_len=max_model_len,
         max_waiting=config.scheduler.max_waiting,
         policy=config.scheduler.scheduling_policy,
-        max_scored_tokens=config.scheduler.max_scored_tokens,
+        scored_tokens_per_step=config.scheduler.max_scored_tokens,
         fair_quantum=config.scheduler.fair_quantum,
         tenant_weights=parse_weights(config.scheduler.tenant_weights),
         min_wait_tokens=config.scheduler.min_wait_tokens,

@@ -21,7 +21,8 @@ class SchedulerLimits:
         policy: order of waiting requests; see ``queue.py``.
         fair_quantum: virtual tokens that a group of requests or a tenant may run ahead.
         tenant_weights: share of each tenant relative to others; 1 for those not listed.
-        max_scored_tokens: prompt tokens of one request in a step whose log-probabilities it wants.
+        scored_tokens_per_step: prompt tokens of one request in a step whose log-probabilities it
+            wants.
         min_wait_tokens: a follower waits for its leader only if that saves this many tokens.
         spare_chunks: chunks kept beyond a tail, so that a decode plan lives longer.
         eos_token_ids: tokens that end a choice unless it ignores them.
@@ -34,12 +35,12 @@ class SchedulerLimits:
     max_model_len: int
     max_waiting: int
     policy: Literal["fair", "prefix", "fcfs"]
-    max_scored_tokens: int
     min_wait_tokens: int
     enable_prefix_caching: bool
     fair_quantum: int
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     spare_chunks: int = 1
+    scored_tokens_per_step: int = 2**31 - 1
     eos_token_ids: frozenset[int] = frozenset()
     reserve_quantile: float = 0.75
 
@@ -55,8 +56,6 @@ class SchedulerLimits:
             raise ConfigError("max_model_len, max_waiting and spare_chunks cannot be negative")
         if self.min_wait_tokens < 0:
             raise ConfigError(f"min_wait_tokens cannot be negative, got {self.min_wait_tokens}")
-        if self.max_scored_tokens < 1:
-            raise ConfigError(f"max_scored_tokens must be at least 1, got {self.max_scored_tokens}")
         if self.fair_quantum < 1:
             raise ConfigError(f"fair_quantum must be at least 1, got {self.fair_quantum}")
         for tenant, weight in self.tenant_weights.items():

@@ -24,7 +24,6 @@ from chunkllama.messages import (
     TokenDelta,
     TreeNodeInfo,
 )
-from chunkllama.scheduler.beam_steps import advance_beams
 from chunkllama.scheduler.cache_lookup import explain_prompt, match_limit, record_prompt
 from chunkllama.scheduler.failures import drop_failed
 from chunkllama.scheduler.headroom import Headroom
@@ -33,6 +32,7 @@ from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.memory_pressure import grow_tails, preemption_victim
 from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
 from chunkllama.scheduler.request import Sequence
+from chunkllama.scheduler.samples import use_sample
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
 from chunkllama.scheduler.stats import read_stats
 from chunkllama.scheduler.step_deltas import StepDeltas
@@ -188,7 +188,7 @@ class Scheduler:
                 break
             count = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
             if sequence.wants_prompt_logits:
-                count = min(count, self._limits.max_scored_tokens)
+                count = min(count, self._limits.scored_tokens_per_step)
             self._take(sequence, count)
             budget -= count
         return budget
@@ -336,7 +336,7 @@ class Scheduler:
             if sequence.chunks is None:
                 continue  # aborted
             if sequence.awaits_sample:
-                self._use_sample(sequence, sampled, deltas)
+                use_sample(sequence, sampled, deltas, self._lifecycle, self._limits)
             else:
                 self._commit_sequence(sequence, sampled, deltas)
         return deltas.all()
@@ -362,32 +362,7 @@ class Scheduler:
             deltas.end_prompt(sequence, sampled.embeddings.get(sequence.slot))
             self._lifecycle.finish(sequence)
         else:
-            self._use_sample(sequence, sampled, deltas)
-
-    def _use_sample(self, sequence: Sequence, sampled: SampledTokens, deltas: StepDeltas) -> None:
-        """Continue a sequence with its next token, unless the executor has deferred it."""
-        group = sequence.group
-        sequence.awaits_sample = sequence.slot in sampled.deferred
-        if sequence.awaits_sample:
-            return
-        if group.beam is not None:
-            group.beam.feed(sequence.index, sampled.beam_candidates[sequence.slot])
-            if group.beam.is_fed:
-                advance_beams(group, deltas, self._lifecycle)
-        else:
-            self._append_token(sequence, sampled, deltas)
-
-    def _append_token(self, sequence: Sequence, sampled: SampledTokens, deltas: StepDeltas) -> None:
-        slot = sequence.slot
-        token_id = sampled.token_ids[slot]
-        sequence.append(token_id)
-        self._lifecycle.counters.generation_tokens += 1
-        reason, stop_token_id = sequence.finish_reason(self._limits.eos_token_ids)
-        if reason is None and slot in sampled.finished_grammar:
-            reason = "stop"
-        deltas.add_token(sequence, token_id, sampled.logprobs.get(slot), reason, stop_token_id)
-        if reason is not None:
-            self._lifecycle.finish(sequence)
+            use_sample(sequence, sampled, deltas, self._lifecycle, self._limits)
 
     # -- inspection -------------------------------------------------------------------------
 

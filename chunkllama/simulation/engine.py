@@ -22,7 +22,6 @@ LIMITS: dict[str, Any] = {
     "max_model_len": 8192,
     "max_waiting": 256,
     "policy": "fair",
-    "max_scored_tokens": 64,
     "fair_quantum": 8192,
     "min_wait_tokens": 32,
     "enable_prefix_caching": True,

@@ -108,6 +108,8 @@ def test_a_generated_page_is_current(script):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.PAGE.read_text() == module.page(), f"run: python scripts/{script}.py"
+    if script == "document_configuration":
+        assert module.LIMITS_PAGE.read_text() == module.limits_page()
 
 
 # A tenants file is no settings file; tests/server/test_tenants_file.py loads it.

@@ -129,15 +129,19 @@ def start_server(text_parts: tuple[Any, Any]) -> Iterator[StartServer]:
             clock=settings.pop("clock", time.monotonic),
         )
         tenants.set_quotas(settings.pop("quotas", {}))
-        grammars = GrammarChecker(lambda: allow_all, settings.pop("grammar_seconds", 2.0))
         defaults = settings.pop("generation_defaults", None)
         tracing = settings.pop("tracing", None)
+        configured = Settings(served_model_name=(MODEL, "alias"), **settings)
+        grammars = GrammarChecker(lambda: allow_all, configured)
         app = create_app(
             engine,
             TextService(
-                tokenizer, template, make_template=lambda source: ChatTemplate(source, tokenizer)
+                tokenizer,
+                template,
+                make_template=lambda source: ChatTemplate(source, tokenizer),
+                limits=configured,
             ),
-            Settings(served_model_name=(MODEL, "alias"), **settings),
+            configured,
             tenants,
             grammars,
             generation_defaults=defaults,

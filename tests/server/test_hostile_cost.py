@@ -21,8 +21,11 @@ from chunkllama_server.api.common.text_service import RequestTemplate, TextServi
 from chunkllama_server.api.dashboard import SnapshotCache
 from chunkllama_server.api.schema.base import StructuredOutputs
 from chunkllama_server.api.schema.chat import ChatMessage
-from chunkllama_server.transport.body import MAX_CONTAINERS, parse_json
+from chunkllama_server.config.limits import DEFAULT_LIMITS
+from chunkllama_server.transport.body import parse_json
 from chunkllama_server.transport.errors import ApiError
+
+MAX_CONTAINERS = DEFAULT_LIMITS.max_json_containers
 
 
 @pytest.mark.parametrize(

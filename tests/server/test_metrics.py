@@ -250,7 +250,8 @@ def test_usage_of_engines_that_start_from_zero_adds_up():
 
 
 def test_names_of_vllm(start_server):
-    server = start_server(api_keys={"a": "ka", "b": "kb"}, metrics_compat="vllm")
+    keys = {"a": "ka", "b": "kb"}
+    server = start_server(api_keys=keys, operator_keys=("ko",), metrics_compat="vllm")
     server.engine.statistics = EngineStats(
         requests_waiting=3,
         chunks_total=64,
@@ -262,7 +263,10 @@ def test_names_of_vllm(start_server):
         body = {"model": "alias", "messages": [{"role": "user", "content": "say(abcd)yas"}]}
         httpx.post(f"{server.url}/v1/chat/completions", json=body, headers={"x-api-key": key})
     with server.http() as http:
-        text = http.get("/metrics", headers={"x-api-key": "ka"}).text
+        text = http.get("/metrics", headers={"x-api-key": "ko"}).text
+        own = http.get("/metrics", headers={"x-api-key": "ka"}).text
+    assert "vllm:request_success_total{" in own
+    assert "} 2.0" not in own and "vllm:num_requests_waiting" not in own
     families = {family.name: family for family in text_string_to_metric_families(text)}
     theirs = {name: family for name, family in families.items() if name.startswith("vllm:")}
     assert set(theirs) == {f"vllm:{name}" for name in VLLM.split()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 
 import pytest
 
@@ -81,6 +82,103 @@ def test_a_tenant_reads_no_other_tenants_metrics(guarded) -> None:
     assert 'tenant="beta"' in texts["kb"] and "alpha" not in texts["kb"]
     assert 'tenant="alpha"' in texts["ko"] and 'tenant="beta"' in texts["ko"]
     assert all("chunkllama_kv_chunks_capacity" in text for text in texts.values())
+
+
+# Series without a tenant: constants, and gauges of which a tenant sees its own part.
+PARTS = {
+    "chunkllama_info", "chunkllama_kv_chunks_capacity", "chunkllama_requests_live",
+    "chunkllama_requests_running", "chunkllama_requests_waiting", "chunkllama_kv_chunks_pinned",
+}  # fmt: skip
+
+
+def _samples(text: str) -> dict[str, float]:
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+
+def test_a_tenant_reads_no_totals_of_all_tenants(guarded) -> None:
+    guarded.engine.reset()
+
+    def read(key: str) -> str:
+        with guarded.http() as http:
+            return http.get("/metrics", headers={"x-api-key": key}).text
+
+    _complete(guarded, "kb")
+    before = _samples(read("kb"))
+    for key in ("ka", "kb", "kb"):
+        _complete(guarded, key)
+    operator = _samples(read("ko"))
+    assert "chunkllama_generation_tokens_total" in operator
+    for key in ("ka", "kb"):
+        unlabelled = {
+            name.partition("{")[0] for name in _samples(read(key)) if "tenant=" not in name
+        }
+        assert unlabelled == PARTS
+    after = _samples(read("kb"))
+    names = {
+        'request_finished_total{reason="length",tenant="beta"}': 2,
+        'tenant_prompt_tokens_total{tenant="beta"}': 2 * len("say(ab)yas"),
+        'tenant_cached_tokens_total{tenant="beta"}': 2 * (len("say(ab)yas") - 1),
+        'tenant_output_tokens_total{tenant="beta"}': 2 * 2,
+        "requests_live": 0,
+    }
+    full = {name: f"chunkllama_{name}" for name in names}
+    assert {name: after[full[name]] - before[full[name]] for name in names} == names
+
+
+def test_a_tenant_sees_its_own_part_of_the_gauges(guarded) -> None:
+    from chunkllama.messages import EngineStats, TenantStats
+
+    guarded.engine.reset()
+    parts = {"alpha": TenantStats(requests_running=3), "beta": TenantStats(requests_running=5)}
+    guarded.engine.statistics = EngineStats(steps_total=10**9, requests_running=8, tenants=parts)
+    seen = {}
+    with guarded.http() as http:
+        for key in ("ka", "kb", "ko"):
+            text = http.get("/metrics", headers={"x-api-key": key}).text
+            seen[key] = _samples(text)["chunkllama_requests_running"]
+    guarded.engine.reset()
+    assert seen == {"ka": 3, "kb": 5, "ko": 8}
+
+
+def test_a_tenants_dashboard_shows_its_own_part(guarded) -> None:
+    from chunkllama.messages import EngineStats, TreeNodeInfo
+
+    guarded.engine.reset()
+    _complete(guarded, "ka")
+    own = guarded.app.state.context.tenants.namespace("alpha", None)
+    fields = dict.fromkeys(TreeNodeInfo.__struct_fields__, 0) | {"state": "referenced"}
+    guarded.engine.statistics = EngineStats(
+        generation_tokens_total=987_654,
+        evicted_chunks_total=876_543,
+        requests_waiting=765_432,
+        tree=[
+            TreeNodeInfo(**fields | {"namespace": name, "num_sequences": 654_321 if name else 543})
+            for name in ("", own, "x" * 32)
+        ],
+    )
+    shown = {}
+    for key in ("ka", "ko"):
+        guarded.app.state.snapshots = None
+        del guarded.app.state.snapshots
+        with guarded.http() as http:
+            shown[key] = http.get("/dashboard/data", headers={"x-api-key": key})
+    guarded.engine.reset()
+    totals = ("987654", "876543", "765432", "543")
+    assert all(total in shown["ko"].text for total in totals)
+    mine = shown["ka"].json()
+    assert not any(re.search(rf"\b{total}\b", shown["ka"].text) for total in totals)
+    assert (mine["view"], mine["hidden_nodes"]) == ("tenant", 0)
+    assert [(n["namespace"], n["num_sequences"], n["state"]) for n in mine["tree"]] == [
+        ("", 0, "cached"),
+        (own, 654_321, "referenced"),
+    ]
+    assert (
+        mine["stats"]["generation_tokens_total"] % 2
+        == 0
+        < mine["latency"]["e2e_request_latency"]["count"]
+    )
+    assert mine["stats"]["chunks_referenced"] == mine["stats"]["chunks_cached"] == 1
 
 
 def test_only_an_operator_sees_every_node(guarded) -> None:

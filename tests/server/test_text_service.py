@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from chunkllama_server.api.app import create_app
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService, text_size
+from chunkllama_server.config.limits import LimitsConfig
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.transport.auth import Tenants
 from chunkllama_server.transport.errors import ApiError
@@ -55,7 +56,7 @@ def test_a_template_that_refuses_the_conversation(start_server):
 
 def test_long_texts_leave_the_event_loop(text_parts):
     tokenizer, _ = text_parts
-    service = TextService(tokenizer, None, offload_bytes=10)
+    service = TextService(tokenizer, None, limits=LimitsConfig(text_offload_chars=10))
 
     async def threads() -> list[str]:
         return [
@@ -76,7 +77,9 @@ def test_every_string_of_a_conversation_counts():
 
 def test_texts_that_wait_too_long_may_come_again(text_parts):
     tokenizer, _ = text_parts
-    service = TextService(tokenizer, None, offload_bytes=0, time_limit=0.05)
+    service = TextService(
+        tokenizer, None, limits=LimitsConfig(text_offload_chars=0, text_seconds=0.05)
+    )
     with pytest.raises(ApiError) as caught:
         asyncio.run(service.run(1, lambda: time.sleep(0.3)))
     assert (caught.value.status_code, caught.value.code) == (503, "tokenizer_busy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -24,6 +25,7 @@ from chunkllama_server.api.completions import routes as completions
 from chunkllama_server.api.openapi import install_openapi
 from chunkllama_server.api.responses import routes as responses
 from chunkllama_server.config.settings import Settings
+from chunkllama_server.metrics.loop_lag import LoopLag
 from chunkllama_server.metrics.server_metrics import ServerMetrics
 from chunkllama_server.metrics.tracing import Tracing, TracingMiddleware
 from chunkllama_server.transport.auth import AuthMiddleware, Tenants
@@ -91,10 +93,13 @@ def create_app(
     context.metrics.begin_at_zero(tenants.keys)
     text.share = lambda tenant: tenants.quotas(tenant).tokenizer_share or 1.0
     context.metrics.describe(settings.model_names[0], engine.info, __version__)
+    lag = LoopLag(context.metrics.registry)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        lag.start(asyncio.get_running_loop())
         yield
+        lag.stop()
         await context.background.close()
         context.grammars.close()
         text.close()
@@ -151,7 +156,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     """Add, from innermost to outermost: methods, body limit, paths, keys, CORS, ids, traces."""
     settings = context.settings
     app.add_middleware(MethodMiddleware, routes=app.routes)
-    app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyLimitMiddleware, limits=settings)
     # Inside the key check: only the exact spellings of open paths are open.
     app.add_middleware(PathMiddleware, root_path=settings.root_path)
     app.add_middleware(

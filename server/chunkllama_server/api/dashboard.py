@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from importlib import resources
-from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -13,16 +13,14 @@ from starlette.responses import HTMLResponse, Response
 
 from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
-from chunkllama.messages import EngineStats
-from chunkllama_server.api.common.context import Context, ServerContext
+from chunkllama.messages import EngineStats, TreeNodeInfo
+from chunkllama_server.api.common.context import Context, ServerContext, tenant_view
+from chunkllama_server.metrics.tenant_view import LATENCIES
 from chunkllama_server.transport.errors import unavailable
 from chunkllama_server.transport.request_context import request_info
 
 router = APIRouter(include_in_schema=False)
 
-# No screen shows more rectangles; the page says how many were left out.
-MAX_NODES = 4000
-SNAPSHOT_SECONDS = 0.5
 ANSWER_SECONDS = 3.0  # a step of the engine may take longer
 ENGINE_KEYS = ("device", "backend", "num_chunks", "chunk_size")
 # The page is self-contained, runs only its own script, and connects only to this server.
@@ -49,7 +47,7 @@ class SnapshotCache:
     The step loop copies the whole tree for each snapshot, which all requests wait for.
     """
 
-    def __init__(self, seconds: float = SNAPSHOT_SECONDS) -> None:
+    def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._taken = -seconds
         self._stats: asyncio.Future[EngineStats] | None = None
@@ -63,11 +61,11 @@ class SnapshotCache:
         return await asyncio.shield(self._stats)
 
 
-def snapshots(request: Request) -> SnapshotCache:
+def snapshots(request: Request, seconds: float) -> SnapshotCache:
     """The application's cache, made at first use."""
     state = request.app.state
     if not hasattr(state, "snapshots"):
-        state.snapshots = SnapshotCache()
+        state.snapshots = SnapshotCache(seconds)
     cache = state.snapshots
     assert isinstance(cache, SnapshotCache)
     return cache
@@ -77,32 +75,62 @@ def snapshots(request: Request) -> SnapshotCache:
 async def data(context: Context, request: Request) -> Response:
     """Return counters, latencies and the tree's nodes that the caller may see, without tokens.
 
+    A tenant sees its own part: no totals, no nodes of others, and no use of public nodes, which
+    others read too.
+
     Raises:
         ApiError: 503 when the engine does not answer in time; nothing old is shown.
     """
+    limits = context.settings
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
-            stats = await snapshots(request).get(context.engine)
+            stats = await snapshots(request, limits.dashboard_seconds).get(context.engine)
     except TimeoutError:
         raise unavailable("The engine is in a long step; try again", "engine_busy") from None
+    tenant = tenant_view(context, request)
     visible = visible_namespaces(context, request)
     nodes = [n for n in stats.tree if visible is None or n.namespace in visible]
-    counters = msgspec.structs.asdict(stats)
-    del counters["tree"]
+    if tenant is None:
+        counters, latency = msgspec.structs.asdict(stats), _mean_seconds(context)
+        del counters["tree"]
+        hidden = len(stats.tree) - min(len(nodes), limits.dashboard_nodes)
+    else:
+        nodes = [_without_use(node) if not node.namespace else node for node in nodes]
+        counters = _own_counters(context, tenant, nodes)
+        latency = context.metrics.own_latency(tenant)
+        hidden = max(len(nodes) - limits.dashboard_nodes, 0)
     body = {
         "version": __version__,
         "models": context.settings.model_names,
         # Not the model's folder: callers are tenants.
         "info": {key: getattr(context.engine.info, key) for key in ENGINE_KEYS},
+        "view": "server" if tenant is None else "tenant",
         "stats": counters,
-        "latency": {
-            name: mean_seconds(context, f"chunkllama_{name}_seconds")
-            for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency")
-        },
-        "hidden_nodes": len(stats.tree) - min(len(nodes), MAX_NODES),
-        "tree": sorted(nodes, key=lambda n: n.depth)[:MAX_NODES],
+        "latency": latency,
+        "hidden_nodes": hidden,
+        "tree": sorted(nodes, key=lambda n: n.depth)[: limits.dashboard_nodes],
     }
     return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+def _without_use(node: TreeNodeInfo) -> TreeNodeInfo:
+    """A public node without its state, which tells what other tenants do."""
+    return msgspec.structs.replace(node, num_sequences=0, state="cached")
+
+
+def _own_counters(context: ServerContext, tenant: str, nodes: list[TreeNodeInfo]) -> dict[str, int]:
+    """The counters that the page shows, of one tenant; what belongs to no tenant is 0."""
+    names = (name for name in EngineStats.__struct_fields__ if name.endswith("_total"))
+    states = Counter(node.state for node in nodes)
+    total = context.engine.info.num_chunks
+    return {
+        **dict.fromkeys(names, 0),
+        **context.metrics.own_counters(tenant),
+        "chunks_total": total,
+        "chunks_peak": len(nodes),
+        **{f"chunks_{state}": states[state] for state in ("referenced", "private", "cached")},
+        "chunks_free": total - len(nodes),
+    }
 
 
 def visible_namespaces(context: ServerContext, request: Request) -> set[str] | None:
@@ -112,10 +140,10 @@ def visible_namespaces(context: ServerContext, request: Request) -> set[str] | N
     return {"", context.tenants.namespace(request_info(request.scope).tenant, None)}
 
 
-def mean_seconds(context: ServerContext, histogram: str) -> dict[str, Any]:
-    """Return sum and count of a histogram since the start; the page computes differences."""
-    registry = context.metrics.registry
+def _mean_seconds(context: ServerContext) -> dict[str, dict[str, float]]:
+    """Return sum and count of each latency since the start; the page computes differences."""
+    value = context.metrics.registry.get_sample_value
     return {
-        "sum": registry.get_sample_value(f"{histogram}_sum") or 0.0,
-        "count": registry.get_sample_value(f"{histogram}_count") or 0.0,
+        name: {part: value(f"chunkllama_{name}_seconds_{part}") or 0.0 for part in ("sum", "count")}
+        for name in LATENCIES
     }

@@ -119,7 +119,7 @@ def _metavar(key: str, field: FieldInfo) -> str:
         return "FILE"
     if "bytes" in key or "memory" in key:
         return "SIZE"
-    if "int" in text:
+    if "int" in text or key.endswith("_share"):
         return "N"
     return "SECONDS" if "float" in text else "TEXT"
 

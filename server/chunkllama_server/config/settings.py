@@ -23,6 +23,7 @@ from chunkllama.config import (
     SchedulerConfig,
     check_keys,
     first_error,
+    limit,
     rename_keys,
 )
 from chunkllama.engine.faults import TEST_MODE
@@ -30,6 +31,7 @@ from chunkllama.engine.faults import VARIABLE as FAULTS
 from chunkllama.errors import ConfigError
 from chunkllama_server.config.api_keys import KeyEntry, parse_key
 from chunkllama_server.config.files import read_text, read_yaml
+from chunkllama_server.config.limits import LimitsConfig
 
 ENV_PREFIX = "CHUNKLLAMA_"
 # Read elsewhere, before any configuration: locations of files, and what tests plant.
@@ -169,21 +171,24 @@ class ServerConfig(ConfigGroup):
     embedding_pooling: Literal["mean", "last"] = Field(
         default="mean", description="Pooling of a prompt's hidden states to one embedding."
     )
-    response_store_items: int = Field(
-        default=1000, ge=0, description="Responses stored for previous_response_id; 0 stores none."
-    )
-    response_store_bytes: Bytes = Field(
-        default=64 << 20, description="Total size of the stored responses."
-    )
+    response_store_items: int = limit(
+        1000, "responses", "tenant", "left out",
+        "Responses stored for previous_response_id; 0 stores none. The oldest is dropped.", ge=0,
+    )  # fmt: skip
+    response_store_bytes: Bytes = limit(
+        64 << 20, "bytes", "tenant", "left out",
+        "Total size of the stored responses. The oldest is dropped.",
+    )  # fmt: skip
     recent_prompt_tokens: int = Field(
         default=262_144,
         ge=0,
         le=100_000_000,
         description="Tokens of recent prompts kept for the report of divergences; 0 keeps none.",
     )
-    response_store_seconds: float = Field(
-        default=3600.0, gt=0, description="A stored response expires after this many seconds."
-    )
+    response_store_seconds: float = limit(
+        3600.0, "seconds", "tenant", "left out",
+        "A stored response expires after this many seconds.", gt=0,
+    )  # fmt: skip
     background_responses: int = Field(default=16, ge=0, description="Background responses at once.")
     root_path: str = Field(default="", description="Path prefix that a proxy removes.")
     allowed_hosts: Names = Field(
@@ -196,74 +201,10 @@ class ServerConfig(ConfigGroup):
     )
     ssl_certfile: Path | None = Field(default=None, description="PEM certificate chain for HTTPS.")
     ssl_keyfile: Path | None = Field(default=None, description="PEM private key for HTTPS.")
-    max_body_bytes: Bytes = Field(
-        default=2 << 20, description="A larger request body is refused with 413."
-    )
-    max_waiting_tokens: int = Field(
-        default=4 << 20,
-        gt=0,
-        description="Prompt tokens, once per choice, of requests without a token yet; beyond, "
-        "requests are refused with 429.",
-    )
-    max_waiting_chunks: int | None = Field(
-        default=None,
-        gt=0,
-        description="Chunks that requests without a token yet will need; beyond, requests are "
-        "refused with 429. Default: 64 times the pool.",
-    )
-    queue_timeout_seconds: float | None = Field(
-        default=None,
-        gt=0,
-        description="A request without a token after this many seconds is ended with 503. Default: "
-        "no limit.",
-    )
-    request_timeout_seconds: float | None = Field(
-        default=None,
-        gt=0,
-        description="A request that runs longer than this many seconds is ended with 504. Default: "
-        "no limit.",
-    )
-    max_connections: int = Field(
-        default=4096,
-        gt=0,
-        description="Open connections; beyond, only health checks are answered. One address may "
-        "hold three quarters of them.",
-    )
-    header_timeout_seconds: float = Field(
-        default=10.0, gt=0, description="Seconds within which a request's headers must arrive."
-    )
-    body_timeout_seconds: float = Field(
-        default=30.0, gt=0, description="Seconds within which a request's body must arrive."
-    )
-    keep_alive_seconds: int = Field(default=75, gt=0, description="Idle timeout of a connection.")
-    stream_stall_seconds: float = Field(
-        default=30.0,
-        gt=0,
-        description="A client that reads nothing for this many seconds is disconnected.",
-    )
-    max_stream_backlog: int = Field(
-        default=1 << 16,
-        gt=0,
-        description="Tokens and log-probability entries that may wait for a client which reads "
-        "slowly; beyond, its request is ended.",
-    )
-    stream_first_byte_seconds: float = Field(
-        default=4.0,
-        gt=0,
-        description="Seconds after which a stream that waits sends its headers and a comment line; "
-        "an error until then is a status, later an error event.",
-    )
-    stream_comment_seconds: float = Field(
-        default=10.0,
-        gt=0,
-        description="Seconds of silence after which a stream sends a comment line, so that proxies "
-        "keep it.",
-    )
-    drain_seconds: float = Field(
-        default=30.0,
-        ge=0,
-        description="Time for live requests to finish on SIGTERM; then they are ended.",
-    )
+    drain_seconds: float = limit(
+        30.0, "seconds", "operator", "503 draining",
+        "Time for live requests to finish on SIGTERM; then they are ended.", ge=0,
+    )  # fmt: skip
     engine_hang_seconds: float = Field(
         default=30.0,
         gt=0,
@@ -291,15 +232,16 @@ class ServerConfig(ConfigGroup):
         return self
 
 
-class Settings(ServerConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfig):
+_ENGINE_GROUPS = (ModelConfig, CacheConfig, SchedulerConfig, LogConfig)
+
+
+class Settings(ServerConfig, LimitsConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfig):
     """All keys of all groups."""
 
     groups: ClassVar[tuple[type[ConfigGroup], ...]] = (
-        ModelConfig,
-        CacheConfig,
-        SchedulerConfig,
-        LogConfig,
+        *_ENGINE_GROUPS,
         ServerConfig,
+        LimitsConfig,
     )
 
     @property
@@ -311,7 +253,7 @@ class Settings(ServerConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfi
 
     def engine(self) -> EngineConfig:
         """Return the engine's part."""
-        keys = [key for group in self.groups[:-1] for key in group.model_fields]
+        keys = [key for group in _ENGINE_GROUPS for key in group.model_fields]
         return EngineConfig.from_flat(**{key: getattr(self, key) for key in keys})
 
     def key_entries(self) -> list[KeyEntry]:

@@ -25,6 +25,7 @@ from chunkllama_server.metrics.divergence import PromptLog
 from chunkllama_server.metrics.prompt_heads import PromptHeads
 from chunkllama_server.metrics.request_timer import RequestTimer, token_histogram
 from chunkllama_server.metrics.tenant_series import TenantSeries
+from chunkllama_server.metrics.tenant_view import OwnParts, TenantView
 from chunkllama_server.metrics.tracing import Tracing
 from chunkllama_server.metrics.usage import UsageRecorder
 from chunkllama_server.metrics.vllm_names import VllmNames
@@ -198,24 +199,6 @@ class EngineStatsCollector:
         )
 
 
-class TenantView(Collector):
-    """Collects what a tenant may see: series without a tenant label, and its own."""
-
-    def __init__(self, source: Collector, tenant: str) -> None:
-        self._source = source
-        self._tenant = tenant
-
-    def collect(self) -> Iterator[Metric]:
-        for metric in self._source.collect():
-            shown = Metric(metric.name, metric.documentation, metric.type)
-            shown.samples = [
-                sample
-                for sample in metric.samples
-                if sample.labels.get("tenant", self._tenant) == self._tenant
-            ]
-            yield shown
-
-
 class ServerMetrics:
     """All metrics of one application.
 
@@ -241,7 +224,8 @@ class ServerMetrics:
     ) -> None:
         self.registry = CollectorRegistry()
         self.tracing: Tracing | None = None
-        self._also = None if vllm_model is None else VllmNames(self.registry, vllm_model)
+        self._vllm_model = vllm_model
+        self._own = OwnParts()
         self.engine = EngineStatsCollector()
         self.registry.register(self.engine)
         self.usage = UsageRecorder()
@@ -345,12 +329,18 @@ class ServerMetrics:
         self._by_tenant.rank(tenant, 1)
         self._by_tenant.add("request_accepted", tenant)
         self.live.inc()
+        self._own.begin(tenant)
         return RequestTimer(self, tenant, prompt_tokens)
 
     def finish_request(self, tenant: str, reason: str) -> None:
         """Count the end of a request."""
         self._by_tenant.add("request_finished", tenant, 1, reason)
         self.live.dec()
+        self._own.end(tenant)
+
+    def note_latency(self, tenant: str, name: str, seconds: float) -> None:
+        """Add to the mean latency that a tenant sees."""
+        self._own.note_latency(tenant, name, seconds)
 
     def add_usage(
         self,
@@ -404,8 +394,20 @@ class ServerMetrics:
         """Return the metrics in the Prometheus text format.
 
         Args:
-            tenant: leaves out the series of other tenants; None is the operator's view.
+            tenant: shows the part of this tenant alone; None is the operator's view, of all.
         """
-        own = self.registry if tenant is None else TenantView(self.registry, tenant)
-        text = generate_latest(own)
-        return text if self._also is None else text + generate_latest(self._also)
+        shown: Collector = self.registry
+        if tenant is not None:
+            shown = TenantView(self.registry, tenant, self._own.gauges(self.usage, tenant))
+        text = generate_latest(shown)
+        if self._vllm_model is not None:
+            text += generate_latest(VllmNames(shown, self._vllm_model))
+        return text
+
+    def own_counters(self, tenant: str) -> dict[str, int]:
+        """Return a tenant's part of the engine's counters, by the names of ``EngineStats``."""
+        return self._own.counters(self.usage, tenant)
+
+    def own_latency(self, tenant: str) -> dict[str, dict[str, float]]:
+        """Return sum and count of a tenant's latencies."""
+        return self._own.latency(tenant)

@@ -38,6 +38,7 @@ from chunkllama_server.transport.body import BodyLimitMiddleware
 from chunkllama_server.transport.connections import (
     HttpLimits,
     fit_to_descriptors,
+    http_limits,
     limit_accept_log,
 )
 from chunkllama_server.transport.errors import install_error_handlers
@@ -124,6 +125,7 @@ class Application:
             self._tokenizer,
             self._template,
             make_template=lambda source: ChatTemplate(source, self._tokenizer),
+            limits=self._settings,
         )
         settings = self._settings
         app = create_app(
@@ -131,7 +133,7 @@ class Application:
             text,
             settings,
             self._tenants,
-            GrammarChecker(self._grammar_check),
+            GrammarChecker(self._grammar_check, settings),
             generation_defaults=(
                 self._spec.default_sampling if settings.generation_config == "auto" else None
             ),
@@ -200,14 +202,8 @@ def _listen(sock: socket.socket, key: str) -> None:
 
 def _limits(settings: Settings) -> HttpLimits:
     """Limits of the main port; descriptors are left for the admin port's connections."""
-    limits = HttpLimits(
-        header_seconds=settings.header_timeout_seconds,
-        body_seconds=settings.body_timeout_seconds,
-        write_seconds=settings.stream_stall_seconds,
-        max_connections=settings.max_connections,
-    )
     has_admin = settings.admin_port is not None
-    return fit_to_descriptors(limits, 2 * _ADMIN_CONNECTIONS if has_admin else 0)
+    return fit_to_descriptors(http_limits(settings), 2 * _ADMIN_CONNECTIONS if has_admin else 0)
 
 
 def _uvicorn_config(settings: Settings, app: FastAPI, limits: HttpLimits) -> uvicorn.Config:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from chunkllama.logger import init_logger
+from chunkllama_server.config.limits import LimitsConfig
 
 logger = init_logger(__name__)
 
@@ -62,6 +63,25 @@ class HttpLimits:
     max_peer_connections: int | None = None
     reserved_connections: int = 512
     reserved_seconds: float = 1.0
+
+
+def http_limits(settings: LimitsConfig) -> HttpLimits:
+    """Take the limits of connections from the settings."""
+    return HttpLimits(
+        header_seconds=settings.header_timeout_seconds,
+        body_seconds=settings.body_timeout_seconds,
+        write_seconds=settings.stream_stall_seconds,
+        half_close_seconds=settings.half_close_seconds,
+        linger_seconds=settings.linger_seconds,
+        linger_bytes=settings.linger_bytes,
+        send_buffer_bytes=settings.send_buffer_bytes,
+        max_header_bytes=settings.max_header_bytes,
+        max_headers=settings.max_headers,
+        max_connections=settings.max_connections,
+        max_peer_connections=settings.max_peer_connections,
+        reserved_connections=settings.reserved_connections,
+        reserved_seconds=settings.reserved_seconds,
+    )
 
 
 class Connection(Protocol):

@@ -21,6 +21,7 @@ from chunkllama.errors import (
 )
 from chunkllama.logger import init_logger
 from chunkllama_server.api.schema.errors import ErrorBody
+from chunkllama_server.config.limits import LimitsConfig
 
 logger = init_logger(__name__)
 
@@ -102,6 +103,21 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 def unavailable(message: str, code: str) -> ApiError:
     """A 503 with the time after which it is worth trying again."""
     return ApiError(503, message, code=code, retry_after=2)
+
+
+def exceeded(limits: LimitsConfig, key: str, param: str | None = None, **values: Any) -> ApiError:
+    """Return the refusal of a request that is beyond a limit, as the table of limits states it.
+
+    Args:
+        key: the setting.
+        values: what its message names beside the limit.
+    """
+    extra = type(limits).model_fields[key].json_schema_extra
+    assert isinstance(extra, dict)
+    status, _, code = str(extra["answer"]).partition(" ")
+    message = str(extra["text"]).format(limit=getattr(limits, key), param=param, **values)
+    retry_after = 2 if status == "503" else None
+    return ApiError(int(status), message, param, code or None, retry_after)
 
 
 def not_found_model(name: str) -> ApiError:

@@ -9,14 +9,16 @@ import socket
 import pytest
 
 
-def refused(result, pattern: str) -> None:
-    """Exit code 2 and, apart from log lines before it, one line with the reason."""
+def refused(result, pattern: str, *warnings: str) -> None:
+    """Exit code 2 and one line with the reason, behind information and exactly these warnings."""
     assert result.returncode == 2, result.stderr
-    lines = result.stderr.splitlines()
-    errors = [line for line in lines if not {"INFO", "WARNING"} & set(line.split())]
-    assert len(errors) == 1, result.stderr
-    assert errors[0].startswith("chunkllama: error: ")
-    assert re.search(pattern, errors[0]), errors[0]
+    lines = [line for line in result.stderr.splitlines() if line.split()[1:2] != ["INFO"]]
+    *before, error = lines
+    assert len(before) == len(warnings), result.stderr
+    for line, expected in zip(before, warnings, strict=True):
+        assert line.split()[1] == "WARNING" and re.search(expected, line), line
+    assert error.startswith("chunkllama: error: ")
+    assert re.search(pattern, error), error
     assert "Traceback" not in result.stderr
 
 
@@ -95,7 +97,8 @@ def test_unusable_model_folders(chunkllama, broken_model):
     refused(_serve(chunkllama, broken_model), "neither tokenizer.json nor tokenizer.model")
     tokenizer.write_text(kept)
     _edit(config, vocab_size=100)
-    refused(_serve(chunkllama, broken_model), "shape|tokenizer has")
+    unknown_end = r"eos_token_id \[258\] is outside the vocabulary of 100"
+    refused(_serve(chunkllama, broken_model), "shape|tokenizer has", unknown_end)
 
 
 def test_hostile_template_and_prefixes(chunkllama, broken_model, tmp_path):

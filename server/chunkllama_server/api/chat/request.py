@@ -41,7 +41,8 @@ async def prepare_chat(
     _check_fields(body)
     text = context.text
     able = None if text.template is None else text.template.capabilities
-    tools = plan_tools(body, call_format(context.settings.tool_call_parser, able, text.tokenizer))
+    output_format = call_format(context.settings.tool_call_parser, able, text.tokenizer)
+    tools = plan_tools(body, output_format, context.settings)
     if body.chat_template is not None and not context.settings.trust_request_chat_template:
         raise invalid("chat_template is not accepted by this server", "chat_template")
     template = await context.text.chat_template(body.chat_template)
@@ -154,7 +155,9 @@ class PreparedChat:
         """Return the output's grammar, compiled once: calls, a typed answer, or either of them."""
         left_out = list(self.tools.left_out)
         body = self.body
-        grammar, param = grammar_of(body.response_format, body.structured_outputs, left_out)
+        grammar, param = grammar_of(
+            body.response_format, body.structured_outputs, left_out, self.context.settings
+        )
         info.name_ignored_fields(left_out)
         if grammar is not None and not _is_strict(body):
             grammar = bound_grammar(grammar, self.num_answer_tokens)
@@ -164,7 +167,7 @@ class PreparedChat:
             # The typed answer follows in a later turn, after the tools' results.
             grammar, param = self.tools.grammar, "tools"
         elif grammar is not None and self.tools.functions and self.body.structured_outputs is None:
-            grammar = calls_or_answer(self.tools, grammar)
+            grammar = calls_or_answer(self.tools, grammar, self.context.settings)
         if grammar is not None:
             grammar = await self.context.grammars.check(grammar, param)
         return with_thoughts(

@@ -15,6 +15,7 @@ from chunkllama.engine.client import EngineClient
 from chunkllama.errors import EngineDeadError
 from chunkllama.messages import EngineRequest
 from chunkllama_server.api.common.background import BackgroundResponses
+from chunkllama_server.api.common.field_limits import check_field_limits
 from chunkllama_server.api.common.response_store import ResponseStore
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
@@ -175,6 +176,7 @@ class ServerContext:
             self.check_model(model, info.tenant)
         elif model == "":
             body.__dict__["model"] = self.allowed_models(info.tenant)[0]
+        check_field_limits(body, self.settings)
         unknown = [*info.unknown]
         for path, kind in walk_fields(body):
             if kind == "refused":

@@ -12,17 +12,18 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from chunkllama_server.transport.errors import invalid
+from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
+from chunkllama_server.transport.errors import exceeded, invalid
 
-MAX_FORCED = 2048
-MAX_EXPANDED = 1_000_000
 _REPEAT = re.compile(r"\{(\d{1,18})(,(\d{0,18}))?\}|([*+?])")
 _GROUP = re.compile(r"\((\?(P?<\w+>|[a-zA-Z-]*:|<?[=!]))?")
 _MANY = 1 << 62
 _FREE_ESCAPES = frozenset("dDwWsSpP")
 _LARK_REPEAT = re.compile(r"\s*~\s*(\d{1,18})(?:\s*\.\.\s*(\d{1,18}))?")
+# Possessive, and without need of a closing quote: each character is read once.
 _LARK_TOKEN = re.compile(
-    r"//[^\n]*|\"(?:[^\"\\\n]|\\.)*\"i?|/(?:[^/\\\n]|\\.)+/[a-z]*|[()\[\]]|[A-Za-z_]\w*|\s+|.",
+    r"//[^\n]*|\"(?:[^\"\\\n]|\\.)*+\"?i?|/(?:[^/\\\n]|\\.)++/?[a-z]*|[()\[\]]"
+    r"|[A-Za-z_]\w*|\s+|.",
     re.DOTALL,
 )
 
@@ -137,25 +138,34 @@ def lark_size(grammar: str) -> tuple[int, int]:
         elif text[0] == '"' and len(text) > 1:
             sizes.add(len(text), len(text))
         elif text[0] == "/" and len(text) > 1 and text[1] != "/":
-            sizes.add(*regex_size(text[1 : text.rindex("/")]))
+            sizes.add(*regex_size(text[1:].rpartition("/")[0] or text[1:]))
         elif text[0].isalpha() or text[0] == "_":
             sizes.add(1, 1)
     return sizes.total()
 
 
 class _SchemaSize:
-    """The text a JSON schema forces, following its references once each."""
+    """The text a JSON schema forces, following its references once each.
 
-    def __init__(self, root: Any) -> None:
+    Raises:
+        ApiError: 400 when it has too many parts, or is nothing but references to itself.
+    """
+
+    def __init__(self, root: Any, limits: LimitsConfig, param: str) -> None:
         self._root = root
+        self._limits = limits
+        self._param = param
         self._open: set[int] = set()
         self._known: dict[int, int] = {}
+        self._num_looked_at = 0
 
     def forced(self, schema: Any) -> int:
         if not isinstance(schema, Mapping) or id(schema) in self._open:
             return 0
         if id(schema) not in self._known:
             self._open.add(id(schema))
+            if len(self._known) + len(self._open) > self._limits.max_schema_work:
+                raise exceeded(self._limits, "max_schema_work", self._param)
             self._known[id(schema)] = min(self._compute(schema), _MANY)
             self._open.discard(id(schema))
         return self._known[id(schema)]
@@ -169,7 +179,8 @@ class _SchemaSize:
         if isinstance(reference := schema.get("$ref"), str):
             total += self.forced(self._resolve(reference))
         if isinstance(pattern := schema.get("pattern"), str):
-            total += _check_expanded(*regex_size(pattern))
+            forced, expanded = regex_size(pattern)
+            total += _MANY if expanded > self._limits.max_expanded_chars else forced
         for name in ("anyOf", "oneOf"):
             if isinstance(branches := schema.get(name), list):
                 total += max((self.forced(branch) for branch in branches), default=0)
@@ -192,50 +203,79 @@ class _SchemaSize:
             node = node.get(part) if isinstance(node, Mapping) else None
         return node
 
+    def check_ends(self) -> None:
+        """Refuse a schema whose references lead back to it before they reach anything else."""
+        if self._is_endless(self._root):
+            raise invalid(
+                "The schema refers to itself without end", self._param, "grammar_too_complex"
+            )
 
-def _check_expanded(forced: int, expanded: int) -> int:
-    return _MANY if expanded > MAX_EXPANDED else forced
+    def _is_endless(self, schema: Any) -> bool:
+        if not isinstance(schema, Mapping):
+            return False
+        if id(schema) in self._open:
+            return True
+        self._num_looked_at += 1
+        if self._num_looked_at > self._limits.max_schema_work:
+            raise exceeded(self._limits, "max_schema_work", self._param)
+        self._open.add(id(schema))
+        try:
+            return self._leads_back(schema)
+        finally:
+            self._open.discard(id(schema))
+
+    def _leads_back(self, schema: Mapping[str, Any]) -> bool:
+        """Whether every text of the schema is one of a schema that is being looked at."""
+        reference, parts = schema.get("$ref"), schema.get("allOf")
+        if isinstance(reference, str) and self._is_endless(self._resolve(reference)):
+            return True
+        if isinstance(parts, list) and any(map(self._is_endless, parts)):
+            return True
+        choices = [schema.get(name) for name in ("anyOf", "oneOf")]
+        return any(
+            isinstance(branches, list) and branches and all(map(self._is_endless, branches))
+            for branches in choices
+        )
 
 
-def check_regex_cost(pattern: str, param: str) -> None:
+def check_regex_cost(pattern: str, param: str, limits: LimitsConfig = DEFAULT_LIMITS) -> None:
     """Raises:
     ApiError: 400 when its repeats make each token dear.
     """
-    _check(*regex_size(pattern), param)
+    _check(*regex_size(pattern), param, limits)
 
 
-def check_lark_cost(grammar: str, param: str) -> None:
+def check_lark_cost(grammar: str, param: str, limits: LimitsConfig = DEFAULT_LIMITS) -> None:
     """Raises:
     ApiError: 400 when its repeats make each token dear.
     """
-    _check(*lark_size(grammar), param)
+    _check(*lark_size(grammar), param, limits)
 
 
-def check_schema_cost(schema: Any, param: str) -> None:
+def check_schema_cost(schema: Any, param: str, limits: LimitsConfig = DEFAULT_LIMITS) -> None:
     """Raises:
-    ApiError: 400 when constants, patterns and minItems force too long a text.
+    ApiError: 400 when constants, patterns and minItems force too long a text, or when its
+        references have no end.
     """
-    _check(_SchemaSize(schema).forced(schema), 0, param)
+    try:
+        size = _SchemaSize(schema, limits, param)
+        _check(size.forced(schema), 0, param, limits)
+        size.check_ends()
+    except RecursionError:  # a chain of references, each to the next
+        raise exceeded(limits, "max_schema_work", param) from None
 
 
-def check_choice_cost(choices: list[str], param: str) -> None:
+def check_choice_cost(
+    choices: list[str], param: str, limits: LimitsConfig = DEFAULT_LIMITS
+) -> None:
     """Raises:
     ApiError: 400 for a choice that is too long.
     """
-    _check(max(map(len, choices), default=0), 0, param)
+    _check(max(map(len, choices), default=0), 0, param, limits)
 
 
-def _check(forced: int, expanded: int, param: str) -> None:
-    if forced > MAX_FORCED:
-        raise invalid(
-            f"The grammar forces over {MAX_FORCED} characters in a row; shorten its constants or "
-            "lower its repeat counts",
-            param,
-            "grammar_too_complex",
-        )
-    if expanded > MAX_EXPANDED:
-        raise invalid(
-            f"The grammar has over {MAX_EXPANDED} characters when its repeats are written out",
-            param,
-            "grammar_too_complex",
-        )
+def _check(forced: int, expanded: int, param: str, limits: LimitsConfig) -> None:
+    if forced > limits.max_forced_chars:
+        raise exceeded(limits, "max_forced_chars", param)
+    if expanded > limits.max_expanded_chars:
+        raise exceeded(limits, "max_expanded_chars", param)

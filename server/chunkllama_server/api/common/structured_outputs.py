@@ -20,18 +20,13 @@ from chunkllama_server.api.common.grammar_cost import (
 from chunkllama_server.api.common.schema_levels import prepare_schema
 from chunkllama_server.api.schema.base import StructuredOutputs
 from chunkllama_server.api.schema.chat import ResponseFormat
-from chunkllama_server.transport.errors import invalid, unavailable
+from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
+from chunkllama_server.transport.errors import exceeded, invalid
 
 Validate = Callable[[GrammarSpec], None]
-MAX_SCHEMA_CHARS = 128 * 1024
-MAX_SCHEMA_DEPTH = 64
-MAX_ENUM_VALUES = 2048
-MAX_REGEX_CHARS = 8 * 1024
-MAX_GRAMMAR_CHARS = 64 * 1024
-MAX_WAIT_SECONDS = 10.0
 
 
-def check_schema(schema: Any, param: str) -> str:
+def check_schema(schema: Any, param: str, limits: LimitsConfig = DEFAULT_LIMITS) -> str:
     """Return the schema as JSON text, its size checked.
 
     Raises:
@@ -40,50 +35,54 @@ def check_schema(schema: Any, param: str) -> str:
     stack: list[tuple[Any, int]] = [(schema, 1)]
     while stack:
         node, depth = stack.pop()
-        if depth > MAX_SCHEMA_DEPTH:
-            raise invalid(f"The schema is nested deeper than {MAX_SCHEMA_DEPTH} levels", param)
+        if depth > limits.max_schema_depth:
+            raise exceeded(limits, "max_schema_depth", param)
         children = node.values() if isinstance(node, dict) else node
         if isinstance(node, dict | list):
-            if isinstance(node, list) and len(node) > MAX_ENUM_VALUES:
-                raise invalid(f"The schema has a list of over {MAX_ENUM_VALUES} values", param)
+            if isinstance(node, list) and len(node) > limits.max_schema_values:
+                raise exceeded(limits, "max_schema_values", param)
             stack.extend((child, depth + 1) for child in children)
     text = json.dumps(schema)
-    _check_size(text, MAX_SCHEMA_CHARS, param)
-    check_schema_cost(schema, param)
+    _check_size(text, "max_schema_chars", param, limits)
+    check_schema_cost(schema, param, limits)
     return text
 
 
-def _check_size(text: str, limit: int, param: str) -> None:
-    if not text or len(text) > limit:
-        raise invalid(f"{param} must have 1 to {limit} characters, got {len(text)}", param)
+def _check_size(text: str, key: str, param: str, limits: LimitsConfig) -> None:
+    if not text or len(text) > getattr(limits, key):
+        raise exceeded(limits, key, param, value=len(text))
 
 
-def _from_json_field(value: str | dict[str, Any], param: str, left_out: list[str]) -> GrammarSpec:
+def _from_json_field(
+    value: str | dict[str, Any], param: str, left_out: list[str], limits: LimitsConfig
+) -> GrammarSpec:
     if isinstance(value, str):
-        _check_size(value, MAX_SCHEMA_CHARS, param)
+        _check_size(value, "max_schema_chars", param, limits)
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise invalid("The schema is not valid JSON", param) from None
     if not isinstance(value, dict):
         raise invalid("A JSON schema is an object", param)
-    return json_schema(value, param, strict=False, left_out=left_out)
+    return json_schema(value, param, limits, strict=False, left_out=left_out)
 
 
-def json_schema(schema: Any, param: str, *, strict: bool, left_out: list[str]) -> GrammarSpec:
+def json_schema(
+    schema: Any, param: str, limits: LimitsConfig, *, strict: bool, left_out: list[str]
+) -> GrammarSpec:
     """Return the grammar of a schema; paths that cannot be enforced are added to ``left_out``.
 
     Raises:
         ApiError: 400 for a schema that is too large, or strict and not enforceable.
     """
-    check_schema(schema, param)
+    check_schema(schema, param, limits)
     prepared = prepare_schema(schema, param, strict=strict)
     left_out += prepared.left_out
     return GrammarSpec(kind="json_schema", text=json.dumps(prepared.schema))
 
 
 def from_structured_outputs(
-    outputs: StructuredOutputs, left_out: list[str]
+    outputs: StructuredOutputs, left_out: list[str], limits: LimitsConfig = DEFAULT_LIMITS
 ) -> tuple[GrammarSpec, str]:
     """Return the constraint and the field that contains it.
 
@@ -104,27 +103,27 @@ def from_structured_outputs(
         )
     param = f"structured_outputs.{kinds[0]}"
     if outputs.json_ is not None:
-        return _from_json_field(outputs.json_, param, left_out), param
+        return _from_json_field(outputs.json_, param, left_out, limits), param
     if outputs.regex is not None:
-        _check_size(outputs.regex, MAX_REGEX_CHARS, param)
-        check_regex_cost(outputs.regex, param)
+        _check_size(outputs.regex, "max_regex_chars", param, limits)
+        check_regex_cost(outputs.regex, param, limits)
         return GrammarSpec(kind="regex", text=outputs.regex), param
     if outputs.choice is not None:
         text = json.dumps(outputs.choice)
-        _check_size(text, MAX_GRAMMAR_CHARS, param)
-        check_choice_cost(outputs.choice, param)
+        _check_size(text, "max_grammar_chars", param, limits)
+        check_choice_cost(outputs.choice, param, limits)
         return GrammarSpec(kind="choice", text=text), param
     if outputs.grammar is not None:
-        _check_size(outputs.grammar, MAX_GRAMMAR_CHARS, param)
+        _check_size(outputs.grammar, "max_grammar_chars", param, limits)
         if is_gbnf(outputs.grammar):  # charged when it has been translated
             return GrammarSpec(kind="gbnf", text=outputs.grammar), param
-        check_lark_cost(outputs.grammar, param)
+        check_lark_cost(outputs.grammar, param, limits)
         return GrammarSpec(kind="lark", text=outputs.grammar), param
     return GrammarSpec(kind="json_object", text=""), param
 
 
 def from_response_format(
-    response_format: ResponseFormat, left_out: list[str]
+    response_format: ResponseFormat, left_out: list[str], limits: LimitsConfig = DEFAULT_LIMITS
 ) -> tuple[GrammarSpec | None, str]:
     """Return the constraint, if there is one, and the field that contains it.
 
@@ -142,13 +141,15 @@ def from_response_format(
         return GrammarSpec(kind="json_object", text=""), "response_format"
     param = "response_format.json_schema.schema"
     strict = bool(description.strict)
-    return json_schema(description.schema_, param, strict=strict, left_out=left_out), param
+    schema = description.schema_
+    return json_schema(schema, param, limits, strict=strict, left_out=left_out), param
 
 
 def grammar_of(
     response_format: ResponseFormat | None,
     outputs: StructuredOutputs | None,
     left_out: list[str],
+    limits: LimitsConfig,
 ) -> tuple[GrammarSpec | None, str]:
     """Return the constraint of a request, and the field that contains it.
 
@@ -160,19 +161,21 @@ def grammar_of(
     """
     grammar, param = None, "response_format"
     if response_format is not None:
-        grammar, param = from_response_format(response_format, left_out)
+        grammar, param = from_response_format(response_format, left_out, limits)
     if outputs is None:
         return grammar, param
     if grammar is not None:
         raise invalid("Send response_format or structured_outputs, not both", "structured_outputs")
-    return from_structured_outputs(outputs, left_out)
+    return from_structured_outputs(outputs, left_out, limits)
 
 
-def _compile(validate: Validate, spec: GrammarSpec, param: str) -> GrammarSpec:
+def _compile(
+    validate: Validate, spec: GrammarSpec, param: str, limits: LimitsConfig
+) -> GrammarSpec:
     """Compile a grammar in the worker thread, where GBNF becomes Lark first."""
     if spec.kind == "gbnf":
         spec = GrammarSpec(kind="lark", text=gbnf_as_lark(spec.text))
-        check_lark_cost(spec.text, param)
+        check_lark_cost(spec.text, param, limits)
     validate(spec)
     return spec
 
@@ -183,14 +186,15 @@ class GrammarChecker:
     Args:
         load: makes the function that compiles a grammar or raises InvalidRequestError. Called with
             the first grammar, because reading a vocabulary takes seconds.
-        time_limit: seconds one grammar may take once its turn has come. A thread cannot be stopped,
-            so the turn of one that takes longer ends only with its thread.
+        limits: time that one grammar may take once its turn has come, and that it waits for it. A
+            thread cannot be stopped, so the turn of one that takes longer ends only with its
+            thread.
     """
 
-    def __init__(self, load: Callable[[], Validate], time_limit: float = 2.0) -> None:
+    def __init__(self, load: Callable[[], Validate], limits: LimitsConfig = DEFAULT_LIMITS) -> None:
         self._load = load
         self._validate: asyncio.Future[Validate] | None = None
-        self._time_limit = time_limit
+        self._limits = limits
         self._turn = asyncio.Lock()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
 
@@ -206,21 +210,19 @@ class GrammarChecker:
             self._validate = loop.run_in_executor(self._pool, self._load)
         validate = await asyncio.shield(self._validate)
         try:
-            async with asyncio.timeout(MAX_WAIT_SECONDS):
+            async with asyncio.timeout(self._limits.grammar_wait_seconds):
                 await self._turn.acquire()
         except TimeoutError:
-            raise unavailable("The grammar compiler is busy", "grammar_compiler_busy") from None
-        compiling = loop.run_in_executor(self._pool, _compile, validate, spec, param)
+            raise exceeded(self._limits, "grammar_wait_seconds") from None
+        compiling = loop.run_in_executor(self._pool, _compile, validate, spec, param, self._limits)
         compiling.add_done_callback(self._end_turn)
         try:
-            async with asyncio.timeout(self._time_limit):
+            async with asyncio.timeout(self._limits.grammar_seconds):
                 return await asyncio.shield(compiling)
         except InvalidRequestError as error:
             raise invalid(error.message, param, "invalid_grammar") from None
         except TimeoutError:
-            raise invalid(
-                f"Compiling takes longer than {self._time_limit:g} s", param, "grammar_too_complex"
-            ) from None
+            raise exceeded(self._limits, "grammar_seconds", param) from None
 
     def _end_turn(self, compiling: asyncio.Future[GrammarSpec]) -> None:
         self._turn.release()

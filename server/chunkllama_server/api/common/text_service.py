@@ -13,10 +13,10 @@ from chunkllama.text.chat_template import ChatTemplate
 from chunkllama.text.template_capabilities import TemplateCapabilities
 from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.api.common.fair_pool import FairPool
-from chunkllama_server.transport.errors import ApiError, invalid, unavailable
+from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
+from chunkllama_server.transport.errors import ApiError, exceeded, invalid
 
 T = TypeVar("T")
-MAX_TEMPLATE_CHARS = 64 * 1024
 # A text that took longer here has delayed every other request as long.
 _SLOW_SECONDS = 0.05
 Message = dict[str, Any]
@@ -59,8 +59,7 @@ class TextService:
     Args:
         tokenizer, template: the model's; ``template`` is None for a model without one.
         make_template: builds a template from a source a trusted client sent.
-        offload_bytes: texts longer than this leave the event loop.
-        time_limit: seconds one request's text may take.
+        limits: lengths and times of texts.
 
     Attributes:
         share: of a tenant in the worker's time, relative to others.
@@ -72,14 +71,12 @@ class TextService:
         template: ChatTemplate | None,
         *,
         make_template: Callable[[str], ChatTemplate] | None = None,
-        offload_bytes: int = 8192,
-        time_limit: float = 10.0,
+        limits: LimitsConfig = DEFAULT_LIMITS,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self._make_template = make_template
-        self._offload_bytes = offload_bytes
-        self._time_limit = time_limit
+        self._limits = limits
         self.share: Callable[[str], float] = lambda _: 1.0
         self._pool = FairPool(1, "text", lambda tenant: self.share(tenant))
         # Its own, so that the model's texts do not wait for it.
@@ -96,7 +93,7 @@ class TextService:
             ApiError: 503 when the time limit passes: the texts of others come first.
         """
         is_foreign = isinstance(template, RequestTemplate)
-        if size <= self._offload_bytes and self._is_quick and not is_foreign:
+        if size <= self._limits.text_offload_chars and self._is_quick and not is_foreign:
             started = time.thread_time()
             try:
                 return work()
@@ -106,10 +103,10 @@ class TextService:
 
     async def _run_in(self, pool: FairPool, work: Callable[[], T]) -> T:
         try:
-            async with asyncio.timeout(self._time_limit):
+            async with asyncio.timeout(self._limits.text_seconds):
                 return await pool.run(tenant_context.get(), work)
         except TimeoutError:
-            raise unavailable("Too many long texts are being tokenized", "tokenizer_busy") from None
+            raise exceeded(self._limits, "text_seconds") from None
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a prompt; special-token strings in it are read as special tokens."""
@@ -132,11 +129,8 @@ class TextService:
             return self.template
         make = self._make_template
         assert make is not None, "templates from requests are not set up"
-        if len(override) > MAX_TEMPLATE_CHARS:
-            raise invalid(
-                f"chat_template has {len(override)} characters; at most {MAX_TEMPLATE_CHARS}",
-                "chat_template",
-            )
+        if len(override) > self._limits.max_template_chars:
+            raise exceeded(self._limits, "max_template_chars", "chat_template", value=len(override))
 
         def compile_and_probe() -> RequestTemplate:
             compiled = make(override)

@@ -26,14 +26,12 @@ from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers
 from chunkllama_server.api.schema.completions import Completion, CompletionRequest
 from chunkllama_server.transport.body import json_response
-from chunkllama_server.transport.errors import invalid
+from chunkllama_server.transport.errors import exceeded, invalid
 from chunkllama_server.transport.sse import unless_disconnected
 
 router = APIRouter(route_class=DialectRoute, tags=["completions"])
 
 DEFAULT_MAX_TOKENS = 16
-# Prompts times choices of one request.
-MAX_CHOICES = 1024
 
 
 def check_completion(body: CompletionRequest, context: ServerContext) -> None:
@@ -72,11 +70,8 @@ async def prompt_ids(body: CompletionRequest, context: ServerContext) -> list[li
     else:
         prompts, is_list = cast(list[str | list[int]], prompt), True
     choices = len(prompts) * max(body.n or 1, body.best_of or 1)
-    if choices > MAX_CHOICES:
-        raise invalid(
-            f"The request asks for {choices} choices, at most {MAX_CHOICES} are allowed",
-            "prompt",
-        )
+    if choices > context.settings.max_request_choices:
+        raise exceeded(context.settings, "max_request_choices", "prompt", value=choices)
     encoded = []
     for index, item in enumerate(prompts):
         ids = item
@@ -107,7 +102,9 @@ async def completion_sampling(
     max_tokens = body.max_tokens
     if max_tokens is None:
         max_tokens = min(DEFAULT_MAX_TOKENS, info.max_request_tokens - longest)
-    grammar, param = grammar_of(body.response_format, body.structured_outputs, left_out)
+    grammar, param = grammar_of(
+        body.response_format, body.structured_outputs, left_out, context.settings
+    )
     if grammar is not None:
         grammar = await context.grammars.check(grammar, param)
     scores_prompt = max_tokens == 0 or (body.echo and body.logprobs is not None)

@@ -27,8 +27,9 @@ from chunkllama_server.api.tools.families import (
     tool_family,
 )
 from chunkllama_server.api.tools.parsers import CallReader, OutputParser, PlainText
+from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.config.settings import ToolFamily as Family
-from chunkllama_server.transport.errors import invalid
+from chunkllama_server.transport.errors import exceeded, invalid
 
 # Families that write calls as a list behind a tag.
 _LIST_TAGS: dict[Family, str] = {
@@ -168,7 +169,9 @@ def _named_choice(choice: NamedToolChoice) -> tuple[str, Iterable[str] | None, s
     raise invalid(f"tool_choice of type {choice.type!r} needs its function", "tool_choice")
 
 
-def plan_tools(body: ChatCompletionRequest, output_format: CallFormat) -> ToolConfig:
+def plan_tools(
+    body: ChatCompletionRequest, output_format: CallFormat, limits: LimitsConfig = DEFAULT_LIMITS
+) -> ToolConfig:
     """Check tools and tool_choice against each other.
 
     Raises:
@@ -204,11 +207,13 @@ def plan_tools(body: ChatCompletionRequest, output_format: CallFormat) -> ToolCo
     # Schemas of calls that nothing constrains are only shown.
     has_answer = body.response_format is not None and body.response_format.type != "text"
     constrained = by_path if mode == "required" or has_answer else {}
-    schemas = [_call_schema(function, where, left_out) for where, function in constrained.items()]
+    schemas = [
+        _call_schema(function, where, left_out, limits) for where, function in constrained.items()
+    ]
     return ToolConfig(
         prompt_tools=prompt_tools,
         functions={name: function.parameters or {} for name, function in by_name.items()},
-        grammar=forced_calls(schemas, is_single) if mode == "required" else None,
+        grammar=forced_calls(schemas, is_single, limits) if mode == "required" else None,
         call_schemas=tuple(schemas),
         left_out=tuple(left_out),
         max_calls=1 if is_single else None,
@@ -226,14 +231,16 @@ def _as_template_function(function: FunctionDefinition) -> dict[str, Any]:
     }
 
 
-def _call_schema(function: FunctionDefinition, path: str, left_out: list[str]) -> dict[str, Any]:
+def _call_schema(
+    function: FunctionDefinition, path: str, left_out: list[str], limits: LimitsConfig
+) -> dict[str, Any]:
     """The schema of one call; its arguments are always an object with its required members.
 
     Raises:
         ApiError: 400 for parameters that are too large, or strict and not enforceable.
     """
     parameters = object_schema(function.parameters)
-    check_schema(parameters, path)
+    check_schema(parameters, path, limits)
     owner = f"the function {function.name!r}"
     prepared = prepare_schema(parameters, path, strict=bool(function.strict), owner=owner)
     left_out += prepared.left_out
@@ -256,7 +263,9 @@ def _any_call(schemas: Iterable[dict[str, Any]], pointer: str) -> dict[str, Any]
     return {"anyOf": variants}
 
 
-def forced_calls(schemas: Iterable[dict[str, Any]], is_single: bool) -> GrammarSpec:
+def forced_calls(
+    schemas: Iterable[dict[str, Any]], is_single: bool, limits: LimitsConfig
+) -> GrammarSpec:
     """A JSON schema for a list of calls, each one function's name with arguments of its schema.
 
     Raises:
@@ -268,14 +277,19 @@ def forced_calls(schemas: Iterable[dict[str, Any]], is_single: bool) -> GrammarS
         "maxItems": 1 if is_single else MAX_FORCED_CALLS,
         "items": _any_call(schemas, "#/items"),
     }
-    return GrammarSpec(kind="json_schema", text=check_schema(schema, "tools"))
+    return GrammarSpec(kind="json_schema", text=check_schema(schema, "tools", limits))
 
 
-def calls_or_answer(tools: ToolConfig, answer: GrammarSpec) -> GrammarSpec:
+def calls_or_answer(
+    tools: ToolConfig, answer: GrammarSpec, limits: LimitsConfig = DEFAULT_LIMITS
+) -> GrammarSpec:
     """A grammar of calls in the model's own format, or of a typed answer.
 
     Args:
         answer: a JSON schema, or any JSON object.
+
+    Raises:
+        ApiError: 400 where the functions' schemas are too large together.
     """
     schema = json.loads(answer.text) if answer.kind == "json_schema" else {"type": "object"}
     call = f"%json {_inline(_any_call(tools.call_schemas, '#'))}"
@@ -289,6 +303,8 @@ def calls_or_answer(tools: ToolConfig, answer: GrammarSpec) -> GrammarSpec:
         calls = f'{tag} "[" call{more} "]"'
     lines = ("start: calls | answer", f"calls: {calls}", f"call: {call}")
     text = "\n".join((*lines, f"answer: %json {_inline(schema)}"))
+    if len(text) > 2 * limits.max_schema_chars:
+        raise exceeded(limits, "max_schema_chars", "tools", value=len(text))
     return GrammarSpec(kind="lark", text=text)
 
 

@@ -1,0 +1,49 @@
+"""Continue sequences with the tokens that a step sampled for them."""
+
+from __future__ import annotations
+
+from chunkllama.scheduler.beam_steps import advance_beams
+from chunkllama.scheduler.limits import SchedulerLimits
+from chunkllama.scheduler.output import SampledTokens
+from chunkllama.scheduler.request import Sequence
+from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
+from chunkllama.scheduler.step_deltas import StepDeltas
+
+
+def use_sample(
+    sequence: Sequence,
+    sampled: SampledTokens,
+    deltas: StepDeltas,
+    lifecycle: SequenceLifecycle,
+    limits: SchedulerLimits,
+) -> None:
+    """Continue a sequence with its next token, unless the executor has deferred it."""
+    group = sequence.group
+    sequence.awaits_sample = sequence.slot in sampled.deferred
+    if sequence.awaits_sample:
+        return
+    if group.beam is None:
+        _append_token(sequence, sampled, deltas, lifecycle, limits)
+        return
+    group.beam.feed(sequence.index, sampled.beam_candidates[sequence.slot])
+    if group.beam.is_fed:
+        advance_beams(group, deltas, lifecycle)
+
+
+def _append_token(
+    sequence: Sequence,
+    sampled: SampledTokens,
+    deltas: StepDeltas,
+    lifecycle: SequenceLifecycle,
+    limits: SchedulerLimits,
+) -> None:
+    slot = sequence.slot
+    token_id = sampled.token_ids[slot]
+    sequence.append(token_id)
+    lifecycle.counters.generation_tokens += 1
+    reason, stop_token_id = sequence.finish_reason(limits.eos_token_ids)
+    if reason is None and slot in sampled.finished_grammar:
+        reason = "stop"
+    deltas.add_token(sequence, token_id, sampled.logprobs.get(slot), reason, stop_token_id)
+    if reason is not None:
+        lifecycle.finish(sequence)
