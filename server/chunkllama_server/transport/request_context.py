@@ -98,9 +98,7 @@ class RequestInfoMiddleware:
     A path may begin with the ``root_path`` that a proxy has not stripped.
     """
 
-    def __init__(
-        self, app: ASGIApp, root_path: str, on_refusal: Callable[[int, str], None]
-    ) -> None:
+    def __init__(self, app: ASGIApp, root_path: str, on_refusal: Callable[[int], None]) -> None:
         self._app = app
         self._root_path = root_path
         self._on_refusal = on_refusal
