@@ -1,0 +1,170 @@
+"""Limits: the table, what each answers, and that a setting changes it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from chunkllama_server.api.common.grammar_cost import check_schema_cost, lark_size
+from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
+from chunkllama_server.config.settings import Settings
+from chunkllama_server.metrics.loop_lag import LoopLag
+from chunkllama_server.transport.body import parse_json
+from chunkllama_server.transport.errors import ApiError, exceeded
+
+TABLE = {
+    key: field.json_schema_extra
+    for key, field in Settings.model_fields.items()
+    if isinstance(field.json_schema_extra, dict) and "reach" in field.json_schema_extra
+}
+
+
+@pytest.mark.parametrize("key", sorted(TABLE))
+def test_every_limit_says_who_reaches_it_and_what_they_get(key: str) -> None:
+    extra: Any = TABLE[key]
+    assert extra["reach"] in ("anyone", "tenant", "operator")
+    assert extra["unit"]
+    answer = str(extra["answer"])
+    assert re.fullmatch(r"[2-5]\d\d( \w+)?|closed|waits|left out", answer)
+    if extra["text"] and key in LimitsConfig.model_fields:
+        error = exceeded(DEFAULT_LIMITS, key, "field", value=7)
+        assert str(error.status_code) == answer.split()[0]
+        assert "{" not in error.message
+
+
+def test_all_limits_of_the_server_are_in_the_table() -> None:
+    assert set(LimitsConfig.model_fields) <= set(TABLE)
+
+
+@pytest.mark.parametrize(
+    ("setting", "fields", "param"),
+    [
+        ({"max_choices": 2}, {"n": 3}, "n"),
+        ({"max_choices": 2}, {"best_of": 3}, "best_of"),
+        ({"max_stop_strings": 1}, {"stop": ["a", "b"]}, "stop"),
+        ({"max_stop_token_ids": 1}, {"stop_token_ids": [1, 2]}, "stop_token_ids"),
+        ({"max_logit_bias": 1}, {"logit_bias": {"1": 1, "2": 1}}, "logit_bias"),
+        ({"max_bad_words": 1}, {"bad_words": ["a", "b"]}, "bad_words"),
+        ({"max_allowed_token_ids": 1}, {"allowed_token_ids": [1, 2]}, "allowed_token_ids"),
+        ({"max_logprobs": 1}, {"logprobs": 2}, "logprobs"),
+        ({"max_logprobs": 0}, {"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"max_request_choices": 3}, {"prompt": ["a", "b"], "n": 2}, "prompt"),
+        (
+            {"max_regex_chars": 2},
+            {"structured_outputs": {"regex": "abc"}},
+            "structured_outputs.regex",
+        ),
+        (
+            {"max_forced_chars": 2},
+            {"structured_outputs": {"choice": ["abc"]}},
+            "structured_outputs.choice",
+        ),
+    ],
+)
+def test_an_operator_may_allow_less(start_server, setting, fields, param) -> None:
+    server = start_server(**setting)
+    body = {"model": "alias", "prompt": "say(ab)yas", "max_tokens": 2}
+    refused = server.post("/v1/completions", {**body, **fields})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == param
+    assert str(next(iter(setting.values()))) in refused.json()["error"]["message"]
+    assert server.post("/v1/completions", body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"allOf": [{"type": "string"}, {"$ref": "#"}]},
+        {"anyOf": [{"$ref": "#"}, {"oneOf": [{"$ref": "#"}]}]},
+        {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+        {"$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(3000)},
+         "$ref": "#/$defs/d0"},
+        {"anyOf": [{"anyOf": [{"const": i} for i in range(200)]} for _ in range(60)]},
+    ],
+)  # fmt: skip
+def test_S6_schemas_without_end_are_refused_before_they_are_compiled(schema) -> None:
+    with pytest.raises(ApiError) as caught:
+        check_schema_cost(schema, "x")
+    assert (caught.value.status_code, caught.value.code) == (400, "grammar_too_complex")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
+        {"properties": {"next": {"$ref": "#"}}},
+        {"items": {"$ref": "#"}},
+        {"$defs": {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(50)},
+         "$ref": "#/$defs/d0"},
+    ],
+)  # fmt: skip
+def test_recursive_schemas_that_end_are_not(schema) -> None:
+    check_schema_cost(schema, "x")
+
+
+def test_strings_that_do_not_end_are_read_once() -> None:
+    """With a scan from every quote these would take hours; the test would not end."""
+    with pytest.raises(ApiError, match="arrays and objects"):
+        parse_json(b"[" * 40_000 + b'"' + b'\\"' * 900_000)
+    with pytest.raises(ApiError, match="not valid JSON"):
+        parse_json(b"[" * 40_000 + b'"' + b'\\"' * 1000, LimitsConfig(max_json_containers=50_000))
+    assert lark_size('start: "' + '\\"' * 400_000)[0] > 0
+    assert lark_size("start: /" + "\\/" * 400_000)[0] > 0
+    assert lark_size("start: " + '"\\' * 400_000)[0] > 0
+
+
+class _Loop:
+    """An event loop whose time a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.due: list[tuple[float, Any]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_later(self, seconds: float, ring: Any) -> Any:
+        when = self.now + seconds
+        self.due.append((when, ring))
+        handle: Any = asyncio.TimerHandle.__new__(asyncio.TimerHandle)
+        handle._when = when
+        return handle
+
+    def run_at(self, now: float) -> None:
+        self.now = now
+        _, ring = self.due.pop()
+        ring()
+
+
+def test_the_loops_lag_is_the_largest_of_a_minute() -> None:
+    registry, loop = CollectorRegistry(), _Loop()
+    lag = LoopLag(registry)
+
+    def gauge() -> float | None:
+        return registry.get_sample_value("chunkllama_event_loop_lag_seconds")
+
+    assert gauge() == 0.0
+    lag.start(loop)  # type: ignore[arg-type]
+    loop.run_at(100.6)
+    assert gauge() == pytest.approx(0.5)
+    loop.run_at(100.9)
+    assert gauge() == pytest.approx(0.5), "a smaller delay does not hide it"
+    loop.now = 103.0
+    assert gauge() == pytest.approx(2.0), "a loop that is away now"
+    loop.now = 101.0
+    loop.run_at(101.0)
+    loop.run_at(170.0)
+    loop.run_at(170.1)
+    assert gauge() == pytest.approx(68.9)
+    loop.run_at(290.0)
+    assert gauge() == pytest.approx(119.8)
+
+
+def test_the_lag_is_exported(server) -> None:
+    with server.http() as http:
+        assert "chunkllama_event_loop_lag_seconds " in http.get("/metrics").text
