@@ -31,7 +31,8 @@ def check_field_limits(body: BaseModel, limits: LimitsConfig) -> None:
     Raises:
         ApiError: 400 naming the field.
     """
-    for field in body.model_fields_set:
+    known = type(body).model_fields.keys()  # beside them is what a client has made up
+    for field in body.model_fields_set & known:
         value = getattr(body, field)
         key = _NUMBERS.get(field)
         if field == "logprobs" and not isinstance(value, bool):
