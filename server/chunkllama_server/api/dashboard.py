@@ -97,7 +97,7 @@ async def data(context: Context, request: Request) -> Response:
     else:
         nodes = [_without_use(node) if not node.namespace else node for node in nodes]
         counters = _own_counters(context, tenant, nodes)
-        latency = context.metrics.own_latency(tenant)
+        latency = context.metrics.own.latency(tenant)
         hidden = max(len(nodes) - limits.dashboard_nodes, 0)
     body = {
         "version": __version__,
@@ -125,7 +125,7 @@ def _own_counters(context: ServerContext, tenant: str, nodes: list[TreeNodeInfo]
     total = context.engine.info.num_chunks
     return {
         **dict.fromkeys(names, 0),
-        **context.metrics.own_counters(tenant),
+        **context.metrics.own.counters(context.metrics.usage, tenant),
         "chunks_total": total,
         "chunks_peak": len(nodes),
         **{f"chunks_{state}": states[state] for state in ("referenced", "private", "cached")},

@@ -72,11 +72,11 @@ class RequestTimer:
         if self.first_token_seconds is None:
             self.first_token_seconds = now - self._started
             metrics.first_token.observe(self.first_token_seconds)
-            metrics.note_latency(self._tenant, "time_to_first_token", self.first_token_seconds)
+            metrics.own.note_latency(self._tenant, "time_to_first_token", self.first_token_seconds)
         else:
             each = (now - self._last) / count
             metrics.inter_token.observe(each)
-            metrics.note_latency(self._tenant, "inter_token_latency", each)
+            metrics.own.note_latency(self._tenant, "inter_token_latency", each)
         self._last = now
 
     def finish(self, reason: str) -> None:
@@ -89,7 +89,7 @@ class RequestTimer:
         metrics.finish_request(self._tenant, reason)
         self.total_seconds = time.monotonic() - self._started
         metrics.latency.observe(self.total_seconds)
-        metrics.note_latency(self._tenant, "e2e_request_latency", self.total_seconds)
+        metrics.own.note_latency(self._tenant, "e2e_request_latency", self.total_seconds)
         if self.first_token_seconds is not None:
             assert self.decode_seconds is not None
             metrics.decode.observe(self.decode_seconds)

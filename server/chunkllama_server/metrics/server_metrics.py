@@ -209,6 +209,7 @@ class ServerMetrics:
 
     Attributes:
         usage: what each tenant has used.
+        own: what a tenant sees beside the counters that carry its name.
         prompts: the last prompts, up to ``recent_prompt_tokens``.
         live, first_token, inter_token, latency, queue, prefill, decode, inference, prompt_tokens,
             generation_tokens: what a ``RequestTimer`` observes.
@@ -224,8 +225,8 @@ class ServerMetrics:
     ) -> None:
         self.registry = CollectorRegistry()
         self.tracing: Tracing | None = None
-        self._vllm_model = vllm_model
-        self._own = OwnParts()
+        self._also = None if vllm_model is None else VllmNames(self.registry, vllm_model)
+        self.own = OwnParts()
         self.engine = EngineStatsCollector()
         self.registry.register(self.engine)
         self.usage = UsageRecorder()
@@ -329,18 +330,14 @@ class ServerMetrics:
         self._by_tenant.rank(tenant, 1)
         self._by_tenant.add("request_accepted", tenant)
         self.live.inc()
-        self._own.begin(tenant)
+        self.own.begin(tenant)
         return RequestTimer(self, tenant, prompt_tokens)
 
     def finish_request(self, tenant: str, reason: str) -> None:
         """Count the end of a request."""
         self._by_tenant.add("request_finished", tenant, 1, reason)
         self.live.dec()
-        self._own.end(tenant)
-
-    def note_latency(self, tenant: str, name: str, seconds: float) -> None:
-        """Add to the mean latency that a tenant sees."""
-        self._own.note_latency(tenant, name, seconds)
+        self.own.end(tenant)
 
     def add_usage(
         self,
@@ -398,16 +395,6 @@ class ServerMetrics:
         """
         shown: Collector = self.registry
         if tenant is not None:
-            shown = TenantView(self.registry, tenant, self._own.gauges(self.usage, tenant))
+            shown = TenantView(self.registry, tenant, self.own.gauges(self.usage, tenant))
         text = generate_latest(shown)
-        if self._vllm_model is not None:
-            text += generate_latest(VllmNames(shown, self._vllm_model))
-        return text
-
-    def own_counters(self, tenant: str) -> dict[str, int]:
-        """Return a tenant's part of the engine's counters, by the names of ``EngineStats``."""
-        return self._own.counters(self.usage, tenant)
-
-    def own_latency(self, tenant: str) -> dict[str, dict[str, float]]:
-        """Return sum and count of a tenant's latencies."""
-        return self._own.latency(tenant)
+        return text if self._also is None else text + generate_latest(self._also.of(shown))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from copy import copy
 
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
@@ -76,6 +77,12 @@ class VllmNames(Collector):
         labels = {"max_lora": "0", "running_lora_adapters": "", "waiting_lora_adapters": ""}
         lora.add_sample("vllm:lora_requests_info", {**labels, **name}, time.time())
         yield lora
+
+    def of(self, source: Collector) -> VllmNames:
+        """Return the same names for what another collector shows."""
+        names = copy(self)
+        names._source = source
+        return names
 
     def collect(self) -> Iterator[Metric]:
         if self._cache_labels:

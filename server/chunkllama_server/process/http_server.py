@@ -242,7 +242,7 @@ async def _admin_server(
     admin.include_router(divergence.router)
     admin.include_router(cache_admin.router)
     install_error_handlers(admin)
-    admin.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
+    admin.add_middleware(BodyLimitMiddleware, limits=settings)
     _listen(sock, "admin_port")
     limits = replace(
         limits,
