@@ -122,7 +122,7 @@ def test_S7_templates_of_clients_are_not_run(server) -> None:
         refused(server, chat | {"chat_template": source}, "chat_template", path)
         body = chat | {"chat_template_kwargs": {"chat_template": source}}
         assert server.post(path, body).status_code in (200, 400)
-    server.engine.reset()
+        server.engine.reset()
     body = {**chat, "messages": [{"role": "user", "content": "{{ 7*7 }} say({{ 7*7 }})yas"}]}
     assert server.post(path, body).json()["choices"][0]["message"]["content"] == "{{ 7*7 }}"
 

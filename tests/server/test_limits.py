@@ -111,6 +111,7 @@ def test_strings_that_do_not_end_are_read_once() -> None:
     """With a scan from every quote these would take hours; the test would not end."""
     with pytest.raises(ApiError, match="arrays and objects"):
         parse_json(b"[" * 40_000 + b'"' + b'\\"' * 900_000)
+    more = LimitsConfig(max_json_containers=50_000)
     with pytest.raises(ApiError, match="not valid JSON"):
         parse_json(
             b"[" * 40_000 + b'"' + b'\\"' * 1000, limits=LimitsConfig(max_json_containers=50_000)
