@@ -273,9 +273,7 @@ def load_executor(  # noqa: PLR0913
     )
     if foreign is not None:
         foreign.attach(attention, max_model_len)
-        return ModelRunner(
-            spec, foreign, attention, model_path, row_work_share=row_work_share
-        )
+        return ModelRunner(spec, foreign, attention, model_path, row_work_share=row_work_share)
     loaded = load_weights(checkpoint, spec, getattr(torch, dtype), attention.backend.device)
     model = build_model(spec, loaded, attention, max_model_len=max_model_len, weights=weights)
     return ModelRunner(spec, model, attention, model_path, row_work_share=row_work_share)

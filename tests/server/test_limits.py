@@ -113,9 +113,7 @@ def test_strings_that_do_not_end_are_read_once() -> None:
         parse_json(b"[" * 40_000 + b'"' + b'\\"' * 900_000)
     more = LimitsConfig(max_json_containers=50_000)
     with pytest.raises(ApiError, match="not valid JSON"):
-        parse_json(
-            b"[" * 40_000 + b'"' + b'\\"' * 1000, limits=LimitsConfig(max_json_containers=50_000)
-        )
+        parse_json(b"[" * 40_000 + b'"' + b'\\"' * 1000, limits=more)
     assert lark_size('start: "' + '\\"' * 400_000)[0] > 0
     assert lark_size("start: /" + "\\/" * 400_000)[0] > 0
     assert lark_size("start: " + '"\\' * 400_000)[0] > 0
