@@ -4,7 +4,7 @@
 
 constexpr int CHUNK = 64;  // tokens of a chunk
 
-enum PlanHeader { NUM_ITEMS = 0, NUM_ROWS = 1, NUM_CLASS0_ITEMS = 4, WINDOW = 5 };
+enum PlanHeader { NUM_ITEMS = 0, NUM_ROWS = 1, NUM_CLASS0_ITEMS = 4 };
 enum ItemColumn {
   ROW_BEGIN = 0,
   ITEM_ROWS = 1,
@@ -15,4 +15,4 @@ enum ItemColumn {
   FLAGS = 6,
   ITEM_COLUMNS = 8
 };
-enum ItemFlag { ITEM_MASK = 1, ITEM_WINDOW = 2 };
+enum ItemFlag { ITEM_MASK = 1 };

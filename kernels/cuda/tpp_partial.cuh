@@ -114,8 +114,6 @@ struct Unit {
   int first_position;
   int partial_base;
   bool masked;
-  // A row at position p does not see the run's keys before p - before_window; -1: no key is hidden.
-  int before_window;
   const int* chunk_ids;
 
   DEVICE int row(const TppPartialParams& p, int r) const {
@@ -147,8 +145,6 @@ DEVICE Unit decode_unit(const TppPartialParams& p, int index) {
   unit.first_position = item[FIRST_POSITION];
   unit.partial_base = item[PARTIAL_BASE];
   unit.masked = (item[FLAGS] & ITEM_MASK) != 0;
-  unit.before_window =
-      (item[FLAGS] & ITEM_WINDOW) != 0 ? p.header[WINDOW] + unit.first_position - 1 : -1;
   unit.chunk_ids = p.chunk_ids + item[CHUNK_OFFSET];
   if (unit.packed_rows > 0) {  // positions never decrease over a masked item's rows: the tile's
                                // last row bounds the run
@@ -299,27 +295,6 @@ DEVICE void mask_scores(Scores<X>& s, const int (&visible)[X::ROW_TILES][2], int
 #pragma unroll
       for (int e = 0; e < 4; e++)
         if (first_key + j * 8 + (e & 1) >= visible[a][e >> 1]) s[a][j][e] = NEGATIVE_INFINITY;
-}
-
-// Hides the keys before each row's window. The rows' positions are read again for every stage: kept
-// in registers they would spill.
-template <class X>
-DEVICE void mask_before_window(Scores<X>& s, const TppPartialParams& p, const Unit& unit,
-                               int first_token, WarpRole role) {
-  const int first_key = first_token + role.key_warp * X::WARP_KEYS + 2 * role.pair;
-#pragma unroll
-  for (int a = 0; a < X::ROW_TILES; a++)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int r = (role.row_warp * X::ROW_TILES + a) * 16 + role.group + 8 * h;
-      if (r >= unit.packed_rows) continue;
-      const int hidden = p.positions[unit.row(p, r)] - unit.before_window;
-#pragma unroll
-      for (int j = 0; j < X::KEY_TILES; j++)
-#pragma unroll
-        for (int e = 0; e < 2; e++)
-          if (first_key + j * 8 + e < hidden) s[a][j][2 * h + e] = NEGATIVE_INFINITY;
-    }
 }
 
 // Scores become weights 2^(score - anchor); what was accumulated under a smaller maximum is scaled
@@ -484,7 +459,6 @@ DEVICE void attend(const TppPartialParams& p, const Unit& unit, unsigned char* s
     Scores<X> s;
     score<X>(s, q, queries, stage, role);
     if (token + X::STAGE_TOKENS > unit.unmasked_tokens) mask_scores<X>(s, visible, token, role);
-    if (unit.before_window >= 0) mask_before_window<X>(s, p, unit, token, role);
     softmax<X>(s, states, o, p.scale_log2);
     accumulate<X>(o, s, stage + X::MATRIX_BYTES, role);
     stage = stage + X::STAGE_BYTES == stages + X::STAGES * X::STAGE_BYTES ? stages

@@ -244,18 +244,6 @@ def test_emulation_trees(tree: str, schedule: int, rng: np.random.Generator) -> 
     check(TREES[tree], Setting(schedule=schedule), rng)
 
 
-@pytest.mark.parametrize("window", [1, 30, 64, 100, 200])
-@pytest.mark.parametrize("tree", ["prefix", "three_levels", "many_groups"])
-def test_emulation_windows(tree: str, window: int, rng: np.random.Generator) -> None:
-    check(TREES[tree], Setting(schedule=window % 3), rng, window)
-
-
-@pytest.mark.parametrize("window", [1, 70, 130])
-def test_emulation_windows_of_slices(window: int, rng: np.random.Generator) -> None:
-    case = prefill_case(130, [70, 90], shared_chunks=2)
-    check(case, Setting(num_kv_heads=1, group=2), rng, window)
-
-
 @pytest.mark.parametrize("tree", ["prefix", "three_levels"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
 @pytest.mark.parametrize("dtype", DTYPES)
