@@ -43,6 +43,8 @@ others out, for each kind of window that a model's layers have. All keys and val
 prefix tree, so that prompts share prefixes as in any other model, and a prefix hit changes no
 result.
 
+On CUDA models with windows are served up to the window's length, with a warning.
+
 ## GGUF files
 
 Read once into the cache folder. Tensor names are those of the `gguf` package; q and k are
