@@ -95,7 +95,7 @@ def test_every_flag_in_the_docs_exists(chunkllama):
     named = set()
     for page in CURRENT:
         for line in page.read_text().splitlines():
-            if "docker" in line or "pip " in line or "pytest" in line:
+            if any(word in line for word in ("docker", "pip ", "pytest", "tests/soak.py")):
                 continue
             named |= set(re.findall(r"(?<=[\s`\"])(--[a-z][a-z-]+)", line))
     others = {"--build-arg", "--read-only", "--tmpfs", "--target", "--cpus", "--rm"}
