@@ -42,7 +42,8 @@ class StepCost:
         return asdict(self)
 
 
-# The demo model in bfloat16 on two cores with AMX, `chunkllama capacity --measure`.
+# Estimated from the README's step times, not fitted: the demo model in bfloat16 on two cores with
+# AMX. `chunkllama capacity --measure` gives a machine's own.
 DEFAULT_COST = StepCost(step=8.0e-3, token=1.3e-4, sequence=1.2e-4, read=1.1e-6, attention=2.0e-8)
 
 
