@@ -142,7 +142,7 @@ def fuzz(operation: Any, num_cases: int, *, fresh: bool = False) -> None:
     def one_case(case: Any) -> None:
         if isinstance(case.body, dict):
             case.body = plausible(case.body) if next(numbers) % 4 else with_model(case.body)
-        response = case.call_and_validate(checks=CHECKS)
+        response = case.call_and_validate(checks=CHECKS, timeout=120)
         if response.status_code >= 400 and response.elapsed > MAX_REFUSAL_SECONDS:
             # A busy machine may stall once; a slow refusal is slow every time.
             assert min(case.call().elapsed for _ in range(3)) < MAX_REFUSAL_SECONDS
