@@ -312,3 +312,11 @@ def test_refusals_are_no_successes_of_vllm():
     ends = [line for line in lines if line.startswith("vllm:request_success_total{")]
     ends = [line for line in ends if not line.endswith(" 0.0")]
     assert ends == ['vllm:request_success_total{finished_reason="length",model_name="m"} 1.0']
+
+
+def test_no_gauge_is_named_like_a_counter():
+    """As promtool checks; the former name of a gauge has no type."""
+    lines = ServerMetrics(vllm_model="m").render().decode().splitlines()
+    types = [line.split()[2:] for line in lines if line.startswith("# TYPE ")]
+    assert ["chunkllama_kv_chunks_total", "untyped"] in types
+    assert not [name for name, kind in types if name.endswith("_total") and kind == "gauge"]

@@ -14,6 +14,7 @@ from prometheus_client.core import (
     GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
+    UnknownMetricFamily,
 )
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
@@ -167,11 +168,9 @@ class EngineStatsCollector:
             yield self._histogram(name, text)
         for name, (metric, text) in ENGINE_GAUGES.items():
             yield GaugeMetricFamily(f"chunkllama_{metric}", text, getattr(stats, name))
-        yield GaugeMetricFamily(
-            "chunkllama_kv_chunks_total",
-            "Former name of chunkllama_kv_chunks_capacity; will be removed.",
-            stats.chunks_total,
-        )
+        # Without a type: a gauge's name must not end like a counter's.
+        former = "Former name of chunkllama_kv_chunks_capacity; will be removed."
+        yield UnknownMetricFamily("chunkllama_kv_chunks_total", former, stats.chunks_total)
         chunks = GaugeMetricFamily("chunkllama_kv_chunks", "Chunks by state.", labels=["state"])
         for state in CHUNK_STATES:
             chunks.add_metric([state], getattr(stats, f"chunks_{state}"))
