@@ -33,6 +33,13 @@ OPERATIONS = {
     "POST /detokenize": 40,
     "GET /v1/responses/{response_id}": 15,
     "DELETE /v1/responses/{response_id}": 15,
+    "GET /v1/responses/{response_id}/input_items": 15,
+    "POST /v1/responses/{response_id}/cancel": 15,
+    "POST /v1/responses/compact": 30,
+    "POST /v1/cache/explain": 30,
+    "GET /v1/usage": 3,
+    "GET /dashboard/tenants": 3,
+    "GET /dashboard/divergence": 3,
     "GET /v1/models/{model}": 15,
     "GET /v1/models": 3,
     "GET /version": 3,
@@ -103,7 +110,7 @@ def without_nul(value: Any) -> Any:
     return value
 
 
-def plausible(body: dict[str, Any]) -> dict[str, Any]:
+def plausible(body: dict[str, Any], is_response: bool) -> dict[str, Any]:
     """The same request without what is refused first and would hide all that comes after."""
     body = without_nul(with_model(body))
     if body.get("stream") is not True:
@@ -119,7 +126,7 @@ def plausible(body: dict[str, Any]) -> dict[str, Any]:
                 message.setdefault("tool_call_id", "call")
                 message.setdefault("role", "user")
     # A random model hardly ever ends by itself.
-    body.setdefault("max_tokens", 8)
+    body.setdefault(*(("max_output_tokens", 16) if is_response else ("max_tokens", 8)))
     for name in REFUSED:
         body.pop(name, None)
     return body
@@ -141,7 +148,8 @@ def fuzz(operation: Any, num_cases: int, *, fresh: bool = False) -> None:
     @given(case=operation.as_strategy())
     def one_case(case: Any) -> None:
         if isinstance(case.body, dict):
-            case.body = plausible(case.body) if next(numbers) % 4 else with_model(case.body)
+            changed = plausible(case.body, "/responses" in operation.path)
+            case.body = changed if next(numbers) % 4 else with_model(case.body)
         response = case.call_and_validate(checks=CHECKS, timeout=120)
         if response.status_code >= 400 and response.elapsed > MAX_REFUSAL_SECONDS:
             # A busy machine may stall once; a slow refusal is slow every time.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from chunkllama_server.api.dialect.table import CONTAINERS, TABLE, Endpoint, Row
+from chunkllama_server.api.dialect.table import CONTAINERS, GENERATE, TABLE, Endpoint, Row
 from chunkllama_server.api.dialect.values import SHAPES, DialectError
 from chunkllama_server.transport.errors import ApiError, invalid
 
@@ -112,7 +112,7 @@ class _Translator:
         row = self._rows.get(name)
         if row is not None:
             self._apply(row, path, value)
-        elif value and looks_binding(name):
+        elif value and self._endpoint in GENERATE and looks_binding(name):
             raise binding(path)
         elif path != name:
             self.result.unknown.append(path)
