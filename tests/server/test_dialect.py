@@ -218,7 +218,8 @@ FORMATS = [
 def test_a_schema_is_found_wherever_clients_put_it(server, given):
     expected = run(server, "chat", JSON)
     assert run(server, "chat", {"response_format": given}) == expected
-    assert run(server, "completions", {"response_format": given})[1].grammar == expected[1].grammar
+    text = run(server, "completions", JSON)
+    assert run(server, "completions", {"response_format": given}) == text
     for fields in ({"text": {"format": given}}, {"response_format": given}):
         assert run(server, "responses", fields)[1].grammar == expected[1].grammar
 
