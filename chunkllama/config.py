@@ -220,7 +220,8 @@ class SchedulerConfig(ConfigGroup):
     min_wait_tokens: int = Field(
         default=32,
         ge=0,
-        description="Waiting for another request's prefix must save at least this much.",
+        description="A request waits for another one to compute a shared prefix only if that saves "
+        "at least this many tokens.",
     )
 
     @field_validator("tenant_weights")

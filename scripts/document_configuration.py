@@ -41,8 +41,8 @@ LIMITS_PAGE = PAGE.with_name("limits.md")
 LIMITS_HEAD = """# Limits
 
 What a client can cause is bounded by settings. Each has its key, default and unit below, and what a
-client gets that goes beyond it. *Who* is the least privileged caller that can reach the limit:
-`anyone` who can connect, a `tenant` (whoever may send requests; without keys, everybody), or the
+client gets that exceeds it. *Who* is the least privileged caller that can reach the limit:
+`anyone` who can connect, a `tenant` (a client that may send requests; without keys, any), or the
 `operator`. [configuration.md](configuration.md) explains how to change a setting.
 
 *closed* means that the connection is ended without an answer, *waits* that the work is done later,

@@ -47,10 +47,11 @@ On CUDA models with windows are served up to the window's length, with a warning
 
 ## GGUF files
 
-Read once into the cache folder. Tensor names are those of the `gguf` package; q and k are
-permuted back where llama.cpp's converter permutes them, and Gemma's norms lose the 1 that it
-adds. A tensor that the architecture does not know, or lacks, is an error that names it. Every
-token that the file names as an end (`eos`, `eot`, `eom`) ends an answer.
+Weights are read from the file itself; the cache folder holds the tokenizer and an index. Tensor
+names are those of the `gguf` package; q and k are permuted back where llama.cpp's converter
+permutes them, and Gemma's norms lose the 1 that it adds. A tensor that the architecture does not
+know, or lacks, is an error that names it. Every token that the file names as an end (`eos`,
+`eot`, `eom`) ends an answer.
 
 ## Tokenizers
 

@@ -87,7 +87,9 @@ class ServerConfig(ConfigGroup):
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: Port = Field(default=8000, description="Port to listen on; 0 selects a free one.")
     admin_port: Port | None = Field(
-        default=None, description="Serve /metrics on this port instead of the main one."
+        default=None,
+        description="Serve /metrics and the operator's paths on this port, which needs no key, "
+        "instead of the main one.",
     )
     metrics_tenants: int = Field(
         default=100,
@@ -124,8 +126,8 @@ class ServerConfig(ConfigGroup):
     operator_key: Secrets = Field(
         default=(),
         description="Key that reads all of /metrics, /v1/usage, /dashboard/data and "
-        "/dashboard/tenants and may do nothing else; repeatable. A tenant's key reads no other "
-        "tenant's part.",
+        "/dashboard/tenants and may do nothing else; repeatable. Prefer the environment or a file: "
+        "other users can read a command line.",
     )
     isolation: Literal["off", "tenant"] | None = Field(
         default=None,
@@ -193,8 +195,8 @@ class ServerConfig(ConfigGroup):
     root_path: str = Field(default="", description="Path prefix that a proxy removes.")
     allowed_hosts: Names = Field(
         default=(),
-        description="Names that requests may address a server on a loopback address by, beside "
-        "localhost, IP addresses and names without a dot. Others are refused with 403.",
+        description="Host names accepted by a server that listens on a loopback address, in "
+        "addition to localhost, IP addresses and names without a dot. Others are refused with 403.",
     )
     cors_origins: Names = Field(
         default=(), description="Origins from which browsers may call; * is any. Default: none."

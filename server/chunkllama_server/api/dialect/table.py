@@ -258,7 +258,7 @@ _LIMITS = (
     _refused("n_indent", "there is no such sampler", "llama.cpp", (0,)),
     _refused("repetition_detection", "send stop strings or max_tokens", "vLLM"),
     _translated("max_thinking_tokens thinking_budget reasoning_budget thinking_budget_tokens",
-                "`thinking_token_budget`; -1 is none", "Dynamo, Qwen, llama.cpp",
+                "`thinking_token_budget`; -1 is no budget", "Dynamo, Qwen, llama.cpp",
                 lambda value, _: token_limit(value, "thinking_token_budget"), TEMPLATED),
     _refused("truncation_side", "the prompt's last tokens are kept", "vLLM", ("left",)),
     _refused("num_beams", "send use_beam_search and n", "Transformers", (1,)),
