@@ -103,3 +103,12 @@ def test_bounded_schemas_compile(schema):
     text = json.dumps(bounded({"type": "object", "properties": {"x": schema}, **CLOSED}, 256))
     grammar = llguidance.LLMatcher.grammar_from_json_schema(text)
     assert llguidance.LLMatcher.validate_grammar(grammar) == ""
+
+
+@pytest.mark.parametrize("wrong", ["3", True, None, [3], {}], ids=str)
+def test_a_bound_that_is_no_number_stays_for_the_compiler(wrong):
+    assert bounded({"type": "string", "minLength": wrong}, 1024)["minLength"] == wrong
+    assert bounded({"type": "array", "minItems": wrong}, 1024)["maxItems"] == 64
+    assert bounded({"type": "object", "minProperties": wrong}, 1024)["maxProperties"] == 32
+    assert bounded({"type": "integer", "minimum": wrong}, 1024)["maximum"] == 2**53 - 1
+    assert bounded({"type": "integer", "maximum": wrong}, 1024)["minimum"] == -(2**53) + 1

@@ -7,11 +7,17 @@ from dataclasses import replace
 
 import llguidance
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from chunkllama.engine.grammar import to_llguidance
+from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec
+from chunkllama_server.api.common.schema_bounds import bound_grammar
 from chunkllama_server.api.common.schema_levels import object_schema, prepare_schema
+from chunkllama_server.api.common.structured_outputs import json_schema
 from chunkllama_server.api.tools.config import CallFormat, ToolConfig, calls_or_answer
+from chunkllama_server.config.limits import DEFAULT_LIMITS
 from chunkllama_server.transport.errors import ApiError
 
 
@@ -208,3 +214,73 @@ def test_left_out_keywords_are_named(server):
     error = server.chat(tools=tools, tool_choice="required").json()["error"]
     assert error["param"] == named
     assert "'f'" in error["message"]
+
+
+WORDS = st.sampled_from(
+    (
+        *("type", "properties", "items", "prefixItems", "anyOf", "oneOf", "allOf", "enum", "const"),
+        *("required", "additionalProperties", "patternProperties", "propertyNames", "format"),
+        *("pattern", "minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum"),
+        *("exclusiveMaximum", "multipleOf", "minItems", "maxItems", "minProperties", "not", "$ref"),
+        *("maxProperties", "uniqueItems", "$defs", "title", "dependencies", "minContains"),
+    )
+)
+KINDS = ("string", "integer", "number", "array", "object", "boolean", "null")
+VALUES = st.recursive(
+    st.sampled_from(("date", "#", "^a", *KINDS))
+    | st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats()
+    | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4),
+    max_leaves=8,
+)
+SCHEMAS = st.builds(
+    lambda kind, rest: {"type": kind, **rest},
+    st.sampled_from(KINDS) | st.lists(st.sampled_from(KINDS), max_size=2),
+    st.dictionaries(WORDS, VALUES, max_size=5),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SCHEMAS, st.booleans())
+def test_a_malformed_schema_is_a_request_error(schema, strict):
+    try:
+        spec = json_schema(schema, "s", DEFAULT_LIMITS, strict=strict, left_out=[])
+        to_llguidance(bound_grammar(spec, 256))
+    except (ApiError, InvalidRequestError):
+        pass
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"type": "string", "format": ["date"]},
+        {"type": "string", "minLength": "3"},
+        {"type": "integer", "minimum": "3"},
+        {"type": "number", "maximum": [3]},
+        {"type": "array", "minItems": "2"},
+        {"type": "object", "minProperties": {}},
+        {"type": [{}]},
+        {"type": {"string": 1}},
+        {"type": 5},
+    ],
+    ids=str,
+)
+def test_a_schema_of_wrong_types_is_left_to_the_compiler(server, field, forced):
+    """The fake engine's compiler accepts all that does not say REFUSE."""
+    schema = {**member(field), "description": "REFUSE"}
+    fields = {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    }
+    if forced:
+        function = {"name": "f", "parameters": schema}
+        fields = {
+            "tools": [{"type": "function", "function": function}],
+            "tool_choice": "required",
+        }
+    response = server.chat(**fields)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["code"] == "invalid_grammar"

@@ -92,8 +92,14 @@ def _num_strings(schema: Any) -> int:
 
 def _least(node: dict[str, Any]) -> int:
     """Characters that a string may need."""
-    least: int = node.get("minLength", 0)
-    return max(least, _PATTERN_CHARS if "pattern" in node else 0)
+    return max(_number(node, "minLength", 0), _PATTERN_CHARS if "pattern" in node else 0)
+
+
+def _number(node: dict[str, Any], key: str, default: int) -> Any:
+    """A bound that the schema has; one that is no number is left for the compiler to refuse."""
+    value = node.get(key)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number else default
 
 
 class _Bounder:
@@ -110,8 +116,9 @@ class _Bounder:
         if node.keys() <= _ANNOTATIONS:
             return {**node, **self._any(depth)}
         result = {key: self._member(key, value, depth) for key, value in node.items()}
-        kinds = result.get("type")
-        kinds = {kinds} if isinstance(kinds, str) else set(kinds or ())
+        given = result.get("type")
+        listed = given if isinstance(given, list) else [given]
+        kinds = {kind for kind in listed if isinstance(kind, str)}
         if not _FIXED & result.keys():
             self._bound(result, kinds, depth)
         return result
@@ -132,7 +139,7 @@ class _Bounder:
         if "number" in kinds:
             node.setdefault("multipleOf", _DECIMAL_STEP)
         if "array" in kinds:
-            node.setdefault("maxItems", max(self._max_items, node.get("minItems", 0)))
+            node.setdefault("maxItems", max(self._max_items, _number(node, "minItems", 0)))
             if "items" not in node and "prefixItems" not in node:
                 node["items"] = self._any(depth + 1)
         is_map = "object" in kinds and node.get("additionalProperties", True) is not False
@@ -140,16 +147,17 @@ class _Bounder:
             value = node.setdefault("additionalProperties", self._any(depth + 1))
             # The grammar library counts members, and bounds their names, of plain maps alone.
             if not node.get("properties"):
-                node.setdefault("maxProperties", max(_MAX_MEMBERS, node.get("minProperties", 0)))
+                least = _number(node, "minProperties", 0)
+                node.setdefault("maxProperties", max(_MAX_MEMBERS, least))
                 node["patternProperties"] = {_NAMES: value}
                 node["additionalProperties"] = False
 
     def _bound_number(self, node: dict[str, Any], limit: int) -> None:
         lower, upper = node.get("minimum"), node.get("maximum")
         if lower is None and "exclusiveMinimum" not in node:
-            node["minimum"] = -limit if upper is None else min(-limit, upper)
+            node["minimum"] = min(-limit, _number(node, "maximum", limit))
         if upper is None and "exclusiveMaximum" not in node:
-            node["maximum"] = limit if lower is None else max(limit, lower)
+            node["maximum"] = max(limit, _number(node, "minimum", -limit))
 
     def _any(self, depth: int) -> dict[str, Any]:
         """Any JSON value, with bounds."""

@@ -96,7 +96,7 @@ class _Preparer:
             if key in UNENFORCEABLE:
                 if not _is_trivial(key, value):
                     self._leave_out(here)
-            elif key == "format" and value not in FORMATS:
+            elif key == "format" and not (isinstance(value, str) and value in FORMATS):
                 self._leave_out(here, constrains=False)
             elif key == "pattern" and isinstance(value, str) and _ASSERTION.search(value):
                 self._leave_out(here)

@@ -173,7 +173,9 @@ def _schema_in(value: Any) -> _FoundSchema | None:
         if isinstance(content, dict) and _describes_schema(content):
             inner = {key: item for key, item in content.items() if key != "schema"}
             path, flags, content = f"{path}.schema", {**flags, **inner}, content["schema"]
-        elif name == "json_schema" and (not content or _SCHEMA_WORDS.isdisjoint(content)):
+        elif name == "json_schema" and (
+            not isinstance(content, dict) or _SCHEMA_WORDS.isdisjoint(content)
+        ):
             continue  # not a schema: a description that lacks one
         if content:
             return _FoundSchema("json_schema", path, content, flags, rest)
