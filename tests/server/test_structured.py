@@ -120,3 +120,16 @@ def test_a_tool_schema_that_does_not_compile(server, parameters, param):
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
     response = server.chat(tools=tools, tool_choice="required")
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_bounds_follow_from_the_tokens_of_a_request(start_server):
+    """They may be fewer than the model's: what memory holds."""
+    texts = []
+    for most in (2048, 256):
+        server = start_server()
+        server.engine.info.max_request_tokens = most
+        assert server.chat(**named({"type": "string"})).status_code == 200
+        grammar = server.engine.requests[0].sampling.grammar
+        texts.append(json.loads(grammar.text)["maxLength"])
+    assert texts[0] > texts[1]
+    assert texts[1] <= 2 * 256

@@ -105,7 +105,7 @@ class PreparedChat:
     def num_answer_tokens(self) -> int:
         """Tokens within which an answer with a grammar has to end."""
         given: int | None = getattr(self.body, self.max_tokens_field)
-        fitting = self.context.engine.info.max_model_len - len(self.prompt.token_ids)
+        fitting = self.context.engine.info.max_request_tokens - len(self.prompt.token_ids)
         return fitting if given is None else given
 
     @property
