@@ -90,7 +90,7 @@ def gptq(
     return quantize
 
 
-def packed(bits: int, size: int, symmetric: bool) -> Quantizer:
+def packed(bits: int, size: int, symmetric: bool, unordered: bool = False) -> Quantizer:
     def quantize(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         group = size or weight.shape[1]
         codes, scales, zeros, weights = grouped(weight, bits, group, symmetric, torch.bfloat16)
@@ -101,6 +101,8 @@ def packed(bits: int, size: int, symmetric: bool) -> Quantizer:
         }
         if not symmetric:
             tensors["weight_zero_point"] = pack(zeros, bits, 0)
+        if unordered:
+            tensors["weight_g_idx"] = torch.full((weight.shape[1],), -1, dtype=torch.int32)
         return tensors, weights
 
     return quantize
@@ -145,6 +147,7 @@ CASES: dict[str, tuple[dict[str, Any], Quantizer]] = {
     "w4a16": (compressed(), packed(4, 32, True)),
     "w4a16-16": (compressed(), packed(4, 16, True)),
     "w4a16-row": (compressed(), packed(4, 0, True)),
+    "w4a16-unordered": (compressed(), packed(4, 32, True, unordered=True)),
     "w4a16-zeros": (compressed(), packed(4, 32, False)),
     "w8a16": (compressed(), packed(8, 32, True)),
     "w8a8": (compressed(), integers),
@@ -258,6 +261,20 @@ def test_a_missing_tensor_is_named(
     save_file(tensors, quantized / "model.safetensors")
     with pytest.raises(ConfigError, match=message):
         Checkpoint(quantized, read_spec(quantized))
+
+
+@pytest.mark.parametrize("group", [-1, 999])
+def test_a_group_that_does_not_exist_is_named(group: int, make_tiny, tmp_path: Path) -> None:
+    quantized, _ = write_pair(make_tiny(**SHAPE), "w4a16-unordered", tmp_path)
+    tensors = load_file(quantized / "model.safetensors")
+    for key in tensors:
+        if key.endswith("weight_g_idx"):
+            tensors[key] = torch.zeros_like(tensors[key])
+            tensors[key][-1] = group
+    save_file(tensors, quantized / "model.safetensors")
+    spec = read_spec(quantized)
+    with pytest.raises(ConfigError, match="names a group outside"):
+        load_weights(Checkpoint(quantized, spec), spec, torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("suffix", ["qweight", "qzeros", "scales", "g_idx"])

@@ -115,11 +115,12 @@ class ModuleRows(WeightRows):
         for name in ("g_idx", "weight_g_idx"):
             if name in self._module.infos:
                 groups = self._read(name).numpy().astype(np.int64)
+                if (groups < 0).all():
+                    continue  # compressed-tensors: inputs in their order
                 count = self._group_count()
                 if groups.size and not (groups.min() >= 0 and groups.max() < count):
                     raise self._error(name, f"names a group outside of the {count} that exist")
-                if not (groups < 0).any():
-                    return groups
+                return groups
         size = -(-self.columns // self._group_count())
         return np.arange(self.columns) // size
 
