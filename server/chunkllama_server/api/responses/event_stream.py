@@ -74,6 +74,9 @@ class EventStream:
         events: list[bytes] = []
         if piece.reasoning:
             events += self._add_thoughts(piece.reasoning)
+        # A message closes the open call, so the rest of its arguments goes first.
+        while parsed.calls and parsed.calls[0].name is None:
+            events += self._add_call(parsed.calls.pop(0))
         if parsed.content or (self._logprobs and self._message() is not None):
             events += self._add_text(parsed.content, self._logprobs)
             self._logprobs = []
