@@ -248,6 +248,21 @@ ODD = [
     ),
     (f"<tool_call>{ADD}</tool_call>{ADD}", "", ONE * 2),
     ('{"name": "add", "argum', "", [("add", "")]),
+    # A member that no call has: behind the arguments it is left out, before them it is no call.
+    (f'{INNER}, "reason": "y"}}', "", ONE),
+    (f'{INNER}, "reason": {{"b": 2}}}}; {ADD}', "", ONE * 2),
+    (f'{INNER}, "tool_calls": [{ADD}]}}', "", ONE),
+    ('{"arguments": {"a": 1}, "reason": "y", "name": "add"}', "", ONE),
+    (
+        f'{{"name": "add", "description": "x"}} <tool_call>{ADD}</tool_call>',
+        '{"name": "add", "description": "x"} ',
+        ONE,
+    ),
+    (
+        f'{{"name": "add", "description": "x" <tool_call>{ADD}</tool_call>',
+        '{"name": "add", "description": "x" ',
+        ONE,
+    ),
 ]
 # What only looks like the beginning of a call is content, character for character.
 NO_CALLS = [
@@ -268,6 +283,9 @@ NO_CALLS = [
     '{"answer": 42} is it',
     '{"name": "unknown", "parameters": {}}',
     '{"name": "Bob", "age": 3}',
+    '{"name": "get_weather", "description": "x"}',
+    '{"type": "function", "function": {"name": "add", "description": "x"}}',
+    '{"arguments": {"a": 1}, "name": "other"}',
     '```json\n{"a": 1}\n```',
     "```python\nx\n```",
     "<tool_call>no json</tool_call>",
@@ -374,6 +392,23 @@ def test_any_text_reads_the_same_whole_and_by_characters(pieces):
     content, calls = whole
     if not calls:
         assert content == text
+
+
+MEMBERS = [
+    *('"name": "add"', '"name": "other"', '"function": {"name": "add"}', '"add": {"a": 1}'),
+    *('"arguments": {"a": 1}', '"parameters": "{}"', '"args": 1', '"reason": "y"', '"x": {"b": 2}'),
+    *('"tool_calls": [{"name": "now"}]', '"function": {"x": 1}', '"id": "0"', '"type": "function"'),
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(MEMBERS), max_size=5), st.sampled_from(["}", "", f"}}; {ADD}"]))
+def test_any_object_reads_the_same_at_every_split(members, end):
+    text = "{" + ", ".join(members) + end
+    whole = read(reader(), [text])
+    assert read(reader(), text) == whole
+    for cut in range(1, len(text)):
+        assert read(reader(), [text[:cut], text[cut:]]) == whole, cut
 
 
 JSON = st.recursive(

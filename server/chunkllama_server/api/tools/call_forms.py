@@ -103,7 +103,8 @@ class JsonCall(CallForm):
     "function": ...}`` or with the function's name as the only key.
 
     The arguments end with their own bracket, so a missing outer brace does not swallow what
-    follows.
+    follows. A member that no call has makes the text another object, unless it stands behind the
+    arguments, which may have been sent.
     """
 
     def __init__(self, functions: Functions) -> None:
@@ -117,6 +118,8 @@ class JsonCall(CallForm):
         self._part_start = 0
         self._object: ObjectReader | None = None
         self._has_arguments = False
+        # A function was named; ``name`` waits until nothing can make the text another object.
+        self._named: str | None = None
 
     def feed(self, text: str) -> str:
         for position, char in enumerate(text):
@@ -128,7 +131,7 @@ class JsonCall(CallForm):
                 self._read_arguments(self._object, char)
             else:
                 self._step(char)
-            if self.is_complete:
+            if self.is_complete or self.is_other:
                 return text[position + 1 :]
         return ""
 
@@ -152,8 +155,12 @@ class JsonCall(CallForm):
             self._object = None
         self._complete()
 
+    def finish(self) -> None:
+        self.name = self._named
+
     def _complete(self) -> None:
         self.is_complete = True
+        self.name = self._named
         if not self._has_arguments:
             self._written.append("{}")
 
@@ -181,17 +188,26 @@ class JsonCall(CallForm):
     def _open(self, char: str) -> None:
         is_value = self._depth == self._base and bool(self._key)
         if is_value and char == "{" and self._is_argument_key and not self._has_arguments:
-            self._has_arguments = True
             self._object = ObjectReader()
-            self._written.append(self._object.feed(char))
+            self._add_arguments(self._object.feed(char))
             return
         self._depth += 1
         if self._depth == 1 or (is_value and char == "{" and self._key in _WRAPPERS):
             self._base = self._depth
             self._part_start = len(self.raw)
             self._key = ""
-        elif is_value and char == "[" and self._key in _LIST_WRAPPERS:
+        elif is_value and char == "[" and self._key in _LIST_WRAPPERS and self.name is None:
             self.is_complete = self.is_wrapper = True
+
+    def _add_arguments(self, written: str) -> None:
+        self._has_arguments = True
+        self.name = self._named
+        self._written.append(written)
+
+    def _set_name(self, name: str) -> None:
+        self._named = name
+        if self._has_arguments:
+            self.name = name
 
     def _read_arguments(self, arguments: ObjectReader, char: str) -> None:
         self._written.append(arguments.feed(char))
@@ -213,28 +229,29 @@ class JsonCall(CallForm):
 
     @property
     def _is_argument_key(self) -> bool:
-        return self._key in _ARGUMENT_KEYS or (self._key != "" and self._key == self.name)
+        return self._key in _ARGUMENT_KEYS or (self._key != "" and self._key == self._named)
 
     def _begin_value(self) -> None:
         self._key = _read_text(self.raw[self._part_start : -1]) or ""
         self._part_start = len(self.raw)
         if self._key in _CALL_KEYS:
             return
-        if self.name is None and self._key in self._functions:
-            self.name = self._key
-        else:
+        if self._named is None and self._key in self._functions:
+            self._set_name(self._key)
+        elif not self._has_arguments:
             self.is_other = True
 
     def _end_value(self) -> None:
         value = self.raw[self._part_start : -1].strip(SPACE)
-        if self._key in _NAME_KEYS and self.name is None:
-            name = _read_text(value)
+        if self._key in _NAME_KEYS and self._named is None:
+            written = _read_text(value)
+            name = None if written is None else resolve_name(written, self._functions)
             if name is not None:
-                self.name = resolve_name(name, self._functions)
-                self.is_other = self.is_other or self.name is None
+                self._set_name(name)
+            elif written is not None:
+                self.is_other = True
         elif self._is_argument_key and not self._has_arguments:
-            self._has_arguments = True
-            self._written.append(_object_text(value))
+            self._add_arguments(_object_text(value))
         self._key = ""
 
 

@@ -75,7 +75,10 @@ class _CallWriter:
 
     def write(self, call: CallForm) -> list[CallDelta]:
         """New deltas of the current call; [] until its name is known."""
-        if call.name is None or call.is_other:
+        if call.is_other:
+            self._announced = False
+            return []
+        if call.name is None:
             return []
         deltas = []
         if not self._announced:
