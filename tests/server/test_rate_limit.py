@@ -250,6 +250,35 @@ def test_chat_embeddings_and_responses_are_charged(fresh) -> None:
     assert 10 < spent("/v1/responses", {"input": "a"}) < 60
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_background_response_is_settled_when_it_has_run(fresh, stream) -> None:
+    def left() -> int:
+        return int(rate_headers(complete_get(fresh))["remaining-tokens"])
+
+    fresh.engine.delay = 0.05
+    body = {"model": MODEL, "input": f"say({'x' * 200})yas", "background": True}
+    body |= {"max_output_tokens": 500, "stream": stream}
+    tokens = fresh.app.state.context.tenants.limiter("tokens").tokens
+    fresh.quotas["tokens"] = TenantQuotas(tokens_per_minute=1000)
+    fresh.app.state.context.tenants.set_quotas(fresh.quotas)
+    path = "/v1/responses"
+    try:
+        with fresh.http(headers={"x-api-key": "kt"}) as http:
+            with http.stream("POST", path, json=body) as answer:
+                assert answer.status_code == 200
+                if not stream:
+                    answer.read()
+            charged = tokens.limit - left()
+            assert charged > 500, "the HTTP request has ended, the response has not"
+            ((_, response_id),) = fresh.app.state.context.background._running
+            response = http.post(f"{path}/{response_id}/cancel").json()
+        assert response["status"] == "cancelled"
+        assert tokens.limit - left() == response["usage"]["total_tokens"] < charged
+    finally:
+        fresh.quotas["tokens"] = TenantQuotas(tokens_per_minute=100)
+        fresh.app.state.context.tenants.set_quotas(fresh.quotas)
+
+
 def complete_get(server):
     with server.http() as http:
         return http.get("/v1/models", headers={"x-api-key": "kt"})

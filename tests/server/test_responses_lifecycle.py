@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -17,6 +20,7 @@ from openai.types.responses import (
 from pydantic import TypeAdapter
 
 from chunkllama.errors import OverloadedError, RequestFailedError
+from chunkllama_server.api.responses import routes
 
 PATH = "/v1/responses"
 CALL = '{"name": "add", "arguments": {"a": 1}}'
@@ -229,6 +233,42 @@ def test_background_responses_are_bounded(start_server):
     with server.http() as http:
         http.post(f"{PATH}/{first['id']}/cancel")
     assert server.post(PATH, body).status_code == 200
+
+
+def test_background_responses_that_come_at_once_are_bounded(start_server, monkeypatch):
+    """Both find a place when they come; the first to be prepared takes it."""
+    server = start_server(background_responses=1)
+    server.engine.delay = 0.05
+    prepare, both = routes.prepare, threading.Barrier(2, timeout=20)
+
+    async def prepare_together(*args):
+        await asyncio.to_thread(both.wait)
+        return await prepare(*args)
+
+    monkeypatch.setattr(routes, "prepare", prepare_together)
+    body = {"input": f"say({'x' * 100})yas", "background": True}
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: server.post(PATH, body), range(2)))
+    assert sorted(answer.status_code for answer in answers) == [200, 429]
+    assert len(server.app.state.context.background) == 1
+
+
+def test_a_key_has_half_of_the_background_places(start_server):
+    server = start_server(background_responses=3, api_keys={"a": "ka", "b": "kb"})
+    server.engine.delay = 0.05
+    body = {"input": f"say({'x' * 100})yas", "background": True}
+    codes = [server.post(PATH, body, **{"x-api-key": key}).status_code for key in ("ka",) * 3]
+    assert codes == [200, 200, 429]
+    assert server.post(PATH, body, **{"x-api-key": "kb"}).status_code == 200
+    assert server.post(PATH, body, **{"x-api-key": "kb"}).status_code == 429
+
+
+def test_a_single_key_has_all_background_places(start_server):
+    server = start_server(background_responses=2, api_keys={"a": "ka"})
+    server.engine.delay = 0.05
+    body = {"input": f"say({'x' * 100})yas", "background": True}
+    codes = [server.post(PATH, body, **{"x-api-key": "ka"}).status_code for _ in range(3)]
+    assert codes == [200, 200, 429]
 
 
 def test_tenants_do_not_see_each_others_background(start_server):

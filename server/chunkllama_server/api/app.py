@@ -86,7 +86,7 @@ def create_app(
             settings.response_store_bytes,
             settings.response_store_seconds,
         ),
-        background=BackgroundResponses(settings.background_responses),
+        background=BackgroundResponses(settings.background_responses, lambda: len(tenants.keys)),
         tenants=tenants,
         generation_defaults=generation_defaults or {},
     )

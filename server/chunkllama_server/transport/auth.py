@@ -174,13 +174,17 @@ class AuthMiddleware:
                 await error.response()(scope, receive, send)
                 return
 
+        def settle() -> None:
+            if not info.runs_on:
+                info.charge.settle()
+
         async def send_settled(message: Message) -> None:
             # before the end is sent, or the client's next request would meet the whole estimate
             if message["type"] == "http.response.body" and not message.get("more_body"):
-                info.charge.settle()
+                settle()
             await send(message)
 
         try:
             await self._app(scope, receive, send_settled)
         finally:
-            info.charge.settle()
+            settle()

@@ -59,10 +59,12 @@ class RunningResponse:
     Attributes:
         snapshot: the response as it is now.
         on_cancelled: ends and stores the response; returns its last event.
+        settle: gives back the tokens that were charged and not used, at its end.
     """
 
     snapshot: Callable[[], Response]
     on_cancelled: Callable[[], bytes]
+    settle: Callable[[], None] = lambda: None
     log: EventLog = field(default_factory=EventLog)
     task: asyncio.Task[None] | None = None
 
@@ -72,30 +74,38 @@ class BackgroundResponses:
 
     Args:
         max_running: at most so many at once.
+        num_tenants: if there are several, each has at most half of the places.
     """
 
-    def __init__(self, max_running: int) -> None:
+    def __init__(self, max_running: int, num_tenants: Callable[[], int] = lambda: 1) -> None:
         self._max_running = max_running
+        self._num_tenants = num_tenants
         self._running: dict[tuple[str, str], RunningResponse] = {}
 
     def __len__(self) -> int:
         return len(self._running)
 
-    def check_room(self) -> None:
+    def check_room(self, tenant: str) -> None:
         """Refuse one more response where as many run as may.
 
         Raises:
             ApiError: 429.
         """
+        own = sum(owner == tenant for owner, _ in self._running)
+        share = -(-self._max_running // 2) if self._num_tenants() > 1 else self._max_running
         if len(self._running) >= self._max_running:
-            raise ApiError(
-                429,
+            message = (
                 f"{len(self._running)} background responses are running, the server runs at most "
-                f"{self._max_running} at once",
-                "background",
-                "background_limit",
-                retry_after=_RETRY_AFTER,
+                f"{self._max_running} at once"
             )
+        elif own >= share:
+            message = (
+                f"{own} background responses of this key are running, the server runs at most "
+                f"{share} of one key at once"
+            )
+        else:
+            return
+        raise ApiError(429, message, "background", "background_limit", retry_after=_RETRY_AFTER)
 
     def start(
         self,
@@ -104,7 +114,12 @@ class BackgroundResponses:
         running: RunningResponse,
         events: AsyncGenerator[bytes, None],
     ) -> None:
-        """Run a response to its end, whether or not a client follows."""
+        """Run a response to its end, whether or not a client follows.
+
+        Raises:
+            ApiError: 429 where as many run as may; others may have begun since the last check.
+        """
+        self.check_room(tenant)
         key = (tenant, response_id)
         self._running[key] = running
         running.task = asyncio.create_task(self._run(key, running, events))
@@ -138,4 +153,5 @@ class BackgroundResponses:
             running.log.add(running.on_cancelled())
         finally:
             del self._running[key]
+            running.settle()
             running.log.finish()

@@ -135,7 +135,7 @@ class ServerContext:
         """Charge a tenant the tokens that the requests of one HTTP request may use.
 
         That is the prompts, and the output where ``max_tokens`` limits it; the HTTP request's end
-        settles the charge.
+        settles the charge, or that of the response that it runs in the background.
 
         Raises:
             ApiError: 429 beyond the tenant's tokens per minute.

@@ -97,7 +97,7 @@ async def create_response(
     is false."""
     info = context.admit(body, request)
     if body.background:
-        context.background.check_room()
+        context.background.check_room(info.tenant)
     response_id = f"resp_{uuid.uuid4().hex}"
     try:
         prepared, conversation = await prepare(body, context, info)
@@ -118,8 +118,9 @@ async def create_response(
     answer = _answer(body, prepared, generation, context, keep)
     events = answer.events()
     if body.background:
-        running = RunningResponse(answer.snapshot, answer.cancelled)
+        running = RunningResponse(answer.snapshot, answer.cancelled, info.charge.settle)
         context.background.start(info.tenant, response_id, running, events)
+        info.runs_on = True
         events = running.log.follow()
     if body.stream:
         return context.stream(events, info)
