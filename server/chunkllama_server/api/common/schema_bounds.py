@@ -90,16 +90,17 @@ def _num_strings(schema: Any) -> int:
     return count
 
 
-def _least(node: dict[str, Any]) -> int:
+def _least(node: dict[str, Any]) -> float:
     """Characters that a string may need."""
     return max(_number(node, "minLength", 0), _PATTERN_CHARS if "pattern" in node else 0)
 
 
-def _number(node: dict[str, Any], key: str, default: int) -> Any:
+def _number(node: dict[str, Any], key: str, default: int) -> float:
     """A bound that the schema has; one that is no number is left for the compiler to refuse."""
     value = node.get(key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number else default
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    return default
 
 
 class _Bounder:
