@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import zlib
+
 import openai
 import pydantic
 import pytest
 from fake_engine import MODEL
 
 from chunkllama.errors import RequestFailedError
+from chunkllama_server.api.common import response_store
 from chunkllama_server.api.common.response_store import ResponseStore, StoredResponse
 from chunkllama_server.api.responses.items import assistant_message
 from chunkllama_server.api.schema.chat import ChatMessage
@@ -311,3 +314,66 @@ def test_store_is_bounded_by_count_bytes_and_age():
     now[0] = 61.0
     assert store.get("t", "big") is None
     assert (len(store), store.num_bytes) == (0, 0)
+
+
+def test_item_references_decode_each_response_once(server, monkeypatch):
+    made = [server.post("/v1/responses", {"input": f"say({name})yas"}).json() for name in "ab"]
+    decoded: list[bytes] = []
+    decode = response_store._decode_output
+    monkeypatch.setattr(
+        response_store, "_decode_output", lambda text: (decoded.append(text), decode(text))[1]
+    )
+    monkeypatch.setattr(response_store._Entry, "load", lambda _: pytest.fail("decoded whole"))
+    references = [
+        {"type": "item_reference", "id": response["output"][0]["id"]} for response in made * 50
+    ]
+    body = {"input": [*references, {"role": "user", "content": "x"}]}
+    assert server.post("/v1/responses/input_tokens", body).status_code == 200
+    assert len(decoded) == 2
+
+
+def test_only_events_that_are_streamed_again_are_unpacked(server, monkeypatch):
+    made = server.post("/v1/responses", {"input": "say(a)yas"}).json()
+    unpacked: list[int] = []
+    load = response_store._Entry.load_events
+    monkeypatch.setattr(
+        response_store._Entry, "load_events", lambda entry: (unpacked.append(1), load(entry))[1]
+    )
+    path = f"/v1/responses/{made['id']}"
+    with server.http() as http:
+        assert http.get(path).json() == made
+        assert http.get(f"{path}/input_items").status_code == 200
+        followed = {"input": "x", "previous_response_id": made["id"]}
+        assert server.post("/v1/responses", followed).status_code == 200
+        assert not unpacked
+        assert "response.completed" in http.get(f"{path}?stream=true").text
+        assert len(unpacked) == 1
+        assert http.get("/v1/responses/resp_none?stream=true").status_code == 404
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_events_are_recorded_only_to_be_stored(server, monkeypatch, stream):
+    recorded: list[bytes] = []
+    add = response_store.EventRecorder.add
+    monkeypatch.setattr(
+        response_store.EventRecorder,
+        "add",
+        lambda recorder, events: (recorded.extend(events), add(recorder, events))[1],
+    )
+    body = {"input": "say(a)yas", "stream": stream}
+    assert server.post("/v1/responses", {**body, "store": False}).status_code == 200
+    assert not recorded
+    answer = server.post("/v1/responses", body)
+    assert recorded
+    assert not stream or b"".join(recorded).decode() in answer.text
+
+
+def test_a_recorder_packs_events_as_they_come():
+    events = [f"data: {{{index}}}\n\n".encode() * 20 for index in range(500)]
+    recorder = response_store.EventRecorder()
+    for event in events:
+        recorder.add([event])
+    assert zlib.decompress(recorder.packed()) == b"".join(events)
+    recorder.add([b"data: {}\n\n"])
+    assert zlib.decompress(recorder.packed()) == b"".join(events) + b"data: {}\n\n"
+    assert len(recorder.packed()) < sum(map(len, events)) // 20

@@ -22,19 +22,44 @@ class StoredResponse:
 
     Attributes:
         input_items: what the request sent, as items with ids, oldest first.
-        events: the server-sent events that told of it, in order.
+        events: the server-sent events that told of it, as ``EventRecorder`` packs them; left out
+            of what the store returns.
     """
 
     response: Response
     messages: list[ChatMessage]
     input_items: list[dict[str, Any]] = field(default_factory=list)
-    events: list[bytes] = field(default_factory=list)
+    events: bytes = b""
+
+
+class _Output(msgspec.Struct):
+    """The part of a response that item references lead to; the rest is not decoded."""
+
+    output: list[dict[str, Any]]
 
 
 _MESSAGES = TypeAdapter(list[ChatMessage])
 # Of an entry beside its text: key, tuple, node of the ordered dictionary.
 _OVERHEAD_BYTES = 512
 _EVENT_END = b"\n\n"
+_decode_output = msgspec.json.Decoder(_Output).decode
+
+
+class EventRecorder:
+    """Compresses the events of a response one by one, so that its end costs no more than they."""
+
+    def __init__(self) -> None:
+        # A window of 8 KiB: a quarter of the memory for each response that runs.
+        self._compressor = zlib.compressobj(1, zlib.DEFLATED, 13, 6)
+        self._packed = bytearray()
+
+    def add(self, events: list[bytes]) -> None:
+        for event in events:
+            self._packed += self._compressor.compress(event)
+
+    def packed(self) -> bytes:
+        """The events so far; more may follow."""
+        return bytes(self._packed) + self._compressor.copy().flush()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +79,14 @@ class _Entry:
             msgspec.json.decode(self.response),
             _MESSAGES.validate_json(self.messages),
             msgspec.json.decode(self.input_items),
-            _split_events(zlib.decompress(self.events)),
         )
 
+    def load_output(self) -> list[dict[str, Any]]:
+        return _decode_output(self.response).output
 
-def _split_events(joined: bytes) -> list[bytes]:
-    return [event + _EVENT_END for event in joined.split(_EVENT_END) if event]
+    def load_events(self) -> list[bytes]:
+        joined = zlib.decompress(self.events) if self.events else b""
+        return [event + _EVENT_END for event in joined.split(_EVENT_END) if event]
 
 
 class _TenantEntries:
@@ -124,8 +151,7 @@ class ResponseStore:
         response = msgspec.json.encode(stored.response)
         messages = _MESSAGES.dump_json(stored.messages, by_alias=True, exclude_unset=True)
         input_items = msgspec.json.encode(stored.input_items)
-        events = zlib.compress(b"".join(stored.events), level=1)
-        parts = (response, messages, input_items, events)
+        parts = (response, messages, input_items, stored.events)
         num_bytes = sum(map(len, parts)) + _OVERHEAD_BYTES
         self._drop_expired()
         if num_bytes > self._max_bytes:
@@ -151,22 +177,42 @@ class ResponseStore:
             self._drop_oldest(lambda each: each.num_bytes)
 
     def get(self, tenant: str, response_id: str) -> StoredResponse | None:
-        """Return a stored response of this tenant."""
+        """Return a stored response of this tenant, without its events."""
+        entry = self._entry(tenant, response_id)
+        return None if entry is None else entry.load()
+
+    def events(self, tenant: str, response_id: str) -> list[bytes] | None:
+        """Return the events of a stored response of this tenant."""
+        entry = self._entry(tenant, response_id)
+        return None if entry is None else entry.load_events()
+
+    def _entry(self, tenant: str, response_id: str) -> _Entry | None:
         self._drop_expired()
         own = self._tenants.get(tenant)
         if own is None or response_id not in own.entries:
             return None
         own.entries.move_to_end(response_id)
-        return own.entries[response_id].load()
+        return own.entries[response_id]
 
-    def find_item(self, tenant: str, item_id: str) -> OutputItem | None:
-        """Return an output item of a stored response of this tenant."""
+    def item_finder(self, tenant: str) -> Callable[[str], OutputItem | None]:
+        """A search for output items of a tenant's stored responses, for one request.
+
+        It decodes each response once, however many of its items the request refers to.
+        """
         self._drop_expired()
-        own = self._tenants.get(tenant)
-        if own is None or item_id not in own.items:
-            return None
-        output = own.entries[own.items[item_id]].load().response["output"]
-        return next((item for item in output if item["id"] == item_id), None)
+        outputs: dict[str, dict[str, Any]] = {}
+
+        def find(item_id: str) -> OutputItem | None:
+            own = self._tenants.get(tenant)
+            response_id = None if own is None else own.items.get(item_id)
+            if own is None or response_id is None:
+                return None
+            if response_id not in outputs:
+                output = own.entries[response_id].load_output()
+                outputs[response_id] = {item["id"]: item for item in output}
+            return outputs[response_id].get(item_id)
+
+        return find
 
     def delete(self, tenant: str, response_id: str) -> bool:
         """Delete a response; returns False when there is none."""

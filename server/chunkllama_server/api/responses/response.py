@@ -12,6 +12,7 @@ from chunkllama.errors import OverloadedError
 from chunkllama.text.output_processor import OutputDelta
 from chunkllama_server.api.common.logprobs import LogprobFormatter
 from chunkllama_server.api.common.request_stream import RequestStream
+from chunkllama_server.api.common.response_store import EventRecorder
 from chunkllama_server.api.responses.event_stream import EventStream
 from chunkllama_server.api.schema.chat_response import ChatTokenLogprob
 from chunkllama_server.api.schema.response_object import Response, ResponseError
@@ -20,8 +21,8 @@ from chunkllama_server.api.schema.usage import ResponseUsage
 from chunkllama_server.api.tools.config import ToolConfig
 from chunkllama_server.transport.errors import ApiError, as_api_error
 
-# Called with the response and its events when it has ended.
-OnEnded = Callable[[Response, list[bytes]], None]
+# Called with the response and its packed events when it has ended.
+OnEnded = Callable[[Response, bytes], None]
 
 
 @dataclass(slots=True)
@@ -30,7 +31,6 @@ class ResponseAnswer:
 
     Attributes:
         on_ended: stores the response.
-        events_so_far: every event that was made, in order.
     """
 
     body: ResponseRequest
@@ -40,14 +40,15 @@ class ResponseAnswer:
     wants_logprobs: bool
     on_ended: OnEnded
     created: int = field(default_factory=lambda: int(time.time()))
-    events_so_far: list[bytes] = field(default_factory=list)
     _stream: EventStream = field(init=False)
+    _recorder: EventRecorder | None = field(init=False)
     _has_begun: bool = False
 
     def __post_init__(self) -> None:
         custom = frozenset(
             tool.name for tool in self.body.tools or () if tool.type == "custom" and tool.name
         )
+        self._recorder = EventRecorder() if self.body.store is not False else None
         self._stream = EventStream(self.tools.parser(), custom, self.logprobs)
 
     def usage(self) -> ResponseUsage:
@@ -159,7 +160,8 @@ class ResponseAnswer:
         return self._last(response, "response.incomplete")
 
     def _note(self, events: list[bytes]) -> list[bytes]:
-        self.events_so_far += events
+        if self._recorder is not None:
+            self._recorder.add(events)
         return events
 
     def _begin(self) -> list[bytes]:
@@ -196,7 +198,7 @@ class ResponseAnswer:
 
     def _last(self, response: Response, kind: str) -> bytes:
         event = self._note([self._stream.event(kind, response=response)])[0]
-        self.on_ended(response, self.events_so_far)
+        self.on_ended(response, b"" if self._recorder is None else self._recorder.packed())
         return event
 
 

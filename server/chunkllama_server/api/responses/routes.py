@@ -60,7 +60,7 @@ async def prepare(
         ApiError: 400 naming the field, 404 for a previous response that is not stored.
     """
     history = previous_messages(body, context, info.tenant)
-    chat = as_chat(body, history, lambda item_id: context.responses.find_item(info.tenant, item_id))
+    chat = as_chat(body, history, context.responses.item_finder(info.tenant))
     conversation = chat.messages[chat.messages[0].origin == "instructions" :]
     return await prepare_chat(chat, context, info), conversation
 
@@ -108,7 +108,7 @@ async def create_response(
         raise rename_param(error) from None
     items = input_items(body)
 
-    def keep(response: Response, events: list[bytes]) -> None:
+    def keep(response: Response, events: bytes) -> None:
         if body.store is not False and (body.background or response["status"] != "failed"):
             messages = [*conversation, assistant_message(response["output"])]
             most = context.tenants.quotas(info.tenant).stored_responses
@@ -155,7 +155,7 @@ async def compact_response(
     body.tool_choice = "none" if body.tools else None
     try:
         history = previous_messages(body, context, info.tenant)
-        chat = as_chat(body, history, lambda item: context.responses.find_item(info.tenant, item))
+        chat = as_chat(body, history, context.responses.item_finder(info.tenant))
         conversation = list(chat.messages)
         chat.messages.append(ChatMessage(role="user", content=_SUMMARISE))
         prepared = await prepare_chat(chat, context, info)
@@ -208,13 +208,16 @@ async def get_response(
         if stream:
             return context.stream(running.log.follow(starting_after), info)
         return json_response(running.snapshot())
-    stored = context.responses.get(tenant, response_id)
-    if stored is None:
-        raise _missing(response_id)
     if not stream:
+        stored = context.responses.get(tenant, response_id)
+        if stored is None:
+            raise _missing(response_id)
         return json_response(stored.response)
+    events = context.responses.events(tenant, response_id)
+    if events is None:
+        raise _missing(response_id)
     log = EventLog()
-    log.events = stored.events
+    log.events = events
     log.finish()
     return context.stream(log.follow(starting_after), info)
 
