@@ -482,3 +482,25 @@ def test_a_long_opening_without_a_call_is_given_up():
     text = "[" * 400
     assert read(reader(), text) == (text, [])
     assert len(reader().feed(text).content) > 300
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "[NaN]", '{"x": Infinity}'])
+def test_constants_that_json_lacks_are_text(value):
+    text = f"<function=now><parameter=n>{value}</parameter></function>"
+    assert read(reader(), text) == ("", [("now", json.dumps({"n": value}))])
+
+
+def test_odd_types_of_a_parameter_are_passed_over():
+    functions = {"f": {"properties": {"a": {"type": [{"type": "string"}, "integer", ["x"]]}}}}
+    parser = CallReader(functions, all_tags(None))
+    text = "<function=f><parameter=a>1</parameter></function>"
+    assert read(parser, [text]) == ("", [("f", '{"a": 1}')])
+
+
+def test_a_python_call_beyond_its_limit_is_text_whole_and_in_pieces():
+    longest, longer = (f"[add(text='{'x' * (65536 - 7 + more)}')]" for more in (0, 1))
+    for text, num_calls in ((longest, 1), (longer + f"<tool_call>{ADD}", 1), (longer, 0)):
+        whole = read(reader(), [text])
+        assert len(whole[1]) == num_calls
+        assert read(reader(), [text[:40000], text[40000:]]) == whole
+        assert read(reader(), [text[:65530], *text[65530:]]) == whole

@@ -108,11 +108,16 @@ def _allowed_types(schema: Any) -> set[str]:
     if not isinstance(schema, Mapping):
         return set()
     kind = schema.get("type")
-    found = {kind} if isinstance(kind, str) else set(kind) if isinstance(kind, list) else set()
+    kinds = kind if isinstance(kind, list) else [kind]
+    found = {kind for kind in kinds if isinstance(kind, str)}
     for variants in (schema.get("anyOf"), schema.get("oneOf")):
         for variant in variants if isinstance(variants, list) else ():
             found |= _allowed_types(variant)
     return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _value_text(text: str, schema: Any) -> str:
@@ -123,7 +128,7 @@ def _value_text(text: str, schema: Any) -> str:
         stripped = text.strip()
         for source in (stripped, {"True": "true", "False": "false", "None": "null"}.get(stripped)):
             try:
-                value = json.loads(source or "")
+                value = json.loads(source or "", parse_constant=_refuse_constant)
             except (ValueError, RecursionError):
                 continue
             kinds = allowed - {"string"} or _TYPES.keys()

@@ -30,7 +30,9 @@ class PythonCall(CallForm):
                 self._end()
                 return text[position + 1 :]
             self._arguments += char
-        self.is_other = len(self._arguments) > _MAX_PYTHON_CHARS
+            if len(self._arguments) > _MAX_PYTHON_CHARS:
+                self.is_other = True
+                return text[position + 1 :]
         return ""
 
     def _end(self) -> None:
