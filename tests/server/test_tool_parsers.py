@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkllama_server.api.tools.brackets import ObjectReader
+from chunkllama_server.api.tools.call_forms import JsonCall, NamedCall
 from chunkllama_server.api.tools.families import FAMILY_TAGS, all_tags
+from chunkllama_server.api.tools.parameter_call import ParameterCall
 from chunkllama_server.api.tools.parsers import CallReader, PlainText
+from chunkllama_server.api.tools.python_call import PythonCall
 
 FUNCTIONS = {
     "get_weather": {
@@ -504,3 +507,59 @@ def test_a_python_call_beyond_its_limit_is_text_whole_and_in_pieces():
         assert len(whole[1]) == num_calls
         assert read(reader(), [text[:40000], text[40000:]]) == whole
         assert read(reader(), [text[:65530], *text[65530:]]) == whole
+
+
+class CountedText(str):
+    """Counts the characters that are searched or copied, in all texts made of it."""
+
+    num_chars = 0
+
+    def _made(self, text: str) -> CountedText:
+        CountedText.num_chars += len(text)
+        return CountedText(text)
+
+    def __add__(self, other):
+        return self._made(str(self) + str(other))
+
+    def __radd__(self, other):
+        return self._made(str(other) + str(self))
+
+    def __getitem__(self, key):
+        return self._made(str(self)[key])
+
+    def find(self, *args):
+        CountedText.num_chars += len(self)
+        return str.find(self, *args)
+
+
+@pytest.mark.parametrize("cut", [1, 7])
+def test_a_long_value_is_searched_and_copied_once(cut):
+    def cost(size: int) -> int:
+        call = ParameterCall({"f": {}}, "f", "<function=f>")
+        text = f"<parameter=a>{'<x' * size}</parameter></function>"
+        CountedText.num_chars = 0
+        for start in range(0, len(text), cut):
+            call.feed(CountedText(text[start : start + cut]))
+        assert call.is_complete
+        assert json.loads(call.take_arguments()) == {"a": "<x" * size}
+        assert call.raw == "<function=f>" + text
+        return CountedText.num_chars
+
+    assert 1.5 * cost(1000) < cost(2000) < 2.1 * cost(1000)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (NamedCall(FUNCTIONS, "add", ""), '"text": "%s"}'),
+        (JsonCall(FUNCTIONS), '{"name": "add", "arguments": {"text": "%s"}}'),
+        (PythonCall(FUNCTIONS, "add", ""), 'text="%s")'),
+    ],
+)
+def test_what_a_call_has_read_in_pieces(call, text):
+    text %= "x" * 100
+    for start in range(0, len(text), 7):
+        call.feed(text[start : start + 7])
+    assert call.is_complete
+    assert call.raw == text
+    assert json.loads(call.take_arguments()) == {"text": "x" * 100}

@@ -46,7 +46,6 @@ class CallForm(ABC):
     """One call as it is read.
 
     Attributes:
-        raw: the text read so far.
         name: the function; None until it is known.
         is_complete: the call has ended.
         is_other: the text is no call.
@@ -56,12 +55,23 @@ class CallForm(ABC):
     is_wrapper = False
 
     def __init__(self, functions: Functions, name: str | None = None, raw: str = "") -> None:
-        self.raw = raw
         self.name = name
         self.is_complete = False
         self.is_other = False
         self._functions = functions
         self._written: list[str] = []
+        # In pieces, since joining them at each would copy a long call again and again.
+        self._read = [raw]
+
+    @property
+    def raw(self) -> str:
+        """The text read so far."""
+        return "".join(self._read)
+
+    def _split(self, text: str, end: int) -> str:
+        """Note ``text`` up to ``end`` as read; returns the rest."""
+        self._read.append(text[:end])
+        return text[end:]
 
     @abstractmethod
     def feed(self, text: str) -> str:
@@ -89,13 +99,12 @@ class NamedCall(CallForm):
             if char == "<" and not self._object.in_string:
                 self._written.append(self._object.end())
                 self.is_complete = True
-                return text[position:]
-            self.raw += char
+                return self._split(text, position)
             self._written.append(self._object.feed(char))
             if self._object.is_complete:
                 self.is_complete = True
-                return text[position + 1 :]
-        return ""
+                return self._split(text, position + 1)
+        return self._split(text, len(text))
 
 
 class JsonCall(CallForm):
@@ -115,7 +124,8 @@ class JsonCall(CallForm):
         self._is_escaped = False
         self._is_closing = False
         self._key = ""
-        self._part_start = 0
+        # What has been read of the current key or value.
+        self._part: list[str] = []
         self._object: ObjectReader | None = None
         self._has_arguments = False
         # A function was named; ``name`` waits until nothing can make the text another object.
@@ -125,15 +135,14 @@ class JsonCall(CallForm):
         for position, char in enumerate(text):
             if self._ends_before(char):
                 self._end_early()
-                return text[position:]
-            self.raw += char
+                return self._split(text, position)
             if self._object is not None:
                 self._read_arguments(self._object, char)
             else:
                 self._step(char)
             if self.is_complete or self.is_other:
-                return text[position + 1 :]
-        return ""
+                return self._split(text, position + 1)
+        return self._split(text, len(text))
 
     def _ends_before(self, char: str) -> bool:
         """Whether the call ends here although its bracket is not closed."""
@@ -147,7 +156,7 @@ class JsonCall(CallForm):
             return char not in ",}]"
         # Behind the arguments nothing but another member may stand: "{" begins another call.
         is_member = self._depth != self._base or self._key or not self._has_arguments
-        return char == "{" and not is_member and not self.raw[self._part_start :].strip(SPACE)
+        return char == "{" and not is_member and not "".join(self._part).strip(SPACE)
 
     def _end_early(self) -> None:
         if self._object is not None:
@@ -165,6 +174,7 @@ class JsonCall(CallForm):
             self._written.append("{}")
 
     def _step(self, char: str) -> None:
+        self._part.append(char)
         if self._quote:
             if self._is_escaped:
                 self._is_escaped = False
@@ -182,7 +192,7 @@ class JsonCall(CallForm):
             self._begin_value()
         elif self._depth == self._base and char == ",":
             self._end_value()
-            self._part_start = len(self.raw)
+            self._part = []
             self._is_closing = False
 
     def _open(self, char: str) -> None:
@@ -194,7 +204,7 @@ class JsonCall(CallForm):
         self._depth += 1
         if self._depth == 1 or (is_value and char == "{" and self._key in _WRAPPERS):
             self._base = self._depth
-            self._part_start = len(self.raw)
+            self._part = []
             self._key = ""
         elif is_value and char == "[" and self._key in _LIST_WRAPPERS and self.name is None:
             self.is_complete = self.is_wrapper = True
@@ -232,8 +242,8 @@ class JsonCall(CallForm):
         return self._key in _ARGUMENT_KEYS or (self._key != "" and self._key == self._named)
 
     def _begin_value(self) -> None:
-        self._key = _read_text(self.raw[self._part_start : -1]) or ""
-        self._part_start = len(self.raw)
+        self._key = _read_text("".join(self._part[:-1])) or ""
+        self._part = []
         if self._key in _CALL_KEYS:
             return
         if self._named is None and self._key in self._functions:
@@ -242,7 +252,7 @@ class JsonCall(CallForm):
             self.is_other = True
 
     def _end_value(self) -> None:
-        value = self.raw[self._part_start : -1].strip(SPACE)
+        value = "".join(self._part[:-1]).strip(SPACE)
         if self._key in _NAME_KEYS and self._named is None:
             written = _read_text(value)
             name = None if written is None else resolve_name(written, self._functions)

@@ -15,6 +15,8 @@ _PARAMETER = regex.compile(r'<parameter(?:=|\s+name=)"?(?P<key>[^">]*)"?[^>]*>')
 _ENDS = ("</function>", "</invoke>")
 # A value ends with its own tag; where that is missing, with the next tag of the call.
 _VALUE_ENDS = ("</parameter>", "<parameter=", "<parameter ", *_ENDS, "</tool_call>")
+# So many characters at a text's end may be the beginning of a tag.
+_MAX_HELD = max(map(len, _VALUE_ENDS)) - 1
 
 
 class ParameterCall(CallForm):
@@ -24,18 +26,21 @@ class ParameterCall(CallForm):
     def __init__(self, functions: Functions, name: str, raw: str) -> None:
         super().__init__(functions, name, raw)
         self._text = ""
+        # The beginning of the current value, in which no tag begins.
+        self._value: list[str] = []
         self._key: str | None = None
         self._num_given = 0
         self._named: NamedCall | None = None
 
     def feed(self, text: str) -> str:
-        self.raw += text
+        self._read.append(text)
         self._text += text
         while not self.is_complete and self._step():
             pass
         if not self.is_complete:
             return ""
-        self.raw = self.raw[: len(self.raw) - len(self._text)]
+        raw = self.raw
+        self._read = [raw[: len(raw) - len(self._text)]]
         return self._text
 
     def _step(self) -> bool:
@@ -71,8 +76,12 @@ class ParameterCall(CallForm):
     def _read_value(self, key: str) -> bool:
         ends = [at for tag in _VALUE_ENDS if (at := self._text.find(tag)) >= 0]
         if not ends:
+            cut = max(0, len(self._text) - _MAX_HELD)
+            self._value.append(self._text[:cut])
+            self._text = self._text[cut:]
             return False
         value, rest = self._text[: min(ends)], self._text[min(ends) :]
+        value, self._value = "".join([*self._value, value]), []
         self._text = rest.removeprefix("</parameter>")
         properties = self._functions.get(self.name or "", {}).get("properties") or {}
         schema = properties.get(key) if isinstance(properties, Mapping) else None

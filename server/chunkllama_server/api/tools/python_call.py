@@ -19,27 +19,27 @@ class PythonCall(CallForm):
     def __init__(self, functions: Functions, name: str, raw: str) -> None:
         super().__init__(functions, None, raw)
         self._function = name
-        self._arguments = ""
+        self._num_chars = 0
         self._scanner = BracketScanner()
 
     def feed(self, text: str) -> str:
         for position, char in enumerate(text):
-            self.raw += char
             self._scanner.feed(char)
             if self._scanner.is_complete:
-                self._end()
-                return text[position + 1 :]
-            self._arguments += char
-            if len(self._arguments) > _MAX_PYTHON_CHARS:
+                rest = self._split(text, position + 1)
+                self._end("".join(self._read[1:])[:-1])
+                return rest
+            self._num_chars += 1
+            if self._num_chars > _MAX_PYTHON_CHARS:
                 self.is_other = True
-                return text[position + 1 :]
-        return ""
+                return self._split(text, position + 1)
+        return self._split(text, len(text))
 
-    def _end(self) -> None:
+    def _end(self, written: str) -> None:
         self.is_complete = True
         properties = self._functions[self._function].get("properties") or {}
         try:
-            arguments = _keyword_arguments(self._arguments, list(properties))
+            arguments = _keyword_arguments(written, list(properties))
             text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             self.is_other = True
