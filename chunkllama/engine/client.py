@@ -191,8 +191,9 @@ class MessageClient(CommandClient):
         """Hand a delta to the caller of ``generate``."""
         if stream.overflowed:
             return
+        is_behind = stream.backlog > 0  # one delta may be larger: beams arrive as a whole
         stream.backlog += num_entries(delta)
-        if stream.backlog > self.max_backlog:
+        if is_behind and stream.backlog > self.max_backlog:
             delta = self._overflow(stream)
         stream.inbox.put_nowait(delta)
 

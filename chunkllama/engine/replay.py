@@ -76,6 +76,7 @@ class ReplayState:
         delta.num_cached_tokens = first.num_cached_tokens
         delta.num_cache_write_tokens = first.num_cache_write_tokens
         delta.pin_refused = first.pin_refused
+        delta.explanation = None  # the caller has the first one
         delta.queue_seconds = first.queue_seconds
         delta.prefill_seconds = first.prefill_seconds
         delta.decode_seconds = first.decode_seconds + self.clock() - self._first_at

@@ -96,9 +96,13 @@ class StepSampler:
         slots = self._ready(output)
         waited = self._clock() - waiting
         for slot in {*output.awaited, *fresh}.difference(slots):
-            sampled.deferred.add(slot)
             if slot in fresh:
-                states[slot].hidden = hidden[fresh[slot]].clone()
+                row = hidden[fresh[slot]]
+                if not bool(row.isfinite().all()):  # now: its K/V must not be shared meanwhile
+                    sampled.failed[slot] = "model_nan"
+                    continue
+                states[slot].hidden = row.clone()
+            sampled.deferred.add(slot)
         if slots:
             if slots != list(fresh):
                 hidden = torch.stack([_row(states[s], hidden, fresh.get(s)) for s in slots])

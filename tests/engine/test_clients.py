@@ -303,3 +303,13 @@ def test_an_engine_that_cannot_start_says_why_in_one_line(tmp_path) -> None:
 
     message = asyncio.run(scenario())
     assert "config.json" in message and "\n" not in message
+
+
+def test_beams_that_arrive_at_once_are_no_backlog(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client() as client:
+            client.max_backlog = 5
+            beams = request("beams", n=3, beam_width=3, allowed_token_ids=(5,), max_tokens=3)
+            assert await collect(client, beams) == {i: [5, 5, 5] for i in range(3)}
+
+    asyncio.run(scenario())

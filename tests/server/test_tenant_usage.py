@@ -13,7 +13,7 @@ from chunkllama.errors import OverloadedError
 from chunkllama.messages import EngineRequest, EngineStats, TenantStats
 from chunkllama.sampling_params import SamplingParams
 from chunkllama_server.api import usage
-from chunkllama_server.api.common.admission import ChargedEngine
+from chunkllama_server.api.common.admission import ChargedEngine, QueueLimits
 from chunkllama_server.api.common.fair_pool import FairPool
 from chunkllama_server.api.common.response_store import ResponseStore, StoredResponse
 from chunkllama_server.api.schema.chat import ChatMessage
@@ -188,12 +188,49 @@ def test_stored_responses_of_one_tenant() -> None:
     assert all(store.get("b", f"{i}") is None for i in range(5)) and len(store) == 2
 
 
-def test_a_tenants_requests_with_many_choices_leave_places_to_others() -> None:
-    class Engine:
-        async def generate(self, request: EngineRequest):
-            await asyncio.Event().wait()
-            yield request
+class Engine:
+    """Never answers."""
 
+    async def generate(self, request: EngineRequest):
+        await asyncio.Event().wait()
+        yield request
+
+
+def _num_taken(charged: ChargedEngine) -> int:
+    """Send requests of one token and tenant until one is refused; returns how many are taken."""
+
+    async def run(number: int) -> None:
+        request = EngineRequest(
+            request_id=f"r{number}", prompt_token_ids=[1], tenant="a", sampling=SamplingParams()
+        )
+        async for _ in charged.generate(request):
+            pass
+
+    async def main() -> int:
+        tasks = []
+        while not tasks or not tasks[-1].done():
+            tasks.append(asyncio.create_task(run(len(tasks))))
+            await asyncio.sleep(0)
+        assert isinstance(tasks.pop().exception(), OverloadedError)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return len(tasks)
+
+    return asyncio.run(main())
+
+
+def test_the_engines_own_limit_of_a_tenant_replaces_the_free_places() -> None:
+    assert _num_taken(ChargedEngine(Engine(), 8, 40)) == 28
+    assert _num_taken(ChargedEngine(Engine(), 8, 40, has_own_limit=lambda _: True)) == 48
+
+
+def test_a_small_share_of_tokens_still_lets_one_request_wait() -> None:
+    limits = QueueLimits(tokens=200, chunks=200)
+    assert _num_taken(ChargedEngine(Engine(), 8, 40, limits, lambda _: 0.004)) == 1
+
+
+def test_a_tenants_requests_with_many_choices_leave_places_to_others() -> None:
     async def main(share: float | None) -> int:
         charged = ChargedEngine(Engine(), 8, 40, None, lambda _: share)
         tasks = []

@@ -112,6 +112,7 @@ def test_an_error_names_file_tenant_and_field(tmp_path: Path, text: str, told: s
         ("alice:ka secret part", "(alice): after the key, write field=value"),
         ("alice:ka weight=1 weight=2", "(alice): after the key, write field=value, each field"),
         ("alice: weight=1", "is not of the form name:key"),
+        ("other:ka", "other names the sum of small tenants in /metrics"),
     ],
 )
 def test_an_error_of_the_key_file_shows_no_key(tmp_path: Path, line: str, told: str) -> None:

@@ -72,6 +72,7 @@ def create_app(
             settings.max_waiting,
             _queue_limits(settings, engine),
             lambda tenant: tenants.quotas(tenant).queue_share,
+            lambda tenant: tenants.quotas(tenant).max_queued_requests is not None,
         ),
         text=text,
         settings=settings,

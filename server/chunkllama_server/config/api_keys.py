@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from chunkllama.errors import ConfigError
+
+OTHER_TENANTS: Final = "other"  # label of /metrics for the tenants without a label of their own
 
 
 class KeyEntry(NamedTuple):
@@ -31,6 +33,11 @@ def parse_key(text: str, number: int) -> KeyEntry:
         name, key = f"key-{hashlib.sha256(given.encode()).hexdigest()[:8]}", given
     if not name or not key:
         raise ConfigError(f"api_key: entry {number} is not of the form name:key")
+    if name == OTHER_TENANTS:
+        raise ConfigError(
+            f"api_key: entry {number}: {name} names the sum of small tenants in /metrics; use "
+            "another name"
+        )
     fields: dict[str, str] = {}
     for word in words:
         field, equals, value = word.partition("=")

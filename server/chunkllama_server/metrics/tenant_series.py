@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-OTHER: Final = "other"
+from chunkllama_server.config.api_keys import OTHER_TENANTS
 
 
 class TopTenants:
@@ -47,7 +46,7 @@ class TopTenants:
 
     def label(self, tenant: str) -> str:
         """Return the tenant's label."""
-        return tenant if tenant in self._top else OTHER
+        return tenant if tenant in self._top else OTHER_TENANTS
 
 
 @dataclass(slots=True)
@@ -81,7 +80,7 @@ class TenantSeries(Collector):
             return
         for series in self._series.values():
             for key in [key for key in series.values if key[-1] == lost]:
-                value, other = series.values.pop(key), (*key[:-1], OTHER)
+                value, other = series.values.pop(key), (*key[:-1], OTHER_TENANTS)
                 series.values[other] = series.values.get(other, 0.0) + value
 
     def add(self, name: str, tenant: str, amount: float = 1.0, *labels: str) -> None:

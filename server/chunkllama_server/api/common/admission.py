@@ -93,6 +93,8 @@ class ChargedEngine:
     Args:
         max_running, max_waiting: sequences.
         queue_share: of a tenant, in (0, 1]; None is no limit of its own.
+        has_own_limit: whether the engine bounds how many requests of a tenant wait, instead of the
+            places that are free.
 
     Attributes:
         num_sequences: running or waiting.
@@ -106,12 +108,14 @@ class ChargedEngine:
         max_waiting: int,
         limits: QueueLimits | None = None,
         queue_share: Callable[[str], float | None] = lambda _: None,
+        has_own_limit: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self._engine = engine
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._limits = limits or QueueLimits()
         self._queue_share = queue_share
+        self._has_own_limit = has_own_limit
         self._by_tenant: defaultdict[str, _Charge] = defaultdict(_Charge)
         self._rate = EndRate()
         self.num_sequences = 0
@@ -152,7 +156,8 @@ class ChargedEngine:
             if is_waiting:
                 self._wait(tenant, charge, -1)
             self._run(tenant, charge, -1)
-            self._rate.add(charge.sequences)
+            if not is_waiting:
+                self._rate.add(charge.sequences)
 
     def _charge(self, request: EngineRequest) -> _Charge:
         sampling, size = request.sampling, self._limits.chunk_size
@@ -202,7 +207,12 @@ class ChargedEngine:
             most = running + waiting
             if present >= most:
                 self._refuse(f"{present} {what}, the server takes {most}")
-            part = most - present if share is None else int(share * waiting)
+            if share is not None:
+                part = max(int(share * waiting), 0 if running else 1)
+            elif running and self._has_own_limit(tenant):
+                continue
+            else:
+                part = most - present
             if tenant and mine >= running + part:
                 self._refuse(f"{mine} {what} for this API key, its share of the queue")
 

@@ -114,8 +114,10 @@ class RequestStream:
             if isinstance(error, InvalidRequestError):
                 error.param = self._param_names.get(error.param or "", error.param)
             raise
-        except DeadlineError:
+        except DeadlineError as error:
             timer.finish("timeout")
+            if error.code == "queue_timeout":  # it never ran
+                self._info.charge.use(-num_prompt_tokens)
             raise
         except Exception:
             timer.finish("error")
