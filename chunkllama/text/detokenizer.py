@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Collection, Sequence
 
+from chunkllama.text.partial_match import partial_end
 from chunkllama.text.tokenizer import Tokenizer
 
 # A character or byte run spans few tokens: this many prompt tokens determine the state that an
@@ -115,7 +116,7 @@ class StopChecker:
             self._held = ""
             end, start, stop = min(found)
             return buffer[: end if self._include else start], stop
-        held = max(_overlap(buffer, stop) for stop in self._stops)
+        held = max(partial_end(buffer, stop) for stop in self._stops)
         cut = len(buffer) - held
         self._held = buffer[cut:]
         return buffer[:cut], None
@@ -124,11 +125,3 @@ class StopChecker:
         """Return the text that was held back for a possible stop string."""
         held, self._held = self._held, ""
         return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
-    for size in range(min(len(stop) - 1, len(text)), 0, -1):
-        if stop.startswith(text[-size:]):
-            return size
-    return 0

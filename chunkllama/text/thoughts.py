@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from chunkllama.text.partial_match import partial_end
 from chunkllama.text.tokenizer import Tokenizer
 
 _SPACE = " \t\r\n"
@@ -107,7 +108,7 @@ class ThoughtSplitter:
             self._text = self._text[end + len(self._tags.end) :]
             self.is_answer = self._strips = True
             return thoughts, self._answer(self._take())
-        held = _partial_end(self._text, self._tags.end)
+        held = partial_end(self._text, self._tags.end)
         body = self._text[: len(self._text) - held]
         thoughts = body.rstrip(_SPACE)
         self._text = self._text[len(thoughts) :]
@@ -130,11 +131,3 @@ class ThoughtSplitter:
             return text.rstrip(_SPACE), ""
         self.is_answer = True
         return "", text
-
-
-def _partial_end(text: str, tag: str) -> int:
-    """Length of the longest end of ``text`` that begins ``tag``."""
-    for length in range(min(len(text), len(tag) - 1), 0, -1):
-        if tag.startswith(text[-length:]):
-            return length
-    return 0

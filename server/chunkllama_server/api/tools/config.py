@@ -9,6 +9,7 @@ from typing import Any
 
 from chunkllama.engine.grammar import JSON_WHITESPACE
 from chunkllama.sampling_params import GrammarSpec
+from chunkllama.text.template_adapter import template_tool
 from chunkllama.text.template_capabilities import TemplateCapabilities
 from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.api.common.schema_bounds import bound_grammar, bounded
@@ -194,10 +195,7 @@ def plan_tools(
         by_name = {name: by_name[name] for name in allowed}
     by_path = {path: function for path, function in functions if function.name in by_name}
     # The prompt shows the same tools whatever tool_choice says, so that its prefix stays cached.
-    prompt_tools = [
-        {"type": "function", "function": _as_template_function(function)}
-        for _, function in functions
-    ]
+    prompt_tools = [template_tool(dict(function)) for _, function in functions]
     if mode == "none":
         return ToolConfig(prompt_tools=prompt_tools)
     is_single = (
@@ -220,15 +218,6 @@ def plan_tools(
         format=output_format,
         is_legacy=body.functions is not None,
     )
-
-
-def _as_template_function(function: FunctionDefinition) -> dict[str, Any]:
-    """Templates read ``description`` and ``parameters`` without asking whether they are there."""
-    return {
-        "name": function.name,
-        "description": function.description or "",
-        "parameters": function.parameters or {"type": "object", "properties": {}},
-    }
 
 
 def _call_schema(

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 
 import regex
 
+from chunkllama.text.partial_match import partial_end
 from chunkllama_server.api.tools.brackets import SPACE
 from chunkllama_server.api.tools.call_forms import (
     CallForm,
@@ -225,7 +226,7 @@ class CallReader:
         """Content up to the next tag."""
         places = [(at, tag) for tag in self._text_tags if (at := self._text.find(tag)) >= 0]
         if not places:
-            held = max((_partial_suffix(self._text, tag) for tag in self._text_tags), default=0)
+            held = max((partial_end(self._text, tag) for tag in self._text_tags), default=0)
             cut = len(self._text) - held
             parsed.content += self._text[:cut]
             self._text = self._text[cut:]
@@ -322,11 +323,3 @@ class CallReader:
         if self._forced:
             parsed.content = ""
         return parsed
-
-
-def _partial_suffix(text: str, tag: str) -> int:
-    """Length of the longest end of ``text`` that begins ``tag``."""
-    for length in range(min(len(text), len(tag) - 1), 0, -1):
-        if tag.startswith(text[-length:]):
-            return length
-    return 0
