@@ -74,8 +74,9 @@ def plan_size(config: EngineConfig, folder: Path) -> EngineSize:
         num_chunks=num_chunks,
         pool_bytes=num_chunks * kv_bytes_per_chunk(spec, chunk_size, dtype),
         max_request_tokens=longest,
+        # The last token of an answer has no K/V.
         longest_requests=min(
-            num_chunks // -(-longest // chunk_size), config.scheduler.max_num_seqs
+            num_chunks // -(-max(longest - 1, 1) // chunk_size), config.scheduler.max_num_seqs
         ),
     )
 

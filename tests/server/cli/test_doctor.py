@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from chunkllama import __version__
+from chunkllama_server.commands import run
+
+
+@pytest.fixture
+def chunkllama(capsys, monkeypatch):
+    """Run a command in this process: each process of its own would import torch."""
+
+    def call(*arguments: object, **environment: str) -> SimpleNamespace:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        code = run([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+    return call
 
 
 def _findings(done) -> dict[str, list[tuple[str, str]]]:
@@ -35,7 +51,7 @@ def test_a_pool_below_the_context_is_a_note(chunkllama, tiny_model):
     done = chunkllama("doctor", "--model", tiny_model, "--num-chunks", "4")
     assert done.returncode == 0
     (_, text), (verdict, advice) = _findings(done)["chunk pool"]
-    assert "requests of up to 256 tokens, 1 of" in text
+    assert "requests of up to 257 tokens, 1 of" in text
     assert verdict == "note" and "1,024" in advice and "num_chunks" in advice
 
 
