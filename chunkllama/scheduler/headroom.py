@@ -53,9 +53,7 @@ class Headroom:
             promised: chunks that running sequences will still ask for.
         """
         tenant, group = sequence.group.request.tenant, sequence.group
-        if not self._is_active or not tenant or not self._slots[tenant]:
-            return True
-        if group.beam is not None and group.is_running:  # beams advance together or not at all
+        if not self._is_active or not tenant or not self._slots[tenant] or group.is_running:
             return True
         more = self._lifecycle.admission.num_needed(sequence, match)
         free_slots = self._lifecycle.running.num_free_slots - 1

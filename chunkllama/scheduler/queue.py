@@ -49,7 +49,8 @@ class TenantQueue:
 
     Attributes:
         clock: the tenant's clock plus the cost of what was started since, in virtual tokens.
-        overtaken: tokens of younger requests started since the oldest became the oldest.
+        overtaken: tokens of younger requests started since an oldest one did. An oldest that leaves
+            without a start, or comes back, resets nothing: the next one has waited meanwhile.
         num_parked: its sequences among ``parked``.
         oldest_age: age of the oldest one.
     """
@@ -69,7 +70,6 @@ class TenantQueue:
     def add(self, sequence: Sequence) -> None:
         insort(self.by_age, sequence, key=queue_key)
         if self.by_age[0] is sequence:
-            self.overtaken = 0
             self.oldest_age = sequence.age
         self._reach = None
         self._keys[sequence] = key = encode_tokens(sequence.token_ids)
@@ -80,8 +80,9 @@ class TenantQueue:
         assert self.by_age[at] is sequence
         del self.by_age[at]
         if at == 0:
-            self.overtaken = 0
             self.oldest_age = self.by_age[0].age if self.by_age else (0, 0)
+        if not self.by_age:
+            self.overtaken = 0
         self._reach = None
         entry = (self._keys.pop(sequence), sequence.age)
         at = bisect_left(self._by_prefix, entry, key=lambda e: e[:2])
@@ -92,8 +93,7 @@ class TenantQueue:
         """Note a sequence that is about to leave the queue to run."""
         self._last = encode_tokens(sequence.token_ids)
         self._reach = None
-        if sequence is not self.by_age[0]:
-            self.overtaken += cost
+        self.overtaken = 0 if sequence is self.by_age[0] else self.overtaken + cost
 
     def follower(self, least: int, passed: Container[Sequence]) -> Sequence | None:
         """The waiting sequence that shares most, at least ``least`` tokens, with the last started.

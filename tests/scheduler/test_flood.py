@@ -132,12 +132,3 @@ def test_pins_of_a_flood_leave_another_tenant_a_pin() -> None:
         granted += 1
     assert granted == 5, "half of the budget of 100 chunks"
     assert pin("b")
-
-
-def test_many_choices_of_one_request_leave_slots_to_another_tenant() -> None:
-    rng = random.Random(2)
-    run = engine(2000, max_num_seqs=16)
-    run.add(tokens(rng, 100), 200, tenant="a", namespace="a", n=64)
-    for _ in range(5):
-        run.step()
-    assert steps_to_first_token(run, tokens(rng, 20))[0] == 1

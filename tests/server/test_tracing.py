@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -32,7 +33,13 @@ def traced(start_server):
 
 
 def spans_of(exporter) -> dict:
-    return {span.name: span for span in exporter.get_finished_spans()}
+    """The spans by name, once the request's own has ended: a client may read its answer before."""
+    for _ in range(3000):
+        spans = {span.name: span for span in exporter.get_finished_spans()}
+        if any(name.startswith(("POST ", "GET ")) for name in spans):
+            break
+        time.sleep(0.01)
+    return spans
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -100,7 +100,7 @@ def test_f06_a_prompt_larger_than_the_pool(small_pool) -> None:
         refused = httpx.post(f"{small_pool.url}/v1/completions", json=body, timeout=30)
         assert refused.status_code == 400
         error = refused.json()["error"]
-        assert error["code"] == "context_length_exceeded" and "pool 960" in error["message"]
+        assert error["code"] == "context_length_exceeded" and "pool holds 960" in error["message"]
     fits = {**LONG, "prompt": [70] * 900, "max_tokens": 4, "stream": False}
     url = f"{small_pool.url}/v1/completions"
     assert httpx.post(url, json=fits, timeout=30).status_code == 200
