@@ -82,7 +82,7 @@ def limit(
 
     Args:
         unit: of the value.
-        reach: who can reach the limit: anyone who can connect, a tenant (whoever may send
+        reach: who can reach the limit: anyone who can connect, a tenant (a client that may send
             requests), or the operator alone.
         answer: the status and code that the client gets, or "closed", "waits" or "left out".
         text: the error's message, with {limit} and {value}.

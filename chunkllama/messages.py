@@ -114,7 +114,7 @@ class CacheExplanation(msgspec.Struct, kw_only=True):
         num_known_tokens: leading tokens that an earlier prompt of the same tenant had too.
         reason: see ``cache/explain.py``.
         seconds_ago: since the chunk was evicted or dropped, or its pin ended; None where that
-            would tell of another tenant.
+            would reveal another tenant.
     """
 
     num_matched_tokens: int

@@ -29,7 +29,7 @@ class Entry:
         is_stored: the tenant let its K/V be stored.
         lost: entries below it were dropped, so what is not there may have been sent.
         removed: (seconds, reason) of its chunk's first removal since the tenant last used it; None
-            where the chunk is shared with other tenants and the time would tell of them.
+            where the chunk is shared with other tenants and the time would reveal them.
         pin_ended: when a pin of the tenant on it ended, since the tenant last used it.
     """
 

@@ -309,7 +309,7 @@ class MessageClient(CommandClient):
         self._fail_stats(error)
 
     def _fail_stats(self, error: EngineDeadError) -> None:
-        """Fail whoever waits for statistics or for the reply to a command."""
+        """Fail the callers that wait for statistics or for the reply to a command."""
         self._fail_replies(error)
         for waiter in self._stats_waiters:
             if not waiter.done():

@@ -18,7 +18,7 @@ from chunkllama.messages import (
 
 
 class CommandClient(ABC):
-    """Sends commands and hands each reply to whoever waits for it."""
+    """Sends commands and hands each reply to the caller that waits for it."""
 
     def __init__(self) -> None:
         self._replies: dict[int, asyncio.Future[CommandReply]] = {}

@@ -60,7 +60,7 @@ class RowTimes:
         self._last = clock()
 
     def charge(self, rows: Sequence[int]) -> None:
-        """Charge the time since the last call to ``rows``; with none it is nobody's."""
+        """Charge the time since the last call to ``rows``; without rows it is charged to no row."""
         now = self._clock()
         passed, self._last = now - self._last, now
         for row in rows:

@@ -137,7 +137,7 @@ def test_a_window_leaves_out_the_chunks_that_no_row_sees() -> None:
         (1, 2, (4, 5), 48, ITEM_MASK | ITEM_WINDOW),
     ]
     assert plan.window == 20
-    # Without the third row nobody sees chunks 0 and 1.
+    # Without the third row no row sees chunks 0 and 1.
     case = make_case(TREE[:2], [(63, 1), (66, 1)], chunk_size=16)
     assert items_of(case.plan(ONE_PIECE, window=20)) == [
         (0, 2, (2,), 32, ITEM_WINDOW),

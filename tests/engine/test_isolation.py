@@ -63,10 +63,10 @@ def auc(positive: list[float], negative: list[float]) -> float:
 
 @pytest.mark.nightly
 def test_S26_a_timing_classifier_learns_nothing_across_tenants(tiny_core: MakeCore) -> None:
-    """2,000 probes of each class, in random order: cached by another tenant, cached by nobody."""
+    """2,000 probes of each class, in random order: cached by another tenant, not cached."""
     core = tiny_core(num_chunks=64)
     rng = np.random.default_rng(0)
-    seconds: dict[str, list[float]] = {"foreign": [], "nobody": [], "own": []}
+    seconds: dict[str, list[float]] = {"foreign": [], "unseen": [], "own": []}
     for number in range(2000):
         for kind in rng.permutation(list(seconds)):
             text = prompt(int(rng.integers(2**40)), 512)
@@ -76,8 +76,8 @@ def test_S26_a_timing_classifier_learns_nothing_across_tenants(tiny_core: MakeCo
             else:  # the same work before the probe
                 ask(core, f"w{number}{kind}", prompt(int(rng.integers(2**40)), 512), "A")
             seconds[str(kind)].append(ask(core, f"p{number}{kind}", text, "B")[2])
-    across = auc(seconds["foreign"], seconds["nobody"])
-    within = auc(seconds["own"], seconds["nobody"])
+    across = auc(seconds["foreign"], seconds["unseen"])
+    within = auc(seconds["own"], seconds["unseen"])
     print(f"AUC across tenants {across:.3f}, within one {within:.3f}")
     assert 0.45 <= across <= 0.55
     assert within >= 0.9

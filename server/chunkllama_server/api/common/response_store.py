@@ -22,7 +22,7 @@ class StoredResponse:
 
     Attributes:
         input_items: what the request sent, as items with ids, oldest first.
-        events: the server-sent events that told of it, as ``EventRecorder`` packs them; left out
+        events: the server-sent events of its stream, as ``EventRecorder`` packs them; left out
             of what the store returns.
     """
 

@@ -27,7 +27,7 @@ Logprobs = Callable[[OutputDelta], list[ChatTokenLogprob]]
 
 
 class EventStream:
-    """The items of one response, and the events that tell of them.
+    """The items of one response, and the events that announce them.
 
     Args:
         parser: reads calls in the answer's text.
