@@ -32,13 +32,13 @@ Quantization = Literal["auto", "bf16", "fp32", "int8", "int4"]
 _WIDENED_ROWS = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class KVCache:
     """The chunk pool's tensors, one per layer, in the backend's own layout: only backends may index
     them.
 
     ``layers[i]`` holds K and V of ``num_chunks`` chunks of ``chunk_size`` tokens x ``num_kv_heads``
-    x ``head_dim``.
+    x ``head_dim``. ``state`` belongs to the backend.
     """
 
     layers: list[torch.Tensor]
@@ -46,6 +46,7 @@ class KVCache:
     chunk_size: int
     num_kv_heads: int
     head_dim: int
+    state: Any = None
 
 
 @dataclass(frozen=True, slots=True)

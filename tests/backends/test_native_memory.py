@@ -2,39 +2,67 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import ctypes
+import mmap
 
 import pytest
 import torch
 
-from chunkllama.backends.cpu.memory import allocate_lazily, commit_in_background
+from chunkllama.backends.cpu.memory import HUGE_PAGE, PoolCommitter, allocate_lazily
 
 SIZE = 24 << 20
 
 
-def resident(address: int) -> int:
-    """Resident bytes of the mapping that holds the address."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        head = line.split()[0]
-        if "-" in head and not head.endswith(":"):
-            begin, end = (int(part, 16) for part in head.split("-"))
-            inside = begin <= address < end
-        elif inside and head == "Rss:":
-            return int(line.split()[1]) << 10
-    raise AssertionError("no mapping holds the address")
+def resident(tensor: torch.Tensor) -> int:
+    """Bytes of the tensor's whole pages that have memory."""
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    pages = (tensor.data_ptr() + tensor.nbytes - start) // page
+    states = (ctypes.c_ubyte * pages)()
+    mincore = ctypes.CDLL(None).mincore
+    mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    assert mincore(start, pages * page, states) == 0
+    return sum(state & 1 for state in states) * page
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells what is resident")
-def test_a_pool_is_committed_before_its_first_use() -> None:
-    pool = allocate_lazily(SIZE, torch.uint8)
-    layers = list(pool.view(3, SIZE // 3).unbind())
-    commit_in_background([pool[:4096]]).join(timeout=60)
-    before = resident(pool.data_ptr())
-    if before == 0:
+@pytest.fixture
+def layers() -> list[torch.Tensor]:
+    """Three layers of 12 chunks, where the system can commit pages."""
+    probe = allocate_lazily(HUGE_PAGE, torch.uint8)
+    PoolCommitter([probe], 1).join()
+    if resident(probe) == 0:
         pytest.skip("this kernel has no MADV_POPULATE_WRITE")
+    return list(allocate_lazily(SIZE, torch.uint8).view(3, SIZE // 3).unbind())
+
+
+def total(layers: list[torch.Tensor]) -> int:
+    return sum(resident(layer) for layer in layers)
+
+
+def test_a_small_pool_is_committed_before_its_first_use(layers) -> None:
     layers[1][12345] = 7
-    commit_in_background(layers).join(timeout=60)
-    assert before < SIZE <= resident(pool.data_ptr())
+    PoolCommitter(layers, 12).join()
+    assert total(layers) == SIZE
     assert layers[1][12345] == 7
-    assert int(pool.sum()) == 7
+    assert sum(int(layer.sum()) for layer in layers) == 7
+
+
+def test_pages_are_committed_ahead_of_the_highest_chunk(layers, monkeypatch) -> None:
+    monkeypatch.setattr("chunkllama.backends.cpu.memory.AHEAD", 3 * HUGE_PAGE)
+    committer = PoolCommitter(layers, 12)
+    committer.join()
+    first = total(layers)
+    assert 0 < first < SIZE
+    committer.reach(1)  # more than half of what is committed lies ahead of it
+    committer.join()
+    assert total(layers) == first
+    committer.reach(5)
+    committer.join()
+    second = total(layers)
+    assert first < second < SIZE
+    committer.reach(2)
+    committer.join()
+    assert total(layers) == second
+    committer.reach(11)
+    committer.join()
+    assert total(layers) == SIZE

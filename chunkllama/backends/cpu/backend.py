@@ -28,7 +28,7 @@ from chunkllama.backends.cpu.abi import (
 )
 from chunkllama.backends.cpu.build import LEVELS, NativeBuildError, available_levels, build
 from chunkllama.backends.cpu.fused_model import FusedModel, can_fuse
-from chunkllama.backends.cpu.memory import allocate_lazily, commit_in_background
+from chunkllama.backends.cpu.memory import PoolCommitter, allocate_lazily
 from chunkllama.backends.cpu.packed import (
     UNIT,
     PackedLinear,
@@ -128,10 +128,11 @@ class CpuBackend(Backend):
         elements = self.library.ck_chunk_elements(ctypes.byref(heads))
         pool = allocate_lazily(num_layers * kv.num_chunks * elements, dtype)
         layers = list(pool.view(num_layers, kv.num_chunks, elements).unbind())
-        commit_in_background(layers)
+        kv.state = PoolCommitter(layers, kv.num_chunks)
         return layers
 
     def upload_plan(self, plan: AttentionPlan, kv: KVCache, *, num_qo_heads: int) -> DevicePlan:
+        kv.state.reach(int(plan.chunk_ids.max()))
         state = CpuPlan(
             c_plan(plan),
             *self._workspace(plan.num_slots, num_qo_heads, kv.head_dim),

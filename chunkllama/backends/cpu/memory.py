@@ -16,7 +16,7 @@ import torch
 
 MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; elsewhere the call fails and pages come as touched
 HUGE_PAGE: Final = 2 << 20
-COMMITTED: Final = 1 << 30  # bytes of a pool that are committed ahead; zeroing more takes seconds
+AHEAD: Final = 1 << 30  # bytes of a pool that are committed ahead; zeroing more takes seconds
 
 
 def allocate_lazily(elements: int, dtype: torch.dtype) -> torch.Tensor:
@@ -38,29 +38,57 @@ def allocate_lazily(elements: int, dtype: torch.dtype) -> torch.Tensor:
     return whole[start : start + size].view(dtype)
 
 
-def commit_in_background(layers: list[torch.Tensor]) -> threading.Thread:
-    """Let the system commit the layers' pages, the low chunks of every layer first, ``COMMITTED``
-    bytes in all.
+class PoolCommitter:
+    """Lets the system commit a pool's pages in a thread: ``AHEAD`` bytes beyond the highest chunk
+    in use, the low chunks of every layer first.
 
-    What the pages hold stays as it is, so the pool can be used meanwhile. The thread ends early
-    where the system cannot do it.
+    A pool hands out low chunk ids first, so that its memory follows its use. What the pages hold
+    stays as it is, so the pool can be used meanwhile. Committing ends early where the system cannot
+    do it; pages then come as they are touched.
 
     Args:
-        layers: contiguous tensors of one size.
+        layers: contiguous tensors of one size, of ``num_chunks`` chunks each.
     """
-    thread = threading.Thread(target=_commit, args=(list(layers),), daemon=True, name="commit-pool")
-    thread.start()
-    return thread
 
+    def __init__(self, layers: list[torch.Tensor], num_chunks: int) -> None:
+        self._layers = layers
+        self._size = layers[0].numel() * layers[0].element_size()
+        self._chunk_size = self._size // num_chunks
+        self._ahead = max(AHEAD // len(layers), HUGE_PAGE)
+        self._highest = -1
+        self._committed = 0  # bytes of each layer
+        self._thread: threading.Thread | None = None
+        self.reach(0)
 
-def _commit(layers: list[torch.Tensor]) -> None:
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    page = os.sysconf("SC_PAGE_SIZE")
-    size = layers[0].numel() * layers[0].element_size()
-    for begin in range(0, min(size, max(COMMITTED // len(layers), HUGE_PAGE)), HUGE_PAGE):
-        for layer in layers:
-            start = (layer.data_ptr() + begin) // page * page
-            end = layer.data_ptr() + min(begin + HUGE_PAGE, size)
-            if madvise(start, end - start, MADV_POPULATE_WRITE) != 0:
-                return
+    def reach(self, chunk_id: int) -> None:
+        """Note that a chunk is in use; commit more when less than half of that is left."""
+        if chunk_id <= self._highest:
+            return
+        self._highest = chunk_id
+        used = (chunk_id + 1) * self._chunk_size
+        is_near = self._committed < min(used + self._ahead // 2, self._size)
+        if is_near and (self._thread is None or not self._thread.is_alive()):
+            target = min(used + self._ahead, self._size)
+            self._thread = threading.Thread(
+                target=self._commit, args=(target,), daemon=True, name="commit-pool"
+            )
+            self._thread.start()
+
+    def join(self) -> None:
+        """Wait until nothing is being committed."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _commit(self, target: int) -> None:
+        madvise = ctypes.CDLL(None, use_errno=True).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        page = os.sysconf("SC_PAGE_SIZE")
+        while self._committed < target:
+            begin = self._committed
+            for layer in self._layers:
+                start = (layer.data_ptr() + begin) // page * page
+                end = layer.data_ptr() + min(begin + HUGE_PAGE, self._size)
+                if madvise(start, end - start, MADV_POPULATE_WRITE) != 0:
+                    self._committed = self._size  # not again
+                    return
+            self._committed = begin + HUGE_PAGE
