@@ -38,6 +38,7 @@ class ReplayState:
     _submitted_at: float = 0.0
     _first_at: float = 0.0
     _has_prompt_logprobs: bool = False
+    _was_submitted: bool = False
     _is_replay: bool = False
 
     def __post_init__(self) -> None:
@@ -90,9 +91,10 @@ class ReplayState:
         """The messages that start the request, or continue it in another engine process."""
         self.submitted = True
         self._submitted_at = self.clock()
-        if not self._is_replay:
-            self._is_replay = True
+        if not self._was_submitted:
+            self._was_submitted = True
             return [self.request]
+        self._is_replay = True
         request, sampling = self.request, self.request.sampling
         if self._has_prompt_logprobs:
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
