@@ -4,7 +4,8 @@
 
 Both checkouts need ``make setup``. The pairs run ``benchmarks/step.py`` of both checkouts, then the
 load of ``compare.py`` against a server of each; the order inside a pair alternates. A ratio is
-after to before, larger is faster; the report holds every rate and the median ratios.
+after to before, larger is faster; the report holds every rate and the median ratios. Of each load
+it also reports the output tokens per second of processor time, of the API and the engine process.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from compare import PAUSE_SECONDS, SCENARIOS, make_prompts, run_load
 from machine import cpu_name
 
@@ -48,8 +50,14 @@ def step_rates(checkout: Path, rounds: int) -> dict[str, float]:
     return rates
 
 
+def cpu_seconds(server: psutil.Process) -> dict[str, float]:
+    """Return the processor time of the API process and of its child, the engine process."""
+    times = {"API": server.cpu_times(), "engine": server.children()[0].cpu_times()}
+    return {name: used.user + used.system for name, used in times.items()}
+
+
 @contextmanager
-def serving(checkout: Path) -> Iterator[Endpoint]:
+def serving(checkout: Path) -> Iterator[tuple[Endpoint, psutil.Process]]:
     """Serve the demo model from a checkout on a free port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -68,7 +76,7 @@ def serving(checkout: Path) -> Iterator[Endpoint]:
                 break
         else:
             raise SystemExit(f"{checkout}: the server did not become ready")
-        yield endpoint
+        yield endpoint, psutil.Process(server.pid)
     finally:
         server.terminate()
         server.wait()
@@ -79,7 +87,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, required=True)
     parser.add_argument("--after", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=2, help="of step.py in each run")
+    parser.add_argument("--rounds", type=int, default=2, help="of step.py in each run; 0 for none")
     parser.add_argument("--scenarios", default="ABCDE", help="of compare.py; empty for none")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--output", type=Path, default=RESULTS / "before-after.json")
@@ -91,14 +99,14 @@ def main() -> None:
         rates[name][side].append(rate)
         print(f"{side} {name}: {rate:.2f}/s", file=sys.stderr)
 
-    for number in range(arguments.pairs):
+    for number in range(arguments.pairs if arguments.rounds else 0):
         for side in list(checkouts)[:: -1 if number % 2 else 1]:
             for name, rate in step_rates(checkouts[side], arguments.rounds).items():
                 record(side, name, rate)
     tokenizer = load_tokenizer(resolve_model(MODEL))
     maker = PromptMaker(tokenizer, arguments.seed)
     with serving(checkouts["before"]) as before, serving(checkouts["after"]) as after:
-        endpoints = {"before": before, "after": after}
+        servers = {"before": before, "after": after}
         for number in range(arguments.pairs):
             for letter in arguments.scenarios:
                 scenario = SCENARIOS[letter]
@@ -108,8 +116,13 @@ def main() -> None:
                 prompts = make_prompts(maker, tokenizer.encode, systems, scenario)
                 for side in list(checkouts)[:: -1 if number % 2 else 1]:
                     time.sleep(PAUSE_SECONDS)
-                    load = asyncio.run(run_load(endpoints[side], MODEL, prompts, scenario))
+                    endpoint, process = servers[side]
+                    used = cpu_seconds(process)
+                    load = asyncio.run(run_load(endpoint, MODEL, prompts, scenario))
                     record(side, f"server: {letter} cold", load["output_tokens_per_s"])
+                    for name, seconds in cpu_seconds(process).items():
+                        rate = scenario.requests * scenario.output / (seconds - used[name])
+                        record(side, f"server: {letter} cold, {name} process", rate)
 
     ratios = {
         name: [a / b for a, b in zip(sides["after"], sides["before"], strict=True)]
