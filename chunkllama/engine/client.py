@@ -152,6 +152,8 @@ class Stream:
 
 def num_entries(delta: TokenDelta) -> int:
     """What a delta adds to a stream's backlog."""
+    if len(delta.choices) == 1 and delta.choices[0].logprobs is None:
+        return len(delta.choices[0].token_ids)
     return sum(
         len(choice.token_ids)
         if choice.logprobs is None

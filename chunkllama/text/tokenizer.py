@@ -88,6 +88,7 @@ class Tokenizer:
         self._token_ids = vocab
         self._tokens: list[str | None] = [None] * self.vocab_size
         self._fallback_bytes: dict[int, int] = {}
+        self._bytes: dict[int, bytes] = {}  # of the tokens that were asked for
         for token, token_id in vocab.items():
             self._tokens[token_id] = token
             if rule.byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
@@ -133,9 +134,15 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for: b"" outside the vocabulary, possibly part of a
         character."""
-        token = self._tokens[token_id] if 0 <= token_id < self.vocab_size else None
-        if token is None:
-            return b""
+        known = self._bytes.get(token_id)
+        if known is None:
+            token = self._tokens[token_id] if 0 <= token_id < self.vocab_size else None
+            if token is None:
+                return b""
+            known = self._bytes[token_id] = self._as_bytes(token_id, token)
+        return known
+
+    def _as_bytes(self, token_id: int, token: str) -> bytes:
         if self.rule.byte_level:
             mapped = [BYTE_OF_CHAR.get(char) for char in token]
             return token.encode() if None in mapped else bytes(b for b in mapped if b is not None)

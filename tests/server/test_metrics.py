@@ -229,9 +229,9 @@ def test_the_tenants_with_most_tokens_have_labels_and_sums_never_decrease():
         tenant = f"t{turn // 1000 * 10 + rng.choice([3, 4] * 9 + list(range(10)))}"
         tokens = rng.randrange(100) * 10 ** (turn // 1000)
         spent[tenant] += tokens
-        metrics.add_usage(tenant, prompt_tokens=tokens)
+        metrics.add_output(tenant, tokens)
         if turn % 100 == 99:
-            values = by_tenant(metrics, "tenant_prompt_tokens")
+            values = by_tenant(metrics, "tenant_output_tokens")
             assert len(values) <= 3 and sum(values.values()) >= total
             total = sum(values.values())
     assert total == sum(spent.values())

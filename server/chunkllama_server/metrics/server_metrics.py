@@ -338,27 +338,26 @@ class ServerMetrics:
         self.live.dec()
         self.own.end(tenant)
 
-    def add_usage(
-        self,
-        tenant: str,
-        *,
-        prompt_tokens: int = 0,
-        cached_tokens: int = 0,
-        output_tokens: int = 0,
-        queue_seconds: float = 0.0,
+    def add_prompt(
+        self, tenant: str, *, prompt_tokens: int, cached_tokens: int, queue_seconds: float
     ) -> None:
-        """Charge a tenant what a request has used."""
+        """Charge a tenant for the prompt of a request that begins to answer."""
         usage = self.usage[tenant]
         usage.prompt_tokens += prompt_tokens
         usage.cached_tokens += cached_tokens
-        usage.output_tokens += output_tokens
         usage.queue_seconds += queue_seconds
         if self._has_tenants:
-            self._by_tenant.rank(tenant, prompt_tokens + output_tokens)
+            self._by_tenant.rank(tenant, prompt_tokens)
             self._by_tenant.add("tenant_prompt_tokens", tenant, prompt_tokens)
             self._by_tenant.add("tenant_cached_tokens", tenant, cached_tokens)
-            self._by_tenant.add("tenant_output_tokens", tenant, output_tokens)
             self._by_tenant.add("tenant_queue_seconds", tenant, queue_seconds)
+
+    def add_output(self, tenant: str, tokens: int) -> None:
+        """Charge a tenant for output tokens."""
+        self.usage[tenant].output_tokens += tokens
+        if self._has_tenants:
+            self._by_tenant.rank(tenant, tokens)
+            self._by_tenant.add("tenant_output_tokens", tenant, tokens)
 
     def restarted(self) -> None:
         """Keep the totals of an engine process that has ended."""

@@ -54,7 +54,10 @@ class UsageRecorder:
 
     def __getitem__(self, tenant: str) -> TenantUsage:
         """Return the tenant's usage, which the caller may add to."""
-        return self._tenants.setdefault(tenant, TenantUsage())
+        usage = self._tenants.get(tenant)
+        if usage is None:
+            usage = self._tenants[tenant] = TenantUsage()
+        return usage
 
     def tenants(self) -> list[str]:
         """Names of all tenants with usage of any kind."""

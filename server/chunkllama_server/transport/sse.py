@@ -114,6 +114,7 @@ class SseResponse(Response):
         self._loop = asyncio.get_running_loop()
         arrived_at = self._loop.time() if arrived_at is None else arrived_at
         self._comment_at = arrived_at + times.first_byte
+        self._sending_since: float | None = None
         self._lock = asyncio.Lock()
         self._has_begun = False
         self._timer: asyncio.TimerHandle | None = None
@@ -125,11 +126,12 @@ class SseResponse(Response):
             await unless_disconnected(request, self._stream(send))
 
     async def _stream(self, send: Send) -> None:
-        self._timer = self._loop.call_at(self._comment_at, self._check_silence, send)
         try:
-            while (event := await self._next_event()) is not None:
-                await self._send(send, event)
-            await self._send(send, b"", more_body=False)
+            async with asyncio.timeout(None) as deadline:
+                self._watch(send, deadline)
+                while (event := await self._next_event()) is not None:
+                    await self._send(send, event)
+                await self._send(send, b"", more_body=False)
         except TimeoutError:
             raise ClientDisconnected from None
         finally:
@@ -148,24 +150,31 @@ class SseResponse(Response):
             return sse(as_api_error(error).body())
 
     async def _send(self, send: Send, body: bytes, *, more_body: bool = True) -> None:
-        async with self._lock, asyncio.timeout(self._times.stall):
+        async with self._lock:
+            self._sending_since = self._loop.time()
             if not self._has_begun:
                 self._has_begun = True
                 await send(
                     {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
                 )
             await send({"type": "http.response.body", "body": body, "more_body": more_body})
+            self._sending_since = None
         self._comment_at = self._loop.time() + self._times.comment
 
-    def _check_silence(self, send: Send) -> None:
-        """Send a comment line if nothing has been sent for long; come again when one is due."""
-        if self._loop.time() < self._comment_at:
-            self._timer = self._loop.call_at(self._comment_at, self._check_silence, send)
-            return
-        self._timer = None
-        self._comment = self._loop.create_task(self._send_comment(send))
+    def _watch(self, send: Send, deadline: asyncio.Timeout) -> None:
+        """End a send that does not progress; send a comment line after a silence; come again.
 
-    async def _send_comment(self, send: Send) -> None:
-        with contextlib.suppress(TimeoutError):  # the next event finds the same
-            await self._send(send, COMMENT)
-        self._timer = self._loop.call_at(self._comment_at, self._check_silence, send)
+        One timer for the whole stream: a timeout for each event costs several microseconds.
+        """
+        now, times = self._loop.time(), self._times
+        if self._sending_since is not None:
+            again = self._sending_since + times.stall
+            if again <= now:
+                deadline.reschedule(now)
+                return
+        elif self._comment_at <= now:
+            self._comment = self._loop.create_task(self._send(send, COMMENT))
+            again = now + min(times.comment, times.stall)
+        else:
+            again = min(self._comment_at, now + times.stall)
+        self._timer = self._loop.call_at(again, self._watch, send, deadline)

@@ -180,22 +180,18 @@ class RequestStream:
 
     def _charge(self, delta: TokenDelta, *, is_first: bool, output_tokens: int) -> None:
         """Charge the tenant; the prompt counts as usage once the answer begins."""
-        prompt_tokens = len(self.request.prompt_token_ids) if is_first else 0
+        metrics, tenant = self._metrics, self._info.tenant
         self._info.charge.use(output_tokens)
         if is_first:
-            self._metrics.prompts.record(
-                self._info.tenant,
-                self.request.namespace,
-                self.request.prompt_token_ids,
-                delta.num_cached_tokens,
+            prompt, cached = self.request.prompt_token_ids, delta.num_cached_tokens
+            metrics.prompts.record(tenant, self.request.namespace, prompt, cached)
+            metrics.add_prompt(
+                tenant,
+                prompt_tokens=len(prompt),
+                cached_tokens=cached,
+                queue_seconds=delta.queue_seconds,
             )
-        self._metrics.add_usage(
-            self._info.tenant,
-            prompt_tokens=prompt_tokens,
-            cached_tokens=delta.num_cached_tokens if is_first else 0,
-            output_tokens=output_tokens,
-            queue_seconds=delta.queue_seconds if is_first else 0.0,
-        )
+        metrics.add_output(tenant, output_tokens)
 
     async def collect(self) -> list[OutputDelta]:
         """Run to the end and return whole choices; of ``best_of`` the n most likely per token."""
