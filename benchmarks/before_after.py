@@ -63,6 +63,8 @@ def serving(checkout: Path) -> Iterator[tuple[Endpoint, psutil.Process]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [checkout / ".venv/bin/chunkllama", "serve", "--port", str(port), "--model", MODEL]
+    # The default size differs between versions, and new pages cost time on a virtual machine.
+    command += ["--kv-cache-memory", "1GiB"]
     server = subprocess.Popen(command, cwd=checkout, stderr=subprocess.DEVNULL)
     endpoint = Endpoint(f"http://127.0.0.1:{port}")
     try:
