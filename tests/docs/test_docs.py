@@ -146,6 +146,7 @@ def test_deployments_use_keys_that_exist():
     assert paths == {"/health/ready", "/health/live"}
     ports = {port["containerPort"] for port in container["ports"]}
     assert config["admin_port"] in ports
+    assert config["admin_host"] == "0.0.0.0", "the scraper is outside the pod"
     unit = (ROOT / "deploy/chunkllama.service").read_text()
     assert "Type=notify" in unit
     assert int(re.search(r"TimeoutStopSec=(\d+)", unit)[1]) > drain

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
 import re
 
+import httpx
 import pytest
 
 from chunkllama.errors import ConfigError
 from chunkllama.logger import JsonFormatter, TextFormatter
+from chunkllama_server.api.admin_app import create_admin_app
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.transport.auth import OPEN_PATHS, OPERATOR_PATHS
 
@@ -63,6 +66,53 @@ def test_every_route_by_key(guarded) -> None:
                 expected[method, path, who] = _expected(path, who)
                 assert status < 500
     assert table == expected
+
+
+READING = ("GET", "HEAD", "OPTIONS")
+
+
+@pytest.mark.parametrize(
+    ("admin_host", "operators", "unkeyed"),
+    [
+        ("127.0.0.1", ("ko",), "401"),
+        ("::1", (), "open"),
+        ("localhost", (), "open"),
+        ("0.0.0.0", ("ko",), "401"),
+        ("0.0.0.0", (), "403"),
+        ("::", (), "403"),
+        ("10.1.2.3", (), "403"),
+    ],
+)
+def test_every_route_of_the_admin_port_by_key(start_server, admin_host, operators, unkeyed) -> None:
+    """Reading needs no key; a change needs an operator's, or a port for this machine alone."""
+    keys = {"alpha": "ka", "beta": "kb"}
+    server = start_server(api_keys=keys, operator_keys=operators, admin_host=admin_host)
+    admin = create_admin_app(server.app.state.context)
+    routes = _routes(admin)
+    assert {("GET", "/metrics"), ("GET", "/v1/usage"), ("GET", "/admin/cache/tree")} <= {*routes}
+    changing = {(method, path) for method, path in routes if method not in READING}
+    assert len(changing) == 4
+
+    async def ask() -> dict[tuple[str, str, str], str]:
+        transport = httpx.ASGITransport(admin, raise_app_exceptions=False)
+        table = {}
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+            for method, path in routes:
+                for who, key in KEYS.items():
+                    headers = {"authorization": f"Bearer {key}"} if key else {}
+                    url = path.replace("{", "").replace("}", "")
+                    status = (await http.request(method, url, headers=headers)).status_code
+                    table[method, path, who] = str(status) if status in (401, 403) else "open"
+        return table
+
+    expected = {
+        (method, path, who): "open"
+        if method in READING or (operators and who == "operator")
+        else unkeyed
+        for method, path in routes
+        for who in KEYS
+    }
+    assert asyncio.run(ask()) == expected
 
 
 def _complete(server, key: str) -> None:
@@ -238,3 +288,12 @@ def test_log_lines_carry_request_and_tenant(guarded) -> None:
 def test_operator_keys_that_give_no_role_are_refused(settings) -> None:
     with pytest.raises(ConfigError, match="operator_key"):
         Settings(**settings).keys_by_tenant()
+
+
+def test_an_operators_key_has_a_role_on_the_admin_port_without_tenants() -> None:
+    assert Settings(operator_key=("ko",), admin_port=9000).keys_by_tenant() == {}
+
+
+def test_the_admin_port_is_another_port() -> None:
+    with pytest.raises(ValueError, match="admin_port must differ from port"):
+        Settings(port=8000, admin_port=8000)

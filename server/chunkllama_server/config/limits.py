@@ -26,6 +26,11 @@ class LimitsConfig(ConfigGroup):
         100, "headers", "anyone", "431 bad_request", "Headers of a request.",
         "The headers are too large", ge=10, le=1000,
     )  # fmt: skip
+    max_body_chunks: int = limit(
+        4096, "chunks", "anyone", "400 bad_request",
+        "Pieces in which a body arrives, beyond one for each KiB.",
+        "The body has too many small chunks", ge=16,
+    )  # fmt: skip
     max_connections: int = limit(
         4096, "connections", "anyone", "503 too_many_connections",
         "Open connections; further ones may only send a health check.",

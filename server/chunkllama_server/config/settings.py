@@ -88,8 +88,13 @@ class ServerConfig(ConfigGroup):
     port: Port = Field(default=8000, description="Port to listen on; 0 selects a free one.")
     admin_port: Port | None = Field(
         default=None,
-        description="Serve /metrics and the operator's paths on this port, which needs no key, "
-        "instead of the main one.",
+        description="Serve /metrics and the operator's paths on this port instead of the main one; "
+        "reading needs no key.",
+    )
+    admin_host: str = Field(
+        default="127.0.0.1",
+        description="Address that admin_port listens on. Other than a loopback address, it needs "
+        "an operator_key for all that changes something.",
     )
     metrics_tenants: int = Field(
         default=100,
@@ -126,8 +131,9 @@ class ServerConfig(ConfigGroup):
     operator_key: Secrets = Field(
         default=(),
         description="Key that reads all of /metrics, /v1/usage, /dashboard/data and "
-        "/dashboard/tenants and may do nothing else; repeatable. Prefer the environment or a file: "
-        "other users can read a command line.",
+        "/dashboard/tenants, and that requests to admin_port need which change something; it may "
+        "do nothing else; repeatable. Prefer the environment or a file: other users can read a "
+        "command line.",
     )
     isolation: Literal["off", "tenant"] | None = Field(
         default=None,
@@ -181,17 +187,20 @@ class ServerConfig(ConfigGroup):
         64 << 20, "bytes", "tenant", "left out",
         "Total size of the stored responses. The oldest is dropped.",
     )  # fmt: skip
-    recent_prompt_tokens: int = Field(
-        default=262_144,
-        ge=0,
-        le=100_000_000,
-        description="Tokens of recent prompts kept for the report of divergences; 0 keeps none.",
-    )
+    recent_prompt_tokens: int = limit(
+        262_144, "tokens", "tenant", "left out",
+        "Recent prompts kept for the report of divergences; 0 keeps none. The oldest is dropped.",
+        ge=0, le=100_000_000,
+    )  # fmt: skip
     response_store_seconds: float = limit(
         3600.0, "seconds", "tenant", "left out",
         "A stored response expires after this many seconds.", gt=0,
     )  # fmt: skip
-    background_responses: int = Field(default=16, ge=0, description="Background responses at once.")
+    background_responses: int = limit(
+        16, "responses", "tenant", "429 background_limit",
+        "Background responses at once; one key has at most half of them where there are several.",
+        ge=0,
+    )  # fmt: skip
     root_path: str = Field(default="", description="Path prefix that a proxy removes.")
     allowed_hosts: Names = Field(
         default=(),
@@ -224,6 +233,12 @@ class ServerConfig(ConfigGroup):
     def _check_tls(self) -> ServerConfig:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ValueError("ssl_certfile and ssl_keyfile must be given together")
+        return self
+
+    @model_validator(mode="after")
+    def _check_admin_port(self) -> ServerConfig:
+        if self.admin_port and self.admin_port == self.port:
+            raise ValueError("admin_port must differ from port")
         return self
 
     @model_validator(mode="after")
@@ -286,8 +301,10 @@ class Settings(ServerConfig, LimitsConfig, LogConfig, SchedulerConfig, CacheConf
                 raise ConfigError(f"api_key: entry {number} ({name}) repeats a name or a key")
             keys[name] = key
         operators = [secret.get_secret_value() for secret in self.operator_key]
-        if operators and not keys:
-            raise ConfigError("operator_key: needs api_key; without keys anyone reads everything")
+        if operators and not keys and self.admin_port is None:
+            raise ConfigError(
+                "operator_key: needs api_key or admin_port; without keys anyone reads everything"
+            )
         if not all(operators) or any(key in keys.values() for key in operators):
             raise ConfigError("operator_key: empty, or the same as a tenant's key")
         return keys

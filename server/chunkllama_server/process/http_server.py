@@ -21,8 +21,8 @@ from chunkllama.model_spec import ModelSpec
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama.text.chat_template import ChatTemplate, load_chat_template
 from chunkllama.text.tokenizer import load_tokenizer
-from chunkllama_server.api import admin as cache_admin
-from chunkllama_server.api import dashboard, divergence, health, usage
+from chunkllama_server.api import dashboard
+from chunkllama_server.api.admin_app import create_admin_app
 from chunkllama_server.api.app import create_app
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
@@ -34,15 +34,13 @@ from chunkllama_server.process.public_prefixes import load_public_prefixes, regi
 from chunkllama_server.process.reload import Reloader
 from chunkllama_server.transport.access_log import AccessLog
 from chunkllama_server.transport.auth import Tenants
-from chunkllama_server.transport.body import BodyLimitMiddleware
 from chunkllama_server.transport.connections import (
     HttpLimits,
     fit_to_descriptors,
     http_limits,
     limit_accept_log,
 )
-from chunkllama_server.transport.errors import install_error_handlers
-from chunkllama_server.transport.host_check import HostCheckMiddleware, is_loopback
+from chunkllama_server.transport.host_check import is_loopback
 from chunkllama_server.transport.http_protocol import make_protocol
 
 logger = init_logger(__name__)
@@ -232,25 +230,20 @@ async def _admin_server(
     if sock is None:
         yield
         return
-    admin = FastAPI(title="ChunkLlama admin", docs_url=None, redoc_url=None, openapi_url=None)
-    admin.state.context = app.state.context
-    if is_loopback(settings.host):
-        admin.add_middleware(HostCheckMiddleware, names=settings.allowed_hosts)
-    admin.include_router(health.router)
-    admin.include_router(health.metrics_router)
-    admin.include_router(usage.router)
-    admin.include_router(divergence.router)
-    admin.include_router(cache_admin.router)
-    install_error_handlers(admin)
-    admin.add_middleware(BodyLimitMiddleware, limits=settings)
     _listen(sock, "admin_port")
+    host, port = sock.getsockname()[:2]
+    logger.info("the admin port is %s", f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    if not is_loopback(settings.admin_host) and not settings.operator_key:
+        logger.warning(
+            "the admin port refuses all changes on %s: operator_key is not set", settings.admin_host
+        )
     limits = replace(
         limits,
         max_connections=_ADMIN_CONNECTIONS,
         max_peer_connections=_ADMIN_CONNECTIONS,
         reserved_connections=_ADMIN_CONNECTIONS,
     )
-    server = uvicorn.Server(_uvicorn_config(settings, admin, limits))
+    server = uvicorn.Server(_uvicorn_config(settings, create_admin_app(app.state.context), limits))
     # Signals are the main server's; this one ends with it.
     task = asyncio.create_task(server._serve([sock]))
     try:

@@ -56,7 +56,9 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
         main = sockets.enter_context(bind(settings.host, settings.port, "port"))
         admin = None
         if settings.admin_port is not None:
-            admin = sockets.enter_context(bind(settings.host, settings.admin_port, "admin_port"))
+            admin = sockets.enter_context(
+                bind(settings.admin_host, settings.admin_port, "admin_port")
+            )
         with start_signals.unwinding():  # a download's temporary files
             path, spec = check_model(settings.model)
         logger.info("loading %s", path)
@@ -103,7 +105,9 @@ def bind(host: str, port: int, key: str) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"host: {host} cannot be resolved: {error}") from None
+        raise ConfigError(
+            f"{key.replace('port', 'host')}: {host} cannot be resolved: {error}"
+        ) from None
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -27,7 +27,7 @@ class AccessLog:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _QUIET:
+        if scope["type"] != "http" or scope["path"].rstrip("/") in _QUIET:
             await self.app(scope, receive, send)
             return
         started = time.monotonic()

@@ -1,4 +1,4 @@
-"""API keys, cache namespaces and rate limits; every route but the open ones asks for a key."""
+"""API keys, cache namespaces and rate limits; every route but the open ones needs a key."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/dashboard"
 OPERATOR_PATHS = frozenset(
     {"/metrics", "/v1/usage", "/dashboard/data", "/dashboard/tenants", "/dashboard/divergence"}
 )
+
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 def bearer_token(scope: Scope) -> bytes | None:
@@ -108,6 +110,48 @@ class Tenants:
         return digest.hexdigest()[:32]
 
 
+def _unauthorized(token: bytes | None) -> ApiError:
+    message = "Incorrect API key provided" if token else "You didn't provide an API key"
+    error = ApiError(401, message, code="invalid_api_key")
+    error.headers = {"WWW-Authenticate": "Bearer"}
+    return error
+
+
+class AdminAuthMiddleware:
+    """Admits requests of the admin port that change something from operators alone.
+
+    Reading needs no key. Where operators have keys, everything else needs one of them; where they
+    have none, it is served to this machine alone.
+
+    Args:
+        is_local: whether only this machine reaches the port.
+    """
+
+    def __init__(self, app: ASGIApp, tenants: Tenants, is_local: bool) -> None:
+        self._app = app
+        self._tenants = tenants
+        self._is_local = is_local
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] not in _READING:
+            error = self._refusal(bearer_token(scope))
+            if error is not None:
+                await error.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, token: bytes | None) -> ApiError | None:
+        if self._tenants.operator_keys:
+            return None if token and self._tenants.is_operator(token) else _unauthorized(token)
+        if self._is_local:
+            return None
+        return ApiError(
+            403,
+            "Changes through an admin port that other machines reach need an operator_key",
+            code="operator_key",
+        )
+
+
 class AuthMiddleware:
     """Asks for a key on every path but the open ones, going by the raw ASGI path alone.
 
@@ -131,17 +175,21 @@ class AuthMiddleware:
         self._root_path = root_path
         self._on_rejection = on_rejection
 
-    def _is_open(self, path: str) -> bool:
-        return path.removeprefix(self._root_path) in OPEN_PATHS
+    def _is_one_of(self, paths: frozenset[str], path: str) -> bool:
+        """Whether a path, with or without a trailing slash, is in ``paths``."""
+        return path.removeprefix(self._root_path).rstrip("/") in paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._keys or self._is_open(scope["path"]):
+        if scope["type"] != "http" or not self._keys:
+            await self._app(scope, receive, send)
+            return
+        if self._is_one_of(OPEN_PATHS, scope["path"]):
             await self._app(scope, receive, send)
             return
         token = bearer_token(scope)
         tenant = tenant_of_key(token, self._keys) if token else None
         if token and self._tenants.is_operator(token):
-            if scope["path"].removeprefix(self._root_path) not in OPERATOR_PATHS:
+            if not self._is_one_of(OPERATOR_PATHS, scope["path"]):
                 error = ApiError(
                     403,
                     "An operator's key reads metrics, usage and the dashboard alone",
@@ -152,10 +200,7 @@ class AuthMiddleware:
             request_info(scope).is_operator = True
             tenant = ""
         if tenant is None:
-            message = "Incorrect API key provided" if token else "You didn't provide an API key"
-            error = ApiError(401, message, code="invalid_api_key")
-            error.headers = {"WWW-Authenticate": "Bearer"}
-            await error.response()(scope, receive, send)
+            await _unauthorized(token).response()(scope, receive, send)
             return
         tenant_context.set(tenant)
         await self._serve(tenant, scope, receive, send)

@@ -21,8 +21,10 @@ def server(start, tmp_path_factory):
         port = probe.getsockname()[1]
     keys = tmp_path_factory.mktemp("keys") / "keys.txt"
     keys.write_text("red:key-red\nblue:key-blue\n")
-    served = start("--api-key-file", keys, "--admin-port", port)
-    return served, httpx.Client(base_url=f"http://127.0.0.1:{port}/admin/cache", timeout=60)
+    served = start("--api-key-file", keys, "--admin-port", port, "--operator-key", "key-op")
+    headers = {"authorization": "Bearer key-op"}
+    base = f"http://127.0.0.1:{port}/admin/cache"
+    return served, httpx.Client(base_url=base, timeout=60, headers=headers)
 
 
 def complete(served, key: str, prompt: str, **fields) -> int:
@@ -112,6 +114,26 @@ def test_refusals_name_what_is_wrong(server, method, path, body, status, param) 
     assert answer.status_code == status, answer.text
     if status != 200:
         assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("key", ["", "key-red", "key-o", "key-op2"])
+def test_changes_need_an_operators_key_and_reading_none(server, key) -> None:
+    served, client = server
+    before = counts(client)
+    assert complete(served, "blue", "kept " * 30) >= 0
+    after = counts(client)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=client.base_url, timeout=60, headers=headers) as http:
+        assert counts(http) == after and after["blue"] >= before.get("blue", 0)
+        for method, path in (
+            ("DELETE", "/tenants/blue"), ("DELETE", "/branches/1"), ("DELETE", "/pins/1"),
+            ("POST", "/pins"), ("PUT", "/tree"),
+        ):  # fmt: skip
+            answer = http.request(method, path, json={"prompt": "x", "ttl": "5m"})
+            assert answer.status_code == 401, path
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert http.get("/pins/").status_code == 200
+    assert counts(client) == after
 
 
 def test_the_main_port_has_no_administration(server) -> None:

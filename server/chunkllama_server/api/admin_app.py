@@ -1,0 +1,44 @@
+"""Build the admin port's application: metrics, health, usage, administration of the cache."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from chunkllama_server.api import admin, divergence, health, usage
+from chunkllama_server.api.common.context import ServerContext
+from chunkllama_server.transport.auth import AdminAuthMiddleware
+from chunkllama_server.transport.body import BodyLimitMiddleware
+from chunkllama_server.transport.errors import install_error_handlers
+from chunkllama_server.transport.host_check import HostCheckMiddleware, is_loopback
+from chunkllama_server.transport.paths import MethodMiddleware, PathMiddleware
+
+
+def create_admin_app(context: ServerContext) -> FastAPI:
+    """Build the application of the admin port over the context of the main one."""
+    settings = context.settings
+    app = FastAPI(
+        title="ChunkLlama admin",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+    app.state.context = context
+    for router in (
+        health.router,
+        health.metrics_router,
+        usage.router,
+        divergence.router,
+        admin.router,
+    ):
+        app.include_router(router)
+    install_error_handlers(app)
+    # From innermost to outermost, as on the main port.
+    app.add_middleware(MethodMiddleware, routes=app.routes)
+    app.add_middleware(BodyLimitMiddleware, limits=settings)
+    app.add_middleware(PathMiddleware, root_path="")
+    is_local = is_loopback(settings.admin_host)
+    app.add_middleware(AdminAuthMiddleware, tenants=context.tenants, is_local=is_local)
+    if is_local:
+        app.add_middleware(HostCheckMiddleware, names=settings.allowed_hosts)
+    return app
