@@ -34,6 +34,7 @@ class _Helpers(MetaPathFinder):
         "soak": Path(__file__).parent / "soak.py",
         "soak_client": Path(__file__).parent / "soak_client.py",
         "tiny_model": Path(__file__).parent / "tiny_model.py",
+        "malformed_requests": Path(__file__).parents[1] / "benchmarks" / "malformed_requests.py",
         "native_models": Path(__file__).parent / "backends" / "native_models.py",
         "gguf_files": Path(__file__).parent / "models" / "gguf_files.py",
         "model_families": Path(__file__).parent / "models" / "families.py",

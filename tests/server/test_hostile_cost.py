@@ -11,17 +11,23 @@ from typing import Any
 import pytest
 
 from chunkllama.errors import InvalidRequestError, OverloadedError
+from chunkllama.logger import tenant_context
 from chunkllama.messages import EngineRequest, EngineStats
-from chunkllama.sampling_params import SamplingParams
+from chunkllama.sampling_params import GrammarSpec, SamplingParams
 from chunkllama_server.api.common.admission import ChargedEngine
 from chunkllama_server.api.common.grammar_cost import lark_size, regex_size
 from chunkllama_server.api.common.response_store import ResponseStore, StoredResponse
-from chunkllama_server.api.common.structured_outputs import check_schema, from_structured_outputs
+from chunkllama_server.api.common.shared_reads import SharedReads
+from chunkllama_server.api.common.structured_outputs import (
+    GrammarChecker,
+    check_schema,
+    from_structured_outputs,
+)
 from chunkllama_server.api.common.text_service import RequestTemplate, TextService
 from chunkllama_server.api.dashboard import SnapshotCache
 from chunkllama_server.api.schema.base import StructuredOutputs
 from chunkllama_server.api.schema.chat import ChatMessage
-from chunkllama_server.config.limits import DEFAULT_LIMITS
+from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.transport.body import parse_json
 from chunkllama_server.transport.errors import ApiError
 
@@ -313,6 +319,119 @@ def test_stored_responses_hold_what_they_are_counted_for() -> None:
     tracemalloc.stop()
     assert held < 1.5 * store.num_bytes
     assert store.get("t", "7").messages[3] == ChatMessage(role="user", content="d")
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("/v1/completions", "prompt"), ("/v1/embeddings", "input")]
+)
+def test_many_short_texts_are_tokenized_like_a_long_one(
+    start_server, monkeypatch, path, field
+) -> None:
+    server = start_server()
+    text = server.app.state.context.text
+    run, sizes = text.run, []
+
+    async def noting(size: int, *arguments: Any) -> Any:
+        sizes.append(size)
+        return await run(size, *arguments)
+
+    monkeypatch.setattr(text, "run", noting)
+    body = {"model": "alias", field: ["say(ab)yas"] * 1000}
+    answer = server.post(path, body | ({"max_tokens": 1} if field == "prompt" else {}))
+    assert answer.status_code == 200, answer.text[:300]
+    assert sizes == [10_000] * 1000
+
+
+def test_one_tenants_grammars_do_not_hold_up_anothers() -> None:
+    order: list[str] = []
+    has_begun, may_go_on = threading.Event(), threading.Event()
+
+    def validate(spec: GrammarSpec) -> None:
+        order.append(spec.text)
+        if spec.text == "a0":
+            has_begun.set()
+            assert may_go_on.wait(60)
+
+    async def main() -> None:
+        limits = LimitsConfig(grammar_seconds=60, grammar_wait_seconds=60)
+        checker = GrammarChecker(lambda: validate, limits)
+
+        async def check(tenant: str, text: str) -> None:
+            tenant_context.set(tenant)
+            await checker.check(GrammarSpec(kind="regex", text=text), "x")
+
+        await asyncio.create_task(check("a", "first"))
+        tasks = [asyncio.create_task(check("a", f"a{i}")) for i in range(5)]
+        await asyncio.to_thread(has_begun.wait, 60)
+        gone = asyncio.create_task(check("b", "gone"))
+        tasks.append(asyncio.create_task(check("b", "b0")))
+        while "b" not in checker._pool._queues or len(checker._pool._queues["b"]) < 2:
+            await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.wait([gone])
+        may_go_on.set()
+        await asyncio.gather(*tasks)
+        checker.close()
+
+    asyncio.run(main())
+    assert order == ["first", "a0", "b0", "a1", "a2", "a3", "a4"]
+
+
+def test_reads_are_shared_and_take_a_fifth_of_the_time() -> None:
+    now, began, running = [0.0], [], [0]
+
+    async def sleep(seconds: float) -> None:
+        now[0] += seconds
+        await asyncio.sleep(0)
+
+    def reader(view: str | None) -> Any:
+        async def read() -> tuple[str | None, int]:
+            running[0] += 1
+            assert running[0] == 1, "one at a time"
+            began.append(now[0])
+            number = len(began)
+            now[0] += 1.0
+            await asyncio.sleep(0)
+            running[0] -= 1
+            return view, number
+
+        return read
+
+    async def main() -> None:
+        reads = SharedReads(lambda: now[0], sleep)
+        views = ["a", None, "b"] * 20
+        found = await asyncio.gather(*(reads.get("x", view, reader(view)) for view in views))
+        assert sorted(set(found), key=str) == [("a", 1), ("b", 3), (None, 2)]
+        assert began == [0.0, 5.0, 10.0]
+
+        async def late() -> tuple[str | None, int]:
+            while running[0] == 0:
+                await asyncio.sleep(0)
+            return await reads.get("x", "a", reader("a"))
+
+        first, second = await asyncio.gather(reads.get("x", "a", reader("a")), late())
+        assert (first[1], second[1]) == (4, 5), "one that has begun is older than the call"
+        now[0] += 100.0
+        assert (await reads.get("x", "a", reader("a")))[1] == 6
+        assert began[5] == now[0] - 1.0, "after a pause of its own it begins at once"
+
+    asyncio.run(main())
+
+
+def test_a_failed_read_is_tried_again() -> None:
+    async def fail() -> None:
+        raise ValueError("once")
+
+    async def fine() -> int:
+        return 7
+
+    async def main() -> None:
+        reads = SharedReads()
+        with pytest.raises(ValueError, match="once"):
+            await reads.get("x", None, fail)
+        assert await reads.get("x", None, fine) == 7
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("value", [1e-300, 0.0, 0.001, float("nan"), 101.0])

@@ -65,7 +65,7 @@ def flood(limited) -> Iterator[list[socket.socket]]:
     time.sleep(0.2)
 
 
-@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready"])
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready", "/health/"])
 def test_health_is_answered_beside_a_flood_of_idle_connections(limited, flood, path) -> None:
     answer = exchange(limited, PROBE.replace(b"/health/live", path.encode()))
     assert answer.startswith(b"HTTP/1.1 200")
@@ -158,6 +158,24 @@ def test_413_can_be_read_behind_a_large_body(limited, chunked) -> None:
             for _ in range(size >> 16):
                 sock.sendall(b"x" * 65536)
         assert sock.recv(65536).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "expected"),
+    [(1, 5000, b"too many small chunks"), (100, 9000, b"too many small chunks"),
+     (1, 4000, b"invalid_json"), (1024, 1500, b"invalid_json")],
+)  # fmt: skip
+def test_bodies_in_small_chunks_are_refused(limited, size, count, expected) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    chunk = b"%x\r\n" % size + b" " * size + b"\r\n"
+    with connect(limited) as sock:
+        sock.sendall(head + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(0, count, 100):
+            sock.sendall(chunk * 100)
+        sock.sendall(b"0\r\n\r\n")
+        answer = read_all(sock)
+    assert answer.startswith(b"HTTP/1.1 400") and expected in answer
+    assert exchange(limited, PROBE).startswith(b"HTTP/1.1 200")
 
 
 def test_a_half_closed_request_is_answered(limited) -> None:

@@ -204,6 +204,19 @@ def test_tools_and_a_typed_answer_in_one_request(server, choice, kind):
     assert compiles(grammar)
 
 
+def test_names_of_left_out_keywords_are_shorter_than_the_schema():
+    leaves = {f"k{i}": {"format": "x", "not": {"const": 1}} for i in range(2000)}
+    schema: dict = {"properties": leaves}
+    for depth in range(40):
+        schema = {"properties": {f"{depth}" * 500: schema}}
+    prepared = prepare_schema(schema, "s", strict=False)
+    assert len(prepared.left_out) == 256
+    assert max(map(len, prepared.left_out)) == 512
+    with pytest.raises(ApiError) as caught:
+        prepare_schema(schema, "s", strict=True)
+    assert len(caught.value.message) < 1000
+
+
 def test_left_out_keywords_are_named(server):
     parameters = member({"type": "array", "uniqueItems": True})
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]

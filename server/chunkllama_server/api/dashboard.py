@@ -89,6 +89,19 @@ async def data(context: Context, request: Request) -> Response:
         raise unavailable("The engine is in a long step; try again", "engine_busy") from None
     tenant = tenant_view(context, request)
     visible = visible_namespaces(context, request)
+
+    async def encode() -> bytes:
+        return _encode(context, stats, tenant, visible)
+
+    content = await context.read("dashboard", tenant, encode)
+    return Response(content, media_type="application/json")
+
+
+def _encode(
+    context: ServerContext, stats: EngineStats, tenant: str | None, visible: set[str] | None
+) -> bytes:
+    """The page's data as JSON: all of it, or a tenant's part."""
+    limits = context.settings
     nodes = [n for n in stats.tree if visible is None or n.namespace in visible]
     if tenant is None:
         counters, latency = msgspec.structs.asdict(stats), _mean_seconds(context)
@@ -110,7 +123,7 @@ async def data(context: Context, request: Request) -> Response:
         "hidden_nodes": hidden,
         "tree": sorted(nodes, key=lambda n: n.depth)[: limits.dashboard_nodes],
     }
-    return Response(msgspec.json.encode(body), media_type="application/json")
+    return msgspec.json.encode(body)
 
 
 def _without_use(node: TreeNodeInfo) -> TreeNodeInfo:

@@ -17,20 +17,24 @@ router = APIRouter(tags=["usage"])
 @router.get("/dashboard/divergence", responses=refusals(401, 405))
 async def divergence(request: Request, context: Context) -> DivergenceReport:
     """Return the costliest divergences of recent prompts that the caller may see."""
-    own = tenant_view(context, request)
-    prompts = context.metrics.prompts.prompts()
-    if own is not None:
-        prompts = [prompt for prompt in prompts if prompt.tenant == own]
+    view = tenant_view(context, request)
     tokenizer = context.text.tokenizer
-    rows = await asyncio.to_thread(
-        find_divergences, prompts, lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
-    )
-    return {
-        "object": "divergence_report",
-        "prompts": len(prompts),
-        "prompt_tokens": sum(len(prompt.token_ids) for prompt in prompts),
-        "data": [_row(row) for row in rows],
-    }
+
+    async def read() -> DivergenceReport:
+        prompts = context.metrics.prompts.prompts()
+        if view is not None:
+            prompts = [prompt for prompt in prompts if prompt.tenant == view]
+        rows = await asyncio.to_thread(
+            find_divergences, prompts, lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+        )
+        return {
+            "object": "divergence_report",
+            "prompts": len(prompts),
+            "prompt_tokens": sum(len(prompt.token_ids) for prompt in prompts),
+            "data": [_row(row) for row in rows],
+        }
+
+    return await context.read("divergence", view, read)
 
 
 def _row(row: Divergence) -> DivergenceRow:

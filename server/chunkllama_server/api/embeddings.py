@@ -19,6 +19,7 @@ from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.common.prompt_cache import cache_plan
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.sampling import check_lengths, check_prompt_ids
+from chunkllama_server.api.common.text_service import texts_size
 from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers
 from chunkllama_server.api.schema.embeddings import Embedding, EmbeddingList, EmbeddingRequest
@@ -63,6 +64,7 @@ async def input_ids(body: EmbeddingRequest, context: ServerContext) -> list[list
     is_one = isinstance(given, str) or isinstance(given[0], int)
     inputs = cast(list[str | list[int]], [given] if is_one else given)
     info, result = context.engine.info, []
+    size = texts_size(inputs)
     for index, item in enumerate(inputs):
         param = "input" if is_one else f"input[{index}]"
         if item == "":
@@ -70,7 +72,7 @@ async def input_ids(body: EmbeddingRequest, context: ServerContext) -> list[list
         ids = item
         if isinstance(ids, str):
             ids = await context.text.encode(
-                ids, add_special_tokens=body.add_special_tokens is not False
+                ids, add_special_tokens=body.add_special_tokens is not False, size=size
             )
         check_prompt_ids(ids, info.vocab_size, param)
         check_lengths(len(ids), 0, info, param, param)

@@ -38,7 +38,12 @@ async def ready(context: Context) -> Health:
 async def metrics(context: Context, request: Request) -> Response:
     """Return Prometheus metrics, with a new engine snapshot."""
     await context.refresh_stats()
+    view = tenant_view(context, request)
+
+    async def render() -> bytes:
+        return context.metrics.render(view)
+
     return Response(
-        context.metrics.render(tenant_view(context, request)),
+        await context.read("metrics", view, render),
         media_type="text/plain; version=0.0.4; charset=utf-8",
     )

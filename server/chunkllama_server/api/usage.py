@@ -22,35 +22,43 @@ router = APIRouter(tags=["usage"])
 async def usage(request: Request, context: Context) -> UsageList:
     """Return the usage of the caller's tenant; of all for an operator and on the admin port."""
     await context.refresh_stats()
-    return {
-        "object": "usage",
-        "since": context.metrics.usage.since,
-        "data": [_usage(context, name) for name in _visible(context, request)],
-    }
+    view = tenant_view(context, request)
+
+    async def read() -> UsageList:
+        return {
+            "object": "usage",
+            "since": context.metrics.usage.since,
+            "data": [_usage(context, name) for name in _visible(context, view)],
+        }
+
+    return await context.read("usage", view, read)
 
 
 @router.get("/dashboard/tenants", responses=refusals(401, 405))
 async def tenants(request: Request, context: Context) -> TenantStates:
     """Return what a dashboard of tenants shows, of the tenants that the caller may see."""
     await context.refresh_stats()
-    names = _visible(context, request)
-    recorder = context.metrics.usage
-    everyone = sum(_service(recorder.engine(name)) for name in recorder.tenants())
-    states = [_state(context, name, everyone) for name in names]
-    states.sort(key=lambda state: -state["chunks"]["pool_share"])
-    return {
-        "object": "tenants",
-        "since": recorder.since,
-        "chunks_total": context.engine.info.num_chunks,
-        "data": states,
-    }
+    view = tenant_view(context, request)
+
+    async def read() -> TenantStates:
+        recorder = context.metrics.usage
+        everyone = sum(_service(recorder.engine(name)) for name in recorder.tenants())
+        states = [_state(context, name, everyone) for name in _visible(context, view)]
+        states.sort(key=lambda state: -state["chunks"]["pool_share"])
+        return {
+            "object": "tenants",
+            "since": recorder.since,
+            "chunks_total": context.engine.info.num_chunks,
+            "data": states,
+        }
+
+    return await context.read("tenants", view, read)
 
 
-def _visible(context: ServerContext, request: Request) -> list[str]:
+def _visible(context: ServerContext, view: str | None) -> list[str]:
     """Names of the tenants that the caller may see; a tenant without usage is one of them."""
-    own = tenant_view(context, request)
-    if own is not None:
-        return [own]
+    if view is not None:
+        return [view]
     return sorted({*context.metrics.usage.tenants(), *(context.tenants.keys or [""])})
 
 

@@ -43,6 +43,7 @@ class HttpLimits:
         send_buffer_bytes: kernel memory for unread bytes.
         max_header_bytes: request line and headers together (handed to h11).
         max_headers: number of headers.
+        max_body_chunks: chunks of a body, beyond one for each KiB.
         max_connections: open connections; more go to the reserved slots.
         max_peer_connections: of one address; more go to the reserved slots. None is three quarters
             of ``max_connections``.
@@ -59,6 +60,7 @@ class HttpLimits:
     send_buffer_bytes: int = 128 << 10
     max_header_bytes: int = 32 * 1024
     max_headers: int = 100
+    max_body_chunks: int = 4096
     max_connections: int = 4096
     max_peer_connections: int | None = None
     reserved_connections: int = 512
@@ -77,6 +79,7 @@ def http_limits(settings: LimitsConfig) -> HttpLimits:
         send_buffer_bytes=settings.send_buffer_bytes,
         max_header_bytes=settings.max_header_bytes,
         max_headers=settings.max_headers,
+        max_body_chunks=settings.max_body_chunks,
         max_connections=settings.max_connections,
         max_peer_connections=settings.max_peer_connections,
         reserved_connections=settings.reserved_connections,

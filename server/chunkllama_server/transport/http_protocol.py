@@ -42,6 +42,9 @@ _TOO_MANY = _raw_response(
 )
 
 
+_SMALL_CHUNKS = "The body has too many small chunks"
+
+
 class _LingeringTransport:
     """A transport whose ``close`` first lets the protocol drop the rest of a request's body.
 
@@ -64,15 +67,46 @@ class _LingeringTransport:
             self._inner.close()
 
 
+class _CountingConnection(h11.Connection):
+    """Refuses a body of very many small chunks: each costs as much to read as a large one.
+
+    Args:
+        max_chunks: of a body, beyond one for each KiB.
+
+    Attributes:
+        has_small_chunks: it has refused one.
+    """
+
+    def __init__(self, max_header_bytes: int, max_chunks: int) -> None:
+        super().__init__(h11.SERVER, max_header_bytes)
+        self._max_chunks = max_chunks
+        self._num_chunks = 0
+        self._num_bytes = 0
+        self.has_small_chunks = False
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if type(event) is h11.Data:
+            self._num_chunks += 1
+            self._num_bytes += len(event.data)
+            if self._num_chunks > self._max_chunks + self._num_bytes // 1024:
+                self.has_small_chunks = True
+                raise h11.RemoteProtocolError(_SMALL_CHUNKS)
+        elif type(event) is h11.Request:
+            self._num_chunks = self._num_bytes = 0
+        return event
+
+
 class LimitedH11Protocol(H11Protocol):
     """One connection; the subclass ``make_protocol`` returns sets ``limits`` and ``table``."""
 
     limits: HttpLimits
     table: ConnectionTable
+    conn: _CountingConnection
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.conn = h11.Connection(h11.SERVER, self.limits.max_header_bytes)
+        self.conn = _CountingConnection(self.limits.max_header_bytes, self.limits.max_body_chunks)
         self.is_lingering = False
         self._is_reserved = False
         self._arrival: asyncio.TimerHandle | None = None
@@ -135,6 +169,9 @@ class LimitedH11Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what h11 cannot parse with the usual error body."""
+        if self.conn.has_small_chunks:
+            msg = _SMALL_CHUNKS
+            self._end_cycle()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun
             self.transport.write(_raw_response(b"400 Bad Request", msg, "bad_request"))
         self.transport.close()
@@ -176,7 +213,7 @@ class LimitedH11Protocol(H11Protocol):
             self._refuse(b"400 Bad Request", "Content-Length excludes Transfer-Encoding")
         elif self._is_reserved and self.table.promote(self):
             self._is_reserved = False
-        elif self._is_reserved and self.scope["path"] in HEALTH_PATHS:
+        elif self._is_reserved and self.scope["path"].rstrip("/") in HEALTH_PATHS:
             self.cycle.keep_alive = False
         elif self._is_reserved:
             self._end_cycle()

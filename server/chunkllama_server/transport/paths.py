@@ -11,6 +11,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _SLASHES = re.compile(r"/{2,}")
+_REPEATED = re.compile(r"^(?:/v1)+(?=/v1/)")
 # First parts of paths below /v1, and of paths that are not.
 _BELOW_V1 = frozenset(("chat", "completions", "responses", "embeddings", "models"))
 _BESIDE_V1 = frozenset(("tokenize", "detokenize", "health", "metrics", "version"))
@@ -28,8 +29,7 @@ def canonical_path(path: str, root_path: str) -> str:
     if rest and not rest.startswith("/"):
         root, rest = "", path
     rest = _SLASHES.sub("/", rest).rstrip("/") or "/"
-    while rest.startswith("/v1/v1/"):
-        rest = rest[3:]
+    rest = _REPEATED.sub("", rest, count=1)
     below = rest.removeprefix("/v1")
     first = below.split("/", 2)[1] if below.startswith("/") else ""
     if first in _BELOW_V1:

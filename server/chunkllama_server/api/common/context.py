@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
@@ -17,6 +17,7 @@ from chunkllama.messages import EngineRequest
 from chunkllama_server.api.common.background import BackgroundResponses
 from chunkllama_server.api.common.field_limits import check_field_limits
 from chunkllama_server.api.common.response_store import ResponseStore
+from chunkllama_server.api.common.shared_reads import SharedReads
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
 from chunkllama_server.api.dialect.translate import binding, looks_binding
@@ -38,6 +39,7 @@ from chunkllama_server.transport.request_context import (
 )
 from chunkllama_server.transport.sse import SseResponse, StreamTimes
 
+T = TypeVar("T")
 # A probe must answer before the timeout of the prober; Kubernetes' default is one second.
 PROBE_SECONDS = 0.8
 # Objects that say what the answer is to be, unlike messages and tools.
@@ -66,6 +68,7 @@ class ServerContext:
     Attributes:
         tenants: API keys and cache namespaces.
         generation_defaults: the model's own sampling values, for fields a client leaves out.
+        reads, operator_reads: of metrics and dashboards, by tenants and by operators.
         created: Unix time at which the application was built, for /v1/models.
         fingerprint: version and backend; changes whenever outputs may change.
     """
@@ -80,6 +83,9 @@ class ServerContext:
     tenants: Tenants
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    reads: SharedReads = field(default_factory=SharedReads)
+    operator_reads: SharedReads = field(default_factory=SharedReads)
+    _refreshing: asyncio.Task[None] | None = field(default=None, init=False)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -153,10 +159,24 @@ class ServerContext:
             raise
 
     async def refresh_stats(self) -> None:
-        """Update the engine snapshot if a new one arrives in time.
+        """Update the engine snapshot if a new one arrives in time; callers at once share it.
 
         Else the last one that the step loop sent is shown, with its age.
         """
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(self._refresh())
+        await asyncio.shield(self._refreshing)
+
+    async def read(self, name: str, view: str | None, read: Callable[[], Awaitable[T]]) -> T:
+        """Return what ``read`` returns, for all callers of ``name`` and ``view`` together.
+
+        Args:
+            view: as ``tenant_view`` returns it; operators do not wait for tenants.
+        """
+        reads = self.operator_reads if view is None else self.reads
+        return await reads.get(name, view, read)
+
+    async def _refresh(self) -> None:
         try:
             async with asyncio.timeout(PROBE_SECONDS):
                 self.metrics.update(await self.engine.stats(include_tenants=True))

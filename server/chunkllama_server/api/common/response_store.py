@@ -181,10 +181,26 @@ class ResponseStore:
         entry = self._entry(tenant, response_id)
         return None if entry is None else entry.load()
 
-    def events(self, tenant: str, response_id: str) -> list[bytes] | None:
-        """Return the events of a stored response of this tenant."""
+    def response(self, tenant: str, response_id: str) -> Response | None:
+        """Return a stored response of this tenant alone; to read its conversation takes longer."""
         entry = self._entry(tenant, response_id)
-        return None if entry is None else entry.load_events()
+        if entry is None:
+            return None
+        response: Response = msgspec.json.decode(entry.response)
+        return response
+
+    def input_items(self, tenant: str, response_id: str) -> list[dict[str, Any]] | None:
+        """Return the input of a stored response of this tenant alone."""
+        entry = self._entry(tenant, response_id)
+        if entry is None:
+            return None
+        items: list[dict[str, Any]] = msgspec.json.decode(entry.input_items)
+        return items
+
+    def events(self, tenant: str, response_id: str) -> Callable[[], list[bytes]] | None:
+        """Return what unpacks the events of a stored response of this tenant, in any thread."""
+        entry = self._entry(tenant, response_id)
+        return None if entry is None else entry.load_events
 
     def _entry(self, tenant: str, response_id: str) -> _Entry | None:
         self._drop_expired()

@@ -34,6 +34,10 @@ _COMBINATORS = frozenset(("anyOf", "oneOf", "allOf", "$ref"))
 # Assertions of a regular expression that no automaton has: look-around and back references.
 _ASSERTION = re.compile(r"\(\?(?:[=!]|<[=!])|\\[1-9]")
 
+# A path is as long as the names above it, so that of many keywords are longer than the schema.
+_MAX_LEFT_OUT = 256
+_MAX_PATH_CHARS = 512
+
 
 @dataclass(slots=True)
 class PreparedSchema:
@@ -71,17 +75,18 @@ class _Preparer:
         self._owner = owner
 
     def _leave_out(self, path: tuple[str, ...], *, constrains: bool = True) -> None:
-        dotted = ".".join((self._param, *path))
+        dotted = ".".join((self._param, *path))[:_MAX_PATH_CHARS]
         if self._strict and constrains:
             pointer = "/".join(part.replace("~", "~0").replace("/", "~1") for part in path)
             owner = f" of {self._owner}" if self._owner else ""
             raise invalid(
-                f"{path[-1]!r} at #/{pointer}{owner} cannot be enforced; remove it or send "
-                "strict: false",
+                f"{path[-1]!r} at #/{pointer[:_MAX_PATH_CHARS]}{owner} cannot be enforced; remove "
+                "it or send strict: false",
                 dotted,
                 "unenforceable_schema",
             )
-        self.left_out.append(dotted)
+        if len(self.left_out) < _MAX_LEFT_OUT:
+            self.left_out.append(dotted)
 
     def schema(self, node: Any, path: tuple[str, ...], *, closes: bool) -> Any:
         if not isinstance(node, dict):

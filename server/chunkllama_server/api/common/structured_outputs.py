@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from chunkllama.engine.grammar import gbnf_as_lark, is_gbnf
 from chunkllama.errors import InvalidRequestError
+from chunkllama.logger import tenant_context
 from chunkllama.sampling_params import GrammarSpec
+from chunkllama_server.api.common.fair_pool import FairPool
 from chunkllama_server.api.common.grammar_cost import (
     check_choice_cost,
     check_lark_cost,
@@ -183,6 +184,8 @@ def _compile(
 class GrammarChecker:
     """Compiles grammars off the event loop, so that a bad one is refused before the engine sees it.
 
+    One is compiled at a time; the tenant that has used least of the compiler's time is next.
+
     Args:
         load: makes the function that compiles a grammar or raises InvalidRequestError. Called with
             the first grammar, because reading a vocabulary takes seconds.
@@ -195,8 +198,7 @@ class GrammarChecker:
         self._load = load
         self._validate: asyncio.Future[Validate] | None = None
         self._limits = limits
-        self._turn = asyncio.Lock()
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        self._pool = FairPool(1, "grammar", lambda _: 1.0)
 
     async def check(self, spec: GrammarSpec, param: str) -> GrammarSpec:
         """Compile a grammar once, to find its errors, and return the one the engine is to run.
@@ -205,17 +207,27 @@ class GrammarChecker:
             ApiError: 400 when the grammar is wrong or takes too long; 503 when the compiler is
                 busy with other requests.
         """
-        loop = asyncio.get_running_loop()
+        tenant = tenant_context.get()
         if self._validate is None:
-            self._validate = loop.run_in_executor(self._pool, self._load)
+            self._validate = asyncio.ensure_future(self._pool.run(tenant, self._load))
         validate = await asyncio.shield(self._validate)
+        loop = asyncio.get_running_loop()
+        has_begun = asyncio.Event()
+
+        def work() -> GrammarSpec:
+            loop.call_soon_threadsafe(has_begun.set)
+            return _compile(validate, spec, param, self._limits)
+
+        compiling = asyncio.ensure_future(self._pool.run(tenant, work))
+        compiling.add_done_callback(_retrieve)  # its request may have ended
         try:
             async with asyncio.timeout(self._limits.grammar_wait_seconds):
-                await self._turn.acquire()
-        except TimeoutError:
-            raise exceeded(self._limits, "grammar_wait_seconds") from None
-        compiling = loop.run_in_executor(self._pool, _compile, validate, spec, param, self._limits)
-        compiling.add_done_callback(self._end_turn)
+                await has_begun.wait()
+        except BaseException as error:
+            compiling.cancel()  # out of the queue
+            if isinstance(error, TimeoutError):
+                raise exceeded(self._limits, "grammar_wait_seconds") from None
+            raise
         try:
             async with asyncio.timeout(self._limits.grammar_seconds):
                 return await asyncio.shield(compiling)
@@ -224,10 +236,10 @@ class GrammarChecker:
         except TimeoutError:
             raise exceeded(self._limits, "grammar_seconds", param) from None
 
-    def _end_turn(self, compiling: asyncio.Future[GrammarSpec]) -> None:
-        self._turn.release()
-        if not compiling.cancelled():
-            compiling.exception()  # its request may have ended
-
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
+
+
+def _retrieve(compiling: asyncio.Future[GrammarSpec]) -> None:
+    if not compiling.cancelled():
+        compiling.exception()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from chunkllama.logger import tenant_context
@@ -108,10 +108,16 @@ class TextService:
         except TimeoutError:
             raise exceeded(self._limits, "text_seconds") from None
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a prompt; special-token strings in it are read as special tokens."""
+    async def encode(
+        self, text: str, *, add_special_tokens: bool, size: int | None = None
+    ) -> list[int]:
+        """Token ids of a prompt; special-token strings in it are read as special tokens.
+
+        Args:
+            size: characters of all texts of the request, if it has several.
+        """
         return await self.run(
-            len(text),
+            len(text) if size is None else size,
             lambda: self.tokenizer.encode(
                 text, add_special_tokens=add_special_tokens, allow_special=True
             ),
@@ -147,6 +153,11 @@ class TextService:
     def close(self) -> None:
         for pool in (self._pool, self._template_pool):
             pool.close()
+
+
+def texts_size(prompts: Iterable[str | list[int]]) -> int:
+    """Characters of those prompts of a request that are texts."""
+    return sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
 
 
 def text_size(value: Any) -> int:

@@ -21,6 +21,7 @@ from chunkllama_server.api.common.sampling import (
     sampling_params,
 )
 from chunkllama_server.api.common.structured_outputs import grammar_of
+from chunkllama_server.api.common.text_service import texts_size
 from chunkllama_server.api.completions.response import CompletionAnswer
 from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers
@@ -73,11 +74,12 @@ async def prompt_ids(body: CompletionRequest, context: ServerContext) -> list[li
     if choices > context.settings.max_request_choices:
         raise exceeded(context.settings, "max_request_choices", "prompt", value=choices)
     encoded = []
+    size = texts_size(prompts)
     for index, item in enumerate(prompts):
         ids = item
         if isinstance(ids, str):
             ids = await context.text.encode(
-                ids, add_special_tokens=body.add_special_tokens is not False
+                ids, add_special_tokens=body.add_special_tokens is not False, size=size
             )
         if body.truncate_prompt_tokens is not None:
             ids = ids[-body.truncate_prompt_tokens :]

@@ -92,8 +92,10 @@ class _InputReader:
         call = MessageToolCall(id=item.call_id, function=function)
         last = self.messages[-1] if self.messages else None
         if last is not None and last.role == "assistant":
-            calls = [*(last.tool_calls or ()), call]
-            self.messages[-1] = last.model_copy(update={"tool_calls": calls})
+            if last.tool_calls is None:
+                self.messages[-1] = last.model_copy(update={"tool_calls": [call]})
+            else:
+                last.tool_calls.append(call)  # in place: an input may be thousands of calls
         else:
             self._add(ChatMessage(role="assistant", content=None, tool_calls=[call]), path)
 
