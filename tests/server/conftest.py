@@ -39,6 +39,7 @@ def _load(name: str) -> Any:
 
 fake_engine = _load("fake_engine")
 tiny_server_module = _load("tiny_server")
+_load("anthropic_helpers")
 
 MODEL = fake_engine.MODEL
 

@@ -84,10 +84,14 @@ class FakeEngine:
                     break
                 common += 1
             best = max(best, common)
-        until = request.cache_until
-        kept = request.prompt_token_ids if until is None else request.prompt_token_ids[:until]
+        kept = request.prompt_token_ids[: self._stored(request)]
         self.prompts.setdefault(request.namespace, []).append(kept)
         return min(best, len(request.prompt_token_ids) - 1)
+
+    @staticmethod
+    def _stored(request: EngineRequest) -> int:
+        until, most = request.cache_until, len(request.prompt_token_ids)
+        return most if until is None else min(until, most)
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
         self.requests.append(request)
@@ -119,7 +123,7 @@ class FakeEngine:
         num_cached = self._cached(request)
         first: dict[str, Any] = {
             "num_cached_tokens": num_cached,
-            "num_cache_write_tokens": len(request.prompt_token_ids) - num_cached,
+            "num_cache_write_tokens": max(self._stored(request) - num_cached, 0),
             "pin_refused": request.pin_seconds > 3600,
         }
         if request.explain:

@@ -100,10 +100,15 @@ def test_model_fits(server):
         validate(http.get(f"/v1/models/{MODEL}").json(), models.Model, Model)
 
 
+# Errors of other protocols, by the beginning of their paths.
+SHAPES = {"/v1/messages": "AnthropicError"}
+
+
 def test_document_knows_our_errors_and_no_422(server):
     document = server.app.openapi()
-    error = {"$ref": "#/components/schemas/ErrorBody"}
     for path, operations in document["paths"].items():
+        shape = next((name for prefix, name in SHAPES.items() if path.startswith(prefix)), "Error")
+        error = {"$ref": f"#/components/schemas/{shape}Body"}
         for method, operation in operations.items():
             assert "422" not in operation["responses"], path
             for status, response in operation["responses"].items():
@@ -116,7 +121,8 @@ def test_document_knows_our_errors_and_no_422(server):
 
 def test_every_request_field_is_described(server):
     schemas = server.app.openapi()["components"]["schemas"]
-    for name in ("ChatCompletionRequest", "CompletionRequest", "ResponseRequest"):
+    names = ("ChatCompletionRequest", "CompletionRequest", "ResponseRequest", "MessagesRequest")
+    for name in names:
         for field, schema in schemas[name]["properties"].items():
             assert schema.get("description"), (name, field)
 

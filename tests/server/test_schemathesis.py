@@ -26,6 +26,8 @@ OPERATIONS = {
     "POST /v1/chat/completions": 250,
     "POST /v1/completions": 200,
     "POST /v1/responses": 200,
+    "POST /v1/messages": 40,
+    "POST /v1/messages/count_tokens": 10,
     "POST /v1/chat/completions/render": 60,
     "POST /v1/responses/input_tokens": 50,
     "POST /v1/embeddings": 80,

@@ -14,6 +14,7 @@ from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
 from chunkllama.logger import init_logger
 from chunkllama_server.api import cache, divergence, embeddings, health, models, tokenize, usage
+from chunkllama_server.api.anthropic import routes as anthropic
 from chunkllama_server.api.chat import routes as chat
 from chunkllama_server.api.common.admission import ChargedEngine, QueueLimits
 from chunkllama_server.api.common.background import BackgroundResponses
@@ -37,6 +38,8 @@ from chunkllama_server.transport.request_context import RequestInfoMiddleware
 
 logger = init_logger(__name__)
 
+# Routes of other servers' protocols, which the setting turns off.
+PROTOCOLS = {"anthropic": anthropic.router}
 WAITING_POOLS = 64  # chunks that may be waited for, in sizes of the pool, unless set
 DESCRIPTION = (
     "OpenAI-compatible API of ChunkLlama. Errors are OpenAI error bodies; unknown fields are "
@@ -115,6 +118,9 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.context = context
+    for protocol, router in PROTOCOLS.items():
+        if protocol in settings.protocols:
+            app.include_router(router)
     for family in (
         chat,
         completions,

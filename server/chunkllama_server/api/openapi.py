@@ -8,10 +8,12 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
+from chunkllama_server.api.schema.anthropic_response import AnthropicErrorBody, AnthropicEvent
 from chunkllama_server.api.schema.chat_response import ChatCompletionChunk
 from chunkllama_server.api.schema.completions import Completion
 from chunkllama_server.api.schema.errors import ErrorBody
 from chunkllama_server.api.schema.response_object import ResponseEvent
+from chunkllama_server.transport.error_shapes import OVERLOADED
 
 _DESCRIPTIONS = {
     400: "The request is malformed, out of range, or does not fit the context.",
@@ -24,12 +26,13 @@ _DESCRIPTIONS = {
     415: "The body is compressed.",
     429: "The queue is full or a quota is used up; Retry-After says when to try again.",
     500: "The request failed; other requests continue.",
+    OVERLOADED: "The queue is full; Retry-After says when to try again.",
     503: "Starting, restarting, draining or busy; Retry-After says when to try again.",
 }
 Responses = dict[int | str, dict[str, Any]]
 _COMPONENTS = "#/components/schemas/{model}"
 # FastAPI collects the schemas of answers, not of events.
-_EVENTS = (ChatCompletionChunk, Completion, ResponseEvent)
+_EVENTS = (ChatCompletionChunk, Completion, ResponseEvent, AnthropicEvent)
 
 
 def refusals(*statuses: int) -> Responses:
@@ -69,6 +72,26 @@ def answers(model: Any, event: Any = None) -> Responses:
             }
         }
     return {200: success, **refusals(400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503)}
+
+
+def anthropic_answers(model: Any, event: Any = None) -> Responses:
+    """As ``answers``, with errors in Anthropic's shape."""
+    documented = answers(model, event)
+    if event is not None:
+        stream = documented[200]["content"]["text/event-stream"]["schema"]
+        data = {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": _COMPONENTS.format(model=event.__name__)},
+        }
+        stream["properties"]["data"] = data
+    errors = [status for status in documented if status != 200] + [OVERLOADED]
+    for status in errors:
+        documented[status] = {
+            "model": AnthropicErrorBody,
+            "description": _DESCRIPTIONS[int(status)],
+        }
+    return documented
 
 
 def _event_schemas() -> dict[str, Any]:

@@ -60,6 +60,15 @@ def _split(value: object) -> object:
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Tags = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_listed)]
+
+
+def _protocols(value: object) -> object:
+    """Read "none" as no protocol."""
+    names = _split(value)
+    return [] if isinstance(names, list) and names == ["none"] else names
+
+
+Protocols = Annotated[tuple[Literal["anthropic"], ...], BeforeValidator(_protocols)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -165,6 +174,11 @@ class ServerConfig(ConfigGroup):
     chat_template_kwargs: Names = Field(
         default=("enable_thinking", "thinking", "date_string", "tools_in_user_message", "*"),
         description="Names that chat_template_kwargs may set; * is all that the template reads.",
+    )
+    protocols: Protocols = Field(
+        default=("anthropic",),
+        description="Protocols of other servers that are served beside OpenAI's: anthropic "
+        "(/v1/messages); none serves OpenAI's alone.",
     )
     tool_call_parser: ToolFamily | None = Field(
         default=None,

@@ -47,7 +47,7 @@ class AccessLog:
             # The server is exiting; uvicorn would log a traceback and answer a plain-text 500.
             if not status:
                 error = ApiError(503, "The server is shutting down", code="draining", retry_after=2)
-                await error.response()(scope, receive, noting_send)
+                await error.response(scope)(scope, receive, noting_send)
         finally:
             token = request_id_context.set(request_id)
             logger.info(

@@ -136,7 +136,7 @@ class AdminAuthMiddleware:
         if scope["type"] == "http" and scope["method"] not in _READING:
             error = self._refusal(bearer_token(scope))
             if error is not None:
-                await error.response()(scope, receive, send)
+                await error.response(scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -195,12 +195,12 @@ class AuthMiddleware:
                     "An operator's key reads metrics, usage and the dashboard alone",
                     code="operator_key",
                 )
-                await error.response()(scope, receive, send)
+                await error.response(scope)(scope, receive, send)
                 return
             request_info(scope).is_operator = True
             tenant = ""
         if tenant is None:
-            await _unauthorized(token).response()(scope, receive, send)
+            await _unauthorized(token).response(scope)(scope, receive, send)
             return
         tenant_context.set(tenant)
         await self._serve(tenant, scope, receive, send)
@@ -216,7 +216,7 @@ class AuthMiddleware:
                 info.rates.take_request()
             except ApiError as error:
                 self._on_rejection(tenant, "requests")
-                await error.response()(scope, receive, send)
+                await error.response(scope)(scope, receive, send)
                 return
 
         def settle() -> None:

@@ -198,7 +198,7 @@ class BodyLimitMiddleware:
             return
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if int(announced) > self._max_bytes:
-            await self._too_large().response()(scope, receive, send)
+            await self._too_large().response(scope)(scope, receive, send)
             return
         num_bytes = 0
 

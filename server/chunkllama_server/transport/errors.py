@@ -1,9 +1,9 @@
-"""Every refusal and failure as an OpenAI error body: one exception type, one mapping, one set of
-handlers."""
+"""Every refusal and failure as an error body, OpenAI's unless the protocol has another: one
+exception type, one mapping, one set of handlers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import msgspec
@@ -39,6 +39,8 @@ ERROR_TYPES = {
 CLIENT_CLOSED_REQUEST = 499
 # In a request's scope: paths of translated fields here, and as the client wrote them.
 SPELLED = "chunkllama.spelled"
+# In a request's scope: makes the response of an error, where its protocol has a shape of its own.
+SHAPED = "chunkllama.shaped"
 MAX_RETRY_AFTER = 30
 
 
@@ -86,7 +88,12 @@ class ApiError(HTTPException):
             }
         }
 
-    def response(self) -> Response:
+    def response(self, scope: MutableMapping[str, Any]) -> Response:
+        """Make the response, in the shape of the protocol that the request's path belongs to."""
+        shape = scope.get(SHAPED)
+        if shape is not None:
+            made: Response = shape(self)
+            return made
         return Response(
             msgspec.json.encode(self.body()),
             self.status_code,
@@ -248,14 +255,14 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return as_spelled(from_validation_error(error), request).response()
+        return as_spelled(from_validation_error(error), request).response(request.scope)
 
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return as_spelled(from_http_exception(error), request).response()
+        return as_spelled(from_http_exception(error), request).response(request.scope)
 
     async def on_any(request: Request, error: Exception) -> Response:
-        return as_spelled(as_api_error(error), request).response()
+        return as_spelled(as_api_error(error), request).response(request.scope)
 
     async def on_disconnect(_: Request, __: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -60,6 +60,6 @@ class HostCheckMiddleware:
                     "The Host header names another server; add the name to allowed_hosts",
                     code="host_not_allowed",
                 )
-                await error.response()(scope, receive, send)
+                await error.response(scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -13,16 +13,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 _SLASHES = re.compile(r"/{2,}")
 _REPEATED = re.compile(r"^(?:/v1)+(?=/v1/)")
 # First parts of paths below /v1, and of paths that are not.
-_BELOW_V1 = frozenset(("chat", "completions", "responses", "embeddings", "models"))
+_BELOW_V1 = frozenset(("chat", "completions", "responses", "embeddings", "models", "messages"))
 _BESIDE_V1 = frozenset(("tokenize", "detokenize", "health", "metrics", "version"))
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
-def canonical_path(path: str, root_path: str) -> str:
+def canonical_path(path: str, root_path: str, *, keep_root: bool = True) -> str:
     """The path of the endpoint that is meant.
 
     Repeated and trailing slashes are dropped, and /v1 is added or removed where a client's base URL
-    has it once too few or too often. A ``root_path`` that a proxy has not removed stays.
+    has it once too few or too often. A ``root_path`` that a proxy has not removed stays,
+    unless ``keep_root`` is false.
     """
     rest = path.removeprefix(root_path)
     root = path[: len(path) - len(rest)]
@@ -36,7 +37,7 @@ def canonical_path(path: str, root_path: str) -> str:
         rest = f"/v1{below}"
     elif first in _BESIDE_V1:
         rest = below
-    return root + rest
+    return root + rest if keep_root else rest
 
 
 class PathMiddleware:

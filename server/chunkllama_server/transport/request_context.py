@@ -12,7 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chunkllama.logger import request_id_context
 from chunkllama.messages import CacheExplanation
-from chunkllama_server.transport.errors import ApiError, as_api_error
+from chunkllama_server.transport.error_shapes import error_shape
+from chunkllama_server.transport.errors import SHAPED, ApiError, as_api_error
+from chunkllama_server.transport.paths import canonical_path
 from chunkllama_server.transport.rate_limit import RateLimiter, TokenCharge
 
 _CLEAN_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -119,6 +121,11 @@ class RequestInfoMiddleware:
         )
         scope[_SCOPE_KEY] = info
         request_id_context.set(info.request_id)
+        shape = error_shape(canonical_path(scope["path"], self._root_path, keep_root=False))
+        if shape is not None:
+            scope[SHAPED] = lambda error: shape.response(error, info.request_id)
+            if shape.id_header is not None:
+                info.headers[shape.id_header] = info.request_id
         if self._root_path:
             scope["root_path"] = self._root_path
 
@@ -145,11 +152,11 @@ class RequestInfoMiddleware:
 
         if headers.get(b"content-encoding", b"identity") != b"identity":
             error = ApiError(415, "Compressed request bodies are not accepted")
-            await error.response()(scope, receive, send_with_headers)
+            await error.response(scope)(scope, receive, send_with_headers)
             return
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
             if has_begun:
                 raise
-            await as_api_error(error).response()(scope, receive, send_with_headers)
+            await as_api_error(error).response(scope)(scope, receive, send_with_headers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from chunkllama_server.transport.errors import ClientDisconnected, as_api_error
+from chunkllama_server.transport.errors import ApiError, ClientDisconnected, as_api_error
 
 T = TypeVar("T")
 _encode = msgspec.json.encode
@@ -67,6 +67,30 @@ async def _cancel(task: asyncio.Future[Any]) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StreamForm:
+    """What a protocol's stream looks like beside its events.
+
+    Attributes:
+        media_type: of the response.
+        error: makes the last event of a stream that fails after its first.
+        waiting, silent: signs of life before and after the first event; None sends none.
+    """
+
+    media_type: str
+    error: Callable[[ApiError], bytes]
+    waiting: bytes | None
+    silent: bytes | None
+
+
+OPENAI_STREAM = StreamForm(
+    media_type="text/event-stream",
+    error=lambda error: sse(error.body()),
+    waiting=COMMENT,
+    silent=COMMENT,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StreamTimes:
     """Times of a stream, in seconds.
 
@@ -85,9 +109,9 @@ class SseResponse(Response):
     """Stream events; a refusal before the first byte keeps its own status.
 
     The status is sent with the first event, or after ``times.first_byte`` with a comment line,
-    because proxies end a connection on which nothing arrives. From then on an error is a
-    ``data: {"error": ...}`` event, and no [DONE] follows it. While no event comes, a comment line
-    is sent every ``times.comment``.
+    because proxies end a connection on which nothing arrives. From then on an error is an event
+    of its own (``data: {"error": ...}`` by default), and no [DONE] follows it. While no event
+    comes, a comment line is sent every ``times.comment``.
 
     The generator is pulled one event at a time: while the client does not read, nothing is produced
     here, and after ``times.stall`` without progress the client is disconnected. The generator is
@@ -97,26 +121,31 @@ class SseResponse(Response):
         events: whole server-sent events.
         times: in seconds.
         arrived_at: the request's arrival, by the event loop's clock; None is now.
+        form: the protocol's errors and signs of life.
     """
-
-    media_type = "text/event-stream"
 
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
         times: StreamTimes,
         arrived_at: float | None = None,
+        form: StreamForm = OPENAI_STREAM,
     ) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        super().__init__(
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+            media_type=form.media_type,
+        )
         del self.headers["content-length"]
         self._events = events
         self._times = times
+        self._form = form
         self._loop = asyncio.get_running_loop()
         arrived_at = self._loop.time() if arrived_at is None else arrived_at
         self._comment_at = arrived_at + times.first_byte
         self._sending_since: float | None = None
         self._lock = asyncio.Lock()
         self._has_begun = False
+        self._has_event = False
         self._timer: asyncio.TimerHandle | None = None
         self._comment: asyncio.Task[None] | None = None
 
@@ -130,6 +159,7 @@ class SseResponse(Response):
             async with asyncio.timeout(None) as deadline:
                 self._watch(send, deadline)
                 while (event := await self._next_event()) is not None:
+                    self._has_event = True
                     await self._send(send, event)
                 await self._send(send, b"", more_body=False)
         except TimeoutError:
@@ -147,7 +177,7 @@ class SseResponse(Response):
         except Exception as error:
             if not self._has_begun:
                 raise
-            return sse(as_api_error(error).body())
+            return self._form.error(as_api_error(error))
 
     async def _send(self, send: Send, body: bytes, *, more_body: bool = True) -> None:
         async with self._lock:
@@ -173,7 +203,8 @@ class SseResponse(Response):
                 deadline.reschedule(now)
                 return
         elif self._comment_at <= now:
-            self._comment = self._loop.create_task(self._send(send, COMMENT))
+            sign = self._form.silent if self._has_event else self._form.waiting
+            self._comment = self._loop.create_task(self._send(send, sign or b""))
             again = now + min(times.comment, times.stall)
         else:
             again = min(self._comment_at, now + times.stall)

@@ -10,6 +10,7 @@ from chunkllama.errors import InvalidRequestError
 from chunkllama.text.chat_template import ChatTemplate
 from chunkllama.text.template_adapter import adapt
 from chunkllama.text.thoughts import NO_THOUGHTS, Thoughts
+from chunkllama_server.api.chat.cache_marks import Tools, changed_behind
 from chunkllama_server.api.chat.history import normalise
 from chunkllama_server.api.chat.thinking import find_thoughts, thinking_arguments, thought_tags
 from chunkllama_server.api.common.prompt_cache import common_prefix
@@ -19,13 +20,10 @@ from chunkllama_server.api.common.text_service import (
     TextService,
     text_size,
 )
-from chunkllama_server.api.schema.chat import ChatCompletionRequest, ChatMessage
+from chunkllama_server.api.schema.chat import CacheMark, ChatCompletionRequest, ChatMessage
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.transport.errors import invalid
 
-# Follows a breakpoint in a second rendering of the same conversation: a character no prompt has, so
-# that the two tokenizations differ exactly from the end of the reusable prefix.
-_MARKER = "\ue0ff\u0001"
 # The end of a prompt that shows whether it has opened the thoughts: a tag and white space.
 _TAIL_TOKENS = 32
 _VARIABLE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
@@ -47,24 +45,26 @@ class ChatPrompt:
 
     Attributes:
         breakpoint: tokens before the last explicit cache breakpoint; None without one.
+        marks: tokens before each of the request's cache marks, and the seconds that they are kept.
         continued_text: content of the final message, when the answer continues it.
         thoughts: how the thoughts of the answer are told from it.
     """
 
     token_ids: list[int]
     breakpoint: int | None = None
+    marks: tuple[tuple[int, float], ...] = ()
     continued_text: str = ""
     thoughts: Thoughts = NO_THOUGHTS
 
 
-def last_breakpoint(messages: list[ChatMessage]) -> tuple[int, int] | None:
-    """Message and part index of the last explicit breakpoint."""
+def last_breakpoint(messages: list[ChatMessage]) -> CacheMark | None:
+    """Where the last explicit breakpoint of content parts is."""
     for i in range(len(messages) - 1, -1, -1):
         content = messages[i].content
         if isinstance(content, list):
             for j in range(len(content) - 1, -1, -1):
                 if content[j].prompt_cache_breakpoint is not None:
-                    return i, j
+                    return CacheMark(seconds=0.0, message=i, part=j)
     return None
 
 
@@ -154,7 +154,7 @@ class ChatPrompter:
         return await self._text.run(self._size, self._render, self._template)
 
     def _render(self) -> str:
-        text = self._template.render(**self._arguments(self._messages))
+        text = self._template.render(**self._arguments(self._messages, self._tools))
         return text + self._find_thoughts(text)[1]
 
     def _find_thoughts(self, prompt: str) -> tuple[Thoughts, str]:
@@ -164,7 +164,7 @@ class ChatPrompter:
     def _encode(self) -> ChatPrompt:
         tokenizer = self._text.tokenizer
         try:
-            ids = self._template.encode(**self._arguments(self._messages))
+            ids = self._template.encode(**self._arguments(self._messages, self._tools))
             tail = tokenizer.decode(ids[-_TAIL_TOKENS:], skip_special_tokens=False)
             thoughts, closing = self._find_thoughts(tail)
             ids = [*ids, *tokenizer.encode(closing, allow_special=True)] if closing else ids
@@ -174,18 +174,21 @@ class ChatPrompter:
             position = last_breakpoint(self._body.messages)
             reusable = None
             if position is not None and limit is None:
-                reusable = self._tokens_before(ids, *position)
+                reusable = self._tokens_before(ids, position)
+            marks = tuple(
+                (self._tokens_before(ids, mark), mark.seconds) for mark in self._body.cache_marks
+            )
         except InvalidRequestError as error:
             raise invalid(error.message, error.param or "messages", error.code) from None
-        return ChatPrompt(ids, reusable, self._continued_text, thoughts)
+        return ChatPrompt(ids, reusable, marks, self._continued_text, thoughts)
 
-    def _arguments(self, messages: list[Message]) -> dict[str, Any]:
+    def _arguments(self, messages: list[Message], tools: Tools) -> dict[str, Any]:
         """Arguments of the template's methods: messages and tools in the forms it has.
 
         A template from a request is compiled and probed here, so only in the worker thread.
         """
         able = self._template.capabilities
-        messages, tools = adapt(messages, self._tools, able)
+        messages, tools = adapt(messages, tools, able)
         arguments = thinking_arguments(self._body, able, self._template_kwargs)
         return {
             "messages": messages,
@@ -199,14 +202,10 @@ class ChatPrompter:
         """The conversation as templates read it."""
         return self._messages
 
-    def _tokens_before(self, ids: list[int], message: int, part: int) -> int:
-        """Tokens of ``ids`` that do not depend on what follows the breakpoint."""
-        marked = [*self._body.messages]
-        content = marked[message].content
-        assert isinstance(content, list)
-        last = content[part]
-        changed = last.model_copy(update={"text": (last.text or "") + _MARKER})
-        parts = [*content[:part], changed, *content[part + 1 :]]
-        marked[message] = marked[message].model_copy(update={"content": parts})
-        arguments = self._arguments(normalise(marked).messages)
+    def _tokens_before(self, ids: list[int], mark: CacheMark) -> int:
+        """Tokens of ``ids`` that do not depend on what follows the mark."""
+        messages, tools = changed_behind(mark, self._body.messages, self._tools)
+        arguments = self._arguments(messages, tools)
+        if messages[-1]["role"] != "assistant":  # what would be continued was replaced
+            arguments["continue_final_message"] = False
         return common_prefix(ids, self._template.encode(**arguments))

@@ -14,7 +14,7 @@ from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.chat.prompt import ChatPrompt, ChatPrompter
 from chunkllama_server.api.chat.thinking import with_thoughts
 from chunkllama_server.api.common.context import ServerContext, check_stream_options
-from chunkllama_server.api.common.prompt_cache import cache_plan
+from chunkllama_server.api.common.prompt_cache import CachePlan, cache_plan
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.sampling import (
     check_lengths,
@@ -106,7 +106,7 @@ class PreparedChat:
         """Tokens within which an answer with a grammar has to end."""
         given: int | None = getattr(self.body, self.max_tokens_field)
         fitting = self.context.engine.info.max_request_tokens - len(self.prompt.token_ids)
-        return fitting if given is None else given
+        return max(fitting if given is None else min(given, fitting), 1)
 
     @property
     def max_tokens_field(self) -> str:
@@ -119,7 +119,7 @@ class PreparedChat:
         Raises:
             ApiError, InvalidRequestError: 400 naming the field.
         """
-        body, settings, engine = self.body, self.context.settings, self.context.engine.info
+        body, engine = self.body, self.context.engine.info
         ids, max_tokens = self.prompt.token_ids, getattr(self.body, self.max_tokens_field)
         check_prompt_ids(ids, engine.vocab_size, "messages")
         check_lengths(len(ids), max_tokens, engine, "messages", self.max_tokens_field)
@@ -132,8 +132,7 @@ class PreparedChat:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             grammar=await self._grammar(info),
         )
-        position = self.prompt.breakpoint
-        cache = cache_plan(body, settings, () if position is None else (position,))
+        cache = self._cache_plan()
         return EngineRequest(
             request_id=request_id,
             prompt_token_ids=ids,
@@ -150,6 +149,15 @@ class PreparedChat:
             ),
             explain=info.wants_explanation or bool(body.explain_cache),
         )
+
+    def _cache_plan(self) -> CachePlan:
+        """What is stored of the prompt; the longest time asked for holds for all of it."""
+        marks, position = self.prompt.marks, self.prompt.breakpoint
+        if marks:
+            until, seconds = (max(values) for values in zip(*marks, strict=True))
+            return CachePlan(int(until), seconds)
+        breakpoints = () if position is None else (position,)
+        return cache_plan(self.body, self.context.settings, breakpoints)
 
     async def _grammar(self, info: RequestInfo) -> GrammarSpec | None:
         """Return the output's grammar, compiled once: calls, a typed answer, or either of them."""

@@ -37,7 +37,12 @@ from chunkllama_server.transport.request_context import (
     has_request_info,
     request_info,
 )
-from chunkllama_server.transport.sse import SseResponse, StreamTimes
+from chunkllama_server.transport.sse import (
+    OPENAI_STREAM,
+    SseResponse,
+    StreamForm,
+    StreamTimes,
+)
 
 T = TypeVar("T")
 # A probe must answer before the timeout of the prober; Kubernetes' default is one second.
@@ -94,7 +99,12 @@ class ServerContext:
         parts = ("chunkllama", __version__, info.backend, info.isa_level)
         return "-".join(part for part in parts if part)
 
-    def stream(self, events: AsyncGenerator[bytes, None], info: RequestInfo) -> SseResponse:
+    def stream(
+        self,
+        events: AsyncGenerator[bytes, None],
+        info: RequestInfo,
+        form: StreamForm = OPENAI_STREAM,
+    ) -> SseResponse:
         """Make the response that streams ``events`` to the client of this request."""
         settings = self.settings
         times = StreamTimes(
@@ -102,7 +112,7 @@ class ServerContext:
             first_byte=settings.stream_first_byte_seconds,
             comment=settings.stream_comment_seconds,
         )
-        return SseResponse(events, times, info.started)
+        return SseResponse(events, times, info.started, form)
 
     def check_serving(self) -> None:
         """Refuse new work while starting or draining.

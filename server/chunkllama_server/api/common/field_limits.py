@@ -18,6 +18,7 @@ _NUMBERS = {
 }
 _LENGTHS = {
     "stop": "max_stop_strings",
+    "stop_sequences": "max_stop_strings",
     "stop_token_ids": "max_stop_token_ids",
     "logit_bias": "max_logit_bias",
     "bad_words": "max_bad_words",

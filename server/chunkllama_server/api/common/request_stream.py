@@ -43,6 +43,7 @@ class RequestStream:
 
     Attributes:
         output: the text state, with token counts, prompt log-probabilities and embedding.
+        is_pinned: the prefix is kept for as long as was asked, known from the first output on.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class RequestStream:
         self._param_names = param_names or {}
         self._tokenizer = tokenizer
         self._on_pin = info.name_pin if request.pin_seconds > 0 else None
+        self.is_pinned = False
 
     def usage(self) -> CompletionUsage:
         """Return the token counts so far; the prompt counts once for all choices."""
@@ -160,7 +162,8 @@ class RequestStream:
     ) -> AsyncIterator[list[OutputDelta]]:
         async for delta in deltas:
             if self._on_pin is not None:
-                self._on_pin(not delta.pin_refused)
+                self.is_pinned = not delta.pin_refused
+                self._on_pin(self.is_pinned)
                 self._on_pin = None
             if delta.explanation is not None:
                 self._info.name_explanation(delta.explanation)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, StringConstraints
@@ -174,6 +176,26 @@ class ResponseFormat(RequestModel):
     json_schema: JsonSchemaFormat | None = Field(default=None, description="Honoured.")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheMark:
+    """The end of a prefix to keep, where a protocol marks more than content parts.
+
+    Attributes:
+        seconds: the least time it is kept.
+        tool: index of the tool after which it ends; else it ends in a message.
+        message, part: index of the message, and of the content part after which it ends.
+        call: index of the message's tool call after which it ends.
+        includes_tools: it ends behind the tools, wherever the template writes them.
+    """
+
+    seconds: float
+    tool: int | None = None
+    message: int = 0
+    part: int | None = None
+    call: int | None = None
+    includes_tools: bool = False
+
+
 class ChatCompletionRequest(SamplingFields):
     """Body of POST /v1/chat/completions."""
 
@@ -267,7 +289,17 @@ class ChatCompletionRequest(SamplingFields):
     documents: Any = Field(default=None, description="Refused.")
     # Items of a Responses request that were repaired or left out on the way here.
     _repairs: list[str] = PrivateAttr(default_factory=list)
+    _cache_marks: tuple[CacheMark, ...] = PrivateAttr(default=())
 
     @property
     def repairs(self) -> list[str]:
         return self._repairs
+
+    @property
+    def cache_marks(self) -> tuple[CacheMark, ...]:
+        """Ends of prefixes to keep; they stand beside those of content parts."""
+        return self._cache_marks
+
+    def mark_cache(self, marks: Iterable[CacheMark]) -> None:
+        """Replace the ends of prefixes to keep."""
+        self._cache_marks = tuple(marks)

@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from chunkllama_server.api.schema.anthropic import CountTokensRequest, MessagesRequest
 from chunkllama_server.api.schema.cache import ExplainRequest
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.schema.completions import CompletionRequest
@@ -22,6 +23,8 @@ REQUESTS: dict[str, type[BaseModel]] = {
     "POST /v1/chat/completions": ChatCompletionRequest,
     "POST /v1/completions": CompletionRequest,
     "POST /v1/responses": ResponseRequest,
+    "POST /v1/messages": MessagesRequest,
+    "POST /v1/messages/count_tokens": CountTokensRequest,
     "POST /v1/embeddings": EmbeddingRequest,
     "POST /tokenize": TokenizeRequest,
     "POST /detokenize": DetokenizeRequest,

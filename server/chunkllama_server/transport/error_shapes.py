@@ -1,0 +1,75 @@
+"""Bodies of errors in the shape of the protocol whose path was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+from starlette.responses import Response
+
+from chunkllama_server.api.schema.anthropic_response import AnthropicErrorBody
+from chunkllama_server.transport.errors import ApiError
+
+OVERLOADED = 529  # Anthropic's own status of a full queue
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    OVERLOADED: "overloaded_error",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A protocol's own form of errors.
+
+    Attributes:
+        response: makes the response of an error of the request with this id.
+        id_header: names the request's id in every response, beside x-request-id.
+    """
+
+    response: Callable[[ApiError, str], Response]
+    id_header: str | None = None
+
+
+def anthropic_status(error: ApiError) -> int:
+    """The status of an error: a full queue has a status of its own, apart from used-up rates."""
+    return OVERLOADED if error.code == "engine_overloaded" else error.status_code
+
+
+def anthropic_body(error: ApiError, request_id: str | None = None) -> AnthropicErrorBody:
+    """The error as Anthropic's API writes it; its message begins with the field's path."""
+    status = anthropic_status(error)
+    fallback = "api_error" if status >= 500 else "invalid_request_error"
+    message = error.message
+    if error.param and error.param not in message:
+        message = f"{error.param}: {message}"
+    return {
+        "type": "error",
+        "error": {"type": _ANTHROPIC_TYPES.get(status, fallback), "message": message},
+        "request_id": request_id,
+    }
+
+
+def _anthropic(error: ApiError, request_id: str) -> Response:
+    body = msgspec.json.encode(anthropic_body(error, request_id))
+    status = anthropic_status(error)
+    return Response(body, status, error.headers, media_type="application/json")
+
+
+# The first part of a path below /v1, or of one that is not.
+_SHAPES: dict[str, Shape] = {"/v1/messages": Shape(_anthropic, "request-id")}
+
+
+def error_shape(path: str) -> Shape | None:
+    """The shape of errors at a canonical path without its root; None is OpenAI's."""
+    for prefix, shape in _SHAPES.items():
+        if path == prefix or path.startswith(f"{prefix}/"):
+            return shape
+    return None

@@ -1,0 +1,341 @@
+"""Anthropic's Messages API by its own client: messages, streams, tools, thoughts, token counts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from anthropic.types import Message
+from anthropic_helpers import (
+    PATH,
+    WEATHER,
+    accumulated,
+    body_of,
+    events_of,
+    prompt_of,
+    say,
+    sdk,
+    without_ids,
+)
+from fake_engine import MODEL
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+
+
+def test_a_message(server, text_parts) -> None:
+    message = sdk(server).messages.create(
+        model=MODEL, max_tokens=64, system="be brief", messages=say("hi there")
+    )
+    assert [block.text for block in message.content] == ["hi there"]
+    assert (message.stop_reason, message.stop_sequence) == ("end_turn", None)
+    assert message.usage.input_tokens == len(server.engine.requests[-1].prompt_token_ids)
+    assert message.usage.output_tokens == len("hi there") + 1
+    assert (message.usage.cache_creation_input_tokens, message.usage.cache_read_input_tokens) == (
+        0, 0,
+    )  # fmt: skip
+    assert message._request_id.startswith("req_")
+    assert prompt_of(server, text_parts).startswith("<|im_start|>system\nbe brief<|im_end|>")
+
+
+def test_a_stream_by_the_client(server) -> None:
+    with sdk(server).messages.stream(model=MODEL, max_tokens=64, messages=say("hi there")) as got:
+        assert "".join(got.text_stream) == "hi there"
+        final = got.get_final_message()
+    assert final.stop_reason == "end_turn"
+    assert final.usage.output_tokens == len("hi there") + 1
+
+
+@pytest.mark.parametrize("system", ["be brief", [{"type": "text", "text": "be brief"}]])
+def test_system_as_text_or_blocks(server, text_parts, system) -> None:
+    assert server.post(PATH, body_of(say("a"), system=system)).status_code == 200
+    assert "system\nbe brief<|im_end|>" in prompt_of(server, text_parts)
+
+
+def test_tool_loop(server, text_parts) -> None:
+    client = sdk(server)
+    messages = say(f"Let me look. {CALL}")
+    first = client.messages.create(model=MODEL, max_tokens=200, messages=messages, tools=[WEATHER])
+    text, call = first.content
+    assert (text.text.strip(), call.name, call.input) == (
+        "Let me look.", "weather", {"city": "Paris"},
+    )  # fmt: skip
+    assert first.stop_reason == "tool_use"
+    messages += [
+        {"role": "assistant", "content": first.content},
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": call.id, "content": "rain"},
+                {"type": "text", "text": "say(wet)yas"},
+            ],
+        },
+    ]
+    second = client.messages.create(model=MODEL, max_tokens=200, messages=messages, tools=[WEATHER])
+    assert [block.text for block in second.content] == ["wet"]
+    prompt = prompt_of(server, text_parts)
+    assert 'weather{"city": "Paris"}<|im_end|>\n<|im_start|>tool\nrain<|im_end|>' in prompt
+
+
+def test_tool_arguments_stream(server) -> None:
+    with sdk(server).messages.stream(
+        model=MODEL, max_tokens=200, messages=say(CALL), tools=[WEATHER]
+    ) as got:
+        parts = [event.partial_json for event in got if event.type == "input_json"]
+        final = got.get_final_message()
+    assert json.loads("".join(parts)) == {"city": "Paris"}
+    assert [block.input for block in final.content] == [{"city": "Paris"}]
+    assert final.stop_reason == "tool_use"
+
+
+@pytest.mark.parametrize(
+    ("choice", "forced", "most"),
+    [
+        ({"type": "auto"}, False, None),
+        ({"type": "any"}, True, 16),
+        ({"type": "any", "disable_parallel_tool_use": True}, True, 1),
+        ({"type": "tool", "name": "weather"}, True, 1),
+        ({"type": "none"}, False, None),
+    ],
+)
+def test_tool_choice(server, text_parts, choice, forced, most) -> None:
+    body = body_of(say("x"), tools=[WEATHER, {**WEATHER, "name": "other"}], tool_choice=choice)
+    assert server.post(PATH, body).status_code == 200
+    grammar = server.engine.requests[-1].sampling.grammar
+    assert (grammar is not None) == forced
+    if grammar is not None:
+        schema = json.loads(grammar.text)
+        names = {v["properties"]["name"]["const"] for v in schema["items"]["anyOf"]}
+        assert schema["maxItems"] == most
+        assert names == ({"weather"} if choice["type"] == "tool" else {"weather", "other"})
+    assert "weather" in prompt_of(server, text_parts)
+
+
+def test_tools_of_anthropics_servers_are_left_out(server) -> None:
+    tools = [{"type": "web_search_20250305", "name": "web_search", "max_uses": 5}, WEATHER]
+    response = server.post(PATH, body_of(say(CALL), tools=tools))
+    assert response.json()["content"][0]["name"] == "weather"
+    assert response.headers["x-chunkllama-ignored-fields"] == "tools[0]"
+
+
+def test_a_failed_tool_says_so(server, text_parts) -> None:
+    messages = [
+        {"role": "user", "content": "look"},
+        {
+            "role": "assistant",
+            "content": [{"type": "tool_use", "id": "t1", "name": "weather", "input": {}}],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "t1", "content": "no net", "is_error": True}
+            ],
+        },
+    ]
+    assert server.post(PATH, body_of(messages, tools=[WEATHER])).status_code == 200
+    assert "tool\nError: no net<|im_end|>" in prompt_of(server, text_parts)
+
+
+def test_a_last_message_of_the_assistant_is_continued(server, text_parts) -> None:
+    messages = [*say("B)"), {"role": "assistant", "content": "The answer is ("}]
+    answer = server.post(PATH, body_of(messages)).json()
+    assert prompt_of(server, text_parts).endswith("assistant\nThe answer is (")
+    assert answer["content"][0]["text"] == "B)"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said", "reason", "sequence"),
+    [
+        ({"stop_sequences": ["END"]}, "one END two", "stop_sequence", "END"),
+        ({"max_tokens": 3}, "abcdef", "max_tokens", None),
+        ({"max_tokens": 100_000}, "abcdef", "end_turn", None),
+        ({}, "", "end_turn", None),
+    ],
+)
+def test_stop_reasons(server, fields, said, reason, sequence) -> None:
+    body = body_of(say(said), **fields)
+    answer = server.post(PATH, body).json()
+    assert (answer["stop_reason"], answer["stop_sequence"]) == (reason, sequence)
+    assert accumulated(events_of(server, body))["stop_reason"] == reason
+
+
+def test_an_answer_as_long_as_the_context(server) -> None:
+    """The tokens asked for do not fit: the answer gets what does, and says why it ended."""
+    answer = server.post(PATH, body_of(say("x" * 1500), max_tokens=4000)).json()
+    assert answer["stop_reason"] == "model_context_window_exceeded"
+    assert answer["usage"]["input_tokens"] + answer["usage"]["output_tokens"] == 2048
+
+
+def test_a_prompt_is_stored_without_an_answer(server) -> None:
+    answer = server.post(PATH, body_of(say("abc"), max_tokens=0)).json()
+    assert (answer["content"], answer["stop_reason"]) == ([], "max_tokens")
+    assert answer["usage"]["output_tokens"] == 0
+    again = server.post(PATH, body_of(say("abc"))).json()
+    assert again["usage"]["cache_read_input_tokens"] == answer["usage"]["input_tokens"] - 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"system": "rules"},
+        {"tools": [WEATHER]},
+        {"system": [{"type": "text", "text": "a"}], "tool_choice": {"type": "auto"}},
+    ],
+)
+def test_count_tokens(server, fields) -> None:
+    counted = sdk(server).messages.count_tokens(model=MODEL, messages=say("x"), **fields)
+    assert server.engine.requests == []
+    usage = server.post(PATH, body_of(say("x"), **fields)).json()["usage"]
+    assert counted.input_tokens == usage["input_tokens"] > 0
+
+
+@pytest.fixture(scope="module")
+def thinker(start_server):
+    return start_server(template_source=THINKS)
+
+
+def test_thinking(thinker, text_parts) -> None:
+    thinker.engine.reset()
+    client = sdk(thinker)
+    asked = say("<think>let me see</think>\n\nParis")
+    with client.messages.stream(
+        model=MODEL,
+        max_tokens=200,
+        messages=asked,
+        thinking={"type": "enabled", "budget_tokens": 50},
+    ) as got:
+        final = got.get_final_message()
+    thoughts, text = final.content
+    assert (thoughts.type, thoughts.thinking, text.text) == ("thinking", "let me see", "Paris")
+    assert thoughts.signature
+    assert final.usage.output_tokens_details.thinking_tokens > 0
+    follow = [*asked, {"role": "assistant", "content": final.content}, *say("x")]
+    client.messages.create(model=MODEL, max_tokens=9, messages=follow)
+    assert "<think>let me see</think>Paris" in prompt_of(thinker, text_parts)
+
+
+def test_a_budget_of_thoughts_reaches_the_engine(start_server) -> None:
+    """A template that opens the thoughts itself, as DeepSeek's."""
+    opens = start_server(template_source=f"{THINKS}{{% if true %}}<think>\n{{% endif %}}")
+    thinking = {"type": "enabled", "budget_tokens": 50}
+    body = body_of(say("so</think>\n\nParis"), thinking=thinking)
+    blocks = opens.post(PATH, body).json()["content"]
+    assert [block["type"] for block in blocks] == ["thinking", "text"]
+    assert opens.engine.requests[-1].sampling.grammar.thinking.budget == 50
+
+
+@pytest.mark.parametrize("config", [None, {"type": "disabled"}])
+def test_thoughts_are_off_unless_asked_for(thinker, text_parts, config) -> None:
+    thinker.engine.reset()
+    fields = {} if config is None else {"thinking": config}
+    answer = thinker.post(PATH, body_of(say("Paris"), **fields)).json()
+    assert [block["type"] for block in answer["content"]] == ["text"]
+    assert prompt_of(thinker, text_parts).endswith("<think>\n\n</think>\n\n")
+
+
+def test_omitted_thoughts_are_signed(thinker) -> None:
+    thinker.engine.reset()
+    thinking = {"type": "adaptive", "display": "omitted"}
+    body = body_of(say("<think>secret</think>\n\nParis"), thinking=thinking)
+    answer = thinker.post(PATH, body).json()
+    block = answer["content"][0]
+    assert (block["type"], block["thinking"]) == ("thinking", "")
+    assert block["signature"]
+    streamed = accumulated(events_of(thinker, body))
+    assert streamed["content"] == answer["content"]
+
+
+def test_thinking_of_a_model_without_thoughts_is_named(server) -> None:
+    body = body_of(say("x"), thinking={"type": "enabled", "budget_tokens": 99})
+    response = server.post(PATH, body)
+    assert response.status_code == 200
+    assert response.headers["x-chunkllama-ignored-fields"] == "thinking"
+
+
+def test_output_format(server) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    config = {"format": {"type": "json_schema", "schema": schema}}
+    assert server.post(PATH, body_of(say("x"), output_config=config)).status_code == 200
+    grammar = json.loads(server.engine.requests[-1].sampling.grammar.text)
+    assert "a" in grammar["properties"]
+
+
+def test_models_in_the_clients_shape(server) -> None:
+    client = sdk(server)
+    listed = client.models.list()
+    assert [model.id for model in listed] == [MODEL, "alias"]
+    assert client.models.retrieve(MODEL).max_input_tokens == 2048
+    assert server.http().get("/v1/models").json()["object"] == "list"
+
+
+def test_a_ping_is_the_sign_of_life(start_server) -> None:
+    slow = start_server(stream_first_byte_seconds=0.02, stream_comment_seconds=0.02)
+    slow.engine.gate_at = 2
+    slow.engine.gate.clear()
+    kinds: list[str] = []
+    with (
+        slow.http() as http,
+        http.stream("POST", PATH, json=body_of(say("abcdef"), stream=True)) as response,
+    ):
+        for line in response.iter_lines():
+            if line.startswith("event: "):
+                kinds.append(line.removeprefix("event: "))
+            if kinds.count("ping") == 2:
+                slow.engine.gate.set()
+    assert kinds[0] == "message_start"
+    assert kinds[-1] == "message_stop"
+
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="()<>"), max_size=12)
+PARTS = st.lists(
+    st.one_of(
+        TEXTS,
+        st.builds(
+            lambda city: (
+                '<tool_call>{"name": "weather", "arguments": '
+                + json.dumps({"city": city})
+                + "}</tool_call>"
+            ),
+            TEXTS,
+        ),
+    ),
+    max_size=3,
+)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    parts=PARTS,
+    tokens_per_delta=st.integers(1, 9),
+    max_tokens=st.integers(1, 150),
+    mark=st.booleans(),
+)
+def test_every_answer_fits_the_clients_types(
+    shared_server, parts, tokens_per_delta, max_tokens, mark
+) -> None:
+    """Whole and streamed answers are valid and the same, however the text is cut."""
+    engine = shared_server.engine
+    engine.reset()
+    engine.tokens_per_delta = tokens_per_delta
+    control = {"cache_control": {"type": "ephemeral"}} if mark else {}
+    body = body_of(say("".join(parts)), tools=[WEATHER], **{**control, "max_tokens": max_tokens})
+    whole = shared_server.post(PATH, body)
+    assert whole.status_code == 200, whole.text
+    Message.model_validate(whole.json(), strict=True)
+    engine.prompts.clear()
+    events = events_of(shared_server, body)
+    is_cut = whole.json()["stop_reason"] == "max_tokens"
+    if is_cut:  # the arguments of a call that is cut are not JSON yet
+        assert events[-2]["usage"]["output_tokens"] == max_tokens
+        return
+    assert without_ids(accumulated(events)) == without_ids(whole.json())
