@@ -20,8 +20,6 @@ from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.transport.errors import ApiError, exceeded, invalid
 from chunkllama_server.transport.paths import names_json
 
-# Possessive, and without need of a closing quote: each byte is read once, whatever the body is.
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # begins with the BOM of UTF-16
@@ -117,9 +115,18 @@ def parse_json(
 
 def _check_counts(raw: bytes, limits: LimitsConfig) -> None:
     """Refuse a body of many arrays, objects or values; what stands in strings is not counted."""
-    for marks, key in (((b"[", b"{"), "max_json_containers"), ((b",",), "max_json_values")):
-        most = getattr(limits, key)
-        if _count(raw, marks) > most and _count(_STRING.sub(b"", raw), marks) > most:
+    checks = (((b"[", b"{"), "max_json_containers"), ((b",",), "max_json_values"))
+    if all(_count(raw, marks) <= getattr(limits, key) for marks, key in checks):
+        return
+    # Outside of strings no JSON has a backslash, so that what is left of quotes are their ends.
+    parts_marked = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    # Each value and each name may be a string: with more, the parts are not worth making.
+    most_strings = 2 * (limits.max_json_values + limits.max_json_containers + 1)
+    if parts_marked.count(b'"') > 2 * most_strings:
+        raise exceeded(limits, "max_json_values")
+    bare = b"".join(parts_marked.split(b'"')[::2])
+    for marks, key in checks:
+        if _count(bare, marks) > getattr(limits, key):
             raise exceeded(limits, key)
 
 
