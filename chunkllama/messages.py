@@ -12,6 +12,14 @@ from typing import Literal
 
 import msgspec
 
+from chunkllama.cache_messages import (
+    CacheCommand,
+    CacheEvents,
+    EndedPin,
+    OwnedNode,
+    PinInfo,
+    WatchCache,
+)
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.tenant_limits import NO_LIMITS, TenantLimits
 
@@ -49,6 +57,7 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag="request"):
             budget; 0 is no pin.
         priority: lower is served first among waiting requests.
         explain: say on the first delta why the prompt's match in the cache ended.
+        is_replay: an engine process that has ended had accepted it; it needs no place.
     """
 
     request_id: str
@@ -62,6 +71,7 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag="request"):
     pin_seconds: float = 0.0
     priority: int = 0
     explain: bool = False
+    is_replay: bool = False
 
 
 class ChoiceDelta(msgspec.Struct, kw_only=True):
@@ -282,24 +292,13 @@ class ExplainPrompt(msgspec.Struct, kw_only=True, tag="explain"):
     tenant: str = ""
 
 
-CacheAction = Literal["pins", "tree", "drop_pin", "drop_branch", "drop_tenant"]
-
-
-class CacheCommand(msgspec.Struct, kw_only=True, tag="cache_command"):
-    """An operator's command: list pins or chunks, or drop what ``chunk_id`` or ``tenant`` name."""
-
-    command_id: int
-    action: CacheAction
-    chunk_id: int = -1
-    tenant: str = ""
-
-
 ToEngine = (
     EngineRequest
     | AbortRequest
     | StatsRequest
     | ExplainPrompt
     | CacheCommand
+    | WatchCache
     | SetTenants
     | Shutdown
 )
@@ -326,36 +325,13 @@ class StartFailed(msgspec.Struct, kw_only=True, tag="start_failed"):
     message: str
 
 
-class PinInfo(msgspec.Struct, kw_only=True):
-    """A pin: the chunk it ends at, whose it is, what it covers from the root, and its time left."""
-
-    chunk_id: int
-    tenant: str
-    num_tokens: int
-    num_chunks: int
-    seconds_left: float
-
-
-class OwnedNode(msgspec.Struct, kw_only=True):
-    """One chunk of the tree for an operator, with the tenant that added it; never its tokens."""
-
-    chunk_id: int
-    parent_chunk_id: int
-    depth: int
-    num_tokens: int
-    num_sequences: int
-    num_pins: int
-    state: str
-    tenant: str
-    is_public: bool
-
-
 class CommandReply(msgspec.Struct, kw_only=True, tag="reply"):
     """Answers the command with the same id.
 
     Attributes:
         found: the pin, chunk or tenant of a drop exists.
         num_dropped, num_kept: chunks removed, and those left because a request uses them.
+        ended_pins: pins that the command has ended, so that no engine process pins them again.
     """
 
     command_id: int
@@ -365,9 +341,10 @@ class CommandReply(msgspec.Struct, kw_only=True, tag="reply"):
     found: bool = True
     num_dropped: int = 0
     num_kept: int = 0
+    ended_pins: list[EndedPin] = []
 
 
-FromEngine = TokenDelta | EngineStats | CommandReply | EngineReady | StartFailed
+FromEngine = TokenDelta | EngineStats | CommandReply | CacheEvents | EngineReady | StartFailed
 
 
 @dataclass(slots=True)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from chunkllama.cache.manager import CacheManager
-from chunkllama.cache.node import Node
-from chunkllama.messages import CacheCommand, CommandReply, OwnedNode, PinInfo
+from chunkllama.cache.node import Node, decode_tokens
+from chunkllama.cache_messages import CacheCommand, EndedPin, OwnedNode, PinInfo
+from chunkllama.messages import CommandReply
 
 
 def run_command(command: CacheCommand, cache: CacheManager, now: float) -> CommandReply:
@@ -23,8 +24,7 @@ def run_command(command: CacheCommand, cache: CacheManager, now: float) -> Comma
         keys = [key for key in cache.pins.expiry() if key[0].chunk_id == command.chunk_id]
         keys = [key for key in keys if key[1] == command.tenant]
         reply.found = bool(keys)
-        for key in keys:
-            cache.pins.remove(*key)
+        _end_pins(cache, keys, reply)
     elif command.action == "drop_branch":
         roots = [node for node in cache.tree.nodes() if node.chunk_id == command.chunk_id]
         reply.found = bool(roots)
@@ -64,11 +64,24 @@ def _owned(cache: CacheManager, node: Node) -> OwnedNode:
     )
 
 
+def _end_pins(cache: CacheManager, keys: Iterable[tuple[Node, str]], reply: CommandReply) -> None:
+    for node, tenant in keys:
+        path = list(node.upward())
+        lengths = cache.pins.remove(node, tenant)
+        reply.ended_pins.append(
+            EndedPin(
+                namespace=node.namespace,
+                tenant=tenant,
+                token_ids=decode_tokens(b"".join(step.key for step in reversed(path))),
+                lengths=sorted(lengths),
+            )
+        )
+
+
 def _drop(cache: CacheManager, nodes: Iterable[Node], reply: CommandReply) -> None:
     """Remove nodes, the deepest first; those in use, and what such a node is below, are kept."""
     chosen = set(nodes)
-    for key in [key for key in cache.pins.expiry() if key[0] in chosen]:
-        cache.pins.remove(*key)
+    _end_pins(cache, [key for key in cache.pins.expiry() if key[0] in chosen], reply)
     for node in sorted(chosen, key=lambda node: -node.depth):
         if node.is_evictable and not node.children:
             cache.history.removed(node, "dropped")

@@ -212,6 +212,7 @@ class CacheManager:
         """The step has run: K/V of positions [start, end) is there."""
         for node in chunks.path[start // self.chunk_size : (end - 1) // self.chunk_size + 1]:
             node.filled = node.scheduled
+            self.tree.events.stored(node)
 
     def undo_compute(self, chunks: SequenceChunks, start: int, end: int) -> None:
         """The step failed for this sequence: nothing in [start, end) may be read."""
@@ -254,12 +255,14 @@ class CacheManager:
             elif own is not None:
                 self.tree.rekey(own, key)
                 own.filled = own.scheduled = size
+                self.tree.events.stored(own)
             else:
                 chunk_id = int(chunks.ids[depth])
                 node = self.tree.insert(
                     parent, chunks.namespace, key, chunk_id, size, chunks.tenant
                 )
                 self._append_own(chunks, node)
+                self.tree.events.stored(node)
             chunks.num_whole += 1
             chunks.set_next_publish(size)
         return adopted
@@ -348,8 +351,7 @@ class CacheManager:
     # -- memory -----------------------------------------------------------------------------
 
     def _allocate(self, count: int, tenant: str) -> list[int]:
-        missing = count - self.pool.num_free
-        if missing > 0:
+        if (missing := count - self.pool.num_free) > 0:
             self.tree.evict(missing, tenant)
         return self.pool.allocate(count)
 
@@ -362,7 +364,8 @@ class CacheManager:
         source = match.copy_source
         if source and match.num_tokens == len(tokens) and source.filled == source.num_tokens:
             leaf = source
-        return leaf is None or self.pins.add(leaf, self._clock() + seconds, tenant)
+        until = self._clock() + seconds
+        return leaf is None or self.pins.add(leaf, until, tenant, len(tokens))
 
     def expire_pins(self) -> None:
         for node, tenant in self.pins.expire(self._clock()):

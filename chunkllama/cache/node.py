@@ -18,6 +18,12 @@ def encode_tokens(tokens: NDArray[np.int32]) -> bytes:
     return tokens.astype(">u4").tobytes()
 
 
+def decode_tokens(key: bytes) -> list[int]:
+    """Token ids of a key."""
+    tokens: list[int] = np.frombuffer(key, ">u4").tolist()
+    return tokens
+
+
 def common_prefix(a: bytes, b: bytes) -> int:
     """Number of leading tokens two keys have in common."""
     if a == b:
@@ -87,6 +93,7 @@ class Node:
     Attributes:
         key: its token ids, encoded; fewer than C of them make a *partial* node, always a leaf.
         chunk_id: where the K/V lies; -1 once the node has left the tree.
+        digest: of the tokens from the root to the node's end, once events.py has needed it.
         owner: tenant that the chunk counts for in eviction: the one that added it.
         filled: leading tokens whose K/V is computed.
         scheduled: leading tokens whose K/V will be computed when the step being put together
@@ -107,6 +114,7 @@ class Node:
         "copied_from",
         "copy_refs",
         "depth",
+        "digest",
         "filled",
         "fingerprint",
         "key",
@@ -150,6 +158,7 @@ class Node:
     def set_key(self, key: bytes) -> None:
         """Give the node its tokens."""
         self.key = key
+        self.digest = b""
         self.fingerprint: int = 0 if self.parent is None else hash((self.parent.fingerprint, key))
 
     @property
@@ -182,6 +191,13 @@ class Node:
             own = self.children.get(namespace)
             if own:
                 yield own
+
+    def upward(self) -> Iterator[Node]:
+        """The node and its ancestors, without the root."""
+        step: Node | None = self
+        while step is not None and step.parent is not None:
+            yield step
+            step = step.parent
 
     def descendants(self) -> Iterator[Node]:
         """Every node below this one, parents before children."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 from chunkllama.cache.node import Node
 from chunkllama.cache.prefix_tree import PrefixTree
@@ -27,30 +26,37 @@ class Pins:
         self.limits = self._no_limits = TenantTable()
         self._tree = tree
         self._expiry: dict[tuple[Node, str], float] = {}
+        self._lengths: dict[tuple[Node, str], set[int]] = {}
         self._covered: dict[str, Counter[Node]] = {}  # by tenant: its pins at or below each node
 
-    def add(self, node: Node, until: float, tenant: str = "") -> bool:
-        """Pin ``node``; False if that would exceed the budget or the tenant's part of it."""
+    def add(self, node: Node, until: float, tenant: str, length: int) -> bool:
+        """Pin ``node``; False if that would exceed the budget or the tenant's part of it.
+
+        Args:
+            length: tokens of the prompt, which may end inside the node or go beyond it.
+        """
         key = (node, tenant)
         if key in self._expiry:
             self._expiry[key] = max(self._expiry[key], until)
+            self._lengths[key].add(length)
             return True
         price = self._tree.num_unpinned(node)
         free = self.budget - self.num_chunks - price
         covered = self._covered.get(tenant, Counter())
-        own = len(covered) + sum(step not in covered for step in _path(node))
+        own = len(covered) + sum(step not in covered for step in node.upward())
         most = self.limits[tenant].pin_chunks
         if free < 0 or (tenant and own > (free if most is None else most)):
             self.refused[tenant] += 1
             return False
-        self._place(node, until, tenant)
+        self._place(node, until, tenant, {length})
         return True
 
-    def _place(self, node: Node, until: float, tenant: str) -> None:
+    def _place(self, node: Node, until: float, tenant: str, lengths: set[int]) -> None:
         self.num_chunks += self._tree.num_unpinned(node)
         self._tree.pin(node)
         self._expiry[node, tenant] = until
-        self._covered.setdefault(tenant, Counter()).update(_path(node))
+        self._lengths[node, tenant] = lengths
+        self._covered.setdefault(tenant, Counter()).update(node.upward())
 
     @property
     def refused_total(self) -> int:
@@ -65,27 +71,31 @@ class Pins:
         """Pins as (node, tenant), and when each ends; a copy."""
         return dict(self._expiry)
 
-    def remove(self, node: Node, tenant: str = "") -> None:
+    def remove(self, node: Node, tenant: str = "") -> set[int]:
+        """End a pin; returns the lengths of the prompts that were pinned there."""
         del self._expiry[node, tenant]
+        lengths = self._lengths.pop((node, tenant))
         self._tree.unpin(node)
         self.num_chunks -= self._tree.num_unpinned(node)
         covered = self._covered[tenant]
-        for step in _path(node):
+        for step in node.upward():
             covered[step] -= 1
             if not covered[step]:
                 del covered[step]
         if not covered:
             del self._covered[tenant]
+        return lengths
 
     def move(self, node: Node, duplicate: Node) -> None:
         """Move the pins of ``node`` to ``duplicate``, a sibling with the same tokens."""
         for pinned, tenant in [key for key in self._expiry if key[0] is node]:
             until = self._expiry[pinned, tenant]
-            self.remove(pinned, tenant)
+            lengths = self.remove(pinned, tenant)
             if (duplicate, tenant) in self._expiry:
-                self.add(duplicate, until, tenant)
+                self._expiry[duplicate, tenant] = max(until, self._expiry[duplicate, tenant])
+                self._lengths[duplicate, tenant] |= lengths
             else:
-                self._place(duplicate, until, tenant)
+                self._place(duplicate, until, tenant, lengths)
 
     def expire(self, now: float) -> list[tuple[Node, str]]:
         """End the pins whose time is over; returns their nodes and tenants."""
@@ -117,20 +127,13 @@ class Pins:
         covered: dict[str, Counter[Node]] = {}
         for leaf, tenant in self._expiry:
             assert leaf.chunk_id >= 0, "a pinned node has left the tree"
-            counts.update(_path(leaf))
-            covered.setdefault(tenant, Counter()).update(_path(leaf))
+            counts.update(leaf.upward())
+            covered.setdefault(tenant, Counter()).update(leaf.upward())
         for node in self._tree.nodes():
             assert node.num_pins == counts[node]
         assert self.num_chunks == len(+counts) <= self.budget
         assert self._covered == covered
+        assert self._lengths.keys() == self._expiry.keys()
         if self.limits is self._no_limits:
             largest = max((len(c) for tenant, c in covered.items() if tenant), default=0)
             assert largest <= max(self.budget // 2, 1), "a tenant has most of the pin budget"
-
-
-def _path(node: Node) -> Iterator[Node]:
-    """The node and its ancestors, without the root."""
-    step: Node | None = node
-    while step is not None and step.parent is not None:
-        yield step
-        step = step.parent

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
+from chunkllama.cache.events import CacheEventLog
 from chunkllama.cache.eviction import EvictionOrder, is_evictable_leaf
 from chunkllama.cache.node import PUBLIC, TOKEN_BYTES, Children, Node, common_prefix
 from chunkllama.cache.usage import ChunkUsage
@@ -65,6 +66,7 @@ class PrefixTree:
         self.num_evictable = 0
         self.num_nodes = 0
         self.evicted_chunks_total = 0
+        self.events = CacheEventLog(pool.chunk_size)
         self.on_evicted: Callable[[Node], None] = lambda node: None  # told before it leaves
         self._roots: dict[str, Node] = {}
         self.order = EvictionOrder(pool.num_chunks)
@@ -238,6 +240,7 @@ class PrefixTree:
         """Take an unused leaf out of the tree; its chunk, now PRIVATE, is the caller's."""
         parent, chunk_id = node.parent, node.chunk_id
         assert parent is not None and node.is_evictable and not node.children
+        self.events.removed(node)
         siblings = parent.children[node.namespace]
         siblings.remove(node)
         if not siblings:

@@ -13,12 +13,14 @@ import sys
 import threading
 from abc import abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from chunkllama.cache_messages import CacheAction, CacheEvents
+from chunkllama.engine.cache_watch import CacheWatchers
 from chunkllama.engine.commands import CommandClient
 from chunkllama.engine.replay import ReplayState
 from chunkllama.errors import (
@@ -30,7 +32,6 @@ from chunkllama.errors import (
 from chunkllama.logger import init_logger
 from chunkllama.messages import (
     AbortRequest,
-    CacheAction,
     CacheExplanation,
     ChoiceDelta,
     CommandReply,
@@ -106,6 +107,14 @@ class EngineClient(Protocol):
         """Run an operator's command; see ``chunkllama/cache/admin.py``."""
         ...
 
+    def watch_cache(self, max_waiting: int) -> AsyncGenerator[CacheEvents, None]:
+        """Everything stored in the cache, then its changes; see ``CacheWatchers.watch``.
+
+        Raises:
+            EngineDeadError: the engine was closed.
+        """
+        ...
+
     async def close(self) -> None:
         """End the engine; live requests end with EngineDeadError."""
         ...
@@ -166,6 +175,7 @@ class MessageClient(CommandClient):
     """An EngineClient over a stream of messages: each delta goes to the request that waits.
 
     Attributes:
+        cache_watchers: readers of the cache's events; ``slow_readers`` counts those dropped.
         draw_seed: makes the seed of a request without one.
         on_stats: called with each snapshot that the step loop sends unasked.
         max_backlog: tokens and log-probability entries that may wait for one caller of
@@ -178,6 +188,8 @@ class MessageClient(CommandClient):
         self._stats_waiters: deque[asyncio.Future[EngineStats]] = deque()
         self._info: EngineReady | None = None
         self._tenants: SetTenants | None = None
+        self.slow_readers = 0
+        self.cache_watchers = CacheWatchers(self._send, self._drop_slow_reader)
         self.draw_seed = seed_source(None)
         self.on_stats: Callable[[EngineStats], None] = lambda _: None
         self.max_backlog = sys.maxsize
@@ -286,6 +298,14 @@ class MessageClient(CommandClient):
         self._send(StatsRequest(include_tree=include_tree, include_tenants=include_tenants))
         return await waiter
 
+    def _drop_slow_reader(self) -> None:
+        self.slow_readers += 1
+
+    def watch_cache(self, max_waiting: int) -> AsyncGenerator[CacheEvents, None]:
+        if self._dead is not None:
+            raise self._dead
+        return self.cache_watchers.watch(max_waiting)
+
     def _dispatch(self, messages: list[FromEngine]) -> None:
         for message in messages:
             match message:
@@ -301,6 +321,8 @@ class MessageClient(CommandClient):
                         waiter.set_result(message)
                 case CommandReply():
                     self._take_reply(message)
+                case CacheEvents():
+                    self.cache_watchers.deliver(message)
                 case EngineReady():
                     self._info = message
 
@@ -308,6 +330,7 @@ class MessageClient(CommandClient):
         self._dead = error
         for stream in self._streams.values():
             stream.inbox.put_nowait(error)
+        self.cache_watchers.close(error)
         self._fail_stats(error)
 
     def _fail_stats(self, error: EngineDeadError) -> None:

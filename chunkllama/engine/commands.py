@@ -6,10 +6,9 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+from chunkllama.cache_messages import CacheAction, CacheCommand
 from chunkllama.errors import EngineDeadError
 from chunkllama.messages import (
-    CacheAction,
-    CacheCommand,
     CacheExplanation,
     CommandReply,
     ExplainPrompt,

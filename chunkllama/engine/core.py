@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Protocol
 
+from chunkllama.cache_messages import CacheCommand, CacheEvents, WatchCache
 from chunkllama.engine.executor import Executor
 from chunkllama.engine.faults import Faults
 from chunkllama.engine.journal import StepJournal
@@ -21,7 +22,6 @@ from chunkllama.messages import (
     STEP_SECONDS_BOUNDS,
     STEP_TOKENS_BOUNDS,
     AbortRequest,
-    CacheCommand,
     CommandReply,
     EngineErrorInfo,
     EngineReady,
@@ -199,6 +199,19 @@ class EngineCore:
         """Run an operator's command on the cache, between two steps."""
         return self._scheduler.cache_command(command)
 
+    def watch_cache(self, command: WatchCache) -> list[FromEngine]:
+        """Begin or end sending changes of the cache; earlier changes precede the snapshot."""
+        replies: list[FromEngine] = [*self.cache_events()]
+        stored = self._scheduler.watch_cache(is_watched=command.watch_id != 0)
+        if command.watch_id:
+            replies.append(CacheEvents(watch_id=command.watch_id, events=stored))
+        return replies
+
+    def cache_events(self) -> list[CacheEvents]:
+        """Changes of the cache since the last call, as at most one message."""
+        events = self._scheduler.take_cache_events()
+        return [CacheEvents(watch_id=0, events=events)] if events else []
+
     def explain(self, command: ExplainPrompt) -> CommandReply:
         """Explain why the match of a prompt would end."""
         explanation = self._scheduler.explain(
@@ -238,6 +251,7 @@ def run_engine_loop(core: EngineCore, channel: EngineChannel) -> None:
             replies.extend(core.step())
             if (snapshot := core.stats_to_push()) is not None:
                 replies.append(snapshot)
+        replies.extend(core.cache_events())
         if replies:
             channel.send(replies)
 
@@ -268,6 +282,8 @@ def _handle(core: EngineCore, message: ToEngine) -> list[FromEngine]:
             return [core.explain(message)]
         case CacheCommand():
             return [core.cache_command(message)]
+        case WatchCache():
+            return core.watch_cache(message)
         case StatsRequest():
             return [
                 core.stats(

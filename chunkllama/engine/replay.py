@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
+from chunkllama.cache_messages import EndedPin
 from chunkllama.messages import AbortRequest, EngineRequest, ToEngine, TokenDelta
 from chunkllama.sampling_params import SamplingParams
 
@@ -22,6 +23,7 @@ class ReplayState:
         ended: choices that have ended, by themselves or aborted.
         first: the first delta; what it said of the prompt holds for the whole request.
         submitted: the engine process of now has the request.
+        pin_ended: an operator has ended the pin that the request had asked for.
         crashes: engine processes in a row that ended in a step with this request, which had
             gained no token since the one before.
     """
@@ -32,6 +34,7 @@ class ReplayState:
     ended: set[int] = field(default_factory=set)
     first: TokenDelta | None = None
     submitted: bool = False
+    pin_ended: bool = False
     crashes: int = 0
     gained: bool = False
     _arrived_at: float = 0.0
@@ -100,7 +103,11 @@ class ReplayState:
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
         delivered = [] if sampling.beam_width > 1 else [list(ids) for ids in self.delivered]
         again = msgspec.structs.replace(
-            request, sampling=sampling, delivered=delivered, pin_seconds=self.pin_seconds_left()
+            request,
+            sampling=sampling,
+            delivered=delivered,
+            pin_seconds=self.pin_seconds_left(),
+            is_replay=True,
         )
         aborts = [AbortRequest(request_id=request.request_id, index=index) for index in self.ended]
         return [again, *aborts]
@@ -109,9 +116,25 @@ class ReplayState:
         """Of the pin's least lifetime, what remains; 0 is no pin."""
         if self.first is None:
             return self.request.pin_seconds
-        if self.first.pin_refused:
+        if self.first.pin_refused or self.pin_ended:
             return 0.0
         return max(self.request.pin_seconds - (self.clock() - self._first_at), 0.0)
+
+    def end_pin(self, pin: EndedPin) -> None:
+        """Note a pin that an operator has ended, if it is the one of this request."""
+        if self.first is not None and self.request.tenant == pin.tenant:
+            prompt = self.request.prompt_token_ids[: self.request.cache_until]
+            self.pin_ended |= is_pin_of(pin, self.request.namespace, prompt)
+
+
+def is_pin_of(pin: EndedPin, namespace: str, prompt: Sequence[int]) -> bool:
+    """Whether a prompt of the pin's tenant was pinned by ``pin``, perhaps with others."""
+    shorter = min(len(prompt), len(pin.token_ids))
+    return (
+        len(prompt) in pin.lengths
+        and pin.namespace in ("", namespace)
+        and list(prompt[:shorter]) == pin.token_ids[:shorter]
+    )
 
 
 class PinRecords:
@@ -134,6 +157,14 @@ class PinRecords:
             key = (request.namespace, request.tenant, prompt)
             self._pins[key] = max(now + seconds, self._pins.get(key, 0.0))
 
+    def remove(self, pin: EndedPin) -> None:
+        """Remove what an operator has ended."""
+        self._pins = {
+            (namespace, tenant, prompt): until
+            for (namespace, tenant, prompt), until in self._pins.items()
+            if tenant != pin.tenant or not is_pin_of(pin, namespace, prompt)
+        }
+
     def requests(self) -> list[EngineRequest]:
         """Requests that pin what has not expired, for the rest of its time."""
         now = self._clock()
@@ -145,6 +176,7 @@ class PinRecords:
                 namespace=namespace,
                 tenant=tenant,
                 pin_seconds=until - now,
+                is_replay=True,
             )
             for number, ((namespace, tenant, prompt), until) in enumerate(self._pins.items())
             if until > now

@@ -166,6 +166,13 @@ class SupervisedEngineClient(MessageClient):
         if stream is self._trial:
             self._end_trial()
 
+    def _take_reply(self, reply: CommandReply) -> None:
+        for pin in reply.ended_pins:
+            self._pins.remove(pin)
+            for stream in self._streams.values():
+                stream.state.end_pin(pin)
+        super()._take_reply(reply)
+
     def _live(self) -> list[Stream]:
         return [stream for stream in self._streams.values() if stream.state.is_live]
 
@@ -240,6 +247,7 @@ class SupervisedEngineClient(MessageClient):
             self._restores_pins.cancel()
         self.on_restarting(True)
         self._fail_stats(EngineDeadError("the engine is being restarted"))
+        self.cache_watchers.went_down()
         live = self._live()
         logger.error("%s; restarting it, %d live requests continue", reason, len(live))
         now = time.monotonic()
@@ -308,6 +316,7 @@ class SupervisedEngineClient(MessageClient):
         logger.info("the engine process runs again")
         if self._tenants is not None:
             process.send([self._tenants])
+        self.cache_watchers.came_up()
         self.on_restarting(False)
         self._submit_waiting()
         pins = self._pins.requests()

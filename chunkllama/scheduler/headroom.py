@@ -2,9 +2,13 @@
 
 A tenant's running sequences may be ``HEADROOM`` times as many as the slots that stay free, and so
 their chunks: one tenant takes at most 8/9 of both, and k tenants leave 1 / (1 + 8k) (the rule of
-``intake.check_places``, with another factor). A request of a tenant that has none running therefore
-starts in the next step, however many requests another tenant has sent. Chunks that a sequence
-shared when it was admitted do not count; a tenant with nothing running is never held back.
+``intake.check_places``, with another factor). A tenant that runs alone leaves a slot in any case.
+A request of a tenant that has none running therefore starts in the next step, however many requests
+another tenant has sent, and with however many choices. Chunks that a sequence shared when it was
+admitted do not count; a tenant with nothing running is never held back.
+
+A beam search counts as many slots as it has beams, also before they are forked. Its beams advance
+together, so those that wait for a slot are not held back once one of them runs.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Final
 
 from chunkllama.cache.manager import CacheManager, Match
 from chunkllama.scheduler.limits import SchedulerLimits
-from chunkllama.scheduler.request import Sequence
+from chunkllama.scheduler.request import Sequence, SequenceGroup
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
 
 HEADROOM: Final = 8
@@ -24,6 +28,9 @@ class Headroom:
     """What each tenant's running sequences hold while a step is put together.
 
     It holds no tenant back with another policy than ``fair``, or where there is one tenant.
+
+    Attributes:
+        promised: chunks that running sequences will still ask for.
     """
 
     def __init__(
@@ -34,30 +41,46 @@ class Headroom:
         self._is_active = limits.policy == "fair" and lifecycle.accounts.are_several
         self._slots: Counter[str] = Counter()
         self._chunks: Counter[str] = Counter()
+        self._promised_slots = 0  # to beams that running searches will still fork
+        self.promised = lifecycle.admission.reserved(lifecycle.running.by_age)
         if self._is_active:
             for sequence in lifecycle.running.by_age:
-                self.add(sequence)
+                self._count(sequence)
 
     def add(self, sequence: Sequence) -> None:
         """Count a sequence that has started."""
+        self.promised += self._lifecycle.admission.reserved([sequence])
+        if self._is_active:
+            self._count(sequence)
+
+    def _count(self, sequence: Sequence) -> None:
         tenant, chunks = sequence.group.request.tenant, sequence.chunks
         assert chunks is not None
-        self._slots[tenant] += 1
+        slots = _num_slots(sequence.group)
+        self._slots[tenant] += slots
+        self._promised_slots += slots - 1
         self._chunks[tenant] += len(chunks.ids) - chunks.num_shared
 
-    def remains(self, sequence: Sequence, match: Match, promised: int) -> bool:
-        """Whether enough is left to other tenants if the sequence starts.
-
-        Args:
-            match: what it would share.
-            promised: chunks that running sequences will still ask for.
-        """
+    def remains(self, sequence: Sequence, match: Match) -> bool:
+        """Whether enough is left to other tenants if the sequence starts; it shares ``match``."""
         tenant, group = sequence.group.request.tenant, sequence.group
-        if not self._is_active or not tenant or not self._slots[tenant] or group.is_running:
+        if not self._is_active or not tenant or not self._slots[tenant]:
             return True
+        if group.beam is not None and group.is_running:
+            return True
+        slots = _num_slots(group)
+        free_slots = self._lifecycle.running.num_free_slots - self._promised_slots - slots
+        runs_alone = self._slots[tenant] == self._slots.total()
+        if free_slots < runs_alone or self._slots[tenant] + slots > HEADROOM * (free_slots + 1):
+            return False
         more = self._lifecycle.admission.num_needed(sequence, match)
-        free_slots = self._lifecycle.running.num_free_slots - 1
-        free_chunks = self._cache.num_available - promised - more
-        return self._slots[tenant] + 1 <= HEADROOM * (free_slots + 1) and self._chunks[
-            tenant
-        ] + more <= HEADROOM * (free_chunks + 1)
+        free_chunks = self._cache.num_available - self.promised - more
+        return self._chunks[tenant] + more <= HEADROOM * (free_chunks + 1)
+
+
+def _num_slots(group: SequenceGroup) -> int:
+    """Slots that a sequence of the group takes, with those of the beams that follow it."""
+    beam = group.beam
+    if beam is None or (beam.is_expanded and group.is_running):
+        return 1
+    return len(group.sequences) if beam.is_expanded else beam.width

@@ -197,10 +197,6 @@ class WaitingQueue:
         queue.clock += cost / weight
         self._open.setdefault(tenant)
 
-    def tenants(self) -> list[str]:
-        """Tenants with waiting sequences; [""] where the policy knows none."""
-        return [tenant for tenant, queue in self._tenants.items() if queue.by_age]
-
     def may_overtake(self, sequence: Sequence) -> bool:
         """Whether the sequence may start before its tenant's oldest one."""
         queue = self._tenants[self._tenant(sequence)]

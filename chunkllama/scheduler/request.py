@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkllama.cache.manager import Match, SequenceChunks
+from chunkllama.cache.manager import SequenceChunks
 from chunkllama.messages import CacheExplanation, EngineRequest, FinishReason, TokenLogprob
 from chunkllama.scheduler.beam import BeamSearch
 
@@ -27,7 +27,6 @@ class Sequence:
         chunks: its chunks while it runs, else None.
         num_scheduled: tokens of it in the step being put together or in flight.
         num_admitted: tokens known when it was admitted; computing those is prefill.
-        match: while it waits for a leader, what it waits for.
         awaits_sample: its last token is computed and the executor has deferred the next one.
     """
 
@@ -37,7 +36,6 @@ class Sequence:
         "chunks",
         "group",
         "index",
-        "match",
         "num_admitted",
         "num_computed_tokens",
         "num_prompt_tokens",
@@ -57,7 +55,6 @@ class Sequence:
         self.num_scheduled = 0
         self.slot = -1
         self.chunks: SequenceChunks | None = None
-        self.match: Match | None = None
         self.awaits_sample = False
 
     @property

@@ -40,7 +40,6 @@ class RunningSequences:
         sequence.slot = heapq.heappop(self._free_slots)
         sequence.chunks = chunks
         sequence.num_computed_tokens = num_computed
-        sequence.match = None
         self._new.append(sequence)
         insort(self.by_age, sequence, key=_age)
         self.order.insert(sequence)

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Final
 
 from chunkllama.cache.admin import run_command
-from chunkllama.cache.manager import CacheManager, Match
+from chunkllama.cache.manager import CacheManager
+from chunkllama.cache_messages import CacheCommand, CacheEvent
 from chunkllama.errors import InvalidRequestError
 from chunkllama.messages import (
-    CacheCommand,
     CacheExplanation,
     CommandReply,
     EngineRequest,
@@ -24,9 +24,8 @@ from chunkllama.messages import (
     TokenDelta,
     TreeNodeInfo,
 )
-from chunkllama.scheduler.cache_lookup import explain_prompt, match_limit, record_prompt
+from chunkllama.scheduler.cache_lookup import explain_prompt
 from chunkllama.scheduler.failures import drop_failed
-from chunkllama.scheduler.headroom import Headroom
 from chunkllama.scheduler.intake import check_places, make_group
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.memory_pressure import grow_tails, preemption_victim
@@ -34,6 +33,7 @@ from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.samples import use_sample
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
+from chunkllama.scheduler.starts import Starts
 from chunkllama.scheduler.stats import read_stats
 from chunkllama.scheduler.step_deltas import StepDeltas
 from chunkllama.tenant_limits import TenantTable
@@ -41,7 +41,6 @@ from chunkllama.tenant_limits import TenantTable
 __all__ = ["Scheduler", "SchedulerLimits"]
 
 SHORT_SHARE: Final = 4  # a step reserves 1 / SHORT_SHARE of its tokens for short and new prompts
-MAX_LONG_LOOKED_AT: Final = 16  # long waiting prompts that are matched to find a short remainder
 
 
 class Scheduler:
@@ -64,6 +63,7 @@ class Scheduler:
         self._waiting = self._lifecycle.waiting
         self._running = self._lifecycle.running
         self._admission = self._lifecycle.admission
+        self._starts = Starts(self._lifecycle, cache, limits, self._take_slice)
         self._arrivals = 0
         self._step = 0
         self._in_flight: SchedulerOutput | None = None
@@ -78,7 +78,8 @@ class Scheduler:
     def add(self, request: EngineRequest) -> None:
         """Queue a request.
 
-        A choice that its ``delivered`` tokens end is not run again and yields nothing.
+        A choice that its ``delivered`` tokens end is not run again and yields nothing. A replay
+        has a place already: limits may have become lower since it was accepted.
 
         Raises:
             InvalidRequestError: it could never run, or its id is in use.
@@ -87,7 +88,8 @@ class Scheduler:
         if request.request_id in self._groups:
             raise InvalidRequestError(f"request_id {request.request_id!r} is in use", "request_id")
         group = make_group(request, self._limits, self._admission, self._arrivals, self._clock())
-        check_places(request.tenant, self._limits, self._lifecycle)
+        if not request.is_replay:
+            check_places(request.tenant, self._limits, self._lifecycle)
         self._arrivals += 1
         self._lifecycle.add(group)
 
@@ -128,10 +130,12 @@ class Scheduler:
         assert self._in_flight is None, "the last step has not been committed"
         self._cache.expire_pins()
         grow_tails(self._lifecycle, self._cache)
+        self._starts.begin_step()
         budget = self._take_decodes(self._limits.max_num_batched_tokens)
-        self._admit(self._schedule_prefills(budget))
+        self._starts.admit(self._schedule_prefills(budget))
         while not (self._scheduled or self._find_awaiting()) and self._break_deadlock():
-            self._admit(self._limits.max_num_batched_tokens)
+            self._starts.begin_step()
+            self._starts.admit(self._limits.max_num_batched_tokens)
         self._awaiting = self._find_awaiting()
         if not self._scheduled and not self._awaiting:
             return None
@@ -172,12 +176,12 @@ class Scheduler:
         """
         prefills = [s for s in self._running.by_age if s.num_tokens - s.num_computed_tokens > 1]
         if len(prefills) > 1 and self._limits.policy == "fair":
-            clocks = self._clocks()
+            clocks = self._starts.clocks()
             prefills.sort(key=lambda s: (clocks[s.group.request.tenant], s.age))
         reserve = min(budget, max(self._limits.max_num_batched_tokens // SHORT_SHARE, 1))
         short = [s for s in prefills if s.num_tokens - s.num_computed_tokens <= reserve]
         if len(short) < len(prefills):
-            rest = self._admit(self._take_slices(short, reserve), only_short=True)
+            rest = self._starts.admit(self._take_slices(short, reserve), only_short=True)
             budget -= reserve - rest
             prefills = [s for s in prefills if not s.num_scheduled]
         return self._take_slices(prefills, budget)
@@ -186,21 +190,16 @@ class Scheduler:
         for sequence in prefills:
             if budget == 0:
                 break
-            count = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
-            if sequence.wants_prompt_logits:
-                count = min(count, self._limits.scored_tokens_per_step)
-            self._take(sequence, count)
-            budget -= count
+            budget = self._take_slice(sequence, budget)
         return budget
 
-    def _clocks(self) -> dict[str, float]:
-        """Clock of every tenant with requests, with the prompt tokens that it still has running."""
-        accounts = self._lifecycle.accounts
-        clocks = accounts.clocks()
-        for s in self._running.by_age:
-            tenant = s.group.request.tenant
-            clocks[tenant] += (s.num_tokens - s.num_computed_tokens) / accounts[tenant].weight
-        return clocks
+    def _take_slice(self, sequence: Sequence, budget: int) -> int:
+        """Take what is left of a prompt, as far as the budget reaches; returns its rest."""
+        count = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+        if sequence.wants_prompt_logits:
+            count = min(count, self._limits.scored_tokens_per_step)
+        self._take(sequence, count)
+        return budget - count
 
     def _take(self, sequence: Sequence, count: int) -> None:
         """Put ``count`` tokens of the sequence into this step."""
@@ -210,80 +209,6 @@ class Scheduler:
         if start < sequence.num_admitted:
             assert sequence.chunks is not None
             self._cache.will_compute(sequence.chunks, start, start + count)
-
-    def _admit(self, budget: int, *, only_short: bool = False) -> int:
-        """Start waiting sequences while tokens, slots and chunks last; returns the tokens left.
-
-        A follower of a running leader is parked while waiting saves it enough; it holds nothing
-        meanwhile. One that does not fit stops the queue, which prevents starvation.
-
-        Args:
-            only_short: start only prompts that the budget computes whole, and the first prompt of
-                a tenant that has none in progress.
-        """
-        if not budget or not len(self._waiting) or not self._running.num_free_slots:
-            return budget
-        self._unpark_followers()
-        long_looked_at = 0
-        promised = self._admission.reserved(self._running.by_age)
-        headroom = Headroom(self._lifecycle, self._cache, self._limits)
-        for sequence in self._waiting.candidates(self._clocks()):
-            if budget == 0 or not self._running.num_free_slots:
-                break
-            if only_short and not self._waiting.may_overtake(sequence):
-                continue
-            if not self._lifecycle.may_run(sequence):
-                self._waiting.block(sequence)
-                continue
-            limit = match_limit(sequence, self._limits)
-            namespace = sequence.group.request.namespace
-            match = self._cache.match(sequence.token_ids, limit, namespace)
-            saved = match.num_later_tokens - match.num_tokens
-            if saved > 0 and saved >= self._limits.min_wait_tokens:
-                self._wait_for_leader(sequence, match)
-                continue
-            sequence.match = None
-            if only_short and not self._may_start_early(sequence, match, budget):
-                long_looked_at += 1
-                if long_looked_at == MAX_LONG_LOOKED_AT:
-                    break
-                continue
-            if not headroom.remains(sequence, match, promised):
-                self._waiting.block(sequence)
-                continue
-            admitted = self._admission.admit(sequence, match, promised)
-            while admitted is None and not len(self._running) and self._cache.pins.break_one():
-                admitted = self._admission.admit(sequence, match, promised)
-            if admitted is None:
-                break
-            record_prompt(sequence, match, admitted[1], self._cache, self._limits)
-            self._lifecycle.start(sequence, *admitted)
-            headroom.add(sequence)
-            promised += self._admission.reserved([sequence])
-            budget = self._take_slices([sequence], budget)
-        return budget
-
-    def _wait_for_leader(self, sequence: Sequence, match: Match) -> None:
-        """Park a follower until the node it waits for is computed or abandoned."""
-        sequence.match = match
-        if self._cache.is_pending(match):
-            self._waiting.park(sequence, match.pending)
-
-    def _unpark_followers(self) -> None:
-        """Return the followers whose wait is over to the order."""
-        for reason in self._waiting.reasons():
-            if isinstance(reason, tuple) and not self._cache.is_pending_node(*reason):
-                self._waiting.unpark(reason)
-
-    def _may_start_early(self, sequence: Sequence, match: Match, budget: int) -> bool:
-        """Whether a waiting prompt may use tokens reserved for short and new ones."""
-        if sequence.num_tokens - match.num_tokens <= budget:
-            return True
-        tenant = sequence.group.request.tenant
-        return self._limits.policy == "fair" and not any(
-            s.group.request.tenant == tenant and s.num_computed_tokens < s.num_admitted
-            for s in self._running.by_age
-        )
 
     def _break_deadlock(self) -> bool:
         """Preempt the newest sequence when beams of several requests wait for one another."""
@@ -377,6 +302,16 @@ class Scheduler:
     def cache_command(self, command: CacheCommand) -> CommandReply:
         """Run an operator's command on the cache; not while a step is in flight."""
         return run_command(command, self._cache, self._clock())
+
+    def watch_cache(self, *, is_watched: bool) -> list[CacheEvent]:
+        """Record changes of the cache from now on, or no longer; returns what is stored now."""
+        self._cache.tree.events.is_on = is_watched
+        nodes = self._cache.tree.nodes() if is_watched else ()
+        return self._cache.tree.events.snapshot(nodes)
+
+    def take_cache_events(self) -> list[CacheEvent]:
+        """Return the changes of the cache since the last call; [] while it is not watched."""
+        return self._cache.tree.events.take()
 
     def tree(self) -> list[TreeNodeInfo]:
         """Every node of the prefix tree, for a dashboard."""

@@ -60,6 +60,15 @@ class SequenceLifecycle:
         self.accounts.set_limits(limits)
         self._cache.set_tenants(limits)
 
+    def clocks(self) -> dict[str, float]:
+        """Clock of every tenant with requests, with the prompt tokens that it still has running."""
+        clocks = self.accounts.clocks()
+        for sequence in self.running.by_age:
+            tenant = sequence.group.request.tenant
+            left = sequence.num_tokens - sequence.num_computed_tokens
+            clocks[tenant] += left / self.accounts[tenant].weight
+        return clocks
+
     def may_run(self, sequence: Sequence) -> bool:
         """Whether the sequence may start beside the running requests of its tenant."""
         group = sequence.group

@@ -75,6 +75,7 @@ class TenantAccounts:
         self._limits = TenantTable()
         self._accounts: dict[str, Account] = {}
         self._floor = 0.0
+        self._busy: dict[str, Account] = {}  # tenants with unfinished requests
         self.total_charged = 0
 
     def __getitem__(self, tenant: str) -> Account:
@@ -101,7 +102,7 @@ class TenantAccounts:
 
     def clocks(self) -> dict[str, float]:
         """Clock of every tenant with unfinished requests."""
-        return {name: a.clock for name, a in self._accounts.items() if a.num_requests}
+        return {name: account.clock for name, account in self._busy.items()}
 
     def get(self, tenant: str) -> Account:
         """Return a tenant's account; one without requests if it has none."""
@@ -118,8 +119,9 @@ class TenantAccounts:
         if account is None:
             account = self._accounts[tenant] = self.get(tenant)
         if account.num_requests == 0:
-            busy = [a.clock for a in self._accounts.values() if a.num_requests]
+            busy = [other.clock for other in self._busy.values()]
             account.clock = max(account.clock, min(busy, default=self._floor))
+            self._busy[tenant] = account
         account.num_requests += 1
 
     def leave(self, tenant: str) -> None:
@@ -128,6 +130,7 @@ class TenantAccounts:
         account.num_requests -= 1
         if account.num_requests == 0:
             self._floor = max(self._floor, account.clock)
+            del self._busy[tenant]
 
     def charge_computed(self, tenant: str, tokens: int) -> None:
         """Charge prompt tokens that were computed."""

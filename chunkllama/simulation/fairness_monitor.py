@@ -41,7 +41,7 @@ class FairnessMonitor:
 
     def _check_tenants(self, sequence: Sequence) -> None:
         """No tenant that could start a sequence is more than a quantum behind the one served."""
-        clocks = self._scheduler._clocks()
+        clocks = self._scheduler._lifecycle.clocks()
         served = sequence.group.request.tenant
         in_progress = {
             s.group.request.tenant
@@ -73,7 +73,8 @@ class FairnessMonitor:
     def _is_blocked(self, waiting: Sequence) -> bool:
         """It waits for a leader, is held, or its tenant has running what it may: others may start
         before it without limit."""
-        if waiting.match is not None and self._scheduler._cache.is_pending(waiting.match):
+        reason = self._scheduler._waiting._parked.get(waiting)
+        if isinstance(reason, tuple) and self._scheduler._cache.is_pending_node(*reason):
             return True
         tenant = waiting.group.request.tenant
         may_run = self._scheduler._lifecycle.may_run(waiting)

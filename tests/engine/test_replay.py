@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from chunkllama.cache_messages import EndedPin
 from chunkllama.engine.journal import StepJournal
 from chunkllama.engine.replay import PinRecords, ReplayState
 from chunkllama.messages import (
@@ -120,6 +123,46 @@ def test_pins_of_ended_requests_are_kept_for_their_time() -> None:
     assert restored.pin_seconds == 40.0
     clock.now += 41
     assert pins.requests() == []
+
+
+def ended(*token_ids: int, **fields: object) -> EndedPin:
+    """A pin of tenant ""; the prompt's own length unless ``lengths`` is given."""
+    values = {"namespace": "tenant", "tenant": "", "lengths": [len(token_ids)], **fields}
+    return EndedPin(token_ids=list(token_ids), **values)
+
+
+@pytest.mark.parametrize(
+    ("pin", "is_ended"),
+    [
+        (ended(1, 2, 3, 4), True),
+        (ended(1, 2, 3, 4, namespace=""), True),  # a public chunk has the same tokens
+        (ended(1, 2, 3, 4, 5, 6, lengths=[2, 4]), True),  # in a longer chunk
+        (ended(1, 2, 3, lengths=[4]), True),  # its last token has no chunk of its own
+        (ended(1, 2, 3), False),  # a shorter prompt's
+        (ended(1, 2, 3, 4, 5), False),  # a longer prompt's
+        (ended(1, 2, 3, 5), False),
+        (ended(1, 2, 3, 4, tenant="other"), False),
+        (ended(1, 2, 3, 4, namespace="another"), False),
+    ],
+)
+def test_a_pin_that_an_operator_has_ended_is_not_restored(pin: EndedPin, is_ended: bool) -> None:
+    """Neither that of a request that has ended nor that of one which still runs."""
+    clock = Clock()
+    pins, running = PinRecords(clock), state_of(clock, pin_seconds=50.0)
+    waiting = state_of(clock, pin_seconds=50.0)
+    running.record(delta(choice(0, [7])))
+    pins.add(running)
+    pins.remove(pin)
+    running.end_pin(pin)
+    waiting.end_pin(pin)  # it has no pin yet
+    assert len(pins.requests()) == (not is_ended)
+    (again,) = running.submission()
+    assert again.is_replay and again.pin_seconds == (0.0 if is_ended else 50.0)
+    (again,) = waiting.submission()
+    assert again.pin_seconds == 50.0
+    pins.add(running)
+    assert len(pins.requests()) == (not is_ended)
+    assert all(request.is_replay for request in pins.requests())
 
 
 def test_the_journal_tells_its_reader_what_ran() -> None:

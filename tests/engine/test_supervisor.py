@@ -280,6 +280,37 @@ def test_pins_are_restored(open_client) -> None:
     asyncio.run(scenario())
 
 
+def test_a_dropped_pin_stays_dropped_and_readers_of_the_cache_start_again(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client() as client:
+            kept, dropped = PROMPT, [11, 12, 13] * 40
+            for name, prompt in (("kept", kept), ("dropped", dropped)):
+                wanted = request(name, prompt, pin_seconds=3600.0, max_tokens=2)
+                await collect(client, wanted)
+            pins = sorted((await client.cache_command("pins")).pins, key=lambda pin: pin.num_tokens)
+            assert len(kept) < pins[0].num_tokens < len(dropped) < pins[1].num_tokens
+            pin = pins[1]  # its last chunk has some output, too
+            assert (await client.cache_command("drop_pin", chunk_id=pin.chunk_id)).found
+            stream = client.watch_cache(100)
+            before = await anext(stream)
+            assert len(before.events) == len(kept) // 64 + len(dropped) // 64
+            os.kill(client.pid, signal.SIGKILL)
+            assert (await anext(stream)).events == []
+            snapshot = await anext(stream)
+            assert snapshot.watch_id == before.watch_id
+            assert client._restores_pins is not None
+            await client._restores_pins
+            restored = (await client.cache_command("pins")).pins
+            assert [pin.num_tokens for pin in restored] == [len(kept)]
+            hashes = [event.hash for event in snapshot.events]
+            while len(hashes) < len(kept) // 64:
+                hashes += [event.hash for event in (await anext(stream)).events]
+            assert set(hashes) <= {event.hash for event in before.events}
+            await stream.aclose()
+
+    asyncio.run(scenario())
+
+
 def engines() -> list[psutil.Process]:
     """Engine processes that this process has started and that have not ended."""
     found = []

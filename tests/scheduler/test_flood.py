@@ -82,6 +82,37 @@ def test_a_new_tenant_finds_a_slot_and_chunks_beside_several_others() -> None:
     assert steps_to_first_token(run, tokens(rng, 30))[0] == 1
 
 
+@pytest.mark.parametrize("max_num_seqs", [2, 3, 8, 9, 16, 64])
+@pytest.mark.parametrize(
+    "fields", [{"n": 64}, {"n": 1, "best_of": 20}, {"beam_width": 2}, {"beam_width": 1}]
+)
+def test_choices_and_beams_leave_a_slot(max_num_seqs: int, fields: dict[str, int]) -> None:
+    """Further choices of a running request, and beams that are not forked yet, count too."""
+    if fields.get("beam_width", 1) >= max_num_seqs:
+        pytest.skip("one search needs every slot")
+    rng = random.Random(6)
+    run = engine(2000, max_num_seqs=max_num_seqs)
+    for _ in range(12 if "n" in fields else max_num_seqs + 4):
+        run.add(tokens(rng, 20), 200, tenant="a", namespace="a", **fields)
+    for _ in range(6):
+        run.step()
+    for _ in range(4):
+        assert steps_to_first_token(run, tokens(rng, 30))[0] == 1
+        for _ in range(9):
+            run.step()
+    assert run.scheduler.stats(include_tenants=True).tenants["a"].requests_waiting > 0
+
+
+def test_beams_of_a_search_run_together_beside_other_requests_of_the_tenant() -> None:
+    """A search with a beam for every slot begins when nothing else of its tenant runs."""
+    rng = random.Random(7)
+    run = engine(2000, max_num_seqs=4)
+    for fields in ({}, {"beam_width": 4}, {"n": 3}, {"beam_width": 3}):
+        run.add(tokens(rng, 20), 8, tenant="a", namespace="a", **fields)
+    run.run()
+    run.check_outputs()
+
+
 def test_the_headroom_costs_a_flooding_tenant_little() -> None:
     """Short requests run in 57 slots instead of 64; long ones are limited by prefill anyway."""
 

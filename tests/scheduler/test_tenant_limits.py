@@ -94,6 +94,18 @@ def test_queued_requests(limits: TenantLimits, accepted: int, started: bool) -> 
         run.add(prompt(rng), 1, tenant="b", namespace="b")
 
 
+def test_a_replay_keeps_its_place_when_limits_have_become_lower() -> None:
+    """Its request was accepted by an engine process that has ended."""
+    rng = random.Random(8)
+    run = engine({"a": TenantLimits(max_queued_requests=0)}, max_waiting=4)
+    for _ in range(30):
+        run.add(prompt(rng), 5, tenant="a", namespace="a", is_replay=True)
+    with pytest.raises(OverloadedError):
+        run.add(prompt(rng), 5, tenant="a", namespace="a")
+    run.run()
+    run.check_outputs()
+
+
 def test_weights_of_the_limits_divide_the_service_and_may_change() -> None:
     rng = random.Random(3)
     run = engine(

@@ -25,7 +25,7 @@ request_accepted request_finished rejected time_to_first_token_seconds inter_tok
 e2e_request_latency_seconds queue_time_seconds prefill_time_seconds decode_time_seconds
 prompt_tokens generation_tokens preemptions engine_restarts step_seconds batch_size step_tokens
 inference_time_seconds request_prompt_tokens request_generation_tokens
-engine_stats_age_seconds watchdog_kills replayed_requests
+engine_stats_age_seconds watchdog_kills replayed_requests slow_cache_readers
 """
 VLLM = """
 num_requests_running num_requests_waiting kv_cache_usage_perc prefix_cache_queries

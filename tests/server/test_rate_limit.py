@@ -10,7 +10,7 @@ import openai
 import pytest
 from fake_engine import MODEL
 
-from chunkllama.errors import OverloadedError
+from chunkllama.errors import EngineDeadError, OverloadedError, RequestFailedError
 from chunkllama_server.config.tenants import TenantQuotas
 from chunkllama_server.transport.errors import ApiError
 from chunkllama_server.transport.rate_limit import RateLimiter, TokenBucket, TokenCharge, duration
@@ -152,6 +152,59 @@ def test_headers_of_a_response(fresh) -> None:
     assert set(rate_headers(complete(fresh, "kt"))) == {
         "limit-tokens", "remaining-tokens", "reset-tokens",
     }  # fmt: skip
+
+
+def test_every_response_has_the_headers(fresh) -> None:
+    """Also refusals of each kind, streams, and failures of the engine."""
+    fresh.quotas["slow"] = TenantQuotas(requests_per_minute=1000, tokens_per_minute=100_000)
+    fresh.app.state.context.tenants.set_quotas(fresh.quotas)
+    path, body = "/v1/completions", {"model": MODEL, "prompt": PROMPT, "max_tokens": 5}
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "a"}]}
+    key = {"x-api-key": "ks"}
+    answers: list[tuple[int, object]] = []
+    with fresh.http(headers=key) as http:
+
+        def send(status: int, method: str, path: str, **content: object) -> None:
+            answers.append((status, http.request(method, path, **content)))
+
+        send(200, "POST", path, json=body)
+        send(200, "POST", path, json={**body, "stream": True})
+        send(200, "POST", "/v1/chat/completions", json={**chat, "stream": True})
+        send(200, "POST", "/v1/responses", json={"model": MODEL, "input": "a"})
+        send(200, "POST", "/v1/embeddings", json={"model": MODEL, "input": "a"})
+        send(200, "POST", "/tokenize", json={"model": MODEL, "prompt": "a"})
+        send(200, "POST", "/v1/cache/explain", json={"model": MODEL, "prompt": "a b"})
+        for readable in ("/v1/models", "/v1/usage", "/metrics", "/openapi.json"):
+            send(200, "GET", readable)
+        send(400, "POST", path, json=[])
+        send(400, "POST", path, content=b"{", headers={"content-type": "application/json"})
+        send(400, "POST", path, json={**body, "temperature": 99})
+        send(404, "POST", path, json={**body, "model": "none"})
+        send(404, "GET", "/v1/responses/resp_none")
+        send(404, "POST", "/v1/none", json={})
+        send(405, "GET", path)
+        send(405, "DELETE", "/v1/models")
+        send(413, "POST", path, content=b"x" * (3 << 20))
+        send(415, "POST", path, content=b"x", headers={"content-encoding": "gzip"})
+        fresh.engine.fail_with = OverloadedError("full", 1)
+        send(429, "POST", path, json=body)
+        fresh.engine.fail_with = RequestFailedError("broken", "engine_error")
+        send(500, "POST", path, json=body)
+        fresh.engine.fail_with = EngineDeadError("gone")
+        send(503, "POST", path, json=body)
+        fresh.engine.fail_with = ZeroDivisionError()
+        send(500, "POST", path, json=body)
+        fresh.engine.reset()
+        fresh.quotas["slow"] = TenantQuotas(requests_per_minute=3, tokens_per_minute=100)
+        fresh.app.state.context.tenants.set_quotas(fresh.quotas)
+        send(429, "POST", path, json={**body, "max_tokens": 90})
+        for _ in range(2):
+            http.post(path, json=[])
+        send(429, "POST", path, json=body)
+    assert [status for status, _ in answers] == [answer.status_code for _, answer in answers]
+    kinds = ("requests", "tokens")
+    expected = {f"{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in kinds}
+    assert all(set(rate_headers(answer)) == expected for _, answer in answers)
 
 
 def complete_error(server):

@@ -16,7 +16,7 @@ from chunkllama.cache.manager import CacheManager
 from chunkllama.cache.node import Node
 from chunkllama.cache.prefix_tree import PrefixTree
 from chunkllama.cache.sequence_chunks import SequenceChunks
-from chunkllama.scheduler import scheduler
+from chunkllama.scheduler import starts
 from chunkllama.scheduler.admission import AdmissionControl
 from chunkllama.scheduler.queue import WaitingQueue
 from chunkllama.scheduler.request import Sequence
@@ -131,7 +131,7 @@ def publish_one_token_early(patch: Patch) -> None:
 
 
 def whole_prompt_matched(patch: Patch) -> None:
-    patch.setattr(scheduler, "match_limit", lambda sequence, limits: sequence.num_tokens)
+    patch.setattr(starts, "match_limit", lambda sequence, limits: sequence.num_tokens)
 
 
 def double_free(patch: Patch) -> None:

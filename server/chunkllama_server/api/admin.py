@@ -1,17 +1,20 @@
-"""Serve /admin/cache on the admin port: pins, chunks by tenant, and dropping either."""
+"""Serve /admin/cache on the admin port: pins, chunks by tenant, dropping either, and events."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections import defaultdict
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from chunkllama.messages import CommandReply, EngineRequest, OwnedNode
+from chunkllama.cache_messages import CacheEvent, CacheEvents, ChunkStored, OwnedNode
+from chunkllama.messages import CommandReply, EngineRequest
 from chunkllama.sampling_params import SamplingParams
 from chunkllama_server.api.chat.prompt_body import body_token_ids
 from chunkllama_server.api.common.context import Context, ServerContext
@@ -21,10 +24,12 @@ from chunkllama_server.api.schema.cache import Dropped, PinAnswer, PinRequest, T
 from chunkllama_server.transport.body import JsonRoute
 from chunkllama_server.transport.errors import ApiError
 from chunkllama_server.transport.request_context import RequestInfo
+from chunkllama_server.transport.sse import sse
 
 router = APIRouter(prefix="/admin/cache", route_class=JsonRoute)
 
 MAX_NODES = 10_000  # of one answer
+EVENTS_PER_WRITE = 256
 
 
 @router.get("/pins")
@@ -94,6 +99,37 @@ async def tree(context: Context, tenant: str | None = None) -> Response:
         own = sorted(by_tenant[tenant], key=lambda node: node.depth)
         body |= {"nodes": own[:MAX_NODES], "hidden_nodes": max(len(own) - MAX_NODES, 0)}
     return _json(body)
+
+
+@router.get("/events")
+async def events(context: Context) -> Response:
+    """Stream an event for each whole chunk that is stored now, then for each change.
+
+    Raises:
+        ApiError: 503 when the engine has ended for good.
+    """
+    batches = context.engine.watch_cache(context.settings.max_cache_events)
+    info = RequestInfo(request_id=f"admin-{uuid.uuid4().hex}", started=time.monotonic())
+    return context.stream(_event_stream(batches, context.engine.info.chunk_size), info)
+
+
+async def _event_stream(
+    batches: AsyncGenerator[CacheEvents, None], chunk_size: int
+) -> AsyncGenerator[bytes, None]:
+    async with contextlib.aclosing(batches):
+        async for batch in batches:
+            if batch.watch_id:
+                chunks = len(batch.events)
+                cleared = {"type": "cleared", "chunk_size": chunk_size, "chunks": chunks}
+                yield sse(cleared, "cleared")
+            for start in range(0, len(batch.events), EVENTS_PER_WRITE):
+                part = batch.events[start : start + EVENTS_PER_WRITE]
+                yield b"".join(map(_event, part))
+
+
+def _event(event: CacheEvent) -> bytes:
+    name = b"stored" if isinstance(event, ChunkStored) else b"removed"
+    return b"event: " + name + b"\ndata: " + msgspec.json.encode(event) + b"\n\n"
 
 
 def _count(tenant: str, nodes: list[OwnedNode]) -> TenantTree:

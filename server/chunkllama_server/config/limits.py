@@ -89,6 +89,12 @@ class LimitsConfig(ConfigGroup):
         1 << 16, "tokens", "tenant", "closed",
         "Tokens and log-probability entries that may wait for a client which reads slowly.", gt=0,
     )  # fmt: skip
+    max_cache_events: int = limit(
+        1 << 16, "events", "operator", "closed",
+        "Changes of the cache that may wait for a reader of /admin/cache/events; beyond, it is "
+        "disconnected.",
+        gt=0,
+    )  # fmt: skip
     max_waiting_tokens: int = limit(
         4 << 20, "tokens", "tenant", "429 engine_overloaded",
         "Prompt tokens, once per choice, of requests without a token yet.", gt=0,

@@ -77,6 +77,7 @@ SUPERVISOR_COUNTERS = {
     "engine_restarts": ("restarts", "Restarts of the engine process."),
     "watchdog_kills": ("hangs", "Engine processes killed because they made no progress."),
     "replayed_requests": ("replays", "Requests continued in another engine process."),
+    "slow_cache_readers": ("slow_readers", "Dropped readers of /admin/cache/events."),
 }
 ENGINE_GAUGES = {
     "requests_running": ("requests_running", "Requests in the running batch."),
@@ -84,10 +85,7 @@ ENGINE_GAUGES = {
     "chunks_peak": ("kv_chunks_peak", "Highest number of chunks in use at once."),
     "chunks_total": ("kv_chunks_capacity", "Chunks of the pool."),
     "pinned_chunks": ("kv_chunks_pinned", "Chunks pinned by prompt_cache_options."),
-    "invariant_violations": (
-        "invariant_violations",
-        "Violated cache invariants; non-zero indicates a bug.",
-    ),
+    "invariant_violations": ("invariant_violations", "Violations; non-zero indicates a bug."),
 }
 
 
@@ -97,6 +95,7 @@ class Supervisor(Protocol):
     restarts: int
     hangs: int
     replays: int
+    slow_readers: int
 
 
 @dataclass(slots=True)
@@ -106,6 +105,7 @@ class NoSupervisor:
     restarts: int = 0
     hangs: int = 0
     replays: int = 0
+    slow_readers: int = 0
 
 
 class EngineStatsCollector:

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from chunkllama.engine.grammar import GrammarCompiler
 from chunkllama.engine.supervisor import SupervisedEngineClient
-from chunkllama.errors import ConfigError
+from chunkllama.errors import ConfigError, EngineDeadError
 from chunkllama.logger import init_logger
 from chunkllama.model_spec import ModelSpec
 from chunkllama.sampling_params import GrammarSpec
@@ -177,6 +177,7 @@ class Application:
         notify_supervisor("READY=1")
         async with _admin_server(settings, app, admin, limits):
             await server.serve(sockets=[main])
+            engine.cache_watchers.close(EngineDeadError("the server is stopping"))
         reloading.cancel()
         notify_supervisor("STOPPING=1")
         logger.info("stopped")

@@ -192,7 +192,9 @@ class JsonRoute(APIRoute):
 
 
 class BodyLimitMiddleware:
-    """Refuses bodies over ``max_body_bytes`` with 413, by Content-Length or as they arrive."""
+    """Refuses bodies over ``max_body_bytes`` with 413, by Content-Length or as they arrive, and
+    compressed ones with 415.
+    """
 
     def __init__(self, app: ASGIApp, limits: LimitsConfig) -> None:
         self._app = app
@@ -203,8 +205,12 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if int(announced) > self._max_bytes:
+        headers = dict(scope["headers"])
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            error = ApiError(415, "Compressed request bodies are not accepted")
+            await error.response(scope)(scope, receive, send)
+            return
+        if int(headers.get(b"content-length", b"0")) > self._max_bytes:
             await self._too_large().response(scope)(scope, receive, send)
             return
         num_bytes = 0

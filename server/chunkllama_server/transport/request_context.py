@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from chunkllama.logger import request_id_context
 from chunkllama.messages import CacheExplanation
 from chunkllama_server.transport.error_shapes import error_shape
-from chunkllama_server.transport.errors import SHAPED, ApiError, as_api_error
+from chunkllama_server.transport.errors import SHAPED, as_api_error
 from chunkllama_server.transport.paths import canonical_path
 from chunkllama_server.transport.rate_limit import RateLimiter, TokenCharge
 
@@ -97,8 +97,8 @@ def has_request_info(scope: Scope) -> bool:
 class RequestInfoMiddleware:
     """Gives each request an id and each response ``x-request-id`` and ``openai-processing-ms``.
 
-    A client's own x-request-id is echoed if it is clean, else replaced. Compressed bodies
-    are refused here, and what no handler foresaw is answered here, so that it has an id too.
+    A client's own x-request-id is echoed if it is clean, else replaced. What no handler foresaw is
+    answered here, so that it has an id too.
     A path may begin with the ``root_path`` that a proxy has not stripped.
     """
 
@@ -150,10 +150,6 @@ class RequestInfoMiddleware:
                 ]
             await send(message)
 
-        if headers.get(b"content-encoding", b"identity") != b"identity":
-            error = ApiError(415, "Compressed request bodies are not accepted")
-            await error.response(scope)(scope, receive, send_with_headers)
-            return
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception as error:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import socket
 
 import httpx
 import pytest
 
 from chunkllama.cache.admin import run_command
-from chunkllama.messages import CacheCommand
+from chunkllama.cache_messages import CacheCommand
 from chunkllama.simulation.engine import SimulatedEngine
 
 TEXT = "you are a helpful assistant of the company and answer each question briefly " * 3
@@ -66,6 +68,51 @@ def test_an_operator_works_on_the_cache(server) -> None:
     assert "blue" not in counts(client)
     assert complete(served, "blue", TEXT) == 0
     assert complete(served, "red", TEXT) == 128
+
+
+def test_events_follow_what_is_stored_and_dropped(server) -> None:
+    served, client = server
+    prompt = "events of the cache " * 10
+    with client.stream("GET", "/events") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = read_events(answer)
+        first = next(events)
+        assert first["type"] == "cleared" and first["chunk_size"] == 64
+        present = [next(events) for _ in range(first["chunks"])]
+        assert {event["type"] for event in present} <= {"stored"}
+        complete(served, "red", prompt)
+        stored = [next(events) for _ in range(len(prompt) // 64)]
+        ids = httpx.post(
+            f"{served.url}/tokenize",
+            json={"prompt": prompt, "add_special_tokens": False},
+            headers={"authorization": "Bearer key-red"},
+        ).json()["tokens"]
+        above, parent = b"", None
+        for depth, event in enumerate(stored):
+            part = ids[64 * depth : 64 * depth + 64]
+            above = hashlib.sha256(above + b"".join(i.to_bytes(4, "big") for i in part)).digest()
+            above = above[:16]
+            assert event == {
+                "type": "stored", "chunk_id": event["chunk_id"], "hash": above.hex(),
+                "parent_hash": parent, "depth": depth, "tenant": "red", "is_public": False,
+            }  # fmt: skip
+            parent = event["hash"]
+        client.delete(f"/branches/{stored[0]['chunk_id']}")
+        removed = [next(events) for _ in stored]
+        assert [event["type"] for event in removed] == ["removed"] * len(stored)
+        assert [event["hash"] for event in removed] == [e["hash"] for e in reversed(stored)]
+
+
+def read_events(answer):
+    """The data of each server-sent event, checked against its name."""
+    name = None
+    for line in answer.iter_lines():
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            data = json.loads(line.removeprefix("data: "))
+            assert data["type"] == name
+            yield data
 
 
 def test_pins_are_listed_added_and_dropped(server) -> None:

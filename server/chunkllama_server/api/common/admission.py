@@ -16,10 +16,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import NoReturn, cast
 
+from chunkllama.cache_messages import CacheAction, CacheEvents
 from chunkllama.engine.client import EngineClient
 from chunkllama.errors import DeadlineError, OverloadedError
 from chunkllama.messages import (
-    CacheAction,
     CacheExplanation,
     CommandReply,
     EngineReady,
@@ -261,6 +261,9 @@ class ChargedEngine:
         self, action: CacheAction, *, chunk_id: int = -1, tenant: str = ""
     ) -> CommandReply:
         return await self._engine.cache_command(action, chunk_id=chunk_id, tenant=tenant)
+
+    def watch_cache(self, max_waiting: int) -> AsyncGenerator[CacheEvents, None]:
+        return self._engine.watch_cache(max_waiting)
 
     async def close(self) -> None:
         await self._engine.close()

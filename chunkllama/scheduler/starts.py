@@ -1,0 +1,137 @@
+"""Starts waiting sequences in the order of the queue, while tokens, slots and chunks last.
+
+A follower of a running leader is parked while waiting saves it enough; it holds nothing meanwhile.
+One that does not fit stops the queue, which prevents starvation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from chunkllama.cache.manager import CacheManager, Match
+from chunkllama.scheduler.cache_lookup import match_limit, record_prompt
+from chunkllama.scheduler.headroom import Headroom
+from chunkllama.scheduler.limits import SchedulerLimits
+from chunkllama.scheduler.request import Sequence
+from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
+
+MAX_LONG_LOOKED_AT: Final = 16  # long waiting prompts that are matched to find a short remainder
+
+
+class Starts:
+    """Starts sequences of the queue, in one or several passes a step.
+
+    Args:
+        take: takes a slice of at most so many tokens of a sequence into the step; returns the
+            tokens that are left.
+    """
+
+    def __init__(
+        self,
+        lifecycle: SequenceLifecycle,
+        cache: CacheManager,
+        limits: SchedulerLimits,
+        take: Callable[[Sequence, int], int],
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._cache = cache
+        self._limits = limits
+        self._take = take
+        self._clocks: dict[str, float] | None = None
+        self._headroom: Headroom | None = None
+
+    def begin_step(self) -> None:
+        """Drop what held for the last step."""
+        self._clocks = self._headroom = None
+
+    def clocks(self) -> dict[str, float]:
+        """``SequenceLifecycle.clocks``, with the sequences that this step has started."""
+        if self._clocks is None:
+            self._clocks = self._lifecycle.clocks()
+        return self._clocks
+
+    def admit(self, budget: int, *, only_short: bool = False) -> int:
+        """Start waiting sequences; returns the tokens left.
+
+        Args:
+            only_short: start only prompts that the budget computes whole, and the first prompt of
+                a tenant that has none in progress.
+        """
+        lifecycle = self._lifecycle
+        waiting, running = lifecycle.waiting, lifecycle.running
+        if not budget or not len(waiting) or not running.num_free_slots:
+            return budget
+        self._unpark_followers()
+        long_looked_at = 0
+        for sequence in waiting.candidates(self.clocks()):
+            if budget == 0 or not running.num_free_slots:
+                break
+            if only_short and not waiting.may_overtake(sequence):
+                continue
+            if not lifecycle.may_run(sequence):
+                waiting.block(sequence)
+                continue
+            match = self._match(sequence)
+            if self._waits_for_leader(sequence, match):
+                continue
+            if only_short and not self._may_start_early(sequence, match, budget):
+                long_looked_at += 1
+                if long_looked_at == MAX_LONG_LOOKED_AT:
+                    break
+                continue
+            if self._headroom is None:
+                self._headroom = Headroom(lifecycle, self._cache, self._limits)
+            if not self._headroom.remains(sequence, match):
+                waiting.block(sequence)
+                continue
+            if not self._start(sequence, match, self._headroom):
+                break
+            budget = self._take(sequence, budget)
+        return budget
+
+    def _unpark_followers(self) -> None:
+        """Return the followers whose wait is over to the order; the step may compute the chunk."""
+        waiting = self._lifecycle.waiting
+        for reason in waiting.reasons():
+            if isinstance(reason, tuple) and not self._cache.is_pending_node(*reason):
+                waiting.unpark(reason)
+
+    def _waits_for_leader(self, sequence: Sequence, match: Match) -> bool:
+        """Whether waiting saves enough; parks it until the chunk is computed or abandoned."""
+        saved = match.num_later_tokens - match.num_tokens
+        if saved <= 0 or saved < self._limits.min_wait_tokens:
+            return False
+        if self._cache.is_pending(match):
+            self._lifecycle.waiting.park(sequence, match.pending)
+        return True
+
+    def _start(self, sequence: Sequence, match: Match, headroom: Headroom) -> bool:
+        """Start the sequence if the pool has its chunks."""
+        lifecycle, cache = self._lifecycle, self._cache
+        admitted = lifecycle.admission.admit(sequence, match, headroom.promised)
+        while admitted is None and not len(lifecycle.running) and cache.pins.break_one():
+            admitted = lifecycle.admission.admit(sequence, match, headroom.promised)
+        if admitted is None:
+            return False
+        record_prompt(sequence, match, admitted[1], cache, self._limits)
+        lifecycle.start(sequence, *admitted)
+        headroom.add(sequence)
+        tenant = sequence.group.request.tenant
+        left = sequence.num_tokens - sequence.num_computed_tokens
+        self.clocks()[tenant] += left / lifecycle.accounts[tenant].weight
+        return True
+
+    def _match(self, sequence: Sequence) -> Match:
+        limit = match_limit(sequence, self._limits)
+        return self._cache.match(sequence.token_ids, limit, sequence.group.request.namespace)
+
+    def _may_start_early(self, sequence: Sequence, match: Match, budget: int) -> bool:
+        """Whether a waiting prompt may use tokens reserved for short and new ones."""
+        if sequence.num_tokens - match.num_tokens <= budget:
+            return True
+        tenant = sequence.group.request.tenant
+        return self._limits.policy == "fair" and not any(
+            s.group.request.tenant == tenant and s.num_computed_tokens < s.num_admitted
+            for s in self._lifecycle.running.by_age
+        )
