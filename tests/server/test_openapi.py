@@ -101,16 +101,22 @@ def test_model_fits(server):
 
 
 # Errors of other protocols, by the beginning of their paths.
-SHAPES = {"/v1/messages": "AnthropicError"}
+SHAPES = {
+    "/v1/messages": "AnthropicErrorBody",
+    "/api/": "OllamaError",
+    "/generate": "TgiError",
+    "/info": "TgiError",
+}
 
 
 def test_document_knows_our_errors_and_no_422(server):
     document = server.app.openapi()
     for path, operations in document["paths"].items():
-        shape = next((name for prefix, name in SHAPES.items() if path.startswith(prefix)), "Error")
-        error = {"$ref": f"#/components/schemas/{shape}Body"}
+        found = (name for prefix, name in SHAPES.items() if path.startswith(prefix))
+        shape = next(found, "TgiError" if path == "/" else "ErrorBody")
+        error = {"$ref": f"#/components/schemas/{shape}"}
         for method, operation in operations.items():
-            assert "422" not in operation["responses"], path
+            assert ("422" in operation["responses"]) == (shape == "TgiError"), path
             for status, response in operation["responses"].items():
                 if status >= "4":
                     assert response["content"]["application/json"]["schema"] == error

@@ -13,7 +13,16 @@ from starlette.middleware.cors import CORSMiddleware
 from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
 from chunkllama.logger import init_logger
-from chunkllama_server.api import cache, divergence, embeddings, health, models, tokenize, usage
+from chunkllama_server.api import (
+    cache,
+    divergence,
+    embeddings,
+    health,
+    models,
+    tokenize,
+    unsupported,
+    usage,
+)
 from chunkllama_server.api.anthropic import routes as anthropic
 from chunkllama_server.api.chat import routes as chat
 from chunkllama_server.api.common.admission import ChargedEngine, QueueLimits
@@ -23,8 +32,10 @@ from chunkllama_server.api.common.response_store import ResponseStore
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
 from chunkllama_server.api.completions import routes as completions
+from chunkllama_server.api.ollama import routes as ollama
 from chunkllama_server.api.openapi import install_openapi
 from chunkllama_server.api.responses import routes as responses
+from chunkllama_server.api.tgi import routes as tgi
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.metrics.loop_lag import LoopLag
 from chunkllama_server.metrics.server_metrics import ServerMetrics
@@ -39,7 +50,7 @@ from chunkllama_server.transport.request_context import RequestInfoMiddleware
 logger = init_logger(__name__)
 
 # Routes of other servers' protocols, which the setting turns off.
-PROTOCOLS = {"anthropic": anthropic.router}
+PROTOCOLS = {"anthropic": anthropic.router, "ollama": ollama.router, "tgi": tgi.router}
 WAITING_POOLS = 64  # chunks that may be waited for, in sizes of the pool, unless set
 DESCRIPTION = (
     "OpenAI-compatible API of ChunkLlama. Errors are OpenAI error bodies; unknown fields are "
@@ -127,6 +138,7 @@ def create_app(
         responses,
         embeddings,
         tokenize,
+        unsupported,
         cache,
         models,
         usage,

@@ -12,7 +12,9 @@ from chunkllama_server.api.schema.anthropic_response import AnthropicErrorBody, 
 from chunkllama_server.api.schema.chat_response import ChatCompletionChunk
 from chunkllama_server.api.schema.completions import Completion
 from chunkllama_server.api.schema.errors import ErrorBody
+from chunkllama_server.api.schema.ollama import OllamaError
 from chunkllama_server.api.schema.response_object import ResponseEvent
+from chunkllama_server.api.schema.tgi import TgiError
 from chunkllama_server.transport.error_shapes import OVERLOADED
 
 _DESCRIPTIONS = {
@@ -24,6 +26,8 @@ _DESCRIPTIONS = {
     408: "The request arrived too slowly.",
     413: "The body is over the size limit.",
     415: "The body is compressed.",
+    422: "The request is malformed, out of range, or does not fit the context.",
+    424: "The generation failed; other requests continue.",
     429: "The queue is full or a quota is used up; Retry-After says when to try again.",
     500: "The request failed; other requests continue.",
     OVERLOADED: "The queue is full; Retry-After says when to try again.",
@@ -74,24 +78,44 @@ def answers(model: Any, event: Any = None) -> Responses:
     return {200: success, **refusals(400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503)}
 
 
+def _with_errors(documented: Responses, model: Any, *more: int) -> Responses:
+    """Replace the schema of all errors."""
+    errors = [int(status) for status in documented if status != 200] + list(more)
+    kinds: Responses = {
+        status: {"model": model, "description": _DESCRIPTIONS[status]} for status in errors
+    }
+    return {**documented, **kinds}
+
+
 def anthropic_answers(model: Any, event: Any = None) -> Responses:
-    """As ``answers``, with errors in Anthropic's shape."""
+    """As ``answers``, with errors and events in Anthropic's shape."""
     documented = answers(model, event)
     if event is not None:
         stream = documented[200]["content"]["text/event-stream"]["schema"]
-        data = {
+        stream["properties"]["data"] = {
             "type": "string",
             "contentMediaType": "application/json",
             "contentSchema": {"$ref": _COMPONENTS.format(model=event.__name__)},
         }
-        stream["properties"]["data"] = data
-    errors = [status for status in documented if status != 200] + [OVERLOADED]
-    for status in errors:
-        documented[status] = {
-            "model": AnthropicErrorBody,
-            "description": _DESCRIPTIONS[int(status)],
-        }
-    return documented
+    return _with_errors(documented, AnthropicErrorBody, OVERLOADED)
+
+
+def ollama_answers(model: Any, *, is_get: bool = False) -> Responses:
+    """As ``answers``, with Ollama's errors, and with streams as lines of JSON."""
+    if is_get:
+        success: Responses = {200: {"model": model, "description": "The answer."}}
+        return _with_errors({**success, **refusals(401, 405)}, OllamaError)
+    documented = answers(model)
+    documented[200]["content"] = {"application/x-ndjson": {}}
+    return _with_errors(documented, OllamaError)
+
+
+def tgi_answers(model: Any, *, streams: bool = False) -> Responses:
+    """As ``answers``, with TGI's errors."""
+    documented = answers(model)
+    if streams:
+        documented[200]["content"] = {"text/event-stream": {}}
+    return _with_errors(documented, TgiError, 422, 424)
 
 
 def _event_schemas() -> dict[str, Any]:
@@ -115,7 +139,8 @@ def install_openapi(app: FastAPI, root_path: str, *, needs_key: bool) -> None:
             )
             for path in schema["paths"].values():
                 for operation in path.values():
-                    operation["responses"].pop("422", None)
+                    if "HTTPValidationError" in str(operation["responses"].get("422")):
+                        del operation["responses"]["422"]  # FastAPI's; TGI's own stays
             schemas = schema["components"]["schemas"]
             schemas.pop("HTTPValidationError", None)
             schemas.pop("ValidationError", None)

@@ -68,7 +68,8 @@ def _protocols(value: object) -> object:
     return [] if isinstance(names, list) and names == ["none"] else names
 
 
-Protocols = Annotated[tuple[Literal["anthropic"], ...], BeforeValidator(_protocols)]
+Protocol = Literal["anthropic", "ollama", "tgi"]
+Protocols = Annotated[tuple[Protocol, ...], BeforeValidator(_protocols)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -176,9 +177,9 @@ class ServerConfig(ConfigGroup):
         description="Names that chat_template_kwargs may set; * is all that the template reads.",
     )
     protocols: Protocols = Field(
-        default=("anthropic",),
+        default=("anthropic", "ollama", "tgi"),
         description="Protocols of other servers that are served beside OpenAI's: anthropic "
-        "(/v1/messages); none serves OpenAI's alone.",
+        "(/v1/messages), ollama (/api), tgi (/generate, /); none serves OpenAI's alone.",
     )
     tool_call_parser: ToolFamily | None = Field(
         default=None,

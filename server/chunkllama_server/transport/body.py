@@ -6,7 +6,7 @@ import codecs
 import json
 import math
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, NoReturn
 
 import msgspec
@@ -232,6 +232,6 @@ class BodyLimitMiddleware:
         return error
 
 
-def json_response(payload: Mapping[str, Any]) -> Response:
+def json_response(payload: Mapping[str, Any] | Sequence[Any]) -> Response:
     """A 200 with a JSON body."""
     return Response(msgspec.json.encode(payload), media_type="application/json")

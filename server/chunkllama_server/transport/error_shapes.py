@@ -9,6 +9,8 @@ import msgspec
 from starlette.responses import Response
 
 from chunkllama_server.api.schema.anthropic_response import AnthropicErrorBody
+from chunkllama_server.api.schema.ollama import OllamaError
+from chunkllama_server.api.schema.tgi import TgiError
 from chunkllama_server.transport.errors import ApiError
 
 OVERLOADED = 529  # Anthropic's own status of a full queue
@@ -38,6 +40,13 @@ class Shape:
     id_header: str | None = None
 
 
+def _with_param(error: ApiError) -> str:
+    """The message with the path of the field, for shapes without a place for it."""
+    if error.param and error.param not in error.message:
+        return f"{error.param}: {error.message}"
+    return error.message
+
+
 def anthropic_status(error: ApiError) -> int:
     """The status of an error: a full queue has a status of its own, apart from used-up rates."""
     return OVERLOADED if error.code == "engine_overloaded" else error.status_code
@@ -47,12 +56,10 @@ def anthropic_body(error: ApiError, request_id: str | None = None) -> AnthropicE
     """The error as Anthropic's API writes it; its message begins with the field's path."""
     status = anthropic_status(error)
     fallback = "api_error" if status >= 500 else "invalid_request_error"
-    message = error.message
-    if error.param and error.param not in message:
-        message = f"{error.param}: {message}"
+    kind = _ANTHROPIC_TYPES.get(status, fallback)
     return {
         "type": "error",
-        "error": {"type": _ANTHROPIC_TYPES.get(status, fallback), "message": message},
+        "error": {"type": kind, "message": _with_param(error)},
         "request_id": request_id,
     }
 
@@ -63,12 +70,42 @@ def _anthropic(error: ApiError, request_id: str) -> Response:
     return Response(body, status, error.headers, media_type="application/json")
 
 
-# The first part of a path below /v1, or of one that is not.
-_SHAPES: dict[str, Shape] = {"/v1/messages": Shape(_anthropic, "request-id")}
+def _ollama(error: ApiError, request_id: str) -> Response:
+    body: OllamaError = {"error": _with_param(error)}
+    return Response(
+        msgspec.json.encode(body),
+        error.status_code,
+        error.headers,
+        media_type="application/json",
+    )
+
+
+def tgi_body(error: ApiError) -> TgiError:
+    """The error as TGI writes it."""
+    kinds = {400: "validation", 413: "validation", 429: "overloaded", 503: "overloaded"}
+    return {"error": _with_param(error), "error_type": kinds.get(error.status_code, "generation")}
+
+
+def _tgi(error: ApiError, request_id: str) -> Response:
+    status = {400: 422, 500: 424}.get(error.status_code, error.status_code)
+    body = msgspec.json.encode(tgi_body(error))
+    return Response(body, status, error.headers, media_type="application/json")
+
+
+# Paths whose errors, and those of the paths below them, have a shape of their own.
+_SHAPES: dict[str, Shape] = {
+    "/v1/messages": Shape(_anthropic, "request-id"),
+    "/api": Shape(_ollama),
+    "/generate": Shape(_tgi),
+    "/generate_stream": Shape(_tgi),
+    "/info": Shape(_tgi),
+}
 
 
 def error_shape(path: str) -> Shape | None:
     """The shape of errors at a canonical path without its root; None is OpenAI's."""
+    if path == "/":
+        return _SHAPES["/generate"]
     for prefix, shape in _SHAPES.items():
         if path == prefix or path.startswith(f"{prefix}/"):
             return shape

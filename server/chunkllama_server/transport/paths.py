@@ -14,7 +14,7 @@ _SLASHES = re.compile(r"/{2,}")
 _REPEATED = re.compile(r"^(?:/v1)+(?=/v1/)")
 # First parts of paths below /v1, and of paths that are not.
 _BELOW_V1 = frozenset(("chat", "completions", "responses", "embeddings", "models", "messages"))
-_BESIDE_V1 = frozenset(("tokenize", "detokenize", "health", "metrics", "version"))
+_BESIDE_V1 = frozenset(("tokenize", "detokenize", "health", "metrics", "version", "api"))
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 

@@ -55,11 +55,8 @@ async def _prepare(
 async def create_message(body: MessagesRequest, request: Request, context: Context) -> Response:
     """Answer a conversation, whole or as server-sent events, in Anthropic's format."""
     prepared = await _prepare(body, request, context)
-    chat, info = prepared.body, request_info(request.scope)
-    room = context.engine.info.max_request_tokens - len(prepared.prompt.token_ids)
-    # A prompt without room is refused with its length; an answer without room ends early.
-    is_clamped = body.max_tokens > room >= 1
-    chat.max_completion_tokens = room if is_clamped else max(body.max_tokens, 1)
+    info = request_info(request.scope)
+    is_clamped = prepared.fit_answer(max(body.max_tokens, 1))
     answer = MessageAnswer(
         body=body,
         generation=await prepared.stream(info, f"msg_{uuid.uuid4().hex}", _PARAM_NAMES),

@@ -108,6 +108,17 @@ class PreparedChat:
         fitting = self.context.engine.info.max_request_tokens - len(self.prompt.token_ids)
         return max(fitting if given is None else min(given, fitting), 1)
 
+    def fit_answer(self, most: int | None) -> bool:
+        """Limit the answer to ``most`` tokens, or to what fits if that is less.
+
+        Returns:
+            Whether fewer fit. A prompt that leaves none is refused with its length later.
+        """
+        room = self.context.engine.info.max_request_tokens - len(self.prompt.token_ids)
+        fits = most is None or most <= room or room < 1
+        self.body.max_completion_tokens = most if fits else room
+        return not fits
+
     @property
     def max_tokens_field(self) -> str:
         """Name the field that limits the answer: the newer one takes precedence."""

@@ -3,126 +3,21 @@
 from __future__ import annotations
 
 import uuid
-from typing import cast
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from chunkllama.messages import EngineRequest
-from chunkllama.sampling_params import SamplingParams
-from chunkllama_server.api.common.context import Context, ServerContext, check_stream_options
+from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.common.logprobs import LogprobFormatter
-from chunkllama_server.api.common.prompt_cache import cache_plan
-from chunkllama_server.api.common.request_stream import RequestStream
-from chunkllama_server.api.common.sampling import (
-    check_lengths,
-    check_prompt_ids,
-    request_priority,
-    sampling_params,
-)
-from chunkllama_server.api.common.structured_outputs import grammar_of
-from chunkllama_server.api.common.text_service import texts_size
+from chunkllama_server.api.completions.request import completion_streams
 from chunkllama_server.api.completions.response import CompletionAnswer
 from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers
 from chunkllama_server.api.schema.completions import Completion, CompletionRequest
 from chunkllama_server.transport.body import json_response
-from chunkllama_server.transport.errors import exceeded, invalid
 from chunkllama_server.transport.sse import unless_disconnected
 
 router = APIRouter(route_class=DialectRoute, tags=["completions"])
-
-DEFAULT_MAX_TOKENS = 16
-
-
-def check_completion(body: CompletionRequest, context: ServerContext) -> None:
-    """Refuse fields that exclude each other.
-
-    Raises:
-        ApiError: 400 naming the field.
-    """
-    check_stream_options(body)
-    if body.suffix:
-        raise invalid("suffix needs an infill model", "suffix")
-    n = body.n or 1
-    if body.best_of is not None:
-        if body.best_of and body.best_of < n:
-            raise invalid(f"best_of must be at least n = {n}, got {body.best_of}", "best_of")
-        if body.stream and body.best_of > n:
-            raise invalid("best_of above n cannot be streamed", "best_of")
-        if body.use_beam_search:
-            raise invalid("Beam search takes n beams; leave best_of out", "best_of")
-    if body.stream and body.echo and body.logprobs is not None:
-        raise invalid("echo with logprobs cannot be streamed", "echo")
-
-
-async def prompt_ids(body: CompletionRequest, context: ServerContext) -> list[list[int]]:
-    """Return the token ids of each prompt.
-
-    Raises:
-        ApiError: 400 for an empty prompt, an id outside the vocabulary, or too many choices.
-    """
-    prompt, tokenizer = body.prompt, context.text.tokenizer
-    if prompt is None:
-        start = tokenizer.bos_token_id
-        prompt = [start if start is not None else tokenizer.eos_token_ids[0]]
-    if isinstance(prompt, str) or isinstance(prompt[0], int):
-        prompts, is_list = cast(list[str | list[int]], [prompt]), False
-    else:
-        prompts, is_list = cast(list[str | list[int]], prompt), True
-    choices = len(prompts) * max(body.n or 1, body.best_of or 1)
-    if choices > context.settings.max_request_choices:
-        raise exceeded(context.settings, "max_request_choices", "prompt", value=choices)
-    encoded = []
-    size = texts_size(prompts)
-    for index, item in enumerate(prompts):
-        ids = item
-        if isinstance(ids, str):
-            ids = await context.text.encode(
-                ids, add_special_tokens=body.add_special_tokens is not False, size=size
-            )
-        if body.truncate_prompt_tokens is not None:
-            ids = ids[-body.truncate_prompt_tokens :]
-        param = f"prompt[{index}]" if is_list else "prompt"
-        check_prompt_ids(ids, context.engine.info.vocab_size, param)
-        encoded.append(ids)
-    return encoded
-
-
-async def completion_sampling(
-    body: CompletionRequest, context: ServerContext, prompts: list[list[int]]
-) -> SamplingParams:
-    """Return the sampling parameters that all prompts share.
-
-    Raises:
-        ApiError, InvalidRequestError: 400 naming the field.
-    """
-    left_out: list[str] = []
-    info = context.engine.info
-    longest = max(len(ids) for ids in prompts)
-    check_lengths(longest, body.max_tokens, info, "prompt", "max_tokens")
-    max_tokens = body.max_tokens
-    if max_tokens is None:
-        max_tokens = min(DEFAULT_MAX_TOKENS, info.max_request_tokens - longest)
-    grammar, param = grammar_of(
-        body.response_format, body.structured_outputs, left_out, context.settings
-    )
-    if grammar is not None:
-        grammar = await context.grammars.check(grammar, param)
-    scores_prompt = max_tokens == 0 or (body.echo and body.logprobs is not None)
-    if scores_prompt:
-        num_top = max(body.prompt_logprobs or 0, body.logprobs or 0)
-        body = body.model_copy(update={"prompt_logprobs": num_top})
-    return sampling_params(
-        body,
-        context.generation_defaults,
-        info,
-        context.text.tokenizer,
-        max_tokens=max_tokens,
-        logprobs=body.logprobs,
-        best_of=body.best_of or None,
-        grammar=grammar,
-    )
 
 
 @router.post("/v1/completions", response_model=None, responses=answers(Completion, Completion))
@@ -131,37 +26,9 @@ async def create_completion(
 ) -> Response:
     """Continue one prompt or several, whole or as server-sent events."""
     info = context.admit(body, request)
-    check_completion(body, context)
-    prompts = await prompt_ids(body, context)
-    sampling = await completion_sampling(body, context, prompts)
-    cache = cache_plan(body, context.settings)
-    namespace = context.tenants.namespace(info.tenant, body.cache_salt)
-    highest = context.highest_priority(info.tenant)
-    priority = request_priority(body.priority, None, info.tenant, highest)
     completion_id = f"cmpl-{uuid.uuid4().hex}"
-    generations = [
-        RequestStream(
-            context.engine,
-            EngineRequest(
-                request_id=f"{completion_id}-{index}",
-                prompt_token_ids=ids,
-                sampling=sampling,
-                namespace=namespace,
-                tenant=info.tenant,
-                cache_until=cache.until,
-                pin_seconds=cache.pin_seconds,
-                priority=priority,
-                explain=info.wants_explanation or bool(body.explain_cache),
-            ),
-            context.text.tokenizer,
-            context.metrics,
-            info=info,
-            continues_prompt=True,
-            param_names={"beam_width": "n"},
-        )
-        for index, ids in enumerate(prompts)
-    ]
-    context.charge(info, [generation.request for generation in generations])
+    generations = await completion_streams(body, context, info, completion_id)
+    prompts = [generation.request.prompt_token_ids for generation in generations]
     answer = CompletionAnswer(
         body=body,
         completion_id=completion_id,

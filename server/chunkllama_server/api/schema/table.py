@@ -16,7 +16,15 @@ from chunkllama_server.api.schema.cache import ExplainRequest
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.schema.completions import CompletionRequest
 from chunkllama_server.api.schema.embeddings import EmbeddingRequest
+from chunkllama_server.api.schema.ollama import (
+    OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaShowRequest,
+)
 from chunkllama_server.api.schema.responses import ResponseRequest
+from chunkllama_server.api.schema.tgi import TgiCompatRequest, TgiRequest
 from chunkllama_server.api.schema.tokenize import DetokenizeRequest, TokenizeRequest
 
 REQUESTS: dict[str, type[BaseModel]] = {
@@ -26,6 +34,13 @@ REQUESTS: dict[str, type[BaseModel]] = {
     "POST /v1/messages": MessagesRequest,
     "POST /v1/messages/count_tokens": CountTokensRequest,
     "POST /v1/embeddings": EmbeddingRequest,
+    "POST /api/chat": OllamaChatRequest,
+    "POST /api/generate": OllamaGenerateRequest,
+    "POST /api/embed": OllamaEmbedRequest,
+    "POST /api/embeddings": OllamaEmbeddingsRequest,
+    "POST /api/show": OllamaShowRequest,
+    "POST /generate, /generate_stream": TgiRequest,
+    "POST /": TgiCompatRequest,
     "POST /tokenize": TokenizeRequest,
     "POST /detokenize": DetokenizeRequest,
     "POST /v1/cache/explain": ExplainRequest,

@@ -1,0 +1,287 @@
+"""Ollama's API: request and answer schemas."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from chunkllama_server.api.schema.base import MAX_SEED, MAX_TOKENS, RequestModel, StopString
+from chunkllama_server.api.schema.chat import CalledFunction, ChatTool
+
+_STAYS = "Ignored: the server's settings decide, and the model stays loaded."
+
+
+class OllamaOptions(RequestModel):
+    """Options of a model, with Ollama's names."""
+
+    num_predict: int | None = Field(
+        default=None,
+        ge=-2,
+        le=MAX_TOKENS,
+        description="Honoured: tokens of the answer; 0, -1 and -2 are no limit.",
+    )
+    temperature: float | None = Field(
+        default=None, ge=0, le=2, description="Honoured: 0 is greedy. Default 1 or the model's."
+    )
+    top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKENS, description="Honoured.")
+    top_p: float | None = Field(default=None, ge=0, le=1, description="Honoured.")
+    min_p: float | None = Field(default=None, ge=0, le=1, description="Honoured.")
+    seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED, description="Honoured.")
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
+        default=None, description="Honoured: up to 4 strings of 1 to 256 characters."
+    )
+    repeat_penalty: float | None = Field(default=None, gt=0, le=100, description="Honoured.")
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="Honoured.")
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="Honoured.")
+    repeat_last_n: int | None = Field(
+        default=None, description="Ignored and named: penalties look at the whole text."
+    )
+    mirostat: int | None = Field(default=None, description="Ignored and named, unless 0.")
+    mirostat_tau: float | None = Field(default=None, description="Ignored.")
+    mirostat_eta: float | None = Field(default=None, description="Ignored.")
+    typical_p: float | None = Field(default=None, description="Ignored and named.")
+    tfs_z: float | None = Field(default=None, description="Ignored and named.")
+    penalize_newline: bool | None = Field(default=None, description="Ignored.")
+    num_ctx: int | None = Field(default=None, description=_STAYS)
+    num_keep: int | None = Field(default=None, description=_STAYS)
+    num_batch: int | None = Field(default=None, description=_STAYS)
+    num_gpu: int | None = Field(default=None, description=_STAYS)
+    main_gpu: int | None = Field(default=None, description=_STAYS)
+    num_thread: int | None = Field(default=None, description=_STAYS)
+    low_vram: bool | None = Field(default=None, description=_STAYS)
+    use_mmap: bool | None = Field(default=None, description=_STAYS)
+    use_mlock: bool | None = Field(default=None, description=_STAYS)
+    numa: bool | None = Field(default=None, description=_STAYS)
+
+
+class OllamaRequest(RequestModel):
+    """What all requests have."""
+
+    model: str = Field(
+        min_length=1,
+        description="Honoured: a served model name, with or without :latest; another is 404.",
+    )
+    keep_alive: float | int | str | None = Field(default=None, description=_STAYS)
+    options: OllamaOptions | None = Field(default=None, description="Honoured.")
+
+
+class OllamaGeneration(OllamaRequest):
+    """What requests that generate have."""
+
+    stream: bool | None = Field(default=None, description="Honoured. Default true.")
+    format: Literal["", "json"] | dict[str, Any] | None = Field(
+        default=None, description="Honoured: json, or a JSON schema of the answer."
+    )
+    think: bool | Literal["low", "medium", "high"] | None = Field(
+        default=None, description="Honoured where the model has thoughts."
+    )
+    logprobs: bool | None = Field(default=None, description="Ignored and named.")
+    top_logprobs: int | None = Field(default=None, description="Ignored and named.")
+
+
+class OllamaCall(RequestModel):
+    """A tool call of an earlier answer."""
+
+    id: str | None = Field(default=None, max_length=256, description="Honoured.")
+    type: str | None = Field(default=None, max_length=64, description="Ignored.")
+    function: CalledFunction = Field(description="Honoured through the template.")
+
+
+class OllamaMessage(RequestModel):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant", "tool"] = Field(description="Honoured.")
+    content: str | None = Field(default=None, description="Honoured.")
+    thinking: str | None = Field(default=None, description="Honoured through the template.")
+    tool_calls: Annotated[list[OllamaCall], Field(max_length=4096)] | None = Field(
+        default=None, description="Honoured through the template."
+    )
+    tool_name: str | None = Field(
+        default=None, max_length=256, description="Honoured: whose result a tool message has."
+    )
+    tool_call_id: str | None = Field(default=None, max_length=256, description="Honoured.")
+    images: list[Any] | None = Field(
+        default=None,
+        description="Refused in the turn to be answered, named in the prompt in earlier ones.",
+    )
+
+
+class OllamaChatRequest(OllamaGeneration):
+    """Body of POST /api/chat."""
+
+    messages: Annotated[list[OllamaMessage], Field(max_length=4096)] | None = Field(
+        default=None, description="Honoured: without a message nothing is generated."
+    )
+    tools: Annotated[list[ChatTool], Field(max_length=128)] | None = Field(
+        default=None, description="Honoured."
+    )
+
+
+class OllamaGenerateRequest(OllamaGeneration):
+    """Body of POST /api/generate."""
+
+    prompt: str | None = Field(
+        default=None,
+        description="Honoured: a message of the user; without one nothing is generated.",
+    )
+    system: str | None = Field(default=None, description="Honoured: the system message.")
+    raw: bool | None = Field(
+        default=None, description="Honoured: the prompt is continued as it is."
+    )
+    images: list[Any] | None = Field(default=None, description="Refused.")
+    suffix: str | None = Field(default=None, description="Refused.")
+    template: str | None = Field(default=None, description="Refused.")
+    context: list[Any] | None = Field(default=None, description="Refused.")
+
+
+class OllamaEmbedRequest(OllamaRequest):
+    """Body of POST /api/embed."""
+
+    input: str | Annotated[list[str], Field(max_length=2048)] = Field(
+        description="Honoured: up to 2048 texts."
+    )
+    truncate: bool | None = Field(
+        default=None, description="Honoured: false refuses texts beyond the context."
+    )
+    dimensions: int | None = Field(
+        default=None, ge=1, le=2**20, description="Honoured: the first so many values."
+    )
+
+
+class OllamaEmbeddingsRequest(OllamaRequest):
+    """Body of POST /api/embeddings, the former path of /api/embed."""
+
+    prompt: str = Field(description="Honoured.")
+
+
+class OllamaShowRequest(RequestModel):
+    """Body of POST /api/show."""
+
+    model: str = Field(min_length=1, description="Honoured: a served model name.")
+    verbose: bool | None = Field(default=None, description="Ignored.")
+
+
+class OllamaFunction(TypedDict):
+    """A function to call."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class OllamaToolCall(TypedDict):
+    """A tool call of the answer."""
+
+    id: str
+    function: OllamaFunction
+
+
+class OllamaAnswerMessage(TypedDict):
+    """An answer, or the next part of one."""
+
+    role: Literal["assistant"]
+    content: str
+    thinking: NotRequired[str]
+    tool_calls: NotRequired[list[OllamaToolCall]]
+
+
+class OllamaCounts(TypedDict):
+    """Counts and times of an answer; times are in nanoseconds."""
+
+    total_duration: int
+    load_duration: int
+    prompt_eval_count: int
+    prompt_eval_duration: int
+    eval_count: int
+    eval_duration: int
+
+
+class OllamaPart(TypedDict):
+    """A line of a stream, and the whole answer: the last line has counts and times."""
+
+    model: str
+    created_at: str
+    done: bool
+    done_reason: NotRequired[str]
+    total_duration: NotRequired[int]
+    load_duration: NotRequired[int]
+    prompt_eval_count: NotRequired[int]
+    prompt_eval_duration: NotRequired[int]
+    eval_count: NotRequired[int]
+    eval_duration: NotRequired[int]
+
+
+class OllamaChatResponse(OllamaPart):
+    """Answer to POST /api/chat."""
+
+    message: OllamaAnswerMessage
+
+
+class OllamaGenerateResponse(OllamaPart):
+    """Answer to POST /api/generate."""
+
+    response: str
+    thinking: NotRequired[str]
+
+
+class OllamaEmbedResponse(TypedDict):
+    """Answer to POST /api/embed."""
+
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int
+    load_duration: int
+    prompt_eval_count: int
+
+
+class OllamaEmbedding(TypedDict):
+    """Answer to POST /api/embeddings."""
+
+    embedding: list[float]
+
+
+class OllamaDetails(TypedDict):
+    """What is known of a model."""
+
+    parent_model: str
+    format: str
+    family: str
+    families: list[str]
+    parameter_size: str
+    quantization_level: str
+
+
+class OllamaModel(TypedDict):
+    """A served model; the size is not known here."""
+
+    name: str
+    model: str
+    modified_at: str
+    size: int
+    digest: str
+    details: OllamaDetails
+
+
+class OllamaModels(TypedDict):
+    """Answer to GET /api/tags and /api/ps."""
+
+    models: list[OllamaModel]
+
+
+class OllamaShown(TypedDict):
+    """Answer to POST /api/show."""
+
+    modelfile: str
+    parameters: str
+    template: str
+    details: OllamaDetails
+    model_info: dict[str, Any]
+    capabilities: list[str]
+    modified_at: str
+
+
+class OllamaError(TypedDict):
+    """Every refusal and failure below /api."""
+
+    error: str

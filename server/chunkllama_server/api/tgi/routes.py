@@ -1,0 +1,158 @@
+"""Serve the API of Text Generation Inference: /generate, /generate_stream, / and /info."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from chunkllama import __version__
+from chunkllama_server.api.common.context import Context, ServerContext
+from chunkllama_server.api.completions.request import completion_streams
+from chunkllama_server.api.openapi import tgi_answers
+from chunkllama_server.api.schema.base import StructuredOutputs
+from chunkllama_server.api.schema.completions import CompletionRequest
+from chunkllama_server.api.schema.tgi import (
+    TgiAnswer,
+    TgiCompatRequest,
+    TgiGrammar,
+    TgiInfo,
+    TgiParameters,
+    TgiRequest,
+)
+from chunkllama_server.api.tgi.response import TGI_STREAM, TgiGeneration
+from chunkllama_server.transport.body import JsonRoute, json_response
+from chunkllama_server.transport.errors import SPELLED, invalid
+from chunkllama_server.transport.request_context import request_info
+from chunkllama_server.transport.sse import unless_disconnected
+
+router = APIRouter(route_class=JsonRoute, tags=["tgi"])
+
+_DEFAULT_NEW_TOKENS = 100
+_SPELLED = {
+    "prompt": "inputs",
+    "max_tokens": "parameters.max_new_tokens",
+    "structured_outputs": "parameters.grammar.value",
+    "stop": "parameters.stop",
+}
+
+
+def completion_of(body: TgiRequest, model: str, *, streams: bool) -> CompletionRequest:
+    """The text completion that answers this request.
+
+    Raises:
+        ApiError: 400 for details of the prompt in a stream.
+    """
+    given = body.parameters or TgiParameters()
+    samples = given.do_sample or any(
+        value is not None for value in (given.temperature, given.top_k, given.top_p)
+    )
+    wants_prefill = bool(given.details and given.decoder_input_details)
+    if wants_prefill and streams:
+        raise invalid("Not with a stream", "parameters.decoder_input_details")
+    return CompletionRequest.model_construct(
+        model=model,
+        prompt=body.inputs,
+        max_tokens=given.max_new_tokens or _DEFAULT_NEW_TOKENS,
+        temperature=(given.temperature or 1.0) if samples else 0.0,
+        top_k=given.top_k,
+        top_p=given.top_p,
+        repetition_penalty=given.repetition_penalty,
+        frequency_penalty=given.frequency_penalty,
+        seed=given.seed,
+        stop=given.stop,
+        include_stop_str_in_output=True,
+        truncate_prompt_tokens=given.truncate,
+        structured_outputs=_constraint(given.grammar),
+        logprobs=0 if streams or given.details else None,
+        prompt_logprobs=0 if wants_prefill else None,
+    )
+
+
+def _constraint(grammar: TgiGrammar | None) -> StructuredOutputs | None:
+    if grammar is None:
+        return None
+    value = grammar.value
+    if grammar.type == "regex":
+        if not isinstance(value, str):
+            raise invalid("Must be a regular expression", "parameters.grammar.value")
+        return StructuredOutputs(regex=value)
+    if grammar.type == "json_object" or value is None:
+        return StructuredOutputs(json_object=True)
+    if isinstance(value, dict) and isinstance(value.get("schema"), dict):
+        value = value["schema"]
+    if not isinstance(value, dict | str):
+        raise invalid("Must be a JSON schema", "parameters.grammar.value")
+    return StructuredOutputs(json=value)
+
+
+async def _start(
+    body: TgiRequest, request: Request, context: ServerContext, *, streams: bool
+) -> TgiGeneration:
+    info = context.admit(body, request)
+    request.scope[SPELLED] = _SPELLED
+    model = context.allowed_models(info.tenant)[0]
+    completion = completion_of(body, model, streams=streams)
+    parameters = body.parameters or TgiParameters()
+    ids = await context.text.encode(body.inputs, add_special_tokens=True)
+    num_prompt = min(len(ids), parameters.truncate or len(ids))
+    room = context.engine.info.max_request_tokens - num_prompt
+    if parameters.max_new_tokens is None and room >= 1:
+        completion.max_tokens = min(_DEFAULT_NEW_TOKENS, room)
+    request_id = f"tgi-{uuid.uuid4().hex}"
+    generation = (await completion_streams(completion, context, info, request_id))[0]
+    before = body.inputs if parameters.return_full_text else ""
+    return TgiGeneration(parameters, generation, context.text.tokenizer, before)
+
+
+@router.post("/generate", response_model=None, responses=tgi_answers(TgiAnswer))
+async def generate(body: TgiRequest, request: Request, context: Context) -> Response:
+    """Continue a prompt."""
+    answer = await _start(body, request, context, streams=False)
+    return json_response(await unless_disconnected(request, answer.whole()))
+
+
+@router.post(
+    "/generate_stream", response_model=None, responses=tgi_answers(TgiAnswer, streams=True)
+)
+async def generate_stream(body: TgiRequest, request: Request, context: Context) -> Response:
+    """Continue a prompt as server-sent events, one a token."""
+    answer = await _start(body, request, context, streams=True)
+    return context.stream(answer.events(), request_info(request.scope), TGI_STREAM)
+
+
+@router.post("/", response_model=None, responses=tgi_answers(list[TgiAnswer], streams=True))
+async def compat_generate(body: TgiCompatRequest, request: Request, context: Context) -> Response:
+    """Continue a prompt, in a list of one answer or as events; huggingface_hub's path."""
+    answer = await _start(body, request, context, streams=bool(body.stream))
+    if body.stream:
+        return context.stream(answer.events(), request_info(request.scope), TGI_STREAM)
+    whole: Any = await unless_disconnected(request, answer.whole())
+    return json_response([whole])
+
+
+@router.get("/info", response_model=TgiInfo, responses=tgi_answers(TgiInfo))
+async def info(request: Request, context: Context) -> TgiInfo:
+    """Describe the model and the server's limits."""
+    engine, settings = context.engine.info, context.settings
+    most = engine.max_request_tokens
+    return {
+        "model_id": context.allowed_models(request_info(request.scope).tenant)[0],
+        "model_sha": None,
+        "model_dtype": settings.dtype,
+        "model_device_type": engine.device,
+        "model_pipeline_tag": "text-generation",
+        "max_concurrent_requests": settings.max_num_seqs + settings.max_waiting,
+        "max_best_of": 1,
+        "max_stop_sequences": settings.max_stop_strings,
+        "max_input_tokens": most - 1,
+        "max_total_tokens": most,
+        "validation_workers": 1,
+        "max_client_batch_size": 1,
+        "router": "chunkllama",
+        "version": __version__,
+        "sha": None,
+        "docker_label": None,
+    }

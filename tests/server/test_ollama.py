@@ -1,0 +1,210 @@
+"""Ollama's API by its own client: chat, generate, streams, tools, formats, embeddings, errors."""
+
+from __future__ import annotations
+
+import json
+
+import ollama
+import pytest
+from fake_engine import MODEL
+
+from chunkllama.errors import RequestFailedError
+
+CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+
+
+def sdk(server, **headers: str) -> ollama.Client:
+    return ollama.Client(host=server.url, headers=headers, verify=False)
+
+
+def say(text: str) -> list[dict]:
+    return [{"role": "user", "content": f"say({text})yas"}]
+
+
+def lines(response) -> list[dict]:
+    assert response.headers["content-type"] == "application/x-ndjson"
+    return [json.loads(line) for line in response.text.splitlines()]
+
+
+def prompt_of(server, text_parts) -> str:
+    ids = server.engine.requests[-1].prompt_token_ids
+    return text_parts[0].decode(ids, skip_special_tokens=False)
+
+
+def test_chat(server) -> None:
+    answer = sdk(server).chat(MODEL, say("hi there"))
+    assert answer.message.content == "hi there"
+    assert (answer.done, answer.done_reason) == (True, "stop")
+    assert answer.prompt_eval_count == len(server.engine.requests[-1].prompt_token_ids)
+    assert answer.eval_count == len("hi there") + 1
+    assert answer.total_duration >= answer.eval_duration >= 0
+
+
+def test_a_stream_is_the_default(server) -> None:
+    parts = lines(server.post("/api/chat", {"model": MODEL, "messages": say("hi there")}))
+    assert "".join(part["message"]["content"] for part in parts) == "hi there"
+    assert [part["done"] for part in parts] == [False] * (len(parts) - 1) + [True]
+    streamed = sdk(server).chat(MODEL, say("hi there"), stream=True)
+    assert "".join(part.message.content for part in streamed) == "hi there"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tool_loop(server, text_parts, stream) -> None:
+    client = sdk(server)
+    asked = say(f"Look. {CALL}{CALL}")
+    parts = client.chat(MODEL, asked, tools=[TOOL], stream=stream)
+    messages = [part.message for part in parts] if stream else [parts.message]
+    calls = [call for message in messages for call in message.tool_calls or ()]
+    assert [(c.function.name, c.function.arguments) for c in calls] == [
+        ("weather", {"city": "Paris"})
+    ] * 2
+    assert "".join(message.content for message in messages).strip() == "Look."
+    answer = {"role": "assistant", "content": "", "tool_calls": [c.model_dump() for c in calls]}
+    result = {"role": "tool", "content": "rain", "tool_name": "weather"}
+    done = client.chat(MODEL, [*asked, answer, result, *say("wet")], tools=[TOOL])
+    assert done.message.content == "wet"
+    prompt = prompt_of(server, text_parts)
+    assert 'weather{"city": "Paris"}' in prompt and "tool\nrain<|im_end|>" in prompt
+
+
+def test_generate(server, text_parts) -> None:
+    answer = sdk(server).generate(MODEL, "say(hi)yas", system="be brief")
+    assert answer.response == "hi"
+    assert prompt_of(server, text_parts).startswith("<|im_start|>system\nbe brief<|im_end|>")
+    streamed = sdk(server).generate(MODEL, "say(hi)yas", stream=True)
+    assert "".join(part.response for part in streamed) == "hi"
+
+
+def test_a_raw_prompt_is_continued(server, text_parts) -> None:
+    assert sdk(server).generate(MODEL, "say(hi)yas", raw=True).response == "hi"
+    assert prompt_of(server, text_parts) == "say(hi)yas"
+
+
+def test_without_a_prompt_the_model_is_loaded(server) -> None:
+    assert sdk(server).generate(MODEL).done_reason == "load"
+    assert sdk(server).chat(MODEL, []).done_reason == "load"
+    assert server.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("options", "reads", "value"),
+    [
+        ({"temperature": 0.5}, "temperature", 0.5),
+        ({"top_k": 7}, "top_k", 7),
+        ({"top_p": 0.25}, "top_p", 0.25),
+        ({"min_p": 0.125}, "min_p", 0.125),
+        ({"seed": 7}, "seed", 7),
+        ({"stop": ["x"]}, "stop", ("x",)),
+        ({"num_predict": 5}, "max_tokens", 5),
+        ({"repeat_penalty": 1.5}, "repetition_penalty", 1.5),
+        ({"presence_penalty": 1.5}, "presence_penalty", 1.5),
+        ({"frequency_penalty": 1.5}, "frequency_penalty", 1.5),
+    ],
+)
+@pytest.mark.parametrize("raw", [False, True])
+def test_options(server, options, reads, value, raw) -> None:
+    sdk(server).generate(MODEL, "say(a)yas", options=options, raw=raw)
+    assert getattr(server.engine.requests[-1].sampling, reads) == value
+
+
+@pytest.mark.parametrize("limit", [-2, -1, 0, 10**6])
+@pytest.mark.parametrize("raw", [False, True])
+def test_no_limit_is_what_fits(server, limit, raw) -> None:
+    answer = sdk(server).generate(MODEL, "say(abc)yas", options={"num_predict": limit}, raw=raw)
+    assert answer.response == "abc"
+
+
+def test_an_answer_as_long_as_its_limit(server) -> None:
+    answer = sdk(server).generate(MODEL, "say(abcdef)yas", options={"num_predict": 3})
+    assert (answer.response, answer.done_reason) == ("abc", "length")
+
+
+def test_settings_of_the_server_are_harmless(server) -> None:
+    body = {
+        "model": MODEL,
+        "messages": say("a"),
+        "keep_alive": "5m",
+        "options": {"num_ctx": 4096, "num_gpu": 1, "mirostat": 0, "repeat_last_n": 64},
+    }
+    response = server.post("/api/chat", body)
+    assert response.status_code == 200
+    assert response.headers["x-chunkllama-ignored-fields"] == "options.repeat_last_n"
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"), [("json", "json_object"), ({"type": "object", "title": "t"}, "json_schema")]
+)
+def test_formats(server, given, kind) -> None:
+    sdk(server).chat(MODEL, say("a"), format=given)
+    assert server.engine.requests[-1].sampling.grammar.kind == kind
+
+
+def test_embeddings(server) -> None:
+    client = sdk(server)
+    one = client.embed(MODEL, "abc")
+    assert one.embeddings == [[0.6, 0.8, *[0.0] * 6]]
+    assert one.prompt_eval_count == 3
+    assert len(client.embed(MODEL, ["a", "b"]).embeddings) == 2
+    assert len(client.embed(MODEL, "abc", dimensions=2).embeddings[0]) == 2
+    assert len(client.embed(MODEL, "x" * 5000).embeddings) == 1
+    assert list(client.embeddings(MODEL, "abc").embedding) == one.embeddings[0]
+    with pytest.raises(ollama.ResponseError):
+        client.embed(MODEL, "x" * 5000, truncate=False)
+
+
+def test_models(server) -> None:
+    client = sdk(server)
+    assert [model.model for model in client.list().models] == [MODEL, "alias"]
+    assert [model.model for model in client.ps().models] == [MODEL, "alias"]
+    shown = client.show(MODEL)
+    assert shown.modelinfo["llama.context_length"] == 2048
+    assert {"completion", "embedding", "tools"} <= set(shown.capabilities)
+    with server.http() as http:
+        assert http.get("/api/version").json()["version"]
+
+
+def test_a_tag_of_the_name_is_ignored(server) -> None:
+    assert sdk(server).chat("alias:latest", say("hi")).message.content == "hi"
+
+
+INVALID = [
+    ("/api/chat", {"messages": [{"role": "user", "content": "x", "images": ["aGk="]}]},
+     "messages[0].images"),
+    ("/api/chat", {"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+    ("/api/chat", {"messages": say("a"), "options": {"num_predict": "5"}}, "options.num_predict"),
+    ("/api/chat", {"messages": say("a"), "options": {"temperature": 9}}, "options.temperature"),
+    ("/api/generate", {"prompt": "x", "images": ["aGk="]}, "images"),
+    ("/api/generate", {"prompt": "x", "suffix": "y"}, "suffix"),
+    ("/api/generate", {"prompt": "x", "template": "y"}, "template"),
+    ("/api/generate", {"prompt": "x" * 3000}, "prompt"),
+    ("/api/embed", {}, "input"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "fields", "name"), INVALID)
+def test_invalid_requests_name_the_field(server, path, fields, name) -> None:
+    response = server.post(path, {"model": MODEL, **fields})
+    assert response.status_code == 400, response.text
+    assert set(response.json()) == {"error"}
+    assert name in response.json()["error"]
+
+
+def test_errors_by_the_client(server, start_server) -> None:
+    with pytest.raises(ollama.ResponseError) as missing:
+        sdk(server).chat("nothing", say("a"))
+    assert missing.value.status_code == 404
+    server.engine.fail_after = (2, RequestFailedError("boom", "model_nan"))
+    with pytest.raises(ollama.ResponseError):
+        list(sdk(server).chat(MODEL, say("abcdef"), stream=True))
+    guarded = start_server(api_keys={"a": "ka"})
+    with pytest.raises(ollama.ResponseError) as refused:
+        sdk(guarded).chat(MODEL, say("a"))
+    assert refused.value.status_code == 401
+    assert sdk(guarded, Authorization="Bearer ka").chat(MODEL, say("a")).message.content == "a"

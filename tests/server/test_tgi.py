@@ -1,0 +1,171 @@
+"""Text Generation Inference's API by huggingface_hub's client, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fake_engine import MODEL
+from huggingface_hub import InferenceClient
+
+from chunkllama.errors import OverloadedError, RequestFailedError
+
+
+def sdk(server) -> InferenceClient:
+    return InferenceClient(model=server.url)
+
+
+def events(response) -> list[dict]:
+    blocks = response.text.strip().split("\n\n")
+    return [json.loads(block.removeprefix("data: ")) for block in blocks]
+
+
+def generate(server, prompt: str = "say(hi)yas", path: str = "/generate", **parameters):
+    return server.post(path, {"inputs": prompt, "parameters": parameters})
+
+
+def test_generate_by_the_client(server) -> None:
+    assert sdk(server).text_generation("say(hi there)yas") == "hi there"
+    detailed = sdk(server).text_generation("say(abc)yas", details=True, max_new_tokens=2)
+    assert detailed.generated_text == "ab"
+    assert (detailed.details.finish_reason, detailed.details.generated_tokens) == ("length", 2)
+    assert [token.text for token in detailed.details.tokens] == ["a", "b"]
+
+
+def test_a_stream_by_the_client(server) -> None:
+    client = sdk(server)  # its streams end with it
+    assert "".join(client.text_generation("say(hi there)yas", stream=True)) == "hi there"
+    parts = list(client.text_generation("say(abc)yas", stream=True, details=True))
+    assert parts[-1].generated_text == "abc"
+    assert parts[-1].details.finish_reason == "eos_token"
+    assert parts[-1].details.input_length == len("say(abc)yas")
+
+
+@pytest.mark.parametrize("tokens_per_delta", [1, 3])
+def test_texts_of_tokens_add_up(server, tokens_per_delta) -> None:
+    server.engine.tokens_per_delta = tokens_per_delta
+    got = events(generate(server, "say(né ok END x)yas", "/generate_stream", stop=["END"]))
+    text = got[-1]["generated_text"]
+    assert text == "".join(event["token"]["text"] for event in got) == "né ok END"
+    assert [event["index"] for event in got] == list(range(1, len(got) + 1))
+    assert got[-1]["details"]["finish_reason"] == "stop_sequence"
+    assert generate(server, "say(né ok END x)yas", stop=["END"]).json()["generated_text"] == text
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reads", "value"),
+    [
+        ({}, "temperature", 0.0),
+        ({"do_sample": True}, "temperature", 1.0),
+        ({"temperature": 0.5}, "temperature", 0.5),
+        ({"top_k": 7}, "top_k", 7),
+        ({"top_p": 0.25}, "top_p", 0.25),
+        ({"seed": 7}, "seed", 7),
+        ({}, "max_tokens", 100),
+        ({"max_new_tokens": 5}, "max_tokens", 5),
+        ({"repetition_penalty": 1.5}, "repetition_penalty", 1.5),
+        ({"frequency_penalty": 1.5}, "frequency_penalty", 1.5),
+    ],
+)
+def test_parameters(server, parameters, reads, value) -> None:
+    assert generate(server, **parameters).status_code == 200
+    assert getattr(server.engine.requests[-1].sampling, reads) == value
+
+
+@pytest.mark.parametrize(
+    ("grammar", "kind"),
+    [
+        ({"type": "json", "value": {"type": "object", "title": "t"}}, "json_schema"),
+        ({"type": "json_schema", "value": {"schema": {"type": "object"}}}, "json_schema"),
+        ({"type": "regex", "value": "a+"}, "regex"),
+        ({"type": "json_object"}, "json_object"),
+    ],
+)
+def test_grammars(server, grammar, kind) -> None:
+    assert generate(server, grammar=grammar).status_code == 200
+    assert server.engine.requests[-1].sampling.grammar.kind == kind
+
+
+def test_the_prompt_is_returned_and_cut(server) -> None:
+    whole = generate(server, return_full_text=True).json()
+    assert whole["generated_text"] == "say(hi)yashi"
+    assert generate(server, "xxsay(hi)yas", truncate=10).status_code == 200
+    assert len(server.engine.requests[-1].prompt_token_ids) == 10
+
+
+def test_tokens_of_the_prompt(server) -> None:
+    details = generate(server, details=True, decoder_input_details=True).json()["details"]
+    assert [entry["text"] for entry in details["prefill"]] == list("say(hi)yas")
+    assert details["prefill"][0]["logprob"] is None
+
+
+def test_info(server) -> None:
+    with server.http() as http:
+        info = http.get("/info").json()
+    assert (info["model_id"], info["max_total_tokens"]) == (MODEL, 2048)
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ({}, "inputs"),
+        ({"inputs": ""}, "inputs"),
+        ({"inputs": "x", "parameters": {"max_new_tokens": 0}}, "parameters.max_new_tokens"),
+        ({"inputs": "x", "parameters": {"max_new_tokens": 5000}}, "parameters.max_new_tokens"),
+        ({"inputs": "x", "parameters": {"temperature": 0}}, "parameters.temperature"),
+        ({"inputs": "x", "parameters": {"adapter_id": "a"}}, "parameters.adapter_id"),
+        ({"inputs": "x", "parameters": {"best_of": 2}}, "parameters.best_of"),
+        ({"inputs": "x" * 3000}, "inputs"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
+def test_invalid_requests_name_the_field(server, path, body, name) -> None:
+    response = server.post(path, body)
+    assert response.status_code == 422, response.text
+    assert set(response.json()) == {"error", "error_type"}
+    assert response.json()["error_type"] == "validation"
+    assert name in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (OverloadedError("full", 7), 429, "overloaded"),
+        (RequestFailedError("boom", "model_nan"), 424, "generation"),
+    ],
+)
+def test_failures(server, error, status, kind) -> None:
+    server.engine.fail_with = error
+    response = generate(server)
+    assert (response.status_code, response.json()["error_type"]) == (status, kind)
+
+
+def test_a_failure_in_a_stream_is_an_event(server) -> None:
+    server.engine.fail_after = (2, RequestFailedError("boom", "model_nan"))
+    got = events(generate(server, "say(abcdef)yas", "/generate_stream"))
+    assert got[-1]["error_type"] == "generation"
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score"])
+def test_rerank_and_score_are_refused_by_name(server, path) -> None:
+    response = server.post(path, {"query": "a", "documents": ["b"]})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "unsupported"
+    assert "cross-encoder" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("protocols", "missing"),
+    [
+        ("anthropic,tgi", "/api/chat"),
+        ("anthropic,ollama", "/generate"),
+        ("ollama,tgi", "/v1/messages"),
+    ],
+)
+def test_each_protocol_can_be_turned_off(start_server, protocols, missing) -> None:
+    server = start_server(protocols=protocols)
+    statuses = {
+        path: server.post(path, {}).status_code
+        for path in ("/api/chat", "/generate", "/v1/messages")
+    }
+    assert [path for path, status in statuses.items() if status == 404] == [missing]
