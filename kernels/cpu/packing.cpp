@@ -18,6 +18,18 @@ INLINE float element(const void* w, int32_t type, int64_t i) {
   return type == F16 ? f16_to_float(half) : to_float(half);
 }
 
+// Elements [first, first + size) as floats.
+void widen(const void* w, int32_t type, int64_t first, int64_t size, float* to) {
+  if (type == F32) {
+    memcpy(to, static_cast<const float*>(w) + first, size_t(size) * 4);
+    return;
+  }
+  const uint16_t* half = static_cast<const uint16_t*>(w) + first;
+  int64_t i = 0;
+  for (; i + W <= size; i += W) store(to + i, type == F16 ? load_f16(half + i) : load(half + i));
+  for (; i < size; i++) to[i] = element(half, type, i);
+}
+
 // Where the k block that holds (column, k) begins.
 INLINE char* block_of(const Weights& w, int64_t packed_k, int64_t column, int64_t k) {
   const int64_t block = column / UNIT * (packed_k / K_BLOCK[w.type]) + k / K_BLOCK[w.type];
@@ -37,10 +49,13 @@ INLINE int64_t nibbles_of(int64_t column, int64_t k) {
 INLINE void store_codes(const Weights& w, char* block, int64_t column, const uint8_t* codes) {
   char* to = block + header_bytes(w);
   if (w.type == INT8) {
-    for (int i = 0; i < 32; i++) to[byte_of(column, i)] = char(codes[i]);
+    for (int i = 0; i < 32; i += 4) memcpy(to + byte_of(column, i), codes + i, 4);
   } else {
-    for (int i = 0; i < 32; i += 2)
-      to[nibbles_of(column, i)] = char((codes[i] & 15) | (codes[i + 1] & 15) << 4);
+    for (int i = 0; i < 32; i += 8) {
+      uint32_t nibbles = 0;
+      for (int j = 0; j < 8; j++) nibbles |= uint32_t(codes[i + j] & 15) << 4 * j;
+      memcpy(to + nibbles_of(column, i), &nibbles, 4);
+    }
   }
 }
 INLINE void store_scale(char* block, int64_t column, int place, uint16_t bits) {
@@ -49,12 +64,18 @@ INLINE void store_scale(char* block, int64_t column, int place, uint16_t bits) {
 
 // The largest magnitude with its sign; NaN if there is one.
 INLINE float extreme(const float* values) {
-  float top = 0;
-  for (int i = 0; i < 32; i++) {
-    if (values[i] != values[i]) return values[i];
-    if (std::fabs(values[i]) > std::fabs(top)) top = values[i];
+  Vec top{};
+  IntVec broken{};
+  for (int i = 0; i < 32; i += W) {
+    const Vec x = load(values + i);
+    broken |= x != x;
+    top = max(top, (Vec)((IntVec)x & 0x7fffffff));
   }
-  return top;
+  if (any(broken)) return NAN;
+  const float magnitude = largest(top);
+  int i = 0;
+  while (std::fabs(values[i]) != magnitude) i++;
+  return values[i];
 }
 INLINE float inverse_of(float scale) {
   const float inverse = 1.f / scale;
@@ -64,16 +85,22 @@ INLINE float inverse_of(float scale) {
 // Codes of 32 values for a scale, and the sum of squared errors relative to `top`, the largest.
 template <int LOW, int HIGH>
 INLINE float round_codes(const float* values, float top, float scale, uint8_t* codes) {
-  const float inverse = inverse_of(scale), unit = inverse_of(top);
-  float error = 0;
-  for (int i = 0; i < 32; i++) {
-    const float nearest = std::nearbyint(values[i] * inverse);
-    const float q = std::min(float(HIGH), std::max(float(LOW), nearest));
-    codes[i] = uint8_t(int(q) + (HIGH > 7 ? 128 : 8));
-    const float off = (values[i] - q * scale) * unit;
+  const Vec inverse = set(inverse_of(scale)), unit = set(inverse_of(top));
+  const Vec low = set(float(LOW)), high = set(float(HIGH));
+  const Vec magic = set(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  Vec error{};
+  for (int i = 0; i < 32; i += W) {
+    const Vec x = load(values + i);
+    Vec q = (x * inverse + magic) - magic;
+    q = q < low ? low : q;
+    q = q > high ? high : q;
+    const IntVec code = __builtin_convertvector(q, IntVec) + (HIGH > 7 ? 128 : 8);
+    const ByteVec bytes = __builtin_convertvector(code, ByteVec);
+    memcpy(codes + i, &bytes, W);
+    const Vec off = (x - q * scale) * unit;
     error += off * off;
   }
-  return error;
+  return sum(error);
 }
 
 // The best of several scales that map the extreme value near -8 or 7, in squared error: values of
@@ -121,11 +148,12 @@ void pack_column(const Weights& w, int64_t packed_k, int64_t column, const float
         memcpy(block + (i * UNIT + column % UNIT) * 4, values + k + i, 4);
     } else if (w.type == BF16) {
       char* to = block + column % UNIT / 16 * 1024 + column % 16 * 4;
-      for (int i = 0; i < 32; i += 2) {
-        const uint32_t pair =
-            to_bf16(values[k + i]) | uint32_t(to_bf16(values[k + i + 1])) << 16;
-        memcpy(to + i * 32, &pair, 4);
+      bf16 narrow[32];
+      for (int i = 0; i < 32; i += W) {
+        const HalfVec h = round_to_bf16(load(values + k + i));
+        memcpy(narrow + i, &h, sizeof h);
       }
+      for (int i = 0; i < 32; i += 2) memcpy(to + i * 32, narrow + i, 4);
     } else {
       quantize(w, block, column, values + k);
     }
@@ -140,8 +168,9 @@ void pack_units(const void* w, int32_t w_type, int64_t n, int64_t k, const Weigh
   float* values = column_values.fit(packed_k);
   for (int64_t column = begin * UNIT; column < end * UNIT; column++) {
     const int64_t row = column - first;
-    std::fill(values, values + packed_k, 0.f);
-    for (int64_t i = 0; row < n && i < k; i++) values[i] = element(w, w_type, row * k + i);
+    const int64_t size = row < n ? k : 0;
+    if (size) widen(w, w_type, row * k, size, values);
+    std::fill(values + size, values + packed_k, 0.f);
     pack_column(packed, packed_k, column, values);
   }
 }

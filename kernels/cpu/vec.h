@@ -118,17 +118,22 @@ static INLINE float to_float(bf16 x) {
 }
 static INLINE float to_float(float x) { return x; }
 
-static INLINE void store(bf16* p, Vec v) {
-#if defined(__AVX512BF16__)
-  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
-  memcpy(p, &h, sizeof h);
-#else
+// The same of a vector, subnormal values included.
+static INLINE HalfVec round_to_bf16(Vec v) {
   const IntVec u = (IntVec)v;
   const IntVec rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
   const IntVec quiet = (u >> 16) | 0x40;
-  const HalfVec h = __builtin_convertvector((v == v) ? rounded : quiet, HalfVec);
-  memcpy(p, &h, sizeof h);
+  return __builtin_convertvector((v == v) ? rounded : quiet, HalfVec);
+}
+
+// Subnormal values may become zero.
+static INLINE void store(bf16* p, Vec v) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+#else
+  const HalfVec h = round_to_bf16(v);
 #endif
+  memcpy(p, &h, sizeof h);
 }
 
 // Two neighbouring vectors.
@@ -228,6 +233,20 @@ static INLINE Vec reciprocal(Vec x) {
   if (P == COARSE) return (Vec)_mm512_rcp14_ps((__m512)x);
 #endif
   return 1.f / x;
+}
+
+// tanh(x); relative error 3e-7, NaN stays NaN.
+static INLINE Vec tanh(Vec x) {
+  // Near 0 the quotient below would lose digits: the Taylor series up to x^11.
+  const Vec x2 = x * x;
+  Vec near = x2 * -8.86323553e-3f + 2.18694885e-2f;
+  near = near * x2 - 5.39682540e-2f;
+  near = near * x2 + 1.33333333e-1f;
+  near = near * x2 - 3.33333333e-1f;
+  near = near * x2 * x + x;
+  Vec e = x * 2.88539008f;
+  e = e > 126.f ? set(126.f) : e;
+  return x2 < 0.16f ? near : 1.f - 2.f / (exp2<FINE>(e) + 1.f);
 }
 
 // x / (1 + e^-x)
