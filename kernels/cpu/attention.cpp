@@ -19,6 +19,15 @@ struct Buffers {
   Scratch<bf16> q_pairs, probs, v_tail;
 };
 
+// Out of line, so that the loops around its call keep their registers.
+__attribute__((noinline)) void bend(int rows, int keys, float factor, float* scores) {
+  for (int r = 0; r < rows; r++)
+    for (int j = 0; j < keys; j += W) {
+      float* at = scores + r * SCORE_STRIDE + j;
+      store(at, tanh(load(at) * factor));
+    }
+}
+
 // One item for one kv head: `rows` query rows, row i being head i % group of token row i / group.
 template <class T>
 struct Unit {
@@ -88,6 +97,11 @@ struct Unit {
       const int64_t hidden = std::min<int64_t>(own + 1 - args.plan.window - position, keys);
       if (hidden > 0) std::fill_n(scores + r * SCORE_STRIDE, hidden, -INFINITY);
     }
+  }
+
+  // Scores [count, keys] become tanh(score * tanh_scale) in models with a soft cap.
+  void cap(int count, int keys, float* scores) const {
+    if (args.tanh_scale != 0) bend(count, keys, args.tanh_scale, scores);
   }
 
   const AttentionArgs& args;
@@ -206,6 +220,7 @@ void run_vectors(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
                                  q + first * dim, dim, u.k(g * STEP_CHUNKS + j), L::k_step(),
                                  L::k_block(dim), scores + j * CHUNK, SCORE_STRIDE,
                                  int(dim / STEP<T>), ahead);
+      u.cap(rows, keys, scores);
       u.hide_before_window(g, first, rows, keys, scores);
       const RowState rs = state.from(first);
       constexpr Precision P = L::PAIRS ? COARSE : FINE;
@@ -288,6 +303,7 @@ void tile_step(const Unit<bf16>& u, int step, int first, const bf16* const* v, c
   for (int j = 0; j < chunks; j++)
     tile_scores<ROW_TILES>(q + first * k_dim, u.k(step * STEP_CHUNKS + j), k_dim,
                            scores + j * CHUNK, ahead);
+  u.cap(rows, keys, scores);
   u.hide_before_window(step, first, rows, keys, scores);
   for (int r = 0; r < rows; r += BLOCK) {
     const int n = std::min(BLOCK, rows - r);

@@ -82,7 +82,8 @@ class Pass {
 
     const AttentionArgs attention{s_.plan,        m_.heads,       s_.positions, s_.qkv,
                                   s_.attention,   qkv_stride,     width,        s_.kv[index],
-                                  s_.partial_out, s_.partial_lse, m_.scale,     m_.vector_rows};
+                                  s_.partial_out, s_.partial_lse, m_.scale,     0.f,
+                                  m_.vector_rows};
     attention_units(attention, *phase++);
     if (merges_)
       by_rows(*phase, rows_ * m_.heads.q_heads,

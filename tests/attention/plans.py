@@ -234,6 +234,7 @@ def attention_oracle(
     values: np.ndarray,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> np.ndarray:
     """Plain softmax attention in float64, one slice at a time: [R, Hq, D]."""
     queries = q.double().cpu().numpy()
@@ -249,6 +250,8 @@ def attention_oracle(
             np.repeat(x[path].reshape(-1, *x.shape[2:])[:end], group, 1) for x in (keys, values)
         )
         scores = np.einsum("rhd,khd->hrk", queries[row : row + count], k) * scale
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
         hidden = np.arange(end) > np.arange(first, end)[:, None]
         if window is not None:
             hidden |= np.arange(end) <= np.arange(first, end)[:, None] - window

@@ -44,6 +44,7 @@ def check_attention(
     dtype: torch.dtype,
     packing: Packing,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> None:
     case = random_case(rng, kind=kind)  # type: ignore[arg-type]
     q_heads, kv_heads = heads
@@ -62,8 +63,8 @@ def check_attention(
     q = torch.from_numpy(rng.standard_normal(shape) * rng.choice([1, 3])).to(dtype)
     plan = ops.upload_plan(case.plan(packing, window=window), kv, num_qo_heads=q_heads)
     scale = head_dim**-0.5
-    out = ops.tpp_attention(q, kv, 0, torch.from_numpy(case.positions), plan, scale)
-    expected = attention_oracle(case, q, keys, values, scale, window)
+    out = ops.tpp_attention(q, kv, 0, torch.from_numpy(case.positions), plan, scale, softcap)
+    expected = attention_oracle(case, q, keys, values, scale, window, softcap)
     assert out.dtype == dtype
     error = np.abs(out.double().numpy().reshape(expected.shape) - expected)
     assert error.max() <= TOLERANCE[dtype] * max(1, np.abs(expected).max())
@@ -108,6 +109,18 @@ def test_attention_within_windows_equals_the_oracle(
         heads = HEADS[int(rng.integers(len(HEADS)))]
         packing = ops.packing(num_qo_heads=heads[0], num_kv_heads=heads[1], head_dim=64)
         check_attention(ops, rng, kind, heads, 64, dtype, packing, window)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["decode", "slices", "mixed"])
+def test_attention_with_a_soft_cap_equals_the_oracle(
+    ops: CpuBackend, rng: np.random.Generator, kind: str, dtype: torch.dtype
+) -> None:
+    """Caps that bend every score, some, and none noticeably; with and without a window."""
+    for softcap, window in ((0.5, None), (2.0, 70), (50.0, None), (1e4, 7)):
+        heads = HEADS[int(rng.integers(len(HEADS)))]
+        packing = ops.packing(num_qo_heads=heads[0], num_kv_heads=heads[1], head_dim=64)
+        check_attention(ops, rng, kind, heads, 64, dtype, packing, window, softcap)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
