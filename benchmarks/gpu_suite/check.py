@@ -37,6 +37,7 @@ _COMPUTED_WORDS = [*range(12, 20), 27, 28, 29]
 def check_points(device: Device) -> list[Point]:
     points = [_conformance(device, dtype) for dtype in DTYPE_NAMES]
     points += [_attention(device, d, t) for d in (128, *HEAD_DIMS[:2], 256) for t in DTYPE_NAMES]
+    points += [_bounded(device, head_dim, t) for head_dim in HEAD_DIMS for t in DTYPE_NAMES]
     points += [_small_ops(device, dtype) for dtype in DTYPE_NAMES]
     points += [_replay(device)]
     points += [_model(device, head_dim, t) for head_dim in (64, 128) for t in DTYPE_NAMES]
@@ -111,6 +112,25 @@ def _attention(device: Device, head_dim: int, dtype: str) -> Point:
     return Point(f"attention {head_dim} {dtype}", run)
 
 
+def _bounded(device: Device, head_dim: int, dtype: str) -> Point:
+    """Compare slices seen through windows, with soft caps, and both, with float64."""
+
+    def run() -> Record:
+        torch.manual_seed(0)
+        workload = replace(_cases(head_dim, dtype)[3], rows=1, shared=0, private=220)
+        errors = {
+            f"{new} rows, window {window}, cap {softcap}": _causal_error(
+                device, workload, new, window, softcap
+            )
+            for new in (1, 90)
+            for window, softcap in ((40, None), (None, 2.0), (100, 2.0))
+        }
+        assert device.dry or max(errors.values()) <= TOLERANCE[dtype], errors
+        return {"cases": len(errors), "largest_error": max(errors.values())}
+
+    return Point(f"windows, soft caps {head_dim} {dtype}", run)
+
+
 def _scale_values(step: Step) -> None:
     """Scale V below 1/2, so that rounding an output uses less than half the tolerance."""
     step.kv.layers[0][:, 1].uniform_(-0.5, 0.5)
@@ -134,32 +154,44 @@ def _error(step: Step, out: torch.Tensor) -> float:
     return float((out.view(q.shape).double() - weights @ values).abs().max())
 
 
-def _causal_slice(step: Step, new: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _causal_slice(
+    step: Step, new: int, window: int | None = None, softcap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One slice of ``new`` rows at the end of a context: queries, positions, our output."""
     ops, w, device = step.ops, step.workload, step.device
     first = w.context - new
     packing = ops.packing(
         num_qo_heads=w.num_qo_heads, num_kv_heads=w.num_kv_heads, head_dim=w.head_dim
     )
-    plan = Planner(packing, 64).build([first], [new], w.chunk_ids, [0], 0)
+    plan = Planner(packing, 64).build([first], [new], w.chunk_ids, [0], 0, window=window)
     q = torch.empty(
         new, w.num_qo_heads, w.head_dim, dtype=DTYPES[w.dtype], device=device.torch_device
     ).normal_()
     positions = torch.arange(first, w.context, dtype=torch.int32, device=device.torch_device)
     device_plan = ops.upload_plan(plan, step.kv, num_qo_heads=w.num_qo_heads)
-    return q, positions, ops.tpp_attention(q, step.kv, 0, positions, device_plan, w.scale)
+    out = ops.tpp_attention(q, step.kv, 0, positions, device_plan, w.scale, softcap)
+    return q, positions, out
 
 
-def _causal_error(device: Device, w: Workload, new: int) -> float:
+def _causal_error(
+    device: Device,
+    w: Workload,
+    new: int,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> float:
     step = Step(w, device, 1)
     _scale_values(step)
-    q, positions, out = _causal_slice(step, new)
+    q, positions, out = _causal_slice(step, new, window, softcap)
     if device.dry:
         return 0.0
     keys, values = (x.double()[0] for x in step.contiguous())  # [Hkv, context, D]
     rows = q.double().view(new, w.num_kv_heads, -1, w.head_dim).permute(1, 2, 0, 3)
     scores = rows @ keys.unsqueeze(1).transpose(-1, -2) * w.scale
-    hidden = torch.arange(w.context, device=device.torch_device) > positions.unsqueeze(1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = positions.unsqueeze(1) - torch.arange(w.context, device=device.torch_device)
+    hidden = (distance < 0) | (distance >= (window or w.context))
     weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1)
     expected = (weights @ values.unsqueeze(1)).permute(2, 0, 1, 3).reshape(q.shape)
     return float((out.view(q.shape).double() - expected).abs().max())

@@ -13,6 +13,7 @@ from chunkllama.backends.model import LayerWeights, Linear, ModelWeights
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.attention import Attention
 from chunkllama.models.llama import Llama
+from chunkllama.models.loading.weights import random_weights as seeded_weights
 from chunkllama.models.rotary import rotary_tables
 
 CHUNK = 64
@@ -57,50 +58,30 @@ def random_spec(head_dim: int = 64, num_qo_heads: int = 6, num_kv_heads: int = 2
 
 def random_weights(spec: ModelSpec, dtype: torch.dtype, seed: int = 0) -> ModelWeights:
     """Return weights on the CPU that keep activations near 1 and logits near LOGIT_SCALE."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def matrix(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
-        values = torch.randn(rows, columns, generator=generator)
-        return (gain * columns**-0.5 * values).to(dtype)
-
-    def norm() -> torch.Tensor:
-        return (1 + 0.1 * torch.randn(spec.hidden_size, generator=generator)).to(dtype)
-
-    heads = spec.num_qo_heads * spec.head_dim
-    layers = [
-        LayerWeights(
-            input_norm=norm(),
-            qkv=Linear(matrix(spec.qkv_size, spec.hidden_size)),
-            q_norm=None,
-            k_norm=None,
-            output=Linear(matrix(spec.hidden_size, heads)),
-            attention_output_norm=None,
-            mlp_norm=norm(),
-            gate_up=Linear(matrix(2 * spec.intermediate_size, spec.hidden_size)),
-            down=Linear(matrix(spec.hidden_size, spec.intermediate_size)),
-            mlp_output_norm=None,
-        )
-        for _ in range(spec.num_layers)
-    ]
-    return ModelWeights(
-        embedding=torch.randn(spec.vocab_size, spec.hidden_size, generator=generator).to(dtype),
-        layers=layers,
-        norm=norm(),
-        lm_head=Linear(matrix(spec.vocab_size, spec.hidden_size, LOGIT_SCALE)),
-    )
+    weights = seeded_weights(spec, seed, dtype)
+    weights.embedding.mul_(spec.hidden_size**0.5)
+    weights.lm_head.weight.mul_(LOGIT_SCALE)
+    return weights
 
 
-def moved(weights: ModelWeights, device: torch.device, dtype: torch.dtype) -> ModelWeights:
+def moved(
+    weights: ModelWeights, spec: ModelSpec, device: torch.device, dtype: torch.dtype
+) -> ModelWeights:
+    """Return the weights on a device; norms with an offset stay float32, as when loaded."""
+    norm_dtype = torch.float32 if spec.norm_offset else dtype
+
     def move(x: torch.Tensor | Linear | None) -> torch.Tensor | Linear | None:
         if isinstance(x, Linear):
-            return Linear(x.weight.to(device=device, dtype=dtype))
-        return None if x is None else x.to(device=device, dtype=dtype)
+            bias = None if x.bias is None else x.bias.to(device=device, dtype=dtype)
+            return Linear(x.weight.to(device=device, dtype=dtype), bias)
+        return None if x is None else x.to(device=device, dtype=norm_dtype)
 
     layers = [
         LayerWeights(**{item.name: move(getattr(layer, item.name)) for item in fields(layer)})
         for layer in weights.layers
     ]
-    return ModelWeights(move(weights.embedding), layers, move(weights.norm), move(weights.lm_head))
+    embedding = weights.embedding.to(device=device, dtype=dtype)
+    return ModelWeights(embedding, layers, move(weights.norm), move(weights.lm_head))
 
 
 class ForcedLlama:
@@ -126,9 +107,12 @@ class ForcedLlama:
             layer.fill_(float("nan"))
         planner = Planner(packing, CHUNK)
         self.device = ops.device
-        self.backend = Attention(ops, kv, planner, spec.num_qo_heads, spec.head_dim**-0.5)
+        self.backend = Attention(
+            *(ops, kv, planner, spec.num_qo_heads, spec.score_scale, spec.attention_softcap),
+            [layer.window for layer in spec.layers],
+        )
         rotary = tuple(t.to(ops.device) for t in rotary_tables(spec, spec.max_position))
-        self.model = Llama(spec, moved(weights, ops.device, dtype), self.backend, rotary)
+        self.model = Llama(spec, moved(weights, spec, ops.device, dtype), self.backend, rotary)
 
     def step(self, step: PlannedStep) -> torch.Tensor:
         positions = np.concatenate(
@@ -178,12 +162,15 @@ def compare_with_reference(
     spec: ModelSpec,
     dtype: torch.dtype,
     decode_steps: int = 40,
+    reference_spec: ModelSpec | None = None,
 ) -> dict[str, float]:
     """Force the reference's greedy tokens through ``ops``; raise AssertionError where the logits
     leave the tolerance, or the top token differs though its lead is above twice the tolerance.
+
+    ``reference_spec`` differs from ``spec`` where a test plants a fault.
     """
     weights = random_weights(spec, dtype)
-    reference = ForcedLlama(reference_ops, spec, weights, torch.float32)
+    reference = ForcedLlama(reference_ops, reference_spec or spec, weights, torch.float32)
     steps, expected = conversation_steps(reference, spec.vocab_size, decode_steps)
     forced = ForcedLlama(ops, spec, weights, dtype)
     tolerance, worst, decided = LOGIT_TOLERANCE[dtype], 0.0, 0

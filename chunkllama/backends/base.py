@@ -71,17 +71,31 @@ class DevicePlan:
         raise AssertionError(f"no plan was built for a window of {window}")
 
 
+@dataclass(frozen=True, slots=True)
+class LayerRows:
+    """The rows of a step in one layer: where they stand and which chunks they read and write.
+
+    Attributes:
+        positions: [T] int32.
+    """
+
+    kv: KVCache
+    layer: int
+    positions: torch.Tensor
+    plan: DevicePlan
+
+
 class Backend(ABC):
     """Tensors in, tensors out; shapes use T rows (query tokens), Hq and Hkv heads, D head_dim.
 
-    The public ops check their arguments and call the method of a backend, named with an underscore.
+    The public ops state the contract, check their arguments and call the method of a backend, named
+    with an underscore.
     """
 
     name: str
     device: torch.device
     chunk_sizes: tuple[int, ...]
     isa_level: str = ""  # instructions that the kernels were compiled for, where there is a choice
-    has_softcap: bool = False
 
     @abstractmethod
     def packing(self, *, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> Packing:
@@ -201,19 +215,22 @@ class Backend(ABC):
         """
         num_rows = self._num_rows(plan, qkv)
         num_qo_heads = check_rope_append(qkv, positions, cos_sin, kv, num_rows)
-        return self._rope_append(qkv, positions, cos_sin, kv, layer, plan, num_qo_heads)
+        return self._rope_append(qkv, cos_sin, LayerRows(kv, layer, positions, plan), num_qo_heads)
 
     @abstractmethod
     def _rope_append(
-        self,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        cos_sin: torch.Tensor,
-        kv: KVCache,
-        layer: int,
-        plan: DevicePlan,
-        num_qo_heads: int,
+        self, qkv: torch.Tensor, cos_sin: torch.Tensor, rows: LayerRows, num_qo_heads: int
     ) -> torch.Tensor: ...
+
+    def rotate(
+        self, qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, kv: KVCache
+    ) -> torch.Tensor:
+        """Rotate q and k of qkv [T, (Hq + 2 Hkv) D] as ``rope_append`` does, and write nothing: for
+        models that normalise them afterwards. Returns qkv's shape and dtype.
+        """
+        heads = qkv.view(len(qkv), -1, kv.head_dim)
+        q_and_k, v = heads[:, : -kv.num_kv_heads], heads[:, -kv.num_kv_heads :]
+        return torch.cat((rotate_heads(q_and_k, positions, cos_sin), v), dim=1).view_as(qkv)
 
     def tpp_attention(
         self,
@@ -227,23 +244,14 @@ class Backend(ABC):
     ) -> torch.Tensor:
         """Two-phase partition attention and merge: q [T, Hq, D] -> [T, Hq D] in q's dtype.
 
-        With ``softcap``, which needs ``has_softcap``, scores become softcap * tanh(s / softcap).
+        Scores are q k times ``scale``; with ``softcap`` they become softcap * tanh(s / softcap).
         """
         check_tpp_attention(q, kv, positions, self._num_rows(plan, q))
-        if softcap is not None and not self.has_softcap:
-            raise ValueError(f"tpp_attention: backend {self.name} has no soft cap of scores")
-        return self._tpp_attention(q, kv, layer, positions, plan, scale, softcap)
+        return self._tpp_attention(q, LayerRows(kv, layer, positions, plan), scale, softcap)
 
     @abstractmethod
     def _tpp_attention(
-        self,
-        q: torch.Tensor,
-        kv: KVCache,
-        layer: int,
-        positions: torch.Tensor,
-        plan: DevicePlan,
-        scale: float,
-        softcap: float | None,
+        self, q: torch.Tensor, rows: LayerRows, scale: float, softcap: float | None
     ) -> torch.Tensor: ...
 
     def _num_rows(self, plan: DevicePlan, rows: torch.Tensor) -> int:
@@ -277,6 +285,15 @@ class Backend(ABC):
 
     @abstractmethod
     def _copy_chunks(self, kv: KVCache, triples: list[CopyTriple]) -> None: ...
+
+
+def rotate_heads(
+    heads: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+) -> torch.Tensor:
+    """Rotate heads [T, N, D] to positions [T], in float32; cos_sin as in ``rope_append``."""
+    cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)
+    low, high = heads.float().chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(heads.dtype)
 
 
 def _activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:

@@ -25,13 +25,11 @@ def select_backend(
     num_kv_heads: int,
     backend: BackendName = "auto",
     isa_level: str = "auto",
-    softcap: bool = False,
 ) -> Backend:
     """Choose the backend for a device ("cpu", "cuda", "cuda:1") and a model's shape.
 
     "auto" takes ``cuda`` on a GPU, and on a CPU ``cpu``, or where that is not built or lacks the
-    shape the ``reference``, saying so once in the log; so do models with a soft cap of attention
-    scores (``softcap``), which only the reference has. A named ``isa_level`` is never replaced.
+    shape the ``reference``, saying so once in the log. A named ``isa_level`` is never replaced.
 
     Raises:
         ConfigError: the backend is not installed, or lacks the device, dtype, head_dim or chunk
@@ -40,17 +38,6 @@ def select_backend(
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise ConfigError(f"device: {device!r} is not one of cpu, cuda, cuda:N")
     target = torch.device(device)
-    if softcap and backend != "reference":
-        if backend != "auto":
-            raise ConfigError(
-                f"backend: {backend} has no soft cap of attention scores, which this model needs; "
-                "use reference"
-            )
-        logger.warning(
-            "using the reference backend (torch), which is slower: "
-            "the model needs a soft cap of attention scores"
-        )
-        backend = "reference"
     if isa_level != "auto":
         if backend not in ("auto", "cpu") or target.type != "cpu":
             raise ConfigError(f"isa_level: {isa_level} is for the cpu backend only; use auto")

@@ -60,7 +60,7 @@ def plan_size(config: EngineConfig, folder: Path) -> EngineSize:
     spec = read_spec(folder)
     device = _device(config.model.device)
     dtype = resolve_dtype(spec, config.model.dtype, device, config.model.backend)
-    max_model_len = _max_model_len(config, spec, device)
+    max_model_len = _max_model_len(config, spec)
     chunk_size = config.cache.chunk_size
     weights = allocated_bytes(Checkpoint(folder, spec), dtype, config.model.quantization)
     num_chunks = _num_chunks(config, spec, weights, max_model_len, device, dtype)
@@ -172,28 +172,20 @@ def _table_length(spec: ModelSpec, max_model_len: int, pool_tokens: int) -> int:
     return min(max_model_len, pool_tokens)
 
 
-def _max_model_len(config: EngineConfig, spec: ModelSpec, device: str) -> int:
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     wanted = config.model.max_model_len
     if wanted is not None and wanted > spec.max_position:
         raise ConfigError(
             f"max_model_len: {wanted} is above the model's own limit of {spec.max_position}"
         )
-    window = min((x.window for x in spec.layers if x.window is not None), default=None)
-    if device != "cpu" and window is not None and window < (wanted or spec.max_position):
-        logger.warning(
-            "max_model_len: %d, the model's sliding window, beyond which the cuda backend does not "
-            "support it (its own limit is %d)",
-            window,
-            spec.max_position,
-        )
-        return window
     if wanted is not None:
         return wanted
-    original = min((r.original_max_position for r in spec.ropes if r.type == "longrope"), default=0)
+    stretched = [r.original_max_position for r in spec.ropes if r.type in ("longrope", "dynamic")]
+    original = min(stretched, default=0)
     if 0 < original < spec.max_position:
         logger.warning(
-            "max_model_len: %d, the length up to which the model's short rotary factors hold; set "
-            "it (up to %d) to use the long factors for all requests",
+            "max_model_len: %d, the length up to which the model's rotary embedding is not "
+            "stretched; set it (up to %d) to stretch it for all requests",
             original,
             spec.max_position,
         )

@@ -316,7 +316,6 @@ def build_attention(
         num_kv_heads=spec.num_kv_heads,
         backend=backend,
         isa_level=isa_level,
-        softcap=spec.attention_softcap is not None,
     )
     kv = ops.allocate_kv(
         num_layers=spec.num_layers,

@@ -56,13 +56,11 @@ def entries() -> list[Entry]:
 
 def _entry(name: str) -> Entry:
     spec = parse_spec({"architectures": [name], **_TYPICAL}, Path("config.json"))
-    on_cpu = spec.attention_softcap is None
-    cpu = ("one native call" if can_fuse(spec) else "native, op by op") if on_cpu else "reference"
     return Entry(
         architecture=name,
-        cpu=cpu,
-        cuda="native, op by op" if on_cpu else "reference",
-        quantizations="bf16, fp32, int8" if on_cpu else "none",
+        cpu="one native call" if can_fuse(spec) else "native, op by op",
+        cuda="native, op by op",
+        quantizations="bf16, fp32, int8, int4",
         gguf=", ".join(_gguf_names(name)),
         limits="; ".join(_limits(spec)),
     )
@@ -78,8 +76,6 @@ def _gguf_names(name: str) -> list[str]:
 
 def _limits(spec: ModelSpec) -> list[str]:
     limits = []
-    if spec.attention_softcap is not None:
-        limits.append("soft cap of attention scores: reference backend only")
     if len({layer.window for layer in spec.layers}) > 1:
         limits.append("layers with different windows are not fused")
     if spec.architecture == "Phi3ForCausalLM":

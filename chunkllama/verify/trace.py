@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from chunkllama.backends.base import KVCache
+from chunkllama.backends.base import KVCache, LayerRows
 from chunkllama.backends.model import Linear, ModelWeights
 from chunkllama.backends.reference.backend import ReferenceBackend
 from chunkllama.engine.model_runner import build_attention
@@ -67,14 +67,26 @@ class _Recorder(ReferenceBackend):
         self.stages[self.names[id(weight)]] = y
         return y, total
 
-    def rope_append(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        q = super().rope_append(*args, **kwargs)
-        self.stages[f"{args[4]} rotated"] = q
+    def rotate(
+        self, qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, kv: KVCache
+    ) -> torch.Tensor:
+        y = super().rotate(qkv, positions, cos_sin, kv)
+        layer, _, _ = next(reversed(self.stages)).partition(" ")  # of the projection before it
+        self.stages[f"{layer} rotated"] = y[:, : y.shape[1] - 2 * kv.num_kv_heads * kv.head_dim]
+        return y
+
+    def _rope_append(
+        self, qkv: torch.Tensor, cos_sin: torch.Tensor, rows: LayerRows, num_qo_heads: int
+    ) -> torch.Tensor:
+        q = super()._rope_append(qkv, cos_sin, rows, num_qo_heads)
+        self.stages.setdefault(f"{rows.layer} rotated", q)
         return q
 
-    def _tpp_attention(self, q: torch.Tensor, kv: KVCache, layer: int, *args: Any) -> torch.Tensor:
-        y = super()._tpp_attention(q, kv, layer, *args)
-        self.stages[f"{layer} attention"] = y
+    def _tpp_attention(
+        self, q: torch.Tensor, rows: LayerRows, scale: float, softcap: float | None
+    ) -> torch.Tensor:
+        y = super()._tpp_attention(q, rows, scale, softcap)
+        self.stages[f"{rows.layer} attention"] = y
         return y
 
 
@@ -115,9 +127,11 @@ def _order(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     """(stage, area) as they are computed."""
     yield "embedding", "embedding"
     for index in range(spec.num_layers):
-        for name in ("input_norm", "qkv", "q_norm", "k_norm"):
+        for name in ("input_norm", "qkv"):
             yield f"{index} {name}", _AREAS[name]
-        yield f"{index} rotated", "rotary embedding"
+        rotated = (f"{index} rotated", "rotary embedding")
+        norms = [(f"{index} {name}", _AREAS[name]) for name in ("q_norm", "k_norm")]
+        yield from (rotated, *norms) if spec.layer(index).norm_after_rotation else (*norms, rotated)
         yield f"{index} attention", "attention (scale, window or soft cap)"
         for name in ("output", "attention_output_norm", "mlp_norm", "gate_up", "down"):
             yield f"{index} {name}", _AREAS[name]
@@ -163,9 +177,10 @@ def _their_stages(model: Any, spec: ModelSpec, ids: list[int]) -> Stages:
     parts: dict[str, list[torch.Tensor]] = {}
     hooks = []
 
-    def keep(module: Any, stage: str) -> None:
-        def hook(_module: Any, _args: Any, output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) else output
+    def keep(module: Any, stage: str, *, its_input: bool = False) -> None:
+        def hook(_module: Any, args: Any, output: Any) -> None:
+            value = args if its_input else output
+            value = value[0] if isinstance(value, tuple) else value
             if value.dim() == 4 and value.shape[1] != len(ids):  # heads before tokens
                 value = value.transpose(1, 2)
             parts.setdefault(stage, []).append(value.detach().float().reshape(len(ids), -1))
@@ -177,6 +192,8 @@ def _their_stages(model: Any, spec: ModelSpec, ids: list[int]) -> Stages:
         for field, modules in _modules(names, spec, index).items():
             for name in modules:
                 keep(layer.get_submodule(name), f"{index} {field}")
+        if spec.layer(index).norm_after_rotation:
+            keep(layer.get_submodule(names.q_norm), f"{index} rotated", its_input=True)
     keep(model.model.norm, "final norm")
     try:
         with torch.inference_mode(), _recorded_attention(model, spec, parts):
@@ -231,7 +248,8 @@ class _recorded_attention:
 
         def attention(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             index, rows = module.layer_idx, query.shape[2]
-            parts[f"{index} rotated"] = [query[0].transpose(0, 1).float().reshape(rows, -1)]
+            rotated = query[0].transpose(0, 1).float().reshape(rows, -1)
+            parts.setdefault(f"{index} rotated", [rotated])
             output, weights = eager(module, query, *args, **kwargs)
             parts[f"{index} attention"] = [output[0].float().reshape(rows, -1)]
             return output, weights

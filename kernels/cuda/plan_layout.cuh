@@ -15,4 +15,4 @@ enum ItemColumn {
   FLAGS = 6,
   ITEM_COLUMNS = 8
 };
-enum ItemFlag { ITEM_MASK = 1 };
+enum ItemFlag { ITEM_MASK = 1, ITEM_WINDOW = 2 };

@@ -20,10 +20,12 @@ struct TppPartialParams {
   void* out;             // [rows, Hq, D], written for rows with a single partial
   const int* positions;  // [rows]
   float scale_log2;      // softmax scale times log2(e), above 0
+  float tanh_scale;      // 0, or scores become tanh(score * tanh_scale) first
   int num_kv_heads;
   int group;      // query heads per kv head
   int row_tiles;  // row tiles of the largest item: ceil(rows x group / ROWS)
   int tile_class;
+  int window;  // keys that a row sees, its own included; 0: all before it
   int reserved;
   float* partial_out;  // [slots, Hq, D] normalised
   float* partial_lse;  // [slots, Hq] base 2, -inf = no visible key
@@ -33,17 +35,19 @@ struct TppPartialParams {
   const int* row_flags;
   i64 chunk_stride;
 };
-static_assert(sizeof(TppPartialParams) == 112, "chunkllama/backends/cuda/source.py, PARAMS");
+static_assert(sizeof(TppPartialParams) == 120, "chunkllama/backends/cuda/source.py, PARAMS");
 
 // ROW_TILES m16 tiles per warp; ROW_WARPS warps side by side along rows, KEY_WARPS along the keys
-// of a stage; STAGES stages of STAGE_TOKENS keys and values in shared memory.
+// of a stage; STAGES stages of STAGE_TOKENS keys and values in shared memory. Only a BOUNDED tile
+// knows windows and soft caps: others need not keep registers for them.
 template <typename T_, int HEAD_DIM_, int ROW_TILES_, int ROW_WARPS_, int KEY_WARPS_,
-          int STAGE_TOKENS_, int STAGES_, int MIN_CTAS_>
+          int STAGE_TOKENS_, int STAGES_, int MIN_CTAS_, bool BOUNDED_ = false>
 struct Tile {
   using T = T_;
   static constexpr int HEAD_DIM = HEAD_DIM_, ROW_TILES = ROW_TILES_, ROW_WARPS = ROW_WARPS_,
                        KEY_WARPS = KEY_WARPS_;
   static constexpr int STAGE_TOKENS = STAGE_TOKENS_, STAGES = STAGES_, MIN_CTAS = MIN_CTAS_;
+  static constexpr bool BOUNDED = BOUNDED_;
   static constexpr int ROWS = 16 * ROW_TILES * ROW_WARPS;
   static constexpr int THREADS = 32 * ROW_WARPS * KEY_WARPS;
   static constexpr int WARP_KEYS =
@@ -113,7 +117,7 @@ struct Unit {
   int unmasked_tokens;  // keys below this one are visible to every row of the tile
   int first_position;
   int partial_base;
-  bool masked;
+  bool masked, windowed;
   const int* chunk_ids;
 
   DEVICE int row(const TppPartialParams& p, int r) const {
@@ -127,6 +131,11 @@ struct Unit {
     if (!masked) return num_tokens;
     const int visible = p.positions[row] + 1 - first_position;
     return visible < num_tokens ? visible : num_tokens;
+  }
+  // Where a row's keys end, counted from the run's first; of an item with windows this may lie
+  // beyond the run's end, as a window is counted back from it.
+  DEVICE int end_of_keys(const TppPartialParams& p, int row) const {
+    return windowed ? p.positions[row] + 1 - first_position : visible_tokens(p, row);
   }
 };
 
@@ -145,12 +154,13 @@ DEVICE Unit decode_unit(const TppPartialParams& p, int index) {
   unit.first_position = item[FIRST_POSITION];
   unit.partial_base = item[PARTIAL_BASE];
   unit.masked = (item[FLAGS] & ITEM_MASK) != 0;
+  unit.windowed = X::BOUNDED && (item[FLAGS] & ITEM_WINDOW) != 0;
   unit.chunk_ids = p.chunk_ids + item[CHUNK_OFFSET];
   if (unit.packed_rows > 0) {  // positions never decrease over a masked item's rows: the tile's
                                // last row bounds the run
     unit.num_tokens = unit.visible_tokens(p, unit.row(p, unit.packed_rows - 1));
     unit.num_tokens = unit.num_tokens > 0 ? unit.num_tokens : 0;
-    unit.unmasked_tokens = unit.visible_tokens(p, unit.row(p, 0));
+    unit.unmasked_tokens = unit.windowed ? 0 : unit.visible_tokens(p, unit.row(p, 0));
   }
   return unit;
 }
@@ -284,17 +294,36 @@ DEVICE void score(Scores<X>& s, const Queries<X>& q, const unsigned char* querie
   }
 }
 
+// Hides a key unless it is one of the last `window` before the end of the row's keys. A negative
+// distance is a large unsigned one.
 template <class X>
 DEVICE void mask_scores(Scores<X>& s, const int (&visible)[X::ROW_TILES][2], int first_token,
-                        WarpRole role) {
+                        int window, WarpRole role) {
   const int first_key = first_token + role.key_warp * X::WARP_KEYS + 2 * role.pair;
 #pragma unroll
   for (int a = 0; a < X::ROW_TILES; a++)
 #pragma unroll
     for (int j = 0; j < X::KEY_TILES; j++)
 #pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int key = first_key + j * 8 + (e & 1), end = visible[a][e >> 1];
+        const bool hidden = X::BOUNDED ? (u32)(end - 1 - key) >= (u32)window : key >= end;
+        if (hidden) s[a][j][e] = NEGATIVE_INFINITY;
+      }
+}
+
+// Scores become tanh(score * tanh_scale) = 1 - 2 / (e^(2 score tanh_scale) + 1); the absolute error
+// of 1e-6 is far below what 16-bit outputs show.
+template <class X>
+DEVICE void cap_scores(Scores<X>& s, float tanh_scale) {
+  const float exponent = tanh_scale * 2.f * 1.4426950408889634f;
+#pragma unroll
+  for (int a = 0; a < X::ROW_TILES; a++)
+#pragma unroll
+    for (int j = 0; j < X::KEY_TILES; j++)
+#pragma unroll
       for (int e = 0; e < 4; e++)
-        if (first_key + j * 8 + (e & 1) >= visible[a][e >> 1]) s[a][j][e] = NEGATIVE_INFINITY;
+        s[a][j][e] = 1.f - exp2_fast(1.f - log2_fast(exp2_fast(s[a][j][e] * exponent) + 1.f));
 }
 
 // Scores become weights 2^(score - anchor); what was accumulated under a smaller maximum is scaled
@@ -442,8 +471,7 @@ DEVICE void attend(const TppPartialParams& p, const Unit& unit, unsigned char* s
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int r = (role.row_warp * X::ROW_TILES + a) * 16 + role.group + 8 * h;
-      visible[a][h] =
-          r < unit.packed_rows ? unit.visible_tokens(p, unit.row(p, r)) : unit.num_tokens;
+      visible[a][h] = r < unit.packed_rows ? unit.end_of_keys(p, unit.row(p, r)) : unit.num_tokens;
       states[a][h] = SoftmaxState::empty();
 #pragma unroll
       for (int j = 0; j < X::HEAD_DIM / 8; j++) o[a][j][2 * h] = o[a][j][2 * h + 1] = 0.f;
@@ -458,7 +486,9 @@ DEVICE void attend(const TppPartialParams& p, const Unit& unit, unsigned char* s
     if (token == 0) q.keep(queries, role);
     Scores<X> s;
     score<X>(s, q, queries, stage, role);
-    if (token + X::STAGE_TOKENS > unit.unmasked_tokens) mask_scores<X>(s, visible, token, role);
+    if (X::BOUNDED && p.tanh_scale != 0.f) cap_scores<X>(s, p.tanh_scale);
+    if (token + X::STAGE_TOKENS > unit.unmasked_tokens)
+      mask_scores<X>(s, visible, token, p.window > 0 ? p.window : 0x7fffffff, role);
     softmax<X>(s, states, o, p.scale_log2);
     accumulate<X>(o, s, stage + X::MATRIX_BYTES, role);
     stage = stage + X::STAGE_BYTES == stages + X::STAGES * X::STAGE_BYTES ? stages

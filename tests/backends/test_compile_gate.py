@@ -6,11 +6,13 @@ import functools
 from collections.abc import Callable
 
 import pytest
+from _pytest.mark import ParameterSet
 from nvrtc import Resources, compile_kernels, library_path
 
 from chunkllama.backends.cuda.source import (
     DTYPES,
     HEAD_DIMS,
+    REGISTERS_PER_SM,
     HardwareTable,
     KernelSpec,
     conformance_kernel,
@@ -22,13 +24,23 @@ from chunkllama.backends.cuda.source import (
 from chunkllama.errors import ConfigError
 
 TABLES = {table.arch: table for table in hardware_tables()}
+
+
+def case(arch: str, kernel: KernelSpec) -> ParameterSet:
+    """Tiles for windows and soft caps are compiled at night, but for one that nearly spills."""
+    is_bounded = kernel.expression.endswith("true>>")
+    at_night = is_bounded and not (arch == "sm_90" and "<bf16, 256, 1, 1" in kernel.expression)
+    marks = (pytest.mark.nightly,) if at_night else ()
+    name = f"{arch}-{kernel.expression.replace(' ', '')}"
+    return pytest.param(arch, kernel, id=name, marks=marks)
+
+
 SHIPPED = [
-    pytest.param(arch, kernel, id=f"{arch}-{kernel.expression.replace(' ', '')}")
+    case(arch, kernel)
     for arch, table in TABLES.items()
     for kernel in [*shipped_kernels(table), *(conformance_kernel(dtype) for dtype in DTYPES)]
 ]
 # CUDA programming guide, "Technical Specifications per Compute Capability".
-REGISTERS_PER_SM = 65536
 SHARED_BYTES_PER_BLOCK = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}
 SHARED_BYTES_PER_SM = {"sm_80": 164 << 10, "sm_89": 100 << 10, "sm_90": 228 << 10}
 SYSTEM_SHARED_BYTES = 1024  # of every CTA

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 from attention_plans import Case, attention_oracle, make_case, random_case
-from kernel_emulator import Counters, EmulatedLauncher, shipped_libraries, table
+from kernel_emulator import (
+    Counters,
+    EmulatedLauncher,
+    bounded_library,
+    shipped_libraries,
+    table,
+)
 
 from chunkllama.attention.plan_format import (
     FIRST_POSITION,
@@ -42,6 +48,7 @@ class Setting:
     arch: str = "sm_90"
     schedule: int = 0
     num_sms: int = 4
+    bounded: bool = False  # with a window or a soft cap
 
     @property
     def num_qo_heads(self) -> int:
@@ -52,8 +59,13 @@ class Setting:
         return float(self.head_dim**-0.5)
 
     def ops(self) -> tuple[CudaBackend, EmulatedLauncher]:
+        library = (
+            bounded_library(self.dtype, self.head_dim, self.arch)
+            if self.bounded
+            else shipped_libraries()[self.dtype, self.head_dim]
+        )
         launcher = EmulatedLauncher(
-            shipped_libraries()[self.dtype, self.head_dim],
+            library,
             table(self.arch),
             num_sms=self.num_sms,
             schedule=self.schedule,
@@ -137,7 +149,11 @@ def predicted_bytes(
 
 
 def check(
-    case: Case, setting: Setting, rng: np.random.Generator, window: int | None = None
+    case: Case,
+    setting: Setting,
+    rng: np.random.Generator,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Counters:
     """Run a case and hold it to the float64 oracle, the predicted traffic and no bank conflict."""
     ops, launcher = setting.ops()
@@ -159,8 +175,10 @@ def check(
     plan = case.plan(packing, window=window)
     device_plan = ops.upload_plan(plan, kv, num_qo_heads=setting.num_qo_heads)
     positions = torch.from_numpy(case.positions)
-    out = ops.tpp_attention(inputs.q, kv, 0, positions, device_plan, setting.scale)
-    expected = attention_oracle(case, inputs.q, inputs.keys, inputs.values, setting.scale, window)
+    out = ops.tpp_attention(inputs.q, kv, 0, positions, device_plan, setting.scale, softcap)
+    expected = attention_oracle(
+        case, inputs.q, inputs.keys, inputs.values, setting.scale, window, softcap
+    )
     error = np.abs(out.view(inputs.q.shape).double().numpy() - expected)
     assert error.max() <= TOLERANCE[setting.dtype], f"largest error {error.max():.2e}"
     assert launcher.counters.bank_conflicts == 0
@@ -314,6 +332,45 @@ def test_emulation_full_matrix(
         check(case, setting, rng)
     for kind in ("decode", "slices", "mixed"):
         check(random_case(rng, kind=kind), setting, rng)
+
+
+WINDOWS = (1, 40, 64, 130, 1000)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_emulation_windows(head_dim: int, window: int, rng: np.random.Generator) -> None:
+    """Decode batches, slices over a shared prefix, and both in one step, seen through a window."""
+    setting = Setting(head_dim=head_dim, num_kv_heads=1, group=3, bounded=True, schedule=window % 3)
+    for case in (TREES["two_levels"], prefill_case(200, [30, 1, 70], shared_chunks=3)):
+        check(case, setting, rng, window)
+    check(random_case(rng, kind="mixed", max_rows=60), setting, rng, window)
+
+
+@pytest.mark.parametrize(("softcap", "window"), [(0.5, None), (5.0, 70), (50.0, None)])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_emulation_soft_caps(
+    head_dim: int, softcap: float, window: int | None, rng: np.random.Generator
+) -> None:
+    setting = Setting(head_dim=head_dim, num_kv_heads=1, group=2, bounded=True)
+    for case in (TREES["prefix"], prefill_case(100, [50])):
+        check(case, setting, rng, window, softcap)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_emulation_full_matrix_of_windows_and_soft_caps(
+    head_dim: int, dtype: str, arch: str, window: int, rng: np.random.Generator
+) -> None:
+    setting = Setting(head_dim=head_dim, dtype=dtype, arch=arch, bounded=True, schedule=7)
+    for case in (*TREES.values(), prefill_case(100, [1, 50, 64, 300], shared_chunks=1)):
+        for softcap in (None, 4.0):
+            check(case, setting, rng, window, softcap)
+    for kind in ("decode", "slices", "mixed"):
+        check(random_case(rng, kind=kind), setting, rng, window)
 
 
 @pytest.mark.parametrize("rows", [16, 17, 64, 65, 130])

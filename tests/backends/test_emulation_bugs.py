@@ -107,9 +107,7 @@ BUGS = {
     "token_bound_of_copies_forgotten": Bug(
         "tpp_partial.cuh", "token + at.row < num_tokens);", "true);", "bytes"
     ),
-    "mask_one_key_late": Bug(
-        "tpp_partial.cuh", "(e & 1) >= visible", "(e & 1) > visible", "numbers"
-    ),
+    "mask_one_key_late": Bug("tpp_partial.cuh", ": key >= end;", ": key > end;", "numbers"),
     "masked_too_rarely": Bug(
         "tpp_partial.cuh",
         "if (token + X::STAGE_TOKENS > unit.unmasked_tokens)",

@@ -11,7 +11,13 @@ import pytest
 import torch
 from gpu_suite.check import check_points, run_small_cases
 from gpu_suite.device import Device
-from kernel_emulator import EmulatedLauncher, require_compiler, shipped_libraries, table
+from kernel_emulator import (
+    EmulatedLauncher,
+    bounded_library,
+    require_compiler,
+    shipped_libraries,
+    table,
+)
 
 from chunkllama.backends.cuda.launch import Grid
 from chunkllama.backends.cuda.source import HardwareTable, KernelSpec, shipped_kernels
@@ -32,7 +38,10 @@ class EmulatedDevice:
         dtype = re.search("bf16|fp16", kernel.expression)
         head_dim = re.search(r"(?:bf16|fp16), (\d+)", kernel.expression)
         group = (dtype[0] if dtype else "bf16", int(head_dim[1]) if head_dim else 64)
-        EmulatedLauncher(shipped_libraries()[group], self.table).launch(kernel, grid, params)
+        library = shipped_libraries()[group]
+        if kernel.expression.endswith("true>>"):
+            library = bounded_library(*group, self.table.arch)
+        EmulatedLauncher(library, self.table).launch(kernel, grid, params)
 
 
 DEVICE = EmulatedDevice()
@@ -41,7 +50,7 @@ POINTS = {
     for point in check_points(Device(False, torch.device("cpu"), DEVICE))
     if "sanitizer" not in point.name
 }
-QUICK = ("device layer", "attention 64", "append", "captured")
+QUICK = ("device layer", "attention 64", "windows, soft caps 64 bf16", "append", "captured")
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from kernel_emulator import EmulatedLauncher, shipped_libraries, table
 
 from chunkllama.backends.base import KVCache
 from chunkllama.backends.cuda.backend import CudaBackend, independent_copies
+from chunkllama.backends.reference.backend import ReferenceBackend
 from chunkllama.backends.reference.copy_chunks import copy_chunks_reference
 from chunkllama.backends.reference.rms_norm import rms_norm_reference
-from chunkllama.backends.reference.rope_append import AppendTables, rope_append_reference
 from chunkllama.backends.reference.silu_and_mul import silu_and_mul_reference
 from chunkllama.errors import ConfigError
 
@@ -79,8 +79,9 @@ def test_emulation_rope_append(
     cos_sin = torch.randn(int(positions.max()) + 1, head_dim)
     q = ops.rope_append(qkv, positions, cos_sin, kv, 0, plan)
 
-    tables = AppendTables.of(plan.host, ops.device)
-    expected = rope_append_reference(qkv, positions, cos_sin, expected_kv, 0, tables)
+    reference = ReferenceBackend(torch.device("cpu"))
+    plain = reference.upload_plan(plan.host, expected_kv, num_qo_heads=6)
+    expected = reference.rope_append(qkv, positions, cos_sin, expected_kv, 0, plain)
     close(q, expected, dtype)
     close(kv.layers[0][:, 0], expected_kv.layers[0][:, 0], dtype)
     assert torch.equal(kv.layers[0][:, 1], expected_kv.layers[0][:, 1]), "V is copied, not computed"

@@ -25,7 +25,6 @@ def select(
     chunk_size: int = 64,
     head_dim: int = 64,
     isa_level: str = "auto",
-    softcap: bool = False,
 ) -> Backend:
     return select_backend(
         device,
@@ -35,7 +34,6 @@ def select(
         num_kv_heads=3,
         backend=backend,
         isa_level=isa_level,
-        softcap=softcap,
     )
 
 
@@ -61,13 +59,6 @@ def test_a_level_is_refused_where_it_has_no_effect() -> None:
 def test_the_setting_lists_every_level() -> None:
     choices = get_args(ModelConfig.model_fields["isa_level"].annotation)
     assert choices == ("auto", *(level.name for level in LEVELS))
-
-
-def test_a_soft_cap_of_scores_needs_the_reference(caplog: pytest.LogCaptureFixture) -> None:
-    assert select(softcap=True).name == "reference"
-    assert "soft cap" in caplog.text
-    with pytest.raises(ConfigError, match=r"backend: cpu has no soft cap .* use reference"):
-        select(softcap=True, backend="cpu")
 
 
 def test_the_reference_by_name() -> None:

@@ -16,7 +16,14 @@ import torch
 import yaml
 
 from chunkllama.attention.plan_format import AttentionPlan, Packing
-from chunkllama.backends.base import Backend, CopyTriple, DevicePlan, KVCache, Quantization
+from chunkllama.backends.base import (
+    Backend,
+    CopyTriple,
+    DevicePlan,
+    KVCache,
+    LayerRows,
+    Quantization,
+)
 from chunkllama.backends.cpu.abi import (
     TYPES,
     CAttention,
@@ -200,48 +207,36 @@ class CpuBackend(Backend):
         return y, total
 
     def _rope_append(
-        self,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        cos_sin: torch.Tensor,
-        kv: KVCache,
-        layer: int,
-        plan: DevicePlan,
-        num_qo_heads: int,
+        self, qkv: torch.Tensor, cos_sin: torch.Tensor, rows: LayerRows, num_qo_heads: int
     ) -> torch.Tensor:
-        num_rows = plan.host.num_rows
-        qkv, positions = qkv.contiguous(), positions.int().contiguous()
-        q = qkv.new_empty(num_rows, num_qo_heads, kv.head_dim)
+        kv, plan = rows.kv, rows.plan
+        qkv, positions = qkv.contiguous(), rows.positions.int().contiguous()
+        q = qkv.new_empty(plan.host.num_rows, num_qo_heads, kv.head_dim)
         args = CRope(
             plan.state.plan,
-            _heads(num_qo_heads, kv, layer, qkv.dtype),
+            _heads(num_qo_heads, kv, rows.layer, qkv.dtype),
             *(positions.data_ptr(), cos_sin.data_ptr(), qkv.data_ptr(), q.data_ptr()),
-            *(qkv.shape[1], num_qo_heads * kv.head_dim, kv.layers[layer].data_ptr()),
+            *(qkv.shape[1], num_qo_heads * kv.head_dim, kv.layers[rows.layer].data_ptr()),
         )
         self.library.ck_rope_append(ctypes.byref(args), torch.get_num_threads())
         return q
 
     def _tpp_attention(
-        self,
-        q: torch.Tensor,
-        kv: KVCache,
-        layer: int,
-        positions: torch.Tensor,
-        plan: DevicePlan,
-        scale: float,
-        softcap: float | None,
+        self, q: torch.Tensor, rows: LayerRows, scale: float, softcap: float | None
     ) -> torch.Tensor:
-        q, positions = q.contiguous(), positions.int().contiguous()
+        kv, plan = rows.kv, rows.plan
+        q, positions = q.contiguous(), rows.positions.int().contiguous()
         num_rows, num_qo_heads, head_dim = q.shape
         width = num_qo_heads * head_dim
         out = q.new_empty(num_rows, width)
         args = CAttention(
             plan.state.plan,
-            _heads(num_qo_heads, kv, layer, q.dtype),
+            _heads(num_qo_heads, kv, rows.layer, q.dtype),
             *(positions.data_ptr(), q.data_ptr(), out.data_ptr(), width, width),
-            kv.layers[layer].data_ptr(),
+            kv.layers[rows.layer].data_ptr(),
             *(plan.state.partial_out.data_ptr(), plan.state.partial_lse.data_ptr()),
-            *(scale, self.vector_rows),
+            *((scale, 0.0) if softcap is None else (softcap, scale / softcap)),
+            self.vector_rows,
         )
         self.library.ck_attention(ctypes.byref(args), torch.get_num_threads())
         return out

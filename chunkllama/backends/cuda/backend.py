@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from chunkllama.attention.plan_format import AttentionPlan, Packing
-from chunkllama.backends.base import Backend, CopyTriple, DevicePlan, KVCache
+from chunkllama.backends.base import Backend, CopyTriple, DevicePlan, KVCache, LayerRows
 from chunkllama.backends.cuda.launch import CupyLauncher, Launcher
 from chunkllama.backends.cuda.plan import (
     CudaPlan,
@@ -162,6 +162,7 @@ class CudaBackend(Backend):
                     num_qo_heads // kv.num_kv_heads,
                     launch.row_tiles,
                     launch.tile_class,
+                    plan.window or 0,
                     *workspace,
                     *(at.header, at.items, at.chunk_ids, at.row_flags),
                     stride,
@@ -187,11 +188,7 @@ class CudaBackend(Backend):
         return host.pin_memory().to(self.device, non_blocking=True)
 
     def _rms_norm(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        residual: torch.Tensor | None,
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if weight.dtype != x.dtype:  # float32 weights, where an offset needs their precision
             return rms_norm_reference(x, weight, eps, residual)
@@ -214,29 +211,21 @@ class CudaBackend(Backend):
         return out, total
 
     def _rope_append(
-        self,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        cos_sin: torch.Tensor,
-        kv: KVCache,
-        layer: int,
-        plan: DevicePlan,
-        num_qo_heads: int,
+        self, qkv: torch.Tensor, cos_sin: torch.Tensor, rows: LayerRows, num_qo_heads: int
     ) -> torch.Tensor:
-        num_rows = qkv.shape[0]
+        kv, positions, num_rows = rows.kv, rows.positions, qkv.shape[0]
         _check_vectors("rope_append", qkv, kv.head_dim)
         assert positions.dtype == torch.int32 and cos_sin.dtype == torch.float32
         q = qkv.new_empty(num_rows, num_qo_heads, kv.head_dim)
         params = PARAMS[self._rope_append_kernel.params].call.pack(
             qkv.data_ptr(),
             q.data_ptr(),
-            kv.layers[layer].data_ptr(),
+            kv.layers[rows.layer].data_ptr(),
             cos_sin.data_ptr(),
             positions.data_ptr(),
         )
-        self._launcher.launch(
-            self._rope_append_kernel, (num_rows, 1, 1), params + plan.state.append
-        )
+        params += rows.plan.state.append
+        self._launcher.launch(self._rope_append_kernel, (num_rows, 1, 1), params)
         return q
 
     def _num_rows(self, plan: DevicePlan, rows: torch.Tensor) -> int:
@@ -244,29 +233,26 @@ class CudaBackend(Backend):
         return len(rows)
 
     def _tpp_attention(
-        self,
-        q: torch.Tensor,
-        kv: KVCache,
-        layer: int,
-        positions: torch.Tensor,
-        plan: DevicePlan,
-        scale: float,
-        softcap: float | None,
+        self, q: torch.Tensor, rows: LayerRows, scale: float, softcap: float | None
     ) -> torch.Tensor:
+        kv, positions = rows.kv, rows.positions
         num_rows, num_qo_heads, _ = q.shape
         _check_vectors("tpp_attention", q, kv.head_dim)
         assert positions.dtype == torch.int32 and scale > 0.0
-        state: CudaPlan = plan.state
+        state: CudaPlan = rows.plan.state
         out = torch.empty_like(q)
         params = PARAMS["TppPartialParams"].call.pack(
             q.data_ptr(),
-            kv.layers[layer].data_ptr(),
+            kv.layers[rows.layer].data_ptr(),
             out.data_ptr(),
             positions.data_ptr(),
-            scale * math.log2(math.e),
+            (scale if softcap is None else softcap) * math.log2(math.e),
+            0.0 if softcap is None else scale / softcap,
         )
+        is_bounded = softcap is not None or rows.plan.host.window is not None
         for launch, fixed in state.partial:
-            self._launcher.launch(launch.kernel, launch.grid, params + fixed)
+            kernel = launch.bounded_kernel if is_bounded else launch.kernel
+            self._launcher.launch(kernel, launch.grid, params + fixed)
         if state.merge is not None:
             params = PARAMS[self._merge_kernel.params].call.pack(out.data_ptr()) + state.merge
             grid = (num_rows, -(-num_qo_heads // _MERGE_WARPS), 1)

@@ -17,9 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PartialLaunch:
-    """One launch of ``tpp_partial``: a tile class of a plan."""
+    """One launch of ``tpp_partial``: a tile class of a plan.
+
+    Attributes:
+        kernel: without windows and soft caps.
+        bounded_kernel: with them.
+    """
 
     kernel: KernelSpec
+    bounded_kernel: KernelSpec
     grid: tuple[int, int, int]
     row_tiles: int
     tile_class: int
@@ -106,7 +112,8 @@ def partial_launches(
         num_items = plan.capacity.items if replayable else len(rows)
         units = num_items * packing.num_kv_heads * row_tiles
         ctas = min(units, table.waves * num_sms * tile.min_ctas)
-        yield PartialLaunch(tile.kernel(dtype), (ctas, 1, 1), row_tiles, tile_class)
+        kernels = tile.kernel(dtype), tile.kernel(dtype, bounded=True)
+        yield PartialLaunch(*kernels, (ctas, 1, 1), row_tiles, tile_class)
 
 
 def plan_addresses(plan: AttentionPlan, device_buffer: int) -> PlanAddresses:

@@ -19,6 +19,7 @@ from chunkllama.resources import data_folder
 DTYPES: Final = ("bf16", "fp16")
 HEAD_DIMS: Final = (64, 96, 128, 256)
 CHUNK_SIZE: Final = 64
+REGISTERS_PER_SM: Final = 65536
 
 # NVRTC options of every kernel; CuPy adds the device's own architecture.
 COMPILE_OPTIONS: Final = ("--std=c++17",)
@@ -40,7 +41,7 @@ class ParamStruct:
 
 
 PARAMS: Final = {
-    "TppPartialParams": ParamStruct(struct.Struct("=4Qf"), struct.Struct("=4i4x6Qq")),
+    "TppPartialParams": ParamStruct(struct.Struct("=4Q2f"), struct.Struct("=5i4x6Qq")),
     "TppMergeParams": ParamStruct(struct.Struct("=Q"), struct.Struct("=6Qi4x")),
     "RopeAppendParams": ParamStruct(struct.Struct("=5Q"), struct.Struct("=3Qq2i")),
     "RmsNormParams": ParamStruct(struct.Struct("=5Qif")),
@@ -121,10 +122,11 @@ class TileShape:
         join = self.key_warps * self.rows * (self.head_dim + 10) * 4
         return max(pipeline, join)
 
-    def kernel(self, dtype: str) -> KernelSpec:
+    def kernel(self, dtype: str, *, bounded: bool = False) -> KernelSpec:
+        """The specialization for a dtype; a ``bounded`` one knows windows and soft caps."""
         shape = (
             f"{self.head_dim}, {self.row_tiles}, {self.row_warps}, {self.key_warps}, "
-            f"{self.stage_tokens}, {self.stages}, {self.min_ctas}"
+            f"{self.stage_tokens}, {self.stages}, {self.min_ctas}{', true' if bounded else ''}"
         )
         return KernelSpec(
             expression=f"tpp_partial<Tile<{dtype}, {shape}>>",
@@ -132,8 +134,13 @@ class TileShape:
             params="TppPartialParams",
             threads=self.threads,
             shared_bytes=self.shared_bytes,
-            max_registers=self.max_registers,
+            max_registers=self._most_registers if bounded else self.max_registers,
         )
+
+    @property
+    def _most_registers(self) -> int:
+        """Registers per thread with which ``min_ctas`` still fit an SM."""
+        return min(255, REGISTERS_PER_SM // (self.threads * self.min_ctas) // 8 * 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,5 +299,6 @@ def shipped_kernels(table: HardwareTable) -> list[KernelSpec]:
         kernels += [rms_norm_kernel(dtype), silu_and_mul_kernel(dtype)]
         for head_dim in HEAD_DIMS:
             kernels += [rope_append_kernel(dtype, head_dim), merge_kernel(dtype, head_dim)]
-            kernels += [tile.kernel(dtype) for tile in table.tiles[head_dim]]
+            for tile in table.tiles[head_dim]:
+                kernels += [tile.kernel(dtype), tile.kernel(dtype, bounded=True)]
     return kernels

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from chunkllama.attention.plan_format import AttentionPlan, Packing
-from chunkllama.backends.base import Backend, CopyTriple, DevicePlan, KVCache
+from chunkllama.backends.base import Backend, CopyTriple, DevicePlan, KVCache, LayerRows
 from chunkllama.backends.reference.copy_chunks import copy_chunks_reference
 from chunkllama.backends.reference.rms_norm import rms_norm_reference
 from chunkllama.backends.reference.rope_append import AppendTables, rope_append_reference
@@ -33,7 +33,6 @@ class ReferenceBackend(Backend):
 
     name = "reference"
     chunk_sizes = (16, 32, 64, 128)
-    has_softcap = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -53,38 +52,19 @@ class ReferenceBackend(Backend):
         return DevicePlan(plan, torch.as_tensor(plan.buffer, device=self.device), state)
 
     def _rms_norm(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        residual: torch.Tensor | None,
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return rms_norm_reference(x, weight, eps, residual)
 
     def _rope_append(
-        self,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        cos_sin: torch.Tensor,
-        kv: KVCache,
-        layer: int,
-        plan: DevicePlan,
-        num_qo_heads: int,
+        self, qkv: torch.Tensor, cos_sin: torch.Tensor, rows: LayerRows, num_qo_heads: int
     ) -> torch.Tensor:
-        return rope_append_reference(qkv, positions, cos_sin, kv, layer, plan.state.append)
+        return rope_append_reference(qkv, cos_sin, rows)
 
     def _tpp_attention(
-        self,
-        q: torch.Tensor,
-        kv: KVCache,
-        layer: int,
-        positions: torch.Tensor,
-        plan: DevicePlan,
-        scale: float,
-        softcap: float | None,
+        self, q: torch.Tensor, rows: LayerRows, scale: float, softcap: float | None
     ) -> torch.Tensor:
-        tables = plan.state.attention
-        return tpp_attention_reference(q, kv, layer, positions, tables, scale, softcap)
+        return tpp_attention_reference(q, rows, scale, softcap)
 
     def _silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return silu_and_mul_reference(gate_up)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from chunkllama.attention.plan_format import AttentionPlan
-from chunkllama.backends.base import KVCache
+from chunkllama.backends.base import LayerRows, rotate_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,30 +30,22 @@ class AppendTables:
 
 
 def rope_append_reference(
-    qkv: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin: torch.Tensor,
-    kv: KVCache,
-    layer: int,
-    tables: AppendTables,
+    qkv: torch.Tensor, cos_sin: torch.Tensor, rows: LayerRows
 ) -> torch.Tensor:
-    """qkv [T, (Hq + 2 Hkv) D] -> rotated q [T, Hq, D]; k and v land in the rows' chunks. Float32
-    inside.
-    """
+    """Implement ``Backend.rope_append``; float32 inside."""
+    kv, tables = rows.kv, rows.plan.state.append
     num_rows = len(tables.offset)
     heads = qkv.view(num_rows, -1, kv.head_dim)
     num_qo_heads = heads.shape[1] - 2 * kv.num_kv_heads
-    positions = positions.long()
+    positions = rows.positions.long()
 
-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
     rotating = num_qo_heads + kv.num_kv_heads
-    low, high = heads[:, :rotating].float().chunk(2, dim=-1)
-    rotated = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(qkv.dtype)
+    rotated = rotate_heads(heads[:, :rotating], positions, cos_sin)
 
     slot = positions % kv.chunk_size
     entry = tables.offset + (positions - tables.first_position) // kv.chunk_size
     chunk = tables.chunk_ids[entry]
-    pool = kv.layers[layer]
+    pool = kv.layers[rows.layer]
     pool[chunk, 0, :, slot] = rotated[:, num_qo_heads:].to(pool.dtype)
     pool[chunk, 1, :, slot] = heads[:, rotating:].to(pool.dtype)
     return rotated[:, :num_qo_heads].contiguous()

@@ -29,7 +29,7 @@ from chunkllama.attention.plan_format import (
     AttentionPlan,
     Int32Array,
 )
-from chunkllama.backends.base import KVCache
+from chunkllama.backends.base import KVCache, LayerRows
 
 # Float32 elements of the largest intermediate tensor: bounds the workspace whatever the plan.
 MAX_ELEMENTS = 1 << 20
@@ -151,24 +151,17 @@ def _item_batch(
 
 
 def tpp_attention_reference(
-    q: torch.Tensor,
-    kv: KVCache,
-    layer: int,
-    positions: torch.Tensor,
-    tables: AttentionTables,
-    scale: float,
-    softcap: float | None = None,
+    q: torch.Tensor, rows: LayerRows, scale: float, softcap: float | None
 ) -> torch.Tensor:
-    """q [T, Hq, D] -> [T, Hq D] in q's dtype; float32 inside."""
+    """Implement ``Backend.tpp_attention``; float32 inside."""
+    tables = rows.plan.state.attention
     cap = None if softcap is None else softcap * math.log2(math.e)  # as the scores, in base 2
     num_rows, num_heads, head_dim = q.shape
     wide = q.float() * (scale * math.log2(math.e))
     out = wide.new_empty(tables.num_slots + 1, num_heads, head_dim)
     lse = wide.new_empty(tables.num_slots + 1, num_heads)
     for batch in tables.batches:
-        partial_out, partial_lse = _partials(
-            wide, kv, kv.layers[layer], positions, batch, tables, cap
-        )
+        partial_out, partial_lse = _partials(wide, rows, batch, tables, cap)
         out[batch.slots] = partial_out
         lse[batch.slots] = partial_lse
     # The spare slot holds what the missing rows wrote: as a merge partner it must weigh nothing.
@@ -179,9 +172,7 @@ def tpp_attention_reference(
 
 def _partials(
     q: torch.Tensor,
-    kv: KVCache,
-    pool: torch.Tensor,
-    positions: torch.Tensor,
+    at: LayerRows,
     batch: ItemBatch,
     tables: AttentionTables,
     cap: float | None,
@@ -189,6 +180,8 @@ def _partials(
     """Normalised outputs [N M, Hq, D] and base-2 log-sum-exps [N M, Hq] of a batch, block of keys
     by block.
     """
+    kv, positions = at.kv, at.positions
+    pool = kv.layers[at.layer]
     num_items, num_rows = batch.rows.shape
     heads, group = kv.num_kv_heads, q.shape[1] // kv.num_kv_heads
     queries = q[batch.rows].view(num_items, num_rows, heads, group, kv.head_dim)

@@ -60,12 +60,17 @@ class Counters(ctypes.Structure):
     ]
 
 
-def kernels_of(group: KernelGroup, tables: tuple[HardwareTable, ...]) -> list[KernelSpec]:
-    """Every kernel that a dtype and head_dim can need, for the tiles of all tables."""
+def kernels_of(
+    group: KernelGroup, tables: tuple[HardwareTable, ...], *, bounded: bool = False
+) -> list[KernelSpec]:
+    """Every kernel that a dtype and head_dim can need, for the tiles of all tables; the tiles for
+    windows and soft caps only if ``bounded``.
+    """
     dtype, head_dim = group
     tiles = {tile.kernel(dtype).expression: tile for t in tables for tile in t.tiles[head_dim]}
     return [
         *(tile.kernel(dtype) for tile in tiles.values()),
+        *(tile.kernel(dtype, bounded=True) for tile in tiles.values() if bounded),
         merge_kernel(dtype, head_dim),
         rope_append_kernel(dtype, head_dim),
         rms_norm_kernel(dtype),
@@ -143,6 +148,13 @@ def shipped_libraries() -> dict[KernelGroup, Path]:
     with ThreadPoolExecutor(2) as pool:
         built = pool.map(lambda group: build(kernels_of(group, hardware_tables())), groups)
         return dict(zip(groups, built, strict=True))
+
+
+@functools.cache
+def bounded_library(dtype: str, head_dim: int, arch: str) -> Path:
+    """The library of one table's kernels, those for windows and soft caps included."""
+    require_compiler()
+    return build(kernels_of((dtype, head_dim), (table(arch),), bounded=True))
 
 
 @dataclass

@@ -86,12 +86,12 @@ def attend(
     workspace = (partial_out.ctypes.data, partial_lse.ctypes.data)
     tensors = tuple(x.ctypes.data for x in (q, kv, out, positions))
     for launch in launches:
-        shape = (KV_HEADS, GROUP, launch.row_tiles, launch.tile_class)
+        shape = (KV_HEADS, GROUP, launch.row_tiles, launch.tile_class, plan.window or 0)
         arrays = (at.header, at.items, at.chunk_ids, at.row_flags)
         emulator.launch(
             launch.kernel,
             launch.grid,
-            (*tensors, HEAD_DIM**-0.5 * math.log2(math.e)),
+            (*tensors, HEAD_DIM**-0.5 * math.log2(math.e), 0.0),
             (*shape, *workspace, *arrays, kv[0].size),
         )
     emulator.launch(
