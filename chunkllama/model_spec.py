@@ -45,7 +45,8 @@ class LayerSpec:
     Attributes:
         pre_norm: normalise what enters attention and MLP.
         post_norm: normalise what leaves them, before the residual sum.
-        qk_norm: normalise q and k before rotation, each head by itself or all heads together.
+        qk_norm: normalise q and k, each head by itself or all heads together.
+        norm_after_rotation: of q and k; False: they are normalised first.
         rope: index into ``ModelSpec.ropes``; None: q and k are not rotated.
         window: keys a query sees, itself included; None: all before it.
         gated: act(gate(x)) * up(x) instead of act(up(x)).
@@ -57,6 +58,7 @@ class LayerSpec:
     pre_norm: bool = True
     post_norm: bool = False
     qk_norm: Literal["none", "head", "all"] = "none"
+    norm_after_rotation: bool = False
     rope: int | None = 0
     window: int | None = None
     activation: Activation = "silu"

@@ -139,6 +139,16 @@ def _interleaved_rope(config: ConfigFile, head_dim: int) -> tuple[RopeSpec, ...]
     return (read_rope(config, head_dim, interleaved=True),)
 
 
+def _hunyuan_layer(config: ConfigFile) -> LayerPattern:
+    bias = config.flag("attention_bias")
+    layer = LayerSpec(qkv_bias=bias, output_bias=bias, activation=config.activation())
+    return (replace(layer, qk_norm="head", norm_after_rotation=True),)
+
+
+def _hunyuan_ropes(config: ConfigFile, head_dim: int) -> tuple[RopeSpec, ...]:
+    return (read_rope(config, head_dim, alpha_stretches_base=True),)
+
+
 def _olmo2_layer(config: ConfigFile) -> LayerPattern:
     (layer,) = _llama_layer(config)
     return (replace(layer, pre_norm=False, post_norm=True, qk_norm="all"),)
@@ -236,6 +246,7 @@ def _num_layers(config: ConfigFile) -> int:
 _FUSED = LayerNames(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",))
 _UNGATED = LayerNames(gate_up=("mlp.up_proj",))
 _SANDWICH = LayerNames(mlp_norm="pre_feedforward_layernorm")
+_HUNYUAN = LayerNames(q_norm="self_attn.query_layernorm", k_norm="self_attn.key_layernorm")
 _GEMMA_DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256}
 
 ARCHITECTURES: Final[dict[str, Architecture]] = {
@@ -303,6 +314,13 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
             **{"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True},
         },
         ropes=_interleaved_rope,
+    ),
+    "HunYuanDenseV1ForCausalLM": Architecture(
+        "hunyuan_v1_dense",
+        _hunyuan_layer,
+        {"rms_norm_eps": 1e-5},
+        names=_HUNYUAN,
+        ropes=_hunyuan_ropes,
     ),
     "Olmo2ForCausalLM": Architecture("olmo2", _olmo2_layer, {"rms_norm_eps": 1e-5}),
     "Olmo3ForCausalLM": Architecture(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkllama.errors import ConfigError
-from chunkllama.model_spec import ModelSpec
+from chunkllama.model_spec import ModelSpec, RopeSpec
 from chunkllama.models.architectures import ARCHITECTURES
 from chunkllama.models.config_file import ConfigFile, read_json
 from chunkllama.models.loading.module_tensors import quantization_method
@@ -99,16 +99,27 @@ def _parse(
     if entry is None:
         length = _size(config, "max_position_embeddings", "n_positions")
         return ModelSpec(**common, intermediate_size=hidden, max_position=length, ropes=())
+    ropes = entry.ropes(config, head_dim)
     return ModelSpec(
         **common,
         intermediate_size=config.positive("intermediate_size"),
-        max_position=config.positive("max_position_embeddings", 2048),
+        max_position=_max_position(config, ropes),
         layers=entry.layers(config),
-        ropes=entry.ropes(config, head_dim),
+        ropes=ropes,
         rms_norm_eps=config.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         **entry.fields(config),
     )
+
+
+def _max_position(config: ConfigFile, ropes: tuple[RopeSpec, ...]) -> int:
+    """The stated length, or what stretched rotary embedding makes of the original one, as vLLM
+    derives it. Models with several ropes state the stretched length.
+    """
+    stated = config.positive("max_position_embeddings", 2048)
+    if len(ropes) == 1 and ropes[0].type in ("linear", "dynamic", "yarn"):
+        return max(stated, int(ropes[0].original_max_position * ropes[0].factor))
+    return stated
 
 
 def _size(config: ConfigFile, key: str, other_key: str) -> int:

@@ -107,9 +107,12 @@ class Llama:
     ) -> torch.Tensor:
         ops = self.attention.backend
         qkv = ops.linear(x, layer.qkv)
+        cos_sin = self.rotary[-1 if spec.rope is None else spec.rope]
+        if spec.norm_after_rotation:
+            qkv = ops.rotate(qkv, positions, cos_sin, self.kv)
+            cos_sin = self.rotary[-1]  # nothing is left to rotate
         if layer.q_norm is not None and layer.k_norm is not None:
             qkv = self._normalise_heads(qkv, layer.q_norm, layer.k_norm)
-        cos_sin = self.rotary[-1 if spec.rope is None else spec.rope]
         x = self.attention.forward(qkv, positions, cos_sin, index, plan)
         return ops.linear(x, layer.output)
 
@@ -122,7 +125,7 @@ class Llama:
         parts = torch.split(qkv, [self.spec.num_qo_heads * head_dim, kv_size, kv_size], dim=1)
         normed = []
         for part, weight in zip(parts, (q_norm, k_norm), strict=False):
-            rows = part.reshape(-1, len(weight))
+            rows = part.reshape(-1, len(weight)).contiguous()
             y, _ = self.attention.backend.rms_norm(rows, weight, eps)
             normed.append(y.view(part.shape))
         return torch.cat((*normed, parts[2]), dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 from chunkllama.model_spec import RopeSpec, RopeType
@@ -19,11 +20,27 @@ _REQUIRED: Final = {
 }
 
 
-def read_rope(config: ConfigFile, head_dim: int, *, interleaved: bool = False) -> RopeSpec:
-    """``rope_parameters`` (transformers 5), or the older ``rope_scaling`` and ``rope_theta``."""
-    return _parse(
-        config, _object(config, raw_parameters(config)), head_dim, interleaved=interleaved
-    )
+def read_rope(
+    config: ConfigFile,
+    head_dim: int,
+    *,
+    interleaved: bool = False,
+    alpha_stretches_base: bool = False,
+) -> RopeSpec:
+    """``rope_parameters`` (transformers 5), or the older ``rope_scaling`` and ``rope_theta``.
+
+    With ``alpha_stretches_base`` the type "dynamic" with an ``alpha`` is the default one with a
+    larger base, alike for all lengths (HunYuan).
+    """
+    raw = _object(config, raw_parameters(config))
+    kind = raw.get("rope_type") or raw.get("type")
+    if not (alpha_stretches_base and kind == "dynamic" and raw.get("alpha")):
+        return _parse(config, raw, head_dim, interleaved=interleaved)
+    alpha = raw["alpha"]
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e9:
+        raise config.error(f"alpha of rope_parameters must be a positive number, got {alpha!r}")
+    rope = _parse(config, {**raw, "rope_type": "default"}, head_dim, interleaved=interleaved)
+    return replace(rope, theta=rope.theta * alpha ** (head_dim / max(head_dim - 2, 1)))
 
 
 def read_ropes_by_type(

@@ -10,9 +10,11 @@ from chunkllama.model_spec import ModelSpec, RopeSpec
 
 
 def rotary_tables(spec: ModelSpec, num_positions: int) -> tuple[torch.Tensor, ...]:
-    """A table for each of ``spec.ropes``; if a layer does not rotate, a last one that does not."""
+    """A table for each of ``spec.ropes``, and a last one that does not rotate, for layers without
+    rotation and those that are rotated before.
+    """
     tables = [rotary_table(rope, spec.head_dim, num_positions) for rope in spec.ropes]
-    if any(layer.rope is None for layer in spec.layers):
+    if any(layer.rope is None or layer.norm_after_rotation for layer in spec.layers):
         half = torch.ones(num_positions, spec.head_dim // 2)
         tables.append(torch.cat((half, torch.zeros_like(half)), dim=-1))
     return tuple(tables)

@@ -1,17 +1,21 @@
-"""Tiny Llamas: as transformers builds and saves them, and as ours run them."""
+"""Tiny Llamas: as transformers builds and saves them, and as ours run them; engines of folders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from model_families import BuildCore
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chunkllama.backends.select import BackendName
+from chunkllama.config import EngineConfig
+from chunkllama.engine.build import build_engine
+from chunkllama.engine.core import EngineCore
 from chunkllama.engine.model_runner import build_attention, build_model
 from chunkllama.models.config import read_spec
 from chunkllama.models.loading.safetensors import Checkpoint
@@ -35,6 +39,21 @@ TINY: dict[str, Any] = {
 
 MakeTiny = Callable[..., LlamaForCausalLM]
 Logits = Callable[[Path, list[int]], torch.Tensor]
+
+
+@pytest.fixture
+def build_core() -> Iterator[BuildCore]:
+    """Make engines of folders, float32 on one thread unless told otherwise; closed at the end."""
+    made: list[EngineCore] = []
+
+    def build(folder: Path, **changes: Any) -> EngineCore:
+        settings = {"dtype": "float32", "device": "cpu", "threads": 1, "num_chunks": 64, **changes}
+        made.append(build_engine(EngineConfig.from_flat(model=str(folder), **settings)))
+        return made[-1]
+
+    yield build
+    for core in made:
+        core.close()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from chunkllama.engine.core import EngineCore
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
 
+BuildCore = Callable[..., EngineCore]
+
 VOCAB = 151
-LENGTHS = (1, 5, 64, 65, 150)
+LENGTHS = (1, 5, 64, 65, 300)
 TOLERANCE = 4e-5
 
 SMALL: dict[str, Any] = {
@@ -76,7 +79,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
-    "phi3 short": ("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 256}),
+    "phi3 short": ("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 384}),
     "granite": (
         "Granite",
         {
@@ -94,6 +97,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee bias": ("Arcee", {"mlp_bias": True, "attention_bias": True}),
     "ernie": ("Ernie4_5", {}),
     "ernie bias": ("Ernie4_5", {"use_bias": True, "tie_word_embeddings": False}),
+    "hunyuan": ("HunYuanDenseV1", {}),
+    "hunyuan alpha": (
+        "HunYuanDenseV1",
+        {
+            "attention_bias": True,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0}
+            | {"factor": 1.0},
+        },
+    ),
     "olmo2": ("Olmo2", {}),
     "olmo2 bias": ("Olmo2", {"attention_bias": True, "num_key_value_heads": 1}),
     "olmo3": ("Olmo3", {"sliding_window": 256}),
@@ -140,6 +152,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Shapes that every family is run with, beside its own cases.
+SHAPES: dict[str, dict[str, Any]] = {
+    "one kv head": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 1},
+    "as many kv heads": {"hidden_size": 80, "num_attention_heads": 5, "num_key_value_heads": 5}
+    | {"head_dim": 48, "intermediate_size": 72},
+    "deep": {"num_hidden_layers": 9, "head_dim": 64, "intermediate_size": 160},
+}
+
+
+def _full_cases() -> dict[str, tuple[str, dict[str, Any]]]:
+    """``CASES``, and the first of each family in every shape."""
+    cases, seen = dict(CASES), set()
+    for name, (family, changes) in CASES.items():
+        if family not in seen:
+            seen.add(family)
+            cases |= {f"{name}, {s}": (family, {**changes, **SHAPES[s]}) for s in SHAPES}
+    return cases
+
+
+FULL_CASES = _full_cases()
+
 
 def random_model(family: str, changes: dict[str, Any]) -> torch.nn.Module:
     """Random weights whose logits tell tokens apart; norms and biases are random too."""
@@ -180,7 +213,15 @@ def answers(core: EngineCore, prompts: list[list[int]]) -> list[tuple[np.ndarray
     return [(np.array(values), tokens) for values, tokens in zip(numbers, ids, strict=True)]
 
 
-def assert_equals_transformers(core: EngineCore, model: torch.nn.Module, lengths: tuple[int, ...]):
+def assert_equals_transformers(
+    core: EngineCore,
+    model: torch.nn.Module,
+    lengths: tuple[int, ...],
+    tolerance: float = TOLERANCE,
+) -> None:
+    """Prompts of these lengths that share a prefix, all at once, then again from the cache: the
+    same log-probabilities, and greedy tokens that are the best but for rounding.
+    """
     rng = np.random.default_rng(3)
     text = rng.integers(3, VOCAB, max(lengths)).tolist()
     prompts = [
@@ -193,6 +234,6 @@ def assert_equals_transformers(core: EngineCore, model: torch.nn.Module, lengths
                 logits = model(torch.tensor([whole[:-1]])).logits[0].float()
             expected = logits.log_softmax(-1).numpy()
             chosen = expected[np.arange(len(whole) - 1), whole[1:]]
-            assert np.abs(numbers - chosen).max() <= TOLERANCE, (turn, len(prompt))
+            assert np.abs(numbers - chosen).max() <= tolerance, (turn, len(prompt))
             gaps = expected[len(prompt) - 1 :].max(axis=1) - chosen[len(prompt) - 1 :]
-            assert gaps.max() <= 2 * TOLERANCE, (turn, len(prompt))
+            assert gaps.max() <= 2 * tolerance, (turn, len(prompt))

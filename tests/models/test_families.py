@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ import pytest
 import torch
 from model_families import (
     CASES,
+    FULL_CASES,
     LENGTHS,
     LONGROPE,
     SMALL,
     VOCAB,
+    BuildCore,
     assert_equals_transformers,
     random_model,
 )
@@ -24,9 +26,6 @@ from model_families import (
 from chunkllama.backends.cpu.fused_model import FusedModel, can_fuse
 from chunkllama.backends.cpu.packed import PackedLinear
 from chunkllama.backends.model import RunnableModel
-from chunkllama.config import EngineConfig
-from chunkllama.engine.build import build_engine
-from chunkllama.engine.core import EngineCore
 from chunkllama.engine.model_runner import build_attention, build_model
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
@@ -51,50 +50,36 @@ def case(
     return folder, model
 
 
-@pytest.fixture
-def cores() -> Iterator[list[EngineCore]]:
-    made: list[EngineCore] = []
-    yield made
-    for core in made:
-        core.close()
-
-
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_log_probabilities_and_greedy_ids_equal_transformers(
-    case: tuple[Path, torch.nn.Module], backend: str, cores: list[EngineCore]
+    case: tuple[Path, torch.nn.Module], backend: str, build_core: BuildCore
 ) -> None:
     folder, model = case
-    settings = {"dtype": "float32", "device": "cpu", "threads": 1, "num_chunks": 64}
-    cores.append(
-        build_engine(EngineConfig.from_flat(model=str(folder), backend=backend, **settings))
-    )
-    assert_equals_transformers(cores[0], model, LENGTHS)
+    assert_equals_transformers(build_core(folder, backend=backend), model, LENGTHS)
 
 
-def test_every_architecture_has_a_case() -> None:
+def test_every_architecture_has_cases_here_and_at_least_four_with_the_full_ones() -> None:
     assert {f"{family}ForCausalLM" for family, _ in CASES.values()} == set(ARCHITECTURES)
+    counts = Counter(family for family, _ in FULL_CASES.values())
+    assert min(counts.values()) >= 4
 
 
 def test_longrope_beyond_the_original_length_uses_the_long_factors(
-    tmp_path: Path, cores: list[EngineCore]
+    tmp_path: Path, build_core: BuildCore
 ) -> None:
     model = random_model(
         "Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}
     )
     model.save_pretrained(tmp_path)
-    settings = {"dtype": "float32", "device": "cpu", "threads": 1, "num_chunks": 64}
-    short = build_engine(EngineConfig.from_flat(model=str(tmp_path), **settings))
-    cores.append(short)
+    short = build_core(tmp_path)
     assert short.info.max_model_len == 64
     assert_equals_transformers(short, model, (1, 5, 40))
-    long = build_engine(EngineConfig.from_flat(model=str(tmp_path), max_model_len=300, **settings))
-    cores.append(long)
-    assert_equals_transformers(long, model, (65, 150))
+    assert_equals_transformers(build_core(tmp_path, max_model_len=300), model, (65, 150))
 
 
 @pytest.mark.parametrize("is_equal", [True, False])
 def test_a_head_beside_tied_embeddings_is_used_if_it_differs(
-    is_equal: bool, tmp_path: Path, cores: list[EngineCore]
+    is_equal: bool, tmp_path: Path, build_core: BuildCore
 ) -> None:
     """Fine-tunes and merged adapters leave one; transformers keeps it as well."""
     model = random_model("Llama", {})
@@ -103,9 +88,7 @@ def test_a_head_beside_tied_embeddings_is_used_if_it_differs(
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
-    settings = {"dtype": "float32", "device": "cpu", "threads": 1, "num_chunks": 64}
-    cores.append(build_engine(EngineConfig.from_flat(model=str(tmp_path), **settings)))
-    assert_equals_transformers(cores[0], model, (5, 65))
+    assert_equals_transformers(build_core(tmp_path), model, (5, 65))
 
 
 def test_the_model_of_the_cpu_backend_equals_the_plain_one(
@@ -114,8 +97,6 @@ def test_the_model_of_the_cpu_backend_equals_the_plain_one(
     """Fused where the kernels know the specification, else itself with packed weights."""
     folder, _ = case
     spec = read_spec(folder)
-    if spec.attention_softcap is not None:
-        pytest.skip("not run: the cpu backend has no soft cap of scores")
     ids = rng.integers(0, VOCAB, 70).astype(np.int32)
     results = []
     for is_plain in (True, False):
@@ -155,7 +136,9 @@ def test_layers_with_different_windows_run_plain() -> None:
     assert can_fuse(replace(spec, layers=(replace(other, window=None), other)).for_length(8))
 
 
-@pytest.mark.parametrize("family", ["Qwen3", "SmolLM3", "Granite", "Olmo2", "Arcee", "Gemma"])
+@pytest.mark.parametrize(
+    "family", ["Qwen3", "SmolLM3", "Granite", "Olmo2", "Arcee", "Gemma", "Gemma2", "HunYuanDenseV1"]
+)
 def test_families_with_other_layers_run_plain(family: str) -> None:
     assert not can_fuse(spec_of(family))
 

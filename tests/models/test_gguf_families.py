@@ -40,6 +40,11 @@ LLAMA = {
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+HUNYUAN = {
+    **LLAMA,
+    "self_attn.query_layernorm": "attn_q_norm",
+    "self_attn.key_layernorm": "attn_k_norm",
+}
 SANDWICH = {
     **LLAMA,
     "post_attention_layernorm": "post_attention_norm",
@@ -48,6 +53,7 @@ SANDWICH = {
 }
 NAMES = {
     **dict.fromkeys(("gemma2", "gemma3", "olmo2", "exaone4"), SANDWICH),
+    "hunyuan-dense": HUNYUAN,
     "seed_oss": {**LLAMA, "post_attention_layernorm": "post_attention_norm"},
 }
 PERMUTED = {"llama", "mistral3", "granite", "smollm3", "arcee"}
@@ -83,6 +89,9 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {}),
     "arcee bias": ("arcee", {}),
     "ernie": ("ernie4_5", {}),
+    "hunyuan": ("hunyuan-dense", {}),
+    # The converter writes the base that alpha stretches.
+    "hunyuan alpha": ("hunyuan-dense", {"rope.freq_base": 1e4 * 1000.0 ** (16 / 14)}),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo2", {"attention.sliding_window": 256}),
     "olmo3 yarn": (

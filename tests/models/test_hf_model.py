@@ -5,18 +5,16 @@ families without an entry, equal transformers; what keeps another state is refus
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from model_families import SMALL, VOCAB, assert_equals_transformers, random_model
+from model_families import SMALL, VOCAB, BuildCore, assert_equals_transformers, random_model
 
 from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
-from chunkllama.engine.core import EngineCore
 from chunkllama.errors import ConfigError
 from chunkllama.models.config import read_spec
 
@@ -34,44 +32,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture
-def cores() -> Iterator[list[EngineCore]]:
-    made: list[EngineCore] = []
-    yield made
-    for core in made:
-        core.close()
-
-
-def built(cores: list[EngineCore], folder: Path, **changes: Any) -> EngineCore:
-    settings = {"dtype": "float32", "device": "cpu", "threads": 1, "num_chunks": 64, **changes}
-    cores.append(build_engine(EngineConfig.from_flat(model=str(folder), **settings)))
-    return cores[-1]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_log_probabilities_and_greedy_ids_equal_transformers(
-    case: str, tmp_path: Path, cores: list[EngineCore], caplog: pytest.LogCaptureFixture
+    case: str, tmp_path: Path, build_core: BuildCore, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = random_model(*CASES[case])
     model.save_pretrained(tmp_path)
-    core = built(cores, tmp_path)
+    core = build_core(tmp_path)
     assert not read_spec(tmp_path).is_native
     assert "transformers runs it" in caplog.text
     assert_equals_transformers(core, model, (1, 5, 64, 65, 150))
 
 
-def test_reference_and_cpu_backends_run_it(tmp_path: Path, cores: list[EngineCore]) -> None:
+def test_reference_and_cpu_backends_run_it(tmp_path: Path, build_core: BuildCore) -> None:
     model = random_model(*CASES["mixtral window"])
     model.save_pretrained(tmp_path)
-    core = built(cores, tmp_path, backend="reference")
+    core = build_core(tmp_path, backend="reference")
     assert core.info.backend == "reference"
     assert_equals_transformers(core, model, (65, 230))
 
 
-def test_bfloat16_serves(tmp_path: Path, cores: list[EngineCore]) -> None:
+def test_bfloat16_serves(tmp_path: Path, build_core: BuildCore) -> None:
     model = random_model(*CASES["qwen3 moe"])
     model.to(torch.bfloat16).save_pretrained(tmp_path)
-    core = built(cores, tmp_path, dtype="bfloat16")
+    core = build_core(tmp_path, dtype="bfloat16")
     assert core.info.vocab_size == VOCAB
 
 

@@ -4,19 +4,15 @@ and each layer reads the chunks of its own window and no other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from model_families import assert_equals_transformers, random_model
+from model_families import BuildCore, assert_equals_transformers, random_model
 
 from chunkllama.attention.plan_format import CHUNK_OFFSET, NUM_TOKENS, AttentionPlan
 from chunkllama.backends.cpu.fused_model import FusedModel
-from chunkllama.config import EngineConfig
-from chunkllama.engine.build import build_engine
-from chunkllama.engine.core import EngineCore
 
 CHUNK = 64
 LENGTHS = (1, 69, 70, 71, 150, 230, 300)
@@ -45,26 +41,12 @@ def case(
     return folder, model
 
 
-@pytest.fixture
-def cores() -> Iterator[list[EngineCore]]:
-    made: list[EngineCore] = []
-    yield made
-    for core in made:
-        core.close()
-
-
-def built(cores: list[EngineCore], folder: Path, **changes: Any) -> EngineCore:
-    settings = {"dtype": "float32", "device": "cpu", "threads": 1, "num_chunks": 64, **changes}
-    cores.append(build_engine(EngineConfig.from_flat(model=str(folder), **settings)))
-    return cores[-1]
-
-
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_sequences_of_many_windows_equal_transformers(
-    case: tuple[Path, torch.nn.Module], backend: str, cores: list[EngineCore]
+    case: tuple[Path, torch.nn.Module], backend: str, build_core: BuildCore
 ) -> None:
     folder, model = case
-    core = built(cores, folder, backend=backend)
+    core = build_core(folder, backend=backend)
     assert core.info.max_model_len == 512
     assert_equals_transformers(core, model, LENGTHS)
 
@@ -80,11 +62,11 @@ def chunks_of(plan: AttentionPlan) -> set[int]:
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
 def test_each_layer_reads_the_chunks_of_its_window(
-    family: str, tmp_path: Path, cores: list[EngineCore]
+    family: str, tmp_path: Path, build_core: BuildCore
 ) -> None:
     model = random_model(*CASES[family])
     model.save_pretrained(tmp_path)
-    core = built(cores, tmp_path)
+    core = build_core(tmp_path)
     attention = core._executor._attention  # type: ignore[attr-defined]
     windows = {"mistral": {70}, "gemma3": {70, None}}[family]
     assert set(attention.windows) == windows
@@ -113,14 +95,14 @@ def test_each_layer_reads_the_chunks_of_its_window(
     assert len(checked) > 4
 
 
-def test_one_window_for_all_layers_runs_fused(tmp_path: Path, cores: list[EngineCore]) -> None:
+def test_one_window_for_all_layers_runs_fused(tmp_path: Path, build_core: BuildCore) -> None:
     random_model("Mistral", WINDOW).save_pretrained(tmp_path)
-    core = built(cores, tmp_path, backend="cpu")
+    core = build_core(tmp_path, backend="cpu")
     assert isinstance(core._executor._model, FusedModel)  # type: ignore[attr-defined]
 
 
-def test_a_window_that_hides_nothing_is_none(tmp_path: Path, cores: list[EngineCore]) -> None:
+def test_a_window_that_hides_nothing_is_none(tmp_path: Path, build_core: BuildCore) -> None:
     random_model("Mistral", WINDOW).save_pretrained(tmp_path)
-    core = built(cores, tmp_path, max_model_len=70)
+    core = build_core(tmp_path, max_model_len=70)
     assert core._executor._attention.windows == (None,)  # type: ignore[attr-defined]
     assert core.info.max_model_len == 70

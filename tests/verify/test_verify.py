@@ -26,6 +26,7 @@ FAMILIES = {
     "gemma3": ("Gemma3", {"sliding_window": 32}),
     "granite": ("Granite", {"residual_multiplier": 0.5, "logits_scaling": 2.0}),
     "ernie": ("Ernie4_5", {}),
+    "hunyuan": ("HunYuanDenseV1", {}),
 }
 
 
@@ -118,7 +119,7 @@ def test_equal_models_pass_on_every_backend(tmp_path: Path, capsys) -> None:
     assert by_subject["cpu, bfloat16, int8"]["numbers"]["kl"] > 0
 
 
-@pytest.mark.parametrize("family", ["gemma3", "granite", "ernie"])
+@pytest.mark.parametrize("family", ["gemma3", "granite", "ernie", "hunyuan"])
 def test_stages_of_other_families_are_equal(family: str, tmp_path: Path) -> None:
     report = verified(write_model(tmp_path / "model", family))
     assert report.areas == []
@@ -138,6 +139,16 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
         "rotary embedding",
     ),
     "q/k norms": ("qwen3", lambda f: edit_weights(f, swap_qk_norms), "q/k norms"),
+    "theta before norms": (
+        "hunyuan",
+        lambda f: edit_config(f, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+        "rotary embedding",
+    ),
+    "norms after rotation": (
+        "hunyuan",
+        lambda f: edit_weights(f, change_rows("model.layers.1.self_attn.key_layernorm.weight")),
+        "q/k norms",
+    ),
     "head": ("llama", lambda f: edit_weights(f, other_head), "head"),
     "tied head": (
         "llama",

@@ -106,6 +106,10 @@ def _ernie(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     return {"use_bias": _has_bias(file, "attn_q")}
 
 
+def _hunyuan(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    return {"attention_bias": _has_bias(file, "attn_q")}
+
+
 def _olmo(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     keys = _windows(file, config, period=4)
     if keys and (scaling := config.get("rope_scaling")):
@@ -200,6 +204,7 @@ GGUF_ARCHITECTURES: Final[dict[str, GgufArchitecture]] = {
     "arcee": GgufArchitecture("ArceeForCausalLM", _arcee, is_permuted=True),
     "seed_oss": GgufArchitecture("SeedOssForCausalLM", _seed_oss),
     "ernie4_5": GgufArchitecture("Ernie4_5ForCausalLM", _ernie),
+    "hunyuan-dense": GgufArchitecture("HunYuanDenseV1ForCausalLM", _hunyuan),
     "olmo2": GgufArchitecture("Olmo2ForCausalLM", _olmo, name_with_windows="Olmo3ForCausalLM"),
     "exaone4": GgufArchitecture("Exaone4ForCausalLM", _exaone4),
     "gemma": GgufArchitecture("GemmaForCausalLM", _gemma, norm_offset=1.0),
