@@ -43,7 +43,15 @@ others out, for each kind of window that a model's layers have. All keys and val
 prefix tree, so that prompts share prefixes as in any other model, and a prefix hit changes no
 result.
 
-On CUDA models with windows are served up to the window's length, with a warning.
+On CUDA, layers with a window or a soft cap of scores run in tiles compiled for them; other layers
+do not pay for these.
+
+## Contexts
+
+`max_model_len` is at most the length in config.json, or the original length times the factor where
+rotary embedding is stretched linearly or by yarn. With dynamic scaling and longrope the frequencies
+depend on the length, for all requests alike: such models are served up to the original length
+unless `max_model_len` asks for more.
 
 ## GGUF files
 
