@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
@@ -17,8 +18,14 @@ logger = init_logger(__name__)
 DEMO_MODEL = "smollm2-135m-instruct"
 # Former keys, still accepted wherever a key is.
 RENAMED_KEYS = {"op_set": "backend", "weights": "quantization"}
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-_SIZE = re.compile(r"(\d{1,18}(?:\.\d+)?)\s*((?:[kmg]i?)?)b?", re.IGNORECASE)
+_UNITS = {
+    **{"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4},
+    **{"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40},
+}
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d+)?)\s*((?:[kmgt]i?)?)b?", re.IGNORECASE)
+_KEY_UNITS = frozenset({"seconds", "bytes", "tokens", "chunks"})
+_SECRETS = frozenset({"api_key", "operator_key"})
+_BOUND = re.compile(r"(?<=than |l to )-?\d[\d.e+]*$")
 
 
 def parse_bytes(value: object) -> object:
@@ -276,7 +283,8 @@ class EngineConfig(BaseModel):
                 }
             )
         except ValidationError as error:
-            raise ConfigError(first_error(error)) from None
+            fields = {k: v for g in groups.values() for k, v in g.model_fields.items()}
+            raise ConfigError(first_error(error, fields)) from None
 
 
 def rename_keys(given: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
@@ -314,12 +322,34 @@ def check_keys(keys: Iterable[str], known: Iterable[str], origin: str = "") -> N
             raise ConfigError(f"unknown key {key}{f' in {origin}' if origin else ''}{hint}")
 
 
-def first_error(error: ValidationError) -> str:
-    """Describe the first of a validation's errors in one line: key, problem, the value given."""
+def first_error(error: ValidationError, fields: Mapping[str, FieldInfo] | None = None) -> str:
+    """Describe the first of a validation's errors in one line: key, problem, the value given.
+
+    Args:
+        fields: of the model that refused, for the unit of a number that is out of range.
+    """
     detail = error.errors(include_url=False, include_context=False)[0]
     message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"]:
         return message
     key = str(detail["loc"][0])
-    given = "" if key == "api_key" else f", got {repr(detail['input'])[:100]}"
-    return f"{key}: {message[:1].lower()}{message[1:]}{given}"
+    message = f"{message[:1].lower()}{message[1:]}"
+    if fields is not None and (unit := unit_of(key, fields[key])):
+        message = _BOUND.sub(lambda bound: f"{bound[0]} {unit}", message)
+        if detail["type"].endswith("_parsing"):
+            what = "" if unit.startswith("of ") else f" of {unit}"
+            example = ", or a size such as 512MiB" if unit == "bytes" else ""
+            message += f"; give a number{what}{example}"
+    given = "" if key in _SECRETS else f", got {repr(detail['input'])[:100]}"
+    return f"{key}: {message}{given}"
+
+
+def unit_of(key: str, field: FieldInfo) -> str:
+    """Return the unit of a setting, such as "seconds"; "" for a plain number or a text."""
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and isinstance(extra.get("unit"), str):
+        return str(extra["unit"])
+    if "memory" in key:
+        return "bytes"
+    last = key.rpartition("_")[2]
+    return last if last in _KEY_UNITS else ""

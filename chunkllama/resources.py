@@ -28,13 +28,22 @@ def usable_threads(root: Path = _ROOT) -> int:
 
 def memory_left(root: Path = _ROOT) -> int:
     """Bytes that can still be allocated before the kernel steps in; page cache counts as free."""
-    left = _meminfo(root)
+    left = _meminfo(root, "MemAvailable")
     for group in _groups(root, "memory"):
         limit = _number(group / "memory.max") or _number(group / "memory.limit_in_bytes")
         used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes")
         if limit is not None:
             left = min(left, limit - (used or 0) + _file_cache(group / "memory.stat"))
     return max(left, 0)
+
+
+def memory_limit(root: Path = _ROOT) -> int:
+    """Bytes of memory and swap that this process could use if nothing else ran."""
+    limit = _meminfo(root, "MemTotal") + _meminfo(root, "SwapTotal")
+    for group in _groups(root, "memory"):
+        cap = _number(group / "memory.max") or _number(group / "memory.limit_in_bytes")
+        limit = min(limit, cap or limit)
+    return limit
 
 
 def cache_folder() -> Path:
@@ -106,12 +115,14 @@ def _file_cache(stat: Path) -> int:
     return int(fields.get("inactive_file", fields.get("total_inactive_file", 0)))
 
 
-def _meminfo(root: Path) -> int:
+def _meminfo(root: Path, field: str) -> int:
     for line in (root / "proc/meminfo").read_text().splitlines():
         name, value, *_ = line.split()
-        if name == "MemAvailable:":
+        if name == f"{field}:":
             return int(value) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable")
+    if field == "SwapTotal":  # a kernel without swap
+        return 0
+    raise OSError(f"/proc/meminfo has no {field}")
 
 
 def data_folder(name: str) -> Path:

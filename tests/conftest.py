@@ -29,6 +29,7 @@ class _Helpers(MetaPathFinder):
     """
 
     paths: ClassVar[dict[str, Path]] = {
+        "bad_starts": Path(__file__).parent / "server" / "cli" / "bad_starts.py",
         "attention_plans": Path(__file__).parent / "attention" / "plans.py",
         "hostile_files": Path(__file__).parent / "models" / "hostile_files.py",
         "soak": Path(__file__).parent / "soak.py",

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from chunkllama.backends.base import Backend
+from chunkllama.backends.choice import check_choice
 from chunkllama.backends.reference.backend import ReferenceBackend
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
@@ -38,9 +39,8 @@ def select_backend(
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise ConfigError(f"device: {device!r} is not one of cpu, cuda, cuda:N")
     target = torch.device(device)
+    check_choice(device=device, backend=backend, isa_level=isa_level)
     if isa_level != "auto":
-        if backend not in ("auto", "cpu") or target.type != "cpu":
-            raise ConfigError(f"isa_level: {isa_level} is for the cpu backend only; use auto")
         return _cpu(target, dtype, head_dim, chunk_size, num_kv_heads, isa_level)
     if backend == "auto" and target.type == "cpu":
         try:
@@ -63,8 +63,6 @@ def _cpu(
     num_kv_heads: int,
     level: str = "",
 ) -> Backend:
-    if device.type != "cpu":
-        raise ConfigError(f"backend: cpu runs on device cpu, not on {device}")
     from chunkllama.backends.cpu.backend import CpuBackend
 
     ops = CpuBackend(dtype=dtype, head_dim=head_dim, num_kv_heads=num_kv_heads, level=level)
@@ -74,8 +72,6 @@ def _cpu(
 def _cuda(
     device: torch.device, dtype: torch.dtype, head_dim: int, chunk_size: int, num_kv_heads: int
 ) -> Backend:
-    if device.type != "cuda":
-        raise ConfigError(f"backend: cuda needs device cuda, not {device}")
     from chunkllama.backends.cuda.backend import CudaBackend
 
     ops = CudaBackend(device, dtype=dtype, head_dim=head_dim, num_kv_heads=num_kv_heads)

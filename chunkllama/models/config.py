@@ -10,6 +10,7 @@ from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec, RopeSpec
 from chunkllama.models.architectures import ARCHITECTURES
 from chunkllama.models.config_file import ConfigFile, read_json
+from chunkllama.models.folder_check import check_folder
 from chunkllama.models.loading.module_tensors import quantization_method
 from chunkllama.models.spec_checks import check_numbers, default_sampling, usable_eos_ids
 
@@ -21,9 +22,10 @@ def read_spec(folder: Path) -> ModelSpec:
     """Read config.json, generation_config.json and the tokenizer's end-of-sequence token.
 
     Raises:
-        ConfigError: a file is missing or not JSON, a value is out of range, or the architecture is
-            neither one of ``ARCHITECTURES`` nor a decoder by its name.
+        ConfigError: the folder is no model, a file is missing or not JSON, a value is out of
+            range, or the architecture is neither in ``ARCHITECTURES`` nor a decoder by its name.
     """
+    check_folder(folder)
     path = folder / "config.json"
     generation = read_json(folder / "generation_config.json", required=False)
     try:

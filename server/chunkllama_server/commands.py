@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,9 +21,8 @@ USAGE_ERROR = 2
 _INTERRUPTED = 130
 
 
-def run(arguments: list[str]) -> int:
-    """Run one command line and return its exit code."""
-    asked = [name for name in arguments[:1] if name in _COMMANDS]
+def make_app(names: Iterable[str]) -> typer.Typer:
+    """Build the command line with some of its commands."""
     app = typer.Typer(
         name="chunkllama",
         no_args_is_help=True,
@@ -34,9 +33,16 @@ def run(arguments: list[str]) -> int:
         help="LLM serving for many tenants that share prompts.",
     )
     app.callback()(_options)
+    for name in names:
+        _COMMANDS[name](app)
+    return app
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code."""
+    asked = [name for name in arguments[:1] if name in _COMMANDS]
     try:
-        for name in asked or _COMMANDS:
-            _COMMANDS[name](app)
+        app = make_app(asked or _COMMANDS)
         result = app(args=arguments, prog_name="chunkllama", standalone_mode=False)
     except ChunkLlamaError as error:
         return _fail(str(error))
@@ -50,6 +56,17 @@ def run(arguments: list[str]) -> int:
             return 0
         return _fail(error.format_message())
     return result if isinstance(result, int) else 0
+
+
+def command_names() -> list[tuple[str, ...]]:
+    """Return every command as the words after ``chunkllama``, groups before their commands."""
+
+    def walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        for name, below in getattr(command, "commands", {}).items():
+            yield (*path, name)
+            yield from walk(below, (*path, name))
+
+    return list(walk(typer.main.get_command(make_app(_COMMANDS)), ()))
 
 
 def _print_version(requested: bool) -> None:
@@ -86,24 +103,31 @@ def _add_health(app: typer.Typer) -> None:
     @app.command()
     def health(
         url: Annotated[
-            str, typer.Option(help="Server to ask. Default: this machine, CHUNKLLAMA_PORT or 8000.")
+            str,
+            typer.Option(
+                help="Server to ask. Default: the one that the flags of a container's first "
+                "process, the environment or the YAML file configure; else port 8000 of this "
+                "machine."
+            ),
         ] = "",
+        config: Annotated[str, typer.Option(help="YAML file of the server.", metavar="FILE")] = "",
         timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 2.0,
     ) -> int:
         """Ask a server whether it is ready: exit code 0 if so, else 1."""
-        from chunkllama_server.process.health_check import check_health
+        from chunkllama_server.process.health_check import (
+            check_health,
+            container_arguments,
+            server_url,
+        )
 
-        problem = check_health(url or default_url(os.environ), timeout)
+        arguments = [*container_arguments(), *(["--config", config] if config else [])]
+        try:
+            problem = check_health(url or server_url(arguments, os.environ), timeout)
+        except ChunkLlamaError as error:
+            problem = str(error)
         if problem:
             print(problem, file=sys.stderr)
         return 1 if problem else 0
-
-
-def default_url(environ: os._Environ[str] | dict[str, str]) -> str:
-    """Return the address of a server that this environment configures."""
-    port = environ.get("CHUNKLLAMA_PORT", "")
-    scheme = "https" if environ.get("CHUNKLLAMA_SSL_CERTFILE") else "http"
-    return f"{scheme}://127.0.0.1:{port if port.isdecimal() else '8000'}"
 
 
 def _add_serve(app: typer.Typer) -> None:
@@ -147,8 +171,11 @@ def _add_config(app: typer.Typer) -> None:
     @group.command(cls=GroupedCommand)
     @with_setting_flags
     def show(**flags: object) -> None:
-        """Print the value and origin of every setting; starts nothing."""
-        show_settings(load_from_flags(flags))
+        """Print the value and origin of every setting, and what automatic ones become here."""
+        loaded = load_from_flags(flags)
+        from chunkllama_server.config.effective import effective_values
+
+        show_settings(loaded, *effective_values(loaded.settings))
 
     app.add_typer(group, name="config")
 

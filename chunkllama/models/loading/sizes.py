@@ -1,17 +1,23 @@
-"""How much memory a model's weights take, before one of them is read."""
+"""How much memory a model's weights take, before one of them is read. No torch."""
 
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from chunkllama.backends.base import Quantization
-from chunkllama.models.loading.gguf_blocks import BLOCK_TYPES
 from chunkllama.models.loading.safetensors import ITEM_SIZES, Checkpoint
 from chunkllama.models.loading.tensor_info import TensorInfo
 
+if TYPE_CHECKING:
+    from chunkllama.backends.base import Quantization
+
 _BITS: Final = {"float32": 32, "float16": 16, "bfloat16": 16}
 _QUANTIZED_BITS: Final = {"int8": 8.5, "int4": 4.5}
+# As ``gguf_blocks.BLOCK_TYPES`` packs them: codes, and one or two half-precision numbers for 32.
+PACKED_BITS: Final = {
+    **{"Q4_0": 4.5, "IQ4_NL": 4.5, "IQ4_XS": 4.5, "Q5_0": 8.5, "Q8_0": 8.5},
+    **{"Q4_1": 5.0, "Q3_K": 5.0, "Q4_K": 5.0, "Q5_1": 9.0, "Q5_K": 9.0, "Q6_K": 9.0},
+}
 
 
 def allocated_bytes(checkpoint: Checkpoint, dtype: str, quantization: Quantization) -> int:
@@ -33,8 +39,7 @@ def _bits(info: TensorInfo, dtype: str, quantization: Quantization) -> float:
         return _QUANTIZED_BITS[quantization] * words
     if info.dtype in (*ITEM_SIZES, "F8_E4M3") or quantization == "bf16":
         return _BITS[dtype] * words
-    if info.dtype in BLOCK_TYPES:
-        kind = BLOCK_TYPES[info.dtype].format
-        return kind.bits + (0.5 if kind.extra == "none" else 1.0)
+    if info.dtype in PACKED_BITS:
+        return PACKED_BITS[info.dtype]
     own = 8 * (info.end - info.begin) / max(math.prod(info.shape), 1)
     return max(own, _BITS[dtype]) if own < 8 else own

@@ -63,12 +63,20 @@ def load_from_flags(flags: Mapping[str, Any]) -> Loaded:
     return load_settings(given, config_file=config_file)
 
 
-def show_settings(loaded: Loaded) -> None:
-    """Print a table of keys, values and origins, secrets masked."""
-    table = Table("key", "value", "from")
+def show_settings(loaded: Loaded, effective: Mapping[str, str], note: str) -> None:
+    """Print a table of keys, values and origins, secrets masked.
+
+    Args:
+        effective: what automatic values are on this machine, by key.
+        note: what could not be told; printed below the table.
+    """
+    table = Table("key", "value", "from", "in effect")
     for key in sorted(Settings.model_fields):
-        table.add_row(key, show_value(getattr(loaded.settings, key)), loaded.origins[key])
+        value = show_value(getattr(loaded.settings, key))
+        table.add_row(key, value, loaded.origins[key], effective.get(key, ""))
     Console(soft_wrap=True).print(table)
+    if note:
+        print(note)
 
 
 def show_value(value: object) -> str:

@@ -376,7 +376,7 @@ def load_settings(
     try:
         return Loaded(Settings(**values), origins)
     except ValidationError as error:
-        message = first_error(error)
+        message = first_error(error, Settings.model_fields)
         origin = origins.get(message.split(":")[0], "")
         raise ConfigError(f"{message} (from {origin})" if origin else message) from None
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
-import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,9 +13,9 @@ from typing import Literal
 import torch
 
 from chunkllama import __version__
-from chunkllama.backends.cpu.build import available_levels, is_built
+from chunkllama.backends.cpu.build import available_levels, find_compiler, is_built
 from chunkllama.config import EngineConfig
-from chunkllama.engine.build import plan_size
+from chunkllama.engine.size import plan_size
 from chunkllama.errors import ConfigError
 from chunkllama.models.loading.hub import aliases, is_hub_id, resolve_model
 from chunkllama.resources import cache_folder, memory_left, usable_threads
@@ -83,7 +81,7 @@ def _kernels(config: EngineConfig) -> Iterator[Finding]:
     if is_built(level):
         yield Finding("ok", "kernels", f"C++ kernels for {level.name} are compiled")
         return
-    compiler = shlex.split(os.environ.get("CXX") or "g++")[0]
+    compiler = find_compiler()[0]
     if shutil.which(compiler):
         text = f"the first start compiles C++ kernels for {level.name} with {compiler}"
         yield Finding("ok", "kernels", text)

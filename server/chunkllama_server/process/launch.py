@@ -17,8 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chunkllama.config import EngineConfig
 from chunkllama.engine.faults import VARIABLE as FAULTS
 from chunkllama.engine.faults import faults_from
+from chunkllama.engine.size import check_memory, may_have_gpu, plan_size
 from chunkllama.engine.supervisor import SupervisedEngineClient
 from chunkllama.errors import ConfigError
 from chunkllama.logger import configure_logging, init_logger
@@ -60,7 +62,7 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
                 bind(settings.admin_host, settings.admin_port, "admin_port")
             )
         with start_signals.unwinding():  # a download's temporary files
-            path, spec = check_model(settings.model)
+            path, spec = check_model(settings.engine())
         logger.info("loading %s", path)
 
         def make_application() -> Application:
@@ -143,13 +145,18 @@ def check_tls(settings: Settings) -> None:
         ) from None
 
 
-def check_model(model: str) -> tuple[Path, ModelSpec]:
-    """A model's folder, fetched if need be, and its numbers; the weights' headers are checked.
+def check_model(config: EngineConfig) -> tuple[Path, ModelSpec]:
+    """A model's folder, fetched if need be, and its numbers; loads no weights.
+
+    The weights' headers are checked, and the engine's settings against the model and this machine.
+    Where there may be a GPU, only the engine process can check what depends on the device.
 
     Raises:
-        ConfigError: a file is missing, damaged or of the wrong shape.
+        ConfigError: a file is missing, damaged or of the wrong shape, or a setting does not fit.
     """
-    path = resolve_model(model)
+    path = resolve_model(config.model.model)
     spec = read_spec(path)
-    Checkpoint(path, spec)
+    checkpoint = Checkpoint(path, spec)
+    if config.model.device == "cpu" or not may_have_gpu():
+        check_memory(config, plan_size(config, path, spec, checkpoint))
     return path, spec

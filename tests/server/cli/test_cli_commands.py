@@ -79,6 +79,38 @@ def test_config_show_prints_values_and_origins(chunkllama, tmp_path):
     assert "canary" not in result.stdout
 
 
+def _in_effect(stdout: str) -> dict[str, str]:
+    rows = [line.split("│") for line in stdout.splitlines() if line.count("│") > 4]
+    return {cells[1].strip(): cells[4].strip() for cells in rows if cells[4].strip()}
+
+
+def test_config_show_resolves_automatic_values(chunkllama, tiny_model):
+    flags = ("--model", tiny_model, "--num-chunks", 64, "--device", "cpu", "--threads", 1)
+    shown = _in_effect(chunkllama("config", "show", *flags, COLUMNS="200").stdout)
+    assert shown["dtype"] == "float32"
+    assert shown["backend"] in ("cpu", "reference")
+    assert shown["max_model_len"] == "1024"
+    assert shown["kv_cache_memory"] == str(64 * 2 * 2 * 64 * 2 * 16 * 4)
+    assert shown["isolation"] == "off"
+    assert shown["served_model_name"] == "tiny"
+    assert not {"num_chunks", "device", "threads", "port"} & set(shown)  # given, or no default
+    keyed = chunkllama("config", "show", *flags, "--api-key", "a:b", "--chunk-size", 32)
+    shown = _in_effect(keyed.stdout)
+    assert shown["isolation"] == "tenant"
+    assert shown["backend"] == "reference" and "isa_level" not in shown
+
+
+def test_config_show_fetches_nothing_and_reports_what_it_cannot_tell(chunkllama, tmp_path):
+    cache = tmp_path / "cache"
+    result = chunkllama("config", "show", "--device", "cpu", CHUNKLLAMA_CACHE=str(cache))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[-1].startswith("model: not on this machine yet")
+    assert not cache.exists()
+    broken = chunkllama("config", "show", "--device", "cpu", "--model", tmp_path)
+    assert broken.returncode == 0
+    assert broken.stdout.splitlines()[-1].endswith("is it a complete model folder?")
+
+
 def test_models_lists_what_can_be_fetched(chunkllama, tmp_path, tiny_model):
     assert "smollm2-135m-instruct" in chunkllama("models", CHUNKLLAMA_CACHE=str(tmp_path)).stdout
     assert chunkllama("models", "fetch", tiny_model).stdout.strip() == str(tiny_model)

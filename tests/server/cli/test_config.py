@@ -13,7 +13,12 @@ import pytest
 from chunkllama.config import EngineConfig
 from chunkllama.errors import ConfigError
 from chunkllama.logger import configure_logging, init_logger, request_id_context
-from chunkllama.resources import default_kv_cache_memory, memory_left, usable_threads
+from chunkllama.resources import (
+    default_kv_cache_memory,
+    memory_left,
+    memory_limit,
+    usable_threads,
+)
 from chunkllama_server.commands import run
 from chunkllama_server.config.settings import Settings, load_settings
 
@@ -172,17 +177,23 @@ def test_a_former_flag_works_and_is_not_listed(capsys, former, key, value):
 
 
 def _machine(root: Path, files: dict[str, str]) -> Path:
-    for name, text in {"proc/meminfo": "MemAvailable: 8388608 kB", **files}.items():
+    meminfo = "MemTotal: 16777216 kB\nMemAvailable: 8388608 kB\nSwapTotal: 1048576 kB\n"
+    for name, text in {"proc/meminfo": meminfo, **files}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     return root
 
 
 @pytest.mark.parametrize(
-    ("files", "threads", "left"),
+    ("files", "threads", "left", "limit"),
     [
-        ({}, None, 8 << 30),
-        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000"}, None, 8 << 30),
+        ({}, None, 8 << 30, 17 << 30),
+        (
+            {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000"},
+            None,
+            8 << 30,
+            17 << 30,
+        ),
         (
             {
                 "proc/self/cgroup": "0::/a/b\n",
@@ -194,6 +205,7 @@ def _machine(root: Path, files: dict[str, str]) -> Path:
             },
             1,
             3 << 29,
+            2 << 30,
         ),
         (
             {
@@ -206,15 +218,17 @@ def _machine(root: Path, files: dict[str, str]) -> Path:
             },
             1,
             1 << 29,
+            1 << 30,
         ),
     ],
 )
-def test_limits_come_from_the_control_group(files, threads, left, tmp_path):
+def test_limits_come_from_the_control_group(files, threads, left, limit, tmp_path):
     root = _machine(tmp_path, files)
     if threads is not None:
         assert usable_threads(root) == threads
     assert usable_threads(root) >= 1
     assert memory_left(root) == left
+    assert memory_limit(root) == limit
 
 
 def test_default_pool_is_a_quarter_of_what_is_left():

@@ -1,0 +1,200 @@
+"""What a configuration makes of a model and this machine's memory, before a weight is read.
+
+Imports torch only where a GPU may be used: the API process refuses bad settings with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from chunkllama.backends.choice import check_choice
+from chunkllama.backends.cpu.build import available_levels
+from chunkllama.config import EngineConfig
+from chunkllama.errors import ConfigError
+from chunkllama.model_spec import ModelSpec
+from chunkllama.models.config import kv_bytes_per_chunk, read_spec, resolve_dtype
+from chunkllama.models.loading.safetensors import Checkpoint
+from chunkllama.models.loading.sizes import allocated_bytes
+from chunkllama.resources import default_kv_cache_memory, memory_left, memory_limit
+from chunkllama.scheduler.admission import longest_request
+
+_DEVICE_FILES = ("nvidiactl", "nvidia0", "dxg", "nvmap", "nvhost-ctrl", "kfd")
+_GPU_POOL_SHARE = 0.85  # of the device memory left beside the weights; the rest is workspace
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSize:
+    """What a configuration makes of a model and this machine's memory.
+
+    Attributes:
+        weight_bytes, pool_bytes: memory of the weights and of the chunk pool.
+        max_model_len: longest prompt plus answer in tokens that the model is served with.
+        max_request_tokens: the same, cut to what the whole pool holds.
+        longest_requests: how many requests of that length run at once.
+        note: why ``max_model_len`` is below the model's own; "" if it is not.
+    """
+
+    spec: ModelSpec
+    device: str
+    dtype: str
+    max_model_len: int
+    weight_bytes: int
+    num_chunks: int
+    pool_bytes: int
+    max_request_tokens: int
+    longest_requests: int
+    note: str
+
+
+def may_have_gpu(folder: Path = Path("/dev")) -> bool:
+    """Return whether a driver's device file is there; without one torch finds no GPU either."""
+    return any((folder / name).exists() for name in _DEVICE_FILES)
+
+
+def find_device(wanted: str) -> str:
+    """Return "cpu" or "cuda" for a setting; imports torch where only torch can tell.
+
+    Raises:
+        ConfigError: cuda was asked for, and there is none.
+    """
+    if wanted != "cpu" and may_have_gpu():
+        import torch
+
+        if torch.cuda.is_available():
+            return "cuda"
+    if wanted == "cuda":
+        raise ConfigError("device: cuda was asked for, but there is no CUDA device; use cpu")
+    return "cpu"
+
+
+def plan_size(
+    config: EngineConfig,
+    folder: Path,
+    spec: ModelSpec | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> EngineSize:
+    """Read a model folder's headers and size the pool; loads no weights.
+
+    Args:
+        spec, checkpoint: of the folder, where the caller has read them.
+
+    Raises:
+        ConfigError: the model or a setting is unusable; one line says why.
+    """
+    spec = spec or read_spec(folder)
+    device = find_device(config.model.device)
+    check_choice(
+        device=device,
+        backend=config.model.backend,
+        isa_level=config.model.isa_level,
+        chunk_size=config.cache.chunk_size,
+        quantization=config.model.quantization,
+        levels=[level.name for level in available_levels()],
+    )
+    dtype = resolve_dtype(spec, config.model.dtype, device, config.model.backend)
+    max_model_len, note = _max_model_len(config, spec)
+    chunk_size = config.cache.chunk_size
+    checkpoint = checkpoint or Checkpoint(folder, spec)
+    weights = allocated_bytes(checkpoint, dtype, config.model.quantization)
+    if device == "cpu":
+        _check_weights(weights, dtype)
+    num_chunks = _num_chunks(config, spec, weights, max_model_len, device, dtype)
+    longest = longest_request(max_model_len, num_chunks * chunk_size)
+    return EngineSize(
+        spec=spec,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        weight_bytes=weights,
+        num_chunks=num_chunks,
+        pool_bytes=num_chunks * kv_bytes_per_chunk(spec, chunk_size, dtype),
+        max_request_tokens=longest,
+        # The last token of an answer has no K/V.
+        longest_requests=min(
+            num_chunks // -(-max(longest - 1, 1) // chunk_size), config.scheduler.max_num_seqs
+        ),
+        note=note,
+    )
+
+
+def check_memory(config: EngineConfig, size: EngineSize) -> None:
+    """Refuse a pool that this machine can never hold; what others use now is ignored.
+
+    Raises:
+        ConfigError: with both sizes and the setting to change.
+    """
+    if size.device != "cpu":  # the size of a GPU's pool follows from its free memory
+        return
+    limit = memory_limit()
+    if size.weight_bytes + size.pool_bytes > limit:
+        key = "kv_cache_memory" if config.cache.num_chunks is None else "num_chunks"
+        chunk = size.pool_bytes // size.num_chunks
+        raise ConfigError(
+            f"{key}: the pool takes {size.pool_bytes >> 20:,} MiB, the weights "
+            f"{size.weight_bytes >> 20:,} MiB, and this process may use {limit >> 20:,} MiB; "
+            f"num_chunks {max((limit - size.weight_bytes) // chunk, 0):,} would fill it"
+        )
+
+
+def _check_weights(weights: int, dtype: str) -> None:
+    limit = memory_limit()
+    if weights > limit:
+        raise ConfigError(
+            f"model: its weights take {weights >> 20:,} MiB as {dtype}, and this process may use "
+            f"{limit >> 20:,} MiB; set quantization int8 or int4, or choose a smaller model"
+        )
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> tuple[int, str]:
+    """The longest prompt plus answer, and why it is not the model's own length, if it is not."""
+    wanted = config.model.max_model_len
+    if wanted is not None and wanted > spec.max_position:
+        raise ConfigError(
+            f"max_model_len: {wanted} is above the model's own limit of {spec.max_position}"
+        )
+    if wanted is not None:
+        return wanted, ""
+    stretched = [r.original_max_position for r in spec.ropes if r.type in ("longrope", "dynamic")]
+    original = min(stretched, default=0)
+    if 0 < original < spec.max_position:
+        return original, (
+            f"max_model_len: {original}, the length up to which the model's rotary embedding is "
+            f"not stretched; set it (up to {spec.max_position}) to stretch it for all requests"
+        )
+    return spec.max_position, ""
+
+
+def _num_chunks(
+    config: EngineConfig,
+    spec: ModelSpec,
+    weights: int,
+    max_model_len: int,
+    device: str,
+    dtype: str,
+) -> int:
+    """Chunks as asked for, or as many as the memory given to the pool holds."""
+    if config.cache.num_chunks is not None:
+        return config.cache.num_chunks
+    per_chunk = kv_bytes_per_chunk(spec, config.cache.chunk_size, dtype)
+    memory = config.cache.kv_cache_memory
+    if memory is None:
+        if device == "cpu":
+            longest = -(-max_model_len // config.cache.chunk_size) * per_chunk
+            useful = config.scheduler.max_num_seqs * longest
+            memory = default_kv_cache_memory(memory_left() - weights, useful)
+        else:
+            import torch
+
+            memory = int((torch.cuda.mem_get_info()[0] - weights) * _GPU_POOL_SHARE)
+    if memory <= 0:
+        raise ConfigError(
+            f"model: its weights take {weights >> 20:,} MiB, and less is free on {device} now; end "
+            "other programs, set quantization int8 or int4, or choose a smaller model"
+        )
+    if memory < 2 * per_chunk:
+        raise ConfigError(
+            f"kv_cache_memory: {memory} bytes hold fewer than two chunks of {per_chunk} "
+            "bytes; give the process more memory, the pool a larger share of it, or set num_chunks"
+        )
+    return memory // per_chunk

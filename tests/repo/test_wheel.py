@@ -1,0 +1,154 @@
+"""The wheel, built from the source distribution, runs at full speed where there is no compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from tiny_model import write_tiny_model
+
+from chunkllama import __version__
+from chunkllama.backends.cpu import build as native
+
+ROOT = Path(__file__).resolve().parents[2]
+LEVEL = native.available_levels()[-1]
+
+
+def _copy_of_the_repository(folder: Path) -> Path:
+    listing = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    for line in listing.splitlines():
+        if line.startswith(("benchmarks/", "tests/")) or not (ROOT / line).is_file():
+            continue
+        (folder / line).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / line, folder / line)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the sdist, and the wheel from the sdist alone."""
+    sources = _copy_of_the_repository(tmp_path_factory.mktemp("sources"))
+    out = tmp_path_factory.mktemp("wheel")
+    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(out)!r}))"
+    subprocess.run([sys.executable, "-c", code], cwd=sources, check=True, capture_output=True)
+    (sdist,) = out.glob("*.tar.gz")
+    assert sdist.name == f"chunkllama-{__version__}.tar.gz"
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", str(out), str(sdist)], check=True, capture_output=True)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def _run(installed: Path, code: str, home: Path) -> str:
+    """Run code on the installed package: no compiler, and no folder that can be written."""
+    home.mkdir()
+    home.chmod(0o500)
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("CHUNKLLAMA_")},
+        "PYTHONPATH": str(installed),
+        "CXX": "no-such-compiler",
+        "HOME": str(home),
+        "CHUNKLLAMA_CACHE": str(home / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env=environment,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="kernels are shipped for x86-64")
+def test_the_wheel_holds_every_level_for_an_old_glibc(wheel: Path, installed: Path) -> None:
+    libraries = sorted((installed / "chunkllama" / "_native").glob("*.so"))
+    assert {path.name.partition("-")[0] for path in libraries} == {x.name for x in native.LEVELS}
+    tag = re.search(r"-py3-none-manylinux_2_(\d+)_x86_64\.whl$", wheel.name)
+    assert tag is not None and int(tag[1]) <= 28
+    needed = subprocess.run(
+        ["objdump", "-p", *map(str, libraries)], check=True, capture_output=True, text=True
+    ).stdout
+    assert set(re.findall(r"NEEDED\s+(\S+)", needed)) <= {"libc.so.6", "libm.so.6"}
+    assert max(int(v) for v in re.findall(r"GLIBC_2\.(\d+)", needed)) <= 28
+    assert sum(path.stat().st_size for path in libraries) < 10 << 20
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="kernels are shipped for x86-64")
+def test_the_wheel_serves_without_a_compiler(installed: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    write_tiny_model(model)
+    code = (
+        "import chunkllama, sys; from chunkllama import LLM, SamplingParams\n"
+        f"llm = LLM({str(model)!r}, num_chunks=16)\n"
+        "greedy = SamplingParams(temperature=0, max_tokens=8)\n"
+        "ids = llm.generate([[1, 2, 3]], greedy)[0].outputs[0].token_ids\n"
+        "info = llm._core.info\n"
+        "print(chunkllama.__version__, chunkllama.__file__, info.backend, info.isa_level, ids)"
+    )
+    version, file, name, level, ids = _run(installed, code, tmp_path / "home").split(maxsplit=4)
+    assert Path(file).is_relative_to(installed)
+    assert (version, name) == (__version__, "cpu")
+    assert level == native.available_levels()[0].name
+    own = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.split(maxsplit=4)
+    assert own[4].strip() == ids  # the library that is compiled on this machine
+
+
+def test_a_shipped_library_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "_SHIPPED_FOLDER", tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("CHUNKLLAMA_NATIVE_DIR", str(tmp_path / "empty"))
+    assert not native.is_built(LEVEL)
+    with pytest.raises(native.NativeBuildError, match="no C\\+\\+ compiler"):
+        native.build(LEVEL)
+    shipped = tmp_path / f"{LEVEL.name}-{native._source_hash(LEVEL, '')}.so"
+    shipped.touch()
+    assert native.build(LEVEL) == shipped and native.is_built(LEVEL)
+    shipped.rename(tmp_path / f"{LEVEL.name}-0123456789abcdef.so")  # of other sources
+    assert not native.is_built(LEVEL)
+    with pytest.raises(native.NativeBuildError, match="no C\\+\\+ compiler"):
+        native.build(LEVEL, "address")
+
+
+def test_a_library_names_no_openmp_runtime() -> None:
+    """It uses the one that torch has loaded, whatever that is called."""
+    library = native.build(LEVEL)
+    listing = subprocess.run(
+        ["readelf", "-d", str(library)], check=True, capture_output=True, text=True
+    ).stdout
+    assert "NEEDED" in listing and "gomp" not in listing
+    from chunkllama.backends.cpu.abi import load_library
+
+    load_library(LEVEL)
+    mapped = {
+        line.split(maxsplit=5)[5]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "/libgomp" in line
+    }
+    assert len(mapped) == 1
+    assert isinstance(load_library(LEVEL), ctypes.CDLL)
