@@ -59,6 +59,8 @@ OPERATIONS = {
     "GET /v1/usage": 3,
     "GET /dashboard/tenants": 3,
     "GET /dashboard/divergence": 3,
+    "GET /dashboard/requests": 3,
+    "DELETE /dashboard/requests/{request_id}": 15,
     "GET /v1/models/{model}": 15,
     "GET /v1/models": 3,
     "GET /version": 3,

@@ -1,10 +1,10 @@
-"""Build the admin port's application: metrics, health, usage, administration of the cache."""
+"""Build the admin port's application: metrics, dashboard, administration of cache and requests."""
 
 from __future__ import annotations
 
 from fastapi import FastAPI
 
-from chunkllama_server.api import admin, divergence, health, usage
+from chunkllama_server.api import admin, dashboard, divergence, health, live_requests, usage
 from chunkllama_server.api.common.context import ServerContext
 from chunkllama_server.transport.auth import AdminAuthMiddleware
 from chunkllama_server.transport.body import BodyLimitMiddleware
@@ -29,6 +29,8 @@ def create_admin_app(context: ServerContext) -> FastAPI:
         health.metrics_router,
         usage.router,
         divergence.router,
+        live_requests.router,
+        dashboard.router,
         admin.router,
     ):
         app.include_router(router)

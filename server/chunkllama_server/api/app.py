@@ -16,8 +16,10 @@ from chunkllama.logger import init_logger
 from chunkllama_server.api import (
     cache,
     divergence,
+    docs_page,
     embeddings,
     health,
+    live_requests,
     models,
     tokenize,
     unsupported,
@@ -126,6 +128,8 @@ def create_app(
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's own pages load their scripts from the internet
+        redoc_url=None,
         redirect_slashes=False,
     )
     app.state.context = context
@@ -143,6 +147,8 @@ def create_app(
         models,
         usage,
         divergence,
+        live_requests,
+        docs_page,
         health,
     ):
         app.include_router(family.router)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from importlib import resources
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -104,8 +105,9 @@ def _encode(
     limits = context.settings
     nodes = [n for n in stats.tree if visible is None or n.namespace in visible]
     if tenant is None:
-        counters, latency = msgspec.structs.asdict(stats), _mean_seconds(context)
+        counters, latency = msgspec.structs.asdict(stats), _latencies(context)
         del counters["tree"]
+        counters["engine_restarts"] = context.metrics.engine.supervisor.restarts
         hidden = len(stats.tree) - min(len(nodes), limits.dashboard_nodes)
     else:
         nodes = [_without_use(node) if not node.namespace else node for node in nodes]
@@ -120,10 +122,24 @@ def _encode(
         "view": "server" if tenant is None else "tenant",
         "stats": counters,
         "latency": latency,
+        "sharing": _sharing(nodes),
         "hidden_nodes": hidden,
         "tree": sorted(nodes, key=lambda n: n.depth)[: limits.dashboard_nodes],
     }
     return msgspec.json.encode(body)
+
+
+@router.get("/dashboard/history")
+async def history(context: Context, request: Request) -> Response:
+    """Return the engine's last minutes for the curves; a tenant gets none, they are of all."""
+    rows = context.history.rows() if tenant_view(context, request) is None else []
+    return Response(msgspec.json.encode({"data": rows}), media_type="application/json")
+
+
+def _sharing(nodes: list[TreeNodeInfo]) -> dict[str, int]:
+    """Return the chunks in use, and how many they would be if each sequence had its own."""
+    used = [node.num_sequences for node in nodes if node.num_sequences]
+    return {"chunks_in_use": len(used), "chunks_without_sharing": sum(used)}
 
 
 def _without_use(node: TreeNodeInfo) -> TreeNodeInfo:
@@ -148,15 +164,28 @@ def _own_counters(context: ServerContext, tenant: str, nodes: list[TreeNodeInfo]
 
 def visible_namespaces(context: ServerContext, request: Request) -> set[str] | None:
     """Return the namespaces that the caller may see: public and its own; None is all of them."""
-    if not context.tenants.are_isolated or request_info(request.scope).is_operator:
+    if not context.tenants.are_isolated or tenant_view(context, request) is None:
         return None
     return {"", context.tenants.namespace(request_info(request.scope).tenant, None)}
 
 
-def _mean_seconds(context: ServerContext) -> dict[str, dict[str, float]]:
-    """Return sum and count of each latency since the start; the page computes differences."""
-    value = context.metrics.registry.get_sample_value
-    return {
-        name: {part: value(f"chunkllama_{name}_seconds_{part}") or 0.0 for part in ("sum", "count")}
-        for name in LATENCIES
-    }
+def _latencies(context: ServerContext) -> dict[str, dict[str, Any]]:
+    """Return sum, count and [bound, count up to it] of each latency since the start.
+
+    The page computes differences.
+    """
+    metrics = context.metrics
+    found: dict[str, dict[str, Any]] = {}
+    histograms = (metrics.first_token, metrics.inter_token, metrics.latency)
+    for name, histogram in zip(LATENCIES, histograms, strict=True):
+        (family,) = histogram.collect()
+        parts: dict[str, Any] = {}
+        buckets: list[tuple[float, float]] = []
+        for sample in family.samples:
+            kind = sample.name.rpartition("_")[2]
+            if kind == "bucket" and sample.labels["le"] != "+Inf":
+                buckets.append((float(sample.labels["le"]), sample.value))
+            elif kind in ("sum", "count"):
+                parts[kind] = sample.value
+        found[name] = {**parts, "buckets": buckets}
+    return found

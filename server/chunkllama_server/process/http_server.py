@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -17,6 +18,7 @@ from chunkllama.engine.grammar import GrammarCompiler
 from chunkllama.engine.supervisor import SupervisedEngineClient
 from chunkllama.errors import ConfigError, EngineDeadError
 from chunkllama.logger import init_logger
+from chunkllama.messages import EngineStats
 from chunkllama.model_spec import ModelSpec
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama.text.chat_template import ChatTemplate, load_chat_template
@@ -24,6 +26,7 @@ from chunkllama.text.tokenizer import load_tokenizer
 from chunkllama_server.api import dashboard
 from chunkllama_server.api.admin_app import create_admin_app
 from chunkllama_server.api.app import create_app
+from chunkllama_server.api.common.context import ServerContext
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
 from chunkllama_server.config.settings import Settings
@@ -95,6 +98,12 @@ class Application:
         self._template = load_chat_template(path, self._tokenizer, settings.chat_template)
         if self._template is not None:
             logger.info("chat template: %s", self._template.capabilities)
+        else:
+            logger.warning(
+                "%s has no chat template: chat requests are refused, /v1/completions works; "
+                "--chat-template FILE gives it one",
+                path.name,
+            )
         self._tracing = None
         if settings.otlp_endpoint is not None:
             self._tracing = make_tracing(settings.otlp_endpoint, settings.model_names[0])
@@ -143,9 +152,9 @@ class Application:
         server = DrainingServer(config, engine, settings.drain_seconds)
         engine.on_death = server.engine_died
         engine.on_restarting = server.engine_restarting
-        metrics = app.state.context.metrics.engine
-        metrics.supervisor = engine
-        engine.on_stats = metrics.update
+        context: ServerContext = app.state.context
+        context.metrics.engine.supervisor = engine
+        engine.on_stats = partial(_record, context)
         engine.max_backlog = settings.max_stream_backlog
         info = engine.info
         logger.info(
@@ -221,6 +230,11 @@ def _uvicorn_config(settings: Settings, app: FastAPI, limits: HttpLimits) -> uvi
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
     )
+
+
+def _record(context: ServerContext, stats: EngineStats) -> None:
+    context.metrics.engine.update(stats)
+    context.history.add(stats)
 
 
 @contextlib.asynccontextmanager

@@ -20,7 +20,10 @@ from chunkllama_server.transport.request_context import request_info
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/dashboard"})
 OPERATOR_PATHS = frozenset(
-    {"/metrics", "/v1/usage", "/dashboard/data", "/dashboard/tenants", "/dashboard/divergence"}
+    {
+        *("/metrics", "/v1/usage", "/dashboard/data", "/dashboard/tenants"),
+        *("/dashboard/divergence", "/dashboard/requests", "/dashboard/history"),
+    }
 )
 
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})

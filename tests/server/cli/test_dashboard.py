@@ -10,6 +10,9 @@ import subprocess
 import httpx
 import pytest
 
+from chunkllama.messages import TreeNodeInfo
+from chunkllama_server.api.dashboard import _sharing
+
 SYSTEM = "You are a helpful assistant that answers in one short sentence. " * 4
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -32,7 +35,10 @@ def test_data_tells_counts_and_no_tokens_or_paths(served, tiny_model):
     data = response.json()
     assert data["models"] == ["tiny"]
     assert data["stats"]["chunks_total"] == data["info"]["num_chunks"] == 64
-    assert data["latency"]["time_to_first_token"]["count"] >= 2
+    latency = data["latency"]["time_to_first_token"]
+    assert latency["count"] >= 2 and latency["sum"] > 0
+    counts = [count for _, count in latency["buckets"]]
+    assert counts == sorted(counts) and counts[-1] <= latency["count"]
     nodes = {node["chunk_id"]: node for node in data["tree"]}
     shared = [n for n in nodes.values() if n["parent_chunk_id"] not in nodes]
     leaves = [n for n in nodes.values() if n["depth"] > 3]
@@ -82,3 +88,29 @@ def test_a_browser_draws_the_tree(served, tmp_path):
     assert len(re.findall(r'<rect class="chain"', dom)) >= 3
     assert '<span id="model">tiny</span>' in dom
     assert re.search(r"\d+ chunks, widest path \d+ tokens", dom)
+    assert re.search(r"read from the cache [1-9]", dom)
+    assert re.search(r'<table id="tenants"><tr>.*<td title="\(no key\)">\(no key\)</td>', dom)
+    assert re.search(r'<table id="requests"><tr>.*<td colspan="6">none</td>', dom)
+    assert "median; 99 %:" in dom
+
+
+def test_history_begins_the_curves(served):
+    rows: list[dict] = []
+    while not rows or rows[-1]["generation_tokens_total"] == 0:
+        ask(served, f"history {len(rows)}")
+        rows = served.get("/dashboard/history").json()["data"]
+    assert rows[-1]["chunks_total"] == 64 and rows[-1]["generation_tokens_total"] > 0
+    assert [row["age_seconds"] for row in rows] == sorted(
+        (row["age_seconds"] for row in rows), reverse=True
+    )
+
+
+def test_what_sharing_saves_is_counted_in_chunks():
+    def node(chunk_id: int, sequences: int) -> TreeNodeInfo:
+        return TreeNodeInfo(
+            chunk_id=chunk_id, parent_chunk_id=-1, depth=0, num_tokens=64, filled=64,
+            num_sequences=sequences, state="referenced", namespace="",
+        )  # fmt: skip
+
+    nodes = [node(1, 8), node(2, 8), node(3, 1), node(4, 0)]
+    assert _sharing(nodes) == {"chunks_in_use": 3, "chunks_without_sharing": 17}

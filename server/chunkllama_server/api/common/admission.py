@@ -18,7 +18,7 @@ from typing import NoReturn, cast
 
 from chunkllama.cache_messages import CacheAction, CacheEvents
 from chunkllama.engine.client import EngineClient
-from chunkllama.errors import DeadlineError, OverloadedError
+from chunkllama.errors import DeadlineError, OverloadedError, RequestFailedError
 from chunkllama.messages import (
     CacheExplanation,
     CommandReply,
@@ -29,6 +29,7 @@ from chunkllama.messages import (
     TokenDelta,
 )
 
+ABORTED = "aborted"  # code of a request that ``ChargedEngine.end`` has ended
 _RETRY_AFTER = 2  # before anything has ended
 _MAX_RETRY_AFTER = 30
 _EXPECTED_TOKENS = 256  # of an answer whose length is not known
@@ -60,6 +61,24 @@ class _Charge:
     sequences: int = 0
     tokens: int = 0
     chunks: int = 0
+
+
+@dataclass(slots=True)
+class LiveRequest:
+    """A request that waits or runs.
+
+    Attributes:
+        began: time of the event loop's clock.
+        is_aborted: someone else than its client has ended it.
+    """
+
+    request_id: str
+    tenant: str
+    num_prompt_tokens: int
+    num_choices: int
+    began: float
+    is_waiting: bool = True
+    is_aborted: bool = False
 
 
 class EndRate:
@@ -99,6 +118,7 @@ class ChargedEngine:
     Attributes:
         num_sequences: running or waiting.
         tokens_waiting, chunks_waiting: of requests without a token yet.
+        live: requests that wait or run, by id.
     """
 
     def __init__(
@@ -118,6 +138,7 @@ class ChargedEngine:
         self._has_own_limit = has_own_limit
         self._by_tenant: defaultdict[str, _Charge] = defaultdict(_Charge)
         self._rate = EndRate()
+        self.live: dict[str, LiveRequest] = {}
         self.num_sequences = 0
         self.tokens_waiting = 0
         self.chunks_waiting = 0
@@ -136,28 +157,48 @@ class ChargedEngine:
         Raises:
             OverloadedError: before the engine sees the request.
             DeadlineError: the request has waited or run for too long; it is aborted.
+            RequestFailedError: ``end`` has ended it.
         """
         tenant = request.tenant
         self._check_places(tenant)
         charge = self._charge(request)
         self._wait(tenant, charge, 1)
         self._run(tenant, charge, 1)
-        is_waiting = True
-        began = asyncio.get_running_loop().time()
+        live = LiveRequest(
+            request.request_id,
+            tenant,
+            len(request.prompt_token_ids),
+            charge.sequences,
+            asyncio.get_running_loop().time(),
+        )
+        is_first = self.live.setdefault(request.request_id, live) is live
         try:
             deltas = cast(AsyncGenerator[TokenDelta, None], self._engine.generate(request))
             async with contextlib.aclosing(deltas):
-                while (delta := await self._next(deltas, began, is_waiting)) is not None:
-                    if is_waiting:
-                        is_waiting = False
+                while (delta := await self._next(deltas, live)) is not None:
+                    if live.is_aborted:
+                        raise RequestFailedError("The request was ended on demand", ABORTED)
+                    if live.is_waiting:
+                        live.is_waiting = False
                         self._wait(tenant, charge, -1)
                     yield delta
         finally:
-            if is_waiting:
+            if is_first:
+                del self.live[request.request_id]
+            if live.is_waiting:
                 self._wait(tenant, charge, -1)
             self._run(tenant, charge, -1)
-            if not is_waiting:
+            if not live.is_waiting:
                 self._rate.add(charge.sequences)
+
+    async def end(self, request_id: str) -> bool:
+        """End a request for its client too, with an error; False if there is none of this id."""
+        live = self.live.get(request_id)
+        if live is None:
+            return False
+        live.is_aborted = True
+        await self._engine.abort(request_id)
+        return True
 
     def _charge(self, request: EngineRequest) -> _Charge:
         sampling, size = request.sampling, self._limits.chunk_size
@@ -222,16 +263,16 @@ class ChargedEngine:
         )
 
     async def _next(
-        self, deltas: AsyncGenerator[TokenDelta, None], began: float, is_waiting: bool
+        self, deltas: AsyncGenerator[TokenDelta, None], live: LiveRequest
     ) -> TokenDelta | None:
         """The next delta, None at the end."""
         limits = self._limits
-        waits, runs = limits.queue_seconds if is_waiting else None, limits.request_seconds
+        waits, runs = limits.queue_seconds if live.is_waiting else None, limits.request_seconds
         if waits is None and runs is None:
             return await anext(deltas, None)
         seconds = min(s for s in (waits, runs) if s is not None)
         try:
-            async with asyncio.timeout_at(began + seconds):
+            async with asyncio.timeout_at(live.began + seconds):
                 return await anext(deltas, None)
         except TimeoutError:
             if seconds == waits:

@@ -23,6 +23,7 @@ from chunkllama_server.api.common.text_service import TextService
 from chunkllama_server.api.dialect.translate import binding, looks_binding
 from chunkllama_server.api.schema.base import RequestModel, SamplingFields, walk_fields
 from chunkllama_server.config.settings import Settings
+from chunkllama_server.metrics.history import StatsHistory
 from chunkllama_server.metrics.server_metrics import ServerMetrics
 from chunkllama_server.transport.auth import Tenants
 from chunkllama_server.transport.errors import (
@@ -74,6 +75,7 @@ class ServerContext:
         tenants: API keys and cache namespaces.
         generation_defaults: the model's own sampling values, for fields a client leaves out.
         reads, operator_reads: of metrics and dashboards, by tenants and by operators.
+        history: the engine's last minutes, for the dashboard.
         created: Unix time at which the application was built, for /v1/models.
         fingerprint: version and backend; changes whenever outputs may change.
     """
@@ -91,6 +93,7 @@ class ServerContext:
     reads: SharedReads = field(default_factory=SharedReads)
     operator_reads: SharedReads = field(default_factory=SharedReads)
     _refreshing: asyncio.Task[None] | None = field(default=None, init=False)
+    history: StatsHistory = field(default_factory=StatsHistory)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -7,12 +7,18 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import cast
 
 from chunkllama.engine.client import EngineClient
-from chunkllama.errors import DeadlineError, InvalidRequestError, OverloadedError
+from chunkllama.errors import (
+    DeadlineError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestFailedError,
+)
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineRequest, TokenDelta
 from chunkllama.text.output_processor import OutputCollector, OutputDelta, OutputProcessor
 from chunkllama.text.thoughts import NO_THOUGHTS, Thoughts
 from chunkllama.text.tokenizer import Tokenizer
+from chunkllama_server.api.common.admission import ABORTED
 from chunkllama_server.api.common.cache_explanation import explanation_body
 from chunkllama_server.api.schema.usage import (
     CacheExplanationBody,
@@ -121,8 +127,9 @@ class RequestStream:
             if error.code == "queue_timeout":  # it never ran
                 self._info.charge.use(-num_prompt_tokens)
             raise
-        except Exception:
-            timer.finish("error")
+        except Exception as error:
+            is_abort = isinstance(error, RequestFailedError) and error.code == ABORTED
+            timer.finish("abort" if is_abort else "error")
             raise
         finally:
             timer.finish("abort")

@@ -1,0 +1,37 @@
+"""/dashboard/requests: response schemas."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from typing_extensions import TypedDict
+
+
+class LiveRequestState(TypedDict):
+    """A request that waits for its first token, or runs; its age counts from its arrival."""
+
+    request_id: str
+    tenant: str
+    state: Literal["waiting", "running"]
+    age_seconds: float
+    prompt_tokens: int
+    choices: int
+
+
+class LiveRequests(TypedDict):
+    """The live requests that the caller may see, the oldest first.
+
+    ``may_abort`` says whether the caller may end them; ``hidden`` are beyond the longest list.
+    """
+
+    object: Literal["requests"]
+    may_abort: bool
+    hidden: int
+    data: list[LiveRequestState]
+
+
+class Ended(TypedDict):
+    """A request that was ended on demand."""
+
+    object: Literal["ended"]
+    request_id: str
