@@ -5,18 +5,26 @@ BIN     = $(VENV)/bin
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 ARGS   ?=
+SERVING = $(VENV)/.serving-done
 STAMP   = $(VENV)/.setup-done
+INPUTS  = pyproject.toml setup.py scripts/setup.sh $(wildcard kernels/cpu/*)
+# TORCH takes any pip requirement or options, e.g. TORCH="torch==2.13.0" for the default (CUDA) build.
+INSTALL = PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" sh scripts/setup.sh
 
 .PHONY: setup serve test gpu-test lint format bench nightly clean
 
 setup: $(STAMP)
 
-# TORCH takes any pip requirement or options, e.g. TORCH="torch==2.13.0" for the default (CUDA) build.
-$(STAMP): pyproject.toml scripts/setup.sh $(wildcard kernels/cpu/*)
-	PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" sh scripts/setup.sh
+# What serving needs, without the tools that check the code.
+$(SERVING): $(INPUTS)
+	$(INSTALL) serving
 	@touch $@
 
-serve: setup
+$(STAMP): $(INPUTS)
+	$(INSTALL) everything
+	@touch $(SERVING) $@
+
+serve: $(SERVING)
 	exec $(BIN)/chunkllama serve --host $(HOST) --port $(PORT) $(ARGS)
 
 # One worker per processor; the tests of a file stay together and share its fixtures.

@@ -8,7 +8,8 @@ Start the servers first (see ``benchmarks/peers/README.md``), then name them:
 Every round of a scenario makes new prompts and sends them to each server in turn, first with
 prefixes new to every server (cold), then with new user parts after the same prefixes (warm). The
 order of the servers is reversed every round, with a pause between servers because some keep
-spinning for a second after their last answer. Tables contain medians over the rounds.
+spinning for a second after their last answer. Tables contain medians over the rounds, the figure
+beside the results (``compare_plot.py``) also the lowest and highest round.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from compare_plot import draw
 from machine import cpu_name
 
 from chunkllama.models.loading.hub import resolve_model
@@ -164,6 +166,7 @@ def main() -> None:
         "runs": runs,
     }
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    draw(record, arguments.output.with_suffix(".png"))
 
 
 def table(runs: list[dict], servers: list[str], scenarios: str) -> str:

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Create the virtual environment and install everything, test tools included.
+# Create the virtual environment and install into it: "serving" what a server and the examples need,
+# "everything" the tools that check the code too.
 set -eu
 say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
 
@@ -32,7 +33,12 @@ else
     pip install "torch>=2.11"
 fi
 
-say "installing chunkllama and its tools"
-pip install -e ".[dev]"
+case "${1:-everything}" in
+serving) extras=examples ;;
+everything) extras=examples,dev ;;
+*) echo "setup.sh: $1 is neither serving nor everything" >&2 && exit 2 ;;
+esac
+say "installing chunkllama ($extras)"
+pip install -e ".[$extras]"
 say "compiling the CPU kernels"
 "$VENV/bin/python" -m chunkllama.backends.cpu.backend

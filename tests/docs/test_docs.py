@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from chunkllama_server.commands import command_names, run
 from chunkllama_server.config.settings import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +60,11 @@ def test_links_resolve(page):
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+# test_console.py runs those of the README.
+PROGRAMS = [page for page in PAGES if blocks(page, "python") and page.name != "README.md"]
+
+
+@pytest.mark.parametrize("page", PROGRAMS, ids=lambda p: p.name)
 def test_python_blocks_run(page, served):
     """Runs a page's blocks as one program, against a real server's address."""
     code = "\n".join(blocks(page, "python"))
@@ -70,28 +75,12 @@ def test_python_blocks_run(page, served):
     assert done.returncode == 0, done.stderr
 
 
-def _known_flags(chunkllama) -> set[str]:
-    commands = (
-        ["serve"],
-        ["bench", "serve"],
-        ["capacity"],
-        ["health"],
-        ["config", "show"],
-        ["models"],
-        ["demo", "tenants"],
-        ["doctor"],
-        ["verify"],
-    )
-    known = {"--config", "--help"}
-    for command in commands:
-        known |= set(
-            re.findall(r"--[a-z][a-z-]+", chunkllama(*command, "--help", COLUMNS="160").stdout)
-        )
-    return known
-
-
-def test_every_flag_in_the_docs_exists(chunkllama):
-    known = _known_flags(chunkllama)
+def test_every_flag_in_the_docs_exists(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    known = {"--help", "--version"}
+    for words in command_names():
+        assert run([*words, "--help"]) == 0
+        known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     named = set()
     for page in CURRENT:
         for line in page.read_text().splitlines():
@@ -102,7 +91,10 @@ def test_every_flag_in_the_docs_exists(chunkllama):
     assert not named - known - others
 
 
-@pytest.mark.parametrize("script", ["document_configuration", "document_http", "document_models"])
+GENERATORS = ["document_commands", "document_configuration", "document_http", "document_models"]
+
+
+@pytest.mark.parametrize("script", GENERATORS)
 def test_a_generated_page_is_current(script):
     spec = importlib.util.spec_from_file_location(script, ROOT / f"scripts/{script}.py")
     module = importlib.util.module_from_spec(spec)
@@ -147,9 +139,39 @@ def test_deployments_use_keys_that_exist():
     ports = {port["containerPort"] for port in container["ports"]}
     assert config["admin_port"] in ports
     assert config["admin_host"] == "0.0.0.0", "the scraper is outside the pod"
+    cuda = yaml.safe_load((ROOT / "deploy/compose.cuda.yaml").read_text())["services"]["chunkllama"]
+    assert cuda["build"]["target"] == "cuda" and set(cuda) <= set(compose["services"]["chunkllama"])
+    (device,) = cuda["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+    patch = yaml.safe_load((ROOT / "deploy/kubernetes/cuda-patch.yaml").read_text())
+    (patched,) = patch["spec"]["template"]["spec"]["containers"]
+    assert patched["name"] == container["name"] and patched["image"] == cuda["image"]
+    assert patched["resources"]["limits"]["nvidia.com/gpu"] == "1"
     unit = (ROOT / "deploy/chunkllama.service").read_text()
     assert "Type=notify" in unit
     assert int(re.search(r"TimeoutStopSec=(\d+)", unit)[1]) > drain
+
+
+def test_the_image_copies_what_the_wheel_is_built_from():
+    """Each path that a stage copies exists and passes .dockerignore; stages are defined first."""
+    text = (ROOT / "Dockerfile").read_text()
+    passed = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"
+    }
+    copied: set[str] = set()
+    stages: list[str] = []
+    for line in text.splitlines():
+        if match := re.match(r"FROM (\S+) AS (\S+)", line):
+            assert match[1] == "${BASE_IMAGE}" or match[1] in stages
+            stages.append(match[2])
+        elif match := re.match(r"COPY --from=(\S+)", line):
+            assert match[1] in stages
+        elif line.startswith("COPY "):
+            copied |= set(line.split()[1:-1])
+    assert all((ROOT / name).exists() for name in copied)
+    assert copied == passed
+    layers = re.findall(r"^COPY --from=(\S+)", text.split("AS cpu", 1)[1], re.MULTILINE)
+    assert layers == ["dependencies-cpu", "model", "project"]  # what changes most comes last
 
 
 @pytest.mark.parametrize("name", ["stream_chat", "many_tenants"])
