@@ -112,7 +112,7 @@ def test_every_accepted_request_has_one_end(server):
 
 def test_refusals_are_counted_by_status(server):
     changes = change(server, lambda: server.chat(n=0))
-    assert changes['chunkllama_rejected_total{reason="400"}'] == 1
+    assert changes['chunkllama_rejected_total{why="400",reason="400"}'] == 1
 
 
 @pytest.mark.parametrize("fields", [{}, {"n": 2}, {"stop": "b"}, {"n": 2, "stop": "b"}])
@@ -181,7 +181,7 @@ def test_known_labels_begin_at_zero(start_server):
     alone = scrape(start_server())
     keyed = scrape(start_server(api_keys={"blue": "k"}), "k")
     for status in REFUSALS:
-        assert alone[f'chunkllama_rejected_total{{reason="{status}"}}'] == 0
+        assert alone[f'chunkllama_rejected_total{{why="{status}",reason="{status}"}}'] == 0
     for reason in FINISH_REASONS:
         assert alone[f'chunkllama_request_finished_total{{reason="{reason}"}}'] == 0
         name = f'chunkllama_request_finished_total{{reason="{reason}",tenant="blue"}}'

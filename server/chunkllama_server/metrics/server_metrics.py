@@ -16,13 +16,13 @@ from prometheus_client.core import (
     Metric,
     UnknownMetricFamily,
 )
-from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from chunkllama.logger import NonBlockingHandler
 from chunkllama.messages import EngineReady, EngineStats
 from chunkllama_server.metrics.divergence import PromptLog
+from chunkllama_server.metrics.exposition import metrics_text
 from chunkllama_server.metrics.prompt_heads import PromptHeads
 from chunkllama_server.metrics.request_timer import RequestTimer, token_histogram
 from chunkllama_server.metrics.tenant_series import TenantSeries
@@ -394,5 +394,5 @@ class ServerMetrics:
         shown: Collector = self.registry
         if tenant is not None:
             shown = TenantView(self.registry, tenant, self.own.gauges(self.usage, tenant))
-        text = generate_latest(shown)
-        return text if self._also is None else text + generate_latest(self._also.of(shown))
+        text = metrics_text(shown)
+        return text if self._also is None else text + metrics_text(self._also.of(shown))
