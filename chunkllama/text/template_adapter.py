@@ -125,8 +125,9 @@ def _adapt_calls(messages: list[Message], able: TemplateCapabilities) -> list[Me
             adapted.append(message)
         elif not able.tool_calls:
             adapted.append(_calls_as_text(message))
-        elif is_split and not able.repeated_roles:
-            # Roles alternate, so results of calls that are text are a user's turn.
+        elif not able.repeated_roles and (is_split or _goes_on(messages, position)):
+            # Roles alternate, and calls do not count as an answer: as text they do, and the results
+            # of calls that are text are a user's turn.
             adapted.append(_calls_as_text(message))
             end = _end_of_results(messages, position)
             adapted += [_result_as_user(result) for result in messages[position:end]]
@@ -143,6 +144,12 @@ def _adapt_calls(messages: list[Message], able: TemplateCapabilities) -> list[Me
             else:
                 adapted.append(message)
     return adapted
+
+
+def _goes_on(messages: list[Message], position: int) -> bool:
+    """Whether the user goes on behind calls at ``position`` without an answer to their results."""
+    end = _end_of_results(messages, position)
+    return end < len(messages) and messages[end]["role"] != "assistant"
 
 
 def _end_of_results(messages: list[Message], position: int) -> int:

@@ -31,7 +31,7 @@ CALL_MARKERS = (
     *("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<function=", "<parameter=", "functools["),
     *("<|tool_call|>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", ">>>", "<|recipient|>"),
     *("<function_calls>", "<|python_start|>", "<|tool_call_start|>"),
-    "<|tool_calls_section_begin|>",
+    *("<|tool_calls_section_begin|>", "[ARGS]", "<seed:tool_call>"),
 )
 LONG_ID = "call_0123456789abcdef01234567"
 SHORT_ID = "a1B2c3D4e"

@@ -17,10 +17,12 @@ import pytest
 
 from chunkllama import LLM, SamplingParams
 from chunkllama.engine.grammar import GrammarCompiler
+from chunkllama.sampling_params import GrammarSpec
 from chunkllama.text.tokenizer import load_tokenizer
 from chunkllama_server.api.common.schema_bounds import bound_grammar
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
-from chunkllama_server.api.tools.config import CallFormat, plan_tools
+from chunkllama_server.api.tools.call_format import CallFormat
+from chunkllama_server.api.tools.config import plan_tools
 
 RECORDED = json.loads(Path(__file__).with_name("schema_writers.json").read_text())
 WRITERS = [(writer, tool) for writer, tools in RECORDED.items() for tool in tools]
@@ -39,8 +41,8 @@ def plan(tool):
         tools=[{"type": "function", "function": tool}],
         tool_choice={"type": "function", "function": {"name": tool["name"]}},
     )
-    config = plan_tools(body, CallFormat())
-    return config, bound_grammar(config.grammar, NUM_TOKENS)
+    config = plan_tools(body, CallFormat()).bounded(NUM_TOKENS)
+    return config, config.grammar()
 
 
 def check(config, tool, text: str) -> None:
@@ -88,6 +90,64 @@ def test_a_forced_call_ends_with_its_members(compiler, tokenizer, writer, tool):
     config, grammar = plan(tool)
     for seed in range(10):
         check(config, tool, walk(compiler.matcher(grammar, []), tokenizer, seed))
+
+
+ANSWER = {
+    "type": "object",
+    "properties": {"summary": {"type": "string"}, "sure": {"type": "boolean"}},
+    "required": ["summary", "sure"],
+    "additionalProperties": False,
+}
+
+
+def plan_call_or_answer(tool):
+    """What a request with a tool and a typed answer makes of them."""
+    described = {"type": "json_schema", "json_schema": {"name": "a", "schema": ANSWER}}
+    body = ChatCompletionRequest(
+        model="m",
+        messages=CHAT,
+        tools=[{"type": "function", "function": tool}],
+        response_format=described,
+        parallel_tool_calls=False,
+    )
+    config = plan_tools(body, CallFormat()).bounded(NUM_TOKENS)
+    answer = bound_grammar(GrammarSpec(kind="json_schema", text=json.dumps(ANSWER)), NUM_TOKENS)
+    return config, config.grammar(answer)
+
+
+def check_call_or_answer(config, tool, text: str) -> str:
+    parser = config.parser()
+    parsed = parser.feed(text)
+    parsed.extend(parser.finish())
+    if parsed.calls:
+        check(config, tool, text)
+        return "call"
+    answer = json.loads(parsed.content)
+    assert jsonschema_rs.is_valid(ANSWER, answer), text
+    return "answer"
+
+
+def walk_calls_and_answers(compiler, tokenizer, tool, seeds) -> None:
+    config, grammar = plan_call_or_answer(tool)
+    kinds = {
+        check_call_or_answer(config, tool, walk(compiler.matcher(grammar, []), tokenizer, seed))
+        for seed in seeds
+    }
+    assert kinds == {"call", "answer"}
+
+
+@pytest.mark.parametrize(("writer", "tool"), WRITERS, ids=IDS)
+def test_a_call_or_a_typed_answer_can_both_happen(compiler, tokenizer, writer, tool):
+    walk_calls_and_answers(compiler, tokenizer, tool, range(8))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("writer", "tool"), WRITERS, ids=IDS)
+def test_two_hundred_walks(compiler, tokenizer, writer, tool):
+    config, grammar = plan(tool)
+    for seed in range(200):
+        check(config, tool, walk(compiler.matcher(grammar, []), tokenizer, seed))
+    walk_calls_and_answers(compiler, tokenizer, tool, range(200))
 
 
 def test_all_writers_are_recorded():

@@ -40,6 +40,7 @@ def _load(name: str) -> Any:
 fake_engine = _load("fake_engine")
 tiny_server_module = _load("tiny_server")
 _load("anthropic_helpers")
+_load("tool_corpus")
 
 MODEL = fake_engine.MODEL
 
@@ -132,6 +133,8 @@ def start_server(text_parts: tuple[Any, Any]) -> Iterator[StartServer]:
         tenants.set_quotas(settings.pop("quotas", {}))
         defaults = settings.pop("generation_defaults", None)
         tracing = settings.pop("tracing", None)
+        # Its requests come when nothing else runs, so a test that counts requests must ask for it.
+        settings.setdefault("idle_prefill", False)
         configured = Settings(served_model_name=(MODEL, "alias"), **settings)
         grammars = GrammarChecker(lambda: allow_all, configured)
         app = create_app(

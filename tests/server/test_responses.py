@@ -157,6 +157,28 @@ def test_call_conversation_continues(server, client, text_parts):
     assert 'add{"a": 1}' in prompt_of(server, text_parts)
 
 
+AROUND = f"One. <tool_call>{CALL}</tool_call>Two. <tool_call>{CALL}</tool_call> Three."
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_text_and_calls_stand_in_the_order_they_were_written(server, client, size, logprobs):
+    server.engine.tokens_per_delta = size
+    body = {"model": MODEL, "input": f"say({AROUND})yas", "tools": TOOLS}
+    if logprobs:
+        body |= {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
+    whole = client.responses.create(**body).output
+    streamed = list(client.responses.create(**body, stream=True))[-1].response.output
+    for output in (whole, streamed):
+        said = [i.content[0].text if i.type == "message" else i.name for i in output]
+        assert said == ["One. ", "add", "Two. ", "add", "Three."]
+    if logprobs and size == 1:
+        for item in whole:
+            if item.type == "message":
+                tokens = "".join(entry.token for entry in item.content[0].logprobs)
+                assert tokens.startswith(item.content[0].text)
+
+
 def test_incomplete_and_failed_events(server, client):
     events = list(
         client.responses.create(

@@ -341,15 +341,62 @@ def test_custom_tools(server, stream):
     assert "ls" in prompt
 
 
-def test_a_custom_tool_can_be_required_and_its_grammar_is_named(server):
-    tool = {**CUSTOM[0], "format": {"type": "grammar", "syntax": "lark", "definition": "start: X"}}
-    body = {"input": "x", "tools": [tool], "tool_choice": {"type": "custom", "name": "run"}}
+def custom(syntax: str, definition: str) -> dict:
+    return {**CUSTOM[0], "format": {"type": "grammar", "syntax": syntax, "definition": definition}}
+
+
+FUNCTION = {"type": "function", "name": "add", "parameters": {"type": "object"}}
+RUN = {"type": "custom", "name": "run"}
+
+
+def test_a_grammar_of_the_only_custom_tool_is_that_of_the_answer(server):
+    """The whole answer is the input, also where it looks like a call or has quotes."""
+    text = 'a "b"\n\\ é<tool_call>'
+    tool = custom("lark", "start: /(.|\n)+/")
+    for choice in (RUN, "required"):
+        body = {"input": f"say({text})yas", "tools": [tool], "tool_choice": choice}
+        response = server.post(PATH, body)
+        assert response.status_code == 200, response.text
+        assert "x-chunkllama-ignored-fields" not in response.headers
+        request = server.engine.requests[-1]
+        assert request.sampling.grammar.text == "start: /(.|\n)+/"
+        assert "start: /" in server.engine.tokenizer.decode(request.prompt_token_ids)
+        (item,) = response.json()["output"]
+        assert (item["type"], item["name"], item["input"]) == ("custom_tool_call", "run", text)
+        events = events_of(server.post(PATH, {**body, "stream": True}).text)
+        (streamed,) = events[-1]["response"]["output"]
+        assert streamed["input"] == text
+        cut = server.post(PATH, {**body, "max_output_tokens": 16}).json()
+        assert text.startswith(cut["output"][0]["input"])
+
+
+def test_a_regular_expression_of_a_custom_tool_is_part_of_its_schema(server):
+    body = {"input": "x", "tools": [custom("regex", "a|b"), FUNCTION], "tool_choice": "required"}
     response = server.post(PATH, body)
-    assert response.status_code == 200, response.text
+    assert "x-chunkllama-ignored-fields" not in response.headers
+    assert '"pattern": "^(?:a|b)$"' in server.engine.requests[-1].sampling.grammar.text
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice"),
+    [
+        ([custom("lark", "start: /x/"), FUNCTION], "required"),
+        ([custom("lark", "start: /x/")], "auto"),
+        ([custom("regex", "x")], "auto"),
+    ],
+    ids=["several", "lark and auto", "regex and auto"],
+)
+def test_a_format_that_is_only_shown_is_named(server, tools, choice):
+    response = server.post(PATH, {"input": "x", "tools": tools, "tool_choice": choice})
     assert response.headers["x-chunkllama-ignored-fields"] == "tools[0].format"
-    request = server.engine.requests[-1]
-    assert '"const": "run"' in request.sampling.grammar.text
-    assert "start: X" in server.engine.tokenizer.decode(request.prompt_token_ids)
+
+
+def test_a_grammar_of_a_custom_tool_is_checked(server):
+    for definition, code in (("start: REFUSE", "invalid_grammar"), ("x" * 70_000, None)):
+        body = {"input": "x", "tools": [custom("lark", definition)], "tool_choice": RUN}
+        error = server.post(PATH, body).json()["error"]
+        assert error["param"] in ("tools", "tools[0].format")
+        assert code is None or error["code"] == code
 
 
 def test_what_codex_sends(server):

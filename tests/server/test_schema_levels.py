@@ -16,7 +16,8 @@ from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.common.schema_bounds import bound_grammar
 from chunkllama_server.api.common.schema_levels import object_schema, prepare_schema
 from chunkllama_server.api.common.structured_outputs import json_schema
-from chunkllama_server.api.tools.config import CallFormat, ToolConfig, calls_or_answer
+from chunkllama_server.api.tools.call_format import CallFormat
+from chunkllama_server.api.tools.config import ToolConfig
 from chunkllama_server.config.limits import DEFAULT_LIMITS
 from chunkllama_server.transport.errors import ApiError
 
@@ -147,6 +148,19 @@ CALL_SCHEMA = {
     "additionalProperties": False,
 }
 CALL = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+TAGGED_CALL = (
+    "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n"
+    "</tool_call>"
+)
+DEEPSEEK_CALL = (
+    '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Oslo"}'
+    "<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+)
+KIMI_CALL = (
+    "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0"
+    '<|tool_call_argument_begin|>{"city": "Oslo"}<|tool_call_end|><|tool_calls_section_end|>'
+)
+PARAMETERS_CALL = CALL.replace("arguments", "parameters")
 ANSWER = GrammarSpec(
     kind="json_schema",
     text=json.dumps(
@@ -164,25 +178,36 @@ ANSWER = GrammarSpec(
         ("hermes", "hello", False),
         ("hermes", '<tool_call>{"name": "other", "arguments": {}}</tool_call>', False),
         ("hermes", '<tool_call>{"name": "weather", "arguments": {}}</tool_call>', False),
-        ("llama3_json", CALL, True),
-        ("llama3_json", f"{CALL};{CALL}", True),
+        ("llama3_json", PARAMETERS_CALL, True),
+        ("llama3_json", f"{PARAMETERS_CALL};{PARAMETERS_CALL}", True),
         ("llama3_json", '{"a": 1}', True),
         ("mistral", f"[TOOL_CALLS][{CALL}]", True),
         ("mistral", f"[TOOL_CALLS][{CALL},{CALL}]", True),
         ("mistral", CALL, False),
         ("granite", f"<|tool_call|>[{CALL}]", True),
-        ("qwen3_coder", f"<tool_call>{CALL}</tool_call>", True),
+        ("qwen3_coder", f"<tool_call>{CALL}</tool_call>", False),
+        ("qwen3_coder", TAGGED_CALL, True),
+        ("qwen3_coder", f"{TAGGED_CALL}\n{TAGGED_CALL}", True),
+        ("qwen3_coder", TAGGED_CALL.replace("Oslo", "a < b</parameter>"), False),
+        ("pythonic", '[weather(city="Oslo")]', True),
+        ("pythonic", '[weather(city="Oslo"), weather(city="Oslo")]', True),
+        ("pythonic", "[weather()]", False),
+        ("deepseek_v3", DEEPSEEK_CALL, True),
+        ("kimi_k2", KIMI_CALL, True),
+        ("functionary", '<function=weather>{"city": "Oslo"}</function>', True),
+        ("phi4_mini_json", f"<|tool_call|>[{CALL}]<|/tool_call|>", True),
     ],
 )
 def test_a_typed_answer_or_calls(tools, text, allowed):
     config = ToolConfig(
         functions={"weather": {}}, call_schemas=(CALL_SCHEMA,), format=CallFormat(tools)
     )
-    spec = calls_or_answer(config, ANSWER)
-    assert matches(spec, text) is allowed
+    assert matches(config.grammar(ANSWER), text) is allowed
     single = replace(config, max_calls=1)
-    if text.count(CALL) == 2:
-        assert not matches(calls_or_answer(single, ANSWER), text)
+    if text.count("Oslo") == 2:
+        assert not matches(single.grammar(ANSWER), text)
+    forced = replace(config, is_forced=True)
+    assert matches(forced.grammar(ANSWER), text) is (allowed and text != '{"a": 1}')
 
 
 def ask(server, **fields):
@@ -194,7 +219,7 @@ def ask(server, **fields):
 
 
 @pytest.mark.parametrize(
-    ("choice", "kind"), [("auto", "lark"), ("required", "json_schema"), ("none", "json_schema")]
+    ("choice", "kind"), [("auto", "lark"), ("required", "lark"), ("none", "json_schema")]
 )
 def test_tools_and_a_typed_answer_in_one_request(server, choice, kind):
     assert ask(server, tool_choice=choice).status_code == 200

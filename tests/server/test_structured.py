@@ -133,3 +133,15 @@ def test_bounds_follow_from_the_tokens_of_a_request(start_server):
         texts.append(json.loads(grammar.text)["maxLength"])
     assert texts[0] > texts[1]
     assert texts[1] <= 2 * 256
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_both_endpoints_bound_what_a_schema_leaves_open(server, path, strict):
+    prompt = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "x"}
+    described = {"name": "n", "schema": {"type": "string"}, "strict": strict}
+    response_format = {"type": "json_schema", "json_schema": described}
+    body = {"model": MODEL, "max_tokens": 100, "response_format": response_format, **prompt}
+    assert server.post(path, body).status_code == 200
+    schema = json.loads(server.engine.requests[0].sampling.grammar.text)
+    assert schema.get("maxLength") == (None if strict else 128)

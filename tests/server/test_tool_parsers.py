@@ -8,329 +8,30 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tool_corpus import (
+    ADD,
+    CASES,
+    FUNCTIONS,
+    ONE,
+    WEATHER,
+    order,
+    read,
+    reader,
+)
 
 from chunkllama_server.api.tools.brackets import ObjectReader
 from chunkllama_server.api.tools.call_forms import JsonCall, NamedCall
-from chunkllama_server.api.tools.families import FAMILY_TAGS, all_tags
+from chunkllama_server.api.tools.families import all_tags
 from chunkllama_server.api.tools.parameter_call import ParameterCall
-from chunkllama_server.api.tools.parsers import CallReader, PlainText
+from chunkllama_server.api.tools.parsers import CallReader
 from chunkllama_server.api.tools.python_call import PythonCall
-
-FUNCTIONS = {
-    "get_weather": {
-        "type": "object",
-        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-    },
-    "add": {
-        "type": "object",
-        "properties": {
-            "a": {"type": "integer"},
-            "b": {"anyOf": [{"type": "number"}, {"type": "null"}]},
-            "on": {"type": "boolean"},
-            "list": {"type": "array"},
-            "text": {"type": ["string", "null"]},
-        },
-    },
-    "now": {},
-}
-
-
-def reader(family=None, **options) -> CallReader:
-    """A reader of all families, or of a configured one."""
-    tags = all_tags(None) if family is None else FAMILY_TAGS[family]
-    return CallReader(FUNCTIONS, tags, bare_python=family == "pythonic", **options)
-
-
-def read(parser, pieces) -> tuple[str, list[tuple[str, str]]]:
-    """Content and (name, arguments) of each call; checks the order of the deltas."""
-    content, calls = "", []
-    for parsed in [*map(parser.feed, pieces), parser.finish()]:
-        content += parsed.content
-        for delta in parsed.calls:
-            if delta.name is not None:
-                assert delta.index == len(calls)
-                calls.append((delta.name, ""))
-            assert delta.index == len(calls) - 1
-            name, arguments = calls[-1]
-            calls[-1] = (name, arguments + delta.arguments)
-    return content, calls
-
-
-WEATHER = '{"name": "get_weather", "parameters": {"city": "Pa\\"r}is", "days": [1, {"a": 2}]}}'
-WEATHER_ARGUMENTS = '{"city": "Pa\\"r}is", "days": [1, {"a": 2}]}'
-ADD = '{"arguments": {"a": 1}, "name": "add"}'
-ONE = [("add", '{"a": 1}')]
-BOTH = [*ONE, ("get_weather", WEATHER_ARGUMENTS)]
-OSLO = [("get_weather", '{"city": "Oslo"}')]
-OSLO_JSON = '{"city": "Oslo"}'
-# Per family: what it is taught to write, then what weak models of it write; (text, content, calls).
-TAUGHT = {
-    "hermes": [
-        (f"<tool_call>\n{ADD}\n</tool_call>", "", ONE),
-        (
-            f"Sure. <tool_call>{ADD}</tool_call>\n<tool_call>\n{WEATHER}\n</tool_call>",
-            "Sure. ",
-            BOTH,
-        ),
-        (f"<tool_call>[{ADD}, {WEATHER}]</tool_call>", "", BOTH),
-        (f"<tool_call>{ADD}</tool_call>  \n Done.", "Done.", ONE),
-        (f"\n\n<tool_call>{ADD}</tool_call>", "", ONE),
-        (f"<tool_calls>[{ADD}]</tool_calls>", "", ONE),
-    ],
-    "llama3_json": [
-        (WEATHER, "", [("get_weather", WEATHER_ARGUMENTS)]),
-        (f"<|python_tag|>{WEATHER}", "", [("get_weather", WEATHER_ARGUMENTS)]),
-        (f" \n{ADD}; {WEATHER}\n", "", BOTH),
-        (f"<function=get_weather>{OSLO_JSON}</function>", "", OSLO),
-        ('<|python_tag|>get_weather.call(city="Oslo")', "", OSLO),
-        ('{"name": "add"}', "", [("add", "{}")]),
-    ],
-    "mistral": [
-        (f"[TOOL_CALLS][{ADD}, {WEATHER}]", "", BOTH),
-        ('[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}, "id": "a1B2c3D4e"}]', "", ONE),
-        (f"[TOOL_CALLS]get_weather[ARGS]{OSLO_JSON}", "", OSLO),
-        (f"[TOOL_CALLS]get_weather[CALL_ID]a1B2c3D4e[ARGS]{OSLO_JSON}", "", OSLO),
-        (f'[TOOL_CALLS]add{{"a": 1}}[TOOL_CALLS]get_weather{OSLO_JSON}', "", ONE + OSLO),
-        (f"Let me look.[TOOL_CALLS]get_weather{OSLO_JSON}", "Let me look.", OSLO),
-    ],
-    "pythonic": [
-        ('[get_weather(city="Oslo")]', "", OSLO),
-        ('[add(a=1), get_weather(city="Oslo")]', "", ONE + OSLO),
-        ('<|python_start|>[get_weather(city="Oslo")]<|python_end|>', "", OSLO),
-        ('<function_calls>\nadd(a=1)\nget_weather(city="Oslo")\n</function_calls>', "", ONE + OSLO),
-        ("<|tool_call_start|>[add(a=1)]<|tool_call_end|>Done.", "Done.", ONE),
-        ('```tool_code\nget_weather(city="Oslo")\n```', "", OSLO),
-        ("get_weather(city='Oslo')", "", OSLO),
-        (
-            "[add(a=-1, b=1.5, on=True, list=[1, {'k': None}], text='a)\"')]",
-            "",
-            [("add", '{"a": -1, "b": 1.5, "on": true, "list": [1, {"k": null}], "text": "a)\\""}')],
-        ),
-        ("[add(a=1, on=true, text=null)]", "", [("add", '{"a": 1, "on": true, "text": null}')]),
-        ('[get_weather("Oslo", 3)]', "", [("get_weather", '{"city": "Oslo", "days": 3}')]),
-        ("[now()]", "", [("now", "{}")]),
-        (
-            '[get_weather(city="""a\n"b" \'c)""")]',
-            "",
-            [("get_weather", json.dumps({"city": 'a\n"b" \'c)'}))],
-        ),
-    ],
-    "qwen3_coder": [
-        (
-            "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n"
-            "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>",
-            "",
-            [("get_weather", '{"city": "Oslo", "days": 3}')],
-        ),
-        ("<tool_call>\n<function=now>\n</function>\n</tool_call>", "", [("now", "{}")]),
-        (
-            "I look.\n<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n"
-            "</tool_call>\n<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n"
-            "</function>\n</tool_call>",
-            "I look.\n",
-            ONE + OSLO,
-        ),
-        (
-            "<function=get_weather>\n<parameter=city>\na < b\n<i>\n\n</parameter>\n</function>",
-            "",
-            [("get_weather", '{"city": "a < b\\n<i>\\n"}')],
-        ),
-        (
-            "<seed:tool_call><function=add><parameter=a>1</parameter></function></seed:tool_call>",
-            "",
-            ONE,
-        ),
-        ('<invoke name="add"><parameter name="a">1</parameter></invoke>', "", ONE),
-        (
-            "<function=add><parameter=a>1</parameter><parameter=b>null</parameter>"
-            "<parameter=on>True</parameter><parameter=list>[1, 2]</parameter>"
-            "<parameter=text>null</parameter></function>",
-            "",
-            [("add", '{"a": 1, "b": null, "on": true, "list": [1, 2], "text": null}')],
-        ),
-    ],
-    "deepseek_v3": [
-        (
-            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
-            f"{OSLO_JSON}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
-            "",
-            OSLO,
-        ),
-        (
-            f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{OSLO_JSON}"
-            '<｜tool▁call▁end｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜>'
-            "<｜tool▁calls▁end｜>",
-            "",
-            OSLO + ONE,
-        ),
-    ],
-    "granite": [
-        (f"<|tool_call|>[{ADD}, {WEATHER}]", "", BOTH),
-        (f"<tool_call>[{ADD}]", "", ONE),
-        (f"<function_call> {ADD}", "", ONE),
-    ],
-    "phi4_mini_json": [
-        (f"functools[{ADD}, {WEATHER}]", "", BOTH),
-        (f"<|tool_call|>[{ADD}]<|/tool_call|>", "", ONE),
-    ],
-    "functionary": [
-        (f">>>get_weather\n{OSLO_JSON}", "", OSLO),
-        (f'get_weather\n{OSLO_JSON}>>>add\n{{"a": 1}}', "", OSLO + ONE),
-        (f"<|recipient|>get_weather\n<|content|>{OSLO_JSON}", "", OSLO),
-        (f"<function=get_weather>{OSLO_JSON}</function>", "", OSLO),
-    ],
-    "kimi_k2": [
-        (
-            "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"
-            f"<|tool_call_argument_begin|>{OSLO_JSON}<|tool_call_end|><|tool_calls_section_end|>",
-            "",
-            OSLO,
-        ),
-    ],
-}
-# Read whatever the family: objects as weak models write them, at the answer's beginning.
-INNER = '{"name": "add", "arguments": {"a": 1}'
-WRAPPED = '{"type": "function", "function": ' + INNER
-SHAPES = [
-    (INNER, ONE),
-    (INNER + "}}", ONE),
-    (WRAPPED + "}}", ONE),
-    (WRAPPED + "}", ONE),
-    (f"```json\n{INNER}}}\n```", ONE),
-    (f"```\n{INNER}}}\n```", ONE),
-    (f"[{INNER}}}, {INNER}}}]", ONE * 2),
-    (f"[{INNER}, {INNER}]", ONE * 2),
-    (f'{{"tool_calls": [{INNER}}}, {INNER}}}]}}', ONE * 2),
-    (f'{{"tool_call": {INNER}}}}}', ONE),
-    (f'{{"function_call": {INNER}}}}}', ONE),
-    ('{"function": "add", "arguments": {"a": 1}}', ONE),
-    ('{"tool": "add", "args": {"a": 1}}', ONE),
-    ('{"action": "add", "action_input": {"a": 1}}', ONE),
-    ('{"tool_call_id": "0", "tool_name": "add", "parameters": {"a": 1}}', ONE),
-    ('{"name": "functions.add", "arguments": {"a": 1}}', ONE),
-    ('{"add": {"a": 1}}', ONE),
-    ('{"name": "add", "arguments": "{\\"a\\": 1}"}', ONE),
-    ("{'name': 'add', 'arguments': {'a': 1}}", ONE),
-    ('{"name": "add", "arguments": {"a": 1,}}', ONE),
-    ('{"name": "add", "arguments": {"a": 1}, "parameters": {"bcd": 2}}', ONE),
-    ('{"name": "add", "arguments": null}', [("add", "{}")]),
-    ('{"name": "add", "arguments": [1]}', [("add", "{}")]),
-    (
-        "{\"name\": \"add\", \"arguments\": {'on': True, 'text': 'say \"it\\'s\"', 'b': None}}",
-        [("add", '{"on": true, "text": "say \\"it\'s\\"", "b": null}')],
-    ),
-    (
-        '{"name": "add", "arguments": {"text": "two\nlines\t\\_"}}',
-        [("add", '{"text": "two\\nlines\\t\\\\_"}')],
-    ),
-]
-ODD = [
-    *((shape, "", calls) for shape, calls in SHAPES),
-    *((f"<tool_call>\n{shape}\n</tool_call>", "", calls) for shape, calls in SHAPES),
-    (f"<tool_call>\n{INNER}\n</tool_call>\n<tool_call>{ADD}</tool_call>", "", ONE * 2),
-    ('<tool_call>{"name": "add", "arguments": {"a": 1</tool_call>', "", ONE),
-    (
-        '<tool_call>{"name": "add", "arguments": {"list": [1</tool_call>',
-        "",
-        [("add", '{"list": [1]}')],
-    ),
-    ("<tool_call>\n<function=add>\n<parameter=a>\n1\n</tool_call>", "", ONE),
-    (
-        "<function=add><parameter=a>1<parameter=on>false</function>",
-        "",
-        [("add", '{"a": 1, "on": false}')],
-    ),
-    ("<function=add><parameter=a>1</parameter>", "", ONE),
-    (f"<tool_call>{ADD}", "", ONE),
-    (f"<tool_call>{ADD}</tool_", "", ONE),
-    (f"<tool_call><tool_call>{ADD}</tool_call>", "", ONE),
-    (
-        f"<tool_call>nothing</tool_call><tool_call>{ADD}</tool_call>",
-        "<tool_call>nothing</tool_call>",
-        ONE,
-    ),
-    (f"<tool_call>{ADD}</tool_call>{ADD}", "", ONE * 2),
-    ('{"name": "add", "argum', "", [("add", "")]),
-    # A member that no call has: behind the arguments it is left out, before them it is no call.
-    (f'{INNER}, "reason": "y"}}', "", ONE),
-    (f'{INNER}, "reason": {{"b": 2}}}}; {ADD}', "", ONE * 2),
-    (f'{INNER}, "tool_calls": [{ADD}]}}', "", ONE),
-    ('{"arguments": {"a": 1}, "reason": "y", "name": "add"}', "", ONE),
-    (
-        f'{{"name": "add", "description": "x"}} <tool_call>{ADD}</tool_call>',
-        '{"name": "add", "description": "x"} ',
-        ONE,
-    ),
-    (
-        f'{{"name": "add", "description": "x" <tool_call>{ADD}</tool_call>',
-        '{"name": "add", "description": "x" ',
-        ONE,
-    ),
-]
-# What only looks like the beginning of a call is content, character for character.
-NO_CALLS = [
-    "",
-    "just text",
-    "  plain",
-    "It is {sunny}.",
-    "a < b <tool",
-    "<|python",
-    "[1, 2]",
-    "address book",
-    "add (a) and (b)",
-    "add(a=1) is a call in Python",
-    "[add(a=unknown)]",
-    "[add(1, 2, 3, 4, 5, 6)]",
-    ">>> add(1)",
-    '{"nam',
-    '{"answer": 42} is it',
-    '{"name": "unknown", "parameters": {}}',
-    '{"name": "Bob", "age": 3}',
-    '{"name": "get_weather", "description": "x"}',
-    '{"type": "function", "function": {"name": "add", "description": "x"}}',
-    '{"arguments": {"a": 1}, "name": "other"}',
-    '```json\n{"a": 1}\n```',
-    "```python\nx\n```",
-    "<tool_call>no json</tool_call>",
-    '<tool_call>{"name": "other"}</tool_call>',
-    '<tool_call>\n {"name": "other"}\n</tool_call>',
-    '<tool_call>{"title": "x"}</tool_call>',
-    '<tool_call>{"na',
-    "<function=other><parameter=a>1</parameter></function>",
-    "<function=add",
-    "[TOOL_CALLS]other{}",
-    "functools[1, 2]",
-    "Use `<tool_call>` tags.",
-    "<|python_tag|>print(1)",
-]
-FORCED = [
-    ('[{"name": "add", "arguments": {"a": 1} \n} ]', "", ONE),
-    (f"[{ADD}, {WEATHER}]", "", BOTH),
-    (f"[ {ADD}", "", ONE),
-]
-ANY = (
-    "llama3_json",
-    "mistral",
-    "qwen3_coder",
-    "deepseek_v3",
-    "granite",
-    "phi4_mini_json",
-    "kimi_k2",
-)
-CASES = [
-    *((lambda f=family: reader(f), *case) for family, cases in TAUGHT.items() for case in cases),
-    *((reader, *case) for family in ("hermes", *ANY) for case in TAUGHT[family]),
-    *((reader, *case) for case in ODD),
-    *((reader, text, text, []) for text in NO_CALLS),
-    *((lambda: reader(forced=True), *case) for case in FORCED),
-    (PlainText, WEATHER, WEATHER, []),
-]
 
 
 @pytest.mark.parametrize(("make", "text", "content", "calls"), CASES)
 def test_whole_and_at_every_split(make, text, content, calls):
     assert read(make(), [text]) == (content, calls)
     assert read(make(), text) == (content, calls)
+    assert order(make(), text) == order(make(), [text])
     for cut in range(1, len(text)):
         assert read(make(), [text[:cut], text[cut:]]) == (content, calls), cut
 
@@ -392,6 +93,7 @@ def test_any_text_reads_the_same_whole_and_by_characters(pieces):
     whole = read(reader(), [text])
     assert read(reader(), pieces) == whole
     assert read(reader(), text) == whole
+    assert order(reader(), text) == order(reader(), [text])
     content, calls = whole
     if not calls:
         assert content == text

@@ -30,6 +30,7 @@ from chunkllama_server.api.chat import routes as chat
 from chunkllama_server.api.common.admission import ChargedEngine, QueueLimits
 from chunkllama_server.api.common.background import BackgroundResponses
 from chunkllama_server.api.common.context import ServerContext
+from chunkllama_server.api.common.idle_prefill import IdlePrefill
 from chunkllama_server.api.common.response_store import ResponseStore
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
@@ -81,15 +82,19 @@ def create_app(
         generation_defaults: the model's own sampling values, for fields a client leaves out.
         tracing: makes a span for each request; closed with the application.
     """
+    charged = ChargedEngine(
+        engine,
+        settings.max_num_seqs,
+        settings.max_waiting,
+        _queue_limits(settings, engine),
+        lambda tenant: tenants.quotas(tenant).queue_share,
+        lambda tenant: tenants.quotas(tenant).max_queued_requests is not None,
+    )
+    if settings.idle_prefill:
+        charged.idle = IdlePrefill(engine, lambda: charged.num_sequences == 0)
     context = ServerContext(
-        engine=ChargedEngine(
-            engine,
-            settings.max_num_seqs,
-            settings.max_waiting,
-            _queue_limits(settings, engine),
-            lambda tenant: tenants.quotas(tenant).queue_share,
-            lambda tenant: tenants.quotas(tenant).max_queued_requests is not None,
-        ),
+        engine=charged,
+        idle=charged.idle,
         text=text,
         settings=settings,
         metrics=ServerMetrics(
@@ -118,6 +123,8 @@ def create_app(
         yield
         lag.stop()
         await context.background.close()
+        if context.idle is not None:
+            await context.idle.close()
         context.grammars.close()
         text.close()
         if tracing is not None:

@@ -191,6 +191,11 @@ class ServerConfig(ConfigGroup):
         description="Tags around the model's thoughts, as START,END; auto takes those of the chat "
         "template or the vocabulary, none leaves thoughts in the text.",
     )
+    idle_prefill: bool = Field(
+        default=True,
+        description="While no request runs, prefill the last answer without its thoughts where the "
+        "chat template drops those of earlier turns; its tokens are charged to the tenant.",
+    )
     embedding_pooling: Literal["mean", "last"] = Field(
         default="mean", description="Pooling of a prompt's hidden states to one embedding."
     )

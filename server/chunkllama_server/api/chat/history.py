@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chunkllama_server.api.common.text_service import Message
-from chunkllama_server.api.schema.chat import ChatMessage, ContentPart, MessageToolCall
+from chunkllama_server.api.schema.chat import ROLES, ChatMessage, ContentPart, MessageToolCall
 from chunkllama_server.transport.body import parse_json
 from chunkllama_server.transport.errors import ApiError, invalid
 
@@ -123,12 +123,13 @@ class _Normaliser:
 
     def _message(self, index: int, message: ChatMessage) -> Message:
         path = message.origin or f"messages[{index}]"
-        role = "tool" if message.role == "function" else message.role
+        role = self._role(index, message, path)
         calls = self._calls(message, path) if role == "assistant" else []
         is_refused = index >= self._turn_start and role != "tool"
         content = self._content(message, path, refuse_media=is_refused)
         if content is None and not calls:
-            if "content" not in message.model_fields_set and role != "assistant":
+            is_missing = "content" not in message.model_fields_set and role != "assistant"
+            if is_missing and index >= self._turn_start:
                 raise invalid("A message needs content", f"{path}.content")
             self._note(f"{path}.content")
         entry: Message = {"role": role, "content": content or ""}
@@ -141,6 +142,16 @@ class _Normaliser:
             if value is not None:
                 entry[name] = value
         return entry
+
+    def _role(self, index: int, message: ChatMessage, path: str) -> str:
+        if message.role in ROLES:
+            return "tool" if message.role == "function" else message.role
+        if index >= self._turn_start:
+            raise invalid(
+                f"The role {message.role[:64]!r} is none of {', '.join(ROLES)}", f"{path}.role"
+            )
+        self._note(f"{path}.role")
+        return "user"
 
     def _content(self, message: ChatMessage, path: str, *, refuse_media: bool) -> str | None:
         if isinstance(message.content, list):
@@ -205,7 +216,7 @@ class _Normaliser:
     def _result_id(self, message: ChatMessage, path: str) -> str:
         given = message.tool_call_id
         if given is None and message.role == "tool":
-            if "tool_call_id" not in message.model_fields_set:
+            if "tool_call_id" not in message.model_fields_set and not self._open_ids:
                 raise invalid("A tool message needs tool_call_id", f"{path}.tool_call_id")
             self._note(f"{path}.tool_call_id")
         if given is None:
@@ -219,7 +230,7 @@ def normalise(messages: list[ChatMessage]) -> History:
     """Template messages of a conversation: text content, object arguments, ids in place.
 
     Raises:
-        ApiError: 400 for media in the turn to be answered, a user or system message without a
-            content member, or a tool message without a tool_call_id member.
+        ApiError: 400 for media, an unknown role or a message without content in the turn to be
+            answered, and for a result without tool_call_id where no call is open.
     """
     return _Normaliser(messages).run()

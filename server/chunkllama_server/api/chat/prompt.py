@@ -24,6 +24,8 @@ from chunkllama_server.api.schema.chat import CacheMark, ChatCompletionRequest, 
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.transport.errors import invalid
 
+# What differs between two next turns: the prompts share what stands before it.
+_NEXT_TEXTS = ("a", "b")
 # The end of a prompt that shows whether it has opened the thoughts: a tag and white space.
 _TAIL_TOKENS = 32
 _VARIABLE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
@@ -201,6 +203,30 @@ class ChatPrompter:
     def messages(self) -> list[Message]:
         """The conversation as templates read it."""
         return self._messages
+
+    @property
+    def drops_thoughts(self) -> bool:
+        """Whether the model thinks and the next prompt lacks the thoughts of the answer."""
+        able, body = self._template.capabilities, self._body
+        continues = body.continue_final_message or body.add_generation_prompt is False
+        is_whole = not continues and body.truncate_prompt_tokens is None
+        is_own = not isinstance(self._template, RequestTemplate)
+        thinks = thought_tags(self._settings, able) is not None
+        return is_own and is_whole and thinks and not able.keeps_thoughts
+
+    async def encode_past(self, answer: Message) -> list[int]:
+        """Token ids that the prompts begin with in which the user goes on after ``answer``."""
+        size = self._size + text_size(answer)
+        return await self._text.run(size, lambda: self._encode_past(answer), self._template)
+
+    def _encode_past(self, answer: Message) -> list[int]:
+        prompts = []
+        for text in _NEXT_TEXTS:
+            messages = [*self._messages, answer, {"role": "user", "content": text}]
+            arguments = self._arguments(messages, self._tools)
+            prompts.append(self._template.encode(**{**arguments, "add_generation_prompt": False}))
+        first, second = prompts
+        return first[: common_prefix(first, second)]
 
     def _tokens_before(self, ids: list[int], mark: CacheMark) -> int:
         """Tokens of ``ids`` that do not depend on what follows the mark."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import GrammarSpec
+from chunkllama_server.api.chat.next_prompt import watch_answer
 from chunkllama_server.api.chat.prompt import ChatPrompt, ChatPrompter
 from chunkllama_server.api.chat.thinking import with_thoughts
 from chunkllama_server.api.common.context import ServerContext, check_stream_options
@@ -23,9 +24,10 @@ from chunkllama_server.api.common.sampling import (
     sampling_params,
 )
 from chunkllama_server.api.common.schema_bounds import bound_grammar
-from chunkllama_server.api.common.structured_outputs import grammar_of
+from chunkllama_server.api.common.structured_outputs import grammar_of, is_strict
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
-from chunkllama_server.api.tools.config import ToolConfig, call_format, calls_or_answer, plan_tools
+from chunkllama_server.api.tools.call_format import call_format
+from chunkllama_server.api.tools.config import ToolConfig, plan_tools
 from chunkllama_server.transport.errors import invalid
 from chunkllama_server.transport.request_context import RequestInfo
 
@@ -99,6 +101,7 @@ class PreparedChat:
             info=info,
             param_names=param_names,
             thoughts=replace(thoughts, shown_ids=thoughts.shown_ids | self.tools.shown_ids),
+            on_piece=watch_answer(self.prompter, self.tools, request, context.idle),
         )
 
     @property
@@ -178,15 +181,15 @@ class PreparedChat:
             body.response_format, body.structured_outputs, left_out, self.context.settings
         )
         info.name_ignored_fields(left_out)
-        if grammar is not None and not _is_strict(body):
+        if grammar is not None and not is_strict(body.response_format):
             grammar = bound_grammar(grammar, self.num_answer_tokens)
-        if self.tools.grammar is not None:
-            if self.body.structured_outputs is not None:
-                raise invalid("A forced tool call excludes structured_outputs", param)
-            # The typed answer follows in a later turn, after the tools' results.
-            grammar, param = self.tools.grammar, "tools"
-        elif grammar is not None and self.tools.functions and self.body.structured_outputs is None:
-            grammar = calls_or_answer(self.tools, grammar, self.context.settings)
+        tools, outputs = self.tools, body.structured_outputs
+        if tools.is_forced and outputs is not None:
+            raise invalid("A forced tool call excludes structured_outputs", param)
+        if outputs is None:
+            # After forced calls the typed answer follows in a later turn.
+            grammar = tools.grammar(grammar, self.context.settings)
+            param = "tools" if tools.is_forced else param
         if grammar is not None:
             grammar = await self.context.grammars.check(grammar, param)
         return with_thoughts(
@@ -195,12 +198,6 @@ class PreparedChat:
             body.thinking_token_budget,
             self.context.text.tokenizer,
         )
-
-
-def _is_strict(body: ChatCompletionRequest) -> bool:
-    """Whether the typed answer's schema is enforced to the letter."""
-    described = body.response_format.json_schema if body.response_format is not None else None
-    return described is not None and bool(described.strict)
 
 
 def _check_fields(body: ChatCompletionRequest) -> None:

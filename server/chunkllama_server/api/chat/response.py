@@ -26,7 +26,7 @@ from chunkllama_server.api.schema.chat_response import (
     ToolCallDelta,
 )
 from chunkllama_server.api.tools.config import ToolConfig
-from chunkllama_server.api.tools.parsers import CallDelta, OutputParser, Parsed
+from chunkllama_server.api.tools.parsers import CallDelta, OutputParser
 from chunkllama_server.transport.sse import DONE, sse
 
 
@@ -85,9 +85,10 @@ class ChatAnswer:
 
     def _choice(self, piece: OutputDelta) -> ChatChoice:
         parser = self.tools.parser()
-        parsed, rest = parser.feed(piece.text), parser.finish()
-        content = self.prefix + parsed.content + rest.content
-        calls = whole_calls([*parsed.calls, *rest.calls])
+        parsed = parser.feed(piece.text)
+        parsed.extend(parser.finish())
+        content = self.prefix + parsed.content
+        calls = whole_calls(parsed.calls)
         message: ResponseMessage = {
             "role": "assistant",
             "content": content if content or not (calls or piece.reasoning) else None,
@@ -181,15 +182,16 @@ class _StreamedChoice:
         answer = self._answer
         parsed = self._parser.feed(piece.text)
         if piece.finish_reason is not None:
-            rest = self._parser.finish()
-            parsed = Parsed(parsed.content + rest.content, parsed.calls + rest.calls)
-        self._has_calls = self._has_calls or bool(parsed.calls)
+            parsed.extend(self._parser.finish())
         deltas: list[ChatDelta] = []
         if piece.reasoning:
             deltas.append({"reasoning_content": piece.reasoning})
-        if parsed.content:
-            deltas.append({"content": parsed.content})
-        deltas += [self._call_delta(call) for call in parsed.calls]
+        for part in parsed.parts:
+            if isinstance(part, str):
+                deltas.append({"content": part})
+            else:
+                self._has_calls = True
+                deltas.append(self._call_delta(part))
         choices = [delta_choice(piece.index, delta) for delta in deltas]
         if piece.finish_reason is not None:
             reason = _finish_reason(piece.finish_reason, self._has_calls, answer.tools.is_legacy)

@@ -28,6 +28,7 @@ from chunkllama.messages import (
     SetTenants,
     TokenDelta,
 )
+from chunkllama_server.api.common.idle_prefill import IdlePrefill
 
 ABORTED = "aborted"  # code of a request that ``ChargedEngine.end`` has ended
 _RETRY_AFTER = 2  # before anything has ended
@@ -119,6 +120,7 @@ class ChargedEngine:
         num_sequences: running or waiting.
         tokens_waiting, chunks_waiting: of requests without a token yet.
         live: requests that wait or run, by id.
+        idle: works while no request runs or waits.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class ChargedEngine:
         self.num_sequences = 0
         self.tokens_waiting = 0
         self.chunks_waiting = 0
+        self.idle: IdlePrefill | None = None
 
     @property
     def info(self) -> EngineReady:
@@ -173,6 +176,8 @@ class ChargedEngine:
         )
         is_first = self.live.setdefault(request.request_id, live) is live
         try:
+            if self.idle is not None:
+                await self.idle.interrupt()
             deltas = cast(AsyncGenerator[TokenDelta, None], self._engine.generate(request))
             async with contextlib.aclosing(deltas):
                 while (delta := await self._next(deltas, live)) is not None:
@@ -188,6 +193,8 @@ class ChargedEngine:
             if live.is_waiting:
                 self._wait(tenant, charge, -1)
             self._run(tenant, charge, -1)
+            if self.idle is not None and not self.num_sequences:
+                self.idle.resume()
             if not live.is_waiting:
                 self._rate.add(charge.sequences)
 

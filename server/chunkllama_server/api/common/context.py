@@ -16,6 +16,7 @@ from chunkllama.errors import EngineDeadError
 from chunkllama.messages import EngineRequest
 from chunkllama_server.api.common.background import BackgroundResponses
 from chunkllama_server.api.common.field_limits import check_field_limits
+from chunkllama_server.api.common.idle_prefill import IdlePrefill
 from chunkllama_server.api.common.response_store import ResponseStore
 from chunkllama_server.api.common.shared_reads import SharedReads
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
@@ -77,6 +78,7 @@ class ServerContext:
         reads, operator_reads: of metrics and dashboards, by tenants and by operators.
         history: the engine's last minutes, for the dashboard.
         created: Unix time at which the application was built, for /v1/models.
+        idle: prefills while no request runs; None where that is off.
         fingerprint: version and backend; changes whenever outputs may change.
     """
 
@@ -89,6 +91,7 @@ class ServerContext:
     background: BackgroundResponses
     tenants: Tenants
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
+    idle: IdlePrefill | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     reads: SharedReads = field(default_factory=SharedReads)
     operator_reads: SharedReads = field(default_factory=SharedReads)

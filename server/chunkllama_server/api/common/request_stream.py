@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import cast
 
 from chunkllama.engine.client import EngineClient
@@ -46,13 +46,14 @@ class RequestStream:
             of its own (chat).
         param_names: the endpoint's names of fields that the engine may refuse.
         thoughts: how the model's thoughts are told from its answer.
+        on_piece: called with each piece of output.
 
     Attributes:
         output: the text state, with token counts, prompt log-probabilities and embedding.
         is_pinned: the prefix is kept for as long as was asked, known from the first output on.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a part of the request
         self,
         engine: EngineClient,
         request: EngineRequest,
@@ -63,6 +64,7 @@ class RequestStream:
         continues_prompt: bool = False,
         param_names: Mapping[str, str] | None = None,
         thoughts: Thoughts = NO_THOUGHTS,
+        on_piece: Callable[[OutputDelta], None] | None = None,
     ) -> None:
         self.request = request
         self.output = OutputProcessor(
@@ -75,6 +77,7 @@ class RequestStream:
         self._metrics = metrics
         self._info = info
         self._param_names = param_names or {}
+        self._on_piece = on_piece
         self._tokenizer = tokenizer
         self._on_pin = info.name_pin if request.pin_seconds > 0 else None
         self.is_pinned = False
@@ -179,6 +182,8 @@ class RequestStream:
             pieces = self.output.add(delta)
             self._charge(delta, is_first=is_first, output_tokens=self.output.num_tokens - before)
             for piece in pieces:
+                if self._on_piece is not None:
+                    self._on_piece(piece)
                 timer.reason = piece.finish_reason or timer.reason
                 # Closing the generator ends the last choice.
                 is_last = self.output.is_finished and piece is pieces[-1]

@@ -146,6 +146,12 @@ def from_response_format(
     return json_schema(schema, param, limits, strict=strict, left_out=left_out), param
 
 
+def is_strict(response_format: ResponseFormat | None) -> bool:
+    """Return whether a typed answer's schema is enforced to the letter, without bounds of ours."""
+    described = response_format.json_schema if response_format is not None else None
+    return described is not None and bool(described.strict)
+
+
 def grammar_of(
     response_format: ResponseFormat | None,
     outputs: StructuredOutputs | None,

@@ -15,7 +15,8 @@ from chunkllama_server.api.common.sampling import (
     request_priority,
     sampling_params,
 )
-from chunkllama_server.api.common.structured_outputs import grammar_of
+from chunkllama_server.api.common.schema_bounds import bound_grammar
+from chunkllama_server.api.common.structured_outputs import grammar_of, is_strict
 from chunkllama_server.api.common.text_service import texts_size
 from chunkllama_server.api.schema.completions import CompletionRequest
 from chunkllama_server.transport.errors import exceeded, invalid
@@ -97,6 +98,8 @@ async def completion_sampling(
         body.response_format, body.structured_outputs, left_out, context.settings
     )
     if grammar is not None:
+        if not is_strict(body.response_format):
+            grammar = bound_grammar(grammar, max_tokens)
         grammar = await context.grammars.check(grammar, param)
     scores_prompt = max_tokens == 0 or (body.echo and body.logprobs is not None)
     if scores_prompt:

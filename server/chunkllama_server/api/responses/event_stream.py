@@ -20,7 +20,7 @@ from chunkllama_server.api.schema.response_object import (
     OutputMessage,
     OutputReasoning,
 )
-from chunkllama_server.api.tools.parsers import CallDelta, OutputParser, Parsed
+from chunkllama_server.api.tools.parsers import CallDelta, OutputParser
 from chunkllama_server.transport.sse import sse
 
 Logprobs = Callable[[OutputDelta], list[ChatTokenLogprob]]
@@ -68,20 +68,21 @@ class EventStream:
         """Events for what a piece adds."""
         parsed = self._parser.feed(piece.text)
         if piece.finish_reason is not None:
-            rest = self._parser.finish()
-            parsed = Parsed(parsed.content + rest.content, parsed.calls + rest.calls)
+            parsed.extend(self._parser.finish())
         self._logprobs += self._logprobs_of(piece)
         events: list[bytes] = []
         if piece.reasoning:
             events += self._add_thoughts(piece.reasoning)
-        # A message closes the open call, so the rest of its arguments goes first.
-        while parsed.calls and parsed.calls[0].name is None:
-            events += self._add_call(parsed.calls.pop(0))
-        if parsed.content or (self._logprobs and self._message() is not None):
-            events += self._add_text(parsed.content, self._logprobs)
+        for part in parsed.parts:
+            if isinstance(part, str):
+                is_first = self._message() is None and bool(self.output)
+                logprobs = _of_text(self._logprobs, part) if is_first else self._logprobs
+                events += self._add_text(part, logprobs)
+            else:
+                events += self._add_call(part)
             self._logprobs = []
-        for call in parsed.calls:
-            events += self._add_call(call)
+        if self._logprobs and self._message() is not None:
+            events += self._add_text("", self._logprobs)
             self._logprobs = []
         self._reason = piece.finish_reason
         return events
@@ -240,3 +241,13 @@ class EventStream:
         index = place["output_index"]
         events.append(self.event("response.output_item.done", output_index=index, item=item))
         return events
+
+
+def _of_text(logprobs: list[ChatTokenLogprob], text: str) -> list[ChatTokenLogprob]:
+    """The entries from the text's first token on: those before it ended the call before."""
+    start = "".join(entry["token"] for entry in logprobs).find(text)
+    for index, entry in enumerate(logprobs):
+        start -= len(entry["token"])
+        if start < 0:
+            return logprobs[index:]
+    return logprobs

@@ -18,9 +18,8 @@ from chunkllama_server.api.schema.response_object import (
     OutputText,
 )
 from chunkllama_server.api.schema.responses import InputItem, ResponseRequest
+from chunkllama_server.api.tools.raw_input import CUSTOM_INPUT
 
-# The member of a custom tool's arguments that holds its input.
-CUSTOM_INPUT = "input"
 _ID_PREFIXES = {"message": "msg", "function_call": "fc", "reasoning": "rs", "compaction": "cmp"}
 # Of the users' messages a compaction keeps so many characters, the newest first.
 _KEPT_CHARS = 8192

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from chunkllama_server.api.common.context import ServerContext
-from chunkllama_server.api.responses.items import CUSTOM_INPUT, compacted_text
+from chunkllama_server.api.responses.items import compacted_text
 from chunkllama_server.api.schema.base import SamplingFields
 from chunkllama_server.api.schema.chat import (
     AllowedTools,
@@ -19,6 +19,7 @@ from chunkllama_server.api.schema.chat import (
     ChatTool,
     ContentPart,
     FunctionDefinition,
+    InputFormat,
     JsonSchemaFormat,
     MessageToolCall,
     NamedFunction,
@@ -32,6 +33,7 @@ from chunkllama_server.api.schema.responses import (
     ResponseTool,
     ResponseToolChoice,
 )
+from chunkllama_server.api.tools.raw_input import CUSTOM_INPUT
 from chunkllama_server.transport.errors import ApiError, invalid
 
 LOGPROBS = "message.output_text.logprobs"
@@ -224,21 +226,31 @@ def _function(tool: ResponseTool) -> FunctionDefinition:
             parameters=tool.parameters,
             strict=tool.strict,
         )
-    description = tool.description or ""
-    definition = (tool.format or {}).get("definition")
-    if isinstance(definition, str):
-        syntax = (tool.format or {}).get("syntax", "")
-        description += f"\nThe input matches this {syntax} grammar:\n{definition}"
-    return FunctionDefinition(
+    description, value = tool.description or "", {"type": "string"}
+    given = _input_format(tool.format or {})
+    if given is not None:
+        description += f"\nThe input matches this {given.syntax} grammar:\n{given.definition}"
+        if given.syntax == "regex":
+            value["pattern"] = f"^(?:{given.definition})$"
+    function = FunctionDefinition(
         name=tool.name or "",
         description=description.strip() or None,
         parameters={
             "type": "object",
-            "properties": {CUSTOM_INPUT: {"type": "string"}},
+            "properties": {CUSTOM_INPUT: value},
             "required": [CUSTOM_INPUT],
             "additionalProperties": False,
         },
     )
+    return function if given is None else function.with_input(given)
+
+
+def _input_format(given: Mapping[str, Any]) -> InputFormat | None:
+    """The grammar of a custom tool's input; free text, or what no server knows, has none."""
+    syntax, definition = given.get("syntax"), given.get("definition")
+    if syntax not in ("lark", "regex") or not isinstance(definition, str):
+        return None
+    return InputFormat(syntax, definition)
 
 
 def _tool_choice(choice: ResponseToolChoice) -> NamedToolChoice:

@@ -123,6 +123,14 @@ class ResponseAnswer:
 
     async def whole(self) -> Response:
         """Run the generation and put the response together."""
+        if self.wants_logprobs and self.tools.functions:
+            # Each text among calls has its own tokens, which only pieces tell.
+            self._begin()
+            async with aclosing(self.generation.pieces()) as generated:
+                async for pieces in generated:
+                    for piece in pieces:
+                        self._note(self._stream.take(piece))
+            return self._end()[0]
         piece = (await self.generation.collect())[0]
         self._begin()
         self._note(self._stream.take(piece))

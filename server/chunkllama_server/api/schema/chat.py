@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, PrivateAttr, StringConstraints
+from pydantic import Field, PrivateAttr, StringConstraints, model_validator
 
 from chunkllama_server.api.schema.base import (
     MAX_TOKENS,
@@ -14,9 +14,10 @@ from chunkllama_server.api.schema.base import (
     RequestModel,
     SamplingFields,
 )
+from chunkllama_server.api.schema.past import as_message, as_part
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-Role = Literal["developer", "system", "user", "assistant", "tool", "function"]
+ROLES = ("developer", "system", "user", "assistant", "tool", "function")
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
 
@@ -25,7 +26,6 @@ class ContentPart(RequestModel):
     """One part of a message's content."""
 
     type: str = Field(
-        max_length=64,
         description="Honoured: text and refusal. Media are refused in the turn to be answered and "
         "named in the prompt where they are history; other types keep their text.",
     )
@@ -37,6 +37,8 @@ class ContentPart(RequestModel):
     image_url: Any = Field(default=None, description="Refused with its part.")
     input_audio: Any = Field(default=None, description="Refused with its part.")
     file: Any = Field(default=None, description="Refused with its part.")
+
+    _read = model_validator(mode="before")(as_part)
 
 
 class CalledFunction(RequestModel):
@@ -55,7 +57,6 @@ class MessageToolCall(RequestModel):
     id: str | None = Field(default=None, description="Honoured through the template.")
     type: str | None = Field(
         default="function",
-        max_length=64,
         description="Honoured: a call of another type is shown as a function call.",
     )
     function: CalledFunction | None = Field(
@@ -67,17 +68,21 @@ class MessageToolCall(RequestModel):
 class ChatMessage(RequestModel):
     """One message of a conversation."""
 
-    role: Role = Field(description="Honoured: developer is system where the template lacks it.")
+    role: str = Field(
+        description="Honoured: system, developer (system where the template lacks it), user, "
+        "assistant, tool, function. Another role is a user's in the past, and refused in the turn "
+        "to be answered.",
+    )
     content: str | Annotated[list[ContentPart], Field(max_length=1024)] | None = Field(
         default=None, description="Honoured: text, or text parts. null is an empty text."
     )
-    name: str | None = Field(
-        default=None, max_length=256, description="Honoured through the template."
-    )
+    name: str | None = Field(default=None, description="Honoured through the template.")
     tool_calls: list[MessageToolCall] | None = Field(
         default=None, max_length=4096, description="Honoured through the template."
     )
-    tool_call_id: str | None = Field(default=None, description="Honoured: required for role tool.")
+    tool_call_id: str | None = Field(
+        default=None, description="Honoured: required for role tool where no call is open."
+    )
     function_call: CalledFunction | None = Field(
         default=None, description="Honoured (deprecated): one tool call."
     )
@@ -86,6 +91,8 @@ class ChatMessage(RequestModel):
         default=None, description="Honoured through the template."
     )
     audio: Any = Field(default=None, description="Ignored and named: its transcript is not known.")
+
+    _read = model_validator(mode="before")(as_message)
     # Where the message comes from, if not from messages[i]: named in errors and repairs.
     _origin: str = PrivateAttr(default="")
 
@@ -97,6 +104,13 @@ class ChatMessage(RequestModel):
         """The message, with the path that errors and repairs name."""
         self._origin = path
         return self
+
+
+class InputFormat(NamedTuple):
+    """What the input of a custom tool obeys."""
+
+    syntax: Literal["lark", "regex"]
+    definition: str
 
 
 class FunctionDefinition(RequestModel):
@@ -111,6 +125,17 @@ class FunctionDefinition(RequestModel):
         default=None,
         description="Honoured for forced calls: as strict of a response format.",
     )
+    # Of a custom tool of the Responses API, which is a function of one text here.
+    _input_format: InputFormat | None = PrivateAttr(default=None)
+
+    @property
+    def input_format(self) -> InputFormat | None:
+        return self._input_format
+
+    def with_input(self, given: InputFormat) -> FunctionDefinition:
+        """The function, with the format of its input."""
+        self._input_format = given
+        return self
 
 
 class ChatTool(RequestModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from chunkllama_server.api.schema.base import (
     MAX_TOKENS,
@@ -13,13 +13,13 @@ from chunkllama_server.api.schema.base import (
     RequestModel,
 )
 from chunkllama_server.api.schema.chat import Name, ReasoningEffort, ServiceTier
+from chunkllama_server.api.schema.past import as_item, as_part
 
 
 class InputPart(RequestModel):
     """One part of a message item's content."""
 
     type: str = Field(
-        max_length=64,
         description="Honoured: texts and refusals. Media are refused in the turn to be answered "
         "and named in the prompt where they are history; other types keep their text.",
     )
@@ -35,38 +35,40 @@ class InputPart(RequestModel):
     input_audio: Any = Field(default=None, description="Refused with its part.")
     detail: Any = Field(default=None, description="Refused with its part.")
 
+    _read = model_validator(mode="before")(as_part)
+
 
 class InputItem(RequestModel):
     """An item of the input: a message, a function call, its output, or reasoning."""
 
     type: str | None = Field(
         default="message",
-        max_length=64,
         description="Honoured: messages, calls, outputs of calls, reasoning, and item_reference "
         "to an item of a stored response, compaction. Items of other types are left out and named.",
     )
-    role: Literal["user", "assistant", "system", "developer"] | None = Field(
-        default=None, description="Honoured: required for a message."
+    role: str | None = Field(
+        default=None,
+        description="Honoured: required for a message; as the role of a message of chat.",
     )
     content: str | Annotated[list[InputPart], Field(max_length=1024)] | None = Field(
         default=None, description="Honoured: required for a message."
     )
-    call_id: str | None = Field(default=None, max_length=256, description="Honoured for calls.")
-    name: str | None = Field(
-        default=None, max_length=256, description="Honoured for a function call."
-    )
+    call_id: str | None = Field(default=None, description="Honoured for calls.")
+    name: str | None = Field(default=None, description="Honoured for a function call.")
     arguments: Any = Field(default=None, description="Honoured for a function call.")
     input: Any = Field(default=None, description="Honoured for a custom tool's call.")
     action: Any = Field(default=None, description="Honoured for a shell or computer call.")
     operation: Any = Field(default=None, description="Honoured for an apply_patch call.")
     output: Any = Field(default=None, description="Honoured for a call's output: text or parts.")
-    id: str | None = Field(default=None, max_length=256, description="Ignored.")
-    status: str | None = Field(default=None, max_length=64, description="Ignored.")
-    phase: str | None = Field(default=None, max_length=64, description="Ignored.")
+    id: str | None = Field(default=None, description="Honoured for an item_reference.")
+    status: str | None = Field(default=None, description="Ignored.")
+    phase: str | None = Field(default=None, description="Ignored.")
     summary: Any = Field(default=None, description="Ignored.")
     encrypted_content: Any = Field(
         default=None, description="Honoured for a compaction; ignored for reasoning."
     )
+
+    _read = model_validator(mode="before")(as_item)
 
 
 class TextFormat(RequestModel):
@@ -106,11 +108,11 @@ class ResponseTool(RequestModel):
     strict: bool | None = Field(
         default=None, description="Honoured for forced calls: as strict of a response format."
     )
-
     format: dict[str, Any] | None = Field(
         default=None,
-        description="Ignored and named: shown to the model, but the input of a custom tool is not "
-        "constrained.",
+        description="Honoured for forced calls: the input of a custom tool matches a regular "
+        "expression, or a Lark grammar if it is the only tool that may be called. Else shown to "
+        "the model, and named.",
     )
 
     def is_skipped(self) -> bool:

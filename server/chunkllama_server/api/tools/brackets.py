@@ -127,6 +127,11 @@ class BracketScanner:
         self._tail = ""
         self._is_escaped = False
 
+    @property
+    def is_outermost(self) -> bool:
+        """Whether the last character stood in no inner bracket and no string."""
+        return self._depth == 1 and not self._quote and not self._run
+
     def feed(self, char: str) -> None:
         """Take one character; the closing bracket completes the expression."""
         if self._run:

@@ -85,6 +85,9 @@ class CallForm(ABC):
     def finish(self) -> None:  # noqa: B027 - most forms have nothing left to write
         """End the call where no text follows."""
 
+    def cut(self) -> None:  # noqa: B027 - most forms have written what is certain
+        """Write what is certain of a call that is cut, because it can be nothing else."""
+
 
 class NamedCall(CallForm):
     """A name, which has been read, and then its arguments as a JSON object."""

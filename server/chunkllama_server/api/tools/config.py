@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from chunkllama.engine.grammar import JSON_WHITESPACE
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama.text.template_adapter import template_tool
-from chunkllama.text.template_capabilities import TemplateCapabilities
-from chunkllama.text.tokenizer import Tokenizer
-from chunkllama_server.api.common.schema_bounds import bound_grammar, bounded
+from chunkllama_server.api.common.grammar_cost import check_lark_cost
+from chunkllama_server.api.common.schema_bounds import bounded
 from chunkllama_server.api.common.schema_levels import object_schema, prepare_schema
 from chunkllama_server.api.common.structured_outputs import check_schema
 from chunkllama_server.api.schema.chat import (
@@ -20,55 +17,12 @@ from chunkllama_server.api.schema.chat import (
     FunctionDefinition,
     NamedToolChoice,
 )
-from chunkllama_server.api.tools.families import (
-    FAMILY_TAGS,
-    CallTags,
-    all_tags,
-    special_tags,
-    tool_family,
-)
+from chunkllama_server.api.tools.call_format import CallFormat
+from chunkllama_server.api.tools.call_grammar import calls_or_answer, forced_calls
 from chunkllama_server.api.tools.parsers import CallReader, OutputParser, PlainText
+from chunkllama_server.api.tools.raw_input import RawInput
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
-from chunkllama_server.config.settings import ToolFamily as Family
 from chunkllama_server.transport.errors import exceeded, invalid
-
-# Families that write calls as a list behind a tag.
-_LIST_TAGS: dict[Family, str] = {
-    "mistral": "[TOOL_CALLS]",
-    "granite": "<|tool_call|>",
-    "phi4_mini_json": "<|tool_call|>",
-}
-# A weak model under a grammar may never close the list by itself.
-MAX_FORCED_CALLS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class CallFormat:
-    """How the model writes calls.
-
-    Attributes:
-        family: decides the form of calls in a grammar.
-        tags: what begins and ends calls in the output.
-        special: the tags that are special tokens, by id; decoding has to show them.
-    """
-
-    family: Family = "hermes"
-    tags: CallTags = FAMILY_TAGS["hermes"]
-    special: Mapping[int, str] = field(default_factory=dict)
-
-    def terminal(self, tag: str) -> str:
-        """A tag as a grammar has it: by its id where it is a special token."""
-        token_id = next((i for i, special in self.special.items() if special == tag), None)
-        return json.dumps(tag) if token_id is None else f"<[{token_id}]>"
-
-
-def call_format(
-    configured: Family | None, able: TemplateCapabilities | None, tokenizer: Tokenizer
-) -> CallFormat:
-    """The form of the model's calls; a configured family restricts reading to its own tags."""
-    family = tool_family(configured, able, tokenizer)
-    tags = FAMILY_TAGS[family] if configured is not None else all_tags(family)
-    return CallFormat(family, tags, special_tags(tags, tokenizer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +34,8 @@ class ToolConfig:
         call_schemas: a schema of each call, for grammars of calls or an answer.
         left_out: paths of schema keywords that forced calls do not enforce.
         functions: functions the model may call, with their parameters.
-        grammar: forces calls, when they are required or one is named.
+        is_forced: calls are required, or one is named.
+        input_grammar: of a custom tool's input, which then is the whole answer.
         max_calls: 1 without parallel calls, else None.
         format: how the model writes calls.
         is_legacy: the client used ``functions``, so it is answered with ``function_call``.
@@ -88,7 +43,8 @@ class ToolConfig:
 
     prompt_tools: list[dict[str, Any]] | None = None
     functions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    grammar: GrammarSpec | None = None
+    is_forced: bool = False
+    input_grammar: GrammarSpec | None = None
     call_schemas: tuple[dict[str, Any], ...] = ()
     left_out: tuple[str, ...] = ()
     max_calls: int | None = None
@@ -99,20 +55,42 @@ class ToolConfig:
         """A fresh parser for one choice."""
         if not self.functions:
             return PlainText()
+        if self.input_grammar is not None:
+            return RawInput(next(iter(self.functions)))
         return CallReader(
             self.functions,
             self.format.tags,
             hidden=frozenset(self.format.special.values()),
             bare_python=self.format.family == "pythonic",
-            forced=self.grammar is not None,
+            forced=self.is_forced,
             max_calls=self.max_calls,
         )
 
     def bounded(self, num_tokens: int) -> ToolConfig:
         """The same with schemas of calls that end within a number of output tokens."""
-        grammar = None if self.grammar is None else bound_grammar(self.grammar, num_tokens)
         schemas = tuple(bounded(schema, num_tokens) for schema in self.call_schemas)
-        return replace(self, grammar=grammar, call_schemas=schemas)
+        return replace(self, call_schemas=schemas)
+
+    def grammar(
+        self, answer: GrammarSpec | None = None, limits: LimitsConfig = DEFAULT_LIMITS
+    ) -> GrammarSpec | None:
+        """The grammar of the output: of forced calls, else of calls or the typed answer.
+
+        Args:
+            answer: of a typed answer; None for free text.
+
+        Raises:
+            ApiError: 400 where the functions' schemas are too large together.
+        """
+        if self.input_grammar is not None:
+            return self.input_grammar
+        single = self.max_calls == 1
+        if self.is_forced:
+            return forced_calls(self.format, self.call_schemas, is_single=single, limits=limits)
+        if answer is None or not self.functions:
+            return answer
+        schemas = self.call_schemas
+        return calls_or_answer(self.format, schemas, answer, is_single=single, limits=limits)
 
     @property
     def shown_ids(self) -> frozenset[int]:
@@ -201,17 +179,19 @@ def plan_tools(
     is_single = (
         body.parallel_tool_calls is False or body.functions is not None or path.endswith(".name")
     )
-    left_out: list[str] = []
+    input_grammar = _input_grammar(by_path, limits) if mode == "required" else None
     # Schemas of calls that nothing constrains are only shown.
     has_answer = body.response_format is not None and body.response_format.type != "text"
     constrained = by_path if mode == "required" or has_answer else {}
+    left_out = [] if input_grammar is not None else _shown_formats(by_path, bool(constrained))
     schemas = [
         _call_schema(function, where, left_out, limits) for where, function in constrained.items()
     ]
     return ToolConfig(
         prompt_tools=prompt_tools,
         functions={name: function.parameters or {} for name, function in by_name.items()},
-        grammar=forced_calls(schemas, is_single, limits) if mode == "required" else None,
+        is_forced=mode == "required",
+        input_grammar=input_grammar,
         call_schemas=tuple(schemas),
         left_out=tuple(left_out),
         max_calls=1 if is_single else None,
@@ -241,75 +221,41 @@ def _call_schema(
     }
 
 
-def _any_call(schemas: Iterable[dict[str, Any]], pointer: str) -> dict[str, Any]:
-    """A call of one of the functions, as a schema that stands at ``pointer`` of a larger one."""
-    variants = []
-    for index, schema in enumerate(schemas):
-        place = f"{pointer}/anyOf/{index}/properties/arguments"
-        properties = schema["properties"]
-        arguments = _at(properties["arguments"], place)
-        variants.append({**schema, "properties": {**properties, "arguments": arguments}})
-    return {"anyOf": variants}
+def _input_grammar(
+    functions: Mapping[str, FunctionDefinition], limits: LimitsConfig
+) -> GrammarSpec | None:
+    """The Lark grammar of the only function that may be called, which is a custom tool.
 
-
-def forced_calls(
-    schemas: Iterable[dict[str, Any]], is_single: bool, limits: LimitsConfig
-) -> GrammarSpec:
-    """A JSON schema for a list of calls, each one function's name with arguments of its schema.
+    A grammar of text cannot hold inside the JSON text of a call, so the answer is the input.
 
     Raises:
-        ApiError: 400 where the functions' schemas are too large.
+        ApiError: 400 for a grammar that is too large or whose repeats make each token dear.
     """
-    schema = {
-        "type": "array",
-        "minItems": 1,
-        "maxItems": 1 if is_single else MAX_FORCED_CALLS,
-        "items": _any_call(schemas, "#/items"),
-    }
-    return GrammarSpec(kind="json_schema", text=check_schema(schema, "tools", limits))
+    if len(functions) != 1:
+        return None
+    ((path, function),) = functions.items()
+    given = function.input_format
+    if given is None or given.syntax != "lark":
+        return None
+    param = _format_path(path)
+    if not given.definition or len(given.definition) > limits.max_grammar_chars:
+        raise exceeded(limits, "max_grammar_chars", param, value=len(given.definition))
+    check_lark_cost(given.definition, param, limits)
+    return GrammarSpec(kind="lark", text=given.definition)
 
 
-def calls_or_answer(
-    tools: ToolConfig, answer: GrammarSpec, limits: LimitsConfig = DEFAULT_LIMITS
-) -> GrammarSpec:
-    """A grammar of calls in the model's own format, or of a typed answer.
+def _shown_formats(functions: Mapping[str, FunctionDefinition], is_constrained: bool) -> list[str]:
+    """Paths of formats of custom tools that the model sees and no grammar enforces.
 
-    Args:
-        answer: a JSON schema, or any JSON object.
-
-    Raises:
-        ApiError: 400 where the functions' schemas are too large together.
+    A regular expression is part of the schema of the call, so it is enforced where the schema is.
     """
-    schema = json.loads(answer.text) if answer.kind == "json_schema" else {"type": "object"}
-    call = f"%json {_inline(_any_call(tools.call_schemas, '#'))}"
-    calls = "call" if tools.max_calls == 1 else "call (/[;\\n]?/ call)*"
-    if tools.format.family in ("hermes", "qwen3_coder"):
-        first, last = (tools.format.terminal(tag) for tag in ("<tool_call>", "</tool_call>"))
-        call = f"{first} /[ \\n]?/ {call} /[ \\n]?/ {last}"
-    elif tools.format.family in _LIST_TAGS:
-        more = "" if tools.max_calls == 1 else ' ("," call)*'
-        tag = tools.format.terminal(_LIST_TAGS[tools.format.family])
-        calls = f'{tag} "[" call{more} "]"'
-    lines = ("start: calls | answer", f"calls: {calls}", f"call: {call}")
-    text = "\n".join((*lines, f"answer: %json {_inline(schema)}"))
-    if len(text) > 2 * limits.max_schema_chars:
-        raise exceeded(limits, "max_schema_chars", "tools", value=len(text))
-    return GrammarSpec(kind="lark", text=text)
+    return [
+        _format_path(path)
+        for path, function in functions.items()
+        if function.input_format is not None
+        and not (is_constrained and function.input_format.syntax == "regex")
+    ]
 
 
-def _inline(schema: dict[str, Any]) -> str:
-    """A schema for a ``%json`` rule, with as little white space as a schema alone has."""
-    return json.dumps({**schema, "x-guidance": {**JSON_WHITESPACE}})
-
-
-def _at(schema: Any, pointer: str) -> Any:
-    """A schema moved to ``pointer`` of a larger one: its ``#/...`` references move along."""
-    if isinstance(schema, list):
-        return [_at(item, pointer) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {key: _at(value, pointer) for key, value in schema.items()}
-    reference = moved.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
-        moved["$ref"] = pointer + reference[1:]
-    return moved
+def _format_path(path: str) -> str:
+    return path.replace("function.parameters", "format")

@@ -120,10 +120,15 @@ def _is_added(tag: str, tokenizer: Tokenizer | None) -> bool:
     return tokenizer is not None and tokenizer.token_id(tag) in tokenizer.added_tokens
 
 
+def set_of_tags(tags: CallTags) -> tuple[str, ...]:
+    """All tags, those between a name and its arguments included."""
+    return (*tags.opens, *tags.closes, *_INNER_TAGS)
+
+
 def special_tags(tags: CallTags, tokenizer: Tokenizer) -> dict[int, str]:
     """The tags that are special tokens, by id: decoding leaves them out unless it is told."""
     found = {}
-    for tag in (*tags.opens, *tags.closes, *_INNER_TAGS):
+    for tag in set_of_tags(tags):
         token_id = tokenizer.token_id(tag)
         if token_id in tokenizer.special_ids and token_id not in tokenizer.eos_token_ids:
             assert token_id is not None

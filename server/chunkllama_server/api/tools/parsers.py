@@ -38,10 +38,36 @@ class CallDelta:
 
 @dataclass(slots=True)
 class Parsed:
-    """What some text meant."""
+    """What some text meant.
 
-    content: str = ""
-    calls: list[CallDelta] = field(default_factory=list)
+    Attributes:
+        parts: content and parts of calls, in the order in which they were written.
+    """
+
+    parts: list[str | CallDelta] = field(default_factory=list)
+
+    @property
+    def content(self) -> str:
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def calls(self) -> list[CallDelta]:
+        return [part for part in self.parts if isinstance(part, CallDelta)]
+
+    def add(self, content: str) -> None:
+        """Add content."""
+        if content and self.parts and isinstance(self.parts[-1], str):
+            self.parts[-1] += content
+        elif content:
+            self.parts.append(content)
+
+    def extend(self, other: Parsed) -> None:
+        """Add what the text behind this one meant."""
+        for part in other.parts:
+            if isinstance(part, str):
+                self.add(part)
+            else:
+                self.parts.append(part)
 
 
 class OutputParser(Protocol):
@@ -60,7 +86,7 @@ class PlainText:
     """All text is content."""
 
     def feed(self, text: str) -> Parsed:
-        return Parsed(text)
+        return Parsed([text] if text else [])
 
     def finish(self) -> Parsed:
         return Parsed()
@@ -170,9 +196,11 @@ class CallReader:
         }
         while self._text and steps[self._state](parsed):
             pass
-        if self._forced:
-            parsed.content = ""
-        return parsed
+        return self._without_text(parsed)
+
+    def _without_text(self, parsed: Parsed) -> Parsed:
+        """What was parsed; of forced calls nothing is content."""
+        return Parsed([*parsed.calls]) if self._forced else parsed
 
     def _begin_answer(self, parsed: Parsed) -> bool:
         """A call without tags, else text."""
@@ -228,11 +256,11 @@ class CallReader:
         if not places:
             held = max((partial_end(self._text, tag) for tag in self._text_tags), default=0)
             cut = len(self._text) - held
-            parsed.content += self._text[:cut]
+            parsed.add(self._text[:cut])
             self._text = self._text[cut:]
             return False
         at, tag = min(places)
-        parsed.content += self._text[:at]
+        parsed.add(self._text[:at])
         self._text = self._text[at:]
         self._open(tag)
         return True
@@ -261,7 +289,7 @@ class CallReader:
             return begun == "yes"
         # Where the tag is part of the call's own form, at least the tag is content.
         size = max((len(tag) for tag in _CALL_TAGS if self._text.startswith(tag)), default=0)
-        parsed.content += self._lead + self._text[:size]
+        parsed.add(self._lead + self._text[:size])
         self._text = self._text[size:]
         self._lead, self._state = "", "text"
         return True
@@ -274,9 +302,9 @@ class CallReader:
             self._lead += call.raw
             self._call, self._state = None, "open"
             return True
-        parsed.calls += self._writer.write(call)
+        parsed.parts += self._writer.write(call)
         if call.is_other or (call.is_complete and call.name is None):
-            parsed.content += self._lead + call.raw
+            parsed.add(self._lead + call.raw)
             self._call, self._lead, self._state = None, "", "text"
         elif call.is_complete:
             self._call, self._lead, self._state = None, "", "after"
@@ -311,15 +339,15 @@ class CallReader:
         call, parsed = self._call, Parsed()
         if call is not None:
             call.finish()
-            parsed.calls += self._writer.write(call)
+            if self._forced:
+                call.cut()
+            parsed.parts += self._writer.write(call)
         is_call = call is not None and call.name is not None and not call.is_other
         if not is_call and self._state in ("start", "text", "open", "call"):
-            parsed.content = self._lead + (call.raw if call is not None else "") + self._text
+            parsed.add(self._lead + (call.raw if call is not None else "") + self._text)
         elif self._state in ("after", "between"):
             tags = (*self._tags.opens, *self._tags.closes)
             is_cut_tag = any(tag.startswith(self._text) for tag in tags)
-            parsed.content = "" if is_cut_tag else self._text
+            parsed.add("" if is_cut_tag else self._text)
         self._call, self._lead, self._text = None, "", ""
-        if self._forced:
-            parsed.content = ""
-        return parsed
+        return self._without_text(parsed)

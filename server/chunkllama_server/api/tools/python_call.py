@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from typing import Any
 
 from chunkllama_server.api.tools.brackets import BracketScanner
@@ -11,6 +12,9 @@ from chunkllama_server.api.tools.call_forms import CallForm, Functions
 
 # Python is parsed by recursion in C, and a call of this size is no call.
 _MAX_PYTHON_CHARS = 1 << 16
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# The only escape of JSON that Python lacks, and the one that may stand before it.
+_ESCAPED_SLASH = re.compile(r"\\\\|\\/")
 
 
 class PythonCall(CallForm):
@@ -20,6 +24,8 @@ class PythonCall(CallForm):
         super().__init__(functions, None, raw)
         self._function = name
         self._num_chars = 0
+        # Characters before the last comma between two arguments.
+        self._num_sure = 0
         self._scanner = BracketScanner()
 
     def feed(self, text: str) -> str:
@@ -29,6 +35,8 @@ class PythonCall(CallForm):
                 rest = self._split(text, position + 1)
                 self._end("".join(self._read[1:])[:-1])
                 return rest
+            if char == "," and self._scanner.is_outermost:
+                self._num_sure = self._num_chars
             self._num_chars += 1
             if self._num_chars > _MAX_PYTHON_CHARS:
                 self.is_other = True
@@ -37,15 +45,36 @@ class PythonCall(CallForm):
 
     def _end(self, written: str) -> None:
         self.is_complete = True
-        properties = self._functions[self._function].get("properties") or {}
-        try:
-            arguments = _keyword_arguments(written, list(properties))
-            text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        text = self._arguments(written)
+        if text is None:
             self.is_other = True
             return
         self.name = self._function
         self._written.append(text)
+
+    def cut(self) -> None:
+        if self.is_complete or self.is_other:
+            return
+        self.name = self._function
+        text = self._arguments("".join(self._read[1:])[: self._num_sure]) or "{"
+        self._written.append(text.removesuffix("}"))
+
+    def _arguments(self, written: str) -> str | None:
+        """JSON text of the arguments; None if they are no literals."""
+        properties = self._functions[self._function].get("properties") or {}
+        try:
+            arguments = _keyword_arguments(_without_json_escape(written), list(properties))
+            text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            if not text.isascii() and _SURROGATE.search(text):
+                # JSON's pairs of escapes are one character; alone they can only be escaped.
+                text = json.dumps(arguments, allow_nan=False)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return None
+        return text
+
+
+def _without_json_escape(text: str) -> str:
+    return _ESCAPED_SLASH.sub(lambda found: "/" if found[0] == "\\/" else found[0], text)
 
 
 def _keyword_arguments(text: str, names: list[str]) -> dict[str, Any]:
