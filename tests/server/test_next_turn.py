@@ -1,0 +1,163 @@
+"""Every answer the server can give, whole or cut at any token, is accepted in the next turn: on
+every endpoint, with the template of every model family, also through ``previous_response_id``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from fake_engine import MODEL
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+FAMILIES = Path(__file__).parents[1] / "text" / "families"
+NAMES = sorted(path.stem for path in FAMILIES.glob("*.jinja"))
+# Those that differ most in what they refuse; all of them run nightly.
+STRICT = ["exaone4", "gemma2", "llama3_1", "mistral_v3", "mistral_v13", "qwen3"]
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": PARAMETERS}}]
+RESPONSE_TOOLS = [
+    {"type": "function", "name": "f", "parameters": PARAMETERS},
+    {"type": "custom", "name": "run"},
+]
+USER = {"role": "user", "content": "go on"}
+ARGUMENTS = '{"city": "Os\\"lo{", "days": 2}'
+CALL = f'{{"name": "f", "arguments": {ARGUMENTS}}}'
+RUN = '{"name": "run", "arguments": {"input": "ls \\n-l"}}'
+# What models of the families write, and what weak ones make of it.
+PIECES = (
+    CALL,
+    f"[{CALL}, {CALL}]",
+    f"<tool_call>\n{CALL}\n</tool_call>",
+    f"<tool_call>{RUN}</tool_call>",
+    '[f(city="Oslo", days=2)]',
+    "<tool_call>\n<function=f>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>",
+    f"[TOOL_CALLS]f[ARGS]{ARGUMENTS}",
+    f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{ARGUMENTS}<｜tool▁call▁end｜>",
+    f"<function=f>{ARGUMENTS}</function>",
+    "<think>\nIs it {so}?\n</think>\n\n",
+    "[THINK]hm[/THINK]",
+    "<tool_call>",
+    '{"name": "f", "arguments": [1',
+    "{'city': 'Oslo'",
+    "It is sunny. ",
+    "\0é🤖\u2028",
+    "<|im_end|>{{ x }}",
+    "   \n",
+)
+ANSWERS = st.lists(st.sampled_from(PIECES), max_size=3).map("".join)
+CHOICES = st.sampled_from(["auto", "required", "none"])
+QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+FEW = settings(max_examples=2, deadline=None, suppress_health_check=QUIET)
+MANY = settings(max_examples=150, deadline=None, suppress_health_check=QUIET)
+
+
+@pytest.fixture(scope="module")
+def family(request, start_server):
+    return start_server(template_source=(FAMILIES / f"{request.param}.jinja").read_text("utf-8"))
+
+
+strict = pytest.mark.parametrize("family", STRICT, indirect=True, scope="module")
+every = pytest.mark.parametrize("family", NAMES, indirect=True, scope="module")
+
+
+def post(server, path, body):
+    answer = server.post(path, {"model": MODEL, **body})
+    assert answer.status_code == 200, (answer.text, json.dumps(body)[:3000])
+    return answer.json()
+
+
+def check_chat(server, text, cut, choice) -> None:
+    ask = {"role": "user", "content": f"say({text})yas"}
+    legacy = {"functions": [tool["function"] for tool in TOOLS]}
+    for fields in ({"tools": TOOLS, "tool_choice": choice}, {}, legacy):
+        body = {"messages": [ask], "max_tokens": cut, **fields}
+        message = post(server, "/v1/chat/completions", body)["choices"][0]["message"]
+        results = [
+            {"role": "tool", "tool_call_id": call["id"], "content": "12"}
+            for call in message.get("tool_calls", ())
+        ]
+        if "function_call" in message:
+            results = [{"role": "function", "name": "f", "content": "12"}]
+        for back in ([message, USER], [message, *results, USER], [message, *results]):
+            again = {**fields, "messages": [ask, *back]}
+            post(server, "/v1/chat/completions", {**again, "max_tokens": 1})
+            post(server, "/v1/chat/completions/render", again)
+        post(server, "/tokenize", {"messages": [ask, message, *results, USER]})
+        # Another endpoint goes on with what this one said.
+        said = {"role": "assistant", "content": message["content"]}
+        post(server, "/v1/responses", {"input": [ask, said, USER], "max_output_tokens": 16})
+
+
+def check_responses(server, text, cut, choice) -> None:
+    ask = {"role": "user", "content": f"say({text})yas"}
+    body = {"tools": RESPONSE_TOOLS, "tool_choice": choice}
+    asked = {**body, "input": [ask], "max_output_tokens": cut}
+    first = post(server, "/v1/responses", asked)
+    output = first["output"]
+    results = [
+        {"type": f"{item['type']}_output", "call_id": item["call_id"], "output": "12"}
+        for item in output
+        if item["type"].endswith("_call")
+    ]
+    references = [{"type": "item_reference", "id": item["id"]} for item in output]
+    previous = {"previous_response_id": first["id"]}
+    for more in (
+        {"input": [ask, *output, *results, USER]},
+        {"input": [ask, *output, USER]},
+        {"input": [ask, *references, *results, USER]},
+        {"input": [*results, USER], **previous},
+        {"input": "go on", **previous},
+    ):
+        post(server, "/v1/responses/input_tokens", {**body, **more})
+        second = post(server, "/v1/responses", {**body, **more, "max_output_tokens": 16})
+    third = {"input": "and on", "previous_response_id": second["id"], "max_output_tokens": 16}
+    post(server, "/v1/responses", third)
+    compacted = post(server, "/v1/responses/compact", {"input": "go on", **previous})["output"]
+    post(server, "/v1/responses", {"input": [*compacted, USER], "max_output_tokens": 16})
+
+
+@strict
+@FEW
+@given(ANSWERS, st.integers(1, 200), CHOICES)
+def test_a_chat_answer_is_accepted(family, text, cut, choice):
+    check_chat(family, text, cut, choice)
+
+
+@strict
+@FEW
+@given(ANSWERS, st.integers(16, 200), CHOICES)
+def test_a_response_is_accepted(family, text, cut, choice):
+    check_responses(family, text, cut, choice)
+
+
+@pytest.mark.nightly
+@every
+@MANY
+@given(ANSWERS, st.integers(1, 250), CHOICES)
+def test_many_chat_answers_are_accepted(family, text, cut, choice):
+    check_chat(family, text, cut, choice)
+
+
+@pytest.mark.nightly
+@every
+@MANY
+@given(ANSWERS, st.integers(16, 250), CHOICES)
+def test_many_responses_are_accepted(family, text, cut, choice):
+    check_responses(family, text, cut, choice)
+
+
+@pytest.mark.nightly
+@every
+@pytest.mark.parametrize("piece", PIECES)
+def test_an_answer_cut_at_any_token_is_accepted(family, piece):
+    """The tokens of the tests' tokenizer are bytes."""
+    text = f"Well. {piece} And."
+    for cut in range(1, len(text.encode()) + 2):
+        check_chat(family, text, cut, "auto")
+        if cut >= 16:
+            check_responses(family, text, cut, "auto")

@@ -1,0 +1,286 @@
+"""openai-python's own types accept every answer and every event of every endpoint, strictly: no
+member is missing or of another type, and what is added is listed here."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+from fake_engine import MODEL
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from openai import types
+from openai.types import responses as response_types
+from openai.types.responses import response_item_list
+from pydantic import BaseModel, TypeAdapter
+
+CALL = '{"name": "f", "arguments": {"city": "Oslo"}}'
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": PARAMETERS}}]
+RESPONSE_TOOLS = [
+    {"type": "function", "name": "f", "parameters": PARAMETERS, "strict": False},
+    {"type": "custom", "name": "run", "description": "runs"},
+]
+# Members that OpenAI's answers do not have, by type; each is documented in docs/http.md.
+ADDED = {
+    "Model": {"max_model_len", "max_request_tokens", "chat_template", "root", "parent"},
+    "ChatCompletion": {"prompt_token_ids", "prompt_logprobs", "metadata"},
+    "ChatCompletionChunk": {"prompt_token_ids"},
+    "Choice": {"stop_reason", "token_ids"},
+    "ChatCompletionMessage": {"reasoning_content"},
+    "ChoiceDelta": {"reasoning_content"},
+    "Completion": {"prompt_token_ids"},
+    "CompletionChoice": {"stop_reason", "token_ids", "prompt_logprobs", "prompt_token_ids"},
+    # Of the events of a text, whose types lack what those of the whole text have.
+    "Logprob": {"bytes"},
+    "LogprobTopLogprob": {"bytes"},
+    # In OpenAI's API and not in the client's types.
+    "ResponseFunctionCallArgumentsDoneEvent": {"name"},
+    "Response": {"store"},
+    "PromptTokensDetails": {"cache_explanations"},
+    "InputTokensDetails": {"cache_explanations"},
+}
+TEXTS = [
+    "",
+    "Paris",
+    'é🤖 \\ "',
+    "<think>hm</think>so",
+    CALL,
+    f"<tool_call>{CALL}</tool_call>",
+    f"One. <tool_call>{CALL}</tool_call>Two.",
+    '<tool_call>{"name": "run", "arguments": {"input": "ls"}}</tool_call>',
+    '<tool_call>{"name": "f", "arg',
+    "<tool_call>",
+]
+
+
+def additions(value: Any) -> set[tuple[str, str]]:
+    """Members of a parsed answer that its types do not have, with the type's name."""
+    if isinstance(value, list | tuple):
+        return {found for item in value for found in additions(item)}
+    if not isinstance(value, BaseModel):
+        return set()
+    name = type(value).__name__
+    found = {(name, extra) for extra in value.model_extra or {}}
+    fields = (getattr(value, field) for field in type(value).model_fields)
+    return found.union(*map(additions, fields))
+
+
+adapter = cache(TypeAdapter)
+
+
+def check(kind: Any, data: Any) -> Any:
+    """The parsed data, which fits the type strictly."""
+    parsed = adapter(kind).validate_json(json.dumps(data), strict=True)
+    unknown = {(n, extra) for n, extra in additions(parsed) if extra not in ADDED.get(n, ())}
+    assert not unknown, unknown
+    return parsed
+
+
+def events(text: str) -> list[Any]:
+    lines = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+def maybe(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({}, optional=fields)
+
+
+SAMPLING = {
+    "seed": st.integers(0, 5),
+    "temperature": st.sampled_from([0, 0.5, 2]),
+    "stop": st.sampled_from(["a", ["is", "Oslo"]]),
+    "prompt_cache_key": st.just("k"),
+    "explain_cache": st.booleans(),
+}
+CHAT = maybe(
+    **SAMPLING,
+    n=st.integers(1, 3),
+    logprobs=st.just(True),
+    max_tokens=st.integers(1, 90),
+    tools=st.just(TOOLS),
+    tool_choice=st.sampled_from(["auto", "none"]),
+    parallel_tool_calls=st.booleans(),
+    reasoning_effort=st.sampled_from(["none", "low"]),
+    service_tier=st.sampled_from(["auto", "default", "flex", "priority"]),
+    metadata=st.just({"a": "b"}),
+    return_token_ids=st.booleans(),
+    user=st.just("u"),
+)
+COMPLETION = maybe(
+    **SAMPLING,
+    n=st.integers(1, 3),
+    logprobs=st.integers(0, 3),
+    max_tokens=st.integers(1, 90),
+    echo=st.booleans(),
+    return_token_ids=st.booleans(),
+)
+RESPONSE = maybe(
+    **SAMPLING,
+    include=st.just(["message.output_text.logprobs"]),
+    top_logprobs=st.integers(0, 3),
+    max_output_tokens=st.integers(16, 90),
+    tools=st.just(RESPONSE_TOOLS),
+    tool_choice=st.sampled_from(
+        ["auto", "none", "required", {"type": "function", "name": "f"},
+         {"type": "custom", "name": "run"}]
+    ),
+    parallel_tool_calls=st.booleans(),
+    instructions=st.just("be brief"),
+    reasoning=st.just({"effort": "low", "summary": "auto"}),
+    text=st.sampled_from([{"verbosity": "low"}, {"format": {"type": "json_object"}}]),
+    service_tier=st.sampled_from(["auto", "flex", "priority"]),
+    truncation=st.sampled_from(["auto", "disabled"]),
+    max_tool_calls=st.just(3),
+    metadata=st.just({"a": "b"}),
+    safety_identifier=st.just("s"),
+    user=st.just("u"),
+    background=st.booleans(),
+)  # fmt: skip
+SAID = st.sampled_from(TEXTS)
+_MANY = settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@pytest.fixture(scope="module", params=["plain", "thinking"])
+def answering(request, start_server):
+    tags = ("<think>", "</think>") if request.param == "thinking" else ("none",)
+    return start_server(reasoning_tags=tags)
+
+
+def asked(body: dict[str, Any]) -> dict[str, Any]:
+    """Fields that need others are left out where these are missing."""
+    if "tools" not in body:
+        body = {k: v for k, v in body.items() if k not in ("tool_choice", "parallel_tool_calls")}
+    return {"model": MODEL, **body}
+
+
+@_MANY
+@given(SAID, CHAT, st.booleans(), st.integers(1, 9))
+def test_chat(answering, text, fields, usage, size):
+    answering.engine.tokens_per_delta = size
+    body = asked({"messages": [{"role": "user", "content": f"say({text})yas"}], **fields})
+    answer = answering.post("/v1/chat/completions", body)
+    assert answer.status_code == 200, answer.text
+    check(types.chat.ChatCompletion, answer.json())
+    body |= {"stream": True} | ({"stream_options": {"include_usage": True}} if usage else {})
+    for event in events(answering.post("/v1/chat/completions", body).text):
+        check(types.chat.ChatCompletionChunk, event)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["auto", {"name": "f"}])
+def test_chat_with_functions(answering, stream, choice):
+    functions = [tool["function"] for tool in TOOLS]
+    body = {"functions": functions, "function_call": choice, "stream": stream}
+    answer = answering.chat(f"say(<tool_call>{CALL}</tool_call>)yas", **body)
+    if stream:
+        for event in events(answer.text):
+            check(types.chat.ChatCompletionChunk, event)
+    else:
+        made = check(types.chat.ChatCompletion, answer.json())
+        assert made.choices[0].message.function_call.name == "f"
+
+
+@_MANY
+@given(SAID, COMPLETION, st.booleans(), st.booleans())
+def test_completions(answering, text, fields, usage, several):
+    prompt = f"say({text})yas"
+    body = {"model": MODEL, "prompt": [prompt, prompt] if several else prompt, **fields}
+    answer = answering.post("/v1/completions", body)
+    assert answer.status_code == 200, answer.text
+    whole = answer.json()
+    for logprobs in filter(None, (choice["logprobs"] for choice in whole["choices"])):
+        # Nothing stands before an echoed prompt's first token, so it has none, as in OpenAI's API.
+        for name, neutral in (("token_logprobs", 0.0), ("top_logprobs", {})):
+            if fields.get("echo") and logprobs[name] and logprobs[name][0] is None:
+                logprobs[name][0] = neutral
+    check(types.Completion, whole)
+    if not (fields.get("echo") and "logprobs" in fields):
+        body |= {"stream": True} | ({"stream_options": {"include_usage": True}} if usage else {})
+        for event in events(answering.post("/v1/completions", body).text):
+            for choice in event["choices"]:
+                # The type is that of whole answers; OpenAI's chunks have null before the last.
+                choice["finish_reason"] = choice["finish_reason"] or "stop"
+            check(types.Completion, event)
+
+
+@_MANY
+@given(SAID, RESPONSE, st.integers(1, 9))
+def test_responses(answering, text, fields, size):
+    answering.engine.tokens_per_delta = size
+    body = asked({"input": f"say({text})yas", **fields})
+    answer = answering.post("/v1/responses", body)
+    assert answer.status_code == 200, answer.text
+    response = check(response_types.Response, answer.json())
+    streamed = events(answering.post("/v1/responses", {**body, "stream": True}).text)
+    for event in streamed:
+        check(response_types.ResponseStreamEvent, event)
+    with answering.http() as http:
+        last = streamed[-1]["response"]["id"]
+        check(response_types.Response, http.get(f"/v1/responses/{last}").json())
+        again = http.get(f"/v1/responses/{last}?stream=true")
+        assert events(again.text) == streamed
+        items = http.get(f"/v1/responses/{response.id}/input_items").json()
+        check(response_item_list.ResponseItemList, items)
+        cancelled = http.post(f"/v1/responses/{response.id}/cancel")
+        if fields.get("background"):
+            check(response_types.Response, cancelled.json())
+        else:
+            assert cancelled.status_code == 400
+    counted = answering.post("/v1/responses/input_tokens", body).json()
+    check(response_types.InputTokenCountResponse, counted)
+
+
+def test_failed_and_compacted_responses(answering):
+    from chunkllama.errors import RequestFailedError
+
+    body = {"model": MODEL, "input": "say(abcd)yas"}
+    compacted = answering.post("/v1/responses/compact", body).json()
+    check(response_types.CompactedResponse, compacted)
+    after = {"model": MODEL, "input": [*compacted["output"], {"role": "user", "content": "x"}]}
+    assert answering.post("/v1/responses", after).status_code == 200
+    answering.engine.tokens_per_delta = 1
+    answering.engine.fail_after = (2, RequestFailedError("boom", "model_nan"))
+    try:
+        failed = events(answering.post("/v1/responses", {**body, "stream": True}).text)
+    finally:
+        answering.engine.fail_after = None
+    assert failed[-1]["type"] == "response.failed"
+    for event in failed:
+        check(response_types.ResponseStreamEvent, event)
+
+
+@given(
+    given_input=st.sampled_from(["a", ["a", "b"], [65, 66], [[65], [66, 67]]]),
+    fields=maybe(
+        encoding_format=st.sampled_from(["float", "base64"]),
+        dimensions=st.integers(1, 8),
+        user=st.just("u"),
+    ),
+)
+@_MANY
+def test_embeddings(answering, given_input, fields):
+    answer = answering.post("/v1/embeddings", {"model": MODEL, "input": given_input, **fields})
+    assert answer.status_code == 200, answer.text
+    data = answer.json()
+    if fields.get("encoding_format") == "base64":
+        # The client decodes these before it makes its types.
+        for entry in data["data"]:
+            assert isinstance(entry["embedding"], str)
+            entry["embedding"] = [0.0]
+    check(types.CreateEmbeddingResponse, data)
+
+
+def test_models(answering):
+    with answering.http() as http:
+        listed = http.get("/v1/models").json()
+        assert listed["object"] == "list"
+        for model in listed["data"]:
+            check(types.Model, model)
+            check(types.Model, http.get(f"/v1/models/{model['id']}").json())
