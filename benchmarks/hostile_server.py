@@ -18,6 +18,7 @@ HOST = "127.0.0.1"
 MODEL = "smollm2-135m-instruct"
 PROBE, ATTACKER = "probe-key", "attacker-key"
 POLL_SECONDS = 0.05
+_MAX_ERRORS = 10
 
 
 @contextlib.contextmanager
@@ -33,7 +34,8 @@ def started_server(*flags: str, model: str = MODEL, seconds: float = 180.0) -> I
         keys, log = Path(folder, "keys"), Path(folder, "log")
         keys.write_text(f"probe:{PROBE}\nattacker:{ATTACKER}\n")
         command = [sys.executable, "-m", "chunkllama_server.cli", "serve", "--port", str(port)]
-        command += ["--model", model, "--served-model-name", "m,alias", "--api-key-file", str(keys)]
+        command += ["--model", model, "--served-model-name", "m", "--served-model-name", "alias"]
+        command += ["--api-key-file", str(keys)]
         command += ["--log-level", "error", *flags]
         with log.open("w") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=dict(os.environ))
@@ -98,6 +100,8 @@ class Probe:
         """Wait until ``count`` tokens have come in all; False when the time is over."""
         end = time.monotonic() + seconds
         while len(self.arrivals) < count:
+            if len(self.errors) >= _MAX_ERRORS:
+                raise SystemExit(f"the probe's streams fail: {self.errors[-1]}")
             if time.monotonic() > end:
                 return False
             await asyncio.sleep(0.002)
