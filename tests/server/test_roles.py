@@ -68,6 +68,19 @@ def test_every_route_by_key(guarded) -> None:
     assert table == expected
 
 
+def test_the_dashboards_page_opens_no_file(guarded, monkeypatch) -> None:
+    """A flood of connections may have left no descriptor."""
+    from importlib import resources
+
+    def fail(_: str) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(resources, "files", fail)
+    with guarded.http() as http:
+        answer = http.get("/dashboard")
+    assert answer.status_code == 200 and "</html>" in answer.text
+
+
 READING = ("GET", "HEAD", "OPTIONS")
 
 

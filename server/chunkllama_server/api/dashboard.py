@@ -30,16 +30,18 @@ _POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
+# Read once: anyone may ask for it, also while no descriptor is left to open a file with.
+_PAGE = (
+    resources.files("chunkllama_server.api")
+    .joinpath("static/dashboard.html")
+    .read_text(encoding="utf-8")
+)
+
 
 @router.get("/dashboard")
 async def page() -> HTMLResponse:
     """Return the page, which needs no key because it holds nothing secret; its data does."""
-    text = (
-        resources.files("chunkllama_server.api")
-        .joinpath("static/dashboard.html")
-        .read_text(encoding="utf-8")
-    )
-    return HTMLResponse(text, headers={"content-security-policy": _POLICY})
+    return HTMLResponse(_PAGE, headers={"content-security-policy": _POLICY})
 
 
 class SnapshotCache:
