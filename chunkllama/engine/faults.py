@@ -13,10 +13,14 @@
             spin      a loop without end, which uses a processor
     WHEN    N         the N-th passage in each process
             p=X       each passage with probability X
+            file=PATH the next passage after the file PATH was created, which is deleted then
+            file=PATH+N
+                      the N-th passage after that one
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -31,19 +35,35 @@ from chunkllama.errors import ConfigError
 VARIABLE, TEST_MODE = "CHUNKLLAMA_FAULTS", "CHUNKLLAMA_TEST_MODE"
 POINTS = ("step", "commit", "send")
 ACTIONS = ("kill", "stop", "raise", "memory", "spin")
-_ENTRY = re.compile(r"(\w+):(\w+)@(?:(\d+)|p=(\d*\.?\d+))")
+_ENTRY = re.compile(r"(\w+):(\w+)@(?:(\d+)|p=(\d*\.?\d+)|file=(.+?)(?:\+(\d+))?)")
 
 
 class PlantedFault(Exception):
     """What the action ``raise`` raises."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Fault:
     point: str
     action: str
     passage: int
     probability: float
+    file: str
+    delay: int
+    countdown: int = -1  # passages until it is due; negative: its file was not seen
+
+    def sees_file(self) -> bool:
+        """Whether it is due at this passage because of its file."""
+        if self.countdown < 0:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.file)
+                self.countdown = self.delay
+        else:
+            self.countdown -= 1
+        if self.countdown:
+            return False
+        self.countdown = -1
+        return True
 
 
 class Faults:
@@ -68,6 +88,8 @@ class Faults:
     def _is_due(self, fault: _Fault) -> bool:
         if fault.passage:
             return self._passages[fault.point] == fault.passage
+        if fault.file:
+            return fault.sees_file()
         return self._random.random() < fault.probability
 
 
@@ -91,10 +113,19 @@ def _parse(entry: str) -> _Fault:
     match = _ENTRY.fullmatch(entry)
     if match is None or match[1] not in POINTS or match[2] not in ACTIONS:
         raise ConfigError(
-            f"{VARIABLE}: cannot read {entry[:100]!r}; write POINT:ACTION@N or POINT:ACTION@p=X "
-            f"with a point of {', '.join(POINTS)} and an action of {', '.join(ACTIONS)}"
+            f"{VARIABLE}: cannot read {entry[:100]!r}; write POINT:ACTION@N, POINT:ACTION@p=X or "
+            f"POINT:ACTION@file=PATH with a point of {', '.join(POINTS)} and an action of "
+            f"{', '.join(ACTIONS)}"
         )
-    return _Fault(match[1], match[2], int(match[3] or 0), float(match[4] or 0.0))
+    passage, probability, file, delay = match.group(3, 4, 5, 6)
+    return _Fault(
+        match[1],
+        match[2],
+        int(passage or 0),
+        float(probability or 0.0),
+        file or "",
+        int(delay or 0),
+    )
 
 
 def _act(fault: _Fault) -> None:

@@ -35,9 +35,41 @@ def test_a_probability_is_that_of_each_passage(probability, least, most) -> None
     assert least <= failures <= most
 
 
+def test_a_file_is_one_failure_each_time_it_is_created(tmp_path) -> None:
+    mark = tmp_path / "due"
+    planted = Faults(f"step:raise@file={mark}, commit:memory@file={tmp_path / 'other'}")
+    for _ in range(2):
+        planted.reach("step")
+        mark.touch()
+        planted.reach("commit")
+        with pytest.raises(PlantedFault):
+            planted.reach("step")
+        assert not mark.exists()
+
+
+def test_a_failure_follows_its_file_by_so_many_passages(tmp_path) -> None:
+    mark = tmp_path / "due"
+    planted = Faults(f"step:raise@file={mark}+3")
+    for _ in range(2):
+        planted.reach("step")
+        mark.touch()
+        for _ in range(3):
+            planted.reach("step")
+        with pytest.raises(PlantedFault):
+            planted.reach("step")
+
+
 @pytest.mark.parametrize(
     "text",
-    ["step", "step:raise", "step:raise@", "nowhere:raise@1", "step:sing@1", "step:raise@p=x"],
+    [
+        "step",
+        "step:raise",
+        "step:raise@",
+        "nowhere:raise@1",
+        "step:sing@1",
+        "step:raise@p=x",
+        "step:raise@file=",
+    ],
 )
 def test_what_cannot_be_read_is_refused(text) -> None:
     with pytest.raises(ConfigError, match="POINT:ACTION@N"):
