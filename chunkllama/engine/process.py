@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import math
 import os
 import select
 import signal
@@ -58,10 +59,15 @@ class EngineProcess:
         self._writer = writer
 
     @classmethod
-    async def start(cls, config: EngineConfig) -> tuple[EngineProcess, list[FromEngine]]:
+    async def start(
+        cls, config: EngineConfig, stopped_seconds: float = math.inf
+    ) -> tuple[EngineProcess, list[FromEngine]]:
         """Spawn an engine, wait until its model is loaded; returns it and its first messages.
 
         Call it from the main thread: the parent-death signal is tied to the thread that forks.
+
+        Args:
+            stopped_seconds: kill it if a signal has stopped it for so long while it loads.
 
         Raises:
             ConfigError: the engine could not start; the message is one line for the user.
@@ -85,6 +91,7 @@ class EngineProcess:
             # Before anything is awaited: the engine loads while the caller's thread is busy.
             ours.sendall(_frame(config.model_dump_json().encode()))
         writer: asyncio.StreamWriter | None = None
+        watching = asyncio.create_task(_kill_if_stopped(child, stopped_seconds))
         try:
             reader, writer = await asyncio.open_unix_connection(sock=ours)
             first = await _read_messages(reader)
@@ -101,6 +108,8 @@ class EngineProcess:
             child.wait()
             journal.close()
             raise
+        finally:
+            watching.cancel()
         if isinstance(first[0], StartFailed):
             writer.close()
             await asyncio.to_thread(child.wait)
@@ -142,12 +151,30 @@ class EngineProcess:
 
     def cpu_seconds(self) -> float:
         """Processor time of all its threads so far; 0 if the process has ended."""
-        try:
-            with open(f"/proc/{self.child.pid}/stat", "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()
-        except OSError:
+        fields = _stat(self.child.pid)
+        if not fields:
             return 0.0
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _stat(pid: int) -> list[bytes]:
+    """The fields of ``/proc/PID/stat`` from the state on; [] if the process has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()
+    except OSError:
+        return []
+
+
+async def _kill_if_stopped(child: subprocess.Popen[bytes], seconds: float) -> None:
+    """Kill a process that a signal has stopped for so long; waiting for a disk is no stop."""
+    tick = min(seconds / 4, 1.0)
+    stopped = 0.0
+    while stopped < seconds:
+        await asyncio.sleep(tick)
+        stopped = stopped + tick if _stat(child.pid)[:1] == [b"T"] else 0.0
+    logger.error("the engine process was stopped for %g s while it loaded: killed", seconds)
+    child.kill()
 
 
 class ProcessEngineClient(MessageClient):

@@ -96,7 +96,7 @@ class SupervisedEngineClient(MessageClient):
 
         A standby process is spawned then; it does not delay the start.
         """
-        process, first = await EngineProcess.start(config)
+        process, first = await EngineProcess.start(config, hang_seconds)
         client = cls(config, process, hang_seconds, standby)
         client.draw_seed = seed_source(config.model.seed)
         client._dispatch(first)
@@ -277,9 +277,12 @@ class SupervisedEngineClient(MessageClient):
         )
         self._deliver(stream, TokenDelta(request_id=request_id, choices=[], error=error))
 
+    async def _start_process(self) -> Started:
+        return await EngineProcess.start(self._config, self._hang_seconds)
+
     def _start_spare(self) -> None:
         if self._keeps_spare:
-            self._spare = asyncio.create_task(EngineProcess.start(self._config))
+            self._spare = asyncio.create_task(self._start_process())
 
     async def _take_spare(self) -> Started | None:
         """The standby process, if it has not ended."""
@@ -302,7 +305,7 @@ class SupervisedEngineClient(MessageClient):
             if self._barren:
                 await asyncio.sleep(min(2.0 ** (len(self._barren) - 1), _MAX_BACK_OFF))
             try:
-                return await self._take_spare() or await EngineProcess.start(self._config)
+                return await self._take_spare() or await self._start_process()
             except ConfigError as error:
                 logger.error("the engine process cannot be restarted: %s", error)
                 self._barren.append(time.monotonic())
