@@ -41,7 +41,8 @@ class Answer:
         status: of HTTP; 0 if the connection ended before it came.
         tokens, reasons: by choice.
         error: the body of a refusal, or of an error event.
-        gaps: seconds between two events.
+        gaps: seconds between two events of output.
+        silence: the longest time without any byte, comment lines included.
     """
 
     status: int = 0
@@ -54,6 +55,7 @@ class Answer:
     is_done: bool = False
     comments: int = 0
     gaps: list[float] = field(default_factory=list)
+    silence: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -122,7 +124,7 @@ async def ask(
         lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
         answer.status = int(lines[0].split()[1])
         if "transfer-encoding: chunked" not in lines:
-            answer.error = json.loads(await reader.read())["error"]
+            answer.error = json.loads(await reader.read()).get("error")
             return answer
         await _read_events(reader, answer, stop_after)
     except (asyncio.IncompleteReadError, ConnectionError):
@@ -133,16 +135,19 @@ async def ask(
 
 
 async def _read_events(reader: asyncio.StreamReader, answer: Answer, stop_after: int) -> None:
-    last = time.monotonic()
+    last = heard = time.monotonic()
     while size := int(await reader.readuntil(b"\r\n"), 16):
         event = (await reader.readexactly(size + 2))[:-2]
         now = time.monotonic()
-        answer.gaps.append(now - last)
-        last = now
+        answer.silence = max(answer.silence, now - heard)
+        heard = now
         assert not answer.is_done, "something follows [DONE]"
         if event.startswith(b":"):
             answer.comments += 1
-        elif event == b"data: [DONE]\n\n":
+            continue
+        answer.gaps.append(now - last)
+        last = now
+        if event == b"data: [DONE]\n\n":
             answer.is_done = True
         else:
             _take(answer, json.loads(event.removeprefix(b"data: ")))
@@ -169,11 +174,13 @@ def _take(answer: Answer, event: dict[str, Any]) -> None:
             answer.reasons[index] = choice["finish_reason"]
 
 
-def draw_margin(case: Case, choice: int, position: int, logprobs: dict[int, float]) -> float:
+def draw_margin(
+    seed: int, temperature: float, choice: int, position: int, logprobs: dict[int, float]
+) -> float:
     """By how much one token won the draw against another.
 
     Args:
-        logprobs: of the two tokens at this position.
+        logprobs: of the two tokens at this position, at temperature 1.
     """
     import numpy as np
 
@@ -183,6 +190,6 @@ def draw_margin(case: Case, choice: int, position: int, logprobs: dict[int, floa
     for token, logprob in logprobs.items():
         block, place = divmod(token, 256)
         lanes = np.arange(block * 64, block * 64 + 64)[None, :]
-        numbers = gumbels([case.body["seed"]], [choice], [position], 1, lanes)
-        scores.append(logprob / case.body["temperature"] + float(numbers[0, place]))
+        numbers = gumbels([seed], [choice], [position], 1, lanes)
+        scores.append(logprob / temperature + float(numbers[0, place]))
     return abs(scores[0] - scores[1])
