@@ -71,7 +71,7 @@ class Server:
         )
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=10, verify=False, **options)
+        return httpx.Client(base_url=self.url, timeout=120, verify=False, **options)
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         with self.http() as client:
@@ -172,7 +172,7 @@ def start_server(text_parts: tuple[Any, Any]) -> Iterator[StartServer]:
     yield start
     for server, thread in running:
         server.should_exit = True
-        thread.join(timeout=5)
+        thread.join(timeout=120)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ def guarded(start_server):
 
 def status_of_raw(server, request: str) -> int:
     host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=5) as sock:
+    with socket.create_connection((host, int(port)), timeout=120) as sock:
         sock.sendall(request.encode())
         return int(sock.recv(64).split()[1])
 

@@ -18,7 +18,7 @@ from chunkllama_server.transport.connections import ConnectionTable, HttpLimits,
 from chunkllama_server.transport.host_check import is_allowed_host, is_loopback
 
 LIMITS = HttpLimits(
-    header_seconds=5.0,
+    header_seconds=600.0,
     write_seconds=0.4,
     half_close_seconds=1.0,
     linger_seconds=2.0,
@@ -37,7 +37,7 @@ def limited(start_server):
 
 def connect(server) -> socket.socket:
     host, port = server.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=10)
+    return socket.create_connection((host, int(port)), timeout=120)
 
 
 def read_all(sock: socket.socket) -> bytes:
@@ -126,7 +126,7 @@ def test_unread_responses_end_the_connection(limited) -> None:
     with connect(limited) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(0.5)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 600
         with pytest.raises((ConnectionError, BrokenPipeError)):
             while time.monotonic() < deadline:
                 with contextlib.suppress(TimeoutError):

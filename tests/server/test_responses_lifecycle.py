@@ -37,7 +37,7 @@ def events_of(text: str) -> list[dict]:
 
 def wait_until(check) -> None:
     """Background work has no connection to wait on."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 600
     while not check():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.01)
@@ -239,7 +239,7 @@ def test_background_responses_that_come_at_once_are_bounded(start_server, monkey
     """Both find a place when they come; the first to be prepared takes it."""
     server = start_server(background_responses=1)
     server.engine.delay = 0.05
-    prepare, both = routes.prepare, threading.Barrier(2, timeout=20)
+    prepare, both = routes.prepare, threading.Barrier(2, timeout=600)
 
     async def prepare_together(*args):
         await asyncio.to_thread(both.wait)

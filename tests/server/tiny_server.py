@@ -44,7 +44,7 @@ def serve(folder: Path) -> Iterator[TinyServer]:
         yield TinyServer(url, folder, process)
     finally:
         process.terminate()
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=600) == 0
 
 
 def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

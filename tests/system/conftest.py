@@ -24,7 +24,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
 
-    def wait_ready(self, timeout: float = 120) -> None:
+    def wait_ready(self, timeout: float = 600) -> None:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -32,7 +32,7 @@ class Server:
                     f"the server ended with {self.process.returncode}:\n{self.log.read_text()}"
                 )
             try:
-                if httpx.get(self.url + "/health/ready", timeout=2).status_code == 200:
+                if httpx.get(self.url + "/health/ready", timeout=60).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
@@ -43,7 +43,7 @@ class Server:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def metric(self, name: str) -> float:
-        for line in httpx.get(self.url + "/metrics").text.splitlines():
+        for line in httpx.get(self.url + "/metrics", timeout=120).text.splitlines():
             if line.startswith(name) and line[len(name)] in " {":
                 return float(line.rsplit(" ", 1)[1])
         raise AssertionError(f"no metric {name}")
@@ -51,7 +51,7 @@ class Server:
     def stop(self, how: signal.Signals = signal.SIGINT) -> int:
         if self.process.poll() is None:
             self.process.send_signal(how)
-        return self.process.wait(timeout=30)
+        return self.process.wait(timeout=600)
 
 
 StartServer = Callable[..., Server]

