@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -124,6 +125,13 @@ class Served:
     def chat(self, content: str = "hi", **fields: object) -> httpx.Response:
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], **fields}
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=120)
+
+    def resume_engine(self) -> None:
+        """Wait until the engine of ``start_stopping`` has stopped, then let it go on."""
+        (engine,) = psutil.Process(self.process.pid).children()
+        while engine.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.005)
+        engine.resume()
 
     def stop(self, sig: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(sig)

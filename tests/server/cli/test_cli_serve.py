@@ -89,7 +89,7 @@ def test_a_live_stream_finishes_while_new_work_is_refused(start_stopping):
         time.sleep(0.01)
     assert server.get("/health/live").status_code == 200
     assert server.chat().status_code == 503
-    child.resume()
+    server.resume_engine()
     reader.join()
     assert [line for line in events if line][-1] == "data: [DONE]"
     assert server.process.wait(600) == 0
