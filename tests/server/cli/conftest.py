@@ -162,7 +162,8 @@ def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             )
         served = Served(process, f"{scheme}://127.0.0.1:{port}", log, "tiny")
         running.append(served)
-        for _ in range(600):
+        deadline = time.monotonic() + 600
+        while time.monotonic() < deadline:
             try:
                 if served.get("/health/ready", verify=False).status_code == 200:
                     return served
