@@ -51,7 +51,7 @@ struct AttentionArgs {
   const void* kv;                    // one layer of the pool
   float *partial_out, *partial_lse;  // [slots, q_heads, head_dim], [slots, q_heads] (base 2)
   float scale;
-  float tanh_scale;  // 0, or scores q k become tanh(q k * tanh_scale) before `scale` multiplies them
+  float tanh_scale;  // 0, or scores q k become tanh(q k * tanh_scale) before `scale` applies
   // Up to this many query rows per kv head run on the vector units, more on AMX.
   int32_t vector_rows;
 };
