@@ -62,6 +62,14 @@ class ChunkPool:
         self._note_peak()
         return taken
 
+    def show(self, chunk_ids: list[int]) -> None:
+        """Move private chunks to the tree, in use."""
+        for chunk_id in chunk_ids:
+            assert self._states[chunk_id] == ChunkState.PRIVATE, f"chunk {chunk_id} is not private"
+            self._states[chunk_id] = ChunkState.REFERENCED
+        self._counts[ChunkState.PRIVATE] -= len(chunk_ids)
+        self._counts[ChunkState.REFERENCED] += len(chunk_ids)
+
     def set_state(self, chunk_id: int, state: ChunkState) -> None:
         """Move an allocated chunk to another state; FREE gives it back."""
         before = self._states[chunk_id]

@@ -88,13 +88,13 @@ class EvictionOrder:
             entry.share, entry.floor = self._limits_of(name)
             self._classify(name)
 
-    def add(self, owner: str) -> None:
-        """Count a node that joined the tree."""
+    def add(self, owner: str, count: int = 1) -> None:
+        """Count nodes that joined the tree."""
         entry = self._owners.get(owner)
         if entry is None:
             entry = self._owners[owner] = _Owner(*self._limits_of(owner))
             self._reclassify_public()
-        entry.num_nodes += 1
+        entry.num_nodes += count
         self._classify(owner)
 
     def remove(self, owner: str) -> None:

@@ -21,7 +21,7 @@ from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
 from chunkllama.cache.explain import explain_match
 from chunkllama.cache.history import PromptHistory
 from chunkllama.cache.invariants import check_cache
-from chunkllama.cache.node import PUBLIC, Node, encode_tokens
+from chunkllama.cache.node import PUBLIC, TOKEN_BYTES, Node, encode_tokens
 from chunkllama.cache.pins import Pins
 from chunkllama.cache.prefix_tree import Match, PrefixTree
 from chunkllama.cache.sequence_chunks import SequenceChunks
@@ -168,26 +168,25 @@ class CacheManager:
     def _show_prompt(
         self, chunks: SequenceChunks, tokens: Int32Array, admission: Admission
     ) -> None:
-        """Insert the chunks of the known tokens, unfilled, up to the first that exists already."""
-        size, match = self.chunk_size, admission.match
-        first = chunks.num_whole
+        """Insert the chunks of the known tokens, unfilled, unless the first exists already."""
+        size, match, first = self.chunk_size, admission.match, chunks.num_whole
         parent = chunks.path[-1] if chunks.path else self._root
-        end = min(len(tokens), chunks.insert_limit)
-        for depth in range(first, -(-end // size)):
-            key = encode_tokens(tokens[depth * size : min((depth + 1) * size, end)])
-            if self.tree.find_extending(parent, chunks.namespace, key) is not None:
-                return  # an equal chunk is pending: ours is published, or replaced, once it is full
-            chunk_id = int(chunks.ids[depth])
-            node = self.tree.insert(parent, chunks.namespace, key, chunk_id, 0, chunks.tenant)
-            self._append_own(chunks, node)
-            if depth == first and match.copy_source is not None:
-                if admission.reuses_leaf:
-                    node.filled = node.scheduled = min(match.num_copied, node.num_tokens)
-                else:
-                    node.copied_from = (match.copy_source, match.num_copied)
-                    self._copying.append(node)
-            chunks.num_whole += node.num_tokens == size
-            parent = node
+        text = encode_tokens(tokens[first * size : min(len(tokens), chunks.insert_limit)])
+        width = size * TOKEN_BYTES
+        keys = [text[at : at + width] for at in range(0, len(text), width)]
+        if not keys or self.tree.find_extending(parent, chunks.namespace, keys[0]) is not None:
+            return  # an equal chunk is pending: ours is published, or replaced, once it is full
+        ids = chunks.ids[first : first + len(keys)].tolist()
+        nodes = self.tree.insert_path(parent, chunks.namespace, keys, ids, chunks.tenant)
+        chunks.path += nodes
+        chunks.meter += len(nodes) * self._clock()
+        chunks.num_whole += len(text) // width
+        node = nodes[0]
+        if match.copy_source is not None and admission.reuses_leaf:
+            node.filled = node.scheduled = min(match.num_copied, node.num_tokens)
+        elif match.copy_source is not None:
+            node.copied_from = (match.copy_source, match.num_copied)
+            self._copying.append(node)
 
     # -- a running sequence -----------------------------------------------------------------
 

@@ -108,13 +108,18 @@ class PrefixTree:
         (both sides may hold equal chunks), so each exit of the public path is followed.
         """
         public = self._chain(root, key, limit, PUBLIC)
-        matches = [self._usable(root, public, key, limit, namespace)]
+        chains = []
         if namespace != PUBLIC:
             for i, node in enumerate([root, *public]):
                 own = self._chain(node, key, limit, namespace)
                 if own:
-                    chain = public[:i] + own
-                    matches.append(self._usable(root, chain, key, limit, namespace))
+                    chains.append(public[:i] + own)
+        # a tenant's chunks below the last public one give at least what the public path alone gives
+        if not chains or chains[-1][: len(public)] != public:
+            chains.insert(0, public)
+        matches = [self._usable(root, chain, key, limit, namespace) for chain in chains]
+        if len(matches) == 1:
+            return matches[0]
         # from the public path a tenant's whole chunk looks like one to copy: sharing it comes first
         best = max(matches, key=lambda match: (match.num_tokens, len(match.nodes)))
         later = max(matches, key=lambda match: match.num_later_tokens)
@@ -150,11 +155,10 @@ class PrefixTree:
         ready = next((i for i, node in enumerate(chain) if node.scheduled < size), len(chain))
         nodes = chain[:ready]
         end = chain[-1] if chain else root
-        overlaps = list(self._overlaps(end, key, limit, namespace))
-        copyable = overlaps
+        overlaps = copyable = self._overlaps(end, key, limit, namespace)
         if ready < len(chain):
             parent = nodes[-1] if nodes else root
-            copyable = list(self._overlaps(parent, key, limit, namespace))
+            copyable = self._overlaps(parent, key, limit, namespace)
         source, copied = None, 0
         for node, tokens in _copyable(copyable):
             if tokens > copied:
@@ -174,16 +178,18 @@ class PrefixTree:
 
     def _overlaps(
         self, parent: Node, key: bytes, limit: int, namespace: str
-    ) -> Iterator[tuple[Node, int]]:
+    ) -> list[tuple[Node, int]]:
         """Children of ``parent`` next to ``key`` and how many tokens they share with it."""
         start = (parent.depth + 1) * self.pool.chunk_size
         end = min(start + self.pool.chunk_size, limit)
-        if end <= start:
-            return
+        if end <= start or not parent.children:
+            return []
         rest = key[start * TOKEN_BYTES : end * TOKEN_BYTES]
-        for children in parent.visible_children(namespace):
-            for node in children.neighbours(rest):
-                yield node, common_prefix(node.key, rest)
+        return [
+            (node, common_prefix(node.key, rest))
+            for children in parent.visible_children(namespace)
+            for node in children.neighbours(rest)
+        ]
 
     # -- structure --------------------------------------------------------------------------
 
@@ -223,6 +229,29 @@ class PrefixTree:
         self.pool.set_state(chunk_id, ChunkState.CACHED)
         self._touch(node)
         return node
+
+    def insert_path(
+        self, parent: Node, namespace: str, keys: list[bytes], chunk_ids: list[int], owner: str
+    ) -> list[Node]:
+        """Add nodes, each below the one before, that a sequence uses and is about to compute.
+
+        The same as ``insert`` and ``acquire`` of each, at less cost for a long prompt.
+        """
+        assert parent.namespace in (PUBLIC, namespace), "a node below another tenant's"
+        now, path = self.usage.now(), []
+        for key, chunk_id in zip(keys, chunk_ids, strict=True):
+            node = Node(parent, namespace, key, chunk_id, 0, owner)
+            node.num_sequences, node.shares_since = 1, now
+            siblings = parent.children.get(namespace)
+            if siblings is None:
+                siblings = parent.children[namespace] = Children()
+            siblings.add(node)
+            path.append(node)
+            parent = node
+        self.num_nodes += len(path)
+        self.order.add(owner, len(path))
+        self.pool.show(chunk_ids)
+        return path
 
     def rekey(self, node: Node, key: bytes) -> None:
         """Give a leaf other tokens: a tail that grew, a partial leaf that was cut or reused."""

@@ -13,7 +13,6 @@ together, so those that wait for a slot are not held back once one of them runs.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Final
 
 from chunkllama.cache.manager import CacheManager, Match
@@ -39,8 +38,9 @@ class Headroom:
         self._lifecycle = lifecycle
         self._cache = cache
         self._is_active = limits.policy == "fair" and lifecycle.accounts.are_several
-        self._slots: Counter[str] = Counter()
-        self._chunks: Counter[str] = Counter()
+        self._slots: dict[str, int] = {}
+        self._chunks: dict[str, int] = {}
+        self._num_slots = 0  # of all tenants
         self._promised_slots = 0  # to beams that running searches will still fork
         self.promised = lifecycle.admission.reserved(lifecycle.running.by_age)
         if self._is_active:
@@ -56,21 +56,23 @@ class Headroom:
     def _count(self, sequence: Sequence) -> None:
         tenant, chunks = sequence.group.request.tenant, sequence.chunks
         assert chunks is not None
-        slots = _num_slots(sequence.group)
-        self._slots[tenant] += slots
+        slots = 1 if sequence.group.beam is None else _num_slots(sequence.group)
+        self._slots[tenant] = self._slots.get(tenant, 0) + slots
+        self._num_slots += slots
         self._promised_slots += slots - 1
-        self._chunks[tenant] += len(chunks.ids) - chunks.num_shared
+        own = len(chunks.ids) - chunks.num_shared
+        self._chunks[tenant] = self._chunks.get(tenant, 0) + own
 
     def remains(self, sequence: Sequence, match: Match) -> bool:
         """Whether enough is left to other tenants if the sequence starts; it shares ``match``."""
         tenant, group = sequence.group.request.tenant, sequence.group
-        if not self._is_active or not tenant or not self._slots[tenant]:
+        if not self._is_active or not tenant or tenant not in self._slots:
             return True
         if group.beam is not None and group.is_running:
             return True
         slots = _num_slots(group)
         free_slots = self._lifecycle.running.num_free_slots - self._promised_slots - slots
-        runs_alone = self._slots[tenant] == self._slots.total()
+        runs_alone = self._slots[tenant] == self._num_slots
         if free_slots < runs_alone or self._slots[tenant] + slots > HEADROOM * (free_slots + 1):
             return False
         more = self._lifecycle.admission.num_needed(sequence, match)

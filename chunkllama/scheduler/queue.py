@@ -48,7 +48,6 @@ class TenantQueue:
         parked: sequences of all tenants that may not start now.
 
     Attributes:
-        clock: the tenant's clock plus the cost of what was started since, in virtual tokens.
         overtaken: tokens of younger requests started since an oldest one did. An oldest that leaves
             without a start, or comes back, resets nothing: the next one has waited meanwhile.
         num_parked: its sequences among ``parked``.
@@ -57,7 +56,6 @@ class TenantQueue:
 
     def __init__(self, parked: Container[Sequence]) -> None:
         self.by_age: list[Sequence] = []
-        self.clock = 0.0
         self.overtaken = 0
         self.num_parked = 0
         self.oldest_age = (0, 0)
@@ -137,6 +135,7 @@ class WaitingQueue:
         self._least_shared = max(least_shared, 1)
         self._tenants: dict[str, TenantQueue] = {}
         self._open: dict[str, None] = {}  # tenants that have started one, in order of start
+        self._emptied: set[str] = set()  # tenants whose last sequence has left, to be dropped
         self._parked: dict[Sequence, Hashable] = {}  # with the reason, which several may share
         self._by_reason: dict[Hashable, list[Sequence]] = {}
         self.blocked: set[str] = set()  # tenants left out of the order being made
@@ -161,8 +160,11 @@ class WaitingQueue:
         self._size += 1
 
     def remove(self, sequence: Sequence) -> None:
-        queue = self._tenants[self._tenant(sequence)]
+        tenant = self._tenant(sequence)
+        queue = self._tenants[tenant]
         queue.remove(sequence)
+        if not queue.by_age:
+            self._emptied.add(tenant)
         self._size -= 1
         if sequence in self._parked:
             reason = self._parked.pop(sequence)
@@ -189,12 +191,10 @@ class WaitingQueue:
         """Reasons of the sequences that are parked."""
         return list(self._by_reason)
 
-    def started(self, sequence: Sequence, cost: int, weight: float) -> None:
+    def started(self, sequence: Sequence, cost: int) -> None:
         """Note that a sequence which costs ``cost`` virtual tokens is about to start."""
         tenant = self._tenant(sequence)
-        queue = self._tenants[tenant]
-        queue.started(sequence, cost)
-        queue.clock += cost / weight
+        self._tenants[tenant].started(sequence, cost)
         self._open.setdefault(tenant)
 
     def may_overtake(self, sequence: Sequence) -> bool:
@@ -214,7 +214,8 @@ class WaitingQueue:
         """The order of admission; the caller may start each sequence it is given.
 
         Args:
-            clocks: of every tenant with waiting sequences, the cost of running ones included.
+            clocks: of every tenant with waiting sequences, the cost of running ones included; the
+                caller adds that of each sequence it starts.
         """
         self.blocked.clear()
         if self._policy == "fcfs":
@@ -232,10 +233,11 @@ class WaitingQueue:
             if not queue.by_age or tenant in self.blocked:
                 heapq.heappop(heap)
                 continue
-            if queue.clock != clock:
-                heapq.heapreplace(heap, (queue.clock, age, tenant))
+            now = clocks.get(tenant, 0.0)
+            if now != clock:
+                heapq.heapreplace(heap, (now, age, tenant))
                 continue
-            chosen = self._continuation(continuing, clock, passed)
+            chosen = self._continuation(continuing, clocks, clock, passed)
             if chosen is None:
                 if tenant not in oldest:
                     oldest[tenant] = iter(list(queue.by_age))
@@ -248,23 +250,25 @@ class WaitingQueue:
 
     def _heap(self, clocks: Mapping[str, float]) -> list[tuple[float, tuple[int, int], str]]:
         """Tenants that could start a sequence, the one with the lowest clock first."""
-        heap: list[tuple[float, tuple[int, int], str]] = []
-        empty: list[str] = []
-        for name, queue in self._tenants.items():
-            if not queue.by_age:
-                empty.append(name)
-                continue
-            queue.clock = clock = clocks.get(name, 0.0)
-            if queue.num_parked < len(queue.by_age):
-                heap.append((clock, queue.oldest_age, name))
-        for name in empty:
-            del self._tenants[name]
-            self._open.pop(name, None)
+        for name in self._emptied:
+            if not self._tenants[name].by_age:
+                del self._tenants[name]
+                self._open.pop(name, None)
+        self._emptied.clear()
+        heap = [
+            (clocks.get(name, 0.0), queue.oldest_age, name)
+            for name, queue in self._tenants.items()
+            if queue.num_parked < len(queue.by_age)
+        ]
         heapq.heapify(heap)
         return heap
 
     def _continuation(
-        self, continuing: list[str], lowest: float, passed: Container[Sequence]
+        self,
+        continuing: list[str],
+        clocks: Mapping[str, float],
+        lowest: float,
+        passed: Container[Sequence],
     ) -> Sequence | None:
         """The next of the groups in progress whose tenants may continue, the first begun first.
 
@@ -276,7 +280,7 @@ class WaitingQueue:
             if (
                 continuing[-1] not in self.blocked
                 and queue.num_parked < len(queue.by_age)
-                and queue.clock < lowest + self._quantum
+                and clocks.get(continuing[-1], 0.0) < lowest + self._quantum
             ):
                 follower = self._follower(queue, passed)
                 if follower is not None:

@@ -87,7 +87,7 @@ class SequenceLifecycle:
         group = sequence.group
         cost = sequence.num_tokens - match.num_tokens
         account = self.accounts[group.request.tenant]
-        self.waiting.started(sequence, cost, account.weight)
+        self.waiting.started(sequence, cost)
         self.waiting.remove(sequence)
         account.num_running += not group.is_running
         sequence.num_admitted = sequence.num_tokens

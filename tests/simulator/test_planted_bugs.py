@@ -164,14 +164,15 @@ def adopted_chunk_freed_while_read(patch: Patch) -> None:
 
 def slot_of_a_later_step_read(patch: Patch) -> None:
     """Nodes that a leader will fill some steps later count as there."""
-    insert = PrefixTree.insert
+    insert_path = PrefixTree.insert_path
 
-    def promised(self: PrefixTree, *args: object) -> Node:
-        node = insert(self, *args)
-        node.scheduled = node.num_tokens
-        return node
+    def promised(self: PrefixTree, *args: object) -> list[Node]:
+        path = insert_path(self, *args)
+        for node in path:
+            node.scheduled = node.num_tokens
+        return path
 
-    patch.setattr(PrefixTree, "insert", promised)
+    patch.setattr(PrefixTree, "insert_path", promised)
 
 
 def unfilled_nodes_left_behind(patch: Patch) -> None:
