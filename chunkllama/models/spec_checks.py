@@ -73,7 +73,8 @@ def check_numbers(spec: ModelSpec, path: Path) -> None:
     """
     values: list[tuple[str, object, float, float]] = [
         ("rms_norm_eps", spec.rms_norm_eps, 0.0, 1.0),
-        ("max_position_embeddings", spec.max_position, 1, _MAX_POSITIONS),
+        # A prompt and a token after it.
+        ("max_position_embeddings", spec.max_position, 2, _MAX_POSITIONS),
         ("hidden_size", spec.hidden_size, 1, _MAX_SIZE),
         ("intermediate_size", spec.intermediate_size, 1, _MAX_SIZE),
         ("head_dim", spec.head_dim, 2, 1024),

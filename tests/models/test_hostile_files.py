@@ -95,6 +95,7 @@ def test_unusable_sampling_defaults_are_left_out_with_a_warning(
         ({"rope_theta": float("inf")}, "rope_theta"),
         ({"rope_theta": 0.5}, "rope_theta"),
         ({"max_position_embeddings": 2**31 - 1}, "max_position_embeddings"),
+        ({"max_position_embeddings": 1}, "max_position_embeddings"),
         ({"head_dim": 2**20}, "head_dim"),
         ({"hidden_size": 10**400}, "hidden_size"),
         ({"architectures": 5}, "unsupported architecture 5"),

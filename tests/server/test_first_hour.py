@@ -33,6 +33,9 @@ SPELLINGS = [
     ("/v2/x", "/v2/x"),
     ("/modelsx", "/modelsx"),
     ("/dashboard", "/dashboard"),
+    ("/v1" * 9000 + "/models", "/v1/models"),
+    ("/v1" * 9000, "/v1/v1"),
+    ("/" * 30_000 + "health" + "/" * 30_000, "/health"),
 ]
 
 

@@ -128,6 +128,25 @@ def test_every_route_of_the_admin_port_by_key(start_server, admin_host, operator
     assert asyncio.run(ask()) == expected
 
 
+@pytest.mark.parametrize(
+    ("admin_host", "name", "status"),
+    [("127.0.0.1", "evil.example", 403), ("127.0.0.1", "localhost:9000", 200),
+     ("127.0.0.1", "llm.example.org", 200), ("0.0.0.0", "metrics.example.org", 200)],
+)  # fmt: skip
+def test_a_rebound_name_does_not_reach_a_local_admin_port(
+    start_server, admin_host, name, status
+) -> None:
+    server = start_server(admin_host=admin_host, host="0.0.0.0", allowed_hosts=["llm.example.org"])
+    admin = create_admin_app(server.app.state.context)
+
+    async def ask() -> int:
+        transport = httpx.ASGITransport(admin)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+            return (await http.get("/health/live/", headers={"host": name})).status_code
+
+    assert asyncio.run(ask()) == status
+
+
 def _complete(server, key: str) -> None:
     body = {"model": "alias", "prompt": "say(ab)yas", "max_tokens": 2}
     assert server.post("/v1/completions", body, **{"x-api-key": key}).status_code == 200
