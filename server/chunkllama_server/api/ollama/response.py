@@ -16,7 +16,7 @@ from chunkllama.text.output_processor import OutputDelta
 from chunkllama_server.api.chat.history import readable_arguments
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.schema.ollama import OllamaCounts, OllamaToolCall
-from chunkllama_server.api.tools.parsers import CallDelta, OutputParser, Parsed, PlainText
+from chunkllama_server.api.tools.parsers import CallDelta, OutputParser, PlainText
 from chunkllama_server.transport.sse import StreamForm
 
 _NANOSECONDS = 1_000_000_000
@@ -85,8 +85,7 @@ class OllamaAnswer:
             self._first = time.monotonic()
         parsed = self.parser.feed(piece.text)
         if piece.finish_reason is not None:
-            rest = self.parser.finish()
-            parsed = Parsed(parsed.content + rest.content, parsed.calls + rest.calls)
+            parsed.extend(self.parser.finish())
             self._reason = piece.finish_reason
         calls = [made for call in parsed.calls if (made := self._add(call)) is not None]
         if piece.finish_reason is not None and self._call is not None:
