@@ -273,8 +273,15 @@ def _add_verify(app: typer.Typer) -> None:
     app.command()(verify)
 
 
+def _add_batch(app: typer.Typer) -> None:
+    from chunkllama_server.batch_command import batch
+
+    app.command()(batch)
+
+
 _COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "serve": _add_serve,
+    "batch": _add_batch,
     "bench": _add_bench,
     "capacity": _add_capacity,
     "demo": _add_demo,

@@ -62,6 +62,7 @@ class Server:
     url: str
     engine: Any
     app: Any
+    stop: Callable[[], None]
 
     def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
         # verify: reading the certificate store would take longer than most tests.
@@ -110,7 +111,9 @@ def text_parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="session")
-def start_server(text_parts: tuple[Any, Any]) -> Iterator[StartServer]:
+def start_server(
+    text_parts: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[StartServer]:
     """Start servers with settings of one's own; they end with the session."""
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
@@ -135,6 +138,7 @@ def start_server(text_parts: tuple[Any, Any]) -> Iterator[StartServer]:
         tracing = settings.pop("tracing", None)
         # Its requests come when nothing else runs, so a test that counts requests must ask for it.
         settings.setdefault("idle_prefill", False)
+        settings.setdefault("files_dir", tmp_path_factory.mktemp("files") / "folder")
         configured = Settings(served_model_name=(MODEL, "alias"), **settings)
         grammars = GrammarChecker(lambda: allow_all, configured)
         app = create_app(
@@ -167,7 +171,12 @@ def start_server(text_parts: tuple[Any, Any]) -> Iterator[StartServer]:
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
         running.append((server, thread))
-        return Server(f"http://127.0.0.1:{port}", engine, app)
+
+        def stop() -> None:
+            server.should_exit = True
+            thread.join()
+
+        return Server(f"http://127.0.0.1:{port}", engine, app, stop)
 
     yield start
     for server, thread in running:

@@ -35,6 +35,7 @@ def serve(folder: Path) -> Iterator[TinyServer]:
         *(sys.executable, "-m", "chunkllama_server.cli", "serve", "--model", str(folder)),
         *("--served-model-name", MODEL, "--port", str(port)),
         *("--num-chunks", "64", "--max-model-len", str(MAX_MODEL_LEN), "--threads", "1"),
+        *("--files-dir", str(folder / "files")),
     ]
     url = f"http://127.0.0.1:{port}"
     with (folder / "log").open("wb") as log:

@@ -37,7 +37,7 @@ def create_admin_app(context: ServerContext) -> FastAPI:
     install_error_handlers(app)
     # From innermost to outermost, as on the main port.
     app.add_middleware(MethodMiddleware, routes=app.routes)
-    app.add_middleware(BodyLimitMiddleware, limits=settings)
+    app.add_middleware(BodyLimitMiddleware, settings=settings)
     app.add_middleware(PathMiddleware, root_path="")
     is_local = is_loopback(settings.admin_host)
     app.add_middleware(AdminAuthMiddleware, tenants=context.tenants, is_local=is_local)

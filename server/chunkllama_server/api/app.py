@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
 from chunkllama.logger import init_logger
+from chunkllama.resources import cache_folder
 from chunkllama_server.api import (
     cache,
     divergence,
@@ -26,6 +27,9 @@ from chunkllama_server.api import (
     usage,
 )
 from chunkllama_server.api.anthropic import routes as anthropic
+from chunkllama_server.api.batch import routes as batch
+from chunkllama_server.api.batch.runner import BatchRunner, Reply
+from chunkllama_server.api.batch.store import FileStore
 from chunkllama_server.api.chat import routes as chat
 from chunkllama_server.api.common.admission import ChargedEngine, QueueLimits
 from chunkllama_server.api.common.background import BackgroundResponses
@@ -47,6 +51,7 @@ from chunkllama_server.transport.auth import AuthMiddleware, Tenants
 from chunkllama_server.transport.body import BodyLimitMiddleware
 from chunkllama_server.transport.errors import install_error_handlers
 from chunkllama_server.transport.host_check import HostCheckMiddleware, is_loopback
+from chunkllama_server.transport.internal import call_route
 from chunkllama_server.transport.paths import MethodMiddleware, PathMiddleware
 from chunkllama_server.transport.request_context import RequestInfoMiddleware
 
@@ -54,6 +59,7 @@ logger = init_logger(__name__)
 
 # Routes of other servers' protocols, which the setting turns off.
 PROTOCOLS = {"anthropic": anthropic.router, "ollama": ollama.router, "tgi": tgi.router}
+GAP_TOKENS = 1024  # prompt tokens that may wait when a batch's next line is begun
 WAITING_POOLS = 64  # chunks that may be waited for, in sizes of the pool, unless set
 DESCRIPTION = (
     "OpenAI-compatible API of ChunkLlama. Errors are OpenAI error bodies; unknown fields are "
@@ -113,6 +119,8 @@ def create_app(
         generation_defaults=generation_defaults or {},
     )
     context.metrics.begin_at_zero(tenants.keys)
+    engine_queue = context.engine
+    assert isinstance(engine_queue, ChargedEngine)
     text.share = lambda tenant: tenants.quotas(tenant).tokenizer_share or 1.0
     context.metrics.describe(settings.model_names[0], engine.info, __version__)
     lag = LoopLag(context.metrics.registry)
@@ -120,8 +128,12 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         lag.start(asyncio.get_running_loop())
+        if context.batches is not None:
+            await context.batches.resume()
         yield
         lag.stop()
+        if context.batches is not None:
+            await context.batches.close()
         await context.background.close()
         if context.idle is not None:
             await context.idle.close()
@@ -140,6 +152,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.context = context
+    context.batches = _batch_runner(app, engine_queue, settings, tenants)
     for protocol, router in PROTOCOLS.items():
         if protocol in settings.protocols:
             app.include_router(router)
@@ -149,6 +162,7 @@ def create_app(
         responses,
         embeddings,
         tokenize,
+        batch,
         unsupported,
         cache,
         models,
@@ -173,6 +187,31 @@ def create_app(
     return app
 
 
+def _batch_runner(
+    app: FastAPI, engine: ChargedEngine, settings: Settings, tenants: Tenants
+) -> BatchRunner | None:
+    """The runner of batch jobs; None where they are turned off."""
+    if not settings.batches:
+        return None
+
+    def budget(tenant: str) -> int:
+        own = tenants.quotas(tenant).file_bytes
+        return settings.file_bytes if own is None else own
+
+    async def call(tenant: str, path: str, body: dict[str, Any], request_id: str) -> Reply:
+        return Reply(*await call_route(app, tenant, path, body, request_id))
+
+    folder = settings.files_dir or cache_folder() / "files"
+    running = settings.batch_requests or max(settings.max_num_seqs * 3 // 4, 1)
+    return BatchRunner(
+        FileStore(folder, budget, settings.file_seconds),
+        call,
+        lambda: engine.has_gap(GAP_TOKENS),
+        running,
+        settings.batch_lines,
+    )
+
+
 def _queue_limits(settings: Settings, engine: EngineClient) -> QueueLimits:
     chunks = settings.max_waiting_chunks
     return QueueLimits(
@@ -188,7 +227,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     """Add, from innermost to outermost: methods, body limit, paths, keys, CORS, ids, traces."""
     settings = context.settings
     app.add_middleware(MethodMiddleware, routes=app.routes)
-    app.add_middleware(BodyLimitMiddleware, limits=settings)
+    app.add_middleware(BodyLimitMiddleware, settings=settings)
     # Inside the key check: only the exact spellings of open paths are open.
     app.add_middleware(PathMiddleware, root_path=settings.root_path)
     app.add_middleware(

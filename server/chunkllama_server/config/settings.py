@@ -30,6 +30,7 @@ from chunkllama.engine.faults import TEST_MODE
 from chunkllama.engine.faults import VARIABLE as FAULTS
 from chunkllama.errors import ConfigError
 from chunkllama_server.config.api_keys import KeyEntry, parse_key
+from chunkllama_server.config.batches import BatchConfig
 from chunkllama_server.config.files import read_text, read_yaml
 from chunkllama_server.config.limits import LimitsConfig
 
@@ -272,13 +273,22 @@ class ServerConfig(ConfigGroup):
 _ENGINE_GROUPS = (ModelConfig, CacheConfig, SchedulerConfig, LogConfig)
 
 
-class Settings(ServerConfig, LimitsConfig, LogConfig, SchedulerConfig, CacheConfig, ModelConfig):
+class Settings(
+    ServerConfig,
+    LimitsConfig,
+    BatchConfig,
+    LogConfig,
+    SchedulerConfig,
+    CacheConfig,
+    ModelConfig,
+):
     """All keys of all groups."""
 
     groups: ClassVar[tuple[type[ConfigGroup], ...]] = (
         *_ENGINE_GROUPS,
         ServerConfig,
         LimitsConfig,
+        BatchConfig,
     )
 
     @property

@@ -85,6 +85,11 @@ class TenantQuotas(BaseModel):
         description="Responses stored for previous_response_id; the oldest are dropped. Default: "
         "response_store_items, of which the tenant with most loses first.",
     )
+    file_bytes: Annotated[int, _Number, Field(ge=0, le=10**15)] | None = Field(
+        default=None,
+        description="Bytes of stored files and results of batches. Default: the setting "
+        "file_bytes.",
+    )
     tokenizer_share: Share | None = Field(
         default=None,
         description="Share of the tokenizer threads' time relative to other tenants whose long "

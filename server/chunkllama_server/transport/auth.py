@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from chunkllama.logger import tenant_context
 from chunkllama_server.config.tenants import NO_QUOTAS, TenantQuotas
 from chunkllama_server.transport.errors import ApiError
+from chunkllama_server.transport.internal import INTERNAL_TENANT
 from chunkllama_server.transport.rate_limit import RateLimiter
 from chunkllama_server.transport.request_context import request_info
 
@@ -183,6 +184,12 @@ class AuthMiddleware:
         return path.removeprefix(self._root_path).rstrip("/") in paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if INTERNAL_TENANT in scope:
+            info = request_info(scope)
+            info.tenant, info.is_batch = scope[INTERNAL_TENANT], True
+            tenant_context.set(info.tenant)
+            await self._app(scope, receive, send)
+            return
         if scope["type"] != "http" or not self._keys:
             await self._app(scope, receive, send)
             return

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
+from chunkllama_server.config.settings import Settings
 from chunkllama_server.transport.errors import ApiError, exceeded, invalid
 from chunkllama_server.transport.paths import names_json
 
@@ -182,6 +183,9 @@ class StrictRequest(Request):
         return self.translate(parsed, self.scope)
 
 
+FILES_PATH = "/v1/files"  # its body is an uploaded file
+
+
 class JsonRoute(APIRoute):
     """A route whose bodies are read by ``parse_json``."""
 
@@ -211,26 +215,24 @@ class JsonRoute(APIRoute):
 
 
 class BodyLimitMiddleware:
-    """Refuses bodies over ``max_body_bytes`` with 413, by Content-Length or as they arrive, and
-    compressed ones with 415.
+    """Refuses bodies over ``max_body_bytes`` with 413, by Content-Length or as they arrive.
+
+    Uploaded files have a limit of their own.
     """
 
-    def __init__(self, app: ASGIApp, limits: LimitsConfig) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._limits = limits
-        self._max_bytes = limits.max_body_bytes
+        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        if headers.get(b"content-encoding", b"identity") != b"identity":
-            error = ApiError(415, "Compressed request bodies are not accepted")
-            await error.response(scope)(scope, receive, send)
-            return
-        if int(headers.get(b"content-length", b"0")) > self._max_bytes:
-            await self._too_large().response(scope)(scope, receive, send)
+        key = "max_file_bytes" if scope["path"].endswith(FILES_PATH) else "max_body_bytes"
+        most: int = getattr(self._settings, key)
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if int(announced) > most:
+            await self._too_large(key).response(scope)(scope, receive, send)
             return
         num_bytes = 0
 
@@ -238,14 +240,14 @@ class BodyLimitMiddleware:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
-                raise self._too_large()
+            if num_bytes > most:
+                raise self._too_large(key)
             return message
 
         await self._app(scope, receive_counted, send)
 
-    def _too_large(self) -> ApiError:
-        error = exceeded(self._limits, "max_body_bytes")
+    def _too_large(self, key: str) -> ApiError:
+        error = exceeded(self._settings, key)
         # The rest of the body is not read, so the connection cannot be used again.
         error.headers = {"connection": "close"}
         return error

@@ -13,7 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 _SLASHES = re.compile(r"/{2,}")
 _REPEATED = re.compile(r"^(?:/v1)+(?=/v1/)")
 # First parts of paths below /v1, and of paths that are not.
-_BELOW_V1 = frozenset(("chat", "completions", "responses", "embeddings", "models", "messages"))
+_BELOW_V1 = frozenset(
+    ("chat", "completions", "responses", "embeddings", "models", "messages", "files", "batches")
+)
 _BESIDE_V1 = frozenset(("tokenize", "detokenize", "health", "metrics", "version", "api"))
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 

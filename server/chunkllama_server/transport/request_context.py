@@ -34,6 +34,7 @@ class RequestInfo:
         headers: added to its response.
         rates: rate limits of its tenant; their headers are added, too.
         charge: tokens it was charged for.
+        is_batch: it is a line of a batch, which is served after other requests of its tenant.
         runs_on: its work goes on after it has ended, and settles the charge.
         harmless, unknown: paths of the body's fields that have no effect, as the translation of
             its dialect found them: known to have none, and unknown.
@@ -47,6 +48,7 @@ class RequestInfo:
     headers: dict[str, str] = field(default_factory=dict)
     rates: RateLimiter = field(default_factory=RateLimiter)
     charge: TokenCharge = field(default_factory=TokenCharge)
+    is_batch: bool = False
     runs_on: bool = False
     harmless: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)

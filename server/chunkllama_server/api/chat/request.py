@@ -18,6 +18,7 @@ from chunkllama_server.api.common.context import ServerContext, check_stream_opt
 from chunkllama_server.api.common.prompt_cache import CachePlan, cache_plan
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.sampling import (
+    BATCH_PRIORITY,
     check_lengths,
     check_prompt_ids,
     request_priority,
@@ -155,14 +156,15 @@ class PreparedChat:
             tenant=info.tenant,
             cache_until=cache.until,
             pin_seconds=cache.pin_seconds,
-            priority=request_priority(
-                body.priority,
-                body.service_tier,
-                info.tenant,
-                self.context.highest_priority(info.tenant),
-            ),
+            priority=self._priority(info),
             explain=info.wants_explanation or bool(body.explain_cache),
         )
+
+    def _priority(self, info: RequestInfo) -> int:
+        if info.is_batch:
+            return BATCH_PRIORITY
+        highest = self.context.highest_priority(info.tenant)
+        return request_priority(self.body.priority, self.body.service_tier, info.tenant, highest)
 
     def _cache_plan(self) -> CachePlan:
         """What is stored of the prompt; the longest time asked for holds for all of it."""

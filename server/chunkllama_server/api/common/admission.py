@@ -154,6 +154,10 @@ class ChargedEngine:
     def is_ready(self) -> bool:
         return self._engine.is_ready
 
+    def has_gap(self, waiting_tokens: int) -> bool:
+        """Whether a request would run at once, behind at most so many waiting prompt tokens."""
+        return self.num_sequences < self._max_running and self.tokens_waiting < waiting_tokens
+
     async def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
         """As ``EngineClient.generate``.
 

@@ -14,6 +14,7 @@ from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
 from chunkllama.errors import EngineDeadError
 from chunkllama.messages import EngineRequest
+from chunkllama_server.api.batch.runner import BatchRunner
 from chunkllama_server.api.common.background import BackgroundResponses
 from chunkllama_server.api.common.field_limits import check_field_limits
 from chunkllama_server.api.common.idle_prefill import IdlePrefill
@@ -77,6 +78,7 @@ class ServerContext:
         generation_defaults: the model's own sampling values, for fields a client leaves out.
         reads, operator_reads: of metrics and dashboards, by tenants and by operators.
         history: the engine's last minutes, for the dashboard.
+        batches: files and batch jobs; None where they are turned off.
         created: Unix time at which the application was built, for /v1/models.
         idle: prefills while no request runs; None where that is off.
         fingerprint: version and backend; changes whenever outputs may change.
@@ -92,6 +94,7 @@ class ServerContext:
     tenants: Tenants
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
     idle: IdlePrefill | None = None
+    batches: BatchRunner | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     reads: SharedReads = field(default_factory=SharedReads)
     operator_reads: SharedReads = field(default_factory=SharedReads)

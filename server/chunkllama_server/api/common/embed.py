@@ -12,7 +12,11 @@ from chunkllama.sampling_params import SamplingParams
 from chunkllama_server.api.common.context import ServerContext
 from chunkllama_server.api.common.prompt_cache import cache_plan
 from chunkllama_server.api.common.request_stream import RequestStream
-from chunkllama_server.api.common.sampling import check_lengths, check_prompt_ids
+from chunkllama_server.api.common.sampling import (
+    BATCH_PRIORITY,
+    check_lengths,
+    check_prompt_ids,
+)
 from chunkllama_server.api.common.text_service import texts_size
 from chunkllama_server.api.schema.embeddings import EmbeddingRequest
 from chunkllama_server.transport.errors import invalid
@@ -83,6 +87,7 @@ async def embed_inputs(
             wants_hidden_states=context.settings.embedding_pooling,
             cache_until=cache.until,
             pin_seconds=cache.pin_seconds,
+            priority=BATCH_PRIORITY if info.is_batch else 0,
         )
         for ids in prompts
     ]

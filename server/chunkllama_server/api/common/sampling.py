@@ -14,6 +14,7 @@ from chunkllama_server.transport.errors import invalid
 
 T = TypeVar("T")
 
+BATCH_PRIORITY = 1000  # of a batch's lines: behind every other request of their tenant
 PRIORITY_OF_TIER = {"flex": 10, "priority": -10, "fast": -10}
 
 

@@ -10,6 +10,7 @@ from chunkllama_server.api.common.context import ServerContext, check_stream_opt
 from chunkllama_server.api.common.prompt_cache import cache_plan
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.sampling import (
+    BATCH_PRIORITY,
     check_lengths,
     check_prompt_ids,
     request_priority,
@@ -132,7 +133,11 @@ async def completion_streams(
     cache = cache_plan(body, context.settings)
     namespace = context.tenants.namespace(info.tenant, body.cache_salt)
     highest = context.highest_priority(info.tenant)
-    priority = request_priority(body.priority, None, info.tenant, highest)
+    priority = (
+        BATCH_PRIORITY
+        if info.is_batch
+        else request_priority(body.priority, None, info.tenant, highest)
+    )
     generations = [
         RequestStream(
             context.engine,

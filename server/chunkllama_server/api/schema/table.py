@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from chunkllama_server.api.schema.anthropic import CountTokensRequest, MessagesRequest
+from chunkllama_server.api.schema.batch import BatchRequest
 from chunkllama_server.api.schema.cache import ExplainRequest
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.schema.completions import CompletionRequest
@@ -41,6 +42,7 @@ REQUESTS: dict[str, type[BaseModel]] = {
     "POST /api/show": OllamaShowRequest,
     "POST /generate, /generate_stream": TgiRequest,
     "POST /": TgiCompatRequest,
+    "POST /v1/batches": BatchRequest,
     "POST /tokenize": TokenizeRequest,
     "POST /detokenize": DetokenizeRequest,
     "POST /v1/cache/explain": ExplainRequest,

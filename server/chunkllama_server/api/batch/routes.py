@@ -1,0 +1,270 @@
+"""Serve /v1/files and /v1/batches: stored files, and jobs that run their lines."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar
+
+from fastapi import APIRouter, Form, Query, Request, UploadFile
+from starlette.responses import FileResponse, Response
+
+from chunkllama_server.api.batch.runner import BatchRunner
+from chunkllama_server.api.batch.store import ENDED, FileStore, StoredBatch, StoredFile
+from chunkllama_server.api.common.context import Context, ServerContext
+from chunkllama_server.api.openapi import refusals
+from chunkllama_server.api.schema.batch import (
+    BatchList,
+    BatchObject,
+    BatchRequest,
+    DeletedFile,
+    FileList,
+    FileObject,
+)
+from chunkllama_server.transport.body import JsonRoute
+from chunkllama_server.transport.errors import ApiError, exceeded, invalid
+from chunkllama_server.transport.request_context import request_info
+
+router = APIRouter(route_class=JsonRoute, tags=["batch"])
+
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_MIN_SECONDS, _MAX_SECONDS = 3600, 2_592_000
+_BLOCK = 1 << 20
+_FILE_NAME_CHARS = 256
+_GET = refusals(400, 401, 404, 405, 503)
+_POST = refusals(400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503)
+
+
+def _runner(context: ServerContext) -> BatchRunner:
+    """The runner of this server, with its store open.
+
+    Raises:
+        ApiError: 404 where files are turned off, 503 where the folder cannot be used.
+    """
+    runner = context.batches
+    if runner is None:
+        raise ApiError(
+            404, "Files and batches are turned off on this server", code="files_disabled"
+        )
+    runner.store.open()
+    return runner
+
+
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    while block := file.read(_BLOCK):
+        yield block
+
+
+def _missing(kind: str, name: str) -> ApiError:
+    return ApiError(404, f"No {kind} {name[:100]!r} is stored", f"{kind}_id", f"{kind}_not_found")
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+@router.post("/v1/files", responses=_POST)
+async def upload_file(
+    request: Request,
+    context: Context,
+    file: UploadFile,
+    purpose: Annotated[str, Form()],
+    anchor: Annotated[str | None, Form(alias="expires_after[anchor]")] = None,
+    seconds: Annotated[int | None, Form(alias="expires_after[seconds]")] = None,
+) -> FileObject:
+    """Store a file of lines for a batch."""
+    context.check_serving()
+    if "origin" in request.headers and not context.settings.cors_origins:
+        # A web page can send a form to any server without asking.
+        raise ApiError(403, "Browsers may not upload files to this server", code="origin")
+    if purpose != "batch":
+        raise invalid("purpose must be batch", "purpose", "unsupported")
+    if anchor not in (None, "created_at"):
+        raise invalid("anchor must be created_at", "expires_after.anchor")
+    if seconds is not None and not _MIN_SECONDS <= seconds <= _MAX_SECONDS:
+        raise invalid(f"seconds must be {_MIN_SECONDS} to {_MAX_SECONDS}", "expires_after.seconds")
+    store = _runner(context).store
+    name = (file.filename or "file")[:_FILE_NAME_CHARS]
+    return await asyncio.to_thread(
+        store.add_file,
+        request_info(request.scope).tenant,
+        name,
+        _blocks(file.file),
+        "batch",
+        seconds,
+    )
+
+
+@router.get("/v1/files", responses=_GET)
+async def list_files(
+    request: Request,
+    context: Context,
+    purpose: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+    after: str | None = None,
+) -> FileList:
+    """List the key's files."""
+    store = _runner(context).store
+    tenant = request_info(request.scope).tenant
+    store.room(tenant)  # drops what has expired
+    records = [
+        record for record in store.files.of(tenant) if purpose in (None, record.value["purpose"])
+    ]
+    page, has_more = _page(records if order == "desc" else records[::-1], limit, after)
+    return {
+        "object": "list",
+        "data": [record.value for record in page],
+        "first_id": page[0].id if page else None,
+        "last_id": page[-1].id if page else None,
+        "has_more": has_more,
+    }
+
+
+def _file(store: FileStore, tenant: str, file_id: str) -> StoredFile:
+    store.room(tenant)  # drops what has expired
+    found = store.files.get(file_id, tenant)
+    if found is None:
+        raise _missing("file", file_id)
+    return found
+
+
+@router.get("/v1/files/{file_id}", responses=_GET)
+async def get_file(file_id: str, request: Request, context: Context) -> FileObject:
+    """Describe a file."""
+    return _file(_runner(context).store, request_info(request.scope).tenant, file_id).value
+
+
+@router.get(
+    "/v1/files/{file_id}/content",
+    response_model=None,
+    responses={200: {"content": {"application/jsonl": {}}}, **_GET},
+)
+async def get_content(file_id: str, request: Request, context: Context) -> Response:
+    """Return a file's content."""
+    store, tenant = _runner(context).store, request_info(request.scope).tenant
+    found = _file(store, tenant, file_id)
+    path = store.file_path(tenant, file_id)
+    if path is None:
+        raise _missing("file", file_id)
+    return FileResponse(path, media_type="application/jsonl", filename=found.value["filename"])
+
+
+@router.delete("/v1/files/{file_id}", responses=_GET)
+async def delete_file(file_id: str, request: Request, context: Context) -> DeletedFile:
+    """Delete a file; a job that reads it fails."""
+    if not _runner(context).store.delete_file(request_info(request.scope).tenant, file_id):
+        raise _missing("file", file_id)
+    return {"id": file_id, "object": "file", "deleted": True}
+
+
+# -- jobs -------------------------------------------------------------------------------------
+
+
+def _new_batch(body: BatchRequest, now: int) -> BatchObject:
+    window = body.completion_window
+    return {
+        "id": f"batch_{uuid.uuid4().hex}",
+        "object": "batch",
+        "endpoint": body.endpoint,
+        "errors": None,
+        "input_file_id": body.input_file_id,
+        "completion_window": window,
+        "status": "validating",
+        "output_file_id": None,
+        "error_file_id": None,
+        "created_at": now,
+        "in_progress_at": None,
+        "expires_at": now + int(window[:-1]) * _UNIT_SECONDS[window[-1]],
+        "finalizing_at": None,
+        "completed_at": None,
+        "failed_at": None,
+        "expired_at": None,
+        "cancelling_at": None,
+        "cancelled_at": None,
+        "request_counts": {"total": 0, "completed": 0, "failed": 0},
+        "usage": {
+            "input_tokens": 0,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": 0,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": 0,
+        },
+        "metadata": body.metadata,
+    }
+
+
+@router.post("/v1/batches", responses=_POST)
+async def create_batch(body: BatchRequest, request: Request, context: Context) -> BatchObject:
+    """Run the lines of a file in the background."""
+    info = context.admit(body, request)
+    runner = _runner(context)
+    store = runner.store
+    stored = _file(store, info.tenant, body.input_file_id)
+    if stored.value["purpose"] != "batch":
+        raise invalid("The file's purpose is not batch", "input_file_id")
+    active = [job for job in store.batches.of(info.tenant) if job.value["status"] not in ENDED]
+    if len(active) >= context.settings.batch_jobs:
+        raise exceeded(context.settings, "batch_jobs", None)
+    expiry = body.output_expires_after
+    record = StoredBatch(
+        info.tenant, _new_batch(body, store.now()), None if expiry is None else expiry.seconds
+    )
+    store.put_batch(record)
+    runner.start(record)
+    return record.value
+
+
+def _batch(context: ServerContext, request: Request, batch_id: str) -> StoredBatch:
+    store = _runner(context).store
+    found = store.batches.get(batch_id, request_info(request.scope).tenant)
+    if found is None:
+        raise _missing("batch", batch_id)
+    return found
+
+
+@router.get("/v1/batches/{batch_id}", responses=_GET)
+async def get_batch(batch_id: str, request: Request, context: Context) -> BatchObject:
+    """Describe a job: its status, lines and tokens so far."""
+    return _batch(context, request, batch_id).value
+
+
+@router.post("/v1/batches/{batch_id}/cancel", responses=_POST)
+async def cancel_batch(batch_id: str, request: Request, context: Context) -> BatchObject:
+    """End a job; its results so far become files."""
+    record = _batch(context, request, batch_id)
+    await _runner(context).cancel(record)
+    return record.value
+
+
+@router.get("/v1/batches", responses=_GET)
+async def list_batches(
+    request: Request,
+    context: Context,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: str | None = None,
+) -> BatchList:
+    """List the key's jobs, newest first."""
+    store = _runner(context).store
+    tenant = request_info(request.scope).tenant
+    page, has_more = _page(store.batches.of(tenant), limit, after)
+    return {
+        "object": "list",
+        "data": [record.value for record in page],
+        "first_id": page[0].id if page else None,
+        "last_id": page[-1].id if page else None,
+        "has_more": has_more,
+    }
+
+
+Item = TypeVar("Item", StoredFile, StoredBatch)
+
+
+def _page(records: Sequence[Item], limit: int, after: str | None) -> tuple[Sequence[Any], bool]:
+    """Records behind the one with the id ``after``, at most ``limit``; whether more follow."""
+    if after is not None:
+        ids = [record.id for record in records]
+        if after not in ids:
+            raise invalid(f"Nothing with the id {after[:100]!r} is listed", "after")
+        records = records[ids.index(after) + 1 :]
+    return records[:limit], len(records) > limit

@@ -1,0 +1,211 @@
+"""``chunkllama batch``: run a file of requests on a server and write the file of answers."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from chunkllama.errors import ChunkLlamaError
+
+_ENDED = frozenset(("completed", "failed", "expired", "cancelled"))
+_BLOCK = 1 << 20
+_TIMEOUT = 60.0
+_STATE = ".batch"
+
+
+class _Server:
+    """A server's files and batches.
+
+    Raises (in its methods):
+        ChunkLlamaError: the server does not answer, or refuses.
+    """
+
+    def __init__(self, url: str, key: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ChunkLlamaError(f"url: not an http or https URL: {url}")
+        self._url = url
+        self._parts = parts
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+
+    @contextlib.contextmanager
+    def _answer(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
+        secure = self._parts.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        connection = kind(self._parts.hostname or "", self._parts.port, timeout=_TIMEOUT)
+        try:
+            target = self._parts.path.rstrip("/") + path
+            connection.request(method, target, body, {**self._headers, **(headers or {})})
+            response = connection.getresponse()
+            if response.status >= 400:
+                raise ChunkLlamaError(f"{self._url}: {_message(response)}")
+            yield response
+        except (OSError, http.client.HTTPException) as error:
+            raise ChunkLlamaError(
+                f"{self._url} does not answer: {error}; start one with: chunkllama serve"
+            ) from None
+        finally:
+            connection.close()
+
+    def get(self, path: str) -> Any:
+        with self._answer("GET", path) as response:
+            return json.load(response)
+
+    def post(self, path: str, body: Any) -> Any:
+        content = json.dumps(body).encode()
+        headers = {"content-type": "application/json"}
+        with self._answer("POST", path, content, headers) as response:
+            return json.load(response)
+
+    def upload(self, path: Path) -> str:
+        """Store a file and return its id."""
+        boundary = uuid.uuid4().hex
+        field = f"--{boundary}\r\ncontent-disposition: form-data; name="
+        head = (
+            f'{field}"purpose"\r\n\r\nbatch\r\n{field}"file"; filename="in.jsonl"\r\n\r\n'.encode()
+        )
+        tail = f"\r\n--{boundary}--\r\n".encode()
+
+        def content() -> Iterator[bytes]:
+            yield head
+            with path.open("rb") as file:
+                while block := file.read(_BLOCK):
+                    yield block
+            yield tail
+
+        headers = {
+            "content-type": f"multipart/form-data; boundary={boundary}",
+            "content-length": str(len(head) + path.stat().st_size + len(tail)),
+        }
+        with self._answer("POST", "/v1/files", content(), headers) as response:
+            return str(json.load(response)["id"])
+
+    def download(self, file_id: str, path: Path) -> None:
+        """Write a stored file to ``path``, whole or not at all."""
+        partial = path.with_name(f"{path.name}.part")
+        with (
+            self._answer("GET", f"/v1/files/{file_id}/content") as response,
+            partial.open("wb") as file,
+        ):
+            while block := response.read(_BLOCK):
+                file.write(block)
+        os.replace(partial, path)
+
+
+def _message(response: http.client.HTTPResponse) -> str:
+    try:
+        return str(json.load(response)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"status {response.status}"
+
+
+def batch(
+    requests: Annotated[Path, typer.Argument(help="File with one request per line.")],
+    answers: Annotated[Path, typer.Argument(help="File to write, one answer per line.")],
+    url: Annotated[str, typer.Option(help="Server that runs them.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str, typer.Option(envvar="OPENAI_API_KEY", help="API key of the server.")
+    ] = "",
+    window: Annotated[
+        str, typer.Option(help="Time after which what has not run expires, e.g. 24h.")
+    ] = "24h",
+) -> int:
+    """Run a file of requests as a batch, in the gaps of the server's other requests.
+
+    Lines have the form of OpenAI's batches: custom_id, method, url and body. If it is
+    interrupted, the same command follows the batch again. Exit code 1 if a line failed.
+    """
+    console = Console(stderr=True)
+    server = _Server(url, api_key)
+    state = answers.with_name(answers.name + _STATE)
+    batch_id = _begin(server, requests, state, window)
+    value = _follow(server, batch_id, console)
+    return _finish(server, value, answers, state, console)
+
+
+def _begin(server: _Server, requests: Path, state: Path, window: str) -> str:
+    """Start a batch, or find the one that an earlier command has started."""
+    if state.exists():
+        batch_id = state.read_text().strip()
+        with contextlib.suppress(ChunkLlamaError):
+            server.get(f"/v1/batches/{batch_id}")
+            return batch_id
+    try:
+        with requests.open("rb") as file:
+            endpoint = json.loads(file.readline())["url"]
+    except OSError as error:
+        raise ChunkLlamaError(f"{requests}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ChunkLlamaError(f"{requests}: line 1 must be a JSON object with a url") from None
+    body = {
+        "input_file_id": server.upload(requests),
+        "endpoint": endpoint,
+        "completion_window": window,
+    }
+    batch_id = str(server.post("/v1/batches", body)["id"])
+    state.write_text(batch_id)
+    return batch_id
+
+
+def _follow(server: _Server, batch_id: str, console: Console) -> Any:
+    """Show the progress until the batch has ended."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(batch_id)
+        while True:
+            value = server.get(f"/v1/batches/{batch_id}")
+            counts = value["request_counts"]
+            progress.update(
+                task,
+                description=value["status"],
+                completed=counts["completed"] + counts["failed"],
+                total=counts["total"] or None,
+            )
+            if value["status"] in _ENDED:
+                return value
+            time.sleep(0.5)
+
+
+def _finish(server: _Server, value: Any, answers: Path, state: Path, console: Console) -> int:
+    """Write the answers and report what sharing prefixes saved."""
+    for problem in (value["errors"] or {"data": []})["data"]:
+        where = f"line {problem['line']}: " if problem["line"] else ""
+        console.print(f"{where}{problem['message']}", markup=False, highlight=False)
+    if value["output_file_id"]:
+        server.download(value["output_file_id"], answers)
+    if value["error_file_id"]:
+        failed = answers.with_name(f"{answers.stem}.errors{answers.suffix}")
+        server.download(value["error_file_id"], failed)
+        console.print(f"lines without an answer: {failed}", markup=False, highlight=False)
+    state.unlink(missing_ok=True)
+    counts, usage = value["request_counts"], value["usage"]
+    prompt, cached = usage["input_tokens"], usage["input_tokens_details"]["cached_tokens"]
+    share = cached / max(prompt, 1)
+    console.print(
+        f"{value['status']}: {counts['completed']} of {counts['total']} lines answered; "
+        f"{prompt:,} prompt tokens, of which {cached:,} ({share:.0%}) were shared and not "
+        f"computed; {usage['output_tokens']:,} output tokens",
+        markup=False,
+        highlight=False,
+    )
+    is_whole = value["status"] == "completed" and not counts["failed"]
+    return 0 if is_whole else 1

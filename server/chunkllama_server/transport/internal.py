@@ -1,0 +1,62 @@
+"""Call a route of the application from inside the process, for a tenant and without its key."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from starlette.types import ASGIApp, Message, Scope
+
+# In a request's scope: the tenant that an internal request belongs to. A client cannot set it.
+INTERNAL_TENANT = "chunkllama.internal_tenant"
+
+
+async def call_route(
+    app: ASGIApp, tenant: str, path: str, body: Any, request_id: str
+) -> tuple[int, dict[str, str], Any]:
+    """POST a body to a path; returns status, headers and the JSON answer.
+
+    Cancelling the caller ends the request as a client that leaves does.
+    """
+    content = msgspec.json.encode(body)
+    scope: Scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [
+            (b"host", b"localhost"),
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(content)).encode()),
+            (b"x-request-id", request_id.encode()),
+        ],
+        "client": None,
+        "server": ("localhost", 80),
+        "state": {},
+        INTERNAL_TENANT: tenant,
+    }
+    pending: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
+    start: Message = {}
+    parts: list[bytes] = []
+
+    async def receive() -> Message:
+        if pending:
+            return pending.pop()
+        await asyncio.Event().wait()  # the caller never leaves without being cancelled
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            start.update(message)
+        else:
+            parts.append(message.get("body", b""))
+
+    await app(scope, receive, send)
+    headers = {name.decode().lower(): value.decode("latin-1") for name, value in start["headers"]}
+    return start["status"], headers, msgspec.json.decode(b"".join(parts) or b"null")
