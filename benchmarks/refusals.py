@@ -30,6 +30,7 @@ from chunkllama import __version__
 
 RESULTS = Path(__file__).parent / "results"
 QUIET_TOKENS = 200
+NUM_SLOWEST = 10
 
 
 async def ask(port: int, request: bytes) -> tuple[int, float]:
@@ -41,6 +42,8 @@ async def ask(port: int, request: bytes) -> tuple[int, float]:
         writer.write(request)
         writer.write_eof()
         answer = await asyncio.wait_for(reader.read(), 60)
+        if answer.startswith(b"HTTP/1.1 100"):
+            answer = answer.partition(b"\r\n\r\n")[2]
         status = int(answer.split(b" ", 2)[1]) if answer else 0
     except OSError:
         pass  # a reset without an answer
@@ -53,6 +56,7 @@ async def run(port: int, options: argparse.Namespace) -> dict[str, Any]:
     key = f"\r\nAuthorization: Bearer {ATTACKER}\r\n".encode()
     statuses: Counter[int] = Counter()
     refusals: list[float] = []
+    slowest: list[tuple[float, int, int, str]] = []
     async with Probe(port) as probe, polled_health(port) as health:
         await probe.wait_for(QUIET_TOKENS, 120)
         first = len(probe.arrivals)
@@ -61,6 +65,9 @@ async def run(port: int, options: argparse.Namespace) -> dict[str, Any]:
             statuses[status] += 1
             if status >= 400:
                 refusals.append(1000 * seconds)
+                beginning = request[:60].decode("latin-1")
+                slowest.append((round(1000 * seconds, 1), status, len(request), beginning))
+                slowest = sorted(slowest, reverse=True)[:NUM_SLOWEST]
         last = len(probe.arrivals)
         await probe.wait_for(last + QUIET_TOKENS, 120)
         errors, times = probe.errors, probe.arrivals
@@ -79,6 +86,9 @@ async def run(port: int, options: argparse.Namespace) -> dict[str, Any]:
             "p99": round(refusals[int(0.99 * len(refusals))], 2),
             "worst": round(refusals[-1], 1),
         },
+        "slowest": [
+            dict(zip(("ms", "status", "bytes", "request"), row, strict=True)) for row in slowest
+        ],
         "probe": {
             "quiet_ms_per_token": round(1000 * statistics.fmean(quiet), 2),
             "beside_ms_per_token": round(1000 * statistics.fmean(beside), 2),
