@@ -1,0 +1,53 @@
+"""Tables and figures of recorded results are those of the committed files."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = json.loads((ROOT / "benchmarks/results/compare.json").read_text())
+
+
+@pytest.fixture
+def compare(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("compare")
+
+
+@pytest.fixture
+def compare_plot(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("compare_plot")
+
+
+def test_the_table_of_the_comparison_is_that_of_the_recorded_runs(compare) -> None:
+    servers = list(dict.fromkeys(run["server"] for run in RECORD["runs"]))
+    table = compare.table(RECORD["runs"], sorted(servers, key=_order), "ABCDE")
+    assert table in (ROOT / "docs/benchmarks.md").read_text()
+
+
+def _order(server: str) -> int:
+    return ["chunkllama", "vllm", "openvino"].index(server)
+
+
+def test_a_bar_is_the_median_and_its_line_the_spread(compare_plot) -> None:
+    assert len(compare_plot.cases(RECORD)) == 10
+    rates = [
+        run["output_tokens_per_s"]
+        for run in RECORD["runs"]
+        if (run["server"], run["scenario"], run["phase"]) == ("vllm", "C", "warm")
+    ]
+    expected = (statistics.median(rates), min(rates), max(rates))
+    assert compare_plot.spread(RECORD, "vllm", "C warm", "output_tokens_per_s") == expected
+    assert compare_plot.label(RECORD, "openvino") == "OpenVINO GenAI 2026.4.1.0"
+
+
+def test_the_figure_can_be_drawn_from_the_record(compare_plot, tmp_path: Path) -> None:
+    path = tmp_path / "compare.png"
+    compare_plot.draw(RECORD, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
