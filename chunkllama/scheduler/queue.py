@@ -197,6 +197,17 @@ class WaitingQueue:
         self._tenants[tenant].started(sequence, cost)
         self._open.setdefault(tenant)
 
+    def ready_tenants(self) -> list[str]:
+        """Tenants with a waiting sequence that is not parked."""
+        return [
+            name for name, queue in self._tenants.items() if queue.num_parked < len(queue.by_age)
+        ]
+
+    def of(self, tenant: str) -> list[Sequence]:
+        """A tenant's waiting sequences, the oldest first."""
+        queue = self._tenants.get(tenant)
+        return [] if queue is None else queue.by_age
+
     def may_overtake(self, sequence: Sequence) -> bool:
         """Whether the sequence may start before its tenant's oldest one."""
         queue = self._tenants[self._tenant(sequence)]

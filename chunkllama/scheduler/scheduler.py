@@ -26,6 +26,7 @@ from chunkllama.messages import (
 )
 from chunkllama.scheduler.cache_lookup import explain_prompt
 from chunkllama.scheduler.failures import drop_failed
+from chunkllama.scheduler.first_tokens import FirstTokens
 from chunkllama.scheduler.intake import check_places, make_group
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.memory_pressure import grow_tails, preemption_victim
@@ -64,6 +65,7 @@ class Scheduler:
         self._running = self._lifecycle.running
         self._admission = self._lifecycle.admission
         self._starts = Starts(self._lifecycle, cache, limits, self._take_slice)
+        self._first_tokens = FirstTokens(self._lifecycle, limits, self._starts.clocks)
         self._arrivals = 0
         self._step = 0
         self._in_flight: SchedulerOutput | None = None
@@ -131,8 +133,16 @@ class Scheduler:
         self._cache.expire_pins()
         grow_tails(self._lifecycle, self._cache)
         self._starts.begin_step()
-        budget = self._take_decodes(self._limits.max_num_batched_tokens)
-        self._starts.admit(self._schedule_prefills(budget))
+        budget = before = self._limits.max_num_batched_tokens
+        arrivals = self._first_tokens.begin_step()
+        if arrivals is not None:
+            before = self._take_decodes(budget, but=arrivals.held_back)
+            budget = self._starts.admit(before, only=arrivals)
+        if budget < before:
+            self._first_tokens.end_short_step()
+        else:
+            budget = self._take_decodes(budget)
+            self._starts.admit(self._schedule_prefills(budget))
         while not (self._scheduled or self._find_awaiting()) and self._break_deadlock():
             self._starts.begin_step()
             self._starts.admit(self._limits.max_num_batched_tokens)
@@ -160,10 +170,15 @@ class Scheduler:
         """Find the sequences whose samples the executor has deferred, oldest first."""
         return [s for s in self._running.by_age if s.awaits_sample]
 
-    def _take_decodes(self, budget: int) -> int:
-        """Take the token of every sequence that has one left; returns the rest of the budget."""
+    def _take_decodes(self, budget: int, but: str | None = None) -> int:
+        """Take the token of every sequence that has one left; returns the rest of the budget.
+
+        Args:
+            but: a tenant whose sequences are left out.
+        """
         for sequence in self._running.by_age:
-            if sequence.num_tokens - sequence.num_computed_tokens == 1:
+            has_one = sequence.num_tokens - sequence.num_computed_tokens == 1
+            if has_one and not sequence.num_scheduled and sequence.group.request.tenant != but:
                 self._take(sequence, 1)
                 budget -= 1
         return budget

@@ -11,6 +11,7 @@ from typing import Final
 
 from chunkllama.cache.manager import CacheManager, Match
 from chunkllama.scheduler.cache_lookup import match_limit, record_prompt
+from chunkllama.scheduler.first_tokens import Arrivals
 from chunkllama.scheduler.headroom import Headroom
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.request import Sequence
@@ -51,12 +52,13 @@ class Starts:
             self._clocks = self._lifecycle.clocks()
         return self._clocks
 
-    def admit(self, budget: int, *, only_short: bool = False) -> int:
+    def admit(self, budget: int, *, only_short: bool = False, only: Arrivals | None = None) -> int:
         """Start waiting sequences; returns the tokens left.
 
         Args:
             only_short: start only prompts that the budget computes whole, and the first prompt of
                 a tenant that has none in progress.
+            only: start nothing else; None is all.
         """
         lifecycle = self._lifecycle
         waiting, running = lifecycle.waiting, lifecycle.running
@@ -69,7 +71,9 @@ class Starts:
                 break
             if only_short and not waiting.may_overtake(sequence):
                 continue
-            if not lifecycle.may_run(sequence):
+            tenant = sequence.group.request.tenant
+            is_left_out = only is not None and not only.may_start(tenant, self.clocks())
+            if is_left_out or not lifecycle.may_run(sequence):
                 waiting.block(sequence)
                 continue
             match = self._match(sequence)

@@ -1,0 +1,127 @@
+"""Short steps for tenants that arrive while one tenant fills every step."""
+
+from __future__ import annotations
+
+import random
+from statistics import median
+
+import pytest
+
+from chunkllama.scheduler.limits import SchedulerLimits
+from chunkllama.simulation.cost_model import DEFAULT_COST
+from chunkllama.simulation.engine import SimulatedEngine
+from chunkllama.simulation.fairness_monitor import FairnessMonitor
+from chunkllama.simulation.replay import Replay
+from chunkllama.simulation.trace import TraceRequest
+from chunkllama.tenant_limits import TenantLimits, TenantTable
+
+SIZE = 64
+LIMITS = SchedulerLimits(
+    max_num_seqs=64,
+    max_num_batched_tokens=512,
+    max_model_len=8192,
+    max_waiting=1024,
+    policy="fair",
+    fair_quantum=8192,
+    min_wait_tokens=32,
+    enable_prefix_caching=True,
+)
+
+
+def tokens(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(1000) for _ in range(count)]
+
+
+def replay(flood: tuple[int, int, int] | None) -> list[float]:
+    """Seconds to the first token of 12 probes of tenant b beside a flood of tenant a.
+
+    Args:
+        flood: requests, prompt and output tokens; all arrive at once.
+    """
+    rng = random.Random(1)
+    system = tokens(rng, 10 * SIZE)
+    requests = []
+
+    def add(at: float, tenant: str, prompt: list[int], output: int) -> None:
+        requests.append(TraceRequest(at, tenant, len(prompt), output, tuple(prompt)))
+
+    add(0.0, "b", system + tokens(rng, 8), 4)
+    count, length, output = flood or (0, 0, 0)
+    for _ in range(count):
+        add(1.0, "a", tokens(rng, length), output)
+    for number in range(12):
+        add(2.0 + 0.513 * number, "b", system + tokens(rng, 8), 4)
+    run = Replay(LIMITS, 400, SIZE, DEFAULT_COST.seconds)
+    FairnessMonitor(run.scheduler)
+    outcomes = run.run(requests).outcomes
+    probes = [each for each in outcomes if each.request.tenant == "b"][1:]
+    assert {each.cached_tokens for each in probes} == {10 * SIZE}
+    ends = [each.ended_at for each in outcomes if each.request.tenant == "a"]
+    assert flood is None or max(ends) > probes[-1].request.at, "the flood was over too early"
+    return [each.first_token_seconds for each in probes]
+
+
+@pytest.mark.parametrize(
+    ("flood", "ratio"), [((200, 100, 60), 3.11), ((20, 3000, 4), 5.19)], ids=["short", "long"]
+)
+def test_the_first_token_beside_a_flood(flood: tuple[int, int, int], ratio: float) -> None:
+    """Its median over the one without the flood, by the built-in cost of a step.
+
+    Most of it is the rest of the step in progress when the probe arrives.
+    """
+    assert round(median(replay(flood)) / median(replay(None)), 2) == ratio
+
+
+def engine(**settings: object) -> SimulatedEngine:
+    limits = {"max_num_batched_tokens": 512, "max_waiting": 1024, **settings}
+    run = SimulatedEngine(400, SIZE, vocab_size=1000, **limits)
+    run.scheduler.set_tenants(TenantTable({"a": TenantLimits(), "b": TenantLimits()}))
+    return run
+
+
+def tenants_of(run: SimulatedEngine) -> set[str]:
+    """Tenants with a slice in the step that is about to run."""
+    return {s.group.request.tenant for s in run.scheduler._scheduled}
+
+
+def test_at_most_every_second_step_is_short() -> None:
+    rng = random.Random(2)
+    run = engine()
+    for _ in range(20):
+        run.add(tokens(rng, 3000), 40, tenant="a", namespace="a")
+    for _ in range(12):
+        run.step()
+    seen = []
+    for number in range(12):
+        name = f"b{number}"  # each from another tenant, so that each finds nothing running
+        run.add(tokens(rng, 20), 1, tenant=name, namespace=name)
+        run.schedule()
+        seen.append(tenants_of(run))
+        run.commit()
+    assert [("a" in tenants) for tenants in seen] == [False, True] * 6
+    assert all({f"b{number}"} <= seen[number] for number in range(12))
+    run.run()
+    run.check_outputs()
+
+
+@pytest.mark.parametrize(
+    ("count", "others"),
+    [
+        (20, 20 * 3000 // 8),  # a prompt as long as those of the flood together, over 8
+        (1, 20),  # one request is no flood
+    ],
+)
+def test_no_step_is_short_without_one_tenant_that_has_most(count: int, others: int) -> None:
+    rng = random.Random(3)
+    run = engine(max_model_len=16_384)
+    length = 3000 if count > 1 else 100
+    for _ in range(count):
+        run.add(tokens(rng, length), 40, tenant="a", namespace="a")
+    run.step()
+    run.step()
+    run.add(tokens(rng, others), 1, tenant="b", namespace="b")
+    run.schedule()
+    assert tenants_of(run) == {"a", "b"}
+    run.commit()
+    run.run()
+    run.check_outputs()
