@@ -41,6 +41,7 @@ def test_every_field_is_read(tmp_path: Path) -> None:
         "chunk_share": 0.5,
         "chunk_floor": 0.25,
         "stored_responses": 3,
+        "file_bytes": 0,
         "tokenizer_share": 0.1,
         "highest_priority": -3,
         "allowed_models": ("m",),

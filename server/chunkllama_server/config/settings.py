@@ -33,6 +33,7 @@ from chunkllama_server.config.api_keys import KeyEntry, parse_key
 from chunkllama_server.config.batches import BatchConfig
 from chunkllama_server.config.files import read_text, read_yaml
 from chunkllama_server.config.limits import LimitsConfig
+from chunkllama_server.config.protocols import Protocols
 
 ENV_PREFIX = "CHUNKLLAMA_"
 # Read elsewhere, before any configuration: locations of files, and what tests plant.
@@ -61,16 +62,6 @@ def _split(value: object) -> object:
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Tags = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_listed)]
-
-
-def _protocols(value: object) -> object:
-    """Read "none" as no protocol."""
-    names = _split(value)
-    return [] if isinstance(names, list) and names == ["none"] else names
-
-
-Protocol = Literal["anthropic", "ollama", "tgi"]
-Protocols = Annotated[tuple[Protocol, ...], BeforeValidator(_protocols)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
