@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import random
 import time
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--name", default=platform.machine(), help="of the result file")
     options = parser.parse_args()
     rows = []
+    before = os.getloadavg()[0]
     for case in CASES:
         times, started = case(options.steps)
         row = {
@@ -186,6 +188,7 @@ def main() -> None:
             "tenants": TENANTS,
             "steps": options.steps,
             "target_median_ms": 1.0,
+            "load_average_1min": [round(before, 2), round(os.getloadavg()[0], 2)],
             "rows": rows,
         }
         path = Path(__file__).parent / "results" / f"schedule-{options.name}.json"

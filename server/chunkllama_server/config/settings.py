@@ -234,7 +234,6 @@ class ServerConfig(ConfigGroup):
         description="An engine process that makes no progress for this many seconds is restarted; "
         "ten times as long while it uses processor time.",
     )
-
     standby: bool = Field(
         default=False,
         description="Keep a second engine process ready, which takes over when the first one ends; "
