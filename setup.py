@@ -70,11 +70,6 @@ class BuildPython(build_py):
 class BuildWheel(bdist_wheel):
     """Tag a wheel with compiled kernels by the processor and the oldest glibc that it runs on."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        if can_compile():
-            self.root_is_pure = False
-
     def get_tag(self) -> tuple[str, str, str]:
         """Return (python, abi, platform); the kernels are called through ctypes, by any Python."""
         folder = Path(self.get_finalized_command("build_py").build_lib) / _FOLDER
