@@ -31,8 +31,6 @@ COMMON_FLAGS: Final = (
     "-Wno-maybe-uninitialized",
 )
 SANITIZERS: Final = ("address", "undefined")
-# A shipped library depends on glibc alone: C++'s own libraries differ between distributions.
-_SHIPPED_LINK_FLAGS: Final = ("-static-libstdc++", "-static-libgcc")
 _SHIPPED_FOLDER: Final = Path(__file__).resolve().parents[2] / "_native"
 
 
@@ -140,6 +138,8 @@ def is_built(level: IsaLevel) -> bool:
 def compile_shipped(folder: Path) -> list[Path]:
     """Compile every level into a folder of the wheel; returns the libraries.
 
+    They use the system's libstdc++, as torch does: a static one needs the glibc of the compiler.
+
     Raises:
         NativeBuildError: the compiler refuses a level.
     """
@@ -147,7 +147,7 @@ def compile_shipped(folder: Path) -> list[Path]:
     libraries = []
     for level in LEVELS:
         library = folder / _shipped(level, _source_hash(level, "")).name
-        _compile(find_compiler(), level, "", library, _SHIPPED_LINK_FLAGS)
+        _compile(find_compiler(), level, "", library)
         libraries.append(library)
     return libraries
 
@@ -185,7 +185,6 @@ def _compile(
     level: IsaLevel,
     sanitizer: str,
     library: Path,
-    link_flags: Iterable[str] = (),
 ) -> None:
     """Compile and link a library; it names no OpenMP runtime, see ``abi.load_openmp``."""
     flags = [*COMMON_FLAGS, *level.flags]
@@ -199,7 +198,7 @@ def _compile(
             for source, target in zip(sources, objects, strict=True)
         )
         linked = Path(folder) / "linked.so"
-        link = [*compiler, "-shared", "-o", str(linked), *objects, *link_flags]
+        link = [*compiler, "-shared", "-o", str(linked), *objects]
         _run([link + ([f"-fsanitize={sanitizer}"] if sanitizer else [])])
         linked.replace(library)
 
