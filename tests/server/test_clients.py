@@ -188,3 +188,28 @@ def test_openai_agents(url, api):
 
     asyncio.run(run())
     assert asked == ["Oslo", "Oslo"]
+
+
+@pytest.mark.nightly
+def test_strands_agents(url):
+    strands = library("strands")
+    openai_models = importlib.import_module("strands.models.openai")
+    client = {"base_url": url, "api_key": "none"}
+    model = openai_models.OpenAIModel(client_args=client, model_id=MODEL)
+    asked = []
+
+    @strands.tool
+    def get_weather(city: str) -> str:
+        """Get the weather of a city."""
+        asked.append(city)
+        return said("It is sunny.")
+
+    def agent(**options):
+        return strands.Agent(model=model, callback_handler=None, **options)
+
+    assert str(agent()(said("Paris"))).strip() == "Paris"
+    assert str(agent(tools=[get_weather])(said(TAGGED))).strip() == "It is sunny."
+    assert asked == ["Oslo"]
+    called = f'[{{"name": "City", "arguments": {TYPED}}}]'
+    typed = agent()(said(called), structured_output_model=City)
+    assert typed.structured_output == OSLO

@@ -39,8 +39,8 @@ ADDED = {
     # In OpenAI's API and not in the client's types.
     "ResponseFunctionCallArgumentsDoneEvent": {"name"},
     "Response": {"store"},
-    "PromptTokensDetails": {"cache_explanations"},
-    "InputTokensDetails": {"cache_explanations"},
+    "PromptTokensDetails": {"cache_explanations", "image_tokens", "text_tokens"},
+    "InputTokensDetails": {"cache_explanations", "image_tokens", "text_tokens"},
 }
 TEXTS = [
     "",
