@@ -174,6 +174,8 @@ async def measure(port: int, options: argparse.Namespace) -> list[dict[str, floa
     rows = []
     for _ in range(options.rounds):
         peak = await client.peak(options.seconds)
+        if not peak.answered:
+            raise SystemExit(f"no answer within {options.seconds:g} s; raise --seconds")
         over = await client.offer(options.times * peak.rate, options.seconds)
         if peak.other or over.other or peak.refusals:
             raise SystemExit(f"statuses besides 200 and 429: {peak.other + over.other}")
