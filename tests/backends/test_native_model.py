@@ -16,6 +16,7 @@ from native_models import SPEC, make_model, native_ops
 
 from chunkllama.backends.base import Quantization
 from chunkllama.backends.cpu.backend import CpuBackend
+from chunkllama.backends.cpu.build import available_levels
 from chunkllama.backends.cpu.fused_model import FusedModel
 from chunkllama.backends.model import Linear
 from chunkllama.backends.reference.backend import ReferenceBackend
@@ -201,8 +202,11 @@ def test_any_number_of_threads_gives_the_same_numbers(
             assert all(map(torch.equal, result, results[0]))
 
 
+@pytest.mark.parametrize(
+    "levels", [available_levels()[0].name, pytest.param("", id="every", marks=pytest.mark.nightly)]
+)
 def test_a_team_smaller_than_asked_for_does_all_the_work(
-    child_environment: dict[str, str],
+    child_environment: dict[str, str], levels: str
 ) -> None:
     """OMP_THREAD_LIMIT, OMP_DYNAMIC: the runtime may give fewer threads than the kernels want."""
     code = (
@@ -218,7 +222,7 @@ def test_a_team_smaller_than_asked_for_does_all_the_work(
             "no:cacheprovider",
             __file__,
             "-k",
-            "linears_of or one_call or best_token",
+            f"(linears_of or one_call or best_token) and [{levels}",
         ],
         env={**child_environment, "OMP_THREAD_LIMIT": "2"},
         capture_output=True,
