@@ -63,9 +63,10 @@ class RequestTimer:
             self.decode_seconds = 0.0
         # The engine client reports an aborted choice without durations.
         self.decode_seconds = max(self.decode_seconds, delta.decode_seconds)
-        counts = [len(choice.token_ids) for choice in delta.choices]
-        self._generation_tokens += sum(counts)
-        count = max(counts, default=0)
+        count = 0  # of the choice with the most
+        for choice in delta.choices:
+            self._generation_tokens += len(choice.token_ids)
+            count = max(count, len(choice.token_ids))
         if not count:
             return
         now = time.monotonic()
