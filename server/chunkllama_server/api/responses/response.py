@@ -81,7 +81,6 @@ class ResponseAnswer:
             "completed_at": None,
             "status": "in_progress",
             "background": bool(body.background),
-            "error": None,
             "incomplete_details": None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,

@@ -92,7 +92,7 @@ class Response(TypedDict):
     completed_at: int | None
     status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
     background: bool
-    error: ResponseError | None
+    error: NotRequired[ResponseError]  # clients take its presence for a failure
     incomplete_details: IncompleteDetails | None
     instructions: str | None
     max_output_tokens: int | None
