@@ -116,10 +116,20 @@ class ModelConfig(ConfigGroup):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where to compute. auto is a CUDA device if there is one."
     )
-    isa_level: Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "baseline"] = Field(
+    isa_level: Literal[
+        "auto",
+        "amx",
+        "avx512_bf16",
+        "avx512",
+        "avx2",
+        "neon_bf16",
+        "neon_dot",
+        "neon",
+        "baseline",
+    ] = Field(
         default="auto",
         description="Instructions that the cpu backend uses. auto is the best level this CPU has; "
-        "one that it lacks is an error.",
+        "one that it lacks is an error. neon levels are those of 64-bit ARM.",
     )
     backend: Annotated[
         Literal["auto", "reference", "cpu", "cuda"], BeforeValidator(_renamed_backend)
@@ -133,6 +143,11 @@ class ModelConfig(ConfigGroup):
         description="Storage of linear layers. auto is the checkpoint's: quantized ones stay as "
         "they are. int8 and int4 quantize any checkpoint while it is loaded (8.5 and 4.5 bits a "
         "weight; the head of int4 is int8) and need backend cpu.",
+    )
+    int4_activations: Literal["int8", "float"] = Field(
+        default="int8",
+        description="What up to 8 rows of a step are multiplied by 4-bit weights in, on backend "
+        "cpu: int8 rounds them to 8 bits with a scale for each 32 and is faster; float is exact.",
     )
     max_model_len: int | None = Field(
         default=None,

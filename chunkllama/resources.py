@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,19 @@ def cache_folder() -> Path:
         return Path(base).expanduser() / "chunkllama"
     except RuntimeError:
         raise ConfigError("this user has no home folder; set CHUNKLLAMA_CACHE") from None
+
+
+def cpu_name(root: Path = _ROOT) -> str:
+    """Return the processor's name; on ARM, which has none, its implementer and part numbers."""
+    try:
+        lines = (root / "proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    fields = dict([part.strip() for part in line.split(":", 1)] for line in lines if ":" in line)
+    if "model name" in fields:
+        return fields["model name"]
+    numbers = [fields[key] for key in ("CPU implementer", "CPU part") if key in fields]
+    return " ".join([platform.machine(), *numbers])
 
 
 def default_kv_cache_memory(left: int, useful: int) -> int:

@@ -28,6 +28,7 @@ from chunkllama.model_spec import Activation
 
 CopyTriple = tuple[int, int, int]
 Quantization = Literal["auto", "bf16", "fp32", "int8", "int4"]
+Activations = Literal["int8", "float"]
 
 _WIDENED_ROWS = 4096
 
@@ -107,11 +108,21 @@ class Backend(ABC):
         tensors.
         """
 
-    def fuse(self, model: PlainModel, quantization: Quantization = "auto") -> RunnableModel:
+    def fuse(
+        self,
+        model: PlainModel,
+        quantization: Quantization = "auto",
+        int4_activations: Activations = "int8",
+    ) -> RunnableModel:
         """Return the model as this device runs it best: fused, or itself with packed weights.
 
         Quantized weights are widened to the model's dtype where a backend has no kernels for them.
         ``model`` must not be used afterwards unless it is what is returned.
+
+        Args:
+            quantization: storage of the linear layers.
+            int4_activations: what few rows are multiplied by 4-bit weights in, where the backend
+                has a choice.
 
         Raises:
             ConfigError: a quantization that the backend lacks.

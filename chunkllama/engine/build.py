@@ -50,6 +50,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         isa_level=config.model.isa_level,
         backend=config.model.backend,
         weights=config.model.quantization,
+        int4_activations=config.model.int4_activations,
         row_work_share=config.scheduler.row_work_share,
     )
     limits = SchedulerLimits(

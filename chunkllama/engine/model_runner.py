@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from chunkllama.attention.plan import Planner
-from chunkllama.backends.base import Backend, Quantization
+from chunkllama.backends.base import Activations, Backend, Quantization
 from chunkllama.backends.model import ModelWeights, RunnableModel
 from chunkllama.backends.select import BackendName, select_backend
 from chunkllama.engine.logprobs import token_logprobs
@@ -241,6 +241,7 @@ def load_executor(  # noqa: PLR0913
     backend: BackendName = "auto",
     isa_level: str = "auto",
     weights: Quantization = "auto",
+    int4_activations: Activations = "int8",
     row_work_share: float = 0.2,
 ) -> ModelRunner:
     """Load a model folder's executor and allocate its pool.
@@ -251,6 +252,7 @@ def load_executor(  # noqa: PLR0913
         backend: "auto" or the name of one.
         isa_level: of the cpu backend, "auto" or the name of one.
         weights: storage of the linear layers, "auto" or what the backend offers.
+        int4_activations: of products of few rows with 4-bit weights.
         row_work_share: as ``ModelRunner`` takes it.
 
     Raises:
@@ -275,7 +277,14 @@ def load_executor(  # noqa: PLR0913
         foreign.attach(attention, max_model_len)
         return ModelRunner(spec, foreign, attention, model_path, row_work_share=row_work_share)
     loaded = load_weights(checkpoint, spec, getattr(torch, dtype), attention.backend.device)
-    model = build_model(spec, loaded, attention, max_model_len=max_model_len, weights=weights)
+    model = build_model(
+        spec,
+        loaded,
+        attention,
+        max_model_len=max_model_len,
+        weights=weights,
+        int4_activations=int4_activations,
+    )
     return ModelRunner(spec, model, attention, model_path, row_work_share=row_work_share)
 
 
@@ -346,6 +355,7 @@ def build_model(
     *,
     max_model_len: int,
     weights: Quantization = "auto",
+    int4_activations: Activations = "int8",
 ) -> RunnableModel:
     """The model as the backend runs it best.
 
@@ -354,4 +364,5 @@ def build_model(
     """
     device = attention.backend.device
     rotary = tuple(table.to(device) for table in rotary_tables(spec, max_model_len))
-    return attention.backend.fuse(Llama(spec, loaded, attention, rotary), weights)
+    model = Llama(spec, loaded, attention, rotary)
+    return attention.backend.fuse(model, weights, int4_activations)

@@ -174,7 +174,7 @@ void write_results(const Unit<T>& u, const RowState& state) {
 // Type of queries and probabilities: bf16 where an instruction multiplies pairs of it. CPUs with
 // AMX start one vdpbf16ps every second cycle, so it is no faster than two multiply-adds there, and
 // rounding to bf16 comes on top.
-#if defined(__AVX512BF16__) && !defined(__AMX_TILE__)
+#if defined(BF16_PRODUCTS) && !defined(__AMX_TILE__)
 template <class T>
 using Operand = T;
 #else

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "quads.h"
 #include "quantized.h"
 #include "scratch.h"
 #include "tiles.h"
@@ -17,17 +18,14 @@ constexpr int64_t DEEP = 18;     // k blocks of 2 KB that stay in L1 during a pa
 constexpr int TILE_PAIR = 2048;  // bytes of a k block of bf16: two tiles
 // From this many rows per thread on, each thread has rows of its own, which stay in its L2.
 constexpr int64_t LEAST_PANEL = 64;
-#if defined(__AVX512BF16__)
-// Quantized weights with up to this many rows are multiplied as floats: widening a unit takes
-// longer.
-constexpr int few_rows(const Weights& w) {
-  return w.type == INT4 ? 4 : w.type == INT8 ? 2 : 0;
-}
-#endif
-#if defined(__AVX512BF16__) && !defined(__AMX_TILE__)
+#if defined(BF16_PRODUCTS) && !defined(__AMX_TILE__)
 #define PAIR_PRODUCTS 1  // bf16 products on the vector units
-// Rows of one inner loop: with two vectors of columns 24 sums in 32 registers.
-constexpr int PAIR_ROWS = 12;
+// Vectors of columns and rows of one inner loop: 24 sums in 32 registers.
+#if defined(__AVX512F__)
+constexpr int PAIR_VECTORS = 2, PAIR_ROWS = 12;
+#else
+constexpr int PAIR_VECTORS = 4, PAIR_ROWS = 6;
+#endif
 // k blocks (128 KB of weights) that stay in L2 while all rows are multiplied by them.
 constexpr int64_t PAIR_PART = 64;
 #endif
@@ -90,24 +88,34 @@ struct Later {
 template <int R>
 INLINE void pair_product(const bf16* x, long x_stride, const char* at, const char* end,
                          Later& later, bool accumulate, float* acc) {
-  Vec c[R][2] = {};
-  if (accumulate)
-    for (int r = 0; r < R; r++)
-      for (int j = 0; j < 2; j++) c[r][j] = load(acc + r * UNIT + j * W);
-  for (const char* p = at; p < end; p += TILE_PAIR, x += 32) {
-    for (int i = 0; i < later.pace; i += 64) prefetch_l2(later.at + i);
-    later.at += later.pace;
-    const bf16* b = reinterpret_cast<const bf16*>(p);
-    for (int s = 0; s < 16; s++, b += 2 * W) {
-      const IntVec columns[2] = {load_pairs(b), load_pairs(b + TILE_PAIR / 4)};
-      for (int r = 0; r < R; r++) {
-        const IntVec pair = set_pair(x + r * x_stride + 2 * s);
-        for (int j = 0; j < 2; j++) c[r][j] = add_pairs(c[r][j], pair, columns[j]);
+  constexpr int N = PAIR_VECTORS;
+  for (int column = 0; column < UNIT; column += N * W) {
+    Vec c[R][N] = {};
+    if (accumulate)
+      for (int r = 0; r < R; r++)
+        for (int j = 0; j < N; j++) c[r][j] = load(acc + r * UNIT + column + j * W);
+    const bf16* from = x;
+    for (const char* p = at; p < end; p += TILE_PAIR, from += 32) {
+      if (column == 0) {
+        for (int i = 0; i < later.pace; i += 64) prefetch_l2(later.at + i);
+        later.at += later.pace;
+      }
+      const bf16* b = reinterpret_cast<const bf16*>(p);
+      for (int s = 0; s < 16; s++, b += 2 * BLOCK) {
+        IntVec columns[N];
+        for (int j = 0; j < N; j++) {
+          const int place = column + j * W;
+          columns[j] = load_pairs(b + place / BLOCK * (TILE_PAIR / 4) + place % BLOCK * 2);
+        }
+        for (int r = 0; r < R; r++) {
+          const IntVec pair = set_pair(from + r * x_stride + 2 * s);
+          for (int j = 0; j < N; j++) c[r][j] = add_pairs(c[r][j], pair, columns[j]);
+        }
       }
     }
+    for (int r = 0; r < R; r++)
+      for (int j = 0; j < N; j++) store(acc + r * UNIT + column + j * W, c[r][j]);
   }
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < 2; j++) store(acc + r * UNIT + j * W, c[r][j]);
 }
 
 INLINE void pair_rows(int rows, const bf16* x, long x_stride, const char* at, const char* end,
@@ -121,12 +129,14 @@ INLINE void pair_rows(int rows, const bf16* x, long x_stride, const char* at, co
     case 3: run(std::integral_constant<int, 3>{}); break;
     case 4: run(std::integral_constant<int, 4>{}); break;
     case 5: run(std::integral_constant<int, 5>{}); break;
+#if defined(__AVX512F__)
     case 6: run(std::integral_constant<int, 6>{}); break;
     case 7: run(std::integral_constant<int, 7>{}); break;
     case 8: run(std::integral_constant<int, 8>{}); break;
     case 9: run(std::integral_constant<int, 9>{}); break;
     case 10: run(std::integral_constant<int, 10>{}); break;
     case 11: run(std::integral_constant<int, 11>{}); break;
+#endif
     default: run(std::integral_constant<int, PAIR_ROWS>{});
   }
 }
@@ -134,7 +144,7 @@ INLINE void pair_rows(int rows, const bf16* x, long x_stride, const char* at, co
 
 #if defined(__AVX512F__)
 constexpr int BLOCKS = 2, VECTOR_ROWS = 8;  // column blocks and rows of one inner loop
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) || defined(__aarch64__)
 constexpr int BLOCKS = 1, VECTOR_ROWS = 5;
 #else
 constexpr int BLOCKS = 1, VECTOR_ROWS = 2;
@@ -182,7 +192,7 @@ INLINE void by_rows(int rows, F&& f) {
     const int n = std::min(VECTOR_ROWS, rows - r);
     switch (n) {
       case 1: f(r, std::integral_constant<int, 1>{}); break;
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__aarch64__)
       case 2: f(r, std::integral_constant<int, 2>{}); break;
       case 3: f(r, std::integral_constant<int, 3>{}); break;
       case 4: f(r, std::integral_constant<int, 4>{}); break;
@@ -345,10 +355,61 @@ void pair_unit(const LinearArgs& a, int64_t column, int64_t begin, int64_t end, 
 }
 #endif
 
+#if defined(QUAD_PRODUCTS)
+// Whether a matrix is multiplied by activations of 8 bits.
+bool takes_quads(const Weights& w, int64_t rows) {
+  return w.type == INT4 && w.bytes && rows <= std::min<int64_t>(w.few_rows, MAX_ROWS);
+}
+
+// Rounds x [a.rows, k] to 8 bits, [a.rows][k / 32]; null if no matrix takes that.
+const QuadBlock* round_rows(const LinearArgs& a) {
+  bool any = false;
+  for (const Weights& w : a.linear->parts) any |= w.n && takes_quads(w, a.rows);
+  if (!any) return nullptr;
+  static thread_local Scratch<QuadBlock> blocks;
+  const int64_t depth = a.linear->k / 32;
+  QuadBlock* to = blocks.fit(a.rows * depth);
+  alignas(64) float values[32];
+  for (int64_t r = 0; r < a.rows; r++)
+    for (int64_t i = 0; i < depth; i++) {
+      const int64_t at = r * a.x_stride + i * 32;
+      const float* x = static_cast<const float*>(a.x) + at;
+      if (a.x_type == BF16) {
+        const bf16* half = static_cast<const bf16*>(a.x) + at;
+        for (int j = 0; j < 32; j += W) store(values + j, load(half + j));
+        x = values;
+      }
+      to[r * depth + i] = quantize_block(x);
+    }
+  return to;
+}
+
+// All rows, in 8 bits, times one unit of int4.
+void quad_unit(const LinearArgs& a, int64_t column, const QuadBlock* x, const Stream& w) {
+  alignas(64) float acc[MAX_ROWS * UNIT];
+  const int64_t depth = a.linear->k / 32;
+  for (int first = 0; first < UNIT; first += 16 * BLOCKS)
+    by_rows(int(a.rows), [&](int r, auto n) {
+      quad_product<decltype(n)::value, N>(x + r * depth, depth, w, r == 0, first, acc + r * UNIT);
+    });
+  finish_rows(a, column, 0, a.rows, acc);
+}
+#else
+struct QuadBlock;
+const QuadBlock* round_rows(const LinearArgs&) { return nullptr; }
+#endif
+
 // Rows [begin, end) times one unit.
 void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end,
-              [[maybe_unused]] const char* packed, Stream w) {
+              [[maybe_unused]] const char* packed, [[maybe_unused]] const QuadBlock* quads,
+              Stream w) {
   const int64_t column = unit * UNIT;
+#if defined(QUAD_PRODUCTS)
+  if (quads && takes_quads(*w.format, a.rows)) {
+    quad_unit(a, column, quads, w);
+    return;
+  }
+#endif
 #if defined(__AMX_TILE__)
   if (a.x_type == BF16 && end - begin > MAX_ROWS) {
     static thread_local Scratch<char> wide;
@@ -384,12 +445,17 @@ Stream unit_of(const Linear& l, int64_t unit) {
   return {at, at + bytes, nullptr, w};
 }
 
-#if defined(__AVX512BF16__)
-// Whether all units are multiplied by floats: all parts are quantized and the rows are few.
+#if defined(BF16_PRODUCTS)
+// Whether units are multiplied by floats: all parts are quantized and the rows are few, and not all
+// of them take 8 bits.
 bool takes_floats(const LinearArgs& a) {
-  for (const Weights& w : a.linear->parts)
-    if (w.n && a.rows > few_rows(w)) return false;
-  return true;
+  bool any = false;
+  for (const Weights& w : a.linear->parts) {
+    if (!w.n) continue;
+    if (!is_quantized(w) || a.rows > w.few_rows) return false;
+    any |= !takes_quads(w, a.rows);
+  }
+  return any;
 }
 
 // With x as floats, for the vector units.
@@ -415,9 +481,11 @@ void run_panel(LinearArgs a, int64_t first, int64_t last, Phase& phase, int thre
   const int64_t even = a.epilogue == SILU_AND_MUL ? 2 : 1;
   const int64_t grain = std::max<int64_t>(1, units / (16 * threads * even)) * even;
   const char* packed = nullptr;
+  const QuadBlock* quads = nullptr;
   int64_t begin = phase.take(grain);
   while (begin < units) {
-#if defined(__AVX512BF16__)
+    if (!quads) quads = round_rows(a);
+#if defined(BF16_PRODUCTS)
     if (a.x_type == BF16 && takes_floats(a)) a = with_floats(a);
 #endif
 #if defined(__AMX_TILE__)
@@ -428,7 +496,7 @@ void run_panel(LinearArgs a, int64_t first, int64_t last, Phase& phase, int thre
       const int64_t after = u + 1 < end ? u + 1 : following;
       Stream w = unit_of(l, u);
       if (after < units) w.next = unit_of(l, after).at;
-      run_unit(a, u, first, last, packed, w);
+      run_unit(a, u, first, last, packed, quads, w);
     }
     phase.finish(end - begin);
     begin = following;

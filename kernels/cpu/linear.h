@@ -25,7 +25,7 @@ inline int header_bytes(const Weights& w) {
 }
 inline int block_bytes(const Weights& w) { return header_bytes(w) + CODE_BYTES[w.type]; }
 
-#if defined(__AVX512BF16__)
+#if defined(BF16_PRODUCTS)
 constexpr Type NARROW_ACTIVATIONS = BF16;  // of models whose weights are bf16 or int8
 #else
 constexpr Type NARROW_ACTIVATIONS = F32;  // the vector units multiply floats

@@ -3,8 +3,8 @@
 //
 // B is stored in blocks of 16 columns, `block_stride` elements apart. A step is one k for float and
 // int8, a pair of k for bf16 (columns [16][2], as the tile instructions read them), `step_stride`
-// elements apart. A is float, or with AVX512-BF16 bf16 where B is; its rows then are `lda` elements
-// apart, an even number.
+// elements apart. A is float, or with BF16_PRODUCTS bf16 where B is; its rows then are `lda`
+// elements apart, an even number.
 #pragma once
 #include <algorithm>
 
@@ -16,7 +16,7 @@ namespace chunkllama {
 #if defined(__AVX512F__)
 constexpr int MAX_BLOCKS = 4;
 constexpr int MAX_ROWS = 6;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) || defined(__aarch64__)
 constexpr int MAX_BLOCKS = 1;
 constexpr int MAX_ROWS = 6;
 #else
@@ -36,11 +36,11 @@ static INLINE void product(const A* a, long lda, const T* b, long step_stride, l
     for (int j = 0; j < N; j++) acc[r][j] = ACCUMULATE ? load(c + r * ldc + j * W) : Vec{};
   for (int s = 0; s < steps; s++, b += step_stride) {
     ahead.step(NB);
-#if defined(__AVX512BF16__)
+#if defined(BF16_PRODUCTS)
     if constexpr (std::is_same_v<A, bf16>) {
       static_assert(STEP<T> == 2, "bf16 rows need columns of bf16 pairs");
       IntVec pairs[N];
-      for (int j = 0; j < N; j++) pairs[j] = load_pairs(b + j * block_stride);
+      for (int j = 0; j < N; j++) pairs[j] = load_pairs(b + j / VB * block_stride + j % VB * W * 2);
       for (int r = 0; r < R; r++) {
         const IntVec x = set_pair(a + r * lda + 2 * s);
         for (int j = 0; j < N; j++) acc[r][j] = add_pairs(acc[r][j], x, pairs[j]);
@@ -86,7 +86,7 @@ static INLINE void product_rows(int rows, const A* a, long lda, const T* b, long
     switch (n) {
       case 1: run(std::integral_constant<int, 1>{}); break;
       case 2: run(std::integral_constant<int, 2>{}); break;
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__aarch64__)
       case 3: run(std::integral_constant<int, 3>{}); break;
       case 4: run(std::integral_constant<int, 4>{}); break;
       case 5: run(std::integral_constant<int, 5>{}); break;

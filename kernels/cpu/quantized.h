@@ -72,6 +72,21 @@ class Table {
  private:
   __m256 lower_, upper_;
 };
+#elif defined(__aarch64__)
+class Table {
+ public:
+  explicit Table(const float* values)
+      : values_(vld1q_u8_x4(reinterpret_cast<const uint8_t*>(values))) {}
+  template <int NTH>
+  INLINE Vec at(IntVec words) const {
+    const IntVec code = NTH ? words >> (4 * NTH) & 15 : words & 15;
+    // The four bytes of entry `code`.
+    return (Vec)vqtbl4q_u8(values_, (uint8x16_t)(code * 0x04040404 + 0x03020100));
+  }
+
+ private:
+  uint8x16x4_t values_;
+};
 #else
 class Table {
  public:
@@ -175,35 +190,42 @@ static INLINE void int4_product(const float* x, long x_stride, const Stream& str
     for (int j = 0; j < N; j++) store(acc + r * UNIT + column + j * W, c[r][j]);
 }
 
-#if defined(__AVX512BF16__)
+#if defined(BF16_PRODUCTS)
 // Scales of a block's 16 columns, with what makes up for truncation: cutting a float to its upper
 // half shrinks it by 2^-9 on average.
 constexpr float TRUNCATED = 1.f + 1.f / 512;
 
 // The upper halves of a and b, side by side.
 static INLINE IntVec upper_halves(Vec a, Vec b) {
-  return (IntVec)_mm512_srli_epi32((__m512i)a, 16) | ((IntVec)b & (int32_t)0xffff0000);
+#if defined(__AVX512F__)
+  const IntVec lower = (IntVec)_mm512_srli_epi32((__m512i)a, 16);
+#else
+  const IntVec lower = (IntVec)vshrq_n_u32((uint32x4_t)a, 16);
+#endif
+  return lower | ((IntVec)b & (int32_t)0xffff0000);
 }
 static INLINE void store_words(char* p, IntVec v) { memcpy(p, &v, sizeof v); }
 
 // A k block of int8 as two bf16 tiles; the block at `next` is prefetched meanwhile.
 static INLINE void widen_int8(const Weights& w, const char* from, char* tiles, const char* next) {
   const int header = header_bytes(w);
-  for (int half = 0; half < 2; half++) {
-    Vec scale = load_scales(w, from + half * 32) * TRUNCATED, own{};
-    if (w.extra == OFFSETS) own = load_scales(w, from + SCALES + half * 32) * TRUNCATED;
-    const char* bytes = from + header + half * 512;
+  for (int column = 0; column < UNIT; column += W) {
+    const int place = column % BLOCK * 4;  // bytes from a row of 16 columns' start
+    Vec scale = load_scales(w, from + column * 2) * TRUNCATED, own{};
+    if (w.extra == OFFSETS) own = load_scales(w, from + SCALES + column * 2) * TRUNCATED;
+    const char* bytes = from + header + column / BLOCK * 512 + place;
+    char* to = tiles + column / BLOCK * 1024 + place;
     for (int part = 0; part < 2; part++) {
       if (part && w.extra == UPPER_SCALES)
-        scale = load_scales(w, from + SCALES + half * 32) * TRUNCATED;
+        scale = load_scales(w, from + SCALES + column * 2) * TRUNCATED;
       const Vec twice = scale * 2.f, offset = scale * -384.f + own;
-      for (int quad = 0; quad < 4; quad++, bytes += 64, tiles += 128) {
-        prefetch_l2(next + half * 512 + part * 256 + quad * 64);
+      for (int quad = 0; quad < 4; quad++, bytes += 64, to += 128) {
+        if (place == 0) prefetch_l2(next + column / BLOCK * 512 + part * 256 + quad * 64);
         const IntVec v = load_words(bytes);
-        store_words(tiles, upper_halves(dequantize<0>(v, twice, offset),
-                                        dequantize<1>(v, twice, offset)));
-        store_words(tiles + 64, upper_halves(dequantize<2>(v, twice, offset),
-                                             dequantize<3>(v, twice, offset)));
+        store_words(to, upper_halves(dequantize<0>(v, twice, offset),
+                                     dequantize<1>(v, twice, offset)));
+        store_words(to + 64, upper_halves(dequantize<2>(v, twice, offset),
+                                          dequantize<3>(v, twice, offset)));
       }
     }
   }
@@ -214,19 +236,21 @@ static INLINE void widen_int4(const Weights& w, const Table& table, const char* 
                               const char* next) {
   const int header = header_bytes(w);
   const float factor = w.factor * TRUNCATED;
-  for (int half = 0; half < 2; half++) {
-    Vec scale = load_scales(w, from + half * 32) * factor, offset{};
-    if (w.extra == OFFSETS) offset = load_scales(w, from + SCALES + half * 32) * TRUNCATED;
-    const char* words = from + header + half * 256;
-    for (int word = 0; word < 4; word++, words += 64, tiles += 256) {
+  for (int column = 0; column < UNIT; column += W) {
+    const int place = column % BLOCK * 4;
+    Vec scale = load_scales(w, from + column * 2) * factor, offset{};
+    if (w.extra == OFFSETS) offset = load_scales(w, from + SCALES + column * 2) * TRUNCATED;
+    const char* words = from + header + column / BLOCK * 256 + place;
+    char* to = tiles + column / BLOCK * 1024 + place;
+    for (int word = 0; word < 4; word++, words += 64, to += 256) {
       if (word == 2 && w.extra == UPPER_SCALES)
-        scale = load_scales(w, from + SCALES + half * 32) * factor;
-      prefetch_l2(next + half * 256 + word * 64);
+        scale = load_scales(w, from + SCALES + column * 2) * factor;
+      if (place == 0) prefetch_l2(next + column / BLOCK * 256 + word * 64);
       const IntVec v = load_words(words);
       for_each<4>([&](auto pair) {
         const Vec a = table.at<2 * pair()>(v) * scale + offset;
         const Vec b = table.at<2 * pair() + 1>(v) * scale + offset;
-        store_words(tiles + pair() * 64, upper_halves(a, b));
+        store_words(to + pair() * 64, upper_halves(a, b));
       });
     }
   }
@@ -241,7 +265,7 @@ static INLINE void widen(const Weights& w, const Table& table, const char* from,
 
 // A whole unit as bf16 tiles.
 static INLINE Stream widen_unit(const Stream& s, int64_t k, char* tiles) {
-  static const Weights WIDE{nullptr, 0, BF16, BF16, NO_EXTRA, 1.f, nullptr};
+  static const Weights WIDE{nullptr, 0, BF16, BF16, NO_EXTRA, 1.f, nullptr, nullptr, 0};
   const Weights& w = *s.format;
   const int bytes = block_bytes(w);
   char* to = tiles;

@@ -1,6 +1,6 @@
 // Vectors of floats as wide as the instruction set this unit is compiled for: GCC vector
-// extensions, so that AVX512, AVX2 and the portable baseline share one source; intrinsics only
-// where the extensions lack an operation.
+// extensions, so that AVX512, AVX2, NEON and the portable baseline share one source; intrinsics
+// only where the extensions lack an operation.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -8,6 +8,13 @@
 #include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+// An instruction multiplies pairs of bf16 and adds both products to a float.
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define BF16_PRODUCTS 1
 #endif
 
 namespace chunkllama {
@@ -57,6 +64,10 @@ static INLINE Vec load_f16(const uint16_t* p) {
   __m128i h;
   memcpy(&h, p, sizeof h);
   return (Vec)_mm256_cvtph_ps(h);
+#elif defined(__aarch64__)
+  float16x4_t h;
+  memcpy(&h, p, sizeof h);
+  return (Vec)vcvt_f32_f16(h);
 #else
   HalfVec h;
   memcpy(&h, p, sizeof h);
@@ -76,7 +87,7 @@ static INLINE IntVec load_pairs(const bf16* p) {
 static INLINE Vec even(IntVec pairs) { return (Vec)(pairs << 16); }
 static INLINE Vec odd(IntVec pairs) { return (Vec)(pairs & set((int32_t)0xffff0000)); }
 
-#if defined(__AVX512BF16__)
+#if defined(BF16_PRODUCTS)
 // One pair, in every lane.
 static INLINE IntVec set_pair(const bf16* p) {
   int32_t pair;
@@ -85,7 +96,11 @@ static INLINE IntVec set_pair(const bf16* p) {
 }
 // sum + a.even * b.even + a.odd * b.odd, lane by lane; subnormal values count as zero.
 static INLINE Vec add_pairs(Vec sum, IntVec a, IntVec b) {
+#if defined(__AVX512BF16__)
   return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  return (Vec)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#endif
 }
 #endif
 
@@ -96,6 +111,8 @@ static INLINE bool any(IntVec mask) {
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
 #elif defined(__AVX2__)
   return _mm256_movemask_epi8((__m256i)mask) != 0;
+#elif defined(__aarch64__)
+  return vmaxvq_u32((uint32x4_t)mask) != 0;
 #else
   int32_t bits = 0;
   for (int i = 0; i < W; i++) bits |= mask[i];
@@ -130,6 +147,8 @@ static INLINE HalfVec round_to_bf16(Vec v) {
 static INLINE void store(bf16* p, Vec v) {
 #if defined(__AVX512BF16__)
   const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+#elif defined(BF16_PRODUCTS)
+  const bfloat16x4_t h = vcvt_bf16_f32((float32x4_t)v);
 #else
   const HalfVec h = round_to_bf16(v);
 #endif
@@ -165,6 +184,8 @@ static INLINE Vec max(Vec a, Vec b) {
 static INLINE float sum(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__aarch64__)
+  return vaddvq_f32((float32x4_t)v);
 #else
   float s = 0;
   for (int i = 0; i < W; i++) s += v[i];

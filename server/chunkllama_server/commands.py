@@ -267,6 +267,12 @@ def _add_demo(app: typer.Typer) -> None:
     app.add_typer(demo_app, name="demo")
 
 
+def _add_tune(app: typer.Typer) -> None:
+    from chunkllama_server.tune_command import tune
+
+    app.command()(tune)
+
+
 def _add_verify(app: typer.Typer) -> None:
     from chunkllama_server.verify_command import verify
 
@@ -290,5 +296,6 @@ _COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "config": _add_config,
     "version": _add_version,
     "models": _add_models,
+    "tune": _add_tune,
     "verify": _add_verify,
 }

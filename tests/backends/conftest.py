@@ -3,21 +3,31 @@ native tests on every level."""
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "emulation"))
+from chunkllama.backends.cpu import build
+
+for folder in ("emulation", "arm"):
+    sys.path.insert(0, str(Path(__file__).parent / folder))
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # gpu_suite
+if os.environ.get("CHUNKLLAMA_TEST_ARM"):  # for this whole process: test_native_arm.py
+    import arm_library
+
+    arm_library.install(pytest.MonkeyPatch())
+
+    def pytest_collection_finish() -> None:
+        gc.freeze()  # arm_library looks through what tests create, not through all modules
 
 
-@pytest.fixture(params=["amx", "avx512_bf16", "avx512", "avx2", "baseline"])
+@pytest.fixture(scope="module", params=[level.name for level in build.known_levels()])
 def level(request: pytest.FixtureRequest) -> str:
-    """Each instruction-set level that this CPU has."""
-    from chunkllama.backends.cpu.build import available_levels
-
-    if request.param not in {level.name for level in available_levels()}:
+    """Each instruction-set level of this kind of machine that its CPU has."""
+    if request.param not in {level.name for level in build.available_levels()}:
         pytest.skip(f"not run: this CPU has no {request.param}")
     return str(request.param)
 

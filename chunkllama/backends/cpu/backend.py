@@ -9,14 +9,14 @@ import ctypes
 import logging
 import sys
 from ctypes import c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import yaml
 
 from chunkllama.attention.plan_format import AttentionPlan, Packing
 from chunkllama.backends.base import (
+    Activations,
     Backend,
     CopyTriple,
     DevicePlan,
@@ -33,20 +33,23 @@ from chunkllama.backends.cpu.abi import (
     CRope,
     load_library,
 )
-from chunkllama.backends.cpu.build import LEVELS, NativeBuildError, available_levels, build
+from chunkllama.backends.cpu.build import (
+    NativeBuildError,
+    available_levels,
+    build,
+    known_levels,
+)
 from chunkllama.backends.cpu.fused_model import FusedModel, can_fuse
 from chunkllama.backends.cpu.memory import PoolCommitter, allocate_lazily
 from chunkllama.backends.cpu.packed import (
-    UNIT,
     PackedLinear,
     pack_model,
-    round_up,
-    row_stride,
     weight_types,
 )
+from chunkllama.backends.cpu.sizes import UNIT, round_up, row_stride
+from chunkllama.backends.cpu.tuning import load_tuning
 from chunkllama.backends.model import Linear, PlainModel, RunnableModel
 from chunkllama.errors import ConfigError
-from chunkllama.resources import data_folder
 
 logger = logging.getLogger(__name__)
 
@@ -90,22 +93,26 @@ class CpuBackend(Backend):
         self.device = torch.device("cpu")
         self.level, self.library = _best_library(level, sanitizer)
         self.isa_level = self.level
-        tuning = yaml.safe_load((data_folder("configs") / "hardware" / "cpu.yaml").read_text())
-        self.vector_rows = int(tuning["vector_rows"])
-        self._packing = tuning["packing"]
+        self.tuning = load_tuning(self.level)
         self._partials = torch.empty(0)
         self._product_type = int(self.library.ck_activation_type(TYPES[dtype]))
         self._product_dtype = {code: dtype for dtype, code in TYPES.items()}[self._product_type]
         self._inputs: dict[int, torch.Tensor] = {}
         logger.info("CPU kernels: level %s", self.level)
 
-    def fuse(self, model: PlainModel, quantization: Quantization = "auto") -> RunnableModel:
+    def fuse(
+        self,
+        model: PlainModel,
+        quantization: Quantization = "auto",
+        int4_activations: Activations = "int8",
+    ) -> RunnableModel:
         """Return one native call per step where the kernels know the model's specification; for any
         other the model itself, its linear layers packed.
         """
-        types = weight_types(model.weights, quantization)
+        few = replace(self.tuning.few_rows, rounds=int4_activations == "int8")
+        types = replace(weight_types(model.weights, quantization), few=few)
         if can_fuse(model.spec):
-            return FusedModel(self.library, self.vector_rows, model, types)
+            return FusedModel(self.library, self.tuning.vector_rows, model, types)
         pack_model(self.library, model.weights, types)
         return model
 
@@ -116,14 +123,14 @@ class CpuBackend(Backend):
     def packing(self, *, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> Packing:
         """The longest runs that still give each thread a few units: fewer partials to merge."""
         group = num_qo_heads // num_kv_heads
-        tuning = self._packing
+        tuning = self.tuning.packing
         return Packing(
-            rows_per_item=max(1, tuning["query_rows_per_item"] // group),
-            min_run_chunks=tuning["min_run_chunks"],
-            target_units=tuning["units_per_thread"] * torch.get_num_threads(),
+            rows_per_item=max(1, tuning.query_rows_per_item // group),
+            min_run_chunks=tuning.min_run_chunks,
+            target_units=tuning.units_per_thread * torch.get_num_threads(),
             num_kv_heads=num_kv_heads,
-            split_private=tuning["split_private"],
-            spare_chunks=tuning["spare_chunks"],
+            split_private=tuning.split_private,
+            spare_chunks=tuning.spare_chunks,
         )
 
     def _allocate_layers(
@@ -236,7 +243,7 @@ class CpuBackend(Backend):
             kv.layers[rows.layer].data_ptr(),
             *(plan.state.partial_out.data_ptr(), plan.state.partial_lse.data_ptr()),
             *((scale, 0.0) if softcap is None else (softcap, scale / softcap)),
-            self.vector_rows,
+            self.tuning.vector_rows,
         )
         self.library.ck_attention(ctypes.byref(args), torch.get_num_threads())
         return out
@@ -301,7 +308,7 @@ def _best_library(level: str, sanitizer: str) -> tuple[str, ctypes.CDLL]:
 def main() -> int:
     """Build every level this machine can run; 0 if at least one came out."""
     built = 0
-    for level in LEVELS:
+    for level in known_levels():
         if level not in available_levels():
             print(f"{level.name}: not on this machine")
             continue

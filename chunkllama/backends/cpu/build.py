@@ -36,33 +36,56 @@ _SHIPPED_FOLDER: Final = Path(__file__).resolve().parents[2] / "_native"
 
 @dataclass(frozen=True, slots=True)
 class IsaLevel:
-    """An instruction-set level: compiler flags, and the features of /proc/cpuinfo it needs."""
+    """An instruction-set level.
+
+    Attributes:
+        flags: of the compiler.
+        features: of /proc/cpuinfo that it needs.
+        machine: as ``platform.machine`` names it; empty for any.
+    """
 
     name: str
     flags: tuple[str, ...]
     features: frozenset[str]
+    machine: str = ""
 
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-_AVX512_BF16 = (*_AVX512, "-mavx512bf16")
+_AVX512_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni")
 _AMX = (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16")
 _AVX512_FEATURES = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
+_AVX512_BF16_FEATURES = _AVX512_FEATURES | {"avx512_bf16", "avx512_vnni"}
 
 # Best first.
 LEVELS: Final = (
     IsaLevel(
         "amx",
         (*_AMX, "-mtune=sapphirerapids"),
-        _AVX512_FEATURES | {"avx512_bf16", "amx_tile", "amx_bf16"},
+        _AVX512_BF16_FEATURES | {"amx_tile", "amx_bf16"},
+        "x86_64",
     ),
     IsaLevel(
         "avx512_bf16",
         (*_AVX512_BF16, "-mtune=icelake-server"),
-        _AVX512_FEATURES | {"avx512_bf16"},
+        _AVX512_BF16_FEATURES,
+        "x86_64",
     ),
-    IsaLevel("avx512", (*_AVX512, "-mtune=skylake-avx512"), _AVX512_FEATURES),
-    IsaLevel("avx2", (*_AVX2, "-mtune=haswell"), frozenset({"avx2", "fma", "f16c"})),
+    IsaLevel("avx512", (*_AVX512, "-mtune=skylake-avx512"), _AVX512_FEATURES, "x86_64"),
+    IsaLevel("avx2", (*_AVX2, "-mtune=haswell"), frozenset({"avx2", "fma", "f16c"}), "x86_64"),
+    IsaLevel(
+        "neon_bf16",
+        ("-march=armv8.2-a+dotprod+bf16", "-mtune=neoverse-v1"),
+        frozenset({"asimd", "asimddp", "bf16"}),
+        "aarch64",
+    ),
+    IsaLevel(
+        "neon_dot",
+        ("-march=armv8.2-a+dotprod", "-mtune=neoverse-n1"),
+        frozenset({"asimd", "asimddp"}),
+        "aarch64",
+    ),
+    IsaLevel("neon", ("-march=armv8-a",), frozenset({"asimd"}), "aarch64"),
     IsaLevel("baseline", (), frozenset()),
 )
 
@@ -79,17 +102,34 @@ def library_directory() -> Path:
     return cache_folder() / "native"
 
 
+def known_levels() -> tuple[IsaLevel, ...]:
+    """The levels for this kind of machine, best first, whatever its CPU has."""
+    return tuple(level for level in LEVELS if level.machine in ("", platform.machine()))
+
+
 def available_levels() -> tuple[IsaLevel, ...]:
     """The levels whose instructions this machine has, best first."""
-    features: set[str] = set()
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                features.update(line.split(":", 1)[1].split())
-                break
+        cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
-        pass
-    return tuple(level for level in LEVELS if level.features <= features)
+        cpuinfo = ""
+    return levels_of(cpuinfo)
+
+
+def levels_of(cpuinfo: str) -> tuple[IsaLevel, ...]:
+    """The levels that a CPU of this kind of machine has, best first.
+
+    Args:
+        cpuinfo: text of its /proc/cpuinfo. A level needs its features on every processor: a
+            thread may run on any of them.
+    """
+    lines = [
+        line.split(":", 1)[1].split()
+        for line in cpuinfo.splitlines()
+        if line.startswith(("flags", "Features"))  # x86, ARM
+    ]
+    features = set(lines[0]).intersection(*lines[1:]) if lines else set()
+    return tuple(level for level in known_levels() if level.features <= features)
 
 
 def build(level: IsaLevel, sanitizer: str = "") -> Path:

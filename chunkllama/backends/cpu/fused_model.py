@@ -11,23 +11,21 @@ import torch
 
 from chunkllama.backends.base import DevicePlan, KVCache
 from chunkllama.backends.cpu.abi import BF16, TYPES, CHeads, CPlan, mirrors
+from chunkllama.backends.cpu.interleaved import interleave
 from chunkllama.backends.cpu.packed import (
-    UNIT,
     Arena,
     CLinear,
     CWeights,
     Parts,
     Storage,
     WeightTypes,
-    interleave,
     pack,
     pack_matrix,
     packed_bytes,
     padded_bias,
     parts_of,
-    round_up,
-    row_stride,
 )
+from chunkllama.backends.cpu.sizes import UNIT, round_up, row_stride
 from chunkllama.backends.model import LayerWeights, Linear, ModelWeights, PlainModel
 from chunkllama.backends.quantized import WeightRows
 from chunkllama.model_spec import LayerSpec, ModelSpec
@@ -239,7 +237,9 @@ class FusedModel:
         self._model.head = self._pack(weights.lm_head, head=True)
         if rows is not None and not is_tied:
             storage = self._embedding_storage(rows)
-            self._model.packed_embedding = pack_matrix(self._library, self._arena, rows, storage)
+            self._model.packed_embedding = pack_matrix(
+                self._library, self._arena, rows, storage, self._types.few
+            )
         elif rows is not None or (is_tied and self._types.head in (None, self._types.own)):
             self._model.packed_embedding = self._model.head.parts[0]
         else:
@@ -254,7 +254,7 @@ class FusedModel:
             bias = interleave(linear.bias) if interleaved else linear.bias
             bias_address = self._vector(padded_bias(bias))
         parts = self._parts(linear, interleaved=interleaved, head=head)
-        packed = pack(self._library, self._arena, parts, bias_address)
+        packed = pack(self._library, self._arena, parts, bias_address, self._types.few)
         linear.weight, linear.bias = torch.empty(0), None
         return packed
 

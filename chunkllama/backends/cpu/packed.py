@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -25,10 +24,12 @@ from chunkllama.backends.cpu.abi import (
     UPPER_SCALES,
     mirrors,
 )
+from chunkllama.backends.cpu.interleaved import InterleavedRows, halves
 from chunkllama.backends.cpu.memory import allocate_lazily
+from chunkllama.backends.cpu.sizes import STRIDE, UNIT, round_up
+from chunkllama.backends.cpu.tuning import FewRows
 from chunkllama.backends.model import Linear, ModelWeights
 from chunkllama.backends.quantized import (
-    Codes,
     QuantFormat,
     QuantizedLinear,
     StackedRows,
@@ -39,8 +40,6 @@ from chunkllama.backends.quantized import (
 )
 from chunkllama.errors import ConfigError
 
-UNIT: Final = 32  # output columns that are packed together
-STRIDE: Final = 64  # k of packed weights is a multiple of this
 MAX_PARTS: Final = 3
 _EXTRAS: Final = {"none": NO_EXTRA, "offsets": OFFSETS, "upper_scales": UPPER_SCALES}
 _CODE_BITS: Final = {F32: 32, BF16: 16, INT8: 8, INT4: 4}
@@ -51,7 +50,8 @@ _CHUNK_ELEMENTS: Final = 1 << 21  # weights that are read and packed at a time
 class CWeights(Structure):
     _fields_ = (
         *(("data", c_void_p), ("n", c_int64), ("type", c_int32), ("scale_type", c_int32)),
-        *(("extra", c_int32), ("factor", c_float), ("table", c_void_p)),
+        *(("extra", c_int32), ("factor", c_float), ("table", c_void_p), ("bytes", c_void_p)),
+        ("few_rows", c_int64),
     )
 
 
@@ -89,6 +89,9 @@ class Storage:
         return round_up(n * k * _CODE_BITS[self.type] // 8 + n * k // 32 * 2 * scales, STRIDE)
 
 
+DEFAULT_FEW: Final = FewRows()
+
+
 @dataclass(frozen=True, slots=True)
 class WeightTypes:
     """Types of a model's packed matrices.
@@ -97,11 +100,13 @@ class WeightTypes:
         own: of what is not quantized.
         layers: of all matrices of the layers; None: as the checkpoint has them.
         head: the same of the head.
+        few: products with few rows.
     """
 
     own: int
     layers: int | None = None
     head: int | None = None
+    few: FewRows = DEFAULT_FEW
 
 
 @dataclass(slots=True, kw_only=True)
@@ -171,7 +176,7 @@ def parts_of(linear: Linear, own: int, wanted: int | None, *, interleaved: bool 
     """
     sources = rows_of(linear)
     if interleaved:
-        sources = (InterleavedRows(*_halves(sources)),)
+        sources = (InterleavedRows(*halves(sources)),)
     if wanted is not None:
         return [(StackedRows(sources), Storage(wanted))]
     groups: list[list[WeightRows]] = []
@@ -188,100 +193,34 @@ def parts_of(linear: Linear, own: int, wanted: int | None, *, interleaved: bool 
     ]
 
 
-def _halves(sources: Sequence[WeightRows]) -> tuple[WeightRows, WeightRows]:
-    """The gate and the up projection."""
-    if len(sources) == 2:
-        return sources[0], sources[1]
-    stacked = StackedRows(sources)
-    half = stacked.rows // 2
-    return _Slice(stacked, 0, half), _Slice(stacked, half, half)
-
-
-class _Slice(WeightRows):
-    def __init__(self, source: WeightRows, first: int, rows: int) -> None:
-        self._source, self._first = source, first
-        self.rows, self.columns, self.format = rows, source.columns, source.format
-
-    def floats(self, begin: int, end: int) -> torch.Tensor:
-        return self._source.floats(self._first + begin, self._first + end)
-
-    def codes(self, begin: int, end: int) -> Codes:
-        return self._source.codes(self._first + begin, self._first + end)
-
-
-class InterleavedRows(WeightRows):
-    """16 rows of gate, 16 of up, ...: each padded with zeros to whole strides.
-
-    Ranges begin and end at multiples of 32.
-    """
-
-    def __init__(self, gate: WeightRows, up: WeightRows) -> None:
-        self._both = (gate, up)
-        self.rows, self.columns = 2 * round_up(gate.rows, STRIDE), gate.columns
-        self.format = gate.format if gate.format == up.format else None
-
-    def floats(self, begin: int, end: int) -> torch.Tensor:
-        first, last, count = self._range(begin, end)
-        gate, up = (half.floats(first, last)[:count] for half in self._both)
-        if gate.dtype != up.dtype:
-            gate, up = gate.float(), up.float()
-        return _interleaved(gate, up, end - begin)
-
-    def codes(self, begin: int, end: int) -> Codes:
-        first, last, count = self._range(begin, end)
-        gate, up = (half.codes(first, last).head(count) for half in self._both)
-        extra = None
-        if gate.extra is not None and up.extra is not None:
-            extra = _interleaved(gate.extra, up.extra, end - begin)
-        return Codes(
-            gate.format,
-            _interleaved(gate.codes, up.codes, end - begin),
-            _interleaved(gate.scales, up.scales, end - begin),
-            extra,
-        )
-
-    def _range(self, begin: int, end: int) -> tuple[int, int, int]:
-        """Rows to read of each half, at least one, and how many of them count."""
-        rows = self._both[0].rows
-        first, last = min(begin // 2, rows - 1), min(end // 2, rows)
-        return first, last, max(last - begin // 2, 0)
-
-
-def _interleaved(gate: torch.Tensor, up: torch.Tensor, rows: int) -> torch.Tensor:
-    both = gate.new_zeros(rows // 32, 2, 16, *gate.shape[1:])
-    for at, part in enumerate((gate, up)):
-        padding = (0, 0) * (part.dim() - 1) + (0, rows // 2 - len(part))
-        both[:, at] = torch.nn.functional.pad(part, padding).view(-1, 16, *part.shape[1:])
-    return both.flatten(0, 2)
-
-
-def interleave(stacked: torch.Tensor) -> torch.Tensor:
-    """[gate; up] of a bias -> 16 of gate, 16 of up, ...: zeros pad each to whole strides."""
-    gate, up = stacked.chunk(2)
-    return _interleaved(gate, up, 2 * round_up(len(gate), STRIDE))
-
-
 def packed_bytes(parts: Parts) -> int:
     """Bytes of a packed layer."""
     return sum(storage.size(rows.rows, rows.columns) for rows, storage in parts)
 
 
-def pack(library: ctypes.CDLL, arena: Arena, parts: Parts, bias_address: int) -> CLinear:
+def pack(
+    library: ctypes.CDLL, arena: Arena, parts: Parts, bias_address: int, few: FewRows
+) -> CLinear:
     """Copy matrices into the arena; ``bias_address``: [round_up(out, UNIT)] float32."""
-    packed = [pack_matrix(library, arena, rows, storage) for rows, storage in parts]
+    packed = [pack_matrix(library, arena, rows, storage, few) for rows, storage in parts]
     k = _padded(0, parts[0][0].columns)[1]
     unused = [CWeights()] * (MAX_PARTS - len(packed))
     n = sum(weights.n for weights in packed)
     return CLinear((CWeights * MAX_PARTS)(*packed, *unused), bias_address, n, k)
 
 
-def pack_matrix(library: ctypes.CDLL, arena: Arena, rows: WeightRows, storage: Storage) -> CWeights:
+def pack_matrix(
+    library: ctypes.CDLL, arena: Arena, rows: WeightRows, storage: Storage, few: FewRows
+) -> CWeights:
     """Copy one matrix into the arena, some rows at a time."""
     n, k = _padded(rows.rows, rows.columns)
     table, factor = _table(storage.values)
+    integers = _integers(storage.values) if few.rounds and storage.type == INT4 else None
     weights = CWeights(
         *(arena.take(storage.size(rows.rows, rows.columns)), n, storage.type, storage.scale_type),
         *(storage.extra, factor, table.data_ptr()),
+        None if integers is None else integers.data_ptr(),
+        few.of(storage.type, integers is not None),
     )
     keeps_codes = rows.format is not None and Storage.of(rows.format) == storage
     step = max(_CHUNK_ELEMENTS // rows.columns // STRIDE, 1) * STRIDE
@@ -314,6 +253,16 @@ def _table(values: tuple[float, ...] | None) -> tuple[torch.Tensor, float]:
     return (numbers / factor).float(), factor
 
 
+@cache
+def _integers(values: tuple[float, ...] | None) -> torch.Tensor | None:
+    """128 times the table as bytes; None if that is not exact."""
+    table, _ = _table(values)
+    wide = table * 128
+    if not torch.equal(wide, wide.round()) or wide.max() > 127:
+        return None
+    return wide.to(torch.int8)
+
+
 def unpack(library: ctypes.CDLL, weights: CWeights, rows: int, columns: int) -> torch.Tensor:
     """Return packed weights as floats [rows, columns]."""
     y = torch.empty(rows, columns)
@@ -330,7 +279,13 @@ def padded_bias(bias: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(bias.float(), (0, size - len(bias))).contiguous()
 
 
-def pack_linear(library: ctypes.CDLL, linear: Linear, own: int, wanted: int | None) -> PackedLinear:
+def pack_linear(
+    library: ctypes.CDLL,
+    linear: Linear,
+    own: int,
+    wanted: int | None,
+    few: FewRows = DEFAULT_FEW,
+) -> PackedLinear:
     """Pack one layer into memory of its own; ``linear`` gives its weight back."""
     parts = parts_of(linear, own, wanted)
     arena = Arena(packed_bytes(parts))
@@ -339,7 +294,7 @@ def pack_linear(library: ctypes.CDLL, linear: Linear, own: int, wanted: int | No
     if linear.bias is not None:
         bias = padded_bias(linear.bias)
         memory, bias_address = (arena.memory, bias), bias.data_ptr()
-    packed = pack(library, arena, parts, bias_address)
+    packed = pack(library, arena, parts, bias_address, few)
     out = sum(rows.rows for rows, _ in parts)
     return PackedLinear(torch.empty(0), packed=packed, out=out, memory=memory)
 
@@ -350,27 +305,17 @@ def pack_model(library: ctypes.CDLL, weights: ModelWeights, types: WeightTypes) 
     """
     for layer in weights.layers:
         for name in ("qkv", "output", "gate_up", "down"):
-            packed = pack_linear(library, getattr(layer, name), types.own, types.layers)
+            packed = pack_linear(library, getattr(layer, name), types.own, types.layers, types.few)
             setattr(layer, name, packed)
         for name in ("input", "q", "k", "attention_output", "mlp", "mlp_output"):
             norm = getattr(layer, f"{name}_norm")
             setattr(layer, f"{name}_norm", None if norm is None else norm.float())
     weights.norm = weights.norm.float()
-    weights.lm_head = pack_linear(library, weights.lm_head, types.own, types.head)
+    weights.lm_head = pack_linear(library, weights.lm_head, types.own, types.head, types.few)
     if weights.embedding_rows is not None:
         dtype, device = weights.embedding.dtype, torch.device("cpu")
         weights.embedding = widened([weights.embedding_rows], dtype, device)
         weights.embedding_rows = None
-
-
-def row_stride(width: int) -> int:
-    """Elements from one row of an activation to the next, as ``stride`` in model.cpp."""
-    return round_up(width, STRIDE) + 32
-
-
-def round_up(value: int, unit: int) -> int:
-    """The next multiple of ``unit``."""
-    return -(-value // unit) * unit
 
 
 def _padded(out: int, columns: int) -> tuple[int, int]:

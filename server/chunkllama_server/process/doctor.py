@@ -18,7 +18,7 @@ from chunkllama.config import EngineConfig
 from chunkllama.engine.size import plan_size
 from chunkllama.errors import ConfigError
 from chunkllama.models.loading.hub import aliases, is_hub_id, resolve_model
-from chunkllama.resources import cache_folder, memory_left, usable_threads
+from chunkllama.resources import cache_folder, cpu_name, memory_left, usable_threads
 
 _MIB = 1 << 20
 Verdict = Literal["ok", "note", "problem"]
@@ -59,17 +59,8 @@ def examine(config: EngineConfig) -> list[Finding]:
 def _processors() -> Finding:
     levels = available_levels()
     names = ", ".join(level.name for level in levels)
-    text = f"{usable_threads()} usable, {_cpu_name()}; instruction sets: {names}"
+    text = f"{usable_threads()} usable, {cpu_name()}; instruction sets: {names}"
     return Finding("ok", "processors", text)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    found = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(found, platform.machine())
 
 
 def _kernels(config: EngineConfig) -> Iterator[Finding]:
