@@ -159,6 +159,13 @@ class ModelConfig(ConfigGroup):
         gt=0,
         description="Compute threads. Default: this process's processors, cut to its CPU quota.",
     )
+    cpu_bind: Annotated[str, BeforeValidator(str)] = Field(  # 0 in YAML is a number
+        default="none",
+        pattern=r"^(none|auto|\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*)$",
+        description="Processors that compute on a CPU, and where its memory lies: a list such as "
+        "0-3,8; auto is one for each core of the NUMA node that has most of them; none is all that "
+        "this process may use.",
+    )
     seed: int | None = Field(
         default=None, ge=0, description="Makes the seeds of requests without one reproducible."
     )

@@ -6,6 +6,7 @@ start 64 threads on two processors and a pool that the kernel kills.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
@@ -13,8 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chunkllama.errors import ConfigError
+from chunkllama.logger import init_logger
 
 _ROOT = Path("/")
+logger = init_logger(__name__)
 
 
 def usable_threads(root: Path = _ROOT) -> int:
@@ -25,6 +28,73 @@ def usable_threads(root: Path = _ROOT) -> int:
         if quota is not None:
             limit = min(limit, max(1, math.floor(quota)))
     return limit
+
+
+def bind_processors(choice: str, root: Path = _ROOT) -> None:
+    """Let all threads of this process, and those it starts later, run on some processors only.
+
+    Args:
+        choice: as ``chosen_processors`` takes it; "none" changes nothing.
+        root: where proc and sys lie.
+
+    Raises:
+        ConfigError: see ``chosen_processors``.
+    """
+    if choice == "none":
+        return
+    processors = chosen_processors(choice, os.sched_getaffinity(0), root)
+    for task in (root / "proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # the thread has ended
+            os.sched_setaffinity(int(task.name), processors)
+    logger.info("compute threads run on processors %s", ",".join(map(str, sorted(processors))))
+
+
+def chosen_processors(choice: str, allowed: set[int], root: Path = _ROOT) -> set[int]:
+    """Return the processors of a choice.
+
+    Args:
+        choice: a list such as "0-3,8", or "auto": of the NUMA node with the most cores the lowest
+            processor of each core.
+        allowed: processors that this process may run on.
+        root: where sys lies.
+
+    Raises:
+        ConfigError: some processor of the list is not allowed.
+    """
+    if choice != "auto":
+        listed = _listed(choice)
+        if not listed:
+            raise ConfigError(f"cpu_bind: {choice} names no processor; write 0-3,8, auto or none")
+        if refused := sorted(listed - allowed):
+            raise ConfigError(
+                f"cpu_bind: this process may not run on processor {refused[0]}; it may on "
+                f"{','.join(map(str, sorted(allowed)))}"
+            )
+        return listed
+    system = root / "sys/devices/system"
+    cores: dict[frozenset[int], int] = {}  # processors of a core -> the lowest allowed
+    for processor in sorted(allowed):
+        siblings = _read_list(system / f"cpu/cpu{processor}/topology/thread_siblings_list")
+        cores.setdefault(frozenset(siblings or {processor}), processor)
+    firsts = set(cores.values())
+    nodes = [_read_list(path) & firsts for path in sorted(system.glob("node/node*/cpulist"))]
+    return max((node for node in nodes if node), key=len, default=firsts)
+
+
+def _listed(text: str) -> set[int]:
+    """Numbers of "0-3,8"; a range whose end is before its start has none."""
+    found: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        found.update(range(int(first), int(last or first) + 1))
+    return found
+
+
+def _read_list(path: Path) -> set[int]:
+    try:
+        return _listed(path.read_text())
+    except (OSError, ValueError):
+        return set()
 
 
 def memory_left(root: Path = _ROOT) -> int:

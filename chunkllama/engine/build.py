@@ -15,7 +15,7 @@ from chunkllama.logger import init_logger
 from chunkllama.messages import EngineReady
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.loading.hub import resolve_model
-from chunkllama.resources import usable_threads
+from chunkllama.resources import bind_processors, usable_threads
 from chunkllama.scheduler.scheduler import Scheduler, SchedulerLimits
 
 logger = init_logger(__name__)
@@ -39,6 +39,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         logger.info("dtype: float16 weights are stored as bfloat16; float32 keeps all their bits")
     chunk_size = config.cache.chunk_size
     if device == "cpu":
+        bind_processors(config.model.cpu_bind)
         torch.set_num_threads(config.model.threads or usable_threads())
     executor = load_executor(
         model_path=folder,

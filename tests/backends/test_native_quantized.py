@@ -93,9 +93,11 @@ def unpacked(ops: CpuBackend, linear: PackedLinear, columns: int) -> torch.Tenso
 def rounded(x: torch.Tensor) -> torch.Tensor:
     """x [T, in] with 8 bits and a scale for each 32, as the kernels round it."""
     blocks = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
-    scales = blocks.abs().amax(2, keepdim=True) / 127
-    inverses = (1 / scales).nan_to_num(posinf=0)
-    return ((blocks * inverses).round() * scales).flatten(1)[:, : x.shape[1]]
+    scales = torch.from_numpy(blocks.abs().amax(2, keepdim=True).numpy() / np.float32(127))
+    inverses = scales.reciprocal().nan_to_num(posinf=0)
+    # The product is not rounded before it is rounded to an integer.
+    codes = (blocks.double() * inverses.double()).round()
+    return (codes.float() * scales).flatten(1)[:, : x.shape[1]]
 
 
 def without_offsets(rows: HeldRows) -> HeldRows:
