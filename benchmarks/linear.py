@@ -3,6 +3,7 @@
     python benchmarks/linear.py                          # every level this CPU has
     python benchmarks/linear.py --levels avx512_bf16 --rounds 7 --save
     python benchmarks/linear.py --levels amx --shapes demo.qkv --rows 1 64
+    python benchmarks/linear.py --int4 --rows 1 8 --rounds 10  # 8-bit against float activations
 
 Each level runs in a process of its own, in which oneDNN is held to the same instructions
 (ONEDNN_MAX_CPU_ISA). A round times every variant once, so the variants alternate; a sample walks
@@ -22,16 +23,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import cpu_name, new_result
 
-from chunkllama.backends.cpu.abi import BF16, TYPES, load_library
+from chunkllama.backends.cpu.abi import BF16, F32, INT4, TYPES, load_library
 from chunkllama.backends.cpu.build import LEVELS, available_levels
 from chunkllama.backends.cpu.memory import allocate_lazily
-from chunkllama.backends.cpu.packed import MAX_PARTS, CLinear, CWeights
+from chunkllama.backends.cpu.packed import MAX_PARTS, CLinear, CWeights, pack_linear
+from chunkllama.backends.cpu.tuning import FewRows
+from chunkllama.backends.model import Linear
 
 # (outputs, inputs) of the demo model's layers and of a 1.1B Llama's (TinyLlama).
 SHAPES = {
@@ -162,6 +166,59 @@ def check(variants: dict[str, Callable[[int], object]]) -> None:
             raise SystemExit(f"{name} differs from torch fp32 by {error:.3f} of the largest value")
 
 
+def int4_ratios(
+    library: ctypes.CDLL, shape: tuple[int, int], rows: int, rounds: int
+) -> dict[str, float]:
+    """Time of int4 with 8-bit activations over that with float ones, and over that of weights
+    widened to the level's own product: medians of pairs, their variants alternating.
+    """
+    n, k = shape
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
+    few = FewRows(int4=max(rows, 1), int4_float=max(rows, 1))
+    kinds = {"8 bits": few, "float": replace(few, rounds=False), "widened": FewRows(int4=0)}
+    count = max(2, RING_BYTES // (n * k // 2))
+    layers = {
+        name: [pack_linear(library, Linear(weight.clone()), F32, INT4, each) for _ in range(count)]
+        for name, each in kinds.items()
+    }
+    activation = library.ck_activation_type(BF16)
+    dtype = {number: each for each, number in TYPES.items()}[activation]
+    x = torch.randn(-(-rows // 32) * 32, k + 32).to(dtype)
+    y = torch.empty(rows, n)
+
+    def sample(name: str) -> float:
+        start = time.perf_counter()
+        for layer in layers[name]:
+            library.ck_linear(
+                *(ctypes.byref(layer.packed), x.data_ptr(), x.stride(0), activation),
+                *(y.data_ptr(), n, rows, torch.get_num_threads()),
+            )
+        return time.perf_counter() - start
+
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for name in kinds:
+        sample(name)
+    for _ in range(rounds):
+        for name in kinds:
+            times[name].append(sample(name))
+    return {
+        name: statistics.median(a / b for a, b in zip(times["8 bits"], times[name], strict=True))
+        for name in ("float", "widened")
+    }
+
+
+def print_int4(options: argparse.Namespace) -> None:
+    print("| level | shape | rows | time / float activations | time / widened weights |")
+    print("| --- | --- | --- | --- | --- |")
+    for level in options.levels:
+        library = load_library(next(each for each in LEVELS if each.name == level))
+        for shape in options.shapes:
+            for rows in options.rows:
+                found = int4_ratios(library, SHAPES[shape], rows, options.rounds)
+                ratios = " | ".join(f"{each:.2f}" for each in found.values())
+                print(f"| {level} | {shape} | {rows} | {ratios} |", flush=True)
+
+
 def run_level(name: str, shapes: list[str], rows: list[int], rounds: int) -> Iterator[dict]:
     """One result per shape and number of rows."""
     library = load_library(next(level for level in LEVELS if level.name == name))
@@ -242,13 +299,19 @@ def main() -> None:
     parser.add_argument(
         "--save", action="store_true", help="write results/linear-<levels>-<machine>.json"
     )
+    parser.add_argument("--int4", action="store_true", help="compare int4's products only")
     parser.add_argument("--child", choices=here, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.save and options.rounds < 5:
         parser.error("--save needs --rounds 5 or more: a median of fewer is noise")
+    if options.int4 and options.save:
+        parser.error("--int4 prints ratios and saves nothing")
+    if options.threads and (options.child or options.int4):
+        torch.set_num_threads(options.threads)
+    if options.int4:
+        print_int4(options)
+        return
     if options.child:
-        if options.threads:
-            torch.set_num_threads(options.threads)
         with torch.inference_mode():
             for result in run_level(options.child, options.shapes, options.rows, options.rounds):
                 print(json.dumps(result), flush=True)
