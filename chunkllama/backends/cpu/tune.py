@@ -191,8 +191,8 @@ class _Attention:
 
     def choose(self, name: str, candidates: Sequence[int], report: Report, ratio: Ratio) -> None:
         """Give the tuning the fastest candidate, where that is faster than what it has."""
-        ops, ratios = self._ops, {}
-        before = ops.tuning
+        ops, before = self._ops, self._ops.tuning
+        ratios: dict[int, float] = {}
         for candidate in candidates:
             changed: dict[str, Any] = {name: candidate}
             ops.tuning = replace(before, packing=replace(before.packing, **changed))
