@@ -147,7 +147,8 @@ class ModelConfig(ConfigGroup):
     int4_activations: Literal["int8", "float"] = Field(
         default="int8",
         description="What up to 8 rows of a step are multiplied by 4-bit weights in, on backend "
-        "cpu: int8 rounds them to 8 bits with a scale for each 32 and is faster; float is exact.",
+        "cpu: int8 rounds them to 8 bits with a scale for each 32 and is faster; float keeps them, "
+        "and so does dtype float32.",
     )
     max_model_len: int | None = Field(
         default=None,

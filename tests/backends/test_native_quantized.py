@@ -314,11 +314,12 @@ def test_a_quantized_model_equals_the_reference_running_its_widened_weights(
     positions = torch.from_numpy(case.positions)
     seed = int(rng.integers(1 << 30))
 
-    def run(backend: Backend, dtype: torch.dtype, multiplier: float) -> torch.Tensor:
+    def run(
+        backend: Backend, dtype: torch.dtype, multiplier: float, activations: Activations = "int8"
+    ) -> torch.Tensor:
         spec = replace(SPEC, tie_word_embeddings=tied, residual_multiplier=multiplier)
         model, plan = make_model(backend, spec, case, dtype)
         quantize(model.weights, formats, np.random.default_rng(seed))
-        activations: Activations = "float" if dtype == torch.float32 else "int8"
         runnable = backend.fuse(model, int4_activations=activations)
         assert isinstance(runnable, FusedModel) == (backend.name == "cpu" and multiplier == 1)
         return runnable.logits(runnable.forward(token_ids, positions, plan)).clone()
@@ -383,3 +384,26 @@ def test_stacked_rows_of_one_format_are_read_across_their_parts(rng: np.random.G
     whole = torch.cat([part.floats(0, part.rows) for part in parts])
     assert torch.equal(stacked.floats(3, 42), whole[3:42])
     assert torch.equal(stacked.codes(3, 42).floats(), whole[3:42])
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 0.5])
+def test_the_setting_and_float32_keep_float_activations(
+    level: str, rng: np.random.Generator, multiplier: float
+) -> None:
+    """Of a model's own projections, fused and op by op; a bfloat16 model rounds by default."""
+    case = random_case(rng, kind="decode", max_rows=4)
+    for dtype, activations, rounds in (
+        (torch.bfloat16, "int8", True),
+        (torch.bfloat16, "float", False),
+        (torch.float32, "int8", False),
+    ):
+        spec = replace(SPEC, residual_multiplier=multiplier)
+        model, _ = make_model(native_ops(dtype, level), spec, case, dtype)
+        backend = model.attention.backend
+        runnable = backend.fuse(model, "int4", activations)  # type: ignore[arg-type]
+        if isinstance(runnable, FusedModel):
+            layers = runnable._model.layers
+            parts = [layers[i].down.parts[0] for i in range(SPEC.num_layers)]
+        else:
+            parts = [layer.down.packed.parts[0] for layer in model.weights.layers]  # type: ignore[attr-defined]
+        assert [bool(part.bytes) for part in parts] == [rounds] * SPEC.num_layers

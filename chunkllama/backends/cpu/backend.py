@@ -109,8 +109,10 @@ class CpuBackend(Backend):
         """Return one native call per step where the kernels know the model's specification; for any
         other the model itself, its linear layers packed.
         """
-        few = replace(self.tuning.few_rows, rounds=int4_activations == "int8")
-        types = replace(weight_types(model.weights, quantization), few=few)
+        types = weight_types(model.weights, quantization)
+        # A model in float32 is to keep its precision.
+        rounds = int4_activations == "int8" and types.own == TYPES[torch.bfloat16]
+        types = replace(types, few=replace(self.tuning.few_rows, rounds=rounds))
         if can_fuse(model.spec):
             return FusedModel(self.library, self.tuning.vector_rows, model, types)
         pack_model(self.library, model.weights, types)
