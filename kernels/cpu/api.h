@@ -78,8 +78,8 @@ struct Weights {
   float factor;         // INT4: the value of a code is table[code] * factor, a power of two that
   const float* table;   // keeps the 16 entries within [-1, 1]
   const int8_t* bytes;  // INT4: table * 128, or null: activations are not rounded to 8 bits
-  // Quantized: with up to this many rows the codes are multiplied; with more the weights are widened
-  // to bf16, where an instruction multiplies that, or to float.
+  // Quantized: with up to this many rows the codes are multiplied; with more the weights are
+  // widened to bf16, where an instruction multiplies that, or to float.
   int64_t few_rows;
 };
 

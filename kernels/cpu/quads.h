@@ -1,6 +1,6 @@
-// int4 weights times 8-bit activations, for few rows: four products of bytes are summed by one
-// instruction. Activations are rounded with a scale for each row and 32 k, which costs little beside
-// the rounding of the weights to 4 bits.
+// int4 weights times 8-bit activations, for few rows: four products of bytes are summed at a time.
+// Activations are rounded with a scale for each row and 32 k, which costs little beside rounding
+// the weights to 4 bits.
 #pragma once
 #include <cmath>
 
@@ -11,7 +11,7 @@ namespace chunkllama {
 #if defined(__AVX2__) || defined(__aarch64__)
 #define QUAD_PRODUCTS 1
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__)
 constexpr int QUAD_OFFSET = 128;  // the instruction takes weights without a sign
 #else
 constexpr int QUAD_OFFSET = 0;
@@ -103,8 +103,6 @@ class ByteTable {
 static INLINE IntVec add_quads(IntVec sum, IntVec weights, IntVec x) {
 #if defined(__AVX512VNNI__)
   return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x);
-#elif defined(__AVXVNNI__)
-  return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)weights, (__m256i)x);
 #elif defined(__AVX512F__)
   // Two products of bytes up to 128 and 127 fit 16 bits.
   const __m512i w = (__m512i)weights, zero = _mm512_setzero_si512();

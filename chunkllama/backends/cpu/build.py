@@ -185,7 +185,7 @@ def compile_shipped(folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     libraries = []
-    for level in LEVELS:
+    for level in known_levels():
         library = folder / _shipped(level, _source_hash(level, "")).name
         _compile(find_compiler(), level, "", library)
         libraries.append(library)
