@@ -84,7 +84,9 @@ def _run(installed: Path, code: str, home: Path) -> str:
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="kernels are shipped for x86-64")
 def test_the_wheel_holds_every_level_for_an_old_glibc(wheel: Path, installed: Path) -> None:
     libraries = sorted((installed / "chunkllama" / "_native").glob("*.so"))
-    assert {path.name.partition("-")[0] for path in libraries} == {x.name for x in native.known_levels()}
+    assert {path.name.partition("-")[0] for path in libraries} == {
+        x.name for x in native.known_levels()
+    }
     tag = re.search(r"-py3-none-manylinux_2_(\d+)_x86_64\.whl$", wheel.name)
     assert tag is not None and int(tag[1]) <= 28
     needed = subprocess.run(
