@@ -152,8 +152,12 @@ def save_tuning(tuning: Tuning, level: str, threads: int) -> Path:
 
 def _parse(table: Mapping[str, Any]) -> Tuning:
     """Check every number; ValueError names the first that is wrong."""
-    few = {name: _checked("few_rows", value) for name, value in table["few_rows"].items()}
-    packing = {name: _checked(name, value) for name, value in table["packing"].items()}
+    few: dict[str, Any] = {
+        name: _checked("few_rows", value) for name, value in table["few_rows"].items()
+    }
+    packing: dict[str, Any] = {
+        name: _checked(name, value) for name, value in table["packing"].items()
+    }
     packing["split_private"] = bool(packing["split_private"])
     return Tuning(
         _checked("vector_rows", table["vector_rows"]), FewRows(**few), PackingNumbers(**packing)
