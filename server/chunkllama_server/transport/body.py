@@ -215,7 +215,8 @@ class JsonRoute(APIRoute):
 
 
 class BodyLimitMiddleware:
-    """Refuses bodies over ``max_body_bytes`` with 413, by Content-Length or as they arrive.
+    """Refuses bodies over ``max_body_bytes`` with 413, by Content-Length or as they arrive, and
+    compressed ones with 415.
 
     Uploaded files have a limit of their own.
     """
@@ -228,10 +229,14 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers = dict(scope["headers"])
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            error = ApiError(415, "Compressed request bodies are not accepted")
+            await error.response(scope)(scope, receive, send)
+            return
         key = "max_file_bytes" if scope["path"].endswith(FILES_PATH) else "max_body_bytes"
         most: int = getattr(self._settings, key)
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if int(announced) > most:
+        if int(headers.get(b"content-length", b"0")) > most:
             await self._too_large(key).response(scope)(scope, receive, send)
             return
         num_bytes = 0
