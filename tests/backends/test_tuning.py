@@ -34,7 +34,7 @@ def backend() -> CpuBackend:
 
 
 def test_what_is_written_is_what_the_backend_reads(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="chunkllama"):
         level = backend().level
         assert backend().tuning == tuning.shipped_tuning()
         assert "tune" not in caplog.text
