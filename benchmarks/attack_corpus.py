@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from attack_requests import Attack, attacks
-from hostile_server import HOST, Health, Probe, head, polled_health, started_server
+from hostile_server import HOST, Health, Probe, attacked_server, head, polled_health
 from machine import cpu_name
 
 from chunkllama import __version__
@@ -156,7 +156,7 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="print each request's row")
     options = parser.parse_args()
     load = os.getloadavg()[0]
-    with started_server(*FLAGS) as port:
+    with attacked_server(*FLAGS) as port:
         rows, pauses, errors = asyncio.run(run(port, options))
     summary = summarize(rows, pauses, errors)
     print(json.dumps(summary, indent=1))

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import TracebackType
 
-HOST = "127.0.0.1"
+from servers import HOST, started_server
+
 MODEL = "smollm2-135m-instruct"
 PROBE, ATTACKER = "probe-key", "attacker-key"
 POLL_SECONDS = 0.05
@@ -22,42 +19,16 @@ _MAX_ERRORS = 10
 
 
 @contextlib.contextmanager
-def started_server(*flags: str, model: str = MODEL, seconds: float = 180.0) -> Iterator[int]:
-    """Serve with a key for the probe and one for the attacker while the block runs.
-
-    Returns the port, which answers.
+def attacked_server(*flags: str, model: str = MODEL, seconds: float = 180.0) -> Iterator[int]:
+    """Serve with a key for the probe and one for the attacker while the block runs; yields the
+    port.
     """
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        port = sock.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        keys, log = Path(folder, "keys"), Path(folder, "log")
+        keys = Path(folder, "keys")
         keys.write_text(f"probe:{PROBE}\nattacker:{ATTACKER}\n")
-        command = [sys.executable, "-m", "chunkllama_server.cli", "serve", "--port", str(port)]
-        command += ["--model", model, "--served-model-name", "m", "--served-model-name", "alias"]
-        command += ["--api-key-file", str(keys)]
-        command += ["--log-level", "error", *flags]
-        with log.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file, env=dict(os.environ))
-        try:
-            end = time.monotonic() + seconds
-            while True:
-                with contextlib.suppress(OSError):
-                    socket.create_connection((HOST, port), 1).close()
-                    break
-                if process.poll() is not None or time.monotonic() > end:
-                    raise SystemExit(f"the server did not start: {log.read_text()[-500:]}")
-                time.sleep(0.1)
+        own = ("--served-model-name", "alias", "--api-key-file", str(keys))
+        with started_server(model, *own, *flags, seconds=seconds) as (port, _):
             yield port
-            if process.poll() is not None:
-                raise SystemExit(f"the server ended: {log.read_text()[-2000:]}")
-        finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(40)
-            if process.poll() is None:
-                process.kill()
-                process.wait()
 
 
 def head(method: str, path: str, length: int = 0, key: str = ATTACKER) -> bytes:

@@ -13,22 +13,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import platform
 import resource
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from machine import cpu_name
+from servers import started_server
 
 import chunkllama
 
@@ -137,33 +132,6 @@ class Client:
         return load
 
 
-@contextlib.contextmanager
-def running_server(model: str) -> Iterator[int]:
-    """Start a server whose queue is as long as its batch; yields its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    command = [
-        *(sys.executable, "-m", "chunkllama_server.cli", "serve", "--model", model),
-        *("--served-model-name", "m", "--port", str(port), "--log-level", "error"),
-        *("--max-num-seqs", str(NUM_SEQS), "--max-waiting", str(NUM_WAITING)),
-        *("--num-chunks", "600"),
-    ]
-    server = subprocess.Popen(command)
-    try:
-        while True:
-            if server.poll() is not None:
-                raise SystemExit("the server did not start; its message stands above")
-            url = f"http://127.0.0.1:{port}/health/ready"
-            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
-                break
-            time.sleep(0.1)
-        yield port
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(60)
-
-
 def quantile(values: list[float], part: float) -> float:
     return sorted(values)[int(part * (len(values) - 1))] if values else 0.0
 
@@ -207,7 +175,9 @@ def main() -> None:
     options = parser.parse_args()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    with running_server(options.model) as port:
+    # The queue is as long as the batch.
+    places = ("--max-num-seqs", str(NUM_SEQS), "--max-waiting", str(NUM_WAITING))
+    with started_server(options.model, *places, "--num-chunks", "600") as (port, _):
         rounds = asyncio.run(measure(port, options))
     medians = {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
     print(

@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hostile_server import ATTACKER, HOST, Probe, polled_health, started_server
+from hostile_server import ATTACKER, HOST, Probe, attacked_server, polled_health
 from machine import cpu_name
 from malformed_requests import malformed_requests
 
@@ -107,7 +107,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     load = os.getloadavg()[0]
-    with started_server("--num-chunks", "800") as port:
+    with attacked_server("--num-chunks", "800") as port:
         result = asyncio.run(run(port, options))
     print(json.dumps(result, indent=1))
     if options.save:

@@ -12,56 +12,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import platform
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 from machine import cpu_name
+from servers import started_server
 
 import chunkllama
 
 RESULTS = Path(__file__).parent / "results"
-
-
-@contextlib.contextmanager
-def running_server(model: str, num_chunks: int, *flags: str) -> Iterator[tuple[int, int]]:
-    """Start a server; yields its port and process id."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    command = [
-        *(sys.executable, "-m", "chunkllama_server.cli", "serve", "--model", model),
-        *("--served-model-name", "m", "--port", str(port), "--log-level", "error"),
-        *("--num-chunks", str(num_chunks), *flags),
-    ]
-    server = subprocess.Popen(command)
-    try:
-        while not is_ready(port):
-            if server.poll() is not None:
-                raise SystemExit("the server did not start; its message stands above")
-            time.sleep(0.1)
-        yield port, server.pid
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(60)
-
-
-def is_ready(port: int) -> bool:
-    url = f"http://127.0.0.1:{port}/health/ready"
-    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
-        return True
-    return False
 
 
 def engines(pid: int) -> list[psutil.Process]:
@@ -135,7 +100,8 @@ async def crash(port: int, pid: int, options: argparse.Namespace) -> float:
 def measure(options: argparse.Namespace, *flags: str) -> dict[str, Any]:
     """Memory after the start and after the load, pauses of the kills."""
     count = 2 if flags else 1
-    with running_server(options.model, options.num_chunks, *flags) as (port, pid):
+    chunks = ("--num-chunks", str(options.num_chunks))
+    with started_server(options.model, *chunks, *flags) as (port, pid):
         started = settle(pid, count)
         pauses = []
         for _ in range(options.kills):
