@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from chunkllama_server.api.openapi import refusals
-from chunkllama_server.transport.errors import invalid
+from chunkllama_server.transport.errors import ApiError, invalid
 
 router = APIRouter(tags=["unsupported"])
 
@@ -18,19 +18,19 @@ _REFUSED = refusals(400, 401, 404, 405, 408, 413, 429, 503)
 @router.post("/rerank", response_model=None, responses=_REFUSED)
 async def rerank() -> Response:
     """Refuse to rerank: that needs a cross-encoder."""
-    raise invalid(
-        "Reranking is not supported: it needs a cross-encoder, and this server generates text; "
-        "compare embeddings of /v1/embeddings instead",
-        code="unsupported",
-    )
+    raise _needs_cross_encoder("Reranking")
 
 
 @router.post("/v1/score", response_model=None, responses=_REFUSED)
 @router.post("/score", response_model=None, responses=_REFUSED)
 async def score() -> Response:
     """Refuse to score pairs of texts: that needs a cross-encoder."""
-    raise invalid(
-        "Scoring pairs of texts is not supported: it needs a cross-encoder, and this server "
-        "generates text; compare embeddings of /v1/embeddings instead",
+    raise _needs_cross_encoder("Scoring pairs of texts")
+
+
+def _needs_cross_encoder(what: str) -> ApiError:
+    return invalid(
+        f"{what} is not supported: it needs a cross-encoder, and this server generates text; "
+        "compare embeddings of /v1/embeddings instead",
         code="unsupported",
     )
