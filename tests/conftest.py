@@ -42,6 +42,7 @@ class _Helpers(MetaPathFinder):
         "native_models": Path(__file__).parent / "backends" / "native_models.py",
         "gguf_files": Path(__file__).parent / "models" / "gguf_files.py",
         "model_families": Path(__file__).parent / "models" / "families.py",
+        "template_families": Path(__file__).parent / "text" / "template_families.py",
         "random_texts": Path(__file__).parent / "text" / "random_texts.py",
     }
 

@@ -122,7 +122,7 @@ async def send_poison(port: int, raw: bytes) -> str:
 
 
 async def stay_idle(port: int, greets: bool) -> None:
-    """Keep a connection open that sends nothing, or nothing after one request; for ever.
+    """Keep a connection open that sends nothing, or nothing after one request, until cancelled.
 
     The server closes it at its limits; another one is opened then.
     """

@@ -3,13 +3,12 @@ it says, and it is what the family's template prints in the next turn."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import jsonschema_rs
 import numpy as np
 import pytest
+from template_families import script
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
@@ -22,7 +21,6 @@ from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.tools.call_format import call_format
 from chunkllama_server.api.tools.config import plan_tools
 
-ROOT = Path(__file__).resolve().parents[2]
 EOS = 257
 NUM_TOKENS = 256
 # Parts of calls that are special tokens in the families' vocabularies.
@@ -30,17 +28,6 @@ SPECIAL = (
     "[TOOL_CALLS]", "[ARGS]", "<|tool_call|>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>",
     "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "<tool_call>", "</tool_call>",
 )  # fmt: skip
-
-
-def _script():
-    path = ROOT / "scripts/document_templates.py"
-    spec = importlib.util.spec_from_file_location("document_templates", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = _script()
 PARAMETERS = {
     "get_weather": {
         "type": "object",

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from template_families import script
 
 from chunkllama.text.template_adapter import adapt
 from chunkllama.text.template_capabilities import tool
 from chunkllama_server.api.tools.families import tool_family
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def _script():
-    path = ROOT / "scripts/document_templates.py"
-    spec = importlib.util.spec_from_file_location("document_templates", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = _script()
 NAMES = [family.template for family in script.FAMILIES]
 # What a reader of the published templates knows; the rest of a record is in docs/chat-templates.md.
 EXPECTED = {
