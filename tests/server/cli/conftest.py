@@ -45,6 +45,14 @@ CONFIG = {
 }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def default_hangup() -> Iterator[None]:
+    """Let no child inherit an ignored SIGHUP from tests that run under nohup: it would stay so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def write_model(folder: Path) -> Path:
     """A complete model folder: random weights, a byte-level tokenizer, a ChatML template."""
     folder.mkdir(exist_ok=True)
