@@ -6,7 +6,7 @@ import json
 
 import ollama
 import pytest
-from fake_engine import MODEL
+from fake_engine import DURATIONS, MODEL
 
 from chunkllama.errors import RequestFailedError
 
@@ -44,7 +44,17 @@ def test_chat(server) -> None:
     assert (answer.done, answer.done_reason) == (True, "stop")
     assert answer.prompt_eval_count == len(server.engine.requests[-1].prompt_token_ids)
     assert answer.eval_count == len("hi there") + 1
-    assert answer.total_duration >= answer.eval_duration >= 0
+    assert answer.total_duration > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_durations_are_the_engines(server, stream) -> None:
+    _, prefill, per_delta = DURATIONS
+    body = {"model": MODEL, "messages": say("hi there"), "stream": stream}
+    response = server.post("/api/chat", body)
+    last = lines(response)[-1] if stream else response.json()
+    assert last["prompt_eval_duration"] == int(prefill * 1e9)
+    assert last["eval_duration"] == int(len("hi there") * per_delta * 1e9)
 
 
 def test_a_stream_is_the_default(server) -> None:

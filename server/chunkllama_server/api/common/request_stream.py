@@ -50,6 +50,7 @@ class RequestStream:
 
     Attributes:
         output: the text state, with token counts, prompt log-probabilities and embedding.
+        timer: of the request; None before it is handed to the engine.
         is_pinned: the prefix is kept for as long as was asked, known from the first output on.
     """
 
@@ -73,6 +74,7 @@ class RequestStream:
             continues_prompt=continues_prompt,
             thoughts=thoughts,
         )
+        self.timer: RequestTimer | None = None
         self._engine = engine
         self._metrics = metrics
         self._info = info
@@ -109,7 +111,7 @@ class RequestStream:
             InvalidRequestError, OverloadedError, DeadlineError, EngineDeadError: from the engine.
         """
         num_prompt_tokens = len(self.request.prompt_token_ids)
-        timer = self._metrics.start_request(self._info.tenant, num_prompt_tokens)
+        timer = self.timer = self._metrics.start_request(self._info.tenant, num_prompt_tokens)
         self._info.charge.use(num_prompt_tokens)
         deltas = self._engine.generate(self.request)
         try:

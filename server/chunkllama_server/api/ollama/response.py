@@ -61,7 +61,6 @@ class OllamaAnswer:
     is_chat: bool
     parser: OutputParser = field(default_factory=PlainText)
     started: float = field(default_factory=time.monotonic)
-    _first: float | None = None
     _call: tuple[str, str] | None = None
     _reason: str | None = None
 
@@ -81,8 +80,6 @@ class OllamaAnswer:
         yield _line({**self._part(_New()), **self._end()})
 
     def _take(self, piece: OutputDelta) -> _New:
-        if self._first is None:
-            self._first = time.monotonic()
         parsed = self.parser.feed(piece.text)
         if piece.finish_reason is not None:
             parsed.extend(self.parser.finish())
@@ -126,14 +123,14 @@ class OllamaAnswer:
         return part
 
     def _end(self) -> dict[str, Any]:
-        ended = time.monotonic()
-        first = self._first if self._first is not None else ended
+        timer = self.generation.timer
+        assert timer is not None, "an answer ends after the engine has run"
         counts: OllamaCounts = {
-            "total_duration": int((ended - self.started) * _NANOSECONDS),
+            "total_duration": int((time.monotonic() - self.started) * _NANOSECONDS),
             "load_duration": 0,
             "prompt_eval_count": len(self.generation.request.prompt_token_ids),
-            "prompt_eval_duration": int((first - self.started) * _NANOSECONDS),
+            "prompt_eval_duration": int(timer.prefill_seconds * _NANOSECONDS),
             "eval_count": self.generation.output.num_tokens,
-            "eval_duration": int((ended - first) * _NANOSECONDS),
+            "eval_duration": int((timer.decode_seconds or 0.0) * _NANOSECONDS),
         }
         return {"done": True, "done_reason": self._reason or "stop", **counts}
