@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -146,13 +145,26 @@ def test_a_library_names_no_openmp_runtime() -> None:
         ["readelf", "-d", str(library)], check=True, capture_output=True, text=True
     ).stdout
     assert "NEEDED" in listing and "gomp" not in listing
-    from chunkllama.backends.cpu.abi import load_library
 
-    load_library(LEVEL)
-    mapped = {
-        line.split(maxsplit=5)[5]
-        for line in Path("/proc/self/maps").read_text().splitlines()
-        if "/libgomp" in line
-    }
-    assert len(mapped) == 1
-    assert isinstance(load_library(LEVEL), ctypes.CDLL)
+
+@pytest.mark.parametrize("first", ["torch", "sentencepiece"])
+def test_the_openmp_runtime_is_torchs_whatever_was_loaded_before(first: str) -> None:
+    """sentencepiece brings a runtime of its own, with threads of its own."""
+    code = (
+        f"import ctypes, {first}, sentencepiece, torch\n"
+        "from chunkllama.backends.cpu.abi import load_library\n"
+        "from chunkllama.backends.cpu.build import available_levels\n"
+        "load_library(available_levels()[0])\n"
+        "function = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value\n"
+        "for line in open('/proc/self/maps'):\n"
+        "    begin, end = (int(part, 16) for part in line.split()[0].split('-'))\n"
+        "    if begin <= function < end:\n"
+        "        print(line.split(maxsplit=5)[5])\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    import torch
+
+    own = sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))
+    assert Path(found) in own or (not own and "libgomp" in found)

@@ -136,7 +136,8 @@ def load_library(level: IsaLevel, sanitizer: str = "") -> ctypes.CDLL:
 def load_openmp() -> None:
     """Make the symbols of torch's OpenMP runtime visible to the libraries, which name none.
 
-    torch brings a runtime under a name of its own; a second one would compete for the cores.
+    torch brings a runtime under a name of its own; a second one would compete for the cores. Other
+    packages (sentencepiece) bring theirs, and may have been loaded before.
 
     Raises:
         OSError: torch has none, and neither has the system.
@@ -146,8 +147,10 @@ def load_openmp() -> None:
         mapped = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         mapped = []
-    path = next((line.split(maxsplit=5)[5] for line in mapped if "/libgomp" in line), "")
-    ctypes.CDLL(path or "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    runtimes = [line.split(maxsplit=5)[5] for line in mapped if "/libgomp" in line]
+    package = str(Path(torch.__file__).parent)  # beside it "torch.libs" in some builds
+    runtimes.sort(key=lambda path: not path.startswith(package))
+    ctypes.CDLL(runtimes[0] if runtimes else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
 
 
 def _check_sizes(library: ctypes.CDLL) -> None:
