@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from typer.core import TyperCommand
 
 from chunkllama.config import RENAMED_KEYS
 from chunkllama_server.config.settings import Loaded, Settings, load_settings
 
 F = TypeVar("F", bound=Callable[..., Any])
+_MAX_WIDTH = 100_000  # columns of a table that no terminal shows
 
 
 class GroupedCommand(TyperCommand):
@@ -70,11 +71,17 @@ def show_settings(loaded: Loaded, effective: Mapping[str, str], note: str) -> No
         effective: what automatic values are on this machine, by key.
         note: what could not be told; printed below the table.
     """
-    table = Table("key", "value", "from", "in effect")
+    table = Table(
+        "key", *(Column(name, overflow="fold") for name in ("value", "from", "in effect"))
+    )
     for key in sorted(Settings.model_fields):
         value = show_value(getattr(loaded.settings, key))
         table.add_row(key, value, loaded.origins[key], effective.get(key, ""))
-    Console(soft_wrap=True).print(table)
+    console = Console(soft_wrap=True)
+    if not console.is_terminal:  # a row stays a line, and whole, whatever reads it
+        whole = console.measure(table, options=console.options.update(max_width=_MAX_WIDTH))
+        console.width = max(console.width, whole.maximum)
+    console.print(table)
     if note:
         print(note)
 

@@ -79,6 +79,17 @@ def test_config_show_prints_values_and_origins(chunkllama, tmp_path):
     assert "canary" not in result.stdout
 
 
+def test_config_show_cuts_no_value_where_no_terminal_reads_it(chunkllama, tmp_path):
+    folder = tmp_path / ("a-long-name-" * 15)
+    folder.mkdir()
+    file = folder / "server.yaml"
+    file.write_text("num_chunks: 64\n")
+    shown = chunkllama("config", "show", "--config", file, COLUMNS="80").stdout
+    (line,) = [line for line in shown.splitlines() if line.startswith("│ num_chunks ")]
+    assert [cell.strip() for cell in line.split("│")][2:4] == ["64", str(file)]
+    assert "…" not in shown
+
+
 def _in_effect(stdout: str) -> dict[str, str]:
     rows = [line.split("│") for line in stdout.splitlines() if line.count("│") > 4]
     return {cells[1].strip(): cells[4].strip() for cells in rows if cells[4].strip()}
