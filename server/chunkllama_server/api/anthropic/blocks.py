@@ -10,7 +10,7 @@ from typing import Any
 from chunkllama.text.output_processor import OutputDelta
 from chunkllama_server.api.chat.history import readable_arguments
 from chunkllama_server.api.schema.anthropic_response import AnswerBlock
-from chunkllama_server.api.tools.parsers import CallDelta, OutputParser, Parsed, PlainText
+from chunkllama_server.api.tools.parsers import CallDelta, OutputParser
 from chunkllama_server.transport.sse import sse
 
 
@@ -55,14 +55,11 @@ class BlockStream:
         return events
 
     def _parts(self, piece: OutputDelta) -> list[str | CallDelta]:
-        """Text and calls in their order, which is the same however the answer is cut in pieces."""
-        parts: list[str | CallDelta] = []
-        # One character holds the end of a text or the beginning of a call, not both.
-        for text in [piece.text] if isinstance(self._parser, PlainText) else piece.text:
-            _append(parts, self._parser.feed(text))
+        """Text and parts of calls, in the order in which they were written."""
+        parsed = self._parser.feed(piece.text)
         if piece.finish_reason is not None:
-            _append(parts, self._parser.finish())
-        return parts
+            parsed.extend(self._parser.finish())
+        return parsed.parts
 
     def close(self) -> list[bytes]:
         """Close the open block, if there is one."""
@@ -127,21 +124,3 @@ class BlockStream:
             self._arguments += call.arguments
             events.append(self._delta(type="input_json_delta", partial_json=call.arguments))
         return events
-
-
-def _append(parts: list[str | CallDelta], parsed: Parsed) -> None:
-    """Add what a character meant; the rest of an open call comes before a text that closes it."""
-    first = next((i for i, call in enumerate(parsed.calls) if call.name is not None), None)
-    rest, begun = parsed.calls[:first], [] if first is None else parsed.calls[first:]
-    found: list[str | CallDelta] = [*rest, parsed.content, *begun]
-    for part in found:
-        last = parts[-1] if parts else None
-        if isinstance(part, str):
-            if isinstance(last, str):
-                parts[-1] = last + part
-            elif part:
-                parts.append(part)
-        elif isinstance(last, CallDelta) and part.name is None and part.index == last.index:
-            parts[-1] = CallDelta(last.index, last.name, last.arguments + part.arguments)
-        else:
-            parts.append(part)
