@@ -40,8 +40,13 @@ def normalised(vector: list[float], dimensions: int | None) -> list[float]:
     return [value / length for value in kept]
 
 
-async def input_ids(body: EmbeddingRequest, context: ServerContext) -> list[list[int]]:
+async def input_ids(
+    body: EmbeddingRequest, context: ServerContext, *, truncates: bool = False
+) -> list[list[int]]:
     """Return the token ids of each input.
+
+    Args:
+        truncates: cut an input beyond the context instead of refusing it.
 
     Raises:
         ApiError: 400 for an empty input, one beyond the context, or an unknown id.
@@ -60,6 +65,8 @@ async def input_ids(body: EmbeddingRequest, context: ServerContext) -> list[list
             ids = await context.text.encode(
                 ids, add_special_tokens=body.add_special_tokens is not False, size=size
             )
+        if truncates:
+            ids = ids[: info.max_request_tokens]
         check_prompt_ids(ids, info.vocab_size, param)
         check_lengths(len(ids), 0, info, param, param)
         result.append(ids)

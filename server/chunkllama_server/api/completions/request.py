@@ -81,9 +81,14 @@ async def prompt_ids(body: CompletionRequest, context: ServerContext) -> list[li
 
 
 async def completion_sampling(
-    body: CompletionRequest, context: ServerContext, prompts: list[list[int]]
+    body: CompletionRequest,
+    context: ServerContext,
+    prompts: list[list[int]],
+    *,
+    default_tokens: int = DEFAULT_MAX_TOKENS,
+    fits: bool = False,
 ) -> SamplingParams:
-    """Return the sampling parameters that all prompts share.
+    """Return the sampling parameters that all prompts share; see ``completion_streams``.
 
     Raises:
         ApiError, InvalidRequestError: 400 naming the field.
@@ -91,10 +96,12 @@ async def completion_sampling(
     left_out: list[str] = []
     info = context.engine.info
     longest = max(len(ids) for ids in prompts)
-    check_lengths(longest, body.max_tokens, info, "prompt", "max_tokens")
-    max_tokens = body.max_tokens
+    room, max_tokens = info.max_request_tokens - longest, body.max_tokens
+    if max_tokens is not None and fits:
+        max_tokens = max(min(max_tokens, room), 1)
+    check_lengths(longest, max_tokens, info, "prompt", "max_tokens")
     if max_tokens is None:
-        max_tokens = min(DEFAULT_MAX_TOKENS, info.max_request_tokens - longest)
+        max_tokens = min(default_tokens, room)
     grammar, param = grammar_of(
         body.response_format, body.structured_outputs, left_out, context.settings
     )
@@ -119,9 +126,19 @@ async def completion_sampling(
 
 
 async def completion_streams(
-    body: CompletionRequest, context: ServerContext, info: RequestInfo, completion_id: str
+    body: CompletionRequest,
+    context: ServerContext,
+    info: RequestInfo,
+    completion_id: str,
+    *,
+    default_tokens: int = DEFAULT_MAX_TOKENS,
+    fits: bool = False,
 ) -> list[RequestStream]:
     """Check a request and make the generation of each of its prompts; they start when read.
+
+    Args:
+        default_tokens: of an answer at most, where the request names no ``max_tokens``.
+        fits: lower the request's ``max_tokens`` to what fits instead of refusing it.
 
     Raises:
         ApiError, InvalidRequestError: 400 naming the field, 429 beyond the tenant's tokens per
@@ -129,7 +146,9 @@ async def completion_streams(
     """
     check_completion(body, context)
     prompts = await prompt_ids(body, context)
-    sampling = await completion_sampling(body, context, prompts)
+    sampling = await completion_sampling(
+        body, context, prompts, default_tokens=default_tokens, fits=fits
+    )
     cache = cache_plan(body, context.settings)
     namespace = context.tenants.namespace(info.tenant, body.cache_salt)
     highest = context.highest_priority(info.tenant)

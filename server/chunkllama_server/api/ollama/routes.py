@@ -115,22 +115,15 @@ async def generate(body: OllamaGenerateRequest, request: Request, context: Conte
         return _loaded(body, "response", "")
     if body.raw:
         completion = completion_of(body, context.engine.info.max_request_tokens)
-        await _fit(completion, context)
         request_id = f"ollama-{uuid.uuid4().hex}"
-        generation = (await completion_streams(completion, context, info, request_id))[0]
+        streams = await completion_streams(completion, context, info, request_id, fits=True)
+        generation = streams[0]
     else:
         generation, _ = await _chat_stream(chat_of_prompt(body), context, info, "prompt")
     answer = OllamaAnswer(
         model=body.model, generation=generation, is_chat=False, started=info.started
     )
     return await _send(answer, body, request, context)
-
-
-async def _fit(completion: Any, context: ServerContext) -> None:
-    """Lower max_tokens of a raw prompt to what fits; a prompt without room is refused later."""
-    ids = await context.text.encode(completion.prompt, add_special_tokens=True)
-    room = context.engine.info.max_request_tokens - len(ids)
-    completion.max_tokens = max(min(completion.max_tokens, room), 1)
 
 
 async def _embed(
@@ -142,14 +135,10 @@ async def _embed(
     truncates: bool,
 ) -> tuple[list[list[float]], int]:
     """Embeddings of texts, and the number of their tokens."""
-    most = context.engine.info.max_request_tokens
-    encoded = [await context.text.encode(text, add_special_tokens=True) for text in texts]
-    if truncates:
-        encoded = [ids[:most] for ids in encoded]
-    if not encoded:
+    if not texts:
         return [], 0
-    embedding = EmbeddingRequest.model_construct(input=encoded, dimensions=dimensions)
-    prompts = await input_ids(embedding, context)
+    embedding = EmbeddingRequest.model_construct(input=texts, dimensions=dimensions)
+    prompts = await input_ids(embedding, context, truncates=truncates)
     work = embed_inputs(embedding, context, request_info(request.scope), prompts)
     generations = await unless_disconnected(request, work)
     return vectors(generations, dimensions), sum(map(len, prompts))

@@ -55,7 +55,7 @@ def completion_of(body: TgiRequest, model: str, *, streams: bool) -> CompletionR
     return CompletionRequest.model_construct(
         model=model,
         prompt=body.inputs,
-        max_tokens=given.max_new_tokens or _DEFAULT_NEW_TOKENS,
+        max_tokens=given.max_new_tokens,
         temperature=(given.temperature or 1.0) if samples else 0.0,
         top_k=given.top_k,
         top_p=given.top_p,
@@ -96,13 +96,11 @@ async def _start(
     model = context.allowed_models(info.tenant)[0]
     completion = completion_of(body, model, streams=streams)
     parameters = body.parameters or TgiParameters()
-    ids = await context.text.encode(body.inputs, add_special_tokens=True)
-    num_prompt = min(len(ids), parameters.truncate or len(ids))
-    room = context.engine.info.max_request_tokens - num_prompt
-    if parameters.max_new_tokens is None and room >= 1:
-        completion.max_tokens = min(_DEFAULT_NEW_TOKENS, room)
     request_id = f"tgi-{uuid.uuid4().hex}"
-    generation = (await completion_streams(completion, context, info, request_id))[0]
+    streams_of = completion_streams(
+        completion, context, info, request_id, default_tokens=_DEFAULT_NEW_TOKENS
+    )
+    generation = (await streams_of)[0]
     before = body.inputs if parameters.return_full_text else ""
     return TgiGeneration(parameters, generation, context.text.tokenizer, before)
 
