@@ -2,7 +2,7 @@
 
     python benchmarks/bad_starts.py
 
-The table is ``tests/server/cli/bad_starts.py``. Writes the seconds of each to
+The table is ``tests/server/cli/bad_start_table.py``. Writes the seconds of each to
 ``results/bad-starts.json``, and prints the slowest.
 """
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "bad-starts.json"
 sys.path.insert(0, str(ROOT / "tests" / "server" / "cli"))
 
-from bad_starts import BAD_STARTS, BadStart, Machine  # noqa: E402  (found in the folder above)
+from bad_start_table import BAD_STARTS, BadStart, Machine  # noqa: E402  (found in the folder above)
 from conftest import write_model  # noqa: E402
 
 

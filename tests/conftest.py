@@ -29,7 +29,7 @@ class _Helpers(MetaPathFinder):
     """
 
     paths: ClassVar[dict[str, Path]] = {
-        "bad_starts": Path(__file__).parent / "server" / "cli" / "bad_starts.py",
+        "bad_start_table": Path(__file__).parent / "server" / "cli" / "bad_start_table.py",
         "attention_plans": Path(__file__).parent / "attention" / "plans.py",
         "hostile_files": Path(__file__).parent / "models" / "hostile_files.py",
         "soak": Path(__file__).parent / "soak.py",

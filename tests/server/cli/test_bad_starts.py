@@ -1,4 +1,4 @@
-"""Every start of ``bad_starts.py`` is refused with one line and exit code 2.
+"""Every start of ``bad_start_table.py`` is refused with one line and exit code 2.
 
 They run in this process, up to the engine's start, which must not be reached; the nightly test runs
 each as a user does.
@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from bad_starts import BAD_STARTS, BadStart, Machine
+from bad_start_table import BAD_STARTS, BadStart, Machine
 
 from chunkllama.engine import size
 from chunkllama.engine.supervisor import SupervisedEngineClient
