@@ -71,6 +71,7 @@ class CacheWatchers:
         self._readers: dict[int, _Reader] = {}
         self._last_id = 0
         self._on_dropped = on_dropped
+        self._closed: EngineDeadError | None = None
 
     def __len__(self) -> int:
         """Return the number of readers."""
@@ -88,6 +89,8 @@ class CacheWatchers:
             RequestFailedError: the reader was too slow.
             EngineDeadError: the engine was closed.
         """
+        if self._closed is not None:
+            raise self._closed
         self._last_id += 1
         watch_id, reader = self._last_id, _Reader(max_waiting)
         self._readers[watch_id] = reader
@@ -133,7 +136,8 @@ class CacheWatchers:
             self._send(WatchCache(watch_id=watch_id))
 
     def close(self, error: EngineDeadError) -> None:
-        """End every reader's stream."""
+        """End every reader's stream, and those that begin later."""
+        self._closed = error
         for reader in self._readers.values():
             reader.end(error)
         self._readers.clear()

@@ -61,8 +61,10 @@ class ReplayState:
         if delta.error is not None:
             self.ended = set(range(len(self.delivered)))
             return
-        if self._is_replay:
-            self._repair(delta)
+        if self.first is None:  # it may have waited for the engine's restart
+            delta.queue_seconds += self._submitted_at - self._arrived_at
+        elif self._is_replay:
+            self._repair(delta, self.first)
         for choice in delta.choices:
             self.delivered[choice.index] += choice.token_ids
             self.gained |= bool(choice.token_ids)
@@ -72,11 +74,7 @@ class ReplayState:
         if self.first is None:
             self.first, self._first_at = delta, self.clock()
 
-    def _repair(self, delta: TokenDelta) -> None:
-        first = self.first
-        if first is None:
-            delta.queue_seconds += self._submitted_at - self._arrived_at
-            return
+    def _repair(self, delta: TokenDelta, first: TokenDelta) -> None:
         delta.num_cached_tokens = first.num_cached_tokens
         delta.num_cache_write_tokens = first.num_cache_write_tokens
         delta.pin_refused = first.pin_refused

@@ -86,6 +86,18 @@ def test_a_slow_reader_is_dropped_and_counted() -> None:
     asyncio.run(scenario())
 
 
+def test_a_reader_that_begins_after_the_end_is_told() -> None:
+    async def scenario() -> None:
+        watchers = CacheWatchers(lambda _: None, lambda: None)
+        stream = watchers.watch(10)
+        watchers.close(EngineDeadError("the engine was closed"))
+        with pytest.raises(EngineDeadError, match="closed"):
+            await anext(stream)
+        assert not len(watchers)
+
+    asyncio.run(scenario())
+
+
 def test_a_restarted_engine_has_an_empty_cache() -> None:
     async def scenario() -> None:
         sent: list[WatchCache] = []

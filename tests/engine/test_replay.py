@@ -100,6 +100,20 @@ def test_time_in_a_process_that_ended_is_time_in_the_queue() -> None:
     assert first.queue_seconds == 4.25
 
 
+def test_time_before_the_first_submission_is_time_in_the_queue() -> None:
+    """A request may arrive while the engine process is restarted."""
+    clock = Clock()
+    state = ReplayState(
+        EngineRequest(request_id="r", prompt_token_ids=[1], sampling=SamplingParams()), clock
+    )
+    clock.now += 20
+    state.submission()
+    first, second = delta(choice(0, [7]), queue_seconds=0.25), delta(choice(0, [8]))
+    state.record(first)
+    state.record(second)
+    assert (first.queue_seconds, second.queue_seconds) == (20.25, 0.0)
+
+
 def test_crashes_in_a_row_count_while_no_token_is_gained() -> None:
     state = state_of(Clock())
     state.count_crash()
