@@ -34,6 +34,7 @@ COPY server server
 COPY kernels kernels
 COPY configs configs
 RUN pip install --no-deps --target /opt/chunkllama/app . \
+    && ls /opt/chunkllama/app/chunkllama/_native/*.so \
     && find /opt/chunkllama/app -name __pycache__ -prune -exec rm -rf {} + \
     && find /opt/chunkllama/app -exec touch -h -d @0 {} +
 

@@ -33,7 +33,8 @@ _OLDEST_GLIBC = (2, 17)  # of the first Linux platform tag that names a glibc
 def can_compile() -> bool:
     """Return whether this machine compiles what the wheel's platform tag promises."""
     return (
-        (sys.platform, platform.machine()) == ("linux", "x86_64")
+        sys.platform == "linux"
+        and platform.machine() in ("x86_64", "aarch64")
         and os.environ.get("CHUNKLLAMA_SHIP_NATIVE") != "0"
         and shutil.which(find_compiler()[0]) is not None
         and shutil.which("objdump") is not None

@@ -47,6 +47,18 @@ def test_a_small_pool_is_committed_before_its_first_use(layers) -> None:
     assert sum(int(layer.sum()) for layer in layers) == 7
 
 
+def test_a_pool_works_where_no_thread_can_be_started(layers, monkeypatch) -> None:
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    committer = PoolCommitter(layers, 12)
+    monkeypatch.undo()
+    committer.reach(11)
+    committer.join()
+    assert total(layers) == 0
+
+
 def test_pages_are_committed_ahead_of_the_highest_chunk(layers, monkeypatch) -> None:
     monkeypatch.setattr("chunkllama.backends.cpu.memory.AHEAD", 3 * HUGE_PAGE)
     committer = PoolCommitter(layers, 12)

@@ -47,6 +47,13 @@ def test_what_is_written_is_what_the_backend_reads(caplog: pytest.LogCaptureFixt
     assert packing.target_units == 2 * torch.get_num_threads()
 
 
+def test_a_table_that_is_no_text_is_named_and_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    path = tuning.save_tuning(FOUND, "avx2", 2)
+    path.write_bytes(b"\xff\xfe")
+    assert tuning.load_tuning("avx2") == tuning.shipped_tuning()
+    assert str(path) in caplog.text
+
+
 def test_a_table_is_of_one_cpu_and_level(monkeypatch: pytest.MonkeyPatch) -> None:
     tuning.save_tuning(FOUND, "avx2", 2)
     assert tuning.load_tuning("avx2") == FOUND

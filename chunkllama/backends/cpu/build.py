@@ -56,6 +56,8 @@ _AVX512_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni")
 _AMX = (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16")
 _AVX512_FEATURES = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 _AVX512_BF16_FEATURES = _AVX512_FEATURES | {"avx512_bf16", "avx512_vnni"}
+# -march=armv8.2-a lets the compiler use all of these.
+_ARM_V8_2_FEATURES = frozenset({"asimd", "asimddp", "asimdrdm", "atomics", "crc32"})
 
 # Best first.
 LEVELS: Final = (
@@ -76,13 +78,13 @@ LEVELS: Final = (
     IsaLevel(
         "neon_bf16",
         ("-march=armv8.2-a+dotprod+bf16", "-mtune=neoverse-v1"),
-        frozenset({"asimd", "asimddp", "bf16"}),
+        _ARM_V8_2_FEATURES | {"bf16"},
         "aarch64",
     ),
     IsaLevel(
         "neon_dot",
         ("-march=armv8.2-a+dotprod", "-mtune=neoverse-n1"),
-        frozenset({"asimd", "asimddp"}),
+        _ARM_V8_2_FEATURES,
         "aarch64",
     ),
     IsaLevel("neon", ("-march=armv8-a",), frozenset({"asimd"}), "aarch64"),
@@ -176,19 +178,25 @@ def is_built(level: IsaLevel) -> bool:
 
 
 def compile_shipped(folder: Path) -> list[Path]:
-    """Compile every level into a folder of the wheel; returns the libraries.
+    """Compile every level that the compiler knows into a folder of the wheel; returns their paths.
 
     They use the system's libstdc++, as torch does: a static one needs the glibc of the compiler.
 
     Raises:
-        NativeBuildError: the compiler refuses a level.
+        NativeBuildError: it refuses all of them; the message is of the last one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    libraries = []
+    libraries, refused = [], None
     for level in known_levels():
         library = folder / _shipped(level, _source_hash(level, "")).name
-        _compile(find_compiler(), level, "", library)
-        libraries.append(library)
+        try:
+            _compile(find_compiler(), level, "", library)
+        except NativeBuildError as error:
+            refused = error
+        else:
+            libraries.append(library)
+    if refused is not None and not libraries:
+        raise refused
     return libraries
 
 

@@ -69,10 +69,15 @@ class PoolCommitter:
         is_near = self._committed < min(used + self._ahead // 2, self._size)
         if is_near and (self._thread is None or not self._thread.is_alive()):
             target = min(used + self._ahead, self._size)
-            self._thread = threading.Thread(
+            thread = threading.Thread(
                 target=self._commit, args=(target,), daemon=True, name="commit-pool"
             )
-            self._thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # no further thread is permitted
+                self._committed = self._size
+                return
+            self._thread = thread
 
     def join(self) -> None:
         """Wait until nothing is being committed."""

@@ -107,11 +107,11 @@ def load_tuning(level: str) -> Tuning:
     """
     try:
         path = tuning_path(level)
-        text = path.read_text()
+        text = path.read_bytes()
     except (OSError, ConfigError):
         return shipped_tuning()
     try:
-        tuning = _parse(yaml.safe_load(text))
+        tuning = _parse(yaml.safe_load(text.decode()))
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         logger.warning("%s is not used (%s); run `chunkllama tune` or delete it", path, reason)
