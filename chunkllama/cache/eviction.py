@@ -11,7 +11,8 @@ Between tenants of one rank, a leaf's age counts times the chunks its tenant has
 power of two; equal tenants together are least recently used first.
 
 Tenants of one rank and one power of two form a class with a heap of their oldest leaves, so an
-eviction looks at one tenant for each of at most 4 log2(chunks) classes.
+eviction looks at one tenant for each of at most 4 log2(chunks) classes. A tenant has one valid
+entry in all these heaps; the others are dropped when they come to the top.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ class _Owner:
     Attributes:
         share, floor: its limits in chunks; None is no limit, and half an equal share.
         key: its class.
+        announced: which push to a class is its valid entry; -1 is none.
     """
 
-    __slots__ = ("floor", "key", "leaves", "num_nodes", "share")
+    __slots__ = ("announced", "floor", "key", "leaves", "num_nodes", "share")
 
     def __init__(self, share: int | None, floor: int | None) -> None:
         self.num_nodes = 0
@@ -40,6 +42,7 @@ class _Owner:
         self.share = share
         self.floor = floor
         self.key = -1
+        self.announced = -1
 
     def oldest(self) -> int | None:
         """Last use of the least recently used leaf; drops entries that are out of date."""
@@ -67,7 +70,7 @@ class EvictionOrder:
         self._limits = TenantTable()
         self._owners: dict[str, _Owner] = {}
         self._num_sizes = num_chunks.bit_length() + 1
-        # by class: (last use, order of pushing, owner); out of date unless it is the owner's oldest
+        # by class: (last use, order of pushing, owner)
         self._classes: list[list[tuple[int, int, str]]] = [[] for _ in range(4 * self._num_sizes)]
         self._pushes = 0
 
@@ -172,34 +175,33 @@ class EvictionOrder:
         """The owner of the class whose leaf is oldest."""
         while heap:
             last_use, _, owner = heap[0]
-            if owner in self._owners:
-                actual = self._owners[owner].key
-                oldest = self._owners[owner].oldest()
-                if actual == key and oldest == last_use:
+            if self._is_valid(heap[0]):
+                if self._owners[owner].key == key and self._owners[owner].oldest() == last_use:
                     return owner
-                if oldest is not None:
-                    heapq.heappop(heap)
-                    if (actual, oldest) != (key, last_use):
-                        self._announce(owner)
-                    continue
-            heapq.heappop(heap)
+                heapq.heappop(heap)
+                self._announce(owner)
+            else:
+                heapq.heappop(heap)
         return None
 
+    def _is_valid(self, entry: tuple[int, int, str]) -> bool:
+        """Whether this is the last entry that was pushed for its owner."""
+        owner = self._owners.get(entry[2])
+        return owner is not None and owner.announced == entry[1]
+
     def _announce(self, owner: str) -> None:
-        """Push the owner's oldest leaf to its class."""
+        """Push the owner's oldest leaf to its class, in place of its last entry."""
         entry = self._owners[owner]
         oldest = entry.oldest()
         if oldest is None:
+            entry.announced = -1
             return
         self._pushes += 1
+        entry.announced = self._pushes
         heap = self._classes[entry.key]
         heapq.heappush(heap, (oldest, self._pushes, owner))
         if len(heap) > 4 * len(self._owners) + 64:
-            members = [name for name, each in self._owners.items() if each.key == entry.key]
-            uses = [(self._owners[name].oldest(), name) for name in members]
-            heap[:] = sorted(
-                (use, i, name) for i, (use, name) in enumerate(uses) if use is not None
-            )
+            heap[:] = sorted(filter(self._is_valid, heap))
 
 
 def is_evictable_leaf(node: Node) -> bool:

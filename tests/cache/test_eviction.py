@@ -7,6 +7,7 @@ import random
 import pytest
 from cache_driver import CacheDriver, ids
 
+from chunkllama.cache import eviction
 from chunkllama.cache.node import PUBLIC
 
 
@@ -90,3 +91,33 @@ def test_every_unused_chunk_can_be_evicted(seed: int) -> None:
     cached = driver.cache.tree.num_nodes
     assert driver.cache.tree.evict(24) == cached
     assert driver.cache.pool.num_free == 24
+
+
+def test_the_work_of_an_eviction_does_not_grow_with_tenants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Entries out of date are dropped once, however long prompts come and go."""
+    rng = random.Random(0)
+    driver = CacheDriver(num_chunks=1024)
+    looks = 0
+    oldest = eviction._Owner.oldest
+
+    def count(owner: eviction._Owner) -> int | None:
+        nonlocal looks
+        looks += 1
+        return oldest(owner)
+
+    def store() -> None:
+        tenant = f"t{rng.randrange(256)}"
+        length = 4 * rng.choice((1, 2, 30))
+        driver.store("".join(rng.choice("abcd") for _ in range(length)), tenant, tenant)
+
+    for _ in range(800):
+        store()
+    monkeypatch.setattr(eviction._Owner, "oldest", count)
+    before = driver.cache.tree.evicted_chunks_total
+    for _ in range(400):
+        store()
+    evicted = driver.cache.tree.evicted_chunks_total - before
+    assert evicted > 3000
+    assert looks < 12 * evicted
