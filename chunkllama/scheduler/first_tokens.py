@@ -68,9 +68,7 @@ class FirstTokens:
         arriving = frozenset(name for name in ready if not accounts[name].num_running)
         if not arriving:
             return None
-        prefills = [
-            s for s in self._lifecycle.running.by_age if s.num_tokens - s.num_computed_tokens > 1
-        ]
+        prefills = [s for s in self._lifecycle.running.by_age if s.num_remaining_tokens > 1]
         busy = {s.group.request.tenant for s in prefills}
         busy.update(name for name in ready if name not in arriving)
         if len(busy) != 1:
@@ -84,7 +82,7 @@ class FirstTokens:
         """Whether the tenant has ``MOST`` times the prompt tokens of those that arrive."""
         waiting = self._lifecycle.waiting
         least = MOST * sum(s.num_tokens for name in arriving for s in waiting.of(name))
-        total = sum(s.num_tokens - s.num_computed_tokens for s in prefills)
+        total = sum(s.num_remaining_tokens for s in prefills)
         for sequence in waiting.of(tenant):
             if total >= least:
                 return True

@@ -80,6 +80,11 @@ class Sequence:
         return self.num_tokens - self.num_prompt_tokens
 
     @property
+    def num_remaining_tokens(self) -> int:
+        """Tokens that are not computed yet."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
     def max_kv_tokens(self) -> int:
         """Positions whose K/V it may ever need; the last token's never is."""
         return self.num_prompt_tokens + max(self.group.max_tokens - 1, 0)

@@ -177,7 +177,7 @@ class Scheduler:
             but: a tenant whose sequences are left out.
         """
         for sequence in self._running.by_age:
-            has_one = sequence.num_tokens - sequence.num_computed_tokens == 1
+            has_one = sequence.num_remaining_tokens == 1
             if has_one and not sequence.num_scheduled and sequence.group.request.tenant != but:
                 self._take(sequence, 1)
                 budget -= 1
@@ -189,12 +189,12 @@ class Scheduler:
         A quarter of the step is reserved for prompts that fit in it, running or new. The rest goes
         to long prompts in fair order.
         """
-        prefills = [s for s in self._running.by_age if s.num_tokens - s.num_computed_tokens > 1]
+        prefills = [s for s in self._running.by_age if s.num_remaining_tokens > 1]
         if len(prefills) > 1 and self._limits.policy == "fair":
             clocks = self._starts.clocks()
             prefills.sort(key=lambda s: (clocks[s.group.request.tenant], s.age))
         reserve = min(budget, max(self._limits.max_num_batched_tokens // SHORT_SHARE, 1))
-        short = [s for s in prefills if s.num_tokens - s.num_computed_tokens <= reserve]
+        short = [s for s in prefills if s.num_remaining_tokens <= reserve]
         if len(short) < len(prefills):
             rest = self._starts.admit(self._take_slices(short, reserve), only_short=True)
             budget -= reserve - rest
@@ -210,7 +210,7 @@ class Scheduler:
 
     def _take_slice(self, sequence: Sequence, budget: int) -> int:
         """Take what is left of a prompt, as far as the budget reaches; returns its rest."""
-        count = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+        count = min(sequence.num_remaining_tokens, budget)
         if sequence.wants_prompt_logits:
             count = min(count, self._limits.scored_tokens_per_step)
         self._take(sequence, count)

@@ -65,7 +65,7 @@ class SequenceLifecycle:
         clocks = self.accounts.clocks()
         for sequence in self.running.by_age:
             tenant = sequence.group.request.tenant
-            left = sequence.num_tokens - sequence.num_computed_tokens
+            left = sequence.num_remaining_tokens
             clocks[tenant] += left / self.accounts[tenant].weight
         return clocks
 

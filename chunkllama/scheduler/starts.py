@@ -122,7 +122,7 @@ class Starts:
         lifecycle.start(sequence, *admitted)
         headroom.add(sequence)
         tenant = sequence.group.request.tenant
-        left = sequence.num_tokens - sequence.num_computed_tokens
+        left = sequence.num_remaining_tokens
         self.clocks()[tenant] += left / lifecycle.accounts[tenant].weight
         return True
 
