@@ -21,14 +21,12 @@ ENV PATH=/opt/chunkllama/venv/bin:$PATH \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
-COPY pyproject.toml ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-    > /requirements.txt
+COPY requirements requirements
 
 # The project without its dependencies, its kernels compiled for every x86-64 level: the image may
 # run anywhere and has no compiler.
 FROM tools AS project
-COPY setup.py README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY chunkllama chunkllama
 COPY server server
 COPY kernels kernels
@@ -42,16 +40,22 @@ FROM tools AS dependencies-cpu
 # Any pip requirement or options. Empty: torch's CPU build where pip finds one, else the default one.
 ARG TORCH=""
 RUN pip install ${TORCH:-"torch==2.13.0+cpu"} || { test -z "$TORCH" && pip install "torch>=2.11"; }
-RUN pip install -r /requirements.txt \
+RUN pip install --no-deps --require-hashes -r requirements/serving.txt \
     && echo /opt/chunkllama/app > "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/chunkllama.pth"
 
 FROM tools AS dependencies-cuda
+# Empty: torch's default build, for CUDA 13, with CuPy and the compiler of that major.
 ARG TORCH=""
-RUN pip install ${TORCH:-"torch>=2.11"}
-# CuPy and the compiler of the CUDA major that torch's build has.
-RUN python -c "import tomllib, torch; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*extras['cu' + torch.version.cuda.split('.')[0]], sep='\n')" \
-    >> /requirements.txt \
-    && pip install -r /requirements.txt \
+COPY pyproject.toml ./
+RUN if [ -z "$TORCH" ]; then \
+        pip install --no-deps --require-hashes -r requirements/cu13.txt; \
+    else \
+        pip install $TORCH \
+        && python -c "import tomllib, torch; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*extras['cu' + torch.version.cuda.split('.')[0]], sep='\n')" \
+            > /cuda.txt \
+        && pip install -r /cuda.txt; \
+    fi
+RUN pip install --no-deps --require-hashes -r requirements/serving.txt \
     && echo /opt/chunkllama/app > "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/chunkllama.pth"
 
 FROM dependencies-cpu AS model

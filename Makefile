@@ -7,7 +7,7 @@ PORT   ?= 8000
 ARGS   ?=
 SERVING = $(VENV)/.serving-done
 STAMP   = $(VENV)/.setup-done
-INPUTS  = pyproject.toml setup.py scripts/setup.sh $(wildcard kernels/cpu/*)
+INPUTS  = pyproject.toml setup.py scripts/setup.sh $(wildcard requirements/*.txt kernels/cpu/*)
 # TORCH takes any pip requirement or options, e.g. TORCH="torch==2.13.0" for the default (CUDA) build.
 INSTALL = PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" sh scripts/setup.sh
 

@@ -1,0 +1,63 @@
+"""The pinned packages agree with pyproject.toml and name no index."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+PIN = re.compile(r"([a-z0-9.-]+)==(\S+)(?: ; ([^\\]+?))?(?: \\)?")
+
+
+def pins(*names: str) -> dict[str, list[Version]]:
+    """The pinned versions of each package in some of the files."""
+    found: dict[str, list[Version]] = {}
+    for name in names:
+        for line in (ROOT / "requirements" / f"{name}.txt").read_text().splitlines():
+            if match := PIN.fullmatch(line):
+                found.setdefault(match[1], []).append(Version(match[2]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("files", "requirements"),
+    [
+        (("serving",), PROJECT["dependencies"]),
+        (("serving", "examples"), EXTRAS["examples"]),
+        (("serving", "examples", "tools"), EXTRAS["dev"]),
+        (("serving", "cu13"), [*PROJECT["dependencies"], *EXTRAS["cu13"]]),
+    ],
+    ids=["serving", "examples", "tools", "cu13"],
+)
+def test_each_requirement_is_pinned_within_its_range(
+    files: tuple[str, ...], requirements: list[str]
+) -> None:
+    pinned = pins(*files)
+    for text in requirements:
+        requirement = Requirement(text)
+        name = canonicalize_name(requirement.name)
+        if name == "torch" and "cu13" not in files:
+            continue  # scripts/setup.sh installs the build that fits the machine
+        assert name in pinned, f"{text}: run scripts/lock_requirements.py --keep"
+        for version in pinned[name]:
+            assert requirement.specifier.contains(version, prereleases=True), f"{text} {version}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "requirements").iterdir()), ids=lambda p: p.name)
+def test_each_line_is_a_pin_with_hashes(path: Path) -> None:
+    blocks = re.split(r"\n(?=[a-z0-9])", path.read_text())
+    assert len(blocks) > 2
+    for block in blocks[1:]:
+        first, *hashes = block.splitlines()
+        assert PIN.fullmatch(first), first
+        assert hashes, first
+        assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}(?: \\)?", h) for h in hashes)
+    assert "://" not in path.read_text()
