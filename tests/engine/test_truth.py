@@ -9,15 +9,20 @@ EDGES = [63, 64, 65, 127, 128, 129]
 LENGTHS = [1, 2, 17, *EDGES, 200, 256, 300, 511, 640, 900, 1100]
 
 
-def prompts_sharing_a_prefix(seed: int) -> list[list[int]]:
-    """16 prompts of 1 to 1,100 tokens: each a prefix of one text, then eight ids of its own."""
+def prompts_sharing_a_prefix(lengths: list[int], seed: int) -> list[list[int]]:
+    """Prompts of these lengths: each a prefix of one text, then eight ids of its own."""
     rng = np.random.default_rng(seed)
-    text = rng.integers(300, 40000, 1100).tolist()
-    return [text[: max(n - 8, 0)] + rng.integers(300, 40000, min(n, 8)).tolist() for n in LENGTHS]
+    text = rng.integers(300, 40000, max(lengths)).tolist()
+    return [text[: max(n - 8, 0)] + rng.integers(300, 40000, min(n, 8)).tolist() for n in lengths]
 
 
-def test_sixteen_prompts_alone_and_together_cold_and_warm(make_core, run, truth) -> None:
-    prompts = prompts_sharing_a_prefix(seed=11)
+@pytest.mark.parametrize(
+    "lengths",
+    [[1, 63, 64, 65, 300, 640], pytest.param(LENGTHS, marks=pytest.mark.nightly)],
+    ids=["six", "sixteen"],
+)
+def test_prompts_alone_and_together_cold_and_warm(make_core, run, truth, lengths) -> None:
+    prompts = prompts_sharing_a_prefix(lengths, seed=11)
     alone = run(make_core(num_chunks=32))
     for prompt in prompts:
         alone.add(prompt)

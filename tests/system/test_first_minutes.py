@@ -10,6 +10,7 @@ import subprocess
 import httpx
 import openai
 import psutil
+import pytest
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -159,6 +160,7 @@ def test_a_killed_server_takes_its_engine_along(start_server) -> None:
     assert not alive
 
 
+@pytest.mark.nightly
 def test_a_dead_engine_is_a_pause(start_server) -> None:
     server = start_server("--num-chunks", "64")
     body = {"prompt": [9, 8, 7], "max_tokens": 300, "ignore_eos": True, "stream": True}

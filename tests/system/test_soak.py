@@ -29,6 +29,7 @@ def check_saved(name: str, arguments: str) -> dict[str, Any]:
     return check(main([*arguments.split(), "--save", f"benchmarks/results/soak/{name}.json"]))
 
 
+@pytest.mark.nightly
 def test_streams_of_all_kinds_survive_three_kills() -> None:
     options = Options(
         seed=5, faults=("kill",), num_faults=3, streams=12, concurrency=8, num_cases=14,
