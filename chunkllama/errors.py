@@ -66,6 +66,9 @@ class EngineDeadError(ChunkLlamaError):
     """The engine process has ended and the request cannot be continued (HTTP 503)."""
 
 
+ENDED_ON_DEMAND = "aborted"  # code of a request that an operator or its tenant has ended
+
+
 class RequestFailedError(ChunkLlamaError):
     """The engine failed this one request (HTTP 500); other requests continue."""
 

@@ -86,11 +86,22 @@ def test_a_tenant_sees_and_ends_its_own(keyed) -> None:
     assert _ask(keyed, "DELETE", path, "ka").json()["object"] == "ended"
     assert keyed.engine.aborted
     answer = pending.finish()
-    assert answer.status_code == 500 and answer.headers["x-should-retry"] == "false"
+    assert answer.status_code == 410 and answer.headers["x-should-retry"] == "false"
     assert answer.json()["error"]["code"] == "aborted"
     metrics = _ask(keyed, "GET", "/metrics", "ko").text
     assert 'chunkllama_request_finished_total{reason="abort",tenant="alpha"} 1.0' in metrics
     assert _ask(keyed, "DELETE", path, "ka").status_code == 404
+
+
+def test_a_request_is_ended_by_the_id_in_the_log(keyed) -> None:
+    pending = Pending(keyed, "ka")
+    (row,) = _listed(keyed, "ka")
+    path = f"/dashboard/requests/{row['client_request_id']}"
+    assert _ask(keyed, "DELETE", path, "kb").status_code == 404
+    assert _ask(keyed, "DELETE", path, "ka").json()["count"] == 1
+    answer = pending.finish()
+    assert answer.status_code == 410
+    assert answer.headers["x-request-id"] == row["client_request_id"]
 
 
 def test_the_admin_port_has_the_page_and_ends_any(keyed) -> None:

@@ -67,7 +67,6 @@ def test_defaults_hold_for_every_tenant_that_does_not_say_otherwise(tmp_path: Pa
     [
         ("tenants: {alice: {weigth: 2}}", "tenant alice: unknown field weigth; did you mean weigh"),
         ("defaults: {weigth: 2}", "defaults: unknown field weigth; did you mean weight?"),
-        ("tenants: {alise: {weight: 2}}", "tenant alise: has no API key; did you mean alice?"),
         ("tenant: {alice: {weight: 2}}", "unknown key tenant; write defaults: or tenants:"),
         ("tenants: {alice: {weight: 0}}", "tenant alice: weight: "),
         ("tenants: {alice: {weight: many}}", "tenant alice: weight: "),
@@ -150,3 +149,11 @@ def test_the_example_is_valid() -> None:
     assert quotas["product"].weight == 4 and quotas["trial"].requests_per_minute == 20
     used = {name for each in quotas.values() for name in each.model_dump(exclude_none=True)}
     assert used == set(TenantQuotas.model_fields), "the example shows every field"
+
+
+def test_quotas_of_a_tenant_without_a_key_are_a_warning(tmp_path: Path, caplog) -> None:
+    """So that removing a key from one file alone revokes it."""
+    text = "tenants: {alise: {weight: 2}, alice: {weight: 3}}"
+    quotas = load(tmp_path, text, "alice:ka\n")
+    assert quotas == {"alice": TenantQuotas(weight=3)}
+    assert "tenant alise: not used, it has no API key; did you mean alice?" in caplog.text

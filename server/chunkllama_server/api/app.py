@@ -13,7 +13,6 @@ from starlette.middleware.cors import CORSMiddleware
 from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
 from chunkllama.logger import init_logger
-from chunkllama.resources import cache_folder
 from chunkllama_server.api import (
     cache,
     divergence,
@@ -201,13 +200,11 @@ def _batch_runner(
     async def call(tenant: str, path: str, body: dict[str, Any], request_id: str) -> Reply:
         return Reply(*await call_route(app, tenant, path, body, request_id))
 
-    folder = settings.files_dir or cache_folder() / "files"
-    running = settings.batch_requests or max(settings.max_num_seqs * 3 // 4, 1)
     return BatchRunner(
-        FileStore(folder, budget, settings.file_seconds),
+        FileStore(settings.files_folder, budget, settings.file_seconds),
         call,
         lambda: engine.has_gap(GAP_TOKENS),
-        running,
+        settings.max_batch_lines(settings.max_num_seqs),
         settings.batch_lines,
     )
 

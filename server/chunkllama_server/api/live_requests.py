@@ -51,6 +51,7 @@ async def live_requests(request: Request, context: Context) -> LiveRequests:
         "data": [
             {
                 "request_id": live.request_id,
+                "client_request_id": live.client_id,
                 "tenant": live.tenant,
                 "state": "waiting" if live.is_waiting else "running",
                 "age_seconds": round(now - live.began, 3),
@@ -64,15 +65,24 @@ async def live_requests(request: Request, context: Context) -> LiveRequests:
 
 @router.delete("/dashboard/requests/{request_id}", responses=refusals(401, 403, 404, 405))
 async def end_request(request_id: str, request: Request, context: Context) -> Ended:
-    """End a request; its client gets an error with the code ``aborted``."""
+    """End a request, or all of the caller's with this ``x-request-id``.
+
+    Their clients get an error with the code ``aborted``.
+    """
     if not may_abort(context, request):
         raise ApiError(
             403, "Without API keys only the admin port ends requests", code="admin_port_only"
         )
     own = tenant_view(context, request)
-    live = _engine(context).live.get(request_id)
-    if live is None or own not in (None, live.tenant):
+    engine = _engine(context)
+    ended = [
+        live.request_id
+        for live in engine.live.values()
+        if request_id in (live.request_id, live.client_id) and own in (None, live.tenant)
+    ]
+    if not ended:
         raise ApiError(404, f"No request {request_id[:200]!r} waits or runs", code="not_live")
-    await _engine(context).end(request_id)
-    logger.info("request %s was ended on demand", request_id)
-    return {"object": "ended", "request_id": request_id}
+    for name in ended:
+        await engine.end(name)
+        logger.info("request %s was ended on demand", name)
+    return {"object": "ended", "request_id": request_id, "count": len(ended)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from chunkllama.config import Bytes, ConfigGroup, limit
+from chunkllama.resources import cache_folder
 
 
 class BatchConfig(ConfigGroup):
@@ -43,3 +44,12 @@ class BatchConfig(ConfigGroup):
         None, "requests", "operator", "waits",
         "Lines of batches that run at once. Default: three quarters of max_num_seqs.", ge=1,
     )  # fmt: skip
+
+    @property
+    def files_folder(self) -> Path:
+        """Where files and batches are stored."""
+        return self.files_dir or cache_folder() / "files"
+
+    def max_batch_lines(self, max_num_seqs: int) -> int:
+        """Lines of batches that run at once in an engine of so many sequences."""
+        return self.batch_requests or max(max_num_seqs * 3 // 4, 1)

@@ -27,6 +27,8 @@ def effective_values(settings: Settings) -> tuple[dict[str, str], str]:
         "threads": config.model.threads or usable_threads(),
         "isolation": settings.isolation or ("tenant" if has_keys else "off"),
         "max_peer_connections": settings.max_peer_connections or settings.max_connections * 3 // 4,
+        "files_dir": settings.files_folder,
+        "batch_requests": settings.max_batch_lines(settings.max_num_seqs),
     }
     note = ""
     if config.model.device != "cpu" and may_have_gpu():

@@ -12,11 +12,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from chunkllama.config import first_error, parse_weights
 from chunkllama.errors import ConfigError
+from chunkllama.logger import init_logger
 from chunkllama.messages import SetTenants
 from chunkllama.tenant_limits import TenantLimits
 
 if TYPE_CHECKING:
     from chunkllama_server.config.settings import Settings
+
+logger = init_logger(__name__)
 
 
 def _no_bool(value: object) -> object:
@@ -172,10 +175,13 @@ def _read_file(
     _parse(defaults, f"{where}: defaults")
     listed: dict[str, dict[str, Any]] = {}
     for name, fields in _mapping(document.get("tenants"), f"{where}: tenants").items():
-        if name not in tenants:
-            raise ConfigError(f"{where}: tenant {name}: has no API key{_hint(name, tenants)}")
-        listed[name] = _mapping(fields, f"{where}: tenant {name}")
-        _check_fields(listed[name], f"{where}: tenant {name}")
+        own = _mapping(fields, f"{where}: tenant {name}")
+        _check_fields(own, f"{where}: tenant {name}")
+        if name in tenants:
+            listed[name] = own
+        else:  # an error would keep a key valid that was removed from the other file
+            hint = _hint(name, tenants)
+            logger.warning("%s: tenant %s: not used, it has no API key%s", where, name, hint)
     return defaults, listed
 
 

@@ -180,7 +180,13 @@ class Application:
         elapsed = time.monotonic() - started
         logger.info("ready at %s://%s:%d after %.1f s", scheme, host, port, elapsed)
         reloading = Reloader(
-            settings, self._read_settings, self._keys, self._tenants, self._template, engine
+            settings,
+            self._read_settings,
+            self._keys,
+            self._tenants,
+            self._template,
+            engine,
+            context.metrics.registry,
         ).start()
         limit_accept_log(asyncio.get_running_loop())
         notify_supervisor("READY=1")

@@ -7,6 +7,8 @@ import signal
 import time
 from collections.abc import Callable
 
+from prometheus_client import CollectorRegistry, Gauge
+
 from chunkllama.engine.client import EngineClient
 from chunkllama.errors import ChunkLlamaError, ConfigError
 from chunkllama.logger import configure_logging, init_logger
@@ -31,6 +33,7 @@ class Reloader:
         keys: tenant name to API key, as the application looks them up; changed in place.
         tenants: gets the quotas.
         template, engine: for the public prefixes.
+        registry: gets gauges of the last reload.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Reloader:
         tenants: Tenants,
         template: ChatTemplate | None,
         engine: EngineClient,
+        registry: CollectorRegistry,
     ) -> None:
         self._settings = settings
         self._read_settings = read_settings
@@ -49,6 +53,17 @@ class Reloader:
         self._template = template
         self._engine = engine
         self._hangup = asyncio.Event()
+        self._is_good = Gauge(
+            "chunkllama_config_last_reload_successful",
+            "Whether the configuration that was read last is in use.",
+            registry=registry,
+        )
+        self._read_at = Gauge(
+            "chunkllama_config_last_reload_timestamp_seconds",
+            "When the configuration was last read.",
+            registry=registry,
+        )
+        self._note_read(is_good=True)
 
     def start(self) -> asyncio.Task[None]:
         """Reload at each SIGHUP from now on, until the task is cancelled."""
@@ -62,9 +77,15 @@ class Reloader:
             notify_supervisor(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
                 await self._reload()
+                self._note_read(is_good=True)
             except ChunkLlamaError as error:
                 logger.error("nothing reloaded: %s", error)
+                self._note_read(is_good=False)
             notify_supervisor("READY=1")
+
+    def _note_read(self, *, is_good: bool) -> None:
+        self._is_good.set(is_good)
+        self._read_at.set_to_current_time()
 
     async def _reload(self) -> None:
         """Read everything, then apply it.
@@ -76,12 +97,14 @@ class Reloader:
         # In a thread: long prefixes take a while to tokenize, and streams go on meanwhile.
         settings, keys, quotas, prefixes = await asyncio.to_thread(self._read)
         await register_public_prefixes(self._engine, prefixes)
+        gone = ", ".join(sorted(self._keys.keys() - keys)) or "none"
         self._keys.clear()
         self._keys.update(keys)
         self._tenants.set_quotas(quotas)
         self._engine.set_tenants(engine_message(quotas))
         configure_logging(settings.log_level, self._settings.log_format)
-        logger.info("reloaded: %d keys, log level %s", len(keys), settings.log_level)
+        level = settings.log_level
+        logger.info("reloaded: %d keys, removed: %s, log level %s", len(keys), gone, level)
         late = [
             key
             for key in Settings.model_fields

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from chunkllama.errors import (
+    ENDED_ON_DEMAND,
     DeadlineError,
     EngineDeadError,
     InvalidRequestError,
@@ -32,6 +33,7 @@ ERROR_TYPES = {
     404: "not_found_error",
     405: "invalid_request_error",
     408: "invalid_request_error",
+    410: "invalid_request_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
     429: "rate_limit_error",
@@ -162,7 +164,8 @@ def as_api_error(error: Exception) -> ApiError:
             code=error.code,
         )
     if isinstance(error, RequestFailedError):
-        api_error = ApiError(500, error.message, code=error.code)
+        status = 410 if error.code == ENDED_ON_DEMAND else 500
+        api_error = ApiError(status, error.message, code=error.code)
         api_error.headers = {"x-should-retry": "false"}
         return api_error
     if isinstance(error, DeadlineError) and error.code == "queue_timeout":

@@ -130,7 +130,7 @@ def test_a_live_stream_does_not_notice(server, supervisor, folder):
     live.join()
     assert live.lines[-1] == "[DONE]"
     assert live.text == undisturbed.text != ""
-    assert "reloaded: 1 keys" in log and "1 public prefixes" in log
+    assert "reloaded: 1 keys, removed: blue" in log and "1 public prefixes" in log
     messages = [{"role": "system", "content": PROMPT}, {"role": "user", "content": "hi"}]
     usage = post(server, "key-r", messages=messages, max_tokens=1).json()["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] >= len(PROMPT)

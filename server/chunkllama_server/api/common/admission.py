@@ -18,7 +18,13 @@ from typing import NoReturn, cast
 
 from chunkllama.cache_messages import CacheAction, CacheEvents
 from chunkllama.engine.client import EngineClient
-from chunkllama.errors import DeadlineError, OverloadedError, RequestFailedError
+from chunkllama.errors import (
+    ENDED_ON_DEMAND,
+    DeadlineError,
+    OverloadedError,
+    RequestFailedError,
+)
+from chunkllama.logger import request_id_context
 from chunkllama.messages import (
     CacheExplanation,
     CommandReply,
@@ -30,7 +36,6 @@ from chunkllama.messages import (
 )
 from chunkllama_server.api.common.idle_prefill import IdlePrefill
 
-ABORTED = "aborted"  # code of a request that ``ChargedEngine.end`` has ended
 _RETRY_AFTER = 2  # before anything has ended
 _MAX_RETRY_AFTER = 30
 _EXPECTED_TOKENS = 256  # of an answer whose length is not known
@@ -69,11 +74,13 @@ class LiveRequest:
     """A request that waits or runs.
 
     Attributes:
+        client_id: its ``x-request-id``, which several requests may have; "" for one of the server.
         began: time of the event loop's clock.
         is_aborted: someone else than its client has ended it.
     """
 
     request_id: str
+    client_id: str
     tenant: str
     num_prompt_tokens: int
     num_choices: int
@@ -173,6 +180,7 @@ class ChargedEngine:
         self._run(tenant, charge, 1)
         live = LiveRequest(
             request.request_id,
+            request_id_context.get(),
             tenant,
             len(request.prompt_token_ids),
             charge.sequences,
@@ -186,7 +194,7 @@ class ChargedEngine:
             async with contextlib.aclosing(deltas):
                 while (delta := await self._next(deltas, live)) is not None:
                     if live.is_aborted:
-                        raise RequestFailedError("The request was ended on demand", ABORTED)
+                        raise RequestFailedError("The request was ended on demand", ENDED_ON_DEMAND)
                     if live.is_waiting:
                         live.is_waiting = False
                         self._wait(tenant, charge, -1)

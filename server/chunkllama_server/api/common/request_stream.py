@@ -8,6 +8,7 @@ from typing import cast
 
 from chunkllama.engine.client import EngineClient
 from chunkllama.errors import (
+    ENDED_ON_DEMAND,
     DeadlineError,
     InvalidRequestError,
     OverloadedError,
@@ -18,7 +19,6 @@ from chunkllama.messages import EngineRequest, TokenDelta
 from chunkllama.text.output_processor import OutputCollector, OutputDelta, OutputProcessor
 from chunkllama.text.thoughts import NO_THOUGHTS, Thoughts
 from chunkllama.text.tokenizer import Tokenizer
-from chunkllama_server.api.common.admission import ABORTED
 from chunkllama_server.api.common.cache_explanation import explanation_body
 from chunkllama_server.api.schema.usage import (
     CacheExplanationBody,
@@ -133,7 +133,7 @@ class RequestStream:
                 self._info.charge.use(-num_prompt_tokens)
             raise
         except Exception as error:
-            is_abort = isinstance(error, RequestFailedError) and error.code == ABORTED
+            is_abort = isinstance(error, RequestFailedError) and error.code == ENDED_ON_DEMAND
             timer.finish("abort" if is_abort else "error")
             raise
         finally:

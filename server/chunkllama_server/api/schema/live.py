@@ -8,9 +8,13 @@ from typing_extensions import TypedDict
 
 
 class LiveRequestState(TypedDict):
-    """A request that waits for its first token, or runs; its age counts from its arrival."""
+    """A request that waits for its first token, or runs; its age counts from its arrival.
+
+    ``client_request_id`` is its ``x-request-id``, which the log names.
+    """
 
     request_id: str
+    client_request_id: str
     tenant: str
     state: Literal["waiting", "running"]
     age_seconds: float
@@ -31,7 +35,8 @@ class LiveRequests(TypedDict):
 
 
 class Ended(TypedDict):
-    """A request that was ended on demand."""
+    """Requests that were ended on demand: one, or all with this ``x-request-id``."""
 
     object: Literal["ended"]
     request_id: str
+    count: int
