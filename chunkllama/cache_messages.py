@@ -49,12 +49,16 @@ class EndedPin(msgspec.Struct, kw_only=True):
         namespace: of the chunk the pin ended at.
         token_ids: tokens from the root to that chunk's end.
         lengths: lengths of the prompts that were pinned there, in tokens.
+        adapter_number: of the adapter at the last token; 0 is none.
+        adapter: its name.
     """
 
     namespace: str
     tenant: str
     token_ids: list[int]
     lengths: list[int]
+    adapter_number: int = 0
+    adapter: str = ""
 
 
 class ChunkStored(msgspec.Struct, kw_only=True, tag="stored"):

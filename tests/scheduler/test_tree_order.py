@@ -27,7 +27,7 @@ def paths(order: TreeOrder) -> list[list[int]]:
 
 
 def test_joins_and_leaves() -> None:
-    order = TreeOrder()
+    order = TreeOrder(64)
     a, b, c, d = map(sequence, ([1, 2, 9], [4], [1, 2, 3, 5], [1, 7]))
     for each in (a, b, c, d):
         order.insert(each)
@@ -42,7 +42,7 @@ def test_joins_and_leaves() -> None:
 
 
 def test_growth_past_a_neighbour_that_continues_the_path() -> None:
-    order = TreeOrder()
+    order = TreeOrder(64)
     short, long = sequence([1, 2]), sequence([1, 2, 5])
     order.insert(long)
     order.insert(short)
@@ -54,7 +54,7 @@ def test_growth_past_a_neighbour_that_continues_the_path() -> None:
 
 
 def test_every_change_has_its_version() -> None:
-    order = TreeOrder()
+    order = TreeOrder(64)
     one = sequence([1])
     versions = [order.version]
     order.insert(one)
@@ -82,7 +82,7 @@ def test_the_chunk_array_grows_in_place() -> None:
 def test_random_changes_equal_a_fresh_sort() -> None:
     rnd = random.Random(1)
     for _ in range(50):
-        order, live = TreeOrder(), []
+        order, live = TreeOrder(64), []
         unique = iter(range(100, 10_000))
         for _ in range(60):
             kind = rnd.random()
