@@ -15,6 +15,7 @@ from chunkllama.engine.client import EngineClient
 from chunkllama.logger import init_logger
 from chunkllama.resources import cache_folder
 from chunkllama_server.api import (
+    adapters,
     cache,
     divergence,
     docs_page,
@@ -166,6 +167,7 @@ def create_app(
         unsupported,
         cache,
         models,
+        adapters,
         usage,
         divergence,
         live_requests,
