@@ -1,6 +1,6 @@
 """Compare the throughput of requests with mixed adapters with that of the model alone.
 
-    python benchmarks/adapters.py [--adapters 8] [--concurrency 16] [--rank 16] [--activated] [--save]
+    python benchmarks/adapters.py [--adapters 8] [--concurrency 16] [--rank 16] [--activated]
 
 Rounds of both alternate in one engine. The adapters are random, of the given rank, for every linear
 layer. All prompts begin with one system prompt; with plain adapters each adapter computes it once
@@ -55,10 +55,11 @@ def write_adapter(folder: Path, model: Path, rank: int, seed: int, activated: bo
 
 
 def load(core: EngineCore, name: str, folder: Path) -> None:
-    core.load_adapter(LoadAdapter(command_id=1, name=name, folder=str(folder)))
-    while not (replies := core.adapter_replies()):
+    reply = core.load_adapter(LoadAdapter(command_id=1, name=name, folder=str(folder)))
+    while reply is None:
         core.step()
-    assert not replies[0].error, replies[0].error
+        reply = next(iter(core.adapter_replies()), None)
+    assert not reply.error, reply.error
 
 
 def run_round(core: EngineCore, names: list[str], args: argparse.Namespace, seed: int) -> float:

@@ -88,6 +88,7 @@ class AdapterCache:
         self._adapters: dict[str, Adapter] = {}
         self._loads: dict[Future[tuple[AdapterFile, Any, int]], LoadAdapter] = {}
         self._waiting: dict[str, Adapter] = {}  # requests, in order of arrival
+        self._ready: list[str] = []  # requests that have waited and may start
         self._users: dict[str, Adapter] = {}
         self._uses = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-load")
@@ -199,12 +200,18 @@ class AdapterCache:
         adapter = self._adapters[request.adapter]
         adapter.requests.add(request.request_id)
         self._users[request.request_id] = self._waiting[request.request_id] = adapter
-        return request.request_id in self._admit()
+        self._admit()
+        if request.request_id not in self._ready:
+            return False
+        self._ready.remove(request.request_id)
+        return True
 
     def end(self, request_id: str) -> None:
         """Note the end of a request; others are ignored."""
         adapter = self._users.pop(request_id, None)
         self._waiting.pop(request_id, None)
+        if request_id in self._ready:
+            self._ready.remove(request_id)
         if adapter is not None:
             adapter.requests.discard(request_id)
             adapter.admitted.discard(request_id)
@@ -212,7 +219,7 @@ class AdapterCache:
 
     def is_waiting(self, request_id: str) -> bool:
         """Whether a request is held for its adapter."""
-        return request_id in self._waiting
+        return request_id in self._waiting or request_id in self._ready
 
     def poll(self) -> tuple[list[str], dict[str, str]]:
         """Put weights that have been read again into place.
@@ -233,15 +240,16 @@ class AdapterCache:
             self._place(adapter, weights)
         for request_id in failed:
             self._waiting.pop(request_id, None)
-        return (self._admit() if self._waiting else []), failed
+        self._admit()
+        ready, self._ready = self._ready, []
+        return ready, failed
 
     def close(self) -> None:
         """Wait for the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _admit(self) -> list[str]:
+    def _admit(self) -> None:
         """Let waiting requests pass whose weights are in memory; read those that have room."""
-        ready = []
         for request_id, adapter in list(self._waiting.items()):
             if not adapter.is_in_memory and adapter.reading is None:
                 if not self._make_room(adapter.info.num_bytes):
@@ -251,8 +259,7 @@ class AdapterCache:
             self._touch(adapter)
             if adapter.is_in_memory:
                 del self._waiting[request_id]
-                ready.append(request_id)
-        return ready
+                self._ready.append(request_id)
 
     # -- memory -------------------------------------------------------------------------------
 

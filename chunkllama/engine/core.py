@@ -136,12 +136,11 @@ class EngineCore:
             raise InvalidRequestError("this engine takes no adapters", "model")
         return self._adapters.use_of(name, prompt_token_ids)
 
-    def load_adapter(self, command: LoadAdapter) -> list[FromEngine]:
+    def load_adapter(self, command: LoadAdapter) -> CommandReply | None:
         """Begin to load an adapter; the reply comes with ``adapter_replies``, or here if it is
         refused at once."""
         assert self._adapters is not None, "an engine without adapters"
-        refusal = self._adapters.load(command)
-        return [] if refusal is None else [refusal]
+        return self._adapters.load(command)
 
     def unload_adapter(self, command: UnloadAdapter) -> CommandReply:
         """Forget an adapter and what is cached under it, unless requests use it."""
@@ -369,7 +368,8 @@ def _handle(core: EngineCore, message: ToEngine) -> list[FromEngine]:
         case WatchCache():
             return core.watch_cache(message)
         case LoadAdapter():
-            return core.load_adapter(message)
+            refusal = core.load_adapter(message)
+            return [] if refusal is None else [refusal]
         case UnloadAdapter():
             return [core.unload_adapter(message)]
         case StatsRequest():

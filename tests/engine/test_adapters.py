@@ -85,10 +85,10 @@ class Driver:
         command.command_id = self._count
         if isinstance(command, UnloadAdapter):
             return self.core.unload_adapter(command)
-        replies = self.core.load_adapter(command)
-        while not (replies := [*replies, *self.core.adapter_replies()]):
+        reply = self.core.load_adapter(command)
+        while reply is None:
             self.step()
-        (reply,) = replies
+            reply = next(iter(self.core.adapter_replies()), None)
         return reply
 
     def load(self, name: str, folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
@@ -29,7 +30,7 @@ _PREFIX: Final = "base_model.model."
 _PICKLE: Final = "adapter_model.bin"
 _MAX_CONFIG_BYTES: Final = 1 << 20
 _MAX_INVOCATION: Final = 256
-_PATTERN_SECONDS: Final = 1.0
+_PATTERN_SECONDS: Final = 5.0  # for all patterns of an adapter
 # Fields that change what an adapter computes, and are not computed here. PEFT writes them all, most
 # of them empty.
 _REFUSED: Final = (
@@ -148,6 +149,7 @@ class _Targets:
 
     def __init__(self, config: ConfigFile, spec: ModelSpec) -> None:
         self._config = config
+        self._deadline = time.monotonic() + _PATTERN_SECONDS
         self._shapes = dict(module_shapes(spec))
         self._rank = self._checked_rank(config.get("r"), "r")
         self._alpha = self._positive(config.get("lora_alpha"), "lora_alpha")
@@ -241,11 +243,17 @@ class _Targets:
 
     def _fits(self, pattern: str, module: str, field: str) -> bool:
         try:
-            return regex.fullmatch(pattern, module, timeout=_PATTERN_SECONDS) is not None
+            # Concurrent: steps run meanwhile, for which the interpreter's lock is needed.
+            match = regex.fullmatch(pattern, module, timeout=self._seconds_left(), concurrent=True)
+            return match is not None
         except regex.error as error:
             raise self._config.error(f"{field}: {pattern!r:.60} is no pattern: {error}") from None
         except TimeoutError:
             raise self._config.error(f"{field}: {pattern!r:.60} takes too long") from None
+
+    def _seconds_left(self) -> float:
+        """Time that is left for all patterns together."""
+        return max(self._deadline - time.monotonic(), 1e-3)
 
     def _mapping(self, field: str) -> dict[str, Any]:
         value = self._config.get(field) or {}
