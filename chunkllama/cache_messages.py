@@ -66,7 +66,8 @@ class ChunkStored(msgspec.Struct, kw_only=True, tag="stored"):
 
     Attributes:
         hash: first 16 bytes of SHA-256 over the parent's 16 bytes (none at depth 0) and the
-            chunk's token ids as four bytes each, big-endian; in hexadecimal.
+            chunk's token ids as four bytes each, big-endian; in hexadecimal. Ids of tokens under
+            an adapter are larger: the upper 12 bits are its number in this engine process.
         parent_hash: of the chunk before it; None at depth 0.
         depth: index of the chunk in its prompt.
         tenant: whose chunk it is; "" is the operator's, or that of a server with one tenant.

@@ -10,7 +10,9 @@ import torch
 
 from chunkllama.backends.adapter import AdapterRows
 from chunkllama.backends.model import RunnableModel
+from chunkllama.cache.adapter_tags import MAX_VOCABULARY
 from chunkllama.engine.sequence_state import SequenceState
+from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.loading.adapter_file import AdapterFile, read_adapter
 from chunkllama.models.loading.adapter_weights import load_adapter_weights
@@ -35,6 +37,8 @@ class RunnerAdapters:
         self._weights: dict[int, Any] = {}  # by number, of those in memory
 
     def read_adapter(self, folder: Path) -> AdapterFile:
+        if self._spec.vocab_size > MAX_VOCABULARY:
+            raise ConfigError(f"{folder}: adapters need a vocabulary of at most {MAX_VOCABULARY}")
         return read_adapter(folder, self._spec)
 
     def load_adapter(self, file: AdapterFile) -> tuple[Any, int]:

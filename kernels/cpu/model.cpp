@@ -109,9 +109,9 @@ class Pass {
   // Computes what the adapters add to a linear layer, the number'th of all.
   void add_adapters(LinearArgs& a, int64_t number, Phase* phases) {
     const StepAdapters& s = s_.adapters;
-    const AdapterArgs args{s.ranges, s.num_ranges,    number,  s.type,         a.x,       a.x_stride,
-                           a.x_type, s.inner,         s.inner_stride, s.delta, s.delta_stride,
-                           a.linear->n};
+    const AdapterArgs args{s.ranges,   s.num_ranges, number,  s.type,
+                           a.x,        a.x_stride,   a.x_type, s.inner,
+                           s.inner_stride, s.delta, s.delta_stride, a.linear->n};
     if (!is_adapted(args)) return;
     adapter_units(args, phases);
     a.delta = s.delta, a.delta_stride = s.delta_stride, a.adapted = s.adapted;

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_files import ATTENTION, write_adapter
+from adapter_files import ATTENTION, linear_shapes, write_adapter
+from model_families import random_model
 from safetensors.torch import load_file
 
 from chunkllama.adapter_messages import LoadAdapter, UnloadAdapter
@@ -325,3 +326,20 @@ def test_weights_beyond_the_memory_are_read_again_when_they_are_needed(
     small = Driver(tiny_core(num_chunks=16, adapter_memory=size - 1))
     reply = small.command(LoadAdapter(command_id=0, name="a", folder=str(folders[0])))
     assert "raise adapter_memory" in reply.error
+
+
+@pytest.mark.parametrize("family", ["Phi3", "Ernie4_5", "Qwen3", "Gemma2", "Arcee", "SmolLM3"])
+def test_architectures_with_fused_reordered_or_other_layers(
+    family: str, tiny_core: MakeCore, tmp_path: Path
+) -> None:
+    """Fused modules, heads in another order, norms of q and k, an MLP without a gate."""
+    model = random_model(family, {})
+    model.save_pretrained(tmp_path / "model")
+    names = {name.rpartition(".")[2] for name in linear_shapes(tmp_path / "model")}
+    folder = write_adapter(tmp_path / "a", tmp_path / "model", targets=tuple(names), size=0.5)
+    driver = Driver(tiny_core(model=str(tmp_path / "model"), num_chunks=16))
+    driver.load("a", folder)
+    asked = [driver.ask(name, [3, 5, *range(20, 90)]) for name in ("a", "")]
+    driver.finish()
+    check(model, asked[0], folder)
+    check(model, asked[1], None)

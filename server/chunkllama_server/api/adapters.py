@@ -10,7 +10,7 @@ from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.logger import init_logger
 from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.common.model_description import describe_model
-from chunkllama_server.api.openapi import refusals
+from chunkllama_server.api.openapi import answers, refusals
 from chunkllama_server.api.schema.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from chunkllama_server.api.schema.models import Model
 from chunkllama_server.transport.body import JsonRoute
@@ -21,7 +21,6 @@ from chunkllama_server.transport.request_context import has_request_info, reques
 logger = init_logger(__name__)
 
 router = APIRouter(route_class=JsonRoute, tags=["models"])
-_REFUSALS = refusals(400, 401, 403, 405, 413, 415, 503)
 
 
 def _check_operator(request: Request, context: ServerContext) -> None:
@@ -49,7 +48,7 @@ def _admit(
         context.check_serving()
 
 
-@router.post("/v1/load_lora_adapter", responses=_REFUSALS)
+@router.post("/v1/load_lora_adapter", responses=answers(Model))
 async def load_adapter(body: LoadAdapterRequest, request: Request, context: Context) -> Model:
     """Load an adapter; other requests run meanwhile. Operators alone may do so."""
     _admit(body, request, context)
@@ -64,7 +63,7 @@ async def load_adapter(body: LoadAdapterRequest, request: Request, context: Cont
     return describe_model(context, name)
 
 
-@router.post("/v1/unload_lora_adapter", responses={**_REFUSALS, **refusals(404, 409)})
+@router.post("/v1/unload_lora_adapter", responses={**answers(Model), **refusals(409)})
 async def unload_adapter(body: UnloadAdapterRequest, request: Request, context: Context) -> Model:
     """Forget an adapter that no request uses, and what is cached under it."""
     _admit(body, request, context)
