@@ -197,6 +197,7 @@ class FakeEngine:
         self, prompt_token_ids: list[int], namespace: str = "", tenant: str = "", adapter: str = ""
     ) -> CacheExplanation:
         self.explained = (namespace, tenant)
+        self.explained_adapter = adapter
         known = [
             next(
                 (

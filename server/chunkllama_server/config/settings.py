@@ -134,9 +134,9 @@ class ServerConfig(ConfigGroup):
     operator_key: Secrets = Field(
         default=(),
         description="Key that reads all of /metrics, /v1/usage, /dashboard/data and "
-        "/dashboard/tenants, and that requests to admin_port need which change something; it may "
-        "do nothing else; repeatable. Prefer the environment or a file: other users can read a "
-        "command line.",
+        "/dashboard/tenants, loads adapters, and that requests to admin_port need which change "
+        "something; it may do nothing else; repeatable. Prefer the environment or a file: other "
+        "users can read a command line.",
     )
     isolation: Literal["off", "tenant"] | None = Field(
         default=None,

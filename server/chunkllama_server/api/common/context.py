@@ -236,12 +236,12 @@ class ServerContext:
         self.check_serving()
         info = request_info(request.scope)
         model = getattr(body, "model", None)
-        if model:
-            self.check_model(model, info.tenant)
-        else:
-            model = self.allowed_models(info.tenant)[0]
-            if "model" in type(body).model_fields and body.__dict__["model"] == "":
-                body.__dict__["model"] = model
+        if not model:
+            default = self.allowed_models(info.tenant)[0]
+            if model == "":
+                body.__dict__["model"] = default
+            model = default
+        self.check_model(model, info.tenant)
         info.adapter = self.adapter_of(model) or ""
         check_field_limits(body, self.settings)
         unknown = [*info.unknown]
