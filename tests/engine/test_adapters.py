@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -343,3 +344,64 @@ def test_architectures_with_fused_reordered_or_other_layers(
     driver.finish()
     check(model, asked[0], folder)
     check(model, asked[1], None)
+
+
+def test_other_requests_run_while_an_adapter_is_read(
+    tiny: tuple[Path, torch.nn.Module], tiny_core: MakeCore, tmp_path: Path
+) -> None:
+    first, second = (write_adapter(tmp_path / str(i), tiny[0], seed=i) for i in range(2))
+    core = tiny_core(num_chunks=32)
+    driver = Driver(core)
+    driver.load("a", first)
+    adapters = core._adapters
+    assert adapters is not None
+    adapters._evict(adapters._adapters["a"])
+    loader, gate = adapters._loader, threading.Event()
+    read = loader.load_adapter
+
+    def slow(file: Any) -> Any:
+        gate.wait()
+        return read(file)
+
+    loader.load_adapter = slow  # type: ignore[method-assign]
+    waiting = driver.ask("a", prompt_of(1, 70))
+    core.load_adapter(LoadAdapter(command_id=9, name="b", folder=str(second)))
+    running = driver.ask("", prompt_of(2, 70))
+    while len(running.tokens) < 6:
+        driver.step()
+    assert not waiting.tokens and not core.adapter_replies()
+    gate.set()
+    while not (replies := core.adapter_replies()):
+        driver.step()
+    driver.finish()
+    check(tiny[1], running, None)
+    check(tiny[1], waiting, first)
+    (reply,) = replies
+    assert reply.adapter is not None and reply.adapter.name == "b"
+
+
+def test_sampled_choices_of_one_request_use_its_adapter(
+    tiny: tuple[Path, torch.nn.Module], tiny_core: MakeCore, tmp_path: Path
+) -> None:
+    folder = write_adapter(tmp_path / "a", tiny[0], alora_invocation_tokens=INVOCATION)
+    driver = Driver(tiny_core(num_chunks=64))
+    driver.load("a", folder)
+    prompt = [*prompt_of(3, 100), *INVOCATION, *INVOCATION, *prompt_of(4, 30)]
+    choices = [Asked("a", prompt) for _ in range(3)]
+    sampling = SamplingParams(
+        n=3, temperature=0.9, seed=1, ignore_eos=True, max_tokens=70, logprobs=2
+    )
+    driver.core.add(
+        EngineRequest(request_id="n", prompt_token_ids=prompt, sampling=sampling, adapter="a")
+    )
+    while driver.core.has_work():
+        for delta in driver.core.step():
+            assert delta.error is None
+            for choice in delta.choices:
+                choices[choice.index].tokens += choice.token_ids
+                choices[choice.index].logprobs += choice.logprobs or []
+        driver.core._scheduler.check_invariants()
+    assert len({tuple(each.tokens) for each in choices}) == 3
+    for each in choices:
+        assert len(each.tokens) == 70
+        check(tiny[1], each, folder, 103)
