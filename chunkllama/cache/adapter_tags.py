@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkllama.cache.node import decode_tokens
+from chunkllama.cache.node import TOKEN_BYTES
 
 TOKEN_BITS: Final = 20
 MAX_VOCABULARY: Final = 1 << TOKEN_BITS
@@ -48,7 +48,7 @@ class AdapterUse:
 
 def adapter_of(key: bytes) -> int:
     """Return the number of the adapter at a key's last token; 0 is none."""
-    return decode_tokens(key[-4:])[0] >> TOKEN_BITS
+    return int.from_bytes(key[-TOKEN_BYTES:], "big") >> TOKEN_BITS
 
 
 def untagged(token_ids: list[int]) -> list[int]:

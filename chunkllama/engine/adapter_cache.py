@@ -136,8 +136,8 @@ class AdapterCache:
     ) -> CommandReply:
         try:
             file, weights, num_bytes = future.result()
-        except ConfigError as error:
-            return _refused(command, str(error))
+        except Exception as error:
+            return _refused(command, _reason(command.folder, error))
         if num_bytes > self._max_bytes:
             return _refused(
                 command,
@@ -234,8 +234,9 @@ class AdapterCache:
             reading, adapter.reading = adapter.reading, None
             try:
                 weights, _ = reading.result()
-            except ConfigError as error:
-                failed.update(dict.fromkeys(adapter.requests, str(error)))
+            except Exception as error:
+                reason = _reason(adapter.info.folder, error)
+                failed.update(dict.fromkeys(adapter.requests, reason))
                 continue
             self._place(adapter, weights)
         for request_id in failed:
@@ -299,6 +300,14 @@ def last_occurrence(tokens: tuple[int, ...], prompt: list[int]) -> int | None:
         if prompt[start] == first and prompt[start : start + len(wanted)] == wanted:
             return start
     return None
+
+
+def _reason(folder: str, error: Exception) -> str:
+    """Why an adapter cannot be read; what nothing foresaw must not end the engine."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    logger.error("an adapter cannot be read", exc_info=error)
+    return f"{folder}: cannot be read: {type(error).__name__}"
 
 
 def _refused(command: LoadAdapter, reason: str) -> CommandReply:

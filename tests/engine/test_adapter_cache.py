@@ -26,7 +26,7 @@ class Loader:
         self.gate = threading.Event()
         self.gate.set()
         self.in_memory: dict[int, Any] = {}
-        self.fails = False
+        self.fails: Exception | None = None
         self.reads: list[str] = []
 
     def read_adapter(self, folder: Path) -> AdapterFile:
@@ -34,8 +34,8 @@ class Loader:
 
     def load_adapter(self, file: AdapterFile) -> tuple[Any, int]:
         self.gate.wait()
-        if self.fails:
-            raise ConfigError(f"{file.folder}: gone")
+        if self.fails is not None:
+            raise self.fails
         self.reads.append(file.digest)
         return file.digest, 10
 
@@ -150,14 +150,24 @@ def test_a_request_that_ends_while_it_waits_leaves_its_place(two: Cache) -> None
         two.cache.use_of("b", [1])
 
 
-def test_an_adapter_that_cannot_be_read_again_fails_its_requests_alone(two: Cache) -> None:
-    two.loader.fails = True
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(ConfigError("/a: gone"), "/a: gone"), (MemoryError(), "/a: cannot be read: MemoryError")],
+)
+def test_an_adapter_that_cannot_be_read_again_fails_its_requests_alone(
+    two: Cache, error: Exception, reason: str
+) -> None:
+    two.loader.fails = error
     two.ask("1", "a")
     two.ask("2", "c")
     two.poll()
-    assert two.started == ["2"] and two.failed == {"1": "/a: gone"}
+    assert two.started == ["2"] and two.failed == {"1": reason}
+    assert two.cache.load(LoadAdapter(command_id=7, name="d", folder="/a")) is None
+    wait(two.cache.futures())
+    (reply,) = two.cache.take_replies()
+    assert reply.error == reason and reply.adapter is None and not two.cache.is_loading
     two.cache.end("1")
-    two.loader.fails = False
+    two.loader.fails = None
     two.ask("3", "a")
     two.poll()
     assert two.started == ["2", "3"]

@@ -55,7 +55,7 @@ class PackedAdapter:
 
     Attributes:
         linears: [num_layers * 4], in the order of ``LINEARS``.
-        ranks: most of one layer, each module's rounded up to 16.
+        ranks: most of one layer, rounded up to 16.
         num_bytes: of its matrices.
     """
 
@@ -71,16 +71,14 @@ class PackedAdapter:
         self.num_bytes = sum(each.numel() * each.element_size() for each in self._memory)
 
     def _pack(self, linear: LinearAdapter, half: int) -> CAdapterLinear:
-        parts, ranks, offset = [], [], 0
+        parts = []
         for part in linear.parts:
             rank = part.b.shape[1]
-            ranks.append(_padded(linear.a[part.offset : part.offset + rank]))
             for first, step, b in _pieces(part.first, part.b, half):
                 blocks = _padded(b).view(-1, BLOCK, rank).transpose(1, 2)
                 address = self._keep(blocks)
-                parts.append(CAdapterPart(address, first, step, len(blocks), offset, rank))
-            offset += len(ranks[-1])
-        a = torch.cat(ranks)
+                parts.append(CAdapterPart(address, first, step, len(blocks), part.offset, rank))
+        a = _padded(linear.a)
         columns = a.shape[1]
         address = self._keep(a.view(-1, BLOCK, columns).transpose(1, 2))
         unused = [CAdapterPart()] * (MAX_PARTS - len(parts))
