@@ -11,8 +11,8 @@ import torch
 
 from chunkllama.backends.adapter import LINEARS, AdapterRows, AdapterWeights, LinearAdapter
 from chunkllama.backends.cpu.abi import TYPES, mirrors
-from chunkllama.backends.cpu.packed import MAX_PARTS
-from chunkllama.backends.cpu.sizes import UNIT, round_up
+from chunkllama.backends.cpu.packed import MAX_PARTS, Arena
+from chunkllama.backends.cpu.sizes import STRIDE, UNIT, round_up
 
 BLOCK: Final = 16
 
@@ -60,7 +60,7 @@ class PackedAdapter:
     """
 
     def __init__(self, weights: AdapterWeights, intermediate_size: int) -> None:
-        self._memory: list[torch.Tensor] = []
+        self._matrices: list[torch.Tensor] = []
         self.linears = (CAdapterLinear * (len(weights.layers) * len(LINEARS)))()
         for index, layer in enumerate(weights.layers):
             for at, name in enumerate(LINEARS):
@@ -68,26 +68,42 @@ class PackedAdapter:
                     half = intermediate_size if name == "gate_up" else 0
                     self.linears[index * len(LINEARS) + at] = self._pack(layer[name], half)
         self.ranks = max(linear.ranks for linear in self.linears)
-        self.num_bytes = sum(each.numel() * each.element_size() for each in self._memory)
+        self._place()
 
     def _pack(self, linear: LinearAdapter, half: int) -> CAdapterLinear:
-        parts = []
+        parts: list[CAdapterPart] = []
+        later: list[torch.Tensor] = []
         for part in linear.parts:
             rank = part.b.shape[1]
             for first, step, b in _pieces(part.first, part.b, half):
                 blocks = _padded(b).view(-1, BLOCK, rank).transpose(1, 2)
-                address = self._keep(blocks)
-                parts.append(CAdapterPart(address, first, step, len(blocks), part.offset, rank))
+                parts.append(CAdapterPart(0, first, step, len(blocks), part.offset, rank))
+                later.append(blocks)
         a = _padded(linear.a)
         columns = a.shape[1]
-        address = self._keep(a.view(-1, BLOCK, columns).transpose(1, 2))
+        self._matrices += [a.view(-1, BLOCK, columns).transpose(1, 2), *later]
         unused = [CAdapterPart()] * (MAX_PARTS - len(parts))
         given = (CAdapterPart * MAX_PARTS)(*parts, *unused)
-        return CAdapterLinear(address, len(a), columns, given, len(parts))
+        return CAdapterLinear(0, len(a), columns, given, len(parts))
 
-    def _keep(self, values: torch.Tensor) -> int:
-        self._memory.append(values.contiguous())
-        return self._memory[-1].data_ptr()
+    def _place(self) -> None:
+        """Copy all matrices into one block, in the order in which they are read."""
+        sizes = [round_up(each.numel() * each.element_size(), STRIDE) for each in self._matrices]
+        self.num_bytes = sum(sizes)
+        self._arena = Arena(self.num_bytes)
+        matrices = iter(self._matrices)
+
+        def placed() -> int:
+            matrix = next(matrices)
+            values = matrix.contiguous().view(-1).view(torch.uint8)
+            return self._arena.put(values)
+
+        for linear in self.linears:
+            if linear.num_parts:
+                linear.a = placed()
+                for number in range(linear.num_parts):
+                    linear.parts[number].b = placed()
+        self._matrices.clear()
 
 
 def _pieces(first: int, b: torch.Tensor, half: int) -> list[tuple[int, int, torch.Tensor]]:
