@@ -49,12 +49,16 @@ class EndedPin(msgspec.Struct, kw_only=True):
         namespace: of the chunk the pin ended at.
         token_ids: tokens from the root to that chunk's end.
         lengths: lengths of the prompts that were pinned there, in tokens.
+        adapter_number: of the adapter at the last token; 0 is none.
+        adapter: its name.
     """
 
     namespace: str
     tenant: str
     token_ids: list[int]
     lengths: list[int]
+    adapter_number: int = 0
+    adapter: str = ""
 
 
 class ChunkStored(msgspec.Struct, kw_only=True, tag="stored"):
@@ -62,7 +66,8 @@ class ChunkStored(msgspec.Struct, kw_only=True, tag="stored"):
 
     Attributes:
         hash: first 16 bytes of SHA-256 over the parent's 16 bytes (none at depth 0) and the
-            chunk's token ids as four bytes each, big-endian; in hexadecimal.
+            chunk's token ids as four bytes each, big-endian; in hexadecimal. Ids of tokens under
+            an adapter are larger: the upper 12 bits are its number in this engine process.
         parent_hash: of the chunk before it; None at depth 0.
         depth: index of the chunk in its prompt.
         tenant: whose chunk it is; "" is the operator's, or that of a server with one tenant.

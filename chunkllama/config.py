@@ -200,6 +200,11 @@ class CacheConfig(ConfigGroup):
         description="Chunks of each tenant's own prompts that are remembered to explain cache "
         "misses; 0 remembers none.",
     )
+    adapter_memory: Bytes = Field(
+        default=1 << 30,
+        description="Memory of the weights of adapters; those used least recently are dropped and "
+        "read again when they are needed.",
+    )
     kv_cache_memory: Bytes | None = Field(
         default=None,
         description="Memory of the pool, like 512MiB. Default on a CPU: a quarter of what is left "

@@ -11,6 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from chunkllama.adapter_messages import LoadAdapter
 from chunkllama.config import EngineConfig, LogConfig
 from chunkllama.engine.build import build_engine
 from chunkllama.engine.client import as_exception, seed_source, with_seed
@@ -69,11 +70,25 @@ class LLM:
         self._ids = itertools.count()
         self._draw_seed = seed_source(config.model.seed)
 
+    def load_adapter(self, name: str, folder: str) -> None:
+        """Load an adapter from a folder that PEFT has saved, for ``adapter`` of later calls.
+
+        Raises:
+            ConfigError: the folder cannot be used, or the name is in use; one line says why.
+        """
+        reply = self._core.load_adapter(LoadAdapter(command_id=0, name=name, folder=folder))
+        while reply is None:
+            self._core.step()
+            reply = next(iter(self._core.adapter_replies()), None)
+        if reply.error:
+            raise ConfigError(reply.error)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | None = None,
         *,
+        adapter: str = "",
         use_progress_bar: bool = True,
     ) -> list[RequestOutput]:
         """Complete each prompt (text, or token ids); outputs are in the order of the prompts.
@@ -81,15 +96,17 @@ class LLM:
         Args:
             sampling_params: used for all prompts. Default: the model's own, with answers up to the
                 end of the context.
+            adapter: name of a loaded adapter; "" is the model alone.
 
         Raises:
-            InvalidRequestError: a prompt does not fit the context or the pool.
+            InvalidRequestError: a prompt does not fit the context or the pool, or no such adapter
+                is loaded.
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         several = cast(Sequence[Prompt], [prompts] if single else prompts)
         encoded = [self._encode(prompt) for prompt in several]
         sampling = sampling_params or self._defaults
-        return self._run(encoded, sampling, use_progress_bar, continues_prompt=True)
+        return self._run(encoded, sampling, adapter, use_progress_bar, continues_prompt=True)
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
@@ -102,6 +119,7 @@ class LLM:
         messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | None = None,
         *,
+        adapter: str = "",
         use_progress_bar: bool = True,
         **template_options: Any,
     ) -> list[RequestOutput]:
@@ -112,6 +130,7 @@ class LLM:
 
         Args:
             messages: as in a chat completion: text or text parts, tool calls, tool results.
+            adapter: name of a loaded adapter; "" is the model alone.
             template_options: ``tools``, ``template_kwargs``, ``add_generation_prompt``,
                 ``continue_final_message``.
 
@@ -126,7 +145,7 @@ class LLM:
             (None, self._encode_chat(conversation, **template_options)) for conversation in several
         ]
         sampling = sampling_params or self._defaults
-        return self._run(encoded, sampling, use_progress_bar, continues_prompt=False)
+        return self._run(encoded, sampling, adapter, use_progress_bar, continues_prompt=False)
 
     def _encode_chat(
         self, messages: Conversation, *, tools: list[dict[str, Any]] | None = None, **options: Any
@@ -151,13 +170,14 @@ class LLM:
         self,
         prompts: list[tuple[str | None, list[int]]],
         sampling: SamplingParams,
+        adapter: str,
         use_progress_bar: bool,
         continues_prompt: bool,
     ) -> list[RequestOutput]:
         sent = with_ranking(sampling)
         generations = []
         for text, ids in prompts:
-            request = self._make_request(ids, sent)
+            request = self._make_request(ids, sent, adapter)
             processor = OutputProcessor(
                 request,
                 self._tokenizer,
@@ -193,9 +213,15 @@ class LLM:
                 self._core.abort(request_id)
         return [generation.result() for generation in generations]
 
-    def _make_request(self, ids: list[int], sampling: SamplingParams) -> EngineRequest:
-        request_id = f"llm-{next(self._ids)}"
-        request = EngineRequest(request_id=request_id, prompt_token_ids=ids, sampling=sampling)
+    def _make_request(
+        self, ids: list[int], sampling: SamplingParams, adapter: str
+    ) -> EngineRequest:
+        request = EngineRequest(
+            request_id=f"llm-{next(self._ids)}",
+            prompt_token_ids=ids,
+            sampling=sampling,
+            adapter=adapter,
+        )
         return with_seed(request, self._draw_seed)
 
     def _add_while_accepted(self, waiting: deque[EngineRequest]) -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from chunkllama.adapter_messages import AdapterInfo, LoadAdapter, UnloadAdapter
 from chunkllama.cache_messages import (
     CacheCommand,
     CacheEvents,
@@ -58,6 +59,7 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag="request"):
         priority: lower is served first among waiting requests.
         explain: say on the first delta why the prompt's match in the cache ended.
         is_replay: an engine process that has ended had accepted it; it needs no place.
+        adapter: name of a loaded adapter; "" is the base model.
     """
 
     request_id: str
@@ -72,6 +74,7 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag="request"):
     priority: int = 0
     explain: bool = False
     is_replay: bool = False
+    adapter: str = ""
 
 
 class ChoiceDelta(msgspec.Struct, kw_only=True):
@@ -290,6 +293,7 @@ class ExplainPrompt(msgspec.Struct, kw_only=True, tag="explain"):
     prompt_token_ids: list[int]
     namespace: str = ""
     tenant: str = ""
+    adapter: str = ""
 
 
 ToEngine = (
@@ -300,6 +304,8 @@ ToEngine = (
     | CacheCommand
     | WatchCache
     | SetTenants
+    | LoadAdapter
+    | UnloadAdapter
     | Shutdown
 )
 
@@ -329,9 +335,11 @@ class CommandReply(msgspec.Struct, kw_only=True, tag="reply"):
     """Answers the command with the same id.
 
     Attributes:
-        found: the pin, chunk or tenant of a drop exists.
+        found: the pin, chunk, tenant or adapter of a command exists.
         num_dropped, num_kept: chunks removed, and those left because a request uses them.
         ended_pins: pins that the command has ended, so that no engine process pins them again.
+        adapter: that was loaded.
+        error: why the command was refused, in one line.
     """
 
     command_id: int
@@ -342,6 +350,8 @@ class CommandReply(msgspec.Struct, kw_only=True, tag="reply"):
     num_dropped: int = 0
     num_kept: int = 0
     ended_pins: list[EndedPin] = []
+    adapter: AdapterInfo | None = None
+    error: str = ""
 
 
 FromEngine = TokenDelta | EngineStats | CommandReply | CacheEvents | EngineReady | StartFailed

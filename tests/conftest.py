@@ -37,6 +37,7 @@ class _Helpers(MetaPathFinder):
         "soak_run": Path(__file__).parent / "soak_run.py",
         "soak_server": Path(__file__).parent / "soak_server.py",
         "soak_client": Path(__file__).parent / "soak_client.py",
+        "adapter_files": Path(__file__).parent / "adapter_files.py",
         "tiny_model": Path(__file__).parent / "tiny_model.py",
         "malformed_requests": Path(__file__).parents[1] / "benchmarks" / "malformed_requests.py",
         "native_models": Path(__file__).parent / "backends" / "native_models.py",

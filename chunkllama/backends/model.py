@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from chunkllama.backends.adapter import AdapterRows, AdapterWeights
 from chunkllama.model_spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -71,9 +73,26 @@ class RunnableModel(Protocol):
     """What a model runner needs of a model."""
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, plan: DevicePlan
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        plan: DevicePlan,
+        adapters: Sequence[AdapterRows] = (),
     ) -> torch.Tensor:
-        """token_ids [T] int64 and positions [T] int32 -> final hidden states [T, H], normalised."""
+        """token_ids [T] int64 and positions [T] int32 -> final hidden states [T, H], normalised.
+
+        Rows that ``adapters``, ascending and disjoint, do not name are the model's own.
+        """
+        ...
+
+    def prepare_adapter(self, weights: AdapterWeights) -> tuple[Any, int]:
+        """Return what ``AdapterRows`` needs of an adapter, and the bytes it takes.
+
+        Threads other than that of ``forward`` may call it.
+
+        Raises:
+            ConfigError: the model takes no adapters.
+        """
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

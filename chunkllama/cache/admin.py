@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from chunkllama.cache.adapter_tags import adapter_of
 from chunkllama.cache.manager import CacheManager
 from chunkllama.cache.node import Node, decode_tokens
 from chunkllama.cache_messages import CacheCommand, EndedPin, OwnedNode, PinInfo
@@ -74,8 +75,15 @@ def _end_pins(cache: CacheManager, keys: Iterable[tuple[Node, str]], reply: Comm
                 tenant=tenant,
                 token_ids=decode_tokens(b"".join(step.key for step in reversed(path))),
                 lengths=sorted(lengths),
+                adapter_number=adapter_of(node.key),
             )
         )
+
+
+def drop_adapter(cache: CacheManager, number: int, reply: CommandReply) -> None:
+    """Remove every chunk computed under an adapter, which no request uses; ends pins there."""
+    nodes = [node for node in cache.tree.nodes() if adapter_of(node.key) == number]
+    _drop(cache, nodes, reply)
 
 
 def _drop(cache: CacheManager, nodes: Iterable[Node], reply: CommandReply) -> None:

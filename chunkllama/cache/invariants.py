@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from chunkllama.cache.adapter_tags import adapter_of
 from chunkllama.cache.chunk_pool import ChunkState
 from chunkllama.cache.node import PUBLIC, Node
 from chunkllama.cache.pins import Pins
@@ -17,7 +18,7 @@ def check_cache(tree: PrefixTree, pins: Pins, live: list[SequenceChunks], *, in_
     Conservation: free + cached + referenced + private == total, and every chunk is in the state
     its owner implies.
     Reference counts: a node's count is the number of live sequences through it.
-    Isolation: no node is reachable from two private namespaces.
+    Isolation: no node is reachable from two private namespaces, or below chunks of two adapters.
     Between steps: an unfilled node belongs to exactly one live sequence, no copy holds a node.
     """
     tree.pool.check_invariants()
@@ -44,6 +45,7 @@ def _check_node(tree: PrefixTree, node: Node, uses: int, *, in_step: bool) -> No
     parent = node.parent
     assert parent is not None and node.depth == parent.depth + 1
     assert parent.namespace in (PUBLIC, node.namespace), "reachable from two namespaces"
+    assert adapter_of(parent.key) in (0, adapter_of(node.key)), "below another adapter's chunk"
     assert node.num_sequences == uses, (
         f"chunk {node.chunk_id}: {node.num_sequences} counted, {uses} live"
     )

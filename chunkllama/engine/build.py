@@ -8,6 +8,7 @@ import torch
 
 from chunkllama.cache.manager import CacheManager
 from chunkllama.config import EngineConfig, parse_weights
+from chunkllama.engine.adapter_cache import AdapterCache
 from chunkllama.engine.core import EngineCore
 from chunkllama.engine.model_runner import load_executor
 from chunkllama.engine.size import check_memory, plan_size
@@ -98,7 +99,8 @@ def build_engine(config: EngineConfig) -> EngineCore:
         size.max_request_tokens,
         size.longest_requests,
     )
-    return EngineCore(scheduler, executor, info)
+    adapters = AdapterCache(executor.adapters, scheduler.adapters, config.cache.adapter_memory)
+    return EngineCore(scheduler, executor, info, adapters=adapters)
 
 
 def _table_length(spec: ModelSpec, max_model_len: int, pool_tokens: int) -> int:

@@ -21,7 +21,7 @@ import msgspec
 
 from chunkllama.cache_messages import CacheAction, CacheEvents
 from chunkllama.engine.cache_watch import CacheWatchers
-from chunkllama.engine.commands import CommandClient
+from chunkllama.engine.commands import AdapterClient, CommandClient
 from chunkllama.engine.replay import ReplayState
 from chunkllama.errors import (
     EngineDeadError,
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 
-class EngineClient(Protocol):
+class EngineClient(AdapterClient, Protocol):
     """Asynchronous access to an engine."""
 
     @property
@@ -92,11 +92,12 @@ class EngineClient(Protocol):
         ...
 
     async def explain(
-        self, prompt_token_ids: list[int], namespace: str = "", tenant: str = ""
+        self, prompt_token_ids: list[int], namespace: str = "", tenant: str = "", adapter: str = ""
     ) -> CacheExplanation:
         """Why the match of a prompt would end now, from the tenant's own record.
 
         Raises:
+            InvalidRequestError: the adapter is not loaded.
             EngineDeadError: the engine has ended or is being restarted.
         """
         ...

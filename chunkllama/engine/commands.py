@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
+from chunkllama.adapter_messages import AdapterInfo, LoadAdapter, UnloadAdapter
 from chunkllama.cache_messages import CacheAction, CacheCommand
-from chunkllama.errors import EngineDeadError
+from chunkllama.errors import ConfigError, EngineDeadError, InvalidRequestError
 from chunkllama.messages import (
     CacheExplanation,
     CommandReply,
@@ -16,10 +18,38 @@ from chunkllama.messages import (
 )
 
 
+class AdapterClient(Protocol):
+    """Adapters of an engine."""
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterInfo]:
+        """Loaded adapters by name, also those of an engine that is being restarted."""
+        ...
+
+    async def load_adapter(self, name: str, folder: str) -> AdapterInfo:
+        """Load an adapter; other requests run meanwhile.
+
+        Raises:
+            ConfigError: the folder cannot be used, or the name is in use; one line says why.
+            EngineDeadError: the engine has ended or is being restarted.
+        """
+        ...
+
+    async def unload_adapter(self, name: str) -> bool:
+        """Forget an adapter and what is cached under it; False: there is none of this name.
+
+        Raises:
+            InvalidRequestError: unfinished requests use it.
+            EngineDeadError: the engine has ended or is being restarted.
+        """
+        ...
+
+
 class CommandClient(ABC):
     """Sends commands and hands each reply to the caller that waits for it."""
 
     def __init__(self) -> None:
+        self.adapters: dict[str, AdapterInfo] = {}
         self._replies: dict[int, asyncio.Future[CommandReply]] = {}
         self._commands = 0
         self._dead: EngineDeadError | None = None
@@ -28,7 +58,7 @@ class CommandClient(ABC):
     def _send(self, message: ToEngine) -> None: ...
 
     async def explain(
-        self, prompt_token_ids: list[int], namespace: str = "", tenant: str = ""
+        self, prompt_token_ids: list[int], namespace: str = "", tenant: str = "", adapter: str = ""
     ) -> CacheExplanation:
         """As ``EngineClient.explain``."""
         reply = await self._ask(
@@ -37,8 +67,11 @@ class CommandClient(ABC):
                 prompt_token_ids=prompt_token_ids,
                 namespace=namespace,
                 tenant=tenant,
+                adapter=adapter,
             )
         )
+        if reply.error:
+            raise InvalidRequestError(reply.error, "model", "model_not_found")
         assert reply.explanation is not None
         return reply.explanation
 
@@ -51,6 +84,24 @@ class CommandClient(ABC):
                 command_id=command_id, action=action, chunk_id=chunk_id, tenant=tenant
             )
         )
+
+    async def load_adapter(self, name: str, folder: str) -> AdapterInfo:
+        """As ``AdapterClient.load_adapter``."""
+        reply = await self._ask(
+            lambda command_id: LoadAdapter(command_id=command_id, name=name, folder=folder)
+        )
+        if reply.adapter is None:
+            raise ConfigError(reply.error)
+        self.adapters[name] = reply.adapter
+        return reply.adapter
+
+    async def unload_adapter(self, name: str) -> bool:
+        """As ``AdapterClient.unload_adapter``."""
+        reply = await self._ask(lambda command_id: UnloadAdapter(command_id=command_id, name=name))
+        if reply.error:
+            raise InvalidRequestError(reply.error)
+        self.adapters.pop(name, None)
+        return reply.found
 
     async def _ask(self, make: Callable[[int], ToEngine]) -> CommandReply:
         """Send a command and wait for its reply."""

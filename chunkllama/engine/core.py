@@ -11,7 +11,10 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Protocol
 
+from chunkllama.adapter_messages import LoadAdapter, UnloadAdapter
+from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.cache_messages import CacheCommand, CacheEvents, WatchCache
+from chunkllama.engine.adapter_cache import AdapterCache
 from chunkllama.engine.executor import Executor
 from chunkllama.engine.faults import Faults
 from chunkllama.engine.journal import StepJournal
@@ -56,6 +59,7 @@ class EngineCore:
         executor: computes steps.
         info: what clients learn of the model.
         clock: monotonic seconds.
+        adapters: that are loaded; None: the executor takes none.
 
     Attributes:
         journal: where the steps of a process of its own are noted; None elsewhere.
@@ -69,6 +73,7 @@ class EngineCore:
         executor: Executor,
         info: EngineReady,
         clock: Callable[[], float] = time.monotonic,
+        adapters: AdapterCache | None = None,
     ) -> None:
         self.info = info
         self.journal: StepJournal | None = None
@@ -77,6 +82,9 @@ class EngineCore:
         self._scheduler = scheduler
         self._executor = executor
         self._clock = clock
+        self._adapters = adapters
+        if adapters is not None:
+            scheduler.on_end(adapters.end)
         self._preparations: dict[Future[None], str] = {}
         self._steps = 0
         self._step_seconds = Histogram.over(STEP_SECONDS_BOUNDS)
@@ -92,7 +100,7 @@ class EngineCore:
 
         Raises:
             InvalidRequestError: it can never be served (too long for the context or the pool, a
-                token the model does not have).
+                token the model does not have, an adapter that is not loaded).
             OverloadedError: the waiting queue is full.
         """
         ids = request.prompt_token_ids
@@ -102,7 +110,10 @@ class EngineCore:
                 f"{max(ids)}",
                 "prompt",
             )
-        self._scheduler.add(request)
+        use = self._adapter_use(request.adapter, ids)
+        self._scheduler.add(request, use)
+        if use is not None and self._adapters is not None and not self._adapters.begin(request):
+            self._scheduler.hold(request.request_id)
         preparation = self._executor.prepare(request.sampling)
         if preparation is not None:
             self._scheduler.hold(request.request_id)
@@ -118,20 +129,54 @@ class EngineCore:
                 future.cancel()
                 del self._preparations[future]
 
+    def _adapter_use(self, name: str, prompt_token_ids: list[int]) -> AdapterUse | None:
+        if not name:
+            return None
+        if self._adapters is None:
+            raise InvalidRequestError("this engine takes no adapters", "model")
+        return self._adapters.use_of(name, prompt_token_ids)
+
+    def load_adapter(self, command: LoadAdapter) -> CommandReply | None:
+        """Begin to load an adapter; the reply comes with ``adapter_replies``, or here if it is
+        refused at once."""
+        assert self._adapters is not None, "an engine without adapters"
+        return self._adapters.load(command)
+
+    def unload_adapter(self, command: UnloadAdapter) -> CommandReply:
+        """Forget an adapter and what is cached under it, unless requests use it."""
+        reply = CommandReply(command_id=command.command_id)
+        assert self._adapters is not None, "an engine without adapters"
+        try:
+            number = self._adapters.unload(command.name)
+        except InvalidRequestError as error:
+            reply.error = error.message
+            return reply
+        reply.found = number is not None
+        if number is not None:
+            self._scheduler.remove_adapter(number, reply)
+        return reply
+
+    def adapter_replies(self) -> list[CommandReply]:
+        """Replies to ``load_adapter`` since the last call."""
+        return [] if self._adapters is None else self._adapters.take_replies()
+
     def set_tenants(self, limits: TenantTable) -> None:
         """Apply other limits of tenants; accepted requests stay."""
         self._scheduler.set_tenants(limits)
 
     def has_work(self) -> bool:
-        return self._scheduler.has_unfinished()
+        is_loading = self._adapters is not None and self._adapters.is_loading
+        return is_loading or self._scheduler.has_unfinished()
 
     def step(self) -> list[TokenDelta]:
         """Run one step; [] when nothing could be scheduled."""
-        for done in [future for future in self._preparations if future.done()]:
-            self._scheduler.release(self._preparations.pop(done))
+        failed = self._release_prepared()
+        if failed:
+            return failed
         output = self._scheduler.schedule()
         if output is None:
-            wait(self._preparations, _PREPARATION_POLL, return_when=FIRST_COMPLETED)
+            reads = [] if self._adapters is None else self._adapters.futures()
+            wait([*self._preparations, *reads], _PREPARATION_POLL, return_when=FIRST_COMPLETED)
             return []
         started = self._clock()
         if self.journal is not None:
@@ -153,6 +198,31 @@ class EngineCore:
         if self.faults is not None:
             self.faults.reach("send")
         return deltas
+
+    def _release_prepared(self) -> list[TokenDelta]:
+        """Let held requests start that wait for nothing more; returns the ends of those that
+        cannot."""
+        adapters = self._adapters
+        for done in [future for future in self._preparations if future.done()]:
+            request_id = self._preparations.pop(done)
+            if adapters is None or not adapters.is_waiting(request_id):
+                self._scheduler.release(request_id)
+        if adapters is None:
+            return []
+        ready, failed = adapters.poll()
+        for request_id in ready:
+            if request_id not in self._preparations.values():
+                self._scheduler.release(request_id)
+        for request_id in failed:
+            self.abort(request_id)
+        return [
+            TokenDelta(
+                request_id=request_id,
+                choices=[],
+                error=EngineErrorInfo(kind="failed", message=reason, code="adapter_unreadable"),
+            )
+            for request_id, reason in failed.items()
+        ]
 
     def _requests_of(self, output: SchedulerOutput) -> list[str]:
         """Ids of the requests with a slice in this step, or a row to sample."""
@@ -214,12 +284,20 @@ class EngineCore:
 
     def explain(self, command: ExplainPrompt) -> CommandReply:
         """Explain why the match of a prompt would end."""
-        explanation = self._scheduler.explain(
-            command.prompt_token_ids, command.namespace, command.tenant
+        reply = CommandReply(command_id=command.command_id)
+        try:
+            use = self._adapter_use(command.adapter, command.prompt_token_ids)
+        except InvalidRequestError as error:
+            reply.error = error.message
+            return reply
+        reply.explanation = self._scheduler.explain(
+            command.prompt_token_ids, command.namespace, command.tenant, use
         )
-        return CommandReply(command_id=command.command_id, explanation=explanation)
+        return reply
 
     def close(self) -> None:
+        if self._adapters is not None:
+            self._adapters.close()
         self._executor.close()
 
 
@@ -251,30 +329,35 @@ def run_engine_loop(core: EngineCore, channel: EngineChannel) -> None:
             replies.extend(core.step())
             if (snapshot := core.stats_to_push()) is not None:
                 replies.append(snapshot)
+        replies.extend(core.adapter_replies())
         replies.extend(core.cache_events())
         if replies:
             channel.send(replies)
 
 
+def _add(core: EngineCore, request: EngineRequest) -> list[FromEngine]:
+    try:
+        core.add(request)
+    except InvalidRequestError as error:
+        info = EngineErrorInfo(
+            kind="invalid", message=error.message, param=error.param, code=error.code
+        )
+    except OverloadedError as error:
+        info = EngineErrorInfo(
+            kind="overloaded",
+            message=error.message,
+            code="engine_overloaded",
+            retry_after=error.retry_after,
+        )
+    else:
+        return []
+    return [TokenDelta(request_id=request.request_id, choices=[], error=info)]
+
+
 def _handle(core: EngineCore, message: ToEngine) -> list[FromEngine]:
     match message:
         case EngineRequest():
-            try:
-                core.add(message)
-            except InvalidRequestError as error:
-                info = EngineErrorInfo(
-                    kind="invalid", message=error.message, param=error.param, code=error.code
-                )
-            except OverloadedError as error:
-                info = EngineErrorInfo(
-                    kind="overloaded",
-                    message=error.message,
-                    code="engine_overloaded",
-                    retry_after=error.retry_after,
-                )
-            else:
-                return []
-            return [TokenDelta(request_id=message.request_id, choices=[], error=info)]
+            return _add(core, message)
         case AbortRequest():
             core.abort(message.request_id, message.index)
             return []
@@ -284,6 +367,11 @@ def _handle(core: EngineCore, message: ToEngine) -> list[FromEngine]:
             return [core.cache_command(message)]
         case WatchCache():
             return core.watch_cache(message)
+        case LoadAdapter():
+            refusal = core.load_adapter(message)
+            return [] if refusal is None else [refusal]
+        case UnloadAdapter():
+            return [core.unload_adapter(message)]
         case StatsRequest():
             return [
                 core.stats(

@@ -15,6 +15,7 @@ from chunkllama.attention.plan import Planner
 from chunkllama.backends.base import Activations, Backend, Quantization
 from chunkllama.backends.model import ModelWeights, RunnableModel
 from chunkllama.backends.select import BackendName, select_backend
+from chunkllama.engine.adapter_rows import RunnerAdapters
 from chunkllama.engine.logprobs import token_logprobs
 from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.engine.step_sampler import StepSampler
@@ -50,6 +51,9 @@ class ModelRunner:
         row_work_share: of the model's time that one request's masks and sampling may take in a step
             that others take part in; rows beyond it are sampled in a later step.
         clock: seconds.
+
+    Attributes:
+        adapters: reads adapters, and has those in memory.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class ModelRunner:
         self._model = model
         self._attention = attention
         self._sequences: dict[int, SequenceState] = {}
+        dtype = attention.kv.layers[0].dtype
+        self.adapters = RunnerAdapters(spec, model, dtype, self.backend.device)
         self._sampler = StepSampler(spec, self._sequences, row_work_share, clock)
         self._model_path = model_path
         self._grammars: GrammarCompiler | None = None
@@ -133,6 +139,7 @@ class ModelRunner:
         self._compile_thread.shutdown(wait=True, cancel_futures=True)
         self._sequences.clear()
         self._attention.kv.layers.clear()
+        self.adapters.close()
         vars(self).pop("_model", None)  # closing twice does no harm
 
     def _forward(self, output: SchedulerOutput) -> torch.Tensor:
@@ -153,6 +160,7 @@ class ModelRunner:
             torch.from_numpy(token_ids.astype(np.int64)).to(device),
             torch.from_numpy(positions).to(device),
             plan,
+            self.adapters.rows(slices, self._sequences),
         )
 
     def _new_state(self, new: NewSequence) -> SequenceState:
@@ -163,6 +171,7 @@ class ModelRunner:
             prompt_token_ids=np.array(new.prompt_token_ids, np.int32),
             output_token_ids=[int(token) for token in new.output_token_ids],
             pooling=new.pooling,
+            adapter=new.adapter,
         )
         if new.sampling.grammar is not None:
             self._start_matcher(state)

@@ -122,15 +122,17 @@ class ReplayState:
         """Note a pin that an operator has ended, if it is the one of this request."""
         if self.first is not None and self.request.tenant == pin.tenant:
             prompt = self.request.prompt_token_ids[: self.request.cache_until]
-            self.pin_ended |= is_pin_of(pin, self.request.namespace, prompt)
+            request = self.request
+            self.pin_ended |= is_pin_of(pin, request.namespace, request.adapter, prompt)
 
 
-def is_pin_of(pin: EndedPin, namespace: str, prompt: Sequence[int]) -> bool:
+def is_pin_of(pin: EndedPin, namespace: str, adapter: str, prompt: Sequence[int]) -> bool:
     """Whether a prompt of the pin's tenant was pinned by ``pin``, perhaps with others."""
     shorter = min(len(prompt), len(pin.token_ids))
     return (
         len(prompt) in pin.lengths
         and pin.namespace in ("", namespace)
+        and pin.adapter in ("", adapter)
         and list(prompt[:shorter]) == pin.token_ids[:shorter]
     )
 
@@ -140,7 +142,7 @@ class PinRecords:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._pins: dict[tuple[str, str, tuple[int, ...]], float] = {}
+        self._pins: dict[tuple[str, str, str, tuple[int, ...]], float] = {}
 
     def add(self, state: ReplayState) -> None:
         """Keep the pin of a request that ends, if it has one."""
@@ -152,15 +154,15 @@ class PinRecords:
         request = state.request
         prompt = tuple(request.prompt_token_ids[: request.cache_until])
         if prompt:
-            key = (request.namespace, request.tenant, prompt)
+            key = (request.namespace, request.tenant, request.adapter, prompt)
             self._pins[key] = max(now + seconds, self._pins.get(key, 0.0))
 
     def remove(self, pin: EndedPin) -> None:
         """Remove what an operator has ended."""
         self._pins = {
-            (namespace, tenant, prompt): until
-            for (namespace, tenant, prompt), until in self._pins.items()
-            if tenant != pin.tenant or not is_pin_of(pin, namespace, prompt)
+            (namespace, tenant, adapter, prompt): until
+            for (namespace, tenant, adapter, prompt), until in self._pins.items()
+            if tenant != pin.tenant or not is_pin_of(pin, namespace, adapter, prompt)
         }
 
     def requests(self) -> list[EngineRequest]:
@@ -175,7 +177,10 @@ class PinRecords:
                 tenant=tenant,
                 pin_seconds=until - now,
                 is_replay=True,
+                adapter=adapter,
             )
-            for number, ((namespace, tenant, prompt), until) in enumerate(self._pins.items())
+            for number, ((namespace, tenant, adapter, prompt), until) in enumerate(
+                self._pins.items()
+            )
             if until > now
         ]

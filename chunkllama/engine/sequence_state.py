@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.engine.grammar import Matcher
 from chunkllama.sampling_params import SamplingParams
 
@@ -27,6 +28,7 @@ class SequenceState:
         failed: why this sequence can sample no more, "" while it can.
         pooled: [H] float32 sum (mean pooling) or last hidden state, over the rows seen so far.
         hidden: [H] final hidden state of a row that is sampled in a later step.
+        adapter: that it uses; None is the base model.
     """
 
     sampling: SamplingParams
@@ -44,6 +46,7 @@ class SequenceState:
     failed: str = ""
     pooled: torch.Tensor | None = field(default=None, repr=False)
     hidden: torch.Tensor | None = field(default=None, repr=False)
+    adapter: AdapterUse | None = None
     _allowed_ids: torch.Tensor | None = field(default=None, repr=False)
 
     def allowed_ids(self, vocab_size: int, device: torch.device) -> torch.Tensor:

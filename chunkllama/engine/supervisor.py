@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from chunkllama.adapter_messages import AdapterInfo, LoadAdapter, UnloadAdapter
 from chunkllama.config import EngineConfig
 from chunkllama.engine.client import MessageClient, Stream, seed_source
 from chunkllama.engine.process import EngineProcess
@@ -45,6 +46,7 @@ _BARREN_WINDOW = 600.0
 _MAX_BACK_OFF = 8.0
 _BUSY_WEIGHT = 0.1  # a step that uses processor time may take ten times as long
 _MAX_TICK = 1.0
+_RESTORE_SECONDS = 30.0  # at least, for one adapter
 
 
 class SupervisedEngineClient(MessageClient):
@@ -305,11 +307,49 @@ class SupervisedEngineClient(MessageClient):
             if self._barren:
                 await asyncio.sleep(min(2.0 ** (len(self._barren) - 1), _MAX_BACK_OFF))
             try:
-                return await self._take_spare() or await self._start_process()
+                started = await self._take_spare() or await self._start_process()
+                await self._restore_adapters(started[0])
+                return started
             except ConfigError as error:
                 logger.error("the engine process cannot be restarted: %s", error)
                 self._barren.append(time.monotonic())
         return None
+
+    async def _restore_adapters(self, process: EngineProcess) -> None:
+        """Load into a process what its predecessor had, before any request is submitted.
+
+        An adapter that cannot be read any more is dropped: requests that use it are refused.
+
+        Raises:
+            ConfigError: the process has ended, or does not answer; it is gone.
+        """
+        missing = dict(enumerate(self.adapters.values()))
+        for number, info in missing.items():
+            process.send([LoadAdapter(command_id=number, name=info.name, folder=info.folder)])
+        try:
+            while missing:
+                async with asyncio.timeout(max(self._hang_seconds, _RESTORE_SECONDS)):
+                    messages = await process.receive()
+                for reply in messages:
+                    if isinstance(reply, CommandReply) and reply.command_id in missing:
+                        self._restored(process, missing.pop(reply.command_id), reply)
+        except BaseException as error:
+            await process.kill()
+            process.close()
+            if isinstance(error, TimeoutError | asyncio.IncompleteReadError | ConnectionError):
+                raise ConfigError("it ended, or hung, while it loaded adapters") from None
+            raise
+
+    def _restored(self, process: EngineProcess, was: AdapterInfo, reply: CommandReply) -> None:
+        """Note that an adapter is loaded again, if it is the same one."""
+        reason = reply.error
+        if reply.adapter is not None:
+            if reply.adapter.digest == was.digest:
+                return
+            process.send([UnloadAdapter(command_id=-1, name=was.name)])
+            reason = f"{was.folder} has changed"
+        logger.error("adapter %s is not loaded again: %s", was.name, reason)
+        del self.adapters[was.name]
 
     def _came_up(self, process: EngineProcess, first: list[FromEngine]) -> None:
         self._process = process

@@ -60,8 +60,8 @@ def _other_layout(folder: Path) -> str:
     if (folder / "adapter_config.json").exists():
         base = _base_model(folder / "adapter_config.json")
         return (
-            f"a LoRA adapter, not a model; merge it into its base model{base} with peft's "
-            "merge_and_unload() and give the merged folder"
+            f"a LoRA adapter, not a model; give its base model{base} and --lora NAME=FOLDER, or "
+            "merge it with peft's merge_and_unload() and give the merged folder"
         )
     for name, what in _LAYOUTS.items():
         if (folder / name).exists():

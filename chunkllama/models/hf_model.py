@@ -8,6 +8,7 @@ every layer is eager torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from chunkllama.backends.adapter import AdapterRows, AdapterWeights
 from chunkllama.backends.base import DevicePlan
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import LayerSpec, ModelSpec
@@ -153,11 +155,20 @@ class TransformersModel:
         self._check()
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, plan: DevicePlan
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        plan: DevicePlan,
+        adapters: Sequence[AdapterRows] = (),
     ) -> torch.Tensor:
         """[T] ids and positions -> normalised hidden states [T, H]."""
+        assert not adapters, "an adapter of a model that takes none"
         self._positions, self._plan = positions, plan
         return self._hidden(token_ids, positions, self)
+
+    def prepare_adapter(self, weights: AdapterWeights) -> tuple[Any, int]:
+        """Refuse it: adapters belong to linear layers of architectures of this server."""
+        raise AssertionError("read_adapter refuses adapters of other architectures")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, H] -> [N, vocab_size] float32, with all that the model does to its logits."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.functional import embedding
 
+from chunkllama.backends.adapter import AdapterRows, AdapterWeights, LinearName
 from chunkllama.backends.base import DevicePlan, KVCache
 from chunkllama.backends.model import LayerWeights, ModelWeights
 from chunkllama.model_spec import LayerSpec, ModelSpec
@@ -34,6 +37,7 @@ class Llama:
         self.weights = weights
         self.attention = attention
         self.rotary = rotary
+        self._adapters: Sequence[AdapterRows] = ()  # of the step in progress
 
     @property
     def kv(self) -> KVCache:
@@ -41,9 +45,14 @@ class Llama:
         return self.attention.kv
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, plan: DevicePlan
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        plan: DevicePlan,
+        adapters: Sequence[AdapterRows] = (),
     ) -> torch.Tensor:
         """Return the normalised final hidden states [T, H]."""
+        self._adapters = adapters
         x = self._embed(token_ids)
         residual: torch.Tensor | None = None
         for index, layer in enumerate(self.weights.layers):
@@ -52,10 +61,16 @@ class Llama:
             x = self._attend(x, index, spec, layer, positions, plan)
             x = self._branch_output(x, layer.attention_output_norm)
             x, residual = self._norm(x, layer.mlp_norm, residual)
-            x = self._mlp(x, spec, layer)
+            x = self._mlp(x, index, spec, layer)
             x = self._branch_output(x, layer.mlp_output_norm)
         x, _ = self._norm(x, self.weights.norm, residual)
         return x
+
+    def prepare_adapter(self, weights: AdapterWeights) -> tuple[AdapterWeights, int]:
+        """Return the adapter in the type of the activations, and its bytes."""
+        dtype = self.attention.backend.activation_dtype(self.weights.embedding.dtype)
+        prepared = weights.to(dtype)
+        return prepared, prepared.num_bytes
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [N, H] -> [N, vocab_size] float32."""
@@ -106,7 +121,7 @@ class Llama:
         plan: DevicePlan,
     ) -> torch.Tensor:
         ops = self.attention.backend
-        qkv = ops.linear(x, layer.qkv)
+        qkv = self._linear(x, index, "qkv", layer)
         cos_sin = self.rotary[-1 if spec.rope is None else spec.rope]
         if spec.norm_after_rotation:
             qkv = ops.rotate(qkv, positions, cos_sin, self.kv)
@@ -114,7 +129,7 @@ class Llama:
         if layer.q_norm is not None and layer.k_norm is not None:
             qkv = self._normalise_heads(qkv, layer.q_norm, layer.k_norm)
         x = self.attention.forward(qkv, positions, cos_sin, index, plan)
-        return ops.linear(x, layer.output)
+        return self._linear(x, index, "output", layer)
 
     def _normalise_heads(
         self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor
@@ -130,7 +145,19 @@ class Llama:
             normed.append(y.view(part.shape))
         return torch.cat((*normed, parts[2]), dim=1)
 
-    def _mlp(self, x: torch.Tensor, spec: LayerSpec, layer: LayerWeights) -> torch.Tensor:
-        ops = self.attention.backend
-        x = ops.activate(ops.linear(x, layer.gate_up), spec.activation, gated=spec.gated)
-        return ops.linear(x, layer.down)
+    def _mlp(
+        self, x: torch.Tensor, index: int, spec: LayerSpec, layer: LayerWeights
+    ) -> torch.Tensor:
+        x = self._linear(x, index, "gate_up", layer)
+        x = self.attention.backend.activate(x, spec.activation, gated=spec.gated)
+        return self._linear(x, index, "down", layer)
+
+    def _linear(
+        self, x: torch.Tensor, index: int, name: LinearName, layer: LayerWeights
+    ) -> torch.Tensor:
+        """One linear layer, with what the adapters of the step's rows add to it."""
+        y = self.attention.backend.linear(x, getattr(layer, name))
+        for rows in self._adapters:
+            if added := rows.adapter.layers[index].get(name):
+                added.add_to(y[rows.begin : rows.end], x[rows.begin : rows.end])
+        return y

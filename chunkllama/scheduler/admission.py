@@ -216,7 +216,7 @@ class AdmissionControl:
         for admission in self._cache.admissions(match, num_chunks, namespace):
             if admission.num_new + reserve <= admission.available - promised:
                 chunks = self._cache.admit(
-                    admission, sequence.token_ids, namespace, insert_limit, group.request.tenant
+                    admission, sequence.cache_ids, namespace, insert_limit, group.request.tenant
                 )
                 return chunks, admission.match
         return None

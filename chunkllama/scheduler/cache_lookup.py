@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.cache.manager import CacheManager, Match
 from chunkllama.messages import CacheExplanation
 from chunkllama.scheduler.limits import SchedulerLimits
@@ -30,7 +31,7 @@ def record_prompt(
     group, request = sequence.group, sequence.group.request
     if group.num_cached_tokens >= 0:  # another choice of the request, or preempted before
         return
-    tokens, tenant, namespace = sequence.token_ids, request.tenant, request.namespace
+    tokens, tenant, namespace = sequence.cache_ids, request.tenant, request.namespace
     if request.explain:
         is_whole = match_limit(sequence, limits) == len(tokens) - 1
         group.explanation = cache.explain(
@@ -46,9 +47,12 @@ def explain_prompt(
     tenant: str,
     cache: CacheManager,
     limits: SchedulerLimits,
+    adapter: AdapterUse | None,
 ) -> CacheExplanation:
     """Explain why the match of a prompt would end now; changes nothing."""
     tokens = np.array(prompt_token_ids, np.int32)
+    if adapter is not None:
+        tokens = adapter.tagged(tokens)
     match = None
     if limits.enable_prefix_caching:
         match = cache.match(tokens, len(tokens) - 1, namespace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.messages import EngineRequest
 from chunkllama.scheduler.admission import AdmissionControl
@@ -19,12 +20,14 @@ def make_group(
     admission: AdmissionControl,
     arrival: int,
     now: float,
+    adapter: AdapterUse | None = None,
 ) -> SequenceGroup:
     """Make the request's group with a sequence for each choice that is not finished.
 
     Args:
         arrival: number in order of arrival.
         now: monotonic seconds.
+        adapter: that the request uses.
 
     Raises:
         InvalidRequestError: the request could never run; the message names the field.
@@ -37,6 +40,7 @@ def make_group(
         arrived_at=now,
         max_tokens=admission.resolve_max_tokens(request),
         collects_prompt_logprobs=request.sampling.prompt_logprobs is not None,
+        adapter=adapter,
     )
     if request.sampling.beam_width > 1:
         group.beam = BeamSearch(request.sampling, group.max_tokens, limits.eos_token_ids)

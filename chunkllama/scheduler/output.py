@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.messages import TokenLogprob
 from chunkllama.sampling_params import SamplingParams
 
@@ -34,6 +35,7 @@ class NewSequence:
     prompt_token_ids: Int32Array
     output_token_ids: Int32Array
     pooling: Literal["", "mean", "last"] = ""
+    adapter: AdapterUse | None = None
 
 
 @dataclass(frozen=True, slots=True)

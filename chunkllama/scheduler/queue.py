@@ -70,7 +70,7 @@ class TenantQueue:
         if self.by_age[0] is sequence:
             self.oldest_age = sequence.age
         self._reach = None
-        self._keys[sequence] = key = encode_tokens(sequence.token_ids)
+        self._keys[sequence] = key = encode_tokens(sequence.cache_ids)
         insort(self._by_prefix, (key, sequence.age, sequence), key=lambda e: e[:2])
 
     def remove(self, sequence: Sequence) -> None:
@@ -89,7 +89,7 @@ class TenantQueue:
 
     def started(self, sequence: Sequence, cost: int) -> None:
         """Note a sequence that is about to leave the queue to run."""
-        self._last = encode_tokens(sequence.token_ids)
+        self._last = encode_tokens(sequence.cache_ids)
         self._reach = None
         self.overtaken = 0 if sequence is self.by_age[0] else self.overtaken + cost
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.cache.manager import SequenceChunks
 from chunkllama.messages import CacheExplanation, EngineRequest, FinishReason, TokenLogprob
 from chunkllama.scheduler.beam import BeamSearch
@@ -66,6 +67,17 @@ class Sequence:
     def token_ids(self) -> Int32Array:
         """Prompt and output, a view."""
         return self._tokens[: self.num_tokens]
+
+    @property
+    def cache_ids(self) -> Int32Array:
+        """``token_ids`` as the prefix tree knows them: told apart by the adapter."""
+        use = self.group.adapter
+        return self.token_ids if use is None else use.tagged(self.token_ids)
+
+    def adapter_at(self, position: int) -> int:
+        """Number of the adapter that is active at a position; 0 is none."""
+        use = self.group.adapter
+        return 0 if use is None or position < use.start else use.number
 
     @property
     def prompt_token_ids(self) -> Int32Array:
@@ -139,6 +151,7 @@ class SequenceGroup:
         num_cached_tokens: prompt tokens that were not computed again; -1 until admitted.
         prompt_logprobs: entries so far; the first is None (nothing comes before it).
         explanation: of the prompt's match, until it is sent.
+        adapter: that its sequences use; None is the base model.
     """
 
     request: EngineRequest
@@ -156,6 +169,7 @@ class SequenceGroup:
     is_pinned: bool = False
     pin_refused: bool = False
     explanation: CacheExplanation | None = None
+    adapter: AdapterUse | None = None
 
     @property
     def request_id(self) -> str:

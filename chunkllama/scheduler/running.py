@@ -21,9 +21,9 @@ def _age(sequence: Sequence) -> tuple[int, int]:
 class RunningSequences:
     """Running sequences, oldest first in ``by_age``; each holds a slot and chunks."""
 
-    def __init__(self, max_num_seqs: int) -> None:
+    def __init__(self, max_num_seqs: int, chunk_size: int) -> None:
         self.by_age: list[Sequence] = []
-        self.order = TreeOrder()
+        self.order = TreeOrder(chunk_size)
         self._free_slots = list(range(max_num_seqs))
         self._freed_slots: list[int] = []
         self._new: list[Sequence] = []
@@ -83,6 +83,7 @@ class RunningSequences:
                 prompt_token_ids=s.prompt_token_ids,
                 output_token_ids=s.output_token_ids,
                 pooling=s.group.request.wants_hidden_states,
+                adapter=s.group.adapter,
             )
             for s in new
         ]

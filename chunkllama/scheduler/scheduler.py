@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from chunkllama.cache.admin import run_command
+from chunkllama.cache.adapter_tags import AdapterUse
+from chunkllama.cache.admin import drop_adapter, run_command
 from chunkllama.cache.manager import CacheManager
 from chunkllama.cache_messages import CacheCommand, CacheEvent
 from chunkllama.errors import InvalidRequestError
@@ -24,6 +25,7 @@ from chunkllama.messages import (
     TokenDelta,
     TreeNodeInfo,
 )
+from chunkllama.scheduler.adapter_numbers import AdapterNumbers
 from chunkllama.scheduler.cache_lookup import explain_prompt
 from chunkllama.scheduler.failures import drop_failed
 from chunkllama.scheduler.first_tokens import FirstTokens
@@ -51,11 +53,15 @@ class Scheduler:
         limits: bounds and policies.
         cache: chunk pool and prefix tree; the scheduler is its only user.
         clock: monotonic seconds.
+
+    Attributes:
+        adapters: numbers of the loaded adapters.
     """
 
     def __init__(
         self, limits: SchedulerLimits, cache: CacheManager, clock: Callable[[], float]
     ) -> None:
+        self.adapters = AdapterNumbers()
         self._limits = limits
         self._cache = cache
         self._clock = clock
@@ -77,8 +83,8 @@ class Scheduler:
 
     # -- requests ---------------------------------------------------------------------------
 
-    def add(self, request: EngineRequest) -> None:
-        """Queue a request.
+    def add(self, request: EngineRequest, adapter: AdapterUse | None = None) -> None:
+        """Queue a request, which uses ``adapter`` or the base model.
 
         A choice that its ``delivered`` tokens end is not run again and yields nothing. A replay
         has a place already: limits may have become lower since it was accepted.
@@ -89,7 +95,8 @@ class Scheduler:
         """
         if request.request_id in self._groups:
             raise InvalidRequestError(f"request_id {request.request_id!r} is in use", "request_id")
-        group = make_group(request, self._limits, self._admission, self._arrivals, self._clock())
+        now = self._clock()
+        group = make_group(request, self._limits, self._admission, self._arrivals, now, adapter)
         if not request.is_replay:
             check_places(request.tenant, self._limits, self._lifecycle)
         self._arrivals += 1
@@ -117,6 +124,10 @@ class Scheduler:
             self._aborts.append((request_id, index))
             return
         self._lifecycle.abort(request_id, index)
+
+    def on_end(self, told: Callable[[str], None]) -> None:
+        """Tell the id of each request that ends from now on."""
+        self._lifecycle.on_end = told
 
     def set_tenants(self, limits: TenantTable) -> None:
         """Apply other limits of tenants; running and waiting requests stay."""
@@ -288,7 +299,7 @@ class Scheduler:
         assert chunks is not None
         computed = sequence.num_computed_tokens
         if computed >= chunks.next_publish:
-            adopted = self._cache.publish(chunks, sequence.token_ids, computed)
+            adopted = self._cache.publish(chunks, sequence.cache_ids, computed)
             if adopted:
                 self._running.order.move(sequence)
         if sequence.wants_prompt_logits:
@@ -310,13 +321,29 @@ class Scheduler:
         """Counters since the start and current gauges, on request of each tenant too."""
         return read_stats(self._lifecycle, self._cache, include_tenants=include_tenants)
 
-    def explain(self, prompt_token_ids: list[int], namespace: str, tenant: str) -> CacheExplanation:
+    def explain(
+        self,
+        prompt_token_ids: list[int],
+        namespace: str,
+        tenant: str,
+        adapter: AdapterUse | None = None,
+    ) -> CacheExplanation:
         """Explain why the match of a prompt would end now; changes nothing."""
-        return explain_prompt(prompt_token_ids, namespace, tenant, self._cache, self._limits)
+        return explain_prompt(
+            prompt_token_ids, namespace, tenant, self._cache, self._limits, adapter
+        )
 
     def cache_command(self, command: CacheCommand) -> CommandReply:
         """Run an operator's command on the cache; not while a step is in flight."""
-        return run_command(command, self._cache, self._clock())
+        reply = run_command(command, self._cache, self._clock())
+        self.adapters.name_pins(reply.ended_pins)
+        return reply
+
+    def remove_adapter(self, number: int, reply: CommandReply) -> None:
+        """Drop what is cached under an adapter that no request uses, and free its number."""
+        drop_adapter(self._cache, number, reply)
+        self.adapters.name_pins(reply.ended_pins)
+        self.adapters.release(number)
 
     def watch_cache(self, *, is_watched: bool) -> list[CacheEvent]:
         """Record changes of the cache from now on, or no longer; returns what is stored now."""

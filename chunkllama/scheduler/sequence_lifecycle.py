@@ -40,6 +40,7 @@ class SequenceLifecycle:
         admission: decides which waiting sequence fits.
         accounts: service received by each tenant.
         counters: monotonic totals.
+        on_end: told the id of each request that has ended.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class SequenceLifecycle:
         least_shared = min(limits.min_wait_tokens, cache.chunk_size)
         self.waiting = WaitingQueue(limits.policy, limits.fair_quantum, least_shared)
         self.accounts = TenantAccounts(limits.tenant_weights)
-        self.running = RunningSequences(limits.max_num_seqs)
+        self.running = RunningSequences(limits.max_num_seqs, cache.chunk_size)
         self.admission = AdmissionControl(limits, cache, clock)
         self.counters = Counters()
+        self.on_end: Callable[[str], None] = lambda request_id: None
         self._cache = cache
         self._clock = clock
 
@@ -129,7 +131,7 @@ class SequenceLifecycle:
         if group.request.pin_seconds > 0 and not group.is_pinned:
             group.is_pinned = True
             request = group.request
-            prompt = sequence.prompt_token_ids[: request.cache_until]
+            prompt = sequence.cache_ids[: group.num_prompt_tokens][: request.cache_until]
             group.pin_refused = not self._cache.pin(
                 prompt, request.namespace, request.pin_seconds, request.tenant
             )
@@ -140,7 +142,7 @@ class SequenceLifecycle:
             self.admission.lengths.add(sequence.num_output_tokens)
         chunks = self._stop(sequence)
         self.admission.drain.add(len(chunks) - chunks.num_shared)
-        self._cache.release(chunks, sequence.token_ids, sequence.num_computed_tokens)
+        self._cache.release(chunks, sequence.cache_ids, sequence.num_computed_tokens)
         self._forget(sequence)
 
     def abort(self, request_id: str, index: int | None) -> None:
@@ -201,7 +203,7 @@ class SequenceLifecycle:
             self.waiting.remove(sequence)
             return
         computed = sequence.num_computed_tokens
-        self._cache.release(self._stop(sequence), sequence.token_ids, computed)
+        self._cache.release(self._stop(sequence), sequence.cache_ids, computed)
         sequence.num_computed_tokens = 0
 
     def _stop(self, sequence: Sequence) -> SequenceChunks:
@@ -217,6 +219,7 @@ class SequenceLifecycle:
         if not group.sequences:
             del self.groups[group.request_id]
             self.accounts.leave(group.request.tenant)
+            self.on_end(group.request_id)
 
     def check_invariants(self) -> None:
         """Every sequence is in exactly one set and within its chunks; charges are the work done."""

@@ -128,7 +128,7 @@ class Starts:
 
     def _match(self, sequence: Sequence) -> Match:
         limit = match_limit(sequence, self._limits)
-        return self._cache.match(sequence.token_ids, limit, sequence.group.request.namespace)
+        return self._cache.match(sequence.cache_ids, limit, sequence.group.request.namespace)
 
     def _may_start_early(self, sequence: Sequence, match: Match, budget: int) -> bool:
         """Whether a waiting prompt may use tokens reserved for short and new ones."""

@@ -4,6 +4,9 @@ Sorted lexicographically by chunk ids, sequences with a common path are neighbou
 ids mean: any such order is a depth-first order of the trie of paths. ``shared[i]`` is the number
 of leading chunks that sequence i has in common with sequence i - 1; for any i < j the chunks that
 both share are the minimum over shared[i + 1 .. j].
+
+Chunks that follow the same path are ordered by adapter first, so that the rows of an adapter below
+a common path are neighbours too.
 """
 
 from __future__ import annotations
@@ -33,9 +36,13 @@ class TreeOrder:
     """``sequences`` in depth-first order, ``shared`` beside it.
 
     ``version`` changes whenever a plan made from the order's chunk lists would be out of date.
+
+    Args:
+        chunk_size: tokens of a chunk.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, chunk_size: int) -> None:
+        self._chunk_size = chunk_size
         self.sequences: list[Sequence] = []
         self.shared: list[int] = []
         self.version = 1
@@ -46,7 +53,7 @@ class TreeOrder:
         low, high = 0, len(self.sequences)
         while low < high:
             middle = (low + high) // 2
-            if _precedes(_ids(self.sequences[middle]), ids):
+            if self._comes_before(self.sequences[middle], sequence):
                 low = middle + 1
             else:
                 high = middle
@@ -88,8 +95,23 @@ class TreeOrder:
                 assert self.shared[0] == 0
                 continue
             before, ids = _ids(self.sequences[i - 1]), _ids(sequence)
-            assert not _precedes(ids, before), "sequences out of tree order"
+            is_first = self._comes_before(sequence, self.sequences[i - 1])
+            assert not is_first, "sequences out of tree order"
             assert self.shared[i] == num_shared_chunks(before, ids)
+
+    def _comes_before(self, a: Sequence, b: Sequence) -> bool:
+        a_ids, b_ids = _ids(a), _ids(b)
+        if a.group.adapter is None and b.group.adapter is None:
+            return _precedes(a_ids, b_ids)
+        shared = num_shared_chunks(a_ids, b_ids)
+        if shared == len(a_ids):
+            return len(a_ids) < len(b_ids)
+        return shared < len(b_ids) and self._place(a, shared) < self._place(b, shared)
+
+    def _place(self, sequence: Sequence, chunk: int) -> tuple[int, int]:
+        """Place of a chunk among those that follow the same path: by the adapter at its end."""
+        last = (chunk + 1) * self._chunk_size - 1
+        return sequence.adapter_at(last), int(_ids(sequence)[chunk])
 
 
 def _ids(sequence: Sequence) -> Int32Array:

@@ -111,6 +111,36 @@ struct Model {
   Linear head;
 };
 
+// A low-rank adapter of one linear layer: (x a) b is added to its output. Matrices are in blocks of
+// 16 columns: a [ranks / 16][k][16], b [blocks][rank][16].
+struct AdapterPart {
+  const void* b;
+  int64_t first, step, blocks;  // block i adds to columns [first + i * step, first + i * step + 16)
+  int64_t offset, rank;         // of its columns of a
+};
+struct AdapterLinear {
+  const void* a;
+  int64_t ranks, k;  // ranks: of all parts, each rounded up to 16
+  AdapterPart parts[MAX_PARTS];
+  int64_t num_parts;  // 0: the layer is not adapted
+};
+
+// Rows [begin, end) use an adapter: linears [num_layers][qkv, o, gate_up, down].
+struct AdapterRange {
+  int64_t begin, end;
+  const AdapterLinear* linears;
+};
+
+// The adapters of a step; `adapted` [rows] is 1 for the rows of a range.
+struct StepAdapters {
+  const AdapterRange* ranges;
+  int64_t num_ranges;
+  const uint8_t* adapted;
+  float *inner, *delta;  // [rows, inner_stride], [rows, delta_stride]
+  int64_t inner_stride, delta_stride;
+  int32_t type;  // of all matrices, F32 or BF16
+};
+
 // One forward pass. Buffers have rows rounded up to 32, and strides of their width rounded up to
 // 64, plus 32 elements (qkv: rounded up to 32); elements between a row's end and its stride are
 // zero.
@@ -122,6 +152,7 @@ struct Step {
   float *partial_out, *partial_lse;
   float* hidden;  // [rows, hidden_stride] residual stream; after the pass the normalised rows
   void *normed, *qkv, *attention, *mlp;
+  StepAdapters adapters;
 };
 
 }  // namespace chunkllama

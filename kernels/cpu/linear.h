@@ -58,6 +58,10 @@ struct LinearArgs {
   int64_t rows;
   Best* best = nullptr;  // BEST: [rows] of this thread, updated
   int64_t columns = 0;   // BEST: columns from here on are padding
+  // Added to the product before the epilogue, for rows whose `adapted` is not 0.
+  const float* delta = nullptr;  // [rows, delta_stride]
+  int64_t delta_stride = 0;
+  const uint8_t* adapted = nullptr;
 };
 
 // Rows of a panel, a phase of its own.

@@ -4,12 +4,13 @@
 //   norm | qkv | rotate and append | attention | merge | output projection added | norm |
 //   gate and up | down added
 //
-// each a phase.
+// each a phase. A linear layer that is adapted for some rows has two more before it.
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <vector>
 
+#include "adapter.h"
 #include "attention.h"
 #include "elementwise.h"
 #include "layout.h"
@@ -32,7 +33,9 @@ class Pass {
         threads_(threads),
         rows_(s.plan.num_rows),
         panels_((rows_ - 1) / panel_rows(rows_, threads) + 1),
-        phases_(new Phase[m.num_layers * (LINEARS * panels_ + OTHERS) + 2]) {
+        adapter_phases_(s.adapters.num_ranges ? 2 : 0),
+        phases_(
+            new Phase[m.num_layers * (LINEARS * (panels_ + adapter_phases_) + OTHERS) + 2]) {
     const int32_t* single = s.plan.row_flags;
     merges_ = std::find(single, single + rows_, 0) != single + rows_;
   }
@@ -64,9 +67,12 @@ class Pass {
   Phase* layer(int64_t index, int thread, Phase* phase) {
     const Layer& l = m_.layers[index];
     const int64_t width = stride(m_.heads.q_heads * m_.heads.head_dim), qkv_stride = l.qkv.n;
+    int64_t number = index * LINEARS;
     auto linear = [&](const Linear& weight, const void* x, int64_t x_stride, void* y,
                       int64_t y_stride, Type y_type, Epilogue epilogue) {
-      const LinearArgs a{&weight, x, x_stride, activations(), y, y_stride, y_type, epilogue, rows_};
+      LinearArgs a{&weight, x, x_stride, activations(), y, y_stride, y_type, epilogue, rows_};
+      if (adapter_phases_) add_adapters(a, number++, phase);
+      phase += adapter_phases_;
       linear_units(a, phase, thread, threads_);
       phase += panels_;
     };
@@ -100,6 +106,17 @@ class Pass {
     return phase;
   }
 
+  // Computes what the adapters add to a linear layer, the number'th of all.
+  void add_adapters(LinearArgs& a, int64_t number, Phase* phases) {
+    const StepAdapters& s = s_.adapters;
+    const AdapterArgs args{s.ranges,   s.num_ranges, number,  s.type,
+                           a.x,        a.x_stride,   a.x_type, s.inner,
+                           s.inner_stride, s.delta, s.delta_stride, a.linear->n};
+    if (!is_adapted(args)) return;
+    adapter_units(args, phases);
+    a.delta = s.delta, a.delta_stride = s.delta_stride, a.adapted = s.adapted;
+  }
+
   Type activations() const { return Type(m_.heads.activation_type); }
 
   template <class F>
@@ -116,7 +133,7 @@ class Pass {
   const Model& m_;
   const Step& s_;
   const int threads_;  // requested: the team may be smaller, but the panels are cut once
-  const int64_t rows_, panels_;
+  const int64_t rows_, panels_, adapter_phases_;
   const std::unique_ptr<Phase[]> phases_;  // in the order of the work
   bool merges_;                            // some row has several partials
 };

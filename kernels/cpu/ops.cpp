@@ -37,7 +37,8 @@ EXPORT int64_t ck_struct_size(const char* name) {
     const char* name;
     int64_t size;
   } sizes[] = {SIZE(Plan),   SIZE(Heads), SIZE(AttentionArgs), SIZE(RopeArgs), SIZE(NormArgs),
-               SIZE(Weights), SIZE(Linear), SIZE(Layer), SIZE(Model),         SIZE(Step)};
+               SIZE(Weights), SIZE(Linear), SIZE(Layer), SIZE(Model),         SIZE(Step),
+               SIZE(AdapterPart), SIZE(AdapterLinear), SIZE(AdapterRange), SIZE(StepAdapters)};
 #undef SIZE
   for (const auto& each : sizes)
     if (std::strcmp(each.name, name) == 0) return each.size;

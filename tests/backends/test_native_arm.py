@@ -23,11 +23,11 @@ def test_native_ops_on(level: str, child_environment: dict[str, str]) -> None:
         pytest.skip(f"not run: there is no {missing}")
     longer = [name for name in ARM_LEVELS if name != level and level in name]
     chosen = " and not ".join([level, *longer])
-    names = ("test_native_ops.py", "test_native_model.py", "test_native_quantized.py")
+    names = ("ops", "model", "quantized", "adapters")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen),
-            *(str(HERE / name) for name in names),
+            *(str(HERE / f"test_native_{name}.py") for name in names),
         ],
         env={**child_environment, "CHUNKLLAMA_TEST_ARM": "1"},
         capture_output=True,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from adapter_files import write_adapter
 
 from chunkllama import LLM, SamplingParams
 from chunkllama.errors import ConfigError, InvalidRequestError
@@ -82,3 +84,18 @@ def test_a_prompt_that_cannot_fit_leaves_nothing_running(llm) -> None:
 def test_the_log_is_not_a_librarys_to_set_up() -> None:
     with pytest.raises(ConfigError, match=r"^log_level: .*getLogger\(\"chunkllama\"\)"):
         LLM(log_level="debug")
+
+
+def test_an_adapter_changes_the_answer_of_its_calls_alone(llm, demo_path, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a", demo_path, targets=("down_proj",), rank=4, size=3.0)
+    llm.load_adapter("a", str(folder))
+    sampling = SamplingParams(ignore_eos=True, **GREEDY)
+    plain, adapted, again = (
+        texts(llm.generate("Water boils at", sampling, adapter=name, use_progress_bar=False))
+        for name in ("", "a", "")
+    )
+    assert plain == again != adapted
+    with pytest.raises(ConfigError, match="'a' is loaded already"):
+        llm.load_adapter("a", str(folder))
+    with pytest.raises(InvalidRequestError, match="'b' is not loaded"):
+        llm.generate("x", sampling, adapter="b")

@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 
+from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.cache.sequence_chunks import SequenceChunks
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
@@ -22,12 +23,18 @@ def sequence(chunk_ids: list[int]) -> Sequence:
     return made
 
 
+def with_adapter(chunk_ids: list[int], number: int, start: int) -> Sequence:
+    made = sequence(chunk_ids)
+    made.group.adapter = AdapterUse(number, start)
+    return made
+
+
 def paths(order: TreeOrder) -> list[list[int]]:
     return [s.chunks.ids.tolist() for s in order.sequences if s.chunks is not None]
 
 
 def test_joins_and_leaves() -> None:
-    order = TreeOrder()
+    order = TreeOrder(64)
     a, b, c, d = map(sequence, ([1, 2, 9], [4], [1, 2, 3, 5], [1, 7]))
     for each in (a, b, c, d):
         order.insert(each)
@@ -42,7 +49,7 @@ def test_joins_and_leaves() -> None:
 
 
 def test_growth_past_a_neighbour_that_continues_the_path() -> None:
-    order = TreeOrder()
+    order = TreeOrder(64)
     short, long = sequence([1, 2]), sequence([1, 2, 5])
     order.insert(long)
     order.insert(short)
@@ -54,7 +61,7 @@ def test_growth_past_a_neighbour_that_continues_the_path() -> None:
 
 
 def test_every_change_has_its_version() -> None:
-    order = TreeOrder()
+    order = TreeOrder(64)
     one = sequence([1])
     versions = [order.version]
     order.insert(one)
@@ -82,7 +89,7 @@ def test_the_chunk_array_grows_in_place() -> None:
 def test_random_changes_equal_a_fresh_sort() -> None:
     rnd = random.Random(1)
     for _ in range(50):
-        order, live = TreeOrder(), []
+        order, live = TreeOrder(64), []
         unique = iter(range(100, 10_000))
         for _ in range(60):
             kind = rnd.random()
@@ -107,3 +114,47 @@ def test_random_changes_equal_a_fresh_sort() -> None:
             assert order.shared[1:] == [
                 num_shared_chunks(np.array(a), np.array(b)) for a, b in itertools.pairwise(expected)
             ]
+
+
+def test_rows_of_an_adapter_are_neighbours_below_a_common_path() -> None:
+    order = TreeOrder(64)
+    given = [
+        with_adapter([1, 2, 10], 7, 128),
+        sequence([1, 2, 14]),
+        with_adapter([1, 2, 11], 9, 130),
+        with_adapter([1, 2, 12], 7, 191),
+        sequence([1, 2, 3]),
+        with_adapter([8, 5], 7, 0),
+        with_adapter([0, 5], 9, 0),
+        with_adapter([4, 5], 7, 0),
+        with_adapter([1, 13], 7, 64),
+    ]
+    for each in given:
+        order.insert(each)
+        order.check_invariants()
+    assert paths(order) == [
+        *([1, 2, 3], [1, 2, 14], [1, 2, 10], [1, 2, 12], [1, 2, 11], [1, 13]),
+        *([4, 5], [8, 5], [0, 5]),
+    ]
+    assert order.shared == [0, 2, 2, 2, 2, 1, 0, 0, 0]
+
+
+def test_random_changes_with_adapters_keep_paths_and_adapters_together() -> None:
+    rnd = random.Random(2)
+    for _ in range(30):
+        order, live = TreeOrder(64), []
+        unique = iter(range(100, 10_000))
+        for _ in range(50):
+            if rnd.random() < 0.6 or not live:
+                depth = rnd.randrange(4)
+                ids = [*(rnd.randrange(2) + 10 * i for i in range(depth)), next(unique)]
+                number = rnd.randrange(3)
+                made = with_adapter(ids, number, 64 * depth) if number else sequence(ids)
+                live.append(made)
+                order.insert(made)
+            else:
+                order.remove(live.pop(rnd.randrange(len(live))))
+            order.check_invariants()
+            for length in range(1, 5):  # each path is contiguous, so its chunks are read once
+                prefixes = [tuple(path[:length]) for path in paths(order) if len(path) >= length]
+                assert len(list(itertools.groupby(prefixes))) == len(set(prefixes))

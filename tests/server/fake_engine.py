@@ -14,7 +14,8 @@ import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
-from chunkllama.errors import EngineDeadError
+from chunkllama.adapter_messages import AdapterInfo
+from chunkllama.errors import ConfigError, EngineDeadError, InvalidRequestError
 from chunkllama.messages import (
     CacheExplanation,
     ChoiceDelta,
@@ -55,6 +56,7 @@ class FakeEngine:
 
     def reset(self) -> None:
         self.is_ready = True
+        self.adapters: dict[str, AdapterInfo] = {}
         self.delay = 0.0
         self.tokens_per_delta = 1
         self.gate = threading.Event()  # closed, no delta from number ``gate_at`` on is sent
@@ -192,9 +194,10 @@ class FakeEngine:
         )
 
     async def explain(
-        self, prompt_token_ids: list[int], namespace: str = "", tenant: str = ""
+        self, prompt_token_ids: list[int], namespace: str = "", tenant: str = "", adapter: str = ""
     ) -> CacheExplanation:
         self.explained = (namespace, tenant)
+        self.explained_adapter = adapter
         known = [
             next(
                 (
@@ -207,6 +210,19 @@ class FakeEngine:
             for earlier in self.prompts.get(namespace, [[]])
         ]
         return self.explanation(prompt_token_ids, min(max(known), len(prompt_token_ids) - 1))
+
+    async def load_adapter(self, name: str, folder: str) -> AdapterInfo:
+        if "refuse" in folder:
+            raise ConfigError(f"{folder}: refused")
+        self.adapters[name] = AdapterInfo(
+            name=name, folder=folder, rank=8, num_bytes=1, is_activated=False, digest="0"
+        )
+        return self.adapters[name]
+
+    async def unload_adapter(self, name: str) -> bool:
+        if name == "busy":
+            raise InvalidRequestError("adapter 'busy' is used by 1 requests; try again later")
+        return self.adapters.pop(name, None) is not None
 
     async def abort(self, request_id: str, index: int | None = None) -> None:
         self.aborted.append((request_id, index))

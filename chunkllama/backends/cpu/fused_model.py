@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import replace
 from typing import Final
 
 import torch
 
+from chunkllama.backends.adapter import AdapterRows, AdapterWeights
 from chunkllama.backends.base import DevicePlan, KVCache
 from chunkllama.backends.cpu.abi import BF16, TYPES, CHeads, CPlan, mirrors
+from chunkllama.backends.cpu.adapter import AdapterBuffers, CStepAdapters, PackedAdapter
 from chunkllama.backends.cpu.interleaved import interleave
 from chunkllama.backends.cpu.packed import (
     Arena,
@@ -57,6 +60,7 @@ class CStep(Structure):
         *(("plan", CPlan), ("token_ids", c_void_p), ("positions", c_void_p), ("cos_sin", c_void_p)),
         *(("kv", c_void_p), ("partial_out", c_void_p), ("partial_lse", c_void_p)),
         *((name, c_void_p) for name in ("hidden", "normed", "qkv", "attention", "mlp")),
+        ("adapters", CStepAdapters),
     )
 
 
@@ -72,6 +76,11 @@ def can_fuse(spec: ModelSpec) -> bool:
         and (spec.embedding_multiplier, spec.residual_multiplier, spec.logit_multiplier)
         == (1, 1, 1)
     )
+
+
+def _columns(layer: CLayer) -> int:
+    """Columns of its widest linear layer."""
+    return int(max(layer.qkv.n, layer.o.n, layer.gate_up.n, layer.down.n))
 
 
 def _is_plain(layer: LayerSpec) -> bool:
@@ -103,6 +112,8 @@ class FusedModel:
         activation = self._library.ck_activation_type(types.own)
         self._activation = torch.bfloat16 if activation == BF16 else torch.float32
         self._hidden, self._vocab = spec.hidden_size, spec.vocab_size
+        self._intermediate = spec.intermediate_size
+        self._dtype = model.kv.layers[0].dtype
         self._kv: KVCache = model.kv
         self._cos_sin = model.rotary[0].float().contiguous()
         self._keep: list[torch.Tensor] = []
@@ -122,6 +133,7 @@ class FusedModel:
             *(packed, spec.num_layers, heads, spec.hidden_size, self._vector(model.weights.norm)),
             *(spec.rms_norm_eps, spec.score_scale, vector_rows),
         )
+        self._adapter_buffers = AdapterBuffers(max(_columns(layer) for layer in packed))
         self._pack_head(model.weights)
         self._kv_pointers = (c_void_p * spec.num_layers)(*(x.data_ptr() for x in self._kv.layers))
         self._rows = 0
@@ -129,7 +141,11 @@ class FusedModel:
         self._reserve(UNIT)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, plan: DevicePlan
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        plan: DevicePlan,
+        adapters: Sequence[AdapterRows] = (),
     ) -> torch.Tensor:
         """[T] ids and positions -> normalised hidden states [T, H] float32, valid until the next
         call.
@@ -143,10 +159,18 @@ class FusedModel:
         step.token_ids, step.positions = ids.data_ptr(), positions.data_ptr()
         step.partial_out = plan.state.partial_out.data_ptr()
         step.partial_lse = plan.state.partial_lse.data_ptr()
+        step.adapters = CStepAdapters()
+        if adapters:
+            step.adapters = self._adapter_buffers.step(adapters, rows, self._dtype)
         self._library.ck_forward(
             ctypes.byref(self._model), ctypes.byref(step), torch.get_num_threads()
         )
         return self._buffers["hidden"][:rows, : self._hidden]
+
+    def prepare_adapter(self, weights: AdapterWeights) -> tuple[PackedAdapter, int]:
+        """Return the adapter in the order of the kernels, in the model's dtype, and its bytes."""
+        packed = PackedAdapter(weights.to(self._dtype), self._intermediate)
+        return packed, packed.num_bytes
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, H] -> [N, vocab_size] float32; up to 64 rows in a buffer the next call reuses."""

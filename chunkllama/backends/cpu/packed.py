@@ -137,6 +137,13 @@ class Arena:
         assert self._used <= self.memory.numel(), "the arena was sized for other weights"
         return self.memory.data_ptr() + at
 
+    def put(self, values: torch.Tensor) -> int:
+        """Copy bytes [n] into the next place; returns its address."""
+        address = self.take(len(values))
+        at = address - self.memory.data_ptr()
+        self.memory[at : at + len(values)].copy_(values)
+        return address
+
 
 def weight_types(weights: ModelWeights, quantization: Quantization) -> WeightTypes:
     """Return the types of a model's packed matrices.

@@ -5,6 +5,7 @@ stacked where not; and random weights.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 
 import numpy as np
@@ -27,7 +28,7 @@ from chunkllama.models.tensors import (
     layer_tensors,
 )
 
-_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load_weights(
@@ -105,7 +106,8 @@ class _Loader:
             bias = self._in_order(bias, source.rotary_heads)
         weights = [f"{name}.weight" for name in names]
         if any(self._is_quantized(name) for name in weights):
-            order = self._row_order(sum(rows for _, rows in source.parts), source.rotary_heads)
+            total = sum(rows for _, rows in source.parts)
+            order = row_order(self._head_order, total, source.rotary_heads)
             parts, first = [], 0
             for name, (_, rows) in zip(weights, source.parts, strict=True):
                 # Heads are whole within a part.
@@ -132,24 +134,14 @@ class _Loader:
             order = in_file if order is None else in_file[order]
         return GgufRows(info, order)
 
-    def _row_order(self, rows: int, rotary_heads: int) -> NDArray[np.int64] | None:
-        """Row of the checkpoint for each row, the first heads in the order of ``head_order``."""
-        if not rotary_heads or self._head_order is None:
-            return None
-        head = np.array(self._head_order)
-        order = np.arange(rows)
-        starts = np.arange(rotary_heads) * len(head)
-        order[: rotary_heads * len(head)] = (starts[:, None] + head).reshape(-1)
-        return order
-
     def _in_order(self, rows: torch.Tensor, rotary_heads: int) -> torch.Tensor:
-        order = self._row_order(len(rows), rotary_heads)
+        order = row_order(self._head_order, len(rows), rotary_heads)
         return rows if order is None else rows[torch.from_numpy(order).to(rows.device)]
 
     def stacked(self, *names: str) -> torch.Tensor:
         """One tensor, or several stacked along their first dimension."""
         infos = [self._checkpoint[name] for name in names]
-        dtypes = {_TORCH_DTYPES[info.dtype] for info in infos}
+        dtypes = {TORCH_DTYPES[info.dtype] for info in infos}
         orders = [file_order(info) for info in infos]
         is_plain = len(names) == 1 and dtypes == {self._dtype} and orders == [None]
         if is_plain and self._device.type == "cpu":
@@ -159,7 +151,7 @@ class _Loader:
         flat, begin, first = stacked.view(-1), 0, 0
         for name, info, order in zip(names, infos, orders, strict=True):
             for block in self._checkpoint.blocks(name):
-                values = torch.frombuffer(block, dtype=_TORCH_DTYPES[info.dtype])
+                values = torch.frombuffer(block, dtype=TORCH_DTYPES[info.dtype])
                 flat[begin : begin + len(values)].copy_(values)
                 begin += len(values)
             if order is not None:
@@ -172,11 +164,24 @@ class _Loader:
         info = self._checkpoint[name]
         flat = torch.frombuffer(
             self._checkpoint.map(name),
-            dtype=_TORCH_DTYPES[info.dtype],
+            dtype=TORCH_DTYPES[info.dtype],
             count=math.prod(info.shape),
             offset=info.begin,
         )
         return flat.view(info.shape)
+
+
+def row_order(
+    head_order: Sequence[int] | None, rows: int, rotary_heads: int
+) -> NDArray[np.int64] | None:
+    """Row of the checkpoint for each row, the first heads in the order of ``head_order``."""
+    if not rotary_heads or head_order is None:
+        return None
+    head = np.array(head_order)
+    order = np.arange(rows)
+    starts = np.arange(rotary_heads) * len(head)
+    order[: rotary_heads * len(head)] = (starts[:, None] + head).reshape(-1)
+    return order
 
 
 def random_weights(

@@ -22,7 +22,7 @@ from chunkllama_server.api.common.prompt_cache import ttl_seconds
 from chunkllama_server.api.common.sampling import check_lengths, check_prompt_ids
 from chunkllama_server.api.schema.cache import Dropped, PinAnswer, PinRequest, TenantTree
 from chunkllama_server.transport.body import JsonRoute
-from chunkllama_server.transport.errors import ApiError
+from chunkllama_server.transport.errors import ApiError, not_found_model
 from chunkllama_server.transport.request_context import RequestInfo
 from chunkllama_server.transport.sse import sse
 
@@ -46,6 +46,9 @@ async def add_pin(body: PinRequest, context: Context) -> PinAnswer:
     tenant = _check_tenant(context, body.tenant or "")
     info = RequestInfo(request_id=f"admin-{uuid.uuid4().hex}", started=time.monotonic())
     ids = await body_token_ids(body, context, info)
+    adapter = context.adapter_of(body.model) if body.model else ""
+    if adapter is None:
+        raise not_found_model(body.model or "")
     param = "prompt" if body.messages is None else "messages"
     check_prompt_ids(ids, context.engine.info.vocab_size, param)
     check_lengths(len(ids), 1, context.engine.info, param, "max_tokens")
@@ -56,6 +59,7 @@ async def add_pin(body: PinRequest, context: Context) -> PinAnswer:
         namespace=context.tenants.namespace(tenant, body.cache_salt) if tenant else "",
         tenant=tenant,
         pin_seconds=ttl_seconds(body.ttl, "ttl"),
+        adapter=adapter,
     )
     deltas = [delta async for delta in context.engine.generate(request)]
     if deltas[0].pin_refused:

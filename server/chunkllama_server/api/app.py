@@ -14,6 +14,7 @@ from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
 from chunkllama.logger import init_logger
 from chunkllama_server.api import (
+    adapters,
     cache,
     divergence,
     docs_page,
@@ -165,6 +166,7 @@ def create_app(
         unsupported,
         cache,
         models,
+        adapters,
         usage,
         divergence,
         live_requests,

@@ -26,6 +26,6 @@ async def explain(body: ExplainRequest, request: Request, context: Context) -> R
     check_prompt_ids(ids, context.engine.info.vocab_size, param)
     check_lengths(len(ids), None, context.engine.info, param, "max_tokens")
     namespace = context.tenants.namespace(info.tenant, body.cache_salt)
-    explanation = await context.engine.explain(ids, namespace, info.tenant)
+    explanation = await context.engine.explain(ids, namespace, info.tenant, info.adapter)
     tokenizer = context.text.tokenizer
     return json_response(explanation_body(explanation, ids, tokenizer))

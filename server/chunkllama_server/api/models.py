@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from chunkllama import __version__
 from chunkllama_server.api.common.context import Context, ServerContext
+from chunkllama_server.api.common.model_description import describe_model
 from chunkllama_server.api.openapi import refusals
 from chunkllama_server.api.schema.anthropic_response import AnthropicModel, AnthropicModelList
 from chunkllama_server.api.schema.models import Model, ModelList, Version
@@ -16,21 +17,6 @@ from chunkllama_server.transport.body import json_response
 from chunkllama_server.transport.request_context import request_info
 
 router = APIRouter(tags=["models"])
-
-
-def describe_model(context: ServerContext, name: str) -> Model:
-    template = context.text.template
-    return {
-        "id": name,
-        "object": "model",
-        "created": context.created,
-        "owned_by": "chunkllama",
-        "root": context.settings.model_names[0],  # not the folder, which callers must not learn
-        "parent": None,
-        "max_request_tokens": context.engine.info.max_request_tokens,
-        "max_model_len": context.engine.info.max_request_tokens,
-        "chat_template": None if template is None else template.capabilities.as_dict(),
-    }
 
 
 def anthropic_model(context: ServerContext, name: str) -> AnthropicModel:
@@ -54,13 +40,13 @@ def _is_anthropic(request: Request, context: ServerContext) -> bool:
 
 @router.get("/v1/models", response_model=ModelList, responses=refusals(401, 405, 503))
 async def list_models(request: Request, context: Context) -> ModelList | Response:
-    """List the served models that the API key may use."""
-    names = context.allowed_models(request_info(request.scope).tenant)
+    """List the served models and adapters that the API key may use."""
+    names = context.visible_models(request_info(request.scope).tenant)
     if _is_anthropic(request, context):
         listed: AnthropicModelList = {
             "data": [anthropic_model(context, name) for name in names],
-            "first_id": names[0],
-            "last_id": names[-1],
+            "first_id": names[0] if names else None,
+            "last_id": names[-1] if names else None,
             "has_more": False,
         }
         return json_response(listed)

@@ -24,6 +24,7 @@ _DESCRIPTIONS = {
     404: "Unknown model or path.",
     405: "Wrong method for this path.",
     408: "The request arrived too slowly.",
+    409: "It is in use; try again later.",
     413: "The body is over the size limit.",
     415: "The body is compressed.",
     422: "The request is malformed, out of range, or does not fit the context.",

@@ -29,6 +29,7 @@ from chunkllama.config import (
 from chunkllama.engine.faults import TEST_MODE
 from chunkllama.engine.faults import VARIABLE as FAULTS
 from chunkllama.errors import ConfigError
+from chunkllama_server.config.adapters import AdapterConfig
 from chunkllama_server.config.api_keys import KeyEntry, parse_key
 from chunkllama_server.config.batches import BatchConfig
 from chunkllama_server.config.files import read_text, read_yaml
@@ -133,9 +134,9 @@ class ServerConfig(ConfigGroup):
     operator_key: Secrets = Field(
         default=(),
         description="Key that reads all of /metrics, /v1/usage, /dashboard/data and "
-        "/dashboard/tenants, and that requests to admin_port need which change something; it may "
-        "do nothing else; repeatable. Prefer the environment or a file: other users can read a "
-        "command line.",
+        "/dashboard/tenants, loads adapters, and that requests to admin_port need which change "
+        "something; it may do nothing else; repeatable. Prefer the environment or a file: other "
+        "users can read a command line.",
     )
     isolation: Literal["off", "tenant"] | None = Field(
         default=None,
@@ -267,6 +268,7 @@ class Settings(
     ServerConfig,
     LimitsConfig,
     BatchConfig,
+    AdapterConfig,
     LogConfig,
     SchedulerConfig,
     CacheConfig,
@@ -279,6 +281,7 @@ class Settings(
         ServerConfig,
         LimitsConfig,
         BatchConfig,
+        AdapterConfig,
     )
 
     @property

@@ -104,7 +104,9 @@ class TenantQuotas(BaseModel):
         "Default: the setting highest_priority.",
     )
     allowed_models: Models | None = Field(
-        default=None, description="Served names that it may request. Default: all."
+        default=None,
+        description="Served names that it may request, and adapters as NAME or MODEL:NAME. "
+        "Default: all.",
     )
 
     @model_validator(mode="after")
@@ -255,7 +257,10 @@ def _check_all(quotas: Mapping[str, TenantQuotas], settings: Settings, where: st
             )
         served = settings.model_names
         for model in each.allowed_models or ():
-            if model not in served:
+            base, _, adapter = model.rpartition(":")
+            # an adapter may be loaded later: MODEL:NAME names it
+            is_adapter = model in settings.adapter_folders or (base in served and adapter)
+            if model not in served and not is_adapter:
                 raise ConfigError(
                     f"{where}: tenant {name}: allowed_models: {model} is not served; served: "
                     f"{', '.join(served)}"

@@ -32,6 +32,7 @@ from chunkllama_server.api.common.text_service import TextService
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.config.tenants import TenantQuotas, engine_message
 from chunkllama_server.metrics.tracing import make_tracing
+from chunkllama_server.process.adapters import load_adapters
 from chunkllama_server.process.lifecycle import DrainingServer, notify_supervisor
 from chunkllama_server.process.public_prefixes import load_public_prefixes, register_public_prefixes
 from chunkllama_server.process.reload import Reloader
@@ -127,6 +128,7 @@ class Application:
         """
         if self._quotas:
             engine.set_tenants(engine_message(self._quotas))
+        await load_adapters(engine, self._settings)
         await register_public_prefixes(engine, self._prefixes)
         text = TextService(
             self._tokenizer,

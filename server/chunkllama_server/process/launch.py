@@ -31,6 +31,7 @@ from chunkllama.models.loading.safetensors import Checkpoint
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.config.tenants import load_quotas
 from chunkllama_server.process import start_signals
+from chunkllama_server.process.adapters import check_adapters
 
 if TYPE_CHECKING:
     from chunkllama_server.process.http_server import Application
@@ -63,6 +64,7 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
             )
         with start_signals.unwinding():  # a download's temporary files
             path, spec = check_model(settings.engine())
+            check_adapters(settings, spec)
         logger.info("loading %s", path)
 
         def make_application() -> Application:

@@ -26,6 +26,8 @@ OPERATOR_PATHS = frozenset(
         *("/dashboard/divergence", "/dashboard/requests", "/dashboard/history"),
     }
 )
+# What an operator's key may change on the main port.
+OPERATOR_CHANGES = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -58,7 +60,8 @@ class Tenants:
             mapping in place.
         isolation: ``tenant`` gives each key its own cache namespace, ``off`` shares one; None is
             ``tenant`` with keys, even with one key, because a reload may add more.
-        operator_keys: read every tenant's part of ``OPERATOR_PATHS``, and nothing else.
+        operator_keys: read every tenant's part of ``OPERATOR_PATHS``, may POST to
+            ``OPERATOR_CHANGES``, and nothing else.
         clock: monotonic seconds, of the rate limits.
     """
 
@@ -199,10 +202,10 @@ class AuthMiddleware:
         token = bearer_token(scope)
         tenant = tenant_of_key(token, self._keys) if token else None
         if token and self._tenants.is_operator(token):
-            if not self._is_one_of(OPERATOR_PATHS, scope["path"]):
+            if not self._is_one_of(OPERATOR_PATHS | OPERATOR_CHANGES, scope["path"]):
                 error = ApiError(
                     403,
-                    "An operator's key reads metrics, usage and the dashboard alone",
+                    "An operator's key reads metrics, usage and the dashboard, and loads adapters",
                     code="operator_key",
                 )
                 await error.response(scope)(scope, receive, send)

@@ -34,6 +34,7 @@ class RequestInfo:
         headers: added to its response.
         rates: rate limits of its tenant; their headers are added, too.
         charge: tokens it was charged for.
+        adapter: that its model name stands for; "" is the base model.
         is_batch: it is a line of a batch, which is served after other requests of its tenant.
         runs_on: its work goes on after it has ended, and settles the charge.
         harmless, unknown: paths of the body's fields that have no effect, as the translation of
@@ -48,6 +49,7 @@ class RequestInfo:
     headers: dict[str, str] = field(default_factory=dict)
     rates: RateLimiter = field(default_factory=RateLimiter)
     charge: TokenCharge = field(default_factory=TokenCharge)
+    adapter: str = ""
     is_batch: bool = False
     runs_on: bool = False
     harmless: list[str] = field(default_factory=list)

@@ -51,7 +51,9 @@ class AnswerWatch:
         request = self._request
         known = [*request.prompt_token_ids, *self._token_ids]
         encode = partial(self._prompter.encode_past, answer)
-        self._idle.offer(PrefillJob(request.namespace, request.tenant, encode, known))
+        # An activated adapter begins at the last invocation: what precedes it is the base model's.
+        adapter = "" if self._idle.is_activated(request.adapter) else request.adapter
+        self._idle.offer(PrefillJob(request.namespace, request.tenant, encode, known, adapter))
 
 
 def watch_answer(

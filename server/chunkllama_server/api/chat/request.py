@@ -158,6 +158,7 @@ class PreparedChat:
             pin_seconds=cache.pin_seconds,
             priority=self._priority(info),
             explain=info.wants_explanation or bool(body.explain_cache),
+            adapter=info.adapter,
         )
 
     def _priority(self, info: RequestInfo) -> int:

@@ -12,10 +12,11 @@ import contextlib
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn, cast
 
+from chunkllama.adapter_messages import AdapterInfo
 from chunkllama.cache_messages import CacheAction, CacheEvents
 from chunkllama.engine.client import EngineClient
 from chunkllama.errors import (
@@ -313,9 +314,19 @@ class ChargedEngine:
         self._engine.set_tenants(tenants)
 
     async def explain(
-        self, prompt_token_ids: list[int], namespace: str = "", tenant: str = ""
+        self, prompt_token_ids: list[int], namespace: str = "", tenant: str = "", adapter: str = ""
     ) -> CacheExplanation:
-        return await self._engine.explain(prompt_token_ids, namespace, tenant)
+        return await self._engine.explain(prompt_token_ids, namespace, tenant, adapter)
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterInfo]:
+        return self._engine.adapters
+
+    async def load_adapter(self, name: str, folder: str) -> AdapterInfo:
+        return await self._engine.load_adapter(name, folder)
+
+    async def unload_adapter(self, name: str) -> bool:
+        return await self._engine.unload_adapter(name)
 
     async def cache_command(
         self, action: CacheAction, *, chunk_id: int = -1, tenant: str = ""

@@ -135,8 +135,32 @@ class ServerContext:
             raise unavailable("The engine is not ready", "engine_unavailable")
 
     def allowed_models(self, tenant: str) -> tuple[str, ...]:
-        """Return the served names that a tenant may request; the first is its default."""
+        """Return the names that a tenant may request; the first is its default.
+
+        Without a list of its own it may request all of them, and every adapter.
+        """
         return self.tenants.quotas(tenant).allowed_models or self.settings.model_names
+
+    def visible_models(self, tenant: str) -> list[str]:
+        """Return what a tenant may request now: served names, then adapters by their own."""
+        names = [name for name in self.allowed_models(tenant) if self.adapter_of(name) == ""]
+        return names + [name for name in self.engine.adapters if self._may_use(name, name, tenant)]
+
+    def adapter_of(self, name: str) -> str | None:
+        """Return the adapter that a model's name stands for, "" for the base model; None: the name
+        is not served."""
+        names, adapters = self.settings.model_names, self.engine.adapters
+        if name in names or name in adapters:
+            return name if name in adapters else ""
+        base, _, adapter = name.rpartition(":")
+        return adapter if base in names and adapter in adapters else None
+
+    def _may_use(self, name: str, adapter: str, tenant: str) -> bool:
+        allowed = self.tenants.quotas(tenant).allowed_models
+        if allowed is None or (not adapter and name in allowed):
+            return True
+        spellings = [adapter, *(f"{base}:{adapter}" for base in self.settings.model_names)]
+        return bool(adapter) and any(spelling in allowed for spelling in spellings)
 
     def check_model(self, name: str, tenant: str) -> str:
         """Return the name to answer with.
@@ -144,9 +168,10 @@ class ServerContext:
         Raises:
             ApiError: 404 for a model that is not served, 403 for one that the tenant may not use.
         """
-        if name not in self.settings.model_names:
+        adapter = self.adapter_of(name)
+        if adapter is None:
             raise not_found_model(name)
-        if name not in self.allowed_models(tenant):
+        if not self._may_use(name, adapter, tenant):
             self.metrics.reject_tenant(tenant, "model")
             raise refused_model(name)
         return name
@@ -211,10 +236,13 @@ class ServerContext:
         self.check_serving()
         info = request_info(request.scope)
         model = getattr(body, "model", None)
-        if model:
-            self.check_model(model, info.tenant)
-        elif model == "":
-            body.__dict__["model"] = self.allowed_models(info.tenant)[0]
+        if not model:
+            default = self.allowed_models(info.tenant)[0]
+            if model == "":
+                body.__dict__["model"] = default
+            model = default
+        self.check_model(model, info.tenant)
+        info.adapter = self.adapter_of(model) or ""
         check_field_limits(body, self.settings)
         unknown = [*info.unknown]
         for path, kind in walk_fields(body):

@@ -40,12 +40,14 @@ class PrefillJob:
     Attributes:
         token_ids: makes the prefix, when it is needed.
         known: token ids whose K/V are cached.
+        adapter: under which the prefix is computed.
     """
 
     namespace: str
     tenant: str
     token_ids: Callable[[], Coroutine[Any, Any, list[int]]]
     known: list[int]
+    adapter: str = ""
     context: Context = field(default_factory=copy_context)
 
 
@@ -73,6 +75,11 @@ class IdlePrefill:
         self._jobs.append(job)
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
+
+    def is_activated(self, adapter: str) -> bool:
+        """Whether an adapter is active only from its invocation tokens on."""
+        info = self._engine.adapters.get(adapter)
+        return info is not None and info.is_activated
 
     async def interrupt(self) -> None:
         """Stop computing, because a request has arrived; the job continues later."""
@@ -129,6 +136,7 @@ class IdlePrefill:
             namespace=job.namespace,
             tenant=job.tenant,
             priority=LOWEST_PRIORITY,
+            adapter=job.adapter,
         )
         deltas = cast(AsyncGenerator[Any, None], self._engine.generate(request))
         reason = None

@@ -170,6 +170,7 @@ async def completion_streams(
                 pin_seconds=cache.pin_seconds,
                 priority=priority,
                 explain=info.wants_explanation or bool(body.explain_cache),
+                adapter=info.adapter,
             ),
             context.text.tokenizer,
             context.metrics,

@@ -334,7 +334,7 @@ _PROMPT = (
              "SGLang, Ollama"),
     _refused("template", "send chat_template, where the operator allows it", "Ollama"),
     _refused("task session_params context", "send the whole conversation", "SGLang, Ollama"),
-    _refused("lora lora_path lora_request adapter_id adapters", "adapters are not served",
+    _refused("lora lora_path lora_request adapter_id adapters", "an adapter is requested as model",
              "llama.cpp, SGLang, TGI", (False, 0)),
     _refused("prompt_name normalize input_type pooling", "embeddings have one form", "TEI, vLLM",
              (True,), ("embeddings",)),

@@ -61,7 +61,7 @@ def _admit(
     Raises:
         ApiError: 400, 403, 404 or 503.
     """
-    if body.model not in context.settings.model_names:
+    if context.adapter_of(body.model) is None:
         body.__dict__["model"] = body.model.removesuffix(_LATEST)
     request.scope[SPELLED_KEY] = SPELLED
     return context.admit(body, request)
@@ -197,7 +197,7 @@ def _models(request: Request, context: ServerContext) -> OllamaModels:
             "digest": hashlib.sha256(name.encode()).hexdigest(),
             "details": _details(),
         }
-        for name in context.allowed_models(request_info(request.scope).tenant)
+        for name in context.visible_models(request_info(request.scope).tenant)
     ]
     return {"models": models}
 

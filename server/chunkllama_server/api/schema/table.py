@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from chunkllama_server.api.schema.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from chunkllama_server.api.schema.anthropic import CountTokensRequest, MessagesRequest
 from chunkllama_server.api.schema.batch import BatchRequest
 from chunkllama_server.api.schema.cache import ExplainRequest
@@ -46,6 +47,8 @@ REQUESTS: dict[str, type[BaseModel]] = {
     "POST /tokenize": TokenizeRequest,
     "POST /detokenize": DetokenizeRequest,
     "POST /v1/cache/explain": ExplainRequest,
+    "POST /v1/load_lora_adapter": LoadAdapterRequest,
+    "POST /v1/unload_lora_adapter": UnloadAdapterRequest,
 }
 
 

@@ -1,0 +1,314 @@
+"""Loaded adapters of an engine, and which of their weights are in memory.
+
+An adapter that is loaded has a name and a number; its weights are in memory while requests use it
+and as long as their place is not needed. Weights are read in a thread and are in place between two
+steps, so that no step waits for a file. A request whose adapter has to be read is held until then.
+
+Requests that need an adapter read are served in order of arrival: while the oldest of them finds no
+room, because requests use every adapter in memory, those behind it wait too. So it gets its room
+when the running ones have ended.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from chunkllama.adapter_messages import AdapterInfo, LoadAdapter
+from chunkllama.cache.adapter_tags import AdapterUse
+from chunkllama.errors import ConfigError, InvalidRequestError
+from chunkllama.logger import init_logger
+from chunkllama.messages import CommandReply, EngineRequest
+from chunkllama.models.loading.adapter_file import AdapterFile
+from chunkllama.scheduler.adapter_numbers import AdapterNumbers
+
+logger = init_logger(__name__)
+
+
+class AdapterLoader(Protocol):
+    """Reads adapters for an executor and tells it which ones are in memory."""
+
+    def read_adapter(self, folder: Path) -> AdapterFile:
+        """Check a folder; called in a thread.
+
+        Raises:
+            ConfigError: one line for the operator.
+        """
+        ...
+
+    def load_adapter(self, file: AdapterFile) -> tuple[Any, int]:
+        """Return an adapter's weights and the bytes they take; called in a thread.
+
+        Raises:
+            ConfigError: the files have changed since they were checked.
+        """
+        ...
+
+    def set_adapter(self, number: int, weights: Any | None) -> None:
+        """Let steps use an adapter's weights by its number, or with None no longer."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Adapter:
+    """A loaded adapter.
+
+    Attributes:
+        requests: ids of the unfinished requests that use it.
+        admitted: those of them for which its weights are in memory, or being read.
+        reading: its weights, while they are read.
+        last_use: number of its last use, for eviction.
+    """
+
+    info: AdapterInfo
+    file: AdapterFile
+    number: int
+    requests: set[str] = field(default_factory=set)
+    admitted: set[str] = field(default_factory=set)
+    is_in_memory: bool = False
+    reading: Future[tuple[Any, int]] | None = None
+    last_use: int = 0
+
+
+class AdapterCache:
+    """Adapters by name.
+
+    Args:
+        loader: of the executor.
+        numbers: where a loaded adapter gets its number.
+        max_bytes: of the weights in memory.
+    """
+
+    def __init__(self, loader: AdapterLoader, numbers: AdapterNumbers, max_bytes: int) -> None:
+        self._loader = loader
+        self._numbers = numbers
+        self._max_bytes = max_bytes
+        self._adapters: dict[str, Adapter] = {}
+        self._loads: dict[Future[tuple[AdapterFile, Any, int]], LoadAdapter] = {}
+        self._waiting: dict[str, Adapter] = {}  # requests, in order of arrival
+        self._ready: list[str] = []  # requests that have waited and may start
+        self._users: dict[str, Adapter] = {}
+        self._uses = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-load")
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """Of the weights in memory and of those being read again."""
+        held = (a for a in self._adapters.values() if a.is_in_memory or a.reading is not None)
+        return sum(adapter.info.num_bytes for adapter in held)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether an adapter is being loaded for the first time."""
+        return bool(self._loads)
+
+    def futures(self) -> list[Future[Any]]:
+        """What is being read."""
+        again = [a.reading for a in self._adapters.values() if a.reading is not None]
+        return [*self._loads, *again]
+
+    # -- loading ------------------------------------------------------------------------------
+
+    def load(self, command: LoadAdapter) -> CommandReply | None:
+        """Begin to load an adapter; ``take_replies`` has the answer unless it is known already."""
+
+        def read() -> tuple[AdapterFile, Any, int]:
+            file = self._loader.read_adapter(Path(command.folder))
+            return file, *self._loader.load_adapter(file)
+
+        is_known = command.name in self._adapters
+        if is_known or any(other.name == command.name for other in self._loads.values()):
+            return _refused(command, f"adapter {command.name!r} is loaded already; unload it first")
+        if self._numbers.is_full:
+            return _refused(command, "too many adapters are loaded; unload one")
+        self._loads[self._thread.submit(read)] = command
+        return None
+
+    def take_replies(self) -> list[CommandReply]:
+        """Put adapters that have been read into place; returns an answer for each."""
+        done = [future for future in self._loads if future.done()]
+        return [self._loaded(self._loads.pop(future), future) for future in done]
+
+    def _loaded(
+        self, command: LoadAdapter, future: Future[tuple[AdapterFile, Any, int]]
+    ) -> CommandReply:
+        try:
+            file, weights, num_bytes = future.result()
+        except Exception as error:
+            return _refused(command, _reason(command.folder, error))
+        if num_bytes > self._max_bytes:
+            return _refused(
+                command,
+                f"{command.folder}: its weights take {num_bytes >> 20} MiB, adapter_memory holds "
+                f"{self._max_bytes >> 20} MiB; raise adapter_memory",
+            )
+        info = AdapterInfo(
+            name=command.name,
+            folder=command.folder,
+            rank=file.rank,
+            num_bytes=num_bytes,
+            is_activated=bool(file.invocation),
+            digest=file.digest,
+        )
+        adapter = Adapter(info, file, self._numbers.assign(command.name))
+        self._adapters[command.name] = adapter
+        if self._make_room(num_bytes):
+            self._place(adapter, weights)
+        logger.info("adapter %s: rank %d, %d KiB", info.name, info.rank, num_bytes >> 10)
+        return CommandReply(command_id=command.command_id, adapter=info)
+
+    def unload(self, name: str) -> int | None:
+        """Forget an adapter; returns its number, or None if there is none of this name.
+
+        Raises:
+            InvalidRequestError: requests use it.
+        """
+        adapter = self._adapters.get(name)
+        if adapter is None:
+            return None
+        if adapter.requests:
+            raise InvalidRequestError(
+                f"adapter {name!r} is used by {len(adapter.requests)} requests; try again later"
+            )
+        self._evict(adapter)
+        del self._adapters[name]
+        return adapter.number
+
+    # -- requests -----------------------------------------------------------------------------
+
+    def use_of(self, name: str, prompt_token_ids: list[int]) -> AdapterUse | None:
+        """Return where a prompt uses an adapter; None: nowhere, it has no invocation tokens.
+
+        Raises:
+            InvalidRequestError: no such adapter is loaded.
+        """
+        adapter = self._adapters.get(name)
+        if adapter is None:
+            raise InvalidRequestError(f"adapter {name!r} is not loaded", "model", "model_not_found")
+        if not adapter.file.invocation:
+            return AdapterUse(adapter.number, 0)
+        start = last_occurrence(adapter.file.invocation, prompt_token_ids)
+        return None if start is None else AdapterUse(adapter.number, start)
+
+    def begin(self, request: EngineRequest) -> bool:
+        """Note a request that uses its adapter; whether it may start at once.
+
+        Otherwise it is to be held until ``poll`` names it.
+        """
+        adapter = self._adapters[request.adapter]
+        adapter.requests.add(request.request_id)
+        self._users[request.request_id] = self._waiting[request.request_id] = adapter
+        self._admit()
+        if request.request_id not in self._ready:
+            return False
+        self._ready.remove(request.request_id)
+        return True
+
+    def end(self, request_id: str) -> None:
+        """Note the end of a request; others are ignored."""
+        adapter = self._users.pop(request_id, None)
+        self._waiting.pop(request_id, None)
+        if request_id in self._ready:
+            self._ready.remove(request_id)
+        if adapter is not None:
+            adapter.requests.discard(request_id)
+            adapter.admitted.discard(request_id)
+            self._touch(adapter)
+
+    def is_waiting(self, request_id: str) -> bool:
+        """Whether a request is held for its adapter."""
+        return request_id in self._waiting or request_id in self._ready
+
+    def poll(self) -> tuple[list[str], dict[str, str]]:
+        """Put weights that have been read again into place.
+
+        Returns:
+            Requests that may start, and those whose adapter could not be read, with the reason.
+        """
+        failed: dict[str, str] = {}
+        for adapter in self._adapters.values():
+            if adapter.reading is None or not adapter.reading.done():
+                continue
+            reading, adapter.reading = adapter.reading, None
+            try:
+                weights, _ = reading.result()
+            except Exception as error:
+                reason = _reason(adapter.info.folder, error)
+                failed.update(dict.fromkeys(adapter.requests, reason))
+                continue
+            self._place(adapter, weights)
+        for request_id in failed:
+            self._waiting.pop(request_id, None)
+        self._admit()
+        ready, self._ready = self._ready, []
+        return ready, failed
+
+    def close(self) -> None:
+        """Wait for the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _admit(self) -> None:
+        """Let waiting requests pass whose weights are in memory; read those that have room."""
+        for request_id, adapter in list(self._waiting.items()):
+            if not adapter.is_in_memory and adapter.reading is None:
+                if not self._make_room(adapter.info.num_bytes):
+                    break
+                adapter.reading = self._thread.submit(self._loader.load_adapter, adapter.file)
+            adapter.admitted.add(request_id)
+            self._touch(adapter)
+            if adapter.is_in_memory:
+                del self._waiting[request_id]
+                self._ready.append(request_id)
+
+    # -- memory -------------------------------------------------------------------------------
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Drop the weights used least recently until so many bytes fit; False if they do not."""
+        idle = [a for a in self._adapters.values() if a.is_in_memory and not a.admitted]
+        idle.sort(key=lambda adapter: adapter.last_use)
+        free = self._max_bytes - self.bytes_in_memory
+        if free + sum(adapter.info.num_bytes for adapter in idle) < num_bytes:
+            return False
+        for adapter in idle:
+            if free >= num_bytes:
+                break
+            self._evict(adapter)
+            free += adapter.info.num_bytes
+        return True
+
+    def _place(self, adapter: Adapter, weights: Any) -> None:
+        adapter.is_in_memory = True
+        self._touch(adapter)
+        self._loader.set_adapter(adapter.number, weights)
+
+    def _evict(self, adapter: Adapter) -> None:
+        if adapter.is_in_memory:
+            adapter.is_in_memory = False
+            self._loader.set_adapter(adapter.number, None)
+
+    def _touch(self, adapter: Adapter) -> None:
+        self._uses += 1
+        adapter.last_use = self._uses
+
+
+def last_occurrence(tokens: tuple[int, ...], prompt: list[int]) -> int | None:
+    """Return where ``tokens`` begin in a prompt for the last time."""
+    wanted, first = list(tokens), tokens[0]
+    for start in range(len(prompt) - len(wanted), -1, -1):
+        if prompt[start] == first and prompt[start : start + len(wanted)] == wanted:
+            return start
+    return None
+
+
+def _reason(folder: str, error: Exception) -> str:
+    """Why an adapter cannot be read; what nothing foresaw must not end the engine."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    logger.error("an adapter cannot be read", exc_info=error)
+    return f"{folder}: cannot be read: {type(error).__name__}"
+
+
+def _refused(command: LoadAdapter, reason: str) -> CommandReply:
+    return CommandReply(command_id=command.command_id, error=reason)

@@ -1,0 +1,83 @@
+"""Adapters of a model runner: reads them, and finds the rows of a step that use them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chunkllama.backends.adapter import AdapterRows
+from chunkllama.backends.model import RunnableModel
+from chunkllama.cache.adapter_tags import MAX_VOCABULARY
+from chunkllama.engine.sequence_state import SequenceState
+from chunkllama.errors import ConfigError
+from chunkllama.model_spec import ModelSpec
+from chunkllama.models.loading.adapter_file import AdapterFile, read_adapter
+from chunkllama.models.loading.adapter_weights import load_adapter_weights
+from chunkllama.scheduler.output import ScheduledSlice
+
+
+class RunnerAdapters:
+    """Implement ``AdapterLoader``.
+
+    Args:
+        spec, model: that the adapters are for.
+        dtype, device: of the model's K/V, and of the adapters' weights.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, model: RunnableModel, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._spec = spec
+        self._model: RunnableModel | None = model
+        self._dtype = dtype
+        self._device = device
+        self._weights: dict[int, Any] = {}  # by number, of those in memory
+
+    def read_adapter(self, folder: Path) -> AdapterFile:
+        if self._spec.vocab_size > MAX_VOCABULARY:
+            raise ConfigError(f"{folder}: adapters need a vocabulary of at most {MAX_VOCABULARY}")
+        return read_adapter(folder, self._spec)
+
+    def load_adapter(self, file: AdapterFile) -> tuple[Any, int]:
+        assert self._model is not None, "the runner was closed"
+        with torch.inference_mode():
+            weights = load_adapter_weights(file, self._spec, self._dtype, self._device)
+            return self._model.prepare_adapter(weights)
+
+    def set_adapter(self, number: int, weights: Any | None) -> None:
+        if weights is None:
+            del self._weights[number]
+        else:
+            self._weights[number] = weights
+
+    def rows(
+        self, slices: Sequence[ScheduledSlice], sequences: Mapping[int, SequenceState]
+    ) -> list[AdapterRows]:
+        """Return the rows of a step's slices that use adapters, one adapter's neighbours together.
+
+        Args:
+            sequences: by slot.
+        """
+        found: list[AdapterRows] = []
+        end, last = 0, 0
+        for piece in slices:
+            begin, end = end, end + piece.num_tokens
+            use = sequences[piece.slot].adapter
+            if use is None:
+                continue
+            begin += max(use.start - piece.first_position, 0)
+            if begin >= end:
+                continue
+            if found and last == use.number and found[-1].end == begin:
+                begin = found.pop().begin
+            found.append(AdapterRows(begin, end, self._weights[use.number]))
+            last = use.number
+        return found
+
+    def close(self) -> None:
+        """Drop all weights."""
+        self._weights.clear()
+        self._model = None

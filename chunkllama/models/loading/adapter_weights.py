@@ -1,0 +1,84 @@
+"""From an adapter's file to tensors, in the row order of the model's stacked linear layers."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from chunkllama.backends.adapter import (
+    LINEARS,
+    AdapterPart,
+    AdapterWeights,
+    LinearAdapter,
+    LinearName,
+)
+from chunkllama.errors import ConfigError
+from chunkllama.model_spec import ModelSpec
+from chunkllama.models.loading.adapter_file import CONFIG, WEIGHTS, AdapterFile
+from chunkllama.models.loading.tensor_info import TensorInfo
+from chunkllama.models.loading.weights import TORCH_DTYPES, row_order
+from chunkllama.models.rotary import head_order
+from chunkllama.models.tensors import LinearTensors, layer_tensors
+
+
+def load_adapter_weights(
+    file: AdapterFile, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+) -> AdapterWeights:
+    """Read an adapter's tensors; the scales are multiplied into the B matrices.
+
+    Raises:
+        ConfigError: the files are no longer those that were checked.
+    """
+    data = _read_unchanged(file)
+    heads = head_order(spec.ropes[0], spec.head_dim)
+
+    def tensor(info: TensorInfo) -> torch.Tensor:
+        kind, (rows, columns) = TORCH_DTYPES[info.dtype], info.shape
+        flat = torch.frombuffer(data, dtype=kind, count=rows * columns, offset=info.begin)
+        return flat.view(rows, columns)
+
+    def linear(source: LinearTensors) -> LinearAdapter | None:
+        total = sum(rows for _, rows in source.parts)
+        order = row_order(heads, total, source.rotary_heads)
+        stacked, parts, first, offset = [], [], 0, 0
+        for name, rows in source.parts:
+            module = file.modules.get(name)
+            if module is not None:
+                b = tensor(module.b).float() * module.scale
+                if order is not None:
+                    b = b[_within(order, first, rows)]
+                stacked.append(tensor(module.a).to(device, dtype))
+                parts.append(AdapterPart(first, offset, b.to(device, dtype)))
+                offset += module.rank
+            first += rows
+        return LinearAdapter(torch.cat(stacked), tuple(parts)) if parts else None
+
+    layers: list[dict[LinearName, LinearAdapter]] = []
+    for index in range(spec.num_layers):
+        sources = layer_tensors(spec, index)
+        found = {name: linear(getattr(sources, name)) for name in LINEARS}
+        layers.append({name: each for name, each in found.items() if each is not None})
+    return AdapterWeights(tuple(layers))
+
+
+def _within(order: NDArray[np.int64], first: int, rows: int) -> torch.Tensor:
+    """The order of the rows of one part; heads are whole within it."""
+    return torch.from_numpy(order[first : first + rows] - first)
+
+
+def _read_unchanged(file: AdapterFile) -> bytearray:
+    digest = hashlib.sha256()
+    data = bytearray()
+    for name in (CONFIG, WEIGHTS):
+        path = file.folder / name
+        try:
+            data = bytearray(path.read_bytes())
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        digest.update(hashlib.sha256(data).digest())
+    if digest.hexdigest() != file.digest:
+        raise ConfigError(f"{file.folder}: has changed since it was loaded; unload and load it")
+    return data
