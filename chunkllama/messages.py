@@ -16,7 +16,9 @@ from chunkllama.cache_messages import (
     CacheCommand,
     CacheEvents,
     EndedPin,
+    LoadPack,
     OwnedNode,
+    PackInfo,
     PinInfo,
     WatchCache,
 )
@@ -300,6 +302,7 @@ ToEngine = (
     | CacheCommand
     | WatchCache
     | SetTenants
+    | LoadPack
     | Shutdown
 )
 
@@ -338,6 +341,7 @@ class CommandReply(msgspec.Struct, kw_only=True, tag="reply"):
     explanation: CacheExplanation | None = None
     pins: list[PinInfo] = []
     tree: list[OwnedNode] = []
+    packs: list[PackInfo] = []
     found: bool = True
     num_dropped: int = 0
     num_kept: int = 0

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from functools import cache as cache_result
+from functools import partial
 
 import torch
 
 from chunkllama.cache.manager import CacheManager
 from chunkllama.config import EngineConfig, parse_weights
+from chunkllama.engine.chunk_io import ChunkIO
 from chunkllama.engine.core import EngineCore
 from chunkllama.engine.model_runner import load_executor
+from chunkllama.engine.pack_loader import PackLoader
 from chunkllama.engine.size import check_memory, plan_size
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineReady
 from chunkllama.model_spec import ModelSpec
+from chunkllama.models.identity import identify_model
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.resources import bind_processors, usable_threads
 from chunkllama.scheduler.scheduler import Scheduler, SchedulerLimits
@@ -98,7 +103,18 @@ def build_engine(config: EngineConfig) -> EngineCore:
         size.max_request_tokens,
         size.longest_requests,
     )
-    return EngineCore(scheduler, executor, info)
+    identify = partial(
+        identify_model,
+        folder,
+        spec,
+        name=config.model.model,
+        dtype=dtype,
+        quantization=config.model.quantization,
+        chunk_size=chunk_size,
+        max_model_len=max_model_len,
+    )
+    packs = PackLoader(cache, ChunkIO(executor, cache_result(identify)))
+    return EngineCore(scheduler, executor, info, packs)
 
 
 def _table_length(spec: ModelSpec, max_model_len: int, pool_tokens: int) -> int:

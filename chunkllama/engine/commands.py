@@ -1,4 +1,4 @@
-"""Commands to an engine, each with one reply: explanations, and work on the cache."""
+"""Commands to an engine: explanations, and work on the cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from chunkllama.cache_messages import CacheAction, CacheCommand
+from chunkllama.cache_messages import CacheAction, CacheCommand, LoadPack
 from chunkllama.errors import EngineDeadError
 from chunkllama.messages import (
     CacheExplanation,
@@ -23,6 +23,7 @@ class CommandClient(ABC):
         self._replies: dict[int, asyncio.Future[CommandReply]] = {}
         self._commands = 0
         self._dead: EngineDeadError | None = None
+        self._packs: dict[str, LoadPack] = {}
 
     @abstractmethod
     def _send(self, message: ToEngine) -> None: ...
@@ -51,6 +52,12 @@ class CommandClient(ABC):
                 command_id=command_id, action=action, chunk_id=chunk_id, tenant=tenant
             )
         )
+
+    def load_pack(self, command: LoadPack) -> None:
+        """As ``EngineClient.load_pack``."""
+        self._packs[command.path] = command
+        if self._dead is None:
+            self._send(command)
 
     async def _ask(self, make: Callable[[int], ToEngine]) -> CommandReply:
         """Send a command and wait for its reply."""

@@ -9,9 +9,9 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from chunkllama.cache_messages import CacheCommand, CacheEvents, WatchCache
+from chunkllama.cache_messages import CacheCommand, CacheEvents, LoadPack, WatchCache
 from chunkllama.engine.executor import Executor
 from chunkllama.engine.faults import Faults
 from chunkllama.engine.journal import StepJournal
@@ -40,9 +40,13 @@ from chunkllama.scheduler.output import SchedulerOutput
 from chunkllama.scheduler.scheduler import Scheduler
 from chunkllama.tenant_limits import TenantTable
 
+if TYPE_CHECKING:
+    from chunkllama.engine.pack_loader import PackLoader
+
 logger = init_logger(__name__)
 
 _PREPARATION_POLL = 0.02  # seconds between looks at the inbox while all requests are prepared
+_LOADING_POLL = 0.01  # the same while nothing runs and packs are loaded
 _PUSH_SECONDS = 0.5  # between two snapshots that a busy loop sends unasked
 
 
@@ -55,6 +59,7 @@ class EngineCore:
         scheduler: owns requests and the cache; pure Python.
         executor: computes steps.
         info: what clients learn of the model.
+        packs: loads chunks from files between steps; None where there is no model.
         clock: monotonic seconds.
 
     Attributes:
@@ -68,9 +73,11 @@ class EngineCore:
         scheduler: Scheduler,
         executor: Executor,
         info: EngineReady,
+        packs: PackLoader | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.info = info
+        self.packs = packs
         self.journal: StepJournal | None = None
         self.faults: Faults | None = None
         self.on_step: Callable[[SchedulerOutput, float], None] = lambda output, seconds: None
@@ -197,7 +204,19 @@ class EngineCore:
 
     def cache_command(self, command: CacheCommand) -> CommandReply:
         """Run an operator's command on the cache, between two steps."""
+        if command.action == "packs":
+            packs = [] if self.packs is None else self.packs.infos()
+            return CommandReply(command_id=command.command_id, packs=packs)
         return self._scheduler.cache_command(command)
+
+    def is_loading(self) -> bool:
+        """Tell whether ``load_chunks`` has work."""
+        return self.packs is not None and self.packs.is_loading
+
+    def load_chunks(self) -> None:
+        """Insert chunks of packs that were read, a few while requests run; else wait for some."""
+        if self.packs is not None and self.packs.is_loading:
+            self.packs.turn(0.0 if self.has_work() else _LOADING_POLL)
 
     def watch_cache(self, command: WatchCache) -> list[FromEngine]:
         """Begin or end sending changes of the cache; earlier changes precede the snapshot."""
@@ -220,6 +239,8 @@ class EngineCore:
         return CommandReply(command_id=command.command_id, explanation=explanation)
 
     def close(self) -> None:
+        if self.packs is not None:
+            self.packs.close()
         self._executor.close()
 
 
@@ -243,7 +264,7 @@ def run_engine_loop(core: EngineCore, channel: EngineChannel) -> None:
         if not busy:
             core.check_idle()
         replies: list[FromEngine] = []
-        for message in channel.receive(block=not busy):
+        for message in channel.receive(block=not busy and not core.is_loading()):
             if isinstance(message, Shutdown):
                 return
             replies.extend(_handle(core, message))
@@ -251,6 +272,7 @@ def run_engine_loop(core: EngineCore, channel: EngineChannel) -> None:
             replies.extend(core.step())
             if (snapshot := core.stats_to_push()) is not None:
                 replies.append(snapshot)
+        core.load_chunks()
         replies.extend(core.cache_events())
         if replies:
             channel.send(replies)
@@ -259,22 +281,7 @@ def run_engine_loop(core: EngineCore, channel: EngineChannel) -> None:
 def _handle(core: EngineCore, message: ToEngine) -> list[FromEngine]:
     match message:
         case EngineRequest():
-            try:
-                core.add(message)
-            except InvalidRequestError as error:
-                info = EngineErrorInfo(
-                    kind="invalid", message=error.message, param=error.param, code=error.code
-                )
-            except OverloadedError as error:
-                info = EngineErrorInfo(
-                    kind="overloaded",
-                    message=error.message,
-                    code="engine_overloaded",
-                    retry_after=error.retry_after,
-                )
-            else:
-                return []
-            return [TokenDelta(request_id=message.request_id, choices=[], error=info)]
+            return _add(core, message)
         case AbortRequest():
             core.abort(message.request_id, message.index)
             return []
@@ -293,5 +300,29 @@ def _handle(core: EngineCore, message: ToEngine) -> list[FromEngine]:
         case SetTenants():
             core.set_tenants(TenantTable(message.tenants, message.default))
             return []
+        case LoadPack():
+            if core.packs is not None:
+                core.packs.load(message)
+            return []
         case _:
             raise AssertionError(f"unknown message {message!r}")
+
+
+def _add(core: EngineCore, request: EngineRequest) -> list[FromEngine]:
+    """Queue a request; returns its end if it is refused."""
+    try:
+        core.add(request)
+    except InvalidRequestError as error:
+        info = EngineErrorInfo(
+            kind="invalid", message=error.message, param=error.param, code=error.code
+        )
+    except OverloadedError as error:
+        info = EngineErrorInfo(
+            kind="overloaded",
+            message=error.message,
+            code="engine_overloaded",
+            retry_after=error.retry_after,
+        )
+    else:
+        return []
+    return [TokenDelta(request_id=request.request_id, choices=[], error=info)]
