@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from chunkllama_server.api import admin, dashboard, divergence, health, live_requests, usage
+from chunkllama_server.api import admin, dashboard, divergence, health, live_requests, packs, usage
 from chunkllama_server.api.common.context import ServerContext
 from chunkllama_server.transport.auth import AdminAuthMiddleware
 from chunkllama_server.transport.body import BodyLimitMiddleware
@@ -32,6 +32,7 @@ def create_admin_app(context: ServerContext) -> FastAPI:
         live_requests.router,
         dashboard.router,
         admin.router,
+        packs.router,
     ):
         app.include_router(router)
     install_error_handlers(app)

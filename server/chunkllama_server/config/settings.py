@@ -33,6 +33,7 @@ from chunkllama_server.config.api_keys import KeyEntry, parse_key
 from chunkllama_server.config.batches import BatchConfig
 from chunkllama_server.config.files import read_text, read_yaml
 from chunkllama_server.config.limits import LimitsConfig
+from chunkllama_server.config.packs import PackConfig
 from chunkllama_server.config.protocols import Protocols
 
 ENV_PREFIX = "CHUNKLLAMA_"
@@ -267,6 +268,7 @@ class Settings(
     ServerConfig,
     LimitsConfig,
     BatchConfig,
+    PackConfig,
     LogConfig,
     SchedulerConfig,
     CacheConfig,
@@ -279,6 +281,7 @@ class Settings(
         ServerConfig,
         LimitsConfig,
         BatchConfig,
+        PackConfig,
     )
 
     @property

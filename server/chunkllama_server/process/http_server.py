@@ -154,6 +154,7 @@ class Application:
         engine.on_restarting = server.engine_restarting
         context: ServerContext = app.state.context
         context.metrics.engine.supervisor = engine
+        context.packs.load_all(engine)
         engine.on_stats = partial(_record, context)
         engine.max_backlog = settings.max_stream_backlog
         info = engine.info
