@@ -6,51 +6,69 @@ is unused and evictable at once, so it changes nothing for admission.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Literal
 
 from chunkllama.cache import retention
 from chunkllama.cache.manager import CacheManager
 from chunkllama.cache.node import Node
 
-NO_ROOM: Final = "no room"
-NOT_COMPUTED: Final = "not computed"
+# "lost": its parent was left out or evicted; "pending": a running request is computing it.
+Outcome = Literal["new", "present", "lost", "pending", "no room"]
 
 
-def add_chunk(
-    cache: CacheManager, parent: Node | None, namespace: str, key: bytes, owner: str
-) -> tuple[Node | None, str]:
-    """Insert a whole chunk below ``parent``, as if its K/V were there already.
+class ChunkImport:
+    """Whole chunks of one file, inserted in its order, parents before children.
 
-    Call it between two steps, and write the K/V of a new node before the next one.
-
-    Args:
-        parent: a whole chunk; None: the chunk is a prompt's first.
-        key: its token ids, encoded.
-
-    Returns:
-        The node, and "new", "present", or why there is none: all chunks are in use or pinned
-        (``NO_ROOM``), or a running request is still computing it (``NOT_COMPUTED``).
+    Steps may run between two calls of ``add``, not during one.
     """
-    above = cache.root if parent is None else parent
-    assert above.chunk_id >= 0 or above is cache.root, "the parent was evicted"
+
+    def __init__(self, cache: CacheManager) -> None:
+        self._cache = cache
+        self._nodes: list[Node | None] = []
+
+    def leave_out(self) -> None:
+        """Pass over the next chunk, and with it over those below it."""
+        self._nodes.append(None)
+
+    def add(self, parent: int, namespace: str, key: bytes, owner: str) -> tuple[int, Outcome]:
+        """Insert the next chunk as if its K/V were there already.
+
+        Args:
+            parent: index in the file; -1: the chunk is a prompt's first.
+            key: its token ids, encoded.
+
+        Returns:
+            Its id in the pool, -1 if it has none, and what was done. The K/V of a "new" one must be
+            written before the next step.
+        """
+        above = self._cache.root if parent < 0 else self._nodes[parent]
+        node: Node | None = None
+        outcome: Outcome = "lost"
+        if above is not None and (parent < 0 or above.chunk_id >= 0):
+            node, outcome = _add(self._cache, above, namespace, key, owner)
+        self._nodes.append(node)
+        return (-1 if node is None else node.chunk_id), outcome
+
+
+def _add(
+    cache: CacheManager, above: Node, namespace: str, key: bytes, owner: str
+) -> tuple[Node | None, Outcome]:
     found = cache.tree.find(above, namespace, key)
     if found is not None:
-        return (found, "present") if found.filled == found.num_tokens else (None, NOT_COMPUTED)
-    peak = cache.pool.peak  # of what requests use
-    if parent is not None:
-        cache.tree.add_ref(parent)  # allocating may evict
-    has_room = cache.num_available > 0
-    if has_room and not cache.pool.num_free:
-        has_room = cache.tree.evict(1, owner) == 1
+        return (found, "present") if found.filled == found.num_tokens else (None, "pending")
+    pool, tree, peak = cache.pool, cache.tree, cache.pool.peak
+    if above is not cache.root:
+        tree.add_ref(above)  # it must not be evicted for its child
+    has_room = pool.num_free > 0 or tree.evict(1, owner) == 1
     node = None
     if has_room:
-        (chunk_id,) = cache.pool.allocate(1)
-        node = cache.tree.insert(above, namespace, key, chunk_id, cache.chunk_size, owner)
-    if parent is not None:
-        cache.tree.drop_ref(parent)
-    cache.pool.peak = peak
+        (chunk_id,) = pool.allocate(1)
+        node = tree.insert(above, namespace, key, chunk_id, cache.chunk_size, owner)
+    if above is not cache.root:
+        tree.drop_ref(above)
+    pool.peak = peak  # of what requests use
     if node is None:
-        return None, NO_ROOM
-    cache.tree.events.stored(node)
-    retention.drop_covered(cache.tree, node)
+        return None, "no room"
+    tree.events.stored(node)
+    retention.drop_covered(tree, node)
     return node, "new"

@@ -23,9 +23,9 @@ from typing import Final
 import numpy as np
 import torch
 
-from chunkllama.cache.imports import add_chunk
+from chunkllama.cache.imports import ChunkImport
 from chunkllama.cache.manager import CacheManager
-from chunkllama.cache.node import Node, encode_tokens
+from chunkllama.cache.node import encode_tokens
 from chunkllama.cache_messages import LoadPack, PackInfo
 from chunkllama.engine.chunk_io import TOLERANCE, ChunkIO
 from chunkllama.errors import ConfigError
@@ -47,14 +47,14 @@ class _Load:
     """A pack that is being loaded.
 
     Attributes:
-        nodes: of each chunk, once it was inserted; None: it was left out.
+        chunks: those that were inserted.
         probed: set when the chunk that the thread has staged was recomputed.
     """
 
     command: LoadPack
     info: PackInfo
     started: float
-    nodes: list[Node | None] = field(default_factory=list)
+    chunks: ChunkImport
     probed: threading.Event = field(default_factory=threading.Event)
 
 
@@ -134,7 +134,7 @@ class PackLoader:
             return
         info = self._infos[command.path] = PackInfo(name=Path(command.path).name)
         self._num_loading += 1
-        self._commands.put(_Load(command, info, self._clock()))
+        self._commands.put(_Load(command, info, self._clock(), ChunkImport(self.cache)))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="load-packs", daemon=True)
             self._thread.start()
@@ -205,27 +205,26 @@ class PackLoader:
     def _insert(self, item: _Chunk) -> None:
         load, document, info = item.load, item.document, item.load.info
         chunk = document.chunks[item.index]
-        above = None if chunk.parent == NO_PARENT else load.nodes[chunk.parent]
-        is_lost = chunk.parent != NO_PARENT and (above is None or above.chunk_id < 0)
         tenant = document.scopes[chunk.scope].tenant
         namespace = load.command.namespaces.get(tenant)
-        node = None
         if item.arranged is None:
+            load.chunks.leave_out()
             info.chunks_damaged += 1
             logger.warning("%s: chunk %d is damaged; it is computed again", info.name, item.index)
-        elif is_lost or namespace is None:
+            return
+        if namespace is None:
+            load.chunks.leave_out()
             info.chunks_left_out += 1
+            return
+        key = encode_tokens(np.array(chunk.tokens, np.int32))
+        chunk_id, outcome = load.chunks.add(chunk.parent, namespace, key, tenant)
+        if outcome == "new":
+            self.io.write(chunk_id, item.arranged)
+            info.chunks_loaded += 1
+        elif outcome == "present":
+            info.chunks_present += 1
         else:
-            key = encode_tokens(np.array(chunk.tokens, np.int32))
-            node, outcome = add_chunk(self.cache, above, namespace, key, tenant)
-            if node is None:
-                info.chunks_left_out += 1
-            elif outcome == "present":
-                info.chunks_present += 1
-            else:
-                self.io.write(node.chunk_id, item.arranged)
-                info.chunks_loaded += 1
-        load.nodes.append(node)
+            info.chunks_left_out += 1
 
     def _end(self, end: _End) -> None:
         load, info = end.load, end.load.info
