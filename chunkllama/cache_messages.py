@@ -65,12 +65,45 @@ class LoadPack(msgspec.Struct, kw_only=True, tag="load_pack"):
         namespaces: of each tenant whose chunks may be loaded, by name; "" is in it for everyone's.
         template: SHA-256 of the server's chat template.
         public_key: Ed25519 key that must have signed the pack; empty: any pack is taken.
+        realm: that the file must have: "" is a pack's, any other that of a snapshot, whose chunks
+            are in the namespaces that it says.
     """
 
     path: str
     namespaces: dict[str, str]
     template: str
     public_key: bytes = b""
+    realm: str = ""
+
+
+class KeepSnapshot(msgspec.Struct, kw_only=True, tag="keep_snapshot"):
+    """Load the snapshot of an earlier process, then write one at times; has no reply.
+
+    Attributes:
+        path: of the file.
+        tenants: whose chunks may be loaded; "" is the operator's.
+        template, realm: as in ``LoadPack``.
+        max_bytes: of K/V in a snapshot.
+        seconds: between the end of a snapshot and the next; 0: only ``WriteSnapshot`` makes one.
+    """
+
+    path: str
+    tenants: list[str]
+    template: str
+    realm: str
+    max_bytes: int
+    seconds: float
+
+
+class WriteSnapshot(msgspec.Struct, kw_only=True, tag="write_snapshot"):
+    """Write a snapshot now; the reply comes when it is there, or when that has failed.
+
+    Attributes:
+        seconds: after which what has been written is enough.
+    """
+
+    command_id: int
+    seconds: float
 
 
 class PackInfo(msgspec.Struct, kw_only=True):

@@ -16,11 +16,13 @@ from chunkllama.cache_messages import (
     CacheCommand,
     CacheEvents,
     EndedPin,
+    KeepSnapshot,
     LoadPack,
     OwnedNode,
     PackInfo,
     PinInfo,
     WatchCache,
+    WriteSnapshot,
 )
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.tenant_limits import NO_LIMITS, TenantLimits
@@ -303,6 +305,8 @@ ToEngine = (
     | WatchCache
     | SetTenants
     | LoadPack
+    | KeepSnapshot
+    | WriteSnapshot
     | Shutdown
 )
 

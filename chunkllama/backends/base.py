@@ -182,13 +182,12 @@ class Backend(ABC):
         return chunk
 
     def restore_chunk(self, kv: KVCache, chunk: torch.Tensor) -> torch.Tensor:
-        """Return the canonical K/V of what ``arrange_chunk`` returns."""
+        """Return the canonical K/V of what ``arrange_chunk`` returns. Any thread may call it."""
         return chunk
 
-    def read_chunk(self, kv: KVCache, chunk_id: int) -> torch.Tensor:
-        """Copy a whole chunk to the host: canonical K/V, contiguous."""
-        chunk = torch.stack([layer[chunk_id] for layer in kv.layers])
-        return self.restore_chunk(kv, chunk.cpu()).contiguous()
+    def copy_chunk(self, kv: KVCache, chunk_id: int) -> torch.Tensor:
+        """Copy a whole chunk to the host, as ``arrange_chunk`` returns it."""
+        return torch.stack([layer[chunk_id] for layer in kv.layers]).cpu()
 
     def write_chunk(self, kv: KVCache, chunk_id: int, arranged: torch.Tensor) -> None:
         """Store a whole chunk, as ``arrange_chunk`` returns it."""

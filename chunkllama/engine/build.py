@@ -15,6 +15,7 @@ from chunkllama.engine.core import EngineCore
 from chunkllama.engine.model_runner import load_executor
 from chunkllama.engine.pack_loader import PackLoader
 from chunkllama.engine.size import check_memory, plan_size
+from chunkllama.engine.snapshot import SnapshotKeeper
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineReady
 from chunkllama.model_spec import ModelSpec
@@ -113,8 +114,9 @@ def build_engine(config: EngineConfig) -> EngineCore:
         chunk_size=chunk_size,
         max_model_len=max_model_len,
     )
-    packs = PackLoader(cache, ChunkIO(executor, cache_result(identify)))
-    return EngineCore(scheduler, executor, info, packs)
+    chunk_io = ChunkIO(executor, cache_result(identify))
+    packs = PackLoader(cache, chunk_io)
+    return EngineCore(scheduler, executor, info, packs, SnapshotKeeper(cache, chunk_io, packs))
 
 
 def _table_length(spec: ModelSpec, max_model_len: int, pool_tokens: int) -> int:

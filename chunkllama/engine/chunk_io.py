@@ -37,14 +37,17 @@ class ChunkIO:
         values = 2 * len(kv.layers) * kv.num_kv_heads * kv.chunk_size * kv.head_dim
         self.chunk_bytes = values * self._dtype.itemsize
 
-    def refusal(self, pack: Pack, template: str, public_key: bytes) -> str:
+    def refusal(self, pack: Pack, template: str, public_key: bytes, realm: str = "") -> str:
         """Say why a pack must not be used here; "" if it may.
 
         Args:
             template: SHA-256 of the chat template here.
             public_key: Ed25519 key that must have signed it; empty: any pack may be used.
+            realm: that it must have, see ``PackDocument``.
         """
         document = pack.document
+        if document.realm != realm:
+            return "it is a snapshot of another server" if document.realm else "it is no snapshot"
         if public_key and not pack.signature:
             return "it has no signature, and pack_public_key asks for one"
         if public_key and not is_signed(pack.text, pack.signature, public_key):
@@ -59,7 +62,16 @@ class ChunkIO:
 
     def read(self, chunk_id: int) -> memoryview:
         """Copy the canonical K/V of a chunk."""
-        return self._canonical(chunk_id).view(torch.uint8).numpy().reshape(-1).data
+        return self.restore(self.copy(chunk_id))
+
+    def copy(self, chunk_id: int) -> torch.Tensor:
+        """Copy a chunk as it lies in the pool."""
+        return self._runner.backend.copy_chunk(self._runner.kv, chunk_id)
+
+    def restore(self, copied: torch.Tensor) -> memoryview:
+        """Return the canonical K/V of a copy. Any thread may call it."""
+        canonical = self._runner.backend.restore_chunk(self._runner.kv, copied).contiguous()
+        return canonical.view(torch.uint8).numpy().reshape(-1).data
 
     def arrange(self, data: bytearray, model: ModelIdentity) -> torch.Tensor:
         """Rearrange canonical K/V for ``write``. Any thread may call it."""
@@ -81,12 +93,10 @@ class ChunkIO:
             The largest relative difference, see ``TOLERANCE``; not finite if a value is not.
         """
         self._runner.compute_chunk(token_ids, chunk_ids)
-        computed = self._canonical(chunk_ids[-1])
+        copied = self.copy(chunk_ids[-1])
+        computed = self._runner.backend.restore_chunk(self._runner.kv, copied)
         given = torch.frombuffer(data, dtype=self._dtype).view(computed.shape)
         return relative_difference(given, computed)
-
-    def _canonical(self, chunk_id: int) -> torch.Tensor:
-        return self._runner.backend.read_chunk(self._runner.kv, chunk_id)
 
 
 def relative_difference(given: torch.Tensor, computed: torch.Tensor) -> float:

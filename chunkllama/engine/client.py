@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from chunkllama.cache_messages import CacheAction, CacheEvents, LoadPack
+from chunkllama.cache_messages import CacheAction, CacheEvents, KeepSnapshot, LoadPack
 from chunkllama.engine.cache_watch import CacheWatchers
 from chunkllama.engine.commands import CommandClient
 from chunkllama.engine.replay import ReplayState
@@ -107,8 +107,8 @@ class EngineClient(Protocol):
         """Run an operator's command; see ``chunkllama/cache/admin.py``."""
         ...
 
-    def load_pack(self, command: LoadPack) -> None:
-        """Load a pack in the background, also in engines that are started later."""
+    def use_file(self, command: LoadPack | KeepSnapshot) -> None:
+        """Load a file in the background, also in engines that are started later."""
         ...
 
     def watch_cache(self, max_waiting: int) -> AsyncGenerator[CacheEvents, None]:

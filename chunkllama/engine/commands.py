@@ -1,4 +1,4 @@
-"""Commands to an engine: explanations, and work on the cache."""
+"""Commands to an engine: explanations, work on the cache, files of chunks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from chunkllama.cache_messages import CacheAction, CacheCommand, LoadPack
+from chunkllama.cache_messages import (
+    CacheAction,
+    CacheCommand,
+    KeepSnapshot,
+    LoadPack,
+    WriteSnapshot,
+)
 from chunkllama.errors import EngineDeadError
 from chunkllama.messages import (
     CacheExplanation,
@@ -23,7 +29,7 @@ class CommandClient(ABC):
         self._replies: dict[int, asyncio.Future[CommandReply]] = {}
         self._commands = 0
         self._dead: EngineDeadError | None = None
-        self._packs: dict[str, LoadPack] = {}
+        self._files: dict[str, LoadPack | KeepSnapshot] = {}
 
     @abstractmethod
     def _send(self, message: ToEngine) -> None: ...
@@ -53,11 +59,18 @@ class CommandClient(ABC):
             )
         )
 
-    def load_pack(self, command: LoadPack) -> None:
-        """As ``EngineClient.load_pack``."""
-        self._packs[command.path] = command
+    def use_file(self, command: LoadPack | KeepSnapshot) -> None:
+        """As ``EngineClient.use_file``."""
+        self._files[command.path] = command
         if self._dead is None:
             self._send(command)
+
+    async def write_snapshot(self, seconds: float) -> bool:
+        """As ``EngineClient.write_snapshot``."""
+        reply = await self._ask(
+            lambda command_id: WriteSnapshot(command_id=command_id, seconds=seconds)
+        )
+        return reply.found
 
     async def _ask(self, make: Callable[[int], ToEngine]) -> CommandReply:
         """Send a command and wait for its reply."""

@@ -11,7 +11,14 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING, Protocol
 
-from chunkllama.cache_messages import CacheCommand, CacheEvents, LoadPack, WatchCache
+from chunkllama.cache_messages import (
+    CacheCommand,
+    CacheEvents,
+    KeepSnapshot,
+    LoadPack,
+    WatchCache,
+    WriteSnapshot,
+)
 from chunkllama.engine.executor import Executor
 from chunkllama.engine.faults import Faults
 from chunkllama.engine.journal import StepJournal
@@ -42,6 +49,7 @@ from chunkllama.tenant_limits import TenantTable
 
 if TYPE_CHECKING:
     from chunkllama.engine.pack_loader import PackLoader
+    from chunkllama.engine.snapshot import SnapshotKeeper
 
 logger = init_logger(__name__)
 
@@ -59,7 +67,7 @@ class EngineCore:
         scheduler: owns requests and the cache; pure Python.
         executor: computes steps.
         info: what clients learn of the model.
-        packs: loads chunks from files between steps; None where there is no model.
+        packs, snapshots: read and write chunks between steps; None where there is no model.
         clock: monotonic seconds.
 
     Attributes:
@@ -74,10 +82,12 @@ class EngineCore:
         executor: Executor,
         info: EngineReady,
         packs: PackLoader | None = None,
+        snapshots: SnapshotKeeper | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.info = info
         self.packs = packs
+        self.snapshots = snapshots
         self.journal: StepJournal | None = None
         self.faults: Faults | None = None
         self.on_step: Callable[[SchedulerOutput, float], None] = lambda output, seconds: None
@@ -207,16 +217,34 @@ class EngineCore:
         if command.action == "packs":
             packs = [] if self.packs is None else self.packs.infos()
             return CommandReply(command_id=command.command_id, packs=packs)
+        if command.action in ("drop_branch", "drop_tenant") and self.snapshots is not None:
+            self.snapshots.forget()
         return self._scheduler.cache_command(command)
 
-    def is_loading(self) -> bool:
-        """Tell whether ``load_chunks`` has work."""
-        return self.packs is not None and self.packs.is_loading
+    def file_command(self, command: LoadPack | KeepSnapshot | WriteSnapshot) -> list[FromEngine]:
+        """Begin to load a file, or to write one."""
+        assert self.packs is not None and self.snapshots is not None
+        match command:
+            case LoadPack():
+                self.packs.load(command)
+            case KeepSnapshot():
+                self.snapshots.keep(command)
+            case WriteSnapshot():
+                return [*self.snapshots.write(command)]
+        return []
 
-    def load_chunks(self) -> None:
-        """Insert chunks of packs that were read, a few while requests run; else wait for some."""
+    def is_moving_chunks(self) -> bool:
+        """Tell whether ``move_chunks`` has work."""
+        loads = self.packs is not None and self.packs.is_loading
+        return loads or (self.snapshots is not None and self.snapshots.is_writing)
+
+    def move_chunks(self) -> list[CommandReply]:
+        """Insert chunks of files and copy others for a snapshot: a few while requests run, else
+        all that the threads have ready; returns replies to commands that have ended."""
+        is_busy = self.has_work()
         if self.packs is not None and self.packs.is_loading:
-            self.packs.turn(0.0 if self.has_work() else _LOADING_POLL)
+            self.packs.turn(0.0 if is_busy else _LOADING_POLL)
+        return [] if self.snapshots is None else self.snapshots.turn(is_busy=is_busy)
 
     def watch_cache(self, command: WatchCache) -> list[FromEngine]:
         """Begin or end sending changes of the cache; earlier changes precede the snapshot."""
@@ -239,6 +267,8 @@ class EngineCore:
         return CommandReply(command_id=command.command_id, explanation=explanation)
 
     def close(self) -> None:
+        if self.snapshots is not None:
+            self.snapshots.close()
         if self.packs is not None:
             self.packs.close()
         self._executor.close()
@@ -264,7 +294,7 @@ def run_engine_loop(core: EngineCore, channel: EngineChannel) -> None:
         if not busy:
             core.check_idle()
         replies: list[FromEngine] = []
-        for message in channel.receive(block=not busy and not core.is_loading()):
+        for message in channel.receive(block=not busy and not core.is_moving_chunks()):
             if isinstance(message, Shutdown):
                 return
             replies.extend(_handle(core, message))
@@ -272,7 +302,7 @@ def run_engine_loop(core: EngineCore, channel: EngineChannel) -> None:
             replies.extend(core.step())
             if (snapshot := core.stats_to_push()) is not None:
                 replies.append(snapshot)
-        core.load_chunks()
+        replies.extend(core.move_chunks())
         replies.extend(core.cache_events())
         if replies:
             channel.send(replies)
@@ -300,10 +330,8 @@ def _handle(core: EngineCore, message: ToEngine) -> list[FromEngine]:
         case SetTenants():
             core.set_tenants(TenantTable(message.tenants, message.default))
             return []
-        case LoadPack():
-            if core.packs is not None:
-                core.packs.load(message)
-            return []
+        case LoadPack() | KeepSnapshot() | WriteSnapshot():
+            return core.file_command(message)
         case _:
             raise AssertionError(f"unknown message {message!r}")
 

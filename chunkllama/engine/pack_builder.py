@@ -52,7 +52,9 @@ def plan_pack(
         ConfigError: no prompt is as long as a chunk.
     """
     ordered = sorted(prompts, key=lambda prompt: prompt.tenant != "")
-    scopes = [Scope(tenant) for tenant in dict.fromkeys(prompt.tenant for prompt in ordered)]
+    scopes = [
+        Scope(tenant, tenant) for tenant in dict.fromkeys(prompt.tenant for prompt in ordered)
+    ]
     numbers = {scope.tenant: number for number, scope in enumerate(scopes)}
     chunks: list[PackedChunk] = []
     known: dict[tuple[int, str, tuple[int, ...]], int] = {}
@@ -77,7 +79,7 @@ def plan_pack(
         raise ConfigError(
             f"prefixes: none is as long as a chunk of {size} tokens: nothing can be packed"
         )
-    return PackDocument(FORMAT, model, template, scopes, prefixes, chunks), ordered
+    return PackDocument(FORMAT, model, template, "", scopes, prefixes, chunks), ordered
 
 
 def compute_chunks(

@@ -30,24 +30,25 @@ from chunkllama.cache_messages import LoadPack, PackInfo
 from chunkllama.engine.chunk_io import TOLERANCE, ChunkIO
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
-from chunkllama.packs.document import NO_PARENT, PackDocument
+from chunkllama.packs.document import NO_PARENT, PackDocument, Scope
 from chunkllama.packs.file import Pack
 
 logger = init_logger(__name__)
 
 _STAGED_BYTES: Final = 64 << 20  # read ahead of the step loop
 _PROBE_BYTES: Final = 256 << 20  # of the chunks above the one that is recomputed, and itself
-_STEP_BYTES: Final = 16 << 20  # inserted between two steps of a busy loop
+_STEP_BYTES: Final = 8 << 20  # inserted between two steps of a busy loop
 _PROBES: Final = 8  # chunks tried if the checksums of some are wrong
 _PIN_SECONDS: Final = 10 * 365 * 86_400.0  # for as long as the process lives
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Load:
     """A pack that is being loaded.
 
     Attributes:
         chunks: those that were inserted.
+        is_stopped: no more chunks are to be inserted.
         probed: set when the chunk that the thread has staged was recomputed.
     """
 
@@ -55,6 +56,7 @@ class _Load:
     info: PackInfo
     started: float
     chunks: ChunkImport
+    is_stopped: bool = False
     probed: threading.Event = field(default_factory=threading.Event)
 
 
@@ -114,14 +116,14 @@ class PackLoader:
         most = max(_STAGED_BYTES // chunk_io.chunk_bytes, 2)
         self._staged: queue.Queue[_Chunk | _Probe | _End] = queue.Queue(most)
         self._waiting: _Probe | None = None
-        self._num_loading = 0
+        self._loads: list[_Load] = []
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
     def is_loading(self) -> bool:
         """``turn`` has work, now or soon."""
-        return self._num_loading > 0
+        return bool(self._loads)
 
     def infos(self) -> list[PackInfo]:
         """Every pack that was to be loaded, in the order of their names."""
@@ -133,11 +135,17 @@ class PackLoader:
         if known is not None and known.state == "loading":
             return
         info = self._infos[command.path] = PackInfo(name=Path(command.path).name)
-        self._num_loading += 1
-        self._commands.put(_Load(command, info, self._clock(), ChunkImport(self.cache)))
+        load = _Load(command, info, self._clock(), ChunkImport(self.cache))
+        self._loads.append(load)
+        self._commands.put(load)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="load-packs", daemon=True)
             self._thread.start()
+
+    def stop(self, path: str) -> None:
+        """Insert nothing more of a file that is being loaded."""
+        for load in self._loads:
+            load.is_stopped |= load.command.path == path
 
     def close(self) -> None:
         """End the thread; what was not inserted yet is not."""
@@ -157,7 +165,7 @@ class PackLoader:
         """
         budget = _STEP_BYTES if not wait else _STAGED_BYTES
         deadline = self._clock() + wait
-        while self._num_loading and budget > 0:
+        while self._loads and budget > 0:
             if self._waiting is not None:
                 if not self._probe(self._waiting):
                     return
@@ -205,19 +213,19 @@ class PackLoader:
     def _insert(self, item: _Chunk) -> None:
         load, document, info = item.load, item.document, item.load.info
         chunk = document.chunks[item.index]
-        tenant = document.scopes[chunk.scope].tenant
-        namespace = load.command.namespaces.get(tenant)
+        scope = document.scopes[chunk.scope]
+        namespace = _namespace(load.command, scope)
         if item.arranged is None:
             load.chunks.leave_out()
             info.chunks_damaged += 1
             logger.warning("%s: chunk %d is damaged; it is computed again", info.name, item.index)
             return
-        if namespace is None:
+        if namespace is None or load.is_stopped:
             load.chunks.leave_out()
             info.chunks_left_out += 1
             return
         key = encode_tokens(np.array(chunk.tokens, np.int32))
-        chunk_id, outcome = load.chunks.add(chunk.parent, namespace, key, tenant)
+        chunk_id, outcome = load.chunks.add(chunk.parent, namespace, key, scope.tenant)
         if outcome == "new":
             self.io.write(chunk_id, item.arranged)
             info.chunks_loaded += 1
@@ -228,7 +236,7 @@ class PackLoader:
 
     def _end(self, end: _End) -> None:
         load, info = end.load, end.load.info
-        self._num_loading -= 1
+        self._loads.remove(load)
         info.seconds = self._clock() - load.started
         if end.refusal:
             info.state, info.reason = "refused", end.refusal
@@ -250,12 +258,12 @@ class PackLoader:
 
     def _pin(self, load: _Load, document: PackDocument) -> None:
         for prefix in document.prefixes:
-            tenant = document.scopes[prefix.scope].tenant
-            namespace = load.command.namespaces.get(tenant)
+            scope = document.scopes[prefix.scope]
+            namespace = _namespace(load.command, scope)
             if not prefix.pin or prefix.last == NO_PARENT or namespace is None:
                 continue
             tokens = np.array(document.tokens(prefix.last), np.int32)
-            if not self.cache.pin(tokens, namespace, _PIN_SECONDS, tenant):
+            if not self.cache.pin(tokens, namespace, _PIN_SECONDS, scope.tenant):
                 logger.warning(
                     "pack %s: %s is not pinned: pins hold as many chunks as they may",
                     load.info.name,
@@ -292,7 +300,9 @@ class PackLoader:
         """
         command = load.command
         with Pack(Path(command.path)) as pack:
-            if refusal := self.io.refusal(pack, command.template, command.public_key):
+            if refusal := self.io.refusal(
+                pack, command.template, command.public_key, command.realm
+            ):
                 raise ConfigError(refusal)
             document, info = pack.document, load.info
             info.is_signed = bool(command.public_key)
@@ -337,3 +347,10 @@ class PackLoader:
             return
         if candidates:
             raise ConfigError("the checksums of all chunks that were looked at are wrong")
+
+
+def _namespace(command: LoadPack, scope: Scope) -> str | None:
+    """The namespace of a scope's chunks in the tree; None: its tenant is not here."""
+    if command.realm:
+        return scope.namespace if scope.tenant in command.namespaces else None
+    return command.namespaces.get(scope.tenant)

@@ -70,10 +70,13 @@ class Scope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Who may read a chunk.
 
     Attributes:
-        tenant: name of the one tenant that may; "" is everyone.
+        tenant: whose chunk it is; "" is the operator's, or that of a server with one tenant.
+        namespace: "" lets everyone read it. In a pack it is the tenant, in a snapshot the
+            namespace that the chunk had in the tree.
     """
 
     tenant: str = ""
+    namespace: str = ""
 
 
 class PackedChunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -113,11 +116,13 @@ class PackDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         template: SHA-256 of the chat template that the prompts were rendered with; "": none.
+        realm: of a snapshot: where its namespaces mean something; "" makes it a pack.
     """
 
     format: int
     model: ModelIdentity
     template: str
+    realm: str
     scopes: list[Scope]
     prefixes: list[PackedPrefix]
     chunks: list[PackedChunk]
@@ -151,6 +156,8 @@ def check_document(document: PackDocument) -> str:
         return "its K/V have no shape or dtype that exists"
     if len(set(scopes)) != len(scopes):
         return "a scope occurs twice"
+    if not document.realm and any(scope.namespace != scope.tenant for scope in scopes):
+        return "a tenant's chunks are in another namespace"
     for index in range(len(document.chunks)):
         if problem := _check_chunk(document, index):
             return f"chunk {index} {problem}"
@@ -172,5 +179,6 @@ def _check_chunk(document: PackDocument, index: int) -> str:
         return f"is not one of {model.chunk_size} tokens"
     if min(chunk.tokens) < 0 or max(chunk.tokens) >= 1 << 31:
         return "has a token id that no model has"
-    above = scopes[document.chunks[chunk.parent].scope] if chunk.parent >= 0 else Scope()
-    return "" if above in (Scope(), scopes[chunk.scope]) else "is below another tenant's"
+    parent = chunk.parent
+    above = "" if parent == NO_PARENT else scopes[document.chunks[parent].scope].namespace
+    return "" if above in ("", scopes[chunk.scope].namespace) else "is below another tenant's"

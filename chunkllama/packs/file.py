@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ _DOCUMENT, _DIGEST, _SIGNATURE = "chunkllama_pack", "sha256", "ed25519"
 _MAX_HEADER_BYTES = 64 << 20
 _ALIGNMENT = 64
 _NO_DIGEST = "0" * 64
+_PART = ".part"
 
 
 class Pack:
@@ -113,12 +115,71 @@ class Pack:
         self.close()
 
 
+class PackWriter:
+    """Writes a pack beside its place; it takes the place when it is whole.
+
+    Args:
+        path: its place.
+        planned: all that may be written; room is left for its header.
+        sign: makes the signature of the document's text.
+        mode: of the file, which the umask restricts further.
+
+    Raises (every method):
+        OSError: the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        planned: PackDocument,
+        sign: Callable[[bytes], str] | None = None,
+        mode: int = 0o666,
+    ) -> None:
+        self._path = path
+        self._sign = sign
+        blank = [msgspec.structs.replace(chunk, sha256=_NO_DIGEST) for chunk in planned.chunks]
+        self._room = len(_header(msgspec.structs.replace(planned, chunks=blank), sign))
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PART}")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._file = os.fdopen(os.open(self._temporary, flags, mode), "wb")
+        self._file.seek(self._room)
+
+    def add(self, data: bytes | memoryview) -> str:
+        """Write the canonical K/V of the next chunk; returns its checksum."""
+        self._file.write(data)
+        return hashlib.sha256(data).hexdigest()
+
+    def finish(self, document: PackDocument) -> None:
+        """Write the header: that of the chunks that were added, with their checksums."""
+        header = _header(document, self._sign, self._room)
+        self._file.seek(0)
+        self._file.write(header)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def publish(self) -> None:
+        """Put the finished file in its place."""
+        self._temporary.replace(self._path)
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        with contextlib.suppress(OSError):  # what is left in the buffer cannot be written, perhaps
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what processes that were killed have left beside a pack's place."""
+    for left in path.parent.glob(f".{path.name}.*{_PART}"):
+        left.unlink(missing_ok=True)
+
+
 def write_pack(
     path: Path,
     document: PackDocument,
     chunks: Iterable[bytes | memoryview],
     sign: Callable[[bytes], str] | None = None,
-    mode: int = 0o666,
 ) -> PackDocument:
     """Write a pack, whole or not at all.
 
@@ -126,7 +187,6 @@ def write_pack(
         document: the checksums in it are replaced by those of ``chunks``.
         chunks: K/V of each chunk, canonical; each is used before the next is made.
         sign: makes the signature of the document's text.
-        mode: of the file, which the umask restricts further.
 
     Returns:
         The document that was written.
@@ -134,46 +194,33 @@ def write_pack(
     Raises:
         OSError: the file cannot be written.
     """
-    blank = [msgspec.structs.replace(chunk, sha256=_NO_DIGEST) for chunk in document.chunks]
-    document = msgspec.structs.replace(document, chunks=blank)
-    room = len(_header(document, sign))  # the same for every checksum
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    writer = PackWriter(path, document, sign)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.seek(room)
-            digests = []
-            for chunk in chunks:
-                file.write(chunk)
-                digests.append(hashlib.sha256(chunk).hexdigest())
-            document = msgspec.structs.replace(
-                document,
-                chunks=[
-                    msgspec.structs.replace(chunk, sha256=digest)
-                    for chunk, digest in zip(document.chunks, digests, strict=True)
-                ],
-            )
-            header = _header(document, sign)
-            assert len(header) == room
-            file.seek(0)
-            file.write(header)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        digests = [writer.add(data) for data in chunks]
+        written = [
+            msgspec.structs.replace(chunk, sha256=digest)
+            for chunk, digest in zip(document.chunks, digests, strict=True)
+        ]
+        document = msgspec.structs.replace(document, chunks=written)
+        writer.finish(document)
+        writer.publish()
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        writer.discard()
         raise
     return document
 
 
-def _header(document: PackDocument, sign: Callable[[bytes], str] | None) -> bytes:
-    """Return the length and the header of a safetensors file, padded to ``_ALIGNMENT``."""
+def _header(document: PackDocument, sign: Callable[[bytes], str] | None, room: int = 0) -> bytes:
+    """Return the length and the header of a safetensors file, padded to ``room`` bytes, by default
+    to a multiple of ``_ALIGNMENT``."""
     text = msgspec.json.encode(document)
     metadata = {_DOCUMENT: text.decode(), _DIGEST: hashlib.sha256(text).hexdigest()}
     if sign is not None:
         metadata[_SIGNATURE] = sign(text)
     header = json.dumps({"__metadata__": metadata, **_tensors(document)}).encode()
-    header += b" " * (-(len(header) + 8) % _ALIGNMENT)
+    padded = room - 8 if room else len(header) + -(len(header) + 8) % _ALIGNMENT
+    assert len(header) <= padded, "more than was planned"
+    header = header.ljust(padded)
     return len(header).to_bytes(8, "little") + header
 
 

@@ -53,8 +53,8 @@ def load(core: EngineCore, path: Path, **fields: object) -> PackInfo:
     """Load a pack with nothing else to do; returns what became of it."""
     given = {"namespaces": NAMESPACES, "template": "template", **fields}
     core.packs.load(LoadPack(path=str(path), **given))
-    while core.is_loading():
-        core.load_chunks()
+    while core.is_moving_chunks():
+        core.move_chunks()
         core.check_idle()
     (info,) = [info for info in core.packs.infos() if info.name == path.name]
     assert core.stats().invariant_violations == 0
@@ -274,10 +274,10 @@ def test_requests_run_while_a_pack_is_loaded(tiny_core, tmp_path, run, tiny_trut
     names = [engine.add(prompt, max_tokens=20) for prompt in prompts]
     engine.step()
     core.packs.load(LoadPack(path=str(path), namespaces=NAMESPACES, template="template"))
-    while core.is_loading() or core.has_work():
+    while core.is_moving_chunks() or core.has_work():
         if core.has_work():
             engine.step()
-        core.load_chunks()
+        core.move_chunks()
         core._scheduler.check_invariants()
     engine.finish()
     for name, prompt in zip(names, prompts, strict=True):
