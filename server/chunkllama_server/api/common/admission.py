@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import NoReturn, cast
 
-from chunkllama.cache_messages import CacheAction, CacheEvents, LoadPack
+from chunkllama.cache_messages import CacheAction, CacheEvents, KeepSnapshot, LoadPack
 from chunkllama.engine.client import EngineClient
 from chunkllama.errors import DeadlineError, OverloadedError, RequestFailedError
 from chunkllama.messages import (
@@ -314,8 +314,8 @@ class ChargedEngine:
     ) -> CommandReply:
         return await self._engine.cache_command(action, chunk_id=chunk_id, tenant=tenant)
 
-    def load_pack(self, command: LoadPack) -> None:
-        self._engine.load_pack(command)
+    def use_file(self, command: LoadPack | KeepSnapshot) -> None:
+        self._engine.use_file(command)
 
     def watch_cache(self, max_waiting: int) -> AsyncGenerator[CacheEvents, None]:
         return self._engine.watch_cache(max_waiting)

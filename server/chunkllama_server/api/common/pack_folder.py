@@ -36,7 +36,7 @@ class PackFolder:
         """Begin to load one of ``names``."""
         assert self.folder is not None
         namespaces = {name: self._tenants.namespace(name, None) for name in self._tenants.keys}
-        engine.load_pack(
+        engine.use_file(
             LoadPack(
                 path=str((self.folder / name).absolute()),
                 namespaces={"": "", **namespaces},
