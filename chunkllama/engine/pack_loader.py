@@ -328,7 +328,8 @@ class PackLoader:
         """
         document = pack.document
         most = max(_PROBE_BYTES // document.model.chunk_bytes, 1)
-        most = min(most, max(self.cache.num_chunks // 4, 1))
+        # Cached chunks are not evicted for it, or one at most.
+        most = min(most, max(self.cache.pool.num_free, 1))
         depths = document.depths()
         candidates = [index for index, depth in enumerate(depths) if depth < most]
         random.SystemRandom().shuffle(candidates)

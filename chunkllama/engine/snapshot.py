@@ -162,9 +162,10 @@ class SnapshotKeeper:
             return False
         now = self._clock()
         self._next = now + command.seconds
-        tick = self._cache.tree.tick
+        if (tick := self._cache.tree.tick) == self._written_tick:
+            return False
         nodes = self._hot_nodes(command.max_bytes // self._io.chunk_bytes)
-        if tick == self._written_tick or not nodes:
+        if not nodes:
             return False
         staged: queue.Queue[tuple[Node, torch.Tensor] | None] = queue.Queue()
         self._writing = _Writing(nodes, staged, tick, now + seconds, command_id)

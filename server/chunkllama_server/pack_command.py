@@ -126,11 +126,13 @@ def verify(
 
     public_key = settings.check_packs()
     try:
-        with Pack(file) as opened:
-            problem = _find_problem(opened, settings, public_key, recompute)
-            chunks = len(opened.document.chunks)
-    except ConfigError as error:  # of the file: settings were checked before
-        problem = str(error)
+        opened = Pack(file)
+    except ConfigError as error:
+        print(f"{file}: not usable: {error}")
+        return 1
+    with opened:
+        problem = _find_problem(opened, settings, public_key, recompute)
+        chunks = len(opened.document.chunks)
     if problem:
         print(f"{file}: not usable: {problem}")
         return 1

@@ -29,8 +29,8 @@ async def load_pack(body: PackRequest, context: Context) -> Response:
             404, f"There is no pack {body.name[:64]!r} in the folder", "name", "pack_not_found"
         )
     context.packs.load(body.name, context.engine)
-    (info,) = [info for info in await _infos(context) if info.name == body.name]
-    return _json(info, 202)
+    named = [info for info in await _infos(context) if info.name == body.name]
+    return _json({"object": "list", "data": named}, 202)
 
 
 async def _infos(context: ServerContext) -> list[PackInfo]:

@@ -144,7 +144,8 @@ def test_a_server_starts_warm_for_those_who_may_read_a_pack(
     assert cached(served, "blue", prompt=RED_TEXT + "again") == 0
 
     answer = admin.post("/v1/cache/packs", json={"name": "signed.ckpack"})
-    assert answer.status_code == 202 and answer.json()["name"] == "signed.ckpack"
+    assert answer.status_code == 202
+    assert [pack["name"] for pack in answer.json()["data"]] == ["signed.ckpack"]
     assert wait_for(admin, {"signed.ckpack"})["signed.ckpack"]["chunks_present"] >= 4
     missing = admin.post("/v1/cache/packs", json={"name": "../signed.ckpack"})
     assert missing.status_code == 404
