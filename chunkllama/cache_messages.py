@@ -6,7 +6,8 @@ from typing import Literal
 
 import msgspec
 
-CacheAction = Literal["pins", "tree", "drop_pin", "drop_branch", "drop_tenant"]
+CacheAction = Literal["pins", "tree", "drop_pin", "drop_branch", "drop_tenant", "packs"]
+PackState = Literal["loading", "loaded", "refused"]
 
 
 class CacheCommand(msgspec.Struct, kw_only=True, tag="cache_command"):
@@ -59,6 +60,87 @@ class EndedPin(msgspec.Struct, kw_only=True):
     lengths: list[int]
     adapter_number: int = 0
     adapter: str = ""
+
+
+class LoadPack(msgspec.Struct, kw_only=True, tag="load_pack"):
+    """Load the chunks of a pack file in the background; has no reply.
+
+    Attributes:
+        namespaces: of each tenant whose chunks may be loaded, by name; "" is in it for everyone's.
+        template: SHA-256 of the server's chat template.
+        public_key: Ed25519 key that must have signed the pack; empty: any pack is taken.
+        realm: that the file must have: "" is a pack's, any other that of a snapshot, whose chunks
+            are in the namespaces that it says.
+    """
+
+    path: str
+    namespaces: dict[str, str]
+    template: str
+    public_key: bytes = b""
+    realm: str = ""
+
+
+class KeepSnapshot(msgspec.Struct, kw_only=True, tag="keep_snapshot"):
+    """Load the snapshot of an earlier process, then write one at times; has no reply.
+
+    Attributes:
+        path: of the file.
+        tenants: whose chunks may be loaded; "" is the operator's.
+        template, realm: as in ``LoadPack``.
+        max_bytes: of K/V in a snapshot.
+        seconds: between the end of a snapshot and the next; 0: only ``WriteSnapshot`` makes one.
+    """
+
+    path: str
+    tenants: list[str]
+    template: str
+    realm: str
+    max_bytes: int
+    seconds: float
+
+
+class WriteSnapshot(msgspec.Struct, kw_only=True, tag="write_snapshot"):
+    """Write a snapshot now; the reply comes when it is there, or when that has failed.
+
+    Attributes:
+        seconds: after which what has been written is enough.
+    """
+
+    command_id: int
+    seconds: float
+
+
+class PackInfo(msgspec.Struct, kw_only=True):
+    """How far a pack has been loaded.
+
+    Attributes:
+        name: of the file.
+        state: "loaded" is the end of loading, whatever was left out.
+        reason: why it was refused.
+        is_signed: its signature was checked.
+        prefixes: names of the prompts that it holds.
+        chunks: that it holds.
+        chunks_loaded: added to the tree.
+        chunks_present: that the tree had already.
+        chunks_damaged: whose checksum is wrong.
+        chunks_left_out: of tenants that the server does not have, for which there was no room, or
+            below one that was left out.
+        num_bytes: of K/V.
+        seconds: from the begin of loading to its end.
+    """
+
+    name: str
+    state: PackState = "loading"
+    reason: str = ""
+    is_signed: bool = False
+    prefixes: list[str] = []
+    chunks: int = 0
+    chunks_loaded: int = 0
+    chunks_present: int = 0
+    chunks_damaged: int = 0
+    chunks_left_out: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
 
 
 class ChunkStored(msgspec.Struct, kw_only=True, tag="stored"):

@@ -17,9 +17,13 @@ from chunkllama.cache_messages import (
     CacheCommand,
     CacheEvents,
     EndedPin,
+    KeepSnapshot,
+    LoadPack,
     OwnedNode,
+    PackInfo,
     PinInfo,
     WatchCache,
+    WriteSnapshot,
 )
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.tenant_limits import NO_LIMITS, TenantLimits
@@ -306,6 +310,9 @@ ToEngine = (
     | SetTenants
     | LoadAdapter
     | UnloadAdapter
+    | LoadPack
+    | KeepSnapshot
+    | WriteSnapshot
     | Shutdown
 )
 
@@ -346,6 +353,7 @@ class CommandReply(msgspec.Struct, kw_only=True, tag="reply"):
     explanation: CacheExplanation | None = None
     pins: list[PinInfo] = []
     tree: list[OwnedNode] = []
+    packs: list[PackInfo] = []
     found: bool = True
     num_dropped: int = 0
     num_kept: int = 0

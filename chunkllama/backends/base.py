@@ -175,6 +175,25 @@ class Backend(ABC):
         shape = (kv.num_chunks, 2, kv.num_kv_heads, kv.chunk_size, kv.head_dim)
         return [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(num_layers)]
 
+    def arrange_chunk(self, kv: KVCache, chunk: torch.Tensor) -> torch.Tensor:
+        """Rearrange canonical K/V [layers, 2, kv heads, chunk_size, head_dim] on the host, K then
+        V, as a chunk of each layer of ``kv`` lies in memory: [layers, ...]. Any thread may call it.
+        """
+        return chunk
+
+    def restore_chunk(self, kv: KVCache, chunk: torch.Tensor) -> torch.Tensor:
+        """Return the canonical K/V of what ``arrange_chunk`` returns. Any thread may call it."""
+        return chunk
+
+    def copy_chunk(self, kv: KVCache, chunk_id: int) -> torch.Tensor:
+        """Copy a whole chunk to the host, as ``arrange_chunk`` returns it."""
+        return torch.stack([layer[chunk_id] for layer in kv.layers]).cpu()
+
+    def write_chunk(self, kv: KVCache, chunk_id: int, arranged: torch.Tensor) -> None:
+        """Store a whole chunk, as ``arrange_chunk`` returns it."""
+        for layer, part in zip(kv.layers, arranged, strict=True):
+            layer[chunk_id].copy_(part)
+
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
         """x [T, in] -> x W^T + b [T, out] in x's dtype."""
         bias = None if layer.bias is None else layer.bias.to(x.dtype)

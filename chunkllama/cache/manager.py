@@ -76,7 +76,7 @@ class CacheManager:
         self.history = PromptHistory(history_chunks, chunk_size, clock)
         self.tree.on_evicted = lambda node: self.history.removed(node, "evicted")
         self._clock = clock
-        self._root = self.tree.root(variant)
+        self.root = self.tree.root(variant)
         self._copy_sources: list[Node] = []
         self._copying: list[Node] = []
 
@@ -89,7 +89,7 @@ class CacheManager:
 
     def match(self, tokens: Int32Array, limit: int, namespace: str) -> Match:
         """Longest usable prefix of ``tokens``, at most ``limit``; changes nothing."""
-        return self.tree.match(self._root, encode_tokens(tokens), limit, namespace)
+        return self.tree.match(self.root, encode_tokens(tokens), limit, namespace)
 
     def is_pending(self, match: Match) -> bool:
         """Tell whether the chunk a follower waits for is neither computed nor abandoned."""
@@ -170,7 +170,7 @@ class CacheManager:
     ) -> None:
         """Insert the chunks of the known tokens, unfilled, unless the first exists already."""
         size, match, first = self.chunk_size, admission.match, chunks.num_whole
-        parent = chunks.path[-1] if chunks.path else self._root
+        parent = chunks.path[-1] if chunks.path else self.root
         text = encode_tokens(tokens[first * size : min(len(tokens), chunks.insert_limit)])
         width = size * TOKEN_BYTES
         keys = [text[at : at + width] for at in range(0, len(text), width)]
@@ -242,7 +242,7 @@ class CacheManager:
         while num_computed >= chunks.next_publish:
             depth = chunks.num_whole
             key = encode_tokens(tokens[depth * size : (depth + 1) * size])
-            parent = chunks.path[depth - 1] if depth else self._root
+            parent = chunks.path[depth - 1] if depth else self.root
             own = chunks.path[depth] if len(chunks.path) > depth else None
             duplicate = self.tree.find(parent, chunks.namespace, key)
             if duplicate is not None:
@@ -323,7 +323,7 @@ class CacheManager:
         tail = None
         if end > depth * size:
             key = encode_tokens(tokens[depth * size : end])
-            tail = retention.keep_tail(self.tree, self._root, chunks, key)
+            tail = retention.keep_tail(self.tree, self.root, chunks, key)
             if tail is not None and private and tail.chunk_id == private[0]:
                 del private[0]
         chunks.meter += retention.release_path(self.tree, chunks.path)

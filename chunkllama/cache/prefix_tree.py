@@ -58,6 +58,9 @@ class PrefixTree:
     Args:
         pool: chunks of the nodes.
         usage: counts what each tenant has in the tree.
+
+    Attributes:
+        tick: counts uses of nodes; it stands still while nothing changes.
     """
 
     def __init__(self, pool: ChunkPool, usage: ChunkUsage) -> None:
@@ -70,7 +73,7 @@ class PrefixTree:
         self.on_evicted: Callable[[Node], None] = lambda node: None  # told before it leaves
         self._roots: dict[str, Node] = {}
         self.order = EvictionOrder(pool.num_chunks)
-        self._tick = 0
+        self.tick = 0
 
     def root(self, variant: str) -> Node:
         """Root of one K/V variant, created on first use; it holds no chunk."""
@@ -363,7 +366,7 @@ class PrefixTree:
             tenant: who needs them.
         """
         evicted = 0
-        while evicted < count and (node := self.order.pop(self._tick)) is not None:
+        while evicted < count and (node := self.order.pop(self.tick)) is not None:
             self.on_evicted(node)
             self.usage.add_eviction(node, tenant)
             self.remove(node)
@@ -372,8 +375,8 @@ class PrefixTree:
         return evicted
 
     def _touch(self, node: Node) -> None:
-        self._tick += 1
-        node.last_use = self._tick
+        self.tick += 1
+        node.last_use = self.tick
         self._push_if_leaf(node)
 
     def _push_if_leaf(self, node: Node) -> None:

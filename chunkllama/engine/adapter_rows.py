@@ -59,13 +59,14 @@ class RunnerAdapters:
         """Return the rows of a step's slices that use adapters, one adapter's neighbours together.
 
         Args:
-            sequences: by slot.
+            sequences: by slot; a slice of none of them is the base model's.
         """
         found: list[AdapterRows] = []
         end, last = 0, 0
         for piece in slices:
             begin, end = end, end + piece.num_tokens
-            use = sequences[piece.slot].adapter
+            sequence = sequences.get(piece.slot)
+            use = None if sequence is None else sequence.adapter
             if use is None:
                 continue
             begin += max(use.start - piece.first_position, 0)

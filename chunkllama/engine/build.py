@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import time
+from functools import cache as cache_result
+from functools import partial
 
 import torch
 
 from chunkllama.cache.manager import CacheManager
 from chunkllama.config import EngineConfig, parse_weights
 from chunkllama.engine.adapter_cache import AdapterCache
+from chunkllama.engine.chunk_io import ChunkIO
 from chunkllama.engine.core import EngineCore
 from chunkllama.engine.model_runner import load_executor
+from chunkllama.engine.pack_loader import PackLoader
 from chunkllama.engine.size import check_memory, plan_size
+from chunkllama.engine.snapshot import SnapshotKeeper
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineReady
 from chunkllama.model_spec import ModelSpec
+from chunkllama.models.identity import identify_model
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.resources import bind_processors, usable_threads
 from chunkllama.scheduler.scheduler import Scheduler, SchedulerLimits
@@ -100,7 +106,20 @@ def build_engine(config: EngineConfig) -> EngineCore:
         size.longest_requests,
     )
     adapters = AdapterCache(executor.adapters, scheduler.adapters, config.cache.adapter_memory)
-    return EngineCore(scheduler, executor, info, adapters=adapters)
+    identify = partial(
+        identify_model,
+        folder,
+        spec,
+        name=config.model.model,
+        dtype=dtype,
+        quantization=config.model.quantization,
+        chunk_size=chunk_size,
+        max_model_len=max_model_len,
+    )
+    chunk_io = ChunkIO(executor, cache_result(identify))
+    packs = PackLoader(cache, chunk_io)
+    snapshots = SnapshotKeeper(cache, chunk_io, packs)
+    return EngineCore(scheduler, executor, info, packs, snapshots, adapters=adapters)
 
 
 def _table_length(spec: ModelSpec, max_model_len: int, pool_tokens: int) -> int:

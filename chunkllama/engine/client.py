@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from chunkllama.cache_messages import CacheAction, CacheEvents
+from chunkllama.cache_messages import CacheAction, CacheEvents, KeepSnapshot, LoadPack
 from chunkllama.engine.cache_watch import CacheWatchers
 from chunkllama.engine.commands import AdapterClient, CommandClient
 from chunkllama.engine.replay import ReplayState
@@ -106,6 +106,10 @@ class EngineClient(AdapterClient, Protocol):
         self, action: CacheAction, *, chunk_id: int = -1, tenant: str = ""
     ) -> CommandReply:
         """Run an operator's command; see ``chunkllama/cache/admin.py``."""
+        ...
+
+    def use_file(self, command: LoadPack | KeepSnapshot) -> None:
+        """Load a file in the background, also in engines that are started later."""
         ...
 
     def watch_cache(self, max_waiting: int) -> AsyncGenerator[CacheEvents, None]:
@@ -377,7 +381,7 @@ class InProcessEngineClient(MessageClient):
         self._thread.start()
 
     def _run(self, core: EngineCore) -> None:
-        from chunkllama.engine.core import run_engine_loop
+        from chunkllama.engine.loop import run_engine_loop
 
         try:
             run_engine_loop(core, self._channel)

@@ -1,4 +1,4 @@
-"""Commands to an engine, each with one reply: explanations, and work on the cache."""
+"""Commands to an engine: explanations, work on the cache, files of chunks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from chunkllama.adapter_messages import AdapterInfo, LoadAdapter, UnloadAdapter
-from chunkllama.cache_messages import CacheAction, CacheCommand
+from chunkllama.cache_messages import (
+    CacheAction,
+    CacheCommand,
+    KeepSnapshot,
+    LoadPack,
+    WriteSnapshot,
+)
 from chunkllama.errors import ConfigError, EngineDeadError, InvalidRequestError
 from chunkllama.messages import (
     CacheExplanation,
@@ -53,6 +59,7 @@ class CommandClient(ABC):
         self._replies: dict[int, asyncio.Future[CommandReply]] = {}
         self._commands = 0
         self._dead: EngineDeadError | None = None
+        self._files: dict[str, LoadPack | KeepSnapshot] = {}
 
     @abstractmethod
     def _send(self, message: ToEngine) -> None: ...
@@ -101,6 +108,19 @@ class CommandClient(ABC):
         if reply.error:
             raise InvalidRequestError(reply.error)
         self.adapters.pop(name, None)
+        return reply.found
+
+    def use_file(self, command: LoadPack | KeepSnapshot) -> None:
+        """As ``EngineClient.use_file``."""
+        self._files[command.path] = command
+        if self._dead is None:
+            self._send(command)
+
+    async def write_snapshot(self, seconds: float) -> bool:
+        """As ``EngineClient.write_snapshot``."""
+        reply = await self._ask(
+            lambda command_id: WriteSnapshot(command_id=command_id, seconds=seconds)
+        )
         return reply.found
 
     async def _ask(self, make: Callable[[int], ToEngine]) -> CommandReply:

@@ -1,7 +1,4 @@
-"""The step loop: receive -> schedule -> execute -> commit -> send.
-
-One loop, one thread, no I/O of its own.
-"""
+"""One step after another: schedule -> execute -> commit. One thread, no I/O of its own."""
 
 from __future__ import annotations
 
@@ -9,22 +6,28 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from chunkllama.adapter_messages import LoadAdapter, UnloadAdapter
 from chunkllama.cache.adapter_tags import AdapterUse
-from chunkllama.cache_messages import CacheCommand, CacheEvents, WatchCache
+from chunkllama.cache_messages import (
+    CacheCommand,
+    CacheEvents,
+    KeepSnapshot,
+    LoadPack,
+    WatchCache,
+    WriteSnapshot,
+)
 from chunkllama.engine.adapter_cache import AdapterCache
 from chunkllama.engine.executor import Executor
 from chunkllama.engine.faults import Faults
 from chunkllama.engine.journal import StepJournal
-from chunkllama.errors import InvalidRequestError, OverloadedError
+from chunkllama.errors import InvalidRequestError
 from chunkllama.logger import init_logger
 from chunkllama.messages import (
     BATCH_SIZE_BOUNDS,
     STEP_SECONDS_BOUNDS,
     STEP_TOKENS_BOUNDS,
-    AbortRequest,
     CommandReply,
     EngineErrorInfo,
     EngineReady,
@@ -33,31 +36,33 @@ from chunkllama.messages import (
     ExplainPrompt,
     FromEngine,
     Histogram,
-    SetTenants,
-    Shutdown,
-    StatsRequest,
-    ToEngine,
     TokenDelta,
 )
 from chunkllama.scheduler.output import SchedulerOutput
 from chunkllama.scheduler.scheduler import Scheduler
 from chunkllama.tenant_limits import TenantTable
 
+if TYPE_CHECKING:
+    from chunkllama.engine.pack_loader import PackLoader
+    from chunkllama.engine.snapshot import SnapshotKeeper
+
 logger = init_logger(__name__)
 
 _PREPARATION_POLL = 0.02  # seconds between looks at the inbox while all requests are prepared
+_LOADING_POLL = 0.01  # the same while nothing runs and packs are loaded
 _PUSH_SECONDS = 0.5  # between two snapshots that a busy loop sends unasked
 
 
 class EngineCore:
     """A scheduler and an executor, stepped together.
 
-    ``LLM`` uses it directly, clients through ``run_engine_loop``.
+    ``LLM`` uses it directly, clients through ``loop.py``.
 
     Args:
         scheduler: owns requests and the cache; pure Python.
         executor: computes steps.
         info: what clients learn of the model.
+        packs, snapshots: read and write chunks between steps; None where there is no model.
         clock: monotonic seconds.
         adapters: that are loaded; None: the executor takes none.
 
@@ -72,10 +77,14 @@ class EngineCore:
         scheduler: Scheduler,
         executor: Executor,
         info: EngineReady,
+        packs: PackLoader | None = None,
+        snapshots: SnapshotKeeper | None = None,
         clock: Callable[[], float] = time.monotonic,
         adapters: AdapterCache | None = None,
     ) -> None:
         self.info = info
+        self.packs = packs
+        self.snapshots = snapshots
         self.journal: StepJournal | None = None
         self.faults: Faults | None = None
         self.on_step: Callable[[SchedulerOutput, float], None] = lambda output, seconds: None
@@ -267,7 +276,37 @@ class EngineCore:
 
     def cache_command(self, command: CacheCommand) -> CommandReply:
         """Run an operator's command on the cache, between two steps."""
+        if command.action == "packs":
+            packs = [] if self.packs is None else self.packs.infos()
+            return CommandReply(command_id=command.command_id, packs=packs)
+        if command.action in ("drop_branch", "drop_tenant") and self.snapshots is not None:
+            self.snapshots.forget()
         return self._scheduler.cache_command(command)
+
+    def file_command(self, command: LoadPack | KeepSnapshot | WriteSnapshot) -> list[FromEngine]:
+        """Begin to load a file, or to write one."""
+        assert self.packs is not None and self.snapshots is not None
+        match command:
+            case LoadPack():
+                self.packs.load(command)
+            case KeepSnapshot():
+                self.snapshots.keep(command)
+            case WriteSnapshot():
+                return [*self.snapshots.write(command)]
+        return []
+
+    def is_moving_chunks(self) -> bool:
+        """Tell whether ``move_chunks`` has work."""
+        loads = self.packs is not None and self.packs.is_loading
+        return loads or (self.snapshots is not None and self.snapshots.is_writing)
+
+    def move_chunks(self) -> list[CommandReply]:
+        """Insert chunks of files and copy others for a snapshot: a few while requests run, else
+        all that the threads have ready; returns replies to commands that have ended."""
+        is_busy = self.has_work()
+        if self.packs is not None and self.packs.is_loading:
+            self.packs.turn(0.0 if is_busy else _LOADING_POLL)
+        return [] if self.snapshots is None else self.snapshots.turn(is_busy=is_busy)
 
     def watch_cache(self, command: WatchCache) -> list[FromEngine]:
         """Begin or end sending changes of the cache; earlier changes precede the snapshot."""
@@ -298,88 +337,8 @@ class EngineCore:
     def close(self) -> None:
         if self._adapters is not None:
             self._adapters.close()
+        if self.snapshots is not None:
+            self.snapshots.close()
+        if self.packs is not None:
+            self.packs.close()
         self._executor.close()
-
-
-class EngineChannel(Protocol):
-    """How messages reach the loop and leave it: a socket or an in-memory queue."""
-
-    def receive(self, *, block: bool) -> list[ToEngine]:
-        """Messages that have arrived; waits for one if ``block``. A closed peer is a Shutdown."""
-        ...
-
-    def send(self, messages: list[FromEngine]) -> None: ...
-
-
-def run_engine_loop(core: EngineCore, channel: EngineChannel) -> None:
-    """Serve the channel until a Shutdown arrives; the step in flight is finished first."""
-    channel.send([core.info])
-    while True:
-        if core.journal is not None:
-            core.journal.turn()
-        busy = core.has_work()
-        if not busy:
-            core.check_idle()
-        replies: list[FromEngine] = []
-        for message in channel.receive(block=not busy):
-            if isinstance(message, Shutdown):
-                return
-            replies.extend(_handle(core, message))
-        if core.has_work():
-            replies.extend(core.step())
-            if (snapshot := core.stats_to_push()) is not None:
-                replies.append(snapshot)
-        replies.extend(core.adapter_replies())
-        replies.extend(core.cache_events())
-        if replies:
-            channel.send(replies)
-
-
-def _add(core: EngineCore, request: EngineRequest) -> list[FromEngine]:
-    try:
-        core.add(request)
-    except InvalidRequestError as error:
-        info = EngineErrorInfo(
-            kind="invalid", message=error.message, param=error.param, code=error.code
-        )
-    except OverloadedError as error:
-        info = EngineErrorInfo(
-            kind="overloaded",
-            message=error.message,
-            code="engine_overloaded",
-            retry_after=error.retry_after,
-        )
-    else:
-        return []
-    return [TokenDelta(request_id=request.request_id, choices=[], error=info)]
-
-
-def _handle(core: EngineCore, message: ToEngine) -> list[FromEngine]:
-    match message:
-        case EngineRequest():
-            return _add(core, message)
-        case AbortRequest():
-            core.abort(message.request_id, message.index)
-            return []
-        case ExplainPrompt():
-            return [core.explain(message)]
-        case CacheCommand():
-            return [core.cache_command(message)]
-        case WatchCache():
-            return core.watch_cache(message)
-        case LoadAdapter():
-            refusal = core.load_adapter(message)
-            return [] if refusal is None else [refusal]
-        case UnloadAdapter():
-            return [core.unload_adapter(message)]
-        case StatsRequest():
-            return [
-                core.stats(
-                    include_tree=message.include_tree, include_tenants=message.include_tenants
-                )
-            ]
-        case SetTenants():
-            core.set_tenants(TenantTable(message.tenants, message.default))
-            return []
-        case _:
-            raise AssertionError(f"unknown message {message!r}")

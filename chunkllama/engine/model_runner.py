@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from chunkllama.attention.plan import Planner
-from chunkllama.backends.base import Activations, Backend, Quantization
+from chunkllama.backends.base import Activations, Backend, KVCache, Quantization
 from chunkllama.backends.model import ModelWeights, RunnableModel
 from chunkllama.backends.select import BackendName, select_backend
 from chunkllama.engine.adapter_rows import RunnerAdapters
@@ -141,6 +141,29 @@ class ModelRunner:
         self._attention.kv.layers.clear()
         self.adapters.close()
         vars(self).pop("_model", None)  # closing twice does no harm
+
+    @property
+    def kv(self) -> KVCache:
+        """The chunk pool."""
+        return self._attention.kv
+
+    @torch.inference_mode()
+    def compute_chunk(self, token_ids: list[int], chunk_ids: list[int]) -> None:
+        """Compute K/V of the last of a prompt's chunks, of which the ones before are there.
+
+        Args:
+            token_ids: of the last chunk.
+            chunk_ids: all chunks of the prompt.
+        """
+        piece = ScheduledSlice(
+            slot=-1,
+            first_position=(len(chunk_ids) - 1) * self.kv.chunk_size,
+            token_ids=np.array(token_ids, np.int32),
+            chunk_ids=np.array(chunk_ids, np.int32),
+            shared=0,
+            samples=False,
+        )
+        self._forward(SchedulerOutput(step=0, slices=[piece], plan_version=0))
 
     def _forward(self, output: SchedulerOutput) -> torch.Tensor:
         """Final hidden states [T, H] of the slices' tokens, one slice after the other."""

@@ -315,7 +315,7 @@ def main() -> int:
     configure_logging(config.log.log_level, config.log.log_format)
 
     from chunkllama.engine.build import build_engine
-    from chunkllama.engine.core import run_engine_loop
+    from chunkllama.engine.loop import run_engine_loop
 
     try:
         faults = faults_from()

@@ -6,6 +6,8 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from chunkllama.cache.manager import CacheManager
 from chunkllama.messages import EngineRequest, TokenDelta
 from chunkllama.sampling_params import SamplingParams
@@ -13,7 +15,7 @@ from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.output import SchedulerOutput
 from chunkllama.scheduler.scheduler import Scheduler
 from chunkllama.simulation.fairness_monitor import FairnessMonitor
-from chunkllama.simulation.fake_model import FakeModel, logprob
+from chunkllama.simulation.fake_model import FakeModel, logprob, value_at
 from chunkllama.simulation.oracle import Oracle
 
 LIMITS: dict[str, Any] = {
@@ -106,6 +108,14 @@ class SimulatedEngine:
         assert abs(in_use - (stats.chunks_total - stats.chunks_free)) < 1e-6
         seconds = sum(t.chunk_seconds + t.cached_chunk_seconds for t in tenants)
         assert abs(seconds - self.chunk_seconds) < 1e-6 * max(self.chunk_seconds, 1.0)
+
+    def write_chunk(self, chunk_id: int, prompt: list[int]) -> None:
+        """Write the numbers of the prompt's last chunk, whole, as an import writes K/V."""
+        values = np.zeros(len(prompt), np.uint64)
+        for position, token in enumerate(prompt):
+            values[position] = value_at(values[:position], token)
+        size = self.cache.chunk_size
+        self.model.kv[chunk_id * size : (chunk_id + 1) * size] = values[-size:]
 
     def add(self, prompt: list[int], max_tokens: int | None = 4, **options: Any) -> str:
         """Queue a request; options belong to EngineRequest or else to SamplingParams."""

@@ -9,6 +9,8 @@ whole with control tokens off. Without such strings the ids are those of transfo
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -62,6 +64,11 @@ class ChatTemplate:
         }
         self._control_text = _ControlText(self._controls)
         self._plain = tokenizer.without_control_tokens(self._controls)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the template's sources."""
+        return hashlib.sha256(json.dumps(self._sources, sort_keys=True).encode()).hexdigest()
 
     def encode(
         self,

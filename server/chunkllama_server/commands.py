@@ -285,6 +285,12 @@ def _add_batch(app: typer.Typer) -> None:
     app.command()(batch)
 
 
+def _add_pack(app: typer.Typer) -> None:
+    from chunkllama_server.pack_command import pack_app
+
+    app.add_typer(pack_app, name="pack")
+
+
 _COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "serve": _add_serve,
     "batch": _add_batch,
@@ -296,6 +302,7 @@ _COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "config": _add_config,
     "version": _add_version,
     "models": _add_models,
+    "pack": _add_pack,
     "tune": _add_tune,
     "verify": _add_verify,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -15,6 +16,8 @@ from hypothesis.stateful import (
     rule,
 )
 
+from chunkllama.cache.imports import ChunkImport
+from chunkllama.cache.node import encode_tokens
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.scheduler.memory_pressure import preemption_victim
 from chunkllama.simulation.engine import SimulatedEngine
@@ -23,13 +26,45 @@ from chunkllama.tenant_limits import TenantLimits, TenantTable
 tokens = st.lists(st.integers(0, 1), max_size=6)
 
 
+class Import:
+    """A file of two prompts whose chunks are inserted a few at a time, between steps."""
+
+    def __init__(self, engine: SimulatedEngine, prompts: list[tuple[list[int], str]]) -> None:
+        self.engine = engine
+        self.chunks = ChunkImport(engine.cache)
+        size = engine.cache.chunk_size
+        self.todo: list[tuple[int, list[int], str]] = []  # parent, tokens to its end, namespace
+        for prompt, namespace in prompts:
+            parent = -1
+            for end in range(size, len(prompt) + 1, size):
+                self.todo.append((parent, prompt[:end], namespace))
+                parent = len(self.todo) - 1
+        self.done = 0
+
+    def add(self) -> None:
+        """Insert the next chunk; it changes nothing for admission, however full the pool is."""
+        if self.done == len(self.todo):
+            return
+        parent, prompt, namespace = self.todo[self.done]
+        self.done += 1
+        cache, size = self.engine.cache, self.engine.cache.chunk_size
+        before = cache.num_available, cache.pool.peak
+        key = encode_tokens(np.array(prompt[-size:], np.int32))
+        chunk_id, outcome = self.chunks.add(parent, namespace, key, namespace)
+        if outcome == "new":
+            self.engine.write_chunk(chunk_id, prompt)
+        assert outcome != "no room" or before[0] <= 1
+        assert (cache.num_available, cache.pool.peak) == before
+
+
 class CacheMachine(RuleBasedStateMachine):
-    """add, step, cancel at any moment, finish, fork, evict, pin, preempt, fail and hand over.
+    """add, step, cancel at any moment, finish, fork, evict, pin, preempt, fail, hand over, import.
 
     The model is a dict of token lists (the oracle's outputs); the invariants hold after every rule.
     """
 
     requests = Bundle("requests")
+    imports = Bundle("imports")
     base: list[int]
     engine: SimulatedEngine
 
@@ -134,6 +169,23 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 5))
     def evict(self, count) -> None:
         self.engine.cache.tree.evict(count)
+
+    @rule(
+        target=imports,
+        edges=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+        tail=tokens,
+        namespaces=st.tuples(st.sampled_from(["", "A", "B"]), st.sampled_from(["", "A", "B"])),
+    )
+    def begin_import(self, edges, tail, namespaces) -> Import:
+        first, second = (self.base[: edge * self.size] for edge in edges)
+        rest = (tail * self.size)[: 2 * self.size]
+        return Import(self.engine, [(first, namespaces[0]), (second + rest, namespaces[1])])
+
+    @rule(which=imports, count=st.integers(1, 5))
+    def import_chunks(self, which, count) -> None:
+        for _ in range(count):
+            which.add()
+            self.engine.scheduler.check_invariants()
 
     @precondition(lambda self: len(self.engine.scheduler._running) > 1)
     @rule()

@@ -24,6 +24,7 @@ from chunkllama.backends.base import (
     LayerRows,
     Quantization,
 )
+from chunkllama.backends.cpu import chunk_layout
 from chunkllama.backends.cpu.abi import (
     TYPES,
     CAttention,
@@ -146,6 +147,16 @@ class CpuBackend(Backend):
         layers = list(pool.view(num_layers, kv.num_chunks, elements).unbind())
         kv.state = PoolCommitter(layers, kv.num_chunks)
         return layers
+
+    def arrange_chunk(self, kv: KVCache, chunk: torch.Tensor) -> torch.Tensor:
+        return chunk_layout.arrange(chunk)
+
+    def restore_chunk(self, kv: KVCache, chunk: torch.Tensor) -> torch.Tensor:
+        return chunk_layout.restore(chunk, kv.num_kv_heads, kv.chunk_size, kv.head_dim)
+
+    def write_chunk(self, kv: KVCache, chunk_id: int, arranged: torch.Tensor) -> None:
+        kv.state.reach(chunk_id)
+        super().write_chunk(kv, chunk_id, arranged)
 
     def upload_plan(self, plan: AttentionPlan, kv: KVCache, *, num_qo_heads: int) -> DevicePlan:
         kv.state.reach(int(plan.chunk_ids.max()))

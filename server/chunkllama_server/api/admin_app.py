@@ -11,6 +11,7 @@ from chunkllama_server.api import (
     divergence,
     health,
     live_requests,
+    packs,
     usage,
 )
 from chunkllama_server.api.common.context import ServerContext
@@ -41,6 +42,7 @@ def create_admin_app(context: ServerContext) -> FastAPI:
         dashboard.router,
         admin.router,
         adapters.router,
+        packs.router,
     ):
         app.include_router(router)
     install_error_handlers(app)

@@ -35,6 +35,7 @@ from chunkllama_server.api.common.admission import ChargedEngine, QueueLimits
 from chunkllama_server.api.common.background import BackgroundResponses
 from chunkllama_server.api.common.context import ServerContext
 from chunkllama_server.api.common.idle_prefill import IdlePrefill
+from chunkllama_server.api.common.pack_folder import PackFolder
 from chunkllama_server.api.common.response_store import ResponseStore
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
@@ -116,6 +117,7 @@ def create_app(
         ),
         background=BackgroundResponses(settings.background_responses, lambda: len(tenants.keys)),
         tenants=tenants,
+        packs=PackFolder(settings, tenants, text.template.digest if text.template else ""),
         generation_defaults=generation_defaults or {},
     )
     context.metrics.begin_at_zero(tenants.keys)

@@ -6,7 +6,7 @@ import inspect
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic.fields import FieldInfo
@@ -40,9 +40,18 @@ class GroupedCommand(TyperCommand):
 def with_setting_flags(command: F) -> F:
     """Give a ``**flags`` command one option per setting, and ``--config``.
 
-    Values stay strings: the configuration parses values of all sources alike.
+    Values stay strings: the configuration parses values of all sources alike. Parameters that the
+    command has of its own come first.
     """
-    parameters = [_parameter("config", Path | None, "YAML file with settings.", "General", "FILE")]
+    hints = get_type_hints(command, include_extras=True)
+    parameters = [
+        own.replace(annotation=hints[own.name])
+        for own in inspect.signature(command).parameters.values()
+        if own.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    parameters.append(
+        _parameter("config", Path | None, "YAML file with settings.", "General", "FILE")
+    )
     for group in Settings.groups:
         title = group.__name__.removesuffix("Config")
         for key, field in group.model_fields.items():

@@ -34,6 +34,7 @@ from chunkllama_server.config.api_keys import KeyEntry, parse_key
 from chunkllama_server.config.batches import BatchConfig
 from chunkllama_server.config.files import read_text, read_yaml
 from chunkllama_server.config.limits import LimitsConfig
+from chunkllama_server.config.packs import PackConfig
 from chunkllama_server.config.protocols import Protocols
 
 ENV_PREFIX = "CHUNKLLAMA_"
@@ -262,6 +263,7 @@ class ServerConfig(ConfigGroup):
 
 
 _ENGINE_GROUPS = (ModelConfig, CacheConfig, SchedulerConfig, LogConfig)
+_SERVER_GROUPS = (ServerConfig, LimitsConfig, BatchConfig, AdapterConfig, PackConfig)
 
 
 class Settings(
@@ -269,6 +271,7 @@ class Settings(
     LimitsConfig,
     BatchConfig,
     AdapterConfig,
+    PackConfig,
     LogConfig,
     SchedulerConfig,
     CacheConfig,
@@ -276,13 +279,7 @@ class Settings(
 ):
     """All keys of all groups."""
 
-    groups: ClassVar[tuple[type[ConfigGroup], ...]] = (
-        *_ENGINE_GROUPS,
-        ServerConfig,
-        LimitsConfig,
-        BatchConfig,
-        AdapterConfig,
-    )
+    groups: ClassVar[tuple[type[ConfigGroup], ...]] = (*_ENGINE_GROUPS, *_SERVER_GROUPS)
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -36,6 +37,7 @@ from chunkllama_server.process.adapters import load_adapters
 from chunkllama_server.process.lifecycle import DrainingServer, notify_supervisor
 from chunkllama_server.process.public_prefixes import load_public_prefixes, register_public_prefixes
 from chunkllama_server.process.reload import Reloader
+from chunkllama_server.process.snapshots import open_snapshots
 from chunkllama_server.transport.access_log import AccessLog
 from chunkllama_server.transport.auth import Tenants
 from chunkllama_server.transport.connections import (
@@ -81,9 +83,11 @@ class Application:
     ) -> None:
         self._settings = settings
         self._read_settings = read_settings
+        self._snapshots = open_snapshots(settings)
         self._tenants = Tenants(
             keys,
             settings.isolation,
+            self._snapshots.secret if self._snapshots else secrets.token_bytes(32),
             operator_keys=tuple(key.get_secret_value() for key in settings.operator_key),
         )
         self._tenants.set_quotas(quotas)
@@ -156,6 +160,10 @@ class Application:
         engine.on_restarting = server.engine_restarting
         context: ServerContext = app.state.context
         context.metrics.engine.supervisor = engine
+        context.packs.load_all(engine)
+        if self._snapshots is not None:
+            digest = self._template.digest if self._template else ""
+            self._snapshots.begin(engine, self._tenants, digest)
         engine.on_stats = partial(_record, context)
         engine.max_backlog = settings.max_stream_backlog
         info = engine.info
@@ -195,6 +203,8 @@ class Application:
         async with _admin_server(settings, app, admin, limits):
             await server.serve(sockets=[main])
             engine.cache_watchers.close(EngineDeadError("the server is stopping"))
+            if self._snapshots is not None and not server.force_exit:
+                await self._snapshots.end(engine)
         reloading.cancel()
         notify_supervisor("STOPPING=1")
         logger.info("stopped")

@@ -55,6 +55,7 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
         logger.warning("faults are planted: %s", os.environ[FAULTS])
     keys, quotas = settings.keys_by_tenant(), load_quotas(settings)
     check_tls(settings)
+    settings.check_packs()
     with contextlib.ExitStack() as sockets:
         main = sockets.enter_context(bind(settings.host, settings.port, "port"))
         admin = None

@@ -230,6 +230,8 @@ FLAGS = [
     _flags("one tag", "--reasoning-tags a", "reasoning_tags must be auto, none, or two tags"),
     _flags("log level", "--log-level loud", "log_level: .*'debug'.*'loud'"),
     _flags("certificate alone", "--ssl-certfile x.pem", "ssl_certfile and ssl_keyfile"),
+    _flags("no folder of packs", "--packs nowhere", "packs: nowhere is not a folder"),
+    _flags("no public key", "--pack-public-key nowhere", "pack_public_key: nowhere cannot be read"),
     _flags("two flags for one", "--op-set cpu --backend cpu", "op_set.*former name of backend"),
     _variable("unknown variable", "CHUNKLLAMA_NUM_CHUNK", "3", "environment.*num_chunks"),
     _variable("variable's value", "CHUNKLLAMA_PORT", "http", "port: .*'http'.*from environment"),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NoReturn, cast
 
 from chunkllama.adapter_messages import AdapterInfo
-from chunkllama.cache_messages import CacheAction, CacheEvents
+from chunkllama.cache_messages import CacheAction, CacheEvents, KeepSnapshot, LoadPack
 from chunkllama.engine.client import EngineClient
 from chunkllama.errors import (
     ENDED_ON_DEMAND,
@@ -332,6 +332,9 @@ class ChargedEngine:
         self, action: CacheAction, *, chunk_id: int = -1, tenant: str = ""
     ) -> CommandReply:
         return await self._engine.cache_command(action, chunk_id=chunk_id, tenant=tenant)
+
+    def use_file(self, command: LoadPack | KeepSnapshot) -> None:
+        self._engine.use_file(command)
 
     def watch_cache(self, max_waiting: int) -> AsyncGenerator[CacheEvents, None]:
         return self._engine.watch_cache(max_waiting)

@@ -18,6 +18,7 @@ from chunkllama_server.api.batch.runner import BatchRunner
 from chunkllama_server.api.common.background import BackgroundResponses
 from chunkllama_server.api.common.field_limits import check_field_limits
 from chunkllama_server.api.common.idle_prefill import IdlePrefill
+from chunkllama_server.api.common.pack_folder import PackFolder
 from chunkllama_server.api.common.response_store import ResponseStore
 from chunkllama_server.api.common.shared_reads import SharedReads
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
@@ -80,6 +81,7 @@ class ServerContext:
         history: the engine's last minutes, for the dashboard.
         batches: files and batch jobs; None where they are turned off.
         created: Unix time at which the application was built, for /v1/models.
+        packs: files of prefixes that can be loaded.
         idle: prefills while no request runs; None where that is off.
         fingerprint: version and backend; changes whenever outputs may change.
     """
@@ -92,6 +94,7 @@ class ServerContext:
     responses: ResponseStore
     background: BackgroundResponses
     tenants: Tenants
+    packs: PackFolder
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
     idle: IdlePrefill | None = None
     batches: BatchRunner | None = None

@@ -1,4 +1,4 @@
-"""POST /v1/cache/explain and /admin/cache: schemas; explanations are in ``usage.py``."""
+"""/v1/cache and /admin/cache: schemas; explanations are in ``usage.py``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from chunkllama_server.api.schema.base import RequestModel
 from chunkllama_server.api.schema.tokenize import PromptBody
 
 
@@ -31,6 +32,14 @@ class PinRequest(ExplainRequest):
     )
     ttl: str = Field(
         pattern=r"^\d{1,5}[smh]$", description='Honoured: how long it is kept, e.g. "30m".'
+    )
+
+
+class PackRequest(RequestModel):
+    """Body of POST /v1/cache/packs on the admin port."""
+
+    name: str = Field(
+        min_length=1, max_length=256, description="Honoured: name of a file in the folder packs."
     )
 
 

@@ -1,0 +1,53 @@
+"""Canonical K/V of a chunk to the order of ``kernels/cpu/layout.h`` and back.
+
+In numpy, which takes one thread: the others compute meanwhile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_BLOCK = 16  # tokens of a block of K
+_PADDED = 32  # bf16: dimensions of K are rounded up to a multiple of it
+
+
+def arrange(chunk: torch.Tensor) -> torch.Tensor:
+    """[layers, 2, H, C, D] float32 or bfloat16, K then V -> [layers, elements of a chunk]."""
+    layers, _, heads, tokens, dim = chunk.shape
+    values = _integers(chunk)
+    k, v = values[:, 0], values[:, 1]
+    if chunk.dtype == torch.bfloat16:
+        k = np.pad(k, [(0, 0)] * 3 + [(0, -dim % _PADDED)]) if dim % _PADDED else k
+        k = np.ascontiguousarray(k).view(np.int32)  # pairs of dimensions move together
+        even, odd = np.moveaxis(v.reshape(layers, heads, tokens // 2, 2, dim), 3, 0)
+        v = np.stack((even, odd), axis=-1)
+    k = k.reshape(layers, heads, tokens // _BLOCK, _BLOCK, -1).swapaxes(3, 4)
+    k = np.ascontiguousarray(k).reshape(layers, -1).view(values.dtype)
+    together = np.concatenate((k, v.reshape(layers, -1)), axis=1)
+    return torch.from_numpy(together).view(chunk.dtype)
+
+
+def restore(chunk: torch.Tensor, heads: int, tokens: int, dim: int) -> torch.Tensor:
+    """Undo ``arrange``."""
+    layers, v_size = len(chunk), heads * tokens * dim
+    values = _integers(chunk)
+    k, v = values[:, :-v_size], values[:, -v_size:]
+    if chunk.dtype == torch.bfloat16:
+        k = np.ascontiguousarray(k).view(np.int32)
+        v = v.reshape(layers, heads, tokens // 2, dim, 2).swapaxes(3, 4)
+    k = k.reshape(layers, heads, tokens // _BLOCK, -1, _BLOCK).swapaxes(3, 4)
+    k = np.ascontiguousarray(k).view(values.dtype)[..., :dim]
+    shape = (layers, heads, tokens, dim)
+    together = np.stack((k.reshape(shape), v.reshape(shape)), axis=1)
+    return torch.from_numpy(together).view(chunk.dtype)
+
+
+def _integers(chunk: torch.Tensor) -> NDArray[Any]:
+    """The bits of a tensor."""
+    kind = torch.int32 if chunk.dtype == torch.float32 else torch.int16
+    bits: NDArray[Any] = chunk.contiguous().view(kind).numpy()
+    return bits

@@ -1,0 +1,108 @@
+"""K/V of whole chunks to and from the pool of a model that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from chunkllama.engine.model_runner import ModelRunner
+from chunkllama.packs.document import ModelIdentity
+from chunkllama.packs.file import Pack
+from chunkllama.packs.signature import is_signed
+
+# Largest relative difference (Frobenius norm, K and V of each layer by themselves) between K/V of a
+# pack and the same computed here: other kernels and instruction sets round differently.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+
+
+class ChunkIO:
+    """Reads, writes and recomputes chunks; used between two steps.
+
+    Args:
+        runner: owns the model and the pool.
+        identify: identifies the model; reads its weights, once.
+
+    Attributes:
+        chunk_bytes: bytes of a chunk's canonical K/V.
+    """
+
+    def __init__(self, runner: ModelRunner, identify: Callable[[], ModelIdentity]) -> None:
+        self.identify = identify
+        self.vocab_size = runner.spec.vocab_size
+        self._runner = runner
+        kv = runner.kv
+        self._dtype = kv.layers[0].dtype
+        values = 2 * len(kv.layers) * kv.num_kv_heads * kv.chunk_size * kv.head_dim
+        self.chunk_bytes = values * self._dtype.itemsize
+
+    def refusal(self, pack: Pack, template: str, public_key: bytes, realm: str = "") -> str:
+        """Say why a pack must not be used here; "" if it may.
+
+        Args:
+            template: SHA-256 of the chat template here.
+            public_key: Ed25519 key that must have signed it; empty: any pack may be used.
+            realm: that it must have, see ``PackDocument``.
+        """
+        document = pack.document
+        if document.realm != realm:
+            return "it is a snapshot of another server" if document.realm else "it is no snapshot"
+        if public_key and not pack.signature:
+            return "it has no signature, and pack_public_key asks for one"
+        if public_key and not is_signed(pack.text, pack.signature, public_key):
+            return "its signature is not by the owner of pack_public_key"
+        if difference := document.model.difference(self.identify()):
+            return f"it has {difference}"
+        if document.template != template:
+            return "it was made with another chat template than this server has"
+        if any(max(chunk.tokens) >= self.vocab_size for chunk in document.chunks):
+            return "it has a token that the model does not have"
+        return ""
+
+    def read(self, chunk_id: int) -> memoryview:
+        """Copy the canonical K/V of a chunk."""
+        return self.restore(self.copy(chunk_id))
+
+    def copy(self, chunk_id: int) -> torch.Tensor:
+        """Copy a chunk as it lies in the pool."""
+        return self._runner.backend.copy_chunk(self._runner.kv, chunk_id)
+
+    def restore(self, copied: torch.Tensor) -> memoryview:
+        """Return the canonical K/V of a copy. Any thread may call it."""
+        canonical = self._runner.backend.restore_chunk(self._runner.kv, copied).contiguous()
+        return canonical.view(torch.uint8).numpy().reshape(-1).data
+
+    def arrange(self, data: bytearray, model: ModelIdentity) -> torch.Tensor:
+        """Rearrange canonical K/V for ``write``. Any thread may call it."""
+        chunk = torch.frombuffer(data, dtype=self._dtype).view(model.shape)
+        return self._runner.backend.arrange_chunk(self._runner.kv, chunk)
+
+    def write(self, chunk_id: int, arranged: torch.Tensor) -> None:
+        """Store a chunk."""
+        self._runner.backend.write_chunk(self._runner.kv, chunk_id, arranged)
+
+    def compare(self, token_ids: list[int], chunk_ids: list[int], data: bytearray) -> float:
+        """Compute the last of a prompt's chunks and compare it with canonical K/V.
+
+        Args:
+            token_ids: of the last chunk.
+            chunk_ids: of the prompt; all but the last hold their K/V.
+
+        Returns:
+            The largest relative difference, see ``TOLERANCE``; not finite if a value is not.
+        """
+        self._runner.compute_chunk(token_ids, chunk_ids)
+        copied = self.copy(chunk_ids[-1])
+        computed = self._runner.backend.restore_chunk(self._runner.kv, copied)
+        given = torch.frombuffer(data, dtype=self._dtype).view(computed.shape)
+        return relative_difference(given, computed)
+
+
+def relative_difference(given: torch.Tensor, computed: torch.Tensor) -> float:
+    """Return the largest ||given - computed|| / ||computed|| over layers and K and V; both tensors
+    are [layers, 2, ...]."""
+    given, computed = given.double().flatten(2), computed.double().flatten(2)
+    error = (given - computed).norm(dim=2)
+    size = computed.norm(dim=2).clamp(min=np.finfo(np.float32).tiny)
+    return float((error / size).amax()) if bool(error.isfinite().all()) else float("inf")

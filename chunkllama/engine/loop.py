@@ -1,0 +1,117 @@
+"""The loop of an engine process: receive messages, run a step, send what it gave."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from chunkllama.adapter_messages import LoadAdapter, UnloadAdapter
+from chunkllama.cache_messages import (
+    CacheCommand,
+    KeepSnapshot,
+    LoadPack,
+    WatchCache,
+    WriteSnapshot,
+)
+from chunkllama.engine.core import EngineCore
+from chunkllama.errors import InvalidRequestError, OverloadedError
+from chunkllama.messages import (
+    AbortRequest,
+    EngineErrorInfo,
+    EngineRequest,
+    ExplainPrompt,
+    FromEngine,
+    SetTenants,
+    Shutdown,
+    StatsRequest,
+    ToEngine,
+    TokenDelta,
+)
+from chunkllama.tenant_limits import TenantTable
+
+
+class EngineChannel(Protocol):
+    """How messages reach the loop and leave it: a socket or an in-memory queue."""
+
+    def receive(self, *, block: bool) -> list[ToEngine]:
+        """Messages that have arrived; waits for one if ``block``. A closed peer is a Shutdown."""
+        ...
+
+    def send(self, messages: list[FromEngine]) -> None: ...
+
+
+def run_engine_loop(core: EngineCore, channel: EngineChannel) -> None:
+    """Serve the channel until a Shutdown arrives; the step in flight is finished first."""
+    channel.send([core.info])
+    while True:
+        if core.journal is not None:
+            core.journal.turn()
+        busy = core.has_work()
+        if not busy:
+            core.check_idle()
+        replies: list[FromEngine] = []
+        for message in channel.receive(block=not busy and not core.is_moving_chunks()):
+            if isinstance(message, Shutdown):
+                return
+            replies.extend(_handle(core, message))
+        if core.has_work():
+            replies.extend(core.step())
+            if (snapshot := core.stats_to_push()) is not None:
+                replies.append(snapshot)
+        replies.extend(core.adapter_replies())
+        replies.extend(core.move_chunks())
+        replies.extend(core.cache_events())
+        if replies:
+            channel.send(replies)
+
+
+def _add(core: EngineCore, request: EngineRequest) -> list[FromEngine]:
+    """Queue a request; returns its end if it is refused."""
+    try:
+        core.add(request)
+    except InvalidRequestError as error:
+        info = EngineErrorInfo(
+            kind="invalid", message=error.message, param=error.param, code=error.code
+        )
+    except OverloadedError as error:
+        info = EngineErrorInfo(
+            kind="overloaded",
+            message=error.message,
+            code="engine_overloaded",
+            retry_after=error.retry_after,
+        )
+    else:
+        return []
+    return [TokenDelta(request_id=request.request_id, choices=[], error=info)]
+
+
+def _handle(core: EngineCore, message: ToEngine) -> list[FromEngine]:
+    match message:
+        case EngineRequest():
+            return _add(core, message)
+        case AbortRequest():
+            core.abort(message.request_id, message.index)
+            return []
+        case ExplainPrompt():
+            return [core.explain(message)]
+        case CacheCommand():
+            return [core.cache_command(message)]
+        case WatchCache():
+            return core.watch_cache(message)
+        case LoadAdapter():
+            refusal = core.load_adapter(message)
+            return [] if refusal is None else [refusal]
+        case UnloadAdapter():
+            return [core.unload_adapter(message)]
+        case StatsRequest():
+            return [
+                core.stats(
+                    include_tree=message.include_tree, include_tenants=message.include_tenants
+                )
+            ]
+        case SetTenants():
+            core.set_tenants(TenantTable(message.tenants, message.default))
+            return []
+        case LoadPack() | KeepSnapshot() | WriteSnapshot():
+            return core.file_command(message)
+        case _:
+            raise AssertionError(f"unknown message {message!r}")

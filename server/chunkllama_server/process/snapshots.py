@@ -1,0 +1,101 @@
+"""The folder in which a server keeps a snapshot of its cache, and the secret of its namespaces.
+
+A snapshot has each chunk's namespace as it was in the tree: a keyed hash of tenant and salt. With
+the same key after a restart, a tenant finds its own chunks again and no other's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from chunkllama.cache_messages import KeepSnapshot
+from chunkllama.engine.supervisor import SupervisedEngineClient
+from chunkllama.errors import EngineDeadError
+from chunkllama.logger import init_logger
+from chunkllama_server.config.settings import Settings
+from chunkllama_server.transport.auth import Tenants
+
+logger = init_logger(__name__)
+
+_FILE, _SECRET = "snapshot.ckpack", "namespace.key"
+_SECRET_BYTES = 32
+_GRACE_SECONDS = 5.0  # beyond the time for writing: flushing it to the disk
+
+
+class Snapshots:
+    """A folder that can be written.
+
+    Attributes:
+        secret: key of the namespaces.
+    """
+
+    def __init__(self, folder: Path, secret: bytes, settings: Settings) -> None:
+        self.secret = secret
+        self._path = folder / _FILE
+        self._settings = settings
+
+    def begin(self, engine: SupervisedEngineClient, tenants: Tenants, template: str) -> None:
+        """Load the last snapshot in the background, and write others from now on."""
+        # Without isolation, everyone's chunks are in one namespace; with it, that one is public.
+        mode = b"isolated" if tenants.are_isolated else b"shared"
+        engine.use_file(
+            KeepSnapshot(
+                path=str(self._path.absolute()),
+                tenants=["", *tenants.keys],
+                template=template,
+                realm=hmac.new(self.secret, mode, hashlib.sha256).hexdigest(),
+                max_bytes=self._settings.snapshot_bytes,
+                seconds=self._settings.snapshot_seconds,
+            )
+        )
+
+    async def end(self, engine: SupervisedEngineClient) -> None:
+        """Write a snapshot of what is cached at the end."""
+        seconds = self._settings.snapshot_drain_seconds
+        if not seconds:
+            return
+        try:
+            async with asyncio.timeout(seconds + _GRACE_SECONDS):
+                is_written = await engine.write_snapshot(seconds)
+        except (EngineDeadError, TimeoutError) as error:
+            logger.warning("no snapshot was written at the end: %s", error or "it took too long")
+            return
+        if is_written:
+            logger.info("the snapshot of the cache is in %s", self._path)
+
+
+def open_snapshots(settings: Settings) -> Snapshots | None:
+    """Prepare the folder of the settings; None without one, or, with a warning, if it cannot be
+    used."""
+    folder = settings.snapshot_dir
+    if folder is None:
+        return None
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        return Snapshots(folder, _secret(folder / _SECRET), settings)
+    except OSError as error:
+        logger.warning("snapshots are off: %s: %s", folder, error.strerror)
+        return None
+
+
+def _secret(path: Path) -> bytes:
+    """Read the key of the namespaces, or make one; a file that is none is replaced."""
+    with contextlib.suppress(FileNotFoundError):
+        found = path.read_bytes()
+        if len(found) == _SECRET_BYTES:
+            return found
+    secret = secrets.token_bytes(_SECRET_BYTES)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secret)
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return secret
