@@ -20,6 +20,7 @@ from chunkllama.errors import ConfigError, EngineDeadError
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineStats
 from chunkllama.model_spec import ModelSpec
+from chunkllama.resources import freeze_heap
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama.text.chat_template import ChatTemplate, load_chat_template
 from chunkllama.text.tokenizer import load_tokenizer
@@ -183,6 +184,7 @@ class Application:
             settings, self._read_settings, self._keys, self._tenants, self._template, engine
         ).start()
         limit_accept_log(asyncio.get_running_loop())
+        freeze_heap()
         notify_supervisor("READY=1")
         async with _admin_server(settings, app, admin, limits):
             await server.serve(sockets=[main])
