@@ -131,6 +131,19 @@ def test_a_token_id_far_beyond_the_others_is_refused(folder: Path) -> None:
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("place", ["vocabulary", "special_tokens_map"])
+def test_a_token_no_grammar_can_hold_is_refused(place: str, folder: Path) -> None:
+    token = "x" * 2000
+    if place == "vocabulary":
+        document = json.loads((folder / "tokenizer.json").read_text())
+        document["model"]["vocab"][token] = 259
+        (folder / "tokenizer.json").write_text(json.dumps(document))
+    else:
+        (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": token}))
+    with pytest.raises(ConfigError, match="a token of 2000 characters"):
+        load_tokenizer(folder)
+
+
 @pytest.fixture
 def gguf_bytes(tmp_path: Path) -> bytes:
     return hostile_files.write_gguf(tmp_path / "good.gguf").read_bytes()
