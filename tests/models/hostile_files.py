@@ -261,6 +261,8 @@ def mutate_bytes(data: bytes, end: int, rng: random.Random) -> bytes:
     """One to three changes in the first ``end`` bytes."""
     out = bytearray(data)
     for _ in range(rng.randint(1, 3)):
+        if not out:
+            break
         at = rng.randrange(min(end, len(out)))
         match rng.randrange(6):
             case 0:
@@ -278,8 +280,6 @@ def mutate_bytes(data: bytes, end: int, rng: random.Random) -> bytes:
                 )
             case 5 if rng.random() < 0.3:
                 del out[at:]
-                if not out:
-                    break
     return bytes(out)
 
 
