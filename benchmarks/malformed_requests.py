@@ -10,6 +10,11 @@ from typing import Any
 PATHS = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/tokenize",
     "/detokenize", "/v1/chat/completions/render", "/v1/models", "/nowhere", "/v1/../metrics",
+    "/v1/messages", "/v1/messages/count_tokens", "/api/chat", "/api/generate", "/api/embed",
+    "/api/show", "/generate", "/generate_stream", "/", "/v1/files", "/v1/files/file-x/content",
+    "/v1/batches", "/v1/batches/batch_x/cancel", "/v1/cache/explain", "/v1/responses/compact",
+    "/v1/responses/input_tokens", "/v1/responses/resp_x", "/v1/responses/resp_x/cancel",
+    "/v1/rerank", "/v1/usage", "/dashboard/requests", "/dashboard/requests/x",
 )  # fmt: skip
 BODIES: tuple[dict[str, Any], ...] = (
     {"model": "alias", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
@@ -17,7 +22,13 @@ BODIES: tuple[dict[str, Any], ...] = (
     {"model": "alias", "input": "hi", "max_output_tokens": 16},
     {"model": "alias", "input": ["a", "b"]},
     {"tokens": [1, 2, 3]},
-)
+    {"inputs": "hi", "parameters": {"max_new_tokens": 2, "stop": ["a"]}},
+    {"model": "alias", "prompt": "hi", "stream": False, "options": {"num_predict": 2}},
+    {"input_file_id": "file-x", "endpoint": "/v1/completions", "completion_window": "24h"},
+    {"model": "alias", "max_tokens": 2, "system": [{"type": "text", "text": "a"}],
+     "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+     "tools": [{"name": "a", "input_schema": {"type": "object"}}]},
+)  # fmt: skip
 FIELDS = (
     "n", "best_of", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "logprobs",
     "logit_bias",
@@ -28,6 +39,10 @@ FIELDS = (
     "truncate_prompt_tokens", "dimensions", "encoding_format", "previous_response_id", "functions",
     "function_call", "chat_template", "chat_template_kwargs", "length_penalty", "use_beam_search",
     "prompt_logprobs", "repetition_penalty", "unknown", "", "\u0000", "__class__", "x" * 300,
+    "system", "thinking", "stop_sequences", "cache_control", "modalities", "instructions",
+    "include", "reasoning", "background", "text", "options", "format", "keep_alive", "think",
+    "template", "inputs", "parameters", "endpoint", "completion_window", "input_file_id",
+    "output_expires_after",
 )  # fmt: skip
 SCHEMAS: tuple[Any, ...] = (
     {"$ref": "#"},

@@ -28,6 +28,7 @@ from chunkllama.engine.journal import StepJournal
 from chunkllama.errors import ChunkLlamaError, ConfigError, EngineDeadError
 from chunkllama.logger import configure_logging, init_logger
 from chunkllama.messages import FromEngine, Shutdown, StartFailed, ToEngine
+from chunkllama.resources import freeze_heap
 
 logger = init_logger(__name__)
 
@@ -333,6 +334,7 @@ def main() -> int:
         )
         return 2
     core.journal, core.faults = StepJournal(journal), faults
+    freeze_heap()
     try:
         run_engine_loop(core, channel)
     except Exception:

@@ -12,6 +12,7 @@ _LFS: Final = b"version https://git-lfs"
 _PAGES: Final = (b"<!doctype", b"<html", b"<?xml")
 _CHECKED: Final = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model")
 _MAX_FILES: Final = 2000
+_MAX_BYTES: Final = 256 << 20  # of a file that is read as a whole; weights are not
 # File of another layout, and what to do about it.
 _LAYOUTS: Final = {
     "params.json": "Meta's own layout; give the folder in Hugging Face's layout, with config.json "
@@ -52,6 +53,10 @@ def check_folder(folder: Path) -> None:
             raise ConfigError(f"{folder}: {found}")
     paths = [path for pattern in _CHECKED for path in folder.glob(pattern)]
     for path in sorted(paths)[:_MAX_FILES]:
+        if path.exists() and not path.is_file() and not path.is_dir():  # opening it may block
+            raise ConfigError(f"{path}: a device, pipe or socket, not a file; delete it")
+        if path.is_file() and path.suffix != ".safetensors" and path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, not a model's file")
         if found := wrong_content(path):
             raise ConfigError(f"{path}: {found}")
 

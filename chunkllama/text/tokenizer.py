@@ -33,6 +33,7 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 _PROBE = "A probe: 1 line,\nUTF-8 \u00e9\u4e2d."
 # Ids index a list, so one large id costs as much memory as a vocabulary of that size.
 _MAX_TOKENS = 1 << 22
+_MAX_TOKEN_CHARS = 500  # grammars know tokens of up to 1,023 bytes
 # Matched in text even with special parsing off, and never written by a user: see
 # `encode_continuation`.
 _ANCHOR = "\ue000\U000f0000chunkllama\U000f0000\ue000"
@@ -86,6 +87,9 @@ class Tokenizer:
         self.bos_token_id = vocab.get(special_tokens.get("bos_token", ""))
         self.eos_token_ids = tuple(sorted(set(eos_token_ids)))
         self._token_ids = vocab
+        for token in vocab:
+            if len(token) > _MAX_TOKEN_CHARS:
+                raise ConfigError(f"the tokenizer has a token of {len(token)} characters")
         self._tokens: list[str | None] = [None] * self.vocab_size
         self._fallback_bytes: dict[int, int] = {}
         self._bytes: dict[int, bytes] = {}  # of the tokens that were asked for

@@ -10,6 +10,8 @@ import contextlib
 import copy
 import json
 import logging
+import math
+import os
 import random
 import resource
 import shutil
@@ -30,8 +32,9 @@ from chunkllama.engine.grammar import GrammarCompiler
 from chunkllama.errors import ChunkLlamaError, ConfigError, InvalidRequestError
 from chunkllama.messages import EngineRequest
 from chunkllama.models.config import read_spec
-from chunkllama.models.loading.gguf import convert_gguf
-from chunkllama.models.loading.safetensors import Checkpoint, expected_shapes
+from chunkllama.models.loading.gguf import convert_gguf, index_gguf
+from chunkllama.models.loading.safetensors import Checkpoint
+from chunkllama.models.tensors import expected_shapes
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.text.chat_template import load_chat_template
 from chunkllama.text.tokenizer import load_tokenizer
@@ -66,6 +69,7 @@ CONFIG: dict[str, Any] = {
     "bos_token_id": 256,
     "eos_token_id": 258,
 }
+Tensors = dict[str, tuple[str, list[int], bytes]]
 GENERATION = {
     "temperature": 0.7,
     "top_p": 0.9,
@@ -113,22 +117,104 @@ def write_folder(folder: Path) -> Path:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    header, blobs, at = {}, [], 0
-    rng = np.random.default_rng(0)
-    for name, shape in expected_shapes(read_spec(folder)):
-        blob = rng.normal(0, 0.1, shape).astype(np.float32).tobytes()
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + len(blob)]}
-        blobs.append(blob)
-        at += len(blob)
-    text = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(
-        struct.pack("<Q", len(text)) + text + b"".join(blobs)
-    )
+    write_weights(folder / "model.safetensors", tensors(folder))
     return folder
 
 
-def write_gguf(path: Path) -> Path:
-    """The same model as llama.cpp writes it."""
+def tensors(folder: Path) -> Tensors:
+    """Type, shape and content of each tensor of the folder's config.json."""
+    rng = np.random.default_rng(0)
+    return {
+        name: ("F32", list(shape), rng.normal(0, 0.1, shape).astype(np.float32).tobytes())
+        for name, shape in expected_shapes(read_spec(folder))
+    }
+
+
+def write_weights(path: Path, found: Tensors) -> None:
+    header, at = {}, 0
+    for name, (dtype, shape, blob) in found.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(blob)]}
+        at += len(blob)
+    text = json.dumps(header).encode()
+    blobs = b"".join(blob for _, _, blob in found.values())
+    path.write_bytes(struct.pack("<Q", len(text)) + text + blobs)
+
+
+def write_shards(folder: Path) -> None:
+    """The weights in two files with an index."""
+    found = tensors(folder)
+    (folder / "model.safetensors").unlink()
+    names = sorted(found)
+    weight_map = {name: f"model-{i % 2 + 1}.safetensors" for i, name in enumerate(names)}
+    for shard in sorted(set(weight_map.values())):
+        part = {name: found[name] for name in names if weight_map[name] == shard}
+        write_weights(folder / shard, part)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+QUANTIZATION: dict[str, dict[str, Any]] = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False},
+    "packed": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"weights": {"num_bits": 4}, "targets": ["Linear"]}},
+        "sparsity_config": {"format": "dense"},
+        "transform_config": {},
+        "ignore": ["lm_head"],
+    },
+    "int8": {"quant_method": "compressed-tensors", "config_groups": {}},
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128], "ignored_layers": []},
+}
+
+
+def write_quantized(folder: Path, method: str) -> None:
+    """The projections as codes of 4 or 8 bits with scales."""
+    found = tensors(folder)
+    rng = np.random.default_rng(1)
+    for name in [name for name in found if name.endswith("_proj.weight")]:
+        module, (_, (rows, columns), _) = name.removesuffix("weight"), found.pop(name)
+        groups = columns // 16
+        parts: dict[str, tuple[str, list[int]]] = {
+            "awq": {
+                "qweight": ("I32", [columns, rows // 8]),
+                "qzeros": ("I32", [groups, rows // 8]),
+                "scales": ("F16", [groups, rows]),
+            },
+            "gptq": {
+                "qweight": ("I32", [columns // 8, rows]),
+                "qzeros": ("I32", [groups, rows // 8]),
+                "scales": ("F16", [groups, rows]),
+            },
+            "packed": {
+                "weight_packed": ("I32", [rows, columns // 8]),
+                "weight_scale": ("F16", [rows, groups]),
+            },
+            "int8": {"weight": ("I8", [rows, columns]), "weight_scale": ("F16", [rows, 1])},
+            "fp8": {"weight": ("F8_E4M3", [rows, columns]), "weight_scale": ("F16", [1])},
+        }[method]
+        for part, (dtype, shape) in parts.items():
+            if dtype == "F16":
+                blob = np.full(shape, 0.01, np.float16).tobytes()
+            else:
+                size = 4 if dtype == "I32" else 1
+                # of a byte's values the two NaN of fp8 are left out
+                blob = (rng.integers(0, 256, math.prod(shape) * size) & 0x7E).astype("u1").tobytes()
+            found[module + part] = (dtype, shape, blob)
+    write_weights(folder / "model.safetensors", found)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": QUANTIZATION[method]})
+    )
+
+
+def write_gguf(path: Path, quantized: tuple[str, ...] = ()) -> Path:
+    """The same model as llama.cpp writes it.
+
+    Args:
+        quantized: tensors stored as Q8_0 instead of F32.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_context_length(512)
@@ -158,7 +244,12 @@ def write_gguf(path: Path) -> Path:
         "blk.0.ffn_up": (48, 32), "blk.0.ffn_down": (32, 48),
     }  # fmt: skip
     for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", rng.normal(0, 0.1, shape).astype(np.float32))
+        values = rng.normal(0, 0.1, shape).astype(np.float32)
+        if name in quantized:
+            codes = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(f"{name}.weight", codes, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(f"{name}.weight", values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -170,6 +261,8 @@ def mutate_bytes(data: bytes, end: int, rng: random.Random) -> bytes:
     """One to three changes in the first ``end`` bytes."""
     out = bytearray(data)
     for _ in range(rng.randint(1, 3)):
+        if not out:
+            break
         at = rng.randrange(min(end, len(out)))
         match rng.randrange(6):
             case 0:
@@ -187,8 +280,6 @@ def mutate_bytes(data: bytes, end: int, rng: random.Random) -> bytes:
                 )
             case 5 if rng.random() < 0.3:
                 del out[at:]
-                if not out:
-                    break
     return bytes(out)
 
 
@@ -263,6 +354,26 @@ def answer(core: EngineCore, ids: list[int], defaults: dict[str, Any]) -> None:
     raise AssertionError("no answer in 50 steps")
 
 
+def _prepare(kind: str, base: Path, folder: Path, rng: random.Random) -> None:
+    """Write what the kind needs beside a copy of the model."""
+    match kind:
+        case "gguf_index":
+            _convert(base / "tiny.gguf", folder)
+        case "weight_index":
+            write_shards(folder)
+        case "quantization":
+            write_quantized(folder, rng.choice(list(QUANTIZATION)))
+        case "special_tokens":
+            (folder / FILES[kind]).write_text(json.dumps(SPECIAL_TOKENS))
+            (folder / "tokenizer_config.json").write_text("{}")
+
+
+def _convert(path: Path, folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+    index_gguf(path, folder)
+
+
 def _mutate(kind: str, base: Path, folder: Path, rng: random.Random) -> None:
     """Damage one file of a copy of the model."""
     if kind == "gguf":
@@ -272,16 +383,29 @@ def _mutate(kind: str, base: Path, folder: Path, rng: random.Random) -> None:
         damaged.write_bytes(mutate_bytes(data, data.rindex(b"blk.0.ffn_down") + 40, rng))
         for file in folder.iterdir():
             file.unlink()
-        convert_gguf(damaged, folder, lambda done, total: None)
+        if rng.random() < 0.5:
+            index_gguf(damaged, folder)
+        else:
+            convert_gguf(damaged, folder, lambda done, total: None)
+        return
+    if kind == "file":
+        names = [name for name in FILES.values() if name]
+        _replace(folder / rng.choice([*names, *OTHERS]), rng)
+        return
+    if kind == "quantization" and rng.random() < 0.5:
+        config = json.loads((folder / "config.json").read_text())
+        settings = mutate_json(json.dumps(config["quantization_config"]), rng)
+        text = json.dumps(config | {"quantization_config": "@"}).replace('"@"', settings)
+        (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
         return
     file = folder / FILES[kind]
-    if kind == "safetensors":
+    if file.suffix == ".safetensors":
         data = file.read_bytes()
         length = int.from_bytes(data[:8], "little")
         if rng.random() < 0.5:
             header = mutate_json(data[8 : 8 + length].decode(), rng)
-            text = header.encode("utf-8", "surrogateescape")
-            file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+            encoded = header.encode("utf-8", "surrogateescape")
+            file.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data[8 + length :])
         else:
             file.write_bytes(mutate_bytes(data, 8 + length, rng))
     elif kind == "template":
@@ -291,6 +415,36 @@ def _mutate(kind: str, base: Path, folder: Path, rng: random.Random) -> None:
         file.write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
+def _replace(path: Path, rng: random.Random) -> None:
+    """Put something else in a file's place: what no download makes, but an archive may hold."""
+    path.unlink(missing_ok=True)
+    match rng.randrange(9):
+        case 0:
+            path.mkdir()
+        case 1:
+            path.symlink_to(path)
+        case 2:
+            path.symlink_to("/nonexistent")
+        case 3:
+            path.symlink_to("/dev/zero")
+        case 4:
+            os.mkfifo(path)
+        case 5:
+            path.write_bytes(b"")
+        case 6:
+            path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        case 7:
+            with path.open("wb") as file:  # sparse
+                file.truncate(2**36)
+        case 8:
+            path.write_bytes(rng.randbytes(rng.choice([1, 8, 9, 100, 5000])))
+
+
+SPECIAL_TOKENS: dict[str, Any] = {
+    "bos_token": "<|endoftext|>",
+    "eos_token": {"content": "<|im_end|>", "lstrip": False, "special": True},
+    "additional_special_tokens": ["<|im_start|>", {"content": "<|im_end|>"}],
+}
 FILES = {
     "safetensors": "model.safetensors",
     "gguf": "tiny.gguf",
@@ -299,7 +453,17 @@ FILES = {
     "tokenizer": "tokenizer.json",
     "tokenizer_config": "tokenizer_config.json",
     "template": "chat_template.jinja",
+    "weight_index": "model.safetensors.index.json",
+    "special_tokens": "special_tokens_map.json",
+    "gguf_index": "gguf.json",
+    "quantization": "model.safetensors",
+    "file": "",
 }
+# Read where they are, or part of what publishers upload.
+OTHERS = (
+    *("tokenizer.model", "adapter_config.json", "preprocessor_config.json", "chat_template.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "README.md", "model.onnx"),
+)
 
 
 def main(kind: str, count: int, seed: int, root: Path) -> dict[str, Any]:
@@ -316,12 +480,11 @@ def main(kind: str, count: int, seed: int, root: Path) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.gguf"))
         try:
+            _prepare(kind, base, folder, rng)
             if index >= 0:
                 _mutate(kind, base, folder, rng)
             elif kind == "gguf":
-                shutil.rmtree(folder)
-                folder.mkdir()
-                convert_gguf(base / "tiny.gguf", folder, lambda done, total: None)
+                _convert(base / "tiny.gguf", folder)
             start_and_answer(folder)
             outcomes["served"] += 1
         except ConfigError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -12,9 +13,12 @@ from pathlib import Path
 import hostile_files
 import pytest
 
+from chunkllama.config import EngineConfig
+from chunkllama.engine.build import build_engine
 from chunkllama.errors import ConfigError
 from chunkllama.models.config import read_spec
-from chunkllama.models.loading.gguf import convert_gguf
+from chunkllama.models.loading.gguf import convert_gguf, index_gguf
+from chunkllama.models.loading.gguf_index import read_index
 from chunkllama.models.loading.gguf_layout import check_gguf
 from chunkllama.text.tokenizer import load_tokenizer
 
@@ -40,7 +44,7 @@ def run(kind: str, count: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", list(hostile_files.FILES))
 def test_mutations_are_refused_in_one_line_or_served(kind: str, tmp_path: Path) -> None:
-    run(kind, 200, tmp_path)
+    run(kind, 100, tmp_path)
 
 
 @pytest.mark.nightly
@@ -127,6 +131,19 @@ def test_a_token_id_far_beyond_the_others_is_refused(folder: Path) -> None:
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("place", ["vocabulary", "special_tokens_map"])
+def test_a_token_no_grammar_can_hold_is_refused(place: str, folder: Path) -> None:
+    token = "x" * 2000
+    if place == "vocabulary":
+        document = json.loads((folder / "tokenizer.json").read_text())
+        document["model"]["vocab"][token] = 259
+        (folder / "tokenizer.json").write_text(json.dumps(document))
+    else:
+        (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": token}))
+    with pytest.raises(ConfigError, match="a token of 2000 characters"):
+        load_tokenizer(folder)
+
+
 @pytest.fixture
 def gguf_bytes(tmp_path: Path) -> bytes:
     return hostile_files.write_gguf(tmp_path / "good.gguf").read_bytes()
@@ -176,3 +193,68 @@ def test_a_gguf_cut_short_is_refused(length: int, gguf_bytes: bytes, tmp_path: P
     (tmp_path / "bad.gguf").write_bytes(gguf_bytes[:length])
     with pytest.raises(ConfigError, match="GGUF"):
         check_gguf(tmp_path / "bad.gguf")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors", "x.json"]
+)
+def test_pipes_and_devices_of_a_folder_are_not_opened(name: str, folder: Path) -> None:
+    """A reader would wait at a pipe, and take all memory for /dev/zero."""
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ConfigError, match=f"{name}: a device, pipe or socket"):
+        read_spec(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match=f"{name}: a device, pipe or socket"):
+        read_spec(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "chat_template.jinja", "tokenizer.model"]
+)
+def test_files_too_large_to_be_read_as_a_whole_are_refused(name: str, folder: Path) -> None:
+    with (folder / name).open("wb") as file:
+        file.truncate(2**36)  # sparse
+    with pytest.raises(ConfigError, match="larger than 256 MiB"):
+        read_spec(folder)
+
+
+@pytest.fixture
+def indexed(gguf_bytes: bytes, folder: Path, tmp_path: Path) -> Path:
+    """A folder for a GGUF file that is served where it lies."""
+    for file in folder.iterdir():
+        file.unlink()
+    index_gguf(tmp_path / "good.gguf", folder)
+    return folder
+
+
+def test_a_damaged_index_of_a_gguf_is_refused(indexed: Path) -> None:
+    assert read_index(indexed)
+    text = (indexed / "gguf.json").read_text()
+    (indexed / "gguf.json").write_text(text.replace('"heads": 2', '"heads": 3', 1))
+    with pytest.raises(ConfigError, match="damaged"):
+        read_index(indexed)
+
+
+def test_an_index_of_a_publisher_reads_no_other_file(indexed: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"s" * 1000)
+    tensor = {"type": "F32", "shape": [1, 16], "begin": 0, "end": 64, "heads": 0}
+    content = {"file": str(secret), "size": 1000, "tensors": {"lm_head.weight": tensor}}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (indexed / "gguf.json").write_text(json.dumps(content | {"sha256": digest}))
+    with pytest.raises(ConfigError, match="secret"):
+        read_index(indexed)
+
+
+def test_a_gguf_may_keep_one_projection_of_a_layer_in_floats(tmp_path: Path) -> None:
+    """Rows of K in llama.cpp's order and in the type that is computed in, beside a quantized Q."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    path = hostile_files.write_gguf(tmp_path / "mixed.gguf", quantized=("blk.0.attn_q",))
+    index_gguf(path, folder)
+    config = EngineConfig.from_flat(
+        model=str(folder), num_chunks=8, threads=1, dtype="float32", backend="reference"
+    )
+    hostile_files.answer(build_engine(config), [1, 2, 3], {"temperature": 0.0})

@@ -71,8 +71,15 @@ def test_long_texts_leave_the_event_loop(text_parts):
 def test_every_string_of_a_conversation_counts():
     message = {"role": "user", "content": "abc", "reasoning_content": "de"}
     tools = [{"function": {"name": "f", "parameters": {"x": [1, "gh", None]}}}]
-    assert text_size([message]) == len("roleusercontentabcreasoning_contentde")
-    assert text_size([message, tools]) == text_size([message]) + len("functionnamefparametersxgh")
+    assert text_size([message]) == 32 + len("roleusercontentabcreasoning_contentde")
+    # 3 objects
+    more = 3 * 32 + len("functionnamefparametersxgh")
+    assert text_size([message, tools]) == text_size([message]) + more
+
+
+def test_many_short_messages_are_a_long_text():
+    messages = [{"role": "user", "content": "a"}] * 300
+    assert text_size(messages) > LimitsConfig().text_offload_chars
 
 
 def test_texts_that_wait_too_long_may_come_again(text_parts):

@@ -5,10 +5,11 @@ The file itself is not copied. No torch here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chunkllama.errors import ConfigError
 from chunkllama.models.config_file import read_json
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from gguf import ReaderTensor
 
 INDEX = "gguf.json"
+_MAGIC = b"GGUF"
 
 
 def write_index(folder: Path, path: Path, tensors: Iterable[tuple[str, ReaderTensor, int]]) -> None:
@@ -39,16 +41,24 @@ def write_index(folder: Path, path: Path, tensors: Iterable[tuple[str, ReaderTen
         for name, tensor, heads in tensors
     }
     content = {"file": str(path), "size": path.stat().st_size, "tensors": entries}
-    (folder / INDEX).write_text(json.dumps(content))
+    (folder / INDEX).write_text(json.dumps(content | {"sha256": _digest(content)}))
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """SHA-256 of an index without its digest."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_index(folder: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a folder's GGUF file by name.
 
     Raises:
-        ConfigError: the file is gone or has changed, or the index is damaged.
+        ConfigError: the file is gone, has changed or is none of GGUF, or the index is damaged.
     """
     index = read_json(folder / INDEX)
+    damaged = ConfigError(f"{folder / INDEX}: damaged; delete {folder}")
+    if index.pop("sha256", None) != _digest(index):
+        raise damaged
     try:
         path, size = Path(index["file"]), index["size"]
         infos = {
@@ -63,11 +73,19 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
             for name, entry in index["tensors"].items()
         }
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise ConfigError(f"{folder / INDEX}: damaged; delete {folder}") from None
+        raise damaged from None
     try:
-        found = path.stat().st_size
+        found, is_gguf = path.stat().st_size, False
+        # An index that a publisher has put into a folder may name any file of this machine.
+        if path.is_file():
+            with path.open("rb") as file:
+                is_gguf = file.read(len(_MAGIC)) == _MAGIC
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    if found != size or any(not 0 <= info.begin <= info.end <= size for info in infos.values()):
+    if (
+        not is_gguf
+        or found != size
+        or any(not 0 <= info.begin <= info.end <= size for info in infos.values())
+    ):
         raise ConfigError(f"{path}: has changed since it was indexed; delete {folder}")
     return infos

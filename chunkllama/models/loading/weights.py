@@ -143,7 +143,7 @@ class _Loader:
         infos = [self._checkpoint[name] for name in names]
         dtypes = {TORCH_DTYPES[info.dtype] for info in infos}
         orders = [file_order(info) for info in infos]
-        is_plain = len(names) == 1 and dtypes == {self._dtype} and orders == [None]
+        is_plain = len(names) == 1 and dtypes == {self._dtype} and orders[0] is None
         if is_plain and self._device.type == "cpu":
             return self._map(names[0])
         rows = sum(info.shape[0] for info in infos)

@@ -151,6 +151,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # FastAPI's own pages load their scripts from the internet
         redoc_url=None,
+        openapi_url=None,  # built on the event loop; see install_openapi
         redirect_slashes=False,
     )
     app.state.context = context

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
+from starlette.responses import Response
 
 from chunkllama_server.api.schema.anthropic_response import AnthropicErrorBody, AnthropicEvent
 from chunkllama_server.api.schema.chat_response import ChatCompletionChunk
@@ -15,6 +17,7 @@ from chunkllama_server.api.schema.errors import ErrorBody
 from chunkllama_server.api.schema.ollama import OllamaError
 from chunkllama_server.api.schema.response_object import ResponseEvent
 from chunkllama_server.api.schema.tgi import TgiError
+from chunkllama_server.transport.body import json_response
 from chunkllama_server.transport.error_shapes import OVERLOADED
 
 _DESCRIPTIONS = {
@@ -127,7 +130,11 @@ def _event_schemas() -> dict[str, Any]:
 
 
 def install_openapi(app: FastAPI, root_path: str, *, needs_key: bool) -> None:
-    """Serve a document without FastAPI's own 422, and with the key that requests need."""
+    """Serve a document without FastAPI's own 422, and with the key that requests need.
+
+    Building it takes a third of a second, so a thread does.
+    """
+    building = threading.Lock()
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -155,3 +162,8 @@ def install_openapi(app: FastAPI, root_path: str, *, needs_key: bool) -> None:
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
+
+    @app.get("/openapi.json", include_in_schema=False)
+    def read_document() -> Response:
+        with building:
+            return json_response(document())

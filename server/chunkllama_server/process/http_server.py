@@ -21,6 +21,7 @@ from chunkllama.errors import ConfigError, EngineDeadError
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineStats
 from chunkllama.model_spec import ModelSpec
+from chunkllama.resources import freeze_heap
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama.text.chat_template import ChatTemplate, load_chat_template
 from chunkllama.text.tokenizer import load_tokenizer
@@ -48,6 +49,7 @@ from chunkllama_server.transport.connections import (
 )
 from chunkllama_server.transport.host_check import is_loopback
 from chunkllama_server.transport.http_protocol import make_protocol
+from chunkllama_server.transport.paths import build_routes
 
 logger = init_logger(__name__)
 
@@ -153,6 +155,9 @@ class Application:
             tracing=self._tracing,
         )
         app.include_router(dashboard.router)
+        admin_app = create_admin_app(app.state.context)
+        for routes in (app.routes, admin_app.routes if admin is not None else ()):
+            build_routes(routes)
         limits = _limits(settings)
         config = _uvicorn_config(settings, app, limits)
         server = DrainingServer(config, engine, settings.drain_seconds)
@@ -186,6 +191,7 @@ class Application:
         scheme = "https" if settings.ssl_certfile else "http"
         host, port = main.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
+        freeze_heap()
         _listen(main, "port")
         elapsed = time.monotonic() - started
         logger.info("ready at %s://%s:%d after %.1f s", scheme, host, port, elapsed)
@@ -200,7 +206,7 @@ class Application:
         ).start()
         limit_accept_log(asyncio.get_running_loop())
         notify_supervisor("READY=1")
-        async with _admin_server(settings, app, admin, limits):
+        async with _admin_server(settings, admin_app, admin, limits):
             await server.serve(sockets=[main])
             engine.cache_watchers.close(EngineDeadError("the server is stopping"))
             if self._snapshots is not None and not server.force_exit:
@@ -276,7 +282,7 @@ async def _admin_server(
         max_peer_connections=_ADMIN_CONNECTIONS,
         reserved_connections=_ADMIN_CONNECTIONS,
     )
-    server = uvicorn.Server(_uvicorn_config(settings, create_admin_app(app.state.context), limits))
+    server = uvicorn.Server(_uvicorn_config(settings, app, limits))
     # Signals are the main server's; this one ends with it.
     task = asyncio.create_task(server._serve([sock]))
     try:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from itertools import chain
 from typing import Any, NoReturn
 
 import msgspec
@@ -21,6 +22,7 @@ from chunkllama_server.config.settings import Settings
 from chunkllama_server.transport.errors import ApiError, exceeded, invalid
 from chunkllama_server.transport.paths import names_json
 
+_CONTAINERS = frozenset((dict, list))
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -42,13 +44,6 @@ _CHARSET = re.compile(r";\s*charset\s*=\s*\"?([\w.:+-]{1,40})\"?", re.IGNORECASE
 
 def _refuse_constant(name: str) -> NoReturn:
     raise invalid(f"{name} is not a JSON number", code="invalid_json")
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise invalid(f"{text[:20]} is too large a number", code="invalid_json")
-    return value
 
 
 def named_charset(headers: Headers) -> str | None:
@@ -105,9 +100,7 @@ def parse_json(
     try:
         raw = _as_utf8(raw, charset)
         _check_counts(raw, limits)
-        parsed = json.loads(
-            raw.decode(), parse_constant=_refuse_constant, parse_float=_finite_float
-        )
+        parsed = json.loads(raw.decode(), parse_constant=_refuse_constant)
         _check_shape(parsed, limits)
         if b"\\u" in raw:
             text = json.dumps(parsed, ensure_ascii=False)
@@ -146,24 +139,28 @@ def _count(raw: bytes, marks: tuple[bytes, ...]) -> int:
 
 
 def _check_shape(value: Any, limits: LimitsConfig) -> None:
-    """Refuse what is short to send and long to check."""
-    nodes: list[Any] = [[value]]
+    """Refuse what is short to send and long to check, and numbers beyond a double.
+
+    A level's values are listed and looked through without a line of Python for each.
+    """
+    level = [value]
     num_objects = 0
     for _ in range(limits.max_json_depth + 1):
-        members = [len(node) for node in nodes if isinstance(node, dict)]
+        kinds = set(map(type, level))
+        if float in kinds and (math.inf in level or -math.inf in level):
+            raise invalid("The body has a number that no double holds", code="invalid_json")
+        if kinds.isdisjoint(_CONTAINERS):
+            return
+        nodes = [child for child in level if type(child) in _CONTAINERS]
+        members = [len(node) for node in nodes if type(node) is dict]
         num_objects += len(members)
         if num_objects > limits.max_json_objects:
             raise exceeded(limits, "max_json_objects")
         if max(members, default=0) > limits.max_json_members:
             raise exceeded(limits, "max_json_members")
-        nodes = [
-            child
-            for node in nodes
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, (dict, list))
-        ]
-        if not nodes:
-            return
+        level = list(
+            chain.from_iterable(node.values() if type(node) is dict else node for node in nodes)
+        )
     raise exceeded(limits, "max_json_depth")
 
 

@@ -17,6 +17,8 @@ from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.transport.errors import ApiError, exceeded, invalid
 
 T = TypeVar("T")
+# What a template does for a message without a text, in characters to tokenize.
+_OBJECT_CHARS = 32
 # A text that took longer here has delayed every other request as long.
 _SLOW_SECONDS = 0.05
 Message = dict[str, Any]
@@ -161,13 +163,16 @@ def texts_size(prompts: Iterable[str | list[int]]) -> int:
 
 
 def text_size(value: Any) -> int:
-    """Characters of all strings in plain data, to decide where to tokenize it."""
+    """Characters of all strings in plain data, to decide where to tokenize it; each object counts
+    as some more.
+    """
     size, pending = 0, [value]
     while pending:
         item = pending.pop()
         if isinstance(item, str):
             size += len(item)
         elif isinstance(item, dict):
+            size += _OBJECT_CHARS
             pending += [*item.keys(), *item.values()]
         elif isinstance(item, list):
             pending += item

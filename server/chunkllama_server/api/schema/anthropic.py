@@ -45,9 +45,12 @@ class ContentBlock(RequestModel):
     tool_use_id: str | None = Field(
         default=None, max_length=256, description="Honoured: required for tool_result."
     )
-    content: str | Annotated[list[ContentBlock], Field(max_length=1024)] | dict[str, Any] | None = (
-        Field(default=None, description="Honoured: of a tool_result, text or blocks.")
-    )
+    content: (
+        str
+        | Annotated[list[ContentBlock], Field(max_length=1024, fail_fast=True)]
+        | dict[str, Any]
+        | None
+    ) = Field(default=None, description="Honoured: of a tool_result, text or blocks.")
     is_error: bool | None = Field(
         default=None, description='Honoured: the result then begins with "Error:".'
     )
@@ -69,7 +72,7 @@ class MessageTurn(RequestModel):
     """One message of a conversation."""
 
     role: Literal["user", "assistant", "system"] = Field(description="Honoured.")
-    content: str | Annotated[list[ContentBlock], Field(max_length=4096)] = Field(
+    content: str | Annotated[list[ContentBlock], Field(max_length=4096, fail_fast=True)] = Field(
         description="Honoured: text or blocks. A last message of the assistant is continued."
     )
 
@@ -98,7 +101,10 @@ class ToolDefinition(RequestModel):
     input_examples: list[Any] | None = Field(default=None, description="Ignored and named.")
     defer_loading: bool | None = Field(default=None, description="Ignored and named.")
     allowed_callers: list[str] | None = Field(
-        default=None, description="Ignored: only the model calls tools."
+        default=None,
+        max_length=64,
+        fail_fast=True,
+        description="Ignored: only the model calls tools.",
     )
     eager_input_streaming: bool | None = Field(
         default=None, description="Ignored: arguments stream as they are generated."
@@ -170,11 +176,13 @@ class CountTokensRequest(RequestModel):
         default="",
         description="Honoured: a served model name; another is 404. Absent: the served model.",
     )
-    messages: list[MessageTurn] = Field(min_length=1, max_length=4096, description="Honoured.")
-    system: str | Annotated[list[ContentBlock], Field(max_length=1024)] | None = Field(
-        default=None, description="Honoured: text, or text blocks."
+    messages: list[MessageTurn] = Field(
+        min_length=1, max_length=4096, fail_fast=True, description="Honoured."
     )
-    tools: Annotated[list[ToolDefinition], Field(max_length=128)] | None = Field(
+    system: str | Annotated[list[ContentBlock], Field(max_length=1024, fail_fast=True)] | None = (
+        Field(default=None, description="Honoured: text, or text blocks.")
+    )
+    tools: Annotated[list[ToolDefinition], Field(max_length=128, fail_fast=True)] | None = Field(
         default=None, description="Honoured."
     )
     tool_choice: ToolChoice | None = Field(default=None, description="Honoured.")

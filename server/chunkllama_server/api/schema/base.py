@@ -154,6 +154,7 @@ class StructuredOutputs(RequestModel):
         default=None,
         min_length=1,
         max_length=1024,
+        fail_fast=True,
         description="Honoured: the output is one of these.",
     )
     grammar: str | None = Field(

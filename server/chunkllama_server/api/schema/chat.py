@@ -73,12 +73,12 @@ class ChatMessage(RequestModel):
         "assistant, tool, function. Another role is a user's in the past, and refused in the turn "
         "to be answered.",
     )
-    content: str | Annotated[list[ContentPart], Field(max_length=1024)] | None = Field(
-        default=None, description="Honoured: text, or text parts. null is an empty text."
+    content: str | Annotated[list[ContentPart], Field(max_length=1024, fail_fast=True)] | None = (
+        Field(default=None, description="Honoured: text, or text parts. null is an empty text.")
     )
     name: str | None = Field(default=None, description="Honoured through the template.")
     tool_calls: list[MessageToolCall] | None = Field(
-        default=None, max_length=4096, description="Honoured through the template."
+        default=None, max_length=4096, fail_fast=True, description="Honoured through the template."
     )
     tool_call_id: str | None = Field(
         default=None, description="Honoured: required for role tool where no call is open."
@@ -164,7 +164,7 @@ class AllowedTools(RequestModel):
 
     mode: Literal["auto", "required"] = Field(description="Honoured.")
     tools: list[dict[str, Any]] = Field(
-        min_length=1, max_length=128, description="Honoured: functions by name."
+        min_length=1, max_length=128, fail_fast=True, description="Honoured: functions by name."
     )
 
 
@@ -224,7 +224,9 @@ class CacheMark:
 class ChatCompletionRequest(SamplingFields):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=4096, description="Honoured.")
+    messages: list[ChatMessage] = Field(
+        min_length=1, max_length=4096, fail_fast=True, description="Honoured."
+    )
     logprobs: bool | None = Field(default=None, description="Honoured.")
     top_logprobs: int | None = Field(
         default=None, ge=0, le=20, description="Honoured: needs logprobs."
@@ -239,7 +241,7 @@ class ChatCompletionRequest(SamplingFields):
         description="Honoured (deprecated): max_completion_tokens wins.",
     )
     response_format: ResponseFormat | None = Field(default=None, description="Honoured.")
-    tools: Annotated[list[ChatTool], Field(max_length=128)] | None = Field(
+    tools: Annotated[list[ChatTool], Field(max_length=128, fail_fast=True)] | None = Field(
         default=None, description="Honoured."
     )
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = Field(
@@ -248,9 +250,10 @@ class ChatCompletionRequest(SamplingFields):
     parallel_tool_calls: bool | None = Field(
         default=None, description="Honoured: false allows one call."
     )
-    functions: Annotated[list[FunctionDefinition], Field(min_length=1, max_length=128)] | None = (
-        Field(default=None, description="Honoured (deprecated): tools, answered in the old shape.")
-    )
+    functions: (
+        Annotated[list[FunctionDefinition], Field(min_length=1, max_length=128, fail_fast=True)]
+        | None
+    ) = Field(default=None, description="Honoured (deprecated): tools, answered in the old shape.")
     function_call: Literal["none", "auto"] | NamedFunction | None = Field(
         default=None, description="Honoured (deprecated): tool_choice."
     )
@@ -285,7 +288,10 @@ class ChatCompletionRequest(SamplingFields):
         default=None, description="Ignored and named: completions are not stored."
     )
     modalities: list[Literal["text", "audio"]] | None = Field(
-        default=None, description="Validated: text only, audio is refused."
+        default=None,
+        max_length=16,
+        fail_fast=True,
+        description="Validated: text only, audio is refused.",
     )
     audio: Any = Field(default=None, description="Refused.")
     web_search_options: Any = Field(default=None, description="Refused.")

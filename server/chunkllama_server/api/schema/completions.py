@@ -16,7 +16,7 @@ PromptIds = Annotated[TokenIds, Field(min_length=1, max_length=2**20)]
 Prompt = (
     str
     | PromptIds
-    | Annotated[list[str], Field(min_length=1, max_length=1024)]
+    | Annotated[list[str], Field(min_length=1, max_length=1024, fail_fast=True)]
     | Annotated[list[PromptIds], Field(min_length=1, max_length=1024, fail_fast=True)]
 )
 

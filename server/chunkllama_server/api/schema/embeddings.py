@@ -14,7 +14,7 @@ InputIds = Annotated[TokenIds, Field(min_length=1, max_length=2**20)]
 EmbeddingInput = (
     str
     | InputIds
-    | Annotated[list[str], Field(min_length=1, max_length=2048)]
+    | Annotated[list[str], Field(min_length=1, max_length=2048, fail_fast=True)]
     | Annotated[list[InputIds], Field(min_length=1, max_length=2048, fail_fast=True)]
 )
 

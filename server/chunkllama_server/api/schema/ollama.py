@@ -95,7 +95,7 @@ class OllamaMessage(RequestModel):
     role: Literal["system", "user", "assistant", "tool"] = Field(description="Honoured.")
     content: str | None = Field(default=None, description="Honoured.")
     thinking: str | None = Field(default=None, description="Honoured through the template.")
-    tool_calls: Annotated[list[OllamaCall], Field(max_length=4096)] | None = Field(
+    tool_calls: Annotated[list[OllamaCall], Field(max_length=4096, fail_fast=True)] | None = Field(
         default=None, description="Honoured through the template."
     )
     tool_name: str | None = Field(
@@ -111,10 +111,10 @@ class OllamaMessage(RequestModel):
 class OllamaChatRequest(OllamaGeneration):
     """Body of POST /api/chat."""
 
-    messages: Annotated[list[OllamaMessage], Field(max_length=4096)] | None = Field(
+    messages: Annotated[list[OllamaMessage], Field(max_length=4096, fail_fast=True)] | None = Field(
         default=None, description="Honoured: without a message nothing is generated."
     )
-    tools: Annotated[list[ChatTool], Field(max_length=128)] | None = Field(
+    tools: Annotated[list[ChatTool], Field(max_length=128, fail_fast=True)] | None = Field(
         default=None, description="Honoured."
     )
 
@@ -139,7 +139,7 @@ class OllamaGenerateRequest(OllamaGeneration):
 class OllamaEmbedRequest(OllamaRequest):
     """Body of POST /api/embed."""
 
-    input: str | Annotated[list[str], Field(max_length=2048)] = Field(
+    input: str | Annotated[list[str], Field(max_length=2048, fail_fast=True)] = Field(
         description="Honoured: up to 2048 texts."
     )
     truncate: bool | None = Field(

@@ -50,8 +50,8 @@ class InputItem(RequestModel):
         default=None,
         description="Honoured: required for a message; as the role of a message of chat.",
     )
-    content: str | Annotated[list[InputPart], Field(max_length=1024)] | None = Field(
-        default=None, description="Honoured: required for a message."
+    content: str | Annotated[list[InputPart], Field(max_length=1024, fail_fast=True)] | None = (
+        Field(default=None, description="Honoured: required for a message.")
     )
     call_id: str | None = Field(default=None, description="Honoured for calls.")
     name: str | None = Field(default=None, description="Honoured for a function call.")
@@ -126,7 +126,11 @@ class ResponseToolChoice(RequestModel):
     name: Name | None = Field(default=None, description="Honoured.")
     mode: Literal["auto", "required"] | None = Field(default=None, description="Honoured.")
     tools: list[dict[str, Any]] | None = Field(
-        default=None, min_length=1, max_length=128, description="Honoured: functions by name."
+        default=None,
+        min_length=1,
+        max_length=128,
+        fail_fast=True,
+        description="Honoured: functions by name.",
     )
 
 
@@ -157,7 +161,11 @@ class ResponseRequest(GenerationFields):
         default="",
         description="Honoured: a served model name; another is 404. Absent: the served model.",
     )
-    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=4096)] | None = Field(
+    input: (
+        str
+        | Annotated[list[InputItem], Field(min_length=1, max_length=4096, fail_fast=True)]
+        | None
+    ) = Field(
         default=None, description="Honoured: text, or items. Optional after a previous response."
     )
     instructions: str | None = Field(
@@ -178,7 +186,7 @@ class ResponseRequest(GenerationFields):
         default=None, description="Validated: 400 without stream."
     )
     text: TextOptions | None = Field(default=None, description="Honoured.")
-    tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = Field(
+    tools: Annotated[list[ResponseTool], Field(max_length=128, fail_fast=True)] | None = Field(
         default=None, description="Honoured: functions."
     )
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = Field(

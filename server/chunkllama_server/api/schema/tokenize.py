@@ -18,15 +18,15 @@ class PromptBody(RequestModel):
         default=None, description="Honoured: a served model name; another is 404."
     )
     prompt: str | None = Field(default=None, description="Honoured: text; excludes messages.")
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = Field(
-        default=None, description="Honoured: a conversation; excludes prompt."
-    )
+    messages: (
+        Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)] | None
+    ) = Field(default=None, description="Honoured: a conversation; excludes prompt.")
     add_special_tokens: bool | None = Field(
         default=None, description="Honoured for a prompt: whether it begins with BOS. Default true."
     )
     add_generation_prompt: bool | None = Field(default=None, description="Honoured for messages.")
     continue_final_message: bool | None = Field(default=None, description="Honoured for messages.")
-    tools: Annotated[list[ChatTool], Field(max_length=128)] | None = Field(
+    tools: Annotated[list[ChatTool], Field(max_length=128, fail_fast=True)] | None = Field(
         default=None, description="Honoured for messages."
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
