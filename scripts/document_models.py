@@ -34,7 +34,7 @@ chunks and prefix cache, after a warning: eager and slower, with the same result
 weights are read and no code of the folder is executed. At start the model is probed, and an answer
 over cached keys and values is compared with transformers' own attention. Refused, by name: layers
 that keep another state (Mamba, linear attention), attention sinks, rotary embedding that depends on
-a sequence's length (dynamic, longrope), quantized weights, and attention in code of the model's own,
+a sequence's length (dynamic, longrope), quantized weights, and attention in a model's own code,
 without transformers' AttentionInterface (Falcon, MPT, BLOOM).
 
 ## Sliding windows
