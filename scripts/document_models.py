@@ -34,7 +34,8 @@ chunks and prefix cache, after a warning: eager and slower, with the same result
 weights are read and no code of the folder is executed. At start the model is probed, and an answer
 over cached keys and values is compared with transformers' own attention. Refused, by name: layers
 that keep another state (Mamba, linear attention), attention sinks, rotary embedding that depends on
-a sequence's length (dynamic, longrope), quantized weights.
+a sequence's length (dynamic, longrope), quantized weights, and attention in a model's own code,
+without transformers' AttentionInterface (Falcon, MPT, BLOOM).
 
 ## Sliding windows
 
@@ -74,12 +75,13 @@ A byte-level file without `tokenizer.ggml.pre` gets llama.cpp's default, with a 
 
 BOS follows the model's files: `add_bos_token` in tokenizer_config.json, else the post-processor
 of tokenizer.json; in GGUF files `tokenizer.ggml.add_bos_token`, else BOS for sentencepiece,
-Llama 3 and Tekken. transformers agrees with two exceptions, both intended:
+Llama 3 and Tekken. The differences from transformers and llama.cpp are intended:
 
-| case | here | transformers 5 |
+| case | here | there |
 | --- | --- | --- |
-| a text that itself begins with BOS | one BOS | two |
-| DeepSeek-V3's folder (`add_bos_token: true`) | BOS, as the file says | none |
+| a text that itself begins with BOS | one BOS | transformers 5: two |
+| DeepSeek-V3's folder (`add_bos_token: true`) | BOS, as the file says | transformers 5: none |
+| decomposed characters in GGUF files of Qwen | NFC, as transformers | llama.cpp: as they are |
 
 ## Check your model
 

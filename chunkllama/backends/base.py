@@ -289,13 +289,16 @@ class Backend(ABC):
         return plan.host.num_rows
 
     def activate(self, x: torch.Tensor, activation: Activation, *, gated: bool) -> torch.Tensor:
-        """Apply the MLP's activation: [T, 2 I] -> act(gate) * up [T, I], or [T, I] -> act(x)."""
+        """Apply the MLP's activation: [T, 2 I] -> act(gate) * up [T, I], or [T, I] -> act(x).
+
+        Computed in float32 and rounded once, to x's dtype.
+        """
         if not gated:
-            return _activate(x, activation)
+            return _activate(x.float(), activation).to(x.dtype)
         if activation == "silu":
             return self.silu_and_mul(x)
         gate, up = x.chunk(2, dim=-1)
-        return _activate(gate, activation) * up
+        return (_activate(gate.float(), activation) * up).to(x.dtype)
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gate_up [T, 2 I] -> silu(gate) * up [T, I]."""

@@ -135,6 +135,10 @@ def _ernie_layer(config: ConfigFile) -> LayerPattern:
     return (replace(layer, activation=config.activation()),)
 
 
+def _partial_rope(config: ConfigFile, head_dim: int) -> tuple[RopeSpec, ...]:
+    return (read_rope(config, head_dim, is_partial=True),)
+
+
 def _interleaved_rope(config: ConfigFile, head_dim: int) -> tuple[RopeSpec, ...]:
     return (read_rope(config, head_dim, interleaved=True),)
 
@@ -168,14 +172,20 @@ def _exaone4_layers(config: ConfigFile) -> LayerPattern:
     layer = replace(layer, activation=config.activation())
     if config.get("sliding_window") is None:
         return (layer,)
-    pattern = _by_type(config, layer, period=config.positive("sliding_window_pattern", 4))
+    period = config.get("sliding_window_pattern")
+    if isinstance(period, str):  # "LLLG": so many layers with a window, and one without
+        period = len(period)
+    elif config.get("layer_types") is None:
+        period = config.positive("sliding_window_pattern", 4)
+    pattern = _by_type(config, layer, period=period or 1)
     return tuple(x if x.window is not None else replace(x, rope=None) for x in pattern)
 
 
 def _gemma_layer(config: ConfigFile) -> LayerPattern:
-    bias = config.flag("attention_bias")
-    layer = LayerSpec(qkv_bias=bias, output_bias=bias)
-    return (replace(layer, activation=config.activation()),)
+    bias, activation = config.flag("attention_bias"), config.activation()
+    if activation == "gelu":  # of the first release's files, which mean its approximation
+        activation = "gelu_tanh"
+    return (LayerSpec(qkv_bias=bias, output_bias=bias, activation=activation),)
 
 
 def _gemma2_layers(config: ConfigFile) -> LayerPattern:
@@ -183,7 +193,7 @@ def _gemma2_layers(config: ConfigFile) -> LayerPattern:
 
 
 def _gemma3_layers(config: ConfigFile) -> LayerPattern:
-    period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+    period = config.get("sliding_window_pattern") or 6
     layer = replace(_gemma_sandwich(config), qk_norm="head")
     return _by_type(config, layer, period=int(period), sliding_rope=1)
 
@@ -290,6 +300,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
             **{"rms_norm_eps": 1e-5},
         },
         names=_FUSED,
+        ropes=_partial_rope,
     ),
     "GraniteForCausalLM": Architecture("granite", _llama_layer, fields=_granite_fields),
     "SeedOssForCausalLM": Architecture(

@@ -12,6 +12,7 @@ from chunkllama.models.architectures import ARCHITECTURES
 from chunkllama.models.config_file import ConfigFile, read_json
 from chunkllama.models.folder_check import check_folder
 from chunkllama.models.loading.module_tensors import quantization_method
+from chunkllama.models.loading.safetensors import stored_dtype
 from chunkllama.models.spec_checks import check_numbers, default_sampling, usable_eos_ids
 
 _DECODERS = ("ForCausalLM", "LMHeadModel")
@@ -19,7 +20,8 @@ _DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """Read config.json, generation_config.json and the tokenizer's end-of-sequence token.
+    """Read config.json, generation_config.json and the tokenizer's end-of-sequence token; where
+    config.json names no dtype it is that of the tensors.
 
     Raises:
         ConfigError: the folder is no model, a file is missing or not JSON, a value is out of
@@ -34,7 +36,10 @@ def read_spec(folder: Path) -> ModelSpec:
         raise ConfigError(
             f"{folder / 'tokenizer_config.json'}: a value has the wrong type: {error}"
         ) from None
-    return parse_spec(read_json(path), path, generation, tokenizer_eos)
+    values = read_json(path)
+    if not (values.get("dtype") or values.get("torch_dtype")):
+        values["dtype"] = stored_dtype(folder)
+    return parse_spec(values, path, generation, tokenizer_eos)
 
 
 def parse_spec(
@@ -67,8 +72,8 @@ def _parse(
         raise config.error(
             f"quantized checkpoints of {name} are not supported; use bfloat16 weights"
         )
-    hidden = _size(config, "hidden_size", "n_embd")
-    heads = _size(config, "num_attention_heads", "n_head")
+    hidden = _size(config, "hidden_size", "n_embd", "d_model")
+    heads = _size(config, "num_attention_heads", "n_head", "n_heads")
     kv_heads = config.positive("num_key_value_heads", heads)
     head_dim = config.positive("head_dim", hidden // heads)
     if heads % kv_heads:
@@ -81,7 +86,7 @@ def _parse(
     common: dict[str, Any] = {
         "architecture": name,
         "is_native": entry is not None,
-        "num_layers": _size(config, "num_hidden_layers", "n_layer"),
+        "num_layers": _size(config, "num_hidden_layers", "n_layer", "n_layers"),
         "hidden_size": hidden,
         "num_qo_heads": heads,
         "num_kv_heads": kv_heads,
@@ -99,7 +104,7 @@ def _parse(
         ),
     }
     if entry is None:
-        length = _size(config, "max_position_embeddings", "n_positions")
+        length = _size(config, "max_position_embeddings", "n_positions", "max_seq_len")
         return ModelSpec(**common, intermediate_size=hidden, max_position=length, ropes=())
     ropes = entry.ropes(config, head_dim)
     return ModelSpec(
@@ -124,11 +129,10 @@ def _max_position(config: ConfigFile, ropes: tuple[RopeSpec, ...]) -> int:
     return stated
 
 
-def _size(config: ConfigFile, key: str, other_key: str) -> int:
-    """A size by the first of two names that config.json has."""
-    return config.positive(
-        key, None if config.get(other_key) is None else config.positive(other_key)
-    )
+def _size(config: ConfigFile, key: str, *other_keys: str) -> int:
+    """A size by the first of the names that config.json has."""
+    found = next((x for x in (key, *other_keys) if config.get(x) is not None), key)
+    return config.positive(found)
 
 
 def _architecture(values: dict[str, Any], path: Path) -> str:

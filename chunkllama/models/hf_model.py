@@ -28,6 +28,7 @@ _NAME: Final = "chunkllama"
 _STATELESS_LAYERS: Final = {"full_attention", "sliding_attention"}
 # Attention sinks, masks of the model's own, and learned biases.
 _REFUSED: Final = ("s_aux", "attention_mask", "position_bias")
+_OWN_ATTENTION: Final = "it computes attention in code of its own (no AttentionInterface)"
 _PROBE: Final = 6
 # Of the largest logit, between the first answer through the pool and transformers' own attention.
 _TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -106,6 +107,11 @@ def _attend(
 
 class _GivenHidden(torch.nn.Module):
     """Stands for the decoder where only the head is to be computed."""
+
+    @property
+    def decoder(self) -> _GivenHidden:
+        """Itself: OPT's decoder lies one module deeper."""
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -221,7 +227,11 @@ class TransformersModel:
                 probe,
             )
         except (AttributeError, IndexError, KeyError, LookupError, TypeError, ValueError) as error:
+            if not probe.calls:
+                raise self._unsupported(_OWN_ATTENTION) from None
             raise self._unsupported(" ".join(f"{type(error).__name__}: {error}".split())) from None
+        if not probe.calls:
+            raise self._unsupported(_OWN_ATTENTION)
         calls = [probe.calls.get(layer, []) for layer in range(spec.num_layers)]
         if any(len(layer) != 1 for layer in calls) or len(probe.calls) != spec.num_layers:
             raise self._unsupported("a layer has no attention of its own, or more than one")
@@ -303,6 +313,8 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         )
     except (AttributeError, ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
+        if isinstance(error, KeyError) and error.args == (_NAME,):  # a table of its own
+            reason = _OWN_ATTENTION
         raise ConfigError(f"{folder}: transformers cannot load it: {reason}") from None
     if missing := sorted(loading["missing_keys"]):  # transformers would make them up
         raise ConfigError(

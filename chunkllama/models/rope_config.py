@@ -25,14 +25,19 @@ def read_rope(
     head_dim: int,
     *,
     interleaved: bool = False,
+    is_partial: bool = False,
     alpha_stretches_base: bool = False,
 ) -> RopeSpec:
     """``rope_parameters`` (transformers 5), or the older ``rope_scaling`` and ``rope_theta``.
 
-    With ``alpha_stretches_base`` the type "dynamic" with an ``alpha`` is the default one with a
-    larger base, alike for all lengths (HunYuan).
+    With ``is_partial`` a ``partial_rotary_factor`` counts, which transformers ignores for other
+    families. With ``alpha_stretches_base`` the type "dynamic" with an ``alpha`` is the default one
+    with a larger base, alike for all lengths (HunYuan).
     """
-    raw = _object(config, raw_parameters(config))
+    # As transformers: the older name counts where a file has both.
+    raw = _object(config, config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if not is_partial:
+        raw = {**raw, "partial_rotary_factor": 1.0}
     kind = raw.get("rope_type") or raw.get("type")
     if not (alpha_stretches_base and kind == "dynamic" and raw.get("alpha")):
         return _parse(config, raw, head_dim, interleaved=interleaved)
@@ -47,23 +52,20 @@ def read_ropes_by_type(
     config: ConfigFile, head_dim: int, *, local_key: str
 ) -> tuple[RopeSpec, RopeSpec]:
     """The ropes of full and of sliding attention. Older files give the base of the latter as
-    ``local_key`` and scale only the former.
+    ``local_key``, and ``rope_scaling`` of the former alone.
     """
-    raw = _object(config, raw_parameters(config))
+    raw = _object(config, config.get("rope_parameters") or {})
     full, sliding = raw, {}
     if "full_attention" in raw or "sliding_attention" in raw:
         full = _object(config, raw.get("full_attention") or {})
         sliding = _object(config, raw.get("sliding_attention") or {})
+    full = {**full, **_object(config, config.get("rope_scaling") or {})}
     local_theta = sliding.get("rope_theta") or config.get(local_key)
+    whole = {"partial_rotary_factor": 1.0}
     return (
-        _parse(config, full, head_dim),
-        _parse(config, {**sliding, "rope_theta": local_theta}, head_dim),
+        _parse(config, {**full, **whole}, head_dim),
+        _parse(config, {**sliding, **whole, "rope_theta": local_theta}, head_dim),
     )
-
-
-def raw_parameters(config: ConfigFile) -> Any:
-    """The parameters as the file has them."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
 def _object(config: ConfigFile, raw: Any) -> dict[str, Any]:

@@ -39,11 +39,16 @@ def set_llama_parts(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> No
     backend.pre_tokenizer = pre_tokenizers.Metaspace(
         replacement=SPIECE_SPACE, prepend_scheme=scheme, split=False
     )
+    backend.decoder = space_decoder(strips=prefix_space)
+
+
+def space_decoder(*, strips: bool) -> Any:
+    """Spaces from U+2581 and bytes from their tokens; ``strips``: without the first space."""
     steps: list[Any] = [
         decoders.Replace(SPIECE_SPACE, " "),
         decoders.ByteFallback(),
         decoders.Fuse(),
     ]
-    if prefix_space:
+    if strips:
         steps.append(decoders.Strip(content=" ", left=1))
-    backend.decoder = decoders.Sequence(steps)
+    return decoders.Sequence(steps)

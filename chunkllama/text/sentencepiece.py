@@ -1,20 +1,28 @@
-"""Read a sentencepiece ``tokenizer.model`` (Llama 1/2) into the vocabulary and merges of a
-byte-fallback BPE."""
+"""Read a sentencepiece ``tokenizer.model`` into a byte-fallback BPE: as LlamaTokenizer of
+transformers reads it, or as sentencepiece itself encodes.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from tokenizers import AddedToken
+import tokenizers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from chunkllama.errors import ConfigError
+from chunkllama.text.llama_parts import SPIECE_SPACE, space_decoder
 
-_BPE, _CONTROL, _USER_DEFINED = (
-    2,
-    3,
-    4,
-)  # sentencepiece_model.proto: TrainerSpec.ModelType, OutputDelta.Type
+# sentencepiece_model.proto: TrainerSpec.ModelType, SentencePiece.Type
+_BPE, _NORMAL, _CONTROL, _USER_DEFINED = 2, 1, 3, 4
+# Model types whose tokenizer files say how to encode; others get the rules of LlamaTokenizer.
+KEEP_RULES: Final = frozenset(
+    {
+        *("mistral", "mixtral", "ministral", "ministral3", "phi3", "phimoe"),
+        *("ernie4_5", "ernie4_5_moe", "internlm3", "minicpm3", "jamba", "nemotron"),
+    }
+)
 
 
 def load_sentencepiece(
@@ -25,6 +33,71 @@ def load_sentencepiece(
     Raises:
         ConfigError: the file is damaged or not a BPE model.
     """
+    proto = _read(path)
+    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    return vocab, _merges(vocab), _added_tokens(proto)
+
+
+def as_the_model_says(path: Path, *, legacy: bool) -> tokenizers.Tokenizer:
+    """A tokenizer with the ids of ``SentencePieceProcessor.encode``.
+
+    Args:
+        legacy: a space goes before each piece of text between control tokens, and before a text
+            that begins with a space; otherwise before the first one, unless it begins with a space.
+
+    Raises:
+        ConfigError: as ``load_sentencepiece``.
+    """
+    proto = _read(path)
+    rules = proto.normalizer_spec
+    if rules.precompiled_charsmap:
+        raise ConfigError(f"{path} normalises characters by a table, which is not supported")
+    scores = {
+        piece.piece: (-piece.score, index)
+        for index, piece in enumerate(proto.pieces)
+        if piece.type == _NORMAL
+    }
+    merges = sorted(
+        (*scores[piece], piece[:cut], piece[cut:])
+        for piece in scores
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    )
+    whole = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={piece.piece: index for index, piece in enumerate(proto.pieces)},
+            merges=[(left, right) for *_, left, right in merges],
+            unk_token=proto.trainer_spec.unk_piece,
+            fuse_unk=True,
+            byte_fallback=True,
+            ignore_merges=bool(whole),
+        )
+    )
+    steps: list[Any] = [normalizers.Replace(" ", SPIECE_SPACE)]
+    if rules.remove_extra_whitespaces:
+        outer = normalizers.Replace(Regex(r"\A +| +\z"), "")
+        steps = [outer, normalizers.Replace(Regex(" {2,}"), " "), *steps]
+    if rules.add_dummy_prefix and legacy:
+        # Metaspace adds none where one stands already.
+        steps.append(normalizers.Replace(Regex(rf"\A{SPIECE_SPACE}"), 2 * SPIECE_SPACE))
+    backend.normalizer = normalizers.Sequence(steps)
+    splits: list[Any] = []
+    if rules.add_dummy_prefix:
+        scheme = "always" if legacy else "first"
+        splits.append(
+            pre_tokenizers.Metaspace(replacement=SPIECE_SPACE, prepend_scheme=scheme, split=False)
+        )
+    if whole:
+        pattern = "|".join(re.escape(piece) for piece in sorted(whole, key=len, reverse=True))
+        splits.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    backend.decoder = space_decoder(strips=rules.add_dummy_prefix)
+    backend.add_special_tokens([token for token in _added_tokens(proto) if token.special])
+    return backend
+
+
+def _read(path: Path) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
     proto: Any = vars(sentencepiece_model_pb2)["ModelProto"]()
@@ -38,13 +111,15 @@ def load_sentencepiece(
         raise ConfigError(
             f"{path} is not a sentencepiece BPE model, the only kind Llama models use"
         )
-    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-    added = [
+    return proto
+
+
+def _added_tokens(proto: Any) -> list[AddedToken]:
+    return [
         AddedToken(piece.piece, normalized=False, special=piece.type == _CONTROL)
         for piece in proto.pieces
         if piece.type in (_CONTROL, _USER_DEFINED)
     ]
-    return vocab, _merges(vocab), added
 
 
 def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:

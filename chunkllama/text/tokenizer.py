@@ -26,7 +26,7 @@ from chunkllama.text.llama_parts import (
     is_byte_level,
     set_llama_parts,
 )
-from chunkllama.text.sentencepiece import load_sentencepiece
+from chunkllama.text.sentencepiece import KEEP_RULES, as_the_model_says, load_sentencepiece
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
@@ -242,15 +242,7 @@ def _load(path: Path) -> Tokenizer:
         backend = tiktoken_file.load_tiktoken(spm_path, _listed_tokens(config))
         config = {**tiktoken_file.DEFAULTS, **config}
     elif spm_path.is_file():
-        vocab, merges, added = load_sentencepiece(spm_path)
-        backend = tokenizers.Tokenizer(
-            models.BPE(
-                vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token="<unk>"
-            )
-        )
-        set_llama_parts(backend, config)
-        for token in added:
-            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        backend = _load_sentencepiece(spm_path, config, model_config)
         config = {
             "bos_token": "<s>",
             "eos_token": "</s>",
@@ -273,15 +265,30 @@ def _load(path: Path) -> Tokenizer:
     )
 
 
+def _load_sentencepiece(
+    path: Path, config: dict[str, Any], model_config: dict[str, Any]
+) -> tokenizers.Tokenizer:
+    if model_config.get("model_type") in KEEP_RULES:
+        return as_the_model_says(path, legacy=config.get("legacy") is not False)
+    vocab, merges, added = load_sentencepiece(path)
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token="<unk>")
+    )
+    set_llama_parts(backend, config)
+    for token in added:
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    return backend
+
+
 def _load_json(
     path: Path, config: dict[str, Any], model_config: dict[str, Any]
 ) -> tokenizers.Tokenizer:
     """Load tokenizer.json unchanged, or rebuilt where transformers uses its LlamaTokenizer for the
     folder."""
     declared = config.get("tokenizer_class") or model_config.get("tokenizer_class")
-    is_mistral = model_config.get("model_type") in ("mistral", "mixtral")
+    keeps_rules = model_config.get("model_type") in KEEP_RULES
     try:
-        if declared in ("LlamaTokenizer", "LlamaTokenizerFast") and not is_mistral:
+        if declared in ("LlamaTokenizer", "LlamaTokenizerFast") and not keeps_rules:
             document = read_json(path)
             if not is_byte_level(document):
                 return tokenizers.Tokenizer.from_str(

@@ -3,11 +3,18 @@
 // done, by any of the threads. So a thread whose core runs another process (the API's, a client's)
 // delays the others only if it was preempted while it worked on a unit.
 #pragma once
-#include <omp.h>
 #include <sched.h>
 
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
+
+// Of libgomp. Called by name because Clang's `#pragma omp` needs another runtime than torch's.
+extern "C" {
+void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+int omp_get_thread_num();
+int omp_get_num_threads();
+}
 
 namespace chunkllama {
 
@@ -66,8 +73,12 @@ static inline void parallel(int threads, F&& work) {
     work(0, 1);
     return;
   }
-#pragma omp parallel num_threads(threads)
-  work(omp_get_thread_num(), omp_get_num_threads());
+  using Work = std::remove_reference_t<F>;
+  const auto call = [](void* data) {
+    (*static_cast<Work*>(data))(omp_get_thread_num(), omp_get_num_threads());
+  };
+  void* data = const_cast<std::remove_const_t<Work>*>(&work);
+  GOMP_parallel(call, data, static_cast<unsigned>(threads), 0);
 }
 
 struct Range {

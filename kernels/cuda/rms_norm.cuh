@@ -1,8 +1,8 @@
 // RMS normalisation, with the residual added first: sum = x + residual, out = weight * sum /
 // rms(sum).
 //
-// Grid (rows), 256 threads, one CTA per row; float32 inside. Rounded to T where Hugging Face's
-// Llama rounds: the sum, the normalised row, its product with the weight.
+// Grid (rows), 256 threads, one CTA per row; float32 inside. Rounded to T: the sum, and the product
+// of the normalised row with the weight.
 #pragma once
 #include "vector.cuh"
 
@@ -62,10 +62,7 @@ rms_norm(RmsNormParams p) {
     unpack8<T>(values, load16(summed + d));
     unpack8<T>(weight, load16((const T*)p.weight + d));
 #pragma unroll
-    for (int e = 0; e < VECTOR; e++) values[e] *= scale;
-    unpack8<T>(values, pack8<T>(values));
-#pragma unroll
-    for (int e = 0; e < VECTOR; e++) values[e] *= weight[e];
+    for (int e = 0; e < VECTOR; e++) values[e] *= scale * weight[e];
     store16((T*)p.out + row + d, pack8<T>(values));
   }
 }

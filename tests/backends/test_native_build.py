@@ -23,6 +23,7 @@ from chunkllama.backends.cpu.build import (
     _source_hash,
     available_levels,
     build,
+    find_compiler,
 )
 from chunkllama.backends.cpu.memory import allocate_lazily
 from chunkllama.resources import data_folder
@@ -121,3 +122,39 @@ def test_more_memory_than_there_is() -> None:
     for elements in (1 << 46, 1 << 70):
         with pytest.raises(MemoryError):
             allocate_lazily(elements, torch.float32)
+
+
+@pytest.mark.parametrize(("version", "is_gcc"), [("g++ (Debian) 12.2", True), ("clang 14", False)])
+def test_flags_of_gcc_alone_are_not_given_to_clang(
+    version: str, is_gcc: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        f'if [ "$1" = --version ]; then echo "{version}"; exit; fi\n'
+        f'echo "$@" >> "{log}"\n'
+        'while [ "$1" != -o ]; do shift; done\n: > "$2"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CHUNKLLAMA_NATIVE_DIR", str(tmp_path / "native"))
+    monkeypatch.setenv("CXX", str(compiler))
+    build(BASELINE)
+    *compiled, linked = log.read_text().splitlines()
+    assert all(("-fno-gnu-unique" in line) == is_gcc for line in compiled)
+    assert "-shared" in linked
+    # Clang's OpenMP is another runtime than the one that torch has loaded.
+    assert not any("openmp" in line for line in (*compiled, linked))
+
+
+def test_the_first_installed_compiler_is_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_compiler() == ["g++"]
+    for name in ("clang++", "g++"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+        assert find_compiler() == [name]
+    monkeypatch.setenv("CXX", "clang++ -O2")
+    assert find_compiler() == ["clang++", "-O2"]

@@ -31,6 +31,7 @@ NOT_RUN = {
     ".ci/run": "runs these tests",
     "pip ": "network",
     "docker ": "container",
+    "chunkllama verify --model smollm2": "a minute; test_verify_says_what_the_readme_shows runs it",
     ".venv/bin/python tests/soak.py": "minutes; tests/system/test_soak.py runs it shorter",
     "CHUNKLLAMA_MAX_MESSAGES=": "a setting that the page shows how to add",
 }
@@ -142,6 +143,21 @@ def test_the_readme_prints_what_it_shows(start: Callable[..., Served], tmp_path:
         check(step, printed)
         compared += bool(step.shown)
     assert compared >= 4
+
+
+@pytest.mark.nightly
+def test_verify_says_what_the_readme_shows(tmp_path: Path) -> None:
+    """The same comparisons with the same results; numbers and the widths of cells may differ."""
+    (step,) = (x for x in steps(ROOT / "README.md") if x.text.startswith("chunkllama verify"))
+    printed = run(["bash", "-euc", step.text], tmp_path)
+
+    def rows(text: str) -> list[list[str]]:
+        cells = [re.split(r"\s*[│┃]\s*", line)[1:4] for line in text.splitlines()]
+        return [row for row in cells if row and row[0]]
+
+    assert rows(printed) == rows(step.shown)
+    assert len(rows(step.shown)) == 9
+    assert printed.splitlines()[-1] == step.shown.splitlines()[-1]
 
 
 def test_what_needs_a_network_or_a_container_is_not_run() -> None:

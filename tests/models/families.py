@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -174,11 +176,14 @@ def _full_cases() -> dict[str, tuple[str, dict[str, Any]]]:
 FULL_CASES = _full_cases()
 
 
-def random_model(family: str, changes: dict[str, Any]) -> torch.nn.Module:
-    """Random weights whose logits tell tokens apart; norms and biases are random too."""
+def random_model(family: str, changes: dict[str, Any], attention: str = "eager") -> torch.nn.Module:
+    """Random weights whose logits tell tokens apart; norms and biases are random too.
+
+    ``attention`` is transformers' own.
+    """
     config_class = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, ""), None)
     config_class = config_class or getattr(transformers, f"{family}Config")
-    config = config_class(**{**SMALL, **changes}, attn_implementation="eager")
+    config = config_class(**{**SMALL, **changes}, attn_implementation=attention)
     torch.manual_seed(7)
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
     with torch.no_grad():
@@ -193,24 +198,52 @@ def random_model(family: str, changes: dict[str, Any]) -> torch.nn.Module:
     return model
 
 
-def answers(core: EngineCore, prompts: list[list[int]]) -> list[tuple[np.ndarray, list[int]]]:
-    """Log-probabilities of prompt and answer, and the greedy ids, of all prompts at once."""
-    numbers: list[list[float]] = [[] for _ in prompts]
-    ids: list[list[int]] = [[] for _ in prompts]
+@dataclass
+class Answer:
+    """What an engine returned for a prompt.
+
+    Attributes:
+        numbers: log-probabilities of the prompt from its second token on, if asked for, and of the
+            answer.
+        ids: the greedy answer.
+        num_cached: tokens of the prompt that were read from the cache.
+    """
+
+    numbers: list[float] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    num_cached: int = 0
+
+
+def answers(core: EngineCore, prompts: list[list[int]], *, with_prompts: bool) -> list[Answer]:
+    """Greedy answers to all prompts at once; ``with_prompts``: the log-probabilities of the
+    prompts too, for which the engine computes all of their rows.
+    """
+    got = [Answer() for _ in prompts]
     for nth, prompt in enumerate(prompts):
         sampling = SamplingParams(
-            max_tokens=6, temperature=0.0, ignore_eos=True, seed=1, logprobs=0, prompt_logprobs=0
+            **{"max_tokens": 6, "temperature": 0.0, "ignore_eos": True, "seed": 1, "logprobs": 0},
+            prompt_logprobs=0 if with_prompts else None,
         )
         core.add(EngineRequest(request_id=str(nth), prompt_token_ids=prompt, sampling=sampling))
     while core.has_work():
         for delta in core.step():
             assert delta.error is None, delta.error
-            nth = int(delta.request_id)
-            numbers[nth] += [x.logprob for x in delta.prompt_logprobs or [] if x is not None]
+            answer = got[int(delta.request_id)]
+            answer.numbers += [x.logprob for x in delta.prompt_logprobs or [] if x is not None]
+            answer.num_cached = max(answer.num_cached, delta.num_cached_tokens)
             for choice in delta.choices:
-                ids[nth] += choice.token_ids
-                numbers[nth] += [x.logprob for x in choice.logprobs or []]
-    return [(np.array(values), tokens) for values, tokens in zip(numbers, ids, strict=True)]
+                answer.ids += choice.token_ids
+                answer.numbers += [x.logprob for x in choice.logprobs or []]
+    return got
+
+
+@functools.lru_cache(maxsize=16)
+def log_probabilities(model: torch.nn.Module, ids: tuple[int, ...]) -> np.ndarray:
+    """Of transformers: [len(ids), vocab_size] float32."""
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor([ids])).logits[0].float()
+        values: np.ndarray = logits.log_softmax(-1).numpy()
+        return values
 
 
 def assert_equals_transformers(
@@ -219,21 +252,29 @@ def assert_equals_transformers(
     lengths: tuple[int, ...],
     tolerance: float = TOLERANCE,
 ) -> None:
-    """Prompts of these lengths that share a prefix, all at once, then again from the cache: the
-    same log-probabilities, and greedy tokens that are the best but for rounding.
+    """Prompts of these lengths that share a prefix, all at once; then again from the cache, with
+    others that leave the longest of them at a half and three quarters: the same log-probabilities,
+    and greedy tokens that are the best but for rounding.
     """
     rng = np.random.default_rng(3)
     text = rng.integers(3, VOCAB, max(lengths)).tolist()
     prompts = [
         [*text[: max(n - 3, 0)], *rng.integers(3, VOCAB, min(n, 3)).tolist()] for n in lengths
     ]
-    for turn in ("cold", "warm"):
-        for prompt, (numbers, ids) in zip(prompts, answers(core, prompts), strict=True):
-            whole = prompt + ids
-            with torch.inference_mode():
-                logits = model(torch.tensor([whole[:-1]])).logits[0].float()
-            expected = logits.log_softmax(-1).numpy()
-            chosen = expected[np.arange(len(whole) - 1), whole[1:]]
-            assert np.abs(numbers - chosen).max() <= tolerance, (turn, len(prompt))
-            gaps = expected[len(prompt) - 1 :].max(axis=1) - chosen[len(prompt) - 1 :]
-            assert gaps.max() <= 2 * tolerance, (turn, len(prompt))
+    longest = max(prompts, key=len)
+    parting = [
+        [*longest[:n], (longest[n] - 2) % (VOCAB - 3) + 3, 5]
+        for n in (len(longest) // 2, 3 * len(longest) // 4)
+        if n > 1
+    ]
+    for turn, asked in (("cold", prompts), ("warm", prompts + parting)):
+        got = answers(core, asked, with_prompts=turn == "cold")
+        for prompt, answer in zip(asked, got, strict=True):
+            if turn == "warm":
+                assert answer.num_cached == len(prompt) - (2 if prompt in parting else 1)
+            whole = prompt + answer.ids
+            expected = log_probabilities(model, tuple(whole[:-1]))
+            chosen = expected[np.arange(len(whole) - 1), whole[1:]][-len(answer.numbers) :]
+            assert np.abs(answer.numbers - chosen).max() <= tolerance, (turn, len(prompt))
+            best = expected[len(prompt) - 1 :].max(axis=1)
+            assert (best - chosen[-len(best) :]).max() <= 2 * tolerance, (turn, len(prompt))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from model_families import random_model
 
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models import config
-from chunkllama.models.config import resolve_dtype
+from chunkllama.models.config import read_spec, resolve_dtype
 
 SPEC = ModelSpec(
     num_layers=1,
@@ -43,3 +47,18 @@ def test_a_cpu_stores_16_bits_where_its_kernels_widen_them(
     spec = replace(SPEC, dtype=stored)
     assert resolve_dtype(spec, "auto", "cpu", backend) == expected
     assert resolve_dtype(spec, "float32", "cpu", backend) == "float32"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_config_without_a_dtype_means_that_of_the_tensors(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    random_model("Llama", {}).to(dtype).save_pretrained(tmp_path, max_shard_size="40KB")
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    for stated in ({}, {"torch_dtype": None}):
+        path.write_text(json.dumps({k: v for k, v in values.items() if k != "dtype"} | stated))
+        assert read_spec(tmp_path).dtype == str(dtype).removeprefix("torch.")
+    for shard in tmp_path.glob("*.safetensors"):
+        shard.unlink()
+    assert read_spec(tmp_path).dtype == "float32"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from model_families import (
     CASES,
     FULL_CASES,
@@ -75,6 +76,72 @@ def test_longrope_beyond_the_original_length_uses_the_long_factors(
     assert short.info.max_model_len == 64
     assert_equals_transformers(short, model, (1, 5, 40))
     assert_equals_transformers(build_core(tmp_path, max_model_len=300), model, (65, 150))
+
+
+# Keys as published files have them, beside or in place of those that transformers writes.
+# Family, changes of a small config, and changes of its config.json (None: removed).
+PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "rope_scaling beside rope_parameters": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_theta": 777.0},
+    ),
+    "yarn of transformers 4": (
+        "Qwen2",
+        {},
+        {"rope_parameters": None, "rope_theta": 1e6}
+        | {"rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 128},
+    ),
+    "a partial rotation that Llama ignores": ("Llama", {}, {"partial_rotary_factor": 0.5}),
+    "Phi-4's partial rotation": (
+        "Phi3",
+        {"rope_parameters": {**LONGROPE, "rope_type": "default"}},
+        {"rope_parameters": None, "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    ),
+    "Exaone's pattern of letters": (
+        "Exaone4",
+        {"sliding_window": 70},
+        {"sliding_window_pattern": "LLLG"},
+    ),
+    "gelu of the first Gemma": ("Gemma", {}, {"hidden_act": "gelu"}),
+    "Gemma 3 of transformers 4": (
+        "Gemma3",
+        {"sliding_window": 70, "num_hidden_layers": 7},
+        {"layer_types": None, "rope_parameters": None, "sliding_window_pattern": 3}
+        | {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
+        | {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+    ),
+    "a private key that transformers does not read": (
+        "Gemma3",
+        {"sliding_window": 70, "num_hidden_layers": 7},
+        {"layer_types": None, "_sliding_window_pattern": 3},
+    ),
+    "rope_scaling beside ropes of layer types": (
+        "Olmo3",
+        {"sliding_window": 70},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 256},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_keys_of_published_files_mean_what_they_mean_to_transformers(
+    name: str, tmp_path: Path, build_core: BuildCore
+) -> None:
+    family, changes, edits = PUBLISHED[name]
+    random_model(family, changes).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = {**json.loads(path.read_text()), **edits}
+    path.write_text(json.dumps({key: x for key, x in values.items() if x is not None}))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert_equals_transformers(build_core(tmp_path), model.eval(), (65, 100))
+
+
+def test_a_pattern_of_letters_stands_for_layer_types() -> None:
+    entry = ARCHITECTURES["Exaone4ForCausalLM"]
+    values = {**SMALL, "sliding_window": 70, "sliding_window_pattern": "LLLG"}
+    layers = entry.layers(ConfigFile(Path("config.json"), values, entry.defaults))
+    assert [(layer.window, layer.rope) for layer in layers] == [(70, 0)] * 3 + [(None, None)]
 
 
 @pytest.mark.parametrize("is_equal", [True, False])

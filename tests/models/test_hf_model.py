@@ -29,6 +29,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("Cohere", {"logit_scale": 0.5}),
     "stablelm": ("StableLm", {"partial_rotary_factor": 0.5}),
     "starcoder2": ("Starcoder2", {"sliding_window": None}),
+    "gpt-neox": ("GPTNeoX", {}),
+    "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
 }
 
 
@@ -75,6 +77,16 @@ def test_a_state_other_than_keys_and_values_is_refused(tmp_path: Path) -> None:
     sizes = {"num_attention_heads": 2, "max_position_embeddings": 64}
     path.write_text(json.dumps({**json.loads(path.read_text()), **sizes}))
     refused(tmp_path, "MambaForCausalLM cannot run on this server's attention")
+
+
+def test_attention_in_code_of_its_own_is_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32}
+    config = transformers.FalconConfig(**sizes, bos_token_id=1, eos_token_id=2)
+    transformers.FalconForCausalLM(config).save_pretrained(tmp_path / "falcon")
+    refused(tmp_path / "falcon", "no AttentionInterface")
+    mpt = transformers.MptConfig(vocab_size=64, d_model=32, n_heads=4, n_layers=2)
+    transformers.MptForCausalLM(mpt).save_pretrained(tmp_path / "mpt")
+    refused(tmp_path / "mpt", "MptForCausalLM .*no AttentionInterface")
 
 
 def test_attention_sinks_are_refused(tmp_path: Path) -> None:

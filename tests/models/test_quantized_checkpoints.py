@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from model_families import random_model
 from safetensors.torch import load_file, save_file
 
 from chunkllama.backends.quantized import QuantizedLinear, rows_of
@@ -216,6 +217,19 @@ def test_a_quantized_folder_equals_its_dequantized_weights(
         assert allocated_bytes(checkpoint, "bfloat16", "auto") < allocated_bytes(
             Checkpoint(plain, read_spec(plain)), "bfloat16", "auto"
         )
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "w4a16"])
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Phi3"])
+def test_quantized_folders_of_other_families(
+    family: str, name: str, our_logits, tmp_path: Path
+) -> None:
+    """Biases, q/k norms and fused names stand beside quantized modules."""
+    quantized, plain = write_pair(random_model(family, {**SHAPE, "head_dim": 16}), name, tmp_path)
+    expected = our_logits(plain, PROMPT)
+    torch.testing.assert_close(our_logits(quantized, PROMPT), expected, atol=2e-5, rtol=2e-5)
+    native = our_logits(quantized, PROMPT, backend="cpu", chunk_size=64)
+    assert (native - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import subprocess
@@ -9,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
+from random_texts import random_texts
+from transformers import AutoTokenizer
 
 from chunkllama.errors import ConfigError
 from chunkllama.text.detokenizer import IncrementalDetokenizer
@@ -163,3 +167,48 @@ def test_text_room_imports_no_torch():
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("removes_spaces", [False, True])
+@pytest.mark.parametrize("legacy", [None, True, False])
+@pytest.mark.parametrize("model_type", ["mistral", "phi3"])
+def test_models_that_keep_sentencepieces_rules_get_its_ids(
+    model_type: str, legacy: bool | None, removes_spaces: bool, tmp_path: Path
+) -> None:
+    """With ``legacy`` false transformers adds no space before a text that begins with one."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(random_texts(300, seed=2)),
+        model_writer=model,
+        vocab_size=2000,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=removes_spaces,
+        user_defined_symbols=["::", "def"],
+        control_symbols=["[INST]"],
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    config |= {"unk_token": "<unk>", "add_bos_token": True}
+    config |= {} if legacy is None else {"legacy": legacy}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours = load_tokenizer(tmp_path)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [" ", "  two", "a  b ", " x :: def\n", *random_texts(200, seed=9)]
+    plain = [x for x in texts if not any(name in x for name in ("<s>", "</s>", "<unk>", "[INST]"))]
+    for text in plain:
+        ids = ours.encode(text, allow_special=True)
+        assert ids == reference.encode(text, add_special_tokens=False), text
+        if legacy is not False:
+            assert ids == processor.encode(text), text
+        assert ours.decode(ids) == reference.decode(ids), text
+    if legacy is not False:
+        for text in texts:
+            ids = reference.encode(text, add_special_tokens=False)
+            assert ours.encode(text, allow_special=True) == ids, text

@@ -26,10 +26,11 @@ from typing import Final
 from chunkllama.resources import cache_folder, data_folder
 
 COMMON_FLAGS: Final = (
-    *("-std=gnu++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-gnu-unique"),
-    *("-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized"),
-    "-Wno-maybe-uninitialized",
+    *("-std=gnu++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"),
+    *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized"),
 )
+_GCC_FLAGS: Final = ("-fno-gnu-unique", "-Wno-maybe-uninitialized")
+_COMPILERS: Final = ("g++", "clang++")
 SANITIZERS: Final = ("address", "undefined")
 _SHIPPED_FOLDER: Final = Path(__file__).resolve().parents[2] / "_native"
 
@@ -150,7 +151,9 @@ def build(level: IsaLevel, sanitizer: str = "") -> Path:
         found = sorted(directory.glob(f"{level.name}-{sources}-*.so"))
         if found:
             return found[-1]
-        raise NativeBuildError(f"no C++ compiler ({compiler[0]}) found; install g++ or set CXX")
+        raise NativeBuildError(
+            f"no C++ compiler ({compiler[0]}) found; install g++ or set CXX to a g++ or clang++"
+        )
     library = directory / f"{level.name}-{sources}-{_compiler_hash(compiler)}.so"
     if library.exists():
         return library
@@ -165,8 +168,9 @@ def build(level: IsaLevel, sanitizer: str = "") -> Path:
 
 
 def find_compiler() -> list[str]:
-    """The command of the C++ compiler: ``CXX``, else g++; it need not be installed."""
-    return shlex.split(os.environ.get("CXX") or "g++")
+    """The command of the C++ compiler: ``CXX``, else g++ or clang++; it need not be installed."""
+    installed = [name for name in _COMPILERS if shutil.which(name)]
+    return shlex.split(os.environ.get("CXX") or "") or [*installed, *_COMPILERS][:1]
 
 
 def is_built(level: IsaLevel) -> bool:
@@ -210,15 +214,20 @@ def _source_files() -> list[Path]:
 
 
 def _source_hash(level: IsaLevel, sanitizer: str) -> str:
-    digest = hashlib.sha256(repr((level.name, level.flags, COMMON_FLAGS, sanitizer)).encode())
+    digest = hashlib.sha256(
+        repr((level.name, level.flags, COMMON_FLAGS, _GCC_FLAGS, sanitizer)).encode()
+    )
     for path in _source_files():
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _compiler_hash(compiler: list[str]) -> str:
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
-    return hashlib.sha256(version + platform.machine().encode()).hexdigest()[:8]
+    return hashlib.sha256(_version(compiler) + platform.machine().encode()).hexdigest()[:8]
+
+
+def _version(compiler: list[str]) -> bytes:
+    return subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
 
 
 @contextmanager
@@ -235,7 +244,8 @@ def _compile(
     library: Path,
 ) -> None:
     """Compile and link a library; it names no OpenMP runtime, see ``abi.load_openmp``."""
-    flags = [*COMMON_FLAGS, *level.flags]
+    is_clang = b"clang" in _version(compiler)
+    flags = [*COMMON_FLAGS, *(() if is_clang else _GCC_FLAGS), *level.flags]
     if sanitizer:
         flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g", "-O1"]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:

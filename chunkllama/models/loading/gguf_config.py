@@ -279,6 +279,8 @@ def _config(file: GgufFile, entry: GgufArchitecture) -> dict[str, Any]:
     }
     rotary_dim = file.get("rope.dimension_count", head_dim)
     if rotary_dim != head_dim:
+        if name != "Phi3ForCausalLM":
+            raise file.error(f"{rotary_dim} of {head_dim} dimensions rotate; not supported")
         config["partial_rotary_factor"] = rotary_dim / head_dim
     if scaling := _rope_scaling(file, config):
         config["rope_scaling"] = scaling

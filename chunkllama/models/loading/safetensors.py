@@ -25,9 +25,10 @@ from chunkllama.models.loading.module_tensors import (
     unused_tensors,
 )
 from chunkllama.models.loading.tensor_info import TensorInfo
-from chunkllama.models.tensors import HEAD, expected_shapes
+from chunkllama.models.tensors import EMBEDDING, HEAD, expected_shapes
 
 ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _OTHER_ITEM_SIZES = {
     "F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -154,6 +155,19 @@ class Checkpoint:
             return find_module(self._infos, method, module, shape)
         except ConfigError as error:
             raise ConfigError(f"{folder}: {error}") from None
+
+
+def stored_dtype(folder: Path) -> str:
+    """float32, float16 or bfloat16: the type of the embedding, else of the first tensor of one of
+    these; float32 where there is none, or the files cannot be read.
+    """
+    try:
+        infos = _locate(folder)
+    except ConfigError:  # ``Checkpoint`` says what is wrong
+        return "float32"
+    found = [info.dtype for info in infos.values() if info.dtype in _DTYPES]
+    kind = infos[EMBEDDING].dtype if EMBEDDING in infos else ""
+    return _DTYPES.get(kind) or _DTYPES[found[0] if found else "F32"]
 
 
 def is_quantized(info: TensorInfo) -> bool:
