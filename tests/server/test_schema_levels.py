@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import llguidance
 import pytest
@@ -16,6 +17,7 @@ from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.common.schema_bounds import bound_grammar, bounded
 from chunkllama_server.api.common.schema_levels import object_schema, prepare_schema
+from chunkllama_server.api.common.schema_merge import merge_objects
 from chunkllama_server.api.common.structured_outputs import json_schema
 from chunkllama_server.api.tools.call_format import CallFormat
 from chunkllama_server.api.tools.config import ToolConfig
@@ -181,30 +183,84 @@ def test_tuples_of_earlier_drafts(given, expected):
     assert prepared == {"type": "array", **expected}
 
 
-BASE = member({"type": "integer"})
+INTEGER = {"type": "integer"}
+BASE = {"type": "object", "properties": {"x": INTEGER}, "required": ["x"]}
+OTHER = {"type": "object", "properties": {"y": TEXT}, "required": ["y"]}
+DEFINITIONS = {"Base": BASE, "Other": OTHER, "Both": {"allOf": [{"$ref": "#/$defs/Base"}, OTHER]}}
 
 
 @pytest.mark.parametrize(
     "schema",
     [
-        {"allOf": [{"$ref": "#/$defs/Base"}, member(TEXT)]},
-        {"allOf": [{"$ref": "#/$defs/Base"}], **member(TEXT)},
-        {"$ref": "#/$defs/Base", **member(TEXT)},
+        {"allOf": [{"$ref": "#/$defs/Base"}, OTHER]},
+        {"allOf": [{"$ref": "#/$defs/Base"}], **OTHER},
         {"allOf": [{"$ref": "#/$defs/Base"}, {"$ref": "#/$defs/Other"}]},
+        {"allOf": [{"$ref": "#/$defs/Both"}]},
+        {"allOf": [BASE, {"required": ["x"]}, OTHER], "title": "T"},
     ],
     ids=lambda s: str(s)[:60],
 )
-def test_definitions_that_are_merged_stay_open(schema):
-    """A closed one would forbid the members of the others, as with schemas from OpenAPI."""
-    other = {"type": "object", "properties": {"y": TEXT}, "required": ["y"]}
-    whole = {**schema, "$defs": {"Base": BASE, "Other": other, "Else": BASE}}
+def test_objects_joined_by_all_of_are_one_closed_object(schema):
+    """As inheritance is written in OpenAPI, and so by servers of MCP that are made from it."""
+    whole = {**schema, "$defs": DEFINITIONS}
     prepared = prepare_schema(whole, "s", strict=False).schema
+    assert "allOf" not in prepared
+    assert prepared["properties"] == {"x": INTEGER, "y": TEXT}
+    assert sorted(prepared["required"]) == ["x", "y"]
+    assert prepared["additionalProperties"] is False
+    nested = prepare_schema(member(schema) | {"$defs": DEFINITIONS}, "s", strict=False).schema
+    assert nested["properties"]["x"]["properties"] == {"x": INTEGER, "y": TEXT}
+    strict = prepare_schema(whole, "s", strict=True).schema
+    for made in (prepared, nested, strict):
+        assert compiles(GrammarSpec(kind="json_schema", text=json.dumps(bounded(made, 256))))
+
+
+OPEN = {"type": "object", "minProperties": 1}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#/$defs/Base", **OTHER},
+        {"allOf": [{"$ref": "#/$defs/Base"}, OPEN]},
+        {"allOf": [{"$ref": "#/$defs/Base"}, {"type": "object", "properties": {"x": {}}}]},
+        {"allOf": [{"$ref": "#/$defs/Base"}, {"$ref": "#/$defs/Missing"}]},
+        {"allOf": [{"$ref": "#/$defs/Base"}, {"$ref": "#/$defs/Loop"}]},
+        {"allOf": [{"$ref": "#/$defs/Base"}, {"properties": 3}]},
+        {"allOf": 3, "$ref": "#/$defs/Base", "properties": {}},
+    ],
+    ids=lambda s: str(s)[:60],
+)
+def test_definitions_that_cannot_be_merged_stay_open(schema):
+    """A closed one would forbid the members of the others."""
+    definitions = {**DEFINITIONS, "Else": BASE, "Loop": {"allOf": [{"$ref": "#/$defs/Loop"}]}}
+    prepared = prepare_schema({**schema, "$defs": definitions}, "s", strict=False).schema
     assert "additionalProperties" not in prepared["$defs"]["Base"]
     assert prepared["$defs"]["Else"]["additionalProperties"] is False
-    merged = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok", "y"]}
-    inherits = {"allOf": [{"$ref": "#/$defs/Other"}, merged], "$defs": {"Other": other}}
-    text = json.dumps(bounded(prepare_schema(inherits, "s", strict=False).schema, 256))
-    assert compiles(GrammarSpec(kind="json_schema", text=text))
+
+
+def test_definitions_that_join_each_other_often_are_read_so_often():
+    """Twenty times twenty, eight levels deep, are more than a server has time for."""
+    names = [f"L{level}" for level in range(8)]
+    levels = {
+        name: {"allOf": [{"$ref": f"#/$defs/{below}"}] * 20}
+        for name, below in pairwise([*names, "Base"])
+    }
+    schema = {"allOf": [{"$ref": "#/$defs/L0"}], "$defs": {**levels, "Base": BASE}}
+    assert merge_objects(schema)["allOf"] == schema["allOf"]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_null_members_of_a_schema_are_absent(strict):
+    """Clients in Go and C# write null for a list or an object that they do not have."""
+    given = {"type": "object", "properties": None, "required": None, "$defs": None, "anyOf": None}
+    prepared = prepare_schema(given, "s", strict=strict).schema
+    assert prepared == {"type": "object", "properties": {}} | ({} if strict else CLOSED)
+    kept = {"const": None, "default": None}
+    assert prepare_schema(kept, "s", strict=strict).schema == kept
+
+
+CLOSED = {"additionalProperties": False}
 
 
 def test_objects_that_list_their_members_are_closed():
@@ -215,7 +271,7 @@ def test_objects_that_list_their_members_are_closed():
             "a": inner,
             "map": {"type": "object"},
             "open": {**inner, "additionalProperties": True},
-            "all": {"allOf": [inner, {"$ref": "#/$defs/d"}]},
+            "all": {"allOf": [inner, {"type": "object", "minProperties": 1}]},
         },
         "$defs": {"d": inner},
     }

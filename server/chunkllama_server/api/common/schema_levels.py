@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from chunkllama_server.api.common.schema_merge import merge_objects
 from chunkllama_server.api.common.schema_texts import enforceable, format_pattern
 from chunkllama_server.transport.errors import invalid
 
@@ -30,6 +31,7 @@ _IDENTIFIERS = frozenset(("$schema", "$id", "id", "$anchor"))
 _SCHEMA_MEMBERS = frozenset(("additionalProperties", "items", "additionalItems"))
 _SCHEMA_MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 _SCHEMA_LISTS = frozenset(("anyOf", "oneOf", "allOf", "prefixItems"))
+_CONTAINERS = (*_SCHEMA_MEMBERS, *_SCHEMA_MAPS, *_SCHEMA_LISTS, "required")
 _COMBINATORS = frozenset(("anyOf", "oneOf", "allOf", "$ref"))
 
 # A path is as long as the names above it, so that of many keywords are longer than the schema.
@@ -61,6 +63,8 @@ def prepare_schema(schema: Any, param: str, *, strict: bool, owner: str = "") ->
         ApiError: 400 naming the keyword and its place.
     """
     preparer = _Preparer(param, strict, owner)
+    if not strict:
+        schema = merge_objects(schema)
     preparer.find_merged(schema)
     prepared = preparer.schema(schema, (), closes=not strict)
     return PreparedSchema(prepared, preparer.left_out)
@@ -109,7 +113,7 @@ class _Preparer:
         if node.get("not") in ({}, True):
             return False
         prepared: dict[str, Any] = {}
-        for key, value in self._with_names(_with_prefix(node)).items():
+        for key, value in self._with_names(_with_prefix(_without_null(node))).items():
             here = (*path, key)
             if key in _IDENTIFIERS and isinstance(value, str):
                 continue
@@ -164,6 +168,14 @@ class _Preparer:
         rest = {key: item for key, item in node.items() if key != "propertyNames"}
         members = {name: known.get(name, value) for name in listed}
         return {**rest, "properties": members, "additionalProperties": False}
+
+
+def _without_null(node: dict[str, Any]) -> dict[str, Any]:
+    """A schema without members that are null, as clients in typed languages write absent ones."""
+    if not any(node.get(key, True) is None for key in _CONTAINERS):
+        return node
+    rest = {key: item for key, item in node.items() if item is not None or key not in _CONTAINERS}
+    return {**rest, "properties": {}} if node.get("properties", True) is None else rest
 
 
 def _with_prefix(node: dict[str, Any]) -> dict[str, Any]:
