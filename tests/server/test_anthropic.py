@@ -270,6 +270,65 @@ def test_output_format(server) -> None:
     assert "a" in grammar["properties"]
 
 
+def test_output_format_by_its_former_name(server) -> None:
+    described = {"type": "json_schema", "schema": {"type": "object", "properties": {}}}
+    assert server.post(PATH, body_of(say("{}"), output_format=described)).status_code == 200
+    former = server.engine.requests[-1].sampling
+    config = {"format": described}
+    assert server.post(PATH, body_of(say("{}"), output_config=config)).status_code == 200
+    assert former == server.engine.requests[-1].sampling
+    assert former.grammar is not None
+    both = body_of(say("{}"), output_config=config, output_format=described)
+    assert server.post(PATH, both).status_code == 400
+
+
+TEXT = {"type": "text", "media_type": "text/plain", "data": "It rains."}
+
+
+@pytest.mark.parametrize(
+    ("block", "shown"),
+    [
+        ({"type": "document", "source": TEXT}, "It rains."),
+        (
+            {"type": "document", "source": TEXT, "title": "Report", "context": "of May"},
+            "Report\nof May\nIt rains.",
+        ),
+        ({"type": "document", "source": {"type": "content", "content": "It rains."}}, "It rains."),
+        (
+            {
+                "type": "document",
+                "source": {"type": "content", "content": [{"type": "text", "text": "It rains."}]},
+            },
+            "It rains.",
+        ),
+        (
+            {
+                "type": "search_result",
+                "source": "there",
+                "title": "Report",
+                "content": [{"type": "text", "text": "It rains."}],
+            },
+            "Report\nthere\nIt rains.",
+        ),
+    ],
+    ids=lambda v: str(v)[:60],
+)
+def test_documents_of_text(server, text_parts, block, shown) -> None:
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [block]}
+    for content in ([block, {"type": "text", "text": "?"}], [result]):
+        answer = server.post(PATH, body_of([{"role": "user", "content": content}]))
+        assert answer.status_code == 200, answer.text
+        assert "x-chunkllama-repaired-history" not in answer.headers
+        assert shown in prompt_of(server, text_parts)
+
+
+@pytest.mark.parametrize("content", [[], None, ""])
+def test_a_turn_may_be_empty(server, content) -> None:
+    turns = [*say("a"), {"role": "assistant", "content": content}, *say("b")]
+    assert server.post(PATH, body_of(turns)).status_code == 200
+    assert server.post(PATH, body_of([{"role": "user", "content": content}])).status_code == 200
+
+
 def test_models_in_the_clients_shape(server) -> None:
     client = sdk(server)
     listed = client.models.list()

@@ -60,7 +60,8 @@ PARAMETERS = {
         "required": ["list"],
         "$defs": {"point": {"type": "object", "properties": {"x": {"type": "number"}}}},
     },
-    "now": None,
+    # A name as servers of MCP have them.
+    "files.v1.read-all": None,
 }
 TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": parameters}}

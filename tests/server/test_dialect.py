@@ -386,6 +386,40 @@ def test_names_that_bind():
     assert not any(map(looks_binding, others))
 
 
+UNKNOWN_HERE = {
+    "/v1/messages": (
+        {"max_tokens": 9, "messages": [{"role": "user", "content": "x"}]},
+        "",
+        ("stop", "grammar", "response_format", "max_completion_tokens", "chat_template_kwargs"),
+    ),
+    "/api/chat": (
+        {"messages": [{"role": "user", "content": "x"}]},
+        "",
+        ("stop", "grammar", "response_format", "max_tokens", "num_predict", "tool_choice"),
+    ),
+    "/api/generate": ({"prompt": "x"}, "options", ("grammar", "max_tokens", "stop_token_ids")),
+    "/generate": ({"inputs": "x"}, "parameters", ("response_format", "min_new_tokens")),
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [(path, name) for path, row in UNKNOWN_HERE.items() for name in row[2]]
+)
+def test_other_protocols_refuse_what_would_bind(server, path, name):
+    """A field of another endpoint that constrains the answer is not dropped."""
+    body, holder, _ = UNKNOWN_HERE[path]
+
+    def post(value):
+        fields = {holder: {name: value}} if holder else {name: value}
+        return server.post(path, {"model": MODEL, "stream": False, **body, **fields})
+
+    answer = post({"x": 1})
+    assert answer.status_code in (400, 422), answer.text
+    assert name in answer.text
+    for harmless in (None, [], {}, False):
+        assert post(harmless).status_code == 200
+
+
 def test_members_of_every_model_are_own_names():
     """A row whose name every endpoint has itself would never be looked up."""
     for row in TABLE:

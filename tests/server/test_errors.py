@@ -95,7 +95,7 @@ REFUSED = [
     ({"response_format": {"type": "yaml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     (
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "a b"}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a" * 257}}},
         "response_format.json_schema.name",
     ),
     ({"structured_outputs": {}}, "structured_outputs"),

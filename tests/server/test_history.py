@@ -113,6 +113,99 @@ def test_repairs_are_named_and_the_text_reaches_the_prompt(
     assert in_prompt in prompt
 
 
+CALLED = {"type": "tool_use", "id": "1", "name": "find", "input": {"city": "Oslo"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "in_prompt"),
+    [
+        ({"role": "assistant", "content": "x", "reasoning": "hm-hm"}, "<think>hm-hm</think>x"),
+        (
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm-hm"}]},
+            "<think>hm-hm</think>",
+        ),
+        (
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": [{"type": "text", "text": "hm-hm"}]},
+                    {"type": "text", "text": "x"},
+                ],
+            },
+            "<think>hm-hm</think>x",
+        ),
+        ({"role": "assistant", "content": [CALLED]}, 'find{"city": "Oslo"}'),
+        (
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1"}, "and?"]},
+            "and?",
+        ),
+        (
+            {"role": "user", "content": [{"type": "tool_result", "content": "12 degrees"}]},
+            "12 degrees",
+        ),
+        (
+            {
+                "role": "user",
+                "content": [
+                    {
+                        "type": "tool_result",
+                        "content": [{"type": "text", "text": "12"}, {"type": "image"}, 7],
+                    }
+                ],
+            },
+            "12\n[image]\n7",
+        ),
+    ],
+    ids=lambda v: str(v)[:70],
+)
+def test_shapes_of_other_apis_keep_their_texts(start_server, text_parts, message, in_prompt):
+    server = start_server(
+        template_source=EACH + "[{{ m.role }}]"
+        "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+        "{{ m.content }}{% for c in m.tool_calls %}"
+        "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    )
+    answer = server.post("/v1/chat/completions", turn(message))
+    assert answer.status_code == 200, answer.text
+    assert REPAIRED not in answer.headers
+    prompt = text_parts[0].decode(server.engine.requests[0].prompt_token_ids)
+    assert in_prompt in prompt
+
+
+@pytest.mark.parametrize("content", [{"content": ""}, {}])
+def test_a_response_reads_messages_of_chat(server, text_parts, content):
+    function = {"name": "find", "arguments": '{"city": "Oslo"}'}
+    call = {"id": "1", "type": "function", "function": function}
+    items = [
+        HELLO,
+        {"role": "assistant", **content, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "12 degrees"}]},
+    ]
+    same = {"model": MODEL, "messages": [items[0], {"content": "", **items[1]}, items[2]]}
+    assert server.post("/v1/chat/completions", same).status_code == 200
+    answer = server.post("/v1/responses", {"model": MODEL, "input": items})
+    assert answer.status_code == 200, answer.text
+    assert REPAIRED not in answer.headers
+    chat, response = (request.prompt_token_ids for request in server.engine.requests)
+    assert chat == response
+    assert "12 degrees" in text_parts[0].decode(chat)
+
+
+def test_the_output_of_a_shell_reaches_the_prompt(server, text_parts):
+    output = [{"stdout": "a.txt", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}}]
+    call = {"type": "shell_call", "call_id": "1", "action": {"commands": ["ls"]}}
+    items = [HELLO, call, {"type": "shell_call_output", "call_id": "1", "output": output}]
+    answer = server.post("/v1/responses", {"model": MODEL, "input": items})
+    assert answer.status_code == 200, answer.text
+    prompt = text_parts[0].decode(server.engine.requests[0].prompt_token_ids)
+    assert '"stdout": "a.txt"' in prompt
+
+
+def test_an_empty_id_of_a_previous_response_is_none(server):
+    body = {"model": MODEL, "input": "hi", "previous_response_id": ""}
+    assert server.post("/v1/responses", body).json()["previous_response_id"] is None
+
+
 def test_a_sound_conversation_is_not_repaired(server):
     result = {"role": "tool", "tool_call_id": "1", "content": "sunny"}
     answer = server.post("/v1/chat/completions", turn(called("{}"), result))

@@ -121,6 +121,90 @@ def check_responses(server, text, cut, choice) -> None:
     post(server, "/v1/responses", {"input": [*compacted, USER], "max_output_tokens": 16})
 
 
+MESSAGES_CHOICES = {"auto": "auto", "required": "any", "none": "none"}
+
+
+def check_messages(server, text, cut, choice) -> None:
+    """Anthropic's API; the answer is also sent back without a result, and continued."""
+    ask = {"role": "user", "content": f"say({text})yas"}
+    tools = [{"name": "f", "input_schema": PARAMETERS}]
+    for thinking in ({}, {"thinking": {"type": "enabled", "budget_tokens": 1024}}):
+        with_tools = {"tools": tools, "tool_choice": {"type": MESSAGES_CHOICES[choice]}}
+        for fields in (with_tools, {}):
+            body = {**fields, **thinking, "max_tokens": cut}
+            content = post(server, "/v1/messages", {**body, "messages": [ask]})["content"]
+            answer = {"role": "assistant", "content": content}
+            results = [
+                {"type": "tool_result", "tool_use_id": block["id"], "content": "12"}
+                for block in content
+                if block["type"] == "tool_use"
+            ]
+            for back in (
+                [answer, {"role": "user", "content": [*results, {"type": "text", "text": "go"}]}],
+                [answer, USER],
+            ):
+                again = {**fields, **thinking, "messages": [ask, *back]}
+                post(server, "/v1/messages", {**again, "max_tokens": 1})
+                post(server, "/v1/messages/count_tokens", again)
+
+
+def check_ollama(server, text, cut, choice) -> None:
+    ask = {"role": "user", "content": f"say({text})yas"}
+    tools = [] if choice == "none" else TOOLS
+    base = {"stream": False, "tools": tools, "options": {"num_predict": cut}}
+    message = post(server, "/api/chat", {**base, "messages": [ask]})["message"]
+    results = [
+        {"role": "tool", "content": "12", "tool_name": call["function"]["name"]}
+        for call in message.get("tool_calls", ())
+    ]
+    for back in ([message, USER], [message, *results, USER], [message, *results]):
+        post(server, "/api/chat", {**base, "messages": [ask, *back]})
+    body = {"stream": False, "prompt": ask["content"], "options": {"num_predict": cut}}
+    said = post(server, "/api/generate", body)["response"]
+    post(server, "/api/generate", {**body, "prompt": f"{ask['content']}\n{said}\ngo on"})
+
+
+def check_completions(server, text, cut, choice) -> None:
+    body = {"prompt": f"say({text})yas", "max_tokens": cut, "return_token_ids": True}
+    first = post(server, "/v1/completions", body)["choices"][0]
+    more = {"max_tokens": 1}
+    post(server, "/v1/completions", {**more, "prompt": body["prompt"] + first["text"]})
+    post(server, "/v1/completions", {**more, "prompt": first["token_ids"]})
+    post(server, "/tokenize", {"prompt": first["text"]})
+
+
+def check_continued(server, text, cut, choice) -> None:
+    """A cut answer is continued where it ended."""
+    ask = {"role": "user", "content": f"say({text})yas"}
+    body = {"messages": [ask], "max_tokens": cut, "tools": TOOLS, "tool_choice": choice}
+    message = post(server, "/v1/chat/completions", body)["choices"][0]["message"]
+    if message.get("tool_calls"):
+        return
+    last = {"messages": [ask, message], "continue_final_message": True, "max_tokens": 1}
+    post(server, "/v1/chat/completions", last)
+
+
+OTHERS = [check_messages, check_ollama, check_completions, check_continued]
+others = pytest.mark.parametrize("check", OTHERS, ids=lambda check: check.__name__[6:])
+
+
+@others
+@pytest.mark.parametrize("family", ["exaone4", "gemma2"], indirect=True, scope="module")
+@FEW
+@given(ANSWERS, st.integers(1, 200), CHOICES)
+def test_an_answer_of_another_endpoint_is_accepted(family, check, text, cut, choice):
+    check(family, text, cut, choice)
+
+
+@pytest.mark.nightly
+@others
+@every
+@MANY
+@given(ANSWERS, st.integers(1, 250), CHOICES)
+def test_many_answers_of_other_endpoints_are_accepted(family, check, text, cut, choice):
+    check(family, text, cut, choice)
+
+
 @strict
 @FEW
 @given(ANSWERS, st.integers(1, 200), CHOICES)
@@ -161,3 +245,5 @@ def test_an_answer_cut_at_any_token_is_accepted(family, piece):
         check_chat(family, text, cut, "auto")
         if cut >= 16:
             check_responses(family, text, cut, "auto")
+        for check in OTHERS:
+            check(family, text, cut, "auto")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 
 import llguidance
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from chunkllama_server.api.common.schema_bounds import bounded
+from chunkllama_server.api.common.schema_texts import other_names
 
 
 def at(schema, *path):
@@ -103,6 +107,31 @@ def test_bounded_schemas_compile(schema):
     text = json.dumps(bounded({"type": "object", "properties": {"x": schema}, **CLOSED}, 256))
     grammar = llguidance.LLMatcher.grammar_from_json_schema(text)
     assert llguidance.LLMatcher.validate_grammar(grammar) == ""
+
+
+NAMES = ["a", "ab", "x-]^y", "abc d", "\\", "é", "[", "a.b"]
+
+
+@given(st.sampled_from(NAMES) | st.text("ab.x-]^y\\é[ cd", max_size=7))
+def test_names_beside_those_listed(text):
+    pattern = other_names(NAMES, 8)
+    assert bool(re.fullmatch(pattern, text)) == (text != "" and text not in NAMES)
+
+
+def test_names_of_open_objects_end():
+    """Nothing else bounds what a model writes as the name of a further member."""
+    schema = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}
+    result = bounded(schema, 256)
+    (pattern,) = result["patternProperties"]
+    assert result["additionalProperties"] is False
+    assert re.fullmatch(pattern, "b") and not re.fullmatch(pattern, "a")
+    assert not re.fullmatch(pattern, "b" * 66)
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(result))
+    assert llguidance.LLMatcher.validate_grammar(grammar) == ""
+    for long in ({"a" * 65: {}}, {f"name_{number:03}": {} for number in range(99)}):
+        assert "patternProperties" not in bounded({"type": "object", "properties": long}, 256)
+    merged = bounded({"allOf": [schema, schema]}, 256)
+    assert "patternProperties" not in merged["allOf"][0], "the names of both have to be allowed"
 
 
 @pytest.mark.parametrize("wrong", ["3", True, None, [3], {}], ids=str)

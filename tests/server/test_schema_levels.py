@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from itertools import pairwise
 
 import llguidance
 import pytest
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 from chunkllama.engine.grammar import to_llguidance
 from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec
-from chunkllama_server.api.common.schema_bounds import bound_grammar
+from chunkllama_server.api.common.schema_bounds import bound_grammar, bounded
 from chunkllama_server.api.common.schema_levels import object_schema, prepare_schema
+from chunkllama_server.api.common.schema_merge import merge_objects
 from chunkllama_server.api.common.structured_outputs import json_schema
 from chunkllama_server.api.tools.call_format import CallFormat
 from chunkllama_server.api.tools.config import ToolConfig
@@ -81,6 +84,185 @@ def test_what_libraries_write_by_default_is_accepted(name, strict):
     assert compiles(GrammarSpec(kind="json_schema", text=json.dumps(prepared.schema)))
 
 
+# Of pydantic before 2.14 and of zod, with texts that are allowed and others.
+LOOK_AHEADS = {
+    "Decimal": (r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$", ["1", "-10.5", "+0.25"], ["", ".", "+", "x"]),
+    "Decimal of 6 digits, 2 places": (
+        r"^(?!^[-+.]*$)[+-]?0*(?:\d{0,4}|(?=[\d.]{1,7}0*$)\d{0,4}\.\d{0,2}0*$)",
+        ["1234.56", "-7", "0.5"],
+        ["", "-", "12345.1", "1.234"],
+    ),
+    "Decimal below 1": (
+        r"^(?!^[-+.]*$)[+-]?0*(?:\d{0,0}|(?=[\d.]{1,3}0*$)\d{0,0}\.\d{0,2}0*$)",
+        ["0.5", "-0.25"],
+        ["", "1.5", "2"],
+    ),
+    "email": (
+        r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@"
+        r"([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$",
+        ["a.b-c@mail.example.org", "x+y@a.io"],
+        [".a@b.org", "a..b@c.org", "a@b", "a@.org"],
+    ),
+    "hostname": (
+        r"^(?=.{1,253}\.?$)[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+        r"(?:\.[a-zA-Z0-9](?:[-0-9a-zA-Z]{0,61}[0-9a-zA-Z])?)*\.?$",
+        ["localhost", "www.example-1.org"],
+        ["", "-a", "a..b", "a_b"],
+    ),
+    "duration": (
+        r"^P(?:(\d+W)|(?!.*W)(?=\d|T\d)(\d+Y)?(\d+M)?(\d+D)?"
+        r"(T(?=\d)(\d+H)?(\d+M)?(\d+([.,]\d+)?S)?)?)$",
+        ["P3W", "P1Y2M3DT4H5M", "P3D", "PT1H", "PT5M6S", "PT7S"],
+        ["P", "PT", "P1WT1H", "1D"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOOK_AHEADS)
+@pytest.mark.parametrize("strict", [True, False])
+def test_look_aheads_of_libraries_are_enforced(name, strict):
+    pattern, allowed, others = LOOK_AHEADS[name]
+    field = {"type": "string", "pattern": pattern}
+    prepared = prepare_schema(member(field), "s", strict=strict)
+    assert prepared.left_out == []
+    written = prepared.schema["properties"]["x"]["pattern"]
+    for text in allowed:
+        assert re.search(pattern, text) and re.search(written, text), text
+    assert not any(re.search(written, text) for text in others)
+    assert compiles(GrammarSpec(kind="json_schema", text=json.dumps(prepared.schema)))
+
+
+@pytest.mark.parametrize(
+    ("node", "allowed", "others"),
+    [
+        ({"format": "date-time"}, ["2024-02-29T23:59:59.5+01:00"], ["2024-02-29T23:59:60Z"]),
+        (
+            {"format": "date"},
+            ["2024-02-29", "2000-02-29", "1999-12-31"],
+            ["2023-02-29", "1900-02-29", "2024-04-31", "2024-13-01", "0000-01-01"],
+        ),
+        ({"format": "time"}, ["23:59:59Z"], ["23:59:60Z", "23:59:59"]),
+        ({"format": "duration"}, ["P1Y", "PT12H"], ["P99999D"]),
+        (
+            {"format": "uri", "maxLength": 2083},
+            ["https://example.org/a?b=1", "http://127.0.0.1:8000", "http://localhost/"],
+            ["mailto:a", "ftp://x.org", "http://", "http://300.1.1.1", "https://a--b.org"],
+        ),
+    ],
+    ids=str,
+)
+def test_formats_are_what_types_of_languages_accept(node, allowed, others):
+    """Python and JavaScript know no leap second; 2083 is the length of pydantic's HttpUrl."""
+    prepared = prepare_schema({"type": "string", **node}, "s", strict=False).schema
+    assert prepared["format"] == node["format"]
+    assert all(re.search(prepared["pattern"], text) for text in allowed)
+    assert not any(re.search(prepared["pattern"], text) for text in others)
+    own = prepare_schema({"type": "string", **node, "pattern": "^x"}, "s", strict=False).schema
+    assert own["pattern"] == "^x"
+
+
+NUMBER, TEXT = {"type": "number"}, {"type": "string"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"items": [NUMBER, TEXT]}, {"prefixItems": [NUMBER, TEXT]}),
+        (
+            {"items": [NUMBER], "additionalItems": False},
+            {"prefixItems": [NUMBER], "items": False},
+        ),
+        ({"items": [NUMBER], "additionalItems": TEXT}, {"prefixItems": [NUMBER], "items": TEXT}),
+        ({"items": TEXT}, {"items": TEXT}),
+    ],
+    ids=str,
+)
+def test_tuples_of_earlier_drafts(given, expected):
+    """As the AI SDK and zod-to-json-schema write them."""
+    prepared = prepare_schema({"type": "array", **given}, "s", strict=False).schema
+    assert prepared == {"type": "array", **expected}
+
+
+INTEGER = {"type": "integer"}
+BASE = {"type": "object", "properties": {"x": INTEGER}, "required": ["x"]}
+OTHER = {"type": "object", "properties": {"y": TEXT}, "required": ["y"]}
+DEFINITIONS = {"Base": BASE, "Other": OTHER, "Both": {"allOf": [{"$ref": "#/$defs/Base"}, OTHER]}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [{"$ref": "#/$defs/Base"}, OTHER]},
+        {"allOf": [{"$ref": "#/$defs/Base"}], **OTHER},
+        {"allOf": [{"$ref": "#/$defs/Base"}, {"$ref": "#/$defs/Other"}]},
+        {"allOf": [{"$ref": "#/$defs/Both"}]},
+        {"allOf": [BASE, {"required": ["x"]}, OTHER], "title": "T"},
+    ],
+    ids=lambda s: str(s)[:60],
+)
+def test_objects_joined_by_all_of_are_one_closed_object(schema):
+    """As inheritance is written in OpenAPI, and so by servers of MCP that are made from it."""
+    whole = {**schema, "$defs": DEFINITIONS}
+    prepared = prepare_schema(whole, "s", strict=False).schema
+    assert "allOf" not in prepared
+    assert prepared["properties"] == {"x": INTEGER, "y": TEXT}
+    assert sorted(prepared["required"]) == ["x", "y"]
+    assert prepared["additionalProperties"] is False
+    nested = prepare_schema(member(schema) | {"$defs": DEFINITIONS}, "s", strict=False).schema
+    assert nested["properties"]["x"]["properties"] == {"x": INTEGER, "y": TEXT}
+    strict = prepare_schema(whole, "s", strict=True).schema
+    for made in (prepared, nested, strict):
+        assert compiles(GrammarSpec(kind="json_schema", text=json.dumps(bounded(made, 256))))
+
+
+OPEN = {"type": "object", "minProperties": 1}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#/$defs/Base", **OTHER},
+        {"allOf": [{"$ref": "#/$defs/Base"}, OPEN]},
+        {"allOf": [{"$ref": "#/$defs/Base"}, {"type": "object", "properties": {"x": {}}}]},
+        {"allOf": [{"$ref": "#/$defs/Base"}, {"$ref": "#/$defs/Missing"}]},
+        {"allOf": [{"$ref": "#/$defs/Base"}, {"$ref": "#/$defs/Loop"}]},
+        {"allOf": [{"$ref": "#/$defs/Base"}, {"properties": 3}]},
+        {"allOf": 3, "$ref": "#/$defs/Base", "properties": {}},
+    ],
+    ids=lambda s: str(s)[:60],
+)
+def test_definitions_that_cannot_be_merged_stay_open(schema):
+    """A closed one would forbid the members of the others."""
+    definitions = {**DEFINITIONS, "Else": BASE, "Loop": {"allOf": [{"$ref": "#/$defs/Loop"}]}}
+    prepared = prepare_schema({**schema, "$defs": definitions}, "s", strict=False).schema
+    assert "additionalProperties" not in prepared["$defs"]["Base"]
+    assert prepared["$defs"]["Else"]["additionalProperties"] is False
+
+
+def test_definitions_that_join_each_other_often_are_read_so_often():
+    """Twenty times twenty, eight levels deep, are more than a server has time for."""
+    names = [f"L{level}" for level in range(8)]
+    levels = {
+        name: {"allOf": [{"$ref": f"#/$defs/{below}"}] * 20}
+        for name, below in pairwise([*names, "Base"])
+    }
+    schema = {"allOf": [{"$ref": "#/$defs/L0"}], "$defs": {**levels, "Base": BASE}}
+    assert merge_objects(schema)["allOf"] == schema["allOf"]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_null_members_of_a_schema_are_absent(strict):
+    """Clients in Go and C# write null for a list or an object that they do not have."""
+    given = {"type": "object", "properties": None, "required": None, "$defs": None, "anyOf": None}
+    prepared = prepare_schema(given, "s", strict=strict).schema
+    assert prepared == {"type": "object", "properties": {}} | ({} if strict else CLOSED)
+    kept = {"const": None, "default": None}
+    assert prepare_schema(kept, "s", strict=strict).schema == kept
+
+
+CLOSED = {"additionalProperties": False}
+
+
 def test_objects_that_list_their_members_are_closed():
     inner = {"type": "object", "properties": {"b": {"type": "integer"}}}
     schema = {
@@ -89,7 +271,7 @@ def test_objects_that_list_their_members_are_closed():
             "a": inner,
             "map": {"type": "object"},
             "open": {**inner, "additionalProperties": True},
-            "all": {"allOf": [inner, {"$ref": "#/$defs/d"}]},
+            "all": {"allOf": [inner, {"type": "object", "minProperties": 1}]},
         },
         "$defs": {"d": inner},
     }

@@ -93,7 +93,9 @@ class MessageReader:
         turn_start = answers[-1] + 1 if answers else 0
         for index, turn in enumerate(turns):
             path = f"messages[{index}]"
-            content = turn.content
+            if "content" not in turn.model_fields_set:
+                raise invalid("A message needs content", f"{path}.content")
+            content = turn.content or []
             blocks = (
                 [ContentBlock(type="text", text=content)] if isinstance(content, str) else content
             )
@@ -124,9 +126,10 @@ class MessageReader:
                 parts = []
                 self._read_result(block, where)
                 continue
-            if block.type in MEDIA_BLOCKS and refuses_media:
+            text = _document_text(block)
+            if text is None and block.type in MEDIA_BLOCKS and refuses_media:
                 raise _refused(block, where)
-            text = self._text_of(block, where)
+            text = self._text_of(block, where) if text is None else text
             if text is not None:
                 parts.append(ContentPart(type="text", text=text))
                 self._note(block, where, Place(len(self.messages), len(parts) - 1))
@@ -140,8 +143,9 @@ class MessageReader:
 
     def _text_of(self, block: ContentBlock, path: str) -> str | None:
         """The text that stands for a block of the past; what is not text is noted."""
-        if block.type == "text" and block.text is not None:
-            return block.text
+        text = block.text if block.type == "text" else _document_text(block)
+        if text is not None:
+            return text
         self.repairs.append(path)
         return f"[{block.type}]" if block.type in MEDIA_BLOCKS else block.text
 
@@ -211,6 +215,28 @@ class MessageReader:
                 "The last message of the assistant must not end with white space", f"{path}.content"
             )
         self.continues = bool(text)
+
+
+def _document_text(block: ContentBlock) -> str | None:
+    """The text of a document or a search result, below its title; None for another block."""
+    given = block.source if isinstance(block.source, dict) else {}
+    if block.type == "document" and given.get("type") == "text":
+        content = given.get("data")
+    elif block.type == "document" and given.get("type") == "content":
+        content = given.get("content")
+    elif block.type == "search_result":
+        content = block.content
+    else:
+        return None
+    if isinstance(content, list):
+        parts = [dict(part) if isinstance(part, ContentBlock | dict) else {} for part in content]
+        content = _join([part.get("text") for part in parts])
+    origin = block.source if isinstance(block.source, str) else None
+    return _join([block.title, origin, block.context, content])
+
+
+def _join(texts: list[Any]) -> str:
+    return "\n".join(text for text in texts if isinstance(text, str) and text)
 
 
 def _refused(block: ContentBlock, path: str) -> Exception:

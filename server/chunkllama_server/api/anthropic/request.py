@@ -88,6 +88,8 @@ def as_chat(body: CountTokensRequest, *, has_thoughts: bool) -> ChatOf:
     chat.repairs.extend(reader.repairs)
     chat.mark_cache(_cache_marks(body, reader))
     spelled = dict(_SPELLED)
+    if body.output_format is not None:
+        spelled["response_format.json_schema.schema"] = "output_format.schema"
     for index in range(len(tools)):
         spelled[f"tools[{index}].function.parameters"] = f"tools[{index}].input_schema"
     return ChatOf(chat, spelled, thinks.ignored)
@@ -133,6 +135,9 @@ def _tool_choice(body: CountTokensRequest) -> Any:
 
 def _response_format(body: CountTokensRequest) -> ResponseFormat | None:
     given = body.output_config.format if body.output_config is not None else None
+    if given is not None and body.output_format is not None:
+        raise invalid("Send output_config.format or output_format, not both", "output_format")
+    given = given or body.output_format
     if given is None:
         return None
     return ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(schema=given.schema_))

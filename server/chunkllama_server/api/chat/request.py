@@ -206,7 +206,7 @@ class PreparedChat:
 def _check_fields(body: ChatCompletionRequest) -> None:
     """Refuse combinations of fields, and values that the schema admits but nothing implements."""
     check_stream_options(body)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
     if body.modalities is not None and "audio" in body.modalities:
         raise invalid("Audio output is not supported", "modalities")

@@ -55,6 +55,13 @@ PROBE_SECONDS = 0.8
 _OPTIONS = frozenset(
     ("response_format", "structured_outputs", "text", "reasoning", "stream_options")
 )
+# Fields of one endpoint that another does not have, and whose names alone do not say it.
+_BINDING = frozenset(
+    (
+        *("tool_choice", "functions", "function_call", "num_predict", "n_predict"),
+        *("chat_template", "chat_template_kwargs"),
+    )
+)
 
 
 @dataclass(slots=True)
@@ -255,6 +262,8 @@ class ServerContext:
         if unknown and self.settings.strict:
             raise invalid(f"Unknown field {unknown[0][:200]!r}", unknown[0], "unknown_field")
         _check_options(unknown)
+        if body.refuses_binding:
+            _check_unknown(body)
         ignored = [*unknown, *info.harmless]
         if ignored:
             self.metrics.ignore_fields(len(ignored))
@@ -272,6 +281,21 @@ def _check_options(unknown: list[str]) -> None:
         option, _, member = path.partition(".")
         if member and option in _OPTIONS and looks_binding(path.rpartition(".")[2]):
             raise binding(path)
+
+
+def _check_unknown(body: RequestModel) -> None:
+    """Refuse an unknown field, also in ``options`` or ``parameters``, that would constrain the
+    answer.
+
+    Raises:
+        ApiError: 400 naming it.
+    """
+    for holder in ("", "options", "parameters"):
+        fields = getattr(body, holder, None) if holder else body
+        extra = fields.model_extra if isinstance(fields, RequestModel) else None
+        for name, value in (extra or {}).items():
+            if value and value != "auto" and (name in _BINDING or looks_binding(name)):
+                raise binding(f"{holder}.{name}".removeprefix("."))
 
 
 def get_context(request: Request) -> ServerContext:

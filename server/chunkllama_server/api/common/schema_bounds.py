@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from chunkllama.sampling_params import GrammarSpec
+from chunkllama_server.api.common.schema_texts import other_names
 
 MAX_INTEGER = 2**53 - 1
 _MAX_NUMBER = 10**15
@@ -23,7 +25,10 @@ _LEAST_ITEMS, _LEAST_CHARS = 4, 32
 _CHARS_PER_TOKEN = 2
 _MAX_CHARS = 1 << 15
 # Names of members of a map.
-_NAMES = "^.{1,64}$"
+_NAME_CHARS = 64
+_NAMES = f"^.{{1,{_NAME_CHARS}}}$"
+# Names of other members beside so many listed ones make a large expression.
+_MAX_LISTED_CHARS = 512
 # Digits behind a second or a label of a host name may go on as long as any text.
 _FORMAT_CHARS = {
     **{"date-time": 35, "time": 24, "date": 10, "duration": 32, "uuid": 36, "ipv4": 15, "ipv6": 45},
@@ -64,7 +69,18 @@ def bounded(schema: Any, num_tokens: int) -> Any:
     """
     share = max(num_tokens, 1) * _CHARS_PER_TOKEN // max(_num_strings(schema), 1)
     items = min(max(_floor(num_tokens // 16), _LEAST_ITEMS), _MAX_ITEMS)
-    return _Bounder(min(max(_floor(share), _LEAST_CHARS), _MAX_CHARS), items).schema(schema)
+    chars = min(max(_floor(share), _LEAST_CHARS), _MAX_CHARS)
+    return _Bounder(chars, items, bounds_names=not _merges(schema)).schema(schema)
+
+
+def _merges(schema: Any) -> bool:
+    """Whether objects of several places have to hold together; their names cannot be bounded."""
+    if isinstance(schema, list):
+        return any(map(_merges, schema))
+    if not isinstance(schema, dict):
+        return False
+    is_merged = "allOf" in schema or {"$ref", "properties"} <= schema.keys()
+    return is_merged or any(map(_merges, schema.values()))
 
 
 def _floor(number: int) -> int:
@@ -90,6 +106,12 @@ def _num_strings(schema: Any) -> int:
     return count
 
 
+def _is_short(names: Iterable[str]) -> bool:
+    """Whether an expression of all other names stays small."""
+    lengths = [len(name) for name in names]
+    return max(lengths) <= _NAME_CHARS and sum(lengths) <= _MAX_LISTED_CHARS
+
+
 def _least(node: dict[str, Any]) -> float:
     """Characters that a string may need."""
     return max(_number(node, "minLength", 0), _PATTERN_CHARS if "pattern" in node else 0)
@@ -104,7 +126,8 @@ def _number(node: dict[str, Any], key: str, default: int) -> float:
 
 
 class _Bounder:
-    def __init__(self, max_chars: int, max_items: int) -> None:
+    def __init__(self, max_chars: int, max_items: int, *, bounds_names: bool) -> None:
+        self._bounds_names = bounds_names
         self._max_chars = max_chars
         self._max_items = max_items
 
@@ -146,8 +169,13 @@ class _Bounder:
         is_map = "object" in kinds and node.get("additionalProperties", True) is not False
         if is_map and "patternProperties" not in node:
             value = node.setdefault("additionalProperties", self._any(depth + 1))
-            # The grammar library counts members, and bounds their names, of plain maps alone.
-            if not node.get("properties"):
+            properties = node.get("properties")
+            names = list(properties) if isinstance(properties, dict) else []
+            # The grammar library counts the members of plain maps alone.
+            if names and self._bounds_names and _is_short(names):
+                node["patternProperties"] = {other_names(names, _NAME_CHARS): value}
+                node["additionalProperties"] = False
+            elif not names:
                 least = _number(node, "minProperties", 0)
                 node.setdefault("maxProperties", max(_MAX_MEMBERS, least))
                 node["patternProperties"] = {_NAMES: value}

@@ -8,10 +8,11 @@ says otherwise: a model invents members where it may.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from chunkllama_server.api.common.schema_merge import merge_objects
+from chunkllama_server.api.common.schema_texts import enforceable, format_pattern
 from chunkllama_server.transport.errors import invalid
 
 # Formats llguidance enforces; another format is an annotation.
@@ -30,9 +31,8 @@ _IDENTIFIERS = frozenset(("$schema", "$id", "id", "$anchor"))
 _SCHEMA_MEMBERS = frozenset(("additionalProperties", "items", "additionalItems"))
 _SCHEMA_MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 _SCHEMA_LISTS = frozenset(("anyOf", "oneOf", "allOf", "prefixItems"))
+_CONTAINERS = (*_SCHEMA_MEMBERS, *_SCHEMA_MAPS, *_SCHEMA_LISTS, "required")
 _COMBINATORS = frozenset(("anyOf", "oneOf", "allOf", "$ref"))
-# Assertions of a regular expression that no automaton has: look-around and back references.
-_ASSERTION = re.compile(r"\(\?(?:[=!]|<[=!])|\\[1-9]")
 
 # A path is as long as the names above it, so that of many keywords are longer than the schema.
 _MAX_LEFT_OUT = 256
@@ -63,6 +63,9 @@ def prepare_schema(schema: Any, param: str, *, strict: bool, owner: str = "") ->
         ApiError: 400 naming the keyword and its place.
     """
     preparer = _Preparer(param, strict, owner)
+    if not strict:
+        schema = merge_objects(schema)
+    preparer.find_merged(schema)
     prepared = preparer.schema(schema, (), closes=not strict)
     return PreparedSchema(prepared, preparer.left_out)
 
@@ -73,6 +76,8 @@ class _Preparer:
         self._param = param
         self._strict = strict
         self._owner = owner
+        # Definitions that hold together with others: closed, they would forbid their members.
+        self._merged: set[str] = set()
 
     def _leave_out(self, path: tuple[str, ...], *, constrains: bool = True) -> None:
         dotted = ".".join((self._param, *path))[:_MAX_PATH_CHARS]
@@ -88,13 +93,27 @@ class _Preparer:
         if len(self.left_out) < _MAX_LEFT_OUT:
             self.left_out.append(dotted)
 
+    def find_merged(self, node: Any, *, is_branch: bool = False) -> None:
+        """Find the definitions that hold together with other parts of the schema."""
+        if isinstance(node, list):
+            for item in node:
+                self.find_merged(item, is_branch=is_branch)
+        elif isinstance(node, dict):
+            name = node.get("$ref")
+            if isinstance(name, str) and (is_branch or "properties" in node):
+                self._merged.add(name.rpartition("/")[2])
+            for key, value in node.items():
+                others = node.keys() & {"properties", "$ref"}
+                merges = isinstance(value, list) and (len(value) > 1 or bool(others))
+                self.find_merged(value, is_branch=key == "allOf" and merges)
+
     def schema(self, node: Any, path: tuple[str, ...], *, closes: bool) -> Any:
         if not isinstance(node, dict):
             return node
         if node.get("not") in ({}, True):
             return False
         prepared: dict[str, Any] = {}
-        for key, value in self._with_names(node).items():
+        for key, value in self._with_names(_with_prefix(_without_null(node))).items():
             here = (*path, key)
             if key in _IDENTIFIERS and isinstance(value, str):
                 continue
@@ -103,10 +122,13 @@ class _Preparer:
                     self._leave_out(here)
             elif key == "format" and not (isinstance(value, str) and value in FORMATS):
                 self._leave_out(here, constrains=False)
-            elif key == "pattern" and isinstance(value, str) and _ASSERTION.search(value):
+            elif key == "pattern" and isinstance(value, str) and enforceable(value) is None:
                 self._leave_out(here)
             else:
                 prepared[key] = self._member(key, value, here, closes)
+        narrow = format_pattern(prepared)
+        if narrow is not None:
+            prepared.setdefault("pattern", narrow)
         if "oneOf" in prepared and "anyOf" not in prepared:
             prepared["anyOf"] = prepared.pop("oneOf")
         if closes and _lists_its_members(prepared):
@@ -117,8 +139,9 @@ class _Preparer:
         # A closed branch of allOf would forbid the members of the others.
         closes = closes and key != "allOf"
         if key in _SCHEMA_MAPS and isinstance(value, dict):
+            open_names = self._merged if key in ("$defs", "definitions") else ()
             return {
-                name: self.schema(item, (*path, name), closes=closes)
+                name: self.schema(item, (*path, name), closes=closes and name not in open_names)
                 for name, item in value.items()
             }
         if key in _SCHEMA_LISTS and isinstance(value, list):
@@ -128,6 +151,8 @@ class _Preparer:
             ]
         if key in _SCHEMA_MEMBERS:
             return self.schema(value, path, closes=closes)
+        if key == "pattern" and isinstance(value, str):
+            return enforceable(value)
         return value
 
     def _with_names(self, node: dict[str, Any]) -> dict[str, Any]:
@@ -143,6 +168,23 @@ class _Preparer:
         rest = {key: item for key, item in node.items() if key != "propertyNames"}
         members = {name: known.get(name, value) for name in listed}
         return {**rest, "properties": members, "additionalProperties": False}
+
+
+def _without_null(node: dict[str, Any]) -> dict[str, Any]:
+    """A schema without members that are null, as clients in typed languages write absent ones."""
+    if not any(node.get(key, True) is None for key in _CONTAINERS):
+        return node
+    rest = {key: item for key, item in node.items() if item is not None or key not in _CONTAINERS}
+    return {**rest, "properties": {}} if node.get("properties", True) is None else rest
+
+
+def _with_prefix(node: dict[str, Any]) -> dict[str, Any]:
+    """A tuple as drafts before 2020-12 write it, in the newer form."""
+    if not isinstance(node.get("items"), list) or "prefixItems" in node:
+        return node
+    rest = {key: item for key, item in node.items() if key not in ("items", "additionalItems")}
+    more = node.get("additionalItems", True)
+    return {**rest, "prefixItems": node["items"], **({} if more is True else {"items": more})}
 
 
 def _is_trivial(key: str, value: Any) -> bool:

@@ -47,11 +47,15 @@ class Translation:
     unknown: list[str] = field(default_factory=list)
 
 
+_FORMATS = frozenset(("format", "response_format", "output_format", "answer_format"))
+
+
 def looks_binding(name: str) -> bool:
     """Whether an unknown name would constrain or bound the answer, or change the prompt."""
     words = re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower())
     joined = "_".join(words)
-    return not _WORDS.isdisjoint(words) or joined in _PROMPTS or bool(_LIMIT.fullmatch(joined))
+    is_word = not _WORDS.isdisjoint(words) or joined in _PROMPTS | _FORMATS
+    return is_word or bool(_LIMIT.fullmatch(joined))
 
 
 @cache

@@ -63,8 +63,9 @@ def _admit(
     """
     if context.adapter_of(body.model) is None:
         body.__dict__["model"] = body.model.removesuffix(_LATEST)
-    request.scope[SPELLED_KEY] = SPELLED
-    return context.admit(body, request)
+    info = context.admit(body, request)
+    request.scope[SPELLED_KEY] = SPELLED  # later errors name fields of the completion
+    return info
 
 
 def _loaded(body: OllamaGeneration, key: str, value: Any) -> Response:

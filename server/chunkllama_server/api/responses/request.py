@@ -75,12 +75,13 @@ class _InputReader:
     def _add_message(self, item: InputItem, path: str) -> None:
         if item.role is None:
             raise invalid("A message needs a role", f"{path}.role")
-        if item.content is None and "content" not in item.model_fields_set:
+        calls = item.tool_calls if item.role == "assistant" else None
+        if item.content is None and not calls and "content" not in item.model_fields_set:
             raise invalid("A message needs content", f"{path}.content")
         content: Any = item.content
         if isinstance(content, list):
             content = [_chat_part(part) for part in content]
-        self._add(ChatMessage(role=item.role, content=content), path)
+        self._add(ChatMessage(role=item.role, content=content, tool_calls=calls or None), path)
 
     def _add_call(self, item: InputItem, kind: str, path: str) -> None:
         arguments = item.arguments
@@ -137,6 +138,8 @@ def _reasoning_text(item: InputItem) -> str:
 def _as_part(value: Any) -> InputPart | None:
     if isinstance(value, str):
         return InputPart(type="text", text=value)
+    if isinstance(value, dict) and not {"type", "text"} & value.keys():  # a shell's output
+        return InputPart(type="text", text=json.dumps(value, ensure_ascii=False))
     try:
         return InputPart.model_validate(value)
     except ValidationError:
@@ -183,7 +186,7 @@ def previous_messages(
         ApiError: 404 when it is not, or no longer, stored; 400 while it is running.
     """
     previous = body.previous_response_id
-    if previous is None:
+    if not previous:
         return []
     if context.background.get(tenant, previous) is not None:
         raise invalid(
@@ -211,7 +214,7 @@ def _tools(body: ResponseRequest) -> list[ChatTool] | None:
             function = _function(tool)
         except ValidationError:
             raise invalid(
-                "A function's name has 1 to 64 letters, digits, _ and -", f"tools[{index}].name"
+                "A function's name has 1 to 128 letters, digits, _, - and .", f"tools[{index}].name"
             ) from None
         tools.append(ChatTool(type="function", function=function))
     return tools or None

@@ -88,7 +88,7 @@ class ResponseAnswer:
             "model": body.model,
             "output": [],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "previous_response_id": body.previous_response_id,
+            "previous_response_id": body.previous_response_id or None,
             "prompt_cache_key": body.prompt_cache_key,
             "prompt_cache_retention": body.prompt_cache_retention,
             "reasoning": {"effort": None, "summary": None, **given.get("reasoning", {})},

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field
 
 from chunkllama_server.api.schema.base import MAX_TOKENS, RequestModel, StopString
+from chunkllama_server.api.schema.chat import Name
 
 TEXT_BLOCKS = frozenset(("text",))
 # Blocks that are refused in the turn to be answered, and named in the prompt in earlier turns.
 MEDIA_BLOCKS = frozenset(("image", "document"))
-KNOWN_BLOCKS = TEXT_BLOCKS | MEDIA_BLOCKS | {"thinking", "tool_use", "tool_result"}
+KNOWN_BLOCKS = TEXT_BLOCKS | MEDIA_BLOCKS | {"thinking", "tool_use", "tool_result", "search_result"}
 MAX_CACHE_MARKS = 4
-ToolName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
 
 
 class CacheControl(RequestModel):
@@ -30,9 +30,9 @@ class ContentBlock(RequestModel):
 
     type: str = Field(
         max_length=64,
-        description="Honoured: text, thinking, tool_use, tool_result. image and document are "
-        "refused in the turn to be answered and named in the prompt where they are history; other "
-        "types are left out and named.",
+        description="Honoured: text, thinking, tool_use, tool_result, search_result, and document "
+        "where it is text. Other documents and image are refused in the turn to be answered and "
+        "named in the prompt where they are history; other types are left out and named.",
     )
     text: str | None = Field(default=None, description="Honoured.")
     thinking: str | None = Field(default=None, description="Honoured through the template.")
@@ -50,7 +50,7 @@ class ContentBlock(RequestModel):
         | Annotated[list[ContentBlock], Field(max_length=1024, fail_fast=True)]
         | dict[str, Any]
         | None
-    ) = Field(default=None, description="Honoured: of a tool_result, text or blocks.")
+    ) = Field(default=None, description="Honoured: of a result, text or blocks.")
     is_error: bool | None = Field(
         default=None, description='Honoured: the result then begins with "Error:".'
     )
@@ -59,9 +59,13 @@ class ContentBlock(RequestModel):
         description="Honoured: a prefix to keep ends after the block, exact to the token.",
     )
     citations: Any = Field(default=None, description="Ignored: no citations are made.")
-    source: Any = Field(default=None, description="Refused with its block.")
-    title: str | None = Field(default=None, description="Ignored with its block.")
-    context: str | None = Field(default=None, description="Ignored with its block.")
+    source: Any = Field(
+        default=None,
+        description="Honoured: of type text or content, and of a search_result; else refused with "
+        "its block.",
+    )
+    title: str | None = Field(default=None, description="Honoured: stands before the text.")
+    context: str | None = Field(default=None, description="Honoured: stands before the text.")
     caller: Any = Field(default=None, description="Ignored.")
 
     def is_skipped(self) -> bool:
@@ -72,8 +76,12 @@ class MessageTurn(RequestModel):
     """One message of a conversation."""
 
     role: Literal["user", "assistant", "system"] = Field(description="Honoured.")
-    content: str | Annotated[list[ContentBlock], Field(max_length=4096, fail_fast=True)] = Field(
-        description="Honoured: text or blocks. A last message of the assistant is continued."
+    content: str | Annotated[list[ContentBlock], Field(max_length=4096, fail_fast=True)] | None = (
+        Field(
+            default=None,
+            description="Honoured: text or blocks; null and no blocks are an empty text. A last "
+            "message of the assistant is continued.",
+        )
     )
 
 
@@ -86,7 +94,7 @@ class ToolDefinition(RequestModel):
         description="Honoured: custom or absent. Tools that Anthropic's servers run are left out "
         "and named in the header of ignored fields.",
     )
-    name: ToolName = Field(description="Honoured.")
+    name: Name = Field(description="Honoured.")
     description: str | None = Field(default=None, description="Honoured through the template.")
     input_schema: dict[str, Any] | None = Field(
         default=None, description="Honoured: a JSON schema, which forced calls obey."
@@ -120,7 +128,7 @@ class ToolChoice(RequestModel):
     type: Literal["auto", "any", "tool", "none"] = Field(
         description="Honoured: any and tool are forced by a grammar."
     )
-    name: ToolName | None = Field(default=None, description="Honoured: required for tool.")
+    name: Name | None = Field(default=None, description="Honoured: required for tool.")
     disable_parallel_tool_use: bool | None = Field(
         default=None, description="Honoured: true allows one call."
     )
@@ -188,6 +196,9 @@ class CountTokensRequest(RequestModel):
     tool_choice: ToolChoice | None = Field(default=None, description="Honoured.")
     thinking: ThinkingConfig | None = Field(default=None, description="Honoured.")
     output_config: OutputConfig | None = Field(default=None, description="Honoured.")
+    output_format: OutputFormat | None = Field(
+        default=None, description="Honoured (deprecated): output_config.format."
+    )
     cache_control: CacheControl | None = Field(
         default=None, description="Honoured: as at the last block of the request."
     )
@@ -203,6 +214,8 @@ class CountTokensRequest(RequestModel):
 
 class MessagesRequest(CountTokensRequest):
     """Body of POST /v1/messages."""
+
+    refuses_binding: ClassVar[bool] = True
 
     max_tokens: int = Field(
         ge=0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -26,6 +26,7 @@ EMPTY_IS_ABSENT = frozenset(
     (
         *("tools", "functions", "stop", "stop_token_ids", "bad_words", "documents", "include"),
         *("content", "tool_calls", "modalities"),
+        "mcp_servers",
     )
 )
 MAX_SEED = 2**63 - 1
@@ -54,6 +55,10 @@ class RequestModel(BaseModel):
     @cache
     def wire_names(cls) -> frozenset[str]:
         return frozenset(field.alias or name for name, field in cls.model_fields.items())
+
+    # Whether an unknown field that would constrain the answer is refused; requests that the dialect
+    # table translates are checked there.
+    refuses_binding: ClassVar[bool] = False
 
     def is_skipped(self) -> bool:
         """Whether the whole object is left out of the request and named."""

@@ -16,7 +16,10 @@ from chunkllama_server.api.schema.base import (
 )
 from chunkllama_server.api.schema.past import as_message, as_part
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+# What MCP allows as the name of a tool, and the parsers of calls read.
+Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+# Of a schema, which only the client reads: generic classes have names like "Page[Item]".
+Label = Annotated[str, StringConstraints(max_length=256)]
 ROLES = ("developer", "system", "user", "assistant", "tool", "function")
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
@@ -180,7 +183,7 @@ class NamedToolChoice(RequestModel):
 class JsonSchemaFormat(RequestModel):
     """A named JSON schema."""
 
-    name: Name | None = Field(default=None, description="Validated.")
+    name: Label | None = Field(default=None, description="Validated.")
     description: str | None = Field(
         default=None, description="Ignored: the schema alone constrains."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, ClassVar, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -69,6 +69,8 @@ class OllamaRequest(RequestModel):
 
 class OllamaGeneration(OllamaRequest):
     """What requests that generate have."""
+
+    refuses_binding: ClassVar[bool] = True
 
     stream: bool | None = Field(default=None, description="Honoured. Default true.")
     format: Literal["", "json"] | dict[str, Any] | None = Field(

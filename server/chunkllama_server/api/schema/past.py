@@ -26,6 +26,8 @@ def as_part(data: Any) -> Any:
         return {"type": "text", "text": data}
     if not isinstance(data, Mapping):
         return data
+    if data.get("type") == "tool_result":
+        return {"type": "text", "text": _texts(data.get("content"))}
     part = dict(data)
     text = part.get("text")
     if isinstance(text, Mapping) and isinstance(text.get("value"), str):
@@ -35,6 +37,16 @@ def as_part(data: Any) -> Any:
     if not isinstance(part.get("type"), str):
         part["type"] = UNKNOWN if text is None else "text"
     return part
+
+
+def _texts(content: Any) -> str:
+    """The text of blocks; what is not text is named."""
+    if not isinstance(content, list):
+        return as_text(content) or ""
+    parts = [
+        part if isinstance(part, Mapping) else {"text": part} for part in map(as_part, content)
+    ]
+    return "\n".join(as_text(part.get("text")) or f"[{part.get('type')}]" for part in parts)
 
 
 def _is_part(value: Any) -> bool:
@@ -74,6 +86,31 @@ def as_function(data: Any) -> Any:
     return data if isinstance(data, BaseModel) else None
 
 
+def _move_blocks(message: dict[str, Any]) -> None:
+    """Take calls and thoughts out of an answer's content, where Anthropic and Mistral have them."""
+    content = message.get("content")
+    blocks: dict[str, list[Mapping[str, Any]]] = {"tool_use": [], "thinking": []}
+    others: list[Any] = []
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        (blocks[kind] if kind in ("tool_use", "thinking") else others).append(part)
+    if blocks["tool_use"]:
+        calls = [
+            {
+                "id": call.get("id"),
+                "function": {"name": call.get("name"), "arguments": call["input"]},
+            }
+            for call in blocks["tool_use"]
+            if "input" in call
+        ]
+        message["tool_calls"] = message.get("tool_calls") or calls
+    if blocks["thinking"]:
+        thoughts = "".join(_texts(part.get("thinking")) for part in blocks["thinking"])
+        message["reasoning_content"] = message.get("reasoning_content") or thoughts
+    if any(blocks.values()):
+        message["content"] = others or ""
+
+
 def as_message(data: Any) -> Any:
     """A message of a conversation; the content of users and of the system is left to the schema,
     which refuses what is no text."""
@@ -81,6 +118,12 @@ def as_message(data: Any) -> Any:
         return data
     message = dict(data)
     role, content = message.get("role"), message.get("content")
+    if role == "assistant":
+        if isinstance(thoughts := message.get("reasoning"), str):  # named so by vLLM, OpenRouter
+            del message["reasoning"]
+            message["reasoning_content"] = message.get("reasoning_content") or thoughts
+        _move_blocks(message)
+        content = message.get("content")
     is_past = role in ("assistant", "tool", "function")
     if "content" in message and (is_past or (isinstance(content, Mapping) and _is_part(content))):
         message["content"] = as_content(content)
@@ -102,6 +145,13 @@ def as_item(data: Any) -> Any:
     item = dict(data)
     if item.get("type") is not None:
         item["type"] = as_text(item["type"])
+    if item.get("type") in (None, "message") and item.get("role") in ("tool", "function"):
+        # A result in the shape of chat.
+        return {
+            "type": "function_call_output",
+            "call_id": as_text(item.get("tool_call_id") or item.get("call_id")),
+            "output": item.get("content"),
+        }
     is_asked = item.get("type") in (None, "message") and item.get("role") != "assistant"
     content = item.get("content")
     if "content" in item and (not is_asked or (isinstance(content, Mapping) and _is_part(content))):

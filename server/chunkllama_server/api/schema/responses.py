@@ -12,7 +12,7 @@ from chunkllama_server.api.schema.base import (
     PromptCacheBreakpoint,
     RequestModel,
 )
-from chunkllama_server.api.schema.chat import Name, ReasoningEffort, ServiceTier
+from chunkllama_server.api.schema.chat import Label, Name, ReasoningEffort, ServiceTier
 from chunkllama_server.api.schema.past import as_item, as_part
 
 
@@ -53,6 +53,9 @@ class InputItem(RequestModel):
     content: str | Annotated[list[InputPart], Field(max_length=1024, fail_fast=True)] | None = (
         Field(default=None, description="Honoured: required for a message.")
     )
+    tool_calls: list[Any] | None = Field(
+        default=None, max_length=4096, description="Honoured: calls of a message, as in chat."
+    )
     call_id: str | None = Field(default=None, description="Honoured for calls.")
     name: str | None = Field(default=None, description="Honoured for a function call.")
     arguments: Any = Field(default=None, description="Honoured for a function call.")
@@ -75,7 +78,7 @@ class TextFormat(RequestModel):
     """The format of the answer's text."""
 
     type: Literal["text", "json_object", "json_schema"] = Field(description="Honoured.")
-    name: Name | None = Field(default=None, description="Validated.")
+    name: Label | None = Field(default=None, description="Validated.")
     description: str | None = Field(default=None, description="Ignored.")
     schema_: dict[str, Any] | None = Field(
         default=None, alias="schema", description="Honoured: required for json_schema."
@@ -176,7 +179,9 @@ class ResponseRequest(GenerationFields):
         default=None, ge=16, le=MAX_TOKENS, description="Honoured: null is the rest of the context."
     )
     previous_response_id: str | None = Field(
-        default=None, max_length=128, description="Honoured: continues a stored response."
+        default=None,
+        max_length=128,
+        description="Honoured: continues a stored response. An empty text is none.",
     )
     store: bool | None = Field(
         default=None, description="Honoured: default true; bounded by count, bytes and age."

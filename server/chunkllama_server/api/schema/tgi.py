@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, ClassVar, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -59,6 +59,8 @@ class TgiParameters(RequestModel):
 
 class TgiRequest(RequestModel):
     """Body of POST /generate and /generate_stream."""
+
+    refuses_binding: ClassVar[bool] = True
 
     inputs: str = Field(min_length=1, description="Honoured: the prompt, continued as it is.")
     parameters: TgiParameters | None = Field(default=None, description="Honoured.")
