@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -28,8 +28,9 @@ from chunkllama_server.api import (
 )
 from chunkllama_server.api.anthropic import routes as anthropic
 from chunkllama_server.api.batch import routes as batch
-from chunkllama_server.api.batch.runner import BatchRunner, Reply
+from chunkllama_server.api.batch.runner import BatchRunner
 from chunkllama_server.api.batch.store import FileStore
+from chunkllama_server.api.batch.turns import Reply
 from chunkllama_server.api.chat import routes as chat
 from chunkllama_server.api.common.admission import ChargedEngine, QueueLimits
 from chunkllama_server.api.common.background import BackgroundResponses
@@ -198,8 +199,14 @@ def _batch_runner(
         own = tenants.quotas(tenant).file_bytes
         return settings.file_bytes if own is None else own
 
-    async def call(tenant: str, path: str, body: dict[str, Any], request_id: str) -> Reply:
-        return Reply(*await call_route(app, tenant, path, body, request_id))
+    async def call(
+        tenant: str,
+        path: str,
+        body: dict[str, Any],
+        request_id: str,
+        on_queued: Callable[[], None],
+    ) -> Reply:
+        return Reply(*await call_route(app, tenant, path, body, request_id, on_queued))
 
     folder = settings.files_dir or cache_folder() / "files"
     running = settings.batch_requests or max(settings.max_num_seqs * 3 // 4, 1)
@@ -207,8 +214,10 @@ def _batch_runner(
         FileStore(folder, budget, settings.file_seconds),
         call,
         lambda: engine.has_gap(GAP_TOKENS),
+        lambda tenant: tenant in tenants.keys if tenants.keys else not tenant,
         running,
         settings.batch_lines,
+        settings,
     )
 
 

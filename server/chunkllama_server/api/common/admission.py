@@ -29,6 +29,7 @@ from chunkllama.messages import (
     TokenDelta,
 )
 from chunkllama_server.api.common.idle_prefill import IdlePrefill
+from chunkllama_server.transport.internal import queued
 
 ABORTED = "aborted"  # code of a request that ``ChargedEngine.end`` has ended
 _RETRY_AFTER = 2  # before anything has ended
@@ -171,6 +172,8 @@ class ChargedEngine:
         charge = self._charge(request)
         self._wait(tenant, charge, 1)
         self._run(tenant, charge, 1)
+        if (on_queued := queued.get()) is not None:
+            on_queued()
         live = LiveRequest(
             request.request_id,
             tenant,
