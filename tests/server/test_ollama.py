@@ -124,6 +124,33 @@ def test_options(server, options, reads, value, raw) -> None:
     assert getattr(server.engine.requests[-1].sampling, reads) == value
 
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "values"),
+    [
+        ({}, {}, (0.8, 40, 0.9, 0.0, 1.0)),
+        ({"temperature": 0.25, "top_p": 1.0}, {}, (0.25, 40, 1.0, 0.0, 1.0)),
+        ({"top_k": 0, "repetition_penalty": 1.25}, {}, (0.8, 0, 0.9, 0.0, 1.25)),
+        ({"temperature": 0.25}, {"temperature": 1.5}, (1.5, 40, 0.9, 0.0, 1.0)),
+        ({}, {"temperature": 0, "top_k": 0, "top_p": 1}, (0.0, 0, 1.0, 0.0, 1.0)),
+    ],
+)
+@pytest.mark.parametrize("path", ["chat", "generate", "raw"])
+def test_defaults_are_the_models_else_ollamas(start_server, path, model, options, values) -> None:
+    server = start_server(generation_defaults=model)
+    if path == "chat":
+        sdk(server).chat(MODEL, say("a"), options=options)
+    else:
+        sdk(server).generate(MODEL, "say(a)yas", raw=path == "raw", options=options)
+    sampling = server.engine.requests[-1].sampling
+    assert tuple(getattr(sampling, name) for name in SAMPLING) == values
+    assert server.chat().status_code == 200  # OpenAI's API has its own
+    other = server.engine.requests[-1].sampling
+    assert other.temperature == model.get("temperature", 1.0)
+
+
 @pytest.mark.parametrize("limit", [-2, -1, 0, 10**6])
 @pytest.mark.parametrize("raw", [False, True])
 def test_no_limit_is_what_fits(server, limit, raw) -> None:

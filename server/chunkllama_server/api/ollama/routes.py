@@ -96,7 +96,8 @@ async def chat(body: OllamaChatRequest, request: Request, context: Context) -> R
     info = _admit(body, request, context)
     if not body.messages:
         return _loaded(body, "message", {"role": "assistant", "content": ""})
-    generation, tools = await _chat_stream(chat_of(body), context, info, "messages")
+    translated = chat_of(body, context.generation_defaults)
+    generation, tools = await _chat_stream(translated, context, info, "messages")
     answer = OllamaAnswer(
         model=body.model,
         generation=generation,
@@ -114,12 +115,16 @@ async def generate(body: OllamaGenerateRequest, request: Request, context: Conte
     if not body.prompt:
         return _loaded(body, "response", "")
     if body.raw:
-        completion = completion_of(body, context.engine.info.max_request_tokens)
+        completion = completion_of(
+            body, context.generation_defaults, context.engine.info.max_request_tokens
+        )
         request_id = f"ollama-{uuid.uuid4().hex}"
         streams = await completion_streams(completion, context, info, request_id, fits=True)
         generation = streams[0]
     else:
-        generation, _ = await _chat_stream(chat_of_prompt(body), context, info, "prompt")
+        generation, _ = await _chat_stream(
+            chat_of_prompt(body, context.generation_defaults), context, info, "prompt"
+        )
     answer = OllamaAnswer(
         model=body.model, generation=generation, is_chat=False, started=info.started
     )
