@@ -428,6 +428,20 @@ def test_lines_of_all_batches_have_one_bound(start_server, tmp_path) -> None:
         assert {ended(client, batch).status for batch in batches} == {"completed"}
 
 
+def test_few_lines_run_beside_other_requests(start_server, tmp_path) -> None:
+    """One for 64 places of the running batch, until no other request has come for a while."""
+    server = start_server(files_dir=tmp_path / "files", max_num_seqs=128)
+    assert server.chat().status_code == 200
+    server.engine.gate.clear()
+    with server.client() as client:
+        batch = begin(client, [line(f"r{i}") for i in range(8)])
+        until(lambda: len(server.engine.requests) >= 3)
+        time.sleep(0.3)
+        assert len(server.engine.requests) == 3
+        server.engine.gate.set()
+        assert ended(client, batch).status == "completed"
+
+
 def test_lines_that_are_refused_make_way(start_server, tmp_path) -> None:
     """All places are held by lines that wait to be tried again; none of them is lost."""
     from chunkllama.errors import OverloadedError

@@ -61,6 +61,8 @@ logger = init_logger(__name__)
 # Routes of other servers' protocols, which the setting turns off.
 PROTOCOLS = {"anthropic": anthropic.router, "ollama": ollama.router, "tgi": tgi.router}
 GAP_TOKENS = 1024  # prompt tokens that may wait when a batch's next line is begun
+QUIET_SECONDS = 10.0  # after the last other request, until lines may take most of the engine
+FEW_LINES = 64  # until then, a line for each so many places of the running batch
 WAITING_POOLS = 64  # chunks that may be waited for, in sizes of the pool, unless set
 DESCRIPTION = (
     "OpenAI-compatible API of ChunkLlama. Errors are OpenAI error bodies; unknown fields are "
@@ -209,13 +211,14 @@ def _batch_runner(
         return Reply(*await call_route(app, tenant, path, body, request_id, on_queued))
 
     folder = settings.files_dir or cache_folder() / "files"
-    running = settings.batch_requests or max(settings.max_num_seqs * 3 // 4, 1)
+    most = settings.batch_requests or max(settings.max_num_seqs * 3 // 4, 1)
+    few = min(most, max(settings.max_num_seqs // FEW_LINES, 1))
     return BatchRunner(
         FileStore(folder, budget, settings.file_seconds),
         call,
         lambda: engine.has_gap(GAP_TOKENS),
         lambda tenant: tenant in tenants.keys if tenants.keys else not tenant,
-        running,
+        lambda: most if engine.is_quiet(QUIET_SECONDS) else few,
         settings.batch_lines,
         settings,
     )

@@ -80,7 +80,7 @@ class BatchRunner:
         call: answers one line.
         has_gap: whether a request could start at once.
         is_known: whether a tenant has a key.
-        max_running: lines of all jobs that run at once.
+        max_running: returns how many lines of all jobs may run at once now.
         max_lines: of a file.
         limits: of a line's body.
     """
@@ -91,7 +91,7 @@ class BatchRunner:
         call: Call,
         has_gap: Callable[[], bool],
         is_known: Callable[[str], bool],
-        max_running: int,
+        max_running: Callable[[], int],
         max_lines: int,
         limits: LimitsConfig,
     ) -> None:

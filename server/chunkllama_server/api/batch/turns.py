@@ -73,14 +73,14 @@ class Turns:
 
     Args:
         has_gap: whether a request could start at once.
-        max_running: lines that run at once.
+        max_running: returns how many lines may run at once now.
 
     Attributes:
         num_running: lines that run, or have their turn.
         is_taken: a line has its turn.
     """
 
-    def __init__(self, has_gap: Callable[[], bool], max_running: int) -> None:
+    def __init__(self, has_gap: Callable[[], bool], max_running: Callable[[], int]) -> None:
         self._has_gap = has_gap
         self._max_running = max_running
         self._waiting: deque[object] = deque()
@@ -98,7 +98,7 @@ class Turns:
         (self._waiting.appendleft if is_running else self._waiting.append)(place)
         try:
             while not job.is_stopped:
-                is_free = is_running or self.num_running < self._max_running
+                is_free = is_running or self.num_running < self._max_running()
                 if self._waiting[0] is place and not self.is_taken and is_free and self._has_gap():
                     self.is_taken = True
                     return Turn(self)

@@ -146,6 +146,7 @@ class ChargedEngine:
         self.tokens_waiting = 0
         self.chunks_waiting = 0
         self.idle: IdlePrefill | None = None
+        self._last_request = -math.inf
 
     @property
     def info(self) -> EngineReady:
@@ -158,6 +159,10 @@ class ChargedEngine:
     def has_gap(self, waiting_tokens: int) -> bool:
         """Whether a request would run at once, behind at most so many waiting prompt tokens."""
         return self.num_sequences < self._max_running and self.tokens_waiting < waiting_tokens
+
+    def is_quiet(self, seconds: float) -> bool:
+        """Whether nothing but lines of batches has come for so long."""
+        return time.monotonic() - self._last_request > seconds
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
         """As ``EngineClient.generate``.
@@ -174,6 +179,8 @@ class ChargedEngine:
         self._run(tenant, charge, 1)
         if (on_queued := queued.get()) is not None:
             on_queued()
+        else:
+            self._last_request = time.monotonic()
         live = LiveRequest(
             request.request_id,
             tenant,
