@@ -73,6 +73,15 @@ INVALID = [
     ),
     ({"messages": HELLO, "thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
     ({"messages": HELLO, "thinking": {"type": "on"}}, "thinking.type"),
+    (
+        {"messages": HELLO, "thinking": {"type": "enabled", "budget_tokens": 9}},
+        "thinking.budget_tokens",
+    ),
+    ({"messages": user({"type": "sound", "x": 1})}, "messages[0].content[0]"),
+    (
+        {"messages": user({"type": "tool_use", "id": "a", "name": "b", "input": {}})},
+        "messages[0].content[0]",
+    ),
     ({"messages": HELLO, "mcp_servers": [{"url": "x"}]}, "mcp_servers"),
     ({"messages": HELLO, "container": "c"}, "container"),
     ({"messages": user(*[MARKED] * 5)}, "messages[0].content[4].cache_control"),
@@ -92,6 +101,15 @@ def test_invalid_requests_name_the_field(server, fields, path) -> None:
     message = check_error(response, 400, "invalid_request_error")
     assert message.startswith(f"{path}: ") or path in message
     assert not server.engine.requests
+
+
+def test_a_budget_between_tools_may_be_larger_than_an_answer(server) -> None:
+    thinking = {"type": "enabled", "budget_tokens": 2000}
+    body = {"model": MODEL, "max_tokens": 9, "messages": HELLO, "thinking": thinking}
+    beta = {"anthropic-beta": "a-1, interleaved-thinking-2025-05-14"}
+    assert server.post(PATH, body, **beta).status_code == 200
+    count = {"model": MODEL, "messages": HELLO, "thinking": thinking}
+    assert server.post(f"{PATH}/count_tokens", count).status_code == 200
 
 
 def test_the_client_reads_the_error(server) -> None:

@@ -189,6 +189,7 @@ def test_embeddings(server) -> None:
     assert one.embeddings == [[0.6, 0.8, *[0.0] * 6]]
     assert one.prompt_eval_count == 3
     assert len(client.embed(MODEL, ["a", "b"]).embeddings) == 2
+    assert client.embed(MODEL, "").embeddings == client.embed(MODEL, []).embeddings == []
     assert len(client.embed(MODEL, "abc", dimensions=2).embeddings[0]) == 2
     assert len(client.embed(MODEL, "x" * 5000).embeddings) == 1
     assert list(client.embeddings(MODEL, "abc").embedding) == one.embeddings[0]
@@ -205,6 +206,17 @@ def test_models(server) -> None:
     assert {"completion", "embedding", "tools"} <= set(shown.capabilities)
     with server.http() as http:
         assert http.get("/api/version").json()["version"]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_ollamas_command_finds_the_server(server, start_server, method) -> None:
+    with server.http() as http:
+        response = http.request(method, "/")
+        assert response.status_code == 200
+        assert response.text == ("Ollama is running" if method == "GET" else "")
+        assert http.post("/", json={"inputs": "say(hi)yas"}).json()[0]["generated_text"] == "hi"
+    with start_server(protocols="tgi").http() as http:
+        assert http.request(method, "/").status_code == 405
 
 
 def test_a_tag_of_the_name_is_ignored(server) -> None:

@@ -117,6 +117,7 @@ class MessageReader:
 
     def _read_user(self, blocks: list[ContentBlock], path: str, *, refuses_media: bool) -> None:
         parts: list[ContentPart] = []
+        before = len(self.messages)
         for index, block in enumerate(blocks):
             where = f"{path}.content[{index}]"
             if block.type == "tool_result":
@@ -133,6 +134,8 @@ class MessageReader:
         self._flush_user(parts, path)
         if not blocks:
             self._add("user", "", path)
+        elif len(self.messages) == before and refuses_media:
+            raise _refused(blocks[0], f"{path}.content[0]")
 
     def _flush_user(self, parts: list[ContentPart], path: str) -> None:
         if parts:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from chunkllama import __version__
 from chunkllama_server.api.chat.request import prepare_chat
@@ -153,7 +153,7 @@ async def _embed(
 async def embed(body: OllamaEmbedRequest, request: Request, context: Context) -> Response:
     """Embed one text or several."""
     info = _admit(body, request, context)
-    texts = [body.input] if isinstance(body.input, str) else body.input
+    texts = [body.input] if isinstance(body.input, str) and body.input else list(body.input)
     found, num_tokens = await _embed(
         texts, body.dimensions, request, context, truncates=body.truncate is not False
     )
@@ -239,6 +239,12 @@ async def show(body: OllamaShowRequest, request: Request, context: Context) -> R
         "modified_at": _modified(context),
     }
     return json_response(shown)
+
+
+@router.api_route("/", methods=["GET", "HEAD"], response_class=PlainTextResponse)
+async def greet() -> PlainTextResponse:
+    """Say that the server runs, which Ollama's command asks first."""
+    return PlainTextResponse("Ollama is running")
 
 
 @router.get("/api/version", response_model=None, responses=ollama_answers(Version, is_get=True))
