@@ -48,6 +48,7 @@ INVALID = [
     ({"messages": HELLO, "max_tokens": "5"}, "max_tokens"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
     ({"messages": user(IMAGE)}, "messages[0].content[0]"),
     ({"messages": user({"type": "text", "text": "a"}, PDF)}, "messages[0].content[1]"),
     ({"messages": HELLO, "system": [IMAGE]}, "system[0]"),
@@ -101,6 +102,12 @@ def test_invalid_requests_name_the_field(server, fields, path) -> None:
     message = check_error(response, 400, "invalid_request_error")
     assert message.startswith(f"{path}: ") or path in message
     assert not server.engine.requests
+
+
+def test_an_answer_of_the_past_may_be_empty(server) -> None:
+    """Clients send back the content that they got, which is [] where the answer was."""
+    messages = [*HELLO, {"role": "assistant", "content": []}, *say("x")]
+    assert server.post(PATH, body_of(messages)).json()["content"][0]["text"] == "x"
 
 
 def test_a_budget_between_tools_may_be_larger_than_an_answer(server) -> None:

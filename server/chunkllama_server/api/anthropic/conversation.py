@@ -94,8 +94,12 @@ class MessageReader:
         for index, turn in enumerate(turns):
             path = f"messages[{index}]"
             content = turn.content
+            if content is None and turn.role != "assistant":
+                raise invalid("A message needs content", f"{path}.content")
             blocks = (
-                [ContentBlock(type="text", text=content)] if isinstance(content, str) else content
+                [ContentBlock(type="text", text=content)]
+                if isinstance(content, str)
+                else content or []
             )
             if turn.role == "assistant":
                 self._read_answer(blocks, path, is_last=index == len(turns) - 1)
@@ -132,9 +136,7 @@ class MessageReader:
                 parts.append(ContentPart(type="text", text=text))
                 self._note(block, where, Place(len(self.messages), len(parts) - 1))
         self._flush_user(parts, path)
-        if not blocks:
-            self._add("user", "", path)
-        elif len(self.messages) == before and refuses_media:
+        if len(self.messages) == before and refuses_media:
             raise _refused(blocks[0], f"{path}.content[0]")
 
     def _flush_user(self, parts: list[ContentPart], path: str) -> None:

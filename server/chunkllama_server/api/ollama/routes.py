@@ -241,7 +241,7 @@ async def show(body: OllamaShowRequest, request: Request, context: Context) -> R
     return json_response(shown)
 
 
-@router.api_route("/", methods=["GET", "HEAD"], response_class=PlainTextResponse)
+@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
 async def greet() -> PlainTextResponse:
     """Say that the server runs, which Ollama's command asks first."""
     return PlainTextResponse("Ollama is running")

@@ -69,8 +69,10 @@ class MessageTurn(RequestModel):
     """One message of a conversation."""
 
     role: Literal["user", "assistant", "system"] = Field(description="Honoured.")
-    content: str | Annotated[list[ContentBlock], Field(max_length=4096)] = Field(
-        description="Honoured: text or blocks. A last message of the assistant is continued."
+    content: str | Annotated[list[ContentBlock], Field(max_length=4096)] | None = Field(
+        default=None,
+        description="Honoured: text or blocks; only an answer may have none. A last message of the "
+        "assistant is continued.",
     )
 
 
