@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from statistics import median
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.scheduler import MAX_PAUSED
 from chunkllama.simulation.cost_model import DEFAULT_COST
 from chunkllama.simulation.engine import SimulatedEngine
+from chunkllama.simulation.random_traffic import RandomTraffic
 from chunkllama.simulation.replay import Outcome, Replay
 from chunkllama.simulation.trace import TraceRequest
 
@@ -101,3 +103,18 @@ def test_lines_pause_for_prompts_and_not_for_answers() -> None:
     assert len(run.outputs[line, 0]) == begun + 3
     run.run()
     assert run.finished[line, 0] == run.finished[name, 0] == "length"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_traffic_with_lines_equals_the_serial_oracle(seed: int) -> None:
+    """Half of the requests are lines; every bound and invariant holds."""
+    traffic = RandomTraffic(seed, 4)
+    add = traffic.engine.add
+
+    def add_line(prompt: list[int], max_tokens: int | None, **options: Any) -> str:
+        if traffic.random.random() < 0.5:
+            options["priority"] = BACKGROUND_PRIORITY
+        return add(prompt, max_tokens, **options)
+
+    traffic.engine.add = add_line  # type: ignore[method-assign]
+    traffic.run(150)
