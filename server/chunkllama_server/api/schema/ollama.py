@@ -47,7 +47,7 @@ class OllamaOptions(RequestModel):
         default=None,
         gt=0,
         le=100,
-        description="Honoured, over prompt and answer. Default: the model's, else 1.",
+        description="Honoured: over prompt and answer. Default: the model's, else 1.",
     )
     presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="Honoured.")
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="Honoured.")

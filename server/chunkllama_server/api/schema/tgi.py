@@ -83,7 +83,7 @@ class TeiEmbedRequest(RequestModel):
         default=None,
         ge=1,
         le=2**20,
-        description="Honoured, with normalize: the first so many values.",
+        description="Honoured: the first so many values; not without normalize.",
     )
     encoding_format: Literal["float"] | None = Field(default=None, description="Honoured.")
     prompt_name: str | None = Field(default=None, description="Refused.")
