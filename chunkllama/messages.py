@@ -29,6 +29,7 @@ from chunkllama.sampling_params import SamplingParams
 from chunkllama.tenant_limits import NO_LIMITS, TenantLimits
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+BACKGROUND_PRIORITY = 1000  # and above: the request gives way to the prompts of others
 
 STEP_SECONDS_BOUNDS = (
     0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0,
@@ -60,7 +61,8 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag="request"):
         cache_until: insert at most this many prompt tokens into the cache; None is all of them.
         pin_seconds: keep the prompt's path in the cache at least this long, inside the pin
             budget; 0 is no pin.
-        priority: lower is served first among waiting requests.
+        priority: lower is served first among waiting requests; from ``BACKGROUND_PRIORITY`` on, a
+            request computes nothing in most steps that compute prompts of others.
         explain: say on the first delta why the prompt's match in the cache ended.
         is_replay: an engine process that has ended had accepted it; it needs no place.
         adapter: name of a loaded adapter; "" is the base model.

@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 
 from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.cache.manager import SequenceChunks
-from chunkllama.messages import CacheExplanation, EngineRequest, FinishReason, TokenLogprob
+from chunkllama.messages import (
+    BACKGROUND_PRIORITY,
+    CacheExplanation,
+    EngineRequest,
+    FinishReason,
+    TokenLogprob,
+)
 from chunkllama.scheduler.beam import BeamSearch
 
 Int32Array = NDArray[np.int32]
@@ -62,6 +68,11 @@ class Sequence:
     def age(self) -> tuple[int, int]:
         """Smaller is older; a preemption does not make a sequence younger."""
         return self.group.arrival, self.index
+
+    @property
+    def is_background(self) -> bool:
+        """It gives way to the prompts of other requests."""
+        return self.group.request.priority >= BACKGROUND_PRIORITY
 
     @property
     def token_ids(self) -> Int32Array:

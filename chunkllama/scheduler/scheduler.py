@@ -4,7 +4,8 @@ Every sequence is a count of computed tokens catching up with its tokens; prefil
 hits and recompute after a preemption are the same thing. A step's token budget is spent in this
 order: a token for each decode; a reserved quarter for short prompts, running or new, if long ones
 are running; long running prompts in fair order; then waiting sequences in the order of
-``queue.py``, while tokens, slots and chunks last.
+``queue.py``, while tokens, slots and chunks last. Background sequences compute nothing in a step
+that computes prompts of others, except in every ``MAX_PAUSED``-th such step.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from chunkllama.tenant_limits import TenantTable
 __all__ = ["Scheduler", "SchedulerLimits"]
 
 SHORT_SHARE: Final = 4  # a step reserves 1 / SHORT_SHARE of its tokens for short and new prompts
+MAX_PAUSED: Final = 8  # steps in a row in which background sequences compute nothing
 
 
 class Scheduler:
@@ -80,6 +82,7 @@ class Scheduler:
         self._aborts: list[tuple[str, int | None]] = []
         self._plan_key: tuple[int, int] = (0, 0)
         self._plan_version = 0
+        self._num_paused = 0
 
     # -- requests ---------------------------------------------------------------------------
 
@@ -152,8 +155,7 @@ class Scheduler:
         if budget < before:
             self._first_tokens.end_short_step()
         else:
-            budget = self._take_decodes(budget)
-            self._starts.admit(self._schedule_prefills(budget))
+            self._fill(budget)
         while not (self._scheduled or self._find_awaiting()) and self._break_deadlock():
             self._starts.begin_step()
             self._starts.admit(self._limits.max_num_batched_tokens)
@@ -177,37 +179,63 @@ class Scheduler:
         )
         return self._in_flight
 
+    def _fill(self, budget: int) -> None:
+        """Take what the budget allows, first of sequences that are not in the background."""
+        has_background = any(sequence.is_background for sequence in self._running.by_age)
+        if has_background and self._num_paused < MAX_PAUSED:
+            budget = before = self._take_decodes(budget, foreground=True)
+            budget = self._schedule_prefills(budget, foreground=True)
+            if self._starts.admit(budget, foreground=True) < before:
+                self._num_paused += 1
+                return
+        self._num_paused = 0
+        self._starts.admit(self._schedule_prefills(self._take_decodes(budget)))
+
     def _find_awaiting(self) -> list[Sequence]:
         """Find the sequences whose samples the executor has deferred, oldest first."""
         return [s for s in self._running.by_age if s.awaits_sample]
 
-    def _take_decodes(self, budget: int, but: str | None = None) -> int:
+    def _take_decodes(
+        self, budget: int, but: str | None = None, *, foreground: bool = False
+    ) -> int:
         """Take the token of every sequence that has one left; returns the rest of the budget.
 
         Args:
             but: a tenant whose sequences are left out.
+            foreground: leave background sequences out.
         """
         for sequence in self._running.by_age:
-            has_one = sequence.num_remaining_tokens == 1
-            if has_one and not sequence.num_scheduled and sequence.group.request.tenant != but:
+            is_left_out = foreground and sequence.is_background
+            if (
+                sequence.num_remaining_tokens == 1
+                and not is_left_out
+                and not sequence.num_scheduled
+                and sequence.group.request.tenant != but
+            ):
                 self._take(sequence, 1)
                 budget -= 1
         return budget
 
-    def _schedule_prefills(self, budget: int) -> int:
+    def _schedule_prefills(self, budget: int, *, foreground: bool = False) -> int:
         """Take slices of running prompts; returns the rest of the budget.
 
         A quarter of the step is reserved for prompts that fit in it, running or new. The rest goes
         to long prompts in fair order.
         """
-        prefills = [s for s in self._running.by_age if s.num_remaining_tokens > 1]
+        prefills = [
+            s
+            for s in self._running.by_age
+            if s.num_remaining_tokens > 1 and not (foreground and s.is_background)
+        ]
         if len(prefills) > 1 and self._limits.policy == "fair":
             clocks = self._starts.clocks()
             prefills.sort(key=lambda s: (clocks[s.group.request.tenant], s.age))
         reserve = min(budget, max(self._limits.max_num_batched_tokens // SHORT_SHARE, 1))
         short = [s for s in prefills if s.num_remaining_tokens <= reserve]
         if len(short) < len(prefills):
-            rest = self._starts.admit(self._take_slices(short, reserve), only_short=True)
+            rest = self._starts.admit(
+                self._take_slices(short, reserve), only_short=True, foreground=foreground
+            )
             budget -= reserve - rest
             prefills = [s for s in prefills if not s.num_scheduled]
         return self._take_slices(prefills, budget)

@@ -52,13 +52,21 @@ class Starts:
             self._clocks = self._lifecycle.clocks()
         return self._clocks
 
-    def admit(self, budget: int, *, only_short: bool = False, only: Arrivals | None = None) -> int:
+    def admit(
+        self,
+        budget: int,
+        *,
+        only_short: bool = False,
+        only: Arrivals | None = None,
+        foreground: bool = False,
+    ) -> int:
         """Start waiting sequences; returns the tokens left.
 
         Args:
             only_short: start only prompts that the budget computes whole, and the first prompt of
                 a tenant that has none in progress.
             only: start nothing else; None is all.
+            foreground: start no background sequence.
         """
         lifecycle = self._lifecycle
         waiting, running = lifecycle.waiting, lifecycle.running
@@ -72,7 +80,9 @@ class Starts:
             if only_short and not waiting.may_overtake(sequence):
                 continue
             tenant = sequence.group.request.tenant
-            is_left_out = only is not None and not only.may_start(tenant, self.clocks())
+            is_left_out = (foreground and sequence.is_background) or (
+                only is not None and not only.may_start(tenant, self.clocks())
+            )
             if is_left_out or not lifecycle.may_run(sequence):
                 waiting.block(sequence)
                 continue

@@ -40,7 +40,10 @@ class FairnessMonitor:
         self._start(sequence, chunks, match)
 
     def _check_tenants(self, sequence: Sequence) -> None:
-        """No tenant that could start a sequence is more than a quantum behind the one served."""
+        """No tenant that could start a sequence is more than a quantum behind the one served.
+
+        Tenants that have background sequences alone give way to the others.
+        """
         clocks = self._scheduler._lifecycle.clocks()
         served = sequence.group.request.tenant
         in_progress = {
@@ -49,8 +52,9 @@ class FairnessMonitor:
             if s.num_computed_tokens < s.num_admitted
         }
         for tenant in {s.group.request.tenant for s in self._scheduler._waiting} - in_progress:
-            queue = self._scheduler._waiting._tenants[tenant]
-            if not self._is_blocked(queue.by_age[0]):
+            oldest = self._scheduler._waiting._tenants[tenant].by_age[0]
+            gives_way = oldest.is_background and not sequence.is_background
+            if not gives_way and not self._is_blocked(oldest):
                 ahead = clocks[served] - clocks[tenant]
                 assert ahead <= self._quantum + 1e-6, f"{served} is {ahead} ahead of {tenant}"
 

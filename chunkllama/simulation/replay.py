@@ -142,6 +142,7 @@ class Replay:
                 sampling=sampling,
                 namespace="" if request.is_public else request.tenant,
                 tenant=request.tenant,
+                priority=request.priority,
                 pin_seconds=pin_seconds,
             )
         )

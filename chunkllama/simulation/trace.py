@@ -44,6 +44,7 @@ class TraceRequest:
         token_ids: the prompt; empty where ``blocks`` holds it.
         blocks: ids of the prompt's blocks of ``MOONCAKE_BLOCK`` tokens.
         is_public: it uses the namespace that all tenants match.
+        priority: as that of an ``EngineRequest``.
     """
 
     at: float
@@ -53,6 +54,7 @@ class TraceRequest:
     token_ids: tuple[int, ...] = ()
     blocks: tuple[int, ...] = ()
     is_public: bool = False
+    priority: int = 0
 
     def prompt(self) -> list[int]:
         """Return the prompt's token ids."""

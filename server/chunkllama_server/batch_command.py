@@ -23,13 +23,28 @@ _ENDED = frozenset(("completed", "failed", "expired", "cancelled"))
 _BLOCK = 1 << 20
 _TIMEOUT = 60.0
 _STATE = ".batch"
+_PATIENCE_SECONDS = 600.0  # for which a server that restarts or is busy is asked again
+_RETRY_SECONDS = 2.0
+
+
+class _RefusedError(ChunkLlamaError):
+    """The server answered with an error; ``code`` is that of its body."""
+
+    def __init__(self, message: str, status: int, code: str | None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+class _UnreachableError(ChunkLlamaError):
+    """The server does not answer."""
 
 
 class _Server:
     """A server's files and batches.
 
     Raises (in its methods):
-        ChunkLlamaError: the server does not answer, or refuses.
+        _UnreachableError, _RefusedError: the server does not answer, or refuses.
     """
 
     def __init__(self, url: str, key: str) -> None:
@@ -52,10 +67,10 @@ class _Server:
             connection.request(method, target, body, {**self._headers, **(headers or {})})
             response = connection.getresponse()
             if response.status >= 400:
-                raise ChunkLlamaError(f"{self._url}: {_message(response)}")
+                raise _refusal(self._url, response)
             yield response
         except (OSError, http.client.HTTPException) as error:
-            raise ChunkLlamaError(
+            raise _UnreachableError(
                 f"{self._url} does not answer: {error}; start one with: chunkllama serve"
             ) from None
         finally:
@@ -106,11 +121,12 @@ class _Server:
         os.replace(partial, path)
 
 
-def _message(response: http.client.HTTPResponse) -> str:
-    try:
-        return str(json.load(response)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"status {response.status}"
+def _refusal(url: str, response: http.client.HTTPResponse) -> _RefusedError:
+    message, code = f"status {response.status}", None
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        error = json.load(response)["error"]
+        message, code = str(error["message"]), error.get("code")
+    return _RefusedError(f"{url}: {message}", response.status, code)
 
 
 def batch(
@@ -132,18 +148,22 @@ def batch(
     console = Console(stderr=True)
     server = _Server(url, api_key)
     state = answers.with_name(answers.name + _STATE)
-    batch_id = _begin(server, requests, state, window)
+    batch_id = _begin(server, requests, state, window, console)
     value = _follow(server, batch_id, console)
     return _finish(server, value, answers, state, console)
 
 
-def _begin(server: _Server, requests: Path, state: Path, window: str) -> str:
-    """Start a batch, or find the one that an earlier command has started."""
+def _begin(server: _Server, requests: Path, state: Path, window: str, console: Console) -> str:
+    """Start a batch, or find the one that an earlier command has started.
+
+    The state file names the uploaded file before the batch is asked for, then the batch: however
+    the command ends, the next one finds what it has begun.
+    """
     if state.exists():
-        batch_id = state.read_text().strip()
-        with contextlib.suppress(ChunkLlamaError):
-            server.get(f"/v1/batches/{batch_id}")
+        batch_id = _find(server, state.read_text().strip())
+        if batch_id is not None:
             return batch_id
+        console.print("the batch of the earlier command is gone; its lines run again")
     try:
         with requests.open("rb") as file:
             endpoint = json.loads(file.readline())["url"]
@@ -151,14 +171,53 @@ def _begin(server: _Server, requests: Path, state: Path, window: str) -> str:
         raise ChunkLlamaError(f"{requests}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise ChunkLlamaError(f"{requests}: line 1 must be a JSON object with a url") from None
-    body = {
-        "input_file_id": server.upload(requests),
-        "endpoint": endpoint,
-        "completion_window": window,
-    }
+    file_id = server.upload(requests)
+    state.write_text(file_id)
+    body = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": window}
     batch_id = str(server.post("/v1/batches", body)["id"])
     state.write_text(batch_id)
     return batch_id
+
+
+def _find(server: _Server, name: str) -> str | None:
+    """The batch of an earlier command; None only where the server says that there is none.
+
+    Args:
+        name: the batch's id, or that of its file if the command ended before it knew the batch.
+    """
+    if name.startswith("batch_"):
+        try:
+            return str(server.get(f"/v1/batches/{name}")["id"])
+        except _RefusedError as error:
+            if (error.status, error.code) == (404, "batch_not_found"):
+                return None
+            raise
+    after = ""
+    while True:
+        page = server.get(f"/v1/batches?limit=100{after}")
+        for each in page["data"]:
+            if each["input_file_id"] == name:
+                return str(each["id"])
+        if not page["has_more"]:
+            return None
+        after = f"&after={page['last_id']}"
+
+
+def _ask_again(server: _Server, path: str, console: Console) -> Any:
+    """GET a path; a server that restarts or is busy is asked again for a while."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    is_said = False
+    while True:
+        try:
+            return server.get(path)
+        except (_UnreachableError, _RefusedError) as error:
+            status = error.status if isinstance(error, _RefusedError) else 503
+            if (status < 500 and status not in (408, 429)) or time.monotonic() > deadline:
+                raise
+            if not is_said:
+                console.print(f"{error}; trying again", markup=False, highlight=False)
+                is_said = True
+            time.sleep(_RETRY_SECONDS)
 
 
 def _follow(server: _Server, batch_id: str, console: Console) -> Any:
@@ -172,7 +231,7 @@ def _follow(server: _Server, batch_id: str, console: Console) -> Any:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(batch_id)
         while True:
-            value = server.get(f"/v1/batches/{batch_id}")
+            value = _ask_again(server, f"/v1/batches/{batch_id}", console)
             counts = value["request_counts"]
             progress.update(
                 task,

@@ -48,6 +48,7 @@ INVALID = [
     ({"messages": HELLO, "max_tokens": "5"}, "max_tokens"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
     ({"messages": user(IMAGE)}, "messages[0].content[0]"),
     ({"messages": user({"type": "text", "text": "a"}, PDF)}, "messages[0].content[1]"),
     ({"messages": HELLO, "system": [IMAGE]}, "system[0]"),
@@ -73,6 +74,15 @@ INVALID = [
     ),
     ({"messages": HELLO, "thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
     ({"messages": HELLO, "thinking": {"type": "on"}}, "thinking.type"),
+    (
+        {"messages": HELLO, "thinking": {"type": "enabled", "budget_tokens": 9}},
+        "thinking.budget_tokens",
+    ),
+    ({"messages": user({"type": "sound", "x": 1})}, "messages[0].content[0]"),
+    (
+        {"messages": user({"type": "tool_use", "id": "a", "name": "b", "input": {}})},
+        "messages[0].content[0]",
+    ),
     ({"messages": HELLO, "mcp_servers": [{"url": "x"}]}, "mcp_servers"),
     ({"messages": HELLO, "container": "c"}, "container"),
     ({"messages": user(*[MARKED] * 5)}, "messages[0].content[4].cache_control"),
@@ -92,6 +102,21 @@ def test_invalid_requests_name_the_field(server, fields, path) -> None:
     message = check_error(response, 400, "invalid_request_error")
     assert message.startswith(f"{path}: ") or path in message
     assert not server.engine.requests
+
+
+def test_an_answer_of_the_past_may_be_empty(server) -> None:
+    """Clients send back the content that they got, which is [] where the answer was."""
+    messages = [*HELLO, {"role": "assistant", "content": []}, *say("x")]
+    assert server.post(PATH, body_of(messages)).json()["content"][0]["text"] == "x"
+
+
+def test_a_budget_between_tools_may_be_larger_than_an_answer(server) -> None:
+    thinking = {"type": "enabled", "budget_tokens": 2000}
+    body = {"model": MODEL, "max_tokens": 9, "messages": HELLO, "thinking": thinking}
+    beta = {"anthropic-beta": "a-1, interleaved-thinking-2025-05-14"}
+    assert server.post(PATH, body, **beta).status_code == 200
+    count = {"model": MODEL, "messages": HELLO, "thinking": thinking}
+    assert server.post(f"{PATH}/count_tokens", count).status_code == 200
 
 
 def test_the_client_reads_the_error(server) -> None:

@@ -9,52 +9,15 @@ import stat
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
+from batch_helpers import CHAT, answers, begin, encoded, ended, line, upload
 from fake_engine import MODEL
 
 from chunkllama.errors import OverloadedError
 from chunkllama_server.api.batch.lines import prefix_order
 from chunkllama_server.config.tenants import TenantQuotas
-
-CHAT = "/v1/chat/completions"
-
-
-def line(custom_id: str, content: str = "say(hi)yas", url: str = CHAT, **body: Any) -> dict:
-    given = {"model": MODEL, "messages": [{"role": "user", "content": content}], **body}
-    return {"custom_id": custom_id, "method": "POST", "url": url, "body": given}
-
-
-def encoded(lines: list[Any]) -> bytes:
-    return b"".join(json.dumps(each).encode() + b"\n" for each in lines)
-
-
-def upload(client: openai.OpenAI, lines: list[Any]):
-    return client.files.create(file=("in.jsonl", encoded(lines)), purpose="batch")
-
-
-def begin(client: openai.OpenAI, lines: list[Any], endpoint: Any = CHAT, window: Any = "24h"):
-    stored = upload(client, lines)
-    return client.batches.create(
-        input_file_id=stored.id, endpoint=endpoint, completion_window=window
-    )
-
-
-def ended(client: openai.OpenAI, batch):
-    deadline = time.monotonic() + 60
-    while batch.status not in ("completed", "failed", "expired", "cancelled"):
-        assert time.monotonic() < deadline, batch
-        time.sleep(0.02)
-        batch = client.batches.retrieve(batch.id)
-    return batch
-
-
-def answers(client: openai.OpenAI, file_id: str | None) -> list[dict]:
-    if file_id is None:
-        return []
-    return [json.loads(row) for row in client.files.content(file_id).text.splitlines()]
 
 
 @pytest.fixture
@@ -165,7 +128,7 @@ def test_files_of_one_key_are_its_own(start_server, tmp_path) -> None:
     server = start_server(
         files_dir=tmp_path / "files",
         api_keys={"a": "ka", "b": "kb"},
-        quotas={"a": TenantQuotas(file_bytes=8000)},
+        quotas={"a": TenantQuotas(file_bytes=30_000)},
     )
     with server.client("ka") as own, server.client("kb") as other:
         batch = ended(own, begin(own, [line("x")]))
@@ -181,7 +144,7 @@ def test_files_of_one_key_are_its_own(start_server, tmp_path) -> None:
                 call()
         assert other.files.list().data == other.batches.list().data == []
         with pytest.raises(openai.APIStatusError) as full:
-            upload(own, [line("x", "y" * 8000)])
+            upload(own, [line("x", "y" * 30_000)])
         assert (full.value.status_code, full.value.code) == (413, "file_budget")
         upload(other, [line("x", "y" * 8000)])
         own.files.delete(batch.input_file_id)
@@ -241,7 +204,7 @@ def test_a_busy_server_is_asked_again(files, client) -> None:
 
 def test_results_beyond_the_budget_end_the_batch(start_server, tmp_path) -> None:
     lines = [line(f"r{i}", f"say({'z' * 500})yas") for i in range(40)]
-    room = len(encoded(lines)) + 12_000
+    room = len(encoded(lines)) + 40_000
     server = start_server(files_dir=tmp_path / "files", file_bytes=room, batch_requests=2)
     with server.client() as client:
         batch = ended(client, begin(client, lines))

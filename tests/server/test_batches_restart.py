@@ -6,12 +6,14 @@ import collections
 import contextlib
 import json
 import random
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from fake_engine import MODEL
@@ -98,10 +100,19 @@ def check_once(client: openai.OpenAI, batch, rows: list[dict]) -> None:
     assert {answer["response"]["status_code"] for answer in answers} == {200}
 
 
-def check_sharing(batch, rows: list[dict]) -> None:
+def computed_tokens(server: TinyServer) -> int:
+    """Prompt tokens that the engine has computed since its start."""
+    text = httpx.get(f"{server.url}/metrics").text
+    (line,) = re.findall(r"^chunkllama_prefill_tokens_computed_total (\S+)$", text, re.MULTILINE)
+    return int(float(line))
+
+
+def check_sharing(server: TinyServer, before: int, batch, rows: list[dict]) -> None:
+    """The engine's count, which the usage of the lines agrees with."""
+    computed = computed_tokens(server) - before
     usage = batch.usage
-    computed = usage.input_tokens - usage.input_tokens_details.cached_tokens
-    assert computed <= 1.2 * least_prefill(rows)
+    assert computed == usage.input_tokens - usage.input_tokens_details.cached_tokens
+    assert 0 < computed <= 1.2 * least_prefill(rows)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +123,7 @@ def server(folder: Path) -> Iterator[TinyServer]:
 
 def test_the_command_and_what_sharing_saves(server: TinyServer, tmp_path: Path) -> None:
     """More prompts than the pool holds: their order decides what is computed again."""
-    rows = requests(64, 16, 2)
+    rows, before = requests(64, 16, 2), computed_tokens(server)
     (tmp_path / "in.jsonl").write_bytes(encoded(rows))
     command = [sys.executable, "-m", "chunkllama_server.cli", "batch", "in.jsonl", "out.jsonl"]
     done = subprocess.run(
@@ -124,16 +135,16 @@ def test_the_command_and_what_sharing_saves(server: TinyServer, tmp_path: Path) 
     assert "completed: 64 of 64 lines answered" in " ".join(done.stderr.split())
     assert not (tmp_path / "out.jsonl.batch").exists()
     with sdk(server) as client:
-        check_sharing(client.batches.list().data[0], rows)
+        check_sharing(server, before, client.batches.list().data[0], rows)
 
 
 @pytest.mark.nightly
 def test_500_requests_over_16_prefixes(server: TinyServer) -> None:
-    rows = requests(500, 16, 8)
+    rows, before = requests(500, 16, 8), computed_tokens(server)
     with sdk(server) as client:
         batch = ended(client, begin(client, rows).id)
         check_once(client, batch, rows)
-        check_sharing(batch, rows)
+        check_sharing(server, before, batch, rows)
 
 
 def test_a_killed_server_answers_every_line_once(folder: Path, tmp_path: Path) -> None:

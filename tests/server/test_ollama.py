@@ -124,6 +124,33 @@ def test_options(server, options, reads, value, raw) -> None:
     assert getattr(server.engine.requests[-1].sampling, reads) == value
 
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "values"),
+    [
+        ({}, {}, (0.8, 40, 0.9, 0.0, 1.0)),
+        ({"temperature": 0.25, "top_p": 1.0}, {}, (0.25, 40, 1.0, 0.0, 1.0)),
+        ({"top_k": 0, "repetition_penalty": 1.25}, {}, (0.8, 0, 0.9, 0.0, 1.25)),
+        ({"temperature": 0.25}, {"temperature": 1.5}, (1.5, 40, 0.9, 0.0, 1.0)),
+        ({}, {"temperature": 0, "top_k": 0, "top_p": 1}, (0.0, 0, 1.0, 0.0, 1.0)),
+    ],
+)
+@pytest.mark.parametrize("path", ["chat", "generate", "raw"])
+def test_defaults_are_the_models_else_ollamas(start_server, path, model, options, values) -> None:
+    server = start_server(generation_defaults=model)
+    if path == "chat":
+        sdk(server).chat(MODEL, say("a"), options=options)
+    else:
+        sdk(server).generate(MODEL, "say(a)yas", raw=path == "raw", options=options)
+    sampling = server.engine.requests[-1].sampling
+    assert tuple(getattr(sampling, name) for name in SAMPLING) == values
+    assert server.chat().status_code == 200  # OpenAI's API has its own
+    other = server.engine.requests[-1].sampling
+    assert other.temperature == model.get("temperature", 1.0)
+
+
 @pytest.mark.parametrize("limit", [-2, -1, 0, 10**6])
 @pytest.mark.parametrize("raw", [False, True])
 def test_no_limit_is_what_fits(server, limit, raw) -> None:
@@ -162,6 +189,7 @@ def test_embeddings(server) -> None:
     assert one.embeddings == [[0.6, 0.8, *[0.0] * 6]]
     assert one.prompt_eval_count == 3
     assert len(client.embed(MODEL, ["a", "b"]).embeddings) == 2
+    assert client.embed(MODEL, "").embeddings == client.embed(MODEL, []).embeddings == []
     assert len(client.embed(MODEL, "abc", dimensions=2).embeddings[0]) == 2
     assert len(client.embed(MODEL, "x" * 5000).embeddings) == 1
     assert list(client.embeddings(MODEL, "abc").embedding) == one.embeddings[0]
@@ -178,6 +206,17 @@ def test_models(server) -> None:
     assert {"completion", "embedding", "tools"} <= set(shown.capabilities)
     with server.http() as http:
         assert http.get("/api/version").json()["version"]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_ollamas_command_finds_the_server(server, start_server, method) -> None:
+    with server.http() as http:
+        response = http.request(method, "/")
+        assert response.status_code == 200
+        assert response.text == ("Ollama is running" if method == "GET" else "")
+        assert http.post("/", json={"inputs": "say(hi)yas"}).json()[0]["generated_text"] == "hi"
+    with start_server(protocols="tgi").http() as http:
+        assert http.request(method, "/").status_code == 405
 
 
 def test_a_tag_of_the_name_is_ignored(server) -> None:

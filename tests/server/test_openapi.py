@@ -104,6 +104,7 @@ def test_model_fits(server):
 SHAPES = {
     "/v1/messages": "AnthropicErrorBody",
     "/api/": "OllamaError",
+    "/embed": "TgiError",
     "/generate": "TgiError",
     "/info": "TgiError",
 }

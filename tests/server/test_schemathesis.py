@@ -39,6 +39,7 @@ OPERATIONS = {
     "POST /generate": 15,
     "POST /generate_stream": 10,
     "POST /": 10,
+    "POST /embed": 10,
     "GET /info": 2,
     "POST /rerank": 2,
     "POST /v1/rerank": 2,

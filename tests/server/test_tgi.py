@@ -99,6 +99,35 @@ def test_tokens_of_the_prompt(server) -> None:
     assert details["prefill"][0]["logprob"] is None
 
 
+def test_embeddings_by_the_client(server) -> None:
+    client = InferenceClient(model=f"{server.url}/embed")
+    assert client.feature_extraction("abc").tolist() == [
+        pytest.approx([0.6, 0.8, *[0.0] * 6], rel=1e-6)
+    ]
+    assert client.feature_extraction(["a", "b"]).shape == (2, 8)
+    assert client.feature_extraction("abc", normalize=False)[0, :2].tolist() == [3.0, 4.0]
+    assert client.feature_extraction("abc", dimensions=2).shape == (1, 2)
+    assert client.feature_extraction("x" * 5000, truncate=True).shape == (1, 8)
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ({}, "inputs"),
+        ({"inputs": []}, "inputs"),
+        ({"inputs": ["a", ""]}, "inputs[1]"),
+        ({"inputs": "x" * 5000}, "inputs"),
+        ({"inputs": "a", "prompt_name": "query"}, "prompt_name"),
+        ({"inputs": "a", "truncation_direction": "Left"}, "truncation_direction"),
+        ({"inputs": "a", "dimensions": 9}, "dimensions"),
+    ],
+)
+def test_texts_that_cannot_be_embedded(server, body, name) -> None:
+    response = server.post("/embed", body)
+    assert (response.status_code, response.json()["error_type"]) == (422, "validation")
+    assert name in response.json()["error"]
+
+
 def test_info(server) -> None:
     with server.http() as http:
         info = http.get("/info").json()

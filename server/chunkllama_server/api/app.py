@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -28,8 +28,9 @@ from chunkllama_server.api import (
 )
 from chunkllama_server.api.anthropic import routes as anthropic
 from chunkllama_server.api.batch import routes as batch
-from chunkllama_server.api.batch.runner import BatchRunner, Reply
+from chunkllama_server.api.batch.runner import BatchRunner
 from chunkllama_server.api.batch.store import FileStore
+from chunkllama_server.api.batch.turns import Reply
 from chunkllama_server.api.chat import routes as chat
 from chunkllama_server.api.common.admission import ChargedEngine, QueueLimits
 from chunkllama_server.api.common.background import BackgroundResponses
@@ -61,6 +62,8 @@ logger = init_logger(__name__)
 # Routes of other servers' protocols, which the setting turns off.
 PROTOCOLS = {"anthropic": anthropic.router, "ollama": ollama.router, "tgi": tgi.router}
 GAP_TOKENS = 1024  # prompt tokens that may wait when a batch's next line is begun
+QUIET_SECONDS = 10.0  # after the last other request, until lines may take most of the engine
+FEW_LINES = 64  # until then, a line for each so many places of the running batch
 WAITING_POOLS = 64  # chunks that may be waited for, in sizes of the pool, unless set
 DESCRIPTION = (
     "OpenAI-compatible API of ChunkLlama. Errors are OpenAI error bodies; unknown fields are "
@@ -202,15 +205,25 @@ def _batch_runner(
         own = tenants.quotas(tenant).file_bytes
         return settings.file_bytes if own is None else own
 
-    async def call(tenant: str, path: str, body: dict[str, Any], request_id: str) -> Reply:
-        return Reply(*await call_route(app, tenant, path, body, request_id))
+    async def call(
+        tenant: str,
+        path: str,
+        body: dict[str, Any],
+        request_id: str,
+        on_queued: Callable[[], None],
+    ) -> Reply:
+        return Reply(*await call_route(app, tenant, path, body, request_id, on_queued))
 
+    most = settings.max_batch_lines(settings.max_num_seqs)
+    few = min(most, max(settings.max_num_seqs // FEW_LINES, 1))
     return BatchRunner(
         FileStore(settings.files_folder, budget, settings.file_seconds),
         call,
         lambda: engine.has_gap(GAP_TOKENS),
-        settings.max_batch_lines(settings.max_num_seqs),
+        lambda tenant: tenant in tenants.keys if tenants.keys else not tenant,
+        lambda: most if engine.is_quiet(QUIET_SECONDS) else few,
         settings.batch_lines,
+        settings,
     )
 
 

@@ -98,6 +98,7 @@ _SHAPES: dict[str, Shape] = {
     "/api": Shape(_ollama),
     "/generate": Shape(_tgi),
     "/generate_stream": Shape(_tgi),
+    "/embed": Shape(_tgi),
     "/info": Shape(_tgi),
 }
 

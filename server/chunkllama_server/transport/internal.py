@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import msgspec
@@ -10,15 +12,26 @@ from starlette.types import ASGIApp, Message, Scope
 
 # In a request's scope: the tenant that an internal request belongs to. A client cannot set it.
 INTERNAL_TENANT = "chunkllama.internal_tenant"
+# Called when the engine's queue has counted a request of the current task.
+queued: ContextVar[Callable[[], None] | None] = ContextVar("queued", default=None)
 
 
 async def call_route(
-    app: ASGIApp, tenant: str, path: str, body: Any, request_id: str
+    app: ASGIApp,
+    tenant: str,
+    path: str,
+    body: Any,
+    request_id: str,
+    on_queued: Callable[[], None] | None = None,
 ) -> tuple[int, dict[str, str], Any]:
     """POST a body to a path; returns status, headers and the JSON answer.
 
     Cancelling the caller ends the request as a client that leaves does.
+
+    Args:
+        on_queued: called when the engine's queue has counted the request, or a part of it.
     """
+    queued.set(on_queued)
     content = msgspec.json.encode(body)
     scope: Scope = {
         "type": "http",

@@ -93,11 +93,13 @@ class MessageReader:
         turn_start = answers[-1] + 1 if answers else 0
         for index, turn in enumerate(turns):
             path = f"messages[{index}]"
-            if "content" not in turn.model_fields_set:
+            content = turn.content
+            if "content" not in turn.model_fields_set and turn.role != "assistant":
                 raise invalid("A message needs content", f"{path}.content")
-            content = turn.content or []
             blocks = (
-                [ContentBlock(type="text", text=content)] if isinstance(content, str) else content
+                [ContentBlock(type="text", text=content)]
+                if isinstance(content, str)
+                else content or []
             )
             if turn.role == "assistant":
                 self._read_answer(blocks, path, is_last=index == len(turns) - 1)
@@ -119,6 +121,7 @@ class MessageReader:
 
     def _read_user(self, blocks: list[ContentBlock], path: str, *, refuses_media: bool) -> None:
         parts: list[ContentPart] = []
+        before = len(self.messages)
         for index, block in enumerate(blocks):
             where = f"{path}.content[{index}]"
             if block.type == "tool_result":
@@ -134,8 +137,8 @@ class MessageReader:
                 parts.append(ContentPart(type="text", text=text))
                 self._note(block, where, Place(len(self.messages), len(parts) - 1))
         self._flush_user(parts, path)
-        if not blocks:
-            self._add("user", "", path)
+        if len(self.messages) == before and refuses_media:
+            raise _refused(blocks[0], f"{path}.content[0]")
 
     def _flush_user(self, parts: list[ContentPart], path: str) -> None:
         if parts:

@@ -55,11 +55,15 @@ class ChatOf:
     ignored: list[str] = field(default_factory=list)
 
 
-def as_chat(body: CountTokensRequest, *, has_thoughts: bool) -> ChatOf:
+def as_chat(
+    body: CountTokensRequest, *, has_thoughts: bool, thinks_between_tools: bool = False
+) -> ChatOf:
     """The chat completion that answers this request.
 
     Args:
         has_thoughts: whether the model thinks before it answers.
+        thinks_between_tools: the budget of thoughts is that of several answers, and may be larger
+            than this one.
 
     Raises:
         ApiError: 400 naming the field.
@@ -72,6 +76,8 @@ def as_chat(body: CountTokensRequest, *, has_thoughts: bool) -> ChatOf:
     tools = [_tool(tool) for tool in body.tools or ()]
     choice = body.tool_choice
     thinks = _thinking(body, has_thoughts)
+    if isinstance(body, MessagesRequest) and not thinks_between_tools:
+        _check_budget(body)
     chat = ChatCompletionRequest.model_construct(
         model=body.model,
         messages=reader.messages,
@@ -164,6 +170,21 @@ def _thinking(body: CountTokensRequest, has_thoughts: bool) -> _Thinking:
     # Templates with a switch are told to think by an effort.
     default = "medium" if config.type == "enabled" else None
     return _Thinking(effort or default, config.budget_tokens)
+
+
+def _check_budget(body: MessagesRequest) -> None:
+    """Refuse thoughts that leave no token for the answer, as Anthropic's service does.
+
+    Raises:
+        ApiError: 400.
+    """
+    config = body.thinking
+    budget = None if config is None or config.type != "enabled" else config.budget_tokens
+    if budget is not None and 0 < body.max_tokens <= budget:
+        raise invalid(
+            f"Must be less than max_tokens {body.max_tokens}, got {budget}",
+            "thinking.budget_tokens",
+        )
 
 
 def _cache_marks(body: CountTokensRequest, reader: MessageReader) -> list[CacheMark]:

@@ -26,6 +26,7 @@ from chunkllama_server.transport.sse import unless_disconnected
 
 router = APIRouter(route_class=JsonRoute, tags=["anthropic"])
 
+_INTERLEAVED = "interleaved-thinking"  # what the name of this beta begins with
 _PARAM_NAMES = {"prompt": "messages", "max_tokens": "max_tokens"}
 
 
@@ -41,7 +42,11 @@ async def _prepare(
     template = context.text.template
     able = None if template is None else template.capabilities
     tags = None if able is None else thought_tags(context.settings, able)
-    translated = as_chat(body, has_thoughts=tags is not None)
+    translated = as_chat(
+        body,
+        has_thoughts=tags is not None,
+        thinks_between_tools=_INTERLEAVED in request.headers.get("anthropic-beta", ""),
+    )
     request.scope[SPELLED] = translated.spelled
     info.name_ignored_fields(translated.ignored)
     return await prepare_chat(translated.chat, context, info)

@@ -1,26 +1,73 @@
-"""Results of a batch: summed usage, and the files that a finished job has."""
+"""Results of a batch: counted, and made files when the job has ended."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from chunkllama_server.api.batch.disk import read_results
 from chunkllama_server.api.batch.lines import Line
-from chunkllama_server.api.batch.store import FileStore, StoredBatch
-from chunkllama_server.api.schema.batch import BatchUsage, LineResult
+from chunkllama_server.api.schema.batch import BatchUsage, LineResult, RequestCounts
 
 _REASONS = {
     "batch_expired": "The batch expired before this line was run",
     "batch_cancelled": "The batch was cancelled before this line was run",
     "batch_failed": "The batch failed before this line was run",
 }
+Kind = Literal["output", "error"]
 
 
-def add_usage(total: BatchUsage, body: Any) -> None:
+def _no_usage() -> BatchUsage:
+    return {
+        "input_tokens": 0,
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": 0,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": 0,
+    }
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the results of a job add up to.
+
+    Attributes:
+        done: numbers of the lines with a result.
+    """
+
+    counts: RequestCounts = field(
+        default_factory=lambda: RequestCounts(total=0, completed=0, failed=0)
+    )
+    usage: BatchUsage = field(default_factory=_no_usage)
+    done: set[int] = field(default_factory=set)
+
+    def add(self, number: int, result: LineResult) -> None:
+        """Count the result of a line, once."""
+        if number in self.done:
+            return
+        self.done.add(number)
+        answer = result["response"]
+        if answer is not None and answer["status_code"] == 200:
+            self.counts["completed"] += 1
+            _add_usage(self.usage, answer["body"])
+        else:
+            self.counts["failed"] += 1
+
+
+def read_tally(path: Path) -> Tally:
+    """Count the results that an earlier process has gathered."""
+    tally = Tally()
+    for entry in read_results(path):
+        tally.add(entry.number, entry.result)
+    return tally
+
+
+def _add_usage(total: BatchUsage, body: Any) -> None:
     """Add the usage of one answer, of any endpoint."""
     usage = body.get("usage") if isinstance(body, dict) else None
     if not isinstance(usage, dict):
@@ -46,55 +93,65 @@ def _detail(usage: dict[str, Any], name: str, member: str) -> int:
     return int(details.get(member) or 0) if isinstance(details, dict) else 0
 
 
-def write_results(
-    store: FileStore, record: StoredBatch, lines: list[Line], reason: str | None
-) -> None:
-    """Make the output and the error file of a job from its results, in the order of its lines.
+class MadeFile(NamedTuple):
+    """A file of results whose content has been written; ``size`` is in bytes."""
 
-    Files of an earlier try are replaced, so that a process may end at any moment.
+    kind: Kind
+    size: int
+
+
+def write_results(
+    path: Path,
+    lines: list[Line],
+    reason: str | None,
+    write: Callable[[Kind, Iterator[bytes]], int],
+) -> list[MadeFile]:
+    """Write the output and the error file of a job from its results, in the order of its lines.
 
     Args:
+        path: the gathered results.
+        lines: of the input file, in any order; none where it is gone.
         reason: why lines without a result have none; they stand in the error file.
+        write: writes a file's content and returns its size; the content of an earlier try is
+            replaced, so that a process may end at any moment.
+
+    Raises:
+        OSError: a file cannot be written.
     """
-    places: dict[int, tuple[int, int]] = {}
-    answered: set[int] = set()
-    for number, start, size, result in store.read_results(record):
-        places[number] = (start, size)
-        if _status(result) == 200:
-            answered.add(number)
-    path = store.results_path(record)
+    answered: dict[int, tuple[int, int]] = {}
+    refused: dict[int, tuple[int, int]] = {}
+    for number, start, size, result in read_results(path):
+        answer = result["response"]
+        is_answered = answer is not None and answer["status_code"] == 200
+        (answered if is_answered else refused)[number] = (start, size)
+    missing = {
+        line.number: line
+        for line in lines
+        if reason is not None and line.number not in answered and line.number not in refused
+    }
 
     def output() -> Iterator[bytes]:
         for number in sorted(answered):
-            yield _line(_read(path, places[number]))
+            yield _line(_read(path, answered[number]))
 
     def errors() -> Iterator[bytes]:
-        for line in lines:
-            if line.number not in places and reason is not None:
-                yield _line(_missing(line, reason))
-            elif line.number in places and line.number not in answered:
-                yield _line(_read(path, places[line.number]))
+        for number in sorted([*refused, *missing]):
+            if number in refused:
+                yield _line(_read(path, refused[number]))
+            else:
+                yield _line(_missing(missing[number], str(reason)))
 
-    value = record.value
-    for name, blocks, is_needed in (
-        ("output", output, bool(answered)),
-        ("error", errors, len(answered) < len(lines)),
-    ):
-        if is_needed:
-            made = store.add_file(
-                record.tenant,
-                f"{record.id}_{name}.jsonl",
-                blocks(),
-                "batch_output",
-                record.output_seconds,
-                f"file-{record.id.removeprefix('batch_')}-{name}",
-            )
-            value[f"{name}_file_id"] = made["id"]  # type: ignore[literal-required]
+    made = []
+    if answered:
+        made.append(MadeFile("output", write("output", output())))
+    if refused or missing:
+        made.append(MadeFile("error", write("error", errors())))
+    return made
 
 
-def _status(result: LineResult) -> int:
-    answer = result["response"]
-    return 0 if answer is None else answer["status_code"]
+def missing_bytes(line: Line) -> int:
+    """What the error file has at most for a line that was not run."""
+    return max(len(_line(_missing(line, reason))) for reason in _REASONS)
 
 
 def _read(path: Path, place: tuple[int, int]) -> LineResult:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar
@@ -10,8 +9,9 @@ from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 from fastapi import APIRouter, Form, Query, Request, UploadFile
 from starlette.responses import FileResponse, Response
 
+from chunkllama_server.api.batch.records import StoredBatch, StoredFile
 from chunkllama_server.api.batch.runner import BatchRunner
-from chunkllama_server.api.batch.store import ENDED, FileStore, StoredBatch, StoredFile
+from chunkllama_server.api.batch.store import FileStore
 from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.openapi import refusals
 from chunkllama_server.api.schema.batch import (
@@ -29,14 +29,15 @@ from chunkllama_server.transport.request_context import request_info
 router = APIRouter(route_class=JsonRoute, tags=["batch"])
 
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-_MIN_SECONDS, _MAX_SECONDS = 3600, 2_592_000
+_MIN_SECONDS, _MAX_SECONDS = 3600, 2_592_000  # of a file
+_MAX_WINDOW = 2_592_000
 _BLOCK = 1 << 20
 _FILE_NAME_CHARS = 256
 _GET = refusals(400, 401, 404, 405, 503)
 _POST = refusals(400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503)
 
 
-def _runner(context: ServerContext) -> BatchRunner:
+async def _runner(context: ServerContext) -> BatchRunner:
     """The runner of this server, with its store open.
 
     Raises:
@@ -47,7 +48,7 @@ def _runner(context: ServerContext) -> BatchRunner:
         raise ApiError(
             404, "Files and batches are turned off on this server", code="files_disabled"
         )
-    runner.store.open()
+    await runner.open()
     return runner
 
 
@@ -83,16 +84,10 @@ async def upload_file(
         raise invalid("anchor must be created_at", "expires_after.anchor")
     if seconds is not None and not _MIN_SECONDS <= seconds <= _MAX_SECONDS:
         raise invalid(f"seconds must be {_MIN_SECONDS} to {_MAX_SECONDS}", "expires_after.seconds")
-    store = _runner(context).store
+    store = (await _runner(context)).store
     name = (file.filename or "file")[:_FILE_NAME_CHARS]
-    return await asyncio.to_thread(
-        store.add_file,
-        request_info(request.scope).tenant,
-        name,
-        _blocks(file.file),
-        "batch",
-        seconds,
-    )
+    tenant = request_info(request.scope).tenant
+    return await store.add_file(tenant, name, _blocks(file.file), file.size or 0, seconds)
 
 
 @router.get("/v1/files", responses=_GET)
@@ -105,9 +100,9 @@ async def list_files(
     after: str | None = None,
 ) -> FileList:
     """List the key's files."""
-    store = _runner(context).store
+    store = (await _runner(context)).store
     tenant = request_info(request.scope).tenant
-    store.room(tenant)  # drops what has expired
+    store.expire()
     records = [
         record for record in store.files.of(tenant) if purpose in (None, record.value["purpose"])
     ]
@@ -122,7 +117,7 @@ async def list_files(
 
 
 def _file(store: FileStore, tenant: str, file_id: str) -> StoredFile:
-    store.room(tenant)  # drops what has expired
+    store.expire()
     found = store.files.get(file_id, tenant)
     if found is None:
         raise _missing("file", file_id)
@@ -132,7 +127,7 @@ def _file(store: FileStore, tenant: str, file_id: str) -> StoredFile:
 @router.get("/v1/files/{file_id}", responses=_GET)
 async def get_file(file_id: str, request: Request, context: Context) -> FileObject:
     """Describe a file."""
-    return _file(_runner(context).store, request_info(request.scope).tenant, file_id).value
+    return _file((await _runner(context)).store, request_info(request.scope).tenant, file_id).value
 
 
 @router.get(
@@ -142,7 +137,7 @@ async def get_file(file_id: str, request: Request, context: Context) -> FileObje
 )
 async def get_content(file_id: str, request: Request, context: Context) -> Response:
     """Return a file's content."""
-    store, tenant = _runner(context).store, request_info(request.scope).tenant
+    store, tenant = (await _runner(context)).store, request_info(request.scope).tenant
     found = _file(store, tenant, file_id)
     path = store.file_path(tenant, file_id)
     if path is None:
@@ -153,7 +148,7 @@ async def get_content(file_id: str, request: Request, context: Context) -> Respo
 @router.delete("/v1/files/{file_id}", responses=_GET)
 async def delete_file(file_id: str, request: Request, context: Context) -> DeletedFile:
     """Delete a file; a job that reads it fails."""
-    if not _runner(context).store.delete_file(request_info(request.scope).tenant, file_id):
+    if not (await _runner(context)).store.delete_file(request_info(request.scope).tenant, file_id):
         raise _missing("file", file_id)
     return {"id": file_id, "object": "file", "deleted": True}
 
@@ -163,6 +158,9 @@ async def delete_file(file_id: str, request: Request, context: Context) -> Delet
 
 def _new_batch(body: BatchRequest, now: int) -> BatchObject:
     window = body.completion_window
+    seconds = int(window[:-1]) * _UNIT_SECONDS[window[-1]]
+    if seconds > _MAX_WINDOW:
+        raise invalid(f"At most {_MAX_WINDOW // 86_400}d, got {window}", "completion_window")
     return {
         "id": f"batch_{uuid.uuid4().hex}",
         "object": "batch",
@@ -175,7 +173,7 @@ def _new_batch(body: BatchRequest, now: int) -> BatchObject:
         "error_file_id": None,
         "created_at": now,
         "in_progress_at": None,
-        "expires_at": now + int(window[:-1]) * _UNIT_SECONDS[window[-1]],
+        "expires_at": now + seconds,
         "finalizing_at": None,
         "completed_at": None,
         "failed_at": None,
@@ -198,25 +196,25 @@ def _new_batch(body: BatchRequest, now: int) -> BatchObject:
 async def create_batch(body: BatchRequest, request: Request, context: Context) -> BatchObject:
     """Run the lines of a file in the background."""
     info = context.admit(body, request)
-    runner = _runner(context)
+    runner = await _runner(context)
     store = runner.store
     stored = _file(store, info.tenant, body.input_file_id)
     if stored.value["purpose"] != "batch":
         raise invalid("The file's purpose is not batch", "input_file_id")
-    active = [job for job in store.batches.of(info.tenant) if job.value["status"] not in ENDED]
+    active = [job for job in store.batches.of(info.tenant) if not job.has_ended]
     if len(active) >= context.settings.batch_jobs:
         raise exceeded(context.settings, "batch_jobs", None)
     expiry = body.output_expires_after
     record = StoredBatch(
         info.tenant, _new_batch(body, store.now()), None if expiry is None else expiry.seconds
     )
-    store.put_batch(record)
+    store.add_batch(record)
     runner.start(record)
     return record.value
 
 
-def _batch(context: ServerContext, request: Request, batch_id: str) -> StoredBatch:
-    store = _runner(context).store
+async def _batch(context: ServerContext, request: Request, batch_id: str) -> StoredBatch:
+    store = (await _runner(context)).store
     found = store.batches.get(batch_id, request_info(request.scope).tenant)
     if found is None:
         raise _missing("batch", batch_id)
@@ -226,14 +224,14 @@ def _batch(context: ServerContext, request: Request, batch_id: str) -> StoredBat
 @router.get("/v1/batches/{batch_id}", responses=_GET)
 async def get_batch(batch_id: str, request: Request, context: Context) -> BatchObject:
     """Describe a job: its status, lines and tokens so far."""
-    return _batch(context, request, batch_id).value
+    return (await _batch(context, request, batch_id)).value
 
 
 @router.post("/v1/batches/{batch_id}/cancel", responses=_POST)
 async def cancel_batch(batch_id: str, request: Request, context: Context) -> BatchObject:
     """End a job; its results so far become files."""
-    record = _batch(context, request, batch_id)
-    await _runner(context).cancel(record)
+    record = await _batch(context, request, batch_id)
+    await (await _runner(context)).cancel(record)
     return record.value
 
 
@@ -245,7 +243,7 @@ async def list_batches(
     after: str | None = None,
 ) -> BatchList:
     """List the key's jobs, newest first."""
-    store = _runner(context).store
+    store = (await _runner(context)).store
     tenant = request_info(request.scope).tenant
     page, has_more = _page(store.batches.of(tenant), limit, after)
     return {

@@ -4,49 +4,72 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from chunkllama.logger import init_logger
-from chunkllama_server.api.batch.lines import CheckedFile, Line, check_file, read_body
-from chunkllama_server.api.batch.results import add_usage, write_results
-from chunkllama_server.api.batch.store import ENDED, FileStore, StoredBatch
-from chunkllama_server.api.schema.batch import BatchError, BatchObject, LineResult
+from chunkllama_server.api.batch.lines import CheckedFile, LineReader, check_file
+from chunkllama_server.api.batch.records import FILE_RECORD_BYTES, StoredBatch
+from chunkllama_server.api.batch.results import (
+    Kind,
+    MadeFile,
+    Tally,
+    missing_bytes,
+    read_tally,
+    write_results,
+)
+from chunkllama_server.api.batch.store import FileStore
+from chunkllama_server.api.batch.turns import Call, LineRunner, Turns
+from chunkllama_server.api.schema.batch import BatchError, BatchObject
+from chunkllama_server.config.limits import LimitsConfig
+from chunkllama_server.transport.errors import ApiError
 
 logger = init_logger(__name__)
 
-_GAP_SECONDS = 0.02  # between two looks for a gap
-_RETRY_STATUSES = frozenset((429, 503, 529))
-_MAX_RETRY_SECONDS = 30.0
+_WATCH_SECONDS = 1.0  # between two looks for a free folder and for keys that are gone
+_POLL_SECONDS = 0.1  # between two looks whether an earlier job of the key has ended
+_DISK_SECONDS = 30.0  # between two tries to write to a full disk
+_OPEN_JOBS = 2  # of a key, whose lines are in memory
+_REVOKED = "The API key of this batch has been removed from the server"
+_NO_FILE = "The input file has been deleted or has expired"
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """The answer of a route to a line."""
+@dataclass(eq=False, slots=True)
+class Job:
+    """A job that has not ended.
 
-    status: int
-    headers: dict[str, str]
-    body: Any
+    Attributes:
+        tally: its results so far.
+        is_stopped: no further line is begun.
+        running: tasks of its lines.
+    """
 
-
-# Calls a route for a tenant: tenant, path, body, request id.
-Call = Callable[[str, str, dict[str, Any], str], Awaitable[Reply]]
-
-
-@dataclass(slots=True)
-class _Job:
     record: StoredBatch
     task: asyncio.Task[None] | None = None
-    done: set[int] = field(default_factory=set)
-    is_cancelled: bool = False
+    tally: Tally = field(default_factory=Tally)
+    is_stopped: bool = False
     running: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
     def value(self) -> BatchObject:
         return self.record.value
+
+    def stop(self) -> None:
+        """Begin no further line, and end those that run."""
+        self.is_stopped = True
+        for task in self.running - {asyncio.current_task()}:
+            task.cancel()
+
+    def fail(self, code: str, message: str, line: int | None = None) -> None:
+        """Stop with an error; the first one counts."""
+        if not self.is_stopped:
+            self.say(code, message, line)
+            self.stop()
+
+    def say(self, code: str, message: str, line: int | None = None) -> None:
+        error: BatchError = {"code": code, "line": line, "message": message, "param": None}
+        self.value["errors"] = {"object": "list", "data": [error]}
 
 
 class BatchRunner:
@@ -56,8 +79,10 @@ class BatchRunner:
         store: holds files, records and results.
         call: answers one line.
         has_gap: whether a request could start at once.
-        max_running: lines of all jobs that run at once.
+        is_known: whether a tenant has a key.
+        max_running: returns how many lines of all jobs may run at once now.
         max_lines: of a file.
+        limits: of a line's body.
     """
 
     def __init__(
@@ -65,30 +90,62 @@ class BatchRunner:
         store: FileStore,
         call: Call,
         has_gap: Callable[[], bool],
-        max_running: int,
+        is_known: Callable[[str], bool],
+        max_running: Callable[[], int],
         max_lines: int,
+        limits: LimitsConfig,
     ) -> None:
         self.store = store
-        self._call = call
-        self._has_gap = has_gap
-        self._max_running = max_running
+        self._lines = LineRunner(store, call, Turns(has_gap, max_running))
+        self._is_known = is_known
         self._max_lines = max_lines
-        self._num_running = 0
-        self._jobs: dict[str, _Job] = {}
+        self._limits = limits
+        self._jobs: dict[str, Job] = {}
+        self._opening = asyncio.Lock()
+        self._checking = asyncio.Lock()
+        self._watching: asyncio.Task[None] | None = None
 
     async def resume(self) -> None:
-        """Continue the jobs of an earlier process."""
-        if not self.store.folder.is_dir():
-            return
-        with contextlib.suppress(Exception):  # open() has logged why
+        """Continue the jobs of an earlier process, as soon as the folder is free."""
+        await self._look()
+        self._watching = asyncio.create_task(self._watch())
+
+    async def open(self) -> None:
+        """Open the store, and continue the jobs that it has.
+
+        Raises:
+            ApiError: 503, the folder cannot be used.
+        """
+        async with self._opening:
+            if self.store.is_open:
+                return
             await asyncio.to_thread(self.store.open)
-        for record in self.store.batches:
-            if record.value["status"] not in ENDED:
-                self.start(record)
+            for record in sorted(self.store.batches, key=lambda record: record.serial):
+                if not record.has_ended:
+                    self.start(record)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            await self._look()
+
+    async def _look(self) -> None:
+        """Take over a folder that has become free; stop the jobs of tenants without a key."""
+        if not self.store.is_open and self.store.folder.is_dir():
+            try:
+                await self.open()
+            except ApiError:
+                pass  # the store has logged why
+            except Exception as error:
+                logger.error("files_dir: cannot be read", exc_info=error)
+        for job in self._jobs.values():
+            if not self._is_known(job.record.tenant):
+                job.fail("key_revoked", _REVOKED)
 
     def start(self, record: StoredBatch) -> None:
         """Run a job in the background."""
-        job = _Job(record, is_cancelled=record.value["status"] == "cancelling")
+        is_stopped = record.value["status"] == "cancelling" or record.value["errors"] is not None
+        job = Job(record, is_stopped=is_stopped)
         self._jobs[record.id] = job
         job.task = asyncio.create_task(self._run(job))
 
@@ -98,177 +155,153 @@ class BatchRunner:
         if job is None or record.value["status"] not in ("validating", "in_progress"):
             return
         self._enter(job, "cancelling")
-        job.is_cancelled = True
-        for task in job.running:
-            task.cancel()
+        job.stop()
 
     async def close(self) -> None:
         """End all tasks; the jobs continue in the next process."""
-        jobs = list(self._jobs.values())
-        for job in jobs:
-            if job.task is not None:
-                job.task.cancel()
-        await asyncio.gather(*(job.task for job in jobs if job.task), return_exceptions=True)
-        self.store.close()
+        tasks = [job.task for job in self._jobs.values() if job.task is not None]
+        tasks += [self._watching] if self._watching is not None else []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.store.close()
 
     # -- one job ------------------------------------------------------------------------------
 
-    def _enter(self, job: _Job, status: Any) -> None:
+    def _enter(self, job: Job, status: Any) -> None:
         """Change a job's status, on disk too."""
         job.value["status"] = status
         stamp = f"{status}_at"
         if stamp in job.value:
             job.value[stamp] = self.store.now()  # type: ignore[literal-required]
-        self.store.put_batch(job.record)
+        self.store.write_batch(job.record)
 
-    async def _run(self, job: _Job) -> None:
+    async def _run(self, job: Job) -> None:
         try:
+            await self._wait_for_earlier(job)
             await self._run_to_end(job)
-        except asyncio.CancelledError:
-            raise
         except Exception as error:
             logger.error("batch %s failed", job.record.id, exc_info=error)
-            self._fail(job, "internal", "The batch could not be run; see the server's log")
+            job.say("internal", "The batch could not be run; see the server's log")
+            with contextlib.suppress(OSError):
+                self._enter(job, "failed")
+                self.store.drop_results(job.record)
         finally:
             self._jobs.pop(job.record.id, None)
 
-    def _fail(self, job: _Job, code: str, message: str) -> None:
-        self._say(job, code, message)
-        with contextlib.suppress(OSError):
-            self._enter(job, "failed")
+    async def _wait_for_earlier(self, job: Job) -> None:
+        """Wait until few jobs of the key are before this one: lines in memory are bounded."""
 
-    def _say(self, job: _Job, code: str, message: str, line: int | None = None) -> None:
-        error: BatchError = {"code": code, "line": line, "message": message, "param": None}
-        job.value["errors"] = {"object": "list", "data": [error]}
+        def is_next() -> bool:
+            own = [each for each in self._jobs.values() if each.record.tenant == job.record.tenant]
+            return job in own[:_OPEN_JOBS]
 
-    async def _run_to_end(self, job: _Job) -> None:
+        while not (is_next() or job.is_stopped or self._is_late(job)):
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def _is_late(self, job: Job) -> bool:
+        return self.store.now() >= job.value["expires_at"]
+
+    async def _run_to_end(self, job: Job) -> None:
         record, value = job.record, job.value
+        work = self.store.work
+        job.tally = await work(read_tally, self.store.results_path(record))
+        self._show(job, value["request_counts"]["total"])
         path = self.store.file_path(record.tenant, value["input_file_id"])
-        if path is None:
-            self._fail(job, "file_not_found", "The input file has been deleted or has expired")
+        checked = CheckedFile([], [])
+        try:
+            if path is None:
+                raise FileNotFoundError
+            reader = LineReader(path, value["endpoint"], self._limits)
+            async with self._checking:  # one at a time: the keys that sort lines are large
+                checked = await work(check_file, reader, self._max_lines)
+        except FileNotFoundError:
+            job.fail("file_not_found", _NO_FILE)
+            await self._finish(job, checked)
             return
-        checked = await asyncio.to_thread(check_file, path, value["endpoint"], self._max_lines)
-        value["request_counts"]["total"] = len(checked.lines)
         if checked.errors:
             value["errors"] = {"object": "list", "data": checked.errors}
+            self._show(job, len(checked.lines))
             self._enter(job, "failed")
             return
-        await asyncio.to_thread(self._count, job)
+        self._show(job, len(checked.lines))
         if value["status"] == "validating":
             self._enter(job, "in_progress")
-        if not job.is_cancelled and value["status"] == "in_progress":
-            await self._run_lines(job, checked, path)
+        if not job.is_stopped and value["status"] == "in_progress":
+            await self._run_lines(job, checked, reader)
         await self._finish(job, checked)
 
-    def _count(self, job: _Job) -> None:
-        """Count the results of an earlier process."""
-        counts = job.value["request_counts"]
-        counts["completed"] = counts["failed"] = 0
-        usage = job.value["usage"]
-        usage["input_tokens"] = usage["output_tokens"] = usage["total_tokens"] = 0
-        usage["input_tokens_details"]["cached_tokens"] = 0
-        usage["output_tokens_details"]["reasoning_tokens"] = 0
-        for entry in self.store.read_results(job.record):
-            self._note(job, entry.number, entry.result)
+    def _show(self, job: Job, num_lines: int) -> None:
+        """Let the job's record show its tally from now on."""
+        job.tally.counts["total"] = num_lines
+        job.value["request_counts"] = job.tally.counts
+        job.value["usage"] = job.tally.usage
 
-    def _note(self, job: _Job, number: int, result: LineResult) -> None:
-        job.done.add(number)
-        answer = result["response"]
-        is_answered = answer is not None and answer["status_code"] == 200
-        job.value["request_counts"]["completed" if is_answered else "failed"] += 1
-        if answer is not None and is_answered:
-            add_usage(job.value["usage"], answer["body"])
-
-    async def _run_lines(self, job: _Job, checked: CheckedFile, path: Path) -> None:
+    async def _run_lines(self, job: Job, checked: CheckedFile, reader: LineReader) -> None:
         """Run the lines that have no result, neighbours in the prefix tree after one another."""
+        todo = [line for line in checked.lines if line.number not in job.tally.done]
+        # Each line has at least an entry in the error file; what an answer takes comes later.
+        least = await self.store.work(lambda: sum(map(missing_bytes, todo)))
+        if not self.store.grow(job.record, least + 2 * FILE_RECORD_BYTES):
+            message = "The results would exceed the disk budget of this API key"
+            job.fail("file_budget", message)
+            return
         seconds = job.value["expires_at"] - self.store.now()
-        lines = sorted((line.order, line.number, line) for line in checked.lines)
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(seconds, 0)):
-                for _, number, line in lines:
-                    if number in job.done:
-                        continue
-                    await self._wait_for_gap(job)
-                    if job.is_cancelled:
-                        break
-                    self._begin(job, line, path)
-                while job.running:
-                    await asyncio.wait(job.running)
-        except TimeoutError:
-            pass
-        finally:
-            for task in job.running:
-                task.cancel()
-            if job.running:
-                await asyncio.wait(job.running)
+                await self._lines.run(job, todo, reader)
 
-    async def _wait_for_gap(self, job: _Job) -> None:
-        while not job.is_cancelled and (
-            self._num_running >= self._max_running or not self._has_gap()
-        ):
-            await asyncio.sleep(_GAP_SECONDS)
-
-    def _begin(self, job: _Job, line: Line, path: Path) -> None:
-        self._num_running += 1
-        task = asyncio.create_task(self._run_line(job, line, path))
-        job.running.add(task)
-        task.add_done_callback(lambda done: self._ended(job, done))
-
-    def _ended(self, job: _Job, task: asyncio.Task[None]) -> None:
-        self._num_running -= 1
-        job.running.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            logger.error("a line of batch %s failed", job.record.id, exc_info=task.exception())
-
-    async def _run_line(self, job: _Job, line: Line, path: Path) -> None:
-        body = await asyncio.to_thread(read_body, path, line)
-        request_id = f"batch_req_{uuid.uuid4().hex}"
-        reply = await self._answer(job, body, request_id)
-        result: LineResult = {
-            "id": request_id,
-            "custom_id": line.custom_id,
-            "response": {
-                "status_code": reply.status,
-                "request_id": reply.headers.get("x-request-id", request_id),
-                "body": reply.body,
-            },
-            "error": None,
-        }
-        # Not in a thread: a line is written and counted as one, whatever is cancelled.
-        self.store.append_result(job.record, line.number, result)
-        self._note(job, line.number, result)
-        if self.store.room(job.record.tenant) < 0:
-            job.is_cancelled = True
-            message = "The results exceed the disk budget of this API key"
-            self._say(job, "file_budget", message, line.number)
-
-    async def _answer(self, job: _Job, body: dict[str, Any], request_id: str) -> Reply:
-        """The route's answer; a server that is busy or restarting is asked again."""
-        while True:
-            reply = await self._call(job.record.tenant, job.value["endpoint"], body, request_id)
-            if reply.status not in _RETRY_STATUSES:
-                return reply
-            seconds = float(reply.headers.get("retry-after", "1"))
-            await asyncio.sleep(min(seconds, _MAX_RETRY_SECONDS))
-
-    async def _finish(self, job: _Job, checked: CheckedFile) -> None:
-        """Make the result files and end the job."""
-        value = job.value
-        is_expired = len(job.done) < len(checked.lines) and not job.is_cancelled
-        ended = "expired" if is_expired else "completed"
-        if job.is_cancelled and len(job.done) < len(checked.lines):
-            ended = "failed" if value["errors"] is not None else "cancelled"
-        if value["status"] != "cancelling":
-            self._enter(job, "finalizing")
+    async def _finish(self, job: Job, checked: CheckedFile) -> None:
+        """Make the result files and end the job; a full disk is tried again."""
+        num_missing = max(job.tally.counts["total"] - len(job.tally.done), 0)
+        ended = "completed"
+        if job.value["errors"] is not None:
+            ended = "failed"
+        elif num_missing or not job.tally.done:
+            ended = "cancelled" if job.is_stopped else "expired"
         reason = None if ended == "completed" else f"batch_{ended}"
-        await asyncio.to_thread(write_results, self.store, job.record, checked.lines, reason)
-        self._enter(job, ended)
-        await asyncio.to_thread(self.store.drop_results, job.record)
-        usage = value["usage"]
+        while True:
+            try:
+                if job.value["status"] not in ("cancelling", "finalizing"):
+                    self._enter(job, "finalizing")
+                await self._make_files(job, checked, reason)
+                self._enter(job, ended)
+                break
+            except OSError as error:
+                logger.error("batch %s: its results cannot be written: %s", job.record.id, error)
+                await asyncio.sleep(_DISK_SECONDS)
+        self.store.drop_results(job.record)
+        usage = job.value["usage"]
         logger.info(
             "batch %s: %s lines, %s prompt tokens, %s of them from the cache",
             job.record.id,
-            len(job.done),
+            len(job.tally.done),
             usage["input_tokens"],
             usage["input_tokens_details"]["cached_tokens"],
         )
+
+    async def _make_files(self, job: Job, checked: CheckedFile, reason: str | None) -> None:
+        """Make files of the job's results.
+
+        Raises:
+            OSError: one cannot be written.
+        """
+        record, store = job.record, self.store
+        stem = f"file-{record.id.removeprefix('batch_')}"
+
+        def write(kind: Kind, blocks: Iterator[bytes]) -> int:
+            return store.write_content(record.tenant, f"{stem}-{kind}", blocks)
+
+        made: list[MadeFile] = await store.work(
+            write_results, store.results_path(record), checked.lines, reason, write
+        )
+        for kind, size in made:
+            store.adopt(
+                record.tenant,
+                f"{stem}-{kind}",
+                f"{record.id}_{kind}.jsonl",
+                size,
+                "batch_output",
+                record.output_seconds,
+            )
+            job.value[f"{kind}_file_id"] = f"{stem}-{kind}"  # type: ignore[literal-required]

@@ -1,101 +1,36 @@
-"""Files and batch jobs on disk, for each tenant within its budget.
+"""Files and batch jobs, for each tenant within its budget of disk space.
 
-    <folder>/lock
-    <folder>/<hash of the tenant>/file-<id>.json, file-<id>.data
-    <folder>/<hash of the tenant>/batch_<id>.json, batch_<id>.results
-
-Folders have mode 0700, files 0600. A file's or a job's record is replaced as a whole; results are
-appended, one line each, so that a process that ends in the middle of a line loses that line alone.
+Tables, records and the budget belong to the event loop. Contents are written in threads, after room
+for them has been reserved on the loop, so that a tenant's uploads and results never exceed its
+budget together.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
-import json
-import os
+import asyncio
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import msgspec
 
 from chunkllama.logger import init_logger
-from chunkllama_server.api.schema.batch import BatchObject, FileObject, LineResult
+from chunkllama_server.api.batch.disk import Folder, append
+from chunkllama_server.api.batch.records import FILE_RECORD_BYTES, StoredBatch, StoredFile, Table
+from chunkllama_server.api.schema.batch import FileObject
 from chunkllama_server.transport.errors import ApiError, unavailable
 
 logger = init_logger(__name__)
 
-ENDED = frozenset(("failed", "completed", "expired", "cancelled"))
 Purpose = Literal["batch", "batch_output"]
-_RECORD_BYTES = 1024  # counted for the record of a file or job
-_BLOCK = 1 << 20
+_MAX_FILES = 10_000
+_MAX_ENDED = 1000
 
-
-class StoredFile(msgspec.Struct):
-    """A file's record."""
-
-    tenant: str
-    value: FileObject
-
-    @property
-    def id(self) -> str:
-        return self.value["id"]
-
-
-class StoredBatch(msgspec.Struct):
-    """A job's record.
-
-    Attributes:
-        output_seconds: lifetime of the files of results; None is the store's.
-    """
-
-    tenant: str
-    value: BatchObject
-    output_seconds: int | None = None
-
-    @property
-    def id(self) -> str:
-        return self.value["id"]
-
-
-class GatheredResult(NamedTuple):
-    """The result of a line, and where it lies among the results of its job, in bytes."""
-
-    number: int
-    start: int
-    size: int
-    result: LineResult
-
-
-Record = TypeVar("Record", StoredFile, StoredBatch)
-
-
-class _Table(Generic[Record]):
-    """Records of one kind by id, oldest first."""
-
-    def __init__(self) -> None:
-        self._records: dict[str, Record] = {}
-
-    def __iter__(self) -> Iterator[Record]:
-        return iter(list(self._records.values()))
-
-    def put(self, record: Record) -> None:
-        self._records[record.id] = record
-
-    def pop(self, record_id: str) -> None:
-        self._records.pop(record_id, None)
-
-    def get(self, record_id: str, tenant: str) -> Record | None:
-        found = self._records.get(record_id)
-        return found if found is not None and found.tenant == tenant else None
-
-    def of(self, tenant: str) -> list[Record]:
-        """The tenant's records, newest first."""
-        return [record for record in self._records.values() if record.tenant == tenant][::-1]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class FileStore:
@@ -116,13 +51,20 @@ class FileStore:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.folder = folder
-        self.files: _Table[StoredFile] = _Table()
-        self.batches: _Table[StoredBatch] = _Table()
+        self.files: Table[StoredFile] = Table()
+        self.batches: Table[StoredBatch] = Table()
+        self._disk = Folder(folder)
         self._budget = budget
         self._lifetime = lifetime
         self._clock = clock
-        self._lock: int | None = None
-        self._gathered: dict[str, int] = {}  # bytes of results of a job, until they are files
+        self._is_open = False
+        self._why_not = ""
+        self._serial = 0
+        self._used: Counter[str] = Counter()  # bytes that a tenant stores or has reserved
+        self._charged: dict[str, int] = {}  # of it, by the id of a file or job
+        self._held: Counter[str] = Counter()  # reserved for the results of a job
+        self._expired_at = 0
+        self._work: set[asyncio.Future[Any]] = set()
 
     def now(self) -> int:
         """Unix time in whole seconds."""
@@ -130,95 +72,180 @@ class FileStore:
 
     @property
     def is_open(self) -> bool:
-        return self._lock is not None
+        return self._is_open
 
     def open(self) -> None:
-        """Make the folder if it is missing, lock it and read the records.
+        """Make the folder if it is missing, lock it and read the records; in a thread, and alone.
 
         Raises:
             ApiError: 503, another process uses the folder or it cannot be written.
         """
-        if self._lock is not None:
-            return
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.chmod(self.folder, 0o700)
-            lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            logger.error("files_dir: cannot be used: %s", error)
-            raise unavailable(
-                "Files cannot be stored on this server", "files_unavailable"
-            ) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            logger.error("files_dir: another server uses the folder; choose another --files-dir")
+            self._disk.lock()
+        except BlockingIOError:
+            self._note("another server uses the folder; choose another --files-dir")
             raise unavailable(
                 "Another server uses this server's folder of files", "files_unavailable"
             ) from None
-        self._lock = lock
-        self._read()
+        except OSError as error:
+            self._note(f"cannot be used: {error}")
+            raise _unusable() from None
+        try:
+            self._read()
+        except BaseException:
+            self._disk.unlock()
+            raise
+        self._is_open = True
 
-    def close(self) -> None:
-        """Release the folder."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+    def _note(self, why: str) -> None:
+        """Log once why the folder cannot be used, however often it is tried."""
+        if why != self._why_not:
+            logger.error("files_dir: %s", why)
+            self._why_not = why
+
+    async def close(self) -> None:
+        """Release the folder, once no thread writes to it."""
+        while self._work:
+            await asyncio.wait(self._work)
+        self._is_open = False
+        self._disk.unlock()
+
+    async def work(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function in a thread; it ends before the folder is released, though its caller is
+        cancelled."""
+        future: asyncio.Future[T] = asyncio.ensure_future(
+            asyncio.to_thread(function, *args, **kwargs)
+        )
+        self._work.add(future)
+        future.add_done_callback(self._work.discard)
+        return await asyncio.shield(future)
 
     def _read(self) -> None:
-        for path in sorted(self.folder.glob("*/*.json")):
+        self._used.clear()
+        self._held.clear()
+        found: list[StoredFile | StoredBatch] = []
+        for path in self._disk.records():
+            kind: Any = StoredFile if path.name.startswith("file-") else StoredBatch
             try:
-                raw = path.read_bytes()
-                if path.name.startswith("file-"):
-                    self.files.put(msgspec.json.decode(raw, type=StoredFile))
-                else:
-                    self.batches.put(msgspec.json.decode(raw, type=StoredBatch))
+                found.append(msgspec.json.decode(path.read_bytes(), type=kind))
             except (OSError, msgspec.MsgspecError) as error:
                 logger.warning("files_dir: %s is left out: %s", path, error)
-        for path in self.folder.glob("*/*.new"):
-            path.unlink(missing_ok=True)
+        found.sort(key=lambda record: (record.serial, record.value["created_at"], record.id))
+        for record in found:
+            self._serial = max(self._serial, record.serial)
+            self._add(record)
+            if isinstance(record, StoredBatch) and not record.has_ended:
+                results = self.results_path(record)
+                if results.exists():
+                    self.grow(record, 2 * results.stat().st_size, at_any_rate=True)
+        self._disk.clean(self._stands_for)
+
+    def _stands_for(self, name: str, suffix: str) -> bool:
+        return (suffix, name in self._charged) == ("data", True) or (
+            suffix == "results" and name in self._held
+        )
+
+    # -- room ---------------------------------------------------------------------------------
+
+    def room(self, tenant: str) -> int:
+        """Bytes that a tenant may still store."""
+        self.expire()
+        return self._budget(tenant) - self._used[tenant]
+
+    def _reserve(self, tenant: str, num_bytes: int) -> None:
+        """Take room that is used later.
+
+        Raises:
+            ApiError: 413 beyond the tenant's budget.
+        """
+        if num_bytes > self.room(tenant):
+            raise ApiError(
+                413,
+                f"The files of this API key would exceed {self._budget(tenant)} bytes; delete some",
+                "file",
+                "file_budget",
+            )
+        self._used[tenant] += num_bytes
+
+    def grow(self, record: StoredBatch, num_bytes: int, *, at_any_rate: bool = False) -> bool:
+        """Reserve more room for the results of a job; False if there is none.
+
+        Args:
+            at_any_rate: the bytes lie on the disk already.
+        """
+        if not at_any_rate and num_bytes > max(self.room(record.tenant), 0):
+            return False
+        self._used[record.tenant] += num_bytes
+        self._held[record.id] += num_bytes
+        return True
+
+    def expire(self) -> None:
+        """Drop what has expired."""
+        now = self.now()
+        if now == self._expired_at:
+            return
+        self._expired_at = now
+        for record in self.files:
+            ends = record.value["expires_at"]
+            if ends is not None and ends <= now:
+                self.delete_file(record.tenant, record.id)
+        for job in self.batches:
+            if job.has_ended and job.value["expires_at"] + self._lifetime <= now:
+                self._drop_batch(job)
 
     # -- files --------------------------------------------------------------------------------
 
-    def add_file(
+    async def add_file(
         self,
         tenant: str,
         filename: str,
         blocks: Iterator[bytes],
-        purpose: Purpose,
+        size: int,
         seconds: float | None = None,
-        file_id: str | None = None,
     ) -> FileObject:
-        """Store a file.
+        """Store an uploaded file.
 
         Args:
-            blocks: its content in pieces.
+            blocks: its content in pieces, of ``size`` bytes.
             seconds: its lifetime; None is the store's.
-            file_id: of a file that replaces one of the same id; None makes a new one.
 
         Raises:
-            ApiError: 413 beyond the tenant's budget.
-        """  # fmt: skip
-        self.open()
-        file_id = file_id or f"file-{uuid.uuid4().hex}"
-        path = self._path(tenant, file_id, "data")
-        size = 0
-        room = self.room(tenant) - _RECORD_BYTES
-        partial = path.with_suffix(".new")
-        try:
-            with _opened(partial) as file:
-                for block in blocks:
-                    size += len(block)
-                    if size > room and purpose == "batch":
-                        raise self._over_budget(tenant)
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+            ApiError: 413 beyond the tenant's budget, 503 where it cannot be written.
+        """
+        if self.files.count(tenant) >= _MAX_FILES:
+            message = f"At most {_MAX_FILES} files of an API key are stored; delete some"
+            raise ApiError(413, message, "file", "too_many_files")
+        reserved = size + FILE_RECORD_BYTES
+        self._reserve(tenant, reserved)
+        file_id = f"file-{uuid.uuid4().hex}"
+
+        async def add() -> FileObject:
+            try:
+                await self.work(self._disk.write, tenant, file_id, "data", blocks)
+                return self.adopt(tenant, file_id, filename, size, "batch", seconds)
+            except OSError as error:
+                logger.error("files_dir: a file cannot be stored: %s", error)
+                raise _unusable() from None
+            finally:
+                self._used[tenant] -= reserved
+
+        # A client that leaves meanwhile does not give back room that a thread still fills.
+        return await asyncio.shield(asyncio.ensure_future(add()))
+
+    def write_content(self, tenant: str, file_id: str, blocks: Iterator[bytes]) -> int:
+        """Write the content of a file that ``adopt`` makes one; in a thread. Returns its size."""
+        return self._disk.write(tenant, file_id, "data", blocks)
+
+    def adopt(
+        self,
+        tenant: str,
+        file_id: str,
+        filename: str,
+        size: int,
+        purpose: Purpose,
+        seconds: float | None,
+    ) -> FileObject:
+        """Record a file whose content has been written, in the place of one of the same id."""
         now = self.now()
         value: FileObject = {
             "id": file_id,
@@ -230,145 +257,94 @@ class FileStore:
             "purpose": purpose,
             "status": "processed",
         }
-        record = StoredFile(tenant, value)
-        self._write(tenant, file_id, record)
-        self.files.put(record)
+        self._serial += 1
+        record = StoredFile(tenant, value, self._serial)
+        self._disk.write(tenant, file_id, "json", iter([msgspec.json.encode(record)]))
+        self._add(record)
         return value
+
+    def _add(self, record: StoredFile | StoredBatch) -> None:
+        """Put a record in its table and charge its tenant for it."""
+        if isinstance(record, StoredFile):
+            self.files.put(record)
+        else:
+            self.batches.put(record)
+        self._discharge(record)
+        self._charged[record.id] = record.most_bytes
+        self._used[record.tenant] += record.most_bytes
+
+    def _discharge(self, record: StoredFile | StoredBatch) -> None:
+        self._used[record.tenant] -= self._charged.pop(record.id, 0)
 
     def file_path(self, tenant: str, file_id: str) -> Path | None:
         """Where a tenant's file lies; None for one that is not stored."""
-        self._expire()
+        self.expire()
         if self.files.get(file_id, tenant) is None:
             return None
-        return self._path(tenant, file_id, "data")
+        return self._disk.place(tenant, file_id, "data")
 
     def delete_file(self, tenant: str, file_id: str) -> bool:
         """Remove a file; False if there is none."""
-        if self.files.get(file_id, tenant) is None:
+        record = self.files.get(file_id, tenant)
+        if record is None:
             return False
-        self.files.pop(file_id)
-        for suffix in ("json", "data"):
-            self._path(tenant, file_id, suffix).unlink(missing_ok=True)
+        self.files.pop(record)
+        self._discharge(record)
+        self._disk.remove(tenant, file_id, "json", "data")
         return True
-
-    def room(self, tenant: str) -> int:
-        """Bytes that a tenant may still store."""
-        self._expire()
-        used = sum(record.value["bytes"] + _RECORD_BYTES for record in self.files.of(tenant))
-        for job in self.batches.of(tenant):
-            used += _RECORD_BYTES + self._gathered.get(job.id, 0)
-        return self._budget(tenant) - used
-
-    def _expire(self) -> None:
-        now = self.now()
-        for record in self.files:
-            ends = record.value["expires_at"]
-            if ends is not None and ends <= now:
-                self.delete_file(record.tenant, record.id)
-        for job in self.batches:
-            if job.value["status"] in ENDED and job.value["expires_at"] + self._lifetime <= now:
-                self.batches.pop(job.id)
-                self._path(job.tenant, job.id, "json").unlink(missing_ok=True)
-
-    def _over_budget(self, tenant: str) -> ApiError:
-        return ApiError(
-            413,
-            f"The files of this API key would exceed {self._budget(tenant)} bytes; delete some",
-            "file",
-            "file_budget",
-        )
 
     # -- jobs ---------------------------------------------------------------------------------
 
-    def put_batch(self, record: StoredBatch) -> None:
-        """Store a job's record.
+    def add_batch(self, record: StoredBatch) -> None:
+        """Store a new job; the oldest of many that have ended is forgotten.
 
         Raises:
-            ApiError: 413 beyond the tenant's budget, for a new one.
+            ApiError: 413 beyond the tenant's budget, 503 where it cannot be written.
         """
-        self.open()
-        if self.batches.get(record.id, record.tenant) is None and (
-            self.room(record.tenant) < _RECORD_BYTES
-        ):
-            raise self._over_budget(record.tenant)
-        self._write(record.tenant, record.id, record)
-        self.batches.put(record)
+        for old in [job for job in self.batches.of(record.tenant) if job.has_ended][_MAX_ENDED:]:
+            self._drop_batch(old)
+        size = record.most_bytes
+        self._reserve(record.tenant, size)
+        self._used[record.tenant] -= size
+        self._serial += 1
+        record.serial = self._serial
+        try:
+            self.write_batch(record)
+        except OSError as error:
+            logger.error("files_dir: a batch cannot be stored: %s", error)
+            raise _unusable() from None
+        self._add(record)
+
+    def write_batch(self, record: StoredBatch) -> None:
+        """Store what a job has become.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._disk.write(record.tenant, record.id, "json", iter([msgspec.json.encode(record)]))
+
+    def _drop_batch(self, record: StoredBatch) -> None:
+        self.batches.pop(record)
+        self._discharge(record)
+        self._disk.remove(record.tenant, record.id, "json", "results")
 
     def results_path(self, record: StoredBatch) -> Path:
         """Where the results of a job are gathered while it runs."""
-        return self._path(record.tenant, record.id, "results")
+        return self._disk.place(record.tenant, record.id, "results")
 
-    def read_results(self, record: StoredBatch) -> Iterator[GatheredResult]:
-        """Read the results so far, each line once; a last line that was cut is removed."""
-        path, end = self.results_path(record), 0
-        seen: set[int] = set()
-        if not path.exists():
-            return
-        with path.open("rb+") as file:
-            for line in file:
-                try:
-                    entry = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    entry = None
-                if entry is None:
-                    break
-                if entry["line"] not in seen:
-                    seen.add(entry["line"])
-                    yield GatheredResult(entry["line"], end, len(line), entry["result"])
-                end += len(line)
-            file.truncate(end)
-        self._gathered[record.id] = end
-
-    def append_result(self, record: StoredBatch, number: int, result: LineResult) -> None:
-        """Add the result of one line.
+    def append_result(self, record: StoredBatch, line: bytes) -> None:
+        """Add the result of one line, for which there is room.
 
         Raises:
             OSError: the disk is full; nothing is added.
         """
-        line = msgspec.json.encode({"line": number, "result": result}) + b"\n"
-        path = self.results_path(record)
-        before = path.stat().st_size if path.exists() else 0
-        try:
-            with _opened(path, os.O_APPEND) as file:
-                file.write(line)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.truncate(path, before)
-            raise
-        self._gathered[record.id] = before + len(line)
+        append(self.results_path(record), line)
 
     def drop_results(self, record: StoredBatch) -> None:
         """Remove the gathered results, once they are files."""
-        self.results_path(record).unlink(missing_ok=True)
-        self._gathered.pop(record.id, None)
-
-    # -- disk ---------------------------------------------------------------------------------
-
-    def _path(self, tenant: str, name: str, suffix: str) -> Path:
-        folder = self.folder / hashlib.sha256(tenant.encode()).hexdigest()[:32]
-        folder.mkdir(mode=0o700, exist_ok=True)
-        return folder / f"{name}.{suffix}"
-
-    def _write(self, tenant: str, name: str, record: StoredFile | StoredBatch) -> None:
-        path = self._path(tenant, name, "json")
-        partial = path.with_suffix(".new")
-        with _opened(partial, os.O_TRUNC) as file:
-            file.write(msgspec.json.encode(record))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        self._disk.remove(record.tenant, record.id, "results")
+        self._used[record.tenant] -= self._held.pop(record.id, 0)
 
 
-@contextlib.contextmanager
-def _opened(path: Path, flags: int = 0) -> Iterator[Any]:
-    """Open a file for writing that its owner alone may read."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        yield file
-
-
-def blocks_of(path: Path) -> Iterator[bytes]:
-    """A file's content in pieces."""
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            yield block
+def _unusable() -> ApiError:
+    return unavailable("Files cannot be stored on this server", "files_unavailable")

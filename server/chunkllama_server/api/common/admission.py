@@ -36,6 +36,7 @@ from chunkllama.messages import (
     TokenDelta,
 )
 from chunkllama_server.api.common.idle_prefill import IdlePrefill
+from chunkllama_server.transport.internal import queued
 
 _RETRY_AFTER = 2  # before anything has ended
 _MAX_RETRY_AFTER = 30
@@ -153,6 +154,7 @@ class ChargedEngine:
         self.tokens_waiting = 0
         self.chunks_waiting = 0
         self.idle: IdlePrefill | None = None
+        self._last_request = -math.inf
 
     @property
     def info(self) -> EngineReady:
@@ -165,6 +167,10 @@ class ChargedEngine:
     def has_gap(self, waiting_tokens: int) -> bool:
         """Whether a request would run at once, behind at most so many waiting prompt tokens."""
         return self.num_sequences < self._max_running and self.tokens_waiting < waiting_tokens
+
+    def is_quiet(self, seconds: float) -> bool:
+        """Whether nothing but lines of batches has come for so long."""
+        return time.monotonic() - self._last_request > seconds
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
         """As ``EngineClient.generate``.
@@ -179,6 +185,10 @@ class ChargedEngine:
         charge = self._charge(request)
         self._wait(tenant, charge, 1)
         self._run(tenant, charge, 1)
+        if (on_queued := queued.get()) is not None:
+            on_queued()
+        else:
+            self._last_request = time.monotonic()
         live = LiveRequest(
             request.request_id,
             request_id_context.get(),

@@ -117,8 +117,13 @@ async def embed_inputs(
     return await gather_or_cancel([embed(each) for each in requests])
 
 
-def vectors(generations: list[RequestStream], dimensions: int | None) -> list[list[float]]:
+def vectors(
+    generations: list[RequestStream], dimensions: int | None, *, scaled: bool = True
+) -> list[list[float]]:
     """Return the embeddings of generations that have run.
+
+    Args:
+        scaled: to length 1; else all dimensions as the model has them.
 
     Raises:
         ApiError: 400 for more dimensions than the model has.
@@ -126,5 +131,6 @@ def vectors(generations: list[RequestStream], dimensions: int | None) -> list[li
     found = []
     for generation in generations:
         assert generation.output.embedding is not None, "the engine sent no embedding"
-        found.append(normalised(generation.output.embedding, dimensions))
+        vector = generation.output.embedding
+        found.append(normalised(vector, dimensions) if scaled else vector)
     return found

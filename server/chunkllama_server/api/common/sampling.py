@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from chunkllama.messages import EngineReady
+from chunkllama.messages import BACKGROUND_PRIORITY, EngineReady
 from chunkllama.sampling_params import GrammarSpec, SamplingParams
 from chunkllama.text.output_processor import with_ranking
 from chunkllama.text.tokenizer import Tokenizer
@@ -14,7 +14,7 @@ from chunkllama_server.transport.errors import invalid
 
 T = TypeVar("T")
 
-BATCH_PRIORITY = 1000  # of a batch's lines: behind every other request of their tenant
+BATCH_PRIORITY = BACKGROUND_PRIORITY  # of a batch's lines: behind every other request
 PRIORITY_OF_TIER = {"flex": 10, "priority": -10, "fast": -10}
 
 

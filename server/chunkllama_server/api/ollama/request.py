@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from chunkllama_server.api.schema.chat import (
@@ -36,6 +37,11 @@ SPELLED = {
     "top_k": "options.top_k",
     "top_p": "options.top_p",
 }
+
+# Ollama's own, for what neither the request nor the model sets. Its repeat_penalty of 1.1 is not
+# among them: there it looks at the last 64 tokens, here a penalty looks at prompt and answer, where
+# it would keep the names and the markup of tools from being repeated.
+_DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
 
 
 class _Reader:
@@ -88,8 +94,11 @@ class _Reader:
         return found[0]
 
 
-def chat_of(body: OllamaChatRequest) -> ChatCompletionRequest:
+def chat_of(body: OllamaChatRequest, model: Mapping[str, Any]) -> ChatCompletionRequest:
     """The chat completion of POST /api/chat.
+
+    Args:
+        model: the model's own sampling values.
 
     Raises:
         ApiError: 400 for images in the turn to be answered.
@@ -101,27 +110,34 @@ def chat_of(body: OllamaChatRequest) -> ChatCompletionRequest:
     for index, message in enumerate(given):
         reader.read(message, f"messages[{index}]", is_current=index >= turn_start)
     chat = ChatCompletionRequest.model_construct(
-        messages=reader.messages, tools=body.tools, **_shared(body)
+        messages=reader.messages, tools=body.tools, **_shared(body, model)
     )
     chat.repairs.extend(reader.repairs)
     return chat
 
 
-def chat_of_prompt(body: OllamaGenerateRequest) -> ChatCompletionRequest:
-    """The chat completion of POST /api/generate: the prompt is a message of the user."""
+def chat_of_prompt(body: OllamaGenerateRequest, model: Mapping[str, Any]) -> ChatCompletionRequest:
+    """The chat completion of POST /api/generate: the prompt is a message of the user.
+
+    Args:
+        model: the model's own sampling values.
+    """
     messages = [ChatMessage(role="user", content=body.prompt or "").from_path("prompt")]
     if body.system:
         messages.insert(0, ChatMessage(role="system", content=body.system).from_path("system"))
-    return ChatCompletionRequest.model_construct(messages=messages, **_shared(body))
+    return ChatCompletionRequest.model_construct(messages=messages, **_shared(body, model))
 
 
-def completion_of(body: OllamaGenerateRequest, most: int) -> CompletionRequest:
+def completion_of(
+    body: OllamaGenerateRequest, model: Mapping[str, Any], most: int
+) -> CompletionRequest:
     """The text completion of a raw prompt.
 
     Args:
+        model: the model's own sampling values.
         most: tokens of the answer where the request has no limit.
     """
-    shared = _sampling(body.options or OllamaOptions())
+    shared = _sampling(body.options or OllamaOptions(), model)
     limit = shared.pop("max_completion_tokens")
     return CompletionRequest.model_construct(
         model=body.model,
@@ -132,29 +148,33 @@ def completion_of(body: OllamaGenerateRequest, most: int) -> CompletionRequest:
     )
 
 
-def _shared(body: OllamaGeneration) -> dict[str, Any]:
+def _shared(body: OllamaGeneration, model: Mapping[str, Any]) -> dict[str, Any]:
     think = body.think
     effort = {True: "medium", False: "none", None: None}.get(think, think)  # type: ignore[arg-type]
     return {
         "model": body.model,
         "response_format": _response_format(body),
         "reasoning_effort": effort,
-        **_sampling(body.options or OllamaOptions()),
+        **_sampling(body.options or OllamaOptions(), model),
     }
 
 
-def _sampling(options: OllamaOptions) -> dict[str, Any]:
+def _sampling(options: OllamaOptions, model: Mapping[str, Any]) -> dict[str, Any]:
     limit = options.num_predict
+    values = {
+        name: getattr(options, name)
+        for name in (
+            *("temperature", "top_k", "top_p", "min_p", "seed", "stop"),
+            *("presence_penalty", "frequency_penalty"),
+        )
+    }
+    for name, default in _DEFAULTS.items():
+        if values[name] is None and name not in model:
+            values[name] = default
     return {
         "max_completion_tokens": limit if limit is not None and limit > 0 else None,
         "repetition_penalty": options.repeat_penalty,
-        **{
-            name: getattr(options, name)
-            for name in (
-                *("temperature", "top_k", "top_p", "min_p", "seed", "stop"),
-                *("presence_penalty", "frequency_penalty"),
-            )
-        },
+        **values,
     }
 
 

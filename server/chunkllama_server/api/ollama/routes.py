@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from chunkllama import __version__
 from chunkllama_server.api.chat.request import prepare_chat
@@ -97,7 +97,8 @@ async def chat(body: OllamaChatRequest, request: Request, context: Context) -> R
     info = _admit(body, request, context)
     if not body.messages:
         return _loaded(body, "message", {"role": "assistant", "content": ""})
-    generation, tools = await _chat_stream(chat_of(body), context, info, "messages")
+    translated = chat_of(body, context.generation_defaults)
+    generation, tools = await _chat_stream(translated, context, info, "messages")
     answer = OllamaAnswer(
         model=body.model,
         generation=generation,
@@ -115,12 +116,16 @@ async def generate(body: OllamaGenerateRequest, request: Request, context: Conte
     if not body.prompt:
         return _loaded(body, "response", "")
     if body.raw:
-        completion = completion_of(body, context.engine.info.max_request_tokens)
+        completion = completion_of(
+            body, context.generation_defaults, context.engine.info.max_request_tokens
+        )
         request_id = f"ollama-{uuid.uuid4().hex}"
         streams = await completion_streams(completion, context, info, request_id, fits=True)
         generation = streams[0]
     else:
-        generation, _ = await _chat_stream(chat_of_prompt(body), context, info, "prompt")
+        generation, _ = await _chat_stream(
+            chat_of_prompt(body, context.generation_defaults), context, info, "prompt"
+        )
     answer = OllamaAnswer(
         model=body.model, generation=generation, is_chat=False, started=info.started
     )
@@ -149,7 +154,7 @@ async def _embed(
 async def embed(body: OllamaEmbedRequest, request: Request, context: Context) -> Response:
     """Embed one text or several."""
     info = _admit(body, request, context)
-    texts = [body.input] if isinstance(body.input, str) else body.input
+    texts = [body.input] if isinstance(body.input, str) and body.input else list(body.input)
     found, num_tokens = await _embed(
         texts, body.dimensions, request, context, truncates=body.truncate is not False
     )
@@ -235,6 +240,12 @@ async def show(body: OllamaShowRequest, request: Request, context: Context) -> R
         "modified_at": _modified(context),
     }
     return json_response(shown)
+
+
+@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+async def greet() -> PlainTextResponse:
+    """Say that the server runs, which Ollama's command asks first."""
+    return PlainTextResponse("Ollama is running")
 
 
 @router.get("/api/version", response_model=None, responses=ollama_answers(Version, is_get=True))

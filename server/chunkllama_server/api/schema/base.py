@@ -246,7 +246,10 @@ class GenerationFields(CacheFields, ExplainField):
         default=None, ge=1, le=MAX_TOKENS, description="Honoured: keeps the prompt's last N tokens."
     )
     priority: int | None = Field(
-        default=None, ge=-1000, le=1000, description="Honoured: lower is served first. Default 0."
+        default=None,
+        ge=-1000,
+        le=1000,
+        description="Honoured: lower is served first, and 1000 as a batch's line. Default 0.",
     )
 
 

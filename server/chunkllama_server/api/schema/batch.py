@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -16,6 +16,8 @@ BATCH_ENDPOINTS = (
     "/v1/embeddings",
     "/v1/messages",
 )
+
+_KEY_CHARS, _VALUE_CHARS = 64, 512  # of metadata
 
 
 class OutputExpiry(RequestModel):
@@ -40,11 +42,15 @@ class BatchRequest(RequestModel):
     ] = Field(description="Honoured: the url of all lines.")
     completion_window: str = Field(
         pattern=r"^\d{1,5}[smhd]$",
-        description='Honoured: the batch expires after this time, e.g. "24h".',
+        description='Honoured: the batch expires after this time, e.g. "24h"; at most "30d".',
     )
-    metadata: dict[str, str] | None = Field(
-        default=None, max_length=16, description="Honoured: returned with the batch."
-    )
+    metadata: (
+        dict[
+            Annotated[str, Field(max_length=_KEY_CHARS)],
+            Annotated[str, Field(max_length=_VALUE_CHARS)],
+        ]
+        | None
+    ) = Field(default=None, max_length=16, description="Honoured: returned with the batch.")
     output_expires_after: OutputExpiry | None = Field(default=None, description="Honoured.")
 
 

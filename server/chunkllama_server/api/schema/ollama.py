@@ -20,19 +20,35 @@ class OllamaOptions(RequestModel):
         default=None,
         ge=-2,
         le=MAX_TOKENS,
-        description="Honoured: tokens of the answer; 0, -1 and -2 are no limit.",
+        description="Honoured: tokens of the answer; 0, -1 and -2 are no limit but the context. "
+        "Default -1.",
     )
     temperature: float | None = Field(
-        default=None, ge=0, le=2, description="Honoured: 0 is greedy. Default 1 or the model's."
+        default=None,
+        ge=0,
+        le=2,
+        description="Honoured: 0 is greedy. Default: the model's, else 0.8.",
     )
-    top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKENS, description="Honoured.")
-    top_p: float | None = Field(default=None, ge=0, le=1, description="Honoured.")
+    top_k: int | None = Field(
+        default=None,
+        ge=-1,
+        le=MAX_TOKENS,
+        description="Honoured. Default: the model's, else 40.",
+    )
+    top_p: float | None = Field(
+        default=None, ge=0, le=1, description="Honoured. Default: the model's, else 0.9."
+    )
     min_p: float | None = Field(default=None, ge=0, le=1, description="Honoured.")
     seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED, description="Honoured.")
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
         default=None, description="Honoured: up to 4 strings of 1 to 256 characters."
     )
-    repeat_penalty: float | None = Field(default=None, gt=0, le=100, description="Honoured.")
+    repeat_penalty: float | None = Field(
+        default=None,
+        gt=0,
+        le=100,
+        description="Honoured: over prompt and answer. Default: the model's, else 1.",
+    )
     presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="Honoured.")
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="Honoured.")
     repeat_last_n: int | None = Field(

@@ -26,7 +26,7 @@ from chunkllama_server.api.schema.ollama import (
     OllamaShowRequest,
 )
 from chunkllama_server.api.schema.responses import ResponseRequest
-from chunkllama_server.api.schema.tgi import TgiCompatRequest, TgiRequest
+from chunkllama_server.api.schema.tgi import TeiEmbedRequest, TgiCompatRequest, TgiRequest
 from chunkllama_server.api.schema.tokenize import DetokenizeRequest, TokenizeRequest
 
 REQUESTS: dict[str, type[BaseModel]] = {
@@ -43,6 +43,7 @@ REQUESTS: dict[str, type[BaseModel]] = {
     "POST /api/show": OllamaShowRequest,
     "POST /generate, /generate_stream": TgiRequest,
     "POST /": TgiCompatRequest,
+    "POST /embed": TeiEmbedRequest,
     "POST /v1/batches": BatchRequest,
     "POST /tokenize": TokenizeRequest,
     "POST /detokenize": DetokenizeRequest,

@@ -66,6 +66,31 @@ class TgiRequest(RequestModel):
     parameters: TgiParameters | None = Field(default=None, description="Honoured.")
 
 
+class TeiEmbedRequest(RequestModel):
+    """Body of POST /embed, of Text Embeddings Inference."""
+
+    inputs: str | Annotated[list[str], Field(min_length=1, max_length=2048)] = Field(
+        description="Honoured: up to 2048 texts."
+    )
+    normalize: bool | None = Field(
+        default=None, description="Honoured: false gives vectors as the model has them."
+    )
+    truncate: bool | None = Field(
+        default=None, description="Honoured: true cuts texts beyond the context."
+    )
+    truncation_direction: Literal["Right", "right"] | None = Field(
+        default=None, description="Honoured: texts are cut at their end."
+    )
+    dimensions: int | None = Field(
+        default=None,
+        ge=1,
+        le=2**20,
+        description="Honoured: the first so many values; not without normalize.",
+    )
+    encoding_format: Literal["float"] | None = Field(default=None, description="Honoured.")
+    prompt_name: str | None = Field(default=None, description="Refused.")
+
+
 class TgiCompatRequest(TgiRequest):
     """Body of POST /, which huggingface_hub uses."""
 

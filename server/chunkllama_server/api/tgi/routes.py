@@ -1,4 +1,7 @@
-"""Serve the API of Text Generation Inference: /generate, /generate_stream, / and /info."""
+"""Serve the API of Text Generation Inference: /generate, /generate_stream, / and /info.
+
+/embed is that of Text Embeddings Inference, its sibling.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,14 @@ from starlette.responses import Response
 
 from chunkllama import __version__
 from chunkllama_server.api.common.context import Context, ServerContext
+from chunkllama_server.api.common.embed import embed_inputs, input_ids, vectors
 from chunkllama_server.api.completions.request import completion_streams
 from chunkllama_server.api.openapi import tgi_answers
 from chunkllama_server.api.schema.base import StructuredOutputs
 from chunkllama_server.api.schema.completions import CompletionRequest
+from chunkllama_server.api.schema.embeddings import EmbeddingRequest
 from chunkllama_server.api.schema.tgi import (
+    TeiEmbedRequest,
     TgiAnswer,
     TgiCompatRequest,
     TgiGrammar,
@@ -129,6 +135,22 @@ async def compat_generate(body: TgiCompatRequest, request: Request, context: Con
         return context.stream(answer.events(), request_info(request.scope), TGI_STREAM)
     whole: Any = await unless_disconnected(request, answer.whole())
     return json_response([whole])
+
+
+@router.post("/embed", response_model=None, responses=tgi_answers(list[list[float]]))
+async def embed(body: TeiEmbedRequest, request: Request, context: Context) -> Response:
+    """Embed one text or several; huggingface_hub's feature_extraction."""
+    info = context.admit(body, request)
+    request.scope[SPELLED] = {"input": "inputs"}
+    scaled = body.normalize is not False
+    if not scaled and body.dimensions is not None:
+        raise invalid("dimensions needs normalize", "dimensions")
+    embedding = EmbeddingRequest.model_construct(input=body.inputs, dimensions=body.dimensions)
+    prompts = await input_ids(embedding, context, truncates=bool(body.truncate))
+    generations = await unless_disconnected(
+        request, embed_inputs(embedding, context, info, prompts)
+    )
+    return json_response(vectors(generations, body.dimensions, scaled=scaled))
 
 
 @router.get("/info", response_model=TgiInfo, responses=tgi_answers(TgiInfo))

@@ -1,0 +1,47 @@
+"""Files of lines, and batches of them, by openai-python."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import openai
+from fake_engine import MODEL
+
+CHAT = "/v1/chat/completions"
+
+
+def line(custom_id: str, content: str = "say(hi)yas", url: str = CHAT, **body: Any) -> dict:
+    given = {"model": MODEL, "messages": [{"role": "user", "content": content}], **body}
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": given}
+
+
+def encoded(lines: list[Any]) -> bytes:
+    return b"".join(json.dumps(each).encode() + b"\n" for each in lines)
+
+
+def upload(client: openai.OpenAI, lines: list[Any]):
+    return client.files.create(file=("in.jsonl", encoded(lines)), purpose="batch")
+
+
+def begin(client: openai.OpenAI, lines: list[Any], endpoint: Any = CHAT, window: Any = "24h"):
+    stored = upload(client, lines)
+    return client.batches.create(
+        input_file_id=stored.id, endpoint=endpoint, completion_window=window
+    )
+
+
+def ended(client: openai.OpenAI, batch):
+    deadline = time.monotonic() + 60
+    while batch.status not in ("completed", "failed", "expired", "cancelled"):
+        assert time.monotonic() < deadline, batch
+        time.sleep(0.02)
+        batch = client.batches.retrieve(batch.id)
+    return batch
+
+
+def answers(client: openai.OpenAI, file_id: str | None) -> list[dict]:
+    if file_id is None:
+        return []
+    return [json.loads(row) for row in client.files.content(file_id).text.splitlines()]

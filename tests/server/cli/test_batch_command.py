@@ -1,0 +1,162 @@
+"""``chunkllama batch`` against servers that fail: lines run once, and nothing is given up."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chunkllama.errors import ChunkLlamaError
+from chunkllama_server import batch_command
+
+BATCH = {
+    "id": "batch_1",
+    "input_file_id": "file-1",
+    "status": "completed",
+    "errors": None,
+    "output_file_id": "file-2",
+    "error_file_id": None,
+    "request_counts": {"total": 1, "completed": 1, "failed": 0},
+    "usage": {
+        "input_tokens": 9,
+        "input_tokens_details": {"cached_tokens": 3},
+        "output_tokens": 2,
+    },
+}
+NOT_FOUND = {"error": {"message": "No batch is stored", "code": "batch_not_found"}}
+OTHER = {"error": {"message": "not now", "code": "other"}}
+Answer = tuple[int, Any]
+
+
+class Stub(ThreadingHTTPServer):
+    """Answers as told, then as a server that has run the batch; records what it was asked.
+
+    Attributes:
+        told: answers by method and path, each given once; None closes the connection.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.told: dict[str, list[Answer | None]] = {}
+        self.asked: list[str] = []
+        self.batches: list[dict[str, Any]] = []
+
+    def answer(self, name: str) -> Answer | None:
+        self.asked.append(name)
+        if self.told.get(name):
+            return self.told[name].pop(0)
+        if name == "POST /v1/files":
+            return 200, {"id": "file-1"}
+        if name == "POST /v1/batches":
+            self.batches.append(BATCH)
+            return 200, BATCH
+        if name == "GET /v1/batches/batch_1":
+            return 200, BATCH
+        if name == "GET /v1/files/file-2/content":
+            return 200, {"custom_id": "a"}
+        return 200, {"data": self.batches, "has_more": False, "last_id": None}
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Stub
+
+    def _serve(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        answer = self.server.answer(f"{self.command} {self.path.partition('?')[0]}")
+        if answer is None:
+            self.close_connection = True
+            return
+        status, body = answer
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST = _serve
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
+    monkeypatch.setattr(batch_command, "_RETRY_SECONDS", 0.0)
+    server = Stub()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def run(stub: Stub, folder: Path) -> int:
+    (folder / "in.jsonl").write_text(json.dumps({"url": "/v1/completions"}) + "\n")
+    url = f"http://127.0.0.1:{stub.server_address[1]}"
+    return batch_command.batch(folder / "in.jsonl", folder / "out.jsonl", url=url)
+
+
+def count(stub: Stub, name: str) -> int:
+    return stub.asked.count(name)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [(500, OTHER), (503, OTHER), (429, OTHER), (401, OTHER), (403, OTHER), (404, OTHER), None],
+)
+def test_an_error_does_not_run_the_lines_again(stub, tmp_path, answer) -> None:
+    """The command is run again while its batch goes on, and the server answers with an error."""
+    (tmp_path / "out.jsonl.batch").write_text("batch_1")
+    stub.told["GET /v1/batches/batch_1"] = [answer]
+    with pytest.raises(ChunkLlamaError):
+        run(stub, tmp_path)
+    assert count(stub, "POST /v1/files") == count(stub, "POST /v1/batches") == 0
+    assert (tmp_path / "out.jsonl.batch").read_text() == "batch_1"
+    assert run(stub, tmp_path) == 0
+    assert count(stub, "POST /v1/batches") == 0
+    assert not (tmp_path / "out.jsonl.batch").exists()
+
+
+def test_a_batch_that_is_gone_is_run_again(stub, tmp_path) -> None:
+    (tmp_path / "out.jsonl.batch").write_text("batch_0")
+    stub.told["GET /v1/batches/batch_0"] = [(404, NOT_FOUND)]
+    assert run(stub, tmp_path) == 0
+    assert count(stub, "POST /v1/batches") == 1
+
+
+def test_a_lost_answer_does_not_run_the_lines_again(stub, tmp_path) -> None:
+    """The server makes the batch and the connection breaks before its id arrives."""
+    stub.told["POST /v1/batches"] = [None]
+    with pytest.raises(ChunkLlamaError):
+        run(stub, tmp_path)
+    stub.batches.append(BATCH)
+    assert run(stub, tmp_path) == 0
+    assert count(stub, "POST /v1/batches") == 1
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"custom_id": "a"}
+
+
+def test_a_batch_that_was_not_made_is_made(stub, tmp_path) -> None:
+    stub.told["POST /v1/batches"] = [(429, OTHER)]
+    with pytest.raises(ChunkLlamaError, match="not now"):
+        run(stub, tmp_path)
+    assert run(stub, tmp_path) == 0
+    assert len(stub.batches) == 1
+
+
+def test_a_server_that_restarts_is_asked_again(stub, tmp_path) -> None:
+    stub.told["GET /v1/batches/batch_1"] = [(503, OTHER), None, (502, "x"), (429, OTHER)]
+    assert run(stub, tmp_path) == 0
+    assert count(stub, "GET /v1/batches/batch_1") == 5
+
+
+def test_a_refusal_while_it_runs_is_reported(stub, tmp_path) -> None:
+    stub.told["GET /v1/batches/batch_1"] = [(401, OTHER)]
+    with pytest.raises(ChunkLlamaError, match="not now"):
+        run(stub, tmp_path)
+    assert (tmp_path / "out.jsonl.batch").read_text() == "batch_1"
