@@ -33,6 +33,39 @@ void inner_rows(const X* x, int64_t x_stride, const A* a, int64_t k, float* t, i
     }
 }
 
+// t [R, 8] = x [R, k] * a [k, 8]: a block of 16 holds two k.
+template <int R, class X, class A>
+void inner_half_rows(const X* x, int64_t x_stride, const A* a, int64_t k, float* t,
+                     int64_t t_stride) {
+  constexpr int TURNS = R > 2 || VECTORS > 2 ? 1 : 4;
+  Vec sums[TURNS][R][VECTORS] = {};
+  auto add = [&](int64_t i, int turn) {
+    for (int j = 0; j < VECTORS; j++) {
+      const Vec weights = load(a + i * BLOCK + j * W);
+      for (int r = 0; r < R; r++) {
+        const X* pair = x + r * x_stride + 2 * i;
+        Vec values;
+        if constexpr (W == BLOCK)
+          values = first_lanes(BLOCK / 2, set(to_float(pair[0])), set(to_float(pair[1])));
+        else values = set(to_float(pair[j * W >= BLOCK / 2]));
+        sums[turn][r][j] += weights * values;
+      }
+    }
+  };
+  int64_t i = 0;
+  for (; i + TURNS <= k / 2; i += TURNS)
+    for (int turn = 0; turn < TURNS; turn++) add(i + turn, turn);
+  for (; i < k / 2; i++) add(i, 0);
+  for (int r = 0; r < R; r++) {
+    alignas(64) float both[BLOCK];
+    for (int j = 0; j < VECTORS; j++) {
+      for (int turn = 1; turn < TURNS; turn++) sums[0][r][j] += sums[turn][r][j];
+      store(both + j * W, sums[0][r][j]);
+    }
+    for (int j = 0; j < BLOCK / 2; j++) t[r * t_stride + j] = both[j] + both[BLOCK / 2 + j];
+  }
+}
+
 // y [R, 16] = t [R, rank] * b [rank, 16].
 template <int R, class B>
 void outer_rows(const float* t, int64_t t_stride, const B* b, int64_t rank, float* y,
@@ -62,10 +95,13 @@ template <class X, class A>
 void inner_unit(const AdapterArgs& a, const AdapterLinear& l, int64_t begin, int64_t end,
                 int64_t block) {
   const A* weights = static_cast<const A*>(l.a) + block * l.k * BLOCK;
+  const bool is_half = l.ranks - block * BLOCK < BLOCK;
   by_fours(begin, end, [&](int64_t row, auto n) {
-    inner_rows<decltype(n)::value>(static_cast<const X*>(a.x) + row * a.x_stride, a.x_stride,
-                                   weights, l.k, a.inner + row * a.inner_stride + block * BLOCK,
-                                   a.inner_stride);
+    constexpr int R = decltype(n)::value;
+    const X* x = static_cast<const X*>(a.x) + row * a.x_stride;
+    float* t = a.inner + row * a.inner_stride + block * BLOCK;
+    if (is_half) inner_half_rows<R>(x, a.x_stride, weights, l.k, t, a.inner_stride);
+    else inner_rows<R>(x, a.x_stride, weights, l.k, t, a.inner_stride);
   });
 }
 
@@ -91,17 +127,20 @@ void outer_unit(const AdapterArgs& a, const AdapterLinear& l, int64_t begin, int
 // Units are the rows of each range, ROWS at a time, times `width`: runs f(adapter, first row, last
 // row, index below width) for each.
 template <class F>
-void by_units(const AdapterArgs& a, Phase& phase, int64_t width, F&& f) {
+void by_units(const AdapterArgs& a, Phase& phase, int threads, int64_t width, F&& f) {
   int64_t total = 0;
   for (int64_t i = 0; i < a.num_ranges; i++)
     total += (a.ranges[i].end - a.ranges[i].begin + ROWS - 1) / ROWS * width;
-  phase.run(total, 1, [&](int64_t unit, int64_t) {
-    int64_t piece = unit / width;
-    const AdapterRange* range = a.ranges;
-    for (int64_t pieces; piece >= (pieces = (range->end - range->begin + ROWS - 1) / ROWS); range++)
-      piece -= pieces;
-    const int64_t begin = range->begin + piece * ROWS, end = std::min(begin + ROWS, range->end);
-    f(range->linears[a.linear], begin, end, unit % width);
+  const int64_t grain = std::max<int64_t>(1, total / (8 * threads));
+  phase.run(total, grain, [&](int64_t unit, int64_t last) {
+    for (; unit < last; unit++) {
+      int64_t piece = unit / width, pieces;
+      const AdapterRange* range = a.ranges;
+      for (; piece >= (pieces = (range->end - range->begin + ROWS - 1) / ROWS); range++)
+        piece -= pieces;
+      const int64_t begin = range->begin + piece * ROWS, end = std::min(begin + ROWS, range->end);
+      f(range->linears[a.linear], begin, end, unit % width);
+    }
   });
 }
 
@@ -113,8 +152,8 @@ bool is_adapted(const AdapterArgs& a) {
   });
 }
 
-void adapter_units(const AdapterArgs& a, Phase* phases) {
-  by_units(a, phases[0], a.inner_stride / BLOCK,
+void adapter_units(const AdapterArgs& a, Phase* phases, int threads) {
+  by_units(a, phases[0], threads, (a.inner_stride + BLOCK - 1) / BLOCK,
            [&](const AdapterLinear& l, int64_t begin, int64_t end, int64_t block) {
              if (block * BLOCK >= l.ranks) return;
              const bool narrow = a.type == BF16;
@@ -122,7 +161,7 @@ void adapter_units(const AdapterArgs& a, Phase* phases) {
              else if (narrow) inner_unit<float, bf16>(a, l, begin, end, block);
              else inner_unit<float, float>(a, l, begin, end, block);
            });
-  by_units(a, phases[1], (a.columns + COLUMNS - 1) / COLUMNS,
+  by_units(a, phases[1], threads, (a.columns + COLUMNS - 1) / COLUMNS,
            [&](const AdapterLinear& l, int64_t begin, int64_t end, int64_t group) {
              const int64_t first = group * COLUMNS, last = std::min(first + COLUMNS, a.columns);
              if (a.type == BF16) outer_unit<bf16>(a, l, begin, end, first, last);

@@ -23,6 +23,6 @@ struct AdapterArgs {
 bool is_adapted(const AdapterArgs& args);
 
 // Fills `inner`, then `delta`; each is a phase that all threads run.
-void adapter_units(const AdapterArgs& args, Phase* phases);
+void adapter_units(const AdapterArgs& args, Phase* phases, int threads);
 
 }  // namespace chunkllama

@@ -112,7 +112,7 @@ struct Model {
 };
 
 // A low-rank adapter of one linear layer: (x a) b is added to its output. Matrices are in blocks of
-// 16 columns: a [ranks / 16][k][16], b [blocks][rank][16].
+// 16 columns: a [ranks / 16][k][16], then [k][8] if 8 ranks are left, b [blocks][rank][16].
 struct AdapterPart {
   const void* b;
   int64_t first, step, blocks;  // block i adds to columns [first + i * step, first + i * step + 16)
@@ -120,7 +120,7 @@ struct AdapterPart {
 };
 struct AdapterLinear {
   const void* a;
-  int64_t ranks, k;  // ranks: of all parts, each rounded up to 16
+  int64_t ranks, k;  // ranks: of all parts, rounded up to 8; k is even
   AdapterPart parts[MAX_PARTS];
   int64_t num_parts;  // 0: the layer is not adapted
 };

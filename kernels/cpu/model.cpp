@@ -113,7 +113,7 @@ class Pass {
                            a.x,        a.x_stride,   a.x_type, s.inner,
                            s.inner_stride, s.delta, s.delta_stride, a.linear->n};
     if (!is_adapted(args)) return;
-    adapter_units(args, phases);
+    adapter_units(args, phases, threads_);
     a.delta = s.delta, a.delta_stride = s.delta_stride, a.adapted = s.adapted;
   }
 

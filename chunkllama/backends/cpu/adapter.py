@@ -55,7 +55,7 @@ class PackedAdapter:
 
     Attributes:
         linears: [num_layers * 4], in the order of ``LINEARS``.
-        ranks: most of one layer, rounded up to 16.
+        ranks: most of one layer, rounded up to 8.
         num_bytes: of its matrices.
     """
 
@@ -79,12 +79,14 @@ class PackedAdapter:
                 blocks = _padded(b).view(-1, BLOCK, rank).transpose(1, 2)
                 parts.append(CAdapterPart(0, first, step, len(blocks), part.offset, rank))
                 later.append(blocks)
-        a = _padded(linear.a)
-        columns = a.shape[1]
-        self._matrices += [a.view(-1, BLOCK, columns).transpose(1, 2), *later]
+        a = _stacked(linear.a)
+        ranks, columns = a.shape
+        whole = ranks // BLOCK * BLOCK
+        blocks = a[:whole].view(-1, BLOCK, columns).transpose(1, 2).reshape(-1)
+        self._matrices += [torch.cat((blocks, a[whole:].T.reshape(-1))), *later]
         unused = [CAdapterPart()] * (MAX_PARTS - len(parts))
         given = (CAdapterPart * MAX_PARTS)(*parts, *unused)
-        return CAdapterLinear(0, len(a), columns, given, len(parts))
+        return CAdapterLinear(0, ranks, columns, given, len(parts))
 
     def _place(self) -> None:
         """Copy all matrices into one block, in the order in which they are read."""
@@ -121,6 +123,12 @@ def _pieces(first: int, b: torch.Tensor, half: int) -> list[tuple[int, int, torc
     return [piece for piece in both if len(piece[2])]
 
 
+def _stacked(a: torch.Tensor) -> torch.Tensor:
+    """A [ranks, k] with ranks rounded up to half a block and k to an even number, with zeros."""
+    padding = (0, a.shape[1] % 2, 0, -len(a) % (BLOCK // 2))
+    return torch.nn.functional.pad(a, padding)
+
+
 def _padded(rows: torch.Tensor) -> torch.Tensor:
     """Rows rounded up to whole blocks, with zeros."""
     return torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % BLOCK))
@@ -141,7 +149,7 @@ class AdapterBuffers:
 
     def step(self, adapters: Sequence[AdapterRows], rows: int, dtype: torch.dtype) -> CStepAdapters:
         """The kernels' view of a step's adapters; valid until the next call."""
-        ranks = max(each.adapter.ranks for each in adapters)
+        ranks = round_up(max(each.adapter.ranks for each in adapters), BLOCK)
         size = rows * (ranks + self._columns)
         if self._memory.numel() < size:
             self._memory = torch.empty(size)
