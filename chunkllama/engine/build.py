@@ -41,6 +41,8 @@ def build_engine(config: EngineConfig) -> EngineCore:
     if device == "cpu":
         bind_processors(config.model.cpu_bind)
         torch.set_num_threads(config.model.threads or usable_threads())
+    elif ":" in device:
+        torch.cuda.set_device(device)  # of pinned memory and streams, which name no device
     executor = load_executor(
         model_path=folder,
         device=device,

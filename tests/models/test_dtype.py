@@ -43,3 +43,22 @@ def test_a_cpu_stores_16_bits_where_its_kernels_widen_them(
     spec = replace(SPEC, dtype=stored)
     assert resolve_dtype(spec, "auto", "cpu", backend) == expected
     assert resolve_dtype(spec, "float32", "cpu", backend) == "float32"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+@pytest.mark.parametrize(
+    ("stored", "backend", "expected"),
+    [
+        ("float32", "auto", "bfloat16"),
+        ("float32", "cuda", "bfloat16"),
+        ("float32", "reference", "float32"),
+        ("float16", "auto", "float16"),
+        ("bfloat16", "cuda", "bfloat16"),
+    ],
+)
+def test_a_gpu_computes_in_what_its_kernels_have(
+    stored: str, backend: str, expected: str, device: str
+) -> None:
+    spec = replace(SPEC, dtype=stored)
+    assert resolve_dtype(spec, "auto", device, backend) == expected
+    assert resolve_dtype(spec, "float32", device, backend) == "float32"

@@ -59,22 +59,16 @@ class CupyLauncher:
     has been launched before: it then allocates nothing and calls nothing but the launch.
 
     Args:
-        device: the GPU.
+        device: a GPU that is there.
         table: tuning to use instead of the architecture's own (``benchmarks/gpu.py tune``).
 
     Raises:
-        ConfigError: no CuPy, no such device, or one older than the kernels need.
+        ConfigError: no CuPy, one of another CUDA, or a GPU older than the kernels need.
     """
 
     def __init__(self, device: torch.device, table: HardwareTable | None = None) -> None:
         self._cupy = _import_cupy()
-        if not torch.cuda.is_available():
-            raise ConfigError("device: cuda finds no usable NVIDIA GPU; use --device cpu")
         self.device_index = torch.cuda.current_device() if device.index is None else device.index
-        if self.device_index >= torch.cuda.device_count():
-            raise ConfigError(
-                f"device: {device} does not exist, there are {torch.cuda.device_count()} GPUs"
-            )
         # Any: torch's stubs lack shared_memory_per_block_optin.
         properties: Any = torch.cuda.get_device_properties(self.device_index)
         self.table = table or table_for(
@@ -124,11 +118,16 @@ class CupyLauncher:
 
 
 def _import_cupy() -> Any:
+    major = (torch.version.cuda or "12").split(".")[0]
+    install = f"run: pip install 'chunkllama[cu{major}]'"
     try:
         import cupy
     except ImportError as error:
-        major = (torch.version.cuda or "12").split(".")[0]
+        raise ConfigError(f"backend: cuda needs CuPy ({error}); {install}") from error
+    other = cupy.cuda.runtime.runtimeGetVersion() // 1000
+    if other != int(major):
         raise ConfigError(
-            f"device: cuda needs CuPy ({error}); run: pip install 'chunkllama[cu{major}]'"
-        ) from error
+            f"backend: cuda needs CuPy for CUDA {major}, which torch is built for; the installed "
+            f"one is for CUDA {other}; {install}"
+        )
     return cupy
