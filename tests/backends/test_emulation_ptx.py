@@ -54,6 +54,11 @@ INSTRUCTIONS = {
         "selp.b32 %r1, 3, 4, %p2",
         4,
     ),
+    "constant predicates": (
+        "mov.pred %p2, -1; mov.pred %p3, 0; selp.b32 %r1, 1, 0, %p2; selp.b32 %r2, 2, 0, %p3; "
+        "or.b32 %r1, %r1, %r2",
+        1,
+    ),
     "unsigned comparison": ("setp.hi.u32 %p2, -1, 1; selp.b32 %r1, 3, 4, %p2", 3),
     "NaN is not less": (f"setp.lt.ftz.f32 %p2, {NAN}, {ONE}; selp.b32 %r1, 3, 4, %p2", 4),
     "NaN is less or unordered": (f"setp.ltu.ftz.f32 %p2, {NAN}, {ONE}; selp.b32 %r1, 3, 4, %p2", 3),

@@ -114,7 +114,7 @@ BUGS = {
         on_ptx="shared access misaligned",
     ),
     "token_bound_of_copies_forgotten": Bug(
-        "tpp_partial.cuh", "token + at.row < num_tokens);", "true);", "bytes"
+        "tpp_partial.cuh", "FULL || token + at.row < num_tokens;", "true;", "bytes"
     ),
     "mask_one_key_late": Bug("tpp_partial.cuh", ": key >= end;", ": key > end;", "numbers"),
     "masked_too_rarely": Bug(
@@ -123,8 +123,17 @@ BUGS = {
         "if (token > unit.unmasked_tokens)",
         "numbers",
     ),
-    "no_swizzle": Bug("tpp_partial.cuh", "piece ^ (row & 7)", "piece", "conflicts"),
+    "no_swizzle": Bug("tpp_partial.cuh", "? row & 7 :", "? 0 :", "conflicts"),
     "sum_not_rescaled": Bug("softmax_state.cuh", "    sum *= factor;\n", "", "numbers"),
+    "output_not_rescaled": Bug(
+        "tpp_partial.cuh", "          o[a][j][2 * h] *= factor;\n", "", "numbers"
+    ),
+    "full_stage_too_early": Bug(
+        "tpp_partial.cuh",
+        "if (token + X::STAGE_TOKENS <= num_tokens)",
+        "if (token < num_tokens)",
+        "bytes",
+    ),
     "merge_ignores_the_maximum": Bug(
         "tpp_merge.cuh",
         "weight = state.weight_of({p.partial_lse[at], 1.f})",
@@ -177,8 +186,8 @@ PTX_BUGS = {
     ),
     "address_without_its_window": Bug(
         "device.cuh",
-        "(u32)__cvta_generic_to_shared(pointer)",
-        "(u32)(u64)pointer",
+        "return (u32)__cvta_generic_to_shared(pointer);",
+        "return (u32)(u64)pointer;",
         "emulator",
         "shared access",
     ),
@@ -200,6 +209,16 @@ PTX_BUGS = {
         "__shfl_xor_sync(0x0000ffffu",
         "emulator",
         "a collective of a part of a warp",
+    ),
+    "vote_of_half_a_warp": Bug(
+        "device.cuh",
+        "__any_sync(0xffffffffu",
+        "__any_sync(0x0000ffffu",
+        "emulator",
+        "a collective of a part of a warp",
+    ),
+    "unconditional_copy_on_the_wrong_branch": Bug(
+        "device.cuh", "  if (ALWAYS)\n", "  if (!ALWAYS)\n", "bytes"
     ),
     "fields_of_the_struct_swapped": Bug(
         "tpp_partial.cuh",

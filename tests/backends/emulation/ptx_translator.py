@@ -159,6 +159,8 @@ class _Function:
 
     # ---- Operands
     def _predicate(self, operand: str) -> str:
+        if re.fullmatch(r"-?\d+", operand):
+            return "true" if int(operand) else "false"
         name = operand.removeprefix("!")
         if self.registers[name] != "bool":
             raise UnsupportedPtx(f"{name} is no predicate")
