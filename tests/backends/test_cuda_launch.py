@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -71,6 +72,19 @@ def test_a_kernel_is_compiled_once_from_one_text(cupy: FakeCupy) -> None:
     assert arguments["name_expressions"] == [LARGE.expression]
     assert function.max_dynamic_shared_size_bytes == LARGE.shared_bytes
     assert len(function.calls) == 3
+
+
+def test_prepared_kernels_are_not_compiled_by_their_first_launch(
+    cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _index: nullcontext())
+    launcher = CupyLauncher(torch.device("cuda"))
+    kernels = [LARGE, merge_kernel("bf16", 128)]
+    launcher.prepare(kernels)
+    assert [a["name_expressions"] for a, _ in cupy.modules] == [[k.expression] for k in kernels]
+    assert all(not function.calls for _, function in cupy.modules)
+    launcher.launch(LARGE, (7, 1, 1), bytes(112))
+    assert len(cupy.modules) == 2
 
 
 def test_a_launch_passes_the_struct_by_value_on_torchs_stream(cupy: FakeCupy) -> None:

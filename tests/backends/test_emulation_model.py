@@ -81,6 +81,21 @@ def test_emulation_every_part_of_a_layer_agrees_with_the_reference(part: str) ->
     compare_with_reference(ops, reference, spec, torch.float16, decode_steps=2)
 
 
+@pytest.mark.parametrize("part", ["biases", "windows", "soft caps"])
+def test_emulation_launches_only_kernels_that_were_prepared(part: str) -> None:
+    """So no request waits for a compiler; and windows are prepared only where there are some."""
+    spec = spec_with(part)
+    ops = backend(64, "fp16", spec.num_kv_heads)
+    is_bounded = part != "biases"
+    ops.prepare(is_bounded=is_bounded)
+    reference = ReferenceBackend(torch.device("cpu"))
+    compare_with_reference(ops, reference, spec, torch.float16, decode_steps=2)
+    launcher = ops._launcher
+    assert isinstance(launcher, EmulatedLauncher)
+    assert {kernel for kernel, _, _ in launcher.launched} <= set(launcher.prepared)
+    assert any(k.expression.endswith("true>>") for k in launcher.prepared) == is_bounded
+
+
 def test_emulation_a_window_that_is_ignored_is_noticed() -> None:
     """The comparison above is sharp enough."""
     spec = spec_with("windows")

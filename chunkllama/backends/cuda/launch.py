@@ -8,6 +8,7 @@ primary context, so torch's pointers are valid in both; compiled modules are cac
 
 from __future__ import annotations
 
+import time
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,9 @@ from chunkllama.backends.cuda.source import (
     table_for,
 )
 from chunkllama.errors import ConfigError
+from chunkllama.logger import init_logger
+
+logger = init_logger(__name__)
 
 Grid = tuple[int, int, int]
 
@@ -33,6 +37,10 @@ class Launcher(Protocol):
 
     table: HardwareTable
     num_sms: int
+
+    def prepare(self, kernels: list[KernelSpec]) -> None:
+        """Compile kernels, so that their first launches do not."""
+        ...
 
     def launch(self, kernel: KernelSpec, grid: Grid, params: bytes) -> None:
         """Run ``kernel`` on ``grid`` with the bytes of its parameter struct, in stream order."""
@@ -77,6 +85,13 @@ class CupyLauncher:
         self.num_sms = properties.multi_processor_count
         self._stream = _TorchStream(self.device_index)
         self._functions: dict[str, Any] = {}  # by expression, whose hash str keeps
+
+    def prepare(self, kernels: list[KernelSpec]) -> None:
+        started = time.monotonic()
+        with torch.cuda.device(self.device_index):
+            for kernel in kernels:
+                self._function(kernel)
+        logger.info("%d kernels compiled in %.1f s", len(kernels), time.monotonic() - started)
 
     def launch(self, kernel: KernelSpec, grid: Grid, params: bytes) -> None:
         if torch.cuda.current_device() != self.device_index:

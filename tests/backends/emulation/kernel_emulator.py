@@ -200,6 +200,7 @@ class EmulatedLauncher:
         machine: what executes the kernels.
         counters: what all launches so far have added up to.
         launched: kernels, grids and parameters in order.
+        prepared: kernels that were to be compiled before.
     """
 
     table: HardwareTable
@@ -208,6 +209,10 @@ class EmulatedLauncher:
     machine: Machine = field(default_factory=MACHINE.get)
     counters: Counters = field(default_factory=Counters)
     launched: list[tuple[KernelSpec, Grid, bytes]] = field(default_factory=list)
+    prepared: list[KernelSpec] = field(default_factory=list)
+
+    def prepare(self, kernels: list[KernelSpec]) -> None:
+        self.prepared += kernels
 
     def launch(self, kernel: KernelSpec, grid: Grid, params: bytes) -> None:
         self.launched.append((kernel, grid, params))
