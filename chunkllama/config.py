@@ -111,10 +111,24 @@ class ModelConfig(ConfigGroup):
         default="auto",
         description="Type of weights and K/V. auto is the checkpoint's, except that a CPU takes "
         "bfloat16 for float16, and float32 where backend is reference and the CPU has no "
-        "bfloat16 instructions.",
+        "bfloat16 instructions; a GPU takes bfloat16 for float32.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="Where to compute. auto is a CUDA device if there is one."
+    device: Literal[
+        "auto",
+        "cpu",
+        "cuda",
+        "cuda:0",
+        "cuda:1",
+        "cuda:2",
+        "cuda:3",
+        "cuda:4",
+        "cuda:5",
+        "cuda:6",
+        "cuda:7",
+    ] = Field(
+        default="auto",
+        description="Where to compute. auto is a CUDA device if there is one; cuda is the first of "
+        "them, cuda:1 the second.",
     )
     isa_level: Literal[
         "auto",

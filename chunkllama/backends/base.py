@@ -108,6 +108,13 @@ class Backend(ABC):
         tensors.
         """
 
+    def prepare(self, *, is_bounded: bool) -> None:  # noqa: B027
+        """Compile what a model needs, so that no request waits for it.
+
+        Args:
+            is_bounded: the model has sliding windows or a soft cap of scores.
+        """
+
     def fuse(
         self,
         model: PlainModel,

@@ -29,12 +29,13 @@ def select_backend(
 ) -> Backend:
     """Choose the backend for a device ("cpu", "cuda", "cuda:1") and a model's shape.
 
-    "auto" takes ``cuda`` on a GPU, and on a CPU ``cpu``, or where that is not built or lacks the
-    shape the ``reference``, saying so once in the log. A named ``isa_level`` is never replaced.
+    "auto" takes ``cuda`` on a GPU and ``cpu`` on a CPU, or where that is not installed, not built
+    or lacks the shape the ``reference``, saying so once in the log. A named ``isa_level`` is never
+    replaced.
 
     Raises:
-        ConfigError: the backend is not installed, or lacks the device, dtype, head_dim or chunk
-            size, or there is no such ``isa_level``; the message names it and the fix.
+        ConfigError: there is no such device or ``isa_level``, or the backend asked for is not
+            installed or lacks the dtype, head_dim or chunk size; the message names it and the fix.
     """
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise ConfigError(f"device: {device!r} is not one of cpu, cuda, cuda:N")
@@ -42,17 +43,31 @@ def select_backend(
     check_choice(device=device, backend=backend, isa_level=isa_level)
     if isa_level != "auto":
         return _cpu(target, dtype, head_dim, chunk_size, num_kv_heads, isa_level)
-    if backend == "auto" and target.type == "cpu":
-        try:
-            return _cpu(target, dtype, head_dim, chunk_size, num_kv_heads)
-        except ConfigError as error:
-            logger.warning("using the reference backend (torch), which is slower: %s", error)
-            backend = "reference"
-    if backend == "cpu":
-        return _cpu(target, dtype, head_dim, chunk_size, num_kv_heads)
+    if target.type == "cuda":
+        check_cuda_device(target)
     if backend == "reference":
         return _checked(ReferenceBackend(target), chunk_size)
-    return _cuda(target, dtype, head_dim, chunk_size, num_kv_heads)
+    native = _cuda if target.type == "cuda" else _cpu
+    if backend != "auto":
+        return native(target, dtype, head_dim, chunk_size, num_kv_heads)
+    try:
+        return native(target, dtype, head_dim, chunk_size, num_kv_heads)
+    except ConfigError as error:
+        logger.warning("using the reference backend (torch), which is slower: %s", error)
+        return _checked(ReferenceBackend(target), chunk_size)
+
+
+def check_cuda_device(device: torch.device) -> None:
+    """Refuse a GPU that is not there.
+
+    Raises:
+        ConfigError: torch finds no GPU, or fewer than the index says.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device: {device} was asked for, but there is no CUDA device; use cpu")
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise ConfigError(f"device: {device} does not exist, the number of GPUs is {count}")
 
 
 def _cpu(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from functools import cache as cache_result
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -13,10 +14,11 @@ from chunkllama.config import EngineConfig, parse_weights
 from chunkllama.engine.adapter_cache import AdapterCache
 from chunkllama.engine.chunk_io import ChunkIO
 from chunkllama.engine.core import EngineCore
-from chunkllama.engine.model_runner import load_executor
+from chunkllama.engine.model_runner import ModelRunner, load_executor
 from chunkllama.engine.pack_loader import PackLoader
-from chunkllama.engine.size import check_memory, plan_size
+from chunkllama.engine.size import EngineSize, check_memory, plan_size
 from chunkllama.engine.snapshot import SnapshotKeeper
+from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineReady
 from chunkllama.model_spec import ModelSpec
@@ -42,25 +44,17 @@ def build_engine(config: EngineConfig) -> EngineCore:
         logger.warning("%s", size.note)
     spec, device, dtype = size.spec, size.device, size.dtype
     max_model_len, num_chunks = size.max_model_len, size.num_chunks
-    if (spec.dtype, dtype, config.model.dtype) == ("float16", "bfloat16", "auto"):
-        logger.info("dtype: float16 weights are stored as bfloat16; float32 keeps all their bits")
+    if config.model.dtype == "auto" and dtype == "bfloat16" != spec.dtype:
+        logger.info(
+            "dtype: %s weights are stored as bfloat16; float32 keeps all their bits", spec.dtype
+        )
     chunk_size = config.cache.chunk_size
     if device == "cpu":
         bind_processors(config.model.cpu_bind)
         torch.set_num_threads(config.model.threads or usable_threads())
-    executor = load_executor(
-        model_path=folder,
-        device=device,
-        dtype=dtype,
-        num_chunks=num_chunks,
-        chunk_size=chunk_size,
-        max_model_len=_table_length(spec, max_model_len, num_chunks * chunk_size),
-        isa_level=config.model.isa_level,
-        backend=config.model.backend,
-        weights=config.model.quantization,
-        int4_activations=config.model.int4_activations,
-        row_work_share=config.scheduler.row_work_share,
-    )
+    elif ":" in device:
+        torch.cuda.set_device(device)  # of pinned memory and streams, which name no device
+    executor = _load(config, folder, size)
     limits = SchedulerLimits(
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
@@ -120,6 +114,32 @@ def build_engine(config: EngineConfig) -> EngineCore:
     packs = PackLoader(cache, chunk_io)
     snapshots = SnapshotKeeper(cache, chunk_io, packs)
     return EngineCore(scheduler, executor, info, packs, snapshots, adapters=adapters)
+
+
+def _load(config: EngineConfig, folder: Path, size: EngineSize) -> ModelRunner:
+    chunk_size = config.cache.chunk_size
+    try:
+        return load_executor(
+            model_path=folder,
+            device=size.device,
+            dtype=size.dtype,
+            num_chunks=size.num_chunks,
+            chunk_size=chunk_size,
+            max_model_len=_table_length(
+                size.spec, size.max_model_len, size.num_chunks * chunk_size
+            ),
+            isa_level=config.model.isa_level,
+            backend=config.model.backend,
+            weights=config.model.quantization,
+            int4_activations=config.model.int4_activations,
+            row_work_share=config.scheduler.row_work_share,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"kv_cache_memory: {size.device} lacks memory for the weights "
+            f"({size.weight_bytes >> 20:,} MiB) and the pool ({size.pool_bytes >> 20:,} MiB); set "
+            "a smaller one, or end other programs"
+        ) from error
 
 
 def _table_length(spec: ModelSpec, max_model_len: int, pool_tokens: int) -> int:

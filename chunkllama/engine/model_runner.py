@@ -358,6 +358,9 @@ def build_attention(
         backend=backend,
         isa_level=isa_level,
     )
+    windows = [layer.window for layer in spec.layers]
+    is_bounded = spec.attention_softcap is not None or any(w is not None for w in windows)
+    ops.prepare(is_bounded=is_bounded)
     kv = ops.allocate_kv(
         num_layers=spec.num_layers,
         num_chunks=num_chunks,
@@ -376,7 +379,7 @@ def build_attention(
         spec.num_qo_heads,
         spec.score_scale,
         spec.attention_softcap,
-        [layer.window for layer in spec.layers],
+        windows,
     )
 
 

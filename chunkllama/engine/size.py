@@ -53,18 +53,22 @@ def may_have_gpu(folder: Path = Path("/dev")) -> bool:
 
 
 def find_device(wanted: str) -> str:
-    """Return "cpu" or "cuda" for a setting; imports torch where only torch can tell.
+    """Return "cpu", "cuda" or "cuda:N" for a setting; imports torch where only torch can tell.
 
     Raises:
-        ConfigError: cuda was asked for, and there is none.
+        ConfigError: a GPU was asked for that is not there.
     """
     if wanted != "cpu" and may_have_gpu():
         import torch
 
+        from chunkllama.backends.select import check_cuda_device
+
         if torch.cuda.is_available():
-            return "cuda"
-    if wanted == "cuda":
-        raise ConfigError("device: cuda was asked for, but there is no CUDA device; use cpu")
+            device = "cuda" if wanted == "auto" else wanted
+            check_cuda_device(torch.device(device))
+            return device
+    if wanted not in ("auto", "cpu"):
+        raise ConfigError(f"device: {wanted} was asked for, but there is no CUDA device; use cpu")
     return "cpu"
 
 
@@ -186,7 +190,7 @@ def _num_chunks(
         else:
             import torch
 
-            memory = int((torch.cuda.mem_get_info()[0] - weights) * _GPU_POOL_SHARE)
+            memory = int((torch.cuda.mem_get_info(device)[0] - weights) * _GPU_POOL_SHARE)
     if memory <= 0:
         raise ConfigError(
             f"model: its weights take {weights >> 20:,} MiB, and less is free on {device} now; end "

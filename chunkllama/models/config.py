@@ -199,7 +199,8 @@ def resolve_dtype(spec: ModelSpec, dtype: str, device: str, backend: str = "auto
 
     On a CPU float16 becomes bfloat16, for which there are instructions. The cpu backend computes
     with bfloat16 weights at every level; the reference backend takes float32 where the CPU has no
-    instructions for it.
+    instructions for it. On a GPU float32 becomes bfloat16, which the cuda backend computes in; the
+    reference backend by name keeps it.
 
     Raises:
         ConfigError: an unknown name.
@@ -211,6 +212,8 @@ def resolve_dtype(spec: ModelSpec, dtype: str, device: str, backend: str = "auto
     if device == "cpu":
         fast = backend != "reference" or _cpu_has_bfloat16()
         return "bfloat16" if spec.dtype != "float32" and fast else "float32"
+    if spec.dtype == "float32" and backend != "reference":
+        return "bfloat16"
     return spec.dtype
 
 

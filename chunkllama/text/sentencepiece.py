@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from chunkllama.errors import ConfigError
-from chunkllama.text.llama_parts import SPIECE_SPACE, space_decoder
+from chunkllama.text.llama_parts import SPIECE_SPACE, set_llama_parts, space_decoder
 
 # sentencepiece_model.proto: TrainerSpec.ModelType, SentencePiece.Type
 _BPE, _NORMAL, _CONTROL, _USER_DEFINED = 2, 1, 3, 4
@@ -26,6 +26,30 @@ KEEP_RULES: Final = frozenset(
 
 
 def load_sentencepiece(
+    path: Path, config: dict[str, Any], model_config: dict[str, Any]
+) -> tokenizers.Tokenizer:
+    """Load ``tokenizer.model`` as transformers does for the model.
+
+    Args:
+        config: tokenizer_config.json.
+        model_config: config.json.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
+    if model_config.get("model_type") in KEEP_RULES:
+        return as_the_model_says(path, legacy=config.get("legacy") is not False)
+    vocab, merges, added = _read_pieces(path)
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token="<unk>")
+    )
+    set_llama_parts(backend, config)
+    for token in added:
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    return backend
+
+
+def _read_pieces(
     path: Path,
 ) -> tuple[dict[str, int], list[tuple[str, str]], list[AddedToken]]:
     """Vocabulary, merges in order of rank, and added tokens of a sentencepiece BPE model.

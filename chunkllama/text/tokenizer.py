@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
-from tokenizers import AddedToken, models, processors
+from tokenizers import AddedToken, processors
 
 from chunkllama.errors import ConfigError
 from chunkllama.text import tiktoken_file
@@ -24,9 +24,8 @@ from chunkllama.text.llama_parts import (
     SPIECE_SPACE,
     as_llama_sentencepiece,
     is_byte_level,
-    set_llama_parts,
 )
-from chunkllama.text.sentencepiece import KEEP_RULES, as_the_model_says, load_sentencepiece
+from chunkllama.text.sentencepiece import KEEP_RULES, load_sentencepiece
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
@@ -242,7 +241,7 @@ def _load(path: Path) -> Tokenizer:
         backend = tiktoken_file.load_tiktoken(spm_path, _listed_tokens(config))
         config = {**tiktoken_file.DEFAULTS, **config}
     elif spm_path.is_file():
-        backend = _load_sentencepiece(spm_path, config, model_config)
+        backend = load_sentencepiece(spm_path, config, model_config)
         config = {
             "bos_token": "<s>",
             "eos_token": "</s>",
@@ -263,21 +262,6 @@ def _load(path: Path) -> Tokenizer:
     return Tokenizer(
         backend, rule, special_tokens, _eos_token_ids(path, model_config, backend, special_tokens)
     )
-
-
-def _load_sentencepiece(
-    path: Path, config: dict[str, Any], model_config: dict[str, Any]
-) -> tokenizers.Tokenizer:
-    if model_config.get("model_type") in KEEP_RULES:
-        return as_the_model_says(path, legacy=config.get("legacy") is not False)
-    vocab, merges, added = load_sentencepiece(path)
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token="<unk>")
-    )
-    set_llama_parts(backend, config)
-    for token in added:
-        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-    return backend
 
 
 def _load_json(

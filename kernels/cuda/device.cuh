@@ -5,7 +5,7 @@
 // and runs them on a CPU.
 //
 // Rules that keep this working: no CUDA headers, no PTX elsewhere, dynamic shared memory only,
-// kernels take one struct by value, warp collectives (ldmatrix, mma, shuffle_xor) only in
+// kernels take one struct by value, warp collectives (ldmatrix, mma, shuffle_xor, any_lane) only in
 // warp-uniform code, no printf, no assert.
 #pragma once
 #ifdef CHUNKLLAMA_EMULATE
@@ -29,18 +29,30 @@ struct fp16 {
   u16 bits;
 };
 
+// An address in shared memory for the instructions below: 32 bits, so that arithmetic on it is half
+// that on a pointer.
 DEVICE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+// The same number, which the compiler has to keep instead of computing it again where it is used.
+DEVICE u32 kept(u32 value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 // ---- Global memory, 16 bytes at a time (addresses must be multiples of 16).
 DEVICE uint4 load16(const void* source) { return *(const uint4*)source; }
 DEVICE void store16(void* destination, uint4 value) { *(uint4*)destination = value; }
 
 // ---- Asynchronous copies: 16 bytes, global to shared, past L1. An invalid copy reads nothing and
-// writes zeros.
-DEVICE void copy_async16(void* destination, const void* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(destination)),
-               "l"(source), "r"(valid ? 16 : 0)
-               : "memory");
+// writes zeros; with ALWAYS all are valid.
+template <bool ALWAYS>
+DEVICE void copy_async16(u32 destination, const void* source, bool valid) {
+  if (ALWAYS)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(destination), "l"(source)
+                 : "memory");
+  else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(destination), "l"(source),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
 }
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 // Waits until at most PENDING of this thread's newest groups are still under way.
@@ -51,16 +63,16 @@ DEVICE void copy_async_wait() {
 
 // ---- Four 8x8 matrices of 16-bit elements; lane 8 i + r gives the address of row r of matrix i.
 template <bool TRANSPOSED>
-DEVICE void ldmatrix_x4(u32 (&r)[4], const void* row) {
+DEVICE void ldmatrix_x4(u32 (&r)[4], u32 row) {
   if (TRANSPOSED)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
   else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
 
@@ -71,6 +83,7 @@ struct Element;
 
 template <>
 struct Element<bf16> {
+  static constexpr u32 ONES = 0x3f803f80;  // two of them
   static DEVICE u32 pack2(float low, float high) {
     u32 packed;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(high), "f"(low));
@@ -89,6 +102,7 @@ struct Element<bf16> {
 
 template <>
 struct Element<fp16> {
+  static constexpr u32 ONES = 0x3c003c00;
   static DEVICE u32 pack2(float low, float high) {
     u32 packed;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(high), "f"(low));
@@ -130,5 +144,7 @@ DEVICE float rsqrt_fast(float x) {
 DEVICE float shuffle_xor(float value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
+// Whether `value` holds in a lane of the warp.
+DEVICE bool any_lane(bool value) { return __any_sync(0xffffffffu, value); }
 
 #endif

@@ -53,6 +53,7 @@ struct Tile {
   static constexpr int WARP_KEYS =
       STAGE_TOKENS / KEY_WARPS;  // keys of a stage that one warp scores
   static constexpr int KEY_TILES = WARP_KEYS / 8;
+  static constexpr int ROW_BYTES = HEAD_DIM * 2;
   static constexpr int PIECES = HEAD_DIM / 8;  // 16-byte pieces of a row
   static constexpr int Q_BYTES = ROWS * HEAD_DIM * 2;
   static constexpr int MATRIX_BYTES = STAGE_TOKENS * HEAD_DIM * 2;  // K or V of one stage
@@ -72,13 +73,26 @@ struct Tile {
                 "tile shape");
 };
 
-// Where 16-byte piece `piece` of row `row` lives: eight rows of one piece column meet all 32 banks
-// once, which is what ldmatrix reads. Rows of 8 k pieces need the row's low three bits; rows of 12
-// (head_dim 96) advance four banks groups per row by themselves and need the next two.
+// Which pieces of a row change places: piece p of row r lives at p ^ swizzle(r), so that eight rows
+// of one piece column meet all 32 banks once, which is what ldmatrix reads. Rows of 8 k pieces need
+// the row's low three bits; rows of 12 (head_dim 96) advance four banks groups per row by
+// themselves and need the next two. Rows eight apart have the same swizzle.
 template <class X>
-DEVICE int swizzled(int row, int piece) {
-  return (row * X::PIECES + (X::PIECES % 8 == 0 ? piece ^ (row & 7) : piece ^ ((row >> 1) & 3))) *
-         16;
+DEVICE int swizzle(int row) {
+  return X::PIECES % 8 == 0 ? row & 7 : (row >> 1) & 3;
+}
+template <class X>
+DEVICE u32 swizzled(int row, int piece) {
+  return row * X::ROW_BYTES + (piece ^ swizzle<X>(row)) * 16;
+}
+// The address `pieces` further along a row, from an address in the row's first pieces. What the
+// swizzle can change of an address is zero in that of a row, so that a lane computes one address
+// and reaches every other by an XOR and an addition of constants. `pieces` shares no bit with the
+// piece that the address began with.
+template <class X>
+DEVICE u32 along_row(u32 address, int pieces) {
+  constexpr int SWIZZLED = X::PIECES % 8 == 0 ? 7 : 3;
+  return (address ^ ((pieces & SWIZZLED) * 16)) + (pieces & ~SWIZZLED) * 16;
 }
 
 struct ThreadPiece {
@@ -119,12 +133,17 @@ struct Unit {
   int partial_base;
   bool masked, windowed;
   const int* chunk_ids;
+  u32 group_inverse;  // 2^32 / group, rounded up
 
-  DEVICE int row(const TppPartialParams& p, int r) const {
-    return row_begin + (packed_begin + r) / p.group;
+  // Packed row r's row, counted from the item's first, by a multiplication: a division by the group
+  // would cost more than the rest of a copy. Exact for packed rows below 2^32 / group.
+  DEVICE int item_row(const TppPartialParams& p, int r) const {
+    const u32 packed = packed_begin + r;
+    return p.group == 1 ? packed : (u32)((u64)packed * group_inverse >> 32);
   }
+  DEVICE int row(const TppPartialParams& p, int r) const { return row_begin + item_row(p, r); }
   DEVICE int head(const TppPartialParams& p, int r) const {
-    return kv_head * p.group + (packed_begin + r) % p.group;
+    return kv_head * p.group + packed_begin + r - item_row(p, r) * p.group;
   }
   // How many keys of the run a row sees.
   DEVICE int visible_tokens(const TppPartialParams& p, int row) const {
@@ -145,6 +164,7 @@ DEVICE Unit decode_unit(const TppPartialParams& p, int index) {
   const int first_item = p.tile_class == 0 ? 0 : p.header[NUM_CLASS0_ITEMS];
   const int* item = p.items + (i64)(first_item + rest / p.num_kv_heads) * ITEM_COLUMNS;
   Unit unit;
+  unit.group_inverse = 0xffffffffu / p.group + 1;
   unit.row_begin = item[ROW_BEGIN];
   unit.packed_begin = row_tile * X::ROWS;
   unit.packed_rows = item[ITEM_ROWS] * p.group - unit.packed_begin;
@@ -170,19 +190,20 @@ DEVICE Unit decode_unit(const TppPartialParams& p, int index) {
 // to be read.
 template <class X>
 struct StageLoader {
-  const typename X::T* kv_head;  // K of this kv head in chunk 0
-  i64 value_offset;              // elements from K to V
-  i64 chunk_stride;
+  const unsigned char* kv_head;  // this thread's first piece of K of this kv head in chunk 0
+  u32 value_offset;              // bytes from K to V
+  i64 chunk_bytes;
   const int* chunk_ids;
   int num_tokens;
-  unsigned char* stages;
+  u32 stages;                // address of the first stage
   int token = 0, stage = 0;  // next to load
   int chunk;                 // its chunk id, read one load ahead so that no copy waits for it
 
-  DEVICE StageLoader(const TppPartialParams& p, const Unit& unit, unsigned char* stages)
-      : kv_head((const typename X::T*)p.kv + (i64)unit.kv_head * CHUNK * X::HEAD_DIM),
-        value_offset((i64)p.num_kv_heads * CHUNK * X::HEAD_DIM),
-        chunk_stride(p.chunk_stride),
+  DEVICE StageLoader(const TppPartialParams& p, const Unit& unit, u32 stages)
+      : kv_head((const unsigned char*)p.kv + (i64)unit.kv_head * CHUNK * X::ROW_BYTES +
+                threadIdx.x * 16),
+        value_offset(p.num_kv_heads * CHUNK * X::ROW_BYTES),
+        chunk_bytes(p.chunk_stride * 2),
         chunk_ids(unit.chunk_ids),
         num_tokens(unit.num_tokens),
         stages(stages),
@@ -190,29 +211,40 @@ struct StageLoader {
 
   DEVICE void load() {
     if (token < num_tokens) {
-      const typename X::T* keys =
-          kv_head + chunk * chunk_stride + (i64)(token % CHUNK) * X::HEAD_DIM;
-      copy_matrix(stages + stage * X::STAGE_BYTES, keys);
-      copy_matrix(stages + stage * X::STAGE_BYTES + X::MATRIX_BYTES, keys + value_offset);
+      const unsigned char* keys = kv_head + chunk * chunk_bytes + (u32)token % CHUNK * X::ROW_BYTES;
+      const u32 destination = stages + stage * X::STAGE_BYTES;
+      if (token + X::STAGE_TOKENS <= num_tokens) copy_stage<true>(destination, keys);
+      else copy_stage<false>(destination, keys);
       token += X::STAGE_TOKENS;
       stage = stage + 1 == X::STAGES ? 0 : stage + 1;
-      if (token < num_tokens) chunk = chunk_ids[token / CHUNK];
+      if (token < num_tokens) chunk = chunk_ids[(u32)token / CHUNK];
     }
     copy_async_commit();
   }
 
-  DEVICE void copy_matrix(unsigned char* destination, const typename X::T* source) {
+  // A matrix lies in memory in the order in which threads count its pieces. In shared memory, a
+  // thread's pieces are a constant apart where a CTA covers rows of whole swizzles at a time.
+  template <bool FULL>
+  DEVICE void copy_stage(u32 destination, const unsigned char* keys) {
+    constexpr int ROWS = X::THREADS / X::PIECES;
+    constexpr bool CONSTANT = X::THREADS % X::PIECES == 0 && ROWS % 8 == 0;
+    const unsigned char* values = keys + value_offset;
+    const ThreadPiece first = thread_piece<X>(0);
 #pragma unroll
     for (int n = 0; n < X::STAGE_TOKENS * X::PIECES / X::THREADS; n++) {
       const ThreadPiece at = thread_piece<X>(n);
-      copy_async16(destination + swizzled<X>(at.row, at.piece),
-                   source + (at.row * X::PIECES + at.piece) * 8, token + at.row < num_tokens);
+      const u32 to =
+          destination + (CONSTANT ? swizzled<X>(first.row, first.piece) + n * ROWS * X::ROW_BYTES
+                                  : swizzled<X>(at.row, at.piece));
+      const bool valid = FULL || token + at.row < num_tokens;
+      copy_async16<FULL>(to, keys + n * X::THREADS * 16, valid);
+      copy_async16<FULL>(to + X::MATRIX_BYTES, values + n * X::THREADS * 16, valid);
     }
   }
 };
 
 template <class X>
-DEVICE void load_queries(const TppPartialParams& p, const Unit& unit, unsigned char* queries) {
+DEVICE void load_queries(const TppPartialParams& p, const Unit& unit, u32 queries) {
 #pragma unroll 2
   for (int n = 0; n < (X::ROWS * X::PIECES + X::THREADS - 1) / X::THREADS; n++) {
     const ThreadPiece at = thread_piece<X>(n);
@@ -220,39 +252,36 @@ DEVICE void load_queries(const TppPartialParams& p, const Unit& unit, unsigned c
     const bool valid = at.row < unit.packed_rows;
     const int packed = valid ? at.row : 0;
     const i64 from = (i64)unit.row(p, packed) * (p.num_kv_heads * p.group) + unit.head(p, packed);
-    copy_async16(queries + swizzled<X>(at.row, at.piece),
-                 (const typename X::T*)p.q + from * X::HEAD_DIM + at.piece * 8, valid);
+    copy_async16<false>(queries + swizzled<X>(at.row, at.piece),
+                        (const typename X::T*)p.q + from * X::HEAD_DIM + at.piece * 8, valid);
   }
 }
 
 template <class X>
-DEVICE void read_query_fragment(u32 (&fragment)[4], const unsigned char* queries, WarpRole role,
-                                int tile, int step) {
-  const int row = (role.row_warp * X::ROW_TILES + tile) * 16 + (role.lane & 15);
-  ldmatrix_x4<false>(fragment, queries + swizzled<X>(row, 2 * step + (role.lane >> 4)));
+DEVICE void read_query_fragment(u32 (&fragment)[4], u32 queries, int tile, int step) {
+  ldmatrix_x4<false>(fragment, along_row<X>(queries, 2 * step) + tile * 16 * X::ROW_BYTES);
 }
 
 template <class X>
 struct Queries {
   u32 fragments[X::Q_IN_REGISTERS ? X::ROW_TILES : 1][X::Q_IN_REGISTERS ? X::HEAD_DIM / 16 : 1][4];
 
-  DEVICE void keep(const unsigned char* queries, WarpRole role) {
+  DEVICE void keep(u32 queries) {
     if (!X::Q_IN_REGISTERS) return;
 #pragma unroll
     for (int a = 0; a < (X::Q_IN_REGISTERS ? X::ROW_TILES : 1); a++)
 #pragma unroll
       for (int k = 0; k < (X::Q_IN_REGISTERS ? X::HEAD_DIM / 16 : 1); k++)
-        read_query_fragment<X>(fragments[a][k], queries, role, a, k);
+        read_query_fragment<X>(fragments[a][k], queries, a, k);
   }
 
-  DEVICE void get(u32 (&fragment)[4], const unsigned char* queries, WarpRole role, int tile,
-                  int step) const {
+  DEVICE void get(u32 (&fragment)[4], u32 queries, int tile, int step) const {
     if (X::Q_IN_REGISTERS) {
 #pragma unroll
       for (int e = 0; e < 4; e++)
         fragment[e] = fragments[X::Q_IN_REGISTERS ? tile : 0][X::Q_IN_REGISTERS ? step : 0][e];
     } else {
-      read_query_fragment<X>(fragment, queries, role, tile, step);
+      read_query_fragment<X>(fragment, queries, tile, step);
     }
   }
 };
@@ -262,13 +291,34 @@ using Scores = float[X::ROW_TILES][X::KEY_TILES][4];
 template <class X>
 using Output = float[X::ROW_TILES][X::HEAD_DIM / 8][4];
 template <class X>
-using States = SoftmaxState[X::ROW_TILES][2];
+using References = float[X::ROW_TILES][2];
+// Sums of weights as mma accumulators: the weights times a matrix of ones. A row's sum is that of
+// the weights as they are rounded, so what rounding does to a dominant weight cancels in the
+// quotient. All columns are alike; of a lane's two only the first is rescaled and read.
+template <class X>
+using Sums = float[X::ROW_TILES][4];
+
+// The addresses that a lane reads fragments from: its rows of the queries, and of the first keys
+// and values of its warp in a stage.
+struct LaneAddresses {
+  u32 queries, keys, values;
+};
+
+template <class X>
+DEVICE LaneAddresses lane_addresses(u32 shared, WarpRole role) {
+  const int lane = role.lane, key = role.key_warp * X::WARP_KEYS;
+  const u32 first = shared + X::Q_BYTES;
+  return {
+      shared + swizzled<X>(role.row_warp * X::ROW_TILES * 16 + (lane & 15), lane >> 4),
+      kept(first + swizzled<X>(key + (lane >> 4) * 8 + (lane & 7), (lane >> 3) & 1)),
+      kept(first + X::MATRIX_BYTES + swizzled<X>(key + (lane & 15), lane >> 4)),
+  };
+}
 
 // S = Q K^T over this warp's keys. Rows of K are keys: plain ldmatrix yields the column-major
 // operand.
 template <class X>
-DEVICE void score(Scores<X>& s, const Queries<X>& q, const unsigned char* queries,
-                  const unsigned char* keys, WarpRole role) {
+DEVICE void score(Scores<X>& s, const Queries<X>& q, u32 queries, u32 keys) {
 #pragma unroll
   for (int a = 0; a < X::ROW_TILES; a++)
 #pragma unroll
@@ -279,12 +329,11 @@ DEVICE void score(Scores<X>& s, const Queries<X>& q, const unsigned char* querie
   for (int k = 0; k < X::HEAD_DIM / 16; k++) {
     u32 rows[X::ROW_TILES][4];
 #pragma unroll
-    for (int a = 0; a < X::ROW_TILES; a++) q.get(rows[a], queries, role, a, k);
+    for (int a = 0; a < X::ROW_TILES; a++) q.get(rows[a], queries, a, k);
 #pragma unroll
     for (int j = 0; j < X::KEY_TILES; j += 2) {
       u32 columns[4];
-      const int key = role.key_warp * X::WARP_KEYS + j * 8 + (role.lane >> 4) * 8 + (role.lane & 7);
-      ldmatrix_x4<false>(columns, keys + swizzled<X>(key, 2 * k + ((role.lane >> 3) & 1)));
+      ldmatrix_x4<false>(columns, along_row<X>(keys, 2 * k) + j * 8 * X::ROW_BYTES);
 #pragma unroll
       for (int a = 0; a < X::ROW_TILES; a++) {
         Element<typename X::T>::mma(s[a][j], rows[a], columns[0], columns[1]);
@@ -326,11 +375,13 @@ DEVICE void cap_scores(Scores<X>& s, float tanh_scale) {
         s[a][j][e] = 1.f - exp2_fast(1.f - log2_fast(exp2_fast(s[a][j][e] * exponent) + 1.f));
 }
 
-// Scores become weights 2^(score - anchor); what was accumulated under a smaller maximum is scaled
-// down. `sum` stays this lane's share of its row: the four lanes of a row are added once, at the
-// end of the run.
+// Scores become weights 2^(score - reference). The reference of a row is a maximum of before: what
+// was accumulated is scaled down only when a row of the warp exceeds it by 2^8, which leaves
+// weights far from overflow.
 template <class X>
-DEVICE void softmax(Scores<X>& s, States<X>& states, Output<X>& o, float scale_log2) {
+DEVICE void softmax(Scores<X>& s, References<X>& references, Output<X>& o, Sums<X>& sums,
+                    float scale_log2) {
+  constexpr float SLACK = 8.f;
 #pragma unroll
   for (int a = 0; a < X::ROW_TILES; a++)
 #pragma unroll
@@ -338,38 +389,35 @@ DEVICE void softmax(Scores<X>& s, States<X>& states, Output<X>& o, float scale_l
       float largest = NEGATIVE_INFINITY;
 #pragma unroll
       for (int j = 0; j < X::KEY_TILES; j++) {
-        largest = largest > s[a][j][2 * h] ? largest : s[a][j][2 * h];
-        largest = largest > s[a][j][2 * h + 1] ? largest : s[a][j][2 * h + 1];
+        largest = fmaxf(largest, s[a][j][2 * h]);
+        largest = fmaxf(largest, s[a][j][2 * h + 1]);
       }
-      const float near = shuffle_xor(largest, 1);
-      largest = largest > near ? largest : near;
-      const float far = shuffle_xor(largest, 2);
-      largest = largest > far ? largest : far;
-      const float factor = states[a][h].raise(largest * scale_log2);
-      const float anchor = states[a][h].anchor();
-      float sum = 0.f;
+      largest = fmaxf(largest, shuffle_xor(largest, 1));
+      largest = fmaxf(largest, shuffle_xor(largest, 2));
+      if (any_lane(largest * scale_log2 > references[a][h] + SLACK)) {
+        SoftmaxState state = {references[a][h], sums[a][2 * h]};
+        const float factor = state.raise(largest * scale_log2);
+        references[a][h] = state.maximum;
+        sums[a][2 * h] = state.sum;
+#pragma unroll
+        for (int j = 0; j < X::HEAD_DIM / 8; j++) {
+          o[a][j][2 * h] *= factor;
+          o[a][j][2 * h + 1] *= factor;
+        }
+      }
+      const float anchor = SoftmaxState{references[a][h], 0.f}.anchor();
 #pragma unroll
       for (int j = 0; j < X::KEY_TILES; j++)
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const float weight = exp2_fast(s[a][j][2 * h + e] * scale_log2 - anchor);
-          s[a][j][2 * h + e] = weight;
-          sum += weight;
-        }
-      states[a][h].sum += sum;
-#pragma unroll
-      for (int j = 0; j < X::HEAD_DIM / 8; j++) {
-        o[a][j][2 * h] *= factor;
-        o[a][j][2 * h + 1] *= factor;
-      }
+        for (int e = 0; e < 2; e++)
+          s[a][j][2 * h + e] = exp2_fast(s[a][j][2 * h + e] * scale_log2 - anchor);
     }
 }
 
 // O += P V. The weights' C fragments are the A operand as they stand; rows of V are keys:
 // transposed ldmatrix.
 template <class X>
-DEVICE void accumulate(Output<X>& o, const Scores<X>& s, const unsigned char* values,
-                       WarpRole role) {
+DEVICE void accumulate(Output<X>& o, Sums<X>& sums, const Scores<X>& s, u32 values) {
 #pragma unroll
   for (int k = 0; k < X::KEY_TILES / 2; k++) {
     u32 weights[X::ROW_TILES][4];
@@ -380,11 +428,14 @@ DEVICE void accumulate(Output<X>& o, const Scores<X>& s, const unsigned char* va
         const float* pair = &s[a][2 * k + e / 2][2 * (e & 1)];
         weights[a][e] = Element<typename X::T>::pack2(pair[0], pair[1]);
       }
+    constexpr u32 ONES = Element<typename X::T>::ONES;
+#pragma unroll
+    for (int a = 0; a < X::ROW_TILES; a++)
+      Element<typename X::T>::mma(sums[a], weights[a], ONES, ONES);
 #pragma unroll
     for (int j = 0; j < X::HEAD_DIM / 8; j += 2) {
       u32 columns[4];
-      const int key = role.key_warp * X::WARP_KEYS + k * 16 + (role.lane & 15);
-      ldmatrix_x4<true>(columns, values + swizzled<X>(key, j + (role.lane >> 4)));
+      ldmatrix_x4<true>(columns, along_row<X>(values, j) + k * 16 * X::ROW_BYTES);
 #pragma unroll
       for (int a = 0; a < X::ROW_TILES; a++) {
         Element<typename X::T>::mma(o[a][j], weights[a], columns[0], columns[1]);
@@ -396,18 +447,15 @@ DEVICE void accumulate(Output<X>& o, const Scores<X>& s, const unsigned char* va
 
 // Puts this warp's share of (O, state) where the key warps meet.
 template <class X>
-DEVICE void stage_output(const Output<X>& o, const States<X>& states, float* outputs,
-                         SoftmaxState* joined, WarpRole role) {
+DEVICE void stage_output(const Output<X>& o, const References<X>& references, const Sums<X>& sums,
+                         float* outputs, SoftmaxState* joined, WarpRole role) {
 #pragma unroll
   for (int a = 0; a < X::ROW_TILES; a++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int at =
           role.key_warp * X::ROWS + (role.row_warp * X::ROW_TILES + a) * 16 + role.group + 8 * h;
-      SoftmaxState state = states[a][h];
-      state.sum += shuffle_xor(state.sum, 1);
-      state.sum += shuffle_xor(state.sum, 2);
-      if (role.pair == 0) joined[at] = state;
+      if (role.pair == 0) joined[at] = {references[a][h], sums[a][2 * h]};
 #pragma unroll
       for (int j = 0; j < X::HEAD_DIM / 8; j++)
         *(float2*)(outputs + at * X::JOIN_STRIDE + j * 8 + 2 * role.pair) =
@@ -457,14 +505,15 @@ DEVICE void write_rows(const TppPartialParams& p, const Unit& unit, const float*
 template <class X>
 DEVICE void attend(const TppPartialParams& p, const Unit& unit, unsigned char* shared) {
   const WarpRole role = warp_role<X>();
-  unsigned char *queries = shared, *stages = shared + X::Q_BYTES;
-  StageLoader<X> loader(p, unit, stages);
-  load_queries<X>(p, unit, queries);
+  const u32 base = shared_address(shared);
+  StageLoader<X> loader(p, unit, base + X::Q_BYTES);
+  load_queries<X>(p, unit, base);
 #pragma unroll
   for (int i = 0; i < X::STAGES - 1; i++) loader.load();
 
   Output<X> o;
-  States<X> states;
+  Sums<X> sums;
+  References<X> references;
   int visible[X::ROW_TILES][2];
 #pragma unroll
   for (int a = 0; a < X::ROW_TILES; a++)
@@ -472,34 +521,35 @@ DEVICE void attend(const TppPartialParams& p, const Unit& unit, unsigned char* s
     for (int h = 0; h < 2; h++) {
       const int r = (role.row_warp * X::ROW_TILES + a) * 16 + role.group + 8 * h;
       visible[a][h] = r < unit.packed_rows ? unit.end_of_keys(p, unit.row(p, r)) : unit.num_tokens;
-      states[a][h] = SoftmaxState::empty();
+      references[a][h] = NEGATIVE_INFINITY;
+      sums[a][2 * h] = sums[a][2 * h + 1] = 0.f;
 #pragma unroll
       for (int j = 0; j < X::HEAD_DIM / 8; j++) o[a][j][2 * h] = o[a][j][2 * h + 1] = 0.f;
     }
 
   Queries<X> q;
-  const unsigned char* stage = stages;
+  const LaneAddresses addresses = lane_addresses<X>(base, role);
+  u32 stage = 0;  // bytes from the first one
   for (int token = 0; token < unit.num_tokens; token += X::STAGE_TOKENS) {
     copy_async_wait<X::STAGES - 2>();
     __syncthreads();  // this stage has arrived for all, and none reads the one loaded next
     loader.load();
-    if (token == 0) q.keep(queries, role);
+    if (token == 0) q.keep(addresses.queries);
     Scores<X> s;
-    score<X>(s, q, queries, stage, role);
+    score<X>(s, q, addresses.queries, addresses.keys + stage);
     if (X::BOUNDED && p.tanh_scale != 0.f) cap_scores<X>(s, p.tanh_scale);
     if (token + X::STAGE_TOKENS > unit.unmasked_tokens)
       mask_scores<X>(s, visible, token, p.window > 0 ? p.window : 0x7fffffff, role);
-    softmax<X>(s, states, o, p.scale_log2);
-    accumulate<X>(o, s, stage + X::MATRIX_BYTES, role);
-    stage = stage + X::STAGE_BYTES == stages + X::STAGES * X::STAGE_BYTES ? stages
-                                                                          : stage + X::STAGE_BYTES;
+    softmax<X>(s, references, o, sums, p.scale_log2);
+    accumulate<X>(o, sums, s, addresses.values + stage);
+    stage = stage + X::STAGE_BYTES == X::STAGES * X::STAGE_BYTES ? 0 : stage + X::STAGE_BYTES;
   }
   copy_async_wait<0>();
   __syncthreads();  // the pipeline's memory becomes the join buffer
 
   float* outputs = (float*)shared;
   SoftmaxState* joined = (SoftmaxState*)(outputs + X::KEY_WARPS * X::ROWS * X::JOIN_STRIDE);
-  stage_output<X>(o, states, outputs, joined, role);
+  stage_output<X>(o, references, sums, outputs, joined, role);
   __syncthreads();  // every warp's share is in place
   write_rows<X>(p, unit, outputs, joined);
 }

@@ -72,20 +72,30 @@ inline void store16(void* destination, uint4 value) {
 }
 
 // ---- Asynchronous copies
-inline bool inside_shared(const void* pointer, size_t bytes) {
-  const unsigned char *first = (const unsigned char*)pointer, *shared = emulation::block.shared;
-  return first >= shared && first + bytes <= shared + emulation::block.shared_bytes;
+// Shared memory does not begin at 0 on hardware either.
+constexpr u32 SHARED_BASE = 1024;
+inline u32 shared_address(const void* pointer) {
+  return SHARED_BASE + (u32)((const unsigned char*)pointer - emulation::block.shared);
+}
+inline u32 kept(u32 value) { return value; }
+// Sixteen bytes of shared memory.
+inline unsigned char* shared_bytes(u32 address, const char* misaligned, const char* outside) {
+  if (address & 15) emulation::fail(misaligned, address, 0);
+  if (address < SHARED_BASE || address - SHARED_BASE + 16 > emulation::block.shared_bytes)
+    emulation::fail(outside, address, 0);
+  return emulation::block.shared + (address - SHARED_BASE);
 }
 // Plain stores: the sanitizers do not see what a compiler makes of a 16-byte memset or memcpy.
 inline void store_words(void* destination, u64 first, u64 second) {
   ((u64*)destination)[0] = first;
   ((u64*)destination)[1] = second;
 }
-inline void copy_async16(void* destination, const void* source, bool valid) {
-  if (((uintptr_t)destination | (valid ? (uintptr_t)source : 0)) & 15)
-    emulation::fail("cp.async misaligned", 0, 0);
-  if (!inside_shared(destination, 16))
-    emulation::fail("cp.async destination outside shared memory", 0, 0);
+template <bool ALWAYS>
+inline void copy_async16(u32 address, const void* source, bool valid) {
+  if (ALWAYS && !valid) emulation::fail("cp.async of a copy that is not valid", 0, 0);
+  if (valid && (uintptr_t)source & 15) emulation::fail("cp.async source misaligned", 0, 0);
+  void* destination = shared_bytes(address, "cp.async destination misaligned",
+                                   "cp.async destination outside shared memory");
   store_words(destination, ~0ull, ~0ull);
   emulation::current->copies.push_back({destination, source, valid});
   if (valid) emulation::count(&emulation::Counters::copied_bytes, 16);
@@ -131,10 +141,9 @@ EMULATOR_INTERNAL inline const u16* gathered_row(int i) {
   return (const u16*)emulation::current->warp->result_row[i];
 }
 template <bool TRANSPOSED>
-inline void ldmatrix_x4(u32 (&r)[4], const void* row, int line = __builtin_LINE()) {
-  if (((uintptr_t)row & 15) || !inside_shared(row, 16))
-    emulation::fail("ldmatrix address misaligned or outside shared memory", 0, 0);
-  hand_in_row(row);
+inline void ldmatrix_x4(u32 (&r)[4], u32 row, int line = __builtin_LINE()) {
+  hand_in_row(
+      shared_bytes(row, "ldmatrix address misaligned", "ldmatrix address outside shared memory"));
   emulation::converge(line, gather_rows);
   const int g = emulation::current->lane / 4, t = emulation::current->lane % 4;
   for (int i = 0; i < 4; i++) {
@@ -190,6 +199,7 @@ EMULATOR_INTERNAL inline void multiply(float (&c)[4], const u32 (&a)[4], u32 b0,
 
 template <>
 struct Element<bf16> {
+  static constexpr u32 ONES = 0x3f803f80;
   static u32 encode(float value) {  // round to nearest even
     const u32 bits = as_bits(value);
     return value != value ? 0x7fff : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -204,6 +214,7 @@ struct Element<bf16> {
 
 template <>
 struct Element<fp16> {
+  static constexpr u32 ONES = 0x3c003c00;
   static u32 encode(float value) {
     const _Float16 half = (_Float16)value;
     u16 bits;
@@ -241,4 +252,17 @@ EMULATOR_INTERNAL inline float shuffle_xor(float value, int lane_mask,
   warp.input[lane][0] = as_bits(value);
   emulation::converge(line, ExchangeLanes{lane_mask});
   return as_float(warp.result[lane][0]);
+}
+
+EMULATOR_INTERNAL inline void join_votes(emulation::Warp& warp) {
+  u32 any = 0;
+  for (int lane = 0; lane < 32; lane++) any |= warp.input[lane][0];
+  for (int lane = 0; lane < 32; lane++) warp.result[lane][0] = any;
+}
+EMULATOR_INTERNAL inline bool any_lane(bool value, int line = __builtin_LINE()) {
+  emulation::Warp& warp = *emulation::current->warp;
+  const int lane = emulation::current->lane;
+  warp.input[lane][0] = value;
+  emulation::converge(line, join_votes);
+  return warp.result[lane][0] != 0;
 }

@@ -1,11 +1,12 @@
-"""Makes the emulator and NVRTC importable from the op tests; prints the compile gate's rows; runs
-native tests on every level."""
+"""Makes the emulator and NVRTC importable from the op tests and runs its suites on every machine;
+prints the compile gate's rows; runs native tests on every level."""
 
 from __future__ import annotations
 
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,36 @@ if os.environ.get("CHUNKLLAMA_TEST_ARM"):  # for this whole process: test_native
 
     def pytest_collection_finish() -> None:
         gc.freeze()  # arm_library looks through what tests create, not through all modules
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the emulator's suites on the twin and on PTX; full matrices on the twin alone."""
+    from machines import MACHINES, SUITES
+
+    if metafunc.module.__name__.rpartition(".")[2] in SUITES:
+        matrix = "full_matrix" in metafunc.function.__name__
+        names = ["twin"] if matrix else list(MACHINES)
+        metafunc.parametrize("machine", names, indirect=True, scope="session")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    from machines import IN_CI
+
+    machine = getattr(item, "callspec", None) and item.callspec.params.get("machine", "twin")
+    if machine not in (None, "twin") and item.name not in IN_CI:
+        item.add_marker("nightly")
+
+
+@pytest.fixture(autouse=True)
+def machine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Name of what executes the kernels of launchers that the test makes."""
+    from kernel_emulator import MACHINE
+    from machines import MACHINES
+
+    name = getattr(request, "param", "twin")
+    token = MACHINE.set(MACHINES[name])
+    yield name
+    MACHINE.reset(token)
 
 
 @pytest.fixture(scope="module", params=[level.name for level in build.known_levels()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -35,6 +36,8 @@ class FakeCupy(ModuleType):
     def __init__(self) -> None:
         super().__init__("cupy")
         self.modules: list[tuple[dict[str, Any], FakeFunction]] = []
+        runtime = SimpleNamespace(runtimeGetVersion=lambda: 12090)
+        self.cuda = SimpleNamespace(runtime=runtime)
 
     def RawModule(self, **arguments: Any) -> Any:
         function = FakeFunction()
@@ -50,6 +53,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
         major=9, minor=0, shared_memory_per_block_optin=232448, multi_processor_count=132
     )
     monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -70,6 +74,19 @@ def test_a_kernel_is_compiled_once_from_one_text(cupy: FakeCupy) -> None:
     assert len(function.calls) == 3
 
 
+def test_prepared_kernels_are_not_compiled_by_their_first_launch(
+    cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _index: nullcontext())
+    launcher = CupyLauncher(torch.device("cuda"))
+    kernels = [LARGE, merge_kernel("bf16", 128)]
+    launcher.prepare(kernels)
+    assert [a["name_expressions"] for a, _ in cupy.modules] == [[k.expression] for k in kernels]
+    assert all(not function.calls for _, function in cupy.modules)
+    launcher.launch(LARGE, (7, 1, 1), bytes(112))
+    assert len(cupy.modules) == 2
+
+
 def test_a_launch_passes_the_struct_by_value_on_torchs_stream(cupy: FakeCupy) -> None:
     launcher = CupyLauncher(torch.device("cuda:0"))
     kernel, params = merge_kernel("fp16", 64), bytes(range(64))
@@ -82,9 +99,11 @@ def test_a_launch_passes_the_struct_by_value_on_torchs_stream(cupy: FakeCupy) ->
     assert function.max_dynamic_shared_size_bytes == 48 * 1024, "raised only where it is needed"
 
 
-def test_a_device_that_is_not_there_is_named(cupy: FakeCupy) -> None:
-    with pytest.raises(ConfigError, match="cuda:3 does not exist, there are 1 GPUs"):
-        CupyLauncher(torch.device("cuda:3"))
+def test_a_cupy_of_another_cuda_is_refused(cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    expected = r"CuPy for CUDA 13, .* is for CUDA 12; run: pip install 'chunkllama\[cu13\]'"
+    with pytest.raises(ConfigError, match=expected):
+        CupyLauncher(torch.device("cuda"))
 
 
 @pytest.mark.parametrize(("cuda", "extra"), [("12.8", "cu12"), ("13.0", "cu13"), (None, "cu12")])

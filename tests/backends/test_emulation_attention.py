@@ -1,6 +1,7 @@
 """The attention kernels on the CPU emulator: numbers, traffic, bank conflicts, NaN, schedules.
 
-Every case goes the way of the engine: planner, backend, kernels. Only the launcher is another.
+Every case goes the way of the engine: planner, backend, kernels. Only the launcher is another. It
+runs on every machine of emulation/machines.py.
 """
 
 from __future__ import annotations
@@ -11,13 +12,7 @@ import numpy as np
 import pytest
 import torch
 from attention_plans import Case, attention_oracle, make_case, random_case
-from kernel_emulator import (
-    Counters,
-    EmulatedLauncher,
-    bounded_library,
-    shipped_libraries,
-    table,
-)
+from kernel_emulator import Counters, EmulatedLauncher, table
 
 from chunkllama.attention.plan_format import (
     FIRST_POSITION,
@@ -48,7 +43,6 @@ class Setting:
     arch: str = "sm_90"
     schedule: int = 0
     num_sms: int = 4
-    bounded: bool = False  # with a window or a soft cap
 
     @property
     def num_qo_heads(self) -> int:
@@ -59,17 +53,7 @@ class Setting:
         return float(self.head_dim**-0.5)
 
     def ops(self) -> tuple[CudaBackend, EmulatedLauncher]:
-        library = (
-            bounded_library(self.dtype, self.head_dim, self.arch)
-            if self.bounded
-            else shipped_libraries()[self.dtype, self.head_dim]
-        )
-        launcher = EmulatedLauncher(
-            library,
-            table(self.arch),
-            num_sms=self.num_sms,
-            schedule=self.schedule,
-        )
+        launcher = EmulatedLauncher(table(self.arch), num_sms=self.num_sms, schedule=self.schedule)
         ops = CudaBackend(
             torch.device("cpu"),
             dtype=DTYPES[self.dtype],
@@ -341,7 +325,7 @@ WINDOWS = (1, 40, 64, 130, 1000)
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_emulation_windows(head_dim: int, window: int, rng: np.random.Generator) -> None:
     """Decode batches, slices over a shared prefix, and both in one step, seen through a window."""
-    setting = Setting(head_dim=head_dim, num_kv_heads=1, group=3, bounded=True, schedule=window % 3)
+    setting = Setting(head_dim=head_dim, num_kv_heads=1, group=3, schedule=window % 3)
     for case in (TREES["two_levels"], prefill_case(200, [30, 1, 70], shared_chunks=3)):
         check(case, setting, rng, window)
     check(random_case(rng, kind="mixed", max_rows=60), setting, rng, window)
@@ -352,7 +336,7 @@ def test_emulation_windows(head_dim: int, window: int, rng: np.random.Generator)
 def test_emulation_soft_caps(
     head_dim: int, softcap: float, window: int | None, rng: np.random.Generator
 ) -> None:
-    setting = Setting(head_dim=head_dim, num_kv_heads=1, group=2, bounded=True)
+    setting = Setting(head_dim=head_dim, num_kv_heads=1, group=2)
     for case in (TREES["prefix"], prefill_case(100, [50])):
         check(case, setting, rng, window, softcap)
 
@@ -365,7 +349,7 @@ def test_emulation_soft_caps(
 def test_emulation_full_matrix_of_windows_and_soft_caps(
     head_dim: int, dtype: str, arch: str, window: int, rng: np.random.Generator
 ) -> None:
-    setting = Setting(head_dim=head_dim, dtype=dtype, arch=arch, bounded=True, schedule=7)
+    setting = Setting(head_dim=head_dim, dtype=dtype, arch=arch, schedule=7)
     for case in (*TREES.values(), prefill_case(100, [1, 50, 64, 300], shared_chunks=1)):
         for softcap in (None, 4.0):
             check(case, setting, rng, window, softcap)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,13 +10,7 @@ import pytest
 import torch
 from gpu_suite.check import check_points, run_small_cases
 from gpu_suite.device import Device
-from kernel_emulator import (
-    EmulatedLauncher,
-    bounded_library,
-    require_compiler,
-    shipped_libraries,
-    table,
-)
+from kernel_emulator import EmulatedLauncher, require_compiler, table
 
 from chunkllama.backends.cuda.launch import Grid
 from chunkllama.backends.cuda.source import HardwareTable, KernelSpec, shipped_kernels
@@ -35,13 +28,7 @@ class EmulatedDevice:
 
     def launch(self, kernel: KernelSpec, grid: Grid, params: bytes) -> None:
         self.recorded.append((kernel, grid, params))
-        dtype = re.search("bf16|fp16", kernel.expression)
-        head_dim = re.search(r"(?:bf16|fp16), (\d+)", kernel.expression)
-        group = (dtype[0] if dtype else "bf16", int(head_dim[1]) if head_dim else 64)
-        library = shipped_libraries()[group]
-        if kernel.expression.endswith("true>>"):
-            library = bounded_library(*group, self.table.arch)
-        EmulatedLauncher(library, self.table).launch(kernel, grid, params)
+        EmulatedLauncher(self.table).launch(kernel, grid, params)
 
 
 DEVICE = EmulatedDevice()

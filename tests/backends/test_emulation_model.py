@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_suite.llama import compare_with_reference, random_spec
-from kernel_emulator import EmulatedLauncher, bounded_library, shipped_libraries, table
+from kernel_emulator import EmulatedLauncher, table
 
 from chunkllama.backends.cuda.backend import CudaBackend
 from chunkllama.backends.reference.backend import ReferenceBackend
@@ -47,16 +47,13 @@ def spec_with(part: str, head_dim: int = 64) -> ModelSpec:
     return replace(random_spec(head_dim), layers=pattern, **fields)
 
 
-def backend(head_dim: int, dtype: str, num_kv_heads: int, *, bounded: bool = False) -> CudaBackend:
-    library = shipped_libraries()[dtype, head_dim]
-    if bounded:
-        library = bounded_library(dtype, head_dim, "sm_90")
+def backend(head_dim: int, dtype: str, num_kv_heads: int) -> CudaBackend:
     return CudaBackend(
         torch.device("cpu"),
         dtype=DTYPES[dtype],
         head_dim=head_dim,
         num_kv_heads=num_kv_heads,
-        launcher=EmulatedLauncher(library, table("sm_90")),
+        launcher=EmulatedLauncher(table("sm_90")),
     )
 
 
@@ -79,9 +76,24 @@ QUICK = ("windows", "soft caps", "q/k norms over all heads")
 )
 def test_emulation_every_part_of_a_layer_agrees_with_the_reference(part: str) -> None:
     spec = spec_with(part)
-    ops = backend(64, "fp16", spec.num_kv_heads, bounded=part in ("windows", "soft caps"))
+    ops = backend(64, "fp16", spec.num_kv_heads)
     reference = ReferenceBackend(torch.device("cpu"))
     compare_with_reference(ops, reference, spec, torch.float16, decode_steps=2)
+
+
+@pytest.mark.parametrize("part", ["biases", "windows", "soft caps"])
+def test_emulation_launches_only_kernels_that_were_prepared(part: str) -> None:
+    """So no request waits for a compiler; and windows are prepared only where there are some."""
+    spec = spec_with(part)
+    ops = backend(64, "fp16", spec.num_kv_heads)
+    is_bounded = part != "biases"
+    ops.prepare(is_bounded=is_bounded)
+    reference = ReferenceBackend(torch.device("cpu"))
+    compare_with_reference(ops, reference, spec, torch.float16, decode_steps=2)
+    launcher = ops._launcher
+    assert isinstance(launcher, EmulatedLauncher)
+    assert {kernel for kernel, _, _ in launcher.launched} <= set(launcher.prepared)
+    assert any(k.expression.endswith("true>>") for k in launcher.prepared) == is_bounded
 
 
 def test_emulation_a_window_that_is_ignored_is_noticed() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from attention_plans import make_case, random_case
 from conformance_vectors import VECTORS, conformance_results
-from kernel_emulator import EmulatedLauncher, shipped_libraries, table
+from kernel_emulator import EmulatedLauncher, table
 
 from chunkllama.backends.base import KVCache
 from chunkllama.backends.cuda.backend import CudaBackend, independent_copies
@@ -28,9 +28,7 @@ ROUNDING = {"bf16": 2**-7, "fp16": 2**-10}
 def cuda_ops(
     dtype: str, head_dim: int = 64, num_kv_heads: int = 2, schedule: int = 0
 ) -> tuple[CudaBackend, EmulatedLauncher]:
-    launcher = EmulatedLauncher(
-        shipped_libraries()[dtype, head_dim], table("sm_90"), schedule=schedule
-    )
+    launcher = EmulatedLauncher(table("sm_90"), schedule=schedule)
     ops = CudaBackend(
         torch.device("cpu"),
         dtype=DTYPES[dtype],
@@ -162,8 +160,8 @@ def test_emulation_copies_that_depend_on_one_another_are_not_launched_together()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_emulation_device_layer_matches_the_stored_vectors(dtype: str) -> None:
-    """The stored answers, which a GPU is held to, are this emulator's."""
+def test_emulation_device_layer_matches_the_stored_vectors(dtype: str, machine: str) -> None:
+    """The stored answers, which a GPU is held to, are the twin's; PTX passes as a GPU has to."""
     stored = json.loads(VECTORS.read_text())[dtype]
     results = conformance_results(dtype, stored["elements"], stored["numbers"])
     exact = [*range(12), *range(20, 27), 30, 31]
@@ -173,7 +171,7 @@ def test_emulation_device_layer_matches_the_stored_vectors(dtype: str) -> None:
     np.testing.assert_allclose(
         results[:, approximate].view(np.float32),
         stored_results[:, approximate].copy().view(np.float32),
-        rtol=1e-6,
+        **({"rtol": 1e-6} if machine == "twin" else {"rtol": 1e-5, "atol": 1e-5}),
     )
 
 

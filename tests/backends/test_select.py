@@ -91,10 +91,42 @@ def test_native_by_name_is_not_replaced() -> None:
         select(backend="cpu")
 
 
-def test_cuda_without_cupy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which torch sees two GPUs, and no CuPy is installed."""
     monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_gpu_without_cupy_runs_the_reference_and_names_the_extra(
+    device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        backend = select(device)
+    assert (backend.name, backend.device) == ("reference", torch.device(device))
+    assert len(caplog.records) == 1
+    assert "pip install 'chunkllama[cu1" in caplog.text
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_cuda_by_name_is_not_replaced() -> None:
     with pytest.raises(ConfigError, match=r"chunkllama\[cu1[23]\]"):
-        select("cuda")
+        select("cuda", backend="cuda")
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("backend", ["auto", "cuda", "reference"])
+def test_a_gpu_that_is_not_there_is_named(backend: BackendName) -> None:
+    with pytest.raises(ConfigError, match="cuda:2 does not exist, the number of GPUs is 2"):
+        select("cuda:2", backend=backend)
+
+
+def test_a_gpu_on_a_machine_without_one() -> None:
+    with pytest.raises(ConfigError, match="cuda:1 was asked for, but there is no CUDA device"):
+        select("cuda:1")
 
 
 def test_a_backend_on_the_wrong_device() -> None:

@@ -62,3 +62,22 @@ def test_a_config_without_a_dtype_means_that_of_the_tensors(
     for shard in tmp_path.glob("*.safetensors"):
         shard.unlink()
     assert read_spec(tmp_path).dtype == "float32"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+@pytest.mark.parametrize(
+    ("stored", "backend", "expected"),
+    [
+        ("float32", "auto", "bfloat16"),
+        ("float32", "cuda", "bfloat16"),
+        ("float32", "reference", "float32"),
+        ("float16", "auto", "float16"),
+        ("bfloat16", "cuda", "bfloat16"),
+    ],
+)
+def test_a_gpu_computes_in_what_its_kernels_have(
+    stored: str, backend: str, expected: str, device: str
+) -> None:
+    spec = replace(SPEC, dtype=stored)
+    assert resolve_dtype(spec, "auto", device, backend) == expected
+    assert resolve_dtype(spec, "float32", device, backend) == "float32"

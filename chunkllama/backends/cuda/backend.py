@@ -85,6 +85,23 @@ class CudaBackend(Backend):
         self._silu_and_mul_kernel = silu_and_mul_kernel(name)
         self._copy_chunks_kernel = copy_chunks_kernel()
 
+    def prepare(self, *, is_bounded: bool) -> None:
+        tiles = self._launcher.table.tiles[self.head_dim]
+        name = DTYPE_NAMES[self.dtype]
+        kernels = [tile.kernel(name) for tile in tiles]
+        if is_bounded:
+            kernels += [tile.kernel(name, bounded=True) for tile in tiles]
+        self._launcher.prepare(
+            [
+                *kernels,
+                self._merge_kernel,
+                self._rope_append_kernel,
+                self._rms_norm_kernel,
+                self._silu_and_mul_kernel,
+                self._copy_chunks_kernel,
+            ]
+        )
+
     def packing(self, *, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> Packing:
         """Items as wide as the largest tile, single rows (with their group of heads) in the
         smallest that holds one; runs cut until every CTA that fits the device has work.

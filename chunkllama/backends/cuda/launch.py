@@ -8,6 +8,7 @@ primary context, so torch's pointers are valid in both; compiled modules are cac
 
 from __future__ import annotations
 
+import time
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,9 @@ from chunkllama.backends.cuda.source import (
     table_for,
 )
 from chunkllama.errors import ConfigError
+from chunkllama.logger import init_logger
+
+logger = init_logger(__name__)
 
 Grid = tuple[int, int, int]
 
@@ -33,6 +37,10 @@ class Launcher(Protocol):
 
     table: HardwareTable
     num_sms: int
+
+    def prepare(self, kernels: list[KernelSpec]) -> None:
+        """Compile kernels, so that their first launches do not."""
+        ...
 
     def launch(self, kernel: KernelSpec, grid: Grid, params: bytes) -> None:
         """Run ``kernel`` on ``grid`` with the bytes of its parameter struct, in stream order."""
@@ -59,22 +67,16 @@ class CupyLauncher:
     has been launched before: it then allocates nothing and calls nothing but the launch.
 
     Args:
-        device: the GPU.
+        device: a GPU that is there.
         table: tuning to use instead of the architecture's own (``benchmarks/gpu.py tune``).
 
     Raises:
-        ConfigError: no CuPy, no such device, or one older than the kernels need.
+        ConfigError: no CuPy, one of another CUDA, or a GPU older than the kernels need.
     """
 
     def __init__(self, device: torch.device, table: HardwareTable | None = None) -> None:
         self._cupy = _import_cupy()
-        if not torch.cuda.is_available():
-            raise ConfigError("device: cuda finds no usable NVIDIA GPU; use --device cpu")
         self.device_index = torch.cuda.current_device() if device.index is None else device.index
-        if self.device_index >= torch.cuda.device_count():
-            raise ConfigError(
-                f"device: {device} does not exist, there are {torch.cuda.device_count()} GPUs"
-            )
         # Any: torch's stubs lack shared_memory_per_block_optin.
         properties: Any = torch.cuda.get_device_properties(self.device_index)
         self.table = table or table_for(
@@ -83,6 +85,13 @@ class CupyLauncher:
         self.num_sms = properties.multi_processor_count
         self._stream = _TorchStream(self.device_index)
         self._functions: dict[str, Any] = {}  # by expression, whose hash str keeps
+
+    def prepare(self, kernels: list[KernelSpec]) -> None:
+        started = time.monotonic()
+        with torch.cuda.device(self.device_index):
+            for kernel in kernels:
+                self._function(kernel)
+        logger.info("%d kernels compiled in %.1f s", len(kernels), time.monotonic() - started)
 
     def launch(self, kernel: KernelSpec, grid: Grid, params: bytes) -> None:
         if torch.cuda.current_device() != self.device_index:
@@ -124,11 +133,16 @@ class CupyLauncher:
 
 
 def _import_cupy() -> Any:
+    major = (torch.version.cuda or "12").split(".")[0]
+    install = f"run: pip install 'chunkllama[cu{major}]'"
     try:
         import cupy
     except ImportError as error:
-        major = (torch.version.cuda or "12").split(".")[0]
+        raise ConfigError(f"backend: cuda needs CuPy ({error}); {install}") from error
+    other = cupy.cuda.runtime.runtimeGetVersion() // 1000
+    if other != int(major):
         raise ConfigError(
-            f"device: cuda needs CuPy ({error}); run: pip install 'chunkllama[cu{major}]'"
-        ) from error
+            f"backend: cuda needs CuPy for CUDA {major}, which torch is built for; the installed "
+            f"one is for CUDA {other}; {install}"
+        )
     return cupy

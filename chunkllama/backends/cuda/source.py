@@ -11,6 +11,7 @@ import json
 import re
 import struct
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from chunkllama.errors import ConfigError
@@ -54,12 +55,14 @@ _INCLUDE = re.compile(r'^#include "([\w./]+)"\n', re.MULTILINE)
 
 
 @functools.cache
-def cuda_source(file_name: str) -> str:
-    """One text of ``kernels/cuda/<file_name>`` with the project's own includes in place, each once.
+def cuda_source(file_name: str, kernels: Path | None = None) -> str:
+    """One text of ``kernels/cuda/<file_name>`` with the project's own includes in place, each once;
+    of another ``kernels`` folder if one is given.
 
     CuPy's disk cache is keyed by the source text and not by included files: with include paths an
     edited header would leave stale kernels behind.
     """
+    folder = kernels or data_folder("kernels")
     # The emulation header is included under a macro that NVRTC never defines.
     seen = {file_name, "../emulation/device.h"}
 
@@ -71,7 +74,7 @@ def cuda_source(file_name: str) -> str:
         return read(name)
 
     def read(name: str) -> str:
-        text = (data_folder("kernels") / "cuda" / name).read_text().replace("#pragma once\n", "")
+        text = (folder / "cuda" / name).read_text().replace("#pragma once\n", "")
         return _INCLUDE.sub(expand, text)
 
     return read(file_name)

@@ -15,7 +15,7 @@ import torch
 from chunkllama import __version__
 from chunkllama.backends.cpu.build import available_levels, find_compiler, is_built
 from chunkllama.config import EngineConfig
-from chunkllama.engine.size import plan_size
+from chunkllama.engine.size import find_device, plan_size
 from chunkllama.errors import ConfigError
 from chunkllama.models.loading.hub import aliases, is_hub_id, resolve_model
 from chunkllama.resources import cache_folder, cpu_name, memory_left, usable_threads
@@ -87,18 +87,23 @@ def _kernels(config: EngineConfig) -> Iterator[Finding]:
 
 def _gpu(config: EngineConfig) -> Iterator[Finding]:
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        free, total = (size // _MIB for size in torch.cuda.mem_get_info())
+        device = find_device(config.model.device)
+        if device == "cpu":
+            yield Finding("ok", "GPU", "one is there; device is cpu")
+            return
+        name = torch.cuda.get_device_name(device)
+        free, total = (size // _MIB for size in torch.cuda.mem_get_info(device))
         yield Finding("ok", "GPU", f"{name}, {free:,} of {total:,} MiB free")
         if importlib.util.find_spec("cupy") is None:
             extra = f"cu{(torch.version.cuda or '12').split('.')[0]}"
             yield Finding(
-                "problem",
+                "note",
                 "GPU",
-                f"CuPy is missing: pip install 'chunkllama[{extra}]', or device cpu",
+                f"CuPy is missing: pip install 'chunkllama[{extra}]', else the server computes in "
+                "torch, which is slower",
             )
-    elif config.model.device == "cuda":
-        raise ConfigError("device: cuda was asked for, but torch finds no CUDA device; use cpu")
+    elif config.model.device not in ("auto", "cpu"):
+        find_device(config.model.device)  # says that there is none
     elif Path("/dev/nvidiactl").exists():
         yield Finding("note", "GPU", "there is one, but this torch build cannot use it")
     else:

@@ -13,7 +13,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from kernel_emulator import EmulatedLauncher, shipped_libraries, table
+from kernel_emulator import EmulatedLauncher, table
 
 from chunkllama.backends.cuda.source import DTYPES, PARAMS, conformance_kernel
 from chunkllama.resources import data_folder
@@ -23,7 +23,7 @@ VECTORS = data_folder("kernels") / "emulation" / "conformance.json"
 
 def conformance_results(dtype: str, elements: list[int], numbers: list[float]) -> np.ndarray:
     """What the emulator answers: [32, 32] uint32, see kernels/cuda/conformance.cuh."""
-    launcher = EmulatedLauncher(shipped_libraries()[dtype, 64], table("sm_90"))
+    launcher = EmulatedLauncher(table("sm_90"))
     inputs = np.array(elements, np.uint16)
     arguments = np.array(numbers, np.float32)
     results = np.zeros((32, 32), np.uint32)

@@ -1,7 +1,9 @@
-"""Build kernels/emulation with g++ and run CUDA kernels on the CPU behind the launcher.
+"""Run CUDA kernels on the CPU behind the launcher, on one of two machines.
 
-Libraries are cached by the hash of sources and flags in a folder of the user's, one per head_dim
-and dtype, so that a build takes seconds and two run side by side.
+The twin is kernels/emulation, built with g++ from the kernels' C++; ptx_emulator.py has the other,
+which executes the PTX that NVRTC makes of the kernels. Libraries are cached by the hash of what
+they are built from in a folder of the user's; the twin's are one per head_dim and dtype, so that a
+build takes seconds and two run side by side.
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -110,7 +115,7 @@ def build(
     digest = hashlib.sha256(repr((lines, FLAGS, HIDDEN, flags)).encode())
     for path in texts:
         digest.update(path.read_bytes())
-    folder = folder or _cache_folder()
+    folder = folder or cache_folder()
     library = folder / f"{digest.hexdigest()[:24]}.so"
     if library.exists():
         return library
@@ -133,7 +138,7 @@ def build(
     return library
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(root) / "chunkllama" / "emulation"
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,28 +162,61 @@ def bounded_library(dtype: str, head_dim: int, arch: str) -> Path:
     return build(kernels_of((dtype, head_dim), (table(arch),), bounded=True))
 
 
+class Machine(Protocol):
+    """What executes kernels; ``name`` is part of the ids of tests."""
+
+    name: str
+
+    def library(self, kernel: KernelSpec, table: HardwareTable) -> Path:
+        """A library whose ``emulate`` runs this kernel; built if it is not in the cache."""
+        ...
+
+
+class Twin:
+    """The kernels' C++ against kernels/emulation/device.h."""
+
+    name = "twin"
+
+    def library(self, kernel: KernelSpec, table: HardwareTable) -> Path:
+        dtype = re.search("bf16|fp16", kernel.expression)
+        head_dim = re.search(r"(?:bf16|fp16), (\d+)", kernel.expression)
+        group = (dtype[0] if dtype else "bf16", int(head_dim[1]) if head_dim else 64)
+        if kernel.expression.endswith("true>>"):
+            return bounded_library(*group, table.arch)
+        return shipped_libraries()[group]
+
+
+# The machine of new launchers: tests/backends/conftest.py sets it for a test.
+MACHINE: ContextVar[Machine] = ContextVar("machine", default=Twin())  # noqa: B039
+
+
 @dataclass
 class EmulatedLauncher:
-    """Implements ``ops.launch.Launcher`` on the CPU.
+    """Implements ``backends.cuda.launch.Launcher`` on the CPU.
 
     Attributes:
-        library: holds the kernels.
         table: tiles and packing; ``num_sms`` of them are pretended.
         schedule: order of threads: 0 forward, 1 reverse, others seed a shuffle.
+        machine: what executes the kernels.
         counters: what all launches so far have added up to.
-        launched: expressions and grids in order.
+        launched: kernels, grids and parameters in order.
+        prepared: kernels that were to be compiled before.
     """
 
-    library: Path
     table: HardwareTable
     num_sms: int = 4
     schedule: int = 0
+    machine: Machine = field(default_factory=MACHINE.get)
     counters: Counters = field(default_factory=Counters)
     launched: list[tuple[KernelSpec, Grid, bytes]] = field(default_factory=list)
+    prepared: list[KernelSpec] = field(default_factory=list)
+
+    def prepare(self, kernels: list[KernelSpec]) -> None:
+        self.prepared += kernels
 
     def launch(self, kernel: KernelSpec, grid: Grid, params: bytes) -> None:
         self.launched.append((kernel, grid, params))
-        status = _load(self.library).emulate(
+        status = load(self.machine.library(kernel, self.table)).emulate(
             kernel.expression.encode(),
             (ctypes.c_uint * 3)(*grid),
             kernel.threads,
@@ -192,7 +230,7 @@ class EmulatedLauncher:
 
 
 @functools.cache
-def _load(library: Path) -> ctypes.CDLL:
+def load(library: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 

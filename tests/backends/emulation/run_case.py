@@ -134,7 +134,8 @@ def run(
         for index in range(-(-(first + count) // 64)):
             filled = min(64, first + count - 64 * index)
             kv[path[index], :, :, :filled] = to_bf16(
-                rng.uniform(-0.5, 0.5, (2, KV_HEADS, filled, HEAD_DIM)) * [[[[6.0]]], [[[1.0]]]]
+                rng.uniform(-0.5, 0.5, (2, KV_HEADS, filled, HEAD_DIM))
+                * [[[[6.0 + 10.0 * index]]], [[[1.0]]]]  # later scores exceed earlier ones by far
             )
     positions = np.concatenate([np.arange(f, f + n) for f, n in spans]).astype(np.int32)
     q = to_bf16(rng.standard_normal((len(positions), HEADS, HEAD_DIM)))

@@ -215,7 +215,7 @@ FLAGS = [
     _flags("port too high", "--port 70000", "port: .*65535.*'70000'"),
     _flags("port negative", "--port -1", "port: .*greater than or equal to 0.*'-1'"),
     _flags("backend", "--backend tpu", "backend: .*'reference', 'cpu' or 'cuda'.*'tpu'"),
-    _flags("device", "--device gpu", "device: .*'cpu' or 'cuda'.*'gpu'"),
+    _flags("device", "--device gpu", "device: .*'cpu', 'cuda'.*'gpu'"),
     _flags("quantization", "--quantization q4", "quantization: .*'int8' or 'int4'.*'q4'"),
     _flags("instruction set", "--isa-level sse", "isa_level: .*'avx2'.*'sse'"),
     _flags("size without number", "--kv-cache-memory lots", "kv_cache_memory: .*512MiB.*'lots'"),
