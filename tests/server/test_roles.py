@@ -15,7 +15,7 @@ from chunkllama.errors import ConfigError
 from chunkllama.logger import JsonFormatter, TextFormatter
 from chunkllama_server.api.admin_app import create_admin_app
 from chunkllama_server.config.settings import Settings
-from chunkllama_server.transport.auth import OPEN_PATHS, OPERATOR_PATHS
+from chunkllama_server.transport.auth import OPEN_PATHS, OPERATOR_CHANGES, OPERATOR_PATHS
 
 KEYS = {"none": "", "tenant": "ka", "other tenant": "kb", "operator": "ko"}
 
@@ -45,7 +45,7 @@ def _expected(path: str, who: str) -> str:
         return "open"
     if who == "none":
         return "401"
-    if who == "operator" and path not in OPERATOR_PATHS:
+    if who == "operator" and path not in OPERATOR_PATHS | OPERATOR_CHANGES:
         return "403"
     return "open"
 
@@ -104,7 +104,7 @@ def test_every_route_of_the_admin_port_by_key(start_server, admin_host, operator
     routes = _routes(admin)
     assert {("GET", "/metrics"), ("GET", "/v1/usage"), ("GET", "/admin/cache/tree")} <= {*routes}
     changing = {(method, path) for method, path in routes if method not in READING}
-    assert len(changing) == 5
+    assert len(changing) == 7
 
     async def ask() -> dict[tuple[str, str, str], str]:
         transport = httpx.ASGITransport(admin, raise_app_exceptions=False)

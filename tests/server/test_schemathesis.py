@@ -71,6 +71,8 @@ OPERATIONS = {
     "GET /dashboard/divergence": 3,
     "GET /dashboard/requests": 3,
     "DELETE /dashboard/requests/{request_id}": 15,
+    "POST /v1/load_lora_adapter": 15,
+    "POST /v1/unload_lora_adapter": 15,
     "GET /v1/models/{model}": 15,
     "GET /v1/models": 3,
     "GET /version": 3,
