@@ -29,7 +29,7 @@ from chunkllama.sampling_params import SamplingParams
 from chunkllama.tenant_limits import NO_LIMITS, TenantLimits
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-BACKGROUND_PRIORITY = 1000  # and above: the request gives way to the prompts of others
+BACKGROUND_PRIORITY = 1000  # and above: the request yields to the prompts of others
 
 STEP_SECONDS_BOUNDS = (
     0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0,

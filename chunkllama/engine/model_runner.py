@@ -372,15 +372,9 @@ def build_attention(
     packing = ops.packing(
         num_qo_heads=spec.num_qo_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim
     )
-    return Attention(
-        ops,
-        kv,
-        Planner(packing, chunk_size),
-        spec.num_qo_heads,
-        spec.score_scale,
-        spec.attention_softcap,
-        windows,
-    )
+    planner = Planner(packing, chunk_size)
+    score = spec.score_scale, spec.attention_softcap
+    return Attention(ops, kv, planner, spec.num_qo_heads, *score, windows)
 
 
 def build_model(

@@ -189,7 +189,7 @@ def _row(state: SequenceState, hidden: torch.Tensor, row: int | None) -> torch.T
 
 
 def _settle_matcher(state: SequenceState) -> None:
-    """Take over the matcher that a thread has made."""
+    """Use the matcher that a thread has made."""
     if state.pending_matcher is None or not state.pending_matcher.done():
         return
     try:

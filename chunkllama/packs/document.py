@@ -1,4 +1,4 @@
-"""What a pack says of itself: the model it was computed with, its chunks, their tokens and scopes.
+"""The header of a pack: the model it was computed with, its chunks, their tokens and scopes.
 
 A pack is a safetensors file with one tensor ``kv`` [N, layers, 2, kv heads, chunk size, head_dim],
 K then V, whole chunks in the order of the document. Its metadata holds the document as JSON, the

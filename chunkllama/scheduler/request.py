@@ -71,7 +71,7 @@ class Sequence:
 
     @property
     def is_background(self) -> bool:
-        """It gives way to the prompts of other requests."""
+        """It yields to the prompts of other requests."""
         return self.group.request.priority >= BACKGROUND_PRIORITY
 
     @property

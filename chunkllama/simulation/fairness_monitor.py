@@ -42,7 +42,7 @@ class FairnessMonitor:
     def _check_tenants(self, sequence: Sequence) -> None:
         """No tenant that could start a sequence is more than a quantum behind the one served.
 
-        Tenants that have background sequences alone give way to the others.
+        Tenants that have background sequences alone yield to the others.
         """
         clocks = self._scheduler._lifecycle.clocks()
         served = sequence.group.request.tenant

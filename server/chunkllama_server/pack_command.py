@@ -87,7 +87,7 @@ def _show(prefix: PackedPrefix) -> None:
 
 @pack_app.command()
 def inspect(file: PackFile) -> int:
-    """Print what a pack says of itself; its chunks are not read."""
+    """Print the header of a pack; its chunks are not read."""
     from chunkllama.packs.file import Pack
 
     with Pack(file) as opened:
