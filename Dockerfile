@@ -39,7 +39,7 @@ RUN pip install --no-deps --target /opt/chunkllama/app . \
 FROM tools AS dependencies-cpu
 # Any pip requirement or options. Empty: torch's CPU build where pip finds one, else the default one.
 ARG TORCH=""
-RUN pip install ${TORCH:-"torch==2.13.0+cpu"} || { test -z "$TORCH" && pip install "torch>=2.11"; }
+RUN pip install ${TORCH:-"torch==2.13.0+cpu"} || { test -z "$TORCH" && pip install "torch==2.13.0"; }
 RUN pip install --no-deps --require-hashes -r requirements/serving.txt \
     && echo /opt/chunkllama/app > "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/chunkllama.pth"
 

@@ -25,25 +25,27 @@ pinned() {
         pip install --no-deps --require-hashes -r "requirements/$layer.txt"
     done
 }
+has_gpu() { [ -e /dev/nvidiactl ] || [ -e /dev/nvidia0 ]; }
 # The CUDA major of torch's build; nothing for a build without CUDA.
 cuda_major() { "$VENV/bin/python" -c 'import torch; print((torch.version.cuda or "").split(".")[0])'; }
 
-CPU_TORCH="torch==2.13.0+cpu"
+DEFAULT_TORCH="torch==2.13.0"
+CPU_TORCH="$DEFAULT_TORCH+cpu"
 if [ -n "${TORCH:-}" ]; then
     say "installing the requested torch: $TORCH"
     # shellcheck disable=SC2086  # TORCH may hold several words: options and a requirement
     pip install $TORCH
 elif "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
     say "torch is already installed"
-elif [ -e /dev/nvidiactl ] || [ -e /dev/nvidia0 ]; then
+elif has_gpu; then
     say "found an NVIDIA device: installing torch's default (CUDA) build"
     pinned cu13
 elif pip install "$CPU_TORCH" 2> /dev/null; then
     say "no NVIDIA device: installed torch's CPU build ($CPU_TORCH)"
 else
-    say "no NVIDIA device, but pip finds no CPU build of torch: installing the default build (several GB)."
+    say "no NVIDIA device, but pip finds no CPU build of torch: installing the default build (on Linux several GB)."
     say "to avoid that: make setup TORCH=\"torch --index-url URL-OF-PYTORCH'S-CPU-WHEELS\""
-    pinned cu13
+    pip install "$DEFAULT_TORCH"
 fi
 
 # shellcheck disable=SC2086  # several words
@@ -51,7 +53,7 @@ pinned $layers
 say "installing chunkllama"
 pip install --no-deps -e .
 major=$(cuda_major)
-if [ -n "$major" ] && ! "$VENV/bin/python" -c 'import cupy' 2>/dev/null; then
+if has_gpu && [ -n "$major" ] && ! "$VENV/bin/python" -c 'import cupy' 2>/dev/null; then
     say "torch has CUDA $major: installing chunkllama[cu$major]"
     pip install -e ".[cu$major]"
 fi
