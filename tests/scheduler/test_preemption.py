@@ -135,6 +135,22 @@ def test_a_beam_that_found_no_slot_comes_before_other_tenants() -> None:
     run.check_outputs()
 
 
+@pytest.mark.parametrize("policy", ["fair", "prefix", "fcfs"])
+def test_a_beam_in_the_background_returns_beside_prompts(policy: str) -> None:
+    """A prompt is there whenever a slot becomes free; the search holds the other slot."""
+    run = engine(64, max_num_seqs=2, policy=policy)
+    search = run.add([1] * 5, 8, beam_width=2, tenant="A", priority=BACKGROUND_PRIORITY)
+    run.step()
+    run.step()
+    run.scheduler._lifecycle.requeue(run.scheduler._running.by_age[-1])
+    others = [run.add([2 + i] * 5, 3, tenant="B") for i in range(20)]
+    while (search, 0) not in run.finished:
+        run.step()
+    assert sum((name, 0) in run.finished for name in others) <= 2
+    run.run()
+    run.check_outputs()
+
+
 def test_every_number_of_free_chunks_at_every_moment() -> None:
     """Sweep the pool's size: each must end with right outputs (SQLite's failing allocator)."""
     for num_chunks in range(4, 24):
