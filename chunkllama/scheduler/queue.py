@@ -5,7 +5,7 @@ prefix with the last one started follow, so a prefix is computed once and used b
 turn lets at most ``quantum`` tokens of younger requests start before the oldest, then the oldest
 starts whatever its prefix. Between tenants, the one with the lowest clock (``tenants.py``) is
 served next; tenants in the middle of a group continue while their clock is less than ``quantum``
-ahead of the lowest.
+ahead of the lowest. Beams that a running search lacks precede the requests of all tenants.
 
 Two bounds follow, which every simulated run checks, with L the virtual tokens of the longest
 request:
@@ -34,11 +34,12 @@ def queue_key(sequence: Sequence) -> tuple[bool, int, int, int]:
     """Priority, then order of arrival: a preempted sequence returns to its former place.
 
     Beams of a search that has begun precede all others: their siblings hold chunks and cannot
-    advance without them.
+    advance without them. Those of several searches go by arrival alone, the reverse of the order of
+    preemption: a search that was preempted for an older one does not restart before it.
     """
-    beam = sequence.group.beam
-    joins_others = beam is not None and beam.is_expanded
-    return not joins_others, sequence.group.request.priority, *sequence.age
+    if sequence.joins_others:
+        return False, 0, *sequence.age
+    return True, sequence.group.request.priority, *sequence.age
 
 
 class TenantQueue:
@@ -235,6 +236,10 @@ class WaitingQueue:
             return
         heap = self._heap(clocks)
         passed: set[Sequence] = set()
+        for sequence in self._missing_beams():
+            if self._tenant(sequence) not in self.blocked:
+                passed.add(sequence)
+                yield sequence
         continuing = list(self._open)
         continuing.reverse()
         oldest: dict[str, Iterator[Sequence]] = {}
@@ -258,6 +263,17 @@ class WaitingQueue:
                 continue
             passed.add(chosen)
             yield chosen
+
+    def _missing_beams(self) -> list[Sequence]:
+        """Beams without which running searches cannot advance, the oldest first."""
+        missing: list[Sequence] = []
+        for queue in self._tenants.values():
+            for sequence in queue.by_age:
+                if not sequence.joins_others:
+                    break
+                if sequence.group.is_running and sequence not in self._parked:
+                    missing.append(sequence)
+        return sorted(missing, key=lambda s: s.age)
 
     def _heap(self, clocks: Mapping[str, float]) -> list[tuple[float, tuple[int, int], str]]:
         """Tenants that could start a sequence, the one with the lowest clock first."""
@@ -301,7 +317,7 @@ class WaitingQueue:
 
     def _follower(self, queue: TenantQueue, passed: Container[Sequence]) -> Sequence | None:
         """The next of the tenant's group, unless its oldest sequence has to start first."""
-        if queue.overtaken >= self._quantum or not queue_key(queue.by_age[0])[0]:
+        if queue.overtaken >= self._quantum or queue.by_age[0].joins_others:
             return None
         return queue.follower(self._least_shared, passed)
 

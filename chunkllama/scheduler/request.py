@@ -75,6 +75,11 @@ class Sequence:
         return self.group.request.priority >= BACKGROUND_PRIORITY
 
     @property
+    def joins_others(self) -> bool:
+        """It is a beam of a search that has begun, whose beams advance together."""
+        return self.group.beam is not None and self.group.beam.is_expanded
+
+    @property
     def token_ids(self) -> Int32Array:
         """Prompt and output, a view."""
         return self._tokens[: self.num_tokens]

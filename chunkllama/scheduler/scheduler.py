@@ -5,7 +5,8 @@ hits and recompute after a preemption are the same thing. A step's token budget 
 order: a token for each decode; a reserved quarter for short prompts, running or new, if long ones
 are running; long running prompts in fair order; then waiting sequences in the order of
 ``queue.py``, while tokens, slots and chunks last. Background sequences compute nothing in a step
-that computes prompts of others, except in every ``MAX_PAUSED``-th such step.
+that computes prompts of others, except in every ``MAX_PAUSED``-th such step, and beams that a
+search lacks.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ class Starts:
             only_short: start only prompts that the budget computes whole, and the first prompt of
                 a tenant that has none in progress.
             only: start nothing else; None is all.
-            foreground: start no background sequence.
+            foreground: start no background sequence, except beams that join others: those hold
+                slots and chunks until all of them run.
         """
         lifecycle = self._lifecycle
         waiting, running = lifecycle.waiting, lifecycle.running
@@ -80,7 +81,8 @@ class Starts:
             if only_short and not waiting.may_overtake(sequence):
                 continue
             tenant = sequence.group.request.tenant
-            is_left_out = (foreground and sequence.is_background) or (
+            gives_way = sequence.is_background and not sequence.joins_others
+            is_left_out = (foreground and gives_way) or (
                 only is not None and not only.may_start(tenant, self.clocks())
             )
             if is_left_out or not lifecycle.may_run(sequence):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from chunkllama.messages import BACKGROUND_PRIORITY
 from chunkllama.scheduler.request import Sequence
 from chunkllama.simulation.engine import SimulatedEngine
 
@@ -99,12 +102,14 @@ def test_beams_are_preempted_together() -> None:
     assert 3 in seen
 
 
-def test_two_beam_searches_that_block_each_other() -> None:
-    """Each holds slots the other needs: the newer is preempted, which avoids a deadlock."""
-    run = engine(64, max_num_seqs=3, max_num_batched_tokens=8)
-    for i in range(3):
-        run.add([i] * 5, 6, beam_width=3)
-    run.run()
+@pytest.mark.parametrize("policy", ["fair", "prefix", "fcfs"])
+@pytest.mark.parametrize("priorities", [(0, 0, 0), (1, 0, -1), (BACKGROUND_PRIORITY, 0, 1)])
+def test_beam_searches_that_block_each_other(priorities: tuple[int, ...], policy: str) -> None:
+    """Each holds slots the others need: the newest is preempted, and does not restart first."""
+    run = engine(64, max_num_seqs=3, max_num_batched_tokens=32, policy=policy)
+    for i, priority in enumerate(priorities):
+        run.add([i] * 5, 6, beam_width=3, priority=priority)
+    run.run(max_steps=200)
     run.check_outputs()
 
 
@@ -116,6 +121,32 @@ def test_a_beam_that_lost_its_place_comes_before_all_others() -> None:
     run.step()
     run.scheduler._lifecycle.requeue(run.scheduler._running.by_age[-1])
     run.add([2] * 20, 4, priority=-1)
+    run.run()
+    run.check_outputs()
+
+
+def test_a_beam_that_found_no_slot_comes_before_other_tenants() -> None:
+    """The tenant with the lowest clock waits for chunks that the other beam holds."""
+    run = engine(6, max_num_seqs=2)
+    run.add([3], 3, tenant="C")
+    run.add([1] * 5, 8, beam_width=2, tenant="A")
+    run.add([2] * 20, 4, tenant="B")
+    run.run()
+    run.check_outputs()
+
+
+@pytest.mark.parametrize("policy", ["fair", "prefix", "fcfs"])
+def test_a_beam_in_the_background_returns_beside_prompts(policy: str) -> None:
+    """A prompt is there whenever a slot becomes free; the search holds the other slot."""
+    run = engine(64, max_num_seqs=2, policy=policy)
+    search = run.add([1] * 5, 8, beam_width=2, tenant="A", priority=BACKGROUND_PRIORITY)
+    run.step()
+    run.step()
+    run.scheduler._lifecycle.requeue(run.scheduler._running.by_age[-1])
+    others = [run.add([2 + i] * 5, 3, tenant="B") for i in range(20)]
+    while (search, 0) not in run.finished:
+        run.step()
+    assert sum((name, 0) in run.finished for name in others) <= 2
     run.run()
     run.check_outputs()
 
