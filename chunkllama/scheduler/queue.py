@@ -23,7 +23,7 @@ from bisect import bisect_left, insort
 from collections.abc import Container, Hashable, Iterator, Mapping
 from typing import Final, Literal
 
-from chunkllama.cache.node import common_prefix, encode_tokens
+from chunkllama.cache.node import Node, common_prefix, encode_tokens
 from chunkllama.scheduler.request import Sequence
 
 Policy = Literal["fair", "prefix", "fcfs"]
@@ -191,6 +191,14 @@ class WaitingQueue:
     def reasons(self) -> list[Hashable]:
         """Reasons of the sequences that are parked."""
         return list(self._by_reason)
+
+    def awaited_nodes(self) -> set[Node]:
+        """Nodes of the prefix tree that sequences wait for which are not in the background."""
+        return {
+            reason[0]
+            for reason, parked in self._by_reason.items()
+            if isinstance(reason, tuple) and not all(s.is_background for s in parked)
+        }
 
     def started(self, sequence: Sequence, cost: int) -> None:
         """Note that a sequence which costs ``cost`` virtual tokens is about to start."""

@@ -182,34 +182,41 @@ class Scheduler:
 
     def _fill(self, budget: int) -> None:
         """Take what the budget allows, first of sequences that are not in the background."""
-        has_background = any(sequence.is_background for sequence in self._running.by_age)
-        if has_background and self._num_paused < MAX_PAUSED:
-            budget = before = self._take_decodes(budget, foreground=True)
-            budget = self._schedule_prefills(budget, foreground=True)
+        paused = self._may_pause()
+        if paused and self._num_paused < MAX_PAUSED:
+            budget = before = self._take_decodes(budget, paused=paused)
+            budget = self._schedule_prefills(budget, paused=paused)
             if self._starts.admit(budget, foreground=True) < before:
                 self._num_paused += 1
                 return
         self._num_paused = 0
         self._starts.admit(self._schedule_prefills(self._take_decodes(budget)))
 
+    def _may_pause(self) -> frozenset[Sequence]:
+        """Find the background sequences that compute nothing which others wait for."""
+        background = [s for s in self._running.by_age if s.is_background]
+        awaited = self._waiting.awaited_nodes() if background else set()
+        return frozenset(
+            s for s in background if s.chunks is not None and awaited.isdisjoint(s.chunks.path)
+        )
+
     def _find_awaiting(self) -> list[Sequence]:
         """Find the sequences whose samples the executor has deferred, oldest first."""
         return [s for s in self._running.by_age if s.awaits_sample]
 
     def _take_decodes(
-        self, budget: int, but: str | None = None, *, foreground: bool = False
+        self, budget: int, but: str | None = None, *, paused: frozenset[Sequence] = frozenset()
     ) -> int:
         """Take the token of every sequence that has one left; returns the rest of the budget.
 
         Args:
             but: a tenant whose sequences are left out.
-            foreground: leave background sequences out.
+            paused: sequences that are left out.
         """
         for sequence in self._running.by_age:
-            is_left_out = foreground and sequence.is_background
             if (
                 sequence.num_remaining_tokens == 1
-                and not is_left_out
+                and sequence not in paused
                 and not sequence.num_scheduled
                 and sequence.group.request.tenant != but
             ):
@@ -217,16 +224,14 @@ class Scheduler:
                 budget -= 1
         return budget
 
-    def _schedule_prefills(self, budget: int, *, foreground: bool = False) -> int:
+    def _schedule_prefills(self, budget: int, *, paused: frozenset[Sequence] = frozenset()) -> int:
         """Take slices of running prompts; returns the rest of the budget.
 
         A quarter of the step is reserved for prompts that fit in it, running or new. The rest goes
         to long prompts in fair order.
         """
         prefills = [
-            s
-            for s in self._running.by_age
-            if s.num_remaining_tokens > 1 and not (foreground and s.is_background)
+            s for s in self._running.by_age if s.num_remaining_tokens > 1 and s not in paused
         ]
         if len(prefills) > 1 and self._limits.policy == "fair":
             clocks = self._starts.clocks()
@@ -235,7 +240,7 @@ class Scheduler:
         short = [s for s in prefills if s.num_remaining_tokens <= reserve]
         if len(short) < len(prefills):
             rest = self._starts.admit(
-                self._take_slices(short, reserve), only_short=True, foreground=foreground
+                self._take_slices(short, reserve), only_short=True, foreground=bool(paused)
             )
             budget -= reserve - rest
             prefills = [s for s in prefills if not s.num_scheduled]

@@ -118,3 +118,25 @@ def test_random_traffic_with_lines_equals_the_serial_oracle(seed: int) -> None:
 
     traffic.engine.add = add_line  # type: ignore[method-assign]
     traffic.run(150)
+
+
+@pytest.mark.parametrize("priority", [0, BACKGROUND_PRIORITY])
+def test_a_line_whose_prefix_another_request_waits_for_does_not_pause(priority: int) -> None:
+    """One that waits for a chunk of the line would else wait for all other prompts, too."""
+    rng = random.Random(2)
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(100) for _ in range(count)]
+
+    run = SimulatedEngine(256, 8, max_num_batched_tokens=16, max_num_seqs=8)
+    shared = tokens(160)
+    run.add([*shared, 1], 4, priority=priority)
+    run.step()
+    name = run.add([*shared, 2], 4)
+    for _ in range(2):
+        run.add(tokens(600), 4)
+    steps = 0
+    while not run.outputs.get((name, 0)):
+        run.step()
+        steps += 1
+    assert steps < 3 * MAX_PAUSED
