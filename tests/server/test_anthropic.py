@@ -326,7 +326,16 @@ def test_documents_of_text(server, text_parts, block, shown) -> None:
 def test_a_turn_may_be_empty(server, content) -> None:
     turns = [*say("a"), {"role": "assistant", "content": content}, *say("b")]
     assert server.post(PATH, body_of(turns)).status_code == 200
-    assert server.post(PATH, body_of([{"role": "user", "content": content}])).status_code == 200
+    before = [*say("a"), {"role": "assistant", "content": "b"}]
+    for past in ([], before):
+        empty, text = (
+            body_of([*past, {"role": "user", "content": value}]) for value in (content, "")
+        )
+        assert server.post(PATH, empty).status_code == 200
+        del empty["max_tokens"], text["max_tokens"]
+        counted, expected = (server.post(f"{PATH}/count_tokens", body) for body in (empty, text))
+        assert counted.status_code == 200
+        assert counted.json() == expected.json()
 
 
 def test_models_in_the_clients_shape(server) -> None:

@@ -48,7 +48,6 @@ INVALID = [
     ({"messages": HELLO, "max_tokens": "5"}, "max_tokens"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
-    ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
     ({"messages": user(IMAGE)}, "messages[0].content[0]"),
     ({"messages": user({"type": "text", "text": "a"}, PDF)}, "messages[0].content[1]"),
     ({"messages": HELLO, "system": [IMAGE]}, "system[0]"),

@@ -63,6 +63,7 @@ def test_texts_of_tokens_add_up(server, tokens_per_delta) -> None:
         ({"seed": 7}, "seed", 7),
         ({}, "max_tokens", 100),
         ({"max_new_tokens": 5}, "max_tokens", 5),
+        ({"min_new_tokens": 2}, "min_tokens", 2),
         ({"repetition_penalty": 1.5}, "repetition_penalty", 1.5),
         ({"frequency_penalty": 1.5}, "frequency_penalty", 1.5),
     ],
@@ -70,6 +71,14 @@ def test_texts_of_tokens_add_up(server, tokens_per_delta) -> None:
 def test_parameters(server, parameters, reads, value) -> None:
     assert generate(server, **parameters).status_code == 200
     assert getattr(server.engine.requests[-1].sampling, reads) == value
+
+
+@pytest.mark.parametrize("name", ["early_stopping", "length_penalty", "diversity_penalty"])
+def test_parameters_of_beam_search_are_ignored_and_named(server, name) -> None:
+    """Clients send Transformers' generation_config as it is."""
+    answer = generate(server, **{name: True})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-chunkllama-ignored-fields"] == f"parameters.{name}"
 
 
 @pytest.mark.parametrize(
@@ -142,6 +151,10 @@ def test_info(server) -> None:
         ({"inputs": "x", "parameters": {"max_new_tokens": 0}}, "parameters.max_new_tokens"),
         ({"inputs": "x", "parameters": {"max_new_tokens": 5000}}, "parameters.max_new_tokens"),
         ({"inputs": "x", "parameters": {"temperature": 0}}, "parameters.temperature"),
+        ({"inputs": "x", "parameters": {"min_new_tokens": -1}}, "parameters.min_new_tokens"),
+        ({"inputs": "x", "parameters": {"min_new_tokens": 5000}}, "parameters.min_new_tokens"),
+        ({"inputs": "x", "parameters": {"max_length": 50}}, "max_new_tokens"),
+        ({"inputs": "x", "parameters": {"min_length": 5}}, "min_new_tokens"),
         ({"inputs": "x", "parameters": {"adapter_id": "a"}}, "parameters.adapter_id"),
         ({"inputs": "x", "parameters": {"best_of": 2}}, "parameters.best_of"),
         ({"inputs": "x" * 3000}, "inputs"),

@@ -137,7 +137,9 @@ class MessageReader:
                 parts.append(ContentPart(type="text", text=text))
                 self._note(block, where, Place(len(self.messages), len(parts) - 1))
         self._flush_user(parts, path)
-        if len(self.messages) == before and refuses_media:
+        if not blocks:
+            self._add("user", "", path)
+        elif len(self.messages) == before and refuses_media:
             raise _refused(blocks[0], f"{path}.content[0]")
 
     def _flush_user(self, parts: list[ContentPart], path: str) -> None:

@@ -11,8 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from chunkllama_server.api.common.grammar_cost import check_schema_cost
+from chunkllama_server.api.common.schema_keywords import (
+    SCHEMA_LISTS,
+    SCHEMA_MAPS,
+    SCHEMA_MEMBERS,
+    without_null,
+)
 from chunkllama_server.api.common.schema_merge import merge_objects
 from chunkllama_server.api.common.schema_texts import enforceable, format_pattern
+from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.transport.errors import invalid
 
 # Formats llguidance enforces; another format is an annotation.
@@ -28,10 +36,6 @@ UNENFORCEABLE = frozenset(
 )
 # Identifiers make references resolve against addresses that nothing fetches.
 _IDENTIFIERS = frozenset(("$schema", "$id", "id", "$anchor"))
-_SCHEMA_MEMBERS = frozenset(("additionalProperties", "items", "additionalItems"))
-_SCHEMA_MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
-_SCHEMA_LISTS = frozenset(("anyOf", "oneOf", "allOf", "prefixItems"))
-_CONTAINERS = (*_SCHEMA_MEMBERS, *_SCHEMA_MAPS, *_SCHEMA_LISTS, "required")
 _COMBINATORS = frozenset(("anyOf", "oneOf", "allOf", "$ref"))
 
 # A path is as long as the names above it, so that of many keywords are longer than the schema.
@@ -51,7 +55,14 @@ class PreparedSchema:
     left_out: list[str] = field(default_factory=list)
 
 
-def prepare_schema(schema: Any, param: str, *, strict: bool, owner: str = "") -> PreparedSchema:
+def prepare_schema(
+    schema: Any,
+    param: str,
+    *,
+    strict: bool,
+    owner: str = "",
+    limits: LimitsConfig = DEFAULT_LIMITS,
+) -> PreparedSchema:
     """The part of a schema that a grammar enforces.
 
     Args:
@@ -60,11 +71,13 @@ def prepare_schema(schema: Any, param: str, *, strict: bool, owner: str = "") ->
         owner: names the schema in errors, e.g. the tool it belongs to.
 
     Raises:
-        ApiError: 400 naming the keyword and its place.
+        ApiError: 400 naming the keyword and its place, or when the schema costs too much as it is
+            compiled.
     """
     preparer = _Preparer(param, strict, owner)
     if not strict:
-        schema = merge_objects(schema)
+        schema = merge_objects(schema, limits)
+    check_schema_cost(schema, param, limits)
     preparer.find_merged(schema)
     prepared = preparer.schema(schema, (), closes=not strict)
     return PreparedSchema(prepared, preparer.left_out)
@@ -113,7 +126,7 @@ class _Preparer:
         if node.get("not") in ({}, True):
             return False
         prepared: dict[str, Any] = {}
-        for key, value in self._with_names(_with_prefix(_without_null(node))).items():
+        for key, value in self._with_names(_with_prefix(without_null(node))).items():
             here = (*path, key)
             if key in _IDENTIFIERS and isinstance(value, str):
                 continue
@@ -138,18 +151,18 @@ class _Preparer:
     def _member(self, key: str, value: Any, path: tuple[str, ...], closes: bool) -> Any:
         # A closed branch of allOf would forbid the members of the others.
         closes = closes and key != "allOf"
-        if key in _SCHEMA_MAPS and isinstance(value, dict):
+        if key in SCHEMA_MAPS and isinstance(value, dict):
             open_names = self._merged if key in ("$defs", "definitions") else ()
             return {
                 name: self.schema(item, (*path, name), closes=closes and name not in open_names)
                 for name, item in value.items()
             }
-        if key in _SCHEMA_LISTS and isinstance(value, list):
+        if key in SCHEMA_LISTS and isinstance(value, list):
             return [
                 self.schema(item, (*path, str(index)), closes=closes)
                 for index, item in enumerate(value)
             ]
-        if key in _SCHEMA_MEMBERS:
+        if key in SCHEMA_MEMBERS:
             return self.schema(value, path, closes=closes)
         if key == "pattern" and isinstance(value, str):
             return enforceable(value)
@@ -168,14 +181,6 @@ class _Preparer:
         rest = {key: item for key, item in node.items() if key != "propertyNames"}
         members = {name: known.get(name, value) for name in listed}
         return {**rest, "properties": members, "additionalProperties": False}
-
-
-def _without_null(node: dict[str, Any]) -> dict[str, Any]:
-    """A schema without members that are null, as clients in typed languages write absent ones."""
-    if not any(node.get(key, True) is None for key in _CONTAINERS):
-        return node
-    rest = {key: item for key, item in node.items() if item is not None or key not in _CONTAINERS}
-    return {**rest, "properties": {}} if node.get("properties", True) is None else rest
 
 
 def _with_prefix(node: dict[str, Any]) -> dict[str, Any]:
@@ -209,6 +214,10 @@ def object_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
     """The schema of a call's arguments: always an object, whatever the parameters say."""
     if not parameters:
         return {"type": "object", "properties": {}}
+    takes_none = parameters.get("properties", True) is None
+    parameters = without_null(parameters)
+    if takes_none and not _COMBINATORS & parameters.keys():
+        parameters = {**parameters, "properties": {}}
     kind = parameters.get("type")
     if kind == "object":
         return parameters

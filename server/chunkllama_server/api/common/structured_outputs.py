@@ -16,7 +16,6 @@ from chunkllama_server.api.common.grammar_cost import (
     check_choice_cost,
     check_lark_cost,
     check_regex_cost,
-    check_schema_cost,
 )
 from chunkllama_server.api.common.schema_levels import prepare_schema
 from chunkllama_server.api.schema.base import StructuredOutputs
@@ -45,7 +44,6 @@ def check_schema(schema: Any, param: str, limits: LimitsConfig = DEFAULT_LIMITS)
             stack.extend((child, depth + 1) for child in children)
     text = json.dumps(schema)
     _check_size(text, "max_schema_chars", param, limits)
-    check_schema_cost(schema, param, limits)
     return text
 
 
@@ -77,7 +75,7 @@ def json_schema(
         ApiError: 400 for a schema that is too large, or strict and not enforceable.
     """
     check_schema(schema, param, limits)
-    prepared = prepare_schema(schema, param, strict=strict)
+    prepared = prepare_schema(schema, param, strict=strict, limits=limits)
     left_out += prepared.left_out
     return GrammarSpec(kind="json_schema", text=json.dumps(prepared.schema))
 

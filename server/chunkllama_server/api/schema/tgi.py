@@ -23,6 +23,13 @@ class TgiParameters(RequestModel):
     max_new_tokens: int | None = Field(
         default=None, ge=1, le=MAX_TOKENS, description="Honoured. Default 100."
     )
+    min_new_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS, description="Honoured.")
+    max_length: Any = Field(
+        default=None, description="Refused: it counts the prompt; send max_new_tokens."
+    )
+    min_length: Any = Field(
+        default=None, description="Refused: it counts the prompt; send min_new_tokens."
+    )
     do_sample: bool | None = Field(
         default=None,
         description="Honoured: without it, and without temperature, top_k and top_p, the answer "
@@ -54,6 +61,11 @@ class TgiParameters(RequestModel):
     top_n_tokens: int | None = Field(default=None, description="Ignored and named, unless 0.")
     typical_p: float | None = Field(default=None, description="Ignored and named.")
     watermark: bool | None = Field(default=None, description="Ignored and named, unless false.")
+    early_stopping: Any = Field(
+        default=None, description="Ignored and named, unless false: of beam search."
+    )
+    length_penalty: Any = Field(default=None, description="Ignored and named: of beam search.")
+    diversity_penalty: Any = Field(default=None, description="Ignored and named: of beam search.")
     adapter_id: str | None = Field(default=None, description="Refused.")
 
 

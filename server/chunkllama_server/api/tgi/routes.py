@@ -40,6 +40,7 @@ _DEFAULT_NEW_TOKENS = 100
 _SPELLED = {
     "prompt": "inputs",
     "max_tokens": "parameters.max_new_tokens",
+    "min_tokens": "parameters.min_new_tokens",
     "structured_outputs": "parameters.grammar.value",
     "stop": "parameters.stop",
 }
@@ -49,7 +50,7 @@ def completion_of(body: TgiRequest, model: str, *, streams: bool) -> CompletionR
     """The text completion that answers this request.
 
     Raises:
-        ApiError: 400 for details of the prompt in a stream.
+        ApiError: 400 for details of the prompt in a stream, and lengths that count the prompt.
     """
     given = body.parameters or TgiParameters()
     samples = given.do_sample or any(
@@ -58,10 +59,15 @@ def completion_of(body: TgiRequest, model: str, *, streams: bool) -> CompletionR
     wants_prefill = bool(given.details and given.decoder_input_details)
     if wants_prefill and streams:
         raise invalid("Not with a stream", "parameters.decoder_input_details")
+    for bound in ("max", "min"):
+        if getattr(given, f"{bound}_length") is not None:
+            path = f"parameters.{bound}_length"
+            raise invalid(f"It counts the prompt; send {bound}_new_tokens", path, "unsupported")
     return CompletionRequest.model_construct(
         model=model,
         prompt=body.inputs,
         max_tokens=given.max_new_tokens,
+        min_tokens=given.min_new_tokens,
         temperature=(given.temperature or 1.0) if samples else 0.0,
         top_k=given.top_k,
         top_p=given.top_p,

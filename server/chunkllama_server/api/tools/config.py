@@ -211,7 +211,9 @@ def _call_schema(
     parameters = object_schema(function.parameters)
     check_schema(parameters, path, limits)
     owner = f"the function {function.name!r}"
-    prepared = prepare_schema(parameters, path, strict=bool(function.strict), owner=owner)
+    prepared = prepare_schema(
+        parameters, path, strict=bool(function.strict), owner=owner, limits=limits
+    )
     left_out += prepared.left_out
     return {
         "type": "object",
