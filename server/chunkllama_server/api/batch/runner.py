@@ -131,13 +131,13 @@ class BatchRunner:
 
     async def _look(self) -> None:
         """Take over a folder that has become free; stop the jobs of tenants without a key."""
-        if not self.store.is_open and self.store.folder.is_dir():
-            try:
+        try:
+            if not self.store.is_open and self.store.folder.is_dir():
                 await self.open()
-            except ApiError:
-                pass  # the store has logged why
-            except Exception as error:
-                logger.error("files_dir: cannot be read", exc_info=error)
+        except ApiError:
+            pass  # the store has logged why
+        except Exception as error:
+            self.store.note(f"cannot be read: {type(error).__name__}: {error}")
         for job in self._jobs.values():
             if not self._is_known(job.record.tenant):
                 job.fail("key_revoked", _REVOKED)
