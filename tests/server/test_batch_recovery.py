@@ -13,9 +13,10 @@ from pathlib import Path
 import openai
 import pytest
 import starlette.formparsers
-from batch_helpers import line, runner_of, upload
+from batch_helpers import answers, begin, encoded, ended, held_job, line, runner_of, until, upload
 
-from chunkllama_server.api.batch.disk import Folder, encode_result, read_results
+from chunkllama_server.api.batch import runner as runner_module
+from chunkllama_server.api.batch.disk import Folder, append, encode_result, read_results
 from chunkllama_server.api.batch.runner import BatchRunner
 from chunkllama_server.api.batch.store import FileStore
 from chunkllama_server.config.settings import Settings
@@ -29,6 +30,138 @@ def result(number: int, custom_id: str) -> bytes:
     return encode_result(
         number, {"id": "x", "custom_id": custom_id, "error": None, "response": answer}
     )
+
+
+# -- resumed jobs -----------------------------------------------------------------------------
+
+
+def interrupted_job(start_server, folder: Path, num_lines: int, num_done: int, status: str):
+    """A batch of lines "r0", "r1", ... whose server has ended, and of which the first have
+    results."""
+    server = start_server(files_dir=folder)
+    batch = held_job(server, [line(f"r{i}") for i in range(num_lines)])
+    store = runner_of(server).store
+    record = store.batches.get(batch.id, "")
+    server.stop()
+    server.engine.gate.set()
+    for number in range(1, num_done + 1):
+        append(store.results_path(record), result(number, f"r{number - 1}"))
+    record.value["status"] = status
+    store.write_batch(record)
+    return batch
+
+
+def check_room(store: FileStore, folder: Path) -> None:
+    """No results are left, and nothing is charged but files and records."""
+    assert not list(folder.rglob("*.results"))
+    charged = sum(each.most_bytes for each in [*store.files, *store.batches])
+    assert store.room("") == BUDGET - charged
+
+
+@pytest.mark.parametrize(
+    ("most_lines", "last", "code"),
+    [
+        (4, encoded([line("r5")]), "too_many_lines"),
+        (6, b"{", "invalid_json_line"),
+        (6, encoded([line("r0")]), "duplicate_custom_id"),
+    ],
+)
+def test_a_file_that_no_longer_passes_keeps_its_results(
+    start_server, tmp_path, most_lines, last, code
+) -> None:
+    """Of the other lines, those that can be read are in the error file."""
+    folder = tmp_path / "files"
+    batch = interrupted_job(start_server, folder, 6, 3, "in_progress")
+    (data,) = folder.rglob("*.data")
+    data.write_bytes(encoded([line(f"r{i}") for i in range(5)]) + last)
+    second = start_server(files_dir=folder, batch_lines=most_lines)
+    with second.client() as client:
+        batch = ended(client, client.batches.retrieve(batch.id))
+        done = [row["custom_id"] for row in answers(client, batch.output_file_id)]
+        rest = answers(client, batch.error_file_id)
+    assert (batch.status, batch.errors.data[0].code) == ("failed", code)
+    assert (batch.request_counts.completed, batch.request_counts.total) == (3, 6)
+    assert done == ["r0", "r1", "r2"]
+    assert [row["custom_id"] for row in rest] == ["r3", "r4"]
+    assert {row["error"]["code"] for row in rest} == {"batch_failed"}
+    assert second.engine.requests == []
+    until(lambda: not runner_of(second)._jobs)
+    check_room(runner_of(second).store, folder)
+
+
+def test_a_file_that_no_longer_passes_without_results(start_server, tmp_path) -> None:
+    """The first result was cut; its room is given back."""
+    folder = tmp_path / "files"
+    batch = interrupted_job(start_server, folder, 6, 0, "in_progress")
+    (record,) = folder.rglob("batch_*.json")
+    record.with_suffix(".results").write_bytes(result(1, "r0")[:-9])
+    second = start_server(files_dir=folder, batch_lines=4)
+    with second.client() as client:
+        batch = ended(client, client.batches.retrieve(batch.id))
+    assert (batch.status, batch.errors.data[0].code) == ("failed", "too_many_lines")
+    assert batch.output_file_id is None and batch.error_file_id is None
+    until(lambda: not runner_of(second)._jobs)
+    check_room(runner_of(second).store, folder)
+
+
+@pytest.mark.parametrize(
+    ("status", "num_done", "expected"),
+    [("finalizing", 6, "completed"), ("cancelling", 3, "cancelled")],
+)
+def test_a_job_that_was_over_ends_as_it_would_have(
+    start_server, tmp_path, status, num_done, expected
+) -> None:
+    """No line is left to run, so that the limits of lines do not count."""
+    batch = interrupted_job(start_server, tmp_path / "files", 6, num_done, status)
+    second = start_server(files_dir=tmp_path / "files", batch_lines=4)
+    with second.client() as client:
+        batch = ended(client, client.batches.retrieve(batch.id))
+        assert len(answers(client, batch.output_file_id)) == num_done
+    assert (batch.status, batch.errors) == (expected, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(RuntimeError("a bug"), "internal"), (OSError(errno.EIO, "I/O error"), "disk_error")],
+)
+def test_an_error_of_the_job_keeps_its_results(
+    start_server, tmp_path, monkeypatch, error, code
+) -> None:
+    folder = tmp_path / "files"
+    batch = interrupted_job(start_server, folder, 6, 3, "in_progress")
+
+    def broken(reader, max_lines):
+        raise error
+
+    monkeypatch.setattr(runner_module, "check_file", broken)
+    second = start_server(files_dir=folder)
+    with second.client() as client:
+        batch = ended(client, client.batches.retrieve(batch.id))
+        assert (batch.status, batch.errors.data[0].code) == ("failed", code)
+        assert len(answers(client, batch.output_file_id)) == 3
+    until(lambda: not runner_of(second)._jobs)
+    check_room(runner_of(second).store, folder)
+
+
+def test_a_job_that_cannot_be_recorded_fails_with_all_lines_named(
+    start_server, tmp_path, monkeypatch
+) -> None:
+    """The disk is full when the job begins, and has room when it ends."""
+    server = start_server(files_dir=tmp_path / "files")
+    store = runner_of(server).store
+    write = store.write_batch
+
+    def full_at_first(record) -> None:
+        if record.value["status"] == "in_progress":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(record)
+
+    monkeypatch.setattr(store, "write_batch", full_at_first)
+    with server.client() as client:
+        batch = ended(client, begin(client, [line("a"), line("b")]))
+        assert (batch.status, batch.errors.data[0].code) == ("failed", "disk_error")
+        assert [row["custom_id"] for row in answers(client, batch.error_file_id)] == ["a", "b"]
+    assert server.engine.requests == []
 
 
 # -- what cannot be read ----------------------------------------------------------------------
