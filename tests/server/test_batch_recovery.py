@@ -19,6 +19,7 @@ from chunkllama_server.api.batch import runner as runner_module
 from chunkllama_server.api.batch.disk import Folder, append, encode_result, read_results
 from chunkllama_server.api.batch.runner import BatchRunner
 from chunkllama_server.api.batch.store import FileStore
+from chunkllama_server.api.batch.turns import Reply
 from chunkllama_server.config.settings import Settings
 
 BUDGET = 1 << 30  # the default of file_bytes
@@ -162,6 +163,64 @@ def test_a_job_that_cannot_be_recorded_fails_with_all_lines_named(
         assert (batch.status, batch.errors.data[0].code) == ("failed", "disk_error")
         assert [row["custom_id"] for row in answers(client, batch.error_file_id)] == ["a", "b"]
     assert server.engine.requests == []
+
+
+# -- lines that are always refused ------------------------------------------------------------
+
+
+def refuse(server, tenant: str) -> list[str]:
+    """Answer a tenant's lines with 429 while the list, which gets their bodies, is not closed."""
+    lines = runner_of(server)._lines
+    call, refused = lines._call, []
+
+    async def refusing(caller, path, body, request_id, on_queued):
+        if caller == tenant and refused[-1:] != [""]:
+            refused.append(body["messages"][0]["content"])
+            return Reply(429, {"retry-after": "0.2"}, {})
+        return await call(caller, path, body, request_id, on_queued)
+
+    lines._call = refusing
+    return refused
+
+
+def test_lines_of_other_keys_run_beside_those_that_are_always_refused(
+    start_server, tmp_path
+) -> None:
+    """With one place: a line that waits to be tried again has none, and few lines wait."""
+    server = start_server(
+        files_dir=tmp_path / "files", api_keys={"a": "ka", "b": "kb"}, batch_requests=1
+    )
+    refused = refuse(server, "a")
+    with server.client("ka") as own, server.client("kb") as other:
+        stuck = begin(own, [line(f"a{i:02}", f"a{i:02}") for i in range(40)])
+        until(lambda: len(refused) >= 2)
+        batch = ended(other, begin(other, [line(f"b{i}") for i in range(20)]))
+        assert batch.request_counts.completed == 20
+        until(lambda: len(refused) > len(set(refused)) + 8)  # some have been tried again
+        assert len(set(refused)) <= 8
+        (job,) = runner_of(server)._jobs.values()
+        assert len(job.running) <= 8
+        assert len(runner_of(server)._lines._turns._waiting) <= 1
+        refused.append("")
+        stuck = ended(own, stuck)
+        assert stuck.request_counts.completed == 40
+    assert runner_of(server)._lines._turns.num_running == 0
+
+
+def test_a_batch_whose_lines_wait_to_be_tried_again_can_be_cancelled(
+    start_server, tmp_path
+) -> None:
+    server = start_server(files_dir=tmp_path / "files", batch_requests=2)
+    refused = refuse(server, "")
+    with server.client() as client:
+        batch = begin(client, [line(f"r{i}") for i in range(20)])
+        until(lambda: len(refused) >= 5)
+        client.batches.cancel(batch.id)
+        batch = ended(client, batch)
+        assert batch.status == "cancelled"
+        assert len(answers(client, batch.error_file_id)) == 20
+    turns = runner_of(server)._lines._turns
+    assert (turns.num_running, turns.is_taken, len(turns._waiting)) == (0, False, 0)
 
 
 # -- what cannot be read ----------------------------------------------------------------------

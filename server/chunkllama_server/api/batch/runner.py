@@ -44,7 +44,8 @@ class Job:
         tally: its results so far.
         lines: of its input file; those without a result are named in the error file.
         is_stopped: no further line is begun.
-        running: tasks of its lines.
+        running: tasks of its lines, those that wait to be tried again included.
+        asking: held while one of its lines waits for a turn.
     """
 
     record: StoredBatch
@@ -53,6 +54,7 @@ class Job:
     lines: list[Line] = field(default_factory=list)
     is_stopped: bool = False
     running: set[asyncio.Task[None]] = field(default_factory=set)
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def value(self) -> BatchObject:
