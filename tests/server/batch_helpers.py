@@ -45,3 +45,23 @@ def answers(client: openai.OpenAI, file_id: str | None) -> list[dict]:
     if file_id is None:
         return []
     return [json.loads(row) for row in client.files.content(file_id).text.splitlines()]
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def runner_of(server):
+    return server.app.state.context.batches
+
+
+def held_job(server, lines: list[dict], key: str = "none"):
+    """A batch whose lines wait in the engine."""
+    server.engine.gate.clear()
+    with server.client(key) as client:
+        batch = begin(client, lines)
+    until(lambda: server.engine.requests)
+    return batch

@@ -11,32 +11,22 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from batch_helpers import CHAT, answers, begin, encoded, ended, line, upload
+from batch_helpers import (
+    CHAT,
+    answers,
+    begin,
+    encoded,
+    ended,
+    held_job,
+    line,
+    runner_of,
+    until,
+    upload,
+)
 
 from chunkllama_server.api.batch.records import StoredBatch, StoredFile
 from chunkllama_server.api.batch.store import FileStore
 from chunkllama_server.config.tenants import TenantQuotas
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def runner_of(server):
-    return server.app.state.context.batches
-
-
-def held_job(server, lines: list[dict], key: str = "none"):
-    """A batch whose lines wait in the engine."""
-    server.engine.gate.clear()
-    with server.client(key) as client:
-        batch = begin(client, lines)
-    until(lambda: server.engine.requests)
-    return batch
-
 
 # -- restarts ---------------------------------------------------------------------------------
 

@@ -66,7 +66,9 @@ every = pytest.mark.parametrize("family", NAMES, indirect=True, scope="module")
 
 
 def post(server, path, body):
-    answer = server.post(path, {"model": MODEL, **body})
+    # without it /v1/messages needs more tokens than it has for thoughts
+    beta = {"anthropic-beta": "interleaved-thinking-2025-05-14"}
+    answer = server.post(path, {"model": MODEL, **body}, **beta)
     assert answer.status_code == 200, (answer.text, json.dumps(body)[:3000])
     return answer.json()
 

@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 import msgspec
 from fastapi import Request
 from fastapi.routing import APIRoute
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import FormData, Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.config.settings import Settings
-from chunkllama_server.transport.errors import ApiError, exceeded, invalid
+from chunkllama_server.transport.errors import ApiError, as_api_error, exceeded, invalid
 from chunkllama_server.transport.paths import names_json
 
 _CONTAINERS = frozenset((dict, list))
@@ -178,6 +178,17 @@ class StrictRequest(Request):
             self.on_repair,
         )
         return self.translate(parsed, self.scope)
+
+    async def form(self, **limits: Any) -> FormData:  # type: ignore[override]
+        """The parts of a form; large ones lie in temporary files.
+
+        Raises:
+            ApiError: 503 where the disk is full, 500 where a file cannot be written otherwise.
+        """
+        try:
+            return await super().form(**limits)
+        except OSError as error:
+            raise as_api_error(error) from None
 
 
 FILES_PATH = "/v1/files"  # its body is an uploaded file

@@ -3,6 +3,7 @@ exception type, one mapping, one set of handlers."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -114,6 +115,13 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, code=code, retry_after=2)
 
 
+def storage_full(error: OSError) -> ApiError | None:
+    """Return the 503 of a disk or a quota that is full; None for another error."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    return unavailable("The disk of this server is full; try again later", "storage_full")
+
+
 def exceeded(limits: LimitsConfig, key: str, param: str | None = None, **values: Any) -> ApiError:
     """Return the refusal of a request that is beyond a limit, as the table of limits states it.
 
@@ -176,6 +184,10 @@ def as_api_error(error: Exception) -> ApiError:
         return api_error
     if isinstance(error, EngineDeadError):
         return unavailable("The engine is not available; try again", "engine_unavailable")
+    full = storage_full(error) if isinstance(error, OSError) else None
+    if full is not None:
+        logger.error("request failed: %s", error)
+        return full
     logger.error("request failed", exc_info=error)
     return ApiError(500, "Internal server error; quote the x-request-id header", code="internal")
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,13 @@ import msgspec
 from chunkllama_server.api.schema.batch import LineResult
 
 _TENANT = "[0-9a-f]" * 32  # matches the folder of a tenant
+
+
+class _Entry(msgspec.Struct):
+    """One line of gathered results."""
+
+    line: int
+    result: LineResult
 
 
 class GatheredResult(NamedTuple):
@@ -104,21 +110,24 @@ class Folder:
         """All records."""
         return self.path.glob(f"{_TENANT}/*.json")
 
-    def clean(self, is_used: Callable[[str, str], bool]) -> None:
+    def clean(self, is_used: Callable[[str, str, bool], bool]) -> None:
         """Remove what an earlier process left unfinished.
 
         Args:
-            is_used: of a name and a suffix, whether a record stands for the file.
+            is_used: of a name, a suffix and whether there is a record, whether the record stands
+                for the file.
         """
         for path in self.path.glob(f"{_TENANT}/*.*"):
             name, _, suffix = path.name.partition(".")
             is_own = name.startswith(("file-", "batch_"))
-            if is_own and suffix != "json" and not is_used(name, suffix):
+            has_record = path.with_name(f"{name}.json").exists()
+            if is_own and suffix != "json" and not is_used(name, suffix, has_record):
                 path.unlink(missing_ok=True)
 
 
 def read_results(path: Path) -> Iterator[GatheredResult]:
-    """Read the results so far, each line once; a last line that was cut is removed."""
+    """Read the results so far, each line once; from a line that was cut or is no result on, they
+    are removed."""
     if not path.exists():
         return
     seen: set[int] = set()
@@ -126,21 +135,21 @@ def read_results(path: Path) -> Iterator[GatheredResult]:
     with path.open("rb+") as file:
         for line in file:
             try:
-                entry = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
+                entry = msgspec.json.decode(line, type=_Entry) if line.endswith(b"\n") else None
+            except msgspec.MsgspecError:
                 entry = None
             if entry is None:
                 break
-            if entry["line"] not in seen:
-                seen.add(entry["line"])
-                yield GatheredResult(entry["line"], end, len(line), entry["result"])
+            if entry.line not in seen:
+                seen.add(entry.line)
+                yield GatheredResult(entry.line, end, len(line), entry.result)
             end += len(line)
         file.truncate(end)
 
 
 def encode_result(number: int, result: LineResult) -> bytes:
     """Return what ``read_results`` reads."""
-    return msgspec.json.encode({"line": number, "result": result}) + b"\n"
+    return msgspec.json.encode(_Entry(number, result)) + b"\n"
 
 
 def append(path: Path, line: bytes) -> None:

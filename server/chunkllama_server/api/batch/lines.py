@@ -20,7 +20,7 @@ _MAX_BLOCKS = 1024
 _MAX_CUSTOM_ID = 512
 _MAX_MESSAGE = 160  # with that, a job's errors fit what is reserved for its record
 _ENVELOPE_BYTES = 8192  # of a line, beside its body
-_UNUSED = frozenset(("stream", "stream_options", "background"))
+_UNUSED = frozenset(("stream", "stream_options", "background"))  # fields of a body
 # Their routes replace halves of characters, and answer.
 _REPAIRED = ("/v1/chat/completions", "/v1/responses")
 
@@ -80,9 +80,7 @@ class LineReader:
         with self.path.open("rb") as file:
             file.seek(line.start)
             body: dict[str, Any] = self.parse(file.read(line.size))["body"]
-        return {
-            k: v for k, v in body.items() if k not in ("stream", "stream_options", "background")
-        }
+        return {name: value for name, value in body.items() if name not in _UNUSED}
 
     def raw_lines(self) -> Iterator[bytes | None]:
         """Lines with their ends; None, and nothing after it, for one beyond ``max_body_bytes``."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chunkllama.logger import init_logger
-from chunkllama_server.api.batch.lines import CheckedFile, LineReader, check_file
+from chunkllama_server.api.batch.lines import Line, LineReader, check_file
 from chunkllama_server.api.batch.records import FILE_RECORD_BYTES, StoredBatch
 from chunkllama_server.api.batch.results import (
     Kind,
@@ -32,6 +32,7 @@ _POLL_SECONDS = 0.1  # between two looks whether an earlier job of the key has e
 _DISK_SECONDS = 30.0  # between two tries to write to a full disk
 _OPEN_JOBS = 2  # of a key, whose lines are in memory
 _REVOKED = "The API key of this batch has been removed from the server"
+_INTERNAL = "The batch could not be run; see the server's log"
 _NO_FILE = "The input file has been deleted or has expired"
 
 
@@ -41,15 +42,19 @@ class Job:
 
     Attributes:
         tally: its results so far.
+        lines: of its input file; those without a result are named in the error file.
         is_stopped: no further line is begun.
-        running: tasks of its lines.
+        running: tasks of its lines, those that wait to be tried again included.
+        asking: held while one of its lines waits for a turn.
     """
 
     record: StoredBatch
     task: asyncio.Task[None] | None = None
     tally: Tally = field(default_factory=Tally)
+    lines: list[Line] = field(default_factory=list)
     is_stopped: bool = False
     running: set[asyncio.Task[None]] = field(default_factory=set)
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def value(self) -> BatchObject:
@@ -131,13 +136,13 @@ class BatchRunner:
 
     async def _look(self) -> None:
         """Take over a folder that has become free; stop the jobs of tenants without a key."""
-        if not self.store.is_open and self.store.folder.is_dir():
-            try:
+        try:
+            if not self.store.is_open and self.store.folder.is_dir():
                 await self.open()
-            except ApiError:
-                pass  # the store has logged why
-            except Exception as error:
-                logger.error("files_dir: cannot be read", exc_info=error)
+        except ApiError:
+            pass  # the store has logged why
+        except Exception as error:
+            self.store.note(f"cannot be read: {type(error).__name__}: {error}")
         for job in self._jobs.values():
             if not self._is_known(job.record.tenant):
                 job.fail("key_revoked", _REVOKED)
@@ -178,14 +183,23 @@ class BatchRunner:
 
     async def _run(self, job: Job) -> None:
         try:
-            await self._wait_for_earlier(job)
-            await self._run_to_end(job)
+            try:
+                await self._wait_for_earlier(job)
+                await self._run_to_end(job)
+            except OSError as error:
+                logger.error("batch %s: %s", job.record.id, error)
+                job.fail("disk_error", "The batch's data could not be read or written")
+            except Exception as error:
+                logger.error("batch %s failed", job.record.id, exc_info=error)
+                job.fail("internal", _INTERNAL)
+            await self._finish(job)
         except Exception as error:
-            logger.error("batch %s failed", job.record.id, exc_info=error)
-            job.say("internal", "The batch could not be run; see the server's log")
-            with contextlib.suppress(OSError):
-                self._enter(job, "failed")
-                self.store.drop_results(job.record)
+            logger.error("batch %s: no files of its results", job.record.id, exc_info=error)
+            if not job.record.has_ended:
+                job.say("internal", _INTERNAL)
+                with contextlib.suppress(OSError):
+                    self._enter(job, "failed")
+                    self.store.drop_results(job.record)
         finally:
             self._jobs.pop(job.record.id, None)
 
@@ -203,12 +217,13 @@ class BatchRunner:
         return self.store.now() >= job.value["expires_at"]
 
     async def _run_to_end(self, job: Job) -> None:
+        """Check the input file and run the lines that have no result, until the job is over."""
         record, value = job.record, job.value
         work = self.store.work
         job.tally = await work(read_tally, self.store.results_path(record))
-        self._show(job, value["request_counts"]["total"])
+        num_lines = value["request_counts"]["total"]
+        self._show(job, num_lines)
         path = self.store.file_path(record.tenant, value["input_file_id"])
-        checked = CheckedFile([], [])
         try:
             if path is None:
                 raise FileNotFoundError
@@ -217,19 +232,21 @@ class BatchRunner:
                 checked = await work(check_file, reader, self._max_lines)
         except FileNotFoundError:
             job.fail("file_not_found", _NO_FILE)
-            await self._finish(job, checked)
             return
-        if checked.errors:
+        # A file that has passed once may not pass under the limits of a later process.
+        self._show(job, max(num_lines, len(checked.lines)))
+        is_over = job.is_stopped or value["status"] == "finalizing"
+        if checked.errors and not is_over:
             value["errors"] = {"object": "list", "data": checked.errors}
-            self._show(job, len(checked.lines))
-            self._enter(job, "failed")
+            job.stop()
+            if not job.tally.done:
+                return
+        job.lines = checked.lines
+        if job.is_stopped or is_over:
             return
-        self._show(job, len(checked.lines))
         if value["status"] == "validating":
             self._enter(job, "in_progress")
-        if not job.is_stopped and value["status"] == "in_progress":
-            await self._run_lines(job, checked, reader)
-        await self._finish(job, checked)
+        await self._run_lines(job, reader)
 
     def _show(self, job: Job, num_lines: int) -> None:
         """Let the job's record show its tally from now on."""
@@ -237,9 +254,9 @@ class BatchRunner:
         job.value["request_counts"] = job.tally.counts
         job.value["usage"] = job.tally.usage
 
-    async def _run_lines(self, job: Job, checked: CheckedFile, reader: LineReader) -> None:
+    async def _run_lines(self, job: Job, reader: LineReader) -> None:
         """Run the lines that have no result, neighbours in the prefix tree after one another."""
-        todo = [line for line in checked.lines if line.number not in job.tally.done]
+        todo = [line for line in job.lines if line.number not in job.tally.done]
         # Each line has at least an entry in the error file; what an answer takes comes later.
         least = await self.store.work(lambda: sum(map(missing_bytes, todo)))
         if not self.store.grow(job.record, least + 2 * FILE_RECORD_BYTES):
@@ -251,7 +268,7 @@ class BatchRunner:
             async with asyncio.timeout(max(seconds, 0)):
                 await self._lines.run(job, todo, reader)
 
-    async def _finish(self, job: Job, checked: CheckedFile) -> None:
+    async def _finish(self, job: Job) -> None:
         """Make the result files and end the job; a full disk is tried again."""
         num_missing = max(job.tally.counts["total"] - len(job.tally.done), 0)
         ended = "completed"
@@ -260,11 +277,12 @@ class BatchRunner:
         elif num_missing or not job.tally.done:
             ended = "cancelled" if job.is_stopped else "expired"
         reason = None if ended == "completed" else f"batch_{ended}"
+        has_files = bool(job.tally.done or job.lines)
         while True:
             try:
-                if job.value["status"] not in ("cancelling", "finalizing"):
+                if has_files and job.value["status"] not in ("cancelling", "finalizing"):
                     self._enter(job, "finalizing")
-                await self._make_files(job, checked, reason)
+                await self._make_files(job, reason)
                 self._enter(job, ended)
                 break
             except OSError as error:
@@ -280,7 +298,7 @@ class BatchRunner:
             usage["input_tokens_details"]["cached_tokens"],
         )
 
-    async def _make_files(self, job: Job, checked: CheckedFile, reason: str | None) -> None:
+    async def _make_files(self, job: Job, reason: str | None) -> None:
         """Make files of the job's results.
 
         Raises:
@@ -293,7 +311,7 @@ class BatchRunner:
             return store.write_content(record.tenant, f"{stem}-{kind}", blocks)
 
         made: list[MadeFile] = await store.work(
-            write_results, store.results_path(record), checked.lines, reason, write
+            write_results, store.results_path(record), job.lines, reason, write
         )
         for kind, size in made:
             store.adopt(

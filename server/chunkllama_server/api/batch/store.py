@@ -8,6 +8,7 @@ budget together.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections import Counter
@@ -21,7 +22,7 @@ from chunkllama.logger import init_logger
 from chunkllama_server.api.batch.disk import Folder, append
 from chunkllama_server.api.batch.records import FILE_RECORD_BYTES, StoredBatch, StoredFile, Table
 from chunkllama_server.api.schema.batch import FileObject
-from chunkllama_server.transport.errors import ApiError, unavailable
+from chunkllama_server.transport.errors import ApiError, storage_full, unavailable
 
 logger = init_logger(__name__)
 
@@ -83,21 +84,24 @@ class FileStore:
         try:
             self._disk.lock()
         except BlockingIOError:
-            self._note("another server uses the folder; choose another --files-dir")
+            self.note("another server uses the folder; choose another --files-dir")
             raise unavailable(
                 "Another server uses this server's folder of files", "files_unavailable"
             ) from None
         except OSError as error:
-            self._note(f"cannot be used: {error}")
-            raise _unusable() from None
+            self.note(f"cannot be used: {error}")
+            raise _unusable(error) from None
         try:
             self._read()
-        except BaseException:
+        except BaseException as error:
             self._disk.unlock()
-            raise
+            if not isinstance(error, OSError):
+                raise
+            self.note(f"cannot be read: {error}")
+            raise _unusable(error) from None
         self._is_open = True
 
-    def _note(self, why: str) -> None:
+    def note(self, why: str) -> None:
         """Log once why the folder cannot be used, however often it is tried."""
         if why != self._why_not:
             logger.error("files_dir: %s", why)
@@ -121,6 +125,9 @@ class FileStore:
         return await asyncio.shield(future)
 
     def _read(self) -> None:
+        """Read all records, whatever an earlier try has read."""
+        self.files, self.batches = Table(), Table()
+        self._charged.clear()
         self._used.clear()
         self._held.clear()
         found: list[StoredFile | StoredBatch] = []
@@ -129,7 +136,7 @@ class FileStore:
             try:
                 found.append(msgspec.json.decode(path.read_bytes(), type=kind))
             except (OSError, msgspec.MsgspecError) as error:
-                logger.warning("files_dir: %s is left out: %s", path, error)
+                logger.warning("files_dir: %s is left out, its data is kept: %s", path, error)
         found.sort(key=lambda record: (record.serial, record.value["created_at"], record.id))
         for record in found:
             self._serial = max(self._serial, record.serial)
@@ -140,10 +147,13 @@ class FileStore:
                     self.grow(record, 2 * results.stat().st_size, at_any_rate=True)
         self._disk.clean(self._stands_for)
 
-    def _stands_for(self, name: str, suffix: str) -> bool:
-        return (suffix, name in self._charged) == ("data", True) or (
-            suffix == "results" and name in self._held
-        )
+    def _stands_for(self, name: str, suffix: str, has_record: bool) -> bool:
+        """Whether a record needs the file; one that cannot be read may be read another time."""
+        if suffix not in ("data", "results"):
+            return False
+        if name not in self._charged:
+            return has_record
+        return suffix == "data" or name in self._held
 
     # -- room ---------------------------------------------------------------------------------
 
@@ -225,7 +235,9 @@ class FileStore:
                 return self.adopt(tenant, file_id, filename, size, "batch", seconds)
             except OSError as error:
                 logger.error("files_dir: a file cannot be stored: %s", error)
-                raise _unusable() from None
+                with contextlib.suppress(OSError):
+                    self._disk.remove(tenant, file_id, "data")  # its record may not fit
+                raise _unusable(error) from None
             finally:
                 self._used[tenant] -= reserved
 
@@ -312,7 +324,7 @@ class FileStore:
             self.write_batch(record)
         except OSError as error:
             logger.error("files_dir: a batch cannot be stored: %s", error)
-            raise _unusable() from None
+            raise _unusable(error) from None
         self._add(record)
 
     def write_batch(self, record: StoredBatch) -> None:
@@ -346,5 +358,7 @@ class FileStore:
         self._used[record.tenant] -= self._held.pop(record.id, 0)
 
 
-def _unusable() -> ApiError:
-    return unavailable("Files cannot be stored on this server", "files_unavailable")
+def _unusable(error: OSError) -> ApiError:
+    return storage_full(error) or unavailable(
+        "Files cannot be stored on this server", "files_unavailable"
+    )

@@ -22,6 +22,7 @@ logger = init_logger(__name__)
 _GAP_SECONDS = 0.01  # between two looks for a gap
 _RETRY_STATUSES = frozenset((429, 503, 529))
 _MAX_RETRY_SECONDS = 30.0
+_LEAST_BEGUN = 8  # lines of a job, of which some wait to be tried again, at any bound of lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +45,34 @@ class LineJob(Protocol):
     tally: Tally
     is_stopped: bool
     running: set[asyncio.Task[None]]
+    asking: asyncio.Lock
 
     def fail(self, code: str, message: str, line: int | None = None) -> None: ...
 
 
 class Turn:
-    """The turn of one line, from the gap until the engine has its request."""
+    """The turn of one line, from the gap until the engine has its request, and its place among
+    those that run, until it leaves."""
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
         self._has_ended = asyncio.Event()
+        self._has_left = False
+        turns.is_taken = True
+        turns.num_running += 1
 
     def end(self) -> None:
         """Let the next line look for a gap; again has no effect."""
         if not self._has_ended.is_set():
             self._has_ended.set()
             self._turns.is_taken = False
+
+    def leave(self) -> None:
+        """End the turn and give the place back; again has no effect."""
+        self.end()
+        if not self._has_left:
+            self._has_left = True
+            self._turns.num_running -= 1
 
     async def wait(self) -> None:
         await self._has_ended.wait()
@@ -82,29 +95,27 @@ class Turns:
 
     def __init__(self, has_gap: Callable[[], bool], max_running: Callable[[], int]) -> None:
         self._has_gap = has_gap
-        self._max_running = max_running
+        self.max_running = max_running
         self._waiting: deque[object] = deque()
         self.num_running = 0
         self.is_taken = False
 
-    async def take(self, job: LineJob, *, is_running: bool = False) -> Turn | None:
+    async def take(self, job: LineJob) -> Turn | None:
         """Wait for a turn; None if the job is stopped meanwhile.
 
-        Args:
-            is_running: the line is one of ``num_running`` already.
+        A job asks for one turn at a time, however many of its lines are to be tried again.
         """
-        place = object()
-        # A line that runs goes first: others may wait for it to end.
-        (self._waiting.appendleft if is_running else self._waiting.append)(place)
-        try:
-            while not job.is_stopped:
-                is_free = is_running or self.num_running < self._max_running()
-                if self._waiting[0] is place and not self.is_taken and is_free and self._has_gap():
-                    self.is_taken = True
-                    return Turn(self)
-                await asyncio.sleep(_GAP_SECONDS)
-        finally:
-            self._waiting.remove(place)
+        async with job.asking:
+            place = object()
+            self._waiting.append(place)
+            try:
+                while not job.is_stopped:
+                    is_free = not self.is_taken and self.num_running < self.max_running()
+                    if self._waiting[0] is place and is_free and self._has_gap():
+                        return Turn(self)
+                    await asyncio.sleep(_GAP_SECONDS)
+            finally:
+                self._waiting.remove(place)
         return None
 
 
@@ -126,6 +137,7 @@ class LineRunner:
         """Run lines until they have results or the job is stopped; cancelled, it ends them."""
         try:
             for line in lines:
+                await self._wait_for_begun(job)
                 turn = await self._turns.take(job)
                 if turn is None:
                     break
@@ -139,14 +151,20 @@ class LineRunner:
             if job.running:
                 await asyncio.wait(job.running)
 
+    async def _wait_for_begun(self, job: LineJob) -> None:
+        """Wait until few lines of the job have been begun: those that wait to be tried again hold
+        no place, and are bounded all the same."""
+        while not job.is_stopped:
+            if len(job.running) < max(self._turns.max_running(), _LEAST_BEGUN):
+                return
+            await asyncio.sleep(_GAP_SECONDS)
+
     def _begin(self, job: LineJob, line: Line, reader: LineReader, turn: Turn) -> None:
-        self._turns.num_running += 1
         task = asyncio.create_task(self._run_line(job, line, reader, turn))
         job.running.add(task)
 
         def ended(task: asyncio.Task[None]) -> None:
-            turn.end()  # a task that is cancelled at once has done nothing
-            self._turns.num_running -= 1
+            turn.leave()  # a task that is cancelled at once has done nothing
             job.running.discard(task)
 
         task.add_done_callback(ended)
@@ -160,10 +178,10 @@ class LineRunner:
             "error": None,
         }
         try:
-            body = await self._read(job, line, reader)
-            if body is None:
+            answer = await self._answer(job, line, reader, request_id, turn)
+            if answer is None:
                 return
-            result["response"] = await self._answer(job, reader.endpoint, body, request_id, turn)
+            result["response"] = answer
         except Exception as error:
             logger.error("batch %s: line %s failed", job.record.id, line.number, exc_info=error)
             message = "The line could not be run; see the server's log"
@@ -180,29 +198,30 @@ class LineRunner:
             return None
 
     async def _answer(
-        self, job: LineJob, path: str, body: dict[str, Any], request_id: str, turn: Turn | None
-    ) -> LineAnswer:
-        """The route's answer; a server that is busy or restarting is asked again.
-
-        Raises:
-            CancelledError: the job is stopped.
-        """
-        tenant = job.record.tenant
+        self, job: LineJob, line: Line, reader: LineReader, request_id: str, turn: Turn | None
+    ) -> LineAnswer | None:
+        """The route's answer, None where the job has failed or is stopped; a server that is busy
+        or restarting is asked again, and until then other lines have the place."""
         while turn is not None:
             try:
+                body = await self._read(job, line, reader)
+                if body is None:
+                    return None
+                tenant, path = job.record.tenant, reader.endpoint
                 reply = await self._call(tenant, path, body, request_id, turn.end)
             finally:
-                turn.end()
+                turn.leave()
             if reply.status not in _RETRY_STATUSES:
                 return {
                     "status_code": reply.status,
                     "request_id": reply.headers.get("x-request-id", request_id),
                     "body": reply.body,
                 }
+            del body  # a line that waits takes little memory
             seconds = float(reply.headers.get("retry-after", "1"))
             await asyncio.sleep(min(seconds, _MAX_RETRY_SECONDS))
-            turn = await self._turns.take(job, is_running=True)
-        raise asyncio.CancelledError
+            turn = await self._turns.take(job)
+        return None
 
     def _add(self, job: LineJob, line: Line, result: LineResult) -> None:
         """Store and count a result, without a pause in which it could be one of the two."""

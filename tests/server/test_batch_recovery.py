@@ -1,0 +1,460 @@
+"""Batches after what an operator or a disk does: stricter limits, unreadable records, no room, and
+keys whose lines are always refused."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import openai
+import pytest
+import starlette.formparsers
+from batch_helpers import answers, begin, encoded, ended, held_job, line, runner_of, until, upload
+
+from chunkllama_server.api.batch import runner as runner_module
+from chunkllama_server.api.batch.disk import Folder, append, encode_result, read_results
+from chunkllama_server.api.batch.runner import BatchRunner
+from chunkllama_server.api.batch.store import FileStore
+from chunkllama_server.api.batch.turns import Reply
+from chunkllama_server.config.settings import Settings
+
+BUDGET = 1 << 30  # the default of file_bytes
+
+
+def result(number: int, custom_id: str) -> bytes:
+    body = {"usage": {"prompt_tokens": 5, "completion_tokens": 2}}
+    answer = {"status_code": 200, "request_id": "q", "body": body}
+    return encode_result(
+        number, {"id": "x", "custom_id": custom_id, "error": None, "response": answer}
+    )
+
+
+# -- resumed jobs -----------------------------------------------------------------------------
+
+
+def interrupted_job(start_server, folder: Path, num_lines: int, num_done: int, status: str):
+    """A batch of lines "r0", "r1", ... whose server has ended, and of which the first have
+    results."""
+    server = start_server(files_dir=folder)
+    batch = held_job(server, [line(f"r{i}") for i in range(num_lines)])
+    store = runner_of(server).store
+    record = store.batches.get(batch.id, "")
+    server.stop()
+    server.engine.gate.set()
+    for number in range(1, num_done + 1):
+        append(store.results_path(record), result(number, f"r{number - 1}"))
+    record.value["status"] = status
+    store.write_batch(record)
+    return batch
+
+
+def check_room(store: FileStore, folder: Path) -> None:
+    """No results are left, and nothing is charged but files and records."""
+    assert not list(folder.rglob("*.results"))
+    charged = sum(each.most_bytes for each in [*store.files, *store.batches])
+    assert store.room("") == BUDGET - charged
+
+
+@pytest.mark.parametrize(
+    ("most_lines", "last", "code"),
+    [
+        (4, encoded([line("r5")]), "too_many_lines"),
+        (6, b"{", "invalid_json_line"),
+        (6, encoded([line("r0")]), "duplicate_custom_id"),
+    ],
+)
+def test_a_file_that_no_longer_passes_keeps_its_results(
+    start_server, tmp_path, most_lines, last, code
+) -> None:
+    """Of the other lines, those that can be read are in the error file."""
+    folder = tmp_path / "files"
+    batch = interrupted_job(start_server, folder, 6, 3, "in_progress")
+    (data,) = folder.rglob("*.data")
+    data.write_bytes(encoded([line(f"r{i}") for i in range(5)]) + last)
+    second = start_server(files_dir=folder, batch_lines=most_lines)
+    with second.client() as client:
+        batch = ended(client, client.batches.retrieve(batch.id))
+        done = [row["custom_id"] for row in answers(client, batch.output_file_id)]
+        rest = answers(client, batch.error_file_id)
+    assert (batch.status, batch.errors.data[0].code) == ("failed", code)
+    assert (batch.request_counts.completed, batch.request_counts.total) == (3, 6)
+    assert done == ["r0", "r1", "r2"]
+    assert [row["custom_id"] for row in rest] == ["r3", "r4"]
+    assert {row["error"]["code"] for row in rest} == {"batch_failed"}
+    assert second.engine.requests == []
+    until(lambda: not runner_of(second)._jobs)
+    check_room(runner_of(second).store, folder)
+
+
+def test_a_file_that_no_longer_passes_without_results(start_server, tmp_path) -> None:
+    """The first result was cut; its room is given back."""
+    folder = tmp_path / "files"
+    batch = interrupted_job(start_server, folder, 6, 0, "in_progress")
+    (record,) = folder.rglob("batch_*.json")
+    record.with_suffix(".results").write_bytes(result(1, "r0")[:-9])
+    second = start_server(files_dir=folder, batch_lines=4)
+    with second.client() as client:
+        batch = ended(client, client.batches.retrieve(batch.id))
+    assert (batch.status, batch.errors.data[0].code) == ("failed", "too_many_lines")
+    assert batch.output_file_id is None and batch.error_file_id is None
+    until(lambda: not runner_of(second)._jobs)
+    check_room(runner_of(second).store, folder)
+
+
+@pytest.mark.parametrize(
+    ("status", "num_done", "expected"),
+    [("finalizing", 6, "completed"), ("cancelling", 3, "cancelled")],
+)
+def test_a_job_that_was_over_ends_as_it_would_have(
+    start_server, tmp_path, status, num_done, expected
+) -> None:
+    """No line is left to run, so that the limits of lines do not count."""
+    batch = interrupted_job(start_server, tmp_path / "files", 6, num_done, status)
+    second = start_server(files_dir=tmp_path / "files", batch_lines=4)
+    with second.client() as client:
+        batch = ended(client, client.batches.retrieve(batch.id))
+        assert len(answers(client, batch.output_file_id)) == num_done
+    assert (batch.status, batch.errors) == (expected, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(RuntimeError("a bug"), "internal"), (OSError(errno.EIO, "I/O error"), "disk_error")],
+)
+def test_an_error_of_the_job_keeps_its_results(
+    start_server, tmp_path, monkeypatch, error, code
+) -> None:
+    folder = tmp_path / "files"
+    batch = interrupted_job(start_server, folder, 6, 3, "in_progress")
+
+    def broken(reader, max_lines):
+        raise error
+
+    monkeypatch.setattr(runner_module, "check_file", broken)
+    second = start_server(files_dir=folder)
+    with second.client() as client:
+        batch = ended(client, client.batches.retrieve(batch.id))
+        assert (batch.status, batch.errors.data[0].code) == ("failed", code)
+        assert len(answers(client, batch.output_file_id)) == 3
+    until(lambda: not runner_of(second)._jobs)
+    check_room(runner_of(second).store, folder)
+
+
+def test_a_job_that_cannot_be_recorded_fails_with_all_lines_named(
+    start_server, tmp_path, monkeypatch
+) -> None:
+    """The disk is full when the job begins, and has room when it ends."""
+    server = start_server(files_dir=tmp_path / "files")
+    store = runner_of(server).store
+    write = store.write_batch
+
+    def full_at_first(record) -> None:
+        if record.value["status"] == "in_progress":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(record)
+
+    monkeypatch.setattr(store, "write_batch", full_at_first)
+    with server.client() as client:
+        batch = ended(client, begin(client, [line("a"), line("b")]))
+        assert (batch.status, batch.errors.data[0].code) == ("failed", "disk_error")
+        assert [row["custom_id"] for row in answers(client, batch.error_file_id)] == ["a", "b"]
+    assert server.engine.requests == []
+
+
+# -- lines that are always refused ------------------------------------------------------------
+
+
+def refuse(server, tenant: str) -> list[str]:
+    """Answer a tenant's lines with 429 while the list, which gets their bodies, is not closed."""
+    lines = runner_of(server)._lines
+    call, refused = lines._call, []
+
+    async def refusing(caller, path, body, request_id, on_queued):
+        if caller == tenant and refused[-1:] != [""]:
+            refused.append(body["messages"][0]["content"])
+            return Reply(429, {"retry-after": "0.2"}, {})
+        return await call(caller, path, body, request_id, on_queued)
+
+    lines._call = refusing
+    return refused
+
+
+def test_lines_of_other_keys_run_beside_those_that_are_always_refused(
+    start_server, tmp_path
+) -> None:
+    """With one place: a line that waits to be tried again has none, and few lines wait."""
+    server = start_server(
+        files_dir=tmp_path / "files", api_keys={"a": "ka", "b": "kb"}, batch_requests=1
+    )
+    refused = refuse(server, "a")
+    with server.client("ka") as own, server.client("kb") as other:
+        stuck = begin(own, [line(f"a{i:02}", f"a{i:02}") for i in range(40)])
+        until(lambda: len(refused) >= 2)
+        batch = ended(other, begin(other, [line(f"b{i}") for i in range(20)]))
+        assert batch.request_counts.completed == 20
+        until(lambda: len(refused) > len(set(refused)) + 8)  # some have been tried again
+        assert len(set(refused)) <= 8
+        (job,) = runner_of(server)._jobs.values()
+        assert len(job.running) <= 8
+        assert len(runner_of(server)._lines._turns._waiting) <= 1
+        refused.append("")
+        stuck = ended(own, stuck)
+        assert stuck.request_counts.completed == 40
+    assert runner_of(server)._lines._turns.num_running == 0
+
+
+def test_a_batch_whose_lines_wait_to_be_tried_again_can_be_cancelled(
+    start_server, tmp_path
+) -> None:
+    server = start_server(files_dir=tmp_path / "files", batch_requests=2)
+    refused = refuse(server, "")
+    with server.client() as client:
+        batch = begin(client, [line(f"r{i}") for i in range(20)])
+        until(lambda: len(refused) >= 5)
+        client.batches.cancel(batch.id)
+        batch = ended(client, batch)
+        assert batch.status == "cancelled"
+        assert len(answers(client, batch.error_file_id)) == 20
+    turns = runner_of(server)._lines._turns
+    assert (turns.num_running, turns.is_taken, len(turns._waiting)) == (0, False, 0)
+
+
+# -- what cannot be read ----------------------------------------------------------------------
+
+
+def opened(folder: Path) -> FileStore:
+    store = FileStore(folder, lambda _: BUDGET, 1e9)
+    store.open()
+    return store
+
+
+def closed(store: FileStore) -> None:
+    asyncio.run(store.close())
+
+
+def stored_file(folder: Path) -> str:
+    """A folder with one file, "abc"."""
+
+    async def store() -> str:
+        store = opened(folder)
+        value = await store.add_file("", "in.jsonl", iter([b"abc"]), 3)
+        await store.close()
+        return value["id"]
+
+    return asyncio.run(store())
+
+
+@pytest.mark.parametrize("cause", ["cut", "later version", "read", "listed"])
+def test_the_data_of_a_record_that_cannot_be_read_is_kept(tmp_path, monkeypatch, cause) -> None:
+    """The record is cut, of a later version, or not read this time; all are readable again."""
+    folder = tmp_path / "files"
+    file_id = stored_file(folder)
+    (path,) = folder.rglob("*.json")
+    record = path.read_bytes()
+    results = path.with_name("batch_1.results")
+    results.write_bytes(result(1, "a"))
+    results.with_suffix(".json").write_bytes(b"{")
+
+    def broken(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    if cause == "cut":
+        path.write_bytes(record[:20])
+    elif cause == "later version":
+        path.write_bytes(json.dumps({**json.loads(record), "serial": "new"}).encode())
+    with monkeypatch.context() as patch:
+        if cause == "read":
+            patch.setattr(Path, "read_bytes", broken)
+        elif cause == "listed":
+            patch.setattr(Folder, "records", lambda folder: iter([]))
+        store = opened(folder)
+    assert store.file_path("", file_id) is None
+    closed(store)
+    path.write_bytes(record)
+    store = opened(folder)
+    read = store.file_path("", file_id)
+    assert read is not None and read.read_bytes() == b"abc"
+    assert results.exists()
+    closed(store)
+
+
+def test_a_folder_that_cannot_be_read_once_is_charged_once(tmp_path, monkeypatch) -> None:
+    """The first try ends in the middle; the second finds what the first has read."""
+    folder = tmp_path / "files"
+    stored_file(folder)
+    store = FileStore(folder, lambda _: BUDGET, 1e9)
+
+    def broken(folder: Folder, is_used) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "clean", broken)
+        with pytest.raises(Exception, match="cannot be stored") as refused:
+            store.open()
+    assert (refused.value.status_code, refused.value.code) == (503, "files_unavailable")
+    store.open()
+    assert store.room("") == BUDGET - sum(each.most_bytes for each in store.files) < BUDGET
+    closed(store)
+
+
+@pytest.mark.parametrize("where", [(Folder, "records"), (Path, "is_dir"), (FileStore, "_read")])
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "Permission denied"), RuntimeError("a bug")]
+)
+def test_a_folder_that_cannot_be_read_is_noted_once(
+    tmp_path, monkeypatch, caplog, where, error
+) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    runner = BatchRunner(
+        FileStore(folder, lambda _: BUDGET, 1e9),
+        None,
+        lambda: True,
+        lambda _: True,
+        lambda: 1,
+        9,
+        Settings(),
+    )
+
+    def broken(*_) -> None:
+        raise error
+
+    async def look() -> None:
+        for _ in range(3):
+            await runner._look()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, broken)
+        asyncio.run(look())
+    (noted,) = caplog.records
+    assert str(error) in noted.getMessage() and "\n" not in noted.getMessage()
+    assert noted.exc_info is None
+    asyncio.run(look())
+    assert runner.store.is_open
+    closed(runner.store)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        b"5\n",
+        b"[]\n",
+        b"null\n",
+        b"\n",
+        b'{"line":1}\n',
+        b'{"result":{}}\n',
+        b'{"line":"1","result":{}}\n',
+        b'{"line":2,"result":{"id":"x"}}\n',
+        b'{"line":2,"result":5}\n',
+        result(2, "b")[:-1],
+        result(2, "b")[:-9] + b"\n",
+        b"\xff\xfe\n",
+        b"\0" * 64 + b"\n",
+    ],
+)
+def test_what_is_no_result_is_a_line_that_was_cut(tmp_path, cut) -> None:
+    """It and what follows are removed, so that the lines run again."""
+    path = tmp_path / "batch_1.results"
+    path.write_bytes(result(1, "a") + cut + result(3, "c"))
+    assert [entry.number for entry in read_results(path)] == [1]
+    assert path.read_bytes() == result(1, "a")
+
+
+# -- a full disk ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(monkeypatch, request):
+    """Files are full from now on; the fixture's parameter is the number of the error."""
+    number = request.param
+
+    def begin(suffix: str = "") -> None:
+        sync = os.fsync
+
+        def full(descriptor: int) -> None:
+            if suffix in os.readlink(f"/proc/self/fd/{descriptor}"):
+                raise OSError(number, os.strerror(number))
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", full)
+
+    return begin
+
+
+FULL = pytest.mark.parametrize("full_disk", [errno.ENOSPC, errno.EDQUOT], indirect=True)
+
+
+def check_full(refused: openai.APIStatusError, caplog) -> None:
+    assert (refused.status_code, refused.code) == (503, "storage_full")
+    assert int(refused.response.headers["retry-after"]) > 0
+    (noted,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert noted.exc_info is None and "\n" not in noted.getMessage()
+
+
+@FULL
+@pytest.mark.parametrize("suffix", [".data.new", ".json.new"])
+def test_a_full_disk_refuses_an_upload(start_server, tmp_path, caplog, full_disk, suffix) -> None:
+    """At the content or at the record; neither is left, and no room is lost."""
+    server = start_server(files_dir=tmp_path / "files")
+    with server.client() as client:
+        upload(client, [line("a")])
+        kept, room = sorted(tmp_path.rglob("*.*")), runner_of(server).store.room("")
+        full_disk(suffix)
+        with pytest.raises(openai.APIStatusError) as refused:
+            upload(client, [line("b")])
+    check_full(refused.value, caplog)
+    assert sorted(tmp_path.rglob("*.*")) == kept
+    assert runner_of(server).store.room("") == room
+
+
+@FULL
+def test_a_full_disk_refuses_a_batch(start_server, tmp_path, caplog, full_disk) -> None:
+    server = start_server(files_dir=tmp_path / "files")
+    with server.client() as client:
+        stored = upload(client, [line("a")])
+        room = runner_of(server).store.room("")
+        full_disk()
+        with pytest.raises(openai.APIStatusError) as refused:
+            client.batches.create(
+                input_file_id=stored.id,
+                endpoint="/v1/chat/completions",
+                completion_window="24h",
+            )
+        assert client.batches.list().data == []
+    check_full(refused.value, caplog)
+    assert runner_of(server).store.room("") == room
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_of_temporary_files_refuses_an_upload(
+    start_server, tmp_path, monkeypatch, caplog, number
+) -> None:
+    """An upload of more than a MiB lies in a temporary file while it is received."""
+
+    class FullFile(tempfile.SpooledTemporaryFile):
+        def rollover(self) -> None:
+            raise OSError(number, os.strerror(number))
+
+    server = start_server(files_dir=tmp_path / "files")
+    monkeypatch.setattr(starlette.formparsers, "SpooledTemporaryFile", FullFile)
+    with server.client() as client, pytest.raises(openai.APIStatusError) as refused:
+        client.files.create(file=("in.jsonl", b"x" * (3 << 20)), purpose="batch")
+    check_full(refused.value, caplog)
+
+
+def test_a_disk_that_is_full_when_the_folder_is_made(tmp_path, monkeypatch, caplog) -> None:
+    def full(*_, **__) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = FileStore(tmp_path / "files", lambda _: BUDGET, 1e9)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", full)
+        for _ in range(3):
+            with pytest.raises(Exception, match="full") as refused:
+                store.open()
+    assert (refused.value.status_code, refused.value.code) == (503, "storage_full")
+    assert len(caplog.records) == 1
