@@ -15,7 +15,6 @@ from chunkllama_server.config.flags import GroupedCommand, load_from_flags, with
 
 if TYPE_CHECKING:
     from chunkllama.engine.core import EngineCore
-    from chunkllama.packs.document import PackedPrefix
     from chunkllama.packs.file import Pack
     from chunkllama.text.chat_template import ChatTemplate
     from chunkllama.text.tokenizer import Tokenizer
@@ -79,10 +78,6 @@ def build(
     size = len(document.chunks) * model.chunk_bytes
     print(f"{out}: {len(document.chunks)} chunks of {len(prompts)} prompts, {size >> 20:,} MiB")
     return 0
-
-
-def _show(prefix: PackedPrefix) -> None:
-    print(f"computing {prefix.name}", file=sys.stderr)
 
 
 @pack_app.command()
