@@ -110,7 +110,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         chunk_size=chunk_size,
         max_model_len=max_model_len,
     )
-    chunk_io = ChunkIO(executor, cache_result(identify))
+    chunk_io = ChunkIO(executor, cache_result(identify), max_model_len // chunk_size)
     packs = PackLoader(cache, chunk_io)
     snapshots = SnapshotKeeper(cache, chunk_io, packs)
     return EngineCore(scheduler, executor, info, packs, snapshots, adapters=adapters)

@@ -23,13 +23,18 @@ class ChunkIO:
     Args:
         runner: owns the model and the pool.
         identify: identifies the model; reads its weights, once.
+        max_path_chunks: whole chunks of the longest prompt; behind them the rotary table ends.
 
     Attributes:
         chunk_bytes: bytes of a chunk's canonical K/V.
+        max_path_chunks: as given.
     """
 
-    def __init__(self, runner: ModelRunner, identify: Callable[[], ModelIdentity]) -> None:
+    def __init__(
+        self, runner: ModelRunner, identify: Callable[[], ModelIdentity], max_path_chunks: int
+    ) -> None:
         self.identify = identify
+        self.max_path_chunks = max_path_chunks
         self.vocab_size = runner.spec.vocab_size
         self._runner = runner
         kv = runner.kv
@@ -87,11 +92,12 @@ class ChunkIO:
 
         Args:
             token_ids: of the last chunk.
-            chunk_ids: of the prompt; all but the last hold their K/V.
+            chunk_ids: of the prompt, at most ``max_path_chunks``; all but the last hold their K/V.
 
         Returns:
             The largest relative difference, see ``TOLERANCE``; not finite if a value is not.
         """
+        assert len(chunk_ids) <= self.max_path_chunks, "positions without a row in the rotary table"
         self._runner.compute_chunk(token_ids, chunk_ids)
         copied = self.copy(chunk_ids[-1])
         computed = self._runner.backend.restore_chunk(self._runner.kv, copied)

@@ -153,6 +153,9 @@ def _find_problem(pack: Pack, settings: Settings, public_key: bytes, recompute: 
         digest = template.digest if template else ""
         if problem := core.packs.io.refusal(pack, digest, public_key):
             return problem
+        longest, most = max(document.depths(), default=-1) + 1, core.packs.io.max_path_chunks
+        if longest > most:
+            return f"a prompt has {longest} chunks, and max_model_len leaves room for {most}"
         indexes = list(range(len(document.chunks)))
         if recompute != "all":
             indexes = random.SystemRandom().sample(indexes, k=int(recompute == "one"))

@@ -264,6 +264,31 @@ def test_loading_takes_what_the_pool_has_and_evicts_what_is_older(
     check_answers(big, answers, are_cached=False)
 
 
+@pytest.mark.parametrize(("max_model_len", "most"), [(256, 4), (300, 4), (63, 0)])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_chunks_beyond_the_context_are_left_out(
+    tiny_core, tmp_path, backend, max_model_len, most
+) -> None:
+    """The rotary table has no rows for them, so that not one of them can be computed."""
+    path = tmp_path / "long.ckpack"
+    prompt = tokens(7, 20 * CHUNK)
+    build(tiny_core(num_chunks=24), path, [PrefixPrompt("long", "", prompt, pin=True)])
+    core = tiny_core(num_chunks=40, backend=backend, max_model_len=max_model_len)
+    info = load(core, path)
+    assert (info.state, info.chunks_loaded, info.chunks_left_out) == ("loaded", most, 20 - most)
+    assert core.stats().chunks_cached + core.stats().chunks_referenced == most
+    assert core.stats().pinned_chunks == most
+    empty = tiny_core(num_chunks=40, backend=backend, max_model_len=max_model_len)
+    with Pack(path) as pack:
+        found = list(recompute_chunks(empty, pack, list(range(most))))
+        assert [index for index, _ in found] == list(range(most))
+        with pytest.raises(ConfigError, match=f"chunk {most} is beyond the context"):
+            list(recompute_chunks(empty, pack, [most]))
+    if most:
+        question = prompt[: 4 * CHUNK - 8]
+        assert ask(core, question) == (ask(empty, question)[0], len(question) - 1)
+
+
 def test_requests_run_while_a_pack_is_loaded(tiny_core, tmp_path, run, tiny_truth) -> None:
     """Chunks are inserted between steps; the requests' own chunks are then adopted or present."""
     path = tmp_path / "a.ckpack"

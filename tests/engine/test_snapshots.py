@@ -111,6 +111,20 @@ def test_every_tenant_finds_its_own_chunks_and_no_other(tiny_core, path, written
         assert output == answer and cached >= 2 * CHUNK
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_server_with_a_smaller_context_leaves_the_rest_behind(tiny_core, path, backend) -> None:
+    core = tiny_core(num_chunks=32)
+    keep(core, path)
+    prompt = tokens(5, 9 * CHUNK + 1)
+    ask(core, prompt)
+    assert write(core)
+    core = tiny_core(num_chunks=32, backend=backend, max_model_len=4 * CHUNK - 1)
+    keep(core, path)
+    (info,) = core.packs.infos()
+    assert (info.state, info.chunks_loaded, info.chunks_left_out) == ("loaded", 3, 6)
+    assert ask(core, prompt[: 3 * CHUNK + 1])[1] == 3 * CHUNK
+
+
 def test_a_tenant_without_a_key_leaves_its_chunks_behind(tiny_core, path, written) -> None:
     core = tiny_core(num_chunks=32)
     keep(core, path, tenants=["", "bob"])
