@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -22,7 +23,7 @@ class ChunkIO:
 
     Args:
         runner: owns the model and the pool.
-        identify: identifies the model; reads its weights, once.
+        identify: identifies the model; reads its weights.
         max_path_chunks: whole chunks of the longest prompt; behind them the rotary table ends.
 
     Attributes:
@@ -33,7 +34,9 @@ class ChunkIO:
     def __init__(
         self, runner: ModelRunner, identify: Callable[[], ModelIdentity], max_path_chunks: int
     ) -> None:
-        self.identify = identify
+        self._identify = identify
+        self._identity: ModelIdentity | None = None
+        self._identifying = threading.Lock()
         self.max_path_chunks = max_path_chunks
         self.vocab_size = runner.spec.vocab_size
         self._runner = runner
@@ -41,6 +44,17 @@ class ChunkIO:
         self._dtype = kv.layers[0].dtype
         values = 2 * len(kv.layers) * kv.num_kv_heads * kv.chunk_size * kv.head_dim
         self.chunk_bytes = values * self._dtype.itemsize
+
+    def identify(self) -> ModelIdentity:
+        """Identify the model; the first call reads its weights. Any thread may call it.
+
+        Raises:
+            ConfigError: the weights cannot be read.
+        """
+        with self._identifying:
+            if self._identity is None:
+                self._identity = self._identify()
+            return self._identity
 
     def refusal(self, pack: Pack, template: str, public_key: bytes, realm: str = "") -> str:
         """Say why a pack must not be used here; "" if it may.

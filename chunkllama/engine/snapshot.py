@@ -7,6 +7,7 @@ process that was killed has left is removed by the next one.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import queue
 import threading
@@ -103,6 +104,8 @@ class SnapshotKeeper:
         except OSError as error:
             self._turn_off(f"{error.strerror}")
             return
+        # Hashing the weights takes longer than the snapshot at the end may.
+        threading.Thread(target=self._identify, name="identify-model", daemon=True).start()
         if exists:
             self._loader.load(
                 LoadPack(
@@ -239,6 +242,10 @@ class SnapshotKeeper:
         self._is_off = True
 
     # -- the thread ---------------------------------------------------------------------------
+
+    def _identify(self) -> None:
+        with contextlib.suppress(Exception):  # the next snapshot meets it again, and reports it
+            self._io.identify()
 
     def _run(self, writing: _Writing, command: KeepSnapshot) -> None:
         try:

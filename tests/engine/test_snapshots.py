@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 import time
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from adapter_files import write_adapter
 
 from chunkllama.adapter_messages import LoadAdapter
 from chunkllama.cache_messages import CacheCommand, KeepSnapshot, WriteSnapshot
+from chunkllama.engine import snapshot
 from chunkllama.engine.core import EngineCore
 from chunkllama.messages import CommandReply, EngineRequest
+from chunkllama.packs.document import ModelIdentity
 from chunkllama.packs.file import Pack
 from chunkllama.sampling_params import SamplingParams
 
@@ -167,6 +170,29 @@ def test_time_that_is_over_ends_a_snapshot_that_can_be_loaded(tiny_core, path) -
     other = tiny_core(num_chunks=32)
     keep(other, path)
     assert other.packs.infos()[0].state == "loaded"
+
+
+def test_a_snapshot_at_the_end_does_not_wait_for_the_hash_of_the_weights(
+    tiny_core, path, monkeypatch
+) -> None:
+    core = tiny_core(num_chunks=32)
+    now, identified, identify = [0.0], threading.Event(), core.packs.io._identify
+
+    def slowly() -> ModelIdentity:
+        now[0] += 100.0
+        identified.set()
+        return identify()
+
+    core.packs.io._identify = slowly
+    core.snapshots._clock = lambda: now[0]
+    monkeypatch.setattr(snapshot, "_STAGED_BYTES", core.packs.io.chunk_bytes)
+    keep(core, path)
+    assert identified.wait(30)
+    ask(core, tokens(3, 4 * CHUNK + 1))
+    assert write(core, seconds=10.0)
+    with Pack(path) as pack:
+        assert len(pack.document.chunks) == 4
+    assert now == [100.0]  # once, though the snapshot asks again
 
 
 def test_snapshots_are_written_at_intervals_while_requests_run(tiny_core, path) -> None:
