@@ -33,7 +33,6 @@ from chunkllama.packs.file import PackWriter, remove_unfinished
 
 logger = init_logger(__name__)
 
-_MODE: Final = 0o600
 _STAGED_BYTES: Final = 32 << 20  # copied and not written yet
 _STEP_BYTES: Final = 4 << 20  # copied between two steps of a busy loop
 _POLL: Final = 0.002  # seconds that an idle loop waits for the thread
@@ -274,7 +273,7 @@ class SnapshotKeeper:
         # All that may be written, for the room of its header.
         numbers = {node: number for number, node in enumerate(writing.nodes)}
         planned = [describe(node, numbers, "") for node in writing.nodes]
-        writer = PackWriter(Path(command.path), document(planned), mode=_MODE)
+        writer = PackWriter(Path(command.path), document(planned))
         writing.writer = writer
         numbers, chunks = {}, []
         while (item := self._next_item(writing)) is not None:

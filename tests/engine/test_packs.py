@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -234,6 +236,23 @@ def test_chunks_of_the_wrong_tokens_are_found_by_computing_one(tiny_core, tmp_pa
     with Pack(path) as pack:
         assert all(difference > 0.1 for _, difference in recompute_chunks(core, pack, [0, 2, 1]))
     core.check_idle()
+
+
+def test_a_pack_is_for_its_owner_and_what_a_killed_build_has_left_is_removed(
+    tiny_core, tmp_path
+) -> None:
+    core = tiny_core(num_chunks=16)
+    path = tmp_path / "a[1].ckpack"
+    mine, others = tmp_path / f".{path.name}.0123abcd.part", tmp_path / ".a1.ckpack.0123abcd.part"
+    mine.write_bytes(b"half of one")
+    others.write_bytes(b"half of another")
+    before = os.umask(0)
+    try:
+        build(core, path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert set(tmp_path.iterdir()) == {path, others}
 
 
 def test_recomputed_chunks_agree_in_any_order(tiny_core, tmp_path) -> None:
