@@ -47,12 +47,14 @@ class _Load:
     """A pack that is being loaded.
 
     Attributes:
+        on_end: called when it has ended.
         chunks: those that were inserted.
         is_stopped: no more chunks are to be inserted.
         probed: set when the chunk that the thread has staged was recomputed.
     """
 
     command: LoadPack
+    on_end: Callable[[], None]
     info: PackInfo
     started: float
     chunks: ChunkImport
@@ -135,13 +137,17 @@ class PackLoader:
         """Every pack that was to be loaded, in the order of their names."""
         return [self._infos[path] for path in sorted(self._infos)]
 
-    def load(self, command: LoadPack) -> None:
-        """Begin to load a pack, unless it is being loaded; one that was is read again."""
+    def load(self, command: LoadPack, on_end: Callable[[], None] = lambda: None) -> None:
+        """Begin to load a pack, unless it is being loaded; one that was is read again.
+
+        Args:
+            on_end: called by ``turn`` when it is loaded or refused.
+        """
         known = self._infos.get(command.path)
         if known is not None and known.state == "loading":
             return
         info = self._infos[command.path] = PackInfo(name=Path(command.path).name)
-        load = _Load(command, info, self._clock(), ChunkImport(self.cache))
+        load = _Load(command, on_end, info, self._clock(), ChunkImport(self.cache))
         self._loads.append(load)
         self._commands.put(load)
         if self._thread is None:
@@ -244,6 +250,7 @@ class PackLoader:
         load, info = end.load, end.load.info
         self._loads.remove(load)
         info.seconds = self._clock() - load.started
+        load.on_end()
         if end.refusal:
             info.state, info.reason = "refused", end.refusal
             logger.error("pack %s is refused: %s", info.name, end.refusal)

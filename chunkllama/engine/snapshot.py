@@ -2,7 +2,8 @@
 
 The step loop copies chunks of the pool between two steps, a thread rearranges and writes them. A
 chunk that is evicted before its turn is left out. The file takes its place when it is whole; what a
-process that was killed has left is removed by the next one.
+process that was killed has left is removed by the next one. A file during whose load a process has
+ended is not loaded by the next one.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from chunkllama.engine.pack_loader import PackLoader
 from chunkllama.logger import init_logger
 from chunkllama.messages import CommandReply
 from chunkllama.packs.document import FORMAT, NO_PARENT, PackDocument, PackedChunk, Scope
-from chunkllama.packs.file import PackWriter, remove_unfinished
+from chunkllama.packs.file import PackWriter, loading_mark, remove_unfinished
 
 logger = init_logger(__name__)
 
+_MARK_MODE: Final = 0o600
 _STAGED_BYTES: Final = 32 << 20  # copied and not written yet
 _STEP_BYTES: Final = 4 << 20  # copied between two steps of a busy loop
 _POLL: Final = 0.002  # seconds that an idle loop waits for the thread
@@ -106,14 +108,27 @@ class SnapshotKeeper:
         # Hashing the weights takes longer than the snapshot at the end may.
         threading.Thread(target=self._identify, name="identify-model", daemon=True).start()
         if exists:
-            self._loader.load(
-                LoadPack(
-                    path=command.path,
-                    namespaces=dict.fromkeys(command.tenants, ""),
-                    template=command.template,
-                    realm=command.realm,
-                )
+            self._load(command)
+
+    def _load(self, command: KeepSnapshot) -> None:
+        """Load the file, unless a process has ended while it did so."""
+        mark = loading_mark(Path(command.path))
+        if mark.exists():
+            logger.warning(
+                "%s is not loaded: an engine process has ended while it loaded it", command.path
             )
+            return
+        with contextlib.suppress(OSError):  # the disk is full, perhaps
+            mark.touch(_MARK_MODE)
+        self._loader.load(
+            LoadPack(
+                path=command.path,
+                namespaces=dict.fromkeys(command.tenants, ""),
+                template=command.template,
+                realm=command.realm,
+            ),
+            lambda: _remove_mark(command),
+        )
 
     def forget(self) -> None:
         """Remove the file: an operator has dropped something that is in it."""
@@ -221,8 +236,10 @@ class SnapshotKeeper:
         if writing.failure and not writing.cancelled.is_set():
             self._turn_off(writing.failure)
         elif writing.writer is not None and not writing.cancelled.is_set():
+            assert self._command is not None
             try:
                 writing.writer.publish()
+                _remove_mark(self._command)
                 is_there = True
                 self._written_tick = writing.tick
             except OSError as error:
@@ -291,3 +308,9 @@ class SnapshotKeeper:
             except queue.Empty:
                 continue
         return None
+
+
+def _remove_mark(command: KeepSnapshot) -> None:
+    """Let the next process load the file that is there now."""
+    with contextlib.suppress(OSError):
+        loading_mark(Path(command.path)).unlink(missing_ok=True)

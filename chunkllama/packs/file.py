@@ -176,6 +176,11 @@ def remove_unfinished(path: Path) -> None:
         left.unlink(missing_ok=True)
 
 
+def loading_mark(path: Path) -> Path:
+    """Return the empty file that is beside a snapshot while an engine process loads it."""
+    return path.with_name(f".{path.name}.loading")
+
+
 def write_pack(
     path: Path,
     document: PackDocument,

@@ -267,6 +267,30 @@ def test_dropping_ends_a_snapshot_that_is_being_loaded(tiny_core, path, written)
     assert core.stats().chunks_cached == 0 and core.packs.infos()[0].chunks_left_out == 6
 
 
+def test_a_file_during_whose_load_a_process_has_ended_is_not_loaded_again(
+    tiny_core, path, written, caplog
+) -> None:
+    command = KeepSnapshot(
+        path=str(path), tenants=["", "alice", "bob"], template="", realm="here",
+        max_bytes=1 << 30, seconds=0.0,
+    )  # fmt: skip
+    tiny_core(num_chunks=32).file_command(command)  # and no turn of its loop any more
+    for _ in range(2):  # the second one follows another crash before another snapshot was written
+        caplog.clear()
+        core = tiny_core(num_chunks=32)
+        keep(core, path)
+        assert core.packs.infos() == [] and core.stats().chunks_cached == 0
+        (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+        assert "is not loaded: an engine process has ended while it loaded it" in warning
+    ask(core, prompt_of("bob"), "bob")
+    assert write(core)
+    assert os.listdir(path.parent) == [path.name]
+    core = tiny_core(num_chunks=32)
+    keep(core, path)
+    assert ask(core, prompt_of("bob"), "bob")[1] == 2 * CHUNK
+    assert os.listdir(path.parent) == [path.name]
+
+
 @pytest.mark.parametrize("cut", [0, 1, 7, 200, 5000])
 def test_a_file_that_was_half_written_is_ignored(tiny_core, path, written, cut) -> None:
     whole = path.read_bytes()
