@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +34,7 @@ from chunkllama.packs.file import PackWriter, loading_mark, remove_unfinished
 logger = init_logger(__name__)
 
 _MARK_MODE: Final = 0o600
+_IN_USE: Final = 1 << 62  # more than any tick of the tree
 _STAGED_BYTES: Final = 32 << 20  # copied and not written yet
 _STEP_BYTES: Final = 4 << 20  # copied between two steps of a busy loop
 _POLL: Final = 0.002  # seconds that an idle loop waits for the thread
@@ -203,13 +203,19 @@ class SnapshotKeeper:
         size = self._cache.chunk_size
         nodes = self._cache.tree.nodes()
         whole = [node for node in nodes if node.filled == size and not adapter_of(node.key)]
-        whole.sort(key=lambda node: (not (node.is_used or node.num_pins), -node.last_use))
+        # The loop waits for this: a number to sort by, no generator for a path.
+        whole.sort(key=lambda node: (0 if node.is_evictable else _IN_USE) + node.last_use)
         chosen: dict[Node, None] = {}
-        for node in whole:
-            path = list(takewhile(lambda step: step not in chosen, node.upward()))
+        for node in reversed(whole):
+            path: list[Node] = []
+            step = node
+            while step not in chosen and step.parent is not None:
+                path.append(step)
+                step = step.parent
             if len(chosen) + len(path) > most:
                 break
-            chosen.update(dict.fromkeys(reversed(path)))
+            for step in reversed(path):
+                chosen[step] = None
         return list(chosen)
 
     def _copy(self, writing: _Writing, budget: int) -> None:
