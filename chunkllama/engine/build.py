@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import cache as cache_result
 from functools import partial
 from pathlib import Path
 
@@ -110,7 +109,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         chunk_size=chunk_size,
         max_model_len=max_model_len,
     )
-    chunk_io = ChunkIO(executor, cache_result(identify))
+    chunk_io = ChunkIO(executor, identify, max_model_len // chunk_size)
     packs = PackLoader(cache, chunk_io)
     snapshots = SnapshotKeeper(cache, chunk_io, packs)
     return EngineCore(scheduler, executor, info, packs, snapshots, adapters=adapters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -22,20 +23,38 @@ class ChunkIO:
 
     Args:
         runner: owns the model and the pool.
-        identify: identifies the model; reads its weights, once.
+        identify: identifies the model; reads its weights.
+        max_path_chunks: whole chunks of the longest prompt; behind them the rotary table ends.
 
     Attributes:
         chunk_bytes: bytes of a chunk's canonical K/V.
+        max_path_chunks: as given.
     """
 
-    def __init__(self, runner: ModelRunner, identify: Callable[[], ModelIdentity]) -> None:
-        self.identify = identify
+    def __init__(
+        self, runner: ModelRunner, identify: Callable[[], ModelIdentity], max_path_chunks: int
+    ) -> None:
+        self._identify = identify
+        self._identity: ModelIdentity | None = None
+        self._identifying = threading.Lock()
+        self.max_path_chunks = max_path_chunks
         self.vocab_size = runner.spec.vocab_size
         self._runner = runner
         kv = runner.kv
         self._dtype = kv.layers[0].dtype
         values = 2 * len(kv.layers) * kv.num_kv_heads * kv.chunk_size * kv.head_dim
         self.chunk_bytes = values * self._dtype.itemsize
+
+    def identify(self) -> ModelIdentity:
+        """Identify the model; the first call reads its weights. Any thread may call it.
+
+        Raises:
+            ConfigError: the weights cannot be read.
+        """
+        with self._identifying:
+            if self._identity is None:
+                self._identity = self._identify()
+            return self._identity
 
     def refusal(self, pack: Pack, template: str, public_key: bytes, realm: str = "") -> str:
         """Say why a pack must not be used here; "" if it may.
@@ -87,11 +106,12 @@ class ChunkIO:
 
         Args:
             token_ids: of the last chunk.
-            chunk_ids: of the prompt; all but the last hold their K/V.
+            chunk_ids: of the prompt, at most ``max_path_chunks``; all but the last hold their K/V.
 
         Returns:
             The largest relative difference, see ``TOLERANCE``; not finite if a value is not.
         """
+        assert len(chunk_ids) <= self.max_path_chunks, "positions without a row in the rotary table"
         self._runner.compute_chunk(token_ids, chunk_ids)
         copied = self.copy(chunk_ids[-1])
         computed = self._runner.backend.restore_chunk(self._runner.kv, copied)

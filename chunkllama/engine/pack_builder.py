@@ -137,7 +137,7 @@ def recompute_chunks(
     Every chunk of the paths must have the right checksum.
 
     Raises:
-        ConfigError: the pool is too small for a path.
+        ConfigError: the pool or the context is too small for a path.
     """
     assert core.packs is not None
     cache, io = core.packs.cache, core.packs.io
@@ -147,6 +147,8 @@ def recompute_chunks(
     try:
         for index in indexes:
             path = document.path(index)
+            if len(path) > io.max_path_chunks:
+                raise ConfigError(f"chunk {index} is beyond the context; raise max_model_len")
             if len(path) > len(ids):
                 raise ConfigError("the pool is too small for this pack; raise num_chunks")
             same = list(takewhile(lambda pair: pair[0] == pair[1], zip(there, path, strict=False)))

@@ -47,12 +47,14 @@ class _Load:
     """A pack that is being loaded.
 
     Attributes:
+        on_end: called when it has ended.
         chunks: those that were inserted.
         is_stopped: no more chunks are to be inserted.
         probed: set when the chunk that the thread has staged was recomputed.
     """
 
     command: LoadPack
+    on_end: Callable[[], None]
     info: PackInfo
     started: float
     chunks: ChunkImport
@@ -62,12 +64,18 @@ class _Load:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """A chunk to insert; without ``arranged`` its checksum is wrong."""
+    """A chunk to insert.
+
+    Attributes:
+        arranged: its K/V; None if its checksum is wrong, or if it is not read.
+        fits: it lies within the context.
+    """
 
     load: _Load
     document: PackDocument
     index: int
     arranged: torch.Tensor | None
+    fits: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +137,17 @@ class PackLoader:
         """Every pack that was to be loaded, in the order of their names."""
         return [self._infos[path] for path in sorted(self._infos)]
 
-    def load(self, command: LoadPack) -> None:
-        """Begin to load a pack, unless it is being loaded; one that was is read again."""
+    def load(self, command: LoadPack, on_end: Callable[[], None] = lambda: None) -> None:
+        """Begin to load a pack, unless it is being loaded; one that was is read again.
+
+        Args:
+            on_end: called by ``turn`` when it is loaded or refused.
+        """
         known = self._infos.get(command.path)
         if known is not None and known.state == "loading":
             return
         info = self._infos[command.path] = PackInfo(name=Path(command.path).name)
-        load = _Load(command, info, self._clock(), ChunkImport(self.cache))
+        load = _Load(command, on_end, info, self._clock(), ChunkImport(self.cache))
         self._loads.append(load)
         self._commands.put(load)
         if self._thread is None:
@@ -215,14 +227,14 @@ class PackLoader:
         chunk = document.chunks[item.index]
         scope = document.scopes[chunk.scope]
         namespace = _namespace(load.command, scope)
+        if namespace is None or load.is_stopped or not item.fits:
+            load.chunks.leave_out()
+            info.chunks_left_out += 1
+            return
         if item.arranged is None:
             load.chunks.leave_out()
             info.chunks_damaged += 1
             logger.warning("%s: chunk %d is damaged; it is computed again", info.name, item.index)
-            return
-        if namespace is None or load.is_stopped:
-            load.chunks.leave_out()
-            info.chunks_left_out += 1
             return
         key = encode_tokens(np.array(chunk.tokens, np.int32))
         chunk_id, outcome = load.chunks.add(chunk.parent, namespace, key, scope.tenant)
@@ -238,6 +250,7 @@ class PackLoader:
         load, info = end.load, end.load.info
         self._loads.remove(load)
         info.seconds = self._clock() - load.started
+        load.on_end()
         if end.refusal:
             info.state, info.reason = "refused", end.refusal
             logger.error("pack %s is refused: %s", info.name, end.refusal)
@@ -311,17 +324,27 @@ class PackLoader:
             unknown = {scope.tenant for scope in document.scopes} - command.namespaces.keys()
             for tenant in sorted(unknown):
                 logger.warning("pack %s: there is no tenant %s here", info.name, tenant)
-            self._stage_probe(load, pack)
-            for index in range(len(document.chunks)):
-                data = pack.read_chunk(index)
+            depths = document.depths()
+            if max(depths, default=-1) >= self.io.max_path_chunks:
+                logger.warning(
+                    "%s has prompts longer than max_model_len; the rest of them is left out",
+                    info.name,
+                )
+            self._stage_probe(load, pack, depths)
+            for index, depth in enumerate(depths):
+                fits = depth < self.io.max_path_chunks
+                data = pack.read_chunk(index) if fits else None
                 arranged = None if data is None else self.io.arrange(data, document.model)
-                self._put(_Chunk(load, document, index, arranged))
+                self._put(_Chunk(load, document, index, arranged, fits))
                 if self._stopped.is_set():
                     break
             return document
 
-    def _stage_probe(self, load: _Load, pack: Pack) -> None:
+    def _stage_probe(self, load: _Load, pack: Pack, depths: list[int]) -> None:
         """Have a random chunk recomputed; a pack with another one is not to be trusted.
+
+        Args:
+            depths: of its chunks.
 
         Raises:
             ConfigError: the chunk differs, or several have wrong checksums.
@@ -329,8 +352,7 @@ class PackLoader:
         document = pack.document
         most = max(_PROBE_BYTES // document.model.chunk_bytes, 1)
         # Cached chunks are not evicted for it, or one at most.
-        most = min(most, max(self.cache.pool.num_free, 1))
-        depths = document.depths()
+        most = min(most, max(self.cache.pool.num_free, 1), self.io.max_path_chunks)
         candidates = [index for index, depth in enumerate(depths) if depth < most]
         random.SystemRandom().shuffle(candidates)
         for index in candidates[:_PROBES]:

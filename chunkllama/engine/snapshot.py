@@ -2,18 +2,19 @@
 
 The step loop copies chunks of the pool between two steps, a thread rearranges and writes them. A
 chunk that is evicted before its turn is left out. The file takes its place when it is whole; what a
-process that was killed has left is removed by the next one.
+process that was killed has left is removed by the next one. A file during whose load a process has
+ended is not loaded by the next one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import queue
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
@@ -28,11 +29,12 @@ from chunkllama.engine.pack_loader import PackLoader
 from chunkllama.logger import init_logger
 from chunkllama.messages import CommandReply
 from chunkllama.packs.document import FORMAT, NO_PARENT, PackDocument, PackedChunk, Scope
-from chunkllama.packs.file import PackWriter, remove_unfinished
+from chunkllama.packs.file import PackWriter, loading_mark, remove_unfinished
 
 logger = init_logger(__name__)
 
-_MODE: Final = 0o600
+_MARK_MODE: Final = 0o600
+_IN_USE: Final = 1 << 62  # more than any tick of the tree
 _STAGED_BYTES: Final = 32 << 20  # copied and not written yet
 _STEP_BYTES: Final = 4 << 20  # copied between two steps of a busy loop
 _POLL: Final = 0.002  # seconds that an idle loop waits for the thread
@@ -103,15 +105,30 @@ class SnapshotKeeper:
         except OSError as error:
             self._turn_off(f"{error.strerror}")
             return
+        # Hashing the weights takes longer than the snapshot at the end may.
+        threading.Thread(target=self._identify, name="identify-model", daemon=True).start()
         if exists:
-            self._loader.load(
-                LoadPack(
-                    path=command.path,
-                    namespaces=dict.fromkeys(command.tenants, ""),
-                    template=command.template,
-                    realm=command.realm,
-                )
+            self._load(command)
+
+    def _load(self, command: KeepSnapshot) -> None:
+        """Load the file, unless a process has ended while it did so."""
+        mark = loading_mark(Path(command.path))
+        if mark.exists():
+            logger.warning(
+                "%s is not loaded: an engine process has ended while it loaded it", command.path
             )
+            return
+        with contextlib.suppress(OSError):  # the disk is full, perhaps
+            mark.touch(_MARK_MODE)
+        self._loader.load(
+            LoadPack(
+                path=command.path,
+                namespaces=dict.fromkeys(command.tenants, ""),
+                template=command.template,
+                realm=command.realm,
+            ),
+            lambda: _remove_mark(command),
+        )
 
     def forget(self) -> None:
         """Remove the file: an operator has dropped something that is in it."""
@@ -186,13 +203,19 @@ class SnapshotKeeper:
         size = self._cache.chunk_size
         nodes = self._cache.tree.nodes()
         whole = [node for node in nodes if node.filled == size and not adapter_of(node.key)]
-        whole.sort(key=lambda node: (not (node.is_used or node.num_pins), -node.last_use))
+        # The loop waits for this: a number to sort by, no generator for a path.
+        whole.sort(key=lambda node: (0 if node.is_evictable else _IN_USE) + node.last_use)
         chosen: dict[Node, None] = {}
-        for node in whole:
-            path = list(takewhile(lambda step: step not in chosen, node.upward()))
+        for node in reversed(whole):
+            path: list[Node] = []
+            step = node
+            while step not in chosen and step.parent is not None:
+                path.append(step)
+                step = step.parent
             if len(chosen) + len(path) > most:
                 break
-            chosen.update(dict.fromkeys(reversed(path)))
+            for step in reversed(path):
+                chosen[step] = None
         return list(chosen)
 
     def _copy(self, writing: _Writing, budget: int) -> None:
@@ -219,8 +242,10 @@ class SnapshotKeeper:
         if writing.failure and not writing.cancelled.is_set():
             self._turn_off(writing.failure)
         elif writing.writer is not None and not writing.cancelled.is_set():
+            assert self._command is not None
             try:
                 writing.writer.publish()
+                _remove_mark(self._command)
                 is_there = True
                 self._written_tick = writing.tick
             except OSError as error:
@@ -239,6 +264,10 @@ class SnapshotKeeper:
         self._is_off = True
 
     # -- the thread ---------------------------------------------------------------------------
+
+    def _identify(self) -> None:
+        with contextlib.suppress(Exception):  # the next snapshot meets it again, and reports it
+            self._io.identify()
 
     def _run(self, writing: _Writing, command: KeepSnapshot) -> None:
         try:
@@ -267,7 +296,7 @@ class SnapshotKeeper:
         # All that may be written, for the room of its header.
         numbers = {node: number for number, node in enumerate(writing.nodes)}
         planned = [describe(node, numbers, "") for node in writing.nodes]
-        writer = PackWriter(Path(command.path), document(planned), mode=_MODE)
+        writer = PackWriter(Path(command.path), document(planned))
         writing.writer = writer
         numbers, chunks = {}, []
         while (item := self._next_item(writing)) is not None:
@@ -285,3 +314,9 @@ class SnapshotKeeper:
             except queue.Empty:
                 continue
         return None
+
+
+def _remove_mark(command: KeepSnapshot) -> None:
+    """Let the next process load the file that is there now."""
+    with contextlib.suppress(OSError):
+        loading_mark(Path(command.path)).unlink(missing_ok=True)

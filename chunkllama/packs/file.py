@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ _MAX_HEADER_BYTES = 64 << 20
 _ALIGNMENT = 64
 _NO_DIGEST = "0" * 64
 _PART = ".part"
+_MODE = 0o600  # prompts of tenants are in it
 
 
 class Pack:
@@ -116,13 +118,12 @@ class Pack:
 
 
 class PackWriter:
-    """Writes a pack beside its place; it takes the place when it is whole.
+    """Writes a pack of mode 0600 beside its place; it takes the place when it is whole.
 
     Args:
         path: its place.
         planned: all that may be written; room is left for its header.
         sign: makes the signature of the document's text.
-        mode: of the file, which the umask restricts further.
 
     Raises (every method):
         OSError: the file cannot be written.
@@ -133,7 +134,6 @@ class PackWriter:
         path: Path,
         planned: PackDocument,
         sign: Callable[[bytes], str] | None = None,
-        mode: int = 0o666,
     ) -> None:
         self._path = path
         self._sign = sign
@@ -141,7 +141,7 @@ class PackWriter:
         self._room = len(_header(msgspec.structs.replace(planned, chunks=blank), sign))
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PART}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._file = os.fdopen(os.open(self._temporary, flags, mode), "wb")
+        self._file = os.fdopen(os.open(self._temporary, flags, _MODE), "wb")
         self._file.seek(self._room)
 
     def add(self, data: bytes | memoryview) -> str:
@@ -171,8 +171,14 @@ class PackWriter:
 
 def remove_unfinished(path: Path) -> None:
     """Remove what processes that were killed have left beside a pack's place."""
-    for left in path.parent.glob(f".{path.name}.*{_PART}"):
+    digits = "[0-9a-f]" * 8
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{digits}{_PART}"):
         left.unlink(missing_ok=True)
+
+
+def loading_mark(path: Path) -> Path:
+    """Return the empty file that is beside a snapshot while an engine process loads it."""
+    return path.with_name(f".{path.name}.loading")
 
 
 def write_pack(
@@ -181,7 +187,7 @@ def write_pack(
     chunks: Iterable[bytes | memoryview],
     sign: Callable[[bytes], str] | None = None,
 ) -> PackDocument:
-    """Write a pack, whole or not at all.
+    """Write a pack, whole or not at all. What a process that was killed has left there is removed.
 
     Args:
         document: the checksums in it are replaced by those of ``chunks``.
@@ -194,6 +200,7 @@ def write_pack(
     Raises:
         OSError: the file cannot be written.
     """
+    remove_unfinished(path)
     writer = PackWriter(path, document, sign)
     try:
         digests = [writer.add(data) for data in chunks]

@@ -15,7 +15,6 @@ from chunkllama_server.config.flags import GroupedCommand, load_from_flags, with
 
 if TYPE_CHECKING:
     from chunkllama.engine.core import EngineCore
-    from chunkllama.packs.document import PackedPrefix
     from chunkllama.packs.file import Pack
     from chunkllama.text.chat_template import ChatTemplate
     from chunkllama.text.tokenizer import Tokenizer
@@ -79,10 +78,6 @@ def build(
     size = len(document.chunks) * model.chunk_bytes
     print(f"{out}: {len(document.chunks)} chunks of {len(prompts)} prompts, {size >> 20:,} MiB")
     return 0
-
-
-def _show(prefix: PackedPrefix) -> None:
-    print(f"computing {prefix.name}", file=sys.stderr)
 
 
 @pack_app.command()
@@ -158,6 +153,9 @@ def _find_problem(pack: Pack, settings: Settings, public_key: bytes, recompute: 
         digest = template.digest if template else ""
         if problem := core.packs.io.refusal(pack, digest, public_key):
             return problem
+        longest, most = max(document.depths(), default=-1) + 1, core.packs.io.max_path_chunks
+        if longest > most:
+            return f"a prompt has {longest} chunks, and max_model_len leaves room for {most}"
         indexes = list(range(len(document.chunks)))
         if recompute != "all":
             indexes = random.SystemRandom().sample(indexes, k=int(recompute == "one"))

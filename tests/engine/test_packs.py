@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -236,6 +238,23 @@ def test_chunks_of_the_wrong_tokens_are_found_by_computing_one(tiny_core, tmp_pa
     core.check_idle()
 
 
+def test_a_pack_is_for_its_owner_and_what_a_killed_build_has_left_is_removed(
+    tiny_core, tmp_path
+) -> None:
+    core = tiny_core(num_chunks=16)
+    path = tmp_path / "a[1].ckpack"
+    mine, others = tmp_path / f".{path.name}.0123abcd.part", tmp_path / ".a1.ckpack.0123abcd.part"
+    mine.write_bytes(b"half of one")
+    others.write_bytes(b"half of another")
+    before = os.umask(0)
+    try:
+        build(core, path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert set(tmp_path.iterdir()) == {path, others}
+
+
 def test_recomputed_chunks_agree_in_any_order(tiny_core, tmp_path) -> None:
     core = tiny_core(num_chunks=16)
     path = tmp_path / "a.ckpack"
@@ -262,6 +281,31 @@ def test_loading_takes_what_the_pool_has_and_evicts_what_is_older(
     assert info.chunks_loaded + info.chunks_left_out == 6 and small.stats().chunks_cached == 4
     big = tiny_core(num_chunks=8, max_num_seqs=2)
     check_answers(big, answers, are_cached=False)
+
+
+@pytest.mark.parametrize(("max_model_len", "most"), [(256, 4), (300, 4), (63, 0)])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_chunks_beyond_the_context_are_left_out(
+    tiny_core, tmp_path, backend, max_model_len, most
+) -> None:
+    """The rotary table has no rows for them, so that not one of them can be computed."""
+    path = tmp_path / "long.ckpack"
+    prompt = tokens(7, 20 * CHUNK)
+    build(tiny_core(num_chunks=24), path, [PrefixPrompt("long", "", prompt, pin=True)])
+    core = tiny_core(num_chunks=40, backend=backend, max_model_len=max_model_len)
+    info = load(core, path)
+    assert (info.state, info.chunks_loaded, info.chunks_left_out) == ("loaded", most, 20 - most)
+    assert core.stats().chunks_cached + core.stats().chunks_referenced == most
+    assert core.stats().pinned_chunks == most
+    empty = tiny_core(num_chunks=40, backend=backend, max_model_len=max_model_len)
+    with Pack(path) as pack:
+        found = list(recompute_chunks(empty, pack, list(range(most))))
+        assert [index for index, _ in found] == list(range(most))
+        with pytest.raises(ConfigError, match=f"chunk {most} is beyond the context"):
+            list(recompute_chunks(empty, pack, [most]))
+    if most:
+        question = prompt[: 4 * CHUNK - 8]
+        assert ask(core, question) == (ask(empty, question)[0], len(question) - 1)
 
 
 def test_requests_run_while_a_pack_is_loaded(tiny_core, tmp_path, run, tiny_truth) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 import time
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from adapter_files import write_adapter
 
 from chunkllama.adapter_messages import LoadAdapter
 from chunkllama.cache_messages import CacheCommand, KeepSnapshot, WriteSnapshot
+from chunkllama.engine import snapshot
 from chunkllama.engine.core import EngineCore
 from chunkllama.messages import CommandReply, EngineRequest
+from chunkllama.packs.document import ModelIdentity
 from chunkllama.packs.file import Pack
 from chunkllama.sampling_params import SamplingParams
 
@@ -111,6 +114,20 @@ def test_every_tenant_finds_its_own_chunks_and_no_other(tiny_core, path, written
         assert output == answer and cached >= 2 * CHUNK
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_server_with_a_smaller_context_leaves_the_rest_behind(tiny_core, path, backend) -> None:
+    core = tiny_core(num_chunks=32)
+    keep(core, path)
+    prompt = tokens(5, 9 * CHUNK + 1)
+    ask(core, prompt)
+    assert write(core)
+    core = tiny_core(num_chunks=32, backend=backend, max_model_len=4 * CHUNK - 1)
+    keep(core, path)
+    (info,) = core.packs.infos()
+    assert (info.state, info.chunks_loaded, info.chunks_left_out) == ("loaded", 3, 6)
+    assert ask(core, prompt[: 3 * CHUNK + 1])[1] == 3 * CHUNK
+
+
 def test_a_tenant_without_a_key_leaves_its_chunks_behind(tiny_core, path, written) -> None:
     core = tiny_core(num_chunks=32)
     keep(core, path, tenants=["", "bob"])
@@ -153,6 +170,29 @@ def test_time_that_is_over_ends_a_snapshot_that_can_be_loaded(tiny_core, path) -
     other = tiny_core(num_chunks=32)
     keep(other, path)
     assert other.packs.infos()[0].state == "loaded"
+
+
+def test_a_snapshot_at_the_end_does_not_wait_for_the_hash_of_the_weights(
+    tiny_core, path, monkeypatch
+) -> None:
+    core = tiny_core(num_chunks=32)
+    now, identified, identify = [0.0], threading.Event(), core.packs.io._identify
+
+    def slowly() -> ModelIdentity:
+        now[0] += 100.0
+        identified.set()
+        return identify()
+
+    core.packs.io._identify = slowly
+    core.snapshots._clock = lambda: now[0]
+    monkeypatch.setattr(snapshot, "_STAGED_BYTES", core.packs.io.chunk_bytes)
+    keep(core, path)
+    assert identified.wait(30)
+    ask(core, tokens(3, 4 * CHUNK + 1))
+    assert write(core, seconds=10.0)
+    with Pack(path) as pack:
+        assert len(pack.document.chunks) == 4
+    assert now == [100.0]  # once, though the snapshot asks again
 
 
 def test_snapshots_are_written_at_intervals_while_requests_run(tiny_core, path) -> None:
@@ -225,6 +265,30 @@ def test_dropping_ends_a_snapshot_that_is_being_loaded(tiny_core, path, written)
     core.cache_command(CacheCommand(command_id=1, action="drop_tenant", tenant="alice"))
     finish(core)
     assert core.stats().chunks_cached == 0 and core.packs.infos()[0].chunks_left_out == 6
+
+
+def test_a_file_during_whose_load_a_process_has_ended_is_not_loaded_again(
+    tiny_core, path, written, caplog
+) -> None:
+    command = KeepSnapshot(
+        path=str(path), tenants=["", "alice", "bob"], template="", realm="here",
+        max_bytes=1 << 30, seconds=0.0,
+    )  # fmt: skip
+    tiny_core(num_chunks=32).file_command(command)  # and no turn of its loop any more
+    for _ in range(2):  # the second one follows another crash before another snapshot was written
+        caplog.clear()
+        core = tiny_core(num_chunks=32)
+        keep(core, path)
+        assert core.packs.infos() == [] and core.stats().chunks_cached == 0
+        (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+        assert "is not loaded: an engine process has ended while it loaded it" in warning
+    ask(core, prompt_of("bob"), "bob")
+    assert write(core)
+    assert os.listdir(path.parent) == [path.name]
+    core = tiny_core(num_chunks=32)
+    keep(core, path)
+    assert ask(core, prompt_of("bob"), "bob")[1] == 2 * CHUNK
+    assert os.listdir(path.parent) == [path.name]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7, 200, 5000])

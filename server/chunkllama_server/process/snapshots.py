@@ -18,6 +18,7 @@ from chunkllama.cache_messages import KeepSnapshot
 from chunkllama.engine.supervisor import SupervisedEngineClient
 from chunkllama.errors import EngineDeadError
 from chunkllama.logger import init_logger
+from chunkllama.packs.file import loading_mark
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.transport.auth import Tenants
 
@@ -79,6 +80,8 @@ def open_snapshots(settings: Settings) -> Snapshots | None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
+        # The former server was killed with its engine, perhaps: that says nothing about the file.
+        loading_mark(folder / _FILE).unlink(missing_ok=True)
         return Snapshots(folder, _secret(folder / _SECRET), settings)
     except OSError as error:
         logger.warning("snapshots are off: %s: %s", folder, error.strerror)

@@ -103,7 +103,7 @@ def test_a_server_starts_warm_for_those_who_may_read_a_pack(
 ) -> None:
     private, public = key_pair
     pack = build("signed.ckpack", "--sign-key", private)
-    build("unsigned.ckpack")
+    unsigned = build("unsigned.ckpack")
     shown = chunkllama("pack", "inspect", pack).stdout
     assert "red's own" in shown and "everyone" in shown
     model = ("--model", tiny_model, "--backend", "reference", "--num-chunks", 32)
@@ -114,6 +114,9 @@ def test_a_server_starts_warm_for_those_who_may_read_a_pack(
     foreign = chunkllama("pack", "verify", pack, *model, "--dtype", "bfloat16")
     assert foreign.returncode == 1
     assert "it has dtype float32, this server has bfloat16" in foreign.stdout
+    small = chunkllama("pack", "verify", unsigned, *model, "--max-model-len", 191)
+    assert small.returncode == 1
+    assert "a prompt has 3 chunks, and max_model_len leaves room for 2" in small.stdout
 
     (tmp_path / "keys").write_text("".join(f"{name}:{key}\n" for name, key in KEYS.items()))
     with socket.socket() as probe:

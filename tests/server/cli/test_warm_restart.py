@@ -73,6 +73,7 @@ def test_the_cache_outlives_a_kill_a_crash_and_a_drain(begin, tmp_path) -> None:
     served.process.wait()
     psutil.wait_procs(engines, timeout=60)
     (kept / ".snapshot.ckpack.00000000.part").write_bytes(b"half of one")
+    (kept / ".snapshot.ckpack.loading").touch()  # killed while it loaded its own
     served = begin("--snapshot-seconds", 0)
     wait_until(lambda: has_loaded(served))
     whole = len(TEXT) // 64 * 64
