@@ -19,6 +19,7 @@ from chunkllama.models.config import read_spec
 from chunkllama.models.loading.adapter_file import read_adapter
 from chunkllama.models.loading.adapter_weights import load_adapter_weights
 
+HUGE = "(((a?){100}){100}){100}"  # compiled it takes gigabytes
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -81,6 +82,18 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": ["q_proj"]}, "down_proj.lora_A.weight: target_modules does not name"),
     ({"target_modules": 7}, "target_modules must be a pattern or a list of names"),
     ({"target_modules": "("}, "target_modules: '(' is no pattern"),
+    ({"target_modules": HUGE}, "target_modules: '(((a?){100}){100}){100}' repeats too often"),
+    ({"exclude_modules": HUGE}, "exclude_modules: '(((a?){100}){100}){100}' repeats too often"),
+    ({"rank_pattern": {HUGE: 8}}, "repeats too often; the product of its counts may be 256"),
+    ({"alpha_pattern": {HUGE: 8}}, "repeats too often; the product of its counts may be 256"),
+    ({"target_modules": "(a{16}){17}"}, "repeats too often"),
+    ({"target_modules": "(a{0,300})?"}, "repeats too often"),
+    ({"target_modules": "(a{300,})?"}, "repeats too often"),
+    ({"target_modules": "(?x)(a?){1 00 0}"}, "braces may hold a count of repetitions only"),
+    ({"target_modules": "(a?){10000}"}, "braces may hold a count of repetitions only"),
+    ({"target_modules": "(?:q){e<=9}"}, "braces may hold a count of repetitions only"),
+    ({"target_modules": "a" * 1025}, "has 1025 characters; a pattern may have 1024"),
+    ({"target_modules": "(" * 500 + ")" * 500}, "is nested too deeply"),
     ({"exclude_modules": ["q_proj"]}, "q_proj.lora_A.weight: target_modules does not name"),
     ({"layers_to_transform": [1]}, "target_modules does not name its module"),
     ({"alora_invocation_tokens": []}, "must be a list of 1 to 256 token ids"),
@@ -158,6 +171,7 @@ def test_what_peft_accepts_is_read(model: Path, tmp_path: Path) -> None:
             {"target_modules": "ALL-LINEAR", "exclude_modules": None},
             {"target_modules": [f"model.layers.{i}.self_attn.q_proj" for i in range(2)], "t": 1},
             {"target_modules": r".*\d\.mlp\..*", "t": 2},
+            {"target_modules": r"model\.layers\.\d{1,2}\.[a-z_]{9}\.q_proj", "t": 1},
         )
     ):
         which = config.pop("t", 0)  # type: ignore[call-overload]

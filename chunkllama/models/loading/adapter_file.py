@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ _PICKLE: Final = "adapter_model.bin"
 _MAX_CONFIG_BYTES: Final = 1 << 20
 _MAX_INVOCATION: Final = 256
 _PATTERN_SECONDS: Final = 5.0  # for all patterns of an adapter
+# A compiled pattern holds a copy of what is repeated per repetition, nested ones their product.
+_MAX_PATTERN: Final = 1024
+_MAX_REPETITIONS: Final = 256
+_REPEAT: Final = re.compile(r"\{([0-9]{0,4})(?:,([0-9]{0,4}))?\}")
 # Fields that change what an adapter computes, and are not computed here. PEFT writes them all, most
 # of them empty.
 _REFUSED: Final = (
@@ -242,18 +247,47 @@ class _Targets:
         return default
 
     def _fits(self, pattern: str, module: str, field: str) -> bool:
+        self._check_size(pattern, field)
         try:
             # Concurrent: steps run meanwhile, for which the interpreter's lock is needed.
             match = regex.fullmatch(pattern, module, timeout=self._seconds_left(), concurrent=True)
             return match is not None
         except regex.error as error:
             raise self._config.error(f"{field}: {pattern!r:.60} is no pattern: {error}") from None
+        except RecursionError:
+            raise self._config.error(f"{field}: {pattern!r:.60} is nested too deeply") from None
         except TimeoutError:
             raise self._config.error(f"{field}: {pattern!r:.60} takes too long") from None
 
+    def _check_size(self, pattern: str, field: str) -> None:
+        """Refuse a pattern that could take much memory when it is compiled."""
+        if len(pattern) > _MAX_PATTERN:
+            raise self._config.error(
+                f"{field}: {pattern!r:.60} has {len(pattern)} characters; a pattern may have "
+                f"{_MAX_PATTERN}"
+            )
+        repeats = _REPEAT.findall(pattern)
+        if len(repeats) != pattern.count("{"):
+            raise self._config.error(
+                f"{field}: {pattern!r:.60}: braces may hold a count of repetitions only"
+            )
+        counts = (max(int(least or 1), int(most or 1), 1) for least, most in repeats)
+        if math.prod(counts) > _MAX_REPETITIONS:
+            raise self._config.error(
+                f"{field}: {pattern!r:.60} repeats too often; the product of its counts may be "
+                f"{_MAX_REPETITIONS}"
+            )
+
     def _seconds_left(self) -> float:
-        """Time that is left for all patterns together."""
-        return max(self._deadline - time.monotonic(), 1e-3)
+        """Time that is left for all patterns together.
+
+        Raises:
+            TimeoutError: none.
+        """
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
 
     def _mapping(self, field: str) -> dict[str, Any]:
         value = self._config.get(field) or {}
