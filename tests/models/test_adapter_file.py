@@ -68,6 +68,18 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": 8}, "rank_pattern must be an object"),
     ({"lora_alpha": None}, "lora_alpha must be a positive number"),
     ({"lora_alpha": float("inf")}, "lora_alpha must be a positive number"),
+    ({"lora_alpha": 10**400}, "lora_alpha must be a positive number up to 1000000, got 1000"),
+    ({"lora_alpha": 1e308}, "lora_alpha must be a positive number up to 1000000, got 1e+308"),
+    ({"lora_alpha": float("nan")}, "lora_alpha must be a positive number"),
+    ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern 'q_proj' must be a positive number"),
+    ({"r": 10**400}, "r must be a rank"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the model's own weights"),
+    ({"init_lora_weights": "pissa_niter_16"}, "convert the adapter to an ordinary one with PEFT"),
+    ({"init_lora_weights": "OLoRA"}, "init_lora_weights 'OLoRA' changes the model's own weights"),
+    ({"init_lora_weights": "corda"}, "convert the adapter to an ordinary one with PEFT"),
+    ({"init_lora_weights": "loftq"}, "convert the adapter to an ordinary one with PEFT"),
+    ({"init_lora_weights": "lora_ga"}, "convert the adapter to an ordinary one with PEFT"),
+    ({"kasa_config": {"beta": 1e-4, "gamma": 1e-3}}, "kasa_config is not supported"),
     ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern 'q_proj' must be a positive number"),
     ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported; use LORA"),
     ({"use_dora": True}, "use_dora is not supported"),
@@ -178,6 +190,9 @@ def test_what_peft_accepts_is_read(model: Path, tmp_path: Path) -> None:
         targets = (ALL, ("q_proj",), ("gate_proj", "up_proj", "down_proj"))[which]
         folder = write_adapter(tmp_path / str(number), model, targets=targets, **config)
         assert len(read_adapter(folder, spec).modules) == 2 * len(targets)
+    for name in (True, False, "gaussian", "eva", "orthogonal", "mica"):
+        folder = write_adapter(tmp_path / str(name), model, init_lora_weights=name)
+        assert read_adapter(folder, spec).modules
     one_layer = write_adapter(tmp_path / "l", model, layers_to_transform=[1])
     change_tensors(
         lambda tensors: (
@@ -196,3 +211,18 @@ def test_files_that_change_after_they_were_checked_are_refused(model: Path, tmp_
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(ConfigError, match="has changed since it was loaded"):
         load_adapter_weights(file, spec, torch.float32, cpu)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+@pytest.mark.parametrize("which", ["lora_A", "lora_B"])
+def test_weights_that_are_not_finite_are_refused(
+    model: Path, tmp_path: Path, which: str, value: float
+) -> None:
+    folder, spec = write_adapter(tmp_path / "a", model), read_spec(model)
+    name = f"{Q}.{which}.weight"
+    change_tensors(lambda tensors: tensors[name].__setitem__((0, 0), value))(folder)
+    file, cpu = read_adapter(folder, spec), torch.device("cpu")
+    with pytest.raises(ConfigError, match=rf"q_proj\.{which} holds .* not finite in float16"):
+        load_adapter_weights(file, spec, torch.float16, cpu)
+    if np.isfinite(value):
+        load_adapter_weights(file, spec, torch.bfloat16, cpu)

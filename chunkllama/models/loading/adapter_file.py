@@ -41,8 +41,12 @@ _REPEAT: Final = re.compile(r"\{([0-9]{0,4})(?:,([0-9]{0,4}))?\}")
 _REFUSED: Final = (
     *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save"),
     *("trainable_token_indices", "target_parameters", "layer_replication", "arrow_config"),
-    *("monteclora_config", "megatron_config"),
+    *("monteclora_config", "megatron_config", "kasa_config"),
 )
+# Initializations with which PEFT leaves the weights of the model as they are. Others change them,
+# and the adapter is trained on top of the changed ones, of which its folder says nothing.
+_INITIALIZATIONS: Final = ("gaussian", "eva", "orthogonal", "mica")
+_MAX_ALPHA: Final = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +132,12 @@ def _check_kind(config: ConfigFile) -> None:
     bias = config.get("bias")
     if bias not in (None, "none"):
         raise config.error(f"bias {bias!r:.40} is not supported; use none")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in _INITIALIZATIONS:
+        raise config.error(
+            f"init_lora_weights {start!r:.40} changes the model's own weights; convert the adapter "
+            "to an ordinary one with PEFT, or merge it"
+        )
     for name in _REFUSED:
         if config.get(name):
             raise config.error(f"{name} is not supported")
@@ -297,13 +307,17 @@ class _Targets:
 
     def _checked_rank(self, value: Any, field: str) -> int:
         if type(value) is not int or not 0 < value <= MAX_RANK:
-            raise self._config.error(f"{field} must be a rank from 1 to {MAX_RANK}, got {value!r}")
+            raise self._config.error(
+                f"{field} must be a rank from 1 to {MAX_RANK}, got {value!r:.40}"
+            )
         return value
 
     def _positive(self, value: Any, field: str) -> float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value <= 0:
-            raise self._config.error(f"{field} must be a positive number, got {value!r:.40}")
+        if not is_number or not 0 < value <= _MAX_ALPHA:
+            raise self._config.error(
+                f"{field} must be a positive number up to {_MAX_ALPHA:.0f}, got {value!r:.40}"
+            )
         return float(value)
 
 

@@ -30,7 +30,7 @@ def load_adapter_weights(
     """Read an adapter's tensors; the scales are multiplied into the B matrices.
 
     Raises:
-        ConfigError: the files are no longer those that were checked.
+        ConfigError: the files are no longer those that were checked, or a number is not finite.
     """
     data = _read_unchanged(file)
     heads = head_order(spec.ropes[0], spec.head_dim)
@@ -47,11 +47,18 @@ def load_adapter_weights(
         for name, rows in source.parts:
             module = file.modules.get(name)
             if module is not None:
-                b = tensor(module.b).float() * module.scale
+                a = tensor(module.a).to(dtype)
+                b = (tensor(module.b).float() * module.scale).to(dtype)
+                for values, which in ((a, "lora_A"), (b, "lora_B")):
+                    if not values.isfinite().all():
+                        raise ConfigError(
+                            f"{file.folder / WEIGHTS}: {name}.{which} holds numbers that are not "
+                            f"finite in {str(dtype).removeprefix('torch.')}"
+                        )
                 if order is not None:
                     b = b[_within(order, first, rows)]
-                stacked.append(tensor(module.a).to(device, dtype))
-                parts.append(AdapterPart(first, offset, b.to(device, dtype)))
+                stacked.append(a.to(device))
+                parts.append(AdapterPart(first, offset, b.to(device)))
                 offset += module.rank
             first += rows
         return LinearAdapter(torch.cat(stacked), tuple(parts)) if parts else None
