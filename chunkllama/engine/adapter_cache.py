@@ -38,6 +38,10 @@ class AdapterLoader(Protocol):
         """
         ...
 
+    def size_of(self, file: AdapterFile) -> int:
+        """Return the bytes that an adapter's weights take at least, without reading them."""
+        ...
+
     def load_adapter(self, file: AdapterFile) -> tuple[Any, int]:
         """Return an adapter's weights and the bytes they take; called in a thread.
 
@@ -116,6 +120,7 @@ class AdapterCache:
 
         def read() -> tuple[AdapterFile, Any, int]:
             file = self._loader.read_adapter(Path(command.folder))
+            self._check_size(command.folder, self._loader.size_of(file))
             return file, *self._loader.load_adapter(file)
 
         is_known = command.name in self._adapters
@@ -136,14 +141,9 @@ class AdapterCache:
     ) -> CommandReply:
         try:
             file, weights, num_bytes = future.result()
+            self._check_size(command.folder, num_bytes)
         except Exception as error:
             return _refused(command, _reason(command.folder, error))
-        if num_bytes > self._max_bytes:
-            return _refused(
-                command,
-                f"{command.folder}: its weights take {num_bytes >> 20} MiB, adapter_memory holds "
-                f"{self._max_bytes >> 20} MiB; raise adapter_memory",
-            )
         info = AdapterInfo(
             name=command.name,
             folder=command.folder,
@@ -263,6 +263,13 @@ class AdapterCache:
                 self._ready.append(request_id)
 
     # -- memory -------------------------------------------------------------------------------
+
+    def _check_size(self, folder: str, num_bytes: int) -> None:
+        if num_bytes > self._max_bytes:
+            raise ConfigError(
+                f"{folder}: its weights take {num_bytes >> 20} MiB, adapter_memory holds "
+                f"{self._max_bytes >> 20} MiB; raise adapter_memory"
+            )
 
     def _make_room(self, num_bytes: int) -> bool:
         """Drop the weights used least recently until so many bytes fit; False if they do not."""

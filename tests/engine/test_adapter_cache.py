@@ -30,7 +30,10 @@ class Loader:
         self.reads: list[str] = []
 
     def read_adapter(self, folder: Path) -> AdapterFile:
-        return AdapterFile(folder, {"m": type("M", (), {"rank": 8})()}, (), folder.name)
+        return AdapterFile(folder, {"m": type("M", (), {"rank": 8})()}, (), folder.name, 10)
+
+    def size_of(self, file: AdapterFile) -> int:
+        return 1000 if file.digest == "large" else 10
 
     def load_adapter(self, file: AdapterFile) -> tuple[Any, int]:
         self.gate.wait()
@@ -171,6 +174,15 @@ def test_an_adapter_that_cannot_be_read_again_fails_its_requests_alone(
     two.ask("3", "a")
     two.poll()
     assert two.started == ["2", "3"]
+
+
+def test_an_adapter_that_can_never_fit_is_refused_before_it_is_read(two: Cache) -> None:
+    reads = list(two.loader.reads)
+    assert two.cache.load(LoadAdapter(command_id=7, name="d", folder="/large")) is None
+    wait(two.cache.futures())
+    (reply,) = two.cache.take_replies()
+    assert "adapter_memory holds 0 MiB; raise adapter_memory" in reply.error
+    assert two.loader.reads == reads
 
 
 def test_names_are_loaded_once_and_numbers_are_reused_last() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,23 @@ def lengthen(folder: Path) -> None:
 
 def pickle_only(folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return apply
+
+
+def device(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").symlink_to("/dev/zero")
+
+
+def grow(name: str, size: int) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / name, size)
 
 
 def set_tensor(name: str, value: np.ndarray) -> Callable[[Path], None]:
@@ -115,6 +133,11 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
 BAD_FILES: list[tuple[Callable[[Path], None], str]] = [
     (cut, "its tensors end at byte"),
     (lengthen, "its tensors end at byte"),
+    (pipe("adapter_model.safetensors"), "safetensors: a device, pipe or socket, not a file"),
+    (pipe("adapter_config.json"), "adapter_config.json: a device, pipe or socket, not a file"),
+    (device, "a device, pipe or socket, not a file"),
+    (grow("adapter_model.safetensors", 1 << 40), "bytes, an adapter of this model at most"),
+    (grow("adapter_config.json", 1 << 40), "bytes, an adapter of this model at most 1048576"),
     (pickle_only, "pickled weights can run code when loaded and are refused"),
     (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json: cannot be"),
     (lambda folder: (folder / "adapter_model.safetensors").unlink(), "safetensors: cannot be read"),
@@ -210,6 +233,13 @@ def test_files_that_change_after_they_were_checked_are_refused(model: Path, tmp_
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(ConfigError, match="has changed since it was loaded"):
+        load_adapter_weights(file, spec, torch.float32, cpu)
+    for size in (1 << 40, 100, 0):
+        os.truncate(path, size)
+        with pytest.raises(ConfigError, match="has changed since it was loaded"):
+            load_adapter_weights(file, spec, torch.float32, cpu)
+    pipe(path.name)(folder)
+    with pytest.raises(ConfigError, match="a device, pipe or socket"):
         load_adapter_weights(file, spec, torch.float32, cpu)
 
 

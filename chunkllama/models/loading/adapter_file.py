@@ -21,7 +21,8 @@ import regex
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.config_file import ConfigFile, read_json
-from chunkllama.models.loading.safetensors import ITEM_SIZES, read_header
+from chunkllama.models.folder_check import check_is_file
+from chunkllama.models.loading.safetensors import ITEM_SIZES, MAX_HEADER_BYTES, read_header
 from chunkllama.models.loading.tensor_info import TensorInfo
 from chunkllama.models.tensors import LinearTensors, layer_tensors
 
@@ -29,7 +30,7 @@ MAX_RANK: Final = 128
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX: Final = "base_model.model."
 _PICKLE: Final = "adapter_model.bin"
-_MAX_CONFIG_BYTES: Final = 1 << 20
+MAX_CONFIG_BYTES: Final = 1 << 20
 _MAX_INVOCATION: Final = 256
 _PATTERN_SECONDS: Final = 5.0  # for all patterns of an adapter
 # A compiled pattern holds a copy of what is repeated per repetition, nested ones their product.
@@ -68,12 +69,20 @@ class AdapterFile:
         invocation: tokens from whose last occurrence in a prompt on the adapter is active; ():
             from the beginning.
         digest: SHA-256 of both files, in hexadecimal.
+        file_bytes: size of the file of weights.
     """
 
     folder: Path
     modules: Mapping[str, AdapterModule]
     invocation: tuple[int, ...]
     digest: str
+    file_bytes: int
+
+    @property
+    def num_values(self) -> int:
+        """Numbers in the A and B matrices."""
+        tensors = (tensor for module in self.modules.values() for tensor in (module.a, module.b))
+        return sum(math.prod(tensor.shape) for tensor in tensors)
 
     @property
     def rank(self) -> int:
@@ -98,31 +107,39 @@ def read_adapter(folder: Path, spec: ModelSpec) -> AdapterFile:
             f"{folder / _PICKLE}: pickled weights can run code when loaded and are refused; save "
             "the adapter as safetensors"
         )
-    digest = hash_files(folder)  # first: a file that changes later no longer has this digest
+    largest = sum(4 * MAX_RANK * (rows + columns) for _, (rows, columns) in module_shapes(spec))
+    sizes = (MAX_CONFIG_BYTES, largest + MAX_HEADER_BYTES)
+    # First: a file that changes later no longer has this digest.
+    digest, file_bytes = _hash_files(folder, sizes)
     path = folder / CONFIG
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: has more than {_MAX_CONFIG_BYTES} bytes")
     config = ConfigFile(path, read_json(path))
     _check_kind(config)
     targets = _Targets(config, spec)
     modules = targets.modules(read_header(folder / WEIGHTS), folder / WEIGHTS)
-    return AdapterFile(folder, modules, _invocation(config, spec), digest)
+    return AdapterFile(folder, modules, _invocation(config, spec), digest, file_bytes)
 
 
-def hash_files(folder: Path) -> str:
-    """Return the SHA-256 of an adapter's two files.
+def _hash_files(folder: Path, largest: tuple[int, int]) -> tuple[str, int]:
+    """The SHA-256 of an adapter's two files, and the size of the second one.
 
-    Raises:
-        ConfigError: a file cannot be read.
+    Args:
+        largest: sizes that the files may have, in bytes.
     """
-    digest = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS):
+    digest, size = hashlib.sha256(), 0
+    for name, most in zip((CONFIG, WEIGHTS), largest, strict=True):
+        path = folder / name
+        check_is_file(path)
         try:
-            with (folder / name).open("rb") as file:
+            size = path.stat().st_size
+            if size > most:
+                raise ConfigError(
+                    f"{path}: has {size} bytes, an adapter of this model at most {most}"
+                )
+            with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
-            raise ConfigError(f"{folder / name}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest(), size
 
 
 def _check_kind(config: ConfigFile) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -17,11 +19,14 @@ from chunkllama.backends.adapter import (
 )
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
-from chunkllama.models.loading.adapter_file import CONFIG, WEIGHTS, AdapterFile
+from chunkllama.models.folder_check import check_is_file
+from chunkllama.models.loading.adapter_file import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, AdapterFile
 from chunkllama.models.loading.tensor_info import TensorInfo
 from chunkllama.models.loading.weights import TORCH_DTYPES, row_order
 from chunkllama.models.rotary import head_order
 from chunkllama.models.tensors import LinearTensors, layer_tensors
+
+_BLOCK_BYTES: Final = 1 << 20
 
 
 def load_adapter_weights(
@@ -76,16 +81,43 @@ def _within(order: NDArray[np.int64], first: int, rows: int) -> torch.Tensor:
     return torch.from_numpy(order[first : first + rows] - first)
 
 
-def _read_unchanged(file: AdapterFile) -> bytearray:
+def _read_unchanged(file: AdapterFile) -> NDArray[np.uint8]:
+    """The bytes of the weights' file, if both files are those that were checked."""
     digest = hashlib.sha256()
-    data = bytearray()
-    for name in (CONFIG, WEIGHTS):
+    data = np.empty(0, np.uint8)
+    for name, most in ((CONFIG, MAX_CONFIG_BYTES), (WEIGHTS, file.file_bytes)):
         path = file.folder / name
+        check_is_file(path)
         try:
-            data = bytearray(path.read_bytes())
+            size = path.stat().st_size
+            if size > most:
+                raise _changed(file)
+            data = np.empty(size, np.uint8)
+            digest.update(_read_into(data, path))
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        digest.update(hashlib.sha256(data).digest())
     if digest.hexdigest() != file.digest:
-        raise ConfigError(f"{file.folder}: has changed since it was loaded; unload and load it")
+        raise _changed(file)
     return data
+
+
+def _read_into(data: NDArray[np.uint8], path: Path) -> bytes:
+    """Fill ``data`` from a file; returns its SHA-256.
+
+    Reads and hashes blocks: steps run meanwhile, for which the interpreter's lock is needed.
+    """
+    digest = hashlib.sha256()
+    done = 0
+    with path.open("rb", buffering=0) as file:
+        while done < len(data):
+            block = data[done : done + _BLOCK_BYTES]
+            count = file.readinto(memoryview(block))
+            if not count:
+                break  # it has become shorter, and has another digest
+            digest.update(memoryview(block[:count]))
+            done += count
+    return digest.digest()
+
+
+def _changed(file: AdapterFile) -> ConfigError:
+    return ConfigError(f"{file.folder}: has changed since it was loaded; unload and load it")
