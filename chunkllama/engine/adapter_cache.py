@@ -126,7 +126,7 @@ class AdapterCache:
         is_known = command.name in self._adapters
         if is_known or any(other.name == command.name for other in self._loads.values()):
             return _refused(command, f"adapter {command.name!r} is loaded already; unload it first")
-        if self._numbers.is_full:
+        if self._numbers.num_free <= len(self._loads):
             return _refused(command, "too many adapters are loaded; unload one")
         self._loads[self._thread.submit(read)] = command
         return None

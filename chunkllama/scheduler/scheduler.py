@@ -370,6 +370,7 @@ class Scheduler:
     def remove_adapter(self, number: int, reply: CommandReply) -> None:
         """Drop what is cached under an adapter that no request uses, and free its number."""
         drop_adapter(self._cache, number, reply)
+        assert reply.num_kept == 0, "chunks remain under a number that is given again"
         self.adapters.name_pins(reply.ended_pins)
         self.adapters.release(number)
 

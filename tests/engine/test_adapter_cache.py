@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from chunkllama.adapter_messages import LoadAdapter
+from chunkllama.cache.adapter_tags import MAX_ADAPTERS
 from chunkllama.engine.adapter_cache import AdapterCache, last_occurrence
 from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.messages import EngineRequest
@@ -196,6 +197,21 @@ def test_names_are_loaded_once_and_numbers_are_reused_last() -> None:
     cache.load("a")
     use = cache.cache.use_of("a", [1, 2])
     assert use is not None and (use.number, use.start) == (3, 0)
+    cache.cache.close()
+
+
+def test_loads_that_are_pending_count_as_adapters() -> None:
+    cache = Cache(3)
+    for number in range(MAX_ADAPTERS - 1):
+        cache.numbers.assign(str(number))
+    cache.loader.gate.clear()
+    assert cache.cache.load(LoadAdapter(command_id=1, name="a", folder="/a")) is None
+    reply = cache.cache.load(LoadAdapter(command_id=2, name="b", folder="/b"))
+    assert reply is not None and reply.error == "too many adapters are loaded; unload one"
+    cache.loader.gate.set()
+    wait(cache.cache.futures())
+    (reply,) = cache.cache.take_replies()
+    assert reply.adapter is not None and reply.adapter.name == "a"
     cache.cache.close()
 
 
