@@ -225,7 +225,8 @@ class AdapterCache:
         """Put weights that have been read again into place.
 
         Returns:
-            Requests that may start, and those whose adapter could not be read, with the reason.
+            Requests that may start, and those whose adapter could not be read, with what their
+            clients are told.
         """
         failed: dict[str, str] = {}
         for adapter in self._adapters.values():
@@ -235,8 +236,10 @@ class AdapterCache:
             try:
                 weights, _ = reading.result()
             except Exception as error:
-                reason = _reason(adapter.info.folder, error)
-                failed.update(dict.fromkeys(adapter.requests, reason))
+                name = adapter.info.name
+                logger.error("adapter %s: %s", name, _reason(adapter.info.folder, error))
+                # Tenants get it: without the path.
+                failed.update(dict.fromkeys(adapter.requests, f"adapter {name!r} cannot be read"))
                 continue
             self._place(adapter, weights)
         for request_id in failed:

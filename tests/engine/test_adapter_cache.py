@@ -159,13 +159,14 @@ def test_a_request_that_ends_while_it_waits_leaves_its_place(two: Cache) -> None
     [(ConfigError("/a: gone"), "/a: gone"), (MemoryError(), "/a: cannot be read: MemoryError")],
 )
 def test_an_adapter_that_cannot_be_read_again_fails_its_requests_alone(
-    two: Cache, error: Exception, reason: str
+    two: Cache, error: Exception, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     two.loader.fails = error
     two.ask("1", "a")
     two.ask("2", "c")
     two.poll()
-    assert two.started == ["2"] and two.failed == {"1": reason}
+    assert two.started == ["2"] and two.failed == {"1": "adapter 'a' cannot be read"}
+    assert f"adapter a: {reason}" in caplog.messages, "the path is for the operator alone"
     assert two.cache.load(LoadAdapter(command_id=7, name="d", folder="/a")) is None
     wait(two.cache.futures())
     (reply,) = two.cache.take_replies()
