@@ -71,7 +71,12 @@ class Cache:
         request = EngineRequest(
             request_id=request_id, prompt_token_ids=[1], sampling=SamplingParams(), adapter=adapter
         )
-        if self.cache.begin(request):
+        self.cache.add(request)
+        self.turn(request_id)
+
+    def turn(self, request_id: str) -> None:
+        """It is the request's turn to start."""
+        if self.cache.may_start(request_id):
             self.started.append(request_id)
 
     def poll(self) -> None:
@@ -80,8 +85,9 @@ class Cache:
             if self.loader.gate.is_set():
                 wait(self.cache.futures())
             ready, failed = self.cache.poll()
-            self.started += ready
             self.failed |= failed
+            for request_id in ready:
+                self.turn(request_id)
         assert self.cache.bytes_in_memory <= self.cache._max_bytes
 
     def names(self) -> set[str]:
@@ -102,7 +108,7 @@ def test_the_adapter_used_least_recently_makes_room(two: Cache) -> None:
     two.ask("1", "b")
     two.cache.end("1")
     two.ask("2", "a")
-    assert two.started == ["1"] and two.cache.is_waiting("2")
+    assert two.started == ["1"]
     two.poll()
     assert two.started == ["1", "2"] and two.names() == {"a", "b"}
 
@@ -115,12 +121,43 @@ def test_a_request_waits_for_room_and_later_ones_wait_behind_it(two: Cache) -> N
     two.poll()
     assert two.started == ["1", "2"] and two.names() == {"b", "c"}
     two.cache.end("1")
-    two.ask("5", "c")  # 3 has its room now; 4 has none, and 5 waits behind it
+    two.poll()  # 3 has its room; 4 waits for some, and 5 behind it
+    two.ask("5", "c")
     two.poll()
     assert two.started == ["1", "2", "3"] and two.names() == {"a", "c"}
     two.cache.end("3")
     two.poll()
     assert set(two.started[3:]) == {"4", "5"} and two.names() == {"b", "c"}
+
+
+def test_requests_in_the_queue_hold_no_weights(two: Cache) -> None:
+    """They are added; their turn comes later."""
+    for number in range(100):
+        request = EngineRequest(
+            request_id=f"b{number}", prompt_token_ids=[1], sampling=SamplingParams(), adapter="b"
+        )
+        two.cache.add(request)
+    two.ask("1", "c")
+    two.ask("2", "a")
+    two.poll()
+    assert two.started == ["1", "2"] and two.names() == {"a", "c"}
+
+
+def test_requests_behind_the_one_that_gets_room_hold_its_weights_up_to_a_bound() -> None:
+    cache = Cache(1)
+    cache.load("a", "b")
+    cache.ask("0", "b")
+    cache.ask("a0", "a")
+    cache.ask("1", "b")
+    for number in range(1, 50):
+        cache.ask(f"a{number}", "a")
+    cache.cache.end("0")
+    cache.poll()
+    admitted = [f"a{number}" for number in range(50) if f"a{number}" in cache.started]
+    assert admitted == [f"a{number}" for number in range(16)] and cache.names() == {"a"}
+    for request_id in admitted:
+        cache.cache.end(request_id)
+    cache.cache.close()
 
 
 def test_requests_pass_while_another_ones_adapter_is_read(two: Cache) -> None:

@@ -110,11 +110,11 @@ def _read_into(data: NDArray[np.uint8], path: Path) -> bytes:
     done = 0
     with path.open("rb", buffering=0) as file:
         while done < len(data):
-            block = data[done : done + _BLOCK_BYTES]
-            count = file.readinto(memoryview(block))
+            block = data.data[done : done + _BLOCK_BYTES]
+            count = file.readinto(block)
             if not count:
                 break  # it has become shorter, and has another digest
-            digest.update(memoryview(block[:count]))
+            digest.update(block[:count])
             done += count
     return digest.digest()
 
