@@ -1,12 +1,13 @@
 """Loaded adapters of an engine, and which of their weights are in memory.
 
-An adapter that is loaded has a name and a number; its weights are in memory while requests use it
-and as long as their place is not needed. Weights are read in a thread and are in place between two
-steps, so that no step waits for a file. A request whose adapter has to be read is held until then.
+An adapter that is loaded has a name and a number; its weights are in memory while requests run that
+use it and as long as their place is not needed. Weights are read in a thread and are in place
+between two steps, so that no step waits for a file. A request asks for its adapter when it is its
+turn to start, and is held while the weights are read. Requests that wait in the queue hold no
+weights, so that a tenant's backlog does not keep other adapters out.
 
-Requests that need an adapter read are served in order of arrival: while the oldest of them finds no
-room, because requests use every adapter in memory, those behind it wait too. So it gets its room
-when the running ones have ended.
+While a request finds no room, because running ones use every adapter in memory, no other request
+with an adapter starts. So it gets its room when the running ones have ended.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from chunkllama.adapter_messages import AdapterInfo, LoadAdapter
 from chunkllama.cache.adapter_tags import AdapterUse
@@ -26,6 +27,8 @@ from chunkllama.scheduler.adapter_numbers import AdapterNumbers
 
 logger = init_logger(__name__)
 
+_TURN: Final = 16  # requests that are admitted at most before the weights are in place
+
 
 class AdapterLoader(Protocol):
     """Reads adapters for an executor and tells it which ones are in memory."""
@@ -36,6 +39,10 @@ class AdapterLoader(Protocol):
         Raises:
             ConfigError: one line for the operator.
         """
+        ...
+
+    def size_of(self, file: AdapterFile) -> int:
+        """Return the bytes that an adapter's weights take at least, without reading them."""
         ...
 
     def load_adapter(self, file: AdapterFile) -> tuple[Any, int]:
@@ -57,7 +64,8 @@ class Adapter:
 
     Attributes:
         requests: ids of the unfinished requests that use it.
-        admitted: those of them for which its weights are in memory, or being read.
+        admitted: those of them that run, or start once its weights are in memory.
+        later: those that ask again once its weights are in memory.
         reading: its weights, while they are read.
         last_use: number of its last use, for eviction.
     """
@@ -66,7 +74,8 @@ class Adapter:
     file: AdapterFile
     number: int
     requests: set[str] = field(default_factory=set)
-    admitted: set[str] = field(default_factory=set)
+    admitted: dict[str, None] = field(default_factory=dict)  # in order
+    later: dict[str, None] = field(default_factory=dict)
     is_in_memory: bool = False
     reading: Future[tuple[Any, int]] | None = None
     last_use: int = 0
@@ -87,9 +96,9 @@ class AdapterCache:
         self._max_bytes = max_bytes
         self._adapters: dict[str, Adapter] = {}
         self._loads: dict[Future[tuple[AdapterFile, Any, int]], LoadAdapter] = {}
-        self._waiting: dict[str, Adapter] = {}  # requests, in order of arrival
-        self._ready: list[str] = []  # requests that have waited and may start
-        self._users: dict[str, Adapter] = {}
+        self._users: dict[str, Adapter] = {}  # by id of the request
+        self._next: str | None = None  # the request that waits for room
+        self._behind: dict[str, None] = {}  # requests that ask again when it has its room
         self._uses = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-load")
 
@@ -116,12 +125,13 @@ class AdapterCache:
 
         def read() -> tuple[AdapterFile, Any, int]:
             file = self._loader.read_adapter(Path(command.folder))
+            self._check_size(command.folder, self._loader.size_of(file))
             return file, *self._loader.load_adapter(file)
 
         is_known = command.name in self._adapters
         if is_known or any(other.name == command.name for other in self._loads.values()):
             return _refused(command, f"adapter {command.name!r} is loaded already; unload it first")
-        if self._numbers.is_full:
+        if self._numbers.num_free <= len(self._loads):
             return _refused(command, "too many adapters are loaded; unload one")
         self._loads[self._thread.submit(read)] = command
         return None
@@ -136,14 +146,9 @@ class AdapterCache:
     ) -> CommandReply:
         try:
             file, weights, num_bytes = future.result()
+            self._check_size(command.folder, num_bytes)
         except Exception as error:
             return _refused(command, _reason(command.folder, error))
-        if num_bytes > self._max_bytes:
-            return _refused(
-                command,
-                f"{command.folder}: its weights take {num_bytes >> 20} MiB, adapter_memory holds "
-                f"{self._max_bytes >> 20} MiB; raise adapter_memory",
-            )
         info = AdapterInfo(
             name=command.name,
             folder=command.folder,
@@ -192,41 +197,50 @@ class AdapterCache:
         start = last_occurrence(adapter.file.invocation, prompt_token_ids)
         return None if start is None else AdapterUse(adapter.number, start)
 
-    def begin(self, request: EngineRequest) -> bool:
-        """Note a request that uses its adapter; whether it may start at once.
+    def add(self, request: EngineRequest) -> None:
+        """Note a request that uses its adapter."""
+        adapter = self._adapters[request.adapter]
+        adapter.requests.add(request.request_id)
+        self._users[request.request_id] = adapter
+
+    def may_start(self, request_id: str) -> bool:
+        """Whether a request may start now, as far as its adapter goes.
 
         Otherwise it is to be held until ``poll`` names it.
         """
-        adapter = self._adapters[request.adapter]
-        adapter.requests.add(request.request_id)
-        self._users[request.request_id] = self._waiting[request.request_id] = adapter
-        self._admit()
-        if request.request_id not in self._ready:
-            return False
-        self._ready.remove(request.request_id)
-        return True
+        adapter = self._users.get(request_id)
+        if adapter is None:
+            return True
+        if request_id not in adapter.admitted and request_id != self._next:
+            if self._next is not None:
+                self._behind[request_id] = None
+            elif adapter.reading is not None and len(adapter.admitted) >= _TURN:
+                adapter.later[request_id] = None
+            elif not self._admit(request_id, adapter):
+                self._next = request_id
+        return request_id in adapter.admitted and adapter.is_in_memory
 
     def end(self, request_id: str) -> None:
         """Note the end of a request; others are ignored."""
         adapter = self._users.pop(request_id, None)
-        self._waiting.pop(request_id, None)
-        if request_id in self._ready:
-            self._ready.remove(request_id)
+        self._behind.pop(request_id, None)
+        if request_id == self._next:
+            self._next = None
         if adapter is not None:
             adapter.requests.discard(request_id)
-            adapter.admitted.discard(request_id)
-            self._touch(adapter)
-
-    def is_waiting(self, request_id: str) -> bool:
-        """Whether a request is held for its adapter."""
-        return request_id in self._waiting or request_id in self._ready
+            adapter.later.pop(request_id, None)
+            if request_id in adapter.admitted:
+                del adapter.admitted[request_id]
+                self._touch(adapter)
 
     def poll(self) -> tuple[list[str], dict[str, str]]:
         """Put weights that have been read again into place.
 
         Returns:
-            Requests that may start, and those whose adapter could not be read, with the reason.
+            Requests that may start, and those whose adapter could not be read, with what their
+            clients are told.
         """
+        ready: list[str] = []
         failed: dict[str, str] = {}
         for adapter in self._adapters.values():
             if adapter.reading is None or not adapter.reading.done():
@@ -235,34 +249,51 @@ class AdapterCache:
             try:
                 weights, _ = reading.result()
             except Exception as error:
-                reason = _reason(adapter.info.folder, error)
-                failed.update(dict.fromkeys(adapter.requests, reason))
+                name = adapter.info.name
+                logger.error("adapter %s: %s", name, _reason(adapter.info.folder, error))
+                # Tenants get it: without the path.
+                failed.update(dict.fromkeys(adapter.requests, f"adapter {name!r} cannot be read"))
                 continue
             self._place(adapter, weights)
-        for request_id in failed:
-            self._waiting.pop(request_id, None)
-        self._admit()
-        ready, self._ready = self._ready, []
-        return ready, failed
+            ready += [*adapter.admitted, *adapter.later]
+            adapter.later.clear()
+        return [*ready, *self._end_turn()], failed
+
+    def _end_turn(self) -> list[str]:
+        """Let the request that waits for room have it, if there is some; returns who may ask."""
+        if self._next is not None:
+            adapter = self._users[self._next]
+            if not self._admit(self._next, adapter):
+                return []
+            same = [each for each in self._behind if self._users[each] is adapter]
+            adapter.admitted.update(dict.fromkeys(same[: _TURN - 1]))
+            self._next = None
+        # Those whose weights are now being read are named again when these are in place.
+        behind, self._behind = self._behind, {}
+        return list(behind)
 
     def close(self) -> None:
         """Wait for the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _admit(self) -> None:
-        """Let waiting requests pass whose weights are in memory; read those that have room."""
-        for request_id, adapter in list(self._waiting.items()):
-            if not adapter.is_in_memory and adapter.reading is None:
-                if not self._make_room(adapter.info.num_bytes):
-                    break
-                adapter.reading = self._thread.submit(self._loader.load_adapter, adapter.file)
-            adapter.admitted.add(request_id)
-            self._touch(adapter)
-            if adapter.is_in_memory:
-                del self._waiting[request_id]
-                self._ready.append(request_id)
+    def _admit(self, request_id: str, adapter: Adapter) -> bool:
+        """Keep an adapter's weights for a request, and read them; False if they have no room."""
+        if not adapter.is_in_memory and adapter.reading is None:
+            if not self._make_room(adapter.info.num_bytes):
+                return False
+            adapter.reading = self._thread.submit(self._loader.load_adapter, adapter.file)
+        adapter.admitted[request_id] = None
+        self._touch(adapter)
+        return True
 
     # -- memory -------------------------------------------------------------------------------
+
+    def _check_size(self, folder: str, num_bytes: int) -> None:
+        if num_bytes > self._max_bytes:
+            raise ConfigError(
+                f"{folder}: its weights take {num_bytes >> 20} MiB, adapter_memory holds "
+                f"{self._max_bytes >> 20} MiB; raise adapter_memory"
+            )
 
     def _make_room(self, num_bytes: int) -> bool:
         """Drop the weights used least recently until so many bytes fit; False if they do not."""

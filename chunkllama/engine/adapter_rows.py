@@ -41,6 +41,9 @@ class RunnerAdapters:
             raise ConfigError(f"{folder}: adapters need a vocabulary of at most {MAX_VOCABULARY}")
         return read_adapter(folder, self._spec)
 
+    def size_of(self, file: AdapterFile) -> int:
+        return file.num_values * self._dtype.itemsize
+
     def load_adapter(self, file: AdapterFile) -> tuple[Any, int]:
         assert self._model is not None, "the runner was closed"
         with torch.inference_mode():
@@ -61,6 +64,8 @@ class RunnerAdapters:
         Args:
             sequences: by slot; a slice of none of them is the base model's.
         """
+        if not self._weights:
+            return []
         found: list[AdapterRows] = []
         end, last = 0, 0
         for piece in slices:

@@ -99,7 +99,6 @@ class CommandClient(ABC):
         )
         if reply.adapter is None:
             raise ConfigError(reply.error)
-        self.adapters[name] = reply.adapter
         return reply.adapter
 
     async def unload_adapter(self, name: str) -> bool:
@@ -138,6 +137,8 @@ class CommandClient(ABC):
             self._replies.pop(command_id, None)
 
     def _take_reply(self, reply: CommandReply) -> None:
+        if reply.adapter is not None:  # also if the caller no longer waits: the engine has it
+            self.adapters[reply.adapter.name] = reply.adapter
         waiter = self._replies.get(reply.command_id)
         if waiter is not None and not waiter.done():
             waiter.set_result(reply)

@@ -93,7 +93,7 @@ class EngineCore:
         self._clock = clock
         self._adapters = adapters
         if adapters is not None:
-            scheduler.on_end(adapters.end)
+            scheduler.use_adapters(adapters.may_start, adapters.end)
         self._preparations: dict[Future[None], str] = {}
         self._steps = 0
         self._step_seconds = Histogram.over(STEP_SECONDS_BOUNDS)
@@ -121,8 +121,8 @@ class EngineCore:
             )
         use = self._adapter_use(request.adapter, ids)
         self._scheduler.add(request, use)
-        if use is not None and self._adapters is not None and not self._adapters.begin(request):
-            self._scheduler.hold(request.request_id)
+        if use is not None and self._adapters is not None:
+            self._adapters.add(request)
         preparation = self._executor.prepare(request.sampling)
         if preparation is not None:
             self._scheduler.hold(request.request_id)
@@ -209,19 +209,14 @@ class EngineCore:
         return deltas
 
     def _release_prepared(self) -> list[TokenDelta]:
-        """Let held requests start that wait for nothing more; returns the ends of those that
-        cannot."""
-        adapters = self._adapters
+        """Let held requests start whose wait is over; returns the ends of those that cannot."""
         for done in [future for future in self._preparations if future.done()]:
-            request_id = self._preparations.pop(done)
-            if adapters is None or not adapters.is_waiting(request_id):
-                self._scheduler.release(request_id)
-        if adapters is None:
+            self._scheduler.release(self._preparations.pop(done))
+        if self._adapters is None:
             return []
-        ready, failed = adapters.poll()
+        ready, failed = self._adapters.poll()
         for request_id in ready:
-            if request_id not in self._preparations.values():
-                self._scheduler.release(request_id)
+            self._scheduler.release(request_id)
         for request_id in failed:
             self.abort(request_id)
         return [

@@ -38,6 +38,16 @@ def wrong_content(path: Path) -> str:
     return ""
 
 
+def check_is_file(path: Path) -> None:
+    """Refuse what may block when it is opened; a missing file and a folder pass.
+
+    Raises:
+        ConfigError: a device, pipe or socket.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ConfigError(f"{path}: a device, pipe or socket, not a file; delete it")
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder that is recognizably no model, or that holds placeholders of its files.
 
@@ -53,8 +63,7 @@ def check_folder(folder: Path) -> None:
             raise ConfigError(f"{folder}: {found}")
     paths = [path for pattern in _CHECKED for path in folder.glob(pattern)]
     for path in sorted(paths)[:_MAX_FILES]:
-        if path.exists() and not path.is_file() and not path.is_dir():  # opening it may block
-            raise ConfigError(f"{path}: a device, pipe or socket, not a file; delete it")
+        check_is_file(path)
         if path.is_file() and path.suffix != ".safetensors" and path.stat().st_size > _MAX_BYTES:
             raise ConfigError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, not a model's file")
         if found := wrong_content(path):

@@ -18,13 +18,13 @@ class AdapterNumbers:
         self._last = 0
 
     @property
-    def is_full(self) -> bool:
-        """Whether every number is in use."""
-        return len(self._names) >= MAX_ADAPTERS
+    def num_free(self) -> int:
+        """How many adapters can get one."""
+        return MAX_ADAPTERS - len(self._names)
 
     def assign(self, name: str) -> int:
         """Return a free number for an adapter."""
-        assert not self.is_full, "no number is free"
+        assert self.num_free, "no number is free"
         while True:
             self._last = self._last % MAX_ADAPTERS + 1
             if self._last not in self._names:

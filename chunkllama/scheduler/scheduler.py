@@ -108,10 +108,7 @@ class Scheduler:
 
     def hold(self, request_id: str) -> None:
         """Keep a request that was just added from starting before ``release``."""
-        group = self._groups[request_id]
-        group.held = True
-        for sequence in group.sequences.values():
-            self._waiting.park(sequence, request_id)
+        self._lifecycle.hold(self._groups[request_id])
 
     def release(self, request_id: str) -> None:
         """Let a held request start. Unknown ids are ignored."""
@@ -129,9 +126,9 @@ class Scheduler:
             return
         self._lifecycle.abort(request_id, index)
 
-    def on_end(self, told: Callable[[str], None]) -> None:
-        """Tell the id of each request that ends from now on."""
-        self._lifecycle.on_end = told
+    def use_adapters(self, may_start: Callable[[str], bool], on_end: Callable[[str], None]) -> None:
+        """Ask by its id whether a request may start, else hold it; tell of each that ends."""
+        self._lifecycle.may_start, self._lifecycle.on_end = may_start, on_end
 
     def set_tenants(self, limits: TenantTable) -> None:
         """Apply other limits of tenants; running and waiting requests stay."""
@@ -376,6 +373,7 @@ class Scheduler:
     def remove_adapter(self, number: int, reply: CommandReply) -> None:
         """Drop what is cached under an adapter that no request uses, and free its number."""
         drop_adapter(self._cache, number, reply)
+        assert reply.num_kept == 0, "chunks remain under a number that is given again"
         self.adapters.name_pins(reply.ended_pins)
         self.adapters.release(number)
 

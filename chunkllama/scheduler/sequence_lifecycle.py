@@ -40,6 +40,7 @@ class SequenceLifecycle:
         admission: decides which waiting sequence fits.
         accounts: service received by each tenant.
         counters: monotonic totals.
+        may_start: tells whether a request, by its id, may start as far as its adapter goes.
         on_end: told the id of each request that has ended.
     """
 
@@ -53,6 +54,7 @@ class SequenceLifecycle:
         self.running = RunningSequences(limits.max_num_seqs, cache.chunk_size)
         self.admission = AdmissionControl(limits, cache, clock)
         self.counters = Counters()
+        self.may_start: Callable[[str], bool] = lambda request_id: True
         self.on_end: Callable[[str], None] = lambda request_id: None
         self._cache = cache
         self._clock = clock
@@ -83,6 +85,12 @@ class SequenceLifecycle:
         for sequence in group.sequences.values():
             self.waiting.add(sequence)
         self.counters.prompt_tokens += group.num_prompt_tokens
+
+    def hold(self, group: SequenceGroup) -> None:
+        """Keep a request of which nothing runs from starting until it is released."""
+        group.held = True
+        for sequence in group.sequences.values():
+            self.waiting.park(sequence, group.request_id)
 
     def start(self, sequence: Sequence, chunks: SequenceChunks, match: Match) -> None:
         """Run a waiting sequence in ``chunks``, of which ``match`` is computed."""

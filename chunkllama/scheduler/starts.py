@@ -1,5 +1,6 @@
 """Starts waiting sequences in the order of the queue, while tokens, slots and chunks last.
 
+One that may not start yet, since its adapter is not in memory, is held until it is released.
 A follower of a running leader is parked while waiting saves it enough; it holds nothing meanwhile.
 One that does not fit stops the queue, which prevents starvation.
 """
@@ -101,9 +102,10 @@ class Starts:
             if not self._headroom.remains(sequence, match):
                 waiting.block(sequence)
                 continue
-            if not self._start(sequence, match, self._headroom):
+            left = self._start(sequence, match, self._headroom, budget)
+            if left is None:
                 break
-            budget = self._take(sequence, budget)
+            budget = left
         return budget
 
     def _unpark_followers(self) -> None:
@@ -122,21 +124,29 @@ class Starts:
             self._lifecycle.waiting.park(sequence, match.pending)
         return True
 
-    def _start(self, sequence: Sequence, match: Match, headroom: Headroom) -> bool:
-        """Start the sequence if the pool has its chunks."""
+    def _start(
+        self, sequence: Sequence, match: Match, headroom: Headroom, budget: int
+    ) -> int | None:
+        """Start the sequence unless it has to wait for its adapter; returns the tokens left.
+
+        None: the pool lacks its chunks.
+        """
         lifecycle, cache = self._lifecycle, self._cache
+        if not lifecycle.may_start(sequence.group.request_id):
+            lifecycle.hold(sequence.group)
+            return budget
         admitted = lifecycle.admission.admit(sequence, match, headroom.promised)
         while admitted is None and not len(lifecycle.running) and cache.pins.break_one():
             admitted = lifecycle.admission.admit(sequence, match, headroom.promised)
         if admitted is None:
-            return False
+            return None
         record_prompt(sequence, match, admitted[1], cache, self._limits)
         lifecycle.start(sequence, *admitted)
         headroom.add(sequence)
         tenant = sequence.group.request.tenant
         left = sequence.num_remaining_tokens
         self.clocks()[tenant] += left / lifecycle.accounts[tenant].weight
-        return True
+        return self._take(sequence, budget)
 
     def _match(self, sequence: Sequence) -> Match:
         limit = match_limit(sequence, self._limits)

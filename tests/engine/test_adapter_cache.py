@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from chunkllama.adapter_messages import LoadAdapter
+from chunkllama.cache.adapter_tags import MAX_ADAPTERS
 from chunkllama.engine.adapter_cache import AdapterCache, last_occurrence
 from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.messages import EngineRequest
@@ -30,7 +31,10 @@ class Loader:
         self.reads: list[str] = []
 
     def read_adapter(self, folder: Path) -> AdapterFile:
-        return AdapterFile(folder, {"m": type("M", (), {"rank": 8})()}, (), folder.name)
+        return AdapterFile(folder, {"m": type("M", (), {"rank": 8})()}, (), folder.name, 10)
+
+    def size_of(self, file: AdapterFile) -> int:
+        return 1000 if file.digest == "large" else 10
 
     def load_adapter(self, file: AdapterFile) -> tuple[Any, int]:
         self.gate.wait()
@@ -67,7 +71,12 @@ class Cache:
         request = EngineRequest(
             request_id=request_id, prompt_token_ids=[1], sampling=SamplingParams(), adapter=adapter
         )
-        if self.cache.begin(request):
+        self.cache.add(request)
+        self.turn(request_id)
+
+    def turn(self, request_id: str) -> None:
+        """It is the request's turn to start."""
+        if self.cache.may_start(request_id):
             self.started.append(request_id)
 
     def poll(self) -> None:
@@ -76,8 +85,9 @@ class Cache:
             if self.loader.gate.is_set():
                 wait(self.cache.futures())
             ready, failed = self.cache.poll()
-            self.started += ready
             self.failed |= failed
+            for request_id in ready:
+                self.turn(request_id)
         assert self.cache.bytes_in_memory <= self.cache._max_bytes
 
     def names(self) -> set[str]:
@@ -98,7 +108,7 @@ def test_the_adapter_used_least_recently_makes_room(two: Cache) -> None:
     two.ask("1", "b")
     two.cache.end("1")
     two.ask("2", "a")
-    assert two.started == ["1"] and two.cache.is_waiting("2")
+    assert two.started == ["1"]
     two.poll()
     assert two.started == ["1", "2"] and two.names() == {"a", "b"}
 
@@ -111,12 +121,43 @@ def test_a_request_waits_for_room_and_later_ones_wait_behind_it(two: Cache) -> N
     two.poll()
     assert two.started == ["1", "2"] and two.names() == {"b", "c"}
     two.cache.end("1")
-    two.ask("5", "c")  # 3 has its room now; 4 has none, and 5 waits behind it
+    two.poll()  # 3 has its room; 4 waits for some, and 5 behind it
+    two.ask("5", "c")
     two.poll()
     assert two.started == ["1", "2", "3"] and two.names() == {"a", "c"}
     two.cache.end("3")
     two.poll()
     assert set(two.started[3:]) == {"4", "5"} and two.names() == {"b", "c"}
+
+
+def test_requests_in_the_queue_hold_no_weights(two: Cache) -> None:
+    """They are added; their turn comes later."""
+    for number in range(100):
+        request = EngineRequest(
+            request_id=f"b{number}", prompt_token_ids=[1], sampling=SamplingParams(), adapter="b"
+        )
+        two.cache.add(request)
+    two.ask("1", "c")
+    two.ask("2", "a")
+    two.poll()
+    assert two.started == ["1", "2"] and two.names() == {"a", "c"}
+
+
+def test_requests_behind_the_one_that_gets_room_hold_its_weights_up_to_a_bound() -> None:
+    cache = Cache(1)
+    cache.load("a", "b")
+    cache.ask("0", "b")
+    cache.ask("a0", "a")
+    cache.ask("1", "b")
+    for number in range(1, 50):
+        cache.ask(f"a{number}", "a")
+    cache.cache.end("0")
+    cache.poll()
+    admitted = [f"a{number}" for number in range(50) if f"a{number}" in cache.started]
+    assert admitted == [f"a{number}" for number in range(16)] and cache.names() == {"a"}
+    for request_id in admitted:
+        cache.cache.end(request_id)
+    cache.cache.close()
 
 
 def test_requests_pass_while_another_ones_adapter_is_read(two: Cache) -> None:
@@ -155,13 +196,14 @@ def test_a_request_that_ends_while_it_waits_leaves_its_place(two: Cache) -> None
     [(ConfigError("/a: gone"), "/a: gone"), (MemoryError(), "/a: cannot be read: MemoryError")],
 )
 def test_an_adapter_that_cannot_be_read_again_fails_its_requests_alone(
-    two: Cache, error: Exception, reason: str
+    two: Cache, error: Exception, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     two.loader.fails = error
     two.ask("1", "a")
     two.ask("2", "c")
     two.poll()
-    assert two.started == ["2"] and two.failed == {"1": reason}
+    assert two.started == ["2"] and two.failed == {"1": "adapter 'a' cannot be read"}
+    assert f"adapter a: {reason}" in caplog.messages, "the path is for the operator alone"
     assert two.cache.load(LoadAdapter(command_id=7, name="d", folder="/a")) is None
     wait(two.cache.futures())
     (reply,) = two.cache.take_replies()
@@ -171,6 +213,15 @@ def test_an_adapter_that_cannot_be_read_again_fails_its_requests_alone(
     two.ask("3", "a")
     two.poll()
     assert two.started == ["2", "3"]
+
+
+def test_an_adapter_that_can_never_fit_is_refused_before_it_is_read(two: Cache) -> None:
+    reads = list(two.loader.reads)
+    assert two.cache.load(LoadAdapter(command_id=7, name="d", folder="/large")) is None
+    wait(two.cache.futures())
+    (reply,) = two.cache.take_replies()
+    assert "adapter_memory holds 0 MiB; raise adapter_memory" in reply.error
+    assert two.loader.reads == reads
 
 
 def test_names_are_loaded_once_and_numbers_are_reused_last() -> None:
@@ -184,6 +235,21 @@ def test_names_are_loaded_once_and_numbers_are_reused_last() -> None:
     cache.load("a")
     use = cache.cache.use_of("a", [1, 2])
     assert use is not None and (use.number, use.start) == (3, 0)
+    cache.cache.close()
+
+
+def test_loads_that_are_pending_count_as_adapters() -> None:
+    cache = Cache(3)
+    for number in range(MAX_ADAPTERS - 1):
+        cache.numbers.assign(str(number))
+    cache.loader.gate.clear()
+    assert cache.cache.load(LoadAdapter(command_id=1, name="a", folder="/a")) is None
+    reply = cache.cache.load(LoadAdapter(command_id=2, name="b", folder="/b"))
+    assert reply is not None and reply.error == "too many adapters are loaded; unload one"
+    cache.loader.gate.set()
+    wait(cache.cache.futures())
+    (reply,) = cache.cache.take_replies()
+    assert reply.adapter is not None and reply.adapter.name == "a"
     cache.cache.close()
 
 

@@ -329,6 +329,29 @@ def test_weights_beyond_the_memory_are_read_again_when_they_are_needed(
     assert "raise adapter_memory" in reply.error
 
 
+def test_a_backlog_of_one_tenant_lets_another_ones_adapter_in(
+    tiny: tuple[Path, torch.nn.Module], tiny_core: MakeCore, tmp_path: Path
+) -> None:
+    """There is memory for one adapter, and one tenant has queued far more than can run."""
+    folders = [write_adapter(tmp_path / str(i), tiny[0], seed=i) for i in range(2)]
+    probe = Driver(tiny_core(num_chunks=16))
+    probe.load("a", folders[0])
+    size = probe.core._adapters.bytes_in_memory  # type: ignore[union-attr]
+    driver = Driver(tiny_core(num_chunks=64, adapter_memory=size, max_num_seqs=4))
+    driver.load("a0", folders[0])
+    driver.load("a1", folders[1])
+    backlog = [driver.ask("a0", prompt_of(i, 20), 4, tenant="greedy") for i in range(40)]
+    driver.step()
+    others = [driver.ask("a1", prompt_of(50 + i, 20), 4, tenant="other") for i in range(3)]
+    while not all(len(each.tokens) == 4 for each in others):
+        driver.step()
+    assert sum(bool(each.tokens) for each in backlog) <= 20, "16 and those that ran"
+    driver.finish()
+    for each in (*backlog, *others):
+        assert len(each.tokens) == 4
+        check(tiny[1], each, folders[int(each.adapter[1])])
+
+
 @pytest.mark.parametrize("family", ["Phi3", "Ernie4_5", "Qwen3", "Gemma2", "Arcee", "SmolLM3"])
 def test_architectures_with_fused_reordered_or_other_layers(
     family: str, tiny_core: MakeCore, tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from chunkllama.models.config import read_spec
 from chunkllama.models.loading.adapter_file import read_adapter
 from chunkllama.models.loading.adapter_weights import load_adapter_weights
 
+HUGE = "(((a?){100}){100}){100}"  # compiled it takes gigabytes
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -52,6 +54,23 @@ def pickle_only(folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 
 
+def pipe(name: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return apply
+
+
+def device(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").symlink_to("/dev/zero")
+
+
+def grow(name: str, size: int) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / name, size)
+
+
 def set_tensor(name: str, value: np.ndarray) -> Callable[[Path], None]:
     return change_tensors(lambda tensors: tensors.__setitem__(name, value))
 
@@ -67,6 +86,18 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": 8}, "rank_pattern must be an object"),
     ({"lora_alpha": None}, "lora_alpha must be a positive number"),
     ({"lora_alpha": float("inf")}, "lora_alpha must be a positive number"),
+    ({"lora_alpha": 10**400}, "lora_alpha must be a positive number up to 1000000, got 1000"),
+    ({"lora_alpha": 1e308}, "lora_alpha must be a positive number up to 1000000, got 1e+308"),
+    ({"lora_alpha": float("nan")}, "lora_alpha must be a positive number"),
+    ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern 'q_proj' must be a positive number"),
+    ({"r": 10**400}, "r must be a rank"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the model's own weights"),
+    ({"init_lora_weights": "pissa_niter_16"}, "convert the adapter to an ordinary one with PEFT"),
+    ({"init_lora_weights": "OLoRA"}, "init_lora_weights 'OLoRA' changes the model's own weights"),
+    ({"init_lora_weights": "corda"}, "convert the adapter to an ordinary one with PEFT"),
+    ({"init_lora_weights": "loftq"}, "convert the adapter to an ordinary one with PEFT"),
+    ({"init_lora_weights": "lora_ga"}, "convert the adapter to an ordinary one with PEFT"),
+    ({"kasa_config": {"beta": 1e-4, "gamma": 1e-3}}, "kasa_config is not supported"),
     ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern 'q_proj' must be a positive number"),
     ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported; use LORA"),
     ({"use_dora": True}, "use_dora is not supported"),
@@ -81,6 +112,18 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": ["q_proj"]}, "down_proj.lora_A.weight: target_modules does not name"),
     ({"target_modules": 7}, "target_modules must be a pattern or a list of names"),
     ({"target_modules": "("}, "target_modules: '(' is no pattern"),
+    ({"target_modules": HUGE}, "target_modules: '(((a?){100}){100}){100}' repeats too often"),
+    ({"exclude_modules": HUGE}, "exclude_modules: '(((a?){100}){100}){100}' repeats too often"),
+    ({"rank_pattern": {HUGE: 8}}, "repeats too often; the product of its counts may be 256"),
+    ({"alpha_pattern": {HUGE: 8}}, "repeats too often; the product of its counts may be 256"),
+    ({"target_modules": "(a{16}){17}"}, "repeats too often"),
+    ({"target_modules": "(a{0,300})?"}, "repeats too often"),
+    ({"target_modules": "(a{300,})?"}, "repeats too often"),
+    ({"target_modules": "(?x)(a?){1 00 0}"}, "braces may hold a count of repetitions only"),
+    ({"target_modules": "(a?){10000}"}, "braces may hold a count of repetitions only"),
+    ({"target_modules": "(?:q){e<=9}"}, "braces may hold a count of repetitions only"),
+    ({"target_modules": "a" * 1025}, "has 1025 characters; a pattern may have 1024"),
+    ({"target_modules": "(" * 500 + ")" * 500}, "is nested too deeply"),
     ({"exclude_modules": ["q_proj"]}, "q_proj.lora_A.weight: target_modules does not name"),
     ({"layers_to_transform": [1]}, "target_modules does not name its module"),
     ({"alora_invocation_tokens": []}, "must be a list of 1 to 256 token ids"),
@@ -90,6 +133,11 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
 BAD_FILES: list[tuple[Callable[[Path], None], str]] = [
     (cut, "its tensors end at byte"),
     (lengthen, "its tensors end at byte"),
+    (pipe("adapter_model.safetensors"), "safetensors: a device, pipe or socket, not a file"),
+    (pipe("adapter_config.json"), "adapter_config.json: a device, pipe or socket, not a file"),
+    (device, "a device, pipe or socket, not a file"),
+    (grow("adapter_model.safetensors", 1 << 40), "bytes, an adapter of this model at most"),
+    (grow("adapter_config.json", 1 << 40), "bytes, an adapter of this model at most 1048576"),
     (pickle_only, "pickled weights can run code when loaded and are refused"),
     (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json: cannot be"),
     (lambda folder: (folder / "adapter_model.safetensors").unlink(), "safetensors: cannot be read"),
@@ -158,12 +206,16 @@ def test_what_peft_accepts_is_read(model: Path, tmp_path: Path) -> None:
             {"target_modules": "ALL-LINEAR", "exclude_modules": None},
             {"target_modules": [f"model.layers.{i}.self_attn.q_proj" for i in range(2)], "t": 1},
             {"target_modules": r".*\d\.mlp\..*", "t": 2},
+            {"target_modules": r"model\.layers\.\d{1,2}\.[a-z_]{9}\.q_proj", "t": 1},
         )
     ):
         which = config.pop("t", 0)  # type: ignore[call-overload]
         targets = (ALL, ("q_proj",), ("gate_proj", "up_proj", "down_proj"))[which]
         folder = write_adapter(tmp_path / str(number), model, targets=targets, **config)
         assert len(read_adapter(folder, spec).modules) == 2 * len(targets)
+    for name in (True, False, "gaussian", "eva", "orthogonal", "mica"):
+        folder = write_adapter(tmp_path / str(name), model, init_lora_weights=name)
+        assert read_adapter(folder, spec).modules
     one_layer = write_adapter(tmp_path / "l", model, layers_to_transform=[1])
     change_tensors(
         lambda tensors: (
@@ -182,3 +234,25 @@ def test_files_that_change_after_they_were_checked_are_refused(model: Path, tmp_
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(ConfigError, match="has changed since it was loaded"):
         load_adapter_weights(file, spec, torch.float32, cpu)
+    for size in (1 << 40, 100, 0):
+        os.truncate(path, size)
+        with pytest.raises(ConfigError, match="has changed since it was loaded"):
+            load_adapter_weights(file, spec, torch.float32, cpu)
+    pipe(path.name)(folder)
+    with pytest.raises(ConfigError, match="a device, pipe or socket"):
+        load_adapter_weights(file, spec, torch.float32, cpu)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+@pytest.mark.parametrize("which", ["lora_A", "lora_B"])
+def test_weights_that_are_not_finite_are_refused(
+    model: Path, tmp_path: Path, which: str, value: float
+) -> None:
+    folder, spec = write_adapter(tmp_path / "a", model), read_spec(model)
+    name = f"{Q}.{which}.weight"
+    change_tensors(lambda tensors: tensors[name].__setitem__((0, 0), value))(folder)
+    file, cpu = read_adapter(folder, spec), torch.device("cpu")
+    with pytest.raises(ConfigError, match=rf"q_proj\.{which} holds .* not finite in float16"):
+        load_adapter_weights(file, spec, torch.float16, cpu)
+    if np.isfinite(value):
+        load_adapter_weights(file, spec, torch.bfloat16, cpu)

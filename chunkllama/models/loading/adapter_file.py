@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ import regex
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.config_file import ConfigFile, read_json
-from chunkllama.models.loading.safetensors import ITEM_SIZES, read_header
+from chunkllama.models.folder_check import check_is_file
+from chunkllama.models.loading.safetensors import ITEM_SIZES, MAX_HEADER_BYTES, read_header
 from chunkllama.models.loading.tensor_info import TensorInfo
 from chunkllama.models.tensors import LinearTensors, layer_tensors
 
@@ -28,16 +30,24 @@ MAX_RANK: Final = 128
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX: Final = "base_model.model."
 _PICKLE: Final = "adapter_model.bin"
-_MAX_CONFIG_BYTES: Final = 1 << 20
+MAX_CONFIG_BYTES: Final = 1 << 20
 _MAX_INVOCATION: Final = 256
 _PATTERN_SECONDS: Final = 5.0  # for all patterns of an adapter
+# A compiled pattern holds a copy of what is repeated per repetition, nested ones their product.
+_MAX_PATTERN: Final = 1024
+_MAX_REPETITIONS: Final = 256
+_REPEAT: Final = re.compile(r"\{([0-9]{0,4})(?:,([0-9]{0,4}))?\}")
 # Fields that change what an adapter computes, and are not computed here. PEFT writes them all, most
 # of them empty.
 _REFUSED: Final = (
     *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save"),
     *("trainable_token_indices", "target_parameters", "layer_replication", "arrow_config"),
-    *("monteclora_config", "megatron_config"),
+    *("monteclora_config", "megatron_config", "kasa_config"),
 )
+# Initializations with which PEFT leaves the weights of the model as they are. Others change them,
+# and the adapter is trained on top of the changed ones, of which its folder says nothing.
+_INITIALIZATIONS: Final = ("gaussian", "eva", "orthogonal", "mica")
+_MAX_ALPHA: Final = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +69,20 @@ class AdapterFile:
         invocation: tokens from whose last occurrence in a prompt on the adapter is active; ():
             from the beginning.
         digest: SHA-256 of both files, in hexadecimal.
+        file_bytes: size of the file of weights.
     """
 
     folder: Path
     modules: Mapping[str, AdapterModule]
     invocation: tuple[int, ...]
     digest: str
+    file_bytes: int
+
+    @property
+    def num_values(self) -> int:
+        """Numbers in the A and B matrices."""
+        tensors = (tensor for module in self.modules.values() for tensor in (module.a, module.b))
+        return sum(math.prod(tensor.shape) for tensor in tensors)
 
     @property
     def rank(self) -> int:
@@ -89,31 +107,39 @@ def read_adapter(folder: Path, spec: ModelSpec) -> AdapterFile:
             f"{folder / _PICKLE}: pickled weights can run code when loaded and are refused; save "
             "the adapter as safetensors"
         )
-    digest = hash_files(folder)  # first: a file that changes later no longer has this digest
+    largest = sum(4 * MAX_RANK * (rows + columns) for _, (rows, columns) in module_shapes(spec))
+    sizes = (MAX_CONFIG_BYTES, largest + MAX_HEADER_BYTES)
+    # First: a file that changes later no longer has this digest.
+    digest, file_bytes = _hash_files(folder, sizes)
     path = folder / CONFIG
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: has more than {_MAX_CONFIG_BYTES} bytes")
     config = ConfigFile(path, read_json(path))
     _check_kind(config)
     targets = _Targets(config, spec)
     modules = targets.modules(read_header(folder / WEIGHTS), folder / WEIGHTS)
-    return AdapterFile(folder, modules, _invocation(config, spec), digest)
+    return AdapterFile(folder, modules, _invocation(config, spec), digest, file_bytes)
 
 
-def hash_files(folder: Path) -> str:
-    """Return the SHA-256 of an adapter's two files.
+def _hash_files(folder: Path, largest: tuple[int, int]) -> tuple[str, int]:
+    """The SHA-256 of an adapter's two files, and the size of the second one.
 
-    Raises:
-        ConfigError: a file cannot be read.
+    Args:
+        largest: sizes that the files may have, in bytes.
     """
-    digest = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS):
+    digest, size = hashlib.sha256(), 0
+    for name, most in zip((CONFIG, WEIGHTS), largest, strict=True):
+        path = folder / name
+        check_is_file(path)
         try:
-            with (folder / name).open("rb") as file:
+            size = path.stat().st_size
+            if size > most:
+                raise ConfigError(
+                    f"{path}: has {size} bytes, an adapter of this model at most {most}"
+                )
+            with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
-            raise ConfigError(f"{folder / name}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest(), size
 
 
 def _check_kind(config: ConfigFile) -> None:
@@ -123,6 +149,12 @@ def _check_kind(config: ConfigFile) -> None:
     bias = config.get("bias")
     if bias not in (None, "none"):
         raise config.error(f"bias {bias!r:.40} is not supported; use none")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in _INITIALIZATIONS:
+        raise config.error(
+            f"init_lora_weights {start!r:.40} changes the model's own weights; convert the adapter "
+            "to an ordinary one with PEFT, or merge it"
+        )
     for name in _REFUSED:
         if config.get(name):
             raise config.error(f"{name} is not supported")
@@ -242,18 +274,47 @@ class _Targets:
         return default
 
     def _fits(self, pattern: str, module: str, field: str) -> bool:
+        self._check_size(pattern, field)
         try:
             # Concurrent: steps run meanwhile, for which the interpreter's lock is needed.
             match = regex.fullmatch(pattern, module, timeout=self._seconds_left(), concurrent=True)
             return match is not None
         except regex.error as error:
             raise self._config.error(f"{field}: {pattern!r:.60} is no pattern: {error}") from None
+        except RecursionError:
+            raise self._config.error(f"{field}: {pattern!r:.60} is nested too deeply") from None
         except TimeoutError:
             raise self._config.error(f"{field}: {pattern!r:.60} takes too long") from None
 
+    def _check_size(self, pattern: str, field: str) -> None:
+        """Refuse a pattern that could take much memory when it is compiled."""
+        if len(pattern) > _MAX_PATTERN:
+            raise self._config.error(
+                f"{field}: {pattern!r:.60} has {len(pattern)} characters; a pattern may have "
+                f"{_MAX_PATTERN}"
+            )
+        repeats = _REPEAT.findall(pattern)
+        if len(repeats) != pattern.count("{"):
+            raise self._config.error(
+                f"{field}: {pattern!r:.60}: braces may hold a count of repetitions only"
+            )
+        counts = (max(int(least or 1), int(most or 1), 1) for least, most in repeats)
+        if math.prod(counts) > _MAX_REPETITIONS:
+            raise self._config.error(
+                f"{field}: {pattern!r:.60} repeats too often; the product of its counts may be "
+                f"{_MAX_REPETITIONS}"
+            )
+
     def _seconds_left(self) -> float:
-        """Time that is left for all patterns together."""
-        return max(self._deadline - time.monotonic(), 1e-3)
+        """Time that is left for all patterns together.
+
+        Raises:
+            TimeoutError: none.
+        """
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
 
     def _mapping(self, field: str) -> dict[str, Any]:
         value = self._config.get(field) or {}
@@ -263,13 +324,17 @@ class _Targets:
 
     def _checked_rank(self, value: Any, field: str) -> int:
         if type(value) is not int or not 0 < value <= MAX_RANK:
-            raise self._config.error(f"{field} must be a rank from 1 to {MAX_RANK}, got {value!r}")
+            raise self._config.error(
+                f"{field} must be a rank from 1 to {MAX_RANK}, got {value!r:.40}"
+            )
         return value
 
     def _positive(self, value: Any, field: str) -> float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value <= 0:
-            raise self._config.error(f"{field} must be a positive number, got {value!r:.40}")
+        if not is_number or not 0 < value <= _MAX_ALPHA:
+            raise self._config.error(
+                f"{field} must be a positive number up to {_MAX_ALPHA:.0f}, got {value!r:.40}"
+            )
         return float(value)
 
 

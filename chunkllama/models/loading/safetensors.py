@@ -34,7 +34,7 @@ _OTHER_ITEM_SIZES = {
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 _SIZES = {**ITEM_SIZES, **_OTHER_ITEM_SIZES}
-_MAX_HEADER_BYTES = 8 << 20  # a 405B model needs 0.2 MB; parsing more costs seconds and gigabytes
+MAX_HEADER_BYTES = 8 << 20  # a 405B model needs 0.2 MB; parsing more costs seconds and gigabytes
 _BLOCK_BYTES = 4 << 20
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _HARMLESS = (
@@ -241,7 +241,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
                 raise corrupt(f"a header of {length} bytes in a file of {size}")
-            if length > _MAX_HEADER_BYTES:
+            if length > MAX_HEADER_BYTES:
                 raise corrupt(f"a header of {length} bytes, more than any model needs")
             header = json.loads(file.read(length))
     except OSError as error:
