@@ -398,7 +398,7 @@ UNKNOWN_HERE = {
         ("stop", "grammar", "response_format", "max_tokens", "num_predict", "tool_choice"),
     ),
     "/api/generate": ({"prompt": "x"}, "options", ("grammar", "max_tokens", "stop_token_ids")),
-    "/generate": ({"inputs": "x"}, "parameters", ("response_format", "min_new_tokens")),
+    "/generate": ({"inputs": "x"}, "parameters", ("response_format", "guided_regex")),
 }
 
 

@@ -38,6 +38,7 @@ ADDED = {
     "LogprobTopLogprob": {"bytes"},
     # In OpenAI's API and not in the client's types.
     "ResponseFunctionCallArgumentsDoneEvent": {"name"},
+    "ResponseCustomToolCall": {"status"},
     "Response": {"store"},
     "PromptTokensDetails": {"cache_explanations", "image_tokens", "text_tokens"},
     "InputTokensDetails": {"cache_explanations", "image_tokens", "text_tokens"},

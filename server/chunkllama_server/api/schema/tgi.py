@@ -81,7 +81,7 @@ class TgiRequest(RequestModel):
 class TeiEmbedRequest(RequestModel):
     """Body of POST /embed, of Text Embeddings Inference."""
 
-    inputs: str | Annotated[list[str], Field(min_length=1, max_length=2048)] = Field(
+    inputs: str | Annotated[list[str], Field(min_length=1, max_length=2048, fail_fast=True)] = Field(
         description="Honoured: up to 2048 texts."
     )
     normalize: bool | None = Field(
