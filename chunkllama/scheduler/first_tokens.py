@@ -64,19 +64,23 @@ class FirstTokens:
         accounts, waiting = self._lifecycle.accounts, self._lifecycle.waiting
         if was_short or not self._is_fair or not accounts.are_several:
             return None
-        ready = waiting.ready_tenants()
-        arriving = frozenset(name for name in ready if not accounts[name].num_running)
-        if not arriving:
-            return None
         prefills = [s for s in self._lifecycle.running.by_age if s.num_remaining_tokens > 1]
         busy = {s.group.request.tenant for s in prefills}
-        busy.update(name for name in ready if name not in arriving)
-        if len(busy) != 1:
+        arriving = []
+        for name in waiting.ready_tenants():
+            if accounts[name].num_running:
+                busy.add(name)
+            else:
+                arriving.append(name)
+            if len(busy) > 1:  # with many tenants soon
+                return None
+        if not arriving or not busy:
             return None
         (tenant,) = busy
-        if not self._has_most(tenant, arriving, prefills):
+        tenants = frozenset(arriving)
+        if not self._has_most(tenant, tenants, prefills):
             return None
-        return Arrivals(arriving, self._clocks()[tenant] + self._quantum, tenant)
+        return Arrivals(tenants, self._clocks()[tenant] + self._quantum, tenant)
 
     def _has_most(self, tenant: str, arriving: frozenset[str], prefills: list[Sequence]) -> bool:
         """Whether the tenant has ``MOST`` times the prompt tokens of those that arrive."""

@@ -139,6 +139,7 @@ class WaitingQueue:
         self._emptied: set[str] = set()  # tenants whose last sequence has left, to be dropped
         self._parked: dict[Sequence, Hashable] = {}  # with the reason, which several may share
         self._by_reason: dict[Hashable, list[Sequence]] = {}
+        self._beams: set[Sequence] = set()  # sequences of beam searches
         self.blocked: set[str] = set()  # tenants left out of the order being made
         self._size = 0
 
@@ -158,12 +159,15 @@ class WaitingQueue:
         if queue is None:
             queue = self._tenants[tenant] = TenantQueue(self._parked)
         queue.add(sequence)
+        if sequence.group.beam is not None:
+            self._beams.add(sequence)
         self._size += 1
 
     def remove(self, sequence: Sequence) -> None:
         tenant = self._tenant(sequence)
         queue = self._tenants[tenant]
         queue.remove(sequence)
+        self._beams.discard(sequence)
         if not queue.by_age:
             self._emptied.add(tenant)
         self._size -= 1
@@ -206,11 +210,11 @@ class WaitingQueue:
         self._tenants[tenant].started(sequence, cost)
         self._open.setdefault(tenant)
 
-    def ready_tenants(self) -> list[str]:
+    def ready_tenants(self) -> Iterator[str]:
         """Tenants with a waiting sequence that is not parked."""
-        return [
-            name for name, queue in self._tenants.items() if queue.num_parked < len(queue.by_age)
-        ]
+        for name, queue in self._tenants.items():
+            if queue.num_parked < len(queue.by_age):
+                yield name
 
     def of(self, tenant: str) -> list[Sequence]:
         """A tenant's waiting sequences, the oldest first."""
@@ -274,14 +278,8 @@ class WaitingQueue:
 
     def _missing_beams(self) -> list[Sequence]:
         """Beams without which running searches cannot advance, the oldest first."""
-        missing: list[Sequence] = []
-        for queue in self._tenants.values():
-            for sequence in queue.by_age:
-                if not sequence.joins_others:
-                    break
-                if sequence.group.is_running and sequence not in self._parked:
-                    missing.append(sequence)
-        return sorted(missing, key=lambda s: s.age)
+        missing = (s for s in self._beams if s.joins_others and s.group.is_running)
+        return sorted((s for s in missing if s not in self._parked), key=lambda s: s.age)
 
     def _heap(self, clocks: Mapping[str, float]) -> list[tuple[float, tuple[int, int], str]]:
         """Tenants that could start a sequence, the one with the lowest clock first."""

@@ -78,12 +78,13 @@ class TgiRequest(RequestModel):
     parameters: TgiParameters | None = Field(default=None, description="Honoured.")
 
 
+_Texts = Annotated[list[str], Field(min_length=1, max_length=2048, fail_fast=True)]
+
+
 class TeiEmbedRequest(RequestModel):
     """Body of POST /embed, of Text Embeddings Inference."""
 
-    inputs: str | Annotated[list[str], Field(min_length=1, max_length=2048, fail_fast=True)] = Field(
-        description="Honoured: up to 2048 texts."
-    )
+    inputs: str | _Texts = Field(description="Honoured: up to 2048 texts.")
     normalize: bool | None = Field(
         default=None, description="Honoured: false gives vectors as the model has them."
     )
