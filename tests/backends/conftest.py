@@ -26,20 +26,20 @@ if os.environ.get("CHUNKLLAMA_TEST_ARM"):  # for this whole process: test_native
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run the emulator's suites on the twin and on PTX; full matrices on the twin alone."""
+    """Run the emulator's suites on C++ and on PTX; full matrices on C++ alone."""
     from machines import MACHINES, SUITES
 
     if metafunc.module.__name__.rpartition(".")[2] in SUITES:
         matrix = "full_matrix" in metafunc.function.__name__
-        names = ["twin"] if matrix else list(MACHINES)
+        names = ["cpp"] if matrix else list(MACHINES)
         metafunc.parametrize("machine", names, indirect=True, scope="session")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     from machines import IN_CI
 
-    machine = getattr(item, "callspec", None) and item.callspec.params.get("machine", "twin")
-    if machine not in (None, "twin") and item.name not in IN_CI:
+    machine = getattr(item, "callspec", None) and item.callspec.params.get("machine", "cpp")
+    if machine not in (None, "cpp") and item.name not in IN_CI:
         item.add_marker("nightly")
 
 
@@ -49,7 +49,7 @@ def machine(request: pytest.FixtureRequest) -> Iterator[str]:
     from kernel_emulator import MACHINE
     from machines import MACHINES
 
-    name = getattr(request, "param", "twin")
+    name = getattr(request, "param", "cpp")
     token = MACHINE.set(MACHINES[name])
     yield name
     MACHINE.reset(token)

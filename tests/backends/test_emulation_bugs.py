@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from planted_bugs import BUGS, PTX_BUGS, SANITIZERS, is_clean, library, measured, notices, run
 
-MACHINES = ["twin", pytest.param("ptx", marks=pytest.mark.nightly)]
+MACHINES = ["cpp", pytest.param("ptx", marks=pytest.mark.nightly)]
 
 
 @pytest.mark.parametrize("schedule", [0, 1, 5])
@@ -24,7 +24,7 @@ def test_emulation_case_without_a_bug_is_clean(
 @pytest.mark.nightly
 @pytest.mark.parametrize("schedule", [0, 1, 5])
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("executed", ["twin", "ptx"])
+@pytest.mark.parametrize("executed", ["cpp", "ptx"])
 def test_emulation_sanitizer_is_clean(
     executed: str, sanitizer: str, schedule: int, tmp_path: Path
 ) -> None:
@@ -42,7 +42,7 @@ def test_emulation_catches_planted_bug(executed: str, name: str, tmp_path: Path)
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", [n for n, bug in BUGS.items() if bug.tool in SANITIZERS])
-@pytest.mark.parametrize("executed", ["twin", "ptx"])
+@pytest.mark.parametrize("executed", ["cpp", "ptx"])
 def test_emulation_sanitizer_catches_planted_bug(executed: str, name: str, tmp_path: Path) -> None:
     """Bugs that need ASan or TSan: most of them give the right numbers under every schedule."""
     bug = BUGS[name]
@@ -55,6 +55,6 @@ def test_emulation_sanitizer_catches_planted_bug(executed: str, name: str, tmp_p
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", PTX_BUGS)
 def test_emulation_of_ptx_catches_planted_bug(name: str, tmp_path: Path) -> None:
-    """Bugs in what the twin replaces: inline PTX and the struct's layout."""
+    """Bugs in what the C++ machine replaces: inline PTX and the struct's layout."""
     bug = PTX_BUGS[name]
     notices(run(library(tmp_path, bug, machine="ptx"), schedule=0), bug, bug.message)

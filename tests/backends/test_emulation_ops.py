@@ -161,7 +161,7 @@ def test_emulation_copies_that_depend_on_one_another_are_not_launched_together()
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_emulation_device_layer_matches_the_stored_vectors(dtype: str, machine: str) -> None:
-    """The stored answers, which a GPU is held to, are the twin's; PTX passes as a GPU has to."""
+    """The stored answers, which a GPU is held to, are those of C++; PTX passes as a GPU has to."""
     stored = json.loads(VECTORS.read_text())[dtype]
     results = conformance_results(dtype, stored["elements"], stored["numbers"])
     exact = [*range(12), *range(20, 27), 30, 31]
@@ -171,7 +171,7 @@ def test_emulation_device_layer_matches_the_stored_vectors(dtype: str, machine: 
     np.testing.assert_allclose(
         results[:, approximate].view(np.float32),
         stored_results[:, approximate].copy().view(np.float32),
-        **({"rtol": 1e-6} if machine == "twin" else {"rtol": 1e-5, "atol": 1e-5}),
+        **({"rtol": 1e-6} if machine == "cpp" else {"rtol": 1e-5, "atol": 1e-5}),
     )
 
 

@@ -87,7 +87,7 @@ def show_settings(loaded: Loaded, effective: Mapping[str, str], note: str) -> No
         value = show_value(getattr(loaded.settings, key))
         table.add_row(key, value, loaded.origins[key], effective.get(key, ""))
     console = Console(soft_wrap=True)
-    if not console.is_terminal:  # a row stays a line, and whole, whatever reads it
+    if not console.is_terminal:  # programs read one whole row a line
         whole = console.measure(table, options=console.options.update(max_width=_MAX_WIDTH))
         console.width = max(console.width, whole.maximum)
     console.print(table)

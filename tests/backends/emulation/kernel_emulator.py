@@ -1,8 +1,8 @@
 """Run CUDA kernels on the CPU behind the launcher, on one of two machines.
 
-The twin is kernels/emulation, built with g++ from the kernels' C++; ptx_emulator.py has the other,
-which executes the PTX that NVRTC makes of the kernels. Libraries are cached by the hash of what
-they are built from in a folder of the user's; the twin's are one per head_dim and dtype, so that a
+The C++ machine is kernels/emulation, built with g++ from the kernels' C++; ptx_emulator.py has the
+other, which executes the PTX that NVRTC makes of the kernels. Libraries are cached in the user's
+cache folder by the hash of their sources; those of C++ are one per head_dim and dtype, so that a
 build takes seconds and two run side by side.
 """
 
@@ -175,7 +175,7 @@ class Machine(Protocol):
 class Twin:
     """The kernels' C++ against kernels/emulation/device.h."""
 
-    name = "twin"
+    name = "cpp"
 
     def library(self, kernel: KernelSpec, table: HardwareTable) -> Path:
         dtype = re.search("bf16|fp16", kernel.expression)

@@ -34,8 +34,8 @@ class Bug:
     """Text to replace in a kernel file, and who must notice.
 
     ``tool``: numbers, bytes, conflicts, emulator (it aborts with ``message``), asan, tsan, ubsan.
-    ``on_ptx``: the message of the PTX machine where it notices by itself what the twin needs a
-    sanitizer for.
+    ``on_ptx``: the message of the PTX machine where it notices by itself what the C++ machine
+    needs a sanitizer for.
     """
 
     file: str
@@ -230,7 +230,7 @@ PTX_BUGS = {
 
 
 def library(
-    tmp_path: Path, bug: Bug | None, sanitizer: str | None = None, machine: str = "twin"
+    tmp_path: Path, bug: Bug | None, sanitizer: str | None = None, machine: str = "cpp"
 ) -> Path:
     """An emulator of the bf16, head_dim 64 kernels, with the bug planted in its sources."""
     require_compiler()
@@ -246,7 +246,7 @@ def library(
     if sanitizer:
         flags = (f"-fsanitize={SANITIZERS[sanitizer][0]}", "-fno-sanitize-recover=all")
     kernels = kernels_of(("bf16", 64), (table("sm_90"),))
-    if machine == "twin":
+    if machine == "cpp":
         return build(kernels, *flags, "-w", sources=sources, folder=tmp_path)
     require_nvrtc()
     launched = [k for k in kernels if k.file_name in ("tpp_partial.cuh", "tpp_merge.cuh")]

@@ -1,7 +1,7 @@
 """Run what NVRTC emits on the CPU: the kernels' PTX, translated to C++ and built with g++.
 
-The second machine of kernel_emulator.py: the twin shows that the kernels' C++ is right, this one
-that their inline PTX and what the compiler makes of the rest are.
+The second machine of kernel_emulator.py: the C++ machine shows that the kernels' C++ is right,
+this one that their inline PTX and what the compiler makes of the rest are.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 // makes of NVRTC's output.
 //
 // Threads are the fibers of kernels/emulation/fibers.h. Nothing of cuda/device.cuh or
-// emulation/device.h is used: what runs here is held to the PTX ISA, not to the twin that the
+// emulation/device.h is used: what runs here is held to the PTX ISA, not to the C++ machine that the
 // kernels were written with. A site of a barrier or collective is its line in the PTX, so one that
 // the compiler has duplicated onto two paths of a warp shows itself as divergent.
 #pragma once
