@@ -38,6 +38,7 @@ class OutputDelta:
         stop_reason: the stop string or the stop token id of the request that ended the choice;
             None when end-of-sequence or a length did.
         needs_abort: a stop string ended the choice, and the engine still generates it.
+        branch: index of the branch whose text it is, where a choice has several.
     """
 
     index: int
@@ -48,6 +49,7 @@ class OutputDelta:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     needs_abort: bool = False
+    branch: int | None = None
 
     def extend(self, other: OutputDelta) -> None:
         """Append a later delta of the same choice."""

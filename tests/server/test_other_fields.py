@@ -85,7 +85,7 @@ ENGINE = {
 RESPONSES_ELSEWHERE = {
     "model", "input", "previous_response_id", "stream", "stream_options", "text", "tools",
     "tool_choice", "include", "reasoning", "background", "conversation", "context_management",
-    "prompt", "moderation", "chat_template_kwargs", "thinking_token_budget",
+    "prompt", "moderation", "chat_template_kwargs", "thinking_token_budget", "parallel",
 }  # fmt: skip
 CALL = '{"name": "add", "arguments": {}}'
 

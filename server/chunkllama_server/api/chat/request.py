@@ -6,14 +6,17 @@ shown or counted is the prompt that is generated from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import GrammarSpec
+from chunkllama.text.output_processor import OutputDelta
 from chunkllama_server.api.chat.next_prompt import watch_answer
 from chunkllama_server.api.chat.prompt import ChatPrompt, ChatPrompter
 from chunkllama_server.api.chat.thinking import with_thoughts
+from chunkllama_server.api.common.branches import Generation, branch_stream
 from chunkllama_server.api.common.context import ServerContext, check_stream_options
 from chunkllama_server.api.common.prompt_cache import CachePlan, cache_plan
 from chunkllama_server.api.common.request_stream import RequestStream
@@ -88,12 +91,46 @@ class PreparedChat:
             ApiError, InvalidRequestError: 400 naming the field, 429 beyond the tenant's tokens per
                 minute.
         """
-        context, thoughts = self.context, self.prompt.thoughts
+        context = self.context
+        request = await self._observed_request(info, request_id)
+        context.charge(info, [request])
+        watch = watch_answer(self.prompter, self.tools, request, context.idle)
+        return self._start(info, param_names, request, watch)
+
+    async def generation(
+        self, info: RequestInfo, request_id: str, param_names: Mapping[str, str]
+    ) -> Generation:
+        """Make the engine's request, or those of the branches that the body asks for.
+
+        Args and raises as ``stream``.
+        """
+        if self.body.parallel is None:
+            return await self.stream(info, request_id, param_names)
+        branches = await branch_stream(
+            self.body,
+            await self._observed_request(info, request_id),
+            self.context,
+            partial(self._start, info, param_names),
+            self.max_tokens_field,
+        )
+        self.context.charge(info, branches.requests)
+        return branches
+
+    async def _observed_request(self, info: RequestInfo, request_id: str) -> EngineRequest:
         request = await self.engine_request(info, request_id)
-        context.metrics.prompt_heads.observe(
+        self.context.metrics.prompt_heads.observe(
             request.namespace, self.prompter.messages, request.prompt_token_ids
         )
-        context.charge(info, [request])
+        return request
+
+    def _start(
+        self,
+        info: RequestInfo,
+        param_names: Mapping[str, str],
+        request: EngineRequest,
+        on_piece: Callable[[OutputDelta], None] | None = None,
+    ) -> RequestStream:
+        context, thoughts = self.context, self.prompt.thoughts
         return RequestStream(
             context.engine,
             request,
@@ -102,7 +139,7 @@ class PreparedChat:
             info=info,
             param_names=param_names,
             thoughts=replace(thoughts, shown_ids=thoughts.shown_ids | self.tools.shown_ids),
-            on_piece=watch_answer(self.prompter, self.tools, request, context.idle),
+            on_piece=on_piece,
         )
 
     @property

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from chunkllama.text.output_processor import OutputDelta
+from chunkllama_server.api.common.branches import Generation
 from chunkllama_server.api.common.logprobs import LogprobFormatter
-from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.schema.chat_response import (
     ChatChoice,
@@ -25,6 +25,7 @@ from chunkllama_server.api.schema.chat_response import (
     ToolCall,
     ToolCallDelta,
 )
+from chunkllama_server.api.schema.usage import CompletionUsage, completion_usage
 from chunkllama_server.api.tools.config import ToolConfig
 from chunkllama_server.api.tools.parsers import CallDelta, OutputParser
 from chunkllama_server.transport.sse import DONE, sse
@@ -49,7 +50,7 @@ class ChatAnswer:
     """
 
     body: ChatCompletionRequest
-    generation: RequestStream
+    generation: Generation
     tools: ToolConfig
     formatter: LogprobFormatter
     model: str
@@ -61,6 +62,10 @@ class ChatAnswer:
     def _logprobs(self, piece: OutputDelta) -> ChatLogprobs | None:
         return self.formatter.chat(piece.logprobs) if self.body.logprobs else None
 
+    def usage(self) -> CompletionUsage:
+        """Count the tokens so far; the prompt counts once for all choices."""
+        return completion_usage(self.generation.counts, self.generation.explanations())
+
     async def whole(self) -> ChatCompletion:
         """Run the generation and return the completion."""
         pieces = await self.generation.collect()
@@ -70,7 +75,7 @@ class ChatAnswer:
             "created": self.created,
             "model": self.model,
             "choices": [self._choice(piece) for piece in pieces],
-            "usage": self.generation.usage(),
+            "usage": self.usage(),
             "service_tier": self.service_tier,
             "system_fingerprint": self.fingerprint,
         }
@@ -132,7 +137,7 @@ class ChatAnswer:
         options = self.body.stream_options
         if options is not None and options.include_usage:
             last = self._chunk([])
-            last["usage"] = self.generation.usage()
+            last["usage"] = self.usage()
             yield sse(last)
         yield DONE
 
@@ -158,7 +163,7 @@ class ChatAnswer:
         options = self.body.stream_options
         if options is not None and options.include_usage:
             continuous = options.continuous_usage_stats
-            chunk["usage"] = self.generation.usage() if continuous else None
+            chunk["usage"] = self.usage() if continuous else None
         return chunk
 
 
@@ -201,6 +206,9 @@ class _StreamedChoice:
         shows_tokens = answer.body.logprobs or answer.body.return_token_ids
         if not choices and shows_tokens and piece.token_ids:
             choices = [delta_choice(piece.index, {})]
+        if piece.branch is not None:
+            for choice in choices:
+                choice["branch"] = piece.branch
         if choices and piece.token_ids:
             choices[0]["logprobs"] = answer._logprobs(piece)
             if answer.body.return_token_ids:

@@ -34,7 +34,7 @@ async def create_chat_completion(
     prepared = await prepare_chat(body, context, info)
     answer = ChatAnswer(
         body=body,
-        generation=await prepared.stream(
+        generation=await prepared.generation(
             info,
             f"chatcmpl-{uuid.uuid4().hex}",
             {

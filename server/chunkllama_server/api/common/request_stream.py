@@ -20,11 +20,7 @@ from chunkllama.text.output_processor import OutputCollector, OutputDelta, Outpu
 from chunkllama.text.thoughts import NO_THOUGHTS, Thoughts
 from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.api.common.cache_explanation import explanation_body
-from chunkllama_server.api.schema.usage import (
-    CacheExplanationBody,
-    CompletionUsage,
-    completion_usage,
-)
+from chunkllama_server.api.schema.usage import CacheExplanationBody, TokenCounts
 from chunkllama_server.metrics.request_timer import RequestTimer
 from chunkllama_server.metrics.server_metrics import ServerMetrics
 from chunkllama_server.metrics.tracing import GenerationTimes
@@ -84,15 +80,15 @@ class RequestStream:
         self._on_pin = info.name_pin if request.pin_seconds > 0 else None
         self.is_pinned = False
 
-    def usage(self) -> CompletionUsage:
-        """Return the token counts so far; the prompt counts once for all choices."""
-        return completion_usage(
-            len(self.request.prompt_token_ids),
-            self.output.num_tokens,
-            self.output.num_cached_tokens,
-            self.output.num_cache_write_tokens,
-            self.output.num_reasoning_tokens,
-            self.explanations(),
+    @property
+    def counts(self) -> TokenCounts:
+        """Tokens so far."""
+        return TokenCounts(
+            prompt=len(self.request.prompt_token_ids),
+            cached=self.output.num_cached_tokens,
+            written=self.output.num_cache_write_tokens,
+            output=self.output.num_tokens,
+            reasoning=self.output.num_reasoning_tokens,
         )
 
     def explanations(self) -> list[CacheExplanationBody]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
+from chunkllama_server.api.common.branches import Generation, branch_stream
 from chunkllama_server.api.common.context import ServerContext, check_stream_options
 from chunkllama_server.api.common.prompt_cache import cache_plan
 from chunkllama_server.api.common.request_stream import RequestStream
@@ -144,6 +147,41 @@ async def completion_streams(
         ApiError, InvalidRequestError: 400 naming the field, 429 beyond the tenant's tokens per
             minute.
     """
+    requests = await _engine_requests(
+        body, context, info, completion_id, default_tokens=default_tokens, fits=fits
+    )
+    context.charge(info, requests)
+    return [_start(context, info, request) for request in requests]
+
+
+async def completion_generations(
+    body: CompletionRequest, context: ServerContext, info: RequestInfo, completion_id: str
+) -> Sequence[Generation]:
+    """Make the generation of each prompt, or that of the branches that the body asks for.
+
+    Raises:
+        ApiError, InvalidRequestError: as ``completion_streams``.
+    """
+    if body.parallel is None:
+        return await completion_streams(body, context, info, completion_id)
+    requests = await _engine_requests(body, context, info, completion_id)
+    if len(requests) > 1:
+        raise invalid("parallel takes one prompt", "prompt")
+    start = partial(_start, context, info)
+    branches = await branch_stream(body, requests[0], context, start, "max_tokens")
+    context.charge(info, branches.requests)
+    return [branches]
+
+
+async def _engine_requests(
+    body: CompletionRequest,
+    context: ServerContext,
+    info: RequestInfo,
+    completion_id: str,
+    *,
+    default_tokens: int = DEFAULT_MAX_TOKENS,
+    fits: bool = False,
+) -> list[EngineRequest]:
     check_completion(body, context)
     prompts = await prompt_ids(body, context)
     sampling = await completion_sampling(
@@ -157,28 +195,30 @@ async def completion_streams(
         if info.is_batch
         else request_priority(body.priority, None, info.tenant, highest)
     )
-    generations = [
-        RequestStream(
-            context.engine,
-            EngineRequest(
-                request_id=f"{completion_id}-{index}",
-                prompt_token_ids=ids,
-                sampling=sampling,
-                namespace=namespace,
-                tenant=info.tenant,
-                cache_until=cache.until,
-                pin_seconds=cache.pin_seconds,
-                priority=priority,
-                explain=info.wants_explanation or bool(body.explain_cache),
-                adapter=info.adapter,
-            ),
-            context.text.tokenizer,
-            context.metrics,
-            info=info,
-            continues_prompt=True,
-            param_names={"beam_width": "n"},
+    return [
+        EngineRequest(
+            request_id=f"{completion_id}-{index}",
+            prompt_token_ids=ids,
+            sampling=sampling,
+            namespace=namespace,
+            tenant=info.tenant,
+            cache_until=cache.until,
+            pin_seconds=cache.pin_seconds,
+            priority=priority,
+            explain=info.wants_explanation or bool(body.explain_cache),
+            adapter=info.adapter,
         )
         for index, ids in enumerate(prompts)
     ]
-    context.charge(info, [generation.request for generation in generations])
-    return generations
+
+
+def _start(context: ServerContext, info: RequestInfo, request: EngineRequest) -> RequestStream:
+    return RequestStream(
+        context.engine,
+        request,
+        context.text.tokenizer,
+        context.metrics,
+        info=info,
+        continues_prompt=True,
+        param_names={"beam_width": "n"},
+    )

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from chunkllama.messages import TokenLogprob
 from chunkllama.text.output_processor import OutputDelta
+from chunkllama_server.api.common.branches import Generation
 from chunkllama_server.api.common.logprobs import LogprobFormatter, TextOffsets
-from chunkllama_server.api.common.request_stream import RequestStream
+from chunkllama_server.api.common.merged import MAX_AT_ONCE, merged
 from chunkllama_server.api.schema.completions import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
 )
-from chunkllama_server.api.schema.usage import CompletionUsage, completion_usage
+from chunkllama_server.api.schema.usage import CompletionUsage, TokenCounts, completion_usage
 from chunkllama_server.transport.sse import DONE, gather_or_cancel, sse
-
-# Concurrent prompts of one request, so that a long list does not fill the engine's queue.
-MAX_AT_ONCE = 64
 
 
 @dataclass(slots=True)
@@ -36,7 +34,7 @@ class CompletionAnswer:
 
     body: CompletionRequest
     completion_id: str
-    generations: list[RequestStream]
+    generations: Sequence[Generation]
     prompt_texts: list[str]
     formatter: LogprobFormatter
     fingerprint: str
@@ -50,11 +48,8 @@ class CompletionAnswer:
     def usage(self) -> CompletionUsage:
         """Sum the usage of all prompts."""
         return completion_usage(
-            sum(len(g.request.prompt_token_ids) for g in self.generations),
-            sum(g.output.num_tokens for g in self.generations),
-            sum(g.output.num_cached_tokens for g in self.generations),
-            sum(g.output.num_cache_write_tokens for g in self.generations),
-            explanations=[body for g in self.generations for body in g.explanations()],
+            TokenCounts.total(g.counts for g in self.generations),
+            [body for g in self.generations for body in g.explanations()],
         )
 
     def _completion(self, choices: list[CompletionChoice]) -> Completion:
@@ -70,7 +65,7 @@ class CompletionAnswer:
     async def whole(self) -> Completion:
         """Run all prompts; the failure of one ends all."""
 
-        async def collect(generation: RequestStream) -> list[OutputDelta]:
+        async def collect(generation: Generation) -> list[OutputDelta]:
             async with self._slots:
                 return await generation.collect()
 
@@ -106,6 +101,8 @@ class CompletionAnswer:
         }
         if shown.stop_reason is not None:
             choice["stop_reason"] = shown.stop_reason
+        if shown.branch is not None:
+            choice["branch"] = shown.branch
         if self.body.return_token_ids:
             choice["token_ids"] = shown.token_ids
             if is_first:
@@ -117,7 +114,7 @@ class CompletionAnswer:
         return choice
 
     def _logprobs(
-        self, generation: RequestStream, shown: OutputDelta, offsets: TextOffsets, echoes: bool
+        self, generation: Generation, shown: OutputDelta, offsets: TextOffsets, echoes: bool
     ) -> CompletionLogprobs | None:
         if self.body.logprobs is None:
             return None
@@ -136,8 +133,8 @@ class CompletionAnswer:
         wants_usage = options is not None and bool(options.include_usage)
         continuous = options is not None and bool(options.continuous_usage_stats)
         begun: dict[tuple[int, int], TextOffsets] = {}
-        async with aclosing(self._merged()) as merged:
-            async for number, pieces in merged:
+        async with aclosing(merged([g.pieces() for g in self.generations])) as outputs:
+            async for number, pieces in outputs:
                 if (number, 0) not in begun:
                     pieces = self._with_starts(pieces)
                 for piece in pieces:
@@ -160,39 +157,3 @@ class CompletionAnswer:
         """Begin each choice of a prompt with a chunk, so that headers and echo do not wait."""
         started = {piece.index for piece in pieces}
         return [*(OutputDelta(index) for index in range(self._n) if index not in started), *pieces]
-
-    async def _merged(self) -> AsyncGenerator[tuple[int, list[OutputDelta]], None]:
-        """Yield lists of pieces with the number of their prompt, in order of arrival."""
-        if len(self.generations) == 1:
-            async with aclosing(self.generations[0].pieces()) as stream:
-                async for pieces in stream:
-                    yield 0, pieces
-            return
-        queue: asyncio.Queue[tuple[int, list[OutputDelta] | Exception | None]] = asyncio.Queue(
-            maxsize=1
-        )
-
-        async def pump(number: int, generation: RequestStream) -> None:
-            try:
-                async with self._slots, aclosing(generation.pieces()) as stream:
-                    async for pieces in stream:
-                        await queue.put((number, pieces))
-                await queue.put((number, None))
-            except Exception as error:
-                await queue.put((number, error))
-
-        tasks = [asyncio.ensure_future(pump(i, g)) for i, g in enumerate(self.generations)]
-        try:
-            running = len(tasks)
-            while running:
-                number, item = await queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
-                    running -= 1
-                else:
-                    yield number, item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)

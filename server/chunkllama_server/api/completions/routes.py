@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.common.logprobs import LogprobFormatter
-from chunkllama_server.api.completions.request import completion_streams
+from chunkllama_server.api.completions.request import completion_generations
 from chunkllama_server.api.completions.response import CompletionAnswer
 from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers
@@ -27,7 +27,7 @@ async def create_completion(
     """Continue one prompt or several, whole or as server-sent events."""
     info = context.admit(body, request)
     completion_id = f"cmpl-{uuid.uuid4().hex}"
-    generations = await completion_streams(body, context, info, completion_id)
+    generations = await completion_generations(body, context, info, completion_id)
     prompts = [generation.request.prompt_token_ids for generation in generations]
     answer = CompletionAnswer(
         body=body,

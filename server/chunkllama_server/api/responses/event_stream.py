@@ -77,7 +77,7 @@ class EventStream:
             if isinstance(part, str):
                 is_first = self._message() is None and bool(self.output)
                 logprobs = _of_text(self._logprobs, part) if is_first else self._logprobs
-                events += self._add_text(part, logprobs)
+                events += self._add_text(part, logprobs, piece.branch)
             else:
                 events += self._add_call(part)
             self._logprobs = []
@@ -150,7 +150,9 @@ class EventStream:
         )
         return events
 
-    def _add_text(self, text: str, logprobs: list[ChatTokenLogprob]) -> list[bytes]:
+    def _add_text(
+        self, text: str, logprobs: list[ChatTokenLogprob], branch: int | None = None
+    ) -> list[bytes]:
         message = self._message()
         events = []
         if message is None:
@@ -168,6 +170,7 @@ class EventStream:
                     content_index=0,
                     delta=text,
                     logprobs=logprobs,
+                    **({} if branch is None else {"branch": branch}),
                 )
             )
         return events

@@ -10,8 +10,8 @@ from typing import Any
 
 from chunkllama.errors import OverloadedError
 from chunkllama.text.output_processor import OutputDelta
+from chunkllama_server.api.common.branches import Generation
 from chunkllama_server.api.common.logprobs import LogprobFormatter
-from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.response_store import EventRecorder
 from chunkllama_server.api.responses.event_stream import EventStream
 from chunkllama_server.api.schema.chat_response import ChatTokenLogprob
@@ -34,7 +34,7 @@ class ResponseAnswer:
     """
 
     body: ResponseRequest
-    generation: RequestStream
+    generation: Generation
     tools: ToolConfig
     formatter: LogprobFormatter
     wants_logprobs: bool
@@ -52,19 +52,18 @@ class ResponseAnswer:
         self._stream = EventStream(self.tools.parser(), custom, self.logprobs)
 
     def usage(self) -> ResponseUsage:
-        generation = self.generation
-        prompt = len(generation.request.prompt_token_ids)
+        counts = self.generation.counts
         usage: ResponseUsage = {
-            "input_tokens": prompt,
+            "input_tokens": counts.prompt,
             "input_tokens_details": {
-                "cached_tokens": generation.output.num_cached_tokens,
-                "cache_write_tokens": generation.output.num_cache_write_tokens,
+                "cached_tokens": counts.cached,
+                "cache_write_tokens": counts.written,
             },
-            "output_tokens": generation.output.num_tokens,
-            "output_tokens_details": {"reasoning_tokens": generation.output.num_reasoning_tokens},
-            "total_tokens": prompt + generation.output.num_tokens,
+            "output_tokens": counts.output,
+            "output_tokens_details": {"reasoning_tokens": counts.reasoning},
+            "total_tokens": counts.prompt + counts.output,
         }
-        if explanations := generation.explanations():
+        if explanations := self.generation.explanations():
             usage["input_tokens_details"]["cache_explanations"] = explanations
         return usage
 

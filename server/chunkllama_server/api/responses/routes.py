@@ -11,9 +11,9 @@ from starlette.responses import Response as HttpResponse
 
 from chunkllama_server.api.chat.request import PreparedChat, prepare_chat
 from chunkllama_server.api.common.background import EventLog, RunningResponse
+from chunkllama_server.api.common.branches import Generation
 from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.common.logprobs import LogprobFormatter
-from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.response_store import StoredResponse
 from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers, refusals
@@ -76,7 +76,7 @@ def rename_param(error: ApiError) -> ApiError:
 def _answer(
     body: ResponseRequest,
     prepared: PreparedChat,
-    generation: RequestStream,
+    generation: Generation,
     context: ServerContext,
     on_ended: OnEnded,
 ) -> ResponseAnswer:
@@ -102,7 +102,7 @@ async def create_response(
     response_id = f"resp_{uuid.uuid4().hex}"
     try:
         prepared, conversation = await prepare(body, context, info)
-        generation = await prepared.stream(
+        generation = await prepared.generation(
             info, response_id, {"prompt": "input", "max_tokens": "max_output_tokens"}
         )
     except ApiError as error:

@@ -202,6 +202,27 @@ class ExplainField(RequestModel):
     )
 
 
+class ParallelBranches(RequestModel):
+    """Branches of one answer that are generated at the same time."""
+
+    branches: Annotated[list[str], Field(min_length=1, max_length=128, fail_fast=True)] = Field(
+        description="Honoured: the text that each branch begins with. The prompt is computed once."
+    )
+    join: Literal["concat", "json", "last"] = Field(
+        default="concat",
+        description="Honoured: the answer is the branches' texts and what the model writes after "
+        "reading them, as one text (concat) or as a JSON object with branches and answer (json), "
+        "or only the latter (last).",
+    )
+    join_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_TOKENS,
+        description="Honoured: tokens written after the join at most; 0 ends the answer with the "
+        "branches. Default: the limit of a branch, which is the request's limit of tokens.",
+    )
+
+
 class GenerationFields(CacheFields, ExplainField):
     """Sampling fields that every endpoint has that generates text."""
 
@@ -242,6 +263,11 @@ class GenerationFields(CacheFields, ExplainField):
         description="Honoured: only these are generated.",
     )
     structured_outputs: StructuredOutputs | None = Field(default=None, description="Honoured.")
+    parallel: ParallelBranches | None = Field(
+        default=None,
+        description="Honoured: branches of one answer. In a stream, choices and text deltas carry "
+        "the index of their branch; what follows the join has none.",
+    )
     truncate_prompt_tokens: int | None = Field(
         default=None, ge=1, le=MAX_TOKENS, description="Honoured: keeps the prompt's last N tokens."
     )

@@ -125,7 +125,10 @@ class ChatDelta(TypedDict):
 
 
 class ChatChunkChoice(TypedDict):
-    """One choice's part of a chunk; ``finish_reason`` is null until the last."""
+    """One choice's part of a chunk; ``finish_reason`` is null until the last.
+
+    ``branch`` is the index of the parallel branch whose text it is.
+    """
 
     index: int
     delta: ChatDelta
@@ -133,6 +136,7 @@ class ChatChunkChoice(TypedDict):
     logprobs: ChatLogprobs | None
     stop_reason: NotRequired[int | str]
     token_ids: NotRequired[list[int]]
+    branch: NotRequired[int]
 
 
 class ChatCompletionChunk(TypedDict):

@@ -58,7 +58,10 @@ class CompletionLogprobs(TypedDict):
 
 
 class CompletionChoice(TypedDict):
-    """One choice; index = prompt index * n + choice."""
+    """One choice; index = prompt index * n + choice.
+
+    ``branch``, in a stream, is the index of the parallel branch whose text it is.
+    """
 
     text: str
     index: int
@@ -66,6 +69,7 @@ class CompletionChoice(TypedDict):
     logprobs: CompletionLogprobs | None
     stop_reason: NotRequired[int | str]
     token_ids: NotRequired[list[int]]
+    branch: NotRequired[int]
     prompt_token_ids: NotRequired[list[int]]
     prompt_logprobs: NotRequired[list[dict[str, PromptLogprob] | None]]
 

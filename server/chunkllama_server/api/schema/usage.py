@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import NotRequired
 
 from typing_extensions import TypedDict
@@ -90,28 +92,45 @@ class ResponseUsage(TypedDict):
     total_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Tokens of an answer so far.
+
+    Attributes:
+        prompt: counted once for all choices or branches. cached: of them, from the cache.
+        written: of them, added to the cache. output: of all choices. reasoning: of them, thoughts.
+    """
+
+    prompt: int
+    cached: int
+    written: int
+    output: int
+    reasoning: int
+
+    @classmethod
+    def total(cls, parts: Iterable[TokenCounts]) -> TokenCounts:
+        """Sum the counts of several answers."""
+        listed = list(parts)
+        return cls(**{f.name: sum(getattr(c, f.name) for c in listed) for f in fields(cls)})
+
+
 def completion_usage(
-    prompt_tokens: int,
-    completion_tokens: int,
-    cached_tokens: int,
-    cache_write_tokens: int,
-    reasoning_tokens: int = 0,
-    explanations: list[CacheExplanationBody] | None = None,
+    counts: TokenCounts, explanations: list[CacheExplanationBody] | None = None
 ) -> CompletionUsage:
     """Fill every required member of a usage object, and the explanations if there are any."""
     usage: CompletionUsage = {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens": counts.prompt,
+        "completion_tokens": counts.output,
+        "total_tokens": counts.prompt + counts.output,
         "prompt_tokens_details": {
-            "cached_tokens": cached_tokens,
-            "cache_write_tokens": cache_write_tokens,
+            "cached_tokens": counts.cached,
+            "cache_write_tokens": counts.written,
             "audio_tokens": 0,
-            "text_tokens": prompt_tokens,
+            "text_tokens": counts.prompt,
             "image_tokens": 0,
         },
         "completion_tokens_details": {
-            "reasoning_tokens": reasoning_tokens,
+            "reasoning_tokens": counts.reasoning,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,
             "audio_tokens": 0,

@@ -1,0 +1,188 @@
+"""Parallel branches of one answer: equal to independent requests, joined, streamed and refused."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import httpx
+import pytest
+from fake_engine import MODEL
+
+from chunkllama.errors import ENDED_ON_DEMAND, RequestFailedError
+
+LEADS = ["say(red)yas", "say(green)yas"]
+
+
+def branched(server, **fields):
+    fields.setdefault("max_tokens", 20)
+    parallel = {"branches": LEADS, "join_tokens": 0, **fields.pop("parallel", {})}
+    return server.chat("colours", parallel=parallel, **fields)
+
+
+def wait_until_idle(engine) -> None:
+    deadline = time.monotonic() + 60
+    while engine.live:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def chunks(response: httpx.Response) -> list[dict]:
+    lines = response.text.splitlines()
+    return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+
+
+def test_concat_is_the_texts_in_order(server):
+    answer = branched(server).json()["choices"]
+    assert len(answer) == 1
+    assert answer[0]["message"]["content"] == "say(red)yasred\n\nsay(green)yasgreen"
+    assert answer[0]["finish_reason"] == "stop"
+
+
+def test_the_parent_reads_the_branches_and_goes_on(server):
+    answer = branched(server, parallel={"join_tokens": 8}).json()["choices"][0]
+    # The fake model says what the last branch's lead tells it to.
+    assert answer["message"]["content"] == "say(red)yasred\n\nsay(green)yasgreen\n\ngreen"
+    first, second, after = server.engine.requests
+    shared = first.prompt_token_ids[: -len(LEADS[0])]
+    assert second.prompt_token_ids[: len(shared)] == shared
+    text = server.engine.tokenizer.decode(after.prompt_token_ids[len(shared) :])
+    assert text == "say(red)yasred\n\nsay(green)yasgreen\n\n"
+    assert after.sampling.max_tokens == 8
+
+
+def test_json_is_an_object_of_the_texts(server):
+    answer = branched(server, parallel={"join": "json"}).json()["choices"][0]
+    assert json.loads(answer["message"]["content"]) == {
+        "branches": ["say(red)yasred", "say(green)yasgreen"]
+    }
+    answer = branched(server, parallel={"join": "json", "join_tokens": 8}).json()["choices"][0]
+    assert json.loads(answer["message"]["content"])["answer"] == "green"
+
+
+def test_last_is_only_what_follows(server):
+    parallel = {"join": "last", "join_tokens": 8}
+    answer = branched(server, parallel=parallel).json()["choices"][0]
+    assert answer["message"]["content"] == "green"
+
+
+def test_usage_counts_the_shared_prompt_once(server):
+    alone = server.chat("colours").json()["usage"]
+    server.engine.reset()
+    usage = branched(server).json()["usage"]
+    assert usage["prompt_tokens"] == alone["prompt_tokens"] + sum(map(len, LEADS))
+    assert usage["completion_tokens"] == len("red") + len("green") + 2
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_a_stream_names_the_branch_of_each_text(server):
+    response = branched(server, parallel={"join_tokens": 8}, stream=True)
+    texts: dict[int | None, str] = {}
+    reasons = []
+    for chunk in chunks(response):
+        choice = chunk["choices"][0]
+        assert choice["index"] == 0
+        reasons.append(choice["finish_reason"])
+        branch = choice.get("branch")
+        texts[branch] = texts.get(branch, "") + (choice["delta"].get("content") or "")
+    assert texts == {0: "say(red)yasred", 1: "say(green)yasgreen", None: "green"}
+    assert reasons == [None] * (len(reasons) - 1) + ["stop"]
+    assert response.text.endswith("data: [DONE]\n\n")
+
+
+def test_a_branch_that_the_operator_ends_leaves_the_others(server):
+    server.engine.fail_after = (2, RequestFailedError("ended", ENDED_ON_DEMAND))
+    answer = branched(server).json()["choices"][0]
+    assert answer["message"]["content"] == "say(red)yasre\n\nsay(green)yasgr"
+
+
+def test_a_lost_client_aborts_every_branch(server, client):
+    server.engine.delay = 0.01
+    stream = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "hi"}],
+        stream=True,
+        extra_body={"ignore_eos": True, "parallel": {"branches": ["a", "b", "c"]}},
+    )
+    next(iter(stream))
+    assert len(server.engine.live) == 3
+    stream.close()
+    wait_until_idle(server.engine)
+    assert len(server.engine.aborted) == 3
+
+
+def test_branches_without_a_limit_share_the_context(server):
+    server.chat("colours", parallel={"branches": LEADS})
+    first, second, after = server.engine.requests
+    limit = first.sampling.max_tokens
+    assert limit == second.sampling.max_tokens == after.sampling.max_tokens
+    prompt = len(first.prompt_token_ids) + len(LEADS[1]) + 2 * len("\n\n")
+    assert 0 <= server.engine.info.max_request_tokens - (prompt + 3 * limit) < 3
+
+
+def test_completions_and_responses_have_branches(server):
+    parallel = {"branches": LEADS, "join_tokens": 0}
+    body = {"model": MODEL, "prompt": "p", "max_tokens": 9, "parallel": parallel}
+    choice = server.post("/v1/completions", body).json()["choices"][0]
+    assert choice["text"] == "say(red)yasred\n\nsay(green)yasgreen"
+    streamed = chunks(server.post("/v1/completions", {**body, "stream": True}))
+    assert {c["choices"][0].get("branch") for c in streamed if c["choices"][0]["text"]} == {0, 1}
+    body = {"model": MODEL, "input": "p", "max_output_tokens": 20, "parallel": parallel}
+    answer = server.post("/v1/responses", body).json()
+    assert answer["output"][0]["content"][0]["text"] == "say(red)yasred\n\nsay(green)yasgreen"
+    streamed = chunks(server.post("/v1/responses", {**body, "stream": True}))
+    deltas = [event for event in streamed if event["type"] == "response.output_text.delta"]
+    for branch, text in enumerate(["say(red)yasred", "say(green)yasgreen"]):
+        assert "".join(d["delta"] for d in deltas if d["branch"] == branch) == text
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"logprobs": True}, "logprobs"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"parallel": {"branches": []}}, "parallel.branches"),
+        ({"parallel": {"branches": ["a"], "join": "zip"}}, "parallel.join"),
+        ({"parallel": {"branches": ["a"], "join": "last"}}, "parallel.join_tokens"),
+        ({"parallel": {"branches": ["a"] * 129}}, "parallel.branches"),
+        ({"max_tokens": 1500}, "max_tokens"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(server, fields, param):
+    response = branched(server, **fields)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    assert not server.engine.requests
+
+
+def test_a_branch_equals_an_independent_request(tiny_server):
+    prompt, leads = "the system prompt of all branches " * 4, ["one", "two", "twelve", "three"]
+    url = f"{tiny_server.url}/v1/completions"
+    letters = {"prompt": "abcdefghijklmnopqrstuvwxyz", "add_special_tokens": False}
+    shared = {
+        **{"model": MODEL, "temperature": 0, "max_tokens": 12, "ignore_eos": True},
+        # So that the text says which tokens it has.
+        "allowed_token_ids": httpx.post(f"{tiny_server.url}/tokenize", json=letters).json()[
+            "tokens"
+        ],
+    }
+    parallel = {"branches": leads, "join": "json", "join_tokens": 4}
+    body = {**shared, "prompt": prompt, "parallel": parallel, "cache_salt": "branches"}
+    answer = httpx.post(url, json=body).json()
+    joined = json.loads(answer["choices"][0]["text"])
+
+    def alone(text: str, max_tokens: int) -> str:
+        body = {**shared, "prompt": text, "max_tokens": max_tokens, "cache_salt": "alone"}
+        return httpx.post(url, json=body).json()["choices"][0]["text"]
+
+    assert joined["branches"] == [lead + alone(prompt + lead, 12) for lead in leads]
+    read = "".join(text + "\n\n" for text in joined["branches"])
+    assert joined["answer"] == alone(prompt + read, 4)
+    usage = answer["usage"]
+    assert usage["completion_tokens"] == 12 * len(leads) + 4
+    # Each token of prompt and leads was computed for the first time, the shared ones once.
+    details = usage["prompt_tokens_details"]
+    assert details["cached_tokens"] == 0
+    assert details["cache_write_tokens"] == usage["prompt_tokens"]
