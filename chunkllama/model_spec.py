@@ -84,6 +84,8 @@ class ModelSpec:
             "gptq_v2", "compressed-tensors", "fp8"); empty: it has none.
         eos_token_ids: ascending union of generation_config.json, config.json and the tokenizer.
         default_sampling: SamplingParams fields that generation_config.json sets.
+        fork_tokens: ids with which an APAR-tuned model (arXiv 2401.06761) begins a branch: the
+            fork, after which the parent goes on, and the child, which begins the branch's text.
     """
 
     num_layers: int
@@ -111,6 +113,7 @@ class ModelSpec:
     quantization_method: str = ""
     eos_token_ids: tuple[int, ...] = ()
     default_sampling: dict[str, float] = field(default_factory=dict)
+    fork_tokens: tuple[int, int] | None = None
 
     @property
     def qkv_size(self) -> int:

@@ -13,7 +13,12 @@ from chunkllama.models.config_file import ConfigFile, read_json
 from chunkllama.models.folder_check import check_folder
 from chunkllama.models.loading.module_tensors import quantization_method
 from chunkllama.models.loading.safetensors import stored_dtype
-from chunkllama.models.spec_checks import check_numbers, default_sampling, usable_eos_ids
+from chunkllama.models.spec_checks import (
+    check_numbers,
+    default_sampling,
+    fork_tokens,
+    usable_eos_ids,
+)
 
 _DECODERS = ("ForCausalLM", "LMHeadModel")
 _DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -101,6 +106,9 @@ def _parse(
         ),
         "default_sampling": default_sampling(
             generation, config.path.with_name("generation_config.json")
+        ),
+        "fork_tokens": fork_tokens(
+            config.get("fork_token_id"), config.get("child_token_id"), config
         ),
     }
     if entry is None:

@@ -9,6 +9,7 @@ from typing import Any
 from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.logger import init_logger
 from chunkllama.model_spec import ModelSpec
+from chunkllama.models.config_file import ConfigFile
 from chunkllama.sampling_params import SamplingParams
 
 logger = init_logger(__name__)
@@ -50,6 +51,22 @@ def _sampling_problem(name: str, value: Any) -> str | None:
     except InvalidRequestError as error:
         return error.message
     return None
+
+
+def fork_tokens(fork: Any, child: Any, config: ConfigFile) -> tuple[int, int] | None:
+    """The tokens that begin a branch; None for a model that names neither.
+
+    Raises:
+        ConfigError: only one of them is named, or one is no token of the vocabulary.
+    """
+    if fork is None and child is None:
+        return None
+    vocab_size = config.positive("vocab_size")
+    for key, value in (("fork_token_id", fork), ("child_token_id", child)):
+        is_id = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
+        if not is_id:
+            raise config.error(f"{key} must be a token id below {vocab_size}, got {value!r:.60}")
+    return fork, child
 
 
 def usable_eos_ids(ids: set[int], vocab_size: int, path: Path) -> tuple[int, ...]:

@@ -120,6 +120,18 @@ def test_eos_is_the_union_of_its_three_homes(tiny_folder: Path) -> None:
     assert spec.default_sampling == {"temperature": 0.6}
 
 
+def test_fork_tokens_of_a_model_that_forks(tiny_folder: Path) -> None:
+    assert read_spec(tiny_folder).fork_tokens is None
+    path = tiny_folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "fork_token_id": 5, "child_token_id": 6}))
+    assert read_spec(tiny_folder).fork_tokens == (5, 6)
+    for wrong in ({"fork_token_id": 5}, {"fork_token_id": 5, "child_token_id": 1 << 30}):
+        path.write_text(json.dumps({**config, **wrong}))
+        with pytest.raises(ConfigError, match="child_token_id must be a token id below"):
+            read_spec(tiny_folder)
+
+
 class _Canary:
     def __init__(self, path: Path) -> None:
         self.path = path

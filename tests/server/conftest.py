@@ -136,6 +136,7 @@ def start_server(
         )
         tenants.set_quotas(settings.pop("quotas", {}))
         defaults = settings.pop("generation_defaults", None)
+        fork_tokens = settings.pop("fork_tokens", None)
         tracing = settings.pop("tracing", None)
         # Its requests come when nothing else runs, so a test that counts requests must ask for it.
         settings.setdefault("idle_prefill", False)
@@ -154,6 +155,7 @@ def start_server(
             tenants,
             grammars,
             generation_defaults=defaults,
+            fork_tokens=fork_tokens,
             tracing=tracing,
         )
         config = uvicorn.Config(

@@ -11,6 +11,7 @@ from fake_engine import MODEL
 
 from chunkllama.errors import ENDED_ON_DEMAND, RequestFailedError
 
+THREADS = 7  # of an answer that forks, at most
 LEADS = ["say(red)yas", "say(green)yas"]
 
 
@@ -155,6 +156,47 @@ def test_what_does_not_fit_is_refused_by_name(server, fields, param):
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
     assert not server.engine.requests
+
+
+@pytest.fixture(scope="module")
+def forking(start_server, text_parts):
+    fork, child = (text_parts[0].encode(letter)[-1] for letter in "FC")
+    return start_server(fork_tokens=(fork, child), max_request_choices=THREADS)
+
+
+def test_a_fork_of_the_model_begins_a_branch_in_its_place(forking):
+    forking.engine.reset()
+    content = "say(aFbFc)yas"
+    answer = forking.chat(content, max_tokens=9).json()
+    # The fake model answers each branch as it answers the request, up to the limit of branches.
+    root, *branches = forking.engine.requests
+    decode = forking.engine.tokenizer.decode
+    tails = {decode(b.prompt_token_ids[len(root.prompt_token_ids) :]) for b in branches}
+    assert {"aFC", "aFbFC"} <= tails
+    assert len({b.request_id for b in branches}) == len(branches) == THREADS - 1
+    text = answer["choices"][0]["message"]["content"]
+    assert text.startswith("aF") and text.endswith("c")
+    assert answer["usage"]["completion_tokens"] == 6 * len(forking.engine.requests)
+
+
+def test_a_stream_of_forks_names_the_branches(forking):
+    forking.engine.reset()
+    response = forking.chat("say(aFb)yas", stream=True, max_tokens=9)
+    texts: dict[int | None, str] = {}
+    for chunk in chunks(response):
+        choice = chunk["choices"][0]
+        branch = choice.get("branch")
+        texts[branch] = texts.get(branch, "") + (choice["delta"].get("content") or "")
+    assert texts.pop(None) == "aFb"
+    assert set(texts) == set(range(1, THREADS))
+    assert set(texts.values()) == {"aFb"}
+
+
+@pytest.mark.parametrize("fields", [{"n": 2}, {"logprobs": True}], ids=["n", "logprobs"])
+def test_requests_that_exclude_branches_do_not_fork(forking, fields):
+    forking.engine.reset()
+    forking.chat("say(aFb)yas", max_tokens=9, **fields)
+    assert len(forking.engine.requests) == 1
 
 
 def test_a_branch_equals_an_independent_request(tiny_server):

@@ -79,6 +79,7 @@ def create_app(
     grammars: GrammarChecker,
     *,
     generation_defaults: Mapping[str, Any] | None = None,
+    fork_tokens: tuple[int, int] | None = None,
     tracing: Tracing | None = None,
 ) -> FastAPI:
     """Build the HTTP application over an engine that is ready.
@@ -90,6 +91,7 @@ def create_app(
         tenants: API keys and cache namespaces.
         grammars: compiles a request's grammar before the engine does.
         generation_defaults: the model's own sampling values, for fields a client leaves out.
+        fork_tokens: with which the model begins a branch of its answer.
         tracing: makes a span for each request; closed with the application.
     """
     charged = ChargedEngine(
@@ -122,6 +124,7 @@ def create_app(
         tenants=tenants,
         packs=PackFolder(settings, tenants, text.template.digest if text.template else ""),
         generation_defaults=generation_defaults or {},
+        fork_tokens=fork_tokens,
     )
     context.metrics.begin_at_zero(tenants.keys)
     engine_queue = context.engine

@@ -152,6 +152,7 @@ class Application:
             generation_defaults=(
                 self._spec.default_sampling if settings.generation_config == "auto" else None
             ),
+            fork_tokens=self._spec.fork_tokens,
             tracing=self._tracing,
         )
         app.include_router(dashboard.router)

@@ -18,6 +18,7 @@ from chunkllama_server.api.chat.prompt import ChatPrompt, ChatPrompter
 from chunkllama_server.api.chat.thinking import with_thoughts
 from chunkllama_server.api.common.branches import Generation, branch_stream
 from chunkllama_server.api.common.context import ServerContext, check_stream_options
+from chunkllama_server.api.common.forks import fork_stream
 from chunkllama_server.api.common.prompt_cache import CachePlan, cache_plan
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.sampling import (
@@ -104,16 +105,16 @@ class PreparedChat:
 
         Args and raises as ``stream``.
         """
+        context, start = self.context, partial(self._start, info, param_names)
         if self.body.parallel is None:
-            return await self.stream(info, request_id, param_names)
-        branches = await branch_stream(
-            self.body,
-            await self._observed_request(info, request_id),
-            self.context,
-            partial(self._start, info, param_names),
-            self.max_tokens_field,
-        )
-        self.context.charge(info, branches.requests)
+            if context.fork_tokens is None:
+                return await self.stream(info, request_id, param_names)
+            request = await self._observed_request(info, request_id)
+            context.charge(info, [request])
+            return fork_stream(self.body, request, context, start) or start(request)
+        request = await self._observed_request(info, request_id)
+        branches = await branch_stream(self.body, request, context, start, self.max_tokens_field)
+        context.charge(info, branches.requests)
         return branches
 
     async def _observed_request(self, info: RequestInfo, request_id: str) -> EngineRequest:

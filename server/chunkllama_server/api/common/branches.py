@@ -32,7 +32,7 @@ from chunkllama_server.transport.errors import exceeded, invalid
 
 SEPARATOR = "\n\n"
 # Fields whose meaning for several branches and a join is not defined.
-_EXCLUDED = (
+EXCLUDED = (
     *("use_beam_search", "best_of", "tools", "functions", "response_format", "structured_outputs"),
     *("logprobs", "prompt_logprobs", "echo", "thinking_token_budget"),
 )
@@ -71,16 +71,6 @@ class _Branch:
         self.token_ids += piece.token_ids
         self.stopped_at_text |= isinstance(piece.stop_reason, str)
 
-    async def pieces(self) -> AsyncGenerator[list[OutputDelta], None]:
-        """The branch's output; it ends early where the operator ended its request."""
-        try:
-            async with aclosing(self.stream.pieces()) as stream:
-                async for pieces in stream:
-                    yield pieces
-        except RequestFailedError as error:
-            if error.code != ENDED_ON_DEMAND:
-                raise
-
     def ids(self, tokenizer: Tokenizer) -> list[int]:
         """Token ids of the lead and the text."""
         if self.stopped_at_text:  # its tokens reach beyond the text
@@ -88,6 +78,17 @@ class _Branch:
             return [*self.lead_ids, *tail]
         ended = bool(self.token_ids) and self.token_ids[-1] in tokenizer.eos_token_ids
         return [*self.lead_ids, *(self.token_ids[:-1] if ended else self.token_ids)]
+
+
+async def until_ended(branch: RequestStream) -> AsyncGenerator[list[OutputDelta], None]:
+    """Yield a branch's output; it ends early where the operator ended its request."""
+    try:
+        async with aclosing(branch.pieces()) as stream:
+            async for pieces in stream:
+                yield pieces
+    except RequestFailedError as error:
+        if error.code != ENDED_ON_DEMAND:
+            raise
 
 
 class BranchStream:
@@ -160,7 +161,9 @@ class BranchStream:
             InvalidRequestError, OverloadedError, DeadlineError, EngineDeadError: from the engine.
         """
         begun: set[int] = set()
-        async with aclosing(merged([branch.pieces() for branch in self._branches])) as outputs:
+        async with aclosing(
+            merged([until_ended(branch.stream) for branch in self._branches])
+        ) as outputs:
             async for number, pieces in outputs:
                 branch, shown = self._branches[number], []
                 if number not in begun:
@@ -263,7 +266,7 @@ async def branch_stream(
     """
     spec, settings, info = body.parallel, context.settings, context.engine.info
     assert spec is not None
-    for name in _EXCLUDED:
+    for name in EXCLUDED:
         if getattr(body, name, None):
             raise invalid(f"parallel excludes {name}; leave one of them out", name)
     if (getattr(body, "n", None) or 1) > 1:

@@ -84,6 +84,7 @@ class ServerContext:
     Attributes:
         tenants: API keys and cache namespaces.
         generation_defaults: the model's own sampling values, for fields a client leaves out.
+        fork_tokens: with which the model begins a branch of its answer.
         reads, operator_reads: of metrics and dashboards, by tenants and by operators.
         history: the engine's last minutes, for the dashboard.
         batches: files and batch jobs; None where they are turned off.
@@ -103,6 +104,7 @@ class ServerContext:
     tenants: Tenants
     packs: PackFolder
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
+    fork_tokens: tuple[int, int] | None = None
     idle: IdlePrefill | None = None
     batches: BatchRunner | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)

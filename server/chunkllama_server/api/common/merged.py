@@ -14,42 +14,60 @@ Pieces = AsyncGenerator[list[OutputDelta], None]
 MAX_AT_ONCE = 64
 
 
-async def merged(streams: Sequence[Pieces]) -> AsyncGenerator[tuple[int, list[OutputDelta]], None]:
-    """Yield lists of pieces with the number of their stream.
+class Merger:
+    """Streams that are read at once; more may be added while they run."""
 
-    The error of one stream ends all; closing the generator closes them.
-    """
-    if len(streams) == 1:
+    def __init__(self) -> None:
+        self._slots = asyncio.Semaphore(MAX_AT_ONCE)
+        self._queue: asyncio.Queue[tuple[int, list[OutputDelta] | Exception | None]] = (
+            asyncio.Queue(maxsize=1)
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def add(self, stream: Pieces) -> None:
+        """Start a stream; its number is that of the streams before it."""
+        self._tasks.append(asyncio.create_task(self._pump(len(self._tasks), stream)))
+
+    async def _pump(self, number: int, stream: Pieces) -> None:
+        try:
+            async with self._slots, aclosing(stream):
+                async for pieces in stream:
+                    await self._queue.put((number, pieces))
+            await self._queue.put((number, None))
+        except Exception as error:
+            await self._queue.put((number, error))
+
+    async def outputs(self) -> AsyncGenerator[tuple[int, list[OutputDelta]], None]:
+        """Yield lists of pieces with the number of their stream, until all have ended.
+
+        The error of one stream ends all; closing the generator closes them.
+        """
+        num_ended = 0
+        try:
+            while num_ended < len(self._tasks):
+                number, item = await self._queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    num_ended += 1
+                else:
+                    yield number, item
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def merged(streams: Sequence[Pieces]) -> AsyncGenerator[tuple[int, list[OutputDelta]], None]:
+    """Yield the output of streams that are all known, as ``Merger.outputs`` does."""
+    if len(streams) == 1:  # without a task
         async with aclosing(streams[0]) as only:
             async for pieces in only:
                 yield 0, pieces
         return
-    slots = asyncio.Semaphore(MAX_AT_ONCE)
-    queue: asyncio.Queue[tuple[int, list[OutputDelta] | Exception | None]] = asyncio.Queue(
-        maxsize=1
-    )
-
-    async def pump(number: int, stream: Pieces) -> None:
-        try:
-            async with slots, aclosing(stream):
-                async for pieces in stream:
-                    await queue.put((number, pieces))
-            await queue.put((number, None))
-        except Exception as error:
-            await queue.put((number, error))
-
-    tasks = [asyncio.ensure_future(pump(i, stream)) for i, stream in enumerate(streams)]
-    try:
-        running = len(tasks)
-        while running:
-            number, item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                running -= 1
-            else:
-                yield number, item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    merger = Merger()
+    for stream in streams:
+        merger.add(stream)
+    async with aclosing(merger.outputs()) as outputs:
+        async for output in outputs:
+            yield output

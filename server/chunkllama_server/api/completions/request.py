@@ -10,6 +10,7 @@ from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
 from chunkllama_server.api.common.branches import Generation, branch_stream
 from chunkllama_server.api.common.context import ServerContext, check_stream_options
+from chunkllama_server.api.common.forks import fork_stream
 from chunkllama_server.api.common.prompt_cache import cache_plan
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.sampling import (
@@ -162,12 +163,15 @@ async def completion_generations(
     Raises:
         ApiError, InvalidRequestError: as ``completion_streams``.
     """
-    if body.parallel is None:
-        return await completion_streams(body, context, info, completion_id)
     requests = await _engine_requests(body, context, info, completion_id)
+    start = partial(_start, context, info)
+    if body.parallel is None:
+        context.charge(info, requests)
+        return [
+            fork_stream(body, request, context, start) or start(request) for request in requests
+        ]
     if len(requests) > 1:
         raise invalid("parallel takes one prompt", "prompt")
-    start = partial(_start, context, info)
     branches = await branch_stream(body, requests[0], context, start, "max_tokens")
     context.charge(info, branches.requests)
     return [branches]

@@ -1,0 +1,171 @@
+"""Branches that an APAR-tuned model begins by itself (arXiv 2401.06761).
+
+Such a model writes a fork token where a part of its answer is left to a branch, and goes on with
+the next part. The branch is a request of its own: it continues the parent's tokens up to the fork
+with the child token, and finds their full chunks in the prefix tree. Branches may fork too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import msgspec
+
+from chunkllama.messages import EngineRequest
+from chunkllama.text.output_processor import OutputDelta, OutputProcessor
+from chunkllama_server.api.common.branches import EXCLUDED, Start, until_ended
+from chunkllama_server.api.common.context import ServerContext
+from chunkllama_server.api.common.merged import Merger
+from chunkllama_server.api.common.request_stream import RequestStream
+from chunkllama_server.api.schema.base import GenerationFields
+from chunkllama_server.api.schema.usage import CacheExplanationBody, TokenCounts
+
+
+@dataclass(slots=True)
+class _Thread:
+    """One sequence of the answer; ``parts`` are its texts and, in their places, its branches."""
+
+    stream: RequestStream
+    token_ids: list[int] = field(default_factory=list)
+    parts: list[str | _Thread] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def text(self) -> str:
+        return "".join(part if isinstance(part, str) else part.text() for part in self.parts)
+
+
+class ForkStream:
+    """An answer and the branches that it forks, as one stream of one choice.
+
+    Args:
+        request: the answer's.
+        tokens: ids of the fork and the child.
+        start: makes the stream of an engine request.
+        max_threads: the answer and its branches; a fork beyond them is left without a branch.
+        max_request_tokens: prompt and answer together.
+
+    Attributes:
+        request: the answer's.
+    """
+
+    def __init__(
+        self,
+        request: EngineRequest,
+        tokens: tuple[int, int],
+        start: Start,
+        max_threads: int,
+        max_request_tokens: int,
+    ) -> None:
+        self.request = request
+        self._fork, self._child = tokens
+        self._start = start
+        self._max_threads = max_threads
+        self._max_request_tokens = max_request_tokens
+        self._threads = [_Thread(start(request))]
+
+    @property
+    def output(self) -> OutputProcessor:
+        """Output state of the answer itself."""
+        return self._threads[0].stream.output
+
+    @property
+    def counts(self) -> TokenCounts:
+        """Tokens so far: the prompt once, the output of the answer and its branches."""
+        parts = [thread.stream.counts for thread in self._threads]
+        first, *_ = parts
+        return TokenCounts(
+            prompt=first.prompt,
+            cached=first.cached,
+            written=first.written,
+            output=sum(part.output for part in parts),
+            reasoning=sum(part.reasoning for part in parts),
+        )
+
+    def explanations(self) -> list[CacheExplanationBody]:
+        """Return the explanation of the prompt's match, if one was asked for and is known."""
+        return self._threads[0].stream.explanations()
+
+    async def pieces(self) -> AsyncGenerator[list[OutputDelta], None]:
+        """Yield the text of the answer, and that of branches with the branch's index from 1 on.
+
+        Raises:
+            InvalidRequestError, OverloadedError, DeadlineError, EngineDeadError: from the engine.
+        """
+        merger = Merger()
+        merger.add(self._threads[0].stream.pieces())
+        async with aclosing(merger.outputs()) as outputs:
+            async for number, pieces in outputs:
+                thread = self._threads[number]
+                for piece in pieces:
+                    thread.parts.append(piece.text)
+                    thread.finish_reason = piece.finish_reason or thread.finish_reason
+                    for branch in self._add(thread, piece.token_ids):
+                        thread.parts.append(branch)
+                        self._threads.append(branch)
+                        merger.add(until_ended(branch.stream))
+                yield [
+                    OutputDelta(
+                        0,
+                        text=piece.text,
+                        reasoning=piece.reasoning,
+                        token_ids=piece.token_ids,
+                        branch=number or None,
+                    )
+                    for piece in pieces
+                ]
+        yield [OutputDelta(0, finish_reason=self._threads[0].finish_reason)]
+
+    def _add(self, thread: _Thread, token_ids: list[int]) -> list[_Thread]:
+        """Take tokens of a thread; returns the branches that they fork."""
+        begun: list[_Thread] = []
+        for token_id in token_ids:
+            thread.token_ids.append(token_id)
+            if token_id == self._fork and len(self._threads) + len(begun) < self._max_threads:
+                branch = self._branch(thread, len(self._threads) + len(begun))
+                begun += [] if branch is None else [branch]
+        return begun
+
+    def _branch(self, thread: _Thread, number: int) -> _Thread | None:
+        ids = [*thread.stream.request.prompt_token_ids, *thread.token_ids, self._child]
+        room = self._max_request_tokens - len(ids)
+        if room < 1:
+            return None
+        sampling = self.request.sampling
+        most = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        request = msgspec.structs.replace(
+            self.request,
+            request_id=f"{self.request.request_id}-{number}",
+            prompt_token_ids=ids,
+            sampling=msgspec.structs.replace(sampling, max_tokens=most),
+            pin_seconds=0.0,
+            explain=False,
+        )
+        return _Thread(self._start(request))
+
+    async def collect(self) -> list[OutputDelta]:
+        """Run to the end and return the one choice, each branch's text in the place of its fork."""
+        whole = OutputDelta(0)
+        async with aclosing(self.pieces()) as stream:
+            async for pieces in stream:
+                for piece in pieces:
+                    whole.extend(piece)
+        whole.text = self._threads[0].text()
+        return [whole]
+
+
+def fork_stream(
+    body: GenerationFields, request: EngineRequest, context: ServerContext, start: Start
+) -> ForkStream | None:
+    """Make the stream of an answer that may fork; None where the model or the request do not."""
+    is_plain = not any(getattr(body, name, None) for name in EXCLUDED)
+    if context.fork_tokens is None or not is_plain or request.sampling.num_sequences > 1:
+        return None
+    return ForkStream(
+        request,
+        context.fork_tokens,
+        start,
+        context.settings.max_request_choices,
+        context.engine.info.max_request_tokens,
+    )
