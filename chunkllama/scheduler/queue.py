@@ -23,7 +23,7 @@ from bisect import bisect_left, insort
 from collections.abc import Container, Hashable, Iterator, Mapping
 from typing import Final, Literal
 
-from chunkllama.cache.node import Node, common_prefix, encode_tokens
+from chunkllama.cache.node import TOKEN_BYTES, Node, common_prefix, encode_tokens
 from chunkllama.scheduler.request import Sequence
 
 Policy = Literal["fair", "prefix", "fcfs"]
@@ -61,7 +61,7 @@ class TenantQueue:
         self.num_parked = 0
         self.oldest_age = (0, 0)
         self._parked = parked
-        self._reach: int | None = None  # most tokens that a neighbour shares with the last started
+        self._may_follow: bool | None = None  # whether a neighbour shares enough; None: not known
         self._by_prefix: list[tuple[bytes, tuple[int, int], Sequence]] = []
         self._keys: dict[Sequence, bytes] = {}  # a queued beam may still be given its last token
         self._last = b""
@@ -70,7 +70,7 @@ class TenantQueue:
         insort(self.by_age, sequence, key=queue_key)
         if self.by_age[0] is sequence:
             self.oldest_age = sequence.age
-        self._reach = None
+        self._may_follow = None
         self._keys[sequence] = key = encode_tokens(sequence.cache_ids)
         insort(self._by_prefix, (key, sequence.age, sequence), key=lambda e: e[:2])
 
@@ -82,7 +82,7 @@ class TenantQueue:
             self.oldest_age = self.by_age[0].age if self.by_age else (0, 0)
         if not self.by_age:
             self.overtaken = 0
-        self._reach = None
+        self._may_follow = None
         entry = (self._keys.pop(sequence), sequence.age)
         at = bisect_left(self._by_prefix, entry, key=lambda e: e[:2])
         assert self._by_prefix[at][2] is sequence
@@ -90,8 +90,8 @@ class TenantQueue:
 
     def started(self, sequence: Sequence, cost: int) -> None:
         """Note a sequence that is about to leave the queue to run."""
-        self._last = encode_tokens(sequence.cache_ids)
-        self._reach = None
+        self._last = self._keys[sequence]
+        self._may_follow = None
         self.overtaken = 0 if sequence is self.by_age[0] else self.overtaken + cost
 
     def follower(self, least: int, passed: Container[Sequence]) -> Sequence | None:
@@ -99,13 +99,17 @@ class TenantQueue:
 
         Only sequences of the oldest one's priority follow, and none that is parked or passed.
         """
-        if self._reach is not None and self._reach < least:
+        if self._may_follow is False:
             return None
+        start = self._last[: least * TOKEN_BYTES]
         at = bisect_left(self._by_prefix, self._last, key=lambda e: e[0])
-        if self._reach is None:
+        if self._may_follow is None:
             near = self._by_prefix[max(at - 1, 0) : at + 1]
-            self._reach = max((common_prefix(e[0], self._last) for e in near), default=0)
-            if self._reach < least:
+            # the neighbours share most of all
+            self._may_follow = len(start) == least * TOKEN_BYTES and any(
+                key.startswith(start) for key, _, _ in near
+            )
+            if not self._may_follow:
                 return None
         best, longest = None, least - 1
         for low, high, step in ((at - 1, max(at - 1 - NEAR, -1), -1), (at, at + NEAR, 1)):
@@ -113,11 +117,16 @@ class TenantQueue:
                 key, _, sequence = self._by_prefix[i]
                 if sequence in passed or sequence in self._parked:
                     continue
-                tokens = common_prefix(key, self._last)
-                if tokens > longest and queue_key(sequence)[:2] == queue_key(self.by_age[0])[:2]:
-                    best, longest = sequence, tokens
+                if key.startswith(start) and self._is_of_first_rank(sequence):
+                    tokens = common_prefix(key, self._last)
+                    if tokens > longest:
+                        best, longest = sequence, tokens
                 break
         return best
+
+    def _is_of_first_rank(self, sequence: Sequence) -> bool:
+        """Whether the sequence has the priority of the oldest one."""
+        return queue_key(sequence)[:2] == queue_key(self.by_age[0])[:2]
 
 
 class WaitingQueue:
