@@ -73,6 +73,12 @@ def test_each_of_several_prompts_is_explained(server) -> None:
     assert answer.headers[NAME].count("matched=") == 3
 
 
+def test_embeddings_explain_in_the_header(server) -> None:
+    body = {"model": MODEL, "input": [LONG, OTHER]}
+    assert server.post("/v1/embeddings", body, **HEADER).headers[NAME].count("matched=") == 2
+    assert NAME not in server.post("/v1/embeddings", body).headers
+
+
 @pytest.mark.parametrize("includes_usage", [True, False])
 def test_streams_explain_in_the_header_and_in_the_usage_chunk(server, includes_usage) -> None:
     options = {"stream_options": {"include_usage": True}} if includes_usage else {}
