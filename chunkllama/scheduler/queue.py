@@ -51,14 +51,14 @@ class TenantQueue:
     Attributes:
         overtaken: tokens of younger requests started since an oldest one did. An oldest that leaves
             without a start, or comes back, resets nothing: the next one has waited meanwhile.
-        num_parked: its sequences among ``parked``.
+        num_ready: its sequences that are not among ``parked``.
         oldest_age: age of the oldest one.
     """
 
     def __init__(self, parked: Container[Sequence]) -> None:
         self.by_age: list[Sequence] = []
         self.overtaken = 0
-        self.num_parked = 0
+        self.num_ready = 0
         self.oldest_age = (0, 0)
         self._parked = parked
         self._may_follow: bool | None = None  # whether a neighbour shares enough; None: not known
@@ -68,6 +68,7 @@ class TenantQueue:
 
     def add(self, sequence: Sequence) -> None:
         insort(self.by_age, sequence, key=queue_key)
+        self.num_ready += 1
         if self.by_age[0] is sequence:
             self.oldest_age = sequence.age
         self._may_follow = None
@@ -78,6 +79,7 @@ class TenantQueue:
         at = bisect_left(self.by_age, queue_key(sequence), key=queue_key)
         assert self.by_age[at] is sequence
         del self.by_age[at]
+        self.num_ready -= sequence not in self._parked
         if at == 0:
             self.oldest_age = self.by_age[0].age if self.by_age else (0, 0)
         if not self.by_age:
@@ -182,7 +184,6 @@ class WaitingQueue:
         self._size -= 1
         if sequence in self._parked:
             reason = self._parked.pop(sequence)
-            queue.num_parked -= 1
             self._by_reason[reason].remove(sequence)
             if not self._by_reason[reason]:
                 del self._by_reason[reason]
@@ -193,13 +194,13 @@ class WaitingQueue:
             return
         self._parked[sequence] = reason
         self._by_reason.setdefault(reason, []).append(sequence)
-        self._tenants[self._tenant(sequence)].num_parked += 1
+        self._tenants[self._tenant(sequence)].num_ready -= 1
 
     def unpark(self, reason: Hashable) -> None:
         """Return the sequences of a reason to the order."""
         for sequence in self._by_reason.pop(reason, ()):
             del self._parked[sequence]
-            self._tenants[self._tenant(sequence)].num_parked -= 1
+            self._tenants[self._tenant(sequence)].num_ready += 1
 
     def reasons(self) -> list[Hashable]:
         """Reasons of the sequences that are parked."""
@@ -222,7 +223,7 @@ class WaitingQueue:
     def ready_tenants(self) -> Iterator[str]:
         """Tenants with a waiting sequence that is not parked."""
         for name, queue in self._tenants.items():
-            if queue.num_parked < len(queue.by_age):
+            if queue.num_ready:
                 yield name
 
     def of(self, tenant: str) -> list[Sequence]:
@@ -300,7 +301,7 @@ class WaitingQueue:
         heap = [
             (clocks.get(name, 0.0), queue.oldest_age, name)
             for name, queue in self._tenants.items()
-            if queue.num_parked < len(queue.by_age)
+            if queue.num_ready
         ]
         heapq.heapify(heap)
         return heap
@@ -321,7 +322,7 @@ class WaitingQueue:
             queue = self._tenants[continuing[-1]]
             if (
                 continuing[-1] not in self.blocked
-                and queue.num_parked < len(queue.by_age)
+                and queue.num_ready
                 and clocks.get(continuing[-1], 0.0) < lowest + self._quantum
             ):
                 follower = self._follower(queue, passed)

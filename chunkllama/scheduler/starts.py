@@ -18,8 +18,7 @@ from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
 
-# Long waiting prompts that are matched to find a short remainder, while the whole reserve is left.
-MAX_LONG_LOOKED_AT: Final = 16
+MAX_LONG_LOOKED_AT: Final = 16  # long waiting prompts that are matched to find a short remainder
 
 
 class Starts:
@@ -76,7 +75,7 @@ class Starts:
         if not budget or not len(waiting) or not running.num_free_slots:
             return budget
         self._unpark_followers()
-        reserve, long_looked_at = budget, 0
+        long_looked_at = 0
         for sequence in waiting.candidates(self.clocks()):
             if budget == 0 or not running.num_free_slots:
                 break
@@ -95,7 +94,7 @@ class Starts:
                 continue
             if only_short and not self._may_start_early(sequence, match, budget):
                 long_looked_at += 1
-                if long_looked_at >= MAX_LONG_LOOKED_AT * budget / reserve:
+                if long_looked_at == MAX_LONG_LOOKED_AT:
                     break
                 continue
             if self._headroom is None:
