@@ -27,9 +27,9 @@ from machine import cpu_name
 from chunkllama.cache.manager import CacheManager
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
-from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.output import SampledTokens
 from chunkllama.scheduler.scheduler import Scheduler
+from chunkllama.simulation.engine import make_limits
 
 SIZE = 64
 WAITING = 1000
@@ -41,15 +41,11 @@ class Load:
 
     def __init__(self, num_chunks: int, max_num_seqs: int = 64) -> None:
         self.random = random.Random(0)
-        limits = SchedulerLimits(
+        limits = make_limits(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=512,
             max_model_len=16384,
             max_waiting=10**6,
-            policy="fair",
-            fair_quantum=8192,
-            min_wait_tokens=32,
-            enable_prefix_caching=True,
         )
         cache = CacheManager(num_chunks, SIZE, time.monotonic)
         self.scheduler = Scheduler(limits, cache, time.monotonic)

@@ -20,6 +20,9 @@ class ChunkState(IntEnum):
     PRIVATE = 3
 
 
+_FREE, _CACHED, _REFERENCED, _PRIVATE = map(int, ChunkState)  # plain numbers cost less
+
+
 class ChunkPool:
     """``num_chunks`` chunks of ``chunk_size`` tokens, for all layers at once.
 
@@ -56,32 +59,33 @@ class ChunkPool:
         assert count <= len(self._free), f"{count} chunks wanted, {len(self._free)} free"
         taken = [self._free.pop() for _ in range(count)]
         for chunk_id in taken:
-            self._states[chunk_id] = ChunkState.PRIVATE
-        self._counts[ChunkState.FREE] -= count
-        self._counts[ChunkState.PRIVATE] += count
+            self._states[chunk_id] = _PRIVATE
+        self._counts[_FREE] -= count
+        self._counts[_PRIVATE] += count
         self._note_peak()
         return taken
 
     def show(self, chunk_ids: list[int]) -> None:
         """Move private chunks to the tree, in use."""
         for chunk_id in chunk_ids:
-            assert self._states[chunk_id] == ChunkState.PRIVATE, f"chunk {chunk_id} is not private"
-            self._states[chunk_id] = ChunkState.REFERENCED
-        self._counts[ChunkState.PRIVATE] -= len(chunk_ids)
-        self._counts[ChunkState.REFERENCED] += len(chunk_ids)
+            assert self._states[chunk_id] == _PRIVATE, f"chunk {chunk_id} is not private"
+            self._states[chunk_id] = _REFERENCED
+        self._counts[_PRIVATE] -= len(chunk_ids)
+        self._counts[_REFERENCED] += len(chunk_ids)
 
     def set_state(self, chunk_id: int, state: ChunkState) -> None:
         """Move an allocated chunk to another state; FREE gives it back."""
         before = self._states[chunk_id]
-        assert before != ChunkState.FREE, f"chunk {chunk_id} is free already"
+        assert before != _FREE, f"chunk {chunk_id} is free already"
         if before == state:
             return
         self._states[chunk_id] = state
         self._counts[before] -= 1
         self._counts[state] += 1
-        if state == ChunkState.FREE:
+        if state == _FREE:
             self._free.append(chunk_id)
-        self._note_peak()
+        elif before == _CACHED:
+            self._note_peak()
 
     def free(self, chunk_id: int) -> None:
         self.set_state(chunk_id, ChunkState.FREE)
@@ -95,5 +99,6 @@ class ChunkPool:
         assert all(self._states[chunk_id] == ChunkState.FREE for chunk_id in self._free)
 
     def _note_peak(self) -> None:
-        in_use = self._counts[ChunkState.REFERENCED] + self._counts[ChunkState.PRIVATE]
-        self.peak = max(self.peak, in_use)
+        in_use = self._counts[_REFERENCED] + self._counts[_PRIVATE]
+        if in_use > self.peak:
+            self.peak = in_use

@@ -11,7 +11,7 @@ A step goes through three moments:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +32,7 @@ from chunkllama.tenant_limits import TenantTable
 Int32Array = NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
+class Admission(NamedTuple):
     """One way to give a sequence its chunks.
 
     Attributes:
@@ -128,7 +127,7 @@ class CacheManager:
             yield Admission(match, True, num_new - 1, rest)
         if source.is_evictable:
             num_tokens = match.num_tokens - match.num_copied
-            without = replace(match, copy_source=None, num_copied=0, num_tokens=num_tokens)
+            without = match._replace(copy_source=None, num_copied=0, num_tokens=num_tokens)
             yield Admission(without, False, num_new, available)
 
     def admit(

@@ -15,7 +15,7 @@ After Ye et al., "ChunkAttention" (arXiv 2402.15220), section 3.1, with token-gr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
 from chunkllama.cache.events import CacheEventLog
@@ -25,8 +25,7 @@ from chunkllama.cache.usage import ChunkUsage
 from chunkllama.messages import TreeNodeInfo
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """What the tree has of a token list, at token granularity.
 
     Attributes:

@@ -17,6 +17,7 @@ from chunkllama.engine.model_runner import ModelRunner, load_executor
 from chunkllama.engine.pack_loader import PackLoader
 from chunkllama.engine.size import EngineSize, check_memory, plan_size
 from chunkllama.engine.snapshot import SnapshotKeeper
+from chunkllama.engine.step_size import choose_step_tokens
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineReady
@@ -56,7 +57,9 @@ def build_engine(config: EngineConfig) -> EngineCore:
     executor = _load(config, folder, size)
     limits = SchedulerLimits(
         max_num_seqs=config.scheduler.max_num_seqs,
-        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        max_num_batched_tokens=choose_step_tokens(
+            config, spec, device, executor.backend.isa_level, torch.get_num_threads()
+        ),
         max_model_len=max_model_len,
         max_waiting=config.scheduler.max_waiting,
         policy=config.scheduler.scheduling_policy,

@@ -68,7 +68,7 @@ class FirstTokens:
         busy = {s.group.request.tenant for s in prefills}
         arriving = []
         for name in waiting.ready_tenants():
-            if accounts[name].num_running:
+            if accounts.busy[name].num_running:
                 busy.add(name)
             else:
                 arriving.append(name)

@@ -7,7 +7,7 @@ unchanged.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +38,7 @@ class NewSequence:
     adapter: AdapterUse | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSlice:
+class ScheduledSlice(NamedTuple):
     """Consecutive tokens of one sequence computed in this step; a decode is a slice of one token.
 
     Attributes:

@@ -23,7 +23,7 @@ from bisect import bisect_left, insort
 from collections.abc import Container, Hashable, Iterator, Mapping
 from typing import Final, Literal
 
-from chunkllama.cache.node import Node, common_prefix, encode_tokens
+from chunkllama.cache.node import TOKEN_BYTES, Node, common_prefix, encode_tokens
 from chunkllama.scheduler.request import Sequence
 
 Policy = Literal["fair", "prefix", "fcfs"]
@@ -51,26 +51,27 @@ class TenantQueue:
     Attributes:
         overtaken: tokens of younger requests started since an oldest one did. An oldest that leaves
             without a start, or comes back, resets nothing: the next one has waited meanwhile.
-        num_parked: its sequences among ``parked``.
+        num_ready: its sequences that are not among ``parked``.
         oldest_age: age of the oldest one.
     """
 
     def __init__(self, parked: Container[Sequence]) -> None:
         self.by_age: list[Sequence] = []
         self.overtaken = 0
-        self.num_parked = 0
+        self.num_ready = 0
         self.oldest_age = (0, 0)
         self._parked = parked
-        self._reach: int | None = None  # most tokens that a neighbour shares with the last started
+        self._may_follow: bool | None = None  # whether a neighbour shares enough; None: not known
         self._by_prefix: list[tuple[bytes, tuple[int, int], Sequence]] = []
         self._keys: dict[Sequence, bytes] = {}  # a queued beam may still be given its last token
         self._last = b""
 
     def add(self, sequence: Sequence) -> None:
         insort(self.by_age, sequence, key=queue_key)
+        self.num_ready += 1
         if self.by_age[0] is sequence:
             self.oldest_age = sequence.age
-        self._reach = None
+        self._may_follow = None
         self._keys[sequence] = key = encode_tokens(sequence.cache_ids)
         insort(self._by_prefix, (key, sequence.age, sequence), key=lambda e: e[:2])
 
@@ -78,11 +79,12 @@ class TenantQueue:
         at = bisect_left(self.by_age, queue_key(sequence), key=queue_key)
         assert self.by_age[at] is sequence
         del self.by_age[at]
+        self.num_ready -= sequence not in self._parked
         if at == 0:
             self.oldest_age = self.by_age[0].age if self.by_age else (0, 0)
         if not self.by_age:
             self.overtaken = 0
-        self._reach = None
+        self._may_follow = None
         entry = (self._keys.pop(sequence), sequence.age)
         at = bisect_left(self._by_prefix, entry, key=lambda e: e[:2])
         assert self._by_prefix[at][2] is sequence
@@ -90,8 +92,8 @@ class TenantQueue:
 
     def started(self, sequence: Sequence, cost: int) -> None:
         """Note a sequence that is about to leave the queue to run."""
-        self._last = encode_tokens(sequence.cache_ids)
-        self._reach = None
+        self._last = self._keys[sequence]
+        self._may_follow = None
         self.overtaken = 0 if sequence is self.by_age[0] else self.overtaken + cost
 
     def follower(self, least: int, passed: Container[Sequence]) -> Sequence | None:
@@ -99,13 +101,17 @@ class TenantQueue:
 
         Only sequences of the oldest one's priority follow, and none that is parked or passed.
         """
-        if self._reach is not None and self._reach < least:
+        if self._may_follow is False:
             return None
+        start = self._last[: least * TOKEN_BYTES]
         at = bisect_left(self._by_prefix, self._last, key=lambda e: e[0])
-        if self._reach is None:
+        if self._may_follow is None:
             near = self._by_prefix[max(at - 1, 0) : at + 1]
-            self._reach = max((common_prefix(e[0], self._last) for e in near), default=0)
-            if self._reach < least:
+            # the neighbours share most of all
+            self._may_follow = len(start) == least * TOKEN_BYTES and any(
+                key.startswith(start) for key, _, _ in near
+            )
+            if not self._may_follow:
                 return None
         best, longest = None, least - 1
         for low, high, step in ((at - 1, max(at - 1 - NEAR, -1), -1), (at, at + NEAR, 1)):
@@ -113,11 +119,16 @@ class TenantQueue:
                 key, _, sequence = self._by_prefix[i]
                 if sequence in passed or sequence in self._parked:
                     continue
-                tokens = common_prefix(key, self._last)
-                if tokens > longest and queue_key(sequence)[:2] == queue_key(self.by_age[0])[:2]:
-                    best, longest = sequence, tokens
+                if key.startswith(start) and self._is_of_first_rank(sequence):
+                    tokens = common_prefix(key, self._last)
+                    if tokens > longest:
+                        best, longest = sequence, tokens
                 break
         return best
+
+    def _is_of_first_rank(self, sequence: Sequence) -> bool:
+        """Whether the sequence has the priority of the oldest one."""
+        return queue_key(sequence)[:2] == queue_key(self.by_age[0])[:2]
 
 
 class WaitingQueue:
@@ -173,7 +184,6 @@ class WaitingQueue:
         self._size -= 1
         if sequence in self._parked:
             reason = self._parked.pop(sequence)
-            queue.num_parked -= 1
             self._by_reason[reason].remove(sequence)
             if not self._by_reason[reason]:
                 del self._by_reason[reason]
@@ -184,13 +194,13 @@ class WaitingQueue:
             return
         self._parked[sequence] = reason
         self._by_reason.setdefault(reason, []).append(sequence)
-        self._tenants[self._tenant(sequence)].num_parked += 1
+        self._tenants[self._tenant(sequence)].num_ready -= 1
 
     def unpark(self, reason: Hashable) -> None:
         """Return the sequences of a reason to the order."""
         for sequence in self._by_reason.pop(reason, ()):
             del self._parked[sequence]
-            self._tenants[self._tenant(sequence)].num_parked -= 1
+            self._tenants[self._tenant(sequence)].num_ready += 1
 
     def reasons(self) -> list[Hashable]:
         """Reasons of the sequences that are parked."""
@@ -213,7 +223,7 @@ class WaitingQueue:
     def ready_tenants(self) -> Iterator[str]:
         """Tenants with a waiting sequence that is not parked."""
         for name, queue in self._tenants.items():
-            if queue.num_parked < len(queue.by_age):
+            if queue.num_ready:
                 yield name
 
     def of(self, tenant: str) -> list[Sequence]:
@@ -291,7 +301,7 @@ class WaitingQueue:
         heap = [
             (clocks.get(name, 0.0), queue.oldest_age, name)
             for name, queue in self._tenants.items()
-            if queue.num_parked < len(queue.by_age)
+            if queue.num_ready
         ]
         heapq.heapify(heap)
         return heap
@@ -312,7 +322,7 @@ class WaitingQueue:
             queue = self._tenants[continuing[-1]]
             if (
                 continuing[-1] not in self.blocked
-                and queue.num_parked < len(queue.by_age)
+                and queue.num_ready
                 and clocks.get(continuing[-1], 0.0) < lowest + self._quantum
             ):
                 follower = self._follower(queue, passed)

@@ -66,11 +66,10 @@ class SequenceLifecycle:
 
     def clocks(self) -> dict[str, float]:
         """Clock of every tenant with requests, with the prompt tokens that it still has running."""
-        clocks = self.accounts.clocks()
+        clocks, busy = self.accounts.clocks(), self.accounts.busy
         for sequence in self.running.by_age:
             tenant = sequence.group.request.tenant
-            left = sequence.num_remaining_tokens
-            clocks[tenant] += left / self.accounts[tenant].weight
+            clocks[tenant] += sequence.num_remaining_tokens / busy[tenant].weight
         return clocks
 
     def may_run(self, sequence: Sequence) -> bool:

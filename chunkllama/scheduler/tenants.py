@@ -68,6 +68,9 @@ class TenantAccounts:
     """Accounts by tenant name; the tenant with the lowest clock is served next.
 
     Accounts are kept: tenants are the names of API keys, so there are few.
+
+    Attributes:
+        busy: accounts of the tenants with unfinished requests.
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
@@ -75,7 +78,7 @@ class TenantAccounts:
         self._limits = TenantTable()
         self._accounts: dict[str, Account] = {}
         self._floor = 0.0
-        self._busy: dict[str, Account] = {}  # tenants with unfinished requests
+        self.busy: dict[str, Account] = {}
         self.total_charged = 0
 
     def __getitem__(self, tenant: str) -> Account:
@@ -87,7 +90,7 @@ class TenantAccounts:
     @property
     def are_several(self) -> bool:
         """At least two tenants have limits or have sent requests."""
-        return len(self._limits) > 1 or sum(map(bool, self._accounts)) > 1
+        return len(self._limits) > 1 or len(self._accounts) - ("" in self._accounts) > 1
 
     def set_limits(self, limits: TenantTable) -> None:
         """Apply other limits and weights, from the next charge and the next start on."""
@@ -102,7 +105,7 @@ class TenantAccounts:
 
     def clocks(self) -> dict[str, float]:
         """Clock of every tenant with unfinished requests."""
-        return {name: account.clock for name, account in self._busy.items()}
+        return {name: account.clock for name, account in self.busy.items()}
 
     def get(self, tenant: str) -> Account:
         """Return a tenant's account; one without requests if it has none."""
@@ -119,9 +122,9 @@ class TenantAccounts:
         if account is None:
             account = self._accounts[tenant] = self.get(tenant)
         if account.num_requests == 0:
-            busy = [other.clock for other in self._busy.values()]
+            busy = [other.clock for other in self.busy.values()]
             account.clock = max(account.clock, min(busy, default=self._floor))
-            self._busy[tenant] = account
+            self.busy[tenant] = account
         account.num_requests += 1
 
     def leave(self, tenant: str) -> None:
@@ -130,7 +133,7 @@ class TenantAccounts:
         account.num_requests -= 1
         if account.num_requests == 0:
             self._floor = max(self._floor, account.clock)
-            del self._busy[tenant]
+            del self.busy[tenant]
 
     def charge_computed(self, tenant: str, tokens: int) -> None:
         """Charge prompt tokens that were computed."""

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from chunkllama.scheduler.request import Sequence
 
 Int32Array = NDArray[np.int32]
-FEW_CHUNKS: Final = 256
+FEW_CHUNKS: Final = 256  # lists of that length are sorted faster than arrays
+FEW_SHARED: Final = 16  # and of that length compared faster
 
 
 def num_shared_chunks(a: Int32Array, b: Int32Array) -> int:
@@ -27,6 +28,11 @@ def num_shared_chunks(a: Int32Array, b: Int32Array) -> int:
     shorter = min(len(a), len(b))
     if shorter == 0:
         return 0
+    if shorter <= FEW_SHARED:
+        for i, (mine, other) in enumerate(zip(a.tolist(), b.tolist(), strict=False)):
+            if mine != other:
+                return i
+        return shorter
     differ = a[:shorter] != b[:shorter]
     first = int(differ.argmax())
     return first if differ[first] else shorter
@@ -50,10 +56,11 @@ class TreeOrder:
     def insert(self, sequence: Sequence) -> None:
         """A sequence joins; two neighbours are compared, the others stay as they are."""
         ids = _ids(sequence)
+        known = ids.tolist() if len(ids) <= FEW_CHUNKS else None
         low, high = 0, len(self.sequences)
         while low < high:
             middle = (low + high) // 2
-            if self._comes_before(self.sequences[middle], sequence):
+            if self._comes_before(self.sequences[middle], sequence, known):
                 low = middle + 1
             else:
                 high = middle
@@ -99,10 +106,11 @@ class TreeOrder:
             assert not is_first, "sequences out of tree order"
             assert self.shared[i] == num_shared_chunks(before, ids)
 
-    def _comes_before(self, a: Sequence, b: Sequence) -> bool:
+    def _comes_before(self, a: Sequence, b: Sequence, known: list[int] | None = None) -> bool:
+        """Whether a precedes b, whose chunks may be ``known`` as a list."""
         a_ids, b_ids = _ids(a), _ids(b)
         if a.group.adapter is None and b.group.adapter is None:
-            return _precedes(a_ids, b_ids)
+            return _precedes(a_ids, b_ids, known)
         shared = num_shared_chunks(a_ids, b_ids)
         if shared == len(a_ids):
             return len(a_ids) < len(b_ids)
@@ -119,9 +127,9 @@ def _ids(sequence: Sequence) -> Int32Array:
     return sequence.chunks.ids
 
 
-def _precedes(a: Int32Array, b: Int32Array) -> bool:
-    if len(a) + len(b) <= FEW_CHUNKS:  # lists of that length compare faster than arrays
-        before: bool = a.tolist() < b.tolist()
+def _precedes(a: Int32Array, b: Int32Array, known: list[int] | None) -> bool:
+    if len(a) + len(b) <= FEW_CHUNKS:
+        before: bool = a.tolist() < (b.tolist() if known is None else known)
         return before
     shared = num_shared_chunks(a, b)
     if shared == len(a):

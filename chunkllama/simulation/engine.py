@@ -30,6 +30,11 @@ LIMITS: dict[str, Any] = {
 }
 
 
+def make_limits(**changed: Any) -> SchedulerLimits:
+    """Return ``LIMITS`` but for the fields given."""
+    return SchedulerLimits(**{**LIMITS, **changed})
+
+
 class SimulatedEngine:
     """Steps a scheduler over a fake model and compares the outputs with the oracle's.
 
@@ -62,7 +67,7 @@ class SimulatedEngine:
         self._now = 0.0
         self.chunk_seconds = 0.0  # of chunks that are not free
         self.check = check
-        self.limits = SchedulerLimits(**{**LIMITS, **limits})
+        self.limits = make_limits(**limits)
         self.cache = make_cache(num_chunks, chunk_size, self.clock, history_chunks=history_chunks)
         self.scheduler = make_scheduler(self.limits, self.cache, self.clock)
         self.monitor = FairnessMonitor(self.scheduler)

@@ -9,25 +9,15 @@ from typing import Any
 import pytest
 
 from chunkllama.messages import BACKGROUND_PRIORITY
-from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.scheduler import MAX_PAUSED
 from chunkllama.simulation.cost_model import DEFAULT_COST
-from chunkllama.simulation.engine import SimulatedEngine
+from chunkllama.simulation.engine import SimulatedEngine, make_limits
 from chunkllama.simulation.random_traffic import RandomTraffic
 from chunkllama.simulation.replay import Outcome, Replay
 from chunkllama.simulation.trace import TraceRequest
 
 SIZE = 64
-LIMITS = SchedulerLimits(
-    max_num_seqs=64,
-    max_num_batched_tokens=512,
-    max_model_len=8192,
-    max_waiting=1024,
-    policy="fair",
-    fair_quantum=8192,
-    min_wait_tokens=32,
-    enable_prefix_caching=True,
-)
+LIMITS = make_limits(max_num_batched_tokens=512, max_waiting=1024)
 
 
 def replay(lines_per_second: float, seconds: float = 30.0, tenant: str = "b") -> list[Outcome]:

@@ -7,25 +7,15 @@ from statistics import median
 
 import pytest
 
-from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.simulation.cost_model import DEFAULT_COST
-from chunkllama.simulation.engine import SimulatedEngine
+from chunkllama.simulation.engine import SimulatedEngine, make_limits
 from chunkllama.simulation.fairness_monitor import FairnessMonitor
 from chunkllama.simulation.replay import Replay
 from chunkllama.simulation.trace import TraceRequest
 from chunkllama.tenant_limits import TenantLimits, TenantTable
 
 SIZE = 64
-LIMITS = SchedulerLimits(
-    max_num_seqs=64,
-    max_num_batched_tokens=512,
-    max_model_len=8192,
-    max_waiting=1024,
-    policy="fair",
-    fair_quantum=8192,
-    min_wait_tokens=32,
-    enable_prefix_caching=True,
-)
+LIMITS = make_limits(max_num_batched_tokens=512, max_waiting=1024)
 
 
 def tokens(rng: random.Random, count: int) -> list[int]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chunkllama.errors import ConfigError, InvalidRequestError
-from chunkllama.scheduler.limits import SchedulerLimits
-from chunkllama.simulation.engine import LIMITS, SimulatedEngine
+from chunkllama.simulation.engine import SimulatedEngine, make_limits
 
 
 def engine(num_chunks: int = 32, **limits: object) -> SimulatedEngine:
@@ -156,4 +155,4 @@ def test_an_id_in_use_is_refused() -> None:
 )
 def test_limits_that_make_no_sense(limits: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
-        SchedulerLimits(**{**LIMITS, **limits})
+        make_limits(**limits)

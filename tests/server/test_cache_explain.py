@@ -73,6 +73,12 @@ def test_each_of_several_prompts_is_explained(server) -> None:
     assert answer.headers[NAME].count("matched=") == 3
 
 
+def test_embeddings_explain_in_the_header(server) -> None:
+    body = {"model": MODEL, "input": [LONG, OTHER]}
+    assert server.post("/v1/embeddings", body, **HEADER).headers[NAME].count("matched=") == 2
+    assert NAME not in server.post("/v1/embeddings", body).headers
+
+
 @pytest.mark.parametrize("includes_usage", [True, False])
 def test_streams_explain_in_the_header_and_in_the_usage_chunk(server, includes_usage) -> None:
     options = {"stream_options": {"include_usage": True}} if includes_usage else {}
@@ -114,6 +120,16 @@ def test_a_prompt_is_explained_without_running_it(server) -> None:
     assert len(server.engine.requests) == ran
 
 
+def test_token_ids_are_explained_like_their_text(server) -> None:
+    ids = server.post("/tokenize", {"prompt": LONG}).json()["tokens"]
+    server.post("/v1/completions", {"model": MODEL, "prompt": ids, "max_tokens": 1})
+    of_text, of_ids = (
+        server.post("/v1/cache/explain", {"prompt": prompt}).json() for prompt in (LONG, ids)
+    )
+    assert of_ids == of_text
+    assert of_ids["matched_tokens"] == len(ids) - 1
+
+
 def test_the_salt_and_the_key_choose_the_namespace(start_server) -> None:
     server = start_server(api_keys={"alpha": "ka", "beta": "kb"})
     namespace = server.app.state.context.tenants.namespace
@@ -129,6 +145,9 @@ def test_the_salt_and_the_key_choose_the_namespace(start_server) -> None:
         ({}, "prompt"),
         ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "prompt"),
         ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [1, 10**9]}, "prompt"),
+        ({"prompt": [5] * 5000}, "prompt"),
         ({"prompt": "x" * 5000}, "prompt"),
         ({"prompt": "x", "cache_salt": ""}, "cache_salt"),
         ({"prompt": "x", "model": "none"}, "model"),

@@ -168,8 +168,9 @@ def test_a_tenant_reads_no_other_tenants_metrics(guarded) -> None:
 
 # Series without a tenant: constants, and gauges of which a tenant sees its own part.
 PARTS = {
-    "chunkllama_info", "chunkllama_kv_chunks_capacity", "chunkllama_requests_live",
-    "chunkllama_requests_running", "chunkllama_requests_waiting", "chunkllama_kv_chunks_pinned",
+    "chunkllama_info", "chunkllama_kv_chunks_capacity", "chunkllama_kv_chunks_total",
+    "chunkllama_requests_live", "chunkllama_requests_running", "chunkllama_requests_waiting",
+    "chunkllama_kv_chunks_pinned",
 }  # fmt: skip
 
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from chunkllama.errors import ConfigError
-from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.simulation.capacity import PoolResult, find_needed, most_chunks, summarize
+from chunkllama.simulation.engine import make_limits
 from chunkllama.simulation.replay import Replay, Replayed
 from chunkllama.simulation.trace import MOONCAKE_BLOCK, TraceRequest, read_trace
 
@@ -16,20 +16,15 @@ SIZE = 64
 
 
 def replay(requests, num_chunks: int, **changed) -> Replayed:
-    limits = {
+    defaults = {
         "max_num_seqs": 4,
         "max_num_batched_tokens": 512,
         "max_model_len": 100_000,
         "max_waiting": 100,
-        "policy": "fair",
-        "fair_quantum": 8192,
-        "min_wait_tokens": 32,
-        "enable_prefix_caching": True,
         "spare_chunks": 0,
-    } | changed
-    return Replay(SchedulerLimits(**limits), num_chunks, SIZE, lambda output, size: 1.0).run(
-        requests
-    )
+    }
+    limits = make_limits(**defaults | changed)
+    return Replay(limits, num_chunks, SIZE, lambda output, size: 1.0).run(requests)
 
 
 def mooncake(*requests: tuple[int, list[int], int], tail: int = 100) -> list[dict]:
@@ -137,10 +132,7 @@ def test_a_tenants_prompts_are_its_own() -> None:
 
 
 def test_public_prefixes_take_no_time_and_are_matched_by_all() -> None:
-    limits = SchedulerLimits(
-        max_num_seqs=4, max_num_batched_tokens=64, max_model_len=1000, max_waiting=9,
-        policy="fair", fair_quantum=100, min_wait_tokens=32, enable_prefix_caching=True,
-    )  # fmt: skip
+    limits = make_limits(max_num_seqs=4, max_num_batched_tokens=64, fair_quantum=100)
     run = Replay(limits, 40, SIZE, lambda output, size: 1.0)
     run.add_public_prefix(list(range(128)))
     assert run.now == 0

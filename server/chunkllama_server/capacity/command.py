@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from chunkllama.config import DEMO_MODEL, EngineConfig, SchedulerConfig
+from chunkllama.engine.step_size import MOST, step_tokens
 from chunkllama.errors import ConfigError
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.simulation.capacity import Needed, PoolResult, find_needed, summarize
@@ -90,8 +91,12 @@ def capacity(  # noqa: PLR0913 - one parameter a flag
         int, typer.Option(min=1, max=256, help="Sequences that run at once.")
     ] = _DEFAULTS.max_num_seqs,
     max_num_batched_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of one step.")
-    ] = _DEFAULTS.max_num_batched_tokens,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of one step. Default: a server's choice if a token takes so long.",
+        ),
+    ] = None,
     max_waiting: Annotated[
         int, typer.Option(min=0, help="Requests that may wait; one more is refused with 429.")
     ] = _DEFAULTS.max_waiting,
@@ -121,13 +126,16 @@ def capacity(  # noqa: PLR0913 - one parameter a flag
     limits = _limits(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_batched_tokens=max_num_batched_tokens or MOST,
         max_waiting=max_waiting,
         policy=scheduling_policy,
         fair_quantum=fair_quantum,
     )
     requests = [] if trace is None else _read(trace, model, limit, rate)
     costs, source = _cost(cost, measure, model, chunk_size)
+    if max_num_batched_tokens is None:
+        tokens = step_tokens(costs.token, max_num_seqs)
+        limits = replace(limits, max_num_batched_tokens=tokens)
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)  # a log file has no terminal width

@@ -8,6 +8,7 @@ from chunkllama.backends.choice import NATIVE_CHUNK_SIZES
 from chunkllama.backends.cpu.build import available_levels, find_compiler, is_built
 from chunkllama.config import EngineConfig
 from chunkllama.engine.size import EngineSize, may_have_gpu, plan_size
+from chunkllama.engine.step_size import choose_step_tokens
 from chunkllama.errors import ConfigError
 from chunkllama.models.loading.hub import local_model
 from chunkllama.resources import usable_threads
@@ -58,6 +59,13 @@ def _of_the_engine(config: EngineConfig, size: EngineSize) -> dict[str, object]:
         "backend": backend,
         **({"isa_level": level} if backend == "cpu" else {}),
         "max_model_len": size.max_model_len,
+        "max_num_batched_tokens": choose_step_tokens(
+            config,
+            size.spec,
+            size.device,
+            level if backend == "cpu" else "",
+            config.model.threads or usable_threads(),
+        ),
         "num_chunks": size.num_chunks,
         "kv_cache_memory": size.pool_bytes,
     }

@@ -13,7 +13,9 @@ from chunkllama_server.metrics.usage import UsageRecorder
 
 LATENCIES: Final = ("time_to_first_token", "inter_token_latency", "e2e_request_latency")
 # Constants of the server. Every other series without a tenant is a total of all tenants.
-_SHOWN_TO_ALL = frozenset({"chunkllama_info", "chunkllama_kv_chunks_capacity"})
+_SHOWN_TO_ALL = frozenset(
+    {"chunkllama_info", "chunkllama_kv_chunks_capacity", "chunkllama_kv_chunks_total"}
+)
 
 
 class TenantView(Collector):

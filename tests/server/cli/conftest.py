@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -133,6 +134,16 @@ class Served:
     def chat(self, content: str = "hi", **fields: object) -> httpx.Response:
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], **fields}
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=120)
+
+    @contextlib.contextmanager
+    def paused_engine(self) -> Iterator[psutil.Process]:
+        """Stop the engine process, so that it receives everything sent meanwhile at once."""
+        (engine,) = psutil.Process(self.process.pid).children()
+        engine.suspend()
+        try:
+            yield engine
+        finally:
+            engine.resume()
 
     def resume_engine(self) -> None:
         """Wait until the engine of ``start_stopping`` has stopped, then let it go on."""

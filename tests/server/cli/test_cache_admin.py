@@ -137,6 +137,12 @@ def test_pins_are_listed_added_and_dropped(server) -> None:
     assert client.delete(f"/branches/{pin['chunk_id']}").json()["chunks"] == 1
     assert client.get("/pins").json()["data"] == []
 
+    by_ids = {"prompt": [65] * 70, "tenant": "red", "ttl": "30s"}
+    assert client.post("/pins", json=by_ids).json()["prompt_tokens"] == 70
+    (pin,) = client.get("/pins").json()["data"]
+    assert (pin["num_tokens"], pin["num_chunks"]) == (70, 2)
+    assert client.delete(f"/branches/{pin['chunk_id']}").json()["chunks"] == 1
+
 
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "param"),

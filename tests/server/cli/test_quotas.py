@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import psutil
 import pytest
 
 TENANTS = """
@@ -66,20 +63,9 @@ def send(served, tenant: str, prompt: object = "hello", path: str = "completions
     return httpx.post(f"{served.url}/v1/{path}", json=body, headers=headers, timeout=120)
 
 
-@contextlib.contextmanager
-def paused_engine(served) -> Iterator[psutil.Process]:
-    """Stop the engine process, so that it receives everything sent meanwhile at once."""
-    (engine,) = psutil.Process(served.process.pid).children()
-    engine.suspend()
-    try:
-        yield engine
-    finally:
-        engine.resume()
-
-
 def send_at_once(served, tenant: str, count: int, **fields) -> list[httpx.Response]:
     with ThreadPoolExecutor(count) as pool:
-        with paused_engine(served):
+        with served.paused_engine():
             answers = [pool.submit(send, served, tenant, f"{i}", **fields) for i in range(count)]
             while live_requests(served) < count:
                 time.sleep(0.02)

@@ -19,13 +19,15 @@ _SHARED = (
 
 
 async def body_token_ids(body: PromptBody, context: ServerContext, info: RequestInfo) -> list[int]:
-    """Return the token ids of a text, or of a conversation through the chat template.
+    """Return the token ids of a prompt, or of a conversation through the chat template.
 
     Raises:
         ApiError: 400 naming the field.
     """
     if (body.prompt is None) == (body.messages is None):
         raise invalid("Send either prompt or messages", "prompt")
+    if isinstance(body.prompt, list):
+        return body.prompt
     if body.prompt is not None:
         return await context.text.encode(
             body.prompt, add_special_tokens=body.add_special_tokens is not False

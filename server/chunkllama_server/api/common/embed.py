@@ -95,6 +95,7 @@ async def embed_inputs(
             cache_until=cache.until,
             pin_seconds=cache.pin_seconds,
             priority=BATCH_PRIORITY if info.is_batch else 0,
+            explain=info.wants_explanation,
             adapter=info.adapter,
         )
         for ids in prompts

@@ -9,6 +9,7 @@ from typing_extensions import TypedDict
 
 from chunkllama_server.api.schema.base import RequestModel, TokenIds
 from chunkllama_server.api.schema.chat import ChatMessage, ChatTool
+from chunkllama_server.api.schema.completions import PromptIds
 
 
 class PromptBody(RequestModel):
@@ -17,7 +18,9 @@ class PromptBody(RequestModel):
     model: str | None = Field(
         default=None, description="Honoured: a served model name; another is 404."
     )
-    prompt: str | None = Field(default=None, description="Honoured: text; excludes messages.")
+    prompt: str | PromptIds | None = Field(
+        default=None, description="Honoured: text, or token ids; excludes messages."
+    )
     messages: (
         Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)] | None
     ) = Field(default=None, description="Honoured: a conversation; excludes prompt.")
@@ -37,6 +40,7 @@ class PromptBody(RequestModel):
 class TokenizeRequest(PromptBody):
     """Body of POST /tokenize: a prompt, or messages."""
 
+    prompt: str | None = Field(default=None, description="Honoured: text; excludes messages.")
     return_token_strs: bool | None = Field(
         default=None, description="Honoured: token_strs is each token's text."
     )
