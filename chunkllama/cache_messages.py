@@ -49,17 +49,14 @@ class EndedPin(msgspec.Struct, kw_only=True):
     Attributes:
         namespace: of the chunk the pin ended at.
         token_ids: tokens from the root to that chunk's end.
-        lengths: lengths of the prompts that were pinned there, in tokens.
-        adapter_number: of the adapter at the last token; 0 is none.
-        adapter: its name.
+        askers: of each prompt that was pinned there, its length in tokens and the adapter of its
+            request. The chunk tells no adapter: an activated one shares the base model's chunks.
     """
 
     namespace: str
     tenant: str
     token_ids: list[int]
-    lengths: list[int]
-    adapter_number: int = 0
-    adapter: str = ""
+    askers: list[tuple[int, str]]
 
 
 class LoadPack(msgspec.Struct, kw_only=True, tag="load_pack"):

@@ -97,13 +97,15 @@ class FaultInjector:
 
     async def _starve(self, restarts: float) -> bool:
         """Send what needs memory; True if the process has ended of it."""
-        for _ in range(3):
-            prompt = [self._rng.randrange(32, 127) for _ in range(900)]
-            # it may be answered by the next process, or be what ended this one: either is right
-            await ask(self._server.port, "/v1/completions", {**_HUNGRY, "prompt": prompt}, Answer())
-            if await self._restarts() > restarts:
-                return True
-        return False
+        prompts = [[self._rng.randrange(32, 127) for _ in range(900)] for _ in range(3)]
+        # one may be answered by the next process, or be what ended this one: either is right
+        await asyncio.gather(
+            *(
+                ask(self._server.port, "/v1/completions", {**_HUNGRY, "prompt": prompt}, Answer())
+                for prompt in prompts
+            )
+        )
+        return await self._restarts() > restarts
 
 
 async def send_poison(port: int, raw: bytes) -> str:

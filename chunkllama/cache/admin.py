@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from chunkllama.cache.adapter_tags import adapter_of
+from chunkllama.cache.adapter_tags import adapter_of, untagged
 from chunkllama.cache.manager import CacheManager
 from chunkllama.cache.node import Node, decode_tokens
 from chunkllama.cache_messages import CacheCommand, EndedPin, OwnedNode, PinInfo
@@ -68,14 +68,13 @@ def _owned(cache: CacheManager, node: Node) -> OwnedNode:
 def _end_pins(cache: CacheManager, keys: Iterable[tuple[Node, str]], reply: CommandReply) -> None:
     for node, tenant in keys:
         path = list(node.upward())
-        lengths = cache.pins.remove(node, tenant)
+        askers = cache.pins.remove(node, tenant)
         reply.ended_pins.append(
             EndedPin(
                 namespace=node.namespace,
                 tenant=tenant,
-                token_ids=decode_tokens(b"".join(step.key for step in reversed(path))),
-                lengths=sorted(lengths),
-                adapter_number=adapter_of(node.key),
+                token_ids=untagged(decode_tokens(b"".join(step.key for step in reversed(path)))),
+                askers=sorted(askers),
             )
         )
 

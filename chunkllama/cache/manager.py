@@ -355,15 +355,16 @@ class CacheManager:
 
     # -- pins -------------------------------------------------------------------------------
 
-    def pin(self, tokens: Int32Array, namespace: str, seconds: float, tenant: str = "") -> bool:
+    def pin(
+        self, tokens: Int32Array, namespace: str, seconds: float, tenant: str, adapter: str = ""
+    ) -> bool:
         """Keep what the tree has of ``tokens`` for ``seconds``; False if over the budget."""
         match = self.match(tokens, len(tokens), namespace)
-        leaf = match.nodes[-1] if match.nodes else None
         source = match.copy_source
-        if source and match.num_tokens == len(tokens) and source.filled == source.num_tokens:
-            leaf = source
+        whole = source and match.num_tokens == len(tokens) and source.filled == source.num_tokens
+        leaf = source if whole else match.nodes[-1] if match.nodes else None
         until = self._clock() + seconds
-        return leaf is None or self.pins.add(leaf, until, tenant, len(tokens))
+        return leaf is None or self.pins.add(leaf, until, tenant, len(tokens), adapter)
 
     def expire_pins(self) -> None:
         for node, tenant in self.pins.expire(self._clock()):

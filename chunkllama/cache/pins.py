@@ -26,19 +26,20 @@ class Pins:
         self.limits = self._no_limits = TenantTable()
         self._tree = tree
         self._expiry: dict[tuple[Node, str], float] = {}
-        self._lengths: dict[tuple[Node, str], set[int]] = {}
+        self._askers: dict[tuple[Node, str], set[tuple[int, str]]] = {}
         self._covered: dict[str, Counter[Node]] = {}  # by tenant: its pins at or below each node
 
-    def add(self, node: Node, until: float, tenant: str, length: int) -> bool:
+    def add(self, node: Node, until: float, tenant: str, length: int, adapter: str = "") -> bool:
         """Pin ``node``; False if that would exceed the budget or the tenant's part of it.
 
         Args:
             length: tokens of the prompt, which may end inside the node or go beyond it.
+            adapter: name of the adapter that the request uses, active in the prompt or not.
         """
         key = (node, tenant)
         if key in self._expiry:
             self._expiry[key] = max(self._expiry[key], until)
-            self._lengths[key].add(length)
+            self._askers[key].add((length, adapter))
             return True
         price = self._tree.num_unpinned(node)
         free = self.budget - self.num_chunks - price
@@ -48,14 +49,14 @@ class Pins:
         if free < 0 or (tenant and own > (free if most is None else most)):
             self.refused[tenant] += 1
             return False
-        self._place(node, until, tenant, {length})
+        self._place(node, until, tenant, {(length, adapter)})
         return True
 
-    def _place(self, node: Node, until: float, tenant: str, lengths: set[int]) -> None:
+    def _place(self, node: Node, until: float, tenant: str, askers: set[tuple[int, str]]) -> None:
         self.num_chunks += self._tree.num_unpinned(node)
         self._tree.pin(node)
         self._expiry[node, tenant] = until
-        self._lengths[node, tenant] = lengths
+        self._askers[node, tenant] = askers
         self._covered.setdefault(tenant, Counter()).update(node.upward())
 
     @property
@@ -71,10 +72,10 @@ class Pins:
         """Pins as (node, tenant), and when each ends; a copy."""
         return dict(self._expiry)
 
-    def remove(self, node: Node, tenant: str = "") -> set[int]:
-        """End a pin; returns the lengths of the prompts that were pinned there."""
+    def remove(self, node: Node, tenant: str = "") -> set[tuple[int, str]]:
+        """End a pin; returns length and adapter of each prompt that was pinned there."""
         del self._expiry[node, tenant]
-        lengths = self._lengths.pop((node, tenant))
+        askers = self._askers.pop((node, tenant))
         self._tree.unpin(node)
         self.num_chunks -= self._tree.num_unpinned(node)
         covered = self._covered[tenant]
@@ -84,18 +85,18 @@ class Pins:
                 del covered[step]
         if not covered:
             del self._covered[tenant]
-        return lengths
+        return askers
 
     def move(self, node: Node, duplicate: Node) -> None:
         """Move the pins of ``node`` to ``duplicate``, a sibling with the same tokens."""
         for pinned, tenant in [key for key in self._expiry if key[0] is node]:
             until = self._expiry[pinned, tenant]
-            lengths = self.remove(pinned, tenant)
+            askers = self.remove(pinned, tenant)
             if (duplicate, tenant) in self._expiry:
                 self._expiry[duplicate, tenant] = max(until, self._expiry[duplicate, tenant])
-                self._lengths[duplicate, tenant] |= lengths
+                self._askers[duplicate, tenant] |= askers
             else:
-                self._place(duplicate, until, tenant, lengths)
+                self._place(duplicate, until, tenant, askers)
 
     def expire(self, now: float) -> list[tuple[Node, str]]:
         """End the pins whose time is over; returns their nodes and tenants."""
@@ -133,7 +134,7 @@ class Pins:
             assert node.num_pins == counts[node]
         assert self.num_chunks == len(+counts) <= self.budget
         assert self._covered == covered
-        assert self._lengths.keys() == self._expiry.keys()
+        assert self._askers.keys() == self._expiry.keys()
         if self.limits is self._no_limits:
             largest = max((len(c) for tenant, c in covered.items() if tenant), default=0)
             assert largest <= max(self.budget // 2, 1), "a tenant has most of the pin budget"

@@ -157,7 +157,7 @@ class AdapterCache:
             is_activated=bool(file.invocation),
             digest=file.digest,
         )
-        adapter = Adapter(info, file, self._numbers.assign(command.name))
+        adapter = Adapter(info, file, self._numbers.assign())
         self._adapters[command.name] = adapter
         if self._make_room(num_bytes):
             self._place(adapter, weights)

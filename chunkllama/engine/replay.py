@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
@@ -130,11 +131,23 @@ def is_pin_of(pin: EndedPin, namespace: str, adapter: str, prompt: Sequence[int]
     """Whether a prompt of the pin's tenant was pinned by ``pin``, perhaps with others."""
     shorter = min(len(prompt), len(pin.token_ids))
     return (
-        len(prompt) in pin.lengths
+        (len(prompt), adapter) in pin.askers
         and pin.namespace in ("", namespace)
-        and pin.adapter in ("", adapter)
         and list(prompt[:shorter]) == pin.token_ids[:shorter]
     )
+
+
+class PinRecord(NamedTuple):
+    """What pins a prompt again.
+
+    Attributes:
+        until: when the pin ends, by the clock of ``PinRecords``.
+        prompt_token_ids: the pinned part of the prompt; with an adapter the prompt as a whole, as
+            tokens behind the pinned part may decide from where on the adapter is active.
+    """
+
+    until: float
+    prompt_token_ids: list[int]
 
 
 class PinRecords:
@@ -142,7 +155,7 @@ class PinRecords:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._pins: dict[tuple[str, str, str, tuple[int, ...]], float] = {}
+        self._pins: dict[tuple[str, str, str, tuple[int, ...]], PinRecord] = {}
 
     def add(self, state: ReplayState) -> None:
         """Keep the pin of a request that ends, if it has one."""
@@ -150,18 +163,22 @@ class PinRecords:
         if seconds <= 0 or state.first is None:
             return
         now = self._clock()
-        self._pins = {key: until for key, until in self._pins.items() if until > now}
+        self._pins = {key: pin for key, pin in self._pins.items() if pin.until > now}
         request = state.request
-        prompt = tuple(request.prompt_token_ids[: request.cache_until])
-        if prompt:
-            key = (request.namespace, request.tenant, request.adapter, prompt)
-            self._pins[key] = max(now + seconds, self._pins.get(key, 0.0))
+        pinned = request.prompt_token_ids[: request.cache_until]
+        if not pinned:
+            return
+        key = (request.namespace, request.tenant, request.adapter, tuple(pinned))
+        until = now + seconds
+        if key in self._pins:
+            until = max(until, self._pins[key].until)
+        self._pins[key] = PinRecord(until, request.prompt_token_ids if request.adapter else pinned)
 
     def remove(self, pin: EndedPin) -> None:
         """Remove what an operator has ended."""
         self._pins = {
-            (namespace, tenant, adapter, prompt): until
-            for (namespace, tenant, adapter, prompt), until in self._pins.items()
+            (namespace, tenant, adapter, prompt): record
+            for (namespace, tenant, adapter, prompt), record in self._pins.items()
             if tenant != pin.tenant or not is_pin_of(pin, namespace, adapter, prompt)
         }
 
@@ -171,16 +188,17 @@ class PinRecords:
         return [
             EngineRequest(
                 request_id=f"restore-pin-{number}",
-                prompt_token_ids=list(prompt),
+                prompt_token_ids=record.prompt_token_ids,
+                cache_until=len(pinned),
                 sampling=SamplingParams(temperature=0.0, max_tokens=1, seed=0),
                 namespace=namespace,
                 tenant=tenant,
-                pin_seconds=until - now,
+                pin_seconds=record.until - now,
                 is_replay=True,
                 adapter=adapter,
             )
-            for number, ((namespace, tenant, adapter, prompt), until) in enumerate(
+            for number, ((namespace, tenant, adapter, pinned), record) in enumerate(
                 self._pins.items()
             )
-            if until > now
+            if record.until > now
         ]

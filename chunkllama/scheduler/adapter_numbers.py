@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from chunkllama.cache.adapter_tags import MAX_ADAPTERS, untagged
-from chunkllama.cache_messages import EndedPin
+from chunkllama.cache.adapter_tags import MAX_ADAPTERS
 
 
 class AdapterNumbers:
@@ -14,29 +13,23 @@ class AdapterNumbers:
     """
 
     def __init__(self) -> None:
-        self._names: dict[int, str] = {}
+        self._used: set[int] = set()
         self._last = 0
 
     @property
     def num_free(self) -> int:
         """How many adapters can get one."""
-        return MAX_ADAPTERS - len(self._names)
+        return MAX_ADAPTERS - len(self._used)
 
-    def assign(self, name: str) -> int:
+    def assign(self) -> int:
         """Return a free number for an adapter."""
         assert self.num_free, "no number is free"
         while True:
             self._last = self._last % MAX_ADAPTERS + 1
-            if self._last not in self._names:
-                self._names[self._last] = name
+            if self._last not in self._used:
+                self._used.add(self._last)
                 return self._last
 
     def release(self, number: int) -> None:
         """Free the number of an adapter under which no chunk is cached."""
-        del self._names[number]
-
-    def name_pins(self, pins: list[EndedPin]) -> None:
-        """Give pins the names of their adapters, and token ids as the model knows them."""
-        for pin in pins:
-            pin.adapter = self._names.get(pin.adapter_number, "")
-            pin.token_ids = untagged(pin.token_ids)
+        self._used.remove(number)

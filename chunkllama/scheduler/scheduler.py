@@ -366,15 +366,12 @@ class Scheduler:
 
     def cache_command(self, command: CacheCommand) -> CommandReply:
         """Run an operator's command on the cache; not while a step is in flight."""
-        reply = run_command(command, self._cache, self._clock())
-        self.adapters.name_pins(reply.ended_pins)
-        return reply
+        return run_command(command, self._cache, self._clock())
 
     def remove_adapter(self, number: int, reply: CommandReply) -> None:
         """Drop what is cached under an adapter that no request uses, and free its number."""
         drop_adapter(self._cache, number, reply)
         assert reply.num_kept == 0, "chunks remain under a number that is given again"
-        self.adapters.name_pins(reply.ended_pins)
         self.adapters.release(number)
 
     def watch_cache(self, *, is_watched: bool) -> list[CacheEvent]:

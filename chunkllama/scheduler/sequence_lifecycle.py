@@ -140,7 +140,7 @@ class SequenceLifecycle:
             request = group.request
             prompt = sequence.cache_ids[: group.num_prompt_tokens][: request.cache_until]
             group.pin_refused = not self._cache.pin(
-                prompt, request.namespace, request.pin_seconds, request.tenant
+                prompt, request.namespace, request.pin_seconds, request.tenant, request.adapter
             )
 
     def finish(self, sequence: Sequence) -> None:

@@ -212,7 +212,7 @@ class TestTakeover:
 
     def test_pinned_leaves_are_not_taken_over(self, driver: CacheDriver) -> None:
         driver.store("abcdef")
-        assert driver.cache.pin(ids("abcdef"), "", 10.0)
+        assert driver.cache.pin(ids("abcdef"), "", 10.0, "")
         assert driver.start("abcdefgh").chunks.copies == [(1, 2, 2)]
 
 
@@ -295,7 +295,7 @@ class TestPins:
     def test_a_pin_holds_the_path_until_its_time_is_over(self, driver: CacheDriver) -> None:
         driver.store("abcdefgh")
         driver.store("abcdXYZW")
-        assert driver.cache.pin(ids("abcdefgh"), "", 10.0)
+        assert driver.cache.pin(ids("abcdefgh"), "", 10.0, "")
         driver.assert_tree("""
             abcd #0 pinned
               XYZW #2
@@ -313,7 +313,7 @@ class TestPins:
     def test_shared_chunks_are_paid_for_once(self, driver: CacheDriver) -> None:
         for text in ("abcdefgh", "abcdXYZW"):
             driver.store(text)
-            assert driver.cache.pin(ids(text), "", 10.0)
+            assert driver.cache.pin(ids(text), "", 10.0, "")
         assert driver.cache.pins.num_chunks == 3
         driver.check()
 
@@ -321,8 +321,8 @@ class TestPins:
         driver = CacheDriver(num_chunks=6)
         driver.store("abcdefghijkl")
         driver.store("wxyz")
-        assert driver.cache.pin(ids("abcdefghijkl"), "", 10.0)
-        assert not driver.cache.pin(ids("wxyz"), "", 10.0)
+        assert driver.cache.pin(ids("abcdefghijkl"), "", 10.0, "")
+        assert not driver.cache.pin(ids("wxyz"), "", 10.0, "")
         assert driver.cache.pins.refused_total == 1
         assert driver.cache.pins.num_chunks == 3
 
@@ -353,9 +353,9 @@ class TestPins:
 
     def test_pinning_again_extends(self, driver: CacheDriver) -> None:
         driver.store("abcd")
-        driver.cache.pin(ids("abcd"), "", 10.0)
+        driver.cache.pin(ids("abcd"), "", 10.0, "")
         driver.now = 5.0
-        driver.cache.pin(ids("abcd"), "", 10.0)
+        driver.cache.pin(ids("abcd"), "", 10.0, "")
         driver.now = 12.0
         driver.cache.expire_pins()
         assert driver.cache.pins.num_chunks == 1
@@ -364,7 +364,7 @@ class TestPins:
         one, two = driver.start("abcdef"), driver.start("abcdefg")
         one.compute()
         two.compute()
-        assert driver.cache.pin(ids("abcdef"), "", 10.0)
+        assert driver.cache.pin(ids("abcdef"), "", 10.0, "")
         two.write("h")
         one.write("gh")
         driver.check()

@@ -240,8 +240,8 @@ def test_names_are_loaded_once_and_numbers_are_reused_last() -> None:
 
 def test_loads_that_are_pending_count_as_adapters() -> None:
     cache = Cache(3)
-    for number in range(MAX_ADAPTERS - 1):
-        cache.numbers.assign(str(number))
+    for _ in range(MAX_ADAPTERS - 1):
+        cache.numbers.assign()
     cache.loader.gate.clear()
     assert cache.cache.load(LoadAdapter(command_id=1, name="a", folder="/a")) is None
     reply = cache.cache.load(LoadAdapter(command_id=2, name="b", folder="/b"))

@@ -296,7 +296,7 @@ def test_an_unloaded_adapter_leaves_nothing_for_the_next_one_of_its_name(
     reply = driver.command(UnloadAdapter(command_id=0, name="a"))
     assert reply.found and not reply.error and reply.num_dropped == 3
     (pin,) = reply.ended_pins
-    assert (pin.adapter, pin.token_ids[:140]) == ("a", prompt)
+    assert (pin.askers, pin.token_ids[:140]) == ([(140, "a")], prompt)
     assert core.stats().chunks_cached == 0
     with pytest.raises(InvalidRequestError, match="'a' is not loaded"):
         driver.ask("a", prompt)

@@ -24,13 +24,16 @@ class Clock:
         return self.now
 
 
-def state_of(clock: Clock, pin_seconds: float = 0.0, **sampling: object) -> ReplayState:
+def state_of(
+    clock: Clock, pin_seconds: float = 0.0, adapter: str = "", **sampling: object
+) -> ReplayState:
     request = EngineRequest(
         request_id="r",
         prompt_token_ids=[1, 2, 3, 4],
         sampling=SamplingParams(seed=5, **sampling),
         namespace="tenant",
         pin_seconds=pin_seconds,
+        adapter=adapter,
     )
     state = ReplayState(request, clock)
     assert state.submission() == [request]
@@ -140,8 +143,8 @@ def test_pins_of_ended_requests_are_kept_for_their_time() -> None:
 
 
 def ended(*token_ids: int, **fields: object) -> EndedPin:
-    """A pin of tenant ""; the prompt's own length unless ``lengths`` is given."""
-    values = {"namespace": "tenant", "tenant": "", "lengths": [len(token_ids)], **fields}
+    """A pin of tenant "" by a request without adapter, of this length unless ``askers`` says."""
+    values = {"namespace": "tenant", "tenant": "", "askers": [(len(token_ids), "")], **fields}
     return EndedPin(token_ids=list(token_ids), **values)
 
 
@@ -150,13 +153,15 @@ def ended(*token_ids: int, **fields: object) -> EndedPin:
     [
         (ended(1, 2, 3, 4), True),
         (ended(1, 2, 3, 4, namespace=""), True),  # a public chunk has the same tokens
-        (ended(1, 2, 3, 4, 5, 6, lengths=[2, 4]), True),  # in a longer chunk
-        (ended(1, 2, 3, lengths=[4]), True),  # its last token has no chunk of its own
+        (ended(1, 2, 3, 4, 5, 6, askers=[(2, ""), (4, "")]), True),  # in a longer chunk
+        (ended(1, 2, 3, askers=[(4, "")]), True),  # its last token has no chunk of its own
         (ended(1, 2, 3), False),  # a shorter prompt's
         (ended(1, 2, 3, 4, 5), False),  # a longer prompt's
         (ended(1, 2, 3, 5), False),
         (ended(1, 2, 3, 4, tenant="other"), False),
         (ended(1, 2, 3, 4, namespace="another"), False),
+        (ended(1, 2, 3, 4, askers=[(4, "poet")]), False),  # under an adapter, elsewhere in the tree
+        (ended(1, 2, 3, 4, askers=[(4, ""), (4, "poet")]), True),  # not active yet: one chunk
     ],
 )
 def test_a_pin_that_an_operator_has_ended_is_not_restored(pin: EndedPin, is_ended: bool) -> None:

@@ -168,6 +168,31 @@ def test_streams_of_all_kinds_survive_kills(open_client) -> None:
     asyncio.run(scenario())
 
 
+def test_a_shared_prefix_is_computed_once_by_the_next_process(open_client) -> None:
+    shared, most = [7, 8, 9] * 67, 150
+    wanted = [request(f"r{i}", [*shared, 20 + i], max_tokens=most) for i in range(8)]
+
+    async def scenario() -> None:
+        async with open_client() as client:
+            alone = [await collect(client, each) for each in wanted]
+            answers = [Answer() for _ in wanted]
+            tasks = [
+                asyncio.create_task(collect(client, *pair))
+                for pair in zip(wanted, answers, strict=True)
+            ]
+            await gained([*zip(answers, tasks, strict=True)], 2)
+            live = sum(not task.done() for task in tasks)
+            os.kill(client.pid, signal.SIGKILL)
+            await asyncio.gather(*tasks)
+            assert [each.tokens for each in answers] == [each.tokens for each in alone]
+            assert client.replays >= 1
+            computed = (await client.stats()).prefill_tokens_computed_total
+            own = 1 + most  # of a prompt, and what was delivered
+            assert computed <= len(shared) + live * own
+
+    asyncio.run(scenario())
+
+
 def test_a_stopped_process_is_a_hang_and_waiting_requests_are_served(open_client) -> None:
     async def scenario() -> None:
         async with open_client(hang_seconds=2.0) as client:

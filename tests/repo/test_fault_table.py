@@ -30,8 +30,9 @@ def test_every_fault_has_a_test_or_a_reason() -> None:
 
 
 def test_every_numbered_test_is_in_the_table() -> None:
-    text = (ROOT / "tests/server/cli/test_faults.py").read_text()
-    for name in re.findall(r"def (test_f\d\d\w+)", text):
+    files = ("test_faults.py", "test_snapshot_faults.py")
+    texts = [(ROOT / "tests/server/cli" / file).read_text() for file in files]
+    for name in re.findall(r"def (test_f\d\d\w+)", "".join(texts)):
         if "for_minutes" not in name:
             assert any(name in columns[3] for columns in rows().values()), name
 

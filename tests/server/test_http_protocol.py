@@ -7,8 +7,10 @@ import socket
 import time
 from collections.abc import Callable
 
+import h11
 import pytest
 
+from chunkllama_server.transport import http_protocol
 from chunkllama_server.transport.http_protocol import HttpLimits
 
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -179,3 +181,32 @@ def test_stalled_reader_is_given_up(start_server):
         sock.sendall(HEADERS + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         wait_until(lambda: server.engine.aborted)
     assert len(server.engine.aborted) == 1
+
+
+def answers(connection: h11.Connection, version: bytes) -> list[bytes | None]:
+    """What a connection writes for a stream, and for an answer of known length after it."""
+    written = []
+    for number, (headers, parts) in enumerate(
+        (
+            ([], [b"data: a\n\n", b"", b"x" * 300, b"[DONE]"]),
+            ([(b"content-length", b"3")], [b"abc"]),
+            ([], [b"data: b\n\n"]),
+        )
+    ):
+        if number and version == b"1.0":
+            break
+        connection.receive_data(b"GET / HTTP/%b\r\nHost: x\r\n\r\n" % version)
+        assert type(connection.next_event()) is h11.Request
+        assert type(connection.next_event()) is h11.EndOfMessage
+        written.append(connection.send(h11.Response(status_code=200, headers=headers)))
+        written += [connection.send(h11.Data(data=part)) for part in parts]
+        written.append(connection.send(h11.EndOfMessage()))
+        if version == b"1.1":
+            connection.start_next_cycle()
+    return written
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_a_stream_is_written_as_h11_writes_it(version):
+    ours = http_protocol._StreamingConnection(1 << 16, 100)
+    assert answers(ours, version) == answers(h11.Connection(h11.SERVER), version)

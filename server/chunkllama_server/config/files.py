@@ -1,7 +1,9 @@
-"""Read the files that settings name, with errors of one line."""
+"""Read the files that settings name, with errors of one line; lock the folders."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +42,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise ConfigError(f"config: {path} must hold key: value lines")
     return document
+
+
+def lock_folder(folder: Path) -> int:
+    """Make a folder of mode 0700 and lock it for this process.
+
+    Returns:
+        A descriptor; closing it, or the end of the process, unlocks the folder.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+        OSError: it cannot be written.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock

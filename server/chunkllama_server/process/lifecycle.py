@@ -78,6 +78,15 @@ class DrainingServer(uvicorn.Server):
                 self.should_exit = True
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Also end what the application has begun at a forced exit, which uvicorn leaves out.
+
+        It would be cancelled with the event loop, with a traceback in the log.
+        """
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
+
     def _context(self) -> ServerContext:
         context = self.config.app.app.state.context  # type: ignore[union-attr]
         assert isinstance(context, ServerContext)

@@ -19,6 +19,7 @@ from chunkllama.engine.supervisor import SupervisedEngineClient
 from chunkllama.errors import EngineDeadError
 from chunkllama.logger import init_logger
 from chunkllama.packs.file import loading_mark
+from chunkllama_server.config.files import lock_folder
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.transport.auth import Tenants
 
@@ -32,12 +33,16 @@ _GRACE_SECONDS = 5.0  # beyond the time for writing: flushing it to the disk
 class Snapshots:
     """A folder that can be written.
 
+    Args:
+        lock: descriptor that keeps the folder locked for as long as the process lives.
+
     Attributes:
         secret: key of the namespaces.
     """
 
-    def __init__(self, folder: Path, secret: bytes, settings: Settings) -> None:
+    def __init__(self, folder: Path, lock: int, secret: bytes, settings: Settings) -> None:
         self.secret = secret
+        self._lock = lock
         self._path = folder / _FILE
         self._settings = settings
 
@@ -78,11 +83,13 @@ def open_snapshots(settings: Settings) -> Snapshots | None:
     if folder is None:
         return None
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.chmod(0o700)
+        lock = lock_folder(folder)
         # The former server was killed with its engine, perhaps: that says nothing about the file.
         loading_mark(folder / _FILE).unlink(missing_ok=True)
-        return Snapshots(folder, _secret(folder / _SECRET), settings)
+        return Snapshots(folder, lock, _secret(folder / _SECRET), settings)
+    except BlockingIOError:
+        logger.warning("snapshots are off: another server uses %s", folder)
+        return None
     except OSError as error:
         logger.warning("snapshots are off: %s: %s", folder, error.strerror)
         return None

@@ -43,6 +43,7 @@ _TOO_MANY = _raw_response(
 
 
 _SMALL_CHUNKS = "The body has too many small chunks"
+_CHUNKED = b"\r\ntransfer-encoding: chunked\r\n"
 
 
 class _LingeringTransport:
@@ -67,8 +68,10 @@ class _LingeringTransport:
             self._inner.close()
 
 
-class _CountingConnection(h11.Connection):
-    """Refuses a body of very many small chunks: each costs as much to read as a large one.
+class _StreamingConnection(h11.Connection):
+    """h11 with less work for each part of a stream, and a limit on the chunks of a body.
+
+    A body of very many small chunks is refused: each costs as much to read as a large one.
 
     Args:
         max_chunks: of a body, beyond one for each KiB.
@@ -82,7 +85,22 @@ class _CountingConnection(h11.Connection):
         self._max_chunks = max_chunks
         self._num_chunks = 0
         self._num_bytes = 0
+        self._sends_chunks = False
         self.has_small_chunks = False
+
+    def send(self, event: Any) -> bytes | None:
+        """Return the bytes of an event; a part of a chunked body skips h11's state machine.
+
+        A stream sends one part for each token, and h11 takes 6 us for it.
+        """
+        if self._sends_chunks and type(event) is h11.Data and event.data:
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data)
+        output = super().send(event)
+        if type(event) is h11.Response:
+            self._sends_chunks = _CHUNKED in (output or b"").lower()
+        elif type(event) is h11.EndOfMessage:
+            self._sends_chunks = False
+        return output
 
     def next_event(self) -> Any:
         event = super().next_event()
@@ -102,11 +120,11 @@ class LimitedH11Protocol(H11Protocol):
 
     limits: HttpLimits
     table: ConnectionTable
-    conn: _CountingConnection
+    conn: _StreamingConnection
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.conn = _CountingConnection(self.limits.max_header_bytes, self.limits.max_body_chunks)
+        self.conn = _StreamingConnection(self.limits.max_header_bytes, self.limits.max_body_chunks)
         self.is_lingering = False
         self._is_reserved = False
         self._arrival: asyncio.TimerHandle | None = None

@@ -39,6 +39,7 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
         ClientDisconnected: the connection closed first; ``work`` has been cancelled and awaited.
     """
     task = asyncio.ensure_future(work)
+    task.add_done_callback(_retrieve)
     gone = asyncio.ensure_future(_until_disconnect(request.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -53,11 +54,19 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
 async def gather_or_cancel(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """All results in order; when one fails, or the caller is cancelled, the others end too."""
     tasks = [asyncio.ensure_future(one) for one in work]
+    for task in tasks:
+        task.add_done_callback(_retrieve)
     try:
         return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             await _cancel(task)
+
+
+def _retrieve(task: asyncio.Future[Any]) -> None:
+    """Keep asyncio from logging a failure that nothing waits for: its caller has been cancelled."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _cancel(task: asyncio.Future[Any]) -> None:

@@ -154,9 +154,18 @@ def test_a_second_signal_stops_a_drain(start_stopping):
         "stream": True,
     }
     url = f"{server.url}/v1/chat/completions"
+
+    def ask() -> None:
+        with contextlib.suppress(httpx.TransportError):
+            httpx.post(url, json={**body, "stream": False}, timeout=600)
+
+    whole = threading.Thread(target=ask)
     with httpx.stream("POST", url, json=body, timeout=600) as response:
         lines = response.iter_lines()  # dropping it would close the connection
         next(lines)
+        whole.start()
+        while "requests_live 2" not in server.get("/metrics").text:
+            time.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
         while server.get("/health/ready").status_code != 503:
             time.sleep(0.01)
@@ -164,6 +173,8 @@ def test_a_second_signal_stops_a_drain(start_stopping):
         with contextlib.suppress(psutil.NoSuchProcess):
             engine.resume()
         assert server.process.wait(600) == 0
+    whole.join()
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_systemd_hears_of_start_and_stop(start, tmp_path):

@@ -20,9 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
 import psutil
 import pytest
+from safetensors.numpy import load_file, save_file
 from soak_client import Answer, ask
+from tiny_model import write_tiny_model
 
 LONG = {"model": "tiny", "prompt": [70, 71, 72], "max_tokens": 600, "ignore_eos": True,
         "temperature": 0, "stream": True, "return_token_ids": True}  # fmt: skip
@@ -123,6 +126,29 @@ def test_f06_a_prompt_larger_than_the_pool(small_pool) -> None:
     fits = {**LONG, "prompt": [70] * 900, "max_tokens": 4, "stream": False}
     url = f"{small_pool.url}/v1/completions"
     assert httpx.post(url, json=fits, timeout=120).status_code == 200
+
+
+def test_f08_logits_that_are_no_numbers(start, tmp_path) -> None:
+    """The embedding of one token is NaN: prompts with it fail, what runs beside them does not."""
+    write_tiny_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.embed_tokens.weight"][ord("z")] = np.nan
+    save_file(weights, tmp_path / "model.safetensors")
+    server = start(
+        "--model", tmp_path, "--served-model-name", "tiny", "--engine-hang-seconds", 3600
+    )
+    good = [{**LONG, "prompt": [70 + i, 71], "max_tokens": 30} for i in range(6)]
+    alone = [asyncio.run(stream_all(server, [body]))[0].tokens for body in good]
+    bad = {**LONG, "prompt": [*b"broken zone"], "max_tokens": 30}
+    with ThreadPoolExecutor(1) as pool:
+        with suspended(server):  # so that they run at the same time
+            bodies = [*good, bad]
+            answers = pool.submit(lambda: asyncio.run(stream_all(server, bodies)))
+            wait_live(server, len(bodies))
+        *together, failed = answers.result()
+    assert (failed.status, (failed.error or {})["code"]) == (500, "model_nan")
+    assert [answer.tokens for answer in together] == alone
+    assert idle(server)["engine_restarts_total"] == 0
 
 
 def test_f09_one_request_id_many_times(served) -> None:

@@ -81,7 +81,7 @@ def test_the_cache_outlives_a_kill_a_crash_and_a_drain(begin, tmp_path) -> None:
     assert cached(served, "red") == (whole, answer)
     assert cached(served, "red", cache_salt="x")[0] == whole
     assert cached(served, "red", cache_salt="y")[0] == 0
-    assert {path.name for path in kept.iterdir()} == {"snapshot.ckpack", "namespace.key"}
+    assert {path.name for path in kept.iterdir()} == {"snapshot.ckpack", "namespace.key", "lock"}
 
     (engine,) = psutil.Process(served.process.pid).children()
     os.kill(engine.pid, signal.SIGKILL)

@@ -11,7 +11,6 @@ one line each, so that a process that ends in the middle of a line loses that li
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 import msgspec
 
 from chunkllama_server.api.schema.batch import LineResult
+from chunkllama_server.config.files import lock_folder
 
 _TENANT = "[0-9a-f]" * 32  # matches the folder of a tenant
 
@@ -59,15 +59,7 @@ class Folder:
             BlockingIOError: another process has locked it.
             OSError: it cannot be written.
         """
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.chmod(self.path, 0o700)
-        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise
-        self._lock = lock
+        self._lock = lock_folder(self.path)
 
     def unlock(self) -> None:
         if self._lock is not None:
