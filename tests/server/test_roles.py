@@ -104,7 +104,7 @@ def test_every_route_of_the_admin_port_by_key(start_server, admin_host, operator
     routes = _routes(admin)
     assert {("GET", "/metrics"), ("GET", "/v1/usage"), ("GET", "/admin/cache/tree")} <= {*routes}
     changing = {(method, path) for method, path in routes if method not in READING}
-    assert len(changing) == 8
+    assert len(changing) == 9
 
     async def ask() -> dict[tuple[str, str, str], str]:
         transport = httpx.ASGITransport(admin, raise_app_exceptions=False)

@@ -61,9 +61,8 @@ class ChatAnswer:
     def _logprobs(self, piece: OutputDelta) -> ChatLogprobs | None:
         return self.formatter.chat(piece.logprobs) if self.body.logprobs else None
 
-    async def whole(self) -> ChatCompletion:
-        """Run the generation and return the completion."""
-        pieces = await self.generation.collect()
+    def whole(self, pieces: list[OutputDelta]) -> ChatCompletion:
+        """Return the completion of whole choices."""
         completion: ChatCompletion = {
             "id": self.generation.request.request_id,
             "object": "chat.completion",
