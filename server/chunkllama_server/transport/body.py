@@ -31,6 +31,9 @@ from chunkllama_server.transport.paths import names_json
 from chunkllama_server.transport.request_context import request_info
 
 _CONTAINERS = frozenset((dict, list))
+# What begins an array or object, and what stands between two values.
+_MARKS = {"max_json_containers": (b"[", b"{"), "max_json_values": (b",",)}
+_PIECE_BYTES = 1 << 16
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -127,19 +130,20 @@ def parse_json(
 
 def _check_counts(raw: bytes, limits: LimitsConfig) -> None:
     """Refuse a body of many arrays, objects or values; what stands in strings is not counted."""
-    checks = (((b"[", b"{"), "max_json_containers"), ((b",",), "max_json_values"))
-    if all(_count(raw, marks) <= getattr(limits, key) for marks, key in checks):
+    most = {key: getattr(limits, key) for key in _MARKS}
+    if all(_count(raw, marks) <= most[key] for key, marks in _MARKS.items()):
         return
     # Outside of strings no JSON has a backslash, so that what is left of quotes are their ends.
     parts_marked = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    # Each value and each name may be a string: with more, the parts are not worth making.
-    most_strings = 2 * (limits.max_json_values + limits.max_json_containers + 1)
-    if parts_marked.count(b'"') > 2 * most_strings:
-        raise exceeded(limits, "max_json_values")
-    bare = b"".join(parts_marked.split(b'"')[::2])
-    for marks, key in checks:
-        if _count(bare, marks) > getattr(limits, key):
-            raise exceeded(limits, key)
+    in_string = 0
+    for start in range(0, len(parts_marked), _PIECE_BYTES):  # between pieces other threads run
+        parts = parts_marked[start : start + _PIECE_BYTES].split(b'"')
+        bare = b"".join(parts[in_string::2])
+        in_string ^= (len(parts) - 1) % 2
+        for key, marks in _MARKS.items():
+            most[key] -= _count(bare, marks)
+            if most[key] < 0:
+                raise exceeded(limits, key)
 
 
 def _count(raw: bytes, marks: tuple[bytes, ...]) -> int:
