@@ -251,12 +251,14 @@ class LimitsConfig(ConfigGroup):
     )  # fmt: skip
     text_offload_chars: int = limit(
         8192, "characters", "tenant", "waits",
-        "Longer texts are tokenized one after the other in a thread, beside the event loop.", ge=0,
+        "Longer bodies are read, and longer texts tokenized, one after the other in a thread for "
+        "each, beside the event loop.",
+        ge=0,
     )  # fmt: skip
     text_seconds: float = limit(
         10.0, "seconds", "tenant", "503 tokenizer_busy",
-        "Tokenization of one request's text, with the wait for others.",
-        "Too many long texts are being tokenized", gt=0,
+        "Reading of one request's body, and tokenization of its text, with the wait for others.",
+        "Too many long requests are being read", gt=0,
     )  # fmt: skip
     dashboard_seconds: float = limit(
         0.5, "seconds", "tenant", "waits",
