@@ -152,6 +152,8 @@ def test_S6_what_would_be_joined_without_end_is_refused_before_it_is_compiled(sc
         {"properties": {f"p{i}": {"pattern": f"^{i}"} for i in range(50)}},
         {"anyOf": [{"pattern": f"^{i}"} for i in range(50)]},
         {"type": "integer", "multipleOf": 5, "minimum": 0},
+        {"properties": {name: {"type": "string"} for name in
+                        ("pattern", "format", "minLength", "maxLength", "multipleOf")}},
         {"patternProperties": {f"^x{i}": {"type": "string"} for i in range(64)}},
         {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
         {"properties": {"next": {"$ref": "#"}}},

@@ -226,7 +226,11 @@ class _SchemaSize:
             return 0
         if id(schema) not in self._joined:
             self._joined[id(schema)] = 0  # of a schema that leads back to itself
-            own = sum(part for name, part in _TEXT_KEYWORDS.items() if name in schema)
+            own = sum(
+                part  # of a keyword: what a property of its name has is a schema
+                for name, part in _TEXT_KEYWORDS.items()
+                if isinstance(schema.get(name), str | int | float)
+            )
             if isinstance(reference := schema.get("$ref"), str):
                 own += self._num_joined(self._resolve(reference))
             if isinstance(parts := schema.get("allOf"), list):
