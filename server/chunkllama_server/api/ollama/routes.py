@@ -148,8 +148,9 @@ async def _embed(
     prompts = await input_ids(embedding, context, truncates=truncates)
     work = embed_inputs(embedding, context, request_info(request.scope), prompts)
     generations = await unless_disconnected(request, work)
-    work = partial(vectors, generations, dimensions)
-    return await context.text.prepare(num_values(generations), work), sum(map(len, prompts))
+    scale = partial(vectors, generations, dimensions)
+    found = await context.text.prepare(num_values(generations), scale)
+    return found, sum(map(len, prompts))
 
 
 @router.post("/api/embed", response_model=None, responses=ollama_answers(OllamaEmbedResponse))
