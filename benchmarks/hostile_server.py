@@ -26,7 +26,10 @@ def attacked_server(*flags: str, model: str = MODEL, seconds: float = 180.0) -> 
     with tempfile.TemporaryDirectory() as folder:
         keys = Path(folder, "keys")
         keys.write_text(f"probe:{PROBE}\nattacker:{ATTACKER}\n")
-        own = ("--served-model-name", "alias", "--api-key-file", str(keys))
+        own = (
+            *("--served-model-name", "alias", "--api-key-file", str(keys)),
+            *("--files-dir", str(Path(folder, "files"))),  # no other server holds its lock
+        )
         with started_server(model, *own, *flags, seconds=seconds) as (port, _):
             yield port
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import llguidance
 import msgspec
 import numpy as np
-from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 from numpy.typing import NDArray
 
 from chunkllama.errors import InvalidRequestError
@@ -54,7 +54,8 @@ def to_llguidance(spec: GrammarSpec) -> str:
 
 def is_gbnf(text: str) -> bool:
     """Whether a grammar is in GBNF (llama.cpp, xgrammar), not in Lark's syntax."""
-    return re.search(r"^\s*[\w-]+\s*::=", text, re.MULTILINE) is not None
+    # Within one line: white space that may span lines is read again from each of them.
+    return re.search(r"^[^\S\n]*[\w-]+[^\S\n]*::=", text, re.MULTILINE) is not None
 
 
 def gbnf_as_lark(text: str) -> str:
@@ -65,7 +66,7 @@ def gbnf_as_lark(text: str) -> str:
     """
     try:
         return str(gbnf_to_lark(text))
-    except (GbnfToLarkError, ValueError, IndexError, RecursionError) as error:
+    except Exception as error:  # it raises a plain one for a rule that is missing
         raise InvalidRequestError(f"invalid gbnf: {_one_line(error)}", "grammar") from None
 
 

@@ -14,7 +14,8 @@ def main() -> None:
     if __name__ == "__main__":
         _drop_working_directory()
     arguments = sys.argv[1:]
-    if arguments[:1] == ["serve"]:
+    serves = arguments[:1] == ["serve"]
+    if serves:
         from chunkllama_server.process import start_signals
 
         start_signals.install()
@@ -24,6 +25,8 @@ def main() -> None:
         code = run(arguments)
     except KeyboardInterrupt:  # while the command's modules are imported
         code = _INTERRUPTED
+    if serves:  # sys.exit would wait for threads, and one that compiles a grammar may not end
+        start_signals.end_process(code)
     sys.exit(code)
 
 

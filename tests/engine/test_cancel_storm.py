@@ -177,7 +177,7 @@ def run_storms(tiny_core, seeds: range, num_requests: int) -> None:
     assert len(near_ties) <= max(1, sampled // 100)
 
 
-def test_storms(tiny_core) -> None:
+def test_S31_storms(tiny_core) -> None:
     run_storms(tiny_core, range(50), 12)
 
 

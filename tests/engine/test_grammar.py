@@ -282,10 +282,21 @@ def test_gbnf_is_told_from_lark():
     assert is_gbnf('root::="a"')
     assert not is_gbnf('start: "a::=b"')
     assert not is_gbnf('start: "x"\n// a ::= b')
+    assert is_gbnf('# comment\n\n \t root \t ::= "a"')
+
+
+@pytest.mark.parametrize("text", ["\n" * 300_000, " \n" * 150_000, "a\n" * 150_000])
+def test_S6_empty_lines_are_read_once(text):
+    """Read again from each line, they would take hours; the test would not end."""
+    assert not is_gbnf(text)
 
 
 @pytest.mark.parametrize(
-    "text", ['root ::= "a', "root ::= [a", "root ::= (", "root = 1", "root ::= a " + "(" * 3000]
+    "text",
+    [
+        *('root ::= "a', "root ::= [a", "root ::= (", "root = 1", "root ::= a " + "(" * 3000),
+        *("root ::= missing", 'x ::= "no rule root"', "root ::= r0\nr0 ::= r1"),
+    ],
 )
 def test_malformed_gbnf_is_refused(compiler, text):
     with pytest.raises(InvalidRequestError):

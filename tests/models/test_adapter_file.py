@@ -256,3 +256,9 @@ def test_weights_that_are_not_finite_are_refused(
         load_adapter_weights(file, spec, torch.float16, cpu)
     if np.isfinite(value):
         load_adapter_weights(file, spec, torch.bfloat16, cpu)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\U0001f600" * 100])
+def test_names_that_no_file_system_holds_are_refused(model: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        read_adapter(Path("/", name), read_spec(model))

@@ -43,7 +43,7 @@ def run(kind: str, count: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", list(hostile_files.FILES))
-def test_mutations_are_refused_in_one_line_or_served(kind: str, tmp_path: Path) -> None:
+def test_S23_mutations_are_refused_in_one_line_or_served(kind: str, tmp_path: Path) -> None:
     run(kind, 100, tmp_path)
 
 

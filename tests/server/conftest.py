@@ -41,6 +41,7 @@ fake_engine = _load("fake_engine")
 tiny_server_module = _load("tiny_server")
 _load("anthropic_helpers")
 _load("batch_helpers")
+_load("odd_requests")
 _load("tool_corpus")
 
 MODEL = fake_engine.MODEL

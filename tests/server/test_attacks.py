@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import re
 import socket
+import stat
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,53 +16,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPLETION = {"model": "alias", "prompt": "say(ab)yas", "max_tokens": 2}
-# Attack -> a test that drives it, or why there is none here.
-ATTACKS = {
-    "S1": "test_S1_",
-    "S2": "test_S2_",
-    "S3": "test_S3_",
-    "S4": "test_S4_",
-    "S5": "test_S5_",
-    "S6": "test_S6_",
-    "S7": "test_S7_",
-    "S8": "test_hostile_templates_are_refused_at_start",
-    "S9": "test_S9_",
-    "S10": "test_a_long_conversation_stays_within_the_limits",
-    "S11": "test_S11_",
-    "S12": "test_S12_",
-    "S13": "test_S13_",
-    "S14": "test_slow_request_is_408_and_closed",
-    "S15": "test_unread_responses_end_the_connection",
-    "S16": "test_keys_are_compared_in_constant_time",
-    "S17": "test_every_route_by_key",
-    "S18": "test_keys_never_show",
-    "S19": "test_S19_",
-    "S20": "test_S20_",
-    "S21": "test_S21_",
-    "S22": "test_unusable_model_folders",
-    "S23": "test_mutations_are_refused_in_one_line_or_served",
-    "S24": "test_a_server_started_in_a_models_folder",
-    "S25": "no listening socket but the HTTP ports: the engine has an inherited socket pair",
-    "S26": "test_cached_tokens_do_not_cross_tenants",
-    "S27": "test_S27_",
+# Attacks without a test here, and why; every other number is in the name of a test.
+REASONS = {
     "S28": "no hash decides a match: the tree compares token ids (ARCHITECTURE.md)",
     "S29": "quotas and shares of the cache: docs/multi-tenant.md and its tests",
     "S30": "fair order: tests/scheduler/test_fair_order.py",
-    "S31": "test_random_traffic_equals_the_serial_oracle",
-    "S32": "the server writes no dumps and no K/V files",
-    "S33": "CI takes no text of a pull request; versions are bounded in pyproject.toml",
-    "S34": "test_S34_",
+    "S33": "of the supply chain: requirements/ pins hashes, CI takes no text of a pull request",
 }
 
 
-def test_every_attack_has_a_test_that_exists_or_a_reason() -> None:
-    assert list(ATTACKS) == [f"S{number}" for number in range(1, 35)]
+def test_every_attack_has_a_test_or_a_reason() -> None:
     text = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    for attack, place in ATTACKS.items():
-        if place.startswith("test_"):
-            assert re.search(rf"def {place}", text), attack
-        else:
-            assert " " in place, attack
+    tested = set(re.findall(r"def test_(S\d+)_", text))
+    assert tested.isdisjoint(REASONS)
+    assert tested | REASONS.keys() == {f"S{number}" for number in range(1, 35)}
 
 
 def refused(server: Any, body: Any, param: str, path: str = "/v1/completions") -> None:
@@ -249,3 +219,82 @@ def test_S27_a_tenants_name_opens_no_cache(start_server) -> None:
         assert cached("kb", cache_salt=salt) == 0
     for user in ("alpha", "ka"):
         assert cached("kb", user=user, cache_salt=f"s-{user}") == 0
+
+
+STRESS = {
+    "spaces": " " * 400_000,
+    "one word": "a" * 400_000,
+    "joined": "\u200d" * 130_000,
+    "marks": "e" + "\u0301" * 130_000,
+    "emoji": "\U0001f600" * 100_000,
+    "lines": "\n" * 400_000,
+}
+
+
+@pytest.mark.parametrize("name", list(STRESS))
+def test_S10_long_texts_are_tokenized_beside_the_event_loop(server, name, monkeypatch) -> None:
+    tokenizer, loops = server.app.state.context.text.tokenizer, []
+    encode = type(tokenizer).encode
+
+    def noting(self: Any, text: str, **options: Any) -> list[int]:
+        loops.append(asyncio._get_running_loop())
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "encode", noting)
+    body = {"model": "alias", "prompt": STRESS[name], "add_special_tokens": False}
+    assert server.post("/tokenize", body).json()["count"] == len(STRESS[name].encode())
+    assert loops == [None]
+
+
+def _descendants(pid: int) -> list[int]:
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        parents[int(entry.parent.name)] = int(fields[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, its in parents.items() if its == parent]
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's /proc")
+def test_S25_nothing_listens_but_the_http_port(tiny_server) -> None:
+    owned = set()
+    pids = _descendants(tiny_server.process.pid)
+    for pid in pids:
+        links = [
+            os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()
+        ]
+        owned |= {link[8:-1] for link in links if link.startswith("socket:[")}
+    ports, paths = [], []
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[9] in owned and (fields[3] == "0A" or table.startswith("udp")):
+                ports.append(int(fields[1].rpartition(":")[2], 16))
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[6] in owned and int(fields[3], 16) & 0x10000:  # it accepts connections
+            paths.append(fields[7:])
+    assert len(pids) > 1, "the engine is a process of its own"
+    assert (ports, paths) == ([urlsplit(tiny_server.url).port], [])
+
+
+def test_S32_files_of_requests_and_keys_are_for_their_owner(start_server, tmp_path) -> None:
+    from chunkllama_server.config.settings import Settings
+    from chunkllama_server.process.snapshots import open_snapshots
+
+    for name in ("files", "kept"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(0o777)
+    server = start_server(files_dir=tmp_path / "files")
+    with server.http() as http:
+        sent = http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("a", b"{}")})
+    assert sent.status_code == 200
+    assert open_snapshots(Settings(snapshot_dir=tmp_path / "kept")) is not None
+    for path in [tmp_path / "files", tmp_path / "kept", *tmp_path.glob("*/**/*")]:
+        expected = 0o700 if path.is_dir() else 0o600
+        assert stat.S_IMODE(path.stat().st_mode) == expected, path

@@ -92,7 +92,7 @@ def test_health_is_open(guarded, path, end):
         assert http.get(path + end).status_code == expected
 
 
-def test_keys_are_compared_in_constant_time(monkeypatch):
+def test_S16_keys_are_compared_in_constant_time(monkeypatch):
     compared = []
 
     def compare(left: bytes, right: bytes) -> bool:
@@ -104,7 +104,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch):
     assert compared == [b"k1", b"k2"], "every key is compared, also after a match"
 
 
-def test_keys_never_show(guarded, capfd):
+def test_S18_keys_never_show(guarded, capfd):
     with guarded.http() as http:
         headers = {"authorization": "Bearer secret-key-a"}
         texts = [http.get(p, headers=headers).text for p in ("/metrics", "/v1/models", "/x")]

@@ -438,3 +438,36 @@ def test_a_failed_read_is_tried_again() -> None:
 def test_repetition_penalties_that_overflow_are_refused(value) -> None:
     with pytest.raises(InvalidRequestError, match="repetition_penalty"):
         SamplingParams(repetition_penalty=value)
+
+
+def test_a_grammar_that_takes_for_ever_holds_up_its_own_tenant_alone() -> None:
+    may_go_on = threading.Event()
+
+    def validate(spec: GrammarSpec) -> None:
+        if spec.text.startswith("slow"):
+            assert may_go_on.wait(60)
+
+    async def main() -> list[str]:
+        limits = LimitsConfig(grammar_seconds=0.5, grammar_wait_seconds=60)
+        checker = GrammarChecker(lambda: validate, limits)
+
+        async def check(tenant: str, text: str) -> str:
+            tenant_context.set(tenant)
+            try:
+                await checker.check(GrammarSpec(kind="regex", text=text), "x")
+            except ApiError as error:
+                return str(error.code)
+            return "compiled"
+
+        found = [await asyncio.create_task(check("a", "slow"))]
+        waiting = asyncio.create_task(check("a", "next"))
+        for tenant, text in (("b", "b"), ("c", "slow"), ("b", "c")):
+            found.append(await asyncio.create_task(check(tenant, text)))
+        assert not waiting.done()
+        may_go_on.set()
+        found.append(await waiting)
+        checker.close()
+        return found
+
+    late, good = "grammar_too_complex", "compiled"
+    assert asyncio.run(main()) == [late, good, late, good, good]

@@ -122,7 +122,7 @@ def test_one_peer_cannot_take_every_slot() -> None:
     asyncio.run(main())
 
 
-def test_unread_responses_end_the_connection(limited) -> None:
+def test_S15_unread_responses_end_the_connection(limited) -> None:
     with connect(limited) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(0.5)

@@ -55,7 +55,7 @@ def test_silent_connection_is_closed(limited):
 @pytest.mark.parametrize(
     "begun", [b"GET / HT", HEADERS, HEADERS + b"Content-Length: 9\r\n\r\n{", b"\r\n"]
 )
-def test_slow_request_is_408_and_closed(limited, begun):
+def test_S14_slow_request_is_408_and_closed(limited, begun):
     answer = exchange(limited, begun)
     if begun.strip():
         assert answer.startswith(b"HTTP/1.1 408")

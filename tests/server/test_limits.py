@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from chunkllama_server.api.common.grammar_cost import check_schema_cost, lark_size
+from chunkllama_server.api.common.grammar_cost import check_lark_cost, check_schema_cost, lark_size
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.metrics.loop_lag import LoopLag
@@ -52,6 +53,8 @@ def test_all_limits_of_the_server_are_in_the_table() -> None:
         ({"max_allowed_token_ids": 1}, {"allowed_token_ids": [1, 2]}, "allowed_token_ids"),
         ({"max_logprobs": 1}, {"logprobs": 2}, "logprobs"),
         ({"max_logprobs": 0}, {"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"max_answer_logprobs": 23}, {"logprobs": 5, "n": 2}, "logprobs"),
+        ({"max_answer_logprobs": 23}, {"prompt": ["ab"] * 9, "prompt_logprobs": 1}, "logprobs"),
         ({"max_request_choices": 3}, {"prompt": ["a", "b"], "n": 2}, "prompt"),
         (
             {"max_regex_chars": 2},
@@ -75,6 +78,16 @@ def test_an_operator_may_allow_less(start_server, setting, fields, param) -> Non
     assert server.post("/v1/completions", body).status_code == 200
 
 
+def test_what_is_streamed_is_not_kept(start_server) -> None:
+    server = start_server(max_answer_logprobs=1)
+    body = {"model": "alias", "prompt": "say(ab)yas", "max_tokens": 2, "logprobs": 5}
+    assert server.post("/v1/completions", {**body, "n": 2, "stream": True}).status_code == 200
+    assert server.post("/v1/completions", body).status_code == 200, "the context bounds one"
+    chat = {"logprobs": True, "top_logprobs": 5, "max_tokens": 2}
+    assert server.chat("say(ab)yas", **chat).status_code == 200
+    assert server.chat("say(ab)yas", **chat, n=2).json()["error"]["param"] == "logprobs"
+
+
 @pytest.mark.parametrize(
     "schema",
     [
@@ -96,6 +109,52 @@ def test_S6_schemas_without_end_are_refused_before_they_are_compiled(schema) -> 
 @pytest.mark.parametrize(
     "schema",
     [
+        {"const": "a" * 3000},
+        {"type": "integer", "allOf": [{"multipleOf": 997}, {"multipleOf": 991}]},
+        {"$ref": "#"},
+    ],
+)
+def test_S6_a_schema_within_a_grammar_is_charged_as_one(schema) -> None:
+    grammar = f'start: "a" b\nb: %json  {json.dumps(schema)}\n'
+    with pytest.raises(ApiError) as caught:
+        check_lark_cost(grammar, "x")
+    assert (caught.value.status_code, caught.value.code) == (400, "grammar_too_complex")
+    check_lark_cost('start: %json {"type": "string"} "%json {"', "x")
+
+
+def joined(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "string", "allOf": list(parts)}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        joined(*({"pattern": f"a{{{i}}}"} for i in range(30))),
+        joined(joined(*({"pattern": f"a{i}"} for i in range(5))), joined({"format": "uuid"}),
+               {"oneOf": [{"type": "null"}, {"minLength": 1, "maxLength": 9, "pattern": "b"}]}),
+        {"items": [{"additionalProperties": joined(*[{"minLength": 2}] * 9)}]},
+        {"$defs": {"a": joined(*[{"$ref": "#/$defs/b"}] * 3),
+                   "b": joined(*({"pattern": f"x{i}"} for i in range(3)))}},
+        {"type": "integer", "allOf": [{"multipleOf": 997}, {"multipleOf": 991}]},
+        {"patternProperties": {f"^x{i}": {"type": "string"} for i in range(65)}},
+    ],
+)  # fmt: skip
+def test_S6_what_would_be_joined_without_end_is_refused_before_it_is_compiled(schema) -> None:
+    with pytest.raises(ApiError) as caught:
+        check_schema_cost(schema, "x")
+    assert (caught.value.status_code, caught.value.code) == (400, "grammar_too_complex")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        joined({"pattern": "^a"}, {"minLength": 1}, {"maxLength": 9}, {"format": "uuid"}),
+        {"properties": {f"p{i}": {"pattern": f"^{i}"} for i in range(50)}},
+        {"anyOf": [{"pattern": f"^{i}"} for i in range(50)]},
+        {"type": "integer", "multipleOf": 5, "minimum": 0},
+        {"properties": {name: {"type": "string"} for name in
+                        ("pattern", "format", "minLength", "maxLength", "multipleOf")}},
+        {"patternProperties": {f"^x{i}": {"type": "string"} for i in range(64)}},
         {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
         {"properties": {"next": {"$ref": "#"}}},
         {"items": {"$ref": "#"}},

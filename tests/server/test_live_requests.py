@@ -123,3 +123,44 @@ def test_the_admin_port_has_the_page_and_ends_any(keyed) -> None:
         "chunks_in_use": 0,
         "chunks_without_sharing": 0,
     }
+
+
+@pytest.fixture
+def admin(keyed):
+    from starlette.testclient import TestClient
+
+    app = create_admin_app(keyed.app.state.context)
+    return TestClient(app, base_url="http://127.0.0.1", headers={"x-api-key": "ko"})
+
+
+def test_all_requests_of_a_tenant_are_ended_at_once(keyed, admin) -> None:
+    assert admin.delete("/admin/requests").status_code == 400, "it does not mean all tenants"
+    pending = Pending(keyed, "ka")
+    counts = [
+        admin.delete("/admin/requests", params={"tenant": tenant}).json()
+        for tenant in ("beta", "", "alpha")
+    ]
+    assert counts == [
+        {"object": "ended", "tenant": tenant, "count": count}
+        for tenant, count in (("beta", 0), ("", 0), ("alpha", 1))
+    ]
+    assert pending.finish().status_code == 410
+    assert admin.delete("/admin/requests?tenant=a", headers={"x-api-key": "kb"}).status_code == 401
+
+
+def test_the_admin_ports_answers_have_request_ids(admin) -> None:
+    given = admin.get("/health/live", headers={"x-request-id": "me-1"})
+    assert given.headers["x-request-id"] == "me-1"
+    refused = admin.post("/v1/cache/packs", json={"name": "a b\n"})
+    assert refused.status_code >= 400 and refused.headers["x-request-id"].startswith("req_")
+
+
+def test_the_admin_port_describes_itself(admin) -> None:
+    document = admin.get("/openapi.json").json()
+    assert "swagger" in admin.get("/docs").text.lower()
+    assert set(document["paths"]["/admin/requests"]) == {"delete"}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            assert ("security" in operation) == (method != "get"), path
+    assert not any("422" in op["responses"] for ops in document["paths"].values()
+                   for op in ops.values())  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,7 +89,7 @@ def test_the_openapi_document_is_built_once_and_in_a_thread(start_server, monkey
 
     monkeypatch.setattr(openapi, "get_openapi", noting)
     server = start_server()
-    documents = [httpx.get(f"{server.url}/openapi.json").json() for _ in range(2)]
+    documents = [httpx.get(f"{server.url}/openapi.json", timeout=120).json() for _ in range(2)]
     assert documents[0] == documents[1] and documents[0]["openapi"]
     assert loops == [None]
 
@@ -102,3 +104,101 @@ def test_numbers_beyond_a_double_are_found_at_any_level(wrap) -> None:
     assert parse_json(text.encode()) == json.loads(text)
     text = wrap % ("9" * 400)  # an integer has no bound of its own
     assert parse_json(text.encode()) == json.loads(text)
+
+
+MOST_CALLS = 40_000  # of Python functions in one callback of the event loop, about 15 ms
+USER = {"role": "user", "content": "a"}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+CALLS = [{"role": "assistant", "tool_calls": [CALL] * 50}, {"role": "tool", "content": "x"}]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "a"}] * 500}]
+PROPERTIES = {f"p{i}": {"type": "string"} for i in range(60)}
+PARAMETERS = {"type": "object", "properties": PROPERTIES}
+TOOLS = [{"type": "function", "function": {"name": f"f{i}", "parameters": PARAMETERS}}
+         for i in range(100)]  # fmt: skip
+UNKNOWN = {f"unknown_{i}": 1 for i in range(5000)}
+FLAT_CALLS = [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+              {"type": "function_call_output", "call_id": "a", "output": "x"}]  # fmt: skip
+USES = [{"role": "assistant",
+         "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]},
+        {"role": "user",
+         "content": [{"type": "tool_result", "tool_use_id": "t", "content": "x"}]}]  # fmt: skip
+CHAT = "/v1/chat/completions"
+LONG_BODIES = {
+    "messages": (CHAT, {"messages": [USER] * 4000}),
+    "calls": (CHAT, {"messages": [USER, *CALLS * 40]}),
+    "parts": (CHAT, {"messages": PARTS * 20}),
+    "tools": (CHAT, {"messages": [USER], "tools": TOOLS, "tool_choice": "required"}),
+    "unknown fields": (CHAT, {"messages": [USER], **UNKNOWN}),
+    "unknown members": (CHAT, {"messages": [{**USER, "x": 1, "y": 2}] * 4000}),
+    "render": (f"{CHAT}/render", {"messages": [USER] * 4000}),
+    "explain": ("/v1/cache/explain", {"messages": [USER] * 4000}),
+    "tokenize": ("/tokenize", {"messages": [USER] * 4000}),
+    "input items": ("/v1/responses", {"input": [USER] * 4000}),
+    "input calls": ("/v1/responses", {"input": [USER, *FLAT_CALLS * 2000]}),
+    "input tokens": ("/v1/responses/input_tokens", {"input": [USER] * 4000}),
+    "compact": ("/v1/responses/compact", {"input": [USER] * 4000}),
+    "anthropic": ("/v1/messages", {"messages": [USER] * 4000, "max_tokens": 2}),
+    "anthropic uses": ("/v1/messages", {"messages": [USER, *USES * 1500], "max_tokens": 2}),
+    "ollama": ("/api/chat", {"messages": [USER] * 4000, "stream": False}),
+    "prompts": ("/v1/completions", {"prompt": ["a"] * 1000, "max_tokens": 1}),
+    "inputs": ("/v1/embeddings", {"input": ["a"] * 800}),
+}
+
+
+class CallbackCounter:
+    """Counts the Python functions that each callback of other threads' event loops calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.worst = 0
+        run = asyncio.events.Handle._run
+        main = threading.get_ident()
+
+        def counted(handle: asyncio.events.Handle) -> None:
+            if threading.get_ident() == main:
+                run(handle)
+                return
+            count = 0
+
+            def note(_frame: Any, event: str, _argument: Any) -> None:
+                nonlocal count
+                count += event == "call"
+
+            sys.setprofile(note)
+            try:
+                run(handle)
+            finally:
+                sys.setprofile(None)
+                self.worst = max(self.worst, count)
+
+        monkeypatch.setattr(asyncio.events.Handle, "_run", counted)
+
+
+def most_calls(server: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Functions that the busiest callback calls while a server answers one of the bodies."""
+    path, fields = LONG_BODIES[name]
+    body = {"model": "alias", **fields}
+    server.post(path, {**body, "model": "warm"})  # routes are built when one is first looked for
+    server.chat()
+    counter = CallbackCounter(monkeypatch)
+    response = server.post(path, body)
+    assert response.status_code in (200, 400), response.text[:300]
+    return counter.worst
+
+
+@pytest.mark.parametrize("name", list(LONG_BODIES))
+def test_a_long_body_is_read_beside_the_event_loop(server, name, monkeypatch) -> None:
+    assert 20 < most_calls(server, name, monkeypatch) < MOST_CALLS
+
+
+def test_on_the_event_loop_a_long_body_is_more_work(start_server, monkeypatch) -> None:
+    """So the test above can fail."""
+    server = start_server(text_offload_chars=1 << 30)
+    assert most_calls(server, "messages", monkeypatch) > MOST_CALLS
+
+
+def test_a_short_body_is_read_where_it_arrives(server, monkeypatch) -> None:
+    from chunkllama_server.api.common.fair_pool import FairPool
+
+    moved = []
+    monkeypatch.setattr(FairPool, "run", lambda *_: moved.append(1))
+    assert server.chat().status_code == 200 and not moved

@@ -6,13 +6,12 @@ import asyncio
 
 import pytest
 from fake_engine import DURATIONS, MODEL
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from chunkllama.errors import OverloadedError
 from chunkllama.messages import EngineRequest, EngineStats, TenantStats
 from chunkllama.sampling_params import SamplingParams
-from chunkllama_server.api import usage
+from chunkllama_server.api.admin_app import create_admin_app
 from chunkllama_server.api.common.admission import ChargedEngine, QueueLimits
 from chunkllama_server.api.common.fair_pool import FairPool
 from chunkllama_server.api.common.response_store import ResponseStore, StoredResponse
@@ -108,10 +107,8 @@ def test_who_reads_whose_usage(server) -> None:
     assert {key: sorted(rows) for key, rows in names.items()} == {
         "kb": ["blue"], "kr": ["red"], "ko": ["blue", "red"],
     }  # fmt: skip
-    admin = FastAPI()
-    admin.state.context = server.app.state.context
-    admin.include_router(usage.router)
-    with TestClient(admin) as client:
+    admin = create_admin_app(server.app.state.context)
+    with TestClient(admin, base_url="http://127.0.0.1") as client:
         rows = client.get("/v1/usage").json()["data"]
     assert [row["tenant"] for row in rows] == ["blue", "red"]
 

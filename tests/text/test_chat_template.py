@@ -197,7 +197,7 @@ TWO_DEEP = (
         TWO_DEEP % "(n.x, n.x)" + "{{ {n.x: 1} }}",
     ],
 )
-def test_hostile_templates_are_refused_at_start(source, folders, tmp_path):
+def test_S8_hostile_templates_are_refused_at_start(source, folders, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folders["llama3"] / name).read_bytes())
     (tmp_path / "chat_template.jinja").write_text(source)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -100,7 +101,7 @@ def read_adapter(folder: Path, spec: ModelSpec) -> AdapterFile:
         raise ConfigError(
             f"{folder}: adapters need an architecture of this server, not {spec.architecture}"
         )
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # also for a name that no file system holds
         raise ConfigError(f"{folder}: no such folder; an adapter is a folder that PEFT has saved")
     if not (folder / WEIGHTS).is_file() and (folder / _PICKLE).exists():
         raise ConfigError(

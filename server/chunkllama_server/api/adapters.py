@@ -16,7 +16,7 @@ from chunkllama_server.api.schema.models import Model
 from chunkllama_server.transport.body import JsonRoute
 from chunkllama_server.transport.errors import ApiError, invalid
 from chunkllama_server.transport.host_check import is_loopback
-from chunkllama_server.transport.request_context import has_request_info, request_info
+from chunkllama_server.transport.request_context import request_info
 
 logger = init_logger(__name__)
 
@@ -29,7 +29,8 @@ def _check_operator(request: Request, context: ServerContext) -> None:
     Raises:
         ApiError: 403.
     """
-    if not has_request_info(request.scope) or request_info(request.scope).is_operator:
+    info = request_info(request.scope)
+    if info.is_admin or info.is_operator:
         return
     if not context.tenants.keys and is_loopback(context.settings.host):
         return
@@ -38,20 +39,17 @@ def _check_operator(request: Request, context: ServerContext) -> None:
     )
 
 
-def _admit(
+async def _admit(
     body: LoadAdapterRequest | UnloadAdapterRequest, request: Request, context: ServerContext
 ) -> None:
     _check_operator(request, context)
-    if has_request_info(request.scope):
-        context.admit(body, request)
-    else:
-        context.check_serving()
+    await context.admit(body, request)
 
 
 @router.post("/v1/load_lora_adapter", responses=answers(Model))
 async def load_adapter(body: LoadAdapterRequest, request: Request, context: Context) -> Model:
     """Load an adapter; other requests run meanwhile. Operators alone may do so."""
-    _admit(body, request, context)
+    await _admit(body, request, context)
     name = body.lora_name
     if name in context.settings.model_names:
         raise invalid(f"{name!r} is the name of the model", "lora_name")
@@ -66,7 +64,7 @@ async def load_adapter(body: LoadAdapterRequest, request: Request, context: Cont
 @router.post("/v1/unload_lora_adapter", responses={**answers(Model), **refusals(409)})
 async def unload_adapter(body: UnloadAdapterRequest, request: Request, context: Context) -> Model:
     """Forget an adapter that no request uses, and what is cached under it."""
-    _admit(body, request, context)
+    await _admit(body, request, context)
     name = body.lora_name
     missing = ApiError(404, f"There is no adapter {name!r}", "lora_name", "adapter_not_found")
     if name not in context.engine.adapters:

@@ -20,13 +20,19 @@ from chunkllama_server.api.chat.prompt_body import body_token_ids
 from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.common.prompt_cache import ttl_seconds
 from chunkllama_server.api.common.sampling import check_lengths, check_prompt_ids
+from chunkllama_server.api.openapi import refusals
 from chunkllama_server.api.schema.cache import Dropped, PinAnswer, PinRequest, TenantTree
 from chunkllama_server.transport.body import JsonRoute
 from chunkllama_server.transport.errors import ApiError, not_found_model
 from chunkllama_server.transport.request_context import RequestInfo
 from chunkllama_server.transport.sse import sse
 
-router = APIRouter(prefix="/admin/cache", route_class=JsonRoute)
+router = APIRouter(
+    prefix="/admin/cache",
+    route_class=JsonRoute,
+    tags=["administration"],
+    responses=refusals(400, 401, 403, 404, 405, 409, 503),
+)
 
 MAX_NODES = 10_000  # of one answer
 EVENTS_PER_WRITE = 256
@@ -50,7 +56,7 @@ async def add_pin(body: PinRequest, context: Context) -> PinAnswer:
     if adapter is None:
         raise not_found_model(body.model or "")
     param = "prompt" if body.messages is None else "messages"
-    check_prompt_ids(ids, context.engine.info.vocab_size, param)
+    check_prompt_ids(ids, context.engine.info, param)
     check_lengths(len(ids), 1, context.engine.info, param, "max_tokens")
     request = EngineRequest(
         request_id=info.request_id,

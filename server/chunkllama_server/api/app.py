@@ -186,7 +186,7 @@ def create_app(
     if settings.admin_port is None:
         app.include_router(health.metrics_router)
     install_error_handlers(app)
-    install_openapi(app, settings.root_path, needs_key=bool(tenants.keys))
+    install_openapi(app, settings.root_path, keyed="all" if tenants.keys else "nothing")
     context.metrics.tracing = tracing
     _add_middleware(app, context)
     if tenants.are_isolated:

@@ -20,10 +20,10 @@ router = APIRouter(route_class=JsonRoute, tags=["cache"])
 @router.post("/v1/cache/explain", response_model=None, responses=answers(CacheExplanationBody))
 async def explain(body: ExplainRequest, request: Request, context: Context) -> Response:
     """Say where the match of a prompt in the cache would end now, and why; nothing is generated."""
-    info = context.admit(body, request)
+    info = await context.admit(body, request)
     ids = await body_token_ids(body, context, info)
     param = "prompt" if body.messages is None else "messages"
-    check_prompt_ids(ids, context.engine.info.vocab_size, param)
+    check_prompt_ids(ids, context.engine.info, param)
     check_lengths(len(ids), None, context.engine.info, param, "max_tokens")
     namespace = context.tenants.namespace(info.tenant, body.cache_salt)
     explanation = await context.engine.explain(ids, namespace, info.tenant, info.adapter)

@@ -10,12 +10,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from chunkllama_server.api.common.context import Context
-from chunkllama_server.api.common.embed import embed_inputs, input_ids, vectors
+from chunkllama_server.api.common.embed import embed_inputs, input_ids, num_values, vectors
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers
 from chunkllama_server.api.schema.embeddings import Embedding, EmbeddingList, EmbeddingRequest
-from chunkllama_server.transport.body import json_response
 from chunkllama_server.transport.sse import unless_disconnected
 
 router = APIRouter(route_class=DialectRoute, tags=["embeddings"])
@@ -32,13 +31,11 @@ def base64_float32(vector: list[float]) -> str:
 @router.post("/v1/embeddings", response_model=None, responses=answers(EmbeddingList))
 async def create_embeddings(body: EmbeddingRequest, request: Request, context: Context) -> Response:
     """Embed one input or several."""
-    info = context.admit(body, request)
+    info = await context.admit(body, request)
     prompts = await input_ids(body, context)
-
-    async def embed_all() -> EmbeddingList:
-        return _answer(body, await embed_inputs(body, context, info, prompts))
-
-    return json_response(await unless_disconnected(request, embed_all()))
+    work = embed_inputs(body, context, info, prompts)
+    generations = await unless_disconnected(request, work)
+    return await context.respond(num_values(generations), lambda: _answer(body, generations))
 
 
 def _answer(body: EmbeddingRequest, generations: list[RequestStream]) -> EmbeddingList:

@@ -10,13 +10,14 @@ from chunkllama.logger import init_logger
 from chunkllama_server.api.common.admission import ChargedEngine
 from chunkllama_server.api.common.context import Context, ServerContext, tenant_view
 from chunkllama_server.api.openapi import refusals
-from chunkllama_server.api.schema.live import Ended, LiveRequests
+from chunkllama_server.api.schema.live import Ended, EndedTenant, LiveRequests
 from chunkllama_server.transport.errors import ApiError
-from chunkllama_server.transport.request_context import has_request_info
+from chunkllama_server.transport.request_context import request_info
 
 logger = init_logger(__name__)
 
 router = APIRouter(tags=["usage"])
+admin_router = APIRouter(tags=["administration"])
 
 MAX_LISTED = 500
 
@@ -32,9 +33,7 @@ def may_abort(context: ServerContext, request: Request) -> bool:
     On the admin port, ``AdminAuthMiddleware`` has admitted the caller. On the main port an
     operator's key only reads, and without keys one client could end the requests of another.
     """
-    if not has_request_info(request.scope):  # the admin port
-        return True
-    return tenant_view(context, request) is not None
+    return request_info(request.scope).is_admin or tenant_view(context, request) is not None
 
 
 @router.get("/dashboard/requests", responses=refusals(401, 405))
@@ -82,7 +81,24 @@ async def end_request(request_id: str, request: Request, context: Context) -> En
     ]
     if not ended:
         raise ApiError(404, f"No request {request_id[:200]!r} waits or runs", code="not_live")
-    for name in ended:
+    await _end(engine, ended)
+    return {"object": "ended", "request_id": request_id, "count": len(ended)}
+
+
+@admin_router.delete("/admin/requests", responses=refusals(400, 401, 403, 405))
+async def end_requests(context: Context, tenant: str) -> EndedTenant:
+    """End every request of a tenant; "" is the requests that carry no key.
+
+    Their clients get an error with the code ``aborted``. Lines of the tenant's batches that run
+    fail with it; further ones begin.
+    """
+    engine = _engine(context)
+    ended = [live.request_id for live in engine.live.values() if live.tenant == tenant]
+    await _end(engine, ended)
+    return {"object": "ended", "tenant": tenant, "count": len(ended)}
+
+
+async def _end(engine: ChargedEngine, names: list[str]) -> None:
+    for name in names:
         await engine.end(name)
         logger.info("request %s was ended on demand", name)
-    return {"object": "ended", "request_id": request_id, "count": len(ended)}

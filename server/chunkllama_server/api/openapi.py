@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -122,17 +123,38 @@ def tgi_answers(model: Any, *, streams: bool = False) -> Responses:
     return _with_errors(documented, TgiError, 422, 424)
 
 
-def _event_schemas() -> dict[str, Any]:
-    """Return the schemas of the events, and of what they contain."""
-    inputs = [(event.__name__, "serialization", TypeAdapter(event)) for event in _EVENTS]
+def _event_schemas(events: Sequence[Any]) -> dict[str, Any]:
+    """Return the schemas of events, and of what they contain."""
+    inputs = [(event.__name__, "serialization", TypeAdapter(event)) for event in events]
     _, schema = TypeAdapter.json_schemas(inputs, ref_template=_COMPONENTS)  # type: ignore[arg-type]
-    return dict(schema["$defs"])
+    return dict(schema.get("$defs", {}))
 
 
-def install_openapi(app: FastAPI, root_path: str, *, needs_key: bool) -> None:
+def _require_key(schema: dict[str, Any], keyed: Literal["all", "changes"]) -> None:
+    schema["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+    if keyed == "all":
+        schema["security"] = [{"bearer": []}]
+        return
+    for path in schema["paths"].values():
+        for method, operation in path.items():
+            if method != "get":
+                operation["security"] = [{"bearer": []}]
+
+
+def install_openapi(
+    app: FastAPI,
+    root_path: str,
+    *,
+    keyed: Literal["all", "changes", "nothing"],
+    events: Sequence[Any] = _EVENTS,
+) -> None:
     """Serve a document without FastAPI's own 422, and with the key that requests need.
 
     Building it takes a third of a second, so a thread does.
+
+    Args:
+        keyed: the requests that need a key.
+        events: types of the streams' events.
     """
     building = threading.Lock()
 
@@ -152,12 +174,9 @@ def install_openapi(app: FastAPI, root_path: str, *, needs_key: bool) -> None:
             schemas = schema["components"]["schemas"]
             schemas.pop("HTTPValidationError", None)
             schemas.pop("ValidationError", None)
-            schemas.update(_event_schemas())
-            if needs_key:
-                schema["components"]["securitySchemes"] = {
-                    "bearer": {"type": "http", "scheme": "bearer"}
-                }
-                schema["security"] = [{"bearer": []}]
+            schemas.update(_event_schemas(events))
+            if keyed != "nothing":
+                _require_key(schema, keyed)
             app.openapi_schema = schema
         return app.openapi_schema
 

@@ -8,11 +8,14 @@ from starlette.responses import Response
 
 from chunkllama.cache_messages import PackInfo
 from chunkllama_server.api.common.context import Context, ServerContext
+from chunkllama_server.api.openapi import refusals
 from chunkllama_server.api.schema.cache import PackRequest
 from chunkllama_server.transport.body import JsonRoute
 from chunkllama_server.transport.errors import ApiError
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(
+    route_class=JsonRoute, tags=["administration"], responses=refusals(400, 401, 403, 404, 405)
+)
 
 
 @router.get("/v1/cache/packs")

@@ -27,7 +27,7 @@ router = APIRouter(route_class=DialectRoute, tags=["tokenize"])
 @router.post("/tokenize", response_model=None, responses=answers(TokenizeResponse))
 async def tokenize(body: TokenizeRequest, request: Request, context: Context) -> Response:
     """Return token ids of a prompt, or of a conversation through the chat template."""
-    info = context.admit(body, request)
+    info = await context.admit(body, request)
     ids = await body_token_ids(body, context, info)
     strings = None
     if body.return_token_strs:
@@ -45,7 +45,7 @@ async def tokenize(body: TokenizeRequest, request: Request, context: Context) ->
 @router.post("/detokenize", response_model=None, responses=answers(DetokenizeResponse))
 async def detokenize(body: DetokenizeRequest, request: Request, context: Context) -> Response:
     """Return the text of token ids."""
-    context.admit(body, request)
+    await context.admit(body, request)
     vocab_size = context.engine.info.vocab_size
     for index, token_id in enumerate(body.tokens):
         if token_id >= vocab_size:
@@ -64,7 +64,7 @@ async def detokenize(body: DetokenizeRequest, request: Request, context: Context
 @router.post("/v1/chat/completions/render", response_model=None, responses=answers(RenderedPrompt))
 async def render(body: ChatCompletionRequest, request: Request, context: Context) -> Response:
     """Return the prompt of a chat completion with this body; nothing is generated."""
-    info = context.admit(body, request)
+    info = await context.admit(body, request)
     prepared = await prepare_chat(body, context, info)
     ids = prepared.prompt.token_ids
     result: RenderedPrompt = {

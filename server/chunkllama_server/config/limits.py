@@ -178,6 +178,14 @@ class LimitsConfig(ConfigGroup):
         f"Tokens per position whose log-probabilities a request may ask for. {_PROTOCOL}",
         "At most {limit} log-probabilities are served, got {value}", ge=0, le=20,
     )  # fmt: skip
+    max_answer_logprobs: int = limit(
+        1 << 20, "log-probabilities", "tenant", "400",
+        "Log-probabilities that an answer of several choices or prompts may hold, unless it is "
+        "streamed.",
+        "The answer could hold {value} log-probabilities, at most {limit} are served; ask for "
+        "fewer choices, tokens or prompts, or for a stream",
+        ge=1,
+    )  # fmt: skip
     max_schema_chars: int = limit(
         128 << 10, "characters", "tenant", "400", "A JSON schema as text.",
         "{param} must have 1 to {limit} characters, got {value}", ge=100,
@@ -189,6 +197,18 @@ class LimitsConfig(ConfigGroup):
     max_schema_values: int = limit(
         2048, "values", "tenant", "400", "Values of one list in a JSON schema, e.g. of an enum.",
         "The schema has a list of over {limit} values", ge=1,
+    )  # fmt: skip
+    max_joined_texts: int = limit(
+        8, "constraints", "tenant", "400 grammar_too_complex",
+        "Patterns, formats and lengths of a JSON schema that one value must obey together "
+        "(multipleOf counts as five): the time to join them has no bound.",
+        "The schema joins over {limit} patterns, formats, lengths or multiples in one value",
+        ge=6,
+    )  # fmt: skip
+    max_pattern_properties: int = limit(
+        64, "patterns", "tenant", "400 grammar_too_complex",
+        "patternProperties of one object in a JSON schema: each is compared with each.",
+        "The schema has an object of over {limit} patternProperties", ge=1,
     )  # fmt: skip
     max_schema_work: int = limit(
         10_000, "subschemas", "tenant", "400 grammar_too_complex",
@@ -231,12 +251,14 @@ class LimitsConfig(ConfigGroup):
     )  # fmt: skip
     text_offload_chars: int = limit(
         8192, "characters", "tenant", "waits",
-        "Longer texts are tokenized one after the other in a thread, beside the event loop.", ge=0,
+        "Longer bodies are read, and longer texts tokenized, one after the other in a thread for "
+        "each, beside the event loop.",
+        ge=0,
     )  # fmt: skip
     text_seconds: float = limit(
         10.0, "seconds", "tenant", "503 tokenizer_busy",
-        "Tokenization of one request's text, with the wait for others.",
-        "Too many long texts are being tokenized", gt=0,
+        "Reading of one request's body, and tokenization of its text, with the wait for others.",
+        "Too many long requests are being read", gt=0,
     )  # fmt: skip
     dashboard_seconds: float = limit(
         0.5, "seconds", "tenant", "waits",

@@ -80,6 +80,8 @@ def end_process(code: int) -> None:
         while time.monotonic() < deadline:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
                 time.sleep(0.005)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(code)
 
 

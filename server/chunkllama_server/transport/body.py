@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import msgspec
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.datastructures import FormData, Headers, MutableHeaders
 from starlette.responses import Response
@@ -19,10 +20,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.config.settings import Settings
-from chunkllama_server.transport.errors import ApiError, as_api_error, exceeded, invalid
+from chunkllama_server.transport.errors import (
+    ApiError,
+    as_api_error,
+    exceeded,
+    from_validation_error,
+    invalid,
+)
 from chunkllama_server.transport.paths import names_json
+from chunkllama_server.transport.request_context import request_info
 
 _CONTAINERS = frozenset((dict, list))
+# What begins an array or object, and what stands between two values.
+_MARKS = {"max_json_containers": (b"[", b"{"), "max_json_values": (b",",)}
+_PIECE_BYTES = 1 << 16
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -119,19 +130,20 @@ def parse_json(
 
 def _check_counts(raw: bytes, limits: LimitsConfig) -> None:
     """Refuse a body of many arrays, objects or values; what stands in strings is not counted."""
-    checks = (((b"[", b"{"), "max_json_containers"), ((b",",), "max_json_values"))
-    if all(_count(raw, marks) <= getattr(limits, key) for marks, key in checks):
+    most = {key: getattr(limits, key) for key in _MARKS}
+    if all(_count(raw, marks) <= most[key] for key, marks in _MARKS.items()):
         return
     # Outside of strings no JSON has a backslash, so that what is left of quotes are their ends.
     parts_marked = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    # Each value and each name may be a string: with more, the parts are not worth making.
-    most_strings = 2 * (limits.max_json_values + limits.max_json_containers + 1)
-    if parts_marked.count(b'"') > 2 * most_strings:
-        raise exceeded(limits, "max_json_values")
-    bare = b"".join(parts_marked.split(b'"')[::2])
-    for marks, key in checks:
-        if _count(bare, marks) > getattr(limits, key):
-            raise exceeded(limits, key)
+    in_string = 0
+    for start in range(0, len(parts_marked), _PIECE_BYTES):  # between pieces other threads run
+        parts = parts_marked[start : start + _PIECE_BYTES].split(b'"')
+        bare = b"".join(parts[in_string::2])
+        in_string ^= (len(parts) - 1) % 2
+        for key, marks in _MARKS.items():
+            most[key] -= _count(bare, marks)
+            if most[key] < 0:
+                raise exceeded(limits, key)
 
 
 def _count(raw: bytes, marks: tuple[bytes, ...]) -> int:
@@ -165,19 +177,31 @@ def _check_shape(value: Any, limits: LimitsConfig) -> None:
 
 
 class StrictRequest(Request):
-    """A request whose ``json`` accepts nothing but JSON, and translates it."""
+    """A request whose ``json`` accepts nothing but JSON, translates it, and checks it against the
+    route's schema.
+
+    FastAPI would check it on the event loop; a long body is read in a worker thread as a whole.
+    """
 
     translate: Callable[[Any, Scope], Any]
     on_repair: Callable[[], None] | None
+    check: Callable[[Any], Any]
 
     async def json(self) -> Any:
-        parsed = parse_json(
-            await self.body(),
-            named_charset(self.headers),
-            self.app.state.context.settings,
-            self.on_repair,
-        )
-        return self.translate(parsed, self.scope)
+        """The body as the route's model; FastAPI takes one as it is.
+
+        Raises:
+            ApiError: 400 naming the field, 503 where too many long bodies wait.
+        """
+        raw = await self.body()
+        request_info(self.scope).body_bytes = len(raw)
+        charset, context = named_charset(self.headers), self.app.state.context
+        return await context.text.prepare(len(raw), lambda: self._read(raw, charset))
+
+    def _read(self, raw: bytes, charset: str | None) -> Any:
+        settings = self.app.state.context.settings
+        parsed = parse_json(raw, charset, settings, self.on_repair)
+        return self.check(self.translate(parsed, self.scope))
 
     async def form(self, **limits: Any) -> FormData:  # type: ignore[override]
         """The parts of a form; large ones lie in temporary files.
@@ -205,6 +229,19 @@ class JsonRoute(APIRoute):
         """Return what notes that characters of the body were replaced; None refuses such a body."""
         return None
 
+    def check(self, parsed: Any) -> Any:
+        """Return the body as an object of the route's model.
+
+        Raises:
+            ApiError: 400 naming the field.
+        """
+        if self.body_field is None:
+            return parsed
+        value, errors = self.body_field.validate(parsed, {}, loc=("body",))
+        if errors:
+            raise from_validation_error(RequestValidationError(errors, body=parsed))
+        return value
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
@@ -217,6 +254,7 @@ class JsonRoute(APIRoute):
             strict = StrictRequest(request.scope, request.receive)
             strict.translate = self.translate
             strict.on_repair = self.repairs(request.scope)
+            strict.check = self.check
             return await handle(strict)
 
         return handle_strictly
@@ -267,5 +305,18 @@ class BodyLimitMiddleware:
 
 
 def json_response(payload: Mapping[str, Any] | Sequence[Any]) -> Response:
-    """A 200 with a JSON body."""
-    return Response(msgspec.json.encode(payload), media_type="application/json")
+    """A 200 with a JSON body.
+
+    Lists of lists and objects are written item by item, between which other threads run.
+    """
+    if isinstance(payload, Mapping):
+        parts: Any = {name: _written(value) for name, value in payload.items()}
+    else:
+        parts = _written(payload)
+    return Response(msgspec.json.encode(parts), media_type="application/json")
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+        return [msgspec.Raw(msgspec.json.encode(item)) for item in value]
+    return value

@@ -37,6 +37,8 @@ class RequestInfo:
         adapter: that its model name stands for; "" is the base model.
         is_batch: it is a line of a batch, which is served after other requests of its tenant.
         runs_on: its work goes on after it has ended, and settles the charge.
+        is_admin: it came through the admin port, whose middleware has admitted it.
+        body_bytes: of its body, once that was read.
         harmless, unknown: paths of the body's fields that have no effect, as the translation of
             its dialect found them: known to have none, and unknown.
     """
@@ -52,6 +54,8 @@ class RequestInfo:
     adapter: str = ""
     is_batch: bool = False
     runs_on: bool = False
+    is_admin: bool = False
+    body_bytes: int = 0
     harmless: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
@@ -93,23 +97,30 @@ def request_info(scope: Scope) -> RequestInfo:
     return info
 
 
-def has_request_info(scope: Scope) -> bool:
-    """Whether the request came through ``RequestInfoMiddleware``; the admin port has none."""
-    return _SCOPE_KEY in scope
-
-
 class RequestInfoMiddleware:
     """Gives each request an id and each response ``x-request-id`` and ``openai-processing-ms``.
 
     A client's own x-request-id is echoed if it is clean, else replaced. What no handler foresaw is
     answered here, so that it has an id too.
     A path may begin with the ``root_path`` that a proxy has not stripped.
+
+    Args:
+        on_refusal: called with the status of each refusal.
+        is_admin: these are the requests of the admin port.
     """
 
-    def __init__(self, app: ASGIApp, root_path: str, on_refusal: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        root_path: str,
+        on_refusal: Callable[[int], None],
+        *,
+        is_admin: bool = False,
+    ) -> None:
         self._app = app
         self._root_path = root_path
         self._on_refusal = on_refusal
+        self._is_admin = is_admin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -121,6 +132,7 @@ class RequestInfoMiddleware:
         info = RequestInfo(
             request_id=given.decode() if clean else f"req_{uuid.uuid4().hex}",
             started=time.monotonic(),
+            is_admin=self._is_admin,
             wants_explanation=headers.get(b"x-chunkllama-explain", b"") in (b"1", b"true"),
         )
         scope[_SCOPE_KEY] = info

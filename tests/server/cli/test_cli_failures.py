@@ -61,7 +61,7 @@ def _edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_unusable_model_folders(chunkllama, broken_model):
+def test_S22_unusable_model_folders(chunkllama, broken_model):
     config, weights = broken_model / "config.json", broken_model / "model.safetensors"
     good = config.read_text()
     _edit(config, hidden_size=128)

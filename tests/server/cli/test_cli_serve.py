@@ -118,6 +118,15 @@ def test_a_stream_beyond_the_drain_limit_ends_with_an_error_event(start_stopping
     assert server.process.wait(600) == 0
 
 
+def test_a_grammar_that_does_not_end_holds_up_no_exit(start):
+    server = start("--max-joined-texts", 1000, "--grammar-seconds", 0.5)
+    schema = {"allOf": [{"type": "string", "pattern": f"a{{{i}}}"} for i in range(60)]}
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    refused = server.chat(response_format=form)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "grammar_too_complex")
+    assert server.stop() == 0
+
+
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
 def test_an_idle_server_stops_at_once_and_leaves_nothing(start, sig):
     server = start()

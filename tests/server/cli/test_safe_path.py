@@ -33,7 +33,9 @@ def canaries(broken_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 
 
 @pytest.mark.parametrize("entry", ["script", "module"])
-def test_a_server_started_in_a_models_folder(canaries, broken_model, entry, monkeypatch) -> None:
+def test_S24_a_server_started_in_a_models_folder(
+    canaries, broken_model, entry, monkeypatch
+) -> None:
     monkeypatch.setenv("PYTHONSAFEPATH", "")
     command = [str(Path(sys.executable).with_name("chunkllama"))]
     if entry == "module":

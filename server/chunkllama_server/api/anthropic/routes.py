@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from functools import partial
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -38,15 +39,17 @@ async def _prepare(
     Raises:
         ApiError: 400 naming the field, 403, 404 or 503.
     """
-    info = context.admit(body, request)
+    info = await context.admit(body, request)
     template = context.text.template
     able = None if template is None else template.capabilities
     tags = None if able is None else thought_tags(context.settings, able)
-    translated = as_chat(
+    translate = partial(
+        as_chat,
         body,
         has_thoughts=tags is not None,
         thinks_between_tools=_INTERLEAVED in request.headers.get("anthropic-beta", ""),
     )
+    translated = await context.prepare(info, translate)
     request.scope[SPELLED] = translated.spelled
     info.name_ignored_fields(translated.ignored)
     return await prepare_chat(translated.chat, context, info)

@@ -195,7 +195,7 @@ def _new_batch(body: BatchRequest, now: int) -> BatchObject:
 @router.post("/v1/batches", responses=_POST)
 async def create_batch(body: BatchRequest, request: Request, context: Context) -> BatchObject:
     """Run the lines of a file in the background."""
-    info = context.admit(body, request)
+    info = await context.admit(body, request)
     runner = await _runner(context)
     store = runner.store
     stored = _file(store, info.tenant, body.input_file_id)

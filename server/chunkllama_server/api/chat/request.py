@@ -24,6 +24,7 @@ from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.sampling import (
     BATCH_PRIORITY,
     check_lengths,
+    check_num_logprobs,
     check_prompt_ids,
     request_priority,
     sampling_params,
@@ -49,17 +50,22 @@ async def prepare_chat(
     text = context.text
     able = None if text.template is None else text.template.capabilities
     output_format = call_format(context.settings.tool_call_parser, able, text.tokenizer)
-    tools = plan_tools(body, output_format, context.settings)
     if body.chat_template is not None and not context.settings.trust_request_chat_template:
         raise invalid("chat_template is not accepted by this server", "chat_template")
     template = await context.text.chat_template(body.chat_template)
-    prompter = ChatPrompter(body, context.settings, context.text, template, tools.prompt_tools)
+
+    def read() -> tuple[ToolConfig, ChatPrompter]:
+        tools = plan_tools(body, output_format, context.settings)
+        return tools, ChatPrompter(body, context.settings, text, template, tools.prompt_tools)
+
+    tools, prompter = await context.prepare(info, read)
     info.name_repairs(prompter.repairs)
     info.name_ignored_fields(prompter.ignored)
     prepared = PreparedChat(body, context, tools, prompter, await prompter.encode())
     if not tools.call_schemas:
         return prepared
-    return replace(prepared, tools=tools.bounded(prepared.num_answer_tokens))
+    num_tokens = prepared.num_answer_tokens
+    return replace(prepared, tools=await context.prepare(info, lambda: tools.bounded(num_tokens)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +125,11 @@ class PreparedChat:
 
     async def _observed_request(self, info: RequestInfo, request_id: str) -> EngineRequest:
         request = await self.engine_request(info, request_id)
-        self.context.metrics.prompt_heads.observe(
-            request.namespace, self.prompter.messages, request.prompt_token_ids
+        observe = partial(
+            self.context.metrics.prompt_heads.observe,
+            *(request.namespace, self.prompter.messages, request.prompt_token_ids),
         )
+        await self.context.prepare(info, observe)
         return request
 
     def _start(
@@ -174,7 +182,7 @@ class PreparedChat:
         """
         body, engine = self.body, self.context.engine.info
         ids, max_tokens = self.prompt.token_ids, getattr(self.body, self.max_tokens_field)
-        check_prompt_ids(ids, engine.vocab_size, "messages")
+        check_prompt_ids(ids, engine, "messages")
         check_lengths(len(ids), max_tokens, engine, "messages", self.max_tokens_field)
         sampling = sampling_params(
             body,
@@ -185,6 +193,9 @@ class PreparedChat:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             grammar=await self._grammar(info),
         )
+        if not body.stream:
+            room = engine.max_request_tokens - len(ids)
+            check_num_logprobs([ids], sampling, room, self.context.settings)
         cache = self._cache_plan()
         return EngineRequest(
             request_id=request_id,
@@ -215,13 +226,29 @@ class PreparedChat:
         return cache_plan(self.body, self.context.settings, breakpoints)
 
     async def _grammar(self, info: RequestInfo) -> GrammarSpec | None:
-        """Return the output's grammar, compiled once: calls, a typed answer, or either of them."""
+        """Return the output's grammar, compiled once."""
         left_out = list(self.tools.left_out)
+        grammar, param = await self.context.prepare(info, lambda: self._find_grammar(left_out))
+        info.name_ignored_fields(left_out)
+        if grammar is not None:
+            grammar = await self.context.grammars.check(grammar, param)
+        return with_thoughts(
+            grammar,
+            self.prompt.thoughts,
+            self.body.thinking_token_budget,
+            self.context.text.tokenizer,
+        )
+
+    def _find_grammar(self, left_out: list[str]) -> tuple[GrammarSpec | None, str]:
+        """The grammar of calls, of a typed answer or of either, and the field it comes from.
+
+        Args:
+            left_out: paths of schema keywords that it does not enforce are added.
+        """
         body = self.body
         grammar, param = grammar_of(
             body.response_format, body.structured_outputs, left_out, self.context.settings
         )
-        info.name_ignored_fields(left_out)
         if grammar is not None and not is_strict(body.response_format):
             grammar = bound_grammar(grammar, self.num_answer_tokens)
         tools, outputs = self.tools, body.structured_outputs
@@ -231,14 +258,7 @@ class PreparedChat:
             # After forced calls the typed answer follows in a later turn.
             grammar = tools.grammar(grammar, self.context.settings)
             param = "tools" if tools.is_forced else param
-        if grammar is not None:
-            grammar = await self.context.grammars.check(grammar, param)
-        return with_thoughts(
-            grammar,
-            self.prompt.thoughts,
-            body.thinking_token_budget,
-            self.context.text.tokenizer,
-        )
+        return grammar, param
 
 
 def _check_fields(body: ChatCompletionRequest) -> None:

@@ -66,9 +66,8 @@ class ChatAnswer:
         """Count the tokens so far; the prompt counts once for all choices."""
         return completion_usage(self.generation.counts, self.generation.explanations())
 
-    async def whole(self) -> ChatCompletion:
-        """Run the generation and return the completion."""
-        pieces = await self.generation.collect()
+    def whole(self, pieces: list[OutputDelta]) -> ChatCompletion:
+        """Return the completion of whole choices."""
         completion: ChatCompletion = {
             "id": self.generation.request.request_id,
             "object": "chat.completion",

@@ -15,7 +15,6 @@ from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.schema.chat_response import ChatCompletion, ChatCompletionChunk
-from chunkllama_server.transport.body import json_response
 from chunkllama_server.transport.sse import unless_disconnected
 
 router = APIRouter(route_class=DialectRoute, tags=["chat"])
@@ -30,7 +29,7 @@ async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, context: Context
 ) -> Response:
     """Answer a conversation, whole or as server-sent events."""
-    info = context.admit(body, request)
+    info = await context.admit(body, request)
     prepared = await prepare_chat(body, context, info)
     answer = ChatAnswer(
         body=body,
@@ -52,7 +51,8 @@ async def create_chat_completion(
     )
     if body.stream:
         return context.stream(answer.events(), info)
-    return json_response(await unless_disconnected(request, answer.whole()))
+    pieces = await unless_disconnected(request, answer.generation.collect())
+    return await context.respond(answer.generation.num_logprobs, lambda: answer.whole(pieces))
 
 
 def _tier_used(asked: str) -> str:

@@ -50,6 +50,9 @@ class Generation(Protocol):
     @property
     def counts(self) -> TokenCounts: ...
 
+    @property
+    def num_logprobs(self) -> int: ...
+
     def explanations(self) -> list[CacheExplanationBody]: ...
 
     def pieces(self) -> AsyncGenerator[list[OutputDelta], None]: ...
@@ -149,6 +152,11 @@ class BranchStream:
             output=sum(answer.output for answer in answers),
             reasoning=sum(answer.reasoning for answer in answers),
         )
+
+    @property
+    def num_logprobs(self) -> int:
+        """None: branches exclude log-probabilities."""
+        return 0
 
     def explanations(self) -> list[CacheExplanationBody]:
         """Return the explanation of the prompt's match, if one was asked for and is known."""

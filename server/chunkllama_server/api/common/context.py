@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
+from starlette.responses import Response
 
 from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
@@ -29,6 +30,7 @@ from chunkllama_server.config.settings import Settings
 from chunkllama_server.metrics.history import StatsHistory
 from chunkllama_server.metrics.server_metrics import ServerMetrics
 from chunkllama_server.transport.auth import Tenants
+from chunkllama_server.transport.body import json_response
 from chunkllama_server.transport.errors import (
     ApiError,
     invalid,
@@ -36,11 +38,7 @@ from chunkllama_server.transport.errors import (
     refused_model,
     unavailable,
 )
-from chunkllama_server.transport.request_context import (
-    RequestInfo,
-    has_request_info,
-    request_info,
-)
+from chunkllama_server.transport.request_context import RequestInfo, request_info
 from chunkllama_server.transport.sse import (
     OPENAI_STREAM,
     SseResponse,
@@ -239,7 +237,27 @@ class ServerContext:
         except (TimeoutError, EngineDeadError):
             return
 
-    def admit(self, body: RequestModel, request: Request) -> RequestInfo:
+    async def prepare(self, info: RequestInfo, work: Callable[[], T]) -> T:
+        """Return ``work()`` on a request's body; a worker thread does it where that is long.
+
+        Raises:
+            ApiError: 503 where too many long bodies wait.
+        """
+        return await self.text.prepare(info.body_bytes, work)
+
+    async def respond(self, num_values: int, make: Callable[[], Any]) -> Response:
+        """Return a JSON answer; a worker thread makes one of many values.
+
+        Args:
+            num_values: numbers or texts, about.
+            make: returns what the answer is written from.
+
+        Raises:
+            ApiError: 503 where too many long bodies wait.
+        """
+        return await self.text.prepare(num_values, lambda: json_response(make()))
+
+    async def admit(self, body: RequestModel, request: Request) -> RequestInfo:
         """Check what every POST needs: readiness, model, unknown and refused fields.
 
         Raises:
@@ -256,21 +274,31 @@ class ServerContext:
         self.check_model(model, info.tenant)
         info.adapter = self.adapter_of(model) or ""
         check_field_limits(body, self.settings)
-        unknown = [*info.unknown]
-        for path, kind in walk_fields(body):
-            if kind == "refused":
-                raise invalid(f"{path} is not supported by this server", path, "unsupported")
-            unknown.append(path)
+        unknown = await self.prepare(info, lambda: [*info.unknown, *_unknown_fields(body)])
         if unknown and self.settings.strict:
             raise invalid(f"Unknown field {unknown[0][:200]!r}", unknown[0], "unknown_field")
-        _check_options(unknown)
-        if body.refuses_binding:
-            _check_unknown(body)
         ignored = [*unknown, *info.harmless]
         if ignored:
             self.metrics.ignore_fields(len(ignored))
             info.name_ignored_fields(ignored)
         return info
+
+
+def _unknown_fields(body: RequestModel) -> list[str]:
+    """Paths of the fields that no model knows.
+
+    Raises:
+        ApiError: 400 for one that is known and not served, or would constrain the answer.
+    """
+    unknown = []
+    for path, kind in walk_fields(body):
+        if kind == "refused":
+            raise invalid(f"{path} is not supported by this server", path, "unsupported")
+        unknown.append(path)
+    _check_options(unknown)
+    if body.refuses_binding:
+        _check_unknown(body)
+    return unknown
 
 
 def _check_options(unknown: list[str]) -> None:
@@ -312,10 +340,9 @@ Context = Annotated[ServerContext, Depends(get_context)]
 def tenant_view(context: ServerContext, request: Request) -> str | None:
     """Return the tenant whose part the caller may see; None is all: an operator, the admin port,
     or a server without keys."""
-    if not context.tenants.keys or not has_request_info(request.scope):
-        return None
     info = request_info(request.scope)
-    return None if info.is_operator else info.tenant
+    sees_all = not context.tenants.keys or info.is_operator or info.is_admin
+    return None if sees_all else info.tenant
 
 
 def check_stream_options(body: SamplingFields) -> None:

@@ -17,7 +17,7 @@ from chunkllama_server.api.common.sampling import (
     check_lengths,
     check_prompt_ids,
 )
-from chunkllama_server.api.common.text_service import texts_size
+from chunkllama_server.api.common.text_service import pause_after, texts_size
 from chunkllama_server.api.schema.embeddings import EmbeddingRequest
 from chunkllama_server.transport.errors import invalid
 from chunkllama_server.transport.request_context import RequestInfo
@@ -67,9 +67,10 @@ async def input_ids(
             )
         if truncates:
             ids = ids[: info.max_request_tokens]
-        check_prompt_ids(ids, info.vocab_size, param)
+        check_prompt_ids(ids, info, param)
         check_lengths(len(ids), 0, info, param, param)
         result.append(ids)
+        await pause_after(index)
     return result
 
 
@@ -84,11 +85,12 @@ async def embed_inputs(
     namespace = context.tenants.namespace(info.tenant, body.cache_salt)
     cache = cache_plan(body, context.settings)
     slots = asyncio.Semaphore(MAX_AT_ONCE)
+    embedding_id, sampling = uuid.uuid4().hex, SamplingParams(temperature=0.0, max_tokens=1)
     requests = [
         EngineRequest(
-            request_id=f"embd-{uuid.uuid4().hex}",
+            request_id=f"embd-{embedding_id}-{index}",
             prompt_token_ids=ids,
-            sampling=SamplingParams(temperature=0.0, max_tokens=1),
+            sampling=sampling,
             namespace=namespace,
             tenant=info.tenant,
             wants_hidden_states=context.settings.embedding_pooling,
@@ -98,7 +100,7 @@ async def embed_inputs(
             explain=info.wants_explanation,
             adapter=info.adapter,
         )
-        for ids in prompts
+        for index, ids in enumerate(prompts)
     ]
     context.charge(info, requests)
 
@@ -116,6 +118,11 @@ async def embed_inputs(
         return generation
 
     return await gather_or_cancel([embed(each) for each in requests])
+
+
+def num_values(generations: list[RequestStream]) -> int:
+    """Return how many numbers the embeddings of generations that have run hold."""
+    return sum(len(generation.output.embedding or ()) for generation in generations)
 
 
 def vectors(

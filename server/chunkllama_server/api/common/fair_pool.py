@@ -23,6 +23,7 @@ class FairPool:
         name: prefix of their names.
         share: of a tenant, relative to others.
         clock: seconds, read in the worker threads.
+        num_spare: threads that ``stand_in`` may add.
     """
 
     def __init__(
@@ -31,8 +32,10 @@ class FairPool:
         name: str,
         share: Callable[[str], float],
         clock: Callable[[], float] = time.monotonic,
+        num_spare: int = 0,
     ) -> None:
-        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+        self._executor = ThreadPoolExecutor(num_threads + num_spare, thread_name_prefix=name)
+        self._num_spare = num_spare
         self._num_idle = num_threads
         self._share = share
         self._clock = clock
@@ -50,8 +53,27 @@ class FairPool:
         self._start_next()
         return await future
 
+    def stand_in(self, work: asyncio.Future[Any]) -> bool:
+        """Let another thread take the place of the one that does ``work`` until that ends.
+
+        Returns:
+            False where all spare threads are in use.
+        """
+        if not self._num_spare:
+            return False
+
+        def end(_: asyncio.Future[Any]) -> None:
+            self._num_spare += 1
+            self._num_idle -= 1
+
+        self._num_spare -= 1
+        self._num_idle += 1
+        work.add_done_callback(end)
+        self._start_next()
+        return True
+
     def _start_next(self) -> None:
-        while self._num_idle and self._queues:
+        while self._num_idle > 0 and self._queues:
             tenant = min(self._queues, key=lambda name: self._service[name])
             queue = self._queues[tenant]
             future, work = queue.popleft()

@@ -83,6 +83,11 @@ class ForkStream:
             reasoning=sum(part.reasoning for part in parts),
         )
 
+    @property
+    def num_logprobs(self) -> int:
+        """None: branches exclude log-probabilities."""
+        return 0
+
     def explanations(self) -> list[CacheExplanationBody]:
         """Return the explanation of the prompt's match, if one was asked for and is known."""
         return self._threads[0].stream.explanations()

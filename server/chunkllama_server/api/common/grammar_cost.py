@@ -19,7 +19,12 @@ _REPEAT = re.compile(r"\{(\d{1,18})(,(\d{0,18}))?\}|([*+?])")
 _GROUP = re.compile(r"\((\?(P?<\w+>|[a-zA-Z-]*:|<?[=!]))?")
 _MANY = 1 << 62
 _FREE_ESCAPES = frozenset("dDwWsSpP")
+# Keywords that become a regular expression of the value, by their part of ``max_joined_texts``.
+# A multiple of p has p states, and of p and q together p times q.
+_TEXT_KEYWORDS = {"pattern": 1, "format": 1, "minLength": 1, "maxLength": 1, "multipleOf": 5}
 _LARK_REPEAT = re.compile(r"\s*~\s*(\d{1,18})(?:\s*\.\.\s*(\d{1,18}))?")
+_LARK_SCHEMA = re.compile(r"%json\s*")
+_read_json = json.JSONDecoder().raw_decode
 # Possessive, and without need of a closing quote: each character is read once.
 _LARK_TOKEN = re.compile(
     r"//[^\n]*|\"(?:[^\"\\\n]|\\.)*+\"?i?|/(?:[^/\\\n]|\\.)++/?[a-z]*|[()\[\]]"
@@ -158,6 +163,7 @@ class _SchemaSize:
         self._open: set[int] = set()
         self._known: dict[int, int] = {}
         self._num_looked_at = 0
+        self._joined: dict[int, int] = {}
 
     def forced(self, schema: Any) -> int:
         if not isinstance(schema, Mapping) or id(schema) in self._open:
@@ -195,6 +201,45 @@ class _SchemaSize:
         else:
             total += items
         return total + self.forced(schema.get("additionalProperties"))
+
+    def check_joined(self) -> None:
+        """Refuse regular expressions whose intersection would take without end to compile."""
+        pending, seen = [self._root], set()
+        while pending:
+            node = pending.pop()
+            if isinstance(node, list):
+                pending += node
+            if not isinstance(node, Mapping) or id(node) in seen:
+                continue
+            seen.add(id(node))
+            pending += node.values()
+            if self._num_joined(node) > self._limits.max_joined_texts:
+                raise exceeded(self._limits, "max_joined_texts", self._param)
+            patterns = node.get("patternProperties")
+            most = self._limits.max_pattern_properties
+            if isinstance(patterns, Mapping) and len(patterns) > most:
+                raise exceeded(self._limits, "max_pattern_properties", self._param)
+
+    def _num_joined(self, schema: Any) -> int:
+        """Regular expressions that a value of the schema has to match together, at most."""
+        if not isinstance(schema, Mapping):
+            return 0
+        if id(schema) not in self._joined:
+            self._joined[id(schema)] = 0  # of a schema that leads back to itself
+            own = sum(
+                part  # of a keyword: what a property of its name has is a schema
+                for name, part in _TEXT_KEYWORDS.items()
+                if isinstance(schema.get(name), str | int | float)
+            )
+            if isinstance(reference := schema.get("$ref"), str):
+                own += self._num_joined(self._resolve(reference))
+            if isinstance(parts := schema.get("allOf"), list):
+                own += sum(map(self._num_joined, parts))
+            for name in ("anyOf", "oneOf"):
+                if isinstance(branches := schema.get(name), list):
+                    own += max(map(self._num_joined, branches), default=0)
+            self._joined[id(schema)] = own
+        return self._joined[id(schema)]
 
     def _resolve(self, reference: str) -> Any:
         node = self._root
@@ -247,20 +292,29 @@ def check_regex_cost(pattern: str, param: str, limits: LimitsConfig = DEFAULT_LI
 
 def check_lark_cost(grammar: str, param: str, limits: LimitsConfig = DEFAULT_LIMITS) -> None:
     """Raises:
-    ApiError: 400 when its repeats make each token dear.
+    ApiError: 400 when its repeats make each token dear, or a JSON schema in it would.
     """
     _check(*lark_size(grammar), param, limits)
+    for found in _LARK_SCHEMA.finditer(grammar):
+        try:
+            schema, _ = _read_json(grammar, found.end())
+        except ValueError:  # the compiler says so, too
+            continue
+        except RecursionError:
+            raise exceeded(limits, "max_schema_work", param) from None
+        check_schema_cost(schema, param, limits)
 
 
 def check_schema_cost(schema: Any, param: str, limits: LimitsConfig = DEFAULT_LIMITS) -> None:
     """Raises:
-    ApiError: 400 when constants, patterns and minItems force too long a text, or when its
-        references have no end.
+    ApiError: 400 when constants, patterns and minItems force too long a text, when its
+        references have no end, or when it joins many patterns.
     """
     try:
         size = _SchemaSize(schema, limits, param)
         _check(size.forced(schema), 0, param, limits)
         size.check_ends()
+        size.check_joined()
     except RecursionError:  # a chain of references, each to the next
         raise exceeded(limits, "max_schema_work", param) from None
 

@@ -20,6 +20,7 @@ from chunkllama.text.output_processor import OutputCollector, OutputDelta, Outpu
 from chunkllama.text.thoughts import NO_THOUGHTS, Thoughts
 from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.api.common.cache_explanation import explanation_body
+from chunkllama_server.api.common.sampling import num_logprobs
 from chunkllama_server.api.schema.usage import CacheExplanationBody, TokenCounts
 from chunkllama_server.metrics.request_timer import RequestTimer
 from chunkllama_server.metrics.server_metrics import ServerMetrics
@@ -79,6 +80,13 @@ class RequestStream:
         self._tokenizer = tokenizer
         self._on_pin = info.name_pin if request.pin_seconds > 0 else None
         self.is_pinned = False
+
+    @property
+    def num_logprobs(self) -> int:
+        """Log-probabilities that the answer holds so far."""
+        return num_logprobs(
+            len(self.request.prompt_token_ids), self.output.num_tokens, self.request.sampling
+        )
 
     @property
     def counts(self) -> TokenCounts:

@@ -77,9 +77,12 @@ class _Entry:
     def load(self) -> StoredResponse:
         return StoredResponse(
             msgspec.json.decode(self.response),
-            _MESSAGES.validate_json(self.messages),
+            self.load_messages(),
             msgspec.json.decode(self.input_items),
         )
+
+    def load_messages(self) -> list[ChatMessage]:
+        return _MESSAGES.validate_json(self.messages)
 
     def load_output(self) -> list[dict[str, Any]]:
         return _decode_output(self.response).output
@@ -181,6 +184,16 @@ class ResponseStore:
         entry = self._entry(tenant, response_id)
         return None if entry is None else entry.load()
 
+    def bytes_of(self, tenant: str) -> int:
+        """Return the bytes that a tenant has stored."""
+        own = self._tenants.get(tenant)
+        return 0 if own is None else own.num_bytes
+
+    def messages(self, tenant: str, response_id: str) -> Callable[[], list[ChatMessage]] | None:
+        """Return what loads the conversation of a stored response of this tenant, in any thread."""
+        entry = self._entry(tenant, response_id)
+        return None if entry is None else entry.load_messages
+
     def response(self, tenant: str, response_id: str) -> Response | None:
         """Return a stored response of this tenant alone; to read its conversation takes longer."""
         entry = self._entry(tenant, response_id)
@@ -211,7 +224,7 @@ class ResponseStore:
         return own.entries[response_id]
 
     def item_finder(self, tenant: str) -> Callable[[str], OutputItem | None]:
-        """A search for output items of a tenant's stored responses, for one request.
+        """A search for output items of a tenant's stored responses, for one request, in any thread.
 
         It decodes each response once, however many of its items the request refers to.
         """
@@ -221,11 +234,11 @@ class ResponseStore:
         def find(item_id: str) -> OutputItem | None:
             own = self._tenants.get(tenant)
             response_id = None if own is None else own.items.get(item_id)
-            if own is None or response_id is None:
+            entry = None if own is None or response_id is None else own.entries.get(response_id)
+            if entry is None or response_id is None:  # there is none, or another thread dropped it
                 return None
             if response_id not in outputs:
-                output = own.entries[response_id].load_output()
-                outputs[response_id] = {item["id"]: item for item in output}
+                outputs[response_id] = {item["id"]: item for item in entry.load_output()}
             return outputs[response_id].get(item_id)
 
         return find

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from chunkllama.messages import BACKGROUND_PRIORITY, EngineReady
@@ -10,7 +10,8 @@ from chunkllama.sampling_params import GrammarSpec, SamplingParams
 from chunkllama.text.output_processor import with_ranking
 from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.api.schema.base import SamplingFields
-from chunkllama_server.transport.errors import invalid
+from chunkllama_server.config.limits import LimitsConfig
+from chunkllama_server.transport.errors import exceeded, invalid
 
 T = TypeVar("T")
 
@@ -42,17 +43,55 @@ def _or(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
-def check_prompt_ids(ids: list[int], vocab_size: int, param: str) -> None:
-    """Refuse an empty prompt or an id outside the vocabulary.
+def check_prompt_ids(ids: list[int], info: EngineReady, param: str) -> None:
+    """Refuse an empty prompt or an id outside the vocabulary; ``check_lengths`` refuses a long one.
 
     Raises:
         ApiError: 400.
     """
     if not ids:
         raise invalid("The prompt is empty", param)
-    largest = max(ids)
-    if largest >= vocab_size or min(ids) < 0:
-        raise invalid(f"Token id {largest} is outside the vocabulary of {vocab_size}", param)
+    fitting = ids[: info.max_request_tokens]
+    largest = max(fitting)
+    if largest >= info.vocab_size or min(fitting) < 0:
+        raise invalid(f"Token id {largest} is outside the vocabulary of {info.vocab_size}", param)
+
+
+def num_logprobs(prompt_tokens: int, output_tokens: int, sampling: SamplingParams) -> int:
+    """Return how many log-probabilities an answer holds.
+
+    Args:
+        prompt_tokens: of all prompts.
+        output_tokens: of all choices.
+    """
+    found = 0
+    if sampling.logprobs is not None:
+        found += output_tokens * (1 + sampling.logprobs)
+    if sampling.prompt_logprobs is not None:
+        found += prompt_tokens * (1 + sampling.prompt_logprobs)
+    return found
+
+
+def check_num_logprobs(
+    prompts: Sequence[Sequence[int]], sampling: SamplingParams, room: int, limits: LimitsConfig
+) -> None:
+    """Refuse an answer that would be kept with more log-probabilities than the limit.
+
+    One sequence is bounded by the context.
+
+    Args:
+        room: output tokens of a choice where the request does not limit them.
+
+    Raises:
+        ApiError: 400.
+    """
+    num_choices = len(prompts) * sampling.num_sequences
+    if num_choices == 1:
+        return
+    output_tokens = num_choices * (room if sampling.max_tokens is None else sampling.max_tokens)
+    value = num_logprobs(sum(map(len, prompts)), output_tokens, sampling)
+    if value > limits.max_answer_logprobs:
+        raise exceeded(limits, "max_answer_logprobs", "logprobs", value=value)
 
 
 def check_lengths(

@@ -1,5 +1,5 @@
-"""Text to ids and back for the HTTP application: tokenizer, chat template, and a thread for long
-texts."""
+"""Text to ids and back for the HTTP application: tokenizer, chat template, and threads for long
+bodies and texts."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ T = TypeVar("T")
 _OBJECT_CHARS = 32
 # A text that took longer here has delayed every other request as long.
 _SLOW_SECONDS = 0.05
+_AT_ONCE = 64
 Message = dict[str, Any]
 
 
@@ -81,8 +82,9 @@ class TextService:
         self._limits = limits
         self.share: Callable[[str], float] = lambda _: 1.0
         self._pool = FairPool(1, "text", lambda tenant: self.share(tenant))
-        # Its own, so that the model's texts do not wait for it.
+        # Their own, so that the model's texts do not wait for them.
         self._template_pool = FairPool(1, "template", lambda tenant: self.share(tenant))
+        self._body_pool = FairPool(1, "body", lambda tenant: self.share(tenant))
         self._is_quick = True
 
     async def run(self, size: int, work: Callable[[], T], template: object = None) -> T:
@@ -102,6 +104,19 @@ class TextService:
             finally:
                 self._is_quick = time.thread_time() - started < _SLOW_SECONDS
         return await self._run_in(self._template_pool if is_foreign else self._pool, work)
+
+    async def prepare(self, num_bytes: int, work: Callable[[], T]) -> T:
+        """``work()`` on a request's body: here when that is short, else in a worker thread.
+
+        Args:
+            num_bytes: of the body.
+
+        Raises:
+            ApiError: 503 when the time limit passes.
+        """
+        if num_bytes <= self._limits.text_offload_chars:
+            return work()
+        return await self._run_in(self._body_pool, work)
 
     async def _run_in(self, pool: FairPool, work: Callable[[], T]) -> T:
         try:
@@ -153,8 +168,14 @@ class TextService:
             raise invalid(f"The template cannot be used: {error}", "chat_template") from None
 
     def close(self) -> None:
-        for pool in (self._pool, self._template_pool):
+        for pool in (self._pool, self._template_pool, self._body_pool):
             pool.close()
+
+
+async def pause_after(index: int) -> None:
+    """Let the event loop turn to other requests after each 64th of many items."""
+    if index % _AT_ONCE == _AT_ONCE - 1:
+        await asyncio.sleep(0)
 
 
 def texts_size(prompts: Iterable[str | list[int]]) -> int:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import cast
 
 from chunkllama.messages import EngineRequest
-from chunkllama.sampling_params import SamplingParams
+from chunkllama.sampling_params import GrammarSpec, SamplingParams
 from chunkllama_server.api.common.branches import Generation, branch_stream
 from chunkllama_server.api.common.context import ServerContext, check_stream_options
 from chunkllama_server.api.common.forks import fork_stream
@@ -16,13 +16,14 @@ from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.sampling import (
     BATCH_PRIORITY,
     check_lengths,
+    check_num_logprobs,
     check_prompt_ids,
     request_priority,
     sampling_params,
 )
 from chunkllama_server.api.common.schema_bounds import bound_grammar
 from chunkllama_server.api.common.structured_outputs import grammar_of, is_strict
-from chunkllama_server.api.common.text_service import texts_size
+from chunkllama_server.api.common.text_service import pause_after, texts_size
 from chunkllama_server.api.schema.completions import CompletionRequest
 from chunkllama_server.transport.errors import exceeded, invalid
 from chunkllama_server.transport.request_context import RequestInfo
@@ -79,14 +80,16 @@ async def prompt_ids(body: CompletionRequest, context: ServerContext) -> list[li
         if body.truncate_prompt_tokens is not None:
             ids = ids[-body.truncate_prompt_tokens :]
         param = f"prompt[{index}]" if is_list else "prompt"
-        check_prompt_ids(ids, context.engine.info.vocab_size, param)
+        check_prompt_ids(ids, context.engine.info, param)
         encoded.append(ids)
+        await pause_after(index)
     return encoded
 
 
 async def completion_sampling(
     body: CompletionRequest,
     context: ServerContext,
+    info: RequestInfo,
     prompts: list[list[int]],
     *,
     default_tokens: int = DEFAULT_MAX_TOKENS,
@@ -98,20 +101,26 @@ async def completion_sampling(
         ApiError, InvalidRequestError: 400 naming the field.
     """
     left_out: list[str] = []
-    info = context.engine.info
+    engine = context.engine.info
     longest = max(len(ids) for ids in prompts)
-    room, max_tokens = info.max_request_tokens - longest, body.max_tokens
+    room, max_tokens = engine.max_request_tokens - longest, body.max_tokens
     if max_tokens is not None and fits:
         max_tokens = max(min(max_tokens, room), 1)
-    check_lengths(longest, max_tokens, info, "prompt", "max_tokens")
+    check_lengths(longest, max_tokens, engine, "prompt", "max_tokens")
     if max_tokens is None:
         max_tokens = min(default_tokens, room)
-    grammar, param = grammar_of(
-        body.response_format, body.structured_outputs, left_out, context.settings
-    )
+    most = max_tokens
+
+    def find_grammar() -> tuple[GrammarSpec | None, str]:
+        grammar, param = grammar_of(
+            body.response_format, body.structured_outputs, left_out, context.settings
+        )
+        if grammar is not None and not is_strict(body.response_format):
+            grammar = bound_grammar(grammar, most)
+        return grammar, param
+
+    grammar, param = await context.prepare(info, find_grammar)
     if grammar is not None:
-        if not is_strict(body.response_format):
-            grammar = bound_grammar(grammar, max_tokens)
         grammar = await context.grammars.check(grammar, param)
     scores_prompt = max_tokens == 0 or (body.echo and body.logprobs is not None)
     if scores_prompt:
@@ -120,7 +129,7 @@ async def completion_sampling(
     return sampling_params(
         body,
         context.generation_defaults,
-        info,
+        engine,
         context.text.tokenizer,
         max_tokens=max_tokens,
         logprobs=body.logprobs,
@@ -189,8 +198,10 @@ async def _engine_requests(
     check_completion(body, context)
     prompts = await prompt_ids(body, context)
     sampling = await completion_sampling(
-        body, context, prompts, default_tokens=default_tokens, fits=fits
+        body, context, info, prompts, default_tokens=default_tokens, fits=fits
     )
+    if not body.stream:
+        check_num_logprobs(prompts, sampling, 0, context.settings)
     cache = cache_plan(body, context.settings)
     namespace = context.tenants.namespace(info.tenant, body.cache_salt)
     highest = context.highest_priority(info.tenant)
@@ -199,8 +210,9 @@ async def _engine_requests(
         if info.is_batch
         else request_priority(body.priority, None, info.tenant, highest)
     )
-    return [
-        EngineRequest(
+    requests = []
+    for index, ids in enumerate(prompts):
+        request = EngineRequest(
             request_id=f"{completion_id}-{index}",
             prompt_token_ids=ids,
             sampling=sampling,
@@ -212,8 +224,9 @@ async def _engine_requests(
             explain=info.wants_explanation or bool(body.explain_cache),
             adapter=info.adapter,
         )
-        for index, ids in enumerate(prompts)
-    ]
+        requests.append(request)
+        await pause_after(index)
+    return requests
 
 
 def _start(context: ServerContext, info: RequestInfo, request: EngineRequest) -> RequestStream:

@@ -62,14 +62,17 @@ class CompletionAnswer:
             "system_fingerprint": self.fingerprint,
         }
 
-    async def whole(self) -> Completion:
-        """Run all prompts; the failure of one ends all."""
+    async def collect(self) -> list[list[OutputDelta]]:
+        """Run all prompts and return the choices of each; the failure of one ends all."""
 
         async def collect(generation: Generation) -> list[OutputDelta]:
             async with self._slots:
                 return await generation.collect()
 
-        collected = await gather_or_cancel([collect(g) for g in self.generations])
+        return await gather_or_cancel([collect(g) for g in self.generations])
+
+    def whole(self, collected: list[list[OutputDelta]]) -> Completion:
+        """Return the completion of what was collected."""
         completion = self._completion(
             [
                 self._choice(number, piece, self._offsets(number), is_first=True)

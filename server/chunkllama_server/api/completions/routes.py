@@ -14,7 +14,6 @@ from chunkllama_server.api.completions.response import CompletionAnswer
 from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers
 from chunkllama_server.api.schema.completions import Completion, CompletionRequest
-from chunkllama_server.transport.body import json_response
 from chunkllama_server.transport.sse import unless_disconnected
 
 router = APIRouter(route_class=DialectRoute, tags=["completions"])
@@ -25,7 +24,7 @@ async def create_completion(
     body: CompletionRequest, request: Request, context: Context
 ) -> Response:
     """Continue one prompt or several, whole or as server-sent events."""
-    info = context.admit(body, request)
+    info = await context.admit(body, request)
     completion_id = f"cmpl-{uuid.uuid4().hex}"
     generations = await completion_generations(body, context, info, completion_id)
     prompts = [generation.request.prompt_token_ids for generation in generations]
@@ -39,7 +38,9 @@ async def create_completion(
     )
     if body.stream:
         return context.stream(answer.events(), info)
-    return json_response(await unless_disconnected(request, answer.whole()))
+    collected = await unless_disconnected(request, answer.collect())
+    num_values = sum(64 + generation.num_logprobs for generation in generations)
+    return await context.respond(num_values, lambda: answer.whole(collected))
 
 
 def _echo_text(body: CompletionRequest, context: ServerContext, index: int, ids: list[int]) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import time
 import uuid
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,7 +17,7 @@ from chunkllama import __version__
 from chunkllama_server.api.chat.request import prepare_chat
 from chunkllama_server.api.chat.thinking import thought_tags
 from chunkllama_server.api.common.context import Context, ServerContext
-from chunkllama_server.api.common.embed import embed_inputs, input_ids, vectors
+from chunkllama_server.api.common.embed import embed_inputs, input_ids, num_values, vectors
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.completions.request import completion_streams
 from chunkllama_server.api.ollama.request import SPELLED, chat_of, chat_of_prompt, completion_of
@@ -53,7 +54,7 @@ router = APIRouter(route_class=JsonRoute, tags=["ollama"])
 _LATEST = ":latest"
 
 
-def _admit(
+async def _admit(
     body: OllamaRequest | OllamaShowRequest, request: Request, context: ServerContext
 ) -> RequestInfo:
     """Check what every request needs; Ollama's clients add a tag to a model's name.
@@ -63,7 +64,7 @@ def _admit(
     """
     if context.adapter_of(body.model) is None:
         body.__dict__["model"] = body.model.removesuffix(_LATEST)
-    info = context.admit(body, request)
+    info = await context.admit(body, request)
     request.scope[SPELLED_KEY] = SPELLED  # later errors name fields of the completion
     return info
 
@@ -94,10 +95,10 @@ async def _send(
 @router.post("/api/chat", response_model=None, responses=ollama_answers(OllamaChatResponse))
 async def chat(body: OllamaChatRequest, request: Request, context: Context) -> Response:
     """Answer a conversation in Ollama's format, as lines of JSON unless stream is false."""
-    info = _admit(body, request, context)
+    info = await _admit(body, request, context)
     if not body.messages:
         return _loaded(body, "message", {"role": "assistant", "content": ""})
-    translated = chat_of(body, context.generation_defaults)
+    translated = await context.prepare(info, lambda: chat_of(body, context.generation_defaults))
     generation, tools = await _chat_stream(translated, context, info, "messages")
     answer = OllamaAnswer(
         model=body.model,
@@ -112,7 +113,7 @@ async def chat(body: OllamaChatRequest, request: Request, context: Context) -> R
 @router.post("/api/generate", response_model=None, responses=ollama_answers(OllamaGenerateResponse))
 async def generate(body: OllamaGenerateRequest, request: Request, context: Context) -> Response:
     """Answer a prompt in Ollama's format; a raw one is continued as it is."""
-    info = _admit(body, request, context)
+    info = await _admit(body, request, context)
     if not body.prompt:
         return _loaded(body, "response", "")
     if body.raw:
@@ -147,13 +148,15 @@ async def _embed(
     prompts = await input_ids(embedding, context, truncates=truncates)
     work = embed_inputs(embedding, context, request_info(request.scope), prompts)
     generations = await unless_disconnected(request, work)
-    return vectors(generations, dimensions), sum(map(len, prompts))
+    scale = partial(vectors, generations, dimensions)
+    found = await context.text.prepare(num_values(generations), scale)
+    return found, sum(map(len, prompts))
 
 
 @router.post("/api/embed", response_model=None, responses=ollama_answers(OllamaEmbedResponse))
 async def embed(body: OllamaEmbedRequest, request: Request, context: Context) -> Response:
     """Embed one text or several."""
-    info = _admit(body, request, context)
+    info = await _admit(body, request, context)
     texts = [body.input] if isinstance(body.input, str) and body.input else list(body.input)
     found, num_tokens = await _embed(
         texts, body.dimensions, request, context, truncates=body.truncate is not False
@@ -171,7 +174,7 @@ async def embed(body: OllamaEmbedRequest, request: Request, context: Context) ->
 @router.post("/api/embeddings", response_model=None, responses=ollama_answers(OllamaEmbedding))
 async def embeddings(body: OllamaEmbeddingsRequest, request: Request, context: Context) -> Response:
     """Embed one text, by the former path."""
-    _admit(body, request, context)
+    await _admit(body, request, context)
     texts = [body.prompt] if body.prompt else []
     found, _ = await _embed(texts, None, request, context, truncates=True)
     answer: OllamaEmbedding = {"embedding": found[0] if found else []}
@@ -218,7 +221,7 @@ async def tags(request: Request, context: Context) -> Response:
 @router.post("/api/show", response_model=None, responses=ollama_answers(OllamaShown))
 async def show(body: OllamaShowRequest, request: Request, context: Context) -> Response:
     """Describe a served model."""
-    _admit(body, request, context)
+    await _admit(body, request, context)
     template = context.text.template
     able = None if template is None else template.capabilities
     capabilities = ["completion", "embedding"]

@@ -177,30 +177,36 @@ def input_messages(
     return reader.messages, reader.repairs
 
 
+def reads_store(body: ResponseRequest) -> bool:
+    """Whether a request follows a stored response, or refers to items of one."""
+    items = body.input if isinstance(body.input, list) else []
+    return bool(body.previous_response_id) or any(i.type == "item_reference" for i in items)
+
+
 def previous_messages(
     body: ResponseRequest, context: ServerContext, tenant: str
-) -> list[ChatMessage]:
-    """The conversation of the response this one follows.
+) -> Callable[[], list[ChatMessage]]:
+    """What loads the conversation of the response this one follows, in any thread.
 
     Raises:
         ApiError: 404 when it is not, or no longer, stored; 400 while it is running.
     """
     previous = body.previous_response_id
     if not previous:
-        return []
+        return list
     if context.background.get(tenant, previous) is not None:
         raise invalid(
             f"Response {previous!r} is still running", "previous_response_id", "response_running"
         )
-    stored = context.responses.get(tenant, previous)
-    if stored is None:
+    load = context.responses.messages(tenant, previous)
+    if load is None:
         raise ApiError(
             404,
             f"Response {previous!r} is not stored (any more)",
             "previous_response_id",
             "response_not_found",
         )
-    return [message.model_copy().from_path("previous_response_id") for message in stored.messages]
+    return lambda: [message.from_path("previous_response_id") for message in load()]
 
 
 def _tools(body: ResponseRequest) -> list[ChatTool] | None:

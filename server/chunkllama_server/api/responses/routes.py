@@ -18,9 +18,9 @@ from chunkllama_server.api.common.response_store import StoredResponse
 from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers, refusals
 from chunkllama_server.api.responses.items import assistant_message, compaction, input_items
-from chunkllama_server.api.responses.request import as_chat, previous_messages
+from chunkllama_server.api.responses.request import as_chat, previous_messages, reads_store
 from chunkllama_server.api.responses.response import OnEnded, ResponseAnswer
-from chunkllama_server.api.schema.chat import ChatMessage
+from chunkllama_server.api.schema.chat import ChatCompletionRequest, ChatMessage
 from chunkllama_server.api.schema.response_object import (
     CompactedResponse,
     DeletedResponse,
@@ -60,10 +60,24 @@ async def prepare(
     Raises:
         ApiError: 400 naming the field, 404 for a previous response that is not stored.
     """
-    history = previous_messages(body, context, info.tenant)
-    chat = as_chat(body, history, context.responses.item_finder(info.tenant))
+    chat = await _as_chat(body, context, info)
     conversation = chat.messages[chat.messages[0].origin == "instructions" :]
     return await prepare_chat(chat, context, info), conversation
+
+
+async def _as_chat(
+    body: ResponseRequest, context: ServerContext, info: RequestInfo
+) -> ChatCompletionRequest:
+    """The chat completion of a request and of what it follows.
+
+    Raises:
+        ApiError: as ``prepare``.
+    """
+    if reads_store(body):
+        info.body_bytes += context.responses.bytes_of(info.tenant)
+    load = previous_messages(body, context, info.tenant)
+    find_item = context.responses.item_finder(info.tenant)
+    return await context.prepare(info, lambda: as_chat(body, load(), find_item))
 
 
 def rename_param(error: ApiError) -> ApiError:
@@ -96,7 +110,7 @@ async def create_response(
 ) -> HttpResponse:
     """Answer an input, whole, as events or in the background; the response is stored unless store
     is false."""
-    info = context.admit(body, request)
+    info = await context.admit(body, request)
     if body.background:
         context.background.check_room(info.tenant)
     response_id = f"resp_{uuid.uuid4().hex}"
@@ -107,7 +121,7 @@ async def create_response(
         )
     except ApiError as error:
         raise rename_param(error) from None
-    items = input_items(body)
+    items = await context.prepare(info, lambda: input_items(body))
 
     def keep(response: Response, events: bytes) -> None:
         if body.store is not False and (body.background or response["status"] != "failed"):
@@ -135,7 +149,7 @@ async def count_input_tokens(
     body: ResponseRequest, request: Request, context: Context
 ) -> HttpResponse:
     """Count the tokens a response's prompt would have."""
-    info = context.admit(body, request)
+    info = await context.admit(body, request)
     try:
         prepared, _ = await prepare(body, context, info)
     except ApiError as error:
@@ -152,11 +166,10 @@ async def compact_response(
     body: ResponseRequest, request: Request, context: Context
 ) -> HttpResponse:
     """Summarise a conversation in one item that stands for it as the input of a later response."""
-    info = context.admit(body, request)
+    info = await context.admit(body, request)
     body.tool_choice = "none" if body.tools else None
     try:
-        history = previous_messages(body, context, info.tenant)
-        chat = as_chat(body, history, context.responses.item_finder(info.tenant))
+        chat = await _as_chat(body, context, info)
         conversation = list(chat.messages)
         chat.messages.append(ChatMessage(role="user", content=_SUMMARISE))
         prepared = await prepare_chat(chat, context, info)

@@ -34,6 +34,14 @@ class LiveRequests(TypedDict):
     data: list[LiveRequestState]
 
 
+class EndedTenant(TypedDict):
+    """All requests of a tenant that were ended on demand."""
+
+    object: Literal["ended"]
+    tenant: str
+    count: int
+
+
 class Ended(TypedDict):
     """Requests that were ended on demand: one, or all with this ``x-request-id``."""
 

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from chunkllama import __version__
 from chunkllama_server.api.common.context import Context, ServerContext
-from chunkllama_server.api.common.embed import embed_inputs, input_ids, vectors
+from chunkllama_server.api.common.embed import embed_inputs, input_ids, num_values, vectors
 from chunkllama_server.api.completions.request import completion_streams
 from chunkllama_server.api.openapi import tgi_answers
 from chunkllama_server.api.schema.base import StructuredOutputs
@@ -103,7 +103,7 @@ def _constraint(grammar: TgiGrammar | None) -> StructuredOutputs | None:
 async def _start(
     body: TgiRequest, request: Request, context: ServerContext, *, streams: bool
 ) -> TgiGeneration:
-    info = context.admit(body, request)
+    info = await context.admit(body, request)
     request.scope[SPELLED] = _SPELLED
     model = context.allowed_models(info.tenant)[0]
     completion = completion_of(body, model, streams=streams)
@@ -146,7 +146,7 @@ async def compat_generate(body: TgiCompatRequest, request: Request, context: Con
 @router.post("/embed", response_model=None, responses=tgi_answers(list[list[float]]))
 async def embed(body: TeiEmbedRequest, request: Request, context: Context) -> Response:
     """Embed one text or several; huggingface_hub's feature_extraction."""
-    info = context.admit(body, request)
+    info = await context.admit(body, request)
     request.scope[SPELLED] = {"input": "inputs"}
     scaled = body.normalize is not False
     if not scaled and body.dimensions is not None:
@@ -156,7 +156,9 @@ async def embed(body: TeiEmbedRequest, request: Request, context: Context) -> Re
     generations = await unless_disconnected(
         request, embed_inputs(embedding, context, info, prompts)
     )
-    return json_response(vectors(generations, body.dimensions, scaled=scaled))
+    return await context.respond(
+        num_values(generations), lambda: vectors(generations, body.dimensions, scaled=scaled)
+    )
 
 
 @router.get("/info", response_model=TgiInfo, responses=tgi_answers(TgiInfo))
