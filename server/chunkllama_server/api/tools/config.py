@@ -212,7 +212,12 @@ def _call_schema(
     check_schema(parameters, path, limits)
     owner = f"the function {function.name!r}"
     prepared = prepare_schema(
-        parameters, path, strict=bool(function.strict), owner=owner, limits=limits
+        parameters,
+        path,
+        strict=bool(function.strict),
+        is_call=True,
+        owner=owner,
+        limits=limits,
     )
     left_out += prepared.left_out
     return {

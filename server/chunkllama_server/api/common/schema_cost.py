@@ -1,0 +1,178 @@
+"""Bound what the grammar of a JSON schema costs at each token, and find schemas without end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from chunkllama_server.api.common.grammar_cost import MANY, check_size, regex_size
+from chunkllama_server.api.common.schema_references import follow
+from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
+from chunkllama_server.transport.errors import exceeded, invalid
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """The characters in a row that a text has no choice in.
+
+    Attributes:
+        first: at its beginning.
+        last: at its end.
+        longest: anywhere.
+        is_whole: the whole text is such a run.
+    """
+
+    first: int = 0
+    last: int = 0
+    longest: int = 0
+    is_whole: bool = True
+
+    def then(self, after: _Runs) -> _Runs:
+        """Those of a text that follows on this one."""
+        return _Runs(
+            self.first + after.first if self.is_whole else self.first,
+            self.last + after.last if after.is_whole else after.last,
+            min(max(self.longest, after.longest, self.last + after.first), MANY),
+            self.is_whole and after.is_whole,
+        )
+
+    def times(self, count: int) -> _Runs:
+        """Those of so many texts in a row."""
+        if self.is_whole:
+            return _fixed(min(self.first * count, MANY))
+        return self.then(self) if count > 1 else self
+
+
+def _fixed(length: int) -> _Runs:
+    return _Runs(length, length, length)
+
+
+def _free(longest: int) -> _Runs:
+    """Text with a choice in it, which forces so many characters at most."""
+    return _Runs(longest, longest, longest, is_whole=False)
+
+
+def _one_of(runs: Iterable[_Runs]) -> _Runs:
+    return _free(max((run.longest for run in runs), default=0))
+
+
+def _in_turn(runs: Iterable[_Runs]) -> _Runs:
+    return reduce(_Runs.then, runs, _Runs())
+
+
+class _SchemaSize:
+    """The text a JSON schema forces, following its references once each.
+
+    Raises:
+        ApiError: 400 when it has too many parts, or is nothing but references to itself.
+    """
+
+    def __init__(self, root: Any, limits: LimitsConfig, param: str) -> None:
+        self._root = root
+        self._limits = limits
+        self._param = param
+        self._open: set[int] = set()
+        self._known: dict[int, _Runs] = {}
+        self._num_looked_at = 0
+
+    def forced(self, schema: Any) -> _Runs:
+        if not isinstance(schema, Mapping) or id(schema) in self._open:
+            return _free(1)
+        if id(schema) not in self._known:
+            self._open.add(id(schema))
+            if len(self._known) + len(self._open) > self._limits.max_schema_work:
+                raise exceeded(self._limits, "max_schema_work", self._param)
+            self._known[id(schema)] = self._compute(schema)
+            self._open.discard(id(schema))
+        return self._known[id(schema)]
+
+    def _compute(self, schema: Mapping[str, Any]) -> _Runs:
+        if "const" in schema:
+            return _fixed(len(json.dumps(schema["const"])))
+        if isinstance(values := schema.get("enum"), list):
+            texts = [_fixed(len(json.dumps(value))) for value in values]
+            return texts[0] if len(texts) == 1 else _one_of(texts)
+        parts = [*self._joined(schema)]
+        if isinstance(pattern := schema.get("pattern"), str):
+            forced, expanded = regex_size(pattern)
+            is_bounded = expanded <= self._limits.max_expanded_chars
+            parts.append(_free(forced if is_bounded else MANY))
+        if isinstance(schema.get("items"), Mapping):
+            count = schema.get("minItems")
+            least = count if isinstance(count, int) and count > 0 else 1
+            parts.append(self.forced(schema["items"]).then(_fixed(1)).times(least))
+        if isinstance(properties := schema.get("properties"), Mapping):
+            parts += self._members(properties, schema.get("required"))
+        if isinstance(others := schema.get("additionalProperties"), Mapping):
+            parts.append(_one_of([self.forced(others)]))
+        if schema.get("type") == "null":
+            parts.append(_fixed(4))
+        return _in_turn(parts or [_free(1)])
+
+    def _joined(self, schema: Mapping[str, Any]) -> Iterable[_Runs]:
+        if isinstance(reference := schema.get("$ref"), str):
+            yield self.forced(follow(self._root, reference))
+        for name in ("anyOf", "oneOf"):
+            if isinstance(branches := schema.get(name), list):
+                yield _one_of(map(self.forced, branches))
+        for name in ("allOf", "prefixItems"):
+            if isinstance(branches := schema.get(name), list):
+                yield from map(self.forced, branches)
+
+    def _members(self, properties: Mapping[str, Any], required: Any) -> Iterable[_Runs]:
+        listed = required if isinstance(required, list) else []
+        names = {name for name in listed if isinstance(name, str)}
+        for name, value in properties.items():
+            member = _fixed(len(name) + 4).then(self.forced(value))
+            # One that may be left out begins with a choice.
+            yield member if name in names else _free(member.longest)
+
+    def check_ends(self) -> None:
+        """Refuse a schema whose references lead back to it before they reach anything else."""
+        if self._is_endless(self._root):
+            raise invalid(
+                "The schema refers to itself without end", self._param, "grammar_too_complex"
+            )
+
+    def _is_endless(self, schema: Any) -> bool:
+        if not isinstance(schema, Mapping):
+            return False
+        if id(schema) in self._open:
+            return True
+        self._num_looked_at += 1
+        if self._num_looked_at > self._limits.max_schema_work:
+            raise exceeded(self._limits, "max_schema_work", self._param)
+        self._open.add(id(schema))
+        try:
+            return self._leads_back(schema)
+        finally:
+            self._open.discard(id(schema))
+
+    def _leads_back(self, schema: Mapping[str, Any]) -> bool:
+        """Whether every text of the schema is one of a schema that is being looked at."""
+        reference, parts = schema.get("$ref"), schema.get("allOf")
+        if isinstance(reference, str) and self._is_endless(follow(self._root, reference)):
+            return True
+        if isinstance(parts, list) and any(map(self._is_endless, parts)):
+            return True
+        choices = [schema.get(name) for name in ("anyOf", "oneOf")]
+        return any(
+            isinstance(branches, list) and branches and all(map(self._is_endless, branches))
+            for branches in choices
+        )
+
+
+def check_schema_cost(schema: Any, param: str, limits: LimitsConfig = DEFAULT_LIMITS) -> None:
+    """Raises:
+    ApiError: 400 when constants, patterns and minItems force too long a text, or when its
+        references have no end.
+    """
+    try:
+        size = _SchemaSize(schema, limits, param)
+        check_size(size.forced(schema).longest, 0, param, limits)
+        size.check_ends()
+    except RecursionError:  # a chain of references, each to the next
+        raise exceeded(limits, "max_schema_work", param) from None
