@@ -221,7 +221,6 @@ OPEN = {"type": "object", "minProperties": 1}
     "schema",
     [
         {"allOf": [{"$ref": "#/$defs/Base"}, OPEN]},
-        {"allOf": [{"$ref": "#/$defs/Base"}, {"type": "object", "properties": {"x": {}}}]},
         {"allOf": [{"$ref": "#/$defs/Base"}, {"$ref": "#/$defs/Map"}]},
         {"allOf": [{"$ref": "#/$defs/Base"}, {"properties": 3}]},
         {"allOf": 3, "$ref": "#/$defs/Base", "properties": {}},

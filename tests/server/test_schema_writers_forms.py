@@ -159,6 +159,52 @@ def test_members_beside_alternatives_are_part_of_each():
     assert not takes(either, {}) and not takes(either, {"c": 1})
 
 
+def test_a_part_narrows_a_member_of_another():
+    """As a derived class does with the type that its base has for several."""
+    base = fields(kind=TEXT, of=fields(["a"], a=WHOLE))
+    more = fields(kind={"const": "cat"}, of={"type": "object", "properties": {"b": WHOLE}})
+    schema = {"allOf": [{"$ref": "#/$defs/Base"}, more], "$defs": {"Base": base}}
+    assert takes(schema, {"kind": "cat", "of": {"a": 1, "b": 2}})
+    for value in ({"kind": "dog", "of": {"a": 1}}, {"kind": "cat", "of": {"b": 1}}):
+        assert not takes(schema, value)
+    assert not takes(schema, {"kind": "cat", "of": {"a": 1}, "more": 1})
+
+
+def test_a_part_without_other_members_keeps_those_that_another_requires():
+    closed = {**fields(a=WHOLE), "additionalProperties": False}
+    schema = {"allOf": [closed, fields(["b"], b=WHOLE, c=WHOLE)]}
+    for strict in (False, True):
+        made = prepare_schema(schema, "s", strict=strict).schema
+        assert (made["properties"].keys(), made["additionalProperties"]) == ({"a", "b"}, False)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        fields(next=NODE),
+        {"type": "array", "items": NODE, "minItems": 1},
+        {"type": "array", "prefixItems": [TEXT, NODE], "minItems": 2},
+        fields(next={"anyOf": [NODE, fields(a=NODE)]}),
+    ],
+    ids=str,
+)
+def test_a_schema_without_a_finite_text_is_refused(node):
+    with pytest.raises(ApiError, match="refers to itself without end"):
+        prepare_schema({**fields(a=NODE), "$defs": {"Node": node}}, "s", strict=False)
+
+
+def test_a_schema_with_a_finite_text_is_read_in_time():
+    """Each level is looked at once, though every one has two references to the next."""
+    levels = {
+        f"L{level}": fields(
+            a={"$ref": f"#/$defs/L{level + 1}"}, b={"$ref": f"#/$defs/L{level + 1}"}
+        )
+        for level in range(60)
+    }
+    definitions = {**levels, "L60": {"anyOf": [{"$ref": "#/$defs/L0"}, TEXT]}}
+    prepare_schema({"$ref": "#/$defs/L0", "$defs": definitions}, "s", strict=True)
+
+
 def test_a_member_that_is_required_and_not_described_may_be_anything():
     assert takes(fields(["a", "z"], a=TEXT), {"a": "x", "z": [1]})
     assert not takes(fields(["a", "z"], a=TEXT), {"a": "x"})
@@ -171,6 +217,10 @@ def test_counts_beside_optional_members_are_enforced_where_the_object_is_closed(
         prepare_schema(schema, "s", strict=True)
     both = {**schema, "additionalProperties": False}
     assert takes(both, {"b": 1}, strict=True) and not takes(both, {}, strict=True)
+    assert takes({**both, "maxProperties": 2}, {"a": 1, "b": 1}, strict=True)
+    assert prepare_schema({**both, "minProperties": 2}, "s", strict=False).left_out == [
+        "s.minProperties"
+    ]
 
 
 def test_arguments_of_a_strict_call_are_closed():

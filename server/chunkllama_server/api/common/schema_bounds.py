@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from chunkllama.sampling_params import GrammarSpec
+from chunkllama_server.api.common.schema_keywords import COMBINATORS
 from chunkllama_server.api.common.schema_texts import other_names
 
 MAX_INTEGER = 2**53 - 1
@@ -49,6 +50,7 @@ _ANNOTATIONS = frozenset(
         *("$comment", "nullable", "example"),
     )
 )
+_MEMBERS = frozenset(("properties", "patternProperties", "additionalProperties"))
 _FIXED = frozenset(("enum", "const", "$ref"))
 
 
@@ -79,8 +81,8 @@ def _merges(schema: Any) -> bool:
         return any(map(_merges, schema))
     if not isinstance(schema, dict):
         return False
-    is_merged = "allOf" in schema or {"$ref", "properties"} <= schema.keys()
-    return is_merged or any(map(_merges, schema.values()))
+    joins, members = schema.keys() & COMBINATORS, schema.keys() & _MEMBERS
+    return "allOf" in joins or bool(joins and members) or any(map(_merges, schema.values()))
 
 
 def _floor(number: int) -> int:
@@ -167,12 +169,14 @@ class _Bounder:
             if "items" not in node and "prefixItems" not in node:
                 node["items"] = self._any(depth + 1)
         is_map = "object" in kinds and node.get("additionalProperties", True) is not False
+        # What holds together with others is left to them.
+        is_map &= not node.keys() & COMBINATORS and (self._bounds_names or "properties" not in node)
         if is_map and "patternProperties" not in node:
             value = node.setdefault("additionalProperties", self._any(depth + 1))
             properties = node.get("properties")
             names = list(properties) if isinstance(properties, dict) else []
             # The grammar library counts the members of plain maps alone.
-            if names and self._bounds_names and _is_short(names):
+            if names and _is_short(names):
                 node["patternProperties"] = {other_names(names, _NAME_CHARS): value}
                 node["additionalProperties"] = False
             elif not names:

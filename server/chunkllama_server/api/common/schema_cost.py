@@ -76,6 +76,8 @@ class _SchemaSize:
         self._param = param
         self._open: set[int] = set()
         self._known: dict[int, _Runs] = {}
+        # Those that have a finite text.
+        self._ending: set[int] = set()
         self._num_looked_at = 0
 
     def forced(self, schema: Any) -> _Runs:
@@ -138,7 +140,7 @@ class _SchemaSize:
             )
 
     def _is_endless(self, schema: Any) -> bool:
-        if not isinstance(schema, Mapping):
+        if not isinstance(schema, Mapping) or id(schema) in self._ending:
             return False
         if id(schema) in self._open:
             return True
@@ -147,22 +149,38 @@ class _SchemaSize:
             raise exceeded(self._limits, "max_schema_work", self._param)
         self._open.add(id(schema))
         try:
-            return self._leads_back(schema)
+            leads_back = self._leads_back(schema)
         finally:
             self._open.discard(id(schema))
+        if not leads_back:
+            self._ending.add(id(schema))
+        return leads_back
 
     def _leads_back(self, schema: Mapping[str, Any]) -> bool:
-        """Whether every text of the schema is one of a schema that is being looked at."""
-        reference, parts = schema.get("$ref"), schema.get("allOf")
-        if isinstance(reference, str) and self._is_endless(follow(self._root, reference)):
-            return True
-        if isinstance(parts, list) and any(map(self._is_endless, parts)):
+        """Whether every text of the schema has one of a schema that is being looked at in it."""
+        if any(map(self._is_endless, self._parts(schema))):
             return True
         choices = [schema.get(name) for name in ("anyOf", "oneOf")]
         return any(
             isinstance(branches, list) and branches and all(map(self._is_endless, branches))
             for branches in choices
         )
+
+    def _parts(self, schema: Mapping[str, Any]) -> Iterable[Any]:
+        """The schemas that each text of a schema follows."""
+        if "const" in schema or "enum" in schema:
+            return
+        if isinstance(reference := schema.get("$ref"), str):
+            yield follow(self._root, reference)
+        if isinstance(parts := schema.get("allOf"), list):
+            yield from parts
+        properties, required = schema.get("properties"), schema.get("required")
+        if isinstance(properties, Mapping) and isinstance(required, list):
+            yield from (properties.get(name) for name in required if isinstance(name, str))
+        least = schema.get("minItems")
+        if isinstance(least, int) and least > 0:
+            first = schema.get("prefixItems")
+            yield from first[:least] if isinstance(first, list) else [schema.get("items")]
 
 
 def check_schema_cost(schema: Any, param: str, limits: LimitsConfig = DEFAULT_LIMITS) -> None:

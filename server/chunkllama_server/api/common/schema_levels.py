@@ -150,8 +150,8 @@ class _Preparer:
             return None
         if key == "format" and not (isinstance(value, str) and value in FORMATS):
             return self._leave_out(path, constrains=False)
-        if key in _COUNTS and not self._is_counted(node):
-            return self._leave_out(path)
+        if key in _COUNTS and isinstance(value, int):
+            return self._count(node, key, value, path)
         enforced = value
         if key == "pattern" and isinstance(value, str):
             enforced = enforceable(value)
@@ -165,16 +165,27 @@ class _Preparer:
             return value
         return self._leave_out(path) if enforced is None else enforced
 
-    def _is_counted(self, node: dict[str, Any]) -> bool:
-        """Whether a grammar counts the members of an object: not beside optional ones that it
-        lists where it may have others."""
+    def _count(
+        self, node: dict[str, Any], key: str, value: int, path: tuple[str, ...]
+    ) -> int | None:
+        """A bound of an object's members; beside optional ones that it lists a grammar counts none
+        but the first."""
         listed, required = node.get("properties"), node.get("required")
+        if COMBINATORS & node.keys():
+            return self._leave_out(path)
+        if not isinstance(listed, dict):
+            return value
+        given = required if isinstance(required, list) else []
+        names = {name for name in given if isinstance(name, str)}
+        if listed.keys() <= names:
+            return value
         is_open = node.get("additionalProperties", self._is_open) is not False
-        is_open |= bool((COMBINATORS | {"patternProperties"}) & node.keys())
-        if not is_open or not isinstance(listed, dict):
-            return True
-        names = required if isinstance(required, list) else []
-        return listed.keys() <= {name for name in names if isinstance(name, str)}
+        is_open |= "patternProperties" in node
+        if key == "maxProperties" and value >= len(listed) and not is_open:
+            return None
+        one_more = len(names) + 1
+        is_counted = value == one_more or (key == "minProperties" and value < one_more)
+        return value if is_counted and not is_open else self._leave_out(path)
 
     def _with_names(self, node: dict[str, Any]) -> dict[str, Any]:
         """A map whose names are listed, as an object that has these members."""

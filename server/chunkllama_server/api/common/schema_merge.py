@@ -55,26 +55,13 @@ class _Joined:
 
     Attributes:
         is_object: a part says that it is one, or has a member.
-        is_closed: a part has no members but those that are listed.
+        only: the members that parts without others have in common; None without such a part.
     """
 
     is_object: bool
-    is_closed: bool = False
+    only: frozenset[str] | None = None
     properties: Mapping[str, Any] | None = None
     required: Mapping[str, None] = field(default_factory=dict)
-
-    def add(self, part: _Joined) -> bool:
-        """Add a part, its members first; False if the two define one in different ways."""
-        if part.properties is not None:
-            known = self.properties or {}
-            for name, item in part.properties.items():
-                if name in known and known[name] != item:
-                    return False
-            self.properties = {**part.properties, **known}
-        self.is_object |= part.is_object
-        self.is_closed |= part.is_closed
-        self.required = {**self.required, **part.required}
-        return True
 
 
 class _Merger:
@@ -84,6 +71,8 @@ class _Merger:
         self._max_depth = limits.max_schema_depth
         self._chars_left = limits.max_schema_chars
         self._chars: dict[str, int] = {}
+        # What two descriptions of a member say together, by their identities.
+        self._both: dict[tuple[int, int], dict[str, Any]] = {}
         # Joins that are being merged, with the name of one that is met inside itself.
         self._open: dict[int, str | None] = {}
         given = root.get("$defs", {}) if isinstance(root, dict) else {}
@@ -151,10 +140,14 @@ class _Merger:
     def _object(self, joined: _Joined, depth: int) -> dict[str, Any]:
         merged: dict[str, Any] = {"type": "object"}
         if joined.properties is not None:
-            merged["properties"] = self._member("properties", joined.properties, depth)
+            members = joined.properties
+            if joined.only is not None:
+                allowed = joined.only | joined.required.keys()
+                members = {name: item for name, item in members.items() if name in allowed}
+            merged["properties"] = self._member("properties", members, depth)
         if joined.required:
             merged["required"] = list(joined.required)
-        if joined.is_closed:
+        if joined.only is not None:
             merged["additionalProperties"] = False
         return merged
 
@@ -171,7 +164,10 @@ class _Merger:
         for branch in branches:
             whole = self._joined(base, frozenset(), 0)
             part = self._joined(branch, frozenset(), 0)
-            if whole is None or part is None or not part.add(whole) or not part.is_object:
+            if whole is None or part is None:
+                return None
+            self._add(part, whole)
+            if not part.is_object:
                 return None
             alternatives.append((_notes(branch), part))
         return alternatives or None
@@ -195,9 +191,33 @@ class _Merger:
             return None
         for item in parts:
             part = self._joined(item, names, level + 1)
-            if part is None or not joined.add(part):
+            if part is None:
                 return None
+            self._add(joined, part)
         return joined
+
+    def _add(self, joined: _Joined, part: _Joined) -> None:
+        """Add a part, its members first."""
+        if part.properties is not None:
+            known = joined.properties or {}
+            shared = {
+                name: self._one_of_both(part.properties[name], known[name])
+                for name in part.properties.keys() & known.keys()
+            }
+            joined.properties = {**part.properties, **known, **shared}
+        joined.is_object |= part.is_object
+        if part.only is not None:
+            joined.only = part.only if joined.only is None else joined.only & part.only
+        joined.required = {**joined.required, **part.required}
+
+    def _one_of_both(self, first: Any, second: Any) -> Any:
+        """One schema for what two say of a member; the same one each time that they meet."""
+        if first == second or first in (True, {}):
+            return second
+        if second in (True, {}):
+            return first
+        key = (id(first), id(second))
+        return self._both.setdefault(key, {"allOf": [first, second]})
 
     def _definition(self, reference: str, names: frozenset[str]) -> Any:
         """What a reference names; None if it leads to itself or there is no room for a copy."""
@@ -222,8 +242,9 @@ def _own_part(node: dict[str, Any]) -> _Joined | None:
     is_closed = "additionalProperties" in node
     if is_closed and node["additionalProperties"] is not False:
         return None
+    only = frozenset(properties or ()) if is_closed else None
     is_object = "type" in node or bool(properties)
-    return _Joined(is_object, is_closed, properties, dict.fromkeys(required))
+    return _Joined(is_object, only, properties, dict.fromkeys(required))
 
 
 def _as_all_of(node: dict[str, Any]) -> dict[str, Any]:
