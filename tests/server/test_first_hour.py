@@ -240,6 +240,7 @@ def test_a_body_that_is_no_object_is_said_to_be_none(server, raw):
     [
         ("/v1/responses", {"input": "hi", "context_management": [], "conversation": ""}),
         ("/v1/responses", {"input": "hi", "n": 1, "logprobs": False}),
+        ("/v1/responses", {"input": [None, "hi"]}),
         ("/api/generate", {"model": MODEL, "stream": False, "prompt": "hi", "suffix": "",
                            "template": "", "images": [], "context": []}),
         ("/api/show", {"name": MODEL}),

@@ -44,13 +44,14 @@ def _with_bounds(node: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(key: str, value: Any) -> Any:
     if key == "type":
-        return [_type(name) for name in value] if isinstance(value, list) else _type(value)
+        return [type_name(name) for name in value] if isinstance(value, list) else type_name(value)
     if key in _COUNTS and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
 
 
-def _type(name: Any) -> Any:
+def type_name(name: Any) -> Any:
+    """JSON Schema's name of a type that may be spelled otherwise."""
     if not isinstance(name, str) or name in TYPES:
         return name
     lowered = name.lower()
