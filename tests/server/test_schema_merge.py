@@ -183,6 +183,17 @@ def test_copies_are_bounded_by_their_text(of):
     assert merged < len(json.dumps(schema)) + DEFAULT_LIMITS.max_schema_chars + 4096
 
 
+def test_members_beside_many_alternatives_are_not_copied_to_all():
+    members = {f"p{index}": {"description": "d" * 1000} for index in range(50)}
+    schema = {"type": "object", "properties": members, "anyOf": [{}] * 2000}
+    assert len(json.dumps(merge_objects(schema))) <= len(json.dumps(schema))
+    nested: dict = {"type": "object", "properties": {"a": TEXT}}
+    for _ in range(20):
+        nested = {"type": "object", "properties": {"a": nested}, "anyOf": [NEEDS_NAME] * 2}
+    merged = len(json.dumps(merge_objects(nested)))
+    assert merged < len(json.dumps(nested)) + 2 * DEFAULT_LIMITS.max_schema_chars
+
+
 def test_the_cost_of_the_merged_schema_is_checked():
     """2,000 parts are copied to ten places, which have 20,000 together."""
     many = {"anyOf": [{}] * 2000}

@@ -279,6 +279,10 @@ def test_many_names_force_no_long_text():
     many = {f"a_property_with_a_name_{index}": TEXT for index in range(500)}
     check_schema_cost(fields(**many), "s", DEFAULT_LIMITS)
     check_schema_cost(fields([], **many), "s", DEFAULT_LIMITS)
+    with pytest.raises(ApiError, match="forces over 2048 characters"):
+        check_schema_cost(
+            fields([], **many, **{f"{n}_more": TEXT for n in many}), "s", DEFAULT_LIMITS
+        )
     constants = {name: {"const": "x"} for name in many}
     with pytest.raises(ApiError, match="forces over 2048 characters"):
         check_schema_cost(fields(**constants), "s", DEFAULT_LIMITS)

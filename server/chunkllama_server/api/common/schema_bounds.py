@@ -41,6 +41,7 @@ _PATTERN_CHARS, _LONG_PATTERN = 256, re.compile(r"\{\d{3,}|\{\d*,\d{3,}")
 _REPEATED, _REPEATS = frozenset(("items", "additionalProperties", "patternProperties")), 4
 # An untyped value may nest so deep.
 _ANY_DEPTH = 3
+_ANY_VALUE = "any-value-"
 _MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 _LISTS = frozenset(("anyOf", "oneOf", "allOf", "prefixItems"))
 _CHILDREN = frozenset(("items", "additionalProperties", "additionalItems"))
@@ -72,7 +73,12 @@ def bounded(schema: Any, num_tokens: int) -> Any:
     share = max(num_tokens, 1) * _CHARS_PER_TOKEN // max(_num_strings(schema), 1)
     items = min(max(_floor(num_tokens // 16), _LEAST_ITEMS), _MAX_ITEMS)
     chars = min(max(_floor(share), _LEAST_CHARS), _MAX_CHARS)
-    return _Bounder(chars, items, bounds_names=not _merges(schema)).schema(schema)
+    bounder = _Bounder(chars, items, bounds_names=not _merges(schema))
+    result = bounder.schema(schema)
+    definitions = result.get("$defs", {}) if isinstance(result, dict) else None
+    if not bounder.any_values or not isinstance(definitions, dict):
+        return result
+    return {**result, "$defs": {**definitions, **bounder.any_values}}
 
 
 def _merges(schema: Any) -> bool:
@@ -132,6 +138,8 @@ class _Bounder:
         self._bounds_names = bounds_names
         self._max_chars = max_chars
         self._max_items = max_items
+        # Definitions of any value, one for each depth.
+        self.any_values: dict[str, Any] = {}
 
     def schema(self, node: Any, depth: int = 0) -> Any:
         """A schema with bounds; ``depth`` counts the untyped values around it."""
@@ -193,13 +201,16 @@ class _Bounder:
             node["maximum"] = max(limit, _number(node, "minimum", -limit))
 
     def _any(self, depth: int) -> dict[str, Any]:
-        """Any JSON value, with bounds."""
-        kinds: list[dict[str, Any]] = [
-            {"type": "string"},
-            {"type": "number"},
-            {"type": "boolean"},
-            {"type": "null"},
-        ]
-        if depth < _ANY_DEPTH:
-            kinds += [{"type": "array"}, {"type": "object"}]
-        return {"anyOf": [self.schema(kind, depth) for kind in kinds]}
+        """A reference to any JSON value, with bounds: a schema may have thousands of them."""
+        name = f"{_ANY_VALUE}{depth}"
+        if name not in self.any_values:
+            kinds: list[dict[str, Any]] = [
+                {"type": "string"},
+                {"type": "number"},
+                {"type": "boolean"},
+                {"type": "null"},
+            ]
+            if depth < _ANY_DEPTH:
+                kinds += [{"type": "array"}, {"type": "object"}]
+            self.any_values[name] = {"anyOf": [self.schema(kind, depth) for kind in kinds]}
+        return {"$ref": f"#/$defs/{name}"}

@@ -13,6 +13,9 @@ from chunkllama_server.api.common.schema_references import follow
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.transport.errors import exceeded, invalid
 
+# So many characters of names of which any may come next cost what one does that must.
+_OPTIONAL_PER_FORCED = 8
+
 
 @dataclass(frozen=True, slots=True)
 class _Runs:
@@ -127,10 +130,14 @@ class _SchemaSize:
     def _members(self, properties: Mapping[str, Any], required: Any) -> Iterable[_Runs]:
         listed = required if isinstance(required, list) else []
         names = {name for name in listed if isinstance(name, str)}
+        num_optional_chars = 0
         for name, value in properties.items():
             member = _fixed(len(name) + 4).then(self.forced(value))
             # One that may be left out begins with a choice.
             yield member if name in names else _free(member.longest)
+            num_optional_chars += 0 if name in names else len(name) + 4
+        if num_optional_chars:
+            yield _free(num_optional_chars // _OPTIONAL_PER_FORCED)
 
     def check_ends(self) -> None:
         """Refuse a schema whose references lead back to it before they reach anything else."""

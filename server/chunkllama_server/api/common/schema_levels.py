@@ -127,11 +127,8 @@ class _Preparer:
             for key, value in node.items()
             if (item := self._keyword(node, key, value, (*path, key))) is not None or value is None
         }
-        if (
-            node.keys() - kept.keys() >= {"patternProperties"}
-            and node.get("additionalProperties") is False
-        ):
-            del kept["additionalProperties"]
+        if "patternProperties" in node.keys() - kept.keys():
+            kept.pop("additionalProperties", None)  # it says what all other members are
         narrow = format_pattern(kept)
         if narrow is not None:
             kept.setdefault("pattern", narrow)

@@ -160,6 +160,8 @@ class _Merger:
         base = {name: item for name, item in node.items() if name != key}
         branches = node[key] if isinstance(node[key], list) else []
         self._chars_left -= len(json.dumps(base)) * len(branches)
+        if self._chars_left < 0:
+            return None
         alternatives = []
         for branch in branches:
             whole = self._joined(base, frozenset(), 0)

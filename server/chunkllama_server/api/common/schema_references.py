@@ -6,12 +6,15 @@ schema was put inside another, from the inner one's root. Nothing is fetched.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from urllib.parse import quote, unquote
 
 from chunkllama_server.api.common.schema_keywords import map_parts
 
 Steps = tuple[str, ...]
+# References that are written as they are read.
+_PLAIN = re.compile(r"#(?:/[A-Za-z0-9._$-]*)*")
 _DEFINITIONS = frozenset(("$defs", "definitions"))
 
 
@@ -57,8 +60,8 @@ class References:
     def __init__(self, root: Any) -> None:
         self._root = root
         self._named: dict[str, Steps] = {}
-        # Inner schemas that have definitions.
-        self._scopes: list[Steps] = []
+        # Inner schemas that have definitions, with their places.
+        self._scopes: list[tuple[Steps, dict[str, Any]]] = []
         self._note(root, ())
 
     def _note(self, node: Any, path: Steps) -> None:
@@ -68,7 +71,7 @@ class References:
             if isinstance(name := node.get(key), str) and name:
                 self._named.setdefault(mark + name.removesuffix("#"), path)
         if path and _DEFINITIONS & node.keys():
-            self._scopes.append(path)
+            self._scopes.append((path, node))
 
         def note(part: Any, place: Steps) -> None:
             self._note(part, (*path, *place))
@@ -86,9 +89,11 @@ class References:
         steps = _steps(f"#{pointer}")
         if steps is None or (identifier and identifier not in self._named):
             return None
-        scopes = (scope for scope in reversed(self._scopes) if path[: len(scope)] == scope)
-        for base in (self._named.get(identifier, ()), *scopes):
-            for read in (steps, tuple(map(unquote, steps))):
-                if _walk(self._root, (*base, *read)) is not None:
-                    return written((*base, *read))
+        own = self._named.get(identifier, ())
+        for read in dict.fromkeys((steps, tuple(map(unquote, steps)))):
+            if _walk(self._root, (*own, *read)) is not None:
+                return reference if _PLAIN.fullmatch(reference) else written((*own, *read))
+            for scope, node in reversed(self._scopes):
+                if _walk(node, read) is not None and path[: len(scope)] == scope:
+                    return written((*scope, *read))
         return None
