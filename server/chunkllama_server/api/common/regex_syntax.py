@@ -26,7 +26,8 @@ def rust_syntax(pattern: str) -> str | None:
 
     An expression that is none in any language stays for the compiler to refuse.
     """
-    parts, at, class_begin = [], 0, -1
+    parts: list[str] = []
+    at, class_begin = 0, -1
     while at < len(pattern):
         char = pattern[at]
         if char == "\\":

@@ -146,7 +146,8 @@ class _Preparer:
                 self._leave_out(path)
             return None
         if key == "format" and not (isinstance(value, str) and value in FORMATS):
-            return self._leave_out(path, constrains=False)
+            self._leave_out(path, constrains=False)
+            return None
         if key in _COUNTS and isinstance(value, int):
             return self._count(node, key, value, path)
         enforced = value
@@ -160,7 +161,9 @@ class _Preparer:
             enforced = _representable(key, value, is_integer=node.get("type") == "integer")
         else:
             return value
-        return self._leave_out(path) if enforced is None else enforced
+        if enforced is None:
+            self._leave_out(path)
+        return enforced
 
     def _count(
         self, node: dict[str, Any], key: str, value: int, path: tuple[str, ...]
@@ -169,7 +172,8 @@ class _Preparer:
         but the first."""
         listed, required = node.get("properties"), node.get("required")
         if COMBINATORS & node.keys():
-            return self._leave_out(path)
+            self._leave_out(path)
+            return None
         if not isinstance(listed, dict):
             return value
         given = required if isinstance(required, list) else []
@@ -182,7 +186,10 @@ class _Preparer:
             return None
         one_more = len(names) + 1
         is_counted = value == one_more or (key == "minProperties" and value < one_more)
-        return value if is_counted and not is_open else self._leave_out(path)
+        if is_counted and not is_open:
+            return value
+        self._leave_out(path)
+        return None
 
     def _with_names(self, node: dict[str, Any]) -> dict[str, Any]:
         """A map whose names are listed, as an object that has these members."""

@@ -116,16 +116,18 @@ class _Merger:
 
     def _reference_to(self, node: dict[str, Any]) -> dict[str, Any]:
         """A reference to a join that is being merged, which becomes a definition."""
-        name = self._open[id(node)]
         if self._names is None:
             return node
-        if name is None:
-            count = len(self.definitions) + 1
-            while (name := f"joined-{count}") in self._names:
-                count += 1
-            self._names.add(name)
-            self._open[id(node)] = name
+        name = self._open[id(node)] or self._new_name(self._names)
+        self._open[id(node)] = name
         return {"$ref": written(("$defs", name))}
+
+    def _new_name(self, names: set[str]) -> str:
+        count = len(self.definitions) + 1
+        while (name := f"joined-{count}") in names:
+            count += 1
+        names.add(name)
+        return name
 
     def _members(self, node: dict[str, Any], depth: int) -> dict[str, Any]:
         return {key: self._member(key, item, depth) for key, item in node.items()}
