@@ -116,7 +116,10 @@ _SLICES = [r'[^"\\\x00-\x1F\x7F]' + times for times in ("{1,6}", "{1,10}", "{1,1
 
 
 def _one_line(error: object) -> str:
+    """The message without the lines that quote; of a regular expression, with its last."""
     lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0] == "regex parse error:":
+        return f"{lines[1].strip()!r} is no regular expression: {lines[-1].strip()}"
     return lines[0] if lines else "not accepted"
 
 

@@ -75,6 +75,7 @@ def walk(matcher: Matcher, tokenizer: Tokenizer, seed: int, limit: int = 80) -> 
         ("regex", "[^\\d\\D]", "nothing matches"),
         ("regex", "(.{1,9999}){9999}", "too many"),
         ("json_schema", {"$ref": "file:///etc/passwd"}, "not present"),
+        ("json_schema", {"pattern": "(["}, r"'\(\[' is no regular expression: error: unclosed"),
     ],
 )
 def test_bad_grammars_are_refused_with_one_line(

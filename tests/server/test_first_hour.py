@@ -225,3 +225,47 @@ def test_one_number_says_what_fits(start_server):
     assert server.post("/v1/completions", body).status_code == 200
     assert server.engine.requests[-1].sampling.max_tokens == 6
     assert server.post("/v1/completions", {"prompt": "a" * 501}).status_code == 400
+
+
+@pytest.mark.parametrize("raw", ["", "null", "[]", '"x"'])
+def test_a_body_that_is_no_object_is_said_to_be_none(server, raw):
+    with server.http() as http:
+        answer = http.post(PATH, content=raw, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "The request body must be a JSON object"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/responses", {"input": "hi", "context_management": [], "conversation": ""}),
+        ("/v1/responses", {"input": "hi", "n": 1, "logprobs": False}),
+        ("/v1/responses", {"input": [None, "hi"]}),
+        ("/api/generate", {"model": MODEL, "stream": False, "prompt": "hi", "suffix": "",
+                           "template": "", "images": [], "context": []}),
+        ("/api/show", {"name": MODEL}),
+        ("/v1/messages", {"messages": BODY["messages"], "max_tokens": 4, "mcp_servers": []}),
+    ],
+)  # fmt: skip
+def test_what_asks_for_nothing_is_accepted(server, path, fields):
+    assert server.post(path, fields).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "fix"),
+    [
+        ("/v1/responses", {"input": "hi", "n": 2}, "a response has one answer"),
+        ("/v1/responses", {"input": "hi", "logprobs": True}, "send top_logprobs"),
+        ("/v1/responses", {"input": "hi", "context_management": [{}]}, "not supported"),
+        ("/v1/completions", {"messages": BODY["messages"]}, "send prompt, or use /v1/chat"),
+        ("/v1/responses", {"messages": BODY["messages"]}, "send input, or use /v1/chat"),
+    ],
+)
+def test_what_cannot_be_served_names_what_to_send(server, path, fields, fix):
+    answer = server.post(path, fields)
+    assert answer.status_code == 400 and fix in answer.json()["error"]["message"]
+
+
+def test_a_top_p_of_one_samples_nothing(server):
+    server.post("/generate", {"inputs": "hi", "parameters": {"top_p": 1.0, "max_new_tokens": 1}})
+    assert server.engine.requests[-1].sampling.temperature == 0

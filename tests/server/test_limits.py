@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from chunkllama_server.api.common.grammar_cost import check_lark_cost, check_schema_cost, lark_size
+from chunkllama_server.api.common.grammar_cost import lark_size
+from chunkllama_server.api.common.schema_cost import check_lark_cost, check_schema_cost
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.metrics.loop_lag import LoopLag

@@ -194,6 +194,7 @@ DEFINITIONS = {"Base": BASE, "Other": OTHER, "Both": {"allOf": [{"$ref": "#/$def
         {"allOf": [{"$ref": "#/$defs/Base"}], **OTHER},
         {"allOf": [{"$ref": "#/$defs/Base"}, {"$ref": "#/$defs/Other"}]},
         {"type": "object", "allOf": [{"$ref": "#/$defs/Both"}]},
+        {"$ref": "#/$defs/Base", **OTHER},
         {"allOf": [BASE, {"required": ["x"]}, OTHER], "title": "T"},
     ],
     ids=lambda s: str(s)[:60],
@@ -219,10 +220,8 @@ OPEN = {"type": "object", "minProperties": 1}
 @pytest.mark.parametrize(
     "schema",
     [
-        {"$ref": "#/$defs/Base", **OTHER},
         {"allOf": [{"$ref": "#/$defs/Base"}, OPEN]},
-        {"allOf": [{"$ref": "#/$defs/Base"}, {"type": "object", "properties": {"x": {}}}]},
-        {"allOf": [{"$ref": "#/$defs/Base"}, {"$ref": "#/$defs/Missing"}]},
+        {"allOf": [{"$ref": "#/$defs/Base"}, {"$ref": "#/$defs/Map"}]},
         {"allOf": [{"$ref": "#/$defs/Base"}, {"properties": 3}]},
         {"allOf": 3, "$ref": "#/$defs/Base", "properties": {}},
     ],
@@ -230,7 +229,8 @@ OPEN = {"type": "object", "minProperties": 1}
 )
 def test_definitions_that_cannot_be_merged_stay_open(schema):
     """A closed one would forbid the members of the others."""
-    definitions = {**DEFINITIONS, "Else": BASE}
+    others = {"Else": BASE, "Map": {"type": "object", "additionalProperties": True}}
+    definitions = {**DEFINITIONS, **others}
     prepared = prepare_schema({**schema, "$defs": definitions}, "s", strict=False).schema
     assert "additionalProperties" not in prepared["$defs"]["Base"]
     assert prepared["$defs"]["Else"]["additionalProperties"] is False

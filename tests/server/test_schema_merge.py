@@ -52,23 +52,26 @@ def test_all_of_one_reference_is_that_reference(child):
     assert not llguidance.LLMatcher.validate_grammar(to_llguidance(grammar(tree(child))), None)
 
 
-def test_a_definition_that_joins_itself_is_copied_once():
+def test_a_join_that_leads_to_itself_is_a_definition():
     child = {"allOf": [REFERENCE, NEEDS_NAME]}
-    node = merge_objects(tree(child))["$defs"]["Node"]
-    copy = {"type": "object", "properties": {"name": TEXT, "child": child}, **NEEDS_NAME}
-    assert node["properties"]["child"] == copy
+    merged = merge_objects(tree(child))
+    (name,) = merged["$defs"].keys() - {"Node"}
+    reference = {"$ref": f"#/$defs/{name}"}
+    assert merged["$defs"]["Node"]["properties"]["child"] == reference
+    properties = {"name": TEXT, "child": reference}
+    assert merged["$defs"][name] == {"type": "object", "properties": properties, **NEEDS_NAME}
 
 
-def test_definitions_that_join_each_other_are_copied_once():
+def test_definitions_that_join_each_other_end():
     def one(of):
         return {
             "type": "object",
             "properties": {"a": {"allOf": [{"$ref": f"#/$defs/{of}"}, NEEDS_NAME]}},
         }
 
-    merged = merge_objects({**one("A"), "$defs": {"A": one("B"), "B": one("A")}})
-    second = merged["properties"]["a"]["properties"]["a"]["properties"]["a"]
-    assert second == {"allOf": [{"$ref": "#/$defs/A"}, NEEDS_NAME]}
+    schema = {**one("A"), "$defs": {"A": one("B"), "B": one("A")}}
+    assert "allOf" not in json.dumps(merge_objects(schema))
+    assert not llguidance.LLMatcher.validate_grammar(to_llguidance(grammar(schema)), None)
 
 
 def test_siblings_may_join_the_same_definition():
@@ -78,7 +81,7 @@ def test_siblings_may_join_the_same_definition():
     based = {"allOf": [{"$ref": "#/$defs/Base"}, {"properties": {"y": TEXT}}]}
     made = prepared({"allOf": [*parts, own], "$defs": {"A": based, "B": based, "Base": BASE}})
     assert made["properties"].keys() == {"x", "y", "own"}
-    assert made["properties"]["own"]["properties"].keys() == {"x", "y"}
+    assert made["properties"]["own"]["properties"].keys() == {"x", "y", "own"}
     assert sorted(made["properties"]["own"]["required"]) == ["own", "x"]
 
 
@@ -178,6 +181,17 @@ def test_copies_are_bounded_by_their_text(of):
     schema = copies(of, {"required": ["v"]})
     merged = len(json.dumps(merge_objects(schema)))
     assert merged < len(json.dumps(schema)) + DEFAULT_LIMITS.max_schema_chars + 4096
+
+
+def test_members_beside_many_alternatives_are_not_copied_to_all():
+    members = {f"p{index}": {"description": "d" * 1000} for index in range(50)}
+    schema = {"type": "object", "properties": members, "anyOf": [{}] * 2000}
+    assert len(json.dumps(merge_objects(schema))) <= len(json.dumps(schema))
+    nested: dict = {"type": "object", "properties": {"a": TEXT}}
+    for _ in range(20):
+        nested = {"type": "object", "properties": {"a": nested}, "anyOf": [NEEDS_NAME] * 2}
+    merged = len(json.dumps(merge_objects(nested)))
+    assert merged < len(json.dumps(nested)) + 2 * DEFAULT_LIMITS.max_schema_chars
 
 
 def test_the_cost_of_the_merged_schema_is_checked():

@@ -265,3 +265,34 @@ def test_what_a_call_has_read_in_pieces(call, text):
     assert call.is_complete
     assert call.raw == text
     assert json.loads(call.take_arguments()) == {"text": "x" * 100}
+
+
+LEVEL = {"enum": ["1", "2"]}
+NUMBER = {"type": "integer"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"$ref": "#/$defs/Number"}, "5", 5),
+        ({"$ref": "#/$defs/Level"}, "2", "2"),
+        ({"anyOf": [{"$ref": "#/$defs/Number"}, {"type": "null"}]}, "null", None),
+        ({"allOf": [{"$ref": "#/$defs/Level"}], "default": "1"}, "1", "1"),
+        ({"anyOf": [{"type": "number"}]}, "1.5", 1.5),
+        ({"type": "INTEGER"}, "5", 5),
+        ({"type": "dict"}, '{"a": 1}', {"a": 1}),
+        ({"type": "str"}, "5", "5"),
+        ({"const": "5"}, "5", "5"),
+        ({"enum": [1, 2]}, "2", 2),
+        ({"$ref": "#/$defs/Loop"}, "x", "x"),
+        ({"$ref": "#/$defs/Missing"}, "5", 5),
+    ],
+    ids=str,
+)
+def test_a_parameter_has_the_type_that_its_schema_allows(schema, text, value):
+    definitions = {"Number": NUMBER, "Level": LEVEL, "Loop": {"$ref": "#/$defs/Loop"}}
+    functions = {"f": {"properties": {"a": schema}, "$defs": definitions}}
+    parser = CallReader(functions, all_tags(None))
+    call = f"<tool_call><function=f><parameter=a>{text}</parameter></function></tool_call>"
+    ((_, arguments),) = read(parser, [call])[1]
+    assert json.loads(arguments) == {"a": value}

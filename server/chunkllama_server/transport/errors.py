@@ -236,7 +236,9 @@ def from_validation_error(error: RequestValidationError) -> ApiError:
             best = (rank, path, str(entry["msg"]))
     assert best is not None, "a validation error without entries"
     _, path, message = best
-    return invalid(f"{path}: {message}" if path else message, param=path or None)
+    if not path:
+        return invalid("The request body must be a JSON object")
+    return invalid(f"{path}: {message}", param=path)
 
 
 def as_spelled(error: ApiError, request: Request) -> ApiError:

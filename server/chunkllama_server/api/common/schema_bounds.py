@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from chunkllama.sampling_params import GrammarSpec
+from chunkllama_server.api.common.schema_keywords import COMBINATORS
 from chunkllama_server.api.common.schema_texts import other_names
 
 MAX_INTEGER = 2**53 - 1
@@ -40,6 +41,7 @@ _PATTERN_CHARS, _LONG_PATTERN = 256, re.compile(r"\{\d{3,}|\{\d*,\d{3,}")
 _REPEATED, _REPEATS = frozenset(("items", "additionalProperties", "patternProperties")), 4
 # An untyped value may nest so deep.
 _ANY_DEPTH = 3
+_ANY_VALUE = "any-value-"
 _MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 _LISTS = frozenset(("anyOf", "oneOf", "allOf", "prefixItems"))
 _CHILDREN = frozenset(("items", "additionalProperties", "additionalItems"))
@@ -49,6 +51,7 @@ _ANNOTATIONS = frozenset(
         *("$comment", "nullable", "example"),
     )
 )
+_MEMBERS = frozenset(("properties", "patternProperties", "additionalProperties"))
 _FIXED = frozenset(("enum", "const", "$ref"))
 
 
@@ -70,7 +73,12 @@ def bounded(schema: Any, num_tokens: int) -> Any:
     share = max(num_tokens, 1) * _CHARS_PER_TOKEN // max(_num_strings(schema), 1)
     items = min(max(_floor(num_tokens // 16), _LEAST_ITEMS), _MAX_ITEMS)
     chars = min(max(_floor(share), _LEAST_CHARS), _MAX_CHARS)
-    return _Bounder(chars, items, bounds_names=not _merges(schema)).schema(schema)
+    bounder = _Bounder(chars, items, bounds_names=not _merges(schema))
+    result = bounder.schema(schema)
+    definitions = result.get("$defs", {}) if isinstance(result, dict) else None
+    if not bounder.any_values or not isinstance(definitions, dict):
+        return result
+    return {**result, "$defs": {**definitions, **bounder.any_values}}
 
 
 def _merges(schema: Any) -> bool:
@@ -79,8 +87,8 @@ def _merges(schema: Any) -> bool:
         return any(map(_merges, schema))
     if not isinstance(schema, dict):
         return False
-    is_merged = "allOf" in schema or {"$ref", "properties"} <= schema.keys()
-    return is_merged or any(map(_merges, schema.values()))
+    joins, members = schema.keys() & COMBINATORS, schema.keys() & _MEMBERS
+    return "allOf" in joins or bool(joins and members) or any(map(_merges, schema.values()))
 
 
 def _floor(number: int) -> int:
@@ -130,6 +138,8 @@ class _Bounder:
         self._bounds_names = bounds_names
         self._max_chars = max_chars
         self._max_items = max_items
+        # Definitions of any value, one for each depth.
+        self.any_values: dict[str, Any] = {}
 
     def schema(self, node: Any, depth: int = 0) -> Any:
         """A schema with bounds; ``depth`` counts the untyped values around it."""
@@ -167,12 +177,14 @@ class _Bounder:
             if "items" not in node and "prefixItems" not in node:
                 node["items"] = self._any(depth + 1)
         is_map = "object" in kinds and node.get("additionalProperties", True) is not False
+        # What holds together with others is left to them.
+        is_map &= not node.keys() & COMBINATORS and (self._bounds_names or "properties" not in node)
         if is_map and "patternProperties" not in node:
             value = node.setdefault("additionalProperties", self._any(depth + 1))
             properties = node.get("properties")
             names = list(properties) if isinstance(properties, dict) else []
             # The grammar library counts the members of plain maps alone.
-            if names and self._bounds_names and _is_short(names):
+            if names and _is_short(names):
                 node["patternProperties"] = {other_names(names, _NAME_CHARS): value}
                 node["additionalProperties"] = False
             elif not names:
@@ -189,13 +201,16 @@ class _Bounder:
             node["maximum"] = max(limit, _number(node, "minimum", -limit))
 
     def _any(self, depth: int) -> dict[str, Any]:
-        """Any JSON value, with bounds."""
-        kinds: list[dict[str, Any]] = [
-            {"type": "string"},
-            {"type": "number"},
-            {"type": "boolean"},
-            {"type": "null"},
-        ]
-        if depth < _ANY_DEPTH:
-            kinds += [{"type": "array"}, {"type": "object"}]
-        return {"anyOf": [self.schema(kind, depth) for kind in kinds]}
+        """A reference to any JSON value, with bounds: a schema may have thousands of them."""
+        name = f"{_ANY_VALUE}{depth}"
+        if name not in self.any_values:
+            kinds: list[dict[str, Any]] = [
+                {"type": "string"},
+                {"type": "number"},
+                {"type": "boolean"},
+                {"type": "null"},
+            ]
+            if depth < _ANY_DEPTH:
+                kinds += [{"type": "array"}, {"type": "object"}]
+            self.any_values[name] = {"anyOf": [self.schema(kind, depth) for kind in kinds]}
+        return {"$ref": f"#/$defs/{name}"}

@@ -11,14 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from chunkllama_server.api.common.grammar_cost import check_schema_cost
-from chunkllama_server.api.common.schema_keywords import (
-    SCHEMA_LISTS,
-    SCHEMA_MAPS,
-    SCHEMA_MEMBERS,
-    without_null,
-)
+from chunkllama_server.api.common.schema_closing import close_objects
+from chunkllama_server.api.common.schema_cost import check_schema_cost
+from chunkllama_server.api.common.schema_keywords import COMBINATORS, map_parts
 from chunkllama_server.api.common.schema_merge import merge_objects
+from chunkllama_server.api.common.schema_references import References
+from chunkllama_server.api.common.schema_spelling import plain_spelling
 from chunkllama_server.api.common.schema_texts import enforceable, format_pattern
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.transport.errors import invalid
@@ -35,8 +33,12 @@ UNENFORCEABLE = frozenset(
     )
 )
 # Identifiers make references resolve against addresses that nothing fetches.
-_IDENTIFIERS = frozenset(("$schema", "$id", "id", "$anchor"))
-_COMBINATORS = frozenset(("anyOf", "oneOf", "allOf", "$ref"))
+_IDENTIFIERS = frozenset(("$schema", "$id", "id", "$anchor", "$dynamicAnchor"))
+# The grammar library compares bounds as doubles and with integers of 64 bits.
+_MAX_INTEGER, _MAX_NUMBER = 2**63 - 1024, 1e18
+_COUNTS = frozenset(("minProperties", "maxProperties"))
+_LOWER = frozenset(("minimum", "exclusiveMinimum"))
+_UPPER = frozenset(("maximum", "exclusiveMaximum"))
 
 # A path is as long as the names above it, so that of many keywords are longer than the schema.
 _MAX_LEFT_OUT = 256
@@ -60,6 +62,7 @@ def prepare_schema(
     param: str,
     *,
     strict: bool,
+    is_call: bool = False,
     owner: str = "",
     limits: LimitsConfig = DEFAULT_LIMITS,
 ) -> PreparedSchema:
@@ -68,31 +71,38 @@ def prepare_schema(
     Args:
         param: path of the schema in the request.
         strict: refuse what cannot be enforced, and close no object that the schema leaves open.
+        is_call: the schema is of a function's arguments, which are closed in any case.
         owner: names the schema in errors, e.g. the tool it belongs to.
 
     Raises:
         ApiError: 400 naming the keyword and its place, or when the schema costs too much as it is
             compiled.
     """
-    preparer = _Preparer(param, strict, owner)
-    if not strict:
-        schema = merge_objects(schema, limits)
-    check_schema_cost(schema, param, limits)
-    preparer.find_merged(schema)
-    prepared = preparer.schema(schema, (), closes=not strict)
+    schema = plain_spelling(schema)
+    closes = is_call or not strict
+    preparer = _Preparer(schema, param, owner, is_strict=strict, closes=closes)
+    prepared = merge_objects(preparer.schema(schema, ()), limits)
+    check_schema_cost(prepared, param, limits)
+    if closes:
+        prepared = close_objects(prepared)
     return PreparedSchema(prepared, preparer.left_out)
 
 
 class _Preparer:
-    def __init__(self, param: str, strict: bool, owner: str) -> None:
+    def __init__(self, root: Any, param: str, owner: str, *, is_strict: bool, closes: bool) -> None:
         self.left_out: list[str] = []
+        self._references = References(root)
         self._param = param
-        self._strict = strict
+        self._strict = is_strict
+        self._is_open = not closes
         self._owner = owner
-        # Definitions that hold together with others: closed, they would forbid their members.
-        self._merged: set[str] = set()
 
     def _leave_out(self, path: tuple[str, ...], *, constrains: bool = True) -> None:
+        """Name a keyword that is not enforced.
+
+        Raises:
+            ApiError: 400 where the schema is strict and the keyword constrains.
+        """
         dotted = ".".join((self._param, *path))[:_MAX_PATH_CHARS]
         if self._strict and constrains:
             pointer = "/".join(part.replace("~", "~0").replace("/", "~1") for part in path)
@@ -106,67 +116,80 @@ class _Preparer:
         if len(self.left_out) < _MAX_LEFT_OUT:
             self.left_out.append(dotted)
 
-    def find_merged(self, node: Any, *, is_branch: bool = False) -> None:
-        """Find the definitions that hold together with other parts of the schema."""
-        if isinstance(node, list):
-            for item in node:
-                self.find_merged(item, is_branch=is_branch)
-        elif isinstance(node, dict):
-            name = node.get("$ref")
-            if isinstance(name, str) and (is_branch or "properties" in node):
-                self._merged.add(name.rpartition("/")[2])
-            for key, value in node.items():
-                others = node.keys() & {"properties", "$ref"}
-                merges = isinstance(value, list) and (len(value) > 1 or bool(others))
-                self.find_merged(value, is_branch=key == "allOf" and merges)
-
-    def schema(self, node: Any, path: tuple[str, ...], *, closes: bool) -> Any:
+    def schema(self, node: Any, path: tuple[str, ...]) -> Any:
         if not isinstance(node, dict):
             return node
         if node.get("not") in ({}, True):
             return False
-        prepared: dict[str, Any] = {}
-        for key, value in self._with_names(_with_prefix(without_null(node))).items():
-            here = (*path, key)
-            if key in _IDENTIFIERS and isinstance(value, str):
-                continue
-            if key in UNENFORCEABLE:
-                if not _is_trivial(key, value):
-                    self._leave_out(here)
-            elif key == "format" and not (isinstance(value, str) and value in FORMATS):
-                self._leave_out(here, constrains=False)
-            elif key == "pattern" and isinstance(value, str) and enforceable(value) is None:
-                self._leave_out(here)
-            else:
-                prepared[key] = self._member(key, value, here, closes)
-        narrow = format_pattern(prepared)
+        node = self._with_names(_with_prefix(_with_closed_members(node)))
+        kept = {
+            key: item
+            for key, value in node.items()
+            if (item := self._keyword(node, key, value, (*path, key))) is not None or value is None
+        }
+        if "patternProperties" in node.keys() - kept.keys():
+            kept.pop("additionalProperties", None)  # it says what all other members are
+        narrow = format_pattern(kept)
         if narrow is not None:
-            prepared.setdefault("pattern", narrow)
+            kept.setdefault("pattern", narrow)
+        prepared = map_parts(kept, lambda part, place: self.schema(part, (*path, *place)))
         if "oneOf" in prepared and "anyOf" not in prepared:
             prepared["anyOf"] = prepared.pop("oneOf")
-        if closes and _lists_its_members(prepared):
-            prepared["additionalProperties"] = False
         return prepared
 
-    def _member(self, key: str, value: Any, path: tuple[str, ...], closes: bool) -> Any:
-        # A closed branch of allOf would forbid the members of the others.
-        closes = closes and key != "allOf"
-        if key in SCHEMA_MAPS and isinstance(value, dict):
-            open_names = self._merged if key in ("$defs", "definitions") else ()
-            return {
-                name: self.schema(item, (*path, name), closes=closes and name not in open_names)
-                for name, item in value.items()
-            }
-        if key in SCHEMA_LISTS and isinstance(value, list):
-            return [
-                self.schema(item, (*path, str(index)), closes=closes)
-                for index, item in enumerate(value)
-            ]
-        if key in SCHEMA_MEMBERS:
-            return self.schema(value, path, closes=closes)
+    def _keyword(self, node: dict[str, Any], key: str, value: Any, path: tuple[str, ...]) -> Any:
+        """What a grammar enforces of a keyword; None for nothing."""
+        if key in _IDENTIFIERS and isinstance(value, str):
+            return None
+        if key in UNENFORCEABLE:
+            if not _is_trivial(key, value):
+                self._leave_out(path)
+            return None
+        if key == "format" and not (isinstance(value, str) and value in FORMATS):
+            self._leave_out(path, constrains=False)
+            return None
+        if key in _COUNTS and isinstance(value, int):
+            return self._count(node, key, value, path)
+        enforced = value
         if key == "pattern" and isinstance(value, str):
-            return enforceable(value)
-        return value
+            enforced = enforceable(value)
+        elif key == "patternProperties" and isinstance(value, dict):
+            enforced = _enforceable_names(value)
+        elif key == "$ref" and isinstance(value, str):
+            enforced = self._references.place(value, path[:-1])
+        elif key in _LOWER | _UPPER and isinstance(value, int | float):
+            enforced = _representable(key, value, is_integer=node.get("type") == "integer")
+        else:
+            return value
+        if enforced is None:
+            self._leave_out(path)
+        return enforced
+
+    def _count(
+        self, node: dict[str, Any], key: str, value: int, path: tuple[str, ...]
+    ) -> int | None:
+        """A bound of an object's members; beside optional ones that it lists a grammar counts none
+        but the first."""
+        listed, required = node.get("properties"), node.get("required")
+        if COMBINATORS & node.keys():
+            self._leave_out(path)
+            return None
+        if not isinstance(listed, dict):
+            return value
+        given = required if isinstance(required, list) else []
+        names = {name for name in given if isinstance(name, str)}
+        if listed.keys() <= names:
+            return value
+        is_open = node.get("additionalProperties", self._is_open) is not False
+        is_open |= "patternProperties" in node
+        if key == "maxProperties" and value >= len(listed) and not is_open:
+            return None
+        one_more = len(names) + 1
+        is_counted = value == one_more or (key == "minProperties" and value < one_more)
+        if is_counted and not is_open:
+            return value
+        self._leave_out(path)
+        return None
 
     def _with_names(self, node: dict[str, Any]) -> dict[str, Any]:
         """A map whose names are listed, as an object that has these members."""
@@ -192,6 +215,30 @@ def _with_prefix(node: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "prefixItems": node["items"], **({} if more is True else {"items": more})}
 
 
+def _with_closed_members(node: dict[str, Any]) -> dict[str, Any]:
+    """An object without members that it does not list, where no other schema lists some."""
+    if node.get("unevaluatedProperties") is not False or COMBINATORS & node.keys():
+        return node
+    rest = {key: item for key, item in node.items() if key != "unevaluatedProperties"}
+    return {"additionalProperties": False, **rest}
+
+
+def _enforceable_names(patterns: dict[str, Any]) -> dict[str, Any] | None:
+    """Members whose names match expressions; None if one has no enforceable form."""
+    forms = {name: enforceable(name) for name in patterns}
+    return None if None in forms.values() else {str(forms[n]): s for n, s in patterns.items()}
+
+
+def _representable(key: str, bound: float, *, is_integer: bool) -> float | None:
+    """A bound within what a grammar can count; None for one that every such number breaks."""
+    most = _MAX_INTEGER if is_integer else _MAX_NUMBER
+    if bound > most:
+        return most if key in _UPPER else None
+    if bound < -most:
+        return -most if key in _LOWER else None
+    return bound
+
+
 def _is_trivial(key: str, value: Any) -> bool:
     """Whether an unenforceable keyword constrains nothing."""
     if key == "propertyNames":
@@ -201,27 +248,18 @@ def _is_trivial(key: str, value: Any) -> bool:
     return value in ({}, []) and key.startswith("depend")
 
 
-def _lists_its_members(node: dict[str, Any]) -> bool:
-    return (
-        isinstance(node.get("properties"), dict)
-        and "additionalProperties" not in node
-        and "patternProperties" not in node
-        and not _COMBINATORS & node.keys()
-    )
-
-
 def object_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
     """The schema of a call's arguments: always an object, whatever the parameters say."""
     if not parameters:
         return {"type": "object", "properties": {}}
     takes_none = parameters.get("properties", True) is None
-    parameters = without_null(parameters)
-    if takes_none and not _COMBINATORS & parameters.keys():
+    parameters = plain_spelling(parameters)
+    if takes_none and not COMBINATORS & parameters.keys():
         parameters = {**parameters, "properties": {}}
     kind = parameters.get("type")
     if kind == "object":
         return parameters
-    if kind is None and not _COMBINATORS & parameters.keys():
+    if kind is None and not COMBINATORS & parameters.keys():
         return {"properties": {}, **parameters, "type": "object"}
     if kind is None or (isinstance(kind, list) and "object" in kind):
         return {**parameters, "type": "object"}

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from chunkllama_server.api.common.regex_syntax import rust_syntax
+
 # Years with a 29 February, and all other days.
 _LEAP = r"[1-9]\d(?:0[48]|[2468][048]|[13579][26])|(?:[2468][048]|[13579][26])00"
 _DAYS = (
@@ -23,20 +25,21 @@ _CLOCK = rf"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{{1,6}})?{_ZONE}"
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 _LABEL = r"[a-z0-9]{1,20}(?:-[a-z0-9]{1,20})?"
 _HOST = rf"(?:(?:{_LABEL}\.){{0,3}}[a-z]{{1,20}}|(?:{_OCTET}\.){{3}}{_OCTET})"
-FORMAT_PATTERNS: Mapping[str, str] = {
-    "date": f"^{_DATE}$",
-    "date-time": f"^{_DATE}T{_CLOCK}$",
-    "time": rf"^{_CLOCK}$",
-    "duration": r"^P(?:T?\d{1,4}[YMWDHS])+$",
-}
-_HTTP_URL = rf"^https?://{_HOST}(?::\d{{2,4}})?(?:/[A-Za-z0-9._~/?&=%+-]{{0,200}})?$"
-# The longest address that pydantic's HttpUrl takes; its schema says nothing else about the scheme.
-_HTTP_URL_LENGTH = 2083
 # An address whose parts are no longer than mail allows.
 _EMAIL = (
     r"^(?:[A-Za-z0-9_'+\-]{1,20}\.){0,2}[A-Za-z0-9_'+\-]{0,20}[A-Za-z0-9_+-]@"
     r"(?:[A-Za-z0-9](?:[A-Za-z0-9\-]{0,30}[A-Za-z0-9])?\.){1,3}[A-Za-z]{2,20}$"
 )
+FORMAT_PATTERNS: Mapping[str, str] = {
+    "date": f"^{_DATE}$",
+    "date-time": f"^{_DATE}T{_CLOCK}$",
+    "time": rf"^{_CLOCK}$",
+    "email": _EMAIL,
+    "duration": r"^P(?:T?\d{1,4}[YMWDHS])+$",
+}
+_HTTP_URL = rf"^https?://{_HOST}(?::\d{{2,4}})?(?:/[A-Za-z0-9._~/?&=%+-]{{0,200}})?$"
+# The longest address that pydantic's HttpUrl takes; its schema says nothing else about the scheme.
+_HTTP_URL_LENGTH = 2083
 # Of zod: the same without look-ahead, or less.
 _KNOWN: Mapping[str, str] = {
     # z.email() before 4.5, and since
@@ -60,8 +63,6 @@ _KNOWN: Mapping[str, str] = {
 # Of pydantic before 2.14, for a Decimal: a digit is demanded by look-ahead.
 _DECIMAL = r"^(?!^[-+.]*$)[+-]?0*"
 _DIGITS = re.compile(r"\\d\{0,(\d+)\}")
-# Assertions of a regular expression that no automaton has: look-around and back references.
-_ASSERTION = re.compile(r"\(\?(?:[=!]|<[=!])|\\[1-9]")
 
 
 def enforceable(pattern: str) -> str | None:
@@ -71,7 +72,7 @@ def enforceable(pattern: str) -> str | None:
         return _KNOWN[pattern]
     if pattern.startswith(_DECIMAL):
         return _decimal(pattern.removeprefix(_DECIMAL))
-    return None if _ASSERTION.search(pattern) else pattern
+    return rust_syntax(pattern)
 
 
 def _decimal(rest: str) -> str:

@@ -12,11 +12,9 @@ from chunkllama.errors import InvalidRequestError
 from chunkllama.logger import tenant_context
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.common.fair_pool import FairPool
-from chunkllama_server.api.common.grammar_cost import (
-    check_choice_cost,
-    check_lark_cost,
-    check_regex_cost,
-)
+from chunkllama_server.api.common.grammar_cost import check_choice_cost, check_regex_cost
+from chunkllama_server.api.common.regex_syntax import rust_syntax
+from chunkllama_server.api.common.schema_cost import check_lark_cost
 from chunkllama_server.api.common.schema_levels import prepare_schema
 from chunkllama_server.api.schema.base import StructuredOutputs
 from chunkllama_server.api.schema.chat import ResponseFormat
@@ -107,7 +105,15 @@ def from_structured_outputs(
     if outputs.regex is not None:
         _check_size(outputs.regex, "max_regex_chars", param, limits)
         check_regex_cost(outputs.regex, param, limits)
-        return GrammarSpec(kind="regex", text=outputs.regex), param
+        pattern = rust_syntax(outputs.regex)
+        if pattern is None:
+            raise invalid(
+                "The expression has an assertion or a reference that no grammar can enforce; "
+                "write it without look-around, word boundaries and back references",
+                param,
+                "invalid_grammar",
+            )
+        return GrammarSpec(kind="regex", text=pattern), param
     if outputs.choice is not None:
         text = json.dumps(outputs.choice)
         _check_size(text, "max_grammar_chars", param, limits)

@@ -94,7 +94,7 @@ def walk_fields(
         value = getattr(model, name)
         path = f"{prefix}{fields[name].alias or name}"
         description = fields[name].description or ""
-        if value is not None and description == REFUSED:
+        if value not in (None, "", []) and description == REFUSED:
             yield path, "refused"
         if value not in (None, False) and description.startswith(NAMED):
             yield path, "unknown"

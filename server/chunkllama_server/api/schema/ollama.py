@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, NotRequired
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from typing_extensions import TypedDict
 
 from chunkllama_server.api.schema.base import MAX_SEED, MAX_TOKENS, RequestModel, StopString
@@ -177,7 +177,11 @@ class OllamaEmbeddingsRequest(OllamaRequest):
 class OllamaShowRequest(RequestModel):
     """Body of POST /api/show."""
 
-    model: str = Field(min_length=1, description="Honoured: a served model name.")
+    model: str = Field(
+        min_length=1,
+        validation_alias=AliasChoices("model", "name"),
+        description="Honoured: a served model name; name is its older spelling.",
+    )
     verbose: bool | None = Field(default=None, description="Ignored.")
 
 

@@ -139,7 +139,14 @@ def as_message(data: Any) -> Any:
 
 
 def as_item(data: Any) -> Any:
-    """An item of a response's input; a user's content is left to the schema, as of a message."""
+    """An item of a response's input; a user's content is left to the schema, as of a message.
+
+    Text alone is a user's message, null is left out.
+    """
+    if data is None:
+        return {"type": UNKNOWN}
+    if isinstance(data, str):
+        return {"role": "user", "content": data}
     if not isinstance(data, Mapping):
         return data
     item = dict(data)

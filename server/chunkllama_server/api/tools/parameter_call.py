@@ -8,6 +8,8 @@ from typing import Any
 
 import regex
 
+from chunkllama_server.api.common.schema_references import follow
+from chunkllama_server.api.common.schema_spelling import type_name
 from chunkllama_server.api.tools.brackets import SPACE
 from chunkllama_server.api.tools.call_forms import CallForm, Functions, NamedCall
 
@@ -85,7 +87,8 @@ class ParameterCall(CallForm):
         self._text = rest.removeprefix("</parameter>")
         properties = self._functions.get(self.name or "", {}).get("properties") or {}
         schema = properties.get(key) if isinstance(properties, Mapping) else None
-        member = f"{json.dumps(key)}: {_value_text(value, schema)}"
+        allowed = _allowed_types(schema, self._functions.get(self.name or "", {}), set())
+        member = f"{json.dumps(key)}: {_value_text(value, allowed)}"
         self._written.append(("{" if self._num_given == 0 else ", ") + member)
         self._num_given += 1
         self._key = None
@@ -112,27 +115,43 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _allowed_types(schema: Any) -> set[str]:
-    """The JSON types that a property's schema names; empty where it names none."""
-    if not isinstance(schema, Mapping):
+def _allowed_types(schema: Any, root: Any, seen: set[int]) -> set[str]:
+    """The JSON types that a property's schema allows; empty where it says nothing of them.
+
+    Args:
+        root: the schema that references are read from.
+        seen: identities of schemas that have been read.
+    """
+    if not isinstance(schema, Mapping) or id(schema) in seen:
         return set()
+    seen.add(id(schema))
+    if "const" in schema:
+        return _types_of([schema["const"]])
+    if isinstance(values := schema.get("enum"), list):
+        return _types_of(values)
     kind = schema.get("type")
     kinds = kind if isinstance(kind, list) else [kind]
-    found = {kind for kind in kinds if isinstance(kind, str)}
-    for variants in (schema.get("anyOf"), schema.get("oneOf")):
+    found = {type_name(kind) for kind in kinds if isinstance(kind, str)}
+    if isinstance(reference := schema.get("$ref"), str):
+        found |= _allowed_types(follow(root, reference), root, seen)
+    for variants in (schema.get("anyOf"), schema.get("oneOf"), schema.get("allOf")):
         for variant in variants if isinstance(variants, list) else ():
-            found |= _allowed_types(variant)
+            found |= _allowed_types(variant, root, seen)
     return found
+
+
+def _types_of(values: list[Any]) -> set[str]:
+    types = {kind for value in values for kind, is_one in _TYPES.items() if is_one(value)}
+    return types | ({"string"} if any(isinstance(value, str) for value in values) else set())
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _value_text(text: str, schema: Any) -> str:
+def _value_text(text: str, allowed: set[str]) -> str:
     """A parameter's text as JSON: a value of another type only where the schema allows one."""
     text = text.removeprefix("\n").removesuffix("\n")
-    allowed = _allowed_types(schema)
     if allowed != {"string"}:
         stripped = text.strip()
         for source in (stripped, {"True": "true", "False": "false", "None": "null"}.get(stripped)):
