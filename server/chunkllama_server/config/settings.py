@@ -36,6 +36,7 @@ from chunkllama_server.config.files import read_text, read_yaml
 from chunkllama_server.config.limits import LimitsConfig
 from chunkllama_server.config.packs import PackConfig
 from chunkllama_server.config.protocols import Protocols
+from chunkllama_server.config.shared import SharedConfig
 
 ENV_PREFIX = "CHUNKLLAMA_"
 # Read elsewhere, before any configuration: locations of files, and what tests plant.
@@ -263,7 +264,9 @@ class ServerConfig(ConfigGroup):
 
 
 _ENGINE_GROUPS = (ModelConfig, CacheConfig, SchedulerConfig, LogConfig)
-_SERVER_GROUPS = (ServerConfig, LimitsConfig, BatchConfig, AdapterConfig, PackConfig)
+_SERVER_GROUPS = (
+    ServerConfig, LimitsConfig, BatchConfig, AdapterConfig, PackConfig, SharedConfig
+)  # fmt: skip
 
 
 class Settings(
@@ -272,6 +275,7 @@ class Settings(
     BatchConfig,
     AdapterConfig,
     PackConfig,
+    SharedConfig,
     LogConfig,
     SchedulerConfig,
     CacheConfig,

@@ -85,11 +85,14 @@ class Application:
     ) -> None:
         self._settings = settings
         self._read_settings = read_settings
-        self._snapshots = open_snapshots(settings)
+        secret = settings.namespace_secret()
+        self._snapshots = open_snapshots(settings, secret)
+        if secret is None:
+            secret = self._snapshots.secret if self._snapshots else secrets.token_bytes(32)
         self._tenants = Tenants(
             keys,
             settings.isolation,
-            self._snapshots.secret if self._snapshots else secrets.token_bytes(32),
+            secret,
             operator_keys=tuple(key.get_secret_value() for key in settings.operator_key),
         )
         self._tenants.set_quotas(quotas)
