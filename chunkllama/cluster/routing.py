@@ -257,9 +257,11 @@ class PrefixRouting:
         for depth in reversed(range(len(choice.keys))):
             key = choice.keys[depth]
             prefix = self._touch(key, depth)
-            prefix.count = self._count(prefix) + 1
-            prefix.epoch = self._epoch
-            self._believe(prefix, key, owner)
+            if prefix.epoch != self._epoch:
+                prefix.count, prefix.epoch = self._count(prefix), self._epoch
+            prefix.count += 1
+            if not prefix.homes & owner.bit:
+                self._believe(prefix, key, owner)
         owner.in_flight.update(choice.keys[:HEAD_LEVELS])
         self._shrink()
 
@@ -321,7 +323,7 @@ class PrefixRouting:
 
     def _rendezvous(self, key: int, allowed: BoolArray, usable: BoolArray) -> int:
         """Return the allowed slot with the highest vote among those below their bounds."""
-        for amounts in (self._placed, self._recent):
+        for amounts in (self._placed, self._recent, self._own + self._others):
             total = float(amounts[usable].sum())
             bound = math.ceil(SHARE_BOUND * (total + 1) / int(usable.sum()))
             below = allowed & (amounts < bound)
@@ -335,7 +337,8 @@ class PrefixRouting:
         prefix = self._index.get(key)
         if prefix is None:
             prefix = self._index[key] = _Prefix(depth, self._epoch)
-        self._index.move_to_end(key)
+        else:
+            self._index.move_to_end(key)
         return prefix
 
     def _believe(self, prefix: _Prefix, key: int, owner: _Replica) -> None:
