@@ -81,5 +81,10 @@ def _namespace_seed(namespace: str) -> int:
     return int.from_bytes(hashlib.sha256(namespace.encode()).digest()[:8], "big")
 
 
+def chunk_key(chunk_digest: bytes, namespace: str) -> int:
+    """Return the key of a chunk in a namespace, from the digest of what is up to its end."""
+    return _key(chunk_digest, _namespace_seed(namespace))
+
+
 def _key(digest: bytes, seed: int) -> int:
     return int.from_bytes(digest[:8], "big") ^ seed

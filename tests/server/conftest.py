@@ -137,6 +137,7 @@ def start_server(
         tenants.set_quotas(settings.pop("quotas", {}))
         defaults = settings.pop("generation_defaults", None)
         tracing = settings.pop("tracing", None)
+        responses = settings.pop("responses", None)
         # Its requests come when nothing else runs, so a test that counts requests must ask for it.
         settings.setdefault("idle_prefill", False)
         settings.setdefault("files_dir", tmp_path_factory.mktemp("files") / "folder")
@@ -155,6 +156,7 @@ def start_server(
             grammars,
             generation_defaults=defaults,
             tracing=tracing,
+            responses=responses,
         )
         config = uvicorn.Config(
             app,

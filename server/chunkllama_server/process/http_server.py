@@ -31,8 +31,10 @@ from chunkllama_server.api.app import create_app
 from chunkllama_server.api.common.context import ServerContext
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
+from chunkllama_server.api.common.valkey_responses import ValkeyResponses
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.config.tenants import TenantQuotas, engine_message
+from chunkllama_server.metrics.kv_events import check_kv_events, publish_kv_events
 from chunkllama_server.metrics.tracing import make_tracing
 from chunkllama_server.process.adapters import load_adapters
 from chunkllama_server.process.lifecycle import DrainingServer, notify_supervisor
@@ -85,6 +87,8 @@ class Application:
     ) -> None:
         self._settings = settings
         self._read_settings = read_settings
+        check_kv_events(settings)
+        self._responses = _valkey_responses(settings)
         secret = settings.namespace_secret()
         self._snapshots = open_snapshots(settings, secret)
         if secret is None:
@@ -135,6 +139,8 @@ class Application:
         Raises:
             ConfigError: a public prefix does not fit, or another server took the port.
         """
+        if self._responses is not None:
+            await self._responses.check()
         if self._quotas:
             engine.set_tenants(engine_message(self._quotas))
         await load_adapters(engine, self._settings)
@@ -156,6 +162,7 @@ class Application:
                 self._spec.default_sampling if settings.generation_config == "auto" else None
             ),
             tracing=self._tracing,
+            responses=self._responses,
         )
         app.include_router(dashboard.router)
         admin_app = create_admin_app(app.state.context)
@@ -209,7 +216,10 @@ class Application:
         ).start()
         limit_accept_log(asyncio.get_running_loop())
         notify_supervisor("READY=1")
-        async with _admin_server(settings, admin_app, admin, limits):
+        async with (
+            publish_kv_events(settings, engine),
+            _admin_server(settings, admin_app, admin, limits),
+        ):
             await server.serve(sockets=[main])
             engine.cache_watchers.close(EngineDeadError("the server is stopping"))
             if self._snapshots is not None and not server.force_exit:
@@ -225,6 +235,16 @@ class Application:
             self._tokenizer.to_json(), self._spec.vocab_size, list(self._spec.eos_token_ids)
         )
         return compiler.check
+
+
+def _valkey_responses(settings: Settings) -> ValkeyResponses | None:
+    if settings.response_store is None:
+        return None
+    return ValkeyResponses(
+        settings.response_store.get_secret_value(),
+        settings.response_store_bytes,
+        settings.response_store_seconds,
+    )
 
 
 def _listen(sock: socket.socket, key: str) -> None:

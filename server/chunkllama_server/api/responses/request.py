@@ -156,6 +156,12 @@ def _chat_part(part: InputPart) -> ContentPart:
     )
 
 
+def referenced_items(given: str | list[InputItem] | None) -> list[str]:
+    """Ids of the stored output items that the input refers to."""
+    items = given if isinstance(given, list) else []
+    return [item.id for item in items if item.type == "item_reference" and item.id is not None]
+
+
 def input_messages(
     given: str | list[InputItem] | None, find_item: FindItem = lambda _: None
 ) -> tuple[list[ChatMessage], list[str]]:
@@ -177,7 +183,7 @@ def input_messages(
     return reader.messages, reader.repairs
 
 
-def previous_messages(
+async def previous_messages(
     body: ResponseRequest, context: ServerContext, tenant: str
 ) -> list[ChatMessage]:
     """The conversation of the response this one follows.
@@ -192,7 +198,7 @@ def previous_messages(
         raise invalid(
             f"Response {previous!r} is still running", "previous_response_id", "response_running"
         )
-    stored = context.responses.get(tenant, previous)
+    stored = await context.responses.get(tenant, previous)
     if stored is None:
         raise ApiError(
             404,

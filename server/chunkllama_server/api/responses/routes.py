@@ -18,9 +18,13 @@ from chunkllama_server.api.common.response_store import StoredResponse
 from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers, refusals
 from chunkllama_server.api.responses.items import assistant_message, compaction, input_items
-from chunkllama_server.api.responses.request import as_chat, previous_messages
+from chunkllama_server.api.responses.request import (
+    as_chat,
+    previous_messages,
+    referenced_items,
+)
 from chunkllama_server.api.responses.response import OnEnded, ResponseAnswer
-from chunkllama_server.api.schema.chat import ChatMessage
+from chunkllama_server.api.schema.chat import ChatCompletionRequest, ChatMessage
 from chunkllama_server.api.schema.response_object import (
     CompactedResponse,
     DeletedResponse,
@@ -60,10 +64,17 @@ async def prepare(
     Raises:
         ApiError: 400 naming the field, 404 for a previous response that is not stored.
     """
-    history = previous_messages(body, context, info.tenant)
-    chat = as_chat(body, history, context.responses.item_finder(info.tenant))
+    chat = await _as_chat(body, context, info)
     conversation = chat.messages[chat.messages[0].origin == "instructions" :]
     return await prepare_chat(chat, context, info), conversation
+
+
+async def _as_chat(
+    body: ResponseRequest, context: ServerContext, info: RequestInfo
+) -> ChatCompletionRequest:
+    history = await previous_messages(body, context, info.tenant)
+    items = await context.responses.items(info.tenant, referenced_items(body.input))
+    return as_chat(body, history, items.get)
 
 
 def rename_param(error: ApiError) -> ApiError:
@@ -109,12 +120,12 @@ async def create_response(
         raise rename_param(error) from None
     items = input_items(body)
 
-    def keep(response: Response, events: bytes) -> None:
+    async def keep(response: Response, events: bytes) -> None:
         if body.store is not False and (body.background or response["status"] != "failed"):
             messages = [*conversation, assistant_message(response["output"])]
             most = context.tenants.quotas(info.tenant).stored_responses
             stored = StoredResponse(response, messages, items, events)
-            context.responses.put(info.tenant, stored, most)
+            await context.responses.put(info.tenant, stored, most)
 
     answer = _answer(body, prepared, generation, context, keep)
     events = answer.events()
@@ -155,8 +166,7 @@ async def compact_response(
     info = context.admit(body, request)
     body.tool_choice = "none" if body.tools else None
     try:
-        history = previous_messages(body, context, info.tenant)
-        chat = as_chat(body, history, context.responses.item_finder(info.tenant))
+        chat = await _as_chat(body, context, info)
         conversation = list(chat.messages)
         chat.messages.append(ChatMessage(role="user", content=_SUMMARISE))
         prepared = await prepare_chat(chat, context, info)
@@ -168,7 +178,7 @@ async def compact_response(
         generation = await prepared.stream(info, compaction_id, names)
     except ApiError as error:
         raise rename_param(error) from None
-    answer = _answer(body, prepared, generation, context, lambda response, events: None)
+    answer = _answer(body, prepared, generation, context, _forget)
     pieces = await unless_disconnected(request, generation.collect())
     compacted: CompactedResponse = {
         "id": compaction_id,
@@ -178,6 +188,10 @@ async def compact_response(
         "usage": answer.usage(),
     }
     return json_response(compacted)
+
+
+async def _forget(response: Response, events: bytes) -> None:
+    """Store nothing."""
 
 
 def _missing(response_id: str) -> ApiError:
@@ -210,11 +224,11 @@ async def get_response(
             return context.stream(running.log.follow(starting_after), info)
         return json_response(running.snapshot())
     if not stream:
-        stored = context.responses.response(tenant, response_id)
+        stored = await context.responses.response(tenant, response_id)
         if stored is None:
             raise _missing(response_id)
         return json_response(stored)
-    unpack = context.responses.events(tenant, response_id)
+    unpack = await context.responses.events(tenant, response_id)
     if unpack is None:
         raise _missing(response_id)
     log = EventLog()
@@ -233,7 +247,7 @@ async def list_input_items(
     after: str | None = None,
 ) -> InputItems:
     """List what a stored response was asked with, in pages of ``limit`` items."""
-    items = context.responses.input_items(request_info(request.scope).tenant, response_id)
+    items = await context.responses.input_items(request_info(request.scope).tenant, response_id)
     if items is None:
         raise _missing(response_id)
     if order == "desc":
@@ -258,7 +272,7 @@ async def cancel_response(response_id: str, request: Request, context: Context) 
     """End a background response; one that has ended already is returned as it is."""
     tenant = request_info(request.scope).tenant
     await context.background.cancel(tenant, response_id)
-    stored = context.responses.response(tenant, response_id)
+    stored = await context.responses.response(tenant, response_id)
     if stored is None:
         raise _missing(response_id)
     if not stored["background"]:
@@ -275,6 +289,6 @@ async def delete_response(response_id: str, request: Request, context: Context) 
     """Delete a stored response; one that is running is ended first."""
     tenant = request_info(request.scope).tenant
     await context.background.cancel(tenant, response_id)
-    if not context.responses.delete(tenant, response_id):
+    if not await context.responses.delete(tenant, response_id):
         raise _missing(response_id)
     return {"id": response_id, "object": "response", "deleted": True}
