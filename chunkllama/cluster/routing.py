@@ -266,7 +266,7 @@ class PrefixRouting:
         self._shrink()
 
     def finished(self, choice: Choice) -> None:
-        """Note that a recorded request has ended, in whichever way."""
+        """Note that a recorded request has ended, however it ended."""
         owner = self._replicas.get(choice.replica)
         if owner is None:
             return

@@ -32,7 +32,7 @@ class ReplicaModel:
 
     Attributes:
         token, attention: as in ``StepCost``, of a prompt that is computed alone.
-        start: before the first token, whatever the prompt.
+        start: before the first token of any prompt.
         beside: factor on a prompt's seconds for each request that decodes meanwhile, added to 1.
         output, output_beside: of an output token, alone and for each other request.
         error: median relative error of the time to first token in the fit.

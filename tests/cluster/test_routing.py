@@ -42,7 +42,7 @@ def serve(front: PrefixRouting, keys: list[int], **options: object) -> Choice:
 
 @pytest.mark.parametrize("order", ["in turn", "one after the other", "random"])
 def test_64_requests_over_8_prefixes_are_8_cold_ones_and_split_evenly(order: str) -> None:
-    for seed in range(20):
+    for seed in range(80):
         front = routing()
         requests = [(seed * 8 + i % 8, i) for i in range(64)]
         if order == "one after the other":
@@ -148,7 +148,7 @@ def test_a_hot_prefix_gets_a_second_home_without_any_load() -> None:
     assert max(split.values()) <= 500 * 0.6, split
 
 
-def test_front_ends_agree_on_cold_prompts_in_whatever_order_they_know_the_replicas() -> None:
+def test_front_ends_agree_on_cold_prompts_in_any_order_of_the_replicas() -> None:
     names = [f"replica-{i}" for i in range(5)]
     fronts = []
     for seed in range(3):

@@ -196,11 +196,11 @@ class ServerConfig(ConfigGroup):
     )
     response_store_items: int = limit(
         1000, "responses", "tenant", "left out",
-        "Responses stored for previous_response_id; 0 stores none. The oldest is dropped.", ge=0,
+        "Responses that this process stores; 0 stores none. The oldest is dropped.", ge=0,
     )  # fmt: skip
     response_store_bytes: Bytes = limit(
         64 << 20, "bytes", "tenant", "left out",
-        "Total size of the stored responses. The oldest is dropped.",
+        "Size of all responses that this process stores, or of one with response_store.",
     )  # fmt: skip
     recent_prompt_tokens: int = limit(
         262_144, "tokens", "tenant", "left out",
