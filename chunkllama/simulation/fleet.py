@@ -23,7 +23,7 @@ from chunkllama.simulation.routers import Router
 from chunkllama.simulation.trace import MOONCAKE_BLOCK, TraceRequest
 
 _RECENT_PROMPTS: Final = 2  # of a tenant, that its next prompt may continue
-_DIGEST_EVERY: Final = 20  # requests of a replica between its digests
+_DIGEST_EVERY: Final = 50  # requests of a replica between its digests
 
 
 @dataclass(frozen=True, slots=True)

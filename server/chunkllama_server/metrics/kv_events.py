@@ -107,8 +107,11 @@ class _Publisher:
         try:
             while True:
                 message: bytes = await self._socket.recv()
-                subscribers += 1 if message[:1] == b"\x01" else -1
-                if publishing is not None and (message[:1] == b"\x01" or not subscribers):
+                if message[:1] not in (b"\x00", b"\x01"):
+                    continue  # a peer may send anything
+                is_new = message[:1] == b"\x01"
+                subscribers += 1 if is_new else -1
+                if publishing is not None and (is_new or not subscribers):
                     publishing.cancel()
                     publishing = None
                 if publishing is None and subscribers:
