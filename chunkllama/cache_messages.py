@@ -140,8 +140,22 @@ class PackInfo(msgspec.Struct, kw_only=True):
     seconds: float = 0.0
 
 
-class ChunkStored(msgspec.Struct, kw_only=True, tag="stored"):
-    """A whole chunk can be matched from now on. It holds no token.
+class ChunkContents(msgspec.Struct, kw_only=True):
+    """What a stored chunk holds, for readers that may know it.
+
+    Attributes:
+        token_ids: of the chunk; under an adapter with its number in the upper 12 bits.
+        namespace: that can match it; "" is everyone.
+        parent_namespace: of the chunk before it; "" at depth 0.
+    """
+
+    token_ids: list[int]
+    namespace: str
+    parent_namespace: str
+
+
+class ChunkStored(msgspec.Struct, kw_only=True, tag="stored", omit_defaults=True):
+    """A whole chunk can be matched from now on.
 
     Attributes:
         hash: first 16 bytes of SHA-256 over the parent's 16 bytes (none at depth 0) and the
@@ -151,6 +165,7 @@ class ChunkStored(msgspec.Struct, kw_only=True, tag="stored"):
         depth: index of the chunk in its prompt.
         tenant: whose chunk it is; "" is the operator's, or that of a server with one tenant.
         is_public: every tenant can match it, not only its own.
+        contents: None unless the reader asked for it.
     """
 
     chunk_id: int
@@ -159,6 +174,7 @@ class ChunkStored(msgspec.Struct, kw_only=True, tag="stored"):
     depth: int
     tenant: str
     is_public: bool
+    contents: ChunkContents | None = None
 
 
 class ChunkRemoved(msgspec.Struct, kw_only=True, tag="removed"):
@@ -172,9 +188,15 @@ CacheEvent = ChunkStored | ChunkRemoved
 
 
 class WatchCache(msgspec.Struct, kw_only=True, tag="watch_cache"):
-    """Ask for all chunks stored now and for each later change; ``watch_id`` 0 ends all changes."""
+    """Ask for all chunks stored now and for each later change.
+
+    Attributes:
+        watch_id: 0 ends all changes.
+        with_contents: stored chunks come with their tokens, these and those of other readers.
+    """
 
     watch_id: int
+    with_contents: bool = False
 
 
 class CacheEvents(msgspec.Struct, kw_only=True, tag="cache_events"):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from chunkllama.cache.node import PUBLIC, Node
-from chunkllama.cache_messages import CacheEvent, ChunkRemoved, ChunkStored
+from chunkllama.cache.node import PUBLIC, Node, decode_tokens
+from chunkllama.cache_messages import CacheEvent, ChunkContents, ChunkRemoved, ChunkStored
 
 DIGEST_BYTES = 16
 
@@ -22,17 +22,19 @@ class CacheEventLog:
 
     Attributes:
         is_on: whether changes are recorded.
+        with_contents: whether those of stored chunks hold their tokens.
     """
 
     def __init__(self, chunk_size: int) -> None:
         self.is_on = False
+        self.with_contents = False
         self._chunk_size = chunk_size
         self._events: list[CacheEvent] = []
 
     def stored(self, node: Node) -> None:
         """Note that K/V of more of the node's tokens is there."""
         if self.is_on and self._is_whole(node):
-            self._events.append(_stored(node))
+            self._events.append(self._stored(node))
 
     def removed(self, node: Node) -> None:
         """Note that a node leaves the tree; it still has its chunk."""
@@ -46,23 +48,31 @@ class CacheEventLog:
 
     def snapshot(self, nodes: Iterable[Node]) -> list[CacheEvent]:
         """Return an event for each whole chunk of ``nodes``, in their order."""
-        return [_stored(node) for node in nodes if self._is_whole(node)]
+        return [self._stored(node) for node in nodes if self._is_whole(node)]
 
     def _is_whole(self, node: Node) -> bool:
         return node.filled == self._chunk_size
 
-
-def _stored(node: Node) -> ChunkStored:
-    parent = node.parent
-    has_parent = parent is not None and parent.parent is not None
-    return ChunkStored(
-        chunk_id=node.chunk_id,
-        hash=digest(node).hex(),
-        parent_hash=digest(parent).hex() if parent is not None and has_parent else None,
-        depth=node.depth,
-        tenant=node.owner,
-        is_public=node.namespace == PUBLIC,
-    )
+    def _stored(self, node: Node) -> ChunkStored:
+        parent = node.parent
+        if parent is None or parent.parent is None:
+            parent = None
+        contents = None
+        if self.with_contents:
+            contents = ChunkContents(
+                token_ids=decode_tokens(node.key),
+                namespace=node.namespace,
+                parent_namespace=PUBLIC if parent is None else parent.namespace,
+            )
+        return ChunkStored(
+            chunk_id=node.chunk_id,
+            hash=digest(node).hex(),
+            parent_hash=None if parent is None else digest(parent).hex(),
+            depth=node.depth,
+            tenant=node.owner,
+            is_public=node.namespace == PUBLIC,
+            contents=contents,
+        )
 
 
 def digest(node: Node) -> bytes:
@@ -78,5 +88,10 @@ def digest(node: Node) -> bytes:
             break
         missing.append(step)
     for step in reversed(missing):
-        above = step.digest = hashlib.sha256(above + step.key).digest()[:DIGEST_BYTES]
+        above = step.digest = extended(above, step.key)
     return above
+
+
+def extended(above: bytes, key: bytes) -> bytes:
+    """Return the digest of a prompt that goes on with a chunk, from that of what is before it."""
+    return hashlib.sha256(above + key).digest()[:DIGEST_BYTES]

@@ -11,8 +11,12 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 
-from chunkllama.cache_messages import CacheEvents, WatchCache
+import msgspec
+
+from chunkllama.cache_messages import CacheEvent, CacheEvents, ChunkStored, WatchCache
 from chunkllama.errors import EngineDeadError, RequestFailedError
+
+CacheStream = AsyncGenerator[CacheEvents, None]
 
 
 class _Reader:
@@ -20,6 +24,7 @@ class _Reader:
 
     Args:
         max_waiting: changes that may wait for it.
+        with_contents: it gets the tokens of stored chunks.
 
     Attributes:
         has_snapshot: the engine has sent it what is stored; changes before that are not for it.
@@ -27,8 +32,9 @@ class _Reader:
         error: why it gets nothing more.
     """
 
-    def __init__(self, max_waiting: int) -> None:
+    def __init__(self, max_waiting: int, with_contents: bool) -> None:
         self.max_waiting = max_waiting
+        self.with_contents = with_contents
         self.batches: deque[CacheEvents] = deque()
         self.arrived = asyncio.Event()
         self.has_snapshot = False
@@ -38,7 +44,7 @@ class _Reader:
     def put_snapshot(self, batch: CacheEvents) -> None:
         """Replace what waits by everything that is stored."""
         self.batches.clear()
-        self.batches.append(batch)
+        self.batches.append(self._allowed(batch))
         self.num_waiting = 0
         self.arrived.set()
 
@@ -47,10 +53,16 @@ class _Reader:
         total = self.num_waiting + len(batch.events)
         if self.num_waiting and total > self.max_waiting:
             return False
-        self.batches.append(batch)
+        self.batches.append(self._allowed(batch))
         self.num_waiting = total
         self.arrived.set()
         return True
+
+    def _allowed(self, batch: CacheEvents) -> CacheEvents:
+        """Return what the reader may see: other readers' events may hold tokens."""
+        if self.with_contents:
+            return batch
+        return CacheEvents(watch_id=batch.watch_id, events=[*map(_without_contents, batch.events)])
 
     def end(self, error: Exception) -> None:
         self.batches.clear()
@@ -77,13 +89,14 @@ class CacheWatchers:
         """Return the number of readers."""
         return len(self._readers)
 
-    async def watch(self, max_waiting: int) -> AsyncGenerator[CacheEvents, None]:
+    async def watch(self, max_waiting: int, *, with_contents: bool = False) -> CacheStream:
         """Yield everything stored now, then changes as they happen.
 
         A batch with a ``watch_id`` is everything stored; it replaces all batches before it.
 
         Args:
             max_waiting: changes that may wait for the reader; beyond, it is dropped.
+            with_contents: yield the tokens of stored chunks, too.
 
         Raises:
             RequestFailedError: the reader was too slow.
@@ -92,10 +105,10 @@ class CacheWatchers:
         if self._closed is not None:
             raise self._closed
         self._last_id += 1
-        watch_id, reader = self._last_id, _Reader(max_waiting)
+        watch_id, reader = self._last_id, _Reader(max_waiting, with_contents)
         self._readers[watch_id] = reader
         try:
-            self._send(WatchCache(watch_id=watch_id))
+            self._ask(watch_id)
             while True:
                 while reader.batches:
                     batch = reader.batches.popleft()
@@ -133,7 +146,7 @@ class CacheWatchers:
     def came_up(self) -> None:
         """Another engine process runs: let it send what the readers wait for."""
         for watch_id in self._readers:
-            self._send(WatchCache(watch_id=watch_id))
+            self._ask(watch_id)
 
     def close(self, error: EngineDeadError) -> None:
         """End every reader's stream, and those that begin later."""
@@ -142,7 +155,17 @@ class CacheWatchers:
             reader.end(error)
         self._readers.clear()
 
+    def _ask(self, watch_id: int) -> None:
+        with_contents = any(reader.with_contents for reader in self._readers.values())
+        self._send(WatchCache(watch_id=watch_id, with_contents=with_contents))
+
     def _remove(self, watch_id: int) -> None:
         """Stop the engine's events with the last reader."""
         if self._readers.pop(watch_id, None) is not None and not self._readers:
             self._send(WatchCache(watch_id=0))
+
+
+def _without_contents(event: CacheEvent) -> CacheEvent:
+    if isinstance(event, ChunkStored) and event.contents is not None:
+        return msgspec.structs.replace(event, contents=None)
+    return event

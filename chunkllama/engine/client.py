@@ -13,14 +13,14 @@ import sys
 import threading
 from abc import abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from chunkllama.cache_messages import CacheAction, CacheEvents, KeepSnapshot, LoadPack
-from chunkllama.engine.cache_watch import CacheWatchers
+from chunkllama.engine.cache_watch import CacheStream, CacheWatchers
 from chunkllama.engine.commands import AdapterClient, CommandClient
 from chunkllama.engine.replay import ReplayState
 from chunkllama.errors import (
@@ -112,7 +112,7 @@ class EngineClient(AdapterClient, Protocol):
         """Load a file in the background, also in engines that are started later."""
         ...
 
-    def watch_cache(self, max_waiting: int) -> AsyncGenerator[CacheEvents, None]:
+    def watch_cache(self, max_waiting: int, *, with_contents: bool = False) -> CacheStream:
         """Everything stored in the cache, then its changes; see ``CacheWatchers.watch``.
 
         Raises:
@@ -306,10 +306,10 @@ class MessageClient(CommandClient):
     def _drop_slow_reader(self) -> None:
         self.slow_readers += 1
 
-    def watch_cache(self, max_waiting: int) -> AsyncGenerator[CacheEvents, None]:
+    def watch_cache(self, max_waiting: int, *, with_contents: bool = False) -> CacheStream:
         if self._dead is not None:
             raise self._dead
-        return self.cache_watchers.watch(max_waiting)
+        return self.cache_watchers.watch(max_waiting, with_contents=with_contents)
 
     def _dispatch(self, messages: list[FromEngine]) -> None:
         for message in messages:

@@ -306,7 +306,9 @@ class EngineCore:
     def watch_cache(self, command: WatchCache) -> list[FromEngine]:
         """Begin or end sending changes of the cache; earlier changes precede the snapshot."""
         replies: list[FromEngine] = [*self.cache_events()]
-        stored = self._scheduler.watch_cache(is_watched=command.watch_id != 0)
+        stored = self._scheduler.watch_cache(
+            is_watched=command.watch_id != 0, with_contents=command.with_contents
+        )
         if command.watch_id:
             replies.append(CacheEvents(watch_id=command.watch_id, events=stored))
         return replies

@@ -374,11 +374,11 @@ class Scheduler:
         assert reply.num_kept == 0, "chunks remain under a number that is given again"
         self.adapters.release(number)
 
-    def watch_cache(self, *, is_watched: bool) -> list[CacheEvent]:
+    def watch_cache(self, *, is_watched: bool, with_contents: bool = False) -> list[CacheEvent]:
         """Record changes of the cache from now on, or no longer; returns what is stored now."""
-        self._cache.tree.events.is_on = is_watched
-        nodes = self._cache.tree.nodes() if is_watched else ()
-        return self._cache.tree.events.snapshot(nodes)
+        events = self._cache.tree.events
+        events.is_on, events.with_contents = is_watched, with_contents
+        return events.snapshot(self._cache.tree.nodes() if is_watched else ())
 
     def take_cache_events(self) -> list[CacheEvent]:
         """Return the changes of the cache since the last call; [] while it is not watched."""

@@ -83,6 +83,12 @@ class Replay:
         self._cache = CacheManager(num_chunks, chunk_size, self._clock)
         self.scheduler = Scheduler(limits, self._cache, self._clock)
         self._live: dict[str, Outcome] = {}
+        self._ended: list[Outcome] = []
+
+    @property
+    def cache(self) -> CacheManager:
+        """The chunks and the prefix tree."""
+        return self._cache
 
     def _clock(self) -> float:
         return self.now
@@ -92,7 +98,7 @@ class Replay:
         now = self.now
         self._submit("public", TraceRequest(now, "", len(token_ids), 1, tuple(token_ids)), 1e12)
         while self.scheduler.has_unfinished():
-            self._step(None)
+            self.step(None)
         self.now = now
 
     def run(
@@ -108,11 +114,11 @@ class Replay:
         started = self.now
         while True:
             while waiting < len(requests) and requests[waiting].at <= self.now:
-                self._arrive(f"r{waiting}", result.outcomes[waiting])
+                self.arrive(f"r{waiting}", result.outcomes[waiting])
                 waiting += 1
                 on_progress(waiting)
             if self.scheduler.has_unfinished():
-                self._step(result)
+                self.step(result)
             elif waiting < len(requests):
                 self.now = requests[waiting].at
             else:
@@ -121,7 +127,8 @@ class Replay:
         result.stats = self.scheduler.stats()
         return result
 
-    def _arrive(self, name: str, outcome: Outcome) -> None:
+    def arrive(self, name: str, outcome: Outcome) -> None:
+        """Queue a request now; a refusal is noted in its outcome."""
         try:
             self._submit(name, outcome.request)
         except OverloadedError:
@@ -147,7 +154,8 @@ class Replay:
             )
         )
 
-    def _step(self, result: Replayed | None) -> None:
+    def step(self, result: Replayed | None) -> list[Outcome]:
+        """Run one step and advance the clock; returns the requests that ended with it."""
         output = self.scheduler.schedule()
         assert output is not None, "work is left and nothing is scheduled"
         sampled = SampledTokens({piece.slot: 0 for piece in output.slices if piece.samples})
@@ -162,6 +170,8 @@ class Replay:
             result.peak_chunks = max(result.peak_chunks, in_use)
             result.busy_seconds += seconds
             result.num_steps += 1
+        ended, self._ended = self._ended, []
+        return ended
 
     def _take(self, delta: TokenDelta) -> None:
         outcome = self._live.get(delta.request_id)
@@ -174,4 +184,5 @@ class Replay:
             outcome.cached_tokens = delta.num_cached_tokens
         if any(choice.finish_reason is not None for choice in delta.choices):
             outcome.ended_at = self.now
+            self._ended.append(outcome)
             del self._live[delta.request_id]

@@ -82,7 +82,7 @@ def test_every_flag_in_the_docs_exists(capsys, monkeypatch):
         assert run([*words, "--help"]) == 0
         known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     named = set()
-    other_commands = ("docker", "pip ", "pytest", "tests/soak.py")
+    other_commands = ("docker", "pip ", "pytest", "tests/soak.py", "-m sglang_router", "-m smg")
     for page in CURRENT:
         for line in page.read_text().splitlines():
             if any(word in line for word in other_commands):
@@ -151,6 +151,30 @@ def test_deployments_use_keys_that_exist():
     unit = (ROOT / "deploy/chunkllama.service").read_text()
     assert "Type=notify" in unit
     assert int(re.search(r"TimeoutStopSec=(\d+)", unit)[1]) > drain
+
+
+def test_the_manifest_of_several_replicas_fits_together():
+    manifest = (ROOT / "deploy/kubernetes/routed.yaml").read_text()
+    found = {each["kind"]: each for each in yaml.safe_load_all(manifest)}
+    config = yaml.safe_load(found["ConfigMap"]["data"]["server.yaml"])
+    assert set(config) <= set(Settings.model_fields)
+    deployment = found["Deployment"]
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert pod["terminationGracePeriodSeconds"] > 10 + config["drain_seconds"]
+    (secret,) = [each["secret"] for each in pod["volumes"] if each["name"] == "secret"]
+    assert secret["defaultMode"] & 0o027 == 0, "the server refuses a key that others can read"
+    (mount,) = [each for each in container["volumeMounts"] if each["name"] == "secret"]
+    assert Path(config["namespace_secret_file"]).parent == Path(mount["mountPath"])
+    pool, scaler = found["InferencePool"]["spec"], found["HorizontalPodAutoscaler"]["spec"]
+    assert pool["selector"]["matchLabels"] == labels
+    assert [port["number"] for port in pool["targetPorts"]] == [ports["http"]]
+    assert scaler["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    assert "replicas" not in deployment["spec"], "applying it again would undo the autoscaler"
+    (metric,) = scaler["metrics"]
+    assert metric["pods"]["metric"]["name"] in (ROOT / "docs/operation.md").read_text()
 
 
 def test_the_image_copies_what_the_wheel_is_built_from():

@@ -139,6 +139,7 @@ def start_server(
         defaults = settings.pop("generation_defaults", None)
         fork_tokens = settings.pop("fork_tokens", None)
         tracing = settings.pop("tracing", None)
+        responses = settings.pop("responses", None)
         # Its requests come when nothing else runs, so a test that counts requests must ask for it.
         settings.setdefault("idle_prefill", False)
         settings.setdefault("files_dir", tmp_path_factory.mktemp("files") / "folder")
@@ -156,9 +157,10 @@ def start_server(
             tenants,
             grammars,
             generation_defaults=defaults,
-            fork_tokens=fork_tokens,
             tracing=tracing,
+            responses=responses,
         )
+        app.state.context.fork_tokens = fork_tokens
         config = uvicorn.Config(
             app,
             host="127.0.0.1",

@@ -318,7 +318,7 @@ def test_stored_responses_hold_what_they_are_counted_for() -> None:
     held = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert held < 1.5 * store.num_bytes
-    assert store.get("t", "7").messages[3] == ChatMessage(role="user", content="d")
+    assert store.get("t", "7").load().messages[3] == ChatMessage(role="user", content="d")
 
 
 @pytest.mark.parametrize(

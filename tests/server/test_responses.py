@@ -288,7 +288,7 @@ def test_tenants_do_not_see_each_other(start_server):
         ({"input": "x" * 3000}, "input"),
         ({"background": True, "store": False}, "background"),
         ({"conversation": "c"}, "conversation"),
-        ({"context_management": []}, "context_management"),
+        ({"context_management": [{"type": "compaction"}]}, "context_management"),
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
@@ -345,7 +345,9 @@ def test_item_references_decode_each_response_once(server, monkeypatch):
     monkeypatch.setattr(
         response_store, "_decode_output", lambda text: (decoded.append(text), decode(text))[1]
     )
-    monkeypatch.setattr(response_store._Entry, "load", lambda _: pytest.fail("decoded whole"))
+    monkeypatch.setattr(
+        response_store.PackedResponse, "load", lambda _: pytest.fail("decoded whole")
+    )
     references = [
         {"type": "item_reference", "id": response["output"][0]["id"]} for response in made * 50
     ]
@@ -357,9 +359,11 @@ def test_item_references_decode_each_response_once(server, monkeypatch):
 def test_only_events_that_are_streamed_again_are_unpacked(server, monkeypatch):
     made = server.post("/v1/responses", {"input": "say(a)yas"}).json()
     unpacked: list[int] = []
-    load = response_store._Entry.load_events
+    load = response_store.PackedResponse.load_events
     monkeypatch.setattr(
-        response_store._Entry, "load_events", lambda entry: (unpacked.append(1), load(entry))[1]
+        response_store.PackedResponse,
+        "load_events",
+        lambda entry: (unpacked.append(1), load(entry))[1],
     )
     path = f"/v1/responses/{made['id']}"
     with server.http() as http:

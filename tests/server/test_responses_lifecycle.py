@@ -441,7 +441,7 @@ def test_the_first_chunk_of_a_streamed_call_has_no_content(server, client):
 def test_a_stored_response_takes_its_events_into_account(start_server):
     server = start_server(response_store_bytes=20_000)
     made = server.post(PATH, {"input": "say(x)yas"}).json()
-    store = server.app.state.context.responses
+    store = server.app.state.context.responses._backend._store
     assert store.num_bytes > len(json.dumps(made))
     with pytest.raises(openai.NotFoundError):
         for _ in range(30):

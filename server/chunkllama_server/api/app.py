@@ -22,6 +22,7 @@ from chunkllama_server.api import (
     health,
     live_requests,
     models,
+    serving_info,
     tokenize,
     unsupported,
     usage,
@@ -38,12 +39,13 @@ from chunkllama_server.api.common.context import ServerContext
 from chunkllama_server.api.common.idle_prefill import IdlePrefill
 from chunkllama_server.api.common.pack_folder import PackFolder
 from chunkllama_server.api.common.response_store import ResponseStore
+from chunkllama_server.api.common.responses import LocalResponses, ResponseBackend, Responses
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
 from chunkllama_server.api.completions import routes as completions
 from chunkllama_server.api.ollama import routes as ollama
 from chunkllama_server.api.openapi import install_openapi
-from chunkllama_server.api.responses import routes as responses
+from chunkllama_server.api.responses import routes as responses_api
 from chunkllama_server.api.tgi import routes as tgi
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.metrics.loop_lag import LoopLag
@@ -79,8 +81,8 @@ def create_app(
     grammars: GrammarChecker,
     *,
     generation_defaults: Mapping[str, Any] | None = None,
-    fork_tokens: tuple[int, int] | None = None,
     tracing: Tracing | None = None,
+    responses: ResponseBackend | None = None,
 ) -> FastAPI:
     """Build the HTTP application over an engine that is ready.
 
@@ -91,8 +93,8 @@ def create_app(
         tenants: API keys and cache namespaces.
         grammars: compiles a request's grammar before the engine does.
         generation_defaults: the model's own sampling values, for fields a client leaves out.
-        fork_tokens: with which the model begins a branch of its answer.
         tracing: makes a span for each request; closed with the application.
+        responses: stores responses; closed with the application. None: this process does.
     """
     charged = ChargedEngine(
         engine,
@@ -115,16 +117,11 @@ def create_app(
             recent_prompt_tokens=settings.recent_prompt_tokens,
         ),
         grammars=grammars,
-        responses=ResponseStore(
-            settings.response_store_items,
-            settings.response_store_bytes,
-            settings.response_store_seconds,
-        ),
+        responses=Responses(responses or _local_responses(settings)),
         background=BackgroundResponses(settings.background_responses, lambda: len(tenants.keys)),
         tenants=tenants,
         packs=PackFolder(settings, tenants, text.template.digest if text.template else ""),
         generation_defaults=generation_defaults or {},
-        fork_tokens=fork_tokens,
     )
     context.metrics.begin_at_zero(tenants.keys)
     engine_queue = context.engine
@@ -143,6 +140,7 @@ def create_app(
         if context.batches is not None:
             await context.batches.close()
         await context.background.close()
+        await context.responses.close()
         if context.idle is not None:
             await context.idle.close()
         context.grammars.close()
@@ -168,13 +166,14 @@ def create_app(
     for family in (
         chat,
         completions,
-        responses,
+        responses_api,
         embeddings,
         tokenize,
         batch,
         unsupported,
         cache,
         models,
+        serving_info,
         adapters,
         usage,
         divergence,
@@ -195,6 +194,16 @@ def create_app(
             "--isolation off shares all prefixes between keys"
         )
     return app
+
+
+def _local_responses(settings: Settings) -> LocalResponses:
+    return LocalResponses(
+        ResponseStore(
+            settings.response_store_items,
+            settings.response_store_bytes,
+            settings.response_store_seconds,
+        )
+    )
 
 
 def _batch_runner(

@@ -1,4 +1,4 @@
-"""Serve /tokenize, /detokenize and /v1/chat/completions/render: what the model would read."""
+"""Serve /tokenize, /detokenize and the paths that end in /render: what the model would read."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from starlette.responses import Response
 
 from chunkllama_server.api.chat.prompt_body import body_token_ids
 from chunkllama_server.api.chat.request import prepare_chat
-from chunkllama_server.api.common.context import Context
+from chunkllama_server.api.common.context import Context, ServerContext
+from chunkllama_server.api.completions.request import (
+    check_completion,
+    completion_sampling,
+    prompt_ids,
+)
 from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
+from chunkllama_server.api.schema.completions import CompletionRequest
 from chunkllama_server.api.schema.tokenize import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -66,11 +72,33 @@ async def render(body: ChatCompletionRequest, request: Request, context: Context
     """Return the prompt of a chat completion with this body; nothing is generated."""
     info = await context.admit(body, request)
     prepared = await prepare_chat(body, context, info)
-    ids = prepared.prompt.token_ids
-    result: RenderedPrompt = {
-        "prompt": await prepared.prompter.render(),
-        "prompt_token_ids": ids,
-        "count": len(ids),
+    text = await prepared.prompter.render()
+    return json_response(_rendered(text, prepared.prompt.token_ids, context))
+
+
+@router.post("/v1/completions/render", response_model=None, responses=answers(list[RenderedPrompt]))
+async def render_completion(
+    body: CompletionRequest, request: Request, context: Context
+) -> Response:
+    """Return each prompt of a text completion with this body; nothing is generated."""
+    info = await context.admit(body, request)
+    check_completion(body, context)
+    prompts = await prompt_ids(body, context)
+    await completion_sampling(body, context, info, prompts)
+    tokenizer = context.text.tokenizer
+    size = sum(map(len, prompts))
+    texts = await context.text.run(
+        size, lambda: [tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts]
+    )
+    pairs = zip(texts, prompts, strict=True)
+    return json_response([_rendered(text, ids, context) for text, ids in pairs])
+
+
+def _rendered(text: str, token_ids: list[int], context: ServerContext) -> RenderedPrompt:
+    return {
+        "prompt": text,
+        "token_ids": token_ids,
+        "prompt_token_ids": token_ids,
+        "count": len(token_ids),
         "max_model_len": context.engine.info.max_request_tokens,
     }
-    return json_response(result)

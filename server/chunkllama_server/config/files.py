@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
 from chunkllama.errors import ConfigError
+
+MIN_SECRET_BYTES: Final = 32
 
 
 def read_text(path: Path, key: str) -> str:
@@ -23,6 +25,30 @@ def read_text(path: Path, key: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{key}: cannot read {path}: {reason}") from None
+
+
+def read_secret(path: Path, key: str) -> bytes:
+    """Read a secret of at least ``MIN_SECRET_BYTES``, without the white space around it.
+
+    Its group may read it, because Kubernetes gives a pod's files to a group.
+
+    Raises:
+        ConfigError: it cannot be read, others may read or write it, or it is short.
+    """
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode & 0o777
+            secret = file.read().strip()
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot read {path}: {error.strerror}") from None
+    if mode & 0o027:
+        raise ConfigError(f"{key}: other users have access to {path} ({mode:04o}): chmod 600 it")
+    if len(secret) < MIN_SECRET_BYTES:
+        raise ConfigError(
+            f"{key}: {path} holds {len(secret)} bytes, fewer than {MIN_SECRET_BYTES}: fill it with "
+            "openssl rand -hex 32"
+        )
+    return secret
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

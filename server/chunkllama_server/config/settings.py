@@ -36,6 +36,7 @@ from chunkllama_server.config.files import read_text, read_yaml
 from chunkllama_server.config.limits import LimitsConfig
 from chunkllama_server.config.packs import PackConfig
 from chunkllama_server.config.protocols import Protocols
+from chunkllama_server.config.shared import SharedConfig
 
 ENV_PREFIX = "CHUNKLLAMA_"
 # Read elsewhere, before any configuration: locations of files, and what tests plant.
@@ -195,11 +196,11 @@ class ServerConfig(ConfigGroup):
     )
     response_store_items: int = limit(
         1000, "responses", "tenant", "left out",
-        "Responses stored for previous_response_id; 0 stores none. The oldest is dropped.", ge=0,
+        "Responses that this process stores; 0 stores none. The oldest is dropped.", ge=0,
     )  # fmt: skip
     response_store_bytes: Bytes = limit(
         64 << 20, "bytes", "tenant", "left out",
-        "Total size of the stored responses. The oldest is dropped.",
+        "Size of all responses that this process stores, or of one with response_store.",
     )  # fmt: skip
     recent_prompt_tokens: int = limit(
         262_144, "tokens", "tenant", "left out",
@@ -263,7 +264,9 @@ class ServerConfig(ConfigGroup):
 
 
 _ENGINE_GROUPS = (ModelConfig, CacheConfig, SchedulerConfig, LogConfig)
-_SERVER_GROUPS = (ServerConfig, LimitsConfig, BatchConfig, AdapterConfig, PackConfig)
+_SERVER_GROUPS = (
+    ServerConfig, LimitsConfig, BatchConfig, AdapterConfig, PackConfig, SharedConfig
+)  # fmt: skip
 
 
 class Settings(
@@ -272,6 +275,7 @@ class Settings(
     BatchConfig,
     AdapterConfig,
     PackConfig,
+    SharedConfig,
     LogConfig,
     SchedulerConfig,
     CacheConfig,

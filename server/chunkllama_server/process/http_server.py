@@ -31,8 +31,10 @@ from chunkllama_server.api.app import create_app
 from chunkllama_server.api.common.context import ServerContext
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
+from chunkllama_server.api.common.valkey_responses import ValkeyResponses
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.config.tenants import TenantQuotas, engine_message
+from chunkllama_server.metrics.kv_events import check_kv_events, publish_kv_events
 from chunkllama_server.metrics.tracing import make_tracing
 from chunkllama_server.process.adapters import load_adapters
 from chunkllama_server.process.lifecycle import DrainingServer, notify_supervisor
@@ -85,11 +87,16 @@ class Application:
     ) -> None:
         self._settings = settings
         self._read_settings = read_settings
-        self._snapshots = open_snapshots(settings)
+        check_kv_events(settings)
+        self._responses = _valkey_responses(settings)
+        secret = settings.namespace_secret()
+        self._snapshots = open_snapshots(settings, secret)
+        if secret is None:
+            secret = self._snapshots.secret if self._snapshots else secrets.token_bytes(32)
         self._tenants = Tenants(
             keys,
             settings.isolation,
-            self._snapshots.secret if self._snapshots else secrets.token_bytes(32),
+            secret,
             operator_keys=tuple(key.get_secret_value() for key in settings.operator_key),
         )
         self._tenants.set_quotas(quotas)
@@ -132,6 +139,8 @@ class Application:
         Raises:
             ConfigError: a public prefix does not fit, or another server took the port.
         """
+        if self._responses is not None:
+            await self._responses.check()
         if self._quotas:
             engine.set_tenants(engine_message(self._quotas))
         await load_adapters(engine, self._settings)
@@ -152,8 +161,8 @@ class Application:
             generation_defaults=(
                 self._spec.default_sampling if settings.generation_config == "auto" else None
             ),
-            fork_tokens=self._spec.fork_tokens,
             tracing=self._tracing,
+            responses=self._responses,
         )
         app.include_router(dashboard.router)
         admin_app = create_admin_app(app.state.context)
@@ -165,6 +174,7 @@ class Application:
         engine.on_death = server.engine_died
         engine.on_restarting = server.engine_restarting
         context: ServerContext = app.state.context
+        context.fork_tokens = self._spec.fork_tokens
         context.metrics.engine.supervisor = engine
         context.packs.load_all(engine)
         if self._snapshots is not None:
@@ -207,7 +217,10 @@ class Application:
         ).start()
         limit_accept_log(asyncio.get_running_loop())
         notify_supervisor("READY=1")
-        async with _admin_server(settings, admin_app, admin, limits):
+        async with (
+            publish_kv_events(settings, engine),
+            _admin_server(settings, admin_app, admin, limits),
+        ):
             await server.serve(sockets=[main])
             engine.cache_watchers.close(EngineDeadError("the server is stopping"))
             if self._snapshots is not None and not server.force_exit:
@@ -223,6 +236,16 @@ class Application:
             self._tokenizer.to_json(), self._spec.vocab_size, list(self._spec.eos_token_ids)
         )
         return compiler.check
+
+
+def _valkey_responses(settings: Settings) -> ValkeyResponses | None:
+    if settings.response_store is None:
+        return None
+    return ValkeyResponses(
+        settings.response_store.get_secret_value(),
+        settings.response_store_bytes,
+        settings.response_store_seconds,
+    )
 
 
 def _listen(sock: socket.socket, key: str) -> None:

@@ -76,9 +76,13 @@ class Snapshots:
             logger.info("the snapshot of the cache is in %s", self._path)
 
 
-def open_snapshots(settings: Settings) -> Snapshots | None:
+def open_snapshots(settings: Settings, secret: bytes | None) -> Snapshots | None:
     """Prepare the folder of the settings; None without one, or, with a warning, if it cannot be
-    used."""
+    used.
+
+    Args:
+        secret: key of the namespaces; None: the folder's own.
+    """
     folder = settings.snapshot_dir
     if folder is None:
         return None
@@ -86,7 +90,7 @@ def open_snapshots(settings: Settings) -> Snapshots | None:
         lock = lock_folder(folder)
         # The former server was killed with its engine, perhaps: that says nothing about the file.
         loading_mark(folder / _FILE).unlink(missing_ok=True)
-        return Snapshots(folder, lock, _secret(folder / _SECRET), settings)
+        return Snapshots(folder, lock, secret or _secret(folder / _SECRET), settings)
     except BlockingIOError:
         logger.warning("snapshots are off: another server uses %s", folder)
         return None

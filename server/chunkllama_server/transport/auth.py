@@ -24,6 +24,7 @@ OPERATOR_PATHS = frozenset(
     {
         *("/metrics", "/v1/usage", "/dashboard/data", "/dashboard/tenants"),
         *("/dashboard/divergence", "/dashboard/requests", "/dashboard/history"),
+        *("/v1/loads", "/server_info", "/model_info"),
     }
 )
 # What an operator's key may change on the main port.

@@ -16,7 +16,9 @@ _REPEATED = re.compile(r"^(?:/v1)+(?=/v1/)")
 _BELOW_V1 = frozenset(
     ("chat", "completions", "responses", "embeddings", "models", "messages", "files", "batches")
 )
-_BESIDE_V1 = frozenset(("tokenize", "detokenize", "health", "metrics", "version", "api"))
+_BESIDE_V1 = frozenset(
+    ("tokenize", "detokenize", "health", "metrics", "version", "api", "server_info", "model_info")
+)
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 

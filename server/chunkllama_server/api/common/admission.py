@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import NoReturn, cast
 
 from chunkllama.adapter_messages import AdapterInfo
-from chunkllama.cache_messages import CacheAction, CacheEvents, KeepSnapshot, LoadPack
+from chunkllama.cache_messages import CacheAction, KeepSnapshot, LoadPack
+from chunkllama.engine.cache_watch import CacheStream
 from chunkllama.engine.client import EngineClient
 from chunkllama.errors import (
     ENDED_ON_DEMAND,
@@ -346,8 +347,8 @@ class ChargedEngine:
     def use_file(self, command: LoadPack | KeepSnapshot) -> None:
         self._engine.use_file(command)
 
-    def watch_cache(self, max_waiting: int) -> AsyncGenerator[CacheEvents, None]:
-        return self._engine.watch_cache(max_waiting)
+    def watch_cache(self, max_waiting: int, *, with_contents: bool = False) -> CacheStream:
+        return self._engine.watch_cache(max_waiting, with_contents=with_contents)
 
     async def close(self) -> None:
         await self._engine.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 from chunkllama_server.api.schema.response_object import Response
@@ -63,7 +63,7 @@ class RunningResponse:
     """
 
     snapshot: Callable[[], Response]
-    on_cancelled: Callable[[], bytes]
+    on_cancelled: Callable[[], Awaitable[bytes]]
     settle: Callable[[], None] = lambda: None
     log: EventLog = field(default_factory=EventLog)
     task: asyncio.Task[None] | None = None
@@ -150,7 +150,7 @@ class BackgroundResponses:
                 async for event in events:
                     running.log.add(event)
         except asyncio.CancelledError:
-            running.log.add(running.on_cancelled())
+            running.log.add(await running.on_cancelled())
         finally:
             del self._running[key]
             running.settle()

@@ -20,7 +20,7 @@ from chunkllama_server.api.common.background import BackgroundResponses
 from chunkllama_server.api.common.field_limits import check_field_limits
 from chunkllama_server.api.common.idle_prefill import IdlePrefill
 from chunkllama_server.api.common.pack_folder import PackFolder
-from chunkllama_server.api.common.response_store import ResponseStore
+from chunkllama_server.api.common.responses import Responses
 from chunkllama_server.api.common.shared_reads import SharedReads
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
@@ -97,7 +97,7 @@ class ServerContext:
     settings: Settings
     metrics: ServerMetrics
     grammars: GrammarChecker
-    responses: ResponseStore
+    responses: Responses
     background: BackgroundResponses
     tenants: Tenants
     packs: PackFolder

@@ -13,7 +13,7 @@ import msgspec
 from pydantic import TypeAdapter
 
 from chunkllama_server.api.schema.chat import ChatMessage
-from chunkllama_server.api.schema.response_object import OutputItem, Response
+from chunkllama_server.api.schema.response_object import Response
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +63,27 @@ class EventRecorder:
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class PackedResponse:
     """A response as JSON text: as objects it would take many times the bytes that are counted."""
 
     response: bytes
     messages: bytes
     input_items: bytes
     events: bytes  # compressed: they repeat most of their members
-    item_ids: tuple[str, ...]
-    num_bytes: int
-    expires: float
+
+    @classmethod
+    def of(cls, stored: StoredResponse) -> PackedResponse:
+        """Encode a response."""
+        return cls(
+            msgspec.json.encode(stored.response),
+            _MESSAGES.dump_json(stored.messages, by_alias=True, exclude_unset=True),
+            msgspec.json.encode(stored.input_items),
+            stored.events,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(map(len, (self.response, self.messages, self.input_items, self.events)))
 
     def load(self) -> StoredResponse:
         return StoredResponse(
@@ -87,9 +98,27 @@ class _Entry:
     def load_output(self) -> list[dict[str, Any]]:
         return _decode_output(self.response).output
 
+    def load_response(self) -> Response:
+        response: Response = msgspec.json.decode(self.response)
+        return response
+
+    def load_input_items(self) -> list[dict[str, Any]]:
+        items: list[dict[str, Any]] = msgspec.json.decode(self.input_items)
+        return items
+
     def load_events(self) -> list[bytes]:
         joined = zlib.decompress(self.events) if self.events else b""
         return [event + _EVENT_END for event in joined.split(_EVENT_END) if event]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One stored response; ``num_bytes`` is what it takes."""
+
+    packed: PackedResponse
+    item_ids: tuple[str, ...]
+    num_bytes: int
+    expires: float
 
 
 class _TenantEntries:
@@ -151,11 +180,8 @@ class ResponseStore:
         Args:
             max_items: of this tenant; None is no limit of its own.
         """
-        response = msgspec.json.encode(stored.response)
-        messages = _MESSAGES.dump_json(stored.messages, by_alias=True, exclude_unset=True)
-        input_items = msgspec.json.encode(stored.input_items)
-        parts = (response, messages, input_items, stored.events)
-        num_bytes = sum(map(len, parts)) + _OVERHEAD_BYTES
+        packed = PackedResponse.of(stored)
+        num_bytes = packed.num_bytes + _OVERHEAD_BYTES
         self._drop_expired()
         if num_bytes > self._max_bytes:
             return
@@ -165,7 +191,7 @@ class ResponseStore:
         own.add(
             response_id,
             _Entry(
-                *parts,
+                packed,
                 tuple(item["id"] for item in stored.response["output"]),
                 num_bytes,
                 self._clock() + self._ttl_seconds,
@@ -179,69 +205,20 @@ class ResponseStore:
         while self.num_bytes > self._max_bytes:
             self._drop_oldest(lambda each: each.num_bytes)
 
-    def get(self, tenant: str, response_id: str) -> StoredResponse | None:
-        """Return a stored response of this tenant, without its events."""
-        entry = self._entry(tenant, response_id)
-        return None if entry is None else entry.load()
-
-    def bytes_of(self, tenant: str) -> int:
-        """Return the bytes that a tenant has stored."""
-        own = self._tenants.get(tenant)
-        return 0 if own is None else own.num_bytes
-
-    def messages(self, tenant: str, response_id: str) -> Callable[[], list[ChatMessage]] | None:
-        """Return what loads the conversation of a stored response of this tenant, in any thread."""
-        entry = self._entry(tenant, response_id)
-        return None if entry is None else entry.load_messages
-
-    def response(self, tenant: str, response_id: str) -> Response | None:
-        """Return a stored response of this tenant alone; to read its conversation takes longer."""
-        entry = self._entry(tenant, response_id)
-        if entry is None:
-            return None
-        response: Response = msgspec.json.decode(entry.response)
-        return response
-
-    def input_items(self, tenant: str, response_id: str) -> list[dict[str, Any]] | None:
-        """Return the input of a stored response of this tenant alone."""
-        entry = self._entry(tenant, response_id)
-        if entry is None:
-            return None
-        items: list[dict[str, Any]] = msgspec.json.decode(entry.input_items)
-        return items
-
-    def events(self, tenant: str, response_id: str) -> Callable[[], list[bytes]] | None:
-        """Return what unpacks the events of a stored response of this tenant, in any thread."""
-        entry = self._entry(tenant, response_id)
-        return None if entry is None else entry.load_events
-
-    def _entry(self, tenant: str, response_id: str) -> _Entry | None:
+    def get(self, tenant: str, response_id: str) -> PackedResponse | None:
+        """Return a stored response of this tenant."""
         self._drop_expired()
         own = self._tenants.get(tenant)
         if own is None or response_id not in own.entries:
             return None
         own.entries.move_to_end(response_id)
-        return own.entries[response_id]
+        return own.entries[response_id].packed
 
-    def item_finder(self, tenant: str) -> Callable[[str], OutputItem | None]:
-        """A search for output items of a tenant's stored responses, for one request, in any thread.
-
-        It decodes each response once, however many of its items the request refers to.
-        """
+    def with_item(self, tenant: str, item_id: str) -> str | None:
+        """Return the id of the tenant's stored response whose output has the item."""
         self._drop_expired()
-        outputs: dict[str, dict[str, Any]] = {}
-
-        def find(item_id: str) -> OutputItem | None:
-            own = self._tenants.get(tenant)
-            response_id = None if own is None else own.items.get(item_id)
-            entry = None if own is None or response_id is None else own.entries.get(response_id)
-            if entry is None or response_id is None:  # there is none, or another thread dropped it
-                return None
-            if response_id not in outputs:
-                outputs[response_id] = {item["id"]: item for item in entry.load_output()}
-            return outputs[response_id].get(item_id)
-
-        return find
+        own = self._tenants.get(tenant)
+        return None if own is None else own.items.get(item_id)
 
     def delete(self, tenant: str, response_id: str) -> bool:
         """Delete a response; returns False when there is none."""

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from chunkllama_server.api.common.context import ServerContext
+from chunkllama_server.api.common.response_store import PackedResponse
 from chunkllama_server.api.responses.items import compacted_text
 from chunkllama_server.api.schema.base import SamplingFields
 from chunkllama_server.api.schema.chat import (
@@ -156,6 +157,12 @@ def _chat_part(part: InputPart) -> ContentPart:
     )
 
 
+def referenced_items(given: str | list[InputItem] | None) -> list[str]:
+    """Ids of the stored output items that the input refers to."""
+    items = given if isinstance(given, list) else []
+    return [item.id for item in items if item.type == "item_reference" and item.id is not None]
+
+
 def input_messages(
     given: str | list[InputItem] | None, find_item: FindItem = lambda _: None
 ) -> tuple[list[ChatMessage], list[str]]:
@@ -177,36 +184,36 @@ def input_messages(
     return reader.messages, reader.repairs
 
 
-def reads_store(body: ResponseRequest) -> bool:
-    """Whether a request follows a stored response, or refers to items of one."""
-    items = body.input if isinstance(body.input, list) else []
-    return bool(body.previous_response_id) or any(i.type == "item_reference" for i in items)
-
-
-def previous_messages(
+async def previous_response(
     body: ResponseRequest, context: ServerContext, tenant: str
-) -> Callable[[], list[ChatMessage]]:
-    """What loads the conversation of the response this one follows, in any thread.
+) -> PackedResponse | None:
+    """The response that this one follows, if it follows one.
 
     Raises:
         ApiError: 404 when it is not, or no longer, stored; 400 while it is running.
     """
     previous = body.previous_response_id
     if not previous:
-        return list
+        return None
     if context.background.get(tenant, previous) is not None:
         raise invalid(
             f"Response {previous!r} is still running", "previous_response_id", "response_running"
         )
-    load = context.responses.messages(tenant, previous)
-    if load is None:
+    stored = await context.responses.get(tenant, previous)
+    if stored is None:
         raise ApiError(
             404,
             f"Response {previous!r} is not stored (any more)",
             "previous_response_id",
             "response_not_found",
         )
-    return lambda: [message.from_path("previous_response_id") for message in load()]
+    return stored
+
+
+def previous_messages(previous: PackedResponse | None) -> list[ChatMessage]:
+    """The conversation of the response that is followed."""
+    messages = [] if previous is None else previous.load_messages()
+    return [message.from_path("previous_response_id") for message in messages]
 
 
 def _tools(body: ResponseRequest) -> list[ChatTool] | None:

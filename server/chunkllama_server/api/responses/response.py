@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from chunkllama_server.api.tools.config import ToolConfig
 from chunkllama_server.transport.errors import ApiError, as_api_error
 
 # Called with the response and its packed events when it has ended.
-OnEnded = Callable[[Response, bytes], None]
+OnEnded = Callable[[Response, bytes], Awaitable[None]]
 
 
 @dataclass(slots=True)
@@ -128,11 +128,11 @@ class ResponseAnswer:
                 async for pieces in generated:
                     for piece in pieces:
                         self._note(self._stream.take(piece))
-            return self._end()[0]
+            return (await self._end())[0]
         piece = (await self.generation.collect())[0]
         self._begin()
         self._note(self._stream.take(piece))
-        return self._end()[0]
+        return (await self._end())[0]
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events; an error after the first of them is ``response.failed``."""
@@ -151,19 +151,19 @@ class ResponseAnswer:
                     for piece in pieces:
                         for event in self._note(self._stream.take(piece)):
                             yield event
-            for event in self._end()[1]:
+            for event in (await self._end())[1]:
                 yield event
         except Exception as error:
             if not has_answered:
                 raise
-            yield self._fail(error)
+            yield await self._fail(error)
 
-    def cancelled(self) -> bytes:
+    async def cancelled(self) -> bytes:
         """End the response where it is, and return the event that says so."""
         self._stream.interrupt()
         response = self._ended("cancelled")
         # The API has no event for it; the response in it has the status.
-        return self._last(response, "response.incomplete")
+        return await self._last(response, "response.incomplete")
 
     def _note(self, events: list[bytes]) -> list[bytes]:
         if self._recorder is not None:
@@ -180,19 +180,19 @@ class ResponseAnswer:
             ]
         )
 
-    def _end(self) -> tuple[Response, list[bytes]]:
+    async def _end(self) -> tuple[Response, list[bytes]]:
         closed = self._note(self._stream.close())
         is_cut = self._stream.reason == "length"
         response = self._ended("incomplete" if is_cut else "completed")
         if is_cut:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
-        return response, [*closed, self._last(response, f"response.{response['status']}")]
+        return response, [*closed, await self._last(response, f"response.{response['status']}")]
 
-    def _fail(self, error: Exception) -> bytes:
+    async def _fail(self, error: Exception) -> bytes:
         self._stream.interrupt()
         response = self._ended("failed")
         response["error"] = _response_error(error)
-        return self._last(response, "response.failed")
+        return await self._last(response, "response.failed")
 
     def _ended(self, status: Any) -> Response:
         response = self.response()
@@ -202,9 +202,9 @@ class ResponseAnswer:
         response["usage"] = self.usage()
         return response
 
-    def _last(self, response: Response, kind: str) -> bytes:
+    async def _last(self, response: Response, kind: str) -> bytes:
         event = self._note([self._stream.event(kind, response=response)])[0]
-        self.on_ended(response, b"" if self._recorder is None else self._recorder.packed())
+        await self.on_ended(response, b"" if self._recorder is None else self._recorder.packed())
         return event
 
 

@@ -18,7 +18,12 @@ from chunkllama_server.api.common.response_store import StoredResponse
 from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers, refusals
 from chunkllama_server.api.responses.items import assistant_message, compaction, input_items
-from chunkllama_server.api.responses.request import as_chat, previous_messages, reads_store
+from chunkllama_server.api.responses.request import (
+    as_chat,
+    previous_messages,
+    previous_response,
+    referenced_items,
+)
 from chunkllama_server.api.responses.response import OnEnded, ResponseAnswer
 from chunkllama_server.api.schema.chat import ChatCompletionRequest, ChatMessage
 from chunkllama_server.api.schema.response_object import (
@@ -73,11 +78,16 @@ async def _as_chat(
     Raises:
         ApiError: as ``prepare``.
     """
-    if reads_store(body):
-        info.body_bytes += context.responses.bytes_of(info.tenant)
-    load = previous_messages(body, context, info.tenant)
-    find_item = context.responses.item_finder(info.tenant)
-    return await context.prepare(info, lambda: as_chat(body, load(), find_item))
+    previous = await previous_response(body, context, info.tenant)
+    holders = await context.responses.holders(info.tenant, referenced_items(body.input))
+    stored = [*holders, *([] if previous is None else [previous])]
+    info.body_bytes += sum(each.num_bytes for each in stored)
+
+    def make() -> ChatCompletionRequest:
+        items = {item["id"]: item for each in holders for item in each.load_output()}
+        return as_chat(body, previous_messages(previous), items.get)
+
+    return await context.prepare(info, make)
 
 
 def rename_param(error: ApiError) -> ApiError:
@@ -123,12 +133,12 @@ async def create_response(
         raise rename_param(error) from None
     items = await context.prepare(info, lambda: input_items(body))
 
-    def keep(response: Response, events: bytes) -> None:
+    async def keep(response: Response, events: bytes) -> None:
         if body.store is not False and (body.background or response["status"] != "failed"):
             messages = [*conversation, assistant_message(response["output"])]
             most = context.tenants.quotas(info.tenant).stored_responses
             stored = StoredResponse(response, messages, items, events)
-            context.responses.put(info.tenant, stored, most)
+            await context.responses.put(info.tenant, stored, most)
 
     answer = _answer(body, prepared, generation, context, keep)
     events = answer.events()
@@ -181,7 +191,7 @@ async def compact_response(
         generation = await prepared.stream(info, compaction_id, names)
     except ApiError as error:
         raise rename_param(error) from None
-    answer = _answer(body, prepared, generation, context, lambda response, events: None)
+    answer = _answer(body, prepared, generation, context, _forget)
     pieces = await unless_disconnected(request, generation.collect())
     compacted: CompactedResponse = {
         "id": compaction_id,
@@ -191,6 +201,10 @@ async def compact_response(
         "usage": answer.usage(),
     }
     return json_response(compacted)
+
+
+async def _forget(response: Response, events: bytes) -> None:
+    """Store nothing."""
 
 
 def _missing(response_id: str) -> ApiError:
@@ -223,11 +237,11 @@ async def get_response(
             return context.stream(running.log.follow(starting_after), info)
         return json_response(running.snapshot())
     if not stream:
-        stored = context.responses.response(tenant, response_id)
+        stored = await context.responses.response(tenant, response_id)
         if stored is None:
             raise _missing(response_id)
         return json_response(stored)
-    unpack = context.responses.events(tenant, response_id)
+    unpack = await context.responses.events(tenant, response_id)
     if unpack is None:
         raise _missing(response_id)
     log = EventLog()
@@ -246,7 +260,7 @@ async def list_input_items(
     after: str | None = None,
 ) -> InputItems:
     """List what a stored response was asked with, in pages of ``limit`` items."""
-    items = context.responses.input_items(request_info(request.scope).tenant, response_id)
+    items = await context.responses.input_items(request_info(request.scope).tenant, response_id)
     if items is None:
         raise _missing(response_id)
     if order == "desc":
@@ -271,7 +285,7 @@ async def cancel_response(response_id: str, request: Request, context: Context) 
     """End a background response; one that has ended already is returned as it is."""
     tenant = request_info(request.scope).tenant
     await context.background.cancel(tenant, response_id)
-    stored = context.responses.response(tenant, response_id)
+    stored = await context.responses.response(tenant, response_id)
     if stored is None:
         raise _missing(response_id)
     if not stored["background"]:
@@ -288,6 +302,6 @@ async def delete_response(response_id: str, request: Request, context: Context) 
     """Delete a stored response; one that is running is ended first."""
     tenant = request_info(request.scope).tenant
     await context.background.cancel(tenant, response_id)
-    if not context.responses.delete(tenant, response_id):
+    if not await context.responses.delete(tenant, response_id):
         raise _missing(response_id)
     return {"id": response_id, "object": "response", "deleted": True}

@@ -1,4 +1,4 @@
-"""POST /tokenize, /detokenize and /v1/chat/completions/render: request and response schemas."""
+"""POST /tokenize, /detokenize and those that end in /render: request and response schemas."""
 
 from __future__ import annotations
 
@@ -72,9 +72,13 @@ class DetokenizeResponse(TypedDict):
 
 
 class RenderedPrompt(TypedDict):
-    """A conversation as the model would see it."""
+    """A prompt as the model would see it.
+
+    ``prompt_token_ids`` are the same as ``token_ids``, which routers read.
+    """
 
     prompt: str
+    token_ids: list[int]
     prompt_token_ids: list[int]
     count: int
     max_model_len: int

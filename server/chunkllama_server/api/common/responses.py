@@ -1,0 +1,109 @@
+"""Stored responses as the endpoints use them, wherever they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from chunkllama_server.api.common.response_store import (
+    PackedResponse,
+    ResponseStore,
+    StoredResponse,
+)
+from chunkllama_server.api.schema.response_object import Response
+
+
+class ResponseBackend(Protocol):
+    """Keeps packed responses by tenant and id; a tenant reaches only its own.
+
+    Raises:
+        ApiError: 503 from every method but ``put``, when the storage does not answer.
+    """
+
+    async def put(self, tenant: str, stored: StoredResponse, max_items: int | None) -> None:
+        """Store a response; ``max_items`` bounds this tenant's, None is no bound of its own."""
+
+    async def get(self, tenant: str, response_id: str) -> PackedResponse | None:
+        """Return a stored response."""
+
+    async def with_items(self, tenant: str, item_ids: list[str]) -> list[str | None]:
+        """Return the id of the stored response whose output has each item, None for none."""
+
+    async def delete(self, tenant: str, response_id: str) -> bool:
+        """Delete a response; returns False when there is none."""
+
+    async def close(self) -> None:
+        """Close the connections."""
+
+
+class LocalResponses:
+    """The store of this process."""
+
+    def __init__(self, store: ResponseStore) -> None:
+        self._store = store
+
+    async def put(self, tenant: str, stored: StoredResponse, max_items: int | None) -> None:
+        self._store.put(tenant, stored, max_items)
+
+    async def get(self, tenant: str, response_id: str) -> PackedResponse | None:
+        return self._store.get(tenant, response_id)
+
+    async def with_items(self, tenant: str, item_ids: list[str]) -> list[str | None]:
+        return [self._store.with_item(tenant, item_id) for item_id in item_ids]
+
+    async def delete(self, tenant: str, response_id: str) -> bool:
+        return self._store.delete(tenant, response_id)
+
+    async def close(self) -> None:
+        return
+
+
+class Responses:
+    """Reads the part of a stored response that an endpoint needs.
+
+    Args:
+        backend: where they are stored.
+    """
+
+    def __init__(self, backend: ResponseBackend) -> None:
+        self._backend = backend
+
+    async def put(self, tenant: str, stored: StoredResponse, max_items: int | None = None) -> None:
+        """Store a response; see ``ResponseBackend``."""
+        await self._backend.put(tenant, stored, max_items)
+
+    async def get(self, tenant: str, response_id: str) -> PackedResponse | None:
+        """Return a stored response of this tenant; what it holds is loaded in any thread."""
+        return await self._backend.get(tenant, response_id)
+
+    async def response(self, tenant: str, response_id: str) -> Response | None:
+        """Return a stored response of this tenant alone; to read its conversation takes longer."""
+        packed = await self._backend.get(tenant, response_id)
+        return None if packed is None else packed.load_response()
+
+    async def input_items(self, tenant: str, response_id: str) -> list[dict[str, Any]] | None:
+        """Return the input of a stored response of this tenant alone."""
+        packed = await self._backend.get(tenant, response_id)
+        return None if packed is None else packed.load_input_items()
+
+    async def events(self, tenant: str, response_id: str) -> Callable[[], list[bytes]] | None:
+        """Return what unpacks the events of a stored response of this tenant, in any thread."""
+        packed = await self._backend.get(tenant, response_id)
+        return None if packed is None else packed.load_events
+
+    async def holders(self, tenant: str, item_ids: Iterable[str]) -> list[PackedResponse]:
+        """Return the tenant's stored responses that the output items are in, each once."""
+        asked = [*dict.fromkeys(item_ids)]
+        if not asked:
+            return []
+        ids = dict.fromkeys(await self._backend.with_items(tenant, asked))
+        found = [await self._backend.get(tenant, each) for each in ids if each is not None]
+        return [packed for packed in found if packed is not None]
+
+    async def delete(self, tenant: str, response_id: str) -> bool:
+        """Delete a response; returns False when there is none."""
+        return await self._backend.delete(tenant, response_id)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._backend.close()

@@ -1,0 +1,160 @@
+"""Store responses in valkey, where all servers of a cluster find them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from urllib.parse import urlsplit
+
+from chunkllama.errors import ConfigError
+from chunkllama.logger import init_logger
+from chunkllama_server.api.common.response_store import PackedResponse, StoredResponse
+from chunkllama_server.transport.errors import unavailable
+
+if TYPE_CHECKING:
+    from valkey.asyncio import Valkey
+
+logger = init_logger(__name__)
+
+T = TypeVar("T")
+_SECONDS: Final = 5.0  # for one command
+_FIELDS: Final = ("response", "messages", "input_items", "events")
+
+
+class ValkeyResponses:
+    """Responses as hashes that expire, a sorted set of each tenant's ids, and its items' responses.
+
+    How much is kept is bounded by each response's age and size, the tenant's own quota, and
+    valkey's ``maxmemory``.
+
+    Args:
+        url: valkey://[:password@]host:port[/database], or valkeys:// for TLS.
+        max_bytes: of one response; a larger one is not stored.
+        ttl_seconds: age at which a response expires.
+
+    Raises:
+        ConfigError: the package is missing or the URL cannot be read.
+    """
+
+    def __init__(self, url: str, max_bytes: int, ttl_seconds: float) -> None:
+        if find_spec("valkey") is None:
+            raise ConfigError("response_store: needs the package: pip install chunkllama[valkey]")
+        from valkey.asyncio import Valkey
+        from valkey.exceptions import ValkeyError
+
+        self._max_bytes = max_bytes
+        self._milliseconds = max(round(1000 * ttl_seconds), 1)
+        self._errors: tuple[type[Exception], ...] = (ValkeyError, OSError, TimeoutError)
+        try:
+            parts = urlsplit(url)
+            self._address = f"{parts.hostname}:{parts.port or 6379}"  # without the password
+            self._valkey: Valkey = Valkey.from_url(
+                url, socket_timeout=_SECONDS, socket_connect_timeout=_SECONDS
+            )
+        except ValueError as error:
+            raise ConfigError(f"response_store: {error}") from None
+
+    async def check(self) -> None:
+        """Check that the server answers.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        try:
+            await _awaited(self._valkey.ping())
+        except self._errors as error:
+            raise ConfigError(
+                f"response_store: {self._address} does not answer: {_line(error)}"
+            ) from None
+
+    async def put(self, tenant: str, stored: StoredResponse, max_items: int | None) -> None:
+        """Store a response. One that cannot be stored is left out, with a warning."""
+        packed = PackedResponse.of(stored)
+        if packed.num_bytes > self._max_bytes:
+            return
+        try:
+            await self._put(tenant, stored, packed, max_items)
+        except self._errors as error:
+            logger.warning("a response is not stored: %s: %s", self._address, _line(error))
+
+    async def _put(
+        self, tenant: str, stored: StoredResponse, packed: PackedResponse, max_items: int | None
+    ) -> None:
+        response_id, now = stored.response["id"], time.time()
+        key, ids = _key("response", tenant, response_id), _key("ids", tenant)
+        async with self._valkey.pipeline(transaction=True) as commands:
+            commands.hset(key, mapping={name: getattr(packed, name) for name in _FIELDS})
+            commands.pexpire(key, self._milliseconds)
+            for item in stored.response["output"]:
+                commands.set(_key("item", tenant, item["id"]), response_id, px=self._milliseconds)
+            commands.zremrangebyscore(ids, "-inf", now - self._milliseconds / 1000)
+            commands.zadd(ids, {response_id: now})
+            commands.pexpire(ids, self._milliseconds)
+            await commands.execute()
+        if max_items is not None:
+            count = await _awaited(self._valkey.zcard(ids))
+            if count > max_items:
+                for oldest, _ in await self._valkey.zpopmin(ids, count - max_items):
+                    await self._valkey.delete(_key("response", tenant, oldest.decode()))
+
+    async def get(self, tenant: str, response_id: str) -> PackedResponse | None:
+        """Return a stored response of this tenant.
+
+        Raises:
+            ApiError: 503 when valkey does not answer.
+        """
+        key = _key("response", tenant, response_id)
+        found = await self._ask(_awaited(self._valkey.hmget(key, [*_FIELDS])))
+        parts = cast("list[bytes | None]", found)
+        if any(part is None for part in parts):
+            return None
+        return PackedResponse(*cast("list[bytes]", parts))
+
+    async def with_items(self, tenant: str, item_ids: list[str]) -> list[str | None]:
+        """Return the id of the tenant's stored response whose output has each item, None for none.
+
+        Raises:
+            ApiError: 503 when valkey does not answer.
+        """
+        keys = [_key("item", tenant, item_id) for item_id in item_ids]
+        found: list[bytes | None] = await self._ask(self._valkey.mget(keys))
+        return [None if each is None else each.decode() for each in found]
+
+    async def delete(self, tenant: str, response_id: str) -> bool:
+        """Delete a response; returns False when there is none.
+
+        Raises:
+            ApiError: 503 when valkey does not answer.
+        """
+        deleted: int = await self._ask(self._valkey.delete(_key("response", tenant, response_id)))
+        await self._ask(_awaited(self._valkey.zrem(_key("ids", tenant), response_id)))
+        return deleted > 0
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._valkey.aclose()
+
+    async def _ask(self, answer: Awaitable[T]) -> T:
+        try:
+            return await answer
+        except self._errors as error:
+            logger.warning("%s does not answer: %s", self._address, _line(error))
+            raise unavailable(
+                "The store of responses does not answer", "response_store_unavailable"
+            ) from None
+
+
+def _key(kind: str, tenant: str, name: str = "") -> str:
+    """Return a key; the length tells where the tenant's name ends."""
+    return f"chunkllama:{kind}:{len(tenant)}:{tenant}:{name}"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _awaited(answer: Any) -> Awaitable[Any]:
+    """Type an answer whose type names the synchronous client's, too."""
+    return cast("Awaitable[Any]", answer)

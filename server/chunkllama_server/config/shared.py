@@ -1,0 +1,48 @@
+"""Settings of several servers of one model: what they share, and what routers learn of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+
+from chunkllama.config import ConfigGroup
+from chunkllama_server.config.files import read_secret
+
+
+class SharedConfig(ConfigGroup):
+    """Several servers of one model: what they share, and what routers learn of them."""
+
+    namespace_secret_file: Path | None = Field(
+        default=None,
+        description="File with the key of the tenants' cache namespaces, at least 32 bytes, not "
+        "readable by other users; servers with the same key agree on the namespaces. Default: a "
+        "random key for each start, or that of snapshot_dir.",
+    )
+
+    response_store: SecretStr | None = Field(
+        default=None,
+        description="Store responses in valkey at valkey://[:PASSWORD@]HOST:PORT[/DATABASE], or "
+        "valkeys:// for TLS, so that every server finds them. Needs the extra chunkllama[valkey]. "
+        "Default: this process stores them.",
+    )
+    kv_events_endpoint: str | None = Field(
+        default=None,
+        pattern="^(tcp|ipc)://.",
+        description="Publish the cache's events here over ZeroMQ in vLLM's form, such as "
+        "tcp://127.0.0.1:5557; they hold the prompts of all tenants and need no key. Needs the "
+        "extra chunkllama[kv-events].",
+    )
+    kv_events_topic: str = Field(
+        default="", description="Topic of these events; llm-d reads kv@ADDRESS@MODEL."
+    )
+
+    def namespace_secret(self) -> bytes | None:
+        """Return the key of the namespaces, None without a file.
+
+        Raises:
+            ConfigError: the file cannot be used.
+        """
+        if self.namespace_secret_file is None:
+            return None
+        return read_secret(self.namespace_secret_file, "namespace_secret_file")
