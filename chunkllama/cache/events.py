@@ -78,5 +78,10 @@ def digest(node: Node) -> bytes:
             break
         missing.append(step)
     for step in reversed(missing):
-        above = step.digest = hashlib.sha256(above + step.key).digest()[:DIGEST_BYTES]
+        above = step.digest = extended(above, step.key)
     return above
+
+
+def extended(above: bytes, key: bytes) -> bytes:
+    """Return the digest of a prompt that goes on with a chunk, from that of what is before it."""
+    return hashlib.sha256(above + key).digest()[:DIGEST_BYTES]
