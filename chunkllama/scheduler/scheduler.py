@@ -59,6 +59,7 @@ class Scheduler:
 
     Attributes:
         adapters: numbers of the loaded adapters.
+        nodes: iterates over the cache's tree, parents before children.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Scheduler:
         self.adapters = AdapterNumbers()
         self._limits = limits
         self._cache = cache
+        self.nodes = cache.tree.nodes
         self._clock = clock
         self._lifecycle = SequenceLifecycle(limits, cache, clock)
         self._groups = self._lifecycle.groups
@@ -380,8 +382,7 @@ class Scheduler:
     def watch_cache(self, *, is_watched: bool) -> list[CacheEvent]:
         """Record changes of the cache from now on, or no longer; returns what is stored now."""
         self._cache.tree.events.is_on = is_watched
-        nodes = self._cache.tree.nodes() if is_watched else ()
-        return self._cache.tree.events.snapshot(nodes)
+        return self._cache.tree.events.snapshot(self.nodes() if is_watched else ())
 
     def take_cache_events(self) -> list[CacheEvent]:
         """Return the changes of the cache since the last call; [] while it is not watched."""
