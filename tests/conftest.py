@@ -74,8 +74,9 @@ def child_environment() -> dict[str, str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out (as "deselected") what needs a missing device, and full sizes unless asked for."""
     left_out = set()
-    if "nightly" not in config.option.markexpr:
-        left_out |= {item for item in items if item.get_closest_marker("nightly")}
+    for marker in ("nightly", "ray"):
+        if marker not in config.option.markexpr:
+            left_out |= {item for item in items if item.get_closest_marker(marker)}
     gpu = {item for item in items if item.get_closest_marker("gpu")}
     if gpu and not _cuda_device():
         left_out |= gpu

@@ -32,6 +32,7 @@ from chunkllama.errors import ConfigError
 from chunkllama_server.config.adapters import AdapterConfig
 from chunkllama_server.config.api_keys import KeyEntry, parse_key
 from chunkllama_server.config.batches import BatchConfig
+from chunkllama_server.config.cluster import ClusterConfig
 from chunkllama_server.config.files import read_text, read_yaml
 from chunkllama_server.config.limits import LimitsConfig
 from chunkllama_server.config.packs import PackConfig
@@ -263,7 +264,14 @@ class ServerConfig(ConfigGroup):
 
 
 _ENGINE_GROUPS = (ModelConfig, CacheConfig, SchedulerConfig, LogConfig)
-_SERVER_GROUPS = (ServerConfig, LimitsConfig, BatchConfig, AdapterConfig, PackConfig)
+_SERVER_GROUPS = (
+    ServerConfig,
+    LimitsConfig,
+    BatchConfig,
+    AdapterConfig,
+    PackConfig,
+    ClusterConfig,
+)
 
 
 class Settings(
@@ -272,6 +280,7 @@ class Settings(
     BatchConfig,
     AdapterConfig,
     PackConfig,
+    ClusterConfig,
     LogConfig,
     SchedulerConfig,
     CacheConfig,

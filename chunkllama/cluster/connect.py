@@ -1,0 +1,256 @@
+"""From an address to replicas: joins a Ray cluster, deploys the replicas, keeps channels to them.
+
+Front ends call the hosts' actors directly; Serve keeps as many as are wanted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from chunkllama.cluster.channel import RayChannel
+from chunkllama.cluster.client import ClusterEngineClient
+from chunkllama.cluster.host import BEAT_SECONDS
+from chunkllama.cluster.routing import PrefixRouting
+from chunkllama.config import EngineConfig
+from chunkllama.engine.client import seed_source
+from chunkllama.errors import ChunkLlamaError, ConfigError
+from chunkllama.logger import init_logger
+
+logger = init_logger(__name__)
+
+APPLICATION = "chunkllama"
+_DISCOVERY_SECONDS = 1.0
+_AUTH_MODE = "RAY_AUTH_MODE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterPlan:
+    """What a cluster is to run.
+
+    Attributes:
+        address: "auto", or ray://HOST[:PORT] of the head node.
+        version: of the program; another one, or another configuration, replaces the replicas.
+        min_replicas, max_replicas: equal: a fixed number.
+        hang_seconds: a replica that shows no sign of life for so long is given up.
+        drain_seconds: for requests of a replica that is removed; the rest continues on others.
+    """
+
+    address: str
+    version: str
+    config: EngineConfig
+    min_replicas: int
+    max_replicas: int
+    max_failovers: int
+    spill_requests: int
+    index_chunks: int
+    hang_seconds: float
+    drain_seconds: float
+
+
+def check_ray() -> None:
+    """Check that Ray can be imported.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    os.environ.setdefault(_AUTH_MODE, "token")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray.serve  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "cluster: Ray Serve is not installed; pip install 'chunkllama[ray]'"
+        ) from None
+
+
+def _join(address: str) -> None:
+    """Connect to Ray.
+
+    Raises:
+        ConfigError: there is no cluster at the address.
+    """
+    import ray
+
+    options: dict[str, Any] = {
+        "namespace": APPLICATION,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+    if address == "auto":
+        with contextlib.suppress(ConnectionError):
+            ray.init("auto", **options)
+            return
+        ray.init(include_dashboard=False, **options)
+        logger.info(
+            "cluster: no Ray runs on this machine; started one, which ends with this server"
+        )
+        return
+    host, _, port = address.removeprefix("ray://").partition(":")
+    try:
+        ray.init(f"{host}:{port or 6379}", **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"cluster: cannot join {address}: {reason}; run ray start --address={host}:"
+            f"{port or 6379} --num-cpus=0 on this machine first"
+        ) from None
+
+
+def _leave() -> None:
+    """End the connection to Ray, and Ray itself where it was started here.
+
+    Call it before the thread ends that called ``_join``: Ray's processes end with that thread.
+    """
+    import ray
+
+    ray.shutdown()
+
+
+def _deploy(plan: ClusterPlan) -> None:
+    """Run the replicas; those of the same settings and version that run already stay."""
+    from ray import serve
+
+    from chunkllama.cluster.replica import EngineReplica, scale
+
+    config = plan.config.model_dump_json()
+    version = hashlib.sha256(f"{plan.version} {config}".encode()).hexdigest()[:16]
+    model = plan.config.model
+    scaling: dict[str, Any] = {"num_replicas": plan.min_replicas}
+    if plan.max_replicas != plan.min_replicas:
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": plan.min_replicas,
+                "max_replicas": plan.max_replicas,
+                "policy": {"policy_function": scale},
+            }
+        }
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(proxy_location="Disabled")
+    deployment = serve.deployment(EngineReplica).options(
+        name="engine",
+        version=version,  # Serve's own is random, and would replace all replicas at every start
+        _internal=True,
+        ray_actor_options={
+            "num_cpus": model.threads or 1,
+            "num_gpus": 1 if model.device.startswith("cuda") else 0,
+        },
+        health_check_period_s=BEAT_SECONDS,
+        health_check_timeout_s=max(plan.hang_seconds, BEAT_SECONDS),
+        graceful_shutdown_timeout_s=plan.drain_seconds + 5,
+        graceful_shutdown_wait_loop_s=0.1,
+        **scaling,
+    )
+    application = deployment.bind(config, plan.hang_seconds)
+    serve.run_many(
+        [serve.RunTarget(application, name=APPLICATION, route_prefix=None)],
+        wait_for_applications_running=False,
+    )
+
+
+async def start_cluster(plan: ClusterPlan) -> ClusterEngineClient:
+    """Join a cluster, deploy the replicas, and wait for the first one.
+
+    Raises:
+        ConfigError: Ray is not installed, there is no cluster, or no replica could start.
+    """
+    check_ray()
+    await asyncio.to_thread(_join, plan.address)
+    try:
+        await asyncio.to_thread(_deploy, plan)
+    except BaseException:
+        await asyncio.to_thread(_leave)
+        raise
+    routing = PrefixRouting(spill=plan.spill_requests, index_chunks=plan.index_chunks)
+    client = ClusterEngineClient(routing, plan.max_failovers)
+    client.draw_seed = seed_source(plan.config.model.seed)
+    discovery = Discovery(client, plan.hang_seconds)
+    client.on_close = discovery.close
+    try:
+        while not client.replicas:
+            await asyncio.to_thread(_check_deployment)
+            await asyncio.sleep(_DISCOVERY_SECONDS / 4)
+    except BaseException:
+        await client.close()
+        raise
+    return client
+
+
+def _check_deployment() -> None:
+    """Check that replicas can start.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    from ray import serve
+
+    found = serve.status().applications.get(APPLICATION)
+    if found is None or found.status != "DEPLOY_FAILED":
+        return
+    messages = [deployment.message for deployment in found.deployments.values()]
+    lines = " ".join(messages or [found.message]).strip().splitlines()
+    raise ConfigError(f"cluster: no replica could start: {lines[-1] if lines else found.status}")
+
+
+class Discovery:
+    """Looks for replicas and opens channels to them, until it is closed.
+
+    Args:
+        client: gets the replicas.
+        hang_seconds: as in ``ClusterPlan``.
+    """
+
+    def __init__(self, client: ClusterEngineClient, hang_seconds: float) -> None:
+        self._client = client
+        self._hang_seconds = hang_seconds
+        self._channels: dict[str, asyncio.Task[None]] = {}
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """Close all channels and leave the cluster."""
+        tasks = [self._task, *self._channels.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(_leave)
+
+    async def _run(self) -> None:
+        from chunkllama.cluster.replica import NAMESPACE, host_prefix
+
+        prefix = host_prefix(APPLICATION)
+        while True:
+            # in a thread: without a head node, the call does not return
+            actors = await asyncio.to_thread(_named_actors, NAMESPACE)
+            names = {name for name in actors if name.startswith(prefix)}
+            self._channels = {n: task for n, task in self._channels.items() if not task.done()}
+            for name in names - self._channels.keys():
+                self._channels[name] = asyncio.create_task(self._use(name, NAMESPACE))
+            await asyncio.sleep(_DISCOVERY_SECONDS)
+
+    async def _use(self, name: str, namespace: str) -> None:
+        """Use a replica from when it is ready until it ends."""
+        import ray
+
+        try:
+            actor = await asyncio.to_thread(ray.get_actor, name, namespace)
+            channel = await RayChannel.open(name, actor)
+            await self._client.prepare(channel)
+        except (ValueError, ChunkLlamaError, ray.exceptions.RayError) as error:
+            reason = str(error).partition("\n")[0]
+            logger.info("replica %s cannot be used: %s", name, reason)
+            return
+        self._client.join(channel)
+        await channel.run(self._client, self._hang_seconds)
+
+
+def _named_actors(namespace: str) -> list[str]:
+    import ray
+
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in actors if actor["namespace"] == namespace]
