@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from chunkllama.cache_messages import LoadPack
 from chunkllama.cluster.client import ClusterEngineClient
 from chunkllama.cluster.host import BEAT_SECONDS
 from chunkllama.cluster.messages import ENCODER, FROM_REPLICA
@@ -67,6 +68,10 @@ class RayChannel:
         payload = await self._call("ask", ENCODER.encode([command]))
         return msgspec.msgpack.decode(payload, type=CommandReply)
 
+    async def use_files(self, commands: list[LoadPack]) -> None:
+        """As ``Channel.use_files``."""
+        await self._call("use_files", ENCODER.encode(commands))
+
     async def compute(self, request: EngineRequest) -> TokenDelta:
         """As ``Channel.compute``."""
         payload = await self._call("compute", ENCODER.encode([request]))
@@ -79,8 +84,7 @@ class RayChannel:
             payload = await getattr(self._actor, method).remote(*args)
         except RayError as error:
             raise EngineDeadError(f"replica {self.name}: {type(error).__name__}") from None
-        assert isinstance(payload, bytes)
-        return payload
+        return bytes(payload or b"")
 
     async def run(self, client: ClusterEngineClient, hang_seconds: float) -> None:
         """Read the channel until the replica ends or hangs; the client is told of it."""

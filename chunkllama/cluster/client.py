@@ -18,13 +18,14 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from chunkllama.cluster.commands import Channel, CommandsToAll
 from chunkllama.cluster.merge import StatsMerger
 from chunkllama.cluster.messages import Beat, Ended, FromReplica
 from chunkllama.cluster.prefix_keys import prefix_keys
-from chunkllama.cluster.routing import Choice, PrefixRouting
+from chunkllama.cluster.routes import Replica, Route
+from chunkllama.cluster.routing import PrefixRouting
 from chunkllama.engine.replay import Stream
 from chunkllama.errors import EngineDeadError
 from chunkllama.logger import init_logger
@@ -41,42 +42,6 @@ logger = init_logger(__name__)
 # A request that has gained so many tokens since its last failover begins to count again.
 _RECOVERED_TOKENS = 64
 _TRIAL_DELTAS = 2  # the prompt's end, and a decode step
-
-
-@dataclass(slots=True, eq=False)
-class Replica:
-    """A replica as a front end knows it.
-
-    Attributes:
-        number: unique in this front end, for ids of chunks.
-    """
-
-    channel: Channel
-    number: int
-    is_draining: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Route:
-    """Where a request is, and what became of it before.
-
-    Attributes:
-        keys: of its prompt's prefixes.
-        choice: of the replica that has it; None while none has it.
-        failures: replicas that ended under it.
-        gained: tokens that it had at the last failure.
-        refusals: of replicas that had no room for it.
-        lost_at: monotonic time of a failure that it has not got over.
-        trial_deltas: that it got while it was alone among its kind.
-    """
-
-    keys: list[int]
-    choice: Choice | None = None
-    failures: int = 0
-    gained: int = 0
-    refusals: dict[str, TokenDelta] = field(default_factory=dict)
-    lost_at: float | None = None
-    trial_deltas: int = 0
 
 
 class ClusterEngineClient(CommandsToAll):
@@ -126,9 +91,9 @@ class ClusterEngineClient(CommandsToAll):
         draining = sum(replica.is_draining for replica in self._replicas.values())
         return {"running": len(self._replicas) - draining, "draining": draining}
 
-    def replica_stats(self) -> dict[str, EngineStats]:
-        """The last snapshot of each replica's engine."""
-        return {name: self._merger[name] for name in self._replicas}
+    def replica_stats(self) -> list[tuple[Replica, EngineStats]]:
+        """Each replica with the last snapshot of its engine."""
+        return [(replica, self._merger[name]) for name, replica in self._replicas.items()]
 
     # -- replicas -------------------------------------------------------------------------------
 
@@ -138,7 +103,8 @@ class ClusterEngineClient(CommandsToAll):
         self._replicas[channel.name] = Replica(channel, self._numbers)
         self._info = self._info or channel.info
         self.routing.add(channel.name)
-        channel.send([*([self._tenants] if self._tenants else []), *self._files.values()])
+        if self._tenants is not None:
+            channel.send([self._tenants])
         logger.info("replica %s has joined, %d now", channel.name, len(self._replicas))
         if len(self._replicas) == 1:
             self.on_restarting(False)
@@ -215,12 +181,11 @@ class ClusterEngineClient(CommandsToAll):
             self._merger.update(name, stats)
             requests = stats.requests_running + stats.requests_waiting
             self.routing.report(name, requests, stats.chunks_free + stats.chunks_cached)
-            self.on_stats(self._merger.total(self._numbered(), is_pushed=True))
+            total = self._merger.total()
+            total.is_pushed = True
+            self.on_stats(total)
         if beat.heads is not None:
             self.routing.apply_digest(name, beat.heads)
-
-    def _numbered(self) -> dict[str, int]:
-        return {name: replica.number for name, replica in self._replicas.items()}
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -364,7 +329,12 @@ class ClusterEngineClient(CommandsToAll):
             raise self._dead
         if include_tree or include_tenants:
             await self._pull_stats(include_tree, include_tenants)
-        return self._merger.total(self._numbered())
+        total = self._merger.total()
+        if include_tenants:
+            total.tenants = self._merger.tenants()
+        if include_tree:
+            total.tree = self._merger.tree({n: each.number for n, each in self._replicas.items()})
+        return total
 
     def _channels(self) -> dict[int, Channel]:
         return {replica.number: replica.channel for replica in self._replicas.values()}

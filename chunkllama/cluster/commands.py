@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Protocol, TypeVar
 
 import msgspec
 
-from chunkllama.adapter_messages import LoadAdapter, UnloadAdapter
-from chunkllama.cache_messages import CacheCommand, CacheEvents, PackInfo
+from chunkllama.adapter_messages import AdapterInfo, LoadAdapter, UnloadAdapter
+from chunkllama.cache_messages import CacheCommand, CacheEvents, KeepSnapshot, LoadPack, PackInfo
 from chunkllama.cluster.merge import tag_chunk, untag_chunk
 from chunkllama.engine.client import MessageClient, as_exception
 from chunkllama.errors import ConfigError, EngineDeadError, InvalidRequestError
@@ -29,6 +29,7 @@ from chunkllama.messages import (
 )
 
 T = TypeVar("T")
+Kept = AdapterInfo | EngineRequest | LoadPack | KeepSnapshot
 
 
 class Channel(Protocol):
@@ -56,6 +57,14 @@ class Channel(Protocol):
 
     async def ask(self, command: ToEngine) -> CommandReply:
         """The engine's reply to a command.
+
+        Raises:
+            EngineDeadError: the replica has ended.
+        """
+        ...
+
+    async def use_files(self, commands: list[LoadPack]) -> None:
+        """Load files of chunks; returns when each has been loaded, or refused.
 
         Raises:
             EngineDeadError: the replica has ended.
@@ -92,24 +101,41 @@ class CommandsToAll(MessageClient):
         Raises:
             ChunkLlamaError: it cannot have it, or has ended.
         """
-        for name, info in list(self.adapters.items()):
-            command = LoadAdapter(command_id=0, name=name, folder=info.folder)
-            reply = await channel.ask(command)
-            if reply.adapter is None or reply.adapter.digest != info.digest:
-                raise ConfigError(f"adapter {name}: {reply.error or 'its files have changed'}")
-        for request in list(self._public.values()):
-            delta = await channel.compute(request)
-            if delta.error is not None:
-                raise as_exception(delta.error)
+        given: set[str] = set()
+        while new := {key: item for key, item in self._kept().items() if key not in given}:
+            for item in new.values():
+                await _give(channel, item)
+            given |= new.keys()
+
+    def _kept(self) -> dict[str, Kept]:
+        """What every replica has, each under a key of its own."""
+        files = {f"file {path}": file for path, file in self._files.items()}
+        adapters = {f"adapter {name}": info for name, info in self.adapters.items()}
+        public = {f"prompt {name}": request for name, request in self._public.items()}
+        return {**files, **adapters, **public}
 
     async def keep_public(self, request: EngineRequest) -> TokenDelta:
         """As ``EngineClient.keep_public``, on every replica."""
-        deltas = await _gather(channel.compute(request) for channel in self._channels().values())
+        deltas = list((await self._from_all(lambda each: each.compute(request))).values())
         for delta in deltas:
             if delta.error is not None:
                 raise as_exception(delta.error)
         self._public[request.request_id] = request
         return next((delta for delta in deltas if delta.pin_refused), deltas[0])
+
+    async def _from_all(self, call: Callable[[Channel], Awaitable[T]]) -> dict[int, T]:
+        """What every replica answers, by number, also those that join meanwhile.
+
+        Raises:
+            EngineDeadError: there is none, or one has ended.
+        """
+        answers: dict[int, T] = {}
+        while new := {n: each for n, each in self._channels().items() if n not in answers}:
+            found = await asyncio.gather(*map(call, new.values()))
+            answers |= zip(new, found, strict=True)
+        if not answers:
+            raise EngineDeadError("no replica is ready")
+        return answers
 
     async def _ask(self, make: Callable[[int], ToEngine]) -> CommandReply:
         if self._dead is not None:
@@ -129,8 +155,7 @@ class CommandsToAll(MessageClient):
                 own = msgspec.structs.replace(command, chunk_id=chunk_id)
                 return await channels[number].ask(own)
             case _:
-                replies = await _gather(each.ask(command) for each in channels.values())
-        reply = merge_replies(dict(zip(channels, replies, strict=True)))
+                reply = merge_replies(await self._from_all(lambda each: each.ask(command)))
         if isinstance(command, UnloadAdapter) and not reply.error:
             self.adapters.pop(command.name, None)
         self._take_reply(reply)
@@ -142,16 +167,23 @@ class CommandsToAll(MessageClient):
         )
 
 
-async def _gather(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """What every replica answers.
-
-    Raises:
-        EngineDeadError: there is none, or one has ended.
-    """
-    found = await asyncio.gather(*calls)
-    if not found:
-        raise EngineDeadError("no replica is ready")
-    return found
+async def _give(channel: Channel, item: Kept) -> None:
+    """Bring a replica one thing that every replica has."""
+    match item:
+        case AdapterInfo():
+            command = LoadAdapter(command_id=0, name=item.name, folder=item.folder)
+            reply = await channel.ask(command)
+            if reply.adapter is None or reply.adapter.digest != item.digest:
+                reason = reply.error or "its files have changed"
+                raise ConfigError(f"adapter {item.name}: {reason}")
+        case EngineRequest():
+            delta = await channel.compute(item)
+            if delta.error is not None:
+                raise as_exception(delta.error)
+        case LoadPack():
+            await channel.use_files([item])
+        case KeepSnapshot():
+            raise AssertionError("the settings of a cluster exclude snapshots")
 
 
 def merge_replies(replies: dict[int, CommandReply]) -> CommandReply:

@@ -26,6 +26,8 @@ logger = init_logger(__name__)
 
 APPLICATION = "chunkllama"
 _DISCOVERY_SECONDS = 1.0
+_WAIT_SECONDS = 0.25
+_REPORT_SECONDS = 30.0
 _AUTH_MODE = "RAY_AUTH_MODE"
 
 
@@ -53,6 +55,11 @@ class ClusterPlan:
     drain_seconds: float
 
 
+def first_line(error: Exception) -> str:
+    """What one of Ray's errors, which have many lines, says first."""
+    return str(error).strip().partition("\n")[0]
+
+
 def check_ray() -> None:
     """Check that Ray can be imported.
 
@@ -62,6 +69,8 @@ def check_ray() -> None:
     os.environ.setdefault(_AUTH_MODE, "token")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Without a head node a front end goes on; Ray would end its process after a minute.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "86400")
     try:
         import ray.serve  # noqa: F401
     except ImportError:
@@ -96,9 +105,8 @@ def _join(address: str) -> None:
     try:
         ray.init(f"{host}:{port or 6379}", **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
         raise ConfigError(
-            f"cluster: cannot join {address}: {reason}; run ray start --address={host}:"
+            f"cluster: cannot join {address}: {first_line(error)}; run ray start --address={host}:"
             f"{port or 6379} --num-cpus=0 on this machine first"
         ) from None
 
@@ -172,30 +180,37 @@ async def start_cluster(plan: ClusterPlan) -> ClusterEngineClient:
     client.draw_seed = seed_source(plan.config.model.seed)
     discovery = Discovery(client, plan.hang_seconds)
     client.on_close = discovery.close
+    waited = 0.0
     try:
         while not client.replicas:
-            await asyncio.to_thread(_check_deployment)
-            await asyncio.sleep(_DISCOVERY_SECONDS / 4)
+            state = await asyncio.to_thread(_check_deployment)
+            await asyncio.sleep(_WAIT_SECONDS)
+            waited += _WAIT_SECONDS
+            if waited % _REPORT_SECONDS == 0:
+                logger.warning("cluster: no replica is ready after %g s: %s", waited, state)
     except BaseException:
         await client.close()
         raise
     return client
 
 
-def _check_deployment() -> None:
-    """Check that replicas can start.
+def _check_deployment() -> str:
+    """Return what Serve says of the replicas.
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: none can start.
     """
     from ray import serve
 
     found = serve.status().applications.get(APPLICATION)
-    if found is None or found.status != "DEPLOY_FAILED":
-        return
+    if found is None:
+        return "not deployed"
     messages = [deployment.message for deployment in found.deployments.values()]
     lines = " ".join(messages or [found.message]).strip().splitlines()
-    raise ConfigError(f"cluster: no replica could start: {lines[-1] if lines else found.status}")
+    said = lines[-1] if lines else str(found.status)
+    if found.status == "DEPLOY_FAILED":
+        raise ConfigError(f"cluster: no replica could start: {said}")
+    return said
 
 
 class Discovery:
@@ -225,8 +240,12 @@ class Discovery:
 
         prefix = host_prefix(APPLICATION)
         while True:
-            # in a thread: without a head node, the call does not return
-            actors = await asyncio.to_thread(_named_actors, NAMESPACE)
+            try:
+                # in a thread: without a head node, the call does not return
+                actors = await asyncio.to_thread(_named_actors, NAMESPACE)
+            except Exception as error:  # of Ray's, which does not say which; the next may succeed
+                logger.warning("cluster: replicas cannot be listed: %s", first_line(error))
+                actors = list(self._channels)
             names = {name for name in actors if name.startswith(prefix)}
             self._channels = {n: task for n, task in self._channels.items() if not task.done()}
             for name in names - self._channels.keys():
@@ -242,8 +261,7 @@ class Discovery:
             channel = await RayChannel.open(name, actor)
             await self._client.prepare(channel)
         except (ValueError, ChunkLlamaError, ray.exceptions.RayError) as error:
-            reason = str(error).partition("\n")[0]
-            logger.info("replica %s cannot be used: %s", name, reason)
+            logger.info("replica %s cannot be used: %s", name, first_line(error))
             return
         self._client.join(channel)
         await channel.run(self._client, self._hang_seconds)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 import msgspec
 
 from chunkllama.adapter_messages import LoadAdapter, UnloadAdapter
-from chunkllama.cache_messages import CacheDigest, DigestRequest
+from chunkllama.cache_messages import CacheDigest, DigestRequest, LoadPack
 from chunkllama.cluster.messages import ENCODER, TO_ENGINE, Beat, Ended, FromReplica
 from chunkllama.config import EngineConfig
 from chunkllama.engine.process import EngineProcess, ProcessEngineClient
@@ -43,6 +43,7 @@ BEAT_SECONDS = 1.0
 # A front end sends something at least each BEAT_SECONDS; one that does not has ended.
 FRONT_SECONDS = 15.0
 _DIGEST_KEYS = 4096
+_PACK_SECONDS = 0.1  # between two looks at packs that are being loaded
 _SETTLE_SECONDS = 2 * BEAT_SECONDS  # for front ends to learn that the replica drains
 
 
@@ -253,6 +254,15 @@ class EngineHost:
         if isinstance(command, LoadAdapter):
             return msgspec.msgpack.encode(await self._load_adapter(command))
         return msgspec.msgpack.encode(await self._live_engine().ask(command))
+
+    async def use_files(self, payload: bytes) -> None:
+        """Load files of chunks; returns when each has been loaded, or refused."""
+        engine = self._live_engine()
+        for command in TO_ENGINE.decode(payload):
+            assert isinstance(command, LoadPack)
+            engine.use_file(command)
+        while any(pack.state == "loading" for pack in (await engine.cache_command("packs")).packs):
+            await asyncio.sleep(_PACK_SECONDS)
 
     async def _load_adapter(self, command: LoadAdapter) -> CommandReply:
         """Load an adapter, unless another front end has had it loaded."""

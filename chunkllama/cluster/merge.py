@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import msgspec
 
-from chunkllama.messages import EngineStats, Histogram, TenantStats
+from chunkllama.messages import EngineStats, Histogram, TenantStats, TreeNodeInfo
 
 _TAG_BITS = 32  # a chunk's id in the tree of one engine; the replica's number stands above it
 _GAUGES = frozenset(
@@ -22,7 +22,7 @@ _TENANT_GAUGES = frozenset(
         *("chunks_used", "chunks_cached", "chunks_pinned"),
     }
 )
-_LISTS = frozenset({"is_pushed", "tree", "tenants"})
+_NO_SUMS = frozenset({"is_pushed", "tree", "tenants"})
 
 
 def tag_chunk(number: int, chunk_id: int) -> int:
@@ -57,45 +57,62 @@ class StatsMerger:
         stats = self._last.pop(replica, None)
         if stats is not None:
             _add(self._gone, stats, _GAUGES)
+            _add_tenants(self._gone, stats, _TENANT_GAUGES)
 
     def __getitem__(self, replica: str) -> EngineStats:
         """Return the last snapshot of a replica."""
         return self._last.get(replica, EngineStats())
 
-    def total(self, numbers: Mapping[str, int], *, is_pushed: bool = False) -> EngineStats:
-        """Return the sum, with the trees one behind the other.
+    def total(self) -> EngineStats:
+        """Return the sum, without trees and tenants."""
+        total = _copy(self._gone)
+        for stats in self._last.values():
+            _add(total, stats, frozenset())
+        total.tenants = {}
+        return total
+
+    def tenants(self) -> dict[str, TenantStats]:
+        """Return the sums of each tenant."""
+        total = _copy(self._gone)
+        for stats in self._last.values():
+            _add_tenants(total, stats, frozenset())
+        return total.tenants
+
+    def tree(self, numbers: Mapping[str, int]) -> list[TreeNodeInfo]:
+        """Return the trees one behind the other.
 
         Args:
             numbers: of each replica, for the ids of its chunks.
         """
-        total = msgspec.msgpack.decode(msgspec.msgpack.encode(self._gone), type=EngineStats)
-        total.is_pushed = is_pushed
-        for replica, stats in self._last.items():
-            _add(total, stats, frozenset())
-            number = numbers.get(replica, 0)
-            total.tree += [
-                msgspec.structs.replace(
-                    node,
-                    chunk_id=tag_chunk(number, node.chunk_id),
-                    parent_chunk_id=tag_chunk(number, node.parent_chunk_id),
-                )
-                for node in stats.tree
-            ]
-        return total
+        return [
+            msgspec.structs.replace(
+                node,
+                chunk_id=tag_chunk(numbers[replica], node.chunk_id),
+                parent_chunk_id=tag_chunk(numbers[replica], node.parent_chunk_id),
+            )
+            for replica, stats in self._last.items()
+            for node in stats.tree
+        ]
 
 
-def _add(total: EngineStats, stats: EngineStats, left_out: Iterable[str]) -> None:
+def _copy(stats: EngineStats) -> EngineStats:
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(stats), type=EngineStats)
+
+
+def _add(total: EngineStats, stats: EngineStats, left_out: Collection[str]) -> None:
     for name in total.__struct_fields__:
-        if name in _LISTS or name in left_out:
+        if name in _NO_SUMS or name in left_out:
             continue
         mine, theirs = getattr(total, name), getattr(stats, name)
         if isinstance(mine, Histogram):
             mine.add(theirs)
         else:
             setattr(total, name, mine + theirs)
-    gone = _TENANT_GAUGES if left_out else ()
+
+
+def _add_tenants(total: EngineStats, stats: EngineStats, left_out: Collection[str]) -> None:
     for tenant, counted in stats.tenants.items():
         sums = total.tenants.setdefault(tenant, TenantStats())
         for name in sums.__struct_fields__:
-            if name not in gone:
+            if name not in left_out:
                 setattr(sums, name, getattr(sums, name) + getattr(counted, name))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from chunkllama.adapter_messages import AdapterInfo, LoadAdapter
-from chunkllama.cache_messages import PackInfo, PinInfo
+from chunkllama.cache_messages import LoadPack, PackInfo, PinInfo
 from chunkllama.cluster.client import ClusterEngineClient
 from chunkllama.cluster.messages import Beat, Ended
 from chunkllama.cluster.routing import PrefixRouting
@@ -54,6 +54,7 @@ class FakeReplica:
         self.commands: list[ToEngine] = []
         self.reply = CommandReply(command_id=0)
         self.computed: list[EngineRequest] = []
+        self.files: list[LoadPack] = []
 
     def send(self, messages: list[ToEngine]) -> None:
         self.got += messages
@@ -97,6 +98,9 @@ class FakeReplica:
     async def ask(self, command: ToEngine) -> CommandReply:
         self.commands.append(command)
         return self.reply
+
+    async def use_files(self, commands: list[LoadPack]) -> None:
+        self.files += commands
 
     async def compute(self, request: EngineRequest) -> TokenDelta:
         self.computed.append(request)
@@ -364,6 +368,8 @@ def test_what_all_replicas_have_reaches_later_ones() -> None:
         assert await f.client.load_adapter("x", "/x") == info
         await f.client.keep_public(request("public"))
         f.client.set_tenants(SetTenants())
+        pack = LoadPack(path="/p", namespaces={}, template="")
+        f.client.use_file(pack)
         assert [len(r.computed) for r in f.replicas.values()] == [1, 1]
         late = FakeReplica(f.client, "late")
         late.reply = CommandReply(command_id=0, adapter=info)
@@ -371,7 +377,8 @@ def test_what_all_replicas_have_reaches_later_ones() -> None:
         f.client.join(late)
         assert [type(c) for c in late.commands] == [LoadAdapter]
         assert [r.request_id for r in late.computed] == ["public"]
-        assert late.got == [SetTenants()]
+        assert late.got == [SetTenants()] and late.files == [pack]
+        assert all(pack in replica.got for name, replica in f.replicas.items())
 
     run(scenario)
 

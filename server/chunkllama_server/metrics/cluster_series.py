@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -18,6 +18,23 @@ if TYPE_CHECKING:
     from chunkllama.cluster.client import ClusterEngineClient
 
 _FAILOVER_REASONS = ("death", "hang", "drain")
+
+
+def describe(client: ClusterEngineClient) -> list[dict[str, Any]]:
+    """Return name, state and figures of each replica.
+
+    ``number`` times 2**32 is added to the ids of its chunks in the tree.
+    """
+    names = [*(f"chunks_{state}" for state in CHUNK_STATES), *ENGINE_GAUGES]
+    return [
+        {
+            "name": replica.channel.name,
+            "number": replica.number,
+            "state": "draining" if replica.is_draining else "running",
+            **{name: getattr(stats, name) for name in names},
+        }
+        for replica, stats in client.replica_stats()
+    ]
 
 
 class ClusterSeries(Collector):
@@ -67,7 +84,7 @@ class ClusterSeries(Collector):
         yield from self._engines()
 
     def _engines(self) -> Iterator[Metric]:
-        found = self._client.replica_stats()
+        found = {each.channel.name: stats for each, stats in self._client.replica_stats()}
         families: list[tuple[str, Metric]] = []
         for name, text in ENGINE_COUNTERS.items():
             base = name.removesuffix("_total")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from chunkllama import __version__
@@ -10,9 +11,8 @@ from chunkllama.errors import ConfigError
 from chunkllama_server.config.settings import Settings
 
 if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
-
     from chunkllama.cluster.client import ClusterEngineClient
+    from chunkllama_server.api.common.context import ServerContext
 
     ServedEngine = SupervisedEngineClient | ClusterEngineClient
 
@@ -36,13 +36,14 @@ def check_cluster(settings: Settings) -> None:
     check_ray()
 
 
-def add_cluster_series(registry: CollectorRegistry, engine: ServedEngine) -> None:
-    """Add a cluster's metrics to those of the server."""
+def watch_cluster(context: ServerContext, engine: ServedEngine) -> None:
+    """Show a cluster's replicas in metrics and dashboard data."""
     from chunkllama.cluster.client import ClusterEngineClient
-    from chunkllama_server.metrics.cluster_series import ClusterSeries
+    from chunkllama_server.metrics.cluster_series import ClusterSeries, describe
 
     assert isinstance(engine, ClusterEngineClient)
-    registry.register(ClusterSeries(engine))
+    context.metrics.registry.register(ClusterSeries(engine))
+    context.replicas = partial(describe, engine)
 
 
 async def start_engine(settings: Settings) -> ServedEngine:

@@ -35,7 +35,7 @@ from chunkllama_server.config.settings import Settings
 from chunkllama_server.config.tenants import TenantQuotas, engine_message
 from chunkllama_server.metrics.tracing import make_tracing
 from chunkllama_server.process.adapters import load_adapters
-from chunkllama_server.process.engines import add_cluster_series
+from chunkllama_server.process.engines import watch_cluster
 from chunkllama_server.process.lifecycle import DrainingServer, notify_supervisor
 from chunkllama_server.process.public_prefixes import load_public_prefixes, register_public_prefixes
 from chunkllama_server.process.reload import Reloader
@@ -170,7 +170,7 @@ class Application:
         context: ServerContext = app.state.context
         context.metrics.engine.supervisor = engine
         if settings.cluster is not None:
-            add_cluster_series(context.metrics.registry, engine)
+            watch_cluster(context, engine)
         context.packs.load_all(engine)
         if self._snapshots is not None:
             digest = self._template.digest if self._template else ""
