@@ -221,7 +221,7 @@ class ClusterEngineClient(CommandsToAll):
         self.routing.record(choice)
         route.choice = choice
         # one that was refused was not accepted, which a replay must have been
-        messages = [request] if refused else stream.state.submission()
+        messages: list[ToEngine] = [request] if refused else stream.state.submission()
         self._replicas[choice.replica].channel.send(messages)
 
     def _deliver(self, stream: Stream, delta: TokenDelta) -> None:

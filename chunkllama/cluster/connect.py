@@ -6,12 +6,15 @@ Front ends call the hosts' actors directly; Serve keeps as many as are wanted.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import hashlib
 import logging
 import os
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from chunkllama.cluster.channel import RayChannel
 from chunkllama.cluster.client import ClusterEngineClient
@@ -23,9 +26,11 @@ from chunkllama.errors import ChunkLlamaError, ConfigError
 from chunkllama.logger import init_logger
 
 logger = init_logger(__name__)
+T = TypeVar("T")
 
 APPLICATION = "chunkllama"
 _DISCOVERY_SECONDS = 1.0
+_LEAVE_SECONDS = 10.0
 _WAIT_SECONDS = 0.25
 _REPORT_SECONDS = 30.0
 _AUTH_MODE = "RAY_AUTH_MODE"
@@ -58,6 +63,35 @@ class ClusterPlan:
 def first_line(error: Exception) -> str:
     """What one of Ray's errors, which have many lines, says first."""
     return str(error).strip().partition("\n")[0]
+
+
+async def in_thread(call: Callable[..., T], *args: object) -> T:
+    """Run a call to Ray in a thread that does not keep this process from ending.
+
+    Without a head node such a call may not return.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def end(result: T | None, error: Exception | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(cast(T, result))
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = call(*args)
+        except Exception as raised:  # the caller's
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(end, result, error)
+
+    threading.Thread(target=run, name="ray-call", daemon=True).start()
+    return await future
 
 
 def check_ray() -> None:
@@ -111,14 +145,15 @@ def _join(address: str) -> None:
         ) from None
 
 
-def _leave() -> None:
-    """End the connection to Ray, and Ray itself where it was started here.
-
-    Call it before the thread ends that called ``_join``: Ray's processes end with that thread.
-    """
+async def _leave() -> None:
+    """End the connection to Ray, and Ray itself where it was started here."""
     import ray
 
-    ray.shutdown()
+    try:
+        await asyncio.wait_for(in_thread(ray.shutdown), _LEAVE_SECONDS)
+    except TimeoutError:
+        logger.warning("cluster: Ray does not answer: left without it")
+        atexit.unregister(ray.shutdown)
 
 
 def _deploy(plan: ClusterPlan) -> None:
@@ -169,11 +204,12 @@ async def start_cluster(plan: ClusterPlan) -> ClusterEngineClient:
         ConfigError: Ray is not installed, there is no cluster, or no replica could start.
     """
     check_ray()
+    # Ray's processes end with the thread that has started them: this one stays.
     await asyncio.to_thread(_join, plan.address)
     try:
-        await asyncio.to_thread(_deploy, plan)
+        await in_thread(_deploy, plan)
     except BaseException:
-        await asyncio.to_thread(_leave)
+        await _leave()
         raise
     routing = PrefixRouting(spill=plan.spill_requests, index_chunks=plan.index_chunks)
     client = ClusterEngineClient(routing, plan.max_failovers)
@@ -183,7 +219,7 @@ async def start_cluster(plan: ClusterPlan) -> ClusterEngineClient:
     waited = 0.0
     try:
         while not client.replicas:
-            state = await asyncio.to_thread(_check_deployment)
+            state = await in_thread(_check_deployment)
             await asyncio.sleep(_WAIT_SECONDS)
             waited += _WAIT_SECONDS
             if waited % _REPORT_SECONDS == 0:
@@ -233,7 +269,7 @@ class Discovery:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.to_thread(_leave)
+        await _leave()
 
     async def _run(self) -> None:
         from chunkllama.cluster.replica import NAMESPACE, host_prefix
@@ -241,8 +277,7 @@ class Discovery:
         prefix = host_prefix(APPLICATION)
         while True:
             try:
-                # in a thread: without a head node, the call does not return
-                actors = await asyncio.to_thread(_named_actors, NAMESPACE)
+                actors = await in_thread(_named_actors, NAMESPACE)
             except Exception as error:  # of Ray's, which does not say which; the next may succeed
                 logger.warning("cluster: replicas cannot be listed: %s", first_line(error))
                 actors = list(self._channels)
@@ -257,7 +292,7 @@ class Discovery:
         import ray
 
         try:
-            actor = await asyncio.to_thread(ray.get_actor, name, namespace)
+            actor = await in_thread(ray.get_actor, name, namespace)
             channel = await RayChannel.open(name, actor)
             await self._client.prepare(channel)
         except (ValueError, ChunkLlamaError, ray.exceptions.RayError) as error:

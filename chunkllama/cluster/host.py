@@ -71,7 +71,8 @@ class HostedEngine(ProcessEngineClient):
         return reply
 
     def _dispatch(self, messages: list[FromEngine]) -> None:
-        tokens, others = [], []
+        tokens: list[TokenDelta] = []
+        others: list[FromEngine] = []
         for message in messages:
             if isinstance(message, TokenDelta) and message.request_id not in self._streams:
                 tokens.append(message)

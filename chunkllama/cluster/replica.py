@@ -43,7 +43,9 @@ class EngineReplica:
         hang_seconds: as in ``EngineHost``; a host that does not answer for so long is killed.
     """
 
-    async def __init__(self, config: str, hang_seconds: float) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: str, hang_seconds: float
+    ) -> None:
         context = serve.get_replica_context()
         self._hang_seconds = hang_seconds
         visible = os.environ.get(_GPU_VARIABLE)

@@ -85,11 +85,11 @@ class ClusterSeries(Collector):
 
     def _engines(self) -> Iterator[Metric]:
         found = {each.channel.name: stats for each, stats in self._client.replica_stats()}
-        families: list[tuple[str, Metric]] = []
+        families: list[tuple[str, CounterMetricFamily | GaugeMetricFamily]] = []
         for name, text in ENGINE_COUNTERS.items():
             base = name.removesuffix("_total")
-            family = CounterMetricFamily(f"chunkllama_replica_{base}", text, labels=["replica"])
-            families.append((name, family))
+            counter = CounterMetricFamily(f"chunkllama_replica_{base}", text, labels=["replica"])
+            families.append((name, counter))
         for name, (metric, text) in ENGINE_GAUGES.items():
             gauge = GaugeMetricFamily(f"chunkllama_replica_{metric}", text, labels=["replica"])
             families.append((name, gauge))
