@@ -10,7 +10,7 @@ report=benchmarks/results/nightly.txt
 log=$(mktemp)
 trap 'rm -f "$log" "$log.status"' EXIT
 {
-    CHUNKLLAMA_TEST_SEED=$seed "$python" -m pytest -m 'nightly or ray' --durations=0 "$@"
+    CHUNKLLAMA_TEST_SEED=$seed "$python" -m pytest -m nightly --durations=0 "$@"
     echo $? > "$log.status"
 } 2>&1 | tee "$log"
 {

@@ -73,10 +73,11 @@ def child_environment() -> dict[str, str]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out (as "deselected") what needs a missing device, and full sizes unless asked for."""
-    left_out = set()
-    for marker in ("nightly", "ray"):
-        if marker not in config.option.markexpr:
-            left_out |= {item for item in items if item.get_closest_marker(marker)}
+    left_out: set[pytest.Item] = set()
+    asked_for = [name for name in ("nightly", "ray") if name in config.option.markexpr]
+    for item in items:
+        if item.get_closest_marker("nightly") and not any(map(item.get_closest_marker, asked_for)):
+            left_out.add(item)
     gpu = {item for item in items if item.get_closest_marker("gpu")}
     if gpu and not _cuda_device():
         left_out |= gpu
