@@ -158,6 +158,8 @@ class ClusterEngineClient(CommandsToAll):
         if not self._replicas:
             self.on_restarting(True)
         now = time.monotonic()
+        if replica.is_draining:  # it was to end: no request is the cause
+            running = running or set()
         trial = self._trial
         if trial in live and (running is None or trial.state.request.request_id in running):
             running = {trial.state.request.request_id}  # it is alone under suspicion

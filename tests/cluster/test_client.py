@@ -323,6 +323,23 @@ def test_a_draining_replica_gets_no_new_requests_and_keeps_its_own() -> None:
     run(scenario)
 
 
+def test_what_a_drained_replica_leaves_goes_on_and_is_not_counted() -> None:
+    async def scenario(f: Fixture) -> None:
+        task = f.begin(request("one"))
+        await f.step(1)
+        for number in range(4):
+            home = f.home("one")
+            f.client.receive(home, [Beat(is_draining=True)])
+            del f.replicas[home.name]
+            f.add(f"c{number}")
+            home.die()
+        await f.step(5)
+        assert await task == [1000 + i for i in range(6)]
+        assert f.client.failovers == {"drain": 4}
+
+    run(scenario)
+
+
 def test_an_abort_goes_to_the_replica_that_has_the_request() -> None:
     async def scenario(f: Fixture) -> None:
         task = f.begin(request("one"))
