@@ -160,7 +160,8 @@ def _deploy(plan: ClusterPlan) -> None:
     """Run the replicas; those of the same settings and version that run already stay."""
     from ray import serve
 
-    from chunkllama.cluster.replica import EngineReplica, scale
+    from chunkllama.cluster.replica import EngineReplica
+    from chunkllama.cluster.scaling import scale
 
     config = plan.config.model_dump_json()
     version = hashlib.sha256(f"{plan.version} {config}".encode()).hexdigest()[:16]

@@ -138,7 +138,8 @@ class EngineHost:
         self._end: Ended | None = None
         self._links: dict[str, _Link] = {}
         self._owners: dict[str, _Owner] = {}
-        self._stats: EngineStats | None = None
+        self._last_stats = EngineStats()
+        self._stats: EngineStats | None = None  # if newer than what front ends have
         self._heads: list[list[int]] = []
         self._asking: asyncio.Task[None] | None = None
         self._is_draining = False
@@ -235,8 +236,13 @@ class EngineHost:
             self._engine.send(messages)
 
     async def load(self) -> dict[str, float]:
-        """Figures for autoscaling; see ``scale``."""
-        stats = await self._live_engine().stats()
+        """Figures for autoscaling.
+
+        Returns:
+            ``load``: requests that run or wait, as a share of what may run at once; at least 1
+            where requests wait and the pool has no room for them.
+        """
+        stats = self._last_stats
         most = self._config.scheduler.max_num_seqs
         load = (stats.requests_running + stats.requests_waiting) / most
         is_full = stats.requests_waiting > 0 and stats.chunks_free + stats.chunks_cached == 0
@@ -331,7 +337,7 @@ class EngineHost:
             link.put(item)
 
     def _note_stats(self, stats: EngineStats) -> None:
-        self._stats = stats
+        self._last_stats = self._stats = stats
         self._put_to_all(self._make_beat())
 
     def _note_digest(self, levels: list[list[int]]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from typing import Any
 
 import ray
 from ray import serve
@@ -99,18 +98,3 @@ class EngineReplica:
                 os.kill(self._pid, signal.SIGKILL)
                 return
             await asyncio.sleep(BEAT_SECONDS)
-
-
-def scale(context: Any) -> tuple[int, dict[str, Any]]:
-    """Number of replicas that the load asks for; a policy of Serve's autoscaling.
-
-    Each replica reports ``load``: requests that run or wait, as a share of what it may run at once;
-    at least 1 where requests wait because the pool has no room for them.
-    """
-    loads = context.aggregated_metrics.get("load", {}).values()
-    wanted = -(-sum(loads) // _TARGET_LOAD) if loads else context.current_num_replicas
-    low, high = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
-    return max(low, min(high, int(wanted))), {}
-
-
-_TARGET_LOAD = 0.7
