@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ T = TypeVar("T")
 APPLICATION = "chunkllama"
 _DISCOVERY_SECONDS = 1.0
 _LEAVE_SECONDS = 10.0
+_RETRY_SECONDS = 5.0
+_PORT = 6379  # of a head node
 _WAIT_SECONDS = 0.25
 _REPORT_SECONDS = 30.0
 _AUTH_MODE = "RAY_AUTH_MODE"
@@ -126,23 +129,22 @@ def _join(address: str) -> None:
         "log_to_driver": False,
         "logging_level": logging.ERROR,
     }
-    if address == "auto":
-        with contextlib.suppress(ConnectionError):
-            ray.init("auto", **options)
-            return
-        ray.init(include_dashboard=False, **options)
-        logger.info(
-            "cluster: no Ray runs on this machine; started one, which ends with this server"
-        )
-        return
-    host, _, port = address.removeprefix("ray://").partition(":")
     try:
-        ray.init(f"{host}:{port or 6379}", **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"cluster: cannot join {address}: {first_line(error)}; run ray start --address={host}:"
-            f"{port or 6379} --num-cpus=0 on this machine first"
-        ) from None
+        if address == "auto":
+            with contextlib.suppress(ConnectionError):
+                ray.init("auto", **options)
+                return
+            ray.init(include_dashboard=False, **options)
+            logger.info(
+                "cluster: no Ray runs on this machine; started one, which ends with this server"
+            )
+            return
+        head = address.removeprefix("ray://")
+        head = head if re.search(r":\d+$", head) else f"{head}:{_PORT}"
+        ray.init(head, **options)
+    except Exception as error:  # Ray's are of many types
+        hint = "" if address == "auto" else f"; run ray start --address={head} here first"
+        raise ConfigError(f"cluster: cannot join {address}: {first_line(error)}{hint}") from None
 
 
 async def _leave() -> None:
@@ -209,13 +211,15 @@ async def start_cluster(plan: ClusterPlan) -> ClusterEngineClient:
     await asyncio.to_thread(_join, plan.address)
     try:
         await in_thread(_deploy, plan)
-    except BaseException:
+    except BaseException as error:
         await _leave()
+        if isinstance(error, Exception):  # Ray's are of many types
+            raise ConfigError(f"cluster: cannot deploy replicas: {first_line(error)}") from None
         raise
     routing = PrefixRouting(spill=plan.spill_requests, index_chunks=plan.index_chunks)
     client = ClusterEngineClient(routing, plan.max_failovers)
     client.draw_seed = seed_source(plan.config.model.seed)
-    discovery = Discovery(client, plan.hang_seconds)
+    discovery = Discovery(client, plan)
     client.on_close = discovery.close
     waited = 0.0
     try:
@@ -254,13 +258,12 @@ class Discovery:
     """Looks for replicas and opens channels to them, until it is closed.
 
     Args:
-        client: gets the replicas.
-        hang_seconds: as in ``ClusterPlan``.
+        client: gets the replicas of the plan's model; while it is replaced, others run, too.
     """
 
-    def __init__(self, client: ClusterEngineClient, hang_seconds: float) -> None:
+    def __init__(self, client: ClusterEngineClient, plan: ClusterPlan) -> None:
         self._client = client
-        self._hang_seconds = hang_seconds
+        self._plan = plan
         self._channels: dict[str, asyncio.Task[None]] = {}
         self._task = asyncio.create_task(self._run())
 
@@ -295,12 +298,24 @@ class Discovery:
         try:
             actor = await in_thread(ray.get_actor, name, namespace)
             channel = await RayChannel.open(name, actor)
+            self._check_model(channel)
             await self._client.prepare(channel)
         except (ValueError, ChunkLlamaError, ray.exceptions.RayError) as error:
             logger.info("replica %s cannot be used: %s", name, first_line(error))
+            await asyncio.sleep(_RETRY_SECONDS)
             return
         self._client.join(channel)
-        await channel.run(self._client, self._hang_seconds)
+        await channel.run(self._client, self._plan.hang_seconds)
+
+    def _check_model(self, channel: RayChannel) -> None:
+        """Check that the replica serves what this front end does.
+
+        Raises:
+            ConfigError: it has another model.
+        """
+        info, config = channel.info, self._plan.config
+        if (info.model_name, info.chunk_size) != (config.model.model, config.cache.chunk_size):
+            raise ConfigError(f"it serves {info.model_name}, this front end {config.model.model}")
 
 
 def _named_actors(namespace: str) -> list[str]:
