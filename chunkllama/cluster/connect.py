@@ -85,7 +85,8 @@ async def in_thread(call: Callable[..., T], *args: object) -> T:
             future.set_exception(error)
 
     def run() -> None:
-        result, error = None, None
+        result: T | None = None
+        error: Exception | None = None
         try:
             result = call(*args)
         except Exception as raised:  # the caller's
