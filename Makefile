@@ -50,7 +50,7 @@ gpu-test: setup
 
 # Runs full sizes with fresh seeds; writes result and seed to benchmarks/results/nightly.txt.
 nightly: setup
-	"$(BIN)/python" -m pip install -q -e ".[clients,gates,routers]"
+	"$(BIN)/python" -m pip install -q -e ".[clients,gates,routers,ray]"
 	sh scripts/nightly.sh "$(BIN)/python" $(ARGS)
 
 clean:

@@ -209,3 +209,23 @@ class CacheEvents(msgspec.Struct, kw_only=True, tag="cache_events"):
 
     watch_id: int
     events: list[CacheEvent]
+
+
+class DigestRequest(msgspec.Struct, kw_only=True, tag="digest"):
+    """Ask for a CacheDigest of at most so many keys; there is no answer while one is too costly."""
+
+    max_keys: int
+
+
+class CacheDigest(msgspec.Struct, kw_only=True, tag="cache_digest"):
+    """What is cached, as a router of requests knows prompts.
+
+    Attributes:
+        levels: keys of prefixes by depth, see ``cluster/prefix_keys.py``.
+    """
+
+    levels: list[list[int]]
+
+
+CacheWatch = WatchCache | DigestRequest
+CacheReport = CacheEvents | CacheDigest

@@ -144,4 +144,9 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _extra(record: logging.LogRecord) -> dict[str, object]:
-    return {key: value for key, value in vars(record).items() if key not in _NOT_EXTRA}
+    # A library that adds to every record (Ray) marks what it adds with an underscore.
+    return {
+        key: value
+        for key, value in vars(record).items()
+        if key not in _NOT_EXTRA and not key.startswith("_")
+    }

@@ -15,14 +15,14 @@ import msgspec
 from chunkllama.adapter_messages import AdapterInfo, LoadAdapter, UnloadAdapter
 from chunkllama.cache_messages import (
     CacheCommand,
-    CacheEvents,
+    CacheReport,
+    CacheWatch,
     EndedPin,
     KeepSnapshot,
     LoadPack,
     OwnedNode,
     PackInfo,
     PinInfo,
-    WatchCache,
     WriteSnapshot,
 )
 from chunkllama.sampling_params import SamplingParams
@@ -308,7 +308,7 @@ ToEngine = (
     | StatsRequest
     | ExplainPrompt
     | CacheCommand
-    | WatchCache
+    | CacheWatch
     | SetTenants
     | LoadAdapter
     | UnloadAdapter
@@ -364,7 +364,7 @@ class CommandReply(msgspec.Struct, kw_only=True, tag="reply"):
     error: str = ""
 
 
-FromEngine = TokenDelta | EngineStats | CommandReply | CacheEvents | EngineReady | StartFailed
+FromEngine = TokenDelta | EngineStats | CommandReply | CacheReport | EngineReady | StartFailed
 
 
 @dataclass(slots=True)

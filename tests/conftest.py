@@ -74,7 +74,8 @@ def child_environment() -> dict[str, str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out (as "deselected") what needs a missing device, and full sizes unless asked for."""
     left_out: set[pytest.Item] = set()
-    asked_for = [name for name in ("nightly", "routers") if name in config.option.markexpr]
+    kinds = ("nightly", "routers", "ray")
+    asked_for = [name for name in kinds if name in config.option.markexpr]
     for item in items:
         if item.get_closest_marker("nightly") and not any(map(item.get_closest_marker, asked_for)):
             left_out.add(item)

@@ -14,7 +14,6 @@ import threading
 from abc import abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -22,7 +21,7 @@ import msgspec
 from chunkllama.cache_messages import CacheAction, CacheEvents, KeepSnapshot, LoadPack
 from chunkllama.engine.cache_watch import CacheStream, CacheWatchers
 from chunkllama.engine.commands import AdapterClient, CommandClient
-from chunkllama.engine.replay import ReplayState
+from chunkllama.engine.replay import ReplayState, Stream, num_entries
 from chunkllama.errors import (
     EngineDeadError,
     InvalidRequestError,
@@ -71,6 +70,17 @@ class EngineClient(AdapterClient, Protocol):
 
         Raises (at the first ``anext``): InvalidRequestError, OverloadedError,
         RequestFailedError, EngineDeadError.
+        """
+        ...
+
+    async def keep_public(self, request: EngineRequest) -> TokenDelta:
+        """Compute a pinned prompt that all tenants share, also in engines that are started later.
+
+        Returns:
+            The first delta.
+
+        Raises:
+            InvalidRequestError, RequestFailedError, EngineDeadError.
         """
         ...
 
@@ -145,35 +155,6 @@ def as_exception(error: EngineErrorInfo) -> Exception:
     if error.kind == "overloaded":
         return OverloadedError(error.message, error.retry_after)
     return RequestFailedError(error.message, error.code or "engine_error")
-
-
-@dataclass(slots=True, eq=False)
-class Stream:
-    """A request that is being answered.
-
-    Attributes:
-        unfinished: choices that have not ended.
-        backlog: tokens and log-probability entries that wait in ``inbox``.
-    """
-
-    state: ReplayState
-    inbox: asyncio.Queue[TokenDelta | EngineDeadError]
-    unfinished: set[int]
-    is_beam_search: bool
-    backlog: int = 0
-    overflowed: bool = False
-
-
-def num_entries(delta: TokenDelta) -> int:
-    """What a delta adds to a stream's backlog."""
-    if len(delta.choices) == 1 and delta.choices[0].logprobs is None:
-        return len(delta.choices[0].token_ids)
-    return sum(
-        len(choice.token_ids)
-        if choice.logprobs is None
-        else sum(1 + len(entry.top) for entry in choice.logprobs)
-        for choice in delta.choices
-    )
 
 
 class MessageClient(CommandClient):
@@ -276,6 +257,10 @@ class MessageClient(CommandClient):
             if unfinished and self._dead is None:
                 self._send(AbortRequest(request_id=request.request_id))
             self._forget(stream)
+
+    async def keep_public(self, request: EngineRequest) -> TokenDelta:
+        first, *_ = [delta async for delta in self.generate(request)]
+        return first
 
     async def abort(self, request_id: str, index: int | None = None) -> None:
         stream = self._streams.get(request_id)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING
 
 from chunkllama.adapter_messages import LoadAdapter, UnloadAdapter
 from chunkllama.cache.adapter_tags import AdapterUse
+from chunkllama.cache.node import Node
 from chunkllama.cache_messages import (
     CacheCommand,
+    CacheDigest,
     CacheEvents,
     KeepSnapshot,
     LoadPack,
@@ -53,6 +55,9 @@ _LOADING_POLL = 0.01  # the same while nothing runs and packs are loaded
 _PUSH_SECONDS = 0.5  # between two snapshots that a busy loop sends unasked
 
 
+MakeDigest = Callable[[Iterable[Node], int, int], list[list[int]]]
+
+
 class EngineCore:
     """A scheduler and an executor, stepped together.
 
@@ -69,6 +74,7 @@ class EngineCore:
     Attributes:
         journal: where the steps of a process of its own are noted; None elsewhere.
         faults: failures that a test plants; None in service.
+        make_digest: computes keys from the tree's nodes, the chunk size and the most keys wanted.
         on_step: told each step and its duration in seconds.
     """
 
@@ -87,6 +93,7 @@ class EngineCore:
         self.snapshots = snapshots
         self.journal: StepJournal | None = None
         self.faults: Faults | None = None
+        self.make_digest: MakeDigest | None = None
         self.on_step: Callable[[SchedulerOutput, float], None] = lambda output, seconds: None
         self._scheduler = scheduler
         self._executor = executor
@@ -102,7 +109,7 @@ class EngineCore:
         self._violations = 0
         self._request_of_slot: dict[int, str] = {}
         self._checked_at_step = 0
-        self._pushed_at = -math.inf
+        self._pushed_at = self._next_digest = -math.inf
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request.
@@ -257,6 +264,15 @@ class EngineCore:
         if include_tree:
             stats.tree = self._scheduler.tree()
         return stats
+
+    def digest(self, max_keys: int) -> list[CacheDigest]:
+        """Describe what is cached, unless that would take more than a hundredth of the time."""
+        if self.make_digest is None or self._clock() < self._next_digest:
+            return []
+        started = self._clock()
+        levels = self.make_digest(self._scheduler.nodes(), self.info.chunk_size, max_keys)
+        self._next_digest = self._clock() + 100 * (self._clock() - started)
+        return [CacheDigest(levels=levels)]
 
     def stats_to_push(self) -> EngineStats | None:
         """A snapshot if the last one is ``_PUSH_SECONDS`` old: a step may take longer than anyone

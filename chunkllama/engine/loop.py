@@ -7,6 +7,7 @@ from typing import Protocol
 from chunkllama.adapter_messages import LoadAdapter, UnloadAdapter
 from chunkllama.cache_messages import (
     CacheCommand,
+    DigestRequest,
     KeepSnapshot,
     LoadPack,
     WatchCache,
@@ -108,6 +109,8 @@ def _handle(core: EngineCore, message: ToEngine) -> list[FromEngine]:
                     include_tree=message.include_tree, include_tenants=message.include_tenants
                 )
             ]
+        case DigestRequest():
+            return [*core.digest(message.max_keys)]
         case SetTenants():
             core.set_tenants(TenantTable(message.tenants, message.default))
             return []

@@ -17,7 +17,9 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -27,13 +29,18 @@ from chunkllama.engine.faults import faults_from
 from chunkllama.engine.journal import StepJournal
 from chunkllama.errors import ChunkLlamaError, ConfigError, EngineDeadError
 from chunkllama.logger import configure_logging, init_logger
-from chunkllama.messages import FromEngine, Shutdown, StartFailed, ToEngine
+from chunkllama.messages import AbortRequest, FromEngine, Shutdown, StartFailed, ToEngine
 from chunkllama.resources import freeze_heap
+
+if TYPE_CHECKING:
+    from chunkllama.engine.core import MakeDigest
 
 logger = init_logger(__name__)
 
 _LENGTH = struct.Struct(">I")
 _PR_SET_PDEATHSIG = 1
+_BUSY_WEIGHT = 0.1  # a step that uses processor time may take ten times as long
+_MAX_TICK = 1.0  # seconds between two looks at the step loop
 _IGNORED = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 _TO_ENGINE = msgspec.msgpack.Decoder(list[ToEngine])
 _FROM_ENGINE = msgspec.msgpack.Decoder(list[FromEngine])
@@ -61,7 +68,7 @@ class EngineProcess:
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, stopped_seconds: float = math.inf
+        cls, config: EngineConfig, stopped_seconds: float = math.inf, module: str = __name__
     ) -> tuple[EngineProcess, list[FromEngine]]:
         """Spawn an engine, wait until its model is loaded; returns it and its first messages.
 
@@ -69,6 +76,7 @@ class EngineProcess:
 
         Args:
             stopped_seconds: kill it if a signal has stopped it for so long while it loads.
+            module: whose ``main`` the process runs.
 
         Raises:
             ConfigError: the engine could not start; the message is one line for the user.
@@ -79,7 +87,7 @@ class EngineProcess:
             child = subprocess.Popen(
                 [
                     # -P: a module in the working directory, perhaps a model's folder, is not run.
-                    *(sys.executable, "-P", "-m", "chunkllama.engine.process"),
+                    *(sys.executable, "-P", "-m", module),
                     *(str(theirs.fileno()), str(os.getpid()), str(journal.fileno())),
                 ],
                 pass_fds=[theirs.fileno(), journal.fileno()],
@@ -130,6 +138,28 @@ class EngineProcess:
             IncompleteReadError, ConnectionError: the process has ended.
         """
         return await _read_messages(self._reader)
+
+    async def wait_hang(self, seconds: float) -> None:
+        """Return when the step loop has stood still for too long.
+
+        Args:
+            seconds: without progress and processor time.
+        """
+        tick = min(seconds / 4, _MAX_TICK)
+        turns, cpu, stalled = -1, 0.0, 0.0
+        last = time.monotonic()
+        while stalled < seconds:
+            await asyncio.sleep(tick)
+            now = time.monotonic()
+            # if this process itself was stopped or starved, so perhaps was the engine
+            elapsed, last = min(now - last, 2 * tick), now
+            if (seen := self.journal.turns) != turns:
+                turns, stalled, cpu = seen, 0.0, self.cpu_seconds()
+                continue
+            used, cpu = cpu, self.cpu_seconds()
+            stalled += elapsed * (_BUSY_WEIGHT if cpu > used else 1.0)
+            # An idle loop waits for messages: this one has no effect but a turn.
+            self.send([AbortRequest(request_id="")])
 
     async def stop(self) -> None:
         """Ask the process to end, and kill it if it does not."""
@@ -191,9 +221,9 @@ class ProcessEngineClient(MessageClient):
         self.on_death: Callable[[], None] = lambda: None
 
     @classmethod
-    async def start(cls, config: EngineConfig) -> ProcessEngineClient:
+    async def start(cls, config: EngineConfig, module: str = __name__) -> ProcessEngineClient:
         """Spawn the engine and wait until its model is loaded; see ``EngineProcess.start``."""
-        process, first = await EngineProcess.start(config)
+        process, first = await EngineProcess.start(config, module=module)
         client = cls(process)
         client.draw_seed = seed_source(config.model.seed)
         client._dispatch(first)
@@ -303,7 +333,7 @@ def _die_with_parent(parent_pid: int) -> None:
         raise SystemExit(0)
 
 
-def main() -> int:
+def main(make_digest: MakeDigest | None = None) -> int:
     """Entry point of the engine process; the arguments are SOCKET_FD PARENT_PID JOURNAL_FD."""
     descriptor, parent_pid, journal = map(int, sys.argv[1:])
     _die_with_parent(parent_pid)
@@ -334,6 +364,7 @@ def main() -> int:
         )
         return 2
     core.journal, core.faults = StepJournal(journal), faults
+    core.make_digest = make_digest
     freeze_heap()
     try:
         run_engine_loop(core, channel)

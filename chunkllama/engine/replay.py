@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from chunkllama.cache_messages import EndedPin
+from chunkllama.errors import EngineDeadError
 from chunkllama.messages import AbortRequest, EngineRequest, ToEngine, TokenDelta
 from chunkllama.sampling_params import SamplingParams
 
@@ -125,6 +127,35 @@ class ReplayState:
             prompt = self.request.prompt_token_ids[: self.request.cache_until]
             request = self.request
             self.pin_ended |= is_pin_of(pin, request.namespace, request.adapter, prompt)
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """A request that is being answered.
+
+    Attributes:
+        unfinished: choices that have not ended.
+        backlog: tokens and log-probability entries that wait in ``inbox``.
+    """
+
+    state: ReplayState
+    inbox: asyncio.Queue[TokenDelta | EngineDeadError]
+    unfinished: set[int]
+    is_beam_search: bool
+    backlog: int = 0
+    overflowed: bool = False
+
+
+def num_entries(delta: TokenDelta) -> int:
+    """What a delta adds to a stream's backlog."""
+    if len(delta.choices) == 1 and delta.choices[0].logprobs is None:
+        return len(delta.choices[0].token_ids)
+    return sum(
+        len(choice.token_ids)
+        if choice.logprobs is None
+        else sum(1 + len(entry.top) for entry in choice.logprobs)
+        for choice in delta.choices
+    )
 
 
 def is_pin_of(pin: EndedPin, namespace: str, adapter: str, prompt: Sequence[int]) -> bool:

@@ -20,13 +20,12 @@ from collections.abc import Callable
 
 from chunkllama.adapter_messages import AdapterInfo, LoadAdapter, UnloadAdapter
 from chunkllama.config import EngineConfig
-from chunkllama.engine.client import MessageClient, Stream, seed_source
+from chunkllama.engine.client import MessageClient, seed_source
 from chunkllama.engine.process import EngineProcess
-from chunkllama.engine.replay import PinRecords
+from chunkllama.engine.replay import PinRecords, Stream
 from chunkllama.errors import ChunkLlamaError, ConfigError, EngineDeadError
 from chunkllama.logger import init_logger
 from chunkllama.messages import (
-    AbortRequest,
     CommandReply,
     EngineErrorInfo,
     EngineRequest,
@@ -44,8 +43,6 @@ _SUSPECT_CRASHES = 2
 _MAX_BARREN = 5  # restarts without a committed step, within _BARREN_WINDOW seconds
 _BARREN_WINDOW = 600.0
 _MAX_BACK_OFF = 8.0
-_BUSY_WEIGHT = 0.1  # a step that uses processor time may take ten times as long
-_MAX_TICK = 1.0
 _RESTORE_SECONDS = 30.0  # at least, for one adapter
 
 
@@ -198,7 +195,7 @@ class SupervisedEngineClient(MessageClient):
         """Read messages until the process ends or hangs; returns why, with the process gone."""
         process = self._process
         reading = asyncio.create_task(self._read(process))
-        watching = asyncio.create_task(self._watch(process))
+        watching = asyncio.create_task(process.wait_hang(self._hang_seconds))
         try:
             await asyncio.wait({reading, watching}, return_when=asyncio.FIRST_COMPLETED)
             hung = watching.done()
@@ -220,24 +217,6 @@ class SupervisedEngineClient(MessageClient):
             return
         except Exception:  # a bug; another process gets the requests
             logger.exception("a message of the engine process cannot be used")
-
-    async def _watch(self, process: EngineProcess) -> None:
-        """Return when the step loop has stood still for too long."""
-        tick = min(self._hang_seconds / 4, _MAX_TICK)
-        turns, cpu, stalled = -1, 0.0, 0.0
-        last = time.monotonic()
-        while stalled < self._hang_seconds:
-            await asyncio.sleep(tick)
-            now = time.monotonic()
-            # if this process itself was stopped or starved, so perhaps was the engine
-            elapsed, last = min(now - last, 2 * tick), now
-            if (seen := process.journal.turns) != turns:
-                turns, stalled, cpu = seen, 0.0, process.cpu_seconds()
-                continue
-            used, cpu = cpu, process.cpu_seconds()
-            stalled += elapsed * (_BUSY_WEIGHT if cpu > used else 1.0)
-            # An idle loop waits for messages: this one has no effect but a turn.
-            process.send([AbortRequest(request_id="")])
 
     def _went_down(self, reason: str) -> None:
         journal = self._process.journal

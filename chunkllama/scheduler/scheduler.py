@@ -59,6 +59,7 @@ class Scheduler:
 
     Attributes:
         adapters: numbers of the loaded adapters.
+        nodes: iterates over the cache's tree, parents before children.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Scheduler:
         self.adapters = AdapterNumbers()
         self._limits = limits
         self._cache = cache
+        self.nodes = cache.tree.nodes
         self._clock = clock
         self._lifecycle = SequenceLifecycle(limits, cache, clock)
         self._groups = self._lifecycle.groups
@@ -378,7 +380,7 @@ class Scheduler:
         """Record changes of the cache from now on, or no longer; returns what is stored now."""
         events = self._cache.tree.events
         events.is_on, events.with_contents = is_watched, with_contents
-        return events.snapshot(self._cache.tree.nodes() if is_watched else ())
+        return events.snapshot(self.nodes() if is_watched else ())
 
     def take_cache_events(self) -> list[CacheEvent]:
         """Return the changes of the cache since the last call; [] while it is not watched."""

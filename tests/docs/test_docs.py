@@ -82,7 +82,10 @@ def test_every_flag_in_the_docs_exists(capsys, monkeypatch):
         assert run([*words, "--help"]) == 0
         known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     named = set()
-    other_commands = ("docker", "pip ", "pytest", "tests/soak.py", "-m sglang_router", "-m smg")
+    other_commands = (
+        *("docker", "pip ", "pytest", "tests/soak.py"),
+        *("-m sglang_router", "-m smg", "ray start", "ray get"),
+    )
     for page in CURRENT:
         for line in page.read_text().splitlines():
             if any(word in line for word in other_commands):
@@ -148,6 +151,15 @@ def test_deployments_use_keys_that_exist():
     (patched,) = patch["spec"]["template"]["spec"]["containers"]
     assert patched["name"] == container["name"] and patched["image"] == cuda["image"]
     assert patched["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    documents = list(yaml.safe_load_all((ROOT / "deploy/kubernetes/ray.yaml").read_text()))
+    config = yaml.safe_load(documents[0]["data"]["server.yaml"])
+    settings = load_settings(config, {}).settings
+    head = documents[1]["metadata"]["name"]
+    assert settings.cluster == f"ray://{head}-head-svc"
+    (workers,) = documents[1]["spec"]["workerGroupSpecs"]
+    assert settings.replica_range == (workers["minReplicas"], workers["maxReplicas"])
+    pod = documents[2]["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] > config["drain_seconds"]
     unit = (ROOT / "deploy/chunkllama.service").read_text()
     assert "Type=notify" in unit
     assert int(re.search(r"TimeoutStopSec=(\d+)", unit)[1]) > drain

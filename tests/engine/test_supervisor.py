@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from chunkllama.config import EngineConfig
-from chunkllama.engine import supervisor
+from chunkllama.engine import process, supervisor
 from chunkllama.engine.supervisor import SupervisedEngineClient
 from chunkllama.errors import EngineDeadError, RequestFailedError
 from chunkllama.messages import EngineRequest, EngineStats, TokenLogprob
@@ -227,7 +227,7 @@ def test_a_stopped_process_is_a_hang_and_waiting_requests_are_served(open_client
 
 def test_an_idle_process_is_probed(open_client, monkeypatch) -> None:
     """Each probe is a turn of its loop, so that waiting is not taken for a hang."""
-    monkeypatch.setattr(supervisor, "_MAX_TICK", 0.01)
+    monkeypatch.setattr(process, "_MAX_TICK", 0.01)
 
     async def scenario() -> None:
         async with open_client() as client:

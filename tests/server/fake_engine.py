@@ -224,6 +224,10 @@ class FakeEngine:
             raise InvalidRequestError("adapter 'busy' is used by 1 requests; try again later")
         return self.adapters.pop(name, None) is not None
 
+    async def keep_public(self, request: EngineRequest) -> TokenDelta:
+        first, *_ = [delta async for delta in self.generate(request)]
+        return first
+
     async def abort(self, request_id: str, index: int | None = None) -> None:
         self.aborted.append((request_id, index))
 

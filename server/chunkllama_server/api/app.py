@@ -98,8 +98,8 @@ def create_app(
     """
     charged = ChargedEngine(
         engine,
-        settings.max_num_seqs,
-        settings.max_waiting,
+        settings.max_num_seqs * settings.max_engines,
+        settings.max_waiting * settings.max_engines,
         _queue_limits(settings, engine),
         lambda tenant: tenants.quotas(tenant).queue_share,
         lambda tenant: tenants.quotas(tenant).max_queued_requests is not None,
@@ -241,9 +241,10 @@ def _batch_runner(
 
 def _queue_limits(settings: Settings, engine: EngineClient) -> QueueLimits:
     chunks = settings.max_waiting_chunks
+    engines = settings.max_engines
     return QueueLimits(
-        tokens=settings.max_waiting_tokens,
-        chunks=WAITING_POOLS * engine.info.num_chunks if chunks is None else chunks,
+        tokens=engines * settings.max_waiting_tokens,
+        chunks=engines * (WAITING_POOLS * engine.info.num_chunks if chunks is None else chunks),
         chunk_size=engine.info.chunk_size,
         queue_seconds=settings.queue_timeout_seconds,
         request_seconds=settings.request_timeout_seconds,

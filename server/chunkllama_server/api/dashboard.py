@@ -128,6 +128,8 @@ def _encode(
         "hidden_nodes": hidden,
         "tree": sorted(nodes, key=lambda n: n.depth)[: limits.dashboard_nodes],
     }
+    if tenant is None and context.replicas is not None:
+        body["replicas"] = context.replicas()
     return msgspec.json.encode(body)
 
 

@@ -32,6 +32,7 @@ from chunkllama.errors import ConfigError
 from chunkllama_server.config.adapters import AdapterConfig
 from chunkllama_server.config.api_keys import KeyEntry, parse_key
 from chunkllama_server.config.batches import BatchConfig
+from chunkllama_server.config.cluster import ClusterConfig
 from chunkllama_server.config.files import read_text, read_yaml
 from chunkllama_server.config.limits import LimitsConfig
 from chunkllama_server.config.packs import PackConfig
@@ -265,8 +266,9 @@ class ServerConfig(ConfigGroup):
 
 _ENGINE_GROUPS = (ModelConfig, CacheConfig, SchedulerConfig, LogConfig)
 _SERVER_GROUPS = (
-    ServerConfig, LimitsConfig, BatchConfig, AdapterConfig, PackConfig, SharedConfig
-)  # fmt: skip
+    *(ServerConfig, LimitsConfig, BatchConfig, AdapterConfig, PackConfig),
+    *(SharedConfig, ClusterConfig),
+)
 
 
 class Settings(
@@ -276,6 +278,7 @@ class Settings(
     AdapterConfig,
     PackConfig,
     SharedConfig,
+    ClusterConfig,
     LogConfig,
     SchedulerConfig,
     CacheConfig,

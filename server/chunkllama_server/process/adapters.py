@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from chunkllama.engine.supervisor import SupervisedEngineClient
+from chunkllama.engine.client import EngineClient
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.loading.adapter_file import read_adapter
@@ -26,7 +26,7 @@ def check_adapters(settings: Settings, spec: ModelSpec) -> None:
             raise ConfigError(f"lora: {name}: {error}") from None
 
 
-async def load_adapters(engine: SupervisedEngineClient, settings: Settings) -> None:
+async def load_adapters(engine: EngineClient, settings: Settings) -> None:
     """Load each adapter.
 
     Raises:

@@ -11,12 +11,12 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
 
 from chunkllama.engine.grammar import GrammarCompiler
-from chunkllama.engine.supervisor import SupervisedEngineClient
 from chunkllama.errors import ConfigError, EngineDeadError
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineStats
@@ -37,6 +37,7 @@ from chunkllama_server.config.tenants import TenantQuotas, engine_message
 from chunkllama_server.metrics.kv_events import check_kv_events, publish_kv_events
 from chunkllama_server.metrics.tracing import make_tracing
 from chunkllama_server.process.adapters import load_adapters
+from chunkllama_server.process.engines import watch_cluster
 from chunkllama_server.process.lifecycle import DrainingServer, notify_supervisor
 from chunkllama_server.process.public_prefixes import load_public_prefixes, register_public_prefixes
 from chunkllama_server.process.reload import Reloader
@@ -52,6 +53,9 @@ from chunkllama_server.transport.connections import (
 from chunkllama_server.transport.host_check import is_loopback
 from chunkllama_server.transport.http_protocol import make_protocol
 from chunkllama_server.transport.paths import build_routes
+
+if TYPE_CHECKING:
+    from chunkllama_server.process.engines import ServedEngine
 
 logger = init_logger(__name__)
 
@@ -125,7 +129,7 @@ class Application:
 
     async def serve(
         self,
-        engine: SupervisedEngineClient,
+        engine: ServedEngine,
         main: socket.socket,
         admin: socket.socket | None,
         started: float,
@@ -176,6 +180,8 @@ class Application:
         context: ServerContext = app.state.context
         context.fork_tokens = self._spec.fork_tokens
         context.metrics.engine.supervisor = engine
+        if settings.cluster is not None:
+            watch_cluster(context, engine)
         context.packs.load_all(engine)
         if self._snapshots is not None:
             digest = self._template.digest if self._template else ""

@@ -21,7 +21,6 @@ from chunkllama.config import EngineConfig
 from chunkllama.engine.faults import VARIABLE as FAULTS
 from chunkllama.engine.faults import faults_from
 from chunkllama.engine.size import check_memory, may_have_gpu, plan_size
-from chunkllama.engine.supervisor import SupervisedEngineClient
 from chunkllama.errors import ConfigError
 from chunkllama.logger import configure_logging, init_logger
 from chunkllama.model_spec import ModelSpec
@@ -32,8 +31,10 @@ from chunkllama_server.config.settings import Settings
 from chunkllama_server.config.tenants import load_quotas
 from chunkllama_server.process import start_signals
 from chunkllama_server.process.adapters import check_adapters
+from chunkllama_server.process.engines import check_cluster, start_engine
 
 if TYPE_CHECKING:
+    from chunkllama_server.process.engines import ServedEngine
     from chunkllama_server.process.http_server import Application
 
 logger = init_logger(__name__)
@@ -56,6 +57,7 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
     keys, quotas = settings.keys_by_tenant(), load_quotas(settings)
     check_tls(settings)
     settings.check_packs()
+    check_cluster(settings)
     with contextlib.ExitStack() as sockets:
         main = sockets.enter_context(bind(settings.host, settings.port, "port"))
         admin = None
@@ -77,13 +79,7 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
 
         async def run() -> int:
             async with contextlib.AsyncExitStack() as stack:
-                starting = asyncio.create_task(
-                    SupervisedEngineClient.start(
-                        settings.engine(),
-                        settings.engine_hang_seconds,
-                        standby=settings.standby,
-                    )
-                )
+                starting = asyncio.create_task(start_engine(settings))
                 stack.push_async_callback(_end, starting)
                 await asyncio.sleep(0)  # the engine process is spawned here
                 application = make_application()
@@ -92,7 +88,7 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
         return asyncio.run(run())
 
 
-async def _end(starting: asyncio.Task[SupervisedEngineClient]) -> None:
+async def _end(starting: asyncio.Task[ServedEngine]) -> None:
     """End the engine, ready or not."""
     starting.cancel()
     with contextlib.suppress(asyncio.CancelledError, ConfigError):

@@ -54,10 +54,10 @@ class DrainingServer(uvicorn.Server):
             )
 
     def engine_restarting(self, restarting: bool) -> None:
-        """Report not ready while the engine process is restarted; requests wait meanwhile."""
+        """Report not ready while there is no engine process; requests wait meanwhile."""
         context = self._context()
         context.lifecycle.restarting = restarting
-        if restarting:
+        if restarting and context.replicas is None:  # a cluster's sums keep what is gone
             context.metrics.restarted()
 
     def engine_died(self) -> None:

@@ -61,10 +61,10 @@ async def register_public_prefixes(engine: EngineClient, prefixes: list[list[int
             pin_seconds=_PIN_SECONDS,
         )
         try:
-            deltas = [delta async for delta in engine.generate(request)]
+            first = await engine.keep_public(request)
         except ChunkLlamaError as error:
             raise ConfigError(f"public_prefixes: entry {number}: {error}") from None
-        if deltas[0].pin_refused:
+        if first.pin_refused:
             raise ConfigError(
                 f"public_prefixes: entry {number}: pinned prompts may hold half of the chunk pool "
                 "and there is no room left; give it more memory or restart without old prefixes"

@@ -15,7 +15,7 @@ import secrets
 from pathlib import Path
 
 from chunkllama.cache_messages import KeepSnapshot
-from chunkllama.engine.supervisor import SupervisedEngineClient
+from chunkllama.engine.client import MessageClient
 from chunkllama.errors import EngineDeadError
 from chunkllama.logger import init_logger
 from chunkllama.packs.file import loading_mark
@@ -46,7 +46,7 @@ class Snapshots:
         self._path = folder / _FILE
         self._settings = settings
 
-    def begin(self, engine: SupervisedEngineClient, tenants: Tenants, template: str) -> None:
+    def begin(self, engine: MessageClient, tenants: Tenants, template: str) -> None:
         """Load the last snapshot in the background, and write others from now on."""
         # Without isolation, everyone's chunks are in one namespace; with it, that one is public.
         mode = b"isolated" if tenants.are_isolated else b"shared"
@@ -61,7 +61,7 @@ class Snapshots:
             )
         )
 
-    async def end(self, engine: SupervisedEngineClient) -> None:
+    async def end(self, engine: MessageClient) -> None:
         """Write a snapshot of what is cached at the end."""
         seconds = self._settings.snapshot_drain_seconds
         if not seconds:

@@ -222,6 +222,9 @@ class ChargedEngine:
             if not live.is_waiting:
                 self._rate.add(charge.sequences)
 
+    async def keep_public(self, request: EngineRequest) -> TokenDelta:
+        return await self._engine.keep_public(request)
+
     async def end(self, request_id: str) -> bool:
         """End a request for its client too, with an error; False if there is none of this id."""
         live = self.live.get(request_id)

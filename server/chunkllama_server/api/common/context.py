@@ -88,6 +88,7 @@ class ServerContext:
         batches: files and batch jobs; None where they are turned off.
         created: Unix time at which the application was built, for /v1/models.
         packs: files of prefixes that can be loaded.
+        replicas: figures of each replica of a cluster; None where there is one engine.
         idle: prefills while no request runs; None where that is off.
         fingerprint: version and backend; changes whenever outputs may change.
     """
@@ -105,6 +106,7 @@ class ServerContext:
     fork_tokens: tuple[int, int] | None = None
     idle: IdlePrefill | None = None
     batches: BatchRunner | None = None
+    replicas: Callable[[], list[dict[str, Any]]] | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     reads: SharedReads = field(default_factory=SharedReads)
     operator_reads: SharedReads = field(default_factory=SharedReads)

@@ -1,0 +1,229 @@
+"""Commands to all replicas of a cluster, and one reply of theirs.
+
+What a command changes is kept, so that replicas which join later have it too: adapters, files of
+chunks, limits of tenants, public prefixes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from chunkllama.adapter_messages import AdapterInfo, LoadAdapter, UnloadAdapter
+from chunkllama.cache_messages import CacheCommand, KeepSnapshot, LoadPack, PackInfo
+from chunkllama.cluster.merge import tag_chunk, untag_chunk
+from chunkllama.engine.cache_watch import CacheStream
+from chunkllama.engine.client import MessageClient, as_exception
+from chunkllama.errors import ConfigError, EngineDeadError, InvalidRequestError
+from chunkllama.messages import (
+    CommandReply,
+    EngineReady,
+    EngineRequest,
+    EngineStats,
+    ExplainPrompt,
+    ToEngine,
+    TokenDelta,
+)
+
+T = TypeVar("T")
+Kept = AdapterInfo | EngineRequest | LoadPack | KeepSnapshot
+
+
+class Channel(Protocol):
+    """A front end's connection to one replica.
+
+    Attributes:
+        name: of the replica.
+        info: of its engine.
+    """
+
+    name: str
+    info: EngineReady
+
+    def send(self, messages: list[ToEngine]) -> None:
+        """Queue messages; lost if the replica has ended."""
+        ...
+
+    async def stats(self, include_tree: bool, include_tenants: bool) -> EngineStats:
+        """A fresh snapshot.
+
+        Raises:
+            EngineDeadError: the replica has ended.
+        """
+        ...
+
+    async def ask(self, command: ToEngine) -> CommandReply:
+        """The engine's reply to a command.
+
+        Raises:
+            EngineDeadError: the replica has ended.
+        """
+        ...
+
+    async def use_files(self, commands: list[LoadPack]) -> None:
+        """Load files of chunks; returns when each has been loaded, or refused.
+
+        Raises:
+            EngineDeadError: the replica has ended.
+        """
+        ...
+
+    async def compute(self, request: EngineRequest) -> TokenDelta:
+        """Run a request to its end; returns its first delta, or its failure.
+
+        Raises:
+            EngineDeadError: the replica has ended.
+        """
+        ...
+
+
+class CommandsToAll(MessageClient):
+    """The part of a cluster's client that brings commands to every replica."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._public: dict[str, EngineRequest] = {}
+
+    @abstractmethod
+    def _channels(self) -> dict[int, Channel]:
+        """The replicas in use, by number."""
+
+    @abstractmethod
+    def _best(self, prompt_token_ids: list[int], namespace: str) -> Channel | None:
+        """The replica that would get a prompt."""
+
+    async def prepare(self, channel: Channel) -> None:
+        """Bring a replica what every replica must have before it gets requests.
+
+        Raises:
+            ChunkLlamaError: it cannot have it, or has ended.
+        """
+        given: set[str] = set()
+        while new := {key: item for key, item in self._kept().items() if key not in given}:
+            for item in new.values():
+                await _give(channel, item)
+            given |= new.keys()
+
+    def _kept(self) -> dict[str, Kept]:
+        """What every replica has, each under a key of its own."""
+        files = {f"file {path}": file for path, file in self._files.items()}
+        adapters = {f"adapter {name}": info for name, info in self.adapters.items()}
+        public = {f"prompt {name}": request for name, request in self._public.items()}
+        return {**files, **adapters, **public}
+
+    async def keep_public(self, request: EngineRequest) -> TokenDelta:
+        """As ``EngineClient.keep_public``, on every replica."""
+        deltas = list((await self._from_all(lambda each: each.compute(request))).values())
+        for delta in deltas:
+            if delta.error is not None:
+                raise as_exception(delta.error)
+        self._public[request.request_id] = request
+        return next((delta for delta in deltas if delta.pin_refused), deltas[0])
+
+    async def _from_all(self, call: Callable[[Channel], Awaitable[T]]) -> dict[int, T]:
+        """What every replica answers, by number, also those that join meanwhile.
+
+        Raises:
+            EngineDeadError: there is none, or one has ended.
+        """
+        answers: dict[int, T] = {}
+        while new := {n: each for n, each in self._channels().items() if n not in answers}:
+            found = await asyncio.gather(*map(call, new.values()))
+            answers |= zip(new, found, strict=True)
+        if not answers:
+            raise EngineDeadError("no replica is ready")
+        return answers
+
+    async def _ask(self, make: Callable[[int], ToEngine]) -> CommandReply:
+        if self._dead is not None:
+            raise self._dead
+        channels = self._channels()
+        command = make(0)
+        match command:
+            case ExplainPrompt():
+                best = self._best(command.prompt_token_ids, command.namespace)
+                if best is None:
+                    raise EngineDeadError("no replica is ready")
+                return await best.ask(command)
+            case CacheCommand() if command.chunk_id >= 0:
+                number, chunk_id = untag_chunk(command.chunk_id)
+                if number not in channels:
+                    return CommandReply(command_id=0, found=False)
+                own = msgspec.structs.replace(command, chunk_id=chunk_id)
+                return await channels[number].ask(own)
+            case _:
+                reply = merge_replies(await self._from_all(lambda each: each.ask(command)))
+        if isinstance(command, UnloadAdapter) and not reply.error:
+            self.adapters.pop(command.name, None)
+        self._take_reply(reply)
+        return reply
+
+    def watch_cache(self, max_waiting: int, *, with_contents: bool = False) -> CacheStream:
+        raise InvalidRequestError(
+            "a cluster has a cache in each replica; its events are not joined"
+        )
+
+
+async def _give(channel: Channel, item: Kept) -> None:
+    """Bring a replica one thing that every replica has."""
+    match item:
+        case AdapterInfo():
+            command = LoadAdapter(command_id=0, name=item.name, folder=item.folder)
+            reply = await channel.ask(command)
+            if reply.adapter is None or reply.adapter.digest != item.digest:
+                reason = reply.error or "its files have changed"
+                raise ConfigError(f"adapter {item.name}: {reason}")
+        case EngineRequest():
+            delta = await channel.compute(item)
+            if delta.error is not None:
+                raise as_exception(delta.error)
+        case LoadPack():
+            await channel.use_files([item])
+        case KeepSnapshot():
+            raise AssertionError("the settings of a cluster exclude snapshots")
+
+
+def merge_replies(replies: dict[int, CommandReply]) -> CommandReply:
+    """Join the replies of replicas, by number, to one command."""
+    merged = CommandReply(command_id=0, found=False)
+    packs: dict[str, PackInfo] = {}
+    for number, reply in replies.items():
+        merged.found |= reply.found
+        merged.num_dropped += reply.num_dropped
+        merged.num_kept += reply.num_kept
+        merged.ended_pins += reply.ended_pins
+        merged.error = merged.error or reply.error
+        merged.adapter = merged.adapter or reply.adapter
+        for pin in reply.pins:
+            merged.pins.append(
+                msgspec.structs.replace(pin, chunk_id=tag_chunk(number, pin.chunk_id))
+            )
+        for node in reply.tree:
+            ids = {
+                name: tag_chunk(number, getattr(node, name))
+                for name in ("chunk_id", "parent_chunk_id")
+            }
+            merged.tree.append(msgspec.structs.replace(node, **ids))
+        for pack in reply.packs:
+            _add_pack(packs, pack)
+    merged.packs = list(packs.values())
+    if merged.error:
+        merged.adapter = None
+    return merged
+
+
+def _add_pack(packs: dict[str, PackInfo], pack: PackInfo) -> None:
+    """Add one replica's part of loading a pack: the least of their states is that of all."""
+    known = packs.setdefault(pack.name, pack)
+    if known is pack:
+        return
+    order = ("refused", "loading", "loaded")
+    known.state = min(known.state, pack.state, key=order.index)
+    known.reason = known.reason or pack.reason
+    known.seconds = max(known.seconds, pack.seconds)
+    for name in ("chunks_loaded", "chunks_present", "chunks_damaged", "chunks_left_out"):
+        setattr(known, name, getattr(known, name) + getattr(pack, name))

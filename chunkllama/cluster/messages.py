@@ -1,0 +1,41 @@
+"""Messages from a replica to a front end; the other direction uses those of ``messages.py``."""
+
+from __future__ import annotations
+
+import msgspec
+
+from chunkllama.messages import EngineStats, ToEngine, TokenDelta
+
+
+class Beat(msgspec.Struct, kw_only=True, tag="beat"):
+    """Sent each second, and when something of it changes: the replica lives.
+
+    Attributes:
+        is_draining: it takes no new requests and ends when those it has are finished.
+        stats: of its engine, if they are newer than those of the beat before.
+        heads: what its engine has cached, level by level from the root, if that has changed; see
+            ``prefix_keys.py``.
+    """
+
+    is_draining: bool = False
+    stats: EngineStats | None = None
+    heads: list[list[int]] | None = None
+
+
+class Ended(msgspec.Struct, kw_only=True, tag="ended"):
+    """Last message of a replica whose engine has ended, or that has drained.
+
+    Attributes:
+        reason: in one line.
+        running: ids of the requests in the step that was not finished.
+    """
+
+    reason: str
+    running: list[str] = []
+
+
+FromReplica = TokenDelta | Beat | Ended
+
+ENCODER = msgspec.msgpack.Encoder()
+FROM_REPLICA = msgspec.msgpack.Decoder(list[FromReplica])
+TO_ENGINE = msgspec.msgpack.Decoder(list[ToEngine])

@@ -1,0 +1,45 @@
+"""What a front end keeps of each replica, and of each request that it has sent to one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from chunkllama.cluster.commands import Channel
+from chunkllama.cluster.routing import Choice
+from chunkllama.messages import TokenDelta
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """A replica as a front end knows it.
+
+    Attributes:
+        number: unique in this front end, for ids of chunks.
+    """
+
+    channel: Channel
+    number: int
+    is_draining: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Route:
+    """Where a request is, and what became of it before.
+
+    Attributes:
+        keys: of its prompt's prefixes.
+        choice: of the replica that has it; None while none has it.
+        failures: replicas that ended under it.
+        gained: tokens that it had at the last failure.
+        refusals: of replicas that had no room for it.
+        lost_at: monotonic time of a failure that it has not got over.
+        trial_deltas: that it got while it was alone among its kind.
+    """
+
+    keys: list[int]
+    choice: Choice | None = None
+    failures: int = 0
+    gained: int = 0
+    refusals: dict[str, TokenDelta] = field(default_factory=dict)
+    lost_at: float | None = None
+    trial_deltas: int = 0

@@ -1,0 +1,75 @@
+"""Start the engine of the settings: a process of its own, or replicas in a cluster."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from chunkllama import __version__
+from chunkllama.engine.supervisor import SupervisedEngineClient
+from chunkllama.errors import ConfigError
+from chunkllama_server.config.settings import Settings
+
+if TYPE_CHECKING:
+    from chunkllama.cluster.client import ClusterEngineClient
+    from chunkllama_server.api.common.context import ServerContext
+
+    ServedEngine = SupervisedEngineClient | ClusterEngineClient
+
+
+def check_cluster(settings: Settings) -> None:
+    """Check the settings of a cluster.
+
+    Raises:
+        ConfigError: Ray is not installed, or a setting does not go with a cluster.
+    """
+    if settings.cluster is None:
+        return
+    if settings.standby:
+        raise ConfigError("standby: a cluster replaces its replicas; leave it out with cluster")
+    if settings.snapshot_dir is not None:
+        raise ConfigError(
+            "snapshot_dir: is for a server with one engine; leave it out with cluster"
+        )
+    from chunkllama.cluster.connect import check_ray
+
+    check_ray()
+
+
+def watch_cluster(context: ServerContext, engine: ServedEngine) -> None:
+    """Show a cluster's replicas in metrics and dashboard data."""
+    from chunkllama.cluster.client import ClusterEngineClient
+    from chunkllama_server.metrics.cluster_series import ClusterSeries, describe
+
+    assert isinstance(engine, ClusterEngineClient)
+    context.metrics.registry.register(ClusterSeries(engine))
+    context.replicas = partial(describe, engine)
+
+
+async def start_engine(settings: Settings) -> ServedEngine:
+    """Start the engine and wait until it is ready.
+
+    Raises:
+        ConfigError: it could not start; the message is one line for the user.
+    """
+    if settings.cluster is None:
+        return await SupervisedEngineClient.start(
+            settings.engine(), settings.engine_hang_seconds, standby=settings.standby
+        )
+    from chunkllama.cluster.connect import ClusterPlan, start_cluster
+
+    low, high = settings.replica_range
+    return await start_cluster(
+        ClusterPlan(
+            address=settings.cluster,
+            version=__version__,
+            config=settings.engine(),
+            min_replicas=low,
+            max_replicas=high,
+            max_failovers=settings.max_failovers,
+            spill_requests=settings.spill_requests,
+            index_chunks=settings.router_index_chunks,
+            hang_seconds=settings.engine_hang_seconds,
+            drain_seconds=settings.drain_seconds,
+        )
+    )

@@ -1,0 +1,47 @@
+"""Settings of a cluster: what is refused, each in one line and before any engine starts."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from chunkllama.errors import ConfigError
+from chunkllama_server.config.settings import load_settings
+from chunkllama_server.process.engines import check_cluster
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"cluster": "10.0.0.1"}, "write auto, or ray://HOST"),
+        ({"cluster": "ray://a/b"}, "write auto, or ray://HOST"),
+        ({"cluster": "auto", "replicas": "8..2"}, "replicas must be a number or LOW..HIGH"),
+        ({"cluster": "auto", "replicas": "0"}, "replicas must be a number or LOW..HIGH"),
+        ({"cluster": "auto", "replicas": "two"}, "replicas must be a number or LOW..HIGH"),
+        ({"cluster": "auto", "standby": "true"}, "standby: a cluster replaces its replicas"),
+        ({"cluster": "auto", "snapshot_dir": "/x"}, "snapshot_dir: is for a server with one"),
+    ],
+)
+def test_settings_that_do_not_go_with_a_cluster_are_refused(
+    flags: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_cluster(load_settings(flags, {}).settings)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray.serve", None)
+    for name in ("RAY_AUTH_MODE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_USAGE_STATS_ENABLED"):
+        monkeypatch.setenv(name, "")
+    with pytest.raises(ConfigError, match=r"pip install 'chunkllama\[ray\]'"):
+        check_cluster(load_settings({"cluster": "auto"}, {}).settings)
+
+
+def test_limits_of_a_front_end_are_those_of_all_replicas() -> None:
+    assert load_settings({}, {}).settings.max_engines == 1
+    assert load_settings({"replicas": "4"}, {}).settings.max_engines == 1
+    assert load_settings({"cluster": "auto", "replicas": "2..8"}, {}).settings.max_engines == 8
+    # a number in YAML
+    assert load_settings({"cluster": "auto", "replicas": 3}, {}).settings.replica_range == (3, 3)
