@@ -88,14 +88,14 @@ class _StreamingConnection(h11.Connection):
         self._sends_chunks = False
         self.has_small_chunks = False
 
-    def send(self, event: Any) -> bytes | None:
+    def send(self, event: h11.Event) -> bytes | None:
         """Return the bytes of an event; a part of a chunked body skips h11's state machine.
 
         A stream sends one part for each token, and h11 takes 6 us for it.
         """
         if self._sends_chunks and type(event) is h11.Data and event.data:
             return b"%x\r\n%b\r\n" % (len(event.data), event.data)
-        output = super().send(event)
+        output: bytes | None = super().send(event)
         if type(event) is h11.Response:
             self._sends_chunks = _CHUNKED in (output or b"").lower()
         elif type(event) is h11.EndOfMessage:
