@@ -47,8 +47,11 @@ EXPORT int64_t ck_struct_size(const char* name) {
 
 // Elements of one chunk in one layer.
 EXPORT int64_t ck_chunk_elements(const Heads* heads) {
-  return heads->kv_type == BF16 ? Layout<bf16>::chunk(heads->kv_heads, heads->head_dim)
-                                : Layout<float>::chunk(heads->kv_heads, heads->head_dim);
+  switch (heads->kv_type) {
+    case BF16: return Layout<bf16>::chunk(heads->kv_heads, heads->head_dim);
+    case INT8: return Layout<int8_t>::chunk(heads->kv_heads, heads->head_dim);
+    default: return Layout<float>::chunk(heads->kv_heads, heads->head_dim);
+  }
 }
 
 EXPORT void ck_attention(const AttentionArgs* args, int threads) {
