@@ -55,6 +55,7 @@ class CompletionAnswer:
             sum(g.output.num_cached_tokens for g in self.generations),
             sum(g.output.num_cache_write_tokens for g in self.generations),
             explanations=[body for g in self.generations for body in g.explanations()],
+            precision=self.generations[0].precision,
         )
 
     def _completion(self, choices: list[CompletionChoice]) -> Completion:

@@ -64,6 +64,9 @@ class ResponseAnswer:
             "output_tokens_details": {"reasoning_tokens": generation.output.num_reasoning_tokens},
             "total_tokens": prompt + generation.output.num_tokens,
         }
+        if precision := generation.precision:
+            cached = {precision: generation.output.num_cached_tokens}
+            usage["input_tokens_details"]["cached_tokens_by_precision"] = cached
         if explanations := generation.explanations():
             usage["input_tokens_details"]["cache_explanations"] = explanations
         return usage

@@ -29,7 +29,8 @@ class CacheExplanationBody(TypedDict):
 class PromptTokensDetails(TypedDict):
     """``cached_tokens`` came from the cache, ``cache_write_tokens`` were computed and stored.
 
-    ``cache_explanations`` is there on demand, one for each prompt.
+    ``cached_tokens_by_precision`` is there if K/V are stored in another type than the model
+    computes in. ``cache_explanations`` is there on demand, one for each prompt.
     """
 
     cached_tokens: int
@@ -37,6 +38,7 @@ class PromptTokensDetails(TypedDict):
     audio_tokens: int
     text_tokens: int
     image_tokens: int
+    cached_tokens_by_precision: NotRequired[dict[str, int]]
     cache_explanations: NotRequired[list[CacheExplanationBody]]
 
 
@@ -71,6 +73,7 @@ class InputTokensDetails(TypedDict):
 
     cached_tokens: int
     cache_write_tokens: int
+    cached_tokens_by_precision: NotRequired[dict[str, int]]
     cache_explanations: NotRequired[list[CacheExplanationBody]]
 
 
@@ -97,8 +100,13 @@ def completion_usage(
     cache_write_tokens: int,
     reasoning_tokens: int = 0,
     explanations: list[CacheExplanationBody] | None = None,
+    precision: str = "",
 ) -> CompletionUsage:
-    """Fill every required member of a usage object, and the explanations if there are any."""
+    """Fill every required member of a usage object, and the explanations if there are any.
+
+    Args:
+        precision: of the cached tokens, where it is not that of the model.
+    """
     usage: CompletionUsage = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -117,6 +125,8 @@ def completion_usage(
             "audio_tokens": 0,
         },
     }
+    if precision:
+        usage["prompt_tokens_details"]["cached_tokens_by_precision"] = {precision: cached_tokens}
     if explanations:
         usage["prompt_tokens_details"]["cache_explanations"] = explanations
     return usage
