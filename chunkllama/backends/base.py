@@ -264,7 +264,7 @@ class Backend(ABC):
         plan: DevicePlan,
     ) -> torch.Tensor:
         """Rotate q and k of qkv [T, (Hq + 2 Hkv) D], write k and v into the rows' chunks, return q
-        [T, Hq, D].
+        [T, Hq, D] (mixed as the keys of an int8 pool are).
 
         positions [T] int32; cos_sin [max_position, D] float32: cos of the D/2 frequencies, then sin
         (rotate-half).

@@ -2,7 +2,9 @@
 the step that computes it, and never changed when others join its chunk.
 
 The scale is the largest magnitude divided by 127, rounded to bfloat16; a code is a value divided by
-the scale and rounded to the nearest integer. ``kernels/cpu/elementwise.cpp`` does the same.
+the scale and rounded to the nearest integer. Keys, and queries with them, are mixed first: some
+dimensions are large in every key, and would leave the others few codes.
+``kernels/cpu/elementwise.cpp`` does the same.
 """
 
 from __future__ import annotations
@@ -10,6 +12,19 @@ from __future__ import annotations
 import torch
 
 from chunkllama.model_spec import KV_SCALE_BYTES
+
+
+def mix_heads(x: torch.Tensor) -> torch.Tensor:
+    """Multiply blocks of the last dimension [..., D], as long as the largest power of two that
+    divides D, by an orthonormal Hadamard matrix (QuaRot, arXiv 2404.00456, section 4.2): products
+    of mixed queries and keys are those of the queries and keys. In float32 inside.
+    """
+    block = x.shape[-1] & -x.shape[-1]
+    matrix = torch.ones(1, 1, device=x.device)
+    while len(matrix) < block:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    mixed = x.float().unflatten(-1, (-1, block)) @ (matrix / block**0.5)
+    return mixed.flatten(-2).to(x.dtype)
 
 
 def quantize_kv(x: torch.Tensor) -> torch.Tensor:

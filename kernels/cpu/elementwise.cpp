@@ -103,6 +103,37 @@ INLINE void append_v(KV* v_chunk, int offset, const KV* v, long dim) {
   memcpy(v_chunk + offset * Layout<KV>::v_step(dim), v, dim * sizeof(KV));
 }
 
+// signs[i][j] of a Hadamard matrix of 16.
+struct Signs {
+  alignas(64) float values[16][16];
+  constexpr Signs() : values() {
+    for (int i = 0; i < 16; i++)
+      for (int j = 0; j < 16; j++) values[i][j] = __builtin_popcount(i & j) % 2 ? -1.f : 1.f;
+  }
+};
+constexpr Signs SIGNS;
+
+// Multiplies blocks of x [dim], as long as the largest power of two that divides dim, by an
+// orthonormal Hadamard matrix: dimensions that are large in every key spread over the block, and
+// products of queries and keys stay what they are (QuaRot, arXiv 2404.00456, section 4.2).
+INLINE void mix(float* x, long dim) {
+  const long block = dim & -dim;
+  const float factor = 1.f / std::sqrt(float(block));
+  for (float* at = x; at < x + dim; at += 16) {
+    Vec sums[16 / W] = {};
+    for (int i = 0; i < 16; i++)
+      for (int j = 0; j < 16 / W; j++) sums[j] += set(at[i]) * load(SIGNS.values[i] + j * W);
+    for (int j = 0; j < 16 / W; j++) store(at + j * W, sums[j] * factor);
+  }
+  for (long half = 16; half < block; half *= 2)
+    for (long begin = 0; begin < dim; begin += 2 * half)
+      for (float *a = x + begin, *b = a + half; a < x + begin + half; a += W, b += W) {
+        const Vec low = load(a), high = load(b);
+        store(a, low + high);
+        store(b, low - high);
+      }
+}
+
 // x [dim] -> codes; returns the scale as it is stored. Values that are not all finite have a scale
 // of NaN, values too small for one count as zero.
 INLINE bf16 quantize(const float* x, long dim, int8_t* codes) {
@@ -127,15 +158,15 @@ INLINE bf16 quantize(const float* x, long dim, int8_t* codes) {
   return is_tiny ? 0 : rounded;
 }
 
-// Writes k and v, one head of one token, into their chunk.
+// Writes k (overwritten) and v, one head of one token, into their chunk.
 template <class X>
-INLINE void append(const RopeArgs& a, int8_t* chunk, long head, int offset, const float* k,
-                   const X* v) {
+INLINE void append(const RopeArgs& a, int8_t* chunk, long head, int offset, float* k, const X* v) {
   using L = Layout<int8_t>;
   const long dim = a.heads.head_dim, heads = a.heads.kv_heads;
   alignas(64) int8_t codes[256];
   alignas(64) float value[256];
   bf16* scales = reinterpret_cast<bf16*>(chunk + L::scale_offset(head, heads, dim)) + offset;
+  mix(k, dim);
   scales[0] = quantize(k, dim, codes);
   append_k(chunk + L::k_offset(head, dim), offset, codes, dim);
   for (long d = 0; d < dim; d += W) store(value + d, load(v + d));
@@ -143,7 +174,7 @@ INLINE void append(const RopeArgs& a, int8_t* chunk, long head, int offset, cons
   append_v(chunk + L::v_offset(head, heads, dim), offset, codes, dim);
 }
 template <class X, class KV>
-INLINE void append(const RopeArgs& a, KV* chunk, long head, int offset, const KV* k, const X* v) {
+INLINE void append(const RopeArgs& a, KV* chunk, long head, int offset, KV* k, const X* v) {
   using L = Layout<KV>;
   const long dim = a.heads.head_dim, heads = a.heads.kv_heads;
   alignas(64) KV value[256];
@@ -160,7 +191,16 @@ void rope_append_row(const RopeArgs& a, int64_t row) {
   const float *cos = a.cos_sin + position * dim, *sin = cos + dim / 2;
   const X* x = static_cast<const X*>(a.qkv) + row * a.qkv_stride;
   X* q = static_cast<X*>(a.q) + row * a.q_stride;
-  for (int64_t h = 0; h < a.heads.q_heads; h++) rotate(x + h * dim, q + h * dim, cos, sin, dim / 2);
+  for (int64_t h = 0; h < a.heads.q_heads; h++) {
+    if constexpr (L::SCALED) {
+      alignas(64) float mixed[256];
+      rotate(x + h * dim, mixed, cos, sin, dim / 2);
+      mix(mixed, dim);
+      for (long d = 0; d < dim; d += W) store(q + h * dim + d, load(mixed + d));
+    } else {
+      rotate(x + h * dim, q + h * dim, cos, sin, dim / 2);
+    }
+  }
   const int32_t* tail = a.plan.row_tail + row * 2;
   const int at = position - tail[1], offset = at % CHUNK;
   KV* chunk =

@@ -89,8 +89,8 @@ static INLINE bool exponentiate(const float* scores, P* probs, long prob_stride,
 
 // scores [rows, SCORE_STRIDE] -> probs [rows, prob_stride]. visible[r]: keys of this step that row
 // r sees (MASKED only). factors [keys]: what each key's probability is multiplied by once it is
-// summed up (SCALED only). The first attempt uses the current references: one pass and no search for
-// maxima. `ahead` makes a step per 2 W keys of a row.
+// summed up (SCALED only). The first attempt uses the current references: one pass and no search
+// for maxima. `ahead` makes a step per 2 W keys of a row.
 template <bool MASKED, bool SCALED, Precision PRECISION, class P>
 static INLINE void online_softmax(const float* scores, P* probs, long prob_stride, int rows,
                                   int keys, const int* visible, const float* factors, float scale,

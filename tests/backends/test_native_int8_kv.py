@@ -15,7 +15,7 @@ from chunkllama.attention.plan_format import Packing
 from chunkllama.backends.base import Backend, KVCache
 from chunkllama.backends.cpu.backend import CpuBackend
 from chunkllama.backends.cpu.build import available_levels
-from chunkllama.backends.int8_kv import dequantize_kv, quantize_kv
+from chunkllama.backends.int8_kv import dequantize_kv, mix_heads, quantize_kv
 from chunkllama.backends.reference.backend import ReferenceBackend
 
 BACKENDS = ["reference", *(level.name for level in available_levels())]
@@ -52,7 +52,9 @@ def pool_of(
     *,
     num_layers: int = 1,
 ) -> Pool:
-    """Every layer holds the same; where no token is, bytes that read as a scale of NaN."""
+    """Every layer holds the same; where no token is, bytes that read as a scale of NaN. Keys of the
+    result are mixed, as queries of the tests are.
+    """
     kv = ops.allocate_kv(
         num_layers=num_layers,
         num_chunks=case.num_chunks,
@@ -66,10 +68,9 @@ def pool_of(
     for layer in range(num_layers):
         kv.layers[layer].fill_(-1)
         fill_pool(ops, kv, layer, case, keys, values)
-    wide = (
-        dequantize_kv(quantize_kv(torch.from_numpy(x))).double().numpy() for x in (keys, values)
-    )
-    return Pool(kv, *wide)
+    mixed = mix_heads(torch.from_numpy(keys))
+    wide = (dequantize_kv(quantize_kv(x)) for x in (mixed, torch.from_numpy(values)))
+    return Pool(kv, *(x.double().numpy() for x in wide))
 
 
 def attend(
@@ -185,6 +186,33 @@ def test_a_token_appended_alone_reads_like_one_of_many(name: str, rng: np.random
         out = ops.tpp_attention(q, pool.kv, 0, at, plan, 1.0).view(8, 64)
         mean = wide[: position + 1].mean(0).expand(8, -1)
         torch.testing.assert_close(out.float(), mean, rtol=1.6e-2, atol=1.6e-2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_mixed_queries_meet_mixed_keys(name: str, rng: np.random.Generator, head_dim: int) -> None:
+    """Queries of the op that appends attend like unmixed ones to unmixed keys, which all have one
+    dimension that is far larger than the others."""
+    ops = backend_of(name, torch.float32, 2, head_dim)
+    case = make_case([[0, 1]], [(0, 100)], chunk_size=64)
+    pool = pool_of(ops, rng, case, 2, head_dim, torch.float32)
+    shape = (100, 4 + 2 + 2, head_dim)
+    qkv = torch.from_numpy(rng.standard_normal(shape)).float()
+    qkv[:, 4:6, 3] += 30
+    half = head_dim // 2
+    cos_sin = torch.cat((torch.ones(100, half), torch.zeros(100, half)), 1)
+    packing = ops.packing(num_qo_heads=4, num_kv_heads=2, head_dim=head_dim)
+    plan = ops.upload_plan(case.plan(packing), pool.kv, num_qo_heads=4)
+    positions = torch.from_numpy(case.positions)
+    q = ops.rope_append(qkv.flatten(1), positions, cos_sin, pool.kv, 0, plan)
+    out = attend(ops, pool, case, q.clone())
+    keys, values = (
+        x.double().numpy()[np.r_[:100, 0:28]].reshape(2, 64, 2, head_dim)
+        for x in (qkv[:, 4:6], qkv[:, 6:])
+    )
+    expected = attention_oracle(case, qkv[:, :4], keys, values, head_dim**-0.5)
+    assert np.abs(out - expected).max() < 0.1
+    assert np.linalg.norm(out - expected) < 0.025 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 33, 64])
