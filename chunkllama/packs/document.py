@@ -57,7 +57,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     def difference(self, server: ModelIdentity) -> str:
         """Say in one line what differs from the server's model; "" if nothing does."""
         for field, what in (
-            ("dtype", "K/V in {0}, this server has {1}"),
+            ("dtype", "dtype {0}, this server has {1}"),
             ("compute_dtype", "K/V of a model in {0}, this server computes in {1}"),
             ("chunk_size", "chunks of {0} tokens, this server has {1}"),
             ("quantization", "quantization {0}, this server has {1}"),

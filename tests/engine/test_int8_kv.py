@@ -151,8 +151,8 @@ def test_a_pack_of_another_dtype_is_refused_by_name(tiny_core, tmp_path) -> None
             found |= {(name, n): c.packs.io.refusal(opened, "t", b"") for n, c in cores.items()}
     names = list(settings)
     assert [found[name, name] for name in names] == [""] * 3
-    assert found[names[0], names[1]] == "it has K/V in float32, this server has int8"
-    assert found[names[1], names[0]] == "it has K/V in int8, this server has float32"
+    assert found[names[0], names[1]] == "it has dtype float32, this server has int8"
+    assert found[names[1], names[0]] == "it has dtype int8, this server has float32"
     assert found[names[1], names[2]] == (
         "it has K/V of a model in float32, this server computes in bfloat16"
     )
