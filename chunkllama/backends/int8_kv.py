@@ -23,8 +23,8 @@ def mix_heads(x: torch.Tensor) -> torch.Tensor:
     matrix = torch.ones(1, 1, device=x.device)
     while len(matrix) < block:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    mixed = x.float().unflatten(-1, (-1, block)) @ (matrix / block**0.5)
-    return mixed.flatten(-2).to(x.dtype)
+    mixed = x.float().reshape(*x.shape[:-1], -1, block) @ (matrix / block**0.5)
+    return mixed.reshape(x.shape).to(x.dtype)
 
 
 def quantize_kv(x: torch.Tensor) -> torch.Tensor:
