@@ -32,6 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from chunkllama.attention.plan import Planner
 from chunkllama.backends.base import Backend, KVCache
+from chunkllama.backends.int8_kv import quantize_kv
 from chunkllama.backends.select import select_backend
 from chunkllama.scheduler.tree_order import num_shared_chunks
 
@@ -88,9 +89,18 @@ GRIDS = {
 class Bench:
     """One case: pools, plans and queries; ``run`` maps a variant's name to one call per layer."""
 
-    def __init__(self, backend: Backend, case: Case, dtype: torch.dtype, sdpa: bool) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        case: Case,
+        dtype: torch.dtype,
+        *,
+        sdpa: bool = False,
+        is_int8: bool = False,
+        apart: bool = True,
+    ) -> None:
         shape = case.shape
-        self.backend, self.case, self.dtype = backend, case, dtype
+        self.backend, self.case, self.dtype, self.is_int8 = backend, case, dtype, is_int8
         self.planner = Planner(
             backend.packing(
                 num_qo_heads=shape.q_heads, num_kv_heads=shape.kv_heads, head_dim=shape.head_dim
@@ -111,7 +121,7 @@ class Bench:
         whole = -(-length // CHUNK)
         apart = [list(range(i * whole, (i + 1) * whole)) for i in range(case.batch)]
         self.run: dict[str, list[Callable[[], object]]] = {"on": self._variant(together, first)}
-        if case.shared:
+        if case.shared and apart:
             self.run["off"] = self._variant(apart, 0)
         if sdpa:
             self.run["sdpa"] = self._sdpa(length)
@@ -150,9 +160,9 @@ class Bench:
             num_kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
             dtype=self.dtype,
+            is_int8=self.is_int8,
         )
-        for layer in kv.layers:
-            layer.normal_()
+        fill_pool(self.backend, kv)
         return kv
 
     def _variant(self, paths: list[list[int]], shared: int) -> list[Callable[[], object]]:
@@ -184,6 +194,15 @@ class Bench:
         case = self.case
         tokens = case.shared + case.batch * case.private
         return tokens * case.shape.token_bytes(self.dtype)
+
+
+def fill_pool(backend: Backend, kv: KVCache) -> None:
+    """Store the same random K/V in every chunk."""
+    chunk = torch.randn(1, 2, kv.num_kv_heads, kv.chunk_size, kv.head_dim)
+    stored = quantize_kv(chunk) if kv.is_int8 else chunk.to(kv.dtype)
+    arranged = backend.arrange_chunk(kv, stored)[0]
+    for layer in kv.layers:
+        layer.copy_(arranged.to(backend.device))
 
 
 def timed(calls: list[Callable[[], object]], device: torch.device) -> float:
@@ -259,7 +278,7 @@ def main() -> None:
             num_kv_heads=case.shape.kv_heads,
             backend=options.backend,
         )
-        return Bench(backend, case, dtype, sdpa)
+        return Bench(backend, case, dtype, sdpa=sdpa)
 
     rows = [
         report(bench(case, sdpa=not options.no_sdpa), options.rounds, bandwidth)

@@ -1,7 +1,8 @@
-"""Measure the accuracy of narrower weights: KL divergence and top-1 agreement with float32.
+"""Measure the accuracy of narrower weights and K/V: KL divergence and top-1 agreement with float32.
 
     python benchmarks/quality.py                       # bf16 and int8 against fp32, 20,000 tokens
     python benchmarks/quality.py --tokens 2000 --candidates int8
+    python benchmarks/quality.py --candidates kv8-fp32 kv8  # K/V in int8, computing in fp32, bf16
 
 The text is this repository's documents, sources and licence, cut into windows of 1,024 tokens.
 Every position of a window counts, so short contexts are included.
@@ -31,14 +32,16 @@ from chunkllama.text.tokenizer import load_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 WINDOW = 1024
 ROWS = 256  # logits at a time
-# candidate -> (computing dtype, weights)
+# candidate -> (computing dtype, weights, K/V)
 KINDS = {
-    "fp32": (torch.float32, "auto"),
-    "bf16": (torch.bfloat16, "auto"),
-    "int8": (torch.bfloat16, "int8"),
-    "int8-fp32": (torch.float32, "int8"),
-    "int4": (torch.bfloat16, "int4"),
-    "int4-fp32": (torch.float32, "int4"),
+    "fp32": (torch.float32, "auto", "auto"),
+    "bf16": (torch.bfloat16, "auto", "auto"),
+    "int8": (torch.bfloat16, "int8", "auto"),
+    "int8-fp32": (torch.float32, "int8", "auto"),
+    "int4": (torch.bfloat16, "int4", "auto"),
+    "int4-fp32": (torch.float32, "int4", "auto"),
+    "kv8": (torch.bfloat16, "auto", "int8"),
+    "kv8-fp32": (torch.float32, "auto", "int8"),
 }
 
 
@@ -58,10 +61,15 @@ class Candidate:
     """A model in one precision with a pool of one window."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        dtype, weights = KINDS[kind]
+        dtype, weights, kv_dtype = KINDS[kind]
         spec = read_spec(folder)
         attention = build_attention(
-            spec, device="cpu", dtype=dtype, num_chunks=WINDOW // 64, chunk_size=64
+            spec,
+            device="cpu",
+            dtype=dtype,
+            num_chunks=WINDOW // 64,
+            chunk_size=64,
+            kv_dtype=kv_dtype,
         )
         loaded = load_weights(Checkpoint(folder, spec), spec, dtype, torch.device("cpu"))
         self.model: RunnableModel = build_model(
@@ -101,7 +109,7 @@ def main() -> None:
     with torch.inference_mode():
         results = compare(folder, windows, options.candidates)
     print(f"{windows.size} tokens of {options.model}, against fp32")
-    print("| weights | top-1 agreement | mean KL | mean NLL | NLL of fp32 |")
+    print("| candidate | top-1 agreement | mean KL | mean NLL | NLL of fp32 |")
     print("| --- | --- | --- | --- | --- |")
     for kind, r in results.items():
         print(

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from attention import fill_pool
 from machine import cpu_name
 
 from chunkllama.attention.plan import Planner
@@ -76,7 +77,7 @@ SWEEPS = {
 class Bench:
     """One packed model per weight type and one chunk pool for all cases."""
 
-    def __init__(self, spec: ModelSpec, num_chunks: int) -> None:
+    def __init__(self, spec: ModelSpec, num_chunks: int, *, is_int8: bool = False) -> None:
         self.spec = spec
         self.models = {}
         heads = {"num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim}
@@ -88,11 +89,10 @@ class Bench:
             num_chunks=num_chunks,
             chunk_size=64,
             dtype=torch.bfloat16,
+            is_int8=is_int8,
             **heads,
         )
-        noise = torch.randn(self.kv.layers[0].shape).bfloat16()
-        for layer in self.kv.layers:
-            layer.copy_(noise)
+        fill_pool(ops, self.kv)
         rotary = rotary_tables(spec, spec.max_position)
         attention = Attention(
             ops, self.kv, Planner(self.packing, 64), spec.num_qo_heads, spec.head_dim**-0.5

@@ -66,6 +66,10 @@ def _renamed_backend(value: object) -> object:
     return "cpu"
 
 
+Device = Literal[
+    "auto", "cpu", "cuda",
+    "cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:4", "cuda:5", "cuda:6", "cuda:7",
+]  # fmt: skip
 ChunkSize = Annotated[Literal[16, 32, 64, 128], BeforeValidator(_number)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 
@@ -113,19 +117,7 @@ class ModelConfig(ConfigGroup):
         "bfloat16 for float16, and float32 where backend is reference and the CPU has no "
         "bfloat16 instructions; a GPU takes bfloat16 for float32.",
     )
-    device: Literal[
-        "auto",
-        "cpu",
-        "cuda",
-        "cuda:0",
-        "cuda:1",
-        "cuda:2",
-        "cuda:3",
-        "cuda:4",
-        "cuda:5",
-        "cuda:6",
-        "cuda:7",
-    ] = Field(
+    device: Device = Field(
         default="auto",
         description="Where to compute. auto is a CUDA device if there is one; cuda is the first of "
         "them, cuda:1 the second.",
@@ -202,6 +194,11 @@ class CacheConfig(ConfigGroup):
     chunk_size: ChunkSize = Field(
         default=64,
         description="Tokens a chunk holds. Sizes other than 64 need the reference backend.",
+    )
+    kv_dtype: Literal["auto", "int8"] = Field(
+        default="auto",
+        description="Storage of K/V. auto is dtype. int8 has a scale for each token and head and "
+        "takes about half the memory of bfloat16; it needs device cpu.",
     )
     enable_prefix_caching: bool = Field(
         default=True,

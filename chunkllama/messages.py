@@ -332,6 +332,8 @@ class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):
     device: str
     backend: str
     isa_level: str = ""
+    kv_dtype: str = ""
+    is_kv_quantized: bool = False
 
 
 class StartFailed(msgspec.Struct, kw_only=True, tag="start_failed"):

@@ -8,6 +8,16 @@ from typing import Literal
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
 
+KV_ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}
+KV_SCALE_BYTES = 2
+
+
+def kv_row_elements(head_dim: int, dtype: str) -> int:
+    """Return how many elements of ``dtype`` hold K, or V, of one head of a token; the codes of int8
+    are followed by their scale.
+    """
+    return head_dim + KV_SCALE_BYTES if dtype == "int8" else head_dim
+
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:

@@ -24,11 +24,12 @@ from chunkllama.backends.checks import (
 from chunkllama.backends.model import Linear, PlainModel, RunnableModel
 from chunkllama.backends.quantized import widen_model
 from chunkllama.errors import ConfigError
-from chunkllama.model_spec import Activation
+from chunkllama.model_spec import KV_SCALE_BYTES, Activation
 
 CopyTriple = tuple[int, int, int]
 Quantization = Literal["auto", "bf16", "fp32", "int8", "int4"]
 Activations = Literal["int8", "float"]
+KVStorage = Literal["auto", "int8"]
 
 _WIDENED_ROWS = 4096
 
@@ -39,7 +40,8 @@ class KVCache:
     them.
 
     ``layers[i]`` holds K and V of ``num_chunks`` chunks of ``chunk_size`` tokens x ``num_kv_heads``
-    x ``head_dim``. ``state`` belongs to the backend.
+    x ``head_dim``, which the model computes in ``dtype``. They are stored in it, or as int8 codes
+    with their scales (``int8_kv.py``). ``state`` belongs to the backend.
     """
 
     layers: list[torch.Tensor]
@@ -47,7 +49,19 @@ class KVCache:
     chunk_size: int
     num_kv_heads: int
     head_dim: int
+    dtype: torch.dtype
+    is_int8: bool = False
     state: Any = None
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of ``layers``."""
+        return torch.int8 if self.is_int8 else self.dtype
+
+    @property
+    def row_elements(self) -> int:
+        """Canonical elements of K, or V, of one head of a token."""
+        return self.head_dim + KV_SCALE_BYTES if self.is_int8 else self.head_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +169,17 @@ class Backend(ABC):
         num_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
+        is_int8: bool = False,
     ) -> KVCache:
         """Allocate the pool; unwritten memory may hold anything, NaN included.
 
+        Args:
+            dtype: that the model computes in.
+            is_int8: store K/V as int8 codes.
+
         Raises:
             ValueError: a count below 1, or a chunk size that the backend lacks.
-            ConfigError: a head_dim or dtype that it lacks.
+            ConfigError: a head_dim, dtype or storage that it lacks.
         """
         if chunk_size not in self.chunk_sizes:
             raise ValueError(
@@ -169,22 +188,22 @@ class Backend(ABC):
         counts = (num_layers, num_chunks, num_kv_heads, head_dim)
         if min(counts) < 1:
             raise ValueError(f"allocate_kv: every count must be at least 1, got {counts}")
-        kv = KVCache([], num_chunks, chunk_size, num_kv_heads, head_dim)
-        kv.layers.extend(self._allocate_layers(kv, num_layers, dtype))
+        kv = KVCache([], num_chunks, chunk_size, num_kv_heads, head_dim, dtype, is_int8)
+        kv.layers.extend(self._allocate_layers(kv, num_layers))
         return kv
 
-    def _allocate_layers(
-        self, kv: KVCache, num_layers: int, dtype: torch.dtype
-    ) -> list[torch.Tensor]:
-        """One contiguous [num_chunks, 2, num_kv_heads, chunk_size, head_dim] tensor per layer, K
-        then V, unwritten.
+    def _allocate_layers(self, kv: KVCache, num_layers: int) -> list[torch.Tensor]:
+        """One contiguous [num_chunks, 2, num_kv_heads, chunk_size, row_elements] tensor per layer,
+        K then V, unwritten.
         """
-        shape = (kv.num_chunks, 2, kv.num_kv_heads, kv.chunk_size, kv.head_dim)
-        return [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(num_layers)]
+        shape = (kv.num_chunks, 2, kv.num_kv_heads, kv.chunk_size, kv.row_elements)
+        dtype, device = kv.stored_dtype, self.device
+        return [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
     def arrange_chunk(self, kv: KVCache, chunk: torch.Tensor) -> torch.Tensor:
-        """Rearrange canonical K/V [layers, 2, kv heads, chunk_size, head_dim] on the host, K then
-        V, as a chunk of each layer of ``kv`` lies in memory: [layers, ...]. Any thread may call it.
+        """Rearrange canonical K/V [layers, 2, kv heads, chunk_size, row_elements] on the host, K
+        then V, as a chunk of each layer of ``kv`` lies in memory: [layers, ...]. Any thread may
+        call it.
         """
         return chunk
 
@@ -245,7 +264,7 @@ class Backend(ABC):
         plan: DevicePlan,
     ) -> torch.Tensor:
         """Rotate q and k of qkv [T, (Hq + 2 Hkv) D], write k and v into the rows' chunks, return q
-        [T, Hq, D].
+        [T, Hq, D] (mixed as the keys of an int8 pool are).
 
         positions [T] int32; cos_sin [max_position, D] float32: cos of the D/2 frequencies, then sin
         (rotate-half).

@@ -20,6 +20,7 @@ def check_choice(
     isa_level: str,
     chunk_size: int | None = None,
     quantization: str = "auto",
+    kv_dtype: str = "auto",
     levels: Sequence[str] | None = None,
 ) -> None:
     """Refuse a backend that lacks what the other settings or the model ask for.
@@ -56,3 +57,5 @@ def check_choice(
         raise ConfigError(
             f"quantization: {quantization} is not available with the reference backend; use auto"
         )
+    if kv_dtype != "auto" and not is_cpu:
+        raise ConfigError(f"kv_dtype: {kv_dtype} is not available on device {device}; use auto")

@@ -86,9 +86,11 @@ def build_engine(config: EngineConfig) -> EngineCore:
         device=device,
         backend=executor.backend.name,
         isa_level=executor.backend.isa_level,
+        kv_dtype=size.kv_dtype,
+        is_kv_quantized=size.kv_dtype != size.dtype,
     )
     logger.info(
-        "engine ready in %.1f s: %s, %s on %s (%s backend), %d chunks of %d tokens (%d MiB): "
+        "engine ready in %.1f s: %s, %s on %s (%s backend), %d chunks of %d tokens (%d MiB, %s): "
         "requests of up to %d tokens, %d of that length at once",
         time.monotonic() - started,
         config.model.model,
@@ -98,6 +100,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         num_chunks,
         chunk_size,
         size.pool_bytes >> 20,
+        size.kv_dtype,
         size.max_request_tokens,
         size.longest_requests,
     )
@@ -108,6 +111,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         spec,
         name=config.model.model,
         dtype=dtype,
+        kv_dtype=size.kv_dtype,
         quantization=config.model.quantization,
         chunk_size=chunk_size,
         max_model_len=max_model_len,
@@ -125,6 +129,7 @@ def _load(config: EngineConfig, folder: Path, size: EngineSize) -> ModelRunner:
             model_path=folder,
             device=size.device,
             dtype=size.dtype,
+            kv_dtype=config.cache.kv_dtype,
             num_chunks=size.num_chunks,
             chunk_size=chunk_size,
             max_model_len=_table_length(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from chunkllama.backends.int8_kv import dequantize_kv
 from chunkllama.engine.model_runner import ModelRunner
 from chunkllama.packs.document import ModelIdentity
 from chunkllama.packs.file import Pack
@@ -15,7 +16,7 @@ from chunkllama.packs.signature import is_signed
 
 # Largest relative difference (Frobenius norm, K and V of each layer by themselves) between K/V of a
 # pack and the same computed here: other kernels and instruction sets round differently.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02, "int8": 0.1}
 
 
 class ChunkIO:
@@ -41,8 +42,8 @@ class ChunkIO:
         self.vocab_size = runner.spec.vocab_size
         self._runner = runner
         kv = runner.kv
-        self._dtype = kv.layers[0].dtype
-        values = 2 * len(kv.layers) * kv.num_kv_heads * kv.chunk_size * kv.head_dim
+        self._dtype = kv.stored_dtype
+        values = 2 * len(kv.layers) * kv.num_kv_heads * kv.chunk_size * kv.row_elements
         self.chunk_bytes = values * self._dtype.itemsize
 
     def identify(self) -> ModelIdentity:
@@ -116,6 +117,8 @@ class ChunkIO:
         copied = self.copy(chunk_ids[-1])
         computed = self._runner.backend.restore_chunk(self._runner.kv, copied)
         given = torch.frombuffer(data, dtype=self._dtype).view(computed.shape)
+        if self._runner.kv.is_int8:
+            given, computed = dequantize_kv(given), dequantize_kv(computed)
         return relative_difference(given, computed)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from chunkllama.attention.plan import Planner
-from chunkllama.backends.base import Activations, Backend, KVCache, Quantization
+from chunkllama.backends.base import Activations, Backend, KVCache, KVStorage, Quantization
 from chunkllama.backends.model import ModelWeights, RunnableModel
 from chunkllama.backends.select import BackendName, select_backend
 from chunkllama.engine.adapter_rows import RunnerAdapters
@@ -72,8 +72,7 @@ class ModelRunner:
         self._model = model
         self._attention = attention
         self._sequences: dict[int, SequenceState] = {}
-        dtype = attention.kv.layers[0].dtype
-        self.adapters = RunnerAdapters(spec, model, dtype, self.backend.device)
+        self.adapters = RunnerAdapters(spec, model, attention.kv.dtype, self.backend.device)
         self._sampler = StepSampler(spec, self._sequences, row_work_share, clock)
         self._model_path = model_path
         self._grammars: GrammarCompiler | None = None
@@ -274,6 +273,7 @@ def load_executor(  # noqa: PLR0913
     isa_level: str = "auto",
     weights: Quantization = "auto",
     int4_activations: Activations = "int8",
+    kv_dtype: KVStorage = "auto",
     row_work_share: float = 0.2,
 ) -> ModelRunner:
     """Load a model folder's executor and allocate its pool.
@@ -281,10 +281,10 @@ def load_executor(  # noqa: PLR0913
     Args:
         dtype: as ``resolve_dtype`` returns it.
         max_model_len: positions the rotary table covers.
-        backend: "auto" or the name of one.
-        isa_level: of the cpu backend, "auto" or the name of one.
+        backend, isa_level: "auto" or the name of one; levels are the cpu backend's.
         weights: storage of the linear layers, "auto" or what the backend offers.
         int4_activations: of products of few rows with 4-bit weights.
+        kv_dtype: storage of K/V.
         row_work_share: as ``ModelRunner`` takes it.
 
     Raises:
@@ -304,6 +304,7 @@ def load_executor(  # noqa: PLR0913
         chunk_size=chunk_size,
         backend=backend,
         isa_level=isa_level,
+        kv_dtype=kv_dtype,
     )
     if foreign is not None:
         foreign.attach(attention, max_model_len)
@@ -347,6 +348,7 @@ def build_attention(
     chunk_size: int,
     backend: BackendName = "auto",
     isa_level: str = "auto",
+    kv_dtype: KVStorage = "auto",
 ) -> Attention:
     """The backend for the device, its chunk pool and planner."""
     ops = select_backend(
@@ -368,13 +370,13 @@ def build_attention(
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         dtype=dtype,
+        is_int8=kv_dtype == "int8",
     )
     packing = ops.packing(
         num_qo_heads=spec.num_qo_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim
     )
-    planner = Planner(packing, chunk_size)
     score = spec.score_scale, spec.attention_softcap
-    return Attention(ops, kv, planner, spec.num_qo_heads, *score, windows)
+    return Attention(ops, kv, Planner(packing, chunk_size), spec.num_qo_heads, *score, windows)
 
 
 def build_model(

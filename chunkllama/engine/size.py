@@ -28,6 +28,7 @@ class EngineSize:
     """What a configuration makes of a model and this machine's memory.
 
     Attributes:
+        dtype, kv_dtype: that the model computes in, and that K/V are stored in.
         weight_bytes, pool_bytes: memory of the weights and of the chunk pool.
         max_model_len: longest prompt plus answer in tokens that the model is served with.
         max_request_tokens: the same, cut to what the whole pool holds.
@@ -38,6 +39,7 @@ class EngineSize:
     spec: ModelSpec
     device: str
     dtype: str
+    kv_dtype: str
     max_model_len: int
     weight_bytes: int
     num_chunks: int
@@ -94,6 +96,7 @@ def plan_size(
         isa_level=config.model.isa_level,
         chunk_size=config.cache.chunk_size,
         quantization=config.model.quantization,
+        kv_dtype=config.cache.kv_dtype,
         levels=[level.name for level in available_levels()],
     )
     dtype = resolve_dtype(spec, config.model.dtype, device, config.model.backend)
@@ -103,16 +106,18 @@ def plan_size(
     weights = allocated_bytes(checkpoint, dtype, config.model.quantization)
     if device == "cpu":
         _check_weights(weights, dtype)
-    num_chunks = _num_chunks(config, spec, weights, max_model_len, device, dtype)
+    kv_dtype = dtype if config.cache.kv_dtype == "auto" else config.cache.kv_dtype
+    num_chunks = _num_chunks(config, spec, weights, max_model_len, device, kv_dtype)
     longest = longest_request(max_model_len, num_chunks * chunk_size)
     return EngineSize(
         spec=spec,
         device=device,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         max_model_len=max_model_len,
         weight_bytes=weights,
         num_chunks=num_chunks,
-        pool_bytes=num_chunks * kv_bytes_per_chunk(spec, chunk_size, dtype),
+        pool_bytes=num_chunks * kv_bytes_per_chunk(spec, chunk_size, kv_dtype),
         max_request_tokens=longest,
         # The last token of an answer has no K/V.
         longest_requests=min(
@@ -175,12 +180,12 @@ def _num_chunks(
     weights: int,
     max_model_len: int,
     device: str,
-    dtype: str,
+    kv_dtype: str,
 ) -> int:
     """Chunks as asked for, or as many as the memory given to the pool holds."""
     if config.cache.num_chunks is not None:
         return config.cache.num_chunks
-    per_chunk = kv_bytes_per_chunk(spec, config.cache.chunk_size, dtype)
+    per_chunk = kv_bytes_per_chunk(spec, config.cache.chunk_size, kv_dtype)
     memory = config.cache.kv_cache_memory
     if memory is None:
         if device == "cpu":

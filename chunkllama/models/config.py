@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkllama.errors import ConfigError
-from chunkllama.model_spec import ModelSpec, RopeSpec
+from chunkllama.model_spec import KV_ITEM_SIZES, ModelSpec, RopeSpec, kv_row_elements
 from chunkllama.models.architectures import ARCHITECTURES
 from chunkllama.models.config_file import ConfigFile, read_json
 from chunkllama.models.folder_check import check_folder
@@ -21,7 +21,7 @@ from chunkllama.models.spec_checks import (
 )
 
 _DECODERS = ("ForCausalLM", "LMHeadModel")
-_DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def read_spec(folder: Path) -> ModelSpec:
@@ -234,5 +234,8 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def kv_bytes_per_chunk(spec: ModelSpec, chunk_size: int, dtype: str) -> int:
-    """Bytes of K and V of one chunk over all layers; ``dtype`` as ``resolve_dtype`` returns it."""
-    return 2 * spec.num_layers * chunk_size * spec.num_kv_heads * spec.head_dim * _DTYPES[dtype]
+    """Bytes of K and V of one chunk over all layers; ``dtype`` as ``resolve_dtype`` returns it, or
+    int8.
+    """
+    rows = 2 * spec.num_layers * chunk_size * spec.num_kv_heads
+    return rows * kv_row_elements(spec.head_dim, dtype) * KV_ITEM_SIZES[dtype]

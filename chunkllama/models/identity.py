@@ -28,6 +28,7 @@ def identify_model(
     *,
     name: str,
     dtype: str,
+    kv_dtype: str,
     quantization: str,
     chunk_size: int,
     max_model_len: int,
@@ -37,7 +38,8 @@ def identify_model(
     Args:
         spec: as ``read_spec`` reads it.
         name: as the user calls the model.
-        dtype: of K/V.
+        dtype: that it computes in.
+        kv_dtype: of K/V.
         max_model_len: which the frequencies of some rotary embeddings depend on.
 
     Raises:
@@ -52,11 +54,12 @@ def identify_model(
         architecture=_digest(rest),
         rope=json.dumps(ropes, sort_keys=True),
         quantization=quantization,
-        dtype=dtype,
+        dtype=kv_dtype,
         num_layers=spec.num_layers,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         chunk_size=chunk_size,
+        compute_dtype="" if kv_dtype == dtype else dtype,
     )
 
 

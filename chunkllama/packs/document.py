@@ -11,12 +11,13 @@ import math
 
 import msgspec
 
+from chunkllama.model_spec import KV_ITEM_SIZES, kv_row_elements
+
 FORMAT = 1
-ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 NO_PARENT = -1
 
 
-class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What K/V depend on beside the tokens. Two models with equal fields compute the same K/V.
 
     Attributes:
@@ -27,6 +28,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         quantization: storage of the linear layers, as the setting has it.
         dtype: of K/V.
         num_layers, num_kv_heads, head_dim, chunk_size: the shape of a chunk.
+        compute_dtype: that the model computes in, where K/V have another; else "".
     """
 
     name: str
@@ -39,21 +41,24 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_kv_heads: int
     head_dim: int
     chunk_size: int
+    compute_dtype: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
-        """Shape of a chunk: layers, K and V, kv heads, tokens, head_dim."""
-        return (self.num_layers, 2, self.num_kv_heads, self.chunk_size, self.head_dim)
+        """Shape of a chunk: layers, K and V, kv heads, tokens, head_dim (int8: and its scale)."""
+        row = kv_row_elements(self.head_dim, self.dtype)
+        return (self.num_layers, 2, self.num_kv_heads, self.chunk_size, row)
 
     @property
     def chunk_bytes(self) -> int:
         """Bytes of a chunk's K/V."""
-        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+        return math.prod(self.shape) * KV_ITEM_SIZES[self.dtype]
 
     def difference(self, server: ModelIdentity) -> str:
         """Say in one line what differs from the server's model; "" if nothing does."""
         for field, what in (
             ("dtype", "dtype {0}, this server has {1}"),
+            ("compute_dtype", "K/V of a model in {0}, this server computes in {1}"),
             ("chunk_size", "chunks of {0} tokens, this server has {1}"),
             ("quantization", "quantization {0}, this server has {1}"),
             ("weights", "other weights: it was made with {2}, this server runs {3}"),
@@ -152,7 +157,7 @@ def check_document(document: PackDocument) -> str:
     model, scopes = document.model, document.scopes
     if document.format != FORMAT:
         return f"format {document.format}, this version reads {FORMAT}"
-    if model.dtype not in ITEM_SIZES or min(model.shape) < 1:
+    if model.dtype not in KV_ITEM_SIZES or min(model.shape) < 1:
         return "its K/V have no shape or dtype that exists"
     if len(set(scopes)) != len(scopes):
         return "a scope occurs twice"

@@ -19,7 +19,7 @@ from chunkllama.packs.document import PackDocument, check_document
 
 SUFFIX = ".ckpack"
 TENSOR = "kv"
-_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int8": "I8"}
 _DOCUMENT, _DIGEST, _SIGNATURE = "chunkllama_pack", "sha256", "ed25519"
 _MAX_HEADER_BYTES = 64 << 20
 _ALIGNMENT = 64

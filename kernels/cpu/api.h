@@ -37,7 +37,7 @@ struct Plan {
 // Shape and types of one layer's attention; layout.h says where K and V lie.
 struct Heads {
   int64_t q_heads, kv_heads, head_dim;
-  int32_t kv_type;          // F32 or BF16
+  int32_t kv_type;          // F32, BF16 or INT8
   int32_t activation_type;  // of q, k, v and the output
 };
 

@@ -3,171 +3,14 @@
 #include <algorithm>
 #include <cmath>
 
-#include "layout.h"
+#include "attention_unit.h"
 #include "micro.h"
-#include "scratch.h"
-#include "softmax.h"
 #include "tiles.h"
 
 namespace chunkllama {
 namespace {
 
 constexpr float LOG2E = 1.44269504f;
-
-struct Buffers {
-  Scratch<float> q, out, reference, sum, scores, float_probs;
-  Scratch<bf16> q_pairs, probs, v_tail;
-};
-
-// Out of line, so that the loops around its call keep their registers.
-__attribute__((noinline)) void bend(int rows, int keys, float factor, float* scores) {
-  for (int r = 0; r < rows; r++)
-    for (int j = 0; j < keys; j += W) {
-      float* at = scores + r * SCORE_STRIDE + j;
-      store(at, tanh(load(at) * factor));
-    }
-}
-
-// One item for one kv head: `rows` query rows, row i being head i % group of token row i / group.
-template <class T>
-struct Unit {
-  Unit(const AttentionArgs& a, int64_t index)
-      : args(a),
-        item(a.plan.items + index / a.heads.kv_heads * ITEM_COLUMNS),
-        head(index % a.heads.kv_heads) {
-    group = int(a.heads.q_heads / a.heads.kv_heads);
-    rows = item[NUM_ROWS] * group;
-    dim = a.heads.head_dim;
-    masked = item[FLAGS] & ITEM_MASK;
-    windowed = item[FLAGS] & ITEM_WINDOW;
-    tokens = item[NUM_TOKENS];
-    if (masked)
-      tokens = std::min(
-          tokens, a.positions[item[ROW_BEGIN] + item[NUM_ROWS] - 1] + 1 - item[FIRST_POSITION]);
-    tokens = std::max(tokens, 0);
-    chunks = (tokens + CHUNK - 1) / CHUNK;
-    steps = (chunks + STEP_CHUNKS - 1) / STEP_CHUNKS;
-  }
-
-  const T* chunk(int i) const {
-    return static_cast<const T*>(args.kv) +
-           args.plan.chunk_ids[item[CHUNK_OFFSET] + i] * Layout<T>::chunk(args.heads.kv_heads, dim);
-  }
-  const T* k(int i) const { return chunk(i) + Layout<T>::k_offset(head, dim); }
-  const T* v(int i) const { return chunk(i) + Layout<T>::v_offset(head, args.heads.kv_heads, dim); }
-  int chunks_of(int step) const { return std::min(STEP_CHUNKS, chunks - step * STEP_CHUNKS); }
-  int tokens_of(int step) const { return std::min(STEP_KEYS, tokens - step * STEP_KEYS); }
-
-  void prefetch(int step, Prefetcher& ahead) const {
-    if (step >= steps) return;
-    for (int j = 0; j < chunks_of(step); j++) {
-      const int n = std::min(CHUNK, tokens_of(step) - j * CHUNK), i = step * STEP_CHUNKS + j;
-      ahead.add(k(i), Layout<T>::k_used(n, dim) * sizeof(T));
-      ahead.add(v(i), Layout<T>::v_used(n, dim) * sizeof(T));
-    }
-  }
-
-  // Keys of the step that each of the rows [first, first + count) sees; false if none of them sees
-  // any. `cut` tells whether some row does not see all `keys` columns of the scores.
-  bool visible(int step, int first, int count, int keys, int* out, bool* cut) const {
-    const int valid = tokens_of(step), position = item[FIRST_POSITION] + step * STEP_KEYS;
-    if (!masked) {
-      std::fill_n(out, count, valid);
-      *cut = valid < keys;
-      return true;
-    }
-    int least = valid, most = 0;
-    for (int r = 0; r < count; r++) {
-      out[r] =
-          std::min(valid, args.positions[item[ROW_BEGIN] + (first + r) / group] + 1 - position);
-      least = std::min(least, out[r]);
-      most = std::max(most, out[r]);
-    }
-    *cut = least < keys;
-    return most > 0;
-  }
-
-  // Hides the keys before the window of each of the rows [first, first + count): their scores
-  // become -inf.
-  void hide_before_window(int step, int first, int count, int keys, float* scores) const {
-    if (!windowed) return;
-    const int64_t position = item[FIRST_POSITION] + step * STEP_KEYS;
-    for (int r = 0; r < count; r++) {
-      const int64_t own = args.positions[item[ROW_BEGIN] + (first + r) / group];
-      const int64_t hidden = std::min<int64_t>(own + 1 - args.plan.window - position, keys);
-      if (hidden > 0) std::fill_n(scores + r * SCORE_STRIDE, hidden, -INFINITY);
-    }
-  }
-
-  // Scores [count, keys] become tanh(score * tanh_scale) in models with a soft cap.
-  void cap(int count, int keys, float* scores) const {
-    if (args.tanh_scale != 0) bend(count, keys, args.tanh_scale, scores);
-  }
-
-  const AttentionArgs& args;
-  const int32_t* item;
-  int64_t head;
-  long dim;
-  int group, rows, tokens, chunks, steps;
-  bool masked, windowed;
-};
-
-template <class Q, class T, class Out>
-void gather_queries(const Unit<T>& u, Out* to, long stride) {
-  const Q* q = static_cast<const Q*>(u.args.q);
-  for (int i = 0; i < u.rows; i++) {
-    const Q* from = q + (u.item[ROW_BEGIN] + i / u.group) * u.args.q_stride +
-                    (u.head * u.group + i % u.group) * u.dim;
-    Out* row = to + i * stride;
-    for (long d = 0; d < u.dim; d += W) store(row + d, load(from + d));
-    for (long d = u.dim; d < stride; d += W) store(row + d, Vec{});
-  }
-}
-template <class T, class Out>
-void gather(const Unit<T>& u, Out* to, long stride) {
-  if (u.args.heads.activation_type == BF16) gather_queries<bf16>(u, to, stride);
-  else gather_queries<float>(u, to, stride);
-}
-
-template <class Out>
-INLINE void write_row(Out* to, const float* from, float factor, long dim) {
-  for (long d = 0; d < dim; d += W) store(to + d, load(from + d) * factor);
-}
-INLINE void write_output(const AttentionArgs& a, int64_t row, int64_t head, const float* from,
-                         float factor) {
-  const int64_t at = row * a.out_stride + head * a.heads.head_dim;
-  if (a.heads.activation_type == BF16)
-    write_row(static_cast<bf16*>(a.out) + at, from, factor, a.heads.head_dim);
-  else write_row(static_cast<float*>(a.out) + at, from, factor, a.heads.head_dim);
-}
-
-RowState fresh_state(Buffers& b, int rows, long dim) {
-  const RowState s{b.reference.fit(rows), b.sum.fit(rows * W), b.out.fit(rows * (dim + OUT_PAD)),
-                   dim + OUT_PAD, dim};
-  std::fill_n(s.reference, rows, NO_REFERENCE);
-  std::fill_n(s.sum, rows * W, 0.f);
-  std::fill_n(s.out, rows * s.out_stride, 0.f);
-  return s;
-}
-
-// Normalised rows go to the output where the row has a single partial, else with their LSE to the
-// workspace.
-template <class T>
-void write_results(const Unit<T>& u, const RowState& state) {
-  const AttentionArgs& a = u.args;
-  for (int i = 0; i < u.rows; i++) {
-    const int64_t row = u.item[ROW_BEGIN] + i / u.group, head = u.head * u.group + i % u.group;
-    const float total = sum(load(state.sum + i * W)), factor = total == 0 ? 0.f : 1.f / total;
-    const float* from = state.out + i * state.out_stride;
-    if (a.plan.row_flags[row]) {
-      write_output(a, row, head, from, factor);
-    } else {
-      const int64_t slot = (u.item[PARTIAL_BASE] + i / u.group) * a.heads.q_heads + head;
-      write_row(a.partial_out + slot * u.dim, from, factor, u.dim);
-      a.partial_lse[slot] = total == 0 ? -INFINITY : state.reference[i] + std::log2(total);
-    }
-  }
-}
 
 // Vector units.
 
@@ -176,11 +19,15 @@ void write_results(const Unit<T>& u, const RowState& state) {
 // rounding to bf16 comes on top.
 #if defined(BF16_PRODUCTS) && !defined(__AMX_TILE__)
 template <class T>
-using Operand = T;
+using Operand = std::conditional_t<Layout<T>::PAIRS, bf16, float>;
 #else
 template <class T>
 using Operand = float;
 #endif
+
+// Of the probabilities: the rounding of bf16 and int8 hides a coarser one.
+template <class T>
+constexpr Precision PRECISION = std::is_same_v<T, float> ? FINE : COARSE;
 
 // The queries of a unit, one row behind the other, and room for the probabilities of BLOCK rows.
 INLINE float* operands(Buffers& b, long queries, float** probs) {
@@ -205,6 +52,7 @@ void run_vectors(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
   Prefetcher ahead;
   for (int g = 0; g < u.steps; g++) {
     const int valid = u.tokens_of(g);
+    const StepScales scales = u.widen_scales(g, b);
     ahead.clear();
     ahead.pace();
     if (g + 1 < u.steps) u.prefetch(g + 1, ahead);
@@ -220,14 +68,16 @@ void run_vectors(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
                                  q + first * dim, dim, u.k(g * STEP_CHUNKS + j), L::k_step(),
                                  L::k_block(dim), scores + j * CHUNK, SCORE_STRIDE,
                                  int(dim / STEP<T>), ahead);
+      u.scale_scores(rows, keys, scales, scores);
       u.cap(rows, keys, scores);
       u.hide_before_window(g, first, rows, keys, scores);
       const RowState rs = state.from(first);
-      constexpr Precision P = L::PAIRS ? COARSE : FINE;
       if (cut)
-        online_softmax<true, P>(scores, probs, PROB_STRIDE, rows, keys, visible, scale, rs, ahead);
+        online_softmax<true, L::SCALED, PRECISION<T>>(scores, probs, PROB_STRIDE, rows, keys,
+                                                      visible, scales.values, scale, rs, ahead);
       else
-        online_softmax<false, P>(scores, probs, PROB_STRIDE, rows, keys, visible, scale, rs, ahead);
+        online_softmax<false, L::SCALED, PRECISION<T>>(scores, probs, PROB_STRIDE, rows, keys,
+                                                       visible, scales.values, scale, rs, ahead);
       for (int j = 0; j < u.chunks_of(g); j++) {
         const int n = std::min(CHUNK, valid - j * CHUNK);
         product_blocks<T, true>(rows, int(dim / BLOCK), probs + j * CHUNK, PROB_STRIDE,
@@ -289,9 +139,62 @@ const bf16* padded_values(const bf16* v, int tokens, long dim, Buffers& b) {
   return to;
 }
 
+// Codes of 32 neighbours at a distance of 16 as pairs of bf16, which holds them exactly.
+INLINE void widen_pairs(const int8_t* first, const int8_t* second, bf16* to) {
+  const IntVec low = (IntVec)load(first), high = (IntVec)load(second);
+  const IntVec pairs = (low >> 16 & 0xffff) | (high & set((int32_t)0xffff0000));
+  memcpy(to, &pairs, sizeof pairs);
+}
+
+// A chunk's K in the order of bf16's; dimensions beyond `dim` are zero.
+const bf16* widen_keys(const int8_t* k, long dim, bf16* to) {
+  const long k_dim = Layout<bf16>::k_dim(dim);
+  for (int block = 0; block < CHUNK / BLOCK; block++, to += BLOCK * k_dim) {
+    for (long d = 0; d < dim; d += 2, k += 2 * BLOCK) widen_pairs(k, k + BLOCK, to + d * BLOCK);
+    memset(to + dim * BLOCK, 0, (k_dim - dim) * BLOCK * sizeof(bf16));
+  }
+  return to - CHUNK * k_dim;
+}
+// A chunk's V in the order of bf16's: codes are finite, whatever stands behind the last token.
+const bf16* widen_values(const int8_t* v, long dim, bf16* to) {
+  for (int t = 0; t < CHUNK; t += 2, v += 2 * dim, to += 2 * dim)
+    for (long d = 0; d < dim; d += BLOCK) widen_pairs(v + d, v + dim + d, to + 2 * d);
+  return to - CHUNK * dim;
+}
+
+// What all rows of a unit multiply in one softmax step.
+struct TileStep {
+  const bf16 *k[STEP_CHUNKS], *v[STEP_CHUNKS];
+  StepScales scales;
+};
+
+TileStep tiles_of(const Unit<bf16>& u, int step, Buffers& b) {
+  TileStep s;
+  const int chunks = u.chunks_of(step), valid = u.tokens_of(step);
+  for (int j = 0; j < chunks; j++) {
+    s.k[j] = u.k(step * STEP_CHUNKS + j);
+    s.v[j] = u.v(step * STEP_CHUNKS + j);
+  }
+  if (valid < chunks * CHUNK)
+    s.v[chunks - 1] = padded_values(s.v[chunks - 1], valid - (chunks - 1) * CHUNK, u.dim, b);
+  return s;
+}
+// Widened once for all rows; the scales wait for the scores and the probabilities.
+TileStep tiles_of(const Unit<int8_t>& u, int step, Buffers& b) {
+  TileStep s;
+  const long k_elements = Layout<bf16>::k_elements(u.dim), v_elements = CHUNK * u.dim;
+  bf16 *k = b.k_wide.fit(STEP_CHUNKS * k_elements), *v = b.v_wide.fit(STEP_CHUNKS * v_elements);
+  for (int j = 0; j < u.chunks_of(step); j++) {
+    s.k[j] = widen_keys(u.k(step * STEP_CHUNKS + j), u.dim, k + j * k_elements);
+    s.v[j] = widen_values(u.v(step * STEP_CHUNKS + j), u.dim, v + j * v_elements);
+  }
+  s.scales = u.widen_scales(step, b);
+  return s;
+}
+
 // Up to 32 rows of a unit in one softmax step: scores, softmax, output.
-template <int ROW_TILES>
-void tile_step(const Unit<bf16>& u, int step, int first, const bf16* const* v, const bf16* q,
+template <int ROW_TILES, class T>
+void tile_step(const Unit<T>& u, int step, int first, const TileStep& tiles, const bf16* q,
                float* scores, bf16* probs, const RowState& state, Prefetcher& ahead) {
   const int chunks = u.chunks_of(step), keys = chunks * CHUNK,
             rows = std::min(ROW_TILES * BLOCK, u.rows - first);
@@ -301,8 +204,8 @@ void tile_step(const Unit<bf16>& u, int step, int first, const bf16* const* v, c
   bool cut;
   if (!u.visible(step, first, rows, keys, visible, &cut)) return;
   for (int j = 0; j < chunks; j++)
-    tile_scores<ROW_TILES>(q + first * k_dim, u.k(step * STEP_CHUNKS + j), k_dim,
-                           scores + j * CHUNK, ahead);
+    tile_scores<ROW_TILES>(q + first * k_dim, tiles.k[j], k_dim, scores + j * CHUNK, ahead);
+  u.scale_scores(rows, keys, tiles.scales, scores);
   u.cap(rows, keys, scores);
   u.hide_before_window(step, first, rows, keys, scores);
   for (int r = 0; r < rows; r += BLOCK) {
@@ -310,22 +213,28 @@ void tile_step(const Unit<bf16>& u, int step, int first, const bf16* const* v, c
     float* s = scores + r * SCORE_STRIDE;
     bf16* p = probs + r * PROB_STRIDE;
     const RowState block = state.from(first + r);
+    constexpr bool SCALED = Layout<T>::SCALED;
+    const float* factors = tiles.scales.values;
     if (cut)
-      online_softmax<true, COARSE>(s, p, PROB_STRIDE, n, keys, visible + r, scale, block, ahead);
+      online_softmax<true, SCALED, COARSE>(s, p, PROB_STRIDE, n, keys, visible + r, factors, scale,
+                                           block, ahead);
     else
-      online_softmax<false, COARSE>(s, p, PROB_STRIDE, n, keys, visible + r, scale, block, ahead);
+      online_softmax<false, SCALED, COARSE>(s, p, PROB_STRIDE, n, keys, visible + r, factors, scale,
+                                            block, ahead);
   }
   const RowState block = state.from(first);
   constexpr int COLUMNS = 4 / ROW_TILES;
   long column = 0;
   for (; column + COLUMNS * BLOCK <= dim; column += COLUMNS * BLOCK)
-    tile_values<ROW_TILES, COLUMNS>(probs, v, chunks, column, dim, block.out, block.out_stride,
-                                    ahead);
+    tile_values<ROW_TILES, COLUMNS>(probs, tiles.v, chunks, column, dim, block.out,
+                                    block.out_stride, ahead);
   for (; column < dim; column += BLOCK)
-    tile_values<ROW_TILES, 1>(probs, v, chunks, column, dim, block.out, block.out_stride, ahead);
+    tile_values<ROW_TILES, 1>(probs, tiles.v, chunks, column, dim, block.out, block.out_stride,
+                              ahead);
 }
 
-void run_tiles(const Unit<bf16>& u, const Unit<bf16>* next, Buffers& b) {
+template <class T>
+void run_tiles(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
   const long k_dim = Layout<bf16>::k_dim(u.dim);
   const int padded = (u.rows + BLOCK - 1) / BLOCK * BLOCK;
   bf16* q = b.q_pairs.fit(padded * k_dim);
@@ -336,19 +245,15 @@ void run_tiles(const Unit<bf16>& u, const Unit<bf16>* next, Buffers& b) {
   memset(q + u.rows * k_dim, 0, (padded - u.rows) * k_dim * sizeof(bf16));
   Prefetcher ahead;
   for (int g = 0; g < u.steps; g++) {
-    const int chunks = u.chunks_of(g), valid = u.tokens_of(g);
-    const bf16* v[STEP_CHUNKS];
-    for (int j = 0; j < chunks; j++) v[j] = u.v(g * STEP_CHUNKS + j);
-    if (valid < chunks * CHUNK)
-      v[chunks - 1] = padded_values(v[chunks - 1], valid - (chunks - 1) * CHUNK, u.dim, b);
+    const TileStep tiles = tiles_of(u, g, b);
     ahead.clear();
     if (g + 1 < u.steps) u.prefetch(g + 1, ahead);
     else if (next) next->prefetch(0, ahead);
-    ahead.spread(chunks * (u.rows * CHUNK / (2 * W) +
+    ahead.spread(u.chunks_of(g) * (u.rows * CHUNK / (2 * W) +
                            padded / BLOCK * int(k_dim + u.dim) / 32 * TILE_PLACES));
     for (int first = 0; first < u.rows; first += 2 * BLOCK) {
-      if (u.rows - first > BLOCK) tile_step<2>(u, g, first, v, q, scores, probs, state, ahead);
-      else tile_step<1>(u, g, first, v, q, scores, probs, state, ahead);
+      if (u.rows - first > BLOCK) tile_step<2>(u, g, first, tiles, q, scores, probs, state, ahead);
+      else tile_step<1>(u, g, first, tiles, q, scores, probs, state, ahead);
     }
     ahead.finish();
   }
@@ -359,7 +264,7 @@ void run_tiles(const Unit<bf16>& u, const Unit<bf16>* next, Buffers& b) {
 template <class T>
 void run_unit(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
 #if defined(__AMX_TILE__)
-  if constexpr (Layout<T>::PAIRS) {
+  if constexpr (!std::is_same_v<T, float>) {
     if (u.rows > u.args.vector_rows) {
       run_tiles(u, next, b);
       return;
@@ -397,8 +302,11 @@ void attention_units(const AttentionArgs& args, Phase& phase) {
   const int64_t units = args.plan.num_items * args.heads.kv_heads;
   {
     [[maybe_unused]] Tiles tiles;
-    if (args.heads.kv_type == BF16) run_units<bf16>(args, phase, units, buffers);
-    else run_units<float>(args, phase, units, buffers);
+    switch (args.heads.kv_type) {
+      case BF16: run_units<bf16>(args, phase, units, buffers); break;
+      case INT8: run_units<int8_t>(args, phase, units, buffers); break;
+      default: run_units<float>(args, phase, units, buffers);
+    }
   }
   phase.wait(units);
 }

@@ -3,27 +3,20 @@
 #include <cmath>
 #include <cstring>
 
-#if defined(__AMX_TILE__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include "attention.h"
 #include "elementwise.h"
 #include "layout.h"
 #include "team.h"
+#include "tiles.h"
 
 using namespace chunkllama;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Non-zero if the operating system permits what this level needs: AMX tile state, which it may
-// refuse.
+// Non-zero if the operating system permits what this level needs: AMX tile state.
 EXPORT int ck_initialize() {
 #if defined(__AMX_TILE__)
-  constexpr long request_permission = 0x1023,
-                 tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  return tiles_permitted();
 #else
   return 1;
 #endif
@@ -47,8 +40,11 @@ EXPORT int64_t ck_struct_size(const char* name) {
 
 // Elements of one chunk in one layer.
 EXPORT int64_t ck_chunk_elements(const Heads* heads) {
-  return heads->kv_type == BF16 ? Layout<bf16>::chunk(heads->kv_heads, heads->head_dim)
-                                : Layout<float>::chunk(heads->kv_heads, heads->head_dim);
+  switch (heads->kv_type) {
+    case BF16: return Layout<bf16>::chunk(heads->kv_heads, heads->head_dim);
+    case INT8: return Layout<int8_t>::chunk(heads->kv_heads, heads->head_dim);
+    default: return Layout<float>::chunk(heads->kv_heads, heads->head_dim);
+  }
 }
 
 EXPORT void ck_attention(const AttentionArgs* args, int threads) {

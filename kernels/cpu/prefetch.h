@@ -32,7 +32,7 @@ class Prefetcher {
     offset_ += 64;
     if (offset_ >= bytes_[current_]) offset_ = 0, current_++;
   }
-  static constexpr int MAX = 4;
+  static constexpr int MAX = 6;
   static constexpr int LINE = 16;  // credit for a line
   const char* base_[MAX];
   size_t bytes_[MAX];

@@ -58,10 +58,10 @@ static INLINE void raise_references(const float* scores, int rows, int keys, con
 
 // probs = 2^(scores * scale - reference) and their sums by row and lane; false if some exponent
 // exceeds SLACK.
-template <bool MASKED, Precision PRECISION, class P>
+template <bool MASKED, bool SCALED, Precision PRECISION, class P>
 static INLINE bool exponentiate(const float* scores, P* probs, long prob_stride, int rows, int keys,
-                                const int* visible, float scale, const float* reference, Vec* sums,
-                                Prefetcher& ahead) {
+                                const int* visible, const float* factors, float scale,
+                                const float* reference, Vec* sums, Prefetcher& ahead) {
   Vec top[2] = {Vec{}, Vec{}};
   const Vec scale_v = set(scale);
   for (int r = 0; r < rows; r++) {
@@ -77,6 +77,7 @@ static INLINE bool exponentiate(const float* scores, P* probs, long prob_stride,
         top[u] = max(x[u], top[u]);  // in this order: a row of NaN hides no other row's rise
         x[u] = exp2<PRECISION>(x[u]);
         total[u] += x[u];
+        if (SCALED) x[u] *= load(factors + j + u * W);
       }
       store(p + j, x[0], x[1]);
       ahead.step();
@@ -87,16 +88,17 @@ static INLINE bool exponentiate(const float* scores, P* probs, long prob_stride,
 }
 
 // scores [rows, SCORE_STRIDE] -> probs [rows, prob_stride]. visible[r]: keys of this step that row
-// r sees (MASKED only). The first attempt uses the current references: one pass and no search for
-// maxima. `ahead` makes a step per 2 W keys of a row.
-template <bool MASKED, Precision PRECISION, class P>
+// r sees (MASKED only). factors [keys]: what each key's probability is multiplied by once it is
+// summed up (SCALED only). The first attempt uses the current references: one pass and no search
+// for maxima. `ahead` makes a step per 2 W keys of a row.
+template <bool MASKED, bool SCALED, Precision PRECISION, class P>
 static INLINE void online_softmax(const float* scores, P* probs, long prob_stride, int rows,
-                                  int keys, const int* visible, float scale, const RowState& state,
-                                  Prefetcher& ahead) {
+                                  int keys, const int* visible, const float* factors, float scale,
+                                  const RowState& state, Prefetcher& ahead) {
   Vec sums[16];
   auto attempt = [&] {
-    return exponentiate<MASKED, PRECISION>(scores, probs, prob_stride, rows, keys, visible, scale,
-                                           state.reference, sums, ahead);
+    return exponentiate<MASKED, SCALED, PRECISION>(scores, probs, prob_stride, rows, keys, visible,
+                                                   factors, scale, state.reference, sums, ahead);
   };
   // The first step has no reference yet and would always exceed SLACK.
   if (state.reference[0] == NO_REFERENCE || !attempt()) {

@@ -1,34 +1,13 @@
-// AMX tiles. They are inline assembly because gcc's intrinsics have no memory clobber: stores to a
-// buffer could move past a load.
+// AMX tiles: accumulators, and the configuration of a thread.
 #pragma once
 #if defined(__AMX_TILE__)
 #include <cstdint>
 #include <utility>
 
+#include "tile_instructions.h"
 #include "vec.h"
 
 namespace chunkllama {
-
-enum Hint { KEEP, STREAM };  // STREAM: data that is not used again soon stays out of L1
-
-template <int TILE, Hint HINT = KEEP>
-static INLINE void tile_load(const void* p, long stride) {
-  if constexpr (HINT == KEEP)
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(TILE) : "memory");
-  else asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(TILE) : "memory");
-}
-template <int TILE>
-static INLINE void tile_store(void* p, long stride) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(TILE) : "memory");
-}
-template <int TILE>
-static INLINE void tile_zero() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
-}
-template <int SUM, int A, int B>
-static INLINE void tile_dot_bf16() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));
-}
 
 template <class F, int... I>
 static INLINE void unroll(F&& f, std::integer_sequence<int, I...>) {
@@ -72,20 +51,14 @@ struct TileSum {
   }
 };
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 // Configures all eight tiles as 16 rows of 64 bytes in this thread, until the object is destroyed.
 class Tiles {
  public:
   Tiles() {
     static constexpr TileConfig config;
-    asm volatile("ldtilecfg %0" ::"m"(config));
+    tiles_configure(config);
   }
-  ~Tiles() { asm volatile("tilerelease" :::); }
+  ~Tiles() { tiles_release(); }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 };

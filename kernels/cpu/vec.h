@@ -49,10 +49,29 @@ static INLINE Vec load(const bf16* p) {
   memcpy(&h, p, sizeof h);
   return (Vec)(__builtin_convertvector(h, IntVec) << 16);
 }
+// W bytes as floats. gcc converts such vectors element by element unless an instruction is named.
 static INLINE Vec load(const int8_t* p) {
+#if defined(__AVX512F__)
+  __m128i b;
+  memcpy(&b, p, W);
+  const IntVec wide = (IntVec)_mm512_cvtepi8_epi32(b);
+#elif defined(__AVX2__)
+  const IntVec wide = (IntVec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#elif defined(__aarch64__)
+  int32_t four;
+  memcpy(&four, p, W);
+  const IntVec wide = (IntVec)vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(uint32_t(four)))));
+#elif defined(__SSE2__)
+  int32_t four;
+  memcpy(&four, p, W);
+  const __m128i b = _mm_cvtsi32_si128(four), twice = _mm_unpacklo_epi8(b, b);
+  const IntVec wide = (IntVec)_mm_unpacklo_epi16(twice, twice) >> 24;
+#else
   ByteVec b;
   memcpy(&b, p, sizeof b);
-  return __builtin_convertvector(b, Vec);
+  const IntVec wide = __builtin_convertvector(b, IntVec);
+#endif
+  return __builtin_convertvector(wide, Vec);
 }
 // W half-precision floats.
 static INLINE Vec load_f16(const uint16_t* p) {

@@ -214,8 +214,7 @@ def _append(
     rows = [(c, slot) for c in chunks for slot in range(filled[c])]
     chunk, slot = np.array(rows).T
     k, v = (torch.from_numpy(x[chunk, slot]).flatten(1) for x in (keys, values))
-    dtype = kv.layers[layer].dtype if kv.layers[layer].is_floating_point() else torch.bfloat16
-    qkv = torch.cat((torch.zeros_like(k), k, v), dim=1).to(dtype).to(backend.device)
+    qkv = torch.cat((torch.zeros_like(k), k, v), dim=1).to(kv.dtype).to(backend.device)
     # cos 1, sin 0: no rotation.
     cos_sin = torch.zeros(chunk_size, keys.shape[3])
     cos_sin[:, : keys.shape[3] // 2] = 1.0

@@ -13,7 +13,7 @@ import pytest
 
 from chunkllama.backends.cpu import build
 
-for folder in ("emulation", "arm"):
+for folder in ("emulation", "arm", "amx"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # gpu_suite
 if os.environ.get("CHUNKLLAMA_TEST_ARM"):  # for this whole process: test_native_arm.py
@@ -23,6 +23,12 @@ if os.environ.get("CHUNKLLAMA_TEST_ARM"):  # for this whole process: test_native
 
     def pytest_collection_finish() -> None:
         gc.freeze()  # arm_library looks through what tests create, not through all modules
+
+
+if os.environ.get("CHUNKLLAMA_TEST_AMX"):  # likewise: test_native_amx.py
+    import amx_library
+
+    amx_library.install(pytest.MonkeyPatch())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

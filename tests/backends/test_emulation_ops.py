@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_emulation_rope_append(
     ops, launcher = cuda_ops(dtype, head_dim)
     case = random_case(rng, kind=kind, max_rows=40)
     kv = pool(ops, case.num_chunks)
-    expected_kv = KVCache([kv.layers[0].clone()], kv.num_chunks, 64, 2, head_dim)
+    expected_kv = replace(kv, layers=[kv.layers[0].clone()])
     packing = ops.packing(num_qo_heads=6, num_kv_heads=2, head_dim=head_dim)
     plan = ops.upload_plan(case.plan(packing), kv, num_qo_heads=6)
     qkv = torch.randn(case.num_rows, 10 * head_dim).to(ops.dtype)
@@ -137,7 +138,7 @@ def test_emulation_copy_chunks(head_dim: int, dtype: str) -> None:
     torch.manual_seed(head_dim)
     ops, launcher = cuda_ops(dtype, head_dim)
     kv = pool(ops, num_chunks=8, num_layers=3)
-    expected = KVCache([layer.clone() for layer in kv.layers], 8, 64, 2, head_dim)
+    expected = replace(kv, layers=[layer.clone() for layer in kv.layers])
     triples = [(0, 1, 64), (2, 3, 1), (1, 4, 33), (4, 2, 5), (5, 5, 64), (6, 7, 0)]
     copy_chunks_reference(expected, triples)
     ops.copy_chunks(kv, triples)

@@ -14,6 +14,7 @@ from chunkllama.backends.cpu.build import IsaLevel, NativeBuildError, build
 
 F32, BF16, INT8, INT4, F16 = range(5)
 TYPES: Final = {torch.float32: F32, torch.bfloat16: BF16}
+KV_TYPES: Final = {**TYPES, torch.int8: INT8}
 # Types that weights are packed from.
 SOURCE_TYPES: Final = {**TYPES, torch.float16: F16}
 NO_EXTRA, OFFSETS, UPPER_SCALES = range(3)

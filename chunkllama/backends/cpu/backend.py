@@ -10,6 +10,7 @@ import logging
 import sys
 from ctypes import c_void_p
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from chunkllama.backends.base import (
 )
 from chunkllama.backends.cpu import chunk_layout
 from chunkllama.backends.cpu.abi import (
+    KV_TYPES,
     TYPES,
     CAttention,
     CHeads,
@@ -53,6 +55,8 @@ from chunkllama.backends.model import Linear, PlainModel, RunnableModel
 from chunkllama.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+_ALL_ROWS: Final = (1 << 31) - 1  # more than an item has
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,8 @@ class CpuBackend(Backend):
         self.level, self.library = _best_library(level, sanitizer)
         self.isa_level = self.level
         self.tuning = load_tuning(self.level)
+        # AMX rounds queries and probabilities to bf16: a model in float32 is to keep its precision.
+        self.vector_rows = self.tuning.vector_rows if dtype == torch.bfloat16 else _ALL_ROWS
         self._partials = torch.empty(0)
         self._product_type = int(self.library.ck_activation_type(TYPES[dtype]))
         self._product_dtype = {code: dtype for dtype, code in TYPES.items()}[self._product_type]
@@ -115,7 +121,7 @@ class CpuBackend(Backend):
         rounds = int4_activations == "int8" and types.own == TYPES[torch.bfloat16]
         types = replace(types, few=replace(self.tuning.few_rows, rounds=rounds))
         if can_fuse(model.spec):
-            return FusedModel(self.library, self.tuning.vector_rows, model, types)
+            return FusedModel(self.library, self.vector_rows, model, types)
         pack_model(self.library, model.weights, types)
         return model
 
@@ -136,20 +142,18 @@ class CpuBackend(Backend):
             spare_chunks=tuning.spare_chunks,
         )
 
-    def _allocate_layers(
-        self, kv: KVCache, num_layers: int, dtype: torch.dtype
-    ) -> list[torch.Tensor]:
+    def _allocate_layers(self, kv: KVCache, num_layers: int) -> list[torch.Tensor]:
         """A [num_chunks, elements] tensor per layer on huge pages, committed in the background."""
-        _check_shape(dtype, kv.head_dim)
-        heads = CHeads(kv.num_kv_heads, kv.num_kv_heads, kv.head_dim, TYPES[dtype], TYPES[dtype])
+        _check_shape(kv.dtype, kv.head_dim)
+        heads = _heads(kv.num_kv_heads, kv, kv.dtype)
         elements = self.library.ck_chunk_elements(ctypes.byref(heads))
-        pool = allocate_lazily(num_layers * kv.num_chunks * elements, dtype)
+        pool = allocate_lazily(num_layers * kv.num_chunks * elements, kv.stored_dtype)
         layers = list(pool.view(num_layers, kv.num_chunks, elements).unbind())
         kv.state = PoolCommitter(layers, kv.num_chunks)
         return layers
 
     def arrange_chunk(self, kv: KVCache, chunk: torch.Tensor) -> torch.Tensor:
-        return chunk_layout.arrange(chunk)
+        return chunk_layout.arrange(chunk, kv.head_dim)
 
     def restore_chunk(self, kv: KVCache, chunk: torch.Tensor) -> torch.Tensor:
         return chunk_layout.restore(chunk, kv.num_kv_heads, kv.chunk_size, kv.head_dim)
@@ -234,7 +238,7 @@ class CpuBackend(Backend):
         q = qkv.new_empty(plan.host.num_rows, num_qo_heads, kv.head_dim)
         args = CRope(
             plan.state.plan,
-            _heads(num_qo_heads, kv, rows.layer, qkv.dtype),
+            _heads(num_qo_heads, kv, qkv.dtype),
             *(positions.data_ptr(), cos_sin.data_ptr(), qkv.data_ptr(), q.data_ptr()),
             *(qkv.shape[1], num_qo_heads * kv.head_dim, kv.layers[rows.layer].data_ptr()),
         )
@@ -251,12 +255,12 @@ class CpuBackend(Backend):
         out = q.new_empty(num_rows, width)
         args = CAttention(
             plan.state.plan,
-            _heads(num_qo_heads, kv, rows.layer, q.dtype),
+            _heads(num_qo_heads, kv, q.dtype),
             *(positions.data_ptr(), q.data_ptr(), out.data_ptr(), width, width),
             kv.layers[rows.layer].data_ptr(),
             *(plan.state.partial_out.data_ptr(), plan.state.partial_lse.data_ptr()),
             *((scale, 0.0) if softcap is None else (softcap, scale / softcap)),
-            self.tuning.vector_rows,
+            self.vector_rows,
         )
         self.library.ck_attention(ctypes.byref(args), torch.get_num_threads())
         return out
@@ -273,7 +277,7 @@ class CpuBackend(Backend):
     def _copy_chunks(self, kv: KVCache, triples: list[CopyTriple]) -> None:
         table = np.array([t for t in triples if t[0] != t[1]], np.int32)
         layers = (c_void_p * len(kv.layers))(*(layer.data_ptr() for layer in kv.layers))
-        heads = _heads(kv.num_kv_heads, kv, 0, kv.layers[0].dtype)
+        heads = _heads(kv.num_kv_heads, kv, kv.dtype)
         self.library.ck_copy_chunks(
             *(layers, len(layers), ctypes.byref(heads), table.ctypes.data, len(table)),
             torch.get_num_threads(),
@@ -294,8 +298,8 @@ def _check_shape(dtype: torch.dtype, head_dim: int) -> None:
         raise ConfigError(f"head_dim: {head_dim} is not a multiple of 16 up to 256 (cpu backend)")
 
 
-def _heads(num_qo_heads: int, kv: KVCache, layer: int, activation: torch.dtype) -> CHeads:
-    kv_type = TYPES[kv.layers[layer].dtype]
+def _heads(num_qo_heads: int, kv: KVCache, activation: torch.dtype) -> CHeads:
+    kv_type = KV_TYPES[kv.stored_dtype]
     return CHeads(num_qo_heads, kv.num_kv_heads, kv.head_dim, kv_type, TYPES[activation])
 
 

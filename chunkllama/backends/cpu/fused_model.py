@@ -12,7 +12,7 @@ import torch
 
 from chunkllama.backends.adapter import AdapterRows, AdapterWeights
 from chunkllama.backends.base import DevicePlan, KVCache
-from chunkllama.backends.cpu.abi import BF16, TYPES, CHeads, CPlan, mirrors
+from chunkllama.backends.cpu.abi import BF16, KV_TYPES, TYPES, CHeads, CPlan, mirrors
 from chunkllama.backends.cpu.adapter import AdapterBuffers, CStepAdapters, PackedAdapter
 from chunkllama.backends.cpu.interleaved import interleave
 from chunkllama.backends.cpu.packed import (
@@ -113,14 +113,14 @@ class FusedModel:
         self._activation = torch.bfloat16 if activation == BF16 else torch.float32
         self._hidden, self._vocab = spec.hidden_size, spec.vocab_size
         self._intermediate = spec.intermediate_size
-        self._dtype = model.kv.layers[0].dtype
+        self._dtype = model.kv.dtype
         self._kv: KVCache = model.kv
         self._cos_sin = model.rotary[0].float().contiguous()
         self._keep: list[torch.Tensor] = []
         self._arena = Arena(self._size(model.weights))
         heads = CHeads(
             *(spec.num_qo_heads, spec.num_kv_heads, spec.head_dim),
-            *(TYPES[self._kv.layers[0].dtype], activation),
+            *(KV_TYPES[self._kv.stored_dtype], activation),
         )
         self._widths = {
             "hidden": row_stride(spec.hidden_size),

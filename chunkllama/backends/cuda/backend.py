@@ -114,15 +114,15 @@ class CudaBackend(Backend):
             head_dim=head_dim,
         )
 
-    def _allocate_layers(
-        self, kv: KVCache, num_layers: int, dtype: torch.dtype
-    ) -> list[torch.Tensor]:
-        if (kv.head_dim, dtype) != (self.head_dim, self.dtype):
+    def _allocate_layers(self, kv: KVCache, num_layers: int) -> list[torch.Tensor]:
+        if (kv.head_dim, kv.dtype) != (self.head_dim, self.dtype):
             raise ConfigError(
-                f"allocate_kv: head_dim {kv.head_dim}, {dtype} differ from the backend's "
+                f"allocate_kv: head_dim {kv.head_dim}, {kv.dtype} differ from the backend's "
                 f"{self.head_dim}, {self.dtype}"
             )
-        return super()._allocate_layers(kv, num_layers, dtype)
+        if kv.is_int8:
+            raise ConfigError("kv_dtype: int8 is not available with the cuda backend; use auto")
+        return super()._allocate_layers(kv, num_layers)
 
     def upload_plan(
         self,

@@ -28,7 +28,7 @@ class ReferencePlan:
 class ReferenceBackend(Backend):
     """Implement ``Backend`` in torch.
 
-    K/V layout per layer: [num_chunks, 2, num_kv_heads, chunk_size, head_dim].
+    K/V layout per layer: [num_chunks, 2, num_kv_heads, chunk_size, row_elements].
     """
 
     name = "reference"

@@ -10,6 +10,7 @@ import torch
 
 from chunkllama.attention.plan_format import AttentionPlan
 from chunkllama.backends.base import LayerRows, rotate_heads
+from chunkllama.backends.int8_kv import mix_heads, quantize_kv
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,9 @@ def rope_append_reference(
     entry = tables.offset + (positions - tables.first_position) // kv.chunk_size
     chunk = tables.chunk_ids[entry]
     pool = kv.layers[rows.layer]
-    pool[chunk, 0, :, slot] = rotated[:, num_qo_heads:].to(pool.dtype)
-    pool[chunk, 1, :, slot] = heads[:, rotating:].to(pool.dtype)
-    return rotated[:, :num_qo_heads].contiguous()
+    q, k, v = rotated[:, :num_qo_heads], rotated[:, num_qo_heads:], heads[:, rotating:]
+    if kv.is_int8:
+        q, k, v = mix_heads(q), quantize_kv(mix_heads(k)), quantize_kv(v)
+    pool[chunk, 0, :, slot] = k.to(pool.dtype)
+    pool[chunk, 1, :, slot] = v.to(pool.dtype)
+    return q.contiguous()

@@ -30,6 +30,7 @@ from chunkllama.attention.plan_format import (
     Int32Array,
 )
 from chunkllama.backends.base import KVCache, LayerRows
+from chunkllama.backends.int8_kv import dequantize_kv
 
 # Float32 elements of the largest intermediate tensor: bounds the workspace whatever the plan.
 MAX_ELEMENTS = 1 << 20
@@ -65,7 +66,7 @@ class AttentionTables:
     batches: list[ItemBatch]
     merge_slots: torch.Tensor  # [R, P] int64, padded with the spare slot
     num_slots: int
-    tiles: torch.Tensor  # [tiles, chunk_size, D] in the pool's dtype
+    tiles: torch.Tensor  # [tiles, chunk_size, row_elements] in the pool's dtype
     wide_tiles: torch.Tensor  # [tiles, chunk_size, D] float32
     scores: torch.Tensor  # flat, float32
 
@@ -87,13 +88,14 @@ class AttentionTables:
             keys = batch.rows.numel() * chunks * kv.chunk_size
             num_scores = max(num_scores, keys * num_qo_heads)
         pool = kv.layers[0]
-        tiles = pool.new_empty(num_tiles, kv.chunk_size, kv.head_dim)
+        tiles = pool.new_empty(num_tiles, kv.chunk_size, kv.row_elements)
+        wide_tiles = pool.new_empty(num_tiles, kv.chunk_size, kv.head_dim, dtype=torch.float32)
         return cls(
             batches=batches,
             merge_slots=torch.as_tensor(slots, device=device).long(),
             num_slots=plan.num_slots,
             tiles=tiles,
-            wide_tiles=torch.empty_like(tiles, dtype=torch.float32),
+            wide_tiles=wide_tiles,
             scores=pool.new_empty(num_scores, dtype=torch.float32),
         )
 
@@ -205,18 +207,18 @@ def _partials(
         scores = tables.scores[: queries[..., 0].numel() * keys.shape[1]]
         scores = scores.view(*queries.shape[:2], -1)
         if end <= visible_chunks:
-            wide_tiles.copy_(tiles)
+            wide_tiles.copy_(dequantize_kv(tiles) if kv.is_int8 else tiles)
             _multiply(queries, keys, cap, scores)
         else:
             nth = torch.arange(begin * kv.chunk_size, end * kv.chunk_size, device=q.device)
             keys_at = (batch.first_position + nth).unsqueeze(1)
             hidden = keys_at > last.unsqueeze(2)  # [N, M, keys]
             unwritten = hidden[:, -1, None, :, None]
-            _zero_rows(tiles.view(2, num_items, heads, -1, kv.head_dim), unwritten)
+            _zero_rows(tiles.view(2, num_items, heads, -1, kv.row_elements), unwritten)
             if batch.window is not None:
                 first = positions[batch.rows].long() + 1 - batch.window
                 hidden = hidden | (keys_at < first.unsqueeze(2))
-            wide_tiles.copy_(tiles)
+            wide_tiles.copy_(dequantize_kv(tiles) if kv.is_int8 else tiles)
             _multiply(queries, keys, cap, scores)
             bias = torch.where(hidden, -torch.inf, 0.0)[:, None, :, None]
             scores.view(num_items, heads, num_rows, group, -1).add_(bias)
@@ -266,7 +268,7 @@ def _zero_rows(tiles: torch.Tensor, unwritten: torch.Tensor) -> None:
 
     By its bits, whatever they mean: ten times faster than ``masked_fill_`` on a CPU.
     """
-    bits = {2: torch.int16, 4: torch.int32}[tiles.element_size()]
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[tiles.element_size()]
     tiles.view(bits).bitwise_and_(torch.where(unwritten, 0, -1).to(bits))
 
 

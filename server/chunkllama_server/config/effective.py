@@ -56,6 +56,7 @@ def _of_the_engine(config: EngineConfig, size: EngineSize) -> dict[str, object]:
     return {
         "device": size.device,
         "dtype": size.dtype,
+        "kv_dtype": size.kv_dtype,
         "backend": backend,
         **({"isa_level": level} if backend == "cpu" else {}),
         "max_model_len": size.max_model_len,

@@ -250,7 +250,7 @@ class ServerMetrics:
         )  # fmt: skip
         self._info = Gauge(
             "chunkllama_info", "Constant 1; labels describe what is served.",
-            ["model", "version", "device", "backend"], registry=self.registry,
+            ["model", "version", "device", "backend", "kv_dtype"], registry=self.registry,
         )  # fmt: skip
         Gauge(
             "chunkllama_log_lines_dropped", "Log lines dropped because the log was not read.",
@@ -305,7 +305,7 @@ class ServerMetrics:
 
     def describe(self, model: str, info: EngineReady, version: str) -> None:
         """Name the model, as clients know it, and the engine in the info metric."""
-        self._info.labels(model, version, info.device, info.backend).set(1)
+        self._info.labels(model, version, info.device, info.backend, info.kv_dtype).set(1)
         if self._also is not None:
             self._also.describe(info)
 

@@ -62,7 +62,7 @@ class VllmNames(Collector):
         self._cache_labels = {
             "block_size": str(info.chunk_size),
             "num_gpu_blocks": str(info.num_chunks),
-            "cache_dtype": "auto",
+            "cache_dtype": info.kv_dtype if info.is_kv_quantized else "auto",
             "enable_prefix_caching": "True",
         }
 

@@ -133,11 +133,13 @@ def _model(config: EngineConfig) -> Iterator[Finding]:
         f"{name}: {size.spec.num_layers} layers, {size.weight_bytes // _MIB:,} MiB of weights, "
         f"{size.dtype} on {size.device}, context {size.max_model_len:,} tokens",
     )
+    stored = "" if size.kv_dtype == size.dtype else f" in {size.kv_dtype}"
     yield Finding(
         "ok",
         "chunk pool",
         f"{size.num_chunks:,} chunks of {config.cache.chunk_size} tokens, "
-        f"{size.pool_bytes // _MIB:,} MiB: requests of up to {size.max_request_tokens:,} tokens, "
+        f"{size.pool_bytes // _MIB:,} MiB{stored}: "
+        f"requests of up to {size.max_request_tokens:,} tokens, "
         f"{size.longest_requests} of that length at once",
     )
     if size.device == "cpu" and size.weight_bytes + size.pool_bytes > memory_left():

@@ -64,7 +64,9 @@ class ChatAnswer:
 
     def usage(self) -> CompletionUsage:
         """Count the tokens so far; the prompt counts once for all choices."""
-        return completion_usage(self.generation.counts, self.generation.explanations())
+        return completion_usage(
+            self.generation.counts, self.generation.explanations(), self.generation.precision
+        )
 
     def whole(self, pieces: list[OutputDelta]) -> ChatCompletion:
         """Return the completion of whole choices."""

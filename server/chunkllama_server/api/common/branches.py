@@ -53,6 +53,9 @@ class Generation(Protocol):
     @property
     def num_logprobs(self) -> int: ...
 
+    @property
+    def precision(self) -> str: ...
+
     def explanations(self) -> list[CacheExplanationBody]: ...
 
     def pieces(self) -> AsyncGenerator[list[OutputDelta], None]: ...
@@ -152,6 +155,11 @@ class BranchStream:
             output=sum(answer.output for answer in answers),
             reasoning=sum(answer.reasoning for answer in answers),
         )
+
+    @property
+    def precision(self) -> str:
+        """The type of cached K/V; "" if it is the one that the model computes in."""
+        return self._branches[0].stream.precision
 
     @property
     def num_logprobs(self) -> int:

@@ -117,7 +117,8 @@ class ServerContext:
     @property
     def fingerprint(self) -> str:
         info = self.engine.info
-        parts = ("chunkllama", __version__, info.backend, info.isa_level)
+        storage = f"kv_{info.kv_dtype}" if info.is_kv_quantized else ""
+        parts = ("chunkllama", __version__, info.backend, info.isa_level, storage)
         return "-".join(part for part in parts if part)
 
     def stream(

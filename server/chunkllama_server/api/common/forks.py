@@ -84,6 +84,11 @@ class ForkStream:
         )
 
     @property
+    def precision(self) -> str:
+        """The type of cached K/V; "" if it is the one that the model computes in."""
+        return self._threads[0].stream.precision
+
+    @property
     def num_logprobs(self) -> int:
         """None: branches exclude log-probabilities."""
         return 0

@@ -99,6 +99,11 @@ class RequestStream:
             reasoning=self.output.num_reasoning_tokens,
         )
 
+    @property
+    def precision(self) -> str:
+        """The type of cached K/V; "" if it is the one that the model computes in."""
+        return self._engine.info.kv_dtype if self._engine.info.is_kv_quantized else ""
+
     def explanations(self) -> list[CacheExplanationBody]:
         """Return the explanation of the prompt's match, if one was asked for and is known."""
         explanation = self.output.explanation

@@ -50,6 +50,7 @@ class CompletionAnswer:
         return completion_usage(
             TokenCounts.total(g.counts for g in self.generations),
             [body for g in self.generations for body in g.explanations()],
+            self.generations[0].precision,
         )
 
     def _completion(self, choices: list[CompletionChoice]) -> Completion:

@@ -63,6 +63,9 @@ class ResponseAnswer:
             "output_tokens_details": {"reasoning_tokens": counts.reasoning},
             "total_tokens": counts.prompt + counts.output,
         }
+        if precision := self.generation.precision:
+            cached = {precision: counts.cached}
+            usage["input_tokens_details"]["cached_tokens_by_precision"] = cached
         if explanations := self.generation.explanations():
             usage["input_tokens_details"]["cache_explanations"] = explanations
         return usage

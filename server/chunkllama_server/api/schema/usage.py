@@ -31,7 +31,8 @@ class CacheExplanationBody(TypedDict):
 class PromptTokensDetails(TypedDict):
     """``cached_tokens`` came from the cache, ``cache_write_tokens`` were computed and stored.
 
-    ``cache_explanations`` is there on demand, one for each prompt.
+    ``cached_tokens_by_precision`` is there if K/V are stored in another type than the model
+    computes in. ``cache_explanations`` is there on demand, one for each prompt.
     """
 
     cached_tokens: int
@@ -39,6 +40,7 @@ class PromptTokensDetails(TypedDict):
     audio_tokens: int
     text_tokens: int
     image_tokens: int
+    cached_tokens_by_precision: NotRequired[dict[str, int]]
     cache_explanations: NotRequired[list[CacheExplanationBody]]
 
 
@@ -73,6 +75,7 @@ class InputTokensDetails(TypedDict):
 
     cached_tokens: int
     cache_write_tokens: int
+    cached_tokens_by_precision: NotRequired[dict[str, int]]
     cache_explanations: NotRequired[list[CacheExplanationBody]]
 
 
@@ -115,9 +118,15 @@ class TokenCounts:
 
 
 def completion_usage(
-    counts: TokenCounts, explanations: list[CacheExplanationBody] | None = None
+    counts: TokenCounts,
+    explanations: list[CacheExplanationBody] | None = None,
+    precision: str = "",
 ) -> CompletionUsage:
-    """Fill every required member of a usage object, and the explanations if there are any."""
+    """Fill every required member of a usage object, and the explanations if there are any.
+
+    Args:
+        precision: of the cached tokens, where it is not that of the model.
+    """
     usage: CompletionUsage = {
         "prompt_tokens": counts.prompt,
         "completion_tokens": counts.output,
@@ -136,6 +145,8 @@ def completion_usage(
             "audio_tokens": 0,
         },
     }
+    if precision:
+        usage["prompt_tokens_details"]["cached_tokens_by_precision"] = {precision: cached_tokens}
     if explanations:
         usage["prompt_tokens_details"]["cache_explanations"] = explanations
     return usage
