@@ -93,6 +93,7 @@ class RequestStream:
             self.output.num_cache_write_tokens,
             self.output.num_reasoning_tokens,
             self.explanations(),
+            predicted=(self.output.num_accepted_predicted, self.output.num_rejected_predicted),
         )
 
     def explanations(self) -> list[CacheExplanationBody]:

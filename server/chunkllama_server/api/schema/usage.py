@@ -41,7 +41,10 @@ class PromptTokensDetails(TypedDict):
 
 
 class CompletionTokensDetails(TypedDict):
-    """Kinds of output tokens; this engine makes text only."""
+    """Kinds of output tokens; this engine makes text only.
+
+    ``rejected_prediction_tokens`` were computed; they are no output tokens.
+    """
 
     reasoning_tokens: int
     accepted_prediction_tokens: int
@@ -97,8 +100,13 @@ def completion_usage(
     cache_write_tokens: int,
     reasoning_tokens: int = 0,
     explanations: list[CacheExplanationBody] | None = None,
+    predicted: tuple[int, int] = (0, 0),
 ) -> CompletionUsage:
-    """Fill every required member of a usage object, and the explanations if there are any."""
+    """Fill every required member of a usage object, and the explanations if there are any.
+
+    ``predicted``: tokens of the request's prediction that were right, and that were computed and
+    were not.
+    """
     usage: CompletionUsage = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -112,8 +120,8 @@ def completion_usage(
         },
         "completion_tokens_details": {
             "reasoning_tokens": reasoning_tokens,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
+            "accepted_prediction_tokens": predicted[0],
+            "rejected_prediction_tokens": predicted[1],
             "audio_tokens": 0,
         },
     }
