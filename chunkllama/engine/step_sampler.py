@@ -183,8 +183,9 @@ class StepSampler:
         """Report what the grammars leave no choice for after the tokens of this step."""
         for slot in slots:
             matcher = self._sequences[slot].matcher
-            is_live = matcher is not None and slot in sampled.token_ids
-            if is_live and (forced := matcher.forced()):
+            if matcher is None or slot not in sampled.token_ids:
+                continue
+            if forced := matcher.forced():
                 sampled.forced[slot] = forced
 
     def _end_model(self, began: float | None) -> None:

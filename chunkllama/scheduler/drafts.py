@@ -49,6 +49,9 @@ class Drafts:
 
     Args:
         clock: monotonic seconds.
+
+    Attributes:
+        may_pay: guesses may save time in a step like the one in flight.
     """
 
     def __init__(
@@ -64,17 +67,13 @@ class Drafts:
         self._clock = clock
         self._cost = StepCost()
         self._rates: dict[Kind, Rate] = {}
+        self.may_pay = False
         self._started = 0.0
         self._shape: tuple[int, int] | None = None  # sequences and guesses of the step in flight
 
-    @property
-    def are_wanted(self) -> bool:
-        """The step in flight decodes only, and the next one may check guesses."""
-        return self._shape is not None
-
     def propose(self, scheduled: list[Sequence]) -> None:
         """Give guesses to sequences of the step that is being put together."""
-        self._shape = None
+        self._shape, self.may_pay = None, False
         if not self._limits.speculation or not scheduled or not all(map(_decodes, scheduled)):
             return
         self._started = self._clock()
@@ -82,7 +81,8 @@ class Drafts:
         left = self._limits.max_num_batched_tokens - count
         most = min(self._cost.most_drafts(count), MAX_ROWS, left)
         total = 0
-        if most > 0 and self._may_pay(count, most):
+        self.may_pay = most > 0 and self._saves_time(count, most)
+        if self.may_pay:
             each = min(MAX_DRAFT, max(most // count, 1))
             drafted = [s for s in scheduled if self._look(s, each, count)]
             total = self._choose(drafted, count, most)
@@ -93,7 +93,7 @@ class Drafts:
         if self._shape is not None:
             self._cost.add(*self._shape, self._clock() - self._started)
 
-    def _may_pay(self, count: int, most: int) -> bool:
+    def _saves_time(self, count: int, most: int) -> bool:
         """Whether guesses that are all right would save time in a step of ``count`` sequences."""
         return any(
             count + rows >= MIN_GAIN * count * self._cost.seconds(count, rows)

@@ -172,7 +172,7 @@ class Scheduler:
             freed_slots=self._running.take_freed_slots(),
             copies=self._running.take_copies(),
             awaited=[sequence.slot for sequence in self._awaiting],
-            wants_forced=self._drafts.are_wanted,
+            wants_forced=self._drafts.may_pay,
         )
         return self._in_flight
 
