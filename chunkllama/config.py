@@ -268,11 +268,13 @@ class SchedulerConfig(ConfigGroup):
         gt=0,
     )  # fmt: skip
     min_wait_tokens: int = Field(
-        default=32,
-        ge=0,
-        description="A request waits for another one to compute a shared prefix only if that saves "
-        "at least this many tokens.",
-    )
+        default=32, ge=0, description="A request waits for another one to compute a shared prefix "
+        "only if that saves at least this many tokens.",
+    )  # fmt: skip
+    speculation: Literal["off", "auto"] = Field(
+        default="off", description="Check guesses at the next tokens, where that saves time. In "
+        "fp32 the output stays the same.",
+    )  # fmt: skip
 
     @field_validator("tenant_weights")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import msgspec
@@ -16,12 +17,7 @@ from chunkllama.config import EngineConfig, LogConfig
 from chunkllama.engine.build import build_engine
 from chunkllama.engine.client import as_exception, seed_source, with_seed
 from chunkllama.errors import ConfigError, InvalidRequestError, OverloadedError
-from chunkllama.messages import (
-    CompletionOutput,
-    EngineRequest,
-    RequestOutput,
-    TokenDelta,
-)
+from chunkllama.messages import EngineRequest, TokenDelta, TokenLogprob
 from chunkllama.models.config import read_spec
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.sampling_params import SamplingParams
@@ -35,6 +31,36 @@ Prompt = str | Sequence[int]
 Conversation = list[dict[str, Any]]
 # The end of a prompt that shows whether it has opened the thoughts: a tag and white space.
 _TAIL_TOKENS = 32
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One choice of a request: ``text`` is decoded, ``finish_reason`` None while it runs.
+
+    ``reasoning`` has the thoughts that a chat model wrote before its answer; they are no part of
+    ``text``.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    reasoning: str = ""
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """All choices of one request; ``num_cached_tokens`` prompt tokens were not computed again."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    finished: bool = False
 
 
 class LLM:

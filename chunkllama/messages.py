@@ -1,13 +1,11 @@
-"""Messages between an engine client and the engine loop, and the results of a generation.
+"""Messages between an engine client and the engine loop.
 
-msgspec structs of plain data cross the process boundary: requests, token deltas, statistics. The
-dataclasses at the end are what the offline API returns.
+msgspec structs of plain data cross the process boundary: requests, token deltas, statistics.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
@@ -66,6 +64,7 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag="request"):
         explain: say on the first delta why the prompt's match in the cache ended.
         is_replay: an engine process that has ended had accepted it; it needs no place.
         adapter: name of a loaded adapter; "" is the base model.
+        prediction_token_ids: what the client expects as output; guesses are taken from it.
     """
 
     request_id: str
@@ -81,6 +80,7 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag="request"):
     explain: bool = False
     is_replay: bool = False
     adapter: str = ""
+    prediction_token_ids: list[int] = []
 
 
 class ChoiceDelta(msgspec.Struct, kw_only=True):
@@ -98,7 +98,9 @@ class TokenDelta(msgspec.Struct, kw_only=True, tag="tokens"):
 
     ``num_cached_tokens`` (prompt tokens whose K/V came from the cache) and
     ``num_cache_write_tokens`` are final on the request's first delta; so is ``pin_refused``: the
-    pin it asked for would exceed the budget. ``error`` fails the whole request.
+    pin it asked for would exceed the budget. ``error`` fails the whole request. Of guesses from the
+    request's prediction, this step has found ``num_accepted_predicted`` right and
+    ``num_rejected_predicted`` not.
 
     Durations, since clocks of two processes cannot be compared: ``queue_seconds`` (arrival to
     first scheduling) and ``prefill_seconds`` (from there to the prompt's end) are final on the
@@ -116,6 +118,8 @@ class TokenDelta(msgspec.Struct, kw_only=True, tag="tokens"):
     prompt_logprobs: list[TokenLogprob | None] | None = None
     embedding: list[float] | None = None
     explanation: CacheExplanation | None = None
+    num_accepted_predicted: int = 0
+    num_rejected_predicted: int = 0
     error: EngineErrorInfo | None = None
 
 
@@ -204,6 +208,9 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="engine_stats"):
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
     preemptions_total: int = 0
+    drafts_total: int = 0
+    draft_tokens_total: int = 0
+    accepted_draft_tokens_total: int = 0
     evicted_chunks_total: int = 0
     pinned_chunks: int = 0
     pins_refused_total: int = 0
@@ -367,33 +374,3 @@ class CommandReply(msgspec.Struct, kw_only=True, tag="reply"):
 
 
 FromEngine = TokenDelta | EngineStats | CommandReply | CacheReport | EngineReady | StartFailed
-
-
-@dataclass(slots=True)
-class CompletionOutput:
-    """One choice of a request: ``text`` is decoded, ``finish_reason`` None while it runs.
-
-    ``reasoning`` has the thoughts that a chat model wrote before its answer; they are no part of
-    ``text``.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    logprobs: list[TokenLogprob] | None = None
-    reasoning: str = ""
-
-
-@dataclass(slots=True)
-class RequestOutput:
-    """All choices of one request; ``num_cached_tokens`` prompt tokens were not computed again."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput] = field(default_factory=list)
-    num_cached_tokens: int = 0
-    prompt_logprobs: list[TokenLogprob | None] | None = None
-    finished: bool = False

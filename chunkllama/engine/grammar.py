@@ -9,6 +9,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from copy import copy
 from typing import Any, Protocol
 
 import llguidance
@@ -144,6 +145,15 @@ class Matcher(Protocol):
         """Nothing but the end of the sequence may follow."""
         ...
 
+    def copy(self) -> Matcher:
+        """A matcher in the same state, which moves on by itself."""
+        ...
+
+    def forced(self) -> list[int]:
+        """The next tokens as far as there is no other text; the same text in other tokens may be
+        allowed, too."""
+        ...
+
 
 class GrammarMatcher:
     """The state of one sequence's grammar."""
@@ -165,6 +175,12 @@ class GrammarMatcher:
     @property
     def is_finished(self) -> bool:
         return bool(self._matcher.is_stopped())
+
+    def copy(self) -> GrammarMatcher:
+        return GrammarMatcher(self._matcher.deep_copy())
+
+    def forced(self) -> list[int]:
+        return list(self._matcher.compute_ff_tokens())
 
 
 class ThinkingMatcher:
@@ -244,6 +260,18 @@ class ThinkingMatcher:
     @property
     def is_finished(self) -> bool:
         return not self._is_thinking and self._answer is not None and self._answer.is_finished
+
+    def copy(self) -> ThinkingMatcher:
+        other = copy(self)
+        other._answer = None if self._answer is None else self._answer.copy()
+        return other
+
+    def forced(self) -> list[int]:
+        if self._must_end:
+            return list(self._spec.end_token_ids[self._num_forced :])
+        if self._is_thinking or self._answer is None or self._may_begin:
+            return []
+        return self._answer.forced()
 
 
 def _bit(token_id: int) -> int:

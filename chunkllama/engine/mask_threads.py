@@ -10,6 +10,7 @@ from typing import Final
 
 import numpy as np
 
+from chunkllama.engine.grammar import Matcher
 from chunkllama.engine.sequence_state import SequenceState
 
 # A mask that took longer is computed beside the others the next time, so that none waits for it.
@@ -54,7 +55,20 @@ class MaskThreads:
             state.matcher.fill_mask(mask)
             state.mask_seconds = self._clock() - started
             state.slowest_mask = max(state.mask_seconds, _DECAY * state.slowest_mask)
+            if state.drafts and state.slowest_mask <= _SLOW_SECONDS:
+                self._compute_after_drafts(state, state.matcher)
+                state.mask_seconds = self._clock() - started
             state.mask = mask  # last, because the step loop looks at it
+
+    def _compute_after_drafts(self, state: SequenceState, matcher: Matcher) -> None:
+        """Compute the masks behind each guess, up to one that the grammar does not allow."""
+        after = matcher.copy()
+        for token_id in state.drafts:
+            if not after.accept(token_id) or after.is_finished:
+                break
+            mask = np.zeros(self._words, np.int32)
+            after.fill_mask(mask)
+            state.draft_masks.append(mask)
 
     def wait(self, states: Iterable[SequenceState], seconds: float | None) -> None:
         """Wait for the masks of ``states`` at most this long; None is without limit."""

@@ -126,7 +126,10 @@ class ModelRunner:
                 self._pool(piece, rows, sampled)
         ends = np.cumsum([piece.num_tokens for piece in output.slices])
         last = [
-            int(end) - 1 for piece, end in zip(output.slices, ends, strict=True) if piece.samples
+            row
+            for piece, end in zip(output.slices, ends.tolist(), strict=True)
+            if piece.samples
+            for row in range(end - 1 - piece.num_drafts, end)
         ]
         if last == list(range(len(hidden))):
             return hidden

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from copy import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +25,9 @@ class SequenceState:
         matcher: the grammar's state after ``output_token_ids``; None without a grammar, or while
             ``pending_matcher`` is being made.
         mask: of the tokens that may come next, once ``mask_task`` has computed it.
+        drafts: guesses at the next tokens, which this step's rows check.
+        draft_masks: of the tokens that may come after the first guess, the first two, ..., as far
+            as the grammar allows those.
         mask_seconds, slowest_mask: what the last mask took, and about the slowest of the last ones.
         failed: why this sequence can sample no more, "" while it can.
         pooled: [H] float32 sum (mean pooling) or last hidden state, over the rows seen so far.
@@ -41,6 +45,8 @@ class SequenceState:
     pending_matcher: Future[Matcher] | None = None
     mask: NDArray[np.int32] | None = field(default=None, repr=False)
     mask_task: Future[None] | None = field(default=None, repr=False)
+    drafts: list[int] = field(default_factory=list)
+    draft_masks: list[NDArray[np.int32]] = field(default_factory=list, repr=False)
     mask_seconds: float = 0.0
     slowest_mask: float = 0.0
     failed: str = ""
@@ -62,6 +68,27 @@ class SequenceState:
         if self.failed or (self.matcher is None and self.pending_matcher is None):
             return True
         return self.mask is not None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of this step that can yield a token: with a grammar, those that have a mask."""
+        drafts, masks = len(self.drafts), len(self.draft_masks)
+        return 1 + (drafts if self.mask is None else min(drafts, masks))
+
+    def after_drafts(self, count: int) -> SequenceState:
+        """The sequence as it is if its first ``count`` guesses are right, to sample what follows.
+
+        It has no matcher; the mask is that of the row.
+        """
+        state = copy(self)
+        state.output_token_ids = self.output_token_ids + self.drafts[:count]
+        state.matcher, state.mask_seconds = None, 0.0
+        state.mask = None if self.mask is None else self.draft_masks[count - 1]
+        return state
+
+    def drop_drafts(self) -> None:
+        """Forget the guesses, which have been checked or never will be."""
+        self.drafts, self.draft_masks = [], []
 
     def append(self, token_id: int) -> None:
         """Add a sampled token; the grammar moves on with it."""

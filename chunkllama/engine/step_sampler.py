@@ -66,6 +66,9 @@ class StepSampler:
         states = self._sequences
         asked = [*output.awaited, *_samples(output)]
         self._chosen = asked
+        for piece in output.slices:
+            if piece.num_drafts:
+                states[piece.slot].drafts = piece.token_ids[-piece.num_drafts :].tolist()
         if all(takes_best(states[slot].sampling) for slot in asked):
             return
         for slot in asked:
@@ -87,10 +90,11 @@ class StepSampler:
         """Sample what was chosen and is ready.
 
         Args:
-            hidden: [R, H] final hidden states of the slices that sample.
+            hidden: [R, H] final hidden states of the slices that sample: of the last token that
+                is no guess, and of the guesses.
             sampled: gets the tokens, and the slots that are deferred.
         """
-        fresh = {slot: row for row, slot in enumerate(_samples(output))}
+        fresh = _first_rows(output)
         states = self._sequences
         waiting = self._clock()
         slots = self._ready(output)
@@ -102,12 +106,15 @@ class StepSampler:
                     sampled.failed[slot] = "model_nan"
                     continue
                 states[slot].hidden = row.clone()
+                states[slot].drop_drafts()
             sampled.deferred.add(slot)
         if slots:
-            if slots != list(fresh):
-                hidden = torch.stack([_row(states[s], hidden, fresh.get(s)) for s in slots])
+            if slots != list(fresh) or sum(states[s].num_rows for s in slots) != len(hidden):
+                hidden = torch.cat([_rows(states[s], hidden, fresh.get(s)) for s in slots])
             began = self._started + waited if output.slices else None
             self._sample(slots, model, hidden, began, sampled)
+            if output.wants_forced:
+                self._report_forced(slots, sampled)
         if output.slices:
             self._budget.refill(self._model_seconds, self._present(output))
 
@@ -144,24 +151,42 @@ class StepSampler:
         began: float | None,
         sampled: SampledTokens,
     ) -> None:
-        """Draw a token for each slot.
+        """Draw a token for each slot, and for each of its guesses.
 
         Args:
+            hidden: [R, H], the ``num_rows`` rows of each slot.
             began: when the model's pass did; None if this step has none.
         """
         states = [self._sequences[slot] for slot in slots]
+        counts = [state.num_rows for state in states]
         if all(takes_best(state.sampling) for state in states):
             outcomes = _take_best(model, hidden)
             self._end_model(began)
         else:
+            rows = [
+                state.after_drafts(row) if row else state
+                for state, count in zip(states, counts, strict=True)
+                for row in range(count)
+            ]
             logits = model.logits(hidden)
             logits[0, 0].item()  # a device works behind the calls until something is read
             self._end_model(began)
-            masks = {row: s.mask for row, s in enumerate(states) if s.mask is not None}
-            outcomes = self._sampler.sample(logits, states, masks)
-            self._charge(states, outcomes)
-        for slot, state, outcome in zip(slots, states, outcomes, strict=True):
-            _take(slot, state, outcome, sampled)
+            masks = {row: s.mask for row, s in enumerate(rows) if s.mask is not None}
+            outcomes = self._sampler.sample(logits, rows, masks)
+            self._charge(rows, outcomes)
+        end = 0
+        for slot, state, count in zip(slots, states, counts, strict=True):
+            start, end = end, end + count
+            _take(slot, state, outcomes[start:end], sampled)
+
+    def _report_forced(self, slots: list[int], sampled: SampledTokens) -> None:
+        """Report what the grammars leave no choice for after the tokens of this step."""
+        for slot in slots:
+            matcher = self._sequences[slot].matcher
+            if matcher is None or slot not in sampled.token_ids:
+                continue
+            if forced := matcher.forced():
+                sampled.forced[slot] = forced
 
     def _end_model(self, began: float | None) -> None:
         if began is not None:
@@ -180,12 +205,22 @@ def _samples(output: SchedulerOutput) -> list[int]:
     return [piece.slot for piece in output.slices if piece.samples]
 
 
-def _row(state: SequenceState, hidden: torch.Tensor, row: int | None) -> torch.Tensor:
-    """The hidden state [H] of this step, or of the step that deferred it."""
+def _first_rows(output: SchedulerOutput) -> dict[int, int]:
+    """The first row of each slot that samples, among the rows of those that do."""
+    rows, end = {}, 0
+    for piece in output.slices:
+        if piece.samples:
+            rows[piece.slot] = end
+            end += 1 + piece.num_drafts
+    return rows
+
+
+def _rows(state: SequenceState, hidden: torch.Tensor, row: int | None) -> torch.Tensor:
+    """The hidden states [N, H] of this step, or the one of the step that deferred it."""
     if row is not None:
-        return hidden[row]
+        return hidden[row : row + state.num_rows]
     assert state.hidden is not None, "a deferred row without its hidden state"
-    return state.hidden
+    return state.hidden[None]
 
 
 def _settle_matcher(state: SequenceState) -> None:
@@ -209,14 +244,21 @@ def _take_best(model: RunnableModel, hidden: torch.Tensor) -> list[Sampled]:
     ]
 
 
-def _take(slot: int, state: SequenceState, outcome: Sampled, sampled: SampledTokens) -> None:
-    """Move a sequence on by its token, and report it."""
+def _take(slot: int, state: SequenceState, outcomes: list[Sampled], sampled: SampledTokens) -> None:
+    """Move a sequence on by its tokens, the last one that of the first wrong guess, and report
+    them."""
+    drafts = state.drafts[: len(outcomes) - 1]
     state.hidden = None
-    if not (state.failed or outcome.failed):
-        state.append(outcome.token_id)
-    if reason := state.failed or outcome.failed:
-        sampled.failed[slot] = reason
-        return
+    state.drop_drafts()
+    for outcome, draft in zip(outcomes, [*drafts, None], strict=True):
+        if not (state.failed or outcome.failed):
+            state.append(outcome.token_id)
+        if reason := state.failed or outcome.failed:
+            sampled.failed[slot] = reason
+            return
+        if outcome.token_id != draft:
+            break
+        sampled.accepted.setdefault(slot, []).append((outcome.token_id, outcome.logprob))
     sampled.token_ids[slot] = outcome.token_id
     if outcome.logprob is not None:
         sampled.logprobs[slot] = outcome.logprob

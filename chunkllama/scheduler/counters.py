@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Counters:
-    """``prefill_tokens_computed`` counts tokens known at admission: prompts and recomputation."""
+    """``prefill_tokens_computed`` counts tokens known at admission: prompts and recomputation.
+
+    ``drafts`` counts slices with guesses, ``draft_tokens`` their guesses and ``accepted_tokens``
+    the right ones; ``decode_tokens_computed`` has them all.
+    """
 
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -17,3 +21,6 @@ class Counters:
     prefill_tokens_computed: int = 0
     decode_tokens_computed: int = 0
     preemptions: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0

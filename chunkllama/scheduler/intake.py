@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.messages import EngineRequest
@@ -41,6 +43,7 @@ def make_group(
         max_tokens=admission.resolve_max_tokens(request),
         collects_prompt_logprobs=request.sampling.prompt_logprobs is not None,
         adapter=adapter,
+        prediction=np.array(request.prediction_token_ids, np.int32),
     )
     if request.sampling.beam_width > 1:
         group.beam = BeamSearch(request.sampling, group.max_tokens, limits.eos_token_ids)

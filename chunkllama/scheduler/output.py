@@ -53,6 +53,8 @@ class ScheduledSlice(NamedTuple):
             (0 for the first).
         samples: the last token's logits yield a token.
         wants_prompt_logits: every row's logits are needed (prompt_logprobs).
+        num_drafts: the last tokens of the slice that are guesses; each row from the one before the
+            first of them on yields a token, as long as the guesses before it were right.
     """
 
     slot: int
@@ -62,6 +64,7 @@ class ScheduledSlice(NamedTuple):
     shared: int
     samples: bool
     wants_prompt_logits: bool = False
+    num_drafts: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -77,6 +80,7 @@ class SchedulerOutput:
     alone).
     ``copies`` are (source chunk, destination chunk, tokens), done before the first layer.
     ``awaited`` are slots whose token an earlier step deferred; they have no slice.
+    ``wants_forced``: report the tokens that a grammar leaves no choice for.
     """
 
     step: int
@@ -86,6 +90,7 @@ class SchedulerOutput:
     freed_slots: list[int] = field(default_factory=list)
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     awaited: list[int] = field(default_factory=list)
+    wants_forced: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -105,6 +110,9 @@ class SampledTokens:
     ``finished_grammar``: slots whose grammar accepts nothing more after the sampled token.
     ``deferred``: slots that were to be sampled and are not yet; they stay in the ``awaited`` of the
     next steps until they have a token.
+    ``accepted``: the guesses of a slice that equal what was sampled, each with its
+    log-probability; the token in ``token_ids`` comes after them.
+    ``forced``: after that token, those that the slot's grammar leaves no choice for.
     """
 
     token_ids: dict[int, int]
@@ -115,3 +123,5 @@ class SampledTokens:
     finished_grammar: set[int] = field(default_factory=set)
     failed: dict[int, str] = field(default_factory=dict)
     deferred: set[int] = field(default_factory=set)
+    accepted: dict[int, list[tuple[int, TokenLogprob | None]]] = field(default_factory=dict)
+    forced: dict[int, list[int]] = field(default_factory=dict)

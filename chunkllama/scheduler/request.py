@@ -18,6 +18,7 @@ from chunkllama.messages import (
     TokenLogprob,
 )
 from chunkllama.scheduler.beam import BeamSearch
+from chunkllama.scheduler.draft_state import DraftState
 
 Int32Array = NDArray[np.int32]
 
@@ -35,12 +36,14 @@ class Sequence:
         num_scheduled: tokens of it in the step being put together or in flight.
         num_admitted: tokens known when it was admitted; computing those is prefill.
         awaits_sample: its last token is computed and the executor has deferred the next one.
+        draft: guesses at its next tokens.
     """
 
     __slots__ = (
         "_tokens",
         "awaits_sample",
         "chunks",
+        "draft",
         "group",
         "index",
         "num_admitted",
@@ -63,6 +66,7 @@ class Sequence:
         self.slot = -1
         self.chunks: SequenceChunks | None = None
         self.awaits_sample = False
+        self.draft = DraftState()
 
     @property
     def age(self) -> tuple[int, int]:
@@ -168,6 +172,9 @@ class SequenceGroup:
         prompt_logprobs: entries so far; the first is None (nothing comes before it).
         explanation: of the prompt's match, until it is sent.
         adapter: that its sequences use; None is the base model.
+        prediction: tokens that the client expects as output.
+        num_accepted_predicted, num_rejected_predicted: guesses from the request's prediction that
+            were right and that were not, until they are sent.
     """
 
     request: EngineRequest
@@ -186,6 +193,9 @@ class SequenceGroup:
     pin_refused: bool = False
     explanation: CacheExplanation | None = None
     adapter: AdapterUse | None = None
+    prediction: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))
+    num_accepted_predicted: int = 0
+    num_rejected_predicted: int = 0
 
     @property
     def request_id(self) -> str:

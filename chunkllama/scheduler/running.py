@@ -6,6 +6,8 @@ import heapq
 from bisect import bisect_left, insort
 from typing import Final
 
+import numpy as np
+
 from chunkllama.cache.manager import SequenceChunks
 from chunkllama.scheduler.output import NewSequence, ScheduledSlice
 from chunkllama.scheduler.request import Sequence
@@ -58,7 +60,18 @@ class RunningSequences:
         sequence.slot, sequence.chunks = -1, None
         sequence.num_scheduled = 0
         sequence.awaits_sample = False
+        sequence.draft.drop()
         return chunks
+
+    def take_copies(self) -> list[tuple[int, int, int]]:
+        """Return the copies (source, destination, tokens) that this step's slices need."""
+        copies = []
+        for sequence in self.by_age:
+            assert sequence.chunks is not None
+            if sequence.num_scheduled:
+                copies += sequence.chunks.copies
+                sequence.chunks.copies = []
+        return copies
 
     def renew(self, sequence: Sequence) -> None:
         """Resend the sequence: its tokens are not those the executor sampled."""
@@ -100,15 +113,19 @@ class RunningSequences:
                 continue
             start = sequence.num_computed_tokens
             assert sequence.chunks is not None
+            token_ids, draft = sequence.token_slice(start, count), sequence.draft.token_ids
+            if draft:
+                token_ids = np.concatenate((token_ids, draft), dtype=np.int32)
             result.append(
                 ScheduledSlice(
                     sequence.slot,
                     start,
-                    sequence.token_slice(start, count),
+                    token_ids,
                     sequence.chunks.ids,
                     shared,
                     start + count == sequence.num_tokens and sequence.group.max_tokens > 0,
                     sequence.wants_prompt_logits,
+                    len(draft),
                 )
             )
             shared = NO_LIMIT

@@ -40,10 +40,12 @@ def _append_token(
     slot = sequence.slot
     token_id = sampled.token_ids[slot]
     sequence.append(token_id)
-    lifecycle.counters.generation_tokens += 1
+    sequence.draft.forced = sampled.forced.get(slot, [])
+    tokens = [*sampled.accepted.get(slot, ()), (token_id, sampled.logprobs.get(slot))]
+    lifecycle.counters.generation_tokens += len(tokens)
     reason, stop_token_id = sequence.finish_reason(limits.eos_token_ids)
     if reason is None and slot in sampled.finished_grammar:
         reason = "stop"
-    deltas.add_token(sequence, token_id, sampled.logprobs.get(slot), reason, stop_token_id)
+    deltas.add_tokens(sequence, tokens, reason, stop_token_id)
     if reason is not None:
         lifecycle.finish(sequence)

@@ -29,6 +29,7 @@ from chunkllama.messages import (
 )
 from chunkllama.scheduler.adapter_numbers import AdapterNumbers
 from chunkllama.scheduler.cache_lookup import explain_prompt
+from chunkllama.scheduler.drafts import Drafts
 from chunkllama.scheduler.failures import drop_failed
 from chunkllama.scheduler.first_tokens import FirstTokens
 from chunkllama.scheduler.intake import check_places, make_group
@@ -76,6 +77,7 @@ class Scheduler:
         self._running = self._lifecycle.running
         self._admission = self._lifecycle.admission
         self._starts = Starts(self._lifecycle, cache, limits, self._take_slice)
+        self._drafts = Drafts(limits, self._lifecycle, cache.chunk_size, clock)
         self._first_tokens = FirstTokens(self._lifecycle, limits, self._starts.clocks)
         self._arrivals = 0
         self._step = 0
@@ -163,19 +165,16 @@ class Scheduler:
         if not self._scheduled and not self._awaiting:
             return None
         self._step += 1
-        copies = []
-        for sequence in self._scheduled:
-            assert sequence.chunks is not None
-            copies += sequence.chunks.copies
-            sequence.chunks.copies = []
+        self._drafts.propose(self._scheduled)
         self._in_flight = SchedulerOutput(
             step=self._step,
             slices=self._running.slices(),
             plan_version=self._next_plan_version(),
             new_sequences=self._running.take_new_sequences(),
             freed_slots=self._running.take_freed_slots(),
-            copies=copies,
+            copies=self._running.take_copies(),
             awaited=[sequence.slot for sequence in self._awaiting],
+            wants_forced=self._drafts.may_pay,
         )
         return self._in_flight
 
@@ -280,7 +279,7 @@ class Scheduler:
 
     def _next_plan_version(self) -> int:
         """Return 0 if a slice has several tokens, else a number that identifies the row list."""
-        if any(sequence.num_scheduled > 1 for sequence in self._scheduled):
+        if any(s.num_scheduled > 1 or s.draft.token_ids for s in self._scheduled):
             return 0
         key = (self._running.order.version, len(self._scheduled))
         if key != self._plan_key or len(self._scheduled) < len(self._running):
@@ -301,6 +300,7 @@ class Scheduler:
         self._in_flight = None
         deltas = StepDeltas(self._clock())
         self._cache.end_step()
+        self._drafts.end_step()
         if sampled.failed:
             scheduled = drop_failed(scheduled, sampled.failed, deltas, self._lifecycle, self._cache)
         for sequence in scheduled:
@@ -309,7 +309,9 @@ class Scheduler:
             start = sequence.num_computed_tokens
             sequence.num_computed_tokens = end = start + sequence.num_scheduled
             sequence.num_scheduled = 0
-            self._lifecycle.computed(sequence, start, end)
+            self._lifecycle.computed(sequence, start, end + len(sequence.draft.token_ids))
+            if sequence.draft.token_ids:
+                self._drafts.accept(sequence, sampled)
             if start < sequence.num_admitted:
                 assert sequence.chunks is not None
                 self._cache.did_compute(sequence.chunks, start, end)
@@ -328,9 +330,8 @@ class Scheduler:
     def _commit_sequence(
         self, sequence: Sequence, sampled: SampledTokens, deltas: StepDeltas
     ) -> None:
-        chunks, group = sequence.chunks, sequence.group
+        chunks, group, computed = sequence.chunks, sequence.group, sequence.num_computed_tokens
         assert chunks is not None
-        computed = sequence.num_computed_tokens
         if computed >= chunks.next_publish:
             adopted = self._cache.publish(chunks, sequence.cache_ids, computed)
             if adopted:
@@ -368,6 +369,7 @@ class Scheduler:
 
     def cache_command(self, command: CacheCommand) -> CommandReply:
         """Run an operator's command on the cache; not while a step is in flight."""
+        self._drafts.after_command(command)
         return run_command(command, self._cache, self._clock())
 
     def remove_adapter(self, number: int, reply: CommandReply) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from chunkllama.cache.manager import CacheManager, Match, SequenceChunks
 from chunkllama.scheduler.admission import AdmissionControl
 from chunkllama.scheduler.counters import Counters
+from chunkllama.scheduler.draft_search import Int32Array, RecentOutputs
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.queue import WaitingQueue
 from chunkllama.scheduler.request import Sequence, SequenceGroup
@@ -40,6 +41,7 @@ class SequenceLifecycle:
         admission: decides which waiting sequence fits.
         accounts: service received by each tenant.
         counters: monotonic totals.
+        recent: outputs that have ended, as far as speculation may look at them.
         may_start: tells whether a request, by its id, may start as far as its adapter goes.
         on_end: told the id of each request that has ended.
     """
@@ -54,6 +56,8 @@ class SequenceLifecycle:
         self.running = RunningSequences(limits.max_num_seqs, cache.chunk_size)
         self.admission = AdmissionControl(limits, cache, clock)
         self.counters = Counters()
+        self.recent = RecentOutputs()
+        self._keeps_outputs = limits.speculation
         self.may_start: Callable[[str], bool] = lambda request_id: True
         self.on_end: Callable[[str], None] = lambda request_id: None
         self._cache = cache
@@ -147,6 +151,7 @@ class SequenceLifecycle:
         """End a running sequence; what it computed stays in the cache."""
         if sequence.num_output_tokens:
             self.admission.lengths.add(sequence.num_output_tokens)
+        self._remember(sequence)
         chunks = self._stop(sequence)
         self.admission.drain.add(len(chunks) - chunks.num_shared)
         self._cache.release(chunks, sequence.cache_ids, sequence.num_computed_tokens)
@@ -159,8 +164,21 @@ class SequenceLifecycle:
             return
         for sequence in list(group.sequences.values()):
             if index in (None, sequence.index) or group.beam is not None:
+                self._remember(sequence)
                 self._leave(sequence)
                 self._forget(sequence)
+
+    def _remember(self, sequence: Sequence) -> None:
+        """Keep the output of a sequence that ends, unless its request hides a part of itself."""
+        group = sequence.group
+        is_hidden = group.beam is not None or group.request.cache_until is not None
+        if self._keeps_outputs and sequence.num_output_tokens and not is_hidden:
+            key = _recent_key(group)
+            self.recent.add(key, sequence.token_ids, sequence.num_prompt_tokens)
+
+    def recent_of(self, group: SequenceGroup) -> Int32Array | None:
+        """Return recent outputs of the request's tenant in its namespace."""
+        return self.recent.get(_recent_key(group))
 
     def preempt(self, sequence: Sequence) -> None:
         """Queue a running sequence again; recomputing it is mostly a cache hit.
@@ -248,3 +266,8 @@ class SequenceLifecycle:
             assert sequence.chunks is not None
             capacity = len(sequence.chunks) * self._cache.chunk_size
             assert sequence.num_computed_tokens <= min(capacity, sequence.num_tokens)
+
+
+def _recent_key(group: SequenceGroup) -> tuple[str, str, str]:
+    request = group.request
+    return request.tenant, request.namespace, request.adapter

@@ -22,19 +22,19 @@ class StepDeltas:
     def all(self) -> list[TokenDelta]:
         return list(self._deltas.values())
 
-    def add_token(
+    def add_tokens(
         self,
         sequence: Sequence,
-        token_id: int,
-        logprob: TokenLogprob | None,
+        tokens: list[tuple[int, TokenLogprob | None]],
         reason: FinishReason | None,
         stop_token_id: int | None,
     ) -> None:
-        """Add a sampled token, and the reason if it ends the choice."""
+        """Add sampled tokens, and the reason if the last one ends the choice."""
+        logprobs = [logprob for _, logprob in tokens if logprob is not None]
         choice = ChoiceDelta(
             index=sequence.index,
-            token_ids=[token_id],
-            logprobs=None if logprob is None else [logprob],
+            token_ids=[token_id for token_id, _ in tokens],
+            logprobs=logprobs or None,
             finish_reason=reason,
             stop_token_id=stop_token_id,
         )
@@ -90,6 +90,9 @@ class StepDeltas:
                 decode_seconds=self.now - group.prefilled_at,
             )
             self._deltas[group.request_id] = delta
+        delta.num_accepted_predicted += group.num_accepted_predicted
+        delta.num_rejected_predicted += group.num_rejected_predicted
+        group.num_accepted_predicted = group.num_rejected_predicted = 0
         if group.explanation is not None:
             delta.explanation, group.explanation = group.explanation, None
         if group.prompt_logprobs is not None and not group.collects_prompt_logprobs:

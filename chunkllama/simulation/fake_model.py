@@ -155,11 +155,20 @@ class FakeModel:
             sampled.embeddings[piece.slot] = [logprob(values[-1])]
         if not piece.samples:
             return
-        self._draw(sampled, piece.slot, values[-1])
+        values = values[-1 - piece.num_drafts :]
+        drafts = piece.token_ids[len(piece.token_ids) - piece.num_drafts :].tolist()
+        for value, draft in zip(values, [*drafts, None], strict=True):
+            self._draw(sampled, piece.slot, value, may_defer=value is values[0])
+            if sampled.token_ids.get(piece.slot) != draft or draft is None:
+                break
+            entry = draft, sampled.logprobs[piece.slot]
+            sampled.accepted.setdefault(piece.slot, []).append(entry)
 
-    def _draw(self, sampled: SampledTokens, slot: int, value: int) -> None:
+    def _draw(
+        self, sampled: SampledTokens, slot: int, value: int, *, may_defer: bool = True
+    ) -> None:
         """Sample now, or in a later step, as an executor that is short of time does."""
-        if self._random.random() < self.defer_share:
+        if may_defer and self._random.random() < self.defer_share:
             self._late[slot] = value
             sampled.deferred.add(slot)
             return

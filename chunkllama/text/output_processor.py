@@ -76,6 +76,8 @@ class OutputProcessor:
         num_reasoning_tokens: those of them that are thoughts or their tags.
         num_cached_tokens: prompt tokens whose K/V came from the cache.
         num_cache_write_tokens: prompt tokens whose K/V were added to the cache.
+        num_accepted_predicted, num_rejected_predicted: tokens of the request's prediction that the
+            engine has found right, and that it has computed and found wrong.
         explanation: why the prompt's match in the cache ended, if that was asked for.
         prompt_logprobs: log-probabilities of the prompt, once they have arrived.
         embedding: pooled hidden state of the prompt, once it has arrived.
@@ -93,6 +95,8 @@ class OutputProcessor:
         self.num_reasoning_tokens = 0
         self.num_cached_tokens = 0
         self.num_cache_write_tokens = 0
+        self.num_accepted_predicted = 0
+        self.num_rejected_predicted = 0
         self.explanation: CacheExplanation | None = None
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         self.embedding: list[float] | None = None
@@ -124,6 +128,8 @@ class OutputProcessor:
         """
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
         self.num_cache_write_tokens = max(self.num_cache_write_tokens, delta.num_cache_write_tokens)
+        self.num_accepted_predicted += delta.num_accepted_predicted
+        self.num_rejected_predicted += delta.num_rejected_predicted
         self.explanation = self.explanation or delta.explanation
         self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
         self.embedding = delta.embedding or self.embedding

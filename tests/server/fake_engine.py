@@ -155,6 +155,10 @@ class FakeEngine:
         if limit is None:
             limit = MAX_MODEL_LEN - len(request.prompt_token_ids)
         tokens = reply[:limit]
+        predicted = request.prediction_token_ids
+        right = sum(a == b for a, b in zip(predicted, tokens, strict=False))
+        first["num_accepted_predicted"] = right
+        first["num_rejected_predicted"] = len(predicted) - right
         if limit == 0:
             choices = [
                 ChoiceDelta(index=i, token_ids=[], finish_reason="length")

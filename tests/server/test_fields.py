@@ -35,13 +35,13 @@ SAMPLING = {
     "max_completion_tokens": (6, "max_tokens", 6),
 }
 CHAT_ELSEWHERE = {
-    # test_chat, test_streaming, test_tools, test_reasoning, test_prompt_cache, test_errors,
-    # test_branches, below
+    # test_chat, test_streaming, test_tools, test_reasoning, test_prompt_cache, test_prediction,
+    # test_errors, test_branches, below
     "messages", "model", "stream", "stream_options", "tools", "tool_choice",
     "parallel_tool_calls", "functions", "function_call", "response_format", "structured_outputs",
     "return_token_ids", "cache_salt", "prompt_cache_options", "prompt_cache_retention",
     "prompt_cache_key", "modalities", "store", "metadata", "chat_template",
-    "thinking_token_budget", "explain_cache", "parallel",
+    "thinking_token_budget", "explain_cache", "parallel", "prediction",
 }  # fmt: skip
 CHAT_BELOW = {
     "bad_words", "use_beam_search", "length_penalty", "return_tokens_as_token_ids",
@@ -54,7 +54,6 @@ WITHOUT_EFFECT = {
     "request_id": "r",
     "session_id": "s",
     "stream_interval": 4,
-    "prediction": {"type": "content", "content": "x"},
     "verbosity": "low",
     "safety_identifier": "x" * 64,
     "add_special_tokens": False,

@@ -25,6 +25,7 @@ request_accepted request_finished rejected time_to_first_token_seconds inter_tok
 e2e_request_latency_seconds queue_time_seconds prefill_time_seconds decode_time_seconds
 prompt_tokens generation_tokens preemptions engine_restarts step_seconds batch_size step_tokens
 inference_time_seconds request_prompt_tokens request_generation_tokens
+drafts draft_tokens accepted_draft_tokens
 engine_stats_age_seconds watchdog_kills replayed_requests slow_cache_readers
 """
 VLLM = """
@@ -36,6 +37,7 @@ request_decode_time_seconds request_inference_time_seconds
 request_prompt_tokens request_generation_tokens iteration_tokens iteration_tokens_total
 gpu_cache_usage_perc gpu_prefix_cache_queries gpu_prefix_cache_hits cache_config_info
 lora_requests_info
+spec_decode_num_drafts spec_decode_num_draft_tokens spec_decode_num_accepted_tokens
 """
 
 

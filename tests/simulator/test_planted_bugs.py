@@ -18,6 +18,8 @@ from chunkllama.cache.prefix_tree import PrefixTree
 from chunkllama.cache.sequence_chunks import SequenceChunks
 from chunkllama.scheduler import starts
 from chunkllama.scheduler.admission import AdmissionControl
+from chunkllama.scheduler.drafts import Drafts
+from chunkllama.scheduler.output import SampledTokens
 from chunkllama.scheduler.queue import WaitingQueue
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.running import RunningSequences
@@ -353,6 +355,27 @@ def flooder_keeps_its_chunks(patch: Patch) -> None:
     patch.setattr(EvictionOrder, "add", twice)
 
 
+def wrong_guess_kept(patch: Patch) -> None:
+    accept = Drafts.accept
+
+    def keep_all(self: Drafts, sequence: Sequence, sampled: SampledTokens) -> None:
+        sampled.accepted[sequence.slot] = [(token, None) for token in sequence.draft.token_ids]
+        accept(self, sequence, sampled)
+
+    patch.setattr(Drafts, "accept", keep_all)
+
+
+def wrong_guess_counts_as_computed(patch: Patch) -> None:
+    accept = Drafts.accept
+
+    def count_all(self: Drafts, sequence: Sequence, sampled: SampledTokens) -> None:
+        computed = sequence.num_computed_tokens + len(sequence.draft.token_ids)
+        accept(self, sequence, sampled)
+        sequence.num_computed_tokens = computed
+
+    patch.setattr(Drafts, "accept", count_all)
+
+
 BUGS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [
     (missing_incref, search_traffic),
     (publish_one_token_early, search_traffic),
@@ -381,6 +404,8 @@ BUGS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [
     (limit_forgotten, search_traffic),
     (tenants_ignored, search_shares),
     (flooder_keeps_its_chunks, search_traffic),
+    (wrong_guess_kept, search_traffic),
+    (wrong_guess_counts_as_computed, search_traffic),
 ]
 
 

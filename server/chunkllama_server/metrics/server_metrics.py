@@ -51,15 +51,17 @@ ENGINE_COUNTERS = {
     "prompt_tokens_total": "Prompt tokens of admitted requests.",
     "generation_tokens_total": "Tokens sampled.",
     "preemptions_total": "Sequences preempted due to insufficient chunks.",
+    "drafts_total": "Slices of a step that check guesses at the next tokens.",
+    "draft_tokens_total": "Guesses checked.",
+    "accepted_draft_tokens_total": "Guesses that were right.",
     "evicted_chunks_total": "Cached chunks evicted.",
     "pins_refused_total": "Pins refused because the pin budget was used up.",
 }
-# Exported together as prefix_tokens_hit_total{scope}.
 # How a request may end, and the statuses of refusals: these begin at 0, so that a rate over the
 # first of them is seen.
 FINISH_REASONS = ("stop", "length", "abort", "error", "timeout", "refused")
 REFUSALS = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)
-_HITS = ("prefix_tokens_hit_total", "prefix_tokens_hit_public_total")
+_HITS = ("prefix_tokens_hit_total", "prefix_tokens_hit_public_total")  # one metric, by scope
 # Of TenantStats, exported as tenant_{name}_total.
 TENANT_COUNTERS = {
     "computed_tokens": "Prompt tokens computed, shared ones divided.",

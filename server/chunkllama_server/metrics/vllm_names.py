@@ -23,6 +23,9 @@ _NAMES = {
     "prompt_tokens": ("prompt_tokens",),
     "generation_tokens": ("generation_tokens",),
     "preemptions": ("num_preemptions",),
+    "drafts": ("spec_decode_num_drafts",),
+    "draft_tokens": ("spec_decode_num_draft_tokens",),
+    "accepted_draft_tokens": ("spec_decode_num_accepted_tokens",),
     "request_finished": ("request_success",),
     "time_to_first_token_seconds": ("time_to_first_token_seconds",),
     "inter_token_latency_seconds": (

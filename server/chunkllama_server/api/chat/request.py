@@ -208,7 +208,19 @@ class PreparedChat:
             priority=self._priority(info),
             explain=info.wants_explanation or bool(body.explain_cache),
             adapter=info.adapter,
+            prediction_token_ids=await self._prediction_ids(),
         )
+
+    async def _prediction_ids(self) -> list[int]:
+        """Tokenize the predicted answer; without control tokens, as the model writes it."""
+        if self.body.prediction is None:
+            return []
+        text, tokenizer = self.body.prediction.text, self.context.text.tokenizer
+        ids = await self.context.text.run(
+            len(text),
+            lambda: tokenizer.encode(text, add_special_tokens=False, allow_special=False),
+        )
+        return ids[: self.context.engine.info.max_request_tokens]
 
     def _priority(self, info: RequestInfo) -> int:
         if info.is_batch:

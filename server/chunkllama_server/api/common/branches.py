@@ -153,6 +153,8 @@ class BranchStream:
             cached=min(part.cached for part in parts),
             written=sum(part.written for part in parts),
             output=sum(answer.output for answer in answers),
+            accepted=sum(each.accepted for each in answers),
+            rejected=sum(each.rejected for each in answers),
             reasoning=sum(answer.reasoning for answer in answers),
         )
 

@@ -80,6 +80,8 @@ class ForkStream:
             cached=first.cached,
             written=first.written,
             output=sum(part.output for part in parts),
+            accepted=sum(each.accepted for each in parts),
+            rejected=sum(each.rejected for each in parts),
             reasoning=sum(part.reasoning for part in parts),
         )
 

@@ -97,6 +97,8 @@ class RequestStream:
             written=self.output.num_cache_write_tokens,
             output=self.output.num_tokens,
             reasoning=self.output.num_reasoning_tokens,
+            accepted=self.output.num_accepted_predicted,
+            rejected=self.output.num_rejected_predicted,
         )
 
     @property

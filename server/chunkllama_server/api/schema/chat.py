@@ -224,6 +224,20 @@ class CacheMark:
     includes_tools: bool = False
 
 
+class Prediction(RequestModel):
+    """Text that much of the answer will equal, such as a file that is to be edited."""
+
+    type: Literal["content"] = Field(description="Honoured.")
+    content: str | list[ContentPart] = Field(description="Honoured: a text, or parts of one.")
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text or "" for part in self.content)
+
+
 class ChatCompletionRequest(SamplingFields):
     """Body of POST /v1/chat/completions."""
 
@@ -260,8 +274,9 @@ class ChatCompletionRequest(SamplingFields):
     function_call: Literal["none", "auto"] | NamedFunction | None = Field(
         default=None, description="Honoured (deprecated): tool_choice."
     )
-    prediction: dict[str, Any] | None = Field(
-        default=None, description="Ignored: a hint for speculative decoding, which is off."
+    prediction: Prediction | None = Field(
+        default=None,
+        description="Honoured with speculation: guesses at the answer are taken from it.",
     )
     reasoning_effort: ReasoningEffort | None = Field(
         default=None,

@@ -45,7 +45,10 @@ class PromptTokensDetails(TypedDict):
 
 
 class CompletionTokensDetails(TypedDict):
-    """Kinds of output tokens; this engine makes text only."""
+    """Kinds of output tokens; this engine makes text only.
+
+    ``rejected_prediction_tokens`` were computed; they are no output tokens.
+    """
 
     reasoning_tokens: int
     accepted_prediction_tokens: int
@@ -102,6 +105,8 @@ class TokenCounts:
     Attributes:
         prompt: counted once for all choices or branches. cached: of them, from the cache.
         written: of them, added to the cache. output: of all choices. reasoning: of them, thoughts.
+        accepted, rejected: of the request's prediction, those that were right, and those that were
+            computed and were not.
     """
 
     prompt: int
@@ -109,6 +114,8 @@ class TokenCounts:
     written: int
     output: int
     reasoning: int
+    accepted: int = 0
+    rejected: int = 0
 
     @classmethod
     def total(cls, parts: Iterable[TokenCounts]) -> TokenCounts:
@@ -140,13 +147,13 @@ def completion_usage(
         },
         "completion_tokens_details": {
             "reasoning_tokens": counts.reasoning,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
+            "accepted_prediction_tokens": counts.accepted,
+            "rejected_prediction_tokens": counts.rejected,
             "audio_tokens": 0,
         },
     }
     if precision:
-        usage["prompt_tokens_details"]["cached_tokens_by_precision"] = {precision: cached_tokens}
+        usage["prompt_tokens_details"]["cached_tokens_by_precision"] = {precision: counts.cached}
     if explanations:
         usage["prompt_tokens_details"]["cache_explanations"] = explanations
     return usage

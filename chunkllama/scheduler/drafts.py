@@ -1,0 +1,275 @@
+"""Speculation: rows that check guesses at the next tokens, where they are likely to save time.
+
+A guess is kept only if it is the token that the sampler draws at its position, so the output is
+that of a run without guesses. Guesses come from what a grammar leaves no choice for, from the
+prediction that a request carries, from the sequence's own tokens, and from the tenant's recent
+outputs in the same namespace. A wrong guess leaves nothing behind: its K/V lie behind the tokens
+that count, and the next rows overwrite them.
+
+A row of a guess is worth its chance of being kept and costs what such rows have cost in steps like
+this one (``step_cost.py``). The step takes the guesses with the best chances, as many as give the
+most tokens per second; none if that is not ``MIN_GAIN`` better than a plain step. A step that
+computes prompts has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
+from chunkllama.cache_messages import CacheCommand
+from chunkllama.scheduler.draft_search import (
+    MAX_MATCH,
+    SEPARATOR,
+    Int32Array,
+    find_continuation,
+)
+from chunkllama.scheduler.draft_state import DraftSource, DraftState, Rate
+from chunkllama.scheduler.limits import SchedulerLimits
+from chunkllama.scheduler.output import SampledTokens
+from chunkllama.scheduler.request import Sequence
+from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
+from chunkllama.scheduler.step_cost import StepCost
+
+MAX_DRAFT: Final = 15  # guesses of one sequence in a step
+MAX_ROWS: Final = 48  # guesses of all sequences in a step
+MIN_GAIN: Final = 1.03
+MIN_CHANCE: Final = 0.05  # of being kept, below which a guess is not worth looking at
+MAX_PAUSE: Final = 16  # steps without guesses after guesses that failed
+_PRIOR_WEIGHT: Final = 2.0  # trials that the average of all sequences counts for
+_ROWS_TO_TRY: Final = (1, 2, 4, 8, 16, 32, MAX_ROWS)
+
+Kind = tuple[DraftSource, int]
+
+
+class Drafts:
+    """Chooses the guesses of each step and takes in what came of them.
+
+    Args:
+        clock: monotonic seconds.
+
+    Attributes:
+        may_pay: guesses may save time in a step like the one in flight.
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        lifecycle: SequenceLifecycle,
+        chunk_size: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._limits = limits
+        self._lifecycle = lifecycle
+        self._chunk_size = chunk_size
+        self._clock = clock
+        self._cost = StepCost()
+        self._rates: dict[Kind, Rate] = {}
+        self.may_pay = False
+        self._started = 0.0
+        self._shape: tuple[int, int] | None = None  # sequences and guesses of the step in flight
+
+    def propose(self, scheduled: list[Sequence]) -> None:
+        """Give guesses to sequences of the step that is being put together."""
+        self._shape, self.may_pay = None, False
+        if not self._limits.speculation or not scheduled or not all(map(_decodes, scheduled)):
+            return
+        self._started = self._clock()
+        count = len(scheduled)
+        left = self._limits.max_num_batched_tokens - count
+        most = min(self._cost.most_drafts(count), MAX_ROWS, left)
+        total = 0
+        self.may_pay = most > 0 and self._saves_time(count, most)
+        if self.may_pay:
+            each = min(MAX_DRAFT, max(most // count, 1))
+            drafted = [s for s in scheduled if self._look(s, each, count)]
+            total = self._choose(drafted, count, most)
+        self._shape = count, total
+
+    def end_step(self) -> None:
+        """Take in the time of the step in flight."""
+        if self._shape is not None:
+            self._cost.add(*self._shape, self._clock() - self._started)
+
+    def _saves_time(self, count: int, most: int) -> bool:
+        """Whether guesses that are all right would save time in a step of ``count`` sequences."""
+        return any(
+            count + rows >= MIN_GAIN * count * self._cost.seconds(count, rows)
+            for rows in _ROWS_TO_TRY
+            if rows <= most
+        )
+
+    def after_command(self, command: CacheCommand) -> None:
+        """Forget recent outputs when an operator drops what is cached."""
+        if command.action in ("drop_branch", "drop_tenant"):
+            self._lifecycle.recent.forget()
+
+    # -- guesses ----------------------------------------------------------------------------
+
+    def _look(self, sequence: Sequence, most: int, count: int) -> bool:
+        """Look for up to ``most`` guesses at what follows a sequence; whether there are any."""
+        state, group = sequence.draft, sequence.group
+        chunks = sequence.chunks
+        assert chunks is not None
+        most = min(
+            most,
+            group.max_tokens - sequence.num_output_tokens - 1,
+            len(chunks.ids) * self._chunk_size - sequence.num_tokens,
+        )
+        if most <= 0 or group.beam is not None:
+            return False
+        tokens, kinds = self._find(sequence, most, count)
+        ends = [i for i, token in enumerate(tokens) if self._may_end(sequence, token)]
+        state.token_ids = tokens[: ends[0]] if ends else tokens
+        state.kinds = kinds[: len(state.token_ids)]
+        return bool(state.token_ids)
+
+    def _may_end(self, sequence: Sequence, token: int) -> bool:
+        """Whether a guess could end the sequence: the row before it samples that token anyway."""
+        stops = sequence.group.request.sampling.stop_token_ids
+        return token == SEPARATOR or token in stops or token in self._limits.eos_token_ids
+
+    def _find(self, sequence: Sequence, most: int, count: int) -> tuple[list[int], list[Kind]]:
+        """Forced tokens, then the continuation of the longest match in any text."""
+        state = sequence.draft
+        forced = state.forced[:most]
+        kinds: list[Kind] = [("forced", 0)] * len(forced)
+        if len(forced) == most:
+            return forced, kinds
+        if state.pause:
+            state.pause -= 1
+            return forced, kinds
+        own = sequence.token_ids
+        if forced:
+            own = np.concatenate((own, forced), dtype=np.int32)
+        best: tuple[int, Int32Array, DraftSource] | None = None
+        for source, text in self._texts(sequence, own):
+            if source == "prediction" and _begins_with(text, own[sequence.num_prompt_tokens :]):
+                best = MAX_MATCH, text[len(own) - sequence.num_prompt_tokens :], source
+                break
+            found = find_continuation(text, own)
+            if found is None:
+                continue
+            start, matched = found
+            if best is None or matched > best[0]:
+                rest = text[start : start + most]
+                if source == "prompt":  # it goes on with what it continues
+                    rest = np.resize(rest, most)
+                best = matched, rest, source
+        if best is None:
+            state.pause = count // 4  # a search of many sequences takes time
+            return forced, kinds
+        matched, rest, source = best
+        rest = rest[: most - len(forced)]
+        return forced + rest.tolist(), kinds + [(source, matched)] * len(rest)
+
+    def _texts(self, sequence: Sequence, own: Int32Array) -> list[tuple[DraftSource, Int32Array]]:
+        """The texts to search; of equal matches the first counts."""
+        texts: list[tuple[DraftSource, Int32Array]] = []
+        if len(prediction := sequence.group.prediction):
+            texts.append(("prediction", prediction))
+        texts.append(("prompt", own))
+        if (recent := self._lifecycle.recent_of(sequence.group)) is not None:
+            texts.append(("recent", recent))
+        return texts
+
+    # -- chances ----------------------------------------------------------------------------
+
+    def _choose(self, drafted: list[Sequence], count: int, most: int) -> int:
+        """Keep the guesses that give the most tokens per second; returns how many.
+
+        The chance of a guess includes that of those before it, so the best ones are always the
+        beginning of each sequence's guesses.
+        """
+        rows = sorted(
+            ((chance, at) for at, s in enumerate(drafted) for chance in self._chances(s)),
+            key=lambda row: -row[0],
+        )
+        gained, best, kept = 0.0, MIN_GAIN * count, 0
+        for number, (chance, _) in enumerate(rows[:most], 1):
+            gained += chance
+            speed = (count + gained) / self._cost.seconds(count, number)
+            if speed > best:
+                best, kept = speed, number
+        for at, sequence in enumerate(drafted):
+            state = sequence.draft
+            own = sum(row[1] == at for row in rows[:kept])
+            if own == 0:
+                self._fade(state)
+            del state.token_ids[own:], state.kinds[own:]
+        return kept
+
+    def _fade(self, state: DraftState) -> None:
+        kind = state.kinds[0]
+        self._rate(*kind).fade()
+        if kind[0] in state.rates:
+            state.rates[kind[0]].fade()
+
+    def _chances(self, sequence: Sequence) -> list[float]:
+        """The chance that each guess is kept, as far as it is worth anything."""
+        chances, chance = [], 1.0
+        for source, matched in sequence.draft.kinds:
+            rate = self._rate(source, matched).given(_prior(source, matched), _PRIOR_WEIGHT)
+            own = sequence.draft.rates.get(source)
+            chance *= rate if own is None else own.given(rate, _PRIOR_WEIGHT)
+            if chance < MIN_CHANCE:
+                break
+            chances.append(chance)
+        return chances
+
+    def _rate(self, source: DraftSource, matched: int) -> Rate:
+        return self._rates.setdefault((source, matched), Rate())
+
+    # -- results ----------------------------------------------------------------------------
+
+    def accept(self, sequence: Sequence, sampled: SampledTokens) -> None:
+        """Append the guesses that were right; their K/V is computed."""
+        state, counters = sequence.draft, self._lifecycle.counters
+        right = sampled.accepted.get(sequence.slot, [])
+        for token_id, _ in right:
+            sequence.append(token_id)
+        sequence.num_computed_tokens += len(right)
+        counters.drafts += 1
+        counters.draft_tokens += len(state.token_ids)
+        counters.accepted_tokens += len(right)
+        self._count(sequence, len(right))
+        state.failures = 0 if right else state.failures + 1
+        state.pause = min((1 << max(state.failures - 2, 0)) - 1, MAX_PAUSE)
+        state.drop()
+
+    def _count(self, sequence: Sequence, num_right: int) -> None:
+        """Count right guesses and the first wrong one; those behind it say nothing."""
+        state, group = sequence.draft, sequence.group
+        tried: dict[Kind, list[int]] = {}
+        for number, kind in enumerate(state.kinds[: num_right + 1]):
+            tried.setdefault(kind, []).append(number < num_right)
+        for (source, matched), hits in tried.items():
+            self._rate(source, matched).update(sum(hits), len(hits))
+            state.rates.setdefault(source, Rate()).update(sum(hits), len(hits))
+        for number, (source, _) in enumerate(state.kinds):
+            if source == "prediction":
+                group.num_accepted_predicted += number < num_right
+                group.num_rejected_predicted += number >= num_right
+
+
+def _decodes(sequence: Sequence) -> bool:
+    """Whether the step computes the one token that the sequence has left, none of a prompt."""
+    return (
+        sequence.num_scheduled == 1
+        and sequence.num_remaining_tokens == 1
+        and sequence.num_computed_tokens >= sequence.num_admitted
+    )
+
+
+def _begins_with(text: Int32Array, start: Int32Array) -> bool:
+    """Whether a text begins with ``start`` and goes on."""
+    return len(start) < len(text) and np.array_equal(text[: len(start)], start)
+
+
+def _prior(source: DraftSource, matched: int) -> float:
+    """Chance of a guess before any was checked."""
+    if source in ("forced", "prediction"):
+        return 0.8
+    return min(0.2 + 0.1 * matched, 0.8)

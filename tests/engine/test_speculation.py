@@ -1,0 +1,229 @@
+"""Speculation changes how many steps an output takes, and nothing of the output, in fp32."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chunkllama.engine.core import EngineCore
+from chunkllama.messages import ChoiceDelta, EngineRequest, TokenLogprob
+from chunkllama.sampling_params import GrammarSpec, SamplingParams, ThinkingSpec
+from chunkllama.scheduler.memory_pressure import preemption_victim
+from chunkllama.scheduler.step_cost import StepCost
+
+TIE = 1e-4  # between log-probabilities of two orders of summation
+EDGES = [1, 60, 62, 63, 64, 65, 126, 128]
+
+
+@pytest.fixture
+def free_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of guesses cost nothing, so that no measured time decides what a step checks."""
+    monkeypatch.setattr(StepCost, "most_drafts", lambda self, num_sequences: 48)
+    monkeypatch.setattr(StepCost, "seconds", lambda self, num_sequences, num_drafts: 1.0)
+
+
+class Choice:
+    """What one choice of a request got."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.reason: str | None = None
+
+    def add(self, delta: ChoiceDelta) -> None:
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs or []
+        self.reason = delta.finish_reason
+
+
+Outputs = dict[tuple[str, int], Choice]
+
+
+def submit(core: EngineCore, requests: Iterable[dict[str, Any]]) -> None:
+    fields = EngineRequest.__struct_fields__
+    for number, request in enumerate(requests):
+        params = {k: v for k, v in request.items() if k not in fields}
+        own = {k: v for k, v in request.items() if k in fields}
+        sampling = SamplingParams(**{"temperature": 0.0, "seed": number, **params})
+        core.add(EngineRequest(request_id=f"r{number}", sampling=sampling, **own))
+
+
+def finish(core: EngineCore, *, preempt: bool = False) -> tuple[Outputs, int]:
+    """Run until nothing is left; returns the outputs and the number of steps.
+
+    Args:
+        preempt: requeue the newest sequence before every ninth step, as if the pool were full.
+    """
+    outputs: Outputs = {}
+    steps = core.stats().steps_total
+    scheduler = core._scheduler
+    while core.has_work():
+        victim = preemption_victim(scheduler._running)
+        if preempt and victim is not None and core.stats().steps_total % 9 == 8:
+            scheduler._lifecycle.preempt(victim)
+        for delta in core.step():
+            assert delta.error is None, delta.error
+            for choice in delta.choices:
+                outputs.setdefault((delta.request_id, choice.index), Choice()).add(choice)
+    core.check_idle()
+    stats = core.stats()
+    assert stats.invariant_violations == stats.chunks_private == stats.chunks_referenced == 0
+    return outputs, stats.steps_total - steps
+
+
+def check_equal(plain: Outputs, drafted: Outputs) -> None:
+    """Tokens, ends and log-probabilities agree; the last as far as two orders of summation do."""
+    assert plain.keys() == drafted.keys()
+    for key, one in plain.items():
+        other = drafted[key]
+        assert other.token_ids == one.token_ids, key
+        assert other.reason == one.reason, key
+        for a, b in zip(one.logprobs, other.logprobs, strict=True):
+            assert (a.token_id, a.rank) == (b.token_id, b.rank), key
+            assert a.logprob == pytest.approx(b.logprob, abs=TIE), key
+
+
+def with_predictions(requests: list[dict[str, Any]], outputs: Outputs) -> list[dict[str, Any]]:
+    """Requests that predict their first choice's output, with every seventh token wrong."""
+    predicting = []
+    for number, request in enumerate(requests):
+        right = outputs[f"r{number}", 0].token_ids
+        wrong = [(t + 1) % 250 + 3 if i % 7 == 5 else t for i, t in enumerate(right)]
+        predicting.append({**request, "prediction_token_ids": wrong})
+    return predicting
+
+
+def mixed_requests() -> list[dict[str, Any]]:
+    """Prompts with a common beginning, around the edges of chunks, with every kind of sampling."""
+    rng = np.random.default_rng(3)
+    text = rng.integers(3, 250, 128).tolist()
+    kinds: list[dict[str, Any]] = [
+        {"ignore_eos": True},
+        {"temperature": 0.9, "top_p": 0.9, "ignore_eos": True},
+        {"frequency_penalty": 0.4, "repetition_penalty": 1.2, "logprobs": 2},
+        {"temperature": 0.7, "top_k": 20, "n": 2, "logprobs": 0},
+        {"min_tokens": 20, "logit_bias": {2: 40.0}, "temperature": 1.0},
+        {"stop_token_ids": (7, 8, 9, 10), "min_tokens": 9, "bad_words_token_ids": ((5, 6), (11,))},
+        {"temperature": 1.0, "min_p": 0.05, "allowed_token_ids": tuple(range(40, 60))},
+        {"n": 2, "beam_width": 3},
+    ]
+    return [
+        {"prompt_token_ids": text[:length], "max_tokens": 70, **kinds[(i + shift) % len(kinds)]}
+        for shift in (0, 3)
+        for i, length in enumerate(EDGES)
+    ]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.usefixtures("free_rows")
+def test_outputs_are_those_of_a_plain_run(tiny_core: Callable[..., EngineCore], backend) -> None:
+    requests = mixed_requests()
+    core = tiny_core(num_chunks=256, backend=backend)
+    submit(core, requests)
+    plain, _ = finish(core)
+    for preempt in (False, True):
+        core = tiny_core(num_chunks=256, backend=backend, speculation="auto")
+        submit(core, with_predictions(requests, plain))
+        drafted, _ = finish(core, preempt=preempt)
+        check_equal(plain, drafted)
+        stats = core.stats()
+        assert 0 < stats.accepted_draft_tokens_total < stats.draft_tokens_total
+        assert (stats.preemptions_total > 0) == preempt
+
+
+@pytest.mark.usefixtures("free_rows")
+def test_a_request_alone_takes_fewer_steps_by_its_own_text(tiny_core) -> None:
+    """A small random model repeats itself sooner or later; so does the guess."""
+    prompt = {"prompt_token_ids": [5, 6, 7] * 20, "max_tokens": 300, "ignore_eos": True}
+    core = tiny_core()
+    submit(core, [prompt])
+    plain, steps = finish(core)
+    core = tiny_core(speculation="auto")
+    submit(core, [prompt])
+    drafted, fewer = finish(core)
+    check_equal(plain, drafted)
+    stats = core.stats()
+    assert steps == 300 and fewer == 300 - stats.accepted_draft_tokens_total
+    assert stats.accepted_draft_tokens_total > 0
+
+
+@pytest.mark.usefixtures("free_rows")
+def test_a_tenant_is_helped_by_its_own_answers_alone(tiny_core) -> None:
+    prompt = np.random.default_rng(5).integers(3, 250, 70).tolist()
+    core = tiny_core(speculation="auto")
+
+    def accepted(namespace: str, tenant: str, **params: object) -> int:
+        before = core.stats().accepted_draft_tokens_total
+        request = {"prompt_token_ids": prompt, "max_tokens": 12, "seed": 4, "ignore_eos": True}
+        options = {"namespace": namespace, "tenant": tenant, "temperature": 1.5, **params}
+        submit(core, [{**request, **options}])
+        finish(core)
+        return core.stats().accepted_draft_tokens_total - before
+
+    first = accepted("a", "a")
+    assert accepted("a", "a") > first, "the same answer again"
+    assert accepted("b", "b") == first
+    assert accepted("b", "a") == first
+    hidden = accepted("c", "c", cache_until=10)
+    assert accepted("c", "c") == hidden == first, "what is not to be shown is not kept"
+
+
+@pytest.mark.usefixtures("free_rows")
+def test_predictions_are_counted(tiny_core) -> None:
+    core = tiny_core(speculation="auto")
+    prompt = {"prompt_token_ids": [9, 8, 7], "max_tokens": 10, "ignore_eos": True}
+    submit(core, [prompt])
+    outputs, _ = finish(core)
+    right = outputs["r0", 0].token_ids
+    wrong = [(right[6] + 1) % 250, (right[7] + 1) % 250]
+    submit(core, [{**prompt, "prediction_token_ids": [*right[:6], *wrong]}])
+    accepted = rejected = 0
+    while core.has_work():
+        for delta in core.step():
+            accepted += delta.num_accepted_predicted
+            rejected += delta.num_rejected_predicted
+    assert accepted >= 5 and rejected >= 2
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "first_name": {"type": "string", "maxLength": 6},
+        "occupation": {"enum": ["gardener", "engineer"]},
+        "identification_number": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
+    "required": ["first_name", "occupation", "identification_number"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.usefixtures("free_rows")
+def test_grammars_force_whole_runs_of_tokens(make_core) -> None:
+    grammar = GrammarSpec(kind="json_schema", text=json.dumps(SCHEMA))
+    thoughts = ThinkingSpec(
+        is_open=True, start_token_id=None, end="</think>", end_token_ids=(1, 2, 3, 4), budget=6
+    )
+    requests = [
+        {"prompt_token_ids": [1, 100 + i, 200], "max_tokens": 60, "grammar": spec, **sampling}
+        for i, spec in enumerate(
+            [grammar, GrammarSpec(**{**to_dict(grammar), "thinking": thoughts})]
+        )
+        for sampling in ({}, {"temperature": 1.0, "logprobs": 1})
+    ]
+    core = make_core(num_chunks=64, row_work_share=100)
+    submit(core, requests)
+    plain, steps = finish(core)
+    core = make_core(num_chunks=64, row_work_share=100, speculation="auto")
+    submit(core, requests)
+    drafted, fewer = finish(core)
+    check_equal(plain, drafted)
+    assert all(choice.reason == "stop" for choice in plain.values())
+    assert fewer < steps and core.stats().accepted_draft_tokens_total > 0
+
+
+def to_dict(spec: GrammarSpec) -> dict[str, Any]:
+    return {name: getattr(spec, name) for name in spec.__struct_fields__}

@@ -1,0 +1,135 @@
+"""Guesses at the next tokens: where they come from, and that they are made only where they pay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from chunkllama.scheduler.draft_search import (
+    MAX_MATCH,
+    MAX_NAMESPACES,
+    MAX_RECENT_TOKENS,
+    MIN_MATCH,
+    SEPARATOR,
+    RecentOutputs,
+    find_continuation,
+)
+from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
+from chunkllama.simulation.engine import SimulatedEngine
+
+
+def search_slowly(text: list[int], context: list[int]) -> tuple[int, int] | None:
+    """Compare every end of the context with every place."""
+    best = None
+    for length in range(MIN_MATCH, min(MAX_MATCH, len(context)) + 1):
+        for end in range(length, len(text)):
+            if text[end - length : end] == context[-length:]:
+                best = end, length
+    return best
+
+
+def test_the_longest_match_is_found_and_of_equal_ones_the_last() -> None:
+    rng = np.random.default_rng(1)
+    found = 0
+    for _ in range(500):
+        text = rng.integers(0, 4, rng.integers(0, 60)).astype(np.int32)
+        context = rng.integers(0, 4, rng.integers(0, 12)).astype(np.int32)
+        expected = search_slowly(text.tolist(), context.tolist())
+        assert find_continuation(text, context) == expected
+        found += expected is not None
+        expected = search_slowly(text.tolist(), text.tolist())
+        assert find_continuation(text, text) == expected
+    assert 100 < found < 500
+
+
+def test_recent_outputs_are_bounded_and_kept_apart() -> None:
+    recent = RecentOutputs()
+    one, other = ("t", "n", ""), ("t", "m", "")
+    tokens = np.arange(100, dtype=np.int32)
+    recent.add(one, tokens, num_prompt_tokens=90)
+    kept = recent.get(one)
+    assert kept is not None
+    assert kept.tolist() == [*range(90 - MAX_MATCH, 100), SEPARATOR]
+    assert recent.get(other) is None
+    for _ in range(MAX_RECENT_TOKENS):
+        recent.add(one, tokens, num_prompt_tokens=90)
+    kept = recent.get(one)
+    assert kept is not None and len(kept) == MAX_RECENT_TOKENS and kept[-1] == SEPARATOR
+    for number in range(MAX_NAMESPACES):
+        recent.add(("t", str(number), ""), tokens, num_prompt_tokens=90)
+    assert recent.get(one) is None, "the key used least recently is dropped"
+    recent.forget()
+    assert recent.get(("t", "0", "")) is None
+
+
+def timed(engine: SimulatedEngine, seconds: Callable[[int], float]) -> SimulatedEngine:
+    """Let a step of so many rows take so long on the engine's clock."""
+    compute = engine.model.execute
+
+    def execute(output: SchedulerOutput) -> SampledTokens:
+        engine.now += seconds(output.num_tokens)
+        return compute(output)
+
+    engine.model.execute = execute  # type: ignore[method-assign]
+    return engine
+
+
+def virtual_seconds(
+    speculation: bool, vocab_size: int, num_sequences: int, seconds: Callable[[int], float]
+) -> tuple[float, int]:
+    """Time of some requests' decoding and the guesses that it has checked."""
+    engine = SimulatedEngine(
+        400, 16, vocab_size=vocab_size, check=False, speculation=speculation, max_num_seqs=32
+    )
+    timed(engine, seconds)
+    for number in range(num_sequences):
+        engine.add([number % vocab_size, 1, 0, 1], 600 // num_sequences + 60)
+    engine.run()
+    engine.check_outputs()
+    return engine.now - 0.01 * engine.num_steps, engine.scheduler.stats().draft_tokens_total
+
+
+COSTS: dict[str, Callable[[int], float]] = {
+    "rows are free": lambda rows: 0.1,
+    "rows are cheap": lambda rows: 0.1 + 0.002 * rows,
+    "a step costs as much as its rows": lambda rows: 0.02 * rows,
+    "a second tile": lambda rows: 0.1 if rows <= 4 else 0.2,
+}
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("num_sequences", [1, 6])
+def test_guesses_never_cost_more_than_they_save(cost: str, num_sequences: int) -> None:
+    """With 2 tokens a guess is right about every second time, with 20 about every twentieth."""
+    for vocab_size in (2, 20):
+        plain, none = virtual_seconds(False, vocab_size, num_sequences, COSTS[cost])
+        drafted, guesses = virtual_seconds(True, vocab_size, num_sequences, COSTS[cost])
+        assert none == 0
+        assert drafted <= 1.02 * plain, (cost, vocab_size)
+        if vocab_size == 2 and cost in ("rows are free", "rows are cheap"):
+            assert guesses > 0
+            assert drafted < (0.9 if num_sequences == 1 else 0.99) * plain
+
+
+def test_an_operator_who_drops_a_tenant_drops_its_outputs() -> None:
+    from chunkllama.cache_messages import CacheCommand
+
+    engine = SimulatedEngine(40, 4, speculation=True)
+    engine.add([0, 1, 0], 4, tenant="A", namespace="A")
+    engine.run()
+    lifecycle = engine.scheduler._lifecycle
+    assert lifecycle.recent.get(("A", "A", "")) is not None
+    engine.scheduler.cache_command(CacheCommand(command_id=1, action="drop_tenant", tenant="A"))
+    assert lifecycle.recent.get(("A", "A", "")) is None
+
+
+def test_rows_of_guesses_are_charged_to_their_tenant() -> None:
+    engine = SimulatedEngine(40, 4, speculation=True)
+    engine.add([0, 1, 0, 1], 30, tenant="A")
+    engine.run()
+    stats = engine.scheduler.stats(include_tenants=True)
+    wrong = stats.draft_tokens_total - stats.accepted_draft_tokens_total
+    assert wrong > 0, "else this shows nothing"
+    assert stats.tenants["A"].decoded_tokens == 29 + wrong
