@@ -230,12 +230,11 @@ class SchedulerConfig(ConfigGroup):
         64, "sequences", "tenant", "waits", "Sequences that run at once.", gt=0, le=256
     )
     max_num_batched_tokens: int | None = Field(
-        default=None,
-        gt=0,
+        default=None, gt=0,
         description="Tokens of one step: decodes first, then slices of prompts. Default: 512; on "
         "a CPU those that it computes in about 0.07 s, since a first token waits for the step in "
         "progress, but at least 128 and twice max_num_seqs.",
-    )
+    )  # fmt: skip
     scheduling_policy: Literal["fair", "prefix", "fcfs"] = Field(
         default="fair",
         description="Order of waiting requests: grouped by prefix within fair shares of tenants, "

@@ -2,8 +2,8 @@
 
 A first token waits for the end of the step in progress, so a step of prompts takes about
 ``STEP_SECONDS``: as many tokens as a machine computes in that time by an estimate from the model's
-size, the instruction set and the threads. Steps of fewer than ``LEAST`` tokens cost throughput on
-every CPU, those of more than ``MOST`` gain none.
+size, the instruction set and the threads. Steps of fewer than ``LEAST`` tokens would cost
+throughput: each reads all weights.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ LEAST: Final = 128
 MOST: Final = 512
 _ROUNDING: Final = 64
 
-# Multiplications a thread adds up in a second while it computes prompts. That of amx follows from
-# the README's figures, the others are measured on one machine: the demo model in bfloat16, two
-# threads, steps of 128 tokens. Levels that are not listed (ARM, baseline) and the reference backend
-# count as the slowest.
+# Multiplications a thread adds up in a second while it computes prompts in bfloat16. amx: as in the
+# built-in cost model of simulation/cost_model.py, 0.13 ms a token of the demo model on two cores;
+# avx512_bf16: a step of 512 tokens in 0.25 s there. avx512 and avx2 are estimates, and levels that
+# are not listed (ARM, baseline) and the reference backend count as the slowest.
 _RATES: Final = {"amx": 400e9, "avx512_bf16": 110e9, "avx512": 40e9, "avx2": 30e9}
 
 
