@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from chunkllama.engine.grammar import GrammarCompiler
-from chunkllama.errors import ConfigError, EngineDeadError
+from chunkllama.errors import ConfigError, EngineDeadError, InvalidRequestError
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineStats
 from chunkllama.model_spec import ModelSpec
@@ -126,6 +126,7 @@ class Application:
         if settings.otlp_endpoint is not None:
             self._tracing = make_tracing(settings.otlp_endpoint, settings.model_names[0])
         self._prefixes = load_public_prefixes(settings.public_prefixes, self._template)
+        self._check_grammar = self._read_vocabulary()
 
     async def serve(
         self,
@@ -161,7 +162,7 @@ class Application:
             text,
             settings,
             self._tenants,
-            GrammarChecker(self._grammar_check, settings),
+            GrammarChecker(lambda: self._check_grammar, settings),
             generation_defaults=(
                 self._spec.default_sampling if settings.generation_config == "auto" else None
             ),
@@ -236,11 +237,17 @@ class Application:
         logger.info("stopped")
         return server.exit_code
 
-    def _grammar_check(self) -> Callable[[GrammarSpec], None]:
-        """Compiles grammars as the engine will, over the same vocabulary."""
-        compiler = GrammarCompiler(
-            self._tokenizer.to_json(), self._spec.vocab_size, list(self._spec.eos_token_ids)
-        )
+    def _read_vocabulary(self) -> Callable[[GrammarSpec], None]:
+        """Return what compiles grammars as the engine will, over the same vocabulary.
+
+        Reading it holds the interpreter for up to a second, so that no request may begin it.
+        """
+        try:
+            compiler = GrammarCompiler(
+                self._tokenizer.to_json(), self._spec.vocab_size, list(self._spec.eos_token_ids)
+            )
+        except InvalidRequestError as error:  # what asks for a grammar is refused with it
+            return partial(_refuse, error)
         return compiler.check
 
 
@@ -252,6 +259,10 @@ def _valkey_responses(settings: Settings) -> ValkeyResponses | None:
         settings.response_store_bytes,
         settings.response_store_seconds,
     )
+
+
+def _refuse(error: InvalidRequestError, _: GrammarSpec) -> None:
+    raise InvalidRequestError(error.message, error.param, error.code)
 
 
 def _listen(sock: socket.socket, key: str) -> None:

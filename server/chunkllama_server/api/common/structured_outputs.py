@@ -199,7 +199,7 @@ class GrammarChecker:
 
     Args:
         load: makes the function that compiles a grammar or raises InvalidRequestError. Called with
-            the first grammar, because reading a vocabulary takes seconds.
+            the first grammar, in the worker thread.
         limits: time that one grammar may take once its turn has come, and that it waits for it.
 
     A thread cannot be stopped: while one takes longer, another compiles the grammars of the other
