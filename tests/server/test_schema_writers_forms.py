@@ -14,6 +14,9 @@ from chunkllama_server.api.common.regex_syntax import rust_syntax
 from chunkllama_server.api.common.schema_bounds import bounded
 from chunkllama_server.api.common.schema_cost import check_schema_cost
 from chunkllama_server.api.common.schema_levels import prepare_schema
+from chunkllama_server.api.schema.chat import ChatCompletionRequest
+from chunkllama_server.api.tools.call_format import CallFormat
+from chunkllama_server.api.tools.config import plan_tools
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.transport.errors import ApiError
 
@@ -305,3 +308,25 @@ def test_many_names_force_no_long_text():
 def test_what_is_forced_in_a_row_is_counted(schema):
     with pytest.raises(ApiError, match="forces over 1000 characters"):
         check_schema_cost(schema, "s", LimitsConfig(max_forced_chars=1000))
+
+
+@pytest.mark.parametrize("answer", [None, {"type": "object"}])
+@pytest.mark.parametrize("family", ["hermes", "pythonic", "qwen3_coder", "mistral"])
+def test_untyped_arguments_of_calls(family, answer):
+    """Definitions of untyped values belong to the arguments that refer to them."""
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": fields(a={}, b=TEXT)}}
+        for name in ("f", "g")
+    ]
+    described = {"type": "json_schema", "json_schema": {"name": "a", "schema": answer}}
+    body = ChatCompletionRequest(
+        model="m",
+        messages=[{"role": "user", "content": "hi"}],
+        tools=tools,
+        tool_choice="auto" if answer else "required",
+        response_format=described if answer else None,
+    )
+    config = plan_tools(body, CallFormat(family)).bounded(256)
+    spec = answer and GrammarSpec(kind="json_schema", text=json.dumps(answer))
+    compiled = to_llguidance(config.grammar(spec))
+    assert not llguidance.LLMatcher.validate_grammar(compiled, None)

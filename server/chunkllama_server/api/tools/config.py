@@ -68,8 +68,9 @@ class ToolConfig:
 
     def bounded(self, num_tokens: int) -> ToolConfig:
         """The same with schemas of calls that end within a number of output tokens."""
-        schemas = tuple(bounded(schema, num_tokens) for schema in self.call_schemas)
-        return replace(self, call_schemas=schemas)
+        return replace(
+            self, call_schemas=tuple(_bounded_call(call, num_tokens) for call in self.call_schemas)
+        )
 
     def grammar(
         self, answer: GrammarSpec | None = None, limits: LimitsConfig = DEFAULT_LIMITS
@@ -96,6 +97,12 @@ class ToolConfig:
     def shown_ids(self) -> frozenset[int]:
         """Special tokens that the parser has to see."""
         return frozenset(self.format.special) if self.functions else frozenset()
+
+
+def _bounded_call(call: dict[str, Any], num_tokens: int) -> dict[str, Any]:
+    """The schema of a call with bounds; references of its arguments are read from them."""
+    arguments = bounded(call["properties"]["arguments"], num_tokens)
+    return {**call, "properties": {**call["properties"], "arguments": arguments}}
 
 
 def _functions(body: ChatCompletionRequest) -> list[tuple[str, FunctionDefinition]]:
