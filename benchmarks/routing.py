@@ -148,7 +148,6 @@ def plot(path: Path = PLOT) -> None:
             right.bar(at, tails, 0.18, label=router, color=colours[router])
         left.set_ylabel("prompt tokens from the cache, %")
         right.set_ylabel("P99 of time to first token, s")
-        right.set_yscale("log")
         for axis in (left, right):
             axis.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
             axis.set_xlabel("replicas")

@@ -25,6 +25,18 @@ def compare_plot(monkeypatch: pytest.MonkeyPatch):
     return importlib.import_module("compare_plot")
 
 
+@pytest.fixture
+def routing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("routing")
+
+
+def test_the_figure_of_the_routers_can_be_drawn_from_the_record(routing, tmp_path: Path) -> None:
+    path = tmp_path / "routing.png"
+    routing.plot(path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_table_of_the_comparison_is_that_of_the_recorded_runs(compare) -> None:
     servers = list(dict.fromkeys(run["server"] for run in RECORD["runs"]))
     table = compare.table(RECORD["runs"], sorted(servers, key=_order), "ABCDE")
