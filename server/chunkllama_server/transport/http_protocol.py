@@ -88,7 +88,7 @@ class _StreamingConnection(h11.Connection):
         self._sends_chunks = False
         self.has_small_chunks = False
 
-    def send(self, event: h11.Event) -> bytes | None:
+    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override] # h11 overloads it
         """Return the bytes of an event; a part of a chunked body skips h11's state machine.
 
         A stream sends one part for each token, and h11 takes 6 us for it.
