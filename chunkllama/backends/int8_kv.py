@@ -9,6 +9,8 @@ dimensions are large in every key, and would leave the others few codes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from chunkllama.model_spec import KV_SCALE_BYTES
@@ -23,7 +25,7 @@ def mix_heads(x: torch.Tensor) -> torch.Tensor:
     matrix = torch.ones(1, 1, device=x.device)
     while len(matrix) < block:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    mixed = x.float().reshape(*x.shape[:-1], -1, block) @ (matrix / block**0.5)
+    mixed = x.float().reshape(*x.shape[:-1], -1, block) @ (matrix / math.sqrt(block))
     return mixed.reshape(x.shape).to(x.dtype)
 
 
