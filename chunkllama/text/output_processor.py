@@ -39,6 +39,7 @@ class OutputDelta:
             None when end-of-sequence or a length did.
         needs_abort: a stop string ended the choice, and the engine still generates it.
         branch: index of the branch whose text it is, where a choice has several.
+        whole_text: text of the choice, on the last delta of one that has branches.
     """
 
     index: int
@@ -50,6 +51,7 @@ class OutputDelta:
     stop_reason: int | str | None = None
     needs_abort: bool = False
     branch: int | None = None
+    whole_text: str | None = None
 
     def extend(self, other: OutputDelta) -> None:
         """Append a later delta of the same choice."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import time
 
@@ -9,7 +11,7 @@ import httpx
 import pytest
 from fake_engine import MODEL
 
-from chunkllama.errors import ENDED_ON_DEMAND, RequestFailedError
+from chunkllama.errors import ENDED_ON_DEMAND, OverloadedError, RequestFailedError
 
 THREADS = 7  # of an answer that forks, at most
 LEADS = ["say(red)yas", "say(green)yas"]
@@ -91,10 +93,31 @@ def test_a_stream_names_the_branch_of_each_text(server):
     assert response.text.endswith("data: [DONE]\n\n")
 
 
+@contextlib.contextmanager
+def failing(engine, error: Exception, num_deltas: int, fails):
+    """The engine fails the requests for which ``fails(number)`` holds after so many deltas."""
+    generate, numbers = engine.generate, itertools.count()
+
+    async def generate_or_fail(request):
+        number, left = next(numbers), num_deltas
+        async for delta in generate(request):
+            if fails(number) and left == 0:
+                raise error
+            left -= 1
+            yield delta
+
+    engine.generate = generate_or_fail
+    try:
+        yield
+    finally:
+        del engine.generate
+
+
 def test_a_branch_that_the_operator_ends_leaves_the_others(server):
-    server.engine.fail_after = (2, RequestFailedError("ended", ENDED_ON_DEMAND))
-    answer = branched(server).json()["choices"][0]
-    assert answer["message"]["content"] == "say(red)yasre\n\nsay(green)yasgr"
+    error = RequestFailedError("ended", ENDED_ON_DEMAND)
+    with failing(server.engine, error, 2, lambda number: number == 0):
+        answer = branched(server).json()["choices"][0]
+    assert answer["message"]["content"] == "say(red)yasre\n\nsay(green)yasgreen"
 
 
 def test_a_lost_client_aborts_every_branch(server, client):
@@ -142,6 +165,7 @@ def test_completions_and_responses_have_branches(server):
     [
         ({"n": 2}, "n"),
         ({"logprobs": True}, "logprobs"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"parallel": {"branches": []}}, "parallel.branches"),
@@ -158,25 +182,86 @@ def test_what_does_not_fit_is_refused_by_name(server, fields, param):
     assert not server.engine.requests
 
 
+def test_a_text_format_and_one_choice_are_no_obstacle(server):
+    fields = {"n": 1, "logprobs": False, "response_format": {"type": "text"}, "tools": []}
+    assert branched(server, **fields).json()["choices"][0]["finish_reason"] == "stop"
+    body = {"model": MODEL, "prompt": "p", "parallel": {"branches": ["a"]}, "logprobs": 0}
+    response = server.post("/v1/completions", body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "logprobs")
+
+
+def test_a_branch_that_was_cut_is_said(server):
+    choice = branched(server, max_tokens=2).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (
+        "say(red)yasre\n\nsay(green)yasgr",
+        "length",
+    )
+
+
+def test_an_answer_ends_with_its_last_branch(server):
+    server.engine.fail_after = (0, RequestFailedError("ended", ENDED_ON_DEMAND))
+    assert branched(server, parallel={"join_tokens": 8}).status_code == 410
+    assert len(server.engine.requests) == 2
+
+
+def test_min_tokens_is_no_more_than_what_the_join_may_write(server):
+    branched(server, max_tokens=9, min_tokens=9, parallel={"join_tokens": 4})
+    *_, after = server.engine.requests
+    assert (after.sampling.min_tokens, after.sampling.max_tokens) == (4, 4)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_stored_response_has_the_joined_text(server, background):
+    parallel = {"branches": LEADS, "join": "json", "join_tokens": 0}
+    body = {"model": MODEL, "input": "p", "parallel": parallel}
+    streamed = chunks(
+        server.post("/v1/responses", {**body, "stream": True, "background": background})
+    )
+    response = streamed[-1]["response"]
+    texts = {"branches": ["say(red)yasred", "say(green)yasgreen"]}
+    assert json.loads(response["output"][0]["content"][0]["text"]) == texts
+    with server.http() as http:
+        stored = http.get(f"/v1/responses/{response['id']}").json()
+    assert stored["output"] == response["output"]
+
+
 @pytest.fixture(scope="module")
 def forking(start_server, text_parts):
     fork, child = (text_parts[0].encode(letter)[-1] for letter in "FC")
     return start_server(fork_tokens=(fork, child), max_request_choices=THREADS)
 
 
-def test_a_fork_of_the_model_begins_a_branch_in_its_place(forking):
+@pytest.mark.parametrize("size", [1, 3, 9])
+@pytest.mark.parametrize("stop", [[], ["Fbcx"]], ids=["", "held"])
+def test_a_fork_of_the_model_begins_a_branch_in_its_place(forking, size, stop):
     forking.engine.reset()
-    content = "say(aFbFc)yas"
-    answer = forking.chat(content, max_tokens=9).json()
+    forking.engine.tokens_per_delta = size
+    answer = forking.chat("say(aFbcd)yas", max_tokens=9, stop=stop).json()
     # The fake model answers each branch as it answers the request, up to the limit of branches.
     root, *branches = forking.engine.requests
     decode = forking.engine.tokenizer.decode
     tails = {decode(b.prompt_token_ids[len(root.prompt_token_ids) :]) for b in branches}
-    assert {"aFC", "aFbFC"} <= tails
+    assert "aFC" in tails and "aFCaFC" in tails
     assert len({b.request_id for b in branches}) == len(branches) == THREADS - 1
-    text = answer["choices"][0]["message"]["content"]
-    assert text.startswith("aF") and text.endswith("c")
+    text = "aF" * THREADS + "bcd" * THREADS  # each branch behind the fork of the one before
+    assert answer["choices"][0]["message"]["content"] == text
     assert answer["usage"]["completion_tokens"] == 6 * len(forking.engine.requests)
+
+
+def test_a_refused_branch_leaves_the_answer(forking):
+    forking.engine.reset()
+    with failing(forking.engine, OverloadedError("full", 1), 0, lambda number: number > 0):
+        response = forking.chat("say(aFb)yas", max_tokens=9)
+    assert response.json()["choices"][0]["message"]["content"] == "aFb"
+
+
+def test_answers_that_cannot_fork_write_no_fork(forking):
+    forking.engine.reset()
+    body = {"model": MODEL, "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
+    forking.post("/v1/messages", body)
+    forking.chat("say(aFb)yas", n=2)
+    fork = forking.app.state.context.fork_tokens[0]
+    assert [r.sampling.bad_words_token_ids for r in forking.engine.requests] == [((fork,),)] * 2
 
 
 def test_a_stream_of_forks_names_the_branches(forking):
@@ -224,6 +309,7 @@ def test_a_branch_equals_an_independent_request(tiny_server):
     assert joined["answer"] == alone(prompt + read, 4)
     usage = answer["usage"]
     assert usage["completion_tokens"] == 12 * len(leads) + 4
-    # Each token of prompt and leads was computed once, but for those that an earlier test cached.
+    # The full chunks of the prompt were computed once, its last part once for each branch at most.
     details = usage["prompt_tokens_details"]
-    assert details["cached_tokens"] + details["cache_write_tokens"] == usage["prompt_tokens"]
+    repeated = details["cached_tokens"] + details["cache_write_tokens"] - usage["prompt_tokens"]
+    assert 0 <= repeated <= (len(leads) - 1) * (len(prompt) % 64 + 1)

@@ -18,7 +18,7 @@ from chunkllama_server.api.chat.prompt import ChatPrompt, ChatPrompter
 from chunkllama_server.api.chat.thinking import with_thoughts
 from chunkllama_server.api.common.branches import Generation, branch_stream
 from chunkllama_server.api.common.context import ServerContext, check_stream_options
-from chunkllama_server.api.common.forks import fork_stream
+from chunkllama_server.api.common.forks import fork_stream, without_forks
 from chunkllama_server.api.common.prompt_cache import CachePlan, cache_plan
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.sampling import (
@@ -99,7 +99,7 @@ class PreparedChat:
                 minute.
         """
         context = self.context
-        request = await self._observed_request(info, request_id)
+        request = without_forks(await self._observed_request(info, request_id), context)
         context.charge(info, [request])
         watch = watch_answer(self.prompter, self.tools, request, context.idle)
         return self._start(info, param_names, request, watch)
@@ -117,7 +117,7 @@ class PreparedChat:
                 return await self.stream(info, request_id, param_names)
             request = await self._observed_request(info, request_id)
             context.charge(info, [request])
-            return fork_stream(self.body, request, context, start) or start(request)
+            return fork_stream(self.body, request, context, start)
         request = await self._observed_request(info, request_id)
         branches = await branch_stream(self.body, request, context, start, self.max_tokens_field)
         context.charge(info, branches.requests)

@@ -1,8 +1,8 @@
 """Parallel branches of one answer, as in APAR (arXiv 2401.06761), for any caller.
 
 Each branch is a request whose prompt is the parent's prompt and the branch's lead. So the prefix
-tree computes and stores the parent's chunks once, a fork shares whole nodes and copies part of one
-chunk at most, and all branches decode as one batch. At the join the parent continues after the text
+tree computes and stores the parent's full chunks once, a fork shares these nodes and copies or
+computes part of one chunk, and all branches decode as one batch. At the join the parent continues after the text
 of its branches, as one more request: the tokens of the first branch are in the cache, those of the
 others are computed at their new positions.
 """
@@ -19,6 +19,7 @@ import msgspec
 
 from chunkllama.errors import ENDED_ON_DEMAND, RequestFailedError
 from chunkllama.messages import EngineRequest
+from chunkllama.sampling_params import SamplingParams
 from chunkllama.text.output_processor import OutputDelta, OutputProcessor
 from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.api.common.context import ServerContext
@@ -31,11 +32,9 @@ from chunkllama_server.api.schema.usage import CacheExplanationBody, TokenCounts
 from chunkllama_server.transport.errors import exceeded, invalid
 
 SEPARATOR = "\n\n"
-# Fields whose meaning for several branches and a join is not defined.
-EXCLUDED = (
-    *("use_beam_search", "best_of", "tools", "functions", "response_format", "structured_outputs"),
-    *("logprobs", "prompt_logprobs", "echo", "thinking_token_budget"),
-)
+# Fields whose meaning for several branches and a join is not defined, if they ask for something.
+_EXCLUDED = ("use_beam_search", "tools", "functions", "structured_outputs", "echo")
+_EXCLUDED_NUMBERS = ("logprobs", "prompt_logprobs", "thinking_token_budget")
 Start = Callable[[EngineRequest], RequestStream]
 
 
@@ -71,11 +70,14 @@ class _Branch:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     stopped_at_text: bool = False
+    finish_reason: str | None = None
+    error: RequestFailedError | None = None
 
     def add(self, piece: OutputDelta) -> None:
         self.text += piece.text
         self.token_ids += piece.token_ids
         self.stopped_at_text |= isinstance(piece.stop_reason, str)
+        self.finish_reason = piece.finish_reason or self.finish_reason
 
     def ids(self, tokenizer: Tokenizer) -> list[int]:
         """Token ids of the lead and the text."""
@@ -86,15 +88,27 @@ class _Branch:
         return [*self.lead_ids, *(self.token_ids[:-1] if ended else self.token_ids)]
 
 
-async def until_ended(branch: RequestStream) -> AsyncGenerator[list[OutputDelta], None]:
-    """Yield a branch's output; it ends early where the operator ended its request."""
-    try:
-        async with aclosing(branch.pieces()) as stream:
-            async for pieces in stream:
-                yield pieces
-    except RequestFailedError as error:
-        if error.code != ENDED_ON_DEMAND:
-            raise
+def excluded_field(body: GenerationFields) -> str | None:
+    """Name a field of the request that branches exclude; None if it has none."""
+    fields = {name: getattr(body, name, None) for name in type(body).model_fields}
+    for name in _EXCLUDED:
+        if fields.get(name):
+            return name
+    for name in _EXCLUDED_NUMBERS:
+        if fields.get(name) is not None and fields[name] is not False:
+            return name
+    for name in ("n", "best_of"):
+        if (fields.get(name) or 1) > 1:
+            return name
+    answer_format = fields.get("response_format")
+    is_typed = answer_format is not None and answer_format.type != "text"
+    return "response_format" if is_typed else None
+
+
+def with_most_tokens(sampling: SamplingParams, most: int) -> SamplingParams:
+    """Lower the limits of an answer to what is left for it."""
+    least = min(sampling.min_tokens, most)
+    return msgspec.structs.replace(sampling, max_tokens=most, min_tokens=least)
 
 
 class BranchStream:
@@ -179,9 +193,8 @@ class BranchStream:
             InvalidRequestError, OverloadedError, DeadlineError, EngineDeadError: from the engine.
         """
         begun: set[int] = set()
-        async with aclosing(
-            merged([until_ended(branch.stream) for branch in self._branches])
-        ) as outputs:
+        streams = [self._until_ended(branch) for branch in self._branches]
+        async with aclosing(merged(streams)) as outputs:
             async for number, pieces in outputs:
                 branch, shown = self._branches[number], []
                 if number not in begun:
@@ -199,38 +212,58 @@ class BranchStream:
                         )
                     )
                 yield shown
+        errors = [branch.error for branch in self._branches]
+        if errors[0] is not None and all(errors):
+            raise errors[0]
         self._after = self._join()
         if self._after is None:
-            yield [OutputDelta(0, finish_reason="stop")]
+            reasons = {branch.finish_reason for branch in self._branches}
+            reason = "length" if "length" in reasons or self._spec.join_tokens != 0 else "stop"
+            yield [OutputDelta(0, finish_reason=reason, whole_text=self._joined(""))]
             return
+        answer = ""
         async with aclosing(self._after.pieces()) as stream:
             async for pieces in stream:
+                for piece in pieces:
+                    answer += piece.text
+                    if piece.finish_reason is not None:
+                        piece.whole_text = self._joined(answer)
                 yield pieces
+
+    async def _until_ended(self, branch: _Branch) -> AsyncGenerator[list[OutputDelta], None]:
+        """Yield a branch's output; it ends early where the operator ended its request."""
+        try:
+            async with aclosing(branch.stream.pieces()) as stream:
+                async for pieces in stream:
+                    yield pieces
+        except RequestFailedError as error:
+            if error.code != ENDED_ON_DEMAND:
+                raise
+            branch.error = error
 
     async def collect(self) -> list[OutputDelta]:
         """Run to the end and return the one choice, its text joined as ``parallel.join`` says."""
-        after, token_ids = OutputDelta(0), list[int]()
+        whole = OutputDelta(0)
         async with aclosing(self.pieces()) as stream:
             async for pieces in stream:
                 for piece in pieces:
-                    token_ids += piece.token_ids
-                    if piece.branch is None:
-                        after.extend(piece)
+                    whole.extend(piece)
+                    whole.text = whole.text if piece.whole_text is None else piece.whole_text
+        return [whole]
+
+    def _joined(self, answer: str) -> str:
+        """The text of the choice; ``answer`` is what follows the branches."""
         texts = [branch.lead + branch.text for branch in self._branches]
+        if self._spec.join == "last":
+            return answer
         if self._spec.join == "json":
-            answer = {"branches": texts} | ({} if self._after is None else {"answer": after.text})
-            after.text = json.dumps(answer, ensure_ascii=False)
-        elif self._spec.join == "concat":
-            parts = [*texts, *([] if self._after is None else [after.text])]
-            after.text = SEPARATOR.join(parts)
-        after.token_ids = token_ids
-        return [after]
+            parts = {"branches": texts} | ({} if self._after is None else {"answer": answer})
+            return json.dumps(parts, ensure_ascii=False)
+        return SEPARATOR.join([*texts, *([] if self._after is None else [answer])])
 
     def _join(self) -> RequestStream | None:
-        """The parent's request after the branches' text; None where it is to say nothing more.
-
-        The texts fit: the branches' limits leave room for at least one more token.
-        """
+        """The parent's request after the branches' text; None where it is to say nothing more, or
+        where the texts, whose limits leave room for it, took more tokens than the model wrote."""
         if self._spec.join_tokens == 0:
             return None
         tokenizer, sampling = self._tokenizer, self.request.sampling
@@ -239,12 +272,14 @@ class BranchStream:
         for branch in self._branches:
             ids += [*branch.ids(tokenizer), *separator]
         room = self._max_request_tokens - len(ids)
+        if room < 1:
+            return None
         most = min(self._spec.join_tokens or sampling.max_tokens or room, room)
         return self._start(
             msgspec.structs.replace(
                 self.request,
                 prompt_token_ids=ids,
-                sampling=msgspec.structs.replace(sampling, max_tokens=most),
+                sampling=with_most_tokens(sampling, most),
                 pin_seconds=0.0,
                 explain=False,
             )
@@ -284,11 +319,8 @@ async def branch_stream(
     """
     spec, settings, info = body.parallel, context.settings, context.engine.info
     assert spec is not None
-    for name in EXCLUDED:
-        if getattr(body, name, None):
-            raise invalid(f"parallel excludes {name}; leave one of them out", name)
-    if (getattr(body, "n", None) or 1) > 1:
-        raise invalid("parallel gives one choice; leave n out", "n")
+    if (name := excluded_field(body)) is not None:
+        raise invalid(f"parallel excludes {name}; leave one of them out", name)
     if spec.join == "last" and spec.join_tokens == 0:
         raise invalid('join "last" needs join_tokens of at least 1', "parallel.join_tokens")
     if len(spec.branches) > settings.max_request_choices:
@@ -325,7 +357,7 @@ def _limited(
         check_lengths(fixed + num_branches, join_tokens, info, "parallel.branches", "parallel")
         room = info.max_request_tokens - fixed - (join_tokens or 0)
         given = max(room // (num_branches + (join_tokens is None)), 1)
-        sampling = msgspec.structs.replace(request.sampling, max_tokens=given)
+        sampling = with_most_tokens(request.sampling, given)
         return msgspec.structs.replace(request, sampling=sampling)
     after = given if join_tokens is None else join_tokens
     check_lengths(fixed, given * num_branches + after, info, "parallel.branches", max_tokens_field)

@@ -13,9 +13,21 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from chunkllama.errors import (
+    ENDED_ON_DEMAND,
+    DeadlineError,
+    OverloadedError,
+    RequestFailedError,
+)
 from chunkllama.messages import EngineRequest
 from chunkllama.text.output_processor import OutputDelta, OutputProcessor
-from chunkllama_server.api.common.branches import EXCLUDED, Start, until_ended
+from chunkllama.text.tokenizer import Tokenizer
+from chunkllama_server.api.common.branches import (
+    Generation,
+    Start,
+    excluded_field,
+    with_most_tokens,
+)
 from chunkllama_server.api.common.context import ServerContext
 from chunkllama_server.api.common.merged import Merger
 from chunkllama_server.api.common.request_stream import RequestStream
@@ -25,15 +37,38 @@ from chunkllama_server.api.schema.usage import CacheExplanationBody, TokenCounts
 
 @dataclass(slots=True)
 class _Thread:
-    """One sequence of the answer; ``parts`` are its texts and, in their places, its branches."""
+    """One sequence of the answer; ``branches`` stand behind so many of its tokens."""
 
     stream: RequestStream
+    text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    parts: list[str | _Thread] = field(default_factory=list)
+    branches: list[tuple[int, _Thread]] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def text(self) -> str:
-        return "".join(part if isinstance(part, str) else part.text() for part in self.parts)
+    def whole_text(self, tokenizer: Tokenizer) -> str:
+        """The text with that of each branch in its place."""
+        parts, done = [], 0
+        for num_tokens, branch in self.branches:
+            before = tokenizer.decode(
+                self.token_ids[:num_tokens], self.stream.request.sampling.skip_special_tokens
+            )
+            parts += [self.text[done : len(before)], branch.whole_text(tokenizer)]
+            done = max(done, len(before))
+        return "".join([*parts, self.text[done:]])
+
+
+async def _until_ended(branch: RequestStream) -> AsyncGenerator[list[OutputDelta], None]:
+    """Yield a branch's output; the answer goes on without the rest of a branch that was refused,
+    that waited too long or that the operator ended."""
+    try:
+        async with aclosing(branch.pieces()) as stream:
+            async for pieces in stream:
+                yield pieces
+    except (OverloadedError, DeadlineError):
+        return
+    except RequestFailedError as error:
+        if error.code != ENDED_ON_DEMAND:
+            raise
 
 
 class ForkStream:
@@ -45,6 +80,7 @@ class ForkStream:
         start: makes the stream of an engine request.
         max_threads: the answer and its branches; a fork beyond them is left without a branch.
         max_request_tokens: prompt and answer together.
+        tokenizer: of the model.
 
     Attributes:
         request: the answer's.
@@ -57,12 +93,14 @@ class ForkStream:
         start: Start,
         max_threads: int,
         max_request_tokens: int,
+        tokenizer: Tokenizer,
     ) -> None:
         self.request = request
         self._fork, self._child = tokens
         self._start = start
         self._max_threads = max_threads
         self._max_request_tokens = max_request_tokens
+        self._tokenizer = tokenizer
         self._threads = [_Thread(start(request))]
 
     @property
@@ -111,12 +149,10 @@ class ForkStream:
             async for number, pieces in outputs:
                 thread = self._threads[number]
                 for piece in pieces:
-                    thread.parts.append(piece.text)
+                    thread.text += piece.text
                     thread.finish_reason = piece.finish_reason or thread.finish_reason
                     for branch in self._add(thread, piece.token_ids):
-                        thread.parts.append(branch)
-                        self._threads.append(branch)
-                        merger.add(until_ended(branch.stream))
+                        merger.add(_until_ended(branch.stream))
                 yield [
                     OutputDelta(
                         0,
@@ -127,16 +163,22 @@ class ForkStream:
                     )
                     for piece in pieces
                 ]
-        yield [OutputDelta(0, finish_reason=self._threads[0].finish_reason)]
+        root = self._threads[0]
+        text = root.whole_text(self._tokenizer)
+        yield [OutputDelta(0, finish_reason=root.finish_reason, whole_text=text)]
 
     def _add(self, thread: _Thread, token_ids: list[int]) -> list[_Thread]:
         """Take tokens of a thread; returns the branches that they fork."""
         begun: list[_Thread] = []
         for token_id in token_ids:
             thread.token_ids.append(token_id)
-            if token_id == self._fork and len(self._threads) + len(begun) < self._max_threads:
-                branch = self._branch(thread, len(self._threads) + len(begun))
-                begun += [] if branch is None else [branch]
+            if token_id != self._fork or len(self._threads) >= self._max_threads:
+                continue
+            branch = self._branch(thread, len(self._threads))
+            if branch is not None:
+                thread.branches.append((len(thread.token_ids), branch))
+                self._threads.append(branch)
+                begun.append(branch)
         return begun
 
     def _branch(self, thread: _Thread, number: int) -> _Thread | None:
@@ -150,7 +192,7 @@ class ForkStream:
             self.request,
             request_id=f"{self.request.request_id}-{number}",
             prompt_token_ids=ids,
-            sampling=msgspec.structs.replace(sampling, max_tokens=most),
+            sampling=with_most_tokens(sampling, most),
             pin_seconds=0.0,
             explain=False,
         )
@@ -163,21 +205,31 @@ class ForkStream:
             async for pieces in stream:
                 for piece in pieces:
                     whole.extend(piece)
-        whole.text = self._threads[0].text()
+        whole.text = self._threads[0].whole_text(self._tokenizer)
         return [whole]
 
 
 def fork_stream(
     body: GenerationFields, request: EngineRequest, context: ServerContext, start: Start
-) -> ForkStream | None:
-    """Make the stream of an answer that may fork; None where the model or the request do not."""
-    is_plain = not any(getattr(body, name, None) for name in EXCLUDED)
-    if context.fork_tokens is None or not is_plain or request.sampling.num_sequences > 1:
-        return None
+) -> Generation:
+    """Make the stream of an answer, which forks if the model does and the request admits it."""
+    if context.fork_tokens is None or excluded_field(body) is not None:
+        return start(without_forks(request, context))
     return ForkStream(
         request,
         context.fork_tokens,
         start,
         context.settings.max_request_choices,
         context.engine.info.max_request_tokens,
+        context.text.tokenizer,
     )
+
+
+def without_forks(request: EngineRequest, context: ServerContext) -> EngineRequest:
+    """Forbid the fork token where no branch would be begun: its part of the answer would be
+    missing."""
+    if context.fork_tokens is None:
+        return request
+    words = (*request.sampling.bad_words_token_ids, context.fork_tokens[:1])
+    sampling = msgspec.structs.replace(request.sampling, bad_words_token_ids=words)
+    return msgspec.structs.replace(request, sampling=sampling)

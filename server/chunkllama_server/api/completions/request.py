@@ -10,7 +10,7 @@ from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import GrammarSpec, SamplingParams
 from chunkllama_server.api.common.branches import Generation, branch_stream
 from chunkllama_server.api.common.context import ServerContext, check_stream_options
-from chunkllama_server.api.common.forks import fork_stream
+from chunkllama_server.api.common.forks import fork_stream, without_forks
 from chunkllama_server.api.common.prompt_cache import cache_plan
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.sampling import (
@@ -161,7 +161,7 @@ async def completion_streams(
         body, context, info, completion_id, default_tokens=default_tokens, fits=fits
     )
     context.charge(info, requests)
-    return [_start(context, info, request) for request in requests]
+    return [_start(context, info, without_forks(request, context)) for request in requests]
 
 
 async def completion_generations(
@@ -176,9 +176,7 @@ async def completion_generations(
     start = partial(_start, context, info)
     if body.parallel is None:
         context.charge(info, requests)
-        return [
-            fork_stream(body, request, context, start) or start(request) for request in requests
-        ]
+        return [fork_stream(body, request, context, start) for request in requests]
     if len(requests) > 1:
         raise invalid("parallel takes one prompt", "prompt")
     branches = await branch_stream(body, requests[0], context, start, "max_tokens")

@@ -85,6 +85,9 @@ class EventStream:
             events += self._add_text("", self._logprobs)
             self._logprobs = []
         self._reason = piece.finish_reason
+        message = self._message()
+        if piece.whole_text is not None and message is not None:
+            message["content"][0]["text"] = piece.whole_text  # its branches came mixed
         return events
 
     def close(self) -> list[bytes]:

@@ -178,6 +178,8 @@ async def compact_response(
     """Summarise a conversation in one item that stands for it as the input of a later response."""
     info = await context.admit(body, request)
     body.tool_choice = "none" if body.tools else None
+    if body.parallel is not None:
+        raise invalid("A summary has no branches; leave parallel out", "parallel")
     try:
         chat = await _as_chat(body, context, info)
         conversation = list(chat.messages)
