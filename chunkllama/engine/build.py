@@ -69,7 +69,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         min_wait_tokens=config.scheduler.min_wait_tokens,
         spare_chunks=executor.spare_chunks,
         eos_token_ids=frozenset(spec.eos_token_ids),
-        speculation=config.scheduler.speculation != "off",
+        speculates=config.scheduler.speculation != "off",
         enable_prefix_caching=config.cache.enable_prefix_caching,
     )
     cache = CacheManager(

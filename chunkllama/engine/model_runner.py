@@ -285,10 +285,8 @@ def load_executor(  # noqa: PLR0913
         dtype: as ``resolve_dtype`` returns it.
         max_model_len: positions the rotary table covers.
         backend, isa_level: "auto" or the name of one; levels are the cpu backend's.
-        weights: storage of the linear layers, "auto" or what the backend offers.
+        weights, kv_dtype: storage of linear layers and K/V, "auto" or what the backend offers.
         int4_activations: of products of few rows with 4-bit weights.
-        kv_dtype: storage of K/V.
-        row_work_share: as ``ModelRunner`` takes it.
 
     Raises:
         ConfigError: the folder or a setting is unusable; checked before any weight is read.

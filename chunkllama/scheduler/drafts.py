@@ -74,7 +74,7 @@ class Drafts:
     def propose(self, scheduled: list[Sequence]) -> None:
         """Give guesses to sequences of the step that is being put together."""
         self._shape, self.may_pay = None, False
-        if not self._limits.speculation or not scheduled or not all(map(_decodes, scheduled)):
+        if not self._limits.speculates or not scheduled or not all(map(_decodes, scheduled)):
             return
         self._started = self._clock()
         count = len(scheduled)

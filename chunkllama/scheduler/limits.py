@@ -27,7 +27,7 @@ class SchedulerLimits:
         spare_chunks: chunks kept beyond a tail, so that a decode plan lives longer.
         eos_token_ids: tokens that end a choice unless it ignores them.
         enable_prefix_caching: False shares nothing between sequences and keeps nothing.
-        speculation: check guesses at the next tokens where that saves time; see ``drafts.py``.
+        speculates: check guesses at the next tokens where that saves time; see ``drafts.py``.
         reserve_quantile: quantile of finished output lengths that admission reserves room for.
     """
 
@@ -43,7 +43,7 @@ class SchedulerLimits:
     spare_chunks: int = 1
     scored_tokens_per_step: int = 2**31 - 1
     eos_token_ids: frozenset[int] = frozenset()
-    speculation: bool = False
+    speculates: bool = False
     reserve_quantile: float = 0.75
 
     def __post_init__(self) -> None:

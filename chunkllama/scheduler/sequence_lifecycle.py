@@ -57,7 +57,7 @@ class SequenceLifecycle:
         self.admission = AdmissionControl(limits, cache, clock)
         self.counters = Counters()
         self.recent = RecentOutputs()
-        self._keeps_outputs = limits.speculation
+        self._keeps_outputs = limits.speculates
         self.may_start: Callable[[str], bool] = lambda request_id: True
         self.on_end: Callable[[str], None] = lambda request_id: None
         self._cache = cache

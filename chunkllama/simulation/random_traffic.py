@@ -34,7 +34,7 @@ class RandomTraffic:
             "tenant_weights": {"A": 2.0},
             "eos_token_ids": pick([frozenset(), frozenset(), frozenset({2})]),
             "max_waiting": 16,
-            "speculation": seed % 2 == 1,
+            "speculates": seed % 2 == 1,
             "enable_prefix_caching": self.random.random() < 0.85,
             **overrides,
         }

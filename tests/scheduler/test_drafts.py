@@ -81,7 +81,7 @@ def virtual_seconds(
 ) -> tuple[float, int]:
     """Time of some requests' decoding and the guesses that it has checked."""
     engine = SimulatedEngine(
-        400, 16, vocab_size=vocab_size, check=False, speculation=speculation, max_num_seqs=32
+        400, 16, vocab_size=vocab_size, check=False, speculates=speculation, max_num_seqs=32
     )
     timed(engine, seconds)
     for number in range(num_sequences):
@@ -116,7 +116,7 @@ def test_guesses_never_cost_more_than_they_save(cost: str, num_sequences: int) -
 def test_an_operator_who_drops_a_tenant_drops_its_outputs() -> None:
     from chunkllama.cache_messages import CacheCommand
 
-    engine = SimulatedEngine(40, 4, speculation=True)
+    engine = SimulatedEngine(40, 4, speculates=True)
     engine.add([0, 1, 0], 4, tenant="A", namespace="A")
     engine.run()
     lifecycle = engine.scheduler._lifecycle
@@ -126,7 +126,7 @@ def test_an_operator_who_drops_a_tenant_drops_its_outputs() -> None:
 
 
 def test_rows_of_guesses_are_charged_to_their_tenant() -> None:
-    engine = SimulatedEngine(40, 4, speculation=True)
+    engine = SimulatedEngine(40, 4, speculates=True)
     engine.add([0, 1, 0, 1], 30, tenant="A")
     engine.run()
     stats = engine.scheduler.stats(include_tenants=True)

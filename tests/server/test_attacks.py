@@ -294,7 +294,7 @@ def test_S32_files_of_requests_and_keys_are_for_their_owner(start_server, tmp_pa
     with server.http() as http:
         sent = http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("a", b"{}")})
     assert sent.status_code == 200
-    assert open_snapshots(Settings(snapshot_dir=tmp_path / "kept")) is not None
+    assert open_snapshots(Settings(snapshot_dir=tmp_path / "kept"), None) is not None
     for path in [tmp_path / "files", tmp_path / "kept", *tmp_path.glob("*/**/*")]:
         expected = 0o700 if path.is_dir() else 0o600
         assert stat.S_IMODE(path.stat().st_mode) == expected, path

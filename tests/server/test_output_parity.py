@@ -171,9 +171,9 @@ def run_server(engine: ScriptedEngine, sampling: SamplingParams, *, streamed: bo
         return whole
 
     choices = asyncio.run(collect())
-    usage = stream.usage()
+    counts = stream.counts
     if sampling.num_choices == sampling.n:
-        assert usage["completion_tokens"] == sum(len(c.token_ids) for c in choices)
+        assert counts.output == sum(len(c.token_ids) for c in choices)
     return Result(
         [(c.text, c.token_ids, c.finish_reason, c.stop_reason) for c in choices],
         sum(len(c.token_ids) for c in choices),

@@ -2,9 +2,9 @@
 
 Each branch is a request whose prompt is the parent's prompt and the branch's lead. So the prefix
 tree computes and stores the parent's full chunks once, a fork shares these nodes and copies or
-computes part of one chunk, and all branches decode as one batch. At the join the parent continues after the text
-of its branches, as one more request: the tokens of the first branch are in the cache, those of the
-others are computed at their new positions.
+computes part of one chunk, and all branches decode as one batch. At the join the parent continues
+after the text of its branches, as one more request: the tokens of the first branch are in the
+cache, those of the others are computed at their new positions.
 """
 
 from __future__ import annotations

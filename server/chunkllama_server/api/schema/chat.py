@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, PrivateAttr, StringConstraints, model_validator
+from pydantic import Field, PrivateAttr, StringConstraints, field_validator, model_validator
 
 from chunkllama_server.api.schema.base import (
     MAX_TOKENS,
@@ -228,7 +228,16 @@ class Prediction(RequestModel):
     """Text that much of the answer will equal, such as a file that is to be edited."""
 
     type: Literal["content"] = Field(description="Honoured.")
-    content: str | list[ContentPart] = Field(description="Honoured: a text, or parts of one.")
+    content: str | Annotated[list[ContentPart], Field(max_length=1024, fail_fast=True)] = Field(
+        description="Honoured: a text, or parts of one; parts that are no text are refused."
+    )
+
+    @field_validator("content")
+    @classmethod
+    def _check_content(cls, content: str | list[ContentPart]) -> str | list[ContentPart]:
+        if not isinstance(content, str) and any(part.text is None for part in content):
+            raise ValueError("a prediction is text")
+        return content
 
     @property
     def text(self) -> str:
