@@ -267,11 +267,8 @@ class ServerContext:
         Args:
             num_values: numbers or texts, about.
             make: returns what the answer is written from.
-
-        Raises:
-            ApiError: 503 where too many long bodies wait.
         """
-        return await self.text.prepare(num_values, lambda: json_response(make()))
+        return await self.text.write(num_values, lambda: json_response(make()))
 
     async def admit(self, body: RequestModel, request: Request) -> RequestInfo:
         """Check what every POST needs: readiness, model, unknown and refused fields.
