@@ -17,7 +17,7 @@ class Attack:
     """One request.
 
     Attributes:
-        kind: what it tries to make dear.
+        kind: what it tries to make slow.
         name: of the request, unique within its kind.
         path: of the endpoint.
         body: JSON, or what is sent in its place.
@@ -62,7 +62,7 @@ def bodies() -> Made:
 
 
 def schemas() -> Made:
-    """JSON schemas that are dear to compile or at each token."""
+    """JSON schemas that are slow to compile or at each token."""
     text = {"type": "string"}
     chain: dict[str, Any] = {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(200)}
     nest: dict[str, Any] = text

@@ -21,6 +21,10 @@ from chunkllama_server.process.engines import check_cluster
         ({"cluster": "auto", "replicas": "two"}, "replicas must be a number or LOW..HIGH"),
         ({"cluster": "auto", "standby": "true"}, "standby: a cluster replaces its replicas"),
         ({"cluster": "auto", "snapshot_dir": "/x"}, "snapshot_dir: is for a server with one"),
+        (
+            {"cluster": "auto", "kv_events_endpoint": "tcp://127.0.0.1:5557"},
+            "kv_events_endpoint: the caches of a cluster are not published",
+        ),
     ],
 )
 def test_settings_that_do_not_go_with_a_cluster_are_refused(

@@ -41,14 +41,14 @@ def test_a_dear_request_takes_its_share_and_others_lose_no_row(
     num_rows: int, row_seconds: float, share: float
 ) -> None:
     budget = RowBudget(share)
-    waiting = {"dear": list(range(1, num_rows + 1)), "cheap": [0]}
-    cost = {"dear": row_seconds, "cheap": 0.0001}
+    waiting = {"costly": list(range(1, num_rows + 1)), "cheap": [0]}
+    cost = {"costly": row_seconds, "cheap": 0.0001}
     seen: Counter[int] = Counter()
     for number in range(500):
         chosen = step(budget, waiting, cost)
         assert 0 in chosen
         seen.update(chosen)
-        waiting["dear"].sort(key=lambda slot: seen[slot])  # the longest deferred come first
+        waiting["costly"].sort(key=lambda slot: seen[slot])  # the longest deferred come first
         spent = sum(seen[slot] for slot in range(1, num_rows + 1)) * row_seconds
         largest_debt = row_seconds * num_rows  # the first step knows no cost
         assert spent <= share * 0.02 * (number + 1) + largest_debt
@@ -93,7 +93,7 @@ def test_requests_that_left_are_forgotten() -> None:
 
 
 def test_each_row_is_charged_what_it_asked_for() -> None:
-    """A fake clock that ticks once per reading: the dear row pays for its own work."""
+    """A fake clock that ticks once per reading: the costly row pays for its own work."""
     ticks = iter(range(10_000))
     sampler = Sampler([2], clock=lambda: float(next(ticks)))
     plain = SamplingParams(seed=1, temperature=0.0)
@@ -101,8 +101,8 @@ def test_each_row_is_charged_what_it_asked_for() -> None:
     rows = [plain, asked, SamplingParams(seed=1, temperature=1.0)]
     states = [SequenceState(p, 0, np.array([1], np.int32), [3]) for p in rows]
     outcomes = sampler.sample(torch.randn(3, 64), states, {})
-    greedy, dear, drawn = (outcome.seconds for outcome in outcomes)
-    assert greedy <= drawn < dear
+    greedy, costly, drawn = (outcome.seconds for outcome in outcomes)
+    assert greedy <= drawn < costly
     times = RowTimes(2, iter([0.0, 3.0, 5.0]).__next__)
     times.charge([0, 1])
     times.charge([1])
@@ -152,11 +152,11 @@ def timed_core(tiny_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> Callable
 
 def test_a_request_of_many_choices_does_not_slow_others(timed_core, run) -> None:
     """63 sampled rows at 1 ms each: the victim gets a token in every step, and each is short."""
-    dear = {"n": 63, "temperature": 1.0, "seed": 5}
+    costly = {"n": 63, "temperature": 1.0, "seed": 5}
     engine = run(timed_core(lambda state: 0.001 if state.sampling.n > 1 else 0.0))
     victim = engine.add(PROMPT, 60, temperature=0.0)
     engine.step()
-    attack = engine.add([7, 8, 9], 40, **dear)
+    attack = engine.add([7, 8, 9], 40, **costly)
     clock = engine.core.test_clock
     engine.step()  # the first sample of each choice, at a cost that nobody knows yet
     durations = []
@@ -170,7 +170,7 @@ def test_a_request_of_many_choices_does_not_slow_others(timed_core, run) -> None
     beside = sorted(engine.outputs[attack])
 
     alone = run(timed_core(lambda state: 0.001))
-    again = alone.add([7, 8, 9], 40, **dear)
+    again = alone.add([7, 8, 9], 40, **costly)
     alone.finish()
     assert sorted(alone.outputs[again]) == beside, "deferral changes no token"
 

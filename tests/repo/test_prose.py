@@ -30,6 +30,7 @@ PHRASES = {
     r"nobody": "no request, no client, no thread",
     r"whoever": "name the component",
     r"whatever (?:computes|reads|builds|is wrong|the server does|it does|comes)": "name it",
+    r"dear": "expensive, slow",
     r"vouch(?:es)? for": "untrusted",
     r"a stranger(?:'s)?|strangers": "untrusted, unauthenticated client",
     r"newcomers?": "new request, new user",
@@ -132,6 +133,7 @@ def test_prose_is_plain() -> None:
         "made at first sight",
         "computed chunks are shown, tokens join, sequences end",
         "0, or a bug",
+        "schemas that are dear to compile",
     ],
 )
 def test_the_list_finds(sentence: str) -> None:

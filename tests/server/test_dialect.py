@@ -305,6 +305,27 @@ def test_the_same_value_by_two_names_is_no_contradiction(server):
     assert run(server, "chat", {"n_predict": 5, "max_tokens": 5})[1].max_tokens == 5
 
 
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"n_predict": 5}, 200),
+        ({"n_predict": "5"}, 400),
+        ({"n_predict": 5, "max_tokens": 6}, 400),
+        ({"guided_regex": 5}, 400),
+        ({"max_answer_tokens": 5}, 400),
+        ({"mood": 1}, 200),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+def test_render_reads_the_names_of_its_endpoint(server, endpoint, fields, status):
+    body = {"model": MODEL, **BODIES[endpoint], **fields}
+    answers = [server.post(PATHS[endpoint] + end, body) for end in ("", "/render")]
+    assert [answer.status_code for answer in answers] == [status] * 2
+    served, rendered = (answer.json().get("error") if status == 400 else None for answer in answers)
+    assert served == rendered
+
+
 def test_completions_without_a_limit_are_refused_by_name(server):
     body = {"model": MODEL, "prompt": "x", "n_predict": -1}
     assert server.post("/v1/completions", body).json()["error"]["param"] == "n_predict"

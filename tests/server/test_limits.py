@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from chunkllama.sampling_params import SamplingParams
 from chunkllama_server.api.common.grammar_cost import lark_size
+from chunkllama_server.api.common.sampling import check_num_logprobs
 from chunkllama_server.api.common.schema_cost import check_lark_cost, check_schema_cost
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.config.settings import Settings
@@ -55,7 +57,11 @@ def test_all_limits_of_the_server_are_in_the_table() -> None:
         ({"max_logprobs": 1}, {"logprobs": 2}, "logprobs"),
         ({"max_logprobs": 0}, {"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"max_answer_logprobs": 23}, {"logprobs": 5, "n": 2}, "logprobs"),
-        ({"max_answer_logprobs": 23}, {"prompt": ["ab"] * 9, "prompt_logprobs": 1}, "logprobs"),
+        (
+            {"max_answer_logprobs": 23},
+            {"prompt": ["ab"] * 9, "prompt_logprobs": 1},
+            "prompt_logprobs",
+        ),
         ({"max_request_choices": 3}, {"prompt": ["a", "b"], "n": 2}, "prompt"),
         (
             {"max_regex_chars": 2},
@@ -87,6 +93,17 @@ def test_what_is_streamed_is_not_kept(start_server) -> None:
     chat = {"logprobs": True, "top_logprobs": 5, "max_tokens": 2}
     assert server.chat("say(ab)yas", **chat).status_code == 200
     assert server.chat("say(ab)yas", **chat, n=2).json()["error"]["param"] == "logprobs"
+
+
+def test_two_choices_without_max_tokens_fit_into_a_large_context() -> None:
+    room, prompts = 1 << 17, [[1] * 9]
+    check_num_logprobs(prompts, SamplingParams(n=2, logprobs=20), room, DEFAULT_LIMITS)
+    for more in (
+        SamplingParams(n=8, logprobs=20),
+        SamplingParams(n=2, logprobs=20, max_tokens=1 << 15),
+    ):
+        with pytest.raises(ApiError, match="log-probabilities"):
+            check_num_logprobs(prompts, more, room, DEFAULT_LIMITS)
 
 
 @pytest.mark.parametrize(

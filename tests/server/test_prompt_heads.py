@@ -4,6 +4,8 @@ counts conversations where it changes."""
 from __future__ import annotations
 
 import itertools
+import threading
+from collections import OrderedDict
 
 import pytest
 from fake_engine import MODEL
@@ -115,3 +117,22 @@ def test_forgotten_prompts_are_not_counted():
     assert heads.observe("", [*turns[0], answer], list(range(120))) is None
     assert heads.observe("", [*turns[2], answer], list(range(120))) is True
     assert heads.observe("other", [*turns[2], answer], list(range(120))) is None
+
+
+def test_two_threads_may_observe_at_once():
+    """The second forgets the first's prompt between its steps, if it gets that far."""
+    heads = PromptHeads(CollectorRegistry(), capacity=1)
+    prompts = [[{"role": "user", "content": text}] for text in "ab"]
+    second = threading.Thread(target=heads.observe, args=("", prompts[1], [1]))
+
+    class Interrupted(OrderedDict):
+        def __setitem__(self, key, value) -> None:
+            super().__setitem__(key, value)
+            if threading.current_thread() is not second:
+                second.start()
+                second.join(0.2)  # with the lock it waits for this thread
+
+    heads._heads = Interrupted()
+    heads.observe("", prompts[0], [1])
+    second.join()
+    assert len(heads._heads) == 1

@@ -20,6 +20,8 @@ from openai.types.responses import (
 from pydantic import TypeAdapter
 
 from chunkllama.errors import OverloadedError, RequestFailedError
+from chunkllama_server.api.common.response_store import ResponseStore
+from chunkllama_server.api.common.responses import LocalResponses
 from chunkllama_server.api.responses import routes
 
 PATH = "/v1/responses"
@@ -184,6 +186,47 @@ def test_cancel_ends_the_engines_work(slow):
         events = events_of(http.get(f"{url}?stream=true").text)
         assert events[-1]["response"]["status"] == "cancelled"
         assert http.post(f"{url}/cancel").json() == cancelled
+
+
+class SlowStore(LocalResponses):
+    """Stores a response when its gate is opened."""
+
+    def __init__(self) -> None:
+        super().__init__(ResponseStore(9, 1 << 20, 60.0))
+        self.gate = threading.Event()
+        self.waiting = 0
+
+    async def put(self, tenant, stored, max_items) -> None:
+        self.waiting += 1
+        while not self.gate.is_set():
+            await asyncio.sleep(0.002)
+        await super().put(tenant, stored, max_items)
+
+
+def test_a_response_that_has_ended_is_not_cancelled_while_it_is_stored(start_server):
+    store = SlowStore()
+    server = start_server(responses=store)
+    made = server.post(PATH, {"model": MODEL, "input": "say(ab)yas", "background": True}).json()
+    wait_until(lambda: store.waiting)
+    task = server.app.state.context.background.get("", made["id"]).task
+    url = f"{PATH}/{made['id']}"
+    with ThreadPoolExecutor() as pool, server.http() as http:
+        followed = pool.submit(lambda: server.http().get(f"{url}?stream=true").text)
+        cancels = [pool.submit(server.post, f"{url}/cancel", {}) for _ in range(2)]
+        wait_until(lambda: task.cancelling() == 2)
+        store.gate.set()
+        answers = [cancel.result().json() for cancel in cancels]
+        stored = http.get(url).json()
+        events = [
+            events_of(text) for text in (followed.result(), http.get(f"{url}?stream=true").text)
+        ]
+    assert [answer["status"] for answer in (*answers, stored)] == ["completed"] * 3
+    for each in events:
+        assert [event["sequence_number"] for event in each] == list(range(len(each)))
+        assert [event["type"] for event in each if "output" in event.get("response", {})][-1] == (
+            "response.completed"
+        )
+    assert events[0] == events[1] and store.waiting == 1
 
 
 def test_what_cannot_be_cancelled(server):

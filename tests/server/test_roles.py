@@ -70,6 +70,22 @@ def test_S17_every_route_by_key(guarded) -> None:
     assert table == expected
 
 
+@pytest.mark.parametrize("path", sorted(OPERATOR_PATHS))
+def test_an_operator_may_spell_a_path_as_tenants_may(guarded, path) -> None:
+    spellings = (path, f"{path}/", f"/{path}", f"/v1{path}", f"/v1/v1{path.removeprefix('/v1')}")
+    with guarded.http() as http:
+        found = {
+            spelling: [
+                http.get(f"{guarded.url}{spelling}", headers={"x-api-key": key}).status_code
+                for key in ("ka", "ko")
+            ]
+            for spelling in spellings
+        }
+    assert found[path][1] == 200
+    for tenants, operators in found.values():
+        assert tenants == operators or (tenants, operators) == (404, 403)
+
+
 def test_the_dashboards_page_opens_no_file(guarded, monkeypatch) -> None:
     """A flood of connections may have left no descriptor."""
     from importlib import resources

@@ -109,6 +109,40 @@ def test_bounded_schemas_compile(schema):
     assert llguidance.LLMatcher.validate_grammar(grammar) == ""
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "exclusiveMinimum": 10**16},
+        {"type": "integer", "exclusiveMaximum": -(10**16)},
+        {"type": "number", "exclusiveMinimum": 1e15},
+        {"type": "number", "minimum": 5e18},
+        {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e-9},
+        {"type": "number", "minimum": 1e-12, "maximum": 1e-10},
+        {"type": "number", "exclusiveMinimum": 3, "exclusiveMaximum": 3.0000000005},
+        {"type": "string", "pattern": "a" * 64},
+        {"type": "string", "pattern": "a" * 300},
+        {"type": "string", "pattern": "^[a-z]{31}[0-9]{31}$"},
+        {"type": "string", "pattern": "^[a-z]{99}[0-9]{99}$"},
+        {"type": "string", "pattern": "^((ab){20}){20}$"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_tokens", [16, 1024])
+def test_bounds_leave_room_beside_those_of_the_schema(schema, num_tokens):
+    text = json.dumps(bounded(schema, num_tokens))
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(text)
+    assert llguidance.LLMatcher.validate_grammar(grammar) == ""
+
+
+def test_a_bound_beyond_the_default_admits_other_values():
+    assert bounded({"type": "integer", "minimum": 10**17}, 64)["maximum"] == 2 * 10**17
+    assert bounded({"type": "number", "maximum": -1e16}, 64)["minimum"] == -2e16
+    for pattern in (r"^[a-z0-9._%+-]+@[a-z0-9.-]+\.[a-z]{2,}$", "[0-9a-f]{8}(-[0-9a-f]{4}){3}"):
+        assert bounded({"type": "string", "pattern": pattern}, 64)["maxLength"] == 256
+    huge = {"type": "number", "minimum": -(10**400), "maximum": 0.5}
+    assert bounded(huge, 64)["minimum"] == -(10**400), "the compiler refuses it"
+
+
 NAMES = ["a", "ab", "x-]^y", "abc d", "\\", "é", "[", "a.b"]
 
 

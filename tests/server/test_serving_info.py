@@ -6,6 +6,7 @@ import pytest
 from fake_engine import MODEL
 
 from chunkllama.messages import EngineStats, TenantStats
+from chunkllama_server.api import dashboard
 from chunkllama_server.config.tenants import TenantQuotas
 
 
@@ -62,6 +63,37 @@ def test_a_tenant_reads_its_own_part_of_the_load(start_server) -> None:
             seen[key] = load["num_running_reqs"], load["num_waiting_reqs"], load["num_used_tokens"]
     size = server.engine.info.chunk_size
     assert seen == {"ka": (3, 1, round(2.5 * size)), "kb": (0, 0, 0), "ko": (8, 0, 12 * size)}
+
+
+def test_sizes_of_a_cluster_are_those_of_all_replicas(start_server) -> None:
+    server = start_server(api_keys={"alpha": "ka"}, operator_keys=("ko",), metrics_compat="vllm")
+    server.app.include_router(dashboard.router)
+    context, engine = server.app.state.context, server.engine.info
+    states = ("running", "running", "draining")
+    context.replicas = lambda: [{"state": state} for state in states]
+    total = 3 * engine.num_chunks
+    server.engine.statistics = EngineStats(
+        steps_total=1, chunks_total=total, chunks_referenced=total - 8, chunks_cached=8,
+        tenants={"alpha": TenantStats(chunks_used=total - 8, chunks_cached=8)},
+    )  # fmt: skip
+    headers = {"x-api-key": "ko"}
+    with server.http() as http:
+        (load,) = http.get("/v1/loads", headers=headers).json()["loads"]
+        info = http.get("/server_info", headers=headers).json()
+        tenants = http.get("/dashboard/tenants", headers=headers).json()
+        shown = [
+            http.get("/dashboard/data", headers={"x-api-key": key}).json() for key in ("ka", "ko")
+        ]
+        metrics = http.get("/metrics", headers=headers).text
+    tokens, running = total * engine.chunk_size, 2 * context.settings.max_num_seqs
+    assert (load["max_total_num_tokens"], load["max_running_requests"]) == (tokens, running)
+    assert load["token_usage"] == pytest.approx(1 - 8 / total, abs=1e-4)
+    assert (info["max_total_tokens"], info["max_running_requests"]) == (tokens, running)
+    assert tenants["chunks_total"] == total
+    assert tenants["data"][0]["chunks"]["pool_share"] == 1
+    for data in shown:
+        assert data["info"]["num_chunks"] == data["stats"]["chunks_total"] == total
+    assert f'num_gpu_blocks="{total}"' in metrics
 
 
 def test_render_has_the_token_ids_that_the_engine_gets(server) -> None:

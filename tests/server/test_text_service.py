@@ -92,6 +92,26 @@ def test_texts_that_wait_too_long_may_come_again(text_parts):
     assert (caught.value.status_code, caught.value.code) == (503, "tokenizer_busy")
 
 
+def test_an_answer_waits_for_the_thread_as_long_as_it_has_to(text_parts):
+    tokenizer, _ = text_parts
+    service = TextService(
+        tokenizer, None, limits=LimitsConfig(text_offload_chars=0, text_seconds=0.05)
+    )
+    gate = threading.Event()
+
+    async def scenario() -> str:
+        first = asyncio.create_task(service.write(1, gate.wait))
+        answer = asyncio.create_task(service.write(1, lambda: "answer"))
+        await asyncio.sleep(0)  # both are queued
+        with pytest.raises(ApiError):
+            await service.prepare(1, lambda: "body")
+        gate.set()
+        await first
+        return await answer
+
+    assert asyncio.run(scenario()) == "answer"
+
+
 def test_function_call_of_an_old_client(server, text_parts):
     messages = [
         {"role": "assistant", "function_call": {"name": "f", "arguments": '{"a": 1}'}},

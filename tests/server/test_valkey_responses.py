@@ -192,6 +192,10 @@ def test_an_unusable_address_is_one_line_without_the_password(monkeypatch) -> No
         ValkeyResponses("http://127.0.0.1", 1, 1.0)
     with pytest.raises(ConfigError, match=r"^response_store: "):
         ValkeyResponses("valkey://127.0.0.1:port", 1, 1.0)
+    for options in ("foo=1", "retry=3", "protocol=7", "max_connections=x"):
+        with pytest.raises(ConfigError, match=r"^response_store: cannot use the URL: .+$") as no:
+            ValkeyResponses(f"valkey://127.0.0.1/0?{options}", 1, 1.0)
+        assert "\n" not in str(no.value)
     monkeypatch.setattr(valkey_responses, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install chunkllama\[valkey\]"):
         ValkeyResponses("valkey://127.0.0.1", 1, 1.0)

@@ -23,7 +23,7 @@ from chunkllama_server.transport.request_context import request_info
 router = APIRouter(include_in_schema=False)
 
 ANSWER_SECONDS = 3.0  # a step of the engine may take longer
-ENGINE_KEYS = ("device", "backend", "num_chunks", "chunk_size")
+ENGINE_KEYS = ("device", "backend", "chunk_size")
 # The page is self-contained, runs only its own script, and connects only to this server.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -105,6 +105,7 @@ def _encode(
 ) -> bytes:
     """The page's data as JSON: all of it, or a tenant's part."""
     limits = context.settings
+    num_chunks = stats.chunks_total or context.num_chunks
     nodes = [n for n in stats.tree if visible is None or n.namespace in visible]
     if tenant is None:
         counters, latency = msgspec.structs.asdict(stats), _latencies(context)
@@ -113,14 +114,17 @@ def _encode(
         hidden = len(stats.tree) - min(len(nodes), limits.dashboard_nodes)
     else:
         nodes = [_without_use(node) if not node.namespace else node for node in nodes]
-        counters = _own_counters(context, tenant, nodes)
+        counters = _own_counters(context, tenant, nodes, num_chunks)
         latency = context.metrics.own.latency(tenant)
         hidden = max(len(nodes) - limits.dashboard_nodes, 0)
     body = {
         "version": __version__,
         "models": context.settings.model_names,
         # Not the model's folder: callers are tenants.
-        "info": {key: getattr(context.engine.info, key) for key in ENGINE_KEYS},
+        "info": {
+            **{key: getattr(context.engine.info, key) for key in ENGINE_KEYS},
+            "num_chunks": num_chunks,
+        },
         "view": "server" if tenant is None else "tenant",
         "stats": counters,
         "latency": latency,
@@ -151,11 +155,12 @@ def _without_use(node: TreeNodeInfo) -> TreeNodeInfo:
     return msgspec.structs.replace(node, num_sequences=0, state="cached")
 
 
-def _own_counters(context: ServerContext, tenant: str, nodes: list[TreeNodeInfo]) -> dict[str, int]:
+def _own_counters(
+    context: ServerContext, tenant: str, nodes: list[TreeNodeInfo], total: int
+) -> dict[str, int]:
     """The counters that the page shows, of one tenant; what belongs to no tenant is 0."""
     names = (name for name in EngineStats.__struct_fields__ if name.endswith("_total"))
     states = Counter(node.state for node in nodes)
-    total = context.engine.info.num_chunks
     return {
         **dict.fromkeys(names, 0),
         **context.metrics.own.counters(context.metrics.usage, tenant),

@@ -31,6 +31,7 @@ def _model_name(context: ServerContext, request: Request) -> str:
 @router.get("/server_info", responses=refusals(401, 405))
 async def server_info(request: Request, context: Context) -> ServerInfo:
     """Return the served model's name and the server's sizes."""
+    await context.refresh_stats()
     info, name = context.engine.info, _model_name(context, request)
     return {
         "model_path": name,  # not the folder, which callers must not learn
@@ -42,8 +43,8 @@ async def server_info(request: Request, context: Context) -> ServerInfo:
         "is_embedding": False,
         "page_size": info.chunk_size,
         "context_length": info.max_request_tokens,
-        "max_total_tokens": info.num_chunks * info.chunk_size,
-        "max_running_requests": context.settings.max_num_seqs,
+        "max_total_tokens": context.num_chunks * info.chunk_size,
+        "max_running_requests": context.max_running,
     }
 
 
@@ -69,7 +70,8 @@ async def loads(request: Request, context: Context) -> Loads:
                 stats = await context.engine.stats(include_tenants=view is not None)
         except (TimeoutError, EngineDeadError):
             raise unavailable("The engine does not answer", "engine_unavailable") from None
-        size, total = context.engine.info.chunk_size, context.engine.info.num_chunks
+        info = context.engine.info
+        size, total = info.chunk_size, stats.chunks_total or info.num_chunks
         if view is None:
             running, waiting = stats.requests_running, stats.requests_waiting
             used = float(stats.chunks_referenced + stats.chunks_private)
@@ -84,7 +86,7 @@ async def loads(request: Request, context: Context) -> Loads:
             "num_total_reqs": running + waiting,
             "num_used_tokens": round(used * size),
             "max_total_num_tokens": total * size,
-            "max_running_requests": context.settings.max_num_seqs,
+            "max_running_requests": context.max_running,
             "token_usage": round(used / total, 4),
         }
 

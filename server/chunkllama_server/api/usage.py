@@ -48,7 +48,7 @@ async def tenants(request: Request, context: Context) -> TenantStates:
         return {
             "object": "tenants",
             "since": recorder.since,
-            "chunks_total": context.engine.info.num_chunks,
+            "chunks_total": context.num_chunks,
             "data": states,
         }
 
@@ -104,7 +104,7 @@ def _state(context: ServerContext, tenant: str, everyone: int) -> TenantState:
             "used": engine.chunks_used,
             "cached": engine.chunks_cached,
             "pinned": engine.chunks_pinned,
-            "pool_share": in_pool / context.engine.info.num_chunks,
+            "pool_share": in_pool / context.num_chunks,
         },
         "evictions": {
             "chunks": engine.evicted_chunks,

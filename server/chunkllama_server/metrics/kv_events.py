@@ -61,7 +61,8 @@ async def publish_kv_events(settings: Settings, engine: EngineClient) -> AsyncIt
 
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.XPUB)
-    socket.setsockopt(zmq.XPUB_VERBOSER, 1)  # each subscriber is told, not each topic
+    # Every subscription is reported, and the end of a topic's last one.
+    socket.setsockopt(zmq.XPUB_VERBOSE, 1)
     socket.setsockopt(zmq.SNDHWM, _MAX_MESSAGES)
     socket.setsockopt(zmq.LINGER, 0)
     try:
@@ -102,7 +103,7 @@ class _Publisher:
 
     async def run(self) -> None:
         """Begin with a snapshot whenever a subscriber comes."""
-        subscribers = 0
+        topics: set[bytes] = set()  # that have subscribers
         publishing: asyncio.Task[None] | None = None
         try:
             while True:
@@ -110,11 +111,14 @@ class _Publisher:
                 if message[:1] not in (b"\x00", b"\x01"):
                     continue  # a peer may send anything
                 is_new = message[:1] == b"\x01"
-                subscribers += 1 if is_new else -1
-                if publishing is not None and (is_new or not subscribers):
+                if is_new:
+                    topics.add(message[1:])
+                else:
+                    topics.discard(message[1:])
+                if publishing is not None and (is_new or not topics):
                     publishing.cancel()
                     publishing = None
-                if publishing is None and subscribers:
+                if publishing is None and topics:
                     publishing = asyncio.create_task(self._publish())
         finally:
             if publishing is not None:
@@ -130,6 +134,9 @@ class _Publisher:
             except RequestFailedError:
                 logger.warning("kv_events: too many changes wait; subscribers get a snapshot")
             except EngineDeadError:
+                return
+            except Exception:
+                logger.exception("kv_events: nothing is published until a subscriber comes")
                 return
 
     async def _send(self, batch: CacheEvents) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
+from threading import Lock
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter
@@ -39,9 +40,10 @@ class PromptHeads:
             self._counter.labels(head)
         self._capacity = capacity
         self._heads: OrderedDict[bytes, tuple[int, bytes]] = OrderedDict()
+        self._lock = Lock()
 
     def observe(self, namespace: str, messages: list[Message], ids: list[int]) -> bool | None:
-        """Remember a prompt.
+        """Remember a prompt; any thread may call it.
 
         Args:
             namespace: prompts of other namespaces share no K/V.
@@ -56,16 +58,19 @@ class PromptHeads:
         answers = [i for i, message in enumerate(said) if message["role"] == "assistant"]
         kept = None
         if answers and answers[-1] > 0:
-            known = self._heads.get(_key(namespace, said[: answers[-1]]))
+            earlier = _key(namespace, said[: answers[-1]])
+            with self._lock:
+                known = self._heads.get(earlier)
             if known is not None:
                 kept = _hash(ids[: known[0]]) == known[1]
                 self._counter.labels("kept" if kept else "changed").inc()
         length = max(len(ids) - _OPENING_TOKENS, 0)
-        key = _key(namespace, said)
-        self._heads[key] = (length, _hash(ids[:length]))
-        self._heads.move_to_end(key)
-        if len(self._heads) > self._capacity:
-            self._heads.popitem(last=False)
+        key, head = _key(namespace, said), _hash(ids[:length])
+        with self._lock:
+            self._heads[key] = (length, head)
+            self._heads.move_to_end(key)
+            if len(self._heads) > self._capacity:
+                self._heads.popitem(last=False)
         return kept
 
 

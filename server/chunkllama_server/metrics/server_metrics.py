@@ -129,6 +129,11 @@ class EngineStatsCollector:
         """Time since the last snapshot arrived."""
         return self._clock() - self._updated_at
 
+    @property
+    def chunks_total(self) -> int:
+        """Chunks of the pools in the last snapshot; 0 before there is one."""
+        return self._last.chunks_total
+
     def update(self, stats: EngineStats) -> None:
         """Store a snapshot; one with fewer steps comes from a new engine process."""
         if stats.steps_total < self._last.steps_total:
@@ -309,7 +314,7 @@ class ServerMetrics:
         """Name the model, as clients know it, and the engine in the info metric."""
         self._info.labels(model, version, info.device, info.backend, info.kv_dtype).set(1)
         if self._also is not None:
-            self._also.describe(info)
+            self._also.describe(info, lambda: self.engine.chunks_total or info.num_chunks)
 
     def reject(self, status: int) -> None:
         """Count a request that was answered with an error status."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 
 from prometheus_client.core import Metric
@@ -59,12 +59,17 @@ class VllmNames(Collector):
         self._source = source
         self._model_name = model_name
         self._cache_labels: dict[str, str] = {}
+        self._num_chunks: Callable[[], int] = lambda: 0
 
-    def describe(self, info: EngineReady) -> None:
-        """Take the size of the K/V pool, which routers read from labels."""
+    def describe(self, info: EngineReady, num_chunks: Callable[[], int]) -> None:
+        """Take the size of the K/V pool, which routers read from labels.
+
+        Args:
+            num_chunks: returns the chunks of all engines; replicas come and go.
+        """
+        self._num_chunks = num_chunks
         self._cache_labels = {
             "block_size": str(info.chunk_size),
-            "num_gpu_blocks": str(info.num_chunks),
             "cache_dtype": info.kv_dtype if info.is_kv_quantized else "auto",
             "enable_prefix_caching": "True",
         }
@@ -74,7 +79,8 @@ class VllmNames(Collector):
         loaded, whose value is the time of the report."""
         cache = Metric("vllm:cache_config_info", "Sizes of the K/V pool.", "gauge")
         name = {"model_name": self._model_name}
-        cache.add_sample("vllm:cache_config_info", {**self._cache_labels, **name}, 1)
+        size = {"num_gpu_blocks": str(self._num_chunks())}
+        cache.add_sample("vllm:cache_config_info", {**self._cache_labels, **size, **name}, 1)
         yield cache
         lora = Metric("vllm:lora_requests_info", "LoRA adapters; none are served.", "gauge")
         labels = {"max_lora": "0", "running_lora_adapters": "", "waiting_lora_adapters": ""}

@@ -31,6 +31,11 @@ def check_cluster(settings: Settings) -> None:
         raise ConfigError(
             "snapshot_dir: is for a server with one engine; leave it out with cluster"
         )
+    if settings.kv_events_endpoint is not None:
+        raise ConfigError(
+            "kv_events_endpoint: the caches of a cluster are not published; leave it out with "
+            "cluster"
+        )
     from chunkllama.cluster.connect import check_ray
 
     check_ray()

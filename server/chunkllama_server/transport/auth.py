@@ -16,6 +16,7 @@ from chunkllama.logger import tenant_context
 from chunkllama_server.config.tenants import NO_QUOTAS, TenantQuotas
 from chunkllama_server.transport.errors import ApiError
 from chunkllama_server.transport.internal import INTERNAL_TENANT
+from chunkllama_server.transport.paths import canonical_path
 from chunkllama_server.transport.rate_limit import RateLimiter
 from chunkllama_server.transport.request_context import request_info
 
@@ -183,10 +184,6 @@ class AuthMiddleware:
         self._root_path = root_path
         self._on_rejection = on_rejection
 
-    def _is_one_of(self, paths: frozenset[str], path: str) -> bool:
-        """Whether a path, with or without a trailing slash, is in ``paths``."""
-        return path.removeprefix(self._root_path).rstrip("/") in paths
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if INTERNAL_TENANT in scope:
             info = request_info(scope)
@@ -197,13 +194,15 @@ class AuthMiddleware:
         if scope["type"] != "http" or not self._keys:
             await self._app(scope, receive, send)
             return
-        if self._is_one_of(OPEN_PATHS, scope["path"]):
+        # An open path has to be spelled exactly, but for a trailing slash.
+        if scope["path"].removeprefix(self._root_path).rstrip("/") in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
         token = bearer_token(scope)
         tenant = tenant_of_key(token, self._keys) if token else None
         if token and self._tenants.is_operator(token):
-            if not self._is_one_of(OPERATOR_PATHS | OPERATOR_CHANGES, scope["path"]):
+            path = canonical_path(scope["path"], self._root_path, keep_root=False)  # as routed
+            if path not in OPERATOR_PATHS | OPERATOR_CHANGES:
                 error = ApiError(
                     403,
                     "An operator's key reads metrics, usage and the dashboard, and loads adapters",

@@ -195,3 +195,56 @@ def test_a_missing_package_is_named_before_the_model_is_loaded(monkeypatch) -> N
     monkeypatch.setattr(kv_events, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install chunkllama\[kv-events\]"):
         check_kv_events(settings)
+
+
+class _Cache:
+    """Stands for an engine: counts who watches its cache, and sends nothing or fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.watching = 0
+
+    async def watch_cache(self, max_waiting: int, *, with_contents: bool):
+        self.watching += 1
+        try:
+            if self.error is not None:
+                raise self.error
+            await asyncio.Event().wait()
+            yield
+        finally:
+            self.watching -= 1
+
+
+async def _until(condition) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_a_topic_subscribed_twice_ends_with_its_subscriber(context, tmp_path) -> None:
+    engine, endpoint = _Cache(), f"ipc://{tmp_path}/socket"
+
+    async def follow() -> None:
+        async with publish_kv_events(Settings(kv_events_endpoint=endpoint), engine):
+            for topics in ((b"", b""), (b"kv", b"kv", b"other")):
+                with context.socket(zmq.SUB) as subscriber:
+                    subscriber.connect(endpoint)
+                    for topic in topics:
+                        subscriber.setsockopt(zmq.SUBSCRIBE, topic)
+                        await _until(lambda: engine.watching)
+                await _until(lambda: not engine.watching)
+
+    asyncio.run(follow())
+
+
+def test_what_ends_publishing_is_logged(context, tmp_path, caplog) -> None:
+    engine, endpoint = _Cache(ValueError("no such cache")), f"ipc://{tmp_path}/socket"
+
+    async def fail() -> None:
+        async with publish_kv_events(Settings(kv_events_endpoint=endpoint), engine):
+            with context.socket(zmq.SUB) as subscriber:
+                subscriber.setsockopt(zmq.SUBSCRIBE, b"")
+                subscriber.connect(endpoint)
+                await _until(lambda: "no such cache" in caplog.text)
+
+    asyncio.run(fail())

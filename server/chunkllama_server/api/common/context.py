@@ -121,6 +121,19 @@ class ServerContext:
         parts = ("chunkllama", __version__, info.backend, info.isa_level, storage)
         return "-".join(part for part in parts if part)
 
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of all engines' pools together, as they last reported."""
+        return self.metrics.engine.chunks_total or self.engine.info.num_chunks
+
+    @property
+    def max_running(self) -> int:
+        """Requests that all engines can run at once."""
+        running = 1
+        if self.replicas is not None:
+            running = sum(replica["state"] == "running" for replica in self.replicas())
+        return self.settings.max_num_seqs * running
+
     def stream(
         self,
         events: AsyncGenerator[bytes, None],
@@ -254,11 +267,8 @@ class ServerContext:
         Args:
             num_values: numbers or texts, about.
             make: returns what the answer is written from.
-
-        Raises:
-            ApiError: 503 where too many long bodies wait.
         """
-        return await self.text.prepare(num_values, lambda: json_response(make()))
+        return await self.text.write(num_values, lambda: json_response(make()))
 
     async def admit(self, body: RequestModel, request: Request) -> RequestInfo:
         """Check what every POST needs: readiness, model, unknown and refused fields.

@@ -16,6 +16,9 @@ from chunkllama_server.transport.errors import exceeded, invalid
 T = TypeVar("T")
 
 BATCH_PRIORITY = BACKGROUND_PRIORITY  # of a batch's lines: behind every other request
+# Answers end long before a large context is full, which would refuse two choices with 20
+# log-probabilities each.
+_USUAL_TOKENS = 1 << 14
 PRIORITY_OF_TIER = {"flex": 10, "priority": -10, "fast": -10}
 
 
@@ -80,7 +83,8 @@ def check_num_logprobs(
     One sequence is bounded by the context.
 
     Args:
-        room: output tokens of a choice where the request does not limit them.
+        room: output tokens that fit into a choice; one that the request does not limit is taken to
+            have ``_USUAL_TOKENS`` at most.
 
     Raises:
         ApiError: 400.
@@ -88,10 +92,12 @@ def check_num_logprobs(
     num_choices = len(prompts) * sampling.num_sequences
     if num_choices == 1:
         return
-    output_tokens = num_choices * (room if sampling.max_tokens is None else sampling.max_tokens)
+    most = min(room, _USUAL_TOKENS) if sampling.max_tokens is None else sampling.max_tokens
+    output_tokens = num_choices * most
     value = num_logprobs(sum(map(len, prompts)), output_tokens, sampling)
     if value > limits.max_answer_logprobs:
-        raise exceeded(limits, "max_answer_logprobs", "logprobs", value=value)
+        param = "prompt_logprobs" if sampling.logprobs is None else "logprobs"
+        raise exceeded(limits, "max_answer_logprobs", param, value=value)
 
 
 def check_lengths(

@@ -18,7 +18,12 @@ from chunkllama_server.api.common.schema_texts import other_names
 
 MAX_INTEGER = 2**53 - 1
 _MAX_NUMBER = 10**15
+# Beyond it the grammar library takes no bound of a number.
+_FARTHEST = 92 * 10**17
+_HUGE = 10**300  # an integer beyond it has no float
 _DECIMAL_STEP = 1e-9
+# A narrower range may hold no multiple of the step, or few.
+_LEAST_RANGE = 1000 * _DECIMAL_STEP
 _MAX_MEMBERS = 32
 _MAX_ITEMS = 256
 _LEAST_ITEMS, _LEAST_CHARS = 4, 32
@@ -37,6 +42,10 @@ _FORMAT_CHARS = {
 }
 # A pattern that counts in hundreds may need more characters than any bound.
 _PATTERN_CHARS, _LONG_PATTERN = 256, re.compile(r"\{\d{3,}|\{\d*,\d{3,}")
+# The grammar library joins no longer pattern with a bound.
+_MAX_WIDTH = 64
+_ONE_CHAR, _COUNT = re.compile(r"\\.|\[(?:\\.|[^\]])*\]"), re.compile(r"(\)?)\{(\d+)")
+_MARKS = re.compile(r"\{[\d,]*\}|\(\?.|[()|*+?^$]")
 # What may come several times counts so often.
 _REPEATED, _REPEATS = frozenset(("items", "additionalProperties", "patternProperties")), 4
 # An untyped value may nest so deep.
@@ -125,6 +134,33 @@ def _least(node: dict[str, Any]) -> float:
     return max(_number(node, "minLength", 0), _PATTERN_CHARS if "pattern" in node else 0)
 
 
+def _is_long(pattern: str) -> bool:
+    """Whether a pattern may need more characters than can be bounded."""
+    if _LONG_PATTERN.search(pattern):
+        return True
+    # About the characters of a text, where alternatives and optional parts count like others.
+    text = _ONE_CHAR.sub("a", pattern)
+    width, groups = len(_MARKS.sub("", text)), 1
+    for group, digits in _COUNT.findall(text):
+        width += 0 if group else int(digits)
+        groups *= max(int(digits), 1) if group else 1
+    return width * groups > _MAX_WIDTH
+
+
+def _lower(node: dict[str, Any], default: int) -> float:
+    """The higher of a number's lower bounds; without one ``default``."""
+    keys = [key for key in ("minimum", "exclusiveMinimum") if node.get(key) is not None]
+    found = max((_number(node, key, default) for key in keys), default=default)
+    return min(max(found, -_HUGE), _HUGE)
+
+
+def _upper(node: dict[str, Any], default: int) -> float:
+    """The lower of a number's upper bounds; without one ``default``."""
+    keys = [key for key in ("maximum", "exclusiveMaximum") if node.get(key) is not None]
+    found = min((_number(node, key, default) for key in keys), default=default)
+    return min(max(found, -_HUGE), _HUGE)
+
+
 def _number(node: dict[str, Any], key: str, default: int) -> float:
     """A bound that the schema has; one that is no number is left for the compiler to refuse."""
     value = node.get(key)
@@ -165,12 +201,13 @@ class _Bounder:
         return self.schema(value, depth) if key in _CHILDREN else value
 
     def _bound(self, node: dict[str, Any], kinds: set[str], depth: int) -> None:
-        if "string" in kinds and not _LONG_PATTERN.search(str(node.get("pattern", ""))):
+        if "string" in kinds and not _is_long(str(node.get("pattern", ""))):
             limit = max(_FORMAT_CHARS.get(str(node.get("format")), self._max_chars), _least(node))
             node.setdefault("maxLength", limit)
+        limit = MAX_INTEGER if "integer" in kinds else _MAX_NUMBER
         if "integer" in kinds or "number" in kinds:
-            self._bound_number(node, MAX_INTEGER if "integer" in kinds else _MAX_NUMBER)
-        if "number" in kinds:
+            self._bound_number(node, limit)
+        if "number" in kinds and _upper(node, limit) - _lower(node, -limit) >= _LEAST_RANGE:
             node.setdefault("multipleOf", _DECIMAL_STEP)
         if "array" in kinds:
             node.setdefault("maxItems", max(self._max_items, _number(node, "minItems", 0)))
@@ -194,11 +231,12 @@ class _Bounder:
                 node["additionalProperties"] = False
 
     def _bound_number(self, node: dict[str, Any], limit: int) -> None:
-        lower, upper = node.get("minimum"), node.get("maximum")
-        if lower is None and "exclusiveMinimum" not in node:
-            node["minimum"] = min(-limit, _number(node, "maximum", limit))
-        if upper is None and "exclusiveMaximum" not in node:
-            node["maximum"] = max(limit, _number(node, "minimum", -limit))
+        """Bound a number; twice the bound that it has leaves room beside that."""
+        lower, upper = _lower(node, 0), _upper(node, 0)
+        if node.get("minimum") is None and "exclusiveMinimum" not in node:
+            node["minimum"] = min(-limit, upper, max(2 * upper, -_FARTHEST))
+        if node.get("maximum") is None and "exclusiveMaximum" not in node:
+            node["maximum"] = max(limit, lower, min(2 * lower, _FARTHEST))
 
     def _any(self, depth: int) -> dict[str, Any]:
         """A reference to any JSON value, with bounds: a schema may have thousands of them."""

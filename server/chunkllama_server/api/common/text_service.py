@@ -118,6 +118,13 @@ class TextService:
             return work()
         return await self._run_in(self._body_pool, work)
 
+    async def write(self, num_values: int, work: Callable[[], T]) -> T:
+        """``work()`` on an answer, as ``prepare`` on a body, but without a time limit: the answer
+        is computed and charged, so it waits as long as it has to."""
+        if num_values <= self._limits.text_offload_chars:
+            return work()
+        return await self._body_pool.run(tenant_context.get(), work)
+
     async def _run_in(self, pool: FairPool, work: Callable[[], T]) -> T:
         try:
             async with asyncio.timeout(self._limits.text_seconds):

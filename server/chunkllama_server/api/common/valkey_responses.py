@@ -53,8 +53,10 @@ class ValkeyResponses:
             self._valkey: Valkey = Valkey.from_url(
                 url, socket_timeout=_SECONDS, socket_connect_timeout=_SECONDS
             )
-        except ValueError as error:
-            raise ConfigError(f"response_store: {error}") from None
+            # The URL's options are checked where a connection is made, each in its own way.
+            self._valkey.connection_pool.make_connection()
+        except (ValueError, TypeError, AttributeError, ValkeyError) as error:
+            raise ConfigError(f"response_store: cannot use the URL: {_line(error)}") from None
 
     async def check(self) -> None:
         """Check that the server answers.

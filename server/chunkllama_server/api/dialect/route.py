@@ -30,6 +30,7 @@ _ENDPOINTS: Mapping[str, Endpoint] = {
     "/v1/chat/completions": "chat",
     "/v1/chat/completions/render": "chat",
     "/v1/completions": "completions",
+    "/v1/completions/render": "completions",
     "/v1/responses": "responses",
     "/v1/responses/input_tokens": "responses",
     "/v1/responses/compact": "responses",

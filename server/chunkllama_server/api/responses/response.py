@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -206,8 +207,19 @@ class ResponseAnswer:
         return response
 
     async def _last(self, response: Response, kind: str) -> bytes:
+        """Store the ended response, and return the event that says how it has ended.
+
+        Cancelling one that runs in the background comes too late here: it has ended otherwise.
+        """
         event = self._note([self._stream.event(kind, response=response)])[0]
-        await self.on_ended(response, b"" if self._recorder is None else self._recorder.packed())
+        packed = b"" if self._recorder is None else self._recorder.packed()
+        storing = asyncio.ensure_future(self.on_ended(response, packed))
+        while not storing.done():
+            try:
+                await asyncio.shield(storing)
+            except asyncio.CancelledError:
+                if not self.body.background:
+                    raise
         return event
 
 

@@ -243,7 +243,7 @@ def _input_grammar(
     A grammar of text cannot hold inside the JSON text of a call, so the answer is the input.
 
     Raises:
-        ApiError: 400 for a grammar that is too large or whose repeats make each token dear.
+        ApiError: 400 for a grammar that is too large or whose repeats make each token slow.
     """
     if len(functions) != 1:
         return None
