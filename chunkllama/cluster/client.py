@@ -141,11 +141,12 @@ class ClusterEngineClient(CommandsToAll):
         if replica is None or replica.channel is not channel:
             return
         del self._replicas[channel.name]
-        live = [
-            stream
-            for request_id, stream in self._streams.items()
-            if self._has(channel.name, request_id) and stream.state.is_live
-        ]
+        live = []
+        for request_id, stream in self._streams.items():
+            if self._has(channel.name, request_id):
+                self._routes[request_id].choice = None  # also if its caller has yet to read its end
+                if stream.state.is_live:
+                    live.append(stream)
         self.routing.remove(channel.name)
         self._merger.remove(channel.name)
         if not replica.is_draining or live:
@@ -273,7 +274,6 @@ class ClusterEngineClient(CommandsToAll):
         """Count the end of its replica against a request, and fail one that was in too many."""
         request = stream.state.request
         route = self._routes[request.request_id]
-        route.choice = None
         route.refusals.clear()
         route.lost_at = route.lost_at or now
         stream.state.submitted = False

@@ -195,6 +195,27 @@ def test_late_tokens_of_a_lost_replica_are_dropped() -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_a_finished_request_is_left_after_its_replica_has_ended(is_closed: bool) -> None:
+    """By a client that has gone, or by a stop string in its last tokens."""
+
+    async def scenario(f: Fixture) -> None:
+        stream = f.client.generate(request("one", max_tokens=2))
+        begun = asyncio.ensure_future(anext(stream))
+        await f.step(2)  # the last token waits
+        home = next(r for r in f.replicas.values() if "one" in r.done)
+        home.die()
+        assert (await begun).choices[0].token_ids == [1000]
+        if not is_closed:
+            assert (await anext(stream)).choices[0].token_ids == [1001]
+            await f.client.abort("one", 0)
+        await stream.aclose()  # type: ignore[attr-defined]
+        assert not f.client._streams and not f.client._routes
+        f.client.routing.check_invariants()
+
+    run(scenario)
+
+
 def test_without_replicas_requests_wait_for_one() -> None:
     async def scenario(f: Fixture) -> None:
         live, late = f.begin(request("live")), None
