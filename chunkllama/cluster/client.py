@@ -20,6 +20,8 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
+import msgspec
+
 from chunkllama.cluster.commands import Channel, CommandsToAll
 from chunkllama.cluster.merge import StatsMerger
 from chunkllama.cluster.messages import Beat, Ended, FromReplica
@@ -41,6 +43,7 @@ logger = init_logger(__name__)
 
 # A request that has gained so many tokens since its last failover begins to count again.
 _RECOVERED_TOKENS = 64
+_LIMITS = ("max_model_len", "num_chunks", "max_request_tokens")
 _TRIAL_DELTAS = 2  # the prompt's end, and a decode step
 
 
@@ -101,7 +104,7 @@ class ClusterEngineClient(CommandsToAll):
         """Let a replica get requests."""
         self._numbers += 1
         self._replicas[channel.name] = Replica(channel, self._numbers)
-        self._info = self._info or channel.info
+        self._note_limits()
         self.routing.add(channel.name)
         if self._tenants is not None:
             channel.send([self._tenants])
@@ -149,6 +152,7 @@ class ClusterEngineClient(CommandsToAll):
                     live.append(stream)
         self.routing.remove(channel.name)
         self._merger.remove(channel.name)
+        self._note_limits()
         if not replica.is_draining or live:
             self.restarts += 1
             self.hangs += hung
@@ -169,6 +173,13 @@ class ClusterEngineClient(CommandsToAll):
             self._fail_over(stream, now, running, why)
         self._continue([stream for stream in live if stream.state.is_live])
 
+    def _note_limits(self) -> None:
+        """Take what the newest replica says of its model, and limits that hold for each one."""
+        infos = [r.channel.info for r in self._replicas.values() if not r.is_draining]
+        if infos:
+            limits = {name: min(getattr(info, name) for info in infos) for name in _LIMITS}
+            self._info = msgspec.structs.replace(infos[-1], **limits)
+
     def _has(self, replica: str, request_id: str) -> bool:
         choice = self._routes[request_id].choice
         return choice is not None and choice.replica == replica
@@ -178,6 +189,7 @@ class ClusterEngineClient(CommandsToAll):
         if beat.is_draining and not replica.is_draining:
             replica.is_draining = True
             self.routing.drain(name)
+            self._note_limits()
             logger.info("replica %s drains", name)
         if beat.stats is not None:
             stats = beat.stats

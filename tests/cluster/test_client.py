@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import msgspec
 import pytest
 
 from chunkllama.adapter_messages import AdapterInfo, LoadAdapter
@@ -124,8 +125,9 @@ class Fixture:
         self.client.on_restarting = self.states.append
         self.tokens: dict[str, list[int]] = {}
 
-    def add(self, name: str) -> FakeReplica:
+    def add(self, name: str, info: EngineReady = INFO) -> FakeReplica:
         made = self.replicas[name] = FakeReplica(self.client, name)
+        made.info = info
         self.client.join(made)
         return made
 
@@ -373,6 +375,23 @@ def test_an_abort_goes_to_the_replica_that_has_the_request() -> None:
             isinstance(m, AbortRequest) for m in f.replicas["ab".replace(home.name, "")].got
         )
         assert f.client.routing.load(home.name) == 0
+
+    run(scenario)
+
+
+def test_limits_are_those_that_every_replica_in_use_keeps() -> None:
+    async def scenario(f: Fixture) -> None:
+        a, b = f.replicas.values()
+        newer = msgspec.structs.replace(INFO, max_request_tokens=9000, num_chunks=50, backend="new")
+        f.add("c", newer)
+        assert f.client.info == msgspec.structs.replace(newer, max_request_tokens=4096)
+        a.die()
+        assert f.client.info.max_request_tokens == 4096
+        f.client.receive(b, [Beat(is_draining=True)])
+        assert f.client.info == newer
+        f.replicas["c"].die()
+        b.die()
+        assert f.client.info == newer, "until there is a replica again"
 
     run(scenario)
 
