@@ -131,6 +131,7 @@ class ClusterEngineClient(CommandsToAll):
                     self._take_beat(replica, item)
                 case Ended():
                     self.lose(channel, item.reason, set(item.running))
+                    return
 
     def lose(
         self, channel: Channel, reason: str, running: set[str] | None, *, hung: bool = False

@@ -94,9 +94,11 @@ class _Link:
         self.heard_at = time.monotonic()
         self.is_closed = False
 
-    def put(self, *items: FromReplica) -> None:
-        self.items += items
-        self.has_items.set()
+    def put(self, item: FromReplica) -> None:
+        """Queue an item, unless the last one has been queued."""
+        if not self.is_closed:
+            self.items.append(item)
+            self.has_items.set()
 
 
 class _Owner:

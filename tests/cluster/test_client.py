@@ -411,6 +411,9 @@ def test_statistics_are_summed_and_keep_what_is_gone() -> None:
         total = await f.client.stats()
         assert (total.steps_total, total.requests_running) == (7, 1)
         assert (await f.client.stats(include_tenants=True)).steps_total == 10
+        late = Beat(stats=EngineStats(steps_total=9))
+        f.client.receive(b, [Ended(reason="killed"), late])
+        assert (await f.client.stats()).steps_total == 10
 
     run(scenario)
 
