@@ -15,6 +15,7 @@ Imports no Ray: channels to replicas come from ``connect.py``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
@@ -44,6 +45,7 @@ logger = init_logger(__name__)
 # A request that has gained so many tokens since its last failover begins to count again.
 _RECOVERED_TOKENS = 64
 _LIMITS = ("max_model_len", "num_chunks", "max_request_tokens")
+_STATS_SECONDS = 5.0  # for a replica's answer
 _TRIAL_DELTAS = 2  # the prompt's end, and a decode step
 
 
@@ -360,15 +362,17 @@ class ClusterEngineClient(CommandsToAll):
         return None if choice is None else self._replicas[choice.replica].channel
 
     async def _pull_stats(self, include_tree: bool, include_tenants: bool) -> None:
-        """Ask every replica that answers in time."""
-        replicas = list(self._replicas.values())
-        found = await asyncio.gather(
-            *(r.channel.stats(include_tree, include_tenants) for r in replicas),
-            return_exceptions=True,
-        )
-        for replica, stats in zip(replicas, found, strict=True):
-            if isinstance(stats, EngineStats) and replica.channel.name in self._replicas:
-                self._merger.update(replica.channel.name, stats)
+        """Ask every replica; one that does not answer in time keeps its last snapshot."""
+
+        async def ask(replica: Replica) -> None:
+            name = replica.channel.name
+            with contextlib.suppress(EngineDeadError, TimeoutError):
+                async with asyncio.timeout(_STATS_SECONDS):
+                    stats = await replica.channel.stats(include_tree, include_tenants)
+                if self._replicas.get(name) is replica:
+                    self._merger.update(name, stats)
+
+        await asyncio.gather(*map(ask, self._replicas.values()))
 
     async def close(self) -> None:
         self._fail_all(EngineDeadError("the server is stopping"))

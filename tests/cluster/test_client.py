@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from chunkllama.adapter_messages import AdapterInfo, LoadAdapter
-from chunkllama.cache_messages import LoadPack, PackInfo, PinInfo
+from chunkllama.adapter_messages import AdapterInfo, LoadAdapter, UnloadAdapter
+from chunkllama.cache_messages import EndedPin, LoadPack, PackInfo, PinInfo
 from chunkllama.cluster.client import ClusterEngineClient
+from chunkllama.cluster.merge import tag_chunk
 from chunkllama.cluster.messages import Beat, Ended
 from chunkllama.cluster.routing import PrefixRouting
 from chunkllama.errors import EngineDeadError, OverloadedError, RequestFailedError
@@ -418,6 +419,28 @@ def test_statistics_are_summed_and_keep_what_is_gone() -> None:
     run(scenario)
 
 
+def test_a_replica_that_hangs_keeps_no_statistics_of_others_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("chunkllama.cluster.client._STATS_SECONDS", 0.01)
+
+    async def hang(include_tree: bool, include_tenants: bool) -> EngineStats:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def dead(include_tree: bool, include_tenants: bool) -> EngineStats:
+        raise EngineDeadError("killed")
+
+    async def scenario(f: Fixture) -> None:
+        a, b = f.replicas.values()
+        f.add("c")
+        f.client.receive(a, [Beat(stats=EngineStats(steps_total=3))])
+        a.stats, b.stats = hang, dead  # type: ignore[method-assign]
+        assert (await f.client.stats(include_tenants=True)).steps_total == 3 + 7
+
+    run(scenario)
+
+
 def test_what_all_replicas_have_reaches_later_ones() -> None:
     async def scenario(f: Fixture) -> None:
         info = AdapterInfo(
@@ -439,6 +462,55 @@ def test_what_all_replicas_have_reaches_later_ones() -> None:
         assert [r.request_id for r in late.computed] == ["public"]
         assert late.got == [SetTenants()] and late.files == [pack]
         assert all(pack in replica.got for name, replica in f.replicas.items())
+
+    run(scenario)
+
+
+def test_an_adapter_that_is_unloaded_while_a_replica_joins_is_unloaded_there() -> None:
+    async def scenario(f: Fixture) -> None:
+        infos = {
+            name: AdapterInfo(
+                name=name, folder="/", rank=1, num_bytes=1, is_activated=False, digest="d"
+            )
+            for name in ("x", "y")
+        }
+        f.client.adapters.update(infos)
+        late = FakeReplica(f.client, "late")
+
+        async def ask(command: ToEngine) -> CommandReply:
+            late.commands.append(command)
+            if isinstance(command, UnloadAdapter):
+                return CommandReply(command_id=0)
+            assert isinstance(command, LoadAdapter)
+            if command.name == "y":
+                await f.client.unload_adapter("x")
+            return CommandReply(command_id=0, adapter=infos[command.name])
+
+        late.ask = ask  # type: ignore[method-assign]
+        await f.client.prepare(late)
+        told = [(type(c), c.name) for c in late.commands]  # type: ignore[union-attr]
+        assert told == [(LoadAdapter, "x"), (LoadAdapter, "y"), (UnloadAdapter, "x")]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("chunk_id", [-1, 3])
+def test_a_pin_that_an_operator_ends_is_not_made_again_by_a_failover(chunk_id: int) -> None:
+    async def scenario(f: Fixture) -> None:
+        pinned = msgspec.structs.replace(request("one"), tenant="t", pin_seconds=600.0)
+        task = f.begin(pinned)
+        await f.step(2)
+        home = f.home("one")
+        (number,) = [n for n, channel in f.client._channels().items() if channel is home]
+        prompt = pinned.prompt_token_ids
+        ended = EndedPin(tenant="t", namespace="", token_ids=prompt, askers=[(len(prompt), "")])
+        home.reply = CommandReply(command_id=0, ended_pins=[ended])
+        tagged = tag_chunk(number, chunk_id)
+        await f.client.cache_command("drop_pin", chunk_id=tagged)
+        home.die()
+        assert f.home("one").live["one"].pin_seconds == 0
+        await f.step(4)
+        await task
 
     run(scenario)
 
