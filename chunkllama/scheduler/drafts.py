@@ -226,15 +226,22 @@ class Drafts:
 
     def accept(self, sequence: Sequence, sampled: SampledTokens) -> None:
         """Append the guesses that were right; their K/V is computed."""
-        state, counters = sequence.draft, self._lifecycle.counters
-        right = sampled.accepted.get(sequence.slot, [])
+        state, counters, slot = sequence.draft, self._lifecycle.counters, sequence.slot
+        if slot in sampled.deferred:  # with its first row, none of its guesses was checked
+            state.drop()
+            return
+        right = sampled.accepted.get(slot, [])
         for token_id, _ in right:
             sequence.append(token_id)
-        sequence.num_computed_tokens += len(right)
-        counters.drafts += 1
+        count = len(right)
+        sequence.num_computed_tokens += count
+        if state.token_ids[count : count + 1] == [sampled.token_ids[slot]]:
+            # It is right and was not accepted: a row without its mask checks nothing.
+            del state.token_ids[count:], state.kinds[count:]
+        counters.drafts += bool(state.token_ids)
         counters.draft_tokens += len(state.token_ids)
-        counters.accepted_tokens += len(right)
-        self._count(sequence, len(right))
+        counters.accepted_tokens += count
+        self._count(sequence, count)
         state.failures = 0 if right else state.failures + 1
         state.pause = min((1 << max(state.failures - 2, 0)) - 1, MAX_PAUSE)
         state.drop()
