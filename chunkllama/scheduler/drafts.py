@@ -132,7 +132,9 @@ class Drafts:
         return token == SEPARATOR or token in stops or token in self._limits.eos_token_ids
 
     def _find(self, sequence: Sequence, most: int, count: int) -> tuple[list[int], list[Kind]]:
-        """Forced tokens, then the continuation of the longest match in any text."""
+        """Forced tokens, then the rest of a prediction that the output begins, or else the
+        continuation of the longest match in any text.
+        """
         state = sequence.draft
         forced = state.forced[:most]
         kinds: list[Kind] = [("forced", 0)] * len(forced)
