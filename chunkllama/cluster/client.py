@@ -6,7 +6,7 @@ another one, as its prompt and the tokens delivered so far:
     replica ends  -> each of its live requests is continued on another replica
                      counted: those in the step that was not finished, or all if that is not known
                      those whose next failure would be one too many are tried one at a time: the
-                     end of a replica then counts against the one alone, which is failed
+                     end of a replica then counts against that one only, which is failed
     replica full  -> the next one; when all are, 429 with the shortest Retry-After
 
 Imports no Ray: channels to replicas come from ``connect.py``.
@@ -72,7 +72,7 @@ class ClusterEngineClient(CommandsToAll):
         self._replicas: dict[str, Replica] = {}
         self._numbers = 0
         self._routes: dict[str, Route] = {}
-        self._homeless: dict[str, Stream] = {}
+        self._unplaced: dict[str, Stream] = {}
         self._suspects: deque[Stream] = deque()
         self._trial: Stream | None = None
         self._merger = StatsMerger()
@@ -113,7 +113,7 @@ class ClusterEngineClient(CommandsToAll):
         logger.info("replica %s has joined, %d now", channel.name, len(self._replicas))
         if len(self._replicas) == 1:
             self.on_restarting(False)
-        waiting, self._homeless = list(self._homeless.values()), {}
+        waiting, self._unplaced = list(self._unplaced.values()), {}
         for stream in waiting:
             if stream.state.is_live:
                 self._place(stream)
@@ -170,7 +170,7 @@ class ClusterEngineClient(CommandsToAll):
             running = running or set()
         trial = self._trial
         if trial in live and (running is None or trial.state.request.request_id in running):
-            running = {trial.state.request.request_id}  # it is alone under suspicion
+            running = {trial.state.request.request_id}  # the only one that may be the cause
         why = "hang" if hung else "drain" if replica.is_draining else "death"
         for stream in live:
             self._fail_over(stream, now, running, why)
@@ -232,7 +232,7 @@ class ClusterEngineClient(CommandsToAll):
         refused = route.refusals.keys()
         choice = self.routing.choose(route.keys, num_chunks=num_chunks, avoid=refused)
         if choice is None:
-            self._homeless[request.request_id] = stream
+            self._unplaced[request.request_id] = stream
             return
         if route.failures:
             choice = replace(choice, why="retry")
@@ -277,7 +277,7 @@ class ClusterEngineClient(CommandsToAll):
         route = self._routes.pop(request_id)
         if route.choice is not None:
             self.routing.finished(route.choice)
-        self._homeless.pop(request_id, None)
+        self._unplaced.pop(request_id, None)
         if stream in self._suspects:
             self._suspects.remove(stream)
         if stream is self._trial:
