@@ -64,7 +64,8 @@ class EngineRequest(msgspec.Struct, kw_only=True, tag="request"):
         explain: say on the first delta why the prompt's match in the cache ended.
         is_replay: an engine process that has ended had accepted it; it needs no place.
         adapter: name of a loaded adapter; "" is the base model.
-        prediction_token_ids: what the client expects as output; guesses are taken from it.
+        prediction_token_ids: what the client expects as output; guesses are taken from it, up to
+            the first token that the model does not have.
     """
 
     request_id: str

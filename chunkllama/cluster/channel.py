@@ -96,7 +96,7 @@ class RayChannel:
         try:
             await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             hung = parts[2].done()
-            reason = f"no sign of life for {hang_seconds:g} s" if hung else "the actor has ended"
+            reason = f"no message for {hang_seconds:g} s" if hung else "the actor has ended"
             client.lose(self, reason, None, hung=hung)
         finally:
             for part in parts:
@@ -111,7 +111,7 @@ class RayChannel:
             client.receive(self, items)
 
     async def _write(self) -> None:
-        """Send what has been queued, at least a sign of life each second."""
+        """Send what has been queued, each second an empty list if there is nothing."""
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._has_messages.wait(), BEAT_SECONDS)
@@ -120,7 +120,7 @@ class RayChannel:
             await self._actor.send.remote(self._front, ENCODER.encode(messages))
 
     async def _watch(self, hang_seconds: float) -> None:
-        """Return when the replica has shown no sign of life for too long."""
+        """Return when the replica has sent nothing for too long."""
         last = time.monotonic()
         silent = 0.0
         tick = min(hang_seconds / 4, BEAT_SECONDS)

@@ -6,7 +6,7 @@ another one, as its prompt and the tokens delivered so far:
     replica ends  -> each of its live requests is continued on another replica
                      counted: those in the step that was not finished, or all if that is not known
                      those whose next failure would be one too many are tried one at a time: the
-                     end of a replica then counts against the one alone, which is failed
+                     end of a replica then counts against that one only, which is failed
     replica full  -> the next one; when all are, 429 with the shortest Retry-After
 
 Imports no Ray: channels to replicas come from ``connect.py``.
@@ -15,10 +15,13 @@ Imports no Ray: channels to replicas come from ``connect.py``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+
+import msgspec
 
 from chunkllama.cluster.commands import Channel, CommandsToAll
 from chunkllama.cluster.merge import StatsMerger
@@ -41,6 +44,8 @@ logger = init_logger(__name__)
 
 # A request that has gained so many tokens since its last failover begins to count again.
 _RECOVERED_TOKENS = 64
+_LIMITS = ("max_model_len", "num_chunks", "max_request_tokens")
+_STATS_SECONDS = 5.0  # for a replica's answer
 _TRIAL_DELTAS = 2  # the prompt's end, and a decode step
 
 
@@ -67,7 +72,7 @@ class ClusterEngineClient(CommandsToAll):
         self._replicas: dict[str, Replica] = {}
         self._numbers = 0
         self._routes: dict[str, Route] = {}
-        self._homeless: dict[str, Stream] = {}
+        self._unplaced: dict[str, Stream] = {}
         self._suspects: deque[Stream] = deque()
         self._trial: Stream | None = None
         self._merger = StatsMerger()
@@ -101,14 +106,14 @@ class ClusterEngineClient(CommandsToAll):
         """Let a replica get requests."""
         self._numbers += 1
         self._replicas[channel.name] = Replica(channel, self._numbers)
-        self._info = self._info or channel.info
+        self._note_limits()
         self.routing.add(channel.name)
         if self._tenants is not None:
             channel.send([self._tenants])
         logger.info("replica %s has joined, %d now", channel.name, len(self._replicas))
         if len(self._replicas) == 1:
             self.on_restarting(False)
-        waiting, self._homeless = list(self._homeless.values()), {}
+        waiting, self._unplaced = list(self._unplaced.values()), {}
         for stream in waiting:
             if stream.state.is_live:
                 self._place(stream)
@@ -128,6 +133,7 @@ class ClusterEngineClient(CommandsToAll):
                     self._take_beat(replica, item)
                 case Ended():
                     self.lose(channel, item.reason, set(item.running))
+                    return
 
     def lose(
         self, channel: Channel, reason: str, running: set[str] | None, *, hung: bool = False
@@ -141,13 +147,15 @@ class ClusterEngineClient(CommandsToAll):
         if replica is None or replica.channel is not channel:
             return
         del self._replicas[channel.name]
-        live = [
-            stream
-            for request_id, stream in self._streams.items()
-            if self._has(channel.name, request_id) and stream.state.is_live
-        ]
+        live = []
+        for request_id, stream in self._streams.items():
+            if self._has(channel.name, request_id):
+                self._routes[request_id].choice = None  # also if its caller has yet to read its end
+                if stream.state.is_live:
+                    live.append(stream)
         self.routing.remove(channel.name)
         self._merger.remove(channel.name)
+        self._note_limits()
         if not replica.is_draining or live:
             self.restarts += 1
             self.hangs += hung
@@ -162,11 +170,18 @@ class ClusterEngineClient(CommandsToAll):
             running = running or set()
         trial = self._trial
         if trial in live and (running is None or trial.state.request.request_id in running):
-            running = {trial.state.request.request_id}  # it is alone under suspicion
+            running = {trial.state.request.request_id}  # the only one that may be the cause
         why = "hang" if hung else "drain" if replica.is_draining else "death"
         for stream in live:
             self._fail_over(stream, now, running, why)
         self._continue([stream for stream in live if stream.state.is_live])
+
+    def _note_limits(self) -> None:
+        """Take what the newest replica says of its model, and limits that hold for each one."""
+        infos = [r.channel.info for r in self._replicas.values() if not r.is_draining]
+        if infos:
+            limits = {name: min(getattr(info, name) for info in infos) for name in _LIMITS}
+            self._info = msgspec.structs.replace(infos[-1], **limits)
 
     def _has(self, replica: str, request_id: str) -> bool:
         choice = self._routes[request_id].choice
@@ -177,6 +192,7 @@ class ClusterEngineClient(CommandsToAll):
         if beat.is_draining and not replica.is_draining:
             replica.is_draining = True
             self.routing.drain(name)
+            self._note_limits()
             logger.info("replica %s drains", name)
         if beat.stats is not None:
             stats = beat.stats
@@ -216,7 +232,7 @@ class ClusterEngineClient(CommandsToAll):
         refused = route.refusals.keys()
         choice = self.routing.choose(route.keys, num_chunks=num_chunks, avoid=refused)
         if choice is None:
-            self._homeless[request.request_id] = stream
+            self._unplaced[request.request_id] = stream
             return
         if route.failures:
             choice = replace(choice, why="retry")
@@ -261,7 +277,7 @@ class ClusterEngineClient(CommandsToAll):
         route = self._routes.pop(request_id)
         if route.choice is not None:
             self.routing.finished(route.choice)
-        self._homeless.pop(request_id, None)
+        self._unplaced.pop(request_id, None)
         if stream in self._suspects:
             self._suspects.remove(stream)
         if stream is self._trial:
@@ -273,7 +289,6 @@ class ClusterEngineClient(CommandsToAll):
         """Count the end of its replica against a request, and fail one that was in too many."""
         request = stream.state.request
         route = self._routes[request.request_id]
-        route.choice = None
         route.refusals.clear()
         route.lost_at = route.lost_at or now
         stream.state.submitted = False
@@ -347,15 +362,17 @@ class ClusterEngineClient(CommandsToAll):
         return None if choice is None else self._replicas[choice.replica].channel
 
     async def _pull_stats(self, include_tree: bool, include_tenants: bool) -> None:
-        """Ask every replica that answers in time."""
-        replicas = list(self._replicas.values())
-        found = await asyncio.gather(
-            *(r.channel.stats(include_tree, include_tenants) for r in replicas),
-            return_exceptions=True,
-        )
-        for replica, stats in zip(replicas, found, strict=True):
-            if isinstance(stats, EngineStats) and replica.channel.name in self._replicas:
-                self._merger.update(replica.channel.name, stats)
+        """Ask every replica; one that does not answer in time keeps its last snapshot."""
+
+        async def ask(replica: Replica) -> None:
+            name = replica.channel.name
+            with contextlib.suppress(EngineDeadError, TimeoutError):
+                async with asyncio.timeout(_STATS_SECONDS):
+                    stats = await replica.channel.stats(include_tree, include_tenants)
+                if self._replicas.get(name) is replica:
+                    self._merger.update(name, stats)
+
+        await asyncio.gather(*map(ask, self._replicas.values()))
 
     async def close(self) -> None:
         self._fail_all(EngineDeadError("the server is stopping"))

@@ -102,11 +102,15 @@ class CommandsToAll(MessageClient):
         Raises:
             ChunkLlamaError: it cannot have it, or has ended.
         """
-        given: set[str] = set()
-        while new := {key: item for key, item in self._kept().items() if key not in given}:
-            for item in new.values():
-                await _give(channel, item)
-            given |= new.keys()
+        given: dict[str, Kept] = {}
+        while given != (kept := self._kept()):  # it may change meanwhile
+            for key, item in given.items():
+                if isinstance(item, AdapterInfo) and kept.get(key) != item:
+                    await channel.ask(UnloadAdapter(command_id=0, name=item.name))
+            for key, item in kept.items():
+                if given.get(key) != item:
+                    await _give(channel, item)
+            given = kept
 
     def _kept(self) -> dict[str, Kept]:
         """What every replica has, each under a key of its own."""
@@ -154,13 +158,19 @@ class CommandsToAll(MessageClient):
                 if number not in channels:
                     return CommandReply(command_id=0, found=False)
                 own = msgspec.structs.replace(command, chunk_id=chunk_id)
-                return await channels[number].ask(own)
+                reply = await channels[number].ask(own)
             case _:
                 reply = merge_replies(await self._from_all(lambda each: each.ask(command)))
         if isinstance(command, UnloadAdapter) and not reply.error:
             self.adapters.pop(command.name, None)
         self._take_reply(reply)
         return reply
+
+    def _take_reply(self, reply: CommandReply) -> None:
+        for pin in reply.ended_pins:
+            for stream in self._streams.values():
+                stream.state.end_pin(pin)
+        super()._take_reply(reply)
 
     def watch_cache(self, max_waiting: int, *, with_contents: bool = False) -> CacheStream:
         raise InvalidRequestError(

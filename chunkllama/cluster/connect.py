@@ -47,7 +47,7 @@ class ClusterPlan:
         address: "auto", or ray://HOST[:PORT] of the head node.
         version: of the program; another one, or another configuration, replaces the replicas.
         min_replicas, max_replicas: equal: a fixed number.
-        hang_seconds: a replica that shows no sign of life for so long is given up.
+        hang_seconds: a replica that sends nothing for this many seconds is lost.
         drain_seconds: for requests of a replica that is removed; the rest continues on others.
     """
 

@@ -15,6 +15,7 @@ import msgspec
 
 from chunkllama.adapter_messages import LoadAdapter, UnloadAdapter
 from chunkllama.cache_messages import CacheDigest, DigestRequest, LoadPack
+from chunkllama.cluster.links import Link, Owner
 from chunkllama.cluster.messages import ENCODER, TO_ENGINE, Beat, Ended, FromReplica
 from chunkllama.config import EngineConfig
 from chunkllama.engine.process import EngineProcess, ProcessEngineClient
@@ -85,37 +86,6 @@ class HostedEngine(ProcessEngineClient):
         super()._dispatch(others)
 
 
-class _Link:
-    """The channel to one front end."""
-
-    def __init__(self) -> None:
-        self.items: list[FromReplica] = []
-        self.has_items = asyncio.Event()
-        self.heard_at = time.monotonic()
-        self.is_closed = False
-
-    def put(self, *items: FromReplica) -> None:
-        self.items += items
-        self.has_items.set()
-
-
-class _Owner:
-    """Whose request it is, and its choices that have not ended."""
-
-    def __init__(self, link: _Link, request: EngineRequest) -> None:
-        sampling = request.sampling
-        self.link = link
-        is_beam_search = sampling.beam_width > 1
-        self.unfinished = set(range(sampling.n if is_beam_search else sampling.num_sequences))
-
-    def take(self, delta: TokenDelta) -> bool:
-        """Whether the request goes on after this delta."""
-        if delta.error is not None:
-            return False
-        self.unfinished -= {c.index for c in delta.choices if c.finish_reason is not None}
-        return bool(self.unfinished)
-
-
 class EngineHost:
     """Runs one engine process and serves every front end; its end is the replica's end.
 
@@ -136,8 +106,8 @@ class EngineHost:
         self._started = asyncio.Event()
         self._ended = asyncio.Event()
         self._end: Ended | None = None
-        self._links: dict[str, _Link] = {}
-        self._owners: dict[str, _Owner] = {}
+        self._links: dict[str, Link] = {}
+        self._owners: dict[str, Owner] = {}  # by the engine's ids
         self._last_stats = EngineStats()
         self._stats: EngineStats | None = None  # if newer than what front ends have
         self._heads: list[list[int]] = []
@@ -206,7 +176,7 @@ class EngineHost:
         Args:
             front: another name for each channel.
         """
-        link = self._links.setdefault(front, _Link())
+        link = self._links.setdefault(front, Link(front))
         link.put(Beat(is_draining=self._is_draining, heads=self._heads))
         if self._end is not None:
             link.put(self._end)
@@ -221,16 +191,19 @@ class EngineHost:
             self._leave(front, link)
 
     async def send(self, front: str, payload: bytes) -> None:
-        """Take a list of messages to the engine; also a sign of the front end's life."""
+        """Take a list of messages to the engine; an empty one shows that the front end runs."""
         if self._engine is None:
             return
-        link = self._links.setdefault(front, _Link())  # it may arrive before subscribe begins
+        link = self._links.setdefault(front, Link(front))  # it may arrive before subscribe begins
         link.heard_at = time.monotonic()
         messages = TO_ENGINE.decode(payload)
         for message in messages:
             if isinstance(message, EngineRequest):
-                self._owners[message.request_id] = _Owner(link, message)
+                owner = Owner(link, message)
+                message.request_id = link.engine_id(owner.request_id)
+                self._owners[message.request_id] = owner
             elif isinstance(message, AbortRequest):
+                message.request_id = link.engine_id(message.request_id)
                 self._abort(message)
         if messages:
             self._engine.send(messages)
@@ -313,7 +286,7 @@ class EngineHost:
         if not owner.unfinished:
             del self._owners[message.request_id]
 
-    def _leave(self, front: str, link: _Link) -> None:
+    def _leave(self, front: str, link: Link) -> None:
         """Drop a front end and its requests."""
         link.is_closed = True
         if self._links.get(front) is link:
@@ -328,9 +301,10 @@ class EngineHost:
         for delta in deltas:
             owner = self._owners.get(delta.request_id)
             if owner is not None:
-                owner.link.put(delta)
                 if not owner.take(delta):
                     del self._owners[delta.request_id]
+                delta.request_id = owner.request_id
+                owner.link.put(delta)
 
     def _put_to_all(self, item: FromReplica) -> None:
         for link in self._links.values():
@@ -379,7 +353,8 @@ class EngineHost:
 
     def _engine_died(self) -> None:
         assert self._engine is not None
-        running = self._engine.process.journal.running_requests()
+        ids = self._engine.process.journal.running_requests()
+        running = [self._owners[name].request_id for name in ids if name in self._owners]
         self._finish(Ended(reason="the engine process has ended", running=running))
 
     def _finish(self, end: Ended) -> None:

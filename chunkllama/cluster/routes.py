@@ -32,8 +32,8 @@ class Route:
         failures: replicas that ended under it.
         gained: tokens that it had at the last failure.
         refusals: of replicas that had no room for it.
-        lost_at: monotonic time of a failure that it has not got over.
-        trial_deltas: that it got while it was alone among its kind.
+        lost_at: monotonic time of a failure after which it has no token yet.
+        trial_deltas: that it got since it is the one that is tried.
     """
 
     keys: list[int]

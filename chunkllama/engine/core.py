@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from chunkllama.adapter_messages import LoadAdapter, UnloadAdapter
 from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.cache.node import Node
@@ -126,6 +128,7 @@ class EngineCore:
                 f"{max(ids)}",
                 "prompt",
             )
+        request = self._with_known_prediction(request)
         use = self._adapter_use(request.adapter, ids)
         self._scheduler.add(request, use)
         if use is not None and self._adapters is not None:
@@ -144,6 +147,14 @@ class EngineCore:
             for future in [f for f, waits in self._preparations.items() if waits == request_id]:
                 future.cancel()
                 del self._preparations[future]
+
+    def _with_known_prediction(self, request: EngineRequest) -> EngineRequest:
+        """Cut the prediction at the first token that the model does not have."""
+        for at, token in enumerate(request.prediction_token_ids):
+            if not 0 <= token < self.info.vocab_size:
+                known = request.prediction_token_ids[:at]
+                return msgspec.structs.replace(request, prediction_token_ids=known)
+        return request
 
     def _adapter_use(self, name: str, prompt_token_ids: list[int]) -> AdapterUse | None:
         if not name:

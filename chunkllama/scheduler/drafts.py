@@ -132,7 +132,9 @@ class Drafts:
         return token == SEPARATOR or token in stops or token in self._limits.eos_token_ids
 
     def _find(self, sequence: Sequence, most: int, count: int) -> tuple[list[int], list[Kind]]:
-        """Forced tokens, then the continuation of the longest match in any text."""
+        """Forced tokens, then the rest of a prediction that the output begins, or else the
+        continuation of the longest match in any text.
+        """
         state = sequence.draft
         forced = state.forced[:most]
         kinds: list[Kind] = [("forced", 0)] * len(forced)
@@ -226,15 +228,22 @@ class Drafts:
 
     def accept(self, sequence: Sequence, sampled: SampledTokens) -> None:
         """Append the guesses that were right; their K/V is computed."""
-        state, counters = sequence.draft, self._lifecycle.counters
-        right = sampled.accepted.get(sequence.slot, [])
+        state, counters, slot = sequence.draft, self._lifecycle.counters, sequence.slot
+        if slot in sampled.deferred:  # with its first row, none of its guesses was checked
+            state.drop()
+            return
+        right = sampled.accepted.get(slot, [])
         for token_id, _ in right:
             sequence.append(token_id)
-        sequence.num_computed_tokens += len(right)
-        counters.drafts += 1
+        count = len(right)
+        sequence.num_computed_tokens += count
+        if state.token_ids[count : count + 1] == [sampled.token_ids[slot]]:
+            # It is right and was not accepted: a row without its mask checks nothing.
+            del state.token_ids[count:], state.kinds[count:]
+        counters.drafts += bool(state.token_ids)
         counters.draft_tokens += len(state.token_ids)
-        counters.accepted_tokens += len(right)
-        self._count(sequence, len(right))
+        counters.accepted_tokens += count
+        self._count(sequence, count)
         state.failures = 0 if right else state.failures + 1
         state.pause = min((1 << max(state.failures - 2, 0)) - 1, MAX_PAUSE)
         state.drop()

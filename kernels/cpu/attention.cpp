@@ -155,7 +155,7 @@ const bf16* widen_keys(const int8_t* k, long dim, bf16* to) {
   }
   return to - CHUNK * k_dim;
 }
-// A chunk's V in the order of bf16's: codes are finite, whatever stands behind the last token.
+// A chunk's V in the order of bf16's: any code behind the last token is finite.
 const bf16* widen_values(const int8_t* v, long dim, bf16* to) {
   for (int t = 0; t < CHUNK; t += 2, v += 2 * dim, to += 2 * dim)
     for (long d = 0; d < dim; d += BLOCK) widen_pairs(v + d, v + dim + d, to + 2 * d);

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import msgspec
 import pytest
 
-from chunkllama.adapter_messages import AdapterInfo, LoadAdapter
-from chunkllama.cache_messages import LoadPack, PackInfo, PinInfo
+from chunkllama.adapter_messages import AdapterInfo, LoadAdapter, UnloadAdapter
+from chunkllama.cache_messages import EndedPin, LoadPack, PackInfo, PinInfo
 from chunkllama.cluster.client import ClusterEngineClient
+from chunkllama.cluster.merge import tag_chunk
 from chunkllama.cluster.messages import Beat, Ended
 from chunkllama.cluster.routing import PrefixRouting
 from chunkllama.errors import EngineDeadError, OverloadedError, RequestFailedError
@@ -124,8 +126,9 @@ class Fixture:
         self.client.on_restarting = self.states.append
         self.tokens: dict[str, list[int]] = {}
 
-    def add(self, name: str) -> FakeReplica:
+    def add(self, name: str, info: EngineReady = INFO) -> FakeReplica:
         made = self.replicas[name] = FakeReplica(self.client, name)
+        made.info = info
         self.client.join(made)
         return made
 
@@ -191,6 +194,27 @@ def test_late_tokens_of_a_lost_replica_are_dropped() -> None:
         f.client.receive(first, [TokenDelta(request_id="one", choices=[late])])
         await f.step(4)
         assert await task == [1000 + i for i in range(6)]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_a_finished_request_is_left_after_its_replica_has_ended(is_closed: bool) -> None:
+    """By a client that has gone, or by a stop string in its last tokens."""
+
+    async def scenario(f: Fixture) -> None:
+        stream = f.client.generate(request("one", max_tokens=2))
+        begun = asyncio.ensure_future(anext(stream))
+        await f.step(2)  # the last token waits
+        home = next(r for r in f.replicas.values() if "one" in r.done)
+        home.die()
+        assert (await begun).choices[0].token_ids == [1000]
+        if not is_closed:
+            assert (await anext(stream)).choices[0].token_ids == [1001]
+            await f.client.abort("one", 0)
+        await stream.aclose()  # type: ignore[attr-defined]
+        assert not f.client._streams and not f.client._routes
+        f.client.routing.check_invariants()
 
     run(scenario)
 
@@ -356,6 +380,23 @@ def test_an_abort_goes_to_the_replica_that_has_the_request() -> None:
     run(scenario)
 
 
+def test_limits_are_those_that_every_replica_in_use_keeps() -> None:
+    async def scenario(f: Fixture) -> None:
+        a, b = f.replicas.values()
+        newer = msgspec.structs.replace(INFO, max_request_tokens=9000, num_chunks=50, backend="new")
+        f.add("c", newer)
+        assert f.client.info == msgspec.structs.replace(newer, max_request_tokens=4096)
+        a.die()
+        assert f.client.info.max_request_tokens == 4096
+        f.client.receive(b, [Beat(is_draining=True)])
+        assert f.client.info == newer
+        f.replicas["c"].die()
+        b.die()
+        assert f.client.info == newer, "until there is a replica again"
+
+    run(scenario)
+
+
 def test_statistics_are_summed_and_keep_what_is_gone() -> None:
     async def scenario(f: Fixture) -> None:
         pushed: list[EngineStats] = []
@@ -371,6 +412,31 @@ def test_statistics_are_summed_and_keep_what_is_gone() -> None:
         total = await f.client.stats()
         assert (total.steps_total, total.requests_running) == (7, 1)
         assert (await f.client.stats(include_tenants=True)).steps_total == 10
+        late = Beat(stats=EngineStats(steps_total=9))
+        f.client.receive(b, [Ended(reason="killed"), late])
+        assert (await f.client.stats()).steps_total == 10
+
+    run(scenario)
+
+
+def test_a_replica_that_hangs_keeps_no_statistics_of_others_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("chunkllama.cluster.client._STATS_SECONDS", 0.01)
+
+    async def hang(include_tree: bool, include_tenants: bool) -> EngineStats:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def dead(include_tree: bool, include_tenants: bool) -> EngineStats:
+        raise EngineDeadError("killed")
+
+    async def scenario(f: Fixture) -> None:
+        a, b = f.replicas.values()
+        f.add("c")
+        f.client.receive(a, [Beat(stats=EngineStats(steps_total=3))])
+        a.stats, b.stats = hang, dead  # type: ignore[method-assign]
+        assert (await f.client.stats(include_tenants=True)).steps_total == 3 + 7
 
     run(scenario)
 
@@ -396,6 +462,55 @@ def test_what_all_replicas_have_reaches_later_ones() -> None:
         assert [r.request_id for r in late.computed] == ["public"]
         assert late.got == [SetTenants()] and late.files == [pack]
         assert all(pack in replica.got for name, replica in f.replicas.items())
+
+    run(scenario)
+
+
+def test_an_adapter_that_is_unloaded_while_a_replica_joins_is_unloaded_there() -> None:
+    async def scenario(f: Fixture) -> None:
+        infos = {
+            name: AdapterInfo(
+                name=name, folder="/", rank=1, num_bytes=1, is_activated=False, digest="d"
+            )
+            for name in ("x", "y")
+        }
+        f.client.adapters.update(infos)
+        late = FakeReplica(f.client, "late")
+
+        async def ask(command: ToEngine) -> CommandReply:
+            late.commands.append(command)
+            if isinstance(command, UnloadAdapter):
+                return CommandReply(command_id=0)
+            assert isinstance(command, LoadAdapter)
+            if command.name == "y":
+                await f.client.unload_adapter("x")
+            return CommandReply(command_id=0, adapter=infos[command.name])
+
+        late.ask = ask  # type: ignore[method-assign]
+        await f.client.prepare(late)
+        told = [(type(c), c.name) for c in late.commands]  # type: ignore[union-attr]
+        assert told == [(LoadAdapter, "x"), (LoadAdapter, "y"), (UnloadAdapter, "x")]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("chunk_id", [-1, 3])
+def test_a_pin_that_an_operator_ends_is_not_made_again_by_a_failover(chunk_id: int) -> None:
+    async def scenario(f: Fixture) -> None:
+        pinned = msgspec.structs.replace(request("one"), tenant="t", pin_seconds=600.0)
+        task = f.begin(pinned)
+        await f.step(2)
+        home = f.home("one")
+        (number,) = [n for n, channel in f.client._channels().items() if channel is home]
+        prompt = pinned.prompt_token_ids
+        ended = EndedPin(tenant="t", namespace="", token_ids=prompt, askers=[(len(prompt), "")])
+        home.reply = CommandReply(command_id=0, ended_pins=[ended])
+        tagged = tag_chunk(number, chunk_id)
+        await f.client.cache_command("drop_pin", chunk_id=tagged)
+        home.die()
+        assert f.home("one").live["one"].pin_seconds == 0
+        await f.step(4)
+        await task
 
     run(scenario)
 

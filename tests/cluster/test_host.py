@@ -47,6 +47,7 @@ class Front:
         while len(tokens) < count:
             for item in await self.read():
                 if isinstance(item, TokenDelta) and item.request_id == name:
+                    assert item.error is None
                     tokens += [token for choice in item.choices for token in choice.token_ids]
         return tokens
 
@@ -81,6 +82,9 @@ def test_front_ends_share_an_engine_and_learn_of_its_end(tmp_path: Path) -> None
 
         await two.send(request("endless", 1900))
         await two.answer("endless", 3)
+        await one.send(request("endless", 6))  # as a front end whose channel was opened again
+        assert await one.answer("endless", 6) == answers[0]
+        await two.answer("endless", 3)
         await two.stream.aclose()  # type: ignore[attr-defined]
         running = 1
         while running:
@@ -90,11 +94,20 @@ def test_front_ends_share_an_engine_and_learn_of_its_end(tmp_path: Path) -> None
         await one.send(request("live", 1900))
         await one.answer("live", 3)
         assert host._engine is not None
-        os.kill(host._engine.pid, signal.SIGKILL)
+        process = host._engine.process
+        while True:  # until it stops inside a step
+            os.kill(process.child.pid, signal.SIGSTOP)
+            os.waitid(os.P_PID, process.child.pid, os.WSTOPPED)
+            if process.journal.running_requests():
+                break
+            os.kill(process.child.pid, signal.SIGCONT)
+        os.kill(process.child.pid, signal.SIGKILL)
         ends: list[Ended] = []
         while not ends:
             ends = [item for item in await one.read() if isinstance(item, Ended)]
-        assert set(ends[0].running) <= {"live"}
+        assert ends[0].running == ["live"]
+        host._put_to_all(Beat())
+        assert not host._links["one"].items, "nothing follows the end"
         assert await host.wait_end() == ends[0].reason
         await host.close()
 

@@ -8,7 +8,7 @@ import pytest
 
 from chunkllama.errors import ConfigError
 from chunkllama_server.config.settings import load_settings
-from chunkllama_server.process.engines import check_cluster
+from chunkllama_server.process.engines import check_cluster, logger
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,27 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv(name, "")
     with pytest.raises(ConfigError, match=r"pip install 'chunkllama\[ray\]'"):
         check_cluster(load_settings({"cluster": "auto"}, {}).settings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "warns"),
+    [
+        ({}, False),
+        ({"api_key": "a:k"}, True),
+        ({"api_key": "a:k", "isolation": "off"}, False),
+        ({"api_key": "a:k", "namespace_secret_file": "/run/secret"}, False),
+    ],
+)
+def test_keys_without_a_shared_secret_are_a_warning(
+    flags: dict[str, str],
+    warns: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("chunkllama.cluster.connect.check_ray", lambda: None)
+    caplog.set_level("WARNING", logger=logger.name)  # an engine's host may have raised it
+    check_cluster(load_settings({"cluster": "auto", **flags}, {}).settings)
+    assert ["namespace_secret_file" in line for line in caplog.messages] == [True] * warns
 
 
 def test_limits_of_a_front_end_are_those_of_all_replicas() -> None:

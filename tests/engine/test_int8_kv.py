@@ -74,17 +74,17 @@ def test_int8_answers_nearly_like_float32(tiny_core, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_choices_that_fork_inside_a_chunk_go_on_with_its_tokens(
-    tiny_core, run, backend: str
-) -> None:
-    engine = run(tiny_core(num_chunks=32, kv_dtype="int8", backend=backend))
+def test_choices_that_fork_inside_a_chunk_go_on_with_its_tokens(tiny_core, backend: str) -> None:
+    core = tiny_core(num_chunks=32, kv_dtype="int8", backend=backend)
     prompt = prompt_of(3, 90)
-    alone = engine.add(prompt, max_tokens=50)
-    engine.finish()
-    forked = engine.add(prompt, max_tokens=50, n=3)
-    engine.finish()
-    assert engine.outputs[forked] and len(engine.outputs[forked]) == 150
-    assert engine.outputs[forked].count(engine.outputs[alone][0]) >= 3
+    alone, _, _ = answer(core, prompt, 50)
+    sampling = SamplingParams(max_tokens=50, temperature=0.0, ignore_eos=True, seed=1, n=3)
+    core.add(EngineRequest(request_id="forked", prompt_token_ids=prompt, sampling=sampling))
+    forked: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    while core.has_work():
+        for choice in (choice for delta in core.step() for choice in delta.choices):
+            forked[choice.index] += choice.token_ids
+    assert forked == dict.fromkeys(range(3), alone)
 
 
 def test_the_pool_holds_nearly_twice_the_tokens_of_bfloat16(demo_path, tiny_core) -> None:

@@ -189,6 +189,21 @@ def test_predictions_are_counted(tiny_core) -> None:
     assert accepted >= 5 and rejected >= 2
 
 
+@pytest.mark.parametrize("unknown", [-1, 300, 2**31])
+def test_a_prediction_ends_before_a_token_that_the_model_does_not_have(tiny_core, unknown) -> None:
+    core = tiny_core(speculation="auto")
+    prompt = {"prompt_token_ids": [9, 8, 7], "max_tokens": 10, "ignore_eos": True}
+    submit(core, [prompt])
+    plain, _ = finish(core)
+    right = plain["r0", 0].token_ids
+    predicted = [*right[:4], unknown, *right[5:]]
+    submit(core, [{**prompt, "prediction_token_ids": predicted}])
+    (group,) = core._scheduler._groups.values()
+    assert group.prediction.tolist() == right[:4]
+    drafted, _ = finish(core)
+    assert drafted["r0", 0].token_ids == right
+
+
 SCHEMA = {
     "type": "object",
     "properties": {

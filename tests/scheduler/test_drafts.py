@@ -125,6 +125,45 @@ def test_an_operator_who_drops_a_tenant_drops_its_outputs() -> None:
     assert lifecycle.recent.get(("A", "A", "")) is None
 
 
+@pytest.mark.parametrize("unchecked", ["deferred", "without a mask"])
+def test_guesses_that_were_not_checked_are_not_counted(unchecked: str) -> None:
+    """All guesses are right, from a prediction of what follows."""
+    prompt = [0, 1, 0, 1]
+    plain = SimulatedEngine(40, 4)
+    name = plain.add(prompt, 60)
+    plain.run()
+    engine = SimulatedEngine(40, 4, speculation=True)
+    engine.add(prompt, 60, prediction_token_ids=[*plain.outputs[name, 0], 0])
+    engine.model.defer_share = 0.4 if unchecked == "deferred" else 0.0
+    num_unchecked = 0
+    compute = engine.model.execute
+
+    def execute(output: SchedulerOutput) -> SampledTokens:
+        nonlocal num_unchecked
+        sampled = compute(output)
+        drafted = {piece.slot for piece in output.slices if piece.num_drafts}
+        late = drafted & sampled.deferred
+        if unchecked == "without a mask" and engine.num_steps % 3 == 0:
+            late = drafted & sampled.accepted.keys()
+            for slot in late:
+                token, entry = sampled.accepted.pop(slot)[0]
+                assert entry is not None
+                sampled.token_ids[slot], sampled.logprobs[slot] = token, entry
+        num_unchecked += len(late)
+        return sampled
+
+    engine.model.execute = execute  # type: ignore[method-assign]
+    accepted = rejected = 0
+    while not engine.finished:
+        for delta in engine.step():
+            accepted += delta.num_accepted_predicted
+            rejected += delta.num_rejected_predicted
+    engine.check_outputs()
+    stats = engine.scheduler.stats()
+    assert num_unchecked and accepted and rejected == 0
+    assert stats.draft_tokens_total == stats.accepted_draft_tokens_total == accepted
+
+
 def test_rows_of_guesses_are_charged_to_their_tenant() -> None:
     engine = SimulatedEngine(40, 4, speculates=True)
     engine.add([0, 1, 0, 1], 30, tenant="A")

@@ -6,13 +6,20 @@ import json
 
 import pytest
 
+PREDICTION = {"type": "content", "content": "abx"}
 PARTS = [{"type": "text", "text": "ab"}, {"type": "text", "text": "x<|eos|>"}]
+
+
+@pytest.fixture(scope="module")
+def guessing_server(start_server):
+    return start_server(speculation="auto")
 
 
 @pytest.mark.parametrize("content", ["abx<|eos|>", PARTS], ids=["text", "parts"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_a_prediction_is_counted_in_usage(server, content, stream):
+def test_a_prediction_is_counted_in_usage(guessing_server, content, stream):
     """The reply has "ab" in common with it; its control tokens are plain text."""
+    server = guessing_server
     body = {"prediction": {"type": "content", "content": content}}
     if stream:
         options = {"stream": True, "stream_options": {"include_usage": True}}
@@ -29,10 +36,11 @@ def test_a_prediction_is_counted_in_usage(server, content, stream):
     assert usage["completion_tokens"] == 4, "what was rejected is no output"
 
 
-def test_without_a_prediction_there_is_none(server):
-    details = server.chat("say(abc)yas").json()["usage"]["completion_tokens_details"]
-    assert details["accepted_prediction_tokens"] == details["rejected_prediction_tokens"] == 0
-    assert server.engine.requests[-1].prediction_token_ids == []
+def test_without_a_prediction_or_speculation_there_is_none(server, guessing_server):
+    for at, body in ((guessing_server, {}), (server, {"prediction": PREDICTION})):
+        details = at.chat("say(abc)yas", **body).json()["usage"]["completion_tokens_details"]
+        assert details["accepted_prediction_tokens"] == details["rejected_prediction_tokens"] == 0
+        assert at.engine.requests[-1].prediction_token_ids == []
 
 
 @pytest.mark.parametrize(

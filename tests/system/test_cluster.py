@@ -270,7 +270,7 @@ def test_two_front_ends_choose_the_same_replica(two: Cluster, rng) -> None:
             cached.append(usage["prompt_tokens_details"]["cached_tokens"])
     assert max(cached[:8]) < 64 and min(cached[8:]) >= 128, cached
     assert second.stop(signal.SIGTERM) == 0
-    assert len(two.engines()) == 2, "a front end that joined takes nothing with it"
+    assert len(two.engines()) == 2, "replicas outlive a front end that joined"
 
 
 async def load_until(url: str, done: asyncio.Event, rng: Any) -> list[str]:

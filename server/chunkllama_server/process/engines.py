@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 from chunkllama import __version__
 from chunkllama.engine.supervisor import SupervisedEngineClient
 from chunkllama.errors import ConfigError
+from chunkllama.logger import init_logger
 from chunkllama_server.config.settings import Settings
+
+logger = init_logger(__name__)
 
 if TYPE_CHECKING:
     from chunkllama.cluster.client import ClusterEngineClient
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def check_cluster(settings: Settings) -> None:
-    """Check the settings of a cluster.
+    """Check the settings of a cluster; warn of those with which its front ends share no cache.
 
     Raises:
         ConfigError: Ray is not installed, or a setting does not go with a cluster.
@@ -39,6 +42,15 @@ def check_cluster(settings: Settings) -> None:
     from chunkllama.cluster.connect import check_ray
 
     check_ray()
+    if (
+        settings.keys_by_tenant()
+        and settings.isolation != "off"
+        and not settings.namespace_secret_file
+    ):
+        logger.warning(
+            "namespace_secret_file: not set; with API keys, front ends without the same file share "
+            "no cached prompts"
+        )
 
 
 def watch_cluster(context: ServerContext, engine: ServedEngine) -> None:

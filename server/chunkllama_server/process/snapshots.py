@@ -87,10 +87,14 @@ def open_snapshots(settings: Settings, secret: bytes | None) -> Snapshots | None
     if folder is None:
         return None
     try:
-        lock = lock_folder(folder)
-        # The former server was killed with its engine, perhaps: that says nothing about the file.
-        loading_mark(folder / _FILE).unlink(missing_ok=True)
-        return Snapshots(folder, lock, secret or _secret(folder / _SECRET), settings)
+        with contextlib.ExitStack() as undone:
+            lock = lock_folder(folder)
+            undone.callback(os.close, lock)
+            # The former server was killed with its engine, perhaps: no fault of the file.
+            loading_mark(folder / _FILE).unlink(missing_ok=True)
+            secret = secret or _secret(folder / _SECRET)
+            undone.pop_all()
+        return Snapshots(folder, lock, secret, settings)
     except BlockingIOError:
         logger.warning("snapshots are off: another server uses %s", folder)
         return None

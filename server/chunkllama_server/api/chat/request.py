@@ -212,8 +212,10 @@ class PreparedChat:
         )
 
     async def _prediction_ids(self) -> list[int]:
-        """Tokenize the predicted answer; without control tokens, as the model writes it."""
-        if self.body.prediction is None:
+        """Tokenize the predicted answer, if guesses are made; control tokens are plain text in it,
+        as the model writes it.
+        """
+        if self.body.prediction is None or self.context.settings.speculation == "off":
             return []
         text, tokenizer = self.body.prediction.text, self.context.text.tokenizer
         ids = await self.context.text.run(
