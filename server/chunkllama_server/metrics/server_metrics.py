@@ -114,12 +114,12 @@ class EngineStatsCollector:
     """Renders the last engine snapshot and its age; counters keep rising across restarts.
 
     Attributes:
-        supervisor: counts the restarts.
+        last: the snapshot. supervisor: counts the restarts.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._last = EngineStats()
+        self.last = EngineStats()
         self._before = EngineStats()
         self._updated_at = clock()
         self.supervisor: Supervisor = NoSupervisor()
@@ -129,30 +129,25 @@ class EngineStatsCollector:
         """Time since the last snapshot arrived."""
         return self._clock() - self._updated_at
 
-    @property
-    def chunks_total(self) -> int:
-        """Chunks of the pools in the last snapshot; 0 before there is one."""
-        return self._last.chunks_total
-
     def update(self, stats: EngineStats) -> None:
         """Store a snapshot; one with fewer steps comes from a new engine process."""
-        if stats.steps_total < self._last.steps_total:
+        if stats.steps_total < self.last.steps_total:
             self.restarted()
-        self._last = stats
+        self.last = stats
         self._updated_at = self._clock()
 
     def restarted(self) -> None:
         """Add up the counters of an engine process that has ended; its pool is gone."""
-        last = self._last
+        last = self.last
         for name in (*ENGINE_COUNTERS, *_HITS):
             setattr(self._before, name, self._count(name))
         for name in ENGINE_HISTOGRAMS:
             getattr(self._before, name).add(getattr(last, name))
-        self._last = EngineStats(chunks_total=last.chunks_total, chunks_free=last.chunks_total)
+        self.last = EngineStats(chunks_total=last.chunks_total, chunks_free=last.chunks_total)
         self._updated_at = self._clock()
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._last
+        stats = self.last
         yield GaugeMetricFamily(
             "chunkllama_engine_stats_age_seconds",
             "Time since the engine's values below were read; a step may take long.",
@@ -190,11 +185,11 @@ class EngineStatsCollector:
         )
 
     def _count(self, name: str) -> int:
-        count: int = getattr(self._before, name) + getattr(self._last, name)
+        count: int = getattr(self._before, name) + getattr(self.last, name)
         return count
 
     def _histogram(self, name: str, text: str) -> HistogramMetricFamily:
-        before, last = getattr(self._before, name), getattr(self._last, name)
+        before, last = getattr(self._before, name), getattr(self.last, name)
         counts = accumulate(map(int.__add__, before.counts, last.counts))
         bounds = [*map(floatToGoString, last.bounds), "+Inf"]
         return HistogramMetricFamily(
@@ -314,7 +309,7 @@ class ServerMetrics:
         """Name the model, as clients know it, and the engine in the info metric."""
         self._info.labels(model, version, info.device, info.backend, info.kv_dtype).set(1)
         if self._also is not None:
-            self._also.describe(info, lambda: self.engine.chunks_total or info.num_chunks)
+            self._also.describe(info, lambda: self.engine.last.chunks_total or info.num_chunks)
 
     def reject(self, status: int) -> None:
         """Count a request that was answered with an error status."""

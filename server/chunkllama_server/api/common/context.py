@@ -124,7 +124,7 @@ class ServerContext:
     @property
     def num_chunks(self) -> int:
         """Chunks of all engines' pools together, as they last reported."""
-        return self.metrics.engine.chunks_total or self.engine.info.num_chunks
+        return self.metrics.engine.last.chunks_total or self.engine.info.num_chunks
 
     @property
     def max_running(self) -> int:
