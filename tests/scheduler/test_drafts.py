@@ -132,7 +132,7 @@ def test_guesses_that_were_not_checked_are_not_counted(unchecked: str) -> None:
     plain = SimulatedEngine(40, 4)
     name = plain.add(prompt, 60)
     plain.run()
-    engine = SimulatedEngine(40, 4, speculation=True)
+    engine = SimulatedEngine(40, 4, speculates=True)
     engine.add(prompt, 60, prediction_token_ids=[*plain.outputs[name, 0], 0])
     engine.model.defer_share = 0.4 if unchecked == "deferred" else 0.0
     num_unchecked = 0
