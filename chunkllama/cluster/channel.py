@@ -87,7 +87,7 @@ class RayChannel:
         return bytes(payload or b"")
 
     async def run(self, client: ClusterEngineClient, hang_seconds: float) -> None:
-        """Read the channel until the replica ends or hangs; the client is told of it."""
+        """Read the channel until the replica ends or hangs, and tell the client."""
         parts = [
             asyncio.create_task(self._read(client)),
             asyncio.create_task(self._write()),

@@ -16,9 +16,10 @@ from chunkllama.text.output_processor import OutputDelta
 from chunkllama_server.api.chat.next_prompt import watch_answer
 from chunkllama_server.api.chat.prompt import ChatPrompt, ChatPrompter
 from chunkllama_server.api.chat.thinking import with_thoughts
-from chunkllama_server.api.common.branches import Generation, branch_stream
+from chunkllama_server.api.common.branches import branch_stream
 from chunkllama_server.api.common.context import ServerContext, check_stream_options
 from chunkllama_server.api.common.forks import fork_stream, without_forks
+from chunkllama_server.api.common.joined_stream import Generation
 from chunkllama_server.api.common.prompt_cache import CachePlan, cache_plan
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.sampling import (

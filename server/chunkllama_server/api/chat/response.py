@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from chunkllama.text.output_processor import OutputDelta
-from chunkllama_server.api.common.branches import Generation
+from chunkllama_server.api.common.joined_stream import Generation
 from chunkllama_server.api.common.logprobs import LogprobFormatter
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.schema.chat_response import (

@@ -13,22 +13,22 @@ import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import msgspec
 
 from chunkllama.errors import ENDED_ON_DEMAND, RequestFailedError
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
-from chunkllama.text.output_processor import OutputDelta, OutputProcessor
+from chunkllama.text.output_processor import OutputDelta
 from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.api.common.context import ServerContext
+from chunkllama_server.api.common.joined_stream import JoinedStream
 from chunkllama_server.api.common.merged import merged
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.sampling import check_lengths
 from chunkllama_server.api.common.text_service import texts_size
 from chunkllama_server.api.schema.base import GenerationFields, ParallelBranches
-from chunkllama_server.api.schema.usage import CacheExplanationBody, TokenCounts
+from chunkllama_server.api.schema.usage import TokenCounts
 from chunkllama_server.transport.errors import exceeded, invalid
 
 SEPARATOR = "\n\n"
@@ -36,30 +36,6 @@ SEPARATOR = "\n\n"
 _EXCLUDED = ("use_beam_search", "tools", "functions", "structured_outputs", "echo")
 _EXCLUDED_NUMBERS = ("logprobs", "prompt_logprobs", "thinking_token_budget")
 Start = Callable[[EngineRequest], RequestStream]
-
-
-class Generation(Protocol):
-    """What an answer is made from: one request's stream, or that of its branches."""
-
-    request: EngineRequest
-
-    @property
-    def output(self) -> OutputProcessor: ...
-
-    @property
-    def counts(self) -> TokenCounts: ...
-
-    @property
-    def num_logprobs(self) -> int: ...
-
-    @property
-    def precision(self) -> str: ...
-
-    def explanations(self) -> list[CacheExplanationBody]: ...
-
-    def pieces(self) -> AsyncGenerator[list[OutputDelta], None]: ...
-
-    async def collect(self) -> list[OutputDelta]: ...
 
 
 @dataclass(slots=True)
@@ -111,7 +87,7 @@ def with_most_tokens(sampling: SamplingParams, most: int) -> SamplingParams:
     return msgspec.structs.replace(sampling, max_tokens=most, min_tokens=least)
 
 
-class BranchStream:
+class BranchStream(JoinedStream):
     """The branches of a request and what follows their join, as one stream of one choice.
 
     Args:
@@ -121,9 +97,6 @@ class BranchStream:
         start: makes the stream of an engine request.
         tokenizer: of the model.
         max_request_tokens: prompt and answer together.
-
-    Attributes:
-        request: the parent.
     """
 
     def __init__(
@@ -135,7 +108,6 @@ class BranchStream:
         tokenizer: Tokenizer,
         max_request_tokens: int,
     ) -> None:
-        self.request = request
         self._spec = spec
         self._start = start
         self._tokenizer = tokenizer
@@ -144,17 +116,13 @@ class BranchStream:
             _Branch(lead, ids, start(_branch_request(request, ids, number)))
             for number, (lead, ids) in enumerate(leads)
         ]
+        super().__init__(request, self._branches[0].stream)
         self._after: RequestStream | None = None
 
     @property
     def requests(self) -> list[EngineRequest]:
         """The branches' requests."""
         return [branch.stream.request for branch in self._branches]
-
-    @property
-    def output(self) -> OutputProcessor:
-        """Output state of the first branch, which has what was found of the prompt."""
-        return self._branches[0].stream.output
 
     @property
     def counts(self) -> TokenCounts:
@@ -171,20 +139,6 @@ class BranchStream:
             rejected=sum(each.rejected for each in answers),
             reasoning=sum(answer.reasoning for answer in answers),
         )
-
-    @property
-    def precision(self) -> str:
-        """The type of cached K/V; "" if it is the one that the model computes in."""
-        return self._branches[0].stream.precision
-
-    @property
-    def num_logprobs(self) -> int:
-        """None: branches exclude log-probabilities."""
-        return 0
-
-    def explanations(self) -> list[CacheExplanationBody]:
-        """Return the explanation of the prompt's match, if one was asked for and is known."""
-        return self._branches[0].stream.explanations()
 
     async def pieces(self) -> AsyncGenerator[list[OutputDelta], None]:
         """Yield each branch's text with the branch's index, then the parent's after the join.
@@ -240,16 +194,6 @@ class BranchStream:
             if error.code != ENDED_ON_DEMAND:
                 raise
             branch.error = error
-
-    async def collect(self) -> list[OutputDelta]:
-        """Run to the end and return the one choice, its text joined as ``parallel.join`` says."""
-        whole = OutputDelta(0)
-        async with aclosing(self.pieces()) as stream:
-            async for pieces in stream:
-                for piece in pieces:
-                    whole.extend(piece)
-                    whole.text = whole.text if piece.whole_text is None else piece.whole_text
-        return [whole]
 
     def _joined(self, answer: str) -> str:
         """The text of the choice; ``answer`` is what follows the branches."""

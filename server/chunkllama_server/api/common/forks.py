@@ -20,19 +20,19 @@ from chunkllama.errors import (
     RequestFailedError,
 )
 from chunkllama.messages import EngineRequest
-from chunkllama.text.output_processor import OutputDelta, OutputProcessor
+from chunkllama.text.output_processor import OutputDelta
 from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.api.common.branches import (
-    Generation,
     Start,
     excluded_field,
     with_most_tokens,
 )
 from chunkllama_server.api.common.context import ServerContext
+from chunkllama_server.api.common.joined_stream import Generation, JoinedStream
 from chunkllama_server.api.common.merged import Merger
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.schema.base import GenerationFields
-from chunkllama_server.api.schema.usage import CacheExplanationBody, TokenCounts
+from chunkllama_server.api.schema.usage import TokenCounts
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ async def _until_ended(branch: RequestStream) -> AsyncGenerator[list[OutputDelta
             raise
 
 
-class ForkStream:
+class ForkStream(JoinedStream):
     """An answer and the branches that it forks, as one stream of one choice.
 
     Args:
@@ -81,9 +81,6 @@ class ForkStream:
         max_threads: the answer and its branches; a fork beyond them is left without a branch.
         max_request_tokens: prompt and answer together.
         tokenizer: of the model.
-
-    Attributes:
-        request: the answer's.
     """
 
     def __init__(
@@ -95,18 +92,13 @@ class ForkStream:
         max_request_tokens: int,
         tokenizer: Tokenizer,
     ) -> None:
-        self.request = request
+        super().__init__(request, start(request))
         self._fork, self._child = tokens
         self._start = start
         self._max_threads = max_threads
         self._max_request_tokens = max_request_tokens
         self._tokenizer = tokenizer
-        self._threads = [_Thread(start(request))]
-
-    @property
-    def output(self) -> OutputProcessor:
-        """Output state of the answer itself."""
-        return self._threads[0].stream.output
+        self._threads = [_Thread(self._first)]
 
     @property
     def counts(self) -> TokenCounts:
@@ -122,20 +114,6 @@ class ForkStream:
             rejected=sum(each.rejected for each in parts),
             reasoning=sum(part.reasoning for part in parts),
         )
-
-    @property
-    def precision(self) -> str:
-        """The type of cached K/V; "" if it is the one that the model computes in."""
-        return self._threads[0].stream.precision
-
-    @property
-    def num_logprobs(self) -> int:
-        """None: branches exclude log-probabilities."""
-        return 0
-
-    def explanations(self) -> list[CacheExplanationBody]:
-        """Return the explanation of the prompt's match, if one was asked for and is known."""
-        return self._threads[0].stream.explanations()
 
     async def pieces(self) -> AsyncGenerator[list[OutputDelta], None]:
         """Yield the text of the answer, and that of branches with the branch's index from 1 on.
@@ -197,16 +175,6 @@ class ForkStream:
             explain=False,
         )
         return _Thread(self._start(request))
-
-    async def collect(self) -> list[OutputDelta]:
-        """Run to the end and return the one choice, each branch's text in the place of its fork."""
-        whole = OutputDelta(0)
-        async with aclosing(self.pieces()) as stream:
-            async for pieces in stream:
-                for piece in pieces:
-                    whole.extend(piece)
-        whole.text = self._threads[0].whole_text(self._tokenizer)
-        return [whole]
 
 
 def fork_stream(

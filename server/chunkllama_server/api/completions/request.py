@@ -8,9 +8,10 @@ from typing import cast
 
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import GrammarSpec, SamplingParams
-from chunkllama_server.api.common.branches import Generation, branch_stream
+from chunkllama_server.api.common.branches import branch_stream
 from chunkllama_server.api.common.context import ServerContext, check_stream_options
 from chunkllama_server.api.common.forks import fork_stream, without_forks
+from chunkllama_server.api.common.joined_stream import Generation
 from chunkllama_server.api.common.prompt_cache import cache_plan
 from chunkllama_server.api.common.request_stream import RequestStream
 from chunkllama_server.api.common.sampling import (

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from chunkllama.messages import TokenLogprob
 from chunkllama.text.output_processor import OutputDelta
-from chunkllama_server.api.common.branches import Generation
+from chunkllama_server.api.common.joined_stream import Generation
 from chunkllama_server.api.common.logprobs import LogprobFormatter, TextOffsets
 from chunkllama_server.api.common.merged import MAX_AT_ONCE, merged
 from chunkllama_server.api.schema.completions import (

@@ -11,7 +11,7 @@ from typing import Any
 
 from chunkllama.errors import OverloadedError
 from chunkllama.text.output_processor import OutputDelta
-from chunkllama_server.api.common.branches import Generation
+from chunkllama_server.api.common.joined_stream import Generation
 from chunkllama_server.api.common.logprobs import LogprobFormatter
 from chunkllama_server.api.common.response_store import EventRecorder
 from chunkllama_server.api.responses.event_stream import EventStream

@@ -11,8 +11,8 @@ from starlette.responses import Response as HttpResponse
 
 from chunkllama_server.api.chat.request import PreparedChat, prepare_chat
 from chunkllama_server.api.common.background import EventLog, RunningResponse
-from chunkllama_server.api.common.branches import Generation
 from chunkllama_server.api.common.context import Context, ServerContext
+from chunkllama_server.api.common.joined_stream import Generation
 from chunkllama_server.api.common.logprobs import LogprobFormatter
 from chunkllama_server.api.common.response_store import StoredResponse
 from chunkllama_server.api.dialect.route import DialectRoute
