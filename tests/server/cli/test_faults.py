@@ -196,15 +196,22 @@ def test_f13_a_request_that_kills_the_engine(start, tmp_path) -> None:
     assert idle(server)["engine_restarts_total"] <= 4
 
 
-def test_f15_nothing_is_left_when_the_server_is_killed(start_stopping, tmp_path) -> None:
-    temporary, cache = tmp_path / "tmp", tmp_path / "cache"
+@pytest.mark.parametrize(
+    "standby", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["alone", "standby"]
+)
+def test_f15_nothing_is_left_when_the_server_is_killed(start_stopping, tmp_path, standby) -> None:
+    temporary, cache, snapshots = (tmp_path / name for name in ("tmp", "cache", "snapshots"))
     temporary.mkdir()
-    server = start_stopping(TMPDIR=str(temporary), CHUNKLLAMA_CACHE=str(cache))
-    family = psutil.Process(server.process.pid).children(recursive=True)
-    for pid in [server.process.pid, *(process.pid for process in family)]:
-        opened = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    flags = ("--snapshot-dir", snapshots, *(("--standby",) if standby else ()))
+    server = start_stopping(*flags, TMPDIR=str(temporary), CHUNKLLAMA_CACHE=str(cache))
+    api = psutil.Process(server.process.pid)
+    wait_until(lambda: len(api.children()) == 1 + standby)
+    family = api.children(recursive=True)
+    for process in (api, *family):
+        opened = [os.readlink(entry) for entry in Path(f"/proc/{process.pid}/fd").iterdir()]
         assert not [name for name in opened if name.startswith("/dev/shm/")]
-        assert "/dev/shm/" not in Path(f"/proc/{pid}/maps").read_text()
+        assert "/dev/shm/" not in Path(f"/proc/{process.pid}/maps").read_text()
+        assert not [each.laddr for each in process.net_connections("unix") if each.laddr]
     with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=120) as response:
         lines = response.iter_lines()
         next(lines)
@@ -214,8 +221,17 @@ def test_f15_nothing_is_left_when_the_server_is_killed(start_stopping, tmp_path)
         with pytest.raises(httpx.TransportError):
             list(lines)
     assert list(temporary.iterdir()) == []
-    files = [path for path in cache.rglob("*") if path.is_file()] if cache.exists() else []
+    files = [
+        path
+        for folder in (cache, snapshots)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "lock"
+    ]
     assert not [path for path in files if ".tmp" in path.name or path.stat().st_size == 0]
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(("127.0.0.1", port_of(server)))
+        again.listen()
 
 
 def test_f16_a_pool_smaller_than_its_load(small_pool) -> None:
