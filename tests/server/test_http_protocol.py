@@ -137,8 +137,9 @@ def test_malformed_requests_are_refused_and_closed(limited, request_bytes):
         HEADERS + b"Content-Length: -1\r\n\r\n",
         HEADERS + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n",
         HEADERS + b"Transfer-Encoding: chunked\r\n\r\nno size\r\n",
+        HEADERS + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
     ],
-    ids=["method", "header", "length", "two lengths", "chunk"],
+    ids=["method", "header", "length", "two lengths", "chunk", "length and chunk"],
 )
 def test_a_refusal_can_be_read_behind_what_follows_the_error(limited, begun):
     """Bytes that the server has not read when it closes make the kernel discard its answer."""

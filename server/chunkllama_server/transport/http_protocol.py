@@ -176,7 +176,7 @@ class LimitedH11Protocol(H11Protocol):
         cycle = self.cycle
         super().handle_events()
         is_new = self.cycle is not cycle
-        if is_new:
+        if is_new and not self.transport.is_closing():  # else its body was refused already
             self._check_request()
         if self.is_lingering:
             return  # the clock is the linger's
