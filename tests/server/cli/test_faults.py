@@ -128,6 +128,19 @@ def test_f06_a_prompt_larger_than_the_pool(small_pool) -> None:
     assert httpx.post(url, json=fits, timeout=120).status_code == 200
 
 
+def test_f07_parts_of_characters(served) -> None:
+    body = b'{"model":"tiny","prompt":"\xff","max_tokens":1}'
+    json_type = {"Content-Type": "application/json"}
+    url = f"{served.url}/v1/completions"
+    assert httpx.post(url, content=body, headers=json_type, timeout=120).status_code == 400
+    # of random bytes, many of which begin a character
+    fields = {**LONG, "max_tokens": 400, "temperature": 2.0, "seed": 7}
+    (streamed,) = asyncio.run(stream_all(served, [fields]))
+    whole = httpx.post(url, json={**fields, "stream": False}, timeout=120).json()["choices"][0]
+    assert streamed.text[0] == whole["text"] and "\ufffd" in whole["text"]
+    assert not whole["text"].isascii()
+
+
 def test_f08_logits_that_are_no_numbers(start, tmp_path) -> None:
     """The embedding of one token is NaN: prompts with it fail, what runs beside them does not."""
     write_tiny_model(tmp_path)
@@ -330,6 +343,22 @@ def few_descriptors(tmp_path: Path) -> str:
         "    resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))\n"
     )
     return str(tmp_path)
+
+
+@pytest.mark.nightly
+def test_f30_a_reader_that_stalls(start) -> None:
+    server = start("--stream-stall-seconds", 0.5)
+    body = b"""{"model": "tiny", "messages": [{"role": "user", "content": "go on"}], "n": 16,
+        "max_tokens": 900, "stream": true, "ignore_eos": true, "logprobs": true,
+        "top_logprobs": 20}"""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", port_of(server)))
+    with sock:
+        sock.sendall(raw_request(body).replace(b"/v1/completions", b"/v1/chat/completions"))
+        wait_until(lambda: metrics(server)['request_finished_total{reason="abort"}'] == 1)
+    idle(server)
+    assert server.chat(max_tokens=2).status_code == 200
 
 
 def test_f31_no_descriptor_is_left_for_clients(start, few_descriptors) -> None:
