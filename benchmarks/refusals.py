@@ -30,7 +30,7 @@ from chunkllama import __version__
 
 RESULTS = Path(__file__).parent / "results"
 QUIET_TOKENS = 200
-NUM_SLOWEST = 10
+NUM_SHOWN = 10
 
 
 async def ask(port: int, request: bytes) -> tuple[int, float]:
@@ -55,6 +55,7 @@ async def ask(port: int, request: bytes) -> tuple[int, float]:
 async def run(port: int, options: argparse.Namespace) -> dict[str, Any]:
     key = f"\r\nAuthorization: Bearer {ATTACKER}\r\n".encode()
     statuses: Counter[int] = Counter()
+    unanswered: list[str] = []
     refusals: list[float] = []
     slowest: list[tuple[float, int, int, str]] = []
     async with Probe(port) as probe, polled_health(port) as health:
@@ -63,11 +64,13 @@ async def run(port: int, options: argparse.Namespace) -> dict[str, Any]:
         for request in malformed_requests(options.seed, options.count):
             status, seconds = await ask(port, request.replace(b"\r\n", key, 1))
             statuses[status] += 1
+            if status == 0:
+                unanswered.append(request[:60].decode("latin-1"))
             if status >= 400:
                 refusals.append(1000 * seconds)
                 beginning = request[:60].decode("latin-1")
                 slowest.append((round(1000 * seconds, 1), status, len(request), beginning))
-                slowest = sorted(slowest, reverse=True)[:NUM_SLOWEST]
+                slowest = sorted(slowest, reverse=True)[:NUM_SHOWN]
         last = len(probe.arrivals)
         await probe.wait_for(last + QUIET_TOKENS, 120)
         errors, times = probe.errors, probe.arrivals
@@ -78,6 +81,8 @@ async def run(port: int, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "requests": options.count,
         "statuses": {str(status): count for status, count in sorted(statuses.items())},
+        "unanswered": len(unanswered),
+        "first_unanswered": unanswered[:NUM_SHOWN],
         "server_errors": sum(count for status, count in statuses.items() if status >= 500),
         "refusals": len(refusals),
         "refusal_ms": {

@@ -41,6 +41,7 @@ class RayChannel:
     def __init__(self, name: str, actor: Any, info: EngineReady) -> None:
         self.name = name
         self.info = info
+        self.lost = asyncio.Event()
         self._actor = actor
         self._front = secrets.token_hex(8)
         self._outbox: list[ToEngine] = []

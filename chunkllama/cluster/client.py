@@ -147,6 +147,7 @@ class ClusterEngineClient(CommandsToAll):
         if replica is None or replica.channel is not channel:
             return
         del self._replicas[channel.name]
+        channel.lost.set()
         live = []
         for request_id, stream in self._streams.items():
             if self._has(channel.name, request_id):
@@ -376,6 +377,8 @@ class ClusterEngineClient(CommandsToAll):
 
     async def close(self) -> None:
         self._fail_all(EngineDeadError("the server is stopping"))
+        for replica in self._replicas.values():
+            replica.channel.lost.set()
         on_close, self.on_close = self.on_close, _nothing
         await on_close()
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -39,10 +39,12 @@ class Channel(Protocol):
     Attributes:
         name: of the replica.
         info: of its engine.
+        lost: set when the front end no longer uses the replica, which may have ended or hang.
     """
 
     name: str
     info: EngineReady
+    lost: asyncio.Event
 
     def send(self, messages: list[ToEngine]) -> None:
         """Queue messages; lost if the replica has ended."""
@@ -128,15 +130,15 @@ class CommandsToAll(MessageClient):
         self._public[request.request_id] = request
         return next((delta for delta in deltas if delta.pin_refused), deltas[0])
 
-    async def _from_all(self, call: Callable[[Channel], Awaitable[T]]) -> dict[int, T]:
+    async def _from_all(self, call: Callable[[Channel], Coroutine[Any, Any, T]]) -> dict[int, T]:
         """What every replica answers, by number, also those that join meanwhile.
 
         Raises:
-            EngineDeadError: there is none, or one has ended.
+            EngineDeadError: there is none, or one has ended or hangs.
         """
         answers: dict[int, T] = {}
         while new := {n: each for n, each in self._channels().items() if n not in answers}:
-            found = await asyncio.gather(*map(call, new.values()))
+            found = await asyncio.gather(*(_unless_lost(each, call(each)) for each in new.values()))
             answers |= zip(new, found, strict=True)
         if not answers:
             raise EngineDeadError("no replica is ready")
@@ -152,13 +154,14 @@ class CommandsToAll(MessageClient):
                 best = self._best(command.prompt_token_ids, command.namespace)
                 if best is None:
                     raise EngineDeadError("no replica is ready")
-                return await best.ask(command)
+                return await _unless_lost(best, best.ask(command))
             case CacheCommand() if command.chunk_id >= 0:
                 number, chunk_id = untag_chunk(command.chunk_id)
                 if number not in channels:
                     return CommandReply(command_id=0, found=False)
                 own = msgspec.structs.replace(command, chunk_id=chunk_id)
-                reply = await channels[number].ask(own)
+                channel = channels[number]
+                reply = await _unless_lost(channel, channel.ask(own))
             case _:
                 reply = merge_replies(await self._from_all(lambda each: each.ask(command)))
         if isinstance(command, UnloadAdapter) and not reply.error:
@@ -176,6 +179,24 @@ class CommandsToAll(MessageClient):
         raise InvalidRequestError(
             "a cluster has a cache in each replica; its events are not joined"
         )
+
+
+async def _unless_lost(channel: Channel, call: Coroutine[Any, Any, T]) -> T:
+    """What a call to a replica gives; a replica that hangs is lost, and would never answer.
+
+    Raises:
+        EngineDeadError: the replica has ended, or was lost meanwhile.
+    """
+    calling = asyncio.ensure_future(call)
+    losing = asyncio.ensure_future(channel.lost.wait())
+    try:
+        await asyncio.wait({calling, losing}, return_when=asyncio.FIRST_COMPLETED)
+        if not calling.done():
+            raise EngineDeadError(f"replica {channel.name} was lost")
+        return calling.result()
+    finally:
+        calling.cancel()
+        losing.cancel()
 
 
 async def _give(channel: Channel, item: Kept) -> None:

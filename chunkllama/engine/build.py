@@ -128,6 +128,7 @@ def _load(config: EngineConfig, folder: Path, size: EngineSize) -> ModelRunner:
     try:
         return load_executor(
             model_path=folder,
+            spec=size.spec,
             device=size.device,
             dtype=size.dtype,
             kv_dtype=config.cache.kv_dtype,

@@ -6,6 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import queue
 import random
 import secrets
@@ -351,7 +352,10 @@ class _QueueChannel:
         return messages
 
     def send(self, messages: list[FromEngine]) -> None:
-        self._loop.call_soon_threadsafe(self._deliver, messages)
+        try:
+            self._loop.call_soon_threadsafe(self._deliver, messages)
+        except RuntimeError:  # the loop is closed: there is no one to serve
+            raise SystemExit(0) from None
 
 
 class InProcessEngineClient(MessageClient):
@@ -364,6 +368,8 @@ class InProcessEngineClient(MessageClient):
         self._channel = _QueueChannel(self._loop, self._dispatch)
         self._thread = threading.Thread(target=self._run, args=(core,), name="engine", daemon=True)
         self._thread.start()
+        # A thread that returns from torch to an interpreter that has ended aborts the process.
+        atexit.register(self._stop)
 
     def _run(self, core: EngineCore) -> None:
         from chunkllama.engine.loop import run_engine_loop
@@ -378,7 +384,12 @@ class InProcessEngineClient(MessageClient):
     def _send(self, message: ToEngine) -> None:
         self._channel.inbox.put(message)
 
-    async def close(self) -> None:
+    def _stop(self) -> None:
+        """End the thread after its present step."""
         self._send(Shutdown())
-        await asyncio.to_thread(self._thread.join)
+        self._thread.join()
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._stop)
+        atexit.unregister(self._stop)
         self._fail_all(EngineDeadError("the engine was closed"))

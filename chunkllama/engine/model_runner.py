@@ -23,7 +23,6 @@ from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.attention import Attention
-from chunkllama.models.config import read_spec
 from chunkllama.models.llama import Llama
 from chunkllama.models.loading.safetensors import Checkpoint
 from chunkllama.models.loading.weights import load_weights
@@ -267,6 +266,7 @@ class ModelRunner:
 def load_executor(  # noqa: PLR0913
     *,
     model_path: Path,
+    spec: ModelSpec,
     device: str,
     dtype: str,
     num_chunks: int,
@@ -282,7 +282,7 @@ def load_executor(  # noqa: PLR0913
     """Load a model folder's executor and allocate its pool.
 
     Args:
-        dtype: as ``resolve_dtype`` returns it.
+        spec, dtype: as ``read_spec`` and ``resolve_dtype`` return them.
         max_model_len: positions the rotary table covers.
         backend, isa_level: "auto" or the name of one; levels are the cpu backend's.
         weights, kv_dtype: storage of linear layers and K/V, "auto" or what the backend offers.
@@ -291,7 +291,7 @@ def load_executor(  # noqa: PLR0913
     Raises:
         ConfigError: the folder or a setting is unusable; checked before any weight is read.
     """
-    spec = read_spec(model_path).for_length(max_model_len)
+    spec = spec.for_length(max_model_len)
     checkpoint = Checkpoint(model_path, spec)
     foreign = None
     if not spec.is_native:

@@ -372,7 +372,7 @@ def main(make_digest: MakeDigest | None = None) -> int:
         logger.exception("a step has failed")
         os._exit(1)  # at once, whatever its threads do: the parent starts another process
     core.close()
-    return 0
+    os._exit(0)  # a thread inside torch would abort a process that ends in the usual way
 
 
 if __name__ == "__main__":

@@ -25,11 +25,18 @@ def resident(tensor: torch.Tensor) -> int:
     return sum(state & 1 for state in states) * page
 
 
+def committed(committer: PoolCommitter) -> PoolCommitter:
+    """Begin at the first chunk, and wait."""
+    committer.reach(0)
+    committer.join()
+    return committer
+
+
 @pytest.fixture
 def layers() -> list[torch.Tensor]:
     """Three layers of 12 chunks, where the system can commit pages."""
     probe = allocate_lazily(HUGE_PAGE, torch.uint8)
-    PoolCommitter([probe], 1).join()
+    committed(PoolCommitter([probe], 1))
     if resident(probe) == 0:
         pytest.skip("this kernel has no MADV_POPULATE_WRITE")
     return list(allocate_lazily(SIZE, torch.uint8).view(3, SIZE // 3).unbind())
@@ -41,7 +48,7 @@ def total(layers: list[torch.Tensor]) -> int:
 
 def test_a_small_pool_is_committed_before_its_first_use(layers) -> None:
     layers[1][12345] = 7
-    PoolCommitter(layers, 12).join()
+    committed(PoolCommitter(layers, 12))
     assert total(layers) == SIZE
     assert layers[1][12345] == 7
     assert sum(int(layer.sum()) for layer in layers) == 7
@@ -53,6 +60,7 @@ def test_a_pool_works_where_no_thread_can_be_started(layers, monkeypatch) -> Non
 
     monkeypatch.setattr("threading.Thread.start", refuse)
     committer = PoolCommitter(layers, 12)
+    committer.reach(0)
     monkeypatch.undo()
     committer.reach(11)
     committer.join()
@@ -61,8 +69,7 @@ def test_a_pool_works_where_no_thread_can_be_started(layers, monkeypatch) -> Non
 
 def test_pages_are_committed_ahead_of_the_highest_chunk(layers, monkeypatch) -> None:
     monkeypatch.setattr("chunkllama.backends.cpu.memory.AHEAD", 3 * HUGE_PAGE)
-    committer = PoolCommitter(layers, 12)
-    committer.join()
+    committer = committed(PoolCommitter(layers, 12))
     first = total(layers)
     assert 0 < first < SIZE
     committer.reach(1)  # more than half of what is committed lies ahead of it

@@ -47,7 +47,7 @@ class FakeReplica:
     """A channel whose replica answers token ``i`` with ``1000 + i``, when told to step."""
 
     def __init__(self, client: ClusterEngineClient, name: str) -> None:
-        self.name, self.info = name, INFO
+        self.name, self.info, self.lost = name, INFO, asyncio.Event()
         self.client = client
         self.got: list[ToEngine] = []
         self.live: dict[str, EngineRequest] = {}
@@ -437,6 +437,34 @@ def test_a_replica_that_hangs_keeps_no_statistics_of_others_back(
         f.client.receive(a, [Beat(stats=EngineStats(steps_total=3))])
         a.stats, b.stats = hang, dead  # type: ignore[method-assign]
         assert (await f.client.stats(include_tenants=True)).steps_total == 3 + 7
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("ends", ["lost", "closed"])
+@pytest.mark.parametrize("what", ["load", "drop", "explain", "public"])
+def test_a_command_waits_for_a_replica_that_hangs_until_it_is_lost(what: str, ends: str) -> None:
+    async def scenario(f: Fixture) -> None:
+        hangs = asyncio.Event().wait
+        a, b = f.replicas.values()
+        for replica in (a, b):  # either may be the one that is asked
+            replica.ask = replica.compute = lambda _: hangs()  # type: ignore[method-assign]
+        (number, *_) = f.client._channels()
+        calls: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+            "load": lambda: f.client.load_adapter("x", "/x"),
+            "drop": lambda: f.client.cache_command("drop_pin", chunk_id=tag_chunk(number, 1)),
+            "explain": lambda: f.client.explain([1] * 70),
+            "public": lambda: f.client.keep_public(request("public")),
+        }
+        call = asyncio.create_task(calls[what]())
+        await settle()
+        assert not call.done()
+        if ends == "closed":
+            await f.client.close()
+        for replica in (a, b) if ends == "lost" else ():
+            f.client.lose(replica, "hangs", None, hung=True)
+        with pytest.raises(EngineDeadError):
+            await call
 
     run(scenario)
 

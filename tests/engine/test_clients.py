@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -407,3 +409,33 @@ def test_beams_that_arrive_at_once_are_no_backlog(open_client) -> None:
             assert await collect(client, beams) == {i: [5, 5, 5] for i in range(3)}
 
     asyncio.run(scenario())
+
+
+UNCLOSED = """
+import asyncio, sys
+from chunkllama.config import EngineConfig
+from chunkllama.engine.build import build_engine
+from chunkllama.engine.client import InProcessEngineClient
+from chunkllama.messages import EngineRequest
+from chunkllama.sampling_params import SamplingParams
+
+async def main():
+    core = build_engine(EngineConfig.from_flat(model=sys.argv[1], dtype="float32", threads=1))
+    client = InProcessEngineClient(core)
+    sampling = SamplingParams(max_tokens=900, temperature=0.0, ignore_eos=True, seed=1)
+    # no stream, whose end would abort it
+    client._send(EngineRequest(request_id="long", prompt_token_ids=[70], sampling=sampling))
+    while not (await client.stats()).generation_tokens_total:
+        pass
+    return client
+
+client = asyncio.run(main())
+"""
+
+
+def test_a_program_that_does_not_close_its_engine_ends_well(tiny_model) -> None:
+    """The engine's thread is inside a step then; returning from torch would abort the program."""
+    ended = subprocess.run(
+        [sys.executable, "-c", UNCLOSED, str(tiny_model[0])], capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")

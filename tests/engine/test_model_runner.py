@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from chunkllama.engine.model_runner import ModelRunner, load_executor
 from chunkllama.errors import ConfigError
+from chunkllama.models.config import read_spec
 from chunkllama.sampling_params import GrammarSpec, SamplingParams
 from chunkllama.scheduler.output import NewSequence, SampledTokens, ScheduledSlice, SchedulerOutput
 
@@ -51,6 +52,7 @@ def oracle(folder: Path) -> LlamaForCausalLM:
 def runner(folder: Path) -> ModelRunner:
     return load_executor(
         model_path=folder,
+        spec=read_spec(folder),
         device="cpu",
         dtype="float32",
         num_chunks=16,
@@ -240,6 +242,7 @@ def test_a_weight_storage_the_backend_lacks_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="quantization: int8"):
         load_executor(
             model_path=folder,
+            spec=read_spec(folder),
             device="cpu",
             dtype="float32",
             num_chunks=4,
@@ -254,6 +257,7 @@ def test_grammar_output_of_the_demo_model(demo_path: Path) -> None:
     """Masks reach the logits: a choice is answered with one of its strings, then reported done."""
     runner = load_executor(
         model_path=demo_path,
+        spec=read_spec(demo_path),
         device="cpu",
         dtype="float32",
         num_chunks=8,

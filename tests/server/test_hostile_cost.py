@@ -440,34 +440,83 @@ def test_repetition_penalties_that_overflow_are_refused(value) -> None:
         SamplingParams(repetition_penalty=value)
 
 
-def test_a_grammar_that_takes_for_ever_holds_up_its_own_tenant_alone() -> None:
-    may_go_on = threading.Event()
+class HeldGrammars:
+    """A checker whose grammars called "slow" end when ``may_go_on`` is set."""
 
-    def validate(spec: GrammarSpec) -> None:
+    def __init__(self, grammar_wait_seconds: float) -> None:
+        self.may_go_on = threading.Event()
+        self.num_held = 0
+        limits = LimitsConfig(grammar_seconds=0.5, grammar_wait_seconds=grammar_wait_seconds)
+        self.checker = GrammarChecker(lambda: self._validate, limits)
+
+    def _validate(self, spec: GrammarSpec) -> None:
         if spec.text.startswith("slow"):
-            assert may_go_on.wait(60)
+            self.num_held += 1
+            assert self.may_go_on.wait(60)
 
-    async def main() -> list[str]:
-        limits = LimitsConfig(grammar_seconds=0.5, grammar_wait_seconds=60)
-        checker = GrammarChecker(lambda: validate, limits)
+    def begin(self, tenant: str, text: str) -> asyncio.Task[str]:
+        """Check a grammar; gives "compiled", or the error's code and message."""
 
-        async def check(tenant: str, text: str) -> str:
+        async def check() -> str:
             tenant_context.set(tenant)
             try:
-                await checker.check(GrammarSpec(kind="regex", text=text), "x")
+                await self.checker.check(GrammarSpec(kind="regex", text=text), "x")
             except ApiError as error:
-                return str(error.code)
+                return f"{error.code}: {error.message}"
             return "compiled"
 
-        found = [await asyncio.create_task(check("a", "slow"))]
-        waiting = asyncio.create_task(check("a", "next"))
-        for tenant, text in (("b", "b"), ("c", "slow"), ("b", "c")):
-            found.append(await asyncio.create_task(check(tenant, text)))
-        assert not waiting.done()
-        may_go_on.set()
-        found.append(await waiting)
-        checker.close()
-        return found
+        return asyncio.create_task(check())
 
-    late, good = "grammar_too_complex", "compiled"
-    assert asyncio.run(main()) == [late, good, late, good, good]
+    async def wait_held(self, count: int) -> None:
+        while self.num_held < count:
+            await asyncio.sleep(0.001)
+
+    async def wait_overdue(self, count: int) -> None:
+        while self.checker.num_overdue() != count:
+            await asyncio.sleep(0.001)
+
+
+LATE = "grammar_too_complex: Compiling takes longer than 0.5 s"
+
+
+def test_a_grammar_without_an_end_holds_up_its_own_tenant_alone() -> None:
+    async def main() -> None:
+        held = HeldGrammars(grammar_wait_seconds=60)
+        first = held.begin("a", "slow")
+        waiting = [held.begin("a", text) for text in ("slow 2", "next")]
+        assert await first == LATE
+        for tenant, text, answer in (
+            ("b", "b", "compiled"),
+            ("c", "slow", LATE),
+            ("b", "c", "compiled"),
+        ):
+            assert await held.begin(tenant, text) == answer
+        assert held.checker.num_overdue() == 2, "one of each tenant"
+        assert not any(task.done() for task in waiting)
+        held.may_go_on.set()
+        assert await asyncio.gather(*waiting) == ["compiled"] * 2
+        await held.wait_overdue(0)
+        held.checker.close()
+
+    asyncio.run(main())
+
+
+def test_overdue_grammars_are_bounded_and_named_in_refusals() -> None:
+    async def main() -> None:
+        held = HeldGrammars(grammar_wait_seconds=1.0)
+        for number, tenant in enumerate("abc", start=1):
+            left = held.begin(tenant, "slow")
+            await held.wait_held(number)
+            left.cancel()  # its client leaves, its thread goes on
+            await held.wait_overdue(number)
+        busy = "grammar_compiler_busy: The grammar compiler is busy with "
+        answers = await asyncio.gather(held.begin("a", "a"), held.begin("d", "d"))
+        own = "an earlier grammar of yours that takes too long"
+        assert answers == [f"{busy}{own}", f"{busy}others"]
+        assert held.checker.num_overdue() == 3
+        held.may_go_on.set()
+        await held.wait_overdue(0)
+        assert await held.begin("a", "a") == await held.begin("d", "d") == "compiled"
+        held.checker.close()
+
+    asyncio.run(main())

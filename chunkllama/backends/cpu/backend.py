@@ -120,10 +120,13 @@ class CpuBackend(Backend):
         # A model in float32 is to keep its precision.
         rounds = int4_activations == "int8" and types.own == TYPES[torch.bfloat16]
         types = replace(types, few=replace(self.tuning.few_rows, rounds=rounds))
+        fused: RunnableModel = model
         if can_fuse(model.spec):
-            return FusedModel(self.library, self.vector_rows, model, types)
-        pack_model(self.library, model.weights, types)
-        return model
+            fused = FusedModel(self.library, self.vector_rows, model, types)
+        else:
+            pack_model(self.library, model.weights, types)
+        model.kv.state.reach(0)  # not before: it would take processors from packing
+        return fused
 
     def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return float32: the kernels sum in it, and narrow what a product reads themselves."""
@@ -143,7 +146,7 @@ class CpuBackend(Backend):
         )
 
     def _allocate_layers(self, kv: KVCache, num_layers: int) -> list[torch.Tensor]:
-        """A [num_chunks, elements] tensor per layer on huge pages, committed in the background."""
+        """A [num_chunks, elements] tensor per layer on huge pages, committed from ``fuse`` on."""
         _check_shape(kv.dtype, kv.head_dim)
         heads = _heads(kv.num_kv_heads, kv, kv.dtype)
         elements = self.library.ck_chunk_elements(ctypes.byref(heads))

@@ -39,8 +39,8 @@ def allocate_lazily(elements: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 class PoolCommitter:
-    """Lets the system commit a pool's pages in a thread: ``AHEAD`` bytes beyond the highest chunk
-    in use, the low chunks of every layer first.
+    """Lets the system commit a pool's pages in a thread, from the first ``reach`` on: ``AHEAD``
+    bytes beyond the highest chunk in use, the low chunks of every layer first.
 
     A pool hands out low chunk ids first, so that its memory follows its use. What the pages hold
     stays as it is, so the pool can be used meanwhile. Committing ends early where the system cannot
@@ -58,7 +58,6 @@ class PoolCommitter:
         self._highest = -1
         self._committed = 0  # bytes of each layer
         self._thread: threading.Thread | None = None
-        self.reach(0)
 
     def reach(self, chunk_id: int) -> None:
         """Note that a chunk is in use; commit more when less than half of that is left."""

@@ -35,7 +35,7 @@ _OTHER_ITEM_SIZES = {
 }  # fmt: skip
 _SIZES = {**ITEM_SIZES, **_OTHER_ITEM_SIZES}
 MAX_HEADER_BYTES = 8 << 20  # a 405B model needs 0.2 MB; parsing more costs seconds and gigabytes
-_BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 4 << 20
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _HARMLESS = (
     *("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"),
@@ -80,8 +80,9 @@ class Checkpoint:
         infos = self._infos[name], self._infos[other]
         if infos[0].dtype != infos[1].dtype or infos[0].shape != infos[1].shape:
             return False
-        pairs = zip(self.blocks(name), self.blocks(other), strict=True)
-        return all(block == other_block for block, other_block in pairs)
+        buffers = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
+        pairs = zip(self.blocks(name, buffers[0]), self.blocks(other, buffers[1]), strict=True)
+        return all(bytes(block) == bytes(other_block) for block, other_block in pairs)
 
     def map(self, name: str) -> mmap.mmap:
         """The file of a tensor, mapped privately: pages come from the page cache when touched."""
@@ -91,27 +92,26 @@ class Checkpoint:
                 self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[path]
 
-    def blocks(self, name: str) -> Iterator[bytearray]:
-        """A tensor's bytes in blocks, the last one short; each is valid until the next.
+    def blocks(self, name: str, buffer: bytearray) -> Iterator[memoryview]:
+        """A tensor's bytes in blocks of a buffer, the last one short; each valid until the next.
 
-        For what is copied anyway: a read costs half of a first touch of mapped pages.
+        For what is copied anyway: a read costs half of a first touch of mapped pages, and a buffer
+        that is used again costs none.
         """
         info = self._infos[name]
-        buffer = bytearray(_BLOCK_BYTES)
         with info.path.open("rb", buffering=0) as file:
             file.seek(info.begin)
             left = info.end - info.begin
             while left:
-                if left < len(buffer):
-                    buffer = bytearray(left)
+                block = memoryview(buffer)[:left]
                 done = 0
-                while done < len(buffer):
-                    read = file.readinto(memoryview(buffer)[done:])
+                while done < len(block):
+                    read = file.readinto(block[done:])
                     if not read:
                         raise ConfigError(f"{info.path}: became shorter while it was read")
                     done += read
                 left -= done
-                yield buffer
+                yield block
 
     def _check_shapes(self, folder: Path, spec: ModelSpec) -> None:
         infos, method = self._infos, spec.quantization_method

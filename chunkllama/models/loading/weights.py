@@ -17,7 +17,7 @@ from chunkllama.backends.quantized import QuantizedLinear, TensorRows, WeightRow
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.loading.gguf_rows import GgufRows, file_order
 from chunkllama.models.loading.module_rows import ModuleRows
-from chunkllama.models.loading.safetensors import Checkpoint, is_quantized
+from chunkllama.models.loading.safetensors import BLOCK_BYTES, Checkpoint, is_quantized
 from chunkllama.models.rotary import head_order
 from chunkllama.models.tensors import (
     EMBEDDING,
@@ -73,6 +73,7 @@ class _Loader:
         self._dtype = dtype
         self._device = device
         self._head_order = head_order(spec.ropes[0], spec.head_dim)
+        self._buffer = bytearray(BLOCK_BYTES)
 
     def layer(self, index: int) -> LayerWeights:
         tensors = layer_tensors(self._spec, index)
@@ -150,7 +151,7 @@ class _Loader:
         stacked = torch.empty(rows, *infos[0].shape[1:], dtype=self._dtype, device=self._device)
         flat, begin, first = stacked.view(-1), 0, 0
         for name, info, order in zip(names, infos, orders, strict=True):
-            for block in self._checkpoint.blocks(name):
+            for block in self._checkpoint.blocks(name, self._buffer):
                 values = torch.frombuffer(block, dtype=TORCH_DTYPES[info.dtype])
                 flat[begin : begin + len(values)].copy_(values)
                 begin += len(values)

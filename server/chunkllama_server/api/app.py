@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client import Gauge
 from starlette.middleware.cors import CORSMiddleware
 
 from chunkllama import __version__
@@ -129,6 +130,11 @@ def create_app(
     text.share = lambda tenant: tenants.quotas(tenant).tokenizer_share or 1.0
     context.metrics.describe(settings.model_names[0], engine.info, __version__)
     lag = LoopLag(context.metrics.registry)
+    Gauge(
+        "chunkllama_overdue_grammars",
+        "Grammars whose compilation takes longer than grammar_seconds and goes on.",
+        registry=context.metrics.registry,
+    ).set_function(grammars.num_overdue)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -242,7 +242,7 @@ class LimitsConfig(ConfigGroup):
     grammar_wait_seconds: float = limit(
         10.0, "seconds", "tenant", "503 grammar_compiler_busy",
         "Wait of a grammar for the compilation of others.",
-        "The grammar compiler is busy", gt=0,
+        "The grammar compiler is busy with {value}", gt=0,
     )  # fmt: skip
     max_template_chars: int = limit(
         64 << 10, "characters", "tenant", "400",

@@ -47,7 +47,7 @@ _CHUNKED = b"\r\ntransfer-encoding: chunked\r\n"
 
 
 class _LingeringTransport:
-    """A transport whose ``close`` first lets the protocol drop the rest of a request's body.
+    """A transport whose ``close`` first lets the protocol drop the rest of a request.
 
     Closing with unread bytes makes the kernel send a reset, which discards the response at the
     client before it is read.
@@ -176,7 +176,7 @@ class LimitedH11Protocol(H11Protocol):
         cycle = self.cycle
         super().handle_events()
         is_new = self.cycle is not cycle
-        if is_new:
+        if is_new and not self.transport.is_closing():  # else its body was refused already
             self._check_request()
         if self.is_lingering:
             return  # the clock is the linger's
@@ -189,14 +189,15 @@ class LimitedH11Protocol(H11Protocol):
         """Refuse what h11 cannot parse with the usual error body."""
         if self.conn.has_small_chunks:
             msg = _SMALL_CHUNKS
-            self._end_cycle()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._end_cycle()  # it gets no more of its body
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun
             self.transport.write(_raw_response(b"400 Bad Request", msg, "bad_request"))
         self.transport.close()
 
     def begin_linger(self) -> bool:
-        """Stop sending and drop what still arrives of a body; False when nothing is to come."""
-        unfinished = self.conn.their_state is h11.SEND_BODY
+        """Stop sending and drop what still arrives of a request; False when nothing is to come."""
+        unfinished = self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
         if not unfinished or self._is_reserved or not self._raw_transport.can_write_eof():
             return False
         if self._raw_transport.is_closing():

@@ -128,6 +128,19 @@ def test_f06_a_prompt_larger_than_the_pool(small_pool) -> None:
     assert httpx.post(url, json=fits, timeout=120).status_code == 200
 
 
+def test_f07_parts_of_characters(served) -> None:
+    body = b'{"model":"tiny","prompt":"\xff","max_tokens":1}'
+    json_type = {"Content-Type": "application/json"}
+    url = f"{served.url}/v1/completions"
+    assert httpx.post(url, content=body, headers=json_type, timeout=120).status_code == 400
+    # of random bytes, many of which begin a character
+    fields = {**LONG, "max_tokens": 400, "temperature": 2.0, "seed": 7}
+    (streamed,) = asyncio.run(stream_all(served, [fields]))
+    whole = httpx.post(url, json={**fields, "stream": False}, timeout=120).json()["choices"][0]
+    assert streamed.text[0] == whole["text"] and "\ufffd" in whole["text"]
+    assert not whole["text"].isascii()
+
+
 def test_f08_logits_that_are_no_numbers(start, tmp_path) -> None:
     """The embedding of one token is NaN: prompts with it fail, what runs beside them does not."""
     write_tiny_model(tmp_path)
@@ -196,15 +209,22 @@ def test_f13_a_request_that_kills_the_engine(start, tmp_path) -> None:
     assert idle(server)["engine_restarts_total"] <= 4
 
 
-def test_f15_nothing_is_left_when_the_server_is_killed(start_stopping, tmp_path) -> None:
-    temporary, cache = tmp_path / "tmp", tmp_path / "cache"
+@pytest.mark.parametrize(
+    "standby", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["alone", "standby"]
+)
+def test_f15_nothing_is_left_when_the_server_is_killed(start_stopping, tmp_path, standby) -> None:
+    temporary, cache, snapshots = (tmp_path / name for name in ("tmp", "cache", "snapshots"))
     temporary.mkdir()
-    server = start_stopping(TMPDIR=str(temporary), CHUNKLLAMA_CACHE=str(cache))
-    family = psutil.Process(server.process.pid).children(recursive=True)
-    for pid in [server.process.pid, *(process.pid for process in family)]:
-        opened = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    flags = ("--snapshot-dir", snapshots, *(("--standby",) if standby else ()))
+    server = start_stopping(*flags, TMPDIR=str(temporary), CHUNKLLAMA_CACHE=str(cache))
+    api = psutil.Process(server.process.pid)
+    wait_until(lambda: len(api.children()) == 1 + standby)
+    family = api.children(recursive=True)
+    for process in (api, *family):
+        opened = [os.readlink(entry) for entry in Path(f"/proc/{process.pid}/fd").iterdir()]
         assert not [name for name in opened if name.startswith("/dev/shm/")]
-        assert "/dev/shm/" not in Path(f"/proc/{pid}/maps").read_text()
+        assert "/dev/shm/" not in Path(f"/proc/{process.pid}/maps").read_text()
+        assert not [each.laddr for each in process.net_connections("unix") if each.laddr]
     with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=120) as response:
         lines = response.iter_lines()
         next(lines)
@@ -214,8 +234,17 @@ def test_f15_nothing_is_left_when_the_server_is_killed(start_stopping, tmp_path)
         with pytest.raises(httpx.TransportError):
             list(lines)
     assert list(temporary.iterdir()) == []
-    files = [path for path in cache.rglob("*") if path.is_file()] if cache.exists() else []
+    files = [
+        path
+        for folder in (cache, snapshots)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "lock"
+    ]
     assert not [path for path in files if ".tmp" in path.name or path.stat().st_size == 0]
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(("127.0.0.1", port_of(server)))
+        again.listen()
 
 
 def test_f16_a_pool_smaller_than_its_load(small_pool) -> None:
@@ -314,6 +343,22 @@ def few_descriptors(tmp_path: Path) -> str:
         "    resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))\n"
     )
     return str(tmp_path)
+
+
+@pytest.mark.nightly
+def test_f30_a_reader_that_stalls(start) -> None:
+    server = start("--stream-stall-seconds", 0.5)
+    body = b"""{"model": "tiny", "messages": [{"role": "user", "content": "go on"}], "n": 16,
+        "max_tokens": 900, "stream": true, "ignore_eos": true, "logprobs": true,
+        "top_logprobs": 20}"""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", port_of(server)))
+    with sock:
+        sock.sendall(raw_request(body).replace(b"/v1/completions", b"/v1/chat/completions"))
+        wait_until(lambda: metrics(server)['request_finished_total{reason="abort"}'] == 1)
+    idle(server)
+    assert server.chat(max_tokens=2).status_code == 200
 
 
 def test_f31_no_descriptor_is_left_for_clients(start, few_descriptors) -> None:

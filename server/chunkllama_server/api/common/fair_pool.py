@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    """What a thread is to do.
+
+    Attributes:
+        timer: runs out when the work becomes overdue.
+    """
+
+    tenant: str
+    call: Callable[[], Any]
+    future: asyncio.Future[Any]
+    timer: asyncio.TimerHandle | None = None
+    is_overdue: bool = False
 
 
 class FairPool:
@@ -18,12 +35,17 @@ class FairPool:
     A tenant's service is its thread time divided by its share; one without work earns no credit.
     Used from one event loop.
 
+    A thread cannot be stopped. Work that takes longer than ``patience`` is overdue: a spare thread
+    takes the place of its own, and other work of its tenant does not begin until it ends. At most
+    ``num_threads`` of a tenant are overdue, and ``num_threads + num_spare`` of all.
+
     Args:
         num_threads: worker threads.
         name: prefix of their names.
         share: of a tenant, relative to others.
         clock: seconds, read in the worker threads.
-        num_spare: threads that ``stand_in`` may add.
+        num_spare: most threads that take the place of others.
+        patience: seconds.
     """
 
     def __init__(
@@ -33,91 +55,88 @@ class FairPool:
         share: Callable[[str], float],
         clock: Callable[[], float] = time.monotonic,
         num_spare: int = 0,
+        patience: float = math.inf,
     ) -> None:
         self._executor = ThreadPoolExecutor(num_threads + num_spare, thread_name_prefix=name)
+        self._num_threads = num_threads
         self._num_spare = num_spare
-        self._num_idle = num_threads
         self._share = share
         self._clock = clock
-        self._queues: dict[str, deque[tuple[asyncio.Future[Any], Callable[[], Any]]]] = {}
+        self._patience = patience
+        self._queues: dict[str, deque[_Work]] = {}
         self._service: dict[str, float] = {}
-        self._running: dict[str, int] = {}
+        self._running: Counter[str] = Counter()
+        self._overdue: Counter[str] = Counter()
         self._last = 0.0  # service of the tenant that started last
 
-    async def run(self, tenant: str, work: Callable[[], T]) -> T:
-        """Return ``work()``; cancelling takes work that has not begun out of the queue."""
+    async def run(self, tenant: str, call: Callable[[], T]) -> T:
+        """Return ``call()``; cancelling takes work that has not begun out of the queue."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        if tenant not in self._queues and not self._running.get(tenant):
+        if tenant not in self._queues and not self._running[tenant]:
             self._service[tenant] = max(self._service.get(tenant, 0.0), self._last)
-        self._queues.setdefault(tenant, deque()).append((future, work))
+        self._queues.setdefault(tenant, deque()).append(_Work(tenant, call, future))
         self._start_next()
         return await future
 
-    def stand_in(self, work: asyncio.Future[Any]) -> bool:
-        """Let another thread take the place of the one that does ``work`` until that ends.
+    def num_overdue(self, tenant: str | None = None) -> int:
+        """How much work of a tenant, or of all, is overdue."""
+        return self._overdue.total() if tenant is None else self._overdue[tenant]
 
-        Returns:
-            False where all spare threads are in use.
-        """
-        if not self._num_spare:
-            return False
-
-        def end(_: asyncio.Future[Any]) -> None:
-            self._num_spare += 1
-            self._num_idle -= 1
-
-        self._num_spare -= 1
-        self._num_idle += 1
-        work.add_done_callback(end)
-        self._start_next()
-        return True
+    def _has_thread(self) -> bool:
+        spare = min(self._num_spare, self._overdue.total())
+        return self._running.total() < self._num_threads + spare
 
     def _start_next(self) -> None:
-        while self._num_idle > 0 and self._queues:
-            tenant = min(self._queues, key=lambda name: self._service[name])
+        while self._has_thread():
+            ready = [tenant for tenant in self._queues if not self._overdue[tenant]]
+            if not ready:
+                return
+            tenant = min(ready, key=lambda name: self._service[name])
             queue = self._queues[tenant]
-            future, work = queue.popleft()
+            work = queue.popleft()
             if not queue:
                 del self._queues[tenant]
-            if not future.done():
+            if not work.future.done():
                 self._last = self._service[tenant]
-                self._start(tenant, future, work)
+                self._start(work)
 
-    def _start(self, tenant: str, future: asyncio.Future[Any], work: Callable[[], Any]) -> None:
-        loop = future.get_loop()
-        self._num_idle -= 1
-        self._running[tenant] = self._running.get(tenant, 0) + 1
+    def _start(self, work: _Work) -> None:
+        loop = work.future.get_loop()
+        self._running[work.tenant] += 1
+        if self._patience < math.inf:
+            work.timer = loop.call_later(self._patience, self._pass_over, work)
 
         def run() -> None:
             started, result, error = self._clock(), None, None
             try:
-                result = work()
+                result = work.call()
             except BaseException as raised:  # delivered to the caller
                 error = raised
             seconds = self._clock() - started
             try:
-                loop.call_soon_threadsafe(self._done, tenant, seconds, future, result, error)
+                loop.call_soon_threadsafe(self._done, work, seconds, result, error)
             except RuntimeError:
                 return  # the loop was closed meanwhile
 
         self._executor.submit(run)
 
-    def _done(
-        self,
-        tenant: str,
-        seconds: float,
-        future: asyncio.Future[Any],
-        result: Any,
-        error: BaseException | None,
-    ) -> None:
-        self._num_idle += 1
-        self._running[tenant] -= 1
-        self._service[tenant] += seconds / self._share(tenant)
-        if not future.done():
+    def _pass_over(self, work: _Work) -> None:
+        """Note that work is overdue, whether its caller still waits for it or not."""
+        work.is_overdue = True
+        self._overdue[work.tenant] += 1
+        self._start_next()
+
+    def _done(self, work: _Work, seconds: float, result: Any, error: BaseException | None) -> None:
+        if work.timer is not None:
+            work.timer.cancel()
+        self._running[work.tenant] -= 1
+        self._overdue[work.tenant] -= work.is_overdue
+        self._service[work.tenant] += seconds / self._share(work.tenant)
+        if not work.future.done():
             if error is None:
-                future.set_result(result)
+                work.future.set_result(result)
             else:
-                future.set_exception(error)
+                work.future.set_exception(error)
         self._start_next()
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.transport.errors import exceeded, invalid
 
 Validate = Callable[[GrammarSpec], None]
-_MOST_OVERDUE = 2  # grammars that take longer than their time while others are compiled
+_NUM_SPARE = 2  # threads for others while a grammar takes longer than its time
 
 
 def check_schema(schema: Any, param: str, limits: LimitsConfig = DEFAULT_LIMITS) -> str:
@@ -203,15 +203,24 @@ class GrammarChecker:
         limits: time that one grammar may take once its turn has come, and that it waits for it.
 
     A thread cannot be stopped: while one takes longer, another compiles the grammars of the other
-    tenants, and its own tenant's wait.
+    tenants, and its own tenant's wait, at most ``grammar_wait_seconds``.
     """
 
     def __init__(self, load: Callable[[], Validate], limits: LimitsConfig = DEFAULT_LIMITS) -> None:
         self._load = load
         self._validate: asyncio.Future[Validate] | None = None
         self._limits = limits
-        self._pool = FairPool(1, "grammar", lambda _: 1.0, num_spare=_MOST_OVERDUE)
-        self._overdue: dict[asyncio.Future[GrammarSpec], str] = {}  # and its tenant
+        self._pool = FairPool(
+            1,
+            "grammar",
+            lambda _: 1.0,
+            num_spare=_NUM_SPARE,
+            patience=limits.grammar_seconds,
+        )
+
+    def num_overdue(self) -> int:
+        """How many grammars have been compiled for longer than their time, and still are."""
+        return self._pool.num_overdue()
 
     async def check(self, spec: GrammarSpec, param: str) -> GrammarSpec:
         """Compile a grammar once, to find its errors, and return the one the engine is to run.
@@ -221,9 +230,6 @@ class GrammarChecker:
                 busy with other requests.
         """
         tenant = tenant_context.get()
-        own = [compiling for compiling, whose in self._overdue.items() if whose == tenant]
-        if own and (await asyncio.wait(own, timeout=self._limits.grammar_wait_seconds))[1]:
-            raise exceeded(self._limits, "grammar_wait_seconds")
         if self._validate is None:
             self._validate = asyncio.ensure_future(self._pool.run(tenant, self._load))
         validate = await asyncio.shield(self._validate)
@@ -242,7 +248,9 @@ class GrammarChecker:
         except BaseException as error:
             compiling.cancel()  # out of the queue
             if isinstance(error, TimeoutError):
-                raise exceeded(self._limits, "grammar_wait_seconds") from None
+                is_own = self._pool.num_overdue(tenant) > 0
+                reason = "an earlier grammar of yours that takes too long" if is_own else "others"
+                raise exceeded(self._limits, "grammar_wait_seconds", value=reason) from None
             raise
         try:
             async with asyncio.timeout(self._limits.grammar_seconds):
@@ -250,9 +258,6 @@ class GrammarChecker:
         except InvalidRequestError as error:
             raise invalid(error.message, param, "invalid_grammar") from None
         except TimeoutError:
-            if self._pool.stand_in(compiling):
-                self._overdue[compiling] = tenant
-                compiling.add_done_callback(self._overdue.pop)
             raise exceeded(self._limits, "grammar_seconds", param) from None
 
     def close(self) -> None:
