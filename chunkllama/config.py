@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
+from chunkllama.tenant_limits import parse_weights
 
 logger = init_logger(__name__)
 
@@ -33,25 +34,6 @@ def parse_bytes(value: object) -> object:
     if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
         return int(float(match[1]) * _UNITS[match[2].lower()])
     return value
-
-
-def parse_weights(value: str) -> dict[str, float]:
-    """Weights by tenant from "alice=4,bob=0.5".
-
-    Raises:
-        ValueError: naming the entry.
-    """
-    weights: dict[str, float] = {}
-    for entry in filter(None, map(str.strip, value.split(","))):
-        tenant, _, weight = entry.rpartition("=")
-        try:
-            number = float(weight)
-        except ValueError:
-            number = 0.0
-        if not tenant or not 0.001 <= number <= 1000:
-            raise ValueError(f"write name=weight with a weight in [0.001, 1000], not {entry!r}")
-        weights[tenant.strip()] = number
-    return weights
 
 
 def _number(value: object) -> object:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from chunkllama.cache.manager import CacheManager
-from chunkllama.config import EngineConfig, parse_weights
+from chunkllama.config import EngineConfig
 from chunkllama.engine.adapter_cache import AdapterCache
 from chunkllama.engine.chunk_io import ChunkIO
 from chunkllama.engine.core import EngineCore
@@ -26,6 +26,7 @@ from chunkllama.models.identity import identify_model
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.resources import bind_processors, usable_threads
 from chunkllama.scheduler.scheduler import Scheduler, SchedulerLimits
+from chunkllama.tenant_limits import parse_weights
 
 logger = init_logger(__name__)
 
