@@ -242,6 +242,13 @@ class SchedulerConfig(ConfigGroup):
         "requests, as a share of the model's; its rows beyond that are sampled in a later step.",
         gt=0, le=100,
     )  # fmt: skip
+    max_tenant_slowdown: float = limit(
+        1.5, "times", "tenant", "waits",
+        "How many times as long the work of one tenant may make the steps of the others on "
+        "average, with policy fair: one that wants over twice what the others want (their lower "
+        "median) computes some tokens in a part of the steps. At least 1; 0 is no bound.",
+        ge=0, le=1000,
+    )  # fmt: skip
     max_scored_tokens: int = limit(
         64, "tokens", "tenant", "waits",
         "Prompt tokens of one request in a step whose log-probabilities it wants: each takes a "
@@ -256,6 +263,13 @@ class SchedulerConfig(ConfigGroup):
         default="off", description="Check guesses at the next tokens, where that saves time. In "
         "fp32 the output stays the same.",
     )  # fmt: skip
+
+    @field_validator("max_tenant_slowdown")
+    @classmethod
+    def _check_slowdown(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError("must be at least 1, or 0 for no bound")
+        return value
 
     @field_validator("tenant_weights")
     @classmethod

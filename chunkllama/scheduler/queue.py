@@ -226,6 +226,11 @@ class WaitingQueue:
             if queue.num_ready:
                 yield name
 
+    def num_ready(self, tenant: str) -> int:
+        """A tenant's waiting sequences that are not parked."""
+        queue = self._tenants.get(tenant)
+        return 0 if queue is None else queue.num_ready
+
     def of(self, tenant: str) -> list[Sequence]:
         """A tenant's waiting sequences, the oldest first."""
         queue = self._tenants.get(tenant)

@@ -26,6 +26,7 @@ LIMITS: dict[str, Any] = {
     "max_waiting": 256,
     "policy": "fair",
     "fair_quantum": 8192,
+    "max_tenant_slowdown": 1.5,
     "min_wait_tokens": 32,
     "enable_prefix_caching": True,
 }

@@ -92,6 +92,7 @@ def compare(scenario: Scenario) -> Comparison:
         policy=scenario.policy,
         fair_quantum=scenario.quantum_steps * STEP_TOKENS,
         min_wait_tokens=32,
+        max_tenant_slowdown=0,  # a step is the unit of time, whatever it computes
         spare_chunks=0,
         enable_prefix_caching=True,
     )
