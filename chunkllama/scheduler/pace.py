@@ -19,8 +19,12 @@ few times as long as usual. The steps between them show how long a step without 
 cut at ``MOST_DEBT`` steps, so a heavy tenant computes a token in at least one of ``PATIENCE +
 MOST_DEBT + 1`` steps.
 
-Tenants with like loads are not heavy, and steps of one tenant are left alone. Where tokens cost
-little, as on a GPU, the credit pays for all of them.
+Another tenant's first token waits for the step in progress, whatever that computes. So the prompts
+of a step are cut where it would take longer than ``STEP_SECONDS``, or than ``WEIGHTS_SHARE`` steps
+of one token, which mostly read the weights.
+
+Tenants with like loads are not heavy, and on a server with one tenant nothing is limited. Where
+tokens cost little, as on a GPU, the credit pays for all of them.
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ LIKE: Final = 2  # shares that a tenant may compute without paying
 LEAST: Final = 16  # tokens that are worth a step of the others
 PATIENCE: Final = 4  # steps whose credit a tenant may save
 MOST_DEBT: Final = 12  # steps after which a debt is paid, however large it was
+STEP_SECONDS: Final = 0.08  # that a step with prompts takes
+WEIGHTS_SHARE: Final = 4  # steps of one token that it takes at least
 _SPENT: Final = 0.8  # of the slowdown allowed; the rest is for what steps do not measure
 _NEW_STARTS: Final = 4  # a heavy tenant leaves 1 / _NEW_STARTS of its tokens to waiting requests
 _MEASURED_EVERY: Final = 128  # paced steps after which the others' step is measured again
@@ -74,6 +80,12 @@ class _StepTimes:
         key = min(self._seconds, key=lambda known: abs(known - tokens.bit_length()))
         usual = 1.0 + _GUESS * self._tokens[key].value
         return self._seconds[key].value * (1.0 + _GUESS * tokens) / usual
+
+    def most(self, seconds: float, budget: int) -> int:
+        """Tokens, at most ``budget``, of a step that takes that long; at least 1."""
+        while budget > 1 and self.seconds(budget) > seconds:
+            budget = budget * 7 // 8
+        return budget
 
     def is_due(self, tokens: int, at: int) -> bool:
         """Whether a step of that size should be measured now; ``at`` counts paced steps."""
@@ -134,28 +146,37 @@ class Pace:
 
     # -- before a step ----------------------------------------------------------------------
 
-    def begin_step(self) -> None:
-        """Limit the heavy tenants of the step that is being put together."""
+    def begin_step(self) -> int:
+        """Begin to put a step together; returns the tokens it may have."""
         self.lift()
         if not self._is_on or not self._lifecycle.accounts.are_several:
-            return
+            return self._budget
         self._started = self._clock()
-        if len(self._lifecycle.accounts.busy) < 2 or not self._times.are_known:
-            return
+        if not self._times.are_known:
+            return self._budget
+        if len(self._lifecycle.accounts.busy) > 1:
+            self._limit_heavy()
+        num_decodes = sum(s.num_remaining_tokens == 1 for s in self._lifecycle.running.by_age)
+        seconds = max(STEP_SECONDS, WEIGHTS_SHARE * self._times.seconds(1))
+        most = max(self._times.most(seconds, self._budget), num_decodes + LEAST)
+        return min(most, self._budget)
+
+    def _limit_heavy(self) -> None:
+        """Limit the heavy tenants of this step."""
         wanted, levels = self._tokens_wanted()
         if not levels:
             return
         self._wanted = wanted
         self._num_paced += 1
         self._level = levels[max(len(levels) - 2, 0) // 2]  # the highest is not among the others
-        heavy = [tenant for tenant in wanted if wanted[tenant] > LIKE * self._share(tenant)]
-        light = min(sum(wanted[t] for t in wanted if t not in heavy), self._budget)
+        heavy = {}
+        if levels[-1] > self._level or len(levels) < len(wanted):
+            heavy = {t: n for t, n in wanted.items() if n > LIKE * self._share(t)}
+        light = min(sum(wanted.values()) - sum(heavy.values()), self._budget)
         self._light_seconds = self._times.seconds(light)
         is_due = bool(heavy) and self._times.is_due(light, self._num_paced)
-        for tenant in heavy:
-            most = 0 if is_due else self._affordable(tenant, wanted[tenant])
-            if most < wanted[tenant]:
-                self._limit(tenant, most)
+        limits = {t: 0 if is_due else self._affordable(t, n) for t, n in heavy.items()}
+        self._limit({t: most for t, most in limits.items() if most < wanted[t]})
 
     def lift(self) -> bool:
         """Take the limits back; tells whether there were any."""
@@ -170,30 +191,30 @@ class Pace:
         Returns:
             The tokens by tenant; without sequences in the background by weight, ascending.
         """
-        lifecycle = self._lifecycle
+        lifecycle, budget = self._lifecycle, self._budget
         wanted: dict[str, int] = {}
-        foreground: dict[str, int] = {}
+        background: dict[str, int] = {}
         for sequence in lifecycle.running.by_age:
-            if count := sequence.num_remaining_tokens:
+            if count := sequence.num_tokens - sequence.num_computed_tokens:
                 tenant = sequence.group.request.tenant
                 wanted[tenant] = wanted.get(tenant, 0) + count
-                if not sequence.is_background:
-                    foreground[tenant] = foreground.get(tenant, 0) + count
-        for tenant in wanted if lifecycle.running.num_free_slots else ():
-            if not (num_ready := lifecycle.waiting.num_ready(tenant)):
-                continue
-            oldest = lifecycle.waiting.of(tenant)[0]
-            if lifecycle.may_run(oldest):
-                waiting = num_ready * oldest.num_tokens  # an estimate
-                wanted[tenant] += waiting
-                if not oldest.is_background:
-                    foreground[tenant] = foreground.get(tenant, 0) + waiting
-        wanted = {tenant: min(count, self._budget) for tenant, count in wanted.items()}
-        accounts = lifecycle.accounts
-        levels = sorted(
-            min(count, self._budget) / accounts[tenant].weight
-            for tenant, count in foreground.items()
-        )
+                if sequence.is_background:
+                    background[tenant] = background.get(tenant, 0) + count
+        levels = []
+        has_slots = lifecycle.running.num_free_slots > 0
+        for tenant, count in wanted.items():
+            behind = background.get(tenant, 0)
+            if has_slots and count < budget and (num_ready := lifecycle.waiting.num_ready(tenant)):
+                oldest = lifecycle.waiting.of(tenant)[0]
+                if lifecycle.may_run(oldest):
+                    waiting = num_ready * oldest.num_tokens  # an estimate
+                    count += waiting
+                    behind += waiting * oldest.is_background
+            wanted[tenant] = min(count, budget)
+            if count > behind:
+                weight = lifecycle.accounts[tenant].weight
+                levels.append(min(count - behind, budget) / weight)
+        levels.sort()
         return wanted, levels
 
     def _share(self, tenant: str) -> int:
@@ -212,26 +233,30 @@ class Pace:
             return 0
         return max(count, 1)
 
-    def _limit(self, tenant: str, most: int) -> None:
-        """Divide ``most`` tokens among a tenant's running sequences, in turn, and its waiting ones.
+    def _limit(self, limits: dict[str, int]) -> None:
+        """Divide each tenant's tokens among its running sequences, in turn, and its waiting ones.
 
         A turn goes round in tree order, so that sequences with a common prefix stay together;
         background sequences come last.
         """
-        lifecycle = self._lifecycle
-        own = [s for s in lifecycle.running.order.sequences if s.group.request.tenant == tenant]
-        credit, left = self._credit(tenant), most
-        after = next((i + 1 for i, s in enumerate(own) if s.slot == credit.last), 0)
-        own = own[after:] + own[:after]
-        own.sort(key=lambda s: s.is_background)
-        kept = most // _NEW_STARTS if lifecycle.waiting.num_ready(tenant) else 0
-        for sequence in own:
-            part = min(sequence.num_remaining_tokens, left - kept)
-            self._parts[sequence] = part
-            left -= part
-            if part and not sequence.is_background:
-                credit.last = sequence.slot
-        self._left[tenant] = left
+        lifecycle, own = self._lifecycle, {tenant: list[Sequence]() for tenant in limits}
+        if not limits:
+            return
+        for sequence in lifecycle.running.order.sequences:
+            if (known := own.get(sequence.group.request.tenant)) is not None:
+                known.append(sequence)
+        for tenant, left in limits.items():
+            credit, turn = self._credit(tenant), own[tenant]
+            after = next((i + 1 for i, s in enumerate(turn) if s.slot == credit.last), 0)
+            turn = turn[after:] + turn[:after]
+            turn.sort(key=lambda s: s.is_background)
+            kept = left // _NEW_STARTS if lifecycle.waiting.num_ready(tenant) else 0
+            for sequence in turn:
+                self._parts[sequence] = part = min(sequence.num_remaining_tokens, left - kept)
+                left -= part
+                if part and not sequence.is_background:
+                    credit.last = sequence.slot
+            self._left[tenant] = left
 
     def _credit(self, tenant: str) -> _Credit:
         return self._credits.setdefault(tenant, _Credit())

@@ -149,8 +149,7 @@ class Scheduler:
         self._cache.expire_pins()
         grow_tails(self._lifecycle, self._cache)
         self._starts.begin_step()
-        self._pace.begin_step()
-        budget = before = self._limits.max_num_batched_tokens
+        budget = before = self._pace.begin_step()
         arrivals = self._first_tokens.begin_step()
         if arrivals is not None:
             before = self._take_decodes(budget, but=arrivals.held_back)

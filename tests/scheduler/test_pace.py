@@ -28,13 +28,16 @@ class Steps:
         outputs: of the scheduler.
     """
 
-    def __init__(self, cost: StepCost = COST, num_chunks: int = 2000, **limits: object) -> None:
+    def __init__(
+        self, cost: StepCost = COST, *, has_tenants: bool = True, **limits: object
+    ) -> None:
         settings = {"max_num_batched_tokens": 128, "max_model_len": 16_384, **limits}
         self.engine = SimulatedEngine(
-            num_chunks, SIZE, vocab_size=1000, check=False, cost=cost, **settings
+            2000, SIZE, vocab_size=1000, check=False, cost=cost, **settings
         )
-        names = ("a", "b", *(f"t{i}" for i in range(16)))
-        self.engine.scheduler.set_tenants(TenantTable(dict.fromkeys(names, TenantLimits())))
+        tenants = dict.fromkeys(("a", "b", *(f"t{i}" for i in range(16))), TenantLimits())
+        if has_tenants:
+            self.engine.scheduler.set_tenants(TenantTable(tenants))
         self.random = random.Random(0)
         self.seconds: list[float] = []
         self.tokens: list[dict[str, int]] = []
@@ -184,9 +187,9 @@ def test_several_heavy_tenants_each_add_their_part() -> None:
 
 
 @pytest.mark.parametrize("tenant", ["", "a"])
-def test_one_tenant_is_left_alone(tenant: str) -> None:
+def test_a_server_with_one_tenant_is_left_alone(tenant: str) -> None:
     def run(bound: float) -> list[dict[str, int]]:
-        steps = Steps(max_tenant_slowdown=bound)
+        steps = Steps(has_tenants=False, max_tenant_slowdown=bound)
         for length in (20, 3, 900, 3000, 5):
             steps.add(tenant, length, 50)
             steps.run(5)
@@ -194,6 +197,17 @@ def test_one_tenant_is_left_alone(tenant: str) -> None:
         return steps.tokens
 
     assert run(1) == run(0)
+
+
+@pytest.mark.parametrize(("token", "tokens"), [(0.001, 64), (0.0001, 128), (0.01, 16)])
+def test_prompts_of_a_step_are_cut_for_the_first_token_of_others(token: float, tokens: int) -> None:
+    """Steps of 0.08 s, or of four steps of one token; no other tenant has a request."""
+    steps = Steps(StepCost(step=0.01, token=token))
+    steps.add("a", 20, 5)
+    steps.run(5)
+    steps.add("a", 3000, 1)
+    steps.run(12)
+    assert steps.tokens[-1] == {"a": tokens}
 
 
 def test_rows_that_cost_nothing_run_but_for_steps_that_measure() -> None:
