@@ -128,6 +128,9 @@ class TenantQueue:
 
     def _is_of_first_rank(self, sequence: Sequence) -> bool:
         """Whether the sequence has the priority of the oldest one."""
+        group, first = sequence.group, self.by_age[0].group
+        if group.beam is None and first.beam is None:  # which is faster
+            return group.request.priority == first.request.priority
         return queue_key(sequence)[:2] == queue_key(self.by_age[0])[:2]
 
 
