@@ -156,10 +156,12 @@ class Pace:
             return self._budget
         if len(self._lifecycle.accounts.busy) > 1:
             self._limit_heavy()
-        num_decodes = sum(s.num_remaining_tokens == 1 for s in self._lifecycle.running.by_age)
         seconds = max(STEP_SECONDS, WEIGHTS_SHARE * self._times.seconds(1))
-        most = max(self._times.most(seconds, self._budget), num_decodes + LEAST)
-        return min(most, self._budget)
+        most = self._times.most(seconds, self._budget)
+        if most < self._budget:
+            num_decodes = sum(s.num_remaining_tokens == 1 for s in self._lifecycle.running.by_age)
+            most = min(max(most, num_decodes + LEAST), self._budget)
+        return most
 
     def _limit_heavy(self) -> None:
         """Limit the heavy tenants of this step."""

@@ -113,18 +113,18 @@ class TenantQueue:
             )
             if not self._may_follow:
                 return None
-        best, longest = None, least - 1
+        found: list[tuple[bytes, Sequence]] = []
         for low, high, step in ((at - 1, max(at - 1 - NEAR, -1), -1), (at, at + NEAR, 1)):
             for i in range(low, min(high, len(self._by_prefix)), step):
                 key, _, sequence = self._by_prefix[i]
                 if sequence in passed or sequence in self._parked:
                     continue
                 if key.startswith(start) and self._is_of_first_rank(sequence):
-                    tokens = common_prefix(key, self._last)
-                    if tokens > longest:
-                        best, longest = sequence, tokens
+                    found.append((key, sequence))
                 break
-        return best
+        if len(found) < 2:
+            return found[0][1] if found else None
+        return max(found, key=lambda entry: common_prefix(entry[0], self._last))[1]
 
     def _is_of_first_rank(self, sequence: Sequence) -> bool:
         """Whether the sequence has the priority of the oldest one."""

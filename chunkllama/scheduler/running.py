@@ -113,7 +113,7 @@ class RunningSequences:
             count = sequence.num_scheduled
             if not count:
                 continue
-            start = sequence.num_computed_tokens
+            start, group = sequence.num_computed_tokens, sequence.group
             assert sequence.chunks is not None
             token_ids, draft = sequence.token_slice(start, count), sequence.draft.token_ids
             if draft:
@@ -125,8 +125,8 @@ class RunningSequences:
                     token_ids,
                     sequence.chunks.ids,
                     shared,
-                    start + count == sequence.num_tokens and sequence.group.max_tokens > 0,
-                    sequence.wants_prompt_logits,
+                    start + count == sequence.num_tokens and group.max_tokens > 0,
+                    group.collects_prompt_logprobs and sequence.wants_prompt_logits,
                     len(draft),
                 )
             )
