@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
+from chunkllama.tenant_limits import parse_weights
 
 logger = init_logger(__name__)
 
@@ -33,25 +34,6 @@ def parse_bytes(value: object) -> object:
     if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
         return int(float(match[1]) * _UNITS[match[2].lower()])
     return value
-
-
-def parse_weights(value: str) -> dict[str, float]:
-    """Weights by tenant from "alice=4,bob=0.5".
-
-    Raises:
-        ValueError: naming the entry.
-    """
-    weights: dict[str, float] = {}
-    for entry in filter(None, map(str.strip, value.split(","))):
-        tenant, _, weight = entry.rpartition("=")
-        try:
-            number = float(weight)
-        except ValueError:
-            number = 0.0
-        if not tenant or not 0.001 <= number <= 1000:
-            raise ValueError(f"write name=weight with a weight in [0.001, 1000], not {entry!r}")
-        weights[tenant.strip()] = number
-    return weights
 
 
 def _number(value: object) -> object:
@@ -260,6 +242,14 @@ class SchedulerConfig(ConfigGroup):
         "requests, as a share of the model's; its rows beyond that are sampled in a later step.",
         gt=0, le=100,
     )  # fmt: skip
+    max_tenant_slowdown: float = limit(
+        1.5, "times", "tenant", "waits",
+        "How many times as long the work of one tenant may make the steps of the others on "
+        "average, with policy fair: one that wants over twice what the others want (their lower "
+        "median) computes some tokens in a part of the steps. With it, prompts of a step are cut "
+        "where it takes over 0.08 s. At least 1; 0 is no bound.",
+        ge=0, le=1000,
+    )  # fmt: skip
     max_scored_tokens: int = limit(
         64, "tokens", "tenant", "waits",
         "Prompt tokens of one request in a step whose log-probabilities it wants: each takes a "
@@ -274,6 +264,13 @@ class SchedulerConfig(ConfigGroup):
         default="off", description="Check guesses at the next tokens, where that saves time. In "
         "fp32 the output stays the same.",
     )  # fmt: skip
+
+    @field_validator("max_tenant_slowdown")
+    @classmethod
+    def _check_slowdown(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError("must be at least 1, or 0 for no bound")
+        return value
 
     @field_validator("tenant_weights")
     @classmethod

@@ -53,3 +53,22 @@ class TenantTable:
     def __getitem__(self, tenant: str) -> TenantLimits:
         """Return a tenant's limits; "" (a server with one tenant, public prefixes) has none."""
         return self._tenants.get(tenant, self._default) if tenant else NO_LIMITS
+
+
+def parse_weights(value: str) -> dict[str, float]:
+    """Weights by tenant from "alice=4,bob=0.5".
+
+    Raises:
+        ValueError: naming the entry.
+    """
+    weights: dict[str, float] = {}
+    for entry in filter(None, map(str.strip, value.split(","))):
+        tenant, _, weight = entry.rpartition("=")
+        try:
+            number = float(weight)
+        except ValueError:
+            number = 0.0
+        if not tenant or not 0.001 <= number <= 1000:
+            raise ValueError(f"write name=weight with a weight in [0.001, 1000], not {entry!r}")
+        weights[tenant.strip()] = number
+    return weights

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from chunkllama.cache.manager import CacheManager
-from chunkllama.config import EngineConfig, parse_weights
+from chunkllama.config import EngineConfig
 from chunkllama.engine.adapter_cache import AdapterCache
 from chunkllama.engine.chunk_io import ChunkIO
 from chunkllama.engine.core import EngineCore
@@ -26,6 +26,7 @@ from chunkllama.models.identity import identify_model
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.resources import bind_processors, usable_threads
 from chunkllama.scheduler.scheduler import Scheduler, SchedulerLimits
+from chunkllama.tenant_limits import parse_weights
 
 logger = init_logger(__name__)
 
@@ -65,6 +66,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         policy=config.scheduler.scheduling_policy,
         scored_tokens_per_step=config.scheduler.max_scored_tokens,
         fair_quantum=config.scheduler.fair_quantum,
+        max_tenant_slowdown=config.scheduler.max_tenant_slowdown,
         tenant_weights=parse_weights(config.scheduler.tenant_weights),
         min_wait_tokens=config.scheduler.min_wait_tokens,
         spare_chunks=executor.spare_chunks,

@@ -172,12 +172,13 @@ class AdmissionControl:
         output = self.lengths.expected() - 1
         for sequence in running:
             assert sequence.chunks is not None
-            known, most = sequence.num_tokens, sequence.max_kv_tokens
-            tokens = max(known, min(most, sequence.num_prompt_tokens + output))
+            group = sequence.group
+            more = min(max(group.max_tokens - 1, 0), output)  # as max_kv_tokens, but faster
+            tokens = max(sequence.num_tokens, sequence.num_prompt_tokens + more)
             unused = -(-tokens // size) - len(sequence.chunks.ids)
             if unused > 0:
                 total += unused
-            if sequence.group.beam is not None:
+            if group.beam is not None:
                 total += self._beam_chunks(sequence)
         return total
 

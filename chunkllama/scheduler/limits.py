@@ -21,6 +21,8 @@ class SchedulerLimits:
         policy: order of waiting requests; see ``queue.py``.
         fair_quantum: virtual tokens that a group of requests or a tenant may run ahead.
         tenant_weights: share of each tenant relative to others; 1 for those not listed.
+        max_tenant_slowdown: most that one tenant's work may lengthen the steps of others, as a
+            factor, with policy ``fair``; 0 is no bound.
         scored_tokens_per_step: prompt tokens of one request in a step whose log-probabilities it
             wants.
         min_wait_tokens: a follower waits for its leader only if that saves this many tokens.
@@ -39,6 +41,7 @@ class SchedulerLimits:
     min_wait_tokens: int
     enable_prefix_caching: bool
     fair_quantum: int
+    max_tenant_slowdown: float
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     spare_chunks: int = 1
     scored_tokens_per_step: int = 2**31 - 1
@@ -60,6 +63,10 @@ class SchedulerLimits:
             raise ConfigError(f"min_wait_tokens cannot be negative, got {self.min_wait_tokens}")
         if self.fair_quantum < 1:
             raise ConfigError(f"fair_quantum must be at least 1, got {self.fair_quantum}")
+        if self.max_tenant_slowdown < 0 or 0 < self.max_tenant_slowdown < 1:
+            raise ConfigError(
+                f"max_tenant_slowdown must be at least 1 or 0, got {self.max_tenant_slowdown}"
+            )
         for tenant, weight in self.tenant_weights.items():
             if not 0.001 <= weight <= 1000:
                 raise ConfigError(

@@ -113,21 +113,24 @@ class TenantQueue:
             )
             if not self._may_follow:
                 return None
-        best, longest = None, least - 1
+        found: list[tuple[bytes, Sequence]] = []
         for low, high, step in ((at - 1, max(at - 1 - NEAR, -1), -1), (at, at + NEAR, 1)):
             for i in range(low, min(high, len(self._by_prefix)), step):
                 key, _, sequence = self._by_prefix[i]
                 if sequence in passed or sequence in self._parked:
                     continue
                 if key.startswith(start) and self._is_of_first_rank(sequence):
-                    tokens = common_prefix(key, self._last)
-                    if tokens > longest:
-                        best, longest = sequence, tokens
+                    found.append((key, sequence))
                 break
-        return best
+        if len(found) < 2:
+            return found[0][1] if found else None
+        return max(found, key=lambda entry: common_prefix(entry[0], self._last))[1]
 
     def _is_of_first_rank(self, sequence: Sequence) -> bool:
         """Whether the sequence has the priority of the oldest one."""
+        group, first = sequence.group, self.by_age[0].group
+        if group.beam is None and first.beam is None:  # which is faster
+            return group.request.priority == first.request.priority
         return queue_key(sequence)[:2] == queue_key(self.by_age[0])[:2]
 
 
@@ -225,6 +228,11 @@ class WaitingQueue:
         for name, queue in self._tenants.items():
             if queue.num_ready:
                 yield name
+
+    def num_ready(self, tenant: str) -> int:
+        """A tenant's waiting sequences that are not parked."""
+        queue = self._tenants.get(tenant)
+        return 0 if queue is None else queue.num_ready
 
     def of(self, tenant: str) -> list[Sequence]:
         """A tenant's waiting sequences, the oldest first."""

@@ -29,6 +29,8 @@ class RunningSequences:
         self._free_slots = list(range(max_num_seqs))
         self._freed_slots: list[int] = []
         self._new: list[Sequence] = []
+        self._plan_key: tuple[int, tuple[int, ...]] = (0, ())
+        self._plan_version = 0
 
     def __len__(self) -> int:
         return len(self.by_age)
@@ -111,7 +113,7 @@ class RunningSequences:
             count = sequence.num_scheduled
             if not count:
                 continue
-            start = sequence.num_computed_tokens
+            start, group = sequence.num_computed_tokens, sequence.group
             assert sequence.chunks is not None
             token_ids, draft = sequence.token_slice(start, count), sequence.draft.token_ids
             if draft:
@@ -123,13 +125,25 @@ class RunningSequences:
                     token_ids,
                     sequence.chunks.ids,
                     shared,
-                    start + count == sequence.num_tokens and sequence.group.max_tokens > 0,
-                    sequence.wants_prompt_logits,
+                    start + count == sequence.num_tokens and group.max_tokens > 0,
+                    group.collects_prompt_logprobs and sequence.wants_prompt_logits,
                     len(draft),
                 )
             )
             shared = NO_LIMIT
         return result
+
+    def plan_version(self, scheduled: list[Sequence]) -> int:
+        """Return 0 if a slice has several tokens, else a number that identifies the row list."""
+        if any(s.num_scheduled > 1 or s.draft.token_ids for s in scheduled):
+            return 0
+        is_part = len(scheduled) < len(self.by_age)
+        slots = tuple(sorted(s.slot for s in scheduled)) if is_part else ()
+        key = self.order.version, slots
+        if key != self._plan_key:
+            self._plan_key = key
+            self._plan_version += 1
+        return self._plan_version
 
     def check_invariants(self) -> None:
         """Slots are kept apart, ``by_age`` and the tree order hold the same sequences."""

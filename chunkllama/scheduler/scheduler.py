@@ -36,6 +36,7 @@ from chunkllama.scheduler.intake import check_places, make_group
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.memory_pressure import grow_tails, preemption_victim
 from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
+from chunkllama.scheduler.pace import Pace
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.samples import use_sample
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
@@ -76,7 +77,8 @@ class Scheduler:
         self._waiting = self._lifecycle.waiting
         self._running = self._lifecycle.running
         self._admission = self._lifecycle.admission
-        self._starts = Starts(self._lifecycle, cache, limits, self._take_slice)
+        self._pace = Pace(self._lifecycle, limits, clock)
+        self._starts = Starts(self._lifecycle, cache, limits, self._pace, self._take_slice)
         self._drafts = Drafts(limits, self._lifecycle, cache.chunk_size, clock)
         self._first_tokens = FirstTokens(self._lifecycle, limits, self._starts.clocks)
         self._arrivals = 0
@@ -85,8 +87,6 @@ class Scheduler:
         self._scheduled: list[Sequence] = []
         self._awaiting: list[Sequence] = []
         self._aborts: list[tuple[str, int | None]] = []
-        self._plan_key: tuple[int, int] = (0, 0)
-        self._plan_version = 0
         self._num_paused = 0
 
     # -- requests ---------------------------------------------------------------------------
@@ -149,7 +149,7 @@ class Scheduler:
         self._cache.expire_pins()
         grow_tails(self._lifecycle, self._cache)
         self._starts.begin_step()
-        budget = before = self._limits.max_num_batched_tokens
+        budget = before = self._pace.begin_step()
         arrivals = self._first_tokens.begin_step()
         if arrivals is not None:
             before = self._take_decodes(budget, but=arrivals.held_back)
@@ -157,6 +157,8 @@ class Scheduler:
         if budget < before:
             self._first_tokens.end_short_step()
         else:
+            self._fill(budget)
+        if not self._scheduled and self._pace.lift():
             self._fill(budget)
         while not (self._scheduled or self._find_awaiting()) and self._break_deadlock():
             self._starts.begin_step()
@@ -166,10 +168,11 @@ class Scheduler:
             return None
         self._step += 1
         self._drafts.propose(self._scheduled)
+        self._pace.launch(self._scheduled, self._awaiting)
         self._in_flight = SchedulerOutput(
             step=self._step,
             slices=self._running.slices(),
-            plan_version=self._next_plan_version(),
+            plan_version=self._running.plan_version(self._scheduled),
             new_sequences=self._running.take_new_sequences(),
             freed_slots=self._running.take_freed_slots(),
             copies=self._running.take_copies(),
@@ -216,6 +219,7 @@ class Scheduler:
                 sequence.num_remaining_tokens == 1
                 and sequence not in paused
                 and not sequence.num_scheduled
+                and self._pace.most(sequence)
                 and sequence.group.request.tenant != but
             ):
                 self._take(sequence, 1)
@@ -229,7 +233,9 @@ class Scheduler:
         to long prompts in fair order.
         """
         prefills = [
-            s for s in self._running.by_age if s.num_remaining_tokens > 1 and s not in paused
+            s
+            for s in self._running.by_age
+            if s.num_remaining_tokens > 1 and s not in paused and self._pace.most(s)
         ]
         if len(prefills) > 1 and self._limits.policy == "fair":
             clocks = self._starts.clocks()
@@ -253,7 +259,7 @@ class Scheduler:
 
     def _take_slice(self, sequence: Sequence, budget: int) -> int:
         """Take what is left of a prompt, as far as the budget reaches; returns its rest."""
-        count = min(sequence.num_remaining_tokens, budget)
+        count = min(sequence.num_remaining_tokens, budget, self._pace.most(sequence))
         if sequence.wants_prompt_logits:
             count = min(count, self._limits.scored_tokens_per_step)
         self._take(sequence, count)
@@ -262,6 +268,7 @@ class Scheduler:
     def _take(self, sequence: Sequence, count: int) -> None:
         """Put ``count`` tokens of the sequence into this step."""
         sequence.num_scheduled = count
+        self._pace.take(sequence, count)
         self._scheduled.append(sequence)
         start = sequence.num_computed_tokens
         if start < sequence.num_admitted:
@@ -276,16 +283,6 @@ class Scheduler:
             return could_start and self._cache.pins.break_one()
         self._lifecycle.preempt(victim)
         return True
-
-    def _next_plan_version(self) -> int:
-        """Return 0 if a slice has several tokens, else a number that identifies the row list."""
-        if any(s.num_scheduled > 1 or s.draft.token_ids for s in self._scheduled):
-            return 0
-        key = (self._running.order.version, len(self._scheduled))
-        if key != self._plan_key or len(self._scheduled) < len(self._running):
-            self._plan_key = key
-            self._plan_version += 1
-        return self._plan_version
 
     # -- commit -----------------------------------------------------------------------------
 
@@ -325,6 +322,7 @@ class Scheduler:
                 use_sample(sequence, sampled, deltas, self._lifecycle, self._limits)
             else:
                 self._commit_sequence(sequence, sampled, deltas)
+        self._pace.end_step()
         return deltas.all()
 
     def _commit_sequence(

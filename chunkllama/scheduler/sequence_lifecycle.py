@@ -72,8 +72,9 @@ class SequenceLifecycle:
         """Clock of every tenant with requests, with the prompt tokens that it still has running."""
         clocks, busy = self.accounts.clocks(), self.accounts.busy
         for sequence in self.running.by_age:
-            tenant = sequence.group.request.tenant
-            clocks[tenant] += sequence.num_remaining_tokens / busy[tenant].weight
+            if count := sequence.num_tokens - sequence.num_computed_tokens:
+                tenant = sequence.group.request.tenant
+                clocks[tenant] += count / busy[tenant].weight
         return clocks
 
     def may_run(self, sequence: Sequence) -> bool:

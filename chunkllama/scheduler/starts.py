@@ -15,6 +15,7 @@ from chunkllama.scheduler.cache_lookup import match_limit, record_prompt
 from chunkllama.scheduler.first_tokens import Arrivals
 from chunkllama.scheduler.headroom import Headroom
 from chunkllama.scheduler.limits import SchedulerLimits
+from chunkllama.scheduler.pace import Pace
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
 
@@ -34,11 +35,13 @@ class Starts:
         lifecycle: SequenceLifecycle,
         cache: CacheManager,
         limits: SchedulerLimits,
+        pace: Pace,
         take: Callable[[Sequence, int], int],
     ) -> None:
         self._lifecycle = lifecycle
         self._cache = cache
         self._limits = limits
+        self._pace = pace
         self._take = take
         self._clocks: dict[str, float] | None = None
         self._headroom: Headroom | None = None
@@ -86,7 +89,8 @@ class Starts:
             is_left_out = (foreground and gives_way) or (
                 only is not None and not only.may_start(tenant, self.clocks())
             )
-            if is_left_out or not lifecycle.may_run(sequence):
+            may_run = lifecycle.may_run(sequence) and self._pace.may_start(tenant)
+            if is_left_out or not may_run:
                 waiting.block(sequence)
                 continue
             match = self._match(sequence)

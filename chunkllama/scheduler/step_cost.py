@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import Final
 
-_WEIGHT: Final = 0.2  # of a new measurement in a moving average
+WEIGHT: Final = 0.2  # of a new measurement in a moving average
 _MIN_SAMPLES: Final = 3  # plain steps before an average counts
 _LARGEST: Final = 3.0  # a step beyond this multiple of the usual one was disturbed
 _GUESS: Final = 0.05  # part of a plain step that a row adds, until it is measured
@@ -14,7 +14,7 @@ _PLAIN_EVERY: Final = 32  # steps with guesses before a plain one, which renews 
 _TRIED_AGAIN_AFTER: Final = 512  # plain steps after which the costs of guesses are forgotten
 
 
-class _Average:
+class Average:
     """Moving average of a positive number."""
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class _Average:
 
     def add(self, value: float) -> None:
         self.count += 1
-        weight = max(_WEIGHT, 1 / self.count)
+        weight = max(WEIGHT, 1 / self.count)
         self.value += weight * (value - self.value)
 
 
@@ -31,8 +31,8 @@ class _Costs:
     """Steps of one number of sequences."""
 
     def __init__(self) -> None:
-        self.plain = _Average()
-        self.extra: dict[int, _Average] = {}  # by rows of guesses, relative to a plain step
+        self.plain = Average()
+        self.extra: dict[int, Average] = {}  # by rows of guesses, relative to a plain step
         self.since_plain = 0
         self.since_drafts = 0
 
@@ -80,7 +80,7 @@ class StepCost:
         costs.since_drafts = 0
         if plain.value > 0.0:
             added = max(seconds / plain.value - 1.0, 0.0)
-            costs.extra.setdefault(num_drafts, _Average()).add(added)
+            costs.extra.setdefault(num_drafts, Average()).add(added)
 
     def most_drafts(self, num_sequences: int) -> int:
         """Rows of guesses that the next step may have; 0 where it should be a plain one."""

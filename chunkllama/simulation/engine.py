@@ -14,6 +14,7 @@ from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.output import SchedulerOutput
 from chunkllama.scheduler.scheduler import Scheduler
+from chunkllama.simulation.cost_model import StepCost
 from chunkllama.simulation.fairness_monitor import FairnessMonitor
 from chunkllama.simulation.fake_model import FakeModel, logprob, value_at
 from chunkllama.simulation.oracle import Oracle
@@ -25,6 +26,7 @@ LIMITS: dict[str, Any] = {
     "max_waiting": 256,
     "policy": "fair",
     "fair_quantum": 8192,
+    "max_tenant_slowdown": 1.5,
     "min_wait_tokens": 32,
     "enable_prefix_caching": True,
 }
@@ -41,13 +43,14 @@ class SimulatedEngine:
     Args:
         num_chunks, chunk_size: the pool.
         vocab_size: token ids that the fake model samples.
+        cost: time of a step, which passes before its commit; None: 0.01 s after it.
         check: check every invariant after each ``schedule`` and ``commit``.
         history_chunks: chunks of the record of each tenant's prompts.
         make_cache, make_scheduler: classes to use, for tests that plant a bug.
         limits: fields of ``SchedulerLimits`` that differ from ``LIMITS``.
 
     Attributes:
-        now: the virtual clock; a step takes 0.01 s.
+        now: the virtual clock.
         outputs, prints, finished: tokens, fingerprints and finish reason by (request, choice).
         errors: code of each failed request.
     """
@@ -58,6 +61,7 @@ class SimulatedEngine:
         chunk_size: int,
         *,
         vocab_size: int = 2,
+        cost: StepCost | None = None,
         check: bool = True,
         history_chunks: int = 32,
         make_cache: type[CacheManager] = CacheManager,
@@ -66,6 +70,7 @@ class SimulatedEngine:
     ) -> None:
         self._now = 0.0
         self.chunk_seconds = 0.0  # of chunks that are not free
+        self._cost = cost
         self.check = check
         self.limits = make_limits(**limits)
         self.cache = make_cache(num_chunks, chunk_size, self.clock, history_chunks=history_chunks)
@@ -152,13 +157,16 @@ class SimulatedEngine:
         output = self.last_output
         assert output is not None
         self.last_output = None
+        if self._cost is not None:
+            self.now += self._cost.seconds(output, self.cache.chunk_size)
         deltas = self.scheduler.commit(output, self.model.execute(output))
         for delta in deltas:
             self._take(delta)
         if self.check:
             self.scheduler.check_invariants()
         self.num_steps += 1
-        self.now += 0.01
+        if self._cost is None:
+            self.now += 0.01
         return deltas
 
     def step(self) -> list[TokenDelta]:

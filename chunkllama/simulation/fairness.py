@@ -40,6 +40,8 @@ class Scenario:
             computed before, and all tenants match them.
         skewed: few tenants send most requests, and few prefixes are used most.
         quantum_steps: fair_quantum in steps; the server's default is 16.
+        max_tenant_slowdown: of ``SchedulerLimits``; no bound by default, since each step takes one
+            unit of time, whatever it computes.
         overload: arriving work over what can be served meanwhile.
     """
 
@@ -50,6 +52,7 @@ class Scenario:
     overload: float = 4.0
     seed: int = 0
     policy: Literal["fair", "prefix", "fcfs"] = "fair"
+    max_tenant_slowdown: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +95,7 @@ def compare(scenario: Scenario) -> Comparison:
         policy=scenario.policy,
         fair_quantum=scenario.quantum_steps * STEP_TOKENS,
         min_wait_tokens=32,
+        max_tenant_slowdown=scenario.max_tenant_slowdown,
         spare_chunks=0,
         enable_prefix_caching=True,
     )

@@ -33,6 +33,14 @@ def test_prefill_and_waits_of_many_tenants(num_tenants, prefixes, skewed) -> Non
     assert numbers == EXPECTED[num_tenants, prefixes, skewed]
 
 
+def test_a_bound_on_what_tenants_add_to_steps_keeps_prefill_and_waits() -> None:
+    result = compare(
+        Scenario(num_tenants=16, prefixes="private", skewed=True, max_tenant_slowdown=1.5)
+    )
+    numbers = (round(result.prefill_over_ideal, 4), round(result.worst_wait_ratio, 4))
+    assert numbers == (1.0012, 1.2794)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("num_tenants", [2, 16, 256])
 def test_prefill_and_waits_with_other_seeds(num_tenants) -> None:

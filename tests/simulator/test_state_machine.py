@@ -20,6 +20,7 @@ from chunkllama.cache.imports import ChunkImport
 from chunkllama.cache.node import encode_tokens
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.scheduler.memory_pressure import preemption_victim
+from chunkllama.simulation.cost_model import StepCost
 from chunkllama.simulation.engine import SimulatedEngine
 from chunkllama.tenant_limits import TenantLimits, TenantTable
 
@@ -76,8 +77,11 @@ class CacheMachine(RuleBasedStateMachine):
         min_wait=st.sampled_from([1, 3, 32]),
         spare=st.integers(0, 2),
         policy=st.sampled_from(["fair", "prefix", "fcfs"]),
+        slowdown=st.sampled_from([0, 1, 1.5]),
     )
-    def start(self, chunk_size, num_chunks, max_num_seqs, budget, min_wait, spare, policy) -> None:
+    def start(
+        self, chunk_size, num_chunks, max_num_seqs, budget, min_wait, spare, policy, slowdown
+    ) -> None:
         self.size = chunk_size
         self.base = [(i * i + i // 3) % 2 for i in range(4 * chunk_size)]
         self.aborted: set[str | tuple[str, int]] = set()
@@ -92,6 +96,8 @@ class CacheMachine(RuleBasedStateMachine):
             policy=policy,
             fair_quantum=3 * chunk_size,
             max_waiting=8,
+            max_tenant_slowdown=slowdown,
+            cost=StepCost(step=0.01, token=0.002),
             check=False,
         )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
-from chunkllama.config import parse_weights
 from chunkllama.messages import TenantStats
+from chunkllama.tenant_limits import parse_weights
 from chunkllama_server.api.common.context import Context, ServerContext, tenant_view
 from chunkllama_server.api.openapi import refusals
 from chunkllama_server.api.schema.tenants import (

@@ -198,6 +198,7 @@ def _limits(
         max_waiting=max_waiting,
         policy=policies[policy],
         fair_quantum=fair_quantum,
+        max_tenant_slowdown=_DEFAULTS.max_tenant_slowdown,
         min_wait_tokens=_DEFAULTS.min_wait_tokens,
         enable_prefix_caching=True,
     )

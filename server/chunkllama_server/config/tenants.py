@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from chunkllama.config import first_error, parse_weights
+from chunkllama.config import first_error
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.messages import SetTenants
-from chunkllama.tenant_limits import TenantLimits
+from chunkllama.tenant_limits import TenantLimits, parse_weights
 
 if TYPE_CHECKING:
     from chunkllama_server.config.settings import Settings

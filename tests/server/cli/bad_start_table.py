@@ -226,6 +226,7 @@ FLAGS = [
     _flags("no context", "--max-model-len 0", "max_model_len: .*greater than 0.*'0'"),
     _flags("no threads", "--threads 0", "threads: .*greater than 0.*'0'"),
     _flags("share of zero", "--row-work-share 0", "row_work_share: .*than 0 of the model's time"),
+    _flags("slowdown", "--max-tenant-slowdown 0.5", "max_tenant_slowdown: must be at least 1"),
     _flags("tenant weight", "--tenant-weights alice=many", "tenant_weights: .*'alice=many'"),
     _flags("one tag", "--reasoning-tags a", "reasoning_tags must be auto, none, or two tags"),
     _flags("log level", "--log-level loud", "log_level: .*'debug'.*'loud'"),

@@ -1,0 +1,339 @@
+"""How much the work of one tenant may lengthen the steps of others.
+
+A step takes as long as all of its rows and prompt tokens together, so 63 choices or a long prompt
+of one tenant slow everybody's next token. A tenant's *share* of a step is the lower median of what
+the tenants with running work want to compute in it, by weight, the one that wants most left out.
+Sequences in the background do not count. A tenant that wants more than ``LIKE`` shares, those
+included, is *heavy* and pays for its tokens with a credit in seconds:
+
+    each step adds         (slowdown - 1) * (seconds of a step without it),
+                           or the price of its share if that is more
+    a step with it takes   (seconds of that step) - (seconds of a step without it)
+
+so the steps of the others take at most ``slowdown`` times as long on average, whatever its tokens
+cost: times are measured, and the price of a token only decides how many tokens the credit pays for.
+A heavy tenant computes when its credit pays for ``LEAST`` tokens, or for all that it wants, or is
+full after ``PATIENCE`` steps. It thus takes several tokens at once, which read the weights, a
+shared prefix and the context of a prompt together, while the longest steps of the others remain a
+few times as long as usual. The steps between them show how long a step without it takes. A debt is
+cut at ``MOST_DEBT`` steps, so a heavy tenant computes a token in at least one of ``PATIENCE +
+MOST_DEBT + 1`` steps.
+
+Another tenant's first token waits for the step in progress, whatever that computes. So the prompts
+of a step are cut where it would take longer than ``STEP_SECONDS``, or than ``WEIGHTS_SHARE`` steps
+of one token, which mostly read the weights.
+
+Tenants with like loads are not heavy, and on a server with one tenant nothing is limited. Where
+tokens cost little, as on a GPU, the credit pays for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from chunkllama.scheduler.limits import SchedulerLimits
+from chunkllama.scheduler.request import Sequence
+from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
+from chunkllama.scheduler.step_cost import WEIGHT, Average
+
+NO_LIMIT: Final = 2**31 - 1
+LIKE: Final = 2  # shares that a tenant may compute without paying
+LEAST: Final = 16  # tokens that are worth a step of the others
+PATIENCE: Final = 4  # steps whose credit a tenant may save
+MOST_DEBT: Final = 12  # steps after which a debt is paid, however large it was
+STEP_SECONDS: Final = 0.08  # that a step with prompts takes
+WEIGHTS_SHARE: Final = 4  # steps of one token that it takes at least
+_SPENT: Final = 0.8  # of the slowdown allowed; the rest is for what steps do not measure
+_NEW_STARTS: Final = 4  # a heavy tenant leaves 1 / _NEW_STARTS of its tokens to waiting requests
+_MEASURED_EVERY: Final = 128  # paced steps after which the others' step is measured again
+_GUESS: Final = 0.05  # part of a step of one token that another one adds, until it is measured
+_FREE: Final = 1e-4  # the least part of a step that a token counts for
+_LARGEST: Final = 3.0  # a time beyond this multiple of the usual one was disturbed
+_MIN_SAMPLES: Final = 3  # before a time counts as usual
+
+
+class _StepTimes:
+    """Seconds of steps in which no tenant is heavy, by octaves of their tokens."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, Average] = {}
+        self._tokens: dict[int, Average] = {}
+        self._tried: dict[int, int] = {}
+
+    @property
+    def are_known(self) -> bool:
+        """At least one step was measured."""
+        return bool(self._seconds)
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """Take in a step."""
+        key = tokens.bit_length()
+        known = self._seconds.setdefault(key, Average())
+        if known.count >= _MIN_SAMPLES:
+            seconds = min(seconds, _LARGEST * known.value)
+        known.add(seconds)
+        self._tokens.setdefault(key, Average()).add(tokens)
+
+    def seconds(self, tokens: int) -> float:
+        """Estimate a step from those of like size, or else from the nearest size."""
+        key = min(self._seconds, key=lambda known: abs(known - tokens.bit_length()))
+        usual = 1.0 + _GUESS * self._tokens[key].value
+        return self._seconds[key].value * (1.0 + _GUESS * tokens) / usual
+
+    def most(self, seconds: float, budget: int) -> int:
+        """Tokens, at most ``budget``, of a step that takes that long; at least 1."""
+        while budget > 1 and self.seconds(budget) > seconds:
+            budget = budget * 7 // 8
+        return budget
+
+    def is_due(self, tokens: int, at: int) -> bool:
+        """Whether a step of that size should be measured now; ``at`` counts paced steps."""
+        key = tokens.bit_length()
+        if at - self._tried.get(key, -_MEASURED_EVERY) < _MEASURED_EVERY:
+            return False
+        self._tried[key] = at
+        return True
+
+
+class _Credit:
+    """What a heavy tenant may spend.
+
+    Attributes:
+        seconds: saved, or owed if negative.
+        at: paced step up to which they count.
+        refill: that a step adds.
+        price: seconds of one of its tokens, measured; None is unknown.
+        last: slot whose turn it was last.
+    """
+
+    __slots__ = ("at", "last", "price", "refill", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.at = -PATIENCE  # full
+        self.refill = 0.0
+        self.price: float | None = None
+        self.last = -1
+
+
+class Pace:
+    """Decides how many tokens each tenant may have in a step.
+
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, lifecycle: SequenceLifecycle, limits: SchedulerLimits, clock: Callable[[], float]
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._budget = limits.max_num_batched_tokens
+        self._slowdown = 1.0 + _SPENT * (limits.max_tenant_slowdown - 1.0)
+        self._is_on = limits.policy == "fair" and limits.max_tenant_slowdown > 0
+        self._clock = clock
+        self._times = _StepTimes()
+        self._credits: dict[str, _Credit] = {}
+        self._num_paced = 0
+        self._started = 0.0
+        self._level = 0.0  # tokens of a share for a weight of 1; 0: the step is not paced
+        self._light_seconds = 0.0
+        self._usual_price: float | None = None  # the last one measured
+        self._wanted: dict[str, int] = {}
+        self._left: dict[str, int] = {}  # tokens of new sequences, by tenant with a limit
+        self._parts: dict[Sequence, int] = {}  # tokens of running sequences of those tenants
+        self._tokens: dict[str, int] = {}  # by tenant, in the step in flight
+
+    # -- before a step ----------------------------------------------------------------------
+
+    def begin_step(self) -> int:
+        """Begin to put a step together; returns the tokens it may have."""
+        self.lift()
+        if not self._is_on or not self._lifecycle.accounts.are_several:
+            return self._budget
+        self._started = self._clock()
+        if not self._times.are_known:
+            return self._budget
+        if len(self._lifecycle.accounts.busy) > 1:
+            self._limit_heavy()
+        seconds = max(STEP_SECONDS, WEIGHTS_SHARE * self._times.seconds(1))
+        most = self._times.most(seconds, self._budget)
+        if most < self._budget:
+            num_decodes = sum(s.num_remaining_tokens == 1 for s in self._lifecycle.running.by_age)
+            most = min(max(most, num_decodes + LEAST), self._budget)
+        return most
+
+    def _limit_heavy(self) -> None:
+        """Limit the heavy tenants of this step."""
+        wanted, levels = self._tokens_wanted()
+        if not levels:
+            return
+        self._wanted = wanted
+        self._num_paced += 1
+        self._level = levels[max(len(levels) - 2, 0) // 2]  # the highest is not among the others
+        heavy = {}
+        if levels[-1] > self._level or len(levels) < len(wanted):
+            heavy = {t: n for t, n in wanted.items() if n > LIKE * self._share(t)}
+        light = min(sum(wanted.values()) - sum(heavy.values()), self._budget)
+        self._light_seconds = self._times.seconds(light)
+        is_due = bool(heavy) and self._times.is_due(light, self._num_paced)
+        limits = {t: 0 if is_due else self._affordable(t, n) for t, n in heavy.items()}
+        self._limit({t: most for t, most in limits.items() if most < wanted[t]})
+
+    def lift(self) -> bool:
+        """Take the limits back; tells whether there were any."""
+        was_limited = bool(self._left)
+        self._level = 0.0
+        self._wanted, self._left, self._parts = {}, {}, {}
+        return was_limited
+
+    def _tokens_wanted(self) -> tuple[dict[str, int], list[float]]:
+        """Tokens that tenants with running work could compute now, at most about a step's.
+
+        Returns:
+            The tokens by tenant; without sequences in the background by weight, ascending.
+        """
+        lifecycle, budget = self._lifecycle, self._budget
+        wanted: dict[str, int] = {}
+        background: dict[str, int] = {}
+        for sequence in lifecycle.running.by_age:
+            if count := sequence.num_tokens - sequence.num_computed_tokens:
+                tenant = sequence.group.request.tenant
+                wanted[tenant] = wanted.get(tenant, 0) + count
+                if sequence.is_background:
+                    background[tenant] = background.get(tenant, 0) + count
+        levels = []
+        has_slots = lifecycle.running.num_free_slots > 0
+        for tenant, count in wanted.items():
+            behind = background.get(tenant, 0)
+            if has_slots and count < budget and (num_ready := lifecycle.waiting.num_ready(tenant)):
+                oldest = lifecycle.waiting.of(tenant)[0]
+                if lifecycle.may_run(oldest):
+                    waiting = num_ready * oldest.num_tokens  # an estimate
+                    count += waiting
+                    behind += waiting * oldest.is_background
+            wanted[tenant] = min(count, budget)
+            if count > behind:
+                weight = lifecycle.accounts[tenant].weight
+                levels.append(min(count - behind, budget) / weight)
+        levels.sort()
+        return wanted, levels
+
+    def _share(self, tenant: str) -> int:
+        return max(int(self._level * self._lifecycle.accounts[tenant].weight), 1)
+
+    def _affordable(self, tenant: str, wanted: int) -> int:
+        """Tokens that the tenant's credit pays for now."""
+        seconds, credit = self._light_seconds, self._credit(tenant)
+        price = self._price(tenant)
+        credit.refill = max((self._slowdown - 1.0) * seconds, self._share(tenant) * price)
+        full = PATIENCE * credit.refill
+        saved = credit.seconds + (self._num_paced - credit.at) * credit.refill
+        credit.seconds, credit.at = min(saved, full), self._num_paced
+        count = int(credit.seconds / price) if credit.seconds > 0.0 else 0
+        if count < min(wanted, LEAST) and credit.seconds < full:
+            return 0
+        return max(count, 1)
+
+    def _limit(self, limits: dict[str, int]) -> None:
+        """Divide each tenant's tokens among its running sequences, in turn, and its waiting ones.
+
+        A turn goes round in tree order, so that sequences with a common prefix stay together;
+        background sequences come last.
+        """
+        lifecycle, own = self._lifecycle, {tenant: list[Sequence]() for tenant in limits}
+        if not limits:
+            return
+        for sequence in lifecycle.running.order.sequences:
+            if (known := own.get(sequence.group.request.tenant)) is not None:
+                known.append(sequence)
+        for tenant, left in limits.items():
+            credit, turn = self._credit(tenant), own[tenant]
+            after = next((i + 1 for i, s in enumerate(turn) if s.slot == credit.last), 0)
+            turn = turn[after:] + turn[:after]
+            turn.sort(key=lambda s: s.is_background)
+            kept = left // _NEW_STARTS if lifecycle.waiting.num_ready(tenant) else 0
+            for sequence in turn:
+                self._parts[sequence] = part = min(sequence.num_remaining_tokens, left - kept)
+                left -= part
+                if part and not sequence.is_background:
+                    credit.last = sequence.slot
+            self._left[tenant] = left
+
+    def _credit(self, tenant: str) -> _Credit:
+        return self._credits.setdefault(tenant, _Credit())
+
+    def _price(self, tenant: str) -> float:
+        """Seconds that a token of the tenant adds to the step."""
+        price = self._credit(tenant).price
+        if price is None:
+            price = self._usual_price
+        least = _GUESS if price is None else _FREE
+        return max(price or 0.0, least * self._light_seconds)
+
+    # -- while a step is put together -------------------------------------------------------
+
+    def may_start(self, tenant: str) -> bool:
+        """Whether a waiting request of the tenant may have a token of the step."""
+        if not self._level:
+            return True
+        if tenant not in self._left and tenant not in self._wanted:
+            count = max(self._affordable(tenant, NO_LIMIT), LIKE * self._share(tenant))
+            self._left[tenant] = count
+        return self._left.get(tenant, 1) > 0
+
+    def most(self, sequence: Sequence) -> int:
+        """Tokens that the sequence may have."""
+        if not self._left:
+            return NO_LIMIT
+        part = self._parts.get(sequence)
+        return self._left.get(sequence.group.request.tenant, NO_LIMIT) if part is None else part
+
+    def take(self, sequence: Sequence, count: int) -> None:
+        """Note that the sequence has ``count`` tokens of the step."""
+        tenant = sequence.group.request.tenant
+        if tenant in self._left and sequence not in self._parts:
+            self._left[tenant] -= count
+
+    # -- after it ---------------------------------------------------------------------------
+
+    def launch(self, scheduled: list[Sequence], awaiting: list[Sequence]) -> None:
+        """Note the step's sequences; rows that are only sampled count as one token."""
+        tokens: dict[str, int] = {}
+        self._tokens = tokens
+        if not self._is_on or not self._lifecycle.accounts.are_several:
+            return
+        for sequence in scheduled:
+            tenant = sequence.group.request.tenant
+            tokens[tenant] = tokens.get(tenant, 0) + sequence.num_scheduled
+        for sequence in awaiting:
+            tenant = sequence.group.request.tenant
+            tokens[tenant] = tokens.get(tenant, 0) + 1
+
+    def end_step(self) -> None:
+        """Take in the time of the step in flight."""
+        tokens = self._tokens
+        if not tokens or (seconds := self._clock() - self._started) <= 0.0:
+            return
+        heavy = {
+            tenant: count
+            for tenant, count in tokens.items()
+            if self._level and count > LIKE * self._share(tenant)
+        }
+        light = sum(tokens.values()) - sum(heavy.values())
+        if not heavy or not light:
+            self._times.add(sum(tokens.values()), seconds)
+            return
+        excess = max(seconds - self._times.seconds(light), 0.0)
+        costs = {tenant: count * self._price(tenant) for tenant, count in heavy.items()}
+        whole = sum(costs.values())
+        for tenant, count in heavy.items():
+            self._charge(self._credit(tenant), excess * costs[tenant] / whole, count)
+
+    def _charge(self, credit: _Credit, seconds: float, count: int) -> None:
+        credit.seconds = max(credit.seconds - seconds, -MOST_DEBT * credit.refill)
+        price = seconds / count
+        if credit.price is not None:
+            price = min(price, _LARGEST * max(credit.price, _FREE * self._light_seconds))
+            price = credit.price + WEIGHT * (price - credit.price)
+        credit.price = self._usual_price = price

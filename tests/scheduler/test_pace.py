@@ -1,0 +1,286 @@
+"""The bound on what one tenant's work adds to the steps of others, counted under a given cost."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+
+from chunkllama.errors import ConfigError
+from chunkllama.scheduler.output import SchedulerOutput
+from chunkllama.scheduler.pace import LEAST, MOST_DEBT, PATIENCE
+from chunkllama.simulation.cost_model import StepCost
+from chunkllama.simulation.engine import SimulatedEngine, make_limits
+from chunkllama.tenant_limits import TenantLimits, TenantTable
+
+SIZE = 64
+COST = StepCost(step=0.010, token=0.001)
+WINDOW = 24  # steps
+
+
+class Steps:
+    """Runs steps and keeps what each of them computed, by tenant.
+
+    Attributes:
+        seconds: of each step.
+        tokens: of each step, by tenant.
+        outputs: of the scheduler.
+    """
+
+    def __init__(
+        self, cost: StepCost = COST, *, has_tenants: bool = True, **limits: object
+    ) -> None:
+        settings = {"max_num_batched_tokens": 128, "max_model_len": 16_384, **limits}
+        self.engine = SimulatedEngine(
+            2000, SIZE, vocab_size=1000, check=False, cost=cost, **settings
+        )
+        tenants = dict.fromkeys(("a", "b", *(f"t{i}" for i in range(16))), TenantLimits())
+        if has_tenants:
+            self.engine.scheduler.set_tenants(TenantTable(tenants))
+        self.random = random.Random(0)
+        self.seconds: list[float] = []
+        self.tokens: list[dict[str, int]] = []
+        self.outputs: list[SchedulerOutput] = []
+
+    def add(self, tenant: str, length: int = 20, output: int = 4000, **options: object) -> str:
+        prompt = [self.random.randrange(1000) for _ in range(length)]
+        return self.engine.add(prompt, output, tenant=tenant, namespace=tenant, **options)
+
+    def run(self, count: int) -> None:
+        for _ in range(count):
+            before = self.engine.now
+            output = self.engine.schedule()
+            assert output is not None
+            tokens: dict[str, int] = {}
+            for sequence in self.engine.scheduler._scheduled:
+                tenant = sequence.group.request.tenant
+                tokens[tenant] = tokens.get(tenant, 0) + sequence.num_scheduled
+            self.engine.commit()
+            self.outputs.append(output)
+            self.tokens.append(tokens)
+            self.seconds.append(self.engine.now - before)
+
+    def total(self, tenant: str, begin: int) -> int:
+        """Tokens of a tenant from step ``begin`` on."""
+        return sum(tokens.get(tenant, 0) for tokens in self.tokens[begin:])
+
+    def slowdown(self, begin: int) -> float:
+        """Worst mean of ``WINDOW`` steps from step ``begin`` on, over the step before it."""
+        part = self.seconds[begin:]
+        sums = [sum(part[i : i + WINDOW]) for i in range(len(part) - WINDOW + 1)]
+        return max(sums) / WINDOW / self.seconds[begin - 1]
+
+
+def beside_one_stream(bound: float, cost: StepCost = COST, **limits: object) -> Steps:
+    """Return steps of tenant b's one stream, which runs alone in the first ten."""
+    steps = Steps(cost, max_tenant_slowdown=bound, **limits)
+    steps.add("b")
+    steps.run(10)
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("bound", "slowdown", "tokens"), [(0, 6.46, 11_298), (1.5, 1.44, 863), (3, 2.78, 3567)]
+)
+def test_63_rows_beside_one(bound: float, slowdown: float, tokens: int) -> None:
+    steps = beside_one_stream(bound)
+    for _ in range(63):
+        steps.add("a", 3)
+    steps.run(200)
+    assert (round(steps.slowdown(10), 2), steps.total("a", 10)) == (slowdown, tokens)
+    assert all(each["b"] == 1 for each in steps.tokens[10:])
+
+
+def test_rows_that_wait_longest_go_first_and_neighbours_stay_together() -> None:
+    steps = beside_one_stream(1.5)
+    for _ in range(40):
+        steps.add("a", 3)
+    while len(steps.engine.scheduler._running) < 41:
+        steps.run(1)
+    begin = len(steps.outputs)
+    steps.run(100)
+    order = [s.slot for s in steps.engine.scheduler._running.order.sequences]
+    counts = dict.fromkeys(order, 0)
+    for output in steps.outputs[begin:]:
+        slots = [piece.slot for piece in output.slices]
+        for slot in slots:
+            counts[slot] += 1
+        places = [order.index(slot) for slot in slots if slot]  # slot 0 is b's
+        gaps = sum(after - before > 1 + (order.index(0) in range(before, after))
+                   for before, after in pairwise(places))  # fmt: skip
+        assert gaps <= 1, "more than two groups of neighbours"
+    rows = [count for slot, count in counts.items() if slot]
+    assert max(rows) - min(rows) <= 1
+
+
+def test_a_plan_is_kept_while_the_same_rows_run() -> None:
+    steps = beside_one_stream(1.5)
+    for _ in range(40):
+        steps.add("a", 3)
+    steps.run(200)
+    seen = {}
+    repeated = 0
+    for before, after in pairwise(steps.outputs[-60:]):
+        slots = [tuple(p.slot for p in output.slices) for output in (before, after)]
+        if after.plan_version:
+            assert seen.setdefault(after.plan_version, slots[1]) == slots[1]
+            repeated += before.plan_version == after.plan_version
+    assert repeated > 10
+
+
+def test_a_long_prompt_beside_a_stream() -> None:
+    steps = beside_one_stream(1.5)
+    name = steps.add("a", 2000, 1)
+    while name not in steps.engine.first_deltas:
+        steps.run(1)
+    assert steps.slowdown(10) <= 1.5
+    slices = [each["a"] for each in steps.tokens[10:] if "a" in each]
+    assert sum(slices) == 2000 and min(slices[:-1]) >= LEAST
+    assert len(steps.tokens) == 478
+
+
+@pytest.mark.parametrize("weight", [1.0, 8.0])
+def test_a_tenant_has_at_least_its_share(weight: float) -> None:
+    """Of eight rows against 48: as many tokens as the light tenant, times the weight."""
+    steps = Steps(max_tenant_slowdown=1, tenant_weights={"a": weight})
+    for _ in range(8):
+        steps.add("b", 3)
+    steps.run(20)
+    for _ in range(48):
+        steps.add("a", 3)
+    steps.run(100)
+    begin = len(steps.tokens)
+    steps.run(400)
+    least = min(8 * weight, 48) * 400
+    assert steps.total("b", begin) == 8 * 400
+    assert 0.95 * least <= steps.total("a", begin) <= max(1.05 * least, 16 * 400)
+
+
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_like_loads_are_left_alone(more: int) -> None:
+    """Three rows of each of 12 tenants, and up to twice as many of half of them."""
+
+    def run(bound: float) -> list[dict[str, int]]:
+        steps = Steps(max_tenant_slowdown=bound)
+        for number in range(12):
+            for _ in range(3 + more * (number % 2)):
+                steps.add(f"t{number}", 1, 100)
+        steps.run(90)
+        return steps.tokens
+
+    assert run(1) == run(0)
+
+
+def test_several_heavy_tenants_each_add_their_part() -> None:
+    """Half of the tenants are light: the other two add 0.4 of a step each, and what they saved."""
+    steps = Steps(max_tenant_slowdown=1.5)
+    for tenant in ("b", "t0"):
+        steps.add(tenant)
+    steps.run(10)
+    for _ in range(24):
+        for tenant in ("a", "t1"):
+            steps.add(tenant, 3)
+    steps.run(200)
+    assert round(steps.slowdown(10), 2) == 1.86
+    assert steps.total("a", 10) == steps.total("t1", 10)
+
+
+@pytest.mark.parametrize("tenant", ["", "a"])
+def test_a_server_with_one_tenant_is_left_alone(tenant: str) -> None:
+    def run(bound: float) -> list[dict[str, int]]:
+        steps = Steps(has_tenants=False, max_tenant_slowdown=bound)
+        for length in (20, 3, 900, 3000, 5):
+            steps.add(tenant, length, 50)
+            steps.run(5)
+        steps.run(60)
+        return steps.tokens
+
+    assert run(1) == run(0)
+
+
+@pytest.mark.parametrize(("token", "tokens"), [(0.001, 64), (0.0001, 128), (0.01, 16)])
+def test_prompts_of_a_step_are_cut_for_the_first_token_of_others(token: float, tokens: int) -> None:
+    """Steps of 0.08 s, or of four steps of one token; no other tenant has a request."""
+    steps = Steps(StepCost(step=0.01, token=token))
+    steps.add("a", 20, 5)
+    steps.run(5)
+    steps.add("a", 3000, 1)
+    steps.run(12)
+    assert steps.tokens[-1] == {"a": tokens}
+
+
+def test_rows_that_cost_nothing_run_but_for_steps_that_measure() -> None:
+    steps = beside_one_stream(1.5, StepCost(step=0.01))
+    for _ in range(56):
+        steps.add("a", 3)
+    steps.run(60)
+    begin = len(steps.tokens)
+    steps.run(512)
+    assert [each.get("a", 0) for each in steps.tokens[begin:]].count(56) == 508
+
+
+def test_what_rows_cost_is_measured() -> None:
+    """Rows behind a long context of their own cost nine times what others do."""
+    cost = StepCost(step=0.010, token=0.001, read=4e-6)
+    steps = beside_one_stream(1.5, cost, max_num_batched_tokens=512)
+    for _ in range(12):
+        steps.add("a", 2000)
+    steps.run(3000)
+    assert len(steps.engine.scheduler._running) == 13
+    begin = len(steps.seconds)
+    steps.run(300)
+    usual = min(steps.seconds[-50:])
+    assert 1.3 <= sum(steps.seconds[begin:]) / 300 / usual <= 1.5
+    assert steps.total("a", begin) > 150
+
+
+@pytest.mark.parametrize("token", [0.0001, 0.001, 0.5])
+def test_a_limited_tenant_always_advances(token: float) -> None:
+    steps = beside_one_stream(1, StepCost(step=0.01, token=token))
+    for _ in range(20):
+        steps.add("a", 100)
+    steps.run(600)
+    ran = [i for i, each in enumerate(steps.tokens) if "a" in each]
+    assert max(b - a for a, b in pairwise(ran)) <= PATIENCE + MOST_DEBT + 1
+
+
+def test_new_requests_of_a_limited_tenant_start() -> None:
+    """They have a quarter of its tokens, while its older ones decode."""
+    steps = beside_one_stream(1.5)
+    for _ in range(40):
+        steps.add("a", 3)
+    steps.run(300)
+    name = steps.add("a", 3, 4)
+    before = len(steps.tokens)
+    while name not in steps.engine.first_deltas:
+        steps.run(1)
+    assert len(steps.tokens) - before == 4
+
+
+def test_a_step_is_never_empty_because_of_a_limit() -> None:
+    """The other tenant's only sequence is in the background and pauses for a prompt."""
+    steps = Steps(max_tenant_slowdown=1)
+    steps.add("b", priority=1000)
+    steps.run(10)
+    for _ in range(30):
+        steps.add("a", 300, 20)
+    steps.run(200)
+    steps.engine.run()
+    steps.engine.check_outputs()
+    assert steps.engine.scheduler.stats().preemptions_total == 0
+
+
+def test_other_policies_have_no_bound() -> None:
+    for policy in ("prefix", "fcfs"):
+        steps = beside_one_stream(1, policy=policy)
+        for _ in range(30):
+            steps.add("a", 3)
+        steps.run(20)
+        assert steps.tokens[-1] == {"a": 30, "b": 1}
+
+
+@pytest.mark.parametrize("bound", [-1.0, 0.5])
+def test_a_bound_below_one_is_refused(bound: float) -> None:
+    with pytest.raises(ConfigError, match="max_tenant_slowdown must be at least 1 or 0"):
+        make_limits(max_tenant_slowdown=bound)
