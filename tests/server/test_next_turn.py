@@ -244,14 +244,26 @@ def test_many_responses_are_accepted(family, text, cut, choice):
     check_responses(family, text, cut, choice)
 
 
+def cuts(piece: str) -> list[tuple[str, int]]:
+    """An answer and its lengths in tokens; those of the tests' tokenizer are bytes."""
+    text = f"{piece}."
+    return [(text, cut) for cut in range(1, len(text.encode()) + 2)]
+
+
 @pytest.mark.nightly
 @every
 @pytest.mark.parametrize("piece", PIECES)
-def test_an_answer_cut_at_any_token_is_accepted(family, piece):
-    """The tokens of the tests' tokenizer are bytes."""
-    text = f"{piece}."
-    for cut in range(1, len(text.encode()) + 2):
+def test_a_chat_answer_cut_at_any_token_is_accepted(family, piece):
+    for text, cut in cuts(piece):
         check_chat(family, text, cut, "auto")
+
+
+@pytest.mark.nightly
+@strict
+@pytest.mark.parametrize("piece", PIECES)
+def test_an_answer_of_another_endpoint_cut_at_any_token_is_accepted(family, piece):
+    """All of them go on as a chat does, with the same templates."""
+    for text, cut in cuts(piece):
         if cut >= 16:
             check_responses(family, text, cut, "auto")
         for check in OTHERS:
