@@ -33,12 +33,19 @@ class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A constraint on the output.
 
     ``kind`` is json_schema, json_object, regex, choice, lark, gbnf, or any, which constrains
-    nothing but the thoughts; ``text`` is its source.
+    nothing but the thoughts; ``text`` is its source. ``has_calls``: a lark grammar is of calls,
+    whose arguments are JSON.
     """
 
     kind: str
     text: str
     thinking: ThinkingSpec | None = None
+    has_calls: bool = False
+
+    @property
+    def is_json(self) -> bool:
+        """Whether a cut answer is useless, because it is JSON that does not end."""
+        return self.has_calls or self.kind in ("json_schema", "json_object")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

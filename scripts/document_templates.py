@@ -62,6 +62,8 @@ What the server does with the conversations of each family. The rows are probes 
 rules; the record of a served model is in `/v1/models` under `chat_template`.
 
 - **Chat**: *as it is*, or which messages are joined because the template has no form for them.
+  *user first*: an empty user message is written before an answer that begins the conversation, and
+  a system message alone is a user message.
 - **Tools**: *template*: the template prints tools, calls and results. *described*: it prints no
   tools, so they are described in the system message. What it prints only in part is named.
 - **Reasoning**: the tags that tell thoughts from the answer, and what turns thoughts on and off.
@@ -120,6 +122,7 @@ def _chat(able: TemplateCapabilities) -> str:
     if not able.system:
         joined.append("system and user")
     said = f"joined: {', '.join(joined)}" if joined else "as it is"
+    said = said if able.first_answer else f"{said}; user first"
     return said if able.content == "text" else f"{said}; text parts"
 
 

@@ -38,6 +38,7 @@ class _Helpers(MetaPathFinder):
         "soak_server": Path(__file__).parent / "soak_server.py",
         "soak_client": Path(__file__).parent / "soak_client.py",
         "adapter_files": Path(__file__).parent / "adapter_files.py",
+        "mask_draws": Path(__file__).parent / "mask_draws.py",
         "tiny_model": Path(__file__).parent / "tiny_model.py",
         "malformed_requests": Path(__file__).parents[1] / "benchmarks" / "malformed_requests.py",
         "native_models": Path(__file__).parent / "backends" / "native_models.py",

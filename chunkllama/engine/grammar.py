@@ -8,8 +8,6 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from copy import copy
 from typing import Any, Protocol
 
 import llguidance
@@ -18,8 +16,10 @@ import numpy as np
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from numpy.typing import NDArray
 
+from chunkllama.engine.closing import ClosingMatcher, EndTokens
+from chunkllama.engine.thinking import ThinkingMatcher
 from chunkllama.errors import InvalidRequestError
-from chunkllama.sampling_params import GrammarSpec, ThinkingSpec
+from chunkllama.sampling_params import GrammarSpec
 
 # One optional blank between JSON tokens: a model that may write blanks without end will.
 JSON_WHITESPACE = {"whitespace_pattern": "[ \\n]?", "whitespace_flexible": True}
@@ -145,6 +145,11 @@ class Matcher(Protocol):
         """Nothing but the end of the sequence may follow."""
         ...
 
+    @property
+    def is_closing(self) -> bool:
+        """The tokens run out, so the answer is ended where the model would go on."""
+        ...
+
     def copy(self) -> Matcher:
         """A matcher in the same state, which moves on by itself."""
         ...
@@ -176,112 +181,18 @@ class GrammarMatcher:
     def is_finished(self) -> bool:
         return bool(self._matcher.is_stopped())
 
+    @property
+    def is_closing(self) -> bool:
+        return False
+
+    def spend(self) -> None:
+        """Count a token that the grammar does not see: it has no limit."""
+
     def copy(self) -> GrammarMatcher:
         return GrammarMatcher(self._matcher.deep_copy())
 
     def forced(self) -> list[int]:
         return list(self._matcher.compute_ff_tokens())
-
-
-class ThinkingMatcher:
-    """Thoughts of free text up to their budget, then a grammar or free text.
-
-    Args:
-        answer: what the answer obeys; None for free text.
-        token_bytes: the bytes of one token.
-        eos_token_ids: forbidden in thoughts that an answer with a grammar follows.
-    """
-
-    def __init__(
-        self,
-        spec: ThinkingSpec,
-        answer: GrammarMatcher | None,
-        token_bytes: Callable[[int], bytes],
-        eos_token_ids: list[int],
-    ) -> None:
-        self._spec = spec
-        self._answer = answer
-        self._token_bytes = token_bytes
-        self._eos_token_ids = eos_token_ids
-        self._end = spec.end.encode()
-        self._is_thinking = spec.is_open
-        self._num_tokens = 0
-        # Of the ending tag that is being forced.
-        self._num_forced = 0
-        self._tail = b""
-
-    @property
-    def _may_begin(self) -> bool:
-        return not self._is_thinking and self._num_tokens == 0
-
-    @property
-    def _must_end(self) -> bool:
-        budget = self._spec.budget
-        return self._is_thinking and budget is not None and self._num_tokens >= budget
-
-    def fill_mask(self, mask: NDArray[np.int32]) -> None:
-        if self._must_end:
-            _allow(mask, self._spec.end_token_ids[self._num_forced])
-        elif self._is_thinking or self._answer is None:
-            mask.fill(-1)
-            if self._answer is not None:
-                for token in self._eos_token_ids:
-                    mask[token // 32] &= ~np.int32(_bit(token))
-        else:
-            self._answer.fill_mask(mask)
-            if self._may_begin and self._spec.start_token_id is not None:
-                _allow(mask, self._spec.start_token_id)
-
-    @property
-    def error(self) -> str:
-        return "" if self._is_thinking or self._answer is None else self._answer.error
-
-    def accept(self, token_id: int) -> bool:
-        may_begin, must_end = self._may_begin, self._must_end
-        self._num_tokens += 1
-        if self._is_thinking:
-            self._think(token_id, must_end)
-            return True
-        if may_begin and token_id == self._spec.start_token_id:
-            self._is_thinking = True
-            return True
-        return self._answer is None or self._answer.accept(token_id)
-
-    def _think(self, token_id: int, must_end: bool) -> None:
-        if must_end:
-            self._num_forced += 1
-            self._is_thinking = self._num_forced < len(self._spec.end_token_ids)
-            return
-        self._tail += self._token_bytes(token_id)
-        is_end = self._spec.end_token_ids == (token_id,) or self._end in self._tail
-        self._tail = self._tail[-len(self._end) :]
-        self._is_thinking = not is_end
-
-    @property
-    def is_finished(self) -> bool:
-        return not self._is_thinking and self._answer is not None and self._answer.is_finished
-
-    def copy(self) -> ThinkingMatcher:
-        other = copy(self)
-        other._answer = None if self._answer is None else self._answer.copy()
-        return other
-
-    def forced(self) -> list[int]:
-        if self._must_end:
-            return list(self._spec.end_token_ids[self._num_forced :])
-        if self._is_thinking or self._answer is None or self._may_begin:
-            return []
-        return self._answer.forced()
-
-
-def _bit(token_id: int) -> int:
-    """The bit of a token in its 32-bit word, as a signed number."""
-    bit = 1 << (token_id % 32)
-    return bit - (1 << 32) if bit >> 31 else bit
-
-
-def _allow(mask: NDArray[np.int32], token_id: int) -> None:
-    mask[token_id // 32] |= np.int32(_bit(token_id))
 
 
 def _answer_spec(spec: GrammarSpec) -> GrammarSpec:
@@ -318,18 +229,28 @@ class GrammarCompiler:
         self._eos_token_ids = eos_token_ids
         self._compiled: OrderedDict[GrammarSpec, llguidance.LLMatcher] = OrderedDict()
         self._lock = threading.Lock()  # of the order of _compiled
+        self._end_tokens: EndTokens | None = None
 
     def has(self, spec: GrammarSpec) -> bool:
         """Whether the grammar is compiled."""
         return spec.kind == "any" or _answer_spec(spec) in self._compiled
 
-    def matcher(self, spec: GrammarSpec, output_token_ids: list[int]) -> Matcher:
+    def matcher(
+        self, spec: GrammarSpec, output_token_ids: list[int], max_tokens: int | None = None
+    ) -> Matcher:
         """A matcher that has already seen ``output_token_ids``. Several threads may call.
+
+        Args:
+            max_tokens: of the whole output; where it has JSON, this is closed before they run out.
 
         Raises:
             InvalidRequestError: the grammar does not compile, or the tokens do not follow it.
         """
-        answer = None if spec.kind == "any" else self._answer_matcher(_answer_spec(spec))
+        answer: GrammarMatcher | ClosingMatcher | None = None
+        if spec.kind != "any":
+            answer = self._answer_matcher(_answer_spec(spec))
+            if max_tokens is not None and spec.is_json:
+                answer = ClosingMatcher(answer, max_tokens, self._ends())
         matcher: Matcher
         if spec.thinking is None:
             assert answer is not None, "a grammar of kind any bounds thoughts"
@@ -342,6 +263,12 @@ class GrammarCompiler:
 
     def _token_bytes(self, token_id: int) -> bytes:
         return bytes(self._tokenizer.decode_bytes([token_id]))
+
+    def _ends(self) -> EndTokens:
+        if self._end_tokens is None:
+            size = self._tokenizer.vocab_size
+            self._end_tokens = EndTokens(self._token_bytes, size, self._eos_token_ids)
+        return self._end_tokens
 
     def _answer_matcher(self, spec: GrammarSpec) -> GrammarMatcher:
         with self._lock:

@@ -198,10 +198,10 @@ class ModelRunner:
             adapter=new.adapter,
         )
         if new.sampling.grammar is not None:
-            self._start_matcher(state)
+            self._start_matcher(state, new.max_tokens)
         return state
 
-    def _start_matcher(self, state: SequenceState) -> None:
+    def _start_matcher(self, state: SequenceState, max_tokens: int | None) -> None:
         """Make the matcher, in the thread if its grammar is not compiled or it has tokens to see.
 
         A grammar that was prepared may have been pushed out by others before its request begins.
@@ -210,7 +210,7 @@ class ModelRunner:
         assert grammar is not None
 
         def make() -> Matcher:
-            return self._grammar_compiler().matcher(grammar, tokens)
+            return self._grammar_compiler().matcher(grammar, tokens, max_tokens)
 
         if tokens or self._grammars is None or not self._grammars.has(grammar):
             state.pending_matcher = self._compile_thread.submit(make)

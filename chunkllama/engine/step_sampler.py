@@ -266,3 +266,5 @@ def _take(slot: int, state: SequenceState, outcomes: list[Sampled], sampled: Sam
         sampled.beam_candidates[slot] = outcome.beam_candidates
     if state.matcher is not None and state.matcher.is_finished:
         sampled.finished_grammar.add(slot)
+        if state.matcher.is_closing:
+            sampled.closed_grammar.add(slot)

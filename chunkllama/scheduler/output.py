@@ -36,6 +36,7 @@ class NewSequence:
     output_token_ids: Int32Array
     pooling: Literal["", "mean", "last"] = ""
     adapter: AdapterUse | None = None
+    max_tokens: int | None = None  # output tokens it may have
 
 
 class ScheduledSlice(NamedTuple):
@@ -107,7 +108,8 @@ class SampledTokens:
     row.
     ``beam_candidates[slot]`` (beam search only): the best (token id, log-probability) pairs at the
     sampled position.
-    ``finished_grammar``: slots whose grammar accepts nothing more after the sampled token.
+    ``finished_grammar``: slots whose grammar accepts nothing more after the sampled token;
+    ``closed_grammar``: those of them whose answer was ended because its tokens ran out.
     ``deferred``: slots that were to be sampled and are not yet; they stay in the ``awaited`` of the
     next steps until they have a token.
     ``accepted``: the guesses of a slice that equal what was sampled, each with its
@@ -121,6 +123,7 @@ class SampledTokens:
     embeddings: dict[int, list[float]] = field(default_factory=dict)
     beam_candidates: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
     finished_grammar: set[int] = field(default_factory=set)
+    closed_grammar: set[int] = field(default_factory=set)
     failed: dict[int, str] = field(default_factory=dict)
     deferred: set[int] = field(default_factory=set)
     accepted: dict[int, list[tuple[int, TokenLogprob | None]]] = field(default_factory=dict)

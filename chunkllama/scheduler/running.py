@@ -99,6 +99,7 @@ class RunningSequences:
                 output_token_ids=s.output_token_ids,
                 pooling=s.group.request.wants_hidden_states,
                 adapter=s.group.adapter,
+                max_tokens=s.group.max_tokens,
             )
             for s in new
         ]

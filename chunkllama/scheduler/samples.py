@@ -45,7 +45,7 @@ def _append_token(
     lifecycle.counters.generation_tokens += len(tokens)
     reason, stop_token_id = sequence.finish_reason(limits.eos_token_ids)
     if reason is None and slot in sampled.finished_grammar:
-        reason = "stop"
+        reason = "length" if slot in sampled.closed_grammar else "stop"
     deltas.add_tokens(sequence, tokens, reason, stop_token_id)
     if reason is not None:
         lifecycle.finish(sequence)

@@ -89,6 +89,8 @@ def adapt(
     if not able.long_call_ids:
         messages = [_with_short_ids(message) for message in messages]
     messages = _adapt_system(messages, able)
+    if not able.first_answer:
+        messages = _with_first_user(messages)
     if not able.repeated_roles:
         messages = _merge_repeated(messages)
     if able.content == "parts":
@@ -122,7 +124,9 @@ def _adapt_calls(messages: list[Message], able: TemplateCapabilities) -> list[Me
         calls = message.get("tool_calls")
         is_split = bool(calls and message["content"]) and not able.text_beside_calls
         if not calls:
-            adapted.append(message)
+            is_orphan = message["role"] == "tool" and not _follows_call(adapted)
+            is_user = is_orphan and not able.repeated_roles
+            adapted.append(_result_as_user(message) if is_user else message)
         elif not able.tool_calls:
             adapted.append(_calls_as_text(message))
         elif not able.repeated_roles and (is_split or _goes_on(messages, position)):
@@ -144,6 +148,11 @@ def _adapt_calls(messages: list[Message], able: TemplateCapabilities) -> list[Me
             else:
                 adapted.append(message)
     return adapted
+
+
+def _follows_call(messages: list[Message]) -> bool:
+    """Whether a result may stand behind these messages."""
+    return bool(messages) and (messages[-1]["role"] == "tool" or "tool_calls" in messages[-1])
 
 
 def _goes_on(messages: list[Message], position: int) -> bool:
@@ -231,6 +240,18 @@ def _adapt_system(messages: list[Message], able: TemplateCapabilities) -> list[M
     if rest and rest[0]["role"] == "user":
         return [{**rest[0], "content": _join(text, rest[0]["content"])}, *rest[1:]]
     return [{"role": "user", "content": text}, *rest]
+
+
+def _with_first_user(messages: list[Message]) -> list[Message]:
+    """The conversation with a user's turn at its beginning, behind the system message: an empty one
+    before an answer, or the system message itself if there is nothing else."""
+    num_leading = int(bool(messages) and messages[0]["role"] == "system")
+    if num_leading == len(messages):
+        return [{**message, "role": "user"} for message in messages]
+    if messages[num_leading]["role"] == "user":
+        return messages
+    first = {"role": "user", "content": ""}
+    return [*messages[:num_leading], first, *messages[num_leading:]]
 
 
 def _merge_repeated(messages: list[Message]) -> list[Message]:

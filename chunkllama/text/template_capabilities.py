@@ -44,8 +44,10 @@ class TemplateCapabilities:
 
     Attributes:
         content: whether text is given as a string or as a list of parts.
-        system: it prints a first system message.
+        system: it prints a first system message, also where a call's result is the last one.
         system_anywhere: it prints system messages at any place, several of them too.
+        first_answer: a conversation may begin with an answer, or have no user's turn.
+        first_answer: a conversation may begin with an answer, or have no turn of a user.
         developer: it has a form of its own for the role developer.
         repeated_roles: it prints two user or two assistant messages in a row.
         tools: it prints the tools.
@@ -67,6 +69,7 @@ class TemplateCapabilities:
     content: Literal["text", "parts"] = "text"
     system: bool = True
     system_anywhere: bool = True
+    first_answer: bool = True
     developer: bool = False
     repeated_roles: bool = True
     tools: bool = True
@@ -141,16 +144,42 @@ class _Probes:
         middle = [first, user, answer, later, again]
         prompt = self._render([user], None) or ""
         with_tools = self._render([user], [tool(_NAME)]) or ""
+        calls = self._calls(with_tools)
+        system = self.prints([first, user], "qzsys", "qzone")
+        if system and calls["tool_calls"]:  # some leave it out where no user's turn is the last
+            ident = LONG_ID if calls["long_call_ids"] else SHORT_ID
+            made = self._conversation(1, ident, calls["arguments"] == "text")
+            system = self.prints([first, *made], "qzsys", tools=[tool(_NAME)])
         return TemplateCapabilities(
             content=self._content,
-            system=self.prints([first, user], "qzsys", "qzone"),
+            system=system,
             system_anywhere=self.prints(middle, "qzsys", "qztwo", "qzlater", "qzthree")
             and self.prints([first, later, user], "qzsys", "qzlater", "qzone"),
+            first_answer=self._begins_with_an_answer(first, answer, again),
             developer=self._knows_developer(user),
             repeated_roles=self.prints(repeated, "qzone", "qzthree", "qztwo", "qzfour", "qzthree"),
             tools=_NAME in with_tools,
             **self._thoughts(user, again, prompt),
-            **self._calls(with_tools),
+            **calls,
+        )
+
+    def _begins_with_an_answer(self, system: Message, answer: Message, user: Message) -> bool:
+        """Whether a conversation may begin with an answer, and need not have a user's turn."""
+        tools = [tool(_NAME)]
+        return (
+            self.prints([answer, user], "qztwo", "qzthree")
+            and (
+                not self.prints([system, user], "qzsys")
+                or (
+                    self.prints([system, answer, user], "qzsys", "qztwo", "qzthree")
+                    and self.prints([system], "qzsys")
+                )
+            )
+            and all(
+                self._render([first, user], tools) is None
+                or self._render([first], tools) is not None
+                for first in (answer, system)
+            )
         )
 
     def _thoughts(self, user: Message, again: Message, prompt: str) -> dict[str, Any]:

@@ -53,6 +53,15 @@ class TestEnds:
         (delta,) = run.scheduler.commit(output, sampled)
         assert delta.choices[0].finish_reason == "stop"
 
+    def test_a_grammar_closed_because_the_tokens_run_out(self) -> None:
+        run = engine()
+        run.add([1, 2], 5)
+        output = run.scheduler.schedule()
+        assert output is not None
+        sampled = SampledTokens(token_ids={0: 3}, finished_grammar={0}, closed_grammar={0})
+        (delta,) = run.scheduler.commit(output, sampled)
+        assert delta.choices[0].finish_reason == "length"
+
     def test_max_tokens_null_is_what_fits_the_context(self) -> None:
         run = engine(max_model_len=11)
         run.add([1, 2, 3, 4], None)

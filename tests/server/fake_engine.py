@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -29,6 +30,7 @@ from chunkllama.messages import (
 
 MODEL = "org/tiny"
 MAX_MODEL_LEN = 2048
+MAX_PROMPTS = 32  # that it remembers: each request is compared with all of them
 # Seconds it says a request has waited, and has taken for its prompt and for each later delta.
 DURATIONS = (0.25, 0.5, 0.125)
 
@@ -68,7 +70,7 @@ class FakeEngine:
         self.requests: list[EngineRequest] = []
         self.aborted: list[tuple[str, int | None]] = []
         self.live: set[str] = set()
-        self.prompts: dict[str, list[list[int]]] = {}
+        self.prompts: dict[str, deque[list[int]]] = {}
         self.statistics = EngineStats(chunks_total=64, chunks_free=64)
 
     def reply(self, request: EngineRequest) -> list[int]:
@@ -87,7 +89,8 @@ class FakeEngine:
                 common += 1
             best = max(best, common)
         kept = request.prompt_token_ids[: self._stored(request)]
-        self.prompts.setdefault(request.namespace, []).append(kept)
+        latest = self.prompts.setdefault(request.namespace, deque(maxlen=MAX_PROMPTS))
+        latest.append(kept)
         return min(best, len(request.prompt_token_ids) - 1)
 
     @staticmethod

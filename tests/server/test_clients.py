@@ -135,6 +135,11 @@ def test_pydantic_ai(url):
 @pytest.mark.nightly
 def test_instructor(client):
     instructor = library("instructor")
+    plain = instructor.from_openai(client).chat.completions
+    untyped = {"model": MODEL, "messages": users("Paris"), "response_model": None}
+    assert plain.create(**untyped).choices[0].message.content == "Paris"
+    chunks = plain.create(**untyped, stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "Paris"
     for mode, text in (
         (instructor.Mode.TOOLS, f'[{{"name": "City", "arguments": {TYPED}}}]'),
         (instructor.Mode.JSON, TYPED),
@@ -207,7 +212,12 @@ def test_strands_agents(url):
     def agent(**options):
         return strands.Agent(model=model, callback_handler=None, **options)
 
+    async def streamed() -> str:
+        events = agent().stream_async(said("Paris"))
+        return "".join([event["data"] async for event in events if "data" in event])
+
     assert str(agent()(said("Paris"))).strip() == "Paris"
+    assert asyncio.run(streamed()) == "Paris"
     assert str(agent(tools=[get_weather])(said(TAGGED))).strip() == "It is sunny."
     assert asked == ["Oslo"]
     called = f'[{{"name": "City", "arguments": {TYPED}}}]'

@@ -153,3 +153,30 @@ def test_a_call_can_be_read_by_codex(server, name):
     assert item["name"] == name and item["call_id"]
     given = item["arguments"] if item["type"] == "function_call" else item["input"]
     assert given == ('{"command": "ls"}' if name == "shell_command" else "*** Begin Patch")
+
+
+def test_a_typed_answer_beside_the_tools(server):
+    """With ``--output-schema`` each turn has both."""
+    schema = {
+        "type": "object",
+        "properties": {"summary": {"type": "string"}},
+        "required": ["summary"],
+        "additionalProperties": False,
+    }
+    typed = {"type": "json_schema", "name": "codex_output_schema", "strict": True, "schema": schema}
+    for said in (
+        '{"summary": "done"}',
+        '<tool_call>{"name": "shell_command", "arguments": {"command": "ls"}}</tool_call>',
+    ):
+        asked = body([*FIRST[:2], text("user", f"say({said})yas")])
+        asked["text"] = {"verbosity": "low", "format": typed}
+        answer = server.post("/v1/responses", asked, **HEADERS)
+        assert answer.status_code == 200, answer.text
+        lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+        (item,) = json.loads(lines[-1])["response"]["output"]
+        if said.startswith("{"):
+            assert item["content"][0]["text"] == said
+        else:
+            assert json.loads(item["arguments"]) == {"command": "ls"}
+        grammar = server.engine.requests[-1].sampling.grammar.text
+        assert "shell_command" in grammar and "summary" in grammar

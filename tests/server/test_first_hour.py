@@ -269,3 +269,12 @@ def test_what_cannot_be_served_names_what_to_send(server, path, fields, fix):
 def test_a_top_p_of_one_samples_nothing(server):
     server.post("/generate", {"inputs": "hi", "parameters": {"top_p": 1.0, "max_new_tokens": 1}})
     assert server.engine.requests[-1].sampling.temperature == 0
+
+
+def test_the_models_say_what_their_template_can(server):
+    with server.http() as http:
+        record = http.get(f"/v1/models/{MODEL}").json()["chat_template"]
+    assert record == json.loads(
+        json.dumps(server.app.state.context.text.template.capabilities.as_dict())
+    )
+    assert record["tools"] and record["call_markers"] == ["<tool_call>"]

@@ -259,6 +259,11 @@ def test_odd_items_are_answered(server, text_parts, case, path):
         ("/v1/chat/completions/render", {"messages": [{"role": "user", "content": "@@"}]}),
         ("/v1/responses", {"input": "half @@ kept"}),
         ("/v1/responses", {"input": [USER], "instructions": "@@"}),
+        ("/v1/responses/compact", {"input": "half @@"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "@@"}], "max_tokens": 4}),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "half @@"}]}),
+        ("/api/chat", {"messages": [{"role": "user", "content": "half @@"}], "stream": False}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "half @@"}]}),
     ],
 )
 @pytest.mark.parametrize("half", ["\\ud83d", "\\ude00", "\\ude00\\ud83d"])

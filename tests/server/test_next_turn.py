@@ -56,29 +56,36 @@ FEW = settings(max_examples=2, deadline=None, suppress_health_check=QUIET)
 MANY = settings(max_examples=150, deadline=None, suppress_health_check=QUIET)
 
 
+# Without it /v1/messages needs more tokens than it has for thoughts.
+BETA = {"anthropic-beta": "interleaved-thinking-2025-05-14"}
+
+
 @pytest.fixture(scope="module")
 def family(request, start_server):
-    return start_server(template_source=(FAMILIES / f"{request.param}.jinja").read_text("utf-8"))
+    """A client of a server with the family's template; it keeps its connection."""
+    source = (FAMILIES / f"{request.param}.jinja").read_text("utf-8")
+    server = start_server(template_source=source)
+    server.engine.tokens_per_delta = 64  # no answer is read before its end
+    with server.http(headers=BETA) as http:
+        yield http
 
 
 strict = pytest.mark.parametrize("family", STRICT, indirect=True, scope="module")
 every = pytest.mark.parametrize("family", NAMES, indirect=True, scope="module")
 
 
-def post(server, path, body):
-    # without it /v1/messages needs more tokens than it has for thoughts
-    beta = {"anthropic-beta": "interleaved-thinking-2025-05-14"}
-    answer = server.post(path, {"model": MODEL, **body}, **beta)
+def post(http, path, body):
+    answer = http.post(path, json={"model": MODEL, **body})
     assert answer.status_code == 200, (answer.text, json.dumps(body)[:3000])
     return answer.json()
 
 
-def check_chat(server, text, cut, choice) -> None:
+def check_chat(http, text, cut, choice) -> None:
     ask = {"role": "user", "content": f"say({text})yas"}
     legacy = {"functions": [tool["function"] for tool in TOOLS]}
     for fields in ({"tools": TOOLS, "tool_choice": choice}, {}, legacy):
         body = {"messages": [ask], "max_tokens": cut, **fields}
-        message = post(server, "/v1/chat/completions", body)["choices"][0]["message"]
+        message = post(http, "/v1/chat/completions", body)["choices"][0]["message"]
         results = [
             {"role": "tool", "tool_call_id": call["id"], "content": "12"}
             for call in message.get("tool_calls", ())
@@ -87,19 +94,19 @@ def check_chat(server, text, cut, choice) -> None:
             results = [{"role": "function", "name": "f", "content": "12"}]
         for back in ([message, USER], [message, *results, USER], [message, *results]):
             again = {**fields, "messages": [ask, *back]}
-            post(server, "/v1/chat/completions", {**again, "max_tokens": 1})
-            post(server, "/v1/chat/completions/render", again)
-        post(server, "/tokenize", {"messages": [ask, message, *results, USER]})
+            post(http, "/v1/chat/completions", {**again, "max_tokens": 1})
+        post(http, "/v1/chat/completions/render", again)
+        post(http, "/tokenize", {"messages": [ask, message, *results, USER]})
         # Another endpoint goes on with what this one said.
         said = {"role": "assistant", "content": message["content"]}
-        post(server, "/v1/responses", {"input": [ask, said, USER], "max_output_tokens": 16})
+        post(http, "/v1/responses", {"input": [ask, said, USER], "max_output_tokens": 16})
 
 
-def check_responses(server, text, cut, choice) -> None:
+def check_responses(http, text, cut, choice) -> None:
     ask = {"role": "user", "content": f"say({text})yas"}
     body = {"tools": RESPONSE_TOOLS, "tool_choice": choice}
     asked = {**body, "input": [ask], "max_output_tokens": cut}
-    first = post(server, "/v1/responses", asked)
+    first = post(http, "/v1/responses", asked)
     output = first["output"]
     results = [
         {"type": f"{item['type']}_output", "call_id": item["call_id"], "output": "12"}
@@ -115,18 +122,18 @@ def check_responses(server, text, cut, choice) -> None:
         {"input": [*results, USER], **previous},
         {"input": "go on", **previous},
     ):
-        post(server, "/v1/responses/input_tokens", {**body, **more})
-        second = post(server, "/v1/responses", {**body, **more, "max_output_tokens": 16})
+        post(http, "/v1/responses/input_tokens", {**body, **more})
+        second = post(http, "/v1/responses", {**body, **more, "max_output_tokens": 16})
     third = {"input": "and on", "previous_response_id": second["id"], "max_output_tokens": 16}
-    post(server, "/v1/responses", third)
-    compacted = post(server, "/v1/responses/compact", {"input": "go on", **previous})["output"]
-    post(server, "/v1/responses", {"input": [*compacted, USER], "max_output_tokens": 16})
+    post(http, "/v1/responses", third)
+    compacted = post(http, "/v1/responses/compact", {"input": "go on", **previous})["output"]
+    post(http, "/v1/responses", {"input": [*compacted, USER], "max_output_tokens": 16})
 
 
 MESSAGES_CHOICES = {"auto": "auto", "required": "any", "none": "none"}
 
 
-def check_messages(server, text, cut, choice) -> None:
+def check_messages(http, text, cut, choice) -> None:
     """Anthropic's API; the answer is also sent back without a result, and continued."""
     ask = {"role": "user", "content": f"say({text})yas"}
     tools = [{"name": "f", "input_schema": PARAMETERS}]
@@ -134,7 +141,7 @@ def check_messages(server, text, cut, choice) -> None:
         with_tools = {"tools": tools, "tool_choice": {"type": MESSAGES_CHOICES[choice]}}
         for fields in (with_tools, {}):
             body = {**fields, **thinking, "max_tokens": cut}
-            content = post(server, "/v1/messages", {**body, "messages": [ask]})["content"]
+            content = post(http, "/v1/messages", {**body, "messages": [ask]})["content"]
             answer = {"role": "assistant", "content": content}
             results = [
                 {"type": "tool_result", "tool_use_id": block["id"], "content": "12"}
@@ -146,44 +153,44 @@ def check_messages(server, text, cut, choice) -> None:
                 [answer, USER],
             ):
                 again = {**fields, **thinking, "messages": [ask, *back]}
-                post(server, "/v1/messages", {**again, "max_tokens": 1})
-                post(server, "/v1/messages/count_tokens", again)
+                post(http, "/v1/messages", {**again, "max_tokens": 1})
+            post(http, "/v1/messages/count_tokens", again)
 
 
-def check_ollama(server, text, cut, choice) -> None:
+def check_ollama(http, text, cut, choice) -> None:
     ask = {"role": "user", "content": f"say({text})yas"}
     tools = [] if choice == "none" else TOOLS
     base = {"stream": False, "tools": tools, "options": {"num_predict": cut}}
-    message = post(server, "/api/chat", {**base, "messages": [ask]})["message"]
+    message = post(http, "/api/chat", {**base, "messages": [ask]})["message"]
     results = [
         {"role": "tool", "content": "12", "tool_name": call["function"]["name"]}
         for call in message.get("tool_calls", ())
     ]
     for back in ([message, USER], [message, *results, USER], [message, *results]):
-        post(server, "/api/chat", {**base, "messages": [ask, *back]})
+        post(http, "/api/chat", {**base, "messages": [ask, *back]})
     body = {"stream": False, "prompt": ask["content"], "options": {"num_predict": cut}}
-    said = post(server, "/api/generate", body)["response"]
-    post(server, "/api/generate", {**body, "prompt": f"{ask['content']}\n{said}\ngo on"})
+    said = post(http, "/api/generate", body)["response"]
+    post(http, "/api/generate", {**body, "prompt": f"{ask['content']}\n{said}\ngo on"})
 
 
-def check_completions(server, text, cut, choice) -> None:
+def check_completions(http, text, cut, choice) -> None:
     body = {"prompt": f"say({text})yas", "max_tokens": cut, "return_token_ids": True}
-    first = post(server, "/v1/completions", body)["choices"][0]
+    first = post(http, "/v1/completions", body)["choices"][0]
     more = {"max_tokens": 1}
-    post(server, "/v1/completions", {**more, "prompt": body["prompt"] + first["text"]})
-    post(server, "/v1/completions", {**more, "prompt": first["token_ids"]})
-    post(server, "/tokenize", {"prompt": first["text"]})
+    post(http, "/v1/completions", {**more, "prompt": body["prompt"] + first["text"]})
+    post(http, "/v1/completions", {**more, "prompt": first["token_ids"]})
+    post(http, "/tokenize", {"prompt": first["text"]})
 
 
-def check_continued(server, text, cut, choice) -> None:
+def check_continued(http, text, cut, choice) -> None:
     """A cut answer is continued where it ended."""
     ask = {"role": "user", "content": f"say({text})yas"}
     body = {"messages": [ask], "max_tokens": cut, "tools": TOOLS, "tool_choice": choice}
-    message = post(server, "/v1/chat/completions", body)["choices"][0]["message"]
+    message = post(http, "/v1/chat/completions", body)["choices"][0]["message"]
     if message.get("tool_calls"):
         return
     last = {"messages": [ask, message], "continue_final_message": True, "max_tokens": 1}
-    post(server, "/v1/chat/completions", last)
+    post(http, "/v1/chat/completions", last)
 
 
 OTHERS = [check_messages, check_ollama, check_completions, check_continued]
@@ -237,14 +244,26 @@ def test_many_responses_are_accepted(family, text, cut, choice):
     check_responses(family, text, cut, choice)
 
 
+def cuts(piece: str) -> list[tuple[str, int]]:
+    """An answer and its lengths in tokens; those of the tests' tokenizer are bytes."""
+    text = f"{piece}."
+    return [(text, cut) for cut in range(1, len(text.encode()) + 2)]
+
+
 @pytest.mark.nightly
 @every
 @pytest.mark.parametrize("piece", PIECES)
-def test_an_answer_cut_at_any_token_is_accepted(family, piece):
-    """The tokens of the tests' tokenizer are bytes."""
-    text = f"Well. {piece} And."
-    for cut in range(1, len(text.encode()) + 2):
+def test_a_chat_answer_cut_at_any_token_is_accepted(family, piece):
+    for text, cut in cuts(piece):
         check_chat(family, text, cut, "auto")
+
+
+@pytest.mark.nightly
+@strict
+@pytest.mark.parametrize("piece", PIECES)
+def test_an_answer_of_another_endpoint_cut_at_any_token_is_accepted(family, piece):
+    """All of them go on as a chat does, with the same templates."""
+    for text, cut in cuts(piece):
         if cut >= 16:
             check_responses(family, text, cut, "auto")
         for check in OTHERS:

@@ -8,11 +8,14 @@ from functools import cache
 from typing import Any
 
 import pytest
+from batch_helpers import encoded
 from fake_engine import MODEL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai import types
+from openai.pagination import SyncCursorPage
 from openai.types import responses as response_types
+from openai.types import shared
 from openai.types.responses import response_item_list
 from pydantic import BaseModel, TypeAdapter
 
@@ -28,11 +31,14 @@ ADDED = {
     "Model": {"max_model_len", "max_request_tokens", "chat_template", "root", "parent"},
     "ChatCompletion": {"prompt_token_ids", "prompt_logprobs", "metadata"},
     "ChatCompletionChunk": {"prompt_token_ids"},
-    "Choice": {"stop_reason", "token_ids"},
+    "Choice": {"stop_reason", "token_ids", "branch"},
     "ChatCompletionMessage": {"reasoning_content"},
     "ChoiceDelta": {"reasoning_content"},
     "Completion": {"prompt_token_ids"},
-    "CompletionChoice": {"stop_reason", "token_ids", "prompt_logprobs", "prompt_token_ids"},
+    "CompletionChoice": {
+        *("stop_reason", "token_ids", "prompt_logprobs", "prompt_token_ids", "branch")
+    },
+    "ResponseTextDeltaEvent": {"branch"},
     # Of the events of a text, whose types lack what those of the whole text have.
     "Logprob": {"bytes"},
     "LogprobTopLogprob": {"bytes"},
@@ -40,6 +46,9 @@ ADDED = {
     "ResponseFunctionCallArgumentsDoneEvent": {"name"},
     "ResponseCustomToolCall": {"status"},
     "Response": {"store"},
+    # Of the lists, whose types have the members alone that pages are read by.
+    "SyncCursorPage[Batch]": {"object", "first_id", "last_id"},
+    "SyncCursorPage[FileObject]": {"object", "first_id", "last_id"},
     "PromptTokensDetails": {"cache_explanations", "image_tokens", "text_tokens"},
     "InputTokensDetails": {"cache_explanations", "image_tokens", "text_tokens"},
 }
@@ -104,6 +113,7 @@ CHAT = maybe(
     tools=st.just(TOOLS),
     tool_choice=st.sampled_from(["auto", "none"]),
     parallel_tool_calls=st.booleans(),
+    prediction=st.just({"type": "content", "content": "Paris in spring"}),
     reasoning_effort=st.sampled_from(["none", "low"]),
     service_tier=st.sampled_from(["auto", "default", "flex", "priority"]),
     metadata=st.just({"a": "b"}),
@@ -151,7 +161,7 @@ _MANY = settings(
 @pytest.fixture(scope="module", params=["plain", "thinking"])
 def answering(request, start_server):
     tags = ("<think>", "</think>") if request.param == "thinking" else ("none",)
-    return start_server(reasoning_tags=tags)
+    return start_server(reasoning_tags=tags, speculation="auto")
 
 
 def asked(body: dict[str, Any]) -> dict[str, Any]:
@@ -205,10 +215,14 @@ def test_completions(answering, text, fields, usage, several):
     if not (fields.get("echo") and "logprobs" in fields):
         body |= {"stream": True} | ({"stream_options": {"include_usage": True}} if usage else {})
         for event in events(answering.post("/v1/completions", body).text):
-            for choice in event["choices"]:
-                # The type is that of whole answers; OpenAI's chunks have null before the last.
-                choice["finish_reason"] = choice["finish_reason"] or "stop"
-            check(types.Completion, event)
+            check_text_chunk(event)
+
+
+def check_text_chunk(event: dict[str, Any]) -> None:
+    for choice in event["choices"]:
+        # The type is that of whole answers; OpenAI's chunks have null before the last.
+        choice["finish_reason"] = choice["finish_reason"] or "stop"
+    check(types.Completion, event)
 
 
 @_MANY
@@ -285,3 +299,189 @@ def test_models(answering):
         for model in listed["data"]:
             check(types.Model, model)
             check(types.Model, http.get(f"/v1/models/{model['id']}").json())
+
+
+BRANCHES = {"branches": ["say(red)yas", "say(green)yas"]}
+JOINS = st.fixed_dictionaries(
+    {"join_tokens": st.integers(1, 9)}, optional={"join": st.sampled_from(["json", "last"])}
+)
+BRANCHED = {
+    "/v1/chat/completions": (
+        {"messages": [{"role": "user", "content": "colours"}], "max_tokens": 20},
+        types.chat.ChatCompletion,
+        types.chat.ChatCompletionChunk,
+    ),
+    "/v1/completions": ({"prompt": "colours", "max_tokens": 20}, types.Completion, None),
+    "/v1/responses": (
+        {"input": "colours", "max_output_tokens": 20},
+        response_types.Response,
+        response_types.ResponseStreamEvent,
+    ),
+}
+
+
+@pytest.mark.parametrize("path", BRANCHED)
+@_MANY
+@given(JOINS)
+def test_branches(answering, path, joins):
+    body, whole, event = BRANCHED[path]
+    body = {"model": MODEL, **body, "parallel": {**BRANCHES, **joins}}
+    check(whole, answering.post(path, body).json())
+    for part in events(answering.post(path, {**body, "stream": True}).text):
+        if event is None:
+            check_text_chunk(part)
+        else:
+            check(event, part)
+
+
+def test_a_background_response_from_its_start_to_its_end(answering):
+    engine = answering.engine
+    engine.gate.clear()
+    body = {"model": MODEL, "input": "say(abcd)yas", "background": True}
+    try:
+        queued = check(response_types.Response, answering.post("/v1/responses", body).json())
+        assert queued.status in ("queued", "in_progress")
+        with answering.http() as http:
+            path = f"/v1/responses/{queued.id}"
+            check(response_types.Response, http.get(path).json())
+            cancelled = check(response_types.Response, http.post(f"{path}/cancel").json())
+            assert cancelled.status == "cancelled"
+            replayed = events(http.get(f"{path}?stream=true&starting_after=0").text)
+            for event in replayed:
+                check(response_types.ResponseStreamEvent, event)
+            assert replayed[-1]["type"] == "response.incomplete"
+            assert http.delete(path).status_code == 200
+    finally:
+        engine.gate.set()
+
+
+LINES = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "say(hi)yas"}]},
+    "/v1/completions": {"prompt": "say(hi)yas"},
+    "/v1/responses": {"input": "say(hi)yas"},
+    "/v1/embeddings": {"input": "a"},
+}
+WHOLE = {
+    "/v1/chat/completions": types.chat.ChatCompletion,
+    "/v1/completions": types.Completion,
+    "/v1/responses": response_types.Response,
+    "/v1/embeddings": types.CreateEmbeddingResponse,
+}
+
+
+def upload(http, lines: list[Any], **fields: str) -> dict[str, Any]:
+    form = {"purpose": "batch", **fields}
+    return http.post("/v1/files", data=form, files={"file": ("in.jsonl", encoded(lines))}).json()
+
+
+def run_batch(http, lines: list[Any], endpoint: str, **fields: Any) -> dict[str, Any]:
+    """A job when it has ended; each state on the way fits the type."""
+    body = {"input_file_id": upload(http, lines)["id"], "endpoint": endpoint, **fields}
+    made = http.post("/v1/batches", json={"completion_window": "24h", **body}).json()
+    while check(types.Batch, made).status not in ("completed", "failed", "cancelled"):
+        made = http.get(f"/v1/batches/{made['id']}").json()
+    return made
+
+
+@pytest.mark.parametrize("endpoint", LINES)
+def test_batches_and_their_files(answering, endpoint):
+    good = {"method": "POST", "url": endpoint, "body": {"model": MODEL, **LINES[endpoint]}}
+    bad = {**good, "body": {"model": "absent"}}
+    lines = [{**good, "custom_id": "a"}, {**bad, "custom_id": "b"}]
+    expiry = {"anchor": "created_at", "seconds": 3600}
+    with answering.http() as http:
+        options = {"metadata": {"a": "b"}, "output_expires_after": expiry}
+        batch = run_batch(http, lines, endpoint, **options)
+        assert batch["request_counts"] == {"total": 2, "completed": 1, "failed": 1}
+        (answered,) = map(
+            json.loads, http.get(content_of(batch["output_file_id"])).text.splitlines()
+        )
+        check(WHOLE[endpoint], answered["response"]["body"])
+        (refused,) = map(json.loads, http.get(content_of(batch["error_file_id"])).text.splitlines())
+        check(shared.ErrorObject, refused["response"]["body"]["error"])
+        listed = http.get("/v1/batches").json()
+        assert check(SyncCursorPage[types.Batch], listed).data
+        files = http.get("/v1/files").json()
+        purposes = {each.purpose for each in check(SyncCursorPage[types.FileObject], files).data}
+        assert purposes == {"batch", "batch_output"}
+        output = batch["output_file_id"]
+        assert check(types.FileObject, http.get(f"/v1/files/{output}").json()).expires_at
+        check(types.FileDeleted, http.delete(f"/v1/files/{output}").json())
+
+
+def content_of(file_id: str) -> str:
+    return f"/v1/files/{file_id}/content"
+
+
+def test_a_batch_that_fails_and_one_that_is_cancelled(answering):
+    with answering.http() as http:
+        failed = run_batch(http, ["no line"], "/v1/completions")
+        assert check(types.Batch, failed).errors.data[0].line == 1
+        line = {"method": "POST", "url": "/v1/completions", "custom_id": "a"}
+        answering.engine.gate.clear()
+        try:
+            made = upload(http, [{**line, "body": {"model": MODEL, "prompt": "a"}}])
+            check(types.FileObject, made)
+            body = {"input_file_id": made["id"], "endpoint": line["url"]}
+            batch = http.post("/v1/batches", json={"completion_window": "1h", **body}).json()
+            cancelled = http.post(f"/v1/batches/{batch['id']}/cancel").json()
+            assert check(types.Batch, cancelled).status in ("cancelling", "cancelled")
+        finally:
+            answering.engine.gate.set()
+
+
+REFUSED = {
+    "/v1/chat/completions": {"messages": []},
+    "/v1/completions": {"prompt": 1},
+    "/v1/responses": {"input": 1},
+    "/v1/responses/input_tokens": {"input": 1},
+    "/v1/responses/compact": {"input": 1},
+    "/v1/embeddings": {"input": []},
+    "/v1/batches": {"endpoint": "/v1/other"},
+}
+MISSING = ["models", "responses", "files", "batches"]
+
+
+def test_refusals(answering):
+    with answering.http() as http:
+        refused = [http.post(path, json={"model": MODEL, **REFUSED[path]}) for path in REFUSED]
+        assert {answer.status_code for answer in refused} == {400}
+        missing = [http.get(f"/v1/{kind}/absent") for kind in MISSING]
+        assert {answer.status_code for answer in missing} == {404}
+    for answer in refused + missing:
+        check(shared.ErrorObject, answer.json()["error"])
+
+
+def test_a_stream_that_fails_has_an_error(answering):
+    from chunkllama.errors import RequestFailedError
+
+    answering.engine.fail_after = (2, RequestFailedError("boom", "model_nan"))
+    answering.engine.tokens_per_delta = 1
+    asked = {"model": MODEL, "stream": True}
+    text = {**asked, "prompt": "say(abcd)yas"}
+    chat = {**asked, "messages": [{"role": "user", "content": text["prompt"]}]}
+    try:
+        for path, body in (("/v1/chat/completions", chat), ("/v1/completions", text)):
+            answer = answering.post(path, body)
+            assert events(answer.text), answer.text
+            check(shared.ErrorObject, events(answer.text)[-1]["error"])
+    finally:
+        answering.engine.fail_after = None
+
+
+# Of other APIs, or the project's own.
+OTHER_PATHS = ("/v1/messages", "/v1/cache", "/v1/load", "/v1/unload", "/v1/usage", "/v1/rerank",
+               "/v1/score")  # fmt: skip
+CHECKED = {
+    *BRANCHED, "/v1/embeddings", "/v1/models", "/v1/models/{model}", "/v1/files",
+    "/v1/files/{file_id}", "/v1/files/{file_id}/content", "/v1/batches", "/v1/batches/{batch_id}",
+    "/v1/batches/{batch_id}/cancel", "/v1/responses/input_tokens", "/v1/responses/compact",
+    "/v1/responses/{response_id}", "/v1/responses/{response_id}/input_items",
+    "/v1/responses/{response_id}/cancel",
+}  # fmt: skip
+
+
+def test_no_endpoint_is_left_out(answering):
+    paths = {path for path in answering.app.openapi()["paths"] if path.startswith("/v1/")}
+    ours = {path for path in paths if path.startswith(OTHER_PATHS) or path.endswith("/render")}
+    assert paths - ours == CHECKED

@@ -86,6 +86,7 @@ TAUGHT = {
         (f"<tool_call>{ADD}</tool_call>  \n Done.", "Done.", ONE),
         (f"\n\n<tool_call>{ADD}</tool_call>", "", ONE),
         (f"<tool_calls>[{ADD}]</tool_calls>", "", ONE),
+        (f"<TOOLCALL>[{ADD}, {WEATHER}]</TOOLCALL>", "", BOTH),
     ],
     "llama3_json": [
         (WEATHER, "", [("get_weather", WEATHER_ARGUMENTS)]),
@@ -152,6 +153,12 @@ TAUGHT = {
         ),
         ('<invoke name="add"><parameter name="a">1</parameter></invoke>', "", ONE),
         (
+            '<minimax:tool_call>\n<invoke name="add">\n<parameter name="a">1</parameter>\n'
+            "</invoke>\n</minimax:tool_call>",
+            "",
+            ONE,
+        ),
+        (
             "<function=add><parameter=a>1</parameter><parameter=b>null</parameter>"
             "<parameter=on>True</parameter><parameter=list>[1, 2]</parameter>"
             "<parameter=text>null</parameter></function>",
@@ -215,6 +222,8 @@ SHAPES = [
     (f'{{"function_call": {INNER}}}}}', ONE),
     ('{"function": "add", "arguments": {"a": 1}}', ONE),
     ('{"tool": "add", "args": {"a": 1}}', ONE),
+    ('{"name": "add", "params": {"a": 1}}', ONE),
+    ('{"name": "add", "kwargs": {"a": 1}}', ONE),
     ('{"action": "add", "action_input": {"a": 1}}', ONE),
     ('{"tool_call_id": "0", "tool_name": "add", "parameters": {"a": 1}}', ONE),
     ('{"name": "functions.add", "arguments": {"a": 1}}', ONE),
@@ -253,6 +262,8 @@ ODD = [
     ("<function=add><parameter=a>1</parameter>", "", ONE),
     (f"<tool_call>{ADD}", "", ONE),
     (f"<tool_call>{ADD}</tool_", "", ONE),
+    (f"<tool_call>{ADD}<tool_call>", "", ONE),
+    (f"<tool_call>{ADD}\n<tool_call>\n", "", ONE),
     (f"<tool_call><tool_call>{ADD}</tool_call>", "", ONE),
     (
         f"<tool_call>nothing</tool_call><tool_call>{ADD}</tool_call>",

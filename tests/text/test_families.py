@@ -19,7 +19,7 @@ EXPECTED = {
     "llama3_1": {"tools": True, "parallel_calls": False, "text_beside_calls": False},
     "llama3_2_pythonic": {"python_calls": True, "parallel_calls": True},
     "functionary_v3_1": {"tool_calls": True, "call_markers": ("<function=",)},
-    "mistral_v3": {"long_call_ids": False, "repeated_roles": False},
+    "mistral_v3": {"long_call_ids": False, "repeated_roles": False, "system": False},
     "mistral_v13": {"thought_tags": ("[THINK]", "[/THINK]"), "parallel_calls": True},
     "qwen2_5": {"parallel_calls": True, "thought_tags": None, "tool_results": True},
     "qwen3": {
@@ -106,6 +106,23 @@ CONVERSATIONS = {
     "two users": [USER, {"role": "user", "content": "ask-two"}],
     "call and result": [SYSTEM, USER, CALLING, result("minus-7", "call_1")],
     "two calls": [USER, TWO, result("minus-7", "call_1"), result("plus-9", "call_2"), REPLY, USER],
+    "system and two calls": [SYSTEM, USER, TWO, result("minus-7", "call_1"), result("8", "call_2")],
+    "answer first": [REPLY, USER],
+    "answer alone": [REPLY],
+    "system and answer": [SYSTEM, REPLY, USER],
+    "system alone": [SYSTEM],
+    "two systems alone": [SYSTEM, {"role": "developer", "content": "be-kind"}],
+    "call first": [CALLING, result("minus-7", "call_1"), USER],
+    "result without a call": [USER, result("minus-7", "call_9"), USER],
+    "result first": [result("minus-7", "call_9"), USER],
+    "system before a result": [USER, CALLING, SYSTEM, result("minus-7", "call_1")],
+    "results in another order": [
+        USER,
+        TWO,
+        result("plus-9", "call_2"),
+        result("minus-7", "call_1"),
+    ],
+    "user before a result": [USER, CALLING, USER, result("minus-7", "call_1")],
 }
 
 

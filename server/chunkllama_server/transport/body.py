@@ -216,6 +216,14 @@ class StrictRequest(Request):
 
 
 FILES_PATH = "/v1/files"  # its body is an uploaded file
+# A client that cuts text by UTF-16 units sends halves of characters; a conversation goes on.
+CONVERSATION_PATHS = frozenset(
+    (
+        *("/v1/chat/completions", "/v1/chat/completions/render", "/tokenize"),
+        *("/v1/responses", "/v1/responses/input_tokens", "/v1/responses/compact"),
+        *("/v1/messages", "/v1/messages/count_tokens", "/api/chat"),
+    )
+)
 
 
 class JsonRoute(APIRoute):
@@ -227,7 +235,10 @@ class JsonRoute(APIRoute):
 
     def repairs(self, scope: Scope) -> Callable[[], None] | None:
         """Return what notes that characters of the body were replaced; None refuses such a body."""
-        return None
+        if self.path not in CONVERSATION_PATHS:
+            return None
+        info = request_info(scope)
+        return lambda: info.name_repairs(["body"])
 
     def check(self, parsed: Any) -> Any:
         """Return the body as an object of the route's model.

@@ -128,6 +128,13 @@ def test_f06_a_prompt_larger_than_the_pool(small_pool) -> None:
     assert httpx.post(url, json=fits, timeout=120).status_code == 200
 
 
+def test_a_pool_smaller_than_the_context_is_said_at_the_start(small_pool) -> None:
+    said = "the K/V pool holds 960 tokens, less than the context of 1024"
+    assert said in small_pool.log.read_text()
+    (model,) = small_pool.get("/v1/models").json()["data"]
+    assert model["max_request_tokens"] == 961  # nothing reads the last token's K/V
+
+
 def test_f07_parts_of_characters(served) -> None:
     body = b'{"model":"tiny","prompt":"\xff","max_tokens":1}'
     json_type = {"Content-Type": "application/json"}

@@ -11,7 +11,7 @@ from typing import Any
 
 from chunkllama_server.api.schema.batch import BatchError
 from chunkllama_server.config.limits import LimitsConfig
-from chunkllama_server.transport.body import parse_json
+from chunkllama_server.transport.body import CONVERSATION_PATHS, parse_json
 from chunkllama_server.transport.errors import ApiError
 
 _MAX_ERRORS = 20
@@ -21,8 +21,6 @@ _MAX_CUSTOM_ID = 512
 _MAX_MESSAGE = 160  # with that, a job's errors fit what is reserved for its record
 _ENVELOPE_BYTES = 8192  # of a line, beside its body
 _UNUSED = frozenset(("stream", "stream_options", "background"))  # fields of a body
-# Their routes replace halves of characters, and answer.
-_REPAIRED = ("/v1/chat/completions", "/v1/responses")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ class LineReader:
         self.path = path
         self.endpoint = endpoint
         self._limits = limits
-        self._on_repair = _accept if endpoint in _REPAIRED else None
+        self._on_repair = _accept if endpoint in CONVERSATION_PATHS else None
 
     def parse(self, raw: bytes) -> Any:
         """The JSON of a line.

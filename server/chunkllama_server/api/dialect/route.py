@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.types import Scope
@@ -39,18 +39,8 @@ _ENDPOINTS: Mapping[str, Endpoint] = {
 }
 
 
-# A client that cuts text by UTF-16 units sends halves of characters; a conversation goes on.
-_CONVERSATIONS = ("chat", "responses")
-
-
 class DialectRoute(JsonRoute):
     """Translates a body to this server's names before the schema sees it."""
-
-    def repairs(self, scope: Scope) -> Callable[[], None] | None:
-        if _ENDPOINTS.get(self.path) not in _CONVERSATIONS:
-            return None
-        info = request_info(scope)
-        return lambda: info.name_repairs(["body"])
 
     def translate(self, parsed: Any, scope: Scope) -> Any:
         endpoint = _ENDPOINTS.get(self.path)

@@ -20,7 +20,10 @@ Functions = Mapping[str, Mapping[str, Any]]
 
 _NAME_KEYS = frozenset(("name", "function", "tool_name", "tool", "function_name", "action"))
 _ARGUMENT_KEYS = frozenset(
-    ("arguments", "parameters", "args", "input", "tool_input", "action_input")
+    (
+        *("arguments", "parameters", "args", "kwargs", "params"),
+        *("input", "tool_input", "action_input"),
+    )
 )
 _WRAPPERS = frozenset(("function", "tool_call", "function_call"))
 _LIST_WRAPPERS = frozenset(("tool_calls", "function_calls", "calls"))

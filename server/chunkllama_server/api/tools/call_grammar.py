@@ -158,7 +158,7 @@ def calls_or_answer(
 def _checked(text: str, limits: LimitsConfig) -> GrammarSpec:
     if len(text) > 2 * limits.max_schema_chars:
         raise exceeded(limits, "max_schema_chars", "tools", value=len(text))
-    return GrammarSpec(kind="lark", text=text)
+    return GrammarSpec(kind="lark", text=text, has_calls=True)
 
 
 def _call_rules(

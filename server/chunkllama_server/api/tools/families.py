@@ -32,8 +32,11 @@ class CallTags:
 
 
 FAMILY_TAGS: dict[Family, CallTags] = {
-    # Hermes 2 and 3, Qwen 2.5 and 3, SmolLM3, Exaone 4, Ernie 4.5, Granite 4.
-    "hermes": CallTags(("<tool_call>", "<tool_calls>"), ("</tool_call>", "</tool_calls>")),
+    # Hermes 2 and 3, Qwen 2.5 and 3, SmolLM3, Exaone 4, Ernie 4.5, Granite 4; Nemotron in capitals.
+    "hermes": CallTags(
+        ("<tool_call>", "<tool_calls>", "<TOOLCALL>"),
+        ("</tool_call>", "</tool_calls>", "</TOOLCALL>"),
+    ),
     "llama3_json": CallTags(("<|python_tag|>", "<function="), ("</function>", "<|eom_id|>")),
     # Llama 3.2 and 4, OLMo 3, LFM2, Gemma.
     "pythonic": CallTags(
@@ -44,8 +47,8 @@ FAMILY_TAGS: dict[Family, CallTags] = {
     "mistral": CallTags(("[TOOL_CALLS]",), ("[/TOOL_CALLS]",)),
     # Qwen3-Coder, Seed-OSS, MiniMax.
     "qwen3_coder": CallTags(
-        ("<tool_call>", "<function=", "<seed:tool_call>", "<invoke name="),
-        ("</tool_call>", "</function>", "</seed:tool_call>", "</invoke>"),
+        ("<tool_call>", "<function=", "<seed:tool_call>", "<minimax:tool_call>", "<invoke name="),
+        ("</tool_call>", "</function>", "</seed:tool_call>", "</minimax:tool_call>", "</invoke>"),
     ),
     "deepseek_v3": CallTags(
         ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),

@@ -100,6 +100,10 @@ class _CallWriter:
         self._index = -1
         self._announced = False
 
+    @property
+    def has_written(self) -> bool:
+        return self._index >= 0
+
     def write(self, call: CallForm) -> list[CallDelta]:
         """New deltas of the current call; [] until its name is known."""
         if call.is_other:
@@ -344,7 +348,10 @@ class CallReader:
             parsed.parts += self._writer.write(call)
         is_call = call is not None and call.name is not None and not call.is_other
         if not is_call and self._state in ("start", "text", "open", "call"):
-            parsed.add(self._lead + (call.raw if call is not None else "") + self._text)
+            text = self._lead + (call.raw if call is not None else "") + self._text
+            # Weak models end a call with the tag that begins one.
+            is_end = self._writer.has_written and text.strip(SPACE) in self._tags.opens
+            parsed.add("" if is_end else text)
         elif self._state in ("after", "between"):
             tags = (*self._tags.opens, *self._tags.closes)
             is_cut_tag = any(tag.startswith(self._text) for tag in tags)
