@@ -38,6 +38,7 @@ LIMITS = SchedulerLimits(
     max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=200_000, max_waiting=1_000_000,
     policy="fair", fair_quantum=8192, min_wait_tokens=32, enable_prefix_caching=True,
     max_tenant_slowdown=1.5,
+    max_step_seconds=0.0,
 )  # fmt: skip
 DIGEST_SECONDS = 10.0  # virtual
 

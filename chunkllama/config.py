@@ -246,9 +246,14 @@ class SchedulerConfig(ConfigGroup):
         1.5, "times", "tenant", "waits",
         "How many times as long the work of one tenant may make the steps of the others on "
         "average, with policy fair: one that wants over twice what the others want (their lower "
-        "median) computes some tokens in a part of the steps. With it, prompts of a step are cut "
-        "where it takes over 0.08 s. At least 1; 0 is no bound.",
+        "median) computes some tokens in a part of the steps. At least 1; 0 is no bound.",
         ge=0, le=1000,
+    )  # fmt: skip
+    max_step_seconds: float = limit(
+        0.1, "seconds", "operator", "waits",
+        "Prompts of a step are cut where it would take longer, since a first token waits for the "
+        "step in progress; eight steps of one token are allowed in any case. 0 is no bound.",
+        ge=0, le=60,
     )  # fmt: skip
     max_scored_tokens: int = limit(
         64, "tokens", "tenant", "waits",

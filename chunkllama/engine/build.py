@@ -67,6 +67,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         scored_tokens_per_step=config.scheduler.max_scored_tokens,
         fair_quantum=config.scheduler.fair_quantum,
         max_tenant_slowdown=config.scheduler.max_tenant_slowdown,
+        max_step_seconds=config.scheduler.max_step_seconds,
         tenant_weights=parse_weights(config.scheduler.tenant_weights),
         min_wait_tokens=config.scheduler.min_wait_tokens,
         spare_chunks=executor.spare_chunks,

@@ -23,6 +23,7 @@ class SchedulerLimits:
         tenant_weights: share of each tenant relative to others; 1 for those not listed.
         max_tenant_slowdown: most that one tenant's work may lengthen the steps of others, as a
             factor, with policy ``fair``; 0 is no bound.
+        max_step_seconds: prompts of a step are cut where it would take longer; 0 is no bound.
         scored_tokens_per_step: prompt tokens of one request in a step whose log-probabilities it
             wants.
         min_wait_tokens: a follower waits for its leader only if that saves this many tokens.
@@ -42,6 +43,7 @@ class SchedulerLimits:
     enable_prefix_caching: bool
     fair_quantum: int
     max_tenant_slowdown: float
+    max_step_seconds: float
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     spare_chunks: int = 1
     scored_tokens_per_step: int = 2**31 - 1

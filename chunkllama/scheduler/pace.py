@@ -19,12 +19,12 @@ few times as long as usual. The steps between them show how long a step without 
 cut at ``MOST_DEBT`` steps, so a heavy tenant computes a token in at least one of ``PATIENCE +
 MOST_DEBT + 1`` steps.
 
-Another tenant's first token waits for the step in progress, whatever that computes. So the prompts
-of a step are cut where it would take longer than ``STEP_SECONDS``, or than ``WEIGHTS_SHARE`` steps
-of one token, which mostly read the weights.
+Tenants with like loads are not heavy, and on a server with one tenant no tenant is. Where tokens
+cost little, as on a GPU, the credit pays for all of them.
 
-Tenants with like loads are not heavy, and on a server with one tenant nothing is limited. Where
-tokens cost little, as on a GPU, the credit pays for all of them.
+A first token waits for the step in progress, whatever that computes, and so does the next token of
+each stream. So the prompts of every step are cut where it would take longer than
+``max_step_seconds``, or than ``WEIGHTS_SHARE`` steps of one token, which mostly read the weights.
 """
 
 from __future__ import annotations
@@ -35,65 +35,18 @@ from typing import Final
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
-from chunkllama.scheduler.step_cost import WEIGHT, Average
+from chunkllama.scheduler.step_cost import WEIGHT
+from chunkllama.scheduler.step_times import GUESS, LARGEST, StepTimes
 
 NO_LIMIT: Final = 2**31 - 1
 LIKE: Final = 2  # shares that a tenant may compute without paying
 LEAST: Final = 16  # tokens that are worth a step of the others
 PATIENCE: Final = 4  # steps whose credit a tenant may save
 MOST_DEBT: Final = 12  # steps after which a debt is paid, however large it was
-STEP_SECONDS: Final = 0.08  # that a step with prompts takes
-WEIGHTS_SHARE: Final = 4  # steps of one token that it takes at least
+WEIGHTS_SHARE: Final = 8  # steps of one token that a step with prompts may take in any case
 _SPENT: Final = 0.8  # of the slowdown allowed; the rest is for what steps do not measure
 _NEW_STARTS: Final = 4  # a heavy tenant leaves 1 / _NEW_STARTS of its tokens to waiting requests
-_MEASURED_EVERY: Final = 128  # paced steps after which the others' step is measured again
-_GUESS: Final = 0.05  # part of a step of one token that another one adds, until it is measured
 _FREE: Final = 1e-4  # the least part of a step that a token counts for
-_LARGEST: Final = 3.0  # a time beyond this multiple of the usual one was disturbed
-_MIN_SAMPLES: Final = 3  # before a time counts as usual
-
-
-class _StepTimes:
-    """Seconds of steps in which no tenant is heavy, by octaves of their tokens."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[int, Average] = {}
-        self._tokens: dict[int, Average] = {}
-        self._tried: dict[int, int] = {}
-
-    @property
-    def are_known(self) -> bool:
-        """At least one step was measured."""
-        return bool(self._seconds)
-
-    def add(self, tokens: int, seconds: float) -> None:
-        """Take in a step."""
-        key = tokens.bit_length()
-        known = self._seconds.setdefault(key, Average())
-        if known.count >= _MIN_SAMPLES:
-            seconds = min(seconds, _LARGEST * known.value)
-        known.add(seconds)
-        self._tokens.setdefault(key, Average()).add(tokens)
-
-    def seconds(self, tokens: int) -> float:
-        """Estimate a step from those of like size, or else from the nearest size."""
-        key = min(self._seconds, key=lambda known: abs(known - tokens.bit_length()))
-        usual = 1.0 + _GUESS * self._tokens[key].value
-        return self._seconds[key].value * (1.0 + _GUESS * tokens) / usual
-
-    def most(self, seconds: float, budget: int) -> int:
-        """Tokens, at most ``budget``, of a step that takes that long; at least 1."""
-        while budget > 1 and self.seconds(budget) > seconds:
-            budget = budget * 7 // 8
-        return budget
-
-    def is_due(self, tokens: int, at: int) -> bool:
-        """Whether a step of that size should be measured now; ``at`` counts paced steps."""
-        key = tokens.bit_length()
-        if at - self._tried.get(key, -_MEASURED_EVERY) < _MEASURED_EVERY:
-            return False
-        self._tried[key] = at
-        return True
 
 
 class _Credit:
@@ -129,10 +82,11 @@ class Pace:
     ) -> None:
         self._lifecycle = lifecycle
         self._budget = limits.max_num_batched_tokens
+        self._step_seconds = limits.max_step_seconds
         self._slowdown = 1.0 + _SPENT * (limits.max_tenant_slowdown - 1.0)
         self._is_on = limits.policy == "fair" and limits.max_tenant_slowdown > 0
         self._clock = clock
-        self._times = _StepTimes()
+        self._times = StepTimes()
         self._credits: dict[str, _Credit] = {}
         self._num_paced = 0
         self._started = 0.0
@@ -149,14 +103,14 @@ class Pace:
     def begin_step(self) -> int:
         """Begin to put a step together; returns the tokens it may have."""
         self.lift()
-        if not self._is_on or not self._lifecycle.accounts.are_several:
-            return self._budget
         self._started = self._clock()
         if not self._times.are_known:
             return self._budget
-        if len(self._lifecycle.accounts.busy) > 1:
+        if self._is_on and len(self._lifecycle.accounts.busy) > 1:
             self._limit_heavy()
-        seconds = max(STEP_SECONDS, WEIGHTS_SHARE * self._times.seconds(1))
+        if not self._step_seconds:
+            return self._budget
+        seconds = max(self._step_seconds, WEIGHTS_SHARE * self._times.seconds(1))
         most = self._times.most(seconds, self._budget)
         if most < self._budget:
             num_decodes = sum(s.num_remaining_tokens == 1 for s in self._lifecycle.running.by_age)
@@ -268,7 +222,7 @@ class Pace:
         price = self._credit(tenant).price
         if price is None:
             price = self._usual_price
-        least = _GUESS if price is None else _FREE
+        least = GUESS if price is None else _FREE
         return max(price or 0.0, least * self._light_seconds)
 
     # -- while a step is put together -------------------------------------------------------
@@ -301,8 +255,6 @@ class Pace:
         """Note the step's sequences; rows that are only sampled count as one token."""
         tokens: dict[str, int] = {}
         self._tokens = tokens
-        if not self._is_on or not self._lifecycle.accounts.are_several:
-            return
         for sequence in scheduled:
             tenant = sequence.group.request.tenant
             tokens[tenant] = tokens.get(tenant, 0) + sequence.num_scheduled
@@ -334,6 +286,6 @@ class Pace:
         credit.seconds = max(credit.seconds - seconds, -MOST_DEBT * credit.refill)
         price = seconds / count
         if credit.price is not None:
-            price = min(price, _LARGEST * max(credit.price, _FREE * self._light_seconds))
+            price = min(price, LARGEST * max(credit.price, _FREE * self._light_seconds))
             price = credit.price + WEIGHT * (price - credit.price)
         credit.price = self._usual_price = price

@@ -27,6 +27,7 @@ LIMITS: dict[str, Any] = {
     "policy": "fair",
     "fair_quantum": 8192,
     "max_tenant_slowdown": 1.5,
+    "max_step_seconds": 0.0,
     "min_wait_tokens": 32,
     "enable_prefix_caching": True,
 }

@@ -96,6 +96,7 @@ def compare(scenario: Scenario) -> Comparison:
         fair_quantum=scenario.quantum_steps * STEP_TOKENS,
         min_wait_tokens=32,
         max_tenant_slowdown=scenario.max_tenant_slowdown,
+        max_step_seconds=0.0,
         spare_chunks=0,
         enable_prefix_caching=True,
     )

@@ -199,10 +199,17 @@ def test_a_server_with_one_tenant_is_left_alone(tenant: str) -> None:
     assert run(1) == run(0)
 
 
-@pytest.mark.parametrize(("token", "tokens"), [(0.001, 64), (0.0001, 128), (0.01, 16)])
-def test_prompts_of_a_step_are_cut_for_the_first_token_of_others(token: float, tokens: int) -> None:
-    """Steps of 0.08 s, or of four steps of one token; no other tenant has a request."""
-    steps = Steps(StepCost(step=0.01, token=token))
+@pytest.mark.parametrize("has_tenants", [True, False])
+@pytest.mark.parametrize(
+    ("token", "seconds", "tokens"),
+    [(0.001, 0.1, 85), (0.001, 0.0, 128), (0.0001, 0.1, 128), (0.01, 0.1, 16), (0.001, 0.01, 74)],
+)
+def test_prompts_of_a_step_are_cut_where_it_takes_long(
+    token: float, seconds: float, tokens: int, has_tenants: bool
+) -> None:
+    """Steps of so many seconds, or of eight steps of one token; nothing else runs or waits."""
+    cost = StepCost(step=0.01, token=token)
+    steps = Steps(cost, has_tenants=has_tenants, max_step_seconds=seconds)
     steps.add("a", 20, 5)
     steps.run(5)
     steps.add("a", 3000, 1)

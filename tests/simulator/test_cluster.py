@@ -20,6 +20,7 @@ LIMITS = SchedulerLimits(
     max_num_seqs=16, max_num_batched_tokens=512, max_model_len=4096, max_waiting=1000,
     policy="fair", fair_quantum=8192, min_wait_tokens=32, enable_prefix_caching=True,
     max_tenant_slowdown=1.5,
+    max_step_seconds=0.0,
 )  # fmt: skip
 COST = StepCost(step=0.01, token=1e-4, sequence=1e-4)
 

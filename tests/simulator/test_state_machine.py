@@ -97,6 +97,7 @@ class CacheMachine(RuleBasedStateMachine):
             fair_quantum=3 * chunk_size,
             max_waiting=8,
             max_tenant_slowdown=slowdown,
+            max_step_seconds=slowdown and 0.03,
             cost=StepCost(step=0.01, token=0.002),
             check=False,
         )

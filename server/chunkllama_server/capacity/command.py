@@ -199,6 +199,7 @@ def _limits(
         policy=policies[policy],
         fair_quantum=fair_quantum,
         max_tenant_slowdown=_DEFAULTS.max_tenant_slowdown,
+        max_step_seconds=_DEFAULTS.max_step_seconds,
         min_wait_tokens=_DEFAULTS.min_wait_tokens,
         enable_prefix_caching=True,
     )
