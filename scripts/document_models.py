@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
-from chunkllama.models.listing import entries
+from chunkllama.models.listing import NOTES, entries
 from chunkllama.models.loading.gguf_pretokenizers import PRE_TOKENIZERS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
@@ -29,10 +30,11 @@ BODY = """
 ## Any other decoder
 
 A model whose class is not in the table, but is a decoder of transformers (`MixtralForCausalLM`,
-`Qwen3MoeForCausalLM`, `CohereForCausalLM`, ...), is run by transformers on this server's attention,
-chunks and prefix cache, after a warning: eager and slower, with the same results. Only safetensors
-weights are read and no code of the folder is executed. At start the model is probed, and an answer
-over cached keys and values is compared with transformers' own attention. Refused, by name: layers
+`Qwen3MoeForCausalLM`, `DeepseekV3ForCausalLM`, `GPT2LMHeadModel`, ...), is run by transformers on
+this server's attention, chunks and prefix cache, after a warning: eager and slower, with the same
+results. Only safetensors weights are read, a tensor that is missing or left over is an error, and
+no code of the folder is executed. At start the model is probed, and an answer over cached keys and
+values is compared with transformers' own attention. Refused, by name: layers
 that keep another state (Mamba, linear attention), attention sinks, rotary embedding that depends on
 a sequence's length (dynamic, longrope), quantized weights, and attention in a model's own code,
 without transformers' AttentionInterface (Falcon, MPT, BLOOM).
@@ -65,9 +67,9 @@ know, or lacks, is an error that names it. Every token that the file names as an
 ## Tokenizers
 
 `tokenizer.json`, or `tokenizer.model` alone: sentencepiece BPE, or the tiktoken file that Meta
-publishes for Llama 3 (special tokens from tokenizer_config.json, else Llama 3.1's). In GGUF
-files: sentencepiece BPE (`llama`) and byte-level BPE (`gpt2`) with one of these splitters
-(`tokenizer.ggml.pre`):
+publishes for Llama 3 (special tokens from tokenizer_config.json, else Llama 3.1's; Llama 4's needs
+tokenizer.json, which says how words are split). In GGUF files: sentencepiece BPE (`llama`) and
+byte-level BPE (`gpt2`) with one of these splitters (`tokenizer.ggml.pre`):
 
 {splitters}.
 
@@ -109,7 +111,8 @@ def page() -> str:
         for x in entries()
     ]
     splitters = ", ".join(f"`{name}`" for name in sorted(PRE_TOKENIZERS))
-    return HEAD + "\n".join(rows) + "\n" + BODY.format(splitters=splitters)
+    notes = "\n".join(textwrap.wrap(" ".join(NOTES), 100, break_on_hyphens=False))
+    return HEAD + "\n".join(rows) + f"\n\n{notes}\n" + BODY.format(splitters=splitters)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ class _Helpers(MetaPathFinder):
         "model_families": Path(__file__).parent / "models" / "families.py",
         "template_families": Path(__file__).parent / "text" / "template_families.py",
         "random_texts": Path(__file__).parent / "text" / "random_texts.py",
+        "byte_pairs": Path(__file__).parent / "text" / "byte_pairs.py",
+        "registry_files": Path(__file__).parent / "text" / "registry_files.py",
     }
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:

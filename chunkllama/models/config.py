@@ -81,6 +81,9 @@ def _parse(
     heads = _size(config, "num_attention_heads", "n_head", "n_heads")
     kv_heads = config.positive("num_key_value_heads", heads)
     head_dim = config.positive("head_dim", hidden // heads)
+    if entry is None and config.get("qk_nope_head_dim") is not None:  # latent attention (DeepSeek)
+        keys = config.positive("qk_nope_head_dim") + config.positive("qk_rope_head_dim")
+        head_dim = max(keys, config.positive("v_head_dim", keys))
     if heads % kv_heads:
         raise config.error(
             f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"

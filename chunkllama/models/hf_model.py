@@ -8,7 +8,8 @@ every layer is eager torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +18,14 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.functional import pad
 
 from chunkllama.backends.adapter import AdapterRows, AdapterWeights
 from chunkllama.backends.base import DevicePlan
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import LayerSpec, ModelSpec
 from chunkllama.models.attention import Attention
+from chunkllama.models.loading.safetensors import HARMLESS
 
 _NAME: Final = "chunkllama"
 _STATELESS_LAYERS: Final = {"full_attention", "sliding_attention"}
@@ -105,6 +108,24 @@ def _attend(
     return _ACTIVE.get().attend(module.layer_idx, query, key, value, options), None
 
 
+class _Output:
+    """What a decoder returns of hidden states [1, N, H]; all else that a head may pass on is None.
+
+    Args:
+        hidden: the states.
+    """
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class _GivenHidden(torch.nn.Module):
     """Stands for the decoder where only the head is to be computed."""
 
@@ -113,10 +134,8 @@ class _GivenHidden(torch.nn.Module):
         """Itself: OPT's decoder lies one module deeper."""
         return self
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
-
-        return MoeModelOutputWithPast(last_hidden_state=kwargs["inputs_embeds"])
+    def forward(self, *args: Any, **kwargs: Any) -> _Output:
+        return _Output(kwargs["inputs_embeds"])
 
 
 class TransformersModel:
@@ -143,7 +162,9 @@ class TransformersModel:
         self._dtype = dtype
         self._causal = _load(folder, dtype).to(device)
         prefix = self._causal.base_model_prefix
-        self._base: Any = getattr(self._causal, prefix)
+        self._base: Any = getattr(self._causal, prefix, None)
+        if self._base is None:  # Llama 4
+            raise self._unsupported(f"it has no decoder of the name {prefix}")
         setattr(self._causal, prefix, _GivenHidden())
         self._device = device
         self.spec = self._probed(spec)
@@ -196,7 +217,11 @@ class TransformersModel:
     ) -> torch.Tensor:
         """Append k and v to the pool, attend over the plan's chunks."""
         rows, backend = query.shape[2], self._attention.backend
-        parts = [x[0].transpose(0, 1).reshape(rows, -1) for x in (query, key, value)]
+        # Zeros in keys change no score, and in values they are cut off again.
+        parts = [
+            pad(x[0].transpose(0, 1), (0, self.spec.head_dim - x.shape[3])).reshape(rows, -1)
+            for x in (query, key, value)
+        ]
         plan = self._plan.for_window(self._attention.windows[layer])
         kv, positions = self._attention.kv, self._positions
         q = backend.rope_append(torch.cat(parts, dim=1), positions, self._still, kv, layer, plan)
@@ -204,7 +229,7 @@ class TransformersModel:
         scale = query.shape[3] ** -0.5 if scale is None else float(scale)
         softcap = options.get("softcap")
         out = backend.tpp_attention(q, kv, layer, positions, plan, scale, softcap)
-        return out.to(query.dtype).view(1, rows, query.shape[1], -1)
+        return out.to(query.dtype).view(1, rows, query.shape[1], -1)[..., : value.shape[3]]
 
     def _hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, to: Any) -> torch.Tensor:
         token = _ACTIVE.set(to)
@@ -220,16 +245,9 @@ class TransformersModel:
     @torch.inference_mode()
     def _probed(self, spec: ModelSpec) -> ModelSpec:
         probe = _Probe()
-        try:
-            self._hidden(
-                torch.zeros(2, dtype=torch.long, device=self._device),
-                torch.arange(2, device=self._device),
-                probe,
-            )
-        except (AttributeError, IndexError, KeyError, LookupError, TypeError, ValueError) as error:
-            if not probe.calls:
-                raise self._unsupported(_OWN_ATTENTION) from None
-            raise self._unsupported(" ".join(f"{type(error).__name__}: {error}".split())) from None
+        ids = torch.zeros(2, dtype=torch.long, device=self._device)
+        with self._named_errors(probe):
+            self._hidden(ids, torch.arange(2, device=self._device), probe)
         if not probe.calls:
             raise self._unsupported(_OWN_ATTENTION)
         calls = [probe.calls.get(layer, []) for layer in range(spec.num_layers)]
@@ -238,8 +256,8 @@ class TransformersModel:
         flat = [layer[0] for layer in calls]
         shapes = {(x.num_qo_heads, x.num_kv_heads, x.head_dim, x.value_dim) for x in flat}
         kinds = set(getattr(self._base.config, "layer_types", None) or ())
-        if len(shapes) != 1 or flat[0].head_dim != flat[0].value_dim:
-            raise self._unsupported("layers differ in their heads, or keys from values in length")
+        if len(shapes) != 1:
+            raise self._unsupported("its layers differ in their heads")
         if others := sorted({name for x in flat for name in x.others}):
             raise self._unsupported(f"attention with {', '.join(others)}")
         if not kinds <= _STATELESS_LAYERS:
@@ -253,16 +271,40 @@ class TransformersModel:
             spec,
             num_qo_heads=flat[0].num_qo_heads,
             num_kv_heads=flat[0].num_kv_heads,
-            head_dim=flat[0].head_dim,
+            head_dim=max(flat[0].head_dim, flat[0].value_dim),
             layers=tuple(LayerSpec(rope=None, window=x.window) for x in flat),
             attention_softcap=softcaps.pop(),
         )
+
+    @contextlib.contextmanager
+    def _named_errors(self, probe: _Probe | None = None) -> Iterator[None]:
+        """What transformers raises for a model that it, or this server, cannot run; without a call
+        of ``probe`` it need not have come to attention.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            if probe is not None and not probe.calls:
+                reason = f"{_OWN_ATTENTION}, or fails before: {reason}"
+            raise self._unsupported(reason) from None
 
     @torch.inference_mode()
     def _check(self) -> None:
         """Compare an answer in two slices with transformers' attention over the whole: state that a
         layer keeps beside K and V would show.
         """
+        with self._named_errors():
+            distance = self._first_distance()
+        if not distance <= _TOLERANCE[self._dtype]:
+            raise self._unsupported(
+                f"its answer over cached keys and values is {distance:.2g} (of the largest logit) "
+                "away from transformers' own attention"
+            )
+
+    def _first_distance(self) -> float:
         ids = torch.arange(1, _PROBE + 1, device=self._device) % self.spec.vocab_size
         positions = torch.arange(_PROBE, dtype=torch.int32, device=self._device)
         rows = []
@@ -277,11 +319,7 @@ class TransformersModel:
         )
         self._base.set_attn_implementation(_NAME)
         distance = (torch.cat(rows) - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-        if not float(distance) <= _TOLERANCE[self._dtype]:
-            raise self._unsupported(
-                f"its answer over cached keys and values is {float(distance):.2g} (of the largest "
-                "logit) away from transformers' own attention"
-            )
+        return float(distance)
 
     def _unsupported(self, why: str) -> ConfigError:
         return ConfigError(
@@ -319,6 +357,12 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     if missing := sorted(loading["missing_keys"]):  # transformers would make them up
         raise ConfigError(
             f"{folder}: no tensor {missing[0]} ({len(missing)} are missing); download it again"
+        )
+    unexpected = sorted(x for x in loading["unexpected_keys"] if not x.endswith(HARMLESS))
+    if unexpected:  # and leave these unused
+        raise ConfigError(
+            f"{folder}: unexpected tensor {unexpected[0]} ({len(unexpected)} in all); the model "
+            "differs from config.json"
         )
     rope = getattr(model.config, "rope_parameters", None) or {}
     ropes = rope.values() if all(isinstance(x, dict) for x in rope.values()) and rope else [rope]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from chunkllama.backends.cpu.fused_model import can_fuse
+from chunkllama.backends.cuda.source import HEAD_DIMS
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.architectures import ARCHITECTURES
 from chunkllama.models.config import parse_spec
@@ -26,6 +27,16 @@ _TYPICAL: Final[dict[str, Any]] = {
     "residual_multiplier": 0.22,
     "logits_scaling": 8.0,
 }
+
+# What holds for all of them.
+NOTES: Final = (
+    "Each runs on the reference backend (torch), too. It takes the place of the others for a "
+    "head_dim that the kernels lack: they have multiples of 16 up to 256 on a CPU, and "
+    f"{', '.join(map(str, HEAD_DIMS))} on a GPU.",
+    "Other decoders (classes named ForCausalLM or LMHeadModel at their end) run through "
+    "transformers, where it can run them on this server's attention: slower, and without "
+    "quantization.",
+)
 
 
 @dataclass(frozen=True, slots=True)

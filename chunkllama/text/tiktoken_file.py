@@ -19,6 +19,7 @@ _PATTERN: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_NUM_RANKED: Final = 128_000  # of Llama 3
 _NUM_SPECIAL: Final = 256
 _NAMED: Final = {
     **{0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id"},
@@ -49,7 +50,8 @@ def load_tiktoken(path: Path, special_tokens: list[str]) -> tokenizers.Tokenizer
             Llama 3.1 to 3.3 (of Llama 3 the ones it uses have the same ids).
 
     Raises:
-        ConfigError: a line is damaged, or ranks are not 0, 1, 2, ...
+        ConfigError: a line is damaged, ranks are not 0, 1, 2, ..., or there are more of them than
+            Llama 3 has: the file does not say how other models split words.
     """
     tokens = _read(path)
     ranks = {token: rank for rank, token in enumerate(tokens)}
@@ -104,6 +106,11 @@ def _read(path: Path) -> list[bytes]:
         raise ConfigError(
             f"{path} is not a tiktoken file: {error}; download the file again"
         ) from error
+    if len(tokens) > _NUM_RANKED:
+        raise ConfigError(
+            f"{path}: a tiktoken file of {len(tokens):,} tokens, more than Llama 3's "
+            f"{_NUM_RANKED:,}; copy the model's tokenizer.json"
+        )
     if len(set(tokens)) < len(tokens) or not {bytes([byte]) for byte in range(256)} <= set(tokens):
         raise ConfigError(
             f"{path}: the tokens of a tiktoken file must differ and hold every single byte; "

@@ -205,7 +205,7 @@ def _add_models(app: typer.Typer) -> None:
     @group.command("list")
     def list_architectures() -> None:
         """Print how each supported architecture runs, and its limits."""
-        from chunkllama.models.listing import entries
+        from chunkllama.models.listing import NOTES, entries
 
         table = Table()
         for column in ("architecture", "cpu", "cuda", "quantizations", "gguf", "limits"):
@@ -215,7 +215,7 @@ def _add_models(app: typer.Typer) -> None:
                 *(entry.architecture, entry.cpu, entry.cuda, entry.quantizations),
                 *(entry.gguf, entry.limits),
             )
-        Console().print(table)
+        Console().print(table, *NOTES, sep="\n")
 
     @group.command()
     def fetch(model: str) -> None:

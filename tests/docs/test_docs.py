@@ -251,3 +251,16 @@ def test_dashboards_and_alerts_name_metrics_that_are_exported(served):
     assert len(named) > 15
     unknown = {n for n in named if not {n, n.removesuffix("_bucket"), n + "_total"} & exported}
     assert not unknown
+
+
+def test_the_example_diffs_of_an_architecture_are_the_code():
+    page = (ROOT / "docs/contributing/model.md").read_text()
+    code = (ROOT / "chunkllama/models/architectures.py").read_text().splitlines()
+    counts = []
+    for diff in re.findall(r"^ *```diff\n(.*?)^ *```$", page, re.MULTILINE | re.DOTALL):
+        added = [line.lstrip()[1:] for line in diff.splitlines() if line.lstrip().startswith("+")]
+        added = [line for line in added if line]
+        assert set(added) <= set(code)
+        counts.append(len(added))
+    stated = re.search(r"Qwen2 takes (\d+) lines, Granite (\d+) and Phi-3 (\d+)", page)
+    assert counts == [int(number) for number in stated.groups()]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from model_families import SMALL, VOCAB, BuildCore, assert_equals_transformers, random_model
+from safetensors.torch import load_file, save_file
 
 from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
@@ -31,6 +32,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2", {"sliding_window": None}),
     "gpt-neox": ("GPTNeoX", {}),
     "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    # Latent attention: values are shorter than keys.
+    "deepseek": (
+        "DeepseekV3",
+        {"num_key_value_heads": 4, "head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 24}
+        | {"v_head_dim": 16, "q_lora_rank": 32, "kv_lora_rank": 16, "moe_intermediate_size": 48}
+        | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+        | {"first_k_dense_replace": 1},
+    ),
 }
 
 
@@ -43,6 +52,24 @@ def test_log_probabilities_and_greedy_ids_equal_transformers(
     core = build_core(tmp_path)
     assert not read_spec(tmp_path).is_native
     assert "transformers runs it" in caplog.text
+    assert_equals_transformers(core, model, (1, 5, 64, 65, 150))
+
+
+def test_gpt_2_with_learned_positions_equals_transformers(
+    tmp_path: Path, build_core: BuildCore
+) -> None:
+    sizes = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(3)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"  # with the masks that old files keep
+    masks = {f"transformer.h.0.attn.{x}": torch.ones(1) for x in ("bias", "masked_bias")}
+    save_file({**load_file(path), **masks}, path, metadata={"format": "pt"})
+    core = build_core(tmp_path)
+    assert core.info.max_model_len == 256
     assert_equals_transformers(core, model, (1, 5, 64, 65, 150))
 
 
@@ -66,6 +93,26 @@ def refused(folder: Path, words: str, **changes: Any) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         build_engine(EngineConfig.from_flat(model=str(folder), **settings))
     assert "\n" not in str(caught.value)
+
+
+def test_a_tensor_that_would_stay_unused_is_named(tmp_path: Path, build_core: BuildCore) -> None:
+    random_model(*CASES["mixtral"]).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file({**weights, **buffer}, path, metadata={"format": "pt"})
+    assert build_core(tmp_path).info.vocab_size == VOCAB
+    other = {"model.layers.1.self_attn.q_proj.bias": torch.ones(64)}
+    save_file({**weights, **other}, path, metadata={"format": "pt"})
+    refused(tmp_path, r"unexpected tensor model\.layers\.1\.self_attn\.q_proj\.bias \(1 in all\)")
+
+
+def test_what_transformers_itself_cannot_run_is_one_line(tmp_path: Path) -> None:
+    """Rotary embedding of another size than the heads' rotated part."""
+    random_model(*CASES["deepseek"]).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "head_dim": 16}))
+    refused(tmp_path, "DeepseekV3ForCausalLM cannot run .* fails before: RuntimeError: The size")
 
 
 def test_a_state_other_than_keys_and_values_is_refused(tmp_path: Path) -> None:

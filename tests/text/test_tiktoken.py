@@ -7,24 +7,20 @@ import json
 from pathlib import Path
 
 import pytest
-import regex
 import tokenizers
+from byte_pairs import LLAMA3, alphabet, encode_by_rank
 from random_texts import random_texts
 from tokenizers.pre_tokenizers import ByteLevel
 
 from chunkllama.errors import ConfigError
 from chunkllama.text.tokenizer import Tokenizer, load_tokenizer
 
-PATTERN = regex.compile(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 TEXTS = random_texts(400, seed=5)
 
 
 def trained_ranks() -> dict[bytes, int]:
     """Ranks of a byte-level BPE trained on the texts, single bytes first."""
-    alphabet = {char: byte for byte, char in _alphabet().items()}
+    byte_of = {char: byte for byte, char in alphabet().items()}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
@@ -33,30 +29,8 @@ def trained_ranks() -> dict[bytes, int]:
     backend.train_from_iterator(TEXTS, trainer)
     merges = json.loads(backend.to_str())["model"]["merges"]
     tokens = [bytes([byte]) for byte in range(256)]
-    tokens += [bytes(alphabet[char] for char in left + right) for left, right in merges]
+    tokens += [bytes(byte_of[char] for char in left + right) for left, right in merges]
     return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
-
-
-def _alphabet() -> dict[int, str]:
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in kept]
-    return {b: chr(b) for b in kept} | {b: chr(256 + i) for i, b in enumerate(rest)}
-
-
-def encode(ranks: dict[bytes, int], text: str) -> list[int]:
-    """tiktoken: whole words first, else join the pair of lowest rank until none is left."""
-    ids: list[int] = []
-    for word in PATTERN.findall(text):
-        data = word.encode()
-        parts = [data] if data in ranks else [data[i : i + 1] for i in range(len(data))]
-        while len(parts) > 1:
-            pairs = [parts[i] + parts[i + 1] for i in range(len(parts) - 1)]
-            best = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], 1 << 30))
-            if pairs[best] not in ranks:
-                break
-            parts[best : best + 2] = [pairs[best]]
-        ids += [ranks[part] for part in parts]
-    return ids
 
 
 def write(folder: Path, ranks: dict[bytes, int]) -> None:
@@ -77,7 +51,7 @@ def tokenizer(ranks: dict[bytes, int], tmp_path: Path) -> Tokenizer:
 
 def test_ids_are_those_of_tiktoken(tokenizer: Tokenizer, ranks: dict[bytes, int]) -> None:
     for text in TEXTS:
-        ids = encode(ranks, text)
+        ids = encode_by_rank(ranks, LLAMA3, text)
         assert tokenizer.encode(text) == ids, text
         assert tokenizer.decode(ids) == text
 
@@ -134,3 +108,15 @@ def test_a_damaged_file_is_named(change, words, ranks, tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     assert "tokenizer.model" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_more_tokens_than_llama_3_has_is_refused(
+    ranks: dict[bytes, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama 4's, say: how it splits words does not follow from the file."""
+    monkeypatch.setattr("chunkllama.text.tiktoken_file._NUM_RANKED", len(ranks) - 1)
+    write(tmp_path, ranks)
+    with pytest.raises(
+        ConfigError, match=r"more than Llama 3's .* copy the model's tokenizer\.json"
+    ):
+        load_tokenizer(tmp_path)

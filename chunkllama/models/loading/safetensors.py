@@ -37,9 +37,11 @@ _SIZES = {**ITEM_SIZES, **_OTHER_ITEM_SIZES}
 MAX_HEADER_BYTES = 8 << 20  # a 405B model needs 0.2 MB; parsing more costs seconds and gigabytes
 BLOCK_BYTES = 4 << 20
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_HARMLESS = (
+# Ends of names: buffers that follow from config.json, causal masks, and scales of 8-bit K/V.
+HARMLESS = (
     *("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"),
-    *(".k_scale", ".v_scale"),  # of 8-bit K/V
+    *("attn.masked_bias", "attn.causal_mask"),
+    *(".k_scale", ".v_scale"),
 )
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -140,9 +142,8 @@ class Checkpoint:
             _check_tensor(HEAD, infos[HEAD], (spec.vocab_size, spec.hidden_size))
             unexpected.discard(HEAD)
         for name in sorted(unexpected):
-            # Old checkpoints store buffers that follow from config.json. Anything else means
-            # another architecture.
-            if not name.endswith(_HARMLESS):
+            # Anything but what old checkpoints keep means another architecture.
+            if not name.endswith(HARMLESS):
                 raise ConfigError(
                     f"{infos[name].path}: unexpected tensor {name}; the model differs from "
                     "config.json"
