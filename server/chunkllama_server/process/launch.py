@@ -71,11 +71,14 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
         logger.info("loading %s", path)
 
         def make_application() -> Application:
+            from chunkllama_server.process.text_files import read_text_files
+
+            files = read_text_files(settings, path, spec)
             from chunkllama_server.process.http_server import (
                 Application,  # fastapi and all that it brings
             )
 
-            return Application(settings, read_settings, keys, quotas, path, spec)
+            return Application(settings, read_settings, keys, quotas, files, spec)
 
         async def run() -> int:
             async with contextlib.AsyncExitStack() as stack:
