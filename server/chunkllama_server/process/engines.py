@@ -61,6 +61,7 @@ def watch_cluster(context: ServerContext, engine: ServedEngine) -> None:
     assert isinstance(engine, ClusterEngineClient)
     context.metrics.registry.register(ClusterSeries(engine))
     context.replicas = partial(describe, engine)
+    context.failovers = engine.failovers
 
 
 async def start_engine(settings: Settings) -> ServedEngine:
