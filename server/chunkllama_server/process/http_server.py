@@ -32,7 +32,7 @@ from chunkllama_server.api.common.text_service import TextService
 from chunkllama_server.api.common.valkey_responses import ValkeyResponses
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.config.tenants import TenantQuotas, engine_message
-from chunkllama_server.metrics.kv_events import check_kv_events, publish_kv_events
+from chunkllama_server.metrics.kv_events import publish_kv_events
 from chunkllama_server.metrics.tracing import make_tracing
 from chunkllama_server.process.adapters import load_adapters
 from chunkllama_server.process.engines import watch_cluster
@@ -76,7 +76,7 @@ class Application:
         spec: the model's numbers.
 
     Raises:
-        ConfigError: a package that a setting needs is not installed, or a folder cannot be used.
+        ConfigError: a key or an address cannot be used.
     """
 
     def __init__(
@@ -90,7 +90,6 @@ class Application:
     ) -> None:
         self._settings = settings
         self._read_settings = read_settings
-        check_kv_events(settings)
         self._responses = _valkey_responses(settings)
         secret = settings.namespace_secret()
         self._snapshots = open_snapshots(settings, secret)

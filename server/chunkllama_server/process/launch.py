@@ -27,6 +27,7 @@ from chunkllama.model_spec import ModelSpec
 from chunkllama.models.config import read_spec
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.models.loading.safetensors import Checkpoint
+from chunkllama_server.config.extras import check_extras
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.config.tenants import load_quotas
 from chunkllama_server.process import start_signals
@@ -57,6 +58,8 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
     keys, quotas = settings.keys_by_tenant(), load_quotas(settings)
     check_tls(settings)
     settings.check_packs()
+    settings.namespace_secret()
+    check_extras(settings)
     check_cluster(settings)
     with contextlib.ExitStack() as sockets:
         main = sockets.enter_context(bind(settings.host, settings.port, "port"))
