@@ -27,12 +27,15 @@ ARM_COMPILER = "aarch64-linux-gnu-g++"
 AS_ANOTHER_USER = ("unshare", "--user", "--map-user=10001", "--map-group=0")
 
 
+def _tracked() -> list[str]:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [line for line in listing.splitlines() if (ROOT / line).is_file()]
+
+
 def _copy_of_the_repository(folder: Path) -> Path:
-    listing = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
-    for line in listing.splitlines():
-        if line.startswith(("benchmarks/", "tests/")) or not (ROOT / line).is_file():
+    for line in _tracked():
+        if line.startswith(("benchmarks/", "tests/")):
             continue
         (folder / line).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / line, folder / line)
@@ -67,6 +70,32 @@ def _unpack(wheel: Path, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     return folder
+
+
+def test_sdist_and_wheel_carry_everything_and_are_installed(sdist: Path, tmp_path: Path) -> None:
+    wheel = _build_wheel(sdist, tmp_path, CHUNKLLAMA_SHIP_NATIVE="0")
+    assert wheel.name == f"chunkllama-{__version__}-py3-none-any.whl"
+    target = tmp_path / "target"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*command, "--target", str(target), str(wheel)], check=True)
+    wanted = {line for line in _tracked() if line.startswith("chunkllama/")}
+    wanted |= {line.removeprefix("server/") for line in _tracked() if line.startswith("server/")}
+    wanted |= {
+        f"chunkllama/_{line}"
+        for line in _tracked()
+        if line.startswith(("kernels/", "configs/")) and line.count("/") == 2
+    }
+    assert len(wanted) > 400
+    assert not {name for name in wanted if not (target / name).is_file()}
+    done = subprocess.run(
+        [sys.executable, "-P", str(target / "bin" / "chunkllama"), "--version"],
+        env={**os.environ, "PYTHONPATH": str(target)},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == __version__
 
 
 @pytest.fixture(scope="module")
