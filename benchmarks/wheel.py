@@ -51,6 +51,7 @@ print(chunkllama.__file__, llm._core.info.isa_level, rate)
 def unpacked_wheel(folder: Path) -> Path:
     """Build the wheel of this checkout; returns the folder it is unpacked in."""
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder)]
+    command.append("--no-build-isolation")
     subprocess.run([*command, str(ROOT)], check=True)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -103,7 +104,7 @@ def seconds_to_ready(command: list[str], environment: dict[str, str], model: Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=5)
     arguments = parser.parse_args()
     model = resolve_model(MODEL)
     with tempfile.TemporaryDirectory() as scratch:
