@@ -170,14 +170,24 @@ def _gguf(text: str) -> Callable[[Machine], Path]:
     return lambda machine: machine.file(text, "model.gguf")
 
 
-def _unknown_gguf(machine: Machine) -> Path:
-    """A sound GGUF file of an architecture that is not a decoder of text."""
-    key, value = b"general.architecture", b"clip"
-    text = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1)
-    text += struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, len(value)) + value
-    path = machine.folder / "clip.gguf"
+def _gguf_file(machine: Machine, name: str, key: bytes, value: bytes) -> Path:
+    """A sound GGUF file with one key, whose value is given with its type, and no tensor."""
+    text = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", len(key)) + key + value
+    path = machine.folder / name
     path.write_bytes(text)
     return path
+
+
+def _unknown_gguf(machine: Machine) -> Path:
+    """Of an architecture that is not a decoder of text."""
+    value = struct.pack("<IQ", 8, 4) + b"clip"
+    return _gguf_file(machine, "clip.gguf", b"general.architecture", value)
+
+
+def _part_of_gguf(machine: Machine) -> Path:
+    """The second of three files that llama-gguf-split has written."""
+    value = struct.pack("<IH", 2, 3)
+    return _gguf_file(machine, "model-00002-of-00003.gguf", b"split.count", value)
 
 
 def _folder_of_gguf(machine: Machine) -> Path:
@@ -294,6 +304,7 @@ FOLDERS = [
     _model("no tokenizer", _without("tokenizer.json"), "neither tokenizer.json nor", True),
     _model("not a GGUF file", _gguf("x" * 100), "model.gguf: not a usable GGUF file"),
     _model("short GGUF file", _gguf("GGUF"), "model.gguf: not a GGUF file: shorter than a header"),
+    _model("part of a GGUF file", _part_of_gguf, "one of 3 parts .*llama-gguf-split --merge"),
     _model("GGUF of another kind", _unknown_gguf, "clip.gguf.*clip"),
 ]  # fmt: skip
 ENGINE = [
