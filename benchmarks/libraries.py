@@ -3,7 +3,8 @@
     python benchmarks/libraries.py
 
 - streamed decoding: ``IncrementalDetokenizer`` against ``DecodeStream`` of tokenizers, with the
-  demo model's tokenizer; also how many of 200 random texts each streams as they are decoded whole
+  demo model's tokenizer; also how many texts, cut at each token of a line of long characters,
+  each streams as they are decoded whole
 - the load test's client: ``Endpoint.stream`` against httpx, processor time of 16 streams
 - reading the headers of weights: ``read_header`` against ``safe_open`` of safetensors
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
+import os
 import statistics
 import subprocess
 import sys
@@ -38,8 +39,11 @@ from chunkllama_server.bench.client import Endpoint, Outcome
 
 RESULTS = Path(__file__).parent / "results" / "libraries.json"
 MODEL = "smollm2-135m-instruct"
-ROUNDS = 9
+ROUNDS = 5
 STREAMS, EVENTS = 16, 500
+CHARACTERS = (
+    "naïve café \U0001f999\U0001f3fd 你好，世界 здравствуй привіт नमस्ते 안녕하세요 👩‍👩‍👧 \u0301e"
+)
 SERVER = f"""
 import asyncio, json, sys
 event = {{"choices": [{{"index": 0, "delta": {{"content": " word"}}, "finish_reason": None}}]}}
@@ -103,14 +107,14 @@ def decoding(folder: Path) -> dict[str, object]:
         lambda: timed(lambda: stream_ours(ours, ids)),
         lambda: timed(lambda: stream_library(library, ids)),
     )
-    draw = random.Random(0)
+    characters = ours.encode(CHARACTERS)
     equal = {"ours": 0, "library": 0}
-    for _ in range(200):
-        text = [draw.randrange(library.get_vocab_size()) for _ in range(64)]
+    for end in range(1, len(characters) + 1):
+        text = characters[:end]
         whole = library.decode(text, skip_special_tokens=True)
         equal["ours"] += stream_ours(ours, text) == whole
         equal["library"] += stream_library(library, text) == whole
-    return {"tokens": len(ids), **result, "random_texts_as_decoded_whole_of_200": equal}
+    return {"tokens": len(ids), **result, "cut_texts": len(characters), "as_decoded_whole": equal}
 
 
 async def load_ours(url: str) -> None:
@@ -173,6 +177,7 @@ def main() -> None:
         "command": "python benchmarks/libraries.py",
         "machine": cpu_name(),
         "date": time.strftime("%Y-%m-%d"),
+        "load_average": os.getloadavg()[0],
         "streamed decoding: DecodeStream of tokenizers": decoding(folder),
         "client of the load test: httpx": client(),
         "headers of weights: safe_open of safetensors": headers(folder),

@@ -127,6 +127,7 @@ def main() -> None:
         "command": "python benchmarks/wheel.py " + " ".join(sys.argv[1:]),
         "machine": cpu_name(),
         "date": time.strftime("%Y-%m-%d"),
+        "load_average": os.getloadavg()[0],
         "seconds_to_ready": [round(value, 2) for value in ready],
         "output_tokens_per_s": {k: [round(x, 1) for x in v] for k, v in rates.items()},
         "ratios": [round(value, 3) for value in ratios],
