@@ -113,7 +113,8 @@ def bind(host: str, port: int, key: str) -> socket.socket:
         )[0]
     except (OSError, UnicodeError) as error:
         raise ConfigError(
-            f"{key.replace('port', 'host')}: {host} cannot be resolved: {error}"
+            f"{key.replace('port', 'host')}: {host or repr(host)} cannot be resolved: {error}; "
+            "give an address of this machine, such as 127.0.0.1 or 0.0.0.0"
         ) from None
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

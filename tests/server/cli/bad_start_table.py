@@ -252,7 +252,8 @@ FLAGS = [
 FILES = [
     _flags("no settings file", "--config /nowhere.yaml", "config: cannot read /nowhere.yaml: No"),
     BadStart("settings folder", lambda m: ["--config", m.folder], "config: .*Is a directory"),
-    _file("settings not YAML", "--config", "port: [1\n", "file is not valid YAML at line"),
+    _file("settings not YAML", "--config", "port: [1\n", "file: not valid YAML at line"),
+    _file("setting twice", "--config", "port: 1\nport: 2\n", "file: port occurs twice at line 2"),
     _file("settings as a list", "--config", "- port\n", "must hold key: value lines"),
     _file("settings key", "--config", "max_num_seq: 3\n", "file; did you mean max_num_seqs"),
     _file("settings value", "--config", "threads: 0\n", r"threads: .*0.*from .*file\)"),
