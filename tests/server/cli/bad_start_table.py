@@ -245,6 +245,7 @@ FLAGS = [
     _flags("traces nowhere", "--otlp-endpoint host:4318", "otlp_endpoint: .*http.*'host:4318'"),
     _flags("another store", "--response-store mysql://x", "response_store: .*valkey://"),
     _flags("no secret file", "--namespace-secret-file /x", "namespace_secret_file: cannot read /x"),
+    _flags("replicas alone", "--replicas 3", "replicas: needs cluster"),
     _flags("two flags for one", "--op-set cpu --backend cpu", "op_set.*former name of backend"),
     _variable("unknown variable", "CHUNKLLAMA_NUM_CHUNK", "3", "environment.*num_chunks"),
     _variable("variable's value", "CHUNKLLAMA_PORT", "http", "port: .*'http'.*from environment"),
