@@ -370,8 +370,7 @@ def first_error(error: ValidationError, fields: Mapping[str, FieldInfo] | None =
     """Describe the first of a validation's errors in one line: key, problem, the value given.
 
     Args:
-        fields: of the model that refused, for the unit of a number that is out of range; the value
-            of a secret one is left out.
+        fields: of the model that refused: they tell the unit of a number, and what is secret.
     """
     detail = error.errors(include_url=False, include_context=False)[0]
     message = detail["msg"].removeprefix("Value error, ")
