@@ -1,13 +1,14 @@
 """Compile the CPU kernels into the wheel.
 
-Everything else is in pyproject.toml. Without a C++ compiler, on another processor, or with
-``CHUNKLLAMA_SHIP_NATIVE=0`` the wheel holds the sources only, and runs on any platform.
+Everything else is in pyproject.toml. The wheel is for the machine that the C++ compiler compiles
+for: ``CXX=aarch64-linux-gnu-g++`` makes one for 64-bit ARM. Without a compiler, for another
+processor, or with ``CHUNKLLAMA_SHIP_NATIVE=0`` the wheel holds the sources only, and runs on any
+platform.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from chunkllama.backends.cpu.build import (
     NativeBuildError,
     compile_shipped,
+    compiler_target,
     find_compiler,
 )
 
@@ -30,21 +32,28 @@ _FOLDER = Path("chunkllama", "_native")
 _OLDEST_GLIBC = (2, 17)  # of the first Linux platform tag that names a glibc
 
 
+def objdump() -> str:
+    """Return the program that reads what the compiler writes: a cross compiler has its own."""
+    own = "-".join([*compiler_target(find_compiler()), "objdump"])
+    return own if shutil.which(own) else "objdump"
+
+
 def can_compile() -> bool:
-    """Return whether this machine compiles what the wheel's platform tag promises."""
+    """Return whether the compiler makes what the wheel's platform tag promises."""
+    machine, system = compiler_target(find_compiler())
     return (
-        sys.platform == "linux"
-        and platform.machine() in ("x86_64", "aarch64")
-        and os.environ.get("CHUNKLLAMA_SHIP_NATIVE") != "0"
-        and shutil.which(find_compiler()[0]) is not None
-        and shutil.which("objdump") is not None
+        os.environ.get("CHUNKLLAMA_SHIP_NATIVE") != "0"
+        and machine in ("x86_64", "aarch64")
+        and "linux" in system
+        and "musl" not in system  # the tag names a version of glibc
+        and shutil.which(objdump()) is not None
     )
 
 
 def newest_glibc(library: Path) -> tuple[int, int]:
     """Return the newest version of glibc whose symbols a library uses."""
     listing = subprocess.run(
-        ["objdump", "-T", str(library)], check=True, capture_output=True, text=True
+        [objdump(), "-T", str(library)], check=True, capture_output=True, text=True
     ).stdout
     found = re.findall(r"\(?GLIBC_(\d+)\.(\d+)", listing)
     return max((int(major), int(minor)) for major, minor in found)
@@ -78,7 +87,8 @@ class BuildWheel(bdist_wheel):
         if not libraries:
             return "py3", "none", "any"
         major, minor = max(_OLDEST_GLIBC, *map(newest_glibc, libraries))
-        return "py3", "none", f"manylinux_{major}_{minor}_{platform.machine()}"
+        machine, _ = compiler_target(find_compiler())
+        return "py3", "none", f"manylinux_{major}_{minor}_{machine}"
 
 
 setup(cmdclass={"build_py": BuildPython, "bdist_wheel": BuildWheel})

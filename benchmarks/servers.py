@@ -15,6 +15,13 @@ from pathlib import Path
 HOST = "127.0.0.1"
 
 
+def free_port() -> int:
+    """Return a port of this machine that no program listens on."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
 @contextlib.contextmanager
 def started_server(model: str, *flags: str, seconds: float = 180.0) -> Iterator[tuple[int, int]]:
     """Serve a model by the name ``m`` while the block runs; yields port and process id.
@@ -26,9 +33,7 @@ def started_server(model: str, *flags: str, seconds: float = 180.0) -> Iterator[
     Raises:
         SystemExit: with the end of its log, when it does not start or has ended by itself.
     """
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     command = [
         *(sys.executable, "-m", "chunkllama_server.cli", "serve", "--model", model),
         *("--served-model-name", "m", "--port", str(port), "--log-level", "error", *flags),

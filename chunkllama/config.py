@@ -25,7 +25,6 @@ _UNITS = {
 }
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d+)?)\s*((?:[kmgt]i?)?)b?", re.IGNORECASE)
 _KEY_UNITS = frozenset({"seconds", "bytes", "tokens", "chunks"})
-_SECRETS = frozenset({"api_key", "operator_key"})
 _BOUND = re.compile(r"(?<=than |l to )-?\d[\d.e+]*$")
 
 
@@ -146,7 +145,8 @@ class ModelConfig(ConfigGroup):
     threads: int | None = Field(
         default=None,
         gt=0,
-        description="Compute threads. Default: this process's processors, cut to its CPU quota.",
+        description="Compute threads, at most this process's processors. Default: all of them, cut "
+        "to its CPU quota.",
     )
     cpu_bind: Annotated[str, BeforeValidator(str)] = Field(  # 0 in YAML is a number
         default="none",
@@ -372,7 +372,7 @@ def first_error(error: ValidationError, fields: Mapping[str, FieldInfo] | None =
     """Describe the first of a validation's errors in one line: key, problem, the value given.
 
     Args:
-        fields: of the model that refused, for the unit of a number that is out of range.
+        fields: of the model that refused: they tell the unit of a number, and what is secret.
     """
     detail = error.errors(include_url=False, include_context=False)[0]
     message = detail["msg"].removeprefix("Value error, ")
@@ -386,7 +386,8 @@ def first_error(error: ValidationError, fields: Mapping[str, FieldInfo] | None =
             what = "" if unit.startswith("of ") else f" of {unit}"
             example = ", or a size such as 512MiB" if unit == "bytes" else ""
             message += f"; give a number{what}{example}"
-    given = "" if key in _SECRETS else f", got {repr(detail['input'])[:100]}"
+    is_secret = fields is not None and "SecretStr" in str(fields[key].annotation)
+    given = "" if is_secret else f", got {repr(detail['input'])[:100]}"
     return f"{key}: {message}{given}"
 
 

@@ -92,6 +92,26 @@ def chosen_processors(choice: str, allowed: set[int], root: Path = _ROOT) -> set
     return max((node for node in nodes if node), key=len, default=firsts)
 
 
+def check_threads(threads: int | None, cpu_bind: str) -> None:
+    """Refuse more compute threads than processors: threads that wait for others would stop them.
+
+    Args:
+        threads: None is one for each processor.
+        cpu_bind: as ``chosen_processors`` takes it; "none" is all that this process may run on.
+
+    Raises:
+        ConfigError: see ``chosen_processors``, or there are too many threads.
+    """
+    processors = os.sched_getaffinity(0)
+    if cpu_bind != "none":
+        processors = chosen_processors(cpu_bind, processors)
+    if threads is not None and threads > len(processors):
+        raise ConfigError(
+            f"threads: {threads} are more than the {len(processors)} processors that may compute; "
+            "leave it out to use them all"
+        )
+
+
 def _listed(text: str) -> set[int]:
     """Numbers of "0-3,8"; a range whose end is before its start has none."""
     found: set[int] = set()

@@ -16,7 +16,12 @@ from chunkllama.model_spec import ModelSpec
 from chunkllama.models.config import kv_bytes_per_chunk, read_spec, resolve_dtype
 from chunkllama.models.loading.safetensors import Checkpoint
 from chunkllama.models.loading.sizes import allocated_bytes
-from chunkllama.resources import default_kv_cache_memory, memory_left, memory_limit
+from chunkllama.resources import (
+    check_threads,
+    default_kv_cache_memory,
+    memory_left,
+    memory_limit,
+)
 from chunkllama.scheduler.admission import longest_request
 
 _DEVICE_FILES = ("nvidiactl", "nvidia0", "dxg", "nvmap", "nvhost-ctrl", "kfd")
@@ -90,6 +95,8 @@ def plan_size(
     """
     spec = spec or read_spec(folder)
     device = find_device(config.model.device)
+    if device == "cpu":
+        check_threads(config.model.threads, config.model.cpu_bind)
     check_choice(
         device=device,
         backend=config.model.backend,

@@ -40,7 +40,8 @@ def make_app(names: Iterable[str]) -> typer.Typer:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
-    asked = [name for name in arguments[:1] if name in _COMMANDS]
+    first = arguments[:1]
+    asked = ["version"] if first == ["--version"] else [x for x in first if x in _COMMANDS]
     try:
         app = make_app(asked or _COMMANDS)
         result = app(args=arguments, prog_name="chunkllama", standalone_mode=False)

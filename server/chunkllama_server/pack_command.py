@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chunkllama.errors import ConfigError
+from chunkllama_server.config.files import load_yaml
 from chunkllama_server.config.flags import GroupedCommand, load_from_flags, with_setting_flags
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def build(
     settings = load_from_flags(flags).settings
     if not out.parent.is_dir():
         raise ConfigError(f"out: there is no folder {out.parent}")
+    load_yaml(prefixes, "prefixes")  # refused before a model is fetched or loaded
 
     from chunkllama.engine.pack_builder import compute_chunks, plan_pack
     from chunkllama.packs.file import write_pack

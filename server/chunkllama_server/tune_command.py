@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 import typer
-
-from chunkllama.backends.cpu import tune as tuner
-from chunkllama.backends.cpu.tuning import as_yaml, save_tuning
-from chunkllama.resources import usable_threads
 
 
 def tune(
@@ -28,6 +23,14 @@ def tune(
     The table goes to the cache folder; `chunkllama serve` reads it at its next start. Delete the
     file to return to the shipped numbers.
     """
+    from chunkllama.resources import check_threads, usable_threads
+
+    check_threads(threads or None, "none")
+    import torch  # here: the help of all commands is made from this module
+
+    from chunkllama.backends.cpu import tune as tuner
+    from chunkllama.backends.cpu.tuning import as_yaml, save_tuning
+
     torch.set_num_threads(threads or usable_threads())
     level = "" if isa_level == "auto" else isa_level
     found, used = tuner.measure(level, print)

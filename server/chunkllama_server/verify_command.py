@@ -49,6 +49,9 @@ def verify(
     content = "" if text is None else _read(text)
 
     from chunkllama.logger import configure_logging
+    from chunkllama.models.loading.hub import resolve_model
+
+    resolve_model(model)  # refused before torch is imported
     from chunkllama.verify.report import Report
     from chunkllama.verify.run import Options
     from chunkllama.verify.run import verify as run
@@ -84,7 +87,8 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"text: {path} cannot be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"text: cannot read {path}: {reason}") from None
 
 
 def _write(path: Path, content: str) -> None:

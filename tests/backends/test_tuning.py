@@ -152,5 +152,7 @@ def test_the_command_prints_or_writes(
         assert f"written: {path}" in capsys.readouterr().out
         assert run(["tune", "--isa-level", "mmx"]) == 2
         assert "this CPU lacks mmx" in capsys.readouterr().err
+        assert run(["tune", "--threads", "4096"]) == 2
+        assert "threads: 4096 are more than" in capsys.readouterr().err
     finally:
         torch.set_num_threads(threads)

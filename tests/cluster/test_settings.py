@@ -19,6 +19,7 @@ from chunkllama_server.process.engines import check_cluster, logger
         ({"cluster": "auto", "replicas": "8..2"}, "replicas must be a number or LOW..HIGH"),
         ({"cluster": "auto", "replicas": "0"}, "replicas must be a number or LOW..HIGH"),
         ({"cluster": "auto", "replicas": "two"}, "replicas must be a number or LOW..HIGH"),
+        ({"replicas": "3"}, "replicas: needs cluster, such as --cluster auto"),
         ({"cluster": "auto", "standby": "true"}, "standby: a cluster replaces its replicas"),
         ({"cluster": "auto", "snapshot_dir": "/x"}, "snapshot_dir: is for a server with one"),
         (

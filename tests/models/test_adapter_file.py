@@ -139,7 +139,10 @@ BAD_FILES: list[tuple[Callable[[Path], None], str]] = [
     (grow("adapter_model.safetensors", 1 << 40), "bytes, an adapter of this model at most"),
     (grow("adapter_config.json", 1 << 40), "bytes, an adapter of this model at most 1048576"),
     (pickle_only, "pickled weights can run code when loaded and are refused"),
-    (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json: cannot be"),
+    (
+        lambda folder: (folder / "adapter_config.json").unlink(),
+        "adapter_config.json: missing; an adapter is",
+    ),
     (lambda folder: (folder / "adapter_model.safetensors").unlink(), "safetensors: cannot be read"),
     (lambda folder: (folder / "adapter_config.json").write_text("["), "not valid JSON"),
     (set_tensor(f"{Q}.lora_B.weight", np.zeros((64, 8), np.float32)), "ask for [128, 8]"),

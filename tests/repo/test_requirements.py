@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,50 @@ def test_each_requirement_is_pinned_within_its_range(
         assert name in pinned, f"{text}: run scripts/lock_requirements.py --keep"
         for version in pinned[name]:
             assert requirement.specifier.contains(version, prereleases=True), f"{text} {version}"
+
+
+# Packages that the code names without an import statement, and where.
+NAMED = {
+    "protobuf": "sentencepiece_model_pb2",  # generated code that needs it
+    "python-multipart": "UploadFile",  # starlette reads forms with it
+    "fastapi-offline": '"fastapi_offline"',  # its files are served
+}
+# Packages whose undocumented parts are used, and where.
+UNDOCUMENTED = {
+    "uvicorn": r"uvicorn\.protocols\.http|\._serve\(",
+    "h11": r"\(h11\.Connection\)",
+    "transformers": r"transformers\.(masking_utils|modeling_outputs)",
+    "tokenizers": r"__getstate__",
+    "ray": r"^(from|import) ray|import ray",
+}
+
+
+def sources() -> str:
+    folders = (ROOT / "chunkllama", ROOT / "server")
+    return "\n".join(path.read_text() for folder in folders for path in folder.rglob("*.py"))
+
+
+def test_each_dependency_is_used() -> None:
+    text = sources()
+    modules = set(re.findall(r"^\s*(?:import|from) ([a-z_0-9]+)", text, re.MULTILINE))
+    used = {
+        canonicalize_name(name)
+        for module, names in packages_distributions().items()
+        for name in names
+        if module in modules - set(sys.stdlib_module_names)
+    }
+    wanted = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    assert {name for name in NAMED if NAMED[name] in text} == set(NAMED)
+    assert wanted - used - set(NAMED) == set()
+
+
+def test_a_package_with_undocumented_parts_in_use_has_an_upper_bound() -> None:
+    text = sources()
+    lines = [*PROJECT["dependencies"], *EXTRAS["ray"]]
+    ranges = {Requirement(line).name.lower(): Requirement(line).specifier for line in lines}
+    for name, use in UNDOCUMENTED.items():
+        assert re.search(use, text, re.MULTILINE), f"{name}: {use} is no longer used"
+        assert any(each.operator == "<" for each in ranges[name]), name
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "requirements").iterdir()), ids=lambda p: p.name)

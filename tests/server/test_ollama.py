@@ -215,6 +215,8 @@ def test_ollamas_command_finds_the_server(server, start_server, method) -> None:
         assert response.status_code == 200
         assert response.text == ("Ollama is running" if method == "GET" else "")
         assert http.post("/", json={"inputs": "say(hi)yas"}).json()[0]["generated_text"] == "hi"
+        browser = http.request(method, "/", headers={"accept": "text/html,*/*;q=0.8"})
+        assert (browser.status_code, browser.headers["location"]) == (307, "dashboard")
     with start_server(protocols="tgi").http() as http:
         assert http.request(method, "/").status_code == 405
 

@@ -13,7 +13,7 @@ from chunkllama_server.config.prefix_file import read_prefixes
     [
         ("a: b", " must be a YAML list of prompts"),
         ("", " must be a YAML list of prompts"),
-        ("- [", " is not valid YAML at line"),
+        ("- [", ": not valid YAML at line"),
         ("- a", ": entry 1: must hold key: value lines"),
         ("- {name: a}", ": entry 1: give text or messages"),
         ("- {name: a, text: b, messages: [{role: user}]}", ": entry 1: give text or messages"),

@@ -229,7 +229,7 @@ def test_another_vocabulary_is_named(tmp_path: Path) -> None:
         (["--backends", "gpu"], "backends: 'gpu' is not one of reference, cpu"),
         (["--quantizations", "int3"], "quantizations: 'int3' is not one of auto"),
         (["--backends", ","], "backends: name at least one"),
-        (["--text", "/nonexistent"], "text: /nonexistent cannot be read"),
+        (["--text", "/nonexistent"], "text: cannot read /nonexistent: No such file"),
         (["--model", "/nonexistent"], "no such folder"),
     ],
 )

@@ -105,9 +105,10 @@ def library_directory() -> Path:
     return cache_folder() / "native"
 
 
-def known_levels() -> tuple[IsaLevel, ...]:
-    """The levels for this kind of machine, best first, whatever its CPU has."""
-    return tuple(level for level in LEVELS if level.machine in ("", platform.machine()))
+def known_levels(machine: str = "") -> tuple[IsaLevel, ...]:
+    """The levels for a kind of machine, by default this one's, best first, whatever its CPU has."""
+    wanted = machine or platform.machine()
+    return tuple(level for level in LEVELS if level.machine in ("", wanted))
 
 
 def available_levels() -> tuple[IsaLevel, ...]:
@@ -173,6 +174,19 @@ def find_compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX") or "") or [*installed, *_COMPILERS][:1]
 
 
+def compiler_target(compiler: list[str]) -> tuple[str, str]:
+    """The machine, as ``platform.machine`` names it, and the system that a compiler compiles for.
+
+    Both are empty where the compiler is not installed.
+    """
+    if shutil.which(compiler[0]) is None:
+        return "", ""
+    command = [*compiler, "-dumpmachine"]  # prints x86_64-linux-gnu, x86_64-redhat-linux, ...
+    done = subprocess.run(command, capture_output=True, check=False, text=True)
+    machine, _, system = done.stdout.strip().partition("-")
+    return machine, system
+
+
 def is_built(level: IsaLevel) -> bool:
     """Return whether a library of these sources is there, shipped or made by any compiler."""
     sources = _source_hash(level, "")
@@ -184,17 +198,19 @@ def is_built(level: IsaLevel) -> bool:
 def compile_shipped(folder: Path) -> list[Path]:
     """Compile every level that the compiler knows into a folder of the wheel; returns their paths.
 
-    They use the system's libstdc++, as torch does: a static one needs the glibc of the compiler.
+    A cross compiler compiles those of its target. They use the system's libstdc++, as torch does: a
+    static one needs the glibc of the compiler.
 
     Raises:
         NativeBuildError: it refuses all of them; the message is of the last one.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    compiler = find_compiler()
     libraries, refused = [], None
-    for level in known_levels():
+    for level in known_levels(compiler_target(compiler)[0]):
         library = folder / _shipped(level, _source_hash(level, "")).name
         try:
-            _compile(find_compiler(), level, "", library)
+            _compile(compiler, level, "", library)
         except NativeBuildError as error:
             refused = error
         else:

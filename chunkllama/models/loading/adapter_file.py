@@ -103,6 +103,10 @@ def read_adapter(folder: Path, spec: ModelSpec) -> AdapterFile:
         )
     if not os.path.isdir(folder):  # also for a name that no file system holds
         raise ConfigError(f"{folder}: no such folder; an adapter is a folder that PEFT has saved")
+    if not (folder / CONFIG).exists():
+        raise ConfigError(
+            f"{folder / CONFIG}: missing; an adapter is a folder that PEFT has saved, not a model"
+        )
     if not (folder / WEIGHTS).is_file() and (folder / _PICKLE).exists():
         raise ConfigError(
             f"{folder / _PICKLE}: pickled weights can run code when loaded and are refused; save "

@@ -19,6 +19,9 @@ class GgufFile:
     Args:
         path: of the file.
         reader: of the same file.
+
+    Raises:
+        ConfigError: it has no architecture, or is one part of several.
     """
 
     def __init__(self, path: Path, reader: GGUFReader) -> None:
@@ -27,6 +30,12 @@ class GgufFile:
             name: entry.contents() for name, entry in reader.fields.items()
         }
         self.tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in reader.tensors}
+        parts = self.values.get("split.count")
+        if isinstance(parts, int) and parts > 1:
+            raise self.error(
+                f"one of {parts} parts of a split GGUF file; join them with llama.cpp's "
+                "llama-gguf-split --merge FIRST_PART WHOLE.gguf"
+            )
         self.architecture = str(self._required("general.architecture"))
 
     def get(self, key: str, default: Any = None) -> Any:

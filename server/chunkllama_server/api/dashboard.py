@@ -134,6 +134,7 @@ def _encode(
     }
     if tenant is None and context.replicas is not None:
         body["replicas"] = context.replicas()
+        body["failovers"] = context.failovers
     return msgspec.json.encode(body)
 
 

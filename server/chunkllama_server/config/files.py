@@ -51,18 +51,49 @@ def read_secret(path: Path, key: str) -> bytes:
     return secret
 
 
+class _RepeatedKeyError(yaml.MarkedYAMLError):
+    pass
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that occurs twice in a mapping, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise _RepeatedKeyError(
+                        problem=f"{key.value} occurs twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: Path, key: str) -> Any:
+    """Read a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, is not YAML, or names something twice; ``key`` is the
+            setting that names it.
+    """
+    text = read_text(path, key)
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        what = error.problem if isinstance(error, _RepeatedKeyError) else "not valid YAML"
+        raise ConfigError(f"{key}: {path}: {what}{line}") from None
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a settings file of ``key: value`` lines.
 
     Raises:
         ConfigError: it cannot be read or holds something else.
     """
-    try:
-        document = yaml.safe_load(read_text(path, "config"))
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise ConfigError(f"config: {path} is not valid YAML{line}") from None
+    document = load_yaml(path, "config")
     if document is None:
         return {}
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):

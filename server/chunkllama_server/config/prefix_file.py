@@ -6,7 +6,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chunkllama.engine.pack_builder import PrefixPrompt
@@ -14,7 +13,7 @@ from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.text.chat_template import ChatTemplate
 from chunkllama.text.template_adapter import adapt, plain_messages, template_tool
 from chunkllama.text.tokenizer import Tokenizer
-from chunkllama_server.config.files import read_text
+from chunkllama_server.config.files import load_yaml
 
 # Conversations go on with one of these: what their prompts have in common is the prefix.
 _USERS = ("a", "1")
@@ -53,12 +52,7 @@ def read_prefixes(
         ConfigError: one line with the file, the entry and the field.
     """
     where = f"prefixes: {path}"
-    try:
-        document = yaml.safe_load(read_text(path, "prefixes"))
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where} is not valid YAML{line}") from None
+    document = load_yaml(path, "prefixes")
     if not isinstance(document, list) or not document:
         raise ConfigError(f"{where} must be a YAML list of prompts")
     prompts: dict[str, PrefixPrompt] = {}

@@ -116,6 +116,7 @@ class ServerConfig(ConfigGroup):
     )
     otlp_endpoint: str | None = Field(
         default=None,
+        pattern="^https?://.",
         description="Send a trace of each request to this OTLP/HTTP URL, such as "
         "http://127.0.0.1:4318/v1/traces; needs the extra chunkllama[otel].",
     )

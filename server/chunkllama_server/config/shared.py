@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr
 
 from chunkllama.config import ConfigGroup
 from chunkllama_server.config.files import read_secret
+
+
+def _check_address(url: SecretStr) -> SecretStr:
+    """Check all but the options, which the client checks; the message names no password."""
+    parts = urlsplit(url.get_secret_value())
+    if parts.scheme not in ("valkey", "valkeys", "redis", "rediss") or not parts.hostname:
+        raise ValueError("write valkey://[:PASSWORD@]HOST:PORT[/DATABASE], or valkeys:// for TLS")
+    return url
 
 
 class SharedConfig(ConfigGroup):
@@ -20,7 +30,7 @@ class SharedConfig(ConfigGroup):
         "random key for each start, or that of snapshot_dir.",
     )
 
-    response_store: SecretStr | None = Field(
+    response_store: Annotated[SecretStr, AfterValidator(_check_address)] | None = Field(
         default=None,
         description="Store responses in valkey at valkey://[:PASSWORD@]HOST:PORT[/DATABASE], or "
         "valkeys:// for TLS, so that every server finds them. Needs the extra chunkllama[valkey]. "

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from chunkllama.config import first_error
@@ -15,6 +14,7 @@ from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.messages import SetTenants
 from chunkllama.tenant_limits import TenantLimits, parse_weights
+from chunkllama_server.config.files import load_yaml
 
 if TYPE_CHECKING:
     from chunkllama_server.config.settings import Settings
@@ -168,7 +168,7 @@ def _read_file(
     path: Path, where: str, tenants: list[str]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return the defaults and the fields of each listed tenant, by themselves valid."""
-    document = _load_yaml(path, where)
+    document = _mapping(load_yaml(path, "tenants_file"), where)
     unknown = next((key for key in document if key not in ("defaults", "tenants")), None)
     if unknown is not None:
         raise ConfigError(f"{where}: unknown key {unknown}; write defaults: or tenants:")
@@ -185,36 +185,6 @@ def _read_file(
             hint = _hint(name, tenants)
             logger.warning("%s: tenant %s: not used, it has no API key%s", where, name, hint)
     return defaults, listed
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that occurs twice in a mapping, of which YAML would take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"{key.value} occurs twice", problem_mark=key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _load_yaml(path: Path, where: str) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        document = yaml.load(text, Loader=_UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{where}: cannot be read: {reason}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not valid YAML"
-        raise ConfigError(f"{where}: {problem}{line}") from None
-    return _mapping(document, where)
 
 
 def _mapping(value: object, where: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator
-from importlib.util import find_spec
 from itertools import count
 from typing import Any, Final
 
@@ -32,18 +31,6 @@ logger = init_logger(__name__)
 _MEDIUM: Final = "GPU"  # vLLM's name for where the engine reads K/V, on a CPU too
 _EVENTS_PER_MESSAGE: Final = 256
 _MAX_MESSAGES: Final = 100_000  # that wait for a subscriber; later ones are dropped
-
-
-def check_kv_events(settings: Settings) -> None:
-    """Check that events can be published, before a model is loaded.
-
-    Raises:
-        ConfigError: the package is missing.
-    """
-    if settings.kv_events_endpoint is not None and find_spec("zmq") is None:
-        raise ConfigError(
-            "kv_events_endpoint: needs the package pyzmq: pip install chunkllama[kv-events]"
-        )
 
 
 @contextlib.asynccontextmanager

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chunkllama.errors import ConfigError
-
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
@@ -146,20 +144,12 @@ class TracingMiddleware:
 
 
 def make_tracing(endpoint: str, model: str) -> Tracing:
-    """Traces that are sent to an OTLP/HTTP endpoint.
+    """Traces that are sent to an OTLP/HTTP endpoint."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    Raises:
-        ConfigError: the extra is not installed.
-    """
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError:
-        raise ConfigError(
-            "otlp_endpoint: OpenTelemetry is not installed; pip install 'chunkllama[otel]'"
-        ) from None
     provider = TracerProvider(resource=Resource.create({"service.name": "chunkllama"}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
     return Tracing(provider, model)

@@ -27,6 +27,8 @@ def check_cluster(settings: Settings) -> None:
         ConfigError: Ray is not installed, or a setting does not go with a cluster.
     """
     if settings.cluster is None:
+        if settings.replicas != Settings.model_fields["replicas"].default:
+            raise ConfigError("replicas: needs cluster, such as --cluster auto")
         return
     if settings.standby:
         raise ConfigError("standby: a cluster replaces its replicas; leave it out with cluster")
@@ -61,6 +63,7 @@ def watch_cluster(context: ServerContext, engine: ServedEngine) -> None:
     assert isinstance(engine, ClusterEngineClient)
     context.metrics.registry.register(ClusterSeries(engine))
     context.replicas = partial(describe, engine)
+    context.failovers = engine.failovers
 
 
 async def start_engine(settings: Settings) -> ServedEngine:

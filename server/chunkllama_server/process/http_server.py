@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -23,8 +22,7 @@ from chunkllama.messages import EngineStats
 from chunkllama.model_spec import ModelSpec
 from chunkllama.resources import freeze_heap
 from chunkllama.sampling_params import GrammarSpec
-from chunkllama.text.chat_template import ChatTemplate, load_chat_template
-from chunkllama.text.tokenizer import load_tokenizer
+from chunkllama.text.chat_template import ChatTemplate
 from chunkllama_server.api import dashboard
 from chunkllama_server.api.admin_app import create_admin_app
 from chunkllama_server.api.app import create_app
@@ -34,14 +32,15 @@ from chunkllama_server.api.common.text_service import TextService
 from chunkllama_server.api.common.valkey_responses import ValkeyResponses
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.config.tenants import TenantQuotas, engine_message
-from chunkllama_server.metrics.kv_events import check_kv_events, publish_kv_events
+from chunkllama_server.metrics.kv_events import publish_kv_events
 from chunkllama_server.metrics.tracing import make_tracing
 from chunkllama_server.process.adapters import load_adapters
 from chunkllama_server.process.engines import watch_cluster
 from chunkllama_server.process.lifecycle import DrainingServer, notify_supervisor
-from chunkllama_server.process.public_prefixes import load_public_prefixes, register_public_prefixes
+from chunkllama_server.process.public_prefixes import register_public_prefixes
 from chunkllama_server.process.reload import Reloader
 from chunkllama_server.process.snapshots import open_snapshots
+from chunkllama_server.process.text_files import TextFiles
 from chunkllama_server.transport.access_log import AccessLog
 from chunkllama_server.transport.auth import Tenants
 from chunkllama_server.transport.connections import (
@@ -73,11 +72,11 @@ class Application:
         read_settings: reads ``settings`` again, at SIGHUP.
         keys: tenant name to API key.
         quotas: of each tenant.
-        path, spec: the model's folder and numbers.
+        files: the model's tokenizer and template, and the public prefixes.
+        spec: the model's numbers.
 
     Raises:
-        ConfigError: tokenizer, chat template or public prefixes cannot be used, or traces need a
-            package that is not installed.
+        ConfigError: a key or an address cannot be used.
     """
 
     def __init__(
@@ -86,12 +85,11 @@ class Application:
         read_settings: Callable[[], Settings],
         keys: dict[str, str],
         quotas: dict[str, TenantQuotas],
-        path: Path,
+        files: TextFiles,
         spec: ModelSpec,
     ) -> None:
         self._settings = settings
         self._read_settings = read_settings
-        check_kv_events(settings)
         self._responses = _valkey_responses(settings)
         secret = settings.namespace_secret()
         self._snapshots = open_snapshots(settings, secret)
@@ -107,25 +105,12 @@ class Application:
         self._keys = keys
         self._quotas = quotas
         self._spec = spec
-        self._tokenizer = load_tokenizer(path)
-        if self._tokenizer.vocab_size > spec.vocab_size:
-            raise ConfigError(
-                f"{path}: the tokenizer has {self._tokenizer.vocab_size} tokens and the model "
-                f"{spec.vocab_size}; they are not of the same model"
-            )
-        self._template = load_chat_template(path, self._tokenizer, settings.chat_template)
-        if self._template is not None:
-            logger.info("chat template: %s", self._template.capabilities)
-        else:
-            logger.warning(
-                "%s has no chat template: chat requests are refused, /v1/completions works; "
-                "--chat-template FILE gives it one",
-                path.name,
-            )
+        self._tokenizer = files.tokenizer
+        self._template = files.template
+        self._prefixes = files.prefixes
         self._tracing = None
         if settings.otlp_endpoint is not None:
             self._tracing = make_tracing(settings.otlp_endpoint, settings.model_names[0])
-        self._prefixes = load_public_prefixes(settings.public_prefixes, self._template)
         self._check_grammar = self._read_vocabulary()
 
     async def serve(

@@ -27,6 +27,7 @@ from chunkllama.model_spec import ModelSpec
 from chunkllama.models.config import read_spec
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.models.loading.safetensors import Checkpoint
+from chunkllama_server.config.extras import check_extras
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.config.tenants import load_quotas
 from chunkllama_server.process import start_signals
@@ -57,6 +58,8 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
     keys, quotas = settings.keys_by_tenant(), load_quotas(settings)
     check_tls(settings)
     settings.check_packs()
+    settings.namespace_secret()
+    check_extras(settings)
     check_cluster(settings)
     with contextlib.ExitStack() as sockets:
         main = sockets.enter_context(bind(settings.host, settings.port, "port"))
@@ -71,11 +74,14 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
         logger.info("loading %s", path)
 
         def make_application() -> Application:
+            from chunkllama_server.process.text_files import read_text_files
+
+            files = read_text_files(settings, path, spec)
             from chunkllama_server.process.http_server import (
                 Application,  # fastapi and all that it brings
             )
 
-            return Application(settings, read_settings, keys, quotas, path, spec)
+            return Application(settings, read_settings, keys, quotas, files, spec)
 
         async def run() -> int:
             async with contextlib.AsyncExitStack() as stack:
@@ -107,7 +113,8 @@ def bind(host: str, port: int, key: str) -> socket.socket:
         )[0]
     except (OSError, UnicodeError) as error:
         raise ConfigError(
-            f"{key.replace('port', 'host')}: {host} cannot be resolved: {error}"
+            f"{key.replace('port', 'host')}: {host or repr(host)} cannot be resolved: {error}; "
+            "give an address of this machine, such as 127.0.0.1 or 0.0.0.0"
         ) from None
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

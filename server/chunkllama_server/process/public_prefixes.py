@@ -9,15 +9,13 @@ from __future__ import annotations
 from itertools import takewhile
 from pathlib import Path
 
-import yaml
-
 from chunkllama.engine.client import EngineClient
 from chunkllama.errors import ChunkLlamaError, ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.text.chat_template import ChatTemplate
-from chunkllama_server.config.files import read_text
+from chunkllama_server.config.files import load_yaml
 
 logger = init_logger(__name__)
 
@@ -36,10 +34,7 @@ def load_public_prefixes(path: Path | None, template: ChatTemplate | None) -> li
     """
     if path is None:
         return []
-    try:
-        prompts = yaml.safe_load(read_text(path, "public_prefixes"))
-    except yaml.YAMLError:
-        prompts = None
+    prompts = load_yaml(path, "public_prefixes")
     if not isinstance(prompts, list) or not all(isinstance(text, str) and text for text in prompts):
         raise ConfigError(f"public_prefixes: {path} must be a YAML list of system prompts")
     if template is None:

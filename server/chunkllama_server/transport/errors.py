@@ -139,7 +139,10 @@ def exceeded(limits: LimitsConfig, key: str, param: str | None = None, **values:
 
 def not_found_model(name: str) -> ApiError:
     return ApiError(
-        404, f"The model {name[:200]!r} does not exist", param="model", code="model_not_found"
+        404,
+        f"The model {name[:200]!r} does not exist; GET /v1/models lists those that do",
+        param="model",
+        code="model_not_found",
     )
 
 

@@ -170,14 +170,24 @@ def _gguf(text: str) -> Callable[[Machine], Path]:
     return lambda machine: machine.file(text, "model.gguf")
 
 
-def _unknown_gguf(machine: Machine) -> Path:
-    """A sound GGUF file of an architecture that is not a decoder of text."""
-    key, value = b"general.architecture", b"clip"
-    text = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1)
-    text += struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, len(value)) + value
-    path = machine.folder / "clip.gguf"
+def _gguf_file(machine: Machine, name: str, key: bytes, value: bytes) -> Path:
+    """A sound GGUF file with one key, whose value is given with its type, and no tensor."""
+    text = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", len(key)) + key + value
+    path = machine.folder / name
     path.write_bytes(text)
     return path
+
+
+def _unknown_gguf(machine: Machine) -> Path:
+    """Of an architecture that is not a decoder of text."""
+    value = struct.pack("<IQ", 8, 4) + b"clip"
+    return _gguf_file(machine, "clip.gguf", b"general.architecture", value)
+
+
+def _part_of_gguf(machine: Machine) -> Path:
+    """The second of three files that llama-gguf-split has written."""
+    value = struct.pack("<IH", 2, 3)
+    return _gguf_file(machine, "model-00002-of-00003.gguf", b"split.count", value)
 
 
 def _folder_of_gguf(machine: Machine) -> Path:
@@ -233,6 +243,10 @@ FLAGS = [
     _flags("certificate alone", "--ssl-certfile x.pem", "ssl_certfile and ssl_keyfile"),
     _flags("no folder of packs", "--packs nowhere", "packs: nowhere is not a folder"),
     _flags("no public key", "--pack-public-key nowhere", "pack_public_key: nowhere cannot be read"),
+    _flags("traces nowhere", "--otlp-endpoint host:4318", "otlp_endpoint: .*http.*'host:4318'"),
+    _flags("another store", "--response-store mysql://x", "response_store: .*valkey://"),
+    _flags("no secret file", "--namespace-secret-file /x", "namespace_secret_file: cannot read /x"),
+    _flags("replicas alone", "--replicas 3", "replicas: needs cluster"),
     _flags("two flags for one", "--op-set cpu --backend cpu", "op_set.*former name of backend"),
     _variable("unknown variable", "CHUNKLLAMA_NUM_CHUNK", "3", "environment.*num_chunks"),
     _variable("variable's value", "CHUNKLLAMA_PORT", "http", "port: .*'http'.*from environment"),
@@ -240,7 +254,8 @@ FLAGS = [
 FILES = [
     _flags("no settings file", "--config /nowhere.yaml", "config: cannot read /nowhere.yaml: No"),
     BadStart("settings folder", lambda m: ["--config", m.folder], "config: .*Is a directory"),
-    _file("settings not YAML", "--config", "port: [1\n", "file is not valid YAML at line"),
+    _file("settings not YAML", "--config", "port: [1\n", "file: not valid YAML at line"),
+    _file("setting twice", "--config", "port: 1\nport: 2\n", "file: port occurs twice at line 2"),
     _file("settings as a list", "--config", "- port\n", "must hold key: value lines"),
     _file("settings key", "--config", "max_num_seq: 3\n", "file; did you mean max_num_seqs"),
     _file("settings value", "--config", "threads: 0\n", r"threads: .*0.*from .*file\)"),
@@ -292,6 +307,7 @@ FOLDERS = [
     _model("no tokenizer", _without("tokenizer.json"), "neither tokenizer.json nor", True),
     _model("not a GGUF file", _gguf("x" * 100), "model.gguf: not a usable GGUF file"),
     _model("short GGUF file", _gguf("GGUF"), "model.gguf: not a GGUF file: shorter than a header"),
+    _model("part of a GGUF file", _part_of_gguf, "one of 3 parts .*llama-gguf-split --merge"),
     _model("GGUF of another kind", _unknown_gguf, "clip.gguf.*clip"),
 ]  # fmt: skip
 ENGINE = [
@@ -301,6 +317,8 @@ ENGINE = [
     _with("chunks of 32", "--backend cpu --chunk-size 32", "chunk_size: 32 is not one of 64"),
     _with("int8 elsewhere", "--backend reference --quantization int8", "quantization: int8 is not"),
     _with("long context", "--max-model-len 9999", "max_model_len: 9999 is above .* limit of 1024"),
+    _with("too many threads", "--threads 4096", "threads: 4096 are more than the .* processors"),
+    _with("no such processor", "--cpu-bind 9999", "cpu_bind: .*not run on processor 9999; it may"),
     _with("small pool", "--kv-cache-memory 1k", "kv_cache_memory: 1000 bytes hold fewer than two"),
     _with("large pool", "--num-chunks 2000000000", "num_chunks: the pool takes .*MiB"),
     _with("memory of a rack", "--kv-cache-memory 900TiB", "kv_cache_memory: the pool takes .*MiB"),

@@ -92,6 +92,23 @@ def test_engine_settings_are_refused_without_torch(machine: Machine) -> None:
     assert sum(line.startswith("chunkllama: error: ") for line in errors) == 3
 
 
+def test_files_of_the_text_side_are_refused_without_the_http_layer(machine: Machine) -> None:
+    code = (
+        "import asyncio, sys\nfrom chunkllama.engine.supervisor import SupervisedEngineClient\n"
+        "from chunkllama_server.commands import run\n"
+        "async def begin(*_, **__):\n    await asyncio.sleep(600)\n"
+        "SupervisedEngineClient.start = begin\n"
+        "words = ['serve', '--model', sys.argv[1], '--port', '0', '--device', 'cpu']\n"
+        "flags = ['--chat-template', '/nowhere'], ['--public-prefixes', '/nowhere']\n"
+        "codes = {run([*words, *more]) for more in flags}\n"
+        "heavy = {'torch', 'transformers', 'fastapi', 'uvicorn', 'gguf'} & set(sys.modules)\n"
+        "sys.exit(f'{codes}: {heavy}')"
+    )
+    command = [sys.executable, "-c", code, str(machine.model)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == "{2}: set()", done.stderr
+
+
 @pytest.mark.nightly
 @by_name
 def test_a_bad_start_of_a_process_is_one_line(

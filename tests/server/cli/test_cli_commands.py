@@ -52,8 +52,22 @@ def test_unknown_commands_are_one_line(chunkllama):
 def test_light_commands_import_little():
     code = (
         "import sys\nfrom chunkllama_server.commands import run\n"
-        "run(['version'])\nrun(['health', '--url', 'x'])\n"
+        "run(['version'])\nrun(['--version'])\nrun(['health', '--url', 'x'])\n"
         "heavy = {'torch', 'httpx', 'fastapi', 'tokenizers', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_help_and_no_wrong_word_imports_torch():
+    code = (
+        "import sys\nfrom chunkllama_server.commands import command_names, run\n"
+        "for words in [(), *command_names()]:\n"
+        "    run([*words, '-h'])\n"
+        "    assert run([*words, '--no-such-flag']) == 2\n"
+        "assert run(['serv']) == 2\n"
+        "heavy = {'torch', 'transformers', 'fastapi', 'uvicorn', 'ray'} & set(sys.modules)\n"
         "sys.exit(', '.join(heavy) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, text=True)

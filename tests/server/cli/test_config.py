@@ -20,7 +20,12 @@ from chunkllama.resources import (
     usable_threads,
 )
 from chunkllama_server.commands import run
+from chunkllama_server.config import extras
 from chunkllama_server.config.settings import Settings, load_settings
+
+
+def _is_secret(field) -> bool:
+    return "SecretStr" in str(field.annotation)
 
 
 def test_precedence_and_origins(tmp_path):
@@ -277,3 +282,36 @@ def test_a_record_is_one_line_whatever_is_in_it(log, log_format):
         assert record["message"] == f"said {hostile}"
         assert (record["ms"], record["request_id"], record["level"]) == (3, "req-7", "info")
         assert record["logger"] == "chunkllama.server.somewhere"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "extra"),
+    [
+        ("otlp_endpoint", "http://127.0.0.1:4318/v1/traces", "otel"),
+        ("kv_events_endpoint", "tcp://127.0.0.1:5557", "kv-events"),
+        ("response_store", "valkey://127.0.0.1", "valkey"),
+    ],
+)
+def test_a_missing_package_is_named_by_its_extra(setting, value, extra, monkeypatch):
+    settings = load_settings({setting: value}, {}).settings
+    monkeypatch.setattr(extras, "find_spec", lambda module: object())
+    extras.check_extras(settings)
+
+    def find(module: str) -> None:
+        if "." in module:
+            raise ModuleNotFoundError(module)
+
+    monkeypatch.setattr(extras, "find_spec", find)
+    with pytest.raises(ConfigError, match=rf"^{setting}: .*pip install 'chunkllama\[{extra}\]'"):
+        extras.check_extras(settings)
+
+
+@pytest.mark.parametrize("key", [k for k, f in Settings.model_fields.items() if _is_secret(f)])
+def test_a_refused_secret_is_not_shown(key):
+    with pytest.raises(ConfigError, match=f"^{key}: ") as caught:
+        load_settings({key: {"canary": "canary"}}, {})
+    assert "canary" not in str(caught.value)
+    if key == "response_store":
+        with pytest.raises(ConfigError, match=r"^response_store: write valkey://") as caught:
+            load_settings({key: "mysql://:canary@host"}, {})
+        assert "canary" not in str(caught.value)

@@ -12,8 +12,7 @@ import pytest
 
 from chunkllama.errors import ConfigError
 from chunkllama_server.config.settings import Settings, load_settings
-from chunkllama_server.metrics import kv_events
-from chunkllama_server.metrics.kv_events import check_kv_events, publish_kv_events
+from chunkllama_server.metrics.kv_events import publish_kv_events
 
 zmq = pytest.importorskip("zmq", reason="needs pyzmq: pip install chunkllama[kv-events]")
 
@@ -187,14 +186,6 @@ def test_endpoints_that_cannot_be_used_are_one_line(tmp_path) -> None:
 
     with pytest.raises(ConfigError, match=r"^kv_events_endpoint: cannot open ipc:///.*: No such"):
         asyncio.run(begin())
-
-
-def test_a_missing_package_is_named_before_the_model_is_loaded(monkeypatch) -> None:
-    settings = Settings(kv_events_endpoint="tcp://127.0.0.1:5557")
-    check_kv_events(settings)
-    monkeypatch.setattr(kv_events, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install chunkllama\[kv-events\]"):
-        check_kv_events(settings)
 
 
 class _Cache:

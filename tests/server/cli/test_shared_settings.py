@@ -10,6 +10,7 @@ from chunkllama.errors import ConfigError
 from chunkllama.models.config import read_spec
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.process.http_server import Application
+from chunkllama_server.process.text_files import read_text_files
 
 KEYS = {"red": "key-red", "blue": "key-blue"}
 
@@ -20,7 +21,9 @@ def namespaces(tiny_model):
 
     def make(**settings: object) -> list[str]:
         made = Settings(model=str(tiny_model), **settings)
-        server = Application(made, lambda: made, KEYS, {}, tiny_model, read_spec(tiny_model))
+        spec = read_spec(tiny_model)
+        files = read_text_files(made, tiny_model, spec)
+        server = Application(made, lambda: made, KEYS, {}, files, spec)
         return [server._tenants.namespace(name, None) for name in KEYS]
 
     return make

@@ -89,6 +89,7 @@ class ServerContext:
         created: Unix time at which the application was built, for /v1/models.
         packs: files of prefixes that can be loaded.
         replicas: figures of each replica of a cluster; None where there is one engine.
+        failovers: requests continued on another replica, by what became of theirs.
         idle: prefills while no request runs; None where that is off.
         fingerprint: version and backend; changes whenever outputs may change.
     """
@@ -107,6 +108,7 @@ class ServerContext:
     idle: IdlePrefill | None = None
     batches: BatchRunner | None = None
     replicas: Callable[[], list[dict[str, Any]]] | None = None
+    failovers: Mapping[str, int] = field(default_factory=dict)
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     reads: SharedReads = field(default_factory=SharedReads)
     operator_reads: SharedReads = field(default_factory=SharedReads)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -35,12 +34,10 @@ class ValkeyResponses:
         ttl_seconds: age at which a response expires.
 
     Raises:
-        ConfigError: the package is missing or the URL cannot be read.
+        ConfigError: the URL cannot be read.
     """
 
     def __init__(self, url: str, max_bytes: int, ttl_seconds: float) -> None:
-        if find_spec("valkey") is None:
-            raise ConfigError("response_store: needs the package: pip install chunkllama[valkey]")
         from valkey.asyncio import Valkey
         from valkey.exceptions import ValkeyError
 

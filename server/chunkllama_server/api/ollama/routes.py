@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from chunkllama import __version__
 from chunkllama_server.api.chat.request import prepare_chat
@@ -246,9 +246,11 @@ async def show(body: OllamaShowRequest, request: Request, context: Context) -> R
 
 
 @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-async def greet() -> PlainTextResponse:
-    """Say that the server runs, which Ollama's command asks first."""
-    return PlainTextResponse("Ollama is running")
+async def greet(request: Request) -> Response:
+    """Say that the server runs, which Ollama's command asks first; show a browser the dashboard."""
+    if "text/html" in request.headers.get("accept", ""):
+        return RedirectResponse("dashboard", headers={"vary": "accept"})
+    return PlainTextResponse("Ollama is running", headers={"vary": "accept"})
 
 
 @router.get("/api/version", response_model=None, responses=ollama_answers(Version, is_get=True))
