@@ -258,17 +258,15 @@ class SchedulerConfig(ConfigGroup):
     max_scored_tokens: int = limit(
         64, "tokens", "tenant", "waits",
         "Prompt tokens of one request in a step whose log-probabilities it wants: each takes a "
-        "pass over the vocabulary, which the whole step waits for.",
-        gt=0,
+        "pass over the vocabulary, which the whole step waits for.", gt=0,
     )  # fmt: skip
     min_wait_tokens: int = Field(
         default=32, ge=0, description="A request waits for another one to compute a shared prefix "
         "only if that saves at least this many tokens.",
     )  # fmt: skip
     speculation: Literal["off", "auto"] = Field(
-        default="off", description="Check guesses at the next tokens, where that saves time. In "
-        "fp32 the output stays the same.",
-    )  # fmt: skip
+        default="off", description="Check guesses at the next tokens where that saves time; in "
+        "fp32 the output stays the same.")  # fmt: skip
 
     @field_validator("max_tenant_slowdown")
     @classmethod
