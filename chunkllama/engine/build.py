@@ -155,7 +155,7 @@ def _load(config: EngineConfig, folder: Path, size: EngineSize) -> ModelRunner:
 
 
 def _table_length(spec: ModelSpec, max_model_len: int, pool_tokens: int) -> int:
-    """Positions of the rotary table: none beyond the pool occurs, whatever length config.json
+    """Positions of the rotary table: none beyond the pool occurs, for any length that config.json
     states; only frequencies that depend on the length need all of it."""
     if any(rope.type in ("dynamic", "longrope") for rope in spec.ropes):
         return max_model_len

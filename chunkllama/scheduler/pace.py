@@ -10,7 +10,7 @@ included, is *heavy* and pays for its tokens with a credit in seconds:
                            or the price of its share if that is more
     a step with it takes   (seconds of that step) - (seconds of a step without it)
 
-so the steps of the others take at most ``slowdown`` times as long on average, whatever its tokens
+so the steps of the others take at most ``slowdown`` times as long on average, for tokens of any
 cost: times are measured, and the price of a token only decides how many tokens the credit pays for.
 A heavy tenant computes when its credit pays for ``LEAST`` tokens, or for all that it wants, or is
 full after ``PATIENCE`` steps. It thus takes several tokens at once, which read the weights, a
@@ -22,9 +22,9 @@ MOST_DEBT + 1`` steps.
 Tenants with like loads are not heavy, and on a server with one tenant no tenant is. Where tokens
 cost little, as on a GPU, the credit pays for all of them.
 
-A first token waits for the step in progress, whatever that computes, and so does the next token of
-each stream. So the prompts of every step are cut where it would take longer than
-``max_step_seconds``, or than ``WEIGHTS_SHARE`` steps of one token, which mostly read the weights.
+A first token waits for the step in progress, and so does the next token of each stream. So the
+prompts of every step are cut where it would take longer than ``max_step_seconds``, or than
+``WEIGHTS_SHARE`` steps of one token, which mostly read the weights.
 """
 
 from __future__ import annotations
