@@ -81,7 +81,7 @@ class Pace:
         self, lifecycle: SequenceLifecycle, limits: SchedulerLimits, clock: Callable[[], float]
     ) -> None:
         self._lifecycle = lifecycle
-        self._budget = limits.max_num_batched_tokens
+        self._budget = self._largest = limits.max_num_batched_tokens
         self._step_seconds = limits.max_step_seconds
         self._slowdown = 1.0 + _SPENT * (limits.max_tenant_slowdown - 1.0)
         self._is_on = limits.policy == "fair" and limits.max_tenant_slowdown > 0
@@ -104,18 +104,23 @@ class Pace:
         """Begin to put a step together; returns the tokens it may have."""
         self.lift()
         self._started = self._clock()
-        if not self._times.are_known:
-            return self._budget
-        if self._is_on and len(self._lifecycle.accounts.busy) > 1:
-            self._limit_heavy()
-        if not self._step_seconds:
-            return self._budget
+        self._budget = self._largest
+        if self._times.are_known:
+            if self._step_seconds:
+                self._cut_prompts()
+            if self._is_on and len(self._lifecycle.accounts.busy) > 1:
+                self._limit_heavy()
+        return self._budget
+
+    def _cut_prompts(self) -> None:
+        """Give the step as many tokens as the time allows, and ``LEAST`` beside its decodes."""
+        running = self._lifecycle.running.by_age
+        num_decodes = sum(s.num_remaining_tokens == 1 for s in running)
+        if num_decodes == len(running) and not len(self._lifecycle.waiting):
+            return
         seconds = max(self._step_seconds, WEIGHTS_SHARE * self._times.seconds(1))
-        most = self._times.most(seconds, self._budget)
-        if most < self._budget:
-            num_decodes = sum(s.num_remaining_tokens == 1 for s in self._lifecycle.running.by_age)
-            most = min(max(most, num_decodes + LEAST), self._budget)
-        return most
+        most = self._times.most(seconds, self._largest)
+        self._budget = min(max(most, num_decodes + LEAST), self._largest)
 
     def _limit_heavy(self) -> None:
         """Limit the heavy tenants of this step."""
@@ -142,7 +147,7 @@ class Pace:
         return was_limited
 
     def _tokens_wanted(self) -> tuple[dict[str, int], list[float]]:
-        """Tokens that tenants with running work could compute now, at most about a step's.
+        """Count the tokens that tenants with running work could compute in this step.
 
         Returns:
             The tokens by tenant; without sequences in the background by weight, ascending.
@@ -151,7 +156,8 @@ class Pace:
         wanted: dict[str, int] = {}
         background: dict[str, int] = {}
         for sequence in lifecycle.running.by_age:
-            if count := sequence.num_tokens - sequence.num_computed_tokens:
+            count = sequence.num_tokens - sequence.num_computed_tokens
+            if count := count or sequence.awaits_sample:  # such a row takes part in the step
                 tenant = sequence.group.request.tenant
                 wanted[tenant] = wanted.get(tenant, 0) + count
                 if sequence.is_background:
@@ -174,16 +180,18 @@ class Pace:
         return wanted, levels
 
     def _share(self, tenant: str) -> int:
-        return max(int(self._level * self._lifecycle.accounts[tenant].weight), 1)
+        return max(round(self._level * self._lifecycle.accounts[tenant].weight), 1)
 
     def _affordable(self, tenant: str, wanted: int) -> int:
-        """Tokens that the tenant's credit pays for now."""
+        """Return the tokens that the tenant's credit pays for now."""
         seconds, credit = self._light_seconds, self._credit(tenant)
         price = self._price(tenant)
         credit.refill = max((self._slowdown - 1.0) * seconds, self._share(tenant) * price)
         full = PATIENCE * credit.refill
         saved = credit.seconds + (self._num_paced - credit.at) * credit.refill
-        credit.seconds, credit.at = min(saved, full), self._num_paced
+        # a refill that has become smaller would take longer to pay a debt of larger ones
+        credit.seconds = max(min(saved, full), -MOST_DEBT * credit.refill)
+        credit.at = self._num_paced
         count = int(credit.seconds / price) if credit.seconds > 0.0 else 0
         if count < min(wanted, LEAST) and credit.seconds < full:
             return 0
@@ -193,7 +201,8 @@ class Pace:
         """Divide each tenant's tokens among its running sequences, in turn, and its waiting ones.
 
         A turn goes round in tree order, so that sequences with a common prefix stay together;
-        background sequences come last.
+        background sequences come last. One that computes a prefix which another tenant waits for
+        is not limited; the tenant pays for it.
         """
         lifecycle, own = self._lifecycle, {tenant: list[Sequence]() for tenant in limits}
         if not limits:
@@ -207,7 +216,11 @@ class Pace:
             turn = turn[after:] + turn[:after]
             turn.sort(key=lambda s: s.is_background)
             kept = left // _NEW_STARTS if lifecycle.waiting.num_ready(tenant) else 0
+            awaited = lifecycle.waiting.awaited_nodes(other_than=tenant)
             for sequence in turn:
+                if awaited and sequence.chunks and not awaited.isdisjoint(sequence.chunks.path):
+                    self._parts[sequence] = sequence.num_remaining_tokens
+                    continue
                 self._parts[sequence] = part = min(sequence.num_remaining_tokens, left - kept)
                 left -= part
                 if part and not sequence.is_background:
@@ -218,7 +231,7 @@ class Pace:
         return self._credits.setdefault(tenant, _Credit())
 
     def _price(self, tenant: str) -> float:
-        """Seconds that a token of the tenant adds to the step."""
+        """Return the seconds that a token of the tenant adds to the step."""
         price = self._credit(tenant).price
         if price is None:
             price = self._usual_price
@@ -228,7 +241,7 @@ class Pace:
     # -- while a step is put together -------------------------------------------------------
 
     def may_start(self, tenant: str) -> bool:
-        """Whether a waiting request of the tenant may have a token of the step."""
+        """Tell whether a waiting request of the tenant may have a token of the step."""
         if not self._level:
             return True
         if tenant not in self._left and tenant not in self._wanted:
@@ -237,7 +250,7 @@ class Pace:
         return self._left.get(tenant, 1) > 0
 
     def most(self, sequence: Sequence) -> int:
-        """Tokens that the sequence may have."""
+        """Return the tokens that the sequence may have."""
         if not self._left:
             return NO_LIMIT
         part = self._parts.get(sequence)
@@ -252,13 +265,17 @@ class Pace:
     # -- after it ---------------------------------------------------------------------------
 
     def launch(self, scheduled: list[Sequence], awaiting: list[Sequence]) -> None:
-        """Note the step's sequences; rows that are only sampled count as one token."""
+        """Note the step's sequences; rows that are only sampled count as one token.
+
+        A step of such rows alone runs no model, and its time says nothing about others.
+        """
         tokens: dict[str, int] = {}
         self._tokens = tokens
         for sequence in scheduled:
             tenant = sequence.group.request.tenant
-            tokens[tenant] = tokens.get(tenant, 0) + sequence.num_scheduled
-        for sequence in awaiting:
+            count = sequence.num_scheduled + len(sequence.draft.token_ids)
+            tokens[tenant] = tokens.get(tenant, 0) + count
+        for sequence in awaiting if scheduled else ():
             tenant = sequence.group.request.tenant
             tokens[tenant] = tokens.get(tenant, 0) + 1
 

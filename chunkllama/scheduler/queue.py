@@ -209,12 +209,17 @@ class WaitingQueue:
         """Reasons of the sequences that are parked."""
         return list(self._by_reason)
 
-    def awaited_nodes(self) -> set[Node]:
-        """Nodes of the prefix tree that sequences wait for which are not in the background."""
+    def awaited_nodes(self, other_than: str | None = None) -> set[Node]:
+        """Nodes of the prefix tree that sequences wait for which are not in the background.
+
+        Args:
+            other_than: a tenant whose own sequences do not count.
+        """
         return {
             reason[0]
             for reason, parked in self._by_reason.items()
-            if isinstance(reason, tuple) and not all(s.is_background for s in parked)
+            if isinstance(reason, tuple)
+            and any(not s.is_background and s.group.request.tenant != other_than for s in parked)
         }
 
     def started(self, sequence: Sequence, cost: int) -> None:

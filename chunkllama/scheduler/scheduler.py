@@ -88,6 +88,7 @@ class Scheduler:
         self._awaiting: list[Sequence] = []
         self._aborts: list[tuple[str, int | None]] = []
         self._num_paused = 0
+        self._step_tokens = limits.max_num_batched_tokens
 
     # -- requests ---------------------------------------------------------------------------
 
@@ -149,7 +150,7 @@ class Scheduler:
         self._cache.expire_pins()
         grow_tails(self._lifecycle, self._cache)
         self._starts.begin_step()
-        budget = before = self._pace.begin_step()
+        self._step_tokens = budget = before = self._pace.begin_step()
         arrivals = self._first_tokens.begin_step()
         if arrivals is not None:
             before = self._take_decodes(budget, but=arrivals.held_back)
@@ -229,8 +230,8 @@ class Scheduler:
     def _schedule_prefills(self, budget: int, *, paused: frozenset[Sequence] = frozenset()) -> int:
         """Take slices of running prompts; returns the rest of the budget.
 
-        A quarter of the step is reserved for prompts that fit in it, running or new. The rest goes
-        to long prompts in fair order.
+        A quarter of the largest step, and at most half of this one, is reserved for prompts that
+        fit in it, running or new. The rest goes to long prompts in fair order.
         """
         prefills = [
             s
@@ -240,7 +241,8 @@ class Scheduler:
         if len(prefills) > 1 and self._limits.policy == "fair":
             clocks = self._starts.clocks()
             prefills.sort(key=lambda s: (clocks[s.group.request.tenant], s.age))
-        reserve = min(budget, max(self._limits.max_num_batched_tokens // SHORT_SHARE, 1))
+        most = min(self._limits.max_num_batched_tokens // SHORT_SHARE, self._step_tokens // 2)
+        reserve = min(budget, max(most, 1))
         short = [s for s in prefills if s.num_remaining_tokens <= reserve]
         if len(short) < len(prefills):
             rest = self._starts.admit(

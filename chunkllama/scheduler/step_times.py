@@ -65,13 +65,13 @@ class StepTimes:
         return octave.seconds.value * (1.0 + GUESS * tokens) / usual
 
     def most(self, seconds: float, budget: int) -> int:
-        """Tokens, at most ``budget``, of a step that takes that long; at least 1."""
+        """Return the tokens, at most ``budget``, of a step that takes that long; at least 1."""
         while budget > 1 and self.seconds(budget) > seconds:
             budget = budget * 7 // 8
         return budget
 
     def is_due(self, tokens: int, at: int) -> bool:
-        """Whether a step of that size should be measured now; ``at`` counts paced steps."""
+        """Tell whether a step of that size should be measured now; ``at`` counts paced steps."""
         key = tokens.bit_length()
         if at - self._tried.get(key, -_MEASURED_EVERY) < _MEASURED_EVERY:
             return False

@@ -41,7 +41,7 @@ class Scenario:
         skewed: few tenants send most requests, and few prefixes are used most.
         quantum_steps: fair_quantum in steps; the server's default is 16.
         max_tenant_slowdown: of ``SchedulerLimits``; no bound by default, since each step takes one
-            unit of time, whatever it computes.
+            unit of time for any work.
         overload: arriving work over what can be served meanwhile.
     """
 

@@ -252,6 +252,60 @@ def test_a_limited_tenant_always_advances(token: float) -> None:
     assert max(b - a for a, b in pairwise(ran)) <= PATIENCE + MOST_DEBT + 1
 
 
+def test_a_debt_is_paid_in_time_when_the_others_want_less() -> None:
+    """A disturbed step beside a prompt of the other tenant, which then decodes one token a step."""
+    steps = Steps(max_tenant_slowdown=1.5)
+    for _ in range(20):
+        steps.add("a", 100)
+    steps.run(40)
+    steps.add("b", 400)
+    steps.run(2)
+    usual, steps.engine._cost = steps.engine._cost, StepCost(step=5.0, token=0.001)
+    steps.run(1)
+    steps.engine._cost = usual
+    steps.run(300)
+    ran = [i for i, each in enumerate(steps.tokens) if "a" in each]
+    assert max(b - a for a, b in pairwise(ran)) <= PATIENCE + MOST_DEBT + 1
+
+
+@pytest.mark.parametrize("has_tenants", [True, False])
+def test_short_prompts_leave_half_of_a_cut_step_to_a_long_one(has_tenants: bool) -> None:
+    cost = StepCost(step=0.012, token=0.0017)
+    steps = Steps(
+        cost,
+        has_tenants=has_tenants,
+        max_num_batched_tokens=512,
+        max_step_seconds=0.1,
+        max_tenant_slowdown=0,
+    )
+    steps.add("a", 3, 6)
+    steps.run(6)  # measures steps of one token
+    steps.add("a", 5000, 1)
+    steps.run(4)
+    for number in range(30):
+        for _ in range(4):
+            steps.add(f"t{number % 16}", 24, 1)
+        steps.run(1)
+        if "a" in steps.tokens[-1]:  # at most every second step is for others' first tokens alone
+            assert steps.tokens[-1]["a"] >= 20  # of about 50
+    last = steps.tokens[-30:]
+    assert max(steps.seconds[-30:]) <= 0.12
+    assert sum("a" in tokens for tokens in last) >= 15
+
+
+def test_another_tenants_followers_wait_for_no_limit() -> None:
+    """A limited tenant computes a prefix of one namespace that another tenant waits for."""
+    steps = Steps(max_tenant_slowdown=1)
+    steps.add("t0", 3)
+    steps.run(4)
+    prefix = [steps.random.randrange(1000) for _ in range(2000)]
+    steps.engine.add(prefix, 4, tenant="a", namespace="shared")
+    steps.run(2)
+    steps.engine.add([*prefix, 1], 4, tenant="b", namespace="shared")
+    steps.run(20)
+    assert sum("b" in tokens for tokens in steps.tokens) > 0  # it would wait for 478 steps
+
+
 def test_new_requests_of_a_limited_tenant_start() -> None:
     """They have a quarter of its tokens, while its older ones decode."""
     steps = beside_one_stream(1.5)
