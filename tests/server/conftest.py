@@ -168,6 +168,7 @@ def start_server(
             log_level="warning",
             http=make_protocol(limits or HttpLimits()),
             ws="none",
+            loop="asyncio",
             timeout_graceful_shutdown=1,
         )
         server = uvicorn.Server(config)

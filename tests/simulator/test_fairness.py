@@ -38,7 +38,7 @@ def test_a_bound_on_what_tenants_add_to_steps_keeps_prefill_and_waits() -> None:
         Scenario(num_tenants=16, prefixes="private", skewed=True, max_tenant_slowdown=1.5)
     )
     numbers = (round(result.prefill_over_ideal, 4), round(result.worst_wait_ratio, 4))
-    assert numbers == (1.0012, 1.2794)
+    assert numbers == (1.0073, 1.3045)
 
 
 @pytest.mark.nightly

@@ -151,7 +151,8 @@ def test_the_log_level_changes(server, supervisor, folder):
     [
         ({"keys": "red:key-r\nred:key-q\n"}, "repeats a name or a key"),
         ({"keys": "# none\n"}, "holds no key"),
-        ({"keys": "red:key-r\n", "prefixes": "{"}, "must be a YAML list of system prompts"),
+        ({"keys": "red:key-r\n", "prefixes": "{"}, "not valid YAML at line 1"),
+        ({"keys": "red:key-r\n", "prefixes": "a: b"}, "must be a YAML list of system prompts"),
         ({"keys": "red:key-r\n", "prefixes": json.dumps(["x" * 2000])}, "public_prefixes: entry 1"),
         ({"keys": "red:key-r\n", "log_level": "loud"}, "log_level"),
         ({"keys": "red:key-r\n", "num_chunk": 3}, "did you mean num_chunks"),
