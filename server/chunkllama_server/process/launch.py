@@ -58,7 +58,7 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
     keys, quotas = settings.keys_by_tenant(), load_quotas(settings)
     check_tls(settings)
     settings.check_packs()
-    settings.namespace_secret()
+    secret = settings.namespace_secret()
     check_extras(settings)
     check_cluster(settings)
     with contextlib.ExitStack() as sockets:
@@ -81,7 +81,7 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
                 Application,  # fastapi and all that it brings
             )
 
-            return Application(settings, read_settings, keys, quotas, files, spec)
+            return Application(settings, read_settings, keys, quotas, secret, files, spec)
 
         async def run() -> int:
             async with contextlib.AsyncExitStack() as stack:
