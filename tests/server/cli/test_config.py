@@ -312,6 +312,19 @@ def test_a_refused_secret_is_not_shown(key):
         load_settings({key: {"canary": "canary"}}, {})
     assert "canary" not in str(caught.value)
     if key == "response_store":
-        with pytest.raises(ConfigError, match=r"^response_store: write valkey://") as caught:
-            load_settings({key: "mysql://:canary@host"}, {})
-        assert "canary" not in str(caught.value)
+        for url in ("mysql://:canary@host", "unix://canary", "canary", "unix:///"):
+            with pytest.raises(ConfigError, match=r"^response_store: write valkey://") as caught:
+                load_settings({key: url}, {})
+            assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("valkey://:p@host:1/0", "valkeys://host", "REDIS://host", "rediss://host?db=1"),
+        *("valkey:///0", "valkey://", "unix:///run/valkey.sock", "unix:/run/valkey.sock"),
+    ],
+)
+def test_a_response_store_is_what_its_client_reads(url):
+    store = load_settings({"response_store": url}, {}).settings.response_store
+    assert store.get_secret_value() == url
