@@ -145,8 +145,8 @@ class ModelConfig(ConfigGroup):
     threads: int | None = Field(
         default=None,
         gt=0,
-        description="Compute threads, at most this process's processors. Default: all of them, cut "
-        "to its CPU quota.",
+        description="Compute threads, at most this process's processors, or those of cpu_bind. "
+        "Default: all of them, cut to its CPU quota.",
     )
     cpu_bind: Annotated[str, BeforeValidator(str)] = Field(  # 0 in YAML is a number
         default="none",

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from chunkllama.config import RENAMED_KEYS
+from chunkllama.config import RENAMED_KEYS, unit_of
 from chunkllama_server.config.flags import choices, show_value
 from chunkllama_server.config.settings import ENV_PREFIX, Settings
 
@@ -113,7 +113,7 @@ def _kind(key: str, field: FieldInfo) -> str:
         ("Path", "file"),
         ("tuple", "list"),
         ("bool", "`true`, `false`"),
-        ("float", "number" if key.endswith("_share") else "seconds"),
+        ("float", "seconds" if unit_of(key, field) == "seconds" else "number"),
         ("int", "size" if "bytes" in key or "memory" in key else "number"),
     ):
         if mark in annotation:

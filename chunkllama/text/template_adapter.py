@@ -23,6 +23,7 @@ _INSTRUCTIONS = (
 )
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 _JOINED = "\n\n"
+_INSTRUCTING = ("system", "developer")
 
 
 def plain_messages(messages: list[Message]) -> list[Message]:
@@ -243,12 +244,15 @@ def _adapt_system(messages: list[Message], able: TemplateCapabilities) -> list[M
 
 
 def _with_first_user(messages: list[Message]) -> list[Message]:
-    """The conversation with a user's turn at its beginning, behind the system message: an empty one
-    before an answer, or the system message itself if there is nothing else."""
-    num_leading = int(bool(messages) and messages[0]["role"] == "system")
+    """The conversation with a user's turn at its beginning, behind the system messages.
+
+    It is empty before an answer; where there are system messages alone, it is the last of them.
+    """
+    roles = [message["role"] for message in messages]
+    num_leading = next((i for i, r in enumerate(roles) if r not in _INSTRUCTING), len(roles))
     if num_leading == len(messages):
-        return [{**message, "role": "user"} for message in messages]
-    if messages[num_leading]["role"] == "user":
+        return [*messages[:-1], *({**message, "role": "user"} for message in messages[-1:])]
+    if roles[num_leading] == "user":
         return messages
     first = {"role": "user", "content": ""}
     return [*messages[:num_leading], first, *messages[num_leading:]]

@@ -47,7 +47,6 @@ class TemplateCapabilities:
         system: it prints a first system message, also where a call's result is the last one.
         system_anywhere: it prints system messages at any place, several of them too.
         first_answer: a conversation may begin with an answer, or have no user's turn.
-        first_answer: a conversation may begin with an answer, or have no turn of a user.
         developer: it has a form of its own for the role developer.
         repeated_roles: it prints two user or two assistant messages in a row.
         tools: it prints the tools.
@@ -91,6 +90,16 @@ class TemplateCapabilities:
         """The record as plain data."""
         plain = asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+    def describe(self) -> str:
+        """One line: the tags and forms, what the template can express, and what it cannot."""
+        plain = {key.replace("_", " "): value for key, value in self.as_dict().items()}
+        forms = {k: v for k, v in plain.items() if v and not isinstance(v, bool)}
+        parts = [f"{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in forms.items()]
+        for title, shown in (("can", True), ("cannot", False)):
+            if names := [key for key, value in plain.items() if value is shown]:
+                parts.append(f"{title}: {', '.join(names)}")
+        return "; ".join(parts)
 
 
 def tool(name: str) -> dict[str, Any]:

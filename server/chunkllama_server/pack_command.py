@@ -51,16 +51,16 @@ def build(
     settings = load_from_flags(flags).settings
     if not out.parent.is_dir():
         raise ConfigError(f"out: there is no folder {out.parent}")
-    load_yaml(prefixes, "prefixes")  # refused before a model is fetched or loaded
+    document = load_yaml(prefixes, "prefixes")  # refused before a model is fetched or loaded
 
     from chunkllama.engine.pack_builder import compute_chunks, plan_pack
     from chunkllama.packs.file import write_pack
     from chunkllama.packs.signature import load_signer
-    from chunkllama_server.config.prefix_file import read_prefixes
+    from chunkllama_server.config.prefix_file import encode_prefixes
 
     sign = None if sign_key is None else load_signer(sign_key, "sign_key")
     tokenizer, template = _load_text(settings)
-    prompts = read_prefixes(prefixes, tokenizer, template)
+    prompts = encode_prefixes(document, prefixes, tokenizer, template)
     core = _load_engine(settings)
     try:
         assert core.packs is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import socket
 
+import httpx
 import openai
 import pytest
 from fake_engine import MODEL
@@ -63,6 +64,7 @@ def test_every_route_of_the_document_and_more(guarded):
             for method in ("GET", "POST", "HEAD", "OPTIONS", "PUT"):
                 status = http.request(method, guarded.url + path).status_code
                 is_open = path.rstrip("/") in auth.OPEN_PATHS
+                is_open |= path == "/" and method in ("GET", "HEAD")
                 assert (status != 401) == is_open, (method, path, status)
 
 
@@ -82,6 +84,22 @@ def test_every_route_of_the_document_and_more(guarded):
 def test_host_header_cannot_open_a_route(guarded, target, host):
     request = f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
     assert status_of_raw(guarded, request) in (400, 401)
+
+
+@pytest.mark.parametrize("root", ["", "/llm"])
+def test_the_root_is_open_to_readers_alone(start_server, root):
+    server = start_server(api_keys={"a": "secret-key-a"}, root_path=root)
+    page = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    with httpx.Client(timeout=120) as http:
+        for path in {"/", f"{root}/", root}:
+            url = server.url + path
+            assert http.get(url).text == "Ollama is running"
+            assert http.head(url).status_code == 200
+            shown = http.get(url, headers=page)
+            assert (shown.status_code, shown.next_request.url.path) == (307, f"{root}/dashboard")
+            for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+                assert http.request(method, url, json={"inputs": "a"}).status_code == 401
+        assert http.get(f"{server.url}{root}/v1").status_code == 401
 
 
 @pytest.mark.parametrize("path", sorted(auth.OPEN_PATHS))

@@ -280,6 +280,14 @@ def test_half_a_character_becomes_its_replacement(server, text_parts, path, body
     assert answer.status_code == 200 and not answer.headers.get(REPAIRED, "").startswith("body")
 
 
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/completions", "/api/generate"])
+def test_half_a_character_of_a_plain_prompt_is_refused(server, path):
+    raw = json.dumps({"model": MODEL, "prompt": "half \ud83d"}).encode()
+    with server.http() as http:
+        answer = http.post(path, content=raw, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and "is not valid UTF-8 text" in answer.text
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

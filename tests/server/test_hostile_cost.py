@@ -365,8 +365,9 @@ def test_one_tenants_grammars_do_not_hold_up_anothers() -> None:
         await asyncio.to_thread(has_begun.wait, 60)
         gone = asyncio.create_task(check("b", "gone"))
         tasks.append(asyncio.create_task(check("b", "b0")))
-        while "b" not in checker._pool._queues or len(checker._pool._queues["b"]) < 2:
-            await asyncio.sleep(0)
+        async with asyncio.timeout(60):
+            while len(checker._pool._queues.get("b", ())) < 2:
+                await asyncio.sleep(0)
         gone.cancel()
         await asyncio.wait([gone])
         may_go_on.set()
@@ -405,8 +406,9 @@ def test_reads_are_shared_and_take_a_fifth_of_the_time() -> None:
         assert began == [0.0, 5.0, 10.0]
 
         async def late() -> tuple[str | None, int]:
-            while running[0] == 0:
-                await asyncio.sleep(0)
+            async with asyncio.timeout(60):
+                while running[0] == 0:
+                    await asyncio.sleep(0)
             return await reads.get("x", "a", reader("a"))
 
         first, second = await asyncio.gather(reads.get("x", "a", reader("a")), late())
@@ -468,12 +470,14 @@ class HeldGrammars:
         return asyncio.create_task(check())
 
     async def wait_held(self, count: int) -> None:
-        while self.num_held < count:
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(60):
+            while self.num_held < count:
+                await asyncio.sleep(0.001)
 
     async def wait_overdue(self, count: int) -> None:
-        while self.checker.num_overdue() != count:
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(60):
+            while self.checker.num_overdue() != count:
+                await asyncio.sleep(0.001)
 
 
 LATE = "grammar_too_complex: Compiling takes longer than 0.5 s"

@@ -215,8 +215,16 @@ def test_ollamas_command_finds_the_server(server, start_server, method) -> None:
         assert response.status_code == 200
         assert response.text == ("Ollama is running" if method == "GET" else "")
         assert http.post("/", json={"inputs": "say(hi)yas"}).json()[0]["generated_text"] == "hi"
-        browser = http.request(method, "/", headers={"accept": "text/html,*/*;q=0.8"})
-        assert (browser.status_code, browser.headers["location"]) == (307, "dashboard")
+        for headers, is_page in (
+            ({"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}, True),
+            ({"accept": "*/*", "sec-fetch-mode": "navigate"}, True),
+            ({"accept": "text/html,application/xhtml+xml", "sec-fetch-mode": "cors"}, False),
+            ({"accept": "text/html,*/*;q=0.8"}, False),  # of a program
+        ):
+            answer = http.request(method, "/", headers=headers)
+            assert answer.headers.get("location") == ("dashboard" if is_page else None)
+            assert answer.status_code == (307 if is_page else 200)
+            assert answer.headers["vary"] == "accept, sec-fetch-mode"
     with start_server(protocols="tgi").http() as http:
         assert http.request(method, "/").status_code == 405
 

@@ -4,6 +4,7 @@ member is missing or of another type, and what is added is listed here."""
 from __future__ import annotations
 
 import json
+import time
 from functools import cache
 from typing import Any
 
@@ -378,7 +379,9 @@ def run_batch(http, lines: list[Any], endpoint: str, **fields: Any) -> dict[str,
     """A job when it has ended; each state on the way fits the type."""
     body = {"input_file_id": upload(http, lines)["id"], "endpoint": endpoint, **fields}
     made = http.post("/v1/batches", json={"completion_window": "24h", **body}).json()
+    deadline = time.monotonic() + 60
     while check(types.Batch, made).status not in ("completed", "failed", "cancelled"):
+        assert time.monotonic() < deadline, made
         made = http.get(f"/v1/batches/{made['id']}").json()
     return made
 

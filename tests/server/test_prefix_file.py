@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from chunkllama.errors import ConfigError
-from chunkllama_server.config.prefix_file import read_prefixes
+from chunkllama_server.config.files import load_yaml
+from chunkllama_server.config.prefix_file import encode_prefixes
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_a_wrong_file_is_one_line_that_names_the_entry(text_parts, tmp_path, tex
     path = tmp_path / "prompts.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as refused:
-        read_prefixes(path, *text_parts)
+        encode_prefixes(load_yaml(path, "prefixes"), path, *text_parts)
     assert str(refused.value).startswith(f"prefixes: {path}{error}")
     assert "\n" not in str(refused.value)
 
@@ -46,7 +47,8 @@ def test_prompts_are_what_every_conversation_begins_with(text_parts, tmp_path) -
         "- {name: asked, messages: [{role: user, content: why}]}\n"
         "- {name: text, text: once, scope: tenant, tenant: red}\n"
     )
-    system, tools, asked, text = read_prefixes(path, tokenizer, template)
+    document = load_yaml(path, "prefixes")
+    system, tools, asked, text = encode_prefixes(document, path, tokenizer, template)
     conversation = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "so"}]
     whole = template.encode(conversation)
     assert system.token_ids == whole[: len(system.token_ids)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 from fake_engine import DURATIONS, MODEL
@@ -295,6 +296,31 @@ def test_an_error_of_the_work_reaches_its_caller() -> None:
         pool = FairPool(1, "t", lambda _: 1.0)
         with pytest.raises(ZeroDivisionError):
             await pool.run("a", lambda: 1 // 0)
+        assert await pool.run("a", lambda: 7) == 7
+        pool.close()
+
+    asyncio.run(main())
+
+
+def test_cancelled_work_is_not_kept_behind_overdue_work() -> None:
+    may_end = threading.Event()
+
+    async def main() -> None:
+        pool = FairPool(1, "t", lambda _: 1.0, num_spare=1, patience=0.0)
+        first = asyncio.create_task(pool.run("a", lambda: may_end.wait(60)))
+        async with asyncio.timeout(60):
+            while not pool.num_overdue("a"):
+                await asyncio.sleep(0.001)
+        waiting = [asyncio.create_task(pool.run("a", lambda: None)) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert len(pool._queues["a"]) == 3
+        for number, task in enumerate(waiting, start=1):
+            task.cancel()
+            await asyncio.wait([task])
+            assert len(pool._queues.get("a", ())) == 3 - number
+        assert not pool._queues
+        may_end.set()
+        assert await first
         assert await pool.run("a", lambda: 7) == 7
         pool.close()
 

@@ -8,6 +8,7 @@ import pytest
 
 from chunkllama.errors import ConfigError
 from chunkllama.tenant_limits import TenantLimits
+from chunkllama_server.config.files import load_yaml
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.config.tenants import TenantQuotas, engine_message, load_quotas
 
@@ -63,6 +64,22 @@ def test_defaults_hold_for_every_tenant_that_does_not_say_otherwise(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ("x: {a: &a {<<: {mm: 1}, mm: 2}}\ny: {<<: *a}", {"x": {"a": {"mm": 2}}, "y": {"mm": 2}}),
+        ("x: &a {mm: 1}\ny: &b {<<: *a, mm: 2}\nz: {<<: [*b, *a]}",
+         {"x": {"mm": 1}, "y": {"mm": 2}, "z": {"mm": 2}}),
+        ("x: &a {mm: 1}\ny: *a", {"x": {"mm": 1}, "y": {"mm": 1}}),
+        ("{1: a, '1': b}", {1: "a", "1": "b"}),
+    ],
+)  # fmt: skip
+def test_anchors_and_merge_keys_repeat_no_key(tmp_path: Path, text: str, held: object) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_text(text)
+    assert load_yaml(path, "config") == held
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
         ("tenants: {alice: {weigth: 2}}", "tenant alice: unknown field weigth; did you mean weigh"),
@@ -89,6 +106,7 @@ def test_defaults_hold_for_every_tenant_that_does_not_say_otherwise(tmp_path: Pa
         ("defaults: {chunk_floor: 0.6}", "chunk_floor: the floors of all tenants add up to 1.2"),
         ("tenants: {alice: {weight: 1}, alice: {weight: 2}}", "alice occurs twice at line 1"),
         ("tenants:\n  alice:\n    weight: 1\n    weight: 2\n", "weight occurs twice at line 4"),
+        ("x: &a {m: 1}\ntenants: {alice: {<<: *a, m: 2, m: 3}}", "m occurs twice at line 2"),
         ("tenants: [alice]", "tenants: must hold key: value lines"),
         ("tenants: {alice: 3}", "tenant alice: must hold key: value lines"),
         ("tenants: {3: {weight: 1}}", "tenants: 3 is not text; put it in quotes"),

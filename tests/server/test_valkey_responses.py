@@ -201,3 +201,21 @@ def test_a_store_that_answers_can_be_used(url) -> None:
     run(url, lambda store: store.check())
     with pytest.raises(ApiError):
         run(f"valkey://127.0.0.1:{free_port()}", lambda store: store.get("t", "x"))
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("valkey://:p@host:1/0", "host:1"),
+        ("valkeys://host", "host:6379"),
+        ("REDIS://host", "host:6379"),
+        ("rediss://host?db=1", "host:6379"),
+        ("valkey:///0", "localhost:6379"),
+        ("valkey://", "localhost:6379"),
+        ("unix:///run/valkey.sock", "/run/valkey.sock"),
+        ("unix://user:p@/run/valkey.sock?db=1", "/run/valkey.sock"),
+        ("unix:/run/valkey.sock", "/run/valkey.sock"),
+    ],
+)
+def test_an_address_is_what_the_client_reads(url, address) -> None:
+    assert ValkeyResponses(url, 1, 1.0)._address == address

@@ -126,7 +126,12 @@ CONVERSATIONS = {
 }
 
 
-@pytest.mark.parametrize("tools", [None, [tool("get_weather")]], ids=["no tools", "tools"])
+with_tools = pytest.mark.parametrize(
+    "tools", [None, [tool("get_weather")]], ids=["no tools", "tools"]
+)
+
+
+@with_tools
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_a_family_drops_nothing(family, conversation, tools):
     _, template = family
@@ -138,3 +143,25 @@ def test_a_family_drops_nothing(family, conversation, tools):
         for made in message.get("tool_calls", ()):
             assert made["function"]["arguments"]["city"] in text
     assert not tools or "qzdescription" in text
+
+
+@pytest.fixture(scope="module")
+def strict():
+    """Llama 3.1's template, which refuses an answer at the beginning where there are tools."""
+    (family,) = [each for each in script.FAMILIES if each.template == "llama3_1"]
+    template = script.load(family)
+    assert not template.capabilities.first_answer and template.capabilities.system_anywhere
+    return template
+
+
+@with_tools
+@pytest.mark.parametrize("first", ["system", "developer"])
+def test_system_messages_that_begin_a_conversation_need_no_empty_user(strict, first, tools):
+    leading = [{"role": first, "content": "be-kind"}, SYSTEM]
+    plain = [{**message, "role": "system"} for message in leading]
+    adapted, shown = adapt([*leading, USER], tools, strict.capabilities)
+    assert (adapted, shown) == ([*plain, USER], tools)
+    adapted, _ = adapt(leading, tools, strict.capabilities)
+    assert adapted == [plain[0], {**SYSTEM, "role": "user"}]
+    adapted, _ = adapt([*leading, REPLY], tools, strict.capabilities)
+    assert adapted == [*plain, {"role": "user", "content": ""}, REPLY]

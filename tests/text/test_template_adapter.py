@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as Backend
 from chunkllama.errors import InvalidRequestError
 from chunkllama.text.chat_template import ChatTemplate
 from chunkllama.text.template_adapter import adapt, find_dropped
-from chunkllama.text.template_capabilities import tool
+from chunkllama.text.template_capabilities import TemplateCapabilities, tool
 from chunkllama.text.tokenizer import DecodeRule, Tokenizer
 
 EACH = "{% for m in messages %}"
@@ -251,3 +251,18 @@ def test_a_dropped_text_is_refused_by_name(tokenizer):
 )
 def test_what_counts_as_printed(text, rendered, dropped):
     assert find_dropped([{"role": "assistant", "content": text}], rendered) == dropped
+
+
+def test_a_record_is_one_line_of_words():
+    able = TemplateCapabilities(
+        developer=True,
+        system_anywhere=False,
+        call_markers=("<tool_call>", "<function="),
+        thought_tags=("<think>", "</think>"),
+    )
+    assert able.describe() == (
+        "content text; arguments object; call markers <tool_call> <function=; "
+        "thought tags <think> </think>; can: system, first answer, developer, repeated roles, "
+        "tools, tool calls, parallel calls, text beside calls, tool results, long call ids; "
+        "cannot: system anywhere, python calls, opens thinking, reasoning effort, keeps thoughts"
+    )

@@ -19,7 +19,7 @@ def effective_values(settings: Settings) -> tuple[dict[str, str], str]:
     """Return values by key, where they differ from the setting's own, and what could not be told.
 
     Downloads, converts and starts nothing. Where there may be a GPU, only a start can tell what
-    depends on the device.
+    depends on the device; of a cluster, only its replicas.
     """
     config = settings.engine()
     has_keys = bool(settings.api_key or settings.api_key_file)
@@ -32,7 +32,10 @@ def effective_values(settings: Settings) -> tuple[dict[str, str], str]:
         "batch_requests": settings.max_batch_lines(settings.max_num_seqs),
     }
     note = ""
-    if config.model.device != "cpu" and may_have_gpu():
+    if settings.cluster is not None:
+        note = "cluster: values that depend on a machine are those of each replica's"
+        del values["threads"]
+    elif config.model.device != "cpu" and may_have_gpu():
         note = "device: there may be a GPU; a start tells which values depend on it"
     else:
         try:

@@ -17,7 +17,9 @@ _EXTRAS: Final = {
 
 
 def check_extras(settings: Settings) -> None:
-    """Check that the packages which the settings need are installed; imports none of them.
+    """Check that the packages which the settings need are installed.
+
+    Of a dotted name the packages above the module are imported, the module itself is not.
 
     Raises:
         ConfigError: one is missing; the line says how to install it.

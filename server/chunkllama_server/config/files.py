@@ -56,18 +56,22 @@ class _RepeatedKeyError(yaml.MarkedYAMLError):
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that occurs twice in a mapping, of which YAML would take the last."""
+    """Refuses a key that occurs twice in a mapping, of which YAML would take the last.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
+    Mappings are checked as they are written: what a merge key adds to one is overridden by its own.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
+                if (key.tag, key.value) in seen:
                     raise _RepeatedKeyError(
                         problem=f"{key.value} occurs twice", problem_mark=key.start_mark
                     )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+                seen.add((key.tag, key.value))
+        return node
 
 
 def load_yaml(path: Path, key: str) -> Any:

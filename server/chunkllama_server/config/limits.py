@@ -113,12 +113,12 @@ class LimitsConfig(ConfigGroup):
     )  # fmt: skip
     linger_seconds: float = limit(
         10.0, "seconds", "anyone", "closed",
-        "Time in which the rest of a refused body is read and dropped, so that the client can read "
-        "the refusal.",
+        "Time in which the rest of a refused body, or what follows headers that cannot be parsed, "
+        "is read and dropped, so that the client can read the refusal. Not over TLS.",
         gt=0,
     )  # fmt: skip
     linger_bytes: Bytes = limit(
-        256 << 20, "bytes", "anyone", "closed", "Bytes of a refused body that are read and dropped."
+        256 << 20, "bytes", "anyone", "closed", "Bytes that are read and dropped behind a refusal."
     )
     send_buffer_bytes: Bytes = limit(
         128 << 10, "bytes", "anyone", "waits", "Kernel memory for bytes that a client has not read."

@@ -1,4 +1,4 @@
-"""Read the YAML file of prompts that ``chunkllama pack build`` packs."""
+"""Check the YAML file of prompts that ``chunkllama pack build`` packs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.text.chat_template import ChatTemplate
 from chunkllama.text.template_adapter import adapt, plain_messages, template_tool
 from chunkllama.text.tokenizer import Tokenizer
-from chunkllama_server.config.files import load_yaml
 
 # Conversations go on with one of these: what their prompts have in common is the prefix.
 _USERS = ("a", "1")
@@ -43,16 +42,19 @@ class PrefixEntry(BaseModel):
         return self
 
 
-def read_prefixes(
-    path: Path, tokenizer: Tokenizer, template: ChatTemplate | None
+def encode_prefixes(
+    document: object, path: Path, tokenizer: Tokenizer, template: ChatTemplate | None
 ) -> list[PrefixPrompt]:
-    """Read the file and encode its prompts.
+    """Check the file's entries and encode their prompts.
+
+    Args:
+        document: what the file holds.
+        path: of the file, for messages; it may be a pipe, which cannot be read again.
 
     Raises:
         ConfigError: one line with the file, the entry and the field.
     """
     where = f"prefixes: {path}"
-    document = load_yaml(path, "prefixes")
     if not isinstance(document, list) or not document:
         raise ConfigError(f"{where} must be a YAML list of prompts")
     prompts: dict[str, PrefixPrompt] = {}

@@ -13,10 +13,16 @@ from chunkllama_server.config.files import read_secret
 
 
 def _check_address(url: SecretStr) -> SecretStr:
-    """Check all but the options, which the client checks; the message names no password."""
+    """Check the scheme, and that a socket has a path; the message names no password.
+
+    The client checks the rest, and takes localhost and 6379 where host and port are left out.
+    """
     parts = urlsplit(url.get_secret_value())
-    if parts.scheme not in ("valkey", "valkeys", "redis", "rediss") or not parts.hostname:
-        raise ValueError("write valkey://[:PASSWORD@]HOST:PORT[/DATABASE], or valkeys:// for TLS")
+    is_server = parts.scheme in ("valkey", "valkeys", "redis", "rediss")
+    if not is_server and not (parts.scheme == "unix" and parts.path.strip("/")):
+        raise ValueError(
+            "write valkey://[:PASSWORD@]HOST:PORT[/DATABASE], valkeys:// for TLS, or unix:///SOCKET"
+        )
     return url
 
 
@@ -32,9 +38,9 @@ class SharedConfig(ConfigGroup):
 
     response_store: Annotated[SecretStr, AfterValidator(_check_address)] | None = Field(
         default=None,
-        description="Store responses in valkey at valkey://[:PASSWORD@]HOST:PORT[/DATABASE], or "
-        "valkeys:// for TLS, so that every server finds them. Needs the extra chunkllama[valkey]. "
-        "Default: this process stores them.",
+        description="Store responses in valkey at valkey://[:PASSWORD@]HOST:PORT[/DATABASE], "
+        "valkeys:// for TLS, or unix:///SOCKET, so that every server finds them. Needs the extra "
+        "chunkllama[valkey]. Default: this process stores them.",
     )
     kv_events_endpoint: str | None = Field(
         default=None,

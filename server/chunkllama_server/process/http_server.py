@@ -72,6 +72,7 @@ class Application:
         read_settings: reads ``settings`` again, at SIGHUP.
         keys: tenant name to API key.
         quotas: of each tenant.
+        secret: of ``namespace_secret_file``, None without one.
         files: the model's tokenizer and template, and the public prefixes.
         spec: the model's numbers.
 
@@ -85,13 +86,13 @@ class Application:
         read_settings: Callable[[], Settings],
         keys: dict[str, str],
         quotas: dict[str, TenantQuotas],
+        secret: bytes | None,
         files: TextFiles,
         spec: ModelSpec,
     ) -> None:
         self._settings = settings
         self._read_settings = read_settings
         self._responses = _valkey_responses(settings)
-        secret = settings.namespace_secret()
         self._snapshots = open_snapshots(settings, secret)
         if secret is None:
             secret = self._snapshots.secret if self._snapshots else secrets.token_bytes(32)

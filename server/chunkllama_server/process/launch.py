@@ -58,7 +58,7 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
     keys, quotas = settings.keys_by_tenant(), load_quotas(settings)
     check_tls(settings)
     settings.check_packs()
-    settings.namespace_secret()
+    secret = settings.namespace_secret()
     check_extras(settings)
     check_cluster(settings)
     with contextlib.ExitStack() as sockets:
@@ -69,7 +69,7 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
                 bind(settings.admin_host, settings.admin_port, "admin_port")
             )
         with start_signals.unwinding():  # a download's temporary files
-            path, spec = check_model(settings.engine())
+            path, spec = check_model(settings.engine(), is_served_here=settings.cluster is None)
             check_adapters(settings, spec)
         logger.info("loading %s", path)
 
@@ -81,7 +81,7 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
                 Application,  # fastapi and all that it brings
             )
 
-            return Application(settings, read_settings, keys, quotas, files, spec)
+            return Application(settings, read_settings, keys, quotas, secret, files, spec)
 
         async def run() -> int:
             async with contextlib.AsyncExitStack() as stack:
@@ -151,11 +151,15 @@ def check_tls(settings: Settings) -> None:
         ) from None
 
 
-def check_model(config: EngineConfig) -> tuple[Path, ModelSpec]:
+def check_model(config: EngineConfig, *, is_served_here: bool) -> tuple[Path, ModelSpec]:
     """A model's folder, fetched if need be, and its numbers; loads no weights.
 
     The weights' headers are checked, and the engine's settings against the model and this machine.
     Where there may be a GPU, only the engine process can check what depends on the device.
+
+    Args:
+        is_served_here: whether the engine runs on this machine; the replicas of a cluster check the
+            settings against theirs.
 
     Raises:
         ConfigError: a file is missing, damaged or of the wrong shape, or a setting does not fit.
@@ -163,6 +167,6 @@ def check_model(config: EngineConfig) -> tuple[Path, ModelSpec]:
     path = resolve_model(config.model.model)
     spec = read_spec(path)
     checkpoint = Checkpoint(path, spec)
-    if config.model.device == "cpu" or not may_have_gpu():
+    if is_served_here and (config.model.device == "cpu" or not may_have_gpu()):
         check_memory(config, plan_size(config, path, spec, checkpoint))
     return path, spec

@@ -50,7 +50,7 @@ def read_text_files(settings: Settings, path: Path, spec: ModelSpec) -> TextFile
         )
     template = load_chat_template(path, tokenizer, settings.chat_template)
     if template is not None:
-        logger.debug("chat template: %s", template.capabilities)
+        logger.info("chat template: %s", template.capabilities.describe())
     else:
         logger.warning(
             "%s has no chat template: chat requests are refused, /v1/completions works; "

@@ -21,6 +21,8 @@ from chunkllama_server.transport.rate_limit import RateLimiter
 from chunkllama_server.transport.request_context import request_info
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/dashboard"})
+# Where these methods read: it says that the server runs, and POST generates.
+OPEN_ROOT_METHODS = frozenset({"GET", "HEAD"})
 OPERATOR_PATHS = frozenset(
     {
         *("/metrics", "/v1/usage", "/dashboard/data", "/dashboard/tenants"),
@@ -195,7 +197,8 @@ class AuthMiddleware:
             await self._app(scope, receive, send)
             return
         # An open path has to be spelled exactly, but for a trailing slash.
-        if scope["path"].removeprefix(self._root_path).rstrip("/") in OPEN_PATHS:
+        path = scope["path"].removeprefix(self._root_path).rstrip("/")
+        if path in OPEN_PATHS or (not path and scope["method"] in OPEN_ROOT_METHODS):
             await self._app(scope, receive, send)
             return
         token = bearer_token(scope)

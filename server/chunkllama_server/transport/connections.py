@@ -38,8 +38,9 @@ class HttpLimits:
             aborted.
         half_close_seconds: a peer that closed its sending side waits at most this long for the
             response to begin; it may have left altogether, which looks the same.
-        linger_seconds, linger_bytes: how much of a body is read and dropped behind a refusal, so
-            that the refusal can be read.
+        linger_seconds, linger_bytes: how much of a body, or of what follows headers that cannot be
+            parsed, is read and dropped behind a refusal, so that the refusal can be read; not over
+            TLS.
         send_buffer_bytes: kernel memory for unread bytes.
         max_header_bytes: request line and headers together (handed to h11).
         max_headers: number of headers.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from chunkllama.config import EngineConfig
+from chunkllama.engine.build import build_engine
 from chunkllama.errors import ConfigError
 from chunkllama.logger import configure_logging, init_logger, request_id_context
 from chunkllama.resources import (
@@ -21,7 +22,9 @@ from chunkllama.resources import (
 )
 from chunkllama_server.commands import run
 from chunkllama_server.config import extras
+from chunkllama_server.config.effective import effective_values
 from chunkllama_server.config.settings import Settings, load_settings
+from chunkllama_server.process.launch import check_model
 
 
 def _is_secret(field) -> bool:
@@ -312,6 +315,39 @@ def test_a_refused_secret_is_not_shown(key):
         load_settings({key: {"canary": "canary"}}, {})
     assert "canary" not in str(caught.value)
     if key == "response_store":
-        with pytest.raises(ConfigError, match=r"^response_store: write valkey://") as caught:
-            load_settings({key: "mysql://:canary@host"}, {})
-        assert "canary" not in str(caught.value)
+        for url in ("mysql://:canary@host", "unix://canary", "canary", "unix:///"):
+            with pytest.raises(ConfigError, match=r"^response_store: write valkey://") as caught:
+                load_settings({key: url}, {})
+            assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("valkey://:p@host:1/0", "valkeys://host", "REDIS://host", "rediss://host?db=1"),
+        *("valkey:///0", "valkey://", "unix:///run/valkey.sock", "unix:/run/valkey.sock"),
+    ],
+)
+def test_a_response_store_is_what_its_client_reads(url):
+    store = load_settings({"response_store": url}, {}).settings.response_store
+    assert store.get_secret_value() == url
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"threads": 100_000}, "threads: 100000 are more than the"),
+        ({"cpu_bind": "99999"}, "cpu_bind: this process may not run on processor 99999"),
+        ({"kv_cache_memory": "900TiB"}, "kv_cache_memory: the pool takes"),
+    ],
+)
+def test_a_clusters_replicas_check_what_depends_on_their_machine(tiny_model, flags, message):
+    values = {"cluster": "auto", "model": str(tiny_model), "device": "cpu", **flags}
+    settings = load_settings(values, {}).settings
+    assert check_model(settings.engine(), is_served_here=False)[0] == tiny_model
+    with pytest.raises(ConfigError, match=message):
+        check_model(settings.engine(), is_served_here=True)
+    shown, note = effective_values(settings)
+    assert "threads" not in shown and note.startswith("cluster: ")
+    with pytest.raises(ConfigError, match=message):
+        build_engine(settings.engine())  # what a replica does

@@ -145,7 +145,7 @@ def test_f07_parts_of_characters(served) -> None:
     (streamed,) = asyncio.run(stream_all(served, [fields]))
     whole = httpx.post(url, json={**fields, "stream": False}, timeout=120).json()["choices"][0]
     assert streamed.text[0] == whole["text"] and "\ufffd" in whole["text"]
-    assert not whole["text"].isascii()
+    assert not whole["text"].replace("\ufffd", "").isascii()
 
 
 def test_f08_logits_that_are_no_numbers(start, tmp_path) -> None:

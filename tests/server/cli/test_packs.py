@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 
 import httpx
@@ -21,13 +22,6 @@ PREFIXES = f"""
   text: "{RED_TEXT}"
 """
 KEYS = {"red": "key-red", "blue": "key-blue"}
-
-
-@pytest.fixture
-def prompts(tmp_path):
-    path = tmp_path / "prompts.yaml"
-    path.write_text(PREFIXES)
-    return path
 
 
 @pytest.fixture
@@ -55,12 +49,14 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def build(chunkllama, prompts, tiny_model, folder):
-    """Run ``chunkllama pack build``; returns the pack."""
+def build(chunkllama, tmp_path, tiny_model, folder):
+    """Run ``chunkllama pack build`` with prompts from a pipe; returns the pack."""
 
     def make(name: str, *flags: object):
         model = ("--model", tiny_model, "--backend", "reference", "--num-chunks", 32)
-        out = folder / name
+        out, prompts = folder / name, tmp_path / f"{name}.pipe"
+        os.mkfifo(prompts)
+        threading.Thread(target=prompts.write_text, args=(PREFIXES,), daemon=True).start()
         done = chunkllama("pack", "build", *model, "--prefixes", prompts, "--out", out, *flags)
         assert done.returncode == 0, done.stderr
         return out

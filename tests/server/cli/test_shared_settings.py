@@ -19,11 +19,14 @@ KEYS = {"red": "key-red", "blue": "key-blue"}
 def namespaces(tiny_model):
     """The namespaces of two tenants in a server that is made, not started."""
 
-    def make(**settings: object) -> list[str]:
+    def make(is_pipe: bool = False, **settings: object) -> list[str]:
         made = Settings(model=str(tiny_model), **settings)
         spec = read_spec(tiny_model)
         files = read_text_files(made, tiny_model, spec)
-        server = Application(made, lambda: made, KEYS, {}, files, spec)
+        secret = made.namespace_secret()
+        if is_pipe:  # it cannot be read again
+            made.namespace_secret_file.unlink()
+        server = Application(made, lambda: made, KEYS, {}, secret, files, spec)
         return [server._tenants.namespace(name, None) for name in KEYS]
 
     return make
@@ -44,6 +47,7 @@ def test_servers_with_the_same_key_agree_on_namespaces(namespaces, tmp_path) -> 
     assert one == namespaces(namespace_secret_file=copy)
     assert one == namespaces(namespace_secret_file=first, snapshot_dir=tmp_path / "kept")
     assert not (tmp_path / "kept" / "namespace.key").exists()
+    assert one == namespaces(is_pipe=True, namespace_secret_file=copy)
     assert len({*one, *namespaces(namespace_secret_file=other), *namespaces(), *namespaces()}) == 8
 
 

@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from chunkllama_server.api.schema.batch import BatchError
 from chunkllama_server.config.limits import LimitsConfig
-from chunkllama_server.transport.body import CONVERSATION_PATHS, parse_json
+from chunkllama_server.transport.body import is_conversation, parse_json
 from chunkllama_server.transport.errors import ApiError
 
 _MAX_ERRORS = 20
@@ -59,7 +60,6 @@ class LineReader:
         self.path = path
         self.endpoint = endpoint
         self._limits = limits
-        self._on_repair = _accept if endpoint in CONVERSATION_PATHS else None
 
     def parse(self, raw: bytes) -> Any:
         """The JSON of a line.
@@ -67,7 +67,8 @@ class LineReader:
         Raises:
             ApiError: 400, it is not JSON or beyond a limit.
         """
-        return parse_json(raw, None, self._limits, self._on_repair)
+        # The answer does not name what was replaced.
+        return parse_json(raw, None, self._limits, partial(is_conversation, self.endpoint))
 
     def body(self, line: Line) -> dict[str, Any]:
         """The body of a checked line; a batch's answers are whole.
@@ -92,10 +93,6 @@ class LineReader:
 
     def too_large(self) -> str:
         return f"The line is larger than {self._limits.max_body_bytes} bytes"
-
-
-def _accept() -> None:
-    """The answer to the line does not name what was replaced."""
 
 
 def check_file(reader: LineReader, max_lines: int) -> CheckedFile:

@@ -74,9 +74,22 @@ class FairPool:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         if tenant not in self._queues and not self._running[tenant]:
             self._service[tenant] = max(self._service.get(tenant, 0.0), self._last)
-        self._queues.setdefault(tenant, deque()).append(_Work(tenant, call, future))
+        work = _Work(tenant, call, future)
+        self._queues.setdefault(tenant, deque()).append(work)
         self._start_next()
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._drop(work)
+            raise
+
+    def _drop(self, work: _Work) -> None:
+        """Take work out of its queue, which is not looked at while its tenant has overdue work."""
+        queue = self._queues.get(work.tenant)
+        if queue is not None and work in queue:
+            queue.remove(work)
+            if not queue:
+                del self._queues[work.tenant]
 
     def num_overdue(self, tenant: str | None = None) -> int:
         """How much work of a tenant, or of all, is overdue."""

@@ -29,7 +29,8 @@ class ValkeyResponses:
     valkey's ``maxmemory``.
 
     Args:
-        url: valkey://[:password@]host:port[/database], or valkeys:// for TLS.
+        url: valkey://[:password@]host:port[/database], valkeys:// for TLS,
+            or unix:///socket.
         max_bytes: of one response; a larger one is not stored.
         ttl_seconds: age at which a response expires.
 
@@ -46,7 +47,10 @@ class ValkeyResponses:
         self._errors: tuple[type[Exception], ...] = (ValkeyError, OSError, TimeoutError)
         try:
             parts = urlsplit(url)
-            self._address = f"{parts.hostname}:{parts.port or 6379}"  # without the password
+            # without the password, and as the client fills in what is left out
+            self._address = f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
+            if parts.scheme == "unix":
+                self._address = parts.path
             self._valkey: Valkey = Valkey.from_url(
                 url, socket_timeout=_SECONDS, socket_connect_timeout=_SECONDS
             )

@@ -248,9 +248,21 @@ async def show(body: OllamaShowRequest, request: Request, context: Context) -> R
 @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
 async def greet(request: Request) -> Response:
     """Say that the server runs, which Ollama's command asks first; show a browser the dashboard."""
-    if "text/html" in request.headers.get("accept", ""):
-        return RedirectResponse("dashboard", headers={"vary": "accept"})
-    return PlainTextResponse("Ollama is running", headers={"vary": "accept"})
+    headers = {"vary": "accept, sec-fetch-mode"}
+    if _opens_page(request):
+        # Where no root path is configured, a proxy may still have removed one that ends in a slash.
+        root_path = request.scope.get("root_path", "").rstrip("/")
+        page = f"{root_path}/dashboard" if root_path else "dashboard"
+        return RedirectResponse(page, headers=headers)
+    return PlainTextResponse("Ollama is running", headers=headers)
+
+
+def _opens_page(request: Request) -> bool:
+    """Whether a browser shows the answer; programs accept text/html too, to read it themselves."""
+    mode = request.headers.get("sec-fetch-mode")
+    if mode is not None:
+        return mode == "navigate"
+    return "application/xhtml+xml" in request.headers.get("accept", "")
 
 
 @router.get("/api/version", response_model=None, responses=ollama_answers(Version, is_get=True))
