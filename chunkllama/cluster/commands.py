@@ -182,7 +182,7 @@ class CommandsToAll(MessageClient):
 
 
 async def _unless_lost(channel: Channel, call: Coroutine[Any, Any, T]) -> T:
-    """What a call to a replica gives; a replica that hangs is lost, and would never answer.
+    """Return what a call to a replica gives; one that hangs is lost, and would never answer.
 
     Raises:
         EngineDeadError: the replica has ended, or was lost meanwhile.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from chunkllama.cluster.prefix_keys import tree_heads
 from chunkllama.engine.process import main
 
 if __name__ == "__main__":
-    sys.exit(main(tree_heads))
+    main(tree_heads)

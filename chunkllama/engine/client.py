@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+_EXIT_SECONDS = 10.0  # that a program without ``close`` waits at its end for the engine's step
+
 
 class EngineClient(AdapterClient, Protocol):
     """Asynchronous access to an engine."""
@@ -368,8 +370,9 @@ class InProcessEngineClient(MessageClient):
         self._channel = _QueueChannel(self._loop, self._dispatch)
         self._thread = threading.Thread(target=self._run, args=(core,), name="engine", daemon=True)
         self._thread.start()
-        # A thread that returns from torch to an interpreter that has ended aborts the process.
-        atexit.register(self._stop)
+        # A thread that returns from torch to an interpreter that has ended aborts the process. A
+        # step that does not end must not keep the process, though.
+        atexit.register(self._stop, _EXIT_SECONDS)
 
     def _run(self, core: EngineCore) -> None:
         from chunkllama.engine.loop import run_engine_loop
@@ -384,10 +387,10 @@ class InProcessEngineClient(MessageClient):
     def _send(self, message: ToEngine) -> None:
         self._channel.inbox.put(message)
 
-    def _stop(self) -> None:
-        """End the thread after its present step."""
+    def _stop(self, seconds: float | None = None) -> None:
+        """End the thread after its present step; wait for that at most so long."""
         self._send(Shutdown())
-        self._thread.join()
+        self._thread.join(seconds)
 
     async def close(self) -> None:
         await asyncio.to_thread(self._stop)

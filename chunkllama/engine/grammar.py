@@ -147,7 +147,7 @@ class Matcher(Protocol):
 
     @property
     def is_closing(self) -> bool:
-        """The tokens run out, so the answer is ended where the model would go on."""
+        """Return whether the tokens ran out so far that only the end of the answer was allowed."""
         ...
 
     def copy(self) -> Matcher:
@@ -187,6 +187,19 @@ class GrammarMatcher:
 
     def spend(self) -> None:
         """Count a token that the grammar does not see: it has no limit."""
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Return that so many tokens fit: there is no limit."""
+        return True
+
+    def may_end_behind(self, token_ids: list[int]) -> bool:
+        """Return whether the answer is whole with some tokens more."""
+        if self._matcher.validate_tokens(token_ids) < len(token_ids):
+            return False
+        after = self._matcher.deep_copy()
+        return (not token_ids or after.consume_tokens(token_ids)) and (
+            after.is_stopped() or after.is_accepting()
+        )
 
     def copy(self) -> GrammarMatcher:
         return GrammarMatcher(self._matcher.deep_copy())
@@ -232,8 +245,22 @@ class GrammarCompiler:
         self._end_tokens: EndTokens | None = None
 
     def has(self, spec: GrammarSpec) -> bool:
-        """Whether the grammar is compiled."""
+        """Return whether all is there that ``prepare`` makes."""
+        if spec.is_json and self._end_tokens is None:
+            return False
         return spec.kind == "any" or _answer_spec(spec) in self._compiled
+
+    def prepare(self, spec: GrammarSpec) -> None:
+        """Compile a grammar, and for JSON sort the vocabulary by its part in ends, which takes a
+        second if it is large.
+
+        Raises:
+            InvalidRequestError: the grammar does not compile.
+        """
+        if spec.kind != "any":
+            self._answer_matcher(_answer_spec(spec))
+        if spec.is_json:
+            self._ends()
 
     def matcher(
         self, spec: GrammarSpec, output_token_ids: list[int], max_tokens: int | None = None
@@ -267,7 +294,9 @@ class GrammarCompiler:
     def _ends(self) -> EndTokens:
         if self._end_tokens is None:
             size = self._tokenizer.vocab_size
-            self._end_tokens = EndTokens(self._token_bytes, size, self._eos_token_ids)
+            self._end_tokens = EndTokens(
+                self._token_bytes, self._tokenizer.tokenize_bytes, size, self._eos_token_ids
+            )
         return self._end_tokens
 
     def _answer_matcher(self, spec: GrammarSpec) -> GrammarMatcher:

@@ -87,7 +87,7 @@ class ModelRunner:
             return None
 
         def compile_grammar() -> None:
-            self._grammar_compiler().matcher(grammar, [])
+            self._grammar_compiler().prepare(grammar)
 
         return self._compile_thread.submit(compile_grammar)
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
@@ -333,8 +333,26 @@ def _die_with_parent(parent_pid: int) -> None:
         raise SystemExit(0)
 
 
-def main(make_digest: MakeDigest | None = None) -> int:
-    """Entry point of the engine process; the arguments are SOCKET_FD PARENT_PID JOURNAL_FD."""
+def main(make_digest: MakeDigest | None = None) -> NoReturn:
+    """Entry point of the engine process; the arguments are SOCKET_FD PARENT_PID JOURNAL_FD.
+
+    It ends the process at once: a thread inside torch would abort one that ends in the usual way.
+    """
+    code = 1
+    try:
+        code = _run(make_digest)
+    except SystemExit:  # the API process has gone
+        code = 0
+    except BaseException:
+        logger.exception("the engine process has failed")
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(make_digest: MakeDigest | None) -> int:
+    """Load the model and serve the socket; returns the exit code."""
     descriptor, parent_pid, journal = map(int, sys.argv[1:])
     _die_with_parent(parent_pid)
     # Ctrl-C reaches the whole process group; the API process decides when the engine stops.
@@ -368,12 +386,14 @@ def main(make_digest: MakeDigest | None = None) -> int:
     freeze_heap()
     try:
         run_engine_loop(core, channel)
+    except SystemExit:  # the API process has gone
+        pass
     except Exception:
         logger.exception("a step has failed")
-        os._exit(1)  # at once, whatever its threads do: the parent starts another process
+        return 1  # whatever its threads do: the parent starts another process
     core.close()
-    os._exit(0)  # a thread inside torch would abort a process that ends in the usual way
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -63,7 +63,9 @@ class ThinkingMatcher:
                     mask[token // 32] &= ~np.int32(bit(token))
         else:
             self._answer.fill_mask(mask)
-            if self._may_begin and self._spec.start_token_id is not None:
+            # Thoughts that leave no room for the end of the answer do not begin.
+            may_begin = self._may_begin and self._answer.has_room(1 + len(self._spec.end_token_ids))
+            if may_begin and self._spec.start_token_id is not None:
                 allow(mask, self._spec.start_token_id)
 
     @property

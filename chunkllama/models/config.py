@@ -84,6 +84,7 @@ def _parse(
     if entry is None and config.get("qk_nope_head_dim") is not None:  # latent attention (DeepSeek)
         keys = config.positive("qk_nope_head_dim") + config.positive("qk_rope_head_dim")
         head_dim = max(keys, config.positive("v_head_dim", keys))
+        kv_heads = heads  # transformers expands keys and values to all of them
     if heads % kv_heads:
         raise config.error(
             f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"

@@ -9,6 +9,7 @@ every layer is eager torch.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -278,14 +279,13 @@ class TransformersModel:
 
     @contextlib.contextmanager
     def _named_errors(self, probe: _Probe | None = None) -> Iterator[None]:
-        """What transformers raises for a model that it, or this server, cannot run; without a call
-        of ``probe`` it need not have come to attention.
+        """Turn what transformers raises for a model that it, or this server, cannot run into a
+        ``ConfigError``; without a call of ``probe`` it need not have come to attention.
         """
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            _raise_if_of_the_machine(error)
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             if probe is not None and not probe.calls:
                 reason = f"{_OWN_ATTENTION}, or fails before: {reason}"
@@ -332,6 +332,27 @@ class TransformersModel:
         return type(self._causal).__name__
 
 
+# torch raises a plain RuntimeError for these, as for sizes that do not match.
+_MACHINE_ERRORS: Final = re.compile(r"\b(CUDA|HIP|NCCL)\b|cuBLAS|cuDNN", re.IGNORECASE)
+_NO_MEMORY: Final = re.compile(r"(can't|cannot) allocate memory|not enough memory", re.IGNORECASE)
+
+
+def _raise_if_of_the_machine(error: Exception) -> None:
+    """Raise again what is no fault of the model: memory that is used up, a device that fails.
+
+    Raises:
+        MemoryError: the system has no memory for a tensor.
+        RuntimeError: ``error``, which a device has raised.
+    """
+    if not isinstance(error, RuntimeError):
+        return
+    if _NO_MEMORY.search(str(error)):
+        raise MemoryError(str(error)) from error
+    is_typed = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
+    if is_typed or _MACHINE_ERRORS.search(str(error)):
+        raise error
+
+
 def _load(folder: Path, dtype: torch.dtype) -> Any:
     import transformers
     from transformers import AttentionInterface
@@ -350,6 +371,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
             output_loading_info=True,
         )
     except (AttributeError, ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
+        _raise_if_of_the_machine(error)
         reason = " ".join(str(error).split())[:200]
         if isinstance(error, KeyError) and error.args == (_NAME,):  # a table of its own
             reason = _OWN_ATTENTION

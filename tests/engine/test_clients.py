@@ -19,8 +19,9 @@ import psutil
 import pytest
 
 from chunkllama.config import EngineConfig
+from chunkllama.engine import process as engine_process
 from chunkllama.engine.client import InProcessEngineClient, MessageClient
-from chunkllama.engine.process import ProcessEngineClient
+from chunkllama.engine.process import EngineProcess, ProcessEngineClient
 from chunkllama.errors import (
     ConfigError,
     EngineDeadError,
@@ -435,7 +436,59 @@ client = asyncio.run(main())
 
 def test_a_program_that_does_not_close_its_engine_ends_well(tiny_model) -> None:
     """The engine's thread is inside a step then; returning from torch would abort the program."""
-    ended = subprocess.run(
-        [sys.executable, "-c", UNCLOSED, str(tiny_model[0])], capture_output=True, text=True
-    )
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert end_of(UNCLOSED, tiny_model) == (0, "")
+
+
+HANGING = """
+import threading
+import chunkllama.engine.client
+chunkllama.engine.client._EXIT_SECONDS = 0.1
+from chunkllama.engine.core import EngineCore
+is_reached = threading.Event()
+def hang(self):
+    is_reached.set()
+    threading.Event().wait()
+EngineCore.step = hang
+"""
+HANGING += UNCLOSED.replace(
+    "not (await client.stats()).generation_tokens_total", "not is_reached.is_set()"
+)
+
+
+def test_a_step_that_hangs_does_not_keep_a_program(tiny_model) -> None:
+    assert end_of(HANGING, tiny_model) == (0, "")
+
+
+def end_of(program: str, tiny_model) -> tuple[int, str]:
+    """The exit code of a program and its errors."""
+    command = [sys.executable, "-c", program, str(tiny_model[0])]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return ended.returncode, ended.stderr
+
+
+def test_an_engine_process_whose_client_has_gone_ends_well(tiny_model) -> None:
+    async def scenario() -> int:
+        config = EngineConfig.from_flat(model=str(tiny_model[0]), num_chunks=32, threads=1)
+        process, _ = await EngineProcess.start(config)
+        process.send([request("long", max_tokens=400, seed=1)])
+        await process.receive()
+        process._writer.transport.abort()
+        return await asyncio.to_thread(process.child.wait, 300)
+
+    assert asyncio.run(scenario()) == 0
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [(None, 0), (2, 2), (SystemExit(0), 0), (RuntimeError("planted"), 1)], ids=str
+)
+def test_an_engine_process_ends_in_one_way(monkeypatch, end, code) -> None:
+    def run(_: object) -> int:
+        if isinstance(end, BaseException):
+            raise end
+        return end or 0
+
+    codes = list[int]()
+    monkeypatch.setattr(engine_process, "_run", run)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    engine_process.main()
+    assert codes == [code]

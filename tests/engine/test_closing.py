@@ -12,6 +12,7 @@ import pytest
 from mask_draws import draw, is_allowed
 from numpy.typing import NDArray
 
+from chunkllama.engine.closing import ClosingMatcher, EndTokens
 from chunkllama.engine.grammar import JSON_WHITESPACE, GrammarCompiler, Matcher
 from chunkllama.sampling_params import GrammarSpec, ThinkingSpec
 from chunkllama.text.tokenizer import Tokenizer, load_tokenizer
@@ -89,28 +90,135 @@ def test_an_answer_that_rambles_is_closed(compiler, tokenizer, spec, num_tokens)
 def test_it_closes_in_the_same_place_when_it_is_computed_again(compiler, tokenizer):
     num_tokens = 300
     matcher = compiler.matcher(JSON, [], num_tokens)
-    ids = ramble(matcher, tokenizer, 0, num_tokens)
+    ids, masks = list[int](), list[NDArray[np.int32]]()
+    for token in ramble(compiler.matcher(JSON, [], num_tokens), tokenizer, 0, num_tokens):
+        masks.append(allowed(matcher))
+        assert matcher.accept(token)
+        ids.append(token)
     assert matcher.is_closing
-    states = [compiler.matcher(JSON, ids[:count], num_tokens) for count in range(len(ids))]
-    closing = []
-    for state, token in zip(states, ids, strict=True):
-        again = state.copy()
-        mask = allowed(again)
-        assert is_allowed(mask, token)
-        closing.append(again.is_closing)
-        if again.is_closing:
-            assert again.forced()[0] == token and np.bitwise_count(mask).sum() == 1
-    assert closing == sorted(closing) and 0 < sum(closing) < len(ids) // 2
+    for count in range(len(ids) - 40, len(ids)):
+        again = compiler.matcher(JSON, ids[:count], num_tokens)
+        assert (allowed(again.copy()) == masks[count]).all()
 
 
-def test_an_answer_that_ends_in_time_is_its_own(compiler, tokenizer):
-    text = '{"items": [], "kind": "own", "note": null}'
+def test_guesses_close_it_as_well(compiler, tokenizer):
+    """Behind guesses the masks are filled by copies."""
+    ids = ramble(compiler.matcher(JSON, [], 200), tokenizer, 0, 200)
+    matcher = compiler.matcher(JSON, [], 200)
+    for begin in range(0, len(ids), 4):
+        after = matcher.copy()
+        for token in ids[begin : begin + 4]:
+            assert is_allowed(allowed(after), token)
+            assert after.accept(token) and matcher.accept(token)
+    assert matcher.is_closing
+
+
+WRITTEN = [
+    '{"items": [], "kind": "own", "note": null}',
+    '{"items": [{"name": "a \\"b\\" c", "count": 12}], "kind": "gift",'
+    ' "note": "Voil\u00e0, 5 \u6771!"}',
+    '{"items": [], "kind": "own", "note": "x", "more": {"a": "b", "c": ""}}',
+    '{"items": [{"name": "", "count": -3, "tags": [1, [2.5e3], {"a": null}]}], "kind": "own",'
+    ' "note": null, "more": {}}',
+]
+
+
+@pytest.mark.parametrize("text", WRITTEN, ids=["short", "text", "more", "nested"])
+@pytest.mark.parametrize("spare", [1, 2, 3, 8, 40])
+def test_an_answer_that_fits_is_its_own(compiler, tokenizer, text, spare):
+    """Each of its tokens is allowed, and it ends by itself where something else fitted, too."""
     ids = tokenizer.encode(text)
-    matcher = compiler.matcher(JSON, [], len(ids) + 8)
+    matcher = compiler.matcher(JSON, [], len(ids) + spare)
+    for token in ids:
+        assert is_allowed(allowed(matcher), token), tokenizer.decode([token])
+        assert matcher.accept(token)
+    assert matcher.is_finished or is_allowed(allowed(matcher), EOS)
+    if spare >= 8:
+        assert not matcher.is_closing
+
+
+@pytest.mark.parametrize("spare", [1, 2, 3])
+def test_an_answer_without_optional_members_stops(compiler, tokenizer, spare):
+    schema = {**ITEM, "properties": {"count": {"type": "integer"}, "name": {"type": "string"}}}
+    spec = GrammarSpec(kind="json_schema", text=json.dumps(schema))
+    ids = tokenizer.encode('{"count": 97, "name": "a long name of many words, and one more"}')
+    matcher = compiler.matcher(spec, [], len(ids) + spare)
     for token in ids:
         assert is_allowed(allowed(matcher), token)
         assert matcher.accept(token)
-    assert not matcher.is_closing
+    assert matcher.is_finished and not matcher.is_closing
+
+
+def test_where_it_may_end_only_what_fits_is_allowed(compiler, tokenizer):
+    spec = GrammarSpec(kind="json_schema", text='{"type": "number"}')
+    (digit,), (point,) = tokenizer.encode("1"), tokenizer.encode(".")
+    matcher = compiler.matcher(spec, [], 3)
+    for _ in range(2):
+        assert is_allowed(allowed(matcher), digit)
+        assert matcher.accept(digit)
+    mask = allowed(matcher)
+    assert is_allowed(mask, EOS) and is_allowed(mask, digit) and not is_allowed(mask, point)
+
+
+def test_a_second_call_that_does_not_fit_is_not_opened(compiler, tokenizer):
+    calls = GrammarSpec(
+        kind="lark", text=LARK.replace("start: ", "start: call+\ncall: "), has_calls=True
+    )
+    ids = tokenizer.encode(f"<tool_call>{WRITTEN[0]}</tool_call>")
+    for spare, may_open in ((4, False), (100, True)):
+        matcher = compiler.matcher(calls, ids, len(ids) + spare)
+        mask = allowed(matcher)
+        assert is_allowed(mask, EOS)
+        assert is_allowed(mask, tokenizer.encode("<")[0]) == may_open
+        assert (np.bitwise_count(mask).sum() == 1) == (not may_open)
+
+
+def test_thoughts_do_not_begin_without_room_for_the_end(compiler, tokenizer):
+    end = tuple(tokenizer.encode("</think>"))
+    start = 7
+    thinking = ThinkingSpec(is_open=False, start_token_id=start, end="</think>", end_token_ids=end)
+    spec = GrammarSpec(kind="json_schema", text=JSON.text, thinking=thinking)
+    num_least = len(tokenizer.encode(WRITTEN[0]))
+    assert not is_allowed(allowed(compiler.matcher(spec, [], num_least)), start)
+    assert is_allowed(allowed(compiler.matcher(spec, [], 4 * num_least)), start)
+
+
+class CountingMatcher:
+    """A grammar without an end: it allows one token again and again, and counts masks."""
+
+    error, is_finished, num_masks = "", False, 0
+
+    def fill_mask(self, mask: NDArray[np.int32]) -> None:
+        CountingMatcher.num_masks += 1
+        mask[0] |= 2
+
+    def accept(self, token_id: int) -> bool:
+        return True
+
+    def copy(self) -> CountingMatcher:
+        return self
+
+
+def test_looks_are_bounded_and_only_where_masks_are_filled():
+    CountingMatcher.num_masks = 0
+    tokens = EndTokens(lambda token_id: bytes([97 + token_id]), lambda _: [], 32, [])
+    matcher = ClosingMatcher(CountingMatcher(), 4000, tokens)  # type: ignore[arg-type]
+    mask = np.zeros(1, np.int32)
+    for _ in range(2000):
+        matcher.accept(1)
+    assert CountingMatcher.num_masks == 0
+    for _ in range(2000):
+        matcher.fill_mask(mask)
+        matcher.accept(1)
+    assert CountingMatcher.num_masks - 2000 <= 12 * 257
+
+
+def test_the_vocabulary_is_read_before_a_matcher_is_made(tokenizer):
+    compiler = GrammarCompiler(tokenizer.to_json(), VOCAB, [EOS])
+    compiler.matcher(JSON, [])
+    assert not compiler.has(JSON)
+    compiler.prepare(JSON)
+    assert compiler.has(JSON)
 
 
 def test_thoughts_count(compiler, tokenizer):

@@ -248,7 +248,9 @@ def llm(demo_path):
 
 
 def call_with_the_demo_model(llm, tool, num_calls: int) -> None:
-    """Every call is whole, also of the model's lists without an end, which are closed."""
+    """Every call is whole, also of the model's lists without an end, which are closed; most end by
+    themselves.
+    """
     config, grammar = plan(tool, MODEL_TOKENS)
     sampling = SamplingParams(
         n=num_calls, temperature=0.8, seed=0, max_tokens=MODEL_TOKENS, grammar=grammar
@@ -256,6 +258,8 @@ def call_with_the_demo_model(llm, tool, num_calls: int) -> None:
     (output,) = llm.chat(CHAT, sampling, tools=config.prompt_tools, use_progress_bar=False)
     for choice in output.outputs:
         check(config, tool, choice.text)
+    reasons = [choice.finish_reason for choice in output.outputs]
+    assert reasons.count("stop") > num_calls // 2, reasons
 
 
 def test_calls_of_the_demo_model(llm):

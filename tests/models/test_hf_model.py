@@ -18,6 +18,7 @@ from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
 from chunkllama.errors import ConfigError
 from chunkllama.models.config import read_spec
+from chunkllama.models.hf_model import TransformersModel
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -113,6 +114,44 @@ def test_what_transformers_itself_cannot_run_is_one_line(tmp_path: Path) -> None
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "head_dim": 16}))
     refused(tmp_path, "DeepseekV3ForCausalLM cannot run .* fails before: RuntimeError: The size")
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_latent_attention_is_planned_with_keys_of_all_heads(tmp_path: Path, kv_heads: int) -> None:
+    """The pool is planned as the layers use it, whatever groups the configuration names."""
+    random_model(*CASES["deepseek"]).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_key_value_heads": kv_heads}))
+    planned = read_spec(tmp_path)
+    used = TransformersModel(tmp_path, planned, torch.float32, torch.device("cpu")).spec
+    assert (used.num_kv_heads, used.head_dim) == (4, 32)
+    assert (planned.num_kv_heads, planned.head_dim) == (4, 32)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (torch.AcceleratorError("an illegal memory access was encountered"), RuntimeError),
+        (RuntimeError("CUDA error: device-side assert triggered"), RuntimeError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), MemoryError),
+        (RuntimeError("The size of tensor a (8) must match"), ConfigError),
+    ],
+    ids=["out of memory", "device", "CUDA", "allocator", "sizes"],
+)
+def test_an_error_of_the_machine_is_not_blamed_on_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, raised: type[Exception]
+) -> None:
+    random_model(*CASES["stablelm"]).save_pretrained(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(TransformersModel, "_hidden", fail)
+    device = torch.device("cpu")
+    with pytest.raises(raised) as failed:
+        TransformersModel(tmp_path, read_spec(tmp_path), torch.float32, device)
+    assert ("cannot run on this server" in str(failed.value)) == (raised is ConfigError)
 
 
 def test_a_state_other_than_keys_and_values_is_refused(tmp_path: Path) -> None:
