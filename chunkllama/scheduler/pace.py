@@ -41,6 +41,8 @@ from chunkllama.scheduler.step_times import GUESS, LARGEST, StepTimes
 NO_LIMIT: Final = 2**31 - 1
 LIKE: Final = 2  # shares that a tenant may compute without paying
 LEAST: Final = 16  # tokens that are worth a step of the others
+SHORT_SHARE: Final = 4  # a step reserves 1 / SHORT_SHARE of its tokens for short and new prompts
+SHORT: Final = 32  # tokens that it reserves in any case, unless that is more than of a full step
 PATIENCE: Final = 4  # steps whose credit a tenant may save
 MOST_DEBT: Final = 12  # steps after which a debt is paid, however large it was
 WEIGHTS_SHARE: Final = 8  # steps of one token that a step with prompts may take in any case
@@ -113,14 +115,18 @@ class Pace:
         return self._budget
 
     def _cut_prompts(self) -> None:
-        """Give the step as many tokens as the time allows, and ``LEAST`` beside its decodes."""
+        """Give the step as many tokens as the time allows.
+
+        Beside its decodes it has at least what is reserved for short prompts and ``LEAST``.
+        """
         running = self._lifecycle.running.by_age
         num_decodes = sum(s.num_remaining_tokens == 1 for s in running)
         if num_decodes == len(running) and not len(self._lifecycle.waiting):
             return
         seconds = max(self._step_seconds, WEIGHTS_SHARE * self._times.seconds(1))
         most = self._times.most(seconds, self._largest)
-        self._budget = min(max(most, num_decodes + LEAST), self._largest)
+        least = num_decodes + min(SHORT, self._largest // SHORT_SHARE) + LEAST
+        self._budget = min(max(most, least), self._largest)
 
     def _limit_heavy(self) -> None:
         """Limit the heavy tenants of this step."""
@@ -239,6 +245,12 @@ class Pace:
         return max(price or 0.0, least * self._light_seconds)
 
     # -- while a step is put together -------------------------------------------------------
+
+    @property
+    def reserve(self) -> int:
+        """Tokens of the step that are reserved for short and new prompts."""
+        full = self._largest // SHORT_SHARE
+        return max(self._budget // SHORT_SHARE, min(SHORT, full), 1)
 
     def may_start(self, tenant: str) -> bool:
         """Tell whether a waiting request of the tenant may have a token of the step."""

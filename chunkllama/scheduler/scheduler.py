@@ -47,7 +47,6 @@ from chunkllama.tenant_limits import TenantTable
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
-SHORT_SHARE: Final = 4  # a step reserves 1 / SHORT_SHARE of its tokens for short and new prompts
 MAX_PAUSED: Final = 8  # steps in a row in which background sequences compute nothing
 
 
@@ -88,7 +87,6 @@ class Scheduler:
         self._awaiting: list[Sequence] = []
         self._aborts: list[tuple[str, int | None]] = []
         self._num_paused = 0
-        self._step_tokens = limits.max_num_batched_tokens
 
     # -- requests ---------------------------------------------------------------------------
 
@@ -150,7 +148,7 @@ class Scheduler:
         self._cache.expire_pins()
         grow_tails(self._lifecycle, self._cache)
         self._starts.begin_step()
-        self._step_tokens = budget = before = self._pace.begin_step()
+        budget = before = self._pace.begin_step()
         arrivals = self._first_tokens.begin_step()
         if arrivals is not None:
             before = self._take_decodes(budget, but=arrivals.held_back)
@@ -230,8 +228,8 @@ class Scheduler:
     def _schedule_prefills(self, budget: int, *, paused: frozenset[Sequence] = frozenset()) -> int:
         """Take slices of running prompts; returns the rest of the budget.
 
-        A quarter of the largest step, and at most half of this one, is reserved for prompts that
-        fit in it, running or new. The rest goes to long prompts in fair order.
+        A part of the step is reserved for prompts that fit in it, running or new. The rest goes to
+        long prompts in fair order.
         """
         prefills = [
             s
@@ -241,8 +239,7 @@ class Scheduler:
         if len(prefills) > 1 and self._limits.policy == "fair":
             clocks = self._starts.clocks()
             prefills.sort(key=lambda s: (clocks[s.group.request.tenant], s.age))
-        most = min(self._limits.max_num_batched_tokens // SHORT_SHARE, self._step_tokens // 2)
-        reserve = min(budget, max(most, 1))
+        reserve = min(budget, self._pace.reserve)
         short = [s for s in prefills if s.num_remaining_tokens <= reserve]
         if len(short) < len(prefills):
             rest = self._starts.admit(

@@ -15,9 +15,11 @@ import torch
 from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
 from chunkllama.engine.core import EngineCore
+from chunkllama.engine.grammar import GrammarCompiler
 from chunkllama.messages import EngineRequest
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.sampling_params import SamplingParams
+from chunkllama.text.tokenizer import Tokenizer, load_tokenizer
 
 MakeCore = Callable[..., EngineCore]
 
@@ -27,6 +29,17 @@ TIE = 1e-4  # logits closer than this may swap between two orders of summation
 @pytest.fixture(scope="session")
 def demo_path() -> Path:
     return resolve_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_path: Path) -> Tokenizer:
+    return load_tokenizer(demo_path)
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
+    """Compiler of grammars for the demo model, whose end-of-sequence token is 2."""
+    return GrammarCompiler(tokenizer.to_json(), 49152, [2])
 
 
 @pytest.fixture(scope="session")

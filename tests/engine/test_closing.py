@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 
 import jsonschema_rs
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from chunkllama.engine.closing import ClosingMatcher, EndTokens
 from chunkllama.engine.grammar import JSON_WHITESPACE, GrammarCompiler, Matcher
 from chunkllama.sampling_params import GrammarSpec, ThinkingSpec
-from chunkllama.text.tokenizer import Tokenizer, load_tokenizer
+from chunkllama.text.tokenizer import Tokenizer
 
 VOCAB, EOS = 49152, 2
 TEXT = {"type": "string", "maxLength": 64}
@@ -41,16 +40,6 @@ LARK = 'start: "<tool_call>" object "</tool_call>"\nobject: %json ' + json.dumps
     {**SCHEMA, "x-guidance": JSON_WHITESPACE}
 )
 CALL = GrammarSpec(kind="lark", text=LARK, has_calls=True)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo_path: Path) -> Tokenizer:
-    return load_tokenizer(demo_path)
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer.to_json(), VOCAB, [EOS])
 
 
 def allowed(matcher: Matcher) -> NDArray[np.int32]:

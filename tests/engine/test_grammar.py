@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from chunkllama.engine.grammar import GrammarCompiler, Matcher, is_gbnf
 from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec, ThinkingSpec
-from chunkllama.text.tokenizer import Tokenizer, load_tokenizer
+from chunkllama.text.tokenizer import Tokenizer
 
 VOCAB, EOS = 49152, 2
 SCHEMA = {
@@ -24,16 +23,6 @@ SCHEMA = {
 
 def spec(kind: str, text: object = "") -> GrammarSpec:
     return GrammarSpec(kind=kind, text=text if isinstance(text, str) else json.dumps(text))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo_path: Path) -> Tokenizer:
-    return load_tokenizer(demo_path)
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer.to_json(), VOCAB, [EOS])
 
 
 def allowed(matcher: Matcher) -> set[int]:

@@ -10,10 +10,8 @@ import jsonschema_rs
 import numpy as np
 import pytest
 
-from chunkllama.engine.grammar import GrammarCompiler
 from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec
-from chunkllama.text.tokenizer import load_tokenizer
 from chunkllama_server.api.common.schema_bounds import bound_grammar
 from chunkllama_server.api.common.schema_levels import prepare_schema
 from chunkllama_server.transport.errors import ApiError
@@ -98,16 +96,6 @@ class Writer:
         beside = [{}, {"description": "d"}, {"required": ["a"]}, {"properties": {"b": {}}}]
         name = self._random.choice("AB")
         return {"$ref": f"#/$defs/{name}", **self._random.choice(beside)}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo_path):
-    return load_tokenizer(demo_path)
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer):
-    return GrammarCompiler(tokenizer.to_json(), VOCAB, [EOS])
 
 
 def walk(matcher, tokenizer, rng) -> str | None:

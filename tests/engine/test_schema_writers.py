@@ -24,9 +24,7 @@ from mask_draws import draw
 from pydantic import BaseModel, Field, HttpUrl
 
 from chunkllama import LLM, SamplingParams
-from chunkllama.engine.grammar import GrammarCompiler
 from chunkllama.sampling_params import GrammarSpec
-from chunkllama.text.tokenizer import load_tokenizer
 from chunkllama_server.api.common.schema_bounds import bound_grammar
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.tools.call_format import CallFormat
@@ -137,16 +135,6 @@ def as_libraries_check(node: Any) -> Any:
 def known_to_python(parameters: dict[str, Any]) -> dict[str, Any]:
     """The properties of a function of Python; none for one of JavaScript."""
     return {} if "$schema" in parameters else parameters["properties"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo_path: Path):
-    return load_tokenizer(demo_path)
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer):
-    return GrammarCompiler(tokenizer.to_json(), VOCAB, [EOS])
 
 
 def walk(matcher, tokenizer, seed: int, begin: str = "") -> str:

@@ -70,7 +70,7 @@ def test_the_first_token_beside_a_flood(flood: tuple[int, int, int], ratio: floa
     ("flood", "slowdown", "seconds", "ratio"),
     [
         ((200, 100, 60), 0, 0, 12.27),
-        ((200, 100, 60), 1.5, 0.1, 3.27),
+        ((200, 100, 60), 1.5, 0.1, 3.12),
         ((20, 3000, 4), 0, 0, 12.91),
         ((20, 3000, 4), 1.5, 0.1, 3.13),
     ],

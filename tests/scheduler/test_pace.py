@@ -202,7 +202,7 @@ def test_a_server_with_one_tenant_is_left_alone(tenant: str) -> None:
 @pytest.mark.parametrize("has_tenants", [True, False])
 @pytest.mark.parametrize(
     ("token", "seconds", "tokens"),
-    [(0.001, 0.1, 85), (0.001, 0.0, 128), (0.0001, 0.1, 128), (0.01, 0.1, 16), (0.001, 0.01, 74)],
+    [(0.001, 0.1, 85), (0.001, 0.0, 128), (0.0001, 0.1, 128), (0.01, 0.1, 48), (0.001, 0.01, 74)],
 )
 def test_prompts_of_a_step_are_cut_where_it_takes_long(
     token: float, seconds: float, tokens: int, has_tenants: bool
@@ -287,7 +287,7 @@ def test_short_prompts_leave_half_of_a_cut_step_to_a_long_one(has_tenants: bool)
             steps.add(f"t{number % 16}", 24, 1)
         steps.run(1)
         if "a" in steps.tokens[-1]:  # at most every second step is for others' first tokens alone
-            assert steps.tokens[-1]["a"] >= 20  # of about 50
+            assert steps.tokens[-1]["a"] >= 16
     last = steps.tokens[-30:]
     assert max(steps.seconds[-30:]) <= 0.12
     assert sum("a" in tokens for tokens in last) >= 15
