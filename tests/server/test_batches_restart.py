@@ -147,6 +147,7 @@ def test_500_requests_over_16_prefixes(server: TinyServer) -> None:
         check_sharing(server, before, batch, rows)
 
 
+@pytest.mark.nightly
 def test_a_killed_server_answers_every_line_once(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "model"
     copy.mkdir()

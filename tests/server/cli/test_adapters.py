@@ -68,6 +68,7 @@ def test_adapters_are_models_loaded_and_unloaded_over_http(server, folders) -> N
     assert gone.status_code == 404 and gone.json()["error"]["code"] == "model_not_found"
 
 
+@pytest.mark.nightly
 def test_a_request_with_an_adapter_is_continued_after_a_crash(server, folders) -> None:
     change(server, "load", lora_name="late", lora_path=str(folders(3))).raise_for_status()
     fields = {"temperature": 0, "max_tokens": 600, "ignore_eos": True}

@@ -65,7 +65,7 @@ def outputs(server, prompts: list[str]) -> list[tuple[str, str]]:
     return told
 
 
-@pytest.mark.parametrize("kind", ["server", "shared"])
+@pytest.mark.parametrize("kind", [pytest.param("server", marks=pytest.mark.nightly), "shared"])
 def test_no_output_holds_another_keys_tokens(kind, request) -> None:
     server = request.getfixturevalue(kind)
     cuts = (1, 30, 63, 64, 65, 127, 128, 140)

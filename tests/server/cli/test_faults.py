@@ -189,6 +189,7 @@ def test_f09_one_request_id_many_times(served) -> None:
     idle(served)
 
 
+@pytest.mark.nightly
 def test_f13_a_request_that_kills_the_engine(start, tmp_path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
@@ -254,6 +255,7 @@ def test_f15_nothing_is_left_when_the_server_is_killed(start_stopping, tmp_path,
         again.listen()
 
 
+@pytest.mark.nightly
 def test_f16_a_pool_smaller_than_its_load(small_pool) -> None:
     server = small_pool
     # many short answers, after which the scheduler expects short ones and admits too many
@@ -298,6 +300,7 @@ def test_f18_more_than_the_queue_takes(start) -> None:
     assert server.chat(max_tokens=2).status_code == 200
 
 
+@pytest.mark.nightly
 def test_f19_deadlines(start) -> None:
     server = start("--queue-timeout-seconds", 0.1, "--engine-hang-seconds", 3600)
     with suspended(server):

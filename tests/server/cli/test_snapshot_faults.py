@@ -156,6 +156,7 @@ def test_f25_a_kill_while_a_snapshot_is_written(start, tmp_path, kept) -> None:
         assert served.stop() == 0
 
 
+@pytest.mark.nightly
 def test_f26_two_servers_on_one_folder(start, tmp_path) -> None:
     snapshot = tmp_path / "snapshot.ckpack"
     first = start("--snapshot-dir", tmp_path, "--snapshot-seconds", 0)

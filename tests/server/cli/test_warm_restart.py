@@ -55,6 +55,7 @@ def has_loaded(served) -> bool:
     return "pack snapshot.ckpack:" in served.log.read_text()
 
 
+@pytest.mark.nightly
 def test_the_cache_outlives_a_kill_a_crash_and_a_drain(begin, tmp_path) -> None:
     kept = tmp_path / "kept"
     snapshot = kept / "snapshot.ckpack"
