@@ -101,6 +101,7 @@ def test_a_live_stream_finishes_while_new_work_is_refused(start_stopping):
     assert not psutil.pid_exists(child.pid)
 
 
+@pytest.mark.nightly
 def test_a_stream_beyond_the_drain_limit_ends_with_an_error_event(start_stopping):
     server = start_stopping("--drain-seconds", 0.3)
     engine = psutil.Process(server.process.pid).children()[0]

@@ -94,6 +94,7 @@ def wait_for(admin: httpx.Client, names: set[str]) -> dict[str, dict]:
     raise AssertionError(answer.text)
 
 
+@pytest.mark.nightly
 def test_a_server_starts_warm_for_those_who_may_read_a_pack(
     chunkllama, build, start, folder, tiny_model, tmp_path, key_pair
 ) -> None:
