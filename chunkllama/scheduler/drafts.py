@@ -9,11 +9,13 @@ that count, and the next rows overwrite them.
 A row of a guess is worth its chance of being kept and costs what such rows have cost in steps like
 this one (``step_cost.py``). The step takes the guesses with the best chances, as many as give the
 most tokens per second; none if that is not ``MIN_GAIN`` better than a plain step. A step that
-computes prompts has none.
+computes prompts has none. Beside other tenants' rows, guesses lengthen a step at most to
+``max_tenant_slowdown`` times a plain one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -85,8 +87,16 @@ class Drafts:
         if self.may_pay:
             each = min(MAX_DRAFT, max(most // count, 1))
             drafted = [s for s in scheduled if self._look(s, each, count)]
-            total = self._choose(drafted, count, most)
+            total = self._choose(drafted, count, most, self._longest(scheduled))
         self._shape = count, total
+
+    def _longest(self, scheduled: list[Sequence]) -> float:
+        """Return the longest time that the step may take, relative to one without guesses."""
+        slowdown = self._limits.max_tenant_slowdown
+        if self._limits.policy != "fair" or slowdown == 0.0:
+            return math.inf
+        tenants = {s.group.request.tenant for s in scheduled}
+        return slowdown if len(tenants) > 1 else math.inf
 
     def end_step(self) -> None:
         """Take in the time of the step in flight."""
@@ -179,7 +189,7 @@ class Drafts:
 
     # -- chances ----------------------------------------------------------------------------
 
-    def _choose(self, drafted: list[Sequence], count: int, most: int) -> int:
+    def _choose(self, drafted: list[Sequence], count: int, most: int, longest: float) -> int:
         """Keep the guesses that give the most tokens per second; returns how many.
 
         The chance of a guess includes that of those before it, so the best ones are always the
@@ -192,7 +202,10 @@ class Drafts:
         gained, best, kept = 0.0, MIN_GAIN * count, 0
         for number, (chance, _) in enumerate(rows[:most], 1):
             gained += chance
-            speed = (count + gained) / self._cost.seconds(count, number)
+            seconds = self._cost.seconds(count, number)
+            if seconds > longest:
+                break
+            speed = (count + gained) / seconds
             if speed > best:
                 best, kept = speed, number
         for at, sequence in enumerate(drafted):

@@ -4,7 +4,8 @@ A step takes as long as all of its rows and prompt tokens together, so 63 choice
 of one tenant slow everybody's next token. A tenant's *share* of a step is the lower median of what
 the tenants with running work want to compute in it, by weight, the one that wants most left out.
 Sequences in the background do not count. A tenant that wants more than ``LIKE`` shares, those
-included, is *heavy* and pays for its tokens with a credit in seconds:
+included, is *heavy* and pays with a credit in seconds for its tokens, or for those in the
+background alone if the others are at most ``LIKE`` shares:
 
     each step adds         (slowdown - 1) * (seconds of a step without it),
                            or the price of its share if that is more
@@ -24,12 +25,14 @@ cost little, as on a GPU, the credit pays for all of them.
 
 A first token waits for the step in progress, and so does the next token of each stream. So the
 prompts of every step are cut where it would take longer than ``max_step_seconds``, or than
-``WEIGHTS_SHARE`` steps of one token, which mostly read the weights.
+``WEIGHTS_SHARE`` steps of one token, which mostly read the weights. Prompts in the background have
+``BACKGROUND_SHARE`` of that time: they compute in the gaps, where the next first token waits for
+them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Final
 
 from chunkllama.scheduler.limits import SchedulerLimits
@@ -46,6 +49,7 @@ SHORT: Final = 32  # tokens that it reserves in any case, unless that is more th
 PATIENCE: Final = 4  # steps whose credit a tenant may save
 MOST_DEBT: Final = 12  # steps after which a debt is paid, however large it was
 WEIGHTS_SHARE: Final = 8  # steps of one token that a step with prompts may take in any case
+BACKGROUND_SHARE: Final = 0.5  # of those times, where all prompts are in the background
 _SPENT: Final = 0.8  # of the slowdown allowed; the rest is for what steps do not measure
 _NEW_STARTS: Final = 4  # a heavy tenant leaves 1 / _NEW_STARTS of its tokens to waiting requests
 _FREE: Final = 1e-4  # the least part of a step that a token counts for
@@ -96,9 +100,11 @@ class Pace:
         self._light_seconds = 0.0
         self._usual_price: float | None = None  # the last one measured
         self._wanted: dict[str, int] = {}
+        self._free: Container[str] = ()  # tenants with a limit for background sequences alone
         self._left: dict[str, int] = {}  # tokens of new sequences, by tenant with a limit
         self._parts: dict[Sequence, int] = {}  # tokens of running sequences of those tenants
         self._tokens: dict[str, int] = {}  # by tenant, in the step in flight
+        self._num_free_tokens = 0  # in it, of sequences without a limit of tenants with one
 
     # -- before a step ----------------------------------------------------------------------
 
@@ -120,43 +126,51 @@ class Pace:
         Beside its decodes it has at least what is reserved for short prompts and ``LEAST``.
         """
         running = self._lifecycle.running.by_age
-        num_decodes = sum(s.num_remaining_tokens == 1 for s in running)
-        if num_decodes == len(running) and not len(self._lifecycle.waiting):
+        prompts = [s for s in running if s.num_remaining_tokens != 1]
+        num_decodes = len(running) - len(prompts)
+        if not prompts and not len(self._lifecycle.waiting):
             return
         seconds = max(self._step_seconds, WEIGHTS_SHARE * self._times.seconds(1))
-        most = self._times.most(seconds, self._largest)
         least = num_decodes + min(SHORT, self._largest // SHORT_SHARE) + LEAST
+        if prompts and all(s.is_background for s in prompts):
+            seconds, least = BACKGROUND_SHARE * seconds, num_decodes + LEAST
+        most = self._times.most(seconds, self._largest)
         self._budget = min(max(most, least), self._largest)
 
     def _limit_heavy(self) -> None:
         """Limit the heavy tenants of this step."""
-        wanted, levels = self._tokens_wanted()
+        wanted, foreground = self._tokens_wanted()
+        weights = {tenant: self._lifecycle.accounts[tenant].weight for tenant in foreground}
+        levels = sorted(count / weights[tenant] for tenant, count in foreground.items())
         if not levels:
             return
         self._wanted = wanted
         self._num_paced += 1
         self._level = levels[max(len(levels) - 2, 0) // 2]  # the highest is not among the others
-        heavy = {}
-        if levels[-1] > self._level or len(levels) < len(wanted):
-            heavy = {t: n for t, n in wanted.items() if n > LIKE * self._share(t)}
-        light = min(sum(wanted.values()) - sum(heavy.values()), self._budget)
+        others = wanted if len(wanted) > 1 else {}
+        heavy = {t: n for t, n in others.items() if n > LIKE * self._share(t)}
+        free = {t: n for t in heavy if (n := foreground.get(t, 0)) <= LIKE * self._share(t)}
+        light = sum(wanted.values()) - sum(heavy.values()) + sum(free.values())
+        light = min(light, self._budget)
         self._light_seconds = self._times.seconds(light)
         is_due = bool(heavy) and self._times.is_due(light, self._num_paced)
-        limits = {t: 0 if is_due else self._affordable(t, n) for t, n in heavy.items()}
-        self._limit({t: most for t, most in limits.items() if most < wanted[t]})
+        paid = {t: n - free.get(t, 0) for t, n in heavy.items()}
+        limits = {t: 0 if is_due else self._affordable(t, n) for t, n in paid.items()}
+        self._free = free.keys()
+        self._limit({t: most for t, most in limits.items() if most < paid[t]})
 
     def lift(self) -> bool:
         """Take the limits back; tells whether there were any."""
         was_limited = bool(self._left)
         self._level = 0.0
-        self._wanted, self._left, self._parts = {}, {}, {}
+        self._wanted, self._free, self._left, self._parts = {}, (), {}, {}
         return was_limited
 
-    def _tokens_wanted(self) -> tuple[dict[str, int], list[float]]:
+    def _tokens_wanted(self) -> tuple[dict[str, int], dict[str, int]]:
         """Count the tokens that tenants with running work could compute in this step.
 
         Returns:
-            The tokens by tenant; without sequences in the background by weight, ascending.
+            The tokens by tenant, and those of sequences that are not in the background, if any.
         """
         lifecycle, budget = self._lifecycle, self._budget
         wanted: dict[str, int] = {}
@@ -168,7 +182,7 @@ class Pace:
                 wanted[tenant] = wanted.get(tenant, 0) + count
                 if sequence.is_background:
                     background[tenant] = background.get(tenant, 0) + count
-        levels = []
+        foreground = {}
         has_slots = lifecycle.running.num_free_slots > 0
         for tenant, count in wanted.items():
             behind = background.get(tenant, 0)
@@ -180,10 +194,8 @@ class Pace:
                     behind += waiting * oldest.is_background
             wanted[tenant] = min(count, budget)
             if count > behind:
-                weight = lifecycle.accounts[tenant].weight
-                levels.append(min(count - behind, budget) / weight)
-        levels.sort()
-        return wanted, levels
+                foreground[tenant] = min(count - behind, budget)
+        return wanted, foreground
 
     def _share(self, tenant: str) -> int:
         return max(round(self._level * self._lifecycle.accounts[tenant].weight), 1)
@@ -224,7 +236,8 @@ class Pace:
             kept = left // _NEW_STARTS if lifecycle.waiting.num_ready(tenant) else 0
             awaited = lifecycle.waiting.awaited_nodes(other_than=tenant)
             for sequence in turn:
-                if awaited and sequence.chunks and not awaited.isdisjoint(sequence.chunks.path):
+                is_awaited = sequence.chunks and not awaited.isdisjoint(sequence.chunks.path)
+                if is_awaited or self._is_free(sequence):
                     self._parts[sequence] = sequence.num_remaining_tokens
                     continue
                 self._parts[sequence] = part = min(sequence.num_remaining_tokens, left - kept)
@@ -252,10 +265,11 @@ class Pace:
         full = self._largest // SHORT_SHARE
         return max(self._budget // SHORT_SHARE, min(SHORT, full), 1)
 
-    def may_start(self, tenant: str) -> bool:
-        """Tell whether a waiting request of the tenant may have a token of the step."""
-        if not self._level:
+    def may_start(self, sequence: Sequence) -> bool:
+        """Tell whether a waiting sequence may have a token of the step."""
+        if not self._level or self._is_free(sequence):
             return True
+        tenant = sequence.group.request.tenant
         if tenant not in self._left and tenant not in self._wanted:
             count = max(self._affordable(tenant, NO_LIMIT), LIKE * self._share(tenant))
             self._left[tenant] = count
@@ -263,7 +277,7 @@ class Pace:
 
     def most(self, sequence: Sequence) -> int:
         """Return the tokens that the sequence may have."""
-        if not self._left:
+        if not self._left or self._is_free(sequence):
             return NO_LIMIT
         part = self._parts.get(sequence)
         return self._left.get(sequence.group.request.tenant, NO_LIMIT) if part is None else part
@@ -271,8 +285,11 @@ class Pace:
     def take(self, sequence: Sequence, count: int) -> None:
         """Note that the sequence has ``count`` tokens of the step."""
         tenant = sequence.group.request.tenant
-        if tenant in self._left and sequence not in self._parts:
+        if tenant in self._left and sequence not in self._parts and not self._is_free(sequence):
             self._left[tenant] -= count
+
+    def _is_free(self, sequence: Sequence) -> bool:
+        return not sequence.is_background and sequence.group.request.tenant in self._free
 
     # -- after it ---------------------------------------------------------------------------
 
@@ -282,29 +299,34 @@ class Pace:
         A step of such rows alone runs no model, and its time says nothing about others.
         """
         tokens: dict[str, int] = {}
-        self._tokens = tokens
+        self._tokens, self._num_free_tokens = tokens, 0
         for sequence in scheduled:
             tenant = sequence.group.request.tenant
             count = sequence.num_scheduled + len(sequence.draft.token_ids)
-            tokens[tenant] = tokens.get(tenant, 0) + count
+            if self._is_free(sequence):
+                self._num_free_tokens += count
+            else:
+                tokens[tenant] = tokens.get(tenant, 0) + count
         for sequence in awaiting if scheduled else ():
             tenant = sequence.group.request.tenant
             tokens[tenant] = tokens.get(tenant, 0) + 1
 
     def end_step(self) -> None:
         """Take in the time of the step in flight."""
-        tokens = self._tokens
-        if not tokens or (seconds := self._clock() - self._started) <= 0.0:
+        tokens, light = self._tokens, self._num_free_tokens
+        if not (tokens or light) or (seconds := self._clock() - self._started) <= 0.0:
             return
+        light += sum(tokens.values())
         heavy = {
             tenant: count
             for tenant, count in tokens.items()
             if self._level and count > LIKE * self._share(tenant)
         }
-        light = sum(tokens.values()) - sum(heavy.values())
-        if not heavy or not light:
-            self._times.add(sum(tokens.values()), seconds)
+        charged = sum(heavy.values())
+        if light == charged or not charged:
+            self._times.add(light, seconds)
             return
+        light -= charged
         excess = max(seconds - self._times.seconds(light), 0.0)
         costs = {tenant: count * self._price(tenant) for tenant, count in heavy.items()}
         whole = sum(costs.values())

@@ -11,7 +11,7 @@ search lacks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from chunkllama.cache.adapter_tags import AdapterUse
@@ -36,7 +36,7 @@ from chunkllama.scheduler.intake import check_places, make_group
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.memory_pressure import grow_tails, preemption_victim
 from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
-from chunkllama.scheduler.pace import Pace
+from chunkllama.scheduler.pace import LEAST, Pace
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.samples import use_sample
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
@@ -189,8 +189,15 @@ class Scheduler:
             if self._starts.admit(budget, foreground=True) < before:
                 self._num_paused += 1
                 return
+        budget = self._take_decodes(budget)
+        if paused and self._num_paused == MAX_PAUSED:  # their turn, to a part of the step
+            part = min(max(budget // (MAX_PAUSED + 1), LEAST), budget)
+            turn = self._find_prefills(s for s in self._running.by_age if s in paused)
+            budget -= part - self._take_slices(turn, part)
+            budget = self._schedule_prefills(budget, paused=paused)
+            budget = self._starts.admit(budget, foreground=True)
         self._num_paused = 0
-        self._starts.admit(self._schedule_prefills(self._take_decodes(budget)))
+        self._starts.admit(self._schedule_prefills(budget))
 
     def _may_pause(self) -> frozenset[Sequence]:
         """Find the background sequences that compute nothing which others wait for."""
@@ -213,14 +220,10 @@ class Scheduler:
             but: a tenant whose sequences are left out.
             paused: sequences that are left out.
         """
-        for sequence in self._running.by_age:
-            if (
-                sequence.num_remaining_tokens == 1
-                and sequence not in paused
-                and not sequence.num_scheduled
-                and self._pace.most(sequence)
-                and sequence.group.request.tenant != but
-            ):
+        rows = (s for s in self._running.by_age if s.num_remaining_tokens == 1)
+        for sequence in rows:
+            is_left_out = sequence in paused or sequence.group.request.tenant == but
+            if not (is_left_out or sequence.num_scheduled) and self._pace.most(sequence):
                 self._take(sequence, 1)
                 budget -= 1
         return budget
@@ -231,11 +234,7 @@ class Scheduler:
         A part of the step is reserved for prompts that fit in it, running or new. The rest goes to
         long prompts in fair order.
         """
-        prefills = [
-            s
-            for s in self._running.by_age
-            if s.num_remaining_tokens > 1 and s not in paused and self._pace.most(s)
-        ]
+        prefills = self._find_prefills(s for s in self._running.by_age if s not in paused)
         if len(prefills) > 1 and self._limits.policy == "fair":
             clocks = self._starts.clocks()
             prefills.sort(key=lambda s: (clocks[s.group.request.tenant], s.age))
@@ -248,6 +247,11 @@ class Scheduler:
             budget -= reserve - rest
             prefills = [s for s in prefills if not s.num_scheduled]
         return self._take_slices(prefills, budget)
+
+    def _find_prefills(self, among: Iterable[Sequence]) -> list[Sequence]:
+        """Find the prompts that may have a slice of this step and have none yet."""
+        prefills = (s for s in among if s.num_remaining_tokens > 1 and not s.num_scheduled)
+        return [s for s in prefills if self._pace.most(s)]
 
     def _take_slices(self, prefills: list[Sequence], budget: int) -> int:
         for sequence in prefills:

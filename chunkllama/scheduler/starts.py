@@ -89,7 +89,7 @@ class Starts:
             is_left_out = (foreground and gives_way) or (
                 only is not None and not only.may_start(tenant, self.clocks())
             )
-            may_run = lifecycle.may_run(sequence) and self._pace.may_start(tenant)
+            may_run = lifecycle.may_run(sequence) and self._pace.may_start(sequence)
             if is_left_out or not may_run:
                 waiting.block(sequence)
                 continue

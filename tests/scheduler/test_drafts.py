@@ -172,3 +172,24 @@ def test_rows_of_guesses_are_charged_to_their_tenant() -> None:
     wrong = stats.draft_tokens_total - stats.accepted_draft_tokens_total
     assert wrong > 0, "else this shows nothing"
     assert stats.tenants["A"].decoded_tokens == 29 + wrong
+
+
+@pytest.mark.parametrize(("tenants", "is_bounded"), [("aa", False), ("ab", True)])
+def test_guesses_lengthen_the_steps_of_other_tenants_within_the_bound(
+    tenants: str, is_bounded: bool
+) -> None:
+    """Rows cost a tenth of a step, and nearly all guesses are right."""
+    engine = SimulatedEngine(
+        400, 16, vocab_size=2, check=False, speculates=True, max_tenant_slowdown=1.5
+    )
+    rows: list[int] = []
+
+    def seconds(count: int) -> float:
+        rows.append(count)
+        return 0.1 + 0.01 * count
+
+    timed(engine, seconds)
+    for tenant in tenants:
+        engine.add([0, 1, 0, 1, 0, 1], 400, tenant=tenant)
+    engine.run()
+    assert (max(rows[20:]) <= 2 + 6) == is_bounded

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from chunkllama.errors import ConfigError
+from chunkllama.messages import BACKGROUND_PRIORITY
 from chunkllama.scheduler.output import SchedulerOutput
 from chunkllama.scheduler.pace import LEAST, MOST_DEBT, PATIENCE
 from chunkllama.simulation.cost_model import StepCost
@@ -240,6 +241,60 @@ def test_what_rows_cost_is_measured() -> None:
     usual = min(steps.seconds[-50:])
     assert 1.3 <= sum(steps.seconds[begin:]) / 300 / usual <= 1.5
     assert steps.total("a", begin) > 150
+
+
+@pytest.mark.parametrize(("num_streams", "slowdown"), [(1, 1.5), (16, 1.7)])
+def test_rows_in_the_background_beside_streams_of_their_tenant(
+    num_streams: int, slowdown: float
+) -> None:
+    """The tenant's chats have as many tokens as another's; its batch pays for what it adds."""
+    steps = Steps(max_tenant_slowdown=1.5)
+    for tenant in "a", "b":
+        for _ in range(num_streams):
+            steps.add(tenant)
+    steps.run(10)
+    begun = steps.total("a", 0)
+    for _ in range(30):
+        steps.add("a", 3, priority=BACKGROUND_PRIORITY)
+    steps.run(200)
+    assert steps.slowdown(10) <= slowdown
+    assert all(each["b"] == num_streams for each in steps.tokens[10:])
+    assert all(each["a"] >= num_streams for each in steps.tokens[10:])
+    assert steps.total("a", 0) - begun - 200 * num_streams > 200
+
+
+def test_a_stream_of_a_tenant_starts_beside_its_rows_in_the_background() -> None:
+    steps = beside_one_stream(1.5)
+    for _ in range(20):
+        steps.add("a", 3, priority=BACKGROUND_PRIORITY)
+    steps.run(40)
+    name = steps.add("a", 2)
+    steps.run(3)
+    assert len(steps.engine.outputs[name, 0]) == 3
+
+
+def test_streams_beside_batches_of_all_tenants_pay_for_none() -> None:
+    """No step computes all rows because a step without the batches is to be measured."""
+    steps = Steps(max_tenant_slowdown=1.5)
+    steps.add("a")
+    steps.run(10)
+    for tenant in "aabb":
+        for _ in range(7):
+            steps.add(tenant, 3, priority=BACKGROUND_PRIORITY)
+    steps.run(300)
+    assert all(each["a"] >= 1 for each in steps.tokens[10:])
+    part = steps.seconds[20:]
+    assert sum(part) / len(part) <= 2.0 * steps.seconds[9], "each batch adds half of a step"
+    assert steps.total("b", 10) > 200
+
+
+def test_prompts_in_the_background_have_half_of_a_step() -> None:
+    steps = Steps(max_step_seconds=0.1)
+    steps.add("a", 20, 5)
+    steps.run(5)
+    steps.add("a", 3000, 1, priority=BACKGROUND_PRIORITY)
+    steps.run(12)
+    assert steps.tokens[-1] == {"a": 36}
 
 
 @pytest.mark.parametrize("token", [0.0001, 0.001, 0.5])
