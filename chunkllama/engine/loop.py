@@ -15,6 +15,7 @@ from chunkllama.cache_messages import (
 )
 from chunkllama.engine.core import EngineCore
 from chunkllama.errors import InvalidRequestError, OverloadedError
+from chunkllama.logger import init_logger
 from chunkllama.messages import (
     AbortRequest,
     EngineErrorInfo,
@@ -28,6 +29,8 @@ from chunkllama.messages import (
     TokenDelta,
 )
 from chunkllama.tenant_limits import TenantTable
+
+logger = init_logger(__name__)
 
 
 class EngineChannel(Protocol):
@@ -80,6 +83,9 @@ def _add(core: EngineCore, request: EngineRequest) -> list[FromEngine]:
             code="engine_overloaded",
             retry_after=error.retry_after,
         )
+    except Exception:  # a bug; other requests are not to end with this one
+        logger.exception("request %s cannot be queued", request.request_id)
+        info = EngineErrorInfo(kind="failed", message="the request cannot be queued")
     else:
         return []
     return [TokenDelta(request_id=request.request_id, choices=[], error=info)]

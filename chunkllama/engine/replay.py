@@ -6,14 +6,12 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import msgspec
 
 from chunkllama.cache_messages import EndedPin
 from chunkllama.errors import EngineDeadError
 from chunkllama.messages import AbortRequest, EngineRequest, ToEngine, TokenDelta
-from chunkllama.sampling_params import SamplingParams
 
 
 @dataclass(slots=True)
@@ -166,70 +164,3 @@ def is_pin_of(pin: EndedPin, namespace: str, adapter: str, prompt: Sequence[int]
         and pin.namespace in ("", namespace)
         and list(prompt[:shorter]) == pin.token_ids[:shorter]
     )
-
-
-class PinRecord(NamedTuple):
-    """What pins a prompt again.
-
-    Attributes:
-        until: when the pin ends, by the clock of ``PinRecords``.
-        prompt_token_ids: the pinned part of the prompt; with an adapter the prompt as a whole, as
-            tokens behind the pinned part may decide from where on the adapter is active.
-    """
-
-    until: float
-    prompt_token_ids: list[int]
-
-
-class PinRecords:
-    """Prompts pinned by requests that have ended; another engine process pins them again."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._pins: dict[tuple[str, str, str, tuple[int, ...]], PinRecord] = {}
-
-    def add(self, state: ReplayState) -> None:
-        """Keep the pin of a request that ends, if it has one."""
-        seconds = state.pin_seconds_left()
-        if seconds <= 0 or state.first is None:
-            return
-        now = self._clock()
-        self._pins = {key: pin for key, pin in self._pins.items() if pin.until > now}
-        request = state.request
-        pinned = request.prompt_token_ids[: request.cache_until]
-        if not pinned:
-            return
-        key = (request.namespace, request.tenant, request.adapter, tuple(pinned))
-        until = now + seconds
-        if key in self._pins:
-            until = max(until, self._pins[key].until)
-        self._pins[key] = PinRecord(until, request.prompt_token_ids if request.adapter else pinned)
-
-    def remove(self, pin: EndedPin) -> None:
-        """Remove what an operator has ended."""
-        self._pins = {
-            (namespace, tenant, adapter, prompt): record
-            for (namespace, tenant, adapter, prompt), record in self._pins.items()
-            if tenant != pin.tenant or not is_pin_of(pin, namespace, adapter, prompt)
-        }
-
-    def requests(self) -> list[EngineRequest]:
-        """Requests that pin what has not expired, for the rest of its time."""
-        now = self._clock()
-        return [
-            EngineRequest(
-                request_id=f"restore-pin-{number}",
-                prompt_token_ids=record.prompt_token_ids,
-                cache_until=len(pinned),
-                sampling=SamplingParams(temperature=0.0, max_tokens=1, seed=0),
-                namespace=namespace,
-                tenant=tenant,
-                pin_seconds=record.until - now,
-                is_replay=True,
-                adapter=adapter,
-            )
-            for number, ((namespace, tenant, adapter, pinned), record) in enumerate(
-                self._pins.items()
-            )
-            if record.until > now
-        ]

@@ -21,8 +21,9 @@ from collections.abc import Callable
 from chunkllama.adapter_messages import AdapterInfo, LoadAdapter, UnloadAdapter
 from chunkllama.config import EngineConfig
 from chunkllama.engine.client import MessageClient, seed_source
+from chunkllama.engine.pin_records import PinRecords
 from chunkllama.engine.process import EngineProcess
-from chunkllama.engine.replay import PinRecords, Stream
+from chunkllama.engine.replay import Stream
 from chunkllama.errors import ChunkLlamaError, ConfigError, EngineDeadError
 from chunkllama.logger import init_logger
 from chunkllama.messages import (
@@ -77,7 +78,7 @@ class SupervisedEngineClient(MessageClient):
         self._spare: asyncio.Task[Started] | None = None
         self._is_up = True
         self._barren: deque[float] = deque()
-        self._pins = PinRecords()
+        self._pins = PinRecords(config.cache.chunk_size)
         self._trial: Stream | None = None
         self._restores_pins: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -184,7 +185,11 @@ class SupervisedEngineClient(MessageClient):
                 self._process.close()
                 return
             self._went_down(reason)
-            started = await self._restart()
+            try:
+                started = await self._restart()
+            except Exception:  # a bug; without this the streams would wait for ever
+                logger.exception("the engine process cannot be restarted")
+                started = None
             if started is None:
                 self._fail_all(EngineDeadError("the engine process has ended too often"))
                 self.on_death()
@@ -272,7 +277,7 @@ class SupervisedEngineClient(MessageClient):
             return None
         try:
             process, first = await spare
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:
             logger.error("the standby process did not start: %s", error)
             return None
         if process.child.poll() is None:
@@ -289,7 +294,7 @@ class SupervisedEngineClient(MessageClient):
                 started = await self._take_spare() or await self._start_process()
                 await self._restore_adapters(started[0])
                 return started
-            except ConfigError as error:
+            except (ConfigError, OSError) as error:  # OSError: no descriptor, no process
                 logger.error("the engine process cannot be restarted: %s", error)
                 self._barren.append(time.monotonic())
         return None

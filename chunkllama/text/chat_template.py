@@ -35,6 +35,7 @@ from chunkllama.text.tokenizer import Tokenizer, encode_continuation, encode_ids
 RENDER_SECONDS = 1.0
 _WORK_CHARS = 1 << 26
 _OUTPUT_CHARS = 1 << 16
+MAX_TEMPLATE = 1 << 20  # characters; published ones have up to 20,000, and compiling takes time
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _PROBE = [{"role": "user", "content": "Hello"}]
@@ -339,18 +340,20 @@ def load_chat_template(
         origin = path / "tokenizer_config.json"
         source = read_json(origin).get("chat_template")
         if isinstance(source, list):
-            entries = [entry for entry in source if isinstance(entry, dict)]
-            source = {entry.get("name"): entry.get("template") for entry in entries}
+            named = [(e.get("name"), e.get("template")) for e in source if isinstance(e, dict)]
+            source = dict(named) if all(isinstance(name, str) for name, _ in named) else [None]
     if not source:
         return None
     texts = source.values() if isinstance(source, dict) else [source]
     if not all(isinstance(text, str) for text in texts):
         raise ConfigError(f"{origin}: chat_template must be text, or a list of named templates")
+    if (size := sum(map(len, texts))) > MAX_TEMPLATE:
+        raise ConfigError(f"{origin}: chat_template has {size:,} characters of {MAX_TEMPLATE:,}")
     if isinstance(source, dict) and "default" not in source:
         raise ConfigError(f"{origin}: chat_template has no entry named default")
     try:
         template = ChatTemplate(source, tokenizer)
-    except (jinja2.TemplateError, RecursionError) as error:
+    except Exception as error:  # also what Python's compiler says about the code made of it
         raise ConfigError(f"{origin}: the chat template does not compile: {error}") from error
     try:
         template.check()

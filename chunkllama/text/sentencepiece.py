@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from chunkllama.errors import ConfigError
 from chunkllama.text.llama_parts import SPIECE_SPACE, set_llama_parts, space_decoder
+from chunkllama.vocabulary import check_pieces
 
 # sentencepiece_model.proto: TrainerSpec.ModelType, SentencePiece.Type
 _BPE, _NORMAL, _CONTROL, _USER_DEFINED = 2, 1, 3, 4
@@ -135,6 +136,7 @@ def _read(path: Path) -> Any:
         raise ConfigError(
             f"{path} is not a sentencepiece BPE model, the only kind Llama models use"
         )
+    check_pieces((piece.piece for piece in proto.pieces), path)
     return proto
 
 

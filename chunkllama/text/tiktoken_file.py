@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from chunkllama.errors import ConfigError
 from chunkllama.text.byte_alphabet import CHAR_OF_BYTE
+from chunkllama.vocabulary import check_pieces
 
 _PATTERN: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -106,6 +107,7 @@ def _read(path: Path) -> list[bytes]:
         raise ConfigError(
             f"{path} is not a tiktoken file: {error}; download the file again"
         ) from error
+    check_pieces(tokens, path)
     if len(tokens) > _NUM_RANKED:
         raise ConfigError(
             f"{path}: a tiktoken file of {len(tokens):,} tokens, more than Llama 3's "

@@ -12,7 +12,8 @@ from adapter_files import write_adapter
 from chunkllama.adapter_messages import LoadAdapter
 from chunkllama.cache_messages import CacheCommand
 from chunkllama.engine.core import EngineCore
-from chunkllama.engine.replay import PinRecords, ReplayState
+from chunkllama.engine.pin_records import PinRecords
+from chunkllama.engine.replay import ReplayState
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
 
@@ -26,7 +27,7 @@ class Pinner:
 
     def __init__(self, core: EngineCore, model: Path, folder: Path) -> None:
         self.core = core
-        self.records = PinRecords()
+        self.records = PinRecords(64)
         for name, fields in (
             ("plain", {}),
             ("activated", {"alora_invocation_tokens": INVOCATION}),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from chunkllama.cache_messages import EndedPin
 from chunkllama.engine.journal import StepJournal
-from chunkllama.engine.replay import PinRecords, ReplayState
+from chunkllama.engine.pin_records import PinRecords
+from chunkllama.engine.replay import ReplayState
 from chunkllama.messages import (
     AbortRequest,
     ChoiceDelta,
@@ -25,11 +28,15 @@ class Clock:
 
 
 def state_of(
-    clock: Clock, pin_seconds: float = 0.0, adapter: str = "", **sampling: object
+    clock: Clock,
+    pin_seconds: float = 0.0,
+    adapter: str = "",
+    prompt_token_ids: Sequence[int] = (1, 2, 3, 4),
+    **sampling: object,
 ) -> ReplayState:
     request = EngineRequest(
         request_id="r",
-        prompt_token_ids=[1, 2, 3, 4],
+        prompt_token_ids=list(prompt_token_ids),
         sampling=SamplingParams(seed=5, **sampling),
         namespace="tenant",
         pin_seconds=pin_seconds,
@@ -129,7 +136,7 @@ def test_crashes_in_a_row_count_while_no_token_is_gained() -> None:
 
 def test_pins_of_ended_requests_are_kept_for_their_time() -> None:
     clock = Clock()
-    pins = PinRecords(clock)
+    pins = PinRecords(4, clock)
     for seconds, refused in ((50.0, False), (90.0, True), (0.0, False)):
         state = state_of(clock, pin_seconds=seconds)
         state.record(delta(choice(0, [7], "stop"), pin_refused=refused))
@@ -140,6 +147,43 @@ def test_pins_of_ended_requests_are_kept_for_their_time() -> None:
     assert restored.pin_seconds == 40.0
     clock.now += 41
     assert pins.requests() == []
+
+
+def pinned(pins: PinRecords, clock: Clock, prompt: list[int], seconds: float = 50.0) -> None:
+    """Let a request end that has pinned this prompt."""
+    state = state_of(clock, pin_seconds=seconds, prompt_token_ids=prompt)
+    state.record(delta(choice(0, [7], "stop")))
+    pins.add(state)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_pinned_prompts_that_end_in_one_chunk_the_longest_is_kept(order: int) -> None:
+    """One chunk of the pin budget pays for all of them."""
+    clock = Clock()
+    pins = PinRecords(4, clock)
+    prompt = list(range(16))
+    for length in [13, 14, 15, 16][::order]:
+        pinned(pins, clock, prompt[:length], seconds=float(length))
+    pinned(pins, clock, prompt[:13], seconds=90.0)
+    pinned(pins, clock, prompt[:12])  # ends in the chunk before
+    pinned(pins, clock, [*prompt[:14], 0])  # another chunk: it diverges
+    restored = {tuple(r.prompt_token_ids): r.pin_seconds for r in pins.requests()}
+    assert restored == {
+        tuple(prompt): 90.0, tuple(prompt[:12]): 50.0, (*prompt[:14], 0): 50.0
+    }  # fmt: skip
+    clock.now += 60
+    assert len(pins.requests()) == 1
+
+
+def test_records_of_pins_are_bounded() -> None:
+    """Those that end first are dropped; a prompt pinned again and again is one record."""
+    clock = Clock()
+    pins = PinRecords(4, clock, max_tokens=40)
+    for number in range(20):
+        pinned(pins, clock, [number] * 8, seconds=100.0 - number)
+        pinned(pins, clock, [0] * 8, seconds=200.0)
+    assert [r.prompt_token_ids[0] for r in pins.requests()] == [0, 1, 2, 3, 4]
+    assert len(pins._ends) <= 6
 
 
 def ended(*token_ids: int, **fields: object) -> EndedPin:
@@ -167,7 +211,7 @@ def ended(*token_ids: int, **fields: object) -> EndedPin:
 def test_a_pin_that_an_operator_has_ended_is_not_restored(pin: EndedPin, is_ended: bool) -> None:
     """Neither that of a request that has ended nor that of one which still runs."""
     clock = Clock()
-    pins, running = PinRecords(clock), state_of(clock, pin_seconds=50.0)
+    pins, running = PinRecords(4, clock), state_of(clock, pin_seconds=50.0)
     waiting = state_of(clock, pin_seconds=50.0)
     running.record(delta(choice(0, [7])))
     pins.add(running)

@@ -16,7 +16,7 @@ import pytest
 
 from chunkllama.config import EngineConfig
 from chunkllama.engine import process, supervisor
-from chunkllama.engine.supervisor import SupervisedEngineClient
+from chunkllama.engine.supervisor import Started, SupervisedEngineClient
 from chunkllama.errors import EngineDeadError, RequestFailedError
 from chunkllama.messages import EngineRequest, EngineStats, TokenLogprob
 from chunkllama.sampling_params import SamplingParams
@@ -294,6 +294,39 @@ def test_restarting_is_abandoned_when_processes_do_nothing(open_client, monkeypa
             assert not client.is_ready
             with pytest.raises(EngineDeadError):
                 await collect(client, request("late"))
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("failure", [OSError(24, "Too many open files"), RuntimeError("a bug")])
+def test_a_restart_that_fails_is_tried_again_or_abandoned(open_client, monkeypatch, failure):
+    """Without a descriptor or a process for some time; a bug ends the server."""
+    monkeypatch.setattr(supervisor, "_MAX_BACK_OFF", 0.01)
+
+    async def scenario() -> None:
+        async with open_client() as client:
+            died, restarted = asyncio.Event(), asyncio.Event()
+            client.on_death = died.set
+            client.on_restarting = lambda down: None if down else restarted.set()
+            start, failures = client._start_process, []
+
+            async def start_later() -> Started:
+                if len(failures) < 2:
+                    failures.append(failure)
+                    raise failure
+                return await start()
+
+            client._start_process = start_later
+            alone = asyncio.create_task(collect(client, request("live", max_tokens=200)))
+            await asyncio.sleep(0)
+            os.kill(client.pid, signal.SIGKILL)
+            if isinstance(failure, OSError):
+                await restarted.wait()
+                assert len((await alone).tokens[0]) == 200 and len(failures) == 2
+                return
+            await died.wait()
+            with pytest.raises(EngineDeadError):
+                await alone
 
     asyncio.run(scenario())
 

@@ -93,6 +93,9 @@ FRAGMENTS = [
     "{{ 1/0 }}",
     "{{ messages[99].x.y }}", "{{ 9**9**9 }}", "{% include 'x' %}", "{{ raise_exception('no') }}",
     "{{ (messages,)*9999999 }}", "{{ m.content.format(m) }}", "{% if %}", "{{ '%s' % m }}",
+    "{% break %}", "{% for a in x %}" * 25 + "{% endfor %}" * 25, "{{ f(a=1, a=2) }}",
+    "{{ " + "not " * 250 + "a }}", "{{ " + "9" * 5000 + " }}",
+    "{% macro m(a, a) %}{% endmacro %}",
 ]  # fmt: skip
 
 

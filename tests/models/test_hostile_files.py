@@ -20,6 +20,7 @@ from chunkllama.models.config import read_spec
 from chunkllama.models.loading.gguf import convert_gguf, index_gguf
 from chunkllama.models.loading.gguf_index import read_index
 from chunkllama.models.loading.gguf_layout import check_gguf
+from chunkllama.models.loading.safetensors import Checkpoint, read_header
 from chunkllama.text.tokenizer import load_tokenizer
 
 SEED = int(os.environ.get("CHUNKLLAMA_TEST_SEED", "0"))
@@ -186,6 +187,24 @@ def test_gguf_tensors_may_not_share_bytes(gguf_bytes: bytes, tmp_path: Path) -> 
     (tmp_path / "bad.gguf").write_bytes(data)
     with pytest.raises(ConfigError, match="over another tensor"):
         check_gguf(tmp_path / "bad.gguf")
+
+
+def test_sizes_that_take_long_to_multiply_are_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    shape = [2**62] * 100_000
+    header = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    with pytest.raises(ConfigError, match="100000 dimensions"):
+        read_header(path)
+
+
+def test_a_shard_of_a_name_too_long_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "x" * 300 + ".safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="whose name is too long"):
+        Checkpoint(folder, read_spec(folder))
 
 
 @pytest.mark.parametrize("length", [0, 3, 23, 24, 100, 5000])

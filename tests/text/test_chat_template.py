@@ -8,7 +8,7 @@ import random
 import pytest
 
 from chunkllama.errors import ConfigError, InvalidRequestError
-from chunkllama.text.chat_template import ChatTemplate, load_chat_template
+from chunkllama.text.chat_template import MAX_TEMPLATE, ChatTemplate, load_chat_template
 from chunkllama.text.tokenizer import Tokenizer, load_tokenizer
 
 KINDS = ("llama3", "chatml", "llama2", "mistral", "llama2_json")
@@ -222,6 +222,29 @@ def test_a_template_that_cannot_compile_names_the_file(folders, tmp_path):
         load_chat_template(tmp_path, tokenizer, override)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% break %}",
+        "{% for a in x %}" * 25 + "{% endfor %}" * 25,
+        "{% if a %}" * 110 + "{% endif %}" * 110,
+        "{{ " + "not " * 250 + "a }}",
+        "{{ f(a=1, a=2) }}",
+        "{% macro m(a, a) %}{% endmacro %}",
+        "{{ " + "9" * 5000 + " }}",
+        "{% block a %}{% endblock %}{% block a %}{% endblock %}",
+        "x" * (MAX_TEMPLATE + 1),
+    ],
+    ids=["break", "for", "if", "not", "call", "macro", "digits", "block", "size"],
+)
+def test_what_python_cannot_compile_is_refused_in_one_line(source, folders, tmp_path):
+    override = tmp_path / "mine.jinja"
+    override.write_text(source)
+    with pytest.raises(ConfigError, match=r"mine\.jinja: ") as caught:
+        load_chat_template(tmp_path, load_tokenizer(folders["llama3"]), override)
+    assert "\n" not in str(caught.value)
+
+
 def test_where_templates_come_from(folders, tmp_path):
     tokenizer = load_tokenizer(folders["llama3"])
     hello = [{"role": "user", "content": "hello"}]
@@ -246,7 +269,14 @@ def test_where_templates_come_from(folders, tmp_path):
     )
     with pytest.raises(ConfigError, match="no entry named default"):
         load_chat_template(tmp_path, tokenizer)
-    for odd in (5, True, [{"name": "default", "template": 5}], {"default": [1]}):
+    for odd in (
+        5,
+        True,
+        [{"name": "default", "template": 5}],
+        {"default": [1]},
+        [{"name": [], "template": "x"}],
+        [{"name": "default", "template": "x"}, {"template": "b"}],
+    ):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": odd}))
         with pytest.raises(ConfigError, match=r"tokenizer_config\.json: chat_template must be"):
             load_chat_template(tmp_path, tokenizer)

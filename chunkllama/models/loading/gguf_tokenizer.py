@@ -8,6 +8,7 @@ from typing import Any
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.models.loading.gguf_pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from chunkllama.vocabulary import check_pieces
 
 logger = init_logger(__name__)
 
@@ -27,6 +28,7 @@ def tokenizer_files(path: Path, metadata: dict[str, Any]) -> dict[str, dict[str,
     tokens: list[str] = metadata.get("tokenizer.ggml.tokens") or []
     if not tokens:
         raise ConfigError(f"{path}: the GGUF holds no tokenizer")
+    check_pieces(tokens, path)
     add_bos = kind == "llama"
     if kind == "gpt2":
         splitter = _pre_tokenizer(path, metadata)

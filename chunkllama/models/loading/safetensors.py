@@ -36,6 +36,8 @@ _OTHER_ITEM_SIZES = {
 _SIZES = {**ITEM_SIZES, **_OTHER_ITEM_SIZES}
 MAX_HEADER_BYTES = 8 << 20  # a 405B model needs 0.2 MB; parsing more costs seconds and gigabytes
 BLOCK_BYTES = 4 << 20
+_MAX_NAME = 200  # characters of a shard's name; file systems take 255 bytes
+_MAX_DIMENSIONS = 8  # the product of many sizes takes time that grows with its square
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Ends of names: buffers that follow from config.json, causal masks, and scales of 8-bit K/V.
 HARMLESS = (
@@ -208,12 +210,7 @@ def _locate(folder: Path) -> dict[str, TensorInfo]:
     shards: dict[str, dict[str, TensorInfo]] = {}
     infos = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-            raise ConfigError(f"{folder / _INDEX}: {name} lies in {shard!r}, not a plain file name")
-        if not shard.endswith(".safetensors"):
-            raise ConfigError(
-                f"{folder / _INDEX}: {shard} is not a safetensors file; others are refused"
-            )
+        _check_name(folder, name, shard)
         if shard not in shards:
             if not (folder / shard).is_file():
                 raise ConfigError(
@@ -224,6 +221,18 @@ def _locate(folder: Path) -> dict[str, TensorInfo]:
             raise ConfigError(f"{folder / shard}: has no tensor {name}, though {_INDEX} says so")
         infos[name] = shards[shard][name]
     return infos
+
+
+def _check_name(folder: Path, name: str, shard: Any) -> None:
+    """Refuse a shard that is not a safetensors file of the folder."""
+    if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+        raise ConfigError(f"{folder / _INDEX}: {name} lies in {shard!r}, not a plain file name")
+    if len(shard) > _MAX_NAME:
+        raise ConfigError(f"{folder / _INDEX}: {name} lies in a file whose name is too long")
+    if not shard.endswith(".safetensors"):
+        raise ConfigError(
+            f"{folder / _INDEX}: {shard} is not a safetensors file; others are refused"
+        )
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -273,6 +282,8 @@ def _parse_entry(path: Path, entry: Any, data_begin: int) -> TensorInfo:
     begin, end = entry["data_offsets"]
     if dtype not in _SIZES:
         raise ValueError(f"unknown dtype {dtype!r:.60}")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"{len(shape)} dimensions")
     for value in (*shape, begin, end):
         if type(value) is not int or not 0 <= value < 2**63:
             raise ValueError(f"{value!r:.60} is not a size")

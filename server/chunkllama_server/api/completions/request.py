@@ -61,8 +61,11 @@ async def prompt_ids(body: CompletionRequest, context: ServerContext) -> list[li
     """
     prompt, tokenizer = body.prompt, context.text.tokenizer
     if prompt is None:
-        start = tokenizer.bos_token_id
-        prompt = [start if start is not None else tokenizer.eos_token_ids[0]]
+        begins = [tokenizer.bos_token_id, *tokenizer.eos_token_ids]
+        start = next((token for token in begins if token is not None), None)
+        if start is None:
+            raise invalid("The model has no token that begins a text; send a prompt", "prompt")
+        prompt = [start]
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         prompts, is_list = cast(list[str | list[int]], [prompt]), False
     else:
