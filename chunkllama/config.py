@@ -115,8 +115,8 @@ class ModelConfig(ConfigGroup):
         "baseline",
     ] = Field(
         default="auto",
-        description="Instructions that the cpu backend uses. auto is the best level this CPU has; "
-        "one that it lacks is an error. neon levels are those of 64-bit ARM.",
+        description="Instructions that the cpu backend uses. auto is the fastest level of this "
+        "CPU; one that it lacks is an error. neon levels are those of 64-bit ARM.",
     )
     backend: Annotated[
         Literal["auto", "reference", "cpu", "cuda"], BeforeValidator(_renamed_backend)

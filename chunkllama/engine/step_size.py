@@ -20,9 +20,10 @@ _ROUNDING: Final = 64
 
 # Multiplications a thread adds up in a second while it computes prompts in bfloat16. amx: as in the
 # built-in cost model of simulation/cost_model.py, 0.13 ms a token of the demo model on two cores;
-# avx512_bf16: a step of 512 tokens in 0.25 s there. avx512 and avx2 are estimates, and levels that
-# are not listed (ARM, baseline) and the reference backend count as the slowest.
-_RATES: Final = {"amx": 400e9, "avx512_bf16": 110e9, "avx512": 40e9, "avx2": 30e9}
+# avx512_bf16: a step of 512 tokens in 0.25 s on two cores of an AMD. avx512: 1.7 ms of processor
+# time for a token on an Intel. avx2 is an estimate, and levels that are not listed (ARM, baseline)
+# and the reference backend count as the slowest.
+_RATES: Final = {"amx": 400e9, "avx512_bf16": 110e9, "avx512": 60e9, "avx2": 30e9}
 
 
 def choose_step_tokens(

@@ -18,6 +18,18 @@ constexpr int64_t DEEP = 18;     // k blocks of 2 KB that stay in L1 during a pa
 constexpr int TILE_PAIR = 2048;  // bytes of a k block of bf16: two tiles
 // From this many rows per thread on, each thread has rows of its own, which stay in its L2.
 constexpr int64_t LEAST_PANEL = 64;
+// Vectors of columns and rows of one inner loop over floats: as many sums as registers hold.
+#if defined(__AVX512F__)
+constexpr int WIDE_VECTORS = 2, WIDE_ROWS = 12;
+#elif defined(__aarch64__)
+constexpr int WIDE_VECTORS = 4, WIDE_ROWS = 6;
+#elif defined(__AVX2__)
+constexpr int WIDE_VECTORS = 2, WIDE_ROWS = 6;
+#else
+constexpr int WIDE_VECTORS = 2, WIDE_ROWS = 5;
+#endif
+constexpr int64_t LEAST_WIDE = 2 * WIDE_ROWS;  // rows that are worth widening a unit to floats
+constexpr int64_t WIDE_PART = 1024;  // k (128 KB) that stay in L2 while all rows are multiplied
 #if defined(BF16_PRODUCTS) && !defined(__AMX_TILE__)
 #define PAIR_PRODUCTS 1  // bf16 products on the vector units
 // Vectors of columns and rows of one inner loop: 24 sums in 32 registers.
@@ -76,13 +88,17 @@ INLINE void tile_product(Rows x, const Stream& w, bool prefetch, bool accumulate
 }
 #endif
 
-#if defined(PAIR_PRODUCTS)
 // The weights of a later product: `pace` bytes of them are prefetched for each k block of this one.
 struct Later {
   const char* at;
   int pace;
+  INLINE void prefetch() {
+    for (int i = 0; i < pace; i += 64) prefetch_l2(at + i);
+    at += pace;
+  }
 };
 
+#if defined(PAIR_PRODUCTS)
 // acc [R, 32] (+)= x [R] * the k blocks [at, end) of a unit of bf16 pairs. A row's sum is the same
 // for every R.
 template <int R>
@@ -96,10 +112,7 @@ INLINE void pair_product(const bf16* x, long x_stride, const char* at, const cha
         for (int j = 0; j < N; j++) c[r][j] = load(acc + r * UNIT + column + j * W);
     const bf16* from = x;
     for (const char* p = at; p < end; p += TILE_PAIR, from += 32) {
-      if (column == 0) {
-        for (int i = 0; i < later.pace; i += 64) prefetch_l2(later.at + i);
-        later.at += later.pace;
-      }
+      if (column == 0) later.prefetch();
       const bf16* b = reinterpret_cast<const bf16*>(p);
       for (int s = 0; s < 16; s++, b += 2 * BLOCK) {
         IntVec columns[N];
@@ -331,6 +344,80 @@ void panel_product(const LinearArgs& a, int64_t column, int64_t begin, int64_t e
 }
 #endif
 
+// acc [R, 32] (+)= x [R] * columns [depth, 32] of floats. A row's sum is that of `vector_product`
+// with bf16 and float weights, for every R.
+template <int R>
+INLINE void wide_product(const float* x, long x_stride, const float* columns, int64_t depth,
+                         Later& later, bool accumulate, float* acc) {
+  constexpr int N = WIDE_VECTORS;
+  for (int column = 0; column < UNIT; column += N * W) {
+    Vec c[R][N] = {};
+    if (accumulate)
+      for (int r = 0; r < R; r++)
+        for (int j = 0; j < N; j++) c[r][j] = load(acc + r * UNIT + column + j * W);
+    const float* b = columns + column;
+    for (int64_t k = 0; k < depth; k += 16) {
+      if (column == 0) later.prefetch();
+      for (int s = 0; s < 16; s++, b += UNIT) {
+        Vec v[N];
+        for (int j = 0; j < N; j++) v[j] = load(b + j * W);
+        for (int r = 0; r < R; r++) {
+          const Vec each = set(x[r * x_stride + k + s]);
+          for (int j = 0; j < N; j++) c[r][j] += v[j] * each;
+        }
+      }
+    }
+    for (int r = 0; r < R; r++)
+      for (int j = 0; j < N; j++) store(acc + r * UNIT + column + j * W, c[r][j]);
+  }
+}
+
+template <int R = WIDE_ROWS>
+INLINE void wide_rows(int rows, const float* x, long x_stride, const float* columns, int64_t depth,
+                      Later& later, bool accumulate, float* acc) {
+  if constexpr (R > 1) {
+    if (rows < R) {
+      wide_rows<R - 1>(rows, x, x_stride, columns, depth, later, accumulate, acc);
+      return;
+    }
+  }
+  wide_product<R>(x, x_stride, columns, depth, later, accumulate, acc);
+}
+
+// Rows [begin, end) of x, in float, times one unit, as many k at a time as L2 holds as floats. The
+// weights of the next part are prefetched meanwhile, spread over all rows: a burst would stall the
+// first of them.
+void wide_unit(const LinearArgs& a, int64_t column, int64_t begin, int64_t end, const Stream& w) {
+  static thread_local Scratch<float> panel, floats;
+  const int64_t rows = end - begin, blocks = (rows + WIDE_ROWS - 1) / WIDE_ROWS;
+  const int64_t unit = K_BLOCK[w.format->type], bytes = block_bytes(*w.format);
+  const int64_t count = (w.end - w.at) / bytes, parts = (count * unit + WIDE_PART - 1) / WIDE_PART;
+  const int64_t part = (count + parts - 1) / parts;  // blocks of k
+  float* const acc = panel.fit(PANEL * UNIT);
+  float* const wide = floats.fit(part * unit * UNIT);
+  // With a single part every block of rows uses the same sums, which stay in L1.
+  const int64_t advance = parts > 1 ? UNIT : 0;
+  const float* x = static_cast<const float*>(a.x) + begin * a.x_stride;
+  for (int64_t first = 0; first < count; first += part, x += part * unit) {
+    const int64_t here = std::min(part, count - first), depth = here * unit;
+    const char *at = w.at + first * bytes, *stop = at + here * bytes;
+    const float* columns = wide;
+    if (w.format->type == F32) columns = reinterpret_cast<const float*>(at);
+    else widen_to_floats(*w.format, at, stop, wide);
+    const char* next = stop < w.end ? stop : w.next;
+    const int64_t places = blocks * depth / 16;
+    Later later{next, next ? int((here * bytes / places + 63) / 64 * 64) : 0};
+    for (int64_t i = 0; i < blocks; i++) {
+      const Range block = share(rows, int(i), int(blocks));
+      const int64_t r = block.begin;
+      const int own = int(block.end - r);
+      float* to = acc + r * advance;
+      wide_rows(own, x + r * a.x_stride, a.x_stride, columns, depth, later, first > 0, to);
+      if (stop == w.end) finish_rows(a, column, begin + r, own, to);
+    }
+  }
+}
+
 #if defined(PAIR_PRODUCTS)
 // Rows [begin, end) of x times one unit of bf16 pairs, as many k at a time as L2 holds beside the
 // next part of the weights. That part is prefetched meanwhile, spread over all rows: a burst would
@@ -433,6 +520,10 @@ void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end,
     return;
   }
 #endif
+  if (end - begin >= LEAST_WIDE) {
+    wide_unit(a, column, begin, end, w);
+    return;
+  }
   alignas(64) float acc[MAX_ROWS * UNIT];
   for (int64_t first = begin; first < end; first += MAX_ROWS) {
     const int rows = int(std::min<int64_t>(MAX_ROWS, end - first));

@@ -190,6 +190,62 @@ static INLINE void int4_product(const float* x, long x_stride, const Stream& str
     for (int j = 0; j < N; j++) store(acc + r * UNIT + column + j * W, c[r][j]);
 }
 
+// The k blocks [at, end) of bf16, int8 or int4 as floats [k][32 columns].
+static INLINE void bf16_to_floats(const char* at, const char* end, float* to) {
+  for (const char* p = at; p < end; p += CODE_BYTES[BF16], to += 32 * UNIT)
+    for (int column = 0; column < UNIT; column += W) {
+      const bf16* b = reinterpret_cast<const bf16*>(p + column / 16 * 1024) + column % 16 * 2;
+      float* value = to + column;
+      for (int s = 0; s < 16; s++, b += 32, value += 2 * UNIT) {
+        const IntVec pairs = load_pairs(b);
+        store(value, even(pairs));
+        store(value + UNIT, odd(pairs));
+      }
+    }
+}
+static INLINE void int8_to_floats(const Weights& w, const char* at, const char* end, float* to) {
+  const int header = header_bytes(w), bytes = block_bytes(w);
+  for (const char* p = at; p < end; p += bytes, to += 32 * UNIT)
+    for (int column = 0; column < UNIT; column += W) {
+      Vec scale = load_scales(w, p + column * 2), own{};
+      if (w.extra == OFFSETS) own = load_scales(w, p + SCALES + column * 2);
+      const char* b = p + header + column / 16 * 512 + column % 16 * 4;
+      for (int quad = 0; quad < 8; quad++, b += 64) {
+        if (quad == 4 && w.extra == UPPER_SCALES) scale = load_scales(w, p + SCALES + column * 2);
+        const Vec twice = scale * 2.f, offset = scale * -384.f + own;
+        const IntVec v = load_words(b);
+        for_each<4>([&](auto nth) {
+          store(to + (4 * quad + nth()) * UNIT + column, dequantize<nth()>(v, twice, offset));
+        });
+      }
+    }
+}
+static INLINE void int4_to_floats(const Weights& w, const char* at, const char* end, float* to) {
+  const Table table(w.table);
+  const int header = header_bytes(w), bytes = block_bytes(w);
+  for (const char* p = at; p < end; p += bytes, to += 32 * UNIT)
+    for (int column = 0; column < UNIT; column += W) {
+      Vec scale = load_scales(w, p + column * 2) * w.factor, offset{};
+      if (w.extra == OFFSETS) offset = load_scales(w, p + SCALES + column * 2);
+      const char* words = p + header + column / 16 * 256 + column % 16 * 4;
+      for (int word = 0; word < 4; word++, words += 64) {
+        if (word == 2 && w.extra == UPPER_SCALES)
+          scale = load_scales(w, p + SCALES + column * 2) * w.factor;
+        const IntVec v = load_words(words);
+        for_each<8>([&](auto nth) {
+          store(to + (8 * word + nth()) * UNIT + column, table.at<nth()>(v) * scale + offset);
+        });
+      }
+    }
+}
+static inline void widen_to_floats(const Weights& w, const char* at, const char* end, float* to) {
+  switch (w.type) {
+    case INT8: int8_to_floats(w, at, end, to); break;
+    case INT4: int4_to_floats(w, at, end, to); break;
+    default: bf16_to_floats(at, end, to);
+  }
+}
+
 #if defined(BF16_PRODUCTS)
 // Scales of a block's 16 columns, with what makes up for truncation: cutting a float to its upper
 // half shrinks it by 2^-9 on average.

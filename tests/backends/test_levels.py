@@ -38,7 +38,7 @@ MACHINES = {
     "Cooper Lake": (
         "x86_64",
         f"{SKYLAKE} avx512_vnni avx512_bf16",
-        "avx512_bf16 avx512 avx2 baseline",
+        "avx512 avx512_bf16 avx2 baseline",
     ),
     "Zen 4": ("x86_64", ZEN4, "avx512_bf16 avx512 avx2 baseline"),
     "Zen 5": (
@@ -49,7 +49,12 @@ MACHINES = {
     "Sapphire Rapids": (
         "x86_64",
         f"{ZEN4} avx_vnni amx_bf16 avx512_fp16 amx_tile amx_int8",
-        "amx avx512_bf16 avx512 avx2 baseline",
+        "amx avx512 avx512_bf16 avx2 baseline",
+    ),
+    "Sapphire Rapids without tiles": (
+        "x86_64",
+        f"{ZEN4} avx_vnni avx512_fp16",
+        "avx512 avx512_bf16 avx2 baseline",
     ),
     "Graviton 2": ("aarch64", NEOVERSE_N1, "neon_dot neon baseline"),
     "Graviton 3": ("aarch64", NEOVERSE_V1, "neon_bf16 neon_dot neon baseline"),
@@ -62,13 +67,17 @@ MACHINES = {
 }
 
 
-def cpuinfo(machine: str, *processors: str) -> str:
+def cpuinfo(machine: str, *processors: str, vendor: str = "GenuineIntel") -> str:
     """Its text: a block of lines for each processor."""
     blocks = []
     for number, features in enumerate(processors):
         lines = [f"processor\t: {number}"]
         if machine == "x86_64":
-            lines += ["model name\t: an amx avx2 processor", f"flags\t\t: {features}"]
+            lines += [
+                f"vendor_id\t: {vendor}",
+                "model name\t: an amx avx2 processor",
+                f"flags\t\t: {features}",
+            ]
         elif machine == "aarch64":
             lines += [f"Features\t: {features}", "CPU implementer\t: 0x41"]
         else:
@@ -81,7 +90,8 @@ def cpuinfo(machine: str, *processors: str) -> str:
 def test_levels_of(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     machine, features, expected = MACHINES[name]
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    found = levels_of(cpuinfo(machine, features, features))
+    vendor = "AuthenticAMD" if name.startswith("Zen") else "GenuineIntel"
+    found = levels_of(cpuinfo(machine, features, features, vendor=vendor))
     assert " ".join(level.name for level in found) == expected
 
 

@@ -123,6 +123,10 @@ def available_levels() -> tuple[IsaLevel, ...]:
 def levels_of(cpuinfo: str) -> tuple[IsaLevel, ...]:
     """The levels that a CPU of this kind of machine has, best first.
 
+    Intel's CPUs multiply bf16 pairs on the vector units at half the rate of floats (measured: 0.75
+    against 0.18 ns for an instruction on one of 2023, which multiplies twice as many numbers), so
+    there avx512 precedes avx512_bf16; with tiles they have amx.
+
     Args:
         cpuinfo: text of its /proc/cpuinfo. A level needs its features on every processor: a
             thread may run on any of them.
@@ -133,7 +137,11 @@ def levels_of(cpuinfo: str) -> tuple[IsaLevel, ...]:
         if line.startswith(("flags", "Features"))  # x86, ARM
     ]
     features = set(lines[0]).intersection(*lines[1:]) if lines else set()
-    return tuple(level for level in known_levels() if level.features <= features)
+    levels = {level.name: level for level in known_levels() if level.features <= features}
+    if "GenuineIntel" in cpuinfo and "avx512_bf16" in levels:
+        for name in ("avx512_bf16", "avx2", "baseline"):
+            levels[name] = levels.pop(name)
+    return tuple(levels.values())
 
 
 def build(level: IsaLevel, sanitizer: str = "") -> Path:
