@@ -1,329 +1,215 @@
 """Close an answer in JSON before its tokens run out: what is cut inside an object is of no use.
 
 A weak model repeats the members of a list as often as its grammar allows, and no bound of a schema
-that leaves room for good answers ends all bad ones in time. So a short end is looked for while an
-answer uses up its tokens, and near the limit a token is allowed only if an end fits behind it.
+that leaves room for good answers ends all bad ones in time. So a short end is kept up to date while
+the last tokens are written, and a token is allowed only if an end fits behind it.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from copy import copy
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkllama.engine.end_search import MAX_END, EndSearch, Place
+from chunkllama.engine.token_masks import allow, is_allowed, mask_of, token_ids_of
+
 if TYPE_CHECKING:
     from chunkllama.engine.grammar import GrammarMatcher
 
-# One token makes the end no longer than by this: opening an object adds its required members. With
-# more to spare, every token is allowed.
+# With this many tokens to spare, or fewer, the end behind each group of tokens is sought at every
+# mask. With more, it is sought once for masks and ends that are the same, and only what takes more
+# than this is remembered: the record that a bracket opens, or a member that a name begins.
 _RESERVE = 32
-# An answer of few tokens is looked at from its beginning on, a longer one in its second half.
-_FEW = 128
-# Between two looks at most this part of the tokens beyond the reserve is written.
-_STEP_PART = 4
-# Masks for a look for the end, and for all trials of tokens at one place.
-_MAX_MASKS = 256
-# So few tokens are tried one by one, more by their kinds.
+# Of the answer's last tokens, so many are looked at: an end may take MAX_END, and as many more may
+# be taken by what a token opens.
+_NUM_LOOKS = 2 * MAX_END
+# Where no end was found, it is sought again after so many tokens.
+_RETRY_STEP = 32
+# Groups that are tried at one mask, and masks that this takes.
+_MAX_TRIALS = 1024
+# What goes on with no more tokens than this may still be the text of the end.
 _FEW_TOKENS = 16
-# Of a text inside a string; no JSON outside of strings has it.
-_TEXT = b"q"
-_CLOSERS = b"}])"
-# The bytes of a character in UTF-8 but its first.
-_CONTINUATION = bytes(range(0x80, 0xC0))
-_WORD, _NUMBER = re.compile(rb"[^0-9,:{}\[\].+-]+"), re.compile(rb"[0-9]+")
-
-
-def bit(token_id: int) -> int:
-    """Return the bit of a token in its 32-bit word, as a signed number."""
-    bit = 1 << (token_id % 32)
-    return bit - (1 << 32) if bit >> 31 else bit
-
-
-def allow(mask: NDArray[np.int32], token_id: int) -> None:
-    """Set the bit of a token in a mask."""
-    mask[token_id // 32] |= np.int32(bit(token_id))
-
-
-def _token_ids(mask: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return the ids of the tokens in a mask, in ascending order."""
-    words = np.flatnonzero(mask)
-    at = np.flatnonzero(np.unpackbits(mask[words].view(np.uint8), bitorder="little"))
-    token_ids: NDArray[np.int64] = words[at >> 5] * 32 + (at & 31)
-    return token_ids
-
-
-def _structure(text: bytes, *, in_text: bool) -> bytes:
-    """Return what a token does to the end of JSON: its brackets and quotes, with one byte for each
-    number or word. What is inside strings is left out, but for escapes and parts of characters.
-
-    Args:
-        in_text: the token begins inside a string.
-    """
-    parts = list[bytes]()
-    for number, part in enumerate(text.split(b'"')):
-        parts.append(b'"' if number else b"")
-        if b"\\" in part:
-            return b"".join([*parts, part[part.index(b"\\") :]])
-        if (number % 2 == 0) == in_text:
-            parts.append(b"" if part.isascii() else _parts_of_characters(part))
-            continue
-        part = part.strip()
-        parts.append(b"a" if part.isalpha() else _NUMBER.sub(b"0", _WORD.sub(b"a", part)))
-    return b"".join(parts)
-
-
-def _parts_of_characters(text: bytes) -> bytes:
-    """Return a byte for each that continues a character at the beginning of a text in UTF-8, and
-    for each that its last character lacks.
-    """
-    num_first = len(text) - len(text.lstrip(_CONTINUATION))
-    whole = text.rstrip(_CONTINUATION)
-    lead = whole[-1] if whole else 0
-    num_expected = (lead >= 0xC0) + (lead >= 0xE0) + (lead >= 0xF0)
-    num_missing = max(num_expected - (len(text) - len(whole)), 0)
-    return b"\x80" * num_first + b"\xc0" * num_missing
-
-
-class EndTokens:
-    """The tokens of a vocabulary by their part in the end of an answer.
-
-    Args:
-        token_bytes: the bytes of one token.
-        tokenize: the tokens of a text.
-        vocab_size: of the tokenizer.
-        eos_token_ids: end an answer.
-    """
-
-    def __init__(
-        self,
-        token_bytes: Callable[[int], bytes],
-        tokenize: Callable[[bytes], list[int]],
-        vocab_size: int,
-        eos_token_ids: list[int],
-    ) -> None:
-        self._token_bytes, self._tokenize = token_bytes, tokenize
-        texts = [token_bytes(token_id) for token_id in range(vocab_size)]
-        self.lengths = np.array([len(text) for text in texts], np.int32)
-
-        def mask(is_member: Callable[[bytes], bool]) -> NDArray[np.int32]:
-            flags = np.zeros(-(-vocab_size // 32) * 32, bool)
-            flags[:vocab_size] = [bool(text) and is_member(text) for text in texts]
-            return np.packbits(flags, bitorder="little").view(np.int32)
-
-        def kinds(in_text: bool) -> NDArray[np.int32]:
-            """Number the kinds of the tokens from the shortest structure on."""
-            found = [_structure(text, in_text=in_text) for text in texts]
-            order = sorted(set(found), key=lambda kind: (len(kind), kind))
-            numbers = {kind: number for number, kind in enumerate(order)}
-            return np.array([numbers[kind] for kind in found], np.int32)
-
-        self.is_text = mask(lambda text: text == _TEXT)
-        self.closes = mask(lambda text: not text.strip(_CLOSERS))
-        self.ends_text = mask(lambda text: text[:1] == b'"' and not text[1:].strip(_CLOSERS))
-        self.quotes = mask(lambda text: text in (b'"', b'""'))
-        self.separates = mask(lambda text: text in (b",", b":"))
-        # Anything else, but what opens another value or is blank.
-        self.is_plain = mask(lambda text: text.strip()[:1] not in (b"", b"[", b"{", b"(", b"-"))
-        self.ends = np.zeros_like(self.closes)
-        for token_id in eos_token_ids:
-            allow(self.ends, token_id)
-        self.kinds = kinds(False)
-        self.kinds_in_text = kinds(True)
-
-    def next_token(self, matcher: GrammarMatcher) -> int | None:
-        """Return a token that leads to the end; None where the answer may end here, or cannot go
-        on.
-
-        It follows from the state alone, so that the end of the answer with that token is the rest.
-        """
-        mask = np.zeros_like(self.ends)
-        matcher.fill_mask(mask)
-        if bool((mask & self.ends).any()):
-            return None
-        kinds = [self.closes, self.quotes, self.separates, self.is_plain, mask]
-        if bool((mask & self.is_text).any()):  # inside a string a bracket is text
-            kinds = [self.ends_text, self.is_plain]
-        for kind in kinds:
-            token_ids = _token_ids(mask & kind)
-            if len(token_ids):
-                return int(token_ids[self.lengths[token_ids].argmax()])
-        return None
-
-    def end(self, matcher: GrammarMatcher, limit: int) -> list[int] | None:
-        """Return at most ``limit`` tokens that end the answer of ``matcher``, which stays as it is;
-        None where it takes more or none are found.
-        """
-        at, found = matcher.copy(), list[int]()
-        while len(found) <= min(2 * limit, _MAX_MASKS):
-            token_id = None if at.is_finished else self.next_token(at)
-            if token_id is None:
-                found = found if len(found) < 2 else self._joined(matcher, found)
-                return None if at.error or len(found) > limit else found
-            if not at.accept(token_id):
-                return None
-            found.append(token_id)
-        return None
-
-    def _joined(self, matcher: GrammarMatcher, found: list[int]) -> list[int]:
-        """Return the same text in fewer tokens where the tokenizer has a name and what follows it
-        in one.
-        """
-        joined = self._tokenize(self.text(found))
-        at = matcher.copy()
-        is_shorter = len(joined) < len(found)
-        return joined if is_shorter and all(at.accept(token_id) for token_id in joined) else found
-
-    def num_behind(
-        self, matcher: GrammarMatcher, token_id: int, end: list[int], limit: int
-    ) -> tuple[int | None, int]:
-        """Try a token: the end behind it is sought until it goes on as the end before it does.
-
-        Args:
-            end: of ``matcher``, which stays as it is.
-            limit: of tokens.
-
-        Returns:
-            The number of tokens of the end behind ``token_id``, None where there is none within
-            the limit; and the number of masks that were computed.
-        """
-        at, count = matcher.copy(), 0
-        next_id: int | None = token_id
-        while next_id is not None and at.accept(next_id):
-            for num_same in range(min(len(end), limit - count) + 1):
-                if at.may_end_behind(end[len(end) - num_same :]):
-                    return count + num_same, count
-            if count >= limit:
-                return None, count
-            next_id = self.next_token(at)
-            count += 1
-        return None, count
-
-    def mask_of(self, token_ids: NDArray[np.int64]) -> NDArray[np.int32]:
-        """Return the mask of some tokens."""
-        flags = np.zeros(len(self.ends) * 32, bool)
-        flags[token_ids] = True
-        return np.packbits(flags, bitorder="little").view(np.int32)
-
-    def text(self, token_ids: list[int]) -> bytes:
-        """Return the text of some tokens."""
-        return b"".join(self._token_bytes(token_id) for token_id in token_ids)
-
-    def groups(self, mask: NDArray[np.int32]) -> list[NDArray[np.int64]]:
-        """Return the ids of a mask in groups, of which each has about the same effect on the end.
-
-        Those of plain text come first, those that open and close most come last.
-        """
-        token_ids = _token_ids(mask)
-        if len(token_ids) <= _FEW_TOKENS:
-            return [token_ids[i : i + 1] for i in range(len(token_ids))]
-        kinds = (self.kinds_in_text if (mask & self.is_text).any() else self.kinds)[token_ids]
-        order = np.argsort(kinds, kind="stable")
-        return np.split(token_ids[order], np.flatnonzero(np.diff(kinds[order])) + 1)
 
 
 class ClosingMatcher:
     """A grammar of JSON that allows near the limit only tokens behind which its end fits.
 
     What it allows follows from the tokens so far, so that a sequence which is computed again closes
-    in the same place. It looks where a mask is filled, which the step loop does not wait for.
+    in the same place. It looks where a mask is filled, which the step loop does not wait for; what
+    was accepted without a mask is looked at then.
+
+    A mask takes at most 4 * MAX_END masks of the grammar for the end, and _MAX_TRIALS for the
+    tokens to be tried, beside copies of its state.
 
     Args:
         matcher: before the first token.
         num_tokens: that the output may have.
-        tokens: of the vocabulary.
+        search: of the grammar.
     """
 
-    def __init__(self, matcher: GrammarMatcher, num_tokens: int, tokens: EndTokens) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: GrammarMatcher, num_tokens: int, search: EndSearch) -> None:
+        self._place = search.place(matcher)
         self._num_left = num_tokens
-        self._tokens = tokens
-        self._look_at = num_tokens if num_tokens <= _FEW else num_tokens // 2
-        # By the tokens left: where nothing but the end fitted. Copies, which fill the masks behind
-        # guesses, share it.
-        self._closed_at: set[int] = set()
+        self._search = search
+        # By the tokens left: the last place that was looked at. The end there, and the mask if only
+        # the end was left of it.
+        self._looked_at: int | None = None
+        self._end: list[int] | None = None
+        self._closed: NDArray[np.int32] | None = None
         self._is_closing = False
-        self._end: list[int] | None = None  # the last that was found, while it is followed
-        self._spare: int | None = None  # tokens beside the end; None where it was not looked for
+        # The place behind the last look, and the tokens since, if it was left without a look.
+        self._behind: Place | None = None
+        self._unseen: tuple[int, ...] = ()
+        # By the mask and the end: tokens that need many more, with their need.
+        self._needs: dict[tuple[int, tuple[int, ...]], list[tuple[int, NDArray[np.int32]]]] = {}
 
     @property
     def is_closing(self) -> bool:
         """Return whether a token was written because only the end of the answer still fitted."""
+        self.catch_up()
         return self._is_closing
 
     def spend(self) -> None:
-        """Count a token that the grammar does not see."""
+        """Count a token that the grammar does not see, before the first that it sees."""
         self._num_left -= 1
-
-    def fill_mask(self, mask: NDArray[np.int32]) -> None:
-        self._matcher.fill_mask(mask)
-        self._closed_at.discard(self._num_left)
-        self._spare = None
-        if self._num_left > self._look_at or self._matcher.error:
-            return
-        end = self._tokens.end(self._matcher, self._num_left)
-        # From inside a joined token another text may be found, which is longer.
-        if end is None or (self._end is not None and len(self._end) < len(end)):
-            end = self._end
-        self._end = end
-        if end is None:  # it may stay too long: look a few more times only
-            self._look_at = self._num_left // 2
-            return
-        self._spare = self._num_left - len(end)
-        self._look_at = self._num_left - max((self._spare - _RESERVE) // _STEP_PART, 1)
-        if self._spare <= _RESERVE:
-            self._narrow(mask, end)
-
-    def _narrow(self, mask: NDArray[np.int32], end: list[int]) -> None:
-        """Remove the tokens from a mask behind which no end fits."""
-        tokens, left, budget = self._tokens, self._num_left - 1, _MAX_MASKS
-        text = tokens.text(end)
-        kept = mask & tokens.ends
-        if end:
-            allow(kept, end[0])
-        goes_on = False
-        for group in [] if len(end) > left else tokens.groups(mask & ~kept):
-            num_behind, num_masks = tokens.num_behind(
-                self._matcher, int(group[0]), end, min(left, budget)
-            )
-            budget -= num_masks
-            if num_behind is not None:
-                kept |= tokens.mask_of(group)
-                goes_on |= not all(
-                    text.startswith(tokens.text([int(token_id)]).strip())
-                    for token_id in (group[0], group[-1])
-                )
-            if budget <= 0:
-                break
-        if not goes_on and bool((mask != kept).any()):
-            self._closed_at.add(self._num_left)
-        mask[:] = kept
+        self._looked_at = self._end = None
 
     def has_room(self, num_tokens: int) -> bool:
-        """Return whether the last mask leaves room for so many tokens beside a short end."""
-        return self._spare is None or self._spare >= num_tokens
+        """Return whether so many tokens fit before the shortest answer."""
+        first = self._search.first
+        return first is None or self._num_left >= num_tokens + len(first)
+
+    def fill_mask(self, mask: NDArray[np.int32], *, whole: bool = False) -> None:
+        self._place.matcher.fill_mask(mask)
+        if whole or self._num_left > _NUM_LOOKS or self.error or self.is_finished:
+            return
+        self.catch_up()
+        self._look(self._place, self._num_left, mask)
+
+    def catch_up(self) -> None:
+        """Look at the places that were left without a mask."""
+        at, self._behind = self._behind, None
+        num_left = self._num_left + len(self._unseen)
+        for token_id in self._unseen:
+            assert at is not None, "tokens without the place before them"
+            if not at.matcher.is_finished:
+                self._look(at, num_left, at.mask())
+            self._leave(token_id)
+            at.accept(token_id)
+            num_left -= 1
+        self._unseen = ()
+
+    def _look(self, place: Place, num_left: int, mask: NDArray[np.int32]) -> None:
+        """Find the end at a place, and remove the tokens from its mask behind which none fits."""
+        if self._looked_at != num_left:
+            self._end = self._find_end(place, num_left)
+        self._looked_at, self._closed = num_left, None
+        end = self._end
+        if end is None or num_left - len(end) > MAX_END:
+            return
+        kept = self._kept(place, num_left - 1, mask, end)
+        if bool((mask != kept).any()) and self._only_ends(kept, end):
+            self._closed = kept
+        mask[:] = kept
+
+    def _find_end(self, place: Place, num_left: int) -> list[int] | None:
+        search, last = self._search, self._end
+        limit, end = min(num_left, MAX_END), None
+        if last is not None:
+            end, _ = search.end_like(place, last, limit)
+        is_due = self._looked_at is None or last is not None or num_left % _RETRY_STEP == 0
+        is_near = end is not None and num_left - len(end) <= _RESERVE
+        if is_near or (end is None and is_due):
+            other = search.end(place, limit)
+            if end is None or (other is not None and len(other) < len(end)):
+                end = other
+        return end
+
+    def _kept(
+        self, place: Place, left: int, mask: NDArray[np.int32], end: list[int]
+    ) -> NDArray[np.int32]:
+        """Return the tokens of a mask behind which an end of at most ``left`` tokens fits."""
+        tokens = self._search.tokens
+        first = tokens.ends.copy()
+        if end:
+            allow(first, end[0])
+        others = mask & ~first
+        if len(end) > left:
+            return mask & first
+        if left - len(end) < _RESERVE:
+            kept = mask & first
+            for group, need in self._tried(place, others, end, left):
+                if need is not None:
+                    kept |= mask_of(group, len(mask))
+            return kept
+        key = (hash(mask.tobytes()), tuple(end))
+        if key not in self._needs:
+            self._needs[key] = [
+                (MAX_END + 1 if need is None else need, mask_of(group, len(mask)))
+                for group, need in self._tried(place, others, end, min(left, MAX_END))
+                if need is None or need > len(end) + _RESERVE
+            ]
+        for need, members in self._needs[key]:
+            if need > left:
+                others &= ~members
+        return (mask & first) | others
+
+    def _tried(
+        self, place: Place, mask: NDArray[np.int32], end: list[int], limit: int
+    ) -> Iterator[tuple[NDArray[np.int64], int | None]]:
+        """Yield the groups of tokens of a mask that can be tried, with the length of the end behind
+        each; None where there is none within the limit.
+        """
+        budget = _MAX_TRIALS
+        for group in self._search.tokens.groups(mask, in_text=place.in_text):
+            behind, found, num_masks = place.copy(), None, 0
+            if behind.accept(int(group[0])):
+                found, num_masks = self._search.end_like(behind, end, min(limit, budget))
+            if found is None and budget < limit:
+                return
+            yield group, None if found is None else len(found)
+            budget -= 1 + num_masks
+
+    def _only_ends(self, mask: NDArray[np.int32], end: list[int]) -> bool:
+        """Return whether the tokens of a mask end the answer, or begin with the text of the end."""
+        tokens = self._search.tokens
+        text, token_ids = tokens.text(end), token_ids_of(mask & ~tokens.ends).tolist()
+        return len(token_ids) <= _FEW_TOKENS and all(
+            text.startswith(tokens.text([token_id]).strip()) for token_id in token_ids
+        )
+
+    def _leave(self, token_id: int) -> None:
+        """Note the token behind the last look."""
+        self._is_closing |= self._closed is not None and is_allowed(self._closed, token_id)
 
     @property
     def error(self) -> str:
-        return self._matcher.error
+        return self._place.matcher.error
 
     def accept(self, token_id: int) -> bool:
-        self._is_closing |= self._num_left in self._closed_at
+        if self._behind is None and self._looked_at == self._num_left:
+            self._leave(token_id)
+        elif self._num_left <= _NUM_LOOKS:
+            if self._behind is None:
+                self._behind = self._place.copy()
+            self._unseen += (token_id,)
         self._num_left -= 1
-        self._end = self._end[1:] if self._end and self._end[0] == token_id else None
-        return self._matcher.accept(token_id)
+        return self._place.accept(token_id)
 
     @property
     def is_finished(self) -> bool:
-        return self._matcher.is_finished
+        return self._place.matcher.is_finished
 
     def copy(self) -> ClosingMatcher:
         other = copy(self)
-        other._matcher = self._matcher.copy()
+        other._place = self._place.copy()
+        other._behind = None if self._behind is None else self._behind.copy()
+        other._needs = dict(self._needs)
         return other
 
     def forced(self) -> list[int]:
-        return self._matcher.forced()
+        return self._place.matcher.forced()

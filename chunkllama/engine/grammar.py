@@ -8,6 +8,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import llguidance
@@ -16,7 +17,10 @@ import numpy as np
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from numpy.typing import NDArray
 
-from chunkllama.engine.closing import ClosingMatcher, EndTokens
+from chunkllama.engine.closing import ClosingMatcher
+from chunkllama.engine.end_search import EndSearch
+from chunkllama.engine.end_texts import end_texts
+from chunkllama.engine.end_tokens import EndTokens
 from chunkllama.engine.thinking import ThinkingMatcher
 from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec
@@ -127,8 +131,13 @@ def _one_line(error: object) -> str:
 class Matcher(Protocol):
     """What may come next in one sequence."""
 
-    def fill_mask(self, mask: NDArray[np.int32]) -> None:
-        """Set bit t of ``mask`` [ceil(vocab / 32)] for each token t that may come next."""
+    def fill_mask(self, mask: NDArray[np.int32], *, whole: bool = False) -> None:
+        """Set bit t of ``mask`` [ceil(vocab / 32)] for each token t that may come next.
+
+        Args:
+            mask: of zeros.
+            whole: also those behind which no end fits in the tokens that are left.
+        """
         ...
 
     @property
@@ -161,12 +170,13 @@ class Matcher(Protocol):
 
 
 class GrammarMatcher:
-    """The state of one sequence's grammar."""
+    """The state of one sequence's grammar; ``eos_token_id`` may come where the answer is whole."""
 
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, eos_token_id: int) -> None:
         self._matcher = matcher
+        self._eos_token_id = eos_token_id
 
-    def fill_mask(self, mask: NDArray[np.int32]) -> None:
+    def fill_mask(self, mask: NDArray[np.int32], *, whole: bool = False) -> None:
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
 
     @property
@@ -192,17 +202,18 @@ class GrammarMatcher:
         """Return that so many tokens fit: there is no limit."""
         return True
 
+    def allows(self, token_ids: list[int]) -> bool:
+        """Return whether some tokens may come next."""
+        return bool(self._matcher.validate_tokens(token_ids) == len(token_ids))
+
     def may_end_behind(self, token_ids: list[int]) -> bool:
         """Return whether the answer is whole with some tokens more."""
-        if self._matcher.validate_tokens(token_ids) < len(token_ids):
-            return False
-        after = self._matcher.deep_copy()
-        return (not token_ids or after.consume_tokens(token_ids)) and (
-            after.is_stopped() or after.is_accepting()
-        )
+        if not token_ids and self.is_finished:
+            return True
+        return self.allows([*token_ids, self._eos_token_id])
 
     def copy(self) -> GrammarMatcher:
-        return GrammarMatcher(self._matcher.deep_copy())
+        return GrammarMatcher(self._matcher.deep_copy(), self._eos_token_id)
 
     def forced(self) -> list[int]:
         return list(self._matcher.compute_ff_tokens())
@@ -211,6 +222,14 @@ class GrammarMatcher:
 def _answer_spec(spec: GrammarSpec) -> GrammarSpec:
     """The grammar of the answer alone, which requests with other thoughts share."""
     return msgspec.structs.replace(spec, thinking=None)
+
+
+@dataclass(slots=True)
+class _Compiled:
+    """A grammar before the first token, and what finds its ends once that is wanted."""
+
+    matcher: GrammarMatcher
+    search: EndSearch | None = None
 
 
 class GrammarCompiler:
@@ -240,27 +259,28 @@ class GrammarCompiler:
                 "grammar",
             ) from None
         self._eos_token_ids = eos_token_ids
-        self._compiled: OrderedDict[GrammarSpec, llguidance.LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[GrammarSpec, _Compiled] = OrderedDict()
         self._lock = threading.Lock()  # of the order of _compiled
         self._end_tokens: EndTokens | None = None
 
     def has(self, spec: GrammarSpec) -> bool:
         """Return whether all is there that ``prepare`` makes."""
-        if spec.is_json and self._end_tokens is None:
-            return False
-        return spec.kind == "any" or _answer_spec(spec) in self._compiled
+        compiled = self._compiled.get(_answer_spec(spec))
+        if compiled is None:
+            return spec.kind == "any"
+        return not spec.is_json or compiled.search is not None
 
     def prepare(self, spec: GrammarSpec) -> None:
-        """Compile a grammar, and for JSON sort the vocabulary by its part in ends, which takes a
-        second if it is large.
+        """Compile a grammar, and for JSON find the shortest answer and sort the vocabulary by its
+        part in ends, which takes a second if it is large.
 
         Raises:
             InvalidRequestError: the grammar does not compile.
         """
-        if spec.kind != "any":
-            self._answer_matcher(_answer_spec(spec))
         if spec.is_json:
-            self._ends()
+            self._search(_answer_spec(spec))
+        elif spec.kind != "any":
+            self._compile(_answer_spec(spec))
 
     def matcher(
         self, spec: GrammarSpec, output_token_ids: list[int], max_tokens: int | None = None
@@ -275,9 +295,9 @@ class GrammarCompiler:
         """
         answer: GrammarMatcher | ClosingMatcher | None = None
         if spec.kind != "any":
-            answer = self._answer_matcher(_answer_spec(spec))
+            answer = self._compile(_answer_spec(spec)).matcher.copy()
             if max_tokens is not None and spec.is_json:
-                answer = ClosingMatcher(answer, max_tokens, self._ends())
+                answer = ClosingMatcher(answer, max_tokens, self._search(_answer_spec(spec)))
         matcher: Matcher
         if spec.thinking is None:
             assert answer is not None, "a grammar of kind any bounds thoughts"
@@ -286,33 +306,39 @@ class GrammarCompiler:
             matcher = ThinkingMatcher(spec.thinking, answer, self._token_bytes, self._eos_token_ids)
         if not all(matcher.accept(token) for token in output_token_ids):
             raise InvalidRequestError("the tokens so far do not follow the grammar", "grammar")
+        if isinstance(answer, ClosingMatcher):
+            answer.catch_up()
         return matcher
 
     def _token_bytes(self, token_id: int) -> bytes:
         return bytes(self._tokenizer.decode_bytes([token_id]))
 
-    def _ends(self) -> EndTokens:
+    def _search(self, spec: GrammarSpec) -> EndSearch:
+        compiled = self._compile(spec)
         if self._end_tokens is None:
             size = self._tokenizer.vocab_size
             self._end_tokens = EndTokens(
                 self._token_bytes, self._tokenizer.tokenize_bytes, size, self._eos_token_ids
             )
-        return self._end_tokens
+        if compiled.search is None:
+            compiled.search = EndSearch(compiled.matcher.copy(), self._end_tokens, end_texts(spec))
+        return compiled.search
 
-    def _answer_matcher(self, spec: GrammarSpec) -> GrammarMatcher:
+    def _compile(self, spec: GrammarSpec) -> _Compiled:
         with self._lock:
             compiled = self._compiled.get(spec)
         if compiled is None:
-            compiled = llguidance.LLMatcher(self._tokenizer, to_llguidance(spec), log_level=0)
-            if compiled.is_error():
-                reason = _one_line(compiled.get_error())
+            matcher = llguidance.LLMatcher(self._tokenizer, to_llguidance(spec), log_level=0)
+            if matcher.is_error():
+                reason = _one_line(matcher.get_error())
                 raise InvalidRequestError(f"invalid {spec.kind}: {reason}", "grammar")
+            compiled = _Compiled(GrammarMatcher(matcher, self._tokenizer.eos_token))
         with self._lock:
             self._compiled[spec] = compiled
             self._compiled.move_to_end(spec)
             if len(self._compiled) > _MAX_COMPILED:
                 self._compiled.popitem(last=False)
-        return GrammarMatcher(compiled.deep_copy())
+        return compiled
 
     def check(self, spec: GrammarSpec) -> None:
         """Compile a grammar and compute its first mask, where too complex ones fail.
@@ -322,7 +348,7 @@ class GrammarCompiler:
         """
         if spec.kind == "any":
             return
-        matcher = self._answer_matcher(_answer_spec(spec))
+        matcher = self._compile(_answer_spec(spec)).matcher.copy()
         matcher.fill_mask(np.zeros(-(-self._tokenizer.vocab_size // 32), dtype=np.int32))
         if matcher.error:
             reason = "nothing matches it" if "NoExtension" in matcher.error else matcher.error

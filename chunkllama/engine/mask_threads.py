@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from chunkllama.engine.grammar import Matcher
 from chunkllama.engine.sequence_state import SequenceState
@@ -23,11 +24,18 @@ class MaskThreads:
 
     Args:
         vocab_size: of the model.
+        eos_token_ids: of the model, which ``min_tokens`` forbids.
         clock: seconds.
     """
 
-    def __init__(self, vocab_size: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        eos_token_ids: Iterable[int],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._words = -(-vocab_size // 32)
+        self._eos_token_ids = tuple(eos_token_ids)
         self._clock = clock
         self._quick = ThreadPoolExecutor(1, thread_name_prefix="grammar-mask")
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="grammar-slow-mask")
@@ -51,8 +59,7 @@ class MaskThreads:
         for state in states:
             assert state.matcher is not None
             started = self._clock()
-            mask = np.zeros(self._words, np.int32)
-            state.matcher.fill_mask(mask)
+            mask = self._mask(state.matcher, state)
             state.mask_seconds = self._clock() - started
             state.slowest_mask = max(state.mask_seconds, _DECAY * state.slowest_mask)
             if state.drafts and state.slowest_mask <= _SLOW_SECONDS:
@@ -63,12 +70,21 @@ class MaskThreads:
     def _compute_after_drafts(self, state: SequenceState, matcher: Matcher) -> None:
         """Compute the masks behind each guess, up to one that the grammar does not allow."""
         after = matcher.copy()
-        for token_id in state.drafts:
+        for count, token_id in enumerate(state.drafts, 1):
             if not after.accept(token_id) or after.is_finished:
                 break
-            mask = np.zeros(self._words, np.int32)
-            after.fill_mask(mask)
-            state.draft_masks.append(mask)
+            state.draft_masks.append(self._mask(after, state.after_drafts(count)))
+
+    def _mask(self, matcher: Matcher, state: SequenceState) -> NDArray[np.int32]:
+        """Return the mask of a grammar: the whole one if the request's parameters forbid all tokens
+        behind which an end fits.
+        """
+        mask = np.zeros(self._words, np.int32)
+        matcher.fill_mask(mask)
+        if not state.leaves_any(mask, self._eos_token_ids):
+            mask.fill(0)
+            matcher.fill_mask(mask, whole=True)
+        return mask
 
     def wait(self, states: Iterable[SequenceState], seconds: float | None) -> None:
         """Wait for the masks of ``states`` at most this long; None is without limit."""

@@ -144,7 +144,7 @@ class Sampler:
                 kept = logits[row, ids]
                 logits[row] = -torch.inf
                 logits[row, ids] = kept
-            for token in self._banned(sequence):
+            for token in sequence.banned_ids(self._eos_token_ids):
                 additions.add(row, token, -np.inf)
             for token, bias in sampling.logit_bias.items():
                 additions.add(row, token, bias)
@@ -159,16 +159,6 @@ class Sampler:
             times.charge([row])
         restricted = any(sequence.sampling.allowed_token_ids for sequence in sequences)
         return bool(masks or additions or penalised or restricted)
-
-    def _banned(self, sequence: SequenceState) -> Iterable[int]:
-        sampling, output = sequence.sampling, sequence.output_token_ids
-        if len(output) < sampling.min_tokens:
-            yield from sampling.stop_token_ids
-            if not sampling.ignore_eos:
-                yield from self._eos_token_ids
-        for *start, last in sampling.bad_words_token_ids:
-            if not start or output[-len(start) :] == start:
-                yield last
 
 
 def takes_best(sampling: SamplingParams) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.engine.grammar import Matcher
+from chunkllama.engine.token_masks import allow, forbid, is_allowed
 from chunkllama.sampling_params import SamplingParams
 
 
@@ -61,6 +63,36 @@ class SequenceState:
             known = [token for token in self.sampling.allowed_token_ids if 0 <= token < vocab_size]
             self._allowed_ids = torch.tensor(known, dtype=torch.int64, device=device)
         return self._allowed_ids
+
+    def banned_ids(self, eos_token_ids: Iterable[int]) -> Iterator[int]:
+        """Yield the tokens that ``min_tokens`` and ``bad_words`` forbid as the next.
+
+        Args:
+            eos_token_ids: of the model, which ``min_tokens`` forbids as the request's own.
+        """
+        sampling, output = self.sampling, self.output_token_ids
+        if len(output) < sampling.min_tokens:
+            yield from sampling.stop_token_ids
+            if not sampling.ignore_eos:
+                yield from eos_token_ids
+        for *start, last in sampling.bad_words_token_ids:
+            if not start or output[-len(start) :] == start:
+                yield last
+
+    def leaves_any(self, mask: NDArray[np.int32], eos_token_ids: Iterable[int]) -> bool:
+        """Return whether the parameters allow a token of a grammar's mask [ceil(vocab / 32)]."""
+        left, banned = mask, [*self.banned_ids(eos_token_ids)]
+        if self.sampling.allowed_token_ids:
+            left = np.zeros_like(mask)
+            for token_id in self.sampling.allowed_token_ids:
+                if is_allowed(mask, token_id):
+                    allow(left, token_id)
+        elif banned:
+            left = mask.copy()
+        for token_id in banned:
+            if is_allowed(left, token_id):
+                forbid(left, token_id)
+        return bool(left.any())
 
     @property
     def is_ready(self) -> bool:

@@ -48,7 +48,7 @@ class StepSampler:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._sampler = Sampler(spec.eos_token_ids, clock)
-        self._masks = MaskThreads(spec.vocab_size, clock)
+        self._masks = MaskThreads(spec.vocab_size, spec.eos_token_ids, clock)
         self._budget = RowBudget(share)
         self._sequences = sequences
         self._clock = clock

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkllama.engine.closing import allow, bit
+from chunkllama.engine.token_masks import allow, forbid
 from chunkllama.sampling_params import ThinkingSpec
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 class ThinkingMatcher:
     """Thoughts of free text up to their budget, then a grammar or free text.
+
+    They end in time for the shortest answer, where its grammar counts the tokens that are left.
 
     Args:
         answer: what the answer obeys; None for free text.
@@ -50,19 +52,24 @@ class ThinkingMatcher:
 
     @property
     def _must_end(self) -> bool:
-        budget = self._spec.budget
-        return self._is_thinking and budget is not None and self._num_tokens >= budget
+        budget, answer = self._spec.budget, self._answer
+        if not self._is_thinking:
+            return False
+        if self._num_forced or (budget is not None and self._num_tokens >= budget):
+            return True
+        # One token more would leave no room for the end of the thoughts and an answer.
+        return answer is not None and not answer.has_room(1 + len(self._spec.end_token_ids))
 
-    def fill_mask(self, mask: NDArray[np.int32]) -> None:
+    def fill_mask(self, mask: NDArray[np.int32], *, whole: bool = False) -> None:
         if self._must_end:
             allow(mask, self._spec.end_token_ids[self._num_forced])
         elif self._is_thinking or self._answer is None:
             mask.fill(-1)
             if self._answer is not None:
                 for token in self._eos_token_ids:
-                    mask[token // 32] &= ~np.int32(bit(token))
+                    forbid(mask, token)
         else:
-            self._answer.fill_mask(mask)
+            self._answer.fill_mask(mask, whole=whole)
             # Thoughts that leave no room for the end of the answer do not begin.
             may_begin = self._may_begin and self._answer.has_room(1 + len(self._spec.end_token_ids))
             if may_begin and self._spec.start_token_id is not None:

@@ -11,7 +11,10 @@ import pytest
 from mask_draws import draw, is_allowed
 from numpy.typing import NDArray
 
-from chunkllama.engine.closing import ClosingMatcher, EndTokens
+from chunkllama.engine.closing import ClosingMatcher
+from chunkllama.engine.end_search import EndSearch
+from chunkllama.engine.end_texts import EndTexts
+from chunkllama.engine.end_tokens import EndTokens
 from chunkllama.engine.grammar import JSON_WHITESPACE, GrammarCompiler, Matcher
 from chunkllama.sampling_params import GrammarSpec, ThinkingSpec
 from chunkllama.text.tokenizer import Tokenizer
@@ -184,14 +187,19 @@ class CountingMatcher:
     def accept(self, token_id: int) -> bool:
         return True
 
+    def may_end_behind(self, token_ids: list[int]) -> bool:
+        return False
+
     def copy(self) -> CountingMatcher:
         return self
 
 
 def test_looks_are_bounded_and_only_where_masks_are_filled():
-    CountingMatcher.num_masks = 0
     tokens = EndTokens(lambda token_id: bytes([97 + token_id]), lambda _: [], 32, [])
-    matcher = ClosingMatcher(CountingMatcher(), 4000, tokens)  # type: ignore[arg-type]
+    search = EndSearch(CountingMatcher(), tokens, EndTexts((), ()))  # type: ignore[arg-type]
+    assert search.first is None
+    CountingMatcher.num_masks = 0
+    matcher = ClosingMatcher(CountingMatcher(), 4000, search)  # type: ignore[arg-type]
     mask = np.zeros(1, np.int32)
     for _ in range(2000):
         matcher.accept(1)
@@ -199,7 +207,7 @@ def test_looks_are_bounded_and_only_where_masks_are_filled():
     for _ in range(2000):
         matcher.fill_mask(mask)
         matcher.accept(1)
-    assert CountingMatcher.num_masks - 2000 <= 12 * 257
+    assert CountingMatcher.num_masks - 2000 <= 17 * 257
 
 
 def test_the_vocabulary_is_read_before_a_matcher_is_made(tokenizer):

@@ -16,7 +16,9 @@ from chunkllama.engine.grammar import GrammarCompiler
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama.text.chat_template import ChatTemplate
 from chunkllama.text.template_adapter import adapt
+from chunkllama.text.thoughts import Thoughts, ThoughtTags
 from chunkllama.text.tokenizer import DecodeRule, Tokenizer
+from chunkllama_server.api.chat.thinking import with_thoughts
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.tools.call_format import call_format
 from chunkllama_server.api.tools.config import plan_tools
@@ -183,6 +185,29 @@ def test_forced_calls_are_read_as_the_grammar_means_them(families, family, speci
         assert len(calls) <= 16
     single = model.plan(tool_choice="required", parallel_tool_calls=False)
     assert len(check_calls(single, model.walk(single.grammar(), 9))) == 1
+
+
+@pytest.mark.parametrize("family", [p for p in ONE_OF_EACH if p.id in ("qwen3_coder", "seed_oss")])
+def test_a_call_of_parameters_is_closed_in_its_text(families, family):
+    """The model writes the first parameter's text until its tokens run out."""
+    model = families(family)
+    config = model.plan(
+        tool_choice={"type": "function", "function": {"name": "get_weather"}},
+        parallel_tool_calls=False,
+    )
+    grammar, letter = config.grammar(), model.tokenizer.encode("x")[0]
+    assert grammar.ends
+    thinking = Thoughts(ThoughtTags("<think>", "</think>"), is_open=True)
+    assert with_thoughts(grammar, thinking, None, model.tokenizer).ends == grammar.ends
+    for num_tokens in (190, 210):  # a byte each
+        matcher, ids = model.compiler.matcher(grammar, [], num_tokens), []
+        while not matcher.is_finished and len(ids) < num_tokens:
+            tokens = model.allowed(matcher)
+            ids.append(letter if letter in tokens else int(tokens[0]))
+            assert matcher.accept(ids[-1])
+        text = model.tokenizer.decode(ids, skip_special_tokens=False)
+        ((_, arguments),) = check_calls(config, text)
+        assert "xxxx" in json.loads(arguments)["city"] and matcher.is_closing
 
 
 @pytest.mark.nightly

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -9,6 +10,8 @@ from collections.abc import Callable
 
 import h11
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from chunkllama_server.transport import http_protocol
 from chunkllama_server.transport.http_protocol import HttpLimits
@@ -192,6 +195,52 @@ def test_stalled_reader_is_given_up(start_server):
         sock.sendall(HEADERS + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         wait_until(lambda: server.engine.aborted)
     assert len(server.engine.aborted) == 1
+
+
+class SilentTransport(asyncio.Transport):
+    """A connection whose peer sends no more."""
+
+    def __init__(self) -> None:
+        super().__init__({"peername": ("127.0.0.1", 1), "sockname": ("127.0.0.1", 2)})
+        self.written, self.has_closed = b"", False
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        pass
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return self.has_closed
+
+    def close(self) -> None:
+        self.has_closed = True
+
+
+def test_a_server_that_ends_waits_for_no_rest_of_a_request():
+    async def refuse_then_end() -> SilentTransport:
+        config = uvicorn.Config(lambda: None)
+        config.load()
+        protocol = http_protocol.make_protocol(HttpLimits())(config, ServerState(), {})
+        transport = SilentTransport()
+        protocol.connection_made(transport)
+        protocol.data_received(b"NONSENSE\r\n\r\n")
+        assert protocol.is_lingering and not transport.has_closed
+        protocol.shutdown()
+        protocol.connection_lost(None)
+        return transport
+
+    transport = asyncio.run(refuse_then_end())
+    assert transport.has_closed and transport.written.startswith(b"HTTP/1.1 400")
 
 
 def answers(connection: h11.Connection, version: bytes) -> list[bytes | None]:

@@ -185,6 +185,13 @@ class LimitedH11Protocol(H11Protocol):
         elif is_new and self.conn.their_state is h11.SEND_BODY:
             self._expect(self.limits.body_seconds)
 
+    def shutdown(self) -> None:
+        """End the connection for the end of the server, which waits for no rest of a request."""
+        if not self.is_lingering:
+            super().shutdown()
+        if self.is_lingering:
+            self._raw_transport.close()
+
     def send_400_response(self, msg: str) -> None:
         """Refuse what h11 cannot parse with the usual error body."""
         if self.conn.has_small_chunks:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from chunkllama.sampling_params import GrammarSpec, ThinkingSpec
 from chunkllama.text.template_capabilities import TemplateCapabilities
 from chunkllama.text.thoughts import NO_THOUGHTS, Thoughts, ThoughtTags, tag_ids
@@ -88,4 +90,4 @@ def with_thoughts(
     )
     if grammar is None:
         return GrammarSpec(kind="any", text="", thinking=thinking)
-    return GrammarSpec(kind=grammar.kind, text=grammar.text, thinking=thinking)
+    return msgspec.structs.replace(grammar, thinking=thinking)

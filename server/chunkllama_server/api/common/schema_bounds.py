@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
+
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.common.schema_keywords import COMBINATORS
 from chunkllama_server.api.common.schema_texts import other_names
@@ -69,7 +71,7 @@ def bound_grammar(grammar: GrammarSpec, num_tokens: int) -> GrammarSpec:
     if grammar.kind != "json_schema":
         return grammar
     text = json.dumps(bounded(json.loads(grammar.text), num_tokens))
-    return GrammarSpec(kind=grammar.kind, text=text)
+    return msgspec.structs.replace(grammar, text=text)
 
 
 def bounded(schema: Any, num_tokens: int) -> Any:

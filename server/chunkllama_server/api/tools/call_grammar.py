@@ -14,7 +14,11 @@ from typing import Any
 from chunkllama.engine.grammar import JSON_WHITESPACE
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.tools.call_format import CallFormat
-from chunkllama_server.api.tools.parameter_grammar import keyword_rules, parameter_rules
+from chunkllama_server.api.tools.parameter_grammar import (
+    PARAMETER_END,
+    keyword_rules,
+    parameter_rules,
+)
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.transport.errors import exceeded
 
@@ -35,6 +39,7 @@ class _Form:
         between: behind the name of a named call.
         separator: between calls.
         arguments_key: of an object, the member that holds the arguments.
+        edge: between a parameter and its tags.
     """
 
     begin: str = ""
@@ -45,6 +50,12 @@ class _Form:
     between: str = ""
     separator: str = ""
     arguments_key: str = "arguments"
+    edge: str = "\n"
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Return the texts that end raw text."""
+        return (self.edge + PARAMETER_END,) if self.kind == "parameters" else ()
 
 
 _TAGGED = _Form(before="<tool_call>", after="</tool_call>", separator="/\\n?/")
@@ -97,6 +108,7 @@ def _form(written: CallFormat) -> _Form:
                 after=f"\n</{tag}>",
                 kind="parameters",
                 separator="/\\n?/",
+                edge="" if tag.startswith("seed:") else "\n",
             )
     return _TAGGED
 
@@ -129,7 +141,7 @@ def forced_calls(
         ApiError: 400 where the functions' schemas are too large together.
     """
     lines = ["start: calls", *_call_rules(written, schemas, is_single=is_single)]
-    return _checked("\n".join(lines), limits)
+    return _checked("\n".join(lines), written, limits)
 
 
 def calls_or_answer(
@@ -152,13 +164,13 @@ def calls_or_answer(
     schema = json.loads(answer.text) if answer.kind == "json_schema" else {"type": "object"}
     rules = _call_rules(written, schemas, is_single=is_single)
     lines = ["start: calls | answer", *rules, f"answer: %json {inline_schema(schema)}"]
-    return _checked("\n".join(lines), limits)
+    return _checked("\n".join(lines), written, limits)
 
 
-def _checked(text: str, limits: LimitsConfig) -> GrammarSpec:
+def _checked(text: str, written: CallFormat, limits: LimitsConfig) -> GrammarSpec:
     if len(text) > 2 * limits.max_schema_chars:
         raise exceeded(limits, "max_schema_chars", "tools", value=len(text))
-    return GrammarSpec(kind="lark", text=text, has_calls=True)
+    return GrammarSpec(kind="lark", text=text, has_calls=True, ends=_form(written).ends)
 
 
 def _call_rules(
@@ -205,8 +217,7 @@ def _named_rules(
     before = written.literal(form.before + name) if form.before else f'"{name}"'
     after = written.literal(form.after) if form.after else ""
     if form.kind == "parameters":
-        edge = "" if "seed:" in form.before else "\n"
-        rules = parameter_rules(f"params_{rule}", arguments, inline_schema, edge)
+        rules = parameter_rules(f"params_{rule}", arguments, inline_schema, form.edge)
         begin = written.literal(f"{form.before}<function={name}>\n")
         if rules:
             end = written.literal(f"</function>{form.after}")

@@ -106,7 +106,7 @@ def parameter_rules(
 
 
 _EMPTY = '""'
-_END = "</parameter>\n"
+PARAMETER_END = "</parameter>\n"
 
 
 def _value_rule(schema: dict[str, Any], inline: Inline, edge: str) -> str | None:
@@ -125,7 +125,7 @@ def _value_rule(schema: dict[str, Any], inline: Inline, edge: str) -> str | None
         is_json = all(map(_is_plain, kinds))
     if kind == "string":
         return _text_rule(schema, edge)
-    return f"%json {inline(schema)} {json.dumps(edge + _END)}" if is_json else None
+    return f"%json {inline(schema)} {json.dumps(edge + PARAMETER_END)}" if is_json else None
 
 
 def _is_plain(kind: Any) -> bool:
@@ -133,7 +133,7 @@ def _is_plain(kind: Any) -> bool:
 
 
 def _text_rule(schema: dict[str, Any], edge: str) -> str | None:
-    end = json.dumps(edge + _END)
+    end = json.dumps(edge + PARAMETER_END)
     values = schema.get("enum")
     if isinstance(values, list):
         is_plain = all(isinstance(v, str) and v and v == v.strip() and "<" not in v for v in values)
@@ -148,5 +148,5 @@ def _text_rule(schema: dict[str, Any], edge: str) -> str | None:
     if type(limit) is not int or limit < 0:
         return None
     # One terminal with the tag: text that may hold anything would consume the line's end.
-    closing = (edge + _END).replace("/", r"\/").replace("\n", r"\n")
+    closing = (edge + PARAMETER_END).replace("/", r"\/").replace("\n", r"\n")
     return f"/{_TEXT}{{0,{limit}}}{closing}/"

@@ -1,0 +1,151 @@
+"""Texts that end what no token alone can: strings with a pattern or a format, and raw text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from re import _parser  # type: ignore[attr-defined]  # of regular expressions, of the library's own
+from typing import Any, NamedTuple
+
+from chunkllama.sampling_params import GrammarSpec
+
+# A longer text of a pattern is not made, nor more of them.
+_MAX_CHARS, _MAX_TEXTS = 64, 64
+# A short text of each format whose texts may go on without end.
+_OF_FORMATS = {
+    "date-time": ("2000-01-01T00:00:00Z",),
+    "time": ("00:00:00Z",),
+    "duration": ("P1D", "PT1S"),
+    "email": ("q@q.qq",),
+    "hostname": ("q.qq",),
+    "uri": ("q://q",),
+}
+_CHARS = "q0 -.,_@/:+#!\u00e9"
+_OF_CLASSES = {
+    "CATEGORY_DIGIT": "0",
+    "CATEGORY_NOT_DIGIT": "q",
+    "CATEGORY_SPACE": " ",
+    "CATEGORY_NOT_SPACE": "q",
+    "CATEGORY_WORD": "q",
+    "CATEGORY_NOT_WORD": "-",
+}
+
+
+class EndTexts(NamedTuple):
+    """Texts that may end a part of an answer.
+
+    Attributes:
+        terminators: end raw text; wherever one may come, it leads to the end.
+        of_strings: texts of the strings with a pattern or a format, as JSON has them.
+    """
+
+    terminators: tuple[bytes, ...]
+    of_strings: tuple[bytes, ...]
+
+
+def end_texts(spec: GrammarSpec) -> EndTexts:
+    """Return the texts that may end a part of an answer with a grammar."""
+    texts = dict.fromkeys(text for schema in _schemas(spec) for text in _texts(schema))
+    listed = [json.dumps(text, ensure_ascii=False)[1:-1].encode() for text in texts]
+    return EndTexts(tuple(text.encode() for text in spec.ends), tuple(listed[:_MAX_TEXTS]))
+
+
+def _schemas(spec: GrammarSpec) -> Iterator[Any]:
+    if spec.kind == "json_schema":
+        yield json.loads(spec.text)
+    elif spec.kind == "lark":
+        decoder = json.JSONDecoder()
+        for found in re.finditer(r"%json\s*", spec.text):
+            yield decoder.raw_decode(spec.text, found.end())[0]
+
+
+def _texts(schema: Any) -> Iterator[str]:
+    """Yield a short text of each pattern and format in a schema."""
+    if isinstance(schema, list):
+        for item in schema:
+            yield from _texts(item)
+    if not isinstance(schema, dict):
+        return
+    names = schema.get("patternProperties")
+    for pattern in (schema.get("pattern"), *(names if isinstance(names, dict) else ())):
+        text = text_of_pattern(pattern) if isinstance(pattern, str) else None
+        if text:
+            yield text
+    form = schema.get("format")
+    yield from _OF_FORMATS.get(form, ()) if isinstance(form, str) else ()
+    for value in schema.values():
+        yield from _texts(value)
+
+
+def text_of_pattern(pattern: str) -> str | None:
+    """Return about the shortest text that a regular expression matches; None where it has what is
+    not read here, or takes too many characters.
+    """
+    try:
+        text = _text_of(_parser.parse(pattern))
+    except (re.error, RecursionError, OverflowError, _UnreadError):
+        return None
+    return text if len(text) <= _MAX_CHARS else None
+
+
+class _UnreadError(Exception):
+    """A part of a regular expression is not read here."""
+
+
+def _text_of(parts: Any) -> str:
+    """Return a text of a parsed expression: pairs of a name and what it holds."""
+    return "".join(_text_of_part(str(name), value) for name, value in parts)
+
+
+def _text_of_part(name: str, value: Any) -> str:
+    match name:
+        case "LITERAL":
+            return chr(value)
+        case "NOT_LITERAL":
+            return _char_outside([("LITERAL", value)])
+        case "ANY":
+            return "q"
+        case "IN" if str(value[0][0]) == "NEGATE":
+            return _char_outside(value[1:])
+        case "IN":
+            return _char_inside(value)
+        case "BRANCH":
+            return min(map(_text_of, value[1]), key=len)
+        case "SUBPATTERN":
+            return _text_of(value[-1])
+        case "ATOMIC_GROUP":
+            return _text_of(value)
+        case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
+            return _text_of(value[2]) * min(value[0], _MAX_CHARS + 1)
+        case "AT":
+            return ""
+    raise _UnreadError
+
+
+def _char_inside(members: Any) -> str:
+    name, value = str(members[0][0]), members[0][1]
+    if name == "CATEGORY":
+        return _OF_CLASSES[str(value)]
+    return chr(value[0] if name == "RANGE" else value)
+
+
+def _char_outside(members: Any) -> str:
+    for char in _CHARS:
+        if not any(_is_member(char, str(name), value) for name, value in members):
+            return char
+    raise _UnreadError
+
+
+def _is_member(char: str, name: str, value: Any) -> bool:
+    if name == "RANGE":
+        return bool(value[0] <= ord(char) <= value[1])
+    if name == "LITERAL":
+        return char == chr(value)
+    kind = str(value)
+    is_member = {
+        "DIGIT": char.isdecimal(),
+        "SPACE": char.isspace(),
+        "WORD": char.isalnum() or char == "_",
+    }[kind.removeprefix("CATEGORY_").removeprefix("NOT_")]
+    return is_member != ("NOT_" in kind)

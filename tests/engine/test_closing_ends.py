@@ -1,0 +1,221 @@
+"""An end fits behind all that an answer in JSON opens before its tokens run out."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import jsonschema_rs
+import numpy as np
+import pytest
+from mask_draws import draw, is_allowed
+from numpy.typing import NDArray
+
+from chunkllama.engine.end_texts import text_of_pattern
+from chunkllama.engine.grammar import GrammarCompiler, Matcher
+from chunkllama.engine.mask_threads import MaskThreads
+from chunkllama.engine.sequence_state import SequenceState
+from chunkllama.sampling_params import GrammarSpec, SamplingParams, ThinkingSpec
+from chunkllama.text.tokenizer import Tokenizer
+
+VOCAB, EOS = 49152, 2
+INTEGER = {"type": "integer"}
+
+
+def record(**properties: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": [*properties],
+        "additionalProperties": False,
+    }
+
+
+def numbers(count: int) -> dict[str, Any]:
+    return record(**{f"field_{i}": INTEGER for i in range(count)})
+
+
+def list_of(item: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": item}
+
+
+def text(**more: Any) -> dict[str, Any]:
+    return {"type": "string", **more}
+
+
+LARGE = {
+    "8 numbers": record(items=list_of(numbers(8))),
+    "20 numbers": record(items=list_of(numbers(20))),
+    "lists in lists": record(a=list_of(record(b=list_of(numbers(6)), c=text()))),
+    "optional": {**record(a=list_of(INTEGER), more=numbers(12)), "required": ["a"]},
+    "one of": record(x=list_of({"anyOf": [numbers(10), INTEGER, list_of(numbers(3))]})),
+}
+PATTERNS = {
+    "letters": r"^[a-z]+@[a-z]+\.[a-z]+$",
+    "no blanks": r"^\S+@\S+\.\S+$",
+    "file": r"^.+\.(jpg|png)$",
+    "phone": r"^[0-9()+ -]+$",
+    "optional end": r"^[a-z]+(@[a-z]+\.[a-z]+)?$",
+}
+TEXTS = {
+    **{name: record(v=text(pattern=pattern)) for name, pattern in PATTERNS.items()},
+    **{
+        f"list of {name}": record(v=list_of(record(t=text(pattern=pattern), n=INTEGER)))
+        for name, pattern in PATTERNS.items()
+    },
+    **{
+        form: record(v=list_of(text(format=form)), w=text(format=form))
+        for form in ("email", "uri", "date-time", "duration")
+    },
+}
+SCHEMAS = LARGE | TEXTS
+
+
+def schema_spec(schema: dict[str, Any], **more: Any) -> GrammarSpec:
+    return GrammarSpec(kind="json_schema", text=json.dumps(schema), **more)
+
+
+def allowed(matcher: Matcher) -> NDArray[np.int32]:
+    mask = np.zeros(VOCAB // 32, np.int32)
+    matcher.fill_mask(mask)
+    return mask
+
+
+def ramble(matcher: Matcher, tokenizer: Tokenizer, seed: int, limit: int) -> list[int]:
+    """Ids that open what they may, and else any text."""
+    rng, ids = random.Random(seed), list[int]()
+    opening = [tokenizer.encode(text)[0] for text in (",", '",', "],", "},", ',"', "{", '{"')]
+    while not matcher.is_finished and len(ids) < limit:
+        mask = allowed(matcher)
+        preferred = [token for token in opening if is_allowed(mask, token)]
+        token = rng.choice(preferred) if preferred and rng.random() < 0.9 else draw(mask, rng)
+        if token == EOS:
+            break
+        assert matcher.accept(token)
+        ids.append(token)
+    return ids
+
+
+def check_ends(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, schema: dict[str, Any], num_tokens: int
+) -> None:
+    matcher = compiler.matcher(schema_spec(schema), [], num_tokens)
+    written = tokenizer.decode(ramble(matcher, tokenizer, num_tokens, num_tokens))
+    assert jsonschema_rs.is_valid(schema, json.loads(written)), (num_tokens, written)
+
+
+@pytest.mark.parametrize("name", ["20 numbers", "lists in lists", "optional", "one of"])
+def test_what_is_opened_fits(compiler, tokenizer, name):
+    for num_tokens in (47, 101, 143, 206):
+        check_ends(compiler, tokenizer, SCHEMAS[name], num_tokens)
+
+
+@pytest.mark.parametrize("name", [*TEXTS])
+def test_strings_that_must_match_end(compiler, tokenizer, name):
+    for num_tokens in (29, 36):
+        check_ends(compiler, tokenizer, SCHEMAS[name], num_tokens)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [*SCHEMAS])
+def test_an_end_fits_in_any_number_of_tokens(compiler, tokenizer, name):
+    for num_tokens in [*range(30, 260), 300, 400, 511, 512, 513, 600, 1000]:
+        check_ends(compiler, tokenizer, SCHEMAS[name], num_tokens)
+
+
+RAW = (
+    'start: "<parameter=a>\\n" text "<parameter=b>\\n" number\n'
+    r"text: /([^<]|<[^\/p<]){0,400}\n<\/parameter>\n/"
+    "\n"
+    r'number: %json {"type": "array", "items": {"type": "string"}} "\n</parameter>\n"'
+)
+
+
+def test_raw_text_is_ended_by_its_tag(compiler, tokenizer):
+    spec = GrammarSpec(kind="lark", text=RAW, has_calls=True, ends=("\n</parameter>\n",))
+    for num_tokens in (40, 55, 90):
+        matcher = compiler.matcher(spec, [], num_tokens)
+        rng, ids = random.Random(num_tokens), tokenizer.encode('<parameter=a>\nsay "so) and')
+        assert all(map(matcher.accept, ids))
+        while not matcher.is_finished and len(ids) < num_tokens:
+            token = draw(allowed(matcher), rng)
+            assert matcher.accept(token)
+            ids.append(token)
+        assert matcher.is_finished, tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["8 numbers", "list of letters"])
+def test_the_mask_follows_from_the_tokens_alone(compiler, tokenizer, name):
+    """Not from the masks that were filled before: all, some, none or those of copies."""
+    spec, num_tokens = schema_spec(SCHEMAS[name]), 160
+    ids = ramble(compiler.matcher(spec, [], num_tokens), tokenizer, 1, num_tokens)
+    matchers = [compiler.matcher(spec, [], num_tokens) for _ in range(3)]
+    for count, token in enumerate(ids):
+        masks = [allowed(matchers[0]), allowed(matchers[1].copy())]
+        if count % 7 == 0:
+            masks.append(allowed(matchers[2]))
+        if count % 16 == 0:
+            masks.append(allowed(compiler.matcher(spec, ids[:count], num_tokens)))
+        assert all((mask == masks[0]).all() for mask in masks), count
+        assert all(matcher.accept(token) for matcher in matchers)
+    matchers.append(compiler.matcher(spec, ids, num_tokens))
+    assert {matcher.is_closing for matcher in matchers} == {True}
+
+
+def test_thoughts_end_in_time_for_the_answer(compiler, tokenizer):
+    end = tuple(tokenizer.encode("</think>"))
+    thinking = ThinkingSpec(is_open=True, start_token_id=None, end="</think>", end_token_ids=end)
+    schema = record(answer=text(maxLength=200), sure={"type": "boolean"})
+    so = tokenizer.encode(" so")[0]
+    for num_tokens in (20, 33, 60):
+        matcher = compiler.matcher(schema_spec(schema, thinking=thinking), [], num_tokens)
+        ids = list[int]()
+        while not matcher.is_finished:
+            mask = allowed(matcher)
+            ids.append(so if is_allowed(mask, so) else draw(mask, random.Random(len(ids))))
+            assert matcher.accept(ids[-1])
+        thoughts, _, answer = tokenizer.decode(ids).partition("</think>")
+        assert len(ids) <= num_tokens and " so so" in thoughts
+        assert jsonschema_rs.is_valid(schema, json.loads(answer))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"min_tokens": 60}, {"bad_words_token_ids": ((EOS,),)}, {"allowed_token_ids": (33,)}],
+    ids=["min_tokens", "bad_words", "allowed_token_ids"],
+)
+def test_where_the_end_is_forbidden_the_grammar_alone_decides(compiler, tokenizer, parameters):
+    """An answer that cannot be closed is cut, and is no error."""
+    call = json.dumps(numbers(1))
+    spec = GrammarSpec(kind="lark", text=f"start: call+\ncall: %json {call}", has_calls=True)
+    written = tokenizer.encode('{"field_0":1}')
+    (brace,) = tokenizer.encode("{")
+    if "allowed_token_ids" in parameters:
+        parameters = {"allowed_token_ids": (brace,)}
+    sampling = SamplingParams(grammar=spec, max_tokens=len(written) + 2, **parameters)
+    matcher = compiler.matcher(spec, written, sampling.max_tokens)
+    state = SequenceState(sampling, 0, np.zeros(1, np.int32), written, matcher=matcher)
+    assert not state.leaves_any(allowed(matcher.copy()), [EOS])
+    threads = MaskThreads(VOCAB, [EOS])
+    threads.start([state])
+    threads.wait([state], None)
+    threads.close()
+    assert state.mask is not None
+    assert state.leaves_any(state.mask, [EOS]) and is_allowed(state.mask, brace)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        (r"^[a-z]{2,}-\d+$", "aa-0"),
+        (r"a|bcd", "a"),
+        (r"[^q0]\D\s\W[^\w ]", " q --"),
+        (r"(?:x(?P<n>y)z)+.?", "xyz"),
+        (r"^a{70}$", None),
+        (r"(?=a)b", None),
+        ("(", None),
+    ],
+)
+def test_a_text_of_a_pattern(pattern, found):
+    assert text_of_pattern(pattern) == found
