@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 _MAX_MESSAGE = 1000
+# What a terminal or a reader of lines would act on, and how it is written instead.
+CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]}
+CONTROL_CHARACTERS |= {9: "\\t", 10: "\\n", 13: "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+_CONTROL_IN_LINES = {code: text for code, text in CONTROL_CHARACTERS.items() if code != 10}
 
 
 class ChunkLlamaError(Exception):
@@ -13,10 +17,12 @@ class ConfigError(ChunkLlamaError):
     """The configuration, a model folder or a file is unusable; the message names it and the fix.
 
     Args:
-        message: shortened in the middle when it quotes a long value of a damaged file.
+        message: shortened in the middle when it quotes a long value of a damaged file; control
+            characters of a quoted name are escaped.
     """
 
     def __init__(self, message: str) -> None:
+        message = message.translate(_CONTROL_IN_LINES)
         if len(message) > _MAX_MESSAGE:
             half = _MAX_MESSAGE // 2
             message = f"{message[:half]} ... {message[-half:]}"

@@ -14,6 +14,8 @@ import time
 from contextvars import ContextVar
 from typing import Literal, TextIO
 
+from chunkllama.errors import CONTROL_CHARACTERS
+
 LogFormat = Literal["text", "json"]
 
 # Set by the HTTP layer for the request being served; every record made meanwhile carries it.
@@ -21,8 +23,6 @@ request_id_context: ContextVar[str] = ContextVar("request_id", default="")
 tenant_context: ContextVar[str] = ContextVar("tenant", default="")
 
 _ROOT = "chunkllama"
-_CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]}
-_CONTROL |= {9: "\\t", 10: "\\n", 13: "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 _NOT_EXTRA = frozenset(vars(logging.makeLogRecord({})))
 _NOT_EXTRA |= {"message", "asctime", "taskName", "color_message"}
 
@@ -115,7 +115,7 @@ class TextFormatter(logging.Formatter):
         where = f"{name} [{request}]" if request else name
         extra = "".join(f" {key}={value}" for key, value in _extra(record).items())
         line = f"{clock}.{int(record.msecs):03d} {record.levelname:<7} {where}: {_message(record)}"
-        return (line + extra).translate(_CONTROL)
+        return (line + extra).translate(CONTROL_CHARACTERS)
 
 
 class JsonFormatter(logging.Formatter):

@@ -15,7 +15,7 @@ from chunkllama.engine.grammar import Matcher
 from chunkllama.engine.sequence_state import SequenceState
 
 # A mask that took longer is computed beside the others the next time, so that none waits for it.
-_SLOW_SECONDS: Final = 0.002
+SLOW_SECONDS: Final = 0.002
 _DECAY: Final = 0.9
 
 
@@ -43,11 +43,11 @@ class MaskThreads:
     def start(self, states: Iterable[SequenceState]) -> None:
         """Compute the masks of the next tokens that are not there yet nor being computed."""
         missing = [s for s in states if s.matcher and s.mask is None and s.mask_task is None]
-        quick = [s for s in missing if s.slowest_mask <= _SLOW_SECONDS]
+        quick = [s for s in missing if s.slowest_mask <= SLOW_SECONDS]
         if quick:
             self._submit(self._quick, quick)
         for state in missing:
-            if state.slowest_mask > _SLOW_SECONDS:
+            if state.slowest_mask > SLOW_SECONDS:
                 self._submit(self._slow, [state])
 
     def _submit(self, pool: ThreadPoolExecutor, states: list[SequenceState]) -> None:
@@ -62,7 +62,7 @@ class MaskThreads:
             mask = self._mask(state.matcher, state)
             state.mask_seconds = self._clock() - started
             state.slowest_mask = max(state.mask_seconds, _DECAY * state.slowest_mask)
-            if state.drafts and state.slowest_mask <= _SLOW_SECONDS:
+            if state.drafts and state.slowest_mask <= SLOW_SECONDS:
                 self._compute_after_drafts(state, state.matcher)
                 state.mask_seconds = self._clock() - started
             state.mask = mask  # last, because the step loop looks at it

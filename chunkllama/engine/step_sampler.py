@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from chunkllama.backends.model import RunnableModel
-from chunkllama.engine.mask_threads import MaskThreads
+from chunkllama.engine.mask_threads import SLOW_SECONDS, MaskThreads
 from chunkllama.engine.row_budget import RowBudget
 from chunkllama.engine.sampler import Sampled, Sampler, takes_best
 from chunkllama.engine.sequence_state import SequenceState
@@ -180,12 +180,22 @@ class StepSampler:
             _take(slot, state, outcomes[start:end], sampled)
 
     def _report_forced(self, slots: list[int], sampled: SampledTokens) -> None:
-        """Report what the grammars leave no choice for after the tokens of this step."""
+        """Report what the grammars leave no choice for after the tokens of this step.
+
+        It is computed here, between two steps, so a grammar whose masks are slow goes without: the
+        same text is what makes them slow. All together take what one request's masks may take.
+        """
+        began = self._clock()
+        limit = max(self._budget.share * self._model_seconds, SLOW_SECONDS)
         for slot in slots:
-            matcher = self._sequences[slot].matcher
-            if matcher is None or slot not in sampled.token_ids:
+            state = self._sequences[slot]
+            if state.matcher is None or slot not in sampled.token_ids:
                 continue
-            if forced := matcher.forced():
+            if state.slowest_mask > SLOW_SECONDS:
+                continue
+            if not self._is_alone and self._clock() - began > limit:
+                return
+            if forced := state.matcher.forced():
                 sampled.forced[slot] = forced
 
     def _end_model(self, began: float | None) -> None:

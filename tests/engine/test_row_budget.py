@@ -16,6 +16,7 @@ from chunkllama.engine.row_budget import RowBudget
 from chunkllama.engine.sampler import RowTimes, Sampler
 from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.sampling_params import SamplingParams
+from chunkllama.scheduler.output import SampledTokens
 
 MakeCore = Callable[..., EngineCore]
 PROMPT = list(range(5, 25))
@@ -173,6 +174,39 @@ def test_a_request_of_many_choices_does_not_slow_others(timed_core, run) -> None
     again = alone.add([7, 8, 9], 40, **costly)
     alone.finish()
     assert sorted(alone.outputs[again]) == beside, "deferral changes no token"
+
+
+class _ForcedText:
+    """A grammar that takes 1.5 ms to tell what it forces."""
+
+    is_finished = False
+
+    def __init__(self, clock: _Clock) -> None:
+        self._clock = clock
+        self.num_calls = 0
+
+    def forced(self) -> list[int]:
+        self._clock.now += 0.0015
+        self.num_calls += 1
+        return [1]
+
+
+def test_forced_text_takes_a_bounded_part_of_a_step(timed_core) -> None:
+    """What it costs is spent between two steps: 20 ms of model allow 4 ms."""
+    sampler = timed_core(lambda _: 0.0)._executor._sampler
+    grammar = _ForcedText(sampler._clock)
+    states = {}
+    for slot in range(20):
+        state = SequenceState(SamplingParams(), 0, np.array([1], np.int32), [3])
+        state.matcher, state.slowest_mask = grammar, 0.3 if slot == 0 else 0.0
+        states[slot] = state
+    sampler._sequences, sampler._model_seconds, sampler._is_alone = states, 0.02, False
+    sampled = SampledTokens(dict.fromkeys(states, 1))
+    sampler._report_forced(list(states), sampled)
+    assert grammar.num_calls == 3 and set(sampled.forced) == {1, 2, 3}
+    sampler._is_alone = True
+    sampler._report_forced(list(states), sampled)
+    assert grammar.num_calls == 3 + 19, "a slow grammar is not asked"
 
 
 def test_a_late_mask_is_not_waited_for(tiny_core: MakeCore, run) -> None:

@@ -284,3 +284,9 @@ def test_memory_is_that_of_the_models_tensors_as_they_are_stored(tiny_folder: Pa
     for quantization, bits in (("int8", 8.5), ("int4", 4.5)):
         expected = (matrices * bits + (elements - matrices) * 16) / 8
         assert abs(allocated_bytes(again, "bfloat16", quantization) - expected) <= 1
+
+
+def test_an_error_escapes_what_a_terminal_acts_on() -> None:
+    """Names of tensors are quoted in errors; a file may hold any."""
+    message = str(ConfigError("tensor a\x1b[31m\x9b\r\x7f has no shape\nx"))
+    assert message == "tensor a\\x1b[31m\\x9b\\r\\x7f has no shape\nx"

@@ -56,7 +56,6 @@ def test_each_requirement_is_pinned_within_its_range(
 # Packages that the code names without an import statement, and where.
 NAMED = {
     "protobuf": "sentencepiece_model_pb2",  # generated code that needs it
-    "python-multipart": "UploadFile",  # starlette reads forms with it
     "fastapi-offline": '"fastapi_offline"',  # its files are served
 }
 # Packages whose undocumented parts are used, and where.

@@ -22,6 +22,7 @@ from batch_helpers import (
     runner_of,
     until,
     upload,
+    write_record,
 )
 
 from chunkllama_server.api.batch.records import StoredBatch, StoredFile
@@ -78,7 +79,7 @@ def test_results_are_counted_once(start_server, tmp_path, status) -> None:
     record.value["status"] = status
     record.value["request_counts"] = {"total": 3, "completed": 3, "failed": 0}
     record.value["usage"]["input_tokens"] = 15
-    store.write_batch(record)
+    write_record(store, record)
     second = start_server(files_dir=tmp_path / "files")
     with second.client() as client:
         batch = ended(client, client.batches.retrieve(batch.id))
@@ -329,11 +330,11 @@ def test_a_full_disk_fails_the_batch_and_keeps_its_results(
     store, calls = runner_of(server).store, []
     append = store.append_result
 
-    def full_at_last(record, encoded_line) -> None:
+    async def full_at_last(record, encoded_line) -> None:
         calls.append(1)
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
-        append(record, encoded_line)
+        await append(record, encoded_line)
 
     monkeypatch.setattr(store, "append_result", full_at_last)
     with server.client() as client:
@@ -352,7 +353,7 @@ def test_many_batches_that_have_ended_are_forgotten(tmp_path) -> None:
         for number in range(1010):
             value = {"id": f"batch_{number}", "status": "completed", "metadata": None,
                      "created_at": 1, "expires_at": store.now()}  # fmt: skip
-            store.add_batch(StoredBatch("", value))
+            await store.add_batch(StoredBatch("", value))
         await store.close()
         return [record.id for record in store.batches.of("")]
 

@@ -8,12 +8,23 @@ import errno
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import openai
 import pytest
-import starlette.formparsers
-from batch_helpers import answers, begin, encoded, ended, held_job, line, runner_of, until, upload
+from batch_helpers import (
+    answers,
+    begin,
+    encoded,
+    ended,
+    held_job,
+    line,
+    runner_of,
+    until,
+    upload,
+    write_record,
+)
 
 from chunkllama_server.api.batch import runner as runner_module
 from chunkllama_server.api.batch.disk import Folder, append, encode_result, read_results
@@ -21,6 +32,7 @@ from chunkllama_server.api.batch.runner import BatchRunner
 from chunkllama_server.api.batch.store import FileStore
 from chunkllama_server.api.batch.turns import Reply
 from chunkllama_server.config.settings import Settings
+from chunkllama_server.transport import forms
 
 BUDGET = 1 << 30  # the default of file_bytes
 
@@ -48,7 +60,7 @@ def interrupted_job(start_server, folder: Path, num_lines: int, num_done: int, s
     for number in range(1, num_done + 1):
         append(store.results_path(record), result(number, f"r{number - 1}"))
     record.value["status"] = status
-    store.write_batch(record)
+    write_record(store, record)
     return batch
 
 
@@ -152,10 +164,10 @@ def test_a_job_that_cannot_be_recorded_fails_with_all_lines_named(
     store = runner_of(server).store
     write = store.write_batch
 
-    def full_at_first(record) -> None:
+    async def full_at_first(record) -> None:
         if record.value["status"] == "in_progress":
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(record)
+        await write(record)
 
     monkeypatch.setattr(store, "write_batch", full_at_first)
     with server.client() as client:
@@ -176,7 +188,7 @@ def refuse(server, tenant: str) -> list[str]:
     async def refusing(caller, path, body, request_id, on_queued):
         if caller == tenant and refused[-1:] != [""]:
             refused.append(body["messages"][0]["content"])
-            return Reply(429, {"retry-after": "0.2"}, {})
+            return Reply(429, {"retry-after": "0.2"}, b"{}")
         return await call(caller, path, body, request_id, on_queued)
 
     lines._call = refusing
@@ -205,6 +217,47 @@ def test_lines_of_other_keys_run_beside_those_that_are_always_refused(
         stuck = ended(own, stuck)
         assert stuck.request_counts.completed == 40
     assert runner_of(server)._lines._turns.num_running == 0
+
+
+def test_an_answer_is_stored_as_its_route_wrote_it(start_server, tmp_path) -> None:
+    """To read and write ten megabytes of JSON again would hold the event loop for 0.3 s."""
+    server = start_server(files_dir=tmp_path / "files")
+    body = b'{"usage":{"prompt_tokens":3,"completion_tokens":2},"n":1.50e0,"s":"\\u0041"}'
+
+    async def answer(*_) -> Reply:
+        return Reply(200, {}, body)
+
+    runner_of(server)._lines._call = answer
+    with server.client() as client:
+        batch = ended(client, begin(client, [line("a")]))
+        assert body in client.files.content(batch.output_file_id).content
+    assert (batch.usage.input_tokens, batch.usage.output_tokens) == (3, 2)
+
+
+def test_waiting_jobs_cost_nothing(start_server, tmp_path, monkeypatch) -> None:
+    """Each start and each end of a job looks at the first jobs of its key, and nothing else
+    does."""
+    looks: list[str] = []
+    look = BatchRunner._let_begin
+
+    def noting(runner: BatchRunner, tenant: str) -> None:
+        looks.append(tenant)
+        look(runner, tenant)
+
+    monkeypatch.setattr(BatchRunner, "_let_begin", noting)
+    server = start_server(files_dir=tmp_path / "files", batch_requests=1)
+    first = held_job(server, [line("a")])
+    with server.client() as client:
+        others = [begin(client, [line(f"b{i}")]) for i in range(9)]
+        jobs = runner_of(server)._jobs
+        until(lambda: jobs[others[0].id].value["status"] == "in_progress")
+        assert [job.may_begin.is_set() for job in jobs.values()] == [True] * 2 + [False] * 8
+        time.sleep(0.5)
+        assert len(looks) == 10
+        server.engine.gate.set()
+        for batch in (first, *others):
+            assert ended(client, batch).status == "completed"
+    assert len(looks) == 19
 
 
 def test_a_batch_whose_lines_wait_to_be_tried_again_can_be_cancelled(
@@ -440,7 +493,7 @@ def test_a_full_disk_of_temporary_files_refuses_an_upload(
             raise OSError(number, os.strerror(number))
 
     server = start_server(files_dir=tmp_path / "files")
-    monkeypatch.setattr(starlette.formparsers, "SpooledTemporaryFile", FullFile)
+    monkeypatch.setattr(forms, "SpooledTemporaryFile", FullFile)
     with server.client() as client, pytest.raises(openai.APIStatusError) as refused:
         client.files.create(file=("in.jsonl", b"x" * (3 << 20)), purpose="batch")
     check_full(refused.value, caplog)

@@ -15,7 +15,8 @@ from chunkllama.logger import tenant_context
 from chunkllama.messages import EngineRequest, EngineStats
 from chunkllama.sampling_params import GrammarSpec, SamplingParams
 from chunkllama_server.api.common.admission import ChargedEngine
-from chunkllama_server.api.common.grammar_cost import lark_size, regex_size
+from chunkllama_server.api.common.grammar_cost import regex_size
+from chunkllama_server.api.common.lark_cost import lark_size
 from chunkllama_server.api.common.response_store import ResponseStore, StoredResponse
 from chunkllama_server.api.common.shared_reads import SharedReads
 from chunkllama_server.api.common.structured_outputs import (
@@ -26,7 +27,8 @@ from chunkllama_server.api.common.structured_outputs import (
 from chunkllama_server.api.common.text_service import RequestTemplate, TextService
 from chunkllama_server.api.dashboard import SnapshotCache
 from chunkllama_server.api.schema.base import StructuredOutputs
-from chunkllama_server.api.schema.chat import ChatMessage
+from chunkllama_server.api.schema.chat import ChatMessage, FunctionDefinition, InputFormat
+from chunkllama_server.api.tools import config as tools_config
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.transport.body import parse_json
 from chunkllama_server.transport.errors import ApiError
@@ -116,6 +118,62 @@ def test_grammars_that_make_each_token_dear_are_refused(outputs) -> None:
 )  # fmt: skip
 def test_ordinary_grammars_are_not(outputs) -> None:
     assert from_structured_outputs(StructuredOutputs.model_validate(outputs), [])[0].text
+
+
+LARK_SIZES = [
+    ("start: " + "A " * 1000 + "\nA: /x{1000}/", 1_000_000, 1_001_000),
+    ('start: A\nA: B{120}\nB: "xxxxxxxxxx"{150}', 216_000, 433_800),
+    ('start: x x\nx: y y\ny: "abc" z{3}\nz: "d"', 56, 15),
+    ('start: "a" "bc"? | "ddd"', 7, 12),
+    ('start: ("x" ","){3,}', 24, 18),
+    ('start: A{0} "b"\nA: "cccc"', 6, 9),
+    ('start[suffix="abcde"]: /[a-z]+/', 7, 8),
+    ('start: x x\nx: %lark { start: "abc" "d"{10} }', 70, 37),
+    ('start: "a" // "b"{9}\n%ignore /x{50}/', 50, 53),
+    ('start: expr\n?expr: expr "+" expr | N\nN: /[0-9]+/', 5, 8),
+]
+
+
+@pytest.mark.parametrize(("grammar", "forced", "expanded"), LARK_SIZES, ids=range(len(LARK_SIZES)))
+def test_lark_size(grammar, forced, expanded) -> None:
+    assert lark_size(grammar) == (forced, expanded)
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        "start: " + "A " * 1000 + "\nA: /x{1000}/",
+        'start: A\nA: B{120}\nB: "xxxxxxxxxx"{150}',
+        "start: c{40}\nc: " + f'%json {{"const": "{"a" * 100}"}}',
+        "start: c{40}\nc: " + '%lark { start: b{10} b: "' + "a" * 8 + '" }',
+        "start: k0" + "".join(f"\nk{i}: k{i + 1} k{i + 1}" for i in range(40)) + '\nk40: "a"',
+        'start: r::0x0\nr::_ : "aaaa" r::incr(_) %if lt(_, 9999) | ""',
+        "start: k0" + "".join(f"\nk{i}: k{i + 1}" for i in range(4000)),
+    ],
+    ids=["rules", "terminals", "schemas", "grammars", "doubled", "condition", "chain"],
+)
+def test_S6_uses_of_names_are_multiplied(grammar) -> None:
+    """Also as the format of a custom tool."""
+    for check in (
+        lambda: from_structured_outputs(StructuredOutputs(grammar=grammar), []),
+        lambda: _custom_tool(grammar),
+    ):
+        with pytest.raises(ApiError) as caught:
+            check()
+        assert (caught.value.status_code, caught.value.code) == (400, "grammar_too_complex")
+
+
+def _custom_tool(grammar: str) -> None:
+    given = FunctionDefinition(name="f").with_input(InputFormat("lark", grammar))
+    tools_config._input_grammar({"tools[0]": given}, DEFAULT_LIMITS)
+
+
+def test_a_grammar_of_many_rules_is_not_refused() -> None:
+    levels = "\n".join(f'e{i}: e{i + 1} ("{i}op" e{i + 1})*' for i in range(12))
+    words = "\n".join(f'w{i}: "a_keyword_{i}" e0' for i in range(200))
+    choice = " | ".join(f"w{i}" for i in range(200))
+    text = f'start: {choice}\n{words}\n{levels}\ne12: /[0-9]{{1,9}}/ | "(" e0 ")"'
+    assert from_structured_outputs(StructuredOutputs(grammar=text), [])[0].kind == "lark"
 
 
 @pytest.mark.parametrize("text", ["[" * 5000, "(" * 5000, "{9}" * 2000, "\\", "[^", '"', "a~"])

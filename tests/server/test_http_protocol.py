@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
+import subprocess
+import threading
 import time
 from collections.abc import Callable
 
 import h11
+import httpx
 import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
 from chunkllama_server.transport import http_protocol
-from chunkllama_server.transport.http_protocol import HttpLimits
+from chunkllama_server.transport.http_protocol import (
+    HttpLimits,
+    counting_listener,
+    make_protocol,
+)
 
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 HEADERS = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -146,7 +154,8 @@ def test_malformed_requests_are_refused_and_closed(limited, request_bytes):
 )
 def test_a_refusal_can_be_read_behind_what_follows_the_error(limited, begun):
     """Bytes that the server has not read when it closes make the kernel discard its answer."""
-    assert exchange(limited, begun + b"x" * (4 << 20)).startswith(b"HTTP/1.1 400")
+    answer = exchange(limited, begun + b"x" * (4 << 20))
+    assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 431"))
 
 
 @pytest.mark.parametrize(
@@ -268,5 +277,87 @@ def answers(connection: h11.Connection, version: bytes) -> list[bytes | None]:
 
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
 def test_a_stream_is_written_as_h11_writes_it(version):
-    ours = http_protocol._StreamingConnection(1 << 16, 100)
+    ours = http_protocol._StreamingConnection(HttpLimits(max_body_chunks=100))
     assert answers(ours, version) == answers(h11.Connection(h11.SERVER), version)
+
+
+SMALL_HEADERS = b"a:\r\n" * 64_000
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\n" + SMALL_HEADERS + b"\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a: " + b"b" * 40_000 + b"\r\n\r\n",
+        GET.replace(b"GET", b"POST").replace(b"\r\n\r\n", b"\r\nTransfer-Encoding: chunked\r\n\r\n")
+        + b"0\r\n" + SMALL_HEADERS + b"\r\n",
+    ],
+    ids=["headers", "bytes", "trailers"],
+)  # fmt: skip
+def test_a_block_of_headers_is_counted_before_it_is_parsed(monkeypatch, sent):
+    """All of it comes in one read, so that it is complete when h11 first sees it."""
+    parsed = []
+    parse = h11._readers._decode_header_lines
+
+    def noting(lines):
+        lines = list(lines)
+        parsed.append(len(lines))
+        return parse(lines)
+
+    monkeypatch.setattr(h11._readers, "_decode_header_lines", noting)
+    connection = http_protocol._StreamingConnection(HttpLimits())
+    connection.receive_data(sent)
+    with pytest.raises(h11.RemoteProtocolError):
+        while connection.next_event() is not h11.NEED_DATA:
+            pass
+    assert connection.has_large_headers and sum(parsed) <= 2
+
+
+def test_as_many_headers_as_may_be_are_read():
+    """With a request behind them, whose headers are not theirs."""
+    connection = http_protocol._StreamingConnection(HttpLimits(max_headers=12))
+    head = b"GET / HTTP/1.1\r\nHost: x\r\n"
+    connection.receive_data(head + b"a: b\r\n" * 11 + b"\r\n" + GET * 20)
+    assert len(connection.next_event().headers) == 12
+    refused = http_protocol._StreamingConnection(HttpLimits(max_headers=12))
+    refused.receive_data(head + b"a: b\r\n" * 12 + b"\r\n")
+    with pytest.raises(h11.RemoteProtocolError):
+        refused.next_event()
+
+
+async def answer_at_once(scope, receive, send) -> None:
+    """An application."""
+    if scope["type"] == "http":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+
+def test_connections_in_their_tls_handshake_are_counted(tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    command += ["-nodes", "-keyout", str(key), "-out", str(certificate), "-days", "1"]
+    subprocess.run([*command, "-subj", "/CN=127.0.0.1"], check=True, capture_output=True)
+    limits = HttpLimits(max_connections=4, max_peer_connections=3, reserved_connections=1,
+                        header_seconds=2.0, write_seconds=0.4)  # fmt: skip
+    config = uvicorn.Config(answer_at_once, http=make_protocol(limits), ws="none", loop="asyncio",
+                            lifespan="off", log_level="warning", ssl_certfile=str(certificate),
+                            ssl_keyfile=str(key))  # fmt: skip
+    table = config.http.table
+    main = socket.create_server(("127.0.0.1", 0))
+    port = main.getsockname()[1]
+    server = uvicorn.Server(config)
+    listener = counting_listener(main, config)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    silent = [socket.create_connection(("127.0.0.1", port), timeout=600) for _ in range(9)]
+    wait_until(lambda: (len(table._ordinary), len(table._reserved)) == (3, 1))
+    for sock in silent:  # asyncio alone would wait for a minute
+        with sock, contextlib.suppress(ConnectionError):
+            assert sock.recv(100) == b""
+    wait_until(lambda: len(table) == 0)
+    with httpx.Client(verify=False) as http:
+        assert http.get(f"https://127.0.0.1:{port}/").text == "ok"
+        assert len(table) == 1 and not table.handshakes, "its slot is the connection's now"
+    wait_until(lambda: len(table) == 0)
+    server.should_exit = True
+    thread.join()

@@ -11,9 +11,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from chunkllama.sampling_params import SamplingParams
-from chunkllama_server.api.common.grammar_cost import lark_size
+from chunkllama_server.api.common.lark_cost import check_lark_cost, lark_size
 from chunkllama_server.api.common.sampling import check_num_logprobs
-from chunkllama_server.api.common.schema_cost import check_lark_cost, check_schema_cost
+from chunkllama_server.api.common.schema_cost import check_schema_cost
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.metrics.loop_lag import LoopLag

@@ -18,9 +18,11 @@ from chunkllama_server.api import embeddings, openapi, tokenize
 from chunkllama_server.api.anthropic import routes as anthropic
 from chunkllama_server.api.batch import routes as batch
 from chunkllama_server.api.chat import routes as chat
+from chunkllama_server.api.common import context as context_module
 from chunkllama_server.api.completions import routes as completions
 from chunkllama_server.api.ollama import routes as ollama
 from chunkllama_server.api.responses import routes as responses
+from chunkllama_server.api.responses.event_stream import EventStream
 from chunkllama_server.api.tgi import routes as tgi
 from chunkllama_server.transport.body import parse_json
 from chunkllama_server.transport.errors import ApiError
@@ -202,3 +204,50 @@ def test_a_short_body_is_read_where_it_arrives(server, monkeypatch) -> None:
     moved = []
     monkeypatch.setattr(FairPool, "run", lambda *_: moved.append(1))
     assert server.chat().status_code == 200 and not moved
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": "say(hello)yas", "top_logprobs": 3,
+                           "include": ["message.output_text.logprobs"]}),
+        ("/tokenize", {"prompt": "a b c", "return_token_strs": True}),
+        ("/v1/completions", {"prompt": [5, 6, 7], "echo": True, "max_tokens": 2}),
+        ("/api/embed", {"input": ["a", "b"]}),
+    ],
+)  # fmt: skip
+def test_a_long_answer_is_written_beside_the_event_loop(
+    start_server, monkeypatch, path, body
+) -> None:
+    """Here every answer counts as long."""
+    server = start_server(text_offload_chars=0)
+    loops: list[object] = []
+
+    def noting(owner: Any, name: str) -> None:
+        work = getattr(owner, name)
+
+        def noted(*arguments: Any, **options: Any) -> Any:
+            loops.append(asyncio._get_running_loop())
+            return work(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(EventStream, "take")
+    noting(EventStream, "close")
+    noting(context_module, "json_response")
+    noting(completions, "_echo_text")
+    response = server.post(path, {"model": "alias", **body})
+    assert response.status_code == 200, response.text
+    assert loops and set(loops) == {None}
+
+
+def test_what_a_response_repeats_of_its_request_is_known(server) -> None:
+    """Junk would be in each of its events."""
+    junk = {"junk": "x" * 100_000}
+    body = {"model": "alias", "input": "say(hi)yas", "text": {"verbosity": "low", **junk},
+            "reasoning": {"effort": "low", "generate_summary": junk, **junk}}  # fmt: skip
+    response = server.post("/v1/responses", body)
+    assert response.status_code == 200 and len(response.content) < 5000
+    echoed = response.json()
+    assert echoed["reasoning"] == {"effort": "low", "summary": None}
+    assert echoed["text"]["verbosity"] == "low"

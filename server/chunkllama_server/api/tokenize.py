@@ -45,7 +45,7 @@ async def tokenize(body: TokenizeRequest, request: Request, context: Context) ->
         "tokens": ids,
         "token_strs": strings,
     }
-    return json_response(result)
+    return await context.respond(len(ids) + len(strings or ()), lambda: result)
 
 
 @router.post("/detokenize", response_model=None, responses=answers(DetokenizeResponse))

@@ -29,6 +29,10 @@ class BatchConfig(ConfigGroup):
         200 << 20, "bytes", "tenant", "413 request_too_large", "An uploaded file.",
         "The body is larger than {limit} bytes",
     )  # fmt: skip
+    max_uploads: int = limit(
+        8, "uploads", "tenant", "429 too_many_uploads", "Files of a key that arrive at once.",
+        "At most {limit} files of a key are received at once; try again when one is stored", ge=1,
+    )  # fmt: skip
     file_seconds: float = limit(
         2_592_000.0, "seconds", "tenant", "left out",
         "A stored file expires after this time.", gt=0,

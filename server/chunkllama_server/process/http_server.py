@@ -50,7 +50,7 @@ from chunkllama_server.transport.connections import (
     limit_accept_log,
 )
 from chunkllama_server.transport.host_check import is_loopback
-from chunkllama_server.transport.http_protocol import make_protocol
+from chunkllama_server.transport.http_protocol import counting_listener, make_protocol
 from chunkllama_server.transport.paths import build_routes
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ class Application:
             publish_kv_events(settings, engine),
             _admin_server(settings, admin_app, admin, limits),
         ):
-            await server.serve(sockets=[main])
+            await server.serve(sockets=[counting_listener(main, config)])
             engine.cache_watchers.close(EngineDeadError("the server is stopping"))
             if self._snapshots is not None and not server.force_exit:
                 await self._snapshots.end(engine)
@@ -309,9 +309,10 @@ async def _admin_server(
         max_peer_connections=_ADMIN_CONNECTIONS,
         reserved_connections=_ADMIN_CONNECTIONS,
     )
-    server = uvicorn.Server(_uvicorn_config(settings, app, limits))
+    config = _uvicorn_config(settings, app, limits)
+    server = uvicorn.Server(config)
     # Signals are the main server's; this one ends with it.
-    task = asyncio.create_task(server._serve([sock]))
+    task = asyncio.create_task(server._serve([counting_listener(sock, config)]))
     try:
         yield
     finally:

@@ -186,6 +186,7 @@ class StrictRequest(Request):
     translate: Callable[[Any, Scope], Any]
     repairs: Callable[[Any], bool]
     check: Callable[[Any], Any]
+    read_form: Callable[[Request], Coroutine[Any, Any, FormData]]
 
     async def json(self) -> Any:
         """The body as the route's model; FastAPI takes one as it is.
@@ -203,14 +204,15 @@ class StrictRequest(Request):
         parsed = parse_json(raw, charset, settings, self.repairs)
         return self.check(self.translate(parsed, self.scope))
 
-    async def form(self, **limits: Any) -> FormData:  # type: ignore[override]
-        """The parts of a form; large ones lie in temporary files.
+    async def form(self, **_: Any) -> FormData:  # type: ignore[override]
+        """The parts of a form, as the route reads them; a large file lies on the disk.
 
         Raises:
-            ApiError: 503 where the disk is full, 500 where a file cannot be written otherwise.
+            ApiError: 503 where the disk is full, 500 where a file cannot be written otherwise, and
+                what the route refuses.
         """
         try:
-            return await super().form(**limits)
+            return await self.read_form(self)
         except OSError as error:
             raise as_api_error(error) from None
 
@@ -251,6 +253,10 @@ class JsonRoute(APIRoute):
             request_info(scope).name_repairs(["body"])
         return is_repaired
 
+    async def read_form(self, request: Request) -> FormData:
+        """Return the parts of a form; a router with a route that takes one overrides it."""
+        raise ApiError(415, "This path takes no form", code="unsupported_media_type")
+
     def check(self, parsed: Any) -> Any:
         """Return the body as an object of the route's model.
 
@@ -277,6 +283,7 @@ class JsonRoute(APIRoute):
             strict.translate = self.translate
             strict.repairs = lambda parsed: self.repairs(parsed, request.scope)
             strict.check = self.check
+            strict.read_form = self.read_form
             return await handle(strict)
 
         return handle_strictly

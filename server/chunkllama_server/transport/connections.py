@@ -96,7 +96,11 @@ class Connection(Protocol):
 
 
 class ConnectionTable:
-    """All connections of one server, each in an ordinary or a reserved slot."""
+    """All connections of one server, each in an ordinary or a reserved slot.
+
+    Attributes:
+        handshakes: connections over TLS whose protocol has not begun, by their descriptor.
+    """
 
     def __init__(self, limits: HttpLimits) -> None:
         self.limits = limits
@@ -106,6 +110,7 @@ class ConnectionTable:
         self._ordinary: dict[Any, str] = {}
         self._reserved: OrderedDict[Any, str] = OrderedDict()
         self._sweep_timer: asyncio.TimerHandle | None = None
+        self.handshakes: dict[int, Connection] = {}
 
     def __len__(self) -> int:
         return len(self._ordinary) + len(self._reserved)
@@ -140,6 +145,12 @@ class ConnectionTable:
             self._peers[peer] -= 1
             if not self._peers[peer]:
                 del self._peers[peer]
+
+    def end_handshake(self, descriptor: int) -> None:
+        """Forget the handshake of a connection, if it has one: its protocol takes over."""
+        handshake = self.handshakes.pop(descriptor, None)
+        if handshake is not None:
+            self.leave(handshake)
 
     def _has_room(self, peer: str) -> bool:
         return len(self._ordinary) < self.limits.max_connections and self._peers[peer] < self._share

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -229,7 +230,7 @@ def from_validation_error(error: RequestValidationError) -> ApiError:
         source = location.pop(0) if location else "body"
         if source == "body" and not location and isinstance(error.body, bytes):
             return invalid("Send a JSON object with Content-Type: application/json")
-        if source == "body":
+        if source == "body" and not isinstance(error.body, FormData):
             path, depth = field_path(location, error.body, entry["type"])
         else:
             path, depth = ".".join(map(str, location)), len(location)

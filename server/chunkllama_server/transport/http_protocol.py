@@ -15,11 +15,14 @@ import uuid
 from typing import Any
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chunkllama_server.transport.connections import HEALTH_PATHS, ConnectionTable, HttpLimits
+from chunkllama_server.transport.handshakes import HandshakeListener
+from chunkllama_server.transport.header_buffer import HeaderBuffer
 
-__all__ = ["HttpLimits", "LimitedH11Protocol", "make_protocol"]
+__all__ = ["HttpLimits", "LimitedH11Protocol", "counting_listener", "make_protocol"]
 
 
 def _raw_response(status: bytes, message: str, code: str) -> bytes:
@@ -43,6 +46,7 @@ _TOO_MANY = _raw_response(
 
 
 _SMALL_CHUNKS = "The body has too many small chunks"
+_LARGE_HEADERS = "The headers are too large"
 _CHUNKED = b"\r\ntransfer-encoding: chunked\r\n"
 
 
@@ -74,19 +78,27 @@ class _StreamingConnection(h11.Connection):
     A body of very many small chunks is refused: each costs as much to read as a large one.
 
     Args:
-        max_chunks: of a body, beyond one for each KiB.
+        limits: of headers, and of the chunks of a body, beyond one for each KiB.
 
     Attributes:
         has_small_chunks: it has refused one.
     """
 
-    def __init__(self, max_header_bytes: int, max_chunks: int) -> None:
-        super().__init__(h11.SERVER, max_header_bytes)
-        self._max_chunks = max_chunks
+    _receive_buffer: HeaderBuffer
+
+    def __init__(self, limits: HttpLimits) -> None:
+        super().__init__(h11.SERVER, limits.max_header_bytes)
+        self._receive_buffer = HeaderBuffer(limits.max_header_bytes, limits.max_headers)
+        self._max_chunks = limits.max_body_chunks
         self._num_chunks = 0
         self._num_bytes = 0
         self._sends_chunks = False
         self.has_small_chunks = False
+
+    @property
+    def has_large_headers(self) -> bool:
+        """It has refused headers, or the trailers of a body."""
+        return self._receive_buffer.is_exceeded
 
     def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override] # h11 overloads it
         """Return the bytes of an event; a part of a chunked body skips h11's state machine.
@@ -124,7 +136,7 @@ class LimitedH11Protocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.conn = _StreamingConnection(self.limits.max_header_bytes, self.limits.max_body_chunks)
+        self.conn = _StreamingConnection(self.limits)
         self.is_lingering = False
         self._is_reserved = False
         self._arrival: asyncio.TimerHandle | None = None
@@ -137,6 +149,7 @@ class LimitedH11Protocol(H11Protocol):
         super().connection_made(_LingeringTransport(transport, self))  # type: ignore[arg-type]
         sock = transport.get_extra_info("socket")
         if sock is not None:
+            self.table.end_handshake(sock.fileno())
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.limits.send_buffer_bytes)
         self._read_at = self.loop.time()
         self._is_reserved = not self.table.admit(self, self.client[0] if self.client else "")
@@ -194,12 +207,15 @@ class LimitedH11Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what h11 cannot parse with the usual error body."""
+        status = b"400 Bad Request"
         if self.conn.has_small_chunks:
             msg = _SMALL_CHUNKS
+        elif self.conn.has_large_headers:
+            status, msg = b"431 Request Header Fields Too Large", _LARGE_HEADERS
         if self.cycle is not None and not self.cycle.response_complete:
             self._end_cycle()  # it gets no more of its body
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun
-            self.transport.write(_raw_response(b"400 Bad Request", msg, "bad_request"))
+            self.transport.write(_raw_response(status, msg, "bad_request"))
         self.transport.close()
 
     def begin_linger(self) -> bool:
@@ -230,12 +246,9 @@ class LimitedH11Protocol(H11Protocol):
             self.abort()
 
     def _check_request(self) -> None:
-        """Refuse what h11 lets through: it measures headers only while they are incomplete."""
+        """Refuse what h11 lets through."""
         names = [name for name, _ in self.headers]
-        size = sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if len(names) > self.limits.max_headers or size > self.limits.max_header_bytes:
-            self._refuse(b"431 Request Header Fields Too Large", "The headers are too large")
-        elif b"content-length" in names and b"transfer-encoding" in names:
+        if b"content-length" in names and b"transfer-encoding" in names:
             self._refuse(b"400 Bad Request", "Content-Length excludes Transfer-Encoding")
         elif self._is_reserved and self.table.promote(self):
             self._is_reserved = False
@@ -290,6 +303,16 @@ class LimitedH11Protocol(H11Protocol):
                 )
             )
         self._raw_transport.close()
+
+
+def counting_listener(sock: socket.socket, config: uvicorn.Config) -> socket.socket:
+    """Return the listening socket in a form that counts handshakes, where there are any.
+
+    Args:
+        config: with a protocol of ``make_protocol``.
+    """
+    protocol: Any = config.http
+    return HandshakeListener(sock, protocol.table) if config.ssl_certfile is not None else sock
 
 
 def make_protocol(limits: HttpLimits) -> type[LimitedH11Protocol]:

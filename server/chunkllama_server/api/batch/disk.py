@@ -144,6 +144,11 @@ def encode_result(number: int, result: LineResult) -> bytes:
     return msgspec.json.encode(_Entry(number, result)) + b"\n"
 
 
+def decode_result(line: bytes) -> LineResult:
+    """Return the result in a line that ``read_results`` has found."""
+    return msgspec.json.decode(line, type=_Entry).result
+
+
 def append(path: Path, line: bytes) -> None:
     """Add the result of one line.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from chunkllama_server.api.batch.disk import read_results
+from chunkllama_server.api.batch.disk import decode_result, read_results
 from chunkllama_server.api.batch.lines import Line
 from chunkllama_server.api.schema.batch import BatchUsage, LineResult, RequestCounts
 
@@ -51,10 +50,10 @@ class Tally:
         if number in self.done:
             return
         self.done.add(number)
-        answer = result["response"]
-        if answer is not None and answer["status_code"] == 200:
+        answer = result.response
+        if answer is not None and answer.status_code == 200:
             self.counts["completed"] += 1
-            _add_usage(self.usage, answer["body"])
+            _add_usage(self.usage, _read_usage(answer.body))
         else:
             self.counts["failed"] += 1
 
@@ -67,9 +66,22 @@ def read_tally(path: Path) -> Tally:
     return tally
 
 
-def _add_usage(total: BatchUsage, body: Any) -> None:
+class _Counted(msgspec.Struct):
+    """What is read of an answer."""
+
+    usage: Any = None
+
+
+def _read_usage(body: msgspec.Raw) -> Any:
+    """The usage of an answer, the rest of which is passed over without making objects of it."""
+    try:
+        return msgspec.json.decode(body, type=_Counted).usage
+    except msgspec.ValidationError:  # no object
+        return None
+
+
+def _add_usage(total: BatchUsage, usage: Any) -> None:
     """Add the usage of one answer, of any endpoint."""
-    usage = body.get("usage") if isinstance(body, dict) else None
     if not isinstance(usage, dict):
         return
     cached = _detail(usage, "prompt_tokens_details", "cached_tokens")
@@ -121,8 +133,8 @@ def write_results(
     answered: dict[int, tuple[int, int]] = {}
     refused: dict[int, tuple[int, int]] = {}
     for number, start, size, result in read_results(path):
-        answer = result["response"]
-        is_answered = answer is not None and answer["status_code"] == 200
+        answer = result.response
+        is_answered = answer is not None and answer.status_code == 200
         (answered if is_answered else refused)[number] = (start, size)
     missing = {
         line.number: line
@@ -158,17 +170,12 @@ def _read(path: Path, place: tuple[int, int]) -> LineResult:
     start, size = place
     with path.open("rb") as file:
         file.seek(start)
-        result: LineResult = json.loads(file.read(size))["result"]
-    return result
+        return decode_result(file.read(size))
 
 
 def _missing(line: Line, reason: str) -> LineResult:
-    return {
-        "id": f"batch_req_{line.number}",
-        "custom_id": line.custom_id,
-        "response": None,
-        "error": {"code": reason, "message": _REASONS[reason]},
-    }
+    error = {"code": reason, "message": _REASONS[reason]}
+    return LineResult(f"batch_req_{line.number}", line.custom_id, error=error)
 
 
 def _line(result: LineResult) -> bytes:

@@ -10,8 +10,8 @@ from fastapi import APIRouter, Form, Query, Request, UploadFile
 from starlette.responses import FileResponse, Response
 
 from chunkllama_server.api.batch.records import StoredBatch, StoredFile
-from chunkllama_server.api.batch.runner import BatchRunner
 from chunkllama_server.api.batch.store import FileStore
+from chunkllama_server.api.batch.upload import UploadRoute, open_runner
 from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.openapi import refusals
 from chunkllama_server.api.schema.batch import (
@@ -22,11 +22,10 @@ from chunkllama_server.api.schema.batch import (
     FileList,
     FileObject,
 )
-from chunkllama_server.transport.body import JsonRoute
 from chunkllama_server.transport.errors import ApiError, exceeded, invalid
 from chunkllama_server.transport.request_context import request_info
 
-router = APIRouter(route_class=JsonRoute, tags=["batch"])
+router = APIRouter(route_class=UploadRoute, tags=["batch"])
 
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _MIN_SECONDS, _MAX_SECONDS = 3600, 2_592_000  # of a file
@@ -35,21 +34,6 @@ _BLOCK = 1 << 20
 _FILE_NAME_CHARS = 256
 _GET = refusals(400, 401, 404, 405, 503)
 _POST = refusals(400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503)
-
-
-async def _runner(context: ServerContext) -> BatchRunner:
-    """The runner of this server, with its store open.
-
-    Raises:
-        ApiError: 404 where files are turned off, 503 where the folder cannot be used.
-    """
-    runner = context.batches
-    if runner is None:
-        raise ApiError(
-            404, "Files and batches are turned off on this server", code="files_disabled"
-        )
-    await runner.open()
-    return runner
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:
@@ -74,23 +58,19 @@ async def upload_file(
     seconds: Annotated[int | None, Form(alias="expires_after[seconds]")] = None,
 ) -> FileObject:
     """Store a file of lines for a batch."""
-    context.check_serving()
-    if "origin" in request.headers and not context.settings.cors_origins:
-        # A web page can send a form to any server without asking.
-        raise ApiError(403, "Browsers may not upload files to this server", code="origin")
     if purpose != "batch":
         raise invalid("purpose must be batch", "purpose", "unsupported")
     if anchor not in (None, "created_at"):
         raise invalid("anchor must be created_at", "expires_after.anchor")
     if seconds is not None and not _MIN_SECONDS <= seconds <= _MAX_SECONDS:
         raise invalid(f"seconds must be {_MIN_SECONDS} to {_MAX_SECONDS}", "expires_after.seconds")
-    store = (await _runner(context)).store
+    store = (await open_runner(context)).store
     name = (file.filename or "file")[:_FILE_NAME_CHARS]
     tenant = request_info(request.scope).tenant
     return await store.add_file(tenant, name, _blocks(file.file), file.size or 0, seconds)
 
 
-@router.get("/v1/files", responses=_GET)
+@router.get("/v1/files", response_model=FileList, responses=_GET)
 async def list_files(
     request: Request,
     context: Context,
@@ -98,22 +78,23 @@ async def list_files(
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
     after: str | None = None,
-) -> FileList:
+) -> Response:
     """List the key's files."""
-    store = (await _runner(context)).store
+    store = (await open_runner(context)).store
     tenant = request_info(request.scope).tenant
     store.expire()
     records = [
         record for record in store.files.of(tenant) if purpose in (None, record.value["purpose"])
     ]
     page, has_more = _page(records if order == "desc" else records[::-1], limit, after)
-    return {
+    listed: FileList = {
         "object": "list",
         "data": [record.value for record in page],
         "first_id": page[0].id if page else None,
         "last_id": page[-1].id if page else None,
         "has_more": has_more,
     }
+    return await context.respond(len(page) * len(FileObject.__annotations__), lambda: listed)
 
 
 def _file(store: FileStore, tenant: str, file_id: str) -> StoredFile:
@@ -127,7 +108,9 @@ def _file(store: FileStore, tenant: str, file_id: str) -> StoredFile:
 @router.get("/v1/files/{file_id}", responses=_GET)
 async def get_file(file_id: str, request: Request, context: Context) -> FileObject:
     """Describe a file."""
-    return _file((await _runner(context)).store, request_info(request.scope).tenant, file_id).value
+    return _file(
+        (await open_runner(context)).store, request_info(request.scope).tenant, file_id
+    ).value
 
 
 @router.get(
@@ -137,7 +120,7 @@ async def get_file(file_id: str, request: Request, context: Context) -> FileObje
 )
 async def get_content(file_id: str, request: Request, context: Context) -> Response:
     """Return a file's content."""
-    store, tenant = (await _runner(context)).store, request_info(request.scope).tenant
+    store, tenant = (await open_runner(context)).store, request_info(request.scope).tenant
     found = _file(store, tenant, file_id)
     path = store.file_path(tenant, file_id)
     if path is None:
@@ -148,7 +131,9 @@ async def get_content(file_id: str, request: Request, context: Context) -> Respo
 @router.delete("/v1/files/{file_id}", responses=_GET)
 async def delete_file(file_id: str, request: Request, context: Context) -> DeletedFile:
     """Delete a file; a job that reads it fails."""
-    if not (await _runner(context)).store.delete_file(request_info(request.scope).tenant, file_id):
+    if not (await open_runner(context)).store.delete_file(
+        request_info(request.scope).tenant, file_id
+    ):
         raise _missing("file", file_id)
     return {"id": file_id, "object": "file", "deleted": True}
 
@@ -196,7 +181,7 @@ def _new_batch(body: BatchRequest, now: int) -> BatchObject:
 async def create_batch(body: BatchRequest, request: Request, context: Context) -> BatchObject:
     """Run the lines of a file in the background."""
     info = await context.admit(body, request)
-    runner = await _runner(context)
+    runner = await open_runner(context)
     store = runner.store
     stored = _file(store, info.tenant, body.input_file_id)
     if stored.value["purpose"] != "batch":
@@ -208,13 +193,13 @@ async def create_batch(body: BatchRequest, request: Request, context: Context) -
     record = StoredBatch(
         info.tenant, _new_batch(body, store.now()), None if expiry is None else expiry.seconds
     )
-    store.add_batch(record)
+    await store.add_batch(record)
     runner.start(record)
     return record.value
 
 
 async def _batch(context: ServerContext, request: Request, batch_id: str) -> StoredBatch:
-    store = (await _runner(context)).store
+    store = (await open_runner(context)).store
     found = store.batches.get(batch_id, request_info(request.scope).tenant)
     if found is None:
         raise _missing("batch", batch_id)
@@ -231,7 +216,7 @@ async def get_batch(batch_id: str, request: Request, context: Context) -> BatchO
 async def cancel_batch(batch_id: str, request: Request, context: Context) -> BatchObject:
     """End a job; its results so far become files."""
     record = await _batch(context, request, batch_id)
-    await (await _runner(context)).cancel(record)
+    await (await open_runner(context)).cancel(record)
     return record.value
 
 
@@ -243,7 +228,7 @@ async def list_batches(
     after: str | None = None,
 ) -> BatchList:
     """List the key's jobs, newest first."""
-    store = (await _runner(context)).store
+    store = (await open_runner(context)).store
     tenant = request_info(request.scope).tenant
     page, has_more = _page(store.batches.of(tenant), limit, after)
     return {

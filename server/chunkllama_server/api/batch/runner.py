@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from chunkllama.logger import init_logger
@@ -28,7 +29,6 @@ from chunkllama_server.transport.errors import ApiError
 logger = init_logger(__name__)
 
 _WATCH_SECONDS = 1.0  # between two looks for a free folder and for keys that are gone
-_POLL_SECONDS = 0.1  # between two looks whether an earlier job of the key has ended
 _DISK_SECONDS = 30.0  # between two tries to write to a full disk
 _OPEN_JOBS = 2  # of a key, whose lines are in memory
 _REVOKED = "The API key of this batch has been removed from the server"
@@ -46,6 +46,7 @@ class Job:
         is_stopped: no further line is begun.
         running: tasks of its lines, those that wait to be tried again included.
         asking: held while one of its lines waits for a turn.
+        may_begin: set when few earlier jobs of its key are left, and when it is stopped.
     """
 
     record: StoredBatch
@@ -55,6 +56,7 @@ class Job:
     is_stopped: bool = False
     running: set[asyncio.Task[None]] = field(default_factory=set)
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    may_begin: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def value(self) -> BatchObject:
@@ -63,6 +65,7 @@ class Job:
     def stop(self) -> None:
         """Begin no further line, and end those that run."""
         self.is_stopped = True
+        self.may_begin.set()
         for task in self.running - {asyncio.current_task()}:
             task.cancel()
 
@@ -106,6 +109,7 @@ class BatchRunner:
         self._max_lines = max_lines
         self._limits = limits
         self._jobs: dict[str, Job] = {}
+        self._in_order: dict[str, dict[str, Job]] = {}  # of a tenant, by id
         self._opening = asyncio.Lock()
         self._checking = asyncio.Lock()
         self._watching: asyncio.Task[None] | None = None
@@ -150,8 +154,12 @@ class BatchRunner:
     def start(self, record: StoredBatch) -> None:
         """Run a job in the background."""
         is_stopped = record.value["status"] == "cancelling" or record.value["errors"] is not None
-        job = Job(record, is_stopped=is_stopped)
+        job = Job(record)
+        if is_stopped:
+            job.stop()
         self._jobs[record.id] = job
+        self._in_order.setdefault(record.tenant, {})[record.id] = job
+        self._let_begin(record.tenant)
         job.task = asyncio.create_task(self._run(job))
 
     async def cancel(self, record: StoredBatch) -> None:
@@ -159,8 +167,10 @@ class BatchRunner:
         job = self._jobs.get(record.id)
         if job is None or record.value["status"] not in ("validating", "in_progress"):
             return
-        self._enter(job, "cancelling")
-        job.stop()
+        try:
+            await self._enter(job, "cancelling")
+        finally:
+            job.stop()
 
     async def close(self) -> None:
         """End all tasks; the jobs continue in the next process."""
@@ -173,13 +183,13 @@ class BatchRunner:
 
     # -- one job ------------------------------------------------------------------------------
 
-    def _enter(self, job: Job, status: Any) -> None:
+    async def _enter(self, job: Job, status: Any) -> None:
         """Change a job's status, on disk too."""
         job.value["status"] = status
         stamp = f"{status}_at"
         if stamp in job.value:
             job.value[stamp] = self.store.now()  # type: ignore[literal-required]
-        self.store.write_batch(job.record)
+        await self.store.write_batch(job.record)
 
     async def _run(self, job: Job) -> None:
         try:
@@ -198,23 +208,32 @@ class BatchRunner:
             if not job.record.has_ended:
                 job.say("internal", _INTERNAL)
                 with contextlib.suppress(OSError):
-                    self._enter(job, "failed")
+                    await self._enter(job, "failed")
                     self.store.drop_results(job.record)
         finally:
-            self._jobs.pop(job.record.id, None)
+            self._leave(job)
+
+    def _leave(self, job: Job) -> None:
+        """Forget a job that has ended; the next one of its key may begin."""
+        tenant = job.record.tenant
+        self._jobs.pop(job.record.id, None)
+        own = self._in_order[tenant]
+        own.pop(job.record.id, None)
+        if own:
+            self._let_begin(tenant)
+        else:
+            del self._in_order[tenant]
+
+    def _let_begin(self, tenant: str) -> None:
+        """Let the first jobs of a key begin: lines in memory are bounded."""
+        for job in islice(self._in_order[tenant].values(), _OPEN_JOBS):
+            job.may_begin.set()
 
     async def _wait_for_earlier(self, job: Job) -> None:
-        """Wait until few jobs of the key are before this one: lines in memory are bounded."""
-
-        def is_next() -> bool:
-            own = [each for each in self._jobs.values() if each.record.tenant == job.record.tenant]
-            return job in own[:_OPEN_JOBS]
-
-        while not (is_next() or job.is_stopped or self._is_late(job)):
-            await asyncio.sleep(_POLL_SECONDS)
-
-    def _is_late(self, job: Job) -> bool:
-        return self.store.now() >= job.value["expires_at"]
+        """Wait until few jobs of the key are before this one, or until it expires."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(job.value["expires_at"] - self.store.now(), 0)):
+                await job.may_begin.wait()
 
     async def _run_to_end(self, job: Job) -> None:
         """Check the input file and run the lines that have no result, until the job is over."""
@@ -245,7 +264,7 @@ class BatchRunner:
         if job.is_stopped or is_over:
             return
         if value["status"] == "validating":
-            self._enter(job, "in_progress")
+            await self._enter(job, "in_progress")
         await self._run_lines(job, reader)
 
     def _show(self, job: Job, num_lines: int) -> None:
@@ -281,9 +300,9 @@ class BatchRunner:
         while True:
             try:
                 if has_files and job.value["status"] not in ("cancelling", "finalizing"):
-                    self._enter(job, "finalizing")
+                    await self._enter(job, "finalizing")
                 await self._make_files(job, reason)
-                self._enter(job, ended)
+                await self._enter(job, ended)
                 break
             except OSError as error:
                 logger.error("batch %s: its results cannot be written: %s", job.record.id, error)
@@ -314,7 +333,7 @@ class BatchRunner:
             write_results, store.results_path(record), job.lines, reason, write
         )
         for kind, size in made:
-            store.adopt(
+            await store.adopt(
                 record.tenant,
                 f"{stem}-{kind}",
                 f"{record.id}_{kind}.jsonl",

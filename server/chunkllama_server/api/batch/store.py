@@ -2,24 +2,26 @@
 
 Tables, records and the budget belong to the event loop. Contents are written in threads, after room
 for them has been reserved on the loop, so that a tenant's uploads and results never exceed its
-budget together.
+budget together. Records are written, and files removed, by one thread in the order of the calls.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import msgspec
 
 from chunkllama.logger import init_logger
+from chunkllama_server.api.batch.clock import steady_clock
 from chunkllama_server.api.batch.disk import Folder, append
+from chunkllama_server.api.batch.disk_threads import DiskThreads
 from chunkllama_server.api.batch.records import FILE_RECORD_BYTES, StoredBatch, StoredFile, Table
 from chunkllama_server.api.schema.batch import FileObject
 from chunkllama_server.transport.errors import ApiError, storage_full, unavailable
@@ -41,7 +43,7 @@ class FileStore:
         folder: made when the first file is stored.
         budget: bytes that a tenant may store.
         lifetime: seconds after which a file expires.
-        clock: Unix time.
+        clock: Unix time; None is a ``steady_clock``.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class FileStore:
         folder: Path,
         budget: Callable[[str], int],
         lifetime: float,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.folder = folder
         self.files: Table[StoredFile] = Table()
@@ -57,15 +59,16 @@ class FileStore:
         self._disk = Folder(folder)
         self._budget = budget
         self._lifetime = lifetime
-        self._clock = clock
+        self._clock = clock or steady_clock()
         self._is_open = False
         self._why_not = ""
         self._serial = 0
         self._used: Counter[str] = Counter()  # bytes that a tenant stores or has reserved
         self._charged: dict[str, int] = {}  # of it, by the id of a file or job
         self._held: Counter[str] = Counter()  # reserved for the results of a job
+        self._num_arriving: Counter[str] = Counter()  # uploads
         self._expired_at = 0
-        self._work: set[asyncio.Future[Any]] = set()
+        self._threads = DiskThreads()
 
     def now(self) -> int:
         """Unix time in whole seconds."""
@@ -109,20 +112,24 @@ class FileStore:
 
     async def close(self) -> None:
         """Release the folder, once no thread writes to it."""
-        while self._work:
-            await asyncio.wait(self._work)
+        await self._threads.close()
         self._is_open = False
         self._disk.unlock()
 
     async def work(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in a thread; it ends before the folder is released, though its caller is
         cancelled."""
-        future: asyncio.Future[T] = asyncio.ensure_future(
-            asyncio.to_thread(function, *args, **kwargs)
-        )
-        self._work.add(future)
-        future.add_done_callback(self._work.discard)
-        return await asyncio.shield(future)
+        return await self._threads.begin(partial(function, *args, **kwargs))
+
+    async def _write_record(self, record: StoredFile | StoredBatch) -> None:
+        """Write a record as it is now, behind what was written or removed before."""
+        content = iter([msgspec.json.encode(record)])
+        write = partial(self._disk.write, record.tenant, record.id, "json", content)
+        await self._threads.begin(write, in_turn=True)
+
+    def _remove(self, record: StoredFile | StoredBatch, *suffixes: str) -> None:
+        """Remove files, behind what was written or removed before."""
+        self._threads.leave(partial(self._disk.remove, record.tenant, record.id, *suffixes))
 
     def _read(self) -> None:
         """Read all records, whatever an earlier try has read."""
@@ -176,6 +183,33 @@ class FileStore:
                 "file_budget",
             )
         self._used[tenant] += num_bytes
+
+    @contextlib.contextmanager
+    def arriving(self, tenant: str, most: int) -> Iterator[Callable[[int], None] | None]:
+        """Count an upload while it arrives, and what it takes of the tenant's budget.
+
+        Args:
+            most: uploads of a tenant at once.
+
+        Yields:
+            What reserves more bytes or raises 413; None where there are ``most`` already.
+        """
+        if self._num_arriving[tenant] >= most:
+            yield None
+            return
+        reserved = 0
+
+        def take(num_bytes: int) -> None:
+            nonlocal reserved
+            self._reserve(tenant, num_bytes)
+            reserved += num_bytes
+
+        self._num_arriving[tenant] += 1
+        try:
+            yield take
+        finally:
+            self._used[tenant] -= reserved
+            self._num_arriving[tenant] -= 1
 
     def grow(self, record: StoredBatch, num_bytes: int, *, at_any_rate: bool = False) -> bool:
         """Reserve more room for the results of a job; False if there is none.
@@ -232,11 +266,11 @@ class FileStore:
         async def add() -> FileObject:
             try:
                 await self.work(self._disk.write, tenant, file_id, "data", blocks)
-                return self.adopt(tenant, file_id, filename, size, "batch", seconds)
+                return await self.adopt(tenant, file_id, filename, size, "batch", seconds)
             except OSError as error:
                 logger.error("files_dir: a file cannot be stored: %s", error)
-                with contextlib.suppress(OSError):
-                    self._disk.remove(tenant, file_id, "data")  # its record may not fit
+                with contextlib.suppress(OSError):  # its record may not fit
+                    await self.work(self._disk.remove, tenant, file_id, "data")
                 raise _unusable(error) from None
             finally:
                 self._used[tenant] -= reserved
@@ -248,7 +282,7 @@ class FileStore:
         """Write the content of a file that ``adopt`` makes one; in a thread. Returns its size."""
         return self._disk.write(tenant, file_id, "data", blocks)
 
-    def adopt(
+    async def adopt(
         self,
         tenant: str,
         file_id: str,
@@ -271,7 +305,7 @@ class FileStore:
         }
         self._serial += 1
         record = StoredFile(tenant, value, self._serial)
-        self._disk.write(tenant, file_id, "json", iter([msgspec.json.encode(record)]))
+        await self._write_record(record)
         self._add(record)
         return value
 
@@ -302,12 +336,12 @@ class FileStore:
             return False
         self.files.pop(record)
         self._discharge(record)
-        self._disk.remove(tenant, file_id, "json", "data")
+        self._remove(record, "json", "data")
         return True
 
     # -- jobs ---------------------------------------------------------------------------------
 
-    def add_batch(self, record: StoredBatch) -> None:
+    async def add_batch(self, record: StoredBatch) -> None:
         """Store a new job; the oldest of many that have ended is forgotten.
 
         Raises:
@@ -320,41 +354,43 @@ class FileStore:
         self._used[record.tenant] -= size
         self._serial += 1
         record.serial = self._serial
+        self._add(record)  # at once, so that others that are made meanwhile see it
         try:
-            self.write_batch(record)
+            await self.write_batch(record)
         except OSError as error:
+            self.batches.pop(record)
+            self._discharge(record)
             logger.error("files_dir: a batch cannot be stored: %s", error)
             raise _unusable(error) from None
-        self._add(record)
 
-    def write_batch(self, record: StoredBatch) -> None:
-        """Store what a job has become.
+    async def write_batch(self, record: StoredBatch) -> None:
+        """Store what a job has become, as it is at the call.
 
         Raises:
             OSError: it cannot be written.
         """
-        self._disk.write(record.tenant, record.id, "json", iter([msgspec.json.encode(record)]))
+        await self._write_record(record)
 
     def _drop_batch(self, record: StoredBatch) -> None:
         self.batches.pop(record)
         self._discharge(record)
-        self._disk.remove(record.tenant, record.id, "json", "results")
+        self._remove(record, "json", "results")
 
     def results_path(self, record: StoredBatch) -> Path:
         """Where the results of a job are gathered while it runs."""
         return self._disk.place(record.tenant, record.id, "results")
 
-    def append_result(self, record: StoredBatch, line: bytes) -> None:
+    async def append_result(self, record: StoredBatch, line: bytes) -> None:
         """Add the result of one line, for which there is room.
 
         Raises:
             OSError: the disk is full; nothing is added.
         """
-        append(self.results_path(record), line)
+        await self._threads.begin(partial(append, self.results_path(record), line), in_turn=True)
 
     def drop_results(self, record: StoredBatch) -> None:
         """Remove the gathered results, once they are files."""
-        self._disk.remove(record.tenant, record.id, "results")
+        self._remove(record, "results")
         self._used[record.tenant] -= self._held.pop(record.id, 0)
 
 

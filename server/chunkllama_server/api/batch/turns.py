@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import msgspec
 
 from chunkllama.logger import init_logger
 from chunkllama_server.api.batch.disk import encode_result
@@ -25,13 +27,27 @@ _MAX_RETRY_SECONDS = 30.0
 _LEAST_BEGUN = 8  # lines of a job, of which some wait to be tried again, at any bound of lines
 
 
+async def to_end(work: Coroutine[Any, Any, None]) -> None:
+    """Run work to its end; a cancellation takes effect behind it."""
+    task = asyncio.ensure_future(work)
+    is_cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            is_cancelled = True
+    task.result()
+    if is_cancelled:
+        raise asyncio.CancelledError
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answer of a route to a line."""
+    """The answer of a route to a line; the body is JSON."""
 
     status: int
     headers: dict[str, str]
-    body: Any
+    body: bytes
 
 
 # Calls a route: tenant, path, body, request id, and what is called when the engine has the request.
@@ -171,22 +187,17 @@ class LineRunner:
 
     async def _run_line(self, job: LineJob, line: Line, reader: LineReader, turn: Turn) -> None:
         request_id = f"batch_req_{uuid.uuid4().hex}"
-        result: LineResult = {
-            "id": request_id,
-            "custom_id": line.custom_id,
-            "response": None,
-            "error": None,
-        }
+        result = LineResult(request_id, line.custom_id)
         try:
             answer = await self._answer(job, line, reader, request_id, turn)
             if answer is None:
                 return
-            result["response"] = answer
+            result.response = answer
         except Exception as error:
             logger.error("batch %s: line %s failed", job.record.id, line.number, exc_info=error)
             message = "The line could not be run; see the server's log"
-            result["error"] = {"code": "internal_error", "message": message}
-        self._add(job, line, result)
+            result.error = {"code": "internal_error", "message": message}
+        await to_end(self._add(job, line, result))
 
     async def _read(self, job: LineJob, line: Line, reader: LineReader) -> dict[str, Any] | None:
         """The line's body; None, and the job fails, where the file is gone."""
@@ -212,19 +223,16 @@ class LineRunner:
             finally:
                 turn.leave()
             if reply.status not in _RETRY_STATUSES:
-                return {
-                    "status_code": reply.status,
-                    "request_id": reply.headers.get("x-request-id", request_id),
-                    "body": reply.body,
-                }
+                answer_id = reply.headers.get("x-request-id", request_id)
+                return LineAnswer(reply.status, answer_id, msgspec.Raw(reply.body))
             del body  # a line that waits takes little memory
             seconds = float(reply.headers.get("retry-after", "1"))
             await asyncio.sleep(min(seconds, _MAX_RETRY_SECONDS))
             turn = await self._turns.take(job)
         return None
 
-    def _add(self, job: LineJob, line: Line, result: LineResult) -> None:
-        """Store and count a result, without a pause in which it could be one of the two."""
+    async def _add(self, job: LineJob, line: Line, result: LineResult) -> None:
+        """Store and count a result."""
         encoded = encode_result(line.number, result)
         # It lies on the disk twice while the job's files are made of it.
         more = 2 * len(encoded) - missing_bytes(line)
@@ -233,7 +241,7 @@ class LineRunner:
             job.fail("file_budget", message, line.number)
             return
         try:
-            self._store.append_result(job.record, encoded)
+            await self._store.append_result(job.record, encoded)
         except OSError as error:
             logger.error("batch %s: a result cannot be stored: %s", job.record.id, error)
             job.fail("disk_error", "A result could not be stored on this server", line.number)

@@ -9,20 +9,13 @@ from __future__ import annotations
 
 import re
 
+from chunkllama_server.api.common.forced_runs import MANY
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.transport.errors import exceeded
 
 _REPEAT = re.compile(r"\{(\d{1,18})(,(\d{0,18}))?\}|([*+?])")
 _GROUP = re.compile(r"\((\?(P?<\w+>|[a-zA-Z-]*:|<?[=!]))?")
-MANY = 1 << 62
 _FREE_ESCAPES = frozenset("dDwWsSpP")
-_LARK_REPEAT = re.compile(r"\s*~\s*(\d{1,18})(?:\s*\.\.\s*(\d{1,18}))?")
-# Possessive, and without need of a closing quote: each character is read once.
-_LARK_TOKEN = re.compile(
-    r"//[^\n]*|\"(?:[^\"\\\n]|\\.)*+\"?i?|/(?:[^/\\\n]|\\.)++/?[a-z]*|[()\[\]]"
-    r"|[A-Za-z_]\w*|\s+|.",
-    re.DOTALL,
-)
 
 
 class _Sizes:
@@ -51,7 +44,9 @@ class _Sizes:
         """Repeat what was added last ``low`` to ``high`` times."""
         forced, expanded = self._last
         # What may be left out is forced once it has begun.
-        self._last = (min(forced * max(low, 1), MANY), min(expanded * max(high, 1), MANY))
+        self._last = (min(forced * max(low, 1), MANY), min(expanded * high, MANY))
+        if high == 0:
+            self._last = (0, 0)
         self._sum(self._last[0] - forced, self._last[1] - expanded)
 
     def total(self) -> tuple[int, int]:
@@ -65,7 +60,7 @@ def _apply_repeat(sizes: _Sizes, match: re.Match[str]) -> None:
         sizes.repeat(1 if match[4] == "+" else 0, 1)
         return
     low = int(match[1])
-    sizes.repeat(low, low if not match[2] else int(match[3] or low))
+    sizes.repeat(low, low if not match[2] else int(match[3] or max(low, 1)))
 
 
 def regex_size(pattern: str) -> tuple[int, int]:
@@ -109,36 +104,6 @@ def _class_end(pattern: str, at: int) -> int:
     while at < len(pattern) and pattern[at] != "]":
         at += 2 if pattern[at] == "\\" else 1
     return at + 1
-
-
-def lark_size(grammar: str) -> tuple[int, int]:
-    """As ``regex_size``, of a Lark grammar: rules that use rules count once, not multiplied."""
-    sizes = _Sizes()
-    at = 0
-    while at < len(grammar):
-        if (repeat := _REPEAT.match(grammar, at)) is not None:
-            _apply_repeat(sizes, repeat)
-            at = repeat.end()
-            continue
-        if (repeat := _LARK_REPEAT.match(grammar, at)) is not None:
-            sizes.repeat(int(repeat[1]), int(repeat[2] or repeat[1]))
-            at = repeat.end()
-            continue
-        token = _LARK_TOKEN.match(grammar, at)
-        assert token is not None, "the last alternative matches any character"
-        at = token.end()
-        text = token[0]
-        if text in "([":
-            sizes.open()
-        elif text in ")]":
-            sizes.close()
-        elif text[0] == '"' and len(text) > 1:
-            sizes.add(len(text), len(text))
-        elif text[0] == "/" and len(text) > 1 and text[1] != "/":
-            sizes.add(*regex_size(text[1:].rpartition("/")[0] or text[1:]))
-        elif text[0].isalpha() or text[0] == "_":
-            sizes.add(1, 1)
-    return sizes.total()
 
 
 def check_regex_cost(pattern: str, param: str, limits: LimitsConfig = DEFAULT_LIMITS) -> None:

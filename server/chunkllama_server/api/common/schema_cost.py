@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
-from chunkllama_server.api.common.grammar_cost import MANY, check_size, lark_size, regex_size
+from chunkllama_server.api.common.forced_runs import MANY, Runs, fixed, free, in_turn, one_of
+from chunkllama_server.api.common.grammar_cost import check_size, regex_size
 from chunkllama_server.api.common.schema_references import follow
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.transport.errors import exceeded, invalid
@@ -19,57 +17,6 @@ _OPTIONAL_PER_FORCED = 8
 # Keywords that become a regular expression of the value, by their part of ``max_joined_texts``.
 # A multiple of p has p states, and of p and q together p times q.
 _TEXT_KEYWORDS = {"pattern": 1, "format": 1, "minLength": 1, "maxLength": 1, "multipleOf": 5}
-_LARK_SCHEMA = re.compile(r"%json\s*")
-_read_json = json.JSONDecoder().raw_decode
-
-
-@dataclass(frozen=True, slots=True)
-class _Runs:
-    """The characters in a row that a text has no choice in.
-
-    Attributes:
-        first: at its beginning.
-        last: at its end.
-        longest: anywhere.
-        is_whole: the whole text is such a run.
-    """
-
-    first: int = 0
-    last: int = 0
-    longest: int = 0
-    is_whole: bool = True
-
-    def then(self, after: _Runs) -> _Runs:
-        """Those of a text that follows on this one."""
-        return _Runs(
-            self.first + after.first if self.is_whole else self.first,
-            self.last + after.last if after.is_whole else after.last,
-            min(max(self.longest, after.longest, self.last + after.first), MANY),
-            self.is_whole and after.is_whole,
-        )
-
-    def times(self, count: int) -> _Runs:
-        """Those of so many texts in a row."""
-        if self.is_whole:
-            return _fixed(min(self.first * count, MANY))
-        return self.then(self) if count > 1 else self
-
-
-def _fixed(length: int) -> _Runs:
-    return _Runs(length, length, length)
-
-
-def _free(longest: int) -> _Runs:
-    """Text with a choice in it, which forces so many characters at most."""
-    return _Runs(longest, longest, longest, is_whole=False)
-
-
-def _one_of(runs: Iterable[_Runs]) -> _Runs:
-    return _free(max((run.longest for run in runs), default=0))
-
-
-def _in_turn(runs: Iterable[_Runs]) -> _Runs:
-    return reduce(_Runs.then, runs, _Runs())
 
 
 class _SchemaSize:
@@ -84,15 +31,15 @@ class _SchemaSize:
         self._limits = limits
         self._param = param
         self._open: set[int] = set()
-        self._known: dict[int, _Runs] = {}
+        self._known: dict[int, Runs] = {}
         # Those that have a finite text.
         self._ending: set[int] = set()
         self._num_looked_at = 0
         self._num_texts: dict[int, int] = {}
 
-    def forced(self, schema: Any) -> _Runs:
+    def forced(self, schema: Any) -> Runs:
         if not isinstance(schema, Mapping) or id(schema) in self._open:
-            return _free(1)
+            return free(1)
         if id(schema) not in self._known:
             self._open.add(id(schema))
             if len(self._known) + len(self._open) > self._limits.max_schema_work:
@@ -101,50 +48,50 @@ class _SchemaSize:
             self._open.discard(id(schema))
         return self._known[id(schema)]
 
-    def _compute(self, schema: Mapping[str, Any]) -> _Runs:
+    def _compute(self, schema: Mapping[str, Any]) -> Runs:
         if "const" in schema:
-            return _fixed(len(json.dumps(schema["const"])))
+            return fixed(len(json.dumps(schema["const"])))
         if isinstance(values := schema.get("enum"), list):
-            texts = [_fixed(len(json.dumps(value))) for value in values]
-            return texts[0] if len(texts) == 1 else _one_of(texts)
+            texts = [fixed(len(json.dumps(value))) for value in values]
+            return texts[0] if len(texts) == 1 else one_of(texts)
         parts = [*self._joined(schema)]
         if isinstance(pattern := schema.get("pattern"), str):
             forced, expanded = regex_size(pattern)
             is_bounded = expanded <= self._limits.max_expanded_chars
-            parts.append(_free(forced if is_bounded else MANY))
+            parts.append(free(forced if is_bounded else MANY))
         if isinstance(schema.get("items"), Mapping):
             count = schema.get("minItems")
             least = count if isinstance(count, int) and count > 0 else 1
-            parts.append(self.forced(schema["items"]).then(_fixed(1)).times(least))
+            parts.append(self.forced(schema["items"]).then(fixed(1)).times(least))
         if isinstance(properties := schema.get("properties"), Mapping):
             parts += self._members(properties, schema.get("required"))
         if isinstance(others := schema.get("additionalProperties"), Mapping):
-            parts.append(_one_of([self.forced(others)]))
+            parts.append(one_of([self.forced(others)]))
         if schema.get("type") == "null":
-            parts.append(_fixed(4))
-        return _in_turn(parts or [_free(1)])
+            parts.append(fixed(4))
+        return in_turn(parts or [free(1)])
 
-    def _joined(self, schema: Mapping[str, Any]) -> Iterable[_Runs]:
+    def _joined(self, schema: Mapping[str, Any]) -> Iterable[Runs]:
         if isinstance(reference := schema.get("$ref"), str):
             yield self.forced(follow(self._root, reference))
         for name in ("anyOf", "oneOf"):
             if isinstance(branches := schema.get(name), list):
-                yield _one_of(map(self.forced, branches))
+                yield one_of(map(self.forced, branches))
         for name in ("allOf", "prefixItems"):
             if isinstance(branches := schema.get(name), list):
                 yield from map(self.forced, branches)
 
-    def _members(self, properties: Mapping[str, Any], required: Any) -> Iterable[_Runs]:
+    def _members(self, properties: Mapping[str, Any], required: Any) -> Iterable[Runs]:
         listed = required if isinstance(required, list) else []
         names = {name for name in listed if isinstance(name, str)}
         num_optional_chars = 0
         for name, value in properties.items():
-            member = _fixed(len(name) + 4).then(self.forced(value))
+            member = fixed(len(name) + 4).then(self.forced(value))
             # One that may be left out begins with a choice.
-            yield member if name in names else _free(member.longest)
+            yield member if name in names else free(member.longest)
             num_optional_chars += 0 if name in names else len(name) + 4
         if num_optional_chars:
-            yield _free(num_optional_chars // _OPTIONAL_PER_FORCED)
+            yield free(num_optional_chars // _OPTIONAL_PER_FORCED)
 
     def check_joined(self) -> None:
         """Refuse regular expressions whose intersection would take without end to compile."""
@@ -236,30 +183,19 @@ class _SchemaSize:
             yield from first[:least] if isinstance(first, list) else [schema.get("items")]
 
 
-def check_schema_cost(schema: Any, param: str, limits: LimitsConfig = DEFAULT_LIMITS) -> None:
-    """Raises:
-    ApiError: 400 when constants, patterns and minItems force too long a text, when its
-        references have no end, or when it joins many patterns.
+def check_schema_cost(schema: Any, param: str, limits: LimitsConfig = DEFAULT_LIMITS) -> Runs:
+    """Return the runs of characters that a schema forces.
+
+    Raises:
+        ApiError: 400 when constants, patterns and minItems force too long a text, when its
+            references have no end, or when it joins many patterns.
     """
     try:
         size = _SchemaSize(schema, limits, param)
-        check_size(size.forced(schema).longest, 0, param, limits)
+        runs = size.forced(schema)
+        check_size(runs.longest, 0, param, limits)
         size.check_ends()
         size.check_joined()
+        return runs
     except RecursionError:  # a chain of references, each to the next
         raise exceeded(limits, "max_schema_work", param) from None
-
-
-def check_lark_cost(grammar: str, param: str, limits: LimitsConfig = DEFAULT_LIMITS) -> None:
-    """Raises:
-    ApiError: 400 when its repeats make each token expensive, or a JSON schema in it would.
-    """
-    check_size(*lark_size(grammar), param, limits)
-    for found in _LARK_SCHEMA.finditer(grammar):
-        try:
-            schema, _ = _read_json(grammar, found.end())
-        except ValueError:  # the compiler says so, too
-            continue
-        except RecursionError:
-            raise exceeded(limits, "max_schema_work", param) from None
-        check_schema_cost(schema, param, limits)

@@ -13,8 +13,8 @@ from chunkllama.logger import tenant_context
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.common.fair_pool import FairPool
 from chunkllama_server.api.common.grammar_cost import check_choice_cost, check_regex_cost
+from chunkllama_server.api.common.lark_cost import check_lark_cost
 from chunkllama_server.api.common.regex_syntax import rust_syntax
-from chunkllama_server.api.common.schema_cost import check_lark_cost
 from chunkllama_server.api.common.schema_levels import prepare_schema
 from chunkllama_server.api.schema.base import StructuredOutputs
 from chunkllama_server.api.schema.chat import ResponseFormat

@@ -28,11 +28,15 @@ async def create_completion(
     completion_id = f"cmpl-{uuid.uuid4().hex}"
     generations = await completion_generations(body, context, info, completion_id)
     prompts = [generation.request.prompt_token_ids for generation in generations]
+    texts = await context.text.run(
+        sum(map(len, prompts)) if body.echo else 0,
+        lambda: [_echo_text(body, context, index, ids) for index, ids in enumerate(prompts)],
+    )
     answer = CompletionAnswer(
         body=body,
         completion_id=completion_id,
         generations=generations,
-        prompt_texts=[_echo_text(body, context, index, ids) for index, ids in enumerate(prompts)],
+        prompt_texts=texts,
         formatter=LogprobFormatter(context.text.tokenizer, bool(body.return_tokens_as_token_ids)),
         fingerprint=context.fingerprint,
     )

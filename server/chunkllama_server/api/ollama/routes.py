@@ -168,7 +168,7 @@ async def embed(body: OllamaEmbedRequest, request: Request, context: Context) ->
         "load_duration": 0,
         "prompt_eval_count": num_tokens,
     }
-    return json_response(answer)
+    return await context.respond(sum(map(len, found)), lambda: answer)
 
 
 @router.post("/api/embeddings", response_model=None, responses=ollama_answers(OllamaEmbedding))

@@ -6,6 +6,8 @@ import uuid
 from collections.abc import Callable
 from typing import Any, cast
 
+import msgspec
+
 from chunkllama.text.output_processor import OutputDelta
 from chunkllama_server.api.responses.items import (
     custom_input,
@@ -219,6 +221,7 @@ class EventStream:
             ]
         elif item["type"] == "message":
             part = item["content"][0]
+            part["logprobs"] = _as_json(part["logprobs"])
             events = [
                 self.event(
                     "response.output_text.done",
@@ -247,6 +250,12 @@ class EventStream:
         index = place["output_index"]
         events.append(self.event("response.output_item.done", output_index=index, item=item))
         return events
+
+
+def _as_json(values: list[Any]) -> Any:
+    """A list as its JSON text, which events and the response repeat; other threads run between two
+    values."""
+    return msgspec.Raw(b"[" + b",".join(map(msgspec.json.encode, values)) + b"]")
 
 
 def _of_text(logprobs: list[ChatTokenLogprob], text: str) -> list[ChatTokenLogprob]:

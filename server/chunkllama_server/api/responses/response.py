@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from chunkllama.errors import OverloadedError
 from chunkllama.text.output_processor import OutputDelta
@@ -22,8 +22,15 @@ from chunkllama_server.api.schema.usage import ResponseUsage
 from chunkllama_server.api.tools.config import ToolConfig
 from chunkllama_server.transport.errors import ApiError, as_api_error
 
+T = TypeVar("T")
 # Called with the response and its packed events when it has ended.
 OnEnded = Callable[[Response, bytes], Awaitable[None]]
+
+
+class Beside(Protocol):
+    """Returns ``work()``, done in a thread where it has many values to write."""
+
+    async def __call__(self, num_values: int, work: Callable[[], T]) -> T: ...
 
 
 @dataclass(slots=True)
@@ -31,6 +38,7 @@ class ResponseAnswer:
     """What the response object and its events have in common.
 
     Attributes:
+        beside: does what takes long in a thread.
         on_ended: stores the response.
     """
 
@@ -39,10 +47,12 @@ class ResponseAnswer:
     tools: ToolConfig
     formatter: LogprobFormatter
     wants_logprobs: bool
+    beside: Beside
     on_ended: OnEnded
     created: int = field(default_factory=lambda: int(time.time()))
     _stream: EventStream = field(init=False)
     _recorder: EventRecorder | None = field(init=False)
+    _echoed: dict[str, Any] = field(init=False)
     _has_begun: bool = False
 
     def __post_init__(self) -> None:
@@ -51,6 +61,7 @@ class ResponseAnswer:
         )
         self._recorder = EventRecorder() if self.body.store is not False else None
         self._stream = EventStream(self.tools.parser(), custom, self.logprobs)
+        self._echoed = self.body.model_dump(include=_ECHOED, exclude_none=True, by_alias=True)
 
     def usage(self) -> ResponseUsage:
         counts = self.generation.counts
@@ -74,8 +85,7 @@ class ResponseAnswer:
     def response(self) -> Response:
         """Return the object before any output."""
         body, sampling = self.body, self.generation.request.sampling
-        echoed = {"reasoning", "text", "tool_choice", "tools"}
-        given = body.model_dump(include=echoed, exclude_none=True, by_alias=True)
+        given = self._echoed
         tier = body.service_tier or "default"
         return {
             "id": self.generation.request.request_id,
@@ -135,7 +145,7 @@ class ResponseAnswer:
             return (await self._end())[0]
         piece = (await self.generation.collect())[0]
         self._begin()
-        self._note(self._stream.take(piece))
+        await self._in_thread(lambda: self._note(self._stream.take(piece)))
         return (await self._end())[0]
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -184,8 +194,26 @@ class ResponseAnswer:
             ]
         )
 
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """Return ``work()``, done in a thread where the response has many log-probabilities."""
+        return await self._to_end(self.beside(self.generation.num_logprobs, work))
+
+    async def _to_end(self, work: Awaitable[T]) -> T:
+        """Await the work at a response's end.
+
+        Cancelling one that runs in the background comes too late here: it has ended otherwise.
+        """
+        ending = asyncio.ensure_future(work)
+        while not ending.done():
+            try:
+                await asyncio.shield(ending)
+            except asyncio.CancelledError:
+                if not self.body.background:
+                    raise
+        return ending.result()
+
     async def _end(self) -> tuple[Response, list[bytes]]:
-        closed = self._note(self._stream.close())
+        closed = await self._in_thread(lambda: self._note(self._stream.close()))
         is_cut = self._stream.reason == "length"
         response = self._ended("incomplete" if is_cut else "completed")
         if is_cut:
@@ -207,22 +235,24 @@ class ResponseAnswer:
         return response
 
     async def _last(self, response: Response, kind: str) -> bytes:
-        """Store the ended response, and return the event that says how it has ended.
+        """Store the ended response, and return the event that says how it has ended."""
 
-        Cancelling one that runs in the background comes too late here: it has ended otherwise.
-        """
-        event = self._note([self._stream.event(kind, response=response)])[0]
-        packed = b"" if self._recorder is None else self._recorder.packed()
-        storing = asyncio.ensure_future(self.on_ended(response, packed))
-        while not storing.done():
-            try:
-                await asyncio.shield(storing)
-            except asyncio.CancelledError:
-                if not self.body.background:
-                    raise
+        def write() -> tuple[bytes, bytes]:
+            event = self._note([self._stream.event(kind, response=response)])[0]
+            return event, b"" if self._recorder is None else self._recorder.packed()
+
+        event, packed = await self._in_thread(write)
+        await self._to_end(self.on_ended(response, packed))
         return event
 
 
+# What a response repeats of its request; members that no model knows are left out.
+_ECHOED: Any = {
+    "reasoning": {"effort", "summary"},
+    "text": {"format", "verbosity"},
+    "tool_choice": True,
+    "tools": True,
+}
 _COMPLETED = ("completed", "incomplete")
 
 

@@ -110,6 +110,7 @@ def _answer(
         tools=prepared.tools,
         formatter=LogprobFormatter(context.text.tokenizer, as_token_ids=False),
         wants_logprobs=bool(prepared.body.logprobs),
+        beside=context.text.write,
         on_ended=on_ended,
     )
 
@@ -151,7 +152,8 @@ async def create_response(
         return context.stream(events, info)
     if body.background:
         return json_response(answer.snapshot())
-    return json_response(await unless_disconnected(request, answer.whole()))
+    response = await unless_disconnected(request, answer.whole())
+    return await context.respond(generation.num_logprobs, lambda: response)
 
 
 @router.post("/v1/responses/input_tokens", response_model=None, responses=answers(InputTokens))
@@ -239,10 +241,10 @@ async def get_response(
             return context.stream(running.log.follow(starting_after), info)
         return json_response(running.snapshot())
     if not stream:
-        stored = await context.responses.response(tenant, response_id)
-        if stored is None:
+        packed = await context.responses.get(tenant, response_id)
+        if packed is None:
             raise _missing(response_id)
-        return json_response(stored)
+        return HttpResponse(packed.response, media_type="application/json")
     unpack = await context.responses.events(tenant, response_id)
     if unpack is None:
         raise _missing(response_id)

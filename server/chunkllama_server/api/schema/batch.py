@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NotRequired
 
+import msgspec
 from pydantic import Field
 from typing_extensions import TypedDict
 
@@ -180,18 +181,18 @@ class BatchList(TypedDict):
     has_more: bool
 
 
-class LineAnswer(TypedDict):
-    """The answer to one line."""
+class LineAnswer(msgspec.Struct):
+    """The answer to one line; its body stays text."""
 
     status_code: int
     request_id: str
-    body: Any
+    body: msgspec.Raw
 
 
-class LineResult(TypedDict):
+class LineResult(msgspec.Struct):
     """One line of a batch's output or error file."""
 
     id: str
     custom_id: str
-    response: LineAnswer | None
-    error: dict[str, Any] | None
+    response: LineAnswer | None = None
+    error: dict[str, Any] | None = None

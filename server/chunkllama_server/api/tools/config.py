@@ -8,8 +8,8 @@ from typing import Any
 
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama.text.template_adapter import template_tool
+from chunkllama_server.api.common.lark_cost import check_lark_cost
 from chunkllama_server.api.common.schema_bounds import bounded
-from chunkllama_server.api.common.schema_cost import check_lark_cost
 from chunkllama_server.api.common.schema_levels import object_schema, prepare_schema
 from chunkllama_server.api.common.structured_outputs import check_schema
 from chunkllama_server.api.schema.chat import (
