@@ -155,12 +155,21 @@ class BatchRunner:
         job.task = asyncio.create_task(self._run(job))
 
     async def cancel(self, record: StoredBatch) -> None:
-        """End a job: its running lines are aborted, its results so far are kept."""
+        """End a job: its running lines are aborted, its results so far are kept.
+
+        Raises:
+            OSError: the job is stopped, but a process that starts now would continue it.
+        """
         job = self._jobs.get(record.id)
         if job is None or record.value["status"] not in ("validating", "in_progress"):
             return
-        self._enter(job, "cancelling")
         job.stop()
+        before = job.value.copy()
+        try:
+            self._enter(job, "cancelling")
+        except OSError:
+            job.value.update(before)  # so that it can be tried again
+            raise
 
     async def close(self) -> None:
         """End all tasks; the jobs continue in the next process."""
@@ -174,7 +183,11 @@ class BatchRunner:
     # -- one job ------------------------------------------------------------------------------
 
     def _enter(self, job: Job, status: Any) -> None:
-        """Change a job's status, on disk too."""
+        """Change a job's status, on disk too.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         job.value["status"] = status
         stamp = f"{status}_at"
         if stamp in job.value:
