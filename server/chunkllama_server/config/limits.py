@@ -59,8 +59,14 @@ class LimitsConfig(ConfigGroup):
     )  # fmt: skip
     body_timeout_seconds: float = limit(
         30.0, "seconds", "anyone", "408 request_timeout",
-        "From complete headers to a complete body.",
+        "From complete headers to a complete body, beside the time that its bytes take at "
+        "min_body_rate.",
         "The request arrived too slowly", gt=0,
+    )  # fmt: skip
+    min_body_rate: int = limit(
+        16 << 10, "bytes/s", "anyone", "408 request_timeout",
+        "Rate at which a body must arrive at least, after body_timeout_seconds.",
+        "The request arrived too slowly", ge=1,
     )  # fmt: skip
     keep_alive_seconds: int = limit(
         75, "seconds", "anyone", "closed", "Idle time of a connection between two requests.", gt=0
