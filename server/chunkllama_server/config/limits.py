@@ -163,6 +163,19 @@ class LimitsConfig(ConfigGroup):
         4, "strings", "tenant", "400", f"Stop strings of a request. {_PROTOCOL}",
         "At most {limit} stop strings are served, got {value}", ge=1, le=4,
     )  # fmt: skip
+    max_stop_chars: int = limit(
+        1024, "characters", "tenant", "400",
+        "Stop strings of a request to /v1/messages or Ollama's API together, each counted as 16 at "
+        "least: the time to look for them in a piece of the text.",
+        "The stop strings have {value} characters (each counts as 16 at least), at most {limit} "
+        "are served",
+        ge=16, le=16_384,
+    )  # fmt: skip
+    max_tools: int = limit(
+        1024, "tools", "tenant", "400",
+        "Tools of a request to /v1/messages or Ollama's API.",
+        "At most {limit} tools are served, got {value}", ge=1, le=4096,
+    )  # fmt: skip
     max_stop_token_ids: int = limit(
         256, "token ids", "tenant", "400", f"Stop tokens of a request. {_PROTOCOL}",
         "At most {limit} stop tokens are served, got {value}", ge=1, le=256,
