@@ -5,6 +5,7 @@ BIN     = $(VENV)/bin
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 ARGS   ?=
+PROXY   = $(VENV)/litellm-proxy
 SERVING = $(VENV)/.serving-done
 STAMP   = $(VENV)/.setup-done
 INPUTS  = pyproject.toml setup.py scripts/setup.sh $(wildcard requirements/*.txt kernels/cpu/*)
@@ -48,8 +49,13 @@ bench: setup
 gpu-test: setup
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
+# LiteLLM's proxy, whose versions of rich and others exclude the server's: it has its own environment.
+$(PROXY)/bin/litellm: | $(STAMP)
+	"$(BIN)/python" -m venv $(PROXY)
+	"$(PROXY)/bin/python" -m pip install -q "litellm[proxy]>=1.80"
+
 # Runs full sizes with fresh seeds; writes result and seed to benchmarks/results/nightly.txt.
-nightly: setup
+nightly: setup $(PROXY)/bin/litellm
 	"$(BIN)/python" -m pip install -q -e ".[clients,gates,routers,ray]"
 	sh scripts/nightly.sh "$(BIN)/python" $(ARGS)
 

@@ -64,8 +64,14 @@ class _Server:
         connection = kind(self._parts.hostname or "", self._parts.port, timeout=_TIMEOUT)
         try:
             target = self._parts.path.rstrip("/") + path
-            connection.request(method, target, body, {**self._headers, **(headers or {})})
-            response = connection.getresponse()
+            broken: OSError | None = None
+            try:
+                connection.request(method, target, body, {**self._headers, **(headers or {})})
+            except OSError as error:
+                if connection.sock is None:  # it was never connected
+                    raise
+                broken = error
+            response = self._response(connection, broken)
             if response.status >= 400:
                 raise _refusal(self._url, response)
             yield response
@@ -75,6 +81,23 @@ class _Server:
             ) from None
         finally:
             connection.close()
+
+    def _response(
+        self, connection: http.client.HTTPConnection, broken: OSError | None
+    ) -> http.client.HTTPResponse:
+        """The answer; a server that refuses a body ends the connection while it is sent.
+
+        Args:
+            broken: how sending the body has ended, if not well.
+        """
+        try:
+            return connection.getresponse()
+        except (OSError, http.client.HTTPException):
+            if broken is None:
+                raise
+            raise _UnreachableError(
+                f"{self._url}: the connection broke while the request was sent: {broken}"
+            ) from None
 
     def get(self, path: str) -> Any:
         with self._answer("GET", path) as response:
@@ -108,6 +131,11 @@ class _Server:
         }
         with self._answer("POST", "/v1/files", content(), headers) as response:
             return str(json.load(response)["id"])
+
+    def delete(self, file_id: str) -> None:
+        """Remove a stored file."""
+        with self._answer("DELETE", f"/v1/files/{file_id}") as response:
+            response.read()
 
     def download(self, file_id: str, path: Path) -> None:
         """Write a stored file to ``path``, whole or not at all."""
@@ -143,7 +171,8 @@ def batch(
     """Run a file of requests as a batch, in the gaps of the server's other requests.
 
     Lines have the form of OpenAI's batches: custom_id, method, url and body. If it is
-    interrupted, the same command follows the batch again. Exit code 1 if a line failed.
+    interrupted, the same command follows the batch again. The batch's files are removed from the
+    server once their content is here. Exit code 1 if a line failed.
     """
     console = Console(stderr=True)
     server = _Server(url, api_key)
@@ -164,19 +193,35 @@ def _begin(server: _Server, requests: Path, state: Path, window: str, console: C
         if batch_id is not None:
             return batch_id
         console.print("the batch of the earlier command is gone; its lines run again")
-    try:
-        with requests.open("rb") as file:
-            endpoint = json.loads(file.readline())["url"]
-    except OSError as error:
-        raise ChunkLlamaError(f"{requests}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise ChunkLlamaError(f"{requests}: line 1 must be a JSON object with a url") from None
+    endpoint = _endpoint(requests)
     file_id = server.upload(requests)
     state.write_text(file_id)
     body = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": window}
     batch_id = str(server.post("/v1/batches", body)["id"])
     state.write_text(batch_id)
     return batch_id
+
+
+def _endpoint(requests: Path) -> str:
+    """The url of the first line that is not blank.
+
+    Raises:
+        ChunkLlamaError: there is none, or the file cannot be read.
+    """
+    number = 0
+    try:
+        with requests.open("rb") as file:
+            for line in file:
+                number += 1
+                if line.strip():
+                    return str(json.loads(line)["url"])
+    except OSError as error:
+        raise ChunkLlamaError(f"{requests}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ChunkLlamaError(
+            f"{requests}: line {number} must be a JSON object with a url"
+        ) from None
+    raise ChunkLlamaError(f"{requests}: the file has no line")
 
 
 def _find(server: _Server, name: str) -> str | None:
@@ -249,13 +294,16 @@ def _finish(server: _Server, value: Any, answers: Path, state: Path, console: Co
     for problem in (value["errors"] or {"data": []})["data"]:
         where = f"line {problem['line']}: " if problem["line"] else ""
         console.print(f"{where}{problem['message']}", markup=False, highlight=False)
-    if value["output_file_id"]:
-        server.download(value["output_file_id"], answers)
+    failed = answers.with_name(f"{answers.stem}.errors{answers.suffix}")
+    for name, path in (("output_file_id", answers), ("error_file_id", failed)):
+        if value[name]:
+            server.download(value[name], path)
+        else:
+            path.unlink(missing_ok=True)  # of an earlier batch
     if value["error_file_id"]:
-        failed = answers.with_name(f"{answers.stem}.errors{answers.suffix}")
-        server.download(value["error_file_id"], failed)
         console.print(f"lines without an answer: {failed}", markup=False, highlight=False)
     state.unlink(missing_ok=True)
+    _delete_files(server, value, console)
     counts, usage = value["request_counts"], value["usage"]
     prompt, cached = usage["input_tokens"], usage["input_tokens_details"]["cached_tokens"]
     share = cached / max(prompt, 1)
@@ -268,3 +316,16 @@ def _finish(server: _Server, value: Any, answers: Path, state: Path, console: Co
     )
     is_whole = value["status"] == "completed" and not counts["failed"]
     return 0 if is_whole else 1
+
+
+def _delete_files(server: _Server, value: Any, console: Console) -> None:
+    """Remove the batch's files from the server; what is not removed expires there."""
+    for name in ("input_file_id", "output_file_id", "error_file_id"):
+        try:
+            if value[name]:
+                server.delete(value[name])
+        except (_UnreachableError, _RefusedError) as error:
+            missing = isinstance(error, _RefusedError) and error.status == 404
+            if not missing:
+                text = f"{value[name]} stays on the server until it expires: {error}"
+                console.print(text, markup=False, highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -106,3 +107,11 @@ def test_each_line_is_a_pin_with_hashes(path: Path) -> None:
         assert hashes, first
         assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}(?: \\)?", h) for h in hashes)
     assert "://" not in path.read_text()
+
+
+def test_the_nightly_run_installs_litellms_proxy() -> None:
+    """Its test fails without it, and its dependencies exclude the project's."""
+    printed = subprocess.run(["make", "-n", "nightly", "VENV=none"], cwd=ROOT, capture_output=True)
+    commands = printed.stdout.decode().splitlines()
+    (proxy,) = [line for line in commands if "litellm[proxy]" in line]
+    assert proxy.startswith('"none/litellm-proxy/bin/python" -m pip install')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from anthropic.types import Message
+from anthropic.types import Message, MessageTokensCount, ModelInfo
 from anthropic_helpers import (
     PATH,
     WEATHER,
@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
+MARK = {"cache_control": {"type": "ephemeral"}}
 THINKS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
@@ -30,6 +31,11 @@ THINKS = (
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
     "{% endif %}"
 )
+
+
+@pytest.fixture(scope="module")
+def thinker(start_server):
+    return start_server(template_source=THINKS)
 
 
 def test_a_message(server, text_parts) -> None:
@@ -127,6 +133,27 @@ def test_tools_of_anthropics_servers_are_left_out(server) -> None:
     assert response.headers["x-chunkllama-ignored-fields"] == "tools[0]"
 
 
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"type": "computer_toolset_20260801"},
+        {"type": "mcp_toolset", "name": "not a name", "description": {"of": "another kind"}},
+    ],
+)
+def test_tools_that_are_left_out_may_have_other_members(server, tool) -> None:
+    response = server.post(PATH, body_of(say(CALL), tools=[WEATHER, tool]))
+    assert response.status_code == 200, response.text
+    assert response.json()["content"][0]["name"] == "weather"
+    assert response.headers["x-chunkllama-ignored-fields"] == "tools[1]"
+
+
+def test_more_tools_than_openais_api_has(server, text_parts) -> None:
+    tools = [{"name": f"t{n}", "input_schema": {}} for n in range(129)]
+    counted = server.post(f"{PATH}/count_tokens", {"messages": say("x"), "tools": tools})
+    assert counted.status_code == 200, counted.text
+    assert counted.json()["input_tokens"] > 129
+
+
 def test_a_failed_tool_says_so(server, text_parts) -> None:
     messages = [
         {"role": "user", "content": "look"},
@@ -156,6 +183,7 @@ def test_a_last_message_of_the_assistant_is_continued(server, text_parts) -> Non
     ("fields", "said", "reason", "sequence"),
     [
         ({"stop_sequences": ["END"]}, "one END two", "stop_sequence", "END"),
+        ({"stop_sequences": [*"ABCDEFGH", "END"]}, "one END two", "stop_sequence", "E"),
         ({"max_tokens": 3}, "abcdef", "max_tokens", None),
         ({"max_tokens": 100_000}, "abcdef", "end_turn", None),
         ({}, "", "end_turn", None),
@@ -190,18 +218,41 @@ def test_a_prompt_is_stored_without_an_answer(server) -> None:
         {"system": "rules"},
         {"tools": [WEATHER]},
         {"system": [{"type": "text", "text": "a"}], "tool_choice": {"type": "auto"}},
+        {"thinking": {"type": "enabled", "budget_tokens": 50}},
+        {"thinking": {"type": "disabled"}, "tools": [WEATHER]},
+        {"thinking": {"type": "enabled", "budget_tokens": 50}, "tools": [WEATHER]},
     ],
 )
-def test_count_tokens(server, fields) -> None:
-    counted = sdk(server).messages.count_tokens(model=MODEL, messages=say("x"), **fields)
-    assert server.engine.requests == []
-    usage = server.post(PATH, body_of(say("x"), **fields)).json()["usage"]
-    assert counted.input_tokens == usage["input_tokens"] > 0
+@pytest.mark.parametrize("thinks", [False, True])
+def test_count_tokens(server, thinker, fields, thinks) -> None:
+    asked = thinker if thinks else server
+    asked.engine.reset()
+    body = {"model": MODEL, "messages": say("x"), **fields}
+    counted = asked.post(f"{PATH}/count_tokens", body)
+    assert asked.engine.requests == []
+    found = MessageTokensCount.model_validate(counted.json(), strict=True)
+    assert found.model_extra == {}
+    usage = asked.post(PATH, body_of(**body)).json()["usage"]
+    assert found.input_tokens == usage["input_tokens"] > 0
+    by_client = sdk(asked).messages.count_tokens(model=MODEL, messages=say("x"), **fields)
+    assert by_client.input_tokens == found.input_tokens
 
 
-@pytest.fixture(scope="module")
-def thinker(start_server):
-    return start_server(template_source=THINKS)
+@pytest.mark.parametrize("is_known", [False, True])
+def test_the_first_event_has_the_usage_of_the_prompt(server, is_known) -> None:
+    """Clients that count the prompt read it from message_start alone."""
+    body = body_of(say("hi"), system=[{"type": "text", "text": "rules", **MARK}])
+    if is_known:
+        assert server.post(PATH, body).status_code == 200
+    first = events_of(server, body)[0]["message"]["usage"]
+    request = server.engine.requests[-1]
+    read = len(request.prompt_token_ids) - 1 if is_known else 0
+    read = min(read, request.cache_until)
+    created = request.cache_until - read
+    assert first["cache_read_input_tokens"] == read
+    assert first["cache_creation_input_tokens"] == created
+    assert first["cache_creation"]["ephemeral_5m_input_tokens"] == created
+    assert first["input_tokens"] == len(request.prompt_token_ids) - read - created
 
 
 def test_thinking(thinker, text_parts) -> None:
@@ -343,6 +394,11 @@ def test_models_in_the_clients_shape(server) -> None:
     listed = client.models.list()
     assert [model.id for model in listed] == [MODEL, "alias"]
     assert client.models.retrieve(MODEL).max_input_tokens == 2048
+    with server.http(headers={"anthropic-version": "2023-06-01"}) as http:
+        page = http.get("/v1/models").json()
+        for model in (*page["data"], http.get(f"/v1/models/{MODEL}").json()):
+            ModelInfo.model_validate_json(json.dumps(model), strict=True)
+    assert (page["first_id"], page["last_id"], page["has_more"]) == (MODEL, "alias", False)
     assert server.http().get("/v1/models").json()["object"] == "list"
 
 
@@ -395,7 +451,7 @@ def test_every_answer_fits_the_clients_types(
     engine = shared_server.engine
     engine.reset()
     engine.tokens_per_delta = tokens_per_delta
-    control = {"cache_control": {"type": "ephemeral"}} if mark else {}
+    control = MARK if mark else {}
     body = body_of(say("".join(parts)), tools=[WEATHER], **{**control, "max_tokens": max_tokens})
     whole = shared_server.post(PATH, body)
     assert whole.status_code == 200, whole.text

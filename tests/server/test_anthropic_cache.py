@@ -56,6 +56,20 @@ RESULT = {"type": "tool_result", "tool_use_id": "t", "content": "rain"}
              "tools": [WEATHER]},
             "tool\nrain",
         ),
+        (
+            {"messages": [*say("a"), CALLED,
+             {"role": "user", "content": [{**RESULT, "content": [text("rain", MINUTES),
+              text("sun")]}, text("q")]}],
+             "tools": [WEATHER]},
+            "tool\nrain",
+        ),
+        (
+            {"messages": [*say("a"), CALLED,
+             {"role": "user", "content": [{**RESULT, "is_error": True,
+              "content": [text("rain"), text("sun", MINUTES)]}]}],
+             "tools": [WEATHER]},
+            "tool\nError: rain\nsun",
+        ),
     ],
 )  # fmt: skip
 def test_where_a_mark_ends(server, text_parts, fields, end) -> None:
@@ -124,6 +138,18 @@ def test_both_times_are_told_apart(server) -> None:
     }
     assert usage["cache_creation_input_tokens"] == request.cache_until
     assert usage["input_tokens"] == len(request.prompt_token_ids) - request.cache_until
+
+
+def test_without_prefix_caching_nothing_is_created(start_server) -> None:
+    server = start_server(enable_prefix_caching=False)
+    response = server.post(PATH, body_of(say("x"), system=[text("rules", HOUR)]))
+    usage = response.json()["usage"]
+    assert "x-chunkllama-cache-pin" not in response.headers
+    assert usage["cache_creation_input_tokens"] == usage["cache_read_input_tokens"] == 0
+    assert usage["input_tokens"] == len(server.engine.requests[-1].prompt_token_ids)
+    chat = server.chat(prompt_cache_options={"ttl": "30m"})
+    assert "x-chunkllama-cache-pin" not in chat.headers
+    assert chat.json()["usage"]["prompt_tokens_details"]["cache_write_tokens"] == 0
 
 
 def test_a_full_pin_budget_creates_nothing(server, monkeypatch) -> None:

@@ -54,7 +54,11 @@ INVALID = [
     ({"messages": user({"type": "tool_result"})}, "messages[0].content[0].tool_use_id"),
     ({"messages": HELLO, "temperature": 3}, "temperature"),
     ({"messages": HELLO, "top_k": -1}, "top_k"),
-    ({"messages": HELLO, "stop_sequences": ["a"] * 5}, "stop_sequences"),
+    ({"messages": HELLO, "stop_sequences": ["a"] * 65}, "stop_sequences"),
+    ({"messages": HELLO, "stop_sequences": ["a" * 256] * 5}, "stop_sequences"),
+    ({"messages": HELLO, "tools": [WEATHER] * 1025}, "tools"),
+    ({"messages": HELLO, "tools": [{"input_schema": {}}]}, "tools[0].name"),
+    ({"messages": HELLO, "tools": [{"type": "custom", "input_schema": {}}]}, "tools[0].name"),
     ({"messages": HELLO, "tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name"),
     ({"messages": HELLO, "tools": [WEATHER, WEATHER]}, "tools"),
     ({"messages": HELLO, "tool_choice": {"type": "any"}}, "tool_choice"),
@@ -85,6 +89,11 @@ INVALID = [
     ({"messages": HELLO, "mcp_servers": [{"url": "x"}]}, "mcp_servers"),
     ({"messages": HELLO, "container": "c"}, "container"),
     ({"messages": user(*[MARKED] * 5)}, "messages[0].content[4].cache_control"),
+    (
+        {"messages": user({"type": "tool_result", "tool_use_id": "t", "content": [MARKED] * 5})},
+        "messages[0].content[0].content[4].cache_control",
+    ),
+    ({"messages": [*user(IMAGE), {"role": "assistant", "content": "a"}]}, "messages[0].content[0]"),
     ({"messages": user(MARKED, LONG_MARKED)}, "messages[0].content[1].cache_control.ttl"),
     (
         {"messages": user({**MARKED, "cache_control": {**MARK, "ttl": "2h"}})},
@@ -134,6 +143,19 @@ def test_media_of_the_past_are_named_in_the_prompt(server, text_parts) -> None:
     assert response.headers["x-chunkllama-repaired-history"] == "messages[0].content[0]"
     ids = server.engine.requests[-1].prompt_token_ids
     assert "[image]" in text_parts[0].decode(ids, skip_special_tokens=False)
+
+
+def test_media_in_results_of_tools_are_named_in_the_prompt(server, text_parts) -> None:
+    """A result is data, also in the turn to be answered: the client cannot send another."""
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [MARKED, IMAGE, PDF]}
+    response = server.post(PATH, body_of(user(result)))
+    assert response.status_code == 200, response.text
+    assert response.headers["x-chunkllama-repaired-history"] == (
+        "messages[0].content[0].content[1], messages[0].content[0].content[2]"
+    )
+    ids = server.engine.requests[-1].prompt_token_ids
+    shown = text_parts[0].decode(ids, skip_special_tokens=False)
+    assert "tool\na\n[image]\n[document]<|im_end|>" in shown
 
 
 def test_keys(start_server) -> None:
@@ -198,6 +220,20 @@ def test_paths_and_methods(server) -> None:
         for path in ("/messages", "//v1/messages/", "/v1/v1/messages"):
             assert http.post(path, json=body_of(HELLO)).status_code == 200
         assert "type" not in http.post("/v1/nothing", json={}).json()
+
+
+def test_errors_of_models_are_in_the_clients_shape(server, start_server) -> None:
+    version = {"anthropic-version": "2023-06-01"}
+    with server.http() as http:
+        missing = http.get("/v1/models/nothing", headers=version)
+        check_error(missing, 404, "not_found_error")
+        check_error(http.post("/v1/models", headers=version), 405, "invalid_request_error")
+        assert "code" in http.get("/v1/models/nothing").json()["error"]
+    with start_server(api_keys={"a": "ka"}).http() as http:
+        check_error(http.get("/v1/models", headers=version), 401, "authentication_error")
+    with pytest.raises(anthropic.NotFoundError) as caught:
+        sdk(server).models.retrieve("nothing")
+    assert caught.value.type == "not_found_error"
 
 
 def test_the_protocol_can_be_turned_off(start_server) -> None:

@@ -511,3 +511,42 @@ def test_a_disk_that_is_full_when_the_folder_is_made(tmp_path, monkeypatch, capl
                 store.open()
     assert (refused.value.status_code, refused.value.code) == (503, "storage_full")
     assert len(caplog.records) == 1
+
+
+def test_a_cancel_that_cannot_be_stored_ends_the_batch(start_server, tmp_path, monkeypatch) -> None:
+    """Its lines end although the disk is full, and the client may ask again."""
+    monkeypatch.setattr(runner_module, "_DISK_SECONDS", 0.02)
+    server = start_server(files_dir=tmp_path / "files", batch_requests=2)
+    server.engine.gate_at = 1
+    batch = held_job(server, [line(f"r{i}") for i in range(4)])
+    until(lambda: len(server.engine.live) == 2)
+    store = runner_of(server).store
+    write = store.write_batch
+
+    def full(record) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "write_batch", full)
+    with server.client() as client:
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.batches.cancel(batch.id)
+        assert (refused.value.status_code, refused.value.code) == (503, "storage_full")
+        until(lambda: len(server.engine.aborted) == 2)
+        monkeypatch.setattr(store, "write_batch", write)
+        client.batches.cancel(batch.id)
+        server.engine.gate.set()
+        batch = ended(client, batch)
+        assert batch.status == "cancelled"
+        assert len(answers(client, batch.error_file_id)) == 4
+    assert len(server.engine.requests) == 2
+
+
+def test_a_batch_of_a_protocol_that_is_turned_off_is_refused(start_server, tmp_path) -> None:
+    server = start_server(files_dir=tmp_path / "files", protocols="ollama")
+    with server.client() as client:
+        stored = upload(client, [line("a", url="/v1/messages")])
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.batches.create(
+                input_file_id=stored.id, endpoint="/v1/messages", completion_window="24h"
+            )
+    assert (refused.value.param, refused.value.code) == ("endpoint", "unsupported")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import select
 import socket
 import subprocess
 import threading
@@ -79,6 +80,70 @@ def test_a_trickle_does_not_extend_the_limit(limited):
         for byte in GET[:-2] + b"X: " + b"a" * 3000:  # for 30 seconds
             sock.sendall(bytes([byte]))
             time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def patient(start_server):
+    """Each byte of a body gives it another second."""
+    return start_server(limits=HttpLimits(body_seconds=0.2, body_rate=1))
+
+
+def test_a_body_that_progresses_may_take_long(patient):
+    body = json.dumps({"model": "alias", "prompt": "say(ab)yas", "max_tokens": 2}).encode()
+    head = HEADERS.replace(b"chat/", b"") + b"Connection: close\r\n"
+    with connect(patient) as sock:
+        sock.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body[:-1])
+        time.sleep(0.6)  # three times body_seconds
+        sock.sendall(body[-1:])
+        assert read_all(sock).startswith(b"HTTP/1.1 200")
+
+
+def test_a_body_that_trickles_ends_and_its_408_can_be_read(limited):
+    """The client is still sending when it is refused: what it sends is dropped, not reset."""
+    with connect(limited) as sock:
+        sock.sendall(HEADERS + b"Content-Length: 2000000\r\n\r\n")
+        while not select.select([sock], [], [], 0.01)[0]:
+            sock.sendall(b" ")
+        for _ in range(64):
+            sock.sendall(b" " * 65536)
+        assert read_all(sock).startswith(b"HTTP/1.1 408")
+
+
+SHAPES = [
+    ("/v1/messages", {"type", "error", "request_id"}),
+    ("/v1/messages/count_tokens", {"type", "error", "request_id"}),
+    ("/api/chat", {"error"}),
+    ("/generate", {"error", "error_type"}),
+    ("/v1/completions", {"error"}),
+]
+
+
+@pytest.mark.parametrize(("path", "members"), SHAPES)
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"X: a\r\n" * 101 + b"\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\nno size\r\n",
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+    ids=["101 headers", "bad chunk", "length and chunk"],
+)
+def test_refusals_have_the_shape_of_their_path(limited, path, members, rest):
+    request = b"POST %b HTTP/1.1\r\nHost: x\r\n" % path.encode()
+    head, _, body = exchange(limited, request + rest).partition(b"\r\n\r\n")
+    assert b"\r\nx-request-id: req_" in head
+    assert set(json.loads(body)) == members
+    if "type" in members:
+        request_id = json.loads(body)["request_id"].encode()
+        assert b"\r\nrequest-id: %b" % request_id in head
+
+
+def test_a_slow_body_is_refused_in_the_shape_of_its_path(limited):
+    head = b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+    answer = exchange(limited, head + b"{")
+    assert answer.startswith(b"HTTP/1.1 408")
+    error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert error == {"type": "invalid_request_error", "message": "The request arrived too slowly"}
 
 
 def test_slow_answers_are_not_timed_out(limited):
@@ -163,7 +228,7 @@ def test_a_refusal_can_be_read_behind_what_follows_the_error(limited, begun):
     [
         (b"NONSENSE\r\n\r\n", 400),
         (HEADERS + b"Transfer-Encoding: chunked\r\n\r\nno size\r\n", 400),
-        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: a\r\n" * 101 + b"\r\n", 431),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X: a\r\n" * 101 + b"\r\n", 431),
     ],
     ids=["nonsense", "bad chunk", "101 headers"],
 )

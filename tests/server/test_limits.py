@@ -85,6 +85,31 @@ def test_an_operator_may_allow_less(start_server, setting, fields, param) -> Non
     assert server.post("/v1/completions", body).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("setting", "path", "fields", "name"),
+    [
+        ({"max_stop_chars": 32}, "/v1/messages", {"stop_sequences": ["a", "b", "c"]},
+         "stop_sequences"),
+        ({"max_stop_chars": 32}, "/api/chat", {"options": {"stop": "a" * 33}}, "options.stop"),
+        ({"max_stop_strings": 1}, "/generate", {"parameters": {"stop": ["a", "b"]}},
+         "parameters.stop"),
+        ({"max_tools": 1}, "/v1/messages", {"tools": [{"name": "a"}, {"name": "b"}]}, "tools"),
+    ],
+)  # fmt: skip
+def test_an_operator_may_allow_less_of_other_protocols(
+    start_server, setting, path, fields, name
+) -> None:
+    server = start_server(**setting)
+    asked = [{"role": "user", "content": "say(ab)yas"}]
+    body = {"inputs": "x"} if path == "/generate" else {"model": "alias", "messages": asked}
+    if path == "/v1/messages":
+        body["max_tokens"] = 9
+    refused = server.post(path, {**body, **fields})
+    assert refused.status_code in (400, 422)
+    assert name in refused.text and str(next(iter(setting.values()))) in refused.text
+    assert server.post(path, body).status_code == 200
+
+
 def test_what_is_streamed_is_not_kept(start_server) -> None:
     server = start_server(max_answer_logprobs=1)
     body = {"model": "alias", "prompt": "say(ab)yas", "max_tokens": 2, "logprobs": 5}

@@ -104,6 +104,79 @@ def test_without_a_prompt_the_model_is_loaded(server) -> None:
 
 
 @pytest.mark.parametrize(
+    ("keep_alive", "reason"),
+    [(0, "unload"), (0.0, "unload"), ("0", "unload"), ("0s", "unload"), ("0m0s", "unload"),
+     (-1, "load"), ("5m", "load"), ("10s", "load"), (300, "load"), ("0" * 99 + "x", "load")],
+)  # fmt: skip
+def test_a_time_of_none_without_a_prompt_unloads(server, keep_alive, reason) -> None:
+    client = sdk(server)
+    assert client.generate(MODEL, keep_alive=keep_alive).done_reason == reason
+    assert client.chat(MODEL, [], keep_alive=keep_alive).done_reason == reason
+    assert client.chat(MODEL, say("hi"), keep_alive=keep_alive).message.content == "hi"
+
+
+def test_a_last_message_of_the_assistant_is_continued(server, text_parts) -> None:
+    asked = say("B)")
+    begun = {"role": "assistant", "content": "The answer is ("}
+    assert sdk(server).chat(MODEL, [*asked, begun]).message.content == "B)"
+    assert prompt_of(server, text_parts).endswith("assistant\nThe answer is (")
+    sdk(server).chat(MODEL, asked)
+    plain = prompt_of(server, text_parts)
+    sdk(server).chat(MODEL, [*asked, {"role": "assistant", "content": ""}])
+    assert prompt_of(server, text_parts) == plain
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    sdk(server).chat(MODEL, [*asked, called])
+    assert prompt_of(server, text_parts).endswith("<|im_start|>assistant\n")
+
+
+def test_an_image_in_a_result_is_named_in_the_prompt(server, text_parts) -> None:
+    result = {"role": "tool", "content": "", "tool_name": "f", "images": ["aGk="]}
+    response = server.post("/api/chat", {"model": MODEL, "messages": [*say("a"), result]})
+    assert response.headers["x-chunkllama-repaired-history"] == "messages[1].images"
+    assert "tool\n[image]<|im_end|>" in prompt_of(server, text_parts)
+
+
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+    "{% elif reasoning_effort is defined %}[{{ reasoning_effort }}]{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("think", "end"),
+    [(True, "[medium]"), (False, "</think>\n\n"), (None, "assistant\n"), ("low", "[low]"),
+     ("high", "[high]")],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["chat", "generate"])
+def test_think(start_server, text_parts, think, end, path) -> None:
+    server = start_server(template_source=THINKS)
+    said = "say(hm)yas" if think in (None, False) else "say(<think>so</think>hm)yas"
+    if path == "chat":
+        answer = sdk(server).chat(MODEL, [{"role": "user", "content": said}], think=think).message
+        text = answer.content
+    else:
+        answer = sdk(server).generate(MODEL, said, think=think)
+        text = answer.response
+    assert text == "hm"
+    assert answer.thinking == (None if think in (None, False) else "so")
+    assert prompt_of(server, text_parts).endswith(end)
+    assert "thinking" in sdk(server).show(MODEL).capabilities
+
+
+@pytest.mark.parametrize("think", [True, "low"])
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+def test_a_model_without_thoughts_is_not_asked_to_think(server, path, think) -> None:
+    body = {"model": MODEL, "messages": say("a"), "prompt": "a", "think": think}
+    body.pop("prompt" if path == "/api/chat" else "messages")
+    refused = server.post(path, body)
+    assert refused.status_code == 400
+    assert "does not support thinking" in refused.json()["error"]
+    assert server.post(path, {**body, "think": False}).status_code == 200
+
+
+@pytest.mark.parametrize(
     ("options", "reads", "value"),
     [
         ({"temperature": 0.5}, "temperature", 0.5),
@@ -111,6 +184,9 @@ def test_without_a_prompt_the_model_is_loaded(server) -> None:
         ({"top_p": 0.25}, "top_p", 0.25),
         ({"min_p": 0.125}, "min_p", 0.125),
         ({"seed": 7}, "seed", 7),
+        ({"seed": -1}, "seed", None),
+        ({"seed": -2}, "seed", -2),
+        ({"stop": [*"ABCDEFGH"]}, "stop", tuple("ABCDEFGH")),
         ({"stop": ["x"]}, "stop", ("x",)),
         ({"num_predict": 5}, "max_tokens", 5),
         ({"repeat_penalty": 1.5}, "repetition_penalty", 1.5),
@@ -192,7 +268,9 @@ def test_embeddings(server) -> None:
     assert client.embed(MODEL, "").embeddings == client.embed(MODEL, []).embeddings == []
     assert len(client.embed(MODEL, "abc", dimensions=2).embeddings[0]) == 2
     assert len(client.embed(MODEL, "x" * 5000).embeddings) == 1
-    assert list(client.embeddings(MODEL, "abc").embedding) == one.embeddings[0]
+    former = client.embeddings(MODEL, "abc").embedding
+    assert list(former) == [3.0, 4.0, *[0.0] * 6], "as the model has it"
+    assert list(client.embeddings(MODEL).embedding) == []
     with pytest.raises(ollama.ResponseError):
         client.embed(MODEL, "x" * 5000, truncate=False)
 
@@ -200,12 +278,16 @@ def test_embeddings(server) -> None:
 def test_models(server) -> None:
     client = sdk(server)
     assert [model.model for model in client.list().models] == [MODEL, "alias"]
-    assert [model.model for model in client.ps().models] == [MODEL, "alias"]
+    running = client.ps().models
+    assert [model.model for model in running] == [MODEL, "alias"]
+    assert {(model.context_length, model.size_vram) for model in running} == {(2048, 0)}
+    assert running[0].expires_at.year == 9999
     shown = client.show(MODEL)
     assert shown.modelinfo["llama.context_length"] == 2048
     assert {"completion", "embedding", "tools"} <= set(shown.capabilities)
     with server.http() as http:
-        assert http.get("/api/version").json()["version"]
+        version = http.get("/api/version").json()["version"]
+    assert tuple(map(int, version.split("."))) >= (0, 13, 4), "what clients ask for"
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
@@ -242,7 +324,17 @@ INVALID = [
     ("/api/generate", {"prompt": "x", "images": ["aGk="]}, "images"),
     ("/api/generate", {"prompt": "x", "suffix": "y"}, "suffix"),
     ("/api/generate", {"prompt": "x", "template": "y"}, "template"),
+    ("/api/generate", {"prompt": "x", "context": [1, 2]}, "context"),
     ("/api/generate", {"prompt": "x" * 3000}, "prompt"),
+    ("/api/chat", {"messages": say("a"), "options": {"stop": ["x"] * 65}}, "options.stop"),
+    ("/api/chat", {"messages": say("a"), "tools": [TOOL] * 1025}, "tools"),
+    ("/api/chat", {"messages": [{"role": "assistant", "content": ""}]}, "messages"),
+    (
+        "/api/chat",
+        {"messages": [{"role": "user", "content": "x", "images": ["aGk="]},
+                      {"role": "assistant", "content": "a"}]},
+        "messages[0].images",
+    ),
     ("/api/embed", {}, "input"),
 ]  # fmt: skip
 

@@ -8,6 +8,7 @@ import pytest
 from fake_engine import MODEL
 from huggingface_hub import InferenceClient
 
+from chunkllama.adapter_messages import AdapterInfo
 from chunkllama.errors import OverloadedError, RequestFailedError
 
 
@@ -58,6 +59,9 @@ def test_texts_of_tokens_add_up(server, tokens_per_delta) -> None:
         ({}, "temperature", 0.0),
         ({"do_sample": True}, "temperature", 1.0),
         ({"temperature": 0.5}, "temperature", 0.5),
+        ({"temperature": 1.0}, "temperature", 0.0),
+        ({"temperature": 1.0, "do_sample": True}, "temperature", 1.0),
+        ({"temperature": 1.0, "top_p": 0.5}, "temperature", 1.0),
         ({"top_k": 7}, "top_k", 7),
         ({"top_p": 0.25}, "top_p", 0.25),
         ({"seed": 7}, "seed", 7),
@@ -135,6 +139,37 @@ def test_texts_that_cannot_be_embedded(server, body, name) -> None:
     response = server.post("/embed", body)
     assert (response.status_code, response.json()["error_type"]) == (422, "validation")
     assert name in response.json()["error"]
+
+
+def test_a_chat_by_the_client_without_a_model(server, start_server) -> None:
+    """It sends the name "dummy"; TGI's own examples send "tgi"."""
+    for client, name in (
+        (InferenceClient(base_url=server.url), None),
+        (InferenceClient(model=server.url), None),
+        (InferenceClient(base_url=server.url), "tgi"),
+    ):
+        asked = [{"role": "user", "content": "say(hi)yas"}]
+        answer = client.chat_completion(asked, model=name)
+        assert (answer.choices[0].message.content, answer.model) == ("hi", MODEL)
+    body = {"model": "dummy", "messages": asked}
+    response = server.post("/v1/chat/completions", body)
+    assert response.headers["x-chunkllama-ignored-fields"] == "model"
+    own = AdapterInfo(name="dummy", folder="x", rank=8, num_bytes=1, is_activated=False, digest="0")
+    server.engine.adapters["dummy"] = own
+    named = server.post("/v1/chat/completions", body)
+    assert named.json()["model"] == "dummy"
+    assert "x-chunkllama-ignored-fields" not in named.headers
+    for other in (server.post("/v1/chat/completions", {**body, "model": "any"}),
+                  start_server(protocols="none").post("/v1/chat/completions", body)):  # fmt: skip
+        assert other.json()["error"]["code"] == "model_not_found"
+
+
+def test_refusals_that_are_not_of_the_model(start_server) -> None:
+    guarded = start_server(api_keys={"a": "ka"})
+    refused = generate(guarded)
+    assert (refused.status_code, refused.json()["error_type"]) == (401, "unauthorized")
+    missing = guarded.post("/generate/nothing", {}, authorization="Bearer ka")
+    assert (missing.status_code, missing.json()["error_type"]) == (404, "not_found")
 
 
 def test_info(server) -> None:

@@ -59,8 +59,14 @@ class LimitsConfig(ConfigGroup):
     )  # fmt: skip
     body_timeout_seconds: float = limit(
         30.0, "seconds", "anyone", "408 request_timeout",
-        "From complete headers to a complete body.",
+        "From complete headers to a complete body, beside the time that its bytes take at "
+        "min_body_rate.",
         "The request arrived too slowly", gt=0,
+    )  # fmt: skip
+    min_body_rate: int = limit(
+        16 << 10, "bytes/s", "anyone", "408 request_timeout",
+        "Rate at which a body must arrive at least, after body_timeout_seconds.",
+        "The request arrived too slowly", ge=1,
     )  # fmt: skip
     keep_alive_seconds: int = limit(
         75, "seconds", "anyone", "closed", "Idle time of a connection between two requests.", gt=0
@@ -156,6 +162,19 @@ class LimitsConfig(ConfigGroup):
     max_stop_strings: int = limit(
         4, "strings", "tenant", "400", f"Stop strings of a request. {_PROTOCOL}",
         "At most {limit} stop strings are served, got {value}", ge=1, le=4,
+    )  # fmt: skip
+    max_stop_chars: int = limit(
+        1024, "characters", "tenant", "400",
+        "Stop strings of a request to /v1/messages or Ollama's API together, each counted as 16 at "
+        "least: the time to look for them in a piece of the text.",
+        "The stop strings have {value} characters (each counts as 16 at least), at most {limit} "
+        "are served",
+        ge=16, le=16_384,
+    )  # fmt: skip
+    max_tools: int = limit(
+        1024, "tools", "tenant", "400",
+        "Tools of a request to /v1/messages or Ollama's API.",
+        "At most {limit} tools are served, got {value}", ge=1, le=4096,
     )  # fmt: skip
     max_stop_token_ids: int = limit(
         256, "token ids", "tenant", "400", f"Stop tokens of a request. {_PROTOCOL}",

@@ -268,7 +268,7 @@ def _limits(settings: Settings) -> HttpLimits:
 def _uvicorn_config(settings: Settings, app: FastAPI, limits: HttpLimits) -> uvicorn.Config:
     return uvicorn.Config(
         AccessLog(app),
-        http=make_protocol(limits),
+        http=make_protocol(limits, settings.root_path),
         backlog=_BACKLOG,
         ws="none",
         loop="asyncio",

@@ -33,7 +33,9 @@ class HttpLimits:
     Attributes:
         header_seconds: from the connection (or the first byte of a later request) to complete
             headers.
-        body_seconds: from complete headers to a complete body.
+        body_seconds: from complete headers to a complete body, beside the time that its bytes take
+            at ``body_rate``.
+        body_rate: bytes a second at which a body must arrive at least.
         write_seconds: without the peer reading a byte of what waits for it; then the connection is
             aborted.
         half_close_seconds: a peer that closed its sending side waits at most this long for the
@@ -54,6 +56,7 @@ class HttpLimits:
 
     header_seconds: float = 10.0
     body_seconds: float = 30.0
+    body_rate: int = 16 << 10
     write_seconds: float = 30.0
     half_close_seconds: float = 2.5
     linger_seconds: float = 10.0
@@ -73,6 +76,7 @@ def http_limits(settings: LimitsConfig) -> HttpLimits:
     return HttpLimits(
         header_seconds=settings.header_timeout_seconds,
         body_seconds=settings.body_timeout_seconds,
+        body_rate=settings.min_body_rate,
         write_seconds=settings.stream_stall_seconds,
         half_close_seconds=settings.half_close_seconds,
         linger_seconds=settings.linger_seconds,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -24,6 +24,23 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
     OVERLOADED: "overloaded_error",
+}
+
+
+# TGI's own names of failures, and those of statuses that it answers without a body.
+_TGI_TYPES = {
+    400: "validation",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timeout",
+    413: "validation",
+    415: "validation",
+    429: "overloaded",
+    431: "validation",
+    503: "overloaded",
+    504: "timeout",
 }
 
 
@@ -82,8 +99,8 @@ def _ollama(error: ApiError, request_id: str) -> Response:
 
 def tgi_body(error: ApiError) -> TgiError:
     """The error as TGI writes it."""
-    kinds = {400: "validation", 413: "validation", 429: "overloaded", 503: "overloaded"}
-    return {"error": _with_param(error), "error_type": kinds.get(error.status_code, "generation")}
+    kind = _TGI_TYPES.get(error.status_code, "generation")
+    return {"error": _with_param(error), "error_type": kind}
 
 
 def _tgi(error: ApiError, request_id: str) -> Response:
@@ -92,6 +109,7 @@ def _tgi(error: ApiError, request_id: str) -> Response:
     return Response(body, status, error.headers, media_type="application/json")
 
 
+_MODELS = "/v1/models"
 # Paths whose errors, and those of the paths below them, have a shape of their own.
 _SHAPES: dict[str, Shape] = {
     "/v1/messages": Shape(_anthropic, "request-id"),
@@ -103,10 +121,18 @@ _SHAPES: dict[str, Shape] = {
 }
 
 
-def error_shape(path: str) -> Shape | None:
-    """The shape of errors at a canonical path without its root; None is OpenAI's."""
+def error_shape(path: str, headers: Mapping[bytes, bytes]) -> Shape | None:
+    """The shape of a request's errors; None is OpenAI's.
+
+    Args:
+        path: canonical, without its root.
+        headers: by names in lower case; Anthropic's clients say on paths of both APIs whose they
+            are.
+    """
     if path == "/":
         return _SHAPES["/generate"]
+    if b"anthropic-version" in headers and (path == _MODELS or path.startswith(f"{_MODELS}/")):
+        return _SHAPES["/v1/messages"]
     for prefix, shape in _SHAPES.items():
         if path == prefix or path.startswith(f"{prefix}/"):
             return shape

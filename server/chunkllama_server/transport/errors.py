@@ -39,6 +39,7 @@ ERROR_TYPES = {
     413: "invalid_request_error",
     415: "invalid_request_error",
     429: "rate_limit_error",
+    431: "invalid_request_error",
 }
 CLIENT_CLOSED_REQUEST = 499
 # In a request's scope: paths of translated fields here, and as the client wrote them.

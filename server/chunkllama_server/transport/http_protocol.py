@@ -9,9 +9,9 @@ seen.
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import uuid
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -19,30 +19,13 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chunkllama_server.transport.connections import HEALTH_PATHS, ConnectionTable, HttpLimits
+from chunkllama_server.transport.error_shapes import error_shape
+from chunkllama_server.transport.errors import ApiError, invalid
 from chunkllama_server.transport.handshakes import HandshakeListener
 from chunkllama_server.transport.header_buffer import HeaderBuffer
+from chunkllama_server.transport.paths import canonical_path
 
 __all__ = ["HttpLimits", "LimitedH11Protocol", "counting_listener", "make_protocol"]
-
-
-def _raw_response(status: bytes, message: str, code: str) -> bytes:
-    error_type = "server_error" if status.startswith(b"5") else "invalid_request_error"
-    error = {"message": message, "type": error_type, "param": None, "code": code}
-    body = json.dumps({"error": error}).encode()
-    headers = [
-        "content-type: application/json",
-        f"content-length: {len(body)}",
-        f"x-request-id: req_{uuid.uuid4().hex}",
-        "connection: close",
-    ]
-    if status[:3] in (b"408", b"503"):
-        headers.append("retry-after: 1")
-    return b"HTTP/1.1 " + status + "\r\n".join(["", *headers, "", ""]).encode() + body
-
-
-_TOO_MANY = _raw_response(
-    b"503 Service Unavailable", "Too many connections", "too_many_connections"
-)
 
 
 _SMALL_CHUNKS = "The body has too many small chunks"
@@ -81,6 +64,7 @@ class _StreamingConnection(h11.Connection):
         limits: of headers, and of the chunks of a body, beyond one for each KiB.
 
     Attributes:
+        num_bytes: of the body so far.
         has_small_chunks: it has refused one.
     """
 
@@ -91,7 +75,7 @@ class _StreamingConnection(h11.Connection):
         self._receive_buffer = HeaderBuffer(limits.max_header_bytes, limits.max_headers)
         self._max_chunks = limits.max_body_chunks
         self._num_chunks = 0
-        self._num_bytes = 0
+        self.num_bytes = 0
         self._sends_chunks = False
         self.has_small_chunks = False
 
@@ -118,20 +102,22 @@ class _StreamingConnection(h11.Connection):
         event = super().next_event()
         if type(event) is h11.Data:
             self._num_chunks += 1
-            self._num_bytes += len(event.data)
-            if self._num_chunks > self._max_chunks + self._num_bytes // 1024:
+            self.num_bytes += len(event.data)
+            if self._num_chunks > self._max_chunks + self.num_bytes // 1024:
                 self.has_small_chunks = True
                 raise h11.RemoteProtocolError(_SMALL_CHUNKS)
         elif type(event) is h11.Request:
-            self._num_chunks = self._num_bytes = 0
+            self._num_chunks = self.num_bytes = 0
         return event
 
 
 class LimitedH11Protocol(H11Protocol):
-    """One connection; the subclass ``make_protocol`` returns sets ``limits`` and ``table``."""
+    """One connection; the subclass ``make_protocol`` returns sets ``limits``, ``table`` and
+    ``own_root``, the root path that a proxy may have left in a path."""
 
     limits: HttpLimits
     table: ConnectionTable
+    own_root: str
     conn: _StreamingConnection
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -143,6 +129,7 @@ class LimitedH11Protocol(H11Protocol):
         self._num_dropped = 0
         self._num_unread = 0
         self._read_at = 0.0
+        self._body_at = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._raw_transport = transport
@@ -196,6 +183,7 @@ class LimitedH11Protocol(H11Protocol):
         if self.transport.is_closing() or self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._stop_clock()
         elif is_new and self.conn.their_state is h11.SEND_BODY:
+            self._body_at = self.loop.time()
             self._expect(self.limits.body_seconds)
 
     def shutdown(self) -> None:
@@ -207,15 +195,16 @@ class LimitedH11Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what h11 cannot parse with the usual error body."""
-        status = b"400 Bad Request"
         if self.conn.has_small_chunks:
             msg = _SMALL_CHUNKS
-        elif self.conn.has_large_headers:
-            status, msg = b"431 Request Header Fields Too Large", _LARGE_HEADERS
+        error = invalid(msg, code="bad_request")
+        if self.conn.has_large_headers:
+            error = ApiError(431, _LARGE_HEADERS, code="bad_request")
+        refusal = self._raw_response(error)
         if self.cycle is not None and not self.cycle.response_complete:
             self._end_cycle()  # it gets no more of its body
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun
-            self.transport.write(_raw_response(status, msg, "bad_request"))
+            self.transport.write(refusal)
         self.transport.close()
 
     def begin_linger(self) -> bool:
@@ -249,20 +238,34 @@ class LimitedH11Protocol(H11Protocol):
         """Refuse what h11 lets through."""
         names = [name for name, _ in self.headers]
         if b"content-length" in names and b"transfer-encoding" in names:
-            self._refuse(b"400 Bad Request", "Content-Length excludes Transfer-Encoding")
+            self._refuse(invalid("Content-Length excludes Transfer-Encoding", code="bad_request"))
         elif self._is_reserved and self.table.promote(self):
             self._is_reserved = False
         elif self._is_reserved and self.scope["path"].rstrip("/") in HEALTH_PATHS:
             self.cycle.keep_alive = False
         elif self._is_reserved:
-            self._end_cycle()
-            self.transport.write(_TOO_MANY)
-            self.transport.close()
+            self._refuse(_too_many())
 
-    def _refuse(self, status: bytes, message: str) -> None:
+    def _refuse(self, error: ApiError) -> None:
         self._end_cycle()
-        self.transport.write(_raw_response(status, message, "bad_request"))
+        self.transport.write(self._raw_response(error))
         self.transport.close()
+
+    def _raw_response(self, error: ApiError) -> bytes:
+        """The refusal in the shape of the protocol whose path was asked, once that is known."""
+        shape, request_id = None, f"req_{uuid.uuid4().hex}"
+        if self.cycle is not None and not self.cycle.response_complete:
+            path = canonical_path(self.scope["path"], self.own_root, keep_root=False)
+            shape = error_shape(path, dict(self.headers))
+        response = error.response({}) if shape is None else shape.response(error, request_id)
+        headers = [*response.raw_headers, (b"x-request-id", request_id.encode())]
+        if shape is not None and shape.id_header is not None:
+            headers.append((shape.id_header.encode(), request_id.encode()))
+        headers.append((b"connection", b"close"))
+        status = HTTPStatus(response.status_code)
+        lines = [b"HTTP/1.1 %d %b" % (status, status.phrase.encode())]
+        lines += [b"%b: %b" % header for header in headers]
+        return b"\r\n".join([*lines, b"", bytes(response.body)])
 
     def _end_cycle(self) -> None:
         """Answer in place of the application, whose task has not run yet."""
@@ -289,20 +292,37 @@ class LimitedH11Protocol(H11Protocol):
         if self.transport.is_closing():
             return
         if self._is_reserved:
-            self.transport.write(_TOO_MANY)
+            self.transport.write(self._raw_response(_too_many()))
             self.transport.close()
-            return
-        if self.conn.their_state is h11.SEND_BODY:
-            is_unanswered = not self.cycle.response_started
+        elif self.conn.their_state is h11.SEND_BODY:
+            self._check_body()
         else:
-            is_unanswered = bool(self.conn.trailing_data[0])
-        if is_unanswered:
-            self.transport.write(
-                _raw_response(
-                    b"408 Request Timeout", "The request arrived too slowly", "request_timeout"
-                )
-            )
-        self._raw_transport.close()
+            if self.conn.trailing_data[0]:
+                self.transport.write(self._raw_response(_slow()))
+            self._raw_transport.close()
+
+    def _check_body(self) -> None:
+        """Refuse a body that arrives more slowly than at the least rate."""
+        has_answer = self.cycle.response_started
+        if self.flow.read_paused and not has_answer:  # the body waits for the application
+            self._expect(self.limits.body_seconds)
+            return
+        bytes_seconds = self.conn.num_bytes / self.limits.body_rate
+        left = self._body_at + self.limits.body_seconds + bytes_seconds - self.loop.time()
+        if left > 0:
+            self._expect(left)
+        elif has_answer:
+            self._raw_transport.close()
+        else:
+            self._refuse(_slow())
+
+
+def _slow() -> ApiError:
+    return ApiError(408, "The request arrived too slowly", code="request_timeout", retry_after=1)
+
+
+def _too_many() -> ApiError:
+    return ApiError(503, "Too many connections", code="too_many_connections", retry_after=1)
 
 
 def counting_listener(sock: socket.socket, config: uvicorn.Config) -> socket.socket:
@@ -315,10 +335,14 @@ def counting_listener(sock: socket.socket, config: uvicorn.Config) -> socket.soc
     return HandshakeListener(sock, protocol.table) if config.ssl_certfile is not None else sock
 
 
-def make_protocol(limits: HttpLimits) -> type[LimitedH11Protocol]:
-    """A protocol class for ``uvicorn.Config(http=...)``, for one server."""
+def make_protocol(limits: HttpLimits, root_path: str = "") -> type[LimitedH11Protocol]:
+    """A protocol class for ``uvicorn.Config(http=...)``, for one server.
+
+    Args:
+        root_path: that paths may begin with.
+    """
     return type(
         "ConfiguredH11Protocol",
         (LimitedH11Protocol,),
-        {"limits": limits, "table": ConnectionTable(limits)},
+        {"limits": limits, "table": ConnectionTable(limits), "own_root": root_path},
     )

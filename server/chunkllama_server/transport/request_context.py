@@ -137,7 +137,8 @@ class RequestInfoMiddleware:
         )
         scope[_SCOPE_KEY] = info
         request_id_context.set(info.request_id)
-        shape = error_shape(canonical_path(scope["path"], self._root_path, keep_root=False))
+        path = canonical_path(scope["path"], self._root_path, keep_root=False)
+        shape = error_shape(path, headers)
         if shape is not None:
             scope[SHAPED] = lambda error: shape.response(error, info.request_id)
             if shape.id_header is not None:

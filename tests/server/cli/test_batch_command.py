@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -57,8 +58,10 @@ class Stub(ThreadingHTTPServer):
             return 200, BATCH
         if name == "GET /v1/batches/batch_1":
             return 200, BATCH
-        if name == "GET /v1/files/file-2/content":
+        if name in ("GET /v1/files/file-2/content", "GET /v1/files/file-3/content"):
             return 200, {"custom_id": "a"}
+        if name.startswith("DELETE "):
+            return 200, {"deleted": True}
         return 200, {"data": self.batches, "has_more": False, "last_id": None}
 
 
@@ -78,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    do_GET = do_POST = _serve
+    do_GET = do_POST = do_DELETE = _serve
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -96,8 +99,11 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     server.server_close()
 
 
-def run(stub: Stub, folder: Path) -> int:
-    (folder / "in.jsonl").write_text(json.dumps({"url": "/v1/completions"}) + "\n")
+LINE = json.dumps({"url": "/v1/completions"}) + "\n"
+
+
+def run(stub: Stub, folder: Path, lines: str = LINE) -> int:
+    (folder / "in.jsonl").write_text(lines)
     url = f"http://127.0.0.1:{stub.server_address[1]}"
     return batch_command.batch(folder / "in.jsonl", folder / "out.jsonl", url=url)
 
@@ -160,3 +166,86 @@ def test_a_refusal_while_it_runs_is_reported(stub, tmp_path) -> None:
     with pytest.raises(ChunkLlamaError, match="not now"):
         run(stub, tmp_path)
     assert (tmp_path / "out.jsonl.batch").read_text() == "batch_1"
+
+
+def test_the_files_of_a_batch_are_removed_when_it_is_done(stub, tmp_path) -> None:
+    value = {**BATCH, "error_file_id": "file-3"}
+    stub.told["GET /v1/batches/batch_1"] = [(200, value)]
+    stub.told["DELETE /v1/files/file-1"] = [(404, OTHER)]  # it has expired meanwhile
+    stub.told["DELETE /v1/files/file-2"] = [(503, OTHER)]
+    assert run(stub, tmp_path) == 0
+    removed = [name for name in stub.asked if name.startswith("DELETE")]
+    assert removed == [f"DELETE /v1/files/file-{number}" for number in (1, 2, 3)]
+    assert stub.asked.index("GET /v1/files/file-3/content") < stub.asked.index(removed[0])
+    assert not (tmp_path / "out.jsonl.batch").exists()
+
+
+def test_files_stay_while_one_is_not_here(stub, tmp_path) -> None:
+    stub.told["GET /v1/files/file-2/content"] = [(503, OTHER)]
+    with pytest.raises(ChunkLlamaError, match="not now"):
+        run(stub, tmp_path)
+    assert not [name for name in stub.asked if name.startswith("DELETE")]
+    assert run(stub, tmp_path) == 0
+    assert count(stub, "POST /v1/batches") == 1
+
+
+def test_answers_of_an_earlier_batch_are_removed(stub, tmp_path) -> None:
+    """The last batch has neither answers nor errors to write over them."""
+    for name in ("out.jsonl", "out.errors.jsonl"):
+        (tmp_path / name).write_text("of an earlier batch")
+    value = {**BATCH, "status": "failed", "output_file_id": None}
+    stub.told["GET /v1/batches/batch_1"] = [(200, value)]
+    assert run(stub, tmp_path) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("lines", ["\n" + LINE, "  \r\n\n" + LINE, "\ufeff" + LINE])
+def test_blank_lines_come_before_the_first(stub, tmp_path, lines) -> None:
+    assert run(stub, tmp_path, lines) == 0
+
+
+@pytest.mark.parametrize(("lines", "said"), [("\n{}\n", "line 2 must"), ("\n", "no line")])
+def test_a_file_without_a_url_is_named(stub, tmp_path, lines, said) -> None:
+    with pytest.raises(ChunkLlamaError, match=said):
+        run(stub, tmp_path, lines)
+    assert stub.asked == []
+
+
+def test_the_progress_and_what_sharing_saved_are_shown(stub, tmp_path, capsys) -> None:
+    counts = {"total": 4, "completed": 1, "failed": 1}
+    going_on = {**BATCH, "status": "in_progress", "request_counts": counts}
+    stub.told["GET /v1/batches/batch_1"] = [(200, going_on)]
+    assert run(stub, tmp_path) == 0
+    shown = capsys.readouterr().err
+    assert "completed" in shown and "1/1" in shown
+    assert (
+        "completed: 1 of 1 lines answered; 9 prompt tokens, of which 3 (33%) were shared and not "
+        "computed; 2 output tokens"
+    ) in " ".join(shown.split())
+
+
+REFUSAL = json.dumps({"error": {"message": "The request arrived too slowly", "code": "x"}})
+ANSWER = f"HTTP/1.1 408 Request Timeout\r\ncontent-length: {len(REFUSAL)}\r\n\r\n{REFUSAL}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [(ANSWER, ": The request arrived too slowly$"), ("", "broke while the request was sent")],
+)
+def test_an_upload_that_breaks_is_reported(tmp_path, answer, said) -> None:
+    """The server reads a part of the file and ends the connection, with or without an answer."""
+
+    def serve(listener: socket.socket) -> None:
+        with listener.accept()[0] as connection:
+            connection.recv(1 << 16)
+            connection.sendall(answer.encode())
+
+    (tmp_path / "in.jsonl").write_text(LINE + " " * (32 << 20))  # no buffer holds it
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ChunkLlamaError, match=said):
+            batch_command.batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl", url=url)
+        thread.join()
+    assert not (tmp_path / "out.jsonl.batch").exists()

@@ -89,7 +89,8 @@ class MessageReader:
             ApiError: 400 for media in the turn to be answered, or a last message of the assistant
                 that cannot be continued.
         """
-        answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        past = turns[:-1]  # the last message is to be answered, or continued
+        answers = [index for index, turn in enumerate(past) if turn.role == "assistant"]
         turn_start = answers[-1] + 1 if answers else 0
         for index, turn in enumerate(turns):
             path = f"messages[{index}]"
@@ -155,24 +156,27 @@ class MessageReader:
         return f"[{block.type}]" if block.type in MEDIA_BLOCKS else block.text
 
     def _read_result(self, block: ContentBlock, path: str) -> None:
+        """Add a result; what it has is data, so that nothing of it is refused."""
         if block.tool_use_id is None:
             raise invalid("A tool_result needs tool_use_id", f"{path}.tool_use_id")
-        content = block.content
-        texts = [content] if isinstance(content, str) else []
-        if isinstance(content, list):
-            read = [
-                self._text_of(part, f"{path}.content[{index}]")
-                for index, part in enumerate(content)
-            ]
-            texts = [text for text in read if text is not None]
-        elif isinstance(content, dict):
+        parts: list[ContentPart] = []
+        if isinstance(block.content, list):
+            for index, inner in enumerate(block.content):
+                where = f"{path}.content[{index}]"
+                text = self._text_of(inner, where)
+                if text is not None:
+                    parts.append(ContentPart(type="text", text=text))
+                    self._note(inner, where, Place(len(self.messages), len(parts) - 1))
+        elif isinstance(block.content, dict):
             self.repairs.append(f"{path}.content")
-        text = "\n".join(texts)
-        if block.is_error and not text.lower().startswith(_ERROR[:-1].lower()):
-            text = f"{_ERROR} {text}".rstrip()
-        part = ContentPart(type="text", text=text)
-        self._note(block, path, Place(len(self.messages), 0))
-        self._add("tool", [part], path, tool_call_id=block.tool_use_id)
+        if not parts:
+            text = block.content if isinstance(block.content, str) else ""
+            parts.append(ContentPart(type="text", text=text))
+        first = parts[0].text or ""
+        if block.is_error and not first.lower().startswith(_ERROR[:-1].lower()):
+            parts[0] = ContentPart(type="text", text=f"{_ERROR} {first}".rstrip())
+        self._note(block, path, Place(len(self.messages), len(parts) - 1))
+        self._add("tool", parts, path, tool_call_id=block.tool_use_id)
 
     def _read_answer(self, blocks: list[ContentBlock], path: str, *, is_last: bool) -> None:
         parts: list[ContentPart] = []

@@ -15,6 +15,7 @@ from chunkllama_server.api.batch.upload import UploadRoute, open_runner
 from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.openapi import refusals
 from chunkllama_server.api.schema.batch import (
+    MESSAGES,
     BatchList,
     BatchObject,
     BatchRequest,
@@ -182,6 +183,8 @@ async def create_batch(body: BatchRequest, request: Request, context: Context) -
     """Run the lines of a file in the background."""
     info = await context.admit(body, request)
     runner = await open_runner(context)
+    if body.endpoint == MESSAGES and "anthropic" not in context.settings.protocols:
+        raise invalid("Anthropic's API is turned off on this server", "endpoint", "unsupported")
     store = runner.store
     stored = _file(store, info.tenant, body.input_file_id)
     if stored.value["purpose"] != "batch":

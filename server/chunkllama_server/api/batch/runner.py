@@ -163,14 +163,22 @@ class BatchRunner:
         job.task = asyncio.create_task(self._run(job))
 
     async def cancel(self, record: StoredBatch) -> None:
-        """End a job: its running lines are aborted, its results so far are kept."""
+        """End a job: its running lines are aborted, its results so far are kept.
+
+        Raises:
+            OSError: the job is stopped, but a process that starts now would continue it.
+        """
         job = self._jobs.get(record.id)
         if job is None or record.value["status"] not in ("validating", "in_progress"):
             return
+        job.stop()
+        before = job.value.copy()
         try:
             await self._enter(job, "cancelling")
-        finally:
-            job.stop()
+        except OSError:
+            if job.value["status"] == "cancelling":
+                job.value.update(before)  # so that it can be tried again
+            raise
 
     async def close(self) -> None:
         """End all tasks; the jobs continue in the next process."""
@@ -184,7 +192,11 @@ class BatchRunner:
     # -- one job ------------------------------------------------------------------------------
 
     async def _enter(self, job: Job, status: Any) -> None:
-        """Change a job's status, on disk too."""
+        """Change a job's status, on disk too.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         job.value["status"] = status
         stamp = f"{status}_at"
         if stamp in job.value:

@@ -234,7 +234,7 @@ class PreparedChat:
     def _cache_plan(self) -> CachePlan:
         """What is stored of the prompt; the longest time asked for holds for all of it."""
         marks, position = self.prompt.marks, self.prompt.breakpoint
-        if marks:
+        if marks and self.context.settings.enable_prefix_caching:
             until, seconds = (max(values) for values in zip(*marks, strict=True))
             return CachePlan(int(until), seconds)
         breakpoints = () if position is None else (position,)

@@ -49,6 +49,8 @@ from chunkllama_server.transport.sse import (
 T = TypeVar("T")
 # A probe must answer before the timeout of the prober; Kubernetes' default is one second.
 PROBE_SECONDS = 0.8
+# Names that clients of TGI send to a server of one model, which does not read them.
+_ANY_MODEL = frozenset(("dummy", "tgi"))
 # Objects that say what the answer is to be, unlike messages and tools.
 _OPTIONS = frozenset(
     ("response_format", "structured_outputs", "text", "reasoning", "stream_options")
@@ -183,6 +185,13 @@ class ServerContext:
         base, _, adapter = name.rpartition(":")
         return adapter if base in names and adapter in adapters else None
 
+    def _model_of(self, given: str | None, tenant: str) -> str:
+        """Return the model that a request means: its tenant's default where it names none."""
+        is_any = given in _ANY_MODEL and "tgi" in self.settings.protocols
+        if given and not (is_any and self.adapter_of(given) is None):
+            return given
+        return self.allowed_models(tenant)[0]
+
     def _may_use(self, name: str, adapter: str, tenant: str) -> bool:
         allowed = self.tenants.quotas(tenant).allowed_models
         if allowed is None or (not adapter and name in allowed):
@@ -280,18 +289,18 @@ class ServerContext:
         """
         self.check_serving()
         info = request_info(request.scope)
-        model = getattr(body, "model", None)
-        if not model:
-            default = self.allowed_models(info.tenant)[0]
-            if model == "":
-                body.__dict__["model"] = default
-            model = default
+        given = getattr(body, "model", None)
+        model = self._model_of(given, info.tenant)
+        if given is not None:
+            body.__dict__["model"] = model
         self.check_model(model, info.tenant)
         info.adapter = self.adapter_of(model) or ""
         check_field_limits(body, self.settings)
         unknown = await self.prepare(info, lambda: [*info.unknown, *_unknown_fields(body)])
         if unknown and self.settings.strict:
             raise invalid(f"Unknown field {unknown[0][:200]!r}", unknown[0], "unknown_field")
+        if given and given != model:
+            unknown.append("model")
         ignored = [*unknown, *info.harmless]
         if ignored:
             self.metrics.ignore_fields(len(ignored))

@@ -22,6 +22,9 @@ class CachePlan:
     pin_seconds: float = 0.0
 
 
+NOTHING_STORED = CachePlan(0)
+
+
 def pin_seconds(body: CacheFields, settings: Settings) -> float:
     """Return the requested cache lifetime; 0 leaves it to the eviction order.
 
@@ -54,12 +57,15 @@ def cache_plan(body: CacheFields, settings: Settings, breakpoints: Sequence[int]
     """Decide what to store of a prompt with explicit breakpoints after ``breakpoints`` tokens.
 
     A tree stores every prefix of what it stores, so of several breakpoints the last one decides.
+    Without prefix caching nothing is stored.
 
     Raises:
         ApiError: see ``pin_seconds``.
     """
     options = body.prompt_cache_options
     lifetime = pin_seconds(body, settings)
+    if not settings.enable_prefix_caching:
+        return NOTHING_STORED
     if options is None or options.mode != "explicit":
         return CachePlan(None, lifetime)
     return CachePlan(max(breakpoints, default=0), lifetime)

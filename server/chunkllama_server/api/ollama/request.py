@@ -38,6 +38,7 @@ SPELLED = {
     "top_p": "options.top_p",
 }
 
+_RANDOM_SEED = -1
 # Ollama's own, for what neither the request nor the model sets. Its repeat_penalty of 1.1 is not
 # among them: there it looks at the last 64 tokens, here a penalty looks at prompt and answer, where
 # it would keep the names and the markup of tools from being repeated.
@@ -56,7 +57,7 @@ class _Reader:
     def read(self, message: OllamaMessage, path: str, *, is_current: bool) -> None:
         content = message.content or ""
         if message.images:
-            if is_current:
+            if is_current and message.role != "tool":
                 raise invalid("Images are not supported; send text", f"{path}.images")
             self.repairs.append(f"{path}.images")
             content = "\n".join(part for part in (content, "[image]") if part)
@@ -97,20 +98,31 @@ class _Reader:
 def chat_of(body: OllamaChatRequest, model: Mapping[str, Any]) -> ChatCompletionRequest:
     """The chat completion of POST /api/chat.
 
+    A last message of the assistant is continued; an empty one is the same as none.
+
     Args:
         model: the model's own sampling values.
 
     Raises:
-        ApiError: 400 for images in the turn to be answered.
+        ApiError: 400 for images in the turn to be answered, or no message.
     """
-    given = body.messages or []
-    answers = [index for index, message in enumerate(given) if message.role == "assistant"]
+    given, continues = list(body.messages or ()), False
+    if given and given[-1].role == "assistant" and not given[-1].tool_calls:
+        continues = bool(given[-1].content)
+        given = given if continues else given[:-1]
+    if not given:
+        raise invalid("The conversation has no message", "messages")
+    answers = [index for index, message in enumerate(given[:-1]) if message.role == "assistant"]
     turn_start = answers[-1] + 1 if answers else 0
     reader = _Reader()
     for index, message in enumerate(given):
         reader.read(message, f"messages[{index}]", is_current=index >= turn_start)
     chat = ChatCompletionRequest.model_construct(
-        messages=reader.messages, tools=body.tools, **_shared(body, model)
+        messages=reader.messages,
+        tools=body.tools,
+        continue_final_message=continues or None,
+        add_generation_prompt=False if continues else None,
+        **_shared(body, model),
     )
     chat.repairs.extend(reader.repairs)
     return chat
@@ -168,6 +180,8 @@ def _sampling(options: OllamaOptions, model: Mapping[str, Any]) -> dict[str, Any
             *("presence_penalty", "frequency_penalty"),
         )
     }
+    if values["seed"] == _RANDOM_SEED:
+        values["seed"] = None
     for name, default in _DEFAULTS.items():
         if values[name] is None and name not in model:
             values[name] = default

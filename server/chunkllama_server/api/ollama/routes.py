@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 import uuid
 from datetime import UTC, datetime
@@ -13,7 +14,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from chunkllama import __version__
 from chunkllama_server.api.chat.request import prepare_chat
 from chunkllama_server.api.chat.thinking import thought_tags
 from chunkllama_server.api.common.context import Context, ServerContext
@@ -40,18 +40,26 @@ from chunkllama_server.api.schema.ollama import (
     OllamaModel,
     OllamaModels,
     OllamaRequest,
+    OllamaRunning,
     OllamaShown,
     OllamaShowRequest,
 )
 from chunkllama_server.api.tools.config import ToolConfig
 from chunkllama_server.transport.body import JsonRoute, json_response
 from chunkllama_server.transport.errors import SPELLED as SPELLED_KEY
+from chunkllama_server.transport.errors import invalid
 from chunkllama_server.transport.request_context import RequestInfo, request_info
 from chunkllama_server.transport.sse import unless_disconnected
 
 router = APIRouter(route_class=JsonRoute, tags=["ollama"])
 
 _LATEST = ":latest"
+# The version of Ollama whose API this follows, the first with /v1/responses and /v1/messages.
+# Clients compare it: some ask for 0.6.4, or 0.13.4 for responses.
+OLLAMA_VERSION = "0.14.0"
+_NEVER = "9999-12-31T23:59:59Z"
+_ZERO = r"0+(\.0+)?"
+_NO_TIME = re.compile(rf"[+-]?({_ZERO}|({_ZERO}(ns|us|µs|ms|s|m|h))+)")
 
 
 async def _admit(
@@ -69,10 +77,35 @@ async def _admit(
     return info
 
 
+def _unloads(keep_alive: float | str | None) -> bool:
+    """Whether a time that a model stays loaded is none: a number of seconds, or text as "5m"."""
+    if isinstance(keep_alive, str):
+        return _NO_TIME.fullmatch(keep_alive) is not None
+    return keep_alive == 0
+
+
 def _loaded(body: OllamaGeneration, key: str, value: Any) -> Response:
-    """Answer a request without a prompt, which loads a model elsewhere: it is loaded."""
+    """Answer a request without a prompt, which loads or unloads a model elsewhere: it is loaded,
+    and stays so."""
     answer = {"model": body.model, "created_at": now(), key: value}
-    return json_response({**answer, "done": True, "done_reason": "load"})
+    reason = "unload" if _unloads(body.keep_alive) else "load"
+    return json_response({**answer, "done": True, "done_reason": reason})
+
+
+def _has_thoughts(context: ServerContext) -> bool:
+    template = context.text.template
+    able = None if template is None else template.capabilities
+    return able is not None and thought_tags(context.settings, able) is not None
+
+
+def _check_thinking(body: OllamaGeneration, context: ServerContext) -> None:
+    """Refuse to think where the model has no thoughts, as Ollama does.
+
+    Raises:
+        ApiError: 400.
+    """
+    if body.think and not _has_thoughts(context):
+        raise invalid(f"The model {body.model[:200]!r} does not support thinking", "think")
 
 
 async def _chat_stream(
@@ -98,6 +131,7 @@ async def chat(body: OllamaChatRequest, request: Request, context: Context) -> R
     info = await _admit(body, request, context)
     if not body.messages:
         return _loaded(body, "message", {"role": "assistant", "content": ""})
+    _check_thinking(body, context)
     translated = await context.prepare(info, lambda: chat_of(body, context.generation_defaults))
     generation, tools = await _chat_stream(translated, context, info, "messages")
     answer = OllamaAnswer(
@@ -116,6 +150,7 @@ async def generate(body: OllamaGenerateRequest, request: Request, context: Conte
     info = await _admit(body, request, context)
     if not body.prompt:
         return _loaded(body, "response", "")
+    _check_thinking(body, context)
     if body.raw:
         completion = completion_of(
             body, context.generation_defaults, context.engine.info.max_request_tokens
@@ -140,15 +175,20 @@ async def _embed(
     context: ServerContext,
     *,
     truncates: bool,
+    scaled: bool = True,
 ) -> tuple[list[list[float]], int]:
-    """Embeddings of texts, and the number of their tokens."""
+    """Embeddings of texts, and the number of their tokens.
+
+    Args:
+        scaled: to length 1.
+    """
     if not texts:
         return [], 0
     embedding = EmbeddingRequest.model_construct(input=texts, dimensions=dimensions)
     prompts = await input_ids(embedding, context, truncates=truncates)
     work = embed_inputs(embedding, context, request_info(request.scope), prompts)
     generations = await unless_disconnected(request, work)
-    scale = partial(vectors, generations, dimensions)
+    scale = partial(vectors, generations, dimensions, scaled=scaled)
     found = await context.text.prepare(num_values(generations), scale)
     return found, sum(map(len, prompts))
 
@@ -173,10 +213,10 @@ async def embed(body: OllamaEmbedRequest, request: Request, context: Context) ->
 
 @router.post("/api/embeddings", response_model=None, responses=ollama_answers(OllamaEmbedding))
 async def embeddings(body: OllamaEmbeddingsRequest, request: Request, context: Context) -> Response:
-    """Embed one text, by the former path."""
+    """Embed one text, by the former path, whose embedding is as the model has it."""
     await _admit(body, request, context)
     texts = [body.prompt] if body.prompt else []
-    found, _ = await _embed(texts, None, request, context, truncates=True)
+    found, _ = await _embed(texts, None, request, context, truncates=True, scaled=False)
     answer: OllamaEmbedding = {"embedding": found[0] if found else []}
     return json_response(answer)
 
@@ -212,23 +252,34 @@ def _models(request: Request, context: ServerContext) -> OllamaModels:
 
 
 @router.get("/api/tags", response_model=None, responses=ollama_answers(OllamaModels, is_get=True))
-@router.get("/api/ps", response_model=None, responses=ollama_answers(OllamaModels, is_get=True))
 async def tags(request: Request, context: Context) -> Response:
-    """List the served models that the API key may use; all of them are loaded."""
+    """List the served models that the API key may use."""
     return json_response(_models(request, context))
+
+
+@router.get("/api/ps", response_model=None, responses=ollama_answers(OllamaRunning, is_get=True))
+async def running(request: Request, context: Context) -> Response:
+    """List the loaded models that the API key may use: all that are served, until the server
+    ends."""
+    most = context.engine.info.max_request_tokens
+    answer: OllamaRunning = {
+        "models": [
+            {**model, "expires_at": _NEVER, "size_vram": 0, "context_length": most}
+            for model in _models(request, context)["models"]
+        ]
+    }
+    return json_response(answer)
 
 
 @router.post("/api/show", response_model=None, responses=ollama_answers(OllamaShown))
 async def show(body: OllamaShowRequest, request: Request, context: Context) -> Response:
     """Describe a served model."""
     await _admit(body, request, context)
-    template = context.text.template
-    able = None if template is None else template.capabilities
     capabilities = ["completion", "embedding"]
-    if able is not None:
+    if context.text.template is not None:
         capabilities.append("tools")
-        if thought_tags(context.settings, able) is not None:
-            capabilities.append("thinking")
+    if _has_thoughts(context):
+        capabilities.append("thinking")
     shown: OllamaShown = {
         "modelfile": f"FROM {body.model}",
         "parameters": "",
@@ -267,5 +318,5 @@ def _opens_page(request: Request) -> bool:
 
 @router.get("/api/version", response_model=None, responses=ollama_answers(Version, is_get=True))
 async def version() -> Response:
-    """Return the server's version."""
-    return json_response({"version": __version__})
+    """Return the version of Ollama whose API is served; /version has the server's."""
+    return json_response({"version": OLLAMA_VERSION})

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from chunkllama_server.api.schema.base import MAX_TOKENS, RequestModel, StopString
+from chunkllama_server.api.schema.base import (
+    MAX_TOKENS,
+    MOST_STOPS,
+    MOST_TOOLS,
+    RequestModel,
+    StopString,
+)
 from chunkllama_server.api.schema.chat import Name
 
 TEXT_BLOCKS = frozenset(("text",))
@@ -14,6 +21,7 @@ TEXT_BLOCKS = frozenset(("text",))
 MEDIA_BLOCKS = frozenset(("image", "document"))
 KNOWN_BLOCKS = TEXT_BLOCKS | MEDIA_BLOCKS | {"thinking", "tool_use", "tool_result", "search_result"}
 MAX_CACHE_MARKS = 4
+_OWN_TYPES = frozenset(("custom",))  # of tools that the client runs
 
 
 class CacheControl(RequestModel):
@@ -94,7 +102,7 @@ class ToolDefinition(RequestModel):
         description="Honoured: custom or absent. Tools that Anthropic's servers run are left out "
         "and named in the header of ignored fields.",
     )
-    name: Name = Field(description="Honoured.")
+    name: Name = Field(description="Honoured. A tool that is left out needs none.")
     description: str | None = Field(default=None, description="Honoured through the template.")
     input_schema: dict[str, Any] | None = Field(
         default=None, description="Honoured: a JSON schema, which forced calls obey."
@@ -118,8 +126,17 @@ class ToolDefinition(RequestModel):
         default=None, description="Ignored: arguments stream as they are generated."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, data: Any) -> Any:
+        """Read nothing but the type of a tool that is left out: its members are its own."""
+        kind = data.get("type") if isinstance(data, dict) else None
+        if not isinstance(kind, str) or kind in _OWN_TYPES:
+            return data
+        return {"type": kind, "name": "left_out"}
+
     def is_skipped(self) -> bool:
-        return self.type not in (None, "custom")
+        return self.type is not None and self.type not in _OWN_TYPES
 
 
 class ToolChoice(RequestModel):
@@ -180,6 +197,8 @@ class MessageMetadata(RequestModel):
 class CountTokensRequest(RequestModel):
     """Body of POST /v1/messages/count_tokens."""
 
+    own_limits: ClassVar[Mapping[str, str]] = {"tools": "max_tools"}
+
     model: str = Field(
         default="",
         description="Honoured: a served model name; another is 404. Absent: the served model.",
@@ -190,8 +209,8 @@ class CountTokensRequest(RequestModel):
     system: str | Annotated[list[ContentBlock], Field(max_length=1024, fail_fast=True)] | None = (
         Field(default=None, description="Honoured: text, or text blocks.")
     )
-    tools: Annotated[list[ToolDefinition], Field(max_length=128, fail_fast=True)] | None = Field(
-        default=None, description="Honoured."
+    tools: Annotated[list[ToolDefinition], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = (
+        Field(default=None, description="Honoured: up to the setting max_tools.")
     )
     tool_choice: ToolChoice | None = Field(default=None, description="Honoured.")
     thinking: ThinkingConfig | None = Field(default=None, description="Honoured.")
@@ -216,6 +235,10 @@ class MessagesRequest(CountTokensRequest):
     """Body of POST /v1/messages."""
 
     refuses_binding: ClassVar[bool] = True
+    own_limits: ClassVar[Mapping[str, str]] = {
+        **CountTokensRequest.own_limits,
+        "stop_sequences": "max_stop_chars",
+    }
 
     max_tokens: int = Field(
         ge=0,
@@ -224,8 +247,12 @@ class MessagesRequest(CountTokensRequest):
         "model_context_window_exceeded. 0 stores the prompt and answers nothing.",
     )
     stream: bool | None = Field(default=None, description="Honoured.")
-    stop_sequences: Annotated[list[StopString], Field(max_length=4)] | None = Field(
-        default=None, description="Honoured: up to 4 strings of 1 to 256 characters."
+    stop_sequences: (
+        Annotated[list[StopString], Field(max_length=MOST_STOPS, fail_fast=True)] | None
+    ) = Field(
+        default=None,
+        description="Honoured: strings of 1 to 256 characters, together up to the setting "
+        "max_stop_chars.",
     )
     temperature: float | None = Field(
         default=None, ge=0, le=2, description="Honoured: 0 is greedy. Default 1 or the model's."

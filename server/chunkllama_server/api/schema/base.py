@@ -7,7 +7,7 @@ refused in strict mode), or Refused (a known field this server does not serve).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,6 +18,8 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(fail_fast=True)]
 LogitBias = Annotated[float, Field(ge=-100, le=100)]
 MAX_TOKENS = 2**31 - 1
+MOST_STOPS = 1024  # of the protocols whose number of stop strings a setting bounds
+MOST_TOOLS = 4096
 REFUSED = "Refused."
 NAMED = "Ignored and named"
 # Fields whose empty list means the same as no list; clients send both. An empty list of allowed
@@ -59,6 +61,8 @@ class RequestModel(BaseModel):
     # Whether an unknown field that would constrain the answer is refused; requests that the dialect
     # table translates are checked there.
     refuses_binding: ClassVar[bool] = False
+    # Settings that bound the lengths of fields, where they are not those of OpenAI's API.
+    own_limits: ClassVar[Mapping[str, str]] = {}
 
     def is_skipped(self) -> bool:
         """Whether the whole object is left out of the request and named."""

@@ -10,14 +10,7 @@ from typing_extensions import TypedDict
 
 from chunkllama_server.api.schema.base import RequestModel
 
-BATCH_ENDPOINTS = (
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/responses",
-    "/v1/embeddings",
-    "/v1/messages",
-)
-
+MESSAGES = "/v1/messages"
 _KEY_CHARS, _VALUE_CHARS = 64, 512  # of metadata
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NotRequired
 
 from pydantic import AliasChoices, Field
 from typing_extensions import TypedDict
 
-from chunkllama_server.api.schema.base import MAX_SEED, MAX_TOKENS, RequestModel, StopString
+from chunkllama_server.api.schema.base import (
+    MAX_SEED,
+    MAX_TOKENS,
+    MOST_STOPS,
+    MOST_TOOLS,
+    RequestModel,
+    StopString,
+)
 from chunkllama_server.api.schema.chat import CalledFunction, ChatTool
 
 _STAYS = "Ignored: the server's settings decide, and the model stays loaded."
@@ -15,6 +23,8 @@ _STAYS = "Ignored: the server's settings decide, and the model stays loaded."
 
 class OllamaOptions(RequestModel):
     """Options of a model, with Ollama's names."""
+
+    own_limits: ClassVar[Mapping[str, str]] = {"stop": "max_stop_chars"}
 
     num_predict: int | None = Field(
         default=None,
@@ -39,9 +49,20 @@ class OllamaOptions(RequestModel):
         default=None, ge=0, le=1, description="Honoured. Default: the model's, else 0.9."
     )
     min_p: float | None = Field(default=None, ge=0, le=1, description="Honoured.")
-    seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED, description="Honoured.")
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
-        default=None, description="Honoured: up to 4 strings of 1 to 256 characters."
+    seed: int | None = Field(
+        default=None,
+        ge=-MAX_SEED - 1,
+        le=MAX_SEED,
+        description="Honoured: -1 is another one for each request.",
+    )
+    stop: (
+        StopString
+        | Annotated[list[StopString], Field(max_length=MOST_STOPS, fail_fast=True)]
+        | None
+    ) = Field(
+        default=None,
+        description="Honoured: strings of 1 to 256 characters, together up to the setting "
+        "max_stop_chars.",
     )
     repeat_penalty: float | None = Field(
         default=None,
@@ -88,12 +109,18 @@ class OllamaGeneration(OllamaRequest):
 
     refuses_binding: ClassVar[bool] = True
 
+    keep_alive: float | int | str | None = Field(
+        default=None,
+        description="Honoured: 0 without a prompt is answered as unloading. The model stays loaded "
+        "in any case.",
+    )
     stream: bool | None = Field(default=None, description="Honoured. Default true.")
     format: Literal["", "json"] | dict[str, Any] | None = Field(
         default=None, description="Honoured: json, or a JSON schema of the answer."
     )
     think: bool | Literal["low", "medium", "high"] | None = Field(
-        default=None, description="Honoured where the model has thoughts."
+        default=None,
+        description="Honoured: true and a level are refused where the model has no thoughts.",
     )
     logprobs: bool | None = Field(default=None, description="Ignored and named.")
     top_logprobs: int | None = Field(default=None, description="Ignored and named.")
@@ -122,18 +149,23 @@ class OllamaMessage(RequestModel):
     tool_call_id: str | None = Field(default=None, max_length=256, description="Honoured.")
     images: list[Any] | None = Field(
         default=None,
-        description="Refused in the turn to be answered, named in the prompt in earlier ones.",
+        description="Refused in a message of the user in the turn to be answered; named in the "
+        "prompt in earlier ones and in results of tools.",
     )
 
 
 class OllamaChatRequest(OllamaGeneration):
     """Body of POST /api/chat."""
 
+    own_limits: ClassVar[Mapping[str, str]] = {"tools": "max_tools"}
+
     messages: Annotated[list[OllamaMessage], Field(max_length=4096, fail_fast=True)] | None = Field(
-        default=None, description="Honoured: without a message nothing is generated."
+        default=None,
+        description="Honoured: without a message nothing is generated. A last message of the "
+        "assistant is continued.",
     )
-    tools: Annotated[list[ChatTool], Field(max_length=128, fail_fast=True)] | None = Field(
-        default=None, description="Honoured."
+    tools: Annotated[list[ChatTool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = Field(
+        default=None, description="Honoured: up to the setting max_tools."
     )
 
 
@@ -171,7 +203,9 @@ class OllamaEmbedRequest(OllamaRequest):
 class OllamaEmbeddingsRequest(OllamaRequest):
     """Body of POST /api/embeddings, the former path of /api/embed."""
 
-    prompt: str = Field(description="Honoured.")
+    prompt: str | None = Field(
+        default=None, description="Honoured: without one there is no embedding."
+    )
 
 
 class OllamaShowRequest(RequestModel):
@@ -258,7 +292,7 @@ class OllamaEmbedResponse(TypedDict):
 
 
 class OllamaEmbedding(TypedDict):
-    """Answer to POST /api/embeddings."""
+    """Answer to POST /api/embeddings; it is not scaled to length 1, as that of /api/embed is."""
 
     embedding: list[float]
 
@@ -286,9 +320,23 @@ class OllamaModel(TypedDict):
 
 
 class OllamaModels(TypedDict):
-    """Answer to GET /api/tags and /api/ps."""
+    """Answer to GET /api/tags."""
 
     models: list[OllamaModel]
+
+
+class OllamaRunningModel(OllamaModel):
+    """A served model, which is loaded and stays so; the size of its part on a GPU is not known."""
+
+    expires_at: str
+    size_vram: int
+    context_length: int
+
+
+class OllamaRunning(TypedDict):
+    """Answer to GET /api/ps."""
+
+    models: list[OllamaRunningModel]
 
 
 class OllamaShown(TypedDict):

@@ -32,8 +32,8 @@ class TgiParameters(RequestModel):
     )
     do_sample: bool | None = Field(
         default=None,
-        description="Honoured: without it, and without temperature, top_k and top_p, the answer "
-        "is greedy.",
+        description="Honoured: without it, and without top_k and a temperature and top_p other "
+        "than 1, the answer is greedy.",
     )
     temperature: float | None = Field(default=None, gt=0, le=2, description="Honoured.")
     top_k: int | None = Field(default=None, ge=1, le=MAX_TOKENS, description="Honoured.")

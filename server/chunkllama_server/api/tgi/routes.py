@@ -55,7 +55,7 @@ def completion_of(body: TgiRequest, model: str, *, streams: bool) -> CompletionR
     given = body.parameters or TgiParameters()
     samples = given.do_sample or any(
         value not in (None, off)
-        for value, off in ((given.temperature, None), (given.top_k, 0), (given.top_p, 1))
+        for value, off in ((given.temperature, 1), (given.top_k, 0), (given.top_p, 1))
     )
     wants_prefill = bool(given.details and given.decoder_input_details)
     if wants_prefill and streams:
