@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,32 @@ def test_a_comparison_of_nothing_is_no_success(tmp_path: Path, capsys) -> None:
     report = json.loads(path.read_text())
     assert (report["equal"], report["areas_that_differ"]) == (False, [])
     assert {x["is_equal"] for x in report["findings"] if x["subject"]} == {None}
+
+
+README_ROWS = {"Qwen3": "qwen3", "Gemma 3": "gemma3"}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", README_ROWS)
+def test_the_readmes_row_of_random_weights_is_what_verify_finds(name: str, tmp_path: Path) -> None:
+    """Up to the order of sums: stages and limits are the same, differences of the same size."""
+    folder = write_model(tmp_path / "model", README_ROWS[name])
+    report = verified(folder, backends=("cpu",), quantizations=("auto", "int8"), max_tokens=128)
+    assert report.is_equal
+    found = {x.subject: x.numbers for x in report.findings}
+    (stages,) = [x.detail.split()[0] for x in report.findings if x.area == "stages"]
+    exact, narrow = found["cpu, float32"], found["cpu, bfloat16"]
+    cells = [
+        f"{exact['largest_difference']:.2g} ({exact['limit']:.0e})",
+        *(f"{x['kl']:.2g} ({x['limit']:.2g})" for x in (narrow, found["cpu, bfloat16, int8"])),
+    ]
+    row = f"| {name} | {stages} equal | {' | '.join(cells)} |"
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = next(x for x in readme.splitlines() if x.startswith(f"| {name} |"))
+    numbers, printed = (re.findall(r"\d[\d.e-]*", x.split("|", 2)[2]) for x in (row, shown))
+    assert len(numbers) == len(printed) == 7, row
+    for mine, other in zip(map(float, numbers), map(float, printed), strict=True):
+        assert other / 4 <= mine <= other * 4, row
 
 
 def verified(folder: Path, reference: Path | None = None, **options: Any) -> Report:
