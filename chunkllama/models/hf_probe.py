@@ -83,10 +83,10 @@ class Probe:
         """The window of a mask that ``mask`` has made; 0: of one that it has not."""
         if not isinstance(mask, torch.Tensor) or mask.dtype == torch.bool:
             return 0
-        numbers = mask.float().unique().tolist()
-        if len(numbers) != 1 or numbers[0] not in range(1, len(self._windows) + 1):
+        low, high = float(mask.min()), float(mask.max())
+        if low != high or low not in range(1, len(self._windows) + 1):
             return 0
-        return self._windows[int(numbers[0]) - 1]
+        return self._windows[int(low) - 1]
 
 
 def register() -> None:
