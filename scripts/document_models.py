@@ -34,10 +34,11 @@ A model whose class is not in the table, but is a decoder of transformers (`Mixt
 this server's attention, chunks and prefix cache, after a warning: eager and slower, with the same
 results. Only safetensors weights are read, a tensor that is missing or left over is an error, and
 no code of the folder is executed. At start the model is probed, and an answer over cached keys and
-values is compared with transformers' own attention. Refused, by name: layers
-that keep another state (Mamba, linear attention), attention sinks, rotary embedding that depends on
-a sequence's length (dynamic, longrope), quantized weights, and attention in a model's own code,
-without transformers' AttentionInterface (Falcon, MPT, BLOOM).
+values is compared with transformers' own attention. Sliding windows are honoured, also those that
+a model shows in its mask alone (PhiMoE, Qwen2-MoE). Refused, by name: layers that keep another
+state (Mamba, linear attention), attention sinks, masks that are neither causal nor a window,
+rotary embedding that depends on a sequence's length (dynamic, longrope), quantized weights, and
+attention in a model's own code, without transformers' AttentionInterface (Falcon, MPT, BLOOM).
 
 ## Sliding windows
 
@@ -61,28 +62,40 @@ unless `max_model_len` asks for more.
 Weights are read from the file itself; the cache folder holds the tokenizer and an index. Tensor
 names are those of the `gguf` package; q and k are permuted back where llama.cpp's converter
 permutes them, and Gemma's norms lose the 1 that it adds. A tensor that the architecture does not
-know, or lacks, is an error that names it. Every token that the file names as an end (`eos`,
-`eot`, `eom`) ends an answer.
+know, or lacks, is an error that names it. An answer ends at every token that the file names as an
+end (`eos`, `eot`, `eom`), and at the control and user-defined tokens that llama.cpp knows by their
+texts (`<|end|>`, `<end_of_turn>`, `<|im_end|>`, `<|eot_id|>`, `<|endoftext|>`, ..., and those that
+end a file of code). In files whose name says Phi-3, control tokens swallow the white space after
+them.
+
+In a Hugging Face folder an answer ends at `eos_token_id` of generation_config.json and
+config.json, as in transformers, and at the tokenizer's `eos_token`. Where the chat template closes
+an answer with another token, answers run on as they do there, and a warning at the start names the
+token.
 
 ## Tokenizers
 
 `tokenizer.json`, or `tokenizer.model` alone: sentencepiece BPE, or the tiktoken file that Meta
-publishes for Llama 3 (special tokens from tokenizer_config.json, else Llama 3.1's; Llama 4's needs
-tokenizer.json, which says how words are split). In GGUF files: sentencepiece BPE (`llama`) and
-byte-level BPE (`gpt2`) with one of these splitters (`tokenizer.ggml.pre`):
+publishes for Llama 3 (special tokens from tokenizer_config.json by their ids, with reserved ones
+between them, else Llama 3.1's; Llama 4's needs tokenizer.json, which says how words are split). In
+GGUF files: sentencepiece BPE (`llama`) and byte-level BPE (`gpt2`) with one of these splitters
+(`tokenizer.ggml.pre`):
 
 {splitters}.
 
 A byte-level file without `tokenizer.ggml.pre` gets llama.cpp's default, with a warning.
 
-BOS follows the model's files: `add_bos_token` in tokenizer_config.json, else the post-processor
-of tokenizer.json; in GGUF files `tokenizer.ggml.add_bos_token`, else BOS for sentencepiece,
-Llama 3 and Tekken. The differences from transformers and llama.cpp are intended:
+BOS and EOS are what the post-processor of tokenizer.json adds, as in transformers 5, which does
+not read `add_bos_token` and `add_eos_token` beside it; where there is no tokenizer.json the two
+flags decide. In GGUF files `tokenizer.ggml.add_bos_token` does, else BOS for sentencepiece, Llama
+3 and Tekken. The differences from transformers and llama.cpp are intended:
 
 | case | here | there |
 | --- | --- | --- |
 | a text that itself begins with BOS | one BOS | transformers 5: two |
-| DeepSeek-V3's folder (`add_bos_token: true`) | BOS, as the file says | transformers 5: none |
+| `add_bos_token: true`, but no BOS in tokenizer.json (DeepSeek-V3) | BOS | transformers 5: none |
+| `tokenizer.model` alone, without `add_bos_token` | BOS | transformers 5: none |
+| a tiktoken file without `added_tokens_decoder` | Llama 3.1's tokens | transformers 5: none |
 | decomposed characters in GGUF files of Qwen | NFC, as transformers | llama.cpp: as they are |
 
 ## Check your model
@@ -93,14 +106,19 @@ chunkllama verify --model path/to/model --json verify.json
 
 compares a model with transformers on this machine: tokenizer (ids, BOS, text, streamed text),
 every stage of every layer in float32, and log-probabilities of each backend, number format and
-quantization (top-1 agreement, KL divergence, NLL). `--text FILE` takes your own text.
-`--reference MODEL` compares with another model, such as a GGUF file (dequantized for the
-comparison) with the folder it was made from. The exit code is 1 if anything differs, and the
-last line names the areas: tokenizer, BOS, embedding, norms, q/k norms, rotary embedding,
-attention, a projection, head, log-probabilities.
+quantization (top-1 agreement, KL divergence, NLL). `--text FILE` takes your own text,
+`--quantizations auto,int8,int4` the storage of linear layers; `--backends cuda` needs a GPU. A
+GGUF file is read as the server reads it, and dequantized for transformers; of a decoder that
+transformers runs there are no stages to compare. `--reference MODEL` compares with another model,
+such as the folder that a GGUF file was made from, or the unquantized original, from which a
+quantized folder differs by its rounding, where transformers lacks the library to read the latter.
+The exit code is 1 if anything differs, and the last line names the areas: tokenizer, BOS,
+embedding, norms, q/k norms, rotary embedding, attention, a projection, head, log-probabilities. It
+is 1, too, if no log-probabilities could be compared; what was not run is shown with the reason.
 
-float32 must agree within 2e-4; bfloat16 must be no further from float32 than twice
-transformers' own bfloat16; int8 may have a mean KL of 0.1.
+float32 must agree within 2e-4; bfloat16, and the cpu backend's products with the codes of a
+quantized file, must be no further from float32 than twice transformers' own bfloat16; int8 may
+have a mean KL of 0.1, int4 of 0.5.
 """
 
 

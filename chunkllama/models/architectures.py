@@ -6,6 +6,7 @@ the ``ModelSpec`` that the entry makes of config.json.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -92,7 +93,7 @@ def _qwen_windows(config: ConfigFile, layer: LayerSpec) -> LayerPattern:
         return (layer,)
     if config.get("layer_types"):
         return _by_type(config, layer)
-    first, count = config.positive("max_window_layers", 28), _num_layers(config)
+    first, count = config.count("max_window_layers", 28), _num_layers(config)
     windowed = replace(layer, window=_window(config))
     return (layer,) * min(first, count) + (windowed,) * max(count - first, 0)
 
@@ -103,9 +104,15 @@ def _smollm3_layers(config: ConfigFile) -> LayerPattern:
     if rotated is None:
         interval = config.positive("no_rope_layer_interval", 4)
         rotated = [nth % interval != 0 for nth in range(1, min(interval, 1000) + 1)]
-    elif not isinstance(rotated, list) or len(rotated) != _num_layers(config):
-        raise config.error("no_rope_layers must be a list of num_hidden_layers entries")
+    elif not isinstance(rotated, list) or len(rotated) < _num_layers(config):
+        raise config.error("no_rope_layers must be a list of at least num_hidden_layers entries")
+    else:
+        rotated = rotated[: _num_layers(config)]
     still = replace(layer, rope=None)
+    if config.get("layer_types") is not None:
+        types = _by_type(config, layer)
+        kinds = zip(itertools.cycle(rotated), types, strict=False)
+        return tuple(x if rotates else replace(x, rope=None) for rotates, x in kinds)
     if config.flag("use_sliding_window"):
         still = replace(still, window=_window(config))
     return tuple(layer if rotates else still for rotates in rotated)
@@ -164,7 +171,7 @@ def _olmo3_layers(config: ConfigFile) -> LayerPattern:
 
 
 def _olmo3_ropes(config: ConfigFile, head_dim: int) -> tuple[RopeSpec, ...]:
-    return read_ropes_by_type(config, head_dim, local_key="rope_theta")
+    return read_ropes_by_type(config, head_dim, local_theta=500000.0)
 
 
 def _exaone4_layers(config: ConfigFile) -> LayerPattern:
@@ -218,8 +225,14 @@ def _gemma2_fields(config: ConfigFile) -> dict[str, Any]:
     }
 
 
+def _gemma3_fields(config: ConfigFile) -> dict[str, Any]:
+    """transformers ignores the key of a soft cap of scores here."""
+    return {**_gemma2_fields(config), "attention_softcap": None}
+
+
 def _gemma3_ropes(config: ConfigFile, head_dim: int) -> tuple[RopeSpec, ...]:
-    return read_ropes_by_type(config, head_dim, local_key="rope_local_base_freq")
+    local_theta = config.number("rope_local_base_freq", 10000.0)
+    return read_ropes_by_type(config, head_dim, local_theta=local_theta)
 
 
 def _by_type(
@@ -366,10 +379,10 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         {
             **{**_GEMMA_DEFAULTS, "num_key_value_heads": 4, "max_position_embeddings": 131072},
             **{"hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096},
-            **{"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0},
+            **{"rope_theta": 1000000.0},
         },
         names=_SANDWICH,
-        fields=_gemma2_fields,
+        fields=_gemma3_fields,
         ropes=_gemma3_ropes,
     ),
 }

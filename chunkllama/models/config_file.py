@@ -48,6 +48,10 @@ class ConfigFile:
             raise self.error(f"{key} must be a positive integer, got {value!r}")
         return value
 
+    def count(self, key: str, default: int) -> int:
+        """An integer that may be 0."""
+        return 0 if self.values.get(key) == 0 else self.positive(key, default)
+
     def number(self, key: str, default: float) -> float:
         value = self.values.get(key)
         value = default if value is None else value

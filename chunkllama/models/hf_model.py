@@ -1,6 +1,6 @@
 """Any decoder that transformers builds, on this project's chunks and attention.
 
-transformers computes everything but attention: its ``AttentionInterface`` calls ``_attend``, which
+transformers computes everything but attention: its ``AttentionInterface`` calls ``attend``, which
 appends the keys and values that it gets to the pool and attends over the plan's chunks. The rows of
 a step are one batch of one, told apart by their positions alone. Slower than a native model, as
 every layer is eager torch.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -26,29 +25,14 @@ from chunkllama.backends.base import DevicePlan
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import LayerSpec, ModelSpec
 from chunkllama.models.attention import Attention
+from chunkllama.models.hf_probe import ACTIVE, NAME, PROBE_NAME, Probe, register
 from chunkllama.models.loading.safetensors import HARMLESS
 
-_NAME: Final = "chunkllama"
 _STATELESS_LAYERS: Final = {"full_attention", "sliding_attention"}
-# Attention sinks, masks of the model's own, and learned biases.
-_REFUSED: Final = ("s_aux", "attention_mask", "position_bias")
 _OWN_ATTENTION: Final = "it computes attention in code of its own (no AttentionInterface)"
 _PROBE: Final = 6
 # Of the largest logit, between the first answer through the pool and transformers' own attention.
 _TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What a layer asks of attention."""
-
-    num_qo_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_dim: int
-    window: int | None
-    softcap: float | None
-    others: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,45 +52,6 @@ class _Step:
 
     slices: tuple[_Slice, ...]
     plan_version: int = 0
-
-
-class _Probe:
-    """Collects the calls of a forward pass; attention itself yields zeros."""
-
-    def __init__(self) -> None:
-        self.calls: dict[int, list[_Call]] = {}
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        options: dict[str, Any],
-    ) -> torch.Tensor:
-        others = tuple(name for name in _REFUSED if options.get(name) is not None)
-        call = _Call(
-            *(query.shape[1], key.shape[1], key.shape[3], value.shape[3]),
-            *(options.get("sliding_window"), options.get("softcap"), others),
-        )
-        self.calls.setdefault(layer, []).append(call)
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-
-
-_ACTIVE: ContextVar[Any] = ContextVar("chunkllama_attention")
-
-
-def _attend(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """The function that transformers calls: q, k, v [1, heads, T, D] -> [1, T, Hq, D]."""
-    options["attention_mask"] = attention_mask
-    return _ACTIVE.get().attend(module.layer_idx, query, key, value, options), None
 
 
 class _Output:
@@ -233,22 +178,24 @@ class TransformersModel:
         return out.to(query.dtype).view(1, rows, query.shape[1], -1)[..., : value.shape[3]]
 
     def _hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, to: Any) -> torch.Tensor:
-        token = _ACTIVE.set(to)
+        token = ACTIVE.set(to)
         try:
             output = self._base(
                 input_ids=token_ids[None], position_ids=positions.long()[None], use_cache=False
             )
         finally:
-            _ACTIVE.reset(token)
+            ACTIVE.reset(token)
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
 
     @torch.inference_mode()
     def _probed(self, spec: ModelSpec) -> ModelSpec:
-        probe = _Probe()
+        probe = Probe()
         ids = torch.zeros(2, dtype=torch.long, device=self._device)
         with self._named_errors(probe):
+            self._base.set_attn_implementation(PROBE_NAME)
             self._hidden(ids, torch.arange(2, device=self._device), probe)
+            self._base.set_attn_implementation(NAME)
         if not probe.calls:
             raise self._unsupported(_OWN_ATTENTION)
         calls = [probe.calls.get(layer, []) for layer in range(spec.num_layers)]
@@ -278,7 +225,7 @@ class TransformersModel:
         )
 
     @contextlib.contextmanager
-    def _named_errors(self, probe: _Probe | None = None) -> Iterator[None]:
+    def _named_errors(self, probe: Probe | None = None) -> Iterator[None]:
         """Turn what transformers raises for a model that it, or this server, cannot run into a
         ``ConfigError``; without a call of ``probe`` it need not have come to attention.
         """
@@ -317,7 +264,7 @@ class TransformersModel:
         expected = self.logits(
             self._base(input_ids=ids[None], use_cache=False).last_hidden_state[0]
         )
-        self._base.set_attn_implementation(_NAME)
+        self._base.set_attn_implementation(NAME)
         distance = (torch.cat(rows) - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
         return float(distance)
 
@@ -355,16 +302,15 @@ def _raise_if_of_the_machine(error: Exception) -> None:
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
     import transformers
-    from transformers import AttentionInterface
 
-    AttentionInterface.register(_NAME, _attend)
+    register()
     library: Any = transformers
     library.logging.set_verbosity_error()
     try:
         model, loading = library.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation=_NAME,
+            attn_implementation=NAME,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -373,7 +319,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     except (AttributeError, ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
         _raise_if_of_the_machine(error)
         reason = " ".join(str(error).split())[:200]
-        if isinstance(error, KeyError) and error.args == (_NAME,):  # a table of its own
+        if isinstance(error, KeyError) and error.args == (NAME,):  # a table of its own
             reason = _OWN_ATTENTION
         raise ConfigError(f"{folder}: transformers cannot load it: {reason}") from None
     if missing := sorted(loading["missing_keys"]):  # transformers would make them up

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
+from chunkllama.backends.base import Quantization
 from chunkllama.backends.cpu.fused_model import can_fuse
 from chunkllama.backends.cuda.source import HEAD_DIMS
 from chunkllama.model_spec import ModelSpec
@@ -71,7 +72,7 @@ def _entry(name: str) -> Entry:
         architecture=name,
         cpu="one native call" if can_fuse(spec) else "native, op by op",
         cuda="native, op by op",
-        quantizations="bf16, fp32, int8, int4",
+        quantizations=", ".join(x for x in get_args(Quantization) if x != "auto"),
         gguf=", ".join(_gguf_names(name)),
         limits="; ".join(_limits(spec)),
     )

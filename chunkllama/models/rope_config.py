@@ -30,15 +30,18 @@ def read_rope(
 ) -> RopeSpec:
     """``rope_parameters`` (transformers 5), or the older ``rope_scaling`` and ``rope_theta``.
 
-    With ``is_partial`` a ``partial_rotary_factor`` counts, which transformers ignores for other
-    families. With ``alpha_stretches_base`` the type "dynamic" with an ``alpha`` is the default one
-    with a larger base, alike for all lengths (HunYuan).
+    With ``is_partial`` (Phi-3) a ``partial_rotary_factor`` counts, which transformers ignores for
+    other families, and the type "yarn" of its first files is longrope. With
+    ``alpha_stretches_base`` the type "dynamic" with an ``alpha`` is the default one with a larger
+    base, alike for all lengths (HunYuan).
     """
     # As transformers: the older name counts where a file has both.
     raw = _object(config, config.get("rope_scaling") or config.get("rope_parameters") or {})
+    kind = raw.get("rope_type") or raw.get("type")
     if not is_partial:
         raw = {**raw, "partial_rotary_factor": 1.0}
-    kind = raw.get("rope_type") or raw.get("type")
+    elif kind == "yarn":
+        raw = {**raw, "rope_type": "longrope"}
     if not (alpha_stretches_base and kind == "dynamic" and raw.get("alpha")):
         return _parse(config, raw, head_dim, interleaved=interleaved)
     alpha = raw["alpha"]
@@ -49,10 +52,10 @@ def read_rope(
 
 
 def read_ropes_by_type(
-    config: ConfigFile, head_dim: int, *, local_key: str
+    config: ConfigFile, head_dim: int, *, local_theta: float
 ) -> tuple[RopeSpec, RopeSpec]:
-    """The ropes of full and of sliding attention. Older files give the base of the latter as
-    ``local_key``, and ``rope_scaling`` of the former alone.
+    """The ropes of full and of sliding attention. In older files ``rope_theta`` and
+    ``rope_scaling`` are of the former alone, and the base of the latter is ``local_theta``.
     """
     raw = _object(config, config.get("rope_parameters") or {})
     full, sliding = raw, {}
@@ -60,7 +63,7 @@ def read_ropes_by_type(
         full = _object(config, raw.get("full_attention") or {})
         sliding = _object(config, raw.get("sliding_attention") or {})
     full = {**full, **_object(config, config.get("rope_scaling") or {})}
-    local_theta = sliding.get("rope_theta") or config.get(local_key)
+    local_theta = sliding.get("rope_theta") or local_theta
     whole = {"partial_rotary_factor": 1.0}
     return (
         _parse(config, {**full, **whole}, head_dim),
@@ -90,6 +93,8 @@ def _parse(
         or raw.get("original_max_position_embeddings")
         or max_position
     )
+    if kind == "dynamic":  # transformers stretches from the stated length, whichever was first
+        original = max_position
     factor = raw.get("factor")
     if factor is None:
         factor = max_position / original if kind in ("yarn", "longrope") else 1.0

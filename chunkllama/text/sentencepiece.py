@@ -24,6 +24,14 @@ KEEP_RULES: Final = frozenset(
         *("ernie4_5", "ernie4_5_moe", "internlm3", "minicpm3", "jamba", "nemotron"),
     }
 )
+# Their tokenizer has no space before the first word.
+_GEMMA: Final = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text"})
+
+
+def sentencepiece_defaults(model_config: dict[str, Any]) -> dict[str, Any]:
+    """What tokenizer_config.json means where it lacks a key, or is missing."""
+    bos, eos = ("<bos>", "<eos>") if model_config.get("model_type") in _GEMMA else ("<s>", "</s>")
+    return {"bos_token": bos, "eos_token": eos, "unk_token": "<unk>", "add_bos_token": True}
 
 
 def load_sentencepiece(
@@ -44,7 +52,8 @@ def load_sentencepiece(
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token="<unk>")
     )
-    set_llama_parts(backend, config)
+    is_gemma = model_config.get("model_type") in _GEMMA
+    set_llama_parts(backend, {"add_prefix_space": False} if is_gemma else config)
     for token in added:
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     return backend

@@ -7,7 +7,7 @@ from __future__ import annotations
 import base64
 import binascii
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
@@ -22,15 +22,18 @@ _PATTERN: Final = (
 )
 _NUM_RANKED: Final = 128_000  # of Llama 3
 _NUM_SPECIAL: Final = 256
+_MAX_SPECIAL: Final = 65_536  # ids that may follow the ranked tokens
 _NAMED: Final = {
     **{0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id"},
     **{6: "start_header_id", 7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"},
 }
-DEFAULTS: Final = {
-    "bos_token": "<|begin_of_text|>",
-    "eos_token": "<|end_of_text|>",
-    "add_bos_token": True,
-}
+_DEFAULTS: Final = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+
+
+def tiktoken_defaults(listed: dict[int, str]) -> dict[str, Any]:
+    """What tokenizer_config.json means where it lacks a key; ``listed``: its tokens, by id."""
+    names = {key: x for key, x in _DEFAULTS.items() if not listed or x in listed.values()}
+    return {**names, "add_bos_token": True}
 
 
 def is_tiktoken(path: Path) -> bool:
@@ -43,12 +46,13 @@ def is_tiktoken(path: Path) -> bool:
     return True
 
 
-def load_tiktoken(path: Path, special_tokens: list[str]) -> tokenizers.Tokenizer:
+def load_tiktoken(path: Path, special_tokens: dict[int, str]) -> tokenizers.Tokenizer:
     """Build the tokenizer: byte-level BPE by rank, a word that is a token taken whole.
 
     Args:
-        special_tokens: that follow the ranked ones, in the order of their ids; empty: the 256 of
-            Llama 3.1 to 3.3 (of Llama 3 the ones it uses have the same ids).
+        special_tokens: by id, of which those that follow the ranked ones count; ids between them
+            are reserved tokens, as in transformers. Empty: the 256 of Llama 3.1 to 3.3 (of Llama 3
+            the ones it uses have the same ids).
 
     Raises:
         ConfigError: a line is damaged, ranks are not 0, 1, 2, ..., or there are more of them than
@@ -77,9 +81,22 @@ def load_tiktoken(path: Path, special_tokens: list[str]) -> tokenizers.Tokenizer
     )
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(
-        [AddedToken(x, normalized=False, special=True) for x in special_tokens or _llama3_special()]
+        [
+            AddedToken(name, normalized=False, special=True)
+            for name in _special_names(path, len(tokens), special_tokens) or _llama3_special()
+        ]
     )
     return backend
+
+
+def _special_names(path: Path, first: int, listed: dict[int, str]) -> list[str]:
+    last = max(listed, default=0)
+    if last >= first + _MAX_SPECIAL:
+        raise ConfigError(
+            f"{path.with_name('tokenizer_config.json')}: added_tokens_decoder has the id {last}, "
+            f"but {path.name} has {first:,} tokens; are they of the same model?"
+        )
+    return [listed.get(index, f"<|reserved_token_{index}|>") for index in range(first, last + 1)]
 
 
 def _llama3_special() -> list[str]:

@@ -25,7 +25,7 @@ from chunkllama.text.llama_parts import (
     as_llama_sentencepiece,
     is_byte_level,
 )
-from chunkllama.text.sentencepiece import KEEP_RULES, load_sentencepiece
+from chunkllama.text.sentencepiece import KEEP_RULES, load_sentencepiece, sentencepiece_defaults
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
@@ -238,17 +238,12 @@ def _load(path: Path) -> Tokenizer:
     if json_path.is_file():
         backend = _load_json(json_path, config, model_config)
     elif spm_path.is_file() and tiktoken_file.is_tiktoken(spm_path):
-        backend = tiktoken_file.load_tiktoken(spm_path, _listed_tokens(config))
-        config = {**tiktoken_file.DEFAULTS, **config}
+        listed = _listed_tokens(config)
+        backend = tiktoken_file.load_tiktoken(spm_path, listed)
+        config = {**tiktoken_file.tiktoken_defaults(listed), **config}
     elif spm_path.is_file():
         backend = load_sentencepiece(spm_path, config, model_config)
-        config = {
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "add_bos_token": True,
-            **config,
-        }
+        config = {**sentencepiece_defaults(model_config), **config}
     else:
         raise ConfigError(
             f"{path} has neither tokenizer.json nor tokenizer.model; copy it from the publisher"
@@ -257,7 +252,10 @@ def _load(path: Path) -> Tokenizer:
     backend.no_padding()
     special_tokens = _special_tokens(path, config)
     _add_configured_tokens(backend, config, special_tokens)
-    _set_post_processor(backend, config, special_tokens)
+    if json_path.is_file():
+        _add_missing_bos(backend, config, special_tokens)
+    else:
+        backend.post_processor = _template(backend, config, special_tokens)
     rule = _decode_rule(backend, json_path)
     return Tokenizer(
         backend, rule, special_tokens, _eos_token_ids(path, model_config, backend, special_tokens)
@@ -302,10 +300,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _listed_tokens(config: dict[str, Any]) -> list[str]:
-    """Tokens of tokenizer_config.json in the order of their ids."""
+def _listed_tokens(config: dict[str, Any]) -> dict[int, str]:
+    """Tokens of tokenizer_config.json by their ids."""
     listed = config.get("added_tokens_decoder") or {}
-    return [entry["content"] for _, entry in sorted(listed.items(), key=lambda x: int(x[0]))]
+    return {int(index): entry["content"] for index, entry in listed.items()}
 
 
 def _content(token: Any) -> str | None:
@@ -336,17 +334,31 @@ def _add_configured_tokens(
             known.add(content)
 
 
-def _set_post_processor(
+def _add_missing_bos(
     backend: tokenizers.Tokenizer, config: dict[str, Any], special_tokens: dict[str, str]
 ) -> None:
-    """BOS and EOS as tokenizer_config.json asks; otherwise tokenizer.json's own rule stands."""
-    if "add_bos_token" not in config and "add_eos_token" not in config and backend.post_processor:
+    """Add BOS where tokenizer_config.json asks for one and tokenizer.json adds none; else the
+    latter's rule stands, as in transformers 5.
+    """
+    bos = backend.token_to_id(special_tokens.get("bos_token", ""))
+    if not config.get("add_bos_token") or bos is None:
         return
+    if bos in encode_ids(backend, "", add_special_tokens=True):
+        return
+    template = _template(backend, {"add_bos_token": True}, special_tokens)
+    own = backend.post_processor
+    backend.post_processor = processors.Sequence([own, template]) if own else template
+
+
+def _template(
+    backend: tokenizers.Tokenizer, config: dict[str, Any], special_tokens: dict[str, str]
+) -> Any:
+    """A post-processor that puts BOS and EOS as tokenizer_config.json asks."""
     bos = special_tokens.get("bos_token") if config.get("add_bos_token") else None
     eos = special_tokens.get("eos_token") if config.get("add_eos_token") else None
     pattern = [*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])]
     used = [(token, backend.token_to_id(token)) for token in (bos, eos) if token]
-    backend.post_processor = processors.TemplateProcessing(
+    return processors.TemplateProcessing(
         single=pattern, pair=[*pattern, "$B:1"], special_tokens=used
     )
 

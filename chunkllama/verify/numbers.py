@@ -12,21 +12,22 @@ import torch
 
 from chunkllama.backends.base import Quantization
 from chunkllama.backends.select import BackendName
-from chunkllama.engine.model_runner import build_attention, build_model
+from chunkllama.engine.model_runner import load_executor
 from chunkllama.errors import ConfigError
+from chunkllama.model_spec import ModelSpec
 from chunkllama.models.config import read_spec
-from chunkllama.models.loading.safetensors import Checkpoint
-from chunkllama.models.loading.weights import load_weights
+from chunkllama.models.loading.safetensors import Checkpoint, is_quantized
 from chunkllama.scheduler.output import ScheduledSlice, SchedulerOutput
-from chunkllama.verify.report import Finding
+from chunkllama.verify.report import LOG_PROBABILITIES, Finding
 
 CHUNK: Final = 64
 # float32 sums differ by their order alone; bfloat16 may be as far from float32 as transformers' own
-# bfloat16, twice over, as single values scatter; int8 is a choice of the user, with a loss that
-# shows no fault.
+# bfloat16, twice over, as single values scatter; int8 and int4 are a choice of the user, with a
+# loss that shows no fault. Products with the codes of a quantized file round their scales, as
+# bfloat16 would.
 _FP32_TOLERANCE: Final = 2e-4
 _BF16_FLOOR: Final = 2e-3
-_INT8_LIMIT: Final = 0.1
+_LIMITS: Final[dict[str, float]] = {"int8": 0.1, "int4": 0.5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,10 @@ class Variant:
 
 
 def variants(backends: Sequence[str], quantizations: Sequence[str]) -> Iterator[Variant]:
-    """Float32 and bfloat16 on each backend; other quantizations where the backend has them."""
+    """Float32 and bfloat16 on each backend that has them; other quantizations likewise."""
     for name in backends:
         backend: BackendName = name  # type: ignore[assignment]
-        for dtype in ("float32", "bfloat16"):
+        for dtype in ("bfloat16",) if backend == "cuda" else ("float32", "bfloat16"):
             yield Variant(backend, dtype, "auto")
         for quantization in quantizations:
             if quantization != "auto" and backend == "cpu":
@@ -73,9 +74,12 @@ class Reference:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"{folder}: transformers cannot load it: {reason}") from None
+            raise ConfigError(
+                f"{folder}: transformers cannot load it: {reason}; --reference MODEL compares with "
+                "another, such as the one that it was quantized from"
+            ) from None
         if missing := sorted(loading["missing_keys"]):  # transformers would make them up
             raise ConfigError(f"{folder}: transformers finds no tensor {missing[0]}")
         self.model: Any = model.eval()
@@ -88,35 +92,36 @@ class Reference:
         return logits.float().log_softmax(-1)
 
 
+def keeps_codes(folder: Path, spec: ModelSpec) -> bool:
+    """Whether a model's matrices are stored quantized, and the cpu backend computes with that."""
+    return bool(spec.quantization_method) or any(map(is_quantized, Checkpoint(folder, spec)))
+
+
 class Ours:
-    """The model of a folder, run as the engine runs it: in two slices, the second over the chunks
-    of the first.
+    """The model of a folder, loaded and run as the engine does it: in two slices, the second over
+    the chunks of the first.
 
     Raises:
         ConfigError: the folder or the variant is not supported.
     """
 
     def __init__(self, folder: Path, variant: Variant, max_tokens: int) -> None:
-        spec = read_spec(folder).for_length(max_tokens)
-        checkpoint = Checkpoint(folder, spec)
-        dtype = getattr(torch, variant.dtype)
         self._num_chunks = -(-max_tokens // CHUNK)
-        self._attention = build_attention(
-            spec,
-            device="cpu",
-            dtype=dtype,
+        self._runner = load_executor(
+            model_path=folder,
+            spec=read_spec(folder),
+            device="cuda" if variant.backend == "cuda" else "cpu",
+            dtype=variant.dtype,
             num_chunks=self._num_chunks,
             chunk_size=CHUNK,
-            backend=variant.backend,
-        )
-        weights = load_weights(checkpoint, spec, dtype, torch.device("cpu"))
-        self._model = build_model(
-            spec,
-            weights,
-            self._attention,
             max_model_len=max_tokens,
+            backend=variant.backend,
             weights=variant.quantization,
         )
+
+    def close(self) -> None:
+        """Free the memory of weights and chunks."""
+        self._runner.close()
 
     @torch.inference_mode()
     def log_probabilities(self, ids: Sequence[int]) -> torch.Tensor:
@@ -128,10 +133,9 @@ class Ours:
             token_ids = np.array(ids[begin:end], np.int32)
             chunks = np.arange(self._num_chunks, dtype=np.int32)
             piece = ScheduledSlice(0, begin, token_ids, chunks, 0, True)
-            plan = self._attention.plan(SchedulerOutput(step=1, slices=[piece], plan_version=0))
-            positions = torch.arange(begin, end, dtype=torch.int32)
-            hidden = self._model.forward(torch.from_numpy(token_ids).long(), positions, plan)
-            rows.append(self._model.logits(hidden).log_softmax(-1).clone())
+            step = SchedulerOutput(step=1, slices=[piece], plan_version=0)
+            logits = self._runner._model.logits(self._runner._forward(step))
+            rows.append(logits.log_softmax(-1).to("cpu", copy=True))
         return torch.cat(rows)
 
 
@@ -193,25 +197,29 @@ class Distance:
         }
 
 
-def judge(variant: Variant, distance: Distance, bf16_kl: float) -> Finding:
+def judge(
+    variant: Variant, distance: Distance, bf16_kl: float, *, has_codes: bool = False
+) -> Finding:
     """Whether a variant is as near to transformers' float32 as its number format allows.
 
     Args:
         bf16_kl: mean KL of transformers' own bfloat16.
+        has_codes: see ``keeps_codes``.
     """
     summary = (
         f"top-1 {distance.top1:.2%}, KL {distance.kl:.2g}, NLL {distance.nll:.4f} "
         f"(reference {distance.nll_reference:.4f})"
     )
-    if variant.quantization == "int8":
-        limit, value, name = _INT8_LIMIT, distance.kl, "KL"
-    elif variant.dtype == "bfloat16":
-        limit, value, name = max(2 * bf16_kl, _BF16_FLOOR), distance.kl, "KL"
-    else:
+    is_exact = variant.dtype == "float32" and not (has_codes and variant.backend == "cpu")
+    if is_exact:
         limit, value, name = _FP32_TOLERANCE, distance.largest, "largest difference"
-    is_equal = value <= limit and (variant.dtype != "float32" or distance.wrong == 0)
+    elif variant.quantization in _LIMITS:
+        limit, value, name = _LIMITS[variant.quantization], distance.kl, "KL"
+    else:
+        limit, value, name = max(2 * bf16_kl, _BF16_FLOOR), distance.kl, "KL"
+    is_equal = value <= limit and not (is_exact and distance.wrong)
     return Finding(
-        "log-probabilities",
+        LOG_PROBABILITIES,
         str(variant),
         is_equal,
         f"{summary}; {name} {value:.2g}, limit {limit:.2g}",

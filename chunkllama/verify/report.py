@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Final
+
+LOG_PROBABILITIES: Final = "log-probabilities"
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,14 +15,15 @@ class Finding:
     Attributes:
         area: what was compared: tokenizer, BOS, rotary embedding, head, log-probabilities, ...
         subject: with which backend, dtype and quantization; "" where there is no choice.
-        is_equal: whether it agrees, within the tolerance that ``detail`` names.
+        is_equal: whether it agrees, within the tolerance that ``detail`` names; None: it was not
+            compared.
         detail: one line: the numbers, or the first difference.
         numbers: for the JSON.
     """
 
     area: str
     subject: str
-    is_equal: bool
+    is_equal: bool | None
     detail: str
     numbers: dict[str, float] = field(default_factory=dict)
 
@@ -43,12 +46,18 @@ class Report:
 
     @property
     def is_equal(self) -> bool:
-        return all(finding.is_equal for finding in self.findings)
+        """Whether nothing differs, and log-probabilities were compared at all."""
+        return not self.areas and self.has_run
+
+    @property
+    def has_run(self) -> bool:
+        """Whether log-probabilities of some variant were compared."""
+        return any(x.is_equal is not None for x in self.findings if x.area == LOG_PROBABILITIES)
 
     @property
     def areas(self) -> list[str]:
         """Areas that differ, in order, each once."""
-        return list(dict.fromkeys(x.area for x in self.findings if not x.is_equal))
+        return list(dict.fromkeys(x.area for x in self.findings if x.is_equal is False))
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""

@@ -5,7 +5,7 @@ log-probabilities of each backend, number format and quantization.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,8 +17,8 @@ from chunkllama.models.config import read_spec
 from chunkllama.models.loading.gguf import convert_gguf
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.text.tokenizer import load_tokenizer
-from chunkllama.verify.numbers import Distance, Ours, Reference, Variant, judge, variants
-from chunkllama.verify.report import Finding, Report
+from chunkllama.verify.numbers import Distance, Ours, Reference, judge, keeps_codes, variants
+from chunkllama.verify.report import LOG_PROBABILITIES, Finding, Report
 from chunkllama.verify.texts import PROSE, SAMPLES
 from chunkllama.verify.tokenizer_check import check_tokenizer
 from chunkllama.verify.trace import first_difference
@@ -56,19 +56,16 @@ def verify(options: Options, on_progress: Callable[[str], None] = lambda step: N
         ConfigError: the model or the reference cannot be loaded at all.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        folder = _folder(options.model, Path(scratch) / "model")
-        reference = folder
-        if options.reference:
-            reference = _folder(options.reference, Path(scratch) / "reference")
+        folder = resolve_model(options.model)
+        reference = _readable(options.reference or options.model, Path(scratch))
         return _verify(options, folder, reference, on_progress)
 
 
-def _folder(model: str, scratch: Path) -> Path:
-    """A folder that transformers reads, too: a GGUF file is dequantized."""
+def _readable(model: str, scratch: Path) -> Path:
+    """A folder that transformers reads: a GGUF file is dequantized."""
     path = Path(model).expanduser()
     if not path.is_file() or path.suffix.lower() != ".gguf":
         return resolve_model(model)
-    scratch.mkdir()
     convert_gguf(path, scratch, lambda done, total: None)
     return scratch
 
@@ -95,8 +92,11 @@ def _verify(
     on_progress("transformers in float32")
     theirs = Reference(reference)
     expected = [theirs.log_probabilities(sequence) for sequence in sequences]
-    on_progress("stages of the layers")
-    report.findings.append(first_difference(folder, theirs.model, sequences[0][:_TRACED]))
+    if spec.is_native:
+        on_progress("stages of the layers")
+        report.findings.append(first_difference(folder, theirs.model, sequences[0][:_TRACED]))
+    else:
+        report.findings.append(Finding("stages", "", None, "transformers computes the layers"))
     del theirs
     wanted = list(variants(options.backends, options.quantizations))
     bf16_kl = 0.0
@@ -105,23 +105,16 @@ def _verify(
         narrow = Reference(reference, torch.bfloat16)
         narrowed = [narrow.log_probabilities(sequence) for sequence in sequences]
         bf16_kl = Distance.of(sequences, narrowed, expected).kl
+    has_codes = keeps_codes(folder, spec)
     for variant in wanted:
         on_progress(str(variant))
-        report.findings += _compare(folder, variant, sequences, expected, bf16_kl)
+        try:
+            model = Ours(folder, variant, max(map(len, sequences)))
+        except ConfigError as error:
+            report.findings.append(Finding(LOG_PROBABILITIES, str(variant), None, str(error)))
+            continue
+        got = [model.log_probabilities(sequence) for sequence in sequences]
+        model.close()
+        distance = Distance.of(sequences, got, expected)
+        report.findings.append(judge(variant, distance, bf16_kl, has_codes=has_codes))
     return report
-
-
-def _compare(
-    folder: Path,
-    variant: Variant,
-    sequences: Sequence[Sequence[int]],
-    expected: Sequence[torch.Tensor],
-    bf16_kl: float,
-) -> Iterator[Finding]:
-    try:
-        model = Ours(folder, variant, max(map(len, sequences)))
-    except ConfigError as error:
-        yield Finding("log-probabilities", str(variant), True, f"not run: {error}")
-        return
-    got = [model.log_probabilities(sequence) for sequence in sequences]
-    yield judge(variant, Distance.of(sequences, got, expected), bf16_kl)

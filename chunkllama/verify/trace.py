@@ -17,6 +17,7 @@ import torch
 
 from chunkllama.backends.base import KVCache, LayerRows
 from chunkllama.backends.model import Linear, ModelWeights
+from chunkllama.backends.quantized import widen_model
 from chunkllama.backends.reference.backend import ReferenceBackend
 from chunkllama.engine.model_runner import build_attention
 from chunkllama.model_spec import ModelSpec
@@ -150,6 +151,7 @@ def _our_stages(folder: Path, spec: ModelSpec, ids: list[int]) -> Stages:
         backend="reference",
     )
     weights = load_weights(Checkpoint(folder, spec), spec, torch.float32, torch.device("cpu"))
+    widen_model(weights, torch.device("cpu"))
     recorder = _Recorder(torch.device("cpu"), _names(weights))
     attention.backend = recorder
     model = Llama(spec, weights, attention, rotary_tables(spec, len(ids)))

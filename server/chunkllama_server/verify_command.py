@@ -14,8 +14,8 @@ from rich.table import Table
 from chunkllama.config import DEMO_MODEL
 from chunkllama.errors import ConfigError
 
-_BACKENDS = ("reference", "cpu")
-_QUANTIZATIONS = ("auto", "bf16", "int8")
+_BACKENDS = ("reference", "cpu", "cuda")
+_QUANTIZATIONS = ("auto", "bf16", "int8", "int4")
 
 
 def verify(
@@ -39,7 +39,7 @@ def verify(
         Path | None, typer.Option("--json", help="File to write all numbers to.")
     ] = None,
 ) -> int:
-    """Compare a model with transformers; exit code 1 if anything differs.
+    """Compare a model with transformers; exit code 1 if anything differs or nothing was compared.
 
     Compares the tokenizer, every stage of every layer, and the log-probabilities of each backend,
     number format and quantization.
@@ -48,9 +48,15 @@ def verify(
     quantization_names = _names("quantizations", quantizations, _QUANTIZATIONS)
     content = "" if text is None else _read(text)
 
+    from chunkllama.engine.size import find_device
     from chunkllama.logger import configure_logging
     from chunkllama.models.loading.hub import resolve_model
 
+    if "cuda" in backend_names:
+        try:
+            find_device("cuda")
+        except ConfigError as error:
+            raise ConfigError(f"backends: cuda is not available here: {error}") from None
     resolve_model(model)  # refused before torch is imported
     from chunkllama.verify.report import Report
     from chunkllama.verify.run import Options
@@ -63,12 +69,15 @@ def verify(
         _write(json_path, json.dumps(report.to_json(), indent=1) + "\n")
     table = Table("area", "with", "result", "detail")
     for finding in report.findings:
-        result = "equal" if finding.is_equal else "DIFFERS"
+        result = {True: "equal", False: "DIFFERS", None: "not run"}[finding.is_equal]
         table.add_row(finding.area, finding.subject, result, finding.detail)
     Console().print(table)
     if report.is_equal:
         print(f"{report.model}: equal to {report.reference}")
         return 0
+    if not report.areas:
+        print(f"{report.model}: no log-probabilities were compared; see the table for the reasons")
+        return 1
     print(f"{report.model}: differs from {report.reference} in: {', '.join(report.areas)}")
     return 1
 

@@ -26,6 +26,7 @@ PARTS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "q/k norms over all heads": ([{"qk_norm": "all", **POST_NORM}], {}),
     "norms after rotation": ([{"qk_norm": "head", "norm_after_rotation": True}], {}),
     "norms around blocks": ([{"post_norm": True, "activation": "gelu_tanh"}], GEMMA),
+    "exact gelu": ([{"activation": "gelu"}], {}),
     "no rotation": ([{}, {"rope": None}], {}),
     "part of a head rotates": ([{}], {"ropes": (RopeSpec(rotary_dim=32),)}),
     "no gate": (

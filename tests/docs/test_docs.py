@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import subprocess
@@ -262,5 +263,23 @@ def test_the_example_diffs_of_an_architecture_are_the_code():
         added = [line for line in added if line]
         assert set(added) <= set(code)
         counts.append(len(added))
-    stated = re.search(r"Qwen2 takes (\d+) lines, Granite (\d+) and Phi-3 (\d+)", page)
-    assert counts == [int(number) for number in stated.groups()]
+    table = re.findall(r"^\| (?:Qwen2|Granite|Phi-3) \| (.*) \|$", page, re.MULTILINE)
+    rows = [[cell.strip() for cell in row.split("|")] for row in table]
+    assert counts == [int(own) for own, *_ in rows]
+    for own, helpers, parts, total in rows:
+        named = re.findall(r"`(?:ConfigFile\.)?(\w+)`", helpers)
+        assert sum(map(lines_of_function, named)) == int(helpers.split(":")[0])
+        came, _, listed = parts.partition(":")
+        assert sum(map(int, re.findall(r"\d+", listed))) == int(came or 0)
+        assert int(own) + int(helpers.split(":")[0]) + int(came or 0) == int(total)
+
+
+def lines_of_function(name: str) -> int:
+    """Lines that are not blank, of a helper that the page of architectures names."""
+    for path in ("architectures.py", "config_file.py"):
+        source = (ROOT / "chunkllama/models" / path).read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
+                return sum(bool(line.strip()) for line in lines)
+    raise AssertionError(f"no function {name}")

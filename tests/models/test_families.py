@@ -78,6 +78,8 @@ def test_longrope_beyond_the_original_length_uses_the_long_factors(
     assert_equals_transformers(build_core(tmp_path, max_model_len=300), model, (65, 150))
 
 
+PHI3_FACTORS = {key: LONGROPE[key] for key in ("short_factor", "long_factor")}
+ORIGINAL = "original_max_position_embeddings"
 # Keys as published files have them, beside or in place of those that transformers writes.
 # Family, changes of a small config, and changes of its config.json (None: removed).
 PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -121,6 +123,38 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"sliding_window": 70},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 256},
     ),
+    "rope_theta in place of ropes of layer types": (
+        "Olmo3",
+        {"sliding_window": 70},
+        {"rope_parameters": None, "rope_theta": 1e4},
+    ),
+    "windows in all layers": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 0},
+        {"layer_types": None},
+    ),
+    "yarn that is Phi-3's longrope": (
+        "Phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 384},
+        {"rope_parameters": None, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+        | {"rope_scaling": {"type": "yarn", **PHI3_FACTORS}},
+    ),
+    "dynamic beside an original length": (
+        "Llama",
+        {"max_position_embeddings": 128},
+        {"rope_parameters": None, "rope_theta": 1e4}
+        | {"rope_scaling": {"type": "dynamic", "factor": 2.0} | {ORIGINAL: 64}},
+    ),
+    "lists longer than the model": ("SmolLM3", {}, {"no_rope_layers": [1, 0, 1, 1, 0, 0, 1]}),
+    "windows beside rotation": (
+        "SmolLM3",
+        {
+            **{"sliding_window": 30, "use_sliding_window": True, "no_rope_layers": [1, 0, 1, 1]},
+            "layer_types": ["full_attention"] * 2 + ["sliding_attention", "full_attention"],
+        },
+        {},
+    ),
+    "a soft cap that Gemma 3 does not read": ("Gemma3", {"attn_logit_softcapping": 2.0}, {}),
 }
 
 
@@ -163,6 +197,20 @@ def test_the_model_of_the_cpu_backend_equals_the_plain_one(
 ) -> None:
     """Fused where the kernels know the specification, else itself with packed weights."""
     folder, _ = case
+    assert_native_equals_plain(folder, rng)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Phi3"])
+def test_the_fused_model_equals_the_plain_one_beyond_its_window(
+    family: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    windows = {"use_sliding_window": True, "max_window_layers": 0} if family == "Qwen2" else {}
+    random_model(family, {"sliding_window": 30, **windows}).save_pretrained(tmp_path)
+    assert isinstance(assert_native_equals_plain(tmp_path, rng), FusedModel)
+
+
+def assert_native_equals_plain(folder: Path, rng: np.random.Generator) -> RunnableModel:
+    """Return the model of the cpu backend."""
     spec = read_spec(folder)
     ids = rng.integers(0, VOCAB, 70).astype(np.int32)
     results = []
@@ -187,6 +235,7 @@ def test_the_model_of_the_cpu_backend_equals_the_plain_one(
             hidden = model.forward(torch.from_numpy(ids).long(), positions, plan)
             results.append(model.logits(hidden).clone())
     torch.testing.assert_close(*results, atol=2e-5, rtol=2e-5)
+    return model
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Ministral", "Qwen2", "Phi3", "Ernie4_5"])

@@ -57,6 +57,17 @@ def test_up_to_300_tokens_equal_transformers(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_large_vocabulary_and_71_heads_on_one_equal_transformers(
+    backend: str, tmp_path: Path, build_core: BuildCore
+) -> None:
+    """Falcon's 71 query heads share one of keys and values; Qwen's vocabulary is this large."""
+    heads = {"num_attention_heads": 71, "num_key_value_heads": 1, "hidden_size": 71 * 16}
+    model = random_model("Qwen2", {**heads, "vocab_size": 152_064, "num_hidden_layers": 2})
+    model.save_pretrained(tmp_path)
+    assert_equals_transformers(build_core(tmp_path, backend=backend), model, (1, 65, 150))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_3000_tokens_equal_transformers(
     long_model: tuple[Path, torch.nn.Module], backend: str, build_core: BuildCore
 ) -> None:

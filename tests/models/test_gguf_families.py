@@ -18,6 +18,7 @@ import torch
 from model_families import CASES, random_model
 
 from chunkllama.errors import ConfigError
+from chunkllama.models.config import read_spec
 from chunkllama.models.loading.gguf import convert_gguf
 from chunkllama.models.loading.gguf_config import GGUF_ARCHITECTURES
 
@@ -182,7 +183,7 @@ def write(path: Path, case: str, model: torch.nn.Module, **changes: Any) -> None
                 halves = values.reshape(heads, 2, -1, *values.shape[1:])
                 values = halves.swapaxes(1, 2).reshape(values.shape)
         writer.add_tensor(new, values)
-    if case == "phi3 short":
+    if "long_factor" in rope:
         for kind in ("long", "short"):
             factors = np.array(config.rope_parameters[f"{kind}_factor"], np.float32)
             writer.add_tensor(f"rope_factors_{kind}.weight", factors)
@@ -234,6 +235,49 @@ def test_every_token_that_ends_an_answer_is_kept(tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", "qwen2", model_of("qwen2"))
     folder = converted(tmp_path / "m.gguf", tmp_path / "out")
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
+
+
+ORIGINAL = {"rope.scaling.original_context_length": 128}
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, **ORIGINAL}
+# Keys of a file -> what the rotary embedding becomes, as llama.cpp reads them.
+ROPE_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "no type": ({"rope.scaling.factor": 4.0}, {"type": "linear", "factor": 4.0}),
+    "the old key": ({"rope.scale_linear": 8.0}, {"type": "linear", "factor": 8.0}),
+    "the old key of none": ({"rope.scale_linear": 1.0}, {"type": "default"}),
+    "none beside a factor": (
+        {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
+        {"type": "default"},
+    ),
+    "yarn": (YARN, {"type": "yarn", "factor": 4.0, "attention_factor": None}),
+    "yarn with its whole factor": (
+        {**YARN, "rope.scaling.yarn_attn_factor": 1.25},
+        {"type": "yarn", "attention_factor": 1.25},
+    ),
+    "yarn with a factor of the default": (
+        {**YARN, "rope.scaling.attn_factor": 0.5},
+        {"type": "yarn", "attention_factor": pytest.approx(0.5 * (1 + 0.1 * np.log(4.0)))},
+    ),
+}
+
+
+@pytest.mark.parametrize("keys", ROPE_KEYS)
+def test_keys_of_rotary_embedding(keys: str, tmp_path: Path) -> None:
+    written, expected = ROPE_KEYS[keys]
+    write(tmp_path / "m.gguf", "qwen2", model_of("qwen2"), **written)
+    (rope,) = read_spec(converted(tmp_path / "m.gguf", tmp_path / "out")).ropes
+    assert {key: getattr(rope, key) for key in expected} == expected
+
+
+def test_longrope_of_another_architecture_is_kept(our_logits, tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0 + x / 8 for x in range(8)], "long_factor": [8.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    original = {"original_max_position_embeddings": 512}
+    model = random_model("Llama", {"rope_parameters": {**rope, **original}})
+    write(tmp_path / "m.gguf", "llama", model, **{"rope.scaling.original_context_length": 512})
+    ours = our_logits(converted(tmp_path / "m.gguf", tmp_path / "out"), PROMPT)
+    with torch.inference_mode():
+        expected = model(torch.tensor([PROMPT])).logits[0]
+    torch.testing.assert_close(ours, expected, atol=4e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 from chunkllama.errors import ConfigError
-from chunkllama.models.loading.gguf_tokenizer import tokenizer_files
+from chunkllama.models.loading.gguf_tokenizer import end_token_ids, tokenizer_files
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog, 1234 times.",
@@ -149,3 +149,48 @@ def test_llama3_takes_whole_words_first() -> None:
 def test_unknown_kinds_are_refused(metadata: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         tokenizer_files(Path("m.gguf"), metadata)
+
+
+PHI3_TOKENS = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "\u2581",
+    "a",
+    "<|endoftext|>",
+    "<|end|>",
+    "<|user|>",
+    "_<EOT>",
+]
+PHI3: dict[str, Any] = {
+    "general.name": "Phi-3-mini-4k-instruct",
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": PHI3_TOKENS,
+    "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 3, 3, 4, 1],
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.unknown_token_id": 0,
+}
+
+
+def test_tokens_end_an_answer_by_their_texts() -> None:
+    """Control and user-defined tokens: a piece of text of this form is text."""
+    assert end_token_ids(PHI3) == [2, 5, 6]
+    types = [2, 3, 3, 1, 1, 4, 1, 4, 3]
+    metadata = {**PHI3, "tokenizer.ggml.token_type": types, "tokenizer.ggml.eot_token_id": 7}
+    assert end_token_ids(metadata) == [2, 5, 7, 8]
+    added = tokenizer_files(Path("m.gguf"), metadata)["tokenizer.json"]["added_tokens"]
+    assert {x["content"] for x in added if x["special"]} == {
+        "<s>",
+        "</s>",
+        "<|endoftext|>",
+        "_<EOT>",
+    }
+
+
+@pytest.mark.parametrize("name", ["Phi-3-mini-4k-instruct", "Phi 3.5 mini", "Phi-4-mini"])
+def test_control_tokens_of_phi_3_swallow_white_space(name: str) -> None:
+    tokenizer, _ = build({**PHI3, "general.name": name})
+    texts = ("<|end|> a", "<|user|>\na", "<|endoftext|> a")
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    first = [[6, 3, 3, 4], [7, 3, 0, 4]] if name == "Phi-4-mini" else [[6, 3, 4], [7, 3, 4]]
+    assert ids == [*first, [5, 3, 3, 4]]

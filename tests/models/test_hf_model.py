@@ -13,12 +13,14 @@ import torch
 import transformers
 from model_families import SMALL, VOCAB, BuildCore, assert_equals_transformers, random_model
 from safetensors.torch import load_file, save_file
+from transformers import masking_utils
 
 from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
 from chunkllama.errors import ConfigError
 from chunkllama.models.config import read_spec
 from chunkllama.models.hf_model import TransformersModel
+from chunkllama.models.hf_probe import ACTIVE, Probe, _mask
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -27,6 +29,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 moe": (
         "Qwen3Moe",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    ),
+    # Their layers show a window in the mask alone.
+    "phimoe window": ("Phimoe", {**EXPERTS, "sliding_window": 70}),
+    "qwen2 moe windows": (
+        "Qwen2Moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+        | {"shared_expert_intermediate_size": 48, "max_window_layers": 4}
+        | {"use_sliding_window": True, "sliding_window": 70},
     ),
     "cohere": ("Cohere", {"logit_scale": 0.5}),
     "stablelm": ("StableLm", {"partial_rotary_factor": 0.5}),
@@ -181,6 +191,34 @@ def test_attention_sinks_are_refused(tmp_path: Path) -> None:
     )
     transformers.GptOssForCausalLM(config).save_pretrained(tmp_path)
     refused(tmp_path, "s_aux")
+
+
+WINDOW = masking_utils.sliding_window_causal_mask_function(2047)
+PADDING = torch.zeros(1, dtype=torch.long)
+RULES: dict[str, tuple[Any, int | None, int | None]] = {
+    "causal": (masking_utils.causal_mask_function, None, None),
+    "window": (WINDOW, 2047, 2047),
+    "another window than stated": (WINDOW, 2046, 0),
+    "chunks": (masking_utils.chunked_causal_mask_function(64, PADDING), 64, 0),
+    "both directions": (masking_utils.bidirectional_mask_function, None, 0),
+    "by tokens": (masking_utils.packed_sequence_mask_function(torch.zeros(1, 2)), None, 0),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_rule_of_a_mask_is_found(rule: str) -> None:
+    mask_function, size, window = RULES[rule]
+    probe = Probe()
+    token = ACTIVE.set(probe)
+    try:
+        _mask(q_length=2, kv_length=2, mask_function=WINDOW, local_size=2047)
+        mask = _mask(q_length=2, kv_length=2, mask_function=mask_function, local_size=size)
+    finally:
+        ACTIVE.reset(token)
+    assert mask.shape == (1, 1, 2, 2)
+    assert probe._window_of(mask) == window
+    assert probe._window_of((1 - mask) * -1e30) == 0
+    assert probe._window_of(torch.tril(mask)) == 0
 
 
 def test_quantization_and_unknown_classes_are_named(tmp_path: Path) -> None:

@@ -219,6 +219,21 @@ def test_a_quantized_folder_equals_its_dequantized_weights(
         )
 
 
+def test_a_head_beside_tied_embeddings_of_a_quantized_folder_is_used(
+    make_tiny, our_logits, tmp_path: Path
+) -> None:
+    folders = write_pair(make_tiny(**SHAPE), "awq", tmp_path)
+    expected = our_logits(folders[1], PROMPT)
+    for folder in folders:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    torch.testing.assert_close(our_logits(folders[0], PROMPT), expected, atol=2e-5, rtol=2e-5)
+    weights = load_file(folders[0] / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folders[0] / "model.safetensors")
+    assert not torch.allclose(our_logits(folders[0], PROMPT), expected, atol=1e-2)
+
+
 @pytest.mark.parametrize("name", ["awq", "gptq", "w4a16"])
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Phi3"])
 def test_quantized_folders_of_other_families(

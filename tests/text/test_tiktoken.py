@@ -90,6 +90,23 @@ def test_listed_special_tokens_replace_them(ranks: dict[bytes, int], tmp_path: P
     assert tokenizer.vocab_size == base + 2
 
 
+def test_listed_special_tokens_keep_their_ids(ranks: dict[bytes, int], tmp_path: Path) -> None:
+    """Ids between them are reserved tokens of the names that transformers gives them."""
+    write(tmp_path, ranks)
+    base = len(ranks)
+    listed = {str(base + n): {"content": f"<t{n}>", "special": True} for n in (9, 0, 4)}
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"added_tokens_decoder": listed, "bos_token": "<t0>"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert [tokenizer.token_id(f"<t{n}>") for n in (0, 4, 9)] == [base, base + 4, base + 9]
+    assert tokenizer.token_id(f"<|reserved_token_{base + 5}|>") == base + 5
+    assert tokenizer.vocab_size == base + 10
+    listed[str(base + 10**6)] = {"content": "<far>"}
+    path.write_text(json.dumps({"added_tokens_decoder": listed}))
+    with pytest.raises(ConfigError, match="added_tokens_decoder has the id"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

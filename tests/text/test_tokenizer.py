@@ -18,6 +18,7 @@ from chunkllama.errors import ConfigError
 from chunkllama.text.detokenizer import IncrementalDetokenizer
 from chunkllama.text.tokenizer import load_tokenizer
 
+TYPE = {"type_id": 0}
 KINDS = ("llama3", "chatml", "llama2", "mistral", "llama2_json")
 
 
@@ -169,6 +170,48 @@ def test_text_room_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"add_eos_token": False},
+        {"add_eos_token": True},
+        {"add_bos_token": False},
+        {"add_bos_token": None},
+        {"add_bos_token": True, "add_eos_token": True},
+    ],
+    ids=json.dumps,
+)
+def test_the_rule_of_tokenizer_json_stands_beside_flags(flags, folders, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_bytes((folders["llama3"] / name).read_bytes())
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **flags}))
+    ids = load_tokenizer(tmp_path).encode("a b", add_special_tokens=True)
+    assert ids == AutoTokenizer.from_pretrained(tmp_path).encode("a b")
+    assert len(ids) == 3
+
+
+def test_a_bos_that_only_the_flag_asks_for_is_added(folders, tmp_path):
+    """DeepSeek-V3's folder; what tokenizer.json adds stays."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_bytes((folders["llama3"] / name).read_bytes())
+    path = tmp_path / "tokenizer.json"
+    document = json.loads(path.read_text())
+    token = "<|eot_id|>"
+    ends = {"id": token, "ids": [load_tokenizer(tmp_path).token_id(token)], "tokens": [token]}
+    document["post_processor"] |= {
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": token} | TYPE}],
+        "special_tokens": {token: ends},
+    }
+    path.write_text(json.dumps(document))
+    plain = load_tokenizer(tmp_path).encode("a b", add_special_tokens=True)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "add_bos_token": True}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert plain[-1] == tokenizer.token_id(token)
+    assert tokenizer.encode("a b", add_special_tokens=True) == [tokenizer.bos_token_id, *plain]
+
+
 @pytest.mark.parametrize("removes_spaces", [False, True])
 @pytest.mark.parametrize("legacy", [None, True, False])
 @pytest.mark.parametrize("model_type", ["mistral", "phi3"])
@@ -212,3 +255,17 @@ def test_models_that_keep_sentencepieces_rules_get_its_ids(
         for text in texts:
             ids = reference.encode(text, add_special_tokens=False)
             assert ours.encode(text, allow_special=True) == ids, text
+
+
+def test_gemmas_pieces_have_no_space_before_the_first_word(folders, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes((folders["llama2"] / "tokenizer.model").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
+    config = {"tokenizer_class": "GemmaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": True}))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("Paris", " Paris", "  two", "a  b ", "", *random_texts(100, seed=3)):
+        ids = ours.encode(text, add_special_tokens=True, allow_special=True)
+        assert ids == theirs.encode(text), text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
+    assert ours.decode(ours.encode(" Paris")) == " Paris"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+from gguf_files import TOKENS, write_gguf
 from model_families import random_model
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, decoders, pre_tokenizers, processors, trainers
@@ -28,6 +30,11 @@ FAMILIES = {
     "granite": ("Granite", {"residual_multiplier": 0.5, "logits_scaling": 2.0}),
     "ernie": ("Ernie4_5", {}),
     "hunyuan": ("HunYuanDenseV1", {}),
+    "narrow": ("Llama", {"head_dim": 24}),
+    "mixtral": (
+        "Mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20},
+    ),
 }
 
 
@@ -128,6 +135,84 @@ def test_stages_of_other_families_are_equal(family: str, tmp_path: Path) -> None
     assert int(stages.detail.split()[0]) >= 4 * 7
 
 
+def test_a_model_that_transformers_runs_is_verified(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "mixtral")
+    report = verified(folder, quantizations=("auto", "int8"), backends=("cpu",))
+    assert report.is_equal
+    results = {x.subject or x.area: (x.is_equal, x.detail) for x in report.findings}
+    assert results["stages"] == (None, "transformers computes the layers")
+    assert results["cpu, float32"][0] is True
+    is_equal, reason = results["cpu, bfloat16, int8"]
+    assert is_equal is None
+    assert "int8 is not available for MixtralForCausalLM" in reason
+
+
+@pytest.mark.nightly
+def test_a_quantized_file_is_verified_as_it_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels compute with the file's codes; transformers reads the dequantized folder."""
+    monkeypatch.setenv("CHUNKLLAMA_CACHE", str(tmp_path / "cache"))
+    model = random_model("Llama", {"vocab_size": len(TOKENS)})
+    path = tmp_path / "m.gguf"
+    kinds = {"output.weight": "Q8_0", "token_embd.weight": "Q8_0"}
+    write_gguf(path, model, lambda name: kinds.get(name, "Q4_0"), bos_token_id=(1,))
+    report = verified(path, backends=("reference", "cpu"), quantizations=("auto", "int4"))
+    assert report.areas == []
+    numbers = {x.subject: x.numbers for x in report.findings}
+    assert numbers["reference, float32"]["largest_difference"] < 1e-4
+    assert numbers["cpu, float32"]["limit"] == numbers["cpu, bfloat16"]["limit"] < 0.02
+    assert 0 < numbers["cpu, bfloat16, int4"]["kl"] < 0.5
+    (stages,) = [x for x in report.findings if x.area == "stages"]
+    assert int(stages.detail.split()[0]) >= 4 * 7
+
+
+def test_what_transformers_cannot_read_is_one_line(tmp_path: Path, capsys) -> None:
+    folder = write_model(tmp_path / "model", "llama")
+    edit_config(folder, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 32})
+    assert run(["verify", "--model", str(folder)]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "transformers cannot load it" in last
+    assert "--reference MODEL" in last
+
+
+def test_a_comparison_of_nothing_is_no_success(tmp_path: Path, capsys) -> None:
+    folder = write_model(tmp_path / "model", "narrow")
+    path = tmp_path / "report.json"
+    arguments = ["verify", "--model", str(folder), "--backends", "cpu", "--json", str(path)]
+    assert run([*arguments, "--max-tokens", "20"]) == 1
+    assert "no log-probabilities were compared" in capsys.readouterr().out.splitlines()[-1]
+    report = json.loads(path.read_text())
+    assert (report["equal"], report["areas_that_differ"]) == (False, [])
+    assert {x["is_equal"] for x in report["findings"] if x["subject"]} == {None}
+
+
+README_ROWS = {"Qwen3": "qwen3", "Gemma 3": "gemma3"}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", README_ROWS)
+def test_the_readmes_row_of_random_weights_is_what_verify_finds(name: str, tmp_path: Path) -> None:
+    """Up to the order of sums: stages and limits are the same, differences of the same size."""
+    folder = write_model(tmp_path / "model", README_ROWS[name])
+    report = verified(folder, backends=("cpu",), quantizations=("auto", "int8"), max_tokens=128)
+    assert report.is_equal
+    found = {x.subject: x.numbers for x in report.findings}
+    (stages,) = [x.detail.split()[0] for x in report.findings if x.area == "stages"]
+    exact, narrow = found["cpu, float32"], found["cpu, bfloat16"]
+    cells = [
+        f"{exact['largest_difference']:.2g} ({exact['limit']:.0e})",
+        *(f"{x['kl']:.2g} ({x['limit']:.2g})" for x in (narrow, found["cpu, bfloat16, int8"])),
+    ]
+    row = f"| {name} | {stages} equal | {' | '.join(cells)} |"
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = next(x for x in readme.splitlines() if x.startswith(f"| {name} |"))
+    numbers, printed = (re.findall(r"\d[\d.e-]*", x.split("|", 2)[2]) for x in (row, shown))
+    assert len(numbers) == len(printed) == 7, row
+    for mine, other in zip(map(float, numbers), map(float, printed), strict=True):
+        assert other / 4 <= mine <= other * 4, row
+
+
 def verified(folder: Path, reference: Path | None = None, **options: Any) -> Report:
     other = "" if reference is None else str(reference)
     return verify(Options(str(folder), other, **{**FAST, **options}))
@@ -226,7 +311,8 @@ def test_another_vocabulary_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--backends", "gpu"], "backends: 'gpu' is not one of reference, cpu"),
+        (["--backends", "gpu"], "backends: 'gpu' is not one of reference, cpu, cuda"),
+        (["--backends", "cpu,cuda"], "backends: cuda is not available here: device: cuda was"),
         (["--quantizations", "int3"], "quantizations: 'int3' is not one of auto"),
         (["--backends", ","], "backends: name at least one"),
         (["--text", "/nonexistent"], "text: cannot read /nonexistent: No such file"),

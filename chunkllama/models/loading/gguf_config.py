@@ -10,19 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
 from chunkllama.models.architectures import ARCHITECTURES
 from chunkllama.models.config import parse_spec
 from chunkllama.models.loading.gguf_file import GgufFile, shortest
+from chunkllama.models.loading.gguf_rope import ROPE_TENSORS, rope_scaling
+from chunkllama.models.loading.gguf_tokenizer import end_token_ids
 from chunkllama.models.tensors import HEAD, expected_shapes
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
-_ROPE_FACTORS = "rope_freqs.weight"
-_LONG_FACTORS, _SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
-_CONFIGURATION = (_ROPE_FACTORS, _LONG_FACTORS, _SHORT_FACTORS)
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -70,17 +67,10 @@ def _smollm3(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
 
 def _phi3(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     original = file.get("rope.scaling.original_context_length", config["max_position_embeddings"])
-    keys: dict[str, Any] = {
+    return {
         "sliding_window": file.get("attention.sliding_window") or None,
         "original_max_position_embeddings": original,
     }
-    if _LONG_FACTORS in file.tensors:
-        keys["rope_scaling"] = {
-            "rope_type": "longrope",
-            "long_factor": _factors(file, _LONG_FACTORS),
-            "short_factor": _factors(file, _SHORT_FACTORS),
-        }
-    return keys
 
 
 def _granite(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
@@ -112,13 +102,13 @@ def _hunyuan(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
 
 def _olmo(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     keys = _windows(file, config, period=4)
-    if keys and (scaling := config.get("rope_scaling")):
-        theta = {"rope_theta": config["rope_theta"]}
-        keys["rope_scaling"] = None
+    if keys:
+        theta = {"rope_theta": config["rope_theta"], "rope_type": "default"}
         keys["rope_parameters"] = {
-            "full_attention": {**theta, **scaling},
-            "sliding_attention": {**theta, "rope_type": "default"},
+            "full_attention": {**theta, **(config.get("rope_scaling") or {})},
+            "sliding_attention": theta,
         }
+        keys["rope_scaling"] = None
     return keys
 
 
@@ -185,12 +175,6 @@ def _windows(file: GgufFile, config: dict[str, Any], *, period: int) -> dict[str
 
 def _has_bias(file: GgufFile, module: str) -> bool:
     return f"blk.0.{module}.bias" in file.tensors
-
-
-def _factors(file: GgufFile, name: str) -> list[float]:
-    if name not in file.tensors:
-        raise file.error(f"no tensor {name}; is the file complete?")
-    return [shortest(float(x)) for x in np.asarray(file.tensors[name].data, np.float32).reshape(-1)]
 
 
 GGUF_ARCHITECTURES: Final[dict[str, GgufArchitecture]] = {
@@ -282,7 +266,7 @@ def _config(file: GgufFile, entry: GgufArchitecture) -> dict[str, Any]:
         if name != "Phi3ForCausalLM":
             raise file.error(f"{rotary_dim} of {head_dim} dimensions rotate; not supported")
         config["partial_rotary_factor"] = rotary_dim / head_dim
-    if scaling := _rope_scaling(file, config):
+    if scaling := rope_scaling(file, config):
         config["rope_scaling"] = scaling
     for key in ("bos", "eos"):
         token = values.get(f"tokenizer.ggml.{key}_token_id")
@@ -293,58 +277,9 @@ def _config(file: GgufFile, entry: GgufArchitecture) -> dict[str, Any]:
 
 def generation_config(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     """generation_config.json: BOS, and every token that ends an answer."""
-    names = ("eos", "eot", "eom")
-    ends = [file.values.get(f"tokenizer.ggml.{name}_token_id") for name in names]
-    ends = sorted({token for token in ends if token is not None})
     generation = {"bos_token_id": config["bos_token_id"]} if "bos_token_id" in config else {}
+    ends = end_token_ids(file.values)
     return {**generation, **({"eos_token_id": ends} if ends else {})}
-
-
-def _rope_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | None:
-    original = file.get("rope.scaling.original_context_length")
-    if _ROPE_FACTORS in file.tensors:
-        return _llama3_scaling(file, config, original or 8192)
-    kind = file.get("rope.scaling.type", "none")
-    if kind == "none" or _LONG_FACTORS in file.tensors:
-        return None
-    if kind not in ("linear", "yarn"):
-        raise file.error(f"rope scaling {kind!r} is not supported")
-    scaling = {"rope_type": kind, "factor": file.number("rope.scaling.factor")}
-    if original:
-        scaling["original_max_position_embeddings"] = original
-    if kind == "yarn":
-        for key, name in {
-            "rope.scaling.attn_factor": "attention_factor",
-            "rope.scaling.yarn_beta_fast": "beta_fast",
-            "rope.scaling.yarn_beta_slow": "beta_slow",
-        }.items():
-            if file.get(key) is not None:
-                scaling[name] = file.number(key)
-    return scaling
-
-
-def _llama3_scaling(file: GgufFile, config: dict[str, Any], original: int) -> dict[str, Any]:
-    """Llama 3's parameters from the per-frequency divisors that llama.cpp stores instead.
-
-    Raises:
-        ConfigError: the divisors are not those of the published parameters (1, 4) for any factor.
-    """
-    divisors = np.asarray(file.tensors[_ROPE_FACTORS].data, np.float64).reshape(-1)
-    low, high, factor = 1.0, 4.0, float(divisors.max())
-    dim = config["head_dim"]
-    wavelengths = 2 * np.pi * config["rope_theta"] ** (np.arange(0, dim, 2) / dim)
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    if divisors.shape != smooth.shape or not np.allclose(
-        divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3
-    ):
-        raise file.error(f"{_ROPE_FACTORS} does not follow llama3's rule; not supported")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
 
 
 def _tensors(file: GgufFile, config: dict[str, Any]) -> dict[str, ReaderTensor]:
@@ -363,7 +298,7 @@ def _tensors(file: GgufFile, config: dict[str, Any]) -> dict[str, ReaderTensor]:
         else:
             missing.append(f"{ours}.{suffix}")
     used = {tensor.name for tensor in tensors.values()}
-    unknown = [name for name in file.tensors if name not in used and name not in _CONFIGURATION]
+    unknown = [name for name in file.tensors if name not in used and name not in ROPE_TENSORS]
     for problem, found in (("is missing", missing), ("is not part of the model", unknown)):
         if found:
             raise file.error(

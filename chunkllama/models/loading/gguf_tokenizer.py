@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
@@ -16,6 +17,19 @@ _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 _GGUF_NAMES = {"unk": "unknown", "pad": "padding"}
+# Texts of the tokens that llama.cpp takes for ends of an answer without a key that names them: of
+# an answer, and of a file where a model completes code.
+_ENDS: Final = frozenset(
+    {
+        *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"),
+        *("<|end_of_text|>", "<EOT>", "_<EOT>", "<｜end▁of▁sentence｜>", "<end_of_utterance>"),
+        *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "<|fim_repo|>", "<|repo_name|>"),
+        *("<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
+    }
+)
+# As llama.cpp: the name alone tells these models, whose control tokens swallow white space.
+_PHI3: Final = re.compile("phi[- ]?3", re.IGNORECASE)
+_KEEPS_SPACE: Final = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def tokenizer_files(path: Path, metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -70,17 +84,33 @@ def tokenizer_files(path: Path, metadata: dict[str, Any]) -> dict[str, dict[str,
     }
 
 
+def end_token_ids(metadata: dict[str, Any]) -> list[int]:
+    """Ids of the tokens that end an answer, ascending: those that keys name, and control and
+    user-defined tokens of the texts by which llama.cpp knows them.
+    """
+    named = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    tokens: list[str] = metadata.get("tokenizer.ggml.tokens") or []
+    types: list[int] = metadata.get("tokenizer.ggml.token_type") or []
+    by_text = {
+        index
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=False))
+        if token in _ENDS and kind in (_CONTROL, _USER_DEFINED)
+    }
+    return sorted(by_text.union(token for token in named if token is not None))
+
+
 def _added_tokens(metadata: dict[str, Any], tokens: list[str]) -> list[dict[str, Any]]:
     types: list[int] = metadata.get("tokenizer.ggml.token_type") or []
+    swallows = _PHI3.search(str(metadata.get("general.name", ""))) is not None
     return [
         {
             "id": index,
             "content": tokens[index],
             "single_word": False,
             "lstrip": False,
-            "rstrip": False,
+            "rstrip": swallows and tokens[index] not in _KEEPS_SPACE,
             "normalized": False,
-            "special": kind == _CONTROL,
+            "special": kind == _CONTROL or tokens[index] in _ENDS,
         }
         for index, kind in enumerate(types)
         if kind in (_CONTROL, _USER_DEFINED)

@@ -28,7 +28,7 @@ from chunkllama.resources import cache_folder
 logger = init_logger(__name__)
 
 # Parts of a folder's name: raise them when what is written changes.
-_CONVERTER_VERSION, _INDEX_VERSION = 1, 3
+_CONVERTER_VERSION, _INDEX_VERSION = 2, 4
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
 _HUB_IGNORED = ["consolidated*.safetensors"]  # Mistral's second copy of the weights
