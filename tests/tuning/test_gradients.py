@@ -41,8 +41,8 @@ def ours(folder: Path) -> TunedModel:
         for name, tensor in lora.parameters().items():
             if "lora_B" in name:  # zero before training, and then A has no gradient
                 tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
-    # A window of ``for_length`` would hide nothing here, and a rotary table depends on the length.
-    return TunedModel(spec, weights, lora, rotary_tables(spec, spec.max_position))
+    # transformers stretches a rotary embedding by the length of the sequence, too.
+    return TunedModel(spec, weights, lora, rotary_tables(spec, LENGTH))
 
 
 def theirs(model: torch.nn.Module, lora: Lora) -> Any:
