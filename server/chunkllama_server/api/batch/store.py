@@ -26,7 +26,7 @@ from chunkllama_server.transport.errors import ApiError, storage_full, unavailab
 
 logger = init_logger(__name__)
 
-Purpose = Literal["batch", "batch_output"]
+Purpose = Literal["batch", "batch_output", "fine-tune"]
 _MAX_FILES = 10_000
 _MAX_ENDED = 1000
 
@@ -177,6 +177,16 @@ class FileStore:
             )
         self._used[tenant] += num_bytes
 
+    def charge(self, tenant: str, name: str, num_bytes: int) -> None:
+        """Charge a tenant for what lies beside its files; replaces the former charge of the name.
+
+        Args:
+            num_bytes: 0 ends the charge.
+        """
+        self._used[tenant] += num_bytes - self._charged.pop(name, 0)
+        if num_bytes:
+            self._charged[name] = num_bytes
+
     def grow(self, record: StoredBatch, num_bytes: int, *, at_any_rate: bool = False) -> bool:
         """Reserve more room for the results of a job; False if there is none.
 
@@ -212,6 +222,7 @@ class FileStore:
         blocks: Iterator[bytes],
         size: int,
         seconds: float | None = None,
+        purpose: Purpose = "batch",
     ) -> FileObject:
         """Store an uploaded file.
 
@@ -232,7 +243,7 @@ class FileStore:
         async def add() -> FileObject:
             try:
                 await self.work(self._disk.write, tenant, file_id, "data", blocks)
-                return self.adopt(tenant, file_id, filename, size, "batch", seconds)
+                return self.adopt(tenant, file_id, filename, size, purpose, seconds)
             except OSError as error:
                 logger.error("files_dir: a file cannot be stored: %s", error)
                 with contextlib.suppress(OSError):
