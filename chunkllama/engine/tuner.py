@@ -30,8 +30,8 @@ from chunkllama.tuning_messages import StartTuning, TuningProgress
 logger = init_logger(__name__)
 
 _WAIT_SECONDS: Final = 0.01  # for a thread, while no request runs
-_STEP_DECAY: Final = 0.95  # by which the longest step counts less with each one after it
-_PIECE_DECAY: Final = 0.98  # the same for the longest piece of a kind
+_STEP_DECAY: Final = 0.9  # by which the longest step counts less with each one after it
+_PIECE_DECAY: Final = 0.95  # the same for the longest piece of a kind, done or put off
 _MARGIN: Final = 1.1  # a piece may take longer than the longest of its kind
 
 
@@ -65,6 +65,10 @@ class StepBudget:
         spent = self._clock() - self._began
         expected = _MARGIN * self._pieces.get(piece, 0.0)
         return self._step + spent + expected <= self._ceiling
+
+    def put_off(self, piece: Piece) -> None:
+        """Note that a piece is not done now; one that never fits is tried once in a while."""
+        self._pieces[piece] = _PIECE_DECAY * self._pieces.get(piece, 0.0)
 
     def begin_piece(self) -> None:
         self._piece_began = self._clock()
@@ -247,6 +251,7 @@ class Tuner:
                     wait([writing], _WAIT_SECONDS)
                 return False
             if is_busy and not run.budget.fits(piece):
+                run.budget.put_off(piece)
                 return False
             run.budget.begin_piece()
             following = next(run.pieces, None)

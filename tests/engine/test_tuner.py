@@ -57,6 +57,13 @@ def test_pieces_fit_below_the_ceiling_with_the_longest_recent_step() -> None:
     for _ in range(40):
         step(0.1)
     assert budget.fits("forward")
+    piece(2.0)
+    step(0.1)
+    assert not budget.fits("forward") and budget.fits("head")
+    for _ in range(20):  # longer than the ceiling by itself, and yet it comes to an end
+        budget.put_off("forward")
+        step(0.1)
+    assert budget.fits("forward")
 
 
 @pytest.fixture(scope="module")

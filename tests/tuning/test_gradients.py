@@ -19,7 +19,7 @@ from chunkllama.tuning.model import TunedModel
 from chunkllama.tuning.passes import Sums, accumulate
 
 RANK, ALPHA, LENGTH = 4, 6.0, 45
-FEW = ("llama", "gemma3", "phi3 partial")
+FEW = ("gemma3",)
 
 
 def examples() -> list[Example]:
@@ -86,7 +86,7 @@ def check(case: str, tmp_path: Path) -> None:
     sums, pieces = run(model, batch, 16)
     assert pieces == {"layer", "keys", "forward", "head", "backward"}
     assert sums.num_tokens == sum(len(example.targets) for example in batch)
-    assert abs(sums.loss - float(loss)) < 1e-4 * float(loss)
+    assert sums.loss == pytest.approx(float(loss.detach()), rel=1e-4)
     expected = {
         name.removeprefix("base_model.model.").replace(".default", ""): parameter.grad
         for name, parameter in peft.named_parameters()

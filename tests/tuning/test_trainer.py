@@ -112,7 +112,7 @@ def peft_losses(model: Path, trainer: Trainer) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
