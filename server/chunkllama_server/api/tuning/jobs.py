@@ -204,9 +204,11 @@ class JobStore:
             replace_file(job.folder / _EVENTS, lines)
 
     def drop_work(self, job: Job) -> None:
-        """Remove what only a training needs."""
+        """Remove what only a training needs, and an adapter that is no model."""
         for name in (STATE, EXAMPLES):
             (job.folder / name).unlink(missing_ok=True)
+        if job.model is None:
+            shutil.rmtree(job.adapter, ignore_errors=True)
 
     def drop_ended_work(self, job_id: str) -> None:
         """The same, if the job has ended: the engine may have written after that."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
+from collections.abc import Iterator
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -83,6 +85,18 @@ async def _events(context: ServerContext, job: Job) -> list[TuningEvent]:
     return await runner.store.work(runner.jobs.events, job)
 
 
+@contextlib.contextmanager
+def _storing() -> Iterator[None]:
+    """Answer 503 where a job cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        logger.error("files_dir: a fine-tuning job cannot be stored: %s", error)
+        raise storage_full(error) or unavailable(
+            "Jobs cannot be stored on this server", "files_unavailable"
+        ) from None
+
+
 def _chosen(body: FineTuningRequest) -> ChosenHyperparameters:
     own = body.method.supervised if body.method is not None else None
     given = (own and own.hyperparameters) or body.hyperparameters or Hyperparameters()
@@ -148,13 +162,8 @@ async def create_job(body: FineTuningRequest, request: Request, context: Context
         "integrations": [],
         "metadata": body.metadata,
     }
-    try:
+    with _storing():
         return runner.add(info.tenant, value, options).value
-    except OSError as error:
-        logger.error("files_dir: a fine-tuning job cannot be stored: %s", error)
-        raise storage_full(error) or unavailable(
-            "Jobs cannot be stored on this server", "files_unavailable"
-        ) from None
 
 
 @router.get(_PATH, responses=_GET)
@@ -225,7 +234,9 @@ async def cancel_job(job_id: str, request: Request, context: Context) -> FineTun
     """End a job; it makes no model."""
     job = await _job(context, request, job_id)
     _check(job, "validating_files", "queued", "running", "paused")
-    (await _runner(context)).cancel(job)
+    runner = await _runner(context)
+    with _storing():
+        runner.cancel(job)
     return job.value
 
 
@@ -234,7 +245,9 @@ async def pause_job(job_id: str, request: Request, context: Context) -> FineTuni
     """Stop a job until it is resumed; its saved steps stay."""
     job = await _job(context, request, job_id)
     _check(job, "validating_files", "queued", "running")
-    (await _runner(context)).pause(job)
+    runner = await _runner(context)
+    with _storing():
+        runner.pause(job)
     return job.value
 
 
@@ -243,7 +256,9 @@ async def resume_job(job_id: str, request: Request, context: Context) -> FineTun
     """Continue a paused job."""
     job = await _job(context, request, job_id)
     _check(job, "paused")
-    (await _runner(context)).unpause(job)
+    runner = await _runner(context)
+    with _storing():
+        runner.unpause(job)
     return job.value
 
 

@@ -147,13 +147,16 @@ class TuningRunner:
         if name in self._engine.adapters:
             await self._engine.unload_adapter(name)
         self.jobs.drop_adapter(job)
-        self._owners.pop(name, None)
-        self.store.charge(job.tenant, job.id, 0)
+        self._disown(job, name)
 
     def _own(self, job: Job, name: str) -> None:
         """Note whose model it is, and charge its owner for its files."""
         self._owners[name] = job.tenant
         self.store.charge(job.tenant, job.id, folder_bytes(job.adapter))
+
+    def _disown(self, job: Job, name: str) -> None:
+        self._owners.pop(name, None)
+        self.store.charge(job.tenant, job.id, 0)
 
     def _interrupt(self, job: Job) -> None:
         if job is self._running:
@@ -166,14 +169,17 @@ class TuningRunner:
     async def _work(self) -> None:
         has_models = False
         while True:
-            if self.store.is_open:
-                await self.open()
-                if not has_models:
-                    await self._load_models()
-                    has_models = True
-                while (job := self._next()) is not None:
-                    await self._run(job)
             self._wake.clear()
+            try:
+                if self.store.is_open:
+                    await self.open()
+                    if not has_models:
+                        await self._load_models()
+                        has_models = True
+                    while (job := self._next()) is not None:
+                        await self._run(job)
+            except Exception as error:  # the next look may find what this one lacked
+                self.store.note(f"fine-tuning jobs: {type(error).__name__}: {error}")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _WATCH_SECONDS)
 
@@ -306,7 +312,15 @@ class TuningRunner:
         value = job.value
         name = f"ft:{value['model']}:{value['user_provided_suffix'] or ''}:{job.id[-8:]}"
         self._own(job, name)  # before it is loaded: no other key may use it
-        await self._load(job, name)
+        try:
+            await self._load(job, name)
+        except _FailedError:
+            self._disown(job, name)
+            raise
+        if value["status"] != "running":  # it was cancelled or paused meanwhile
+            await self._engine.unload_adapter(name)
+            self._disown(job, name)
+            return
         value["fine_tuned_model"] = name
         self.jobs.enter(job, "succeeded")
         self.jobs.note(job, f"New fine-tuned model created: {name}")
@@ -323,10 +337,12 @@ class TuningRunner:
         if job is None or job.id != progress.job_id or outcome is None or outcome.done():
             return
         match progress.state:
-            case "running" if progress.loss is None:
-                self._began(job, progress)
             case "running":
-                self._stepped(job, progress)
+                try:
+                    (self._began if progress.loss is None else self._stepped)(job, progress)
+                except OSError as error:  # the caller reads the engine's messages, and goes on
+                    self._engine.stop_tuning(job.id)
+                    outcome.set_exception(error)
             case "succeeded":
                 outcome.set_result("")
             case "failed":
