@@ -219,7 +219,7 @@ def peft_losses(model: str, rows: list[dict[str, Any]]) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
