@@ -267,6 +267,8 @@ def _reason(error: Exception) -> str:
     """Why a job has failed, in one line that its owner may read."""
     if isinstance(error, ConfigError):
         return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the device has too little memory beside the pool; lower kv_cache_memory"
     logger.error("a training has failed", exc_info=error)
     if isinstance(error, OSError):
         return f"a file cannot be written: {error.strerror}"

@@ -16,6 +16,7 @@ from chunkllama.models.loading.safetensors import Checkpoint
 from chunkllama.models.loading.sizes import allocated_bytes
 from chunkllama.models.loading.weights import load_weights
 from chunkllama.models.rotary import rotary_tables
+from chunkllama.resources import memory_left
 from chunkllama.tuning.files import StepResult
 from chunkllama.tuning.folder import Example
 from chunkllama.tuning.lora import Lora
@@ -63,6 +64,8 @@ def load_trainer(  # noqa: PLR0913
     weight_bytes = allocated_bytes(checkpoint, spec.dtype, "auto")
     size = tuning_size(spec, weight_bytes, options.rank, longest, slice_tokens)
     max_tokens = size.max_tokens(max_bytes, longest)
+    if device.type == "cpu":
+        max_tokens = min(max_tokens, size.free_tokens(memory_left(), longest))
     weights = load_weights(checkpoint, spec, getattr(torch, spec.dtype), device)
     if _is_quantized(weights):
         raise ConfigError(

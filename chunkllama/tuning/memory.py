@@ -38,15 +38,32 @@ class TuningSize:
         Raises:
             ConfigError: the longest example does not fit.
         """
-        left = (max_bytes - self.fixed_bytes) // self.token_bytes
-        if left < longest:
-            needed = self.fixed_bytes + longest * self.token_bytes
+        if self._fitting(max_bytes) < longest:
             raise ConfigError(
-                f"finetune_memory: an example of {longest} tokens takes {_mib(needed)}, of which "
-                f"{_mib(self.fixed_bytes)} are weights, adapter and workspace; it is "
+                f"finetune_memory: an example of {longest} tokens takes {self._needed(longest)}, "
+                f"of which {_mib(self.fixed_bytes)} are weights, adapter and workspace; it is "
                 f"{_mib(max_bytes)}: raise it, or train shorter examples or a lower rank"
             )
-        return left
+        return self._fitting(max_bytes)
+
+    def free_tokens(self, free_bytes: int, longest: int) -> int:
+        """The same for the memory that is free on the machine now.
+
+        Raises:
+            ConfigError: the longest example does not fit.
+        """
+        if self._fitting(free_bytes) < longest:
+            raise ConfigError(
+                f"finetune_memory: an example of {longest} tokens takes {self._needed(longest)}, "
+                f"and {_mib(free_bytes)} are free now; end other programs or lower kv_cache_memory"
+            )
+        return self._fitting(free_bytes)
+
+    def _fitting(self, num_bytes: int) -> int:
+        return (num_bytes - self.fixed_bytes) // self.token_bytes
+
+    def _needed(self, longest: int) -> str:
+        return _mib(self.fixed_bytes + longest * self.token_bytes)
 
 
 def tuning_size(

@@ -14,6 +14,7 @@ from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.tuning_messages import BASE_LEARNING_RATE, TuningOptions
 
 _MAX_LINES = 1_000_000
+_SLICE_TOKENS = 256  # no request waits for them
 
 
 def finetune(  # noqa: PLR0913
@@ -109,7 +110,7 @@ def _run(
         options=options,
         folder=out,
         max_bytes=max_bytes,
-        slice_tokens=256,
+        slice_tokens=_SLICE_TOKENS,
         on_step=_Printer(),
     )
     if trainer.steps:

@@ -209,6 +209,14 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_less_memory_than_the_machine_has_left_is_needed(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chunkllama.tuning.load.memory_left", lambda: 1 << 20)
+    with pytest.raises(ConfigError, match=r"finetune_memory: .* are free now"):
+        make()
+
+
 def test_a_loss_that_is_not_finite_ends_the_training(make: Make) -> None:
     trainer = make()
     with torch.no_grad():

@@ -19,9 +19,9 @@ class TuningConfig(ConfigGroup):
         default=0.1,
         gt=0,
         le=60,
-        description="While requests run, a step and the training after it take at most this "
-        "together, which is the ceiling of the time between two tokens of a request; steps that "
-        "take as long by themselves leave no time to train.",
+        description="While requests run, training fits below this together with a step as long as "
+        "recent ones: the ceiling of the time per output token. Steps that take as long by "
+        "themselves leave no time to train.",
     )
     finetune_slice_tokens: int = Field(
         default=64,
