@@ -69,7 +69,7 @@ class TuningClient(AdapterClient, Protocol):
         ...
 
     def stop_tuning(self, job_id: str) -> None:
-        """End a training; ``on_tuning`` is told when the engine has done so."""
+        """End a training; ``on_tuning`` hears of it when the engine has done so."""
         ...
 
 

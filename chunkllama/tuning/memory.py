@@ -21,7 +21,7 @@ class TuningSize:
     """What a training takes.
 
     Attributes:
-        fixed_bytes: whatever the length of the examples.
+        fixed_bytes: that do not depend on the length of the examples.
         token_bytes: of each token that is computed at once.
     """
 
