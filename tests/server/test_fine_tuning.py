@@ -191,6 +191,7 @@ def test_pause_resume_and_cancel(start_server, tmp_path: Path) -> None:
             client.fine_tuning.jobs.resume(job.id)
 
 
+@pytest.mark.nightly
 def test_another_process_continues_jobs_and_serves_models(start_server, tmp_path: Path) -> None:
     first = start_server(files_dir=tmp_path / "files")
     with first.client() as client:
