@@ -25,6 +25,7 @@ from chunkllama.cache_messages import (
 )
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.tenant_limits import NO_LIMITS, TenantLimits
+from chunkllama.tuning_messages import StartTuning, StopTuning, TuningProgress
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 BACKGROUND_PRIORITY = 1000  # and above: the request yields to the prompts of others
@@ -320,6 +321,8 @@ ToEngine = (
     | SetTenants
     | LoadAdapter
     | UnloadAdapter
+    | StartTuning
+    | StopTuning
     | LoadPack
     | KeepSnapshot
     | WriteSnapshot
@@ -374,4 +377,12 @@ class CommandReply(msgspec.Struct, kw_only=True, tag="reply"):
     error: str = ""
 
 
-FromEngine = TokenDelta | EngineStats | CommandReply | CacheReport | EngineReady | StartFailed
+FromEngine = (
+    TokenDelta
+    | EngineStats
+    | CommandReply
+    | CacheReport
+    | TuningProgress
+    | EngineReady
+    | StartFailed
+)

@@ -320,11 +320,11 @@ class Backend(ABC):
         Computed in float32 and rounded once, to x's dtype.
         """
         if not gated:
-            return _activate(x.float(), activation).to(x.dtype)
+            return apply_activation(x.float(), activation).to(x.dtype)
         if activation == "silu":
             return self.silu_and_mul(x)
         gate, up = x.chunk(2, dim=-1)
-        return (_activate(gate.float(), activation) * up).to(x.dtype)
+        return (apply_activation(gate.float(), activation) * up).to(x.dtype)
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gate_up [T, 2 I] -> silu(gate) * up [T, I]."""
@@ -355,7 +355,8 @@ def rotate_heads(
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(heads.dtype)
 
 
-def _activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
+def apply_activation(x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """Return activation(x)."""
     match activation:
         case "silu":
             return F.silu(x)

@@ -18,6 +18,7 @@ from chunkllama.engine.pack_loader import PackLoader
 from chunkllama.engine.size import EngineSize, check_memory, plan_size
 from chunkllama.engine.snapshot import SnapshotKeeper
 from chunkllama.engine.step_size import choose_step_tokens
+from chunkllama.engine.tuner import Tuner
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineReady
@@ -123,7 +124,9 @@ def build_engine(config: EngineConfig) -> EngineCore:
     chunk_io = ChunkIO(executor, identify, max_model_len // chunk_size)
     packs = PackLoader(cache, chunk_io)
     snapshots = SnapshotKeeper(cache, chunk_io, packs)
-    return EngineCore(scheduler, executor, info, packs, snapshots, adapters=adapters)
+    core = EngineCore(scheduler, executor, info, packs, snapshots, adapters=adapters)
+    core.tuner = Tuner(folder, spec, config.model.model, max_model_len, executor.backend.device)
+    return core
 
 
 def _load(config: EngineConfig, folder: Path, size: EngineSize) -> ModelRunner:

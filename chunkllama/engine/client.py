@@ -46,6 +46,7 @@ from chunkllama.messages import (
     ToEngine,
     TokenDelta,
 )
+from chunkllama.tuning_messages import TuningProgress
 
 if TYPE_CHECKING:
     from chunkllama.engine.core import EngineCore
@@ -314,6 +315,8 @@ class MessageClient(CommandClient):
                         waiter.set_result(message)
                 case CommandReply():
                     self._take_reply(message)
+                case TuningProgress():
+                    self._take_progress(message)
                 case CacheEvents():
                     self.cache_watchers.deliver(message)
                 case EngineReady():
@@ -339,9 +342,7 @@ class _QueueChannel:
     """The engine's end in process: a thread-safe inbox, an event-loop callback as outbox."""
 
     def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        deliver: Callable[[list[FromEngine]], None],
+        self, loop: asyncio.AbstractEventLoop, deliver: Callable[[list[FromEngine]], None]
     ) -> None:
         self.inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         self._loop = loop

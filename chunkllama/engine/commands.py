@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Final, Protocol
 
 from chunkllama.adapter_messages import AdapterInfo, LoadAdapter, UnloadAdapter
 from chunkllama.cache_messages import (
@@ -22,6 +23,9 @@ from chunkllama.messages import (
     ExplainPrompt,
     ToEngine,
 )
+from chunkllama.tuning_messages import StartTuning, StopTuning, TuningProgress
+
+_MAX_TUNING_CRASHES: Final = 2  # of engine processes, without a step of the job between
 
 
 class AdapterClient(Protocol):
@@ -51,6 +55,24 @@ class AdapterClient(Protocol):
         ...
 
 
+class TuningClient(AdapterClient, Protocol):
+    """Adapters of an engine, and trainings of further ones.
+
+    Attributes:
+        on_tuning: told what becomes of them.
+    """
+
+    on_tuning: Callable[[TuningProgress], None]
+
+    def start_tuning(self, command: StartTuning) -> None:
+        """Train an adapter, also in engines that are started later."""
+        ...
+
+    def stop_tuning(self, job_id: str) -> None:
+        """End a training; ``on_tuning`` hears of it when the engine has done so."""
+        ...
+
+
 class CommandClient(ABC):
     """Sends commands and hands each reply to the caller that waits for it."""
 
@@ -60,6 +82,9 @@ class CommandClient(ABC):
         self._commands = 0
         self._dead: EngineDeadError | None = None
         self._files: dict[str, LoadPack | KeepSnapshot] = {}
+        self._tunings: dict[str, StartTuning] = {}
+        self._tuning_crashes: Counter[str] = Counter()
+        self.on_tuning: Callable[[TuningProgress], None] = lambda _: None
 
     @abstractmethod
     def _send(self, message: ToEngine) -> None: ...
@@ -114,6 +139,34 @@ class CommandClient(ABC):
         self._files[command.path] = command
         if self._dead is None:
             self._send(command)
+
+    def start_tuning(self, command: StartTuning) -> None:
+        """As ``TuningClient.start_tuning``."""
+        self._tunings[command.job_id] = command
+        if self._dead is None:
+            self._send(command)
+
+    def stop_tuning(self, job_id: str) -> None:
+        """As ``TuningClient.stop_tuning``."""
+        self._tunings.pop(job_id, None)
+        if self._dead is None:
+            self._send(StopTuning(job_id=job_id))
+
+    def _take_progress(self, progress: TuningProgress) -> None:
+        if progress.state != "running":
+            self._tunings.pop(progress.job_id, None)
+        if progress.state != "running" or progress.loss is not None:
+            self._tuning_crashes.pop(progress.job_id, None)
+        self.on_tuning(progress)
+
+    def _tunings_again(self) -> list[StartTuning]:
+        """Trainings for another engine process; those that seem to end each process fail."""
+        for job_id in list(self._tunings):
+            self._tuning_crashes[job_id] += 1
+            if self._tuning_crashes[job_id] > _MAX_TUNING_CRASHES:
+                error = "the engine process ended repeatedly while it trained this job"
+                self._take_progress(TuningProgress(job_id=job_id, state="failed", error=error))
+        return [*self._tunings.values()]
 
     async def write_snapshot(self, seconds: float) -> bool:
         """As ``EngineClient.write_snapshot``."""

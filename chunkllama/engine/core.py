@@ -45,10 +45,12 @@ from chunkllama.messages import (
 from chunkllama.scheduler.output import SchedulerOutput
 from chunkllama.scheduler.scheduler import Scheduler
 from chunkllama.tenant_limits import TenantTable
+from chunkllama.tuning_messages import StartTuning, StopTuning, TuningProgress
 
 if TYPE_CHECKING:
     from chunkllama.engine.pack_loader import PackLoader
     from chunkllama.engine.snapshot import SnapshotKeeper
+    from chunkllama.engine.tuner import Tuner
 
 logger = init_logger(__name__)
 
@@ -78,6 +80,7 @@ class EngineCore:
         faults: failures that a test plants; None in service.
         make_digest: computes keys from the tree's nodes, the chunk size and the most keys wanted.
         on_step: told each step and its duration in seconds.
+        tuner: trains adapters between steps; None where there is no model.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class EngineCore:
         self.faults: Faults | None = None
         self.make_digest: MakeDigest | None = None
         self.on_step: Callable[[SchedulerOutput, float], None] = lambda output, seconds: None
+        self.tuner: Tuner | None = None
         self._scheduler = scheduler
         self._executor = executor
         self._clock = clock
@@ -335,6 +339,23 @@ class EngineCore:
             self.packs.turn(0.0 if is_busy else _LOADING_POLL)
         return [] if self.snapshots is None else self.snapshots.turn(is_busy=is_busy)
 
+    def tuning_command(self, command: StartTuning | StopTuning) -> list[FromEngine]:
+        """Begin or end the training of an adapter."""
+        assert self.tuner is not None
+        match command:
+            case StartTuning():
+                return [*self.tuner.start(command)]
+            case StopTuning():
+                return [*self.tuner.stop(command.job_id)]
+
+    def is_tuning(self) -> bool:
+        """Tell whether ``tune`` has work."""
+        return self.tuner is not None and self.tuner.is_active
+
+    def tune(self) -> list[TuningProgress]:
+        """Train in the time that requests leave; returns what has become of the job."""
+        return [] if self.tuner is None else self.tuner.turn(is_busy=self.has_work())
+
     def watch_cache(self, command: WatchCache) -> list[FromEngine]:
         """Begin or end sending changes of the cache; earlier changes precede the snapshot."""
         replies: list[FromEngine] = [*self.cache_events()]
@@ -364,6 +385,8 @@ class EngineCore:
         return reply
 
     def close(self) -> None:
+        if self.tuner is not None:
+            self.tuner.close()
         if self._adapters is not None:
             self._adapters.close()
         if self.snapshots is not None:

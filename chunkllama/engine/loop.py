@@ -29,6 +29,7 @@ from chunkllama.messages import (
     TokenDelta,
 )
 from chunkllama.tenant_limits import TenantTable
+from chunkllama.tuning_messages import StartTuning, StopTuning
 
 logger = init_logger(__name__)
 
@@ -53,7 +54,8 @@ def run_engine_loop(core: EngineCore, channel: EngineChannel) -> None:
         if not busy:
             core.check_idle()
         replies: list[FromEngine] = []
-        for message in channel.receive(block=not busy and not core.is_moving_chunks()):
+        is_idle = not (busy or core.is_moving_chunks() or core.is_tuning())
+        for message in channel.receive(block=is_idle):
             if isinstance(message, Shutdown):
                 return
             replies.extend(_handle(core, message))
@@ -66,6 +68,8 @@ def run_engine_loop(core: EngineCore, channel: EngineChannel) -> None:
         replies.extend(core.cache_events())
         if replies:
             channel.send(replies)
+        if reports := core.tune():
+            channel.send([*reports])
 
 
 def _add(core: EngineCore, request: EngineRequest) -> list[FromEngine]:
@@ -91,6 +95,13 @@ def _add(core: EngineCore, request: EngineRequest) -> list[FromEngine]:
     return [TokenDelta(request_id=request.request_id, choices=[], error=info)]
 
 
+def _change_adapters(core: EngineCore, message: LoadAdapter | UnloadAdapter) -> list[FromEngine]:
+    if isinstance(message, UnloadAdapter):
+        return [core.unload_adapter(message)]
+    refusal = core.load_adapter(message)
+    return [] if refusal is None else [refusal]
+
+
 def _handle(core: EngineCore, message: ToEngine) -> list[FromEngine]:
     match message:
         case EngineRequest():
@@ -104,11 +115,10 @@ def _handle(core: EngineCore, message: ToEngine) -> list[FromEngine]:
             return [core.cache_command(message)]
         case WatchCache():
             return core.watch_cache(message)
-        case LoadAdapter():
-            refusal = core.load_adapter(message)
-            return [] if refusal is None else [refusal]
-        case UnloadAdapter():
-            return [core.unload_adapter(message)]
+        case LoadAdapter() | UnloadAdapter():
+            return _change_adapters(core, message)
+        case StartTuning() | StopTuning():
+            return core.tuning_command(message)
         case StatsRequest():
             return [
                 core.stats(

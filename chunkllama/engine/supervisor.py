@@ -343,7 +343,7 @@ class SupervisedEngineClient(MessageClient):
         logger.info("the engine process runs again")
         if self._tenants is not None:
             process.send([self._tenants])
-        process.send([*self._files.values()])
+        process.send([*self._files.values(), *self._tunings_again()])
         self.cache_watchers.came_up()
         self.on_restarting(False)
         self._submit_waiting()

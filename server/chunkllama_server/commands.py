@@ -286,6 +286,12 @@ def _add_batch(app: typer.Typer) -> None:
     app.command()(batch)
 
 
+def _add_finetune(app: typer.Typer) -> None:
+    from chunkllama_server.finetune_command import finetune
+
+    app.command()(finetune)
+
+
 def _add_pack(app: typer.Typer) -> None:
     from chunkllama_server.pack_command import pack_app
 
@@ -299,6 +305,7 @@ _COMMANDS: dict[str, Callable[[typer.Typer], None]] = {
     "capacity": _add_capacity,
     "demo": _add_demo,
     "doctor": _add_doctor,
+    "finetune": _add_finetune,
     "health": _add_health,
     "config": _add_config,
     "version": _add_version,

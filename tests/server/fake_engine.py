@@ -27,6 +27,7 @@ from chunkllama.messages import (
     TokenDelta,
     TokenLogprob,
 )
+from chunkllama.tuning_messages import StartTuning
 
 MODEL = "org/tiny"
 MAX_MODEL_LEN = 2048
@@ -59,6 +60,8 @@ class FakeEngine:
     def reset(self) -> None:
         self.is_ready = True
         self.adapters: dict[str, AdapterInfo] = {}
+        self.tunings: list[StartTuning] = []
+        self.stopped_tunings: list[str] = []
         self.delay = 0.0
         self.tokens_per_delta = 1
         self.gate = threading.Event()  # closed, no delta from number ``gate_at`` on is sent
@@ -230,6 +233,12 @@ class FakeEngine:
         if name == "busy":
             raise InvalidRequestError("adapter 'busy' is used by 1 requests; try again later")
         return self.adapters.pop(name, None) is not None
+
+    def start_tuning(self, command: StartTuning) -> None:
+        self.tunings.append(command)
+
+    def stop_tuning(self, job_id: str) -> None:
+        self.stopped_tunings.append(job_id)
 
     async def keep_public(self, request: EngineRequest) -> TokenDelta:
         first, *_ = [delta async for delta in self.generate(request)]

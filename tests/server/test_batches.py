@@ -238,7 +238,7 @@ def test_a_file_and_a_purpose(files, client) -> None:
     assert client.files.content(stored.id).content == encoded([line("a")])
     assert [each.id for each in client.files.list()] == [stored.id]
     with pytest.raises(openai.BadRequestError) as caught:
-        client.files.create(file=("in.jsonl", b"x"), purpose="fine-tune")
+        client.files.create(file=("in.jsonl", b"x"), purpose="vision")
     assert caught.value.param == "purpose"
     with pytest.raises(openai.NotFoundError):
         client.batches.create(input_file_id="file-x", endpoint=CHAT, completion_window="24h")

@@ -96,12 +96,12 @@ def test_uploads_of_a_key_at_once_are_counted(files) -> None:
         for _ in range(2):
             held.enter_context(begun(files, body=FILE))
         store = runner_of(files).store
-        until(lambda: store._num_arriving["a"] == 2)
+        until(lambda: store.num_arriving["a"] == 2)
         assert store.room("a") == (1 << 20) - 2 * 1000
         assert refusal(begun(files)) == (429, "too_many_uploads")
         assert refusal(begun(files, key="kb", Origin="http://evil")) == (403, "origin")
         assert store.room("b") == 1 << 20
-    until(lambda: store._num_arriving["a"] == 0)
+    until(lambda: store.num_arriving["a"] == 0)
     assert store.room("a") == 1 << 20
 
 

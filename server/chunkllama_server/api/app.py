@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI
 from prometheus_client import Gauge
@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from chunkllama import __version__
 from chunkllama.engine.client import EngineClient
+from chunkllama.engine.commands import TuningClient
 from chunkllama.logger import init_logger
 from chunkllama_server.api import (
     adapters,
@@ -48,6 +49,9 @@ from chunkllama_server.api.ollama import routes as ollama
 from chunkllama_server.api.openapi import install_openapi
 from chunkllama_server.api.responses import routes as responses_api
 from chunkllama_server.api.tgi import routes as tgi
+from chunkllama_server.api.tuning import routes as tuning
+from chunkllama_server.api.tuning.examples import ExampleReader
+from chunkllama_server.api.tuning.runner import TuningRunner
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.metrics.loop_lag import LoopLag
 from chunkllama_server.metrics.server_metrics import ServerMetrics
@@ -74,8 +78,12 @@ DESCRIPTION = (
 )
 
 
+class AppEngine(EngineClient, TuningClient, Protocol):
+    """An engine that answers requests and trains."""
+
+
 def create_app(
-    engine: EngineClient,
+    engine: AppEngine,
     text: TextService,
     settings: Settings,
     tenants: Tenants,
@@ -139,12 +147,13 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         lag.start(asyncio.get_running_loop())
-        if context.batches is not None:
-            await context.batches.resume()
+        jobs = [each for each in (context.batches, context.tunings) if each is not None]
+        for runner in jobs:
+            await runner.resume()
         yield
         lag.stop()
-        if context.batches is not None:
-            await context.batches.close()
+        for runner in reversed(jobs):
+            await runner.close()
         await context.background.close()
         await context.responses.close()
         if context.idle is not None:
@@ -166,6 +175,7 @@ def create_app(
     )
     app.state.context = context
     context.batches = _batch_runner(app, engine_queue, settings, tenants)
+    context.tunings = _tuning_runner(context.batches, engine, text, settings, tenants)
     for protocol, router in PROTOCOLS.items():
         if protocol in settings.protocols:
             app.include_router(router)
@@ -176,6 +186,7 @@ def create_app(
         embeddings,
         tokenize,
         batch,
+        tuning,
         unsupported,
         cache,
         models,
@@ -238,11 +249,31 @@ def _batch_runner(
         FileStore(settings.files_folder, budget, settings.file_seconds),
         call,
         lambda: engine.has_gap(GAP_TOKENS),
-        lambda tenant: tenant in tenants.keys if tenants.keys else not tenant,
+        tenants.has_key,
         lambda: most if engine.is_quiet(QUIET_SECONDS) else few,
         settings.batch_lines,
         settings,
     )
+
+
+def _tuning_runner(
+    batches: BatchRunner | None,
+    engine: AppEngine,
+    text: TextService,
+    settings: Settings,
+    tenants: Tenants,
+) -> TuningRunner | None:
+    """The runner of fine-tuning jobs; None where they are turned off, or nothing trains them."""
+    if batches is None or not settings.finetune or settings.cluster is not None:
+        return None
+    reader = ExampleReader(
+        text.template,
+        frozenset(engine.info.eos_token_ids),
+        settings.finetune_lines,
+        engine.info.max_model_len,
+        settings,
+    )
+    return TuningRunner(batches.store, engine, reader.read, settings, tenants.has_key)
 
 
 def _queue_limits(settings: Settings, engine: EngineClient) -> QueueLimits:

@@ -38,6 +38,7 @@ from chunkllama_server.config.limits import LimitsConfig
 from chunkllama_server.config.packs import PackConfig
 from chunkllama_server.config.protocols import Protocols
 from chunkllama_server.config.shared import SharedConfig
+from chunkllama_server.config.tuning import TuningConfig
 
 ENV_PREFIX = "CHUNKLLAMA_"
 # Read elsewhere, before any configuration: locations of files, and what tests plant.
@@ -67,7 +68,6 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Tags = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_listed)]
 Port = Annotated[int, Field(ge=0, le=65535)]
-
 
 # Model families by the form in which they write tool calls.
 ToolFamily = Literal[
@@ -267,7 +267,7 @@ class ServerConfig(ConfigGroup):
 
 _ENGINE_GROUPS = (ModelConfig, CacheConfig, SchedulerConfig, LogConfig)
 _SERVER_GROUPS = (
-    *(ServerConfig, LimitsConfig, BatchConfig, AdapterConfig, PackConfig),
+    *(ServerConfig, LimitsConfig, BatchConfig, TuningConfig, AdapterConfig, PackConfig),
     *(SharedConfig, ClusterConfig),
 )
 
@@ -276,6 +276,7 @@ class Settings(
     ServerConfig,
     LimitsConfig,
     BatchConfig,
+    TuningConfig,
     AdapterConfig,
     PackConfig,
     SharedConfig,

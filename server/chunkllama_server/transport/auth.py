@@ -84,6 +84,10 @@ class Tenants:
         for tenant, limiter in self._limiters.items():
             limiter.set_quotas(self.quotas(tenant))
 
+    def has_key(self, tenant: str) -> bool:
+        """Whether a tenant may send requests."""
+        return tenant in self.keys if self.keys else not tenant
+
     def quotas(self, tenant: str) -> TenantQuotas:
         """Return a tenant's quotas."""
         return self._quotas.get(tenant, NO_QUOTAS)

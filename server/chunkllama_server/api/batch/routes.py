@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, BinaryIO, Literal, TypeVar
+from collections.abc import Iterator
+from typing import Annotated, BinaryIO, Literal
 
 from fastapi import APIRouter, Form, Query, Request, UploadFile
 from starlette.responses import FileResponse, Response
 
 from chunkllama_server.api.batch.records import StoredBatch, StoredFile
-from chunkllama_server.api.batch.store import FileStore
+from chunkllama_server.api.batch.store import FileStore, Purpose
 from chunkllama_server.api.batch.upload import UploadRoute, open_runner
 from chunkllama_server.api.common.context import Context, ServerContext
+from chunkllama_server.api.common.paging import page_of
 from chunkllama_server.api.openapi import refusals
 from chunkllama_server.api.schema.batch import (
     MESSAGES,
@@ -58,9 +59,9 @@ async def upload_file(
     anchor: Annotated[str | None, Form(alias="expires_after[anchor]")] = None,
     seconds: Annotated[int | None, Form(alias="expires_after[seconds]")] = None,
 ) -> FileObject:
-    """Store a file of lines for a batch."""
-    if purpose != "batch":
-        raise invalid("purpose must be batch", "purpose", "unsupported")
+    """Store a file of lines for a batch, or of conversations to train on."""
+    if purpose not in ("batch", "fine-tune"):
+        raise invalid("purpose must be batch or fine-tune", "purpose", "unsupported")
     if anchor not in (None, "created_at"):
         raise invalid("anchor must be created_at", "expires_after.anchor")
     if seconds is not None and not _MIN_SECONDS <= seconds <= _MAX_SECONDS:
@@ -68,7 +69,8 @@ async def upload_file(
     store = (await open_runner(context)).store
     name = (file.filename or "file")[:_FILE_NAME_CHARS]
     tenant = request_info(request.scope).tenant
-    return await store.add_file(tenant, name, _blocks(file.file), file.size or 0, seconds)
+    kind: Purpose = "batch" if purpose == "batch" else "fine-tune"
+    return await store.add_file(tenant, name, _blocks(file.file), file.size or 0, seconds, kind)
 
 
 @router.get("/v1/files", response_model=FileList, responses=_GET)
@@ -87,7 +89,9 @@ async def list_files(
     records = [
         record for record in store.files.of(tenant) if purpose in (None, record.value["purpose"])
     ]
-    page, has_more = _page(records if order == "desc" else records[::-1], limit, after)
+    page, has_more = page_of(
+        records if order == "desc" else records[::-1], limit, after, lambda record: record.id
+    )
     listed: FileList = {
         "object": "list",
         "data": [record.value for record in page],
@@ -233,7 +237,7 @@ async def list_batches(
     """List the key's jobs, newest first."""
     store = (await open_runner(context)).store
     tenant = request_info(request.scope).tenant
-    page, has_more = _page(store.batches.of(tenant), limit, after)
+    page, has_more = page_of(store.batches.of(tenant), limit, after, lambda record: record.id)
     return {
         "object": "list",
         "data": [record.value for record in page],
@@ -241,16 +245,3 @@ async def list_batches(
         "last_id": page[-1].id if page else None,
         "has_more": has_more,
     }
-
-
-Item = TypeVar("Item", StoredFile, StoredBatch)
-
-
-def _page(records: Sequence[Item], limit: int, after: str | None) -> tuple[Sequence[Any], bool]:
-    """Records behind the one with the id ``after``, at most ``limit``; whether more follow."""
-    if after is not None:
-        ids = [record.id for record in records]
-        if after not in ids:
-            raise invalid(f"Nothing with the id {after[:100]!r} is listed", "after")
-        records = records[ids.index(after) + 1 :]
-    return records[:limit], len(records) > limit

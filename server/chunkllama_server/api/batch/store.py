@@ -28,7 +28,7 @@ from chunkllama_server.transport.errors import ApiError, storage_full, unavailab
 
 logger = init_logger(__name__)
 
-Purpose = Literal["batch", "batch_output"]
+Purpose = Literal["batch", "batch_output", "fine-tune"]
 _MAX_FILES = 10_000
 _MAX_ENDED = 1000
 
@@ -66,7 +66,7 @@ class FileStore:
         self._used: Counter[str] = Counter()  # bytes that a tenant stores or has reserved
         self._charged: dict[str, int] = {}  # of it, by the id of a file or job
         self._held: Counter[str] = Counter()  # reserved for the results of a job
-        self._num_arriving: Counter[str] = Counter()  # uploads
+        self.num_arriving: Counter[str] = Counter()  # uploads
         self._expired_at = 0
         self._threads = DiskThreads()
 
@@ -169,7 +169,7 @@ class FileStore:
         self.expire()
         return self._budget(tenant) - self._used[tenant]
 
-    def _reserve(self, tenant: str, num_bytes: int) -> None:
+    def reserve(self, tenant: str, num_bytes: int) -> None:
         """Take room that is used later.
 
         Raises:
@@ -184,32 +184,19 @@ class FileStore:
             )
         self._used[tenant] += num_bytes
 
-    @contextlib.contextmanager
-    def arriving(self, tenant: str, most: int) -> Iterator[Callable[[int], None] | None]:
-        """Count an upload while it arrives, and what it takes of the tenant's budget.
+    def release(self, tenant: str, num_bytes: int) -> None:
+        """Give back room that was reserved."""
+        self._used[tenant] -= num_bytes
+
+    def charge(self, tenant: str, name: str, num_bytes: int) -> None:
+        """Charge a tenant for what lies beside its files; replaces the former charge of the name.
 
         Args:
-            most: uploads of a tenant at once.
-
-        Yields:
-            What reserves more bytes or raises 413; None where there are ``most`` already.
+            num_bytes: 0 ends the charge.
         """
-        if self._num_arriving[tenant] >= most:
-            yield None
-            return
-        reserved = 0
-
-        def take(num_bytes: int) -> None:
-            nonlocal reserved
-            self._reserve(tenant, num_bytes)
-            reserved += num_bytes
-
-        self._num_arriving[tenant] += 1
-        try:
-            yield take
-        finally:
-            self._used[tenant] -= reserved
-            self._num_arriving[tenant] -= 1
+        self._used[tenant] += num_bytes - self._charged.pop(name, 0)
+        if num_bytes:
+            self._charged[name] = num_bytes
 
     def grow(self, record: StoredBatch, num_bytes: int, *, at_any_rate: bool = False) -> bool:
         """Reserve more room for the results of a job; False if there is none.
@@ -246,6 +233,7 @@ class FileStore:
         blocks: Iterator[bytes],
         size: int,
         seconds: float | None = None,
+        purpose: Purpose = "batch",
     ) -> FileObject:
         """Store an uploaded file.
 
@@ -260,13 +248,13 @@ class FileStore:
             message = f"At most {_MAX_FILES} files of an API key are stored; delete some"
             raise ApiError(413, message, "file", "too_many_files")
         reserved = size + FILE_RECORD_BYTES
-        self._reserve(tenant, reserved)
+        self.reserve(tenant, reserved)
         file_id = f"file-{uuid.uuid4().hex}"
 
         async def add() -> FileObject:
             try:
                 await self.work(self._disk.write, tenant, file_id, "data", blocks)
-                return await self.adopt(tenant, file_id, filename, size, "batch", seconds)
+                return await self.adopt(tenant, file_id, filename, size, purpose, seconds)
             except OSError as error:
                 logger.error("files_dir: a file cannot be stored: %s", error)
                 with contextlib.suppress(OSError):  # its record may not fit
@@ -350,7 +338,7 @@ class FileStore:
         for old in [job for job in self.batches.of(record.tenant) if job.has_ended][_MAX_ENDED:]:
             self._drop_batch(old)
         size = record.most_bytes
-        self._reserve(record.tenant, size)
+        self.reserve(record.tenant, size)
         self._used[record.tenant] -= size
         self._serial += 1
         record.serial = self._serial

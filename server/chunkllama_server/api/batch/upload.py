@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 from fastapi import Request
 from starlette.datastructures import FormData
 
 from chunkllama_server.api.batch.runner import BatchRunner
+from chunkllama_server.api.batch.store import FileStore
 from chunkllama_server.api.common.context import ServerContext, get_context
 from chunkllama_server.transport.body import JsonRoute
 from chunkllama_server.transport.errors import ApiError, exceeded
@@ -51,6 +55,34 @@ class UploadRoute(JsonRoute):
             raise
 
 
+@contextlib.contextmanager
+def _arriving(store: FileStore, tenant: str, most: int) -> Iterator[Callable[[int], None] | None]:
+    """Count an upload while it arrives, and what it takes of the tenant's budget.
+
+    Args:
+        most: uploads of a tenant at once.
+
+    Yields:
+        What reserves more bytes or raises 413; None where there are ``most`` already.
+    """
+    if store.num_arriving[tenant] >= most:
+        yield None
+        return
+    reserved = 0
+
+    def take(num_bytes: int) -> None:
+        nonlocal reserved
+        store.reserve(tenant, num_bytes)
+        reserved += num_bytes
+
+    store.num_arriving[tenant] += 1
+    try:
+        yield take
+    finally:
+        store.release(tenant, reserved)
+        store.num_arriving[tenant] -= 1
+
+
 async def _receive(request: Request) -> FormData:
     context = get_context(request)
     context.check_serving()
@@ -60,7 +92,7 @@ async def _receive(request: Request) -> FormData:
         raise ApiError(403, "Browsers may not upload files to this server", code="origin")
     store = (await open_runner(context)).store
     promised = int(request.headers.get("content-length", "0"))
-    with store.arriving(request_info(request.scope).tenant, context.settings.max_uploads) as take:
+    with _arriving(store, request_info(request.scope).tenant, context.settings.max_uploads) as take:
         if take is None:
             error = exceeded(context.settings, "max_uploads")
             error.headers = {"Retry-After": "1"}

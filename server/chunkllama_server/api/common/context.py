@@ -26,6 +26,7 @@ from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
 from chunkllama_server.api.dialect.translate import binding, looks_binding
 from chunkllama_server.api.schema.base import RequestModel, SamplingFields, walk_fields
+from chunkllama_server.api.tuning.runner import TuningRunner
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.metrics.history import StatsHistory
 from chunkllama_server.metrics.server_metrics import ServerMetrics
@@ -88,6 +89,7 @@ class ServerContext:
         reads, operator_reads: of metrics and dashboards, by tenants and by operators.
         history: the engine's last minutes, for the dashboard.
         batches: files and batch jobs; None where they are turned off.
+        tunings: fine-tuning jobs; None where they are turned off.
         created: Unix time at which the application was built, for /v1/models.
         packs: files of prefixes that can be loaded.
         replicas: figures of each replica of a cluster; None where there is one engine.
@@ -109,6 +111,7 @@ class ServerContext:
     fork_tokens: tuple[int, int] | None = None
     idle: IdlePrefill | None = None
     batches: BatchRunner | None = None
+    tunings: TuningRunner | None = None
     replicas: Callable[[], list[dict[str, Any]]] | None = None
     failovers: Mapping[str, int] = field(default_factory=dict)
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
@@ -182,8 +185,12 @@ class ServerContext:
         names, adapters = self.settings.model_names, self.engine.adapters
         if name in names or name in adapters:
             return name if name in adapters else ""
-        base, _, adapter = name.rpartition(":")
-        return adapter if base in names and adapter in adapters else None
+        behind = (name.removeprefix(f"{base}:") for base in names if name.startswith(f"{base}:"))
+        return next((adapter for adapter in behind if adapter in adapters), None)
+
+    def _owner(self, adapter: str) -> str | None:
+        """Whose job has made an adapter, which others do not see; None: it is an operator's."""
+        return None if self.tunings is None else self.tunings.owner(adapter)
 
     def _model_of(self, given: str | None, tenant: str) -> str:
         """Return the model that a request means: its tenant's default where it names none."""
@@ -193,6 +200,8 @@ class ServerContext:
         return self.allowed_models(tenant)[0]
 
     def _may_use(self, name: str, adapter: str, tenant: str) -> bool:
+        if (owner := self._owner(adapter)) is not None:
+            return owner == tenant
         allowed = self.tenants.quotas(tenant).allowed_models
         if allowed is None or (not adapter and name in allowed):
             return True
@@ -206,7 +215,7 @@ class ServerContext:
             ApiError: 404 for a model that is not served, 403 for one that the tenant may not use.
         """
         adapter = self.adapter_of(name)
-        if adapter is None:
+        if adapter is None or self._owner(adapter) not in (None, tenant):
             raise not_found_model(name)
         if not self._may_use(name, adapter, tenant):
             self.metrics.reject_tenant(tenant, "model")

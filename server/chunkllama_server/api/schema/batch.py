@@ -57,7 +57,7 @@ class FileObject(TypedDict):
     created_at: int
     expires_at: int | None
     filename: str
-    purpose: Literal["batch", "batch_output"]
+    purpose: Literal["batch", "batch_output", "fine-tune"]
     status: Literal["processed"]
 
 

@@ -28,6 +28,7 @@ from chunkllama_server.api.schema.ollama import (
 from chunkllama_server.api.schema.responses import ResponseRequest
 from chunkllama_server.api.schema.tgi import TeiEmbedRequest, TgiCompatRequest, TgiRequest
 from chunkllama_server.api.schema.tokenize import DetokenizeRequest, TokenizeRequest
+from chunkllama_server.api.schema.tuning import FineTuningRequest
 
 REQUESTS: dict[str, type[BaseModel]] = {
     "POST /v1/chat/completions": ChatCompletionRequest,
@@ -45,6 +46,7 @@ REQUESTS: dict[str, type[BaseModel]] = {
     "POST /": TgiCompatRequest,
     "POST /embed": TeiEmbedRequest,
     "POST /v1/batches": BatchRequest,
+    "POST /v1/fine_tuning/jobs": FineTuningRequest,
     "POST /tokenize": TokenizeRequest,
     "POST /detokenize": DetokenizeRequest,
     "POST /v1/cache/explain": ExplainRequest,

@@ -1,0 +1,228 @@
+"""Fine-tuning jobs on disk, a folder for each, which outlive the server.
+
+    <files_dir>/tuning/<id>/job.json       the job
+    <files_dir>/tuning/<id>/events.jsonl   what has happened to it, a line each
+    <files_dir>/tuning/<id>/...            see ``chunkllama/tuning/folder.py``
+
+The lock of the file store guards them as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+
+from chunkllama.logger import init_logger
+from chunkllama.tuning.folder import ADAPTER, EXAMPLES, STATE, replace_file
+from chunkllama.tuning_messages import TuningOptions
+from chunkllama_server.api.schema.tuning import FineTuningJob, JobStatus, StepMetrics, TuningEvent
+
+logger = init_logger(__name__)
+
+ENDED: Final = frozenset(("succeeded", "failed", "cancelled"))
+_RECORD, _EVENTS = "job.json", "events.jsonl"
+_MAX_ENDED: Final = 100
+
+
+class StoredJob(msgspec.Struct):
+    """A job's record.
+
+    Attributes:
+        serial: counts jobs in the order in which they were made.
+        num_targets: tokens that are trained in an epoch; 0 until the file is read.
+        is_deleted: its model was deleted.
+    """
+
+    tenant: str
+    value: FineTuningJob
+    options: TuningOptions
+    serial: int
+    num_targets: int = 0
+    is_deleted: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """A job and its folder; its events are read when they are asked for."""
+
+    record: StoredJob
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        return self.record.value["id"]
+
+    @property
+    def value(self) -> FineTuningJob:
+        return self.record.value
+
+    @property
+    def tenant(self) -> str:
+        return self.record.tenant
+
+    @property
+    def has_ended(self) -> bool:
+        return self.value["status"] in ENDED
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the trained adapter."""
+        return self.folder / ADAPTER
+
+    @property
+    def model(self) -> str | None:
+        """Name of the trained model, while it can be requested."""
+        return None if self.record.is_deleted else self.value["fine_tuned_model"]
+
+
+class JobStore:
+    """Jobs of all tenants.
+
+    Args:
+        folder: of the file store.
+        now: Unix time in whole seconds.
+    """
+
+    def __init__(self, folder: Path, now: Callable[[], int]) -> None:
+        self._folder = folder / "tuning"
+        self._now = now
+        self._jobs: dict[str, Job] = {}
+        self._serial = 0
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(list(self._jobs.values()))
+
+    def of(self, tenant: str) -> list[Job]:
+        """The tenant's jobs, newest first."""
+        return [job for job in self if job.tenant == tenant][::-1]
+
+    def get(self, job_id: str, tenant: str) -> Job | None:
+        job = self._jobs.get(job_id)
+        return job if job is not None and job.tenant == tenant else None
+
+    def read(self) -> None:
+        """Read all jobs; one that cannot be read is left out, its data stay."""
+        found = []
+        for path in self._folder.glob(f"*/{_RECORD}"):
+            try:
+                record = msgspec.json.decode(path.read_bytes(), type=StoredJob)
+            except (OSError, msgspec.MsgspecError) as error:
+                logger.warning("files_dir: %s is left out, its data is kept: %s", path, error)
+                continue
+            found.append(Job(record, path.parent))
+        for job in sorted(found, key=lambda job: job.record.serial):
+            self._jobs[job.id] = job
+            self._serial = max(self._serial, job.record.serial)
+
+    def add(self, tenant: str, value: FineTuningJob, options: TuningOptions) -> Job:
+        """Store a new job; the oldest of many that have ended without a model are forgotten.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        ended = [job for job in self.of(tenant) if job.has_ended and job.model is None]
+        for old in ended[_MAX_ENDED:]:
+            del self._jobs[old.id]
+            shutil.rmtree(old.folder, ignore_errors=True)
+        self._serial += 1
+        folder = self._folder / value["id"]
+        folder.mkdir(mode=0o700, parents=True)
+        job = Job(StoredJob(tenant, value, options, self._serial), folder)
+        self.write(job)
+        self._jobs[job.id] = job
+        return job
+
+    def write(self, job: Job) -> None:
+        """Store what a job has become.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        replace_file(job.folder / _RECORD, iter([msgspec.json.encode(job.record)]))
+
+    def enter(self, job: Job, status: JobStatus) -> None:
+        """Change a job's status, on disk too.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        job.value["status"] = status
+        if status in ENDED:
+            job.value["finished_at"] = self._now()
+            job.value["estimated_finish"] = None
+        if status == "succeeded":
+            job.value["trained_tokens"] = job.record.num_targets * job.record.options.n_epochs
+        self.write(job)
+
+    def note(
+        self,
+        job: Job,
+        message: str,
+        level: Literal["info", "warn", "error"] = "info",
+        data: StepMetrics | None = None,
+    ) -> None:
+        """Add an event."""
+        event: TuningEvent = {
+            "id": f"ftevent-{uuid.uuid4().hex[:24]}",
+            "object": "fine_tuning.job.event",
+            "created_at": self._now(),
+            "level": level,
+            "message": message,
+            "type": "message" if data is None else "metrics",
+            "data": data,
+        }
+        with contextlib.suppress(OSError), (job.folder / _EVENTS).open("ab") as file:
+            file.write(msgspec.json.encode(event) + b"\n")
+
+    def events(self, job: Job) -> list[TuningEvent]:
+        """What has happened to a job, oldest first."""
+        path, found = job.folder / _EVENTS, []
+        if path.exists():
+            for line in path.read_bytes().splitlines():
+                with contextlib.suppress(msgspec.MsgspecError):  # it was cut by a process's end
+                    found.append(msgspec.json.decode(line, type=TuningEvent))
+        return found
+
+    def forget_steps(self, job: Job, first: int) -> None:
+        """Drop the events of steps that are done again.
+
+        Args:
+            first: of these steps.
+        """
+        events = self.events(job)
+        kept = [each for each in events if each["data"] is None or each["data"]["step"] < first]
+        if len(kept) < len(events):
+            lines = (msgspec.json.encode(event) + b"\n" for event in kept)
+            replace_file(job.folder / _EVENTS, lines)
+
+    def drop_work(self, job: Job) -> None:
+        """Remove what only a training needs, and an adapter that is no model."""
+        for name in (STATE, EXAMPLES):
+            (job.folder / name).unlink(missing_ok=True)
+        if job.model is None:
+            shutil.rmtree(job.adapter, ignore_errors=True)
+
+    def drop_ended_work(self, job_id: str) -> None:
+        """The same, if the job has ended: the engine may have written after that."""
+        job = self._jobs.get(job_id)
+        if job is not None and job.has_ended:
+            self.drop_work(job)
+
+    def drop_adapter(self, job: Job) -> None:
+        """Remove the trained adapter, of which the job says so from now on."""
+        job.record.is_deleted = True
+        self.write(job)
+        shutil.rmtree(job.adapter, ignore_errors=True)
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(entry.stat().st_size for entry in os.scandir(path)) if path.exists() else 0

@@ -1,0 +1,377 @@
+"""Run fine-tuning jobs: check their files, train one after the other, and serve what they make."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from chunkllama.engine.commands import TuningClient
+from chunkllama.errors import ConfigError, EngineDeadError, InvalidRequestError
+from chunkllama.logger import init_logger
+from chunkllama.tuning.folder import Example, write_examples
+from chunkllama.tuning_messages import StartTuning, TuningOptions, TuningProgress
+from chunkllama_server.api.batch.store import FileStore
+from chunkllama_server.api.schema.tuning import FineTuningJob
+from chunkllama_server.api.tuning.jobs import Job, JobStore, folder_bytes
+from chunkllama_server.config.tuning import TuningConfig
+
+logger = init_logger(__name__)
+
+_WATCH_SECONDS: Final = 1.0  # between two looks for the folder, for jobs and for keys that are gone
+_ENGINE_SECONDS: Final = 0.5  # between two tries to load an adapter while the engine restarts
+_MAX_STEPS: Final = 10_000  # of a job: each is an event
+_REVOKED: Final = "The API key of this job has been removed from the server"
+
+
+class _FailedError(Exception):
+    """Why a job fails: a code, a line, and the field of the request."""
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+
+
+class TuningRunner:
+    """Runs jobs, one at a time, the keys in turns.
+
+    Args:
+        store: of uploaded files; its lock guards the jobs.
+        engine: trains and serves.
+        read: reads and checks a training file, in a thread.
+        settings: limits.
+        is_known: whether a tenant has a key.
+    """
+
+    def __init__(
+        self,
+        store: FileStore,
+        engine: TuningClient,
+        read: Callable[[Path], list[Example]],
+        settings: TuningConfig,
+        is_known: Callable[[str], bool],
+    ) -> None:
+        self.store = store
+        self.jobs = JobStore(store.folder, store.now)
+        self._engine = engine
+        self._read = read
+        self._settings = settings
+        self._is_known = is_known
+        self._is_open = False
+        self._opening = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._running: Job | None = None
+        self._outcome: asyncio.Future[str] | None = None
+        self._started: tuple[float, int] = (0.0, 0)  # when, and after which step
+        self._turns: Counter[str] = Counter()  # of each key
+        self._owners: dict[str, str] = {}  # by name of a model
+        self._task: asyncio.Task[None] | None = None
+        engine.on_tuning = self._take
+
+    async def resume(self) -> None:
+        """Continue the jobs of an earlier process, as soon as the folder is free."""
+        self._task = asyncio.create_task(self._work())
+
+    async def open(self) -> None:
+        """Read the jobs; the file store is open."""
+        async with self._opening:
+            if self._is_open:
+                return
+            await self.store.work(self.jobs.read)
+            self._is_open = True
+            for job in self.jobs:
+                if job.model is not None:
+                    self._own(job, job.model)
+            self._wake.set()
+
+    async def close(self) -> None:
+        """End all tasks; the jobs continue in the next process."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    # -- jobs ---------------------------------------------------------------------------------
+
+    def add(self, tenant: str, value: FineTuningJob, options: TuningOptions) -> Job:
+        """Store a new job, which runs when it is its turn.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        job = self.jobs.add(tenant, value, options)
+        self.jobs.note(job, "Created fine-tuning job")
+        self._wake.set()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """End a job that has not ended."""
+        self._interrupt(job)
+        self.jobs.enter(job, "cancelled")
+        self.jobs.note(job, "The job was cancelled")
+        self.jobs.drop_work(job)
+
+    def pause(self, job: Job) -> None:
+        """Stop a job until it is resumed; its last saved step stays."""
+        self._interrupt(job)
+        self.jobs.enter(job, "paused")
+        self.jobs.note(job, "The job was paused")
+
+    def unpause(self, job: Job) -> None:
+        """Let a paused job run when it is its turn."""
+        self.jobs.enter(job, "queued" if job.record.num_targets else "validating_files")
+        self.jobs.note(job, "The job was resumed")
+        self._wake.set()
+
+    def owner(self, model: str) -> str | None:
+        """The tenant that a fine-tuned model belongs to; None: it is none."""
+        return self._owners.get(model)
+
+    def find(self, model: str, tenant: str) -> Job | None:
+        """The tenant's job that has made a model."""
+        return next((job for job in self.jobs.of(tenant) if job.model == model), None)
+
+    async def delete(self, job: Job) -> None:
+        """Delete the model of a job.
+
+        Raises:
+            InvalidRequestError: requests use it.
+            EngineDeadError: the engine is being restarted.
+        """
+        name = job.model
+        assert name is not None
+        if name in self._engine.adapters:
+            await self._engine.unload_adapter(name)
+        self.jobs.drop_adapter(job)
+        self._disown(job, name)
+
+    def _own(self, job: Job, name: str) -> None:
+        """Note whose model it is, and charge its owner for its files."""
+        self._owners[name] = job.tenant
+        self.store.charge(job.tenant, job.id, folder_bytes(job.adapter))
+
+    def _disown(self, job: Job, name: str) -> None:
+        self._owners.pop(name, None)
+        self.store.charge(job.tenant, job.id, 0)
+
+    def _interrupt(self, job: Job) -> None:
+        if job is self._running:
+            self._engine.stop_tuning(job.id)
+            if self._outcome is not None and not self._outcome.done():
+                self._outcome.cancel()
+
+    # -- running ------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        has_models = False
+        while True:
+            self._wake.clear()
+            try:
+                if self.store.is_open:
+                    await self.open()
+                    if not has_models:
+                        await self._load_models()
+                        has_models = True
+                    while (job := self._next()) is not None:
+                        await self._run(job)
+            except Exception as error:  # the next look may find what this one lacked
+                self.store.note(f"fine-tuning jobs: {type(error).__name__}: {error}")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), _WATCH_SECONDS)
+
+    def _next(self) -> Job | None:
+        """The oldest job of the key that has had the fewest turns."""
+        waiting = [
+            job
+            for job in self.jobs
+            if job.value["status"] in ("validating_files", "queued", "running")
+        ]
+        return min(waiting, key=lambda job: self._turns[job.tenant], default=None)
+
+    async def _load_models(self) -> None:
+        """Load what jobs have made, after a start of the server."""
+        for job in self.jobs:
+            name = job.model
+            if job.value["status"] == "succeeded" and name and name not in self._engine.adapters:
+                try:
+                    await self._load(job, name)
+                except _FailedError as error:
+                    logger.error("job %s: its model is not served: %s", job.id, error)
+
+    async def _load(self, job: Job, name: str) -> None:
+        folder = str(job.adapter.absolute())
+        while True:
+            try:
+                await self._engine.load_adapter(name, folder)
+                return
+            except ConfigError as error:
+                why = str(error).removeprefix(f"{folder}: ")  # owners must not learn the path
+                raise _FailedError("adapter_refused", why) from None
+            except EngineDeadError:
+                await asyncio.sleep(_ENGINE_SECONDS)
+
+    async def _run(self, job: Job) -> None:
+        self._running = job
+        self._turns[job.tenant] += 1
+        try:
+            await self._run_to_end(job)
+        except _FailedError as error:
+            self._fail(job, error)
+        except OSError as error:
+            logger.error("job %s: %s", job.id, error)
+            self._fail(job, _FailedError("disk_error", "The job's data could not be written"))
+        except asyncio.CancelledError:
+            if self._task is not None and self._task.cancelling():
+                raise  # the server ends
+        except Exception as error:
+            logger.error("job %s failed", job.id, exc_info=error)
+            self._fail(job, _FailedError("internal", "The job failed; see the server's log"))
+        finally:
+            self._running = None
+
+    def _fail(self, job: Job, error: _FailedError) -> None:
+        if job.has_ended:
+            return
+        job.value["error"] = {"code": error.code, "message": str(error), "param": error.param}
+        with contextlib.suppress(OSError):
+            self.jobs.enter(job, "failed")
+            self.jobs.note(job, str(error), "error")
+            self.jobs.drop_work(job)
+
+    async def _run_to_end(self, job: Job) -> None:
+        if not self._is_known(job.tenant):
+            raise _FailedError("key_revoked", _REVOKED)
+        if job.value["status"] == "validating_files":
+            await self._validate(job)
+        if job.value["status"] not in ("queued", "running"):
+            return  # it was paused or cancelled
+        self.jobs.enter(job, "running")
+        settings = self._settings
+        self._outcome = asyncio.get_running_loop().create_future()
+        self._engine.start_tuning(
+            StartTuning(
+                job_id=job.id,
+                folder=str(job.folder.absolute()),
+                options=job.record.options,
+                max_step_seconds=settings.finetune_max_step_seconds,
+                max_bytes=settings.finetune_memory,
+                slice_tokens=settings.finetune_slice_tokens,
+            )
+        )
+        try:
+            error = await self._outcome
+        finally:
+            self._outcome = None
+        if error:
+            code = "finetune_memory" if error.startswith("finetune_memory") else "training_failed"
+            raise _FailedError(code, error)
+        await self._serve(job)
+
+    async def _validate(self, job: Job) -> None:
+        path = self.store.file_path(job.tenant, job.value["training_file"])
+        try:
+            if path is None:
+                raise FileNotFoundError
+            examples = await self.store.work(self._read, path)
+        except FileNotFoundError:
+            raise _FailedError(
+                "file_not_found", "The training file has been deleted or has expired",
+                "training_file",
+            ) from None  # fmt: skip
+        except InvalidRequestError as error:
+            raise _FailedError(
+                error.code or "invalid_training_file", error.message, "training_file"
+            ) from None
+        options = job.record.options
+        steps = options.n_epochs * -(-len(examples) // options.batch_size)
+        if steps > _MAX_STEPS:
+            raise _FailedError(
+                "too_many_steps",
+                f"the job would take {steps} steps, at most {_MAX_STEPS}; raise batch_size or "
+                "lower n_epochs",
+                "hyperparameters",
+            )
+        await self.store.work(write_examples, job.folder, examples)
+        if job.value["status"] != "validating_files":
+            self.jobs.drop_ended_work(job.id)
+            return
+        job.record.num_targets = sum(len(example.targets) for example in examples)
+        self.jobs.enter(job, "queued")
+        self.jobs.note(
+            job,
+            f"Files validated: {len(examples)} conversations, {job.record.num_targets} trained "
+            "tokens",
+        )
+
+    async def _serve(self, job: Job) -> None:
+        """Serve the trained model under its name."""
+        value = job.value
+        name = f"ft:{value['model']}:{value['user_provided_suffix'] or ''}:{job.id[-8:]}"
+        self._own(job, name)  # before it is loaded: no other key may use it
+        try:
+            await self._load(job, name)
+        except _FailedError:
+            self._disown(job, name)
+            raise
+        if value["status"] != "running":  # it was cancelled or paused meanwhile
+            await self._engine.unload_adapter(name)
+            self._disown(job, name)
+            return
+        value["fine_tuned_model"] = name
+        self.jobs.enter(job, "succeeded")
+        self.jobs.note(job, f"New fine-tuned model created: {name}")
+        self.jobs.note(job, "The job has successfully completed")
+        self.jobs.drop_work(job)
+        logger.info("job %s: %s is served", job.id, name)
+
+    # -- messages of the engine ---------------------------------------------------------------
+
+    def _take(self, progress: TuningProgress) -> None:
+        if progress.state == "stopped":
+            self.jobs.drop_ended_work(progress.job_id)
+        job, outcome = self._running, self._outcome
+        if job is None or job.id != progress.job_id or outcome is None or outcome.done():
+            return
+        match progress.state:
+            case "running":
+                try:
+                    (self._began if progress.loss is None else self._stepped)(job, progress)
+                except OSError as error:  # the caller reads the engine's messages, and goes on
+                    self._engine.stop_tuning(job.id)
+                    outcome.set_exception(error)
+            case "succeeded":
+                outcome.set_result("")
+            case "failed":
+                outcome.set_result(progress.error or "The training failed")
+
+    def _began(self, job: Job, progress: TuningProgress) -> None:
+        self._started = (time.monotonic(), progress.step)
+        self.jobs.forget_steps(job, progress.step + 1)
+        message = "Fine-tuning job started"
+        if progress.step:
+            message = f"Training continues after step {progress.step} of {progress.total_steps}"
+        self.jobs.note(job, message)
+
+    def _stepped(self, job: Job, progress: TuningProgress) -> None:
+        assert progress.loss is not None
+        step, total = progress.step, progress.total_steps
+        began, first = self._started
+        seconds = (time.monotonic() - began) / max(step - first, 1)
+        job.value["estimated_finish"] = self.store.now() + round(seconds * (total - step))
+        self.jobs.note(
+            job,
+            f"Step {step}/{total}: training loss={progress.loss:.4f}",
+            data={
+                "step": step,
+                "total_steps": total,
+                "train_loss": progress.loss,
+                "train_mean_token_accuracy": progress.accuracy or 0.0,
+            },
+        )
+        if not self._is_known(job.tenant) and self._outcome is not None:
+            self._engine.stop_tuning(job.id)
+            self._outcome.set_exception(_FailedError("key_revoked", _REVOKED))
