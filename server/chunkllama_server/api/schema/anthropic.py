@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from chunkllama_server.api.schema.base import MAX_TOKENS, RequestModel, StopString
 from chunkllama_server.api.schema.chat import Name
+from chunkllama_server.api.schema.past import as_block
 
 TEXT_BLOCKS = frozenset(("text",))
 # Blocks that are refused in the turn to be answered, and named in the prompt in earlier turns.
@@ -67,6 +68,8 @@ class ContentBlock(RequestModel):
     title: str | None = Field(default=None, description="Honoured: stands before the text.")
     context: str | None = Field(default=None, description="Honoured: stands before the text.")
     caller: Any = Field(default=None, description="Ignored.")
+
+    _read = model_validator(mode="before")(as_block)
 
     def is_skipped(self) -> bool:
         return self.type not in KNOWN_BLOCKS
