@@ -29,7 +29,7 @@ from chunkllama_server.api.common.structured_outputs import (
     grammar_of,
 )
 from chunkllama_server.api.common.text_service import pause_after, texts_size
-from chunkllama_server.api.schema.completions import CompletionRequest
+from chunkllama_server.api.schema.completions import NO_LIMIT, CompletionRequest
 from chunkllama_server.transport.errors import exceeded, invalid
 from chunkllama_server.transport.request_context import RequestInfo
 
@@ -109,6 +109,8 @@ async def completion_sampling(
     engine = context.engine.info
     longest = max(len(ids) for ids in prompts)
     room, max_tokens = engine.max_request_tokens - longest, body.max_tokens
+    if max_tokens == NO_LIMIT:
+        max_tokens, default_tokens = None, room
     if max_tokens is not None and fits:
         max_tokens = max(min(max_tokens, room), 1)
     check_lengths(longest, max_tokens, engine, "prompt", "max_tokens")
