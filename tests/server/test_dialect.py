@@ -8,8 +8,9 @@ from typing import Any, get_args
 import pytest
 from fake_engine import MODEL
 
+from chunkllama_server.api.dialect.meanings import Endpoint
 from chunkllama_server.api.dialect.route import MODELS
-from chunkllama_server.api.dialect.table import CONTAINERS, TABLE, Endpoint, Row
+from chunkllama_server.api.dialect.table import CONTAINERS, TABLE, Row
 from chunkllama_server.api.dialect.translate import Translation, looks_binding, translate
 from chunkllama_server.transport.errors import ApiError
 

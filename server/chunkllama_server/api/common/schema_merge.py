@@ -255,7 +255,7 @@ def _is_closed(node: Mapping[str, Any]) -> bool:
 
 def has_open_end(schema: Any) -> bool:
     """Whether an object that could not be merged says that it has no other members."""
-    return schema != without_open_ends(schema)
+    return bool(schema != without_open_ends(schema))
 
 
 def without_open_ends(schema: Any) -> Any:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from chunkllama_server.api.dialect.meanings import Endpoint
 from chunkllama_server.api.dialect.shaped import DialectError
-from chunkllama_server.api.dialect.table import CONTAINERS, GENERATE, TABLE, Endpoint, Row
+from chunkllama_server.api.dialect.table import CONTAINERS, GENERATE, TABLE, Row
 from chunkllama_server.api.dialect.values import SHAPES
 from chunkllama_server.transport.errors import ApiError, invalid
 
