@@ -49,7 +49,7 @@ def to_llguidance(spec: GrammarSpec) -> str:
             case "choice":
                 return matcher.grammar_from_lark(_choice(json.loads(spec.text)))
             case "lark":
-                return matcher.grammar_from_lark(spec.text)
+                return matcher.grammar_from_lark(_with_ascii_regexes(spec.text))
             case "gbnf":
                 return matcher.grammar_from_lark(gbnf_as_lark(spec.text))
     except ValueError as error:
@@ -107,6 +107,19 @@ def with_ascii_classes(pattern: str) -> str:
         parts.append(char)
         at += 1
     return "".join(parts)
+
+
+# Comments, strings and regular expressions of a Lark grammar; the last are in a group of their own.
+_LARK_TEXTS = re.compile(r"//[^\n]*|\"(?:[^\"\\\n]|\\.)*+\"?|/((?:[^/\\\n]|\\.)++)/", re.DOTALL)
+
+
+def _with_ascii_regexes(grammar: str) -> str:
+    """A Lark grammar whose regular expressions have ASCII classes."""
+
+    def plain(found: re.Match[str]) -> str:
+        return found[0] if found[1] is None else f"/{with_ascii_classes(found[1])}/"
+
+    return _LARK_TEXTS.sub(plain, grammar)
 
 
 def _choice(choices: object) -> str:

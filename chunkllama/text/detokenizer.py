@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import codecs
+from bisect import bisect_right
 from collections.abc import Collection, Sequence
 
-from chunkllama.text.partial_match import partial_end
 from chunkllama.text.tokenizer import Tokenizer
 
 # A character or byte run spans few tokens: this many prompt tokens determine the state that an
@@ -93,7 +93,8 @@ class StopChecker:
     """
 
     def __init__(self, stops: Sequence[str], include: bool) -> None:
-        self._stops = tuple(stops)
+        self._stops = sorted(set(stops))
+        self._longest = max(map(len, stops), default=0)
         self._include = include
         self._held = ""
 
@@ -116,10 +117,22 @@ class StopChecker:
             self._held = ""
             end, start, stop = min(found)
             return buffer[: end if self._include else start], stop
-        held = max(partial_end(buffer, stop) for stop in self._stops)
-        cut = len(buffer) - held
+        cut = len(buffer) - self._num_held(buffer)
         self._held = buffer[cut:]
         return buffer[:cut], None
+
+    def _num_held(self, buffer: str) -> int:
+        """Length of the longest end of the text that begins a stop string and is not all of it.
+
+        A text that begins one of the sorted strings begins the first that sorts behind it, so that
+        the time does not grow with their number.
+        """
+        for length in range(min(len(buffer), self._longest - 1), 0, -1):
+            end = buffer[-length:]
+            place = bisect_right(self._stops, end)
+            if place < len(self._stops) and self._stops[place].startswith(end):
+                return length
+        return 0
 
     def flush(self) -> str:
         """Return the text that was held back for a possible stop string."""

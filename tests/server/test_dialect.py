@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, get_args
 
 import pytest
 from fake_engine import MODEL
 
+from chunkllama_server.api.dialect.meanings import Endpoint
 from chunkllama_server.api.dialect.route import MODELS
-from chunkllama_server.api.dialect.table import CONTAINERS, TABLE, Endpoint, Row
+from chunkllama_server.api.dialect.table import CONTAINERS, TABLE, Row
 from chunkllama_server.api.dialect.translate import Translation, looks_binding, translate
 from chunkllama_server.transport.errors import ApiError
 
@@ -70,6 +72,16 @@ MEANINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "enable_thinking": (False, THINKS),
     "reasoning": ({"enabled": False}, THINKS),
     "reasoning_effort": ("low", {"reasoning": {"effort": "low"}}),
+    "response_mime_type": ("application/json", {"structured_outputs": {"json_object": True}}),
+    "output_config": (
+        {"effort": "low", "format": {"type": "json_schema", "schema": SCHEMA}},
+        {
+            "reasoning_effort": "low",
+            "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
+        },
+    ),
+    "suppress_tokens": ([5, 6], {"logit_bias": {"5": -100, "6": -100}}),
+    "toolChoice": ({"type": "none"}, {"tool_choice": "none"}),
     "add_special": (False, {"add_special_tokens": False}),
     "with_pieces": (True, {"return_token_strs": True}),
 }
@@ -106,6 +118,10 @@ def meaning_of(row: Row, endpoint: Endpoint) -> tuple[Any, dict[str, Any]]:
     value, means = MEANINGS[row.names[0]]
     if row.names[0] == "n_probs" and endpoint == "completions":
         means = COMPLETION_LOGPROBS
+    if endpoint == "responses" and row.names[0] == "output_config":
+        given = means["response_format"]["json_schema"]
+        text = {"format": {"type": "json_schema", "schema": given["schema"]}}
+        means = {"text": text, "reasoning": {"effort": "low"}}
     if endpoint == "responses" and "max_tokens" in means:
         means = {"max_output_tokens": means["max_tokens"]}
     return value, means
@@ -132,6 +148,7 @@ def test_a_translated_name_does_what_it_means(server, row, endpoint):
     assert run(server, endpoint, {names[0]: value}) == expected
     is_shown = row.names[0] not in (
         "enable_thinking", "reasoning", "reasoning_effort", "return_full_text", "add_special",
+        "toolChoice",
     )  # fmt: skip
     assert (expected != run(server, endpoint, {})) is is_shown or endpoint == "embeddings"
 
@@ -211,6 +228,8 @@ FORMATS = [
     {"type": "json_schema", "json_schema": SCHEMA},
     {"type": "json_object", "response_schema": SCHEMA},
     {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
+    {"type": "json_schema", "json_schema": {"name": "a", "schema": json.dumps(SCHEMA)}},
+    SCHEMA,
 ]
 
 
@@ -241,12 +260,12 @@ def test_a_regex_as_response_format(server, name):
         ({"nvext": {"top_k": "x"}}, "nvext.top_k"),
         ({"guided_regex": 5}, "guided_regex"),
         ({"guided_regex": "REFUSE"}, "guided_regex"),
-        ({"json_schema": {"type": "string", "pattern": "REFUSE"}}, "json_schema"),
-        ({"response_format": {"type": "json", "value": {"enum": ["REFUSE"]}}},
-         "response_format.value"),
+        ({"response_format": {"type": "json", "value": {"enum": ["REFUSE"]}, "strict": True}},
+         "response_format.value.enum"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
-        ({"tools": [{"name": "f", "input_schema": {"enum": ["REFUSE"]}}], "tool_choice": "any"},
-         "tools"),
+        ({"tools": [{"name": "f", "input_schema": {"properties": {"a": {"enum": ["REFUSE"]}}},
+                     "strict": True}], "tool_choice": "any"},
+         "tools[0].input_schema.properties.a.enum"),
         ({"n_predict": 5, "max_tokens": 6}, "n_predict"),
         ({"n_predict": 5, "max_new_tokens": 6}, "max_new_tokens"),
         ({"regex": "a", "guided_choice": ["a"]}, "guided_choice"),
@@ -301,8 +320,99 @@ def test_no_limit_and_no_constraint_are_none(server, fields):
     assert server.engine.requests[-1].sampling == plain[1]
 
 
-def test_the_same_value_by_two_names_is_no_contradiction(server):
-    assert run(server, "chat", {"n_predict": 5, "max_tokens": 5})[1].max_tokens == 5
+FUNCTION = {"name": "f", "parameters": SCHEMA}
+BOTH = [
+    ({"n_predict": 5, "max_tokens": 5}, {"max_tokens": 5}),
+    ({"stop": ["a", "b"], "stopping_strings": ["b", "a"]}, {"stop": ["a", "b"]}),
+    ({"stop": "a", "stop_sequences": ["a"]}, {"stop": ["a"]}),
+    ({"guided_json": SCHEMA, "response_format": {"type": "json_object"}}, JSON),
+    ({"guided_json": SCHEMA, "json_mode": True}, JSON),
+    ({"guided_json": SCHEMA, "response_format": SCHEMA}, JSON),
+    ({"generation_config": {"responseMimeType": "application/json", "responseSchema": SCHEMA}},
+     JSON),
+    ({"functions": [FUNCTION], "tools": [{"type": "function", "function": FUNCTION}]},
+     {"functions": [FUNCTION]}),
+    ({"enable_thinking": False, "chat_template_kwargs": {"enable_thinking": False}}, THINKS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "means"), BOTH, ids=str)
+def test_the_same_meaning_by_two_names_is_no_contradiction(server, fields, means):
+    assert run(server, "chat", fields) == run(server, "chat", means)
+
+
+@pytest.mark.parametrize("count", [9, 64])
+@pytest.mark.parametrize("endpoint", ["chat", "completions", "responses"])
+def test_as_many_stop_strings_as_clients_send(server, endpoint, count):
+    stops = [f"<{i}>" for i in range(count)]
+    assert len(run(server, endpoint, {"stop": stops})[1].stop) == count
+
+
+HOSTED = [{"type": "web_search"}, {"type": "mcp", "server_label": "x"}]
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "responses"])
+@pytest.mark.parametrize("nests", [True, False])
+@pytest.mark.parametrize(
+    "named", [{"type": "function", "name": "f"}, {"type": "function", "function": {"name": "f"}}]
+)
+def test_shapes_of_allowed_tools(server, endpoint, nests, named):
+    others = {"name": "g", "parameters": SCHEMA}
+    tools = [{"type": "function", "function": one} for one in (FUNCTION, others)]
+    allowed = {"mode": "required", "tools": [HOSTED[0], named]}
+    choice = {"type": "allowed_tools", **({"allowed_tools": allowed} if nests else allowed)}
+    body = {"model": MODEL, **BODIES[endpoint], "tools": tools, "tool_choice": choice}
+    response = server.post(PATHS[endpoint], body)
+    assert response.status_code == 200, response.text
+    place = "tool_choice.allowed_tools.tools[0]" if nests else "tool_choice.tools[0]"
+    assert response.headers["x-chunkllama-ignored-fields"] == place
+    text = server.engine.requests[-1].sampling.grammar.text
+    assert '"const": "f"' in text and '"const": "g"' not in text
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "responses"])
+def test_allowed_tools_that_are_all_hosted(server, endpoint):
+    tools = [{"type": "function", "function": FUNCTION}]
+    body = {"model": MODEL, **BODIES[endpoint], "tools": tools}
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": HOSTED}
+    assert server.post(PATHS[endpoint], {**body, "tool_choice": choice}).status_code == 200
+    error = server.post(PATHS[endpoint], {**body, "tool_choice": {**choice, "mode": "required"}})
+    assert error.json()["error"]["param"] == "tool_choice.tools"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"enable_thinking": False}, {"thinking": {"type": "disabled"}}, {"think": False},
+     {"reasoning": {"enabled": False}}],
+    ids=str,
+)  # fmt: skip
+def test_thinking_switches_of_responses(fields):
+    switched = {"enable_thinking": False, "thinking": False}
+    assert read("responses", fields).body == {"chat_template_kwargs": switched}
+
+
+def test_thinking_budgets_of_responses():
+    given = {"reasoning": {"effort": "low", "max_tokens": 100}, "top_k": 7}
+    means = {"reasoning": {"effort": "low"}, "thinking_token_budget": 100, "top_k": 7}
+    assert read("responses", given).body == means
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions", "responses"])
+@pytest.mark.parametrize("empty", [{}, [], "", None], ids=str)
+def test_empty_objects_are_absent(server, endpoint, empty):
+    names = ["metadata", "logit_bias"] if empty == [] else []
+    fields = dict.fromkeys((*names, "vllm_xargs", "kv_transfer_params"), empty)
+    if endpoint != "chat":
+        fields.pop("metadata", None)
+    body = {"model": MODEL, **BODIES[endpoint], **fields}
+    assert server.post(PATHS[endpoint], body).status_code == 200
+
+
+def test_inputs_of_embeddings_are_cut(server):
+    assert len(run(server, "embeddings", {"truncate_prompt_tokens": 1})[0]) == 1
+    assert run(server, "embeddings", {"truncate_prompt_tokens": -1}) == run(
+        server, "embeddings", {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -326,9 +436,17 @@ def test_render_reads_the_names_of_its_endpoint(server, endpoint, fields, status
     assert served == rendered
 
 
-def test_completions_without_a_limit_are_refused_by_name(server):
-    body = {"model": MODEL, "prompt": "x", "n_predict": -1}
-    assert server.post("/v1/completions", body).json()["error"]["param"] == "n_predict"
+@pytest.mark.parametrize(
+    ("endpoint", "name"),
+    [("chat", "max_tokens"), ("chat", "max_completion_tokens"), ("responses", "max_output_tokens"),
+     ("completions", "max_tokens"), ("completions", "n_predict"),
+     ("chat", "thinking_token_budget"), ("responses", "thinking_token_budget")],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [-1, -2])
+def test_no_limit(server, endpoint, name, value):
+    sampling = run(server, endpoint, {name: value})[1]
+    # Without the field a text completion has 16 tokens.
+    assert sampling.max_tokens is None or sampling.max_tokens > 16
 
 
 def test_what_the_llama_cpp_web_page_sends(server):

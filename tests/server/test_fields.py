@@ -234,7 +234,7 @@ def test_fields_without_effect(server, field):
 
 @pytest.mark.parametrize("field", REFUSED)
 def test_known_fields_that_are_refused(server, field):
-    error = server.chat(**{field: {}}).json()["error"]
+    error = server.chat(**{field: {"a": 1}}).json()["error"]
     assert (error["param"], error["code"]) == (field, "unsupported")
 
 

@@ -14,6 +14,8 @@ from chunkllama.messages import EngineStats, TenantStats
 from chunkllama_server.metrics.server_metrics import (
     FINISH_REASONS,
     REFUSALS,
+    TENANT_COUNTERS,
+    TENANT_REFUSALS,
     EngineStatsCollector,
     ServerMetrics,
 )
@@ -189,6 +191,11 @@ def test_known_labels_begin_at_zero(start_server):
         name = f'chunkllama_request_finished_total{{reason="{reason}",tenant="blue"}}'
         assert keyed[name] == 0
     assert keyed['chunkllama_request_accepted_total{tenant="blue"}'] == 0
+    for name in (*TENANT_COUNTERS, "prompt_tokens", "output_tokens", "queue_seconds"):
+        assert keyed[f'chunkllama_tenant_{name}_total{{tenant="blue"}}'] == 0
+    for reason in TENANT_REFUSALS:
+        name = f'chunkllama_tenant_rejected_total{{reason="{reason}",tenant="blue"}}'
+        assert keyed[name] == 0
 
 
 def test_requests_are_labelled_with_their_tenant(start_server):

@@ -126,9 +126,21 @@ def test_calls_in_thoughts_are_none(thinking):
 def test_a_model_without_thoughts_says_tags_as_text(server):
     message = server.chat(said("<think>hm</think>yes")).json()["choices"][0]["message"]
     assert message["content"] == "<think>hm</think>yes"
-    response = server.chat("x", thinking_token_budget=5)
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "thinking_token_budget"
+    bounded = server.chat(said("<think>hm</think>yes"), thinking_token_budget=5).json()
+    assert bounded["choices"][0]["message"]["content"] == "<think>hm</think>yes"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"chat_template_kwargs": {"enable_thinking": False}}, {"think": False},
+     {"thinking": {"type": "disabled"}}, {"reasoning_effort": "none"}],
+    ids=str,
+)  # fmt: skip
+def test_thoughts_are_turned_off_where_the_template_has_no_switch(opens, text_parts, fields):
+    response = opens.chat("hi", **fields)
+    assert response.status_code == 200, response.text
+    assert prompt_of(opens, text_parts).endswith("<think>\n\n</think>\n\n")
+    assert "x-chunkllama-ignored-fields" not in response.headers
 
 
 def test_configured_tags(start_server):

@@ -222,8 +222,6 @@ OPEN = {"type": "object", "minProperties": 1}
     [
         {"allOf": [{"$ref": "#/$defs/Base"}, OPEN]},
         {"allOf": [{"$ref": "#/$defs/Base"}, {"$ref": "#/$defs/Map"}]},
-        {"allOf": [{"$ref": "#/$defs/Base"}, {"properties": 3}]},
-        {"allOf": 3, "$ref": "#/$defs/Base", "properties": {}},
     ],
     ids=lambda s: str(s)[:60],
 )
@@ -472,10 +470,7 @@ def test_a_malformed_schema_is_a_request_error(schema, strict):
     "field",
     [
         {"type": "string", "format": ["date"]},
-        {"type": "string", "minLength": "3"},
-        {"type": "integer", "minimum": "3"},
         {"type": "number", "maximum": [3]},
-        {"type": "array", "minItems": "2"},
         {"type": "object", "minProperties": {}},
         {"type": [{}]},
         {"type": {"string": 1}},
@@ -483,9 +478,8 @@ def test_a_malformed_schema_is_a_request_error(schema, strict):
     ],
     ids=str,
 )
-def test_a_schema_of_wrong_types_is_left_to_the_compiler(server, field, forced):
-    """The fake engine's compiler accepts all that does not say REFUSE."""
-    schema = {**member(field), "description": "REFUSE"}
+def test_a_schema_of_wrong_types_is_read_without_them(server, field, forced):
+    schema = member(field)
     fields = {
         "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
     }
@@ -496,5 +490,5 @@ def test_a_schema_of_wrong_types_is_left_to_the_compiler(server, field, forced):
             "tool_choice": "required",
         }
     response = server.chat(**fields)
-    assert response.status_code == 400, response.text
-    assert response.json()["error"]["code"] == "invalid_grammar"
+    assert response.status_code == 200, response.text
+    assert ".properties.x." in response.headers["x-chunkllama-ignored-fields"]

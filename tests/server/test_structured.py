@@ -61,7 +61,6 @@ def test_text_format_constrains_nothing(server):
         (named({"x": "y" * 200_000}), "response_format.json_schema.schema"),
         (named(nested(70)), "response_format.json_schema.schema"),
         (named({"enum": list(range(10_000))}), "response_format.json_schema.schema"),
-        (named({"description": "REFUSE"}), "response_format.json_schema.schema"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
         ({"structured_outputs": {"json": "[1]"}}, "structured_outputs.json"),
         ({"structured_outputs": {"json": "[" * 100_000}}, "structured_outputs.json"),
@@ -111,7 +110,6 @@ def test_forced_tools_exclude_structured_outputs(server):
 @pytest.mark.parametrize(
     ("parameters", "param"),
     [
-        ({"x": "REFUSE"}, "tools"),
         ({"enum": list(range(10_000))}, "tools[0].function.parameters"),
         (nested(70), "tools[0].function.parameters"),
     ],
@@ -120,6 +118,37 @@ def test_a_tool_schema_that_does_not_compile(server, parameters, param):
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
     response = server.chat(tools=tools, tool_choice="required")
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "tool", "completions"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_does_not_compile_is_refused_if_strict_and_else_left_out(server, endpoint, strict):
+    """The fake engine's compiler accepts all that does not say REFUSE."""
+    x = {"type": "string", "pattern": "REFUSE"}
+    schema = {"type": "object", "properties": {"x": x, "y": {"type": "integer"}}}
+    described = {"name": "f", "strict": strict}
+    fields = {
+        "response_format": {"type": "json_schema", "json_schema": {**described, "schema": schema}}
+    }
+    param = "response_format.json_schema.schema.properties.x.pattern"
+    if endpoint == "tool":
+        tool = {"type": "function", "function": {**described, "parameters": schema}}
+        fields = {"tools": [tool], "tool_choice": "required"}
+        param = "tools[0].function.parameters.properties.x.pattern"
+    if endpoint == "completions":
+        response = server.post("/v1/completions", {"model": MODEL, "prompt": "x", **fields})
+    else:
+        response = server.chat(**fields)
+    if strict:
+        error = response.json()["error"]
+        assert (error["param"], error["code"]) == (param, "invalid_grammar")
+        assert "#/properties/x/pattern" in error["message"]
+        assert ("'f'" in error["message"]) is (endpoint == "tool")
+    else:
+        assert response.status_code == 200, response.text
+        assert response.headers["x-chunkllama-ignored-fields"] == param
+        text = server.engine.requests[-1].sampling.grammar.text
+        assert "REFUSE" not in text and '"y": {"type": "integer"' in text
 
 
 def test_bounds_follow_from_the_tokens_of_a_request(start_server):

@@ -329,6 +329,15 @@ FORCED = [
     (f"[{ADD}, {WEATHER}]", "", BOTH),
     (f"[ {ADD}", "", ONE),
 ]
+# Functionary names whom it addresses, and "all" is before text.
+ADDRESSED = [
+    ("all\nHello.", "Hello.", []),
+    (">>>all\nHello.", "Hello.", []),
+    (f"all\nHi.>>>get_weather\n{OSLO_JSON}", "Hi.", OSLO),
+    (f"get_weather\n{OSLO_JSON}>>>all\nDone.", "Done.", OSLO),
+    ("allow me", "allow me", []),
+    ("all", "all", []),
+]
 ANY = (
     "llama3_json",
     "mistral",
@@ -344,5 +353,6 @@ CASES = [
     *((reader, *case) for case in ODD),
     *((reader, text, text, []) for text in NO_CALLS),
     *((lambda: reader(forced=True), *case) for case in FORCED),
+    *((lambda: reader("functionary", addressed=True), *case) for case in ADDRESSED),
     (PlainText, WEATHER, WEATHER, []),
 ]

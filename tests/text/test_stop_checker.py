@@ -7,6 +7,7 @@ import random
 import pytest
 
 from chunkllama.text.detokenizer import StopChecker
+from chunkllama.text.partial_match import partial_end
 
 
 def run(stops: list[str], pieces: list[str], include: bool = False) -> tuple[str, str | None]:
@@ -50,6 +51,16 @@ def test_the_result_never_depends_on_the_pieces():
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         include = rng.random() < 0.5
         assert run(stops, pieces, include) == run(stops, [text], include)
+
+
+def test_what_is_held_is_the_longest_end_that_begins_a_stop_string():
+    rng = random.Random(2)
+    for num_stops in [1, 2, 5, 200] * 100:
+        lengths = (rng.randrange(1, 9) for _ in range(num_stops))
+        stops = ["".join(rng.choice("abc") for _ in range(length)) for length in lengths]
+        text = "".join(rng.choice("abc") for _ in range(rng.randrange(12)))
+        sent, _ = StopChecker(stops, include=False).feed(text, may_stop=False)
+        assert len(text) - len(sent) == max(partial_end(text, stop) for stop in stops)
 
 
 def test_nothing_of_a_stop_string_is_sent_before_it_is_decided():

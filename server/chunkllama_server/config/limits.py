@@ -160,8 +160,9 @@ class LimitsConfig(ConfigGroup):
         "The request asks for {value} choices, at most {limit} are allowed", ge=1,
     )  # fmt: skip
     max_stop_strings: int = limit(
-        4, "strings", "tenant", "400", f"Stop strings of a request. {_PROTOCOL}",
-        "At most {limit} stop strings are served, got {value}", ge=1, le=4,
+        64, "strings", "tenant", "400",
+        f"Stop strings of a request: each is looked for in each piece of the text. {_PROTOCOL}",
+        "At most {limit} stop strings are served, got {value}", ge=1, le=256,
     )  # fmt: skip
     max_stop_chars: int = limit(
         1024, "characters", "tenant", "400",

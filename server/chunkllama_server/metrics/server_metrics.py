@@ -60,7 +60,8 @@ ENGINE_COUNTERS = {
 # How a request may end, and the statuses of refusals: these begin at 0, so that a rate over the
 # first of them is seen.
 FINISH_REASONS = ("stop", "length", "abort", "error", "timeout", "refused")
-REFUSALS = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)
+REFUSALS = (400, 401, 403, 404, 405, 408, 409, 410, 413, 415, 429, 500, 503, 504)
+TENANT_REFUSALS = ("requests", "tokens", "queue", "model")
 _HITS = ("prefix_tokens_hit_total", "prefix_tokens_hit_public_total")  # one metric, by scope
 # Of TenantStats, exported as tenant_{name}_total.
 TENANT_COUNTERS = {
@@ -235,7 +236,7 @@ class ServerMetrics:
         self._has_tenants = tenant_labels is not None
         self._by_tenant = TenantSeries(tenant_labels)
         self._by_tenant.declare("request_accepted", "Requests handed to the engine.")
-        self._by_tenant.declare("request_finished", "Requests ended, by reason.", "reason")
+        self._by_tenant.declare("request_finished", "Requests ended, by reason.", FINISH_REASONS)
         if self._has_tenants:
             self._declare_tenant_counters()
         self.registry.register(self._by_tenant)
@@ -293,7 +294,9 @@ class ServerMetrics:
         declare("tenant_cached_tokens", "Those of them whose K/V came from the cache.")
         declare("tenant_output_tokens", "Output tokens sent.")
         declare("tenant_queue_seconds", "Time of requests from arrival to the first step.")
-        declare("tenant_rejected", "Requests refused because of a quota or overload.", "reason")
+        declare(
+            "tenant_rejected", "Requests refused because of a quota or overload.", TENANT_REFUSALS
+        )
         for name, text in TENANT_COUNTERS.items():
             declare(f"tenant_{name}", text)
 
@@ -382,10 +385,7 @@ class ServerMetrics:
     def begin_at_zero(self, tenants: Iterable[str]) -> None:
         """Export the series of these tenants before their first request."""
         for tenant in tenants:
-            self._by_tenant.rank(tenant, 0)
-            self._by_tenant.add("request_accepted", tenant, 0)
-            for reason in FINISH_REASONS:
-                self._by_tenant.add("request_finished", tenant, 0, reason)
+            self._by_tenant.begin(tenant)
 
     def render(self, tenant: str | None = None) -> bytes:
         """Return the metrics in the Prometheus text format.

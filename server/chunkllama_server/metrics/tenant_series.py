@@ -52,7 +52,7 @@ class TopTenants:
 @dataclass(slots=True)
 class _Series:
     text: str
-    labels: tuple[str, ...]
+    reasons: tuple[str, ...]
     values: dict[tuple[str, ...], float] = field(default_factory=dict)  # the tenant comes last
 
 
@@ -69,9 +69,9 @@ class TenantSeries(Collector):
         self._top = None if limit is None else TopTenants(limit)
         self._series: dict[str, _Series] = {}
 
-    def declare(self, name: str, text: str, *labels: str) -> None:
-        """Add a counter."""
-        self._series[name] = _Series(text, labels)
+    def declare(self, name: str, text: str, reasons: tuple[str, ...] = ()) -> None:
+        """Add a counter, by reason if there are several."""
+        self._series[name] = _Series(text, reasons)
 
     def rank(self, tenant: str, amount: float) -> None:
         """Count what decides about labels: requests and tokens."""
@@ -83,6 +83,15 @@ class TenantSeries(Collector):
                 value, other = series.values.pop(key), (*key[:-1], OTHER_TENANTS)
                 series.values[other] = series.values.get(other, 0.0) + value
 
+    def begin(self, tenant: str) -> None:
+        """Export a tenant's counters from 0 on."""
+        self.rank(tenant, 0)
+        for name, series in self._series.items():
+            for reason in series.reasons:
+                self.add(name, tenant, 0, reason)
+            if not series.reasons:
+                self.add(name, tenant, 0)
+
     def add(self, name: str, tenant: str, amount: float = 1.0, *labels: str) -> None:
         """Increase a counter."""
         label = () if self._top is None else (self._top.label(tenant),)
@@ -92,7 +101,7 @@ class TenantSeries(Collector):
     def collect(self) -> Iterator[Metric]:
         tenant = [] if self._top is None else ["tenant"]
         for name, series in self._series.items():
-            labels = [*series.labels, *tenant]
+            labels = [*(["reason"] if series.reasons else []), *tenant]
             family = CounterMetricFamily(f"chunkllama_{name}", series.text, labels=labels)
             if not labels:
                 family.add_metric([], series.values.get((), 0.0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,8 @@ from chunkllama_server.transport.errors import ApiError, invalid
 MEDIA_TYPES = frozenset(
     ("image_url", "input_audio", "file", "input_image", "input_file", "image", "audio", "video_url")
 )
+# Names, of a part's type or of a member, that other media have.
+_MEDIA = re.compile(r"image|audio|video|media|file|document|pdf|photo|picture|speech|blob|embeds")
 # Python literals are parsed by recursion in C; longer texts are kept as text.
 _MAX_LITERAL_CHARS = 4096
 _VALUE = "value"
@@ -84,8 +87,8 @@ def readable_arguments(given: Any) -> tuple[dict[str, Any], bool]:
         return {}, given == ""
     try:
         parsed = read_json_text(given)
-        if isinstance(parsed, dict):
-            return parsed, True
+        if isinstance(parsed, dict) or parsed == []:  # PHP writes no arguments as an empty list
+            return parsed or {}, True
         return ({} if parsed is None else {_VALUE: parsed}), False
     except ValueError:
         pass
@@ -105,6 +108,13 @@ def arguments_text(given: Any) -> str:
     return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
 
 
+def _has_media(part: ContentPart) -> bool:
+    """Whether a part without text is of media, by its type or by what it has."""
+    members = {name: value for name, value in part if value is not None and name != "type"}
+    inner = (name for value in members.values() if isinstance(value, dict) for name in value)
+    return any(_MEDIA.search(name.lower()) for name in (part.type, *members, *inner))
+
+
 class _Normaliser:
     def __init__(self, messages: list[ChatMessage]) -> None:
         self.history = History()
@@ -112,6 +122,7 @@ class _Normaliser:
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
         self._turn_start = answers[-1] + 1 if answers else 0
         self._open_ids: list[str] = []
+        self._called: dict[str, str] = {}
 
     def run(self) -> History:
         for index, message in enumerate(self._messages):
@@ -128,7 +139,8 @@ class _Normaliser:
         is_refused = index >= self._turn_start and role != "tool"
         content = self._content(message, path, refuse_media=is_refused)
         if content is None and not calls:
-            is_missing = "content" not in message.model_fields_set and role != "assistant"
+            is_missing = "content" not in message.model_fields_set
+            is_missing &= role not in ("assistant", "tool")  # a tool may return nothing
             if is_missing and index >= self._turn_start:
                 raise invalid("A message needs content", f"{path}.content")
             self._note(f"{path}.content")
@@ -137,6 +149,8 @@ class _Normaliser:
             entry["tool_calls"] = calls
         if role == "tool":
             entry["tool_call_id"] = self._result_id(message, path)
+            if (called := self._called.get(entry["tool_call_id"])) is not None:
+                entry["name"] = called  # templates may print it instead of the id
         for name in ("name", "reasoning_content"):
             value = getattr(message, name)
             if value is not None:
@@ -163,15 +177,16 @@ class _Normaliser:
         return message.content if message.content is not None else message.refusal
 
     def _part(self, part: ContentPart, path: str, refuse_media: bool) -> str | None:
-        if part.type in MEDIA_TYPES and refuse_media:
-            raise invalid(f"Content of type {part.type!r} is not supported; send text", path)
         text = part.refusal if part.type == "refusal" else part.text
+        is_media = part.type in MEDIA_TYPES or (text is None and _has_media(part))
+        if is_media and refuse_media:
+            raise invalid(f"Content of type {part.type[:64]!r} is not supported; send text", path)
         if part.type in ("text", "refusal") and text is not None:
             return text
         self._note(path)
         if text is not None:
             return text
-        return f"[{part.type[:32]}]" if part.type in MEDIA_TYPES else None
+        return f"[{part.type[:32]}]" if is_media else None
 
     def _calls(self, message: ChatMessage, path: str) -> list[dict[str, Any]]:
         calls = [
@@ -184,6 +199,7 @@ class _Normaliser:
             function = {"name": legacy.name or "", "arguments": arguments}
             calls.append({"id": "call_0", "type": "function", "function": function})
         self._open_ids = [call["id"] for call in calls]
+        self._called |= {call["id"]: call["function"]["name"] for call in calls}
         return calls
 
     def _call(self, call: MessageToolCall, path: str, index: int) -> dict[str, Any]:

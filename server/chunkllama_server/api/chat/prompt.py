@@ -12,7 +12,12 @@ from chunkllama.text.template_adapter import adapt
 from chunkllama.text.thoughts import NO_THOUGHTS, Thoughts
 from chunkllama_server.api.chat.cache_marks import Tools, changed_behind
 from chunkllama_server.api.chat.history import normalise
-from chunkllama_server.api.chat.thinking import find_thoughts, thinking_arguments, thought_tags
+from chunkllama_server.api.chat.thinking import (
+    find_thoughts,
+    refused_thoughts,
+    thinking_arguments,
+    thought_tags,
+)
 from chunkllama_server.api.common.prompt_cache import common_prefix
 from chunkllama_server.api.common.text_service import (
     Message,
@@ -71,12 +76,16 @@ def last_breakpoint(messages: list[ChatMessage]) -> CacheMark | None:
 
 
 def template_kwargs(
-    body: ChatCompletionRequest, settings: Settings, variables: frozenset[str]
+    body: ChatCompletionRequest,
+    settings: Settings,
+    variables: frozenset[str],
+    honoured: frozenset[str] = frozenset(),
 ) -> tuple[dict[str, Any], list[str]]:
     """Template variables that a request sets, and the paths of those that have no effect.
 
     Args:
         variables: names that the template reads.
+        honoured: names that have an effect without it.
 
     Raises:
         ApiError: 400 for a name that the server sets itself or the operator does not allow, or a
@@ -101,6 +110,8 @@ def template_kwargs(
                 f"{path} is not allowed here; allowed: {', '.join(allowed)}",
                 "chat_template_kwargs",
             )
+        elif name in honoured:
+            continue
         elif settings.strict:
             raise invalid(f"The template reads no {path}", path, "unknown_field")
         else:
@@ -144,8 +155,17 @@ class ChatPrompter:
             "require_all_text": True,
         }
         self._settings = settings
-        self._template_kwargs, self.ignored = template_kwargs(body, settings, template.variables)
+        self._template_kwargs, self.ignored = template_kwargs(
+            body, settings, template.variables, self._honoured()
+        )
         self._size = text_size([self._messages, tools, self._options, self._template_kwargs])
+
+    def _honoured(self) -> frozenset[str]:
+        """Template arguments that turn thoughts off where the template has no switch for them."""
+        if isinstance(self._template, RequestTemplate):
+            return frozenset()  # it is probed in the worker thread
+        tags = thought_tags(self._settings, self._template.capabilities)
+        return frozenset() if tags is None else refused_thoughts(self._body)
 
     async def encode(self) -> ChatPrompt:
         """Token ids, and where the last cache breakpoint lies in them."""

@@ -6,9 +6,10 @@ shown or counted is the prompt that is generated from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import GrammarSpec
@@ -30,11 +31,15 @@ from chunkllama_server.api.common.sampling import (
     request_priority,
     sampling_params,
 )
-from chunkllama_server.api.common.schema_bounds import bound_grammar
-from chunkllama_server.api.common.structured_outputs import grammar_of, is_strict
+from chunkllama_server.api.common.schema_relaxing import SchemaSource, checked_grammar
+from chunkllama_server.api.common.structured_outputs import (
+    answer_grammar,
+    answer_sources,
+    grammar_of,
+)
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.tools.call_format import call_format
-from chunkllama_server.api.tools.config import ToolConfig, plan_tools
+from chunkllama_server.api.tools.config import ToolConfig, has_typed_answer, plan_tools
 from chunkllama_server.transport.errors import invalid
 from chunkllama_server.transport.request_context import RequestInfo
 
@@ -62,11 +67,7 @@ async def prepare_chat(
     tools, prompter = await context.prepare(info, read)
     info.name_repairs(prompter.repairs)
     info.name_ignored_fields(prompter.ignored)
-    prepared = PreparedChat(body, context, tools, prompter, await prompter.encode())
-    if not tools.call_schemas:
-        return prepared
-    num_tokens = prepared.num_answer_tokens
-    return replace(prepared, tools=await context.prepare(info, lambda: tools.bounded(num_tokens)))
+    return PreparedChat(body, context, tools, prompter, await prompter.encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,11 +243,23 @@ class PreparedChat:
 
     async def _grammar(self, info: RequestInfo) -> GrammarSpec | None:
         """Return the output's grammar, compiled once."""
-        left_out = list(self.tools.left_out)
-        grammar, param = await self.context.prepare(info, lambda: self._find_grammar(left_out))
-        info.name_ignored_fields(left_out)
-        if grammar is not None:
-            grammar = await self.context.grammars.check(grammar, param)
+        body, left_out = self.body, list(self.tools.left_out)
+        answer, param = await self.context.prepare(
+            info,
+            lambda: grammar_of(
+                body.response_format, body.structured_outputs, left_out, self.context.settings
+            ),
+        )
+        sources = [*answer_sources(answer, param, body.response_format), *self.tools.sources]
+
+        async def build(schemas: Sequence[Any], patterns: bool) -> tuple[GrammarSpec | None, str]:
+            work = partial(self._whole_grammar, answer, param, sources, schemas, patterns)
+            return await self.context.prepare(info, work)
+
+        check, num_tokens = self.context.grammars.check, self.num_answer_tokens
+        limits = self.context.settings
+        grammar, more = await checked_grammar(check, build, sources, num_tokens, limits)
+        info.name_ignored_fields(left_out + more)
         return with_thoughts(
             grammar,
             self.prompt.thoughts,
@@ -254,26 +267,41 @@ class PreparedChat:
             self.context.text.tokenizer,
         )
 
-    def _find_grammar(self, left_out: list[str]) -> tuple[GrammarSpec | None, str]:
+    def _whole_grammar(
+        self,
+        answer: GrammarSpec | None,
+        param: str,
+        sources: Sequence[SchemaSource],
+        schemas: Sequence[Any],
+        patterns: bool,
+    ) -> tuple[GrammarSpec | None, str]:
         """The grammar of calls, of a typed answer or of either, and the field it comes from.
 
         Args:
-            left_out: paths of schema keywords that it does not enforce are added.
+            answer: of a typed answer, from the field ``param``.
+            schemas: of the answer and of the calls' arguments, in the order of ``sources``.
+            patterns: bound the texts that match patterns, too.
+
+        Raises:
+            ApiError: 400 for constraints that exclude each other, or too large ones.
         """
-        body = self.body
-        grammar, param = grammar_of(
-            body.response_format, body.structured_outputs, left_out, self.context.settings
+        tools, outputs, num_tokens = (
+            self.tools,
+            self.body.structured_outputs,
+            self.num_answer_tokens,
         )
-        if grammar is not None and not is_strict(body.response_format):
-            grammar = bound_grammar(grammar, self.num_answer_tokens)
-        tools, outputs = self.tools, body.structured_outputs
-        if tools.is_forced and outputs is not None:
-            raise invalid("A forced tool call excludes structured_outputs", param)
-        if outputs is None:
-            # After forced calls the typed answer follows in a later turn.
-            grammar = tools.grammar(grammar, self.context.settings)
-            param = "tools" if tools.is_forced else param
-        return grammar, param
+        arguments = [*schemas]
+        if answer is not None and answer.kind == "json_schema":
+            schema = arguments.pop(0)
+            answer = answer_grammar(sources[0], schema, num_tokens, patterns=patterns)
+        if outputs is not None and not has_typed_answer(self.body):
+            if tools.is_forced:
+                raise invalid("A forced tool call excludes structured_outputs", param)
+            return answer, param
+        # After forced calls the typed answer follows in a later turn.
+        tools = tools.with_arguments(arguments).bounded(num_tokens, patterns=patterns)
+        grammar = tools.grammar(answer, self.context.settings)
+        return grammar, "tools" if tools.is_forced else param
 
 
 def _check_fields(body: ChatCompletionRequest) -> None:

@@ -13,7 +13,9 @@ from chunkllama.text.thoughts import NO_THOUGHTS, Thoughts, ThoughtTags, tag_ids
 from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.config.settings import Settings
-from chunkllama_server.transport.errors import invalid
+
+# Arguments of templates that turn thoughts on and off.
+_SWITCHES = ("enable_thinking", "thinking")
 
 
 def thought_tags(settings: Settings, able: TemplateCapabilities) -> ThoughtTags | None:
@@ -42,7 +44,15 @@ def thinking_arguments(
 def _wants_thoughts(body: ChatCompletionRequest) -> bool | None:
     if body.thinking_token_budget == 0:
         return False
-    return None if body.reasoning_effort is None else body.reasoning_effort != "none"
+    if body.reasoning_effort is not None:
+        return body.reasoning_effort != "none"
+    return False if refused_thoughts(body) else None
+
+
+def refused_thoughts(body: ChatCompletionRequest) -> frozenset[str]:
+    """The template arguments by which a request turns thoughts off."""
+    given = body.chat_template_kwargs or {}
+    return frozenset(name for name in _SWITCHES if given.get(name) is False)
 
 
 def find_thoughts(
@@ -52,15 +62,8 @@ def find_thoughts(
 
     Args:
         prompt: its text, or the end of it.
-
-    Raises:
-        ApiError: 400 for a budget where the model has no thoughts.
     """
     if tags is None:
-        if body.thinking_token_budget:
-            raise invalid(
-                "This model has no thoughts to bound; remove the field", "thinking_token_budget"
-            )
         return NO_THOUGHTS, ""
     prompt = prompt.rstrip()
     is_open = prompt.endswith(tags.start)

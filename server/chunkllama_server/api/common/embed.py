@@ -67,6 +67,8 @@ async def input_ids(
             )
         if truncates:
             ids = ids[: info.max_request_tokens]
+        if (kept := body.truncate_prompt_tokens) is not None:
+            ids = ids[-(info.max_request_tokens if kept < 0 else kept) :] if kept else []
         check_prompt_ids(ids, info, param)
         check_lengths(len(ids), 0, info, param, param)
         result.append(ids)

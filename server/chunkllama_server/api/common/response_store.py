@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,13 @@ class StoredResponse:
     input_items: list[dict[str, Any]] = field(default_factory=list)
     events: bytes = b""
 
+    def item_ids(self) -> Iterator[str]:
+        """Ids of the items that references may lead to."""
+        items: list[Any] = [*self.input_items, *self.response["output"]]
+        for item in items:
+            if item["type"] != _REFERENCE:
+                yield item["id"]
+
 
 class _Output(msgspec.Struct):
     """The part of a response that item references lead to; the rest is not decoded."""
@@ -41,6 +48,8 @@ class _Output(msgspec.Struct):
 _MESSAGES = TypeAdapter(list[ChatMessage])
 # Of an entry beside its text: key, tuple, node of the ordered dictionary.
 _OVERHEAD_BYTES = 512
+_ITEM_BYTES = 192  # of an item's id that leads to the entry
+_REFERENCE = "item_reference"
 _EVENT_END = b"\n\n"
 _decode_output = msgspec.json.Decoder(_Output).decode
 
@@ -95,8 +104,10 @@ class PackedResponse:
     def load_messages(self) -> list[ChatMessage]:
         return _MESSAGES.validate_json(self.messages)
 
-    def load_output(self) -> list[dict[str, Any]]:
-        return _decode_output(self.response).output
+    def load_items(self) -> list[dict[str, Any]]:
+        """The items that references lead to: of the input, and of the output."""
+        items = [*self.load_input_items(), *_decode_output(self.response).output]
+        return [item for item in items if item["type"] != _REFERENCE]
 
     def load_response(self) -> Response:
         response: Response = msgspec.json.decode(self.response)
@@ -181,7 +192,8 @@ class ResponseStore:
             max_items: of this tenant; None is no limit of its own.
         """
         packed = PackedResponse.of(stored)
-        num_bytes = packed.num_bytes + _OVERHEAD_BYTES
+        item_ids = tuple(stored.item_ids())
+        num_bytes = packed.num_bytes + _OVERHEAD_BYTES + _ITEM_BYTES * len(item_ids)
         self._drop_expired()
         if num_bytes > self._max_bytes:
             return
@@ -192,7 +204,7 @@ class ResponseStore:
             response_id,
             _Entry(
                 packed,
-                tuple(item["id"] for item in stored.response["output"]),
+                item_ids,
                 num_bytes,
                 self._clock() + self._ttl_seconds,
             ),
@@ -215,7 +227,7 @@ class ResponseStore:
         return own.entries[response_id].packed
 
     def with_item(self, tenant: str, item_id: str) -> str | None:
-        """Return the id of the tenant's stored response whose output has the item."""
+        """Return the id of the tenant's stored response that has the item."""
         self._drop_expired()
         own = self._tenants.get(tenant)
         return None if own is None else own.items.get(item_id)

@@ -66,25 +66,27 @@ _MEMBERS = frozenset(("properties", "patternProperties", "additionalProperties")
 _FIXED = frozenset(("enum", "const", "$ref"))
 
 
-def bound_grammar(grammar: GrammarSpec, num_tokens: int) -> GrammarSpec:
+def bound_grammar(grammar: GrammarSpec, num_tokens: int, *, patterns: bool = True) -> GrammarSpec:
     """A grammar whose JSON schema has bounds; other grammars stay as they are."""
     if grammar.kind != "json_schema":
         return grammar
-    text = json.dumps(bounded(json.loads(grammar.text), num_tokens))
+    text = json.dumps(bounded(json.loads(grammar.text), num_tokens, patterns=patterns))
     return msgspec.structs.replace(grammar, text=text)
 
 
-def bounded(schema: Any, num_tokens: int) -> Any:
+def bounded(schema: Any, num_tokens: int, *, patterns: bool = True) -> Any:
     """The schema with bounds where it has none.
 
     Args:
         schema: what a grammar enforces; it stays as it is.
         num_tokens: output tokens that the answer may take.
+        patterns: texts that match a pattern get bounds too; not all patterns can be joined with
+            one.
     """
     share = max(num_tokens, 1) * _CHARS_PER_TOKEN // max(_num_strings(schema), 1)
     items = min(max(_floor(num_tokens // 16), _LEAST_ITEMS), _MAX_ITEMS)
     chars = min(max(_floor(share), _LEAST_CHARS), _MAX_CHARS)
-    bounder = _Bounder(chars, items, bounds_names=not _merges(schema))
+    bounder = _Bounder(chars, items, bounds_names=not _merges(schema), patterns=patterns)
     result = bounder.schema(schema)
     definitions = result.get("$defs", {}) if isinstance(result, dict) else None
     if not bounder.any_values or not isinstance(definitions, dict):
@@ -172,8 +174,11 @@ def _number(node: dict[str, Any], key: str, default: int) -> float:
 
 
 class _Bounder:
-    def __init__(self, max_chars: int, max_items: int, *, bounds_names: bool) -> None:
+    def __init__(
+        self, max_chars: int, max_items: int, *, bounds_names: bool, patterns: bool
+    ) -> None:
         self._bounds_names = bounds_names
+        self._patterns = patterns
         self._max_chars = max_chars
         self._max_items = max_items
         # Definitions of any value, one for each depth.
@@ -203,7 +208,8 @@ class _Bounder:
         return self.schema(value, depth) if key in _CHILDREN else value
 
     def _bound(self, node: dict[str, Any], kinds: set[str], depth: int) -> None:
-        if "string" in kinds and not _is_long(str(node.get("pattern", ""))):
+        is_bounded = "pattern" not in node or (self._patterns and not _is_long(node["pattern"]))
+        if "string" in kinds and is_bounded:
             limit = max(_FORMAT_CHARS.get(str(node.get("format")), self._max_chars), _least(node))
             node.setdefault("maxLength", limit)
         limit = MAX_INTEGER if "integer" in kinds else _MAX_NUMBER

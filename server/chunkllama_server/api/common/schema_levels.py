@@ -14,10 +14,15 @@ from typing import Any
 from chunkllama_server.api.common.schema_closing import close_objects
 from chunkllama_server.api.common.schema_cost import check_schema_cost
 from chunkllama_server.api.common.schema_keywords import COMBINATORS, map_parts
-from chunkllama_server.api.common.schema_merge import merge_objects
+from chunkllama_server.api.common.schema_merge import (
+    has_open_end,
+    merge_objects,
+    without_open_ends,
+)
 from chunkllama_server.api.common.schema_references import References
 from chunkllama_server.api.common.schema_spelling import plain_spelling
 from chunkllama_server.api.common.schema_texts import enforceable, format_pattern
+from chunkllama_server.api.common.schema_values import readable
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.transport.errors import invalid
 
@@ -33,7 +38,9 @@ UNENFORCEABLE = frozenset(
     )
 )
 # Identifiers make references resolve against addresses that nothing fetches.
-_IDENTIFIERS = frozenset(("$schema", "$id", "id", "$anchor", "$dynamicAnchor"))
+_IDENTIFIERS = frozenset(
+    ("$schema", "$id", "id", "$anchor", "$dynamicAnchor", "$recursiveAnchor", "$vocabulary")
+)
 # The grammar library compares bounds as doubles and with integers of 64 bits.
 _MAX_INTEGER, _MAX_NUMBER = 2**63 - 1024, 1e18
 _COUNTS = frozenset(("minProperties", "maxProperties"))
@@ -81,7 +88,7 @@ def prepare_schema(
     schema = plain_spelling(schema)
     closes = is_call or not strict
     preparer = _Preparer(schema, param, owner, is_strict=strict, closes=closes)
-    prepared = merge_objects(preparer.schema(schema, ()), limits)
+    prepared = preparer.without_closed(merge_objects(preparer.schema(schema, ()), limits))
     check_schema_cost(prepared, param, limits)
     if closes:
         prepared = close_objects(prepared)
@@ -91,6 +98,8 @@ def prepare_schema(
 class _Preparer:
     def __init__(self, root: Any, param: str, owner: str, *, is_strict: bool, closes: bool) -> None:
         self.left_out: list[str] = []
+        # Places of objects that other schemas add members to, and that have no others.
+        self.closed: list[tuple[str, ...]] = []
         self._references = References(root)
         self._param = param
         self._strict = is_strict
@@ -118,14 +127,18 @@ class _Preparer:
 
     def schema(self, node: Any, path: tuple[str, ...]) -> Any:
         if not isinstance(node, dict):
-            return node
+            if not isinstance(node, bool):
+                self._leave_out(path)
+            return bool(node) if isinstance(node, bool) else True
         if node.get("not") in ({}, True):
             return False
         node = self._with_names(_with_prefix(_with_closed_members(node)))
         kept = {
             key: item
             for key, value in node.items()
-            if (item := self._keyword(node, key, value, (*path, key))) is not None or value is None
+            if (item := self._keyword(node, key, self._read(node, key, path), (*path, key)))
+            is not None
+            or value is None
         }
         if "patternProperties" in node.keys() - kept.keys():
             kept.pop("additionalProperties", None)  # it says what all other members are
@@ -137,10 +150,23 @@ class _Preparer:
             prepared["anyOf"] = prepared.pop("oneOf")
         return prepared
 
+    def _read(self, node: dict[str, Any], key: str, path: tuple[str, ...]) -> Any:
+        """What can be read of a keyword's value; the rest is named."""
+        value = node[key]
+        found = None if key in _IDENTIFIERS else readable(node, key)
+        if found != value and key not in _IDENTIFIERS:
+            # An enumeration says of which types its values are.
+            is_said = key == "type" and found is None and bool(node.get("enum"))
+            self._leave_out((*path, key), constrains=not is_said)
+        return found
+
     def _keyword(self, node: dict[str, Any], key: str, value: Any, path: tuple[str, ...]) -> Any:
         """What a grammar enforces of a keyword; None for nothing."""
-        if key in _IDENTIFIERS and isinstance(value, str):
+        if key in _IDENTIFIERS or value is None:
             return None
+        if key == "unevaluatedProperties" and value is False:
+            self.closed.append(path)  # until the members are merged
+            return value
         if key in UNENFORCEABLE:
             if not _is_trivial(key, value):
                 self._leave_out(path)
@@ -164,6 +190,14 @@ class _Preparer:
         if enforced is None:
             self._leave_out(path)
         return enforced
+
+    def without_closed(self, merged: Any) -> Any:
+        """The merged schema, where objects that could not be merged are named and left open."""
+        if not self.closed or not has_open_end(merged):
+            return merged
+        for path in self.closed:
+            self._leave_out(path)
+        return without_open_ends(merged)
 
     def _count(
         self, node: dict[str, Any], key: str, value: int, path: tuple[str, ...]
@@ -243,6 +277,8 @@ def _is_trivial(key: str, value: Any) -> bool:
     """Whether an unenforceable keyword constrains nothing."""
     if key == "propertyNames":
         return value is True or value in ({}, {"type": "string"})
+    if key.startswith("unevaluated"):
+        return value is True
     if key in ("uniqueItems", "minContains"):
         return not value
     return value in ({}, []) and key.startswith("depend")

@@ -14,6 +14,7 @@ from chunkllama_server.api.common.schema_keywords import (
     SCHEMA_LISTS,
     SCHEMA_MAPS,
     SCHEMA_MEMBERS,
+    map_parts,
 )
 from chunkllama_server.api.common.schema_references import follow, written
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
@@ -21,11 +22,14 @@ from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 # Members that annotate the whole.
 _NOTES = frozenset(("title", "description", "default", "examples", "$defs", "definitions"))
 # What the joined objects may say; anything else keeps them apart.
-_MEMBERS = frozenset(("type", "properties", "required", "additionalProperties"))
+_MEMBERS = frozenset(
+    ("type", "properties", "required", "additionalProperties", "unevaluatedProperties")
+)
 # Keywords that constrain; others say nothing beside a reference.
 _CONSTRAINTS = frozenset(
     (
         *("type", "enum", "const", "properties", "required", "additionalProperties"),
+        "unevaluatedProperties",
         *("patternProperties", "minProperties", "maxProperties", "allOf", "anyOf", "oneOf"),
         *("items", "prefixItems", "minItems", "maxItems", "pattern", "format", "minLength"),
         *("maxLength", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
@@ -62,6 +66,11 @@ class _Joined:
     only: frozenset[str] | None = None
     properties: Mapping[str, Any] | None = None
     required: Mapping[str, None] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """Allow no member beside those that the parts have."""
+        own = frozenset(self.properties or ())
+        self.only = own if self.only is None else own & self.only
 
 
 class _Merger:
@@ -159,7 +168,9 @@ class _Merger:
         if len(keys) != 1 or not node.keys() & {"properties", "required", "allOf"}:
             return None
         (key,) = keys
-        base = {name: item for name, item in node.items() if name != key}
+        base = {
+            name: item for name, item in node.items() if name not in (key, "unevaluatedProperties")
+        }
         branches = node[key] if isinstance(node[key], list) else []
         self._chars_left -= len(json.dumps(base)) * len(branches)
         if self._chars_left < 0:
@@ -173,6 +184,8 @@ class _Merger:
             self._add(part, whole)
             if not part.is_object:
                 return None
+            if _is_closed(node):
+                part.close()
             alternatives.append((_notes(branch), part))
         return alternatives or None
 
@@ -198,6 +211,8 @@ class _Merger:
             if part is None:
                 return None
             self._add(joined, part)
+        if _is_closed(node):
+            joined.close()
         return joined
 
     def _add(self, joined: _Joined, part: _Joined) -> None:
@@ -232,6 +247,23 @@ class _Merger:
             self._chars[reference] = len(json.dumps(target))
         self._chars_left -= self._chars[reference]
         return target if self._chars_left >= 0 else None
+
+
+def _is_closed(node: Mapping[str, Any]) -> bool:
+    return node.get("unevaluatedProperties") is False
+
+
+def has_open_end(schema: Any) -> bool:
+    """Whether an object that could not be merged says that it has no other members."""
+    return bool(schema != without_open_ends(schema))
+
+
+def without_open_ends(schema: Any) -> Any:
+    """The schema without ``unevaluatedProperties``, which no grammar enforces."""
+    if not isinstance(schema, dict):
+        return schema
+    rest = {key: item for key, item in schema.items() if key != "unevaluatedProperties"}
+    return map_parts(rest, lambda part, _: without_open_ends(part))
 
 
 def _own_part(node: dict[str, Any]) -> _Joined | None:

@@ -15,7 +15,9 @@ from chunkllama_server.api.common.fair_pool import FairPool
 from chunkllama_server.api.common.grammar_cost import check_choice_cost, check_regex_cost
 from chunkllama_server.api.common.lark_cost import check_lark_cost
 from chunkllama_server.api.common.regex_syntax import rust_syntax
+from chunkllama_server.api.common.schema_bounds import bound_grammar
 from chunkllama_server.api.common.schema_levels import prepare_schema
+from chunkllama_server.api.common.schema_relaxing import SchemaSource
 from chunkllama_server.api.schema.base import StructuredOutputs
 from chunkllama_server.api.schema.chat import ResponseFormat
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
@@ -92,7 +94,8 @@ def from_structured_outputs(
         "regex": outputs.regex,
         "choice": outputs.choice,
         "grammar": outputs.grammar,
-        "json_object": outputs.json_object or None,
+        # Any object, beside a schema of one, says nothing more.
+        "json_object": outputs.json_object or None if outputs.json_ is None else None,
     }
     kinds = [name for name, value in given.items() if value is not None]
     if len(kinds) != 1:
@@ -176,9 +179,38 @@ def grammar_of(
         grammar, param = from_response_format(response_format, left_out, limits)
     if outputs is None:
         return grammar, param
-    if grammar is not None:
-        raise invalid("Send response_format or structured_outputs, not both", "structured_outputs")
-    return from_structured_outputs(outputs, left_out, limits)
+    other, other_param = from_structured_outputs(outputs, left_out, limits)
+    if grammar is None or grammar == other or _is_object(grammar, other):
+        return other, other_param
+    if _is_object(other, grammar):
+        return grammar, param
+    raise invalid("Send response_format or structured_outputs, not both", "structured_outputs")
+
+
+def _is_object(grammar: GrammarSpec, schema: GrammarSpec) -> bool:
+    """Whether a grammar is of any object and a schema of some object, which then says more."""
+    if grammar.kind != "json_object" or schema.kind != "json_schema":
+        return False
+    found = json.loads(schema.text)
+    return isinstance(found, dict) and found.get("type") == "object"
+
+
+def answer_sources(
+    grammar: GrammarSpec | None, param: str, response_format: ResponseFormat | None
+) -> list[SchemaSource]:
+    """The schema of a typed answer, if its grammar is one of a schema."""
+    if grammar is None or grammar.kind != "json_schema":
+        return []
+    strict = is_strict(response_format)
+    return [SchemaSource(json.loads(grammar.text), param, is_strict=strict)]
+
+
+def answer_grammar(
+    source: SchemaSource, schema: Any, num_tokens: int, *, patterns: bool
+) -> GrammarSpec:
+    """The grammar of a typed answer with bounds, unless it is strict."""
+    grammar = GrammarSpec(kind="json_schema", text=json.dumps(schema))
+    return grammar if source.is_strict else bound_grammar(grammar, num_tokens, patterns=patterns)
 
 
 def _compile(

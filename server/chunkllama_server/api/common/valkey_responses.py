@@ -90,8 +90,8 @@ class ValkeyResponses:
         async with self._valkey.pipeline(transaction=True) as commands:
             commands.hset(key, mapping={name: getattr(packed, name) for name in _FIELDS})
             commands.pexpire(key, self._milliseconds)
-            for item in stored.response["output"]:
-                commands.set(_key("item", tenant, item["id"]), response_id, px=self._milliseconds)
+            for item_id in stored.item_ids():
+                commands.set(_key("item", tenant, item_id), response_id, px=self._milliseconds)
             commands.zremrangebyscore(ids, "-inf", now - self._milliseconds / 1000)
             commands.zadd(ids, {response_id: now})
             commands.pexpire(ids, self._milliseconds)
@@ -116,7 +116,7 @@ class ValkeyResponses:
         return PackedResponse(*cast("list[bytes]", parts))
 
     async def with_items(self, tenant: str, item_ids: list[str]) -> list[str | None]:
-        """Return the id of the tenant's stored response whose output has each item, None for none.
+        """Return the id of the tenant's stored response that has each item, None for none.
 
         Raises:
             ApiError: 503 when valkey does not answer.

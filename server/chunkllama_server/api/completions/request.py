@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import GrammarSpec, SamplingParams
@@ -22,10 +22,14 @@ from chunkllama_server.api.common.sampling import (
     request_priority,
     sampling_params,
 )
-from chunkllama_server.api.common.schema_bounds import bound_grammar
-from chunkllama_server.api.common.structured_outputs import grammar_of, is_strict
+from chunkllama_server.api.common.schema_relaxing import checked_grammar
+from chunkllama_server.api.common.structured_outputs import (
+    answer_grammar,
+    answer_sources,
+    grammar_of,
+)
 from chunkllama_server.api.common.text_service import pause_after, texts_size
-from chunkllama_server.api.schema.completions import CompletionRequest
+from chunkllama_server.api.schema.completions import NO_LIMIT, CompletionRequest
 from chunkllama_server.transport.errors import exceeded, invalid
 from chunkllama_server.transport.request_context import RequestInfo
 
@@ -108,6 +112,8 @@ async def completion_sampling(
     engine = context.engine.info
     longest = max(len(ids) for ids in prompts)
     room, max_tokens = engine.max_request_tokens - longest, body.max_tokens
+    if max_tokens == NO_LIMIT:
+        max_tokens, default_tokens = None, room
     if max_tokens is not None and fits:
         max_tokens = max(min(max_tokens, room), 1)
     check_lengths(longest, max_tokens, engine, "prompt", "max_tokens")
@@ -115,17 +121,25 @@ async def completion_sampling(
         max_tokens = min(default_tokens, room)
     most = max_tokens
 
-    def find_grammar() -> tuple[GrammarSpec | None, str]:
-        grammar, param = grammar_of(
+    given, param = await context.prepare(
+        info,
+        lambda: grammar_of(
             body.response_format, body.structured_outputs, left_out, context.settings
-        )
-        if grammar is not None and not is_strict(body.response_format):
-            grammar = bound_grammar(grammar, most)
-        return grammar, param
+        ),
+    )
+    sources = answer_sources(given, param, body.response_format)
 
-    grammar, param = await context.prepare(info, find_grammar)
-    if grammar is not None:
-        grammar = await context.grammars.check(grammar, param)
+    async def build(schemas: Sequence[Any], patterns: bool) -> tuple[GrammarSpec | None, str]:
+        def make() -> GrammarSpec | None:
+            if not sources:
+                return given
+            return answer_grammar(sources[0], schemas[0], most, patterns=patterns)
+
+        return await context.prepare(info, make), param
+
+    check, limits = context.grammars.check, context.settings
+    grammar, more = await checked_grammar(check, build, sources, most, limits)
+    info.name_ignored_fields(left_out + more)
     scores_prompt = max_tokens == 0 or (body.echo and body.logprobs is not None)
     if scores_prompt:
         num_top = max(body.prompt_logprobs or 0, body.logprobs or 0)

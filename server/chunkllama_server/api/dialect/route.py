@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.types import Scope
 
-from chunkllama_server.api.dialect.table import Endpoint
+from chunkllama_server.api.dialect.meanings import Endpoint
 from chunkllama_server.api.dialect.translate import translate
 from chunkllama_server.api.schema.base import RequestModel
 from chunkllama_server.api.schema.chat import ChatCompletionRequest

@@ -11,8 +11,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from chunkllama_server.api.dialect.meanings import (
+    Becomes,
+    Endpoint,
+    banned_ids,
+    flag,
+    has_penalty,
+    limit,
+    mime_type,
+    not_sampled,
+    output_config,
+    reasoning,
+    seed,
+    thinking,
+    to,
+    tool_choice,
+    top_logprobs,
+)
 from chunkllama_server.api.dialect.values import (
-    DialectError,
     answer_format,
     chat_format_of,
     constraint,
@@ -20,13 +36,13 @@ from chunkllama_server.api.dialect.values import (
     token_limit,
 )
 
-Endpoint = Literal["chat", "completions", "responses", "embeddings", "tokenize"]
-Becomes = Callable[[Any, Endpoint], Mapping[str, Any]]
 GENERATE: tuple[Endpoint, ...] = ("chat", "completions", "responses")
 TEMPLATED: tuple[Endpoint, ...] = ("chat", "responses")
 # Objects whose members are read as if they stood in the body itself.
 CONTAINERS = {
     "extra_body": "openai-python's argument, sent as it is",
+    "generation_config": "Gemini, Transformers",
+    "generationConfig": "Gemini",
     "nvext": "NVIDIA Dynamo and NIM",
     "options": "Ollama",
     "parameters": "TGI",
@@ -96,115 +112,66 @@ def _harmless(
     return Row(tuple(names.split()), note, servers, endpoints)
 
 
-def _to(target: str) -> Becomes:
-    return lambda value, _: {target: value}
-
-
-def _flag(target: str, meaning: Any = True) -> Becomes:
-    """A boolean that sets one field when it is true."""
-
-    def becomes(value: Any, _: Endpoint) -> dict[str, Any]:
-        if not isinstance(value, bool):
-            raise DialectError("must be true or false")
-        return {target: meaning} if value else {}
-
-    return becomes
-
-
-def _limit(value: Any, endpoint: Endpoint) -> dict[str, Any]:
-    if endpoint == "completions" and type(value) is int and value < 0:
-        raise DialectError("must be a number of tokens; without a limit 16 are generated")
-    return token_limit(value, "max_output_tokens" if endpoint == "responses" else "max_tokens")
-
-
-def _not_sampled(value: Any, _: Endpoint) -> dict[str, Any]:
-    if not isinstance(value, bool):
-        raise DialectError("must be true or false")
-    return {} if value else {"temperature": 0}
-
-
-def _seed(value: Any, _: Endpoint) -> dict[str, Any]:
-    return {} if value == -1 else {"seed": value}
-
-
-def _top_logprobs(value: Any, endpoint: Endpoint) -> dict[str, Any]:
-    if endpoint == "completions":
-        return {"logprobs": value}
-    return {"logprobs": True, "top_logprobs": value}
-
-
-def _thinking(value: Any, _: Endpoint) -> dict[str, Any]:
-    """Whether to think: true, an effort, or an object of type enabled or disabled."""
-    if isinstance(value, dict):
-        kind = value.get("type")
-        if kind not in ("enabled", "disabled", "adaptive", "auto"):
-            raise DialectError("must have the type enabled or disabled")
-        if kind == "enabled" and value.get("budget_tokens") is not None:
-            return {**_thinking(True, "chat"), "thinking_token_budget": value["budget_tokens"]}
-        if kind in ("adaptive", "auto"):
-            return {}
-        value = kind == "enabled"
-    if isinstance(value, str):
-        return {"reasoning_effort": value}
-    if not isinstance(value, bool):
-        raise DialectError("must be true or false")
-    return {
-        "chat_template_kwargs.enable_thinking": value,
-        "chat_template_kwargs.thinking": value,
-    }
-
-
-def _reasoning(value: Any, _: Endpoint) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DialectError("must be an object")
-    meanings: dict[str, Any] = {}
-    if value.get("enabled") is not None:
-        meanings |= _thinking(value["enabled"], "chat")
-    if value.get("effort") is not None:
-        meanings["reasoning_effort"] = value["effort"]
-    if value.get("max_tokens") is not None:
-        meanings["thinking_token_budget"] = value["max_tokens"]
-    return meanings
-
-
-def _has_penalty(body: Mapping[str, Any]) -> bool:
-    """Whether a body asks for a penalty whose window the field bounds."""
-    repeats = [body.get(name) for name in ("repeat_penalty", "repetition_penalty")]
-    others = [body.get(name) for name in ("presence_penalty", "frequency_penalty")]
-    return any(value not in (None, 1) for value in repeats) or any(others)
-
-
 _STRUCTURED = (
     _translated(
-        "guided_json json_schema schema response_schema guided_schema",
+        "guided_json json_schema schema response_schema guided_schema responseSchema "
+        "response_json_schema responseJsonSchema",
         "`structured_outputs.json`",
         "vLLM, NIM, SGLang, llama.cpp, Gemini",
-        _to("structured_outputs.json"),
+        to("structured_outputs.json"),
     ),
     _translated(
         "guided_regex regex",
         "`structured_outputs.regex`",
         "vLLM, SGLang",
-        _to("structured_outputs.regex"),
+        to("structured_outputs.regex"),
     ),
     _translated(
         "guided_choice choice choices",
         "`structured_outputs.choice`",
         "vLLM",
-        _to("structured_outputs.choice"),
+        to("structured_outputs.choice"),
     ),
     _translated(
         "guided_grammar ebnf",
         "`structured_outputs.grammar`, as GBNF or Lark",
         "vLLM, SGLang",
-        _to("structured_outputs.grammar"),
+        to("structured_outputs.grammar"),
     ),
     _translated(
-        "guided_json_object",
+        "guided_json_object json_mode",
         "`structured_outputs.json_object`",
-        "vLLM",
-        _flag("structured_outputs.json_object"),
+        "vLLM, Together",
+        flag("structured_outputs.json_object"),
     ),
+    _translated(
+        "response_mime_type responseMimeType",
+        "`structured_outputs.json_object` for `application/json`",
+        "Gemini",
+        mime_type,
+    ),
+    _translated(
+        "output_config",
+        "`response_format` (in responses `text.format`) and the effort of the thoughts",
+        "Anthropic",
+        output_config,
+        TEMPLATED,
+    ),
+    _translated("toolChoice", "`tool_choice`", "AI SDK", tool_choice, TEMPLATED, off=("", {})),
+    _refused(
+        "toolConfig tool_config",
+        "send tools and tool_choice",
+        "Bedrock, Gemini",
+        endpoints=TEMPLATED,
+    ),
+    _refused("output_config", "send response_format", "Anthropic", endpoints=("completions",)),
+    _refused(
+        "force_words_ids forced_bos_token_id forced_eos_token_id begin_suppress_tokens "
+        "sequence_bias constraints",
+        "send structured_outputs or logit_bias",
+        "Transformers",
+    ),
+    _refused("bad_words_ids", "send bad_words", "Transformers"),
     _translated(
         "grammar",
         "`structured_outputs`: GBNF or Lark text, or `{type: json or regex, value}`",
@@ -239,19 +206,20 @@ _STRUCTURED = (
 _LIMITS = (
     _translated(
         "n_predict max_new_tokens num_predict max_tokens max_completion_tokens max_output_tokens "
-        "max_tokens_to_sample max_gen_len maxOutputTokens",
+        "max_tokens_to_sample max_gen_len maxOutputTokens maxTokens",
         "`max_tokens`, in responses `max_output_tokens`; -1 and -2 are no limit",
         "llama.cpp, TGI, SGLang, Ollama, Anthropic, Gemini, the other endpoints",
-        _limit,
+        limit,
     ),
-    _translated("min_new_tokens", "`min_tokens`", "SGLang, Transformers", _to("min_tokens")),
-    _translated("stop_sequences stop_strings stopSequences", "`stop`",
-                "Anthropic, Transformers, Gemini", _to("stop")),
+    _translated("min_new_tokens", "`min_tokens`", "SGLang, Transformers", to("min_tokens")),
+    _translated("stop_sequences stop_strings stopSequences stopping_strings", "`stop`",
+                "Anthropic, Transformers, Gemini, SillyTavern", to("stop")),
     _translated("no_stop_trim", "`include_stop_str_in_output`", "SGLang",
-                _flag("include_stop_str_in_output")),
-    _translated("truncate", "`truncate_prompt_tokens`", "TGI", _to("truncate_prompt_tokens"),
+                flag("include_stop_str_in_output")),
+    _translated("truncate", "`truncate_prompt_tokens`", "TGI", to("truncate_prompt_tokens"),
                 ("chat", "completions"), off=(False,)),
-    _translated("n_cmpl", "`n`", "llama.cpp", _to("n"), ("chat", "completions")),
+    _translated("n_cmpl num_return_sequences candidate_count candidateCount", "`n`",
+                "llama.cpp, Transformers, Gemini", to("n"), ("chat", "completions")),
     _refused("stop_regex", "send stop strings", "SGLang"),
     _refused("max_length min_length", "send max_tokens or min_tokens", "Transformers"),
     _refused("t_max_predict_ms max_time", "send max_tokens", "llama.cpp, Transformers", (0,)),
@@ -263,22 +231,24 @@ _LIMITS = (
     _refused("truncation_side", "the prompt's last tokens are kept", "vLLM", ("left",)),
     _refused("num_beams", "send use_beam_search and n", "Transformers", (1,)),
     _refused("best_of", "send n", "text completions", (1,), ("chat",)),
-    _refused("n best_of", "a response has one answer", "chat, text completions", (1,),
-             ("responses",)),
+    _refused("n best_of num_return_sequences candidate_count candidateCount",
+             "a response has one answer", "chat, text completions", (1,), ("responses",)),
     _refused("early_stopping diversity_penalty", "beam search has no such option", "Transformers",
              (False, 0)),
 )  # fmt: skip
 _SAMPLING = (
     _translated("repeat_penalty repetitionPenalty", "`repetition_penalty`", "llama.cpp, Ollama",
-                _to("repetition_penalty")),
-    _translated("topP", "`top_p`", "Gemini", _to("top_p")),
-    _translated("topK", "`top_k`", "Gemini", _to("top_k")),
-    _translated("random_seed sampling_seed", "`seed`; -1 is none", "Mistral, SGLang", _seed),
-    _translated("do_sample", "false is `temperature: 0`", "TGI, Transformers", _not_sampled),
-    _translated("greed_sampling", "`temperature: 0`", "Dynamo", _flag("temperature", 0)),
+                to("repetition_penalty")),
+    _translated("topP", "`top_p`", "Gemini", to("top_p")),
+    _translated("topK", "`top_k`", "Gemini", to("top_k")),
+    _translated("random_seed sampling_seed", "`seed`; -1 is none", "Mistral, SGLang", seed),
+    _translated("do_sample", "false is `temperature: 0`", "TGI, Transformers", not_sampled),
+    _translated("greed_sampling", "`temperature: 0`", "Dynamo", flag("temperature", 0)),
     _translated("n_probs top_n_tokens", "`logprobs`, in chat with `top_logprobs`",
-                "llama.cpp, TGI", _top_logprobs, ("chat", "completions"), off=(0,)),
-    _translated("extra_key", "`cache_salt`", "SGLang", _to("cache_salt")),
+                "llama.cpp, TGI", top_logprobs, ("chat", "completions"), off=(0,)),
+    _translated("extra_key", "`cache_salt`", "SGLang", to("cache_salt")),
+    _translated("suppress_tokens", "`logit_bias` of -100", "Transformers", banned_ids,
+                off=([],)),
     _refused("typical_p typ_p tfs_z tfs encoder_repetition_penalty guidance_scale cfg_scale",
              "there is no such sampler; leave it at 1", "TGI, llama.cpp, Transformers", (1,)),
     _refused("mirostat mirostat_mode dynatemp_range xtc_probability dry_multiplier top_a "
@@ -288,7 +258,7 @@ _SAMPLING = (
              (0, -1, False)),
     _refused("repeat_last_n penalty_last_n",
              "penalties look at the whole text; leave it out or send -1", "llama.cpp, Ollama",
-             (-1,), refused_if=_has_penalty),
+             (-1,), refused_if=has_penalty),
     _refused("spaces_between_special_tokens", "text is decoded as it was encoded", "vLLM", (True,)),
     _refused("logits_processors custom_logit_processor logits_processor logit_bias_exp",
              "no code of a request is run", "vLLM, SGLang"),
@@ -304,15 +274,15 @@ _SAMPLING = (
     _harmless("samplers", "samplers have one order", "llama.cpp"),
 )  # fmt: skip
 _PROMPT = (
-    _translated("inputs", "`prompt`", "TGI", _to("prompt"), ("completions",)),
-    _translated("return_full_text", "`echo`", "TGI", _flag("echo"), ("completions",)),
+    _translated("inputs", "`prompt`", "TGI", to("prompt"), ("completions",)),
+    _translated("return_full_text", "`echo`", "TGI", flag("echo"), ("completions",)),
     _translated("enable_thinking think thinking",
                 "`chat_template_kwargs.enable_thinking` and `.thinking`; an effort is "
-                "`reasoning_effort`", "Qwen, Ollama, DeepSeek, GLM, Anthropic", _thinking,
-                ("chat",)),
+                "`reasoning_effort`, in responses `reasoning.effort`",
+                "Qwen, Ollama, DeepSeek, GLM, Anthropic", thinking, TEMPLATED),
     _translated("reasoning", "`reasoning_effort`, `thinking_token_budget`, or as `thinking`",
-                "OpenRouter", _reasoning, ("chat",)),
-    _translated("reasoning_effort", "`reasoning.effort`", "chat", _to("reasoning.effort"),
+                "OpenRouter", reasoning, ("chat",)),
+    _translated("reasoning_effort", "`reasoning.effort`", "chat", to("reasoning.effort"),
                 ("responses",)),
     _refused("prompt inputs", "send messages, in responses input", "text completions, TGI",
              endpoints=TEMPLATED),
@@ -344,11 +314,11 @@ _PROMPT = (
              "llama.cpp, SGLang, TGI", (False, 0)),
     _refused("prompt_name normalize input_type pooling", "embeddings have one form", "TEI, vLLM",
              (True,), ("embeddings",)),
-    _translated("content", "`input`", "llama.cpp", _to("input"), ("embeddings",)),
-    _translated("content", "`prompt`", "llama.cpp", _to("prompt"), ("tokenize",)),
-    _translated("add_special", "`add_special_tokens`", "llama.cpp", _to("add_special_tokens"),
+    _translated("content", "`input`", "llama.cpp", to("input"), ("embeddings",)),
+    _translated("content", "`prompt`", "llama.cpp", to("prompt"), ("tokenize",)),
+    _translated("add_special", "`add_special_tokens`", "llama.cpp", to("add_special_tokens"),
                 ("tokenize",)),
-    _translated("with_pieces", "`return_token_strs`", "llama.cpp", _to("return_token_strs"),
+    _translated("with_pieces", "`return_token_strs`", "llama.cpp", to("return_token_strs"),
                 ("tokenize",)),
 )  # fmt: skip
 _SERVING = (

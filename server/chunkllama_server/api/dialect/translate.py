@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from chunkllama_server.api.dialect.table import CONTAINERS, GENERATE, TABLE, Endpoint, Row
-from chunkllama_server.api.dialect.values import SHAPES, DialectError
+from chunkllama_server.api.dialect.meanings import Endpoint
+from chunkllama_server.api.dialect.shaped import DialectError
+from chunkllama_server.api.dialect.table import CONTAINERS, GENERATE, TABLE, Row
+from chunkllama_server.api.dialect.values import SHAPES
 from chunkllama_server.transport.errors import ApiError, invalid
 
 # Parts of names that constrain or bound an answer, or change the prompt, whatever server has them.
@@ -137,6 +139,7 @@ class _Translator:
         for ours, theirs in shaped.renamed.items():
             if ours != theirs or path != name:
                 self.result.spelled[f"{name}{ours}"] = f"{path}{theirs}"
+        self.result.unknown += [f"{path}{below}" for below in shaped.ignored]
         for target, (below, meaning) in shaped.also.items():
             self._set(target, meaning, f"{path}{below}")
         if shaped.value is not None:
@@ -171,10 +174,14 @@ class _Translator:
         else:
             holder, member = body, name
         earlier = holder.get(member)
-        if earlier is not None and value is not None and earlier != value:
+        if isinstance(earlier, dict) and isinstance(value, dict) and name == target:
+            for inner, meaning in value.items():  # what another field has set stays beside it
+                self._set(f"{name}.{inner}", meaning, f"{path}.{inner}")
+            return
+        if earlier is not None and value is not None and not _same(earlier, value):
             other = self.result.spelled.get(target, target)
             raise invalid(f"Send {other} or {path}, not both", path)
-        if value is not None or member not in holder:
+        if earlier is None and (value is not None or member not in holder):
             holder[member] = value
         if path != target and value is not None:
             self.result.spelled.setdefault(target, path)
@@ -185,10 +192,21 @@ class _Translator:
         spelled = self.result.spelled
         if not isinstance(outputs, dict):
             return
+        if outputs.get("json") is not None:
+            outputs.pop("json_object", None)  # the schema says it, too
         given = [f"structured_outputs.{name}" for name, value in outputs.items() if value]
         names = [spelled.get(path, path) for path in given]
         if len(names) > 1 and any(path in spelled for path in given):
             raise invalid(f"Send one of {' and '.join(names)}, not both", names[-1])
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two values mean the same: a list of one text is that text, order does not count."""
+    if isinstance(first, str | list) and isinstance(second, str | list):
+        texts = [[value] if isinstance(value, str) else value for value in (first, second)]
+        if all(isinstance(text, str) for text in (*texts[0], *texts[1])):
+            return set(texts[0]) == set(texts[1])
+    return bool(first == second)
 
 
 def binding(path: str) -> ApiError:

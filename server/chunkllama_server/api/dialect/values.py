@@ -3,43 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from chunkllama_server.api.dialect.shaped import DialectError, Shape, Shaped
+from chunkllama_server.api.dialect.tool_shapes import (
+    chat_tool_choice,
+    chat_tools,
+    response_tool_choice,
+    response_tools,
+)
+
 _JSON_TYPES = ("json", "json_object", "json_schema", "object")
 _FLAGS = ("name", "description", "strict")
-_FUNCTION_MEMBERS = ("name", "description", "parameters", "strict")
 _SCHEMA_MEMBERS = ("schema", "value", "json_schema", "response_schema", "schema_")
 _SCHEMA_WORDS = frozenset(
     ("type", "properties", "$ref", "anyOf", "oneOf", "allOf", "enum", "const", "$defs")
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Shaped:
-    """A value in this server's shape.
-
-    Attributes:
-        value: None leaves the field out.
-        renamed: paths below the field that moved: ours to the client's.
-        also: other fields that the value sets, each with the client's path below the field.
-    """
-
-    value: Any
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    also: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
-
-
-Shape = Callable[[Any], Shaped]
-
-
-class DialectError(ValueError):
-    """A value that has no meaning here; the message continues the field's path."""
-
-    def __init__(self, message: str, member: str = "") -> None:
-        super().__init__(message)
-        self.member = member
+_OBJECT_WORDS = frozenset(("required", "additionalProperties", "patternProperties"))
 
 
 def token_limit(value: Any, target: str) -> dict[str, Any]:
@@ -47,6 +29,38 @@ def token_limit(value: Any, target: str) -> dict[str, Any]:
     if type(value) is int and value in (-1, -2):
         return {}
     return {target: value}
+
+
+def no_limit(value: Any) -> Shaped:
+    """An own limit of tokens; -1 and -2 are none."""
+    return Shaped(token_limit(value, "").get(""))
+
+
+def completion_limit(value: Any) -> Shaped:
+    """A text completion's limit; without a field 16 tokens are generated, so that none is -1."""
+    return Shaped(-1 if type(value) is int and value == -2 else value)
+
+
+def thinks(wants: bool) -> dict[str, Any]:
+    """Template arguments that turn thoughts on or off."""
+    names = ("enable_thinking", "thinking")
+    return {f"chat_template_kwargs.{name}": wants for name in names}
+
+
+def response_reasoning(value: Any) -> Shaped:
+    """``reasoning`` of a Responses request with the members that OpenRouter adds."""
+    if not isinstance(value, dict):
+        return Shaped(value)
+    also: dict[str, tuple[str, Any]] = {}
+    rest = {name: item for name, item in value.items() if name not in ("enabled", "max_tokens")}
+    if (wants := value.get("enabled")) is not None:
+        if not isinstance(wants, bool):
+            raise DialectError("must be true or false", "enabled")
+        also = {target: (".enabled", meaning) for target, meaning in thinks(wants).items()}
+    for target, budget in token_limit(value.get("max_tokens"), "thinking_token_budget").items():
+        if budget is not None:
+            also[target] = (".max_tokens", budget)
+    return Shaped(rest or None, {}, also)
 
 
 def constraint(value: Any) -> dict[str, Any]:
@@ -160,6 +174,8 @@ def _flat_format(value: Any) -> tuple[Any, str]:
 
 def _schema_in(value: Any) -> _FoundSchema | None:
     """The schema of a JSON format; None for another format, or one without its schema."""
+    if _is_bare(value):
+        return _FoundSchema("json_schema", "", value)
     given = {"type": value} if isinstance(value, str) else value
     if not isinstance(given, dict) or given.get("type") not in _JSON_TYPES:
         return None
@@ -173,6 +189,8 @@ def _schema_in(value: Any) -> _FoundSchema | None:
         if isinstance(content, dict) and _describes_schema(content):
             inner = {key: item for key, item in content.items() if key != "schema"}
             path, flags, content = f"{path}.schema", {**flags, **inner}, content["schema"]
+            if isinstance(content, str):
+                content = _read_schema(content, f"{name}.schema")
         elif name == "json_schema" and (
             not isinstance(content, dict) or _SCHEMA_WORDS.isdisjoint(content)
         ):
@@ -180,6 +198,19 @@ def _schema_in(value: Any) -> _FoundSchema | None:
         if content:
             return _FoundSchema("json_schema", path, content, flags, rest)
     return None if given["type"] == "json_schema" else _FoundSchema("json_object", rest=rest)
+
+
+def _is_bare(value: Any) -> bool:
+    """Whether a format is a schema itself."""
+    if not isinstance(value, dict) or {*_SCHEMA_MEMBERS, "json_schema"} & value.keys():
+        return False
+    kind = value.get("type")
+    kind = kind.lower() if isinstance(kind, str) else kind  # Gemini's types are in capitals
+    if kind == "object":
+        return bool(value.keys() & (_SCHEMA_WORDS - {"type"}) | (value.keys() & _OBJECT_WORDS))
+    if isinstance(kind, list) or kind in ("array", "string", "integer", "number", "boolean"):
+        return True
+    return kind is None and not _SCHEMA_WORDS.isdisjoint(value)
 
 
 def _read_schema(text: str, member: str) -> Any:
@@ -191,7 +222,7 @@ def _read_schema(text: str, member: str) -> Any:
 
 def _describes_schema(content: Mapping[str, Any]) -> bool:
     """Whether an object holds a schema with its name, rather than being one."""
-    return isinstance(content.get("schema"), dict) and _SCHEMA_WORDS.isdisjoint(content)
+    return isinstance(content.get("schema"), dict | str) and _SCHEMA_WORDS.isdisjoint(content)
 
 
 def _constrained(value: Any) -> Mapping[str, tuple[str, Any]] | None:
@@ -236,130 +267,18 @@ def messages(value: Any) -> Shaped:
     return Shaped([*value[:-1], rest], {}, also)
 
 
-def chat_tools(value: Any) -> Shaped:
-    """Tools in the flat shape of the Responses API, or in Anthropic's, nested as chat has them."""
-    return _each_tool(value, _nested_tool)
-
-
-def response_tools(value: Any) -> Shaped:
-    """Tools in the shape of chat or Anthropic's, flat as the Responses API has them."""
-    return _each_tool(value, _flat_tool)
-
-
-def _each_tool(
-    value: Any, change: Callable[[dict[str, Any]], tuple[dict[str, Any], Mapping[str, str]]]
-) -> Shaped:
-    if not isinstance(value, list):
-        return Shaped(value)
-    tools: list[Any] = []
-    renamed: dict[str, str] = {}
-    for index, tool in enumerate(value):
-        if not isinstance(tool, dict):
-            tools.append(tool)
-            continue
-        changed, inner = change(tool)
-        tools.append(changed)
-        renamed.update({f"[{index}]{ours}": f"[{index}]{theirs}" for ours, theirs in inner.items()})
-    return Shaped(tools, renamed)
-
-
-def _is_function(tool: Mapping[str, Any]) -> bool:
-    """A tool is a function by its type; without one, or with Anthropic's "custom", by its
-    members."""
-    kind = tool.get("type")
-    if kind == "custom":
-        return "input_schema" in tool
-    if kind is None:
-        return bool({"function", "input_schema", "parameters"} & tool.keys())
-    return bool(kind == "function")
-
-
-def _described(tool: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Name, description, parameters and strict of a flat tool, and the client's name of each."""
-    members = {name: tool[name] for name in _FUNCTION_MEMBERS if name in tool}
-    paths = {name: name for name in members}
-    if "input_schema" in tool and "parameters" not in tool:
-        members["parameters"], paths["parameters"] = tool["input_schema"], "input_schema"
-    return members, paths
-
-
-def _nested_tool(tool: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, str]]:
-    if not _is_function(tool):
-        return tool, {}
-    known = {"type", "function", *_FUNCTION_MEMBERS, "input_schema"}
-    rest = {name: item for name, item in tool.items() if name not in known}
-    function, paths = _described(tool)
-    inner = tool.get("function")
-    if "function" in tool and not isinstance(inner, dict):
-        return tool, {}
-    if not function and inner is None:
-        return tool, {}
-    merged = {**function, **(inner or {})}
-    renamed = {
-        f".function.{name}": f".{path}" for name, path in paths.items() if name not in (inner or {})
-    }
-    return {"type": "function", "function": merged, **rest}, renamed
-
-
-def _flat_tool(tool: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, str]]:
-    if not _is_function(tool):
-        return tool, {}
-    rest = {name: item for name, item in tool.items() if name not in ("function", "input_schema")}
-    inner = tool.get("function")
-    if isinstance(inner, dict):
-        renamed = {f".{name}": f".function.{name}" for name in inner}
-        return {**rest, **inner, "type": "function"}, renamed
-    function, paths = _described(tool)
-    return {**rest, **function, "type": "function"}, {f".{o}": f".{t}" for o, t in paths.items()}
-
-
-def chat_tool_choice(value: Any) -> Shaped:
-    """A tool choice of the Responses API, Mistral ("any") or Anthropic as one of chat."""
-    plain = _plain_choice(value)
-    if plain is not None or not isinstance(value, dict):
-        return Shaped(value if plain is None else plain)
-    kind = value.get("type")
-    if kind in ("function", "tool") and "name" in value and "function" not in value:
-        choice = {"type": "function", "function": {"name": value["name"]}}
-        return Shaped(choice, {".function.name": ".name"})
-    if kind is None and isinstance(value.get("function"), dict):
-        return Shaped({**value, "type": "function"})
-    if kind == "allowed_tools" and isinstance(value.get("tools"), list):
-        tools = [_nested_tool(t)[0] if isinstance(t, dict) else t for t in value["tools"]]
-        allowed = {"mode": value.get("mode", "auto"), "tools": tools}
-        renamed = {".allowed_tools.tools": ".tools", ".allowed_tools.mode": ".mode"}
-        return Shaped({"type": "allowed_tools", "allowed_tools": allowed}, renamed)
-    return Shaped(value)
-
-
-def response_tool_choice(value: Any) -> Shaped:
-    """A tool choice of chat, Mistral or Anthropic as one of the Responses API."""
-    plain = _plain_choice(value)
-    if plain is not None or not isinstance(value, dict):
-        return Shaped(value if plain is None else plain)
-    inner = value.get("function")
-    if value.get("type") in (None, "function") and isinstance(inner, dict):
-        return Shaped({"type": "function", "name": inner.get("name")}, {".name": ".function.name"})
-    if value.get("type") == "tool":
-        return Shaped({**value, "type": "function"})
-    return Shaped(value)
-
-
-def _plain_choice(value: Any) -> str | None:
-    """A choice that is one word, whether written as a word or as an object of a type."""
-    if value == "any":
-        return "required"
-    if isinstance(value, dict) and set(value) == {"type"}:
-        words = {"any": "required", "auto": "auto", "none": "none", "required": "required"}
-        return words.get(str(value["type"]))
-    return None
-
-
 SHAPES: Mapping[tuple[str, str], Shape] = {
     ("chat", "messages"): messages,
     ("chat", "response_format"): response_format,
     ("completions", "response_format"): response_format,
     ("responses", "text"): text_options,
+    ("responses", "reasoning"): response_reasoning,
+    ("responses", "max_output_tokens"): no_limit,
+    ("chat", "max_tokens"): no_limit,
+    ("chat", "max_completion_tokens"): no_limit,
+    ("chat", "thinking_token_budget"): no_limit,
+    ("responses", "thinking_token_budget"): no_limit,
+    ("completions", "max_tokens"): completion_limit,
     **{
         (endpoint, name): shape
         for endpoint in ("chat", "completions", "responses")

@@ -103,16 +103,16 @@ class ResponseAnswer:
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id or None,
             "prompt_cache_key": body.prompt_cache_key,
-            "prompt_cache_retention": body.prompt_cache_retention,
+            "prompt_cache_retention": (body.prompt_cache_retention or "").replace("-", "_") or None,
             "reasoning": {"effort": None, "summary": None, **given.get("reasoning", {})},
             "safety_identifier": body.safety_identifier,
             "service_tier": "default" if tier in ("auto", "scale") else tier,
             "store": body.store is not False,
             "temperature": sampling.temperature,
-            "text": {"format": {"type": "text"}, **given.get("text", {})},
-            "tool_choice": given.get("tool_choice", "auto"),
+            "text": _echoed_text(given.get("text", {})),
+            "tool_choice": _echoed_choice(given.get("tool_choice", "auto")),
             # Those that are left out may be of types that clients cannot read either.
-            "tools": [t for t in given.get("tools", []) if t["type"] in ("function", "custom")],
+            "tools": [_echoed_tool(t) for t in given.get("tools", []) if t["type"] in _TOOL_TYPES],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": sampling.top_p,
             "truncation": body.truncation or "disabled",
@@ -254,6 +254,31 @@ _ECHOED: Any = {
     "tools": True,
 }
 _COMPLETED = ("completed", "incomplete")
+_TOOL_TYPES = ("function", "custom")
+
+
+def _echoed_text(text: dict[str, Any]) -> dict[str, Any]:
+    """The format with the members that clients' types require."""
+    given = text.get("format", {"type": "text"})
+    needed = {"name": "response"} if given["type"] == "json_schema" else {}
+    return {**text, "format": {**needed, **given}}
+
+
+def _echoed_choice(choice: Any) -> Any:
+    if isinstance(choice, dict) and choice["type"] == "allowed_tools":
+        return {"mode": "auto", **choice}
+    return choice
+
+
+def _echoed_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool with the members that clients' types require, without a format they cannot read."""
+    if tool["type"] == "function":
+        return {"parameters": None, "strict": None, **tool}
+    form = tool.get("format", {"type": "text"})
+    needed = {"grammar": ("definition", "syntax"), "text": ()}.get(form.get("type"))
+    is_read = needed is not None and all(isinstance(form.get(name), str) for name in needed)
+    is_read &= form.get("syntax", "lark") in ("lark", "regex")
+    return tool if is_read else {k: v for k, v in tool.items() if k != "format"}
 
 
 def _response_error(error: Exception) -> ResponseError:

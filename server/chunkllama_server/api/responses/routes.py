@@ -84,7 +84,7 @@ async def _as_chat(
     info.body_bytes += sum(each.num_bytes for each in stored)
 
     def make() -> ChatCompletionRequest:
-        items = {item["id"]: item for each in holders for item in each.load_output()}
+        items = {item["id"]: item for each in holders for item in each.load_items()}
         return as_chat(body, previous_messages(previous), items.get)
 
     return await context.prepare(info, make)

@@ -15,6 +15,7 @@ from chunkllama_server.api.schema.base import (
     StopString,
 )
 from chunkllama_server.api.schema.chat import Name
+from chunkllama_server.api.schema.past import as_block
 
 TEXT_BLOCKS = frozenset(("text",))
 # Blocks that are refused in the turn to be answered, and named in the prompt in earlier turns.
@@ -75,6 +76,8 @@ class ContentBlock(RequestModel):
     title: str | None = Field(default=None, description="Honoured: stands before the text.")
     context: str | None = Field(default=None, description="Honoured: stands before the text.")
     caller: Any = Field(default=None, description="Ignored.")
+
+    _read = model_validator(mode="before")(as_block)
 
     def is_skipped(self) -> bool:
         return self.type not in KNOWN_BLOCKS

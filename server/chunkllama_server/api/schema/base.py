@@ -7,6 +7,8 @@ refused in strict mode), or Refused (a known field this server does not serve).
 
 from __future__ import annotations
 
+import types
+import typing
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
@@ -18,7 +20,8 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(fail_fast=True)]
 LogitBias = Annotated[float, Field(ge=-100, le=100)]
 MAX_TOKENS = 2**31 - 1
-MOST_STOPS = 1024  # of the protocols whose number of stop strings a setting bounds
+MAX_STOPS = 256  # the highest value of max_stop_strings
+MOST_STOPS = 1024  # of the protocols whose stop strings max_stop_chars bounds
 MOST_TOOLS = 4096
 REFUSED = "Refused."
 NAMED = "Ignored and named"
@@ -31,6 +34,8 @@ EMPTY_IS_ABSENT = frozenset(
         "mcp_servers",
     )
 )
+# Refused fields of which an empty object asks for nothing.
+EMPTY_OBJECT_IS_ABSENT = frozenset(("kv_transfer_params", "vllm_xargs"))
 MAX_SEED = 2**63 - 1
 
 
@@ -47,8 +52,15 @@ class RequestModel(BaseModel):
     def _accept_client_spellings(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        names, empty = cls.wire_names(), cls._empty_objects()
+
+        def read(name: str, value: Any) -> Any:
+            if value == [] and name in empty:
+                return empty[name]
+            return _plain_value(name, value) if name in names else value
+
         return {
-            name: _plain_value(name, value) if name in cls.wire_names() else value
+            name: read(name, value)
             for name, value in data.items()
             if value is not None or name != "model"
         }
@@ -57,6 +69,21 @@ class RequestModel(BaseModel):
     @cache
     def wire_names(cls) -> frozenset[str]:
         return frozenset(field.alias or name for name, field in cls.model_fields.items())
+
+    @classmethod
+    @cache
+    def _empty_objects(cls) -> dict[str, Any]:
+        """What ``[]``, as PHP writes an empty object, is for the fields that are objects."""
+        found: dict[str, Any] = {}
+        for name, field in cls.model_fields.items():
+            kinds = set(_kinds(field.annotation))
+            is_object = any(
+                kind is dict or (isinstance(kind, type) and issubclass(kind, BaseModel))
+                for kind in kinds
+            )
+            if is_object and list not in kinds and Any not in kinds:
+                found[field.alias or name] = None if type(None) in kinds else {}
+        return found
 
     # Whether an unknown field that would constrain the answer is refused; requests that the dialect
     # table translates are checked there.
@@ -67,6 +94,20 @@ class RequestModel(BaseModel):
     def is_skipped(self) -> bool:
         """Whether the whole object is left out of the request and named."""
         return False
+
+
+def _kinds(annotation: Any) -> Iterator[type]:
+    """The types of which a value of the annotation is one."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        yield from _kinds(parts[0])
+    elif origin in (typing.Union, types.UnionType):
+        for part in parts:
+            yield from _kinds(part)
+    elif origin is Literal:
+        yield from map(type, parts)
+    else:
+        yield origin or annotation
 
 
 def _plain_value(name: str, value: Any) -> Any:
@@ -98,7 +139,8 @@ def walk_fields(
         value = getattr(model, name)
         path = f"{prefix}{fields[name].alias or name}"
         description = fields[name].description or ""
-        if value not in (None, "", []) and description == REFUSED:
+        is_absent = value in (None, "", []) or (value == {} and name in EMPTY_OBJECT_IS_ABSENT)
+        if not is_absent and description == REFUSED:
             yield path, "refused"
         if value not in (None, False) and description.startswith(NAMED):
             yield path, "unknown"
@@ -248,9 +290,10 @@ class GenerationFields(CacheFields, ExplainField):
         le=MAX_SEED,
         description="Honoured: the same seed and parameters give the same output.",
     )
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
         default=None,
-        description="Honoured: up to 4 strings of 1 to 256 characters, not in the text.",
+        description="Honoured: strings of 1 to 256 characters, not in the text; up to the setting "
+        "max_stop_strings.",
     )
     stop_token_ids: TokenIds | None = Field(default=None, max_length=256, description="Honoured.")
     include_stop_str_in_output: bool | None = Field(default=None, description="Honoured.")

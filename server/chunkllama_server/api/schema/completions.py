@@ -12,6 +12,7 @@ from chunkllama_server.api.schema.chat import ResponseFormat
 from chunkllama_server.api.schema.chat_response import PromptLogprob
 from chunkllama_server.api.schema.usage import CompletionUsage
 
+NO_LIMIT = -1  # as max_tokens, where null is 16
 PromptIds = Annotated[TokenIds, Field(min_length=1, max_length=2**20)]
 Prompt = (
     str
@@ -37,9 +38,10 @@ class CompletionRequest(SamplingFields):
     )
     max_tokens: int | None = Field(
         default=None,
-        ge=0,
+        ge=NO_LIMIT,
         le=MAX_TOKENS,
-        description="Honoured. Default 16; 0 with echo scores a prompt.",
+        description="Honoured. Default 16; -1 is the rest of the context; 0 with echo scores a "
+        "prompt.",
     )
     suffix: str | None = Field(default=None, description="Refused: needs an infill model.")
     response_format: ResponseFormat | None = Field(default=None, description="Honoured.")

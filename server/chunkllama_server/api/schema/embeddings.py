@@ -42,6 +42,12 @@ class EmbeddingRequest(CacheFields):
     add_special_tokens: bool | None = Field(
         default=None, description="Honoured: whether texts begin with BOS. Default true."
     )
+    truncate_prompt_tokens: int | None = Field(
+        default=None,
+        ge=-1,
+        le=2**20,
+        description="Honoured: keeps the last N tokens of each input; -1 keeps as many as fit.",
+    )
     user: str | None = Field(default=None, max_length=512, description="Validated (deprecated).")
 
 

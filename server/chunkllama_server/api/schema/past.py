@@ -13,6 +13,10 @@ from typing import Any
 from pydantic import BaseModel
 
 UNKNOWN = "unknown"
+_FLAT_NAMES = frozenset(("name", "toolName"))
+_FLAT_ARGUMENTS = frozenset(("arguments", "args", "input", "parameters"))
+# Parts of a message that stand among a response's items.
+_PARTS = frozenset(("input_text", "input_image", "input_audio", "input_file", "text", "image_url"))
 
 
 def as_text(value: Any) -> Any:
@@ -26,8 +30,9 @@ def as_part(data: Any) -> Any:
         return {"type": "text", "text": data}
     if not isinstance(data, Mapping):
         return data
-    if data.get("type") == "tool_result":
-        return {"type": "text", "text": _texts(data.get("content"))}
+    if (text := _held_text(data)) is not None:
+        kept = {"prompt_cache_breakpoint": data.get("prompt_cache_breakpoint")}
+        return {"type": "text", "text": text, **{k: v for k, v in kept.items() if v is not None}}
     part = dict(data)
     text = part.get("text")
     if isinstance(text, Mapping) and isinstance(text.get("value"), str):
@@ -37,6 +42,19 @@ def as_part(data: Any) -> Any:
     if not isinstance(part.get("type"), str):
         part["type"] = UNKNOWN if text is None else "text"
     return part
+
+
+def _held_text(part: Mapping[str, Any]) -> str | None:
+    """The text that a part holds in a member of its own: a tool's result, MCP's resources, data."""
+    kind = part.get("type")
+    if kind == "tool_result":
+        return _texts(part.get("content"))
+    if kind == "json":
+        found = next((part[name] for name in ("json", "data", "value") if name in part), None)
+        return None if found is None else as_text(found)
+    held = part.get(kind) if kind == "resource" else None
+    text = held.get("text") if isinstance(held, Mapping) else None
+    return text if isinstance(text, str) else None
 
 
 def _texts(content: Any) -> str:
@@ -64,6 +82,21 @@ def as_content(value: Any) -> Any:
     return [value] if _is_part(value) else json.dumps(value)
 
 
+def as_block(data: Any) -> Any:
+    """A block of Anthropic's messages; data that a tool returned becomes its JSON text."""
+    if not isinstance(data, Mapping) or data.get("type") != "tool_result":
+        return data
+    content = data.get("content")
+    if content is None or isinstance(content, str):
+        return data
+    if isinstance(content, list):
+        parts = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
+        is_blocks = all(isinstance(part, Mapping) and "type" in part for part in parts)
+        return {**data, "content": parts if is_blocks else as_text(content)}
+    is_block = isinstance(content, Mapping) and isinstance(content.get("type"), str)
+    return {**data, "content": [content] if is_block else as_text(content)}
+
+
 def as_call(data: Any) -> Any:
     """A tool call of the past; what is none has a type that no call has."""
     if isinstance(data, BaseModel):
@@ -76,7 +109,18 @@ def as_call(data: Any) -> Any:
     call["type"] = as_text(call.get("type"))
     if call.get("function") is not None:
         call["function"] = as_function(call["function"])
+    elif call.get("custom") is None and _FLAT_NAMES & call.keys():
+        # The members of the function stand beside the id.
+        name, arguments = _take(call, _FLAT_NAMES), _take(call, _FLAT_ARGUMENTS)
+        call["type"] = "function"
+        call["function"] = as_function({"name": name, "arguments": arguments})
     return call
+
+
+def _take(call: dict[str, Any], names: frozenset[str]) -> Any:
+    """Remove what goes by one of the names."""
+    given = [call.pop(name) for name in names & call.keys()]
+    return next((value for value in given if value is not None), None)
 
 
 def as_function(data: Any) -> Any:
@@ -138,6 +182,31 @@ def as_message(data: Any) -> Any:
     return message
 
 
+def as_conversation(data: Any) -> Any:
+    """Messages or items; before the last answer, content that is no text becomes text."""
+    if not isinstance(data, list):
+        return data
+    answers = [index for index, item in enumerate(data) if _is_answer(item)]
+    num_past = answers[-1] if answers else 0
+    past = [
+        {**item, "content": as_content(item["content"])}
+        if isinstance(item, Mapping) and "content" in item and not _has_parts(item["content"])
+        else item
+        for item in data[:num_past]
+    ]
+    return [*past, *data[num_past:]]
+
+
+def _has_parts(content: Any) -> bool:
+    return isinstance(content, list) and any(map(_is_part, content))
+
+
+def _is_answer(item: Any) -> bool:
+    if not isinstance(item, Mapping):
+        return False
+    return item.get("role") == "assistant" or str(item.get("type")).endswith("_call")
+
+
 def as_item(data: Any) -> Any:
     """An item of a response's input; a user's content is left to the schema, as of a message.
 
@@ -152,6 +221,12 @@ def as_item(data: Any) -> Any:
     item = dict(data)
     if item.get("type") is not None:
         item["type"] = as_text(item["type"])
+    if item.get("type") in _PARTS and "role" not in item:
+        return {"role": "user", "content": [data]}
+    if item.get("type") == "output_text" and "role" not in item:
+        return {"role": "assistant", "content": [data]}
+    if item.get("type") is None and item.keys() - {"type"} == {"id"}:
+        item["type"] = "item_reference"
     if item.get("type") in (None, "message") and item.get("role") in ("tool", "function"):
         # A result in the shape of chat.
         return {

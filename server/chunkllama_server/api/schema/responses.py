@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from chunkllama_server.api.schema.base import (
     MAX_TOKENS,
@@ -13,7 +13,7 @@ from chunkllama_server.api.schema.base import (
     RequestModel,
 )
 from chunkllama_server.api.schema.chat import Label, Name, ReasoningEffort, ServiceTier
-from chunkllama_server.api.schema.past import as_item, as_part
+from chunkllama_server.api.schema.past import as_conversation, as_item, as_part
 
 
 class InputPart(RequestModel):
@@ -43,8 +43,9 @@ class InputItem(RequestModel):
 
     type: str | None = Field(
         default="message",
-        description="Honoured: messages, calls, outputs of calls, reasoning, and item_reference "
-        "to an item of a stored response, compaction. Items of other types are left out and named.",
+        description="Honoured: messages, their parts, calls, outputs of calls, reasoning, "
+        "compaction, and item_reference to an item of a stored response or of its input. Items of "
+        "other types are left out and named.",
     )
     role: str | None = Field(
         default=None,
@@ -164,13 +165,11 @@ class ResponseRequest(GenerationFields):
         default="",
         description="Honoured: a served model name; another is 404. Absent: the served model.",
     )
-    input: (
-        str
-        | Annotated[list[InputItem], Field(min_length=1, max_length=4096, fail_fast=True)]
-        | None
-    ) = Field(
-        default=None, description="Honoured: text, or items. Optional after a previous response."
+    input: str | Annotated[list[InputItem], Field(max_length=4096, fail_fast=True)] | None = Field(
+        default=None,
+        description="Honoured: text, or items. Optional, or empty, after a previous response.",
     )
+    _read_past = field_validator("input", mode="before")(as_conversation)
     instructions: str | None = Field(
         default=None,
         description="Honoured: a system message; not carried over to the next response.",

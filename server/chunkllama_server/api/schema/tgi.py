@@ -7,7 +7,13 @@ from typing import Annotated, Any, ClassVar, Literal, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from chunkllama_server.api.schema.base import MAX_SEED, MAX_TOKENS, RequestModel, StopString
+from chunkllama_server.api.schema.base import (
+    MAX_SEED,
+    MAX_STOPS,
+    MAX_TOKENS,
+    RequestModel,
+    StopString,
+)
 
 
 class TgiGrammar(RequestModel):
@@ -41,8 +47,10 @@ class TgiParameters(RequestModel):
     repetition_penalty: float | None = Field(default=None, gt=0, le=100, description="Honoured.")
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="Honoured.")
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Honoured.")
-    stop: Annotated[list[StopString], Field(max_length=4)] | None = Field(
-        default=None, description="Honoured: up to 4 strings, which the text ends with."
+    stop: Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
+        default=None,
+        description="Honoured: strings which the text ends with; up to the setting "
+        "max_stop_strings.",
     )
     return_full_text: bool | None = Field(
         default=None, description="Honoured: the text begins with the prompt."

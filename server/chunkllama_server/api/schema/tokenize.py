@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from typing_extensions import TypedDict
 
 from chunkllama_server.api.schema.base import RequestModel, TokenIds
 from chunkllama_server.api.schema.chat import ChatMessage, ChatTool
 from chunkllama_server.api.schema.completions import PromptIds
+from chunkllama_server.api.schema.past import as_conversation
 
 
 class PromptBody(RequestModel):
@@ -24,6 +25,7 @@ class PromptBody(RequestModel):
     messages: (
         Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)] | None
     ) = Field(default=None, description="Honoured: a conversation; excludes prompt.")
+    _read_past = field_validator("messages", mode="before")(as_conversation)
     add_special_tokens: bool | None = Field(
         default=None, description="Honoured for a prompt: whether it begins with BOS. Default true."
     )

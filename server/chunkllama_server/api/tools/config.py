@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,9 +11,11 @@ from chunkllama.text.template_adapter import template_tool
 from chunkllama_server.api.common.lark_cost import check_lark_cost
 from chunkllama_server.api.common.schema_bounds import bounded
 from chunkllama_server.api.common.schema_levels import object_schema, prepare_schema
+from chunkllama_server.api.common.schema_relaxing import SchemaSource
 from chunkllama_server.api.common.structured_outputs import check_schema
 from chunkllama_server.api.schema.chat import (
     ChatCompletionRequest,
+    ChatTool,
     FunctionDefinition,
     NamedToolChoice,
 )
@@ -32,6 +34,7 @@ class ToolConfig:
     Attributes:
         prompt_tools: tools for the template, None to show none.
         call_schemas: a schema of each call, for grammars of calls or an answer.
+        sources: where the schemas of their arguments come from.
         left_out: paths of schema keywords that forced calls do not enforce.
         functions: functions the model may call, with their parameters.
         is_forced: calls are required, or one is named.
@@ -46,6 +49,7 @@ class ToolConfig:
     is_forced: bool = False
     input_grammar: GrammarSpec | None = None
     call_schemas: tuple[dict[str, Any], ...] = ()
+    sources: tuple[SchemaSource, ...] = ()
     left_out: tuple[str, ...] = ()
     max_calls: int | None = None
     format: CallFormat = field(default_factory=CallFormat)
@@ -53,7 +57,8 @@ class ToolConfig:
 
     def parser(self) -> OutputParser:
         """A fresh parser for one choice."""
-        if not self.functions:
+        addressed = self.format.family == "functionary" and ">>>" in self.format.markers
+        if not self.functions and not addressed:
             return PlainText()
         if self.input_grammar is not None:
             return RawInput(next(iter(self.functions)))
@@ -64,13 +69,23 @@ class ToolConfig:
             bare_python=self.format.family == "pythonic",
             forced=self.is_forced,
             max_calls=self.max_calls,
+            addressed=addressed,
         )
 
-    def bounded(self, num_tokens: int) -> ToolConfig:
-        """The same with schemas of calls that end within a number of output tokens."""
-        return replace(
-            self, call_schemas=tuple(_bounded_call(call, num_tokens) for call in self.call_schemas)
-        )
+    def with_arguments(self, schemas: Sequence[Any]) -> ToolConfig:
+        """The same with other schemas of the calls' arguments, in the order of ``sources``."""
+        names = (call["properties"]["name"]["const"] for call in self.call_schemas)
+        return replace(self, call_schemas=tuple(map(_call_schema, names, schemas)))
+
+    def bounded(self, num_tokens: int, *, patterns: bool = True) -> ToolConfig:
+        """The same with schemas of calls that end within a number of output tokens.
+
+        Args:
+            patterns: bound texts that match a pattern, too.
+        """
+        given = [call["properties"]["arguments"] for call in self.call_schemas]
+        arguments = [bounded(schema, num_tokens, patterns=patterns) for schema in given]
+        return self.with_arguments(arguments)
 
     def grammar(
         self, answer: GrammarSpec | None = None, limits: LimitsConfig = DEFAULT_LIMITS
@@ -85,12 +100,11 @@ class ToolConfig:
         """
         if self.input_grammar is not None:
             return self.input_grammar
-        single = self.max_calls == 1
+        single, schemas = self.max_calls == 1, self.call_schemas
         if self.is_forced:
-            return forced_calls(self.format, self.call_schemas, is_single=single, limits=limits)
+            return forced_calls(self.format, schemas, is_single=single, limits=limits)
         if answer is None or not self.functions:
             return answer
-        schemas = self.call_schemas
         return calls_or_answer(self.format, schemas, answer, is_single=single, limits=limits)
 
     @property
@@ -99,16 +113,20 @@ class ToolConfig:
         return frozenset(self.format.special) if self.functions else frozenset()
 
 
-def _bounded_call(call: dict[str, Any], num_tokens: int) -> dict[str, Any]:
-    """The schema of a call with bounds; references of its arguments are read from them."""
-    arguments = bounded(call["properties"]["arguments"], num_tokens)
-    return {**call, "properties": {**call["properties"], "arguments": arguments}}
+def _call_schema(name: str, arguments: Any) -> dict[str, Any]:
+    """The schema of one call."""
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, "arguments": arguments},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
 
 
 def _functions(body: ChatCompletionRequest) -> list[tuple[str, FunctionDefinition]]:
     """Each function with the path of its parameters."""
     if body.functions is not None:
-        if body.tools is not None:
+        if body.tools is not None and not _are_tools(body.functions, body.tools):
             raise invalid("Send tools or functions, not both", "functions")
         return [
             (f"functions[{index}].parameters", function)
@@ -122,6 +140,11 @@ def _functions(body: ChatCompletionRequest) -> list[tuple[str, FunctionDefinitio
             raise invalid("A function tool needs function", f"tools[{index}].function")
         functions.append((f"tools[{index}].function.parameters", tool.function))
     return functions
+
+
+def _are_tools(functions: list[FunctionDefinition], tools: list[ChatTool]) -> bool:
+    """Whether functions are the same as tools, for servers of either kind."""
+    return functions == [tool.function for tool in tools if not tool.is_skipped()]
 
 
 def _choice(body: ChatCompletionRequest) -> tuple[str, Iterable[str] | None, str]:
@@ -168,7 +191,7 @@ def plan_tools(
         for field in ("tool_choice", "function_call"):
             if getattr(body, field) not in (None, "none", "auto"):
                 raise invalid(f"{field} needs tools", field)
-        return ToolConfig()
+        return ToolConfig(format=output_format)
     mode, allowed, path = _choice(body)
     by_name = {function.name: function for _, function in functions}
     if len(by_name) < len(functions):
@@ -182,24 +205,25 @@ def plan_tools(
     # The prompt shows the same tools whatever tool_choice says, so that its prefix stays cached.
     prompt_tools = [template_tool(dict(function)) for _, function in functions]
     if mode == "none":
-        return ToolConfig(prompt_tools=prompt_tools)
+        return ToolConfig(prompt_tools=prompt_tools, format=output_format)
     is_single = (
         body.parallel_tool_calls is False or body.functions is not None or path.endswith(".name")
     )
     input_grammar = _input_grammar(by_path, limits) if mode == "required" else None
     # Schemas of calls that nothing constrains are only shown.
-    has_answer = body.response_format is not None and body.response_format.type != "text"
-    constrained = by_path if mode == "required" or has_answer else {}
+    constrained = by_path if mode == "required" or has_typed_answer(body) else {}
     left_out = [] if input_grammar is not None else _shown_formats(by_path, bool(constrained))
-    schemas = [
-        _call_schema(function, where, left_out, limits) for where, function in constrained.items()
+    sources = [
+        _arguments(function, where, left_out, limits) for where, function in constrained.items()
     ]
+    names = (function.name for function in constrained.values())
     return ToolConfig(
         prompt_tools=prompt_tools,
         functions={name: function.parameters or {} for name, function in by_name.items()},
         is_forced=mode == "required",
         input_grammar=input_grammar,
-        call_schemas=tuple(schemas),
+        call_schemas=tuple(_call_schema(n, s.schema) for n, s in zip(names, sources, strict=True)),
+        sources=tuple(sources),
         left_out=tuple(left_out),
         max_calls=1 if is_single else None,
         format=output_format,
@@ -207,10 +231,17 @@ def plan_tools(
     )
 
 
-def _call_schema(
+def has_typed_answer(body: ChatCompletionRequest) -> bool:
+    """Whether the answer, beside calls, is JSON."""
+    outputs, given = body.structured_outputs, body.response_format
+    is_json = outputs is not None and (outputs.json_ is not None or bool(outputs.json_object))
+    return is_json or (given is not None and given.type != "text")
+
+
+def _arguments(
     function: FunctionDefinition, path: str, left_out: list[str], limits: LimitsConfig
-) -> dict[str, Any]:
-    """The schema of one call; its arguments are always an object with its required members.
+) -> SchemaSource:
+    """The arguments of a call: always an object with its required members.
 
     Raises:
         ApiError: 400 for parameters that are too large, or strict and not enforceable.
@@ -227,12 +258,8 @@ def _call_schema(
         limits=limits,
     )
     left_out += prepared.left_out
-    return {
-        "type": "object",
-        "properties": {"name": {"const": function.name}, "arguments": prepared.schema},
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }
+    strict = bool(function.strict)
+    return SchemaSource(prepared.schema, path, owner, is_strict=strict, is_call=True)
 
 
 def _input_grammar(

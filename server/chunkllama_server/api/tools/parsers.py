@@ -92,6 +92,10 @@ class PlainText:
         return Parsed()
 
 
+# What Functionary writes before text, where it writes the name of a function before a call.
+_TO_ALL = "all\n"
+
+
 class _CallWriter:
     """Numbers calls and turns forms into deltas; calls beyond ``max_calls`` are dropped."""
 
@@ -163,6 +167,7 @@ class CallReader:
         bare_python: a Python call needs neither tag nor bracket.
         forced: a grammar guarantees calls, so nothing is content.
         max_calls: calls beyond this are dropped; None is no limit.
+        addressed: text begins with the line "all", as a call does with a name.
     """
 
     def __init__(
@@ -174,7 +179,9 @@ class CallReader:
         bare_python: bool = False,
         forced: bool = False,
         max_calls: int | None = None,
+        addressed: bool = False,
     ) -> None:
+        self._addressed = addressed
         self._functions = functions
         self._tags = tags
         self._hidden = hidden
@@ -206,9 +213,21 @@ class CallReader:
         """What was parsed; of forced calls nothing is content."""
         return Parsed([*parsed.calls]) if self._forced else parsed
 
+    def _reads_address(self, stripped: str) -> bool | None:
+        """Remove the line before text; None where more text tells whether it is one."""
+        if not self._addressed:
+            return False
+        if not stripped.startswith(_TO_ALL):
+            return None if _TO_ALL.startswith(stripped) else False
+        self._text = stripped[len(_TO_ALL) :]
+        self._lead, self._state = "", "text"
+        return True
+
     def _begin_answer(self, parsed: Parsed) -> bool:
         """A call without tags, else text."""
         stripped = self._text.lstrip(SPACE)
+        if (read := self._reads_address(stripped)) is not False:
+            return bool(read)
         if not stripped or any(t != stripped and t.startswith(stripped) for t in self._tags.opens):
             return False
         if any(stripped.startswith(tag) for tag in self._tags.opens):
@@ -280,6 +299,8 @@ class CallReader:
     def _begin_call(self, parsed: Parsed) -> bool:
         """Behind an opening tag: another one, or a call."""
         stripped = self._text.lstrip(SPACE)
+        if (read := self._reads_address(stripped)) is not False:
+            return bool(read)
         for tag in self._tags.opens:
             if tag not in _CALL_TAGS and stripped.startswith(tag):
                 self._lead += self._text[: len(self._text) - len(stripped)]
