@@ -101,6 +101,15 @@ class ModelConfig(ConfigGroup):
         description="Where to compute. auto is a CUDA device if there is one; cuda is the first of "
         "them, cuda:1 the second.",
     )
+    tensor_parallel_size: int = Field(
+        default=1,
+        gt=0,
+        le=64,
+        json_schema_extra={"flag": "--tp"},
+        description="Processes that share a model's heads, layer by layer, and its pool; --tp for "
+        "short. On GPUs each has one, on a CPU its part of the threads. The heads and the MLP's "
+        "columns must divide by it.",
+    )
     isa_level: Literal[
         "auto",
         "amx",

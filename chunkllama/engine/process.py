@@ -290,6 +290,12 @@ def main(make_digest: MakeDigest | None = None) -> NoReturn:
     end_process(code)
 
 
+def _lose_rank(reason: str) -> NoReturn:
+    """End the process as a step that fails does: the parent starts another one."""
+    logger.error("%s", reason)
+    end_process(1)
+
+
 def _run(make_digest: MakeDigest | None) -> int:
     """Load the model and serve the socket; returns the exit code."""
     descriptor, parent_pid, journal = map(int, sys.argv[1:])
@@ -303,18 +309,9 @@ def _run(make_digest: MakeDigest | None) -> int:
 
     try:
         faults = faults_from()
-        core = build_engine(config)
+        core = build_engine(config, on_lost_rank=_lose_rank)
     except ChunkLlamaError as error:
         channel.send([StartFailed(message=str(error))])
-        return 2
-    except MemoryError:
-        channel.send(
-            [
-                StartFailed(
-                    message="not enough memory for the model and the chunk pool; lower --num-chunks"
-                )
-            ]
-        )
         return 2
     core.journal, core.faults = StepJournal(journal), faults
     core.make_digest = make_digest

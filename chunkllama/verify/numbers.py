@@ -12,7 +12,7 @@ import torch
 
 from chunkllama.backends.base import Quantization
 from chunkllama.backends.select import BackendName
-from chunkllama.engine.model_runner import build_attention, build_model
+from chunkllama.engine.load import build_attention, build_model
 from chunkllama.errors import ConfigError
 from chunkllama.models.config import read_spec
 from chunkllama.models.loading.safetensors import Checkpoint
