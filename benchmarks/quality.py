@@ -22,7 +22,7 @@ from machine import cpu_name, new_result
 
 from chunkllama.backends.base import DevicePlan
 from chunkllama.backends.model import RunnableModel
-from chunkllama.engine.model_runner import build_attention, build_model
+from chunkllama.engine.load import build_attention, build_model
 from chunkllama.models.config import read_spec
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.models.loading.safetensors import Checkpoint

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
-from pydantic.fields import FieldInfo
 
+from chunkllama.config_errors import first_error
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.tenant_limits import parse_weights
@@ -24,8 +24,6 @@ _UNITS = {
     **{"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40},
 }
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d+)?)\s*((?:[kmgt]i?)?)b?", re.IGNORECASE)
-_KEY_UNITS = frozenset({"seconds", "bytes", "tokens", "chunks"})
-_BOUND = re.compile(r"(?<=than |l to )-?\d[\d.e+]*$")
 
 
 def parse_bytes(value: object) -> object:
@@ -102,6 +100,15 @@ class ModelConfig(ConfigGroup):
         default="auto",
         description="Where to compute. auto is a CUDA device if there is one; cuda is the first of "
         "them, cuda:1 the second.",
+    )
+    tensor_parallel_size: int = Field(
+        default=1,
+        gt=0,
+        le=64,
+        json_schema_extra={"flag": "--tp"},
+        description="Processes that share a model's heads, layer by layer, and its pool; --tp for "
+        "short. On GPUs each has one, on a CPU its part of the threads. The heads and the MLP's "
+        "columns must divide by it.",
     )
     isa_level: Literal[
         "auto",
@@ -364,37 +371,3 @@ def check_keys(keys: Iterable[str], known: Iterable[str], origin: str = "") -> N
             near = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"unknown key {key}{f' in {origin}' if origin else ''}{hint}")
-
-
-def first_error(error: ValidationError, fields: Mapping[str, FieldInfo] | None = None) -> str:
-    """Describe the first of a validation's errors in one line: key, problem, the value given.
-
-    Args:
-        fields: of the model that refused: they tell the unit of a number, and what is secret.
-    """
-    detail = error.errors(include_url=False, include_context=False)[0]
-    message = detail["msg"].removeprefix("Value error, ")
-    if not detail["loc"]:
-        return message
-    key = str(detail["loc"][0])
-    message = f"{message[:1].lower()}{message[1:]}"
-    if fields is not None and (unit := unit_of(key, fields[key])):
-        message = _BOUND.sub(lambda bound: f"{bound[0]} {unit}", message)
-        if detail["type"].endswith("_parsing"):
-            what = "" if unit.startswith("of ") else f" of {unit}"
-            example = ", or a size such as 512MiB" if unit == "bytes" else ""
-            message += f"; give a number{what}{example}"
-    is_secret = fields is not None and "SecretStr" in str(fields[key].annotation)
-    given = "" if is_secret else f", got {repr(detail['input'])[:100]}"
-    return f"{key}: {message}{given}"
-
-
-def unit_of(key: str, field: FieldInfo) -> str:
-    """Return the unit of a setting, such as "seconds"; "" for a plain number or a text."""
-    extra = field.json_schema_extra
-    if isinstance(extra, dict) and isinstance(extra.get("unit"), str):
-        return str(extra["unit"])
-    if "memory" in key:
-        return "bytes"
-    last = key.rpartition("_")[2]
-    return last if last in _KEY_UNITS else ""

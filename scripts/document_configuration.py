@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from chunkllama.config import RENAMED_KEYS, unit_of
+from chunkllama.config import RENAMED_KEYS
+from chunkllama.config_errors import unit_of
 from chunkllama_server.config.flags import choices, show_value
 from chunkllama_server.config.settings import ENV_PREFIX, Settings
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -110,11 +110,14 @@ class PlainModel(RunnableModel, Protocol):
     Attributes:
         rotary: per entry of ``spec.ropes``, and last one that does not rotate: [max_position, D]
             float32, cos of the D / 2 frequencies, then sin.
+        all_reduce: adds up over ranks, where the model is one rank's part of another one: it has to
+            run op by op.
     """
 
     spec: ModelSpec
     weights: ModelWeights
     rotary: tuple[torch.Tensor, ...]
+    all_reduce: Callable[[torch.Tensor], torch.Tensor] | None
 
     @property
     def kv(self) -> KVCache: ...

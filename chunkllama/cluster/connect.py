@@ -186,7 +186,7 @@ def _deploy(plan: ClusterPlan) -> None:
         _internal=True,
         ray_actor_options={
             "num_cpus": model.threads or 1,
-            "num_gpus": 1 if model.device.startswith("cuda") else 0,
+            "num_gpus": model.tensor_parallel_size if model.device.startswith("cuda") else 0,
         },
         health_check_period_s=BEAT_SECONDS,
         health_check_timeout_s=max(plan.hang_seconds, BEAT_SECONDS),

@@ -12,8 +12,8 @@ from chunkllama.backends.adapter import AdapterRows
 from chunkllama.backends.model import RunnableModel
 from chunkllama.cache.adapter_tags import MAX_VOCABULARY
 from chunkllama.engine.sequence_state import SequenceState
+from chunkllama.engine.step_model import StepModel
 from chunkllama.errors import ConfigError
-from chunkllama.model_spec import ModelSpec
 from chunkllama.models.loading.adapter_file import AdapterFile, read_adapter
 from chunkllama.models.loading.adapter_weights import load_adapter_weights
 from chunkllama.scheduler.output import ScheduledSlice
@@ -23,20 +23,20 @@ class RunnerAdapters:
     """Implement ``AdapterLoader``.
 
     Args:
-        spec, model: that the adapters are for.
-        dtype, device: of the model's K/V, and of the adapters' weights.
+        step_model: that the adapters are for; their weights are in the type of its K/V.
     """
 
-    def __init__(
-        self, spec: ModelSpec, model: RunnableModel, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._spec = spec
-        self._model: RunnableModel | None = model
-        self._dtype = dtype
-        self._device = device
+    def __init__(self, step_model: StepModel) -> None:
+        self._spec = step_model.spec
+        self._model: RunnableModel | None = step_model.model
+        self._num_ranks = step_model.num_ranks
+        self._dtype = step_model.kv.dtype
+        self._device = step_model.backend.device
         self._weights: dict[int, Any] = {}  # by number, of those in memory
 
     def read_adapter(self, folder: Path) -> AdapterFile:
+        if self._num_ranks > 1:
+            raise ConfigError(f"{folder}: adapters need tensor_parallel_size 1")
         if self._spec.vocab_size > MAX_VOCABULARY:
             raise ConfigError(f"{folder}: adapters need a vocabulary of at most {MAX_VOCABULARY}")
         return read_adapter(folder, self._spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +14,15 @@ from chunkllama.config import EngineConfig
 from chunkllama.engine.adapter_cache import AdapterCache
 from chunkllama.engine.chunk_io import ChunkIO
 from chunkllama.engine.core import EngineCore
-from chunkllama.engine.model_runner import ModelRunner, load_executor
+from chunkllama.engine.load import load_step_model
+from chunkllama.engine.model_runner import ModelRunner
 from chunkllama.engine.pack_loader import PackLoader
+from chunkllama.engine.rank_checks import rank_device
+from chunkllama.engine.rank_group import RankGroup
+from chunkllama.engine.ranks import RankedModel, Ranks
 from chunkllama.engine.size import EngineSize, check_memory, plan_size
 from chunkllama.engine.snapshot import SnapshotKeeper
+from chunkllama.engine.step_model import StepModel
 from chunkllama.engine.step_size import choose_step_tokens
 from chunkllama.engine.tuner import Tuner
 from chunkllama.errors import ConfigError
@@ -25,6 +31,7 @@ from chunkllama.messages import EngineReady
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.identity import identify_model
 from chunkllama.models.loading.hub import resolve_model
+from chunkllama.models.shard import Shard
 from chunkllama.resources import bind_processors, usable_threads
 from chunkllama.scheduler.scheduler import Scheduler, SchedulerLimits
 from chunkllama.tenant_limits import parse_weights
@@ -32,8 +39,17 @@ from chunkllama.tenant_limits import parse_weights
 logger = init_logger(__name__)
 
 
-def build_engine(config: EngineConfig) -> EngineCore:
+def build_engine(
+    config: EngineConfig, on_lost_rank: Callable[[str], None] = lambda reason: None
+) -> EngineCore:
     """Load the model, allocate the pool, join scheduler and executor.
+
+    With several ranks this process is rank 0 and starts the others, which end with the thread that
+    calls.
+
+    Args:
+        on_lost_rank: called in a thread with the reason when a rank has ended; the next step fails
+            in any case.
 
     Raises:
         ConfigError: the model or a setting is unusable; one line says why.
@@ -44,23 +60,49 @@ def build_engine(config: EngineConfig) -> EngineCore:
     check_memory(config, size)
     if size.note:
         logger.warning("%s", size.note)
+    if config.model.dtype == "auto" and size.dtype == "bfloat16" != size.spec.dtype:
+        logger.info(
+            "dtype: %s weights are stored as bfloat16; float32 keeps all their bits",
+            size.spec.dtype,
+        )
+    step_model = _load_all(config, folder, size, on_lost_rank)
+    try:
+        core = _join(config, folder, size, step_model)
+    except BaseException:
+        step_model.close()
+        raise
+    logger.info(
+        "engine ready in %.1f s: %s, %s on %s (%s backend%s), %d chunks of %d tokens (%d MiB, %s): "
+        "requests of up to %d tokens, %d of that length at once",
+        time.monotonic() - started,
+        config.model.model,
+        size.dtype,
+        size.device,
+        f"{core.info.backend} {core.info.isa_level}".strip(),
+        f", {step_model.num_ranks} ranks" if step_model.num_ranks > 1 else "",
+        size.num_chunks,
+        config.cache.chunk_size,
+        size.pool_bytes >> 20,
+        size.kv_dtype,
+        size.max_request_tokens,
+        size.longest_requests,
+    )
+    return core
+
+
+def _join(
+    config: EngineConfig, folder: Path, size: EngineSize, step_model: StepModel
+) -> EngineCore:
+    """Join a scheduler and an executor of a loaded model."""
     spec, device, dtype = size.spec, size.device, size.dtype
     max_model_len, num_chunks = size.max_model_len, size.num_chunks
-    if config.model.dtype == "auto" and dtype == "bfloat16" != spec.dtype:
-        logger.info(
-            "dtype: %s weights are stored as bfloat16; float32 keeps all their bits", spec.dtype
-        )
     chunk_size = config.cache.chunk_size
-    if device == "cpu":
-        bind_processors(config.model.cpu_bind)
-        torch.set_num_threads(config.model.threads or usable_threads())
-    elif ":" in device:
-        torch.cuda.set_device(device)  # of pinned memory and streams, which name no device
-    executor = _load(config, folder, size)
+    executor = ModelRunner(step_model, folder, row_work_share=config.scheduler.row_work_share)
     limits = SchedulerLimits(
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=choose_step_tokens(
-            config, spec, device, executor.backend.isa_level, torch.get_num_threads()
+            *(config, spec, device, executor.backend.isa_level),
+            config.model.tensor_parallel_size * torch.get_num_threads(),
         ),
         max_model_len=max_model_len,
         max_waiting=config.scheduler.max_waiting,
@@ -71,7 +113,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         max_step_seconds=config.scheduler.max_step_seconds,
         tenant_weights=parse_weights(config.scheduler.tenant_weights),
         min_wait_tokens=config.scheduler.min_wait_tokens,
-        spare_chunks=executor.spare_chunks,
+        spare_chunks=step_model.spare_chunks,
         eos_token_ids=frozenset(spec.eos_token_ids),
         speculates=config.scheduler.speculation != "off",
         enable_prefix_caching=config.cache.enable_prefix_caching,
@@ -94,21 +136,6 @@ def build_engine(config: EngineConfig) -> EngineCore:
         kv_dtype=size.kv_dtype,
         is_kv_quantized=size.kv_dtype != size.dtype,
     )
-    logger.info(
-        "engine ready in %.1f s: %s, %s on %s (%s backend), %d chunks of %d tokens (%d MiB, %s): "
-        "requests of up to %d tokens, %d of that length at once",
-        time.monotonic() - started,
-        config.model.model,
-        dtype,
-        device,
-        f"{info.backend} {info.isa_level}".strip(),
-        num_chunks,
-        chunk_size,
-        size.pool_bytes >> 20,
-        size.kv_dtype,
-        size.max_request_tokens,
-        size.longest_requests,
-    )
     adapters = AdapterCache(executor.adapters, scheduler.adapters, config.cache.adapter_memory)
     identify = partial(
         identify_model,
@@ -129,13 +156,68 @@ def build_engine(config: EngineConfig) -> EngineCore:
     return core
 
 
-def _load(config: EngineConfig, folder: Path, size: EngineSize) -> ModelRunner:
+def load_rank(config: EngineConfig, rank: int) -> tuple[StepModel, RankGroup]:
+    """Load the part of a model that a rank other than 0 has; the group is still to be joined.
+
+    Args:
+        config: of rank 0, with the folder of the model and the number of chunks.
+
+    Raises:
+        ConfigError: see ``build_engine``.
+    """
+    folder = Path(config.model.model)
+    return _load_part(config, folder, plan_size(config, folder), rank)
+
+
+def _load_all(
+    config: EngineConfig, folder: Path, size: EngineSize, on_lost_rank: Callable[[str], None]
+) -> StepModel:
+    """The whole model, on this rank or on several."""
+    if config.model.tensor_parallel_size == 1:
+        _use_device(config, size.device)
+        return _load(config, folder, size, size.device)
+    model = config.model.model_copy(update={"model": str(folder)})
+    cache = config.cache.model_copy(update={"num_chunks": size.num_chunks})
+    ranks = Ranks(config.model_copy(update={"model": model, "cache": cache}), on_lost_rank)
+    try:
+        own, group = _load_part(config, folder, size, rank=0)
+        ranks.join(group)
+    except BaseException:
+        ranks.kill()
+        raise
+    return RankedModel(own, ranks)
+
+
+def _load_part(
+    config: EngineConfig, folder: Path, size: EngineSize, rank: int
+) -> tuple[StepModel, RankGroup]:
+    num_ranks = config.model.tensor_parallel_size
+    device = rank_device(size.device, rank, num_ranks)
+    _use_device(config, device)
+    group = RankGroup(rank, num_ranks, torch.device(device))
+    shard = Shard(rank, num_ranks, group.all_reduce)
+    return _load(config, folder, size, device, shard), group
+
+
+def _use_device(config: EngineConfig, device: str) -> None:
+    """Choose the processors, of which each rank uses its share, or the GPU."""
+    if device == "cpu":
+        bind_processors(config.model.cpu_bind)
+        threads = config.model.threads or usable_threads()
+        torch.set_num_threads(max(threads // config.model.tensor_parallel_size, 1))
+    elif ":" in device:
+        torch.cuda.set_device(device)  # of pinned memory and streams, which name no device
+
+
+def _load(
+    config: EngineConfig, folder: Path, size: EngineSize, device: str, shard: Shard | None = None
+) -> StepModel:
     chunk_size = config.cache.chunk_size
     try:
-        return load_executor(
+        return load_step_model(
             model_path=folder,
             spec=size.spec,
-            device=size.device,
+            device=device,
             dtype=size.dtype,
             kv_dtype=config.cache.kv_dtype,
             num_chunks=size.num_chunks,
@@ -147,11 +229,15 @@ def _load(config: EngineConfig, folder: Path, size: EngineSize) -> ModelRunner:
             backend=config.model.backend,
             weights=config.model.quantization,
             int4_activations=config.model.int4_activations,
-            row_work_share=config.scheduler.row_work_share,
+            shard=shard,
         )
+    except MemoryError:
+        raise ConfigError(
+            "not enough memory for the model and the chunk pool; lower --num-chunks"
+        ) from None
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"kv_cache_memory: {size.device} lacks memory for the weights "
+            f"kv_cache_memory: {device} lacks memory for the weights "
             f"({size.weight_bytes >> 20:,} MiB) and the pool ({size.pool_bytes >> 20:,} MiB); set "
             "a smaller one, or end other programs"
         ) from error

@@ -41,9 +41,11 @@ class ChunkIO:
         self.max_path_chunks = max_path_chunks
         self.vocab_size = runner.spec.vocab_size
         self._runner = runner
+        self._pool = runner.step_model
         kv = runner.kv
         self._dtype = kv.stored_dtype
-        values = 2 * len(kv.layers) * kv.num_kv_heads * kv.chunk_size * kv.row_elements
+        num_kv_heads = kv.num_kv_heads * self._pool.num_ranks
+        values = 2 * len(kv.layers) * num_kv_heads * kv.chunk_size * kv.row_elements
         self.chunk_bytes = values * self._dtype.itemsize
 
     def identify(self) -> ModelIdentity:
@@ -86,21 +88,21 @@ class ChunkIO:
 
     def copy(self, chunk_id: int) -> torch.Tensor:
         """Copy a chunk as it lies in the pool."""
-        return self._runner.backend.copy_chunk(self._runner.kv, chunk_id)
+        return self._pool.copy_chunk(chunk_id)
 
     def restore(self, copied: torch.Tensor) -> memoryview:
         """Return the canonical K/V of a copy. Any thread may call it."""
-        canonical = self._runner.backend.restore_chunk(self._runner.kv, copied).contiguous()
+        canonical = self._pool.restore_chunk(copied).contiguous()
         return canonical.view(torch.uint8).numpy().reshape(-1).data
 
     def arrange(self, data: bytearray, model: ModelIdentity) -> torch.Tensor:
         """Rearrange canonical K/V for ``write``. Any thread may call it."""
         chunk = torch.frombuffer(data, dtype=self._dtype).view(model.shape)
-        return self._runner.backend.arrange_chunk(self._runner.kv, chunk)
+        return self._pool.arrange_chunk(chunk)
 
     def write(self, chunk_id: int, arranged: torch.Tensor) -> None:
         """Store a chunk."""
-        self._runner.backend.write_chunk(self._runner.kv, chunk_id, arranged)
+        self._pool.write_chunk(chunk_id, arranged)
 
     def compare(self, token_ids: list[int], chunk_ids: list[int], data: bytearray) -> float:
         """Compute the last of a prompt's chunks and compare it with canonical K/V.
@@ -114,8 +116,7 @@ class ChunkIO:
         """
         assert len(chunk_ids) <= self.max_path_chunks, "positions without a row in the rotary table"
         self._runner.compute_chunk(token_ids, chunk_ids)
-        copied = self.copy(chunk_ids[-1])
-        computed = self._runner.backend.restore_chunk(self._runner.kv, copied)
+        computed = self._pool.restore_chunk(self.copy(chunk_ids[-1]))
         given = torch.frombuffer(data, dtype=self._dtype).view(computed.shape)
         if self._runner.kv.is_int8:
             given, computed = dequantize_kv(given), dequantize_kv(computed)

@@ -1,4 +1,4 @@
-"""Runs the model over a step's slices and samples; the executor of one process and one device."""
+"""Runs the model over a step's slices and samples: the executor of a process."""
 
 from __future__ import annotations
 
@@ -11,30 +11,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from chunkllama.attention.plan import Planner
-from chunkllama.backends.base import Activations, Backend, KVCache, KVStorage, Quantization
-from chunkllama.backends.model import ModelWeights, RunnableModel
-from chunkllama.backends.select import BackendName, select_backend
+from chunkllama.backends.base import Backend, KVCache
 from chunkllama.engine.adapter_rows import RunnerAdapters
 from chunkllama.engine.logprobs import token_logprobs
 from chunkllama.engine.sequence_state import SequenceState
+from chunkllama.engine.step_model import StepModel
 from chunkllama.engine.step_sampler import StepSampler
 from chunkllama.errors import ConfigError
-from chunkllama.logger import init_logger
-from chunkllama.model_spec import ModelSpec
-from chunkllama.models.attention import Attention
-from chunkllama.models.llama import Llama
-from chunkllama.models.loading.safetensors import Checkpoint
-from chunkllama.models.loading.weights import load_weights
-from chunkllama.models.rotary import rotary_tables
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.output import NewSequence, SampledTokens, ScheduledSlice, SchedulerOutput
 
 if TYPE_CHECKING:
     from chunkllama.engine.grammar import GrammarCompiler, Matcher
-    from chunkllama.models.hf_model import TransformersModel
-
-logger = init_logger(__name__)
 
 _LOGIT_ROWS = 128  # prompt log-probabilities: rows of logits at a time, 24 MiB for a 49k vocabulary
 
@@ -43,36 +31,31 @@ class ModelRunner:
     """Implements ``Executor``.
 
     Args:
-        spec: of the model.
-        model: built on ``attention``.
-        attention: the backend, the chunk pool and the planner.
+        step_model: the model and its pool.
         model_path: where the tokenizer for grammars lies; None: no grammars.
         row_work_share: of the model's time that one request's masks and sampling may take in a step
             that others take part in; rows beyond it are sampled in a later step.
         clock: seconds.
 
     Attributes:
+        spec: of the model.
+        step_model: as given.
         adapters: reads adapters, and has those in memory.
     """
 
     def __init__(
         self,
-        spec: ModelSpec,
-        model: RunnableModel,
-        attention: Attention,
+        step_model: StepModel,
         model_path: Path | None = None,
         *,
         row_work_share: float = 0.2,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.spec = spec
-        self.backend: Backend = attention.backend
-        self.spare_chunks: int = attention.planner.packing.spare_chunks
-        self._model = model
-        self._attention = attention
+        self.spec = step_model.spec
+        self.step_model = step_model
         self._sequences: dict[int, SequenceState] = {}
-        self.adapters = RunnerAdapters(spec, model, attention.kv.dtype, self.backend.device)
-        self._sampler = StepSampler(spec, self._sequences, row_work_share, clock)
+        self.adapters = RunnerAdapters(step_model)
+        self._sampler = StepSampler(self.spec, self._sequences, row_work_share, clock)
         self._model_path = model_path
         self._grammars: GrammarCompiler | None = None
         self._compile_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-compile")
@@ -103,18 +86,17 @@ class ModelRunner:
         for new in output.new_sequences:
             self._sequences[new.slot] = self._new_state(new)
         self._sampler.begin(output)
-        if output.copies:
-            self.backend.copy_chunks(self._attention.kv, output.copies)
         sampled = SampledTokens(token_ids={})
-        hidden = torch.empty(0, self.spec.hidden_size)
+        hidden = self.step_model.run(output, self.adapters.rows(output.slices, self._sequences))
         if output.slices:
-            hidden = self._run_slices(output, sampled)
-        self._sampler.finish(output, self._model, hidden, sampled)
+            hidden = self._rows_to_sample(output, hidden, sampled)
+        self._sampler.finish(output, self.step_model.model, hidden, sampled)
         return sampled
 
-    def _run_slices(self, output: SchedulerOutput, sampled: SampledTokens) -> torch.Tensor:
+    def _rows_to_sample(
+        self, output: SchedulerOutput, hidden: torch.Tensor, sampled: SampledTokens
+    ) -> torch.Tensor:
         """Score and pool prompts; returns the hidden states [R, H] of the rows to sample."""
-        hidden = self._forward(output)
         begin = 0
         for piece in output.slices:
             rows = hidden[begin : begin + piece.num_tokens]
@@ -139,14 +121,18 @@ class ModelRunner:
         self._sampler.close()
         self._compile_thread.shutdown(wait=True, cancel_futures=True)
         self._sequences.clear()
-        self._attention.kv.layers.clear()
         self.adapters.close()
-        vars(self).pop("_model", None)  # closing twice does no harm
+        self.step_model.close()
+
+    @property
+    def backend(self) -> Backend:
+        """The device's ops."""
+        return self.step_model.backend
 
     @property
     def kv(self) -> KVCache:
-        """The chunk pool."""
-        return self._attention.kv
+        """The chunk pool of this rank."""
+        return self.step_model.kv
 
     @torch.inference_mode()
     def compute_chunk(self, token_ids: list[int], chunk_ids: list[int]) -> None:
@@ -164,28 +150,7 @@ class ModelRunner:
             shared=0,
             samples=False,
         )
-        self._forward(SchedulerOutput(step=0, slices=[piece], plan_version=0))
-
-    def _forward(self, output: SchedulerOutput) -> torch.Tensor:
-        """Final hidden states [T, H] of the slices' tokens, one slice after the other."""
-        plan = self._attention.plan(output)
-        slices = output.slices
-        token_ids = np.concatenate([piece.token_ids for piece in slices])
-        positions = np.concatenate(
-            [
-                np.arange(
-                    piece.first_position, piece.first_position + piece.num_tokens, dtype=np.int32
-                )
-                for piece in slices
-            ]
-        )
-        device = self.backend.device
-        return self._model.forward(
-            torch.from_numpy(token_ids.astype(np.int64)).to(device),
-            torch.from_numpy(positions).to(device),
-            plan,
-            self.adapters.rows(slices, self._sequences),
-        )
+        self.step_model.run(SchedulerOutput(step=0, slices=[piece], plan_version=0))
 
     def _new_state(self, new: NewSequence) -> SequenceState:
         state = SequenceState(
@@ -241,7 +206,8 @@ class ModelRunner:
         entries = sampled.prompt_logprobs[piece.slot] = []
         for start in range(0, len(targets), _LOGIT_ROWS):
             some = targets[start : start + _LOGIT_ROWS]
-            logprobs = self._model.logits(hidden[start : start + len(some)]).log_softmax(dim=1)
+            logits = self.step_model.model.logits(hidden[start : start + len(some)])
+            logprobs = logits.log_softmax(dim=1)
             if bool(logprobs.isnan().any()):
                 sampled.failed[piece.slot] = "model_nan"
             num_top = [state.sampling.prompt_logprobs or 0] * len(some)
@@ -261,140 +227,3 @@ class ModelRunner:
                 sampled.embeddings[piece.slot] = embedding.tolist()
             else:
                 sampled.failed[piece.slot] = "model_nan"
-
-
-def load_executor(  # noqa: PLR0913
-    *,
-    model_path: Path,
-    spec: ModelSpec,
-    device: str,
-    dtype: str,
-    num_chunks: int,
-    chunk_size: int,
-    max_model_len: int,
-    backend: BackendName = "auto",
-    isa_level: str = "auto",
-    weights: Quantization = "auto",
-    int4_activations: Activations = "int8",
-    kv_dtype: KVStorage = "auto",
-    row_work_share: float = 0.2,
-) -> ModelRunner:
-    """Load a model folder's executor and allocate its pool.
-
-    Args:
-        spec, dtype: as ``read_spec`` and ``resolve_dtype`` return them.
-        max_model_len: positions the rotary table covers.
-        backend, isa_level: "auto" or the name of one; levels are the cpu backend's.
-        weights, kv_dtype: storage of linear layers and K/V, "auto" or what the backend offers.
-        int4_activations: of products of few rows with 4-bit weights.
-
-    Raises:
-        ConfigError: the folder or a setting is unusable; checked before any weight is read.
-    """
-    spec = spec.for_length(max_model_len)
-    checkpoint = Checkpoint(model_path, spec)
-    foreign = None
-    if not spec.is_native:
-        foreign = _transformers_model(model_path, spec, dtype, device, weights)
-        spec = foreign.spec.for_length(max_model_len)
-    attention = build_attention(
-        spec,
-        device=device,
-        dtype=getattr(torch, dtype),
-        num_chunks=num_chunks,
-        chunk_size=chunk_size,
-        backend=backend,
-        isa_level=isa_level,
-        kv_dtype=kv_dtype,
-    )
-    if foreign is not None:
-        foreign.attach(attention, max_model_len)
-        return ModelRunner(spec, foreign, attention, model_path, row_work_share=row_work_share)
-    loaded = load_weights(checkpoint, spec, getattr(torch, dtype), attention.backend.device)
-    model = build_model(
-        spec,
-        loaded,
-        attention,
-        max_model_len=max_model_len,
-        weights=weights,
-        int4_activations=int4_activations,
-    )
-    return ModelRunner(spec, model, attention, model_path, row_work_share=row_work_share)
-
-
-def _transformers_model(
-    path: Path, spec: ModelSpec, dtype: str, device: str, weights: Quantization
-) -> TransformersModel:
-    if weights != "auto":
-        raise ConfigError(
-            f"quantization: {weights} is not available for {spec.architecture}, which transformers "
-            "runs; use auto"
-        )
-    logger.warning(
-        "%s is not an architecture of this server: transformers runs it, which is slower, on this "
-        "server's attention and prefix cache",
-        spec.architecture,
-    )
-    from chunkllama.models.hf_model import TransformersModel
-
-    return TransformersModel(path, spec, getattr(torch, dtype), torch.device(device))
-
-
-def build_attention(
-    spec: ModelSpec,
-    *,
-    device: str,
-    dtype: torch.dtype,
-    num_chunks: int,
-    chunk_size: int,
-    backend: BackendName = "auto",
-    isa_level: str = "auto",
-    kv_dtype: KVStorage = "auto",
-) -> Attention:
-    """The backend for the device, its chunk pool and planner."""
-    ops = select_backend(
-        device,
-        dtype=dtype,
-        head_dim=spec.head_dim,
-        chunk_size=chunk_size,
-        num_kv_heads=spec.num_kv_heads,
-        backend=backend,
-        isa_level=isa_level,
-    )
-    windows = [layer.window for layer in spec.layers]
-    is_bounded = spec.attention_softcap is not None or any(w is not None for w in windows)
-    ops.prepare(is_bounded=is_bounded)
-    kv = ops.allocate_kv(
-        num_layers=spec.num_layers,
-        num_chunks=num_chunks,
-        chunk_size=chunk_size,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=dtype,
-        is_int8=kv_dtype == "int8",
-    )
-    packing = ops.packing(
-        num_qo_heads=spec.num_qo_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim
-    )
-    score = spec.score_scale, spec.attention_softcap
-    return Attention(ops, kv, Planner(packing, chunk_size), spec.num_qo_heads, *score, windows)
-
-
-def build_model(
-    spec: ModelSpec,
-    loaded: ModelWeights,
-    attention: Attention,
-    *,
-    max_model_len: int,
-    weights: Quantization = "auto",
-    int4_activations: Activations = "int8",
-) -> RunnableModel:
-    """The model as the backend runs it best.
-
-    Raises:
-        ConfigError: a weight storage that the backend does not offer.
-    """
-    device = attention.backend.device
-    rotary = tuple(table.to(device) for table in rotary_tables(spec, max_model_len))
-    model = Llama(spec, loaded, attention, rotary)
-    return attention.backend.fuse(model, weights, int4_activations)

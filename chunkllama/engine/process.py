@@ -1,29 +1,32 @@
 """The engine as a child process: spawned with one end of a socket pair, killed with its parent.
 
-Frames are a 4-byte big-endian length and msgpack. The pair is inherited, so no path exists that
-others could open. Imports no torch in the parent.
+Frames hold msgpack. Imports no torch in the parent.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import math
 import os
-import select
-import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
 from chunkllama.config import EngineConfig
+from chunkllama.engine.child import (
+    LENGTH,
+    FrameSocket,
+    begin_child,
+    end_process,
+    frame,
+    start_child,
+)
 from chunkllama.engine.client import MessageClient, seed_source
 from chunkllama.engine.faults import faults_from
 from chunkllama.engine.journal import StepJournal
@@ -37,18 +40,11 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-_LENGTH = struct.Struct(">I")
-_PR_SET_PDEATHSIG = 1
 _BUSY_WEIGHT = 0.1  # a step that uses processor time may take ten times as long
 _MAX_TICK = 1.0  # seconds between two looks at the step loop
-_IGNORED = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 _TO_ENGINE = msgspec.msgpack.Decoder(list[ToEngine])
 _FROM_ENGINE = msgspec.msgpack.Decoder(list[FromEngine])
 _ENCODER = msgspec.msgpack.Encoder()
-
-
-def _frame(payload: bytes) -> bytes:
-    return _LENGTH.pack(len(payload)) + payload
 
 
 class EngineProcess:
@@ -83,22 +79,12 @@ class EngineProcess:
         """
         ours, theirs = socket.socketpair()
         journal = StepJournal()
-        with theirs, blocked_signals():
-            child = subprocess.Popen(
-                [
-                    # -P: a module in the working directory, perhaps a model's folder, is not run.
-                    *(sys.executable, "-P", "-m", module),
-                    *(str(theirs.fileno()), str(os.getpid()), str(journal.fileno())),
-                ],
-                pass_fds=[theirs.fileno(), journal.fileno()],
-                stdin=subprocess.DEVNULL,
-                # OpenMP's idle threads would spin for milliseconds after each step, on the cores
-                # that the API process needs; read when torch is loaded.
-                env={"GOMP_SPINCOUNT": "2000", **os.environ, "PYTHONSAFEPATH": "1"},
-            )
+        with theirs:
+            descriptors = [theirs.fileno(), journal.fileno()]
+            child = start_child(module, descriptors, descriptors)
         with contextlib.suppress(ConnectionError):  # its end is found by the first read
             # Before anything is awaited: the engine loads while the caller's thread is busy.
-            ours.sendall(_frame(config.model_dump_json().encode()))
+            ours.sendall(frame(config.model_dump_json().encode()))
         writer: asyncio.StreamWriter | None = None
         watching = asyncio.create_task(_kill_if_stopped(child, stopped_seconds))
         try:
@@ -129,7 +115,7 @@ class EngineProcess:
     def send(self, messages: list[ToEngine]) -> None:
         """Queue messages; lost if the process has ended."""
         if not self._writer.is_closing():
-            self._writer.write(_frame(_ENCODER.encode(messages)))
+            self._writer.write(frame(_ENCODER.encode(messages)))
 
     async def receive(self) -> list[FromEngine]:
         """The next messages.
@@ -258,7 +244,7 @@ class ProcessEngineClient(MessageClient):
 
 
 async def _read_messages(reader: asyncio.StreamReader) -> list[FromEngine]:
-    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
     return _FROM_ENGINE.decode(await reader.readexactly(length))
 
 
@@ -266,78 +252,34 @@ class SocketChannel:
     """The engine's end: blocking reads when idle, a poll between steps when busy."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._buffer = bytearray()
+        self._frames = FrameSocket(sock)
 
     def receive_config(self) -> bytes:
         """The first frame: the engine's configuration as JSON."""
-        while (payload := self._take_frame()) is None:
-            if not self._fill():
-                raise SystemExit(0)
+        payload = self._frames.receive()
+        if payload is None:
+            raise SystemExit(0)
         return payload
 
     def receive(self, *, block: bool) -> list[ToEngine]:
         messages: list[ToEngine] = []
         while True:
-            while (payload := self._take_frame()) is not None:
+            while (payload := self._frames.take()) is not None:
                 messages.extend(_TO_ENGINE.decode(payload))
-            wait = None if block and not messages else 0
-            if not select.select([self._sock], [], [], wait)[0]:
+            if not self._frames.is_readable(block=block and not messages):
                 return messages
-            if not self._fill():
+            if not self._frames.fill():
                 return [*messages, Shutdown()]
 
     def send(self, messages: list[FromEngine]) -> None:
         try:
-            self._sock.sendall(_frame(_ENCODER.encode(messages)))
+            self._frames.send(_ENCODER.encode(messages))
         except (BrokenPipeError, ConnectionResetError):
             raise SystemExit(0) from None
 
-    def _fill(self) -> bool:
-        try:
-            data = self._sock.recv(1 << 20)
-        except ConnectionResetError:
-            return False
-        self._buffer += data
-        return bool(data)
-
-    def _take_frame(self) -> bytes | None:
-        if len(self._buffer) < _LENGTH.size:
-            return None
-        (length,) = _LENGTH.unpack_from(self._buffer)
-        end = _LENGTH.size + length
-        if len(self._buffer) < end:
-            return None
-        payload = bytes(self._buffer[_LENGTH.size : end])
-        del self._buffer[:end]
-        return payload
-
-
-@contextlib.contextmanager
-def blocked_signals() -> Iterator[None]:
-    """Start a child process inside the block: it begins with these signals blocked.
-
-    A Ctrl-C reaches the whole process group, also a child that has not chosen to ignore it yet.
-    For the caller the signals take effect at the block's end, when the child is known.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # the parent died before the signal was set
-        raise SystemExit(0)
-
 
 def main(make_digest: MakeDigest | None = None) -> NoReturn:
-    """Entry point of the engine process; the arguments are SOCKET_FD PARENT_PID JOURNAL_FD.
-
-    It ends the process at once: a thread inside torch would abort one that ends in the usual way.
-    """
+    """Entry point of the engine process; the arguments are SOCKET_FD PARENT_PID JOURNAL_FD."""
     code = 1
     try:
         code = _run(make_digest)
@@ -345,20 +287,19 @@ def main(make_digest: MakeDigest | None = None) -> NoReturn:
         code = 0
     except BaseException:
         logger.exception("the engine process has failed")
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+    end_process(code)
+
+
+def _lose_rank(reason: str) -> NoReturn:
+    """End the process as a step that fails does: the parent starts another one."""
+    logger.error("%s", reason)
+    end_process(1)
 
 
 def _run(make_digest: MakeDigest | None) -> int:
     """Load the model and serve the socket; returns the exit code."""
     descriptor, parent_pid, journal = map(int, sys.argv[1:])
-    _die_with_parent(parent_pid)
-    # Ctrl-C reaches the whole process group; the API process decides when the engine stops.
-    for ignored in _IGNORED:
-        signal.signal(ignored, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)  # compilers it starts can be stopped
+    begin_child(parent_pid)
     channel = SocketChannel(socket.socket(fileno=descriptor))
     config = EngineConfig.model_validate_json(channel.receive_config())
     configure_logging(config.log.log_level, config.log.log_format)
@@ -368,18 +309,9 @@ def _run(make_digest: MakeDigest | None) -> int:
 
     try:
         faults = faults_from()
-        core = build_engine(config)
+        core = build_engine(config, on_lost_rank=_lose_rank)
     except ChunkLlamaError as error:
         channel.send([StartFailed(message=str(error))])
-        return 2
-    except MemoryError:
-        channel.send(
-            [
-                StartFailed(
-                    message="not enough memory for the model and the chunk pool; lower --num-chunks"
-                )
-            ]
-        )
         return 2
     core.journal, core.faults = StepJournal(journal), faults
     core.make_digest = make_digest

@@ -11,6 +11,7 @@ from pathlib import Path
 from chunkllama.backends.choice import check_choice
 from chunkllama.backends.cpu.build import available_levels
 from chunkllama.config import EngineConfig
+from chunkllama.engine.rank_checks import check_ranks, rank_device
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.config import kv_bytes_per_chunk, read_spec, resolve_dtype
@@ -34,7 +35,7 @@ class EngineSize:
 
     Attributes:
         dtype, kv_dtype: that the model computes in, and that K/V are stored in.
-        weight_bytes, pool_bytes: memory of the weights and of the chunk pool.
+        weight_bytes, pool_bytes: memory of the weights and of the chunk pool, of all ranks.
         max_model_len: longest prompt plus answer in tokens that the model is served with.
         max_request_tokens: the same, cut to what the whole pool holds.
         longest_requests: how many requests of that length run at once.
@@ -110,7 +111,9 @@ def plan_size(
     max_model_len, note = _max_model_len(config, spec)
     chunk_size = config.cache.chunk_size
     checkpoint = checkpoint or Checkpoint(folder, spec)
-    weights = allocated_bytes(checkpoint, dtype, config.model.quantization)
+    num_ranks = config.model.tensor_parallel_size
+    check_ranks(num_ranks, spec, checkpoint, device)
+    weights = allocated_bytes(checkpoint, dtype, config.model.quantization, num_ranks)
     if device == "cpu":
         _check_weights(weights, dtype)
     kv_dtype = dtype if config.cache.kv_dtype == "auto" else config.cache.kv_dtype
@@ -200,9 +203,7 @@ def _num_chunks(
             useful = config.scheduler.max_num_seqs * longest
             memory = default_kv_cache_memory(memory_left() - weights, useful)
         else:
-            import torch
-
-            memory = int((torch.cuda.mem_get_info(device)[0] - weights) * _GPU_POOL_SHARE)
+            memory = _gpu_pool_memory(device, weights, config.model.tensor_parallel_size)
     if memory <= 0:
         raise ConfigError(
             f"model: its weights take {weights >> 20:,} MiB, and less is free on {device} now; end "
@@ -214,3 +215,12 @@ def _num_chunks(
             "bytes; give the process more memory, the pool a larger share of it, or set num_chunks"
         )
     return memory // per_chunk
+
+
+def _gpu_pool_memory(device: str, weights: int, num_ranks: int) -> int:
+    """Default bytes of the pool on all GPUs: each has an equal part of it, and of the weights."""
+    import torch
+
+    devices = [rank_device(device, rank, num_ranks) for rank in range(num_ranks)]
+    free = min(torch.cuda.mem_get_info(each)[0] for each in devices)
+    return int((num_ranks * free - weights) * _GPU_POOL_SHARE)

@@ -12,6 +12,7 @@ from chunkllama.backends.base import DevicePlan, KVCache
 from chunkllama.backends.model import LayerWeights, ModelWeights
 from chunkllama.model_spec import LayerSpec, ModelSpec
 from chunkllama.models.attention import Attention
+from chunkllama.models.shard import AllReduce
 
 
 class Llama:
@@ -24,6 +25,8 @@ class Llama:
         weights: on the device of ``attention.backend``, in the dtype to compute in.
         attention: plans, the chunk pool and the backend.
         rotary: see ``rotary_tables``.
+        all_reduce: where ``spec`` and ``weights`` are one rank's part of a model: adds up over the
+            ranks what its projections out of heads and out of the MLP give.
     """
 
     def __init__(
@@ -32,11 +35,13 @@ class Llama:
         weights: ModelWeights,
         attention: Attention,
         rotary: tuple[torch.Tensor, ...],
+        all_reduce: AllReduce | None = None,
     ) -> None:
         self.spec = spec
         self.weights = weights
         self.attention = attention
         self.rotary = rotary
+        self.all_reduce = all_reduce
         self._adapters: Sequence[AdapterRows] = ()  # of the step in progress
 
     @property
@@ -157,6 +162,8 @@ class Llama:
     ) -> torch.Tensor:
         """One linear layer, with what the adapters of the step's rows add to it."""
         y = self.attention.backend.linear(x, getattr(layer, name))
+        if self.all_reduce is not None and name in ("output", "down"):
+            y = self.all_reduce(y)
         for rows in self._adapters:
             if added := rows.adapter.layers[index].get(name):
                 added.add_to(y[rows.begin : rows.end], x[rows.begin : rows.end])

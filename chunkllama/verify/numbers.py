@@ -12,7 +12,6 @@ import torch
 
 from chunkllama.backends.base import Quantization
 from chunkllama.backends.select import BackendName
-from chunkllama.engine.model_runner import load_executor
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.config import read_spec
@@ -107,7 +106,7 @@ class Ours:
 
     def __init__(self, folder: Path, variant: Variant, max_tokens: int) -> None:
         self._num_chunks = -(-max_tokens // CHUNK)
-        self._runner = load_executor(
+        self._model = load_step_model(
             model_path=folder,
             spec=read_spec(folder),
             device="cuda" if variant.backend == "cuda" else "cpu",
@@ -121,7 +120,7 @@ class Ours:
 
     def close(self) -> None:
         """Free the memory of weights and chunks."""
-        self._runner.close()
+        self._model.close()
 
     @torch.inference_mode()
     def log_probabilities(self, ids: Sequence[int]) -> torch.Tensor:
@@ -134,7 +133,7 @@ class Ours:
             chunks = np.arange(self._num_chunks, dtype=np.int32)
             piece = ScheduledSlice(0, begin, token_ids, chunks, 0, True)
             step = SchedulerOutput(step=1, slices=[piece], plan_version=0)
-            logits = self._runner._model.logits(self._runner._forward(step))
+            logits = self._model.model.logits(self._model.run(step))
             rows.append(logits.log_softmax(-1).to("cpu", copy=True))
         return torch.cat(rows)
 

@@ -19,7 +19,7 @@ from chunkllama.backends.base import KVCache, LayerRows
 from chunkllama.backends.model import Linear, ModelWeights
 from chunkllama.backends.quantized import widen_model
 from chunkllama.backends.reference.backend import ReferenceBackend
-from chunkllama.engine.model_runner import build_attention
+from chunkllama.engine.load import build_attention
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.architectures import ARCHITECTURES, LayerNames
 from chunkllama.models.config import read_spec

@@ -12,7 +12,7 @@ import torch
 
 from chunkllama.backends.reference.backend import ReferenceBackend
 from chunkllama.engine import build, size
-from chunkllama.engine.model_runner import build_attention
+from chunkllama.engine.load import build_attention
 from chunkllama.engine.size import find_device
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import LayerSpec, ModelSpec
@@ -101,7 +101,7 @@ def test_memory_that_runs_out_at_the_start_is_one_line(
     def allocate(**_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(build, "load_executor", allocate)
+    monkeypatch.setattr(build, "load_step_model", allocate)
     with pytest.raises(ConfigError) as raised:
         tiny_core(num_chunks=8)
     message = str(raised.value)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from chunkllama.engine.model_runner import ModelRunner, load_executor
+from chunkllama.engine.load import load_step_model
+from chunkllama.engine.model_runner import ModelRunner
 from chunkllama.errors import ConfigError
 from chunkllama.models.config import read_spec
 from chunkllama.sampling_params import GrammarSpec, SamplingParams
@@ -50,7 +51,7 @@ def oracle(folder: Path) -> LlamaForCausalLM:
 
 @pytest.fixture
 def runner(folder: Path) -> ModelRunner:
-    return load_executor(
+    model = load_step_model(
         model_path=folder,
         spec=read_spec(folder),
         device="cpu",
@@ -60,6 +61,7 @@ def runner(folder: Path) -> ModelRunner:
         max_model_len=128,
         backend="reference",
     )
+    return ModelRunner(model, folder)
 
 
 def without_poison(ids: Sequence[int]) -> list[int]:
@@ -240,7 +242,7 @@ def test_a_grammar_without_a_tokenizer_fails_its_request_only(runner: ModelRunne
 
 def test_a_weight_storage_the_backend_lacks_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="quantization: int8"):
-        load_executor(
+        load_step_model(
             model_path=folder,
             spec=read_spec(folder),
             device="cpu",
@@ -255,7 +257,7 @@ def test_a_weight_storage_the_backend_lacks_is_refused(folder: Path) -> None:
 
 def test_grammar_output_of_the_demo_model(demo_path: Path) -> None:
     """Masks reach the logits: a choice is answered with one of its strings, then reported done."""
-    runner = load_executor(
+    model = load_step_model(
         model_path=demo_path,
         spec=read_spec(demo_path),
         device="cpu",
@@ -265,6 +267,7 @@ def test_grammar_output_of_the_demo_model(demo_path: Path) -> None:
         max_model_len=256,
         backend="reference",
     )
+    runner = ModelRunner(model, demo_path)
     grammar = GrammarSpec(kind="regex", text="(yes|no)!")
     sequence = new(0, [1, 2, 3], grammar=grammar, temperature=1.0)
     preparation = runner.prepare(sequence.sampling)

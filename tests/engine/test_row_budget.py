@@ -16,7 +16,7 @@ from chunkllama.engine.row_budget import RowBudget
 from chunkllama.engine.sampler import RowTimes, Sampler
 from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.sampling_params import SamplingParams
-from chunkllama.scheduler.output import SampledTokens
+from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
 
 MakeCore = Callable[..., EngineCore]
 PROMPT = list(range(5, 25))
@@ -129,12 +129,12 @@ def timed_core(tiny_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> Callable
         runner, clock = core._executor, _Clock()
         sampler = runner._sampler
         sampler._clock = clock
-        run = runner._run_slices
+        run = runner.step_model.run
         sample = sampler._sampler.sample
 
-        def run_slices(*arguments: Any) -> torch.Tensor:
-            clock.now += 0.02
-            return run(*arguments)
+        def timed_run(output: SchedulerOutput, *others: Any) -> torch.Tensor:
+            clock.now += 0.02 if output.slices else 0.0
+            return run(output, *others)
 
         def timed_sample(logits: Any, states: list[SequenceState], masks: Any) -> Any:
             outcomes = sample(logits, states, masks)
@@ -143,7 +143,7 @@ def timed_core(tiny_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> Callable
                 clock.now += outcome.seconds
             return outcomes
 
-        monkeypatch.setattr(runner, "_run_slices", run_slices)
+        monkeypatch.setattr(runner.step_model, "run", timed_run)
         monkeypatch.setattr(sampler._sampler, "sample", timed_sample)
         core.test_clock = clock
         return core

@@ -16,7 +16,7 @@ from chunkllama.backends.select import BackendName
 from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
 from chunkllama.engine.core import EngineCore
-from chunkllama.engine.model_runner import build_attention, build_model
+from chunkllama.engine.load import build_attention, build_model
 from chunkllama.models.config import read_spec
 from chunkllama.models.loading.safetensors import Checkpoint
 from chunkllama.models.loading.weights import load_weights

@@ -27,7 +27,7 @@ from model_families import (
 from chunkllama.backends.cpu.fused_model import FusedModel, can_fuse
 from chunkllama.backends.cpu.packed import PackedLinear
 from chunkllama.backends.model import RunnableModel
-from chunkllama.engine.model_runner import build_attention, build_model
+from chunkllama.engine.load import build_attention, build_model
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.architectures import ARCHITECTURES

@@ -47,7 +47,7 @@ def test_an_architecture_runs_as_listed_in_each_quantization(
         "int4": {"dtype": "bfloat16", "quantization": "int4"},
     }.items():
         core = build_core(tmp_path, backend="cpu", **settings)
-        ours = core._executor._model  # type: ignore[attr-defined]
+        ours = core._executor.step_model.model  # type: ignore[attr-defined]
         assert isinstance(ours, FusedModel) == (entry.cpu == "one native call")
         (answer,) = answers(core, [prompt], with_prompts=True)
         numbers[kind] = np.array(answer.numbers[: len(prompt) - 1])

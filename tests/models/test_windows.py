@@ -67,7 +67,7 @@ def test_each_layer_reads_the_chunks_of_its_window(
     model = random_model(*CASES[family])
     model.save_pretrained(tmp_path)
     core = build_core(tmp_path)
-    attention = core._executor._attention  # type: ignore[attr-defined]
+    attention = core._executor.step_model.attention  # type: ignore[attr-defined]
     windows = {"mistral": {70}, "gemma3": {70, None}}[family]
     assert set(attention.windows) == windows
     plain, checked = attention.plan, []
@@ -98,11 +98,11 @@ def test_each_layer_reads_the_chunks_of_its_window(
 def test_one_window_for_all_layers_runs_fused(tmp_path: Path, build_core: BuildCore) -> None:
     random_model("Mistral", WINDOW).save_pretrained(tmp_path)
     core = build_core(tmp_path, backend="cpu")
-    assert isinstance(core._executor._model, FusedModel)  # type: ignore[attr-defined]
+    assert isinstance(core._executor.step_model.model, FusedModel)  # type: ignore[attr-defined]
 
 
 def test_a_window_that_hides_nothing_is_none(tmp_path: Path, build_core: BuildCore) -> None:
     random_model("Mistral", WINDOW).save_pretrained(tmp_path)
     core = build_core(tmp_path, max_model_len=70)
-    assert core._executor._attention.windows == (None,)  # type: ignore[attr-defined]
+    assert core._executor.step_model.attention.windows == (None,)  # type: ignore[attr-defined]
     assert core.info.max_model_len == 70

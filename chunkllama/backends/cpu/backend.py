@@ -113,15 +113,15 @@ class CpuBackend(Backend):
         quantization: Quantization = "auto",
         int4_activations: Activations = "int8",
     ) -> RunnableModel:
-        """Return one native call per step where the kernels know the model's specification; for any
-        other the model itself, its linear layers packed.
+        """Return one native call per step where the kernels know the model's specification and all
+        of it is here; for any other the model itself, its linear layers packed.
         """
         types = weight_types(model.weights, quantization)
         # A model in float32 is to keep its precision.
         rounds = int4_activations == "int8" and types.own == TYPES[torch.bfloat16]
         types = replace(types, few=replace(self.tuning.few_rows, rounds=rounds))
         fused: RunnableModel = model
-        if can_fuse(model.spec):
+        if model.all_reduce is None and can_fuse(model.spec):
             fused = FusedModel(self.library, self.vector_rows, model, types)
         else:
             pack_model(self.library, model.weights, types)

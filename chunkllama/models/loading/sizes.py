@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from chunkllama.models.loading.safetensors import ITEM_SIZES, Checkpoint
 from chunkllama.models.loading.tensor_info import TensorInfo
+from chunkllama.models.tensors import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     from chunkllama.backends.base import Quantization
@@ -20,16 +21,21 @@ PACKED_BITS: Final = {
 }
 
 
-def allocated_bytes(checkpoint: Checkpoint, dtype: str, quantization: Quantization) -> int:
+def allocated_bytes(
+    checkpoint: Checkpoint, dtype: str, quantization: Quantization, num_ranks: int = 1
+) -> int:
     """Return the bytes that a checkpoint's tensors take once they are loaded.
 
     Args:
         checkpoint: only the tensors of the model count, whatever else lies in its folder.
         dtype: that the model computes in.
         quantization: of the linear layers.
+        num_ranks: that load it: each has the embedding and the head, and its part of the rest.
     """
+    copied = [checkpoint[name] for name in (EMBEDDING, HEAD) if name in checkpoint]
+    infos: list[TensorInfo] = [*checkpoint, *copied * (num_ranks - 1)]
     return math.ceil(
-        sum(_bits(info, dtype, quantization) * math.prod(info.shape) for info in checkpoint) / 8
+        sum(_bits(info, dtype, quantization) * math.prod(info.shape) for info in infos) / 8
     )
 
 

@@ -19,6 +19,7 @@ from chunkllama.models.loading.gguf_rows import GgufRows, file_order
 from chunkllama.models.loading.module_rows import ModuleRows
 from chunkllama.models.loading.safetensors import BLOCK_BYTES, Checkpoint, is_quantized
 from chunkllama.models.rotary import head_order
+from chunkllama.models.shard import Shard
 from chunkllama.models.tensors import (
     EMBEDDING,
     HEAD,
@@ -32,12 +33,20 @@ TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 
 
 def load_weights(
-    checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: Shard | None = None,
 ) -> ModelWeights:
     """The model's weights on ``device`` in ``dtype``; norms with an offset are float32.
 
     On a CPU, tensors that are neither stacked nor converted stay views of the mapped file.
     Quantized matrices are read by the backend that packs them.
+
+    Args:
+        spec: of the whole model.
+        shard: the part to keep; each layer is cut when it has been read. None: all of it.
     """
     load = _Loader(checkpoint, spec, dtype, device)
     embedding, embedding_rows = load.matrix(EMBEDDING)
@@ -46,9 +55,13 @@ def load_weights(
         head = load.head(embedding, embedding_rows)
     else:
         head = load.head(*load.matrix(HEAD))
+    layers = []
+    for index in range(spec.num_layers):
+        layer = load.layer(index)
+        layers.append(layer if shard is None else shard.layer(layer, spec, spec.layer(index)))
     return ModelWeights(
         embedding=embedding,
-        layers=[load.layer(index) for index in range(spec.num_layers)],
+        layers=layers,
         norm=load.norm(NormTensor(NORM, spec.hidden_size)),
         lm_head=head,
         embedding_rows=embedding_rows,

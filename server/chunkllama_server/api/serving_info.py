@@ -37,7 +37,7 @@ async def server_info(request: Request, context: Context) -> ServerInfo:
         "model_path": name,  # not the folder, which callers must not learn
         "served_model_name": name,
         "version": __version__,
-        "tp_size": 1,
+        "tp_size": context.settings.tensor_parallel_size,
         "dp_size": 1,
         "pp_size": 1,
         "is_embedding": False,

@@ -124,7 +124,10 @@ def _setting(key: str, field: FieldInfo, title: str) -> inspect.Parameter:
         text += f" [{'|'.join(map(str, options))}]"
     metavar = "NAME" if options else _metavar(key, field)
     kind: Any = list[str] | None if "tuple" in str(field.annotation) else str | None
-    return _parameter(key, kind, text, title, metavar)
+    extra = field.json_schema_extra
+    short = extra.get("flag") if isinstance(extra, dict) else None
+    names = (f"--{key.replace('_', '-')}", str(short)) if short else ()
+    return _parameter(key, kind, text, title, metavar, names)
 
 
 def _former(key: str) -> inspect.Parameter:
@@ -149,9 +152,16 @@ def _metavar(key: str, field: FieldInfo) -> str:
 
 
 def _parameter(
-    key: str, kind: Any, text: str, title: str, metavar: str | None
+    key: str,
+    kind: Any,
+    text: str,
+    title: str,
+    metavar: str | None,
+    names: tuple[str, ...] = (),
 ) -> inspect.Parameter:
-    option = typer.Option(help=text, rich_help_panel=title, metavar=metavar, show_default=False)
+    option = typer.Option(
+        *names, help=text, rich_help_panel=title, metavar=metavar, show_default=False
+    )
     return inspect.Parameter(
         key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
     )

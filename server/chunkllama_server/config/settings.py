@@ -22,10 +22,10 @@ from chunkllama.config import (
     ModelConfig,
     SchedulerConfig,
     check_keys,
-    first_error,
     limit,
     rename_keys,
 )
+from chunkllama.config_errors import first_error
 from chunkllama.engine.faults import TEST_MODE
 from chunkllama.engine.faults import VARIABLE as FAULTS
 from chunkllama.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from chunkllama.config import first_error
+from chunkllama.config_errors import first_error
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.messages import SetTenants

@@ -17,6 +17,8 @@ def check_adapters(settings: Settings, spec: ModelSpec) -> None:
     Raises:
         ConfigError: an adapter cannot be used, or has the name of the model.
     """
+    if settings.lora and settings.tensor_parallel_size > 1:
+        raise ConfigError("lora: adapters need tensor_parallel_size 1")
     for name, folder in settings.adapter_folders.items():
         if name in settings.model_names:
             raise ConfigError(f"lora: {name} is the name of the model; use another one")

@@ -319,6 +319,8 @@ ENGINE = [
     _with("long context", "--max-model-len 9999", "max_model_len: 9999 is above .* limit of 1024"),
     _with("too many threads", "--threads 4096", "threads: 4096 are more than the .* processors"),
     _with("no such processor", "--cpu-bind 9999", "cpu_bind: .*not run on processor 9999; it may"),
+    _with("three ranks", "--tp 3", "tensor_parallel_size: 3 does not divide the 4 attention heads"),
+    _with("ranks and adapters", "--tp 2 --lora a=/x", "lora: adapters need tensor_parallel_size 1"),
     _with("small pool", "--kv-cache-memory 1k", "kv_cache_memory: 1000 bytes hold fewer than two"),
     _with("large pool", "--num-chunks 2000000000", "num_chunks: the pool takes .*MiB"),
     _with("memory of a rack", "--kv-cache-memory 900TiB", "kv_cache_memory: the pool takes .*MiB"),

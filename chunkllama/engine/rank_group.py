@@ -1,0 +1,71 @@
+"""Sums over the ranks of a model: gloo between CPUs, NCCL between GPUs, all on one machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, Final
+
+import torch
+import torch.distributed
+
+_c10d: Final[Any] = torch.distributed  # whose stubs lack some of what it documents
+_TIMEOUT: Final = timedelta(minutes=10)  # for ranks whose first steps compile, or that are stopped
+_LOOPBACK: Final = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+
+
+class RankGroup:
+    """This process's place in a group of ranks, apart from torch's own default group.
+
+    Args:
+        rank: of ``size``.
+        device: that the tensors lie on.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        self._rank, self._size, self._device = rank, size, device
+        self._group: Any = None
+
+    def join(self, store: int) -> None:
+        """Wait for the other ranks.
+
+        Args:
+            store: a memory file that all ranks have inherited, in which they find each other.
+        """
+        rendezvous = _c10d.FileStore(f"/proc/self/fd/{store}", self._size)
+        with _loopback():
+            self._group = self._connect(rendezvous)
+            self.all_reduce(torch.zeros(1, device=self._device))  # NCCL connects here
+
+    def _connect(self, rendezvous: Any) -> Any:
+        if self._device.type == "cpu":
+            return _c10d.ProcessGroupGloo(rendezvous, self._rank, self._size, _TIMEOUT)
+        options = _c10d.ProcessGroupNCCL.Options()
+        return _c10d.ProcessGroupNCCL(rendezvous, self._rank, self._size, options)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over the ranks, in its place where it is contiguous.
+
+        Raises:
+            RuntimeError: another rank has ended.
+        """
+        x = x.contiguous()
+        self._group.allreduce([x]).wait()
+        return x
+
+
+@contextlib.contextmanager
+def _loopback() -> Iterator[None]:
+    """Let the libraries, which read it from the environment, listen on 127.0.0.1 only."""
+    before = {key: os.environ.get(key) for key in _LOOPBACK}
+    os.environ.update(_LOOPBACK)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
