@@ -117,7 +117,8 @@ def _text_of_part(name: str, value: Any) -> str:
         case "ATOMIC_GROUP":
             return _text_of(value)
         case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
-            return _text_of(value[2]) * min(value[0], _MAX_CHARS + 1)
+            count: int = min(value[0], _MAX_CHARS + 1)
+            return _text_of(value[2]) * count
         case "AT":
             return ""
     raise _UnreadError

@@ -12,6 +12,7 @@ import torch
 
 from chunkllama.backends.base import Quantization
 from chunkllama.backends.select import BackendName
+from chunkllama.engine.load import load_step_model
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.config import read_spec
