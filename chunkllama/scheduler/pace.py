@@ -100,6 +100,13 @@ class Pace:
         self._parts: dict[Sequence, int] = {}  # tokens of running sequences of those tenants
         self._tokens: dict[str, int] = {}  # by tenant, in the step in flight
 
+    def prompt_seconds(self, tokens: int) -> float | None:
+        """Estimate the time of computing prompt tokens in full steps; None before the first."""
+        if not self._times.are_known:
+            return None
+        step = min(tokens, self._budget)
+        return self._times.seconds(step) * tokens / step
+
     # -- before a step ----------------------------------------------------------------------
 
     def begin_step(self) -> int:
