@@ -18,6 +18,7 @@ from chunkllama.engine.pack_loader import PackLoader
 from chunkllama.engine.size import EngineSize, check_memory, plan_size
 from chunkllama.engine.snapshot import SnapshotKeeper
 from chunkllama.engine.step_size import choose_step_tokens
+from chunkllama.engine.tier_files import TierFiles
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineReady
@@ -123,7 +124,12 @@ def build_engine(config: EngineConfig) -> EngineCore:
     chunk_io = ChunkIO(executor, identify, max_model_len // chunk_size)
     packs = PackLoader(cache, chunk_io)
     snapshots = SnapshotKeeper(cache, chunk_io, packs)
-    return EngineCore(scheduler, executor, info, packs, snapshots, adapters=adapters)
+    tier = None
+    if config.cache.cache_tier_dir is not None:
+        tier = TierFiles(
+            cache, chunk_io, config.cache.cache_tier_dir, config.cache.cache_tier_bytes
+        )
+    return EngineCore(scheduler, executor, info, packs, snapshots, adapters=adapters, tier=tier)
 
 
 def _load(config: EngineConfig, folder: Path, size: EngineSize) -> ModelRunner:
