@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -111,15 +112,7 @@ class ModelConfig(ConfigGroup):
         "columns must divide by it.",
     )
     isa_level: Literal[
-        "auto",
-        "amx",
-        "avx512_bf16",
-        "avx512",
-        "avx2",
-        "neon_bf16",
-        "neon_dot",
-        "neon",
-        "baseline",
+        "auto", "amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "neon_dot", "neon", "baseline"
     ] = Field(
         default="auto",
         description="Instructions that the cpu backend uses. auto is the fastest level of this "
@@ -129,8 +122,7 @@ class ModelConfig(ConfigGroup):
         Literal["auto", "reference", "cpu", "cuda"], BeforeValidator(_renamed_backend)
     ] = Field(
         default="auto",
-        description="Kernels: reference (torch), cpu (C++), cuda; auto is the fastest "
-        "that works here.",
+        description="Kernels: reference (torch), cpu (C++), cuda; auto is the fastest that works.",
     )
     quantization: Literal["auto", "bf16", "int8", "int4"] = Field(
         default="auto",
@@ -199,6 +191,14 @@ class CacheConfig(ConfigGroup):
         le=1_000_000,
         description="Chunks of each tenant's own prompts that are remembered to explain cache "
         "misses; 0 remembers none.",
+    )
+    cache_tier_dir: Path | None = Field(
+        default=None,
+        description="Folder for chunks that the pool evicts: a later prompt with them reads them "
+        "again. Each engine process has a folder of its own in it, which does not outlive it.",
+    )
+    cache_tier_bytes: Bytes = Field(
+        default=10 << 30, description="K/V in cache_tier_dir; the least recently used go first."
     )
     adapter_memory: Bytes = Field(
         default=1 << 30,

@@ -190,7 +190,8 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="engine_stats"):
     """A snapshot of the engine's counters (monotonic, since its start) and gauges.
 
     ``batch_size`` counts sequences of a step. Of ``prefix_tokens_hit_total``, the ``public`` ones
-    lay in the part of the tree that everyone matches. ``is_pushed``: the step loop sent it unasked.
+    lay in the part of the tree that everyone matches, and the ``tier`` ones were read from the
+    cache tier. ``is_pushed``: the step loop sent it unasked.
     """
 
     is_pushed: bool = False
@@ -206,6 +207,7 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="engine_stats"):
     prefix_tokens_queried_total: int = 0
     prefix_tokens_hit_total: int = 0
     prefix_tokens_hit_public_total: int = 0
+    prefix_tokens_hit_tier_total: int = 0
     prefill_tokens_computed_total: int = 0
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
@@ -216,6 +218,11 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="engine_stats"):
     evicted_chunks_total: int = 0
     pinned_chunks: int = 0
     pins_refused_total: int = 0
+    tier_chunks: int = 0
+    tier_chunks_capacity: int = 0
+    tier_chunks_written_total: int = 0
+    tier_chunks_promoted_total: int = 0
+    tier_chunks_damaged_total: int = 0
     step_seconds: Histogram = msgspec.field(
         default_factory=lambda: Histogram.over(STEP_SECONDS_BOUNDS)
     )

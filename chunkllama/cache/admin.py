@@ -5,11 +5,12 @@ Nothing here runs while a step is in flight. Chunks that a running request uses 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from chunkllama.cache.adapter_tags import adapter_of, untagged
 from chunkllama.cache.manager import CacheManager
 from chunkllama.cache.node import Node, decode_tokens
+from chunkllama.cache.tier_entry import TierEntry
 from chunkllama.cache_messages import CacheCommand, EndedPin, OwnedNode, PinInfo
 from chunkllama.messages import CommandReply
 
@@ -30,11 +31,19 @@ def run_command(command: CacheCommand, cache: CacheManager, now: float) -> Comma
         roots = [node for node in cache.tree.nodes() if node.chunk_id == command.chunk_id]
         reply.found = bool(roots)
         nodes = [each for node in roots for each in (node, *node.descendants())]
+        in_files = 0
+        if cache.tier is not None:
+            for node in nodes:
+                cache.tier.forget(node)
+            in_files = sum(map(cache.tier.drop_below, roots))
         _drop(cache, nodes, reply)
+        reply.num_dropped += in_files
     else:
         nodes = [node for node in cache.tree.nodes() if node.owner == command.tenant]
-        reply.found = bool(nodes)
+        in_files = _drop_files(cache, nodes, lambda entry: entry.owner == command.tenant)
+        reply.found = bool(nodes) or in_files > 0
         _drop(cache, nodes, reply)
+        reply.num_dropped += in_files
     return reply
 
 
@@ -82,7 +91,19 @@ def _end_pins(cache: CacheManager, keys: Iterable[tuple[Node, str]], reply: Comm
 def drop_adapter(cache: CacheManager, number: int, reply: CommandReply) -> None:
     """Remove every chunk computed under an adapter, which no request uses; ends pins there."""
     nodes = [node for node in cache.tree.nodes() if adapter_of(node.key) == number]
+    reply.num_dropped += _drop_files(cache, nodes, lambda entry: adapter_of(entry.key) == number)
     _drop(cache, nodes, reply)
+
+
+def _drop_files(
+    cache: CacheManager, nodes: Iterable[Node], is_dropped: Callable[[TierEntry], bool]
+) -> int:
+    """Remove files of the tier; returns how many had chunks that are not among ``nodes``."""
+    if cache.tier is None:
+        return 0
+    for node in nodes:
+        cache.tier.forget(node)
+    return cache.tier.drop(is_dropped)
 
 
 def _drop(cache: CacheManager, nodes: Iterable[Node], reply: CommandReply) -> None:

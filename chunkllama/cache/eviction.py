@@ -18,14 +18,32 @@ entry in all these heaps; the others are dropped when they come to the top.
 from __future__ import annotations
 
 import heapq
+from typing import Generic, Protocol, TypeVar
 
-from chunkllama.cache.node import Node
 from chunkllama.tenant_limits import TenantTable
 
 _DEFAULT, _OVER, _BETWEEN, _WITHIN = range(4)  # _DEFAULT: the floor is half an equal share
 
 
-class _Owner:
+class Evictable(Protocol):
+    """A node of the pool's tree, or an entry of the tier's.
+
+    Attributes:
+        owner: tenant that it counts for.
+        last_use: tick of its last use.
+    """
+
+    owner: str
+    last_use: int
+
+    @property
+    def is_evictable_leaf(self) -> bool: ...
+
+
+N = TypeVar("N", bound=Evictable)
+
+
+class _Owner(Generic[N]):
     """Chunks of one tenant: how many, and a heap of (last use, order of pushing, leaf).
 
     Attributes:
@@ -38,7 +56,7 @@ class _Owner:
 
     def __init__(self, share: int | None, floor: int | None) -> None:
         self.num_nodes = 0
-        self.leaves: list[tuple[int, int, Node]] = []
+        self.leaves: list[tuple[int, int, N]] = []
         self.share = share
         self.floor = floor
         self.key = -1
@@ -48,7 +66,7 @@ class _Owner:
         """Last use of the least recently used leaf; drops entries that are out of date."""
         while self.leaves:
             last_use, _, node = self.leaves[0]
-            if is_evictable_leaf(node) and node.last_use == last_use:
+            if node.is_evictable_leaf and node.last_use == last_use:
                 return last_use
             heapq.heappop(self.leaves)
         return None
@@ -62,13 +80,13 @@ class _Owner:
         return _WITHIN if self.num_nodes <= self.floor else _BETWEEN
 
 
-class EvictionOrder:
+class EvictionOrder(Generic[N]):
     """Leaves of the tree by tenant; the tree reports every node and every unused leaf."""
 
     def __init__(self, num_chunks: int) -> None:
         self._num_chunks = num_chunks
         self._limits = TenantTable()
-        self._owners: dict[str, _Owner] = {}
+        self._owners: dict[str, _Owner[N]] = {}
         self._num_sizes = num_chunks.bit_length() + 1
         # by class: (last use, order of pushing, owner)
         self._classes: list[list[tuple[int, int, str]]] = [[] for _ in range(4 * self._num_sizes)]
@@ -118,7 +136,7 @@ class EvictionOrder:
             None if floor is None else int(floor * self._num_chunks),
         )
 
-    def push(self, node: Node) -> None:
+    def push(self, node: N) -> None:
         """Add an unused leaf, or one that was used again."""
         entry = self._owners[node.owner]
         self._pushes += 1
@@ -128,10 +146,10 @@ class EvictionOrder:
         # a prefix that is hit again and again leaves an entry out of date each time
         if len(entry.leaves) > 2 * entry.num_nodes + 64:
             fresh = {id(n): (use, i, n) for use, i, n in entry.leaves if n.last_use == use}
-            entry.leaves = [e for e in fresh.values() if is_evictable_leaf(e[2])]
+            entry.leaves = [e for e in fresh.values() if e[2].is_evictable_leaf]
             heapq.heapify(entry.leaves)
 
-    def pop(self, now: int) -> Node | None:
+    def pop(self, now: int) -> N | None:
         """Take the leaf to evict; None if every node is in use or pinned.
 
         Args:
@@ -202,8 +220,3 @@ class EvictionOrder:
         heapq.heappush(heap, (oldest, self._pushes, owner))
         if len(heap) > 4 * len(self._owners) + 64:
             heap[:] = sorted(filter(self._is_valid, heap))
-
-
-def is_evictable_leaf(node: Node) -> bool:
-    """A leaf of the tree that is neither in use nor pinned."""
-    return node.chunk_id >= 0 and node.is_evictable and not node.children

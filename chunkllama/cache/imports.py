@@ -1,4 +1,4 @@
-"""Insert chunks whose K/V come from elsewhere: from a pack file or a snapshot.
+"""Insert chunks whose K/V come from elsewhere: from a pack file, a snapshot or the tier.
 
 An import takes a free chunk, else it evicts as a request of the owner would. The node that it adds
 is unused and evictable at once, so it changes nothing for admission.
@@ -11,6 +11,7 @@ from typing import Literal
 from chunkllama.cache import retention
 from chunkllama.cache.manager import CacheManager
 from chunkllama.cache.node import Node
+from chunkllama.cache.tier_entry import Promotion
 
 # "lost": its parent was left out or evicted; "pending": a running request is computing it.
 Outcome = Literal["new", "present", "lost", "pending", "no room"]
@@ -48,6 +49,29 @@ class ChunkImport:
             node, outcome = _add(self._cache, above, namespace, key, owner)
         self._nodes.append(node)
         return (-1 if node is None else node.chunk_id), outcome
+
+
+def promote_next(cache: CacheManager, promotion: Promotion, file: int) -> int | None:
+    """Insert the next chunk of a promotion as if its K/V were there already.
+
+    Args:
+        file: number of the file that was read.
+
+    Returns:
+        Its id in the pool, whose K/V must be written before the next step; -1 if they are there;
+        None if it cannot be inserted, and with it those after it.
+    """
+    entry, above = promotion.entries[promotion.num_added], promotion.above
+    # A step in flight may have been about to compute it, and have failed.
+    is_whole = above is cache.root or (above.chunk_id >= 0 and above.filled == cache.chunk_size)
+    if not is_whole or entry.file != file:
+        return None
+    node, outcome = _add(cache, above, entry.namespace, entry.key, entry.owner)
+    if node is None:
+        return None
+    promotion.above = node
+    promotion.num_added += 1
+    return node.chunk_id if outcome == "new" else -1
 
 
 def _add(

@@ -11,12 +11,12 @@ A step goes through three moments:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chunkllama.cache import retention
+from chunkllama.cache.admissions import Admission, ways_to_admit
 from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
 from chunkllama.cache.explain import explain_match
 from chunkllama.cache.history import PromptHistory
@@ -25,27 +25,13 @@ from chunkllama.cache.node import PUBLIC, TOKEN_BYTES, Node, encode_tokens
 from chunkllama.cache.pins import Pins
 from chunkllama.cache.prefix_tree import Match, PrefixTree
 from chunkllama.cache.sequence_chunks import SequenceChunks
+from chunkllama.cache.tier import Tier
+from chunkllama.cache.tier_entry import ReadLimits, Wait
 from chunkllama.cache.usage import ChunkUsage
 from chunkllama.messages import CacheExplanation
 from chunkllama.tenant_limits import TenantTable
 
 Int32Array = NDArray[np.int32]
-
-
-class Admission(NamedTuple):
-    """One way to give a sequence its chunks.
-
-    Attributes:
-        match: what it shares and copies.
-        reuses_leaf: its copy source becomes its own chunk instead of being copied.
-        num_new: chunks to allocate.
-        available: chunks that are free or can be evicted for it (its own path cannot).
-    """
-
-    match: Match
-    reuses_leaf: bool
-    num_new: int
-    available: int
 
 
 class CacheManager:
@@ -56,6 +42,9 @@ class CacheManager:
         clock: seconds; pins and chunk-seconds depend on it.
         variant: key of the K/V variant this engine computes (model, adapter, dtype, RoPE).
         history_chunks: chunks of the record of each tenant's prompts, for explanations.
+
+    Attributes:
+        tier: keeps in files what is evicted; None: nothing does.
     """
 
     def __init__(
@@ -73,7 +62,8 @@ class CacheManager:
         self.chunk_size = chunk_size
         self.num_chunks = num_chunks
         self.history = PromptHistory(history_chunks, chunk_size, clock)
-        self.tree.on_evicted = lambda node: self.history.removed(node, "evicted")
+        self.tree.on_evicted = self._evicted
+        self.tier: Tier | None = None
         self._clock = clock
         self.root = self.tree.root(variant)
         self._copy_sources: list[Node] = []
@@ -90,6 +80,29 @@ class CacheManager:
         """Longest usable prefix of ``tokens``, at most ``limit``; changes nothing."""
         return self.tree.match(self.root, encode_tokens(tokens), limit, namespace)
 
+    def promote(
+        self, match: Match, tokens: Int32Array, limit: int, namespace: str, limits: ReadLimits
+    ) -> Wait | None:
+        """Begin to read what continues a match in the first ``limit`` tokens; returns the wait."""
+        assert self.tier is not None
+        key = encode_tokens(tokens)
+        wait = self.tier.promote(match, self.root, key, limit, namespace, limits)
+        if wait is not None and wait.reads_match:
+            for node in reversed(match.nodes):  # they should be there when it has been read
+                if node.is_evictable:
+                    self.tree.touch(node)
+        return wait
+
+    @property
+    def has_files(self) -> bool:
+        """Something may be found in the tier."""
+        return self.tier is not None and self.tier.num_chunks > 0
+
+    @property
+    def is_promoting(self) -> bool:
+        """Chunks are being read for a sequence."""
+        return self.tier is not None and bool(self.tier.promotions)
+
     def is_pending(self, match: Match) -> bool:
         """Tell whether the chunk a follower waits for is neither computed nor abandoned."""
         return match.pending is not None and self.is_pending_node(*match.pending)
@@ -102,33 +115,9 @@ class CacheManager:
         return (node.scheduled if whole else node.filled) < tokens
 
     def admissions(self, match: Match, num_chunks: int, namespace: str) -> Iterator[Admission]:
-        """Ways to admit a sequence of ``num_chunks`` chunks, the one that keeps most first.
-
-        An unused partial leaf of its namespace becomes its own chunk when all of it is matched
-        (one that other tenants can see is copied, or they would lose it). Under memory pressure
-        the leaf's other tokens are dropped, then the copy itself, so a request that fits alone
-        can always be admitted alone.
-        """
-        source = match.copy_source
-        num_new = num_chunks - len(match.nodes)
-        available = self.num_available - sum(node.is_evictable for node in match.nodes)
-        if source is None:
-            yield Admission(match, False, num_new, available)
-            return
-        idle = source.is_evictable and not source.children
-        partial = source.num_tokens < self.chunk_size
-        rest = available - source.is_evictable
-        is_own = source.namespace == namespace
-        if idle and partial and is_own and match.num_copied == source.num_tokens:
-            yield Admission(match, True, num_new - 1, rest)
-            return
-        yield Admission(match, False, num_new, rest)
-        if idle and partial:
-            yield Admission(match, True, num_new - 1, rest)
-        if source.is_evictable:
-            num_tokens = match.num_tokens - match.num_copied
-            without = match._replace(copy_source=None, num_copied=0, num_tokens=num_tokens)
-            yield Admission(without, False, num_new, available)
+        """Ways to admit a sequence of ``num_chunks`` chunks, the one that keeps most first."""
+        size, available = self.chunk_size, self.num_available
+        return ways_to_admit(match, num_chunks, namespace, size, available)
 
     def admit(
         self,
@@ -348,6 +337,11 @@ class CacheManager:
 
     # -- memory -----------------------------------------------------------------------------
 
+    def _evicted(self, node: Node) -> None:
+        self.history.removed(node, "evicted")
+        if self.tier is not None:
+            self.tier.evicted(node)
+
     def _allocate(self, count: int, tenant: str) -> list[int]:
         if (missing := count - self.pool.num_free) > 0:
             self.tree.evict(missing, tenant)
@@ -373,6 +367,8 @@ class CacheManager:
     def set_tenants(self, limits: TenantTable) -> None:
         """Apply the tenants' shares of the pool and of the pin budget."""
         self.tree.order.set_limits(limits)
+        if self.tier is not None:
+            self.tier.order.set_limits(limits)
         self.pins.limits = limits
 
     # -- inspection -------------------------------------------------------------------------
@@ -394,6 +390,8 @@ class CacheManager:
         """Check ``cache/invariants.py``, given the chunks of all live sequences."""
         check_cache(self.tree, self.pins, list(live), in_step=in_step)
         self.history.check_invariants()
+        if self.tier is not None:
+            self.tier.check_invariants()
 
 
 __all__ = ["PUBLIC", "Admission", "CacheManager", "ChunkState", "Match", "SequenceChunks"]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from chunkllama.cache.tier_entry import TierEntry
 
 TOKEN_BYTES = 4
 PUBLIC = ""
@@ -106,6 +110,7 @@ class Node:
         last_use: tick of the last release, the age for eviction.
         copied_from: while the node is being filled by a copy: (source node, tokens).
         shares_since: when ``num_sequences`` changed last, in seconds.
+        tier_entry: of the same tokens, as far as the tier has looked it up.
     """
 
     __slots__ = (
@@ -127,6 +132,7 @@ class Node:
         "scheduled",
         "shares_since",
         "summed_seconds",
+        "tier_entry",
     )
 
     def __init__(
@@ -159,6 +165,7 @@ class Node:
         """Give the node its tokens."""
         self.key = key
         self.digest = b""
+        self.tier_entry: TierEntry | None = None
         self.fingerprint: int = 0 if self.parent is None else hash((self.parent.fingerprint, key))
 
     @property
@@ -181,6 +188,11 @@ class Node:
     def is_evictable(self) -> bool:
         """The chunk is unused and unpinned (its children are too, and are evicted first)."""
         return self.num_sequences == 0 and self.copy_refs == 0 and self.num_pins == 0
+
+    @property
+    def is_evictable_leaf(self) -> bool:
+        """It has a chunk that can be evicted now."""
+        return self.chunk_id >= 0 and self.is_evictable and not self.children
 
     def visible_children(self, namespace: str) -> Iterator[Children]:
         """Children that a sequence of ``namespace`` may see: public ones and its own."""

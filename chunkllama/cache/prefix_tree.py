@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
 from chunkllama.cache.events import CacheEventLog
-from chunkllama.cache.eviction import EvictionOrder, is_evictable_leaf
+from chunkllama.cache.eviction import EvictionOrder
 from chunkllama.cache.node import PUBLIC, TOKEN_BYTES, Children, Node, common_prefix
 from chunkllama.cache.usage import ChunkUsage
 from chunkllama.messages import TreeNodeInfo
@@ -71,7 +71,7 @@ class PrefixTree:
         self.events = CacheEventLog(pool.chunk_size)
         self.on_evicted: Callable[[Node], None] = lambda node: None  # told before it leaves
         self._roots: dict[str, Node] = {}
-        self.order = EvictionOrder(pool.num_chunks)
+        self.order: EvictionOrder[Node] = EvictionOrder(pool.num_chunks)
         self.tick = 0
 
     def root(self, variant: str) -> Node:
@@ -229,7 +229,7 @@ class PrefixTree:
         self.usage.add_cached(owner, 1)
         self.num_evictable += 1
         self.pool.set_state(chunk_id, ChunkState.CACHED)
-        self._touch(node)
+        self.touch(node)
         return node
 
     def insert_path(
@@ -344,7 +344,7 @@ class PrefixTree:
         if not node.is_used:
             self.num_evictable += node.num_pins == 0
             self.pool.set_state(node.chunk_id, ChunkState.CACHED)
-            self._touch(node)
+            self.touch(node)
 
     def _add_pins(self, node: Node, count: int) -> None:
         step: Node | None = node
@@ -373,13 +373,14 @@ class PrefixTree:
         self.evicted_chunks_total += evicted
         return evicted
 
-    def _touch(self, node: Node) -> None:
+    def touch(self, node: Node) -> None:
+        """Make an unused node the one used last."""
         self.tick += 1
         node.last_use = self.tick
         self._push_if_leaf(node)
 
     def _push_if_leaf(self, node: Node) -> None:
-        if node.parent is not None and is_evictable_leaf(node):
+        if node.parent is not None and node.is_evictable_leaf:
             self.order.push(node)
 
 

@@ -24,6 +24,7 @@ from chunkllama.engine.size import EngineSize, check_memory, plan_size
 from chunkllama.engine.snapshot import SnapshotKeeper
 from chunkllama.engine.step_model import StepModel
 from chunkllama.engine.step_size import choose_step_tokens
+from chunkllama.engine.tier_files import TierFiles
 from chunkllama.engine.tuner import Tuner
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
@@ -151,7 +152,12 @@ def _join(
     chunk_io = ChunkIO(executor, identify, max_model_len // chunk_size)
     packs = PackLoader(cache, chunk_io)
     snapshots = SnapshotKeeper(cache, chunk_io, packs)
-    core = EngineCore(scheduler, executor, info, packs, snapshots, adapters=adapters)
+    tier = None
+    if config.cache.cache_tier_dir is not None:
+        tier = TierFiles(
+            cache, chunk_io, config.cache.cache_tier_dir, config.cache.cache_tier_bytes
+        )
+    core = EngineCore(scheduler, executor, info, packs, snapshots, adapters=adapters, tier=tier)
     core.tuner = Tuner(folder, spec, config.model.model, max_model_len, executor.backend.device)
     return core
 

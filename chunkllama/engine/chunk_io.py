@@ -29,6 +29,7 @@ class ChunkIO:
 
     Attributes:
         chunk_bytes: bytes of a chunk's canonical K/V.
+        stored_bytes: bytes of a chunk as it lies in the pool.
         max_path_chunks: as given.
     """
 
@@ -47,6 +48,8 @@ class ChunkIO:
         num_kv_heads = kv.num_kv_heads * self._pool.num_ranks
         values = 2 * len(kv.layers) * num_kv_heads * kv.chunk_size * kv.row_elements
         self.chunk_bytes = values * self._dtype.itemsize
+        self.stored_bytes = sum(layer[0].nbytes for layer in kv.layers)
+        self._stored_shape = (len(kv.layers), *kv.layers[0].shape[1:])
 
     def identify(self) -> ModelIdentity:
         """Identify the model; the first call reads its weights. Any thread may call it.
@@ -99,6 +102,10 @@ class ChunkIO:
         """Rearrange canonical K/V for ``write``. Any thread may call it."""
         chunk = torch.frombuffer(data, dtype=self._dtype).view(model.shape)
         return self._pool.arrange_chunk(chunk)
+
+    def from_stored(self, data: bytearray) -> torch.Tensor:
+        """Return the copy of a chunk whose bytes these are, for ``write``."""
+        return torch.frombuffer(data, dtype=self._dtype).view(self._stored_shape)
 
     def write(self, chunk_id: int, arranged: torch.Tensor) -> None:
         """Store a chunk."""

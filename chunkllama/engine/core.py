@@ -50,6 +50,7 @@ from chunkllama.tuning_messages import StartTuning, StopTuning, TuningProgress
 if TYPE_CHECKING:
     from chunkllama.engine.pack_loader import PackLoader
     from chunkllama.engine.snapshot import SnapshotKeeper
+    from chunkllama.engine.tier_files import TierFiles
     from chunkllama.engine.tuner import Tuner
 
 logger = init_logger(__name__)
@@ -72,6 +73,7 @@ class EngineCore:
         executor: computes steps.
         info: what clients learn of the model.
         packs, snapshots: read and write chunks between steps; None where there is no model.
+        tier: the files of the cache's tier; None without one.
         clock: monotonic seconds.
         adapters: that are loaded; None: the executor takes none.
 
@@ -92,6 +94,7 @@ class EngineCore:
         snapshots: SnapshotKeeper | None = None,
         clock: Callable[[], float] = time.monotonic,
         adapters: AdapterCache | None = None,
+        tier: TierFiles | None = None,
     ) -> None:
         self.info = info
         self.packs = packs
@@ -105,6 +108,7 @@ class EngineCore:
         self._executor = executor
         self._clock = clock
         self._adapters = adapters
+        self._tier = tier
         if adapters is not None:
             scheduler.use_adapters(adapters.may_start, adapters.end)
         self._preparations: dict[Future[None], str] = {}
@@ -204,10 +208,14 @@ class EngineCore:
         failed = self._release_prepared()
         if failed:
             return failed
+        if self._tier is not None:
+            self._tier.turn()
         output = self._scheduler.schedule()
         if output is None:
             reads = [] if self._adapters is None else self._adapters.futures()
-            wait([*self._preparations, *reads], _PREPARATION_POLL, return_when=FIRST_COMPLETED)
+            chunks = [] if self._tier is None else self._tier.futures()
+            waited_for = [*self._preparations, *reads, *chunks]
+            wait(waited_for, _PREPARATION_POLL, return_when=FIRST_COMPLETED)
             return []
         started = self._clock()
         if self.journal is not None:
@@ -329,12 +337,15 @@ class EngineCore:
     def is_moving_chunks(self) -> bool:
         """Tell whether ``move_chunks`` has work."""
         loads = self.packs is not None and self.packs.is_loading
+        loads = loads or (self._tier is not None and self._tier.is_moving)
         return loads or (self.snapshots is not None and self.snapshots.is_writing)
 
     def move_chunks(self) -> list[CommandReply]:
         """Insert chunks of files and copy others for a snapshot: a few while requests run, else
         all that the threads have ready; returns replies to commands that have ended."""
         is_busy = self.has_work()
+        if self._tier is not None and self._tier.is_moving:
+            self._tier.turn(0.0 if is_busy else _LOADING_POLL)
         if self.packs is not None and self.packs.is_loading:
             self.packs.turn(0.0 if is_busy else _LOADING_POLL)
         return [] if self.snapshots is None else self.snapshots.turn(is_busy=is_busy)
@@ -385,12 +396,7 @@ class EngineCore:
         return reply
 
     def close(self) -> None:
-        if self.tuner is not None:
-            self.tuner.close()
-        if self._adapters is not None:
-            self._adapters.close()
-        if self.snapshots is not None:
-            self.snapshots.close()
-        if self.packs is not None:
-            self.packs.close()
+        for part in (self.tuner, self._adapters, self.snapshots, self.packs, self._tier):
+            if part is not None:
+                part.close()
         self._executor.close()

@@ -6,6 +6,7 @@ import numpy as np
 
 from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.cache.manager import CacheManager, Match
+from chunkllama.cache.node import encode_tokens
 from chunkllama.messages import CacheExplanation
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.request import Sequence
@@ -56,5 +57,7 @@ def explain_prompt(
     match = None
     if limits.enable_prefix_caching:
         match = cache.match(tokens, len(tokens) - 1, namespace)
+        if cache.tier is not None:
+            match = cache.tier.extended(match, encode_tokens(tokens), len(tokens) - 1, namespace)
     used = 0 if match is None else match.num_tokens
     return cache.explain(tokens, match, used, tenant, namespace)

@@ -18,6 +18,7 @@ class Counters:
     prefix_tokens_queried: int = 0
     prefix_tokens_hit: int = 0
     prefix_tokens_hit_public: int = 0
+    prefix_tokens_hit_tier: int = 0
     prefill_tokens_computed: int = 0
     decode_tokens_computed: int = 0
     preemptions: int = 0

@@ -106,6 +106,13 @@ class Pace:
         self._tokens: dict[str, int] = {}  # by tenant, in the step in flight
         self._num_free_tokens = 0  # in it, of sequences without a limit of tenants with one
 
+    def prompt_seconds(self, tokens: int) -> float | None:
+        """Estimate the time of computing prompt tokens in full steps; None before the first."""
+        if not self._times.are_known:
+            return None
+        step = min(tokens, self._budget)
+        return self._times.seconds(step) * tokens / step
+
     # -- before a step ----------------------------------------------------------------------
 
     def begin_step(self) -> int:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.cache.manager import SequenceChunks
+from chunkllama.cache.tier_entry import Promotion
 from chunkllama.messages import (
     BACKGROUND_PRIORITY,
     CacheExplanation,
@@ -37,6 +38,8 @@ class Sequence:
         num_admitted: tokens known when it was admitted; computing those is prefill.
         awaits_sample: its last token is computed and the executor has deferred the next one.
         draft: guesses at its next tokens.
+        read: the last read of the tier that it has waited for since it ran.
+        num_reads: those reads.
     """
 
     __slots__ = (
@@ -49,8 +52,10 @@ class Sequence:
         "num_admitted",
         "num_computed_tokens",
         "num_prompt_tokens",
+        "num_reads",
         "num_scheduled",
         "num_tokens",
+        "read",
         "slot",
     )
 
@@ -67,6 +72,8 @@ class Sequence:
         self.chunks: SequenceChunks | None = None
         self.awaits_sample = False
         self.draft = DraftState()
+        self.read: Promotion | None = None
+        self.num_reads = 0
 
     @property
     def age(self) -> tuple[int, int]:

@@ -283,7 +283,7 @@ class Scheduler:
         victim = preemption_victim(self._running)
         if victim is None:
             could_start = any(not sequence.group.held for sequence in self._waiting)
-            return could_start and self._cache.pins.break_one()
+            return could_start and not self._cache.is_promoting and self._cache.pins.break_one()
         self._lifecycle.preempt(victim)
         return True
 

@@ -116,6 +116,11 @@ class SequenceLifecycle:
             self.counters.prefix_tokens_hit_public += min(
                 match.num_public_tokens, group.num_cached_tokens
             )
+            if sequence.read is not None:
+                self.counters.prefix_tokens_hit_tier += sequence.read.tokens_below(
+                    group.num_cached_tokens, self._cache.chunk_size
+                )
+        sequence.read, sequence.num_reads = None, 0
 
     def computed(self, sequence: Sequence, start: int, end: int) -> None:
         """Count and charge positions [start, end) of a running sequence."""

@@ -1,7 +1,8 @@
 """Starts waiting sequences in the order of the queue, while tokens, slots and chunks last.
 
 One that may not start yet, since its adapter is not in memory, is held until it is released.
-A follower of a running leader is parked while waiting saves it enough; it holds nothing meanwhile.
+A follower of a running leader is parked while waiting saves it enough, and a sequence that another
+tier of the cache has chunks for while they are read; they hold nothing meanwhile.
 One that does not fit stops the queue, which prevents starvation.
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from chunkllama.cache.manager import CacheManager, Match
+from chunkllama.cache.tier_entry import Promotion, ReadLimits
 from chunkllama.scheduler.cache_lookup import match_limit, record_prompt
 from chunkllama.scheduler.first_tokens import Arrivals
 from chunkllama.scheduler.headroom import Headroom
@@ -20,6 +22,7 @@ from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
 
 MAX_LONG_LOOKED_AT: Final = 16  # long waiting prompts that are matched to find a short remainder
+MAX_READS: Final = 2  # for which a sequence waits: what was read may be evicted before it starts
 
 
 class Starts:
@@ -94,29 +97,38 @@ class Starts:
                 waiting.block(sequence)
                 continue
             match = self._match(sequence)
-            if self._waits_for_leader(sequence, match):
+            if self._waits_for_leader(sequence, match) or self._waits_for_tier(sequence, match):
                 continue
             if only_short and not self._may_start_early(sequence, match, budget):
                 long_looked_at += 1
                 if long_looked_at == MAX_LONG_LOOKED_AT:
                     break
                 continue
-            if self._headroom is None:
-                self._headroom = Headroom(lifecycle, self._cache, self._limits)
-            if not self._headroom.remains(sequence, match):
+            headroom = self._room()
+            if not headroom.remains(sequence, match):
                 waiting.block(sequence)
                 continue
-            left = self._start(sequence, match, self._headroom, budget)
+            left = self._start(sequence, match, headroom, budget)
             if left is None:
                 break
             budget = left
         return budget
 
+    def _room(self) -> Headroom:
+        """What the running sequences hold in the step being put together."""
+        if self._headroom is None:
+            self._headroom = Headroom(self._lifecycle, self._cache, self._limits)
+        return self._headroom
+
     def _unpark_followers(self) -> None:
         """Return the followers whose wait is over to the order; the step may compute the chunk."""
         waiting = self._lifecycle.waiting
         for reason in waiting.reasons():
-            if isinstance(reason, tuple) and not self._cache.is_pending_node(*reason):
+            if isinstance(reason, Promotion):
+                is_over = reason.is_done
+            else:
+                is_over = isinstance(reason, tuple) and not self._cache.is_pending_node(*reason)
+            if is_over:
                 waiting.unpark(reason)
 
     def _waits_for_leader(self, sequence: Sequence, match: Match) -> bool:
@@ -126,6 +138,36 @@ class Starts:
             return False
         if self._cache.is_pending(match):
             self._lifecycle.waiting.park(sequence, match.pending)
+        return True
+
+    def _waits_for_tier(self, sequence: Sequence, match: Match) -> bool:
+        """Whether chunks are read for the sequence, or soon will be; parks it until then."""
+        if not self._cache.has_files or sequence.joins_others or sequence.num_reads == MAX_READS:
+            return False
+        headroom = self._room()
+        if not headroom.remains(sequence, match):
+            return False
+        own_path = sum(node.is_evictable for node in match.nodes)
+        limits = ReadLimits(
+            least_tokens=self._limits.min_wait_tokens,
+            needed_chunks=self._lifecycle.admission.num_needed(sequence, match),
+            available_chunks=self._cache.num_available - headroom.promised - own_path,
+            most_promotions=self._lifecycle.running.num_free_slots,
+            compute_seconds=self._pace.prompt_seconds,
+        )
+        wait = self._cache.promote(
+            match,
+            sequence.cache_ids,
+            match_limit(sequence, self._limits),
+            sequence.group.request.namespace,
+            limits,
+        )
+        if wait is None:
+            return False
+        if wait.reads_match:
+            sequence.num_reads += 1
+            sequence.read = wait.promotion
+        self._lifecycle.waiting.park(sequence, wait.promotion)
         return True
 
     def _start(

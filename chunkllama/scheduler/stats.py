@@ -14,7 +14,7 @@ def read_stats(
     """Counters and gauges of requests and pool; steps are filled in by the step loop."""
     pool, counters = cache.pool, lifecycle.counters
     running = sum(account.num_running for _, account in lifecycle.accounts)
-    return EngineStats(
+    stats = EngineStats(
         requests_running=running,
         requests_waiting=len(lifecycle.groups) - running,
         chunks_free=pool.num_free,
@@ -26,6 +26,7 @@ def read_stats(
         prefix_tokens_queried_total=counters.prefix_tokens_queried,
         prefix_tokens_hit_total=counters.prefix_tokens_hit,
         prefix_tokens_hit_public_total=counters.prefix_tokens_hit_public,
+        prefix_tokens_hit_tier_total=counters.prefix_tokens_hit_tier,
         prefill_tokens_computed_total=counters.prefill_tokens_computed,
         prompt_tokens_total=counters.prompt_tokens,
         generation_tokens_total=counters.generation_tokens,
@@ -38,6 +39,13 @@ def read_stats(
         pins_refused_total=cache.pins.refused_total,
         tenants=read_tenants(lifecycle, cache) if include_tenants else {},
     )
+    if (tier := cache.tier) is not None:
+        stats.tier_chunks = tier.num_chunks
+        stats.tier_chunks_capacity = tier.capacity
+        stats.tier_chunks_written_total = tier.written_total
+        stats.tier_chunks_promoted_total = tier.promoted_total
+        stats.tier_chunks_damaged_total = tier.damaged_total
+    return stats
 
 
 def read_tenants(lifecycle: SequenceLifecycle, cache: CacheManager) -> dict[str, TenantStats]:

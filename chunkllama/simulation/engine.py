@@ -18,6 +18,7 @@ from chunkllama.simulation.cost_model import StepCost
 from chunkllama.simulation.fairness_monitor import FairnessMonitor
 from chunkllama.simulation.fake_model import FakeModel, logprob, value_at
 from chunkllama.simulation.oracle import Oracle
+from chunkllama.simulation.tier import SimulatedTier
 
 LIMITS: dict[str, Any] = {
     "max_num_seqs": 64,
@@ -47,6 +48,8 @@ class SimulatedEngine:
         cost: time of a step, which passes before its commit; None: 0.01 s after it.
         check: check every invariant after each ``schedule`` and ``commit``.
         history_chunks: chunks of the record of each tenant's prompts.
+        tier_chunks: capacity of a cache tier; 0: there is none.
+        read_seconds: of a chunk of the tier.
         make_cache, make_scheduler: classes to use, for tests that plant a bug.
         limits: fields of ``SchedulerLimits`` that differ from ``LIMITS``.
 
@@ -54,9 +57,10 @@ class SimulatedEngine:
         now: the virtual clock.
         outputs, prints, finished: tokens, fingerprints and finish reason by (request, choice).
         errors: code of each failed request.
+        tier: of the cache; None without one.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         num_chunks: int,
         chunk_size: int,
@@ -65,6 +69,8 @@ class SimulatedEngine:
         cost: StepCost | None = None,
         check: bool = True,
         history_chunks: int = 32,
+        tier_chunks: int = 0,
+        read_seconds: float = 0.0,
         make_cache: type[CacheManager] = CacheManager,
         make_scheduler: type[Scheduler] = Scheduler,
         **limits: Any,
@@ -78,6 +84,11 @@ class SimulatedEngine:
         self.scheduler = make_scheduler(self.limits, self.cache, self.clock)
         self.monitor = FairnessMonitor(self.scheduler)
         self.model = FakeModel(num_chunks, chunk_size, vocab_size)
+        self.tier: SimulatedTier | None = None
+        if tier_chunks:
+            self.tier = SimulatedTier(
+                self.cache, tier_chunks, read_seconds, self.model.read_chunk, self.model.paste_chunk
+            )
         self.oracle = Oracle(vocab_size, self.limits.eos_token_ids)
         self.requests: dict[str, EngineRequest] = {}
         self.outputs: dict[tuple[str, int], list[int]] = {}
@@ -147,7 +158,9 @@ class SimulatedEngine:
         return name
 
     def schedule(self) -> SchedulerOutput | None:
-        """Choose the next step's tokens; None if there is nothing to do."""
+        """Choose the next step's tokens; None if there is nothing to do but to wait for a read."""
+        if self.tier is not None:
+            self.tier.turn(self.now)
         self.last_output = self.scheduler.schedule()
         if self.check:
             self.scheduler.check_invariants()
@@ -181,7 +194,11 @@ class SimulatedEngine:
                 break
             before = self.num_steps
             self.step()
-            assert self.num_steps > before, "deadlock: work is left and nothing is scheduled"
+            if self.num_steps > before:
+                continue
+            read_at = None if self.tier is None else self.tier.next_at
+            assert read_at is not None, "deadlock: work is left and nothing is scheduled"
+            self.now = max(self.now, read_at)
         assert not self.scheduler.has_unfinished(), "still running"
         self.check_idle()
 

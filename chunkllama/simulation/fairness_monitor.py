@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from chunkllama.cache.manager import Match, SequenceChunks
+from chunkllama.cache.tier_entry import Promotion
 from chunkllama.scheduler.queue import queue_key
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.scheduler import Scheduler
@@ -75,9 +76,11 @@ class FairnessMonitor:
         return same or self._policy == "prefix"
 
     def _is_blocked(self, waiting: Sequence) -> bool:
-        """It waits for a leader, is held, or its tenant has running what it may: others may start
-        before it without limit."""
+        """It waits for a leader or a read, is held, or its tenant has running what it may: others
+        may start before it without limit."""
         reason = self._scheduler._waiting._parked.get(waiting)
+        if isinstance(reason, Promotion) and not reason.is_done:
+            return True
         if isinstance(reason, tuple) and self._scheduler._cache.is_pending_node(*reason):
             return True
         tenant = waiting.group.request.tenant

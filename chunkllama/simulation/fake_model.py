@@ -87,6 +87,14 @@ class FakeModel:
     def prepare(self, sampling: SamplingParams) -> None:
         """Do nothing: no grammar is compiled."""
 
+    def read_chunk(self, chunk_id: int) -> Numbers:
+        """Copy the numbers of a chunk."""
+        return self.kv[chunk_id * self.chunk_size : (chunk_id + 1) * self.chunk_size].copy()
+
+    def paste_chunk(self, chunk_id: int, numbers: Numbers) -> None:
+        """Store the numbers of a chunk."""
+        self.kv[chunk_id * self.chunk_size : (chunk_id + 1) * self.chunk_size] = numbers
+
     def execute(self, output: SchedulerOutput) -> SampledTokens:
         """Compute the step, as the executor of an engine does."""
         for slot in output.freed_slots:

@@ -39,7 +39,14 @@ class RandomTraffic:
             **overrides,
         }
         num_chunks = pick([6, 8, 12, 20, 60])
-        self.engine = SimulatedEngine(num_chunks, chunk_size, vocab_size=3, **limits)
+        self.engine = SimulatedEngine(
+            num_chunks,
+            chunk_size,
+            vocab_size=3,
+            tier_chunks=(0, 0, 5, 80)[seed // 4 % 4],
+            read_seconds=0.03 * (seed % 2),
+            **limits,
+        )
         if self.random.random() < 0.5:
             self.engine.scheduler.set_tenants(
                 TenantTable({"A": self._limits(), "B": self._limits()})
@@ -137,7 +144,10 @@ class RandomTraffic:
             engine.cache.tree.evict(rnd.randrange(1, 4))
         if rnd.random() < 0.03:
             self.preempt()
+        if engine.tier is not None and rnd.random() < 0.05:
+            engine.tier.damaged.add(rnd.randrange(100))
         if engine.schedule() is None:
+            engine.now += 0.01  # a chunk is being read, perhaps
             return
         assert engine.last_output is not None
         if rnd.random() < 0.05:

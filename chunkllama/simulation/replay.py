@@ -13,6 +13,7 @@ from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
 from chunkllama.scheduler.scheduler import Scheduler
+from chunkllama.simulation.tier import SimulatedTier
 from chunkllama.simulation.trace import TraceRequest
 
 StepSeconds = Callable[[SchedulerOutput, int], float]
@@ -68,6 +69,8 @@ class Replay:
         limits: of the scheduler.
         num_chunks, chunk_size: the pool.
         step_seconds: duration of a step, given its output and the chunk size.
+        tier_chunks: capacity of a cache tier; 0: there is none.
+        read_seconds: of a chunk of the tier.
 
     Attributes:
         scheduler: the scheduler, for observers.
@@ -75,12 +78,22 @@ class Replay:
     """
 
     def __init__(
-        self, limits: SchedulerLimits, num_chunks: int, chunk_size: int, step_seconds: StepSeconds
+        self,
+        limits: SchedulerLimits,
+        num_chunks: int,
+        chunk_size: int,
+        step_seconds: StepSeconds,
+        *,
+        tier_chunks: int = 0,
+        read_seconds: float = 0.0,
     ) -> None:
         self.now = 0.0
         self._chunk_size = chunk_size
         self._step_seconds = step_seconds
         self._cache = CacheManager(num_chunks, chunk_size, self._clock)
+        self._tier: SimulatedTier | None = None
+        if tier_chunks:
+            self._tier = SimulatedTier(self._cache, tier_chunks, read_seconds)
         self.scheduler = Scheduler(limits, self._cache, self._clock)
         self._live: dict[str, Outcome] = {}
         self._ended: list[Outcome] = []
@@ -156,8 +169,14 @@ class Replay:
 
     def step(self, result: Replayed | None) -> list[Outcome]:
         """Run one step and advance the clock; returns the requests that ended with it."""
+        if self._tier is not None:
+            self._tier.turn(self.now)
         output = self.scheduler.schedule()
-        assert output is not None, "work is left and nothing is scheduled"
+        if output is None:
+            read_at = None if self._tier is None else self._tier.next_at
+            assert read_at is not None, "work is left and nothing is scheduled"
+            self.now = max(self.now, read_at)
+            return []
         sampled = SampledTokens({piece.slot: 0 for piece in output.slices if piece.samples})
         seconds = self._step_seconds(output, self._chunk_size)
         self.now += seconds

@@ -16,6 +16,8 @@ from chunkllama.cache.manager import CacheManager
 from chunkllama.cache.node import Node
 from chunkllama.cache.prefix_tree import PrefixTree
 from chunkllama.cache.sequence_chunks import SequenceChunks
+from chunkllama.cache.tier import Tier
+from chunkllama.cache.tier_entry import TierEntry
 from chunkllama.scheduler import starts
 from chunkllama.scheduler.admission import AdmissionControl
 from chunkllama.scheduler.drafts import Drafts
@@ -28,6 +30,7 @@ from chunkllama.scheduler.tenants import TenantAccounts
 from chunkllama.scheduler.tree_order import TreeOrder
 from chunkllama.simulation.engine import SimulatedEngine
 from chunkllama.simulation.random_traffic import RandomTraffic
+from chunkllama.simulation.tier import SimulatedTier
 
 Patch = pytest.MonkeyPatch
 CAUGHT = (AssertionError, IndexError, KeyError, ValueError, AttributeError, TypeError)
@@ -376,6 +379,26 @@ def wrong_guess_counts_as_computed(patch: Patch) -> None:
     patch.setattr(Drafts, "accept", count_all)
 
 
+def tier_keeps_another_chunk(patch: Patch) -> None:
+    """What is written is not the chunk that was evicted."""
+    write = SimulatedTier.write
+    patch.setattr(SimulatedTier, "write", lambda self, file, chunk: write(self, file, chunk - 1))
+
+
+def tier_is_read_from_another_place(patch: Patch) -> None:
+    """The chain below a node begins with the prompt's first chunk."""
+    chain = Tier.chain
+
+    def first(self: Tier, nodes: list[Node], key: bytes, limit: int, scope: str) -> list[TierEntry]:
+        return chain(self, nodes, key, limit, scope) or chain(self, [], key, limit, scope)
+
+    patch.setattr(Tier, "chain", first)
+
+
+def reads_never_end(patch: Patch) -> None:
+    patch.setattr(Tier, "end", lambda self, promotion: None)
+
+
 BUGS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [
     (missing_incref, search_traffic),
     (publish_one_token_early, search_traffic),
@@ -406,6 +429,9 @@ BUGS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [
     (flooder_keeps_its_chunks, search_traffic),
     (wrong_guess_kept, search_traffic),
     (wrong_guess_counts_as_computed, search_traffic),
+    (tier_keeps_another_chunk, search_traffic),
+    (tier_is_read_from_another_place, search_traffic),
+    (reads_never_end, search_traffic),
 ]
 
 

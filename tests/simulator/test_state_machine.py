@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 
 from chunkllama.cache.imports import ChunkImport
 from chunkllama.cache.node import encode_tokens
+from chunkllama.cache_messages import CacheCommand
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.scheduler.memory_pressure import preemption_victim
 from chunkllama.simulation.cost_model import StepCost
@@ -59,7 +60,7 @@ class Import:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """add, step, cancel at any moment, finish, fork, evict, pin, preempt, fail, hand over, import.
+    """add, step, cancel, finish, fork, evict, read again, drop, pin, preempt, fail, import.
 
     The model is a dict of token lists (the oracle's outputs); the invariants hold after every rule.
     """
@@ -78,9 +79,21 @@ class CacheMachine(RuleBasedStateMachine):
         spare=st.integers(0, 2),
         policy=st.sampled_from(["fair", "prefix", "fcfs"]),
         slowdown=st.sampled_from([0, 1, 1.5]),
+        tier=st.sampled_from([0, 3, 40]),
+        read_seconds=st.sampled_from([0.0, 0.03]),
     )
     def start(
-        self, chunk_size, num_chunks, max_num_seqs, budget, min_wait, spare, policy, slowdown
+        self,
+        chunk_size,
+        num_chunks,
+        max_num_seqs,
+        budget,
+        min_wait,
+        spare,
+        policy,
+        slowdown,
+        tier,
+        read_seconds,
     ) -> None:
         self.size = chunk_size
         self.base = [(i * i + i // 3) % 2 for i in range(4 * chunk_size)]
@@ -100,6 +113,8 @@ class CacheMachine(RuleBasedStateMachine):
             max_step_seconds=slowdown and 0.03,
             cost=StepCost(step=0.01, token=0.002),
             check=False,
+            tier_chunks=tier,
+            read_seconds=read_seconds,
         )
 
     def _add(self, prompt: list[int], max_tokens: int, **options: object) -> str:
@@ -176,6 +191,26 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 5))
     def evict(self, count) -> None:
         self.engine.cache.tree.evict(count)
+
+    @precondition(lambda self: self.engine.tier is not None)
+    @rule(which=st.integers(0, 40), is_full=st.booleans())
+    def damage(self, which, is_full) -> None:
+        """A file of the tier cannot be read any more, and the disk may be full."""
+        self.engine.tier.damaged.add(which)
+        self.engine.tier.is_full = is_full
+
+    @rule(tenant=st.sampled_from(["A", "B"]))
+    def drop_tenant(self, tenant) -> None:
+        """No file of the tenant is left."""
+        command = CacheCommand(command_id=0, action="drop_tenant", tenant=tenant)
+        self.engine.scheduler.cache_command(command)
+        cache = self.engine.cache
+        assert cache.tier is None or cache.tier.drop(lambda entry: entry.owner == tenant) == 0
+
+    @rule(which=st.integers(0, 30))
+    def drop_branch(self, which) -> None:
+        command = CacheCommand(command_id=0, action="drop_branch", chunk_id=which)
+        self.engine.scheduler.cache_command(command)
 
     @rule(
         target=imports,

@@ -8,11 +8,8 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from chunkllama_server.metrics.server_metrics import (
-    CHUNK_STATES,
-    ENGINE_COUNTERS,
-    ENGINE_GAUGES,
-)
+from chunkllama_server.metrics.engine_names import ENGINE_COUNTERS, ENGINE_GAUGES
+from chunkllama_server.metrics.server_metrics import CHUNK_STATES
 
 if TYPE_CHECKING:
     from chunkllama.cluster.client import ClusterEngineClient

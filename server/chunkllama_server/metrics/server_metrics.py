@@ -22,6 +22,14 @@ from prometheus_client.utils import floatToGoString
 from chunkllama.logger import NonBlockingHandler
 from chunkllama.messages import EngineReady, EngineStats
 from chunkllama_server.metrics.divergence import PromptLog
+from chunkllama_server.metrics.engine_names import (
+    ENGINE_COUNTERS,
+    ENGINE_GAUGES,
+    ENGINE_HISTOGRAMS,
+    HITS,
+    SUPERVISOR_COUNTERS,
+    TENANT_COUNTERS,
+)
 from chunkllama_server.metrics.exposition import metrics_text
 from chunkllama_server.metrics.prompt_heads import PromptHeads
 from chunkllama_server.metrics.request_timer import RequestTimer, token_histogram
@@ -45,51 +53,11 @@ _DURATION_BUCKETS = (
     0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 300.0,
 )  # fmt: skip
 
-ENGINE_COUNTERS = {
-    "prefix_tokens_queried_total": "Prompt tokens looked up in the prefix tree.",
-    "prefill_tokens_computed_total": "Prompt tokens whose K/V were computed.",
-    "prompt_tokens_total": "Prompt tokens of admitted requests.",
-    "generation_tokens_total": "Tokens sampled.",
-    "preemptions_total": "Sequences preempted due to insufficient chunks.",
-    "drafts_total": "Slices of a step that check guesses at the next tokens.",
-    "draft_tokens_total": "Guesses checked.",
-    "accepted_draft_tokens_total": "Guesses that were right.",
-    "evicted_chunks_total": "Cached chunks evicted.",
-    "pins_refused_total": "Pins refused because the pin budget was used up.",
-}
 # How a request may end, and the statuses of refusals: these begin at 0, so that a rate over the
 # first of them is seen.
 FINISH_REASONS = ("stop", "length", "abort", "error", "timeout", "refused")
 REFUSALS = (400, 401, 403, 404, 405, 408, 409, 410, 413, 415, 429, 500, 503, 504)
 TENANT_REFUSALS = ("requests", "tokens", "queue", "model")
-_HITS = ("prefix_tokens_hit_total", "prefix_tokens_hit_public_total")  # one metric, by scope
-# Of TenantStats, exported as tenant_{name}_total.
-TENANT_COUNTERS = {
-    "computed_tokens": "Prompt tokens computed, shared ones divided.",
-    "chunk_seconds": "Chunks in use over time, shared ones divided.",
-    "cached_chunk_seconds": "Unused cached chunks over time.",
-    "evicted_chunks": "Cached chunks evicted.",
-    "evictions_of_others": "Chunks of other tenants evicted for this one.",
-}
-ENGINE_HISTOGRAMS = {
-    "step_seconds": "Duration of a step.",
-    "batch_size": "Sequences in a step.",
-    "step_tokens": "Tokens computed in a step, of prompts and of answers.",
-}
-SUPERVISOR_COUNTERS = {
-    "engine_restarts": ("restarts", "Restarts of the engine process."),
-    "watchdog_kills": ("hangs", "Engine processes killed because they made no progress."),
-    "replayed_requests": ("replays", "Requests continued in another engine process."),
-    "slow_cache_readers": ("slow_readers", "Dropped readers of /admin/cache/events."),
-}
-ENGINE_GAUGES = {
-    "requests_running": ("requests_running", "Requests in the running batch."),
-    "requests_waiting": ("requests_waiting", "Requests waiting for admission."),
-    "chunks_peak": ("kv_chunks_peak", "Highest number of chunks in use at once."),
-    "chunks_total": ("kv_chunks_capacity", "Chunks of the pool."),
-    "pinned_chunks": ("kv_chunks_pinned", "Chunks pinned by prompt_cache_options."),
-    "invariant_violations": ("invariant_violations", "Violations; non-zero indicates a bug."),
-}
 
 
 class Supervisor(Protocol):
@@ -140,7 +108,7 @@ class EngineStatsCollector:
     def restarted(self) -> None:
         """Add up the counters of an engine process that has ended; its pool is gone."""
         last = self.last
-        for name in (*ENGINE_COUNTERS, *_HITS):
+        for name in (*ENGINE_COUNTERS, *HITS):
             setattr(self._before, name, self._count(name))
         for name in ENGINE_HISTOGRAMS:
             getattr(self._before, name).add(getattr(last, name))
@@ -156,7 +124,7 @@ class EngineStatsCollector:
         )
         for name, text in ENGINE_COUNTERS.items():
             yield CounterMetricFamily(f"chunkllama_{name}", text, self._count(name))
-        hit, public = map(self._count, _HITS)
+        hit, public = map(self._count, HITS)
         hits = CounterMetricFamily(
             "chunkllama_prefix_tokens_hit",
             "Prompt tokens whose K/V were found, in the public part of the tree or the tenant's.",
