@@ -266,10 +266,8 @@ class EngineCore:
         return list(dict.fromkeys(self._request_of_slot[slot] for slot in slots))
 
     def check_idle(self) -> None:
-        """Audit pool and tree once per idle spell; a violation is counted and logged.
-
-        It takes at most a hundredth of the time: a request that arrives meanwhile waits for it.
-        """
+        """Audit pool and tree once per idle spell, in at most a hundredth of the time; violations
+        are counted and logged."""
         if self._checked_at_step == self._steps or self._clock() < self._next_check:
             return
         self._checked_at_step = self._steps
