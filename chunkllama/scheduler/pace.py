@@ -133,16 +133,22 @@ class Pace:
         Beside its decodes it has at least what is reserved for short prompts and ``LEAST``.
         """
         running = self._lifecycle.running.by_age
-        prompts = [s for s in running if s.num_remaining_tokens != 1]
-        num_decodes = len(running) - len(prompts)
-        if not prompts and not len(self._lifecycle.waiting):
+        prompts = [s for s in running if s.num_remaining_tokens > 1]
+        num_decodes = sum(s.num_remaining_tokens == 1 for s in running)
+        if num_decodes == len(running) and not len(self._lifecycle.waiting):
             return
         seconds = max(self._step_seconds, WEIGHTS_SHARE * self._times.seconds(1))
         least = num_decodes + min(SHORT, self._largest // SHORT_SHARE) + LEAST
-        if prompts and all(s.is_background for s in prompts):
+        if prompts and self._is_in_gap(prompts):
             seconds, least = BACKGROUND_SHARE * seconds, num_decodes + LEAST
         most = self._times.most(seconds, self._largest)
         self._budget = min(max(most, least), self._largest)
+
+    def _is_in_gap(self, prompts: list[Sequence]) -> bool:
+        """Tell whether all prompts, running and next to start, are in the background."""
+        waiting = self._lifecycle.waiting
+        first = (waiting.of(tenant)[0] for tenant in waiting.ready_tenants())
+        return all(s.is_background for s in prompts) and all(s.is_background for s in first)
 
     def _limit_heavy(self) -> None:
         """Limit the heavy tenants of this step."""

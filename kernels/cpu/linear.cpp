@@ -520,7 +520,7 @@ void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end,
     return;
   }
 #endif
-  if (end - begin >= LEAST_WIDE) {
+  if (a.x_type != BF16 && end - begin >= LEAST_WIDE) {
     wide_unit(a, column, begin, end, w);
     return;
   }

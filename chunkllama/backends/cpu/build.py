@@ -139,7 +139,7 @@ def levels_of(cpuinfo: str) -> tuple[IsaLevel, ...]:
     features = set(lines[0]).intersection(*lines[1:]) if lines else set()
     levels = {level.name: level for level in known_levels() if level.features <= features}
     if "GenuineIntel" in cpuinfo and "avx512_bf16" in levels:
-        for name in ("avx512_bf16", "avx2", "baseline"):
+        for name in [name for name in ("avx512_bf16", "avx2", "baseline") if name in levels]:
             levels[name] = levels.pop(name)
     return tuple(levels.values())
 

@@ -305,6 +305,7 @@ class LimitedH11Protocol(H11Protocol):
         """Refuse a body that arrives more slowly than at the least rate."""
         has_answer = self.cycle.response_started
         if self.flow.read_paused and not has_answer:  # the body waits for the application
+            self._body_at += self.limits.body_seconds
             self._expect(self.limits.body_seconds)
             return
         bytes_seconds = self.conn.num_bytes / self.limits.body_rate
