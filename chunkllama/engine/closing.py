@@ -27,7 +27,7 @@ _RESERVE = 32
 # Of the answer's last tokens, so many are looked at: an end may take MAX_END, and as many more may
 # be taken by what a token opens.
 _NUM_LOOKS = 2 * MAX_END
-# Where no end was found, it is sought again after so many tokens.
+# Where no end was found, it is sought again after so many tokens, and at each of the last ones.
 _RETRY_STEP = 32
 # Groups that are tried at one mask, and masks that this takes.
 _MAX_TRIALS = 1024
@@ -122,6 +122,7 @@ class ClosingMatcher:
         if last is not None:
             end, _ = search.end_like(place, last, limit)
         is_due = self._looked_at is None or last is not None or num_left % _RETRY_STEP == 0
+        is_due |= num_left <= _RETRY_STEP
         is_near = end is not None and num_left - len(end) <= _RESERVE
         if is_near or (end is None and is_due):
             other = search.end(place, limit)

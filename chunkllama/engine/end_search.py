@@ -118,8 +118,18 @@ class EndSearch:
         for kind in kinds:
             token_id = tokens.longest(mask & kind)
             if token_id is not None:
-                return [token_id]
+                return self._up_to_the_end(place, mask, token_id)
         return None
+
+    def _up_to_the_end(self, place: Place, mask: NDArray[np.int32], token_id: int) -> list[int]:
+        """Return the token, or one that it begins with and behind which the answer may end."""
+        text = self.tokens.token_bytes(token_id)
+        for length in range(1, len(text)):
+            shorter = self.tokens.tokenize(text[:length])
+            is_token = len(shorter) == 1 and is_allowed(mask, shorter[0])
+            if is_token and place.matcher.may_end_behind(shorter):
+                return shorter
+        return [token_id]
 
     @staticmethod
     def _text(place: Place, mask: NDArray[np.int32], texts: list[list[int]]) -> list[int] | None:

@@ -395,7 +395,6 @@ def _eos_token_ids(
     found: list[int] = []
     for source in (read_json(path / "generation_config.json"), model_config):
         value = source.get("eos_token_id")
-        values = value if isinstance(value, list) else [value]
-        found += [each for each in values if type(each) is int]
+        found += [v for v in (value if isinstance(value, list) else [value]) if type(v) is int]
     own = backend.token_to_id(special_tokens.get("eos_token", ""))
     return [*found, *([own] if own is not None else [])]

@@ -125,7 +125,7 @@ def test_an_answer_that_fits_is_its_own(compiler, tokenizer, text, spare):
         assert is_allowed(allowed(matcher), token), tokenizer.decode([token])
         assert matcher.accept(token)
     assert matcher.is_finished or is_allowed(allowed(matcher), EOS)
-    if spare >= 8:
+    if spare >= 40:  # else an item of the list does not fit
         assert not matcher.is_closing
 
 
@@ -207,7 +207,7 @@ def test_looks_are_bounded_and_only_where_masks_are_filled():
     for _ in range(2000):
         matcher.fill_mask(mask)
         matcher.accept(1)
-    assert CountingMatcher.num_masks - 2000 <= 17 * 257
+    assert CountingMatcher.num_masks - 2000 <= 17 * 257 + 32 * 33
 
 
 def test_the_vocabulary_is_read_before_a_matcher_is_made(tokenizer):

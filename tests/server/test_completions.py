@@ -187,7 +187,7 @@ def test_one_failing_prompt_fails_the_request(server):
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": 6}, "logprobs"),
         ({"suffix": "end"}, "suffix"),
-        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": -3}, "max_tokens"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt[0]"),

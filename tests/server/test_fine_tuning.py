@@ -11,6 +11,8 @@ import openai
 import pytest
 from batch_helpers import until
 from fake_engine import MODEL
+from openai.pagination import SyncCursorPage
+from openai.types import fine_tuning as kinds
 
 from chunkllama.tuning.folder import ADAPTER, STATE, read_examples
 from chunkllama.tuning_messages import TuningProgress
@@ -96,6 +98,14 @@ def test_a_job_from_the_file_to_its_model(start_server, tmp_path: Path) -> None:
         events = list(client.fine_tuning.jobs.list_events(job.id, limit=4))
         losses = [event.data["train_loss"] for event in events if event.type == "metrics"][::-1]
         assert losses == pytest.approx([4.0 / step for step in range(1, 7)])
+        raw = client.fine_tuning.jobs.with_raw_response
+        answers = (
+            (kinds.FineTuningJob, raw.retrieve(job.id).text),
+            (SyncCursorPage[kinds.FineTuningJob], raw.list().text),
+            (SyncCursorPage[kinds.FineTuningJobEvent], raw.list_events(job.id).text),
+        )
+        for kind, text in answers:
+            kind.model_validate_json(text, strict=True)
         (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id)
         assert checkpoint.fine_tuned_model_checkpoint == job.fine_tuned_model
         assert checkpoint.metrics.step == 6 == checkpoint.step_number

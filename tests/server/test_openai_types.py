@@ -472,9 +472,9 @@ def test_a_stream_that_fails_has_an_error(answering):
         answering.engine.fail_after = None
 
 
-# Of other APIs, or the project's own.
-OTHER_PATHS = ("/v1/messages", "/v1/cache", "/v1/load", "/v1/unload", "/v1/usage", "/v1/rerank",
-               "/v1/score")  # fmt: skip
+# Of other APIs, or the project's own; fine-tuning is checked in test_fine_tuning.py.
+OTHER_PATHS = ("/v1/fine_tuning", "/v1/messages", "/v1/cache", "/v1/load", "/v1/unload",
+               "/v1/usage", "/v1/rerank", "/v1/score")  # fmt: skip
 CHECKED = {
     *BRANCHED, "/v1/embeddings", "/v1/models", "/v1/models/{model}", "/v1/files",
     "/v1/files/{file_id}", "/v1/files/{file_id}/content", "/v1/batches", "/v1/batches/{batch_id}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import unquote
 
 import h11
 from h11._receivebuffer import ReceiveBuffer
@@ -22,6 +23,7 @@ class HeaderBuffer(ReceiveBuffer):
 
     Attributes:
         is_exceeded: a block was refused.
+        refused_path: of a request line whose headers were refused.
     """
 
     def __init__(self, max_bytes: int, max_headers: int) -> None:
@@ -29,6 +31,7 @@ class HeaderBuffer(ReceiveBuffer):
         self._max_bytes = max_bytes
         self._max_lines = max_headers + 1
         self.is_exceeded = False
+        self.refused_path = ""
 
     def maybe_extract_lines(self) -> list[bytearray] | None:
         """Return the lines up to the first blank one; None while that is missing.
@@ -42,5 +45,8 @@ class HeaderBuffer(ReceiveBuffer):
             end = len(head) if blank is None else blank.start() + 1
             if end > self._max_bytes or head.count(b"\n", 0, end) > self._max_lines:
                 self.is_exceeded = True
+                parts = bytes(head.partition(b"\n")[0]).split(b" ")
+                if len(parts) == 3:
+                    self.refused_path = unquote(parts[1].partition(b"?")[0].decode("latin-1"))
                 raise h11.RemoteProtocolError("Headers too large", error_status_hint=431)
         return super().maybe_extract_lines()

@@ -80,6 +80,11 @@ class _StreamingConnection(h11.Connection):
         self.has_small_chunks = False
 
     @property
+    def refused_path(self) -> str:
+        """Path of a request whose headers it has refused."""
+        return self._receive_buffer.refused_path
+
+    @property
     def has_large_headers(self) -> bool:
         """It has refused headers, or the trailers of a body."""
         return self._receive_buffer.is_exceeded
@@ -257,6 +262,10 @@ class LimitedH11Protocol(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:
             path = canonical_path(self.scope["path"], self.own_root, keep_root=False)
             shape = error_shape(path, dict(self.headers))
+        elif self.conn.refused_path:
+            shape = error_shape(
+                canonical_path(self.conn.refused_path, self.own_root, keep_root=False), {}
+            )
         response = error.response({}) if shape is None else shape.response(error, request_id)
         headers = [*response.raw_headers, (b"x-request-id", request_id.encode())]
         if shape is not None and shape.id_header is not None:

@@ -290,7 +290,9 @@ class GenerationFields(CacheFields, ExplainField):
         le=MAX_SEED,
         description="Honoured: the same seed and parameters give the same output.",
     )
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
+    stop: (
+        StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] | None
+    ) = Field(
         default=None,
         description="Honoured: strings of 1 to 256 characters, not in the text; up to the setting "
         "max_stop_strings.",

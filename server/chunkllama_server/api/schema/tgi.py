@@ -47,7 +47,7 @@ class TgiParameters(RequestModel):
     repetition_penalty: float | None = Field(default=None, gt=0, le=100, description="Honoured.")
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="Honoured.")
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Honoured.")
-    stop: Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
+    stop: Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] | None = Field(
         default=None,
         description="Honoured: strings which the text ends with; up to the setting "
         "max_stop_strings.",
