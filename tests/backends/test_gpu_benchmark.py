@@ -26,7 +26,10 @@ ROOT = Path(__file__).parents[2]
 ABSENT = ("cupy", "yaml", "msgspec", "pydantic", "fastapi", "transformers", "rich", "safetensors")
 
 
-@pytest.mark.parametrize("verb", ["check", "bench", "tune"])
+@pytest.mark.parametrize(
+    "verb",
+    ["check", *(pytest.param(verb, marks=pytest.mark.nightly) for verb in ("bench", "tune"))],
+)
 def test_dry_run_needs_torch_and_numpy_only(verb: str) -> None:
     code = f"""
 import sys, runpy; sys.path.insert(0, "benchmarks")

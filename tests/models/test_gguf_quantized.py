@@ -82,10 +82,8 @@ MIXES = {  # as llama.cpp mixes types: values and the head in more bits
 }
 
 
-@pytest.mark.parametrize(
-    "mix",
-    [mix if mix == "Q4_K_M" else pytest.param(mix, marks=pytest.mark.nightly) for mix in MIXES],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("mix", MIXES)
 def test_logits_of_a_mixed_file_are_those_of_its_dequantized_weights(
     mix: str, make_tiny, our_logits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
