@@ -35,6 +35,7 @@ class StartTuning(msgspec.Struct, kw_only=True, tag="start_tuning"):
         max_step_seconds: a step and the training after it take at most so long together.
         max_bytes: memory that training may take.
         slice_tokens: tokens of one piece of work.
+        run: counts the trainings that a client has started; reports of a training have its number.
     """
 
     job_id: str
@@ -43,6 +44,7 @@ class StartTuning(msgspec.Struct, kw_only=True, tag="start_tuning"):
     max_step_seconds: float
     max_bytes: int
     slice_tokens: int
+    run: int = 0
 
 
 class StopTuning(msgspec.Struct, kw_only=True, tag="stop_tuning"):
@@ -61,6 +63,7 @@ class TuningProgress(msgspec.Struct, kw_only=True, tag="tuning_progress"):
         accuracy: share of them that the model found most probable.
         num_tokens: trained tokens of the last step.
         error: of a job that has failed, in one line.
+        run: of the ``StartTuning`` that it belongs to; 0 in state "stopped".
     """
 
     job_id: str
@@ -71,3 +74,4 @@ class TuningProgress(msgspec.Struct, kw_only=True, tag="tuning_progress"):
     accuracy: float | None = None
     num_tokens: int = 0
     error: str = ""
+    run: int = 0

@@ -158,7 +158,14 @@ def _join(
             cache, chunk_io, config.cache.cache_tier_dir, config.cache.cache_tier_bytes
         )
     core = EngineCore(scheduler, executor, info, packs, snapshots, adapters=adapters, tier=tier)
-    core.tuner = Tuner(folder, spec, config.model.model, max_model_len, executor.backend.device)
+    core.tuner = Tuner(
+        folder,
+        spec,
+        config.model.model,
+        max_model_len,
+        executor.backend.device,
+        config.model.tensor_parallel_size,
+    )
     return core
 
 

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
+import msgspec
+
 from chunkllama.adapter_messages import AdapterInfo, LoadAdapter, UnloadAdapter
 from chunkllama.cache_messages import (
     CacheAction,
@@ -84,6 +86,7 @@ class CommandClient(ABC):
         self._files: dict[str, LoadPack | KeepSnapshot] = {}
         self._tunings: dict[str, StartTuning] = {}
         self._tuning_crashes: Counter[str] = Counter()
+        self._tuning_runs = 0
         self.on_tuning: Callable[[TuningProgress], None] = lambda _: None
 
     @abstractmethod
@@ -142,6 +145,8 @@ class CommandClient(ABC):
 
     def start_tuning(self, command: StartTuning) -> None:
         """As ``TuningClient.start_tuning``."""
+        self._tuning_runs += 1
+        command = msgspec.structs.replace(command, run=self._tuning_runs)
         self._tunings[command.job_id] = command
         if self._dead is None:
             self._send(command)
@@ -149,23 +154,32 @@ class CommandClient(ABC):
     def stop_tuning(self, job_id: str) -> None:
         """As ``TuningClient.stop_tuning``."""
         self._tunings.pop(job_id, None)
+        self._tuning_crashes.pop(job_id, None)
         if self._dead is None:
             self._send(StopTuning(job_id=job_id))
 
     def _take_progress(self, progress: TuningProgress) -> None:
+        if progress.state == "stopped":  # the job may have been started again since
+            self.on_tuning(progress)
+            return
+        current = self._tunings.get(progress.job_id)
+        if current is None or current.run != progress.run:
+            return  # of a training that was stopped
         if progress.state != "running":
-            self._tunings.pop(progress.job_id, None)
+            del self._tunings[progress.job_id]
         if progress.state != "running" or progress.loss is not None:
             self._tuning_crashes.pop(progress.job_id, None)
         self.on_tuning(progress)
 
     def _tunings_again(self) -> list[StartTuning]:
         """Trainings for another engine process; those that seem to end each process fail."""
-        for job_id in list(self._tunings):
+        for job_id, command in list(self._tunings.items()):
             self._tuning_crashes[job_id] += 1
             if self._tuning_crashes[job_id] > _MAX_TUNING_CRASHES:
                 error = "the engine process ended repeatedly while it trained this job"
-                self._take_progress(TuningProgress(job_id=job_id, state="failed", error=error))
+                self._take_progress(
+                    TuningProgress(job_id=job_id, state="failed", error=error, run=command.run)
+                )
         return [*self._tunings.values()]
 
     async def write_snapshot(self, seconds: float) -> bool:

@@ -124,12 +124,14 @@ class _Run:
                 loss=loss,
                 accuracy=accuracy,
                 num_tokens=num_tokens,
+                run=self.command.run,
             )
         )
 
-    def end(self, state: Literal["succeeded", "failed"], error: str = "") -> None:
-        """Report the end of the job."""
-        self.reports.append(TuningProgress(job_id=self.command.job_id, state=state, error=error))
+    def end(self, state: Literal["succeeded", "failed"], error: str = "") -> TuningProgress:
+        """Return the report of the job's end."""
+        command = self.command
+        return TuningProgress(job_id=command.job_id, state=state, error=error, run=command.run)
 
 
 class Tuner:
@@ -139,6 +141,7 @@ class Tuner:
         model_path, spec, name: of the model.
         max_model_len: that it is served with.
         device: to train on.
+        num_ranks: of the model; only one can train.
     """
 
     def __init__(
@@ -148,6 +151,7 @@ class Tuner:
         name: str,
         max_model_len: int,
         device: torch.device,
+        num_ranks: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model_path = model_path
@@ -155,30 +159,40 @@ class Tuner:
         self._name = name
         self._max_model_len = max_model_len
         self._device = device
+        self._num_ranks = num_ranks
         self._clock = clock
         self._run: _Run | None = None
+        self._ending: list[tuple[Future[None], TuningProgress]] = []  # sent when it is written
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tuning-load")
 
     @property
     def is_active(self) -> bool:
         """Whether ``turn`` has work."""
-        return self._run is not None
+        return self._run is not None or bool(self._ending)
 
     def start(self, command: StartTuning) -> list[TuningProgress]:
         """Begin to load a job; ``turn`` reports how it goes on."""
+        run = _Run(command, StepBudget(command.max_step_seconds, self._clock))
+        if self._num_ranks > 1:
+            return [run.end("failed", "fine-tuning needs tensor_parallel_size 1")]
         if self._run is not None:
             error = f"job {self._run.command.job_id} is running; one at a time is trained"
-            return [TuningProgress(job_id=command.job_id, state="failed", error=error)]
-        run = _Run(command, StepBudget(command.max_step_seconds, self._clock))
-        run.loading = self._thread.submit(self._load, command, run.note)
+            return [run.end("failed", error)]
+        writing = [write for write, _ in self._ending]
+        run.loading = self._thread.submit(self._load, command, run.note, writing)
         self._run = run
         return []
 
     def stop(self, job_id: str) -> list[TuningProgress]:
-        """End a job; its last state stays on the disk."""
+        """End a job; its last state stays on the disk.
+
+        Returns:
+            That it is stopped; ``turn`` returns it instead if its state is still being written.
+        """
+        report = TuningProgress(job_id=job_id, state="stopped")
         if self._run is not None and self._run.command.job_id == job_id:
-            self._end()
-        return [TuningProgress(job_id=job_id, state="stopped")]
+            return self._end(report)
+        return [report]
 
     def turn(self, *, is_busy: bool) -> list[TuningProgress]:
         """Do some pieces of work.
@@ -191,34 +205,62 @@ class Tuner:
         """
         run = self._run
         if run is None:
-            return []
+            return self._written(_WAIT_SECONDS if self._ending and not is_busy else 0.0)
+        end = None
         run.budget.begin()
         try:
             if self._advance(run, is_busy=is_busy):
-                run.end("succeeded")
-                self._end()
+                end = run.end("succeeded")
         except Exception as error:  # a bug or a full disk must not end the engine
-            run.end("failed", _reason(error))
-            self._end()
+            end = run.end("failed", _reason(error))
+        earlier = self._written(0.0)
+        ends = [] if end is None else self._end(end)
         run.budget.end()
         reports, run.reports = run.reports, []
-        return reports
+        return [*earlier, *reports, *ends]
 
     def close(self) -> None:
         """End the job, whose last state stays, and wait for the threads."""
-        self._end()
+        if self._run is not None:
+            self._end(TuningProgress(job_id=self._run.command.job_id, state="stopped"))
+        wait([write for write, _ in self._ending])
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _end(self) -> None:
+    def _end(self, report: TuningProgress) -> list[TuningProgress]:
+        """End the job; returns the report, unless ``_written`` does once its files are written."""
         run, self._run = self._run, None
-        if run is None:
-            return
+        assert run is not None
         if run.loading is not None:
             run.loading.cancel()
-        if run.trainer is not None:
-            run.trainer.close()
+        if run.trainer is None:
+            return [report]
+        run.trainer.close(wait=False)
+        writing = run.trainer.writing
+        if writing is None or writing.done():
+            return [report]
+        self._ending.append((writing, report))
+        return []
 
-    def _load(self, command: StartTuning, on_step: Callable[[StepResult], None]) -> Trainer:
+    def _written(self, seconds: float) -> list[TuningProgress]:
+        """Return the reports of ended jobs whose files are written, after so long at most."""
+        if seconds:
+            wait([write for write, _ in self._ending], seconds)
+        ended, self._ending = self._ending, []
+        done = []
+        for write, report in ended:
+            if write.done():
+                done.append(report)
+            else:
+                self._ending.append((write, report))
+        return done
+
+    def _load(
+        self,
+        command: StartTuning,
+        on_step: Callable[[StepResult], None],
+        writing: list[Future[None]],
+    ) -> Trainer:
+        wait(writing)  # by an earlier training of this folder
         folder = Path(command.folder)
         return load_trainer(
             model_path=self._model_path,

@@ -70,6 +70,7 @@ def accumulate(
         streams = []
         for stream in kept[-1]:
             streams.append((yield from _forward(layer, stream, slice_tokens)))
+        del layer  # before the next one is widened: the memory has room for one
     sums = Sums()
     grads = [torch.zeros_like(stream) for stream in streams]
     for example, stream, grad in zip(examples, streams, grads, strict=True):
@@ -81,6 +82,7 @@ def accumulate(
         layer = model.layer(index)
         for number, stream in enumerate(kept.pop()):
             grads[number] = yield from _backward(layer, stream, grads[number], slice_tokens)
+        del layer
     return sums
 
 

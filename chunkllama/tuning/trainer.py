@@ -94,9 +94,13 @@ class Trainer:
         self._write(write_adapter, self._folder / ADAPTER, adapter, self._options, self._name)
         yield from self._written()
 
-    def close(self) -> None:
-        """Wait for the thread."""
-        self._thread.shutdown(wait=True)
+    def close(self, *, wait: bool = True) -> None:
+        """End the thread behind what it writes.
+
+        Args:
+            wait: until it has ended; else ``writing`` tells.
+        """
+        self._thread.shutdown(wait=wait)
 
     def _step(self, step: int) -> Generator[Piece, None, None]:
         yield "update"

@@ -13,7 +13,7 @@ from chunkllama.config import DEMO_MODEL, parse_bytes
 from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.tuning_messages import BASE_LEARNING_RATE, TuningOptions
 
-_MAX_LINES = 1_000_000
+_MAX_LINES, _MAX_ANSWERS, _MAX_RENDERED = 1_000_000, 1024, 10**10
 _SLICE_TOKENS = 256  # no request waits for them
 
 
@@ -73,7 +73,7 @@ def _run(
     from chunkllama.resources import usable_threads
     from chunkllama.text.chat_template import load_chat_template
     from chunkllama.text.tokenizer import load_tokenizer
-    from chunkllama_server.api.tuning.examples import ExampleReader
+    from chunkllama_server.api.tuning.examples import ExampleReader, FileLimits
     from chunkllama_server.config.limits import LimitsConfig
 
     configure_logging("warning")
@@ -83,8 +83,8 @@ def _run(
     reader = ExampleReader(
         load_chat_template(folder, tokenizer),
         frozenset(size.spec.eos_token_ids),
-        _MAX_LINES,
         size.max_model_len,
+        FileLimits(_MAX_LINES, _MAX_ANSWERS, _MAX_RENDERED),
         LimitsConfig(),
     )
     try:

@@ -9,6 +9,7 @@ import pytest
 from chunkllama.adapter_messages import AdapterInfo, LoadAdapter
 from chunkllama.engine.commands import CommandClient
 from chunkllama.messages import CommandReply, ToEngine
+from chunkllama.tuning_messages import StartTuning, TuningOptions, TuningProgress
 
 
 class Client(CommandClient):
@@ -41,3 +42,26 @@ def test_an_adapter_is_known_even_if_its_caller_no_longer_waits(is_cancelled: bo
             assert await load == info
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("late", ["stopped", "succeeded", "failed"])
+def test_late_reports_of_a_stopped_training_do_not_end_the_next_of_the_job(late: str) -> None:
+    client = Client()
+    heard: list[TuningProgress] = []
+    client.on_tuning = heard.append
+    command = StartTuning(
+        job_id="j", folder="/x", options=TuningOptions(), max_step_seconds=1.0, max_bytes=1,
+        slice_tokens=8,
+    )  # fmt: skip
+    client.start_tuning(command)
+    first = client.sent[0]
+    assert isinstance(first, StartTuning)
+    client.stop_tuning("j")
+    client.start_tuning(command)
+    run = 0 if late == "stopped" else first.run
+    client._take_progress(TuningProgress(job_id="j", state=late, run=run))  # type: ignore[arg-type]
+    assert [each.state for each in heard] == (["stopped"] if late == "stopped" else [])
+    (again,) = client._tunings_again()  # for the process after a crash
+    assert again == client.sent[-1] and again.run != first.run
+    client._take_progress(TuningProgress(job_id="j", state="succeeded", run=again.run))
+    assert heard[-1].state == "succeeded" and not client._tunings_again()

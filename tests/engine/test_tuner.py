@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from tiny_model import write_tiny_model
 from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
 from chunkllama.engine.core import EngineCore
-from chunkllama.engine.tuner import StepBudget
+from chunkllama.engine.tuner import StepBudget, Tuner
 from chunkllama.messages import EngineRequest
+from chunkllama.models.config import read_spec
 from chunkllama.sampling_params import SamplingParams
+from chunkllama.tuning.files import write_state
 from chunkllama.tuning.folder import ADAPTER, STATE, Example, write_examples
 from chunkllama.tuning_messages import StartTuning, StopTuning, TuningOptions, TuningProgress
 
@@ -149,14 +153,51 @@ def test_a_stopped_job_keeps_its_state_and_continues(core: EngineCore, tmp_path:
     reports: list[TuningProgress] = []
     while sum(report.loss is not None for report in reports) < 2:
         reports += core.tune()
-    (stopped,) = core.tuning_command(StopTuning(job_id="j"))
+    (stopped,) = run(core, core.tuning_command(StopTuning(job_id="j")))
     assert stopped == TuningProgress(job_id="j", state="stopped")
-    assert not core.is_tuning() and (tmp_path / STATE).exists()
+    assert (tmp_path / STATE).exists()
     core.tuning_command(start(tmp_path))
     reports = run(core, [])
     assert reports[0].step in (1, 2) and reports[0].loss is None
     assert [report.step for report in reports[1:-1]] == list(range(reports[0].step + 1, 5))
     assert reports[-1].state == "succeeded"
+
+
+def test_a_stop_does_not_wait_for_the_state_that_is_being_written(
+    core: EngineCore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_free = threading.Event()
+
+    def write(*arguments: Any) -> None:
+        assert is_free.wait(60)
+        write_state(*arguments)
+
+    monkeypatch.setattr("chunkllama.tuning.trainer.write_state", write)
+    core.tuning_command(start(tmp_path, run=1))
+    reports: list[TuningProgress] = []
+    while len(reports) < 2 or core.tuner._run.next_piece != "wait":
+        reports += core.tune()
+    assert core.tuning_command(StopTuning(job_id="j")) == []
+    assert core.tune() == [] and core.is_tuning()
+    assert core.tuning_command(start(tmp_path, run=2)) == []
+    assert core.tune() == []
+    is_free.set()
+    reports = run(core, [])
+    # The next training of the folder begins behind the state, so that no step is lost.
+    assert [(each.state, each.run, each.step) for each in reports[:2]] == [
+        ("stopped", 0, 0),
+        ("running", 2, 1),
+    ]
+    assert reports[-1].state == "succeeded" and reports[-1].run == 2
+
+
+def test_several_ranks_do_not_train(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path)
+    tuner = Tuner(tmp_path, read_spec(tmp_path), "tiny", 64, torch.device("cpu"), num_ranks=2)
+    (failed,) = tuner.start(start(tmp_path))
+    assert failed.state == "failed" and not tuner.is_active
+    assert failed.error == "fine-tuning needs tensor_parallel_size 1"
+    tuner.close()
 
 
 def test_a_job_that_cannot_run_fails_with_one_line(core: EngineCore, tmp_path: Path) -> None:

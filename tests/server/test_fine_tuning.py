@@ -271,7 +271,8 @@ def test_wrong_files_and_models_are_refused(start_server, tmp_path: Path) -> Non
             create(client)
 
 
-def test_fine_tuning_can_be_turned_off(start_server) -> None:
-    server = start_server(finetune=False)
+@pytest.mark.parametrize("settings", [{"finetune": False}, {"tensor_parallel_size": 2}])
+def test_fine_tuning_can_be_turned_off(start_server, settings: dict[str, Any]) -> None:
+    server = start_server(**settings)
     answer = server.http().get("/v1/fine_tuning/jobs")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "finetune_disabled")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from chunkllama.errors import InvalidRequestError
-from chunkllama_server.api.tuning.examples import ExampleReader
+from chunkllama_server.api.tuning.examples import ExampleReader, FileLimits, StoppedError
 from chunkllama_server.config.limits import LimitsConfig
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -29,8 +29,12 @@ RESULT = {"role": "tool", "tool_call_id": "c1", "content": "42"}
 
 @pytest.fixture
 def reader(text_parts: tuple[Any, Any]) -> ExampleReader:
+    return made(text_parts, FileLimits(lines=3, answers=4, tokens=10_000))
+
+
+def made(text_parts: tuple[Any, Any], limits: FileLimits) -> ExampleReader:
     tokenizer, template = text_parts
-    return ExampleReader(template, frozenset(tokenizer.eos_token_ids), 3, 200, LimitsConfig())
+    return ExampleReader(template, frozenset(tokenizer.eos_token_ids), 200, limits, LimitsConfig())
 
 
 def written(path: Path, *lines: Any) -> Path:
@@ -94,6 +98,7 @@ def test_answers_alone_are_trained(
         ({"messages": [USER, ANSWER], "tools": {}}, "tools: must be a list"),
         ({"messages": [USER, "x"]}, r"messages\[1\]: must be an object"),
         ({"messages": [{**USER, "content": "x" * 300}, ANSWER]}, "at most 200 are trained"),
+        ({"messages": [USER, ANSWER] * 5}, "messages: 5 answers are trained, at most 4 of a line"),
     ],
 )
 def test_a_line_is_refused_with_its_number_and_field(
@@ -114,3 +119,24 @@ def test_a_file_has_at_least_one_line_and_not_too_many(
     assert len(reader.read(written(tmp_path / "f", line, line, line))) == 3
     with pytest.raises(InvalidRequestError, match="line 4: a file has at most 3 lines"):
         reader.read(written(tmp_path / "f", line, line, line, line))
+
+
+def test_what_finding_the_answers_renders_is_bounded_and_can_be_stopped(
+    reader: ExampleReader, text_parts: tuple[Any, Any], tmp_path: Path
+) -> None:
+    line = {"messages": [USER, ANSWER, USER, AGAIN]}
+    path = written(tmp_path / "f", line, line, line)
+    size = len(reader.read(path)[0].token_ids)
+    # Each line is rendered whole, and for each answer without it and with it.
+    with pytest.raises(InvalidRequestError, match=r"^line 2: a file is rendered to at most") as why:
+        made(text_parts, FileLimits(lines=3, answers=4, tokens=5 * size)).read(path)
+    assert "\n" not in why.value.message and len(why.value.message) < 300
+    calls: list[int] = []
+
+    def is_stopped() -> bool:
+        calls.append(0)
+        return len(calls) == 6
+
+    with pytest.raises(StoppedError):  # before the second answer of the second line
+        reader.read(path, is_stopped)
+    assert len(calls) == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from chunkllama.models.loading.weights import load_weights
 from chunkllama.models.rotary import rotary_tables
 from chunkllama.tuning.folder import Example
 from chunkllama.tuning.lora import Lora
-from chunkllama.tuning.model import TunedModel
+from chunkllama.tuning.model import TunedLayer, TunedModel
 from chunkllama.tuning.passes import Sums, accumulate
 
 RANK, ALPHA, LENGTH = 4, 6.0, 45
@@ -120,3 +121,22 @@ def test_slices_and_parts_of_a_batch_give_the_same_gradients(tmp_path: Path) -> 
         for name, grad in grads.items():
             assert grad is not None and other_grads[name] is not None
             torch.testing.assert_close(other_grads[name], grad, rtol=1e-3, atol=1e-6)
+
+
+def test_one_layer_at_a_time_is_held_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_model(*CASES["llama"]).save_pretrained(tmp_path)
+    model = ours(tmp_path)
+    widened: list[weakref.ref[TunedLayer]] = []
+    widen = model.layer
+
+    def layer(index: int) -> TunedLayer:
+        assert all(each() is None for each in widened)
+        made = widen(index)
+        widened.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(model, "layer", layer)
+    run(model, examples(), 16)
+    assert len(widened) == 2 * model.spec.num_layers > 2

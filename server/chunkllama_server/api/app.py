@@ -50,7 +50,7 @@ from chunkllama_server.api.openapi import install_openapi
 from chunkllama_server.api.responses import routes as responses_api
 from chunkllama_server.api.tgi import routes as tgi
 from chunkllama_server.api.tuning import routes as tuning
-from chunkllama_server.api.tuning.examples import ExampleReader
+from chunkllama_server.api.tuning.examples import ExampleReader, FileLimits
 from chunkllama_server.api.tuning.runner import TuningRunner
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.metrics.loop_lag import LoopLag
@@ -266,11 +266,13 @@ def _tuning_runner(
     """The runner of fine-tuning jobs; None where they are turned off, or nothing trains them."""
     if batches is None or not settings.finetune or settings.cluster is not None:
         return None
+    if settings.tensor_parallel_size > 1:  # training has one rank
+        return None
     reader = ExampleReader(
         text.template,
         frozenset(engine.info.eos_token_ids),
-        settings.finetune_lines,
         engine.info.max_model_len,
+        FileLimits(settings.finetune_lines, settings.finetune_answers, settings.finetune_tokens),
         settings,
     )
     return TuningRunner(batches.store, engine, reader.read, settings, tenants.has_key)

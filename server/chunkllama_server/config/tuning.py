@@ -13,7 +13,7 @@ class TuningConfig(ConfigGroup):
     finetune: bool = Field(
         default=True,
         description="Serve /v1/fine_tuning/jobs, which train adapters between steps; needs batches "
-        "and one engine (no cluster).",
+        "one engine (no cluster) and tensor_parallel_size 1.",
     )
     finetune_max_step_seconds: float = Field(
         default=0.1,
@@ -41,4 +41,14 @@ class TuningConfig(ConfigGroup):
     )  # fmt: skip
     finetune_lines: int = limit(
         10_000, "lines", "tenant", "200 invalid_training_file", "Lines of a training file.", ge=1,
+    )  # fmt: skip
+    finetune_answers: int = limit(
+        128, "answers", "tenant", "200 invalid_training_file",
+        "Answers of a line that are trained; each renders its conversation twice.", ge=1,
+    )  # fmt: skip
+    finetune_tokens: int = limit(
+        100_000_000, "tokens", "tenant", "200 invalid_training_file",
+        "Tokens that a training file is rendered to; each trained answer counts its conversation "
+        "twice more.",
+        ge=1,
     )  # fmt: skip

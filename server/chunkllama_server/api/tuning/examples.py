@@ -7,7 +7,8 @@ end of the turn. So the model learns to write what it will be asked for, in the 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,14 +34,60 @@ class _LineError(Exception):
     """What is wrong with a line, with the field's path before it."""
 
 
+class StoppedError(Exception):
+    """The caller no longer wants the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileLimits:
+    """Bounds of a training file.
+
+    Attributes:
+        lines: of the file.
+        answers: of a line, that are trained.
+        tokens: that the file is rendered to. An answer is found by rendering its conversation
+            twice, without it and with it, so that these tokens count beside those of the whole.
+    """
+
+    lines: int
+    answers: int
+    tokens: int
+
+
+class _Reading:
+    """What the reading of one file has rendered."""
+
+    def __init__(self, max_tokens: int, is_stopped: Callable[[], bool]) -> None:
+        self._max_tokens = max_tokens
+        self._is_stopped = is_stopped
+        self._num_tokens = 0
+
+    def check(self) -> None:
+        """Go on, unless the caller has left; other threads have a turn before that."""
+        time.sleep(0)
+        if self._is_stopped():
+            raise StoppedError
+
+    def count(self, ids: list[int]) -> list[int]:
+        """Count what has been rendered; returns it."""
+        self._num_tokens += len(ids)
+        if self._num_tokens > self._max_tokens:
+            raise _LineError(
+                f"a file is rendered to at most {self._max_tokens} tokens, where each trained "
+                "answer counts its conversation twice more; split the file, or give answers "
+                "weight 0"
+            )
+        return ids
+
+
 class ExampleReader:
     """Reads files of conversations.
 
     Args:
         template: None where the model has none; every file is refused then.
         eos_token_ids: that end a turn.
-        max_lines: of a file.
         max_tokens: of a conversation.
+        file_limits: of a file.
         limits: of a line, as of a request's body.
     """
 
@@ -48,32 +95,37 @@ class ExampleReader:
         self,
         template: ChatTemplate | None,
         eos_token_ids: frozenset[int],
-        max_lines: int,
         max_tokens: int,
+        file_limits: FileLimits,
         limits: LimitsConfig,
     ) -> None:
         self._template = template
         self._eos_token_ids = eos_token_ids
-        self._max_lines = max_lines
         self._max_tokens = max_tokens
+        self._file_limits = file_limits
         self._limits = limits
 
-    def read(self, path: Path) -> list[Example]:
+    def read(self, path: Path, is_stopped: Callable[[], bool] = lambda: False) -> list[Example]:
         """Read a file, one JSON object a line; blank lines are skipped.
 
+        Args:
+            is_stopped: asked before each line and each answer whether to end.
+
         Raises:
+            StoppedError: ``is_stopped`` said so.
             InvalidRequestError: it cannot be trained on; the message names the line and the field.
             FileNotFoundError: it has been deleted.
         """
         if self._template is None:
             raise InvalidRequestError("the model has no chat template", "model", _CODE)
         examples: list[Example] = []
+        reading = _Reading(self._file_limits.tokens, is_stopped)
         for number, raw in self._lines(path):
+            reading.check()
             try:
-                examples.append(self._example(raw))
+                examples.append(self._example(raw, reading))
             except _LineError as error:
                 raise _refused(number, str(error)) from None
-            time.sleep(0)  # for the event loop, if this is one of its threads
         if not examples:
             raise InvalidRequestError("the file has no line", "training_file", _CODE)
         return examples
@@ -91,11 +143,11 @@ class ExampleReader:
                 if not raw.strip():
                     continue
                 count += 1
-                if count > self._max_lines:
-                    raise _refused(number, f"a file has at most {self._max_lines} lines")
+                if count > self._file_limits.lines:
+                    raise _refused(number, f"a file has at most {self._file_limits.lines} lines")
                 yield number, raw
 
-    def _example(self, raw: bytes) -> Example:
+    def _example(self, raw: bytes, reading: _Reading) -> Example:
         try:
             entry = parse_json(raw, None, self._limits)
         except ApiError as error:
@@ -107,6 +159,12 @@ class ExampleReader:
                 raise _LineError(f"{name[:64]}: is not supported; use {', '.join(sorted(_FIELDS))}")
         tools = _tools(entry.get("tools"))
         wanted = _trained(entry["messages"])
+        most = self._file_limits.answers
+        if len(wanted) > most:
+            raise _LineError(
+                f"messages: {len(wanted)} answers are trained, at most {most} of a line can be; "
+                "split the conversation, or give answers weight 0"
+            )
         parsed = [_message(index, message) for index, message in enumerate(entry["messages"])]
         try:
             history = normalise(parsed)
@@ -115,21 +173,27 @@ class ExampleReader:
         if history.repairs:
             raise _LineError(f"{history.repairs[0]}: cannot be used as it is")
         try:
-            return self._encode(history.messages, tools, wanted)
+            return self._encode(history.messages, tools, wanted, reading)
         except InvalidRequestError as error:
             raise _LineError(f"messages: {error.message}") from None
 
     def _encode(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, wanted: list[int]
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        wanted: list[int],
+        reading: _Reading,
     ) -> Example:
-        ids = self._render(messages, tools)
+        ids = reading.count(self._render(messages, tools))
         if len(ids) > self._max_tokens:
             raise _LineError(f"has {len(ids)} tokens; at most {self._max_tokens} are trained")
         targets: list[int] = []
         for index in wanted:
-            asked = self._render(messages[:index], tools, asks=True)
+            reading.check()
+            asked = reading.count(self._render(messages[:index], tools, asks=True))
             begin = common_prefix(ids, asked)
-            end = common_prefix(ids, self._render(messages[: index + 1], tools))
+            answered = reading.count(self._render(messages[: index + 1], tools))
+            end = common_prefix(ids, answered)
             ends = [at for at in range(begin, end) if ids[at] in self._eos_token_ids]
             end = ends[-1] + 1 if ends else end
             if not 0 < begin < end:

@@ -134,9 +134,13 @@ class JobStore:
             shutil.rmtree(old.folder, ignore_errors=True)
         self._serial += 1
         folder = self._folder / value["id"]
-        folder.mkdir(mode=0o700, parents=True)
         job = Job(StoredJob(tenant, value, options, self._serial), folder)
-        self.write(job)
+        try:
+            folder.mkdir(mode=0o700, parents=True)
+            self.write(job)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         self._jobs[job.id] = job
         return job
 
@@ -148,19 +152,32 @@ class JobStore:
         """
         replace_file(job.folder / _RECORD, iter([msgspec.json.encode(job.record)]))
 
-    def enter(self, job: Job, status: JobStatus) -> None:
-        """Change a job's status, on disk too.
+    def enter(
+        self, job: Job, status: JobStatus, *, model: str | None = None, at_any_rate: bool = False
+    ) -> None:
+        """Change a job's status, on disk too; if it cannot be written, the job stays as it was.
+
+        Args:
+            model: that the job has made.
+            at_any_rate: change it in memory also if it cannot be written.
 
         Raises:
             OSError: it cannot be written.
         """
+        former = job.value.copy()
         job.value["status"] = status
         if status in ENDED:
             job.value["finished_at"] = self._now()
             job.value["estimated_finish"] = None
         if status == "succeeded":
             job.value["trained_tokens"] = job.record.num_targets * job.record.options.n_epochs
-        self.write(job)
+            job.value["fine_tuned_model"] = model
+        try:
+            self.write(job)
+        except OSError:
+            if not at_any_rate:
+                job.value.update(former)
+            raise
 
     def note(
         self,
@@ -207,22 +224,33 @@ class JobStore:
         """Remove what only a training needs, and an adapter that is no model."""
         for name in (STATE, EXAMPLES):
             (job.folder / name).unlink(missing_ok=True)
+            (job.folder / f"{name}.new").unlink(missing_ok=True)  # of a process that has ended
+        shutil.rmtree(job.folder / f"{ADAPTER}.new", ignore_errors=True)
         if job.model is None:
             shutil.rmtree(job.adapter, ignore_errors=True)
 
-    def drop_ended_work(self, job_id: str) -> None:
-        """The same, if the job has ended: the engine may have written after that."""
-        job = self._jobs.get(job_id)
-        if job is not None and job.has_ended:
-            self.drop_work(job)
-
     def drop_adapter(self, job: Job) -> None:
-        """Remove the trained adapter, of which the job says so from now on."""
+        """Remove the trained adapter, of which the job says so from now on.
+
+        Raises:
+            OSError: it cannot be removed or the job not be written; both can be tried again.
+        """
+        if job.adapter.exists():  # first: this makes room for the record on a full disk
+            shutil.rmtree(job.adapter)
         job.record.is_deleted = True
-        self.write(job)
-        shutil.rmtree(job.adapter, ignore_errors=True)
+        try:
+            self.write(job)
+        except OSError:
+            job.record.is_deleted = False
+            raise
 
 
 def folder_bytes(path: Path) -> int:
-    """Bytes of the files in a folder."""
-    return sum(entry.stat().st_size for entry in os.scandir(path)) if path.exists() else 0
+    """Bytes below a folder, beside record and events, of which a tenant cannot make room."""
+    num_bytes = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            if name not in (_RECORD, _EVENTS):
+                with contextlib.suppress(FileNotFoundError):  # the engine replaces files
+                    num_bytes += (Path(folder) / name).stat().st_size
+    return num_bytes

@@ -62,7 +62,7 @@ async def _runner(context: ServerContext) -> TuningRunner:
         raise ApiError(
             404,
             "Fine-tuning is turned off on this server; it needs the settings finetune and batches, "
-            "and no cluster",
+            "tensor_parallel_size 1 and no cluster",
             code="finetune_disabled",
         )
     await context.batches.open()
@@ -279,7 +279,8 @@ async def delete_model(model: str, request: Request, context: Context) -> Delete
     if job is None:
         raise not_found_model(model)
     try:
-        await runner.delete(job)
+        with _storing():
+            await runner.delete(job)
     except InvalidRequestError as error:
         raise ApiError(409, error.message, "model", "adapter_in_use") from None
     except EngineDeadError:

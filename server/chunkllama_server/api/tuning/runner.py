@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -11,21 +12,23 @@ from pathlib import Path
 from typing import Final
 
 from chunkllama.engine.commands import TuningClient
-from chunkllama.errors import ConfigError, EngineDeadError, InvalidRequestError
+from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.logger import init_logger
 from chunkllama.tuning.folder import Example, write_examples
 from chunkllama.tuning_messages import StartTuning, TuningOptions, TuningProgress
 from chunkllama_server.api.batch.store import FileStore
 from chunkllama_server.api.schema.tuning import FineTuningJob
+from chunkllama_server.api.tuning.examples import StoppedError
 from chunkllama_server.api.tuning.jobs import Job, JobStore, folder_bytes
+from chunkllama_server.api.tuning.models import TunedModels
 from chunkllama_server.config.tuning import TuningConfig
 
 logger = init_logger(__name__)
 
 _WATCH_SECONDS: Final = 1.0  # between two looks for the folder, for jobs and for keys that are gone
-_ENGINE_SECONDS: Final = 0.5  # between two tries to load an adapter while the engine restarts
 _MAX_STEPS: Final = 10_000  # of a job: each is an event
 _REVOKED: Final = "The API key of this job has been removed from the server"
+_NO_ROOM: Final = "The files of this API key and of this job take more than its room; delete some"
 
 
 class _FailedError(Exception):
@@ -43,7 +46,7 @@ class TuningRunner:
     Args:
         store: of uploaded files; its lock guards the jobs.
         engine: trains and serves.
-        read: reads and checks a training file, in a thread.
+        read: reads and checks a training file, in a thread, until its second argument is true.
         settings: limits.
         is_known: whether a tenant has a key.
     """
@@ -52,7 +55,7 @@ class TuningRunner:
         self,
         store: FileStore,
         engine: TuningClient,
-        read: Callable[[Path], list[Example]],
+        read: Callable[[Path, Callable[[], bool]], list[Example]],
         settings: TuningConfig,
         is_known: Callable[[str], bool],
     ) -> None:
@@ -69,7 +72,8 @@ class TuningRunner:
         self._outcome: asyncio.Future[str] | None = None
         self._started: tuple[float, int] = (0.0, 0)  # when, and after which step
         self._turns: Counter[str] = Counter()  # of each key
-        self._owners: dict[str, str] = {}  # by name of a model
+        self._models = TunedModels(engine)
+        self._stop_reading = threading.Event()  # the training file of the running job
         self._task: asyncio.Task[None] | None = None
         engine.on_tuning = self._take
 
@@ -85,12 +89,14 @@ class TuningRunner:
             await self.store.work(self.jobs.read)
             self._is_open = True
             for job in self.jobs:
+                self._charge(job, job.folder)
                 if job.model is not None:
-                    self._own(job, job.model)
+                    self._models.own(job.model, job.tenant)
             self._wake.set()
 
     async def close(self) -> None:
         """End all tasks; the jobs continue in the next process."""
+        self._stop_reading.set()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -109,16 +115,24 @@ class TuningRunner:
         return job
 
     def cancel(self, job: Job) -> None:
-        """End a job that has not ended."""
-        self._interrupt(job)
+        """End a job that has not ended.
+
+        Raises:
+            OSError: it cannot be written, and goes on.
+        """
         self.jobs.enter(job, "cancelled")
+        self._interrupt(job)
         self.jobs.note(job, "The job was cancelled")
-        self.jobs.drop_work(job)
+        self._drop_work(job)
 
     def pause(self, job: Job) -> None:
-        """Stop a job until it is resumed; its last saved step stays."""
-        self._interrupt(job)
+        """Stop a job until it is resumed; its last saved step stays.
+
+        Raises:
+            OSError: it cannot be written, and goes on.
+        """
         self.jobs.enter(job, "paused")
+        self._interrupt(job)
         self.jobs.note(job, "The job was paused")
 
     def unpause(self, job: Job) -> None:
@@ -129,7 +143,7 @@ class TuningRunner:
 
     def owner(self, model: str) -> str | None:
         """The tenant that a fine-tuned model belongs to; None: it is none."""
-        return self._owners.get(model)
+        return self._models.owner(model)
 
     def find(self, model: str, tenant: str) -> Job | None:
         """The tenant's job that has made a model."""
@@ -141,25 +155,41 @@ class TuningRunner:
         Raises:
             InvalidRequestError: requests use it.
             EngineDeadError: the engine is being restarted.
+            OSError: it cannot be removed; it is no longer served, and can be deleted again.
         """
         name = job.model
         assert name is not None
-        if name in self._engine.adapters:
-            await self._engine.unload_adapter(name)
-        self.jobs.drop_adapter(job)
-        self._disown(job, name)
+        await self._models.unload(name)
+        try:
+            self.jobs.drop_adapter(job)
+        finally:
+            self._charge(job, job.folder)
+        self._models.disown(name)
 
-    def _own(self, job: Job, name: str) -> None:
-        """Note whose model it is, and charge its owner for its files."""
-        self._owners[name] = job.tenant
-        self.store.charge(job.tenant, job.id, folder_bytes(job.adapter))
+    def _charge(self, job: Job, folder: Path) -> None:
+        """Charge a job's owner for the files below a folder."""
+        self.store.charge(job.tenant, job.id, folder_bytes(folder))
 
-    def _disown(self, job: Job, name: str) -> None:
-        self._owners.pop(name, None)
-        self.store.charge(job.tenant, job.id, 0)
+    def _charge_within(self, job: Job, folder: Path) -> None:
+        """The same.
+
+        Raises:
+            _FailedError: they exceed its room.
+        """
+        self._charge(job, folder)
+        if self.store.room(job.tenant) < 0:
+            raise _FailedError("file_budget", _NO_ROOM)
+
+    def _drop_work(self, job: Job) -> None:
+        try:
+            self.jobs.drop_work(job)
+        except OSError as error:
+            logger.error("job %s: its files cannot be removed: %s", job.id, error)
+        self._charge(job, job.folder)
 
     def _interrupt(self, job: Job) -> None:
         if job is self._running:
+            self._stop_reading.set()
             self._engine.stop_tuning(job.id)
             if self._outcome is not None and not self._outcome.done():
                 self._outcome.cancel()
@@ -174,7 +204,7 @@ class TuningRunner:
                 if self.store.is_open:
                     await self.open()
                     if not has_models:
-                        await self._load_models()
+                        await self._models.load_all(self.jobs)
                         has_models = True
                     while (job := self._next()) is not None:
                         await self._run(job)
@@ -191,28 +221,6 @@ class TuningRunner:
             if job.value["status"] in ("validating_files", "queued", "running")
         ]
         return min(waiting, key=lambda job: self._turns[job.tenant], default=None)
-
-    async def _load_models(self) -> None:
-        """Load what jobs have made, after a start of the server."""
-        for job in self.jobs:
-            name = job.model
-            if job.value["status"] == "succeeded" and name and name not in self._engine.adapters:
-                try:
-                    await self._load(job, name)
-                except _FailedError as error:
-                    logger.error("job %s: its model is not served: %s", job.id, error)
-
-    async def _load(self, job: Job, name: str) -> None:
-        folder = str(job.adapter.absolute())
-        while True:
-            try:
-                await self._engine.load_adapter(name, folder)
-                return
-            except ConfigError as error:
-                why = str(error).removeprefix(f"{folder}: ")  # owners must not learn the path
-                raise _FailedError("adapter_refused", why) from None
-            except EngineDeadError:
-                await asyncio.sleep(_ENGINE_SECONDS)
 
     async def _run(self, job: Job) -> None:
         self._running = job
@@ -237,10 +245,12 @@ class TuningRunner:
         if job.has_ended:
             return
         job.value["error"] = {"code": error.code, "message": str(error), "param": error.param}
-        with contextlib.suppress(OSError):
-            self.jobs.enter(job, "failed")
-            self.jobs.note(job, str(error), "error")
-            self.jobs.drop_work(job)
+        try:
+            self.jobs.enter(job, "failed", at_any_rate=True)
+        except OSError as why:  # the next process tries it again
+            logger.error("job %s cannot be written: %s", job.id, why)
+        self.jobs.note(job, str(error), "error")
+        self._drop_work(job)
 
     async def _run_to_end(self, job: Job) -> None:
         if not self._is_known(job.tenant):
@@ -276,7 +286,10 @@ class TuningRunner:
         try:
             if path is None:
                 raise FileNotFoundError
-            examples = await self.store.work(self._read, path)
+            stop = self._stop_reading = threading.Event()
+            examples = await self.store.work(self._read, path, stop.is_set)
+        except StoppedError:
+            return
         except FileNotFoundError:
             raise _FailedError(
                 "file_not_found", "The training file has been deleted or has expired",
@@ -296,8 +309,11 @@ class TuningRunner:
                 "hyperparameters",
             )
         await self.store.work(write_examples, job.folder, examples)
+        if job.has_ended:
+            self._drop_work(job)
+            return
+        self._charge_within(job, job.folder)
         if job.value["status"] != "validating_files":
-            self.jobs.drop_ended_work(job.id)
             return
         job.record.num_targets = sum(len(example.targets) for example in examples)
         self.jobs.enter(job, "queued")
@@ -311,28 +327,35 @@ class TuningRunner:
         """Serve the trained model under its name."""
         value = job.value
         name = f"ft:{value['model']}:{value['user_provided_suffix'] or ''}:{job.id[-8:]}"
-        self._own(job, name)  # before it is loaded: no other key may use it
+        self._charge_within(job, job.adapter)  # what stays of the job
+        self._models.own(name, job.tenant)
+        refusal: Exception | None = None
         try:
-            await self._load(job, name)
-        except _FailedError:
-            self._disown(job, name)
-            raise
-        if value["status"] != "running":  # it was cancelled or paused meanwhile
-            await self._engine.unload_adapter(name)
-            self._disown(job, name)
+            await self._models.load(job, name)
+            if value["status"] == "running":  # not cancelled or paused meanwhile
+                self.jobs.enter(job, "succeeded", model=name)
+        except ConfigError as error:
+            refusal = _FailedError("adapter_refused", str(error))
+        except OSError as error:
+            refusal = error
+        if job.model is None:
+            await self._models.withdraw(name)
+            self._charge(job, job.folder)
+            if refusal is not None:
+                raise refusal
             return
-        value["fine_tuned_model"] = name
-        self.jobs.enter(job, "succeeded")
         self.jobs.note(job, f"New fine-tuned model created: {name}")
         self.jobs.note(job, "The job has successfully completed")
-        self.jobs.drop_work(job)
+        self._drop_work(job)
         logger.info("job %s: %s is served", job.id, name)
 
     # -- messages of the engine ---------------------------------------------------------------
 
     def _take(self, progress: TuningProgress) -> None:
         if progress.state == "stopped":
-            self.jobs.drop_ended_work(progress.job_id)
+            for ended in self.jobs:  # the engine may have written after the job's end
+                if ended.id == progress.job_id and ended.has_ended:
+                    self._drop_work(ended)
         job, outcome = self._running, self._outcome
         if job is None or job.id != progress.job_id or outcome is None or outcome.done():
             return
@@ -340,7 +363,7 @@ class TuningRunner:
             case "running":
                 try:
                     (self._began if progress.loss is None else self._stepped)(job, progress)
-                except OSError as error:  # the caller reads the engine's messages, and goes on
+                except (OSError, _FailedError) as error:
                     self._engine.stop_tuning(job.id)
                     outcome.set_exception(error)
             case "succeeded":
@@ -372,6 +395,6 @@ class TuningRunner:
                 "train_mean_token_accuracy": progress.accuracy or 0.0,
             },
         )
-        if not self._is_known(job.tenant) and self._outcome is not None:
-            self._engine.stop_tuning(job.id)
-            self._outcome.set_exception(_FailedError("key_revoked", _REVOKED))
+        if not self._is_known(job.tenant):
+            raise _FailedError("key_revoked", _REVOKED)
+        self._charge_within(job, job.folder)
