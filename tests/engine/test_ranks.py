@@ -221,8 +221,13 @@ def test_a_rank_that_ends_fails_the_step(make_llm) -> None:
             "rank 1: no memory",
             marks=pytest.mark.nightly,
         ),
+        (
+            "from chunkllama.engine.rank_group import RankGroup\n"
+            "    RankGroup.join = lambda *_: os._exit(4)",
+            r"rank 1 ended while starting \(exit code 4\)",
+        ),
     ],
-    ids=["ends", "refuses"],
+    ids=["ends", "refuses", "ends before it joins"],
 )
 def test_a_rank_that_cannot_start_is_one_line(
     make_llm, tmp_path, monkeypatch, statement, message
