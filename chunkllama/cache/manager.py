@@ -87,7 +87,7 @@ class CacheManager:
         assert self.tier is not None
         key = encode_tokens(tokens)
         wait = self.tier.promote(match, self.root, key, limit, namespace, limits)
-        if wait is not None and wait.reads_match:
+        if wait is not None and wait.promotion is not None:
             for node in reversed(match.nodes):  # they should be there when it has been read
                 if node.is_evictable:
                     self.tree.touch(node)

@@ -170,7 +170,7 @@ class Tier:
         namespace: str,
         limits: ReadLimits,
     ) -> Wait | None:
-        """Begin to read what continues a match, unless that is not worth it.
+        """Begin to read what continues a match, unless that is not worth it or does not fit.
 
         Args:
             root: of the pool's tree.
@@ -184,24 +184,24 @@ class Tier:
         if not chain:
             return None
         if (reading := chain[0].promotion) is not None:
-            return Wait(reading, True)
-        needed = limits.needed_chunks + sum(each.num_needed for each in self.promotions)
-        if needed > limits.available_chunks or len(self.promotions) >= limits.most_promotions:
-            return Wait(self.promotions[0], False) if self.promotions else None
+            return Wait(reading)
         end = next((i for i, entry in enumerate(chain) if entry.promotion is not None), len(chain))
         chain = chain[:end]
         saved = (len(match.nodes) + len(chain)) * self._size - match.num_tokens
-        if saved < max(limits.least_tokens, 1):
+        if saved < max(limits.least_tokens, 1) or limits.needed_chunks > limits.available_chunks:
             return None
         if not self.price.is_lower(len(chain), limits.compute_seconds(saved)):
             return None
+        needed = limits.needed_chunks + sum(each.num_needed for each in self.promotions)
+        if needed > limits.available_chunks or len(self.promotions) >= limits.most_promotions:
+            return Wait(None) if self.promotions else None
         above = match.nodes[-1] if match.nodes else root
         promotion = Promotion(chain, above, limits.needed_chunks)
         for entry in chain:
             entry.promotion = promotion
         self.promotions.append(promotion)
         self._store.read(promotion)
-        return Wait(promotion, True)
+        return Wait(promotion)
 
     def end(self, promotion: Promotion) -> None:
         """Add no more chunks of a promotion."""

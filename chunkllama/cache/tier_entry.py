@@ -90,11 +90,10 @@ class Promotion:
 
 
 class Wait(NamedTuple):
-    """What a sequence waits for: ``reads_match``: a read of what continues its match, or else one
-    that has to end before that begins."""
+    """What a sequence waits for: a read of what continues its match; None: the reads of others have
+    to end before that begins."""
 
-    promotion: Promotion
-    reads_match: bool
+    promotion: Promotion | None
 
 
 class ReadLimits(NamedTuple):

@@ -29,7 +29,7 @@ class ChunkIO:
 
     Attributes:
         chunk_bytes: bytes of a chunk's canonical K/V.
-        stored_bytes: bytes of a chunk as it lies in the pool.
+        stored_bytes: bytes of a chunk as it lies in the pool, or in those of all ranks.
         max_path_chunks: as given.
     """
 
@@ -45,11 +45,13 @@ class ChunkIO:
         self._pool = runner.step_model
         kv = runner.kv
         self._dtype = kv.stored_dtype
-        num_kv_heads = kv.num_kv_heads * self._pool.num_ranks
+        num_ranks = self._pool.num_ranks
+        num_kv_heads = kv.num_kv_heads * num_ranks
         values = 2 * len(kv.layers) * num_kv_heads * kv.chunk_size * kv.row_elements
         self.chunk_bytes = values * self._dtype.itemsize
-        self.stored_bytes = sum(layer[0].nbytes for layer in kv.layers)
-        self._stored_shape = (len(kv.layers), *kv.layers[0].shape[1:])
+        self.stored_bytes = num_ranks * sum(layer[0].nbytes for layer in kv.layers)
+        piece = (len(kv.layers), *kv.layers[0].shape[1:])
+        self._stored_shape = piece if num_ranks == 1 else (num_ranks, *piece)
 
     def identify(self) -> ModelIdentity:
         """Identify the model; the first call reads its weights. Any thread may call it.

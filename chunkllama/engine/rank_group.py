@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, InvalidStateError
 from datetime import timedelta
 from typing import Any, Final
 
@@ -28,21 +30,39 @@ class RankGroup:
         self._rank, self._size, self._device = rank, size, device
         self._group: Any = None
 
-    def join(self, store: int) -> None:
+    def join(self, store: int, joined: Future[None]) -> None:
         """Wait for the other ranks.
 
         Args:
-            store: a memory file that all ranks have inherited, in which they find each other.
+            store: a memory file that all ranks have inherited, in which they find each other; it
+                stays open where this fails, since a thread may read it until the timeout.
+            joined: gets the result. An exception that another thread sets ends the wait, which the
+                libraries cannot do before the timeout.
+
+        Raises:
+            Exception: that of ``joined``; RuntimeError: the ranks cannot connect.
         """
-        rendezvous = _c10d.FileStore(f"/proc/self/fd/{store}", self._size)
         with _loopback():
-            self._group = self._connect(rendezvous)
-            self.all_reduce(torch.zeros(1, device=self._device))  # NCCL connects here
+            threading.Thread(target=self._join, args=(store, joined), daemon=True).start()
+            joined.result()
+
+    def _join(self, store: int, joined: Future[None]) -> None:
+        with contextlib.suppress(InvalidStateError):  # a rank has ended
+            try:
+                rendezvous = _c10d.FileStore(f"/proc/self/fd/{store}", self._size)
+                rendezvous.set_timeout(_TIMEOUT)
+                self._group = self._connect(rendezvous)
+                self.all_reduce(torch.zeros(1, device=self._device))  # NCCL connects here
+            except Exception as error:
+                joined.set_exception(error)
+            else:
+                joined.set_result(None)
 
     def _connect(self, rendezvous: Any) -> Any:
         if self._device.type == "cpu":
             return _c10d.ProcessGroupGloo(rendezvous, self._rank, self._size, _TIMEOUT)
         options = _c10d.ProcessGroupNCCL.Options()
+        options._timeout = _TIMEOUT
         return _c10d.ProcessGroupNCCL(rendezvous, self._rank, self._size, options)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from concurrent.futures import Future
 from typing import NoReturn
 
 import msgspec
@@ -63,7 +64,7 @@ def _run() -> int:
         sock.send(encode(RankFailed(str(error))))
         return 2
     sock.send(encode(RankLoaded()))
-    group.join(store)
+    group.join(store, Future())
     freeze_heap()
     _serve(sock, model)
     model.close()

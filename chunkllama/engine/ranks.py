@@ -11,6 +11,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
 from typing import Final
 
 import msgspec
@@ -159,14 +160,18 @@ class Ranks:
             payload = sock.receive()
             if payload is None:
                 code = self._children[rank - 1].wait()
-                raise ConfigError(f"rank {rank} ended while starting (exit code {code})")
+                raise ConfigError(_ended_early(rank, code))
             reply = _decode_start(payload)
             if isinstance(reply, RankFailed):
                 raise ConfigError(f"rank {rank}: {reply.message}")
-        group.join(self._store)
+        joined: Future[None] = Future()
         for rank, child in enumerate(self._children, start=1):
-            arguments = (rank, child, self._closing, self._on_lost)
+            arguments = (rank, child, self._closing, joined, self._on_lost)
             threading.Thread(target=_watch, args=arguments, daemon=True).start()
+        try:
+            group.join(self._store, joined)
+        except RuntimeError as error:
+            raise ConfigError(f"the ranks cannot connect: {error}") from error
 
     def tell(self, message: ToRank) -> None:
         """Send every rank the same message.
@@ -207,6 +212,12 @@ class Ranks:
 
     def close(self) -> None:
         """Let the ranks end, which they do when their sockets are closed."""
+        self._end()
+        if self._store >= 0:
+            os.close(self._store)
+            self._store = -1
+
+    def _end(self) -> None:
         self._closing.set()
         for sock in self._sockets:
             sock.close()
@@ -216,28 +227,34 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-        if self._store >= 0:
-            os.close(self._store)
-            self._store = -1
 
     def kill(self) -> None:
         """End the ranks at once: they may wait for each other."""
         self._closing.set()
         for child in self._children:
             child.kill()
-        self.close()
+        self._end()
 
 
 def _watch(
     rank: int,
     child: subprocess.Popen[bytes],
     closing: threading.Event,
+    joined: Future[None],
     on_lost: Callable[[str], None],
 ) -> None:
     """Wait for a rank's end; keeps nothing else of ``Ranks``, whose sockets close with it."""
     code = child.wait()
-    if not closing.is_set():
+    if closing.is_set():
+        return
+    try:
+        joined.set_exception(ConfigError(_ended_early(rank, code)))
+    except InvalidStateError:  # they have joined
         on_lost(f"rank {rank} has ended (exit code {code})")
+
+
+def _ended_early(rank: int, code: int) -> str:
+    return f"rank {rank} ended while starting (exit code {code})"
 
 
 class RankedModel(StepModel):

@@ -3,7 +3,8 @@
 One that may not start yet, since its adapter is not in memory, is held until it is released.
 A follower of a running leader is parked while waiting saves it enough, and a sequence that another
 tier of the cache has chunks for while they are read; they hold nothing meanwhile.
-One that does not fit stops the queue, which prevents starvation.
+One that does not fit, also beside those that chunks are read for, stops the queue, which prevents
+starvation.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from chunkllama.cache.manager import CacheManager, Match
-from chunkllama.cache.tier_entry import Promotion, ReadLimits
+from chunkllama.cache.tier_entry import Promotion, ReadLimits, Wait
 from chunkllama.scheduler.cache_lookup import match_limit, record_prompt
 from chunkllama.scheduler.first_tokens import Arrivals
 from chunkllama.scheduler.headroom import Headroom
@@ -97,7 +98,11 @@ class Starts:
                 waiting.block(sequence)
                 continue
             match = self._match(sequence)
-            if self._waits_for_leader(sequence, match) or self._waits_for_tier(sequence, match):
+            if self._waits_for_leader(sequence, match):
+                continue
+            wait = self._wait_for_tier(sequence, match)
+            if wait is not None and wait.promotion is not None:
+                lifecycle.waiting.park(sequence, wait.promotion)
                 continue
             if only_short and not self._may_start_early(sequence, match, budget):
                 long_looked_at += 1
@@ -108,7 +113,7 @@ class Starts:
             if not headroom.remains(sequence, match):
                 waiting.block(sequence)
                 continue
-            left = self._start(sequence, match, headroom, budget)
+            left = self._start(sequence, match, headroom, budget) if wait is None else None
             if left is None:
                 break
             budget = left
@@ -140,13 +145,13 @@ class Starts:
             self._lifecycle.waiting.park(sequence, match.pending)
         return True
 
-    def _waits_for_tier(self, sequence: Sequence, match: Match) -> bool:
-        """Whether chunks are read for the sequence, or soon will be; parks it until then."""
+    def _wait_for_tier(self, sequence: Sequence, match: Match) -> Wait | None:
+        """What the sequence waits for: chunks are read for it, or will be after those of others."""
         if not self._cache.has_files or sequence.joins_others or sequence.num_reads == MAX_READS:
-            return False
+            return None
         headroom = self._room()
         if not headroom.remains(sequence, match):
-            return False
+            return None
         own_path = sum(node.is_evictable for node in match.nodes)
         limits = ReadLimits(
             least_tokens=self._limits.min_wait_tokens,
@@ -162,13 +167,10 @@ class Starts:
             sequence.group.request.namespace,
             limits,
         )
-        if wait is None:
-            return False
-        if wait.reads_match:
+        if wait is not None and wait.promotion is not None:
             sequence.num_reads += 1
             sequence.read = wait.promotion
-        self._lifecycle.waiting.park(sequence, wait.promotion)
-        return True
+        return wait
 
     def _start(
         self, sequence: Sequence, match: Match, headroom: Headroom, budget: int

@@ -7,6 +7,7 @@ from chunkllama.cache.tier_entry import Promotion
 from chunkllama.scheduler.queue import queue_key
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.scheduler import Scheduler
+from chunkllama.scheduler.starts import MAX_READS
 
 
 class FairnessMonitor:
@@ -23,6 +24,7 @@ class FairnessMonitor:
         self._quantum = scheduler._limits.fair_quantum
         self._overtaken: dict[Sequence, int] = {}
         self._older_starts: dict[Sequence, int] = {}
+        self._reads: dict[Sequence, set[Promotion]] = {}  # for which a sequence was overtaken
         self._longest = 1
         self._start = scheduler._lifecycle.start
         if self._policy != "fcfs":
@@ -38,6 +40,7 @@ class FairnessMonitor:
                 self._check_order(waiting, sequence, cost)
         self._overtaken.pop(sequence, None)
         self._older_starts.pop(sequence, None)
+        self._reads.pop(sequence, None)
         self._start(sequence, chunks, match)
 
     def _check_tenants(self, sequence: Sequence) -> None:
@@ -76,11 +79,14 @@ class FairnessMonitor:
         return same or self._policy == "prefix"
 
     def _is_blocked(self, waiting: Sequence) -> bool:
-        """It waits for a leader or a read, is held, or its tenant has running what it may: others
-        may start before it without limit."""
+        """It waits for a leader or one of its first ``MAX_READS`` reads, is held, or its tenant has
+        running what it may: others may start before it without limit."""
         reason = self._scheduler._waiting._parked.get(waiting)
         if isinstance(reason, Promotion) and not reason.is_done:
-            return True
+            reads = self._reads.setdefault(waiting, set())
+            if reason in reads or len(reads) < MAX_READS:
+                reads.add(reason)
+                return True
         if isinstance(reason, tuple) and self._scheduler._cache.is_pending_node(*reason):
             return True
         tenant = waiting.group.request.tenant

@@ -68,11 +68,18 @@ def evict(driver: CacheDriver, store: Store, count: int) -> None:
     driver.check()
 
 
-def promote(driver: CacheDriver, text: str, namespace: str = "", **limits: int) -> Wait | None:
+def promote(
+    driver: CacheDriver,
+    text: str,
+    namespace: str = "",
+    seconds: float | None = None,
+    **limits: int,
+) -> Wait | None:
+    """Ask for what continues the text; computing it takes ``seconds``."""
     match = driver.match(text, namespace)
     defaults = {"least_tokens": 1, "needed_chunks": 4, "available_chunks": 100}
     given = {**defaults, "most_promotions": 100, **limits}
-    read_limits = ReadLimits(compute_seconds=lambda tokens: None, **given)
+    read_limits = ReadLimits(compute_seconds=lambda tokens: seconds, **given)
     return driver.cache.promote(match, ids(text), len(text) - 1, namespace, read_limits)
 
 
@@ -88,7 +95,7 @@ def test_an_evicted_chunk_is_read_again_and_keeps_its_file() -> None:
     driver.store("abcdefghij")
     evict(driver, store, 3)  # the last one is not whole
     assert store.num_written == 2 and driver.match("abcdefghij.").num_tokens == 0
-    assert promote(driver, "abcdefghij.") == Wait(store.reading[0], True)
+    assert promote(driver, "abcdefghij.") == Wait(store.reading[0])
     assert store.end_reads() == [0, 1]
     assert driver.match("abcdefghij.").num_tokens == 8
     driver.check()
@@ -148,10 +155,14 @@ def test_reads_are_for_sequences_that_fit() -> None:
     assert promote(driver, "aaaabbbbcccc.", available_chunks=3) is None
     assert promote(driver, "aaaabbbbcccc.", available_chunks=4) is not None
     assert [len(each.entries) for each in store.reading] == [3]
-    assert promote(driver, "xxxxyyyyzzzz.", available_chunks=7) == Wait(store.reading[0], False)
-    assert promote(driver, "xxxxyyyyzzzz.", most_promotions=1) == Wait(store.reading[0], False)
+    assert promote(driver, "xxxxyyyyzzzz.", available_chunks=7) == Wait(None)
+    assert promote(driver, "xxxxyyyyzzzz.", most_promotions=1) == Wait(None)
+    assert promote(driver, "xxxxyyyyzzzz.", available_chunks=3) is None
+    assert promote(driver, "xxxxyyyyzzzz.", most_promotions=1, least_tokens=13) is None
+    store.tier.price.add(1.0)
+    assert promote(driver, "xxxxyyyyzzzz.", most_promotions=1, seconds=0.0) is None
     wait = promote(driver, "xxxxyyyyzzzz.", available_chunks=8)
-    assert wait is not None and wait.reads_match
+    assert wait is not None and wait.promotion is store.reading[1]
 
 
 def test_a_read_saves_as_many_tokens_as_it_has_to() -> None:

@@ -18,6 +18,7 @@ from model_families import SMALL, random_model
 from tiny_model import write_tokenizer
 
 from chunkllama import LLM, SamplingParams
+from chunkllama.cache.tier_entry import ReadPrice
 from chunkllama.config import EngineConfig
 from chunkllama.engine.core import EngineCore
 from chunkllama.engine.rank_checks import check_ranks, rank_device
@@ -153,6 +154,28 @@ def test_chunks_are_read_and_written_whole(split, make_llm) -> None:
     assert bytes(chunk_io.read(chunk_id)) == data
 
 
+def test_evicted_chunks_of_all_ranks_are_read_from_the_tier(
+    make_llm, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(ReadPrice, "is_lower", lambda self, num_chunks, seconds: True)
+    llm = make_llm(cache_tier_dir=tmp_path, num_chunks=6)
+    prompts = [[*TEXT[start : start + 3 * CHUNK], 5] for start in (0, CHUNK // 2, CHUNK - 1)]
+    answers = []
+    for prompt in prompts * 2:
+        answers += ask(llm, [prompt], max_tokens=4)
+        while llm._core.is_moving_chunks():  # what was evicted is written
+            llm._core.move_chunks()
+    first, again = answers[:3], answers[3:]
+    assert [x.outputs[0].token_ids for x in first] == [x.outputs[0].token_ids for x in again]
+    for ours, theirs in zip(again, first, strict=True):
+        logprobs = [[e.logprob for e in x.outputs[0].logprobs] for x in (ours, theirs)]
+        assert np.abs(np.subtract(*logprobs)).max() < NEAR
+    stats = llm._core.stats()
+    assert stats.tier_chunks_promoted_total >= 3 and stats.tier_chunks_damaged_total == 0
+    sizes = {path.stat().st_size for path in tmp_path.glob("*/*.chunk")}
+    assert sizes == {llm._core.packs.io.stored_bytes}
+
+
 def test_ranks_are_reached_from_this_machine_only(split) -> None:
     """And torch's own group and environment are left to the importing program."""
     assert split._core._executor.step_model.num_ranks == 2
@@ -198,8 +221,13 @@ def test_a_rank_that_ends_fails_the_step(make_llm) -> None:
             "rank 1: no memory",
             marks=pytest.mark.nightly,
         ),
+        (
+            "from chunkllama.engine.rank_group import RankGroup\n"
+            "    RankGroup.join = lambda *_: os._exit(4)",
+            r"rank 1 ended while starting \(exit code 4\)",
+        ),
     ],
-    ids=["ends", "refuses"],
+    ids=["ends", "refuses", "ends before it joins"],
 )
 def test_a_rank_that_cannot_start_is_one_line(
     make_llm, tmp_path, monkeypatch, statement, message

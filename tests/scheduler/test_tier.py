@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
+from chunkllama.cache.manager import Match
+from chunkllama.cache.node import Node
+from chunkllama.cache.tier import Tier
+from chunkllama.cache.tier_entry import Wait
+from chunkllama.scheduler import starts
 from chunkllama.simulation.cost_model import StepCost
 from chunkllama.simulation.engine import SimulatedEngine
 
@@ -118,6 +127,65 @@ def test_prompts_that_evict_one_another_all_end() -> None:
     stats = run.scheduler.stats()
     assert stats.tier_chunks_promoted_total > 0
     assert stats.prefix_tokens_hit_tier_total > 16 * 8
+
+
+def large_among_small(num_steps: int) -> tuple[SimulatedEngine, str, int]:
+    """Send a prompt of 19 of 24 chunks into a steady load of small ones; all are in the tier.
+
+    Returns:
+        The engine, the large request, and how many later ones have ended when it has, or after
+        ``num_steps``.
+    """
+    run = engine(24, 0.01, max_num_seqs=8, fair_quantum=16)
+    small = [[i, *range(10)] for i in range(30)]
+    large = [45, *range(40), *range(35)]
+    for prompt in [*small, large]:
+        run.add(prompt, 1)
+        run.run()
+    run.cache.tree.evict(run.cache.num_chunks)
+    assert run.tier is not None
+    num_small, late = 0, ""
+    for step in range(num_steps):
+        while len(run.scheduler._waiting) < 4:
+            run.add(small[num_small % len(small)], 2)
+            num_small += 1
+        if step == 20:
+            late = run.add(large, 1)
+        if run.schedule() is not None:
+            run.commit()
+        elif run.tier.next_at is not None:
+            run.now = max(run.now, run.tier.next_at)
+        if (late, 0) in run.finished:
+            break
+    names = list(run.requests)
+    return run, late, sum((name, 0) in run.finished for name in names[names.index(late) + 1 :])
+
+
+def test_a_large_prompt_does_not_starve_while_small_ones_are_read() -> None:
+    run, late, num_overtaking = large_among_small(200)
+    assert (late, 0) in run.finished and num_overtaking <= 8
+    run.run()
+    run.check_outputs()
+    assert run.cached[late] == 72
+
+
+def test_the_simulation_sees_a_prompt_that_waits_for_the_reads_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    promote = Tier.promote
+
+    def park(self: Tier, match: Match, root: Node, *args: Any) -> Wait | None:
+        *where, limits = args
+        chain, reads = self.chain(match.nodes, *where), self.promotions
+        needed = limits.needed_chunks + sum(each.num_needed for each in reads)
+        if chain and not chain[0].promotion and reads and needed > limits.available_chunks:
+            return Wait(reads[0])
+        return promote(self, match, root, *args)
+
+    monkeypatch.setattr(Tier, "promote", park)
+    monkeypatch.setattr(starts, "MAX_READS", -1)  # any number
+    with pytest.raises(AssertionError, match="a request starves"):
+        large_among_small(600)
 
 
 def test_a_scored_prompt_is_computed_whole() -> None:
