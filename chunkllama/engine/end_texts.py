@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
 from re import _parser  # type: ignore[attr-defined]  # of regular expressions, of the library's own
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
+from chunkllama.logger import init_logger
 from chunkllama.sampling_params import GrammarSpec
+
+logger = init_logger(__name__)
 
 # A longer text of a pattern is not made, nor more of them.
 _MAX_CHARS, _MAX_TEXTS = 64, 64
+# Keywords that contain schemas.
+_MEMBERS = frozenset(
+    (
+        *("additionalProperties", "items", "additionalItems", "prefixItems"),
+        *("anyOf", "oneOf", "allOf"),
+    )
+)
+_MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+_JSON = re.compile(r"%json\s*")
 # A short text of each format whose texts may go on without end.
 _OF_FORMATS = {
     "date-time": ("2000-01-01T00:00:00Z",),
@@ -45,9 +59,15 @@ class EndTexts(NamedTuple):
 
 
 def end_texts(spec: GrammarSpec) -> EndTexts:
-    """Return the texts that may end a part of an answer with a grammar."""
-    texts = dict.fromkeys(text for schema in _schemas(spec) for text in _texts(schema))
-    listed = [json.dumps(text, ensure_ascii=False)[1:-1].encode() for text in texts]
+    """Return the texts that may end a part of an answer with a grammar; no strings where they
+    cannot be found, as an answer can do without them.
+    """
+    listed: list[bytes] = []
+    try:
+        texts = dict.fromkeys(text for schema in _schemas(spec) for text in _texts(schema))
+        listed = [json.dumps(text, ensure_ascii=False)[1:-1].encode() for text in texts]
+    except Exception as error:
+        logger.error("no texts that end strings of a grammar", exc_info=error)
     return EndTexts(tuple(text.encode() for text in spec.ends), tuple(listed[:_MAX_TEXTS]))
 
 
@@ -55,27 +75,52 @@ def _schemas(spec: GrammarSpec) -> Iterator[Any]:
     if spec.kind == "json_schema":
         yield json.loads(spec.text)
     elif spec.kind == "lark":
-        decoder = json.JSONDecoder()
-        for found in re.finditer(r"%json\s*", spec.text):
-            yield decoder.raw_decode(spec.text, found.end())[0]
+        decoder, at = json.JSONDecoder(), 0
+        while found := _JSON.search(spec.text, at):
+            at = found.end()
+            # Without JSON behind it, it stands in a text.
+            with contextlib.suppress(ValueError):
+                schema, at = decoder.raw_decode(spec.text, at)
+                yield schema
 
 
-def _texts(schema: Any) -> Iterator[str]:
-    """Yield a short text of each pattern and format in a schema."""
-    if isinstance(schema, list):
-        for item in schema:
-            yield from _texts(item)
-    if not isinstance(schema, dict):
-        return
-    names = schema.get("patternProperties")
-    for pattern in (schema.get("pattern"), *(names if isinstance(names, dict) else ())):
-        text = text_of_pattern(pattern) if isinstance(pattern, str) else None
-        if text:
-            yield text
-    form = schema.get("format")
-    yield from _OF_FORMATS.get(form, ()) if isinstance(form, str) else ()
-    for value in schema.values():
-        yield from _texts(value)
+def _texts(root: Any) -> Iterator[str]:
+    """Yield a short text of each pattern and format in a schema and the schemas in it."""
+    nodes, seen = [root], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if not isinstance(node, dict) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        names = node.get("patternProperties")
+        for pattern in (node.get("pattern"), *(names if isinstance(names, dict) else ())):
+            text = text_of_pattern(pattern) if isinstance(pattern, str) else None
+            if text:
+                yield text
+        form = node.get("format")
+        yield from _OF_FORMATS.get(form, ()) if isinstance(form, str) else ()
+        nodes += _parts(node)
+        reference = node.get("$ref")
+        if isinstance(reference, str):
+            nodes.append(_at(root, reference))
+
+
+def _parts(node: dict[str, Any]) -> Iterator[Any]:
+    """Yield the schemas directly in a schema; its values and unknown members hold none."""
+    for key, value in node.items():
+        if key in _MEMBERS:
+            yield from value if isinstance(value, list) else [value]
+        elif key in _MAPS and isinstance(value, dict):
+            yield from value.values()
+
+
+def _at(root: Any, reference: str) -> Any:
+    """Return what a reference into a schema names; None where it names nothing."""
+    node = root
+    for part in reference.split("/")[1:] if reference.startswith("#/") else ():
+        name = unquote(part).replace("~1", "/").replace("~0", "~")
+        node = node.get(name) if isinstance(node, dict) else None
+    return node
 
 
 def text_of_pattern(pattern: str) -> str | None:
@@ -94,8 +139,16 @@ class _UnreadError(Exception):
 
 
 def _text_of(parts: Any) -> str:
-    """Return a text of a parsed expression: pairs of a name and what it holds."""
-    return "".join(_text_of_part(str(name), value) for name, value in parts)
+    """Return a text of a parsed expression: pairs of a name and what it holds.
+
+    A text of more than _MAX_CHARS is cut behind one more: repeats of repeats multiply it.
+    """
+    text = ""
+    for name, value in parts:
+        text += _text_of_part(str(name), value)
+        if len(text) > _MAX_CHARS:
+            break
+    return text[: _MAX_CHARS + 1]
 
 
 def _text_of_part(name: str, value: Any) -> str:

@@ -180,7 +180,7 @@ class ModelRunner:
         if tokens or self._grammars is None or not self._grammars.has(grammar):
             state.pending_matcher = self._compile_thread.submit(make)
         else:
-            state.matcher = make()
+            state.pending_matcher = _run(make)
 
     def _grammar_compiler(self) -> GrammarCompiler:
         """Built with the first grammar: it takes a second that most servers never need."""
@@ -227,3 +227,15 @@ class ModelRunner:
                 sampled.embeddings[piece.slot] = embedding.tolist()
             else:
                 sampled.failed[piece.slot] = "model_nan"
+
+
+def _run(make: Callable[[], Matcher]) -> Future[Matcher]:
+    """Return a future of what is made here: an error fails its request, as one of a thread does."""
+    future: Future[Matcher] = Future()
+    try:
+        future.set_result(make())
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the grammar library's panics are no Exceptions
+        future.set_exception(error)
+    return future

@@ -234,13 +234,21 @@ def _rows(state: SequenceState, hidden: torch.Tensor, row: int | None) -> torch.
 
 
 def _settle_matcher(state: SequenceState) -> None:
-    """Use the matcher that a thread has made."""
-    if state.pending_matcher is None or not state.pending_matcher.done():
+    """Use the matcher that has been made; an error fails its request alone.
+
+    The grammar library reports a failed assertion as an exception that is no Exception.
+    """
+    future = state.pending_matcher
+    if future is None or not future.done():
         return
-    try:
-        state.matcher = state.pending_matcher.result()
-    except (InvalidRequestError, ConfigError) as error:
+    error = future.exception()
+    if error is None:
+        state.matcher = future.result()
+    elif isinstance(error, (InvalidRequestError, ConfigError)):
         logger.warning("request %s: %s", state.request_id, error)
+    else:
+        logger.error("request %s: its grammar failed", state.request_id, exc_info=error)
+    if error is not None:
         state.failed = "grammar_error"
     state.pending_matcher = None
 

@@ -12,7 +12,8 @@ import pytest
 from mask_draws import draw, is_allowed
 from numpy.typing import NDArray
 
-from chunkllama.engine.end_texts import text_of_pattern
+from chunkllama.engine import end_texts as module
+from chunkllama.engine.end_texts import end_texts, text_of_pattern
 from chunkllama.engine.grammar import GrammarCompiler, Matcher
 from chunkllama.engine.mask_threads import MaskThreads
 from chunkllama.engine.sequence_state import SequenceState
@@ -219,7 +220,50 @@ def test_where_the_end_is_forbidden_the_grammar_alone_decides(compiler, tokenize
         (r"^a{70}$", None),
         (r"(?=a)b", None),
         ("(", None),
+        (r"b{64}", "b" * 64),
+        (r"(?:b{70}|c)d", "cd"),
     ],
 )
 def test_a_text_of_a_pattern(pattern, found):
     assert text_of_pattern(pattern) == found
+
+
+def test_repeats_of_repeats_are_not_written_out():
+    pattern = "b"
+    for _ in range(12):
+        pattern = f"({pattern}){{64}}"
+    assert text_of_pattern(f"^(|{pattern})$") == ""
+    assert text_of_pattern(pattern) is None
+
+
+def test_texts_are_of_the_schemas_in_a_schema():
+    """Values and unknown members hold no schemas, except what a reference names."""
+    hidden = {"pattern": "^hidden$"}
+    schema = {
+        **dict.fromkeys(("default", "const", "x-unknown"), hidden),
+        "examples": [hidden],
+        "properties": {"default": {"pattern": "^member$"}},
+        "patternProperties": {"^name$": {"items": {"anyOf": [{"pattern": "^inner$"}]}}},
+        "allOf": [{"$ref": "#/components/a~1b"}],
+        "components": {"a/b": {"pattern": "^named$", "items": {"$ref": "#"}}, "c": hidden},
+    }
+    texts = {text.decode() for text in end_texts(schema_spec(schema)).of_strings}
+    assert texts == {"member", "name", "inner", "named"}
+
+
+def test_a_mark_of_json_inside_of_texts():
+    schema = json.dumps({"enum": ["%json x"], "description": "%json", "pattern": "^a$"})
+    text = f'start: ("%json x" | /%json/) %json {schema} %json {{"pattern": "^b$"}}'
+    spec = GrammarSpec(kind="lark", text=text, has_calls=True, ends=("</p>",))
+    assert end_texts(spec) == ((b"</p>",), (b"a", b"b"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, RecursionError])
+def test_without_texts_of_strings_answers_still_end(compiler, monkeypatch, error):
+    def fail(_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(module, "_texts", fail)
+    spec = schema_spec(record(v=text(pattern=f"^{error.__name__}$")))
+    assert end_texts(spec) == ((), ())
+    assert compiler.matcher(spec, [], 64) is not None

@@ -240,6 +240,40 @@ def test_a_grammar_without_a_tokenizer_fails_its_request_only(runner: ModelRunne
     assert result.failed == {0: "grammar_error"}
 
 
+class Panic(BaseException):
+    """As the grammar library reports a failed assertion."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, Panic])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_any_error_of_a_grammar_fails_its_request_only(runner, monkeypatch, error, is_compiled):
+    class Compiler:
+        def has(self, _grammar: GrammarSpec) -> bool:
+            return is_compiled
+
+        def prepare(self, _grammar: GrammarSpec) -> None:
+            raise error
+
+        def matcher(self, *_: Any) -> None:
+            raise error
+
+    monkeypatch.setattr(runner, "_grammars", Compiler())
+    grammar = GrammarSpec(kind="json_object", text="")
+    preparation = runner.prepare(SamplingParams(seed=1, grammar=grammar))
+    assert (preparation is None) == is_compiled
+    assert is_compiled or isinstance(preparation.exception(), error)
+    result = step(
+        runner,
+        [piece(0, 0, CLEAN), piece(1, 0, CLEAN)],
+        new_sequences=[new(0, CLEAN, grammar=grammar), new(1, CLEAN)],
+    )
+    assert 1 in result.token_ids
+    while result.deferred:
+        result = step(runner, [], awaited=[0])
+    assert result.failed == {0: "grammar_error"}
+    runner.close()
+
+
 def test_a_weight_storage_the_backend_lacks_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="quantization: int8"):
         load_step_model(

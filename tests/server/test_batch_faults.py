@@ -320,6 +320,7 @@ def test_a_batch_whose_results_cannot_fit_is_not_begun(start_server, tmp_path) -
     with server.client() as client:
         batch = ended(client, begin(client, lines))
     assert (batch.status, batch.errors.data[0].code) == ("failed", "file_budget")
+    assert batch.error_file_id is None, "there is no room for its entries"
     assert server.engine.requests == []
 
 

@@ -64,11 +64,11 @@ def interrupted_job(start_server, folder: Path, num_lines: int, num_done: int, s
     return batch
 
 
-def check_room(store: FileStore, folder: Path) -> None:
+def check_room(store: FileStore, folder: Path, budget: int = BUDGET) -> None:
     """No results are left, and nothing is charged but files and records."""
     assert not list(folder.rglob("*.results"))
     charged = sum(each.most_bytes for each in [*store.files, *store.batches])
-    assert store.room("") == BUDGET - charged
+    assert store.room("") == budget - charged
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,28 @@ def test_a_job_that_was_over_ends_as_it_would_have(
         batch = ended(client, client.batches.retrieve(batch.id))
         assert len(answers(client, batch.output_file_id)) == num_done
     assert (batch.status, batch.errors) == (expected, None)
+
+
+@pytest.mark.parametrize(
+    ("status", "end", "codes"),
+    [
+        ("cancelling", "cancelled", []),
+        ("finalizing", "expired", []),
+        ("in_progress", "failed", ["file_budget"]),
+    ],
+)
+def test_lines_without_room_are_not_named(start_server, tmp_path, status, end, codes) -> None:
+    """The budget is smaller than before; what is answered is kept."""
+    folder = tmp_path / "files"
+    batch = interrupted_job(start_server, folder, 60, 3, status)
+    second = start_server(files_dir=folder, file_bytes=1)
+    with second.client() as client:
+        batch = ended(client, client.batches.retrieve(batch.id))
+        assert len(answers(client, batch.output_file_id)) == 3
+    assert (batch.status, batch.error_file_id) == (end, None)
+    assert [each.code for each in (batch.errors.data if batch.errors else [])] == codes
+    until(lambda: not runner_of(second)._jobs)
+    check_room(runner_of(second).store, folder, budget=1)
 
 
 @pytest.mark.parametrize(

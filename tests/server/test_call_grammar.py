@@ -22,6 +22,7 @@ from chunkllama_server.api.chat.thinking import with_thoughts
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.tools.call_format import call_format
 from chunkllama_server.api.tools.config import plan_tools
+from chunkllama_server.transport.errors import ApiError
 
 EOS = 257
 NUM_TOKENS = 256
@@ -185,6 +186,16 @@ def test_forced_calls_are_read_as_the_grammar_means_them(families, family, speci
         assert len(calls) <= 16
     single = model.plan(tool_choice="required", parallel_tool_calls=False)
     assert len(check_calls(single, model.walk(single.grammar(), 9))) == 1
+
+
+@pytest.mark.parametrize("family", ONE_OF_EACH)
+def test_arguments_that_nothing_matches_are_refused(families, family):
+    function = {"name": "f", "parameters": {"type": "object", "not": {}}}
+    tools = [{"type": "function", "function": function}]
+    body = ChatCompletionRequest(messages=[USER], tools=tools, tool_choice="required")
+    with pytest.raises(ApiError, match="the function 'f' allows no value") as caught:
+        plan_tools(body, families(family).written).bounded(NUM_TOKENS).grammar()
+    assert caught.value.param == "tools[0].function.parameters"
 
 
 @pytest.mark.parametrize("family", [p for p in ONE_OF_EACH if p.id in ("qwen3_coder", "seed_oss")])

@@ -18,6 +18,7 @@ CALL = '{"name": "get_weather", "arguments": {"city": "Oslo"}}'
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}]
 RESPONSE_TOOLS = [{"type": "function", "name": "get_weather", "parameters": PARAMETERS}]
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 EACH = "{% for m in messages %}"
 TEMPLATES = {
     "tools": None,
@@ -361,6 +362,23 @@ def test_every_response_is_accepted_in_the_next_turn(any_template, text, cut, ch
     ):
         second = any_template.post("/v1/responses", {**body, **more, "max_output_tokens": 16})
         assert second.status_code == 200, second.text
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [("/v1/chat/completions", "messages"), ("/tokenize", "messages"), ("/v1/responses", "input")],
+)
+@pytest.mark.parametrize("odd", [[IMAGE], 5, {"a": 1}], ids=["image", "number", "object"])
+def test_an_answer_that_is_continued_leaves_its_question_to_be_read(server, path, field, odd):
+    """The turn to be answered is that before it; an image there would be dropped silently."""
+    sure = {"role": "assistant", "content": "Sure"}
+    asked = {"role": "user", "content": odd}
+    more = {} if field == "input" else {"continue_final_message": True}
+    refused = server.post(path, {"model": MODEL, field: [asked, sure], **more})
+    assert refused.status_code == 400, refused.text
+    assert refused.json()["error"]["param"].startswith(f"{field}[0].content")
+    past = server.post(path, {"model": MODEL, field: [asked, sure, HELLO, sure], **more})
+    assert past.status_code == 200, past.text
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,12 @@ def test_strings_that_do_not_end_are_read_once() -> None:
     assert lark_size("start: " + '"\\' * 400_000)[0] > 0
 
 
+def test_the_options_of_a_lark_definition_are_read_once() -> None:
+    """They are read from the last to the first, and count as text of the body."""
+    options = '"ab"]' * 40_000
+    assert lark_size(f'start[{options}: "c"')[0] == 160_003
+
+
 class _Loop:
     """An event loop whose time a test sets."""
 

@@ -434,6 +434,21 @@ def test_a_format_that_is_only_shown_is_named(server, tools, choice):
     assert response.headers["x-chunkllama-ignored-fields"] == "tools[0].format"
 
 
+ODD = [[], {}, 5, None, "other", ["grammar"]]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+@pytest.mark.parametrize("member", ["type", "syntax", "definition"])
+def test_a_format_that_no_client_reads_is_not_repeated(server, member, odd):
+    tool = custom("lark", "start: /x/")
+    tool["format"][member] = odd
+    response = server.post(PATH, {"input": "x", "tools": [tool]})
+    assert response.status_code == 200, response.text
+    (echoed,) = response.json()["tools"]
+    is_text = member == "definition" and isinstance(odd, str)
+    assert ("format" in echoed) is is_text
+
+
 def test_a_grammar_of_a_custom_tool_is_checked(server):
     for definition, code in (("start: REFUSE", "invalid_grammar"), ("x" * 70_000, None)):
         body = {"input": "x", "tools": [custom("lark", definition)], "tool_choice": RUN}

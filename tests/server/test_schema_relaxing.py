@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import llguidance
@@ -12,6 +13,7 @@ import pytest
 from chunkllama.engine.grammar import to_llguidance
 from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec
+from chunkllama_server.api.common import schema_relaxing
 from chunkllama_server.api.common.schema_bounds import bounded
 from chunkllama_server.api.common.schema_levels import prepare_schema
 from chunkllama_server.api.common.schema_relaxing import REFUSED, SchemaSource, checked_grammar
@@ -28,6 +30,18 @@ async def check(spec: GrammarSpec, param: str) -> GrammarSpec:
     return spec
 
 
+is_preparing = False
+
+
+async def prepare(make: Callable[[], GrammarSpec]) -> GrammarSpec:
+    global is_preparing
+    is_preparing = True
+    try:
+        return make()
+    finally:
+        is_preparing = False
+
+
 def grammar_of(schema: Any, *, strict: bool = False) -> tuple[Any, list[str]]:
     """The schema that is enforced, and the paths of what is not."""
     prepared = prepare_schema(schema, "s", strict=strict, owner="the function 'f'")
@@ -38,7 +52,7 @@ def grammar_of(schema: Any, *, strict: bool = False) -> tuple[Any, list[str]]:
         whole = whole if strict else bounded(whole, 256, patterns=patterns)
         return GrammarSpec(kind="json_schema", text=json.dumps(whole)), "s"
 
-    grammar, more = asyncio.run(checked_grammar(check, build, [source], 256))
+    grammar, more = asyncio.run(checked_grammar(check, prepare, build, [source], 256))
     assert grammar is not None
     return json.loads(grammar.text), [*prepared.left_out, *more]
 
@@ -187,3 +201,31 @@ def test_classes_of_regexes_in_lark_are_those_of_regexes():
     lark = r'start: /\d+[\w]/ "\d" other // /\d/' "\n" r"other: /[^\W]\/x/"
     text = to_llguidance(GrammarSpec(kind="lark", text=lark))
     assert r"""/[0-9]+[0-9A-Za-z_]/ "\d" other""" in text
+
+
+def test_parts_are_bounded_where_bodies_are_prepared(monkeypatch):
+    """A part may be large, and there may be many: the event loop makes no grammar of one."""
+    made = []
+
+    def bound(*given: Any, **named: Any) -> Any:
+        made.append(is_preparing)
+        return bounded(*given, **named)
+
+    monkeypatch.setattr(schema_relaxing, "bounded", bound)
+    grammar_of(member({"type": "string", "pattern": "("}))
+    assert len(made) > 2 and all(made)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("schema", [{"not": {}}, {"type": "string", "not": True}, False], ids=str)
+def test_a_schema_that_allows_nothing_is_refused(schema, strict):
+    with pytest.raises(ApiError, match="of the function 'f' allows no value") as caught:
+        grammar_of(schema, strict=strict)
+    assert (caught.value.status_code, caught.value.code) == (400, REFUSED)
+    assert caught.value.param == "s"
+
+
+def test_a_schema_that_is_true_allows_all():
+    assert prepare_schema(True, "s", strict=True).schema == {}
+    schema, left_out = grammar_of(True)
+    assert not left_out and allows(schema, {"a": [1]})

@@ -121,6 +121,21 @@ def test_a_tool_schema_that_does_not_compile(server, parameters, param):
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "tool", "completions"])
+def test_a_schema_that_allows_nothing_is_refused(server, endpoint):
+    described = {"type": "json_schema", "json_schema": {"name": "f", "schema": {"not": {}}}}
+    fields, param = {"response_format": described}, "response_format.json_schema.schema"
+    if endpoint == "tool":
+        tool = {"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}
+        fields, param = {"tools": [tool], "tool_choice": "required"}, "tools[0].function.parameters"
+    if endpoint == "completions":
+        response = server.post("/v1/completions", {"model": MODEL, "prompt": "x", **fields})
+    else:
+        response = server.chat(**fields)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, param, "invalid_grammar")
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "tool", "completions"])
 @pytest.mark.parametrize("strict", [True, False])
 def test_what_does_not_compile_is_refused_if_strict_and_else_left_out(server, endpoint, strict):
     """The fake engine's compiler accepts all that does not say REFUSE."""

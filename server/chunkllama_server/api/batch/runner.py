@@ -42,7 +42,8 @@ class Job:
 
     Attributes:
         tally: its results so far.
-        lines: of its input file; those without a result are named in the error file.
+        lines: of its input file, once there is room for all; those without a result are named in
+            the error file.
         is_stopped: no further line is begun.
         running: tasks of its lines, those that wait to be tried again included.
         asking: held while one of its lines waits for a turn.
@@ -272,6 +273,10 @@ class BatchRunner:
             job.stop()
             if not job.tally.done:
                 return
+        if not await self._reserve(job, checked.lines):
+            if not is_over:
+                job.fail("file_budget", "The results would exceed the disk budget of this API key")
+            return
         job.lines = checked.lines
         if job.is_stopped or is_over:
             return
@@ -285,15 +290,19 @@ class BatchRunner:
         job.value["request_counts"] = job.tally.counts
         job.value["usage"] = job.tally.usage
 
+    async def _reserve(self, job: Job, lines: list[Line]) -> bool:
+        """Reserve room for the job's files; False if there is none.
+
+        Each line without a result has at least an entry in the error file; what an answer takes
+        comes later.
+        """
+        todo = _without_result(job, lines)
+        least = await self.store.work(lambda: sum(map(missing_bytes, todo)))
+        return self.store.grow(job.record, least + 2 * FILE_RECORD_BYTES)
+
     async def _run_lines(self, job: Job, reader: LineReader) -> None:
         """Run the lines that have no result, neighbours in the prefix tree after one another."""
-        todo = [line for line in job.lines if line.number not in job.tally.done]
-        # Each line has at least an entry in the error file; what an answer takes comes later.
-        least = await self.store.work(lambda: sum(map(missing_bytes, todo)))
-        if not self.store.grow(job.record, least + 2 * FILE_RECORD_BYTES):
-            message = "The results would exceed the disk budget of this API key"
-            job.fail("file_budget", message)
-            return
+        todo = _without_result(job, job.lines)
         seconds = job.value["expires_at"] - self.store.now()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(seconds, 0)):
@@ -354,3 +363,7 @@ class BatchRunner:
                 record.output_seconds,
             )
             job.value[f"{kind}_file_id"] = f"{stem}-{kind}"  # type: ignore[literal-required]
+
+
+def _without_result(job: Job, lines: list[Line]) -> list[Line]:
+    return [line for line in lines if line.number not in job.tally.done]

@@ -119,7 +119,8 @@ class _Normaliser:
     def __init__(self, messages: list[ChatMessage]) -> None:
         self.history = History()
         self._messages = messages
-        answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        # An answer at the end is to be continued: it answers what stands before it.
+        answers = [i for i, message in enumerate(messages[:-1]) if message.role == "assistant"]
         self._turn_start = answers[-1] + 1 if answers else 0
         self._open_ids: list[str] = []
         self._called: dict[str, str] = {}
@@ -136,7 +137,7 @@ class _Normaliser:
         path = message.origin or f"messages[{index}]"
         role = self._role(index, message, path)
         calls = self._calls(message, path) if role == "assistant" else []
-        is_refused = index >= self._turn_start and role != "tool"
+        is_refused = index >= self._turn_start and role not in ("assistant", "tool")
         content = self._content(message, path, refuse_media=is_refused)
         if content is None and not calls:
             is_missing = "content" not in message.model_fields_set

@@ -257,8 +257,9 @@ class PreparedChat:
             return await self.context.prepare(info, work)
 
         check, num_tokens = self.context.grammars.check, self.num_answer_tokens
+        prepare = partial(self.context.prepare, info)
         limits = self.context.settings
-        grammar, more = await checked_grammar(check, build, sources, num_tokens, limits)
+        grammar, more = await checked_grammar(check, prepare, build, sources, num_tokens, limits)
         info.name_ignored_fields(left_out + more)
         return with_thoughts(
             grammar,

@@ -189,9 +189,9 @@ def _take_head(body: list[_Token]) -> list[_Token]:
         token = body.pop()
         depth += (token.text == "]") - (token.text == "[")
         if token.kind == "name" and depth <= 0 and not (body and body[-1].text == "::"):
-            return [token, *options]
-        options.insert(0, token)
-    return [_Token("name"), *options]
+            return [token, *reversed(options)]
+        options.append(token)
+    return [_Token("name"), *reversed(options)]
 
 
 def _tokens(grammar: str, schema_runs: Callable[[Any], Runs]) -> list[_Token]:

@@ -57,10 +57,11 @@ class PreparedSchema:
     """A schema a grammar can enforce.
 
     Attributes:
+        schema: an object at its root.
         left_out: dotted paths of keywords that are not enforced.
     """
 
-    schema: Any
+    schema: dict[str, Any]
     left_out: list[str] = field(default_factory=list)
 
 
@@ -82,14 +83,20 @@ def prepare_schema(
         owner: names the schema in errors, e.g. the tool it belongs to.
 
     Raises:
-        ApiError: 400 naming the keyword and its place, or when the schema costs too much as it is
-            compiled.
+        ApiError: 400 naming the keyword and its place, when the schema costs too much as it is
+            compiled, or when it allows nothing.
     """
     schema = plain_spelling(schema)
     closes = is_call or not strict
     preparer = _Preparer(schema, param, owner, is_strict=strict, closes=closes)
     prepared = preparer.without_closed(merge_objects(preparer.schema(schema, ()), limits))
     check_schema_cost(prepared, param, limits)
+    if prepared is False:
+        whose = f" of {owner}" if owner else ""
+        message = f"The schema{whose} allows no value; remove its 'not'"
+        raise invalid(message, param, "invalid_grammar")
+    if prepared is True:  # what reads schemas from here on takes objects
+        prepared = {}
     if closes:
         prepared = close_objects(prepared)
     return PreparedSchema(prepared, preparer.left_out)

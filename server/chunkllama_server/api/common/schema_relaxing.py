@@ -21,6 +21,8 @@ from chunkllama_server.transport.errors import ApiError, invalid
 Check = Callable[[GrammarSpec, str], Awaitable[GrammarSpec]]
 # Makes the whole grammar of its schemas; False is without bounds of ours beside patterns.
 Build = Callable[[Sequence[Any], bool], Awaitable[tuple[GrammarSpec | None, str]]]
+# Makes a grammar where it does not hold up other requests.
+Prepare = Callable[[Callable[[], GrammarSpec]], Awaitable[GrammarSpec]]
 Place = tuple[str, ...]
 REFUSED = "invalid_grammar"
 _DEFINITIONS = ("$defs", "definitions")
@@ -46,7 +48,7 @@ class SchemaSource:
         is_call: it is of a function's arguments, which are an object in any case.
     """
 
-    schema: Any
+    schema: dict[str, Any]
     path: str
     owner: str = ""
     is_strict: bool = False
@@ -55,6 +57,7 @@ class SchemaSource:
 
 async def checked_grammar(
     check: Check,
+    prepare: Prepare,
     build: Build,
     sources: Sequence[SchemaSource],
     num_tokens: int,
@@ -64,6 +67,7 @@ async def checked_grammar(
 
     Args:
         check: compiles a grammar.
+        prepare: runs what makes the grammar of a part of a schema.
         sources: the schemas that ``build`` makes the grammar of, in this order.
         num_tokens: output tokens that the answer may take.
 
@@ -88,7 +92,7 @@ async def checked_grammar(
     try:
         async with asyncio.timeout(limits.grammar_wait_seconds):
             for source in sources:
-                schema, paths = await _relaxed(check, source, num_tokens)
+                schema, paths = await _relaxed(check, prepare, source, num_tokens)
                 relaxed.append(schema)
                 left_out += paths
     except TimeoutError:
@@ -99,13 +103,15 @@ async def checked_grammar(
     return None if grammar is None else await check(grammar, param), left_out
 
 
-async def _relaxed(check: Check, source: SchemaSource, num_tokens: int) -> tuple[Any, list[str]]:
+async def _relaxed(
+    check: Check, prepare: Prepare, source: SchemaSource, num_tokens: int
+) -> tuple[Any, list[str]]:
     """A schema that can be read, and the paths of what was left out.
 
     Raises:
         ApiError: 400 naming the first of them where the schema is strict.
     """
-    relaxer = _Relaxer(check, num_tokens, source)
+    relaxer = _Relaxer(check, prepare, num_tokens, source)
     if not await relaxer.error(source.schema):
         return source.schema, []
     try:
@@ -132,15 +138,18 @@ class _Relaxer:
     left_out: place of each part that is left out, and what the library says of it.
     """
 
-    def __init__(self, check: Check, num_tokens: int, source: SchemaSource) -> None:
+    def __init__(
+        self, check: Check, prepare: Prepare, num_tokens: int, source: SchemaSource
+    ) -> None:
         self.left_out: dict[Place, str] = {}
         self._check = check
+        self._prepare = prepare
         self._num_tokens = num_tokens
         self._source = source
         self._definitions: dict[str, Any] = {}
         self._num_compiled = 0
 
-    async def error(self, schema: Any) -> str:
+    async def error(self, schema: dict[str, Any]) -> str:
         """What the library says of a schema; "" if it can be read.
 
         Raises:
@@ -149,16 +158,20 @@ class _Relaxer:
         self._num_compiled += 1
         if self._num_compiled > _MOST:
             raise _TooManyError
-        whole = {**self._definitions, **schema}
-        if not self._source.is_strict or self._source.is_call:
-            whole = bounded(whole, self._num_tokens, patterns=False)
+        grammar = await self._prepare(lambda: self._grammar(schema))
         try:
-            await self._check(GrammarSpec(kind="json_schema", text=json.dumps(whole)), "")
+            await self._check(grammar, "")
         except ApiError as error:
             if error.code != REFUSED:
                 raise
             return error.message
         return ""
+
+    def _grammar(self, schema: dict[str, Any]) -> GrammarSpec:
+        whole = {**self._definitions, **schema}
+        if not self._source.is_strict or self._source.is_call:
+            whole = bounded(whole, self._num_tokens, patterns=False)
+        return GrammarSpec(kind="json_schema", text=json.dumps(whole))
 
     async def root(self) -> Any:
         """The schema with what can be read of it."""

@@ -138,7 +138,8 @@ async def completion_sampling(
         return await context.prepare(info, make), param
 
     check, limits = context.grammars.check, context.settings
-    grammar, more = await checked_grammar(check, build, sources, most, limits)
+    prepare = partial(context.prepare, info)
+    grammar, more = await checked_grammar(check, prepare, build, sources, most, limits)
     info.name_ignored_fields(left_out + more)
     scores_prompt = max_tokens == 0 or (body.echo and body.logprobs is not None)
     if scores_prompt:

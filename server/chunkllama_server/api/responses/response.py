@@ -275,8 +275,9 @@ def _echoed_tool(tool: dict[str, Any]) -> dict[str, Any]:
     if tool["type"] == "function":
         return {"parameters": None, "strict": None, **tool}
     form = tool.get("format", {"type": "text"})
-    needed = {"grammar": ("definition", "syntax"), "text": ()}.get(form.get("type"))
-    is_read = needed is not None and all(isinstance(form.get(name), str) for name in needed)
+    is_read = form.get("type") in ("grammar", "text")
+    if form.get("type") == "grammar":
+        is_read = isinstance(form.get("definition"), str) and isinstance(form.get("syntax"), str)
     is_read &= form.get("syntax", "lark") in ("lark", "regex")
     return tool if is_read else {k: v for k, v in tool.items() if k != "format"}
 

@@ -183,10 +183,13 @@ def as_message(data: Any) -> Any:
 
 
 def as_conversation(data: Any) -> Any:
-    """Messages or items; before the last answer, content that is no text becomes text."""
+    """Messages or items; before the last answer, content that is no text becomes text.
+
+    An answer at the end is to be continued, and what stands before it is not yet past.
+    """
     if not isinstance(data, list):
         return data
-    answers = [index for index, item in enumerate(data) if _is_answer(item)]
+    answers = [index for index, item in enumerate(data[:-1]) if _is_answer(item)]
     num_past = answers[-1] if answers else 0
     past = [
         {**item, "content": as_content(item["content"])}
