@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import threading
@@ -112,11 +113,11 @@ def text_parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return tokenizer, load_chat_template(folder, tokenizer)
 
 
-@pytest.fixture(scope="session")
-def start_server(
+@contextlib.contextmanager
+def starting(
     text_parts: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[StartServer]:
-    """Start servers with settings of one's own; they end with the session."""
+    """Yield what starts servers; all of them end with the block."""
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
     def start(
@@ -186,14 +187,28 @@ def start_server(
         return Server(f"http://127.0.0.1:{port}", engine, app, stop)
 
     yield start
-    for server, thread in running:
+    for server, _ in running:
         server.should_exit = True
+    for _, thread in running:
         thread.join(timeout=120)
 
 
+@pytest.fixture(scope="module")
+def start_server(
+    text_parts: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[StartServer]:
+    """Start servers with settings of one's own; they end with the module."""
+    with starting(text_parts, tmp_path_factory) as start:
+        yield start
+
+
 @pytest.fixture(scope="session")
-def shared_server(start_server: StartServer) -> Server:
-    return start_server()
+def shared_server(
+    text_parts: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """Serve with default settings until the session ends."""
+    with starting(text_parts, tmp_path_factory) as start:
+        yield start()
 
 
 @pytest.fixture

@@ -123,9 +123,8 @@ def gate(tmp_path) -> Iterator[Path]:
     path.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize(
-    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_streams_continue_in_another_engine_process(start, how, gate) -> None:
     stop = gate.with_name("stop")  # the engine stops 40 steps after this file was created
     server = start(
