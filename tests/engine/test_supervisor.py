@@ -442,6 +442,7 @@ def test_the_standby_process_takes_over_and_another_one_follows(open_client) -> 
     asyncio.run(scenario())
 
 
+@pytest.mark.nightly
 def test_a_standby_process_that_has_ended_is_not_used(open_client) -> None:
     async def scenario() -> None:
         async with open_client(standby=True) as client:

@@ -59,7 +59,8 @@ def test_a_continued_conversation_at_the_edge_of_a_chunk(make_core, run, truth, 
     assert engine.cached[second] >= length + 2, "prompt and answer are found again, to the token"
 
 
-@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.nightly), "cpu"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_slice_at_a_time_gives_the_same_ids(make_core, run, truth, backend) -> None:
     rng = np.random.default_rng(5)
     prompt = rng.integers(300, 40000, 700).tolist()

@@ -19,7 +19,7 @@ def text(value: str, control: dict | None = None) -> dict:
 
 
 def stored_text(server, text_parts) -> str:
-    request = server.engine.requests[-1]
+    request = next(r for r in reversed(server.engine.requests) if r.cache_until is not None)
     kept = request.prompt_token_ids[: request.cache_until]
     return text_parts[0].decode(kept, skip_special_tokens=False)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import socket
 
+import pytest
+
 
 def _saved(output: str) -> tuple[int, int]:
     sent, computed = re.search(r"([\d,]+) prompt tokens sent, ([\d,]+) computed", output).groups()
@@ -26,6 +28,7 @@ def test_a_running_server_is_used(chunkllama, served):
         assert row.split("\u2502")[2].strip() == "3"
 
 
+@pytest.mark.nightly
 def test_a_server_is_started_where_none_runs(chunkllama, tiny_model):
     done = chunkllama(
         *("demo", "tenants", "--url", _unused_url(), "--requests", "3", "--model", tiny_model)
