@@ -238,6 +238,7 @@ class Reader:
     def serve(self, command: str) -> None:
         self.stop()
         settings = {"PORT": self.port, "ADMIN_PORT": self.admin_port, "NUM_CHUNKS": 256}
+        settings["FILES_DIR"] = self.folder / "files"
         extra = {f"CHUNKLLAMA_{key}": str(value) for key, value in settings.items()}
         if "--config" not in command:
             extra["CHUNKLLAMA_MODEL"] = "tiny"
