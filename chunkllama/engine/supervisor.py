@@ -187,7 +187,7 @@ class SupervisedEngineClient(MessageClient):
             self._went_down(reason)
             try:
                 started = await self._restart()
-            except Exception:  # a bug; without this the streams would wait for ever
+            except Exception:  # unexpected; otherwise the streams would never end
                 logger.exception("the engine process cannot be restarted")
                 started = None
             if started is None:

@@ -9,8 +9,8 @@ from chunkllama.model_spec import ModelSpec
 from chunkllama.models.tensors import LinearTensors, layer_tensors
 
 _WORD = 4  # bytes of a float32
-# Copies of the adapter: itself, its gradient, two moments of AdamW, and three in a state on its way
-# to the disk.
+# Copies of the adapter: itself, its gradient, two moments of AdamW, and three that a thread
+# writes to the disk.
 _ADAPTER_COPIES = 7
 # Rows of a layer that autograd keeps, in sizes of the widest ones.
 _KEPT_ROWS = 6

@@ -33,7 +33,7 @@ class Trainer:
 
     Attributes:
         steps: results of the steps that are done, those of former processes included.
-        writing: the state or the adapter on its way to the disk.
+        writing: the state or the adapter that a thread writes to the disk.
 
     Raises:
         ConfigError: the folder has a state of other options or another model.

@@ -111,6 +111,11 @@ def name_of(job: Job) -> str:
     return f"ft:{MODEL}::{job.id[-8:]}"
 
 
+def full(*_: Any) -> None:
+    """Write nothing: the disk is full."""
+    raise OSError(errno.ENOSPC, "full")
+
+
 def test_a_model_that_is_deleted_while_it_loads_is_seen_by_no_key(run: Any) -> None:
     async def test(place: Place) -> None:
         job = await place.begin()
@@ -174,9 +179,6 @@ def test_an_adapter_is_unloaded_though_the_engine_restarts(run: Any, stop: str, 
 def test_a_full_disk_leaves_jobs_and_models_as_they_are(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "full")
-
     async def test(place: Place) -> None:
         job = await place.begin()
         await until(lambda: place.engine.tunings)
@@ -204,9 +206,6 @@ def test_a_full_disk_leaves_jobs_and_models_as_they_are(
 def test_a_job_that_cannot_be_written_ends_in_this_process(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "full")
-
     async def test(place: Place) -> None:
         job = await place.begin()
         await until(lambda: place.engine.tunings)
