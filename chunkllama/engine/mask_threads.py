@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from chunkllama.engine.grammar import Matcher
 from chunkllama.engine.sequence_state import SequenceState
+from chunkllama.resources import lower_priority
 
 # A mask that took longer is computed beside the others the next time, so that none waits for it.
 SLOW_SECONDS: Final = 0.002
@@ -38,7 +39,7 @@ class MaskThreads:
         self._eos_token_ids = tuple(eos_token_ids)
         self._clock = clock
         self._quick = ThreadPoolExecutor(1, thread_name_prefix="grammar-mask")
-        self._slow = ThreadPoolExecutor(1, thread_name_prefix="grammar-slow-mask")
+        self._slow = ThreadPoolExecutor(1, "grammar-slow-mask", lower_priority)
 
     def start(self, states: Iterable[SequenceState]) -> None:
         """Compute the masks of the next tokens that are not there yet nor being computed."""

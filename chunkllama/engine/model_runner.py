@@ -18,6 +18,7 @@ from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.engine.step_model import StepModel
 from chunkllama.engine.step_sampler import StepSampler
 from chunkllama.errors import ConfigError
+from chunkllama.resources import lower_priority
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.output import NewSequence, SampledTokens, ScheduledSlice, SchedulerOutput
 
@@ -58,7 +59,7 @@ class ModelRunner:
         self._sampler = StepSampler(self.spec, self._sequences, row_work_share, clock)
         self._model_path = model_path
         self._grammars: GrammarCompiler | None = None
-        self._compile_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-compile")
+        self._compile_thread = ThreadPoolExecutor(1, "grammar-compile", lower_priority)
 
     def prepare(self, sampling: SamplingParams) -> Future[None] | None:
         """Compile the request's grammar in a thread, unless it is compiled.

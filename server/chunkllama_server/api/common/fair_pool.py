@@ -46,6 +46,7 @@ class FairPool:
         clock: seconds, read in the worker threads.
         num_spare: most threads that take the place of others.
         patience: seconds.
+        begin_thread: called in each thread before its first work.
     """
 
     def __init__(
@@ -56,8 +57,9 @@ class FairPool:
         clock: Callable[[], float] = time.monotonic,
         num_spare: int = 0,
         patience: float = math.inf,
+        begin_thread: Callable[[], None] | None = None,
     ) -> None:
-        self._executor = ThreadPoolExecutor(num_threads + num_spare, thread_name_prefix=name)
+        self._executor = ThreadPoolExecutor(num_threads + num_spare, name, begin_thread)
         self._num_threads = num_threads
         self._num_spare = num_spare
         self._share = share

@@ -10,6 +10,7 @@ from typing import Any
 from chunkllama.engine.grammar import gbnf_as_lark, is_gbnf
 from chunkllama.errors import InvalidRequestError
 from chunkllama.logger import tenant_context
+from chunkllama.resources import lower_priority
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.common.fair_pool import FairPool
 from chunkllama_server.api.common.grammar_cost import check_choice_cost, check_regex_cost
@@ -248,6 +249,7 @@ class GrammarChecker:
             lambda _: 1.0,
             num_spare=_NUM_SPARE,
             patience=limits.grammar_seconds,
+            begin_thread=lower_priority,
         )
 
     def num_overdue(self) -> int:

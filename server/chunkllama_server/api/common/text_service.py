@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from chunkllama.logger import tenant_context
+from chunkllama.resources import run_when_idle
 from chunkllama.text.chat_template import ChatTemplate
 from chunkllama.text.template_capabilities import TemplateCapabilities
 from chunkllama.text.tokenizer import Tokenizer
@@ -22,6 +23,7 @@ _OBJECT_CHARS = 32
 # A text that took longer here has delayed every other request as long.
 _SLOW_SECONDS = 0.05
 _AT_ONCE = 64
+_LARGE = 16  # times text_offload_chars: a text that steps do not wait for
 Message = dict[str, Any]
 
 
@@ -82,6 +84,11 @@ class TextService:
         self._limits = limits
         self.share: Callable[[str], float] = lambda _: 1.0
         self._pool = FairPool(1, "text", lambda tenant: self.share(tenant))
+        # To compute their tokens takes far longer than to find them. Tokenization does not hold the
+        # interpreter's lock, so the event loop never waits for this thread.
+        self._large_pool = FairPool(
+            1, "large-text", lambda tenant: self.share(tenant), begin_thread=run_when_idle
+        )
         # Their own, so that the model's texts do not wait for them.
         self._template_pool = FairPool(1, "template", lambda tenant: self.share(tenant))
         self._body_pool = FairPool(1, "body", lambda tenant: self.share(tenant))
@@ -140,12 +147,16 @@ class TextService:
         Args:
             size: characters of all texts of the request, if it has several.
         """
-        return await self.run(
-            len(text) if size is None else size,
-            lambda: self.tokenizer.encode(
+        size = len(text) if size is None else size
+
+        def work() -> list[int]:
+            return self.tokenizer.encode(
                 text, add_special_tokens=add_special_tokens, allow_special=True
-            ),
-        )
+            )
+
+        if size > _LARGE * self._limits.text_offload_chars:
+            return await self._run_in(self._large_pool, work)
+        return await self.run(size, work)
 
     async def chat_template(self, override: str | None = None) -> ChatTemplate | RequestTemplate:
         """Return the model's template, or the one a trusted client sent.
@@ -175,7 +186,7 @@ class TextService:
             raise invalid(f"The template cannot be used: {error}", "chat_template") from None
 
     def close(self) -> None:
-        for pool in (self._pool, self._template_pool, self._body_pool):
+        for pool in (self._pool, self._large_pool, self._template_pool, self._body_pool):
             pool.close()
 
 
