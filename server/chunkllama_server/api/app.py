@@ -70,7 +70,7 @@ logger = init_logger(__name__)
 PROTOCOLS = {"anthropic": anthropic.router, "ollama": ollama.router, "tgi": tgi.router}
 GAP_TOKENS = 1024  # prompt tokens that may wait when a batch's next line is begun
 QUIET_SECONDS = 10.0  # after the last other request, until lines may take most of the engine
-FEW_LINES = 64  # until then, a line for each so many places of the running batch
+FEW_LINES = 16  # until then, a line for each so many places of the running batch
 WAITING_POOLS = 64  # chunks that may be waited for, in sizes of the pool, unless set
 DESCRIPTION = (
     "OpenAI-compatible API of ChunkLlama. Errors are OpenAI error bodies; unknown fields are "
