@@ -50,7 +50,7 @@ PATIENCE: Final = 4  # steps whose credit a tenant may save
 MOST_DEBT: Final = 12  # steps after which a debt is paid, however large it was
 WEIGHTS_SHARE: Final = 8  # steps of one token that a step with prompts may take in any case
 BACKGROUND_SHARE: Final = 0.5  # of those times, where all prompts are in the background
-_SPENT: Final = 0.6  # of the slowdown allowed; the rest is for what steps do not measure
+_SPENT: Final = 0.8  # of the slowdown allowed; the rest is for what steps do not measure
 _NEW_STARTS: Final = 4  # a heavy tenant leaves 1 / _NEW_STARTS of its tokens to waiting requests
 _FREE: Final = 1e-4  # the least part of a step that a token counts for
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 import time
 
@@ -10,6 +12,7 @@ import pytest
 from fake_engine import MODEL, FakeEngine
 from fastapi.testclient import TestClient
 
+from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.app import create_app
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService, text_size
@@ -148,3 +151,69 @@ def test_other_threads_run_while_a_long_text_is_tokenized(text_parts):
     thread.join()
     assert len(ids) == 1_000_000
     assert len(ticks) >= 5, "the tokenizer held the interpreter"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_a_large_text_leaves_the_processors_to_steps(text_parts):
+    """A prompt of ordinary length runs as threads usually do, so that busy neighbours cannot hold
+    it up."""
+    tokenizer, _ = text_parts
+    seen: list[tuple[str, int]] = []
+
+    class Watched:
+        def encode(self, text: str, **options: bool) -> list[int]:
+            seen.append((threading.current_thread().name, os.sched_getscheduler(0)))
+            return tokenizer.encode(text, **options)
+
+    async def main() -> list[list[int]]:
+        return [await service.encode("a" * n, add_special_tokens=False) for n in (160, 161, 5)]
+
+    service = TextService(Watched(), None, limits=LimitsConfig(text_offload_chars=10))
+    try:
+        ids = asyncio.run(main())
+    finally:
+        service.close()
+    assert [len(found) for found in ids] == [160, 161, 5]
+    usual = os.sched_getscheduler(0)
+    assert seen == [("text_0", usual), ("large-text_0", os.SCHED_IDLE), ("MainThread", usual)]
+
+
+def test_a_large_text_that_gets_no_processor_is_read_in_the_usual_thread(text_parts):
+    tokenizer, _ = text_parts
+    released, seen = threading.Event(), list[str]()
+
+    class Starved:
+        def encode(self, text: str, **options: bool) -> list[int]:
+            seen.append(threading.current_thread().name)
+            if seen[-1].startswith("large"):
+                released.wait()
+            return tokenizer.encode(text, **options)
+
+    async def main() -> list[int]:
+        ids = await service.encode("a" * 200, add_special_tokens=False)
+        released.set()
+        return ids
+
+    limits = LimitsConfig(text_offload_chars=10, text_seconds=2.0)
+    service = TextService(Starved(), None, limits=limits)
+    try:
+        assert len(asyncio.run(main())) == 200
+    finally:
+        released.set()
+        service.close()
+    assert seen == ["large-text_0", "text_0"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_grammars_are_compiled_behind_steps():
+    seen: list[int] = []
+    checker = GrammarChecker(lambda: lambda spec: seen.append(os.nice(0)))
+
+    async def main() -> None:
+        await checker.check(GrammarSpec(kind="regex", text="a"), "structured_outputs")
+
+    try:
+        asyncio.run(main())
+    finally:
+        checker.close()
+    assert seen == [min(os.nice(0) + 5, 19)]

@@ -4,6 +4,7 @@ bodies and texts."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -155,8 +156,17 @@ class TextService:
             )
 
         if size > _LARGE * self._limits.text_offload_chars:
-            return await self._run_in(self._large_pool, work)
+            return await self._run_large(work)
         return await self.run(size, work)
+
+    async def _run_large(self, work: Callable[[], T]) -> T:
+        """``work()`` where no thread wants a processor, or from the start in the usual thread when
+        it has not had one for half of the time limit.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.text_seconds / 2):
+                return await self._large_pool.run(tenant_context.get(), work)
+        return await self._run_in(self._pool, work)
 
     async def chat_template(self, override: str | None = None) -> ChatTemplate | RequestTemplate:
         """Return the model's template, or the one a trusted client sent.
