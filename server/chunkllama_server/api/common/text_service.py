@@ -133,9 +133,10 @@ class TextService:
             return work()
         return await self._body_pool.run(tenant_context.get(), work)
 
-    async def _run_in(self, pool: FairPool, work: Callable[[], T]) -> T:
+    async def _run_in(self, pool: FairPool, work: Callable[[], T], part: float = 1.0) -> T:
+        """``work()`` in a thread, within that part of the time limit."""
         try:
-            async with asyncio.timeout(self._limits.text_seconds):
+            async with asyncio.timeout(part * self._limits.text_seconds):
                 return await pool.run(tenant_context.get(), work)
         except TimeoutError:
             raise exceeded(self._limits, "text_seconds") from None
@@ -166,7 +167,7 @@ class TextService:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._limits.text_seconds / 2):
                 return await self._large_pool.run(tenant_context.get(), work)
-        return await self._run_in(self._pool, work)
+        return await self._run_in(self._pool, work, 0.5)
 
     async def chat_template(self, override: str | None = None) -> ChatTemplate | RequestTemplate:
         """Return the model's template, or the one a trusted client sent.
