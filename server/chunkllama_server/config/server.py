@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 
@@ -31,6 +32,14 @@ ToolFamily = Literal[
     "functionary",
     "kimi_k2",
 ]
+
+
+def _is_http_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not match, a port out of range
+        return False
 
 
 class ServerConfig(ConfigGroup):
@@ -65,7 +74,6 @@ class ServerConfig(ConfigGroup):
     )
     otlp_endpoint: str | None = Field(
         default=None,
-        pattern="^https?://.",
         description="Send a trace of each request to this OTLP/HTTP URL, such as "
         "http://127.0.0.1:4318/v1/traces; needs the extra chunkllama[otel].",
     )
@@ -198,6 +206,13 @@ class ServerConfig(ConfigGroup):
         description="Keep a second engine process ready, which takes over when the first one ends; "
         "weights and pool take their memory twice.",
     )
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_endpoint(cls, value: str | None) -> str | None:
+        if value is not None and not _is_http_url(value):
+            raise ValueError("write http://HOST:PORT/v1/traces, or https")
+        return value
 
     @field_validator("cors_origins")
     @classmethod

@@ -99,6 +99,8 @@ def test_a_kubernetes_service_of_our_name_changes_nothing():
         ({"drain_seconds": "nan"}, {}, "drain_seconds: .*finite number.*'nan'"),
         ({"text_seconds": "inf"}, {}, "text_seconds: .*finite number.*'inf'"),
         ({"max_header_bytes": "2MiB"}, {}, "max_header_bytes: .*1048576 bytes, got 2097152"),
+        ({"otlp_endpoint": "http://[::1"}, {}, "otlp_endpoint: write http://HOST:PORT"),
+        ({"otlp_endpoint": "http://a:99999/"}, {}, "otlp_endpoint: write http://HOST:PORT"),
         ({"root_path": "/"}, {}, "root_path: .*'/'"),
         ({"root_path": "llm"}, {}, "root_path: .*'llm'"),
         ({"cors_origins": "a.example"}, {}, "cors_origins: write https://HOST.*'a.example'"),
