@@ -116,7 +116,7 @@ class Client:
         return load
 
     async def offer(self, rate: float, seconds: float) -> Load:
-        """Requests at ``rate`` per second, whatever becomes of them; waits for the last answer."""
+        """Requests at ``rate`` per second, also if some fail; waits for the last answer."""
         load, began = Load(seconds), time.monotonic()
         ends, sent = began + seconds, 0
         tasks: set[asyncio.Task[None]] = set()

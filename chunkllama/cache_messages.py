@@ -112,7 +112,7 @@ class PackInfo(msgspec.Struct, kw_only=True):
 
     Attributes:
         name: of the file.
-        state: "loaded" is the end of loading, whatever was left out.
+        state: "loaded" is the end of loading, even if some were left out.
         reason: why it was refused.
         is_signed: its signature was checked.
         prefixes: names of the prompts that it holds.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from chunkllama.config_errors import first_error
+from chunkllama.config_errors import check_keys, first_error, rename_keys
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.tenant_limits import parse_weights
@@ -18,8 +16,6 @@ from chunkllama.tenant_limits import parse_weights
 logger = init_logger(__name__)
 
 DEMO_MODEL = "smollm2-135m-instruct"
-# Former keys, still accepted wherever a key is.
-RENAMED_KEYS = {"op_set": "backend", "weights": "quantization"}
 _UNITS = {
     **{"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4},
     **{"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40},
@@ -57,7 +53,9 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 class ConfigGroup(BaseModel):
     """One part of the configuration; every field has a default and a description."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 def limit(
@@ -150,9 +148,9 @@ class ModelConfig(ConfigGroup):
     cpu_bind: Annotated[str, BeforeValidator(str)] = Field(  # 0 in YAML is a number
         default="none",
         pattern=r"^(none|auto|\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*)$",
-        description="Processors that compute on a CPU, and where its memory lies: a list such as "
-        "0-3,8; auto is one for each core of the NUMA node that has most of them; none is all that "
-        "this process may use.",
+        description="Processors that compute on a CPU, whose NUMA nodes hold the memory: a list "
+        "such as 0-3,8; auto is one for each core of the NUMA node that has most of them; none is "
+        "all that this process may use.",
     )
     seed: int | None = Field(
         default=None, ge=0, description="Makes the seeds of requests without one reproducible."
@@ -336,38 +334,3 @@ class EngineConfig(BaseModel):
         except ValidationError as error:
             fields = {k: v for g in groups.values() for k, v in g.model_fields.items()}
             raise ConfigError(first_error(error, fields)) from None
-
-
-def rename_keys(given: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
-    """Replace former keys by their present names, with a warning for each.
-
-    Args:
-        origin: where the keys come from, for the warning.
-
-    Raises:
-        ConfigError: a key is given under both names.
-    """
-    renamed: dict[str, Any] = {}
-    for key, value in given.items():
-        name = RENAMED_KEYS.get(key, key)
-        if name != key:
-            where = f" in {origin}" if origin else ""
-            if name in given:
-                raise ConfigError(f"{key}{where} is the former name of {name}; give {name} only")
-            logger.warning("%s%s is a former name and will be removed; use %s", key, where, name)
-        renamed[name] = value
-    return renamed
-
-
-def check_keys(keys: Iterable[str], known: Iterable[str], origin: str = "") -> None:
-    """Refuse unknown keys.
-
-    Raises:
-        ConfigError: naming the key, its origin and the nearest known key.
-    """
-    known = list(known)
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"unknown key {key}{f' in {origin}' if origin else ''}{hint}")

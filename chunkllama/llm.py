@@ -152,7 +152,7 @@ class LLM:
         """Answer one conversation, or several at once, through the model's chat template.
 
         What the template has no form for is said in the nearest form it has, as the server does.
-        Thoughts are told from the answer by the tags of the template.
+        Thoughts are separated from the answer by the tags of the template.
 
         Args:
             messages: as in a chat completion: text or text parts, tool calls, tool results.
@@ -183,7 +183,7 @@ class LLM:
         return self._template.encode(chat, tools=shown, require_all_text=True, **options)
 
     def _thoughts(self, ids: list[int]) -> Thoughts:
-        """How the thoughts of a chat's answer are told from it."""
+        """How the thoughts of a chat's answer are separated from it."""
         able = None if self._template is None else self._template.capabilities
         if able is None or able.thought_tags is None:
             return NO_THOUGHTS

@@ -1,4 +1,4 @@
-"""Logging: text or JSON, one line a record whatever is in it, the request's id beside it, no
+"""Logging: text or JSON, one line a record with any text, the request's id beside it, no
 prompts."""
 
 from __future__ import annotations

@@ -40,6 +40,8 @@ def _flag(parameter: Any) -> str:
 
 def _default(parameter: Any) -> str:
     value = parameter.default
+    if parameter.required:
+        return "required"
     if isinstance(value, bool):
         names = [*parameter.opts, *parameter.secondary_opts]
         return f"`{names[0 if value else -1]}`" if parameter.secondary_opts else ""
@@ -49,8 +51,8 @@ def _default(parameter: Any) -> str:
 def section(words: tuple[str, ...]) -> str:
     """Return the section of a command: what it does, and its own flags."""
     command = find_command(words)
-    text = " ".join((command.help or "").split("\n\n")[0].split())
-    lines = [f"## chunkllama {' '.join(words)}", "", text, ""]
+    paragraphs = [" ".join(text.split()) for text in (command.help or "").split("\n\n")]
+    lines = [f"## chunkllama {' '.join(words)}", "", *"\n\n".join(paragraphs).split("\n"), ""]
     keys = {key for group in Settings.groups for key in group.model_fields}
     own, takes_settings = [], False
     for parameter in command.params:

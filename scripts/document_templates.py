@@ -14,7 +14,8 @@ from tokenizers import Tokenizer as Backend
 
 from chunkllama.text.chat_template import ChatTemplate
 from chunkllama.text.template_capabilities import TemplateCapabilities
-from chunkllama.text.tokenizer import DecodeRule, Tokenizer
+from chunkllama.text.tokenizer import Tokenizer
+from chunkllama.text.tokenizer_files import DecodeRule
 from chunkllama_server.api.tools.families import tool_family
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +52,14 @@ class LinearAdapter:
         return LinearAdapter(self.a.to(dtype), parts)
 
 
+class PreparedAdapter:
+    """An adapter as the model that has prepared it reads it; others know no more of it."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
-class AdapterWeights:
+class AdapterWeights(PreparedAdapter):
     """An adapter on the model's device: per layer, what it adds to which linear layers."""
 
     layers: tuple[Mapping[LinearName, LinearAdapter], ...]
@@ -81,4 +87,4 @@ class AdapterRows:
 
     begin: int
     end: int
-    adapter: Any
+    adapter: PreparedAdapter

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from chunkllama.backends.adapter import AdapterRows, AdapterWeights
+from chunkllama.backends.adapter import AdapterRows, AdapterWeights, PreparedAdapter
 from chunkllama.model_spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class RunnableModel(Protocol):
         """
         ...
 
-    def prepare_adapter(self, weights: AdapterWeights) -> tuple[Any, int]:
+    def prepare_adapter(self, weights: AdapterWeights) -> tuple[PreparedAdapter, int]:
         """Return what ``AdapterRows`` needs of an adapter, and the bytes it takes.
 
         Threads other than that of ``forward`` may call it.

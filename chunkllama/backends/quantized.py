@@ -1,4 +1,4 @@
-"""Quantized weights as a checkpoint holds them, whatever its format: codes, scales, offsets.
+"""Quantized weights as a checkpoint of any format holds them: codes, scales, offsets.
 
 A loader describes each matrix by ``WeightRows``, which reads rows when a backend asks for them; so
 a quantized checkpoint is never in memory as floats, unless a backend has nothing narrower.

@@ -17,7 +17,7 @@
 | unknown | the record of the tenant's prompts does not reach back far enough |
 
 Everything but the number of matched tokens comes from the caller's own record (``history.py``), so
-an explanation is the same whatever other tenants have sent, and the time at which a chunk that
+an explanation does not depend on what other tenants have sent: the time at which a chunk that
 several tenants share was removed is left out.
 """
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from chunkllama.adapter_messages import AdapterInfo, LoadAdapter
 from chunkllama.cache.adapter_tags import AdapterUse
@@ -24,6 +24,9 @@ from chunkllama.logger import init_logger
 from chunkllama.messages import CommandReply, EngineRequest
 from chunkllama.models.loading.adapter_file import AdapterFile
 from chunkllama.scheduler.adapter_numbers import AdapterNumbers
+
+if TYPE_CHECKING:
+    from chunkllama.backends.adapter import PreparedAdapter
 
 logger = init_logger(__name__)
 
@@ -45,7 +48,7 @@ class AdapterLoader(Protocol):
         """Return the bytes that an adapter's weights take at least, without reading them."""
         ...
 
-    def load_adapter(self, file: AdapterFile) -> tuple[Any, int]:
+    def load_adapter(self, file: AdapterFile) -> tuple[PreparedAdapter, int]:
         """Return an adapter's weights and the bytes they take; called in a thread.
 
         Raises:
@@ -53,7 +56,7 @@ class AdapterLoader(Protocol):
         """
         ...
 
-    def set_adapter(self, number: int, weights: Any | None) -> None:
+    def set_adapter(self, number: int, weights: PreparedAdapter | None) -> None:
         """Let steps use an adapter's weights by its number, or with None no longer."""
         ...
 
@@ -77,7 +80,7 @@ class Adapter:
     admitted: dict[str, None] = field(default_factory=dict)  # in order
     later: dict[str, None] = field(default_factory=dict)
     is_in_memory: bool = False
-    reading: Future[tuple[Any, int]] | None = None
+    reading: Future[tuple[PreparedAdapter, int]] | None = None
     last_use: int = 0
 
 
@@ -95,7 +98,7 @@ class AdapterCache:
         self._numbers = numbers
         self._max_bytes = max_bytes
         self._adapters: dict[str, Adapter] = {}
-        self._loads: dict[Future[tuple[AdapterFile, Any, int]], LoadAdapter] = {}
+        self._loads: dict[Future[tuple[AdapterFile, PreparedAdapter, int]], LoadAdapter] = {}
         self._users: dict[str, Adapter] = {}  # by id of the request
         self._next: str | None = None  # the request that waits for room
         self._behind: dict[str, None] = {}  # requests that ask again when it has its room
@@ -123,7 +126,7 @@ class AdapterCache:
     def load(self, command: LoadAdapter) -> CommandReply | None:
         """Begin to load an adapter; ``take_replies`` has the answer unless it is known already."""
 
-        def read() -> tuple[AdapterFile, Any, int]:
+        def read() -> tuple[AdapterFile, PreparedAdapter, int]:
             file = self._loader.read_adapter(Path(command.folder))
             self._check_size(command.folder, self._loader.size_of(file))
             return file, *self._loader.load_adapter(file)
@@ -142,7 +145,7 @@ class AdapterCache:
         return [self._loaded(self._loads.pop(future), future) for future in done]
 
     def _loaded(
-        self, command: LoadAdapter, future: Future[tuple[AdapterFile, Any, int]]
+        self, command: LoadAdapter, future: Future[tuple[AdapterFile, PreparedAdapter, int]]
     ) -> CommandReply:
         try:
             file, weights, num_bytes = future.result()
@@ -238,7 +241,7 @@ class AdapterCache:
 
         Returns:
             Requests that may start, and those whose adapter could not be read, with what their
-            clients are told.
+            clients get.
         """
         ready: list[str] = []
         failed: dict[str, str] = {}
@@ -309,7 +312,7 @@ class AdapterCache:
             free += adapter.info.num_bytes
         return True
 
-    def _place(self, adapter: Adapter, weights: Any) -> None:
+    def _place(self, adapter: Adapter, weights: PreparedAdapter) -> None:
         adapter.is_in_memory = True
         self._touch(adapter)
         self._loader.set_adapter(adapter.number, weights)

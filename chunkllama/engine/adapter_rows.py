@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from chunkllama.backends.adapter import AdapterRows
+from chunkllama.backends.adapter import AdapterRows, PreparedAdapter
 from chunkllama.backends.model import RunnableModel
 from chunkllama.cache.adapter_tags import MAX_VOCABULARY
 from chunkllama.engine.sequence_state import SequenceState
@@ -32,7 +31,7 @@ class RunnerAdapters:
         self._num_ranks = step_model.num_ranks
         self._dtype = step_model.kv.dtype
         self._device = step_model.backend.device
-        self._weights: dict[int, Any] = {}  # by number, of those in memory
+        self._weights: dict[int, PreparedAdapter] = {}  # by number, of those in memory
 
     def read_adapter(self, folder: Path) -> AdapterFile:
         if self._num_ranks > 1:
@@ -44,13 +43,13 @@ class RunnerAdapters:
     def size_of(self, file: AdapterFile) -> int:
         return file.num_values * self._dtype.itemsize
 
-    def load_adapter(self, file: AdapterFile) -> tuple[Any, int]:
+    def load_adapter(self, file: AdapterFile) -> tuple[PreparedAdapter, int]:
         assert self._model is not None, "the runner was closed"
         with torch.inference_mode():
             weights = load_adapter_weights(file, self._spec, self._dtype, self._device)
             return self._model.prepare_adapter(weights)
 
-    def set_adapter(self, number: int, weights: Any | None) -> None:
+    def set_adapter(self, number: int, weights: PreparedAdapter | None) -> None:
         if weights is None:
             del self._weights[number]
         else:

@@ -1,8 +1,8 @@
 """Counter-based random numbers: Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as
 easy as 1, 2, 3").
 
-A number is a function of its key and counter alone, so a draw is the same whatever else is in the
-batch and however often the step is repeated.
+A number is a function of its key and counter alone, so a draw depends neither on what else is in
+the batch nor on how often the step is repeated.
 """
 
 from __future__ import annotations

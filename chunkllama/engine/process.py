@@ -322,7 +322,7 @@ def _run(make_digest: MakeDigest | None) -> int:
         pass
     except Exception:
         logger.exception("a step has failed")
-        return 1  # whatever its threads do: the parent starts another process
+        return 1  # its threads may still run: the parent starts another process
     core.close()
     return 0
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import pad
 
-from chunkllama.backends.adapter import AdapterRows, AdapterWeights
+from chunkllama.backends.adapter import AdapterRows, AdapterWeights, PreparedAdapter
 from chunkllama.backends.base import DevicePlan
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import LayerSpec, ModelSpec
@@ -139,7 +139,7 @@ class TransformersModel:
         self._positions, self._plan = positions, plan
         return self._hidden(token_ids, positions, self)
 
-    def prepare_adapter(self, weights: AdapterWeights) -> tuple[Any, int]:
+    def prepare_adapter(self, weights: AdapterWeights) -> tuple[PreparedAdapter, int]:
         """Refuse it: adapters belong to linear layers of architectures of this server."""
         raise AssertionError("read_adapter refuses adapters of other architectures")
 

@@ -165,6 +165,7 @@ class Llama:
         if self.all_reduce is not None and name in ("output", "down"):
             y = self.all_reduce(y)
         for rows in self._adapters:
+            assert isinstance(rows.adapter, AdapterWeights)
             if added := rows.adapter.layers[index].get(name):
                 added.add_to(y[rows.begin : rows.end], x[rows.begin : rows.end])
         return y

@@ -130,7 +130,7 @@ class Scheduler:
         self._lifecycle.abort(request_id, index)
 
     def use_adapters(self, may_start: Callable[[str], bool], on_end: Callable[[str], None]) -> None:
-        """Set what decides whether a request may start, and what is told each id that ends."""
+        """Set what decides whether a request may start, and what gets each id that ends."""
         self._lifecycle.may_start, self._lifecycle.on_end = may_start, on_end
 
     def set_tenants(self, limits: TenantTable) -> None:

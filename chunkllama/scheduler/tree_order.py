@@ -1,9 +1,9 @@
 """Running sequences in depth-first order of the chunk tree, kept incrementally.
 
-Sorted lexicographically by chunk ids, sequences with a common path are neighbours, whatever the
-ids mean: any such order is a depth-first order of the trie of paths. ``shared[i]`` is the number
-of leading chunks that sequence i has in common with sequence i - 1; for any i < j the chunks that
-both share are the minimum over shared[i + 1 .. j].
+Sorted lexicographically by chunk ids, sequences with a common path are neighbours, for any
+meaning of the ids: any such order is a depth-first order of the trie of paths. ``shared[i]`` is
+the number of leading chunks that sequence i has in common with sequence i - 1; for any i < j the
+chunks that both share are the minimum over shared[i + 1 .. j].
 
 Chunks that follow the same path are ordered by adapter first, so that the rows of an adapter below
 a common path are neighbours too.

@@ -71,7 +71,7 @@ class OutputProcessor:
         tokenizer: decodes the tokens.
         continues_prompt: the text continues the prompt's (completions), rather than being a text
             of its own (chat).
-        thoughts: how they are told from the answer.
+        thoughts: how they are separated from the answer.
 
     Attributes:
         num_tokens: output tokens of all choices, up to the token that completes a stop string.

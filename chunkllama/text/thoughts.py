@@ -29,14 +29,14 @@ KNOWN_TAGS = (
 
 
 def tag_ids(tags: ThoughtTags | None, tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids of the tags that are special tokens: decoding leaves them out unless it is told."""
+    """Ids of the tags that are special tokens: decoding leaves them out unless asked for."""
     ids = (tokenizer.token_id(tag) for tag in tags or ())
     return frozenset(i for i in ids if i is not None and i in tokenizer.special_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Thoughts:
-    """How the thoughts of one answer are told from it.
+    """How the thoughts of one answer are separated from it.
 
     Attributes:
         tags: around them; None where the model has none.

@@ -26,7 +26,7 @@ constexpr int W = 8;
 #else
 constexpr int W = 4;
 #endif
-constexpr int BLOCK = 16;  // tokens or columns per block of a packed layout, whatever W is
+constexpr int BLOCK = 16;  // tokens or columns per block of a packed layout, for any W
 
 typedef uint16_t bf16;
 typedef float Vec __attribute__((vector_size(W * 4)));

@@ -36,7 +36,7 @@ def test_gpu_model_says_that_one_launch_reaches_the_goals(workload: Workload, li
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_gpu_model_is_never_faster_than_memory(gpu: str) -> None:
-    """K and V cross HBM once, whatever the kernels are."""
+    """K and V cross HBM once, with any kernels."""
     for workload in WORKLOADS:
         floor = 1e6 * workload.unique_bytes / GPUS[gpu].copy
         assert min(modelled(gpu, workload)[change] for change in CHANGES) > floor

@@ -78,7 +78,7 @@ def test_chunks_in_use_and_pinned_stay() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_every_unused_chunk_can_be_evicted(seed: int) -> None:
-    """Whatever tenants came and went, the heaps lose no leaf."""
+    """Tenants come and go, and the heaps lose no leaf."""
     rng = random.Random(seed)
     driver = CacheDriver(num_chunks=24)
     for _ in range(300):

@@ -9,7 +9,7 @@ import pytest
 
 from chunkllama.cache_messages import CacheEvents, ChunkRemoved, ChunkStored, WatchCache
 from chunkllama.engine.cache_watch import CacheWatchers
-from chunkllama.engine.client import InProcessEngineClient
+from chunkllama.engine.in_process import InProcessEngineClient
 from chunkllama.errors import EngineDeadError, RequestFailedError
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 from soak_client import draw_margin
 
-from chunkllama.engine.client import InProcessEngineClient
+from chunkllama.engine.in_process import InProcessEngineClient
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
 

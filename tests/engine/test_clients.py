@@ -20,7 +20,8 @@ import pytest
 
 from chunkllama.config import EngineConfig
 from chunkllama.engine import process as engine_process
-from chunkllama.engine.client import InProcessEngineClient, MessageClient
+from chunkllama.engine.client import MessageClient
+from chunkllama.engine.in_process import InProcessEngineClient
 from chunkllama.engine.process import EngineProcess, ProcessEngineClient
 from chunkllama.errors import (
     ConfigError,
@@ -416,7 +417,7 @@ UNCLOSED = """
 import asyncio, sys
 from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
-from chunkllama.engine.client import InProcessEngineClient
+from chunkllama.engine.in_process import InProcessEngineClient
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
 

@@ -159,7 +159,7 @@ def test_a_request_of_many_choices_does_not_slow_others(timed_core, run) -> None
     engine.step()
     attack = engine.add([7, 8, 9], 40, **costly)
     clock = engine.core.test_clock
-    engine.step()  # the first sample of each choice, at a cost that nobody knows yet
+    engine.step()  # the first sample of each choice, at a cost that is not known yet
     durations = []
     for _ in range(40):
         before, count = clock.now, len(engine.outputs[victim])
@@ -251,9 +251,9 @@ def test_a_late_mask_is_not_waited_for(tiny_core: MakeCore, run) -> None:
     engine.finish()
     assert len(engine.outputs[slow]) == 4
     reference = run(tiny_core(num_chunks=64))
-    twin = reference.add([7, 8, 9], 4, logprobs=0)
+    expected = reference.add([7, 8, 9], 4, logprobs=0)
     reference.finish()
-    assert reference.outputs[twin] == engine.outputs[slow]
+    assert reference.outputs[expected] == engine.outputs[slow]
 
 
 def test_a_preempted_or_aborted_row_that_waits_is_dropped(tiny_core: MakeCore, run) -> None:

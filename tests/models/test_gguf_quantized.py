@@ -131,7 +131,7 @@ def packed(rows):
     info = TensorInfo(Path({str(path)!r}), "Q4_0", (rows, {columns}), 0, end)
     linear = QuantizedLinear(torch.empty(0), parts=(GgufRows(info, None),))
     return pack_linear(ops.library, linear, BF16, None)
-first = packed(2048)  # whatever a first call loads
+first = packed(2048)  # all that a first call loads
 before = peak()
 whole = packed({rows})
 print(peak() - before)

@@ -128,7 +128,7 @@ def test_what_transformers_itself_cannot_run_is_one_line(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_latent_attention_is_planned_with_keys_of_all_heads(tmp_path: Path, kv_heads: int) -> None:
-    """The pool is planned as the layers use it, whatever groups the configuration names."""
+    """The pool is planned as the layers use it, not by the groups that the configuration names."""
     random_model(*CASES["deepseek"]).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_key_value_heads": kv_heads}))

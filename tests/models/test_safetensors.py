@@ -254,7 +254,7 @@ def test_huge_headers_are_refused_unparsed(tmp_path: Path) -> None:
     cut=st.integers(0, 400),
 )
 def test_any_mutated_header_is_read_or_refused(edits, cut: int, tiny_folder: Path) -> None:
-    """Whatever the bytes: a ConfigError of one line, or tensors that lie inside the file."""
+    """Any bytes: a ConfigError of one line, or tensors that lie inside the file."""
     pristine = tiny_folder / "pristine"
     if not pristine.exists():
         shutil.copy(tiny_folder / "model.safetensors", pristine)

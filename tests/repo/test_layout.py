@@ -79,3 +79,8 @@ def test_the_api_process_does_not_import_torch() -> None:
         "print('torch' in sys.modules)"
     )
     assert run_python(code) == "False"
+
+
+def test_the_server_package_has_few_modules_beside_its_folders() -> None:
+    modules = {path.stem for path in (ROOT / "server/chunkllama_server").glob("*.py")}
+    assert modules - {"__init__"} == {"cli", "console"}

@@ -29,7 +29,7 @@ PHRASES = {
     # unnamed agents
     r"nobody": "no request, no client, no thread",
     r"whoever": "name the component",
-    r"whatever (?:computes|reads|builds|is wrong|the server does|it does|comes)": "name it",
+    r"whatever": "any, regardless of, what",
     r"dear": "expensive, slow",
     r"vouch(?:es)? for": "untrusted",
     r"a stranger(?:'s)?|strangers": "untrusted, unauthenticated client",
@@ -37,6 +37,7 @@ PHRASES = {
     # things that speak
     r"tells? (?:of|by)": "reports, reveals",
     r"told (?:of|once|anew|in one line)": "reported",
+    r"(?:is|are) told": "gets, receives",
     r"says of": "lists, documents",
     r"what the model says": "model output",
     r"0,? or a bug": "non-zero indicates a bug",
@@ -46,6 +47,8 @@ PHRASES = {
     r"(?:lets?|letting) go of": "releases",
     r"is forgotten": "expires",
     r"heals?|mends?|mended": "fixes",
+    r"stumbl(?:e|es|ed|ing)": "fails",
+    r"mint(?:s|ed|ing)?": "makes, generates",
     r"(?:taken|takes|take) over": "reuses",
     r"tokens join|sequences end|chunks are shown": "append tokens, finish sequences",
     # places

@@ -239,7 +239,7 @@ def test_a_shipped_library_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_a_library_names_no_openmp_runtime() -> None:
-    """It uses the one that torch has loaded, whatever that is called."""
+    """It uses the one that torch has loaded, under any name."""
     library = native.build(LEVEL)
     listing = subprocess.run(
         ["readelf", "-d", str(library)], check=True, capture_output=True, text=True

@@ -44,7 +44,7 @@ def steps_to_first_token(run: SimulatedEngine, prompt: list[int]) -> tuple[int, 
 def test_a_flood_costs_another_tenant_no_step_and_no_cached_token(
     length: int, output: int, count: int, priority: int
 ) -> None:
-    """As many requests as one tenant may send, whatever their length and priority."""
+    """As many requests as one tenant may send, of any length and priority."""
     rng = random.Random(0)
     run = engine()
     system = tokens(rng, SYSTEM)

@@ -1,4 +1,4 @@
-"""API keys: every route but health asks for one, whatever the request looks like."""
+"""API keys: every route but health asks for one, for any form of request."""
 
 from __future__ import annotations
 

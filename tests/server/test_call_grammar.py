@@ -17,7 +17,8 @@ from chunkllama.sampling_params import GrammarSpec
 from chunkllama.text.chat_template import ChatTemplate
 from chunkllama.text.template_adapter import adapt
 from chunkllama.text.thoughts import Thoughts, ThoughtTags
-from chunkllama.text.tokenizer import DecodeRule, Tokenizer
+from chunkllama.text.tokenizer import Tokenizer
+from chunkllama.text.tokenizer_files import DecodeRule
 from chunkllama_server.api.chat.thinking import with_thoughts
 from chunkllama_server.api.schema.chat import ChatCompletionRequest
 from chunkllama_server.api.tools.call_format import call_format

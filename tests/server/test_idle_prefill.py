@@ -125,7 +125,7 @@ def test_it_waits_for_other_requests(drops):
 
 
 class Engine:
-    """Ends a request when it is told to; an abort ends it as one."""
+    """Ends a request when the test asks for it; an abort ends it as one."""
 
     def __init__(self) -> None:
         self.requests = []

@@ -1,4 +1,4 @@
-"""Tool-call parsers: whatever the pieces the text comes in, the same content and calls."""
+"""Tool-call parsers: the same content and calls for any pieces that the text arrives in."""
 
 from __future__ import annotations
 

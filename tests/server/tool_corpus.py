@@ -205,7 +205,7 @@ TAUGHT = {
         ),
     ],
 }
-# Read whatever the family: objects as weak models write them, at the answer's beginning.
+# Read with every family: objects as weak models write them, at the answer's beginning.
 INNER = '{"name": "add", "arguments": {"a": 1}'
 WRAPPED = '{"type": "function", "function": ' + INNER
 SHAPES = [

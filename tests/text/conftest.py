@@ -111,7 +111,7 @@ def exotic() -> str:
 
 @pytest.fixture
 def texts() -> list[str]:
-    """Everything a tokenizer may stumble over, control-token strings included."""
+    """Everything that is hard for a tokenizer, control-token strings included."""
     specials = [*LLAMA3_SPECIALS, *CHATML_SPECIALS, "<s>", "</s>", "[INST]", "<tool_call>"]
     edges = [
         "",

@@ -10,7 +10,8 @@ from chunkllama.errors import InvalidRequestError
 from chunkllama.text.chat_template import ChatTemplate
 from chunkllama.text.template_adapter import adapt, find_dropped
 from chunkllama.text.template_capabilities import TemplateCapabilities, tool
-from chunkllama.text.tokenizer import DecodeRule, Tokenizer
+from chunkllama.text.tokenizer import Tokenizer
+from chunkllama.text.tokenizer_files import DecodeRule
 
 EACH = "{% for m in messages %}"
 GENERIC = EACH + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -9,7 +9,13 @@ from typing import Final
 
 import torch
 
-from chunkllama.backends.adapter import LINEARS, AdapterRows, AdapterWeights, LinearAdapter
+from chunkllama.backends.adapter import (
+    LINEARS,
+    AdapterRows,
+    AdapterWeights,
+    LinearAdapter,
+    PreparedAdapter,
+)
 from chunkllama.backends.cpu.abi import TYPES, mirrors
 from chunkllama.backends.cpu.packed import MAX_PARTS, Arena
 from chunkllama.backends.cpu.sizes import STRIDE, UNIT, round_up
@@ -47,7 +53,7 @@ class CStepAdapters(Structure):
     )
 
 
-class PackedAdapter:
+class PackedAdapter(PreparedAdapter):
     """An adapter as the kernels read it.
 
     Args:
@@ -134,6 +140,11 @@ def _padded(rows: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % BLOCK))
 
 
+def _packed(rows: AdapterRows) -> PackedAdapter:
+    assert isinstance(rows.adapter, PackedAdapter)
+    return rows.adapter
+
+
 class AdapterBuffers:
     """What a step with adapters needs beside its rows.
 
@@ -149,14 +160,15 @@ class AdapterBuffers:
 
     def step(self, adapters: Sequence[AdapterRows], rows: int, dtype: torch.dtype) -> CStepAdapters:
         """The kernels' view of a step's adapters; valid until the next call."""
-        ranks = round_up(max(each.adapter.ranks for each in adapters), BLOCK)
+        packed = [_packed(each) for each in adapters]
+        ranks = round_up(max(each.ranks for each in packed), BLOCK)
         size = rows * (ranks + self._columns)
         if self._memory.numel() < size:
             self._memory = torch.empty(size)
         self._adapted = torch.zeros(round_up(rows, UNIT), dtype=torch.uint8)
         self._ranges = (CAdapterRange * len(adapters))()
-        for at, each in enumerate(adapters):
-            self._ranges[at] = CAdapterRange(each.begin, each.end, each.adapter.linears)
+        for at, (each, adapter) in enumerate(zip(adapters, packed, strict=True)):
+            self._ranges[at] = CAdapterRange(each.begin, each.end, adapter.linears)
             self._adapted[each.begin : each.end] = 1
         inner = self._memory.data_ptr()
         return CStepAdapters(

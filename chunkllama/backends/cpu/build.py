@@ -106,7 +106,7 @@ def library_directory() -> Path:
 
 
 def known_levels(machine: str = "") -> tuple[IsaLevel, ...]:
-    """The levels for a kind of machine, by default this one's, best first, whatever its CPU has."""
+    """The levels for a kind of machine (default: this one's), best first, its CPU may lack some."""
     wanted = machine or platform.machine()
     return tuple(level for level in LEVELS if level.machine in ("", wanted))
 

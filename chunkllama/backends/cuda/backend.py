@@ -135,7 +135,7 @@ class CudaBackend(Backend):
         """Copy the plan and prepare its launches.
 
         Args:
-            replayable: launch for whatever a plan of this capacity may hold (both tile classes, the
+            replayable: launch for all that a plan of this capacity may hold (both tile classes, the
                 largest tile, the merge), so that a CUDA graph of these launches stays right when
                 the buffer's contents change. Otherwise only for what this plan holds.
         """

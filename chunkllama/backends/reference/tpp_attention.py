@@ -32,7 +32,7 @@ from chunkllama.attention.plan_format import (
 from chunkllama.backends.base import KVCache, LayerRows
 from chunkllama.backends.int8_kv import dequantize_kv
 
-# Float32 elements of the largest intermediate tensor: bounds the workspace whatever the plan.
+# Float32 elements of the largest intermediate tensor: bounds the workspace of any plan.
 MAX_ELEMENTS = 1 << 20
 
 
@@ -266,7 +266,7 @@ class _Softmax:
 def _zero_rows(tiles: torch.Tensor, unwritten: torch.Tensor) -> None:
     """Clear what stands behind an item's last row: there -inf + NaN and 0 * NaN would stay NaN.
 
-    By its bits, whatever they mean: ten times faster than ``masked_fill_`` on a CPU.
+    By its bits, of any meaning: ten times faster than ``masked_fill_`` on a CPU.
     """
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[tiles.element_size()]
     tiles.view(bits).bitwise_and_(torch.where(unwritten, 0, -1).to(bits))

@@ -1,7 +1,7 @@
 """Tensors of a quantized linear module in safetensors: AWQ, GPTQ, compressed-tensors, FP8.
 
 A module is quantized where it has the tensors of its checkpoint's format instead of a float weight,
-whatever lists of ignored modules say. No torch here.
+regardless of lists of ignored modules. No torch here.
 """
 
 from __future__ import annotations

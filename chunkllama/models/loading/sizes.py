@@ -27,7 +27,7 @@ def allocated_bytes(
     """Return the bytes that a checkpoint's tensors take once they are loaded.
 
     Args:
-        checkpoint: only the tensors of the model count, whatever else lies in its folder.
+        checkpoint: only the tensors of the model count, not what else is in its folder.
         dtype: that the model computes in.
         quantization: of the linear layers.
         num_ranks: that load it: each has the embedding and the head, and its part of the rest.

@@ -204,7 +204,7 @@ def random_weights(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> ModelWeights:
-    """Random weights that are a pure function of ``spec`` and ``seed``, whatever the device.
+    """Random weights that are a pure function of ``spec`` and ``seed``, on any device.
 
     Matrices are scaled by 1/sqrt(fan-in): activations and logits keep a spread of about one.
     """

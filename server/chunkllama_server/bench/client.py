@@ -12,9 +12,8 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
-from chunkllama.errors import ConfigError
+from chunkllama_server.transport.server_url import authorization, split_server_url
 
 
 @dataclass(slots=True)
@@ -59,21 +58,18 @@ class Endpoint:
     Args:
         url: with or without ``/v1``.
         api_keys: assigned to the tenants round-robin; empty sends none.
+
+    Raises:
+        ConfigError: the URL or a key cannot be used.
     """
 
     def __init__(self, url: str, api_keys: tuple[str, ...] = ()) -> None:
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError as error:
-            raise ConfigError(f"url: {url}: {error}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"url: {url} is not an http or https URL")
-        self._host = parts.hostname
+        parts = split_server_url(url)
+        self._host = parts.hostname or ""
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._port = port or (443 if self._tls else 80)
+        self._port = parts.port or (443 if self._tls else 80)
         self._base = parts.path.rstrip("/").removesuffix("/v1")
-        self._api_keys = api_keys
+        self._authorizations = tuple(map(authorization, api_keys))
         self.url = url
 
     async def stream(self, path: str, body: dict[str, Any], outcome: Outcome) -> Outcome:
@@ -138,8 +134,9 @@ class Endpoint:
             "content-type: application/json",
             f"content-length: {length}",
         ]
-        if self._api_keys:
-            lines.append(f"authorization: Bearer {self._api_keys[tenant % len(self._api_keys)]}")
+        if self._authorizations:
+            value = self._authorizations[tenant % len(self._authorizations)]
+            lines.append(f"authorization: {value}")
         return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from chunkllama.config import DEMO_MODEL
@@ -35,6 +34,7 @@ from chunkllama_server.bench.workload import (
     make_conversations,
     read_trace,
 )
+from chunkllama_server.console import make_console
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure a server.")
 
@@ -101,14 +101,12 @@ def serve(  # noqa: PLR0913 - one parameter a flag
         seed=seed,
     )
     if output is not None:
-        check_output(output, plots)
+        check_output(output, name, plots)
     elif plots:
         raise ConfigError("plots: give --output, the folder to write them to")
     points = _points(base, concurrency, rate)
     endpoint = Endpoint(url, tuple(api_key or ()))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a log file has no terminal width
+    console = make_console()
     runs, server = asyncio.run(
         _measure(endpoint, model, points, tokenizer, trace, exact_output, pid)
     )
@@ -131,8 +129,8 @@ def _points(base: Workload, concurrency: str, rate: str) -> list[Workload]:
     except ValueError:
         raise ConfigError("concurrency, rate: numbers are needed, separated by commas") from None
     loads = [point.concurrency if point.rate is None else point.rate for point in points]
-    if min(loads) <= 0:
-        raise ConfigError("concurrency, rate: must be above 0")
+    if not all(0 < load < 1e6 for load in loads):
+        raise ConfigError("concurrency, rate: must be above 0 and below 1e6")
     # A later point must not find the earlier one's prompts in the cache.
     return [replace(point, seed=base.seed + 1000 * i) for i, point in enumerate(points)]
 
@@ -178,13 +176,13 @@ async def _one_run(
 ) -> Run:
     total = sum(len(conversation.users) for conversation in conversations)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[tokens]} tokens, {task.fields[failed]} failed"),
     )
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as progress:
+    with Progress(*columns, console=make_console(stderr=True), refresh_per_second=2) as progress:
         task = progress.add_task(label, total=total, tokens=0, failed=0)
         tokens = failed = 0
 

@@ -18,12 +18,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from chunkllama.config import DEMO_MODEL
 from chunkllama.errors import ChunkLlamaError
 from chunkllama_server.bench.client import Endpoint, Outcome
+from chunkllama_server.console import make_console
 from chunkllama_server.process.health_check import check_health
 
 _WIDE = 110  # columns of a terminal from which on answers are shown
@@ -80,7 +81,7 @@ def tenants(
     api_key: Annotated[str, typer.Option(help="Key, if the server needs one.")] = "",
 ) -> int:
     """Let 8 tenants ask questions over their own system prompts; exit code 1 if a request fails."""
-    console = Console()
+    console = make_console()
     endpoint = Endpoint(url, (api_key,) if api_key else ())
     if not check_health(url, timeout=2.0):
         return _play(endpoint, requests, console)
@@ -129,11 +130,10 @@ def _play(endpoint: Endpoint, requests: int, console: Console) -> int:
     computed = sent - sum(outcome.cached_tokens for outcome in answered)
     console.print(
         f"{sent:,} prompt tokens sent, {computed:,} computed: sharing saved "
-        f"{1 - computed / max(sent, 1):.0%} of the prefill work.",
-        highlight=False,
+        f"{1 - computed / max(sent, 1):.0%} of the prefill work."
     )
     if failed:
-        console.print(f"{len(failed)} requests failed, the first with: {failed[0]}", markup=False)
+        console.print(f"{len(failed)} requests failed, the first with: {failed[0]}")
     return 1 if failed else 0
 
 
@@ -179,7 +179,7 @@ def _table(players: list[_Tenant], width: int) -> Table:
         table.add_column("latest answer", no_wrap=True, overflow="ellipsis", ratio=1)
     for player in players:
         *cells, text = player.row()
-        table.add_row(*cells, *([escape(text)] if is_wide else []))
+        table.add_row(*cells, *([text] if is_wide else []))
     return table
 
 
@@ -203,7 +203,7 @@ def _server(model: str, console: Console) -> Iterator[str]:
         with log.open("wb") as file:
             server = subprocess.Popen(command, stdout=file, stderr=file)
         try:
-            with console.status(f"starting a server with {model}"):
+            with console.status(Text(f"starting a server with {model}")):
                 _wait(server, url, log)
             yield url
         finally:

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from chunkllama import __version__
 from chunkllama.errors import ConfigError
+from chunkllama.resources import cpu_name
 from chunkllama_server.bench.client import Outcome
 from chunkllama_server.bench.workload import Workload
 
@@ -97,7 +98,7 @@ def print_table(runs: Sequence[Run], console: Console) -> None:
         if run.peak_memory:
             console.print(f"{run.label}: peak memory {run.peak_memory / 2**20:.0f} MiB")
         if error := run.summary()["first_error"]:
-            console.print(f"{run.label}: first error: {error}", style="red", markup=False)
+            console.print(f"{run.label}: first error: {error}", style="red")
 
 
 def command_line(secrets: Sequence[str]) -> str:
@@ -131,16 +132,12 @@ def write_json(path: Path, runs: Sequence[Run], server: dict[str, Any], command:
 
 def describe_machine() -> dict[str, Any]:
     """Return processor, usable processors, memory and load."""
-    model, memory = platform.machine(), 0
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
+    memory = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemTotal"):
             memory = int(line.split()[1]) * 1024
     return {
-        "cpu": model,
+        "cpu": cpu_name(),
         "processors": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory / 2**30, 1),
         "kernel": platform.release(),
@@ -148,12 +145,18 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def check_output(folder: Path, plots: bool) -> None:
+def check_output(folder: Path, name: str, plots: bool) -> None:
     """Check, before a measurement, that its results can be written.
 
+    Args:
+        name: of the files in the folder, without their endings.
+
     Raises:
-        ConfigError: the folder cannot be written, or matplotlib is not installed.
+        ConfigError: the folder cannot be written, the name is none of a file, or matplotlib is not
+            installed.
     """
+    if not name or Path(name).name != name:
+        raise ConfigError(f"name: {name!r} is not the name of a file; --output names the folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

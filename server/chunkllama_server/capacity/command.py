@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from chunkllama.config import DEMO_MODEL, EngineConfig, SchedulerConfig
@@ -23,6 +22,7 @@ from chunkllama.simulation.replay import Replay
 from chunkllama.simulation.trace import Tokenize, TraceRequest, read_trace
 from chunkllama_server.bench.report import check_output
 from chunkllama_server.capacity.report import print_report, write_plot, write_report
+from chunkllama_server.console import make_console
 
 _DEFAULTS = SchedulerConfig()
 
@@ -52,7 +52,7 @@ def _progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as progress:
+    with Progress(*columns, console=make_console(stderr=True), refresh_per_second=2) as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.update(task, completed=done)
 
@@ -120,7 +120,7 @@ def capacity(  # noqa: PLR0913 - one parameter a flag
     _check_numbers(target, rate)
     pools = _pools(chunks)
     if output is not None:
-        check_output(output, plots)
+        check_output(output, name, plots)
     elif plots:
         raise ConfigError("plots: give --output, the folder to write them to")
     limits = _limits(
@@ -136,9 +136,7 @@ def capacity(  # noqa: PLR0913 - one parameter a flag
     if max_num_batched_tokens is None:
         tokens = step_tokens(costs.token, max_num_seqs)
         limits = replace(limits, max_num_batched_tokens=tokens)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a log file has no terminal width
+    console = make_console()
     written = []
     if output is not None and measure:
         written.append(_write_cost(output / f"{name}-cost.json", costs, source))

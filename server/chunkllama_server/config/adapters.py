@@ -8,6 +8,7 @@ from typing import Annotated, Final
 from pydantic import BeforeValidator, Field, field_validator
 
 from chunkllama.config import ConfigGroup
+from chunkllama_server.config.lists import split_list
 
 NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}"
 
@@ -16,10 +17,7 @@ def _pairs(value: object) -> object:
     """Split "a=x,b=y"; a mapping in YAML has the same meaning."""
     if isinstance(value, dict):
         return [f"{name}={folder}" for name, folder in value.items()]
-    texts = [value] if isinstance(value, str) else value
-    if isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts):
-        return [part.strip() for text in texts for part in text.split(",") if part.strip()]
-    return value
+    return split_list(value)
 
 
 class AdapterConfig(ConfigGroup):

@@ -30,8 +30,8 @@ class ClusterConfig(ConfigGroup):
     spill_requests: int = Field(
         default=8,
         ge=1,
-        description="A replica that has so many requests more than the idlest one gets no more of "
-        "those that it has the prefix of.",
+        description="Requests that a replica may have more than the idlest one; beyond that, it "
+        "gets no more of those whose prefix it has cached.",
     )
     max_failovers: int = Field(
         default=2,

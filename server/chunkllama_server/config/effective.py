@@ -12,6 +12,7 @@ from chunkllama.engine.step_size import choose_step_tokens
 from chunkllama.errors import ConfigError
 from chunkllama.models.loading.hub import local_model
 from chunkllama.resources import usable_threads
+from chunkllama_server.config.kinds import kind_of, show_value
 from chunkllama_server.config.settings import Settings
 
 
@@ -47,8 +48,10 @@ def effective_values(settings: Settings) -> tuple[dict[str, str], str]:
                 values |= _of_the_engine(config, plan_size(config, folder))
         except ConfigError as error:
             note = str(error)
-    shown = {key: str(value) for key, value in values.items()}
-    return {k: v for k, v in shown.items() if v != str(getattr(settings, k))}, note
+    kinds = {key: kind_of(key, Settings.model_fields[key]) for key in values}
+    shown = {key: show_value(value, kinds[key]) for key, value in values.items()}
+    given = {key: show_value(getattr(settings, key), kinds[key]) for key in values}
+    return {key: text for key, text in shown.items() if text != given[key]}, note
 
 
 def _of_the_engine(config: EngineConfig, size: EngineSize) -> dict[str, object]:

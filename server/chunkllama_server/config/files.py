@@ -12,16 +12,22 @@ import yaml
 from chunkllama.errors import ConfigError
 
 MIN_SECRET_BYTES: Final = 32
+_MAX_BYTES: Final = 16 << 20  # of a file of settings, keys, tenants or prompts
 
 
 def read_text(path: Path, key: str) -> str:
     """Read a file's text.
 
     Raises:
-        ConfigError: it cannot be read; ``key`` is the setting that names it.
+        ConfigError: it cannot be read, or is no text of a sensible size; ``key`` is the setting
+            that names it.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ConfigError(f"{key}: {path} is larger than {_MAX_BYTES >> 20} MiB; another file?")
+        return content.decode("utf-8-sig")  # editors of Windows begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{key}: cannot read {path}: {reason}") from None

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, TypeVar, get_type_hints
 
 import typer
 from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 from typer.core import TyperCommand
 
-from chunkllama.config import RENAMED_KEYS
+from chunkllama.config_errors import RENAMED_KEYS
+from chunkllama_server.config.kinds import Kind, choices, kind_of, show_value
 from chunkllama_server.config.settings import Loaded, Settings, load_settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MAX_WIDTH = 100_000  # columns of a table that no terminal shows
+_METAVARS: Final[dict[Kind, str]] = {
+    "file": "FILE",
+    "folder": "FOLDER",
+    "size": "SIZE",
+    "seconds": "SECONDS",
+    "number": "N",
+}
 
 
 class GroupedCommand(TyperCommand):
@@ -83,9 +91,10 @@ def show_settings(loaded: Loaded, effective: Mapping[str, str], note: str) -> No
     table = Table(
         "key", *(Column(name, overflow="fold") for name in ("value", "from", "in effect"))
     )
-    for key in sorted(Settings.model_fields):
-        value = show_value(getattr(loaded.settings, key))
-        table.add_row(key, value, loaded.origins[key], effective.get(key, ""))
+    for key, field in sorted(Settings.model_fields.items()):
+        value = show_value(getattr(loaded.settings, key), kind_of(key, field))
+        cells = (value, loaded.origins[key], effective.get(key, ""))
+        table.add_row(key, *map(Text, cells))
     console = Console(soft_wrap=True)
     if not console.is_terminal:  # programs read one whole row a line
         whole = console.measure(table, options=console.options.update(max_width=_MAX_WIDTH))
@@ -95,39 +104,21 @@ def show_settings(loaded: Loaded, effective: Mapping[str, str], note: str) -> No
         print(note)
 
 
-def show_value(value: object) -> str:
-    """Format a setting's value as in a YAML file; secrets as asterisks."""
-    if value is None or value == ():
-        return "-"
-    if isinstance(value, tuple):
-        return ", ".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def choices(annotation: Any) -> tuple[Any, ...]:
-    """Return the values of a ``Literal``, also in an optional type; () for any other type."""
-    if get_origin(annotation) is Literal:
-        return get_args(annotation)
-    if get_origin(annotation) in (Union, types.UnionType):
-        return tuple(c for part in get_args(annotation) for c in choices(part))
-    return ()
-
-
 def _setting(key: str, field: FieldInfo, title: str) -> inspect.Parameter:
-    text = field.description or ""
-    default = show_value(field.default)
+    text, kind = field.description or "", kind_of(key, field)
+    default = show_value(field.default, kind)
     if default != "-":
         text += f" [default: {default}]"
-    if isinstance(field.default, bool):
+    if kind == "boolean":
         return _parameter(key, bool | None, text, title, None)
     if options := choices(field.annotation):
         text += f" [{'|'.join(map(str, options))}]"
-    metavar = "NAME" if options else _metavar(key, field)
-    kind: Any = list[str] | None if "tuple" in str(field.annotation) else str | None
+    metavar = "NAME" if options else _METAVARS.get(kind, "TEXT")
+    parsed: Any = list[str] | None if kind == "list" else str | None
     extra = field.json_schema_extra
     short = extra.get("flag") if isinstance(extra, dict) else None
     names = (f"--{key.replace('_', '-')}", str(short)) if short else ()
-    return _parameter(key, kind, text, title, metavar, names)
+    return _parameter(key, parsed, text, title, metavar, names)
 
 
 def _former(key: str) -> inspect.Parameter:
@@ -138,17 +129,6 @@ def _former(key: str) -> inspect.Parameter:
         default=None,
         annotation=Annotated[str | None, typer.Option(hidden=True)],
     )
-
-
-def _metavar(key: str, field: FieldInfo) -> str:
-    text = str(field.annotation)
-    if "Path" in text:
-        return "FILE"
-    if "bytes" in key or "memory" in key:
-        return "SIZE"
-    if "int" in text or key.endswith("_share"):
-        return "N"
-    return "SECONDS" if "float" in text else "TEXT"
 
 
 def _parameter(

@@ -18,7 +18,7 @@ class LimitsConfig(ConfigGroup):
         2 << 20, "bytes", "tenant", "413 request_too_large", "A request body.",
         "The body is larger than {limit} bytes",
     )  # fmt: skip
-    max_header_bytes: int = limit(
+    max_header_bytes: Bytes = limit(
         32 << 10, "bytes", "anyone", "431 bad_request", "Request line and headers together.",
         "The headers are too large", ge=1024, le=1 << 20,
     )  # fmt: skip

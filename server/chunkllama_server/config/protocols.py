@@ -6,14 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
+from chunkllama_server.config.lists import split_list
+
 
 def _named(value: object) -> object:
-    """Split "a,b", also in a list; "none" is no protocol."""
-    texts = [value] if isinstance(value, str) else value
-    if isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts):
-        names = [part.strip() for text in texts for part in text.split(",") if part.strip()]
-        return [] if names == ["none"] else names
-    return value
+    """Split a list of names; "none" is no protocol."""
+    names = split_list(value)
+    return [] if names == ["none"] else names
 
 
 Protocol = Literal["anthropic", "ollama", "tgi"]

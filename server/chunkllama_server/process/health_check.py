@@ -6,7 +6,9 @@ import http.client
 import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
+
+from chunkllama.errors import ConfigError
+from chunkllama_server.transport.server_url import split_server_url
 
 _KEYS = ("config", "host", "port", "ssl_certfile")
 _LOCAL = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}
@@ -67,22 +69,24 @@ def check_health(url: str, timeout: float) -> str:
     Certificates are not verified: the question is whether it answers, not who it is.
     """
     try:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            return f"not an http or https URL: {url}"
+        parts = split_server_url(url)
         path = parts.path.rstrip("/") + "/health/ready"
         connection: http.client.HTTPConnection
         if parts.scheme == "https":
             context = ssl.create_default_context()
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
             connection = http.client.HTTPSConnection(
-                parts.hostname, parts.port, timeout=timeout, context=context
+                parts.hostname or "", parts.port, timeout=timeout, context=context
             )
         else:
-            connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout)
+            connection = http.client.HTTPConnection(
+                parts.hostname or "", parts.port, timeout=timeout
+            )
         connection.request("GET", path)
         status = connection.getresponse().status
         connection.close()
+    except ConfigError as error:
+        return str(error)
     except (OSError, http.client.HTTPException, ValueError) as error:
         return f"{url} does not answer: {error}"
     return "" if status == 200 else f"{url} is not ready (status {status})"

@@ -61,7 +61,7 @@ logger = init_logger(__name__)
 # What is left after the drain limit: error events to write and connections to close.
 _GRACE_SECONDS = 5
 _BACKLOG = 2048
-# Of the admin port, ordinary and as many reserved ones, whatever the main port has open.
+# Of the admin port, ordinary and as many reserved ones, independent of the main port.
 _ADMIN_CONNECTIONS = 32
 
 

@@ -23,7 +23,7 @@ ENGINE_DIED = 70  # EX_SOFTWARE
 class DrainingServer(uvicorn.Server):
     """Uvicorn, except that a signal lets live requests finish before it closes the socket.
 
-    While it drains the socket stays open: health checks and new requests are told 503, so a load
+    While it drains the socket stays open: health checks and new requests get 503, so a load
     balancer learns of it before connections fail.
 
     Attributes:

@@ -200,7 +200,7 @@ def as_api_error(error: Exception) -> ApiError:
 def field_path(location: Sequence[str | int], body: Any, error_type: str) -> tuple[str, int]:
     """Turn pydantic's location into the path a client would write, and its depth in the body.
 
-    Pydantic's locations also name union members (``content.str``); whatever is not found in the
+    Pydantic's locations also name union members (``content.str``); a part that is not found in the
     body is such a name, except the last part of a missing or superfluous field.
     """
     path, depth, current = "", 0, body

@@ -172,7 +172,7 @@ class Machine(Protocol):
         ...
 
 
-class Twin:
+class PlainMachine:
     """The kernels' C++ against kernels/emulation/device.h."""
 
     name = "cpp"
@@ -187,7 +187,7 @@ class Twin:
 
 
 # The machine of new launchers: tests/backends/conftest.py sets it for a test.
-MACHINE: ContextVar[Machine] = ContextVar("machine", default=Twin())  # noqa: B039
+MACHINE: ContextVar[Machine] = ContextVar("machine", default=PlainMachine())  # noqa: B039
 
 
 @dataclass

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from kernel_emulator import Machine, Twin
+from kernel_emulator import Machine, PlainMachine
 from ptx_emulator import PtxMachine
 
 MACHINES: dict[str, Machine] = {
     machine.name: machine
     for machine in (
-        Twin(),
+        PlainMachine(),
         PtxMachine("ptx_90", "compute_90"),
         PtxMachine("ptx_80", "compute_80"),
         PtxMachine("ptx_120", "compute_120"),

@@ -167,7 +167,7 @@ class _Function:
         return f"{'!' if operand.startswith('!') else ''}{_cpp(name)}"
 
     def _read(self, operand: str, kind: str) -> str:
-        """The operand as a value of PTX type ``kind``, whatever its register was declared with."""
+        """The operand as a value of PTX type ``kind``; its register may have another."""
         want = C_TYPES[kind]
         if operand in self.registers:
             have, name = self.registers[operand], _cpp(operand)

@@ -244,6 +244,12 @@ FLAGS = [
     _flags("no folder of packs", "--packs nowhere", "packs: nowhere is not a folder"),
     _flags("no public key", "--pack-public-key nowhere", "pack_public_key: nowhere cannot be read"),
     _flags("traces nowhere", "--otlp-endpoint host:4318", "otlp_endpoint: .*http.*'host:4318'"),
+    _flags("traces to half a URL", "--otlp-endpoint http://[::1", "otlp_endpoint: .*HOST:PORT"),
+    _flags("no number of seconds", "--drain-seconds nan", "drain_seconds: .*finite number.*'nan'"),
+    _flags("size too large", "--max-header-bytes 1GiB", "max_header_bytes: .*1048576 bytes"),
+    _flags("path of a proxy", "--root-path llm/", "root_path: .*'llm/'"),
+    _flags("origin without scheme", "--cors-origins a.example", "cors_origins: write https://HOST"),
+    _flags("adapter without folder", "--lora sql", "lora: write name=folder, not 'sql'"),
     _flags("another store", "--response-store mysql://x", "response_store: .*valkey://"),
     _flags("no secret file", "--namespace-secret-file /x", "namespace_secret_file: cannot read /x"),
     _flags("replicas alone", "--replicas 3", "replicas: needs cluster"),
@@ -253,6 +259,7 @@ FLAGS = [
 ]
 FILES = [
     _flags("no settings file", "--config /nowhere.yaml", "config: cannot read /nowhere.yaml: No"),
+    _flags("endless settings", "--config /dev/zero", "config: /dev/zero is larger than 16 MiB"),
     BadStart("settings folder", lambda m: ["--config", m.folder], "config: .*Is a directory"),
     _file("settings not YAML", "--config", "port: [1\n", "file: not valid YAML at line"),
     _file("setting twice", "--config", "port: 1\nport: 2\n", "file: port occurs twice at line 2"),
@@ -321,6 +328,7 @@ ENGINE = [
     _with("no such processor", "--cpu-bind 9999", "cpu_bind: .*not run on processor 9999; it may"),
     _with("three ranks", "--tp 3", "tensor_parallel_size: 3 does not divide the 4 attention heads"),
     _with("ranks and adapters", "--tp 2 --lora a=/x", "lora: adapters need tensor_parallel_size 1"),
+    _with("adapter nowhere", "--lora sql=/nowhere", "lora: sql: /nowhere: no such folder"),
     _with("small pool", "--kv-cache-memory 1k", "kv_cache_memory: 1000 bytes hold fewer than two"),
     _with("large pool", "--num-chunks 2000000000", "num_chunks: the pool takes .*MiB"),
     _with("memory of a rack", "--kv-cache-memory 900TiB", "kv_cache_memory: the pool takes .*MiB"),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from chunkllama.errors import ChunkLlamaError
-from chunkllama_server import batch_command
+from chunkllama_server.commands import batch as batch_command
 
 BATCH = {
     "id": "batch_1",

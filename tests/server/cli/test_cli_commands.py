@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from chunkllama import __version__
-from chunkllama_server.config.flags import choices
+from chunkllama_server.config.kinds import choices
 from chunkllama_server.config.settings import Settings
 
 
@@ -115,7 +115,8 @@ def test_config_show_resolves_automatic_values(chunkllama, tiny_model):
     assert shown["dtype"] == "float32"
     assert shown["backend"] in ("cpu", "reference")
     assert shown["max_model_len"] == "1024"
-    assert shown["kv_cache_memory"] == str(64 * 2 * 2 * 64 * 2 * 16 * 4)
+    assert 64 * 2 * 2 * 64 * 2 * 16 * 4 == 2 << 20
+    assert shown["kv_cache_memory"] == "2MiB"
     assert shown["isolation"] == "off"
     assert shown["served_model_name"] == "tiny"
     assert not {"num_chunks", "device", "threads", "port"} & set(shown)  # given, or no default

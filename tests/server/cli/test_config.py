@@ -23,6 +23,7 @@ from chunkllama.resources import (
 from chunkllama_server.commands import run
 from chunkllama_server.config import extras
 from chunkllama_server.config.effective import effective_values
+from chunkllama_server.config.kinds import kind_of, show_value
 from chunkllama_server.config.settings import Settings, load_settings
 from chunkllama_server.process.launch import check_model
 
@@ -33,12 +34,14 @@ def _is_secret(field) -> bool:
 
 def test_precedence_and_origins(tmp_path):
     file = tmp_path / "server.yaml"
-    file.write_text("port: 1\nnum_chunks: 1\nthreads: 1\ncors_origins: [a, b]\nstrict: true\n")
+    file.write_text(
+        "port: 1\nnum_chunks: 1\nthreads: 1\nstrict: true\ncors_origins: [https://a, https://b]\n"
+    )
     environ = {"CHUNKLLAMA_PORT": "2", "CHUNKLLAMA_NUM_CHUNKS": "2"}
     loaded = load_settings({"port": "3"}, environ, file)
     settings = loaded.settings
     assert (settings.port, settings.num_chunks, settings.threads) == (3, 2, 1)
-    assert settings.cors_origins == ("a", "b")
+    assert settings.cors_origins == ("https://a", "https://b")
     assert settings.strict is True
     assert settings.chunk_size == 64
     origins = [loaded.origins[k] for k in ("port", "num_chunks", "threads", "chunk_size")]
@@ -56,6 +59,11 @@ def test_lists_sizes_and_flags_from_strings():
     }
     settings = load_settings({}, environ).settings
     assert settings.served_model_name == ("a", "b")
+    flags = {"served_model_name": ["a,b", "c"], "allowed_hosts": "x, y", "lora": ["m=/m,n=/n"]}
+    given = load_settings(flags, {}).settings
+    assert given.served_model_name == ("a", "b", "c")
+    assert given.allowed_hosts == ("x", "y")
+    assert given.adapter_folders == {"m": "/m", "n": "/n"}
     assert settings.kv_cache_memory == 3 << 29
     assert settings.strict is True
     assert settings.engine().cache.kv_cache_memory == 3 << 29
@@ -88,12 +96,68 @@ def test_a_kubernetes_service_of_our_name_changes_nothing():
         ({"kv_cache_memory": "5i"}, {}, "kv_cache_memory: .*'5i'"),
         ({"kv_cache_memory": "9" * 400 + "g"}, {}, "kv_cache_memory: "),
         ({"ssl_keyfile": "x"}, {}, "ssl_certfile and ssl_keyfile must be given together"),
+        ({"drain_seconds": "nan"}, {}, "drain_seconds: .*finite number.*'nan'"),
+        ({"text_seconds": "inf"}, {}, "text_seconds: .*finite number.*'inf'"),
+        ({"max_header_bytes": "2MiB"}, {}, "max_header_bytes: .*1048576 bytes, got 2097152"),
+        ({"otlp_endpoint": "http://[::1"}, {}, "otlp_endpoint: write http://HOST:PORT"),
+        ({"otlp_endpoint": "http://a:99999/"}, {}, "otlp_endpoint: write http://HOST:PORT"),
+        ({"root_path": "/"}, {}, "root_path: .*'/'"),
+        ({"root_path": "llm"}, {}, "root_path: .*'llm'"),
+        ({"cors_origins": "a.example"}, {}, "cors_origins: write https://HOST.*'a.example'"),
+        ({"cors_origins": "https://a/"}, {}, "cors_origins: write https://HOST.*'https://a/'"),
     ],
 )
 def test_refusals_are_one_line(flags, environ, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_settings(flags, environ)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        ({"admin_host": "0.0.0.0"}, True),
+        ({"admin_host": "0.0.0.0", "admin_port": "1"}, False),
+        ({"cache_tier_bytes": "1GiB"}, True),
+        ({}, False),
+    ],
+)
+def test_a_setting_without_effect_is_named(flags, warned, caplog):
+    load_settings(flags, {})
+    lines = [record.getMessage() for record in caplog.records]
+    said = [line for line in lines if "(from command line) has no effect without" in line]
+    assert len(said) == warned
+
+
+def test_a_file_of_settings_is_text_of_a_sensible_size(tmp_path):
+    with pytest.raises(ConfigError, match="config: /dev/zero is larger than 16 MiB"):
+        load_settings({}, {}, Path("/dev/zero"))
+    file = tmp_path / "keys"
+    file.write_bytes("\ufeffblue:key-1\r\nred:key-2\r\n".encode())
+    settings = load_settings({"api_key_file": str(file)}, {}).settings
+    assert settings.keys_by_tenant() == {"blue": "key-1", "red": "key-2"}
+
+
+def test_values_are_shown_with_their_unit():
+    shown = {
+        key: show_value(
+            Settings.model_fields[key].default, kind_of(key, Settings.model_fields[key])
+        )
+        for key in ("cache_tier_bytes", "max_header_bytes", "strict", "drain_seconds", "packs")
+    }
+    assert shown == {
+        "cache_tier_bytes": "10GiB",
+        "max_header_bytes": "32KiB",
+        "strict": "false",
+        "drain_seconds": "30.0",
+        "packs": "-",
+    }
+    kinds = {key: kind_of(key, field) for key, field in Settings.model_fields.items()}
+    assert {key for key, kind in kinds.items() if kind == "folder"} == {
+        *("cache_tier_dir", "files_dir", "packs", "snapshot_dir")
+    }
+    assert kinds["max_tenant_slowdown"] == kinds["min_body_rate"] == "number"
+    assert kinds["keep_alive_seconds"] == "seconds"
 
 
 def test_api_keys_from_flags_and_file(tmp_path):

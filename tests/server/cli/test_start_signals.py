@@ -17,7 +17,7 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("interrupted_start.py")
 CODES = {signal.SIGTERM: 0, signal.SIGHUP: 0, signal.SIGINT: 130}
-# Reached in every start, whatever else changes; the sweep always has them.
+# Reached in every start; the sweep always has them.
 LANDMARKS = ("socket.bind", "subprocess.Popen", "log loading %s", "log ready at %s://%s:%d")
 
 

@@ -167,7 +167,7 @@ def _thinking(body: CountTokensRequest, has_thoughts: bool) -> _Thinking:
         return _Thinking(effort, ignored=["thinking"] if wants else [])
     if config is None or not wants:
         return _Thinking("none")
-    # Templates with a switch are told to think by an effort.
+    # An effort sets the switch of templates that have one.
     default = "medium" if config.type == "enabled" else None
     return _Thinking(effort or default, config.budget_tokens)
 

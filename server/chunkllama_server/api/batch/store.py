@@ -132,7 +132,7 @@ class FileStore:
         self._threads.leave(partial(self._disk.remove, record.tenant, record.id, *suffixes))
 
     def _read(self) -> None:
-        """Read all records, whatever an earlier try has read."""
+        """Read all records, also those of an earlier try."""
         self.files, self.batches = Table(), Table()
         self._charged.clear()
         self._used.clear()

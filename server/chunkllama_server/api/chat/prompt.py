@@ -54,7 +54,7 @@ class ChatPrompt:
         breakpoint: tokens before the last explicit cache breakpoint; None without one.
         marks: tokens before each of the request's cache marks, and the seconds that they are kept.
         continued_text: content of the final message, when the answer continues it.
-        thoughts: how the thoughts of the answer are told from it.
+        thoughts: how the thoughts of the answer are separated from it.
     """
 
     token_ids: list[int]

@@ -24,8 +24,8 @@ from chunkllama_server.api.common.responses import Responses
 from chunkllama_server.api.common.shared_reads import SharedReads
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService
-from chunkllama_server.api.dialect.translate import binding, looks_binding
-from chunkllama_server.api.schema.base import RequestModel, SamplingFields, walk_fields
+from chunkllama_server.api.common.unknown_fields import unknown_fields
+from chunkllama_server.api.schema.base import RequestModel, SamplingFields
 from chunkllama_server.api.tuning.runner import TuningRunner
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.metrics.history import StatsHistory
@@ -52,17 +52,6 @@ T = TypeVar("T")
 PROBE_SECONDS = 0.8
 # Names that clients of TGI send to a server of one model, which does not read them.
 _ANY_MODEL = frozenset(("dummy", "tgi"))
-# Objects that say what the answer is to be, unlike messages and tools.
-_OPTIONS = frozenset(
-    ("response_format", "structured_outputs", "text", "reasoning", "stream_options")
-)
-# Fields of one endpoint that another does not have, and whose names alone do not say it.
-_BINDING = frozenset(
-    (
-        *("tool_choice", "functions", "function_call", "num_predict", "n_predict"),
-        *("chat_template", "chat_template_kwargs"),
-    )
-)
 
 
 @dataclass(slots=True)
@@ -305,7 +294,7 @@ class ServerContext:
         self.check_model(model, info.tenant)
         info.adapter = self.adapter_of(model) or ""
         check_field_limits(body, self.settings)
-        unknown = await self.prepare(info, lambda: [*info.unknown, *_unknown_fields(body)])
+        unknown = await self.prepare(info, lambda: [*info.unknown, *unknown_fields(body)])
         if unknown and self.settings.strict:
             raise invalid(f"Unknown field {unknown[0][:200]!r}", unknown[0], "unknown_field")
         if given and given != model:
@@ -315,50 +304,6 @@ class ServerContext:
             self.metrics.ignore_fields(len(ignored))
             info.name_ignored_fields(ignored)
         return info
-
-
-def _unknown_fields(body: RequestModel) -> list[str]:
-    """Paths of the fields that no model knows.
-
-    Raises:
-        ApiError: 400 for one that is known and not served, or would constrain the answer.
-    """
-    unknown = []
-    for path, kind in walk_fields(body):
-        if kind == "refused":
-            raise invalid(f"{path} is not supported by this server", path, "unsupported")
-        unknown.append(path)
-    _check_options(unknown)
-    if body.refuses_binding:
-        _check_unknown(body)
-    return unknown
-
-
-def _check_options(unknown: list[str]) -> None:
-    """Refuse an unknown member of an option that would constrain the answer.
-
-    Raises:
-        ApiError: 400 naming it.
-    """
-    for path in unknown:
-        option, _, member = path.partition(".")
-        if member and option in _OPTIONS and looks_binding(path.rpartition(".")[2]):
-            raise binding(path)
-
-
-def _check_unknown(body: RequestModel) -> None:
-    """Refuse an unknown field, also in ``options`` or ``parameters``, that would constrain the
-    answer.
-
-    Raises:
-        ApiError: 400 naming it.
-    """
-    for holder in ("", "options", "parameters"):
-        fields = getattr(body, holder, None) if holder else body
-        extra = fields.model_extra if isinstance(fields, RequestModel) else None
-        for name, value in (extra or {}).items():
-            if value and value != "auto" and (name in _BINDING or looks_binding(name)):
-                raise binding(f"{holder}.{name}".removeprefix("."))
 
 
 def get_context(request: Request) -> ServerContext:

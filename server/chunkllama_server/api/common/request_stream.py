@@ -42,7 +42,7 @@ class RequestStream:
         continues_prompt: the text continues the prompt's (completions), rather than being a text
             of its own (chat).
         param_names: the endpoint's names of fields that the engine may refuse.
-        thoughts: how the model's thoughts are told from its answer.
+        thoughts: how the model's thoughts are separated from its answer.
         on_piece: called with each piece of output.
 
     Attributes:

@@ -292,7 +292,7 @@ def _is_trivial(key: str, value: Any) -> bool:
 
 
 def object_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
-    """The schema of a call's arguments: always an object, whatever the parameters say."""
+    """The schema of a call's arguments: an object for parameters of any kind."""
     if not parameters:
         return {"type": "object", "properties": {}}
     takes_none = parameters.get("properties", True) is None

@@ -19,7 +19,7 @@ from chunkllama_server.api.dialect.table import CONTAINERS, GENERATE, TABLE, Row
 from chunkllama_server.api.dialect.values import SHAPES
 from chunkllama_server.transport.errors import ApiError, invalid
 
-# Parts of names that constrain or bound an answer, or change the prompt, whatever server has them.
+# Parts of names that constrain or bound an answer, or change the prompt, on any server.
 _WORDS = frozenset(
     (
         *("guided", "grammar", "gbnf", "ebnf", "lark", "regex", "pattern", "schema", "structured"),

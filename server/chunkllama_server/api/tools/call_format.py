@@ -18,7 +18,7 @@ from chunkllama_server.api.tools.families import (
     special_tags,
     tool_family,
 )
-from chunkllama_server.config.settings import ToolFamily as Family
+from chunkllama_server.config.server import ToolFamily as Family
 
 
 @dataclass(frozen=True, slots=True)

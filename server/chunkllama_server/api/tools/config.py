@@ -202,7 +202,7 @@ def plan_tools(
                 raise invalid(f"{name!r} is not among the tools", path)
         by_name = {name: by_name[name] for name in allowed}
     by_path = {path: function for path, function in functions if function.name in by_name}
-    # The prompt shows the same tools whatever tool_choice says, so that its prefix stays cached.
+    # The prompt shows the same tools for any tool_choice, so that its prefix stays cached.
     prompt_tools = [template_tool(dict(function)) for _, function in functions]
     if mode == "none":
         return ToolConfig(prompt_tools=prompt_tools, format=output_format)

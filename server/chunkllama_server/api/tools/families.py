@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from chunkllama.text.template_capabilities import TemplateCapabilities
 from chunkllama.text.tokenizer import Tokenizer
-from chunkllama_server.config.settings import ToolFamily as Family
+from chunkllama_server.config.server import ToolFamily as Family
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def set_of_tags(tags: CallTags) -> tuple[str, ...]:
 
 
 def special_tags(tags: CallTags, tokenizer: Tokenizer) -> dict[int, str]:
-    """The tags that are special tokens, by id: decoding leaves them out unless it is told."""
+    """The tags that are special tokens, by id: decoding leaves them out unless asked for."""
     found = {}
     for tag in set_of_tags(tags):
         token_id = tokenizer.token_id(tag)

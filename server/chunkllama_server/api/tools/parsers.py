@@ -158,7 +158,7 @@ _State = Literal["start", "text", "open", "call", "after", "between"]
 
 
 class CallReader:
-    """Content and calls of one choice, in whatever form the model writes them.
+    """Content and calls of one choice, in any form that models write them in.
 
     Args:
         functions: names that make a text a call, with their parameters.

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from chunkllama.errors import ConfigError
 from chunkllama_server.config.files import load_yaml
 from chunkllama_server.config.flags import GroupedCommand, load_from_flags, with_setting_flags
+from chunkllama_server.console import make_console
 
 if TYPE_CHECKING:
     from chunkllama.engine.core import EngineCore
@@ -103,7 +103,7 @@ def inspect(file: PackFile) -> int:
     print(f"size      {len(document.chunks)} chunks, {size >> 20:,} MiB")
     print(f"template  {document.template[:16] or 'none'}")
     print(f"signed    {signed}")
-    Console().print(table)
+    make_console().print(table)
     return 0
 
 

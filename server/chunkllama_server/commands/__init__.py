@@ -5,20 +5,23 @@ Only the requested command is imported, so that ``version`` and ``health`` are f
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from chunkllama import __version__
 from chunkllama.errors import ChunkLlamaError
+from chunkllama_server.console import make_console
 
 USAGE_ERROR = 2
 _INTERRUPTED = 130
+_BROKEN_PIPE = 141  # as shells report the end by SIGPIPE
+_OUTPUT_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EIO))
 
 
 def make_app(names: Iterable[str]) -> typer.Typer:
@@ -45,8 +48,19 @@ def run(arguments: list[str]) -> int:
     try:
         app = make_app(asked or _COMMANDS)
         result = app(args=arguments, prog_name="chunkllama", standalone_mode=False)
+        sys.stdout.flush()
     except ChunkLlamaError as error:
         return _fail(str(error))
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
+        _drop_output()
+        return _BROKEN_PIPE
+    except OSError as error:  # of a file that a command could not check beforehand
+        if error.filename is not None:
+            return _fail(f"{error.filename}: {error.strerror}")
+        if error.errno not in _OUTPUT_ERRORS:
+            raise
+        _drop_output()
+        return _fail(f"standard output: {error.strerror}")
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
     except Exception as error:
@@ -85,6 +99,13 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+def _drop_output() -> None:
+    """Lose what was not written to stdout, which would fail again when the process ends."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 def _fail(message: str) -> int:
@@ -183,7 +204,8 @@ def _add_config(app: typer.Typer) -> None:
 
 def _add_models(app: typer.Typer) -> None:
     group = typer.Typer(
-        invoke_without_command=True, help="Models to download, and architectures to run."
+        invoke_without_command=True,
+        help="List the models that can be downloaded, and which of them the cache has.",
     )
 
     @group.callback()
@@ -201,7 +223,7 @@ def _add_models(app: typer.Typer) -> None:
         for alias in aliases():
             present = any(name.startswith(f"{alias}-") for name in cached)
             table.add_row(alias, "yes" if present else "no")
-        Console().print(table)
+        make_console().print(table)
 
     @group.command("list")
     def list_architectures() -> None:
@@ -216,10 +238,12 @@ def _add_models(app: typer.Typer) -> None:
                 *(entry.architecture, entry.cpu, entry.cuda, entry.quantizations),
                 *(entry.gguf, entry.limits),
             )
-        Console().print(table, *NOTES, sep="\n")
+        make_console().print(table, *NOTES, sep="\n")
 
     @group.command()
-    def fetch(model: str) -> None:
+    def fetch(
+        model: Annotated[str, typer.Argument(help="Alias or hub id; a folder is checked alone.")],
+    ) -> None:
         """Download and convert a model now, so that serving it later needs no network."""
         from chunkllama.logger import configure_logging
         from chunkllama.models.loading.hub import resolve_model
@@ -269,31 +293,31 @@ def _add_demo(app: typer.Typer) -> None:
 
 
 def _add_tune(app: typer.Typer) -> None:
-    from chunkllama_server.tune_command import tune
+    from chunkllama_server.commands.tune import tune
 
     app.command()(tune)
 
 
 def _add_verify(app: typer.Typer) -> None:
-    from chunkllama_server.verify_command import verify
+    from chunkllama_server.commands.verify import verify
 
     app.command()(verify)
 
 
 def _add_batch(app: typer.Typer) -> None:
-    from chunkllama_server.batch_command import batch
+    from chunkllama_server.commands.batch import batch
 
     app.command()(batch)
 
 
 def _add_finetune(app: typer.Typer) -> None:
-    from chunkllama_server.finetune_command import finetune
+    from chunkllama_server.commands.finetune import finetune
 
     app.command()(finetune)
 
 
 def _add_pack(app: typer.Typer) -> None:
-    from chunkllama_server.pack_command import pack_app
+    from chunkllama_server.commands.pack import pack_app
 
     app.add_typer(pack_app, name="pack")
 

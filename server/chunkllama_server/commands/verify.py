@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from chunkllama.config import DEMO_MODEL
 from chunkllama.errors import ConfigError
+from chunkllama_server.console import make_console
 
 _BACKENDS = ("reference", "cpu", "cuda")
 _QUANTIZATIONS = ("auto", "bf16", "int8", "int4")
@@ -47,6 +47,8 @@ def verify(
     backend_names = _names("backends", backends, _BACKENDS)
     quantization_names = _names("quantizations", quantizations, _QUANTIZATIONS)
     content = "" if text is None else _read(text)
+    if json_path is not None and not json_path.parent.is_dir():
+        raise ConfigError(f"json: there is no folder {json_path.parent}")
 
     from chunkllama.engine.size import find_device
     from chunkllama.logger import configure_logging
@@ -71,7 +73,7 @@ def verify(
     for finding in report.findings:
         result = {True: "equal", False: "DIFFERS", None: "not run"}[finding.is_equal]
         table.add_row(finding.area, finding.subject, result, finding.detail)
-    Console().print(table)
+    make_console().print(table)
     if report.is_equal:
         print(f"{report.model}: equal to {report.reference}")
         return 0
