@@ -16,6 +16,7 @@ to save more than that takes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from chunkllama.sampling_params import SamplingParams
@@ -34,7 +35,8 @@ _STEPS_TO_COME: Final = 32  # that are expected of a sequence, beside as many as
 _TRIED_AGAIN_AFTER: Final = 2048  # steps without guesses, after which what is known is forgotten
 
 
-class DraftContext(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class DraftContext:
     """A sequence that guesses are wanted for.
 
     Attributes:
