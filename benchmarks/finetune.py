@@ -175,14 +175,15 @@ def peft_losses(model: str, rows: list[dict[str, Any]]) -> list[float]:
     from chunkllama.tuning.lora import Lora
     from chunkllama.tuning.trainer import batch_of
     from chunkllama.tuning_messages import TuningOptions
-    from chunkllama_server.api.tuning.examples import ExampleReader
+    from chunkllama_server.api.tuning.examples import ExampleReader, FileLimits
     from chunkllama_server.config.limits import LimitsConfig
 
     folder = resolve_model(model)
     spec, tokenizer = read_spec(folder), load_tokenizer(folder)
     template = load_chat_template(folder, tokenizer)
     eos = frozenset(spec.eos_token_ids)
-    reader = ExampleReader(template, eos, len(rows), spec.max_position, LimitsConfig())
+    limits = FileLimits(lines=len(rows), answers=1, tokens=10**9)
+    reader = ExampleReader(template, eos, spec.max_position, limits, LimitsConfig())
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
         file.flush()

@@ -109,12 +109,10 @@ def cases(only: str) -> list[Case]:
 class Side:
     """One of the engines."""
 
-    def __init__(self, speculation: str, dtype: str) -> None:
-        config = EngineConfig.from_flat(
-            model=DEMO_MODEL, dtype=dtype, num_chunks=1024, speculation=speculation
-        )
+    def __init__(self, model: str, dtype: str, **settings: object) -> None:
+        config = EngineConfig.from_flat(model=model, dtype=dtype, num_chunks=1024, **settings)
         self.core: EngineCore = build_engine(config)
-        folder = resolve_model(DEMO_MODEL)
+        folder = resolve_model(model)
         self._tokenizer = load_tokenizer(folder)
         self._template: ChatTemplate | None = load_chat_template(folder, self._tokenizer)
 
@@ -187,10 +185,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--model", default=DEMO_MODEL)
+    parser.add_argument("--draft-model", help="that guesses, too")
     parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--save", action="store_true", help="write a file in results/")
     options = parser.parse_args()
-    plain, drafting = Side("off", options.dtype), Side("auto", options.dtype)
+    plain = Side(options.model, options.dtype)
+    drafting = Side(
+        options.model, options.dtype, speculation="auto", draft_model=options.draft_model
+    )
     results = []
     for case in cases(options.only):
         result = compare(plain, drafting, case, options)
@@ -205,6 +208,8 @@ def main() -> None:
             "machine": cpu_name(),
             "date": time.strftime("%Y-%m-%d"),
             **{name: getattr(options, name) for name in ("rounds", "tokens", "dtype")},
+            "model": Path(options.model).name,
+            "draft_model": Path(options.draft_model).name if options.draft_model else None,
             "cases": results,
         }
         new_result("speculation").write_text(json.dumps(record, indent=1) + "\n")

@@ -272,6 +272,12 @@ class SchedulerConfig(ConfigGroup):
     speculation: Literal["off", "auto"] = Field(
         default="off", description="Check guesses at the next tokens where that saves time; in "
         "fp32 the output stays the same.")  # fmt: skip
+    draft_model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A small model with the same tokenizer (alias, folder, .gguf file or hub id) "
+        "that guesses next tokens, with speculation auto; it has a pool of num_chunks of its own.",
+    )
 
     @field_validator("max_tenant_slowdown")
     @classmethod

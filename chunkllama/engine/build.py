@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from chunkllama.config import EngineConfig
 from chunkllama.engine.adapter_cache import AdapterCache
 from chunkllama.engine.chunk_io import ChunkIO
 from chunkllama.engine.core import EngineCore
+from chunkllama.engine.draft_model import DraftModel, check_tokenizers
+from chunkllama.engine.draft_size import DraftSize
 from chunkllama.engine.load import load_step_model
 from chunkllama.engine.model_runner import ModelRunner
 from chunkllama.engine.pack_loader import PackLoader
@@ -59,6 +62,8 @@ def build_engine(
     folder = resolve_model(config.model.model)
     size = plan_size(config, folder)
     check_memory(config, size)
+    if size.draft is not None:
+        check_tokenizers(folder, size.draft.folder)
     if size.note:
         logger.warning("%s", size.note)
     if config.model.dtype == "auto" and size.dtype == "bfloat16" != size.spec.dtype:
@@ -123,6 +128,9 @@ def _join(
         num_chunks, chunk_size, time.monotonic, history_chunks=config.cache.explain_chunks
     )
     scheduler = Scheduler(limits, cache, time.monotonic)
+    if size.draft is not None:
+        executor.draft_model = _load_draft(config, size, size.draft)
+        scheduler.drafts.use_model(executor.draft_model)
     info = EngineReady(
         model_name=config.model.model,
         vocab_size=spec.vocab_size,
@@ -220,6 +228,20 @@ def _use_device(config: EngineConfig, device: str) -> None:
         torch.set_num_threads(max(threads // config.model.tensor_parallel_size, 1))
     elif ":" in device:
         torch.cuda.set_device(device)  # of pinned memory and streams, which name no device
+
+
+def _load_draft(config: EngineConfig, size: EngineSize, draft: DraftSize) -> DraftModel:
+    """Load the draft model beside the model, with a pool of as many chunks."""
+    max_tokens = min(size.max_model_len, draft.spec.max_position)
+    planned = replace(size, spec=draft.spec, dtype=draft.dtype, max_model_len=max_tokens)
+    step_model = _load(config, draft.folder, planned, size.device)
+    logger.info(
+        "draft model %s: %d MiB of weights, %d MiB of K/V",
+        config.scheduler.draft_model,
+        draft.weight_bytes >> 20,
+        size.num_chunks * draft.chunk_bytes >> 20,
+    )
+    return DraftModel(step_model, max_tokens, size.spec.vocab_size)
 
 
 def _load(

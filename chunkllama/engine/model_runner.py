@@ -13,6 +13,7 @@ import torch
 
 from chunkllama.backends.base import Backend, KVCache
 from chunkllama.engine.adapter_rows import RunnerAdapters
+from chunkllama.engine.draft_model import DraftModel
 from chunkllama.engine.logprobs import token_logprobs
 from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.engine.step_model import StepModel
@@ -42,6 +43,7 @@ class ModelRunner:
         spec: of the model.
         step_model: as given.
         adapters: reads adapters, and has those in memory.
+        draft_model: guesses for the scheduler; None without one.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class ModelRunner:
         self.step_model = step_model
         self._sequences: dict[int, SequenceState] = {}
         self.adapters = RunnerAdapters(step_model)
+        self.draft_model: DraftModel | None = None
         self._sampler = StepSampler(self.spec, self._sequences, row_work_share, clock)
         self._model_path = model_path
         self._grammars: GrammarCompiler | None = None
@@ -123,6 +126,8 @@ class ModelRunner:
         self._compile_thread.shutdown(wait=True, cancel_futures=True)
         self._sequences.clear()
         self.adapters.close()
+        if self.draft_model is not None:
+            self.draft_model.close()
         self.step_model.close()
 
     @property

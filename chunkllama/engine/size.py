@@ -11,6 +11,7 @@ from pathlib import Path
 from chunkllama.backends.choice import check_choice
 from chunkllama.backends.cpu.build import available_levels
 from chunkllama.config import EngineConfig
+from chunkllama.engine.draft_size import DraftSize, plan_draft
 from chunkllama.engine.rank_checks import check_ranks, rank_device
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
@@ -40,6 +41,7 @@ class EngineSize:
         max_request_tokens: the same, cut to what the whole pool holds.
         longest_requests: how many requests of that length run at once.
         note: why ``max_model_len`` is below the model's own; "" if it is not.
+        draft: the draft model, whose memory is counted in both; None without one.
     """
 
     spec: ModelSpec
@@ -53,6 +55,7 @@ class EngineSize:
     max_request_tokens: int
     longest_requests: int
     note: str
+    draft: DraftSize | None
 
 
 def may_have_gpu(folder: Path = Path("/dev")) -> bool:
@@ -112,12 +115,16 @@ def plan_size(
     chunk_size = config.cache.chunk_size
     checkpoint = checkpoint or Checkpoint(folder, spec)
     num_ranks = config.model.tensor_parallel_size
+    draft = plan_draft(config, device)
     check_ranks(num_ranks, spec, checkpoint, device)
     weights = allocated_bytes(checkpoint, dtype, config.model.quantization, num_ranks)
+    weights += 0 if draft is None else draft.weight_bytes
     if device == "cpu":
         _check_weights(weights, dtype)
     kv_dtype = dtype if config.cache.kv_dtype == "auto" else config.cache.kv_dtype
-    num_chunks = _num_chunks(config, spec, weights, max_model_len, device, kv_dtype)
+    chunk_bytes = kv_bytes_per_chunk(spec, chunk_size, kv_dtype)
+    chunk_bytes += 0 if draft is None else draft.chunk_bytes
+    num_chunks = _num_chunks(config, weights, max_model_len, device, chunk_bytes)
     longest = longest_request(max_model_len, num_chunks * chunk_size)
     return EngineSize(
         spec=spec,
@@ -127,13 +134,14 @@ def plan_size(
         max_model_len=max_model_len,
         weight_bytes=weights,
         num_chunks=num_chunks,
-        pool_bytes=num_chunks * kv_bytes_per_chunk(spec, chunk_size, kv_dtype),
+        pool_bytes=num_chunks * chunk_bytes,
         max_request_tokens=longest,
         # The last token of an answer has no K/V.
         longest_requests=min(
             num_chunks // -(-max(longest - 1, 1) // chunk_size), config.scheduler.max_num_seqs
         ),
         note=note,
+        draft=draft,
     )
 
 
@@ -185,17 +193,11 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> tuple[int, str]:
 
 
 def _num_chunks(
-    config: EngineConfig,
-    spec: ModelSpec,
-    weights: int,
-    max_model_len: int,
-    device: str,
-    kv_dtype: str,
+    config: EngineConfig, weights: int, max_model_len: int, device: str, per_chunk: int
 ) -> int:
-    """Chunks as asked for, or as many as the memory given to the pool holds."""
+    """Chunks as asked for, or as many of so many bytes as the memory given to the pool holds."""
     if config.cache.num_chunks is not None:
         return config.cache.num_chunks
-    per_chunk = kv_bytes_per_chunk(spec, config.cache.chunk_size, kv_dtype)
     memory = config.cache.kv_cache_memory
     if memory is None:
         if device == "cpu":

@@ -297,6 +297,8 @@ class Tuner:
                 return False
             run.budget.begin_piece()
             following = next(run.pieces, None)
+            if self._device.type == "cuda":  # its calls return before the work is done
+                torch.cuda.synchronize(self._device)
             run.budget.end_piece(piece)
             if following is None:
                 return True

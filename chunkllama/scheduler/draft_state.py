@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-DraftSource = Literal["forced", "prediction", "prompt", "recent"]
+DraftSource = Literal["forced", "prediction", "prompt", "recent", "model"]
 
 _KEPT: Final = 0.85  # of the older counts, with each update
 _FADED: Final = 0.98  # of the counts, with each step that leaves out guesses

@@ -2,9 +2,10 @@
 
 A guess is kept only if it is the token that the sampler draws at its position, so the output is
 that of a run without guesses. Guesses come from what a grammar leaves no choice for, from the
-prediction that a request carries, from the sequence's own tokens, and from the tenant's recent
-outputs in the same namespace. A wrong guess leaves nothing behind: its K/V lie behind the tokens
-that count, and the next rows overwrite them.
+prediction that a request carries, from the sequence's own tokens, from the tenant's recent outputs
+in the same namespace, and, where these have nothing better, from a draft model
+(``model_drafts.py``). A wrong guess leaves nothing behind: its K/V lie behind the tokens that
+count, and the next rows overwrite them.
 
 A row of a guess is worth its chance of being kept and costs what such rows have cost in steps like
 this one (``step_cost.py``). The step takes the guesses with the best chances, as many as give the
@@ -30,20 +31,21 @@ from chunkllama.scheduler.draft_search import (
 )
 from chunkllama.scheduler.draft_state import DraftSource, DraftState, Rate
 from chunkllama.scheduler.limits import SchedulerLimits
+from chunkllama.scheduler.model_drafts import Candidate, DraftModel, ModelDrafts
 from chunkllama.scheduler.output import SampledTokens
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
-from chunkllama.scheduler.step_cost import StepCost
+from chunkllama.scheduler.step_cost import MIN_GAIN, StepCost
 
 MAX_DRAFT: Final = 15  # guesses of one sequence in a step
 MAX_ROWS: Final = 48  # guesses of all sequences in a step
-MIN_GAIN: Final = 1.03
 MIN_CHANCE: Final = 0.05  # of being kept, below which a guess is not worth looking at
 MAX_PAUSE: Final = 16  # steps without guesses after guesses that failed
 _PRIOR_WEIGHT: Final = 2.0  # trials that the average of all sequences counts for
 _ROWS_TO_TRY: Final = (1, 2, 4, 8, 16, 32, MAX_ROWS)
 
 Kind = tuple[DraftSource, int]
+_MODEL: Final[Kind] = ("model", 0)
 
 
 class Drafts:
@@ -69,9 +71,14 @@ class Drafts:
         self._clock = clock
         self._cost = StepCost()
         self._rates: dict[Kind, Rate] = {}
+        self._model: ModelDrafts | None = None
         self.may_pay = False
         self._started = 0.0
         self._shape: tuple[int, int] | None = None  # sequences and guesses of the step in flight
+
+    def use_model(self, model: DraftModel) -> None:
+        """Let a draft model guess, too."""
+        self._model = ModelDrafts(model, self._cost, self._rate(*_MODEL), self._clock)
 
     def propose(self, scheduled: list[Sequence]) -> None:
         """Give guesses to sequences of the step that is being put together."""
@@ -86,8 +93,10 @@ class Drafts:
         self.may_pay = most > 0 and self._saves_time(count, most)
         if self.may_pay:
             each = min(MAX_DRAFT, max(most // count, 1))
+            longest = self._longest(scheduled)
             drafted = [s for s in scheduled if self._look(s, each, count)]
-            total = self._choose(drafted, count, most, self._longest(scheduled))
+            drafted += self._ask_model(scheduled, count, most, longest)
+            total = self._choose(drafted, count, most, longest)
         self._shape = count, total
 
     def _longest(self, scheduled: list[Sequence]) -> float:
@@ -120,21 +129,56 @@ class Drafts:
 
     def _look(self, sequence: Sequence, most: int, count: int) -> bool:
         """Look for up to ``most`` guesses at what follows a sequence; whether there are any."""
-        state, group = sequence.draft, sequence.group
-        chunks = sequence.chunks
+        state = sequence.draft
+        most = min(most, self._room(sequence))
+        if most <= 0:
+            return False
+        tokens, kinds = self._find(sequence, most, count)
+        state.token_ids = self._before_end(sequence, tokens)
+        state.kinds = kinds[: len(state.token_ids)]
+        return bool(state.token_ids)
+
+    def _room(self, sequence: Sequence) -> int:
+        """Guesses that a sequence may have; it can have K/V and use for no more."""
+        chunks, group = sequence.chunks, sequence.group
         assert chunks is not None
-        most = min(
-            most,
+        if group.beam is not None:
+            return 0
+        return min(
             group.max_tokens - sequence.num_output_tokens - 1,
             len(chunks.ids) * self._chunk_size - sequence.num_tokens,
         )
-        if most <= 0 or group.beam is not None:
-            return False
-        tokens, kinds = self._find(sequence, most, count)
-        ends = [i for i, token in enumerate(tokens) if self._may_end(sequence, token)]
-        state.token_ids = tokens[: ends[0]] if ends else tokens
-        state.kinds = kinds[: len(state.token_ids)]
-        return bool(state.token_ids)
+
+    def _ask_model(
+        self, scheduled: list[Sequence], count: int, most: int, longest: float
+    ) -> list[Sequence]:
+        """Take the draft model's guesses where no text has better ones.
+
+        Returns:
+            Sequences that had no guesses before.
+        """
+        if self._model is None:
+            return []
+        began = self._clock()
+        candidates = []
+        for sequence in scheduled:
+            room, chance = self._room(sequence), self._chance(sequence, _MODEL)
+            others = self._chances(sequence)
+            if room > 0 and _suits_model(sequence) and (not others or others[0] < chance):
+                candidates.append(Candidate(sequence, chance, room))
+        added = []
+        for sequence, guesses in self._model.look(candidates, count, most, longest):
+            if tokens := self._before_end(sequence, guesses):
+                if not sequence.draft.token_ids:
+                    added.append(sequence)
+                sequence.draft.token_ids, sequence.draft.kinds = tokens, [_MODEL] * len(tokens)
+        self._started += self._clock() - began  # what the step itself takes is compared
+        return added
+
+    def _before_end(self, sequence: Sequence, tokens: list[int]) -> list[int]:
+        """Guesses before the first one that could end the sequence."""
+        ends = (i for i, token in enumerate(tokens) if self._may_end(sequence, token))
+        return tokens[: next(ends, None)]
 
     def _may_end(self, sequence: Sequence, token: int) -> bool:
         """Whether a guess could end the sequence: the row before it samples that token anyway."""
@@ -225,14 +269,18 @@ class Drafts:
     def _chances(self, sequence: Sequence) -> list[float]:
         """The chance that each guess is kept, as far as it is worth anything."""
         chances, chance = [], 1.0
-        for source, matched in sequence.draft.kinds:
-            rate = self._rate(source, matched).given(_prior(source, matched), _PRIOR_WEIGHT)
-            own = sequence.draft.rates.get(source)
-            chance *= rate if own is None else own.given(rate, _PRIOR_WEIGHT)
+        for kind in sequence.draft.kinds:
+            chance *= self._chance(sequence, kind)
             if chance < MIN_CHANCE:
                 break
             chances.append(chance)
         return chances
+
+    def _chance(self, sequence: Sequence, kind: Kind) -> float:
+        """The chance that a guess is right if those before it are."""
+        rate = self._rate(*kind).given(_prior(*kind), _PRIOR_WEIGHT)
+        own = sequence.draft.rates.get(kind[0])
+        return rate if own is None else own.given(rate, _PRIOR_WEIGHT)
 
     def _rate(self, source: DraftSource, matched: int) -> Rate:
         return self._rates.setdefault((source, matched), Rate())
@@ -285,6 +333,11 @@ def _decodes(sequence: Sequence) -> bool:
     )
 
 
+def _suits_model(sequence: Sequence) -> bool:
+    """Whether a draft model knows what the sequence depends on: neither adapter nor grammar."""
+    return sequence.group.adapter is None and sequence.group.request.sampling.grammar is None
+
+
 def _begins_with(text: Int32Array, start: Int32Array) -> bool:
     """Whether a text begins with ``start`` and goes on."""
     return len(start) < len(text) and np.array_equal(text[: len(start)], start)
@@ -294,4 +347,6 @@ def _prior(source: DraftSource, matched: int) -> float:
     """Chance of a guess before any was checked."""
     if source in ("forced", "prediction"):
         return 0.8
+    if source == "model":
+        return 0.7
     return min(0.2 + 0.1 * matched, 0.8)

@@ -59,7 +59,7 @@ class Scheduler:
         clock: monotonic seconds.
 
     Attributes:
-        adapters: numbers of the loaded adapters.
+        adapters, drafts: numbers of the loaded adapters, and guesses at next tokens.
         nodes: iterates over the cache's tree, parents before children.
     """
 
@@ -78,7 +78,7 @@ class Scheduler:
         self._admission = self._lifecycle.admission
         self._pace = Pace(self._lifecycle, limits, clock)
         self._starts = Starts(self._lifecycle, cache, limits, self._pace, self._take_slice)
-        self._drafts = Drafts(limits, self._lifecycle, cache.chunk_size, clock)
+        self.drafts = Drafts(limits, self._lifecycle, cache.chunk_size, clock)
         self._first_tokens = FirstTokens(self._lifecycle, limits, self._starts.clocks)
         self._arrivals = 0
         self._step = 0
@@ -166,7 +166,7 @@ class Scheduler:
         if not self._scheduled and not self._awaiting:
             return None
         self._step += 1
-        self._drafts.propose(self._scheduled)
+        self.drafts.propose(self._scheduled)
         self._pace.launch(self._scheduled, self._awaiting)
         self._in_flight = SchedulerOutput(
             step=self._step,
@@ -176,7 +176,7 @@ class Scheduler:
             freed_slots=self._running.take_freed_slots(),
             copies=self._running.take_copies(),
             awaited=[sequence.slot for sequence in self._awaiting],
-            wants_forced=self._drafts.may_pay,
+            wants_forced=self.drafts.may_pay,
         )
         return self._in_flight
 
@@ -300,7 +300,7 @@ class Scheduler:
         self._in_flight = None
         deltas = StepDeltas(self._clock())
         self._cache.end_step()
-        self._drafts.end_step()
+        self.drafts.end_step()
         if sampled.failed:
             scheduled = drop_failed(scheduled, sampled.failed, deltas, self._lifecycle, self._cache)
         for sequence in scheduled:
@@ -311,7 +311,7 @@ class Scheduler:
             sequence.num_scheduled = 0
             self._lifecycle.computed(sequence, start, end + len(sequence.draft.token_ids))
             if sequence.draft.token_ids:
-                self._drafts.accept(sequence, sampled)
+                self.drafts.accept(sequence, sampled)
             if start < sequence.num_admitted:
                 assert sequence.chunks is not None
                 self._cache.did_compute(sequence.chunks, start, end)
@@ -370,7 +370,7 @@ class Scheduler:
 
     def cache_command(self, command: CacheCommand) -> CommandReply:
         """Run an operator's command on the cache; not while a step is in flight."""
-        self._drafts.after_command(command)
+        self.drafts.after_command(command)
         return run_command(command, self._cache, self._clock())
 
     def remove_adapter(self, number: int, reply: CommandReply) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import Final
 
+MIN_GAIN: Final = 1.03  # of tokens per second, from which on guesses are worth their trouble
 WEIGHT: Final = 0.2  # of a new measurement in a moving average
 _MIN_SAMPLES: Final = 3  # plain steps before an average counts
 _LARGEST: Final = 3.0  # a step beyond this multiple of the usual one was disturbed
@@ -88,6 +89,11 @@ class StepCost:
         if costs is None or costs.plain.count < _MIN_SAMPLES or costs.since_plain >= _PLAIN_EVERY:
             return 0
         return max(2 * max(costs.extra, default=0), _FIRST_ROWS)
+
+    def plain_seconds(self, num_sequences: int) -> float:
+        """Time of a step without guesses; 0.0 until it is measured."""
+        costs = self._costs.get(num_sequences)
+        return 0.0 if costs is None else costs.plain.value
 
     def seconds(self, num_sequences: int, num_drafts: int) -> float:
         """Time of a step relative to one without guesses."""

@@ -39,9 +39,16 @@ class StepResult(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far a training is: the options it runs with, and its steps so far."""
+    """How far a training is.
+
+    Attributes:
+        options: that it runs with.
+        source: digest of the weights and the examples that it is made from.
+        steps: that are done.
+    """
 
     options: TuningOptions
+    source: str
     steps: list[StepResult]
 
 

@@ -9,6 +9,7 @@ Each is replaced as a whole, so that a process that ends in the middle leaves th
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,8 +45,20 @@ class Example:
 
 def write_examples(folder: Path, examples: list[Example]) -> None:
     """Store what a job trains on."""
-    pairs = [(example.token_ids, example.targets) for example in examples]
-    replace_file(folder / EXAMPLES, iter([msgspec.msgpack.encode(pairs)]))
+    replace_file(folder / EXAMPLES, iter([_encoded(examples)]))
+
+
+def source_digest(weights: str, examples: list[Example]) -> str:
+    """SHA-256 of what a training is made from.
+
+    Args:
+        weights: digest of the model's weights.
+    """
+    return hashlib.sha256(weights.encode() + _encoded(examples)).hexdigest()
+
+
+def _encoded(examples: list[Example]) -> bytes:
+    return msgspec.msgpack.encode([(each.token_ids, each.targets) for each in examples])
 
 
 def read_examples(folder: Path) -> list[Example]:

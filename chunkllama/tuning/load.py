@@ -12,13 +12,14 @@ from chunkllama.backends.model import Linear, ModelWeights
 from chunkllama.backends.quantized import QuantizedLinear
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
+from chunkllama.models.identity import hash_weights
 from chunkllama.models.loading.safetensors import Checkpoint
 from chunkllama.models.loading.sizes import allocated_bytes
 from chunkllama.models.loading.weights import load_weights
 from chunkllama.models.rotary import rotary_tables
 from chunkllama.resources import memory_left
 from chunkllama.tuning.files import StepResult
-from chunkllama.tuning.folder import Example
+from chunkllama.tuning.folder import Example, source_digest
 from chunkllama.tuning.lora import Lora
 from chunkllama.tuning.memory import tuning_size
 from chunkllama.tuning.model import TunedModel
@@ -72,11 +73,12 @@ def load_trainer(  # noqa: PLR0913
             "model: its linear layers are quantized; fine-tuning needs a checkpoint in bfloat16, "
             "float16 or float32"
         )
+    source = source_digest(hash_weights(model_path, spec), examples)
     lora = Lora(spec, options.rank, options.alpha, options.seed, device)
     rotary = tuple(table.to(device) for table in rotary_tables(spec, max_model_len))
     model = TunedModel(spec, weights, lora, rotary)
     return Trainer(
-        model, examples, options, folder, name, max_tokens, slice_tokens, on_step=on_step
+        model, examples, options, folder, name, source, max_tokens, slice_tokens, on_step=on_step
     )
 
 

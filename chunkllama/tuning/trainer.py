@@ -19,6 +19,7 @@ from chunkllama.tuning_messages import TuningOptions
 
 _MAX_NORM: Final = 1.0  # of the gradient
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
+_PIECE_NUMBERS: Final = 1 << 20  # that a piece updates or copies; a single matrix may have more
 
 
 class Trainer:
@@ -27,6 +28,7 @@ class Trainer:
     Args:
         folder: where its state and the adapter are written.
         name: of the model, noted in the adapter.
+        source: see ``source_digest``.
         max_tokens: computed at once; a batch of more is computed in parts.
         slice_tokens: see ``accumulate``.
         on_step: told each step that is done.
@@ -36,16 +38,17 @@ class Trainer:
         writing: the state or the adapter that a thread writes to the disk.
 
     Raises:
-        ConfigError: the folder has a state of other options or another model.
+        ConfigError: the folder has a state of other options or another source.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         model: TunedModel,
         examples: list[Example],
         options: TuningOptions,
         folder: Path,
         name: str,
+        source: str,
         max_tokens: int,
         slice_tokens: int,
         on_step: Callable[[StepResult], None] = lambda step: None,
@@ -55,13 +58,18 @@ class Trainer:
         self._options = options
         self._folder = folder
         self._name = name
+        self._source = source
         self._max_tokens = max_tokens
         self._slice_tokens = slice_tokens
         self._on_step = on_step
         self._parameters = model.lora.parameters()
-        self._optimizer = torch.optim.AdamW(
-            list(self._parameters.values()), lr=options.learning_rate, weight_decay=0.0, fused=True
-        )
+        self._groups = _grouped(self._parameters)
+        self._optimizers = [
+            torch.optim.AdamW(
+                group.values(), lr=options.learning_rate, weight_decay=0.0, fused=True
+            )
+            for group in self._groups
+        ]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tuning-save")
         self.steps: list[StepResult] = []
         self.writing: Future[None] | None = None
@@ -80,16 +88,15 @@ class Trainer:
             ``writing`` is done when it is.
 
         Raises:
-            ConfigError: the loss is not finite.
+            ConfigError: the loss or its gradient is not finite.
             OSError: a file cannot be written.
         """
         for step in range(len(self.steps), self.total_steps):
             yield from self._step(step)
-            yield "save"
-            tensors, progress = self._tensors(), Progress(self._options, list(self.steps))
+            progress = Progress(self._options, self._source, list(self.steps))
+            tensors = yield from self._copied(with_moments=True)
             self._write(write_state, self._folder, tensors, progress)
-        yield "save"
-        adapter = {name: _on_host(tensor) for name, tensor in self._parameters.items()}
+        adapter = yield from self._copied(with_moments=False)
         yield from self._written()
         self._write(write_adapter, self._folder / ADAPTER, adapter, self._options, self._name)
         yield from self._written()
@@ -104,7 +111,8 @@ class Trainer:
 
     def _step(self, step: int) -> Generator[Piece, None, None]:
         yield "update"
-        self._optimizer.zero_grad()
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
         batch = batch_of(self._examples, self._options, step)
         num_targets = sum(len(example.targets) for example in batch)
         sums = Sums()
@@ -113,13 +121,17 @@ class Trainer:
                 (yield from accumulate(self._model, part, 1 / num_targets, self._slice_tokens))
             )
         loss = sums.loss / num_targets
-        if not math.isfinite(loss):
-            raise ConfigError(f"the loss of step {step + 1} is not finite; lower the learning rate")
         yield "update"
-        torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), _MAX_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), _MAX_NORM)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise ConfigError(
+                f"the loss of step {step + 1} or its gradient is not finite; lower the learning "
+                "rate"
+            )
         yield from self._written()  # so that a process that ends loses one step at most
-        yield "update"
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            yield "update"
+            optimizer.step()
         done = StepResult(step + 1, loss, sums.num_correct / num_targets, num_targets)
         self.steps.append(done)
         self._on_step(done)
@@ -136,13 +148,16 @@ class Trainer:
             else:
                 yield "wait"
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        """A copy of the adapter and the moments, on the host."""
+    def _copied(self, *, with_moments: bool) -> Generator[Piece, None, dict[str, torch.Tensor]]:
+        """A copy of the adapter, perhaps with the optimizer's moments, on the host."""
         copied = {}
-        for name, parameter in self._parameters.items():
-            copied[name] = _on_host(parameter)
-            state = self._optimizer.state[parameter]
-            copied |= {f"{moment} {name}": _on_host(state[moment]) for moment in _MOMENTS}
+        for group, optimizer in zip(self._groups, self._optimizers, strict=True):
+            yield "save"
+            for name, parameter in group.items():
+                copied[name] = _on_host(parameter)
+                if with_moments:
+                    state = optimizer.state[parameter]
+                    copied |= {f"{moment} {name}": _on_host(state[moment]) for moment in _MOMENTS}
         return copied
 
     def _resume(self) -> None:
@@ -151,24 +166,25 @@ class Trainer:
         if found is None:
             return
         tensors, progress = found
-        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
-        if progress.options != self._options or any(
-            name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()
-        ):
+        if (progress.options, progress.source) != (self._options, self._source):
             raise ConfigError(
-                f"{STATE}: is of a training with other settings or another model; repeat them, or "
-                "choose another folder"
+                f"{STATE}: is of a training with other settings, other conversations or another "
+                "model; repeat them, or choose another folder"
             )
+        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        if any(name not in tensors or tensors[name].shape != shapes[name] for name in shapes):
+            raise ConfigError(f"{STATE}: is damaged; remove it")
         self.steps = progress.steps
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(tensors[name])
-                moments = {
-                    moment: tensors[f"{moment} {name}"].to(parameter.device, copy=True)
-                    for moment in _MOMENTS
-                }
-                count = torch.tensor(float(len(self.steps)), device=parameter.device)
-                self._optimizer.state[parameter] = {"step": count, **moments}
+            for group, optimizer in zip(self._groups, self._optimizers, strict=True):
+                for name, parameter in group.items():
+                    parameter.copy_(tensors[name])
+                    moments = {
+                        moment: tensors[f"{moment} {name}"].to(parameter.device, copy=True)
+                        for moment in _MOMENTS
+                    }
+                    count = torch.tensor(float(len(self.steps)), device=parameter.device)
+                    optimizer.state[parameter] = {"step": count, **moments}
 
 
 def num_steps(num_examples: int, options: TuningOptions) -> int:
@@ -197,6 +213,19 @@ def _parts(batch: list[Example], max_tokens: int) -> list[list[Example]]:
         parts[-1].append(example)
         free -= example.num_inputs
     return parts
+
+
+def _grouped(parameters: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Parameters in groups of ``_PIECE_NUMBERS`` numbers, or of one parameter that has more."""
+    groups: list[dict[str, torch.Tensor]] = []
+    left = 0
+    for name, parameter in parameters.items():
+        left -= parameter.numel()
+        if left < 0:
+            groups.append({})
+            left = _PIECE_NUMBERS - parameter.numel()
+        groups[-1][name] = parameter
+    return groups
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_model import write_tiny_model
 
+from chunkllama.config import EngineConfig
+from chunkllama.engine.build import build_engine
 from chunkllama.engine.core import EngineCore
+from chunkllama.engine.size import plan_size
+from chunkllama.errors import ConfigError
 from chunkllama.messages import ChoiceDelta, EngineRequest, TokenLogprob
 from chunkllama.sampling_params import GrammarSpec, SamplingParams, ThinkingSpec
 from chunkllama.scheduler.memory_pressure import preemption_victim
+from chunkllama.scheduler.model_drafts import ModelDrafts
 from chunkllama.scheduler.step_cost import StepCost
 
 TIE = 1e-4  # between log-probabilities of two orders of summation
@@ -239,6 +247,125 @@ def test_grammars_force_whole_runs_of_tokens(make_core) -> None:
     assert all(choice.reason == "stop" for choice in plain.values())
     # how many steps that saves depends on when the masks of guesses are ready
     assert core.stats().accepted_draft_tokens_total > 0
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model, one whose weights differ a little, and one with another tokenizer."""
+    made = {name: tmp_path_factory.mktemp(name) for name in ("model", "near", "other")}
+    for folder in made.values():
+        write_tiny_model(folder)
+    weights = load_file(made["near"] / "model.safetensors")
+    noise = np.random.default_rng(1)
+    for name, values in weights.items():
+        weights[name] = values + noise.normal(0, 0.02, values.shape).astype(np.float32)
+    save_file(weights, made["near"] / "model.safetensors")
+    path = made["other"] / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(content))
+    return made
+
+
+@pytest.fixture
+def core_of(models: dict[str, Path]) -> Iterator[Callable[..., EngineCore]]:
+    """Build an engine of the model; ``draft`` names its draft model."""
+    cores: list[EngineCore] = []
+
+    def make(draft: str = "", **flat: Any) -> EngineCore:
+        given = {"model": str(models["model"]), "dtype": "float32", "device": "cpu", "threads": 1}
+        if draft:
+            given |= {"speculation": "auto", "draft_model": str(models[draft])}
+        cores.append(build_engine(EngineConfig.from_flat(**{**given, "num_chunks": 96, **flat})))
+        return cores[-1]
+
+    yield make
+    for core in cores:
+        core.close()
+
+
+@pytest.fixture
+def free_passes(free_rows: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four guesses of the draft model in each step, and all the tokens that they need, cost
+    nothing."""
+    monkeypatch.setattr(ModelDrafts, "choose", lambda *_: (4, 1.0))
+    monkeypatch.setattr(StepCost, "plain_seconds", lambda *_: 1e9)
+
+
+@pytest.mark.parametrize(("draft", "backend"), [("model", "cpu"), ("near", "reference")])
+@pytest.mark.usefixtures("free_passes")
+def test_outputs_with_a_draft_model_are_those_of_a_plain_run(core_of, draft, backend) -> None:
+    requests = [{**each, "max_tokens": 40} for each in mixed_requests()]
+    core = core_of(backend=backend)
+    submit(core, requests)
+    plain, _ = finish(core)
+    core = core_of(draft, backend=backend)
+    submit(core, requests)
+    drafted, _ = finish(core, preempt=draft == "near")
+    check_equal(plain, drafted)
+    stats = core.stats()
+    assert 0 < stats.accepted_draft_tokens_total <= stats.draft_tokens_total
+
+
+@pytest.mark.usefixtures("free_passes")
+def test_a_draft_model_with_the_weights_of_the_model_is_right(core_of) -> None:
+    """Greedy and drawn: it draws with the random numbers that the model's sampler has."""
+    prompt = np.random.default_rng(2).integers(3, 250, 90).tolist()
+    for params in ({}, {"temperature": 1.0}):
+        core = core_of("model")
+        submit(core, [{"prompt_token_ids": prompt, "max_tokens": 60, "ignore_eos": True, **params}])
+        _, steps = finish(core)
+        stats = core.stats()
+        # Not those of texts, which may have a better chance and be wrong.
+        assert stats.accepted_draft_tokens_total >= 0.7 * stats.draft_tokens_total
+        assert steps < 30
+
+
+@pytest.mark.usefixtures("free_passes")
+def test_more_sequences_than_the_draft_models_pool_holds_are_right(core_of) -> None:
+    """They share chunks of the model's pool, and each needs its own of the draft model's."""
+    prompt = np.random.default_rng(2).integers(3, 250, 120).tolist()
+    requests = [
+        {"prompt_token_ids": [*prompt, number], "max_tokens": 50, "ignore_eos": True}
+        for number in range(3, 15)
+    ]
+    core = core_of(num_chunks=30)
+    submit(core, requests)
+    plain, _ = finish(core)
+    core = core_of("near", num_chunks=30)
+    submit(core, requests)
+    drafted, _ = finish(core)
+    check_equal(plain, drafted)
+    assert core.stats().accepted_draft_tokens_total > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"draft": "other"}, "draft_model: .* has another tokenizer"),
+        ({"draft": "model", "speculation": "off"}, "draft_model: needs speculation auto"),
+        ({"draft": "model", "tensor_parallel_size": 2}, "draft_model: needs tensor_parallel_size"),
+        ({"draft_model": "/none", "speculation": "auto"}, "draft_model: /none: no such folder"),
+    ],
+)
+def test_a_draft_model_that_cannot_be_used_is_refused_in_one_line(core_of, changes, words) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        core_of(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_memory_of_a_draft_model_is_counted(models: dict[str, Path]) -> None:
+    given = {"model": str(models["model"]), "kv_cache_memory": "8MiB"}
+    draft = {"draft_model": given["model"], "speculation": "auto"}
+    sizes = [
+        plan_size(EngineConfig.from_flat(**settings), models["model"])
+        for settings in (given, given | draft)
+    ]
+    plain, drafting = sizes
+    assert drafting.weight_bytes == 2 * plain.weight_bytes
+    assert drafting.num_chunks == plain.num_chunks // 2
+    assert drafting.pool_bytes == plain.pool_bytes
 
 
 def to_dict(spec: GrammarSpec) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from chunkllama.scheduler.draft_search import (
     RecentOutputs,
     find_continuation,
 )
+from chunkllama.scheduler.model_drafts import DraftContext
 from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
 from chunkllama.simulation.engine import SimulatedEngine
 
@@ -111,6 +112,104 @@ def test_guesses_never_cost_more_than_they_save(cost: str, num_sequences: int) -
         if vocab_size == 2 and cost in ("rows are free", "rows are cheap"):
             assert guesses > 0
             assert drafted < (0.9 if num_sequences == 1 else 0.99) * plain
+
+
+class TimedDraftModel:
+    """Guesses what a plain run has written, some tokens of it wrong; its passes take time.
+
+    Args:
+        outputs: of the plain run by key.
+        wrong_every: of the guesses one of so many is wrong.
+        pass_seconds, token_seconds: of a guess of all sequences, and of a token that is computed.
+    """
+
+    def __init__(
+        self,
+        engine: SimulatedEngine,
+        outputs: dict[tuple[str, int], list[int]],
+        wrong_every: int,
+        pass_seconds: float,
+        token_seconds: float,
+    ) -> None:
+        self._engine = engine
+        self._outputs = outputs
+        self._wrong_every = wrong_every
+        self._pass_seconds = pass_seconds
+        self._token_seconds = token_seconds
+        self._known: dict[tuple[str, int], int] = {}
+        self.num_passes = 0
+
+    def warm_up(self) -> None:
+        self._engine.now += self._pass_seconds
+
+    def begin_step(self, contexts: list[DraftContext]) -> list[int | None]:
+        return [len(each.token_ids) - self._known.get(each.key, 0) for each in contexts]
+
+    def compute(self, contexts: list[DraftContext], max_tokens: int) -> int:
+        left = max_tokens
+        for each in contexts:
+            known = self._known.get(each.key, 0)
+            count = min(len(each.token_ids) - 1 - known, left)
+            self._known[each.key] = known + count
+            left -= count
+        self._engine.now += (max_tokens - left) * self._token_seconds
+        return max_tokens - left
+
+    def guess(self, contexts: list[DraftContext], depth: int) -> list[list[int]]:
+        self.num_passes += depth
+        self._engine.now += depth * self._pass_seconds
+        guessed = []
+        for each in contexts:
+            done = len(each.token_ids) - each.num_prompt_tokens
+            self._known[each.key] = len(each.token_ids)
+            guessed.append(
+                [
+                    (token + (at % self._wrong_every == 0)) % VOCABULARY
+                    for at, token in enumerate(self._outputs[each.key][done : done + depth], done)
+                ]
+            )
+        return guessed
+
+
+VOCABULARY = 500  # so many that texts have no guesses
+DRAFTING: dict[str, tuple[int, float, float]] = {
+    "right and fast": (20, 0.01, 0.0005),
+    "right and slow": (20, 0.15, 0.02),
+    "right and slow to begin": (20, 0.01, 0.05),
+    "half right": (2, 0.02, 0.001),
+    "wrong": (1, 0.01, 0.0005),
+}
+
+
+@pytest.mark.parametrize("kind", DRAFTING)
+@pytest.mark.parametrize("num_sequences", [1, 6])
+def test_a_draft_model_never_costs_more_than_it_saves(kind: str, num_sequences: int) -> None:
+    """Steps take 0.1 s and rows of guesses nearly nothing."""
+    models: list[TimedDraftModel] = []
+
+    def run(outputs: dict[tuple[str, int], list[int]] | None) -> tuple[SimulatedEngine, float]:
+        engine = SimulatedEngine(
+            900, 16, vocab_size=VOCABULARY, check=False, speculates=True, max_num_seqs=32
+        )
+        timed(engine, COSTS["rows are cheap"])
+        if outputs is not None:
+            models.append(TimedDraftModel(engine, outputs, *DRAFTING[kind]))
+            engine.scheduler.drafts.use_model(models[0])
+        for number in range(num_sequences):
+            prompt = np.random.default_rng(number).integers(0, VOCABULARY, 200)
+            engine.add(prompt.tolist(), 600)
+        engine.run()
+        engine.check_outputs()
+        return engine, engine.now - 0.01 * engine.num_steps
+
+    base, plain = run(None)
+    _, drafted = run(base.outputs)
+    assert drafted <= 1.02 * plain
+    assert (models[0].num_passes == 0) == ("slow" in kind)
+    if kind == "right and fast":
+        assert drafted < 0.5 * plain
+    if kind == "half right" and num_sequences == 1:
+        assert drafted < 0.9 * plain
 
 
 def test_an_operator_who_drops_a_tenant_drops_its_outputs() -> None:

@@ -159,10 +159,18 @@ def test_jobs_run_one_at_a_time_and_keys_take_turns(start_server, tmp_path: Path
     with server.client("a-key") as alice, server.client("b-key") as bob:
         first, second = create(alice), create(alice)
         other = create(bob)
-        for job in (first, other, second):
-            until(lambda job=job: server.engine.tunings[-1:] and
-                  server.engine.tunings[-1].job_id == job.id)  # fmt: skip
-            report(server, job.id, "failed", error="no luck")
+
+        def fail(*jobs: Any) -> None:
+            for job in jobs:
+                until(lambda job=job: server.engine.tunings[-1:] and
+                      server.engine.tunings[-1].job_id == job.id)  # fmt: skip
+                report(server, job.id, "failed", error="no luck")
+
+        fail(first, other, second)
+        # A key that has had fewer turns so far has no more of them now.
+        one, two = create(bob), create(bob)
+        three, four = create(alice), create(alice)
+        fail(one, three, two, four)
         until(lambda: status(alice, second.id) == "failed")
         failed = alice.fine_tuning.jobs.retrieve(second.id)
         assert (failed.error.code, failed.error.message) == ("training_failed", "no luck")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ class Place:
         self.store = FileStore(folder, lambda _: BUDGET, 3600)
         self.store.open()
         self.read: Callable[[Path, Callable[[], bool]], list[Example]] = lambda *_: ROWS
+        self.weights = "of the model"
         self.may_load = asyncio.Event()
         self.loading = 0
         load = self.engine.load_adapter
@@ -49,8 +51,17 @@ class Place:
     def make(self) -> TuningRunner:
         return TuningRunner(
             self.store, self.engine, lambda *given: self.read(*given), TuningConfig(),
-            lambda _: True,
+            lambda _: True, lambda: self.weights,
         )  # fmt: skip
+
+    async def start_again(self) -> None:
+        """Another process over the same folder."""
+        await self.runner.close()
+        self.engine.adapters.clear()
+        self.engine.tunings.clear()
+        self.loading, self.runner = 0, self.make()
+        await self.runner.resume()
+        await self.runner.open()
 
     async def begin(self) -> Job:
         await self.runner.resume()
@@ -124,11 +135,8 @@ def test_a_model_that_is_deleted_while_it_loads_is_seen_by_no_key(run: Any) -> N
         await until(lambda: job.model)
         name = name_of(job)
         assert place.runner.owner(name) == "a" and place.used() == 1000
-        await place.runner.close()
-        place.engine.adapters.clear()  # another process
         place.may_load.clear()
-        place.loading, place.runner = 0, place.make()
-        await place.runner.resume()
+        await place.start_again()
         await until(lambda: place.loading)
         (job,) = place.runner.jobs
         await place.runner.delete(job)
@@ -145,6 +153,36 @@ def test_a_model_that_is_deleted_while_it_loads_is_seen_by_no_key(run: Any) -> N
         await until(lambda: seen)
         await until(lambda: not place.engine.adapters)
         assert seen == ["\0"] == [place.runner.owner(name)]
+
+    run(test)
+
+
+def test_jobs_and_models_of_other_weights_wait_for_them(
+    run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(place: Place) -> None:
+        job = await place.begin()
+        place.may_load.set()
+        await place.train(job)
+        await until(lambda: job.model)
+        other: Any = {**job.value, "status": "validating_files", "fine_tuned_model": None}
+        queued = place.runner.add("a", {**other, "id": "ftjob-2"}, TuningOptions())
+        await until(lambda: place.engine.tunings[-1].job_id == queued.id)
+        place.weights = "of another model"
+        caplog.set_level(logging.INFO, logger="chunkllama")
+        caplog.clear()
+        await place.start_again()
+        fresh = place.runner.add("a", {**other, "id": "ftjob-3"}, TuningOptions())
+        await until(lambda: place.engine.tunings)
+        assert [each.job_id for each in place.engine.tunings] == [fresh.id]
+        assert place.loading == 0 and place.runner.owner(name_of(job)) == "a"
+        (noted,) = caplog.records
+        assert noted.levelname == "INFO" and "2 jobs of another model" in noted.getMessage()
+        place.weights = "of the model"
+        await place.start_again()
+        await until(lambda: place.engine.tunings)
+        assert [each.job_id for each in place.engine.tunings] == [queued.id]
+        assert list(place.engine.adapters) == [name_of(job)]
 
     run(test)
 
@@ -196,7 +234,7 @@ def test_a_full_disk_leaves_jobs_and_models_as_they_are(
             patch.setattr(stored_jobs, "replace_file", full)
             with pytest.raises(OSError, match="full"):
                 await place.runner.delete(job)
-            assert job.model == name_of(job) and place.runner.find(job.model, "a") is job
+            assert job.model == name_of(job) and place.runner.jobs.made_by(job.model, "a") is job
         await place.runner.delete(job)
         assert job.model is None and place.used() == 0 and not job.adapter.exists()
 

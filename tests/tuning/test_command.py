@@ -44,6 +44,16 @@ def test_an_adapter_is_trained_and_the_loss_is_printed(
     assert [path.name for path in out.iterdir()] == ["adapter"]
 
 
+def test_the_adapter_of_another_training_is_kept(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = model.parent / "out" / "adapter" / "mine"
+    kept.mkdir(parents=True)
+    assert finetune(model) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "adapter exists; choose another folder" in line and kept.exists()
+
+
 @pytest.mark.parametrize(
     ("data", "flags", "words"),
     [
@@ -53,6 +63,7 @@ def test_an_adapter_is_trained_and_the_loss_is_printed(
         ("train.jsonl", ("--finetune-memory", "much"), "finetune_memory: write a size"),
         ("train.jsonl", ("--alpha", "0"), "alpha: must be above 0"),
         ("train.jsonl", ("--rank", "129"), "--rank"),
+        ("train.jsonl", ("--seed", str(2**64)), "--seed"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_model import write_tiny_model
 
 from chunkllama.adapter_messages import LoadAdapter
@@ -20,6 +21,7 @@ from chunkllama.models.loading.adapter_file import read_adapter
 from chunkllama.tuning.files import StepResult, read_state
 from chunkllama.tuning.folder import ADAPTER, STATE, Example
 from chunkllama.tuning.load import load_trainer
+from chunkllama.tuning.passes import accumulate
 from chunkllama.tuning.trainer import Trainer, batch_of
 from chunkllama.tuning_messages import TuningOptions
 
@@ -156,6 +158,30 @@ def test_a_training_that_ends_anywhere_continues_with_at_most_one_step_again(
     assert first == second
 
 
+def test_updates_and_copies_of_a_large_adapter_are_several_pieces(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = [step.loss for step in finish(make(tmp_path / "whole"))]
+    monkeypatch.setattr("chunkllama.tuning.trainer._PIECE_NUMBERS", 2000)
+    trainer = make(tmp_path / "parts")
+    pieces = []
+    for piece in trainer.work():
+        pieces.append(piece)
+        if piece == "wait" and trainer.writing is not None:
+            trainer.writing.result()
+    trainer.close()
+    assert [step.loss for step in trainer.steps] == whole
+    groups = [sum(map(torch.numel, group.values())) for group in trainer._groups]
+    assert max(groups) <= 2000 and len(groups) > 5
+    steps = trainer.total_steps
+    assert pieces.count("update") == steps * (2 + len(groups))
+    assert pieces.count("save") == (steps + 1) * len(groups)
+    states = [read_state(tmp_path / name) for name in ("whole", "parts")]
+    assert states[0] is not None and states[1] is not None
+    for name, tensor in states[0][0].items():
+        assert torch.equal(tensor, states[1][0][name]), name
+
+
 def test_a_state_is_written_after_every_step_and_read_whole(make: Make, tmp_path: Path) -> None:
     trainer = make()
     finish(trainer)
@@ -195,6 +221,7 @@ def test_the_adapter_loads_into_an_engine_and_into_peft(
         ({"max_bytes": 1 << 20}, "finetune_memory: an example of"),
         ({"max_model_len": 32}, "the model takes 32"),
         ({"options": TuningOptions(rank=2)}, "other settings"),
+        ({"examples": conversations(11)}, "other conversations"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_line(
@@ -215,6 +242,38 @@ def test_less_memory_than_the_machine_has_left_is_needed(
     monkeypatch.setattr("chunkllama.tuning.load.memory_left", lambda: 1 << 20)
     with pytest.raises(ConfigError, match=r"finetune_memory: .* are free now"):
         make()
+
+
+def test_a_state_of_other_weights_of_the_same_shape_is_refused(make: Make, tmp_path: Path) -> None:
+    first = make()
+    list(islice(first.work(), 150))
+    first.close()
+    other = tmp_path / "other"
+    other.mkdir()
+    write_tiny_model(other)
+    weights = load_file(other / "model.safetensors")
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, other / "model.safetensors")
+    with pytest.raises(ConfigError, match="another model"):
+        make(model_path=other)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training_before_a_step(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make()
+
+    def without_a_number(*arguments: Any) -> Any:
+        sums = yield from accumulate(*arguments)
+        next(iter(trainer._parameters.values())).grad[0, 0] = torch.inf
+        return sums
+
+    monkeypatch.setattr("chunkllama.tuning.trainer.accumulate", without_a_number)
+    with pytest.raises(ConfigError, match="step 1 or its gradient is not finite"):
+        finish(trainer)
+    trainer.close()
+    assert not trainer.steps
+    assert all(bool(tensor.isfinite().all()) for tensor in trainer._parameters.values())
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(make: Make) -> None:

@@ -82,7 +82,7 @@ class AppEngine(EngineClient, TuningClient, Protocol):
     """An engine that answers requests and trains."""
 
 
-def create_app(
+def create_app(  # noqa: PLR0913
     engine: AppEngine,
     text: TextService,
     settings: Settings,
@@ -92,6 +92,7 @@ def create_app(
     generation_defaults: Mapping[str, Any] | None = None,
     tracing: Tracing | None = None,
     responses: ResponseBackend | None = None,
+    weights_digest: Callable[[], str] = lambda: "",
 ) -> FastAPI:
     """Build the HTTP application over an engine that is ready.
 
@@ -104,6 +105,7 @@ def create_app(
         generation_defaults: the model's own sampling values, for fields a client leaves out.
         tracing: makes a span for each request; closed with the application.
         responses: stores responses; closed with the application. None: this process does.
+        weights_digest: of the model that the engine serves; called in a thread, once.
     """
     charged = ChargedEngine(
         engine,
@@ -175,7 +177,9 @@ def create_app(
     )
     app.state.context = context
     context.batches = _batch_runner(app, engine_queue, settings, tenants)
-    context.tunings = _tuning_runner(context.batches, engine, text, settings, tenants)
+    context.tunings = _tuning_runner(
+        context.batches, engine, text, settings, tenants, weights_digest
+    )
     for protocol, router in PROTOCOLS.items():
         if protocol in settings.protocols:
             app.include_router(router)
@@ -262,6 +266,7 @@ def _tuning_runner(
     text: TextService,
     settings: Settings,
     tenants: Tenants,
+    weights_digest: Callable[[], str],
 ) -> TuningRunner | None:
     """The runner of fine-tuning jobs; None where they are turned off, or nothing trains them."""
     if batches is None or not settings.finetune or settings.cluster is not None:
@@ -275,7 +280,9 @@ def _tuning_runner(
         FileLimits(settings.finetune_lines, settings.finetune_answers, settings.finetune_tokens),
         settings,
     )
-    return TuningRunner(batches.store, engine, reader.read, settings, tenants.has_key)
+    return TuningRunner(
+        batches.store, engine, reader.read, settings, tenants.has_key, weights_digest
+    )
 
 
 def _queue_limits(settings: Settings, engine: EngineClient) -> QueueLimits:

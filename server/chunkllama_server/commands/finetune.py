@@ -11,6 +11,7 @@ import typer
 
 from chunkllama.config import DEMO_MODEL, parse_bytes
 from chunkllama.errors import ConfigError, InvalidRequestError
+from chunkllama.tuning.folder import ADAPTER, STATE
 from chunkllama.tuning_messages import BASE_LEARNING_RATE, TuningOptions
 
 _MAX_LINES, _MAX_ANSWERS, _MAX_RENDERED = 1_000_000, 1024, 10**10
@@ -21,12 +22,16 @@ def finetune(  # noqa: PLR0913
     data: Annotated[Path, typer.Option(help="JSONL file of conversations.", metavar="FILE")],
     out: Annotated[Path, typer.Option(help="Folder for the adapter.", metavar="FOLDER")],
     model: Annotated[str, typer.Option(help="Alias, Hugging Face folder, or hub id.")] = DEMO_MODEL,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the file.")] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Lines of an optimizer step.")] = 4,
+    epochs: Annotated[int, typer.Option(min=1, max=1000, help="Passes over the file.")] = 3,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Lines of an optimizer step.")
+    ] = 4,
     learning_rate_multiplier: Annotated[
         float, typer.Option(help=f"Times {BASE_LEARNING_RATE:g}, the rate of AdamW.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the adapter and the order of lines.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31 - 1, help="Of the adapter and the order of lines.")
+    ] = 0,
     rank: Annotated[int, typer.Option(min=1, max=128, help="Rank of the adapter.")] = 8,
     alpha: Annotated[
         float, typer.Option(help="What the adapter adds is multiplied by alpha / rank.")
@@ -78,6 +83,7 @@ def _run(
 
     configure_logging("warning")
     folder = resolve_model(model)
+    _make(out)
     size = plan_size(EngineConfig.from_flat(model=model), folder)
     tokenizer = load_tokenizer(folder)
     reader = ExampleReader(
@@ -91,6 +97,8 @@ def _run(
         examples = reader.read(data)
     except InvalidRequestError as error:
         raise ConfigError(f"data: {data}: {error.message}") from None
+    except OSError as error:
+        raise ConfigError(f"data: {data}: cannot be read: {error.strerror}") from None
     num_targets = sum(len(example.targets) for example in examples)
     print(f"{len(examples)} conversations, {num_targets:,} trained tokens in an epoch", flush=True)
 
@@ -99,20 +107,22 @@ def _run(
     from chunkllama.tuning.load import load_trainer
 
     torch.set_num_threads(threads or usable_threads())
-    _make(out)
-    trainer = load_trainer(
-        model_path=folder,
-        spec=size.spec,
-        name=model,
-        max_model_len=size.max_model_len,
-        device=torch.device(size.device),
-        examples=examples,
-        options=options,
-        folder=out,
-        max_bytes=max_bytes,
-        slice_tokens=_SLICE_TOKENS,
-        on_step=_Printer(),
-    )
+    try:
+        trainer = load_trainer(
+            model_path=folder,
+            spec=size.spec,
+            name=model,
+            max_model_len=size.max_model_len,
+            device=torch.device(size.device),
+            examples=examples,
+            options=options,
+            folder=out,
+            max_bytes=max_bytes,
+            slice_tokens=_SLICE_TOKENS,
+            on_step=_Printer(),
+        )
+    except OSError as error:
+        raise ConfigError(f"out: {out / STATE}: cannot be read: {error.strerror}") from None
     if trainer.steps:
         print(f"continues after step {len(trainer.steps)} of {trainer.total_steps}", flush=True)
     else:
@@ -125,18 +135,24 @@ def _run(
         raise ConfigError(f"out: {out}: cannot be written: {error.strerror}") from None
     finally:
         trainer.close()
-    from chunkllama.tuning.folder import ADAPTER, STATE
-
     (out / STATE).unlink(missing_ok=True)
     print(f"adapter in {out / ADAPTER}; serve it with --lora NAME={out / ADAPTER}")
     return 0
 
 
 def _make(out: Path) -> None:
+    """Make the folder, or take one that has no adapter or a training to continue.
+
+    Raises:
+        ConfigError: it cannot be made, or has the result of another training.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        has_result = (out / ADAPTER).exists() and not (out / STATE).exists()
     except OSError as error:
         raise ConfigError(f"out: {out}: cannot be made: {error.strerror}") from None
+    if has_result:
+        raise ConfigError(f"out: {out / ADAPTER} exists; choose another folder, or remove it")
 
 
 class _Printer:

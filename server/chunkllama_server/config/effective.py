@@ -40,8 +40,8 @@ def effective_values(settings: Settings) -> tuple[dict[str, str], str]:
         note = "device: there may be a GPU; a start tells which values depend on it"
     else:
         try:
-            folder = local_model(config.model.model)
-            if folder is None:
+            folder, draft = local_model(config.model.model), config.scheduler.draft_model
+            if folder is None or (draft is not None and local_model(draft) is None):
                 note = "model: not on this machine yet; values that depend on it are not shown"
                 values |= {"device": "cpu"}
             else:

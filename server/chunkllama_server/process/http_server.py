@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -20,6 +21,7 @@ from chunkllama.errors import ConfigError, EngineDeadError, InvalidRequestError
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineStats
 from chunkllama.model_spec import ModelSpec
+from chunkllama.models.identity import hash_weights
 from chunkllama.resources import freeze_heap
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama.text.chat_template import ChatTemplate
@@ -74,6 +76,7 @@ class Application:
         quotas: of each tenant.
         secret: of ``namespace_secret_file``, None without one.
         files: the model's tokenizer and template, and the public prefixes.
+        path: the model's folder.
         spec: the model's numbers.
 
     Raises:
@@ -88,6 +91,7 @@ class Application:
         quotas: dict[str, TenantQuotas],
         secret: bytes | None,
         files: TextFiles,
+        path: Path,
         spec: ModelSpec,
     ) -> None:
         self._settings = settings
@@ -106,6 +110,7 @@ class Application:
         self._keys = keys
         self._quotas = quotas
         self._spec = spec
+        self._weights_digest = partial(hash_weights, path, spec)
         self._tokenizer = files.tokenizer
         self._template = files.template
         self._prefixes = files.prefixes
@@ -154,6 +159,7 @@ class Application:
             ),
             tracing=self._tracing,
             responses=self._responses,
+            weights_digest=self._weights_digest,
         )
         app.include_router(dashboard.router)
         admin_app = create_admin_app(app.state.context)

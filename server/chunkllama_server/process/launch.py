@@ -81,7 +81,7 @@ def serve_forever(settings: Settings, read_settings: Callable[[], Settings]) -> 
                 Application,  # fastapi and all that it brings
             )
 
-            return Application(settings, read_settings, keys, quotas, secret, files, spec)
+            return Application(settings, read_settings, keys, quotas, secret, files, path, spec)
 
         async def run() -> int:
             async with contextlib.AsyncExitStack() as stack:

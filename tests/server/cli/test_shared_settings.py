@@ -26,7 +26,7 @@ def namespaces(tiny_model):
         secret = made.namespace_secret()
         if is_pipe:  # it cannot be read again
             made.namespace_secret_file.unlink()
-        server = Application(made, lambda: made, KEYS, {}, secret, files, spec)
+        server = Application(made, lambda: made, KEYS, {}, secret, files, tiny_model, spec)
         return [server._tenants.namespace(name, None) for name in KEYS]
 
     return make

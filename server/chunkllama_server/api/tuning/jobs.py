@@ -37,6 +37,7 @@ class StoredJob(msgspec.Struct):
 
     Attributes:
         serial: counts jobs in the order in which they were made.
+        weights: digest of the weights that it trains an adapter of.
         num_targets: tokens that are trained in an epoch; 0 until the file is read.
         is_deleted: its model was deleted.
     """
@@ -45,6 +46,7 @@ class StoredJob(msgspec.Struct):
     value: FineTuningJob
     options: TuningOptions
     serial: int
+    weights: str
     num_targets: int = 0
     is_deleted: bool = False
 
@@ -89,6 +91,10 @@ class JobStore:
     Args:
         folder: of the file store.
         now: Unix time in whole seconds.
+
+    Attributes:
+        weights: digest of the weights that are served; jobs of others stay as they are until a
+            server has those.
     """
 
     def __init__(self, folder: Path, now: Callable[[], int]) -> None:
@@ -96,6 +102,11 @@ class JobStore:
         self._now = now
         self._jobs: dict[str, Job] = {}
         self._serial = 0
+        self.weights = ""
+
+    def is_of_model(self, job: Job) -> bool:
+        """Whether a job is one of the model that is served."""
+        return job.record.weights == self.weights
 
     def __iter__(self) -> Iterator[Job]:
         return iter(list(self._jobs.values()))
@@ -108,8 +119,17 @@ class JobStore:
         job = self._jobs.get(job_id)
         return job if job is not None and job.tenant == tenant else None
 
-    def read(self) -> None:
-        """Read all jobs; one that cannot be read is left out, its data stay."""
+    def made_by(self, model: str, tenant: str) -> Job | None:
+        """The tenant's job that has made a model."""
+        return next((job for job in self.of(tenant) if job.model == model), None)
+
+    def read(self, weights: str) -> None:
+        """Read all jobs; one that cannot be read is left out, its data stay.
+
+        Args:
+            weights: digest of those that are served.
+        """
+        self.weights = weights
         found = []
         for path in self._folder.glob(f"*/{_RECORD}"):
             try:
@@ -121,6 +141,13 @@ class JobStore:
         for job in sorted(found, key=lambda job: job.record.serial):
             self._jobs[job.id] = job
             self._serial = max(self._serial, job.record.serial)
+        others = [each for each in found if not self.is_of_model(each)]
+        if count := sum(each.model is not None or not each.has_ended for each in others):
+            logger.info(
+                "fine-tuning: %d jobs of another model than the one served stay as they are, and "
+                "what they have made is not served, until that model is served again",
+                count,
+            )
 
     def add(self, tenant: str, value: FineTuningJob, options: TuningOptions) -> Job:
         """Store a new job; the oldest of many that have ended without a model are forgotten.
@@ -134,7 +161,7 @@ class JobStore:
             shutil.rmtree(old.folder, ignore_errors=True)
         self._serial += 1
         folder = self._folder / value["id"]
-        job = Job(StoredJob(tenant, value, options, self._serial), folder)
+        job = Job(StoredJob(tenant, value, options, self._serial, self.weights), folder)
         try:
             folder.mkdir(mode=0o700, parents=True)
             self.write(job)

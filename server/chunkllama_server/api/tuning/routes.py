@@ -26,7 +26,6 @@ from chunkllama_server.api.schema.tuning import (
     Hyperparameters,
     JobList,
     LoraOptions,
-    TuningEvent,
 )
 from chunkllama_server.api.tuning.jobs import Job
 from chunkllama_server.api.tuning.runner import TuningRunner
@@ -70,19 +69,15 @@ async def _runner(context: ServerContext) -> TuningRunner:
     return runner
 
 
-async def _job(context: ServerContext, request: Request, job_id: str) -> Job:
+async def _job(context: ServerContext, request: Request, job_id: str) -> tuple[TuningRunner, Job]:
+    """A job of the caller's key. Nothing is awaited behind it: the job's status may change then."""
     runner = await _runner(context)
     found = runner.jobs.get(job_id, request_info(request.scope).tenant)
     if found is None:
         raise ApiError(
             404, f"There is no job {job_id[:100]!r}", "fine_tuning_job_id", "job_not_found"
         )
-    return found
-
-
-async def _events(context: ServerContext, job: Job) -> list[TuningEvent]:
-    runner = await _runner(context)
-    return await runner.store.work(runner.jobs.events, job)
+    return runner, found
 
 
 @contextlib.contextmanager
@@ -179,7 +174,8 @@ async def list_jobs(
 @router.get(f"{_PATH}/{{job_id}}", responses=_GET)
 async def get_job(job_id: str, request: Request, context: Context) -> FineTuningJob:
     """Describe a job."""
-    return (await _job(context, request, job_id)).value
+    _, job = await _job(context, request, job_id)
+    return job.value
 
 
 @router.get(f"{_PATH}/{{job_id}}/events", responses=_GET)
@@ -187,8 +183,8 @@ async def list_events(
     job_id: str, request: Request, context: Context, limit: Limit = 20, after: str | None = None
 ) -> EventList:
     """List what has happened to a job, newest first: each step with its loss."""
-    job = await _job(context, request, job_id)
-    events = (await _events(context, job))[::-1]
+    runner, job = await _job(context, request, job_id)
+    events = (await runner.store.work(runner.jobs.events, job))[::-1]
     page, has_more = page_of(events, limit, after, lambda event: event["id"])
     return {"object": "list", "data": [*page], "has_more": has_more}
 
@@ -198,10 +194,11 @@ async def list_checkpoints(
     job_id: str, request: Request, context: Context, limit: Limit = 10, after: str | None = None
 ) -> CheckpointList:
     """List the models of a job that can be requested: the one at its end."""
-    job = await _job(context, request, job_id)
+    runner, job = await _job(context, request, job_id)
     checkpoints: list[Checkpoint] = []
     name = job.model
-    steps = [each["data"] for each in await _events(context, job) if each["data"] is not None]
+    events = await runner.store.work(runner.jobs.events, job)
+    steps = [each["data"] for each in events if each["data"] is not None]
     if name is not None and steps:
         last = steps[-1]
         checkpoints.append(
@@ -232,9 +229,8 @@ async def list_checkpoints(
 @router.post(f"{_PATH}/{{job_id}}/cancel", responses=_POST)
 async def cancel_job(job_id: str, request: Request, context: Context) -> FineTuningJob:
     """End a job; it makes no model."""
-    job = await _job(context, request, job_id)
+    runner, job = await _job(context, request, job_id)
     _check(job, "validating_files", "queued", "running", "paused")
-    runner = await _runner(context)
     with _storing():
         runner.cancel(job)
     return job.value
@@ -243,9 +239,8 @@ async def cancel_job(job_id: str, request: Request, context: Context) -> FineTun
 @router.post(f"{_PATH}/{{job_id}}/pause", responses=_POST)
 async def pause_job(job_id: str, request: Request, context: Context) -> FineTuningJob:
     """Stop a job until it is resumed; its saved steps stay."""
-    job = await _job(context, request, job_id)
+    runner, job = await _job(context, request, job_id)
     _check(job, "validating_files", "queued", "running")
-    runner = await _runner(context)
     with _storing():
         runner.pause(job)
     return job.value
@@ -254,9 +249,8 @@ async def pause_job(job_id: str, request: Request, context: Context) -> FineTuni
 @router.post(f"{_PATH}/{{job_id}}/resume", responses=_POST)
 async def resume_job(job_id: str, request: Request, context: Context) -> FineTuningJob:
     """Continue a paused job."""
-    job = await _job(context, request, job_id)
+    runner, job = await _job(context, request, job_id)
     _check(job, "paused")
-    runner = await _runner(context)
     with _storing():
         runner.unpause(job)
     return job.value
@@ -275,7 +269,7 @@ def _check(job: Job, *statuses: str) -> None:
 async def delete_model(model: str, request: Request, context: Context) -> DeletedModel:
     """Delete a model that a job of this key has made."""
     runner = await _runner(context)
-    job = runner.find(model, request_info(request.scope).tenant)
+    job = runner.jobs.made_by(model, request_info(request.scope).tenant)
     if job is None:
         raise not_found_model(model)
     try:

@@ -49,6 +49,7 @@ class TuningRunner:
         read: reads and checks a training file, in a thread, until its second argument is true.
         settings: limits.
         is_known: whether a tenant has a key.
+        digest: of the weights that are served; called in a thread.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class TuningRunner:
         read: Callable[[Path, Callable[[], bool]], list[Example]],
         settings: TuningConfig,
         is_known: Callable[[str], bool],
+        digest: Callable[[], str],
     ) -> None:
         self.store = store
         self.jobs = JobStore(store.folder, store.now)
@@ -65,13 +67,14 @@ class TuningRunner:
         self._read = read
         self._settings = settings
         self._is_known = is_known
+        self._digest = digest
         self._is_open = False
         self._opening = asyncio.Lock()
         self._wake = asyncio.Event()
         self._running: Job | None = None
         self._outcome: asyncio.Future[str] | None = None
         self._started: tuple[float, int] = (0.0, 0)  # when, and after which step
-        self._turns: Counter[str] = Counter()  # of each key
+        self._turns: Counter[str] = Counter()  # number of each key's last one
         self._models = TunedModels(engine)
         self._stop_reading = threading.Event()  # the training file of the running job
         self._task: asyncio.Task[None] | None = None
@@ -86,7 +89,7 @@ class TuningRunner:
         async with self._opening:
             if self._is_open:
                 return
-            await self.store.work(self.jobs.read)
+            await self.store.work(lambda: self.jobs.read(self._digest()))
             self._is_open = True
             for job in self.jobs:
                 self._charge(job, job.folder)
@@ -145,10 +148,6 @@ class TuningRunner:
         """The tenant that a fine-tuned model belongs to; None: it is none."""
         return self._models.owner(model)
 
-    def find(self, model: str, tenant: str) -> Job | None:
-        """The tenant's job that has made a model."""
-        return next((job for job in self.jobs.of(tenant) if job.model == model), None)
-
     async def delete(self, job: Job) -> None:
         """Delete the model of a job.
 
@@ -204,7 +203,7 @@ class TuningRunner:
                 if self.store.is_open:
                     await self.open()
                     if not has_models:
-                        await self._models.load_all(self.jobs)
+                        await self._models.load_all(filter(self.jobs.is_of_model, self.jobs))
                         has_models = True
                     while (job := self._next()) is not None:
                         await self._run(job)
@@ -214,17 +213,18 @@ class TuningRunner:
                 await asyncio.wait_for(self._wake.wait(), _WATCH_SECONDS)
 
     def _next(self) -> Job | None:
-        """The oldest job of the key that has had the fewest turns."""
+        """The oldest job of the key whose last turn is the longest ago."""
         waiting = [
             job
             for job in self.jobs
             if job.value["status"] in ("validating_files", "queued", "running")
+            and self.jobs.is_of_model(job)
         ]
         return min(waiting, key=lambda job: self._turns[job.tenant], default=None)
 
     async def _run(self, job: Job) -> None:
         self._running = job
-        self._turns[job.tenant] += 1
+        self._turns[job.tenant] = max(self._turns.values(), default=0) + 1
         try:
             await self._run_to_end(job)
         except _FailedError as error:
