@@ -152,6 +152,12 @@ class ModelConfig(ConfigGroup):
         "such as 0-3,8; auto is one for each core of the NUMA node that has most of them; none is "
         "all that this process may use.",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="Compute each row alike in every batch: log-probabilities are equal bit for "
+        "bit, cold or from the cache, alone or beside others, before and after a restart, with one "
+        "build, CPU, isa_level and number of threads. Slower; needs backend cpu and --tp 1.",
+    )
     seed: int | None = Field(
         default=None, ge=0, description="Makes the seeds of requests without one reproducible."
     )
@@ -271,7 +277,7 @@ class SchedulerConfig(ConfigGroup):
     )  # fmt: skip
     speculation: Literal["off", "auto"] = Field(
         default="off", description="Check guesses at the next tokens where that saves time; in "
-        "fp32 the output stays the same.")  # fmt: skip
+        "fp32, and with deterministic, the output stays the same.")  # fmt: skip
     draft_model: str | None = Field(
         default=None,
         min_length=1,

@@ -352,6 +352,7 @@ class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):
     isa_level: str = ""
     kv_dtype: str = ""
     is_kv_quantized: bool = False
+    is_deterministic: bool = False
 
 
 class StartFailed(msgspec.Struct, kw_only=True, tag="start_failed"):

@@ -24,6 +24,8 @@ import numpy as np
 
 from chunkllama.attention.plan_blocks import (
     BLOCK_END,
+    FIXED_CUTS,
+    SHORTEST_FIXED,
     WHOLE,
     Block,
     Int64Array,
@@ -175,6 +177,8 @@ class Planner:
             own = first // self.chunk_size
             np.minimum(common[:-1], own, out=common[:-1])
             np.minimum(common[1:], own, out=common[1:])
+        if self.packing.fixed_runs:
+            common = FIXED_CUTS[np.searchsorted(FIXED_CUTS, common, side="right") - 1]
         return _Slices(first, rows, row_start, common, chunk_ids, reusable)
 
     def _blocks(self, s: _Slices) -> tuple[Int64Array, list[Int32Array], Int64Array]:
@@ -269,48 +273,49 @@ class Planner:
         the whole, into the longest pieces that do not, but never below ``min_run_chunks``. Cuts
         fall at multiples of a power of two of chunks from position 0. ``slack`` lengthens the
         pieces. With ``first_key`` [R] a run begins at the first chunk that one of its rows sees.
+        With ``fixed_runs`` it is cut at ``FIXED_CUTS`` alone.
         """
         packing, size = self.packing, self.chunk_size
         tiles, largest = cut_rows(blocks, packing.rows_per_item)
         window_end = np.zeros_like(largest)  # from there on every row sees every key
         if first_key is not None:
-            tiles, seen, window_end = within_window(tiles, first_key, size)
+            unit = SHORTEST_FIXED if packing.fixed_runs else 1
+            tiles, seen, window_end = within_window(tiles, first_key, size, unit)
             largest = largest[seen]
             if reusable:
                 window_end[:] = WHOLE  # positions grow
         weight = packing.chunk_cost_rows + largest
-        row, rows, begin, end, offset, position, private = tiles
-        masked = position < WHOLE
+        _, rows, begin, end, _, position, _ = tiles
         filled = np.minimum(end, (position + rows - 1) // size + 1)  # spare chunks cost nothing yet
         if not reusable:
-            end = filled
+            tiles[BLOCK_END] = end = filled
 
-        cost = (filled - begin) * weight
-        share = cost.sum() * packing.num_kv_heads * slack / packing.target_units
-        longest = np.maximum(share / weight, packing.min_run_chunks * slack)
-        run = np.exp2(np.floor(np.log2(longest))).astype(np.int64)
-        run = np.where(run < packing.min_run_chunks, run * 2, run)
-        first_cut = -(-(begin + packing.min_run_chunks) // run) * run
-        last_cut = np.minimum(end, position // size + 1) - packing.min_run_chunks
-        cuts = np.maximum((last_cut - first_cut) // run + 1, 0)
-        cuts[(cost <= share) | ((private == 1) & (not packing.split_private))] = 0
-
+        if packing.fixed_runs:
+            first = np.searchsorted(FIXED_CUTS, begin, side="right")
+            cuts = np.searchsorted(FIXED_CUTS, end) - first
+        else:
+            cuts, first_cut, run = self._long_runs(tiles, (filled - begin) * weight, weight, slack)
         pieces = cuts + 1
-        piece, last = nth(pieces), np.repeat(cuts, pieces)
-        row, rows, begin, end, offset, masked, run, first_cut, window_end = np.repeat(
-            np.stack((row, rows, begin, end, offset, masked, run, first_cut, window_end)),
-            pieces,
-            axis=1,
-        )
-        piece_begin = np.where(piece == 0, begin, first_cut + (piece - 1) * run)
-        piece_end = np.where(piece == last, end, first_cut + piece * run)
+        tile, piece = np.repeat(np.arange(len(cuts)), pieces), nth(pieces)
+        last = cuts[tile]
+        row, rows, begin, end, offset, position, _ = tiles[:, tile]
+        window_end = window_end[tile]
+        if packing.fixed_runs:
+            before, after = FIXED_CUTS[first[tile] + piece - 1], FIXED_CUTS[first[tile] + piece]
+        else:
+            after = first_cut[tile] + piece * run[tile]
+            before = after - run[tile]
+        piece_begin = np.where(piece == 0, begin, before)
+        piece_end = np.where(piece == last, end, after)
         items = np.zeros((ITEM_COLUMNS, len(row)), np.int64)
         items[ROW_BEGIN] = row
         items[NUM_ROWS] = rows
         items[CHUNK_OFFSET] = offset + piece_begin - begin
         items[NUM_TOKENS] = (piece_end - piece_begin) * size
         items[FIRST_POSITION] = piece_begin * size
-        items[FLAGS] = np.where((masked == 1) & (piece == last), ITEM_MASK, 0)
+        # Of a run that is not cut by cost, several pieces may lie behind the first row.
+        is_masked = (piece == last) | (piece_end * size > position + 1)
+        items[FLAGS] = np.where((position < WHOLE) & is_masked, ITEM_MASK, 0)
         items[FLAGS] += np.where(piece_begin * size < window_end, ITEM_WINDOW, 0)
         items[TILE_CLASS] = rows <= packing.small_rows_per_item
         cost = items[NUM_TOKENS] * (packing.chunk_cost_rows + rows)
@@ -318,6 +323,22 @@ class Planner:
         items = items[:, by_class_then_cost]
         items[PARTIAL_BASE] = np.cumsum(items[NUM_ROWS]) - items[NUM_ROWS]
         return items
+
+    def _long_runs(
+        self, tiles: Int64Array, cost: Int64Array, weight: Int64Array, slack: int
+    ) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """The number of cuts of each tile, the first of them, and their distance in chunks."""
+        packing = self.packing
+        _, _, begin, end, _, position, private = tiles
+        share = cost.sum() * packing.num_kv_heads * slack / packing.target_units
+        longest = np.maximum(share / weight, packing.min_run_chunks * slack)
+        run = np.exp2(np.floor(np.log2(longest))).astype(np.int64)
+        run = np.where(run < packing.min_run_chunks, run * 2, run)
+        first_cut = -(-(begin + packing.min_run_chunks) // run) * run
+        last_cut = np.minimum(end, position // self.chunk_size + 1) - packing.min_run_chunks
+        cuts = np.maximum((last_cut - first_cut) // run + 1, 0)
+        cuts[(cost <= share) | ((private == 1) & (not packing.split_private))] = 0
+        return cuts, first_cut, run
 
 
 def _shared_runs(shared: list[int]) -> list[tuple[int, int, int, int]]:

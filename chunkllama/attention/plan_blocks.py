@@ -23,6 +23,20 @@ BLOCK_OFFSET: Final = 4
 BLOCK_POSITION: Final = 5
 WHOLE: Final = 1 << 40
 
+SHORTEST_FIXED: Final = 8
+
+
+def _fixed_cuts() -> Int64Array:
+    cuts = [0]
+    while cuts[-1] < 1 << 26:
+        cuts.append(cuts[-1] + max(SHORTEST_FIXED, 1 << max(cuts[-1].bit_length() - 4, 0)))
+    return np.array(cuts, np.int64)
+
+
+# Where runs are cut with ``Packing.fixed_runs``: every 8 chunks up to the 128th, then at longer
+# distances, an eighth to a sixteenth of what lies before, so that long rows have few partials.
+FIXED_CUTS: Final = _fixed_cuts()
+
 
 def cut_rows(blocks: Int64Array, most: int) -> tuple[Int64Array, Int64Array]:
     """Cut blocks [7, N] into tiles [7, M] of at most ``most`` rows.
@@ -40,12 +54,13 @@ def cut_rows(blocks: Int64Array, most: int) -> tuple[Int64Array, Int64Array]:
 
 
 def within_window(
-    tiles: Int64Array, first_key: Int64Array, chunk_size: int
+    tiles: Int64Array, first_key: Int64Array, chunk_size: int, unit: int
 ) -> tuple[Int64Array, NDArray[np.bool_], Int64Array]:
     """Take the chunks before all windows of its rows out of each of the tiles [7, M].
 
     Args:
         first_key: [R] position of the first key in each row's window.
+        unit: tiles begin at multiples of so many chunks.
 
     Returns:
         The tiles that some row sees, [M] which of ``tiles`` these are, and for each of them the key
@@ -57,7 +72,7 @@ def within_window(
     padded = np.append(first_key, first_key[-1])
     lowest = np.minimum.reduceat(padded, bounds)[::2]
     highest = np.maximum.reduceat(padded, bounds)[::2]
-    cut = np.maximum(lowest // chunk_size - tiles[BLOCK_BEGIN], 0)
+    cut = np.maximum(lowest // (chunk_size * unit) * unit - tiles[BLOCK_BEGIN], 0)
     tiles[BLOCK_BEGIN] += cut
     tiles[BLOCK_OFFSET] += cut
     seen = tiles[BLOCK_BEGIN] < tiles[BLOCK_END]

@@ -171,6 +171,9 @@ class Packing:
             (this + rows).
         spare_chunks: chunks the scheduler should keep reserved beyond a tail so that a decode plan
             lives longer.
+        fixed_runs: runs begin and end at the same chunks in every plan (``FIXED_CUTS``), so that
+            the partials of a row depend on its position alone; what is shared behind the last cut
+            before a branch is read by each sequence for itself.
     """
 
     rows_per_item: int = 64
@@ -181,3 +184,4 @@ class Packing:
     split_private: bool = False
     chunk_cost_rows: int = 32
     spare_chunks: int = 1
+    fixed_runs: bool = False

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -105,12 +107,18 @@ class Backend(ABC):
 
     The public ops state the contract, check their arguments and call the method of a backend, named
     with an underscore.
+
+    Attributes:
+        isa_level: instructions that the kernels were compiled for, where there is a choice.
+        arithmetic: what the numbers of a row depend on beside the model, its tokens and the number
+            of threads, where they do not depend on the other rows; "" where they do.
     """
 
     name: str
     device: torch.device
     chunk_sizes: tuple[int, ...]
-    isa_level: str = ""  # instructions that the kernels were compiled for, where there is a choice
+    isa_level: str = ""
+    arithmetic: str = ""
 
     @abstractmethod
     def packing(self, *, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> Packing:
@@ -320,11 +328,25 @@ class Backend(ABC):
         Computed in float32 and rounded once, to x's dtype.
         """
         if not gated:
-            return apply_activation(x.float(), activation).to(x.dtype)
+            wide = self.map_rows(partial(apply_activation, activation=activation), x.float())
+            return wide.to(x.dtype)
         if activation == "silu":
             return self.silu_and_mul(x)
         gate, up = x.chunk(2, dim=-1)
-        return (apply_activation(gate.float(), activation) * up).to(x.dtype)
+        wide = self.map_rows(partial(apply_activation, activation=activation), gate.float())
+        return (wide * up).to(x.dtype)
+
+    def map_rows(
+        self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        """Apply a function of single elements to x [N, ...].
+
+        torch computes the last elements of a thread's part by other instructions than the rest, so
+        with ``arithmetic`` each row is a call of its own.
+        """
+        if not self.arithmetic or len(x) <= 1:
+            return function(x)
+        return torch.cat([function(row) for row in x.split(1)])
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gate_up [T, 2 I] -> silu(gate) * up [T, I]."""

@@ -21,6 +21,7 @@ def check_choice(
     chunk_size: int | None = None,
     quantization: str = "auto",
     kv_dtype: str = "auto",
+    deterministic: bool = False,
     levels: Sequence[str] | None = None,
 ) -> None:
     """Refuse a backend that lacks what the other settings or the model ask for.
@@ -30,6 +31,7 @@ def check_choice(
         backend: "auto" or the name of one.
         isa_level: "auto" or the name of a level.
         chunk_size: tokens a chunk holds; None: not checked.
+        deterministic: log-probabilities must not depend on the batch.
         levels: names of the levels that this CPU has; None: not checked.
 
     Raises:
@@ -59,3 +61,13 @@ def check_choice(
         )
     if kv_dtype != "auto" and not is_cpu:
         raise ConfigError(f"kv_dtype: {kv_dtype} is not available on device {device}; use auto")
+    if deterministic and not is_cpu:
+        raise ConfigError(
+            f"deterministic: not available on device {device}, where sums depend on the batch; use "
+            "device cpu"
+        )
+    if deterministic and backend == "reference":
+        raise ConfigError(
+            "deterministic: not available with the reference backend, where sums depend on the "
+            "batch; use backend cpu"
+        )

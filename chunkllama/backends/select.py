@@ -26,12 +26,13 @@ def select_backend(
     num_kv_heads: int,
     backend: BackendName = "auto",
     isa_level: str = "auto",
+    deterministic: bool = False,
 ) -> Backend:
     """Choose the backend for a device ("cpu", "cuda", "cuda:1") and a model's shape.
 
     "auto" takes ``cuda`` on a GPU and ``cpu`` on a CPU, or where that is not installed, not built
     or lacks the shape the ``reference``, saying so once in the log. A named ``isa_level`` is never
-    replaced.
+    replaced, nor is ``cpu`` if it is to be ``deterministic``, which no other backend is.
 
     Raises:
         ConfigError: there is no such device or ``isa_level``, or the backend asked for is not
@@ -40,9 +41,11 @@ def select_backend(
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise ConfigError(f"device: {device!r} is not one of cpu, cuda, cuda:N")
     target = torch.device(device)
-    check_choice(device=device, backend=backend, isa_level=isa_level)
-    if isa_level != "auto":
-        return _cpu(target, dtype, head_dim, chunk_size, num_kv_heads, isa_level)
+    check_choice(device=device, backend=backend, isa_level=isa_level, deterministic=deterministic)
+    if isa_level != "auto" or deterministic:
+        level = "" if isa_level == "auto" else isa_level
+        shape = dtype, head_dim, chunk_size, num_kv_heads
+        return _cpu(target, *shape, level, deterministic=deterministic)
     if target.type == "cuda":
         check_cuda_device(target)
     if backend == "reference":
@@ -77,10 +80,18 @@ def _cpu(
     chunk_size: int,
     num_kv_heads: int,
     level: str = "",
+    *,
+    deterministic: bool = False,
 ) -> Backend:
     from chunkllama.backends.cpu.backend import CpuBackend
 
-    ops = CpuBackend(dtype=dtype, head_dim=head_dim, num_kv_heads=num_kv_heads, level=level)
+    ops = CpuBackend(
+        dtype=dtype,
+        head_dim=head_dim,
+        num_kv_heads=num_kv_heads,
+        level=level,
+        deterministic=deterministic,
+    )
     return _checked(ops, chunk_size)
 
 

@@ -144,6 +144,7 @@ def _join(
         isa_level=executor.backend.isa_level,
         kv_dtype=size.kv_dtype,
         is_kv_quantized=size.kv_dtype != size.dtype,
+        is_deterministic=config.model.deterministic,
     )
     adapters = AdapterCache(executor.adapters, scheduler.adapters, config.cache.adapter_memory)
     identify = partial(
@@ -156,6 +157,7 @@ def _join(
         quantization=config.model.quantization,
         chunk_size=chunk_size,
         max_model_len=max_model_len,
+        arithmetic=executor.backend.arithmetic,
     )
     chunk_io = ChunkIO(executor, identify, max_model_len // chunk_size)
     packs = PackLoader(cache, chunk_io)
@@ -264,6 +266,7 @@ def _load(
             backend=config.model.backend,
             weights=config.model.quantization,
             int4_activations=config.model.int4_activations,
+            deterministic=config.model.deterministic,
             shard=shard,
         )
     except MemoryError:

@@ -42,6 +42,7 @@ def load_step_model(  # noqa: PLR0913
     weights: Quantization = "auto",
     int4_activations: Activations = "int8",
     kv_dtype: KVStorage = "auto",
+    deterministic: bool = False,
     shard: Shard | None = None,
 ) -> StepModel:
     """Load a model folder and allocate its pool.
@@ -53,6 +54,7 @@ def load_step_model(  # noqa: PLR0913
         backend, isa_level: "auto" or the name of one; levels are the cpu backend's.
         weights, kv_dtype: storage of linear layers and K/V, "auto" or what the backend offers.
         int4_activations: of products of few rows with 4-bit weights.
+        deterministic: the numbers of a row must not depend on the other rows.
         shard: the part of the model that this rank has; None: all of it.
 
     Raises:
@@ -74,6 +76,7 @@ def load_step_model(  # noqa: PLR0913
         backend=backend,
         isa_level=isa_level,
         kv_dtype=kv_dtype,
+        deterministic=deterministic,
     )
     if foreign is not None:
         foreign.attach(attention, max_model_len)
@@ -109,7 +112,7 @@ def _transformers_model(
     return TransformersModel(path, spec, getattr(torch, dtype), torch.device(device))
 
 
-def build_attention(
+def build_attention(  # noqa: PLR0913
     spec: ModelSpec,
     *,
     device: str,
@@ -119,6 +122,7 @@ def build_attention(
     backend: BackendName = "auto",
     isa_level: str = "auto",
     kv_dtype: KVStorage = "auto",
+    deterministic: bool = False,
 ) -> Attention:
     """The backend for the device, its chunk pool and planner."""
     ops = select_backend(
@@ -129,6 +133,7 @@ def build_attention(
         num_kv_heads=spec.num_kv_heads,
         backend=backend,
         isa_level=isa_level,
+        deterministic=deterministic,
     )
     windows = [layer.window for layer in spec.layers]
     is_bounded = spec.attention_softcap is not None or any(w is not None for w in windows)

@@ -59,7 +59,10 @@ class ModelRunner:
         self._sequences: dict[int, SequenceState] = {}
         self.adapters = RunnerAdapters(step_model)
         self.draft_model: DraftModel | None = None
-        self._sampler = StepSampler(self.spec, self._sequences, row_work_share, clock)
+        draws_alone = bool(step_model.backend.arithmetic)
+        self._sampler = StepSampler(
+            self.spec, self._sequences, row_work_share, clock, draws_alone=draws_alone
+        )
         self._model_path = model_path
         self._grammars: GrammarCompiler | None = None
         self._compile_thread = ThreadPoolExecutor(1, "grammar-compile", lower_priority)
@@ -222,13 +225,16 @@ class ModelRunner:
     def _pool(self, piece: ScheduledSlice, hidden: torch.Tensor, sampled: SampledTokens) -> None:
         """Add a slice to its sequence's embedding; with the last slice report it, L2-normalised."""
         state = self._sequences[piece.slot]
-        rows = hidden.float()
+        rows = hidden.double()
         if state.pooling == "last":
             state.pooled = rows[-1]
-        else:
-            state.pooled = rows.sum(dim=0) + (0.0 if state.pooled is None else state.pooled)
+        else:  # one row after the other: the same sum for every number of slices
+            before = (
+                rows.new_zeros(1, rows.shape[1]) if state.pooled is None else state.pooled[None]
+            )
+            state.pooled = torch.cat((before, rows)).cumsum(dim=0)[-1]
         if piece.first_position + piece.num_tokens == len(state.prompt_token_ids):
-            embedding = torch.nn.functional.normalize(state.pooled, dim=0)
+            embedding = torch.nn.functional.normalize(state.pooled, dim=0).float()
             if bool(embedding.isfinite().all()):
                 sampled.embeddings[piece.slot] = embedding.tolist()
             else:

@@ -73,13 +73,20 @@ class Sampler:
     Args:
         eos_token_ids: what ``min_tokens`` suppresses in addition to a request's own stop tokens.
         clock: seconds.
+        draws_alone: compute the weights of each row by calls of its own: torch rounds some of the
+            elements of a call otherwise than the rest.
     """
 
     def __init__(
-        self, eos_token_ids: Iterable[int], clock: Callable[[], float] = time.perf_counter
+        self,
+        eos_token_ids: Iterable[int],
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        draws_alone: bool = False,
     ) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
         self._clock = clock
+        self._draws_alone = draws_alone
 
     def sample(
         self,
@@ -108,7 +115,7 @@ class Sampler:
         times.charge(())
         beams = _beam_candidates(logits, sequences)
         times.charge([*beams])
-        token_ids = _choose(logits, top, sequences, times)
+        token_ids = _choose(logits, top, sequences, times, self._draws_alone)
         logprobs = _logprobs(raw, sequences, token_ids)
         times.charge(raw[0])
         failed = [
@@ -232,21 +239,25 @@ def _penalise(logits: torch.Tensor, sequence: SequenceState) -> None:
 
 
 def _choose(
-    logits: torch.Tensor, top: torch.Tensor, sequences: list[SequenceState], times: RowTimes
+    logits: torch.Tensor,
+    top: torch.Tensor,
+    sequences: list[SequenceState],
+    times: RowTimes,
+    draws_alone: bool,
 ) -> list[int]:
     """The best token of greedy rows, a drawn one of the others.
 
     logits [N, V], whose maxima are top [N], are overwritten.
     """
     drawing = [r for r, s in enumerate(sequences) if s.sampling.temperature >= _MIN_TEMPERATURE]
-    if len(drawing) == len(sequences):
+    if len(drawing) == len(sequences) and not draws_alone:
         return _ids(_draw(logits, top, sequences, drawing, times))
     tokens = logits.argmax(dim=1)
     times.charge(())
-    if drawing:
-        rows = torch.tensor(drawing, device=logits.device)
-        states = [sequences[row] for row in drawing]
-        drawn = _draw(logits[rows], top[rows], states, drawing, times)
+    for together in filter(None, [[row] for row in drawing] if draws_alone else [drawing]):
+        rows = torch.tensor(together, device=logits.device)
+        states = [sequences[row] for row in together]
+        drawn = _draw(logits[rows], top[rows], states, together, times)
         tokens = tokens.index_put((rows,), drawn)
     return _ids(tokens)
 

@@ -32,7 +32,7 @@ class SequenceState:
             as the grammar allows those.
         mask_seconds, slowest_mask: what the last mask took, and about the slowest of the last ones.
         failed: why this sequence can sample no more, "" while it can.
-        pooled: [H] float32 sum (mean pooling) or last hidden state, over the rows seen so far.
+        pooled: [H] float64 sum (mean pooling) or last hidden state, over the rows seen so far.
         hidden: [H] final hidden state of a row that is sampled in a later step.
         adapter: that it uses; None is the base model.
     """

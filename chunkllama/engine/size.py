@@ -108,8 +108,11 @@ def plan_size(
         chunk_size=config.cache.chunk_size,
         quantization=config.model.quantization,
         kv_dtype=config.cache.kv_dtype,
+        deterministic=config.model.deterministic,
         levels=[level.name for level in available_levels()],
     )
+    if config.model.deterministic:
+        _check_deterministic(config, spec)
     dtype = resolve_dtype(spec, config.model.dtype, device, config.model.backend)
     max_model_len, note = _max_model_len(config, spec)
     chunk_size = config.cache.chunk_size
@@ -161,6 +164,18 @@ def check_memory(config: EngineConfig, size: EngineSize) -> None:
             f"{key}: the pool takes {size.pool_bytes >> 20:,} MiB, the weights "
             f"{size.weight_bytes >> 20:,} MiB, and this process may use {limit >> 20:,} MiB; "
             f"num_chunks {max((limit - size.weight_bytes) // chunk, 0):,} would fill it"
+        )
+
+
+def _check_deterministic(config: EngineConfig, spec: ModelSpec) -> None:
+    if config.model.tensor_parallel_size > 1:
+        raise ConfigError(
+            "deterministic: the sums of several ranks depend on the batch; use --tp 1"
+        )
+    if not spec.is_native:
+        raise ConfigError(
+            f"deterministic: transformers runs {spec.architecture}, and its sums depend on the "
+            "batch; leave it out"
         )
 
 

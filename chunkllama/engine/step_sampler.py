@@ -38,6 +38,7 @@ class StepSampler:
         sequences: state of every slot, which the model runner keeps.
         share: of the model's time that one request's rows may take in a step with others.
         clock: seconds.
+        draws_alone: see ``Sampler``.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class StepSampler:
         sequences: Mapping[int, SequenceState],
         share: float,
         clock: Callable[[], float] = time.perf_counter,
+        *,
+        draws_alone: bool = False,
     ) -> None:
-        self._sampler = Sampler(spec.eos_token_ids, clock)
+        self._sampler = Sampler(spec.eos_token_ids, clock, draws_alone=draws_alone)
         self._masks = MaskThreads(spec.vocab_size, spec.eos_token_ids, clock)
         self._budget = RowBudget(share)
         self._sequences = sequences

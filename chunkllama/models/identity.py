@@ -22,7 +22,7 @@ _STRETCHED = ("dynamic", "longrope")
 _BLOCK_BYTES = 1 << 22
 
 
-def identify_model(
+def identify_model(  # noqa: PLR0913
     folder: Path,
     spec: ModelSpec,
     *,
@@ -32,6 +32,7 @@ def identify_model(
     quantization: str,
     chunk_size: int,
     max_model_len: int,
+    arithmetic: str = "",
 ) -> ModelIdentity:
     """Identify a model that is served; reads all its weights unless they were hashed before.
 
@@ -41,6 +42,7 @@ def identify_model(
         dtype: that it computes in.
         kv_dtype: of K/V.
         max_model_len: which the frequencies of some rotary embeddings depend on.
+        arithmetic: see ``Backend``.
 
     Raises:
         ConfigError: the weights cannot be read.
@@ -60,6 +62,7 @@ def identify_model(
         head_dim=spec.head_dim,
         chunk_size=chunk_size,
         compute_dtype="" if kv_dtype == dtype else dtype,
+        arithmetic=arithmetic,
     )
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import embedding
 from chunkllama.backends.adapter import AdapterRows, AdapterWeights, LinearName
 from chunkllama.backends.base import DevicePlan, KVCache
 from chunkllama.backends.model import LayerWeights, ModelWeights
+from chunkllama.errors import ConfigError
 from chunkllama.model_spec import LayerSpec, ModelSpec
 from chunkllama.models.attention import Attention
 from chunkllama.models.shard import AllReduce
@@ -72,7 +73,15 @@ class Llama:
         return x
 
     def prepare_adapter(self, weights: AdapterWeights) -> tuple[AdapterWeights, int]:
-        """Return the adapter in the type of the activations, and its bytes."""
+        """Return the adapter in the type of the activations, and its bytes.
+
+        Raises:
+            ConfigError: the rows of a step are to be independent, which torch's products are not.
+        """
+        if self.attention.backend.arithmetic:
+            raise ConfigError(
+                f"deterministic: {self.spec.architecture} takes no adapters with it; leave it out"
+            )
         dtype = self.attention.backend.activation_dtype(self.weights.embedding.dtype)
         prepared = weights.to(dtype)
         return prepared, prepared.num_bytes
@@ -83,7 +92,7 @@ class Llama:
         if self.spec.logit_multiplier != 1.0:
             logits = logits * self.spec.logit_multiplier
         if (softcap := self.spec.logit_softcap) is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+            logits = softcap * self.attention.backend.map_rows(torch.tanh, logits / softcap)
         return logits
 
     def best_tokens(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

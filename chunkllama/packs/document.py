@@ -29,6 +29,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
         dtype: of K/V.
         num_layers, num_kv_heads, head_dim, chunk_size: the shape of a chunk.
         compute_dtype: that the model computes in, where K/V have another; else "".
+        arithmetic: kernels and CPU of K/V that a deterministic server has computed; else "".
     """
 
     name: str
@@ -42,6 +43,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     head_dim: int
     chunk_size: int
     compute_dtype: str = ""
+    arithmetic: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -68,7 +70,12 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
             own, other = getattr(self, field), getattr(server, field)
             if own != other:
                 return what.format(own, other, self.name, server.name)
-        return "" if self.shape == server.shape else "another shape of K/V"
+        if self.shape != server.shape:
+            return "another shape of K/V"
+        if server.arithmetic and self.arithmetic != server.arithmetic:
+            made_by = self.arithmetic or "a server that is not deterministic"
+            return f"K/V of {made_by}, and this server is deterministic with {server.arithmetic}"
+        return ""
 
 
 class Scope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -80,9 +80,14 @@ void outer_rows(const float* t, int64_t t_stride, const B* b, int64_t rank, floa
     for (int j = 0; j < VECTORS; j++) store(y + r * y_stride + j * W, sums[r][j]);
 }
 
-// Calls f(first row, number of rows as a constant) for rows [begin, end), four at a time.
+// Calls f(first row, number of rows as a constant) for rows [begin, end), four at a time, or one at
+// a time: the order of summation depends on their number.
 template <class F>
-void by_fours(int64_t begin, int64_t end, F&& f) {
+void by_fours(const AdapterArgs& a, int64_t begin, int64_t end, F&& f) {
+  if (a.independent_rows) {
+    for (; begin < end; begin++) f(begin, std::integral_constant<int, 1>{});
+    return;
+  }
   for (; begin + 4 <= end; begin += 4) f(begin, std::integral_constant<int, 4>{});
   switch (end - begin) {
     case 1: f(begin, std::integral_constant<int, 1>{}); break;
@@ -96,7 +101,7 @@ void inner_unit(const AdapterArgs& a, const AdapterLinear& l, int64_t begin, int
                 int64_t block) {
   const A* weights = static_cast<const A*>(l.a) + block * l.k * BLOCK;
   const bool is_half = l.ranks - block * BLOCK < BLOCK;
-  by_fours(begin, end, [&](int64_t row, auto n) {
+  by_fours(a, begin, end, [&](int64_t row, auto n) {
     constexpr int R = decltype(n)::value;
     const X* x = static_cast<const X*>(a.x) + row * a.x_stride;
     float* t = a.inner + row * a.inner_stride + block * BLOCK;
@@ -115,7 +120,7 @@ void outer_unit(const AdapterArgs& a, const AdapterLinear& l, int64_t begin, int
     int64_t i = first > part.first ? (first - part.first + part.step - 1) / part.step : 0;
     for (; i < part.blocks && part.first + i * part.step < last; i++) {
       const B* weights = static_cast<const B*>(part.b) + i * part.rank * BLOCK;
-      by_fours(begin, end, [&](int64_t row, auto n) {
+      by_fours(a, begin, end, [&](int64_t row, auto n) {
         outer_rows<decltype(n)::value>(
             a.inner + row * a.inner_stride + part.offset, a.inner_stride, weights, part.rank,
             a.delta + row * a.delta_stride + part.first + i * part.step, a.delta_stride);

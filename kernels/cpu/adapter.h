@@ -17,6 +17,7 @@ struct AdapterArgs {
   int64_t inner_stride;
   float* delta;  // [rows, delta_stride]: x a b, for the rows of the ranges alone
   int64_t delta_stride, columns;
+  bool independent_rows;  // the rows of a block do not change each other's numbers
 };
 
 // Whether some range has an adapter of this layer.

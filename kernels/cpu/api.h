@@ -54,6 +54,7 @@ struct AttentionArgs {
   float tanh_scale;  // 0, or scores q k become tanh(q k * tanh_scale) before `scale` applies
   // Up to this many query rows per kv head run on the vector units, more on AMX.
   int32_t vector_rows;
+  int32_t independent_rows;  // not 0: the rows of an item do not change each other's numbers
 };
 
 struct RopeArgs {
@@ -79,7 +80,8 @@ struct Weights {
   const float* table;   // keeps the 16 entries within [-1, 1]
   const int8_t* bytes;  // INT4: table * 128, or null: activations are not rounded to 8 bits
   // Quantized: with up to this many rows the codes are multiplied; with more the weights are
-  // widened to bf16, where an instruction multiplies that, or to float.
+  // widened to bf16, where an instruction multiplies that, or to float. Below 0 they are widened
+  // for any number of rows, which then does not change a row's numbers.
   int64_t few_rows;
 };
 
@@ -104,7 +106,7 @@ struct Model {
   int64_t hidden;
   const float* final_norm;
   float eps, scale;
-  int32_t vector_rows;
+  int32_t vector_rows, independent_rows;  // as in AttentionArgs
   const void* embedding;  // [vocab, hidden] row by row, or null: rows are read from
   int32_t embedding_type;
   Weights packed_embedding;

@@ -46,7 +46,7 @@ void run_vectors(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
   float* scores = b.scores.fit(2 * BLOCK * SCORE_STRIDE);
   Operand<T>* probs;
   Operand<T>* q = operands(b, u.rows * dim, &probs);
-  const RowState state = fresh_state(b, u.rows, dim);
+  const RowState state = fresh_state(u, b, u.rows);
   gather(u, q, dim);
   const float scale = u.args.scale * LOG2E;
   Prefetcher ahead;
@@ -240,7 +240,7 @@ void run_tiles(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
   bf16* q = b.q_pairs.fit(padded * k_dim);
   float* scores = b.scores.fit(2 * BLOCK * SCORE_STRIDE);
   bf16* probs = b.probs.fit(2 * BLOCK * PROB_STRIDE);
-  const RowState state = fresh_state(b, padded, u.dim);
+  const RowState state = fresh_state(u, b, padded);
   gather(u, q, k_dim);
   memset(q + u.rows * k_dim, 0, (padded - u.rows) * k_dim * sizeof(bf16));
   Prefetcher ahead;

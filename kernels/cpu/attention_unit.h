@@ -175,9 +175,15 @@ static INLINE void write_output(const AttentionArgs& a, int64_t row, int64_t hea
   else write_row(static_cast<float*>(a.out) + at, from, factor, a.heads.head_dim);
 }
 
-static RowState fresh_state(Buffers& b, int rows, long dim) {
-  const RowState s{b.reference.fit(rows), b.sum.fit(rows * W), b.out.fit(rows * (dim + OUT_PAD)),
-                   dim + OUT_PAD, dim};
+template <class T>
+static RowState fresh_state(const Unit<T>& u, Buffers& b, int rows) {
+  const long dim = u.dim;
+  const RowState s{b.reference.fit(rows),
+                   b.sum.fit(rows * W),
+                   b.out.fit(rows * (dim + OUT_PAD)),
+                   dim + OUT_PAD,
+                   dim,
+                   u.args.independent_rows != 0};
   std::fill_n(s.reference, rows, NO_REFERENCE);
   std::fill_n(s.sum, rows * W, 0.f);
   std::fill_n(s.out, rows * s.out_stride, 0.f);

@@ -520,7 +520,8 @@ void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end,
     return;
   }
 #endif
-  if (a.x_type != BF16 && end - begin >= LEAST_WIDE) {
+  const bool widens = is_quantized(*w.format) && w.format->few_rows < 0;
+  if (a.x_type != BF16 && (widens || end - begin >= LEAST_WIDE)) {
     wide_unit(a, column, begin, end, w);
     return;
   }

@@ -89,7 +89,7 @@ class Pass {
     const AttentionArgs attention{s_.plan,        m_.heads,       s_.positions, s_.qkv,
                                   s_.attention,   qkv_stride,     width,        s_.kv[index],
                                   s_.partial_out, s_.partial_lse, m_.scale,     0.f,
-                                  m_.vector_rows};
+                                  m_.vector_rows, m_.independent_rows};
     attention_units(attention, *phase++);
     if (merges_)
       by_rows(*phase, rows_ * m_.heads.q_heads,
@@ -111,7 +111,8 @@ class Pass {
     const StepAdapters& s = s_.adapters;
     const AdapterArgs args{s.ranges,   s.num_ranges, number,  s.type,
                            a.x,        a.x_stride,   a.x_type, s.inner,
-                           s.inner_stride, s.delta, s.delta_stride, a.linear->n};
+                           s.inner_stride, s.delta, s.delta_stride, a.linear->n,
+                           m_.independent_rows != 0};
     if (!is_adapted(args)) return;
     adapter_units(args, phases, threads_);
     a.delta = s.delta, a.delta_stride = s.delta_stride, a.adapted = s.adapted;

@@ -25,8 +25,10 @@ struct RowState {
   float* sum;        // [rows, W], lane by lane
   float* out;        // [rows, out_stride]
   long out_stride, head_dim;
+  bool independent;  // references rise with each row's own maxima alone
   RowState from(int row) const {
-    return {reference + row, sum + row * W, out + row * out_stride, out_stride, head_dim};
+    return {reference + row, sum + row * W, out + row * out_stride, out_stride, head_dim,
+            independent};
   }
 };
 
@@ -90,7 +92,8 @@ static INLINE bool exponentiate(const float* scores, P* probs, long prob_stride,
 // scores [rows, SCORE_STRIDE] -> probs [rows, prob_stride]. visible[r]: keys of this step that row
 // r sees (MASKED only). factors [keys]: what each key's probability is multiplied by once it is
 // summed up (SCALED only). The first attempt uses the current references: one pass and no search
-// for maxima. `ahead` makes a step per 2 W keys of a row.
+// for maxima. It is left out where rows are to be independent: if it fails, the references of all
+// rows rise. `ahead` makes a step per 2 W keys of a row.
 template <bool MASKED, bool SCALED, Precision PRECISION, class P>
 static INLINE void online_softmax(const float* scores, P* probs, long prob_stride, int rows,
                                   int keys, const int* visible, const float* factors, float scale,
@@ -101,7 +104,7 @@ static INLINE void online_softmax(const float* scores, P* probs, long prob_strid
                                                    factors, scale, state.reference, sums, ahead);
   };
   // The first step has no reference yet and would always exceed SLACK.
-  if (state.reference[0] == NO_REFERENCE || !attempt()) {
+  if (state.independent || state.reference[0] == NO_REFERENCE || !attempt()) {
     raise_references<MASKED>(scores, rows, keys, visible, scale, state);
     attempt();
   }

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkllama.attention.plan import Planner
+from chunkllama.attention.plan_blocks import FIXED_CUTS, SHORTEST_FIXED
 from chunkllama.attention.plan_format import (
     HEADER_NUM_CLASS0_ITEMS,
     ITEM_MASK,
@@ -287,7 +288,7 @@ def check_plan(
                     seen[r].append((max(at, begin), min(end, at + size)))
                     unseen.discard(at)
             partials[r].append((first, base + r - row))
-        assert window is None or plan.version or not unseen
+        assert window is None or plan.version or not unseen or packing.fixed_runs
     for r, path in enumerate(paths):
         p = int(positions[r])
         low = max(0, p + 1 - window) if window else 0
@@ -438,3 +439,75 @@ def test_inputs_that_only_a_bug_can_make() -> None:
         Planner(Packing(), 48)
     with pytest.raises(AssertionError, match="one token per slice"):
         make_case([[0]], [(0, 2)], chunk_size=16, version=1).plan(Packing())
+
+
+# ---- fixed runs --------------------------------------------------------------------------------
+
+long_trees = st.recursive(
+    leaves,
+    lambda children: st.tuples(st.integers(0, 30), st.lists(children, min_size=1, max_size=3)),
+    max_leaves=6,
+)
+fixed_packings = st.builds(
+    Packing,
+    rows_per_item=st.sampled_from([4, 5, 64]),
+    target_units=st.sampled_from([1, 100]),
+    split_private=st.booleans(),
+    fixed_runs=st.just(True),
+)
+
+
+def test_fixed_cuts_lie_closer_than_an_eighth_of_what_is_before_them() -> None:
+    lengths = np.diff(FIXED_CUTS)
+    assert FIXED_CUTS[:3].tolist() == [0, 8, 16] and FIXED_CUTS[-1] >= 1 << 26
+    assert (lengths % SHORTEST_FIXED == 0).all() and (lengths[:16] == SHORTEST_FIXED).all()
+    assert (lengths[1:] <= np.maximum(FIXED_CUTS[1:-1] / 8, SHORTEST_FIXED)).all()
+    assert np.searchsorted(FIXED_CUTS, 2048) == 48
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    tree=long_trees,
+    packing=fixed_packings,
+    decode=st.booleans(),
+    window=st.none() | st.integers(1, 200),
+)
+def test_the_fixed_runs_of_a_row_follow_from_its_position(
+    tree: tuple, packing: Packing, decode: bool, window: int | None
+) -> None:
+    """One partial for each run between two cuts of which the row sees a key, whoever shares it."""
+    case = case_of(tree, decode)
+    plan = case.plan(packing, window=window)
+    check_plan(case, plan, packing, window=window)
+    runs: list[list[int]] = [[] for _ in range(case.num_rows)]
+    for row, rows, _, tokens, first, _, _, _ in plan.items[: plan.num_items].tolist():
+        begin, end = first // SIZE, (first + tokens) // SIZE
+        run = int(np.searchsorted(FIXED_CUTS, begin, side="right")) - 1
+        assert end <= FIXED_CUTS[run + 1] and begin % SHORTEST_FIXED == 0
+        assert window or begin == FIXED_CUTS[run]
+        for r in range(row, row + rows):
+            position = int(case.positions[r])
+            if first <= position and (not window or first + tokens > position + 1 - window):
+                runs[r].append(run)
+    for position, found in zip(case.positions.tolist(), runs, strict=True):
+        keys = np.arange(max(0, position + 1 - window) if window else 0, position + 1) // SIZE
+        assert sorted(found) == sorted(set(np.searchsorted(FIXED_CUTS, keys, side="right") - 1))
+
+
+def test_fixed_runs_are_shared_up_to_the_last_cut_before_a_branch() -> None:
+    shared = list(range(21))
+    case = make_case([[*shared, 30 + i] for i in range(3)], [(21 * 16, 1)] * 3, chunk_size=16)
+    items = items_of(case.plan(Packing(fixed_runs=True)))
+    assert [(row, end, first) for row, end, _, first, _ in items] == [
+        (0, 3, 0),
+        (0, 3, 8 * 16),
+        *((i, i + 1, 16 * 16) for i in range(3)),
+    ]
+
+
+@settings(max_examples=50, deadline=None)
+@given(tree=long_trees, packing=fixed_packings, steps=st.integers(0, 3 * SIZE))
+def test_fixed_runs_stay_right_while_tails_grow(tree: tuple, packing: Packing, steps: int) -> None:
+    case = case_of(tree, decode=True)
+    ends = np.array([len(path) * SIZE - 1 for path in case.chunk_ids])
+    check_plan(case, case.plan(packing), packing, np.minimum(case.positions + steps, ends))

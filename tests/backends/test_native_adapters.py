@@ -8,19 +8,11 @@ import numpy as np
 import pytest
 import torch
 from attention_plans import random_case
-from native_models import SPEC, make_model, native_ops
+from native_models import SPEC, make_model, native_ops, random_adapter
 
-from chunkllama.backends.adapter import (
-    LINEARS,
-    AdapterPart,
-    AdapterRows,
-    AdapterWeights,
-    LinearAdapter,
-    LinearName,
-)
+from chunkllama.backends.adapter import LINEARS, AdapterRows
 from chunkllama.backends.reference.backend import ReferenceBackend
-from chunkllama.model_spec import ModelSpec
-from chunkllama.models.tensors import LinearTensors, layer_tensors
+from chunkllama.models.tensors import layer_tensors
 
 # (computing dtype, packed weights) -> largest error of a logit; the logits' spread is about one.
 TOLERANCE = {
@@ -29,33 +21,6 @@ TOLERANCE = {
     (torch.bfloat16, "int8"): 0.3,
 }
 assert {field.name for field in fields(layer_tensors(SPEC, 0))} >= set(LINEARS)
-
-
-def random_adapter(
-    spec: ModelSpec, rng: np.random.Generator, names: tuple[str, ...], ranks: tuple[int, ...]
-) -> AdapterWeights:
-    """An adapter of some modules; a rank for each of them, again from the first in each layer."""
-
-    def matrix(rows: int, columns: int, scale: float) -> torch.Tensor:
-        return torch.from_numpy(rng.normal(0, scale, (rows, columns)).astype(np.float32))
-
-    def linear(source: LinearTensors) -> LinearAdapter | None:
-        stacked, parts, first, offset = [], [], 0, 0
-        for number, (name, rows) in enumerate(source.parts):
-            if name.rpartition(".")[2] in names:
-                rank = ranks[number % len(ranks)]
-                stacked.append(matrix(rank, source.columns, source.columns**-0.5))
-                parts.append(AdapterPart(first, offset, matrix(rows, rank, 0.3 * rank**-0.5)))
-                offset += rank
-            first += rows
-        return LinearAdapter(torch.cat(stacked), tuple(parts)) if parts else None
-
-    layers: list[dict[LinearName, LinearAdapter]] = []
-    for index in range(spec.num_layers):
-        tensors = layer_tensors(spec, index)
-        found = {name: linear(getattr(tensors, name)) for name in LINEARS}
-        layers.append({name: each for name, each in found.items() if each is not None})
-    return AdapterWeights(tuple(layers))
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Phi3ForCausalLM"])

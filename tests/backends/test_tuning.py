@@ -133,6 +133,28 @@ def test_every_number_follows_what_is_measured() -> None:
     assert len(lines) == searches + 3 and "packing.units_per_thread: 4" in lines[searches]
 
 
+def test_vectors_and_tiles_are_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared differs in the number of rows that the kernels are given."""
+    ops = backend()
+    given: list[int] = []
+    attend = ops.library.ck_attention
+
+    def record(args: object, threads: int) -> None:
+        given.append(args._obj.vector_rows)  # type: ignore[attr-defined]
+        attend(args, threads)
+
+    monkeypatch.setattr(ops.library, "ck_attention", record)
+    before = ops.vector_rows
+
+    def ratio(first: tune.Call, second: tune.Call) -> float:
+        first()
+        second()
+        return 2.0
+
+    assert tune._Attention(ops).most_vector_rows(lambda line: None, ratio) == 0
+    assert given == [max(tune.ROWS), 0] and ops.vector_rows == before
+
+
 @pytest.mark.usefixtures("small")
 def test_the_command_prints_or_writes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path

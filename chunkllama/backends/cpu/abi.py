@@ -57,7 +57,8 @@ class CAttention(Structure):
         *(("plan", CPlan), ("heads", CHeads), ("positions", c_void_p)),
         *(("q", c_void_p), ("out", c_void_p), ("q_stride", c_int64), ("out_stride", c_int64)),
         *(("kv", c_void_p), ("partial_out", c_void_p), ("partial_lse", c_void_p)),
-        *(("scale", c_float), ("tanh_scale", c_float), ("vector_rows", c_int32)),
+        *(("scale", c_float), ("tanh_scale", c_float)),
+        *(("vector_rows", c_int32), ("independent_rows", c_int32)),
     )
 
 

@@ -10,6 +10,7 @@ import logging
 import sys
 from ctypes import c_void_p
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -42,7 +43,7 @@ from chunkllama.backends.cpu.build import (
     build,
     known_levels,
 )
-from chunkllama.backends.cpu.fused_model import FusedModel, can_fuse
+from chunkllama.backends.cpu.fused_model import FusedModel, RowSettings, can_fuse
 from chunkllama.backends.cpu.memory import PoolCommitter, allocate_lazily
 from chunkllama.backends.cpu.packed import (
     PackedLinear,
@@ -50,9 +51,10 @@ from chunkllama.backends.cpu.packed import (
     weight_types,
 )
 from chunkllama.backends.cpu.sizes import UNIT, round_up, row_stride
-from chunkllama.backends.cpu.tuning import load_tuning
+from chunkllama.backends.cpu.tuning import NO_FEW_ROWS, load_tuning
 from chunkllama.backends.model import Linear, PlainModel, RunnableModel
 from chunkllama.errors import ConfigError
+from chunkllama.resources import cpu_name
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,8 @@ class CpuBackend(Backend):
         num_kv_heads: kv heads of this rank.
         level: name of an instruction-set level; the best one that this machine has if empty.
         sanitizer: "address" or "undefined" for an instrumented library.
+        deterministic: the numbers of a row do not depend on the other rows: weights are always
+            widened, attention takes one kind of unit and runs of fixed length.
 
     Raises:
         ConfigError: the dtype or head_dim has no kernel, or no level can be built or used here.
@@ -93,6 +97,7 @@ class CpuBackend(Backend):
         num_kv_heads: int,
         level: str = "",
         sanitizer: str = "",
+        deterministic: bool = False,
     ) -> None:
         _check_shape(dtype, head_dim)
         self.device = torch.device("cpu")
@@ -100,7 +105,11 @@ class CpuBackend(Backend):
         self.isa_level = self.level
         self.tuning = load_tuning(self.level)
         # AMX rounds queries and probabilities to bf16: a model in float32 is to keep its precision.
-        self.vector_rows = self.tuning.vector_rows if dtype == torch.bfloat16 else _ALL_ROWS
+        few = 0 if deterministic else self.tuning.vector_rows
+        self.vector_rows = few if dtype == torch.bfloat16 else _ALL_ROWS
+        if deterministic:
+            # The name has hashes of the sources, the flags and the compiler.
+            self.arithmetic = f"{Path(self.library._name).stem} on {cpu_name()}"
         self._partials = torch.empty(0)
         self._product_type = int(self.library.ck_activation_type(TYPES[dtype]))
         self._product_dtype = {code: dtype for dtype, code in TYPES.items()}[self._product_type]
@@ -119,10 +128,12 @@ class CpuBackend(Backend):
         types = weight_types(model.weights, quantization)
         # A model in float32 is to keep its precision.
         rounds = int4_activations == "int8" and types.own == TYPES[torch.bfloat16]
-        types = replace(types, few=replace(self.tuning.few_rows, rounds=rounds))
+        few = replace(self.tuning.few_rows, rounds=rounds)
+        types = replace(types, few=NO_FEW_ROWS if self.arithmetic else few)
         fused: RunnableModel = model
         if model.all_reduce is None and can_fuse(model.spec):
-            fused = FusedModel(self.library, self.vector_rows, model, types)
+            rows = RowSettings(self.vector_rows, bool(self.arithmetic))
+            fused = FusedModel(self.library, rows, model, types)
         else:
             pack_model(self.library, model.weights, types)
         model.kv.state.reach(0)  # not before: it would take processors from packing
@@ -143,6 +154,7 @@ class CpuBackend(Backend):
             num_kv_heads=num_kv_heads,
             split_private=tuning.split_private,
             spare_chunks=tuning.spare_chunks,
+            fixed_runs=bool(self.arithmetic),
         )
 
     def _allocate_layers(self, kv: KVCache, num_layers: int) -> list[torch.Tensor]:
@@ -263,7 +275,7 @@ class CpuBackend(Backend):
             kv.layers[rows.layer].data_ptr(),
             *(plan.state.partial_out.data_ptr(), plan.state.partial_lse.data_ptr()),
             *((scale, 0.0) if softcap is None else (softcap, scale / softcap)),
-            self.vector_rows,
+            *(self.vector_rows, bool(self.arithmetic)),
         )
         self.library.ck_attention(ctypes.byref(args), torch.get_num_threads())
         return out

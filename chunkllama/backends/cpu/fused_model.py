@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import replace
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -49,7 +49,8 @@ class CModel(Structure):
     _fields_ = (
         *(("layers", POINTER(CLayer)), ("num_layers", c_int64), ("heads", CHeads)),
         *(("hidden", c_int64), ("final_norm", c_void_p), ("eps", c_float), ("scale", c_float)),
-        *(("vector_rows", c_int32), ("embedding", c_void_p), ("embedding_type", c_int32)),
+        *(("vector_rows", c_int32), ("independent_rows", c_int32)),
+        *(("embedding", c_void_p), ("embedding_type", c_int32)),
         *(("packed_embedding", CWeights), ("head", CLinear)),
     )
 
@@ -62,6 +63,18 @@ class CStep(Structure):
         *((name, c_void_p) for name in ("hidden", "normed", "qkv", "attention", "mlp")),
         ("adapters", CStepAdapters),
     )
+
+
+class RowSettings(NamedTuple):
+    """How attention computes the query rows of an item for one kv head.
+
+    Attributes:
+        vector_rows: up to so many run on the vector units, more on AMX.
+        independent: they do not change each other's numbers.
+    """
+
+    vector_rows: int
+    independent: bool
 
 
 def can_fuse(spec: ModelSpec) -> bool:
@@ -98,13 +111,13 @@ class FusedModel:
 
     Args:
         library: of the level that runs it.
-        vector_rows: query rows per kv head up to which attention runs on the vector units.
+        rows: how attention computes the rows of an item.
         model: of a specification that ``can_fuse`` accepts; it cannot run any more afterwards.
         types: of the packed matrices, see ``weight_types``.
     """
 
     def __init__(
-        self, library: ctypes.CDLL, vector_rows: int, model: PlainModel, types: WeightTypes
+        self, library: ctypes.CDLL, rows: RowSettings, model: PlainModel, types: WeightTypes
     ) -> None:
         spec = model.spec
         self._types = types
@@ -131,7 +144,7 @@ class FusedModel:
         packed = (CLayer * spec.num_layers)(*(self._pack_layer(x) for x in model.weights.layers))
         self._model = CModel(
             *(packed, spec.num_layers, heads, spec.hidden_size, self._vector(model.weights.norm)),
-            *(spec.rms_norm_eps, spec.score_scale, vector_rows),
+            *(spec.rms_norm_eps, spec.score_scale, rows.vector_rows, rows.independent),
         )
         self._adapter_buffers = AdapterBuffers(max(_columns(layer) for layer in packed))
         self._pack_head(model.weights)

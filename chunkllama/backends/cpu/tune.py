@@ -228,11 +228,10 @@ class _Attention:
     def _call(self, step: tuple[DevicePlan, torch.Tensor], heads: int, vector_rows: int) -> Call:
         plan, positions = step
         q = torch.randn(len(positions), heads, DIM).bfloat16()
-        tuning = replace(self._ops.tuning, vector_rows=vector_rows)
 
         def run() -> None:
-            before, self._ops.tuning = self._ops.tuning, tuning
+            before, self._ops.vector_rows = self._ops.vector_rows, vector_rows
             self._ops.tpp_attention(q, self._kv, 0, positions, plan, DIM**-0.5)
-            self._ops.tuning = before
+            self._ops.vector_rows = before
 
         return run

@@ -46,6 +46,10 @@ class FewRows:
         return self.int8 if type_ == INT8 else 0
 
 
+# Weights are widened for any number of rows, see ``few_rows`` in kernels/cpu/api.h.
+NO_FEW_ROWS: Final = FewRows(int8=-1, int4=-1, int4_float=-1, rounds=False)
+
+
 @dataclass(frozen=True, slots=True)
 class PackingNumbers:
     """How a step's attention is cut into units, see ``configs/hardware/cpu.yaml``."""

@@ -114,7 +114,8 @@ class ServerContext:
     def fingerprint(self) -> str:
         info = self.engine.info
         storage = f"kv_{info.kv_dtype}" if info.is_kv_quantized else ""
-        parts = ("chunkllama", __version__, info.backend, info.isa_level, storage)
+        sums = "deterministic" if info.is_deterministic else ""
+        parts = ("chunkllama", __version__, info.backend, info.isa_level, storage, sums)
         return "-".join(part for part in parts if part)
 
     @property
