@@ -56,7 +56,7 @@ def check_cluster(settings: Settings) -> None:
 
 
 def watch_cluster(context: ServerContext, engine: ServedEngine) -> None:
-    """Show a cluster's replicas in metrics and dashboard data."""
+    """Show a cluster's replicas in metrics and dashboard data; share rates with its front ends."""
     from chunkllama.cluster.client import ClusterEngineClient
     from chunkllama_server.metrics.cluster_series import ClusterSeries, describe
 
@@ -64,6 +64,8 @@ def watch_cluster(context: ServerContext, engine: ServedEngine) -> None:
     context.metrics.registry.register(ClusterSeries(engine))
     context.replicas = partial(describe, engine)
     context.failovers = engine.failovers
+    engine.take_spent = context.tenants.take_spent
+    engine.on_spent = context.tenants.charge_elsewhere
 
 
 async def start_engine(settings: Settings) -> ServedEngine:
