@@ -14,6 +14,7 @@ The numbers are the same on every machine.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from pathlib import Path
@@ -83,6 +84,7 @@ def replay(arguments: argparse.Namespace) -> None:
 
 
 def fleet(arguments: argparse.Namespace) -> None:
+    gc.disable()  # millions of objects, and no cycles of them
     requests = read_trace(arguments.trace)
     sample, _ = replayed(arguments.trace, arguments.fit_requests, 2, "power of two")
     model = fit_replica(sample, COST)

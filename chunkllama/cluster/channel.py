@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ import msgspec
 from chunkllama.cache_messages import LoadPack
 from chunkllama.cluster.client import ClusterEngineClient
 from chunkllama.cluster.host import BEAT_SECONDS
-from chunkllama.cluster.messages import ENCODER, FROM_REPLICA
+from chunkllama.cluster.messages import ENCODER, FROM_REPLICA, ToReplica
 from chunkllama.errors import EngineDeadError
 from chunkllama.messages import (
     CommandReply,
@@ -44,7 +45,7 @@ class RayChannel:
         self.lost = asyncio.Event()
         self._actor = actor
         self._front = secrets.token_hex(8)
-        self._outbox: list[ToEngine] = []
+        self._outbox: list[ToReplica] = []
         self._has_messages = asyncio.Event()
         self._heard_at = time.monotonic()
 
@@ -54,7 +55,7 @@ class RayChannel:
         info = msgspec.msgpack.decode(await actor.hello.remote(), type=EngineReady)
         return cls(name, actor, info)
 
-    def send(self, messages: list[ToEngine]) -> None:
+    def send(self, messages: Sequence[ToReplica]) -> None:
         """Queue messages."""
         self._outbox += messages
         self._has_messages.set()

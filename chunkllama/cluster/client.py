@@ -14,8 +14,6 @@ Imports no Ray: channels to replicas come from ``connect.py``.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
@@ -24,8 +22,7 @@ from dataclasses import replace
 import msgspec
 
 from chunkllama.cluster.commands import Channel, CommandsToAll
-from chunkllama.cluster.merge import StatsMerger
-from chunkllama.cluster.messages import Beat, Ended, FromReplica
+from chunkllama.cluster.messages import Beat, Ended, FromReplica, Spent
 from chunkllama.cluster.prefix_keys import prefix_keys
 from chunkllama.cluster.routes import Replica, Route
 from chunkllama.cluster.routing import PrefixRouting
@@ -45,7 +42,6 @@ logger = init_logger(__name__)
 # A request that has gained so many tokens since its last failover begins to count again.
 _RECOVERED_TOKENS = 64
 _LIMITS = ("max_model_len", "num_chunks", "max_request_tokens")
-_STATS_SECONDS = 5.0  # for a replica's answer
 _TRIAL_DELTAS = 2  # the prompt's end, and a decode step
 
 
@@ -75,7 +71,6 @@ class ClusterEngineClient(CommandsToAll):
         self._unplaced: dict[str, Stream] = {}
         self._suspects: deque[Stream] = deque()
         self._trial: Stream | None = None
-        self._merger = StatsMerger()
         self.restarts = 0
         self.hangs = 0
         self.replays = 0
@@ -108,8 +103,8 @@ class ClusterEngineClient(CommandsToAll):
         self._replicas[channel.name] = Replica(channel, self._numbers)
         self._note_limits()
         self.routing.add(channel.name)
-        if self._tenants is not None:
-            channel.send([self._tenants])
+        self._shares.add(channel.name)
+        self._give_shares()
         logger.info("replica %s has joined, %d now", channel.name, len(self._replicas))
         if len(self._replicas) == 1:
             self.on_restarting(False)
@@ -131,6 +126,8 @@ class ClusterEngineClient(CommandsToAll):
                         self._deliver(stream, item)
                 case Beat():
                     self._take_beat(replica, item)
+                case Spent():
+                    self.on_spent(item.tenants)
                 case Ended():
                     self.lose(channel, item.reason, set(item.running))
                     return
@@ -155,6 +152,8 @@ class ClusterEngineClient(CommandsToAll):
                 if stream.state.is_live:
                     live.append(stream)
         self.routing.remove(channel.name)
+        self._shares.remove(channel.name)
+        self._give_shares()
         self._merger.remove(channel.name)
         self._note_limits()
         if not replica.is_draining or live:
@@ -193,6 +192,7 @@ class ClusterEngineClient(CommandsToAll):
         if beat.is_draining and not replica.is_draining:
             replica.is_draining = True
             self.routing.drain(name)
+            self._shares.drain(name)
             self._note_limits()
             logger.info("replica %s drains", name)
         if beat.stats is not None:
@@ -200,6 +200,9 @@ class ClusterEngineClient(CommandsToAll):
             self._merger.update(name, stats)
             requests = stats.requests_running + stats.requests_waiting
             self.routing.report(name, requests, stats.chunks_free + stats.chunks_cached)
+            if self._shares.report(name, stats.tenants):
+                self._give_shares()
+                self._tell_spent(replica.channel)
             total = self._merger.total()
             total.is_pushed = True
             self.on_stats(total)
@@ -239,6 +242,9 @@ class ClusterEngineClient(CommandsToAll):
             choice = replace(choice, why="retry")
         self.routing.record(choice)
         route.choice = choice
+        pin_chunks = num_chunks if request.pin_seconds > 0 else 0
+        if self._shares.is_short(choice.replica, request.tenant, pin_chunks):
+            self._give_shares()
         # one that was refused was not accepted, which a replay must have been
         messages: list[ToEngine] = [request] if refused else stream.state.submission()
         self._replicas[choice.replica].channel.send(messages)
@@ -340,20 +346,6 @@ class ClusterEngineClient(CommandsToAll):
 
     # -- what concerns all replicas -------------------------------------------------------------
 
-    async def stats(
-        self, *, include_tree: bool = False, include_tenants: bool = False
-    ) -> EngineStats:
-        if self._dead is not None:
-            raise self._dead
-        if include_tree or include_tenants:
-            await self._pull_stats(include_tree, include_tenants)
-        total = self._merger.total()
-        if include_tenants:
-            total.tenants = self._merger.tenants()
-        if include_tree:
-            total.tree = self._merger.tree({n: each.number for n, each in self._replicas.items()})
-        return total
-
     def _channels(self) -> dict[int, Channel]:
         return {replica.number: replica.channel for replica in self._replicas.values()}
 
@@ -361,19 +353,6 @@ class ClusterEngineClient(CommandsToAll):
         keys = prefix_keys(namespace, prompt_token_ids, self.info.chunk_size)
         choice = self.routing.choose(keys)
         return None if choice is None else self._replicas[choice.replica].channel
-
-    async def _pull_stats(self, include_tree: bool, include_tenants: bool) -> None:
-        """Ask every replica; one that does not answer in time keeps its last snapshot."""
-
-        async def ask(replica: Replica) -> None:
-            name = replica.channel.name
-            with contextlib.suppress(EngineDeadError, TimeoutError):
-                async with asyncio.timeout(_STATS_SECONDS):
-                    stats = await replica.channel.stats(include_tree, include_tenants)
-                if self._replicas.get(name) is replica:
-                    self._merger.update(name, stats)
-
-        await asyncio.gather(*map(ask, self._replicas.values()))
 
     async def close(self) -> None:
         self._fail_all(EngineDeadError("the server is stopping"))

@@ -7,15 +7,18 @@ chunks, limits of tenants, public prefixes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from chunkllama.adapter_messages import AdapterInfo, LoadAdapter, UnloadAdapter
 from chunkllama.cache_messages import CacheCommand, KeepSnapshot, LoadPack, PackInfo
-from chunkllama.cluster.merge import tag_chunk, untag_chunk
+from chunkllama.cluster.merge import StatsMerger, tag_chunk, untag_chunk
+from chunkllama.cluster.messages import Spending, Spent, ToReplica
+from chunkllama.cluster.shares import LimitShares
 from chunkllama.engine.cache_watch import CacheStream
 from chunkllama.engine.client import MessageClient, as_exception
 from chunkllama.errors import ConfigError, EngineDeadError, InvalidRequestError
@@ -25,11 +28,14 @@ from chunkllama.messages import (
     EngineRequest,
     EngineStats,
     ExplainPrompt,
+    SetTenants,
     ToEngine,
     TokenDelta,
 )
 
 T = TypeVar("T")
+
+_STATS_SECONDS = 5.0  # for a replica's answer
 Kept = AdapterInfo | EngineRequest | LoadPack | KeepSnapshot
 
 
@@ -46,7 +52,7 @@ class Channel(Protocol):
     info: EngineReady
     lost: asyncio.Event
 
-    def send(self, messages: list[ToEngine]) -> None:
+    def send(self, messages: Sequence[ToReplica]) -> None:
         """Queue messages; lost if the replica has ended."""
         ...
 
@@ -84,11 +90,20 @@ class Channel(Protocol):
 
 
 class CommandsToAll(MessageClient):
-    """The part of a cluster's client that brings commands to every replica."""
+    """The part of a cluster's client that concerns all replicas.
+
+    Attributes:
+        take_spent: returns what tenants have spent of their rates since its last call.
+        on_spent: told what they have spent at other front ends.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._public: dict[str, EngineRequest] = {}
+        self._shares = LimitShares()
+        self._merger = StatsMerger()
+        self.take_spent: Callable[[], dict[str, Spending]] = dict
+        self.on_spent: Callable[[dict[str, Spending]], None] = lambda _: None
 
     @abstractmethod
     def _channels(self) -> dict[int, Channel]:
@@ -97,6 +112,23 @@ class CommandsToAll(MessageClient):
     @abstractmethod
     def _best(self, prompt_token_ids: list[int], namespace: str) -> Channel | None:
         """The replica that would get a prompt."""
+
+    def set_tenants(self, tenants: SetTenants) -> None:
+        """As ``EngineClient.set_tenants``; the limits are those of all replicas together."""
+        self._shares.set_limits(tenants)
+        self._give_shares()
+
+    def _give_shares(self) -> None:
+        """Send each replica its shares of the limits, where they have changed."""
+        changes = self._shares.changes()
+        for channel in self._channels().values() if changes else ():
+            if channel.name in changes:
+                channel.send([changes[channel.name]])
+
+    def _tell_spent(self, channel: Channel) -> None:
+        """Let other front ends know what tenants have spent here, through one of the replicas."""
+        if spent := self.take_spent():
+            channel.send([Spent(tenants=spent)])
 
     async def prepare(self, channel: Channel) -> None:
         """Bring a replica what every replica must have before it gets requests.
@@ -174,6 +206,32 @@ class CommandsToAll(MessageClient):
             for stream in self._streams.values():
                 stream.state.end_pin(pin)
         super()._take_reply(reply)
+
+    async def stats(
+        self, *, include_tree: bool = False, include_tenants: bool = False
+    ) -> EngineStats:
+        if self._dead is not None:
+            raise self._dead
+        if include_tree or include_tenants:
+            await self._pull_stats(include_tree, include_tenants)
+        total = self._merger.total()
+        if include_tenants:
+            total.tenants = self._merger.tenants()
+        if include_tree:
+            total.tree = self._merger.tree({c.name: n for n, c in self._channels().items()})
+        return total
+
+    async def _pull_stats(self, include_tree: bool, include_tenants: bool) -> None:
+        """Ask every replica; one that does not answer in time keeps its last snapshot."""
+
+        async def ask(number: int, channel: Channel) -> None:
+            with contextlib.suppress(EngineDeadError, TimeoutError):
+                async with asyncio.timeout(_STATS_SECONDS):
+                    stats = await channel.stats(include_tree, include_tenants)
+                if self._channels().get(number) is channel:
+                    self._merger.update(channel.name, stats)
+
+        await asyncio.gather(*(ask(*each) for each in self._channels().items()))
 
     def watch_cache(self, max_waiting: int, *, with_contents: bool = False) -> CacheStream:
         raise InvalidRequestError(

@@ -15,7 +15,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from chunkllama.cluster.channel import RayChannel
 from chunkllama.cluster.client import ClusterEngineClient
@@ -25,6 +25,9 @@ from chunkllama.config import EngineConfig
 from chunkllama.engine.client import seed_source
 from chunkllama.errors import ChunkLlamaError, ConfigError
 from chunkllama.logger import init_logger
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 logger = init_logger(__name__)
 T = TypeVar("T")
@@ -45,6 +48,7 @@ class ClusterPlan:
 
     Attributes:
         address: "auto", or ray://HOST[:PORT] of the head node.
+        deploys: this front end deploys the replicas; False: something else does.
         version: of the program; another one, or another configuration, replaces the replicas.
         min_replicas, max_replicas: equal: a fixed number.
         hang_seconds: a replica that sends nothing for this many seconds is lost.
@@ -52,6 +56,7 @@ class ClusterPlan:
     """
 
     address: str
+    deploys: bool
     version: str
     config: EngineConfig
     min_replicas: int
@@ -159,8 +164,8 @@ async def _leave() -> None:
         atexit.unregister(ray.shutdown)
 
 
-def _deploy(plan: ClusterPlan) -> None:
-    """Run the replicas; those of the same settings and version that run already stay."""
+def make_application(plan: ClusterPlan) -> Application:
+    """Return the replicas as an application of Ray Serve."""
     from ray import serve
 
     from chunkllama.cluster.replica import EngineReplica
@@ -178,8 +183,6 @@ def _deploy(plan: ClusterPlan) -> None:
                 "policy": {"policy_function": scale},
             }
         }
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(proxy_location="Disabled")
     deployment = serve.deployment(EngineReplica).options(
         name="engine",
         version=version,  # Serve's own is random, and would replace all replicas at every start
@@ -194,15 +197,23 @@ def _deploy(plan: ClusterPlan) -> None:
         graceful_shutdown_wait_loop_s=0.1,
         **scaling,
     )
-    application = deployment.bind(config, plan.hang_seconds)
+    return deployment.bind(config, plan.hang_seconds)
+
+
+def _deploy(plan: ClusterPlan) -> None:
+    """Run the replicas; those of the same settings and version that run already stay."""
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(proxy_location="Disabled")
     serve.run_many(
-        [serve.RunTarget(application, name=APPLICATION, route_prefix=None)],
+        [serve.RunTarget(make_application(plan), name=APPLICATION, route_prefix=None)],
         wait_for_applications_running=False,
     )
 
 
 async def start_cluster(plan: ClusterPlan) -> ClusterEngineClient:
-    """Join a cluster, deploy the replicas, and wait for the first one.
+    """Join a cluster, deploy the replicas if the plan says so, and wait for the first one.
 
     Raises:
         ConfigError: Ray is not installed, there is no cluster, or no replica could start.
@@ -211,7 +222,8 @@ async def start_cluster(plan: ClusterPlan) -> ClusterEngineClient:
     # Ray's processes end with the thread that has started them: this one stays.
     await asyncio.to_thread(_join, plan.address)
     try:
-        await in_thread(_deploy, plan)
+        if plan.deploys:
+            await in_thread(_deploy, plan)
     except BaseException as error:
         await _leave()
         if isinstance(error, Exception):  # Ray's are of many types

@@ -16,7 +16,8 @@ import msgspec
 from chunkllama.adapter_messages import LoadAdapter, UnloadAdapter
 from chunkllama.cache_messages import CacheDigest, DigestRequest, LoadPack
 from chunkllama.cluster.links import Link, Owner
-from chunkllama.cluster.messages import ENCODER, TO_ENGINE, Beat, Ended, FromReplica
+from chunkllama.cluster.messages import ENCODER, TO_REPLICA, Beat, Ended, FromReplica, Spent
+from chunkllama.cluster.shares import is_divided
 from chunkllama.config import EngineConfig
 from chunkllama.engine.process import EngineProcess, ProcessEngineClient
 from chunkllama.errors import (
@@ -34,6 +35,7 @@ from chunkllama.messages import (
     EngineRequest,
     EngineStats,
     FromEngine,
+    SetTenants,
     ToEngine,
     TokenDelta,
 )
@@ -113,6 +115,7 @@ class EngineHost:
         self._heads: list[list[int]] = []
         self._asking: asyncio.Task[None] | None = None
         self._is_draining = False
+        self._tells_tenants = False
         self._computed = 0
         self._loading = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
@@ -196,8 +199,14 @@ class EngineHost:
             return
         link = self._links.setdefault(front, Link(front))  # it may arrive before subscribe begins
         link.heard_at = time.monotonic()
-        messages = TO_ENGINE.decode(payload)
-        for message in messages:
+        messages: list[ToEngine] = []
+        for message in TO_REPLICA.decode(payload):
+            if isinstance(message, Spent):
+                for other in self._links.values():
+                    if other is not link:
+                        other.put(message)
+                continue
+            messages.append(message)
             if isinstance(message, EngineRequest):
                 owner = Owner(link, message)
                 message.request_id = link.engine_id(owner.request_id)
@@ -205,6 +214,8 @@ class EngineHost:
             elif isinstance(message, AbortRequest):
                 message.request_id = link.engine_id(message.request_id)
                 self._abort(message)
+            elif isinstance(message, SetTenants):
+                self._tells_tenants = any(map(is_divided, message.tenants.values()))
         if messages:
             self._engine.send(messages)
 
@@ -230,7 +241,7 @@ class EngineHost:
 
     async def ask(self, payload: bytes) -> bytes:
         """The ``CommandReply`` to a command, which is alone in a list."""
-        (command,) = TO_ENGINE.decode(payload)
+        (command,) = TO_REPLICA.decode(payload)
         if isinstance(command, LoadAdapter):
             return msgspec.msgpack.encode(await self._load_adapter(command))
         return msgspec.msgpack.encode(await self._live_engine().ask(command))
@@ -238,7 +249,7 @@ class EngineHost:
     async def use_files(self, payload: bytes) -> None:
         """Load files of chunks; returns when each has been loaded, or refused."""
         engine = self._live_engine()
-        for command in TO_ENGINE.decode(payload):
+        for command in TO_REPLICA.decode(payload):
             assert isinstance(command, LoadPack)
             engine.use_file(command)
         while any(pack.state == "loading" for pack in (await engine.cache_command("packs")).packs):
@@ -255,7 +266,7 @@ class EngineHost:
 
     async def compute(self, payload: bytes) -> bytes:
         """The first ``TokenDelta`` of a request, which is alone in a list, when it has ended."""
-        (request,) = TO_ENGINE.decode(payload)
+        (request,) = TO_REPLICA.decode(payload)
         assert isinstance(request, EngineRequest)
         self._computed += 1
         own = msgspec.structs.replace(request, request_id=f"{request.request_id}/{self._computed}")
@@ -340,7 +351,7 @@ class EngineHost:
         try:
             engine = self._live_engine()
             engine.send([DigestRequest(max_keys=_DIGEST_KEYS)])
-            self._note_stats(await engine.stats())
+            self._note_stats(await engine.stats(include_tenants=self._tells_tenants))
         except ChunkLlamaError:
             return  # its end is reported by itself
 

@@ -9,13 +9,11 @@ import msgspec
 from chunkllama.messages import EngineStats, Histogram, TenantStats, TreeNodeInfo
 
 _TAG_BITS = 32  # a chunk's id in the tree of one engine; the replica's number stands above it
-_GAUGES = frozenset(
-    {
-        *("requests_running", "requests_waiting", "pinned_chunks"),
-        *("chunks_free", "chunks_cached", "chunks_referenced", "chunks_private"),
-        *("chunks_total", "chunks_peak"),
-    }
-)
+_GAUGES = {"chunks_total"}.union(
+    field.name
+    for field in msgspec.structs.fields(EngineStats)
+    if field.type is int and not field.name.endswith("_total")
+) - {"invariant_violations"}
 _TENANT_GAUGES = frozenset(
     {
         *("requests_running", "requests_waiting"),

@@ -1,10 +1,12 @@
-"""Messages from a replica to a front end; the other direction uses those of ``messages.py``."""
+"""Messages between a front end and a replica, beside those to an engine of ``messages.py``."""
 
 from __future__ import annotations
 
 import msgspec
 
 from chunkllama.messages import EngineStats, ToEngine, TokenDelta
+
+Spending = tuple[float, float]  # requests and tokens
 
 
 class Beat(msgspec.Struct, kw_only=True, tag="beat"):
@@ -34,8 +36,15 @@ class Ended(msgspec.Struct, kw_only=True, tag="ended"):
     running: list[str] = []
 
 
-FromReplica = TokenDelta | Beat | Ended
+class Spent(msgspec.Struct, kw_only=True, tag="spent"):
+    """What tenants have spent of their rates at one front end; a replica hands it to the others."""
+
+    tenants: dict[str, Spending]
+
+
+FromReplica = TokenDelta | Beat | Ended | Spent
+ToReplica = ToEngine | Spent
 
 ENCODER = msgspec.msgpack.Encoder()
 FROM_REPLICA = msgspec.msgpack.Decoder(list[FromReplica])
-TO_ENGINE = msgspec.msgpack.Decoder(list[ToEngine])
+TO_REPLICA = msgspec.msgpack.Decoder(list[ToReplica])

@@ -356,10 +356,12 @@ class PrefixRouting:
         return math.ldexp(prefix.count, prefix.epoch - self._epoch)
 
     def _owners(self, mask: int) -> Iterator[_Replica]:
-        for slot in np.flatnonzero(self._slots(mask)):
-            owner = self._by_slot[slot]
+        while mask:
+            lowest = mask & -mask
+            owner = self._by_slot[lowest.bit_length() - 1]
             assert owner is not None
             yield owner
+            mask ^= lowest
 
     def _slots(self, mask: int) -> BoolArray:
         size = len(self._by_slot)

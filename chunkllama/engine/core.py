@@ -214,7 +214,7 @@ class EngineCore:
         if output is None:
             reads = [] if self._adapters is None else self._adapters.futures()
             chunks = [] if self._tier is None else self._tier.futures()
-            waited_for = [*self._preparations, *reads, *chunks]
+            waited_for = [*self._preparations, *reads, *chunks, Future[None]()]  # or for messages
             wait(waited_for, _PREPARATION_POLL, return_when=FIRST_COMPLETED)
             return []
         started = self._clock()

@@ -98,6 +98,7 @@ class ModelRunner:
         if output.slices:
             hidden = self._rows_to_sample(output, hidden, sampled)
         self._sampler.finish(output, self.step_model.model, hidden, sampled)
+        self.step_model.check()
         return sampled
 
     def _rows_to_sample(

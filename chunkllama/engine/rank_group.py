@@ -16,6 +16,7 @@ import torch.distributed
 _c10d: Final[Any] = torch.distributed  # whose stubs lack some of what it documents
 _TIMEOUT: Final = timedelta(minutes=10)  # for ranks whose first steps compile, or that are stopped
 _LOOPBACK: Final = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+_LAUNCH_SECONDS: Final = 1.0  # a GPU whose queue is full takes another sum when others are aborted
 
 
 class RankGroup:
@@ -29,6 +30,8 @@ class RankGroup:
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self._rank, self._size, self._device = rank, size, device
         self._group: Any = None
+        self._is_aborted = False
+        self._launching = threading.Lock()
 
     def join(self, store: int, joined: Future[None]) -> None:
         """Wait for the other ranks.
@@ -72,8 +75,27 @@ class RankGroup:
             RuntimeError: another rank has ended.
         """
         x = x.contiguous()
-        self._group.allreduce([x]).wait()
+        with self._launching:
+            if self._is_aborted:
+                raise RuntimeError("another rank has ended")
+            work = self._group.allreduce([x])
+        work.wait()
         return x
+
+    def abort(self) -> None:
+        """End the sums that wait for a rank that has ended; further ones fail. For any thread.
+
+        NCCL would wait for the timeout. Its aborted sums end without an error, and what was
+        computed with them is of no use.
+        """
+        self._is_aborted = True
+        is_locked = self._launching.acquire(timeout=_LAUNCH_SECONDS)
+        try:
+            with contextlib.suppress(RuntimeError):  # gloo has no abort: its sums end by an error
+                self._group.abort()
+        finally:
+            if is_locked:
+                self._launching.release()
 
 
 @contextlib.contextmanager

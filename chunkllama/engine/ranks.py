@@ -131,6 +131,7 @@ class Ranks:
     def __init__(self, config: EngineConfig, on_lost: Callable[[str], None]) -> None:
         self._on_lost = on_lost
         self._closing = threading.Event()
+        self._lost = threading.Event()
         self._store = os.memfd_create("chunkllama-ranks", os.MFD_CLOEXEC)
         self._children: list[subprocess.Popen[bytes]] = []
         self._sockets: list[FrameSocket] = []
@@ -165,13 +166,29 @@ class Ranks:
             if isinstance(reply, RankFailed):
                 raise ConfigError(f"rank {rank}: {reply.message}")
         joined: Future[None] = Future()
+        lost, on_lost = self._lost, self._on_lost
+
+        def lose(reason: str) -> None:
+            lost.set()
+            on_lost(reason)
+            group.abort()
+
         for rank, child in enumerate(self._children, start=1):
-            arguments = (rank, child, self._closing, joined, self._on_lost)
+            arguments = (rank, child, self._closing, joined, lose)
             threading.Thread(target=_watch, args=arguments, daemon=True).start()
         try:
             group.join(self._store, joined)
         except RuntimeError as error:
             raise ConfigError(f"the ranks cannot connect: {error}") from error
+
+    def check(self) -> None:
+        """Check that all ranks run.
+
+        Raises:
+            EngineDeadError: one has ended.
+        """
+        if self._lost.is_set():
+            raise EngineDeadError("a rank has ended")
 
     def tell(self, message: ToRank) -> None:
         """Send every rank the same message.
@@ -281,6 +298,9 @@ class RankedModel(StepModel):
             if isinstance(error, RuntimeError):
                 raise EngineDeadError(f"the ranks cannot compute a step: {error}") from error
             raise
+
+    def check(self) -> None:
+        self._ranks.check()
 
     def copy_chunk(self, chunk_id: int) -> torch.Tensor:
         """The pieces of a chunk [ranks, ...], each as it lies in its pool."""

@@ -85,6 +85,13 @@ class StepModel:
             adapters,
         )
 
+    def check(self) -> None:
+        """Check that what ``run`` has computed can be used, once it has been read from the device.
+
+        Raises:
+            EngineDeadError: another rank ended meanwhile.
+        """
+
     def copy_chunk(self, chunk_id: int) -> torch.Tensor:
         """Copy a chunk to the host as it lies in the pool."""
         return self.backend.copy_chunk(self.kv, chunk_id)

@@ -12,11 +12,27 @@ import msgspec
 from tiny_model import write_tiny_model
 
 from chunkllama.cluster.host import EngineHost
-from chunkllama.cluster.messages import ENCODER, FROM_REPLICA, Beat, Ended
+from chunkllama.cluster.messages import (
+    ENCODER,
+    FROM_REPLICA,
+    Beat,
+    Ended,
+    FromReplica,
+    Spent,
+    ToReplica,
+)
 from chunkllama.cluster.prefix_keys import prefix_keys
 from chunkllama.config import EngineConfig
-from chunkllama.messages import AbortRequest, EngineReady, EngineRequest, EngineStats, TokenDelta
+from chunkllama.messages import (
+    EngineReady,
+    EngineRequest,
+    EngineStats,
+    SetTenants,
+    TenantStats,
+    TokenDelta,
+)
 from chunkllama.sampling_params import SamplingParams
+from chunkllama.tenant_limits import TenantLimits
 
 PROMPT = [5, 6, 7, 8] * 17
 
@@ -32,12 +48,12 @@ class Front:
     def __init__(self, host: EngineHost, name: str) -> None:
         self.host, self.name = host, name
         self.stream: AsyncIterator[bytes] = host.subscribe(name)
-        self.items: list[list[TokenDelta | Beat | Ended]] = []
+        self.items: list[list[FromReplica]] = []
 
-    async def send(self, *messages: EngineRequest | AbortRequest) -> None:
+    async def send(self, *messages: ToReplica) -> None:
         await self.host.send(self.name, ENCODER.encode(messages))
 
-    async def read(self) -> list[TokenDelta | Beat | Ended]:
+    async def read(self) -> list[FromReplica]:
         self.items.append(FROM_REPLICA.decode(await anext(self.stream)))
         return self.items[-1]
 
@@ -74,11 +90,26 @@ def test_front_ends_share_an_engine_and_learn_of_its_end(tmp_path: Path) -> None
             isinstance(each, TokenDelta) and each.request_id != "c" for i in two.items for each in i
         )
 
+        await one.send(Spent(tenants={"t": (1.0, 20.0)}))
+        spent: list[Spent] = []
+        while not spent:
+            spent = [item for item in await two.read() if isinstance(item, Spent)]
+        assert spent == [Spent(tenants={"t": (1.0, 20.0)})]
+        assert not any(isinstance(each, Spent) for each in host._links["one"].items)
+
         heads: list[list[int]] = []
         while not heads or not heads[0]:
             for item in await one.read():
                 heads = item.heads or heads if isinstance(item, Beat) else heads
         assert prefix_keys("", PROMPT, 64)[0] in heads[0]
+
+        await one.send(SetTenants(tenants={"t": TenantLimits(pin_chunks=1)}))
+        tenants: dict[str, TenantStats] = {}
+        while not tenants:  # they are told where limits are divided
+            for item in await one.read():
+                if isinstance(item, Beat) and item.stats is not None:
+                    tenants = item.stats.tenants
+        assert tenants[""].computed_tokens > 0
 
         await two.send(request("endless", 1900))
         await two.answer("endless", 3)

@@ -7,13 +7,18 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
+from chunkllama.cluster.connect import APPLICATION
 from chunkllama_server.commands import command_names, run
 from chunkllama_server.config.settings import Settings, load_settings
+from chunkllama_server.process.engines import replica_application
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("kernels/*.md")])
@@ -152,18 +157,49 @@ def test_deployments_use_keys_that_exist():
     (patched,) = patch["spec"]["template"]["spec"]["containers"]
     assert patched["name"] == container["name"] and patched["image"] == cuda["image"]
     assert patched["resources"]["limits"]["nvidia.com/gpu"] == "1"
-    documents = list(yaml.safe_load_all((ROOT / "deploy/kubernetes/ray.yaml").read_text()))
-    config = yaml.safe_load(documents[0]["data"]["server.yaml"])
-    settings = load_settings(config, {}).settings
-    head = documents[1]["metadata"]["name"]
-    assert settings.cluster == f"ray://{head}-head-svc"
-    (workers,) = documents[1]["spec"]["workerGroupSpecs"]
-    assert settings.replica_range == (workers["minReplicas"], workers["maxReplicas"])
-    pod = documents[2]["spec"]["template"]["spec"]
-    assert pod["terminationGracePeriodSeconds"] > config["drain_seconds"]
     unit = (ROOT / "deploy/chunkllama.service").read_text()
     assert "Type=notify" in unit
     assert int(re.search(r"TimeoutStopSec=(\d+)", unit)[1]) > drain
+
+
+def test_the_manifest_of_a_ray_service_fits_together():
+    manifest = (ROOT / "deploy/kubernetes/ray.yaml").read_text()
+    found = {each["kind"]: each for each in yaml.safe_load_all(manifest)}
+    service = found["RayService"]["spec"]
+    front = load_settings(yaml.safe_load(found["ConfigMap"]["data"]["server.yaml"]), {}).settings
+    assert front.cluster == f"ray://{found['RayService']['metadata']['name']}-head-svc"
+    assert not front.cluster_deploy, "the RayService does"
+
+    serve = yaml.safe_load(service["serveConfigV2"])
+    assert serve["proxy_location"] == "Disabled"
+    (application,) = serve["applications"]
+    assert application["name"] == APPLICATION
+    module, _, name = application["import_path"].partition(":")
+    assert getattr(import_module(module), name) is replica_application
+    engine = load_settings(application["args"], {}).settings
+    assert (engine.model, engine.chunk_size) == (front.model, front.chunk_size)
+
+    cluster = service["rayClusterConfig"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (ray,) = map(Requirement, extras["optional-dependencies"]["ray"])
+    assert ray.specifier.contains(cluster["rayVersion"])
+    (workers,) = cluster["workerGroupSpecs"]
+    bounds = workers["minReplicas"], workers["maxReplicas"]
+    assert engine.replica_range == front.replica_range == bounds
+    pod = workers["template"]["spec"]
+    (worker,) = pod["containers"]
+    assert worker["resources"]["limits"]["cpu"] == str(engine.threads)
+    assert "readinessProbe" in worker, "the operator's own needs Serve's proxy"
+    assert pod["terminationGracePeriodSeconds"] > engine.drain_seconds
+
+    pod = found["Deployment"]["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] > front.drain_seconds
+    environment = {each["name"]: each for each in pod["containers"][0]["env"]}
+    token = environment["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]
+    assert cluster["authOptions"] == {"mode": "token", "secretName": token["name"]}
+    assert token["key"] == "auth_token", "the one that the operator reads"
+    shared = {each["name"]: each["value"] for each in worker["env"]}
+    assert all(environment[name]["value"] == value for name, value in shared.items())
 
 
 def test_the_manifest_of_several_replicas_fits_together():

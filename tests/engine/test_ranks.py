@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from chunkllama.cache.tier_entry import ReadPrice
 from chunkllama.config import EngineConfig
 from chunkllama.engine.core import EngineCore
 from chunkllama.engine.rank_checks import check_ranks, rank_device
+from chunkllama.engine.rank_group import RankGroup
 from chunkllama.engine.ranks import RunStep
 from chunkllama.engine.size import EngineSize, _gpu_pool_memory, plan_size
 from chunkllama.errors import ConfigError, EngineDeadError
@@ -207,6 +209,52 @@ def test_a_rank_that_ends_fails_the_step(make_llm) -> None:
     with pytest.raises(EngineDeadError):
         llm._core.packs.io.read(0)
     assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
+
+
+class LikeNccl:
+    """A group of gloo that loses a rank in one of its sums, and waits for it as NCCL does: until
+    the sum is aborted, which then ends without an error.
+
+    Args:
+        kill_at: the number of the sum, from 0 on.
+    """
+
+    def __init__(self, group: Any, rank: psutil.Process, kill_at: int) -> None:
+        self._group, self._rank, self._kill_at = group, rank, kill_at
+        self._aborted = threading.Event()
+        self.num_sums = 0
+
+    def allreduce(self, tensors: list[torch.Tensor]) -> Any:
+        self.num_sums += 1
+        if self.num_sums <= self._kill_at:
+            return self._group.allreduce(tensors)
+        self._rank.kill()
+        return SimpleNamespace(wait=self._aborted.wait)
+
+    def abort(self) -> None:
+        self._aborted.set()
+
+
+@pytest.mark.parametrize(
+    "kill_at",
+    [pytest.param(0, id="first sum", marks=pytest.mark.nightly), pytest.param(3, id="last sum")],
+)
+def test_a_step_that_waits_for_a_rank_as_nccl_does_is_aborted(
+    make_llm, tiny_model, monkeypatch, kill_at: int
+) -> None:
+    groups: list[RankGroup] = []
+    made = RankGroup.__init__
+    monkeypatch.setattr(
+        RankGroup, "__init__", lambda self, *args: (groups.append(self), made(self, *args))[1]
+    )
+    before = {process.pid for process in ranks_of(psutil.Process())}
+    llm = make_llm()
+    assert tiny_model[1].config.num_hidden_layers == 2, "two sums each"
+    (rank,) = [process for process in ranks_of(psutil.Process()) if process.pid not in before]
+    waits = groups[0]._group = LikeNccl(groups[0]._group, rank, kill_at)
+    with pytest.raises(EngineDeadError):
+        ask(llm, [[1, 2, 3]], max_tokens=1)
+    assert waits.num_sums == kill_at + 1
 
 
 @pytest.mark.parametrize(

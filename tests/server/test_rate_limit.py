@@ -12,6 +12,7 @@ from fake_engine import MODEL
 
 from chunkllama.errors import EngineDeadError, OverloadedError, RequestFailedError
 from chunkllama_server.config.tenants import TenantQuotas
+from chunkllama_server.transport.auth import Tenants
 from chunkllama_server.transport.errors import ApiError
 from chunkllama_server.transport.rate_limit import RateLimiter, TokenBucket, TokenCharge, duration
 
@@ -48,6 +49,39 @@ def test_a_bucket_refills_continuously() -> None:
     assert bucket.remaining == 0 and bucket.seconds_until(1) == pytest.approx(31.0)
     NOW[0] = 1e6
     assert bucket.remaining == 60
+
+
+def test_servers_that_tell_each_other_what_was_spent_keep_one_rate() -> None:
+    """Three servers get requests as fast as they take them, and exchange once a second."""
+    NOW[0] = 0.0
+    quotas = {"t": TenantQuotas(requests_per_minute=60, tokens_per_minute=6000)}
+    servers = [Tenants({"t": "key"}, clock=clock) for _ in range(3)]
+    for server in servers:
+        server.set_quotas(quotas)
+    accepted = []
+    for second in range(600):
+        NOW[0] = float(second)
+        before = len(accepted)
+        for server in servers:
+            limiter = server.limiter("t")
+            for _ in range(200):
+                try:
+                    limiter.take_request()
+                    limiter.take_tokens(10).use(30)  # 20 more than was known before
+                except ApiError:
+                    break
+                accepted.append(second)
+        spent = [server.take_spent() for server in servers]
+        if len(accepted) == before:
+            assert spent == [{}, {}, {}]
+        for server in servers:
+            for other, told in zip(servers, spent, strict=True):
+                if other is not server:
+                    server.charge_elsewhere({**told, "unknown": (1.0, 1.0)})
+    # each server's bucket is full at first; one token bucket of all would let 60 + 599 pass
+    assert 3 * 60 <= accepted.count(0) + accepted.count(1) <= 3 * 60 + 3
+    assert len(accepted) <= 60 + 599 + 3, "what was too much at first is made up for"
+    assert len(accepted) >= 600
 
 
 def test_a_new_limit_keeps_the_part_that_is_left() -> None:

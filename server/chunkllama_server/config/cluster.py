@@ -27,6 +27,11 @@ class ClusterConfig(ConfigGroup):
         description="Engines of the cluster: a number, or LOW..HIGH, within which their number "
         "follows the load.",
     )
+    cluster_deploy: bool = Field(
+        default=True,
+        description="Deploy the replicas; off: wait for those that something else deploys, such as "
+        "a RayService of Kubernetes.",
+    )
     spill_requests: int = Field(
         default=8,
         ge=1,

@@ -99,6 +99,17 @@ class Tenants:
             found = self._limiters[tenant] = RateLimiter(self.quotas(tenant), self.clock)
         return found
 
+    def take_spent(self) -> dict[str, tuple[float, float]]:
+        """Requests and tokens of limited rates that tenants have spent since the last call."""
+        found = {tenant: limiter.take_spent() for tenant, limiter in self._limiters.items()}
+        return {tenant: spent for tenant, spent in found.items() if any(spent)}
+
+    def charge_elsewhere(self, spent: Mapping[str, tuple[float, float]]) -> None:
+        """Charge tenants for what they have spent at another server."""
+        for tenant, (requests, tokens) in spent.items():
+            if self.has_key(tenant):
+                self.limiter(tenant).charge_elsewhere(requests, tokens)
+
     @property
     def are_isolated(self) -> bool:
         """Whether each tenant has its own cache namespace."""

@@ -30,6 +30,7 @@ class TokenBucket:
         self.limit = limit
         self._clock = clock
         self._level = float(limit)
+        self._spent = 0.0
         self._updated = clock()
 
     def _refill(self) -> float:
@@ -45,7 +46,17 @@ class TokenBucket:
 
     def take(self, amount: float) -> None:
         """Remove ``amount``, even if less is left; negative gives back."""
+        self.take_elsewhere(amount)
+        self._spent += amount
+
+    def take_elsewhere(self, amount: float) -> None:
+        """Remove what another server has taken from its bucket of the same tenant."""
         self._level = min(self._refill() - amount, self.limit)
+
+    def take_spent(self) -> float:
+        """What ``take`` has removed since the last call."""
+        spent, self._spent = self._spent, 0.0
+        return spent
 
     def seconds_until(self, amount: float) -> float:
         """Seconds until ``amount``, at most the limit, is left; 0 if it is."""
@@ -145,6 +156,18 @@ class RateLimiter:
                 raise _refusal("tokens", self.tokens, estimate, seconds)
             self.tokens.take(estimate)
         return TokenCharge(self.tokens, estimate)
+
+    def take_spent(self) -> tuple[float, float]:
+        """Requests and tokens that were charged here since the last call."""
+        requests = 0.0 if self.requests is None else self.requests.take_spent()
+        return requests, 0.0 if self.tokens is None else self.tokens.take_spent()
+
+    def charge_elsewhere(self, requests: float, tokens: float) -> None:
+        """Charge what another server has charged."""
+        if self.requests is not None:
+            self.requests.take_elsewhere(requests)
+        if self.tokens is not None:
+            self.tokens.take_elsewhere(tokens)
 
     def headers(self) -> dict[str, str]:
         """Return the x-ratelimit headers of this moment; none without limits."""
