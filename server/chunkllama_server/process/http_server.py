@@ -107,7 +107,6 @@ class Application:
             operator_keys=tuple(key.get_secret_value() for key in settings.operator_key),
         )
         self._tenants.set_quotas(quotas)
-        self._keys = keys
         self._quotas = quotas
         self._spec = spec
         self._weights_digest = partial(hash_weights, path, spec)
@@ -208,7 +207,6 @@ class Application:
         reloading = Reloader(
             settings,
             self._read_settings,
-            self._keys,
             self._tenants,
             self._template,
             engine,
