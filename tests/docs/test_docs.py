@@ -259,6 +259,25 @@ def test_the_offline_example_runs(tiny_model):
     assert len(cached) == 3 and cached[0] == 0 and min(cached[1:]) >= 64
 
 
+def test_the_architecture_names_every_package_and_module():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = set()
+    for base in ("chunkllama/", "server/chunkllama_server/"):
+        for line in listing.stdout.splitlines():
+            if line.startswith(base):
+                first, slash, _ = line.removeprefix(base).partition("/")
+                names.add(first + slash)
+    missing = {name for name in names - {"__init__.py"} if f"{name}`" not in text}
+    assert not missing
+
+
 def test_every_path_is_in_the_documentation(served):
     paths = served.get("/openapi.json").json()["paths"]
     assert len(paths) > 30
@@ -308,22 +327,3 @@ def lines_of_function(name: str) -> int:
                 lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
                 return sum(bool(line.strip()) for line in lines)
     raise AssertionError(f"no function {name}")
-
-
-def test_the_architecture_names_every_package_and_module():
-    text = (ROOT / "ARCHITECTURE.md").read_text()
-    listing = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    names = set()
-    for base in ("chunkllama/", "server/chunkllama_server/"):
-        for line in listing.stdout.splitlines():
-            if line.startswith(base):
-                first, slash, _ = line.removeprefix(base).partition("/")
-                names.add(first + slash)
-    missing = {name for name in names - {"__init__.py"} if f"{name}`" not in text}
-    assert not missing

@@ -191,7 +191,7 @@ def test_shared_references_are_computed_once() -> None:
 
 
 class _Engine:
-    """Answers nothing until released; counts what reaches it."""
+    """Answers nothing until it is told to; counts what reaches it."""
 
     info = None
     is_ready = True
