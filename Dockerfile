@@ -22,6 +22,7 @@ ENV PATH=/opt/chunkllama/venv/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 COPY requirements requirements
+COPY deploy/drop-unused.sh /usr/local/bin/drop-unused
 
 # The project without its dependencies, its kernels compiled for every x86-64 level: the image may
 # run anywhere and has no compiler.
@@ -39,8 +40,10 @@ RUN pip install --no-deps --target /opt/chunkllama/app . \
 FROM tools AS dependencies-cpu
 # Any pip requirement or options. Empty: torch's CPU build where pip finds one, else the default one.
 ARG TORCH=""
-RUN pip install ${TORCH:-"torch==2.13.0+cpu"} || { test -z "$TORCH" && pip install "torch==2.13.0"; }
+RUN { pip install ${TORCH:-"torch==2.13.0+cpu"} || { test -z "$TORCH" && pip install "torch==2.13.0"; }; } \
+    && drop-unused
 RUN pip install --no-deps --require-hashes -r requirements/serving.txt \
+    && drop-unused \
     && echo /opt/chunkllama/app > "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/chunkllama.pth"
 
 FROM tools AS dependencies-cuda
@@ -54,19 +57,24 @@ RUN if [ -z "$TORCH" ]; then \
         && python -c "import tomllib, torch; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*extras['cu' + torch.version.cuda.split('.')[0]], sep='\n')" \
             > /cuda.txt \
         && pip install -r /cuda.txt; \
-    fi
+    fi \
+    && drop-unused
 RUN pip install --no-deps --require-hashes -r requirements/serving.txt \
+    && drop-unused \
     && echo /opt/chunkllama/app > "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/chunkllama.pth"
 
 FROM dependencies-cpu AS model
 ARG WITH_DEMO_MODEL=1
 COPY --from=project /opt/chunkllama/app /opt/chunkllama/app
 WORKDIR /opt/chunkllama/model
-# One time stamp for all files: the layer stays the same when the sources change.
+# The weights in the type that the model is computed in, which halves the layer. One time stamp for all
+# files: the layer stays the same when the sources change.
 RUN touch server.yaml \
     && if [ "$WITH_DEMO_MODEL" = 1 ]; then \
         CHUNKLLAMA_CACHE=/tmp/cache python -m chunkllama_server.cli models fetch smollm2-135m-instruct > /tmp/path \
         && cp -r "$(cat /tmp/path)" smollm2-135m-instruct \
+        && python -c "import torch; from safetensors.torch import load_file, save_file; path = 'smollm2-135m-instruct/model.safetensors'; save_file({name: tensor.to(torch.bfloat16) for name, tensor in load_file(path).items()}, path, {'format': 'pt'})" \
+        && chmod -R a+rX smollm2-135m-instruct \
         && echo "model: /opt/chunkllama/model/smollm2-135m-instruct" > server.yaml \
         && rm -rf /tmp/cache /tmp/path; \
     fi \

@@ -14,20 +14,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import openai
-from machine import cpu_name
+from machine import describe_run
 from servers import HOST, started_server
 
-import chunkllama
 from chunkllama_server.bench.client import Endpoint, Outcome
 
 RESULTS = Path(__file__).parent / "results"
@@ -172,11 +169,7 @@ def main() -> None:
     print(f"median ratio {ratio:.2f}")
     if options.save:
         record = {
-            "command": " ".join(["python", *sys.argv]),
-            "machine": cpu_name(),
-            "python": platform.python_version(),
-            "chunkllama": chunkllama.__version__,
-            "date": time.strftime("%Y-%m-%d"),
+            **describe_run(),
             "note": options.note,
             "median_ratio": round(ratio, 3),
             "pairs": [

@@ -15,19 +15,15 @@ import argparse
 import asyncio
 import itertools
 import json
-import platform
 import random
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
-from machine import cpu_name
+from machine import describe_run
 from servers import HOST, started_server
-
-import chunkllama
 
 RESULTS = Path(__file__).parent / "results"
 WORDS = ("river", "lake", "stone", "paper", "window", "garden", "silver", "market", "winter")
@@ -101,11 +97,7 @@ def main() -> None:
     print(f"median ratio {ratio:.2f}")
     if options.save:
         record = {
-            "command": " ".join(["python", *sys.argv]),
-            "machine": cpu_name(),
-            "python": platform.python_version(),
-            "chunkllama": chunkllama.__version__,
-            "date": time.strftime("%Y-%m-%d"),
+            **describe_run(),
             "median_ratio": round(ratio, 3),
             "pairs": [{key: round(value, 3) for key, value in row.items()} for row in rows],
         }

@@ -1,8 +1,13 @@
 """Describe the machine a benchmark ran on."""
 
 import itertools
+import platform
 import re
+import sys
+import time
 from pathlib import Path
+
+import chunkllama
 
 
 def cpu_name() -> str:
@@ -15,6 +20,17 @@ def cpu_name() -> str:
     flags = Path("/proc/cpuinfo").read_text()
     extra = [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
     return f"{len(names)} x {names[0]} ({', '.join(extra) or 'no AVX512-BF16'})"
+
+
+def describe_run() -> dict[str, str]:
+    """Return the head of a result: command, machine, versions and date."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": cpu_name(),
+        "python": platform.python_version(),
+        "chunkllama": chunkllama.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def new_result(name: str) -> Path:

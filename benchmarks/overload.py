@@ -14,18 +14,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import resource
 import statistics
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from machine import cpu_name
+from machine import describe_run
 from servers import started_server
-
-import chunkllama
 
 RESULTS = Path(__file__).parent / "results"
 NUM_SEQS, NUM_WAITING = 64, 64
@@ -187,12 +183,8 @@ def main() -> None:
     )
     if options.save:
         record = {
-            "command": " ".join(["python", *sys.argv]),
+            **describe_run(),
             "note": options.note,
-            "machine": cpu_name(),
-            "python": platform.python_version(),
-            "version": chunkllama.__version__,
-            "date": time.strftime("%Y-%m-%d"),
             "max_num_seqs": NUM_SEQS,
             "max_waiting": NUM_WAITING,
             "tokens": options.tokens,

@@ -13,18 +13,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
-from machine import cpu_name
+from machine import describe_run
 from servers import started_server
-
-import chunkllama
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -130,12 +126,8 @@ def main() -> None:
     print(json.dumps(results, indent=1))
     if options.save:
         record = {
-            "command": " ".join(["python", *sys.argv]),
+            **describe_run(),
             "note": options.note,
-            "machine": cpu_name(),
-            "python": platform.python_version(),
-            "version": chunkllama.__version__,
-            "date": time.strftime("%Y-%m-%d"),
             **{name: getattr(options, name) for name in ("model", "num_chunks", "streams")},
             **results,
         }

@@ -42,7 +42,7 @@ ask() { inside curl --silent --show-error --fail --max-time 60 "$@"; }
 for _ in $(seq 120); do
     sleep 1
     ask http://127.0.0.1:8000/health > /dev/null 2>&1 && break
-    kill -0 "$server"
+    kill -0 "$server" 2> /dev/null || { cat "$work/log" >&2; exit 1; }
 done
 cat "$work/log"
 main=$(pgrep -P "$pid" | head -n 1)

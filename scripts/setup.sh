@@ -58,4 +58,7 @@ if has_gpu && [ -n "$major" ] && ! "$VENV/bin/python" -c 'import cupy' 2>/dev/nu
     pip install -e ".[cu$major]"
 fi
 say "compiling the CPU kernels"
-"$VENV/bin/python" -m chunkllama.backends.cpu.backend
+"$VENV/bin/python" -m chunkllama.backends.cpu.backend || {
+    [ "${1:-everything}" = serving ] || exit 1
+    say "the server computes in torch, much slower, until a start finds a compiler: install g++ or set CXX"
+}

@@ -59,11 +59,21 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def anchors(page: Path) -> set[str]:
+    """Names of a page's headings in links."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_resolve(page):
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
-        if not target.startswith(("http:", "https:", "mailto:")):
-            assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        if target.startswith(("http:", "https:", "mailto:")):
+            continue
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
 
 
 # test_console.py runs those of the README.
@@ -146,8 +156,15 @@ def test_deployments_use_keys_that_exist():
         for probe in ("startupProbe", "readinessProbe", "livenessProbe")
     }
     assert paths == {"/health/ready", "/health/live"}
-    ports = {port["containerPort"] for port in container["ports"]}
-    assert config["admin_port"] in ports
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert config["admin_port"] == ports["admin"]
+    monitor = yaml.safe_load((ROOT / "deploy/kubernetes/podmonitor.yaml").read_text())["spec"]
+    labels = documents[1]["spec"]["template"]["metadata"]["labels"]
+    assert monitor["selector"]["matchLabels"].items() <= labels.items()
+    assert labels[monitor["jobLabel"]] == "chunkllama"  # the job of ChunkLlamaDown
+    assert [each["port"] for each in monitor["podMetricsEndpoints"]] == ["admin"]
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
     assert config["admin_host"] == "0.0.0.0", "the scraper is outside the pod"
     cuda = yaml.safe_load((ROOT / "deploy/compose.cuda.yaml").read_text())["services"]["chunkllama"]
     assert cuda["build"]["target"] == "cuda" and set(cuda) <= set(compose["services"]["chunkllama"])
@@ -276,6 +293,33 @@ def test_the_offline_example_runs(tiny_model):
     assert done.returncode == 0, done.stderr
     cached = [int(n) for n in re.findall(r"(\d+) of \d+ tokens cached", done.stdout)]
     assert len(cached) == 3 and cached[0] == 0 and min(cached[1:]) >= 64
+
+
+def test_the_architecture_names_every_package_and_module():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = set()
+    for base in ("chunkllama/", "server/chunkllama_server/"):
+        for line in listing.stdout.splitlines():
+            if line.startswith(base):
+                first, slash, _ = line.removeprefix(base).partition("/")
+                names.add(first + slash)
+    missing = {name for name in names - {"__init__.py"} if f"{name}`" not in text}
+    assert not missing
+
+
+def test_every_path_is_in_the_documentation(served):
+    paths = served.get("/openapi.json").json()["paths"]
+    assert len(paths) > 30
+    text = "".join(page.read_text() for page in CURRENT)
+    stems = {path.partition("{")[0].rstrip("/") for path in paths}
+    assert not {stem for stem in stems if f"{stem}`" not in text and f"{stem}/" not in text}
 
 
 def test_dashboards_and_alerts_name_metrics_that_are_exported(served):

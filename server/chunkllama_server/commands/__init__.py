@@ -20,7 +20,7 @@ from chunkllama_server.console import make_console
 
 USAGE_ERROR = 2
 _INTERRUPTED = 130
-_BROKEN_PIPE = 141  # as shells report the end by SIGPIPE
+_BROKEN_PIPE = 1  # as click ends, where the pipe breaks inside of it
 _OUTPUT_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EIO))
 
 

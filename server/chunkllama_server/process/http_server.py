@@ -260,7 +260,10 @@ def _listen(sock: socket.socket, key: str) -> None:
     try:
         sock.listen(_BACKLOG)
     except OSError as error:
-        raise ConfigError(f"{key}: {error.strerror}; another server has just taken it") from None
+        flag = key.replace("_", "-")
+        raise ConfigError(
+            f"{key}: {error.strerror}: another server has just taken it; choose another --{flag}"
+        ) from None
 
 
 def _limits(settings: Settings) -> HttpLimits:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 from chunkllama import __version__
+from chunkllama_server.commands import run
 from chunkllama_server.config.kinds import choices
 from chunkllama_server.config.settings import Settings
 
@@ -135,6 +137,37 @@ def test_config_show_fetches_nothing_and_reports_what_it_cannot_tell(chunkllama,
     broken = chunkllama("config", "show", "--device", "cpu", "--model", tmp_path)
     assert broken.returncode == 0
     assert broken.stdout.splitlines()[-1].endswith("is it a complete model folder?")
+
+
+def test_names_with_brackets_are_printed_as_they_are(capsys):
+    assert run(["config", "show", "--model", "[/x] :smile:", "--device", "cpu"]) == 0
+    assert "│ [/x] :smile:" in capsys.readouterr().out
+
+
+def test_a_command_whose_output_cannot_be_written_is_one_line():
+    code = "import sys; from chunkllama_server.commands import run; sys.exit(run(['version']))"
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "chunkllama: error: standard output: No space left on device\n"
+
+
+def test_a_reader_that_has_ended_is_no_error():
+    code = "import sys; from chunkllama_server.commands import run; sys.exit(run(['version']))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_file_that_no_command_has_checked_is_one_line(capsys):
+    name = "a" * 300
+    assert run(["finetune", "--data", name, "--out", "x"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"chunkllama: error: {name}: File name too long"
 
 
 def test_models_lists_what_can_be_fetched(chunkllama, tmp_path, tiny_model):
