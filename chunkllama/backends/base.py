@@ -346,7 +346,7 @@ class Backend(ABC):
         """
         if not self.arithmetic or len(x) <= 1:
             return function(x)
-        return torch.cat([function(row) for row in x.split(1)])
+        return torch.cat([function(row) for row in torch.split(x, 1)])
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gate_up [T, 2 I] -> silu(gate) * up [T, I]."""

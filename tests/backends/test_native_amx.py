@@ -17,7 +17,7 @@ def test_native_ops_on_emulated_tiles(child_environment: dict[str, str]) -> None
     """Attention over every type of K/V, linears of every type, and whole models."""
     if missing := amx_library.missing():
         pytest.skip(f"not run: this CPU has no {missing}")
-    names = ("ops", "model", "quantized", "adapters", "int8_kv")
+    names = ("ops", "model", "quantized", "adapters", "int8_kv", "deterministic")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "amx"),
