@@ -22,13 +22,9 @@ from jinja2.exceptions import SecurityError
 from tokenizers import AddedToken
 
 from chunkllama.errors import ConfigError, InvalidRequestError
-from chunkllama.text.sandbox import (
-    TemplateEnvironment,
-    TemplateLimitError,
-    num_chars,
-    strings_in,
-)
+from chunkllama.text.sandbox import TemplateEnvironment, num_chars, strings_in
 from chunkllama.text.template_adapter import check_all_text
+from chunkllama.text.template_budget import TemplateLimitError
 from chunkllama.text.template_capabilities import TemplateCapabilities, probe
 from chunkllama.text.tokenizer import Tokenizer, encode_continuation, encode_ids, read_json
 

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from chunkllama.errors import ConfigError, InvalidRequestError
+from chunkllama.text import template_budget
 from chunkllama.text.chat_template import MAX_TEMPLATE, ChatTemplate, load_chat_template
 from chunkllama.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -204,6 +205,33 @@ def test_S8_hostile_templates_are_refused_at_start(source, folders, tmp_path):
     with pytest.raises(ConfigError, match=r"chat_template\.jinja") as caught:
         load_chat_template(tmp_path, load_tokenizer(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("own_seconds", "is_stopped"), [(0.0, False), (0.01, True)])
+def test_a_template_is_stopped_for_its_own_time(folders, monkeypatch, own_seconds, is_stopped):
+    """On a busy machine minutes may pass while a template computes for a millisecond."""
+    calls = [0]
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            calls[0] += 1
+            return calls[0] * 60.0
+
+        @staticmethod
+        def thread_time() -> float:
+            return calls[0] * own_seconds
+
+    template = ChatTemplate("{% for i in range(500) %}{{ i }} {% endfor %}",
+                            load_tokenizer(folders["llama3"]))  # fmt: skip
+    monkeypatch.setattr(template_budget, "time", Clock)
+    messages = [{"role": "user", "content": "x"}]
+    if is_stopped:
+        with pytest.raises(InvalidRequestError, match="ran longer than 1 s"):
+            template.render(messages)
+    else:
+        assert template.render(messages).endswith("499 ")
+    assert calls[0] > 20
 
 
 def test_a_template_that_cannot_compile_names_the_file(folders, tmp_path):
