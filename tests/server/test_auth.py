@@ -11,6 +11,7 @@ import pytest
 from fake_engine import MODEL
 
 from chunkllama_server.transport import auth
+from chunkllama_server.transport.key_index import KeyIndex
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_health_is_open(guarded, path, end):
         assert http.get(path + end).status_code == expected
 
 
-def test_S16_keys_are_compared_in_constant_time(monkeypatch):
+def test_S16_operators_keys_are_compared_in_constant_time(monkeypatch):
     compared = []
 
     def compare(left: bytes, right: bytes) -> bool:
@@ -118,8 +119,35 @@ def test_S16_keys_are_compared_in_constant_time(monkeypatch):
         return left == right
 
     monkeypatch.setattr(hmac, "compare_digest", compare)
-    assert auth.tenant_of_key(b"k1", {"a": "k1", "b": "k2"}) == "a"
+    assert auth.Tenants(operator_keys=("k1", "k2")).is_operator(b"k1")
     assert compared == [b"k1", b"k2"], "every key is compared, also after a match"
+
+
+def test_S16_a_key_is_found_at_the_same_cost_however_many_there_are(monkeypatch):
+    tenants = auth.Tenants({f"t{i}": f"k{i}" for i in range(5000)})
+    digest, hashed = KeyIndex._digest, []
+
+    def noting(index: KeyIndex, key: bytes) -> bytes:
+        hashed.append(digest(index, key))
+        return hashed[-1]
+
+    monkeypatch.setattr(KeyIndex, "_digest", noting)
+    found = [tenants.tenant_of(key) for key in (b"k0", b"k4999", b"k5000", b"", b"\xff" * 9000)]
+    assert found == ["t0", "t4999", None, None, None]
+    assert len(hashed) == 5, "one digest a look-up, and no key is compared"
+    other = auth.Tenants({"t0": "k0"})
+    assert other.tenant_of(b"k0") == "t0"
+    assert hashed[-1] not in hashed[:5], "the digests of a server are its own"
+
+
+def test_keys_are_replaced_together():
+    tenants = auth.Tenants(keys := {"a": "ka", "b": "kb"})
+    tenants.set_keys({"b": "new", "c": "kc"})
+    assert keys == {"b": "new", "c": "kc"}, "for those that hold the mapping"
+    found = [tenants.tenant_of(key) for key in (b"ka", b"kb", b"new", b"kc")]
+    assert found == [None, None, "b", "c"]
+    tenants.set_keys(tenants.keys)
+    assert tenants.tenant_of(b"kc") == "c"
 
 
 def test_S18_keys_never_show(guarded, capfd):

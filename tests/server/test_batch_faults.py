@@ -6,7 +6,6 @@ import asyncio
 import collections
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -379,89 +378,6 @@ def test_files_of_a_key_are_bounded(start_server, tmp_path) -> None:
     assert (refused.value.status_code, refused.value.code) == (413, "too_many_files")
 
 
-# -- gaps -------------------------------------------------------------------------------------
-
-
-def long_line(name: str) -> dict:
-    return line(name, f"{name} " + "x" * 600)
-
-
-def test_no_more_lines_are_begun_than_fit(start_server, tmp_path) -> None:
-    """Prompts of 600 tokens: two of them are more than may wait, at the start and after a restart.
-
-    A character is a token.
-    """
-    first = start_server(files_dir=tmp_path / "files")
-    batch = held_job(first, [long_line(f"r{i}") for i in range(100)])
-    until(lambda: len(first.engine.requests) >= 2)
-    time.sleep(0.3)  # in which more would come
-    assert len(first.engine.requests) == 2
-    first.stop()
-    first.engine.gate.set()
-    second = start_server(files_dir=tmp_path / "files")
-    second.engine.gate.clear()
-    until(lambda: len(second.engine.requests) >= 2)
-    time.sleep(0.3)
-    assert len(second.engine.requests) == 2
-    second.engine.gate.set()
-    with second.client() as client:
-        batch = ended(client, batch)
-    assert batch.request_counts.completed == 100
-
-
-def test_lines_of_all_batches_have_one_bound(start_server, tmp_path) -> None:
-    server = start_server(files_dir=tmp_path / "files", batch_requests=3)
-    server.engine.gate.clear()
-    with server.client() as client:
-        batches = [begin(client, [line(f"r{i}") for i in range(8)]) for _ in range(3)]
-        until(lambda: len(server.engine.requests) >= 3)
-        time.sleep(0.3)
-        assert len(server.engine.requests) == 3
-        # The third waits until one of the others has ended: lines in memory are bounded.
-        assert client.batches.retrieve(batches[2].id).status == "validating"
-        server.engine.gate.set()
-        assert {ended(client, batch).status for batch in batches} == {"completed"}
-
-
-def test_few_lines_run_beside_other_requests(start_server, tmp_path) -> None:
-    """One for 64 places of the running batch, until no other request has come for a while."""
-    server = start_server(files_dir=tmp_path / "files", max_num_seqs=128)
-    assert server.chat().status_code == 200
-    server.engine.gate.clear()
-    with server.client() as client:
-        batch = begin(client, [line(f"r{i}") for i in range(8)])
-        until(lambda: len(server.engine.requests) >= 3)
-        time.sleep(0.3)
-        assert len(server.engine.requests) == 3
-        server.engine.gate.set()
-        assert ended(client, batch).status == "completed"
-
-
-def test_lines_that_are_refused_make_way(start_server, tmp_path) -> None:
-    """All places are held by lines that wait to be tried again; none of them is lost."""
-    from chunkllama.errors import OverloadedError
-
-    server = start_server(files_dir=tmp_path / "files", batch_requests=2)
-    server.engine.fail_with = OverloadedError("full", 1)
-    with server.client() as client:
-        batch = begin(client, [line(f"r{i}") for i in range(6)])
-        until(lambda: len(server.engine.requests) >= 2)
-        server.engine.fail_with = None
-        assert ended(client, batch).request_counts.completed == 6
-
-
-def test_a_batch_that_waits_for_a_place_can_be_cancelled(start_server, tmp_path) -> None:
-    server = start_server(files_dir=tmp_path / "files", batch_requests=1)
-    server.engine.gate.clear()
-    with server.client() as client:
-        batches = [begin(client, [line("a"), line("b")]) for _ in range(3)]
-        for batch in batches[1:]:
-            client.batches.cancel(batch.id)
-        assert [ended(client, batch).status for batch in batches[1:]] == ["cancelled"] * 2
-        server.engine.gate.set()
-        assert ended(client, batches[0]).status == "completed"
-
-
 @pytest.mark.parametrize("window", ["31d", "99999d", "721h"])
 def test_a_window_has_an_end(start_server, tmp_path, window) -> None:
     server = start_server(files_dir=tmp_path / "files")
@@ -477,10 +393,9 @@ def test_a_window_has_an_end(start_server, tmp_path, window) -> None:
 
 def test_a_batch_ends_with_its_key(start_server, tmp_path) -> None:
     """The key is removed while lines run and others wait; another key's batch goes on."""
-    keys = {"a": "ka", "b": "kb"}
     server = start_server(
         files_dir=tmp_path / "files",
-        api_keys=keys,
+        api_keys={"a": "ka", "b": "kb"},
         quotas={"a": TenantQuotas(weight=2)},
         batch_requests=4,
     )
@@ -489,7 +404,8 @@ def test_a_batch_ends_with_its_key(start_server, tmp_path) -> None:
     until(lambda: len(server.engine.live) == 4)
     with server.client("kb") as other:
         going_on = begin(other, [line("x")])
-        del keys["a"]  # as a reload does
+        tenants = server.app.state.context.tenants
+        tenants.set_keys({"b": "kb"})
         runner = runner_of(server)
         record = runner.store.batches.get(batch.id, "a")
         until(lambda: record.has_ended)
@@ -498,7 +414,7 @@ def test_a_batch_ends_with_its_key(start_server, tmp_path) -> None:
         server.engine.gate.set()
         assert ended(other, going_on).status == "completed"
     assert {each.tenant for each in server.engine.requests[num_requests:]} <= {"b"}
-    keys["a"] = "new"
+    tenants.set_keys({"a": "new", "b": "kb"})
     with server.client("new") as own:
         batch = own.batches.retrieve(batch.id)
         rows = answers(own, batch.error_file_id)

@@ -103,7 +103,6 @@ class Application:
             operator_keys=tuple(key.get_secret_value() for key in settings.operator_key),
         )
         self._tenants.set_quotas(quotas)
-        self._keys = keys
         self._quotas = quotas
         self._spec = spec
         self._tokenizer = files.tokenizer
@@ -202,7 +201,6 @@ class Application:
         reloading = Reloader(
             settings,
             self._read_settings,
-            self._keys,
             self._tenants,
             self._template,
             engine,

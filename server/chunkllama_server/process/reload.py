@@ -30,8 +30,7 @@ class Reloader:
     Args:
         settings: those the server was started with.
         read_settings: reads them again from where they came.
-        keys: tenant name to API key, as the application looks them up; changed in place.
-        tenants: gets the quotas.
+        tenants: gets the keys and quotas.
         template, engine: for the public prefixes.
         registry: gets gauges of the last reload.
     """
@@ -40,7 +39,6 @@ class Reloader:
         self,
         settings: Settings,
         read_settings: Callable[[], Settings],
-        keys: dict[str, str],
         tenants: Tenants,
         template: ChatTemplate | None,
         engine: EngineClient,
@@ -48,7 +46,6 @@ class Reloader:
     ) -> None:
         self._settings = settings
         self._read_settings = read_settings
-        self._keys = keys
         self._tenants = tenants
         self._template = template
         self._engine = engine
@@ -97,9 +94,8 @@ class Reloader:
         # In a thread: long prefixes take a while to tokenize, and streams go on meanwhile.
         settings, keys, quotas, prefixes = await asyncio.to_thread(self._read)
         await register_public_prefixes(self._engine, prefixes)
-        gone = ", ".join(sorted(self._keys.keys() - keys)) or "none"
-        self._keys.clear()
-        self._keys.update(keys)
+        gone = ", ".join(sorted(self._tenants.keys.keys() - keys)) or "none"
+        self._tenants.set_keys(keys)
         self._tenants.set_quotas(quotas)
         self._engine.set_tenants(engine_message(quotas))
         configure_logging(settings.log_level, self._settings.log_format)
@@ -118,7 +114,7 @@ class Reloader:
     ) -> tuple[Settings, dict[str, str], dict[str, TenantQuotas], list[list[int]]]:
         settings = self._read_settings()
         keys = settings.keys_by_tenant()
-        if bool(keys) != bool(self._keys):
+        if bool(keys) != bool(self._tenants.keys):
             raise ConfigError("api_key_file: keys cannot be turned on or off while serving")
         prefixes = load_public_prefixes(settings.public_prefixes, self._template)
         return settings, keys, load_quotas(settings), prefixes

@@ -16,6 +16,7 @@ from chunkllama.logger import tenant_context
 from chunkllama_server.config.tenants import NO_QUOTAS, TenantQuotas
 from chunkllama_server.transport.errors import ApiError
 from chunkllama_server.transport.internal import INTERNAL_TENANT
+from chunkllama_server.transport.key_index import KeyIndex
 from chunkllama_server.transport.paths import canonical_path
 from chunkllama_server.transport.rate_limit import RateLimiter
 from chunkllama_server.transport.request_context import request_info
@@ -46,21 +47,12 @@ def bearer_token(scope: Scope) -> bytes | None:
     return headers.get(b"x-api-key")
 
 
-def tenant_of_key(token: bytes, api_keys: Mapping[str, str]) -> str | None:
-    """The tenant a key belongs to; every key is compared, each in constant time."""
-    found = None
-    for tenant, key in api_keys.items():
-        if hmac.compare_digest(token, key.encode()):
-            found = tenant
-    return found
-
-
 @dataclass(frozen=True, slots=True)
 class Tenants:
     """API keys, and the cache namespace and quotas of each tenant.
 
     Attributes:
-        keys: tenant name to API key; empty admits requests without a key. A reload changes the
+        keys: tenant name to API key; empty admits requests without a key. ``set_keys`` changes the
             mapping in place.
         isolation: ``tenant`` gives each key its own cache namespace, ``off`` shares one; None is
             ``tenant`` with keys, even with one key, because a reload may add more.
@@ -69,13 +61,28 @@ class Tenants:
         clock: monotonic seconds, of the rate limits.
     """
 
-    keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    keys: dict[str, str] = field(default_factory=dict, repr=False)
     isolation: Literal["off", "tenant"] | None = None
     _secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
     operator_keys: tuple[str, ...] = field(default=(), repr=False)
     clock: Callable[[], float] = time.monotonic
     _quotas: dict[str, TenantQuotas] = field(default_factory=dict)
     _limiters: dict[str, RateLimiter] = field(default_factory=dict, repr=False)
+    _index: KeyIndex = field(default_factory=KeyIndex, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._index.replace(self.keys)
+
+    def set_keys(self, keys: Mapping[str, str]) -> None:
+        """Replace all keys, for those too that hold the mapping."""
+        found = dict(keys)
+        self.keys.clear()
+        self.keys.update(found)
+        self._index.replace(found)
+
+    def tenant_of(self, token: bytes) -> str | None:
+        """Return the tenant a key belongs to, None for one that is not known."""
+        return self._index.tenant_of(token)
 
     def set_quotas(self, quotas: Mapping[str, TenantQuotas]) -> None:
         """Replace the quotas of all tenants; what is left of a rate stays in proportion."""
@@ -206,7 +213,7 @@ class AuthMiddleware:
             await self._app(scope, receive, send)
             return
         token = bearer_token(scope)
-        tenant = tenant_of_key(token, self._keys) if token else None
+        tenant = self._tenants.tenant_of(token) if token else None
         if token and self._tenants.is_operator(token):
             path = canonical_path(scope["path"], self._root_path, keep_root=False)  # as routed
             if path not in OPERATOR_PATHS | OPERATOR_CHANGES:
