@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hostile_files
 import pytest
+import tiny_forms
 
 from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
@@ -56,7 +57,7 @@ def test_two_thousand_mutations(kind: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return hostile_files.write_folder(tmp_path / "model")
+    return tiny_forms.write_folder(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_unusable_sampling_defaults_are_left_out_with_a_warning(
     ],
 )
 def test_numbers_no_model_has_are_refused(changes, words, folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(hostile_files.CONFIG | changes))
+    (folder / "config.json").write_text(json.dumps(tiny_forms.CONFIG | changes))
     with pytest.raises(ConfigError, match=words) as caught:
         read_spec(folder)
     assert "\n" not in str(caught.value)
@@ -118,7 +119,7 @@ def test_numbers_no_model_has_are_refused(changes, words, folder: Path) -> None:
 
 
 def test_end_tokens_outside_the_vocabulary_are_left_out(folder: Path, caplog) -> None:
-    config = hostile_files.CONFIG | {"eos_token_id": [258, 272, 2**30]}
+    config = tiny_forms.CONFIG | {"eos_token_id": [258, 272, 2**30]}
     (folder / "config.json").write_text(json.dumps(config))
     assert read_spec(folder).eos_token_ids == (258,)
     assert "[272, 1073741824]" in caplog.text
@@ -147,7 +148,7 @@ def test_a_token_no_grammar_can_hold_is_refused(place: str, folder: Path) -> Non
 
 @pytest.fixture
 def gguf_bytes(tmp_path: Path) -> bytes:
-    return hostile_files.write_gguf(tmp_path / "good.gguf").read_bytes()
+    return tiny_forms.write_gguf(tmp_path / "good.gguf").read_bytes()
 
 
 def _value_at(data: bytes, key: bytes) -> int:
@@ -271,7 +272,7 @@ def test_a_gguf_may_keep_one_projection_of_a_layer_in_floats(tmp_path: Path) -> 
     """Rows of K in llama.cpp's order and in the type that is computed in, beside a quantized Q."""
     folder = tmp_path / "model"
     folder.mkdir()
-    path = hostile_files.write_gguf(tmp_path / "mixed.gguf", quantized=("blk.0.attn_q",))
+    path = tiny_forms.write_gguf(tmp_path / "mixed.gguf", quantized=("blk.0.attn_q",))
     index_gguf(path, folder)
     config = EngineConfig.from_flat(
         model=str(folder), num_chunks=8, threads=1, dtype="float32", backend="reference"

@@ -10,7 +10,10 @@ import msgspec
 import openai
 from fake_engine import MODEL
 
+from chunkllama_server.api.batch.disk import encode_result
+
 CHAT = "/v1/chat/completions"
+BUDGET = 1 << 30  # the default of file_bytes
 
 
 def line(custom_id: str, content: str = "say(hi)yas", url: str = CHAT, **body: Any) -> dict:
@@ -71,3 +74,12 @@ def held_job(server, lines: list[dict], key: str = "none"):
         batch = begin(client, lines)
     until(lambda: server.engine.requests)
     return batch
+
+
+def encoded_result(number: int, custom_id: str) -> bytes:
+    """A line of the gathered results of a job."""
+    body = {"usage": {"prompt_tokens": 5, "completion_tokens": 2}}
+    answer = {"status_code": 200, "request_id": "q", "body": body}
+    return encode_result(
+        number, {"id": "x", "custom_id": custom_id, "error": None, "response": answer}
+    )
