@@ -22,8 +22,9 @@ from tokenizers import AddedToken
 
 from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.text.literals import ControlText, Literals
-from chunkllama.text.sandbox import TemplateEnvironment, TemplateLimitError, num_chars
+from chunkllama.text.sandbox import TemplateEnvironment, num_chars
 from chunkllama.text.template_adapter import check_all_text
+from chunkllama.text.template_budget import TemplateLimitError
 from chunkllama.text.template_capabilities import TemplateCapabilities, probe
 from chunkllama.text.tokenizer import Tokenizer, encode_continuation, encode_ids
 from chunkllama.text.tokenizer_files import read_json

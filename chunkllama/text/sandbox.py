@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -26,6 +25,8 @@ from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from chunkllama.text.template_budget import TemplateBudget
 
 _MAX_BITS = 4096  # of a number: the time of arithmetic grows faster than its operands
 _METHODS = frozenset(
@@ -47,46 +48,6 @@ _COMPARING_TESTS = (
     "!=", "<", "<=", "==", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "in", "le",
     "lessthan", "lt", "ne",
 )  # fmt: skip
-
-
-class TemplateLimitError(jinja2.TemplateError):
-    """The template used up its time or its memory."""
-
-
-class _Budget:
-    """What one rendering may still use; sizes in characters, a list element counting as eight.
-
-    Args:
-        seconds: of its thread's own time: on a machine that is busy with other things a template
-            is not stopped for what they take.
-    """
-
-    def __init__(self, seconds: float, work: int, output: int) -> None:
-        self.seconds = seconds
-        self.end = time.thread_time() + seconds
-        self.look_at = time.monotonic() + seconds
-        self.work = work
-        self.output = output
-
-    def tick(self) -> None:
-        now = time.monotonic()  # a tenth of the cost of the thread's time
-        if now > self.look_at:
-            left = self.end - time.thread_time()
-            if left <= 0:
-                raise TemplateLimitError(f"it ran longer than {self.seconds:g} s")
-            self.look_at = now + left
-
-    def charge(self, size: int) -> None:
-        self.tick()
-        self.work -= size
-        if self.work < 0:
-            raise TemplateLimitError("it built more text than any prompt needs")
-
-    def emit(self, size: int) -> None:
-        self.charge(size)
-        self.output -= size
-        if self.output < 0:
-            raise TemplateLimitError("its output is out of proportion to the conversation")
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -160,7 +121,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     @contextmanager
     def budget(self, seconds: float, work: int, output: int) -> Iterator[None]:
         """Limits of the renderings in this block, in this thread."""
-        self._local.budget = _Budget(seconds, work, output)
+        self._local.budget = TemplateBudget(seconds, work, output)
         try:
             yield
         finally:
@@ -217,10 +178,10 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return template
 
     @property
-    def _budget(self) -> _Budget:
+    def _budget(self) -> TemplateBudget:
         # Constants are folded at compile time, outside any rendering.
-        budget: _Budget | None = getattr(self._local, "budget", None)
-        return budget or _Budget(seconds=1.0, work=1 << 16, output=1 << 16)
+        budget: TemplateBudget | None = getattr(self._local, "budget", None)
+        return budget or TemplateBudget(seconds=1.0, work=1 << 16, output=1 << 16)
 
     def _emit(self, value: Any) -> str:
         text = self._text(value)

@@ -27,7 +27,7 @@ MAX_CONTAINERS = DEFAULT_LIMITS.max_json_containers
 
 
 class _Engine:
-    """Answers nothing until it is told to; counts what reaches it."""
+    """Answers nothing until ``go`` is set; counts what reaches it."""
 
     info = None
     is_ready = True

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from chunkllama.errors import ConfigError, InvalidRequestError
-from chunkllama.text import sandbox
+from chunkllama.text import template_budget
 from chunkllama.text.chat_template import MAX_TEMPLATE, ChatTemplate, load_chat_template
 from chunkllama.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -224,7 +224,7 @@ def test_a_template_is_stopped_for_its_own_time(folders, monkeypatch, own_second
 
     template = ChatTemplate("{% for i in range(500) %}{{ i }} {% endfor %}",
                             load_tokenizer(folders["llama3"]))  # fmt: skip
-    monkeypatch.setattr(sandbox, "time", Clock)
+    monkeypatch.setattr(template_budget, "time", Clock)
     messages = [{"role": "user", "content": "x"}]
     if is_stopped:
         with pytest.raises(InvalidRequestError, match="ran longer than 1 s"):

@@ -38,7 +38,8 @@ class LimitsConfig(ConfigGroup):
     )  # fmt: skip
     max_peer_connections: int | None = limit(
         None, "connections", "anyone", "503 too_many_connections",
-        "Open connections of one address. Default: three quarters of max_connections.",
+        "Open connections of one address, or of one network of 64 bits in IPv6. Default: three "
+        "quarters of max_connections.",
         "Too many connections", ge=1,
     )  # fmt: skip
     reserved_connections: int = limit(

@@ -9,6 +9,7 @@ too, because asyncio keeps a closing connection until its last byte is read.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import resource
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
@@ -48,8 +49,8 @@ class HttpLimits:
         max_headers: number of headers.
         max_body_chunks: chunks of a body, beyond one for each KiB.
         max_connections: open connections; more go to the reserved slots.
-        max_peer_connections: of one address; more go to the reserved slots. None is three quarters
-            of ``max_connections``.
+        max_peer_connections: of one ``peer_of``; more go to the reserved slots. None is three
+            quarters of ``max_connections``.
         reserved_connections: slots for health checks.
         reserved_seconds: to send one.
     """
@@ -92,6 +93,21 @@ def http_limits(settings: LimitsConfig) -> HttpLimits:
     )
 
 
+def peer_of(address: str) -> str:
+    """The part of an address that belongs to one client: of IPv6 the network of 64 bits.
+
+    A client has all addresses of its network, and would otherwise have as many shares. IPv4 in
+    IPv6 is IPv4; an address of one link alone says which machine it is.
+    """
+    try:
+        found = ipaddress.IPv6Address(address)
+    except ValueError:
+        return address
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return address if found.is_link_local else found.packed[:8].hex(":", 2)
+
+
 class Connection(Protocol):
     """What the table needs of a connection."""
 
@@ -120,7 +136,12 @@ class ConnectionTable:
         return len(self._ordinary) + len(self._reserved)
 
     def admit(self, connection: Connection, peer: str) -> bool:
-        """Give a new connection a slot; False is a reserved one."""
+        """Give a new connection a slot; False is a reserved one.
+
+        Args:
+            peer: the address it comes from.
+        """
+        peer = peer_of(peer)
         self._start_sweeping()
         if self._has_room(peer):
             self._ordinary[connection] = peer
