@@ -16,6 +16,7 @@ from chunkllama.models.config_file import ConfigFile
 from chunkllama.models.rope_config import read_rope, read_ropes_by_type
 
 LayerPattern = tuple[LayerSpec, ...]
+Ropes = Callable[[ConfigFile, int], tuple[RopeSpec, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,13 @@ class LayerNames:
     mlp_output_norm: str = "post_feedforward_layernorm"
 
 
-def _one_rope(config: ConfigFile, head_dim: int) -> tuple[RopeSpec, ...]:
-    return (read_rope(config, head_dim),)
+def _one_rope(**options: bool) -> Ropes:
+    """What reads one rope, with the options of ``read_rope``."""
+
+    def read(config: ConfigFile, head_dim: int) -> tuple[RopeSpec, ...]:
+        return (read_rope(config, head_dim, **options),)
+
+    return read
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,7 @@ class Architecture:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     names: LayerNames = LayerNames()
     fields: Callable[[ConfigFile], dict[str, Any]] = lambda config: {}
-    ropes: Callable[[ConfigFile, int], tuple[RopeSpec, ...]] = _one_rope
+    ropes: Ropes = field(default_factory=_one_rope)
 
 
 def _llama_layer(config: ConfigFile) -> LayerPattern:
@@ -142,22 +148,10 @@ def _ernie_layer(config: ConfigFile) -> LayerPattern:
     return (replace(layer, activation=config.activation()),)
 
 
-def _partial_rope(config: ConfigFile, head_dim: int) -> tuple[RopeSpec, ...]:
-    return (read_rope(config, head_dim, is_partial=True),)
-
-
-def _interleaved_rope(config: ConfigFile, head_dim: int) -> tuple[RopeSpec, ...]:
-    return (read_rope(config, head_dim, interleaved=True),)
-
-
 def _hunyuan_layer(config: ConfigFile) -> LayerPattern:
     bias = config.flag("attention_bias")
     layer = LayerSpec(qkv_bias=bias, output_bias=bias, activation=config.activation())
     return (replace(layer, qk_norm="head", norm_after_rotation=True),)
-
-
-def _hunyuan_ropes(config: ConfigFile, head_dim: int) -> tuple[RopeSpec, ...]:
-    return (read_rope(config, head_dim, alpha_stretches_base=True),)
 
 
 def _olmo2_layer(config: ConfigFile) -> LayerPattern:
@@ -313,7 +307,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
             **{"rms_norm_eps": 1e-5},
         },
         names=_FUSED,
-        ropes=_partial_rope,
+        ropes=_one_rope(is_partial=True),
     ),
     "GraniteForCausalLM": Architecture("granite", _llama_layer, fields=_granite_fields),
     "SeedOssForCausalLM": Architecture(
@@ -337,14 +331,14 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
             **{"num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 131072},
             **{"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True},
         },
-        ropes=_interleaved_rope,
+        ropes=_one_rope(interleaved=True),
     ),
     "HunYuanDenseV1ForCausalLM": Architecture(
         "hunyuan_v1_dense",
         _hunyuan_layer,
         {"rms_norm_eps": 1e-5},
         names=_HUNYUAN,
-        ropes=_hunyuan_ropes,
+        ropes=_one_rope(alpha_stretches_base=True),
     ),
     "Olmo2ForCausalLM": Architecture("olmo2", _olmo2_layer, {"rms_norm_eps": 1e-5}),
     "Olmo3ForCausalLM": Architecture(

@@ -72,6 +72,8 @@ class Reference:
                 dtype=dtype,
                 attn_implementation="eager",
                 use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
                 output_loading_info=True,
             )
         except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:

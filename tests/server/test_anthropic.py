@@ -373,6 +373,14 @@ def test_documents_of_text(server, text_parts, block, shown) -> None:
         assert shown in prompt_of(server, text_parts)
 
 
+def test_the_past_is_not_refused(server) -> None:
+    result = {"type": "tool_result", "content": "12 degrees"}
+    past = [{"role": "user"}, {"role": "user", "content": [result]}]
+    answer = server.post(PATH, body_of([*past, {"role": "assistant", "content": "b"}, *say("c")]))
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-chunkllama-repaired-history"].startswith("messages[0].content")
+
+
 @pytest.mark.parametrize("content", [[], None, ""])
 def test_a_turn_may_be_empty(server, content) -> None:
     turns = [*say("a"), {"role": "assistant", "content": content}, *say("b")]

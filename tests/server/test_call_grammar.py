@@ -222,6 +222,27 @@ def test_a_call_of_parameters_is_closed_in_its_text(families, family):
         assert "xxxx" in json.loads(arguments)["city"] and matcher.is_closing
 
 
+@pytest.mark.parametrize("family", [p for p in ONE_OF_EACH if p.id in ("qwen3_coder", "seed_oss")])
+def test_the_text_of_a_parameter_may_have_other_tags(families, family):
+    model = families(family)
+    config = model.plan(tool_choice="required", parallel_tool_calls=False)
+    edge = "" if model.template.capabilities.call_markers.count("<seed:tool_call>") else "\n"
+    around = "seed:tool_call" if not edge else "tool_call"
+    for city in ("<p>Oslo</p>", "a <b> && c</", "</param", "<<parameter", "x\n</div>\n\n"):
+        text = (
+            f"<{around}>\n<function=get_weather>\n<parameter=city>{edge}{city}{edge}</parameter>\n"
+            f"<parameter=days>{edge}2{edge}</parameter>\n</function>\n</{around}>"
+        )
+        assert model.longest(config.grammar(), text) == text
+        ((_, arguments),) = check_calls(config, text)
+        assert json.loads(arguments)["city"].rstrip("\n") == city.rstrip("\n")
+    for end in ("</function>", "<parameter=days>"):
+        text = f"<{around}>\n<function=get_weather>\n<parameter=city>{edge}a{end}"
+        matcher = model.compiler.matcher(config.grammar(), [])
+        accepted = [matcher.accept(t) for t in model.tokenizer.encode(text, allow_special=True)]
+        assert not all(accepted)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_hundred_forced_calls(families, family):

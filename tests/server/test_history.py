@@ -114,6 +114,14 @@ def test_repairs_are_named_and_the_text_reaches_the_prompt(
     assert in_prompt in prompt
 
 
+def test_a_result_of_the_past_needs_no_call(server, text_parts):
+    body = turn({"role": "tool", "content": "12 degrees"}, {"role": "assistant", "content": "ok"})
+    answer = server.post("/v1/chat/completions", body)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers[REPAIRED] == "messages[1].tool_call_id"
+    assert "12 degrees" in text_parts[0].decode(server.engine.requests[0].prompt_token_ids)
+
+
 CALLED = {"type": "tool_use", "id": "1", "name": "find", "input": {"city": "Oslo"}}
 
 

@@ -165,7 +165,19 @@ NUMBER, TEXT = {"type": "number"}, {"type": "string"}
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"items": [NUMBER, TEXT]}, {"prefixItems": [NUMBER, TEXT]}),
+        (
+            {"items": [NUMBER, TEXT]},
+            {"prefixItems": [NUMBER, TEXT], "items": False, "minItems": 2},
+        ),
+        (
+            {"prefixItems": [NUMBER, TEXT], "minItems": 1},
+            {"prefixItems": [NUMBER, TEXT], "items": False, "minItems": 1},
+        ),
+        (
+            {"prefixItems": [{"$ref": "#"}]},
+            {"prefixItems": [{"$ref": "#"}], "items": False},
+        ),
+        ({"prefixItems": [NUMBER], "maxItems": 3}, {"prefixItems": [NUMBER], "maxItems": 3}),
         (
             {"items": [NUMBER], "additionalItems": False},
             {"prefixItems": [NUMBER], "items": False},
@@ -175,8 +187,8 @@ NUMBER, TEXT = {"type": "number"}, {"type": "string"}
     ],
     ids=str,
 )
-def test_tuples_of_earlier_drafts(given, expected):
-    """As the AI SDK and zod-to-json-schema write them."""
+def test_tuples(given, expected):
+    """As the AI SDK and zod-to-json-schema write them, and zod before it closed them itself."""
     prepared = prepare_schema({"type": "array", **given}, "s", strict=False).schema
     assert prepared == {"type": "array", **expected}
 

@@ -187,6 +187,20 @@ def test_a_comparison_of_nothing_is_no_success(tmp_path: Path, capsys) -> None:
     assert {x["is_equal"] for x in report["findings"] if x["subject"]} == {None}
 
 
+def test_a_tokenizer_that_transformers_cannot_read_is_named(tmp_path: Path) -> None:
+    """Its code is not executed, nor is the user asked."""
+    folder = write_model(tmp_path / "model", "llama")
+    path = folder / "tokenizer_config.json"
+    code = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **code}))
+    (folder / "own.py").write_text("raise SystemExit('executed')")
+    report = verify(Options(str(folder), **FAST))
+    finding = report.findings[0]
+    assert (finding.area, finding.is_equal) == ("tokenizer", None)
+    assert "transformers cannot read it" in finding.detail
+    assert report.is_equal
+
+
 README_ROWS = {"Qwen3": "qwen3", "Gemma 3": "gemma3"}
 
 

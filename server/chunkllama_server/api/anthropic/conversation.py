@@ -86,8 +86,8 @@ class MessageReader:
         """Add the conversation.
 
         Raises:
-            ApiError: 400 for media in the turn to be answered, or a last message of the assistant
-                that cannot be continued.
+            ApiError: 400 for media, a message without content or a result without tool_use_id in
+                the turn to be answered, or a last message that cannot be continued.
         """
         past = turns[:-1]  # the last message is to be answered, or continued
         answers = [index for index, turn in enumerate(past) if turn.role == "assistant"]
@@ -96,7 +96,9 @@ class MessageReader:
             path = f"messages[{index}]"
             content = turn.content
             if "content" not in turn.model_fields_set and turn.role != "assistant":
-                raise invalid("A message needs content", f"{path}.content")
+                if index >= turn_start:
+                    raise invalid("A message needs content", f"{path}.content")
+                self.repairs.append(f"{path}.content")
             blocks = (
                 [ContentBlock(type="text", text=content)]
                 if isinstance(content, str)
@@ -107,7 +109,7 @@ class MessageReader:
             elif turn.role == "system":
                 self._read_system_blocks(blocks, f"{path}.content")
             else:
-                self._read_user(blocks, path, refuses_media=index >= turn_start)
+                self._read_user(blocks, path, is_past=index < turn_start)
 
     def _add(self, role: Any, content: Any, path: str, **fields: Any) -> None:
         message = ChatMessage.model_construct(
@@ -120,7 +122,7 @@ class MessageReader:
         if block.cache_control is not None:
             self.controls.append((f"{path}.cache_control", block.cache_control, place))
 
-    def _read_user(self, blocks: list[ContentBlock], path: str, *, refuses_media: bool) -> None:
+    def _read_user(self, blocks: list[ContentBlock], path: str, *, is_past: bool) -> None:
         parts: list[ContentPart] = []
         before = len(self.messages)
         for index, block in enumerate(blocks):
@@ -128,10 +130,10 @@ class MessageReader:
             if block.type == "tool_result":
                 self._flush_user(parts, path)
                 parts = []
-                self._read_result(block, where)
+                self._read_result(block, where, is_past=is_past)
                 continue
             text = _document_text(block)
-            if text is None and block.type in MEDIA_BLOCKS and refuses_media:
+            if text is None and block.type in MEDIA_BLOCKS and not is_past:
                 raise _refused(block, where)
             text = self._text_of(block, where) if text is None else text
             if text is not None:
@@ -140,7 +142,7 @@ class MessageReader:
         self._flush_user(parts, path)
         if not blocks:
             self._add("user", "", path)
-        elif len(self.messages) == before and refuses_media:
+        elif len(self.messages) == before and not is_past:
             raise _refused(blocks[0], f"{path}.content[0]")
 
     def _flush_user(self, parts: list[ContentPart], path: str) -> None:
@@ -155,9 +157,9 @@ class MessageReader:
         self.repairs.append(path)
         return f"[{block.type}]" if block.type in MEDIA_BLOCKS else block.text
 
-    def _read_result(self, block: ContentBlock, path: str) -> None:
+    def _read_result(self, block: ContentBlock, path: str, *, is_past: bool) -> None:
         """Add a result; what it has is data, so that nothing of it is refused."""
-        if block.tool_use_id is None:
+        if block.tool_use_id is None and not is_past:
             raise invalid("A tool_result needs tool_use_id", f"{path}.tool_use_id")
         parts: list[ContentPart] = []
         if isinstance(block.content, list):

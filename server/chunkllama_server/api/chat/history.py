@@ -149,7 +149,7 @@ class _Normaliser:
         if calls:
             entry["tool_calls"] = calls
         if role == "tool":
-            entry["tool_call_id"] = self._result_id(message, path)
+            entry["tool_call_id"] = self._result_id(index, message, path)
             if (called := self._called.get(entry["tool_call_id"])) is not None:
                 entry["name"] = called  # templates may print it instead of the id
         for name in ("name", "reasoning_content"):
@@ -230,10 +230,11 @@ class _Normaliser:
             self._note(path)
         return arguments
 
-    def _result_id(self, message: ChatMessage, path: str) -> str:
+    def _result_id(self, index: int, message: ChatMessage, path: str) -> str:
         given = message.tool_call_id
         if given is None and message.role == "tool":
-            if "tool_call_id" not in message.model_fields_set and not self._open_ids:
+            is_missing = "tool_call_id" not in message.model_fields_set and not self._open_ids
+            if is_missing and index >= self._turn_start:
                 raise invalid("A tool message needs tool_call_id", f"{path}.tool_call_id")
             self._note(f"{path}.tool_call_id")
         if given is None:
@@ -247,7 +248,7 @@ def normalise(messages: list[ChatMessage]) -> History:
     """Template messages of a conversation: text content, object arguments, ids in place.
 
     Raises:
-        ApiError: 400 for media, an unknown role or a message without content in the turn to be
-            answered, and for a result without tool_call_id where no call is open.
+        ApiError: 400 for what the turn to be answered has: media, an unknown role, a message
+            without content, or a result without tool_call_id where no call is open.
     """
     return _Normaliser(messages).run()

@@ -219,7 +219,7 @@ class _Bounder:
             node.setdefault("multipleOf", _DECIMAL_STEP)
         if "array" in kinds:
             node.setdefault("maxItems", max(self._max_items, _number(node, "minItems", 0)))
-            if "items" not in node and "prefixItems" not in node:
+            if "items" not in node:
                 node["items"] = self._any(depth + 1)
         is_map = "object" in kinds and node.get("additionalProperties", True) is not False
         # What holds together with others is left to them.

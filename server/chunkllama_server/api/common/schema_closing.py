@@ -1,4 +1,4 @@
-"""Close objects of a JSON schema that list their members: a model invents others where it may."""
+"""Close objects and tuples of a JSON schema: a model invents other members where it may."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from chunkllama_server.api.common.schema_references import name_of
 
 
 def close_objects(schema: Any) -> Any:
-    """The schema with ``additionalProperties: false`` where it says nothing else.
+    """The schema with ``additionalProperties: false`` where it says nothing else, and with tuples
+    as long as the list of their items.
 
     What holds together with other parts stays open: closed, it would forbid their members.
     """
@@ -51,6 +52,11 @@ class _Closer:
         if closes and _lists_its_members(closed):
             closed["additionalProperties"] = False
             closed["properties"] = _with_required(closed)
+        if closes and _is_open_tuple(closed):
+            closed["items"] = False
+            # A tuple of itself ends because it may be shorter.
+            if not _refers(closed["prefixItems"]):
+                closed.setdefault("minItems", len(closed["prefixItems"]))
         return closed
 
 
@@ -69,3 +75,15 @@ def _lists_its_members(node: dict[str, Any]) -> bool:
         and "patternProperties" not in node
         and not COMBINATORS & node.keys()
     )
+
+
+def _is_open_tuple(node: dict[str, Any]) -> bool:
+    items = node.get("prefixItems")
+    return isinstance(items, list) and bool(items) and not {"items", "maxItems"} & node.keys()
+
+
+def _refers(node: Any) -> bool:
+    """Whether a reference is anywhere in a schema."""
+    if isinstance(node, list):
+        return any(map(_refers, node))
+    return isinstance(node, dict) and ("$ref" in node or any(map(_refers, node.values())))

@@ -16,9 +16,9 @@ from chunkllama_server.api.tools.call_forms import CallForm, Functions, NamedCal
 _PARAMETER = regex.compile(r'<parameter(?:=|\s+name=)"?(?P<key>[^">]*)"?[^>]*>')
 _ENDS = ("</function>", "</invoke>")
 # A value ends with its own tag; where that is missing, with the next tag of the call.
-_VALUE_ENDS = ("</parameter>", "<parameter=", "<parameter ", *_ENDS, "</tool_call>")
+VALUE_ENDS = ("</parameter>", "<parameter=", "<parameter ", *_ENDS, "</tool_call>")
 # So many characters at a text's end may be the beginning of a tag.
-_MAX_HELD = max(map(len, _VALUE_ENDS)) - 1
+_MAX_HELD = max(map(len, VALUE_ENDS)) - 1
 
 
 class ParameterCall(CallForm):
@@ -76,7 +76,7 @@ class ParameterCall(CallForm):
         return self._end()
 
     def _read_value(self, key: str) -> bool:
-        ends = [at for tag in _VALUE_ENDS if (at := self._text.find(tag)) >= 0]
+        ends = [at for tag in VALUE_ENDS if (at := self._text.find(tag)) >= 0]
         if not ends:
             cut = max(0, len(self._text) - _MAX_HELD)
             self._value.append(self._text[:cut])

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import keyword
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from chunkllama_server.api.tools.parameter_call import VALUE_ENDS
 
 Inline = Callable[[Any], str]
+_Tree: TypeAlias = "dict[str, _Tree]"
 _ANNOTATIONS = frozenset(("title", "description", "default", "examples", "$comment", "deprecated"))
 _OBJECT = frozenset(("type", "properties", "required", "additionalProperties"))
 _DEFINITIONS = ("$defs", "definitions")
-# A value ends at the first tag, so none may begin inside: "<" followed by "/" or "p".
-_TEXT = r"([^<]|<[^\/p<])"
 _MAX_CHARS = 1 << 15
+# Beginnings of tags in a row that are none, as in "<<<".
+_MAX_BEGUN = 8
 # Types whose JSON text cannot be taken for other text.
 _PLAIN_TYPES = frozenset(("integer", "number", "boolean", "null", "array", "object"))
 
@@ -149,4 +152,37 @@ def _text_rule(schema: dict[str, Any], edge: str) -> str | None:
         return None
     # One terminal with the tag: text that may hold anything would consume the line's end.
     closing = (edge + PARAMETER_END).replace("/", r"\/").replace("\n", r"\n")
-    return f"/{_TEXT}{{0,{limit}}}{closing}/"
+    return f"/{_TEXT}{{0,{limit}}}{_BEGUN}{closing}/"
+
+
+def _tree(ends: Iterable[str]) -> _Tree:
+    """The ends of a value behind their first character, which is "<" and stands nowhere else."""
+    tree: _Tree = {}
+    for end in ends:
+        node = tree
+        for char in end[1:]:
+            node = node.setdefault(char, {})
+    return tree
+
+
+def _begun(tree: _Tree) -> str:
+    """An expression of what begins a path of the tree and does not end it."""
+    ways = [_literal(char) + _begun(node) for char, node in tree.items() if node]
+    return f"({'|'.join(ways)})?" if ways else ""
+
+
+def _other(tree: _Tree) -> str:
+    """An expression of what begins a path of the tree and then leaves it, but for another "<"."""
+    outside = f"[^<{''.join(map(_literal, tree))}]"
+    ways = [_literal(char) + _other(node) for char, node in tree.items() if node]
+    return f"({'|'.join([outside, *ways])})"
+
+
+def _literal(char: str) -> str:
+    return r"\/" if char == "/" else char
+
+
+# A value ends at the first of its ends, so none may begin inside.
+_ENDS = _tree(VALUE_ENDS)
+_BEGUN = f"(<{_begun(_ENDS)}){{0,{_MAX_BEGUN}}}"
+_TEXT = f"([^<]|{_BEGUN}<{_other(_ENDS)})"
