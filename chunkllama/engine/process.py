@@ -78,10 +78,13 @@ class EngineProcess:
             ConfigError: the engine could not start; the message is one line for the user.
         """
         ours, theirs = socket.socketpair()
-        journal = StepJournal()
-        with theirs:
+        with theirs, contextlib.ExitStack() as undo:  # no descriptor may be left to start a child
+            undo.callback(ours.close)
+            journal = StepJournal()
+            undo.callback(journal.close)
             descriptors = [theirs.fileno(), journal.fileno()]
             child = start_child(module, descriptors, descriptors)
+            undo.pop_all()
         with contextlib.suppress(ConnectionError):  # its end is found by the first read
             # Before anything is awaited: the engine loads while the caller's thread is busy.
             ours.sendall(frame(config.model_dump_json().encode()))
