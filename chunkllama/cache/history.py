@@ -210,6 +210,12 @@ class PromptHistory:
         for entry in list(record.by_use):
             self._unlink(record, entry)
 
+    def forget(self) -> None:
+        """Drop all records; what tenants have sent before is not known."""
+        self._records.clear()
+        self._by_fingerprint.clear()
+        self._lost_tenants = True
+
     # -- what became of them ----------------------------------------------------------------
 
     def removed(self, node: Node, reason: str) -> None:
