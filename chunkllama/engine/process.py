@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import math
 import os
 import socket
@@ -307,9 +308,11 @@ def _run(make_digest: MakeDigest | None) -> int:
     config = EngineConfig.model_validate_json(channel.receive_config())
     configure_logging(config.log.log_level, config.log.log_format)
 
+    gc.disable()  # a tenth of the time in which torch is imported goes to collections
     from chunkllama.engine.build import build_engine
     from chunkllama.engine.loop import run_engine_loop
 
+    gc.enable()
     try:
         faults = faults_from()
         core = build_engine(config, on_lost_rank=_lose_rank)
@@ -325,7 +328,7 @@ def _run(make_digest: MakeDigest | None) -> int:
         pass
     except Exception:
         logger.exception("a step has failed")
-        return 1  # whatever its threads do: the parent starts another process
+        return 1  # its threads end with it: the parent starts another process
     core.close()
     return 0
 

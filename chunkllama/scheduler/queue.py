@@ -3,7 +3,7 @@
 Each tenant has a *turn*. Its oldest request leads it; the waiting requests that share the longest
 prefix with the last one started follow, so a prefix is computed once and used by all of them. A
 turn lets at most ``quantum`` tokens of younger requests start before the oldest, then the oldest
-starts whatever its prefix. Between tenants, the one with the lowest clock (``tenants.py``) is
+starts with any prefix. Between tenants, the one with the lowest clock (``tenants.py``) is
 served next; tenants in the middle of a group continue while their clock is less than ``quantum``
 ahead of the lowest. Beams that a running search lacks precede the requests of all tenants.
 
