@@ -34,6 +34,7 @@ from chunkllama.simulation.engine import make_limits
 SIZE = 64
 WAITING = 1000
 TENANTS = 256
+HISTORY_CHUNKS = 1024  # the default of explain_chunks
 
 
 class Load:
@@ -47,7 +48,7 @@ class Load:
             max_model_len=16384,
             max_waiting=10**6,
         )
-        cache = CacheManager(num_chunks, SIZE, time.monotonic)
+        cache = CacheManager(num_chunks, SIZE, time.monotonic, history_chunks=HISTORY_CHUNKS)
         self.scheduler = Scheduler(limits, cache, time.monotonic)
         self.count = 0
         self.started = 0

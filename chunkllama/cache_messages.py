@@ -6,12 +6,17 @@ from typing import Literal
 
 import msgspec
 
-CacheAction = Literal["pins", "tree", "drop_pin", "drop_branch", "drop_tenant", "packs"]
+CacheAction = Literal[
+    "pins", "tree", "drop_pin", "drop_branch", "drop_tenant", "packs", "forget_prompts"
+]
 PackState = Literal["loading", "loaded", "refused"]
 
 
 class CacheCommand(msgspec.Struct, kw_only=True, tag="cache_command"):
-    """An operator's command: list pins or chunks, or drop what ``chunk_id`` or ``tenant`` name."""
+    """An operator's command: list pins or chunks, or drop what ``chunk_id`` or ``tenant`` name.
+
+    ``forget_prompts`` is none: another process has seen prompts, which are therefore ``unknown``.
+    """
 
     command_id: int
     action: CacheAction

@@ -20,6 +20,8 @@ def run_command(command: CacheCommand, cache: CacheManager, now: float) -> Comma
     reply = CommandReply(command_id=command.command_id)
     if command.action == "pins":
         reply.pins = _pins(cache, now)
+    elif command.action == "forget_prompts":
+        cache.history.forget()
     elif command.action == "tree":
         reply.tree = [_owned(cache, node) for node in cache.tree.nodes()]
     elif command.action == "drop_pin":

@@ -31,6 +31,7 @@ class Entry:
         removed: (seconds, reason) of its chunk's first removal since the tenant last used it; None
             where the chunk is shared with other tenants and the time would reveal them.
         pin_ended: when a pin of the tenant on it ended, since the tenant last used it.
+        children, keys: entries below it and their keys, sorted by these.
     """
 
     __slots__ = (
@@ -38,6 +39,7 @@ class Entry:
         "fingerprint",
         "is_stored",
         "key",
+        "keys",
         "lost",
         "namespace",
         "parent",
@@ -53,6 +55,7 @@ class Entry:
         self.key = key
         self.fingerprint: int = 0 if parent is None else hash((parent.fingerprint, key))
         self.children: list[Entry] = []
+        self.keys: list[bytes] = []
         self.is_stored = False
         self.lost: bool = False if parent is None else parent.lost
         self.removed: tuple[float | None, str] | None = None
@@ -64,16 +67,12 @@ class Entry:
 
     def place(self, key: bytes) -> int:
         """Index of the first child whose key is not below ``key``."""
-        return bisect_left(self.children, key, key=_key)
+        return bisect_left(self.keys, key)
 
     def neighbours(self, key: bytes) -> list[Entry]:
         """The children just before and at (or after) ``key``; the longest overlap is there."""
         i = self.place(key)
         return self.children[max(i - 1, 0) : i + 1]
-
-
-def _key(entry: Entry) -> bytes:
-    return entry.key
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +165,8 @@ class PromptHistory:
         parent = root
         for start in range(0, len(key), self._width):
             part = key[start : start + self._width]
-            at = parent.place(part)
-            entry = parent.children[at] if at < len(parent.children) else None
+            at = bisect_left(parent.keys, part)
+            entry = parent.children[at] if at < len(parent.keys) else None
             if entry is None or not entry.key.startswith(part):
                 entry = self._add(record, parent, part)
             path.append(entry)  # for the last, shorter part perhaps a longer one
@@ -180,13 +179,17 @@ class PromptHistory:
             if key.startswith(entry.key):
                 self._unlink(record, entry)
         entry = Entry(parent.tenant, parent.namespace, parent, key)
-        parent.children.insert(parent.place(key), entry)
+        at = parent.place(key)
+        parent.children.insert(at, entry)
+        parent.keys.insert(at, key)
         self._by_fingerprint.setdefault(entry.fingerprint, []).append(entry)
         return entry
 
     def _unlink(self, record: _Record, entry: Entry) -> None:
         assert entry.parent is not None and not entry.children
-        entry.parent.children.remove(entry)
+        at = entry.parent.place(entry.key)
+        assert entry.parent.children[at] is entry
+        del entry.parent.children[at], entry.parent.keys[at]
         record.by_use.pop(entry, None)
         same = self._by_fingerprint[entry.fingerprint]
         same.remove(entry)
@@ -206,6 +209,12 @@ class PromptHistory:
     def _forget(self, record: _Record) -> None:
         for entry in list(record.by_use):
             self._unlink(record, entry)
+
+    def forget(self) -> None:
+        """Drop all records; what tenants have sent before is not known."""
+        self._records.clear()
+        self._by_fingerprint.clear()
+        self._lost_tenants = True
 
     # -- what became of them ----------------------------------------------------------------
 
@@ -297,7 +306,7 @@ class PromptHistory:
                 assert entry in self._by_fingerprint[entry.fingerprint]
                 assert not entry.children or len(entry.key) == self._width
                 keys = [child.key for child in entry.children]
-                assert keys == sorted(keys)
+                assert keys == sorted(keys) == entry.keys
                 assert all(order[child] < order[entry] for child in entry.children)
         assert linked == sum(map(len, self._by_fingerprint.values()))
 

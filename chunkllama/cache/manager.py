@@ -103,16 +103,17 @@ class CacheManager:
         """Chunks are being read for a sequence."""
         return self.tier is not None and bool(self.tier.promotions)
 
-    def is_pending(self, match: Match) -> bool:
-        """Tell whether the chunk a follower waits for is neither computed nor abandoned."""
-        return match.pending is not None and self.is_pending_node(*match.pending)
-
     def is_pending_node(self, node: Node, tokens: int) -> bool:
         """Tell whether a running sequence still computes the first ``tokens`` of a node."""
         if node.num_sequences == 0:
             return False
         whole = tokens == self.chunk_size
         return (node.scheduled if whole else node.filled) < tokens
+
+    def take_progress(self) -> Iterable[Node]:
+        """Return the awaited nodes for which ``is_pending_node`` may have changed since then."""
+        progress, self.tree.progress = self.tree.progress, {}
+        return progress
 
     def admissions(self, match: Match, num_chunks: int, namespace: str) -> Iterator[Admission]:
         """Ways to admit a sequence of ``num_chunks`` chunks, the one that keeps most first."""
@@ -194,11 +195,13 @@ class CacheManager:
         size = self.chunk_size
         for node in chunks.path[start // size : (end - 1) // size + 1]:
             node.scheduled = min(node.num_tokens, end - node.depth * size)
+            self.tree.progressed(node)
 
     def did_compute(self, chunks: SequenceChunks, start: int, end: int) -> None:
         """The step has run: K/V of positions [start, end) is there."""
         for node in chunks.path[start // self.chunk_size : (end - 1) // self.chunk_size + 1]:
             node.filled = node.scheduled
+            self.tree.progressed(node)
             self.tree.events.stored(node)
 
     def undo_compute(self, chunks: SequenceChunks, start: int, end: int) -> None:

@@ -111,6 +111,7 @@ class Node:
         copied_from: while the node is being filled by a copy: (source node, tokens).
         shares_since: when ``num_sequences`` changed last, in seconds.
         tier_entry: of the same tokens, as far as the tier has looked it up.
+        is_awaited: a change of ``filled``, ``scheduled`` or the last use is to be reported.
     """
 
     __slots__ = (
@@ -122,6 +123,7 @@ class Node:
         "digest",
         "filled",
         "fingerprint",
+        "is_awaited",
         "key",
         "last_use",
         "namespace",
@@ -154,6 +156,7 @@ class Node:
         self.scheduled = filled
         self.children: dict[str, Children] = {}
         self.num_sequences = 0
+        self.is_awaited = False
         self.copy_refs = 0
         self.num_pins = 0
         self.last_use = 0

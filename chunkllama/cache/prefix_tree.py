@@ -60,6 +60,7 @@ class PrefixTree:
 
     Attributes:
         tick: counts uses of nodes; it stands still while nothing changes.
+        progress: nodes with ``is_awaited`` that have been computed further, or are no longer.
     """
 
     def __init__(self, pool: ChunkPool, usage: ChunkUsage) -> None:
@@ -73,6 +74,7 @@ class PrefixTree:
         self._roots: dict[str, Node] = {}
         self.order: EvictionOrder[Node] = EvictionOrder(pool.num_chunks)
         self.tick = 0
+        self.progress: dict[Node, None] = {}
 
     def root(self, variant: str) -> Node:
         """Root of one K/V variant, created on first use; it holds no chunk."""
@@ -127,14 +129,7 @@ class PrefixTree:
         later = max(matches, key=lambda match: match.num_later_tokens)
         if later.num_later_tokens <= best.num_later_tokens:
             return best
-        return Match(
-            best.nodes,
-            best.copy_source,
-            best.num_copied,
-            best.num_tokens,
-            later.num_later_tokens,
-            later.pending,
-        )
+        return best._replace(num_later_tokens=later.num_later_tokens, pending=later.pending)
 
     def _chain(self, node: Node, key: bytes, limit: int, namespace: str) -> list[Node]:
         """Whole chunks of one namespace below ``node`` that equal ``key``, filled or not."""
@@ -306,8 +301,14 @@ class PrefixTree:
         assert node.num_sequences >= 0
         if node.num_sequences == 0:
             self.usage.add_cached(node.owner, 1)
+            self.progressed(node)
         self._ended_use(node)
         return seconds
+
+    def progressed(self, node: Node) -> None:
+        """Note that a node is computed further, or by no sequence any more."""
+        if node.is_awaited:
+            self.progress[node] = None
 
     def add_ref(self, node: Node) -> None:
         """A copy of the step being put together reads the node."""

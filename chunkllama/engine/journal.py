@@ -37,7 +37,11 @@ class StepJournal:
             descriptor = os.memfd_create("chunkllama-journal", os.MFD_CLOEXEC)
             os.ftruncate(descriptor, _SIZE)
         self._descriptor = descriptor
-        self._map = mmap.mmap(descriptor, _SIZE)
+        try:
+            self._map = mmap.mmap(descriptor, _SIZE)  # which duplicates the descriptor
+        except OSError:
+            os.close(descriptor)
+            raise
 
     def fileno(self) -> int:
         return self._descriptor

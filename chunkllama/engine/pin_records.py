@@ -7,6 +7,7 @@ import heapq
 import itertools
 import time
 from array import array
+from bisect import bisect_left, insort
 from collections.abc import Callable
 from typing import Final
 
@@ -28,24 +29,47 @@ class _Record:
         tokens: the pinned part of the prompt; with an adapter the prompt as a whole, as tokens
             behind the pinned part may decide from where on the adapter is active.
         num_pinned: tokens of the pinned part.
+        begin: tokens before the chunk in which the pinned part ends.
         until: when the pin ends, by the clock of ``PinRecords``.
         is_kept: it has not been removed.
     """
 
-    __slots__ = ("is_kept", "num_pinned", "owner", "tokens", "until")
+    __slots__ = ("begin", "is_kept", "num_pinned", "owner", "tokens", "until")
 
     def __init__(
-        self, owner: tuple[str, str, str], tokens: list[int], num_pinned: int, until: float
+        self,
+        owner: tuple[str, str, str],
+        tokens: list[int],
+        num_pinned: int,
+        until: float,
+        chunk_size: int,
     ) -> None:
         self.owner = owner  # namespace, tenant, adapter
         self.tokens = array("i", tokens)
         self.num_pinned = num_pinned
+        self.begin = (num_pinned - 1) // chunk_size * chunk_size
         self.until = until
         self.is_kept = True
 
     @property
     def pinned(self) -> array[int]:
         return self.tokens[: self.num_pinned]
+
+    @property
+    def tail(self) -> array[int]:
+        """Tokens of the pinned part in its last chunk."""
+        return self.tokens[self.begin : self.num_pinned]
+
+    @property
+    def key(self) -> bytes:
+        """Digest of the owner and of what precedes the last chunk."""
+        digest = hashlib.blake2b(repr(self.owner).encode(), digest_size=16)
+        digest.update(self.tokens[: self.begin].tobytes())
+        return digest.digest()
+
+
+def _tail(record: _Record) -> array[int]:
+    return record.tail
 
 
 class PinRecords:
@@ -72,7 +96,8 @@ class PinRecords:
         self._clock = clock
         self._max_tokens = max_tokens
         self._num_tokens = 0
-        self._records: dict[bytes, list[_Record]] = {}  # by owner and what precedes the chunk
+        # By ``key``, sorted by ``tail``: a record that begins another one would precede it.
+        self._records: dict[bytes, list[_Record]] = {}
         self._ends: list[tuple[float, int, _Record]] = []  # a heap
         self._numbers = itertools.count()
 
@@ -89,25 +114,21 @@ class PinRecords:
         self._expire(now)
         owner = (request.namespace, request.tenant, request.adapter)
         tokens = request.prompt_token_ids if request.adapter else pinned
-        new = _Record(owner, tokens, len(pinned), now + seconds)
-        for old in list(self._records.get(self._key(new), ())):
-            shorter, longer = sorted((new, old), key=lambda record: record.num_pinned)
-            if longer.tokens[: shorter.num_pinned] == shorter.pinned:
-                longer.until = max(old.until, new.until)
-                if longer is old:
-                    return
-                self._remove(old)
-        self._records.setdefault(self._key(new), []).append(new)
+        new = _Record(owner, tokens, len(pinned), now + seconds, self._chunk_size)
+        key, tail = new.key, new.tail
+        near = self._records.get(key, [])
+        at = bisect_left(near, tail, key=_tail)
+        if at < len(near) and near[at].tail[: len(tail)] == tail:
+            near[at].until = max(near[at].until, new.until)
+            return
+        if at > 0 and tail[: len(near[at - 1].tail)] == near[at - 1].tail:
+            new.until = max(near[at - 1].until, new.until)
+            self._remove(near[at - 1])
+        insort(self._records.setdefault(key, []), new, key=_tail)
         self._num_tokens += len(new.tokens)
         self._push(new)
         if self._num_tokens > self._max_tokens:
             self._drop_first()
-
-    def _key(self, record: _Record) -> bytes:
-        begin = (record.num_pinned - 1) // self._chunk_size * self._chunk_size
-        digest = hashlib.blake2b(repr(record.owner).encode(), digest_size=16)
-        digest.update(record.tokens[:begin].tobytes())
-        return digest.digest()
 
     def _push(self, record: _Record) -> None:
         heapq.heappush(self._ends, (record.until, next(self._numbers), record))
@@ -136,9 +157,10 @@ class PinRecords:
     def _remove(self, record: _Record) -> None:
         record.is_kept = False
         self._num_tokens -= len(record.tokens)
-        key = self._key(record)
-        self._records[key].remove(record)
-        if not self._records[key]:
+        key = record.key
+        near = self._records[key]
+        del near[bisect_left(near, record.tail, key=_tail)]
+        if not near:
             del self._records[key]
         record.tokens = array("i")  # the heap still holds the record
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import math
 import os
 import socket
@@ -78,10 +79,13 @@ class EngineProcess:
             ConfigError: the engine could not start; the message is one line for the user.
         """
         ours, theirs = socket.socketpair()
-        journal = StepJournal()
-        with theirs:
+        with theirs, contextlib.ExitStack() as undo:  # no descriptor may be left to start a child
+            undo.callback(ours.close)
+            journal = StepJournal()
+            undo.callback(journal.close)
             descriptors = [theirs.fileno(), journal.fileno()]
             child = start_child(module, descriptors, descriptors)
+            undo.pop_all()
         with contextlib.suppress(ConnectionError):  # its end is found by the first read
             # Before anything is awaited: the engine loads while the caller's thread is busy.
             ours.sendall(frame(config.model_dump_json().encode()))
@@ -304,9 +308,11 @@ def _run(make_digest: MakeDigest | None) -> int:
     config = EngineConfig.model_validate_json(channel.receive_config())
     configure_logging(config.log.log_level, config.log.log_format)
 
+    gc.disable()  # a tenth of the time in which torch is imported goes to collections
     from chunkllama.engine.build import build_engine
     from chunkllama.engine.loop import run_engine_loop
 
+    gc.enable()
     try:
         faults = faults_from()
         core = build_engine(config, on_lost_rank=_lose_rank)
@@ -322,7 +328,7 @@ def _run(make_digest: MakeDigest | None) -> int:
         pass
     except Exception:
         logger.exception("a step has failed")
-        return 1  # its threads may still run: the parent starts another process
+        return 1  # its threads end with it: the parent starts another process
     core.close()
     return 0
 

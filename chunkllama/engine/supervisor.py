@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 
 from chunkllama.adapter_messages import AdapterInfo, LoadAdapter, UnloadAdapter
+from chunkllama.cache_messages import CacheCommand
 from chunkllama.config import EngineConfig
 from chunkllama.engine.client import MessageClient, seed_source
 from chunkllama.engine.pin_records import PinRecords
@@ -184,9 +185,11 @@ class SupervisedEngineClient(MessageClient):
             if self._dead is not None:  # closing
                 self._process.close()
                 return
-            self._went_down(reason)
             try:
+                self._went_down(reason)
                 started = await self._restart()
+                if started is not None:
+                    self._came_up(*started)
             except Exception:  # unexpected; otherwise the streams would never end
                 logger.exception("the engine process cannot be restarted")
                 started = None
@@ -194,7 +197,6 @@ class SupervisedEngineClient(MessageClient):
                 self._fail_all(EngineDeadError("the engine process has ended too often"))
                 self.on_death()
                 return
-            self._came_up(*started)
 
     async def _serve(self) -> str:
         """Read messages until the process ends or hangs; returns why, with the process gone."""
@@ -341,6 +343,7 @@ class SupervisedEngineClient(MessageClient):
         self._dispatch(first)
         self._start_spare()
         logger.info("the engine process runs again")
+        process.send([CacheCommand(command_id=-1, action="forget_prompts")])
         if self._tenants is not None:
             process.send([self._tenants])
         process.send([*self._files.values(), *self._tunings_again()])

@@ -190,10 +190,6 @@ class AdmissionControl:
         shown = self._num_shown_chunks(sequence.group.request)
         return (beam.width - 1) * (self.num_chunks(sequence.max_kv_tokens) - shown)
 
-    def num_chunks_queued(self, waiting: Iterable[Sequence]) -> int:
-        """Chunks the waiting sequences will need, sharing apart."""
-        return sum(self.expected_chunks(sequence) for sequence in waiting)
-
     def num_needed(self, sequence: Sequence, match: Match) -> int:
         """Chunks that the sequence will probably need beside those of the match."""
         needed = self.expected_chunks(sequence) + self._beam_chunks(sequence)

@@ -10,13 +10,14 @@ steps, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
+from chunkllama.scheduler.tenants import Clocks
 
 MOST: Final = 8  # prompt tokens of the one tenant, over those of the tenants that arrive
 
@@ -34,7 +35,7 @@ class Arrivals:
     most_clock: float
     held_back: str
 
-    def may_start(self, tenant: str, clocks: Mapping[str, float]) -> bool:
+    def may_start(self, tenant: str, clocks: Clocks) -> bool:
         """Whether a request of the tenant may start now."""
         return tenant in self.tenants and clocks[tenant] <= self.most_clock
 
@@ -50,7 +51,7 @@ class FirstTokens:
         self,
         lifecycle: SequenceLifecycle,
         limits: SchedulerLimits,
-        clocks: Callable[[], Mapping[str, float]],
+        clocks: Callable[[], Clocks],
     ) -> None:
         self._lifecycle = lifecycle
         self._clocks = clocks
@@ -63,6 +64,8 @@ class FirstTokens:
         was_short, self._last_was_short = self._last_was_short, False
         accounts, waiting = self._lifecycle.accounts, self._lifecycle.waiting
         if was_short or not self._is_fair or not accounts.are_several:
+            return None
+        if not self._lifecycle.running.num_free_slots:
             return None
         prefills = [s for s in self._lifecycle.running.by_age if s.num_remaining_tokens > 1]
         busy = {s.group.request.tenant for s in prefills}
@@ -85,13 +88,8 @@ class FirstTokens:
     def _has_most(self, tenant: str, arriving: frozenset[str], prefills: list[Sequence]) -> bool:
         """Whether the tenant has ``MOST`` times the prompt tokens of those that arrive."""
         waiting = self._lifecycle.waiting
-        least = MOST * sum(s.num_tokens for name in arriving for s in waiting.of(name))
-        total = sum(s.num_remaining_tokens for s in prefills)
-        for sequence in waiting.of(tenant):
-            if total >= least:
-                return True
-            total += sequence.num_tokens
-        return total >= least
+        least = MOST * sum(map(waiting.num_tokens, arriving))
+        return sum(s.num_remaining_tokens for s in prefills) + waiting.num_tokens(tenant) >= least
 
     def end_short_step(self) -> None:
         """Note that the step has started prompts of arriving tenants alone."""

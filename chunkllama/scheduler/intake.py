@@ -119,7 +119,7 @@ def check_places(tenant: str, limits: SchedulerLimits, lifecycle: SequenceLifecy
     admission = lifecycle.admission
     raise OverloadedError(
         f"{reason}; try again later",
-        admission.drain.seconds_for(admission.num_chunks_queued(lifecycle.waiting)),
+        admission.drain.seconds_for(lifecycle.waiting.num_chunks),
     )
 
 

@@ -18,8 +18,7 @@ def grow_tails(lifecycle: SequenceLifecycle, cache: CacheManager) -> None:
     full = [
         s
         for s in lifecycle.running.by_age
-        if s.num_computed_tokens >= len(s.chunks or ()) * size
-        and s.num_computed_tokens < s.num_tokens
+        if s.chunks is not None and len(s.chunks.ids) * size <= s.num_computed_tokens < s.num_tokens
     ]
     for sequence in full:
         if sequence.chunks is not None:  # else preempted for an older one

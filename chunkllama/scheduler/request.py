@@ -32,6 +32,8 @@ class Sequence:
                           ^ num_computed_tokens: K/V of everything before is in ``chunks``
 
     Attributes:
+        age: smaller is older; a preemption does not make a sequence younger.
+        is_background: it yields to the prompts of other requests.
         slot: index of its device state while it runs, else -1.
         chunks: its chunks while it runs, else None.
         num_scheduled: tokens of it in the step being put together or in flight.
@@ -44,11 +46,13 @@ class Sequence:
 
     __slots__ = (
         "_tokens",
+        "age",
         "awaits_sample",
         "chunks",
         "draft",
         "group",
         "index",
+        "is_background",
         "num_admitted",
         "num_computed_tokens",
         "num_prompt_tokens",
@@ -62,6 +66,8 @@ class Sequence:
     def __init__(self, group: SequenceGroup, index: int, tokens: Iterable[int]) -> None:
         self.group = group
         self.index = index
+        self.age = group.arrival, index
+        self.is_background = group.request.priority >= BACKGROUND_PRIORITY
         self._tokens = np.array(list(tokens), np.int32)
         self.num_tokens = len(self._tokens)
         self.num_prompt_tokens = group.num_prompt_tokens
@@ -74,16 +80,6 @@ class Sequence:
         self.draft = DraftState()
         self.read: Promotion | None = None
         self.num_reads = 0
-
-    @property
-    def age(self) -> tuple[int, int]:
-        """Smaller is older; a preemption does not make a sequence younger."""
-        return self.group.arrival, self.index
-
-    @property
-    def is_background(self) -> bool:
-        """It yields to the prompts of other requests."""
-        return self.group.request.priority >= BACKGROUND_PRIORITY
 
     @property
     def joins_others(self) -> bool:

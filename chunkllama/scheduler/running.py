@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
+from operator import attrgetter
 from typing import Final
 
 import numpy as np
@@ -16,8 +17,7 @@ from chunkllama.scheduler.tree_order import TreeOrder
 NO_LIMIT: Final = 2**31 - 1
 
 
-def _age(sequence: Sequence) -> tuple[int, int]:
-    return sequence.age
+_age = attrgetter("age")
 
 
 class RunningSequences:
@@ -70,7 +70,7 @@ class RunningSequences:
         copies = []
         for sequence in self.by_age:
             assert sequence.chunks is not None
-            if sequence.num_scheduled:
+            if sequence.num_scheduled and sequence.chunks.copies:
                 copies += sequence.chunks.copies
                 sequence.chunks.copies = []
         return copies

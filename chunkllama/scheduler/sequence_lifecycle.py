@@ -22,7 +22,7 @@ from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.queue import WaitingQueue
 from chunkllama.scheduler.request import Sequence, SequenceGroup
 from chunkllama.scheduler.running import RunningSequences
-from chunkllama.scheduler.tenants import DECODE_WEIGHT, TenantAccounts, split_prefill
+from chunkllama.scheduler.tenants import DECODE_WEIGHT, Clocks, TenantAccounts, split_prefill
 from chunkllama.tenant_limits import TenantTable
 
 
@@ -50,11 +50,13 @@ class SequenceLifecycle:
         self, limits: SchedulerLimits, cache: CacheManager, clock: Callable[[], float]
     ) -> None:
         self.groups: dict[str, SequenceGroup] = {}
+        self.admission = AdmissionControl(limits, cache, clock)
         least_shared = min(limits.min_wait_tokens, cache.chunk_size)
-        self.waiting = WaitingQueue(limits.policy, limits.fair_quantum, least_shared)
+        self.waiting = WaitingQueue(
+            limits.policy, limits.fair_quantum, least_shared, self.admission.expected_chunks
+        )
         self.accounts = TenantAccounts(limits.tenant_weights)
         self.running = RunningSequences(limits.max_num_seqs, cache.chunk_size)
-        self.admission = AdmissionControl(limits, cache, clock)
         self.counters = Counters()
         self.recent = RecentOutputs()
         self._keeps_outputs = limits.speculates
@@ -68,14 +70,9 @@ class SequenceLifecycle:
         self.accounts.set_limits(limits)
         self._cache.set_tenants(limits)
 
-    def clocks(self) -> dict[str, float]:
-        """Clock of every tenant with requests, with the prompt tokens that it still has running."""
-        clocks, busy = self.accounts.clocks(), self.accounts.busy
-        for sequence in self.running.by_age:
-            if count := sequence.num_tokens - sequence.num_computed_tokens:
-                tenant = sequence.group.request.tenant
-                clocks[tenant] += count / busy[tenant].weight
-        return clocks
+    def clocks(self) -> Clocks:
+        """Clock of every tenant with requests, with the tokens that it still has running."""
+        return Clocks(self.accounts.busy, self.running.by_age)
 
     def may_run(self, sequence: Sequence) -> bool:
         """Whether the sequence may start beside the running requests of its tenant."""
@@ -264,6 +261,11 @@ class SequenceLifecycle:
             own = [g for g in self.groups.values() if g.request.tenant == tenant]
             assert account.num_requests == len(own)
             assert account.num_running == sum(group.is_running for group in own)
+        self.waiting.check_invariants(self.clocks())
+        for reason in self.waiting.reasons():
+            if isinstance(reason, tuple):
+                is_over = not self._cache.is_pending_node(*reason)
+                assert not is_over or reason[0] in self._cache.tree.progress, "a wait has no end"
         waiting, running = list(self.waiting), self.running.by_age
         assert all(s.chunks is None and s.slot < 0 for s in waiting)
         everyone = {id(s) for g in self.groups.values() for s in g.sequences.values()}

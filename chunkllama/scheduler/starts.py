@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from chunkllama.cache.manager import CacheManager, Match
+from chunkllama.cache.node import Node
 from chunkllama.cache.tier_entry import Promotion, ReadLimits, Wait
 from chunkllama.scheduler.cache_lookup import match_limit, record_prompt
 from chunkllama.scheduler.first_tokens import Arrivals
@@ -21,6 +22,7 @@ from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.pace import Pace
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
+from chunkllama.scheduler.tenants import Clocks
 
 MAX_LONG_LOOKED_AT: Final = 16  # long waiting prompts that are matched to find a short remainder
 MAX_READS: Final = 2  # for which a sequence waits: what was read may be evicted before it starts
@@ -47,14 +49,16 @@ class Starts:
         self._limits = limits
         self._pace = pace
         self._take = take
-        self._clocks: dict[str, float] | None = None
+        self._awaited: dict[Node, set[tuple[Node, int]]] = {}  # reasons to wait for leaders
+        self._reads: list[Promotion] = []
+        self._clocks: Clocks | None = None
         self._headroom: Headroom | None = None
 
     def begin_step(self) -> None:
         """Drop what held for the last step."""
         self._clocks = self._headroom = None
 
-    def clocks(self) -> dict[str, float]:
+    def clocks(self) -> Clocks:
         """``SequenceLifecycle.clocks``, with the sequences that this step has started."""
         if self._clocks is None:
             self._clocks = self._lifecycle.clocks()
@@ -87,6 +91,7 @@ class Starts:
             if budget == 0 or not running.num_free_slots:
                 break
             if only_short and not waiting.may_overtake(sequence):
+                waiting.close(sequence)
                 continue
             tenant = sequence.group.request.tenant
             gives_way = sequence.is_background and not sequence.joins_others
@@ -102,7 +107,8 @@ class Starts:
                 continue
             wait = self._wait_for_tier(sequence, match)
             if wait is not None and wait.promotion is not None:
-                lifecycle.waiting.park(sequence, wait.promotion)
+                waiting.park(sequence, wait.promotion)
+                self._reads.append(wait.promotion)
                 continue
             if only_short and not self._may_start_early(sequence, match, budget):
                 long_looked_at += 1
@@ -128,21 +134,28 @@ class Starts:
     def _unpark_followers(self) -> None:
         """Return the followers whose wait is over to the order; the step may compute the chunk."""
         waiting = self._lifecycle.waiting
-        for reason in waiting.reasons():
-            if isinstance(reason, Promotion):
-                is_over = reason.is_done
-            else:
-                is_over = isinstance(reason, tuple) and not self._cache.is_pending_node(*reason)
-            if is_over:
+        for node in self._cache.take_progress():
+            reasons = self._awaited.get(node, set())
+            for reason in [r for r in reasons if not self._cache.is_pending_node(*r)]:
                 waiting.unpark(reason)
+                reasons.remove(reason)
+            if not reasons:
+                node.is_awaited = False
+                self._awaited.pop(node, None)
+        for read in [r for r in self._reads if r.is_done]:
+            waiting.unpark(read)
+            self._reads.remove(read)
 
     def _waits_for_leader(self, sequence: Sequence, match: Match) -> bool:
         """Whether waiting saves enough; parks it until the chunk is computed or abandoned."""
         saved = match.num_later_tokens - match.num_tokens
         if saved <= 0 or saved < self._limits.min_wait_tokens:
             return False
-        if self._cache.is_pending(match):
+        if match.pending is not None and self._cache.is_pending_node(*match.pending):
             self._lifecycle.waiting.park(sequence, match.pending)
+            node = match.pending[0]
+            node.is_awaited = True
+            self._awaited.setdefault(node, set()).add(match.pending)
         return True
 
     def _wait_for_tier(self, sequence: Sequence, match: Match) -> Wait | None:
@@ -192,8 +205,7 @@ class Starts:
         lifecycle.start(sequence, *admitted)
         headroom.add(sequence)
         tenant = sequence.group.request.tenant
-        left = sequence.num_remaining_tokens
-        self.clocks()[tenant] += left / lifecycle.accounts[tenant].weight
+        self.clocks().add(tenant, sequence.num_remaining_tokens)
         return self._take(sequence, budget)
 
     def _match(self, sequence: Sequence) -> Match:

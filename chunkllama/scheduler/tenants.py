@@ -8,7 +8,7 @@ is charged to the sequence that computed it, so the charges of a step add up to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from chunkllama.scheduler.request import Sequence, SequenceGroup
@@ -64,6 +64,42 @@ class Account:
         return most is None or self.num_running < most or group.is_running
 
 
+class Clocks:
+    """Clocks of the tenants with unfinished requests while a step is put together.
+
+    A clock counts the tokens, too, that the tenant's running sequences have left to compute: what
+    they share with other tenants is not charged to it in the end, so the clock may be lower in the
+    next step.
+
+    Args:
+        busy: accounts of those tenants.
+        running: running sequences.
+    """
+
+    def __init__(self, busy: Mapping[str, Account], running: Iterable[Sequence]) -> None:
+        self._busy = busy
+        self._promised: dict[str, float] = {}
+        promised = self._promised
+        for sequence in running:
+            if count := sequence.num_tokens - sequence.num_computed_tokens:
+                tenant = sequence.group.request.tenant
+                promised[tenant] = promised.get(tenant, 0.0) + count / busy[tenant].weight
+
+    def __getitem__(self, tenant: str) -> float:
+        account = self._busy.get(tenant)
+        return 0.0 if account is None else account.clock + self._promised.get(tenant, 0.0)
+
+    def add(self, tenant: str, tokens: int) -> None:
+        """Count tokens that a sequence of the tenant has left to compute."""
+        promised = tokens / self._busy[tenant].weight
+        self._promised[tenant] = self._promised.get(tenant, 0.0) + promised
+
+    @property
+    def moving(self) -> Iterable[str]:
+        """Tenants whose clocks may be lower in the next step."""
+        return self._promised
+
+
 class TenantAccounts:
     """Accounts by tenant name; the tenant with the lowest clock is served next.
 
@@ -102,10 +138,6 @@ class TenantAccounts:
     def _weight(self, tenant: str) -> float:
         own = self._limits[tenant].weight
         return self._weights.get(tenant, 1.0) if own is None else own
-
-    def clocks(self) -> dict[str, float]:
-        """Clock of every tenant with unfinished requests."""
-        return {name: account.clock for name, account in self.busy.items()}
 
     def get(self, tenant: str) -> Account:
         """Return a tenant's account; one without requests if it has none."""

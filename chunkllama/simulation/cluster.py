@@ -45,6 +45,7 @@ class ClusterReplay:
         step_seconds: duration of a step, given its output and the chunk size.
         router: chooses the replica of each request.
         digest_seconds: between two digests of a replica's tree.
+        check: as of ``Replay``.
     """
 
     def __init__(
@@ -56,12 +57,15 @@ class ClusterReplay:
         step_seconds: StepSeconds,
         router: Router,
         digest_seconds: float = 1.0,
+        *,
+        check: bool = False,
     ) -> None:
         self._size = chunk_size
         self._router = router
         self._digest_seconds = digest_seconds
         self._replicas = [
-            Replay(limits, num_chunks, chunk_size, step_seconds) for _ in range(num_replicas)
+            Replay(limits, num_chunks, chunk_size, step_seconds, check=check)
+            for _ in range(num_replicas)
         ]
         # (time, order, kind, replica, what it is about); a step is at the time it begins
         self._events: list[tuple[float, int, str, int, Choice | None]] = []
@@ -82,6 +86,9 @@ class ClusterReplay:
             self._run_until(outcome.request.at, result)
             self._arrive(f"r{number}", outcome, result)
         self._run_until(float("inf"), result)
+        for each in self._replicas:
+            if each.check:
+                each.scheduler.check_invariants()
         result.seconds = max(each.now for each in self._replicas) - start
         return result
 

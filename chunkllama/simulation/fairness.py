@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from chunkllama.scheduler.limits import SchedulerLimits
-from chunkllama.simulation.fairness_monitor import FairnessMonitor
 from chunkllama.simulation.fluid import FluidRequest, first_token_times
 from chunkllama.simulation.replay import Replay, Replayed
 from chunkllama.simulation.trace import TraceRequest
@@ -100,8 +99,7 @@ def compare(scenario: Scenario) -> Comparison:
         spare_chunks=0,
         enable_prefix_caching=True,
     )
-    replay = Replay(limits, NUM_CHUNKS, CHUNK_SIZE, lambda output, size: 1.0)
-    FairnessMonitor(replay.scheduler)
+    replay = Replay(limits, NUM_CHUNKS, CHUNK_SIZE, lambda output, size: 1.0, check=True)
     if scenario.prefixes == "public":
         for prefix in prefixes:
             replay.add_public_prefix(prefix)

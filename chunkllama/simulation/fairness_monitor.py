@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from chunkllama.cache.manager import Match, SequenceChunks
 from chunkllama.cache.tier_entry import Promotion
-from chunkllama.scheduler.queue import queue_key
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.scheduler import Scheduler
 from chunkllama.scheduler.starts import MAX_READS
+from chunkllama.scheduler.tenant_queue import queue_key
 
 
 class FairnessMonitor:

@@ -13,6 +13,7 @@ from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.limits import SchedulerLimits
 from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
 from chunkllama.scheduler.scheduler import Scheduler
+from chunkllama.simulation.fairness_monitor import FairnessMonitor
 from chunkllama.simulation.tier import SimulatedTier
 from chunkllama.simulation.trace import TraceRequest
 
@@ -71,6 +72,8 @@ class Replay:
         step_seconds: duration of a step, given its output and the chunk size.
         tier_chunks: capacity of a cache tier; 0: there is none.
         read_seconds: of a chunk of the tier.
+        check: check the bounds of the order at every start, and at the end that the tenants'
+            charges are the work done.
 
     Attributes:
         scheduler: the scheduler, for observers.
@@ -86,8 +89,10 @@ class Replay:
         *,
         tier_chunks: int = 0,
         read_seconds: float = 0.0,
+        check: bool = False,
     ) -> None:
         self.now = 0.0
+        self.check = check
         self._chunk_size = chunk_size
         self._step_seconds = step_seconds
         self._cache = CacheManager(num_chunks, chunk_size, self._clock)
@@ -95,6 +100,8 @@ class Replay:
         if tier_chunks:
             self._tier = SimulatedTier(self._cache, tier_chunks, read_seconds)
         self.scheduler = Scheduler(limits, self._cache, self._clock)
+        if check:
+            FairnessMonitor(self.scheduler)
         self._live: dict[str, Outcome] = {}
         self._ended: list[Outcome] = []
 
@@ -136,6 +143,8 @@ class Replay:
                 self.now = requests[waiting].at
             else:
                 break
+        if self.check:
+            self.scheduler.check_invariants()
         result.seconds = self.now - started
         result.stats = self.scheduler.stats()
         return result

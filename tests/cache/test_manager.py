@@ -245,10 +245,11 @@ class TestAbandoned:
         leader = driver.start("abcd")
         match = driver.match("abcdX")
         assert (match.num_tokens, match.num_later_tokens) == (2, 4)
-        assert driver.cache.is_pending(match)
+        assert match.pending is not None
+        assert driver.cache.is_pending_node(*match.pending)
         leader.release()  # what it took over stays behind, never to be filled
         driver.assert_tree("ab #0")
-        assert not driver.cache.is_pending(match)
+        assert not driver.cache.is_pending_node(*match.pending)
 
 
 class TestForks:

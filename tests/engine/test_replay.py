@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import pytest
 
 from chunkllama.cache_messages import EndedPin
+from chunkllama.engine import pin_records
 from chunkllama.engine.journal import StepJournal
 from chunkllama.engine.pin_records import PinRecords
 from chunkllama.engine.replay import ReplayState
@@ -184,6 +186,44 @@ def test_records_of_pins_are_bounded() -> None:
         pinned(pins, clock, [0] * 8, seconds=200.0)
     assert [r.prompt_token_ids[0] for r in pins.requests()] == [0, 1, 2, 3, 4]
     assert len(pins._ends) <= 6
+
+
+def test_records_are_those_of_a_plain_list() -> None:
+    """Of two prompts that end in one chunk and begin one another the longer one is kept."""
+    rng = random.Random(0)
+    for _ in range(40):
+        clock, plain = Clock(), dict[tuple[int, ...], float]()
+        pins = PinRecords(4, clock)
+        for _ in range(30):
+            prompt = tuple(rng.randrange(2) for _ in range(rng.randrange(1, 9)))
+            until = rng.choice([10.0, 50.0, 90.0])
+            pinned(pins, clock, list(prompt), seconds=until)
+            near = [p for p in plain if (len(p) - 1) // 4 == (len(prompt) - 1) // 4]
+            longer = [p for p in near if p[: len(prompt)] == prompt]
+            shorter = [p for p in near if prompt[: len(p)] == p]
+            if longer:
+                plain[min(longer)] = max(plain[min(longer)], until)
+            else:
+                plain[prompt] = max([until, *(plain.pop(p) for p in shorter)])
+        restored = {tuple(r.prompt_token_ids): r.pin_seconds for r in pins.requests()}
+        assert restored == plain
+
+
+def test_a_record_is_added_without_a_look_at_all_that_end_in_the_chunk(monkeypatch) -> None:
+    """Short prompts of one tenant all end in the first chunk."""
+    clock = Clock()
+    pins, looks = PinRecords(64, clock), [0]
+    tail = pin_records._Record.tail.fget
+
+    def counted(record):
+        looks[0] += 1
+        return tail(record)
+
+    monkeypatch.setattr(pin_records._Record, "tail", property(counted))
+    for number in range(1000):
+        pinned(pins, clock, [number, 1, 2, 3])
+    assert len(pins) == 1000
+    assert looks[0] < 1000 * 30
 
 
 def ended(*token_ids: int, **fields: object) -> EndedPin:

@@ -225,6 +225,54 @@ def test_a_stopped_process_is_a_hang_and_waiting_requests_are_served(open_client
     asyncio.run(scenario())
 
 
+def test_prompts_from_before_a_restart_are_not_called_new(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client() as client:
+            assert (await client.explain(PROMPT)).reason == "never_seen"
+            await collect(client, request("once", max_tokens=2))
+            restarted = asyncio.Event()
+            client.on_restarting = lambda down: None if down else restarted.set()
+            os.kill(client.pid, signal.SIGKILL)
+            await restarted.wait()
+            assert (await client.explain(PROMPT)).reason == "unknown"
+            await collect(client, request("again", max_tokens=2))
+            assert (await client.explain(PROMPT)).reason == "complete"
+
+    asyncio.run(scenario())
+
+
+def test_no_descriptor_is_left_of_a_process_that_cannot_be_started(monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(process, "start_child", fail)
+
+    async def scenario() -> int:
+        before = psutil.Process().num_fds()
+        for _ in range(3):
+            with pytest.raises(OSError):
+                await process.EngineProcess.start(EngineConfig.from_flat(num_chunks=8))
+        return psutil.Process().num_fds() - before
+
+    assert asyncio.run(scenario()) == 0
+
+
+def test_an_error_of_a_listener_ends_the_streams_instead_of_leaving_them(open_client) -> None:
+    async def scenario() -> None:
+        async with open_client() as client:
+            died = asyncio.Event()
+            client.on_death = died.set
+            live = asyncio.create_task(collect(client, request("live", max_tokens=200)))
+            await asyncio.sleep(0)
+            client.on_restarting = lambda down: [].pop()
+            os.kill(client.pid, signal.SIGKILL)
+            await died.wait()
+            with pytest.raises(EngineDeadError):
+                await live
+
+    asyncio.run(scenario())
+
+
 def test_an_idle_process_is_probed(open_client, monkeypatch) -> None:
     """Each probe is a turn of its loop, so that waiting is not taken for a hang."""
     monkeypatch.setattr(process, "_MAX_TICK", 0.01)

@@ -41,7 +41,7 @@ def replay(lines_per_second: float, seconds: float = 30.0, tenant: str = "b") ->
                          priority=BACKGROUND_PRIORITY)
         )  # fmt: skip
     requests.sort(key=lambda each: each.at)
-    return Replay(LIMITS, 600, SIZE, DEFAULT_COST.seconds).run(requests).outcomes
+    return Replay(LIMITS, 600, SIZE, DEFAULT_COST.seconds, check=True).run(requests).outcomes
 
 
 @pytest.mark.parametrize("tenant", ["a", "b"])
@@ -65,8 +65,8 @@ def test_lines_advance_beside_prompts_that_fill_every_step(num_chunks: int) -> N
 
     lines = [request(0.0, 100, 16, BACKGROUND_PRIORITY) for _ in range(4)]
     prompts = [request(0.05 + i / 1000, 500, 2) for i in range(400)]
-    outcomes = Replay(LIMITS, num_chunks, SIZE, DEFAULT_COST.seconds).run([*lines, *prompts])
-    ends = [each.ended_at for each in outcomes.outcomes]
+    run = Replay(LIMITS, num_chunks, SIZE, DEFAULT_COST.seconds, check=True)
+    ends = [each.ended_at for each in run.run([*lines, *prompts]).outcomes]
     assert min(ends) > 0 and max(ends[:4]) < max(ends[4:])
 
 

@@ -7,6 +7,8 @@ import random
 import pytest
 
 from chunkllama.errors import OverloadedError
+from chunkllama.scheduler.queue import WaitingQueue
+from chunkllama.scheduler.request import Sequence
 from chunkllama.simulation.engine import SimulatedEngine
 
 SIZE = 16
@@ -178,6 +180,41 @@ def test_a_tenant_that_was_idle_earns_no_credit_and_keeps_its_debt() -> None:
     run.step()
     run.add([8] * 9, 1, tenant="a")
     assert accounts["a"].clock == 69
+
+
+def test_a_refusal_does_not_look_at_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = engine(64, max_num_seqs=2, max_waiting=10)
+    for i in range(7):
+        run.add([i + 1], 1, tenant="a")
+    monkeypatch.delattr(WaitingQueue, "__iter__")
+    with pytest.raises(OverloadedError, match="this API key"):
+        run.add([9], 1, tenant="a")
+
+
+def test_a_tenant_whose_oldest_request_is_due_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many of its requests wait behind that one."""
+    rng = random.Random(7)
+    run = engine(2000, fair_quantum=1, max_model_len=8000)
+    (running, *others) = prompts(rng, 300, 2000)
+    run.add(running, 1, tenant="a")
+    run.step()
+    run.add(others[0], 1, tenant="a")
+    follower = run.add(running[:70], 1, tenant="a")  # it overtakes the one before
+    run.step()
+    assert follower in run.first_deltas
+    for prompt in others[1:]:
+        run.add(prompt, 1, tenant="a")
+    may_overtake, asked = WaitingQueue.may_overtake, [0]
+
+    def counted(self: WaitingQueue, sequence: Sequence) -> bool:
+        asked[0] += 1
+        return may_overtake(self, sequence)
+
+    monkeypatch.setattr(WaitingQueue, "may_overtake", counted)
+    run.step()
+    assert 0 < asked[0] <= 3
 
 
 def test_one_tenant_leaves_half_of_the_places() -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from chunkllama.simulation.cost_model import DEFAULT_COST, StepCost
 from chunkllama.simulation.engine import SimulatedEngine, make_limits
-from chunkllama.simulation.fairness_monitor import FairnessMonitor
 from chunkllama.simulation.replay import Replay
 from chunkllama.simulation.trace import TraceRequest
 from chunkllama.tenant_limits import TenantLimits, TenantTable
@@ -45,8 +44,7 @@ def replay(
         add(1.0, "a", tokens(rng, length), output)
     for number in range(12):
         add(2.0 + 0.513 * number, "b", system + tokens(rng, 8), 4)
-    run = Replay(replace(LIMITS, **limits), 400, SIZE, cost.seconds)
-    FairnessMonitor(run.scheduler)
+    run = Replay(replace(LIMITS, **limits), 400, SIZE, cost.seconds, check=True)
     outcomes = run.run(requests).outcomes
     probes = [each for each in outcomes if each.request.tenant == "b"][1:]
     assert {each.cached_tokens for each in probes} == {10 * SIZE}

@@ -31,7 +31,7 @@ def request(at: float, prefix: int, user: int, output: int = 8) -> TraceRequest:
 
 
 def replay(requests: list[TraceRequest], router: Router, num_replicas: int = 2) -> Routed:
-    run = ClusterReplay(num_replicas, LIMITS, 400, SIZE, COST.seconds, router)
+    run = ClusterReplay(num_replicas, LIMITS, 400, SIZE, COST.seconds, router, check=True)
     result = run.run(requests)
     assert not any(outcome.refusal for outcome in result.outcomes)
     assert all(outcome.ended_at for outcome in result.outcomes)

@@ -24,7 +24,8 @@ def replay(requests, num_chunks: int, **changed) -> Replayed:
         "spare_chunks": 0,
     }
     limits = make_limits(**defaults | changed)
-    return Replay(limits, num_chunks, SIZE, lambda output, size: 1.0).run(requests)
+    run = Replay(limits, num_chunks, SIZE, lambda output, size: 1.0, check=True)
+    return run.run(requests)
 
 
 def mooncake(*requests: tuple[int, list[int], int], tail: int = 100) -> list[dict]:
@@ -133,7 +134,7 @@ def test_a_tenants_prompts_are_its_own() -> None:
 
 def test_public_prefixes_take_no_time_and_are_matched_by_all() -> None:
     limits = make_limits(max_num_seqs=4, max_num_batched_tokens=64, fair_quantum=100)
-    run = Replay(limits, 40, SIZE, lambda output, size: 1.0)
+    run = Replay(limits, 40, SIZE, lambda output, size: 1.0, check=True)
     run.add_public_prefix(list(range(128)))
     assert run.now == 0
     prompt = (*range(128), 7)
