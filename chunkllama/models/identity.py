@@ -22,7 +22,7 @@ _STRETCHED = ("dynamic", "longrope")
 _BLOCK_BYTES = 1 << 22
 
 
-def identify_model(
+def identify_model(  # noqa: PLR0913
     folder: Path,
     spec: ModelSpec,
     *,
@@ -32,6 +32,7 @@ def identify_model(
     quantization: str,
     chunk_size: int,
     max_model_len: int,
+    drawn_from: str = "",
 ) -> ModelIdentity:
     """Identify a model that is served; reads all its weights unless they were hashed before.
 
@@ -41,6 +42,7 @@ def identify_model(
         dtype: that it computes in.
         kv_dtype: of K/V.
         max_model_len: which the frequencies of some rotary embeddings depend on.
+        drawn_from: what random weights depend on beside ``spec``; "": they lie in the folder.
 
     Raises:
         ConfigError: the weights cannot be read.
@@ -50,7 +52,7 @@ def identify_model(
     rest = {key: value for key, value in values.items() if key not in _NOT_COMPUTED}
     return ModelIdentity(
         name=Path(name).name,
-        weights=hash_weights(folder, spec),
+        weights=_digest(drawn_from) if drawn_from else hash_weights(folder, spec),
         architecture=_digest(rest),
         rope=json.dumps(ropes, sort_keys=True),
         quantization=quantization,
