@@ -114,7 +114,7 @@ class ModelRunner:
         ]
         if last == list(range(len(hidden))):
             return hidden
-        return hidden[torch.tensor(last, dtype=torch.int64, device=hidden.device)]
+        return hidden[self.backend.upload(np.array(last, np.int64))]
 
     def close(self) -> None:
         """Release the model and the pool."""
