@@ -87,7 +87,13 @@ class ModelConfig(ConfigGroup):
     model: str = Field(
         default=DEMO_MODEL,
         min_length=1,
-        description="Alias, Hugging Face folder, .gguf file, or hub id where a hub is reachable.",
+        description="Alias, Hugging Face folder, .gguf file, hub id where a hub is reachable, or "
+        ".yaml file with the sizes of a config.json.",
+    )
+    load_format: Literal["auto", "dummy"] = Field(
+        default="auto",
+        description="auto reads the model's weights; dummy draws random ones on the device, of the "
+        "model's sizes and from seed, to measure speed and memory.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto",

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from chunkllama.attention.plan_format import AttentionPlan, Packing
 from chunkllama.backends.checks import (
@@ -129,6 +130,15 @@ class Backend(ABC):
         """Bring a plan to the device, once per plan; attention runs per layer then take only
         tensors.
         """
+
+    def upload(self, array: NDArray[Any]) -> torch.Tensor:
+        """Bring an array to the device, which copies it while this process goes on; on a CPU it is
+        the same memory.
+        """
+        host = torch.from_numpy(array)
+        if self.device.type != "cuda":
+            return host.to(self.device)
+        return host.pin_memory().to(self.device, non_blocking=True)
 
     def prepare(self, *, is_bounded: bool) -> None:  # noqa: B027
         """Compile what a model needs, so that no request waits for it.

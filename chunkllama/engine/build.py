@@ -158,6 +158,7 @@ def _join(
         chunk_size=chunk_size,
         max_model_len=max_model_len,
         arithmetic=executor.backend.arithmetic,
+        drawn_from=_drawn_from(config, size),
     )
     chunk_io = ChunkIO(executor, identify, max_model_len // chunk_size)
     packs = PackLoader(cache, chunk_io)
@@ -175,8 +176,16 @@ def _join(
         max_model_len,
         executor.backend.device,
         config.model.tensor_parallel_size,
+        has_weights=config.model.load_format != "dummy",
     )
     return core
+
+
+def _drawn_from(config: EngineConfig, size: EngineSize) -> str:
+    """What dummy weights depend on beside the model's sizes; "" where weights are read."""
+    if config.model.load_format != "dummy":
+        return ""
+    return f"seed {config.model.seed or 0}, {size.dtype} on {size.device.partition(':')[0]}"
 
 
 def load_rank(config: EngineConfig, rank: int) -> tuple[StepModel, RankGroup]:
@@ -268,6 +277,8 @@ def _load(
             int4_activations=config.model.int4_activations,
             deterministic=config.model.deterministic,
             shard=shard,
+            load_format=config.model.load_format,
+            seed=config.model.seed or 0,
         )
     except MemoryError:
         raise ConfigError(

@@ -17,8 +17,8 @@ from chunkllama.logger import init_logger
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.attention import Attention
 from chunkllama.models.llama import Llama
-from chunkllama.models.loading.safetensors import Checkpoint
-from chunkllama.models.loading.weights import load_weights
+from chunkllama.models.loading.shapes import open_checkpoint
+from chunkllama.models.loading.weights import dummy_weights, load_weights
 from chunkllama.models.rotary import rotary_tables
 from chunkllama.models.shard import AllReduce, Shard
 
@@ -44,6 +44,8 @@ def load_step_model(  # noqa: PLR0913
     kv_dtype: KVStorage = "auto",
     deterministic: bool = False,
     shard: Shard | None = None,
+    load_format: str = "auto",
+    seed: int = 0,
 ) -> StepModel:
     """Load a model folder and allocate its pool.
 
@@ -56,12 +58,13 @@ def load_step_model(  # noqa: PLR0913
         int4_activations: of products of few rows with 4-bit weights.
         deterministic: the numbers of a row must not depend on the other rows.
         shard: the part of the model that this rank has; None: all of it.
+        load_format: "auto" reads the weights, "dummy" draws them from ``seed``.
 
     Raises:
         ConfigError: the folder or a setting is unusable; checked before any weight is read.
     """
     spec = spec.for_length(max_model_len)
-    checkpoint = Checkpoint(model_path, spec)
+    checkpoint = open_checkpoint(model_path, spec, load_format)
     foreign = None
     if not spec.is_native:
         foreign = _transformers_model(model_path, spec, dtype, device, weights)
@@ -81,7 +84,11 @@ def load_step_model(  # noqa: PLR0913
     if foreign is not None:
         foreign.attach(attention, max_model_len)
         return StepModel(spec, foreign, attention)
-    loaded = load_weights(checkpoint, spec, getattr(torch, dtype), attention.backend.device, shard)
+    kind, place = getattr(torch, dtype), attention.backend.device
+    if load_format == "dummy":
+        loaded = dummy_weights(spec, seed, kind, place, shard)
+    else:
+        loaded = load_weights(checkpoint, spec, kind, place, shard)
     model = build_model(
         own,
         loaded,

@@ -19,12 +19,15 @@ from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.engine.step_model import StepModel
 from chunkllama.engine.step_sampler import StepSampler
 from chunkllama.errors import ConfigError
+from chunkllama.logger import init_logger
 from chunkllama.resources import lower_priority
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.output import NewSequence, SampledTokens, ScheduledSlice, SchedulerOutput
 
 if TYPE_CHECKING:
     from chunkllama.engine.grammar import GrammarCompiler, Matcher
+
+logger = init_logger(__name__)
 
 _LOGIT_ROWS = 128  # prompt log-probabilities: rows of logits at a time, 24 MiB for a 49k vocabulary
 
@@ -86,12 +89,21 @@ class ModelRunner:
         """Copy chunks, run the model over every slice, sample where a slice asks for it.
 
         Rows that an earlier step deferred are sampled too, as far as the time of their request
-        goes.
+        goes. A step that the device lacks memory for yields nothing; the state of its slots is
+        then to be freed.
         """
         for slot in output.freed_slots:
             self._sequences.pop(slot, None)
         for new in output.new_sequences:
             self._sequences[new.slot] = self._new_state(new)
+        try:
+            return self._run(output)
+        except torch.OutOfMemoryError as error:
+            logger.warning("a step of %d tokens did not fit: %s", output.num_tokens, _line(error))
+        torch.cuda.empty_cache()
+        return SampledTokens(token_ids={}, ran_out=True)
+
+    def _run(self, output: SchedulerOutput) -> SampledTokens:
         self._sampler.begin(output)
         sampled = SampledTokens(token_ids={})
         hidden = self.step_model.run(output, self.adapters.rows(output.slices, self._sequences))
@@ -122,7 +134,7 @@ class ModelRunner:
         ]
         if last == list(range(len(hidden))):
             return hidden
-        return hidden[torch.tensor(last, dtype=torch.int64, device=hidden.device)]
+        return hidden[self.backend.upload(np.array(last, np.int64))]
 
     def close(self) -> None:
         """Release the model and the pool."""
@@ -190,7 +202,7 @@ class ModelRunner:
         if tokens or self._grammars is None or not self._grammars.has(grammar):
             state.pending_matcher = self._compile_thread.submit(make)
         else:
-            state.pending_matcher = _run(make)
+            state.pending_matcher = _made(make)
 
     def _grammar_compiler(self) -> GrammarCompiler:
         """Built with the first grammar: it takes a second that most servers never need."""
@@ -242,7 +254,11 @@ class ModelRunner:
                 sampled.failed[piece.slot] = "model_nan"
 
 
-def _run(make: Callable[[], Matcher]) -> Future[Matcher]:
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+def _made(make: Callable[[], Matcher]) -> Future[Matcher]:
     """Return a future of what is made here: an error fails its request, as one of a thread does."""
     future: Future[Matcher] = Future()
     try:

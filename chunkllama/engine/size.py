@@ -17,6 +17,7 @@ from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.config import kv_bytes_per_chunk, read_spec, resolve_dtype
 from chunkllama.models.loading.safetensors import Checkpoint
+from chunkllama.models.loading.shapes import open_checkpoint
 from chunkllama.models.loading.sizes import allocated_bytes
 from chunkllama.resources import (
     check_threads,
@@ -116,7 +117,7 @@ def plan_size(
     dtype = resolve_dtype(spec, config.model.dtype, device, config.model.backend)
     max_model_len, note = _max_model_len(config, spec)
     chunk_size = config.cache.chunk_size
-    checkpoint = checkpoint or Checkpoint(folder, spec)
+    checkpoint = checkpoint or open_checkpoint(folder, spec, config.model.load_format)
     num_ranks = config.model.tensor_parallel_size
     draft = plan_draft(config, device)
     check_ranks(num_ranks, spec, checkpoint, device)

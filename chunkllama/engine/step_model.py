@@ -77,10 +77,10 @@ class StepModel:
                 for piece in slices
             ]
         )
-        device = self.backend.device
+        upload = self.backend.upload
         return self.model.forward(
-            torch.from_numpy(token_ids.astype(np.int64)).to(device),
-            torch.from_numpy(positions).to(device),
+            upload(token_ids.astype(np.int64)),
+            upload(positions),
             plan,
             adapters,
         )

@@ -259,10 +259,8 @@ def _settle_matcher(state: SequenceState) -> None:
 def _take_best(model: RunnableModel, hidden: torch.Tensor) -> list[Sampled]:
     """Greedy sampling alone needs no logits in memory."""
     values, tokens = model.best_tokens(hidden)
-    return [
-        Sampled(token, failed="" if is_finite else "model_nan")
-        for token, is_finite in zip(tokens.tolist(), values.isfinite().tolist(), strict=True)
-    ]
+    ids = tokens.where(values.isfinite(), -1).tolist()  # one read of the device
+    return [Sampled(max(token, 0), failed="" if token >= 0 else "model_nan") for token in ids]
 
 
 def _take(slot: int, state: SequenceState, outcomes: list[Sampled], sampled: SampledTokens) -> None:

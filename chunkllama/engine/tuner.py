@@ -142,6 +142,7 @@ class Tuner:
         max_model_len: that it is served with.
         device: to train on.
         num_ranks: of the model; only one can train.
+        has_weights: whether the folder's weights are those that are served.
     """
 
     def __init__(
@@ -153,7 +154,9 @@ class Tuner:
         device: torch.device,
         num_ranks: int = 1,
         clock: Callable[[], float] = time.monotonic,
+        has_weights: bool = True,
     ) -> None:
+        self._has_weights = has_weights
         self._model_path = model_path
         self._spec = spec
         self._name = name
@@ -175,6 +178,8 @@ class Tuner:
         run = _Run(command, StepBudget(command.max_step_seconds, self._clock))
         if self._num_ranks > 1:
             return [run.end("failed", "fine-tuning needs tensor_parallel_size 1")]
+        if not self._has_weights:
+            return [run.end("failed", "fine-tuning needs load_format auto: these are random")]
         if self._run is not None:
             error = f"job {self._run.command.job_id} is running; one at a time is trained"
             return [run.end("failed", error)]

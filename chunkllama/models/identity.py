@@ -33,6 +33,7 @@ def identify_model(  # noqa: PLR0913
     chunk_size: int,
     max_model_len: int,
     arithmetic: str = "",
+    drawn_from: str = "",
 ) -> ModelIdentity:
     """Identify a model that is served; reads all its weights unless they were hashed before.
 
@@ -43,6 +44,7 @@ def identify_model(  # noqa: PLR0913
         kv_dtype: of K/V.
         max_model_len: which the frequencies of some rotary embeddings depend on.
         arithmetic: see ``Backend``.
+        drawn_from: what random weights depend on beside ``spec``; "": they lie in the folder.
 
     Raises:
         ConfigError: the weights cannot be read.
@@ -52,7 +54,7 @@ def identify_model(  # noqa: PLR0913
     rest = {key: value for key, value in values.items() if key not in _NOT_COMPUTED}
     return ModelIdentity(
         name=Path(name).name,
-        weights=hash_weights(folder, spec),
+        weights=_digest(drawn_from) if drawn_from else hash_weights(folder, spec),
         architecture=_digest(rest),
         rope=json.dumps(ropes, sort_keys=True),
         quantization=quantization,

@@ -1,14 +1,50 @@
-"""Requests on which the model failed, and the sequences that read what they computed."""
+"""Requests on which the model failed, the sequences that read what they computed, and steps that
+did not fit the device's memory.
+"""
 
 from __future__ import annotations
 
 from chunkllama.cache.manager import CacheManager
+from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
 from chunkllama.scheduler.step_deltas import StepDeltas
 
 
-def drop_failed(
+def usable(
+    scheduled: list[Sequence],
+    output: SchedulerOutput,
+    sampled: SampledTokens,
+    deltas: StepDeltas,
+    lifecycle: SequenceLifecycle,
+    cache: CacheManager,
+) -> list[Sequence]:
+    """Take failures out of a step; returns the sequences whose results may be used.
+
+    After a step that did not fit the memory all its sequences go back to the queue, and fewer run
+    for a while. Requests that do not fit a step of their own end.
+    """
+    caps = lifecycle.running.caps
+    if not sampled.ran_out:
+        caps.grow()
+        failed = sampled.failed
+        return _drop_failed(scheduled, failed, deltas, lifecycle, cache) if failed else scheduled
+    if not caps.shrink(len(scheduled), output.num_tokens):
+        failed = {sequence.slot: "out_of_memory" for sequence in scheduled}
+        return _drop_failed(scheduled, failed, deltas, lifecycle, cache)
+    for sequence in scheduled:
+        _undo(sequence, cache)
+    copies = {copy[1]: copy for copy in output.copies}
+    for sequence in scheduled:
+        if sequence.chunks is None:  # a beam of one before it
+            continue
+        # They may not have been made.
+        sequence.chunks.copies += [copies[i] for i in sequence.chunks.ids.tolist() if i in copies]
+        lifecycle.preempt(sequence)
+    return []
+
+
+def _drop_failed(
     scheduled: list[Sequence],
     failed: dict[int, str],
     deltas: StepDeltas,

@@ -115,6 +115,7 @@ class SampledTokens:
     ``accepted``: the guesses of a slice that equal what was sampled, each with its
     log-probability; the token in ``token_ids`` comes after them.
     ``forced``: after that token, those that the slot's grammar leaves no choice for.
+    ``ran_out``: the device lacked memory for the step, of which nothing may be used.
     """
 
     token_ids: dict[int, int]
@@ -128,3 +129,4 @@ class SampledTokens:
     deferred: set[int] = field(default_factory=set)
     accepted: dict[int, list[tuple[int, TokenLogprob | None]]] = field(default_factory=dict)
     forced: dict[int, list[int]] = field(default_factory=dict)
+    ran_out: bool = False

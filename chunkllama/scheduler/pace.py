@@ -125,7 +125,7 @@ class Pace:
                 self._cut_prompts()
             if self._is_on and len(self._lifecycle.accounts.busy) > 1:
                 self._limit_heavy()
-        return self._budget
+        return min(self._budget, self._lifecycle.running.caps.tokens)
 
     def _cut_prompts(self) -> None:
         """Give the step as many tokens as the time allows.

@@ -12,6 +12,7 @@ import numpy as np
 from chunkllama.cache.manager import SequenceChunks
 from chunkllama.scheduler.output import NewSequence, ScheduledSlice
 from chunkllama.scheduler.request import Sequence
+from chunkllama.scheduler.step_caps import StepCaps
 from chunkllama.scheduler.tree_order import TreeOrder
 
 NO_LIMIT: Final = 2**31 - 1
@@ -21,11 +22,15 @@ _age = attrgetter("age")
 
 
 class RunningSequences:
-    """Running sequences, oldest first in ``by_age``; each holds a slot and chunks."""
+    """Running sequences, oldest first in ``by_age``; each holds a slot and chunks.
+
+    ``caps`` are what the device's memory has room for.
+    """
 
     def __init__(self, max_num_seqs: int, chunk_size: int) -> None:
         self.by_age: list[Sequence] = []
         self.order = TreeOrder(chunk_size)
+        self.caps = StepCaps()
         self._free_slots = list(range(max_num_seqs))
         self._freed_slots: list[int] = []
         self._new: list[Sequence] = []
@@ -37,7 +42,7 @@ class RunningSequences:
 
     @property
     def num_free_slots(self) -> int:
-        return len(self._free_slots)
+        return max(min(len(self._free_slots), self.caps.sequences - len(self.by_age)), 0)
 
     def start(self, sequence: Sequence, chunks: SequenceChunks, num_computed: int) -> None:
         """Start the sequence with K/V of ``num_computed`` tokens in its chunks."""

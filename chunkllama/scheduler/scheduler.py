@@ -30,7 +30,7 @@ from chunkllama.messages import (
 from chunkllama.scheduler.adapter_numbers import AdapterNumbers
 from chunkllama.scheduler.cache_lookup import explain_prompt
 from chunkllama.scheduler.drafts import Drafts
-from chunkllama.scheduler.failures import drop_failed
+from chunkllama.scheduler.failures import usable
 from chunkllama.scheduler.first_tokens import FirstTokens
 from chunkllama.scheduler.intake import check_places, make_group
 from chunkllama.scheduler.limits import SchedulerLimits
@@ -157,7 +157,7 @@ class Scheduler:
             self._first_tokens.end_short_step()
         else:
             self._fill(budget)
-        if not self._scheduled and self._pace.lift():
+        while not self._scheduled and (self._pace.lift() or self._running.caps.lift()):
             self._fill(budget)
         while not (self._scheduled or self._find_awaiting()) and self._break_deadlock():
             self._starts.begin_step()
@@ -301,8 +301,7 @@ class Scheduler:
         deltas = StepDeltas(self._clock())
         self._cache.end_step()
         self.drafts.end_step()
-        if sampled.failed:
-            scheduled = drop_failed(scheduled, sampled.failed, deltas, self._lifecycle, self._cache)
+        scheduled = usable(scheduled, output, sampled, deltas, self._lifecycle, self._cache)
         for sequence in scheduled:
             if sequence.awaits_sample:
                 continue

@@ -24,6 +24,7 @@ from chunkllama.scheduler.output import (
 Numbers = NDArray[np.uint64]
 
 MAX_POSITIONS = 16384
+ROOM = 2**31 - 1  # tokens of a step that fit
 _WEIGHTS = np.random.default_rng(7).integers(1, 2**63, MAX_POSITIONS, dtype=np.uint64) | np.uint64(
     1
 )
@@ -69,6 +70,7 @@ class FakeModel:
     Attributes:
         fail_slots: slots whose rows fail in the next step.
         defer_share: part of the samples that wait for a later step, at random.
+        room: tokens of a step; of a larger one nothing may be used.
     """
 
     def __init__(self, num_chunks: int, chunk_size: int, vocab_size: int) -> None:
@@ -80,6 +82,7 @@ class FakeModel:
         self.sequences: dict[int, NewSequence] = {}
         self.fail_slots: set[int] = set()
         self.defer_share = 0.0
+        self.room = ROOM
         self._random = random.Random(0)
         self._late: dict[int, int] = {}
         self._offsets = np.arange(chunk_size)
@@ -103,6 +106,9 @@ class FakeModel:
         for new in output.new_sequences:
             assert new.slot not in self.sequences, "a slot was given twice"
             self.sequences[new.slot] = new
+        if output.num_tokens > self.room:
+            self._spoil(output)
+            return SampledTokens(token_ids={}, ran_out=True)
         self._copy(output.copies)
         sampled = SampledTokens(token_ids={})
         values = self._compute(output)
@@ -119,6 +125,13 @@ class FakeModel:
             else:
                 self._draw(sampled, slot, value)
         return sampled
+
+    def _spoil(self, output: SchedulerOutput) -> None:
+        """Write garbage where the step would write; its copies are not made."""
+        size = self.chunk_size
+        for piece in output.slices:
+            for position in range(piece.first_position, piece.first_position + piece.num_tokens):
+                self.kv[piece.chunk_ids[position // size] * size + position % size] = 1
 
     def _copy(self, copies: list[tuple[int, int, int]]) -> None:
         """In any order: no copy writes what another reads or writes."""

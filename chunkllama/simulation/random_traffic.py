@@ -9,11 +9,13 @@ from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.memory_pressure import preemption_victim
 from chunkllama.simulation.engine import SimulatedEngine
+from chunkllama.simulation.fake_model import ROOM
 from chunkllama.tenant_limits import TenantLimits, TenantTable
 
 
 class RandomTraffic:
-    """Adds, cancels, pins, fails and preempts at random; ``run`` ends with a full check.
+    """Adds, cancels, pins, fails, preempts and runs out of memory at random; ``run`` ends with a
+    full check.
 
     Prompts are cut from a few base texts over two tokens, at lengths around the edges of chunks,
     so that sequences share and diverge often.
@@ -156,8 +158,10 @@ class RandomTraffic:
             output = engine.last_output
             slots = [piece.slot for piece in output.slices] or output.awaited
             engine.model.fail_slots = {rnd.choice(slots)}
+        if rnd.random() < 0.02:
+            engine.model.room = 0
         engine.commit()
-        engine.model.fail_slots = set()
+        engine.model.fail_slots, engine.model.room = set(), ROOM
         if rnd.random() < 0.01:
             engine.now += 1.0
 

@@ -319,6 +319,8 @@ class Refusing:
     ],
 )
 def test_a_grammar_that_exceeds_limits_later_is_the_clients_error(error: str, reason: str) -> None:
-    state = SequenceState(SamplingParams(), 0, np.array([1], np.int32), [3], matcher=Refusing(error))
+    state = SequenceState(
+        SamplingParams(), 0, np.array([1], np.int32), [3], matcher=Refusing(error)
+    )
     state.append(5)
     assert state.failed == reason

@@ -6,6 +6,7 @@ import pytest
 
 from chunkllama.messages import BACKGROUND_PRIORITY
 from chunkllama.scheduler.request import Sequence
+from chunkllama.scheduler.step_caps import NO_CAP, PATIENCE
 from chunkllama.simulation.engine import SimulatedEngine
 
 
@@ -159,3 +160,45 @@ def test_every_number_of_free_chunks_at_every_moment() -> None:
             run.add([7] * 5 + [i] * (i + 1), 4)
         run.run()
         run.check_outputs()
+
+
+def test_a_step_that_does_not_fit_the_memory_is_divided() -> None:
+    """Every choice is answered as if there had been room, forks and beams included."""
+    run = engine(64, max_num_batched_tokens=64)
+    run.model.room = 20
+    for i in range(4):
+        run.add([1] * 9 + [i] * 6, 12)
+    run.add([2] * 30, 6, n=3)
+    run.add([3] * 5, 6, beam_width=2, n=2)
+    run.run()
+    run.check_outputs()
+    assert not run.errors and run.scheduler.stats().preemptions_total > 0
+
+
+def test_steps_grow_again_once_they_fit() -> None:
+    run = engine(1024)
+    run.model.room = 0
+    for i in range(4):
+        run.add([i] * 20, 900)
+    run.step()
+    caps = run.scheduler._running.caps
+    assert (caps.sequences, caps.tokens) == (2, 32)
+    run.model.room = 64
+    for _ in range(2 * PATIENCE):
+        run.step()
+    assert caps.sequences == caps.tokens == NO_CAP
+    assert len(running(run)) == 4
+
+
+def test_what_never_fits_ends_and_others_go_on() -> None:
+    run = engine(64)
+    run.model.room = 0
+    run.add([1] * 40, 8, beam_width=4, n=4)
+    while not run.errors:
+        run.step()
+    assert run.errors == {"r0": "out_of_memory"}
+    run.model.room = 64
+    run.add([2] * 20, 5)
+    run.run()
+    run.check_outputs()
+    assert len(run.outputs["r1", 0]) == 5

@@ -139,7 +139,7 @@ class CudaBackend(Backend):
                 largest tile, the merge), so that a CUDA graph of these launches stays right when
                 the buffer's contents change. Otherwise only for what this plan holds.
         """
-        buffer = self._upload(plan.buffer)
+        buffer = self.upload(plan.buffer)
         packing = self.packing(
             num_qo_heads=num_qo_heads, num_kv_heads=kv.num_kv_heads, head_dim=kv.head_dim
         )
@@ -197,12 +197,6 @@ class CudaBackend(Backend):
         )
         merges = replayable or not bool(plan.row_flags[: plan.num_rows].all())
         return CudaPlan(partial_out, partial_lse, partial, merge if merges else None, append)
-
-    def _upload(self, array: np.ndarray) -> torch.Tensor:
-        host = torch.from_numpy(array)
-        if self.device.type != "cuda":
-            return host.clone()
-        return host.pin_memory().to(self.device, non_blocking=True)
 
     def _rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
@@ -293,7 +287,7 @@ class CudaBackend(Backend):
         for batch in independent_copies(triples):
             layers = np.array([layer.data_ptr() for layer in kv.layers], np.uint64)
             words = np.array(batch, np.int32).reshape(-1)
-            buffer = self._upload(np.concatenate((layers.view(np.int32), words)))
+            buffer = self.upload(np.concatenate((layers.view(np.int32), words)))
             params = PARAMS[self._copy_chunks_kernel.params].call.pack(
                 buffer.data_ptr(),
                 buffer.data_ptr() + layers.nbytes,

@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.models.loading.gguf import convert_gguf, index_gguf
+from chunkllama.models.loading.shapes import SUFFIX, shape_folder_name, write_shape_folder
 from chunkllama.resources import cache_folder
 
 logger = init_logger(__name__)
@@ -69,7 +71,8 @@ def resolve_model(model: str) -> Path:
     """The folder of a model, fetched or converted first where needed.
 
     Args:
-        model: an alias, a Hugging Face folder, a ``.gguf`` file, or a hub id (``owner/name``).
+        model: an alias, a Hugging Face folder, a ``.gguf`` file, a hub id (``owner/name``), or a
+            ``.yaml`` file of sizes.
 
     Raises:
         ConfigError: it cannot be found, fetched or converted; one line says why.
@@ -80,9 +83,7 @@ def resolve_model(model: str) -> Path:
     if path.is_dir():
         return path.resolve()
     if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise ConfigError(f"{path}: a model is a folder or a .gguf file")
-        return _resolve_gguf(path.resolve())
+        return _resolve_file(path.resolve())
     if is_hub_id(model):
         return _resolve_hub(model)
     raise ConfigError(
@@ -96,7 +97,7 @@ def local_model(model: str) -> Path | None:
     if model in _ALIASES:
         cached = cache_folder() / "models" / _wheel_folder(model, _ALIASES[model])
     elif path.is_file():
-        cached = cache_folder() / "models" / _gguf_folder(path.resolve())
+        cached = cache_folder() / "models" / _file_folder(path.resolve())
     elif is_hub_id(model) and not path.is_dir():
         return _hub_snapshot(model)
     else:
@@ -111,8 +112,19 @@ def _gguf_folder(path: Path) -> str:
     return f"{path.stem}-{digest}"
 
 
-def _resolve_gguf(path: Path) -> Path:
-    return _cached(_gguf_folder(path), lambda folder: index_gguf(path, folder))
+def _resolve_file(path: Path) -> Path:
+    name = _file_folder(path)
+    is_shape = path.suffix.lower() == SUFFIX
+    return _cached(name, partial(write_shape_folder if is_shape else index_gguf, path))
+
+
+def _file_folder(path: Path) -> str:
+    """The name of the cached folder of a file."""
+    if path.suffix.lower() == ".gguf":
+        return _gguf_folder(path)
+    if path.suffix.lower() == SUFFIX:
+        return shape_folder_name(path)
+    raise ConfigError(f"{path}: a model is a folder, a .gguf file or a {SUFFIX} file of sizes")
 
 
 def _wheel_folder(alias: str, model: _WheelModel) -> str:

@@ -5,7 +5,7 @@ stacked where not; and random weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 import numpy as np
@@ -204,25 +204,59 @@ def random_weights(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> ModelWeights:
-    """Random weights that are a pure function of ``spec`` and ``seed``, on any device.
+    """Random weights that are a pure function of ``spec`` and ``seed`` on every device."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(mean: float, deviation: float, *shape: int) -> torch.Tensor:
+        values = torch.randn(*shape, generator=generator).mul_(deviation)
+        return values.add_(mean).to(device, dtype)
+
+    return _drawn_weights(spec, draw)
+
+
+def dummy_weights(
+    spec: ModelSpec,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: Shard | None = None,
+) -> ModelWeights:
+    """Random weights that are drawn on the device, in ``dtype``: a function of ``spec``, ``seed``
+    and the kind of device.
+
+    Args:
+        spec: of the whole model.
+        shard: the part to keep; each layer is cut when it has been drawn. None: all of it.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(mean: float, deviation: float, *shape: int) -> torch.Tensor:
+        reach = 3**0.5 * deviation
+        values = torch.empty(shape, dtype=dtype, device=device)
+        return values.uniform_(mean - reach, mean + reach, generator=generator)
+
+    return _drawn_weights(spec, draw, shard)
+
+
+def _drawn_weights(
+    spec: ModelSpec, draw: Callable[..., torch.Tensor], shard: Shard | None = None
+) -> ModelWeights:
+    """Weights of ``draw(mean, deviation, *shape)``.
 
     Matrices are scaled by 1/sqrt(fan-in): activations and logits keep a spread of about one.
     """
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return normal(rows, columns).mul_(columns**-0.5).to(device, dtype)
+        return draw(0.0, columns**-0.5, rows, columns)
 
     def linear(source: LinearTensors) -> Linear:
         rows = sum(count for _, count in source.parts)
-        bias = (0.1 * normal(rows)).to(device, dtype) if source.bias else None
+        bias = draw(0.0, 0.1, rows) if source.bias else None
         return Linear(matrix(rows, source.columns), bias)
 
     def norm(source: NormTensor) -> torch.Tensor:
-        return (1 + 0.1 * normal(source.size)).to(device, dtype)
+        weight = draw(1.0, 0.1, source.size)
+        return weight.float() if spec.norm_offset else weight
 
     def layer(index: int) -> LayerWeights:
         tensors = layer_tensors(spec, index)
@@ -233,7 +267,8 @@ def random_weights(
                 made[item.name] = linear(source)
             else:
                 made[item.name] = None if source is None else norm(source)
-        return LayerWeights(**made)  # type: ignore[arg-type]
+        drawn = LayerWeights(**made)  # type: ignore[arg-type]
+        return drawn if shard is None else shard.layer(drawn, spec, spec.layer(index))
 
     embedding = matrix(spec.vocab_size, spec.hidden_size)
     layers = [layer(index) for index in range(spec.num_layers)]

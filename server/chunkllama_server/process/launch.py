@@ -26,7 +26,7 @@ from chunkllama.logger import configure_logging, init_logger
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.config import read_spec
 from chunkllama.models.loading.hub import resolve_model
-from chunkllama.models.loading.safetensors import Checkpoint
+from chunkllama.models.loading.shapes import open_checkpoint
 from chunkllama_server.config.extras import check_extras
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.config.tenants import load_quotas
@@ -166,7 +166,7 @@ def check_model(config: EngineConfig, *, is_served_here: bool) -> tuple[Path, Mo
     """
     path = resolve_model(config.model.model)
     spec = read_spec(path)
-    checkpoint = Checkpoint(path, spec)
+    checkpoint = open_checkpoint(path, spec, config.model.load_format)
     if is_served_here and (config.model.device == "cpu" or not may_have_gpu()):
         check_memory(config, plan_size(config, path, spec, checkpoint))
     return path, spec
