@@ -104,11 +104,12 @@ flags decide. In GGUF files `tokenizer.ggml.add_bos_token` does, else BOS for se
 chunkllama serve --model configs/models/llama-3.1-8b.yaml --load-format dummy --quantization int4
 ```
 
-serves a model of these sizes without a download, to measure speed and memory: both depend on the sizes
-alone. With `--load-format dummy` the weights are drawn from `--seed` on the device, in the dtype of the
-model, also for a model folder, whose own weights are then not read. A `.yaml` file holds what a
-`config.json` does (`configs/models/` has Llama 2 7B and Llama 3.1 8B); its tokenizer takes bytes as tokens
-and shows the other ids as numbers. Architectures that transformers runs need weights.
+serves a model of these sizes without a download, to measure speed and memory: both depend on the
+sizes alone. With `--load-format dummy` the weights are drawn from `--seed` on the device, in the
+dtype of the model, also for a model folder, whose own weights are then not read. A `.yaml` file
+holds what a `config.json` does (`configs/models/` has Llama 2 7B and Llama 3.1 8B); its tokenizer
+takes bytes as tokens and shows the other ids as numbers. Architectures that transformers runs
+need weights.
 
 ## Check your model
 
