@@ -10,6 +10,13 @@ namespace {
 constexpr int64_t ROWS = 32;      // of a unit
 constexpr int64_t COLUMNS = 128;  // of a unit of the second product
 constexpr int VECTORS = BLOCK / W;
+constexpr int64_t AHEAD = 4096;   // bytes; matrices lie in the order of their use
+
+// Products of few rows wait for the adapter's matrices, of which every step reads all.
+template <class T>
+INLINE void prefetch_ahead(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + AHEAD);
+}
 
 // t [R, 16] = x [R, k] * a [k, 16].
 template <int R, class X, class A>
@@ -17,6 +24,7 @@ void inner_rows(const X* x, int64_t x_stride, const A* a, int64_t k, float* t, i
   constexpr int TURNS = R > 2 || VECTORS > 2 ? 1 : 4;  // sums that do not wait for one another
   Vec sums[TURNS][R][VECTORS] = {};
   auto add = [&](int64_t i, int turn) {
+    prefetch_ahead(a + i * BLOCK);
     for (int j = 0; j < VECTORS; j++) {
       const Vec weights = load(a + i * BLOCK + j * W);
       for (int r = 0; r < R; r++) sums[turn][r][j] += weights * set(to_float(x[r * x_stride + i]));
@@ -40,6 +48,7 @@ void inner_half_rows(const X* x, int64_t x_stride, const A* a, int64_t k, float*
   constexpr int TURNS = R > 2 || VECTORS > 2 ? 1 : 4;
   Vec sums[TURNS][R][VECTORS] = {};
   auto add = [&](int64_t i, int turn) {
+    prefetch_ahead(a + i * BLOCK);
     for (int j = 0; j < VECTORS; j++) {
       const Vec weights = load(a + i * BLOCK + j * W);
       for (int r = 0; r < R; r++) {
@@ -71,11 +80,13 @@ template <int R, class B>
 void outer_rows(const float* t, int64_t t_stride, const B* b, int64_t rank, float* y,
                 int64_t y_stride) {
   Vec sums[R][VECTORS] = {};
-  for (int64_t k = 0; k < rank; k++)
+  for (int64_t k = 0; k < rank; k++) {
+    prefetch_ahead(b + k * BLOCK);
     for (int j = 0; j < VECTORS; j++) {
       const Vec weights = load(b + k * BLOCK + j * W);
       for (int r = 0; r < R; r++) sums[r][j] += weights * set(t[r * t_stride + k]);
     }
+  }
   for (int r = 0; r < R; r++)
     for (int j = 0; j < VECTORS; j++) store(y + r * y_stride + j * W, sums[r][j]);
 }
