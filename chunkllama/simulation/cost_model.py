@@ -9,7 +9,7 @@ K/V that neighbouring sequences share count once, as the kernels read them once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import msgspec
@@ -34,9 +34,14 @@ class StepCost:
 
     def seconds(self, output: SchedulerOutput, chunk_size: int) -> float:
         """Return the step's duration in seconds."""
-        work = step_work(output, chunk_size)
-        costs: tuple[float, ...] = astuple(self)
-        return sum(cost * amount for cost, amount in zip(costs, work, strict=True))
+        steps, tokens, sequences, reads, attention = step_work(output, chunk_size)
+        return (
+            self.step * steps
+            + self.token * tokens
+            + self.sequence * sequences
+            + self.read * reads
+            + self.attention * attention
+        )
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)

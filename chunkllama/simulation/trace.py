@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 
 from chunkllama.errors import ConfigError, InvalidRequestError
 
@@ -60,8 +61,10 @@ class TraceRequest:
         """Return the prompt's token ids."""
         if not self.blocks:
             return list(self.token_ids)
-        ids = [block * MOONCAKE_BLOCK + i for block in self.blocks for i in range(MOONCAKE_BLOCK)]
-        return ids[: self.num_prompt_tokens]
+        starts = np.asarray(self.blocks, np.int64) * MOONCAKE_BLOCK
+        ids = starts[:, None] + np.arange(MOONCAKE_BLOCK)
+        tokens: list[int] = ids.ravel()[: self.num_prompt_tokens].tolist()
+        return tokens
 
 
 def read_trace(
