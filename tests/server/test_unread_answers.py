@@ -17,8 +17,8 @@ from chunkllama_server.transport.http_protocol import LimitedH11Protocol
 from chunkllama_server.transport.pieces import PIECE_BYTES, in_pieces
 from chunkllama_server.transport.sse import SseResponse, StreamTimes
 
-MANY = {"model": "alias", "prompt": "say(ab)yas", "max_tokens": 900, "n": 8, "ignore_eos": True,
-        "logprobs": 20}  # fmt: skip
+MANY = {"model": "alias", "messages": [{"role": "user", "content": "say(ab)yas"}], "n": 4,
+        "max_tokens": 600, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}  # fmt: skip
 
 
 @pytest.mark.parametrize("size", [0, 1, PIECE_BYTES, PIECE_BYTES + 1, 5 * PIECE_BYTES])
@@ -56,7 +56,7 @@ def test_an_answer_that_is_not_read_is_not_copied(server, monkeypatch, path: str
         made(protocol, transport)
 
     server.engine.tokens_per_delta = 100
-    body, request = json.dumps(MANY).encode(), "POST /v1/completions"
+    body, request = json.dumps(MANY).encode(), "POST /v1/chat/completions"
     if path == "stored":
         fields = {"input": f"say({'ab' * 600})yas", "top_logprobs": 20,
                   "include": ["message.output_text.logprobs"]}  # fmt: skip
