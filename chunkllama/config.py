@@ -214,7 +214,15 @@ class CacheConfig(ConfigGroup):
     kv_cache_memory: Bytes | None = Field(
         default=None,
         description="Memory of the pool, like 512MiB. Default on a CPU: a quarter of what is left "
-        "after loading the weights, at most what max_num_seqs requests of max_model_len need.",
+        "after loading the weights, at most what max_num_seqs requests of max_model_len need; on a "
+        "GPU what the weights and the largest step leave of gpu_memory_utilization.",
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Part of a GPU's memory that may be in use, by other programs too: the weights "
+        "are loaded, a largest step is computed, and the pool takes the rest.",
     )
 
 

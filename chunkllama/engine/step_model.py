@@ -85,6 +85,10 @@ class StepModel:
             adapters,
         )
 
+    def replace_pool(self, num_chunks: int) -> None:
+        """Allocate this rank's pool again, of another size; what it holds is lost."""
+        self.attention.replace_pool(num_chunks)
+
     def copy_chunk(self, chunk_id: int) -> torch.Tensor:
         """Copy a chunk to the host as it lies in the pool."""
         return self.backend.copy_chunk(self.kv, chunk_id)
