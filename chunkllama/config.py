@@ -230,13 +230,13 @@ class SchedulerConfig(ConfigGroup):
     """What runs in a step, and which requests wait."""
 
     max_num_seqs: int = limit(
-        64, "sequences", "tenant", "waits", "Sequences that run at once.", gt=0, le=256
+        64, "sequences", "tenant", "waits", "Sequences that run at once.", gt=0, le=1024
     )
     max_num_batched_tokens: int | None = Field(
         default=None, gt=0,
-        description="Tokens of one step: decodes first, then slices of prompts. Default: 512; on "
+        description="Tokens of one step: decodes first, then slices of prompts. Default: 512, on "
         "a CPU those that it computes in about 0.07 s, since a first token waits for the step in "
-        "progress, but at least 128 and twice max_num_seqs.",
+        "progress, but at least 128; and at least twice max_num_seqs.",
     )  # fmt: skip
     scheduling_policy: Literal["fair", "prefix", "fcfs"] = Field(
         default="fair",
