@@ -3,12 +3,15 @@
     python benchmarks/gpu.py check     numbers: device layer, attention, ops, graphs, a model
     python benchmarks/gpu.py bench     times: against torch SDPA, varlen, FlashInfer, sharing off
     python benchmarks/gpu.py tune      sweeps tile shapes; writes configs/hardware/<arch>.yaml
+    python benchmarks/gpu.py serve     requests end to end: sharing off, transformers
 
-Needs torch, numpy and CuPy. Work is cut into points of at most 40 s in a fixed order of value;
-results are appended to benchmarks/results/gpu-<verb>.jsonl, and a later run continues after the
-last recorded point. Every verb ends within 8 minutes (--budget) with a short table.
+Needs torch, numpy and CuPy, and `serve` the whole package. Work is cut into points of at most 40 s
+in a fixed order of value; results are appended to benchmarks/results/gpu-<verb>.jsonl, and a later
+run continues after the last recorded point. Every verb ends within 8 minutes (--budget) with a
+short table.
 
---dry-run executes every step up to the first launch, on any machine, and stores nothing.
+--dry-run executes every step up to the first launch, on any machine, and stores nothing; `serve`
+then runs a tiny model on the CPU.
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu_suite import bench, check, tune
 from gpu_suite.device import Device
-from gpu_suite.points import POINT_SECONDS, Record, forget, print_table, run_points
+from gpu_suite.points import POINT_SECONDS, Point, Record, forget, print_table, run_points
 
 from chunkllama.errors import ConfigError
 
@@ -33,7 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("verb", choices=("check", "bench", "tune", "sanitized"))
+    parser.add_argument("verb", choices=("check", "bench", "tune", "serve", "sanitized"))
     parser.add_argument("--dry-run", action="store_true", help="every step before the first launch")
     parser.add_argument("--budget", type=float, default=440.0, help="seconds (default: 440)")
     parser.add_argument("--fresh", action="store_true", help="measure again what has a result")
@@ -52,19 +57,31 @@ def main() -> int:
 
 def run_verb(arguments: argparse.Namespace, device: Device) -> int:
     verb, machine = arguments.verb, device.describe()
-    points_of = {"check": check.check_points, "bench": bench.bench_points, "tune": tune.tune_points}
-    points = [p for p in points_of[verb](device) if arguments.points in p.name]
+    make_points, make_rows = parts_of(verb)
+    points = [p for p in make_points(device) if arguments.points in p.name]
     results = None if device.dry else RESULTS / f"gpu-{verb}.jsonl"
     if results and results.exists() and arguments.fresh:
         forget(results, machine["name"])
     budget = max(arguments.budget, POINT_SECONDS)
     records = run_points(verb, points, results, machine, budget, device.lost)
-    rows_of = {"check": check.check_rows, "bench": bench.bench_rows, "tune": tune.tune_rows}
     if verb == "tune" and not device.dry:
         print("wrote", tune.write_table(device.table, records, machine))
     print()
-    print_table(rows_of[verb](records))
+    print_table(make_rows(records))
     return report(records, len(points))
+
+
+def parts_of(verb: str) -> tuple[Callable[[Device], list[Point]], Callable[..., list[Any]]]:
+    """Return what makes a verb's points and what makes rows of its records."""
+    if verb == "serve":
+        from gpu_suite import serve
+
+        return serve.serve_points, serve.serve_rows
+    return {
+        "check": (check.check_points, check.check_rows),
+        "bench": (bench.bench_points, bench.bench_rows),
+        "tune": (tune.tune_points, tune.tune_rows),
+    }[verb]
 
 
 def report(records: list[Record], total: int) -> int:

@@ -218,7 +218,15 @@ class CacheConfig(ConfigGroup):
     kv_cache_memory: Bytes | None = Field(
         default=None,
         description="Memory of the pool, like 512MiB. Default on a CPU: a quarter of what is left "
-        "after loading the weights, at most what max_num_seqs requests of max_model_len need.",
+        "after loading the weights, at most what max_num_seqs requests of max_model_len need; on a "
+        "GPU what the weights and the largest step leave of gpu_memory_utilization.",
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Part of a GPU's memory that may be in use, by other programs too: the weights "
+        "are loaded, a largest step is computed, and the pool takes the rest.",
     )
 
 
@@ -226,13 +234,13 @@ class SchedulerConfig(ConfigGroup):
     """What runs in a step, and which requests wait."""
 
     max_num_seqs: int = limit(
-        64, "sequences", "tenant", "waits", "Sequences that run at once.", gt=0, le=256
+        64, "sequences", "tenant", "waits", "Sequences that run at once.", gt=0, le=1024
     )
     max_num_batched_tokens: int | None = Field(
         default=None, gt=0,
-        description="Tokens of one step: decodes first, then slices of prompts. Default: 512; on "
+        description="Tokens of one step: decodes first, then slices of prompts. Default: 512, on "
         "a CPU those that it computes in about 0.07 s, since a first token waits for the step in "
-        "progress, but at least 128 and twice max_num_seqs.",
+        "progress, but at least 128; and at least twice max_num_seqs.",
     )  # fmt: skip
     scheduling_policy: Literal["fair", "prefix", "fcfs"] = Field(
         default="fair",

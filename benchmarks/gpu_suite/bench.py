@@ -11,20 +11,36 @@ import torch
 from gpu_suite.device import Device
 from gpu_suite.peers import PEERS, flash_per_sequence
 from gpu_suite.points import Point, PointTimeout, Record
-from gpu_suite.workload import Step, Workload
+from gpu_suite.workload import Step, Tree, Workload
 
 GQA = {"num_qo_heads": 32, "num_kv_heads": 8}
+# The trees and heads (query, key/value) of PAT's benchmark (ASPLOS 26).
+PAT_TREES = (
+    *("1,10_4096,416", "1,256_256,32", "1,1024_2048,32", "1,2,64_1024,256,256"),
+    *("1,4,256_32,256,32", "1,8,512_32,512,256", "1,8,512_32,2048,256", "1,8,512_512,512,256"),
+    *("1,4,8,256_32,256,256,32", "1,4,16,512_1024,256,128,32"),
+    *("1,4,16,64,256,1024_256,32,256,64,32,256", "1,16,32,64,128,1024_256,128,64,32,32,32"),
+    *("1,16,32,64,256,1024_256,128,64,32,32,32", "1,8,16,32,64,128,1024_256,128,64,32,32,32,32"),
+    *("1,8,16,32,64,256,1024_256,128,64,32,32,32,32", "2,8,16,256_256,256,32,32"),
+    *("4,16,256,512_512,32,128,32", "8,16,32,256_512,512,256,32", "256_1024", "256_4096"),
+)
+PAT_HEADS = ((32, 8), (32, 32), (16, 8), (64, 8))
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MEMORY_SHARE = 0.8  # of the free memory that a point may take
 
 
 def bench_points(device: Device) -> list[Point]:
-    """Return the points: headlines, then the Table 3 grid, GQA, batch sweeps, other shapes."""
+    """Return the points: headlines, then the Table 3 grid, GQA, what cascades lose, PAT's trees,
+    batch sweeps, other shapes."""
     headline = Workload(32, 4096, 0)
     points = [_compare(device, headline), _bandwidth(device), _nothing_shared(device)]
     points += [_overhead(device)]
     grid = [Workload(32, ns, nu) for ns in (4096, 2048, 1024) for nu in (512, 0)]
     grid += [Workload(32, ns, nu, **GQA) for ns in (4096, 2048, 1024) for nu in (512, 0)]
+    grid += [Tree.of("1,8_4000,3", 8, 1), Tree.of("1,8_4000,64", 8, 1)]
+    grid += [Workload(128, ns, 3, **GQA) for ns in (128, 256, 512, 1024, 2048, 4096)]
+    grid += [Workload(b, 512, 64, **GQA) for b in BATCHES]
+    grid += [Tree.of(tree, *heads) for heads in PAT_HEADS for tree in PAT_TREES]
     for kind in (GQA, {}):
         grid += [Workload(b, 2048, nu, **kind) for nu in (512, 0) for b in BATCHES]
     grid += [
@@ -61,6 +77,7 @@ def _compare(device: Device, workload: Workload) -> Point:
         return {
             "layers": layers,
             "us": times,
+            "predicted_us": predicted_microseconds(device, workload),
             "gb_per_s": workload.unique_bytes / ours / 1e3,
             "items": plans["ours"].host.num_items,
             "speedup": {name: value / ours for name, value in times.items() if name != "ours"},
@@ -68,6 +85,17 @@ def _compare(device: Device, workload: Workload) -> Point:
         }
 
     return Point(f"compare {workload.name}", run)
+
+
+def predicted_microseconds(device: Device, workload: Workload) -> float | None:
+    """What ``gpu_model.py`` says of the kernels as they are; None for a GPU whose rates it lacks,
+    and for heads of another size."""
+    from gpu_model import BUILT, GPUS, layer_seconds
+
+    rates = next((gpu for gpu in GPUS.values() if gpu.arch == device.table.arch), None)
+    if rates is None or workload.head_dim != 128:
+        return None
+    return round(1e6 * layer_seconds(rates, workload, BUILT), 3)
 
 
 def _time(device: Device, step: Callable[[int], Any], layers: int) -> float:
@@ -164,6 +192,7 @@ def bench_rows(records: list[Record]) -> list[dict[str, Any]]:
         {
             "workload": record["point"].removeprefix("compare "),
             "us": record["result"]["us"]["ours"],
+            "predicted": record["result"]["predicted_us"],
             "GB/s": record["result"]["gb_per_s"],
             **{f"x {name}": value for name, value in record["result"]["speedup"].items()},
         }

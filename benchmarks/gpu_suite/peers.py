@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_suite.workload import CHUNK, Step
+from gpu_suite.workload import CHUNK, Step, Tree
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -50,6 +50,8 @@ def torch_varlen(step: Step) -> StepFunction:
     from torch.nn.attention.varlen import varlen_attn
 
     w, device = step.workload, step.device.torch_device
+    if isinstance(w, Tree):
+        raise ImportError("pages of 256 tokens do not fit the nodes of a tree")
     if w.shared % _VARLEN_PAGE:
         raise ImportError(f"pages of {_VARLEN_PAGE} tokens do not fit ns {w.shared}")
     prefix, own = w.shared // _VARLEN_PAGE, -(-w.private // _VARLEN_PAGE)
@@ -91,7 +93,7 @@ def flashinfer_cascade(step: Step) -> StepFunction:
     import flashinfer
 
     w, device = step.workload, step.device.torch_device
-    if not w.shared or not w.private:
+    if isinstance(w, Tree) or not w.shared or not w.private:
         raise ImportError("a cascade of two levels needs shared and private tokens")
 
     def ints(values: list[int]) -> torch.Tensor:
@@ -116,9 +118,66 @@ def flashinfer_cascade(step: Step) -> StepFunction:
     return lambda layer: wrapper.run(step.q, step.kv.layers[layer])
 
 
+def _page_table(step: Step) -> torch.Tensor:
+    ids = torch.from_numpy(np.stack(step.workload.chunk_ids).astype(np.int32))
+    return ids.to(step.device.torch_device)
+
+
+def flashinfer_decode(step: Step) -> StepFunction:
+    """Run FlashInfer's paged decode over our own pool: shared chunks are stored once, and read by
+    each sequence.
+    """
+    import flashinfer
+
+    w, device = step.workload, step.device.torch_device
+    table = _page_table(step)
+    rows, pages = table.shape
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(256 << 20, dtype=torch.uint8, device=device), "HND"
+    )
+    wrapper.plan(
+        torch.arange(rows + 1, dtype=torch.int32, device=device) * pages,
+        table.flatten(),
+        torch.full((rows,), (w.context - 1) % CHUNK + 1, dtype=torch.int32, device=device),
+        w.num_qo_heads,
+        w.num_kv_heads,
+        w.head_dim,
+        CHUNK,
+        q_data_type=step.q.dtype,
+    )
+    return lambda layer: wrapper.run(step.q, step.kv.layers[layer])
+
+
+def flash_attention_3(step: Step) -> StepFunction:
+    """Run FlashAttention-3 over a page table: shared chunks are stored once, read by each row."""
+    from flash_attn_interface import flash_attn_with_kvcache
+
+    w, device = step.workload, step.device.torch_device
+    shape = (w.num_chunks, CHUNK, w.num_kv_heads, w.head_dim)
+    pools = [
+        [torch.empty(shape, dtype=step.q.dtype, device=device).normal_() for _ in range(2)]
+        for _ in range(step.layers)
+    ]
+    table = _page_table(step)
+    lengths = torch.full((w.rows,), w.context, dtype=torch.int32, device=device)
+
+    def run(layer: int) -> Any:
+        return flash_attn_with_kvcache(
+            step.q.unsqueeze(1),
+            *pools[layer],
+            cache_seqlens=lengths,
+            page_table=table,
+            softmax_scale=w.scale,
+        )
+
+    return run
+
+
 PEERS: dict[str, Callable[[Step], StepFunction]] = {
     "sdpa": sdpa_per_sequence,
     "flash": flash_per_sequence,
     "varlen": torch_varlen,
-    "flashinfer": flashinfer_cascade,
+    "flashinfer cascade": flashinfer_cascade,
+    "flashinfer decode": flashinfer_decode,
+    "fa3": flash_attention_3,
 }

@@ -38,8 +38,8 @@ class PointTimeout(Exception):
 
 
 def sources_digest(verb: str) -> str:
-    """Hash what results depend on: kernels, planner, launches, and the tables but for `tune`, which
-    writes them.
+    """Hash what results depend on: kernels, planner, launches, of `serve` the whole package, and
+    the tables but for `tune`, which writes them.
     """
     package = Path(chunkllama.__file__).parent
     python = (
@@ -51,6 +51,8 @@ def sources_digest(verb: str) -> str:
     files = [*sorted(data_folder("kernels").glob("cuda/*")), *(package / name for name in python)]
     if verb != "tune":
         files += sorted(data_folder("configs").rglob("sm_*"))
+    if verb == "serve":  # all that a request goes through
+        files += sorted(package.rglob("*.py"))
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.read_bytes())

@@ -91,14 +91,74 @@ class Workload:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
         )
-        common = self.shared_chunks if sharing else 0
         return Planner(packing, CHUNK).build(
             first_positions=[self.context - 1] * self.rows,
             num_tokens=[1] * self.rows,
             chunk_ids=self.chunk_ids,
-            shared=[0] + [common] * (self.rows - 1),
+            shared=self.common_chunks if sharing else [0] * self.rows,
             version=0,
         )
+
+    @property
+    def common_chunks(self) -> list[int]:
+        """Leading chunks of each row that are those of the row before."""
+        return [0] + [self.shared_chunks] * (self.rows - 1)
+
+
+@dataclass(frozen=True)
+class Tree(Workload):
+    """A decode step over a tree of prefixes, as PAT's benchmark has them (ASPLOS 26).
+
+    Chunks that lie across the end of a node are each row's own.
+
+    Attributes:
+        nodes: of each level, the root's first; the last number is ``rows``.
+        tokens: of a node of each level.
+    """
+
+    nodes: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, text: str, num_qo_heads: int, num_kv_heads: int) -> Tree:
+        """Make one of PAT's notation, ``nodes per level _ tokens per node``: "1,10_4096,416"."""
+        nodes, tokens = (tuple(map(int, part.split(","))) for part in text.split("_"))
+        heads = {"num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads}
+        return cls(nodes[-1], 0, sum(tokens), **heads, nodes=nodes, tokens=tokens)
+
+    @property
+    def name(self) -> str:
+        shape = ",".join(map(str, self.nodes)), ",".join(map(str, self.tokens))
+        heads = f"{self.num_qo_heads}/{self.num_kv_heads}x{self.head_dim}"
+        return f"tree {'_'.join(shape)} {heads} {self.dtype}"
+
+    @cached_property
+    def common_chunks(self) -> list[int]:
+        common = [0]
+        for row in range(1, self.rows):
+            places = [(row - 1) * n // self.rows == row * n // self.rows for n in self.nodes]
+            depth = places.index(False)
+            common.append(sum(self.tokens[:depth]) // CHUNK)
+        return common
+
+    @cached_property
+    def chunk_ids(self) -> list[np.ndarray]:
+        names = np.random.default_rng(0).permutation(self.num_chunks).astype(np.int32)
+        paths, used = [np.empty(0, np.int32)], 0
+        for common in self.common_chunks:
+            own = -(-self.context // CHUNK) - common
+            paths.append(np.concatenate((paths[-1][:common], names[used : used + own])))
+            used += own
+        return paths[1:]
+
+    @cached_property
+    def num_chunks(self) -> int:
+        return sum(-(-self.context // CHUNK) - common for common in self.common_chunks)
+
+    @property
+    def unique_bytes(self) -> int:
+        shared = sum(self.common_chunks) * CHUNK
+        return (self.rows * self.context - shared) * self.token_bytes
 
 
 @dataclass(frozen=True)

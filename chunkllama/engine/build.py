@@ -20,9 +20,10 @@ from chunkllama.engine.draft_size import DraftSize
 from chunkllama.engine.load import load_step_model
 from chunkllama.engine.model_runner import ModelRunner
 from chunkllama.engine.pack_loader import PackLoader
+from chunkllama.engine.pool import PROFILE_CHUNKS, CudaMemory, WorstStep, fitting_chunks
 from chunkllama.engine.rank_checks import rank_device
 from chunkllama.engine.rank_group import RankGroup
-from chunkllama.engine.ranks import RankedModel, Ranks
+from chunkllama.engine.ranks import RankedModel, Ranks, UsePool
 from chunkllama.engine.size import EngineSize, check_memory, plan_size
 from chunkllama.engine.snapshot import SnapshotKeeper
 from chunkllama.engine.step_model import StepModel
@@ -33,6 +34,7 @@ from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.messages import EngineReady
 from chunkllama.model_spec import ModelSpec
+from chunkllama.models.config import kv_bytes_per_chunk
 from chunkllama.models.identity import identify_model
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.models.shard import Shard
@@ -71,7 +73,7 @@ def build_engine(
             "dtype: %s weights are stored as bfloat16; float32 keeps all their bits",
             size.spec.dtype,
         )
-    step_model = _load_all(config, folder, size, on_lost_rank)
+    step_model, size = _load_all(config, folder, size, on_lost_rank)
     try:
         core = _join(config, folder, size, step_model)
     except BaseException:
@@ -93,6 +95,7 @@ def build_engine(
         size.max_request_tokens,
         size.longest_requests,
     )
+    logger.info("chunk pool: %s", size.requests_that_fit(config.cache.chunk_size))
     return core
 
 
@@ -106,10 +109,7 @@ def _join(
     executor = ModelRunner(step_model, folder, row_work_share=config.scheduler.row_work_share)
     limits = SchedulerLimits(
         max_num_seqs=config.scheduler.max_num_seqs,
-        max_num_batched_tokens=choose_step_tokens(
-            *(config, spec, device, executor.backend.isa_level),
-            config.model.tensor_parallel_size * torch.get_num_threads(),
-        ),
+        max_num_batched_tokens=_step_tokens(config, size, executor.backend.isa_level),
         max_model_len=max_model_len,
         max_waiting=config.scheduler.max_waiting,
         policy=config.scheduler.scheduling_policy,
@@ -188,11 +188,19 @@ def _drawn_from(config: EngineConfig, size: EngineSize) -> str:
     return f"seed {config.model.seed or 0}, {size.dtype} on {size.device.partition(':')[0]}"
 
 
-def load_rank(config: EngineConfig, rank: int) -> tuple[StepModel, RankGroup]:
+def _step_tokens(config: EngineConfig, size: EngineSize, isa_level: str) -> int:
+    threads = config.model.tensor_parallel_size * torch.get_num_threads()
+    return choose_step_tokens(config, size.spec, size.device, isa_level, threads)
+
+
+def load_rank(config: EngineConfig, rank: int) -> tuple[StepModel, RankGroup, int | None]:
     """Load the part of a model that a rank other than 0 has; the group is still to be joined.
 
     Args:
         config: of rank 0, with the folder of the model and the number of chunks.
+
+    Returns:
+        The part, the group, and the chunks that fit the rank's GPU; None on a CPU.
 
     Raises:
         ConfigError: see ``build_engine``.
@@ -203,32 +211,106 @@ def load_rank(config: EngineConfig, rank: int) -> tuple[StepModel, RankGroup]:
 
 def _load_all(
     config: EngineConfig, folder: Path, size: EngineSize, on_lost_rank: Callable[[str], None]
-) -> StepModel:
-    """The whole model, on this rank or on several."""
+) -> tuple[StepModel, EngineSize]:
+    """The whole model, on this rank or on several, and its size with the pool that it has."""
     if config.model.tensor_parallel_size == 1:
         _use_device(config, size.device)
-        return _load(config, folder, size, size.device)
+        model = _load(config, folder, size, size.device)
+        fitting = _fitting_chunks(config, size, model, samples=True)
+        size = _with_pool(config, size, [fitting])
+        if fitting is not None:
+            _allocate_pool(size, model)
+        return model, size
     model = config.model.model_copy(update={"model": str(folder)})
     cache = config.cache.model_copy(update={"num_chunks": size.num_chunks})
     ranks = Ranks(config.model_copy(update={"model": model, "cache": cache}), on_lost_rank)
     try:
-        own, group = _load_part(config, folder, size, rank=0)
+        own, group, fitting = _load_part(config, folder, size, rank=0)
+        size = _with_pool(config, size, [fitting, *ranks.loaded()])
+        if fitting is not None:
+            ranks.tell(UsePool(size.num_chunks))
+            _allocate_pool(size, own)
         ranks.join(group)
     except BaseException:
         ranks.kill()
         raise
-    return RankedModel(own, ranks)
+    return RankedModel(own, ranks), size
+
+
+def _fitting_chunks(
+    config: EngineConfig, size: EngineSize, model: StepModel, *, samples: bool
+) -> int | None:
+    """Chunks that fit a rank's GPU beside the weights and the largest step; None on a CPU."""
+    if size.device == "cpu":
+        return None
+    device = model.backend.device
+    tokens = _step_tokens(config, size, model.backend.isa_level)
+    longest = _table_length(size.spec, size.max_model_len, _most_tokens(config, size, str(device)))
+    step = WorstStep(config.scheduler.max_num_seqs, tokens, longest)
+    memory, utilization = CudaMemory(device), config.cache.gpu_memory_utilization
+    try:
+        fitting = fitting_chunks(model, step, memory, utilization, samples=samples)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"max_num_batched_tokens: {device} lacks memory for a step of {tokens} tokens and "
+            f"{step.num_seqs} sequences beside the weights; lower it or max_num_seqs"
+        ) from error
+    return size.beside_draft(fitting, model.kv.chunk_size)
+
+
+def _with_pool(config: EngineConfig, size: EngineSize, fitting: list[int | None]) -> EngineSize:
+    """The size with the pool that was asked for, or else fits the fullest GPU.
+
+    Raises:
+        ConfigError: nothing worth a pool fits.
+    """
+    counts = [count for count in fitting if count is not None]
+    if not counts:
+        return size
+    most = min(counts)
+    utilization = config.cache.gpu_memory_utilization
+    if size.is_pool_given:
+        if size.num_chunks > most:
+            logger.warning(
+                "the pool has %d chunks; with gpu_memory_utilization %g %d fit beside the largest "
+                "step",
+                *(size.num_chunks, utilization, max(most, 0)),
+            )
+        return size
+    if most < 2:
+        raise ConfigError(
+            f"gpu_memory_utilization: {utilization:g} leaves no memory for the pool beside the "
+            "weights and the largest step; raise it, or lower max_num_batched_tokens or "
+            "max_num_seqs"
+        )
+    return size.with_chunks(most, config)
+
+
+def _allocate_pool(size: EngineSize, model: StepModel) -> None:
+    try:
+        model.replace_pool(size.num_chunks)
+    except torch.OutOfMemoryError as error:
+        raise _lacks_memory(size, str(model.backend.device)) from error
+
+
+def _lacks_memory(size: EngineSize, device: str) -> ConfigError:
+    return ConfigError(
+        f"kv_cache_memory: {device} lacks memory for the weights "
+        f"({size.weight_bytes >> 20:,} MiB) and the pool ({size.pool_bytes >> 20:,} MiB); set "
+        "a smaller one, or end other programs"
+    )
 
 
 def _load_part(
     config: EngineConfig, folder: Path, size: EngineSize, rank: int
-) -> tuple[StepModel, RankGroup]:
+) -> tuple[StepModel, RankGroup, int | None]:
     num_ranks = config.model.tensor_parallel_size
     device = rank_device(size.device, rank, num_ranks)
     _use_device(config, device)
     group = RankGroup(rank, num_ranks, torch.device(device))
     shard = Shard(rank, num_ranks, group.all_reduce)
-    return _load(config, folder, size, device, shard), group
+    model = _load(config, folder, size, device, shard)
+    return model, group, _fitting_chunks(config, size, model, samples=rank == 0)
 
 
 def _use_device(config: EngineConfig, device: str) -> None:
@@ -258,7 +340,7 @@ def _load_draft(config: EngineConfig, size: EngineSize, draft: DraftSize) -> Dra
 def _load(
     config: EngineConfig, folder: Path, size: EngineSize, device: str, shard: Shard | None = None
 ) -> StepModel:
-    chunk_size = config.cache.chunk_size
+    most_tokens = _most_tokens(config, size, device)
     try:
         return load_step_model(
             model_path=folder,
@@ -266,11 +348,9 @@ def _load(
             device=device,
             dtype=size.dtype,
             kv_dtype=config.cache.kv_dtype,
-            num_chunks=size.num_chunks,
-            chunk_size=chunk_size,
-            max_model_len=_table_length(
-                size.spec, size.max_model_len, size.num_chunks * chunk_size
-            ),
+            num_chunks=size.num_chunks if device == "cpu" else PROFILE_CHUNKS,
+            chunk_size=config.cache.chunk_size,
+            max_model_len=_table_length(size.spec, size.max_model_len, most_tokens),
             isa_level=config.model.isa_level,
             backend=config.model.backend,
             weights=config.model.quantization,
@@ -285,11 +365,16 @@ def _load(
             "not enough memory for the model and the chunk pool; lower --num-chunks"
         ) from None
     except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"kv_cache_memory: {device} lacks memory for the weights "
-            f"({size.weight_bytes >> 20:,} MiB) and the pool ({size.pool_bytes >> 20:,} MiB); set "
-            "a smaller one, or end other programs"
-        ) from error
+        raise _lacks_memory(size, device) from error
+
+
+def _most_tokens(config: EngineConfig, size: EngineSize, device: str) -> int:
+    """Tokens that no pool exceeds: those of this one, or of a GPU's whole memory."""
+    chunk_size = config.cache.chunk_size
+    if device == "cpu":
+        return size.num_chunks * chunk_size
+    memory = config.model.tensor_parallel_size * torch.cuda.mem_get_info(device)[1]
+    return memory // kv_bytes_per_chunk(size.spec, chunk_size, size.kv_dtype) * chunk_size
 
 
 def _table_length(spec: ModelSpec, max_model_len: int, pool_tokens: int) -> int:

@@ -17,7 +17,7 @@ import struct
 
 import msgspec
 
-_SIZE = 1 << 20  # 256 sequences with ids of 4 KiB; pages that are not written take no memory
+_SIZE = 4 << 20  # 1,024 sequences with ids of 4 KiB; pages that are not written take no memory
 _COUNTER = struct.Struct("<Q")
 _LENGTH = struct.Struct("<I")
 _TURNS, _STEPS, _PAYLOAD_LENGTH, _PAYLOAD = 0, 8, 16, 20

@@ -71,10 +71,14 @@ class RankGroup:
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over the ranks, in its place where it is contiguous.
 
+        Before ``join`` the rank is alone: steps that only measure memory run then.
+
         Raises:
             RuntimeError: another rank has ended.
         """
         x = x.contiguous()
+        if self._group is None:
+            return x
         with self._launching:
             if self._is_aborted:
                 raise RuntimeError("another rank has ended")

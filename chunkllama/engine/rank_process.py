@@ -19,6 +19,7 @@ from chunkllama.engine.ranks import (
     RankLoaded,
     RunStep,
     ToRank,
+    UsePool,
     WriteChunk,
     chunk_bytes,
     chunk_of,
@@ -59,16 +60,25 @@ def _run() -> int:
     level = "error" if config.log.log_level == "error" else "warning"
     configure_logging(level, config.log.log_format)
     try:
-        model, group = load_rank(config, rank)
+        model, group, fitting = load_rank(config, rank)
     except ChunkLlamaError as error:
         sock.send(encode(RankFailed(str(error))))
         return 2
-    sock.send(encode(RankLoaded()))
+    sock.send(encode(RankLoaded(fitting)))
+    if fitting is not None:
+        if (payload := sock.receive()) is None:
+            return 0
+        _use_pool(model, _decode(payload))
     group.join(store, Future())
     freeze_heap()
     _serve(sock, model)
     model.close()
     return 0
+
+
+def _use_pool(model: StepModel, message: ToRank) -> None:
+    assert isinstance(message, UsePool)
+    model.replace_pool(message.num_chunks)
 
 
 @torch.inference_mode()

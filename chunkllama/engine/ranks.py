@@ -92,7 +92,18 @@ class WriteChunk(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class RankLoaded(msgspec.Struct, frozen=True, tag=True):
-    """A rank has loaded its part of the model and joins the group."""
+    """A rank has loaded its part of the model and joins the group, on a GPU after ``UsePool``.
+
+    ``num_chunks`` fit its GPU; None on a CPU.
+    """
+
+    num_chunks: int | None
+
+
+class UsePool(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Gives a rank the number of chunks that all ranks have."""
+
+    num_chunks: int
 
 
 class RankFailed(msgspec.Struct, frozen=True, tag=True):
@@ -101,7 +112,7 @@ class RankFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-ToRank = RunStep | CopyChunk | WriteChunk
+ToRank = RunStep | CopyChunk | WriteChunk | UsePool
 encode: Final = msgspec.msgpack.Encoder().encode
 _decode_start = msgspec.msgpack.Decoder(RankLoaded | RankFailed).decode
 
@@ -151,12 +162,13 @@ class Ranks:
             self._children.append(start_child(_MODULE, [*descriptors, rank], descriptors))
         self._send(rank, payload)
 
-    def join(self, group: RankGroup) -> None:
-        """Wait until all ranks have loaded, and let rank 0 join their group.
+    def loaded(self) -> list[int | None]:
+        """Wait until all ranks have loaded; returns the chunks that fit each.
 
         Raises:
             ConfigError: a rank could not start; the message is one line for the user.
         """
+        fitting = []
         for rank, sock in enumerate(self._sockets, start=1):
             payload = sock.receive()
             if payload is None:
@@ -165,6 +177,15 @@ class Ranks:
             reply = _decode_start(payload)
             if isinstance(reply, RankFailed):
                 raise ConfigError(f"rank {rank}: {reply.message}")
+            fitting.append(reply.num_chunks)
+        return fitting
+
+    def join(self, group: RankGroup) -> None:
+        """Let rank 0 join the group of the ranks, which have loaded.
+
+        Raises:
+            ConfigError: a rank could not start; the message is one line for the user.
+        """
         joined: Future[None] = Future()
         lost, on_lost = self._lost, self._on_lost
 

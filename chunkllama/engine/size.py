@@ -5,7 +5,7 @@ Imports torch only where a GPU may be used: the API process refuses bad settings
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from chunkllama.backends.choice import check_choice
@@ -28,7 +28,8 @@ from chunkllama.resources import (
 from chunkllama.scheduler.admission import longest_request
 
 _DEVICE_FILES = ("nvidiactl", "nvidia0", "dxg", "nvmap", "nvhost-ctrl", "kfd")
-_GPU_POOL_SHARE = 0.85  # of the device memory left beside the weights; the rest is workspace
+# A shape of requests, as systems with long prompts have them: what fits is logged.
+_SHARED_TOKENS, _OWN_TOKENS = 2048, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class EngineSize:
         max_model_len: longest prompt plus answer in tokens that the model is served with.
         max_request_tokens: the same, cut to what the whole pool holds.
         longest_requests: how many requests of that length run at once.
+        is_pool_given: whether a setting says how large the pool is.
         note: why ``max_model_len`` is below the model's own; "" if it is not.
         draft: the draft model, whose memory is counted in both; None without one.
     """
@@ -55,8 +57,49 @@ class EngineSize:
     pool_bytes: int
     max_request_tokens: int
     longest_requests: int
+    is_pool_given: bool
     note: str
     draft: DraftSize | None
+
+    def with_chunks(self, num_chunks: int, config: EngineConfig) -> EngineSize:
+        """The same with another pool."""
+        chunk_size = config.cache.chunk_size
+        longest = longest_request(self.max_model_len, num_chunks * chunk_size)
+        # The last token of an answer has no K/V.
+        each = -(-max(longest - 1, 1) // chunk_size)
+        return replace(
+            self,
+            num_chunks=num_chunks,
+            pool_bytes=num_chunks * chunk_bytes(self.spec, chunk_size, self.kv_dtype, self.draft),
+            max_request_tokens=longest,
+            longest_requests=min(num_chunks // each, config.scheduler.max_num_seqs),
+        )
+
+    def beside_draft(self, num_chunks: int, chunk_size: int) -> int:
+        """Chunks that both pools have where only the model is loaded and so many of its own fit."""
+        if self.draft is None:
+            return num_chunks
+        own = kv_bytes_per_chunk(self.spec, chunk_size, self.kv_dtype)
+        left = num_chunks * own - self.draft.weight_bytes
+        return left // chunk_bytes(self.spec, chunk_size, self.kv_dtype, self.draft)
+
+    def requests_that_fit(self, chunk_size: int) -> str:
+        """Say how many requests of a shape the pool holds, with a shared prompt and without."""
+        own = max(min(_OWN_TOKENS, self.max_model_len // 2), 1)
+        shared = min(_SHARED_TOKENS, self.max_model_len - own) // chunk_size
+        each = -(-own // chunk_size)
+        together = max(self.num_chunks - shared, 0) // each
+        return (
+            f"{self.num_chunks * chunk_size} tokens hold {together} requests of {own} tokens "
+            f"behind {shared * chunk_size} that all share, "
+            f"{self.num_chunks // (shared + each)} without sharing"
+        )
+
+
+def chunk_bytes(spec: ModelSpec, chunk_size: int, kv_dtype: str, draft: DraftSize | None) -> int:
+    """Bytes of a chunk of the pool, and of one of the draft model's, which has as many."""
+    own = kv_bytes_per_chunk(spec, chunk_size, kv_dtype)
+    return own if draft is None else own + draft.chunk_bytes
 
 
 def may_have_gpu(folder: Path = Path("/dev")) -> bool:
@@ -116,7 +159,6 @@ def plan_size(
         _check_deterministic(config, spec)
     dtype = resolve_dtype(spec, config.model.dtype, device, config.model.backend)
     max_model_len, note = _max_model_len(config, spec)
-    chunk_size = config.cache.chunk_size
     checkpoint = checkpoint or open_checkpoint(folder, spec, config.model.load_format)
     num_ranks = config.model.tensor_parallel_size
     draft = plan_draft(config, device)
@@ -126,27 +168,25 @@ def plan_size(
     if device == "cpu":
         _check_weights(weights, dtype)
     kv_dtype = dtype if config.cache.kv_dtype == "auto" else config.cache.kv_dtype
-    chunk_bytes = kv_bytes_per_chunk(spec, chunk_size, kv_dtype)
-    chunk_bytes += 0 if draft is None else draft.chunk_bytes
-    num_chunks = _num_chunks(config, weights, max_model_len, device, chunk_bytes)
-    longest = longest_request(max_model_len, num_chunks * chunk_size)
-    return EngineSize(
+    per_chunk = chunk_bytes(spec, config.cache.chunk_size, kv_dtype, draft)
+    num_chunks = _num_chunks(config, weights, max_model_len, device, per_chunk)
+    size = EngineSize(
         spec=spec,
         device=device,
         dtype=dtype,
         kv_dtype=kv_dtype,
         max_model_len=max_model_len,
         weight_bytes=weights,
-        num_chunks=num_chunks,
-        pool_bytes=num_chunks * chunk_bytes,
-        max_request_tokens=longest,
-        # The last token of an answer has no K/V.
-        longest_requests=min(
-            num_chunks // -(-max(longest - 1, 1) // chunk_size), config.scheduler.max_num_seqs
-        ),
+        num_chunks=0,
+        pool_bytes=0,
+        max_request_tokens=0,
+        longest_requests=0,
+        is_pool_given=config.cache.num_chunks is not None
+        or config.cache.kv_cache_memory is not None,
         note=note,
         draft=draft,
     )
+    return size.with_chunks(num_chunks, config)
 
 
 def check_memory(config: EngineConfig, size: EngineSize) -> None:
@@ -221,7 +261,12 @@ def _num_chunks(
             useful = config.scheduler.max_num_seqs * longest
             memory = default_kv_cache_memory(memory_left() - weights, useful)
         else:
-            memory = _gpu_pool_memory(device, weights, config.model.tensor_parallel_size)
+            memory = _gpu_pool_memory(
+                device,
+                weights,
+                config.model.tensor_parallel_size,
+                config.cache.gpu_memory_utilization,
+            )
     if memory <= 0:
         raise ConfigError(
             f"model: its weights take {weights >> 20:,} MiB, and less is free on {device} now; end "
@@ -235,10 +280,12 @@ def _num_chunks(
     return memory // per_chunk
 
 
-def _gpu_pool_memory(device: str, weights: int, num_ranks: int) -> int:
-    """Default bytes of the pool on all GPUs: each has an equal part of it, and of the weights."""
+def _gpu_pool_memory(device: str, weights: int, num_ranks: int, utilization: float) -> int:
+    """Most bytes of the pool on all GPUs, before the largest step is known: each has an equal part
+    of it, and of the weights."""
     import torch
 
     devices = [rank_device(device, rank, num_ranks) for rank in range(num_ranks)]
-    free = min(torch.cuda.mem_get_info(each)[0] for each in devices)
-    return int((num_ranks * free - weights) * _GPU_POOL_SHARE)
+    infos = [torch.cuda.mem_get_info(each) for each in devices]
+    left = min(free - total + int(utilization * total) for free, total in infos)
+    return num_ranks * left - weights

@@ -85,6 +85,10 @@ class StepModel:
             adapters,
         )
 
+    def replace_pool(self, num_chunks: int) -> None:
+        """Allocate this rank's pool again, of another size; what it holds is lost."""
+        self.attention.replace_pool(num_chunks)
+
     def check(self) -> None:
         """Check that what ``run`` has computed can be used, once it has been read from the device.
 

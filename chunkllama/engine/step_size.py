@@ -39,7 +39,7 @@ def choose_step_tokens(
     if scheduler.max_num_batched_tokens is not None:
         return scheduler.max_num_batched_tokens
     if device != "cpu":
-        return MOST
+        return max(MOST, 2 * scheduler.max_num_seqs)
     rate = _RATES.get(isa_level, min(_RATES.values())) * threads
     return step_tokens(num_multiplications(spec) / rate, scheduler.max_num_seqs)
 

@@ -75,6 +75,21 @@ class Attention:
         self.windows = tuple(windows)
         self._decode_plan: DevicePlan | None = None
 
+    def replace_pool(self, num_chunks: int) -> None:
+        """Allocate a pool of another size; what the old one holds is lost."""
+        old, self._decode_plan = self.kv, None
+        num_layers = len(old.layers)
+        old.layers.clear()
+        self.kv = self.backend.allocate_kv(
+            num_layers=num_layers,
+            num_chunks=num_chunks,
+            chunk_size=old.chunk_size,
+            num_kv_heads=old.num_kv_heads,
+            head_dim=old.head_dim,
+            dtype=old.dtype,
+            is_int8=old.is_int8,
+        )
+
     def plan(self, step: PlannedStep) -> DevicePlan:
         """The step's plan on the device; while ``plan_version`` stays the same, the one built
         before.

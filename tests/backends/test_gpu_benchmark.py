@@ -10,13 +10,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from gpu_suite import tune
+from gpu_suite.bench import PAT_TREES, predicted_microseconds
 from gpu_suite.device import Device, DryLauncher
 from gpu_suite.peers import sdpa_per_sequence
 from gpu_suite.points import Point, forget, run_points, sources_digest
-from gpu_suite.workload import Step, Workload
+from gpu_suite.serve import Setting, serve_rows
+from gpu_suite.workload import Step, Tree, Workload
 
 from chunkllama.backends.cuda import source
 from chunkllama.backends.cuda.source import hardware_tables, parse_hardware_table, table_for
@@ -168,6 +171,67 @@ def test_tune_writes_the_table_of_the_device_not_of_the_one_it_borrows(
     device = Device(False, torch.device("cuda"), DryLauncher(borrowed))
     assert borrowed.arch == "sm_89"
     assert device.table == replace(borrowed, arch="sm_86")
+
+
+def test_the_trees_of_pats_benchmark_are_planned() -> None:
+    """Neighbours share the whole chunks below the nodes that they have in common."""
+    ops = Device.open(dry=True).ops(128, 8)
+    for text in PAT_TREES:
+        tree = Tree.of(text, 32, 8)
+        levels = [int(n) for n in text.partition("_")[0].split(",")]
+        assert (len(tree.chunk_ids), tree.rows) == (levels[-1], levels[-1])
+        for row in range(1, min(tree.rows, 80)):
+            before, after = (tree.chunk_ids[i].tolist() for i in (row - 1, row))
+            common = 0
+            for nodes, tokens in zip(levels, tree.tokens, strict=True):
+                if (row - 1) // (tree.rows // nodes) != row // (tree.rows // nodes):
+                    break
+                common += tokens
+            shared = common // 64
+            assert before[:shared] == after[:shared] and before[shared] != after[shared]
+        ids = np.unique(np.concatenate(tree.chunk_ids))
+        assert len(ids) == tree.num_chunks == ids.max() + 1
+    assert len(PAT_TREES) == 20
+    small = Tree.of("1,2,64_1024,256,256", 32, 8)
+    assert small.unique_bytes == (1024 + 2 * 256 + 64 * 256) * small.token_bytes
+    plans = [small.plan(ops, sharing=sharing) for sharing in (True, False)]
+    assert [int(p.items[: p.num_items, 1].max()) > 1 for p in plans] == [True, False]
+
+
+def test_points_have_predicted_times_on_gpus_with_known_rates() -> None:
+    device = Device.open(dry=True)
+    workload = Workload(32, 4096, 512, 32, 8)
+    assert predicted_microseconds(device, workload) == pytest.approx(32, abs=3)
+    assert predicted_microseconds(device, replace(workload, head_dim=64)) is None
+
+
+def test_prompts_of_serve_are_shared_as_their_settings_say() -> None:
+    shared, alone, trace = (
+        s.prompts(500)
+        for s in (Setting(192, 128, 3, 2), Setting(64, 0, 3, 2), Setting(4096, 0, 3, 8, True))
+    )
+    assert {len(p) for p in shared} == {192} and len({tuple(p[:128]) for p in shared}) == 1
+    assert len({tuple(p[:128]) for p in alone}) == len(alone) == 4
+    assert max(map(len, trace)) <= 4096 and len(trace) == 16
+    assert len({tuple(p[:1024]) for p in trace}) == 3
+    assert shared == Setting(192, 128, 3, 2).prompts(500)
+
+
+def test_serve_compares_with_ours() -> None:
+    records = [
+        {"point": "ours: a", "result": {"tokens_per_s": 30.0}},
+        {"point": "sharing off: a", "result": {"tokens_per_s": 10.0}},
+        {"point": "transformers: a", "error": "ImportError"},
+    ]
+    assert [row.get("ours x") for row in serve_rows(records)] == [1.0, 3.0, None]
+
+
+@pytest.mark.nightly
+def test_a_dry_run_of_serve_answers_all_requests() -> None:
+    command = [sys.executable, "benchmarks/gpu.py", "serve", "--dry-run"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]
+    assert process.stdout.splitlines()[-1].startswith("8 of 8 points done, 0 failed")
 
 
 def test_peers_without_a_tree_walk_all_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:

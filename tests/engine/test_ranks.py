@@ -417,7 +417,7 @@ def test_every_rank_has_the_embedding_and_the_head(tiny_model) -> None:
 def test_the_pool_of_several_gpus_fits_the_fullest(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {"cuda:0": 100, "cuda:1": 80}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 100))
-    assert _gpu_pool_memory("cuda", 40, 2) == int((2 * 80 - 40) * 0.85)
+    assert _gpu_pool_memory("cuda", 40, 2, 0.9) == 2 * (80 - 10) - 40
 
 
 def test_the_device_of_a_rank() -> None:

@@ -52,8 +52,10 @@ def test_a_given_value_holds(tokens: int) -> None:
 
 
 def test_half_of_a_step_is_left_to_prompts() -> None:
-    assert [step_tokens(1.0, seqs) for seqs in (1, 64, 100, 256)] == [128, 128, 200, 512]
+    assert [step_tokens(1.0, seqs) for seqs in (1, 64, 100, 1024)] == [128, 128, 200, 2048]
     assert step_tokens(0.0, 64) == 512
+    many = EngineConfig.from_flat(max_num_seqs=1024)
+    assert choose_step_tokens(many, DEMO, "cuda", "", 2) == 2048
 
 
 def test_multiplications_are_those_of_the_linear_layers() -> None:

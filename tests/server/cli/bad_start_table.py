@@ -232,7 +232,7 @@ FLAGS = [
     _flags("size of zero", "--kv-cache-memory 0", "kv_cache_memory: .*greater than 0 bytes"),
     _flags("unit for seconds", "--drain-seconds 5m", "drain_seconds: .*of seconds.*'5m'"),
     _flags("no seconds", "--engine-hang-seconds 0", "engine_hang_seconds: .*than 0 seconds"),
-    _flags("too many sequences", "--max-num-seqs 1000", "max_num_seqs: .*256 sequences"),
+    _flags("too many sequences", "--max-num-seqs 2000", "max_num_seqs: .*1,?024 sequences"),
     _flags("no context", "--max-model-len 0", "max_model_len: .*greater than 0.*'0'"),
     _flags("no threads", "--threads 0", "threads: .*greater than 0.*'0'"),
     _flags("share of zero", "--row-work-share 0", "row_work_share: .*than 0 of the model's time"),
