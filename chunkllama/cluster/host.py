@@ -16,7 +16,15 @@ import msgspec
 from chunkllama.adapter_messages import LoadAdapter, UnloadAdapter
 from chunkllama.cache_messages import CacheDigest, DigestRequest, LoadPack
 from chunkllama.cluster.links import Link, Owner
-from chunkllama.cluster.messages import ENCODER, TO_REPLICA, Beat, Ended, FromReplica, Spent
+from chunkllama.cluster.messages import (
+    ENCODER,
+    TO_ENGINE,
+    TO_REPLICA,
+    Beat,
+    Ended,
+    FromReplica,
+    Spent,
+)
 from chunkllama.cluster.shares import is_divided
 from chunkllama.config import EngineConfig
 from chunkllama.engine.process import EngineProcess, ProcessEngineClient
@@ -241,7 +249,7 @@ class EngineHost:
 
     async def ask(self, payload: bytes) -> bytes:
         """The ``CommandReply`` to a command, which is alone in a list."""
-        (command,) = TO_REPLICA.decode(payload)
+        (command,) = TO_ENGINE.decode(payload)
         if isinstance(command, LoadAdapter):
             return msgspec.msgpack.encode(await self._load_adapter(command))
         return msgspec.msgpack.encode(await self._live_engine().ask(command))
@@ -249,7 +257,7 @@ class EngineHost:
     async def use_files(self, payload: bytes) -> None:
         """Load files of chunks; returns when each has been loaded, or refused."""
         engine = self._live_engine()
-        for command in TO_REPLICA.decode(payload):
+        for command in TO_ENGINE.decode(payload):
             assert isinstance(command, LoadPack)
             engine.use_file(command)
         while any(pack.state == "loading" for pack in (await engine.cache_command("packs")).packs):
@@ -266,7 +274,7 @@ class EngineHost:
 
     async def compute(self, payload: bytes) -> bytes:
         """The first ``TokenDelta`` of a request, which is alone in a list, when it has ended."""
-        (request,) = TO_REPLICA.decode(payload)
+        (request,) = TO_ENGINE.decode(payload)
         assert isinstance(request, EngineRequest)
         self._computed += 1
         own = msgspec.structs.replace(request, request_id=f"{request.request_id}/{self._computed}")

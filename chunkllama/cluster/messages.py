@@ -47,4 +47,5 @@ ToReplica = ToEngine | Spent
 
 ENCODER = msgspec.msgpack.Encoder()
 FROM_REPLICA = msgspec.msgpack.Decoder(list[FromReplica])
+TO_ENGINE = msgspec.msgpack.Decoder(list[ToEngine])
 TO_REPLICA = msgspec.msgpack.Decoder(list[ToReplica])
