@@ -158,6 +158,8 @@ def test_S12_bodies_without_end(server) -> None:
         [b"Host: x", b"Content-Length: 2", b"Content-Length: 3"],
         [b"Host: x", b"Content-Length: +2"],
         [b"Host: x", b"Bad Name: 1"],
+        [b"Host: x", b"Transfer-Encoding:\r\n chunked"],
+        [b"Host: x", b"A: b\r\n\tc", b"Content-Length: 2"],
         [b"Host: x", b"A\x00: 1"],
         [],
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import logging
 import os
@@ -14,7 +15,12 @@ from collections.abc import Iterator
 import pytest
 
 from chunkllama.logger import NonBlockingHandler, configure_logging, init_logger
-from chunkllama_server.transport.connections import ConnectionTable, HttpLimits, limit_accept_log
+from chunkllama_server.transport.connections import (
+    ConnectionTable,
+    HttpLimits,
+    limit_accept_log,
+    peer_of,
+)
 from chunkllama_server.transport.host_check import is_allowed_host, is_loopback
 
 LIMITS = HttpLimits(
@@ -122,6 +128,34 @@ def test_one_peer_cannot_take_every_slot() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("address", "peer"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:0db8:0001:0002"),
+        ("2001:db8:1:2::", "2001:0db8:0001:0002"),
+        ("2001:db8:1:3::", "2001:0db8:0001:0003"),
+        ("::1", "0000:0000:0000:0000"),
+        ("fe80::1%eth0", "fe80::1%eth0"),
+        ("", ""),
+    ],
+)
+def test_a_peer_is_an_address_or_a_network(address, peer) -> None:
+    assert peer_of(address) == peer
+
+
+def test_the_addresses_of_a_network_have_one_share() -> None:
+    async def main() -> None:
+        table = ConnectionTable(LIMITS)
+        slots = [_Slot() for _ in range(9)]
+        admitted = [table.admit(slot, f"2001:db8::{i:x}") for i, slot in enumerate(slots)]
+        assert admitted == [True] * 6 + [False] * 3
+        assert table.admit(_Slot(), "2001:db8:0:1::1")
+
+    asyncio.run(main())
+
+
 def test_S15_unread_responses_end_the_connection(limited) -> None:
     with connect(limited) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -175,6 +209,23 @@ def test_bodies_in_small_chunks_are_refused(limited, size, count, expected) -> N
         answer = read_all(sock)
     assert answer.startswith(b"HTTP/1.1 400") and expected in answer
     assert exchange(limited, PROBE).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("offered", [b"h2c", b"websocket", b"TLS/1.0, h2c"])
+def test_an_offer_of_another_protocol_is_ignored(limited, caplog, offered) -> None:
+    """Java's client offers HTTP/2 with its first request."""
+    limited.engine.reset()
+    body = json.dumps({"model": "alias", "prompt": "say(ab)yas", "max_tokens": 5}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAA\r\nUpgrade: " + offered
+    request = head + offer + b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with connect(limited) as sock:
+        for _ in range(2):
+            sock.sendall(request)
+            answer = http.client.HTTPResponse(sock)
+            answer.begin()
+            assert answer.status == 200 and json.load(answer)["choices"][0]["text"] == "ab"
+    assert caplog.records == []
 
 
 def test_a_half_closed_request_is_answered(limited) -> None:

@@ -37,7 +37,8 @@ class HeaderBuffer(ReceiveBuffer):
         """Return the lines up to the first blank one; None while that is missing.
 
         Raises:
-            h11.RemoteProtocolError: they are too long or too many.
+            h11.RemoteProtocolError: they are too long or too many, or one continues the line before
+                it: a proxy may read such a Transfer-Encoding in another way.
         """
         if self._data[:1] != b"\n" and self._data[:2] != b"\r\n":  # else there are none
             head = self._data[: self._max_bytes + 1]
@@ -49,4 +50,7 @@ class HeaderBuffer(ReceiveBuffer):
                 if len(parts) == 3:
                     self.refused_path = unquote(parts[1].partition(b"?")[0].decode("latin-1"))
                 raise h11.RemoteProtocolError("Headers too large", error_status_hint=431)
-        return super().maybe_extract_lines()
+        lines: list[bytearray] | None = super().maybe_extract_lines()
+        if lines and any(line.startswith((b" ", b"\t")) for line in lines):
+            raise h11.RemoteProtocolError("A header is folded")
+        return lines

@@ -177,6 +177,13 @@ class LimitedH11Protocol(H11Protocol):
             self._arrival = self.loop.call_later(self.limits.half_close_seconds, self._left)
         return True
 
+    def _should_upgrade(self) -> bool:
+        """Speak HTTP/1.1 to a client that offers another protocol, too.
+
+        uvicorn would log two lines for each such request.
+        """
+        return False
+
     def handle_events(self) -> None:
         cycle = self.cycle
         super().handle_events()
