@@ -40,17 +40,35 @@ class _UnreachableError(ChunkLlamaError):
     """The server does not answer."""
 
 
+@contextlib.contextmanager
+def _using(path: Path) -> Iterator[None]:
+    """Name a file of this machine that cannot be used."""
+    try:
+        yield
+    except OSError as error:
+        raise ChunkLlamaError(f"{path}: {error.strerror}") from None
+
+
 class _Server:
     """A server's files and batches.
 
     Raises (in its methods):
         _UnreachableError, _RefusedError: the server does not answer, or refuses.
+        ChunkLlamaError: the answer is not that of such a server, or a file of this machine cannot
+            be used.
     """
 
     def __init__(self, url: str, key: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            is_url = parts.scheme in ("http", "https") and bool(parts.hostname)
+            self._port = parts.port
+        except ValueError:
+            is_url = False
+        if not is_url:
             raise ChunkLlamaError(f"url: not an http or https URL: {url}")
+        if not (key.isascii() and key.isprintable()):
+            raise ChunkLlamaError("api_key: has characters that no header holds")
         self._url = url
         self._parts = parts
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -61,7 +79,7 @@ class _Server:
     ) -> Iterator[http.client.HTTPResponse]:
         secure = self._parts.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = kind(self._parts.hostname or "", self._parts.port, timeout=_TIMEOUT)
+        connection = kind(self._parts.hostname or "", self._port, timeout=_TIMEOUT)
         try:
             target = self._parts.path.rstrip("/") + path
             broken: OSError | None = None
@@ -99,15 +117,23 @@ class _Server:
                 f"{self._url}: the connection broke while the request was sent: {broken}"
             ) from None
 
+    def _read(self, response: http.client.HTTPResponse) -> Any:
+        """The object in an answer."""
+        content = response.read()
+        with contextlib.suppress(ValueError):
+            if isinstance(value := json.loads(content), dict):
+                return value
+        raise ChunkLlamaError(f"{self._url} is not a ChunkLlama server: its answer is no JSON")
+
     def get(self, path: str) -> Any:
         with self._answer("GET", path) as response:
-            return json.load(response)
+            return self._read(response)
 
     def post(self, path: str, body: Any) -> Any:
         content = json.dumps(body).encode()
         headers = {"content-type": "application/json"}
         with self._answer("POST", path, content, headers) as response:
-            return json.load(response)
+            return self._read(response)
 
     def upload(self, path: Path) -> str:
         """Store a file and return its id."""
@@ -120,17 +146,19 @@ class _Server:
 
         def content() -> Iterator[bytes]:
             yield head
-            with path.open("rb") as file:
+            with _using(path), path.open("rb") as file:
                 while block := file.read(_BLOCK):
                     yield block
             yield tail
 
+        with _using(path):
+            size = path.stat().st_size
         headers = {
             "content-type": f"multipart/form-data; boundary={boundary}",
-            "content-length": str(len(head) + path.stat().st_size + len(tail)),
+            "content-length": str(len(head) + size + len(tail)),
         }
         with self._answer("POST", "/v1/files", content(), headers) as response:
-            return str(json.load(response)["id"])
+            return str(self._read(response)["id"])
 
     def delete(self, file_id: str) -> None:
         """Remove a stored file."""
@@ -140,13 +168,23 @@ class _Server:
     def download(self, file_id: str, path: Path) -> None:
         """Write a stored file to ``path``, whole or not at all."""
         partial = path.with_name(f"{path.name}.part")
-        with (
-            self._answer("GET", f"/v1/files/{file_id}/content") as response,
-            partial.open("wb") as file,
-        ):
-            while block := response.read(_BLOCK):
-                file.write(block)
-        os.replace(partial, path)
+        try:
+            with self._answer("GET", f"/v1/files/{file_id}/content") as response:
+                with _using(partial):
+                    partial.write_bytes(b"")
+                while block := response.read(_BLOCK):
+                    with _using(partial), partial.open("ab") as file:
+                        file.write(block)
+                if response.length:  # http.client takes an early end for the end
+                    raise _UnreachableError(
+                        f"{self._url}: the connection broke while {file_id} was received; run the "
+                        "command again"
+                    )
+            with _using(path):
+                os.replace(partial, path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def _refusal(url: str, response: http.client.HTTPResponse) -> _RefusedError:
@@ -176,10 +214,25 @@ def batch(
     """
     console = Console(stderr=True)
     server = _Server(url, api_key)
+    _check_place(requests, answers)
     state = answers.with_name(answers.name + _STATE)
     batch_id = _begin(server, requests, state, window, console)
     value = _follow(server, batch_id, console)
     return _finish(server, value, answers, state, console)
+
+
+def _check_place(requests: Path, answers: Path) -> None:
+    """Refuse a file of answers that cannot be written, before anything is uploaded.
+
+    Raises:
+        ChunkLlamaError: it is a folder, in none that can be written, or the file of requests.
+    """
+    if answers.is_dir() or not answers.name:
+        raise ChunkLlamaError(f"{answers}: is a folder; name a file in it")
+    if not os.access(answers.parent, os.W_OK | os.X_OK):
+        raise ChunkLlamaError(f"{answers}: its folder does not exist or cannot be written")
+    if answers.exists() and requests.exists() and answers.samefile(requests):
+        raise ChunkLlamaError(f"{answers}: is the file of requests; name another one for answers")
 
 
 def _begin(server: _Server, requests: Path, state: Path, window: str, console: Console) -> str:
@@ -189,16 +242,20 @@ def _begin(server: _Server, requests: Path, state: Path, window: str, console: C
     the command ends, the next one finds what it has begun.
     """
     if state.exists():
-        batch_id = _find(server, state.read_text().strip())
+        with _using(state):
+            name = state.read_text(errors="replace").strip()
+        batch_id = _find(server, name)
         if batch_id is not None:
             return batch_id
         console.print("the batch of the earlier command is gone; its lines run again")
     endpoint = _endpoint(requests)
     file_id = server.upload(requests)
-    state.write_text(file_id)
+    with _using(state):
+        state.write_text(file_id)
     body = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": window}
     batch_id = str(server.post("/v1/batches", body)["id"])
-    state.write_text(batch_id)
+    with _using(state):
+        state.write_text(batch_id)
     return batch_id
 
 
@@ -210,14 +267,12 @@ def _endpoint(requests: Path) -> str:
     """
     number = 0
     try:
-        with requests.open("rb") as file:
+        with _using(requests), requests.open("rb") as file:
             for line in file:
                 number += 1
                 if line.strip():
                     return str(json.loads(line)["url"])
-    except OSError as error:
-        raise ChunkLlamaError(f"{requests}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ChunkLlamaError(
             f"{requests}: line {number} must be a JSON object with a url"
         ) from None
@@ -299,10 +354,12 @@ def _finish(server: _Server, value: Any, answers: Path, state: Path, console: Co
         if value[name]:
             server.download(value[name], path)
         else:
-            path.unlink(missing_ok=True)  # of an earlier batch
+            with _using(path):
+                path.unlink(missing_ok=True)  # of an earlier batch
     if value["error_file_id"]:
         console.print(f"lines without an answer: {failed}", markup=False, highlight=False)
-    state.unlink(missing_ok=True)
+    with _using(state):
+        state.unlink(missing_ok=True)
     _delete_files(server, value, console)
     counts, usage = value["request_counts"], value["usage"]
     prompt, cached = usage["input_tokens"], usage["input_tokens_details"]["cached_tokens"]

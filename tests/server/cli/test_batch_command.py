@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -39,11 +41,13 @@ class Stub(ThreadingHTTPServer):
 
     Attributes:
         told: answers by method and path, each given once; None closes the connection.
+        cut: beginnings of answers, by method and path, of which more is promised.
     """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.told: dict[str, list[Answer | None]] = {}
+        self.cut: dict[str, str] = {}
         self.asked: list[str] = []
         self.batches: list[dict[str, Any]] = []
 
@@ -70,14 +74,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         self.rfile.read(int(self.headers.get("content-length", 0)))
-        answer = self.server.answer(f"{self.command} {self.path.partition('?')[0]}")
+        name = f"{self.command} {self.path.partition('?')[0]}"
+        answer = self.server.answer(name)
         if answer is None:
             self.close_connection = True
             return
         status, body = answer
         content = json.dumps(body).encode()
+        length = len(content)
+        if name in self.server.cut:
+            content = self.server.cut[name].encode()
+            length, self.close_connection = len(content) + 9, True
         self.send_response(status)
-        self.send_header("content-length", str(len(content)))
+        self.send_header("content-length", str(length))
         self.end_headers()
         self.wfile.write(content)
 
@@ -222,6 +231,70 @@ def test_the_progress_and_what_sharing_saved_are_shown(stub, tmp_path, capsys) -
         "completed: 1 of 1 lines answered; 9 prompt tokens, of which 3 (33%) were shared and not "
         "computed; 2 output tokens"
     ) in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("told", [(200, [1]), (200, "x")])
+def test_an_answer_of_another_server_is_reported(stub, tmp_path, told) -> None:
+    stub.told["POST /v1/files"] = [told]
+    with pytest.raises(ChunkLlamaError, match="is not a ChunkLlama server: its answer is no JSON"):
+        run(stub, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"url": "http://127.0.0.1:abc"}, "not an http or https URL"),
+        ({"url": "http://[::1"}, "not an http or https URL"),
+        ({"url": "127.0.0.1:8000"}, "not an http or https URL"),
+        ({"api_key": "a\nb"}, "characters that no header holds"),
+        ({"api_key": "\u043a"}, "characters that no header holds"),
+        ({"answers": "nowhere/out.jsonl"}, "its folder does not exist"),
+        ({"answers": "."}, "name a file in it"),
+        ({"answers": "in.jsonl"}, "is the file of requests"),
+        ({"requests": "nowhere.jsonl"}, "No such file"),
+        ({"requests": "."}, "Is a directory"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_sent(stub, tmp_path, fields, said) -> None:
+    (tmp_path / "in.jsonl").write_text(LINE)
+    given = {"url": f"http://127.0.0.1:{stub.server_address[1]}", **fields}
+    paths = [tmp_path / given.pop(name, f"{end}.jsonl")
+             for name, end in (("requests", "in"), ("answers", "out"))]  # fmt: skip
+    with pytest.raises(ChunkLlamaError, match=said):
+        batch_command.batch(*paths, **given)
+    assert stub.asked == [] and (tmp_path / "in.jsonl").read_text() == LINE
+
+
+@pytest.mark.parametrize("sent", ["", '{"custom_id": "a"}'])
+def test_answers_that_arrive_in_part_are_not_kept(stub, tmp_path, sent) -> None:
+    """The connection breaks in the middle of the file, which stays on the server."""
+    stub.cut["GET /v1/files/file-2/content"] = sent
+    with pytest.raises(ChunkLlamaError, match="broke while file-2 was received"):
+        run(stub, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl.batch"]
+    assert not [name for name in stub.asked if name.startswith("DELETE")]
+    stub.cut.clear()
+    assert run(stub, tmp_path) == 0
+    assert count(stub, "POST /v1/batches") == 1
+
+
+def test_a_full_disk_of_this_machine_is_named(stub, tmp_path, monkeypatch) -> None:
+    """It is no failure of the server, and what the server has stays there."""
+    stub.told["GET /v1/files/file-2/content"] = [(200, {"custom_id": "a"})]
+    opened = Path.open
+
+    def full(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if path.suffix == ".part" and mode == "ab":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return opened(path, mode, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(ChunkLlamaError, match=r"out\.jsonl\.part: No space left"):
+            run(stub, tmp_path)
+    assert not [name for name in stub.asked if name.startswith("DELETE")]
+    assert run(stub, tmp_path) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"custom_id": "a"}
 
 
 REFUSAL = json.dumps({"error": {"message": "The request arrived too slowly", "code": "x"}})
