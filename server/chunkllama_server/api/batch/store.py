@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ class FileStore:
         self._charged: dict[str, int] = {}  # of it, by the id of a file or job
         self._held: Counter[str] = Counter()  # reserved for the results of a job
         self.num_arriving: Counter[str] = Counter()  # uploads
-        self._expired_at = 0
+        self._next_end = math.inf  # no record ends before
         self._threads = DiskThreads()
 
     def now(self) -> int:
@@ -213,16 +214,23 @@ class FileStore:
     def expire(self) -> None:
         """Drop what has expired."""
         now = self.now()
-        if now == self._expired_at:
+        if now < self._next_end:
             return
-        self._expired_at = now
         for record in self.files:
-            ends = record.value["expires_at"]
-            if ends is not None and ends <= now:
+            if self._end(record) <= now:
                 self.delete_file(record.tenant, record.id)
         for job in self.batches:
-            if job.has_ended and job.value["expires_at"] + self._lifetime <= now:
+            if job.has_ended and self._end(job) <= now:
                 self._drop_batch(job)
+        left = min(map(self._end, [*self.files, *self.batches]), default=math.inf)
+        self._next_end = max(left, now + 1)  # one that still runs is looked at again
+
+    def _end(self, record: StoredFile | StoredBatch) -> float:
+        """When a record is dropped; a job only once it has ended."""
+        if isinstance(record, StoredBatch):
+            return record.value["expires_at"] + self._lifetime
+        ends = record.value["expires_at"]
+        return math.inf if ends is None else ends
 
     # -- files --------------------------------------------------------------------------------
 
@@ -306,6 +314,7 @@ class FileStore:
         self._discharge(record)
         self._charged[record.id] = record.most_bytes
         self._used[record.tenant] += record.most_bytes
+        self._next_end = min(self._next_end, self._end(record))
 
     def _discharge(self, record: StoredFile | StoredBatch) -> None:
         self._used[record.tenant] -= self._charged.pop(record.id, 0)

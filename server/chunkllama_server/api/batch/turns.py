@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
@@ -22,6 +23,7 @@ from chunkllama_server.api.schema.batch import LineAnswer, LineResult
 logger = init_logger(__name__)
 
 _GAP_SECONDS = 0.01  # between two looks for a gap
+_STOP_SECONDS = 0.25  # in which a job that waits behind others notices that it is stopped
 _RETRY_STATUSES = frozenset((429, 503, 529))
 _MAX_RETRY_SECONDS = 30.0
 _LEAST_BEGUN = 8  # lines of a job, of which some wait to be tried again, at any bound of lines
@@ -112,7 +114,7 @@ class Turns:
     def __init__(self, has_gap: Callable[[], bool], max_running: Callable[[], int]) -> None:
         self._has_gap = has_gap
         self.max_running = max_running
-        self._waiting: deque[object] = deque()
+        self._waiting: deque[asyncio.Event] = deque()
         self.num_running = 0
         self.is_taken = False
 
@@ -122,16 +124,24 @@ class Turns:
         A job asks for one turn at a time, however many of its lines are to be tried again.
         """
         async with job.asking:
-            place = object()
-            self._waiting.append(place)
+            is_first = asyncio.Event()
+            self._waiting.append(is_first)
+            self._waiting[0].set()
             try:
                 while not job.is_stopped:
+                    if not is_first.is_set():  # the first alone looks for a gap
+                        with contextlib.suppress(TimeoutError):
+                            async with asyncio.timeout(_STOP_SECONDS):
+                                await is_first.wait()
+                        continue
                     is_free = not self.is_taken and self.num_running < self.max_running()
-                    if self._waiting[0] is place and is_free and self._has_gap():
+                    if is_free and self._has_gap():
                         return Turn(self)
                     await asyncio.sleep(_GAP_SECONDS)
             finally:
-                self._waiting.remove(place)
+                self._waiting.remove(is_first)
+                if self._waiting:
+                    self._waiting[0].set()
         return None
 
 
@@ -173,7 +183,9 @@ class LineRunner:
         while not job.is_stopped:
             if len(job.running) < max(self._turns.max_running(), _LEAST_BEGUN):
                 return
-            await asyncio.sleep(_GAP_SECONDS)
+            await asyncio.wait(
+                job.running, timeout=_STOP_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
 
     def _begin(self, job: LineJob, line: Line, reader: LineReader, turn: Turn) -> None:
         task = asyncio.create_task(self._run_line(job, line, reader, turn))
