@@ -9,7 +9,7 @@ import re
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import llguidance
 import msgspec
@@ -22,6 +22,7 @@ from chunkllama.engine.end_search import EndSearch
 from chunkllama.engine.end_texts import end_texts
 from chunkllama.engine.end_tokens import EndTokens
 from chunkllama.engine.thinking import ThinkingMatcher
+from chunkllama.engine.token_masks import token_ids_of
 from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec
 
@@ -232,6 +233,17 @@ class GrammarMatcher:
         return list(self._matcher.compute_ff_tokens())
 
 
+# How the library says that a grammar is beyond its limits; that a token does not follow is another
+# error.
+_BEYOND = re.compile(r"lexer error|too (?:complex|many|large)|fuel", re.IGNORECASE)
+TOO_COMPLEX: Final = "grammar_too_complex"
+
+
+def is_beyond_limits(error: str) -> bool:
+    """Return whether a matcher's error says that its grammar is beyond the library's limits."""
+    return _BEYOND.search(error) is not None
+
+
 def _answer_spec(spec: GrammarSpec) -> GrammarSpec:
     """The grammar of the answer alone, which requests with other thoughts share."""
     return msgspec.structs.replace(spec, thinking=None)
@@ -354,7 +366,8 @@ class GrammarCompiler:
         return compiled
 
     def check(self, spec: GrammarSpec) -> None:
-        """Compile a grammar and compute its first mask, where too complex ones fail.
+        """Compile a grammar, compute its first mask, where too complex ones fail, and accept a
+        token of it: a mask that was left incomplete shows no error by itself.
 
         Raises:
             InvalidRequestError: it does not compile, or nothing can follow it.
@@ -362,7 +375,18 @@ class GrammarCompiler:
         if spec.kind == "any":
             return
         matcher = self._compile(_answer_spec(spec)).matcher.copy()
-        matcher.fill_mask(np.zeros(-(-self._tokenizer.vocab_size // 32), dtype=np.int32))
+        mask = np.zeros(-(-self._tokenizer.vocab_size // 32), dtype=np.int32)
+        matcher.fill_mask(mask)
+        allowed = token_ids_of(mask)
+        if not matcher.error and len(allowed):
+            matcher.accept(int(allowed[0]))
+        if is_beyond_limits(matcher.error):
+            raise InvalidRequestError(
+                f"the {spec.kind} is too complex to be followed: {matcher.error}; lower its repeat "
+                "counts, or have less that may be left out",
+                "grammar",
+                TOO_COMPLEX,
+            )
         if matcher.error:
             reason = "nothing matches it" if "NoExtension" in matcher.error else matcher.error
             raise InvalidRequestError(f"invalid {spec.kind}: {reason}", "grammar")

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from chunkllama.cache.adapter_tags import AdapterUse
-from chunkllama.engine.grammar import Matcher
+from chunkllama.engine.grammar import TOO_COMPLEX, Matcher, is_beyond_limits
 from chunkllama.engine.token_masks import allow, forbid, is_allowed
 from chunkllama.sampling_params import SamplingParams
 
@@ -127,4 +127,6 @@ class SequenceState:
         self.output_token_ids.append(token_id)
         self.mask = self.mask_task = None
         if self.matcher is not None and not self.matcher.accept(token_id):
-            self.failed = "grammar_error"
+            # The mask that allowed the token may have been left incomplete.
+            is_beyond = is_beyond_limits(self.matcher.error)
+            self.failed = TOO_COMPLEX if is_beyond else "grammar_error"

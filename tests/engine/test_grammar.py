@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from chunkllama.engine.grammar import GrammarCompiler, Matcher, is_gbnf
+from chunkllama.engine.grammar import TOO_COMPLEX, GrammarCompiler, Matcher, is_gbnf
+from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.errors import InvalidRequestError
-from chunkllama.sampling_params import GrammarSpec, ThinkingSpec
+from chunkllama.sampling_params import GrammarSpec, SamplingParams, ThinkingSpec
 from chunkllama.text.tokenizer import Tokenizer
 
 VOCAB, EOS = 49152, 2
@@ -63,6 +65,10 @@ def walk(matcher: Matcher, tokenizer: Tokenizer, seed: int, limit: int = 80) -> 
         ("json_schema", {"$ref": "#"}, "nothing matches"),
         ("regex", "[^\\d\\D]", "nothing matches"),
         ("regex", "(.{1,9999}){9999}", "too many"),
+        ("regex", "(a?){900}a{900}", "too complex"),
+        ("regex", "b(a?){900}a{900}", "too complex"),
+        ("lark", 'start: "b" /(a?){900}a{900}/', "too complex"),
+        ("json_schema", {"type": "string", "pattern": "^x(a?){900}a{900}$"}, "too complex"),
         ("json_schema", {"$ref": "file:///etc/passwd"}, "not present"),
         ("json_schema", {"pattern": "(["}, r"'\(\[' is no regular expression: error: unclosed"),
     ],
@@ -291,3 +297,28 @@ def test_S6_empty_lines_are_read_once(text):
 def test_malformed_gbnf_is_refused(compiler, text):
     with pytest.raises(InvalidRequestError):
         compiler.check(spec("gbnf", text))
+
+
+@dataclass
+class Refusing:
+    """A matcher that accepts no token."""
+
+    error: str
+
+    def accept(self, token_id: int) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        ("lexer error: too many expressions constructed", TOO_COMPLEX),
+        ("Parser Error: ParserTooComplex", TOO_COMPLEX),
+        ('Parser Error: token "z" doesn\'t satisfy the grammar', "grammar_error"),
+        ("", "grammar_error"),
+    ],
+)
+def test_a_grammar_that_exceeds_limits_later_is_the_clients_error(error: str, reason: str) -> None:
+    state = SequenceState(SamplingParams(), 0, np.array([1], np.int32), [3], matcher=Refusing(error))
+    state.append(5)
+    assert state.failed == reason

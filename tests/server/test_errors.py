@@ -291,6 +291,7 @@ def test_context_length_names_both_numbers(server):
         (OverloadedError("queue full", 7), 429, "engine_overloaded"),
         (RequestFailedError("poison", "engine_poison_request"), 500, "engine_poison_request"),
         (RequestFailedError("none", "no_allowed_token"), 400, "no_allowed_token"),
+        (RequestFailedError("none", "grammar_too_complex"), 400, "grammar_too_complex"),
         (EngineDeadError("dead"), 503, "engine_unavailable"),
         (ValueError("/secret/path 0x7f00"), 500, "internal"),
     ],

@@ -38,6 +38,7 @@ ERROR_TYPES = {
     410: "invalid_request_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
+    416: "invalid_request_error",
     429: "rate_limit_error",
     431: "invalid_request_error",
 }
@@ -176,6 +177,13 @@ def as_api_error(error: Exception) -> ApiError:
             "exclude each other",
             code=error.code,
         )
+    if isinstance(error, RequestFailedError) and error.code == "grammar_too_complex":
+        return ApiError(
+            400,
+            "The grammar of structured_outputs, response_format or tools became too complex to be "
+            "followed; lower its repeat counts, or have less that may be left out",
+            code=error.code,
+        )
     if isinstance(error, RequestFailedError):
         status = 410 if error.code == ENDED_ON_DEMAND else 500
         api_error = ApiError(status, error.message, code=error.code)
@@ -241,6 +249,8 @@ def from_validation_error(error: RequestValidationError) -> ApiError:
             best = (rank, path, str(entry["msg"]))
     assert best is not None, "a validation error without entries"
     _, path, message = best
+    if "Expected UploadFile" in message:
+        message = "must be a file; its part of the form needs a filename"
     if not path:
         return invalid("The request body must be a JSON object")
     return invalid(f"{path}: {message}", param=path)

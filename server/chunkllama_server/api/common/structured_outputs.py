@@ -288,7 +288,7 @@ class GrammarChecker:
             async with asyncio.timeout(self._limits.grammar_seconds):
                 return await asyncio.shield(compiling)
         except InvalidRequestError as error:
-            raise invalid(error.message, param, "invalid_grammar") from None
+            raise invalid(error.message, param, error.code or "invalid_grammar") from None
         except TimeoutError:
             raise exceeded(self._limits, "grammar_seconds", param) from None
 
