@@ -10,9 +10,10 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import anyio
 import openai
 import pytest
-from batch_helpers import CHAT, answers, begin, encoded, ended, line, upload
+from batch_helpers import CHAT, answers, begin, encoded, ended, line, runner_of, upload
 from fake_engine import MODEL
 
 from chunkllama.errors import OverloadedError
@@ -244,6 +245,51 @@ def test_a_file_and_a_purpose(files, client) -> None:
         client.batches.create(input_file_id="file-x", endpoint=CHAT, completion_window="24h")
 
 
+def test_the_head_of_a_content_reads_no_file(files, client, monkeypatch) -> None:
+    """One that asks for no byte of 200 MB must not cost what reading them does."""
+    stored = upload(client, [line("a")])
+    opened, open_file = [], anyio.open_file
+
+    async def noting(path, *args, **kwargs):
+        opened.append(path)
+        return await open_file(path, *args, **kwargs)
+
+    monkeypatch.setattr(anyio, "open_file", noting)
+    with files.http() as http:
+        head = http.head(f"/v1/files/{stored.id}/content")
+        assert (head.status_code, head.content, opened) == (200, b"", [])
+        assert int(head.headers["content-length"]) == stored.bytes
+        assert http.get(f"/v1/files/{stored.id}/content").content == encoded([line("a")])
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [("bytes=0-1", 206), ("bytes=-2", 206), ("bytes=5-2", 400), ("bytes=x", 400),
+     ("lines=0-1", 400), ("bytes=99999-", 416), (f"bytes={'0-0,' * 200}1-2", 200)],
+)  # fmt: skip
+def test_parts_of_a_content(files, client, asked: str, status: int) -> None:
+    """A part that cannot be sent is refused as everything else is."""
+    stored = upload(client, [line("a")])
+    with files.http() as http:
+        answer = http.get(f"/v1/files/{stored.id}/content", headers={"range": asked})
+    assert answer.status_code == status
+    if status == 206:
+        assert len(answer.content) == 2
+    if status >= 400:
+        assert answer.json()["error"]["code"] == "invalid_range"
+        assert answer.headers["content-range"] == f"bytes */{stored.bytes}"
+
+
+def test_content_that_is_gone_is_not_found(files, client) -> None:
+    """Deleted between the look at the record and at the file."""
+    stored = upload(client, [line("a")])
+    runner_of(files).store.file_path("", stored.id).unlink()
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.files.content(stored.id)
+    assert refused.value.code == "file_not_found"
+
+
 def test_a_large_file_has_a_limit_of_its_own(start_server, tmp_path) -> None:
     server = start_server(files_dir=tmp_path / "files", max_body_bytes=2000, max_file_bytes=50_000)
     with server.client() as client:
@@ -296,3 +342,14 @@ def test_each_line_once_after_a_cut(start_server, tmp_path) -> None:
     assert got[2]["response"]["body"] == {"old": True}
     assert len(second.engine.requests) == 5
     assert not Path(results).exists()
+
+
+def test_a_batch_of_a_protocol_that_is_turned_off_is_refused(start_server, tmp_path) -> None:
+    server = start_server(files_dir=tmp_path / "files", protocols="ollama")
+    with server.client() as client:
+        stored = upload(client, [line("a", url="/v1/messages")])
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.batches.create(
+                input_file_id=stored.id, endpoint="/v1/messages", completion_window="24h"
+            )
+    assert (refused.value.param, refused.value.code) == ("endpoint", "unsupported")

@@ -122,6 +122,8 @@ def test_the_parts_of_a_form_are_counted(files, monkeypatch) -> None:
     assert status == 400 and "4096 bytes" in text
     status, text = post(files, PURPOSE)
     assert status == 400 and '"param":"file"' in text
+    status, text = post(files, PURPOSE, FILE.replace(b'; filename="a"', b"") + b"{}")
+    assert status == 400 and "needs a filename" in text
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ _DESCRIPTIONS = {
     415: "The body is compressed.",
     422: "The request is malformed, out of range, or does not fit the context.",
     424: "The generation failed; other requests continue.",
+    416: "The Range header asks for no part of the file.",
     429: "The queue is full or a quota is used up; Retry-After says when to try again.",
     500: "The request failed; other requests continue.",
     OVERLOADED: "The queue is full; Retry-After says when to try again.",

@@ -20,6 +20,8 @@ _BESIDE_V1 = frozenset(
     ("tokenize", "detokenize", "health", "metrics", "version", "api", "server_info", "model_info")
 )
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+# In a request's scope: its method, where it is served as another one.
+ASKED_METHOD = "chunkllama.asked_method"
 
 
 def canonical_path(path: str, root_path: str, *, keep_root: bool = True) -> str:
@@ -84,7 +86,8 @@ class MethodMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         method = scope["method"] if scope["type"] == "http" else ""
         if method == "HEAD":
-            await self._app({**scope, "method": "GET"}, receive, _without_body(send))
+            served = {**scope, "method": "GET", ASKED_METHOD: "HEAD"}
+            await self._app(served, receive, _without_body(send))
         elif method == "OPTIONS" and (methods := self._methods(scope)):
             if "GET" in methods:
                 methods.insert(1, "HEAD")

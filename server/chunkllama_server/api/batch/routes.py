@@ -8,6 +8,7 @@ from typing import Annotated, BinaryIO, Literal
 
 from fastapi import APIRouter, Form, Query, Request, UploadFile
 from starlette.responses import FileResponse, Response
+from starlette.types import Message, Receive, Scope, Send
 
 from chunkllama_server.api.batch.records import StoredBatch, StoredFile
 from chunkllama_server.api.batch.store import FileStore, Purpose
@@ -25,6 +26,7 @@ from chunkllama_server.api.schema.batch import (
     FileObject,
 )
 from chunkllama_server.transport.errors import ApiError, exceeded, invalid
+from chunkllama_server.transport.paths import ASKED_METHOD
 from chunkllama_server.transport.request_context import request_info
 
 router = APIRouter(route_class=UploadRoute, tags=["batch"])
@@ -118,10 +120,31 @@ async def get_file(file_id: str, request: Request, context: Context) -> FileObje
     ).value
 
 
+class _Content(FileResponse):
+    """The content of a file, which HEAD does not read.
+
+    Raises (when it is sent):
+        ApiError: 400 for a Range header that is malformed, 416 for one beyond the file.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_or_refuse(message: Message) -> None:
+            status = message.get("status", 200)
+            if status >= 400:  # with a text of starlette
+                text = "The Range header asks for no part of the file"
+                error = ApiError(status, text, "range", "invalid_range")
+                error.headers = {"content-range": f"bytes */{self.headers['content-length']}"}
+                raise error
+            await send(message)
+
+        asked = {**scope, "method": scope.get(ASKED_METHOD, scope["method"])}
+        await super().__call__(asked, receive, send_or_refuse)
+
+
 @router.get(
     "/v1/files/{file_id}/content",
     response_model=None,
-    responses={200: {"content": {"application/jsonl": {}}}, **_GET},
+    responses={200: {"content": {"application/jsonl": {}}}, **_GET, **refusals(416)},
 )
 async def get_content(file_id: str, request: Request, context: Context) -> Response:
     """Return a file's content."""
@@ -130,7 +153,16 @@ async def get_content(file_id: str, request: Request, context: Context) -> Respo
     path = store.file_path(tenant, file_id)
     if path is None:
         raise _missing("file", file_id)
-    return FileResponse(path, media_type="application/jsonl", filename=found.value["filename"])
+    try:
+        status = await store.work(path.stat)
+    except FileNotFoundError:  # it has been deleted meanwhile
+        raise _missing("file", file_id) from None
+    return _Content(
+        path,
+        media_type="application/jsonl",
+        filename=found.value["filename"],
+        stat_result=status,
+    )
 
 
 @router.delete("/v1/files/{file_id}", responses=_GET)
