@@ -359,11 +359,11 @@ def test_item_references_decode_each_response_once(server, monkeypatch):
 def test_only_events_that_are_streamed_again_are_unpacked(server, monkeypatch):
     made = server.post("/v1/responses", {"input": "say(a)yas"}).json()
     unpacked: list[int] = []
-    load = response_store.PackedResponse.load_events
+    unpack = response_store.PackedResponse.unpack_events
     monkeypatch.setattr(
         response_store.PackedResponse,
-        "load_events",
-        lambda entry: (unpacked.append(1), load(entry))[1],
+        "unpack_events",
+        lambda entry: (unpacked.append(1), unpack(entry))[1],
     )
     path = f"/v1/responses/{made['id']}"
     with server.http() as http:

@@ -15,6 +15,7 @@ from chunkllama.messages import CacheExplanation
 from chunkllama_server.transport.error_shapes import error_shape
 from chunkllama_server.transport.errors import SHAPED, as_api_error
 from chunkllama_server.transport.paths import canonical_path
+from chunkllama_server.transport.pieces import in_pieces
 from chunkllama_server.transport.rate_limit import RateLimiter, TokenCharge
 
 _CLEAN_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -145,6 +146,7 @@ class RequestInfoMiddleware:
                 info.headers[shape.id_header] = info.request_id
         if self._root_path:
             scope["root_path"] = self._root_path
+        send = in_pieces(send)
 
         has_begun = False
 

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from chunkllama_server.transport.errors import ApiError, ClientDisconnected, as_api_error
+from chunkllama_server.transport.pieces import pieces_of
 
 T = TypeVar("T")
 _encode = msgspec.json.encode
@@ -196,7 +197,10 @@ class SseResponse(Response):
                 await send(
                     {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
                 )
-            await send({"type": "http.response.body", "body": body, "more_body": more_body})
+            for piece, is_followed in pieces_of(body):
+                more = more_body or is_followed
+                self._sending_since = self._loop.time()  # a slow reader of a large event is not cut
+                await send({"type": "http.response.body", "body": piece, "more_body": more})
             self._sending_since = None
         self._comment_at = self._loop.time() + self._times.comment
 

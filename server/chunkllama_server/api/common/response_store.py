@@ -51,6 +51,7 @@ _OVERHEAD_BYTES = 512
 _ITEM_BYTES = 192  # of an item's id that leads to the entry
 _REFERENCE = "item_reference"
 _EVENT_END = b"\n\n"
+_UNPACKED_BYTES = 1 << 16  # at a time
 _decode_output = msgspec.json.Decoder(_Output).decode
 
 
@@ -117,9 +118,21 @@ class PackedResponse:
         items: list[dict[str, Any]] = msgspec.json.decode(self.input_items)
         return items
 
-    def load_events(self) -> list[bytes]:
-        joined = zlib.decompress(self.events) if self.events else b""
-        return [event + _EVENT_END for event in joined.split(_EVENT_END) if event]
+    def unpack_events(self) -> Iterator[bytes]:
+        """Yield the events as they are unpacked: together they may take many times the bytes."""
+        unpacker, text, looked = zlib.decompressobj(), bytearray(), 0
+        packed = self.events
+        while packed:
+            text += unpacker.decompress(packed, _UNPACKED_BYTES)
+            packed = unpacker.unconsumed_tail
+            if not packed:
+                text += unpacker.flush()
+            while (found := text.find(_EVENT_END, looked)) >= 0:
+                end = found + len(_EVENT_END)
+                yield bytes(text[:end])
+                del text[:end]
+                looked = 0
+            looked = max(len(text) - len(_EVENT_END) + 1, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from itertools import islice
 from typing import Any, Protocol
 
 from chunkllama_server.api.common.response_store import (
@@ -34,6 +36,31 @@ class ResponseBackend(Protocol):
 
     async def close(self) -> None:
         """Close the connections."""
+
+
+_REPLAYED_BYTES = 1 << 18  # of events that are unpacked at a time
+
+
+async def replay(packed: PackedResponse, after: int | None) -> AsyncGenerator[bytes, None]:
+    """Yield the events of a response that has ended, unpacked in a thread as they are read.
+
+    Args:
+        after: sequence number of the last event that the client has.
+    """
+    events = islice(packed.unpack_events(), 0 if after is None else after + 1, None)
+    while some := await asyncio.to_thread(_next_events, events):
+        for event in some:
+            yield event
+
+
+def _next_events(events: Iterator[bytes]) -> list[bytes]:
+    found, size = [], 0
+    for event in events:
+        found.append(event)
+        size += len(event)
+        if size >= _REPLAYED_BYTES:
+            break
+    return found
 
 
 class LocalResponses:
@@ -85,11 +112,6 @@ class Responses:
         """Return the input of a stored response of this tenant alone."""
         packed = await self._backend.get(tenant, response_id)
         return None if packed is None else packed.load_input_items()
-
-    async def events(self, tenant: str, response_id: str) -> Callable[[], list[bytes]] | None:
-        """Return what unpacks the events of a stored response of this tenant, in any thread."""
-        packed = await self._backend.get(tenant, response_id)
-        return None if packed is None else packed.load_events
 
     async def holders(self, tenant: str, item_ids: Iterable[str]) -> list[PackedResponse]:
         """Return the tenant's stored responses that the output items are in, each once."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from typing import Annotated, Literal
 
@@ -10,11 +9,12 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response as HttpResponse
 
 from chunkllama_server.api.chat.request import PreparedChat, prepare_chat
-from chunkllama_server.api.common.background import EventLog, RunningResponse
+from chunkllama_server.api.common.background import RunningResponse
 from chunkllama_server.api.common.context import Context, ServerContext
 from chunkllama_server.api.common.joined_stream import Generation
 from chunkllama_server.api.common.logprobs import LogprobFormatter
 from chunkllama_server.api.common.response_store import StoredResponse
+from chunkllama_server.api.common.responses import replay
 from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers, refusals
 from chunkllama_server.api.responses.items import assistant_message, compaction, input_items
@@ -240,18 +240,12 @@ async def get_response(
         if stream:
             return context.stream(running.log.follow(starting_after), info)
         return json_response(running.snapshot())
-    if not stream:
-        packed = await context.responses.get(tenant, response_id)
-        if packed is None:
-            raise _missing(response_id)
-        return HttpResponse(packed.response, media_type="application/json")
-    unpack = await context.responses.events(tenant, response_id)
-    if unpack is None:
+    packed = await context.responses.get(tenant, response_id)
+    if packed is None:
         raise _missing(response_id)
-    log = EventLog()
-    log.events = await asyncio.to_thread(unpack)  # megabytes where they have log-probabilities
-    log.finish()
-    return context.stream(log.follow(starting_after), info)
+    if not stream:
+        return HttpResponse(packed.response, media_type="application/json")
+    return context.stream(replay(packed, starting_after), info)
 
 
 @router.get("/v1/responses/{response_id}/input_items", responses=refusals(400, 401, 404, 405))
