@@ -95,6 +95,21 @@ def test_the_pool_takes_what_the_largest_step_leaves(
     assert max(p.first_position + p.num_tokens for p in largest.slices) == 256
 
 
+def test_a_draft_model_has_its_part(
+    on_gpu: Callable[..., EngineCore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are loaded after the largest step, and its pool has as many chunks."""
+    monkeypatch.setattr(build, "check_tokenizers", lambda model, draft: None)
+    core = on_gpu(draft_model=str(tmp_path), speculation="auto")
+    config = EngineConfig.from_flat(
+        model=str(tmp_path), dtype="bfloat16", draft_model=str(tmp_path), speculation="auto"
+    )
+    draft = size.plan_draft(config, "cuda")
+    assert draft is not None and draft.chunk_bytes == CHUNK_BYTES
+    expected = (799 * CHUNK_BYTES - draft.weight_bytes) // (2 * CHUNK_BYTES)
+    assert core.info.num_chunks == core._executor.kv.num_chunks == expected < 400
+
+
 def test_what_fits_is_logged(
     on_gpu: Callable[..., EngineCore], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -51,6 +51,6 @@ class HeaderBuffer(ReceiveBuffer):
                     self.refused_path = unquote(parts[1].partition(b"?")[0].decode("latin-1"))
                 raise h11.RemoteProtocolError("Headers too large", error_status_hint=431)
         lines: list[bytearray] | None = super().maybe_extract_lines()
-        if lines and any(line[:1] in (b" ", b"\t") for line in lines):
+        if lines and any(line.startswith((b" ", b"\t")) for line in lines):
             raise h11.RemoteProtocolError("A header is folded")
         return lines
