@@ -193,6 +193,14 @@ def test_tuples(given, expected):
     assert prepared == {"type": "array", **expected}
 
 
+@pytest.mark.parametrize("fixed", [{"const": {"k": 1}}, {"enum": [{"k": 1}, 2]}], ids=str)
+def test_values_that_are_listed_are_not_closed(fixed):
+    """They have members that no other keyword lists."""
+    for schema in (fixed, {**fixed, "type": "object", "properties": {}}):
+        prepared = prepare_schema(object_schema(schema), "s", strict=True, is_call=True).schema
+        assert matches(GrammarSpec(kind="json_schema", text=json.dumps(prepared)), '{"k":1}')
+
+
 INTEGER = {"type": "integer"}
 BASE = {"type": "object", "properties": {"x": INTEGER}, "required": ["x"]}
 OTHER = {"type": "object", "properties": {"y": TEXT}, "required": ["y"]}

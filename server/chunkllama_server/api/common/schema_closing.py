@@ -7,6 +7,9 @@ from typing import Any
 from chunkllama_server.api.common.schema_keywords import COMBINATORS, map_parts
 from chunkllama_server.api.common.schema_references import name_of
 
+# Values that are listed say themselves what members they have.
+_FIXED = frozenset(("enum", "const"))
+
 
 def close_objects(schema: Any) -> Any:
     """The schema with ``additionalProperties: false`` where it says nothing else, and with tuples
@@ -73,7 +76,7 @@ def _lists_its_members(node: dict[str, Any]) -> bool:
         isinstance(node.get("properties"), dict)
         and "additionalProperties" not in node
         and "patternProperties" not in node
-        and not COMBINATORS & node.keys()
+        and not (COMBINATORS | _FIXED) & node.keys()
     )
 
 

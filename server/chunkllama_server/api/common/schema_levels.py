@@ -302,7 +302,7 @@ def object_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
     kind = parameters.get("type")
     if kind == "object":
         return parameters
-    if kind is None and not COMBINATORS & parameters.keys():
+    if kind is None and not (COMBINATORS | {"enum", "const"}) & parameters.keys():
         return {"properties": {}, **parameters, "type": "object"}
     if kind is None or (isinstance(kind, list) and "object" in kind):
         return {**parameters, "type": "object"}
