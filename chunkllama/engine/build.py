@@ -215,12 +215,12 @@ def _load_all(
     """The whole model, on this rank or on several, and its size with the pool that it has."""
     if config.model.tensor_parallel_size == 1:
         _use_device(config, size.device)
-        model = _load(config, folder, size, size.device)
-        fitting = _fitting_chunks(config, size, model, samples=True)
+        whole = _load(config, folder, size, size.device)
+        fitting = _fitting_chunks(config, size, whole, samples=True)
         size = _with_pool(config, size, [fitting])
         if fitting is not None:
-            _allocate_pool(size, model)
-        return model, size
+            _allocate_pool(size, whole)
+        return whole, size
     model = config.model.model_copy(update={"model": str(folder)})
     cache = config.cache.model_copy(update={"num_chunks": size.num_chunks})
     ranks = Ranks(config.model_copy(update={"model": model, "cache": cache}), on_lost_rank)
