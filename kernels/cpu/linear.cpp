@@ -520,7 +520,8 @@ void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end,
     return;
   }
 #endif
-  if (a.x_type != BF16 && end - begin >= LEAST_WIDE) {
+  // By the rows of all panels: which of them have few depends on the number of threads.
+  if (a.x_type != BF16 && a.rows >= LEAST_WIDE) {
     wide_unit(a, column, begin, end, w);
     return;
   }
