@@ -521,7 +521,8 @@ void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end,
   }
 #endif
   const bool widens = is_quantized(*w.format) && w.format->few_rows < 0;
-  if (a.x_type != BF16 && (widens || end - begin >= LEAST_WIDE)) {
+  // By the rows of all panels: which of them have few depends on the number of threads.
+  if (a.x_type != BF16 && (widens || a.rows >= LEAST_WIDE)) {
     wide_unit(a, column, begin, end, w);
     return;
   }

@@ -140,6 +140,23 @@ def test_products_equal_those_of_the_dequantized_weights(
                 assert error(y, x, weight) <= bound, (out, columns, count)
 
 
+def test_a_last_panel_of_few_rows_has_the_same_numbers_on_any_number_of_threads(
+    level: str, rng: np.random.Generator
+) -> None:
+    """One thread has panels of 512 rows and one, three have them of 192 and 129."""
+    ops = native_ops(torch.float32, level)
+    x = torch.from_numpy(rng.standard_normal((513, 64))).float()
+    before = torch.get_num_threads()
+    for kind in ("int4", "int8"):
+        linear = packed_linear(ops, [random_rows(rng, FORMATS[kind], 70, 64)])
+        results = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(ops.logits(x, linear).clone())
+        torch.set_num_threads(before)
+        assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("kind", ["int4", "int4-offsets", "int4-upper"])
 def test_activations_of_8_bits_cost_half_a_percent_and_can_be_left_out(
     level: str, rng: np.random.Generator, kind: str
