@@ -43,7 +43,11 @@ class MaskThreads:
 
     def start(self, states: Iterable[SequenceState]) -> None:
         """Compute the masks of the next tokens that are not there yet nor being computed."""
-        missing = [s for s in states if s.matcher and s.mask is None and s.mask_task is None]
+        missing = [
+            s
+            for s in states
+            if s.matcher and not s.failed and s.mask is None and s.mask_task is None
+        ]
         quick = [s for s in missing if s.slowest_mask <= SLOW_SECONDS]
         if quick:
             self._submit(self._quick, quick)
@@ -58,15 +62,19 @@ class MaskThreads:
 
     def _compute(self, states: list[SequenceState]) -> None:
         for state in states:
-            assert state.matcher is not None
-            started = self._clock()
-            mask = self._mask(state.matcher, state)
+            with state.using_grammar():
+                self._compute_one(state)
+
+    def _compute_one(self, state: SequenceState) -> None:
+        assert state.matcher is not None
+        started = self._clock()
+        mask = self._mask(state.matcher, state)
+        state.mask_seconds = self._clock() - started
+        state.slowest_mask = max(state.mask_seconds, _DECAY * state.slowest_mask)
+        if state.drafts and state.slowest_mask <= SLOW_SECONDS:
+            self._compute_after_drafts(state, state.matcher)
             state.mask_seconds = self._clock() - started
-            state.slowest_mask = max(state.mask_seconds, _DECAY * state.slowest_mask)
-            if state.drafts and state.slowest_mask <= SLOW_SECONDS:
-                self._compute_after_drafts(state, state.matcher)
-                state.mask_seconds = self._clock() - started
-            state.mask = mask  # last, because the step loop looks at it
+        state.mask = mask  # last, because the step loop looks at it
 
     def _compute_after_drafts(self, state: SequenceState, matcher: Matcher) -> None:
         """Compute the masks behind each guess, up to one that the grammar does not allow."""
@@ -88,13 +96,12 @@ class MaskThreads:
         return mask
 
     def wait(self, states: Iterable[SequenceState], seconds: float | None) -> None:
-        """Wait for the masks of ``states`` at most this long; None is without limit."""
-        tasks = _tasks(states)
-        if tasks:
+        """Wait for the masks of ``states`` at most this long; None is without limit.
+
+        A sequence whose grammar raised an error has failed instead.
+        """
+        if tasks := _tasks(states):
             wait(tasks, seconds)
-        for task in tasks:
-            if task.done():
-                task.result()  # an error of the library is the step's
 
     def close(self) -> None:
         self._quick.shutdown(wait=True, cancel_futures=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -14,7 +15,11 @@ from numpy.typing import NDArray
 from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.engine.grammar import TOO_COMPLEX, Matcher, is_beyond_limits
 from chunkllama.engine.token_masks import allow, forbid, is_allowed
+from chunkllama.errors import ConfigError, InvalidRequestError
+from chunkllama.logger import init_logger
 from chunkllama.sampling_params import SamplingParams
+
+logger = init_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -126,7 +131,31 @@ class SequenceState:
         """Add a sampled token; the grammar moves on with it."""
         self.output_token_ids.append(token_id)
         self.mask = self.mask_task = None
-        if self.matcher is not None and not self.matcher.accept(token_id):
-            # The mask that allowed the token may have been left incomplete.
-            is_beyond = is_beyond_limits(self.matcher.error)
-            self.failed = TOO_COMPLEX if is_beyond else "grammar_error"
+        if self.matcher is None:
+            return
+        with self.using_grammar():
+            if not self.matcher.accept(token_id):
+                # The mask that allowed the token may have been left incomplete.
+                is_beyond = is_beyond_limits(self.matcher.error)
+                self.failed = TOO_COMPLEX if is_beyond else "grammar_error"
+
+    @contextmanager
+    def using_grammar(self) -> Iterator[None]:
+        """Make an error of the grammar, inside, fail this request alone.
+
+        The grammar library reports a failed assertion as an exception that is no Exception.
+        """
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            self.fail_grammar(error)
+
+    def fail_grammar(self, error: BaseException) -> None:
+        """Let the sequence sample no more, because of an error of its grammar."""
+        self.failed = "grammar_error"
+        if isinstance(error, (InvalidRequestError, ConfigError)):
+            logger.warning("request %s: %s", self.request_id, error)
+        else:
+            logger.error("request %s: its grammar failed", self.request_id, exc_info=error)

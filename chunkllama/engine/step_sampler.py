@@ -19,12 +19,8 @@ from chunkllama.engine.mask_threads import SLOW_SECONDS, MaskThreads
 from chunkllama.engine.row_budget import RowBudget
 from chunkllama.engine.sampler import Sampled, Sampler, takes_best
 from chunkllama.engine.sequence_state import SequenceState
-from chunkllama.errors import ConfigError, InvalidRequestError
-from chunkllama.logger import init_logger
 from chunkllama.model_spec import ModelSpec
 from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
-
-logger = init_logger(__name__)
 
 # While a step has nothing but masks or compilations to wait for, the inbox is looked at this often.
 _POLL_SECONDS: Final = 0.02
@@ -198,8 +194,9 @@ class StepSampler:
                 continue
             if not self._is_alone and self._clock() - began > limit:
                 return
-            if forced := state.matcher.forced():
-                sampled.forced[slot] = forced
+            with state.using_grammar():
+                if forced := state.matcher.forced():
+                    sampled.forced[slot] = forced
 
     def _end_model(self, began: float | None) -> None:
         if began is not None:
@@ -237,22 +234,15 @@ def _rows(state: SequenceState, hidden: torch.Tensor, row: int | None) -> torch.
 
 
 def _settle_matcher(state: SequenceState) -> None:
-    """Use the matcher that has been made; an error fails its request alone.
-
-    The grammar library reports a failed assertion as an exception that is no Exception.
-    """
+    """Use the matcher that has been made; an error fails its request alone."""
     future = state.pending_matcher
     if future is None or not future.done():
         return
     error = future.exception()
     if error is None:
         state.matcher = future.result()
-    elif isinstance(error, (InvalidRequestError, ConfigError)):
-        logger.warning("request %s: %s", state.request_id, error)
     else:
-        logger.error("request %s: its grammar failed", state.request_id, exc_info=error)
-    if error is not None:
-        state.failed = "grammar_error"
+        state.fail_grammar(error)
     state.pending_matcher = None
 
 
@@ -278,12 +268,17 @@ def _take(slot: int, state: SequenceState, outcomes: list[Sampled], sampled: Sam
         if outcome.token_id != draft:
             break
         sampled.accepted.setdefault(slot, []).append((outcome.token_id, outcome.logprob))
+    if state.matcher is not None:
+        with state.using_grammar():
+            if state.matcher.is_finished:
+                if state.matcher.is_closing:
+                    sampled.closed_grammar.add(slot)
+                sampled.finished_grammar.add(slot)
+        if state.failed:
+            sampled.failed[slot] = state.failed
+            return
     sampled.token_ids[slot] = outcome.token_id
     if outcome.logprob is not None:
         sampled.logprobs[slot] = outcome.logprob
     if outcome.beam_candidates is not None:
         sampled.beam_candidates[slot] = outcome.beam_candidates
-    if state.matcher is not None and state.matcher.is_finished:
-        sampled.finished_grammar.add(slot)
-        if state.matcher.is_closing:
-            sampled.closed_grammar.add(slot)

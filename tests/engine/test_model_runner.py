@@ -274,6 +274,56 @@ def test_any_error_of_a_grammar_fails_its_request_only(runner, monkeypatch, erro
     runner.close()
 
 
+class Faulty:
+    """A grammar of any text, one of whose methods raises an error."""
+
+    is_finished = is_closing = False
+    error = ""
+
+    def __init__(self, method: str, error: type[BaseException]) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise error
+
+        members = property(fail) if method.startswith("is_") else fail
+        self.__class__ = type("Faulty", (Faulty,), {method: members})
+
+    def fill_mask(self, mask: Any, *, whole: bool = False) -> None:
+        mask.fill(-1)
+
+    def accept(self, token_id: int) -> bool:
+        return True
+
+    def forced(self) -> list[int]:
+        return []
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Panic])
+@pytest.mark.parametrize("method", ["fill_mask", "accept", "is_finished", "forced"])
+def test_an_error_in_a_step_of_a_grammar_fails_its_request_only(runner, monkeypatch, error, method):
+    class Compiler:
+        def has(self, _grammar: GrammarSpec) -> bool:
+            return True
+
+        def matcher(self, *_: Any) -> Faulty:
+            return Faulty(method, error)
+
+    monkeypatch.setattr(runner, "_grammars", Compiler())
+    grammar = GrammarSpec(kind="json_object", text="")
+    sequences = [new(0, CLEAN, grammar=grammar), new(1, CLEAN)]
+    slices = [piece(0, 0, CLEAN), piece(1, 0, CLEAN)]
+    result = step(runner, slices, new_sequences=sequences, wants_forced=True)
+    for position in range(len(CLEAN), len(CLEAN) + 2):  # an error of the last method shows later
+        assert 1 in result.token_ids
+        ids = {**{0: 1}, **result.token_ids}
+        if 0 in result.failed:
+            break
+        owned = [] if result.deferred else [piece(0, position, [ids[0]])]
+        slices = [*owned, piece(1, position, [ids[1]])]
+        result = step(runner, slices, awaited=[*result.deferred], wants_forced=True)
+    assert result.failed == {0: "grammar_error"}
+    runner.close()
+
+
 def test_a_weight_storage_the_backend_lacks_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="quantization: int8"):
         load_step_model(
