@@ -49,7 +49,7 @@ def unit_of(key: str, field: FieldInfo) -> str:
     extra = field.json_schema_extra
     if isinstance(extra, dict) and isinstance(extra.get("unit"), str):
         return str(extra["unit"])
-    if "memory" in key:
+    if "memory" in key and not key.endswith("_utilization"):
         return "bytes"
     last = key.rpartition("_")[2]
     return last if last in _KEY_UNITS else ""

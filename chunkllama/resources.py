@@ -51,7 +51,8 @@ def lower_priority() -> None:
     thread cannot have its old priority back without a privilege, so it does nothing else.
     """
     if sys.platform == "linux":  # elsewhere a priority belongs to a process, not to a thread
-        os.nice(_LOWER_PRIORITY)
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            os.nice(_LOWER_PRIORITY)
 
 
 def run_when_idle() -> None:
@@ -62,7 +63,8 @@ def run_when_idle() -> None:
     a thread of the engine that wakes up waits for the end of the other's time slice).
     """
     if sys.platform == "linux":
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        with contextlib.suppress(OSError):  # as above
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def bind_processors(choice: str, root: Path = _ROOT) -> None:

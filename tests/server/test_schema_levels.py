@@ -178,6 +178,8 @@ NUMBER, TEXT = {"type": "number"}, {"type": "string"}
             {"prefixItems": [{"$ref": "#"}], "items": False},
         ),
         ({"prefixItems": [NUMBER], "maxItems": 3}, {"prefixItems": [NUMBER], "maxItems": 3}),
+        ({"prefixItems": [NUMBER], "minItems": 2}, {"prefixItems": [NUMBER], "minItems": 2}),
+        ({"prefixItems": [NUMBER], "enum": [[1, 2]]}, {"prefixItems": [NUMBER], "enum": [[1, 2]]}),
         (
             {"items": [NUMBER], "additionalItems": False},
             {"prefixItems": [NUMBER], "items": False},

@@ -7,13 +7,16 @@ import os
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fake_engine import MODEL, FakeEngine
 from fastapi.testclient import TestClient
 
+from chunkllama.resources import lower_priority, run_when_idle
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.app import create_app
+from chunkllama_server.api.common import text_service
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
 from chunkllama_server.api.common.text_service import TextService, text_size
 from chunkllama_server.config.limits import LimitsConfig
@@ -154,9 +157,10 @@ def test_other_threads_run_while_a_long_text_is_tokenized(text_parts):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
-def test_a_large_text_leaves_the_processors_to_steps(text_parts):
+def test_a_large_text_leaves_the_processors_to_steps(text_parts, monkeypatch):
     """A prompt of ordinary length runs as threads usually do, so that busy neighbours cannot hold
-    it up."""
+    it up; so do many texts of one request."""
+    monkeypatch.setattr(text_service, "_LARGE", 160)
     tokenizer, _ = text_parts
     seen: list[tuple[str, int]] = []
 
@@ -166,19 +170,25 @@ def test_a_large_text_leaves_the_processors_to_steps(text_parts):
             return tokenizer.encode(text, **options)
 
     async def main() -> list[list[int]]:
-        return [await service.encode("a" * n, add_special_tokens=False) for n in (160, 161, 5)]
+        sizes = ((160, None), (161, None), (5, None), (6, 1000))
+        return [
+            await service.encode("a" * length, add_special_tokens=False, size=size)
+            for length, size in sizes
+        ]
 
     service = TextService(Watched(), None, limits=LimitsConfig(text_offload_chars=10))
     try:
         ids = asyncio.run(main())
     finally:
         service.close()
-    assert [len(found) for found in ids] == [160, 161, 5]
-    usual = os.sched_getscheduler(0)
-    assert seen == [("text_0", usual), ("large-text_0", os.SCHED_IDLE), ("MainThread", usual)]
+    assert [len(found) for found in ids] == [160, 161, 5, 6]
+    usual, thread = os.sched_getscheduler(0), ("text_0", os.sched_getscheduler(0))
+    large = ("large-text_0", os.SCHED_IDLE)
+    assert seen == [thread, large, ("MainThread", usual), thread]
 
 
-def test_a_large_text_that_gets_no_processor_is_read_in_the_usual_thread(text_parts):
+def test_a_large_text_that_gets_no_processor_is_read_in_the_usual_thread(text_parts, monkeypatch):
+    monkeypatch.setattr(text_service, "_LARGE", 160)
     tokenizer, _ = text_parts
     released, seen = threading.Event(), list[str]()
 
@@ -217,3 +227,14 @@ def test_grammars_are_compiled_behind_steps():
     finally:
         checker.close()
     assert seen == [min(os.nice(0) + 5, 19)]
+
+
+def test_a_sandbox_without_priorities_runs_the_work_all_the_same(monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "nice", refuse)
+    monkeypatch.setattr(os, "sched_setscheduler", refuse, raising=False)
+    for begin in (lower_priority, run_when_idle):
+        with ThreadPoolExecutor(1, "", begin) as pool:
+            assert pool.submit(lambda: 1).result(timeout=60) == 1

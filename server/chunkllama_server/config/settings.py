@@ -51,7 +51,6 @@ _NEEDS = {
     "cache_tier_bytes": "cache_tier_dir",
     "kv_events_topic": "kv_events_endpoint",
     "max_failovers": "cluster",
-    "pack_public_key": "packs",
     "router_index_chunks": "cluster",
     "snapshot_bytes": "snapshot_dir",
     "snapshot_seconds": "snapshot_dir",

@@ -119,6 +119,7 @@ def test_refusals_are_one_line(flags, environ, message):
         ({"admin_host": "0.0.0.0"}, True),
         ({"admin_host": "0.0.0.0", "admin_port": "1"}, False),
         ({"cache_tier_bytes": "1GiB"}, True),
+        ({"pack_public_key": "PEM"}, False),  # pack verify uses it, too
         ({}, False),
     ],
 )

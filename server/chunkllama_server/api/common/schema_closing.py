@@ -81,8 +81,10 @@ def _lists_its_members(node: dict[str, Any]) -> bool:
 
 
 def _is_open_tuple(node: dict[str, Any]) -> bool:
-    items = node.get("prefixItems")
-    return isinstance(items, list) and bool(items) and not {"items", "maxItems"} & node.keys()
+    items, least = node.get("prefixItems"), node.get("minItems", 0)
+    if not isinstance(items, list) or not items or not isinstance(least, int):
+        return False
+    return least <= len(items) and not ({"items", "maxItems"} | _FIXED) & node.keys()
 
 
 def _refers(node: Any) -> bool:

@@ -24,7 +24,7 @@ _OBJECT_CHARS = 32
 # A text that took longer here has delayed every other request as long.
 _SLOW_SECONDS = 0.05
 _AT_ONCE = 64
-_LARGE = 16  # times text_offload_chars: a text that steps do not wait for
+_LARGE = 1 << 17  # characters of a text that steps do not wait for
 Message = dict[str, Any]
 
 
@@ -85,8 +85,8 @@ class TextService:
         self._limits = limits
         self.share: Callable[[str], float] = lambda _: 1.0
         self._pool = FairPool(1, "text", lambda tenant: self.share(tenant))
-        # To compute their tokens takes far longer than to find them. Tokenization does not hold the
-        # interpreter's lock, so the event loop never waits for this thread.
+        # To compute their tokens takes far longer than to find them. Tokenization holds the
+        # interpreter's lock only while it makes the list of ids.
         self._large_pool = FairPool(
             1, "large-text", lambda tenant: self.share(tenant), begin_thread=run_when_idle
         )
@@ -149,16 +149,15 @@ class TextService:
         Args:
             size: characters of all texts of the request, if it has several.
         """
-        size = len(text) if size is None else size
 
         def work() -> list[int]:
             return self.tokenizer.encode(
                 text, add_special_tokens=add_special_tokens, allow_special=True
             )
 
-        if size > _LARGE * self._limits.text_offload_chars:
+        if len(text) > max(_LARGE, self._limits.text_offload_chars):
             return await self._run_large(work)
-        return await self.run(size, work)
+        return await self.run(len(text) if size is None else size, work)
 
     async def _run_large(self, work: Callable[[], T]) -> T:
         """``work()`` where no thread wants a processor, or from the start in the usual thread when
