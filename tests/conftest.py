@@ -32,6 +32,7 @@ class _Helpers(MetaPathFinder):
         "bad_start_table": Path(__file__).parent / "server" / "cli" / "bad_start_table.py",
         "attention_plans": Path(__file__).parent / "attention" / "plans.py",
         "hostile_files": Path(__file__).parent / "models" / "hostile_files.py",
+        "tiny_forms": Path(__file__).parent / "models" / "tiny_forms.py",
         "soak": Path(__file__).parent / "soak.py",
         "soak_faults": Path(__file__).parent / "soak_faults.py",
         "soak_run": Path(__file__).parent / "soak_run.py",

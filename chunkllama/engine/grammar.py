@@ -235,7 +235,7 @@ class GrammarMatcher:
 
 # How the library says that a grammar is beyond its limits; that a token does not follow is another
 # error.
-_BEYOND = re.compile(r"lexer error|too (?:complex|many|large)|fuel", re.IGNORECASE)
+_BEYOND = re.compile(r"lexer error|too ?(?:complex|many|large)|fuel", re.IGNORECASE)
 TOO_COMPLEX: Final = "grammar_too_complex"
 
 

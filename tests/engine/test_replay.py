@@ -276,6 +276,6 @@ def test_the_journal_tells_its_reader_what_ran() -> None:
     assert (parent.turns, parent.steps, parent.running_requests()) == (1, 0, ["a", "b"])
     engine.end_step()
     assert (parent.turns, parent.steps, parent.running_requests()) == (1, 1, [])
-    engine.begin_step(["x" * (2 << 20)])
+    engine.begin_step(["x" * (8 << 20)])
     assert parent.running_requests() == [], "too long to be written: counted against none"
     parent.close()

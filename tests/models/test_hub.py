@@ -50,7 +50,7 @@ def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
     assert "smollm2-135m-instruct" in refusal("smollm3")
     assert "no such folder or file" in refusal("models/missing.gguf")
     (tmp_path / "model.bin").write_bytes(b"x")
-    assert "a folder or a .gguf file" in refusal(str(tmp_path / "model.bin"))
+    assert "a folder, a .gguf file or a .yaml file" in refusal(str(tmp_path / "model.bin"))
 
 
 @pytest.mark.parametrize("offline", [True, False])

@@ -49,8 +49,8 @@ def test_lines_of_all_batches_have_one_bound(start_server, tmp_path) -> None:
 
 
 def test_few_lines_run_beside_other_requests(start_server, tmp_path) -> None:
-    """One for 64 places of the running batch, until no other request has come for a while."""
-    server = start_server(files_dir=tmp_path / "files", max_num_seqs=128)
+    """One for 16 places of the running batch, until no other request has come for a while."""
+    server = start_server(files_dir=tmp_path / "files", max_num_seqs=32)
     assert server.chat().status_code == 200
     server.engine.gate.clear()
     with server.client() as client:

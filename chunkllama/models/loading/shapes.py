@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
@@ -92,6 +91,8 @@ def write_shape_folder(path: Path, folder: Path) -> None:
     Raises:
         ConfigError: the file does not describe a model.
     """
+    from tokenizers import pre_tokenizers  # here, as starts that are refused need none
+
     text = _read(path)
     try:
         values = yaml.safe_load(text)
@@ -110,6 +111,8 @@ def write_shape_folder(path: Path, folder: Path) -> None:
 
 
 def _write_tokenizer(folder: Path, tokens: list[str]) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -287,7 +287,7 @@ FILES = [
 ]
 FOLDERS = [
     _flags("no folder", "--model /no/such/folder", "/no/such/folder: no such folder"),
-    _model("a file", lambda m: m.file("x", "model.bin"), "a model is a folder or a .gguf file"),
+    _model("a file", lambda m: m.file("x", "model.bin"), "a model is a folder, a .gguf file or a"),
     _model("empty folder", _empty_folder, "empty, no config.json; is it a complete"),
     _model("LoRA adapter", _adapter, r"LoRA adapter.*meta-llama/Llama-3.2-1B.*merge_and_unload"),
     _model("folder of GGUF files", _folder_of_gguf, r"give one of them, such as .*a\.Q4_0\.gguf"),
