@@ -53,7 +53,7 @@ class ClusterEngineClient(CommandsToAll):
         max_failovers: replicas that may end under one request; one more fails it.
 
     Attributes:
-        on_restarting: told True when no replica is left, and False when there is one again.
+        on_restarting: called with True when no replica is left, and False when there is one again.
         on_death: never called: replicas are replaced.
         restarts, hangs, replays: replicas lost, those of them that hung, and requests continued.
         failovers: requests continued, by what became of their replica.

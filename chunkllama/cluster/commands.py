@@ -94,7 +94,7 @@ class CommandsToAll(MessageClient):
 
     Attributes:
         take_spent: returns what tenants have spent of their rates since its last call.
-        on_spent: told what they have spent at other front ends.
+        on_spent: called with what they have spent at other front ends.
     """
 
     def __init__(self) -> None:
