@@ -53,7 +53,7 @@ class ClusterEngineClient(CommandsToAll):
         max_failovers: replicas that may end under one request; one more fails it.
 
     Attributes:
-        on_restarting: told True when no replica is left, and False when there is one again.
+        on_restarting: called with True when no replica is left, and False when there is one again.
         on_death: never called: replicas are replaced.
         restarts, hangs, replays: replicas lost, those of them that hung, and requests continued.
         failovers: requests continued, by what became of their replica.
@@ -244,7 +244,7 @@ class ClusterEngineClient(CommandsToAll):
         route.choice = choice
         pin_chunks = num_chunks if request.pin_seconds > 0 else 0
         if self._shares.is_short(choice.replica, request.tenant, pin_chunks):
-            self._give_shares()
+            self._give_shares(request.tenant)
         # one that was refused was not accepted, which a replay must have been
         messages: list[ToEngine] = [request] if refused else stream.state.submission()
         self._replicas[choice.replica].channel.send(messages)

@@ -94,7 +94,7 @@ class CommandsToAll(MessageClient):
 
     Attributes:
         take_spent: returns what tenants have spent of their rates since its last call.
-        on_spent: told what they have spent at other front ends.
+        on_spent: called with what they have spent at other front ends.
     """
 
     def __init__(self) -> None:
@@ -118,9 +118,14 @@ class CommandsToAll(MessageClient):
         self._shares.set_limits(tenants)
         self._give_shares()
 
-    def _give_shares(self) -> None:
-        """Send each replica its shares of the limits, where they have changed."""
-        changes = self._shares.changes()
+    def _give_shares(self, tenant: str | None = None) -> None:
+        """Send each replica its shares of the limits, where they have changed.
+
+        Args:
+            tenant: the only one whose limits are divided again.
+        """
+        shares = self._shares
+        changes = shares.changes() if tenant is None else shares.changes_of(tenant)
         for channel in self._channels().values() if changes else ():
             if channel.name in changes:
                 channel.send([changes[channel.name]])

@@ -88,7 +88,7 @@ class PrefixRouting:
 
     Args:
         spill: a replica with that many requests more than the idlest gets no more for its prefixes.
-        index_chunks: most prefixes kept; the least recently used are forgotten.
+        index_chunks: most prefixes kept; the least recently used are dropped.
 
     Attributes:
         counts: requests routed, by reason.

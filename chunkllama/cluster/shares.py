@@ -183,6 +183,17 @@ class LimitShares:
         better = self._divide(tenant, limits)[replica]
         return any(getattr(better, field) > known.share(tenant, field) for field in short)
 
+    def changes_of(self, tenant: str) -> dict[str, SetTenants]:
+        """As ``changes`` after ``is_short``, where only this tenant's limits are divided again."""
+        shares, changed = self._divide(tenant, self._limits.tenants[tenant]), {}
+        for name, known in self._replicas.items():
+            if known.limits is None or known.limits.tenants.get(tenant) == shares[name]:
+                continue
+            self._note_smaller(known, {tenant: shares[name]})
+            table = {**known.limits.tenants, tenant: shares[name]}
+            changed[name] = known.limits = SetTenants(tenants=table, default=known.limits.default)
+        return changed
+
     def changes(self) -> dict[str, SetTenants]:
         """The limits of each replica that has not been given these."""
         tables: dict[str, dict[str, TenantLimits]] = {name: {} for name in self._replicas}
@@ -195,12 +206,12 @@ class LimitShares:
             known = self._replicas[name]
             message = SetTenants(tenants=table, default=self._limits.default)
             if message != known.limits:
-                self._note_smaller(known, message)
+                self._note_smaller(known, message.tenants)
                 changed[name] = known.limits = message
         return changed
 
-    def _note_smaller(self, known: _Replica, message: SetTenants) -> None:
-        for tenant, limits in message.tenants.items():
+    def _note_smaller(self, known: _Replica, given: Mapping[str, TenantLimits]) -> None:
+        for tenant, limits in given.items():
             for field in _DIVIDED:
                 share = getattr(limits, field)
                 before = known.share(tenant, field)

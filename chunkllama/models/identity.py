@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def identify_model(  # noqa: PLR0913
         kv_dtype: of K/V.
         max_model_len: which the frequencies of some rotary embeddings depend on.
         arithmetic: see ``Backend``.
-        drawn_from: what random weights depend on beside ``spec``; "": they lie in the folder.
+        drawn_from: what random weights depend on beside ``spec``; "": they are those of the folder.
 
     Raises:
         ConfigError: the weights cannot be read.
@@ -68,22 +69,26 @@ def identify_model(  # noqa: PLR0913
     )
 
 
-def hash_weights(folder: Path, spec: ModelSpec) -> str:
+def hash_weights(folder: Path, spec: ModelSpec, on_block: Callable[[], None] = lambda: None) -> str:
     """SHA-256 over the SHA-256 of each weight file, in the order of their names.
 
     The hash of a file is kept in the cache folder by its path, size and time of change.
+
+    Args:
+        on_block: called before each block of 4 MiB is read; what it raises ends the reading.
 
     Raises:
         ConfigError: a file cannot be read.
     """
     paths = sorted({info.path for info in Checkpoint(folder, spec)}, key=lambda path: path.name)
     try:
-        return hashlib.sha256("".join(map(_hash_file, paths)).encode()).hexdigest()
+        hashes = [_hash_file(path, on_block) for path in paths]
     except OSError as error:
         raise ConfigError(f"{folder}: the weights cannot be read: {error.strerror}") from None
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def _hash_file(path: Path) -> str:
+def _hash_file(path: Path, on_block: Callable[[], None]) -> str:
     with path.open("rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         key = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
@@ -93,7 +98,10 @@ def _hash_file(path: Path) -> str:
             if len(known) == 64:
                 return known
         digest, block = hashlib.sha256(), bytearray(_BLOCK_BYTES)
-        while count := file.readinto(block):
+        while True:
+            on_block()
+            if not (count := file.readinto(block)):
+                break
             digest.update(memoryview(block)[:count])
     with contextlib.suppress(OSError):  # without it the next start computes it again
         kept.parent.mkdir(parents=True, exist_ok=True)

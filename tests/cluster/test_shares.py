@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 import random
 from dataclasses import dataclass
@@ -70,7 +71,11 @@ EVENTS = ("arrive", "end", "report", "divide")
 
 def give(shares: LimitShares, engines: dict[str, Engine]) -> None:
     """Give each engine its share, up to which it starts requests."""
-    for name, message in shares.changes().items():
+    take(shares.changes(), engines)
+
+
+def take(changes: dict[str, SetTenants], engines: dict[str, Engine]) -> None:
+    for name, message in changes.items():
         engines[name].share = message.tenants["t"].max_concurrent_requests or 0
     for engine in engines.values():
         engine.start()
@@ -81,7 +86,7 @@ def happen(event: str, name: str, shares: LimitShares, engines: dict[str, Engine
     match event:
         case "arrive":
             if shares.is_short(name, "t", pin_chunks=0):
-                give(shares, engines)
+                take(shares.changes_of("t"), engines)
             engine.waiting += 1
         case "end":
             engine.running = max(engine.running - 1, 0)
@@ -147,7 +152,9 @@ def test_a_request_takes_the_rest_of_other_replicas_and_no_more_than_the_limit()
     most = {name: shares._replicas[name].limits.tenants["t"] for name in "abc"}  # type: ignore[union-attr]
     assert [most[name].max_concurrent_requests for name in "abc"] == [1, 1, 0]
     assert shares.is_short("c", "t", pin_chunks=5)
-    changed = shares.changes()
+    same = copy.deepcopy(shares)
+    changed = shares.changes_of("t")
+    assert changed == same.changes() and shares.changes() == {}
     assert changed["c"].tenants["t"].max_concurrent_requests == 1
     assert changed["c"].tenants["t"].pin_chunks is not None
     assert changed["c"].tenants["t"].pin_chunks >= 5

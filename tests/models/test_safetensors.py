@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from chunkllama.errors import ConfigError
 from chunkllama.models.config import read_spec
+from chunkllama.models.identity import hash_weights
 from chunkllama.models.loading.safetensors import Checkpoint, read_header
 from chunkllama.models.loading.sizes import allocated_bytes
 
@@ -290,3 +291,18 @@ def test_an_error_escapes_what_a_terminal_acts_on() -> None:
     """Names of tensors are quoted in errors; a file may hold any."""
     message = str(ConfigError("tensor a\x1b[31m\x9b\r\x7f has no shape\nx"))
     assert message == "tensor a\\x1b[31m\\x9b\\r\\x7f has no shape\nx"
+
+
+def test_a_hash_of_weights_can_be_ended(tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CHUNKLLAMA_CACHE", str(tmp_path / "cache"))
+    spec = read_spec(tiny_folder)
+    whole = hash_weights(tiny_folder, spec)
+    shutil.rmtree(tmp_path / "cache")
+
+    def end() -> None:
+        raise RuntimeError("ended")
+
+    with pytest.raises(RuntimeError, match="ended"):
+        hash_weights(tiny_folder, spec, end)
+    assert not (tmp_path / "cache").exists(), "half a hash is not kept"
+    assert hash_weights(tiny_folder, spec) == whole

@@ -278,7 +278,10 @@ def test_parts_of_a_content(files, client, asked: str, status: int) -> None:
         assert len(answer.content) == 2
     if status >= 400:
         assert answer.json()["error"]["code"] == "invalid_range"
-        assert answer.headers["content-range"] == f"bytes */{stored.bytes}"
+        said = "is malformed" if status == 400 else "asks for no part of the file"
+        assert answer.json()["error"]["message"] == f"The Range header {said}"
+        size = f"bytes */{stored.bytes}" if status == 416 else None
+        assert answer.headers.get("content-range") == size
 
 
 def test_content_that_is_gone_is_not_found(files, client) -> None:

@@ -243,6 +243,29 @@ def test_the_text_of_a_parameter_may_have_other_tags(families, family):
         assert not all(accepted)
 
 
+def test_begun_tags_count_as_characters_of_a_text(families):
+    family = next(param.values[0] for param in ONE_OF_EACH if param.id == "qwen3_coder")
+    model = families(family)
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "string", "maxLength": 6}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    body = ChatCompletionRequest(messages=[USER], tools=[tool], tool_choice="required")
+    grammar = plan_tools(body, model.written).grammar()
+
+    def is_accepted(value: str) -> bool:
+        call = f"<function=f>\n<parameter=a>\n{value}\n</parameter>\n</function>"
+        return model.longest(grammar, text := f"<tool_call>\n{call}\n</tool_call>") == text
+
+    for value in ("", "a\nb", "</par<", "<<</pa", "\u00e9" * 6):
+        assert is_accepted(value), value
+    for value in ("abcdefg", "</parx<", "<<<</pa", "</par</parx"):
+        assert not is_accepted(value), value
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_hundred_forced_calls(families, family):

@@ -14,6 +14,7 @@ from fake_engine import MODEL
 from openai.pagination import SyncCursorPage
 from openai.types import fine_tuning as kinds
 
+from chunkllama.errors import ConfigError
 from chunkllama.tuning.folder import ADAPTER, STATE, read_examples
 from chunkllama.tuning_messages import TuningProgress
 
@@ -279,8 +280,30 @@ def test_wrong_files_and_models_are_refused(start_server, tmp_path: Path) -> Non
             create(client)
 
 
-@pytest.mark.parametrize("settings", [{"finetune": False}, {"tensor_parallel_size": 2}])
+@pytest.mark.parametrize(
+    "settings", [{"finetune": False}, {"tensor_parallel_size": 2}, {"load_format": "dummy"}]
+)
 def test_fine_tuning_can_be_turned_off(start_server, settings: dict[str, Any]) -> None:
     server = start_server(**settings)
     answer = server.http().get("/v1/fine_tuning/jobs")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "finetune_disabled")
+
+
+def test_a_job_is_refused_while_the_weights_cannot_be_read(start_server, tmp_path: Path) -> None:
+    server = start_server(files_dir=tmp_path / "files")
+
+    def fail(_: object) -> str:
+        raise ConfigError("m: the weights cannot be read: Input/output error")
+
+    weights = server.app.state.context.tunings.weights
+    digest, weights._digest = weights._digest, fail
+    with server.client() as client:
+        body = {"model": MODEL, "training_file": upload(client)}
+        refused = server.post("/v1/fine_tuning/jobs", body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (
+            503,
+            "weights_unavailable",
+        )
+        assert client.fine_tuning.jobs.list().data == []
+        weights._digest = digest
+        assert server.post("/v1/fine_tuning/jobs", body).status_code == 200

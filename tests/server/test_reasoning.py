@@ -158,6 +158,11 @@ def test_tags_are_one_text_or_two(given):
     assert loaded.settings.reasoning_tags == ("<a>", "</a>")
 
 
+def test_tags_of_a_list_keep_their_white_space():
+    loaded = load_settings({"reasoning_tags": ["<a>\n", "\n</a>"]}, {})
+    assert loaded.settings.reasoning_tags == ("<a>\n", "\n</a>")
+
+
 @pytest.mark.parametrize("given", ["<a>", "<a>,<a>", "<a>,<b>,<c>"])
 def test_other_numbers_of_tags_are_refused(given):
     with pytest.raises(ConfigError, match="reasoning_tags must be"):

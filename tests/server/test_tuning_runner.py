@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -36,6 +38,7 @@ class Place:
         self.store.open()
         self.read: Callable[[Path, Callable[[], bool]], list[Example]] = lambda *_: ROWS
         self.weights = "of the model"
+        self.digest: Callable[[Callable[[], None]], str] = lambda _: self.weights
         self.may_load = asyncio.Event()
         self.loading = 0
         load = self.engine.load_adapter
@@ -51,7 +54,7 @@ class Place:
     def make(self) -> TuningRunner:
         return TuningRunner(
             self.store, self.engine, lambda *given: self.read(*given), TuningConfig(),
-            lambda _: True, lambda: self.weights,
+            lambda _: True, lambda check: self.digest(check),
         )  # fmt: skip
 
     async def start_again(self) -> None:
@@ -62,11 +65,13 @@ class Place:
         self.loading, self.runner = 0, self.make()
         await self.runner.resume()
         await self.runner.open()
+        await self.runner.weights.identify()
 
     async def begin(self) -> Job:
         await self.runner.resume()
         file = await self.store.add_file("a", "f", iter([b"x"]), 1, purpose="fine-tune")
         await self.runner.open()
+        await self.runner.weights.identify()
         chosen = {"n_epochs": 3, "batch_size": 4, "learning_rate_multiplier": 1.0}
         value: Any = {
             "id": "ftjob-12345678", "object": "fine_tuning.job", "created_at": 0,
@@ -183,6 +188,63 @@ def test_jobs_and_models_of_other_weights_wait_for_them(
         await until(lambda: place.engine.tunings)
         assert [each.job_id for each in place.engine.tunings] == [queued.id]
         assert list(place.engine.adapters) == [name_of(job)]
+
+    run(test)
+
+
+def test_weights_are_hashed_for_jobs_alone_and_until_the_server_ends(run: Any) -> None:
+    """Requests about jobs do not wait for a hash, and neither does the end of the server."""
+
+    async def test(place: Place) -> None:
+        hashing, ended = threading.Event(), threading.Event()
+
+        def digest(check: Callable[[], None]) -> str:
+            hashing.set()
+            try:
+                while True:
+                    check()
+            finally:
+                ended.set()
+
+        model_digest, place.digest = place.digest, digest
+        looked = asyncio.Event()
+
+        async def load_all(_: Any) -> None:
+            looked.set()
+
+        place.runner._models.load_all = load_all  # type: ignore[method-assign]
+        await place.runner.resume()
+        await until(looked.is_set)
+        assert not hashing.is_set(), "there is no job"
+        await place.runner.close()
+        place.digest, place.runner = model_digest, place.make()
+        job = await place.begin()
+        await until(lambda: place.engine.tunings)
+        await place.runner.close()
+        place.digest, place.runner = digest, place.make()
+        await place.runner.resume()
+        await place.runner.open()
+        assert [each.id for each in place.runner.jobs.of("a")] == [job.id]
+        await until(hashing.is_set)
+        await place.runner.close()
+        await place.store.close()
+        assert ended.is_set()
+
+    run(test)
+
+
+def test_a_job_of_a_version_that_noted_no_weights_is_of_those_served(run: Any) -> None:
+    async def test(place: Place) -> None:
+        job = await place.begin()
+        await until(lambda: place.engine.tunings)
+        path = job.folder / "job.json"
+        await place.runner.close()
+        record = json.loads(path.read_bytes())
+        del record["weights"]
+        path.write_text(json.dumps(record))
+        await place.start_again()
+        await until(lambda: place.engine.tunings)
+        assert json.loads(path.read_bytes())["weights"] == place.weights
 
     run(test)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,22 @@ def test_what_cannot_be_trained_is_one_line(
     assert finetune(model, *flags, data=data) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+@pytest.mark.parametrize(
+    ("name", "named"), [("w.safetensors", "w.safetensors"), (None, "state.safetensors")]
+)
+def test_the_file_that_cannot_be_read_is_named(
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str | None,
+    named: str,
+) -> None:
+    def fail(**_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+
+    monkeypatch.setattr("chunkllama.tuning.load.load_trainer", fail)
+    assert finetune(model) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"{named}: cannot be read: Input/output error")

@@ -92,7 +92,7 @@ def create_app(  # noqa: PLR0913
     generation_defaults: Mapping[str, Any] | None = None,
     tracing: Tracing | None = None,
     responses: ResponseBackend | None = None,
-    weights_digest: Callable[[], str] = lambda: "",
+    weights_digest: Callable[[Callable[[], None]], str] = lambda _: "",
 ) -> FastAPI:
     """Build the HTTP application over an engine that is ready.
 
@@ -105,7 +105,8 @@ def create_app(  # noqa: PLR0913
         generation_defaults: the model's own sampling values, for fields a client leaves out.
         tracing: makes a span for each request; closed with the application.
         responses: stores responses; closed with the application. None: this process does.
-        weights_digest: of the model that the engine serves; called in a thread, once.
+        weights_digest: of the model that the engine serves; called in a thread with a function
+            that it calls often and that may raise.
     """
     charged = ChargedEngine(
         engine,
@@ -142,7 +143,7 @@ def create_app(  # noqa: PLR0913
     lag = LoopLag(context.metrics.registry)
     Gauge(
         "chunkllama_overdue_grammars",
-        "Grammars whose compilation takes longer than grammar_seconds and goes on.",
+        "Grammars whose compilation takes longer than grammar_seconds and continues.",
         registry=context.metrics.registry,
     ).set_function(grammars.num_overdue)
 
@@ -266,12 +267,14 @@ def _tuning_runner(
     text: TextService,
     settings: Settings,
     tenants: Tenants,
-    weights_digest: Callable[[], str],
+    weights_digest: Callable[[Callable[[], None]], str],
 ) -> TuningRunner | None:
     """The runner of fine-tuning jobs; None where they are turned off, or nothing trains them."""
     if batches is None or not settings.finetune or settings.cluster is not None:
         return None
     if settings.tensor_parallel_size > 1:  # training has one rank
+        return None
+    if settings.load_format == "dummy":  # there are no weights to train an adapter of
         return None
     reader = ExampleReader(
         text.template,

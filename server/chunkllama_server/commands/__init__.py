@@ -52,6 +52,8 @@ def run(arguments: list[str]) -> int:
     except ChunkLlamaError as error:
         return _fail(str(error))
     except BrokenPipeError:  # the reader of the output, such as head, has ended
+        if asked == ["serve"]:  # its output is the log; a socket is broken
+            raise
         _drop_output()
         return _BROKEN_PIPE
     except OSError as error:  # of a file that a command could not check beforehand
@@ -59,8 +61,11 @@ def run(arguments: list[str]) -> int:
             return _fail(f"{error.filename}: {error.strerror}")
         if error.errno not in _OUTPUT_ERRORS:
             raise
-        _drop_output()
-        return _fail(f"standard output: {error.strerror}")
+        try:  # the file may be another one
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
+        return _fail(f"the output cannot be written: {error.strerror}")
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
     except Exception as error:

@@ -11,13 +11,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from chunkllama.errors import ChunkLlamaError
+from chunkllama_server.transport.server_url import authorization, split_server_url
 
 _ENDED = frozenset(("completed", "failed", "expired", "cancelled"))
 _BLOCK = 1 << 20
@@ -59,19 +59,9 @@ class _Server:
     """
 
     def __init__(self, url: str, key: str) -> None:
-        try:
-            parts = urlsplit(url)
-            is_url = parts.scheme in ("http", "https") and bool(parts.hostname)
-            self._port = parts.port
-        except ValueError:
-            is_url = False
-        if not is_url:
-            raise ChunkLlamaError(f"url: not an http or https URL: {url}")
-        if not (key.isascii() and key.isprintable()):
-            raise ChunkLlamaError("api_key: has characters that no header holds")
         self._url = url
-        self._parts = parts
-        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._parts = split_server_url(url)
+        self._headers = {"authorization": authorization(key)} if key else {}
 
     @contextlib.contextmanager
     def _answer(
@@ -79,7 +69,7 @@ class _Server:
     ) -> Iterator[http.client.HTTPResponse]:
         secure = self._parts.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = kind(self._parts.hostname or "", self._port, timeout=_TIMEOUT)
+        connection = kind(self._parts.hostname or "", self._parts.port, timeout=_TIMEOUT)
         try:
             target = self._parts.path.rstrip("/") + path
             broken: OSError | None = None

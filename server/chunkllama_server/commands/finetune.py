@@ -122,7 +122,8 @@ def _run(
             on_step=_Printer(),
         )
     except OSError as error:
-        raise ConfigError(f"out: {out / STATE}: cannot be read: {error.strerror}") from None
+        path = error.filename or out / STATE
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if trainer.steps:
         print(f"continues after step {len(trainer.steps)} of {trainer.total_steps}", flush=True)
     else:

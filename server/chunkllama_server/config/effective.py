@@ -17,9 +17,9 @@ from chunkllama_server.config.settings import Settings
 
 
 def effective_values(settings: Settings) -> tuple[dict[str, str], str]:
-    """Return values by key, where they differ from the setting's own, and what could not be told.
+    """Return values by key, where they differ from the setting's own, and what is not known.
 
-    Downloads, converts and starts nothing. Where there may be a GPU, only a start can tell what
+    Downloads, converts and starts nothing. Where there may be a GPU, only a start finds what
     depends on the device; of a cluster, only its replicas.
     """
     config = settings.engine()

@@ -86,7 +86,7 @@ def show_settings(loaded: Loaded, effective: Mapping[str, str], note: str) -> No
 
     Args:
         effective: what automatic values are on this machine, by key.
-        note: what could not be told; printed below the table.
+        note: what is not known; printed below the table.
     """
     table = Table(
         "key", *(Column(name, overflow="fold") for name in ("value", "from", "in effect"))

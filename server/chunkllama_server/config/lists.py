@@ -22,4 +22,10 @@ def split_list(value: object) -> object:
     return value
 
 
+def split_tags(value: object) -> object:
+    """Split "a,b" as ``split_list`` does; texts of a longer list keep white space at their ends."""
+    is_one = isinstance(value, str) or (isinstance(value, list | tuple) and len(value) == 1)
+    return split_list(value) if is_one else value
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(split_list)]

@@ -10,14 +10,16 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 
 from chunkllama.config import Bytes, ConfigGroup, limit
-from chunkllama_server.config.lists import Names, split_text
+from chunkllama_server.config.lists import Names, split_tags, split_text
 from chunkllama_server.config.protocols import Protocols
 
 # Not split where it is a flag: a key may have a comma.
 Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(split_text)]
+Tags = Annotated[tuple[str, ...], BeforeValidator(split_tags)]
 Port = Annotated[int, Field(ge=0, le=65535)]
-# As browsers send it: of an extension, the scheme is another one.
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[^/\s:]+|\[[0-9a-fA-F:]+\])(?::\d{1,5})?")
+# As browsers send it: of a file or a page in a sandbox it is null, of an extension the scheme is
+# another one.
+_ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://(?:[^/\s:]+|\[[0-9a-fA-F:]+\])(?::\d{1,5})?")
 
 # Model families by the form in which they write tool calls.
 ToolFamily = Literal[
@@ -140,7 +142,7 @@ class ServerConfig(ConfigGroup):
         description="Family whose form of tool calls is read. Default: all forms, and that of the "
         "chat template where a grammar forces one.",
     )
-    reasoning_tags: Names = Field(
+    reasoning_tags: Tags = Field(
         default=("auto",),
         description="Tags around the model's thoughts, as START,END; auto takes those of the chat "
         "template or the vocabulary, none leaves thoughts in the text.",
@@ -219,7 +221,9 @@ class ServerConfig(ConfigGroup):
     def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for origin in value:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise ValueError(f"write https://HOST or https://HOST:PORT, or *, not {origin!r}")
+                raise ValueError(
+                    f"write https://HOST or https://HOST:PORT, null or *, not {origin!r}"
+                )
         return value
 
     @model_validator(mode="after")

@@ -12,8 +12,9 @@ class TuningConfig(ConfigGroup):
 
     finetune: bool = Field(
         default=True,
-        description="Serve /v1/fine_tuning/jobs, which train adapters between steps; needs batches "
-        "one engine (no cluster) and tensor_parallel_size 1.",
+        description="Serve /v1/fine_tuning/jobs, which train adapters between steps; needs "
+        "batches, one engine (no cluster), tensor_parallel_size 1 and a load_format other than "
+        "dummy.",
     )
     finetune_max_step_seconds: float = Field(
         default=0.1,

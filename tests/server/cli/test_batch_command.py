@@ -243,11 +243,12 @@ def test_an_answer_of_another_server_is_reported(stub, tmp_path, told) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"url": "http://127.0.0.1:abc"}, "not an http or https URL"),
-        ({"url": "http://[::1"}, "not an http or https URL"),
+        ({"url": "http://127.0.0.1:abc"}, "^url: http://127.0.0.1:abc: "),
+        ({"url": "http://[::1"}, "write http://HOST:PORT"),
         ({"url": "127.0.0.1:8000"}, "not an http or https URL"),
-        ({"api_key": "a\nb"}, "characters that no header holds"),
-        ({"api_key": "\u043a"}, "characters that no header holds"),
+        ({"url": "http://127.0.0.1:8000/\u00e4"}, "characters that a URL cannot have"),
+        ({"api_key": "a\nb"}, "^api_key: "),
+        ({"api_key": "\u043a"}, "^api_key: "),
         ({"answers": "nowhere/out.jsonl"}, "its folder does not exist"),
         ({"answers": "."}, "name a file in it"),
         ({"answers": "in.jsonl"}, "is the file of requests"),

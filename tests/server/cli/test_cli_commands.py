@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from chunkllama import __version__
+from chunkllama_server import commands
 from chunkllama_server.commands import run
 from chunkllama_server.config.kinds import choices
 from chunkllama_server.config.settings import Settings
@@ -150,7 +152,33 @@ def test_a_command_whose_output_cannot_be_written_is_one_line():
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False, text=True)
     assert done.returncode == 2
-    assert done.stderr == "chunkllama: error: standard output: No space left on device\n"
+    assert (
+        done.stderr == "chunkllama: error: the output cannot be written: No space left on device\n"
+    )
+
+
+def test_a_file_of_results_on_a_full_disk_leaves_the_output(monkeypatch, capfd):
+    def fill() -> None:
+        print("a result")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setitem(commands._COMMANDS, "version", lambda app: app.command("version")(fill))
+    assert run(["version"]) == 2
+    print("and more", flush=True)
+    written = capfd.readouterr()
+    assert written.out == "a result\nand more\n"
+    assert (
+        written.err == "chunkllama: error: the output cannot be written: No space left on device\n"
+    )
+
+
+def test_a_socket_that_breaks_under_a_server_is_reported(monkeypatch):
+    def break_off() -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setitem(commands._COMMANDS, "serve", lambda app: app.command("serve")(break_off))
+    with pytest.raises(BrokenPipeError):
+        run(["serve"])
 
 
 def test_a_reader_that_has_ended_is_no_error():

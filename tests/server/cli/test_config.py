@@ -35,13 +35,13 @@ def _is_secret(field) -> bool:
 def test_precedence_and_origins(tmp_path):
     file = tmp_path / "server.yaml"
     file.write_text(
-        "port: 1\nnum_chunks: 1\nthreads: 1\nstrict: true\ncors_origins: [https://a, https://b]\n"
+        "port: 1\nnum_chunks: 1\nthreads: 1\nstrict: true\ncors_origins: [https://a, 'null']\n"
     )
     environ = {"CHUNKLLAMA_PORT": "2", "CHUNKLLAMA_NUM_CHUNKS": "2"}
     loaded = load_settings({"port": "3"}, environ, file)
     settings = loaded.settings
     assert (settings.port, settings.num_chunks, settings.threads) == (3, 2, 1)
-    assert settings.cors_origins == ("https://a", "https://b")
+    assert settings.cors_origins == ("https://a", "null")
     assert settings.strict is True
     assert settings.chunk_size == 64
     origins = [loaded.origins[k] for k in ("port", "num_chunks", "threads", "chunk_size")]

@@ -131,9 +131,12 @@ class _Content(FileResponse):
         async def send_or_refuse(message: Message) -> None:
             status = message.get("status", 200)
             if status >= 400:  # with a text of starlette
-                text = "The Range header asks for no part of the file"
+                text = "The Range header is malformed"
+                if status == 416:
+                    text = "The Range header asks for no part of the file"
                 error = ApiError(status, text, "range", "invalid_range")
-                error.headers = {"content-range": f"bytes */{self.headers['content-length']}"}
+                if status == 416:
+                    error.headers = {"content-range": f"bytes */{self.headers['content-length']}"}
                 raise error
             await send(message)
 

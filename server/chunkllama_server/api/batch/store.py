@@ -339,7 +339,7 @@ class FileStore:
     # -- jobs ---------------------------------------------------------------------------------
 
     async def add_batch(self, record: StoredBatch) -> None:
-        """Store a new job; the oldest of many that have ended is forgotten.
+        """Store a new job, and remove the oldest of many that have ended.
 
         Raises:
             ApiError: 413 beyond the tenant's budget, 503 where it cannot be written.

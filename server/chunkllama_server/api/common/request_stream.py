@@ -38,7 +38,7 @@ class RequestStream:
         request: token ids and sampling parameters; its stop strings are applied here.
         tokenizer: decodes the output.
         metrics: counts the request from acceptance to its end, for the tenant of ``info``.
-        info: the HTTP request, which is charged for the tokens and told whether a pin was granted.
+        info: the HTTP request, which is charged for the tokens and notes whether a pin was granted.
         continues_prompt: the text continues the prompt's (completions), rather than being a text
             of its own (chat).
         param_names: the endpoint's names of fields that the engine may refuse.

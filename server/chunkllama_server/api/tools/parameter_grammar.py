@@ -99,12 +99,12 @@ def parameter_rules(
         return []
     parts, lines = [], []
     for at, (key, (value, is_required)) in enumerate(members.items()):
-        text = _value_rule(value, inline, edge)
-        if text is None:
+        written = _value_rules(f"{rule}_value_{at}", value, inline, edge)
+        if not written:
             return []
         parts.append(f"{rule}_{at}" + ("" if is_required else "?"))
         begin = json.dumps(f"<parameter={key}>{edge}")
-        lines += [f"{rule}_{at}: {begin} {rule}_value_{at}", f"{rule}_value_{at}: {text}"]
+        lines += [f"{rule}_{at}: {begin} {rule}_value_{at}", *written]
     return [f"{rule}: {' '.join(parts) or _EMPTY}", *lines]
 
 
@@ -112,9 +112,9 @@ _EMPTY = '""'
 PARAMETER_END = "</parameter>\n"
 
 
-def _value_rule(schema: dict[str, Any], inline: Inline, edge: str) -> str | None:
-    """The rule of a parameter's value and its closing tag: text as it is, anything else as JSON;
-    None for a value whose text could be read as another."""
+def _value_rules(rule: str, schema: dict[str, Any], inline: Inline, edge: str) -> list[str]:
+    """The rules of a parameter's value and its closing tag: text as it is, anything else as JSON;
+    [] for a value whose text could be read as another."""
     kind = schema.get("type")
     variants = schema.get("anyOf")
     is_json = kind is not None and _is_plain(kind)
@@ -123,36 +123,41 @@ def _value_rule(schema: dict[str, Any], inline: Inline, edge: str) -> str | None
         texts = [v for v in variants if isinstance(v, dict) and v.get("type") == "string"]
         others = [v for v in variants if v not in texts]
         if len(texts) == 1 and all(v == {"type": "null"} for v in others):
-            return _text_rule(texts[0], edge)
+            return _text_rules(rule, texts[0], edge)
         kinds = [v.get("type") if isinstance(v, dict) else None for v in variants]
         is_json = all(map(_is_plain, kinds))
     if kind == "string":
-        return _text_rule(schema, edge)
-    return f"%json {inline(schema)} {json.dumps(edge + PARAMETER_END)}" if is_json else None
+        return _text_rules(rule, schema, edge)
+    end = json.dumps(edge + PARAMETER_END)
+    return [f"{rule}: %json {inline(schema)} {end}"] if is_json else []
 
 
 def _is_plain(kind: Any) -> bool:
     return isinstance(kind, str) and kind in _PLAIN_TYPES
 
 
-def _text_rule(schema: dict[str, Any], edge: str) -> str | None:
+def _text_rules(rule: str, schema: dict[str, Any], edge: str) -> list[str]:
     end = json.dumps(edge + PARAMETER_END)
     values = schema.get("enum")
     if isinstance(values, list):
         is_plain = all(isinstance(v, str) and v and v == v.strip() and "<" not in v for v in values)
         known = schema.keys() <= {"type", "enum"} | _ANNOTATIONS
         if not (values and is_plain and known):
-            return None
+            return []
         listed = " | ".join(json.dumps(value, ensure_ascii=False) for value in values)
-        return f"({listed}) {end}"
+        return [f"{rule}: ({listed}) {end}"]
     if not schema.keys() <= {"type", "maxLength"} | _ANNOTATIONS:
-        return None
+        return []
     limit = schema.get("maxLength", _MAX_CHARS)
     if type(limit) is not int or limit < 0:
-        return None
+        return []
     # One terminal with the tag: text that may hold anything would consume the line's end.
     closing = (edge + PARAMETER_END).replace("/", r"\/").replace("\n", r"\n")
-    return f"/{_TEXT}{{0,{limit}}}{_BEGUN}{closing}/"
+    terminal = rule.upper()  # only a terminal can be an intersection
+    return [
+        f"{rule}: {terminal}",
+        f"{terminal}: (/{_TEXT}*{_BEGUN}/ & /(?s:.{{0,{limit}}})/) /{closing}/",
+    ]
 
 
 def _tree(ends: Iterable[str]) -> _Tree:

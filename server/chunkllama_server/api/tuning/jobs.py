@@ -32,12 +32,22 @@ _RECORD, _EVENTS = "job.json", "events.jsonl"
 _MAX_ENDED: Final = 100
 
 
+class JobFailedError(Exception):
+    """Why a job fails: a code, a line, and the field of the request."""
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+
+
 class StoredJob(msgspec.Struct):
     """A job's record.
 
     Attributes:
         serial: counts jobs in the order in which they were made.
-        weights: digest of the weights that it trains an adapter of.
+        weights: digest of the weights that it trains an adapter of; "": of those that are served
+            next, as in records of a version that did not note it.
         num_targets: tokens that are trained in an epoch; 0 until the file is read.
         is_deleted: its model was deleted.
     """
@@ -46,7 +56,7 @@ class StoredJob(msgspec.Struct):
     value: FineTuningJob
     options: TuningOptions
     serial: int
-    weights: str
+    weights: str = ""
     num_targets: int = 0
     is_deleted: bool = False
 
@@ -75,6 +85,11 @@ class Job:
         return self.value["status"] in ENDED
 
     @property
+    def needs_weights(self) -> bool:
+        """Whether it trains an adapter or has a model."""
+        return self.model is not None or not self.has_ended
+
+    @property
     def adapter(self) -> Path:
         """Folder of the trained adapter."""
         return self.folder / ADAPTER
@@ -93,8 +108,8 @@ class JobStore:
         now: Unix time in whole seconds.
 
     Attributes:
-        weights: digest of the weights that are served; jobs of others stay as they are until a
-            server has those.
+        weights: digest of the weights that are served, once it is known; jobs of others stay as
+            they are until a server has those.
     """
 
     def __init__(self, folder: Path, now: Callable[[], int]) -> None:
@@ -102,7 +117,7 @@ class JobStore:
         self._now = now
         self._jobs: dict[str, Job] = {}
         self._serial = 0
-        self.weights = ""
+        self.weights: str | None = None
 
     def is_of_model(self, job: Job) -> bool:
         """Whether a job is one of the model that is served."""
@@ -123,13 +138,8 @@ class JobStore:
         """The tenant's job that has made a model."""
         return next((job for job in self.of(tenant) if job.model == model), None)
 
-    def read(self, weights: str) -> None:
-        """Read all jobs; one that cannot be read is left out, its data stay.
-
-        Args:
-            weights: digest of those that are served.
-        """
-        self.weights = weights
+    def read(self) -> None:
+        """Read all jobs; one that cannot be read is left out, its data stay."""
         found = []
         for path in self._folder.glob(f"*/{_RECORD}"):
             try:
@@ -141,8 +151,18 @@ class JobStore:
         for job in sorted(found, key=lambda job: job.record.serial):
             self._jobs[job.id] = job
             self._serial = max(self._serial, job.record.serial)
-        others = [each for each in found if not self.is_of_model(each)]
-        if count := sum(each.model is not None or not each.has_ended for each in others):
+
+    def identify(self, weights: str) -> None:
+        """Note which weights are served.
+
+        Args:
+            weights: their digest.
+        """
+        self.weights = weights
+        for job in self:
+            job.record.weights = job.record.weights or weights
+        others = [job for job in self if not self.is_of_model(job)]
+        if count := sum(job.needs_weights for job in others):
             logger.info(
                 "fine-tuning: %d jobs of another model than the one served stay as they are, and "
                 "what they have made is not served, until that model is served again",
@@ -150,11 +170,13 @@ class JobStore:
             )
 
     def add(self, tenant: str, value: FineTuningJob, options: TuningOptions) -> Job:
-        """Store a new job; the oldest of many that have ended without a model are forgotten.
+        """Store a new job and remove the oldest of many that have ended without a model; the
+        weights that are served are known.
 
         Raises:
             OSError: it cannot be written.
         """
+        assert self.weights is not None
         ended = [job for job in self.of(tenant) if job.has_ended and job.model is None]
         for old in ended[_MAX_ENDED:]:
             del self._jobs[old.id]

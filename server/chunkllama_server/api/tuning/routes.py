@@ -9,7 +9,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from chunkllama.errors import EngineDeadError, InvalidRequestError
+from chunkllama.errors import ConfigError, EngineDeadError, InvalidRequestError
 from chunkllama.logger import init_logger
 from chunkllama.tuning_messages import BASE_LEARNING_RATE, TuningOptions
 from chunkllama_server.api.common.context import Context, ServerContext
@@ -27,6 +27,7 @@ from chunkllama_server.api.schema.tuning import (
     JobList,
     LoraOptions,
 )
+from chunkllama_server.api.tuning.examples import StoppedError
 from chunkllama_server.api.tuning.jobs import Job
 from chunkllama_server.api.tuning.runner import TuningRunner
 from chunkllama_server.transport.body import JsonRoute
@@ -61,7 +62,7 @@ async def _runner(context: ServerContext) -> TuningRunner:
         raise ApiError(
             404,
             "Fine-tuning is turned off on this server; it needs the settings finetune and batches, "
-            "tensor_parallel_size 1 and no cluster",
+            "tensor_parallel_size 1, no cluster and a load_format other than dummy",
             code="finetune_disabled",
         )
     await context.batches.open()
@@ -110,6 +111,11 @@ async def create_job(body: FineTuningRequest, request: Request, context: Context
     if info.adapter:
         raise invalid("An adapter cannot be trained further; name the model", "model")
     runner = await _runner(context)
+    try:
+        await runner.weights.identify()
+    except (ConfigError, StoppedError) as error:
+        logger.error("fine-tuning: %s", str(error) or "the server ends")
+        raise unavailable("The model's weights cannot be read", "weights_unavailable") from None
     store = runner.store
     store.expire()
     stored = store.files.get(body.training_file, info.tenant)

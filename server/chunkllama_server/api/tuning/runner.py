@@ -19,8 +19,9 @@ from chunkllama.tuning_messages import StartTuning, TuningOptions, TuningProgres
 from chunkllama_server.api.batch.store import FileStore
 from chunkllama_server.api.schema.tuning import FineTuningJob
 from chunkllama_server.api.tuning.examples import StoppedError
-from chunkllama_server.api.tuning.jobs import Job, JobStore, folder_bytes
+from chunkllama_server.api.tuning.jobs import Job, JobFailedError, JobStore, folder_bytes
 from chunkllama_server.api.tuning.models import TunedModels
+from chunkllama_server.api.tuning.weights import ServedWeights
 from chunkllama_server.config.tuning import TuningConfig
 
 logger = init_logger(__name__)
@@ -29,15 +30,6 @@ _WATCH_SECONDS: Final = 1.0  # between two looks for the folder, for jobs and fo
 _MAX_STEPS: Final = 10_000  # of a job: each is an event
 _REVOKED: Final = "The API key of this job has been removed from the server"
 _NO_ROOM: Final = "The files of this API key and of this job take more than its room; delete some"
-
-
-class _FailedError(Exception):
-    """Why a job fails: a code, a line, and the field of the request."""
-
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.code = code
-        self.param = param
 
 
 class TuningRunner:
@@ -49,7 +41,7 @@ class TuningRunner:
         read: reads and checks a training file, in a thread, until its second argument is true.
         settings: limits.
         is_known: whether a tenant has a key.
-        digest: of the weights that are served; called in a thread.
+        digest: as of ``ServedWeights``.
     """
 
     def __init__(
@@ -59,15 +51,15 @@ class TuningRunner:
         read: Callable[[Path, Callable[[], bool]], list[Example]],
         settings: TuningConfig,
         is_known: Callable[[str], bool],
-        digest: Callable[[], str],
+        digest: Callable[[Callable[[], None]], str],
     ) -> None:
         self.store = store
         self.jobs = JobStore(store.folder, store.now)
+        self.weights = ServedWeights(store, self.jobs, digest)
         self._engine = engine
         self._read = read
         self._settings = settings
         self._is_known = is_known
-        self._digest = digest
         self._is_open = False
         self._opening = asyncio.Lock()
         self._wake = asyncio.Event()
@@ -89,7 +81,7 @@ class TuningRunner:
         async with self._opening:
             if self._is_open:
                 return
-            await self.store.work(lambda: self.jobs.read(self._digest()))
+            await self.store.work(self.jobs.read)
             self._is_open = True
             for job in self.jobs:
                 self._charge(job, job.folder)
@@ -99,6 +91,7 @@ class TuningRunner:
 
     async def close(self) -> None:
         """End all tasks; the jobs continue in the next process."""
+        self.weights.close()
         self._stop_reading.set()
         if self._task is not None:
             self._task.cancel()
@@ -107,7 +100,7 @@ class TuningRunner:
     # -- jobs ---------------------------------------------------------------------------------
 
     def add(self, tenant: str, value: FineTuningJob, options: TuningOptions) -> Job:
-        """Store a new job, which runs when it is its turn.
+        """Store a new job, which runs when it is its turn; the weights are identified.
 
         Raises:
             OSError: it cannot be written.
@@ -121,7 +114,7 @@ class TuningRunner:
         """End a job that has not ended.
 
         Raises:
-            OSError: it cannot be written, and goes on.
+            OSError: it cannot be written, and continues.
         """
         self.jobs.enter(job, "cancelled")
         self._interrupt(job)
@@ -132,7 +125,7 @@ class TuningRunner:
         """Stop a job until it is resumed; its last saved step stays.
 
         Raises:
-            OSError: it cannot be written, and goes on.
+            OSError: it cannot be written, and continues.
         """
         self.jobs.enter(job, "paused")
         self._interrupt(job)
@@ -173,11 +166,11 @@ class TuningRunner:
         """The same.
 
         Raises:
-            _FailedError: they exceed its room.
+            JobFailedError: they exceed its room.
         """
         self._charge(job, folder)
         if self.store.room(job.tenant) < 0:
-            raise _FailedError("file_budget", _NO_ROOM)
+            raise JobFailedError("file_budget", _NO_ROOM)
 
     def _drop_work(self, job: Job) -> None:
         try:
@@ -202,6 +195,8 @@ class TuningRunner:
             try:
                 if self.store.is_open:
                     await self.open()
+                    if any(job.needs_weights for job in self.jobs):
+                        await self.weights.identify()
                     if not has_models:
                         await self._models.load_all(filter(self.jobs.is_of_model, self.jobs))
                         has_models = True
@@ -227,21 +222,21 @@ class TuningRunner:
         self._turns[job.tenant] = max(self._turns.values(), default=0) + 1
         try:
             await self._run_to_end(job)
-        except _FailedError as error:
+        except JobFailedError as error:
             self._fail(job, error)
         except OSError as error:
             logger.error("job %s: %s", job.id, error)
-            self._fail(job, _FailedError("disk_error", "The job's data could not be written"))
+            self._fail(job, JobFailedError("disk_error", "The job's data could not be written"))
         except asyncio.CancelledError:
             if self._task is not None and self._task.cancelling():
                 raise  # the server ends
         except Exception as error:
             logger.error("job %s failed", job.id, exc_info=error)
-            self._fail(job, _FailedError("internal", "The job failed; see the server's log"))
+            self._fail(job, JobFailedError("internal", "The job failed; see the server's log"))
         finally:
             self._running = None
 
-    def _fail(self, job: Job, error: _FailedError) -> None:
+    def _fail(self, job: Job, error: JobFailedError) -> None:
         if job.has_ended:
             return
         job.value["error"] = {"code": error.code, "message": str(error), "param": error.param}
@@ -254,7 +249,7 @@ class TuningRunner:
 
     async def _run_to_end(self, job: Job) -> None:
         if not self._is_known(job.tenant):
-            raise _FailedError("key_revoked", _REVOKED)
+            raise JobFailedError("key_revoked", _REVOKED)
         if job.value["status"] == "validating_files":
             await self._validate(job)
         if job.value["status"] not in ("queued", "running"):
@@ -278,7 +273,7 @@ class TuningRunner:
             self._outcome = None
         if error:
             code = "finetune_memory" if error.startswith("finetune_memory") else "training_failed"
-            raise _FailedError(code, error)
+            raise JobFailedError(code, error)
         await self._serve(job)
 
     async def _validate(self, job: Job) -> None:
@@ -291,18 +286,18 @@ class TuningRunner:
         except StoppedError:
             return
         except FileNotFoundError:
-            raise _FailedError(
+            raise JobFailedError(
                 "file_not_found", "The training file has been deleted or has expired",
                 "training_file",
             ) from None  # fmt: skip
         except InvalidRequestError as error:
-            raise _FailedError(
+            raise JobFailedError(
                 error.code or "invalid_training_file", error.message, "training_file"
             ) from None
         options = job.record.options
         steps = options.n_epochs * -(-len(examples) // options.batch_size)
         if steps > _MAX_STEPS:
-            raise _FailedError(
+            raise JobFailedError(
                 "too_many_steps",
                 f"the job would take {steps} steps, at most {_MAX_STEPS}; raise batch_size or "
                 "lower n_epochs",
@@ -335,7 +330,7 @@ class TuningRunner:
             if value["status"] == "running":  # not cancelled or paused meanwhile
                 self.jobs.enter(job, "succeeded", model=name)
         except ConfigError as error:
-            refusal = _FailedError("adapter_refused", str(error))
+            refusal = JobFailedError("adapter_refused", str(error))
         except OSError as error:
             refusal = error
         if job.model is None:
@@ -363,7 +358,7 @@ class TuningRunner:
             case "running":
                 try:
                     (self._began if progress.loss is None else self._stepped)(job, progress)
-                except (OSError, _FailedError) as error:
+                except (OSError, JobFailedError) as error:
                     self._engine.stop_tuning(job.id)
                     outcome.set_exception(error)
             case "succeeded":
@@ -396,5 +391,5 @@ class TuningRunner:
             },
         )
         if not self._is_known(job.tenant):
-            raise _FailedError("key_revoked", _REVOKED)
+            raise JobFailedError("key_revoked", _REVOKED)
         self._charge_within(job, job.folder)
