@@ -328,6 +328,12 @@ def _load_draft(config: EngineConfig, size: EngineSize, draft: DraftSize) -> Dra
     max_tokens = min(size.max_model_len, draft.spec.max_position)
     planned = replace(size, spec=draft.spec, dtype=draft.dtype, max_model_len=max_tokens)
     step_model = _load(config, draft.folder, planned, size.device)
+    if size.device != "cpu":
+        try:
+            _allocate_pool(size, step_model)
+        except BaseException:
+            step_model.close()
+            raise
     logger.info(
         "draft model %s: %d MiB of weights, %d MiB of K/V",
         config.scheduler.draft_model,

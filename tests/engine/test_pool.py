@@ -17,6 +17,7 @@ from chunkllama.engine import build, size
 from chunkllama.engine.build import build_engine
 from chunkllama.engine.core import EngineCore
 from chunkllama.engine.load import load_step_model
+from chunkllama.engine.model_runner import ModelRunner
 from chunkllama.engine.pool import PROFILE_CHUNKS, WorstStep
 from chunkllama.engine.step_model import StepModel
 from chunkllama.errors import ConfigError
@@ -108,6 +109,8 @@ def test_a_draft_model_has_its_part(
     assert draft is not None and draft.chunk_bytes == CHUNK_BYTES
     expected = (799 * CHUNK_BYTES - draft.weight_bytes) // (2 * CHUNK_BYTES)
     assert core.info.num_chunks == core._executor.kv.num_chunks == expected < 400
+    assert isinstance(core._executor, ModelRunner) and core._executor.draft_model is not None
+    assert core._executor.draft_model._step_model.kv.num_chunks == expected
 
 
 def test_what_fits_is_logged(
