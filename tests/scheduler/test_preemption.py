@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from chunkllama.cache.manager import SequenceChunks
 from chunkllama.messages import BACKGROUND_PRIORITY
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.step_caps import NO_CAP, PATIENCE
@@ -173,6 +176,29 @@ def test_a_step_that_does_not_fit_the_memory_is_divided() -> None:
     run.run()
     run.check_outputs()
     assert not run.errors and run.scheduler.stats().preemptions_total > 0
+
+
+def test_beams_of_a_step_that_does_not_fit_leave_nothing_of_copies_that_were_not_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = engine(64)
+    run.add([1] * 6, 6, beam_width=3)
+    run.step()
+    cache = run.scheduler._cache
+    release = cache.release
+    copies: list[int] = []
+
+    def record(chunks: SequenceChunks, *rest: Any) -> None:
+        copies.append(len(chunks.copies))
+        release(chunks, *rest)
+
+    run.model.room = 0
+    monkeypatch.setattr(cache, "release", record)
+    run.step()
+    assert sorted(copies) == [0, 1, 1], "of the parent and of two that were forked from it"
+    run.model.room = 64
+    run.run()
+    run.check_outputs()
 
 
 def test_steps_grow_again_once_they_fit() -> None:
