@@ -290,15 +290,11 @@ def _allocate_pool(size: EngineSize, model: StepModel) -> None:
     try:
         model.replace_pool(size.num_chunks)
     except torch.OutOfMemoryError as error:
-        raise _lacks_memory(size, str(model.backend.device)) from error
-
-
-def _lacks_memory(size: EngineSize, device: str) -> ConfigError:
-    return ConfigError(
-        f"kv_cache_memory: {device} lacks memory for the weights "
-        f"({size.weight_bytes >> 20:,} MiB) and the pool ({size.pool_bytes >> 20:,} MiB); set "
-        "a smaller one, or end other programs"
-    )
+        raise ConfigError(
+            f"kv_cache_memory: {model.backend.device} lacks memory for the weights "
+            f"({size.weight_bytes >> 20:,} MiB) and the pool ({size.pool_bytes >> 20:,} MiB); set "
+            "a smaller one, or end other programs"
+        ) from error
 
 
 def _load_part(
@@ -371,7 +367,10 @@ def _load(
             "not enough memory for the model and the chunk pool; lower --num-chunks"
         ) from None
     except torch.OutOfMemoryError as error:
-        raise _lacks_memory(size, device) from error
+        raise ConfigError(
+            f"model: {device} lacks memory for the weights ({size.weight_bytes >> 20:,} MiB); set "
+            "quantization, or end other programs"
+        ) from error
 
 
 def _most_tokens(config: EngineConfig, size: EngineSize, device: str) -> int:

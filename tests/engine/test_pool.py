@@ -144,6 +144,33 @@ def test_no_room_for_the_largest_step_is_one_line(
         on_gpu()
 
 
+def test_no_room_for_the_pool_that_was_asked_for_is_one_line(
+    on_gpu: Callable[..., EngineCore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StepModel, "replace_pool", _run_out)
+    with pytest.raises(ConfigError, match="kv_cache_memory: cpu lacks memory for the weights"):
+        on_gpu(num_chunks=900)
+
+
+def test_a_draft_model_without_room_for_its_pool_is_closed(
+    on_gpu: Callable[..., EngineCore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "check_tokenizers", lambda model, draft: None)
+    pools: list[StepModel] = []
+    replace_pool = StepModel.replace_pool
+
+    def replace_first(self: StepModel, num_chunks: int) -> None:
+        pools.append(self)
+        if len(pools) == 2:
+            _run_out()
+        replace_pool(self, num_chunks)
+
+    monkeypatch.setattr(StepModel, "replace_pool", replace_first)
+    with pytest.raises(ConfigError, match="kv_cache_memory: cpu lacks memory"):
+        on_gpu(draft_model=str(tmp_path), speculation="auto")
+    assert [model._model for model in pools] == [None, None]
+
+
 def _run_out(*_: object) -> torch.Tensor:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd so on.")
 
