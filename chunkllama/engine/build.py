@@ -39,6 +39,7 @@ from chunkllama.models.identity import identify_model
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.models.shard import Shard
 from chunkllama.resources import bind_processors, usable_threads
+from chunkllama.scheduler.drafts import MAX_ROWS
 from chunkllama.scheduler.scheduler import Scheduler, SchedulerLimits
 from chunkllama.tenant_limits import parse_weights
 
@@ -246,7 +247,8 @@ def _fitting_chunks(
     device = model.backend.device
     tokens = _step_tokens(config, size, model.backend.isa_level)
     longest = _table_length(size.spec, size.max_model_len, _most_tokens(config, size, str(device)))
-    step = WorstStep(config.scheduler.max_num_seqs, tokens, longest)
+    num_guesses = 0 if config.scheduler.speculation == "off" else MAX_ROWS
+    step = WorstStep(config.scheduler.max_num_seqs, tokens, longest, num_guesses)
     memory, utilization = CudaMemory(device), config.cache.gpu_memory_utilization
     try:
         fitting = fitting_chunks(model, step, memory, utilization, samples=samples)

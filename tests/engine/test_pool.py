@@ -19,10 +19,12 @@ from chunkllama.engine.core import EngineCore
 from chunkllama.engine.load import load_step_model
 from chunkllama.engine.model_runner import ModelRunner
 from chunkllama.engine.pool import PROFILE_CHUNKS, WorstStep
+from chunkllama.engine.sampler import Sampler
 from chunkllama.engine.step_model import StepModel
 from chunkllama.errors import ConfigError
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
+from chunkllama.scheduler.drafts import MAX_ROWS
 from chunkllama.scheduler.output import SchedulerOutput
 
 CHUNK_BYTES = 2 * 2 * 64 * 64 * 2  # of the tiny model in bfloat16: layers, K and V, tokens, head
@@ -94,6 +96,25 @@ def test_the_pool_takes_what_the_largest_step_leaves(
     (largest,) = steps
     assert (largest.num_tokens, len(largest.slices)) == (300, 8)
     assert max(p.first_position + p.num_tokens for p in largest.slices) == 256
+
+
+@pytest.mark.parametrize(("speculation", "rows"), [("off", 8), ("auto", 8 + MAX_ROWS)])
+def test_rows_of_guesses_are_sampled_in_the_largest_step(
+    on_gpu: Callable[..., EngineCore],
+    monkeypatch: pytest.MonkeyPatch,
+    speculation: str,
+    rows: int,
+) -> None:
+    seen: list[int] = []
+    sample = Sampler.sample
+
+    def record(self: Sampler, logits: torch.Tensor, *rest: Any) -> Any:
+        seen.append(len(logits))
+        return sample(self, logits, *rest)
+
+    monkeypatch.setattr(Sampler, "sample", record)
+    on_gpu(speculation=speculation, max_num_seqs=8, max_num_batched_tokens=300)
+    assert seen == [rows]
 
 
 def test_a_draft_model_has_its_part(
