@@ -111,8 +111,8 @@ class Backend(ABC):
 
     Attributes:
         isa_level: instructions that the kernels were compiled for, where there is a choice.
-        arithmetic: what the numbers of a row depend on beside the model, its tokens and the number
-            of threads, where they do not depend on the other rows; "" where they do.
+        arithmetic: what the numbers of a row depend on beside the model and its tokens, where they
+            do not depend on the other rows; "" where they do.
     """
 
     name: str

@@ -39,6 +39,7 @@ from chunkllama.models.identity import identify_model
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.models.shard import Shard
 from chunkllama.resources import bind_processors, usable_threads
+from chunkllama.scheduler.drafts import MAX_ROWS
 from chunkllama.scheduler.scheduler import Scheduler, SchedulerLimits
 from chunkllama.tenant_limits import parse_weights
 
@@ -246,7 +247,8 @@ def _fitting_chunks(
     device = model.backend.device
     tokens = _step_tokens(config, size, model.backend.isa_level)
     longest = _table_length(size.spec, size.max_model_len, _most_tokens(config, size, str(device)))
-    step = WorstStep(config.scheduler.max_num_seqs, tokens, longest)
+    num_guesses = 0 if config.scheduler.speculation == "off" else MAX_ROWS
+    step = WorstStep(config.scheduler.max_num_seqs, tokens, longest, num_guesses)
     memory, utilization = CudaMemory(device), config.cache.gpu_memory_utilization
     try:
         fitting = fitting_chunks(model, step, memory, utilization, samples=samples)
@@ -290,15 +292,11 @@ def _allocate_pool(size: EngineSize, model: StepModel) -> None:
     try:
         model.replace_pool(size.num_chunks)
     except torch.OutOfMemoryError as error:
-        raise _lacks_memory(size, str(model.backend.device)) from error
-
-
-def _lacks_memory(size: EngineSize, device: str) -> ConfigError:
-    return ConfigError(
-        f"kv_cache_memory: {device} lacks memory for the weights "
-        f"({size.weight_bytes >> 20:,} MiB) and the pool ({size.pool_bytes >> 20:,} MiB); set "
-        "a smaller one, or end other programs"
-    )
+        raise ConfigError(
+            f"kv_cache_memory: {model.backend.device} lacks memory for the weights "
+            f"({size.weight_bytes >> 20:,} MiB) and the pool ({size.pool_bytes >> 20:,} MiB); set "
+            "a smaller one, or end other programs"
+        ) from error
 
 
 def _load_part(
@@ -328,6 +326,12 @@ def _load_draft(config: EngineConfig, size: EngineSize, draft: DraftSize) -> Dra
     max_tokens = min(size.max_model_len, draft.spec.max_position)
     planned = replace(size, spec=draft.spec, dtype=draft.dtype, max_model_len=max_tokens)
     step_model = _load(config, draft.folder, planned, size.device)
+    if size.device != "cpu":
+        try:
+            _allocate_pool(size, step_model)
+        except BaseException:
+            step_model.close()
+            raise
     logger.info(
         "draft model %s: %d MiB of weights, %d MiB of K/V",
         config.scheduler.draft_model,
@@ -365,7 +369,10 @@ def _load(
             "not enough memory for the model and the chunk pool; lower --num-chunks"
         ) from None
     except torch.OutOfMemoryError as error:
-        raise _lacks_memory(size, device) from error
+        raise ConfigError(
+            f"model: {device} lacks memory for the weights ({size.weight_bytes >> 20:,} MiB); set "
+            "quantization, or end other programs"
+        ) from error
 
 
 def _most_tokens(config: EngineConfig, size: EngineSize, device: str) -> int:

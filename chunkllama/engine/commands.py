@@ -61,7 +61,7 @@ class TuningClient(AdapterClient, Protocol):
     """Adapters of an engine, and trainings of further ones.
 
     Attributes:
-        on_tuning: told what becomes of them.
+        on_tuning: gets what becomes of them.
     """
 
     on_tuning: Callable[[TuningProgress], None]

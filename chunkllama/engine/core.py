@@ -81,7 +81,7 @@ class EngineCore:
         journal: where the steps of a process of its own are noted; None elsewhere.
         faults: failures that a test plants; None in service.
         make_digest: computes keys from the tree's nodes, the chunk size and the most keys wanted.
-        on_step: told each step and its duration in seconds.
+        on_step: gets each step and its duration in seconds.
         tuner: trains adapters between steps; None where there is no model.
     """
 

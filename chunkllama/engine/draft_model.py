@@ -23,10 +23,14 @@ from chunkllama.engine.sampler import Sampler, takes_best
 from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.engine.step_model import StepModel
 from chunkllama.errors import ConfigError
+from chunkllama.logger import init_logger
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.model_drafts import DraftContext
 from chunkllama.scheduler.output import ScheduledSlice, SchedulerOutput
+from chunkllama.scheduler.step_caps import PATIENCE
 from chunkllama.text.tokenizer import load_tokenizer
+
+logger = init_logger(__name__)
 
 Int32Array = NDArray[np.int32]
 _Key = tuple[str, int]
@@ -58,14 +62,19 @@ class DraftModel:
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()  # used least recently first
         self._kept: set[_Key] = set()  # sequences of this step
         self._sampler = Sampler(step_model.spec.eos_token_ids)
+        self._num_paused = 0  # steps to come in which it computes nothing
 
     def warm_up(self) -> None:
+        self._num_paused = 0
         greedy = SamplingParams(temperature=0.0, seed=0)
         contexts = [DraftContext(("", 0), np.zeros(1, np.int32), 1, greedy, 0)]
         self.begin_step(contexts)
         self.guess(contexts, 1)
 
     def begin_step(self, contexts: list[DraftContext]) -> list[int | None]:
+        if self._num_paused:
+            self._num_paused -= 1
+            return [None] * len(contexts)
         for context in contexts:  # before any of them takes another one's place
             if context.key in self._entries:
                 self._entries.move_to_end(context.key)
@@ -108,7 +117,13 @@ class DraftModel:
             if begin < end:
                 pieces.append((entry, context.token_ids[begin:end]))
         if pieces:
-            self._run(pieces)
+            try:
+                hidden = self._run(pieces)
+            except torch.OutOfMemoryError as error:
+                self._pause(error)
+                return 0
+            if hidden.is_cuda:  # its calls return before the work is done, and this one is timed
+                torch.cuda.synchronize(hidden.device)
         return max_tokens - left
 
     @torch.inference_mode()
@@ -129,9 +144,14 @@ class DraftModel:
             ]
             if not open_rows:
                 break
-            hidden = self._run([(entries[row], inputs[row]) for row in open_rows])
             ends = np.cumsum([len(inputs[row]) for row in open_rows]) - 1
-            drawn = self._draw(hidden[torch.from_numpy(ends)], [states[row] for row in open_rows])
+            try:
+                hidden = self._run([(entries[row], inputs[row]) for row in open_rows])
+                last = hidden[torch.from_numpy(ends)]
+                drawn = self._draw(last, [states[row] for row in open_rows])
+            except torch.OutOfMemoryError as error:
+                self._pause(error)
+                break
             following = []
             for row, token in zip(open_rows, drawn, strict=True):
                 if token is None or token >= self._num_known:
@@ -142,6 +162,12 @@ class DraftModel:
                 following.append(row)
             open_rows = following
         return guesses
+
+    def _pause(self, error: torch.OutOfMemoryError) -> None:
+        """Compute nothing in the next ``PATIENCE`` steps: the device has no memory for it."""
+        logger.warning("guesses of the draft model did not fit: %s", str(error).partition("\n")[0])
+        self._num_paused = PATIENCE
+        torch.cuda.empty_cache()
 
     def _draw(self, hidden: torch.Tensor, states: list[SequenceState]) -> list[int | None]:
         """Return the next token of each row [R, H]; None where there is none to draw."""

@@ -10,7 +10,7 @@ from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.config import kv_bytes_per_chunk, read_spec, resolve_dtype
 from chunkllama.models.loading.hub import resolve_model
-from chunkllama.models.loading.safetensors import Checkpoint
+from chunkllama.models.loading.shapes import open_checkpoint
 from chunkllama.models.loading.sizes import allocated_bytes
 
 
@@ -57,10 +57,11 @@ def _planned(config: EngineConfig, device: str, folder: Path) -> DraftSize:
         raise ConfigError(f"needs an architecture of this server, not {spec.architecture}")
     dtype = resolve_dtype(spec, config.model.dtype, device, config.model.backend)
     kv_dtype = dtype if config.cache.kv_dtype == "auto" else config.cache.kv_dtype
+    checkpoint = open_checkpoint(folder, spec, config.model.load_format)
     return DraftSize(
         folder,
         spec,
         dtype,
-        allocated_bytes(Checkpoint(folder, spec), dtype, config.model.quantization),
+        allocated_bytes(checkpoint, dtype, config.model.quantization),
         kv_bytes_per_chunk(spec, config.cache.chunk_size, kv_dtype),
     )

@@ -64,7 +64,7 @@ class InProcessEngineClient(MessageClient):
 
         try:
             run_engine_loop(core, self._channel)
-        except Exception as error:  # a bug; callers that wait for tokens must be told
+        except Exception as error:  # a bug; callers that wait for tokens get an error
             logger.exception("the engine has failed")
             dead = EngineDeadError(f"the engine has failed: {error!r}")
             self._loop.call_soon_threadsafe(self._fail_all, dead)

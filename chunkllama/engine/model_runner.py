@@ -89,8 +89,11 @@ class ModelRunner:
         """Copy chunks, run the model over every slice, sample where a slice asks for it.
 
         Rows that an earlier step deferred are sampled too, as far as the time of their request
-        goes. A step that the device lacks memory for yields nothing; the state of its slots is
-        then to be freed.
+        goes. A step of one rank that its device lacks memory for yields nothing; the state of its
+        slots is then to be freed.
+
+        Raises:
+            EngineDeadError: one of several ranks failed, also for lack of memory.
         """
         for slot in output.freed_slots:
             self._sequences.pop(slot, None)

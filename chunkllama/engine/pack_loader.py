@@ -292,7 +292,7 @@ class PackLoader:
                 self._put(_End(load, document))
             except ConfigError as error:
                 self._put(_End(load, None, str(error)))
-            except Exception as error:  # the step loop must be told
+            except Exception as error:  # the step loop gets it
                 logger.exception("pack %s", load.info.name)
                 self._put(_End(load, None, f"it cannot be loaded: {error!r}"))
 

@@ -60,11 +60,13 @@ class WorstStep:
         num_tokens: of all of them; the first has all but one of each other.
         longest: context of the first one in tokens; the others have as much together, or each if
             it is less than ``num_tokens``.
+        num_guesses: tokens that are sampled beside the last one of each sequence.
     """
 
     num_seqs: int
     num_tokens: int
     longest: int
+    num_guesses: int = 0
 
     def output(self, chunk_size: int) -> SchedulerOutput:
         """The step in a pool of ``PROFILE_CHUNKS``, which its contexts go through again and again:
@@ -103,7 +105,7 @@ def fitting_chunks(
     memory.begin()
     hidden = model.run(step.output(model.kv.chunk_size))
     if samples:
-        _sample(model, hidden[: step.num_seqs])
+        _sample(model, hidden[: step.num_seqs + step.num_guesses])
     del hidden
     pool = sum(layer.nbytes for layer in layers)
     left = utilization * memory.total - (memory.largest_use() - pool)

@@ -233,7 +233,7 @@ class ProcessEngineClient(MessageClient):
                 self._dispatch(await self._process.receive())
         except Exception as error:
             if not isinstance(error, asyncio.IncompleteReadError | ConnectionError):
-                # A bug; callers that wait for tokens must be told.
+                # A bug; callers that wait for tokens get an error.
                 logger.exception("a message of the engine process cannot be used")
             code = await self._process.kill()
             self._fail_all(EngineDeadError(f"the engine process has ended (exit code {code})"))

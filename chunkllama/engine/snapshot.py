@@ -274,7 +274,7 @@ class SnapshotKeeper:
             self._write(writing, command)
         except OSError as error:
             writing.failure = f"{command.path}: {error.strerror}"
-        except Exception as error:  # the step loop must be told
+        except Exception as error:  # the step loop gets it
             logger.exception("a snapshot cannot be written")
             writing.failure = repr(error)
         writing.done.set()

@@ -58,7 +58,7 @@ class SupervisedEngineClient(MessageClient):
         standby: keep another process ready, with weights and pool of its own.
 
     Attributes:
-        on_restarting: told True when the process has ended, and False when another one runs.
+        on_restarting: gets True when the process has ended, and False when another one runs.
         on_death: called when restarting has been abandoned.
         restarts, hangs, replays: processes restarted, those of them that hung, and requests
             continued in another process, since the start.

@@ -29,7 +29,8 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
         dtype: of K/V.
         num_layers, num_kv_heads, head_dim, chunk_size: the shape of a chunk.
         compute_dtype: that the model computes in, where K/V have another; else "".
-        arithmetic: kernels and CPU of K/V that a deterministic server has computed; else "".
+        arithmetic: kernels, CPU and number of threads of K/V that a deterministic server has
+            computed; else "".
     """
 
     name: str

@@ -87,7 +87,8 @@ class Drafts:
             return
         self._started = self._clock()
         count = len(scheduled)
-        left = self._limits.max_num_batched_tokens - count
+        caps = self._lifecycle.running.caps
+        left = min(self._limits.max_num_batched_tokens, caps.tokens) - count
         most = min(self._cost.most_drafts(count), MAX_ROWS, left)
         total = 0
         self.may_pay = most > 0 and self._saves_time(count, most)

@@ -35,11 +35,11 @@ def usable(
     for sequence in scheduled:
         _undo(sequence, cache)
     copies = {copy[1]: copy for copy in output.copies}
-    for sequence in scheduled:
-        if sequence.chunks is None:  # a beam of one before it
-            continue
+    for sequence in scheduled:  # before any is preempted, and with it the other beams of its search
+        assert sequence.chunks is not None
         # They may not have been made.
         sequence.chunks.copies += [copies[i] for i in sequence.chunks.ids.tolist() if i in copies]
+    for sequence in scheduled:
         lifecycle.preempt(sequence)
     return []
 

@@ -1,4 +1,4 @@
-"""Chunks for running sequences when the pool is full: evict, then preempt, then end a pin early."""
+"""A full pool: evict, then preempt, then end a pin early; sequences that wait for each other."""
 
 from __future__ import annotations
 
@@ -41,6 +41,22 @@ def _grow(sequence: Sequence, lifecycle: SequenceLifecycle, cache: CacheManager)
             # it is published.
             assert len(running) > 1, "the oldest sequence does not fit the pool alone"
             lifecycle.requeue(running.by_age[-1])
+
+
+def break_deadlock(lifecycle: SequenceLifecycle, cache: CacheManager) -> bool:
+    """Make room where nothing can be computed; returns whether it made any.
+
+    Beams of several requests may wait for one another: the newest sequence is preempted. Beams of
+    one request that wait for a slot need larger steps than the last one that did not fit.
+    """
+    victim = preemption_victim(lifecycle.running)
+    if victim is not None:
+        lifecycle.preempt(victim)
+        return True
+    if lifecycle.running.lift_caps():
+        return True
+    could_start = any(not sequence.group.held for sequence in lifecycle.waiting)
+    return could_start and not cache.is_promoting and cache.pins.break_one()
 
 
 def preemption_victim(running: RunningSequences) -> Sequence | None:

@@ -61,16 +61,17 @@ class DraftModel(Protocol):
 
     def begin_step(self, contexts: list[DraftContext]) -> list[int | None]:
         """Return how many of each sequence's tokens are to be computed before its first guess, the
-        last one included; None: it has no place for them."""
+        last one included; None: it has no place for them, or its device no memory for now."""
         ...
 
     def compute(self, contexts: list[DraftContext], max_tokens: int) -> int:
         """Compute up to so many tokens of sequences of this step, all but their last; returns how
-        many."""
+        many, 0 where the device has no memory for it."""
         ...
 
     def guess(self, contexts: list[DraftContext], depth: int) -> list[list[int]]:
-        """Return up to ``depth`` guesses at what follows each of some sequences of this step."""
+        """Return up to ``depth`` guesses at what follows each of some sequences of this step, as
+        far as the device has memory for them."""
         ...
 
 

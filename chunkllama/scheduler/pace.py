@@ -173,7 +173,7 @@ class Pace:
         self._limit({t: most for t, most in limits.items() if most < paid[t]})
 
     def lift(self) -> bool:
-        """Take the limits back; tells whether there were any."""
+        """Take the limits back; returns whether there were any."""
         was_limited = bool(self._left)
         self._level = 0.0
         self._wanted, self._free, self._left, self._parts = {}, (), {}, {}

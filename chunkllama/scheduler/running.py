@@ -44,6 +44,11 @@ class RunningSequences:
     def num_free_slots(self) -> int:
         return max(min(len(self._free_slots), self.caps.sequences - len(self.by_age)), 0)
 
+    def lift_caps(self) -> bool:
+        """Drop the caps if they alone leave no slot; returns whether they did."""
+        is_capped = bool(self._free_slots) and not self.num_free_slots
+        return is_capped and self.caps.lift()
+
     def start(self, sequence: Sequence, chunks: SequenceChunks, num_computed: int) -> None:
         """Start the sequence with K/V of ``num_computed`` tokens in its chunks."""
         sequence.slot = heapq.heappop(self._free_slots)

@@ -34,7 +34,7 @@ from chunkllama.scheduler.failures import usable
 from chunkllama.scheduler.first_tokens import FirstTokens
 from chunkllama.scheduler.intake import check_places, make_group
 from chunkllama.scheduler.limits import SchedulerLimits
-from chunkllama.scheduler.memory_pressure import grow_tails, preemption_victim
+from chunkllama.scheduler.memory_pressure import break_deadlock, grow_tails
 from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
 from chunkllama.scheduler.pace import LEAST, Pace
 from chunkllama.scheduler.request import Sequence
@@ -157,11 +157,14 @@ class Scheduler:
             self._first_tokens.end_short_step()
         else:
             self._fill(budget)
-        while not self._scheduled and (self._pace.lift() or self._running.caps.lift()):
+        if not self._scheduled and self._pace.lift():
             self._fill(budget)
-        while not (self._scheduled or self._find_awaiting()) and self._break_deadlock():
+        while not (self._scheduled or self._find_awaiting()):
+            if not break_deadlock(self._lifecycle, self._cache):
+                break
             self._starts.begin_step()
-            self._starts.admit(self._limits.max_num_batched_tokens)
+            most = min(self._limits.max_num_batched_tokens, self._running.caps.tokens)
+            self._starts.admit(most)
         self._awaiting = self._find_awaiting()
         if not self._scheduled and not self._awaiting:
             return None
@@ -278,15 +281,6 @@ class Scheduler:
             assert sequence.chunks is not None
             self._cache.will_compute(sequence.chunks, start, start + count)
 
-    def _break_deadlock(self) -> bool:
-        """Preempt the newest sequence when beams of several requests wait for one another."""
-        victim = preemption_victim(self._running)
-        if victim is None:
-            could_start = any(not sequence.group.held for sequence in self._waiting)
-            return could_start and not self._cache.is_promoting and self._cache.pins.break_one()
-        self._lifecycle.preempt(victim)
-        return True
-
     # -- commit -----------------------------------------------------------------------------
 
     def commit(self, output: SchedulerOutput, sampled: SampledTokens) -> list[TokenDelta]:
@@ -300,7 +294,8 @@ class Scheduler:
         self._in_flight = None
         deltas = StepDeltas(self._clock())
         self._cache.end_step()
-        self.drafts.end_step()
+        if not sampled.ran_out:  # its time says nothing of steps that fit
+            self.drafts.end_step()
         scheduled = usable(scheduled, output, sampled, deltas, self._lifecycle, self._cache)
         for sequence in scheduled:
             if sequence.awaits_sample:
@@ -324,7 +319,8 @@ class Scheduler:
                 use_sample(sequence, sampled, deltas, self._lifecycle, self._limits)
             else:
                 self._commit_sequence(sequence, sampled, deltas)
-        self._pace.end_step()
+        if not sampled.ran_out:
+            self._pace.end_step()
         return deltas.all()
 
     def _commit_sequence(

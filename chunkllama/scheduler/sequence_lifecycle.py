@@ -42,8 +42,8 @@ class SequenceLifecycle:
         accounts: service received by each tenant.
         counters: monotonic totals.
         recent: outputs that have ended, as far as speculation may look at them.
-        may_start: tells whether a request, by its id, may start as far as its adapter goes.
-        on_end: told the id of each request that has ended.
+        may_start: returns whether a request, by its id, may start as far as its adapter goes.
+        on_end: gets the id of each request that has ended.
     """
 
     def __init__(

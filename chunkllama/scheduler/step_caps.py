@@ -53,7 +53,7 @@ class StepCaps:
             self.lift()
 
     def lift(self) -> bool:
-        """Drop the caps; tells whether there were any."""
+        """Drop the caps; returns whether there were any."""
         had_caps = self.sequences < NO_CAP
         self.sequences = self.tokens = NO_CAP
         return had_caps

@@ -197,9 +197,17 @@ def test_the_best_token_is_that_of_the_logits(level: str, rng: np.random.Generat
         assert torch.equal(run.model.logits(x[row : row + 1])[0], logits[row])
 
 
-def test_the_name_of_the_arithmetic_is_that_of_a_build_and_a_cpu(level: str) -> None:
-    first, second = (backend_of(torch.float32, level, 1, 64) for _ in range(2))
-    assert first.arithmetic == second.arithmetic and first.arithmetic.startswith(level)
+def test_the_name_of_the_arithmetic_is_that_of_a_build_a_cpu_and_threads(level: str) -> None:
+    before = torch.get_num_threads()
+    names = []
+    try:
+        for threads in (1, 1, 2):
+            torch.set_num_threads(threads)
+            names.append(backend_of(torch.float32, level, 1, 64).arithmetic)
+    finally:
+        torch.set_num_threads(before)
+    assert names[0] == names[1] and names[0].startswith(level)
+    assert names[0].removesuffix("1 threads") == names[2].removesuffix("2 threads") != names[0]
     plain = CpuBackend(
         dtype=torch.float32, head_dim=64, num_kv_heads=1, level=level, sanitizer=SANITIZER
     )

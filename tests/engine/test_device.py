@@ -96,7 +96,7 @@ def test_a_backend_is_prepared_for_the_model(
 def test_memory_that_runs_out_at_the_start_is_one_line(
     tiny_core: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch raises it for the pool or a weight when others have taken what was free."""
+    """torch raises it for a weight when others have taken what was free."""
 
     def allocate(**_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -105,5 +105,5 @@ def test_memory_that_runs_out_at_the_start_is_one_line(
     with pytest.raises(ConfigError) as raised:
         tiny_core(num_chunks=8)
     message = str(raised.value)
-    assert re.match(r"kv_cache_memory: cpu lacks memory for the weights \(\d+ MiB\) and", message)
+    assert re.match(r"model: cpu lacks memory for the weights \(\d+ MiB\); set quant", message)
     assert "\n" not in message

@@ -17,11 +17,14 @@ from chunkllama.engine import build, size
 from chunkllama.engine.build import build_engine
 from chunkllama.engine.core import EngineCore
 from chunkllama.engine.load import load_step_model
+from chunkllama.engine.model_runner import ModelRunner
 from chunkllama.engine.pool import PROFILE_CHUNKS, WorstStep
+from chunkllama.engine.sampler import Sampler
 from chunkllama.engine.step_model import StepModel
 from chunkllama.errors import ConfigError
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
+from chunkllama.scheduler.drafts import MAX_ROWS
 from chunkllama.scheduler.output import SchedulerOutput
 
 CHUNK_BYTES = 2 * 2 * 64 * 64 * 2  # of the tiny model in bfloat16: layers, K and V, tokens, head
@@ -95,6 +98,25 @@ def test_the_pool_takes_what_the_largest_step_leaves(
     assert max(p.first_position + p.num_tokens for p in largest.slices) == 256
 
 
+@pytest.mark.parametrize(("speculation", "rows"), [("off", 8), ("auto", 8 + MAX_ROWS)])
+def test_rows_of_guesses_are_sampled_in_the_largest_step(
+    on_gpu: Callable[..., EngineCore],
+    monkeypatch: pytest.MonkeyPatch,
+    speculation: str,
+    rows: int,
+) -> None:
+    seen: list[int] = []
+    sample = Sampler.sample
+
+    def record(self: Sampler, logits: torch.Tensor, *rest: Any) -> Any:
+        seen.append(len(logits))
+        return sample(self, logits, *rest)
+
+    monkeypatch.setattr(Sampler, "sample", record)
+    on_gpu(speculation=speculation, max_num_seqs=8, max_num_batched_tokens=300)
+    assert seen == [rows]
+
+
 def test_a_draft_model_has_its_part(
     on_gpu: Callable[..., EngineCore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +130,8 @@ def test_a_draft_model_has_its_part(
     assert draft is not None and draft.chunk_bytes == CHUNK_BYTES
     expected = (799 * CHUNK_BYTES - draft.weight_bytes) // (2 * CHUNK_BYTES)
     assert core.info.num_chunks == core._executor.kv.num_chunks == expected < 400
+    assert isinstance(core._executor, ModelRunner) and core._executor.draft_model is not None
+    assert core._executor.draft_model._step_model.kv.num_chunks == expected
 
 
 def test_what_fits_is_logged(
@@ -139,6 +163,33 @@ def test_no_room_for_the_largest_step_is_one_line(
     monkeypatch.setattr(StepModel, "run", _run_out)
     with pytest.raises(ConfigError, match="max_num_batched_tokens: cpu lacks memory for a step"):
         on_gpu()
+
+
+def test_no_room_for_the_pool_that_was_asked_for_is_one_line(
+    on_gpu: Callable[..., EngineCore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StepModel, "replace_pool", _run_out)
+    with pytest.raises(ConfigError, match="kv_cache_memory: cpu lacks memory for the weights"):
+        on_gpu(num_chunks=900)
+
+
+def test_a_draft_model_without_room_for_its_pool_is_closed(
+    on_gpu: Callable[..., EngineCore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "check_tokenizers", lambda model, draft: None)
+    pools: list[StepModel] = []
+    replace_pool = StepModel.replace_pool
+
+    def replace_first(self: StepModel, num_chunks: int) -> None:
+        pools.append(self)
+        if len(pools) == 2:
+            _run_out()
+        replace_pool(self, num_chunks)
+
+    monkeypatch.setattr(StepModel, "replace_pool", replace_first)
+    with pytest.raises(ConfigError, match="kv_cache_memory: cpu lacks memory"):
+        on_gpu(draft_model=str(tmp_path), speculation="auto")
+    assert [model._model for model in pools] == [None, None]
 
 
 def _run_out(*_: object) -> torch.Tensor:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 from tiny_model import write_tiny_model
 
 from chunkllama.config import EngineConfig
+from chunkllama.engine import draft_model
 from chunkllama.engine.build import build_engine
 from chunkllama.engine.core import EngineCore
 from chunkllama.engine.size import plan_size
@@ -20,7 +24,7 @@ from chunkllama.errors import ConfigError
 from chunkllama.messages import ChoiceDelta, EngineRequest, TokenLogprob
 from chunkllama.sampling_params import GrammarSpec, SamplingParams, ThinkingSpec
 from chunkllama.scheduler.memory_pressure import preemption_victim
-from chunkllama.scheduler.model_drafts import ModelDrafts
+from chunkllama.scheduler.model_drafts import DraftContext, ModelDrafts
 from chunkllama.scheduler.step_cost import StepCost
 
 TIE = 1e-4  # between log-probabilities of two orders of summation
@@ -338,6 +342,74 @@ def test_more_sequences_than_the_draft_models_pool_holds_are_right(core_of) -> N
     drafted, _ = finish(core)
     check_equal(plain, drafted)
     assert core.stats().accepted_draft_tokens_total > 0
+
+
+def context_of(tokens: list[int]) -> DraftContext:
+    greedy = SamplingParams(temperature=0.0, seed=0)
+    return DraftContext(("r", 0), np.array(tokens, np.int32), len(tokens), greedy, 0)
+
+
+def test_a_draft_model_without_memory_returns_what_it_has_and_pauses(
+    core_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draft_model, "PATIENCE", 3)
+    draft = core_of("model")._executor.draft_model
+    contexts = [context_of([5] * 70)]
+    draft.begin_step(contexts)
+    expected = draft.guess(contexts, 4)
+    run, passes = draft._run, iter([True, True, False])
+
+    def run_or_fail(pieces: list[Any]) -> Any:
+        if not next(passes, False):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nAnd so on.")
+        return run(pieces)
+
+    monkeypatch.setattr(draft, "_run", run_or_fail)
+    assert draft.begin_step(contexts) == [1]
+    assert draft.guess(contexts, 4) == [expected[0][:2]]
+    assert [draft.begin_step(contexts) for _ in range(4)] == [[None], [None], [None], [1]]
+    longer = [context_of([5] * 100)]
+    assert draft.begin_step(longer) == [31]
+    assert draft.compute(longer, 16) == 0
+    monkeypatch.undo()
+    draft.warm_up()
+    assert draft.begin_step(longer) == [31] and draft.compute(longer, 16) == 16
+    assert draft.begin_step(longer) == [15]
+
+
+@pytest.mark.usefixtures("free_passes")
+def test_outputs_of_an_engine_whose_draft_model_runs_out_of_memory(
+    core_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [{**each, "max_tokens": 20} for each in mixed_requests()]
+    core = core_of()
+    submit(core, requests)
+    plain, _ = finish(core)
+    monkeypatch.setattr(draft_model, "PATIENCE", 2)
+    core = core_of("model")
+    draft = core._executor.draft_model
+    run, passes = draft._run, itertools.count()
+
+    def run_or_fail(pieces: list[Any]) -> Any:
+        if next(passes) % 5 == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return run(pieces)
+
+    monkeypatch.setattr(draft, "_run", run_or_fail)
+    submit(core, requests)
+    drafted, _ = finish(core)
+    check_equal(plain, drafted)
+    assert next(passes) > 10 and core.stats().accepted_draft_tokens_total > 0
+
+
+def test_a_computed_piece_is_waited_for_on_a_gpu(core_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = core_of("model")._executor.draft_model
+    contexts = [context_of([5] * 70)]
+    waited: list[str] = []
+    monkeypatch.setattr(draft, "_run", lambda pieces: SimpleNamespace(is_cuda=True, device="gpu"))
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    draft.begin_step(contexts)
+    assert draft.compute(contexts, 16) == 16 and waited == ["gpu"]
 
 
 @pytest.mark.parametrize(

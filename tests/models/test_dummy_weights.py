@@ -47,8 +47,8 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     monkeypatch.setenv("CHUNKLLAMA_NATIVE_DIR", str(library_directory()))  # not compiled again
     monkeypatch.setenv("CHUNKLLAMA_CACHE", str(tmp_path / "cache"))
 
-    def make(**changes: object) -> Path:
-        path = tmp_path / "small.yaml"
+    def make(name: str = "small.yaml", **changes: object) -> Path:
+        path = tmp_path / name
         path.write_text(yaml.safe_dump({**SIZES, **changes}))
         return path
 
@@ -139,6 +139,16 @@ def test_a_shape_is_served(write: Callable[..., Path], settings: dict[str, str])
 
     first = answer(1)
     assert len(first) == 8 and answer(1) == first != answer(2)
+
+
+def test_a_shape_may_have_a_draft_model_of_sizes(write: Callable[..., Path]) -> None:
+    model = str(write(num_hidden_layers=3))
+    draft = str(write("draft.yaml"))
+    given = {"model": model, "load_format": "dummy", "num_chunks": 8, "device": "cpu"}
+    config = EngineConfig.from_flat(**given, draft_model=draft, speculation="auto")
+    size = plan_size(config, resolve_model(model))
+    assert size.draft is not None and 0 < 2 * size.draft.weight_bytes < size.weight_bytes
+    build_engine(config).close()
 
 
 def test_a_folder_without_weights_is_served(tiny_folder: Path) -> None:

@@ -18,6 +18,7 @@ from chunkllama.scheduler.draft_search import (
 )
 from chunkllama.scheduler.model_drafts import DraftContext
 from chunkllama.scheduler.output import SampledTokens, SchedulerOutput
+from chunkllama.scheduler.step_cost import StepCost
 from chunkllama.simulation.engine import SimulatedEngine
 
 
@@ -112,6 +113,14 @@ def test_guesses_never_cost_more_than_they_save(cost: str, num_sequences: int) -
         if vocab_size == 2 and cost in ("rows are free", "rows are cheap"):
             assert guesses > 0
             assert drafted < (0.9 if num_sequences == 1 else 0.99) * plain
+
+
+def stepped(engine: SimulatedEngine) -> SchedulerOutput:
+    """Run a step; returns what it computed."""
+    output = engine.schedule()
+    assert output is not None
+    engine.commit()
+    return output
 
 
 class TimedDraftModel:
@@ -271,6 +280,36 @@ def test_rows_of_guesses_are_charged_to_their_tenant() -> None:
     wrong = stats.draft_tokens_total - stats.accepted_draft_tokens_total
     assert wrong > 0, "else this shows nothing"
     assert stats.tenants["A"].decoded_tokens == 29 + wrong
+
+
+def test_guesses_fit_the_steps_that_a_device_has_memory_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the time of a step that it has none for says nothing of the others."""
+    times: list[float] = []
+    add = StepCost.add
+
+    def record(self: StepCost, num_sequences: int, num_drafts: int, seconds: float) -> None:
+        times.append(seconds)
+        add(self, num_sequences, num_drafts, seconds)
+
+    monkeypatch.setattr(StepCost, "add", record)
+    engine = timed(SimulatedEngine(400, 16, vocab_size=2, speculates=True), lambda rows: 0.1)
+    for number in range(2):
+        engine.add([number, 1, 0, 1], 200)
+    stepped(engine)
+    assert max(stepped(engine).num_tokens for _ in range(40)) > 4, "else this shows nothing"
+    before = len(times)
+    engine.model.room = 0
+    stepped(engine)
+    assert len(times) == before
+    caps = engine.scheduler._running.caps
+    assert caps.sequences == 1 and caps.tokens > 4
+    caps.tokens = engine.model.room = 4
+    assert max(stepped(engine).num_tokens for _ in range(60)) == 4
+    engine.model.room = 64
+    engine.run()
+    engine.check_outputs()
 
 
 @pytest.mark.parametrize(("tenants", "is_bounded"), [("aa", False), ("ab", True)])

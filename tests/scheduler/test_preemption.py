@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from chunkllama.cache.manager import SequenceChunks
 from chunkllama.messages import BACKGROUND_PRIORITY
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.step_caps import NO_CAP, PATIENCE
@@ -175,6 +178,29 @@ def test_a_step_that_does_not_fit_the_memory_is_divided() -> None:
     assert not run.errors and run.scheduler.stats().preemptions_total > 0
 
 
+def test_beams_of_a_step_that_does_not_fit_leave_nothing_of_copies_that_were_not_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = engine(64)
+    run.add([1] * 6, 6, beam_width=3)
+    run.step()
+    cache = run.scheduler._cache
+    release = cache.release
+    copies: list[int] = []
+
+    def record(chunks: SequenceChunks, *rest: Any) -> None:
+        copies.append(len(chunks.copies))
+        release(chunks, *rest)
+
+    run.model.room = 0
+    monkeypatch.setattr(cache, "release", record)
+    run.step()
+    assert sorted(copies) == [0, 1, 1], "of the parent and of two that were forked from it"
+    run.model.room = 64
+    run.run()
+    run.check_outputs()
+
+
 def test_steps_grow_again_once_they_fit() -> None:
     run = engine(1024)
     run.model.room = 0
@@ -188,6 +214,46 @@ def test_steps_grow_again_once_they_fit() -> None:
         run.step()
     assert caps.sequences == caps.tokens == NO_CAP
     assert len(running(run)) == 4
+
+
+def test_steps_stay_smaller_while_there_is_nothing_to_compute() -> None:
+    """Neither a request that may not start yet nor a row that waits for its sample is a reason."""
+    run = engine(64)
+    run.model.room = 20
+    dropped = [run.add([i] * 20, 4) for i in range(3)]
+    run.step()
+    caps = run.scheduler._running.caps
+    expected = caps.sequences, caps.tokens
+    assert expected < (NO_CAP, NO_CAP)
+    for name in dropped:
+        run.scheduler.abort(name)
+    held = run.add([9] * 5, 3)
+    run.scheduler.hold(held)
+    assert run.schedule() is None
+    assert (caps.sequences, caps.tokens) == expected
+    run.scheduler.release(held)
+    run.model.defer_share = 1.0
+    for _ in range(3):
+        run.step()
+    assert run.scheduler._find_awaiting()
+    assert (caps.sequences, caps.tokens) == expected
+    run.model.defer_share = 0.0
+    run.run()
+    run.check_outputs(aborted=dropped)
+
+
+def test_a_beam_search_that_lacks_slots_alone_has_larger_steps() -> None:
+    run = engine(64)
+    run.add([1] * 6, 6, beam_width=3)
+    run.step()
+    run.model.room = 0
+    run.step()
+    caps = run.scheduler._running.caps
+    assert caps.sequences == 1
+    run.model.room = 64
+    run.run(max_steps=20)
+    run.check_outputs()
+    assert caps.sequences == NO_CAP
 
 
 def test_what_never_fits_ends_and_others_go_on() -> None:

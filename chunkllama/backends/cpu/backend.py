@@ -109,7 +109,8 @@ class CpuBackend(Backend):
         self.vector_rows = few if dtype == torch.bfloat16 else _ALL_ROWS
         if deterministic:
             # The name has hashes of the sources, the flags and the compiler.
-            self.arithmetic = f"{Path(self.library._name).stem} on {cpu_name()}"
+            build_name, threads = Path(self.library._name).stem, torch.get_num_threads()
+            self.arithmetic = f"{build_name} on {cpu_name()}, {threads} threads"
         self._partials = torch.empty(0)
         self._product_type = int(self.library.ck_activation_type(TYPES[dtype]))
         self._product_dtype = {code: dtype for dtype, code in TYPES.items()}[self._product_type]
