@@ -205,7 +205,8 @@ class TuningRunner:
             except Exception as error:  # the next look may find what this one lacked
                 self.store.note(f"fine-tuning jobs: {type(error).__name__}: {error}")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), _WATCH_SECONDS)
+                async with asyncio.timeout(_WATCH_SECONDS):  # wait_for may lose a cancellation
+                    await self._wake.wait()
 
     def _next(self) -> Job | None:
         """The oldest job of the key whose last turn is the longest ago."""
