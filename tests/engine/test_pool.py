@@ -137,7 +137,7 @@ def test_a_draft_model_has_its_part(
 def test_what_fits_is_logged(
     on_gpu: Callable[..., EngineCore], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="chunkllama"):
         on_gpu()
     assert (
         "chunk pool: 51136 tokens hold 398 requests of 128 tokens behind 128 that all share, "
