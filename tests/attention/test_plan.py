@@ -475,7 +475,7 @@ def test_fixed_cuts_lie_closer_than_an_eighth_of_what_is_before_them() -> None:
 def test_the_fixed_runs_of_a_row_follow_from_its_position(
     tree: tuple, packing: Packing, decode: bool, window: int | None
 ) -> None:
-    """One partial for each run between two cuts of which the row sees a key, whoever shares it."""
+    """One partial for each run between two cuts that has a key of the row, shared or not."""
     case = case_of(tree, decode)
     plan = case.plan(packing, window=window)
     check_plan(case, plan, packing, window=window)
