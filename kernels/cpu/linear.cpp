@@ -64,9 +64,7 @@ INLINE void tile_product(Rows x, const Stream& w, bool prefetch, bool accumulate
   const int bytes = WIDEN ? block_bytes(*w.format) : TILE_PAIR;
   alignas(64) char ahead[WIDEN ? 2 * TILE_PAIR : 64];
   auto widen_block = [&](const char* from, char* to) {
-    const Weights& format = *w.format;
-    if constexpr (TYPE == INT4) widen_int4(format, Table(format.table), from, to, w.ahead(from));
-    else if constexpr (TYPE == INT8) widen_int8(format, from, to, w.ahead(from));
+    if constexpr (WIDEN) widen<TYPE>(*w.format, from, to, w.ahead(from));
   };
   widen_block(w.at, ahead);
   int turn = 0;
@@ -168,11 +166,12 @@ constexpr int N = BLOCKS * 16 / W;
 template <Type TYPE, int R>
 INLINE void vector_product(const float* x, long x_stride, const Stream& w, bool prefetch,
                            int column, float* acc) {
-  if constexpr (TYPE == INT8) {
-    int8_product<R, N>(x, x_stride, w, prefetch, column, acc);
-    return;
-  } else if constexpr (TYPE == INT4) {
-    int4_product<R, N>(x, x_stride, w, prefetch, column, acc);
+  if constexpr (TYPE == INT8 || TYPE == INT4) {
+    by_format(*w.format, [&](auto format) {
+      if constexpr (TYPE == INT8)
+        int8_product<R, N>(x, x_stride, w, format, prefetch, column, acc);
+      else int4_product<R, N>(x, x_stride, w, format, prefetch, column, acc);
+    });
     return;
   }
   Vec c[R][N] = {};
@@ -479,10 +478,13 @@ const QuadBlock* round_rows(const LinearArgs& a) {
 void quad_unit(const LinearArgs& a, int64_t column, const QuadBlock* x, const Stream& w) {
   alignas(64) float acc[MAX_ROWS * UNIT];
   const int64_t depth = a.linear->k / 32;
-  for (int first = 0; first < UNIT; first += 16 * BLOCKS)
-    by_rows(int(a.rows), [&](int r, auto n) {
-      quad_product<decltype(n)::value, N>(x + r * depth, depth, w, r == 0, first, acc + r * UNIT);
-    });
+  by_format(*w.format, [&](auto format) {
+    for (int first = 0; first < UNIT; first += 16 * BLOCKS)
+      by_rows(int(a.rows), [&](int r, auto n) {
+        quad_product<decltype(n)::value, N>(x + r * depth, depth, w, format, r == 0, first,
+                                            acc + r * UNIT);
+      });
+  });
   finish_rows(a, column, 0, a.rows, acc);
 }
 #else

@@ -125,21 +125,20 @@ static INLINE IntVec add_quads(IntVec sum, IntVec weights, IntVec x) {
 
 // acc [R, 32] = R rows of blocks, `x_stride` blocks apart, * columns [column, column + N * W) of an
 // int4 unit.
-template <int R, int N>
+template <int R, int N, class F>
 static INLINE void quad_product(const QuadBlock* x, long x_stride, const Stream& stream,
-                                bool prefetch, int column, float* acc) {
-  const Weights& w = *stream.format;
-  const ByteTable table(w.bytes);
-  const int header = header_bytes(w), bytes = block_bytes(w);
-  const bool is_split = w.extra == UPPER_SCALES;
-  const float factor = w.factor / 128.f;
+                                const F& format, bool prefetch, int column, float* acc) {
+  const ByteTable table(format.w.bytes);
+  const int header = format.header(), bytes = header + CODE_BYTES[INT4];
+  const bool is_split = format.has_upper_scales();
+  const float factor = format.w.factor / 128.f;
   Vec c[R][N] = {};
   for (const char* p = stream.at; p < stream.end; p += bytes, x++) {
     if (prefetch) stream.prefetch(p, bytes);
     for (int j = 0; j < N; j++) {
       const int at = column + j * W;
       const char* b = p + header + at / 16 * 256 + at % 16 * 4;
-      Vec scale = load_scales(w, p + at * 2) * factor;
+      Vec scale = format.scales(p + at * 2) * factor;
       IntVec part[R];
       for (int r = 0; r < R; r++) part[r] = set(x[r * x_stride].start[is_split]);
       for (int word = 0; word < 4; word++, b += 64) {
@@ -149,7 +148,7 @@ static INLINE void quad_product(const QuadBlock* x, long x_stride, const Stream&
             c[r][j] += __builtin_convertvector(part[r], Vec) * (scale * set(block.scale));
             part[r] = set(block.start[2]);
           }
-          scale = load_scales(w, p + SCALES + at * 2) * factor;
+          scale = format.scales(p + SCALES + at * 2) * factor;
         }
         const IntVec v = load_words(b), even = table.at(v), odd = table.at(v >> 4);
         for (int r = 0; r < R; r++) {
@@ -160,8 +159,8 @@ static INLINE void quad_product(const QuadBlock* x, long x_stride, const Stream&
       }
       for (int r = 0; r < R; r++)
         c[r][j] += __builtin_convertvector(part[r], Vec) * (scale * set(x[r * x_stride].scale));
-      if (w.extra == OFFSETS) {
-        const Vec offset = load_scales(w, p + SCALES + at * 2);
+      if (format.has_offsets()) {
+        const Vec offset = format.scales(p + SCALES + at * 2);
         for (int r = 0; r < R; r++) c[r][j] += offset * set(x[r * x_stride].sum);
       }
     }

@@ -22,10 +22,24 @@ struct Stream {
   }
 };
 
-// W scales, offsets or upper scales.
-static INLINE Vec load_scales(const Weights& w, const char* p) {
-  if (w.scale_type == F16) return load_f16(reinterpret_cast<const uint16_t*>(p));
-  return load(reinterpret_cast<const bf16*>(p));
+// How the blocks of quantized weights are read. PLAIN: scales in bf16 without extra values, as most
+// weights have them; the inner loops then test for nothing else.
+template <bool PLAIN>
+struct Format {
+  const Weights& w;
+  INLINE bool has_offsets() const { return !PLAIN && w.extra == OFFSETS; }
+  INLINE bool has_upper_scales() const { return !PLAIN && w.extra == UPPER_SCALES; }
+  INLINE int header() const { return PLAIN ? SCALES : header_bytes(w); }
+  // W scales, offsets or upper scales.
+  INLINE Vec scales(const char* p) const {
+    if (!PLAIN && w.scale_type == F16) return load_f16(reinterpret_cast<const uint16_t*>(p));
+    return load(reinterpret_cast<const bf16*>(p));
+  }
+};
+template <class F>
+static INLINE void by_format(const Weights& w, F&& f) {
+  if (w.extra == NO_EXTRA && w.scale_type == BF16) f(Format<true>{w});
+  else f(Format<false>{w});
 }
 static INLINE IntVec load_words(const char* p) {
   IntVec v;
@@ -114,29 +128,29 @@ static INLINE void for_each(F&& f) {
 }
 
 // acc [R, 32] = x [R] * columns [column, column + N * W) of an int8 unit.
-template <int R, int N>
-static INLINE void int8_product(const float* x, long x_stride, const Stream& stream, bool prefetch,
-                                int column, float* acc) {
-  const Weights& w = *stream.format;
-  const int header = header_bytes(w), bytes = block_bytes(w);
+template <int R, int N, class F>
+static INLINE void int8_product(const float* x, long x_stride, const Stream& stream,
+                                const F& format, bool prefetch, int column, float* acc) {
+  const int header = format.header(), bytes = header + CODE_BYTES[INT8];
   Vec c[R][N] = {};
   for (const char* p = stream.at; p < stream.end; p += bytes, x += 32) {
     if (prefetch) stream.prefetch(p, bytes);
     for (int j = 0; j < N; j++) {
       const int at = column + j * W;
-      Vec scale = load_scales(w, p + at * 2), own{};
-      if (w.extra == OFFSETS) own = load_scales(w, p + SCALES + at * 2);
+      Vec scale = format.scales(p + at * 2), own{};
+      if (format.has_offsets()) own = format.scales(p + SCALES + at * 2);
       const char* b = p + header + at / 16 * 512 + at % 16 * 4;
-      for (int half = 0; half < 2; half++) {
-        if (half && w.extra == UPPER_SCALES) scale = load_scales(w, p + SCALES + at * 2);
-        const Vec twice = scale * 2.f, offset = scale * -384.f + own;
-        for (int s = 4 * half; s < 4 * half + 4; s++, b += 64) {
-          const IntVec v = load_words(b);
-          for_each<4>([&](auto nth) {
-            const Vec value = dequantize<nth()>(v, twice, offset);
-            for (int r = 0; r < R; r++) c[r][j] += value * set(x[r * x_stride + 4 * s + nth()]);
-          });
+      Vec twice = scale * 2.f, offset = scale * -384.f + own;
+      for (int s = 0; s < 8; s++, b += 64) {
+        if (s == 4 && format.has_upper_scales()) {
+          scale = format.scales(p + SCALES + at * 2);
+          twice = scale * 2.f, offset = scale * -384.f;
         }
+        const IntVec v = load_words(b);
+        for_each<4>([&](auto nth) {
+          const Vec value = dequantize<nth()>(v, twice, offset);
+          for (int r = 0; r < R; r++) c[r][j] += value * set(x[r * x_stride + 4 * s + nth()]);
+        });
       }
     }
   }
@@ -147,17 +161,17 @@ static INLINE void int8_product(const float* x, long x_stride, const Stream& str
 // The same of int4. Values are summed over half a block before they are scaled: one instruction
 // less for each vector of weights. They are within [-1, 1]: such a sum overflows only where x is
 // above 1e37. An offset is multiplied by the sum of the block's x.
-template <int R, int N>
-static INLINE void int4_product(const float* x, long x_stride, const Stream& stream, bool prefetch,
-                                int column, float* acc) {
-  const Weights& w = *stream.format;
-  const Table table(w.table);
-  const int header = header_bytes(w), bytes = block_bytes(w);
+template <int R, int N, class F>
+static INLINE void int4_product(const float* x, long x_stride, const Stream& stream,
+                                const F& format, bool prefetch, int column, float* acc) {
+  const Table table(format.w.table);
+  const float factor = format.w.factor;
+  const int header = format.header(), bytes = header + CODE_BYTES[INT4];
   Vec c[R][N] = {};
   for (const char* p = stream.at; p < stream.end; p += bytes, x += 32) {
     if (prefetch) stream.prefetch(p, bytes);
     float sums[R];
-    if (w.extra == OFFSETS)
+    if (format.has_offsets())
       for (int r = 0; r < R; r++) {
         Vec total{};
         for (int i = 0; i < 32; i += W) total += load(x + r * x_stride + i);
@@ -166,10 +180,10 @@ static INLINE void int4_product(const float* x, long x_stride, const Stream& str
     for (int j = 0; j < N; j++) {
       const int at = column + j * W;
       const char* b = p + header + at / 16 * 256 + at % 16 * 4;
-      Vec scale = load_scales(w, p + at * 2) * w.factor;
+      Vec scale = format.scales(p + at * 2) * factor;
       for (int half = 0; half < 2; half++) {
-        if (half && w.extra == UPPER_SCALES)
-          scale = load_scales(w, p + SCALES + at * 2) * w.factor;
+        if (half && format.has_upper_scales())
+          scale = format.scales(p + SCALES + at * 2) * factor;
         Vec part[R] = {};
         for (int word = 2 * half; word < 2 * half + 2; word++, b += 64) {
           const IntVec v = load_words(b);
@@ -180,8 +194,8 @@ static INLINE void int4_product(const float* x, long x_stride, const Stream& str
         }
         for (int r = 0; r < R; r++) c[r][j] += scale * part[r];
       }
-      if (w.extra == OFFSETS) {
-        const Vec offset = load_scales(w, p + SCALES + at * 2);
+      if (format.has_offsets()) {
+        const Vec offset = format.scales(p + SCALES + at * 2);
         for (int r = 0; r < R; r++) c[r][j] += offset * set(sums[r]);
       }
     }
@@ -203,15 +217,16 @@ static INLINE void bf16_to_floats(const char* at, const char* end, float* to) {
       }
     }
 }
-static INLINE void int8_to_floats(const Weights& w, const char* at, const char* end, float* to) {
-  const int header = header_bytes(w), bytes = block_bytes(w);
+template <class F>
+static INLINE void int8_to_floats(const F& format, const char* at, const char* end, float* to) {
+  const int header = format.header(), bytes = header + CODE_BYTES[INT8];
   for (const char* p = at; p < end; p += bytes, to += 32 * UNIT)
     for (int column = 0; column < UNIT; column += W) {
-      Vec scale = load_scales(w, p + column * 2), own{};
-      if (w.extra == OFFSETS) own = load_scales(w, p + SCALES + column * 2);
+      Vec scale = format.scales(p + column * 2), own{};
+      if (format.has_offsets()) own = format.scales(p + SCALES + column * 2);
       const char* b = p + header + column / 16 * 512 + column % 16 * 4;
       for (int quad = 0; quad < 8; quad++, b += 64) {
-        if (quad == 4 && w.extra == UPPER_SCALES) scale = load_scales(w, p + SCALES + column * 2);
+        if (quad == 4 && format.has_upper_scales()) scale = format.scales(p + SCALES + column * 2);
         const Vec twice = scale * 2.f, offset = scale * -384.f + own;
         const IntVec v = load_words(b);
         for_each<4>([&](auto nth) {
@@ -220,17 +235,19 @@ static INLINE void int8_to_floats(const Weights& w, const char* at, const char* 
       }
     }
 }
-static INLINE void int4_to_floats(const Weights& w, const char* at, const char* end, float* to) {
-  const Table table(w.table);
-  const int header = header_bytes(w), bytes = block_bytes(w);
+template <class F>
+static INLINE void int4_to_floats(const F& format, const char* at, const char* end, float* to) {
+  const Table table(format.w.table);
+  const float factor = format.w.factor;
+  const int header = format.header(), bytes = header + CODE_BYTES[INT4];
   for (const char* p = at; p < end; p += bytes, to += 32 * UNIT)
     for (int column = 0; column < UNIT; column += W) {
-      Vec scale = load_scales(w, p + column * 2) * w.factor, offset{};
-      if (w.extra == OFFSETS) offset = load_scales(w, p + SCALES + column * 2);
+      Vec scale = format.scales(p + column * 2) * factor, offset{};
+      if (format.has_offsets()) offset = format.scales(p + SCALES + column * 2);
       const char* words = p + header + column / 16 * 256 + column % 16 * 4;
       for (int word = 0; word < 4; word++, words += 64) {
-        if (word == 2 && w.extra == UPPER_SCALES)
-          scale = load_scales(w, p + SCALES + column * 2) * w.factor;
+        if (word == 2 && format.has_upper_scales())
+          scale = format.scales(p + SCALES + column * 2) * factor;
         const IntVec v = load_words(words);
         for_each<8>([&](auto nth) {
           store(to + (8 * word + nth()) * UNIT + column, table.at<nth()>(v) * scale + offset);
@@ -240,8 +257,8 @@ static INLINE void int4_to_floats(const Weights& w, const char* at, const char* 
 }
 static inline void widen_to_floats(const Weights& w, const char* at, const char* end, float* to) {
   switch (w.type) {
-    case INT8: int8_to_floats(w, at, end, to); break;
-    case INT4: int4_to_floats(w, at, end, to); break;
+    case INT8: by_format(w, [&](auto format) { int8_to_floats(format, at, end, to); }); break;
+    case INT4: by_format(w, [&](auto format) { int4_to_floats(format, at, end, to); }); break;
     default: bf16_to_floats(at, end, to);
   }
 }
@@ -263,17 +280,18 @@ static INLINE IntVec upper_halves(Vec a, Vec b) {
 static INLINE void store_words(char* p, IntVec v) { memcpy(p, &v, sizeof v); }
 
 // A k block of int8 as two bf16 tiles; the block at `next` is prefetched meanwhile.
-static INLINE void widen_int8(const Weights& w, const char* from, char* tiles, const char* next) {
-  const int header = header_bytes(w);
+template <class F>
+static INLINE void widen_int8(const F& format, const char* from, char* tiles, const char* next) {
+  const int header = format.header();
   for (int column = 0; column < UNIT; column += W) {
     const int place = column % BLOCK * 4;  // bytes from a row of 16 columns' start
-    Vec scale = load_scales(w, from + column * 2) * TRUNCATED, own{};
-    if (w.extra == OFFSETS) own = load_scales(w, from + SCALES + column * 2) * TRUNCATED;
+    Vec scale = format.scales(from + column * 2) * TRUNCATED, own{};
+    if (format.has_offsets()) own = format.scales(from + SCALES + column * 2) * TRUNCATED;
     const char* bytes = from + header + column / BLOCK * 512 + place;
     char* to = tiles + column / BLOCK * 1024 + place;
     for (int part = 0; part < 2; part++) {
-      if (part && w.extra == UPPER_SCALES)
-        scale = load_scales(w, from + SCALES + column * 2) * TRUNCATED;
+      if (part && format.has_upper_scales())
+        scale = format.scales(from + SCALES + column * 2) * TRUNCATED;
       const Vec twice = scale * 2.f, offset = scale * -384.f + own;
       for (int quad = 0; quad < 4; quad++, bytes += 64, to += 128) {
         if (place == 0) prefetch_l2(next + column / BLOCK * 512 + part * 256 + quad * 64);
@@ -288,19 +306,20 @@ static INLINE void widen_int8(const Weights& w, const char* from, char* tiles, c
 }
 
 // The same of int4.
-static INLINE void widen_int4(const Weights& w, const Table& table, const char* from, char* tiles,
+template <class F>
+static INLINE void widen_int4(const F& format, const Table& table, const char* from, char* tiles,
                               const char* next) {
-  const int header = header_bytes(w);
-  const float factor = w.factor * TRUNCATED;
+  const int header = format.header();
+  const float factor = format.w.factor * TRUNCATED;
   for (int column = 0; column < UNIT; column += W) {
     const int place = column % BLOCK * 4;
-    Vec scale = load_scales(w, from + column * 2) * factor, offset{};
-    if (w.extra == OFFSETS) offset = load_scales(w, from + SCALES + column * 2) * TRUNCATED;
+    Vec scale = format.scales(from + column * 2) * factor, offset{};
+    if (format.has_offsets()) offset = format.scales(from + SCALES + column * 2) * TRUNCATED;
     const char* words = from + header + column / BLOCK * 256 + place;
     char* to = tiles + column / BLOCK * 1024 + place;
     for (int word = 0; word < 4; word++, words += 64, to += 256) {
-      if (word == 2 && w.extra == UPPER_SCALES)
-        scale = load_scales(w, from + SCALES + column * 2) * factor;
+      if (word == 2 && format.has_upper_scales())
+        scale = format.scales(from + SCALES + column * 2) * factor;
       if (place == 0) prefetch_l2(next + column / BLOCK * 256 + word * 64);
       const IntVec v = load_words(words);
       for_each<4>([&](auto pair) {
@@ -313,10 +332,11 @@ static INLINE void widen_int4(const Weights& w, const Table& table, const char* 
 }
 
 template <Type TYPE>
-static INLINE void widen(const Weights& w, const Table& table, const char* from, char* tiles,
-                         const char* next) {
-  if constexpr (TYPE == INT4) widen_int4(w, table, from, tiles, next);
-  else widen_int8(w, from, tiles, next);
+static INLINE void widen(const Weights& w, const char* from, char* tiles, const char* next) {
+  by_format(w, [&](auto format) {
+    if constexpr (TYPE == INT4) widen_int4(format, Table(w.table), from, tiles, next);
+    else widen_int8(format, from, tiles, next);
+  });
 }
 
 // A whole unit as bf16 tiles.
@@ -325,14 +345,9 @@ static INLINE Stream widen_unit(const Stream& s, int64_t k, char* tiles) {
   const Weights& w = *s.format;
   const int bytes = block_bytes(w);
   char* to = tiles;
-  if (w.type == INT4) {
-    const Table table(w.table);
-    for (const char* p = s.at; p < s.end; p += bytes, to += CODE_BYTES[BF16])
-      widen_int4(w, table, p, to, s.ahead(p));
-  } else {
-    for (const char* p = s.at; p < s.end; p += bytes, to += CODE_BYTES[BF16])
-      widen_int8(w, p, to, s.ahead(p));
-  }
+  for (const char* p = s.at; p < s.end; p += bytes, to += CODE_BYTES[BF16])
+    if (w.type == INT4) widen<INT4>(w, p, to, s.ahead(p));
+    else widen<INT8>(w, p, to, s.ahead(p));
   return {tiles, tiles + k / 32 * CODE_BYTES[BF16], nullptr, &WIDE};
 }
 #endif
