@@ -63,7 +63,7 @@ class Load:
                 "model": MODEL,
                 "messages": messages(text("online", self._options.prefix_words), question),
                 "max_tokens": self._options.answer_tokens,
-                "ignore_eos": True,
+                "min_tokens": self._options.answer_tokens,  # no special token before the text
                 "temperature": 0,
                 "stream": True,
             }
