@@ -164,7 +164,7 @@ def create_app(  # noqa: PLR0913
         context.grammars.close()
         text.close()
         if tracing is not None:
-            tracing.close()
+            await tracing.close()
 
     app = FastAPI(
         title="ChunkLlama",
