@@ -31,6 +31,7 @@ class _Helpers(MetaPathFinder):
     paths: ClassVar[dict[str, Path]] = {
         "bad_start_table": Path(__file__).parent / "server" / "cli" / "bad_start_table.py",
         "attention_plans": Path(__file__).parent / "attention" / "plans.py",
+        "plan_checks": Path(__file__).parent / "attention" / "plan_checks.py",
         "hostile_files": Path(__file__).parent / "models" / "hostile_files.py",
         "tiny_forms": Path(__file__).parent / "models" / "tiny_forms.py",
         "soak": Path(__file__).parent / "soak.py",
