@@ -41,7 +41,8 @@ async def ask(port: int, request: bytes) -> tuple[int, float]:
     try:
         writer.write(request)
         writer.write_eof()
-        answer = await asyncio.wait_for(reader.read(), 60)
+        async with asyncio.timeout(60):
+            answer = await reader.read()
         if answer.startswith(b"HTTP/1.1 100"):
             answer = answer.partition(b"\r\n\r\n")[2]
         status = int(answer.split(b" ", 2)[1]) if answer else 0

@@ -5,14 +5,16 @@ The helper modules that ``_Helpers`` names are importable from every test module
 
 from __future__ import annotations
 
+import functools
 import os
+import ssl
 import sys
 import zlib
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ class _Helpers(MetaPathFinder):
     paths: ClassVar[dict[str, Path]] = {
         "bad_start_table": Path(__file__).parent / "server" / "cli" / "bad_start_table.py",
         "attention_plans": Path(__file__).parent / "attention" / "plans.py",
+        "plan_checks": Path(__file__).parent / "attention" / "plan_checks.py",
         "hostile_files": Path(__file__).parent / "models" / "hostile_files.py",
         "tiny_forms": Path(__file__).parent / "models" / "tiny_forms.py",
         "soak": Path(__file__).parent / "soak.py",
@@ -57,6 +60,23 @@ class _Helpers(MetaPathFinder):
 
 
 sys.meta_path.append(_Helpers())
+
+_make_context = ssl.create_default_context
+
+
+@functools.cache
+def _trusting(cafile: str) -> ssl.SSLContext:
+    return _make_context(cafile=cafile)
+
+
+def _shared_context(*arguments: Any, cafile: str | None = None, **options: Any) -> ssl.SSLContext:
+    """Read a store of certificates once: clients read it, most of them for a single request."""
+    if cafile is None or arguments or options:
+        return _make_context(*arguments, cafile=cafile, **options)
+    return _trusting(cafile)
+
+
+ssl.create_default_context = _shared_context
 
 
 def pytest_report_header() -> str:

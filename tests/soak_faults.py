@@ -113,7 +113,8 @@ async def send_poison(port: int, raw: bytes) -> str:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(raw)
-        status = await asyncio.wait_for(reader.readline(), 1.0) if raw else b""
+        async with asyncio.timeout(1.0):
+            status = await reader.readline() if raw else b""
     except (TimeoutError, ConnectionError):
         status = b""
     finally:

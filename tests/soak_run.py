@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import statistics
 import time
@@ -280,6 +281,7 @@ class Soak:
         options = self._options
         rng = random.Random(f"{options.seed}-faults")
         injector = FaultInjector(self._server, self._marks, rng)
+        kinds = itertools.cycle(rng.sample(options.faults, len(options.faults)))
         watched: set[Live] = set()  # those that were live when the last fault was over
         while options.faults and not self.is_over():
             if not options.minutes and self._faults_are_over():
@@ -289,7 +291,7 @@ class Soak:
             if engine is None or waits or not any(live.gained for live in self._live):
                 await asyncio.sleep(0.002)
                 continue
-            kind = await injector.end(engine, rng.choice(options.faults), self.is_over)
+            kind = await injector.end(engine, next(kinds), self.is_over)
             self.outcome.faults[kind] += 1
             # What the process had sent before its end has arrived by now.
             watched = set(self._live)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 MAX_MODEL_LEN = 256
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{% if tools %}<|im_start|>tools {{ tools | tojson }} <tool_call><|im_end|>{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -19,14 +21,19 @@ TEMPLATE = (
 )
 
 
-def write_tokenizer(folder: Path, special: tuple[str, ...] = ()) -> None:
-    """A byte-level tokenizer of 256 bytes and three control tokens; no merges."""
+def byte_tokenizer(special: Sequence[str] = CONTROL_TOKENS) -> Tokenizer:
+    """A byte-level tokenizer of 256 bytes and control tokens; no merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *special]
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in special])
+    return tokenizer
+
+
+def write_tokenizer(folder: Path, special: tuple[str, ...] = ()) -> None:
+    """The tokenizer, with further control tokens, and its chat template."""
+    tokenizer = byte_tokenizer((*CONTROL_TOKENS, *special))
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "bos_token": "<|endoftext|>",

@@ -116,7 +116,8 @@ class RayChannel:
         """Send what has been queued, each second an empty list if there is nothing."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._has_messages.wait(), BEAT_SECONDS)
+                async with asyncio.timeout(BEAT_SECONDS):
+                    await self._has_messages.wait()
             self._has_messages.clear()
             messages, self._outbox = self._outbox, []
             await self._actor.send.remote(self._front, ENCODER.encode(messages))

@@ -158,7 +158,8 @@ async def _leave() -> None:
     import ray
 
     try:
-        await asyncio.wait_for(in_thread(ray.shutdown), _LEAVE_SECONDS)
+        async with asyncio.timeout(_LEAVE_SECONDS):
+            await in_thread(ray.shutdown)
     except TimeoutError:
         logger.warning("cluster: Ray does not answer: left without it")
         atexit.unregister(ray.shutdown)

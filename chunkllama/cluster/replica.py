@@ -92,7 +92,8 @@ class EngineReplica:
         """Kill a host that does not answer, also one that a signal has stopped."""
         while True:
             try:
-                await asyncio.wait_for(self._host.pid.remote(), self._hang_seconds)
+                async with asyncio.timeout(self._hang_seconds):
+                    await self._host.pid.remote()
             except TimeoutError:
                 logger.error("the host did not answer for %g s: killed", self._hang_seconds)
                 os.kill(self._pid, signal.SIGKILL)

@@ -156,7 +156,8 @@ class EngineProcess:
         if self.child.poll() is None:
             self.send([Shutdown()])
             try:
-                await asyncio.wait_for(asyncio.to_thread(self.child.wait), timeout=10)
+                async with asyncio.timeout(10):
+                    await asyncio.to_thread(self.child.wait)
             except TimeoutError:
                 await self.kill()
 

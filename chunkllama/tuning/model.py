@@ -11,7 +11,7 @@ from dataclasses import fields
 import torch
 import torch.nn.functional as F
 
-from chunkllama.backends.base import apply_activation, rotate_heads
+from chunkllama.backends.elementwise import apply_activation, rotate_heads
 from chunkllama.backends.model import LayerWeights, Linear, ModelWeights
 from chunkllama.backends.reference.rms_norm import rms_norm_reference
 from chunkllama.model_spec import ModelSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from chunkllama.models.config import read_spec
 from chunkllama.models.loading.safetensors import Checkpoint, is_quantized
 from chunkllama.scheduler.output import ScheduledSlice, SchedulerOutput
 from chunkllama.verify.report import LOG_PROBABILITIES, Finding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK: Final = 64
 # float32 sums differ by their order alone; bfloat16 may be as far from float32 as transformers' own
@@ -84,7 +87,7 @@ class Reference:
             ) from None
         if missing := sorted(loading["missing_keys"]):  # transformers would make them up
             raise ConfigError(f"{folder}: transformers finds no tensor {missing[0]}")
-        self.model: Any = model.eval()
+        self.model: PreTrainedModel = model.eval()
 
     @torch.inference_mode()
     def log_probabilities(self, ids: Sequence[int]) -> torch.Tensor:

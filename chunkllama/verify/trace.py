@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from chunkllama.models.loading.weights import load_weights
 from chunkllama.models.rotary import head_order, rotary_tables
 from chunkllama.scheduler.output import ScheduledSlice, SchedulerOutput
 from chunkllama.verify.report import Finding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _TOLERANCE: Final = 1e-3  # of the stage's largest value
 _ATTENTION: Final = "chunkllama_verify"
@@ -91,7 +94,7 @@ class _Recorder(ReferenceBackend):
         return y
 
 
-def first_difference(folder: Path, reference: Any, ids: list[int]) -> Finding:
+def first_difference(folder: Path, reference: PreTrainedModel, ids: list[int]) -> Finding:
     """Compare all stages of one sequence, in the order of computation.
 
     Args:
@@ -175,7 +178,7 @@ def _names(weights: ModelWeights) -> dict[int, str]:
     return names
 
 
-def _their_stages(model: Any, spec: ModelSpec, ids: list[int]) -> Stages:
+def _their_stages(model: PreTrainedModel, spec: ModelSpec, ids: list[int]) -> Stages:
     parts: dict[str, list[torch.Tensor]] = {}
     hooks = []
 
@@ -235,7 +238,9 @@ class _recorded_attention:
     eager attention makes of them.
     """
 
-    def __init__(self, model: Any, spec: ModelSpec, parts: dict[str, list[torch.Tensor]]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, spec: ModelSpec, parts: dict[str, list[torch.Tensor]]
+    ) -> None:
         self._model = model
         self._parts = parts
 

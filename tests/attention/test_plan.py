@@ -1,34 +1,22 @@
-"""The planner: hand-made trees with their exact items, and what must hold for every plan."""
+"""The planner: hand-made trees with their exact items; test_plan_properties.py has random ones."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 from attention_plans import Case, make_case
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from plan_checks import check_plan, items_of
 
 from chunkllama.attention.plan import Planner
-from chunkllama.attention.plan_blocks import FIXED_CUTS, SHORTEST_FIXED
 from chunkllama.attention.plan_format import (
     HEADER_NUM_CLASS0_ITEMS,
     ITEM_MASK,
     ITEM_WINDOW,
-    AttentionPlan,
     Packing,
     PlanCapacity,
 )
 
 ONE_PIECE = Packing(rows_per_item=64, target_units=1)
-
-
-def items_of(plan: AttentionPlan) -> list[tuple[int, int, tuple[int, ...], int, int]]:
-    """(first row, end row, chunks, first position, flags) of each item; chunks of 16 tokens."""
-    found = []
-    for row, rows, offset, tokens, first, _, flags, _ in plan.items[: plan.num_items].tolist():
-        chunks = tuple(plan.chunk_ids[offset : offset + tokens // 16].tolist())
-        found.append((row, row + rows, chunks, first, flags))
-    return sorted(found, key=lambda item: (item[3], item[0]))
 
 
 # a b c d     slice 0: rows 0
@@ -245,184 +233,6 @@ def test_decode_plans_share_capacities_by_bucket() -> None:
     assert capacity(9).rows == 16
 
 
-# ---- what holds for every plan ------------------------------------------------------------------
-
-
-def check_plan(
-    case: Case,
-    plan: AttentionPlan,
-    packing: Packing,
-    positions: np.ndarray | None = None,
-    window: int | None = None,
-) -> None:
-    """Every row reads every key it may see exactly once, appends to its own chunk, and merges in
-    order. With a window, every chunk of an item is seen by one of its rows.
-    """
-    assert plan.window == window
-    size = case.chunk_size
-    positions = case.positions if positions is None else positions
-    paths = [
-        path for path, n in zip(case.chunk_ids, case.num_tokens, strict=True) for _ in range(n)
-    ]
-    items = plan.items[: plan.num_items]
-    assert plan.num_rows == len(paths)
-    assert plan.num_slots == items[:, 1].sum()
-    seen: list[list[tuple[int, int]]] = [[] for _ in paths]
-    partials: list[list[tuple[int, int]]] = [[] for _ in paths]
-    for row, rows, offset, tokens, first, base, flags, tile_class in items.tolist():
-        assert 1 <= rows <= packing.rows_per_item
-        assert tile_class == (rows <= packing.small_rows_per_item)
-        assert first % size == 0
-        assert tokens % size == 0
-        own = positions[row : row + rows]
-        if flags & ITEM_MASK:
-            assert (np.diff(own) >= 0).all()
-        unseen = set(range(first, first + tokens, size))
-        for r in range(row, row + rows):
-            end = min(first + tokens, positions[r] + 1) if flags & ITEM_MASK else first + tokens
-            begin = positions[r] + 1 - window if window and flags & ITEM_WINDOW else 0
-            for at in range(first, end, size):
-                chunk = int(plan.chunk_ids[offset + (at - first) // size])
-                assert chunk == paths[r][at // size]
-                if begin < at + size:
-                    seen[r].append((max(at, begin), min(end, at + size)))
-                    unseen.discard(at)
-            partials[r].append((first, base + r - row))
-        assert window is None or plan.version or not unseen or packing.fixed_runs
-    for r, path in enumerate(paths):
-        p = int(positions[r])
-        low = max(0, p + 1 - window) if window else 0
-        expected = [
-            (max(low, at), min(p + 1, at + size)) for at in range(low // size * size, p + 1, size)
-        ]
-        assert sorted(seen[r]) == expected, r
-        begin, end = plan.merge_indptr[r : r + 2]
-        assert plan.merge_slots[begin:end].tolist() == [slot for _, slot in sorted(partials[r])]
-        assert plan.row_flags[r] == (len(partials[r]) == 1)
-        offset, first = plan.row_tail[r].tolist()
-        assert plan.chunk_ids[offset + (p - first) // size] == path[p // size]
-    assert len({slot for row in partials for _, slot in row}) == plan.num_slots
-    assert (plan.merge_indptr[plan.num_rows :] == plan.num_slots).all()
-    order = [
-        (tile_class, -tokens * (packing.chunk_cost_rows + rows))
-        for _, rows, _, tokens, _, _, _, tile_class in items.tolist()
-    ]
-    assert order == sorted(order)
-    assert plan.header[HEADER_NUM_CLASS0_ITEMS] == sum(c == 0 for c, _ in order)
-
-
-SIZE = 4
-
-leaves = st.tuples(
-    st.integers(1, 4 * SIZE),  # tokens below the last shared chunk
-    st.floats(0, 1, exclude_max=True),  # where the slice begins
-    st.floats(0, 1),  # where it ends
-    st.integers(0, 2),  # spare chunks
-    st.booleans(),  # cut in two
-)
-trees = st.recursive(
-    leaves,
-    lambda children: st.tuples(st.integers(0, 5), st.lists(children, min_size=1, max_size=4)),
-    max_leaves=8,
-)
-packings = st.builds(
-    Packing,
-    rows_per_item=st.sampled_from([4, 5, 16, 64]),
-    small_rows_per_item=st.sampled_from([0, 1, 4]),
-    min_run_chunks=st.integers(1, 4),
-    target_units=st.sampled_from([1, 3, 12, 100]),
-    num_kv_heads=st.sampled_from([1, 3]),
-    split_private=st.booleans(),
-)
-
-
-def case_of(tree: tuple, decode: bool) -> Case:
-    paths: list[list[int]] = []
-    spans: list[tuple[int, int]] = []
-    fresh = iter(range(100_000))
-
-    def walk(node: tuple, prefix: list[int]) -> None:
-        if len(node) == 2:
-            run, children = node
-            prefix = prefix + [next(fresh) for _ in range(run)]
-            for child in children:
-                walk(child, prefix)
-            return
-        tail, begin, end, spares, cut = node
-        path = prefix + [next(fresh) for _ in range(-(-tail // SIZE) + spares)]
-        total = len(prefix) * SIZE + tail
-        if decode:
-            paths.append(path)
-            spans.append((total - 1, 1))
-            return
-        first = int(begin * total)
-        count = 1 + int(end * (total - first - 1))
-        if cut and count > 1:
-            paths.extend((path, path))
-            spans.extend(((first, count // 2), (first + count // 2, count - count // 2)))
-        else:
-            paths.append(path)
-            spans.append((first, count))
-
-    walk(tree, [])
-    return make_case(paths, spans, chunk_size=SIZE, version=3 if decode else 0)
-
-
-@settings(max_examples=300, deadline=None)
-@given(tree=trees, packing=packings)
-def test_every_slice_plan_covers_each_visible_key_once(tree: tuple, packing: Packing) -> None:
-    case = case_of(tree, decode=False)
-    plan = case.plan(packing)
-    check_plan(case, plan, packing)
-    if packing.target_units == 1:  # no run is cut
-        levels = len(set(case.shared) - {0})
-        assert np.diff(plan.merge_indptr).max() <= 2 * levels + 1
-
-
-@settings(max_examples=300, deadline=None)
-@given(tree=trees, packing=packings, steps=st.integers(0, 3 * SIZE))
-def test_a_decode_plan_stays_right_while_tails_grow(
-    tree: tuple, packing: Packing, steps: int
-) -> None:
-    case = case_of(tree, decode=True)
-    plan = case.plan(packing)
-    ends = np.array([len(path) * SIZE - 1 for path in case.chunk_ids])
-    check_plan(case, plan, packing, np.minimum(case.positions + steps, ends))
-    # A chunk is read once per row tile of those below it.
-    for chunk in range(case.num_chunks):
-        readers = sum(chunk in path for path in case.chunk_ids)
-        reads = sum(chunk in item[2] for item in chunks_read(plan))
-        assert reads == -(-readers // packing.rows_per_item)
-
-
-@settings(max_examples=200, deadline=None)
-@given(tree=trees, packing=packings, decode=st.booleans(), window=st.integers(1, 30))
-def test_every_plan_covers_each_key_of_a_window_once(
-    tree: tuple, packing: Packing, decode: bool, window: int
-) -> None:
-    case = case_of(tree, decode=decode)
-    check_plan(case, case.plan(packing, window=window), packing, window=window)
-
-
-@settings(max_examples=100, deadline=None)
-@given(tree=trees, packing=packings, steps=st.integers(0, 3 * SIZE), window=st.integers(1, 30))
-def test_a_decode_plan_with_a_window_stays_right_while_tails_grow(
-    tree: tuple, packing: Packing, steps: int, window: int
-) -> None:
-    case = case_of(tree, decode=True)
-    plan = case.plan(packing, window=window)
-    ends = np.array([len(path) * SIZE - 1 for path in case.chunk_ids])
-    positions = np.minimum(case.positions + steps, ends)
-    check_plan(case, plan, packing, positions, window=window)
-
-
-def chunks_read(plan: AttentionPlan) -> list[tuple[int, int, list[int]]]:
-    return [
-        (row, rows, plan.chunk_ids[offset : offset + tokens // SIZE].tolist())
-        for row, rows, offset, tokens, *_ in plan.items[: plan.num_items].tolist()
-    ]
-
-
 def test_rows_256_and_many_levels() -> None:
     """A chain of sharers, each leaving the path one chunk later than the one before."""
     depth = 256
@@ -439,75 +249,3 @@ def test_inputs_that_only_a_bug_can_make() -> None:
         Planner(Packing(), 48)
     with pytest.raises(AssertionError, match="one token per slice"):
         make_case([[0]], [(0, 2)], chunk_size=16, version=1).plan(Packing())
-
-
-# ---- fixed runs --------------------------------------------------------------------------------
-
-long_trees = st.recursive(
-    leaves,
-    lambda children: st.tuples(st.integers(0, 30), st.lists(children, min_size=1, max_size=3)),
-    max_leaves=6,
-)
-fixed_packings = st.builds(
-    Packing,
-    rows_per_item=st.sampled_from([4, 5, 64]),
-    target_units=st.sampled_from([1, 100]),
-    split_private=st.booleans(),
-    fixed_runs=st.just(True),
-)
-
-
-def test_fixed_cuts_lie_closer_than_an_eighth_of_what_is_before_them() -> None:
-    lengths = np.diff(FIXED_CUTS)
-    assert FIXED_CUTS[:3].tolist() == [0, 8, 16] and FIXED_CUTS[-1] >= 1 << 26
-    assert (lengths % SHORTEST_FIXED == 0).all() and (lengths[:16] == SHORTEST_FIXED).all()
-    assert (lengths[1:] <= np.maximum(FIXED_CUTS[1:-1] / 8, SHORTEST_FIXED)).all()
-    assert np.searchsorted(FIXED_CUTS, 2048) == 48
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    tree=long_trees,
-    packing=fixed_packings,
-    decode=st.booleans(),
-    window=st.none() | st.integers(1, 200),
-)
-def test_the_fixed_runs_of_a_row_follow_from_its_position(
-    tree: tuple, packing: Packing, decode: bool, window: int | None
-) -> None:
-    """One partial for each run between two cuts that has a key of the row, shared or not."""
-    case = case_of(tree, decode)
-    plan = case.plan(packing, window=window)
-    check_plan(case, plan, packing, window=window)
-    runs: list[list[int]] = [[] for _ in range(case.num_rows)]
-    for row, rows, _, tokens, first, _, _, _ in plan.items[: plan.num_items].tolist():
-        begin, end = first // SIZE, (first + tokens) // SIZE
-        run = int(np.searchsorted(FIXED_CUTS, begin, side="right")) - 1
-        assert end <= FIXED_CUTS[run + 1] and begin % SHORTEST_FIXED == 0
-        assert window or begin == FIXED_CUTS[run]
-        for r in range(row, row + rows):
-            position = int(case.positions[r])
-            if first <= position and (not window or first + tokens > position + 1 - window):
-                runs[r].append(run)
-    for position, found in zip(case.positions.tolist(), runs, strict=True):
-        keys = np.arange(max(0, position + 1 - window) if window else 0, position + 1) // SIZE
-        assert sorted(found) == sorted(set(np.searchsorted(FIXED_CUTS, keys, side="right") - 1))
-
-
-def test_fixed_runs_are_shared_up_to_the_last_cut_before_a_branch() -> None:
-    shared = list(range(21))
-    case = make_case([[*shared, 30 + i] for i in range(3)], [(21 * 16, 1)] * 3, chunk_size=16)
-    items = items_of(case.plan(Packing(fixed_runs=True)))
-    assert [(row, end, first) for row, end, _, first, _ in items] == [
-        (0, 3, 0),
-        (0, 3, 8 * 16),
-        *((i, i + 1, 16 * 16) for i in range(3)),
-    ]
-
-
-@settings(max_examples=50, deadline=None)
-@given(tree=long_trees, packing=fixed_packings, steps=st.integers(0, 3 * SIZE))
-def test_fixed_runs_stay_right_while_tails_grow(tree: tuple, packing: Packing, steps: int) -> None:
-    case = case_of(tree, decode=True)
-    ends = np.array([len(path) * SIZE - 1 for path in case.chunk_ids])
-    check_plan(case, case.plan(packing), packing, np.minimum(case.positions + steps, ends))

@@ -442,8 +442,8 @@ def test_a_program_that_does_not_close_its_engine_ends_well(tiny_model) -> None:
 
 HANGING = """
 import threading
-import chunkllama.engine.client
-chunkllama.engine.client._EXIT_SECONDS = 0.1
+import chunkllama.engine.in_process
+chunkllama.engine.in_process._EXIT_SECONDS = 0.1
 from chunkllama.engine.core import EngineCore
 is_reached = threading.Event()
 def hang(self):

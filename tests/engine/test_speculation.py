@@ -229,22 +229,24 @@ SCHEMA = {
 
 
 @pytest.mark.usefixtures("free_rows")
-def test_grammars_force_whole_runs_of_tokens(make_core) -> None:
+def test_grammars_force_whole_runs_of_tokens(tiny_core, tmp_path) -> None:
+    write_tiny_model(tmp_path)
     grammar = GrammarSpec(kind="json_schema", text=json.dumps(SCHEMA))
     thoughts = ThinkingSpec(
         is_open=True, start_token_id=None, end="</think>", end_token_ids=(1, 2, 3, 4), budget=6
     )
     requests = [
-        {"prompt_token_ids": [1, 100 + i, 200], "max_tokens": 60, "grammar": spec, **sampling}
+        {"prompt_token_ids": [1, 100 + i, 200], "max_tokens": 120, "grammar": spec, **sampling}
         for i, spec in enumerate(
             [grammar, GrammarSpec(**{**to_dict(grammar), "thinking": thoughts})]
         )
         for sampling in ({}, {"temperature": 1.0, "logprobs": 1})
     ]
-    core = make_core(num_chunks=64, row_work_share=100)
+    options = {"model": str(tmp_path), "num_chunks": 64, "row_work_share": 100}
+    core = tiny_core(**options)
     submit(core, requests)
     plain, _ = finish(core)
-    core = make_core(num_chunks=64, row_work_share=100, speculation="auto")
+    core = tiny_core(**options, speculation="auto")
     submit(core, requests)
     drafted, _ = finish(core)
     check_equal(plain, drafted)

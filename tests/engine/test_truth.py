@@ -44,11 +44,17 @@ def test_prompts_alone_and_together_cold_and_warm(make_core, run, truth, lengths
         )
 
 
+@pytest.fixture(scope="module")
+def small_core(make_core):
+    """An engine whose pool holds one conversation at a time."""
+    return make_core(num_chunks=16)
+
+
 @pytest.mark.parametrize("length", EDGES)
-def test_a_continued_conversation_at_the_edge_of_a_chunk(make_core, run, truth, length) -> None:
+def test_a_continued_conversation_at_the_edge_of_a_chunk(small_core, run, truth, length) -> None:
     rng = np.random.default_rng(length)
     prompt = rng.integers(300, 40000, length).tolist()
-    engine = run(make_core(num_chunks=16))
+    engine = run(small_core)
     first = engine.add(prompt, max_tokens=3)
     engine.finish()
     second_prompt = prompt + engine.outputs[first] + [1000, 1001]

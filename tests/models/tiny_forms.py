@@ -10,7 +10,8 @@ from typing import Any
 
 import gguf
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tiny_model import byte_tokenizer
+from tokenizers import pre_tokenizers
 
 from chunkllama.models.config import read_spec
 from chunkllama.models.tensors import expected_shapes
@@ -62,13 +63,7 @@ def write_folder(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "generation_config.json").write_text(json.dumps(GENERATION))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
     settings = {
         "bos_token": "<|endoftext|>",
         "eos_token": {"content": "<|im_end|>", "special": True},

@@ -224,6 +224,16 @@ def test_a_folder_is_used_by_one_server(files, client, start_server, tmp_path) -
     assert (refused.value.status_code, refused.value.code) == (503, "files_unavailable")
 
 
+def test_servers_of_a_machine_share_no_folder(start_server, tmp_path, monkeypatch) -> None:
+    """Without a setting, a second server on another port stores files, too."""
+    monkeypatch.setenv("CHUNKLLAMA_CACHE", str(tmp_path))
+    for port in (8000, 8001):
+        with start_server(files_dir=None, port=port).client() as client:
+            stored = upload(client, [line("a")])
+            assert [each.id for each in client.files.list()] == [stored.id]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["files-8000", "files-8001"]
+
+
 def test_files_can_be_turned_off(start_server) -> None:
     server = start_server(batches=False)
     with server.client() as client, pytest.raises(openai.NotFoundError) as refused:

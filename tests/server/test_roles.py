@@ -16,6 +16,7 @@ from chunkllama.logger import JsonFormatter, TextFormatter
 from chunkllama_server.api.admin_app import create_admin_app
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.transport.auth import OPEN_PATHS, OPERATOR_CHANGES, OPERATOR_PATHS
+from chunkllama_server.transport.paths import add_routes
 
 KEYS = {"none": "", "tenant": "ka", "other tenant": "kb", "operator": "ko"}
 
@@ -25,7 +26,7 @@ def guarded(start_server):
     from chunkllama_server.api import dashboard
 
     server = start_server(api_keys={"alpha": "ka", "beta": "kb"}, operator_keys=("ko",))
-    server.app.include_router(dashboard.router)
+    add_routes(server.app, dashboard.router)
     return server
 
 

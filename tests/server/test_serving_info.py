@@ -8,6 +8,7 @@ from fake_engine import MODEL
 from chunkllama.messages import EngineStats, TenantStats
 from chunkllama_server.api import dashboard
 from chunkllama_server.config.tenants import TenantQuotas
+from chunkllama_server.transport.paths import add_routes
 
 
 def test_server_and_model_info_name_the_served_model_and_no_folder(server) -> None:
@@ -67,7 +68,7 @@ def test_a_tenant_reads_its_own_part_of_the_load(start_server) -> None:
 
 def test_sizes_of_a_cluster_are_those_of_all_replicas(start_server) -> None:
     server = start_server(api_keys={"alpha": "ka"}, operator_keys=("ko",), metrics_compat="vllm")
-    server.app.include_router(dashboard.router)
+    add_routes(server.app, dashboard.router)
     context, engine = server.app.state.context, server.engine.info
     states = ("running", "running", "draining")
     context.replicas = lambda: [{"state": state} for state in states]

@@ -11,6 +11,7 @@ import pytest
 from fake_engine import DURATIONS, MODEL
 
 from chunkllama.errors import RequestFailedError
+from chunkllama_server.metrics import tracing as tracing_module
 from chunkllama_server.metrics.tracing import Tracing, make_tracing
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra chunkllama[otel] is not installed")
@@ -115,9 +116,32 @@ def test_spans_are_sent_to_the_endpoint(start_server) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
         threading.Thread(target=collector.serve_forever, daemon=True).start()
         tracing = make_tracing(f"http://127.0.0.1:{collector.server_port}/v1/traces", MODEL)
-        assert start_server(tracing=tracing).chat().status_code == 200
-        tracing.close()  # sends what is left
+        server = start_server(tracing=tracing)
+        assert server.chat().status_code == 200
+        server.stop()  # sends what is left
         collector.shutdown()
     ((path, body),) = received
     assert path == "/v1/traces"
     assert b"chunkllama" in body and b"prefill" in body
+
+
+def test_a_collector_that_does_not_answer_keeps_no_server(start_server, monkeypatch) -> None:
+    from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+
+    answered, ended = threading.Event(), threading.Event()
+
+    class Waiting(SpanProcessor):
+        """Sends the last spans again and again, as the SDK's own does."""
+
+        def shutdown(self) -> None:
+            answered.wait(60)
+            ended.set()
+
+    monkeypatch.setattr(tracing_module, "_CLOSE_SECONDS", 0.01)
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(Waiting())
+    server = start_server(tracing=Tracing(provider, MODEL))
+    server.stop()
+    assert not ended.is_set()
+    answered.set()
+    assert ended.wait(60)

@@ -151,15 +151,6 @@ def test_ctrl_c_leaves_nothing_behind(start_server, tmp_path) -> None:
     assert "Traceback" not in server.log.read_text()
 
 
-def test_a_killed_server_takes_its_engine_along(start_server) -> None:
-    server = start_server("--num-chunks", "64")
-    family = server.descendants()
-    server.process.kill()
-    server.process.wait()
-    _, alive = psutil.wait_procs(family, timeout=600)
-    assert not alive
-
-
 @pytest.mark.nightly
 def test_a_dead_engine_is_a_pause(start_server) -> None:
     server = start_server("--num-chunks", "64")

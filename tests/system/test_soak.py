@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from soak import Options, main, run
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def seed(child_environment) -> str:
@@ -42,11 +44,12 @@ def test_streams_of_all_kinds_survive_three_kills() -> None:
 
 def test_load_fuzzer_and_faults_at_once() -> None:
     options = Options(
-        seed=6, faults=("kill", "stop", "memory", "raise"), num_faults=4, streams=60,
-        concurrency=8, num_cases=21, max_tokens=60,
+        seed=6, faults=("stop", "memory", "raise"), num_faults=3, streams=30, concurrency=8,
+        num_cases=14, max_tokens=60,
     )  # fmt: skip
     outcome = check(run(options), options.streams)
-    assert outcome["left_streams"] > 0 and outcome["engine_restarts"] >= 4
+    assert {name.rpartition(":")[2] for name in outcome["faults"]} == {*options.faults}
+    assert outcome["left_streams"] > 0 and outcome["engine_restarts"] >= 3
 
 
 @pytest.mark.nightly

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
+from tiny_model import byte_tokenizer
 
 from chunkllama.errors import InvalidRequestError
 from chunkllama.text.chat_template import ChatTemplate
@@ -129,11 +128,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
+    backend = byte_tokenizer(("<|im_start|>", "<|im_end|>"))
     return Tokenizer(backend, DecodeRule(True, False, 0), {}, [257])
 
 

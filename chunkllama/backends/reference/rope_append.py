@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from chunkllama.attention.plan_format import AttentionPlan
-from chunkllama.backends.base import LayerRows, rotate_heads
+from chunkllama.backends.base import LayerRows
+from chunkllama.backends.elementwise import rotate_heads
 from chunkllama.backends.int8_kv import mix_heads, quantize_kv
 
 

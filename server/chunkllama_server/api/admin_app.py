@@ -22,7 +22,7 @@ from chunkllama_server.transport.auth import AdminAuthMiddleware
 from chunkllama_server.transport.body import BodyLimitMiddleware
 from chunkllama_server.transport.errors import install_error_handlers
 from chunkllama_server.transport.host_check import HostCheckMiddleware, is_loopback
-from chunkllama_server.transport.paths import MethodMiddleware, PathMiddleware
+from chunkllama_server.transport.paths import MethodMiddleware, PathMiddleware, add_routes
 from chunkllama_server.transport.request_context import RequestInfoMiddleware
 
 DESCRIPTION = (
@@ -44,7 +44,8 @@ def create_admin_app(context: ServerContext) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.context = context
-    for router in (
+    add_routes(
+        app,
         health.router,
         health.metrics_router,
         usage.router,
@@ -56,8 +57,7 @@ def create_admin_app(context: ServerContext) -> FastAPI:
         adapters.router,
         packs.router,
         docs_page.router,
-    ):
-        app.include_router(router)
+    )
     install_error_handlers(app)
     has_key = bool(context.tenants.operator_keys)
     install_openapi(app, "", keyed="changes" if has_key else "nothing", events=())

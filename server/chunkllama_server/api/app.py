@@ -61,7 +61,7 @@ from chunkllama_server.transport.body import BodyLimitMiddleware
 from chunkllama_server.transport.errors import install_error_handlers
 from chunkllama_server.transport.host_check import HostCheckMiddleware, is_loopback
 from chunkllama_server.transport.internal import call_route
-from chunkllama_server.transport.paths import MethodMiddleware, PathMiddleware
+from chunkllama_server.transport.paths import MethodMiddleware, PathMiddleware, add_routes
 from chunkllama_server.transport.request_context import RequestInfoMiddleware
 
 logger = init_logger(__name__)
@@ -164,7 +164,7 @@ def create_app(  # noqa: PLR0913
         context.grammars.close()
         text.close()
         if tracing is not None:
-            tracing.close()
+            await tracing.close()
 
     app = FastAPI(
         title="ChunkLlama",
@@ -183,7 +183,7 @@ def create_app(  # noqa: PLR0913
     )
     for protocol, router in PROTOCOLS.items():
         if protocol in settings.protocols:
-            app.include_router(router)
+            add_routes(app, router)
     for family in (
         chat,
         completions,
@@ -203,9 +203,9 @@ def create_app(  # noqa: PLR0913
         docs_page,
         health,
     ):
-        app.include_router(family.router)
+        add_routes(app, family.router)
     if settings.admin_port is None:
-        app.include_router(health.metrics_router)
+        add_routes(app, health.metrics_router)
     install_error_handlers(app)
     install_openapi(app, settings.root_path, keyed="all" if tenants.keys else "nothing")
     context.metrics.tracing = tracing

@@ -7,7 +7,6 @@ from pathlib import Path
 from pydantic import Field
 
 from chunkllama.config import Bytes, ConfigGroup, limit
-from chunkllama.resources import cache_folder
 
 
 class BatchConfig(ConfigGroup):
@@ -19,7 +18,7 @@ class BatchConfig(ConfigGroup):
     files_dir: Path | None = Field(
         default=None,
         description="Folder of uploaded files and of batches, which continue after a restart; "
-        "mode 0700. Default: files in the cache folder.",
+        "mode 0700. Default: files-PORT in the cache folder, with the server's port.",
     )
     file_bytes: Bytes = limit(
         1 << 30, "bytes", "tenant", "413 file_budget",
@@ -48,11 +47,6 @@ class BatchConfig(ConfigGroup):
         None, "requests", "operator", "waits",
         "Lines of batches that run at once. Default: three quarters of max_num_seqs.", ge=1,
     )  # fmt: skip
-
-    @property
-    def files_folder(self) -> Path:
-        """Where files and batches are stored."""
-        return self.files_dir or cache_folder() / "files"
 
     def max_batch_lines(self, max_num_seqs: int) -> int:
         """Lines of batches that run at once in an engine of so many sequences."""

@@ -26,6 +26,7 @@ from chunkllama.engine.faults import TEST_MODE
 from chunkllama.engine.faults import VARIABLE as FAULTS
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
+from chunkllama.resources import cache_folder
 from chunkllama_server.config.adapters import AdapterConfig
 from chunkllama_server.config.api_keys import KeyEntry, parse_key
 from chunkllama_server.config.batches import BatchConfig
@@ -89,6 +90,12 @@ class Settings(
         path = Path(self.model).resolve()  # an alias or a hub id ends in its name, too
         own_name = path.stem if path.suffix.lower() == ".gguf" else path.name
         return self.served_model_name or (own_name,)
+
+    @property
+    def files_folder(self) -> Path:
+        """Return where files and batches are stored: by default the servers of a machine, each
+        with a port of its own, share no folder."""
+        return self.files_dir or cache_folder() / f"files-{self.port}"
 
     def engine(self) -> EngineConfig:
         """Return the engine's part."""

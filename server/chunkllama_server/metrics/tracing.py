@@ -6,6 +6,8 @@ prompt, an answer or a key. Names follow OpenTelemetry's conventions for generat
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +15,15 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from chunkllama.logger import init_logger
+
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
 
+logger = init_logger(__name__)
+
+_CLOSE_SECONDS = 2.0  # for the last spans
 _NANOSECONDS = 1_000_000_000
 _CONTEXT_HEADERS = ("traceparent", "tracestate")
 
@@ -103,9 +110,14 @@ class Tracing:
             span.end(at)
         generation.end(end)
 
-    def close(self) -> None:
-        """Export what is left."""
-        self._provider.shutdown()
+    async def close(self) -> None:
+        """Export what is left, for two seconds at most: the collector may not answer."""
+        # A daemon thread, of whose end the process does not wait: the SDK tries again for longer.
+        thread = threading.Thread(target=self._provider.shutdown, daemon=True)
+        thread.start()
+        await asyncio.to_thread(thread.join, _CLOSE_SECONDS)
+        if thread.is_alive():
+            logger.warning("otlp_endpoint: does not answer; the last spans are not sent")
 
 
 class TracingMiddleware:
@@ -150,6 +162,9 @@ def make_tracing(endpoint: str, model: str) -> Tracing:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    provider = TracerProvider(resource=Resource.create({"service.name": "chunkllama"}))
+    provider = TracerProvider(
+        resource=Resource.create({"service.name": "chunkllama"}),
+        shutdown_on_exit=False,  # ``Tracing.close`` does it, in bounded time
+    )
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
     return Tracing(provider, model)

@@ -53,7 +53,7 @@ from chunkllama_server.transport.connections import (
 )
 from chunkllama_server.transport.host_check import is_loopback
 from chunkllama_server.transport.http_protocol import counting_listener, make_protocol
-from chunkllama_server.transport.paths import build_routes
+from chunkllama_server.transport.paths import add_routes
 
 if TYPE_CHECKING:
     from chunkllama_server.process.engines import ServedEngine
@@ -160,10 +160,8 @@ class Application:
             responses=self._responses,
             weights_digest=self._weights_digest,
         )
-        app.include_router(dashboard.router)
+        add_routes(app, dashboard.router)
         admin_app = create_admin_app(app.state.context)
-        for routes in (app.routes, admin_app.routes if admin is not None else ()):
-            build_routes(routes)
         limits = _limits(settings)
         config = _uvicorn_config(settings, app, limits)
         server = DrainingServer(config, engine, settings.drain_seconds)

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -19,10 +18,12 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from safetensors.numpy import save_file
+from tiny_model import byte_tokenizer
 
 from chunkllama.models.config import read_spec
 from chunkllama.models.tensors import expected_shapes
+from chunkllama_server.commands import run
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -58,28 +59,15 @@ def write_model(folder: Path) -> Path:
     """A complete model folder: random weights, a byte-level tokenizer, a ChatML template."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
     settings = {"eos_token": "<|im_end|>", "chat_template": TEMPLATE, "add_bos_token": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     rng = np.random.default_rng(0)
-    header, blobs, at = {}, [], 0
-    for name, shape in expected_shapes(read_spec(folder)):
-        values = rng.normal(0, 0.1, shape) if len(shape) > 1 else np.ones(shape)
-        blob = values.astype(np.float32).tobytes()
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + len(blob)]}
-        blobs.append(blob)
-        at += len(blob)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    (folder / "model.safetensors").write_bytes(
-        struct.pack("<Q", len(text)) + text + b"".join(blobs)
-    )
+    weights = {
+        name: (rng.normal(0, 0.1, shape) if len(shape) > 1 else np.ones(shape)).astype(np.float32)
+        for name, shape in expected_shapes(read_spec(folder))
+    }
+    save_file(weights, folder / "model.safetensors")
     return folder
 
 
@@ -117,6 +105,21 @@ def chunkllama() -> Run:
         )
 
     return run
+
+
+@pytest.fixture
+def in_process(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run one command line in this process: each process of its own imports everything again."""
+
+    def call(*arguments: object, **extra: str) -> subprocess.CompletedProcess[str]:
+        for name, value in extra.items():
+            monkeypatch.setenv(name, value)
+        words = [str(argument) for argument in arguments]
+        code = run(words)
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(words, code, out, err)
+
+    return call
 
 
 @dataclass
@@ -163,17 +166,19 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
-    """Start ``chunkllama serve`` on the tiny model and wait until it is ready."""
+@contextlib.contextmanager
+def starting(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+    """Yield what starts ``chunkllama serve`` on the tiny model and waits until it is ready."""
     running: list[Served] = []
 
     def begin(
         *flags: object, scheme: str = "http", log: Path | None = None, **extra: str
     ) -> Served:
         port = free_port()
-        log = log or tmp_path_factory.mktemp("serve") / "log"
+        folder = tmp_path_factory.mktemp("serve")
+        log = log or folder / "log"
         command = [sys.executable, "-m", "chunkllama_server.cli", "serve", "--port", str(port)]
+        command += ["--files-dir", str(folder / "files")]
         command += ["--model", str(tiny_model), "--num-chunks", "64", "--backend", "reference"]
         with log.open("w") as file:
             process = subprocess.Popen(
@@ -200,8 +205,17 @@ def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="module")
-def served(start: Callable) -> Served:
-    return start()
+def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+    """Start servers with flags of one's own; they end with the module."""
+    with starting(tiny_model, tmp_path_factory) as begin:
+        yield begin
+
+
+@pytest.fixture(scope="session")
+def served(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server with default settings, which no test may end or change."""
+    with starting(tiny_model, tmp_path_factory) as begin:
+        yield begin()
 
 
 @pytest.fixture

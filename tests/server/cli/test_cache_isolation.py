@@ -30,49 +30,51 @@ def shared(start, tmp_path_factory):
     )  # fmt: skip
 
 
-def ask(server, key: str, path: str, body: dict) -> httpx.Response:
-    headers = {"authorization": f"Bearer key-{key}", "x-chunkllama-explain": "1"}
-    answer = httpx.post(server.url + path, json=body, headers=headers, timeout=60)
-    assert answer.status_code == 200, answer.text
-    return answer
+class Client:
+    """Sends requests with one key."""
+
+    def __init__(self, server, key: str) -> None:
+        headers = {"authorization": f"Bearer key-{key}", "x-chunkllama-explain": "1"}
+        self.http = httpx.Client(base_url=server.url, headers=headers, timeout=60)
+        # the answer of a random model may be any byte; this one is "a"
+        letters = self.ask("/tokenize", {"prompt": "a"}).json()["tokens"]
+        fields = {"max_tokens": 1, "temperature": 0, "allowed_token_ids": letters}
+        self._body = {"model": server.model, **fields}
+
+    def ask(self, path: str, body: dict) -> httpx.Response:
+        answer = self.http.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+        return answer
+
+    def complete(self, prompt: str) -> httpx.Response:
+        return self.ask("/v1/completions", {**self._body, "prompt": prompt})
 
 
-def complete(server, key: str, prompt: str) -> httpx.Response:
-    # the answer of a random model may be any byte; this one is "a"
-    (letter,) = ask(server, key, "/tokenize", {"prompt": "a"}).json()["tokens"]
-    body = {"model": server.model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
-    return ask(server, key, "/v1/completions", body | {"allowed_token_ids": [letter]})
-
-
-def outputs(server, prompts: list[str]) -> list[tuple[str, str]]:
-    """Everything that the server tells blue, as (reason, text of head and body)."""
+def outputs(client: Client, prompts: list[str]) -> list[tuple[str, str]]:
+    """Everything that the server tells a client, as (reason, text of head and body)."""
     told = []
     for prompt in prompts:
-        for path in ("/v1/cache/explain", "/v1/completions"):
-            answer = (
-                ask(server, "blue", path, {"prompt": prompt})
-                if path == "/v1/cache/explain"
-                else complete(server, "blue", prompt)
-            )
+        explained = client.ask("/v1/cache/explain", {"prompt": prompt})
+        for answer in (explained, client.complete(prompt)):
             value = answer.json()
             text = json.dumps(value, ensure_ascii=False) + answer.text + str(answer.headers)
             if "usage" in value:
                 (value,) = value["usage"]["prompt_tokens_details"]["cache_explanations"]
             told.append((value["reason"], text))
     for path in ("/metrics", "/dashboard/data", "/v1/models"):
-        headers = {"authorization": "Bearer key-blue"}
-        told.append(("", httpx.get(server.url + path, headers=headers, timeout=60).text))
+        told.append(("", client.http.get(path).text))
     return told
 
 
 @pytest.mark.parametrize("kind", [pytest.param("server", marks=pytest.mark.nightly), "shared"])
 def test_no_output_holds_another_keys_tokens(kind, request) -> None:
     server = request.getfixturevalue(kind)
+    red, blue = Client(server, "red"), Client(server, "blue")
     cuts = (1, 30, 63, 64, 65, 127, 128, 140)
     for cut, turn in itertools.product(cuts, range(2)):
-        complete(server, "red", BASE[:cut] + SECRET * (3 + turn))
+        red.complete(BASE[:cut] + SECRET * (3 + turn))
     prompts = [BASE[:cut] + "abc" for cut in cuts] + [BASE, BASE + "more", "other"]
-    told = outputs(server, prompts) + outputs(server, prompts[::-1])
+    told = outputs(blue, prompts) + outputs(blue, prompts[::-1])
     for reason, text in told:
         assert not {*SECRET, "\ufffd"} & {*text}, (reason, text)
         assert reason not in ("in_progress",)

@@ -107,7 +107,7 @@ def test_the_cost_of_a_model_is_measured_and_used_again(chunkllama, tiny_model, 
         (("--trace", "TRACE", "--plots"), "plots: give --output"),
     ],
 )
-def test_mistakes_are_one_line(chunkllama, trace, flags, message):
-    done = chunkllama("capacity", *(trace if flag == "TRACE" else flag for flag in flags))
+def test_mistakes_are_one_line(in_process, trace, flags, message):
+    done = in_process("capacity", *(trace if flag == "TRACE" else flag for flag in flags))
     assert done.returncode == 2
     assert message in done.stderr and len(done.stderr.splitlines()) == 1

@@ -34,8 +34,8 @@ def test_version_and_help_as_flags(chunkllama):
 
 
 @pytest.mark.parametrize("command", [("serve",), ("config", "show")])
-def test_help_is_complete_in_a_narrow_terminal(chunkllama, command):
-    listed = chunkllama(*command, "-h", COLUMNS="60").stdout
+def test_help_is_complete_in_a_narrow_terminal(in_process, command):
+    listed = in_process(*command, "-h", COLUMNS="60").stdout
     words = {word.rstrip(",") for word in listed.split()}
     for group in Settings.groups:
         assert f"\n{group.__name__.removesuffix('Config')}:\n" in listed
@@ -113,9 +113,9 @@ def _in_effect(stdout: str) -> dict[str, str]:
     return {cells[1].strip(): cells[4].strip() for cells in rows if cells[4].strip()}
 
 
-def test_config_show_resolves_automatic_values(chunkllama, tiny_model):
+def test_config_show_resolves_automatic_values(in_process, tiny_model):
     flags = ("--model", tiny_model, "--num-chunks", 64, "--device", "cpu", "--threads", 1)
-    shown = _in_effect(chunkllama("config", "show", *flags, COLUMNS="200").stdout)
+    shown = _in_effect(in_process("config", "show", *flags, COLUMNS="200").stdout)
     assert shown["dtype"] == "float32"
     assert shown["backend"] in ("cpu", "reference")
     assert shown["max_model_len"] == "1024"
@@ -124,19 +124,19 @@ def test_config_show_resolves_automatic_values(chunkllama, tiny_model):
     assert shown["isolation"] == "off"
     assert shown["served_model_name"] == "tiny"
     assert not {"num_chunks", "device", "threads", "port"} & set(shown)  # given, or no default
-    keyed = chunkllama("config", "show", *flags, "--api-key", "a:b", "--chunk-size", 32)
+    keyed = in_process("config", "show", *flags, "--api-key", "a:b", "--chunk-size", 32)
     shown = _in_effect(keyed.stdout)
     assert shown["isolation"] == "tenant"
     assert shown["backend"] == "reference" and "isa_level" not in shown
 
 
-def test_config_show_fetches_nothing_and_reports_what_it_cannot_tell(chunkllama, tmp_path):
+def test_config_show_fetches_nothing_and_reports_what_it_cannot_tell(in_process, tmp_path):
     cache = tmp_path / "cache"
-    result = chunkllama("config", "show", "--device", "cpu", CHUNKLLAMA_CACHE=str(cache))
+    result = in_process("config", "show", "--device", "cpu", CHUNKLLAMA_CACHE=str(cache))
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines()[-1].startswith("model: not on this machine yet")
     assert not cache.exists()
-    broken = chunkllama("config", "show", "--device", "cpu", "--model", tmp_path)
+    broken = in_process("config", "show", "--device", "cpu", "--model", tmp_path)
     assert broken.returncode == 0
     assert broken.stdout.splitlines()[-1].endswith("is it a complete model folder?")
 

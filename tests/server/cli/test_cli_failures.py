@@ -22,7 +22,7 @@ def refused(result, pattern: str, *warnings: str) -> None:
     assert "Traceback" not in result.stderr
 
 
-# ``test_bad_starts.py`` has many more, in one process.
+# ``test_bad_starts.py`` has these and many more, in one process.
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
@@ -35,6 +35,7 @@ def test_bad_settings(chunkllama, arguments, pattern):
     refused(chunkllama("serve", *arguments), pattern)
 
 
+@pytest.mark.nightly
 def test_unknown_keys_name_the_nearest(chunkllama, tmp_path):
     refused(chunkllama("serve", CHUNKLLAMA_NUM_CHUNK="3"), "environment.*did you mean num_chunks")
     file = tmp_path / "server.yaml"
@@ -61,6 +62,7 @@ def _edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.nightly
 def test_S22_unusable_model_folders(chunkllama, broken_model):
     config, weights = broken_model / "config.json", broken_model / "model.safetensors"
     good = config.read_text()
@@ -90,6 +92,7 @@ def test_S22_unusable_model_folders(chunkllama, broken_model):
     refused(_serve(chunkllama, broken_model), "shape|tokenizer has", unknown_end)
 
 
+@pytest.mark.nightly
 def test_hostile_template_and_prefixes(chunkllama, broken_model, tmp_path):
     template = tmp_path / "t.jinja"
     template.write_text("{{ ''.__class__.__mro__ }}")
@@ -100,6 +103,7 @@ def test_hostile_template_and_prefixes(chunkllama, broken_model, tmp_path):
     refused(chunkllama(*flags, "--public-prefixes", prefixes), r"p\.yaml must be a YAML list")
 
 
+@pytest.mark.nightly
 def test_the_engine_cannot_start(chunkllama, broken_model):
     result = chunkllama("serve", "--model", broken_model, "--port", 0, "--kv-cache-memory", "1k")
     refused(result, "kv_cache_memory: 1000 bytes hold fewer than two chunks of 32768 bytes")

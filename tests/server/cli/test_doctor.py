@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from types import SimpleNamespace
 
 import pytest
 
 from chunkllama import __version__
-from chunkllama_server.commands import run
 
 
 @pytest.fixture
-def chunkllama(capsys, monkeypatch):
-    """Run a command in this process: each process of its own would import torch."""
-
-    def call(*arguments: object, **environment: str) -> SimpleNamespace:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        code = run([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
-
-    return call
+def chunkllama(in_process):
+    return in_process
 
 
 def _findings(done) -> dict[str, list[tuple[str, str]]]:

@@ -168,14 +168,6 @@ def test_streams_continue_in_another_engine_process(start, how, gate) -> None:
     assert "Traceback" not in server.log.read_text()
 
 
-def test_the_engine_ends_with_its_server(start) -> None:
-    server = start()
-    engine = engine_of(server)
-    server.process.kill()
-    server.process.wait()
-    assert not psutil.wait_procs([engine], timeout=600)[1]
-
-
 def test_an_engine_that_keeps_ending_ends_the_server_for_its_supervisor(start, tmp_path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"

@@ -88,8 +88,15 @@ def raw_request(body: bytes) -> bytes:
     )
 
 
-def test_f01_f02_clients_that_leave_at_any_moment(start) -> None:
-    server = start("--stream-first-byte-seconds", 0.01, "--engine-hang-seconds", 3600)
+@pytest.fixture(scope="module")
+def patient(start):
+    """A server that waits for its engine without bound; the last test that uses it drains it."""
+    flags = ("--engine-hang-seconds", 3600, "--drain-seconds", 3600)
+    return start("--stream-first-byte-seconds", 0.01, *flags)
+
+
+def test_f01_f02_clients_that_leave_at_any_moment(patient) -> None:
+    server = patient
     whole = raw_request(
         b'{"model":"tiny","prompt":"go on","max_tokens":500,"ignore_eos":true,"stream":true}'
     )
@@ -319,9 +326,9 @@ def test_f19_deadlines(start) -> None:
     assert idle(server)['request_finished_total{reason="timeout"}'] == 1
 
 
-def test_f20_two_hundred_streams_are_drained(start) -> None:
-    server = start("--drain-seconds", 3600, "--engine-hang-seconds", 3600)
-    bodies = [{**LONG, "prompt": [65, i, 67], "max_tokens": 30} for i in range(200)]
+def test_f20_two_hundred_streams_are_drained(patient) -> None:
+    server = patient
+    bodies = [{**LONG, "prompt": [65, i, 67], "max_tokens": 12} for i in range(200)]
     with ThreadPoolExecutor(1) as pool:
         with suspended(server):
             answers = pool.submit(lambda: asyncio.run(stream_all(server, bodies)))
@@ -331,7 +338,7 @@ def test_f20_two_hundred_streams_are_drained(start) -> None:
             refused = server.chat()
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         drained = answers.result()
-    assert all(answer.is_done and len(answer.tokens[0]) == 30 for answer in drained)
+    assert all(answer.is_done and len(answer.tokens[0]) == 12 for answer in drained)
     assert server.process.wait(600) == 0
     assert "Traceback" not in server.log.read_text()
 

@@ -19,7 +19,7 @@ import httpx
 import openai
 import pytest
 
-pytestmark = [pytest.mark.nightly, pytest.mark.routers]
+pytestmark = [pytest.mark.nightly, pytest.mark.routers, pytest.mark.alone]
 
 KEY = "key-of-the-tenant"
 COMMANDS = {

@@ -88,7 +88,7 @@ class FileStore:
         try:
             self._disk.lock()
         except BlockingIOError:
-            self.note("another server uses the folder; choose another --files-dir")
+            self.note(f"another server uses {self._disk.path}; choose another --files-dir")
             raise unavailable(
                 "Another server uses this server's folder of files", "files_unavailable"
             ) from None

@@ -205,7 +205,7 @@ class TuningRunner:
             except Exception as error:  # the next look may find what this one lacked
                 self.store.note(f"fine-tuning jobs: {type(error).__name__}: {error}")
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_WATCH_SECONDS):  # wait_for may lose a cancellation
+                async with asyncio.timeout(_WATCH_SECONDS):
                     await self._wake.wait()
 
     def _next(self) -> Job | None:
