@@ -328,10 +328,36 @@ def other_endpoints() -> Made:
     yield "explain", "/v1/cache/explain", {"model": "m", "prompt": "word " * 30_000}
 
 
-def attacks() -> list[Attack]:
+def _varied(body: dict[str, Any], number: int) -> dict[str, Any]:
+    """A body whose grammar has not been compiled for an earlier one of the same attack."""
+    outputs = dict(body.get("structured_outputs", {}))
+    if "regex" in outputs:
+        outputs["regex"] += f"|{number}"
+    if "grammar" in outputs:
+        outputs["grammar"] += f"\n// {number}\n"
+    if "choice" in outputs:
+        outputs["choice"] = [*outputs["choice"], f"{number}"]
+    varied = body | ({"structured_outputs": outputs} if outputs else {})
+    if "response_format" in body:
+        form = body["response_format"]
+        schema = form["json_schema"]["schema"] | {"title": f"{number}"}
+        varied["response_format"] = form | {"json_schema": {"name": "s", "schema": schema}}
+    if "tools" in body:
+        first, *others = body["tools"]
+        schema = first["function"]["parameters"] | {"title": f"{number}"}
+        function = first["function"] | {"parameters": schema}
+        varied["tools"] = [first | {"function": function}, *others]
+    return varied
+
+
+def attacks(number: int = 0) -> list[Attack]:
     """Return the corpus, in an order that mixes the kinds; it is the same in every run.
 
     A salt for each keeps one from finding another's prompt in the cache.
+
+    Args:
+        number: corpora of other numbers share no prompt, and no grammar of a request's own, with
+            this one.
     """
     kinds = (
         bodies, schemas, patterns, choices, tokens, prompts, templates, tools, other_endpoints,
@@ -340,7 +366,8 @@ def attacks() -> list[Attack]:
     for kind in kinds:
         for index, (name, path, body) in enumerate(kind()):
             if path in (COMPLETIONS, CHAT) and isinstance(body, dict):
-                body = {**body, "cache_salt": f"{kind.__name__} {index}"}
+                body = _varied(body, number) if number else body
+                body = {**body, "cache_salt": f"{kind.__name__} {index} {number}"}
             raw = body if isinstance(body, bytes) else json.dumps(body).encode()
             found.append((index, Attack(kind.__name__.replace("_", " "), name, path, raw)))
     return [attack for _, attack in sorted(found, key=lambda entry: entry[0])]

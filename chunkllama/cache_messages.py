@@ -15,7 +15,7 @@ PackState = Literal["loading", "loaded", "refused"]
 class CacheCommand(msgspec.Struct, kw_only=True, tag="cache_command"):
     """An operator's command: list pins or chunks, or drop what ``chunk_id`` or ``tenant`` name.
 
-    ``forget_prompts`` is none: another process has seen prompts, which are therefore ``unknown``.
+    ``forget_prompts`` is none: other processes have seen prompts, which are therefore ``unknown``.
     """
 
     command_id: int

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 import msgspec
 
 from chunkllama.adapter_messages import LoadAdapter, UnloadAdapter
-from chunkllama.cache_messages import CacheDigest, DigestRequest, LoadPack
+from chunkllama.cache_messages import CacheCommand, CacheDigest, DigestRequest, LoadPack
 from chunkllama.cluster.links import Link, Owner
 from chunkllama.cluster.messages import (
     ENCODER,
@@ -143,6 +143,8 @@ class EngineHost:
         engine.on_stats = self._note_stats
         engine.on_digest = self._note_digest
         engine.on_death = self._engine_died
+        # Other replicas have seen prompts: what this one has not, it does not know.
+        engine.send([CacheCommand(command_id=-1, action="forget_prompts")])
         self._engine = engine
         self._tasks = [asyncio.create_task(self._beat()), asyncio.create_task(self._watch())]
         self._started.set()

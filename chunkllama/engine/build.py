@@ -170,6 +170,7 @@ def _join(
             cache, chunk_io, config.cache.cache_tier_dir, config.cache.cache_tier_bytes
         )
     core = EngineCore(scheduler, executor, info, packs, snapshots, adapters=adapters, tier=tier)
+    core.idle_work = executor.read_vocabulary
     core.tuner = Tuner(
         folder,
         spec,

@@ -50,9 +50,9 @@ class FrameSocket:
                 return None
         return payload
 
-    def is_readable(self, *, block: bool) -> bool:
-        """Return whether ``fill`` would not wait; waits for that if ``block``."""
-        return bool(select.select([self._sock], [], [], None if block else 0)[0])
+    def is_readable(self, seconds: float | None) -> bool:
+        """Return whether ``fill`` would not wait; waits so long for that, None: without end."""
+        return bool(select.select([self._sock], [], [], seconds)[0])
 
     def fill(self) -> bool:
         """Read what has arrived; False if the other process has ended."""

@@ -82,6 +82,7 @@ class EngineCore:
         faults: failures that a test plants; None in service.
         make_digest: computes keys from the tree's nodes, the chunk size and the most keys wanted.
         on_step: gets each step and its duration in seconds.
+        idle_work: done once, when nothing else is to do; None where there is none.
         tuner: trains adapters between steps; None where there is no model.
     """
 
@@ -103,6 +104,7 @@ class EngineCore:
         self.faults: Faults | None = None
         self.make_digest: MakeDigest | None = None
         self.on_step: Callable[[SchedulerOutput, float], None] = lambda output, seconds: None
+        self.idle_work: Callable[[], None] | None = None
         self.tuner: Tuner | None = None
         self._scheduler = scheduler
         self._executor = executor
@@ -112,13 +114,11 @@ class EngineCore:
         if adapters is not None:
             scheduler.use_adapters(adapters.may_start, adapters.end)
         self._preparations: dict[Future[None], str] = {}
-        self._steps = 0
+        self._steps = self._checked_at_step = self._violations = 0
         self._step_seconds = Histogram.over(STEP_SECONDS_BOUNDS)
         self._batch_size = Histogram.over(BATCH_SIZE_BOUNDS)
         self._step_tokens = Histogram.over(STEP_TOKENS_BOUNDS)
-        self._violations = 0
         self._request_of_slot: dict[int, str] = {}
-        self._checked_at_step = 0
         self._pushed_at = self._next_digest = self._next_check = -math.inf
 
     def add(self, request: EngineRequest) -> None:

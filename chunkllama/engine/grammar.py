@@ -5,6 +5,7 @@ with it.
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -25,6 +26,10 @@ from chunkllama.engine.thinking import ThinkingMatcher
 from chunkllama.engine.token_masks import token_ids_of
 from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec
+
+# With RUST_BACKTRACE set each rule around an error would record the stack: seconds for a grammar
+# whose 400th rule has an error. Read when the first error is made.
+os.environ.setdefault("RUST_LIB_BACKTRACE", "0")
 
 # One optional blank between JSON tokens: a model that may write blanks without end will.
 JSON_WHITESPACE = {"whitespace_pattern": "[ \\n]?", "whitespace_flexible": True}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -32,8 +33,10 @@ class _QueueChannel:
         self._loop = loop
         self._deliver = deliver
 
-    def receive(self, *, block: bool) -> list[ToEngine]:
-        messages: list[ToEngine] = [self.inbox.get()] if block else []
+    def receive(self, seconds: float | None) -> list[ToEngine]:
+        messages: list[ToEngine] = []
+        with contextlib.suppress(queue.Empty):
+            messages.append(self.inbox.get(block=seconds != 0.0, timeout=seconds))
         while not self.inbox.empty():
             messages.append(self.inbox.get())
         return messages

@@ -33,12 +33,18 @@ from chunkllama.tuning_messages import StartTuning, StopTuning
 
 logger = init_logger(__name__)
 
+QUIET_SECONDS = 0.2  # without a message, before work that no request is to wait for
+
 
 class EngineChannel(Protocol):
     """How messages reach the loop and leave it: a socket or an in-memory queue."""
 
-    def receive(self, *, block: bool) -> list[ToEngine]:
-        """Messages that have arrived; waits for one if ``block``. A closed peer is a Shutdown."""
+    def receive(self, seconds: float | None) -> list[ToEngine]:
+        """Messages that have arrived. A closed peer is a Shutdown.
+
+        Args:
+            seconds: to wait for the first one; None: without end.
+        """
         ...
 
     def send(self, messages: list[FromEngine]) -> None: ...
@@ -55,7 +61,12 @@ def run_engine_loop(core: EngineCore, channel: EngineChannel) -> None:
             core.check_idle()
         replies: list[FromEngine] = []
         is_idle = not (busy or core.is_moving_chunks() or core.is_tuning())
-        for message in channel.receive(block=is_idle):
+        limit = None if core.idle_work is None else QUIET_SECONDS
+        messages = channel.receive(limit if is_idle else 0.0)
+        if is_idle and not messages and core.idle_work is not None:
+            work, core.idle_work = core.idle_work, None
+            work()
+        for message in messages:
             if isinstance(message, Shutdown):
                 return
             replies.extend(_handle(core, message))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ from chunkllama.engine.logprobs import token_logprobs
 from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.engine.step_model import StepModel
 from chunkllama.engine.step_sampler import StepSampler
-from chunkllama.errors import ConfigError
+from chunkllama.errors import ChunkLlamaError, ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.resources import lower_priority
 from chunkllama.sampling_params import SamplingParams
@@ -73,7 +74,7 @@ class ModelRunner:
     def prepare(self, sampling: SamplingParams) -> Future[None] | None:
         """Compile the request's grammar in a thread, unless it is compiled.
 
-        The very first also reads the vocabulary, which stops all others for a quarter of a second.
+        The very first also reads the vocabulary, unless ``read_vocabulary`` has done so.
         """
         grammar = sampling.grammar
         if grammar is None or (self._grammars is not None and self._grammars.has(grammar)):
@@ -83,6 +84,14 @@ class ModelRunner:
             self._grammar_compiler().prepare(grammar)
 
         return self._compile_thread.submit(compile_grammar)
+
+    def read_vocabulary(self) -> None:
+        """Read the vocabulary for grammars, which stops all threads for a quarter of a second.
+
+        One that grammars cannot use fails the requests that need it, not this call.
+        """
+        with contextlib.suppress(ChunkLlamaError):
+            self._grammar_compiler()
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> SampledTokens:
@@ -208,7 +217,7 @@ class ModelRunner:
             state.pending_matcher = _made(make)
 
     def _grammar_compiler(self) -> GrammarCompiler:
-        """Built with the first grammar: it takes a second that most servers never need."""
+        """Built when the engine is idle first, or with the first grammar."""
         if self._grammars is None:
             if self._model_path is None:
                 raise ConfigError("grammars need the model's tokenizer")

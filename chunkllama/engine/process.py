@@ -266,12 +266,12 @@ class SocketChannel:
             raise SystemExit(0)
         return payload
 
-    def receive(self, *, block: bool) -> list[ToEngine]:
+    def receive(self, seconds: float | None) -> list[ToEngine]:
         messages: list[ToEngine] = []
         while True:
             while (payload := self._frames.take()) is not None:
                 messages.extend(_TO_ENGINE.decode(payload))
-            if not self._frames.is_readable(block=block and not messages):
+            if not self._frames.is_readable(0.0 if messages else seconds):
                 return messages
             if not self._frames.fill():
                 return [*messages, Shutdown()]

@@ -24,9 +24,11 @@ from chunkllama.cluster.messages import (
 from chunkllama.cluster.prefix_keys import prefix_keys
 from chunkllama.config import EngineConfig
 from chunkllama.messages import (
+    CommandReply,
     EngineReady,
     EngineRequest,
     EngineStats,
+    ExplainPrompt,
     SetTenants,
     TenantStats,
     TokenDelta,
@@ -40,6 +42,13 @@ PROMPT = [5, 6, 7, 8] * 17
 def request(name: str, max_tokens: int) -> EngineRequest:
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, seed=1)
     return EngineRequest(request_id=name, prompt_token_ids=PROMPT, sampling=sampling)
+
+
+async def explain(host: EngineHost, prompt: list[int]) -> str:
+    command = ExplainPrompt(command_id=0, prompt_token_ids=prompt, namespace="", tenant="")
+    reply = msgspec.msgpack.decode(await host.ask(ENCODER.encode([command])), type=CommandReply)
+    assert reply.explanation is not None
+    return reply.explanation.reason
 
 
 class Front:
@@ -89,6 +98,9 @@ def test_front_ends_share_an_engine_and_learn_of_its_end(tmp_path: Path) -> None
         assert not any(
             isinstance(each, TokenDelta) and each.request_id != "c" for i in two.items for each in i
         )
+
+        explained = [await explain(host, prompt) for prompt in (PROMPT, [9, 9, 9])]
+        assert explained == ["complete", "unknown"], "other replicas have seen prompts"
 
         await one.send(Spent(tenants={"t": (1.0, 20.0)}))
         spent: list[Spent] = []
