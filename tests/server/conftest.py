@@ -42,7 +42,11 @@ fake_engine = _load("fake_engine")
 tiny_server_module = _load("tiny_server")
 _load("anthropic_helpers")
 _load("batch_helpers")
+_load("dialect_helpers")
+_load("grammar_checks")
 _load("odd_requests")
+_load("openai_checks")
+_load("response_helpers")
 _load("tool_corpus")
 
 MODEL = fake_engine.MODEL

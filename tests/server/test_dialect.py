@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, get_args
 
 import pytest
+from dialect_helpers import BODIES, FUNCTION, GBNF, JSON, PATHS, REGEX, SCHEMA, THINKS, read, run
 from fake_engine import MODEL
 
 from chunkllama_server.api.dialect.meanings import Endpoint
 from chunkllama_server.api.dialect.route import MODELS
 from chunkllama_server.api.dialect.table import CONTAINERS, TABLE, Row
-from chunkllama_server.api.dialect.translate import Translation, looks_binding, translate
+from chunkllama_server.api.dialect.translate import looks_binding
 from chunkllama_server.transport.errors import ApiError
 
-PATHS: dict[Endpoint, str] = {
-    "chat": "/v1/chat/completions",
-    "completions": "/v1/completions",
-    "responses": "/v1/responses",
-    "embeddings": "/v1/embeddings",
-    "tokenize": "/tokenize",
-}
-BODIES: dict[Endpoint, dict[str, Any]] = {
-    "chat": {"messages": [{"role": "user", "content": "hi"}]},
-    "completions": {"prompt": "hi"},
-    "responses": {"input": "hi"},
-    "embeddings": {"input": "hi"},
-    "tokenize": {"prompt": "hi"},
-}
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-GBNF = 'root ::= "yes" | "no"\n'
-JSON, REGEX = (
-    {"structured_outputs": {"json": SCHEMA}},
-    {"structured_outputs": {"regex": "[0-9]{3}"}},
-)
-THINKS = {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}}
 # First name of a translated row -> a value, and own fields that mean the same.
 MEANINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "guided_json": (SCHEMA, JSON),
@@ -80,6 +59,11 @@ MEANINGS: dict[str, tuple[Any, dict[str, Any]]] = {
             "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
         },
     ),
+    "ban_eos_token": (True, {"ignore_eos": True}),
+    "banned_strings": (["x"], {"bad_words": ["x"]}),
+    "thinking_config": ({"thinkingBudget": 5}, {"thinking_token_budget": 5}),
+    "template_vars": (THINKS["chat_template_kwargs"], THINKS),
+    "continue_": (True, {"continue_final_message": True, "add_generation_prompt": False}),
     "suppress_tokens": ([5, 6], {"logit_bias": {"5": -100, "6": -100}}),
     "toolChoice": ({"type": "none"}, {"tool_choice": "none"}),
     "add_special": (False, {"add_special_tokens": False}),
@@ -97,21 +81,6 @@ def label(value: Any) -> str:
     return value if isinstance(value, str) else value.names[0]
 
 
-def run(server: Any, endpoint: Endpoint, fields: dict[str, Any]) -> Any:
-    """What the engine is asked for, or the answer where it is not asked."""
-    body = {"model": MODEL, **BODIES[endpoint], **fields}
-    if fields.keys() & {"inputs", "content"}:
-        body.pop("prompt", None)
-        body.pop("input", None)
-    response = server.post(PATHS[endpoint], body)
-    assert response.status_code == 200, response.text
-    assert "x-chunkllama-ignored-fields" not in response.headers
-    if endpoint == "tokenize":
-        return response.json()
-    request = server.engine.requests[-1]
-    return request.prompt_token_ids, request.sampling, request.namespace
-
-
 def meaning_of(row: Row, endpoint: Endpoint) -> tuple[Any, dict[str, Any]]:
     if row.names[0] == "content":
         return "ho", {"input" if endpoint == "embeddings" else "prompt": "ho"}
@@ -127,10 +96,6 @@ def meaning_of(row: Row, endpoint: Endpoint) -> tuple[Any, dict[str, Any]]:
     return value, means
 
 
-def read(endpoint: Endpoint, fields: dict[str, Any]) -> Translation:
-    return translate(fields, endpoint, MODELS[endpoint].wire_names())
-
-
 TRANSLATED = [(row, endpoint) for row in TABLE for endpoint in row.endpoints
               if row.handling == "translated" and names_at(row, endpoint)]  # fmt: skip
 
@@ -141,14 +106,17 @@ def test_a_translated_name_does_what_it_means(server, row, endpoint):
     value, means = meaning_of(row, endpoint)
     bodies = [read(endpoint, {name: value}).body for name in names]
     assert bodies == [bodies[0]] * len(names)
-    if row.names[0] == "max_thinking_tokens":  # the test's model has no thoughts
+    if row.names[0] in (
+        "max_thinking_tokens",
+        "thinking_config",
+    ):  # the test's model has no thoughts
         assert bodies[0] == means
         return
     expected = run(server, endpoint, means)
     assert run(server, endpoint, {names[0]: value}) == expected
     is_shown = row.names[0] not in (
         "enable_thinking", "reasoning", "reasoning_effort", "return_full_text", "add_special",
-        "toolChoice",
+        "toolChoice", "template_vars",
     )  # fmt: skip
     assert (expected != run(server, endpoint, {})) is is_shown or endpoint == "embeddings"
 
@@ -215,40 +183,6 @@ def test_members_of_a_container_count_as_fields(server, container):
     assert sampling.grammar.kind == "regex"
     error = server.chat(**{container: {"mirostat": 2}}).json()["error"]
     assert error["param"] == f"{container}.mirostat"
-
-
-FORMATS = [
-    {"type": "json_object", "schema": SCHEMA},
-    {"type": "json_object", "value": SCHEMA},
-    {"type": "json", "value": SCHEMA},
-    {"type": "json", "schema": SCHEMA},
-    {"type": "json_schema", "value": {"name": "a", "schema": SCHEMA}},
-    {"type": "json_schema", "schema": SCHEMA},
-    {"type": "json_schema", "name": "a", "schema": SCHEMA},
-    {"type": "json_schema", "json_schema": SCHEMA},
-    {"type": "json_object", "response_schema": SCHEMA},
-    {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
-    {"type": "json_schema", "json_schema": {"name": "a", "schema": json.dumps(SCHEMA)}},
-    SCHEMA,
-]
-
-
-@pytest.mark.parametrize("given", FORMATS, ids=str)
-def test_a_schema_is_found_wherever_clients_put_it(server, given):
-    expected = run(server, "chat", JSON)
-    assert run(server, "chat", {"response_format": given}) == expected
-    text = run(server, "completions", JSON)
-    assert run(server, "completions", {"response_format": given}) == text
-    for fields in ({"text": {"format": given}}, {"response_format": given}):
-        assert run(server, "responses", fields)[1].grammar == expected[1].grammar
-
-
-@pytest.mark.parametrize("name", ["value", "regex", "pattern"])
-def test_a_regex_as_response_format(server, name):
-    given = {"type": "regex", name: "[0-9]{3}"}
-    expected = run(server, "chat", REGEX)[1].grammar
-    assert run(server, "chat", {"response_format": given})[1].grammar == expected
-    assert run(server, "responses", {"text": {"format": given}})[1].grammar == expected
 
 
 @pytest.mark.parametrize(
@@ -320,7 +254,6 @@ def test_no_limit_and_no_constraint_are_none(server, fields):
     assert server.engine.requests[-1].sampling == plain[1]
 
 
-FUNCTION = {"name": "f", "parameters": SCHEMA}
 BOTH = [
     ({"n_predict": 5, "max_tokens": 5}, {"max_tokens": 5}),
     ({"stop": ["a", "b"], "stopping_strings": ["b", "a"]}, {"stop": ["a", "b"]}),
@@ -339,80 +272,6 @@ BOTH = [
 @pytest.mark.parametrize(("fields", "means"), BOTH, ids=str)
 def test_the_same_meaning_by_two_names_is_no_contradiction(server, fields, means):
     assert run(server, "chat", fields) == run(server, "chat", means)
-
-
-@pytest.mark.parametrize("count", [9, 64])
-@pytest.mark.parametrize("endpoint", ["chat", "completions", "responses"])
-def test_as_many_stop_strings_as_clients_send(server, endpoint, count):
-    stops = [f"<{i}>" for i in range(count)]
-    assert len(run(server, endpoint, {"stop": stops})[1].stop) == count
-
-
-HOSTED = [{"type": "web_search"}, {"type": "mcp", "server_label": "x"}]
-
-
-@pytest.mark.parametrize("endpoint", ["chat", "responses"])
-@pytest.mark.parametrize("nests", [True, False])
-@pytest.mark.parametrize(
-    "named", [{"type": "function", "name": "f"}, {"type": "function", "function": {"name": "f"}}]
-)
-def test_shapes_of_allowed_tools(server, endpoint, nests, named):
-    others = {"name": "g", "parameters": SCHEMA}
-    tools = [{"type": "function", "function": one} for one in (FUNCTION, others)]
-    allowed = {"mode": "required", "tools": [HOSTED[0], named]}
-    choice = {"type": "allowed_tools", **({"allowed_tools": allowed} if nests else allowed)}
-    body = {"model": MODEL, **BODIES[endpoint], "tools": tools, "tool_choice": choice}
-    response = server.post(PATHS[endpoint], body)
-    assert response.status_code == 200, response.text
-    place = "tool_choice.allowed_tools.tools[0]" if nests else "tool_choice.tools[0]"
-    assert response.headers["x-chunkllama-ignored-fields"] == place
-    text = server.engine.requests[-1].sampling.grammar.text
-    assert '"const": "f"' in text and '"const": "g"' not in text
-
-
-@pytest.mark.parametrize("endpoint", ["chat", "responses"])
-def test_allowed_tools_that_are_all_hosted(server, endpoint):
-    tools = [{"type": "function", "function": FUNCTION}]
-    body = {"model": MODEL, **BODIES[endpoint], "tools": tools}
-    choice = {"type": "allowed_tools", "mode": "auto", "tools": HOSTED}
-    assert server.post(PATHS[endpoint], {**body, "tool_choice": choice}).status_code == 200
-    error = server.post(PATHS[endpoint], {**body, "tool_choice": {**choice, "mode": "required"}})
-    assert error.json()["error"]["param"] == "tool_choice.tools"
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"enable_thinking": False}, {"thinking": {"type": "disabled"}}, {"think": False},
-     {"reasoning": {"enabled": False}}],
-    ids=str,
-)  # fmt: skip
-def test_thinking_switches_of_responses(fields):
-    switched = {"enable_thinking": False, "thinking": False}
-    assert read("responses", fields).body == {"chat_template_kwargs": switched}
-
-
-def test_thinking_budgets_of_responses():
-    given = {"reasoning": {"effort": "low", "max_tokens": 100}, "top_k": 7}
-    means = {"reasoning": {"effort": "low"}, "thinking_token_budget": 100, "top_k": 7}
-    assert read("responses", given).body == means
-
-
-@pytest.mark.parametrize("endpoint", ["chat", "completions", "responses"])
-@pytest.mark.parametrize("empty", [{}, [], "", None], ids=str)
-def test_empty_objects_are_absent(server, endpoint, empty):
-    names = ["metadata", "logit_bias"] if empty == [] else []
-    fields = dict.fromkeys((*names, "vllm_xargs", "kv_transfer_params"), empty)
-    if endpoint != "chat":
-        fields.pop("metadata", None)
-    body = {"model": MODEL, **BODIES[endpoint], **fields}
-    assert server.post(PATHS[endpoint], body).status_code == 200
-
-
-def test_inputs_of_embeddings_are_cut(server):
-    assert len(run(server, "embeddings", {"truncate_prompt_tokens": 1})[0]) == 1
-    assert run(server, "embeddings", {"truncate_prompt_tokens": -1}) == run(
-        server, "embeddings", {}
-    )
 
 
 @pytest.mark.parametrize(
@@ -436,19 +295,6 @@ def test_render_reads_the_names_of_its_endpoint(server, endpoint, fields, status
     assert served == rendered
 
 
-@pytest.mark.parametrize(
-    ("endpoint", "name"),
-    [("chat", "max_tokens"), ("chat", "max_completion_tokens"), ("responses", "max_output_tokens"),
-     ("completions", "max_tokens"), ("completions", "n_predict"),
-     ("chat", "thinking_token_budget"), ("responses", "thinking_token_budget")],
-)  # fmt: skip
-@pytest.mark.parametrize("value", [-1, -2])
-def test_no_limit(server, endpoint, name, value):
-    sampling = run(server, endpoint, {name: value})[1]
-    # Without the field a text completion has 16 tokens.
-    assert sampling.max_tokens is None or sampling.max_tokens > 16
-
-
 def test_what_the_llama_cpp_web_page_sends(server):
     """All its sampling fields, every one at its default."""
     page = {
@@ -460,61 +306,6 @@ def test_what_the_llama_cpp_web_page_sends(server):
     assert server.chat(**page).status_code == 200
     error = server.chat(**{**page, "repeat_penalty": 1.2}).json()["error"]
     assert error["param"] == "repeat_last_n"
-
-
-@pytest.mark.parametrize("endpoint", ["chat", "responses"])
-@pytest.mark.parametrize(
-    "tool",
-    [
-        {"type": "function", "function": {"name": "f", "parameters": SCHEMA}},
-        {"type": "function", "name": "f", "parameters": SCHEMA},
-        {"function": {"name": "f", "parameters": SCHEMA}},
-        {"name": "f", "input_schema": SCHEMA},
-        {"type": "custom", "name": "f", "input_schema": SCHEMA},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize(
-    "choice",
-    [
-        {"type": "function", "function": {"name": "f"}},
-        {"type": "function", "name": "f"},
-        {"type": "tool", "name": "f"},
-        {"function": {"name": "f"}},
-    ],
-    ids=str,
-)
-def test_shapes_of_tools(server, endpoint, tool, choice):
-    canonical = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
-    named = {"type": "function", "function": {"name": "f"}}
-    expected = run(server, "chat", {"tools": [canonical], "tool_choice": named})
-    fields = {"tools": [tool], "tool_choice": choice}
-    assert run(server, endpoint, fields)[:2] == expected[:2]
-
-
-@pytest.mark.parametrize("endpoint", ["chat", "responses"])
-@pytest.mark.parametrize("choice", ["any", {"type": "any"}, "required"], ids=str)
-def test_any_tool_is_a_required_call(server, endpoint, choice):
-    tool = {"type": "function", "name": "f", "parameters": SCHEMA}
-    sampling = run(server, endpoint, {"tools": [tool], "tool_choice": choice})[1]
-    assert '"const": "f"' in sampling.grammar.text
-
-
-def test_bias_as_pairs(server):
-    assert run(server, "chat", {"logit_bias": [[5, 1], [6, False]]})[1].logit_bias == {
-        5: 1.0,
-        6: -100.0,
-    }
-
-
-def test_a_prefix_message_is_continued(server, text_parts):
-    messages = [
-        {"role": "user", "content": "x"},
-        {"role": "assistant", "content": "It is", "prefix": True},
-    ]
-    assert server.post(PATHS["chat"], {"messages": messages}).status_code == 200
-    prompt = text_parts[0].decode(server.engine.requests[-1].prompt_token_ids)
-    assert prompt.endswith("assistant\nIt is")
 
 
 def test_names_that_bind():

@@ -47,6 +47,27 @@ def test_canonical_paths(given, canonical, root):
     assert canonical_path(canonical, root) == canonical
 
 
+WORDS = ("seed", "temperature", "max_tokens", "n", "stream", "reasoning_effort", "service_tier")
+EMPTY = [
+    *((name, "") for name in (*WORDS, "tool_choice", "response_format", "stop", "user")),
+    *((name, {}) for name in ("tools", "functions", "response_format")),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), EMPTY, ids=str)
+def test_what_a_form_leaves_empty_is_absent(server, name, value):
+    server.chat("hi")
+    assert server.chat("hi", **{name: value}).status_code == 200
+    plain, asked = server.engine.requests[-2:]
+    assert asked.prompt_token_ids == plain.prompt_token_ids
+    assert asked.sampling == plain.sampling
+
+
+def test_stop_strings_of_null_are_absent(server):
+    assert server.chat("hi", stop=["x", None, ""]).status_code == 200
+    assert server.engine.requests[-1].sampling.stop == ("x",)
+
+
 @pytest.mark.parametrize("path", ["/chat/completions", f"{PATH}/", "/v1/v1/chat/completions"])
 def test_paths_reach_their_endpoint(server, path):
     assert server.post(path, BODY).status_code == 200

@@ -1,24 +1,19 @@
 """openai-python's own types accept every answer and every event of every endpoint, strictly: no
-member is missing or of another type, and what is added is listed here."""
+member is missing or of another type, and what is added is listed in openai_checks.py."""
 
 from __future__ import annotations
 
-import json
-import time
-from functools import cache
 from typing import Any
 
 import pytest
-from batch_helpers import encoded
 from fake_engine import MODEL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai import types
-from openai.pagination import SyncCursorPage
 from openai.types import responses as response_types
 from openai.types import shared
 from openai.types.responses import response_item_list
-from pydantic import BaseModel, TypeAdapter
+from openai_checks import check, events
 
 CALL = '{"name": "f", "arguments": {"city": "Oslo"}}'
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -27,32 +22,6 @@ RESPONSE_TOOLS = [
     {"type": "function", "name": "f", "parameters": PARAMETERS, "strict": False},
     {"type": "custom", "name": "run", "description": "runs"},
 ]
-# Members that OpenAI's answers do not have, by type; each is documented in docs/http.md.
-ADDED = {
-    "Model": {"max_model_len", "max_request_tokens", "chat_template", "root", "parent"},
-    "ChatCompletion": {"prompt_token_ids", "prompt_logprobs", "metadata"},
-    "ChatCompletionChunk": {"prompt_token_ids"},
-    "Choice": {"stop_reason", "token_ids", "branch"},
-    "ChatCompletionMessage": {"reasoning_content"},
-    "ChoiceDelta": {"reasoning_content"},
-    "Completion": {"prompt_token_ids"},
-    "CompletionChoice": {
-        *("stop_reason", "token_ids", "prompt_logprobs", "prompt_token_ids", "branch")
-    },
-    "ResponseTextDeltaEvent": {"branch"},
-    # Of the events of a text, whose types lack what those of the whole text have.
-    "Logprob": {"bytes"},
-    "LogprobTopLogprob": {"bytes"},
-    # In OpenAI's API and not in the client's types.
-    "ResponseFunctionCallArgumentsDoneEvent": {"name"},
-    "ResponseCustomToolCall": {"status"},
-    "Response": {"store"},
-    # Of the lists, whose types have the members alone that pages are read by.
-    "SyncCursorPage[Batch]": {"object", "first_id", "last_id"},
-    "SyncCursorPage[FileObject]": {"object", "first_id", "last_id"},
-    "PromptTokensDetails": {"cache_explanations", "image_tokens", "text_tokens"},
-    "InputTokensDetails": {"cache_explanations", "image_tokens", "text_tokens"},
-}
 TEXTS = [
     "",
     "Paris",
@@ -65,34 +34,6 @@ TEXTS = [
     '<tool_call>{"name": "f", "arg',
     "<tool_call>",
 ]
-
-
-def additions(value: Any) -> set[tuple[str, str]]:
-    """Members of a parsed answer that its types do not have, with the type's name."""
-    if isinstance(value, list | tuple):
-        return {found for item in value for found in additions(item)}
-    if not isinstance(value, BaseModel):
-        return set()
-    name = type(value).__name__
-    found = {(name, extra) for extra in value.model_extra or {}}
-    fields = (getattr(value, field) for field in type(value).model_fields)
-    return found.union(*map(additions, fields))
-
-
-adapter = cache(TypeAdapter)
-
-
-def check(kind: Any, data: Any) -> Any:
-    """The parsed data, which fits the type strictly."""
-    parsed = adapter(kind).validate_json(json.dumps(data), strict=True)
-    unknown = {(n, extra) for n, extra in additions(parsed) if extra not in ADDED.get(n, ())}
-    assert not unknown, unknown
-    return parsed
-
-
-def events(text: str) -> list[Any]:
-    lines = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
-    return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
 def maybe(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -354,83 +295,6 @@ def test_a_background_response_from_its_start_to_its_end(answering):
             assert http.delete(path).status_code == 200
     finally:
         engine.gate.set()
-
-
-LINES = {
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "say(hi)yas"}]},
-    "/v1/completions": {"prompt": "say(hi)yas"},
-    "/v1/responses": {"input": "say(hi)yas"},
-    "/v1/embeddings": {"input": "a"},
-}
-WHOLE = {
-    "/v1/chat/completions": types.chat.ChatCompletion,
-    "/v1/completions": types.Completion,
-    "/v1/responses": response_types.Response,
-    "/v1/embeddings": types.CreateEmbeddingResponse,
-}
-
-
-def upload(http, lines: list[Any], **fields: str) -> dict[str, Any]:
-    form = {"purpose": "batch", **fields}
-    return http.post("/v1/files", data=form, files={"file": ("in.jsonl", encoded(lines))}).json()
-
-
-def run_batch(http, lines: list[Any], endpoint: str, **fields: Any) -> dict[str, Any]:
-    """A job when it has ended; each state on the way fits the type."""
-    body = {"input_file_id": upload(http, lines)["id"], "endpoint": endpoint, **fields}
-    made = http.post("/v1/batches", json={"completion_window": "24h", **body}).json()
-    deadline = time.monotonic() + 60
-    while check(types.Batch, made).status not in ("completed", "failed", "cancelled"):
-        assert time.monotonic() < deadline, made
-        made = http.get(f"/v1/batches/{made['id']}").json()
-    return made
-
-
-@pytest.mark.parametrize("endpoint", LINES)
-def test_batches_and_their_files(answering, endpoint):
-    good = {"method": "POST", "url": endpoint, "body": {"model": MODEL, **LINES[endpoint]}}
-    bad = {**good, "body": {"model": "absent"}}
-    lines = [{**good, "custom_id": "a"}, {**bad, "custom_id": "b"}]
-    expiry = {"anchor": "created_at", "seconds": 3600}
-    with answering.http() as http:
-        options = {"metadata": {"a": "b"}, "output_expires_after": expiry}
-        batch = run_batch(http, lines, endpoint, **options)
-        assert batch["request_counts"] == {"total": 2, "completed": 1, "failed": 1}
-        (answered,) = map(
-            json.loads, http.get(content_of(batch["output_file_id"])).text.splitlines()
-        )
-        check(WHOLE[endpoint], answered["response"]["body"])
-        (refused,) = map(json.loads, http.get(content_of(batch["error_file_id"])).text.splitlines())
-        check(shared.ErrorObject, refused["response"]["body"]["error"])
-        listed = http.get("/v1/batches").json()
-        assert check(SyncCursorPage[types.Batch], listed).data
-        files = http.get("/v1/files").json()
-        purposes = {each.purpose for each in check(SyncCursorPage[types.FileObject], files).data}
-        assert purposes == {"batch", "batch_output"}
-        output = batch["output_file_id"]
-        assert check(types.FileObject, http.get(f"/v1/files/{output}").json()).expires_at
-        check(types.FileDeleted, http.delete(f"/v1/files/{output}").json())
-
-
-def content_of(file_id: str) -> str:
-    return f"/v1/files/{file_id}/content"
-
-
-def test_a_batch_that_fails_and_one_that_is_cancelled(answering):
-    with answering.http() as http:
-        failed = run_batch(http, ["no line"], "/v1/completions")
-        assert check(types.Batch, failed).errors.data[0].line == 1
-        line = {"method": "POST", "url": "/v1/completions", "custom_id": "a"}
-        answering.engine.gate.clear()
-        try:
-            made = upload(http, [{**line, "body": {"model": MODEL, "prompt": "a"}}])
-            check(types.FileObject, made)
-            body = {"input_file_id": made["id"], "endpoint": line["url"]}
-            batch = http.post("/v1/batches", json={"completion_window": "1h", **body}).json()
-            cancelled = http.post(f"/v1/batches/{batch['id']}/cancel").json()
-            assert check(types.Batch, cancelled).status in ("cancelling", "cancelled")
-        finally:
-            answering.engine.gate.set()
 
 
 REFUSED = {

@@ -22,7 +22,7 @@ from tool_corpus import (
 from chunkllama_server.api.tools.brackets import ObjectReader
 from chunkllama_server.api.tools.call_forms import JsonCall, NamedCall
 from chunkllama_server.api.tools.families import all_tags
-from chunkllama_server.api.tools.parameter_call import ParameterCall
+from chunkllama_server.api.tools.parameter_call import VALUE_ENDS, ParameterCall
 from chunkllama_server.api.tools.parsers import CallReader
 from chunkllama_server.api.tools.python_call import PythonCall
 
@@ -68,6 +68,51 @@ def test_arguments_stream_before_the_call_ends(text):
     assert arguments.startswith('{"a": 1234')
 
 
+def test_a_text_streams_before_its_end():
+    """A file that is written as one parameter comes line by line."""
+    parser, arguments = reader(), ""
+    for char in '<function=get_weather>\n<parameter=city>\nOne "line"\nand another one':
+        arguments += "".join(delta.arguments for delta in parser.feed(char).calls)
+    assert arguments.startswith('{"city": "One \\"line\\"\\nand')
+
+
+@pytest.mark.parametrize("cut", ["", "\n", "\n</para", "</parameter"])
+def test_a_text_that_is_cut_is_kept(cut):
+    text = f"<function=get_weather>\n<parameter=city>\nOslo\nBergen{cut}"
+    expected = ("", [("get_weather", '{"city": "Oslo\\nBergen')])
+    assert read(reader(), [text]) == read(reader(), text) == expected
+
+
+LISTS = st.lists(
+    st.lists(st.sampled_from([*VALUE_ENDS, '"', "\\", "\n", "x", "{", "]"]), max_size=5).map(
+        "".join
+    ),
+    max_size=3,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(LISTS, st.sampled_from([None, 1]), st.booleans())
+def test_a_list_may_have_any_text(values, indent, is_last):
+    written = json.dumps(values, indent=indent)
+    more = "" if is_last else "<parameter=a>1</parameter>"
+    text = f"<function=add>\n<parameter=list>\n{written}\n</parameter>\n{more}</function>"
+    expected = {"list": values} if is_last else {"list": values, "a": 1}
+    ((_, arguments),) = read(reader(), [text])[1]
+    assert json.loads(arguments) == expected
+    assert read(reader(), text) == ("", [("add", arguments)])
+
+
+def test_the_end_of_a_string_is_not_waited_for_without_end():
+    broken = '<function=add><parameter=list>[5"</parameter></function>'
+    parser = reader()
+    (call,) = read(parser, [broken, "x" * (1 << 16), "y"])[1]
+    assert call == ("add", '{"list": "[5\\""}')
+    parser = reader()
+    parser.feed(broken)
+    assert parser.feed("x" * (1 << 17)).content.startswith("xxx")
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_any_split_reads_the_same(data):
@@ -80,7 +125,22 @@ def test_any_split_reads_the_same(data):
 
 PIECES = [
     *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<function=add>", "</function>", "[ARGS]"),
-    *("<parameter=a>", "</parameter>", "add", "(", ")", "{", "}", "[", "]", '"', "'", ":", ","),
+    *(
+        "<parameter=a>",
+        "<parameter=list>[",
+        "</parameter>",
+        "add",
+        "(",
+        ")",
+        "{",
+        "}",
+        "[",
+        "]",
+        '"',
+        "'",
+        ":",
+        ",",
+    ),
     *('"name": ', '"add"', '"arguments": ', '{"a": 1}', "\\", "\n", " ", "```json\n", "x", "<"),
     *("<｜tool▁calls▁begin｜>", "<｜tool▁sep｜>", "functools[", "<|python_tag|>", "a=1", "null"),
 ]
@@ -235,15 +295,20 @@ class CountedText(str):
 
 
 @pytest.mark.parametrize("cut", [1, 7])
-def test_a_long_value_is_searched_and_copied_once(cut):
+@pytest.mark.parametrize("kind", [None, "string", "array"])
+def test_a_long_value_is_searched_and_copied_once(kind, cut):
+    schema = {"properties": {"a": {"type": kind}}} if kind else {}
+
     def cost(size: int) -> int:
-        call = ParameterCall({"f": {}}, "f", "<function=f>")
-        text = f"<parameter=a>{'<x' * size}</parameter></function>"
+        call = ParameterCall({"f": schema}, "f", "<function=f>")
+        value = ["</invoke>" * size] if kind == "array" else "<x" * size
+        text = value if isinstance(value, str) else json.dumps(value)
+        text = f"<parameter=a>{text}</parameter></function>"
         CountedText.num_chars = 0
         for start in range(0, len(text), cut):
             call.feed(CountedText(text[start : start + cut]))
         assert call.is_complete
-        assert json.loads(call.take_arguments()) == {"a": "<x" * size}
+        assert json.loads(call.take_arguments()) == {"a": value}
         assert call.raw == "<function=f>" + text
         return CountedText.num_chars
 

@@ -73,6 +73,8 @@ ONE = [("add", '{"a": 1}')]
 BOTH = [*ONE, ("get_weather", WEATHER_ARGUMENTS)]
 OSLO = [("get_weather", '{"city": "Oslo"}')]
 OSLO_JSON = '{"city": "Oslo"}'
+# A list whose texts have tags of calls, and are no ends.
+TAGS = json.dumps(["</parameter>", "x\n</parameter>\n</function>\n</tool_call>", "<parameter=a>"])
 # Per family: what it is taught to write, then what weak models of it write; (text, content, calls).
 TAUGHT = {
     "hermes": [
@@ -164,6 +166,12 @@ TAUGHT = {
             "<parameter=text>null</parameter></function>",
             "",
             [("add", '{"a": 1, "b": null, "on": true, "list": [1, 2], "text": null}')],
+        ),
+        (
+            f"<tool_call>\n<function=add>\n<parameter=list>\n{TAGS}\n</parameter>\n"
+            "<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
+            "",
+            [("add", f'{{"list": {TAGS}, "a": 1}}')],
         ),
     ],
     "deepseek_v3": [
@@ -260,6 +268,43 @@ ODD = [
         [("add", '{"a": 1, "on": false}')],
     ),
     ("<function=add><parameter=a>1</parameter>", "", ONE),
+    ("<function=add><parameter=a>1.0</parameter></function>", "", [("add", '{"a": 1.0}')]),
+    ("<function=add><parameter=on>TRUE</parameter></function>", "", [("add", '{"on": true}')]),
+    # Lists that are nearly JSON.
+    (
+        "<function=add><parameter=list>['x', True,]</parameter></function>",
+        "",
+        [("add", '{"list": ["x", true]}')],
+    ),
+    (
+        '<function=add>\n<parameter=list>\n["a\n</parameter>\n<parameter=a>1</parameter></function>',
+        "",
+        [("add", '{"list": ["a"], "a": 1}')],
+    ),
+    # No string, though a quotation mark begins one.
+    (
+        f'<function=add><parameter=list>[5"</parameter></function><tool_call>{ADD}</tool_call>',
+        "",
+        [("add", '{"list": "[5\\""}'), *ONE],
+    ),
+    (
+        '<function=add><parameter=list>[5"</parameter></function>'
+        '<function=add><parameter=list>["x"]</parameter></function>',
+        "",
+        [("add", '{"list": "[5\\""}'), ("add", '{"list": ["x"]}')],
+    ),
+    # Tags without a name, or not closed.
+    (
+        "<function=add>\n<parameter=\nls\n</parameter>\n<parameter=a>\n1\n</parameter>\n</function>",
+        "",
+        ONE,
+    ),
+    (
+        "<function=add><parameter=list: [1]</parameter><parameter=a>1</parameter></function>",
+        "",
+        ONE,
+    ),
+    ('<function=add>{"a": 1}<parameter=on>true</parameter></function>', "", ONE),
     (f"<tool_call>{ADD}", "", ONE),
     (f"<tool_call>{ADD}</tool_", "", ONE),
     (f"<tool_call>{ADD}<tool_call>", "", ONE),

@@ -96,6 +96,27 @@ def reasoning(value: Any, _: Endpoint) -> dict[str, Any]:
     return meanings
 
 
+def thinking_config(value: Any, endpoint: Endpoint) -> dict[str, Any]:
+    """Gemini's budget or level of the thoughts; -1 is the model's own."""
+    if not isinstance(value, dict):
+        raise DialectError("must be an object")
+    meanings: dict[str, Any] = {}
+    for name in ("thinkingBudget", "thinking_budget"):
+        if value.get(name) is not None:
+            meanings |= token_limit(value[name], "thinking_token_budget")
+    for name in ("thinkingLevel", "thinking_level"):
+        if isinstance(level := value.get(name), str):
+            meanings |= effort(level.lower(), endpoint)
+    return meanings
+
+
+def continued(value: Any, _: Endpoint) -> dict[str, Any]:
+    """Whether the last message is continued."""
+    if not isinstance(value, bool):
+        raise DialectError("must be true or false")
+    return {"continue_final_message": True, "add_generation_prompt": False} if value else {}
+
+
 def output_config(value: Any, endpoint: Endpoint) -> dict[str, Any]:
     """Anthropic's effort and format of the answer."""
     if not isinstance(value, dict):

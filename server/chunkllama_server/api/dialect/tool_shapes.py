@@ -89,8 +89,12 @@ def _flat_tool(tool: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, str]]
 
 
 def chat_tool_choice(value: Any) -> Shaped:
-    """A tool choice of the Responses API, Mistral ("any") or Anthropic as one of chat."""
+    """A tool choice of the Responses API, Mistral ("any") or Anthropic as one of chat; another text
+    is the name of a function."""
     plain = _plain_choice(value)
+    if plain is None and isinstance(value, str):
+        named = {"type": "function", "function": {"name": value}}
+        return Shaped(named if value else None, {".function.name": ""})
     if plain is not None or not isinstance(value, dict):
         return Shaped(value if plain is None else plain)
     kind = value.get("type")
@@ -107,6 +111,8 @@ def chat_tool_choice(value: Any) -> Shaped:
 def response_tool_choice(value: Any) -> Shaped:
     """A tool choice of chat, Mistral or Anthropic as one of the Responses API."""
     plain = _plain_choice(value)
+    if plain is None and isinstance(value, str):
+        return Shaped({"type": "function", "name": value} if value else None, {".name": ""})
     if plain is not None or not isinstance(value, dict):
         return Shaped(value if plain is None else plain)
     inner = value.get("function")
@@ -164,11 +170,14 @@ def _name_of(tool: Any) -> str | None:
     return next((name for name in names if isinstance(name, str)), None)
 
 
+_WORDS = {"any": "required", "auto": "auto", "none": "none", "required": "required"}
+
+
 def _plain_choice(value: Any) -> str | None:
-    """A choice that is one word, whether written as a word or as an object of a type."""
-    if value == "any":
-        return "required"
+    """A choice that is one word, whether written as a word or as an object of a type; None for
+    another, of which a text is the name of a function."""
+    if isinstance(value, str):
+        return _WORDS.get(value)
     if isinstance(value, dict) and set(value) == {"type"}:
-        words = {"any": "required", "auto": "auto", "none": "none", "required": "required"}
-        return words.get(str(value["type"]))
+        return _WORDS.get(str(value["type"]))
     return None

@@ -83,16 +83,22 @@ def translate(body: dict[str, Any], endpoint: Endpoint, own: frozenset[str]) -> 
     return translator.result
 
 
+def _opened(members: Mapping[str, Any], path: str) -> Iterator[tuple[str, str, Any]]:
+    """Path, name and value of each member; a container's own stand in its place."""
+    for name, value in members.items():
+        if name in CONTAINERS and isinstance(value, dict):
+            yield from _opened(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", name, value
+
+
 class _Translator:
     def __init__(self, body: dict[str, Any], endpoint: Endpoint, own: frozenset[str]) -> None:
         self.result = Translation()
         self._given = body
-        self._all = dict(body)
-        for name in CONTAINERS:
-            if isinstance(inner := body.get(name), dict):
-                self._all.update(inner)
-        self._endpoint = endpoint
         self._own = own
+        self._all = {name: value for _, name, value in self.members()}
+        self._endpoint = endpoint
         self._rows = rows_of(endpoint)
 
     def members(self) -> Iterator[tuple[str, str, Any]]:
@@ -100,14 +106,8 @@ class _Translator:
         for name, value in self._given.items():
             if name in self._own:
                 yield name, name, value
-        for name, value in self._given.items():
-            if name in self._own:
-                continue
-            if name in CONTAINERS and isinstance(value, dict):
-                for inner, inner_value in value.items():
-                    yield f"{name}.{inner}", inner, inner_value
-            else:
-                yield name, name, value
+        others = {name: value for name, value in self._given.items() if name not in self._own}
+        yield from _opened(others, "")
 
     def read(self, path: str, name: str, value: Any) -> None:
         if value is None and name not in self._own:

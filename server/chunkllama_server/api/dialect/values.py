@@ -104,6 +104,8 @@ def bias_pairs(value: Any) -> Shaped:
 
 def response_format(value: Any) -> Shaped:
     """A response format of chat, with the schema, regex or grammar wherever clients put it."""
+    if value in ("", {}):
+        return Shaped(None)
     if (outputs := _constrained(value)) is not None:
         return Shaped(None, {}, outputs)
     found = _schema_in(value)
@@ -254,15 +256,20 @@ def structured_outputs(value: Any) -> Shaped:
     return Shaped({name: item for name, item in value.items() if name not in dropped})
 
 
+# Members of a last message that ask to continue it (Mistral and DeepSeek; Qwen and Moonshot).
+_PREFIXES = ("prefix", "partial")
+
+
 def messages(value: Any) -> Shaped:
-    """A last message of the assistant with ``prefix: true`` (Mistral, DeepSeek) is continued."""
+    """A last message of the assistant with ``prefix: true`` or ``partial: true`` is continued."""
     last = value[-1] if isinstance(value, list) and value else None
-    if not isinstance(last, dict) or last.get("prefix") is not True:
+    given = [name for name in _PREFIXES if isinstance(last, dict) and last.get(name) is True]
+    if not given or not isinstance(last, dict):
         return Shaped(value)
+    path = f"[{len(value) - 1}].{given[0]}"
     if last.get("role") != "assistant":
-        raise DialectError("is for a message of the assistant", f"[{len(value) - 1}].prefix")
-    rest = {name: item for name, item in last.items() if name != "prefix"}
-    path = f"[{len(value) - 1}].prefix"
+        raise DialectError("is for a message of the assistant", path)
+    rest = {name: item for name, item in last.items() if name not in _PREFIXES}
     also = {"continue_final_message": (path, True), "add_generation_prompt": (path, False)}
     return Shaped([*value[:-1], rest], {}, also)
 

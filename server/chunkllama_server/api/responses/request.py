@@ -76,8 +76,9 @@ class _InputReader:
     def _add_message(self, item: InputItem, path: str) -> None:
         if item.role is None:
             raise invalid("A message needs a role", f"{path}.role")
-        calls = item.tool_calls if item.role == "assistant" else None
-        if item.content is None and not calls and "content" not in item.model_fields_set:
+        is_answer = item.role == "assistant"
+        calls = item.tool_calls if is_answer else None
+        if not is_answer and "content" not in item.model_fields_set:
             raise invalid("A message needs content", f"{path}.content")
         content: Any = item.content
         if isinstance(content, list):

@@ -52,11 +52,13 @@ class RequestModel(BaseModel):
     def _accept_client_spellings(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        names, empty = cls.wire_names(), cls._empty_objects()
+        names, empty, blank = cls.wire_names(), cls._empty_objects(), cls._blank_fields()
 
         def read(name: str, value: Any) -> Any:
             if value == [] and name in empty:
                 return empty[name]
+            if value == "" and name in blank:
+                return None
             return _plain_value(name, value) if name in names else value
 
         return {
@@ -85,6 +87,17 @@ class RequestModel(BaseModel):
                 found[field.alias or name] = None if type(None) in kinds else {}
         return found
 
+    @classmethod
+    @cache
+    def _blank_fields(cls) -> frozenset[str]:
+        """Fields of numbers, flags and fixed words, which forms send as "" where nothing is set."""
+        found = set()
+        for name, field in cls.model_fields.items():
+            kinds = set(_kinds(field.annotation))
+            if type(None) in kinds and kinds <= {type(None), int, float, bool, _Word}:
+                found.add(field.alias or name)
+        return frozenset(found)
+
     # Whether an unknown field that would constrain the answer is refused; requests that the dialect
     # table translates are checked there.
     refuses_binding: ClassVar[bool] = False
@@ -96,6 +109,10 @@ class RequestModel(BaseModel):
         return False
 
 
+class _Word:
+    """Stands for the words of a ``Literal``."""
+
+
 def _kinds(annotation: Any) -> Iterator[type]:
     """The types of which a value of the annotation is one."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
@@ -105,7 +122,7 @@ def _kinds(annotation: Any) -> Iterator[type]:
         for part in parts:
             yield from _kinds(part)
     elif origin is Literal:
-        yield from map(type, parts)
+        yield _Word
     else:
         yield origin or annotation
 
@@ -115,12 +132,13 @@ def _plain_value(name: str, value: Any) -> Any:
     if type(value) is float and value.is_integer():
         return int(value)
     if name == "stop":
-        value = [text for text in value if text != ""] if isinstance(value, list) else value or None
-    if isinstance(value, list):
-        if not value and name in EMPTY_IS_ABSENT:
-            return None
-        if value and type(value[0]) is float:
-            return [_plain_value("", item) for item in value]
+        is_list = isinstance(value, list)
+        value = [text for text in value if text not in ("", None)] if is_list else value or None
+    if isinstance(value, list | dict) and not value and name in EMPTY_IS_ABSENT:
+        # An object without members may be data: a tool returned it.
+        return value if value == {} and name == "content" else None
+    if isinstance(value, list) and value and type(value[0]) is float:
+        return [_plain_value("", item) for item in value]
     return value
 
 

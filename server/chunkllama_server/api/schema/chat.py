@@ -14,7 +14,7 @@ from chunkllama_server.api.schema.base import (
     RequestModel,
     SamplingFields,
 )
-from chunkllama_server.api.schema.past import as_conversation, as_message, as_part
+from chunkllama_server.api.schema.past import as_message, as_messages, as_part
 
 # What MCP allows as the name of a tool, and the parsers of calls read.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
@@ -345,7 +345,7 @@ class ChatCompletionRequest(SamplingFields):
         "them.",
     )
     documents: Any = Field(default=None, description="Refused.")
-    _read_past = field_validator("messages", mode="before")(as_conversation)
+    _read_past = field_validator("messages", mode="before")(as_messages)
     # Items of a Responses request that were repaired or left out on the way here.
     _repairs: list[str] = PrivateAttr(default_factory=list)
     _cache_marks: tuple[CacheMark, ...] = PrivateAttr(default=())

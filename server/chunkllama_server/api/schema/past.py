@@ -155,12 +155,18 @@ def _move_blocks(message: dict[str, Any]) -> None:
         message["content"] = others or ""
 
 
+def _with_lower_role(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with a role in lower case: some clients write "User"."""
+    role = data.get("role")
+    return {**data, "role": role.strip().lower()} if isinstance(role, str) else dict(data)
+
+
 def as_message(data: Any) -> Any:
     """A message of a conversation; the content of users and of the system is left to the schema,
     which refuses what is no text."""
     if not isinstance(data, Mapping):
         return data
-    message = dict(data)
+    message = _with_lower_role(data)
     role, content = message.get("role"), message.get("content")
     if role == "assistant":
         if isinstance(thoughts := message.get("reasoning"), str):  # named so by vLLM, OpenRouter
@@ -189,15 +195,41 @@ def as_conversation(data: Any) -> Any:
     """
     if not isinstance(data, list):
         return data
-    answers = [index for index, item in enumerate(data[:-1]) if _is_answer(item)]
-    num_past = answers[-1] if answers else 0
-    past = [
-        {**item, "content": as_content(item["content"])}
-        if isinstance(item, Mapping) and "content" in item and not _has_parts(item["content"])
-        else item
-        for item in data[:num_past]
-    ]
-    return [*past, *data[num_past:]]
+    num_past = _num_past(data)
+    return [*map(_as_past, data[:num_past]), *data[num_past:]]
+
+
+def as_messages(data: Any) -> Any:
+    """Messages of a conversation; null in its past is an empty one."""
+    if not isinstance(data, list):
+        return data
+    empty = {"role": UNKNOWN, "content": None}
+    num_past = _num_past(data)
+    past = [empty if message is None else message for message in data[:num_past]]
+    return as_conversation([*past, *data[num_past:]])
+
+
+def _num_past(data: list[Any]) -> int:
+    """The number of messages or items before the last answer."""
+    return next((i for i in range(len(data) - 2, -1, -1) if _is_answer(data[i])), 0)
+
+
+def _as_past(data: Any) -> Any:
+    """A message or an item before the last answer; one that lacks its role or content is marked."""
+    if isinstance(data, str):
+        return {"role": "user", "content": data}
+    if not isinstance(data, Mapping):
+        return data
+    item = dict(data)
+    if "content" in item and not _has_parts(item["content"]):
+        item["content"] = as_content(item["content"])
+    if item.get("type") in (None, "message"):
+        is_message = "content" in item or item.get("type") == "message" or not item
+        if item.get("role") is None and is_message:
+            item["role"] = UNKNOWN
+        if item.get("role") is not None:
+            item.setdefault("content", None)
+    return item
 
 
 def _has_parts(content: Any) -> bool:
@@ -207,7 +239,23 @@ def _has_parts(content: Any) -> bool:
 def _is_answer(item: Any) -> bool:
     if not isinstance(item, Mapping):
         return False
-    return item.get("role") == "assistant" or str(item.get("type")).endswith("_call")
+    role = str(item.get("role")).strip().lower()
+    return role == "assistant" or str(item.get("type")).endswith("_call")
+
+
+def _typed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of an item; members tell the type of one that has neither type nor role."""
+    item = _with_lower_role(data)
+    if item.get("type") is not None:
+        item["type"] = as_text(item["type"])
+    elif item.get("role") is None:
+        if {name for name, value in item.items() if value is not None} == {"id"}:
+            item["type"] = "item_reference"
+        elif {"call_id", "output"} <= item.keys():
+            item["type"] = "function_call_output"
+        elif {"name", "arguments"} <= item.keys():
+            item["type"] = "function_call"
+    return item
 
 
 def as_item(data: Any) -> Any:
@@ -221,15 +269,11 @@ def as_item(data: Any) -> Any:
         return {"role": "user", "content": data}
     if not isinstance(data, Mapping):
         return data
-    item = dict(data)
-    if item.get("type") is not None:
-        item["type"] = as_text(item["type"])
+    item = _typed(data)
     if item.get("type") in _PARTS and "role" not in item:
         return {"role": "user", "content": [data]}
     if item.get("type") == "output_text" and "role" not in item:
         return {"role": "assistant", "content": [data]}
-    if item.get("type") is None and item.keys() - {"type"} == {"id"}:
-        item["type"] = "item_reference"
     if item.get("type") in (None, "message") and item.get("role") in ("tool", "function"):
         # A result in the shape of chat.
         return {

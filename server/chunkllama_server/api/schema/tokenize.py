@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from chunkllama_server.api.schema.base import RequestModel, TokenIds
 from chunkllama_server.api.schema.chat import ChatMessage, ChatTool
 from chunkllama_server.api.schema.completions import PromptIds
-from chunkllama_server.api.schema.past import as_conversation
+from chunkllama_server.api.schema.past import as_messages
 
 
 class PromptBody(RequestModel):
@@ -25,7 +25,7 @@ class PromptBody(RequestModel):
     messages: (
         Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)] | None
     ) = Field(default=None, description="Honoured: a conversation; excludes prompt.")
-    _read_past = field_validator("messages", mode="before")(as_conversation)
+    _read_past = field_validator("messages", mode="before")(as_messages)
     add_special_tokens: bool | None = Field(
         default=None, description="Honoured for a prompt: whether it begins with BOS. Default true."
     )

@@ -85,8 +85,9 @@ class CallForm(ABC):
         written, self._written = "".join(self._written), []
         return written
 
-    def finish(self) -> None:  # noqa: B027 - most forms have nothing left to write
-        """End the call where no text follows."""
+    def finish(self) -> str:
+        """End the call where no text follows; returns text that belongs behind it after all."""
+        return ""
 
     def cut(self) -> None:  # noqa: B027 - most forms have written what is certain
         """Write what is certain of a call that is cut, because it can be nothing else."""
@@ -170,8 +171,9 @@ class JsonCall(CallForm):
             self._object = None
         self._complete()
 
-    def finish(self) -> None:
+    def finish(self) -> str:
         self.name = self._named
+        return ""
 
     def _complete(self) -> None:
         self.is_complete = True

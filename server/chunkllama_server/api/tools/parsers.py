@@ -361,9 +361,13 @@ class CallReader:
         return True
 
     def finish(self) -> Parsed:
-        call, parsed = self._call, Parsed()
+        parsed, call = Parsed(), self._call
+        while call is not None and (rest := call.finish()):
+            parsed.parts += self._writer.write(call)
+            self._call, self._lead, self._state = None, "", "after"
+            parsed.extend(self.feed(rest))
+            call = self._call
         if call is not None:
-            call.finish()
             if self._forced:
                 call.cut()
             parsed.parts += self._writer.write(call)
