@@ -89,6 +89,7 @@ class ModelSpec:
         attention_softcap: the same for attention scores.
         is_native: ``models/llama.py`` runs it; otherwise transformers does, on our attention, and
             only the sizes, limits and tokens here are used.
+        is_text_part: the checkpoint is multimodal, and this its text model.
         dtype: of the checkpoint: float32, float16 or bfloat16.
         quantization_method: how the checkpoint stores quantized linear layers ("awq", "gptq",
             "gptq_v2", "compressed-tensors", "fp8"); empty: it has none.
@@ -108,6 +109,7 @@ class ModelSpec:
     max_position: int
     architecture: str = "LlamaForCausalLM"
     is_native: bool = True
+    is_text_part: bool = False
     layers: tuple[LayerSpec, ...] = (LayerSpec(),)
     ropes: tuple[RopeSpec, ...] = (RopeSpec(),)
     rms_norm_eps: float = 1e-6

@@ -65,6 +65,8 @@ def load_step_model(  # noqa: PLR0913
     """
     spec = spec.for_length(max_model_len)
     checkpoint = open_checkpoint(model_path, spec, load_format)
+    if spec.is_text_part:
+        logger.warning("of this multimodal model the text model is served, without images")
     foreign = None
     if not spec.is_native:
         foreign = _transformers_model(model_path, spec, dtype, device, weights)

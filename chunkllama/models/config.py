@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from chunkllama.models.spec_checks import (
     fork_tokens,
     usable_eos_ids,
 )
+from chunkllama.models.text_part import text_part
 
 _DECODERS = ("ForCausalLM", "LMHeadModel")
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -26,7 +28,8 @@ _DTYPES = ("float32", "float16", "bfloat16")
 
 def read_spec(folder: Path) -> ModelSpec:
     """Read config.json, generation_config.json and the tokenizer's end-of-sequence token; where
-    config.json names no dtype it is that of the tensors.
+    config.json names no dtype it is that of the tensors. Of a multimodal checkpoint it is the text
+    model.
 
     Raises:
         ConfigError: the folder is no model, a file is missing or not JSON, a value is out of
@@ -41,10 +44,13 @@ def read_spec(folder: Path) -> ModelSpec:
         raise ConfigError(
             f"{folder / 'tokenizer_config.json'}: a value has the wrong type: {error}"
         ) from None
-    values = read_json(path)
+    whole = read_json(path)
+    text = text_part(whole, path)
+    values = whole if text is None else text
     if not (values.get("dtype") or values.get("torch_dtype")):
         values["dtype"] = stored_dtype(folder)
-    return parse_spec(values, path, generation, tokenizer_eos)
+    spec = parse_spec(values, path, generation, tokenizer_eos)
+    return spec if text is None else replace(spec, is_text_part=True)
 
 
 def parse_spec(
@@ -161,7 +167,8 @@ def _architecture(values: dict[str, Any], path: Path) -> str:
             return name
     raise ConfigError(
         f"{path}: unsupported architecture {', '.join(map(str, names)) or 'unknown'}; "
-        f"supported: {', '.join(ARCHITECTURES)}, and decoders of transformers (*ForCausalLM)"
+        f"supported: {', '.join(ARCHITECTURES)}, decoders of transformers (*ForCausalLM), and the "
+        "text models of multimodal ones that 'chunkllama models list' names"
     )
 
 

@@ -18,7 +18,9 @@ from chunkllama.packs.document import ModelIdentity
 from chunkllama.resources import cache_folder
 
 # Of a specification, what no K/V depends on.
-_NOT_COMPUTED = ("ropes", "eos_token_ids", "default_sampling", "dtype", "max_position")
+_NOT_COMPUTED = (
+    *("ropes", "eos_token_ids", "default_sampling", "dtype", "max_position", "is_text_part"),
+)
 _STRETCHED = ("dynamic", "longrope")
 _BLOCK_BYTES = 1 << 22
 

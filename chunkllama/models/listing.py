@@ -13,6 +13,7 @@ from chunkllama.model_spec import ModelSpec
 from chunkllama.models.architectures import ARCHITECTURES
 from chunkllama.models.config import parse_spec
 from chunkllama.models.loading.gguf_config import GGUF_ARCHITECTURES
+from chunkllama.models.text_part import OUTER
 
 # A config.json of which nothing is special; what transformers assumes is added to it.
 _TYPICAL: Final[dict[str, Any]] = {
@@ -37,6 +38,7 @@ NOTES: Final = (
     "Other decoders (classes named ForCausalLM or LMHeadModel at their end) run through "
     "transformers, where it can run them on this server's attention: slower, and without "
     "quantization.",
+    f"Of a multimodal checkpoint ({', '.join(OUTER)}) the text model is served, without images.",
 )
 
 

@@ -241,8 +241,8 @@ class ChatTemplate:
 def load_chat_template(
     path: Path, tokenizer: Tokenizer, override: str | Path | None = None
 ) -> ChatTemplate | None:
-    """The template of a model folder (chat_template.jinja, else tokenizer_config.json), None where
-    it has none.
+    """The template of a model folder (chat_template.jinja, else tokenizer_config.json, else
+    chat_template.json), None where it has none.
 
     Args:
         override: a file that holds a template to use instead.
@@ -250,23 +250,7 @@ def load_chat_template(
     Raises:
         ConfigError: it cannot be read or compiled, or misbehaves on a greeting.
     """
-    source: Any = None
-    origin = path / "chat_template.jinja"
-    if override is not None:
-        origin = Path(override)
-        if not origin.is_file():
-            raise ConfigError(f"chat_template: no file {origin}; give the path of a .jinja file")
-    if origin.is_file():
-        try:
-            source = origin.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{origin}: the chat template cannot be read: {error}") from error
-    else:
-        origin = path / "tokenizer_config.json"
-        source = read_json(origin).get("chat_template")
-        if isinstance(source, list):
-            named = [(e.get("name"), e.get("template")) for e in source if isinstance(e, dict)]
-            source = dict(named) if all(isinstance(name, str) for name, _ in named) else [None]
+    origin, source = _read_template(path, override)
     if not source:
         return None
     texts = source.values() if isinstance(source, dict) else [source]
@@ -285,6 +269,29 @@ def load_chat_template(
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from error
     return template
+
+
+def _read_template(path: Path, override: str | Path | None) -> tuple[Path, Any]:
+    """The file that the template comes from, and its text or named texts; None: it has none."""
+    origin = path / "chat_template.jinja"
+    if override is not None:
+        origin = Path(override)
+        if not origin.is_file():
+            raise ConfigError(f"chat_template: no file {origin}; give the path of a .jinja file")
+    if origin.is_file():
+        try:
+            return origin, origin.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{origin}: the chat template cannot be read: {error}") from error
+    origin = path / "tokenizer_config.json"
+    source: Any = read_json(origin).get("chat_template")
+    if not source and (path / "chat_template.json").is_file():  # of multimodal models
+        origin = path / "chat_template.json"
+        source = read_json(origin).get("chat_template")
+    if isinstance(source, list):
+        named = [(e.get("name"), e.get("template")) for e in source if isinstance(e, dict)]
+        source = dict(named) if all(isinstance(name, str) for name, _ in named) else [None]
+    return origin, source
 
 
 def _aliased(message: dict[str, Any]) -> dict[str, Any]:

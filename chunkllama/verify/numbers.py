@@ -16,7 +16,9 @@ from chunkllama.engine.load import load_step_model
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.config import read_spec
+from chunkllama.models.config_file import read_json
 from chunkllama.models.loading.safetensors import Checkpoint, is_quantized
+from chunkllama.models.text_part import text_part
 from chunkllama.scheduler.output import ScheduledSlice, SchedulerOutput
 from chunkllama.verify.report import LOG_PROBABILITIES, Finding
 
@@ -69,8 +71,12 @@ class Reference:
 
         library: Any = transformers
         library.logging.set_verbosity_error()
+        config = folder / "config.json"
+        is_multimodal = text_part(read_json(config), config) is not None
+        loader = library.AutoModelForCausalLM
+        loader = library.AutoModelForImageTextToText if is_multimodal else loader
         try:
-            model, loading = library.AutoModelForCausalLM.from_pretrained(
+            model, loading = loader.from_pretrained(
                 folder,
                 dtype=dtype,
                 attn_implementation="eager",

@@ -193,13 +193,14 @@ def _their_stages(model: PreTrainedModel, spec: ModelSpec, ids: list[int]) -> St
         hooks.append(module.register_forward_hook(hook))
 
     names = ARCHITECTURES[spec.architecture].names
-    for index, layer in enumerate(model.model.layers):
+    decoder = _decoder(model)
+    for index, layer in enumerate(decoder.layers):
         for field, modules in _modules(names, spec, index).items():
             for name in modules:
                 keep(layer.get_submodule(name), f"{index} {field}")
         if spec.layer(index).norm_after_rotation:
             keep(layer.get_submodule(names.q_norm), f"{index} rotated", its_input=True)
-    keep(model.model.norm, "final norm")
+    keep(decoder.norm, "final norm")
     try:
         with torch.inference_mode(), _recorded_attention(model, spec, parts):
             output = model(torch.tensor([ids]), use_cache=False, output_hidden_states=True)
@@ -210,6 +211,12 @@ def _their_stages(model: PreTrainedModel, spec: ModelSpec, ids: list[int]) -> St
     parts["logits"] = [output.logits[0].float()]
     stages = {stage: torch.cat(values, dim=1) for stage, values in parts.items()}
     return _in_our_order(stages, spec)
+
+
+def _decoder(model: Any) -> Any:
+    """The module with the layers: of a multimodal model that of its text model."""
+    inner = model.model
+    return getattr(inner, "language_model", None) or getattr(inner, "text_model", None) or inner
 
 
 def _modules(names: LayerNames, spec: ModelSpec, index: int) -> dict[str, tuple[str, ...]]:
@@ -250,7 +257,7 @@ class _recorded_attention:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-        eager = sys.modules[type(self._model).__module__].eager_attention_forward
+        eager = sys.modules[type(_decoder(self._model)).__module__].eager_attention_forward
         parts = self._parts
 
         def attention(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

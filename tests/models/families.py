@@ -186,16 +186,21 @@ def random_model(family: str, changes: dict[str, Any], attention: str = "eager")
     config = config_class(**{**SMALL, **changes}, attn_implementation=attention)
     torch.manual_seed(7)
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2:
-                wide = "embed" in name or "lm_head" in name
-                parameter.normal_(0, 0.15 if wide else 0.7 / parameter.shape[-1] ** 0.5)
-            elif "norm" in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            else:
-                parameter.normal_(0, 0.2)
+    fill_randomly(model)
     return model
+
+
+@torch.no_grad()
+def fill_randomly(model: torch.nn.Module) -> None:
+    """As ``random_model`` does; draws from torch's own generator."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            wide = "embed" in name or "lm_head" in name
+            parameter.normal_(0, 0.15 if wide else 0.7 / parameter.shape[-1] ** 0.5)
+        elif "norm" in name:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        else:
+            parameter.normal_(0, 0.2)
 
 
 @dataclass

@@ -159,12 +159,13 @@ CASES: dict[str, tuple[dict[str, Any], Quantizer]] = {
         eight_bit_floats("block"),
     ),
 }
+ODD = {"w4a16-48": (compressed(), packed(4, 48, True))}
 WIDENED = ("gptq-act-order", "fp8-tensor", "fp8-row", "fp8-block")
 
 
 def write_pair(model: Any, name: str, folder: Path) -> tuple[Path, Path]:
     """The quantized folder, and one of the weights that it stands for."""
-    settings, quantize = CASES[name]
+    settings, quantize = {**CASES, **ODD}[name]
     plain, quantized = folder / "plain", folder / "quantized"
     model.save_pretrained(plain)
     model.save_pretrained(quantized)
@@ -255,6 +256,7 @@ def test_quantized_folders_of_other_families(
         ("gptq", {"quant_method": "gptq", "checkpoint_format": "marlin"}, "'marlin'"),
         ("w4a16", compressed() | {"sparsity_config": {"format": "sparse-24"}}, "sparse"),
         ("w4a16", compressed() | {"transform_config": {"a": 1}}, "transform_config"),
+        ("w4a16", compressed() | {"format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quan"),
         ("w4a16", "fp8", "must be an object"),
     ],
 )
@@ -289,6 +291,14 @@ def test_a_missing_tensor_is_named(
     del tensors[f"model.layers.1.mlp.up_proj.{suffix}"]
     save_file(tensors, quantized / "model.safetensors")
     with pytest.raises(ConfigError, match=message):
+        Checkpoint(quantized, read_spec(quantized))
+
+
+def test_groups_whose_size_their_number_does_not_tell_are_refused(tmp_path: Path) -> None:
+    """96 inputs in groups of 64 are two, as are groups of 48."""
+    changes = {"hidden_size": 96, "num_attention_heads": 6}
+    quantized, _ = write_pair(random_model("Llama", changes), "w4a16-48", tmp_path)
+    with pytest.raises(ConfigError, match="2 groups for 96 inputs; groups must be of 2, 4, 8"):
         Checkpoint(quantized, read_spec(quantized))
 
 

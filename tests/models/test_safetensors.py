@@ -178,6 +178,27 @@ def test_missing_shard(sharded: Path) -> None:
     assert shard.name in refusal(sharded)
 
 
+def test_shards_without_their_index(sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").unlink()
+    message = refusal(sharded)
+    assert "no model.safetensors.index.json, which lists the tensors of model-00001-of" in message
+
+
+def test_a_decoder_saved_without_its_head_has_the_tensors_of_the_model(tiny_folder: Path) -> None:
+    path = tiny_folder / "config.json"
+    edit_json(path, lambda content: content.update(tie_word_embeddings=True))
+    whole = set(Checkpoint(tiny_folder, read_spec(tiny_folder))._infos) - {"lm_head.weight"}
+
+    def shorten(header: dict[str, Any]) -> None:
+        for name in list(header):
+            header[name.removeprefix("model.")] = header.pop(name)
+
+    edit_header(tiny_folder / "model.safetensors", shorten)
+    found = set(Checkpoint(tiny_folder, read_spec(tiny_folder))._infos)
+    assert found - {"lm_head.weight"} == whole
+    assert "model.embed_tokens.weight" in found
+
+
 @pytest.mark.parametrize("place", ["../outside.safetensors", "/etc/passwd", "..", "", 3, "a/b"])
 def test_index_names_no_file_outside_the_folder(place: Any, sharded: Path) -> None:
     whole = sharded.parent / "outside.safetensors"

@@ -277,6 +277,9 @@ def test_where_templates_come_from(folders, tmp_path):
     tokenizer = load_tokenizer(folders["llama3"])
     hello = [{"role": "user", "content": "hello"}]
     assert load_chat_template(tmp_path, tokenizer) is None
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "of a processor"}')
+    assert load_chat_template(tmp_path, tokenizer).render(hello) == "of a processor"
     named = [
         {"name": "default", "template": "plain"},
         {"name": "tool_use", "template": "{{ tools | length }}"},

@@ -15,6 +15,11 @@ from chunkllama.models.loading.tensor_info import TensorInfo
 
 METHODS: Final = ("awq", "gptq", "compressed-tensors", "fp8")
 _FLOATS: Final = ("F16", "BF16", "F32")
+_FORMATS: Final = (  # of compressed-tensors
+    *("dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
+    "mixed-precision",
+)
+_GROUP_LISTS: Final = ("g_idx", "weight_g_idx")  # the group of each input
 # Of activations and of K/V: products and K/V are bfloat16 or float32 here.
 _IGNORED: Final = ("input_scale", "input_zero_point", "input_global_scale", "output_scale")
 
@@ -60,6 +65,9 @@ def quantization_method(settings: Any) -> str:
             sparsity = settings.get("sparsity_config") or {}
             if str(sparsity.get("format", "dense")) != "dense":
                 raise ValueError("sparsity_config: sparse weights are not supported")
+            kind = str(settings.get("format") or "dense")
+            if kind not in _FORMATS:
+                raise ValueError(f"format {kind!r:.40} is not supported; use {', '.join(_FORMATS)}")
             if settings.get("transform_config"):
                 raise ValueError("transform_config: transformed weights are not supported")
     return method
@@ -185,6 +193,14 @@ class _Finder:
         if not counts or counts[0] < 1 or self._columns % counts[0]:
             raise self._wrong(
                 info, suffix, f"{list(shape(1))} or a scale for each group of equal size"
+            )
+        size = self._columns // counts[0]
+        has_list = any(f"{self._module}.{name}" in self._infos for name in _GROUP_LISTS)
+        if counts[0] > 1 and size & (size - 1) and not has_list:
+            # Perhaps the last of larger groups is a part of one: their number does not tell.
+            raise ConfigError(
+                f"tensor {self._module}.{suffix} has {counts[0]} groups for {self._columns} "
+                "inputs; groups must be of 2, 4, 8, ... inputs, and all be whole"
             )
         return info
 

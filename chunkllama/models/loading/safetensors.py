@@ -26,6 +26,7 @@ from chunkllama.models.loading.module_tensors import (
 )
 from chunkllama.models.loading.tensor_info import TensorInfo
 from chunkllama.models.tensors import EMBEDDING, HEAD, expected_shapes
+from chunkllama.models.text_part import text_tensors
 
 ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -60,7 +61,8 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, spec: ModelSpec) -> None:
-        self._infos = _locate(folder)
+        infos = _with_prefix(_locate(folder))
+        self._infos = text_tensors(infos) if spec.is_text_part else infos
         self._maps: dict[Path, mmap.mmap] = {}
         self._modules: dict[str, ModuleTensors] = {}
         if spec.is_native:
@@ -165,7 +167,7 @@ def stored_dtype(folder: Path) -> str:
     these; float32 where there is none, or the files cannot be read.
     """
     try:
-        infos = _locate(folder)
+        infos = _with_prefix(_locate(folder))
     except ConfigError:  # ``Checkpoint`` says what is wrong
         return "float32"
     found = [info.dtype for info in infos.values() if info.dtype in _DTYPES]
@@ -202,6 +204,11 @@ def _locate(folder: Path) -> dict[str, TensorInfo]:
                 f"{folder / pickled[0]}: pickled weights can run code when loaded and are refused; "
                 "convert them to safetensors"
             )
+        if shards := sorted(folder.glob("*.safetensors")):
+            raise ConfigError(
+                f"{folder}: no {_INDEX}, which lists the tensors of {shards[0].name} and others; "
+                "download it"
+            )
         raise ConfigError(f"{folder}: no {_SINGLE} and no {_INDEX}; is it a complete model folder?")
     index = read_json(folder / _INDEX)
     weight_map = index.get("weight_map")
@@ -221,6 +228,16 @@ def _locate(folder: Path) -> dict[str, TensorInfo]:
             raise ConfigError(f"{folder / shard}: has no tensor {name}, though {_INDEX} says so")
         infos[name] = shards[shard][name]
     return infos
+
+
+def _with_prefix(infos: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Names as the whole model has them: those of a decoder that was saved without its head
+    (embedding models) lack their first part.
+    """
+    stem = EMBEDDING.removeprefix("model.")
+    if EMBEDDING in infos or stem not in infos:
+        return infos
+    return {name if name == HEAD else f"model.{name}": info for name, info in infos.items()}
 
 
 def _check_name(folder: Path, name: str, shard: Any) -> None:
