@@ -350,6 +350,7 @@ class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):
     device: str
     backend: str
     isa_level: str = ""
+    dtype: str = ""
     kv_dtype: str = ""
     is_kv_quantized: bool = False
     is_deterministic: bool = False

@@ -143,6 +143,7 @@ def _join(
         device=device,
         backend=executor.backend.name,
         isa_level=executor.backend.isa_level,
+        dtype=size.dtype,
         kv_dtype=size.kv_dtype,
         is_kv_quantized=size.kv_dtype != size.dtype,
         is_deterministic=config.model.deterministic,

@@ -140,10 +140,12 @@ _SLICES = [r'[^"\\\x00-\x1F\x7F]' + times for times in ("{1,6}", "{1,10}", "{1,1
 
 
 def _one_line(error: object) -> str:
-    """The message without the lines that quote; of a regular expression, with its last."""
+    """The message without the lines that quote; of a regular expression, with what is
+    wrong with it."""
     lines = str(error).strip().splitlines()
-    if len(lines) > 1 and lines[0] == "regex parse error:":
-        return f"{lines[1].strip()!r} is no regular expression: {lines[-1].strip()}"
+    if len(lines) > 1 and lines[0].endswith("regex parse error:"):
+        why = next((line for line in lines if line.startswith("error: ")), lines[-1]).strip()
+        return f"{lines[1].strip()!r} is no regular expression: {why}"
     return lines[0] if lines else "not accepted"
 
 

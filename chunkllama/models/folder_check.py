@@ -39,11 +39,16 @@ def wrong_content(path: Path) -> str:
 
 
 def check_is_file(path: Path) -> None:
-    """Refuse what may block when it is opened; a missing file and a folder pass.
+    """Refuse what may block when it is opened, and a link to nothing, as a download that was cut
+    leaves; a missing file and a folder pass.
 
     Raises:
-        ConfigError: a device, pipe or socket.
+        ConfigError: a device, pipe or socket, or a link whose target is gone.
     """
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(
+            f"{path}: a link to {path.readlink()}, which does not exist; download the file again"
+        )
     if path.exists() and not path.is_file() and not path.is_dir():
         raise ConfigError(f"{path}: a device, pipe or socket, not a file; delete it")
 

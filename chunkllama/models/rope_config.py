@@ -102,7 +102,7 @@ def _parse(
     attention_factor = raw.get("attention_factor")
     return RopeSpec(
         type=kind,
-        theta=float(raw.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        theta=_theta(config, raw),
         rotary_dim=0 if rotary_dim == head_dim else rotary_dim,
         interleaved=interleaved,
         factor=float(factor),
@@ -118,6 +118,11 @@ def _parse(
         short_factor=_factors(config, raw, "short_factor", rotary_dim, kind),
         long_factor=_factors(config, raw, "long_factor", rotary_dim, kind),
     )
+
+
+def _theta(config: ConfigFile, raw: dict[str, Any]) -> float:
+    given = raw.get("rope_theta")
+    return config.number("rope_theta", 10000.0) if given is None else float(given)
 
 
 def _rotary_dim(config: ConfigFile, raw: dict[str, Any], head_dim: int) -> int:

@@ -54,6 +54,7 @@ class FakeEngine:
             max_request_tokens=MAX_MODEL_LEN,
             device="cpu",
             backend="fake",
+            dtype="bfloat16",
         )
         self.reset()
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from anthropic_helpers import PATH, WEATHER, accumulated, body_of, events_of, say, sdk
+from anthropic_helpers import (
+    PATH,
+    WEATHER,
+    accumulated,
+    body_of,
+    events_of,
+    prompt_of,
+    say,
+    sdk,
+)
 from fake_engine import MODEL
 from tiny_model import write_tiny_model
 from tiny_server import TinyServer, serve
@@ -103,6 +112,33 @@ def test_a_mark_on_the_system_prompt_includes_tools_behind_it(start_server) -> N
     assert usage["cache_read_input_tokens"] == first.cache_until
     kept = server.engine.tokenizer.decode(first.prompt_token_ids[: first.cache_until], False)
     assert "TOOLS" in kept and '"weather"' in kept
+
+
+def claude_code(number: int, form: str) -> dict:
+    """A system prompt as Claude Code begins it, with a line that differs in each request."""
+    line = f"x-anthropic-billing-header: cc_version=2.1.37; cc_entrypoint=cli; cch={number:05x};"
+    if form == "text":
+        return {"system": f"{line}\nYou are Claude Code", "cache_control": MINUTES}
+    first = [text(line)] if form == "block" else [text(f"{line}\nfirst")]
+    return {"system": [*first, text("You are Claude Code", MINUTES)]}
+
+
+@pytest.mark.parametrize(("form", "path"), [("text", "system"), ("block", "system[0]"),
+                                            ("line", "system[0]")])  # fmt: skip
+def test_a_line_about_billing_hides_no_prefix(server, text_parts, form, path) -> None:
+    first = server.post(PATH, body_of(say("one"), **claude_code(1, form)))
+    assert first.headers["x-chunkllama-repaired-history"] == path
+    kept = server.engine.requests[-1]
+    send(server, **claude_code(2, form))
+    second = server.engine.requests[-1]
+    until = kept.cache_until if form != "text" else len("<|im_start|>system\nYou are Claude Code")
+    assert second.prompt_token_ids[:until] == kept.prompt_token_ids[:until]
+    assert "billing" not in text_parts[0].decode(second.prompt_token_ids)
+
+
+def test_a_system_prompt_of_that_line_alone_is_none(server, text_parts) -> None:
+    send(server, system="x-anthropic-billing-header: cch=1;")
+    assert prompt_of(server, text_parts).startswith("<|im_start|>user")
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ MARK = {"type": "ephemeral"}
 MARKED = {"type": "text", "text": "a", "cache_control": MARK}
 LONG_MARKED = {"type": "text", "text": "a", "cache_control": {**MARK, "ttl": "1h"}}
 UNENFORCEABLE = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+SEARCH = {"type": "web_search_20250305", "name": "x"}
 INVALID = [
     ({"messages": []}, "messages"),
     ({"messages": None}, "messages"),
@@ -60,7 +61,13 @@ INVALID = [
     ({"messages": HELLO, "tools": [{"input_schema": {}}]}, "tools[0].name"),
     ({"messages": HELLO, "tools": [{"type": "custom", "input_schema": {}}]}, "tools[0].name"),
     ({"messages": HELLO, "tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name"),
-    ({"messages": HELLO, "tools": [WEATHER, WEATHER]}, "tools"),
+    ({"messages": HELLO, "tools": [WEATHER, WEATHER]}, "tools[1].name: 'weather'"),
+    ({"messages": HELLO, "tools": [{"type": "function", "function": {}}]}, "tools[0].type"),
+    (
+        {"messages": HELLO, "tools": [SEARCH], "tool_choice": {"type": "tool", "name": "x"}},
+        "tool_choice: All tools of the request",
+    ),
+    ({"messages": HELLO, "tool_choice": "auto"}, "tool_choice: Input should be an object"),
     ({"messages": HELLO, "tool_choice": {"type": "any"}}, "tool_choice"),
     ({"messages": HELLO, "tools": [WEATHER], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
     (

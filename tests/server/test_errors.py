@@ -107,7 +107,7 @@ REFUSED = [
     ),
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
-    ({"tools": [TOOL, TOOL]}, "tools"),
+    ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice"),
     (

@@ -259,6 +259,12 @@ def test_formats(server, given, kind) -> None:
     assert server.engine.requests[-1].sampling.grammar.kind == kind
 
 
+def test_what_a_format_cannot_mean_is_named_by_the_clients_name(server) -> None:
+    answer = server.post("/api/chat", {"model": MODEL, "messages": say("a"), "stream": False,
+                                       "format": {"type": "number-like"}})  # fmt: skip
+    assert answer.headers["x-chunkllama-ignored-fields"] == "format.type"
+
+
 def test_embeddings(server) -> None:
     client = sdk(server)
     one = client.embed(MODEL, "abc")
@@ -336,6 +342,8 @@ INVALID = [
         "messages[0].images",
     ),
     ("/api/embed", {}, "input"),
+    ("/api/chat", {"messages": say("a"), "format": "xml"}, "'json' or an object"),
+    ("/api/chat", {"messages": say("a"), "think": "x"}, "'medium' or 'high' or a valid boolean"),
 ]  # fmt: skip
 
 

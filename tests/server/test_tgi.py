@@ -176,6 +176,7 @@ def test_info(server) -> None:
     with server.http() as http:
         info = http.get("/info").json()
     assert (info["model_id"], info["max_total_tokens"]) == (MODEL, 2048)
+    assert info["model_dtype"] == server.engine.info.dtype
 
 
 @pytest.mark.parametrize(
@@ -192,6 +193,10 @@ def test_info(server) -> None:
         ({"inputs": "x", "parameters": {"min_length": 5}}, "min_new_tokens"),
         ({"inputs": "x", "parameters": {"adapter_id": "a"}}, "parameters.adapter_id"),
         ({"inputs": "x", "parameters": {"best_of": 2}}, "parameters.best_of"),
+        (
+            {"inputs": "x", "parameters": {"grammar": {"type": "regex", "value": "REFUSE"}}},
+            "parameters.grammar.value: ",
+        ),
         ({"inputs": "x" * 3000}, "inputs"),
     ],
 )

@@ -48,6 +48,9 @@ SPELLED = "chunkllama.spelled"
 # In a request's scope: makes the response of an error, where its protocol has a shape of its own.
 SHAPED = "chunkllama.shaped"
 MAX_RETRY_AFTER = 30
+_INPUT = "Input should be "  # how pydantic begins
+_OBJECT = f"{_INPUT}an object"
+_OBJECT_TYPES = frozenset(("dict_type", "model_type", "model_attributes_type"))
 
 
 class ClientDisconnected(Exception):
@@ -233,7 +236,7 @@ def field_path(location: Sequence[str | int], body: Any, error_type: str) -> tup
 def from_validation_error(error: RequestValidationError) -> ApiError:
     """FastAPI's 422 as OpenAI's 400: the most specific of pydantic's complaints, with its exact
     path."""
-    best: tuple[tuple[bool, int], str, str] | None = None
+    best: tuple[tuple[bool, int], str, list[str]] | None = None
     for entry in error.errors():
         location = list(entry["loc"])
         source = location.pop(0) if location else "body"
@@ -245,10 +248,15 @@ def from_validation_error(error: RequestValidationError) -> ApiError:
             path, depth = ".".join(map(str, location)), len(location)
         # Of a union's members only the right one complains of more than the type.
         rank = (not entry["type"].endswith("_type"), depth)
+        message = _OBJECT if entry["type"] in _OBJECT_TYPES else str(entry["msg"])
+        others = best[2] if best is not None and best[1] == path else []
         if best is None or rank > best[0]:
-            best = (rank, path, str(entry["msg"]))
+            best = (rank, path, [message, *others])
+        elif others:
+            others.append(message)
     assert best is not None, "a validation error without entries"
-    _, path, message = best
+    _, path, messages = best
+    message = _alternatives(messages)
     if "Expected UploadFile" in message:
         message = "must be a file; its part of the form needs a filename"
     if not path:
@@ -256,16 +264,29 @@ def from_validation_error(error: RequestValidationError) -> ApiError:
     return invalid(f"{path}: {message}", param=path)
 
 
+def _alternatives(messages: list[str]) -> str:
+    """What a value may be by all members of a union, the most specific first."""
+    first, *others = dict.fromkeys(messages)
+    if first.startswith(_INPUT):
+        first = " or ".join([first, *(m[len(_INPUT) :] for m in others if m.startswith(_INPUT))])
+    return first
+
+
+def spelled_path(spelled: Mapping[str, str], path: str) -> str:
+    """A field's path as the client wrote it, where it was translated."""
+    for ours in sorted(spelled, key=len, reverse=True):
+        if path == ours or path.startswith((f"{ours}.", f"{ours}[")):
+            return spelled[ours] + path[len(ours) :]
+    return path
+
+
 def as_spelled(error: ApiError, request: Request) -> ApiError:
     """The error with the name of its field that the client sent, where it was translated."""
-    spelled: Mapping[str, str] = request.scope.get(SPELLED, {})
-    ours = error.param or ""
-    for here in sorted(spelled, key=len, reverse=True):
-        if ours == here or ours.startswith((f"{here}.", f"{here}[")):
-            error.param = spelled[here] + ours[len(here) :]
-            if error.message.startswith(ours):
-                error.message = error.param + error.message[len(ours) :]
-            break
+    ours = error.param
+    if ours:
+        error.param = spelled_path(request.scope.get(SPELLED, {}), ours)
+        if error.message.startswith(ours):
+            error.message = error.param + error.message[len(ours) :]
     return error
 
 

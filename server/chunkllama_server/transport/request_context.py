@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from chunkllama.logger import request_id_context
 from chunkllama.messages import CacheExplanation
 from chunkllama_server.transport.error_shapes import error_shape
-from chunkllama_server.transport.errors import SHAPED, as_api_error
+from chunkllama_server.transport.errors import SHAPED, SPELLED, as_api_error, spelled_path
 from chunkllama_server.transport.paths import canonical_path
 from chunkllama_server.transport.pieces import in_pieces
 from chunkllama_server.transport.rate_limit import RateLimiter, TokenCharge
@@ -42,6 +42,7 @@ class RequestInfo:
         body_bytes: of its body, once that was read.
         harmless, unknown: paths of the body's fields that have no effect, as the translation of
             its dialect found them: known to have none, and unknown.
+        spelled: paths of translated fields here, and as the client wrote them.
     """
 
     request_id: str
@@ -59,11 +60,16 @@ class RequestInfo:
     body_bytes: int = 0
     harmless: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    spelled: dict[str, str] = field(default_factory=dict)
 
     def name_ignored_fields(self, paths: list[str]) -> None:
         """Tell the client which fields were ignored, cleaned of anything a header must not
         carry."""
         self._name("x-chunkllama-ignored-fields", paths)
+
+    def name_left_out(self, paths: list[str]) -> None:
+        """Tell the client which parts of translated fields were ignored, by the names it sent."""
+        self.name_ignored_fields([spelled_path(self.spelled, path) for path in paths])
 
     def name_repairs(self, paths: list[str]) -> None:
         """Tell the client which parts of the conversation's past were repaired or left out."""
@@ -137,6 +143,7 @@ class RequestInfoMiddleware:
             wants_explanation=headers.get(b"x-chunkllama-explain", b"") in (b"1", b"true"),
         )
         scope[_SCOPE_KEY] = info
+        scope[SPELLED] = info.spelled
         request_id_context.set(info.request_id)
         path = canonical_path(scope["path"], self._root_path, keep_root=False)
         shape = error_shape(path, headers)

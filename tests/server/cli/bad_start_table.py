@@ -184,6 +184,12 @@ def _unknown_gguf(machine: Machine) -> Path:
     return _gguf_file(machine, "clip.gguf", b"general.architecture", value)
 
 
+def _late_gguf(machine: Machine) -> Path:
+    path = machine.folder / "late.gguf"
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 99, 0, 0))
+    return path
+
+
 def _part_of_gguf(machine: Machine) -> Path:
     """The second of three files that llama-gguf-split has written."""
     value = struct.pack("<IH", 2, 3)
@@ -206,6 +212,23 @@ def _outer_folder(machine: Machine) -> Path:
 
 def _meta_layout(machine: Machine) -> Path:
     return machine.file("{}", "llama/params.json").parent
+
+
+def _broken_link(machine: Machine) -> None:
+    """As a cache of the hub has it where a download was cut."""
+    weights = machine.model / "model.safetensors"
+    weights.unlink()
+    weights.symlink_to("../../blobs/0123")
+
+
+def _escaping_index(machine: Machine) -> None:
+    (machine.model / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "../../x.safetensors"}}
+    (machine.model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _value(**changes: object) -> Callable[[Machine], None]:
+    return lambda machine: machine.edit("config.json", **changes) and None
 
 
 def _without(name: str) -> Callable[[Machine], None]:
@@ -252,6 +275,9 @@ FLAGS = [
     _flags("adapter without folder", "--lora sql", "lora: write name=folder, not 'sql'"),
     _flags("another store", "--response-store mysql://x", "response_store: .*valkey://"),
     _flags("no secret file", "--namespace-secret-file /x", "namespace_secret_file: cannot read /x"),
+    _flags("no name of a model", "--model=", "model: string should have at least 1 character"),
+    _flags("adapter without name", "--lora =x", "lora: write name=folder, not '=x'"),
+    _flags("adapter twice", "--lora a=x --lora a=y", "lora: a occurs twice"),
     _flags("replicas alone", "--replicas 3", "replicas: needs cluster"),
     _flags("two flags for one", "--op-set cpu --backend cpu", "op_set.*former name of backend"),
     _variable("unknown variable", "CHUNKLLAMA_NUM_CHUNK", "3", "environment.*num_chunks"),
@@ -311,7 +337,41 @@ FOLDERS = [
            "config.json: unsupported architecture BertForMaskedLM; supported: "),
     _model("other shapes", lambda m: m.edit("config.json", hidden_size=128) and None,
            r"embed_tokens\.weight has shape \[272, 64\], config.json asks for"),
+    _model("config a list", _put("config.json", "[]"),
+           "config.json: expected a JSON object, got list"),
+    _model("size as text", _value(vocab_size="272"),
+           "vocab_size must be a positive integer, got '272'"),
+    _model("no heads", _value(num_attention_heads=0), "num_attention_heads must be a positive"),
+    _model("heads apart", _value(num_key_value_heads=3),
+           "4 is no multiple of num_key_value_heads 3"),
+    _model("endless layers", _value(num_hidden_layers=10**9),
+           "1000000000 layers, the weights hold"),
+    _model("epsilon as text", _value(rms_norm_eps="x"), "rms_norm_eps must be a number, got 'x'"),
+    _model("rope's base", _value(rope_theta=0), r"rope_theta must be in \[1, 1e\+15\], got 0"),
+    _model("rope's type", _value(rope_scaling={"type": "x", "factor": 2}), "rope_type 'x' is not"),
+    _model("no positions", _value(max_position_embeddings=0),
+           "max_position_embeddings must be a pos"),
+    _model("other quantization", _value(quantization_config={"quant_method": "bitsandbytes"}),
+           "quant_method 'bitsandbytes' is not supported; use awq, gptq"),
+    _model("tokenizer cut", _put("tokenizer.json", '{"version": "1.0"'),
+           "tokenizer.json: not valid"),
+    _model("tokenizer's web page", _put("tokenizer.json", LOGIN),
+           "tokenizer.json: a web page.*login"),
+    _model("tokenizer's settings", _put("tokenizer_config.json", "{"),
+           "tokenizer_config.json: not v"),
+    _model("sampling values", _put("generation_config.json", "{"),
+           "generation_config.json: not valid"),
+    _model("template of the folder", _put("chat_template.jinja", "{% for %}"),
+           "does not compile", True),
+    _model("empty weights", _put("model.safetensors", ""), "a header of 0 bytes in a file of 0"),
+    _model("broken link", _broken_link,
+           "model.safetensors: a link to ../../blobs/0123, which does not"),
+    _model("index to elsewhere", _escaping_index, "'../../x.safetensors', not a plain file name"),
+    _model("archive", lambda m: m.file("PK", "model.zip"),
+           "model.zip: a model is a folder, a .gguf"),
+    _model("unknown alias", lambda _: Path("smolm2"), "no known alias .smollm2-135m-instruct"),
     _model("no tokenizer", _without("tokenizer.json"), "neither tokenizer.json nor", True),
+    _model("GGUF of a later version", _late_gguf, "version 99; supported: 2 and 3"),
     _model("not a GGUF file", _gguf("x" * 100), "model.gguf: not a usable GGUF file"),
     _model("short GGUF file", _gguf("GGUF"), "model.gguf: not a GGUF file: shorter than a header"),
     _model("part of a GGUF file", _part_of_gguf, "one of 3 parts .*llama-gguf-split --merge"),
@@ -328,6 +388,7 @@ ENGINE = [
     _with("no such processor", "--cpu-bind 9999", "cpu_bind: .*not run on processor 9999; it may"),
     _with("three ranks", "--tp 3", "tensor_parallel_size: 3 does not divide the 4 attention heads"),
     _with("ranks and adapters", "--tp 2 --lora a=/x", "lora: adapters need tensor_parallel_size 1"),
+    _with("draft alone", "--draft-model x", "draft_model: needs speculation auto, which is off"),
     _with("adapter nowhere", "--lora sql=/nowhere", "lora: sql: /nowhere: no such folder"),
     _with("small pool", "--kv-cache-memory 1k", "kv_cache_memory: 1000 bytes hold fewer than two"),
     _with("large pool", "--num-chunks 2000000000", "num_chunks: the pool takes .*MiB"),

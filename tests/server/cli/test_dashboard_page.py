@@ -171,3 +171,4 @@ def test_texts_have_the_contrast_of_level_aa(scheme: str) -> None:
             assert _contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
     for bar in ("referenced", "private", "cached"):
         assert _contrast("#fff", colours[bar]) >= 4.5, bar
+        assert _contrast(colours["card"], colours[bar]) >= 3, bar

@@ -20,6 +20,7 @@ from chunkllama_server.api.schema.chat import (
 from chunkllama_server.transport.errors import invalid
 
 _ERROR = "Error:"
+_BILLING = "x-anthropic-billing-header:"
 
 
 class Place(NamedTuple):
@@ -62,9 +63,13 @@ class MessageReader:
         )
 
     def read_system(self, system: str | list[ContentBlock] | None) -> None:
-        """Add the system prompt."""
+        """Add the system prompt, without the line of Claude Code about its billing."""
         if isinstance(system, str):
-            self._add("system", [ContentPart(type="text", text=system)], "system")
+            text = _without_billing(system)
+            if text != system:
+                self.repairs.append("system")
+            if text or not system:
+                self._add("system", [ContentPart(type="text", text=text)], "system")
         elif system is not None:
             self._read_system_blocks(system, "system")
 
@@ -77,7 +82,12 @@ class MessageReader:
             if block.type != "text" or block.text is None:
                 self.repairs.append(where)
                 continue
-            parts.append(ContentPart(type="text", text=block.text))
+            text = _without_billing(block.text)
+            if text != block.text:
+                self.repairs.append(where)
+                if not text:
+                    continue
+            parts.append(ContentPart(type="text", text=text))
             self._note(block, where, Place(len(self.messages), len(parts) - 1))
         if parts:
             self._add("system", parts, path)
@@ -226,6 +236,12 @@ class MessageReader:
                 "The last message of the assistant must not end with white space", f"{path}.content"
             )
         self.continues = bool(text)
+
+
+def _without_billing(text: str) -> str:
+    """A text of the system prompt without a first line of Claude Code about its billing, which is
+    another one in each request: no prompt behind it would be found in the cache."""
+    return text.partition("\n")[2] if text.startswith(_BILLING) else text
 
 
 def _document_text(block: ContentBlock) -> str | None:

@@ -73,7 +73,7 @@ def as_chat(
     reader.read_messages(body.messages)
     if not reader.messages:
         raise invalid("The conversation has no message", "messages")
-    tools = [_tool(tool) for tool in body.tools or ()]
+    tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
     choice = body.tool_choice
     thinks = _thinking(body, has_thoughts)
     if isinstance(body, MessagesRequest) and not thinks_between_tools:
@@ -97,6 +97,7 @@ def as_chat(
     if body.output_format is not None:
         spelled["response_format.json_schema.schema"] = "output_format.schema"
     for index in range(len(tools)):
+        spelled[f"tools[{index}].function"] = f"tools[{index}]"
         spelled[f"tools[{index}].function.parameters"] = f"tools[{index}].input_schema"
     return ChatOf(chat, spelled, thinks.ignored)
 
@@ -112,9 +113,12 @@ def _sampling(body: MessagesRequest) -> dict[str, Any]:
     }
 
 
-def _tool(tool: ToolDefinition) -> ChatTool:
+def _tool(tool: ToolDefinition, path: str) -> ChatTool:
     """A tool of the chat; one that is left out keeps its place, so that errors name the right
     one."""
+    if tool.type == "function":
+        text = "Tools of type function are of OpenAI's API; send name, description and input_schema"
+        raise invalid(text, f"{path}.type")
     if tool.is_skipped():
         return ChatTool(type=tool.type or "")
     function = FunctionDefinition.model_construct(
@@ -130,6 +134,8 @@ def _tool_choice(body: CountTokensRequest) -> Any:
     choice = body.tool_choice
     if choice is None:
         return None
+    if choice.type in ("any", "tool") and body.tools and all(t.is_skipped() for t in body.tools):
+        raise invalid("All tools of the request are run by Anthropic's servers", "tool_choice")
     if choice.type != "tool":
         return _CHOICES[choice.type]
     if choice.name is None:

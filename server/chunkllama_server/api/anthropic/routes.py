@@ -21,7 +21,6 @@ from chunkllama_server.api.schema.anthropic_response import (
     MessageTokensCount,
 )
 from chunkllama_server.transport.body import JsonRoute, json_response
-from chunkllama_server.transport.errors import SPELLED
 from chunkllama_server.transport.request_context import request_info
 from chunkllama_server.transport.sse import unless_disconnected
 
@@ -50,7 +49,7 @@ async def _prepare(
         thinks_between_tools=_INTERLEAVED in request.headers.get("anthropic-beta", ""),
     )
     translated = await context.prepare(info, translate)
-    request.scope[SPELLED] = translated.spelled
+    info.spelled.update(translated.spelled)
     info.name_ignored_fields(translated.ignored)
     return await prepare_chat(translated.chat, context, info)
 

@@ -260,7 +260,7 @@ class PreparedChat:
         prepare = partial(self.context.prepare, info)
         limits = self.context.settings
         grammar, more = await checked_grammar(check, prepare, build, sources, num_tokens, limits)
-        info.name_ignored_fields(left_out + more)
+        info.name_left_out(left_out + more)
         return with_thoughts(
             grammar,
             self.prompt.thoughts,

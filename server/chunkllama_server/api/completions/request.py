@@ -140,7 +140,7 @@ async def completion_sampling(
     check, limits = context.grammars.check, context.settings
     prepare = partial(context.prepare, info)
     grammar, more = await checked_grammar(check, prepare, build, sources, most, limits)
-    info.name_ignored_fields(left_out + more)
+    info.name_left_out(left_out + more)
     scores_prompt = max_tokens == 0 or (body.echo and body.logprobs is not None)
     if scores_prompt:
         num_top = max(body.prompt_logprobs or 0, body.logprobs or 0)

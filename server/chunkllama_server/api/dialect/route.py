@@ -16,7 +16,6 @@ from chunkllama_server.api.schema.embeddings import EmbeddingRequest
 from chunkllama_server.api.schema.responses import ResponseRequest
 from chunkllama_server.api.schema.tokenize import TokenizeRequest
 from chunkllama_server.transport.body import JsonRoute
-from chunkllama_server.transport.errors import SPELLED
 from chunkllama_server.transport.request_context import request_info
 
 MODELS: Mapping[Endpoint, type[RequestModel]] = {
@@ -47,7 +46,7 @@ class DialectRoute(JsonRoute):
         if endpoint is None or not isinstance(parsed, dict):
             return parsed
         result = translate(parsed, endpoint, MODELS[endpoint].wire_names())
-        scope[SPELLED] = result.spelled
         info = request_info(scope)
+        info.spelled.update(result.spelled)
         info.harmless, info.unknown = result.harmless, result.unknown
         return result.body

@@ -46,7 +46,6 @@ from chunkllama_server.api.schema.ollama import (
 )
 from chunkllama_server.api.tools.config import ToolConfig
 from chunkllama_server.transport.body import JsonRoute, json_response
-from chunkllama_server.transport.errors import SPELLED as SPELLED_KEY
 from chunkllama_server.transport.errors import invalid
 from chunkllama_server.transport.request_context import RequestInfo, request_info
 from chunkllama_server.transport.sse import unless_disconnected
@@ -73,7 +72,7 @@ async def _admit(
     if context.adapter_of(body.model) is None:
         body.__dict__["model"] = body.model.removesuffix(_LATEST)
     info = await context.admit(body, request)
-    request.scope[SPELLED_KEY] = SPELLED  # later errors name fields of the completion
+    info.spelled.update(SPELLED)  # later errors name fields of the completion
     return info
 
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, NotRequired
 
 import msgspec
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from chunkllama_server.api.schema.base import RequestModel
 
 MESSAGES = "/v1/messages"
+_WINDOW = "^[0-9]{1,5}[smhd]$"
 _KEY_CHARS, _VALUE_CHARS = 64, 512  # of metadata
+
+
+def _check_window(value: str) -> str:
+    if re.fullmatch(_WINDOW, value) is None:
+        raise PydanticCustomError("window", "Send a number with its unit s, m, h or d, such as 24h")
+    return value
 
 
 class OutputExpiry(RequestModel):
@@ -34,8 +43,8 @@ class BatchRequest(RequestModel):
         "/v1/embeddings",
         "/v1/messages",
     ] = Field(description="Honoured: the url of all lines.")
-    completion_window: str = Field(
-        pattern=r"^\d{1,5}[smhd]$",
+    completion_window: Annotated[str, AfterValidator(_check_window)] = Field(
+        json_schema_extra={"pattern": _WINDOW},
         description='Honoured: the batch expires after this time, e.g. "24h"; at most "30d".',
     )
     metadata: (

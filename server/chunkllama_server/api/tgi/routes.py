@@ -30,7 +30,7 @@ from chunkllama_server.api.schema.tgi import (
 )
 from chunkllama_server.api.tgi.response import TGI_STREAM, TgiGeneration
 from chunkllama_server.transport.body import JsonRoute, json_response
-from chunkllama_server.transport.errors import SPELLED, invalid
+from chunkllama_server.transport.errors import invalid
 from chunkllama_server.transport.request_context import request_info
 from chunkllama_server.transport.sse import unless_disconnected
 
@@ -41,7 +41,10 @@ _SPELLED = {
     "prompt": "inputs",
     "max_tokens": "parameters.max_new_tokens",
     "min_tokens": "parameters.min_new_tokens",
-    "structured_outputs": "parameters.grammar.value",
+    **dict.fromkeys(
+        ("structured_outputs", "structured_outputs.json", "structured_outputs.regex"),
+        "parameters.grammar.value",
+    ),
     "stop": "parameters.stop",
 }
 
@@ -105,7 +108,7 @@ async def _start(
     body: TgiRequest, request: Request, context: ServerContext, *, streams: bool
 ) -> TgiGeneration:
     info = await context.admit(body, request)
-    request.scope[SPELLED] = _SPELLED
+    info.spelled.update(_SPELLED)
     model = context.allowed_models(info.tenant)[0]
     completion = completion_of(body, model, streams=streams)
     parameters = body.parameters or TgiParameters()
@@ -148,7 +151,7 @@ async def compat_generate(body: TgiCompatRequest, request: Request, context: Con
 async def embed(body: TeiEmbedRequest, request: Request, context: Context) -> Response:
     """Embed one text or several; huggingface_hub's feature_extraction."""
     info = await context.admit(body, request)
-    request.scope[SPELLED] = {"input": "inputs"}
+    info.spelled["input"] = "inputs"
     scaled = body.normalize is not False
     if not scaled and body.dimensions is not None:
         raise invalid("dimensions needs normalize", "dimensions")
@@ -170,7 +173,7 @@ async def info(request: Request, context: Context) -> TgiInfo:
     return {
         "model_id": context.allowed_models(request_info(request.scope).tenant)[0],
         "model_sha": None,
-        "model_dtype": settings.dtype,
+        "model_dtype": engine.dtype,
         "model_device_type": engine.device,
         "model_pipeline_tag": "text-generation",
         "max_concurrent_requests": settings.max_num_seqs + settings.max_waiting,

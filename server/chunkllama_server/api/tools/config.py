@@ -142,6 +142,16 @@ def _functions(body: ChatCompletionRequest) -> list[tuple[str, FunctionDefinitio
     return functions
 
 
+def _by_name(functions: list[tuple[str, FunctionDefinition]]) -> dict[str, FunctionDefinition]:
+    by_name: dict[str, FunctionDefinition] = {}
+    for path, function in functions:
+        if function.name in by_name:
+            where = f"{path.removesuffix('.parameters')}.name"
+            raise invalid(f"{function.name!r} is the name of an earlier tool", where)
+        by_name[function.name] = function
+    return by_name
+
+
 def _are_tools(functions: list[FunctionDefinition], tools: list[ChatTool]) -> bool:
     """Whether functions are the same as tools, for servers of either kind."""
     return functions == [tool.function for tool in tools if not tool.is_skipped()]
@@ -192,14 +202,12 @@ def plan_tools(
             if getattr(body, field) not in (None, "none", "auto"):
                 raise invalid(f"{field} needs tools", field)
         return ToolConfig(format=output_format)
-    mode, allowed, path = _choice(body)
-    by_name = {function.name: function for _, function in functions}
-    if len(by_name) < len(functions):
-        raise invalid("Two tools have the same name", "tools")
+    mode, allowed, chosen = _choice(body)
+    by_name = _by_name(functions)
     if allowed is not None:
         for name in allowed:
             if name not in by_name:
-                raise invalid(f"{name!r} is not among the tools", path)
+                raise invalid(f"{name!r} is not among the tools", chosen)
         by_name = {name: by_name[name] for name in allowed}
     by_path = {path: function for path, function in functions if function.name in by_name}
     # The prompt shows the same tools for any tool_choice, so that its prefix stays cached.
@@ -207,7 +215,7 @@ def plan_tools(
     if mode == "none":
         return ToolConfig(prompt_tools=prompt_tools, format=output_format)
     is_single = (
-        body.parallel_tool_calls is False or body.functions is not None or path.endswith(".name")
+        body.parallel_tool_calls is False or body.functions is not None or chosen.endswith(".name")
     )
     input_grammar = _input_grammar(by_path, limits) if mode == "required" else None
     # Schemas of calls that nothing constrains are only shown.
