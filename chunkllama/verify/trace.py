@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -28,10 +28,8 @@ from chunkllama.models.loading.safetensors import Checkpoint
 from chunkllama.models.loading.weights import load_weights
 from chunkllama.models.rotary import head_order, rotary_tables
 from chunkllama.scheduler.output import ScheduledSlice, SchedulerOutput
+from chunkllama.verify.numbers import TheirModel
 from chunkllama.verify.report import Finding
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _TOLERANCE: Final = 1e-3  # of the stage's largest value
 _ATTENTION: Final = "chunkllama_verify"
@@ -94,7 +92,7 @@ class _Recorder(ReferenceBackend):
         return y
 
 
-def first_difference(folder: Path, reference: PreTrainedModel, ids: list[int]) -> Finding:
+def first_difference(folder: Path, reference: TheirModel, ids: list[int]) -> Finding:
     """Compare all stages of one sequence, in the order of computation.
 
     Args:
@@ -178,7 +176,7 @@ def _names(weights: ModelWeights) -> dict[int, str]:
     return names
 
 
-def _their_stages(model: PreTrainedModel, spec: ModelSpec, ids: list[int]) -> Stages:
+def _their_stages(model: TheirModel, spec: ModelSpec, ids: list[int]) -> Stages:
     parts: dict[str, list[torch.Tensor]] = {}
     hooks = []
 
@@ -193,13 +191,13 @@ def _their_stages(model: PreTrainedModel, spec: ModelSpec, ids: list[int]) -> St
         hooks.append(module.register_forward_hook(hook))
 
     names = ARCHITECTURES[spec.architecture].names
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(model.get_submodule("model.layers").children()):
         for field, modules in _modules(names, spec, index).items():
             for name in modules:
                 keep(layer.get_submodule(name), f"{index} {field}")
         if spec.layer(index).norm_after_rotation:
             keep(layer.get_submodule(names.q_norm), f"{index} rotated", its_input=True)
-    keep(model.model.norm, "final norm")
+    keep(model.get_submodule("model.norm"), "final norm")
     try:
         with torch.inference_mode(), _recorded_attention(model, spec, parts):
             output = model(torch.tensor([ids]), use_cache=False, output_hidden_states=True)
@@ -239,7 +237,7 @@ class _recorded_attention:
     """
 
     def __init__(
-        self, model: PreTrainedModel, spec: ModelSpec, parts: dict[str, list[torch.Tensor]]
+        self, model: TheirModel, spec: ModelSpec, parts: dict[str, list[torch.Tensor]]
     ) -> None:
         self._model = model
         self._parts = parts
