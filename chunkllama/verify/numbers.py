@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -21,9 +21,6 @@ from chunkllama.models.loading.safetensors import Checkpoint, is_quantized
 from chunkllama.models.text_part import text_part
 from chunkllama.scheduler.output import ScheduledSlice, SchedulerOutput
 from chunkllama.verify.report import LOG_PROBABILITIES, Finding
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 CHUNK: Final = 64
 # float32 sums differ by their order alone; bfloat16 may be as far from float32 as transformers' own
@@ -57,6 +54,21 @@ def variants(backends: Sequence[str], quantizations: Sequence[str]) -> Iterator[
         for quantization in quantizations:
             if quantization != "auto" and backend == "cpu":
                 yield Variant(backend, "bfloat16", quantization)  # type: ignore[arg-type]
+
+
+class TheirModel(Protocol):
+    """What is used of a model of transformers."""
+
+    config: Any
+
+    def __call__(self, ids: torch.Tensor, **options: Any) -> Any:
+        """Return the output for ids [1, T]; ``logits`` [1, T, vocab] and more by its options."""
+
+    def get_submodule(self, target: str) -> torch.nn.Module:
+        """Return a module by its path."""
+
+    def set_attn_implementation(self, name: str) -> None:
+        """Choose a registered function of attention."""
 
 
 class Reference:
@@ -93,7 +105,7 @@ class Reference:
             ) from None
         if missing := sorted(loading["missing_keys"]):  # transformers would make them up
             raise ConfigError(f"{folder}: transformers finds no tensor {missing[0]}")
-        self.model: PreTrainedModel = model.eval()
+        self.model: TheirModel = model.eval()
 
     @torch.inference_mode()
     def log_probabilities(self, ids: Sequence[int]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -28,10 +28,8 @@ from chunkllama.models.loading.safetensors import Checkpoint
 from chunkllama.models.loading.weights import load_weights
 from chunkllama.models.rotary import head_order, rotary_tables
 from chunkllama.scheduler.output import ScheduledSlice, SchedulerOutput
+from chunkllama.verify.numbers import TheirModel
 from chunkllama.verify.report import Finding
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _TOLERANCE: Final = 1e-3  # of the stage's largest value
 _ATTENTION: Final = "chunkllama_verify"
@@ -94,7 +92,7 @@ class _Recorder(ReferenceBackend):
         return y
 
 
-def first_difference(folder: Path, reference: PreTrainedModel, ids: list[int]) -> Finding:
+def first_difference(folder: Path, reference: TheirModel, ids: list[int]) -> Finding:
     """Compare all stages of one sequence, in the order of computation.
 
     Args:
@@ -178,7 +176,7 @@ def _names(weights: ModelWeights) -> dict[int, str]:
     return names
 
 
-def _their_stages(model: PreTrainedModel, spec: ModelSpec, ids: list[int]) -> Stages:
+def _their_stages(model: TheirModel, spec: ModelSpec, ids: list[int]) -> Stages:
     parts: dict[str, list[torch.Tensor]] = {}
     hooks = []
 
@@ -194,13 +192,13 @@ def _their_stages(model: PreTrainedModel, spec: ModelSpec, ids: list[int]) -> St
 
     names = ARCHITECTURES[spec.architecture].names
     decoder = _decoder(model)
-    for index, layer in enumerate(decoder.layers):
+    for index, layer in enumerate(decoder.get_submodule("layers").children()):
         for field, modules in _modules(names, spec, index).items():
             for name in modules:
                 keep(layer.get_submodule(name), f"{index} {field}")
         if spec.layer(index).norm_after_rotation:
             keep(layer.get_submodule(names.q_norm), f"{index} rotated", its_input=True)
-    keep(decoder.norm, "final norm")
+    keep(decoder.get_submodule("norm"), "final norm")
     try:
         with torch.inference_mode(), _recorded_attention(model, spec, parts):
             output = model(torch.tensor([ids]), use_cache=False, output_hidden_states=True)
@@ -213,10 +211,11 @@ def _their_stages(model: PreTrainedModel, spec: ModelSpec, ids: list[int]) -> St
     return _in_our_order(stages, spec)
 
 
-def _decoder(model: Any) -> Any:
+def _decoder(model: TheirModel) -> torch.nn.Module:
     """The module with the layers: of a multimodal model that of its text model."""
-    inner = model.model
-    return getattr(inner, "language_model", None) or getattr(inner, "text_model", None) or inner
+    inner = model.get_submodule("model")
+    parts = dict(inner.named_children())
+    return parts.get("language_model") or parts.get("text_model") or inner
 
 
 def _modules(names: LayerNames, spec: ModelSpec, index: int) -> dict[str, tuple[str, ...]]:
@@ -246,7 +245,7 @@ class _recorded_attention:
     """
 
     def __init__(
-        self, model: PreTrainedModel, spec: ModelSpec, parts: dict[str, list[torch.Tensor]]
+        self, model: TheirModel, spec: ModelSpec, parts: dict[str, list[torch.Tensor]]
     ) -> None:
         self._model = model
         self._parts = parts

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -16,6 +19,7 @@ from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
 from chunkllama.engine.core import EngineCore
 from chunkllama.engine.grammar import GrammarCompiler
+from chunkllama.engine.supervisor import SupervisedEngineClient
 from chunkllama.messages import EngineRequest
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.sampling_params import SamplingParams
@@ -227,3 +231,21 @@ class Run:
 @pytest.fixture
 def run() -> Callable[[EngineCore], Run]:
     return Run
+
+
+@pytest.fixture
+def open_client(tiny_model: tuple[Path, torch.nn.Module]) -> Callable[..., Any]:
+    """Start supervised engine processes on the tiny model; none is left after the block."""
+
+    @asynccontextmanager
+    async def open_(**options: float) -> AsyncIterator[SupervisedEngineClient]:
+        model = {"model": str(tiny_model[0]), "dtype": "float32", "threads": 1}
+        config = EngineConfig.from_flat(**model, num_chunks=64)
+        client = await SupervisedEngineClient.start(config, **options)
+        try:
+            yield client
+        finally:
+            await client.close()
+            assert not psutil.pid_exists(client.pid)
+
+    return open_
