@@ -183,5 +183,6 @@ def test_S31_storms(tiny_core) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("first", range(1000, 2000, 100))
-def test_many_storms(tiny_core, first) -> None:
+def test_many_storms(tiny_core, first, child_environment) -> None:
+    first += 1000 * int(child_environment["CHUNKLLAMA_TEST_SEED"])
     run_storms(tiny_core, range(first, first + 100), 50)

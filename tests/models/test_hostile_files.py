@@ -24,13 +24,11 @@ from chunkllama.models.loading.gguf_layout import check_gguf
 from chunkllama.models.loading.safetensors import Checkpoint, read_header
 from chunkllama.text.tokenizer import load_tokenizer
 
-SEED = int(os.environ.get("CHUNKLLAMA_TEST_SEED", "0"))
 
-
-def run(kind: str, count: int, folder: Path) -> None:
+def run(kind: str, count: int, folder: Path, seed: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "RUST_BACKTRACE"}
     done = subprocess.run(
-        [sys.executable, hostile_files.__file__, kind, str(count), str(SEED), str(folder)],
+        [sys.executable, hostile_files.__file__, kind, str(count), seed, str(folder)],
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -45,14 +43,18 @@ def run(kind: str, count: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", list(hostile_files.FILES))
-def test_S23_mutations_are_refused_in_one_line_or_served(kind: str, tmp_path: Path) -> None:
-    run(kind, 100, tmp_path)
+def test_S23_mutations_are_refused_in_one_line_or_served(
+    kind: str, tmp_path: Path, child_environment: dict[str, str]
+) -> None:
+    run(kind, 100, tmp_path, child_environment["CHUNKLLAMA_TEST_SEED"])
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", list(hostile_files.FILES))
-def test_two_thousand_mutations(kind: str, tmp_path: Path) -> None:
-    run(kind, 2000, tmp_path)
+def test_two_thousand_mutations(
+    kind: str, tmp_path: Path, child_environment: dict[str, str]
+) -> None:
+    run(kind, 2000, tmp_path, child_environment["CHUNKLLAMA_TEST_SEED"])
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from chunkllama_server.api.common.sampling import (
     check_lengths,
     check_prompt_ids,
 )
-from chunkllama_server.api.common.text_service import pause_after, texts_size
+from chunkllama_server.api.common.text_service import pause_after
 from chunkllama_server.api.schema.embeddings import EmbeddingRequest
 from chunkllama_server.transport.errors import invalid
 from chunkllama_server.transport.request_context import RequestInfo
@@ -55,16 +55,12 @@ async def input_ids(
     is_one = isinstance(given, str) or isinstance(given[0], int)
     inputs = cast(list[str | list[int]], [given] if is_one else given)
     info, result = context.engine.info, []
-    size = texts_size(inputs)
-    for index, item in enumerate(inputs):
+    special = body.add_special_tokens is not False
+    async for ids in context.text.encode_all(inputs, add_special_tokens=special):
+        index = len(result)
         param = "input" if is_one else f"input[{index}]"
-        if item == "":
+        if inputs[index] == "":
             raise invalid("An input must not be empty", param)
-        ids = item
-        if isinstance(ids, str):
-            ids = await context.text.encode(
-                ids, add_special_tokens=body.add_special_tokens is not False, size=size
-            )
         if truncates:
             ids = ids[: info.max_request_tokens]
         if (kept := body.truncate_prompt_tokens) is not None:

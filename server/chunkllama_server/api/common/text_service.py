@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from chunkllama.logger import tenant_context
@@ -149,15 +149,40 @@ class TextService:
         Args:
             size: characters of all texts of the request, if it has several.
         """
+        (ids,) = await self._encode_group([text], size or len(text), add_special_tokens)
+        return ids
 
-        def work() -> list[int]:
-            return self.tokenizer.encode(
-                text, add_special_tokens=add_special_tokens, allow_special=True
-            )
+    async def encode_all(
+        self, prompts: Sequence[str | list[int]], *, add_special_tokens: bool
+    ) -> AsyncIterator[list[int]]:
+        """Yield the token ids of several prompts, as ``encode``; lists of ids are yielded as they
+        are.
 
-        if len(text) > max(_LARGE, self._limits.text_offload_chars):
+        Short texts go to the thread in groups: to hand over each one costs more than its tokens.
+        """
+        size = texts_size(prompts)
+        for group in _groups(prompts, self._limits.text_offload_chars):
+            texts = [prompt for prompt in group if isinstance(prompt, str)]
+            encoded = iter(await self._encode_group(texts, size, add_special_tokens))
+            for item in group:
+                yield next(encoded) if isinstance(item, str) else item
+
+    async def _encode_group(
+        self, texts: list[str], size: int, add_special_tokens: bool
+    ) -> list[list[int]]:
+        def work() -> list[list[int]]:
+            return [
+                self.tokenizer.encode(
+                    text, add_special_tokens=add_special_tokens, allow_special=True
+                )
+                for text in texts
+            ]
+
+        if not texts:
+            return []
+        if len(texts[0]) > max(_LARGE, self._limits.text_offload_chars):
             return await self._run_large(work)
-        return await self.run(len(text) if size is None else size, work)
+        return await self.run(size, work)
 
     async def _run_large(self, work: Callable[[], T]) -> T:
         """``work()`` where no thread wants a processor, or from the start in the usual thread when
@@ -204,6 +229,20 @@ async def pause_after(index: int) -> None:
     """Let the event loop turn to other requests after each 64th of many items."""
     if index % _AT_ONCE == _AT_ONCE - 1:
         await asyncio.sleep(0)
+
+
+def _groups(
+    prompts: Sequence[str | list[int]], num_chars: int
+) -> Iterator[Sequence[str | list[int]]]:
+    """Divide prompts into runs of at most 64, and of a text alone or at most ``num_chars``."""
+    start = chars = 0
+    for index, prompt in enumerate(prompts):
+        count = len(prompt) if isinstance(prompt, str) else 0
+        if index > start and (index == start + _AT_ONCE or chars + count > num_chars):
+            yield prompts[start:index]
+            start, chars = index, 0
+        chars += count
+    yield prompts[start:]
 
 
 def texts_size(prompts: Iterable[str | list[int]]) -> int:

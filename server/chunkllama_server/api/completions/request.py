@@ -28,7 +28,7 @@ from chunkllama_server.api.common.structured_outputs import (
     answer_sources,
     grammar_of,
 )
-from chunkllama_server.api.common.text_service import pause_after, texts_size
+from chunkllama_server.api.common.text_service import pause_after
 from chunkllama_server.api.schema.completions import NO_LIMIT, CompletionRequest
 from chunkllama_server.transport.errors import exceeded, invalid
 from chunkllama_server.transport.request_context import RequestInfo
@@ -77,14 +77,10 @@ async def prompt_ids(body: CompletionRequest, context: ServerContext) -> list[li
     choices = len(prompts) * max(body.n or 1, body.best_of or 1)
     if choices > context.settings.max_request_choices:
         raise exceeded(context.settings, "max_request_choices", "prompt", value=choices)
-    encoded = []
-    size = texts_size(prompts)
-    for index, item in enumerate(prompts):
-        ids = item
-        if isinstance(ids, str):
-            ids = await context.text.encode(
-                ids, add_special_tokens=body.add_special_tokens is not False, size=size
-            )
+    encoded: list[list[int]] = []
+    special = body.add_special_tokens is not False
+    async for ids in context.text.encode_all(prompts, add_special_tokens=special):
+        index = len(encoded)
         if body.truncate_prompt_tokens is not None:
             ids = ids[-body.truncate_prompt_tokens :]
         param = f"prompt[{index}]" if is_list else "prompt"
