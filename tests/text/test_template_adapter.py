@@ -234,9 +234,7 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-@pytest.mark.parametrize(
-    "tools", [None, [tool("get_weather")], [BARE]], ids=["no tools", "tools", "a bare tool"]
-)
+@pytest.mark.parametrize("tools", [None, [tool("get_weather")]], ids=["no tools", "tools"])
 def test_nothing_of_a_conversation_is_dropped(family, name, tools):
     template, _ = family
     conversation = CONVERSATIONS[name]
@@ -246,7 +244,14 @@ def test_nothing_of_a_conversation_is_dropped(family, name, tools):
         assert message["content"] in text
         for made in message.get("tool_calls", ()):
             assert "get_weather" in text and made["function"]["arguments"]["city"] in text
-    assert not tools or tools[0]["function"]["description"] in text
+    assert not tools or "qzdescription" in text
+
+
+def test_parameters_need_no_type_and_no_description(family):
+    template, _ = family
+    messages, shown = adapt([USER], [BARE], template.capabilities)
+    text = template.render(messages, tools=shown, require_all_text=True)
+    assert "ask-one" in text and "qzdescription" in text
 
 
 def test_results_follow_their_calls_where_one_call_is_shown_at_a_time(tokenizer):
