@@ -94,12 +94,35 @@ def adapt(
         messages = _with_first_user(messages)
     if not able.repeated_roles:
         messages = _merge_repeated(messages)
+    if not able.system_optional and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": ""}, *messages]
+    if not able.empty_text:
+        messages = [
+            m if m["content"] or "tool_calls" in m else {**m, "content": " "} for m in messages
+        ]
+    if tools and not able.bare_tools:
+        tools = [_with_described_parameters(tool) for tool in tools]
     if able.content == "parts":
         messages = [
             {**m, "content": [{"type": "text", "text": m["content"]}] if m["content"] else []}
             for m in messages
         ]
     return messages, tools
+
+
+def _with_described_parameters(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool whose parameters have the members that the template prints without asking."""
+    function = tool["function"]
+    parameters = {"required": [], **function["parameters"]}
+    properties = parameters.get("properties")
+    if isinstance(properties, Mapping):
+        parameters["properties"] = {
+            name: {"type": "any", "description": "", **schema}
+            if isinstance(schema, dict)
+            else schema
+            for name, schema in properties.items()
+        }
+    return {**tool, "function": {**function, "parameters": parameters}}
 
 
 def describe_tools(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
@@ -279,10 +302,10 @@ def _merge_repeated(messages: list[Message]) -> list[Message]:
 def find_dropped(messages: list[Message], rendered: str) -> int | None:
     """Index of the first message whose text is not in the rendered prompt, None if all are.
 
-    White space at the ends may be trimmed, a text may be written as JSON, and of an assistant's
-    text the thoughts before ``</think>`` may be left out.
+    White space may be trimmed and written in another way, a text may be written as JSON, and of an
+    assistant's text the thoughts before ``</think>`` may be left out.
     """
-    start = 0
+    start, words = 0, ""
     for index, message in enumerate(messages):
         content = message.get("content")
         parts = content if isinstance(content, list) else [{"text": content}]
@@ -296,7 +319,9 @@ def find_dropped(messages: list[Message], rendered: str) -> int | None:
             if found >= 0:
                 start = found
             elif text not in rendered and not _is_printed_as_json(text, rendered):
-                return index
+                words = words or " ".join(rendered.split())
+                if " ".join(text.split()) not in words:
+                    return index
     return None
 
 

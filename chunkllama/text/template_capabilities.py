@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 from chunkllama.text.thoughts import KNOWN_TAGS
@@ -46,10 +46,13 @@ class TemplateCapabilities:
         content: whether text is given as a string or as a list of parts.
         system: it prints a first system message, also where a call's result is the last one.
         system_anywhere: it prints system messages at any place, several of them too.
+        system_optional: a conversation needs no system message.
         first_answer: a conversation may begin with an answer, or have no user's turn.
         developer: it has a form of its own for the role developer.
         repeated_roles: it prints two user or two assistant messages in a row.
-        tools: it prints the tools.
+        empty_text: an answer may be empty.
+        tools: it prints the tools, also where a call's result is the last message.
+        bare_tools: parameters of tools need neither type nor description.
         tool_calls: it prints earlier calls: their names and arguments.
         arguments: whether a call's arguments are given as an object or as JSON text.
         parallel_calls: it prints several calls of one message.
@@ -68,10 +71,13 @@ class TemplateCapabilities:
     content: Literal["text", "parts"] = "text"
     system: bool = True
     system_anywhere: bool = True
+    system_optional: bool = True
     first_answer: bool = True
     developer: bool = False
     repeated_roles: bool = True
+    empty_text: bool = True
     tools: bool = True
+    bare_tools: bool = True
     tool_calls: bool = True
     arguments: Literal["object", "text"] = "object"
     parallel_calls: bool = True
@@ -110,17 +116,43 @@ def tool(name: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
+_BARE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _NAME,
+        "description": "",
+        "parameters": {"type": "object", "properties": {_KEY: {}}},
+    },
+}
+
+
 def probe(render: Render, vocabulary: Container[str] = ()) -> TemplateCapabilities:
     """Render the probes; a template that refuses even a greeting is taken to express everything.
 
     Args:
         vocabulary: the added tokens, which may have the tags of thoughts.
     """
-    for content in ("text", "parts"):
-        probes = _Probes(render, content, vocabulary)
-        if probes.prints([probes.message("user", "qzhello")], "qzhello"):
-            return probes.run()
+    for given in (render, _behind_a_system_message(render)):
+        for content in ("text", "parts"):
+            probes = _Probes(given, content, vocabulary)
+            if probes.prints([probes.message("user", "qzhello")], "qzhello"):
+                return replace(probes.run(), system_optional=given is render)
     return TemplateCapabilities()
+
+
+def _behind_a_system_message(render: Render) -> Render:
+    """Render conversations behind an empty system message, for a template that requires one."""
+
+    def rendered(
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        arguments: dict[str, Any] | None = None,
+    ) -> str | None:
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": ""}, *messages]
+        return render(messages, tools, arguments)
+
+    return rendered
 
 
 class _Probes:
@@ -167,10 +199,25 @@ class _Probes:
             first_answer=self._begins_with_an_answer(first, answer, again),
             developer=self._knows_developer(user),
             repeated_roles=self.prints(repeated, "qzone", "qzthree", "qztwo", "qzfour", "qzthree"),
-            tools=_NAME in with_tools,
+            empty_text=self._accepts_an_empty_answer(user, answer, again),
+            tools=_NAME in with_tools and self._shows_tools_later(calls),
+            bare_tools=not with_tools or self._render([user], [_BARE_TOOL]) is not None,
             **self._thoughts(user, again, prompt),
             **calls,
         )
+
+    def _accepts_an_empty_answer(self, user: Message, answer: Message, again: Message) -> bool:
+        empty = {**answer, "content": "" if self._content == "text" else []}
+        refuses = self._render([user, empty, again], None) is None
+        return not refuses or self._render([user, answer, again], None) is None
+
+    def _shows_tools_later(self, calls: dict[str, Any]) -> bool:
+        """Whether the tools are printed where the last message is a call's result."""
+        if not (calls["tool_calls"] and calls["tool_results"]):
+            return True
+        ident = LONG_ID if calls["long_call_ids"] else SHORT_ID
+        made = self._conversation(1, ident, calls["arguments"] == "text")
+        return self.prints(made, "qzunused", tools=[tool(_NAME), tool("qzunused")])
 
     def _begins_with_an_answer(self, system: Message, answer: Message, user: Message) -> bool:
         """Whether a conversation may begin with an answer, and need not have a user's turn."""

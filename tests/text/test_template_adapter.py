@@ -7,7 +7,7 @@ from tiny_model import byte_tokenizer
 
 from chunkllama.errors import InvalidRequestError
 from chunkllama.text.chat_template import ChatTemplate
-from chunkllama.text.template_adapter import adapt, find_dropped
+from chunkllama.text.template_adapter import adapt, find_dropped, template_tool
 from chunkllama.text.template_capabilities import TemplateCapabilities, tool
 from chunkllama.text.tokenizer import Tokenizer
 from chunkllama.text.tokenizer_files import DecodeRule
@@ -101,6 +101,29 @@ THINKING = HERMES + "{% if add_generation_prompt %}<|im_start|>assistant\n<think
 RESULT_DROPPED = TOOLS + EACH + "{% if m.role != 'tool' %}<{{ m.role }}>{{ m.content }}"
 RESULT_DROPPED += "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
 RESULT_DROPPED += "{% endif %}{% endfor %}"
+SYSTEM_REQUIRED = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+)
+SYSTEM_REQUIRED += HERMES
+TEXT_REQUIRED = (
+    EACH + "{% if not m.content %}{{ raise_exception('no text') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+FIRST_PART = EACH + "<{{ m.role }}>{{ m.content[0].text }}{% endfor %}"
+# It prints the tools behind the last user message alone.
+TOOLS_AT_THE_END = (
+    EACH + "{% if tools and loop.last and m.role == 'user' %}{{ tools | tojson }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}"
+    "{% endfor %}{% endfor %}"
+)
+DESCRIBED = (
+    "{% for t in tools or [] %}{{ t.function.name + ': ' + t.function.description }}"
+    "{% for name, value in t.function.parameters.properties.items() %}"
+    "{{ name + ' (' + value.type + '): ' + value.description }}{% endfor %}{% endfor %}"
+    + HERMES.removeprefix(TOOLS)
+)
+# Falcon: an empty line becomes a line's end.
+NO_EMPTY_LINES = EACH + "<{{ m.role }}>{{ m.content.replace('\n\n', '\n') }}{% endfor %}"
 
 # Members that differ from the template that can express everything but a developer.
 FAMILIES = {
@@ -122,6 +145,12 @@ FAMILIES = {
     "parts only": (PARTS_ONLY, {"content": "parts", "tools": False}),
     "developer": (DEVELOPER, {"developer": True, "tool_results": True, "tools": False}),
     "thinking": (THINKING, {"opens_thinking": True, "tool_calls": True}),
+    "system required": (SYSTEM_REQUIRED, {"system_optional": False, "tools": True}),
+    "text required": (TEXT_REQUIRED, {"empty_text": False, "content": "text"}),
+    "first part": (FIRST_PART, {"empty_text": False, "content": "parts"}),
+    "tools at the end": (TOOLS_AT_THE_END, {"tools": False, "tool_calls": True}),
+    "described": (DESCRIBED, {"bare_tools": False, "tools": True, "system_optional": True}),
+    "no empty lines": (NO_EMPTY_LINES, {"empty_text": True, "bare_tools": True}),
     "result dropped": (RESULT_DROPPED, {"tool_calls": True, "tool_results": False}),
 }
 
@@ -157,6 +186,13 @@ def result(text, call_id):
 USER = {"role": "user", "content": "ask-one"}
 CALLING = {"role": "assistant", "content": "let-me-see", "tool_calls": [call("Oslo", "call_1")]}
 TWO_CALLS = {**CALLING, "tool_calls": [call("Oslo", "call_1"), call("Bergen", "call_2")]}
+BARE = template_tool(
+    {
+        "name": "get_weather",
+        "description": "qzdescription",
+        "parameters": {"type": "object", "properties": {"city": {"enum": ["Oslo"]}, "day": {}}},
+    }
+)
 CONVERSATIONS = {
     "plain": [USER, {"role": "assistant", "content": "reply-one"}, USER],
     "system": [{"role": "system", "content": "be-brief"}, USER],
@@ -165,6 +201,7 @@ CONVERSATIONS = {
         {"role": "developer", "content": "be-kind"},
         USER,
     ],
+    "an empty answer": [USER, {"role": "assistant", "content": ""}, USER],
     "system in the middle": [
         USER,
         {"role": "assistant", "content": "reply-one"},
@@ -205,6 +242,13 @@ def test_nothing_of_a_conversation_is_dropped(family, name, tools):
     assert not tools or "qzdescription" in text
 
 
+def test_parameters_need_no_type_and_no_description(family):
+    template, _ = family
+    messages, shown = adapt([USER], [BARE], template.capabilities)
+    text = template.render(messages, tools=shown, require_all_text=True)
+    assert "ask-one" in text and "qzdescription" in text
+
+
 def test_results_follow_their_calls_where_one_call_is_shown_at_a_time(tokenizer):
     template = ChatTemplate(LLAMA31, tokenizer)
     messages, _ = adapt(CONVERSATIONS["two calls"], None, template.capabilities)
@@ -240,6 +284,8 @@ def test_a_dropped_text_is_refused_by_name(tokenizer):
         ("  a b ", "<x>a b<y>", None),
         ('say "hi"\n', '{"content": "say \\"hi\\"\\n"}', None),
         ("é", '"\\u00e9"', None),
+        ("a\n\nb  c", "<x>a\nb c", None),
+        ("a\nb", "ab", 0),
         ("<think>hm</think>yes", "yes", None),
         ("yes", "no", 0),
         ("", "", None),
@@ -258,7 +304,8 @@ def test_a_record_is_one_line_of_words():
     )
     assert able.describe() == (
         "content text; arguments object; call markers <tool_call> <function=; "
-        "thought tags <think> </think>; can: system, first answer, developer, repeated roles, "
-        "tools, tool calls, parallel calls, text beside calls, tool results, long call ids; "
+        "thought tags <think> </think>; can: system, system optional, first answer, developer, "
+        "repeated roles, empty text, tools, bare tools, tool calls, parallel calls, text beside "
+        "calls, tool results, long call ids; "
         "cannot: system anywhere, python calls, opens thinking, reasoning effort, keeps thoughts"
     )
