@@ -204,9 +204,9 @@ def _locate(folder: Path) -> dict[str, TensorInfo]:
                 f"{folder / pickled[0]}: pickled weights can run code when loaded and are refused; "
                 "convert them to safetensors"
             )
-        if shards := sorted(folder.glob("*.safetensors")):
+        if parts := sorted(folder.glob("*.safetensors")):
             raise ConfigError(
-                f"{folder}: no {_INDEX}, which lists the tensors of {shards[0].name} and others; "
+                f"{folder}: no {_INDEX}, which lists the tensors of {parts[0].name} and others; "
                 "download it"
             )
         raise ConfigError(f"{folder}: no {_SINGLE} and no {_INDEX}; is it a complete model folder?")
