@@ -38,7 +38,8 @@ NOTES: Final = (
     "Other decoders (classes named ForCausalLM or LMHeadModel at their end) run through "
     "transformers, where it can run them on this server's attention: slower, and without "
     "quantization.",
-    f"Of a multimodal checkpoint ({', '.join(OUTER)}) the text model is served, without images.",
+    "Of multimodal checkpoints (*ForConditionalGeneration) the text model is served, without "
+    f"images: {', '.join(name.removesuffix('ForConditionalGeneration') for name in OUTER)}.",
 )
 
 

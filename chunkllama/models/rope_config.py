@@ -57,7 +57,8 @@ def read_ropes_by_type(
     """The ropes of full and of sliding attention. In older files ``rope_theta`` and
     ``rope_scaling`` are of the former alone, and the base of the latter is ``local_theta``.
     """
-    raw = _object(config, config.get("rope_parameters") or {})
+    # transformers reads rope_type alone here, not the older name "type" of rope_scaling.
+    raw = _object(config, config.get("rope_parameters") or {"rope_type": "default"})
     full, sliding = raw, {}
     if "full_attention" in raw or "sliding_attention" in raw:
         full = _object(config, raw.get("full_attention") or {})

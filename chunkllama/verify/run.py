@@ -16,6 +16,7 @@ from chunkllama.errors import ConfigError
 from chunkllama.models.config import read_spec
 from chunkllama.models.loading.gguf import convert_gguf
 from chunkllama.models.loading.hub import resolve_model
+from chunkllama.models.loading.safetensors import Checkpoint
 from chunkllama.text.tokenizer import load_tokenizer
 from chunkllama.verify.numbers import Distance, Ours, Reference, judge, keeps_codes, variants
 from chunkllama.verify.report import LOG_PROBABILITIES, Finding, Report
@@ -74,6 +75,7 @@ def _verify(
     options: Options, folder: Path, reference: Path, on_progress: Callable[[str], None]
 ) -> Report:
     spec = read_spec(folder)
+    Checkpoint(folder, spec)  # says what is missing before anything is compared
     report = Report(options.model, f"transformers on {options.reference or options.model}")
     report.architecture = spec.architecture
     text = options.text or PROSE

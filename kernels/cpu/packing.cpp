@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "linear.h"
+#include "quantized.h"
 #include "scratch.h"
 #include "vec.h"
 
@@ -82,45 +83,81 @@ INLINE float inverse_of(float scale) {
   return std::isfinite(inverse) ? inverse : 0.f;
 }
 
-// Codes of 32 values for a scale, and the sum of squared errors relative to `top`, the largest.
-template <int LOW, int HIGH>
-INLINE float round_codes(const float* values, float top, float scale, uint8_t* codes) {
-  const Vec inverse = set(inverse_of(scale)), unit = set(inverse_of(top));
-  const Vec low = set(float(LOW)), high = set(float(HIGH));
+// int8 codes of 32 values for a scale.
+INLINE void round_codes(const float* values, float scale, uint8_t* codes) {
+  const Vec inverse = set(inverse_of(scale)), low = set(-127.f), high = set(127.f);
   const Vec magic = set(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  Vec error{};
   for (int i = 0; i < 32; i += W) {
-    const Vec x = load(values + i);
-    Vec q = (x * inverse + magic) - magic;
+    Vec q = (load(values + i) * inverse + magic) - magic;
     q = q < low ? low : q;
     q = q > high ? high : q;
-    const IntVec code = __builtin_convertvector(q, IntVec) + (HIGH > 7 ? 128 : 8);
+    const IntVec code = __builtin_convertvector(q, IntVec) + 128;
     const ByteVec bytes = __builtin_convertvector(code, ByteVec);
     memcpy(codes + i, &bytes, W);
-    const Vec off = (x - q * scale) * unit;
-    error += off * off;
   }
-  return sum(error);
 }
 
-// The best of several scales that map the extreme value near -8 or 7, in squared error: values of
-// a block are rarely spread so that the extreme one should be exact.
-float int4_scale(const float* values, float top, uint8_t* codes) {
-  uint8_t tried[32];
-  float best = INFINITY, scale = 0;
-  for (float end : {-8.f, -7.6f, -7.2f, -6.8f, -8.5f, 7.f, 7.4f, 6.6f}) {
-    const float candidate = to_float(to_bf16(top / end));
-    const float error = round_codes<-8, 7>(values, top, candidate, tried);
-    if (!(error < best)) continue;
-    best = error, scale = candidate;
-    memcpy(codes, tried, 32);
+// The values of int4's codes, which ascend, and what lies half way between each two.
+struct Grid {
+  float entries[16] = {}, middles[16] = {};
+  explicit Grid(const Weights& w) {
+    if (w.type == INT4)
+      for (int i = 0; i < 16; i++) entries[i] = w.table[i] * w.factor;
+    for (int i = 0; i < 15; i++) middles[i] = (entries[i] + entries[i + 1]) / 2;
   }
+};
+
+struct Fit {
+  float error;  // sum of squared errors relative to the largest value
+  float scale;  // that suits the codes best
+};
+
+// Codes of 32 values for a scale, of the nearest entries; `top` is the largest value.
+INLINE Fit nearest_codes(const float* values, float top, float scale, const Grid& grid,
+                         uint8_t* codes) {
+  const Vec inverse = set(inverse_of(scale)), unit = set(inverse_of(top));
+  const Table entries(grid.entries), middles(grid.middles);
+  Vec error{}, product{}, square{};
+  for (int i = 0; i < 32; i += W) {
+    const Vec x = load(values + i), scaled = x * inverse;
+    IntVec code{};
+    for (int step = 8; step; step /= 2)
+      code += (scaled > middles.at<0>(code + (step - 1))) & step;
+    const Vec entry = entries.at<0>(code);
+    const ByteVec bytes = __builtin_convertvector(code, ByteVec);
+    memcpy(codes + i, &bytes, W);
+    const Vec off = (x - entry * scale) * unit;
+    error += off * off;
+    product += x * unit * entry;
+    square += entry * entry;
+  }
+  return {sum(error), sum(product) / sum(square) * top};
+}
+
+// The best of several scales that map the extreme value near an end of the grid, in squared error:
+// values of a block are rarely spread so that the extreme one should be exact. Then the scale that
+// suits the codes of the best.
+float int4_scale(const float* values, float top, const Grid& grid, uint8_t* codes) {
+  uint8_t tried[32];
+  Fit best{INFINITY, 0};
+  float scale = 0;
+  const auto attempt = [&](float wanted) {
+    const float candidate = to_float(to_bf16(wanted));
+    const Fit fit = nearest_codes(values, top, candidate, grid, tried);
+    if (!(fit.error < best.error)) return;
+    best = fit, scale = candidate;
+    memcpy(codes, tried, 32);
+  };
+  for (float share : {1.f, .95f, .9f, .85f, 1.06f}) attempt(top / (grid.entries[0] * share));
+  for (float share : {1.f, .94f, 1.06f}) attempt(top / (grid.entries[15] * share));
+  attempt(best.scale);
   return scale;
 }
 
 // Quantizes 32 values of a column; scales are bf16, so that any magnitude has one. A value that is
 // not finite makes the block NaN.
-void quantize(const Weights& w, char* block, int64_t column, const float* values) {
+void quantize(const Weights& w, const Grid& grid, char* block, int64_t column,
+              const float* values) {
   uint8_t codes[32];
   const float top = extreme(values);
   float scale = to_float(to_bf16(std::fabs(top) / 127.f));
@@ -128,19 +165,20 @@ void quantize(const Weights& w, char* block, int64_t column, const float* values
     scale = NAN;
     std::fill(codes, codes + 32, uint8_t(w.type == INT8 ? 129 : 9));
   } else if (w.type == INT8) {
-    round_codes<-127, 127>(values, top, scale, codes);
+    round_codes(values, scale, codes);
   } else if (top == 0) {
     scale = 0;
     std::fill(codes, codes + 32, uint8_t(8));
   } else {
-    scale = int4_scale(values, top, codes);
+    scale = int4_scale(values, top, grid, codes);
   }
   store_scale(block, column, 0, to_bf16(scale));
   store_codes(w, block, column, codes);
 }
 
 // Packs one column, given as floats padded with zeros.
-void pack_column(const Weights& w, int64_t packed_k, int64_t column, const float* values) {
+void pack_column(const Weights& w, const Grid& grid, int64_t packed_k, int64_t column,
+                 const float* values) {
   for (int64_t k = 0; k < packed_k; k += K_BLOCK[w.type]) {
     char* block = block_of(w, packed_k, column, k);
     if (w.type == F32) {
@@ -155,7 +193,7 @@ void pack_column(const Weights& w, int64_t packed_k, int64_t column, const float
       }
       for (int i = 0; i < 32; i += 2) memcpy(to + i * 32, narrow + i, 4);
     } else {
-      quantize(w, block, column, values + k);
+      quantize(w, grid, block, column, values + k);
     }
   }
 }
@@ -166,12 +204,13 @@ void pack_units(const void* w, int32_t w_type, int64_t n, int64_t k, const Weigh
                 int64_t packed_k, int64_t first, int64_t begin, int64_t end) {
   static thread_local Scratch<float> column_values;
   float* values = column_values.fit(packed_k);
+  const Grid grid(packed);
   for (int64_t column = begin * UNIT; column < end * UNIT; column++) {
     const int64_t row = column - first;
     const int64_t size = row < n ? k : 0;
     if (size) widen(w, w_type, row * k, size, values);
     std::fill(values + size, values + packed_k, 0.f);
-    pack_column(packed, packed_k, column, values);
+    pack_column(packed, grid, packed_k, column, values);
   }
 }
 

@@ -290,7 +290,7 @@ def test_int4_is_as_close_as_llama_cpps_type_of_the_same_size(
     ours = unpacked(ops, pack_linear(ops.library, Linear(weight.clone()), F32, INT4), 512)
     assert Storage(INT4).size(64, 512) == 64 * 512 * 9 // 16
     expected = float(np.square(theirs - weight.numpy()).mean())
-    assert float((ours - weight).square().mean()) < 0.95 * expected
+    assert float((ours - weight).square().mean()) < 0.6 * expected
 
 
 @pytest.mark.parametrize("storage", [INT4, INT8])
@@ -311,7 +311,7 @@ def test_quantizing_zero_tiny_huge_and_broken_blocks(
     torch.testing.assert_close(found[2], weight[2], rtol=5e-3, atol=0)
     assert found[3, :32].isnan().all() and (found[3, 32:] == 0).all()
     assert not found[4, 32:64].isfinite().any() and (found[4, :32] == 0).all()
-    step = 3 / 127 if storage == INT8 else 3 / 7
+    step = 3 / 127 if storage == INT8 else 3 * 28 / 127  # the widest of int4's
     assert (found[5] - weight[5]).abs().max() <= 0.6 * step
 
 

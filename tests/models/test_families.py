@@ -123,6 +123,11 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"sliding_window": 70},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 256},
     ),
+    "a type of rope_scaling that Olmo 3 does not read": (
+        "Olmo3",
+        {"sliding_window": 70},
+        {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+    ),
     "rope_theta in place of ropes of layer types": (
         "Olmo3",
         {"sliding_window": 70},

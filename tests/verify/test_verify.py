@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+import transformers
 from gguf_files import TOKENS, write_gguf
-from model_families import random_model
+from model_families import SMALL, fill_randomly, random_model
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, decoders, pre_tokenizers, processors, trainers
 
@@ -174,6 +175,33 @@ def test_what_transformers_cannot_read_is_one_line(tmp_path: Path, capsys) -> No
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "transformers cannot load it" in last
     assert "--reference MODEL" in last
+
+
+def test_missing_weights_are_named_before_anything_is_compared(tmp_path: Path, capsys) -> None:
+    folder = write_model(tmp_path / "model", "llama")
+    (folder / "model.safetensors").unlink()
+    assert run(["verify", "--model", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert "comparing" not in error
+    assert "no model.safetensors and no model.safetensors.index.json" in error.splitlines()[-1]
+
+
+@pytest.mark.nightly
+def test_the_text_model_of_a_multimodal_folder_is_compared_stage_by_stage(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    size = write_tokenizer(folder)
+    text = {**SMALL, "vocab_size": size, "num_hidden_layers": 7, "sliding_window": 32}
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    tower |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4)
+    model = transformers.Gemma3ForConditionalGeneration(config).float().eval()
+    fill_randomly(model)
+    model.save_pretrained(folder)
+    report = verify(Options(str(folder), **FAST))
+    assert report.is_equal, report.areas
+    stages = next(x for x in report.findings if x.area == "stages")
+    assert "stages of 7 layers equal" in stages.detail
 
 
 def test_a_comparison_of_nothing_is_no_success(tmp_path: Path, capsys) -> None:

@@ -204,12 +204,13 @@ def _locate(folder: Path) -> dict[str, TensorInfo]:
                 f"{folder / pickled[0]}: pickled weights can run code when loaded and are refused; "
                 "convert them to safetensors"
             )
-        if shards := sorted(folder.glob("*.safetensors")):
-            raise ConfigError(
-                f"{folder}: no {_INDEX}, which lists the tensors of {shards[0].name} and others; "
-                "download it"
-            )
-        raise ConfigError(f"{folder}: no {_SINGLE} and no {_INDEX}; is it a complete model folder?")
+        parts = sorted(folder.glob("*.safetensors"))
+        fix = "is it a complete model folder?"
+        if len(parts) == 1:
+            fix = f"rename {parts[0].name} to {_SINGLE} if it holds the whole model"
+        elif parts:
+            fix = f"download {_INDEX}, which lists the tensors of the {len(parts)} files here"
+        raise ConfigError(f"{folder}: no {_SINGLE} and no {_INDEX}; {fix}")
     index = read_json(folder / _INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
