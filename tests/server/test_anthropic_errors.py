@@ -222,7 +222,8 @@ def test_a_failure_in_a_stream_is_an_event(server) -> None:
 def test_paths_and_methods(server) -> None:
     with server.http() as http:
         check_error(http.get(PATH), 405, "invalid_request_error")
-        check_error(http.post(f"{PATH}/nothing", json={}), 404, "not_found_error")
+        message = check_error(http.post(f"{PATH}/nothing", json={}), 404, "not_found_error")
+        assert message.startswith("This server has no such path")
         check_error(http.post(PATH, content=b"{"), 400, "invalid_request_error")
         for path in ("/messages", "//v1/messages/", "/v1/v1/messages"):
             assert http.post(path, json=body_of(HELLO)).status_code == 200

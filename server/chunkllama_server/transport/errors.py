@@ -48,6 +48,12 @@ SPELLED = "chunkllama.spelled"
 # In a request's scope: makes the response of an error, where its protocol has a shape of its own.
 SHAPED = "chunkllama.shaped"
 MAX_RETRY_AFTER = 30
+# Code and message of what starlette refuses by itself.
+_OF_STARLETTE = {
+    404: ("not_found", "This server has no such path; /docs lists those that it has"),
+    405: ("method_not_allowed", "The path has other methods; the header Allow names them"),
+    413: ("request_too_large", "The request body is too large"),
+}
 _INPUT = "Input should be "  # how pydantic begins
 _OBJECT = f"{_INPUT}an object"
 _OBJECT_TYPES = frozenset(("dict_type", "model_type", "model_attributes_type"))
@@ -294,10 +300,8 @@ def from_http_exception(error: HTTPException) -> ApiError:
     """Starlette's own refusals (unknown path, wrong method, body over the limit)."""
     if isinstance(error, ApiError):
         return error
-    code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(
-        error.status_code
-    )
-    api_error = ApiError(error.status_code, str(error.detail), code=code)
+    code, message = _OF_STARLETTE.get(error.status_code, (None, str(error.detail)))
+    api_error = ApiError(error.status_code, message, code=code)
     api_error.headers = error.headers
     return api_error
 
