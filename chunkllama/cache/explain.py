@@ -25,8 +25,8 @@ several tenants share was removed is left out.
 from __future__ import annotations
 
 from chunkllama.cache.history import Known, PromptHistory
+from chunkllama.cache.matching import Match
 from chunkllama.cache.node import TOKEN_BYTES
-from chunkllama.cache.prefix_tree import Match
 from chunkllama.messages import CacheExplanation, CacheReason
 
 
