@@ -61,6 +61,13 @@ class Edge:
             self._ids = np.array([node.chunk_id for node in self.nodes], np.int32)
         return self._ids
 
+    def check_copies(self) -> None:
+        """Check the key and the ids that were put together before."""
+        if self._key is not None:
+            assert self._key == b"".join([node.key for node in self.nodes])
+        if self._ids is not None:
+            assert self._ids.tolist() == [node.chunk_id for node in self.nodes]
+
     def changed(self) -> None:
         """Note that ``nodes``, or a key of theirs, is another one."""
         self._key = self._ids = None

@@ -75,8 +75,7 @@ def _check_edge(node: Node) -> None:
         assert below.parent is node and below.num_tokens == node.num_tokens
         assert (below.namespace, below.owner) == (node.namespace, node.owner)
     if node is first:
-        assert edge.key == b"".join(each.key for each in edge.nodes)
-        assert edge.ids.tolist() == [each.chunk_id for each in edge.nodes]
+        edge.check_copies()
 
 
 def _check_sequence(tree: PrefixTree, chunks: SequenceChunks, seen: set[int]) -> int:
