@@ -4,7 +4,9 @@
 
 Each case keeps the queue at its length and reports the CPU time of one ``schedule()``, which
 neither sleeps nor does I/O, in milliseconds: the median (target: below 1 ms) and the 99th
-percentile. To compare with another checkout, put that checkout's folder in PYTHONPATH.
+percentile. The scheduler's clock is a virtual one, which a step advances by what it would take the
+demo model, so that every run does the same work. To compare with another checkout, put that
+checkout's folder in PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.scheduler.output import SampledTokens
 from chunkllama.scheduler.scheduler import Scheduler
+from chunkllama.simulation.cost_model import DEFAULT_COST
 from chunkllama.simulation.engine import make_limits
 
 SIZE = 64
@@ -48,8 +51,9 @@ class Load:
             max_model_len=16384,
             max_waiting=10**6,
         )
-        cache = CacheManager(num_chunks, SIZE, time.monotonic, history_chunks=HISTORY_CHUNKS)
-        self.scheduler = Scheduler(limits, cache, time.monotonic)
+        self.now = 0.0
+        cache = CacheManager(num_chunks, SIZE, lambda: self.now, history_chunks=HISTORY_CHUNKS)
+        self.scheduler = Scheduler(limits, cache, lambda: self.now)
         self.count = 0
         self.started = 0
 
@@ -78,6 +82,7 @@ class Load:
         elapsed = (time.thread_time() - begin) * 1e3
         assert output is not None
         self.started += len(output.new_sequences)
+        self.now += DEFAULT_COST.seconds(output, SIZE)
         sampled = SampledTokens({piece.slot: 5 for piece in output.slices if piece.samples})
         self.scheduler.commit(output, sampled)
         return elapsed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from chunkllama.cache.prefix_tree import Match
+from chunkllama.cache.matching import Match
 
 
 class Admission(NamedTuple):
@@ -25,7 +25,7 @@ class Admission(NamedTuple):
 
 
 def ways_to_admit(
-    match: Match, num_chunks: int, namespace: str, chunk_size: int, num_available: int
+    match: Match, num_chunks: int, namespace: str, chunk_size: int, num_available: int, own: int
 ) -> Iterator[Admission]:
     """Ways to admit a sequence of ``num_chunks`` chunks, the one that keeps most first.
 
@@ -36,10 +36,11 @@ def ways_to_admit(
 
     Args:
         num_available: chunks that are free or can be evicted now.
+        own: those of the match's nodes among them.
     """
     source = match.copy_source
     num_new = num_chunks - len(match.nodes)
-    available = num_available - sum(node.is_evictable for node in match.nodes)
+    available = num_available - own
     if source is None:
         yield Admission(match, False, num_new, available)
         return

@@ -87,6 +87,16 @@ class ChunkPool:
         elif before == _CACHED:
             self._note_peak()
 
+    def move(self, chunk_ids: list[int], before: ChunkState, after: ChunkState) -> None:
+        """Move chunks between two states of the tree: CACHED and REFERENCED."""
+        states, old, new = self._states, int(before), int(after)
+        for chunk_id in chunk_ids:
+            assert states[chunk_id] == old, f"chunk {chunk_id} is not {before.name.lower()}"
+            states[chunk_id] = new
+        self._counts[old] -= len(chunk_ids)
+        self._counts[new] += len(chunk_ids)
+        self._note_peak()
+
     def free(self, chunk_id: int) -> None:
         self.set_state(chunk_id, ChunkState.FREE)
 

@@ -34,7 +34,9 @@ class Evictable(Protocol):
     """
 
     owner: str
-    last_use: int
+
+    @property
+    def last_use(self) -> int: ...
 
     @property
     def is_evictable_leaf(self) -> bool: ...

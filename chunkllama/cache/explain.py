@@ -12,6 +12,7 @@
 | dropped | an operator removed the chunk |
 | not_stored | the earlier request did not let these tokens be stored |
 | another_namespace | the tenant sent these tokens before with another cache salt |
+| another_adapter | the tenant sent the next token before under another adapter, or under none |
 | diverged | the tenant's earlier prompts continued with another token |
 | never_seen | the tenant has not sent these tokens before |
 | unknown | the record of the tenant's prompts does not reach back far enough |
@@ -24,8 +25,8 @@ several tenants share was removed is left out.
 from __future__ import annotations
 
 from chunkllama.cache.history import Known, PromptHistory
+from chunkllama.cache.matching import Match
 from chunkllama.cache.node import TOKEN_BYTES
-from chunkllama.cache.prefix_tree import Match
 from chunkllama.messages import CacheExplanation, CacheReason
 
 
@@ -62,6 +63,10 @@ def explain_match(
         reason, seconds = _why_gone(history, now, tenant, known, match)
     elif history.find_elsewhere(tenant, namespace, key[: limit * TOKEN_BYTES]) > num_used:
         reason = "another_namespace"
+    elif num_used == known.num_tokens and history.was_sent_under_another_adapter(
+        tenant, namespace, key[: limit * TOKEN_BYTES], known
+    ):
+        reason = "another_adapter"
     elif known.has_branch and known.num_tokens == num_used > 0:
         reason = "diverged"
     else:

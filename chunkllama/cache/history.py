@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from chunkllama.cache.adapter_tags import MAX_VOCABULARY, TOKEN_BITS, adapter_of
 from chunkllama.cache.node import PUBLIC, TOKEN_BYTES, Node, common_prefix
 
 MAX_TENANTS: Final = 1024
@@ -139,13 +140,16 @@ class PromptHistory:
         path = self._extend(record, root, kept)
         if path and len(kept) < len(key):
             path[-1].lost = True
-        for depth, entry in enumerate(path):
+        end = 0
+        for entry in path:
             entry.removed = entry.pin_ended = None
-            end = depth * self._width // TOKEN_BYTES + entry.num_tokens
-            entry.is_stored = entry.is_stored or end <= num_stored
+            if not entry.is_stored:
+                entry.is_stored = end + entry.num_tokens <= num_stored
+            end += self.chunk_size
+        by_use = record.by_use
         for entry in reversed(path):
-            record.by_use[entry] = None
-            record.by_use.move_to_end(entry)
+            by_use[entry] = None
+            by_use.move_to_end(entry)
         while len(record.by_use) > self.max_chunks:
             self._drop(record, next(iter(record.by_use)))
 
@@ -165,6 +169,10 @@ class PromptHistory:
         parent = root
         for start in range(0, len(key), self._width):
             part = key[start : start + self._width]
+            if not parent.keys:
+                path.append(self._append(parent, part))
+                parent = path[-1]
+                continue
             at = bisect_left(parent.keys, part)
             entry = parent.children[at] if at < len(parent.keys) else None
             if entry is None or not entry.key.startswith(part):
@@ -178,8 +186,10 @@ class PromptHistory:
         for entry in parent.neighbours(key):
             if key.startswith(entry.key):
                 self._unlink(record, entry)
+        return self._append(parent, key, parent.place(key))
+
+    def _append(self, parent: Entry, key: bytes, at: int = 0) -> Entry:
         entry = Entry(parent.tenant, parent.namespace, parent, key)
-        at = parent.place(key)
         parent.children.insert(at, entry)
         parent.keys.insert(at, key)
         self._by_fingerprint.setdefault(entry.fingerprint, []).append(entry)
@@ -257,6 +267,38 @@ class PromptHistory:
         return max(
             (self._find_below(record.roots[name], key).num_tokens for name in names), default=0
         )
+
+    def was_sent_under_another_adapter(
+        self, tenant: str, namespace: str, key: bytes, known: Known
+    ) -> bool:
+        """Tell whether an earlier prompt went on with the same token under another adapter.
+
+        Args:
+            known: what the record has of ``key``; the token is the one after it.
+        """
+        record = self._records.get(tenant)
+        root = None if record is None else record.roots.get(namespace)
+        at = known.num_tokens * TOKEN_BYTES
+        if root is None or at >= len(key):
+            return False
+        inside = at % self._width
+        parent: Entry | None = known.path[-1] if known.path else root
+        if inside and parent is not None:
+            parent = parent.parent
+        assert parent is not None
+        above, token = key[at - inside : at], int.from_bytes(key[at : at + TOKEN_BYTES], "big")
+        bits, i = token & (MAX_VOCABULARY - 1), parent.place(above)
+        while i < len(parent.keys) and parent.keys[i].startswith(above):
+            if len(parent.keys[i]) == inside:
+                i += 1
+                continue
+            number = adapter_of(parent.keys[i][: inside + TOKEN_BYTES])
+            wanted = above + ((number << TOKEN_BITS) | bits).to_bytes(TOKEN_BYTES, "big")
+            found = parent.place(wanted)
+            if found < len(parent.keys) and parent.keys[found].startswith(wanted):
+                return True
+            i = parent.place(above + ((number + 1) << TOKEN_BITS).to_bytes(TOKEN_BYTES, "big"))
+        return False
 
     def _find_below(self, root: Entry, key: bytes) -> Known:
         path: list[Entry] = []

@@ -18,6 +18,7 @@ def check_cache(tree: PrefixTree, pins: Pins, live: list[SequenceChunks], *, in_
     Conservation: free + cached + referenced + private == total, and every chunk is in the state
     its owner implies.
     Reference counts: a node's count is the number of live sequences through it.
+    Edges: each node is in one, which branches nowhere but at its end.
     Isolation: no node is reachable from two private namespaces, or below chunks of two adapters.
     Between steps: an unfilled node belongs to exactly one live sequence, no copy holds a node.
     """
@@ -28,6 +29,7 @@ def check_cache(tree: PrefixTree, pins: Pins, live: list[SequenceChunks], *, in_
     num_nodes = num_evictable = 0
     for node in tree.nodes():
         _check_node(tree, node, uses[node], in_step=in_step)
+        _check_edge(node)
         assert node.chunk_id not in seen, f"chunk {node.chunk_id} is in two nodes"
         seen.add(node.chunk_id)
         num_nodes += 1
@@ -60,6 +62,20 @@ def _check_node(tree: PrefixTree, node: Node, uses: int, *, in_step: bool) -> No
     if parent.depth >= 0:
         assert node.num_sequences <= parent.num_sequences
         assert node.filled == 0 or parent.filled == parent.num_tokens or in_step
+
+
+def _check_edge(node: Node) -> None:
+    """Check a node's place in its edge, and the whole edge at its first node."""
+    edge = node.edge
+    first, last = edge.nodes[0], edge.nodes[-1]
+    assert edge.nodes[node.depth - first.depth] is node, "a node outside its edge"
+    if node is not last:
+        assert sum(map(len, node.children.values())) == 1, "a branch inside an edge"
+        below = edge.nodes[node.depth - first.depth + 1]
+        assert below.parent is node and below.num_tokens == node.num_tokens
+        assert (below.namespace, below.owner) == (node.namespace, node.owner)
+    if node is first:
+        edge.check_copies()
 
 
 def _check_sequence(tree: PrefixTree, chunks: SequenceChunks, seen: set[int]) -> int:

@@ -21,9 +21,10 @@ from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
 from chunkllama.cache.explain import explain_match
 from chunkllama.cache.history import PromptHistory
 from chunkllama.cache.invariants import check_cache
+from chunkllama.cache.matching import Match, find_match
 from chunkllama.cache.node import PUBLIC, TOKEN_BYTES, Node, encode_tokens
 from chunkllama.cache.pins import Pins
-from chunkllama.cache.prefix_tree import Match, PrefixTree
+from chunkllama.cache.prefix_tree import PrefixTree
 from chunkllama.cache.sequence_chunks import SequenceChunks
 from chunkllama.cache.tier import Tier
 from chunkllama.cache.tier_entry import ReadLimits, Wait
@@ -78,7 +79,7 @@ class CacheManager:
 
     def match(self, tokens: Int32Array, limit: int, namespace: str) -> Match:
         """Longest usable prefix of ``tokens``, at most ``limit``; changes nothing."""
-        return self.tree.match(self.root, encode_tokens(tokens), limit, namespace)
+        return find_match(self.root, encode_tokens(tokens), limit, namespace, self.chunk_size)
 
     def promote(
         self, match: Match, tokens: Int32Array, limit: int, namespace: str, limits: ReadLimits
@@ -117,8 +118,8 @@ class CacheManager:
 
     def admissions(self, match: Match, num_chunks: int, namespace: str) -> Iterator[Admission]:
         """Ways to admit a sequence of ``num_chunks`` chunks, the one that keeps most first."""
-        size, available = self.chunk_size, self.num_available
-        return ways_to_admit(match, num_chunks, namespace, size, available)
+        available = self.num_available, self.tree.num_evictable_of(match.nodes)
+        return ways_to_admit(match, num_chunks, namespace, self.chunk_size, *available)
 
     def admit(
         self,
@@ -136,9 +137,8 @@ class CacheManager:
             tenant: owner of the chunks that it adds.
         """
         match = admission.match
-        chunks = SequenceChunks(namespace, insert_limit, list(match.nodes), tenant)
-        for node in match.nodes:
-            chunks.meter -= self.tree.acquire(node)
+        meter = -self.tree.acquire_path(match.nodes)
+        chunks = SequenceChunks(namespace, insert_limit, list(match.nodes), tenant, meter)
         source = match.copy_source
         if source is not None:
             self.tree.add_ref(source)  # allocating may evict
@@ -259,7 +259,7 @@ class CacheManager:
 
     def _append_own(self, chunks: SequenceChunks, node: Node) -> None:
         """The sequence's next private chunk has become this node."""
-        chunks.meter += self._clock() - self.tree.acquire(node)
+        chunks.meter += self._clock() - self.tree.acquire_path([node])
         chunks.path.append(node)
 
     def _adopt(self, chunks: SequenceChunks, duplicate: Node, own: Node | None) -> None:
@@ -269,9 +269,9 @@ class CacheManager:
             self._append_own(chunks, duplicate)
         else:
             assert own.num_sequences == 1, "a partial node in two paths"
-            chunks.meter -= self.tree.acquire(duplicate)
+            chunks.meter -= self.tree.acquire_path([duplicate])
             self.pins.move(own, duplicate)
-            chunks.meter += self.tree.release(own)
+            chunks.meter += self.tree.release_path([own])
             self.tree.remove(own)
             chunks.path[depth] = duplicate
         chunks.ids[depth] = duplicate.chunk_id
@@ -287,9 +287,8 @@ class CacheManager:
         if self.num_available < copied:
             return None
         path = chunks.path[:depth]
-        child = SequenceChunks(chunks.namespace, chunks.insert_limit, path, chunks.tenant)
-        for node in path:
-            child.meter -= self.tree.acquire(node)
+        meter = -self.tree.acquire_path(path)
+        child = SequenceChunks(chunks.namespace, chunks.insert_limit, path, chunks.tenant, meter)
         child.extend(self._allocate(copied, chunks.tenant), self._clock())
         for i in range(depth, depth + copied):
             tokens = min(size, num_computed - i * size)
@@ -329,8 +328,8 @@ class CacheManager:
         own = chunks.path[chunks.num_shared :]
         private = chunks.ids[len(chunks.path) :].tolist()
         chunks.meter += len(private) * self._clock()
+        chunks.meter += self.tree.release_path(own)
         for node in reversed(own):
-            chunks.meter += self.tree.release(node)
             if node.is_evictable and not node.children:
                 self.tree.remove(node)
         chunks.meter += retention.release_path(self.tree, chunks.path[: chunks.num_shared])
@@ -387,7 +386,8 @@ class CacheManager:
         self, tokens: Int32Array, num_stored: int, tenant: str, namespace: str
     ) -> None:
         """Record a prompt that a tenant has sent, of which ``num_stored`` tokens may be stored."""
-        self.history.record(tenant, namespace, encode_tokens(tokens), num_stored)
+        kept = tokens[: self.history.max_chunks * self.chunk_size + 1]  # shows if there is more
+        self.history.record(tenant, namespace, encode_tokens(kept), num_stored)
 
     def check_invariants(self, live: Iterable[SequenceChunks], *, in_step: bool = False) -> None:
         """Check ``cache/invariants.py``, given the chunks of all live sequences."""

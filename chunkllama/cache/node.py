@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkllama.cache.edge import Edge
+
 if TYPE_CHECKING:
     from chunkllama.cache.tier_entry import TierEntry
 
@@ -97,21 +99,19 @@ class Node:
     Attributes:
         key: its token ids, encoded; fewer than C of them make a *partial* node, always a leaf.
         chunk_id: where the K/V lies; -1 once the node has left the tree.
+        edge: the run of nodes it belongs to; use is counted there.
         digest: of the tokens from the root to the node's end, once events.py has needed it.
         owner: tenant that the chunk counts for in eviction: the one that added it.
         filled: leading tokens whose K/V is computed.
         scheduled: leading tokens whose K/V will be computed when the step being put together
             has run; rows of that same step may read them.
-        num_sequences: live sequences whose path goes through the node.
         copy_refs: copies of the step in flight that read the chunk.
         fingerprint: hash of the tokens from the root to the node's end, for records of what was
             here; a match never relies on it.
         num_pins: pins at or below the node.
-        last_use: tick of the last release, the age for eviction.
+        touched: tick of the last use other than a release by a sequence.
         copied_from: while the node is being filled by a copy: (source node, tokens).
-        shares_since: when ``num_sequences`` changed last, in seconds.
         tier_entry: of the same tokens, as far as the tier has looked it up.
-        is_awaited: a change of ``filled``, ``scheduled`` or the last use is to be reported.
     """
 
     __slots__ = (
@@ -121,20 +121,17 @@ class Node:
         "copy_refs",
         "depth",
         "digest",
+        "edge",
         "filled",
         "fingerprint",
-        "is_awaited",
         "key",
-        "last_use",
         "namespace",
         "num_pins",
-        "num_sequences",
         "owner",
         "parent",
         "scheduled",
-        "shares_since",
-        "summed_seconds",
         "tier_entry",
+        "touched",
     )
 
     def __init__(
@@ -145,6 +142,7 @@ class Node:
         chunk_id: int,
         filled: int,
         owner: str = "",
+        edge: Edge | None = None,
     ) -> None:
         self.parent = parent
         self.namespace = namespace
@@ -155,14 +153,11 @@ class Node:
         self.filled = filled
         self.scheduled = filled
         self.children: dict[str, Children] = {}
-        self.num_sequences = 0
-        self.is_awaited = False
         self.copy_refs = 0
         self.num_pins = 0
-        self.last_use = 0
+        self.touched = 0
         self.copied_from: tuple[Node, int] | None = None
-        self.shares_since = 0.0
-        self.summed_seconds = 0.0
+        self.edge = Edge([self]) if edge is None else edge
 
     def set_key(self, key: bytes) -> None:
         """Give the node its tokens."""
@@ -175,37 +170,37 @@ class Node:
     def num_tokens(self) -> int:
         return len(self.key) // TOKEN_BYTES
 
-    def shared_seconds(self, now: float) -> float:
-        """Return the integral of 1 / ``num_sequences`` over the time it was in use, to ``now``."""
-        if self.num_sequences:
-            self.summed_seconds += (now - self.shares_since) / self.num_sequences
-        self.shares_since = now
-        return self.summed_seconds
+    @property
+    def num_sequences(self) -> int:
+        """Live sequences whose path goes through the node."""
+        return self.edge.num_sequences
+
+    @property
+    def last_use(self) -> int:
+        """Tick of the last use, the age for eviction."""
+        return max(self.touched, self.edge.released_at - self.depth)
 
     @property
     def is_used(self) -> bool:
         """A sequence or a copy in flight reads the chunk."""
-        return self.num_sequences > 0 or self.copy_refs > 0
+        return self.edge.num_sequences > 0 or self.copy_refs > 0
 
     @property
     def is_evictable(self) -> bool:
         """The chunk is unused and unpinned (its children are too, and are evicted first)."""
-        return self.num_sequences == 0 and self.copy_refs == 0 and self.num_pins == 0
+        return self.edge.num_sequences == 0 and self.copy_refs == 0 and self.num_pins == 0
 
     @property
     def is_evictable_leaf(self) -> bool:
         """It has a chunk that can be evicted now."""
         return self.chunk_id >= 0 and self.is_evictable and not self.children
 
-    def visible_children(self, namespace: str) -> Iterator[Children]:
+    def visible_children(self, namespace: str) -> list[Children]:
         """Children that a sequence of ``namespace`` may see: public ones and its own."""
-        public = self.children.get(PUBLIC)
-        if public:
-            yield public
-        if namespace != PUBLIC:
-            own = self.children.get(namespace)
-            if own:
-                yield own
+        children = self.children
+        if namespace == PUBLIC or PUBLIC not in children:
+            return [children[namespace]] if namespace in children else []
+        return [children[name] for name in (PUBLIC, namespace) if name in children]
 
     def upward(self) -> Iterator[Node]:
         """The node and its ancestors, without the root."""

@@ -14,41 +14,16 @@ After Ye et al., "ChunkAttention" (arXiv 2402.15220), section 3.1, with token-gr
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
+from chunkllama.cache.edge import Edge, cut, end_after, join_below
 from chunkllama.cache.events import CacheEventLog
 from chunkllama.cache.eviction import EvictionOrder
-from chunkllama.cache.node import PUBLIC, TOKEN_BYTES, Children, Node, common_prefix
+from chunkllama.cache.node import PUBLIC, Children, Node
 from chunkllama.cache.usage import ChunkUsage
 from chunkllama.messages import TreeNodeInfo
-
-
-class Match(NamedTuple):
-    """What the tree has of a token list, at token granularity.
-
-    Attributes:
-        nodes: whole chunks to share; each is filled, or will be by the step being put together.
-        copy_source: a node whose first ``num_copied`` tokens continue the match, to be copied.
-        num_tokens: tokens that need no computing, ``len(nodes) * C + num_copied``.
-        num_later_tokens: what the same match would give once every node seen is filled.
-        pending: (node, tokens) to watch when waiting for ``num_later_tokens``.
-    """
-
-    nodes: list[Node]
-    copy_source: Node | None
-    num_copied: int
-    num_tokens: int
-    num_later_tokens: int
-    pending: tuple[Node, int] | None
-
-    @property
-    def num_public_tokens(self) -> int:
-        """Those of ``num_tokens`` that everyone may match; they come first."""
-        count = sum(node.num_tokens for node in self.nodes if node.namespace == PUBLIC)
-        copies_public = self.copy_source is not None and self.copy_source.namespace == PUBLIC
-        return count + (self.num_copied if copies_public else 0)
 
 
 class PrefixTree:
@@ -60,7 +35,8 @@ class PrefixTree:
 
     Attributes:
         tick: counts uses of nodes; it stands still while nothing changes.
-        progress: nodes with ``is_awaited`` that have been computed further, or are no longer.
+        awaited: nodes of which progress is to be reported.
+        progress: those of them that have been computed further, or are no longer.
     """
 
     def __init__(self, pool: ChunkPool, usage: ChunkUsage) -> None:
@@ -74,7 +50,9 @@ class PrefixTree:
         self._roots: dict[str, Node] = {}
         self.order: EvictionOrder[Node] = EvictionOrder(pool.num_chunks)
         self.tick = 0
+        self.awaited: set[Node] = set()
         self.progress: dict[Node, None] = {}
+        self._copied: dict[Node, None] = {}  # nodes with ``copy_refs``
 
     def root(self, variant: str) -> Node:
         """Root of one K/V variant, created on first use; it holds no chunk."""
@@ -101,91 +79,6 @@ class PrefixTree:
                 namespace=node.namespace,
             )
             for node in self.nodes()
-        ]
-
-    # -- match ------------------------------------------------------------------------------
-
-    def match(self, root: Node, key: bytes, limit: int, namespace: str) -> Match:
-        """The longest usable prefix of ``key``, at most ``limit`` tokens; changes nothing.
-
-        A tenant's path leaves the public part at one node. Which one is not known from above
-        (both sides may hold equal chunks), so each exit of the public path is followed.
-        """
-        public = self._chain(root, key, limit, PUBLIC)
-        chains = []
-        if namespace != PUBLIC:
-            for i, node in enumerate([root, *public]):
-                own = self._chain(node, key, limit, namespace)
-                if own:
-                    chains.append(public[:i] + own)
-        # a tenant's chunks below the last public one give at least what the public path alone gives
-        if not chains or chains[-1][: len(public)] != public:
-            chains.insert(0, public)
-        matches = [self._usable(root, chain, key, limit, namespace) for chain in chains]
-        if len(matches) == 1:
-            return matches[0]
-        # from the public path a tenant's whole chunk looks like one to copy: sharing it comes first
-        best = max(matches, key=lambda match: (match.num_tokens, len(match.nodes)))
-        later = max(matches, key=lambda match: match.num_later_tokens)
-        if later.num_later_tokens <= best.num_later_tokens:
-            return best
-        return best._replace(num_later_tokens=later.num_later_tokens, pending=later.pending)
-
-    def _chain(self, node: Node, key: bytes, limit: int, namespace: str) -> list[Node]:
-        """Whole chunks of one namespace below ``node`` that equal ``key``, filled or not."""
-        width = self.pool.chunk_size * TOKEN_BYTES
-        chain: list[Node] = []
-        end = limit // self.pool.chunk_size * width
-        for start in range((node.depth + 1) * width, end, width):
-            children = node.children.get(namespace)
-            child = None if children is None else children.find(key[start : start + width])
-            if child is None:
-                break
-            chain.append(child)
-            node = child
-        return chain
-
-    def _usable(
-        self, root: Node, chain: list[Node], key: bytes, limit: int, namespace: str
-    ) -> Match:
-        size = self.pool.chunk_size
-        ready = next((i for i, node in enumerate(chain) if node.scheduled < size), len(chain))
-        nodes = chain[:ready]
-        end = chain[-1] if chain else root
-        overlaps = copyable = self._overlaps(end, key, limit, namespace)
-        if ready < len(chain):
-            parent = nodes[-1] if nodes else root
-            copyable = self._overlaps(parent, key, limit, namespace)
-        source, copied = None, 0
-        for node, tokens in _copyable(copyable):
-            if tokens > copied:
-                source, copied = node, tokens
-        later, pending = len(chain) * size, None
-        if ready < len(chain):
-            pending = (chain[-1], size)
-        best_overlap = 0
-        for node, overlap in overlaps:
-            if overlap > best_overlap:
-                best_overlap = overlap
-                if ready == len(chain):
-                    pending = (node, overlap)
-        num_tokens = ready * size + copied
-        later = max(later + best_overlap, num_tokens)
-        return Match(nodes, source, copied, num_tokens, later, pending)
-
-    def _overlaps(
-        self, parent: Node, key: bytes, limit: int, namespace: str
-    ) -> list[tuple[Node, int]]:
-        """Children of ``parent`` next to ``key`` and how many tokens they share with it."""
-        start = (parent.depth + 1) * self.pool.chunk_size
-        end = min(start + self.pool.chunk_size, limit)
-        if end <= start or not parent.children:
-            return []
-        rest = key[start * TOKEN_BYTES : end * TOKEN_BYTES]
-        return [
-            (node, common_prefix(node.key, rest))
-            for children in parent.visible_children(namespace)
-            for node in children.neighbours(rest)
         ]
 
     # -- structure --------------------------------------------------------------------------
@@ -217,6 +110,7 @@ class PrefixTree:
     ) -> Node:
         """Add an unused child; the tree becomes the owner of its chunk."""
         assert parent.namespace in (PUBLIC, namespace), "a node below another tenant's"
+        end_after(parent)
         node = Node(parent, namespace, key, chunk_id, filled, owner)
         parent.children.setdefault(namespace, Children()).add(node)
         self.num_nodes += 1
@@ -225,6 +119,7 @@ class PrefixTree:
         self.num_evictable += 1
         self.pool.set_state(chunk_id, ChunkState.CACHED)
         self.touch(node)
+        join_below(parent)
         return node
 
     def insert_path(
@@ -235,16 +130,20 @@ class PrefixTree:
         The same as ``insert`` and ``acquire`` of each, at less cost for a long prompt.
         """
         assert parent.namespace in (PUBLIC, namespace), "a node below another tenant's"
-        now, path = self.usage.now(), []
+        end_after(parent)
+        edge = Edge([])
         for key, chunk_id in zip(keys, chunk_ids, strict=True):
-            node = Node(parent, namespace, key, chunk_id, 0, owner)
-            node.num_sequences, node.shares_since = 1, now
+            node = Node(parent, namespace, key, chunk_id, 0, owner, edge)
             siblings = parent.children.get(namespace)
             if siblings is None:
                 siblings = parent.children[namespace] = Children()
             siblings.add(node)
-            path.append(node)
+            edge.nodes.append(node)
             parent = node
+        edge.num_sequences, edge.shares_since = 1, self.usage.now()
+        path = edge.nodes.copy()
+        if len(path) > 1 and len(path[-1].key) < len(path[0].key):
+            edge.split(len(path) - 1)
         self.num_nodes += len(path)
         self.order.add(owner, len(path))
         self.pool.show(chunk_ids)
@@ -255,8 +154,11 @@ class PrefixTree:
         assert node.parent is not None and not node.children
         siblings = node.parent.children[node.namespace]
         siblings.remove(node)
+        cut([node])
         node.set_key(key)
+        node.edge.changed()
         siblings.add(node)
+        join_below(node.parent)
 
     def remove(self, node: Node) -> None:
         """Take an unused leaf out of the tree and free its chunk."""
@@ -273,6 +175,10 @@ class PrefixTree:
             del parent.children[node.namespace]
         self.pool.set_state(chunk_id, ChunkState.PRIVATE)
         node.chunk_id = -1
+        node.edge.nodes.pop()
+        node.edge.changed()
+        node.edge = Edge([node])
+        join_below(parent)
         self.num_nodes -= 1
         self.order.remove(node.owner)
         self.usage.add_cached(node.owner, -1)
@@ -282,43 +188,86 @@ class PrefixTree:
 
     # -- use --------------------------------------------------------------------------------
 
-    def acquire(self, node: Node) -> float:
-        """Count one more live sequence through the node; returns its ``shared_seconds``."""
-        seconds = node.shared_seconds(self.usage.now())
-        node.num_sequences += 1
-        if node.num_sequences == 1:
-            self.usage.add_cached(node.owner, -1)
-            self._started_use(node)
-        return seconds
+    def acquire_path(self, path: list[Node]) -> float:
+        """Count one more live sequence through a part of a path.
 
-    def release(self, node: Node) -> float:
-        """Count one live sequence fewer; after the last the node is cached, most recently used.
-
-        Returns its ``shared_seconds``.
+        Returns the sum of the edges' ``shared_seconds``.
         """
-        seconds = node.shared_seconds(self.usage.now())
-        node.num_sequences -= 1
-        assert node.num_sequences >= 0
-        if node.num_sequences == 0:
-            self.usage.add_cached(node.owner, 1)
-            self.progressed(node)
-        self._ended_use(node)
+        now, seconds = self.usage.now(), 0.0
+        for edge in cut(path):
+            seconds += edge.shared_seconds(now)
+            if edge.num_sequences == 0:
+                self._change_use(edge, -1, ChunkState.CACHED, ChunkState.REFERENCED)
+            edge.num_sequences += 1
+        if path and path[0].parent is not None:
+            join_below(path[0].parent)
         return seconds
+
+    def release_path(self, path: list[Node]) -> float:
+        """Count one live sequence fewer; nodes without any are cached, most recently used.
+
+        Returns the sum of the edges' ``shared_seconds``.
+        """
+        now, seconds = self.usage.now(), 0.0
+        for edge in reversed(cut(path)):
+            seconds += edge.shared_seconds(now)
+            edge.num_sequences -= 1
+            assert edge.num_sequences >= 0
+            last = edge.nodes[-1]
+            if edge.num_sequences == 0:
+                self._change_use(edge, 1, ChunkState.REFERENCED, ChunkState.CACHED)
+                self.tick += len(edge.nodes)
+                edge.released_at = self.tick + edge.nodes[0].depth
+                if not self.awaited.isdisjoint(edge.nodes):
+                    self.progress.update(dict.fromkeys(self.awaited.intersection(edge.nodes)))
+                self._push_if_leaf(last)
+            join_below(last)
+        return seconds
+
+    def _change_use(self, edge: Edge, count: int, before: ChunkState, after: ChunkState) -> None:
+        """Count an edge that no sequence uses yet, or any more, as cached (1) or not (-1)."""
+        self.usage.add_cached(edge.nodes[0].owner, count * len(edge.nodes))
+        self.num_evictable += count * self.num_evictable_of(edge.nodes)
+        ids = edge.ids.tolist()
+        if self._copied:
+            ids = [node.chunk_id for node in edge.nodes if node.copy_refs == 0]
+        self.pool.move(ids, before, after)
+
+    def num_evictable_of(self, path: list[Node]) -> int:
+        """Nodes of a part of a path that are unused and unpinned: of most paths the end."""
+        first = bisect_left(
+            path, True, key=lambda node: node.edge.num_sequences == 0 and node.num_pins == 0
+        )
+        count = len(path) - first
+        if self._copied and count:
+            least = path[first].depth
+            for node in self._copied:
+                at = node.depth - least
+                count -= 0 <= at < len(path) - first and path[first + at] is node
+        return count
 
     def progressed(self, node: Node) -> None:
         """Note that a node is computed further, or by no sequence any more."""
-        if node.is_awaited:
+        if node in self.awaited:
             self.progress[node] = None
 
     def add_ref(self, node: Node) -> None:
         """A copy of the step being put together reads the node."""
+        if not node.is_used:
+            self.num_evictable -= node.num_pins == 0
+            self.pool.set_state(node.chunk_id, ChunkState.REFERENCED)
         node.copy_refs += 1
-        self._started_use(node)
+        self._copied[node] = None
 
     def drop_ref(self, node: Node) -> None:
         node.copy_refs -= 1
         assert node.copy_refs >= 0
-        self._ended_use(node)
+        if node.copy_refs == 0:
+            del self._copied[node]
+        if not node.is_used:
+            self.num_evictable += node.num_pins == 0
+            self.pool.set_state(node.chunk_id, ChunkState.CACHED)
+            self.touch(node)
 
     def pin(self, node: Node) -> None:
         """Protect a node and its ancestors from eviction."""
@@ -335,17 +284,6 @@ class PrefixTree:
             count += step.num_pins == 0
             step = step.parent
         return count
-
-    def _started_use(self, node: Node) -> None:
-        if node.num_sequences + node.copy_refs == 1:
-            self.num_evictable -= node.num_pins == 0
-            self.pool.set_state(node.chunk_id, ChunkState.REFERENCED)
-
-    def _ended_use(self, node: Node) -> None:
-        if not node.is_used:
-            self.num_evictable += node.num_pins == 0
-            self.pool.set_state(node.chunk_id, ChunkState.CACHED)
-            self.touch(node)
 
     def _add_pins(self, node: Node, count: int) -> None:
         step: Node | None = node
@@ -377,21 +315,9 @@ class PrefixTree:
     def touch(self, node: Node) -> None:
         """Make an unused node the one used last."""
         self.tick += 1
-        node.last_use = self.tick
+        node.touched = self.tick
         self._push_if_leaf(node)
 
     def _push_if_leaf(self, node: Node) -> None:
         if node.parent is not None and node.is_evictable_leaf:
             self.order.push(node)
-
-
-def _copyable(overlaps: list[tuple[Node, int]]) -> Iterator[tuple[Node, int]]:
-    """Filled nodes and how many tokens may be copied from each in this step.
-
-    A node that a copy of this step fills is not filled yet, but its source is.
-    """
-    for node, overlap in overlaps:
-        yield node, min(overlap, node.filled)
-        if node.copied_from is not None:
-            source, tokens = node.copied_from
-            yield source, min(overlap, tokens)

@@ -29,14 +29,15 @@ def keep_tail(tree: PrefixTree, root: Node, chunks: SequenceChunks, key: bytes) 
 
 
 def release_path(tree: PrefixTree, path: list[Node]) -> float:
-    """Drop references bottom up; what was never computed leaves the tree at once.
+    """Drop references; what was never computed, the end of the path, leaves the tree at once.
 
-    Returns the sum of the nodes' ``shared_seconds``.
+    Returns the sum of the edges' ``shared_seconds``.
     """
-    seconds = 0.0
+    seconds = tree.release_path(path)
     for node in reversed(path):
-        seconds += tree.release(node)
-        if node.filled < node.num_tokens and not node.is_used:
+        if node.filled == node.num_tokens:
+            break
+        if not node.is_used:
             _cut(tree, node)
     return seconds
 

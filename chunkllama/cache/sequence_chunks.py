@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkllama.cache.edge import edges_of
 from chunkllama.cache.node import Node
 
 NEVER = 2**62
@@ -30,7 +31,7 @@ class SequenceChunks:
         next_publish: number of computed tokens at which a chunk may become a node.
         copies: (source, destination, tokens) to be done before the sequence's next slice.
         meter: chunk-seconds of the chunks it no longer has, less, for each that it has, the clock
-            (of a node: its ``shared_seconds``) when it got it; see ``usage.py``.
+            (of a node: its edge's integral) when it got it; see ``usage.py``.
     """
 
     __slots__ = (
@@ -48,7 +49,12 @@ class SequenceChunks:
     )
 
     def __init__(
-        self, namespace: str, insert_limit: int, path: list[Node], tenant: str = ""
+        self,
+        namespace: str,
+        insert_limit: int,
+        path: list[Node],
+        tenant: str = "",
+        meter: float = 0.0,
     ) -> None:
         self.namespace = namespace
         self.tenant = tenant
@@ -58,9 +64,12 @@ class SequenceChunks:
         self.num_shared = len(path)
         self.next_publish = NEVER
         self.copies: list[tuple[int, int, int]] = []
-        self.meter = 0.0
+        self.meter = meter
         self._buffer = np.empty(max(16, 2 * len(path)), np.int32)
-        self._buffer[: len(path)] = [node.chunk_id for node in path]
+        at = 0
+        for edge in edges_of(path):
+            self._buffer[at : at + len(edge.nodes)] = edge.ids
+            at += len(edge.nodes)
         self.ids: NDArray[np.int32] = self._buffer[: len(path)]
 
     def __len__(self) -> int:

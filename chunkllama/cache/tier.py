@@ -22,8 +22,8 @@ from typing import Protocol
 
 from chunkllama.cache.adapter_tags import adapter_of
 from chunkllama.cache.eviction import EvictionOrder
+from chunkllama.cache.matching import Match
 from chunkllama.cache.node import PUBLIC, TOKEN_BYTES, Node
-from chunkllama.cache.prefix_tree import Match
 from chunkllama.cache.tier_entry import (
     NO_FILE,
     Promotion,

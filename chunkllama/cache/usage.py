@@ -1,9 +1,9 @@
 """Chunk-seconds and evictions of each tenant.
 
 A chunk that a sequence has for itself counts for the sequence's tenant. A tree node in use is
-divided among the sequences through it: each node keeps the integral of 1 / num_sequences over time,
-and a sequence's part is the difference between its value at ``release`` and at ``acquire``, so both
-cost O(1) per node. A node that no sequence uses counts as cached for the tenant that added it. At
+divided among the sequences through it: each edge keeps the integral of 1 / num_sequences over time,
+and a sequence's part is the difference between its value at release and at acquisition, so both
+cost O(1) per edge. A node that no sequence uses counts as cached for the tenant that added it. At
 any moment the parts of all tenants add up to the chunks that are not free.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from chunkllama.cache.edge import edges_of
 from chunkllama.cache.node import Node
 from chunkllama.cache.sequence_chunks import SequenceChunks
 from chunkllama.messages import TenantStats
@@ -73,9 +74,9 @@ class ChunkUsage:
             stats = result.setdefault(chunks.tenant, TenantStats())
             stats.chunks_used += chunks.num_private
             stats.chunk_seconds += chunks.meter + chunks.num_private * now
-            for node in chunks.path:
-                stats.chunks_used += 1 / node.num_sequences
-                stats.chunk_seconds += node.shared_seconds(now)
+            for edge in edges_of(chunks.path):
+                stats.chunks_used += len(edge.nodes) / edge.num_sequences
+                stats.chunk_seconds += edge.shared_seconds(now)
         return result
 
 

@@ -173,8 +173,12 @@ class AdmissionControl:
         for sequence in running:
             assert sequence.chunks is not None
             group = sequence.group
-            more = min(max(group.max_tokens - 1, 0), output)  # as max_kv_tokens, but faster
-            tokens = max(sequence.num_tokens, sequence.num_prompt_tokens + more)
+            more = group.max_tokens - 1  # as max_kv_tokens and expected_chunks, but faster
+            if more > output:
+                more = output
+            tokens = sequence.num_prompt_tokens + more
+            if tokens < sequence.num_tokens:
+                tokens = sequence.num_tokens
             unused = -(-tokens // size) - len(sequence.chunks.ids)
             if unused > 0:
                 total += unused

@@ -67,7 +67,7 @@ class FirstTokens:
             return None
         if not self._lifecycle.running.num_free_slots:
             return None
-        prefills = [s for s in self._lifecycle.running.by_age if s.num_remaining_tokens > 1]
+        prefills = self._lifecycle.running.prompts
         busy = {s.group.request.tenant for s in prefills}
         arriving = []
         for name in waiting.ready_tenants():

@@ -54,14 +54,18 @@ class Headroom:
             self._count(sequence)
 
     def _count(self, sequence: Sequence) -> None:
-        tenant, chunks = sequence.group.request.tenant, sequence.chunks
+        group, chunks = sequence.group, sequence.chunks
         assert chunks is not None
-        slots = 1 if sequence.group.beam is None else _num_slots(sequence.group)
-        self._slots[tenant] = self._slots.get(tenant, 0) + slots
+        tenant = group.request.tenant
+        slots = 1 if group.beam is None else _num_slots(group)
         self._num_slots += slots
         self._promised_slots += slots - 1
         own = len(chunks.ids) - chunks.num_shared
-        self._chunks[tenant] = self._chunks.get(tenant, 0) + own
+        if tenant in self._slots:
+            self._slots[tenant] += slots
+            self._chunks[tenant] += own
+        else:
+            self._slots[tenant], self._chunks[tenant] = slots, own
 
     def remains(self, sequence: Sequence, match: Match) -> bool:
         """Whether enough is left to other tenants if the sequence starts; it shares ``match``."""

@@ -132,9 +132,8 @@ class Pace:
 
         Beside its decodes it has at least what is reserved for short prompts and ``LEAST``.
         """
-        running = self._lifecycle.running.by_age
-        prompts = [s for s in running if s.num_remaining_tokens > 1]
-        num_decodes = sum(s.num_remaining_tokens == 1 for s in running)
+        running = self._lifecycle.running
+        prompts, num_decodes = running.prompts, len(running.decodes)
         if num_decodes == len(running) and not len(self._lifecycle.waiting):
             return
         seconds = max(self._step_seconds, WEIGHTS_SHARE * self._times.seconds(1))
@@ -278,6 +277,11 @@ class Pace:
         full = self._largest // SHORT_SHARE
         return max(self._budget // SHORT_SHARE, min(SHORT, full), 1)
 
+    @property
+    def is_limiting(self) -> bool:
+        """Some tenant has a limit in the step."""
+        return bool(self._left)
+
     def may_start(self, sequence: Sequence) -> bool:
         """Tell whether a waiting sequence may have a token of the step."""
         if not self._level or self._is_free(sequence):
@@ -290,10 +294,11 @@ class Pace:
 
     def most(self, sequence: Sequence) -> int:
         """Return the tokens that the sequence may have."""
-        if not self._left or self._is_free(sequence):
+        left = self._left.get(sequence.group.request.tenant)
+        if left is None or self._is_free(sequence):
             return NO_LIMIT
         part = self._parts.get(sequence)
-        return self._left.get(sequence.group.request.tenant, NO_LIMIT) if part is None else part
+        return left if part is None else part
 
     def take(self, sequence: Sequence, count: int) -> None:
         """Note that the sequence has ``count`` tokens of the step."""
@@ -302,7 +307,7 @@ class Pace:
             self._left[tenant] -= count
 
     def _is_free(self, sequence: Sequence) -> bool:
-        return not sequence.is_background and sequence.group.request.tenant in self._free
+        return sequence.group.request.tenant in self._free and not sequence.is_background
 
     # -- after it ---------------------------------------------------------------------------
 
@@ -313,10 +318,11 @@ class Pace:
         """
         tokens: dict[str, int] = {}
         self._tokens, self._num_free_tokens = tokens, 0
+        free = self._free
         for sequence in scheduled:
             tenant = sequence.group.request.tenant
             count = sequence.num_scheduled + len(sequence.draft.token_ids)
-            if self._is_free(sequence):
+            if tenant in free and not sequence.is_background:
                 self._num_free_tokens += count
             else:
                 tokens[tenant] = tokens.get(tenant, 0) + count

@@ -25,12 +25,19 @@ class RunningSequences:
     """Running sequences, oldest first in ``by_age``; each holds a slot and chunks.
 
     ``caps`` are what the device's memory has room for.
+
+    Attributes:
+        decodes, prompts: those with one token, or several, left when the step began.
+        num_background: those in the background.
     """
 
     def __init__(self, max_num_seqs: int, chunk_size: int) -> None:
         self.by_age: list[Sequence] = []
         self.order = TreeOrder(chunk_size)
         self.caps = StepCaps()
+        self.decodes: list[Sequence] = []
+        self.prompts: list[Sequence] = []
+        self.num_background = 0
         self._free_slots = list(range(max_num_seqs))
         self._freed_slots: list[int] = []
         self._new: list[Sequence] = []
@@ -49,12 +56,22 @@ class RunningSequences:
         is_capped = bool(self._free_slots) and not self.num_free_slots
         return is_capped and self.caps.lift()
 
+    def begin_step(self) -> list[Sequence]:
+        """Sort the sequences by what they have left; returns those whose samples are deferred."""
+        self.decodes = [s for s in self.by_age if s.num_tokens - s.num_computed_tokens == 1]
+        if len(self.decodes) == len(self.by_age):
+            self.prompts = []
+            return []
+        self.prompts = [s for s in self.by_age if s.num_tokens - s.num_computed_tokens > 1]
+        return [s for s in self.by_age if s.awaits_sample]
+
     def start(self, sequence: Sequence, chunks: SequenceChunks, num_computed: int) -> None:
         """Start the sequence with K/V of ``num_computed`` tokens in its chunks."""
         sequence.slot = heapq.heappop(self._free_slots)
         sequence.chunks = chunks
         sequence.num_computed_tokens = num_computed
         self._new.append(sequence)
+        self.num_background += sequence.is_background
         insort(self.by_age, sequence, key=_age)
         self.order.insert(sequence)
 
@@ -63,6 +80,7 @@ class RunningSequences:
         chunks = sequence.chunks
         assert chunks is not None and sequence.slot >= 0
         self.order.remove(sequence)
+        self.num_background -= sequence.is_background
         del self.by_age[bisect_left(self.by_age, sequence.age, key=_age)]
         heapq.heappush(self._free_slots, sequence.slot)
         if sequence in self._new:
@@ -79,10 +97,11 @@ class RunningSequences:
         """Return the copies (source, destination, tokens) that this step's slices need."""
         copies = []
         for sequence in self.by_age:
-            assert sequence.chunks is not None
-            if sequence.num_scheduled and sequence.chunks.copies:
-                copies += sequence.chunks.copies
-                sequence.chunks.copies = []
+            chunks = sequence.chunks
+            assert chunks is not None
+            if chunks.copies and sequence.num_scheduled:
+                copies += chunks.copies
+                chunks.copies = []
         return copies
 
     def renew(self, sequence: Sequence) -> None:
@@ -120,12 +139,13 @@ class RunningSequences:
         shared = 0
         for sequence, shared_with_last in zip(self.order.sequences, self.order.shared, strict=True):
             # over skipped sequences the common path is the shortest of all on the way
-            shared = min(shared, shared_with_last)
-            count = sequence.num_scheduled
+            if shared_with_last < shared:
+                shared = shared_with_last
+            count, chunks = sequence.num_scheduled, sequence.chunks
             if not count:
                 continue
             start, group = sequence.num_computed_tokens, sequence.group
-            assert sequence.chunks is not None
+            assert chunks is not None
             token_ids, draft = sequence.token_slice(start, count), sequence.draft.token_ids
             if draft:
                 token_ids = np.concatenate((token_ids, draft), dtype=np.int32)
@@ -134,7 +154,7 @@ class RunningSequences:
                     sequence.slot,
                     start,
                     token_ids,
-                    sequence.chunks.ids,
+                    chunks.ids,
                     shared,
                     start + count == sequence.num_tokens and group.max_tokens > 0,
                     group.collects_prompt_logprobs and sequence.wants_prompt_logits,
@@ -161,5 +181,6 @@ class RunningSequences:
         slots = [s.slot for s in self.by_age]
         assert len({*slots, *self._free_slots}) == len(slots) + len(self._free_slots)
         assert [s.age for s in self.by_age] == sorted(s.age for s in self.by_age)
+        assert self.num_background == sum(s.is_background for s in self.by_age)
         assert {id(s) for s in self.by_age} == {id(s) for s in self.order.sequences}
         self.order.check_invariants()

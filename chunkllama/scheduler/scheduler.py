@@ -147,6 +147,7 @@ class Scheduler:
         assert self._in_flight is None, "the last step has not been committed"
         self._cache.expire_pins()
         grow_tails(self._lifecycle, self._cache)
+        awaiting = self._running.begin_step()
         self._starts.begin_step()
         budget = before = self._pace.begin_step()
         arrivals = self._first_tokens.begin_step()
@@ -159,13 +160,13 @@ class Scheduler:
             self._fill(budget)
         if not self._scheduled and self._pace.lift():
             self._fill(budget)
-        while not (self._scheduled or self._find_awaiting()):
+        while not (self._scheduled or awaiting):
             if not break_deadlock(self._lifecycle, self._cache):
                 break
             self._starts.begin_step()
             most = min(self._limits.max_num_batched_tokens, self._running.caps.tokens)
             self._starts.admit(most)
-        self._awaiting = self._find_awaiting()
+        self._awaiting = awaiting
         if not self._scheduled and not self._awaiting:
             return None
         self._step += 1
@@ -195,7 +196,7 @@ class Scheduler:
         budget = self._take_decodes(budget)
         if paused and self._num_paused == MAX_PAUSED:  # their turn, to a part of the step
             part = min(max(budget // (MAX_PAUSED + 1), LEAST), budget)
-            turn = self._find_prefills(s for s in self._running.by_age if s in paused)
+            turn = self._find_prefills(s for s in self._running.prompts if s in paused)
             budget -= part - self._take_slices(turn, part)
             budget = self._schedule_prefills(budget, paused=paused)
             budget = self._starts.admit(budget, foreground=True)
@@ -204,15 +205,13 @@ class Scheduler:
 
     def _may_pause(self) -> frozenset[Sequence]:
         """Find the background sequences that compute nothing which others wait for."""
+        if not self._running.num_background:
+            return frozenset()
         background = [s for s in self._running.by_age if s.is_background]
-        awaited = self._waiting.awaited_nodes() if background else set()
+        awaited = self._waiting.awaited_nodes()
         return frozenset(
             s for s in background if s.chunks is not None and awaited.isdisjoint(s.chunks.path)
         )
-
-    def _find_awaiting(self) -> list[Sequence]:
-        """Find the sequences whose samples the executor has deferred, oldest first."""
-        return [s for s in self._running.by_age if s.awaits_sample]
 
     def _take_decodes(
         self, budget: int, but: str | None = None, *, paused: frozenset[Sequence] = frozenset()
@@ -223,10 +222,12 @@ class Scheduler:
             but: a tenant whose sequences are left out.
             paused: sequences that are left out.
         """
-        rows = (s for s in self._running.by_age if s.num_remaining_tokens == 1)
-        for sequence in rows:
+        pace = self._pace
+        for sequence in self._running.decodes:
             is_left_out = sequence in paused or sequence.group.request.tenant == but
-            if not (is_left_out or sequence.num_scheduled) and self._pace.most(sequence):
+            if is_left_out or sequence.num_scheduled:
+                continue
+            if not pace.is_limiting or pace.most(sequence):
                 self._take(sequence, 1)
                 budget -= 1
         return budget
@@ -237,7 +238,7 @@ class Scheduler:
         A part of the step is reserved for prompts that fit in it, running or new. The rest goes to
         long prompts in fair order.
         """
-        prefills = self._find_prefills(s for s in self._running.by_age if s not in paused)
+        prefills = self._find_prefills(s for s in self._running.prompts if s not in paused)
         if len(prefills) > 1 and self._limits.policy == "fair":
             clocks = self._starts.clocks()
             prefills.sort(key=lambda s: (clocks[s.group.request.tenant], s.age))
@@ -253,8 +254,7 @@ class Scheduler:
 
     def _find_prefills(self, among: Iterable[Sequence]) -> list[Sequence]:
         """Find the prompts that may have a slice of this step and have none yet."""
-        prefills = (s for s in among if s.num_remaining_tokens > 1 and not s.num_scheduled)
-        return [s for s in prefills if self._pace.most(s)]
+        return [s for s in among if not s.num_scheduled and self._pace.most(s)]
 
     def _take_slices(self, prefills: list[Sequence], budget: int) -> int:
         for sequence in prefills:
@@ -274,7 +274,8 @@ class Scheduler:
     def _take(self, sequence: Sequence, count: int) -> None:
         """Put ``count`` tokens of the sequence into this step."""
         sequence.num_scheduled = count
-        self._pace.take(sequence, count)
+        if self._pace.is_limiting:
+            self._pace.take(sequence, count)
         self._scheduled.append(sequence)
         start = sequence.num_computed_tokens
         if start < sequence.num_admitted:

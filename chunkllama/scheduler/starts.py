@@ -140,7 +140,7 @@ class Starts:
                 waiting.unpark(reason)
                 reasons.remove(reason)
             if not reasons:
-                node.is_awaited = False
+                self._cache.tree.awaited.discard(node)
                 self._awaited.pop(node, None)
         for read in [r for r in self._reads if r.is_done]:
             waiting.unpark(read)
@@ -154,7 +154,7 @@ class Starts:
         if match.pending is not None and self._cache.is_pending_node(*match.pending):
             self._lifecycle.waiting.park(sequence, match.pending)
             node = match.pending[0]
-            node.is_awaited = True
+            self._cache.tree.awaited.add(node)
             self._awaited.setdefault(node, set()).add(match.pending)
         return True
 
@@ -165,7 +165,7 @@ class Starts:
         headroom = self._room()
         if not headroom.remains(sequence, match):
             return None
-        own_path = sum(node.is_evictable for node in match.nodes)
+        own_path = self._cache.tree.num_evictable_of(match.nodes)
         limits = ReadLimits(
             least_tokens=self._limits.min_wait_tokens,
             needed_chunks=self._lifecycle.admission.num_needed(sequence, match),

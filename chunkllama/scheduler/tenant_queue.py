@@ -99,25 +99,31 @@ class TenantQueue:
         start = self._last[: least * TOKEN_BYTES]
         at = bisect_left(self._by_prefix, (self._last,))
         if self.may_follow is None:
-            near = self._by_prefix[max(at - 1, 0) : at + 1]
-            # the neighbours share most of all
-            self.may_follow = len(start) == least * TOKEN_BYTES and any(
-                key.startswith(start) for key, _, _ in near
-            )
+            self.may_follow = False
+            if len(start) == least * TOKEN_BYTES:
+                for key, _, _ in self._by_prefix[max(at - 1, 0) : at + 1]:  # they share most of all
+                    self.may_follow |= key.startswith(start)
             if not self.may_follow:
                 return None
-        found: list[tuple[bytes, Sequence]] = []
-        for low, high, step in ((at - 1, max(at - 1 - NEAR, -1), -1), (at, at + NEAR, 1)):
-            for i in range(low, min(high, len(self._by_prefix)), step):
-                key, _, sequence = self._by_prefix[i]
-                if sequence in passed or sequence in self._parked:
-                    continue
-                if key.startswith(start) and self._is_of_first_rank(sequence):
-                    found.append((key, sequence))
-                break
-        if len(found) < 2:
-            return found[0][1] if found else None
-        return max(found, key=lambda entry: common_prefix(entry[0], self._last))[1]
+        before = self._nearest(self._by_prefix[max(at - NEAR, 0) : at][::-1], start, passed)
+        after = self._nearest(self._by_prefix[at : at + NEAR], start, passed)
+        if before is None or after is None:
+            return after if before is None else before
+        shared = [common_prefix(self._keys[s], self._last) for s in (before, after)]
+        return after if shared[1] > shared[0] else before
+
+    def _nearest(
+        self, near: list[tuple[Any, ...]], start: bytes, passed: Container[Sequence]
+    ) -> Sequence | None:
+        """The first of ``near`` that may start, if it begins with ``start``."""
+        for key, _, sequence in near:
+            if sequence in passed or sequence in self._parked:
+                continue
+            if key.startswith(start) and self._is_of_first_rank(sequence):
+                found: Sequence = sequence
+                return found
+            break
+        return None
 
     def _is_of_first_rank(self, sequence: Sequence) -> bool:
         """Whether the sequence has the priority of the oldest one."""

@@ -108,7 +108,8 @@ class TreeOrder:
 
     def _comes_before(self, a: Sequence, b: Sequence, known: list[int] | None = None) -> bool:
         """Whether a precedes b, whose chunks may be ``known`` as a list."""
-        a_ids, b_ids = _ids(a), _ids(b)
+        assert a.chunks is not None and b.chunks is not None
+        a_ids, b_ids = a.chunks.ids, b.chunks.ids
         if a.group.adapter is None and b.group.adapter is None:
             return _precedes(a_ids, b_ids, known)
         shared = num_shared_chunks(a_ids, b_ids)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.cache.manager import CacheManager
 from chunkllama.messages import EngineRequest, TokenDelta
 from chunkllama.sampling_params import SamplingParams
@@ -139,8 +140,17 @@ class SimulatedEngine:
         size = self.cache.chunk_size
         self.model.kv[chunk_id * size : (chunk_id + 1) * size] = values[-size:]
 
-    def add(self, prompt: list[int], max_tokens: int | None = 4, **options: Any) -> str:
-        """Queue a request; options belong to EngineRequest or else to SamplingParams."""
+    def add(
+        self,
+        prompt: list[int],
+        max_tokens: int | None = 4,
+        adapter: AdapterUse | None = None,
+        **options: Any,
+    ) -> str:
+        """Queue a request; options belong to EngineRequest or else to SamplingParams.
+
+        The fake model knows no adapters: only the tree tells the tokens of one apart.
+        """
         name = f"r{len(self.requests)}"
         own = {k: v for k, v in options.items() if k in EngineRequest.__struct_fields__}
         params = {k: v for k, v in options.items() if k not in own}
@@ -150,7 +160,7 @@ class SimulatedEngine:
         request = EngineRequest(
             request_id=name, prompt_token_ids=list(prompt), sampling=sampling, **own
         )
-        self.scheduler.add(request)
+        self.scheduler.add(request, adapter)
         self.requests[name] = request
         for index in range(sampling.num_sequences):
             self.outputs[name, index] = []

@@ -7,6 +7,7 @@ import pytest
 from cache_driver import CacheDriver
 
 from chunkllama.cache.chunk_pool import ChunkPool, ChunkState
+from chunkllama.cache.matching import find_match
 from chunkllama.cache.node import Children, Node, common_prefix, encode_tokens
 from chunkllama.cache.prefix_tree import PrefixTree
 from chunkllama.cache.usage import ChunkUsage
@@ -139,8 +140,8 @@ class TestNamespaces:
         (chunk_id,) = tree.pool.allocate(1)
         key = encode_tokens(np.array([1, 2, 3, 4], np.int32))
         tree.insert(one, "", key, chunk_id, 4)
-        assert tree.match(one, key, 4, "").num_tokens == 4
-        assert tree.match(other, key, 4, "").num_tokens == 0
+        assert find_match(one, key, 4, "", 4).num_tokens == 4
+        assert find_match(other, key, 4, "", 4).num_tokens == 0
 
 
 class TestEviction:

@@ -6,8 +6,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 
+from chunkllama.cache.adapter_tags import AdapterUse
+from chunkllama.cache.imports import ChunkImport
+from chunkllama.cache.node import encode_tokens
 from chunkllama.messages import CacheExplanation
 from chunkllama.simulation.engine import SimulatedEngine
 
@@ -51,6 +55,30 @@ def does(*steps: Callable[[SimulatedEngine], object]) -> Callable[[SimulatedEngi
             step(run)
 
     return do
+
+
+def imports(*prompt: int, namespace: str = "A") -> Callable[[SimulatedEngine], object]:
+    """Insert the whole chunks of a prompt as a pack or a snapshot does."""
+
+    def insert(run: SimulatedEngine) -> None:
+        chunks, parent = ChunkImport(run.cache), -1
+        for end in range(SIZE, len(prompt) + 1, SIZE):
+            key = encode_tokens(np.array(prompt[end - SIZE : end], np.int32))
+            chunk_id, outcome = chunks.add(parent, namespace, key, "")
+            assert outcome == "new"
+            run.write_chunk(chunk_id, list(prompt[:end]))
+            parent += 1
+
+    return insert
+
+
+def preempts(run: SimulatedEngine) -> None:
+    """Run a long request and the prompt in a pool for one of them, so that one is preempted."""
+    sends(99)(run)  # outputs are expected to be short
+    run.add(BASE, 30, tenant="a", namespace="A", ignore_eos=True)
+    run.add([*BASE[:8], 5, 6, 7], 30, tenant="a", namespace="A", ignore_eos=True)
+    run.run()
+    assert run.scheduler.stats().preemptions_total > 0
 
 
 def evicts(count: int = 1000) -> Callable[[SimulatedEngine], object]:
@@ -194,6 +222,60 @@ CASES = {
         ),
         engine={"history_chunks": 6},
     ),
+    "its adapter has another tree": Case(
+        "another_adapter", 0, 0, before=sends(*BASE), request={"adapter": AdapterUse(3, 0)}
+    ),
+    "an adapter becomes active in the prompt": Case(
+        "another_adapter", 8, 8, before=sends(*BASE), request={"adapter": AdapterUse(3, 8)}
+    ),
+    "an adapter becomes active inside a chunk": Case(
+        "another_adapter", 6, 6, request={"adapter": AdapterUse(3, 6)},
+        before=does(sends(*BASE), sends(*BASE[:6], 9, adapter=AdapterUse(1, 2))),
+    ),
+    "without an adapter, after prompts with several": Case(
+        "another_adapter", 0, 0,
+        before=does(*(sends(*BASE, adapter=AdapterUse(number, 0)) for number in (1, 5, 2047))),
+    ),
+    "another token under another adapter": Case(
+        "never_seen", 0, 0, before=sends(9, *BASE), request={"adapter": AdapterUse(3, 0)}
+    ),
+    "the same prompt under the same adapter": Case(
+        "complete", 13, 13, before=sends(*BASE, 1, 2, adapter=AdapterUse(3, 4)),
+        request={"adapter": AdapterUse(3, 4)},
+    ),
+    "another tenant used another adapter": Case(
+        "never_seen", 0, 0, before=sends(*BASE, tenant="b", namespace="A"),
+        request={"adapter": AdapterUse(3, 0)},
+    ),
+    "what was evicted is read from files": Case(
+        "complete", 12, 12, prompt=[*BASE, 1], before=does(sends(*BASE), evicts(), sends(99)),
+        engine={"tier_chunks": 8, "min_wait_tokens": 1},
+    ),
+    "files have only the end of what was evicted": Case(
+        "evicted", 0, 12, before=does(sends(*BASE), evicts(1), evicts(), waits(2)), seconds=2,
+        engine={"tier_chunks": 2, "min_wait_tokens": 1},
+    ),
+    "imported, and never sent": Case("complete", 12, 0, prompt=[*BASE, 1], before=imports(*BASE)),
+    "imported in part": Case("never_seen", 8, 0, before=imports(*BASE[:8])),
+    "imported for all": Case(
+        "never_seen", 12, 0, before=imports(*BASE, namespace="")
+    ),
+    "imported, evicted, never sent": Case(
+        "never_seen", 0, 0, before=does(imports(*BASE), evicts())
+    ),
+    "after preemptions": Case(
+        "diverged", 9, 9, prompt=[*BASE[:8], 5, 0, 0], before=preempts, num_chunks=16,
+        engine={"spare_chunks": 0, "reserve_quantile": 0.0},
+    ),
+    "three choices": Case(
+        "diverged", 12, 12, before=sends(*LONG), request={"n": 3}
+    ),
+    "the start of a conversation was cut off": Case(
+        "never_seen", 0, 0, prompt=[*BASE[4:], 1], before=sends(*BASE)
+    ),
+    "the middle of a conversation was cut out": Case(
+        "diverged", 4, 4, prompt=[*BASE[:4], *BASE[8:], 1], before=sends(*BASE)
+    ),
     "being computed by another tenant": Case(
         "evicted", 2, 12,
         before=does(
@@ -234,14 +316,20 @@ def test_a_request_says_why_its_match_ended(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, case in CASES.items() if not case.request and case.reason != "no_room"]
+    "name",
+    [
+        name
+        for name, case in CASES.items()
+        if not case.request.keys() - {"adapter", "n"} and case.reason != "no_room"
+    ],
 )
 def test_the_same_is_said_without_running_the_prompt(name: str) -> None:
     case = CASES[name]
     run = prepared(case)
     before = run.scheduler.stats()
     for _ in range(2):
-        check(case, run.scheduler.explain(case.prompt, "A", "a"))
+        adapter = case.request.get("adapter")
+        check(case, run.scheduler.explain(case.prompt, "A", "a", adapter))
     assert run.scheduler.stats() == before
 
 

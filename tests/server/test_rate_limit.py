@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 
 import anyio
 import openai
@@ -206,6 +207,17 @@ def test_every_response_has_the_headers(fresh) -> None:
         send(200, "POST", "/v1/chat/completions", json={**chat, "stream": True})
         send(200, "POST", "/v1/responses", json={"model": MODEL, "input": "a"})
         send(200, "POST", "/v1/embeddings", json={"model": MODEL, "input": "a"})
+        send(200, "POST", "/v1/messages", json={**chat, "max_tokens": 5})
+        send(200, "POST", "/v1/messages", json={**chat, "max_tokens": 5, "stream": True})
+        send(200, "POST", "/v1/messages/count_tokens", json=chat)
+        send(400, "POST", "/v1/messages", json=chat)
+        send(200, "POST", "/api/chat", json=chat)
+        send(200, "POST", "/api/generate", json={"model": MODEL, "prompt": "a", "stream": False})
+        send(200, "POST", "/api/embed", json={"model": MODEL, "input": "a"})
+        send(404, "POST", "/api/chat", json={**chat, "model": "none"})
+        send(200, "POST", "/generate", json={"inputs": "a", "parameters": {"max_new_tokens": 2}})
+        send(200, "POST", "/generate_stream", json={"inputs": "a"})
+        send(422, "POST", "/generate", json={})
         send(200, "POST", "/tokenize", json={"model": MODEL, "prompt": "a"})
         send(200, "POST", "/v1/cache/explain", json={"model": MODEL, "prompt": "a b"})
         for readable in ("/v1/models", "/v1/usage", "/metrics", "/openapi.json"):
@@ -239,6 +251,23 @@ def test_every_response_has_the_headers(fresh) -> None:
     kinds = ("requests", "tokens")
     expected = {f"{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in kinds}
     assert all(set(rate_headers(answer)) == expected for _, answer in answers)
+
+
+def test_every_route_has_the_headers(fresh) -> None:
+    """An empty body is refused by most of them."""
+    fresh.quotas["slow"] = TenantQuotas(requests_per_minute=1000, tokens_per_minute=100_000)
+    fresh.app.state.context.tenants.set_quotas(fresh.quotas)
+    without, seen = set(), 0
+    with fresh.http(headers={"x-api-key": "ks"}) as http:
+        for path, methods in http.get("/openapi.json").json()["paths"].items():
+            for method in methods:
+                url = re.sub(r"{\w+}", "none", path)
+                answer = http.request(method, url, json={} if method == "post" else None)
+                seen += 1
+                if len(rate_headers(answer)) != 6:
+                    without.add(path)
+    assert seen > 60
+    assert without == {"/health", "/health/live", "/health/ready"}, "which ask for no key"
 
 
 def complete_error(server):

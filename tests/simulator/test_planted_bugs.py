@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
-from chunkllama.cache import manager, prefix_tree, retention
+from chunkllama.cache import manager, matching, retention
+from chunkllama.cache.edge import Edge
 from chunkllama.cache.eviction import EvictionOrder
 from chunkllama.cache.manager import CacheManager
 from chunkllama.cache.node import Node
@@ -119,10 +120,17 @@ def search_shares() -> None:
 
 
 def missing_incref(patch: Patch) -> None:
-    acquire = PrefixTree.acquire
-    patch.setattr(
-        PrefixTree, "acquire", lambda self, node: None if node.is_used else acquire(self, node)
-    )
+    acquire = PrefixTree.acquire_path
+
+    def only_unused(self: PrefixTree, path: list[Node]) -> float:
+        return acquire(self, [node for node in path if not node.is_used])
+
+    patch.setattr(PrefixTree, "acquire_path", only_unused)
+
+
+def unequal_edges_joined(patch: Patch) -> None:
+    """A node counts the sequences of another one."""
+    patch.setattr(Edge, "may_join", lambda self, below: True)
 
 
 def publish_one_token_early(patch: Patch) -> None:
@@ -217,7 +225,7 @@ def reserve_forgotten(patch: Patch) -> None:
 
 
 def partial_leaf_matched_past_filled(patch: Patch) -> None:
-    patch.setattr(prefix_tree, "_copyable", iter)
+    patch.setattr(matching, "_copyable", iter)
 
 
 def namespace_leak(patch: Patch) -> None:
@@ -228,14 +236,12 @@ def namespace_leak(patch: Patch) -> None:
 
 def public_below_private(patch: Patch) -> None:
     """A public sequence walks into a tenant's nodes."""
-    chain = PrefixTree._chain
+    chain = matching._chain
 
-    def everywhere(
-        self: PrefixTree, node: Node, key: bytes, limit: int, namespace: str
-    ) -> list[Node]:
-        return max((chain(self, node, key, limit, n) for n in (namespace, "A", "B")), key=len)
+    def everywhere(node: Node, key: bytes, limit: int, namespace: str, size: int) -> list[Node]:
+        return max((chain(node, key, limit, n, size) for n in (namespace, "A", "B")), key=len)
 
-    patch.setattr(PrefixTree, "_chain", everywhere)
+    patch.setattr(matching, "_chain", everywhere)
 
 
 def copy_source_not_held(patch: Patch) -> None:
@@ -325,8 +331,8 @@ def charged_to_another_tenant(patch: Patch) -> None:
 
 
 def shares_not_metered(patch: Patch) -> None:
-    """The time that a node is in use counts for no sequence."""
-    patch.setattr(Node, "shared_seconds", lambda self, now: self.summed_seconds)
+    """The time that nodes are in use counts for no sequence."""
+    patch.setattr(Edge, "shared_seconds", lambda self, now: self.summed_seconds)
 
 
 def limit_forgotten(patch: Patch) -> None:
@@ -401,6 +407,7 @@ def reads_never_end(patch: Patch) -> None:
 
 BUGS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [
     (missing_incref, search_traffic),
+    (unequal_edges_joined, search_traffic),
     (publish_one_token_early, search_traffic),
     (whole_prompt_matched, search_traffic),
     (double_free, search_traffic),

@@ -22,6 +22,7 @@ _MESSAGES: dict[CacheReason, str] = {
     "dropped": "your earlier prompt went on, but an operator removed the rest from the cache",
     "not_stored": "your earlier prompt went on, but was not to be stored beyond its breakpoint",
     "another_namespace": "you sent these tokens before with another cache_salt",
+    "another_adapter": "you sent the next token before with another adapter, or without one",
     "never_seen": "you have not sent these tokens before",
     "unknown": "the record of your earlier prompts does not reach back far enough",
 }

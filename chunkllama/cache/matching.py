@@ -1,0 +1,162 @@
+"""The longest prefix of a prompt that the tree has, at token granularity."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from chunkllama.cache.edge import edges_of
+from chunkllama.cache.node import PUBLIC, TOKEN_BYTES, Node, common_prefix
+
+
+class Match(NamedTuple):
+    """What the tree has of a token list, at token granularity.
+
+    Attributes:
+        nodes: whole chunks to share; each is filled, or will be by the step being put together.
+        copy_source: a node whose first ``num_copied`` tokens continue the match, to be copied.
+        num_tokens: tokens that need no computing, ``len(nodes) * C + num_copied``.
+        num_later_tokens: what the same match would give once every node seen is filled.
+        pending: (node, tokens) to watch when waiting for ``num_later_tokens``.
+    """
+
+    nodes: list[Node]
+    copy_source: Node | None
+    num_copied: int
+    num_tokens: int
+    num_later_tokens: int
+    pending: tuple[Node, int] | None
+
+    @property
+    def num_public_tokens(self) -> int:
+        """Those of ``num_tokens`` that everyone may match; they come first."""
+        count = bisect_left(self.nodes, True, key=lambda node: node.namespace != PUBLIC)
+        count *= self.nodes[0].num_tokens if self.nodes else 0
+        copies_public = self.copy_source is not None and self.copy_source.namespace == PUBLIC
+        return count + (self.num_copied if copies_public else 0)
+
+
+def find_match(root: Node, key: bytes, limit: int, namespace: str, size: int) -> Match:
+    """The longest usable prefix of ``key``, at most ``limit`` tokens; changes nothing.
+
+    A tenant's path leaves the public part at one node. Which one is not known from above
+    (both sides may hold equal chunks), so each exit of the public path is followed.
+    """
+    public = _chain(root, key, limit, PUBLIC, size) if PUBLIC in root.children else []
+    if not public:
+        return _usable(root, _chain(root, key, limit, namespace, size), key, limit, namespace, size)
+    chains = []
+    if namespace != PUBLIC:
+        for i, node in _exits(root, public):
+            own = _chain(node, key, limit, namespace, size)
+            if own:
+                chains.append(public[:i] + own)
+    # a tenant's chunks below the last public one give at least what the public path alone gives
+    if not chains or chains[-1][: len(public)] != public:
+        chains.insert(0, public)
+    matches = [_usable(root, chain, key, limit, namespace, size) for chain in chains]
+    if len(matches) == 1:
+        return matches[0]
+    # from the public path a tenant's whole chunk looks like one to copy: sharing it comes first
+    best = max(matches, key=lambda match: (match.num_tokens, len(match.nodes)))
+    later = max(matches, key=lambda match: match.num_later_tokens)
+    if later.num_later_tokens <= best.num_later_tokens:
+        return best
+    return best._replace(num_later_tokens=later.num_later_tokens, pending=later.pending)
+
+
+def _chain(node: Node, key: bytes, limit: int, namespace: str, size: int) -> list[Node]:
+    """Whole chunks of one namespace below ``node`` that equal ``key``, filled or not.
+
+    Args:
+        node: the last one of its edge.
+    """
+    width = size * TOKEN_BYTES
+    chain: list[Node] = []
+    start, end = (node.depth + 1) * width, limit // size * width
+    while start < end:
+        children = node.children.get(namespace)
+        child = None if children is None else children.find(key[start : start + width])
+        if child is None:
+            break
+        nodes = child.edge.nodes
+        if len(nodes) > 1:
+            stop = start + len(nodes) * width
+            if stop > end or not key.startswith(child.edge.key, start):
+                equal = common_prefix(child.edge.key, key[start : min(stop, end)])
+                chain += nodes[: equal // size]
+                break
+        chain += nodes
+        node = nodes[-1]
+        start += len(nodes) * width
+    return chain
+
+
+def _usable(
+    root: Node, chain: list[Node], key: bytes, limit: int, namespace: str, size: int
+) -> Match:
+    ready = len(chain)
+    if chain and chain[-1].scheduled < size:  # those before it are computed first
+        ready = bisect_left(chain, True, key=lambda node: node.scheduled < size)
+    nodes = chain[:ready]
+    end = chain[-1] if chain else root
+    overlaps = copyable = _overlaps(end, key, limit, namespace, size)
+    if ready < len(chain):
+        parent = nodes[-1] if nodes else root
+        copyable = _overlaps(parent, key, limit, namespace, size)
+    source, copied = None, 0
+    if copyable:
+        for node, tokens in _copyable(copyable):
+            if tokens > copied:
+                source, copied = node, tokens
+    later, pending = len(chain) * size, None
+    if ready < len(chain):
+        pending = (chain[-1], size)
+    best_overlap = 0
+    for node, overlap in overlaps:
+        if overlap > best_overlap:
+            best_overlap = overlap
+            if ready == len(chain):
+                pending = (node, overlap)
+    num_tokens = ready * size + copied
+    later = max(later + best_overlap, num_tokens)
+    return Match(nodes, source, copied, num_tokens, later, pending)
+
+
+def _overlaps(
+    parent: Node, key: bytes, limit: int, namespace: str, size: int
+) -> list[tuple[Node, int]]:
+    """Children of ``parent`` next to ``key`` and how many tokens they share with it."""
+    start = (parent.depth + 1) * size
+    end = min(start + size, limit)
+    if end <= start or not parent.children:
+        return []
+    rest = key[start * TOKEN_BYTES : end * TOKEN_BYTES]
+    return [
+        (node, common_prefix(node.key, rest))
+        for children in parent.visible_children(namespace)
+        for node in children.neighbours(rest)
+    ]
+
+
+def _exits(root: Node, public: list[Node]) -> Iterator[tuple[int, Node]]:
+    """Nodes of a public path below which others may begin, and their depth plus one."""
+    yield 0, root
+    depth = 0
+    for edge in edges_of(public):
+        depth += len(edge.nodes)
+        if depth <= len(public):
+            yield depth, edge.nodes[-1]
+
+
+def _copyable(overlaps: list[tuple[Node, int]]) -> Iterator[tuple[Node, int]]:
+    """Filled nodes and how many tokens may be copied from each in this step.
+
+    A node that a copy of this step fills is not filled yet, but its source is.
+    """
+    for node, overlap in overlaps:
+        yield node, min(overlap, node.filled)
+        if node.copied_from is not None:
+            source, tokens = node.copied_from
+            yield source, min(overlap, tokens)
