@@ -110,7 +110,7 @@ CASES: dict[str, dict[str, Any]] = {
         **IMAGE,
     ),
 }
-QUICK = ("gemma 3", "mistral 3", "qwen 2 vl, all keys side by side")
+QUICK = ("gemma 3", "qwen 2 vl, all keys side by side")
 
 
 def of_llava(name: str) -> str:
