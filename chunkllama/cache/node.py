@@ -112,9 +112,11 @@ class Node:
         shares_since: when ``num_sequences`` changed last, in seconds.
         tier_entry: of the same tokens, as far as the tier has looked it up.
         is_awaited: a change of ``filled``, ``scheduled`` or the last use is to be reported.
+        bits: that the tier has rounded each value of the K/V to; 0: they are as computed.
     """
 
     __slots__ = (
+        "bits",
         "children",
         "chunk_id",
         "copied_from",
@@ -163,6 +165,7 @@ class Node:
         self.copied_from: tuple[Node, int] | None = None
         self.shares_since = 0.0
         self.summed_seconds = 0.0
+        self.bits = 0
 
     def set_key(self, key: bytes) -> None:
         """Give the node its tokens."""

@@ -22,7 +22,7 @@ from chunkllama.cache.events import CacheEventLog
 from chunkllama.cache.eviction import EvictionOrder
 from chunkllama.cache.node import PUBLIC, TOKEN_BYTES, Children, Node, common_prefix
 from chunkllama.cache.usage import ChunkUsage
-from chunkllama.messages import TreeNodeInfo
+from chunkllama.cache_messages import TreeNodeInfo
 
 
 class Match(NamedTuple):
@@ -99,6 +99,7 @@ class PrefixTree:
                 num_sequences=node.num_sequences,
                 state=self.pool.state(node.chunk_id).name.lower(),
                 namespace=node.namespace,
+                bits=node.bits,
             )
             for node in self.nodes()
         ]
@@ -391,6 +392,8 @@ def _copyable(overlaps: list[tuple[Node, int]]) -> Iterator[tuple[Node, int]]:
     A node that a copy of this step fills is not filled yet, but its source is.
     """
     for node, overlap in overlaps:
+        if node.bits:  # rounded: the copy would count as computed
+            continue
         yield node, min(overlap, node.filled)
         if node.copied_from is not None:
             source, tokens = node.copied_from
