@@ -3,9 +3,13 @@
     python benchmarks/quality.py                       # bf16 and int8 against fp32, 20,000 tokens
     python benchmarks/quality.py --tokens 2000 --candidates int8
     python benchmarks/quality.py --candidates kv8-fp32 kv8  # K/V in int8, computing in fp32, bf16
+    python benchmarks/quality.py --candidates kv4-fp32 kv2-fp32 kivi2-fp32  # of the cache tier
 
 The text is this repository's documents, sources and licence, cut into windows of 1,024 tokens.
-Every position of a window counts, so short contexts are included.
+Every position of a window counts, so short contexts are included. Where the tier rounds K/V, each
+128 tokens are computed behind a prefix whose K/V were computed, and all but its first chunk then
+rounded, as a request finds them; the first 128, which have no prefix, are left out. kivi2 rounds
+them in plain torch instead of by the tier's code.
 """
 
 from __future__ import annotations
@@ -15,12 +19,13 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from machine import cpu_name, new_result
 
-from chunkllama.backends.base import DevicePlan
+from chunkllama.backends.kivi import Bits, KiviCodec
 from chunkllama.backends.model import RunnableModel
 from chunkllama.engine.load import build_attention, build_model
 from chunkllama.models.config import read_spec
@@ -31,9 +36,20 @@ from chunkllama.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 WINDOW = 1024
+CHUNK = 64
+TAIL = 128  # tokens behind a rounded prefix
 ROWS = 256  # logits at a time
-# candidate -> (computing dtype, weights, K/V)
-KINDS = {
+
+
+class Rounding(NamedTuple):
+    """What the cache tier does to K/V."""
+
+    bits: Bits
+    is_plain: bool = False
+
+
+# candidate -> (computing dtype, weights, K/V: of the pool, or as the tier rounds them)
+KINDS: dict[str, tuple[torch.dtype, Any, Any]] = {
     "fp32": (torch.float32, "auto", "auto"),
     "bf16": (torch.bfloat16, "auto", "auto"),
     "int8": (torch.bfloat16, "int8", "auto"),
@@ -42,6 +58,11 @@ KINDS = {
     "int4-fp32": (torch.float32, "int4", "auto"),
     "kv8": (torch.bfloat16, "auto", "int8"),
     "kv8-fp32": (torch.float32, "auto", "int8"),
+    "kv4": (torch.bfloat16, "auto", Rounding(4)),
+    "kv4-fp32": (torch.float32, "auto", Rounding(4)),
+    "kv2": (torch.bfloat16, "auto", Rounding(2)),
+    "kv2-fp32": (torch.float32, "auto", Rounding(2)),
+    "kivi2-fp32": (torch.float32, "auto", Rounding(2, is_plain=True)),
 }
 
 
@@ -57,41 +78,83 @@ def repository_text() -> str:
     return "\n\n".join((ROOT / name).read_text(errors="replace") for name in order)
 
 
+def plain_kivi(chunk: torch.Tensor, bits: int) -> torch.Tensor:
+    """Round [layers, 2, heads, tokens, dim]: keys per channel, values per token."""
+    top, parts = 2**bits - 1, []
+    for part, axis in ((chunk[:, 0].float(), 2), (chunk[:, 1].float(), 3)):
+        low, high = part.amin(axis, keepdim=True), part.amax(axis, keepdim=True)
+        scale, zero = ((high - low) / top).half().float(), low.half().float()
+        codes = ((part - zero) / scale).round().clamp(0, top)
+        parts.append(torch.where(scale > 0, codes, 0) * scale + zero)
+    return torch.stack(parts, dim=1).to(chunk.dtype)
+
+
 class Candidate:
     """A model in one precision with a pool of one window."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        dtype, weights, kv_dtype = KINDS[kind]
+        dtype, weights, storage = KINDS[kind]
+        kv_dtype = storage if isinstance(storage, str) else "auto"
         spec = read_spec(folder)
-        attention = build_attention(
+        self.attention = attention = build_attention(
             spec,
             device="cpu",
             dtype=dtype,
-            num_chunks=WINDOW // 64,
-            chunk_size=64,
+            num_chunks=WINDOW // CHUNK,
+            chunk_size=CHUNK,
             kv_dtype=kv_dtype,
         )
         loaded = load_weights(Checkpoint(folder, spec), spec, dtype, torch.device("cpu"))
         self.model: RunnableModel = build_model(
             spec, loaded, attention, max_model_len=WINDOW, weights=weights
         )
-        self.plan: DevicePlan = attention.backend.upload_plan(
-            attention.planner.build(
-                first_positions=[0],
-                num_tokens=[WINDOW],
-                chunk_ids=[np.arange(WINDOW // 64, dtype=np.int32)],
-                shared=[0],
-                version=0,
-            ),
-            attention.kv,
-            num_qo_heads=spec.num_qo_heads,
+        self.rounding = storage if isinstance(storage, Rounding) else None
+        self.first = TAIL if self.rounding else 0  # position that counts
+
+    def _forward(self, window: np.ndarray, first: int, end: int) -> torch.Tensor:
+        """Hidden states of the tokens [first, end)."""
+        attention = self.attention
+        plan = attention.planner.build(
+            first_positions=[first],
+            num_tokens=[end - first],
+            chunk_ids=[np.arange(end // CHUNK, dtype=np.int32)],
+            shared=[0],
+            version=0,
         )
+        device_plan = attention.backend.upload_plan(
+            plan, attention.kv, num_qo_heads=attention.num_qo_heads
+        )
+        positions = torch.arange(first, end, dtype=torch.int32)
+        tokens = torch.from_numpy(window[first:end])
+        return self.model.forward(tokens, positions, device_plan).clone()
+
+    def _round(self, chunk: torch.Tensor) -> torch.Tensor:
+        assert self.rounding is not None
+        if self.rounding.is_plain:
+            return plain_kivi(chunk, self.rounding.bits)
+        codec = KiviCodec(self.rounding.bits, tuple(chunk.shape), chunk.dtype)
+        data = codec.encode(chunk)
+        assert data is not None, "K/V that float16 does not hold"
+        return codec.decode(data)
+
+    def _hidden(self, window: np.ndarray) -> torch.Tensor:
+        hidden = self._forward(window, 0, WINDOW)
+        if self.rounding is None:
+            return hidden
+        ops, kv = self.attention.backend, self.attention.kv
+        chunks = range(WINDOW // CHUNK)
+        stored = [ops.restore_chunk(kv, ops.copy_chunk(kv, i)).contiguous() for i in chunks]
+        prefix = [ops.arrange_chunk(kv, self._round(x) if i else x) for i, x in enumerate(stored)]
+        parts = [hidden[:TAIL]]
+        for first in range(TAIL, WINDOW, TAIL):
+            for i in range((first - TAIL) // CHUNK, first // CHUNK):
+                ops.write_chunk(kv, i, prefix[i])
+            parts.append(self._forward(window, first, first + TAIL))
+        return torch.cat(parts)
 
     def log_probabilities(self, window: np.ndarray) -> Iterator[torch.Tensor]:
         """Yield blocks of logits [<= ROWS, vocab] float32."""
-        positions = torch.arange(WINDOW, dtype=torch.int32)
-        hidden = self.model.forward(torch.from_numpy(window), positions, self.plan).clone()
-        for rows in hidden.split(ROWS):
+        for rows in self._hidden(window).split(ROWS):
             yield self.model.logits(rows).log_softmax(dim=1)
 
 
@@ -127,32 +190,37 @@ def main() -> None:
 
 
 def compare(folder: Path, windows: np.ndarray, kinds: list[str]) -> dict[str, dict[str, float]]:
-    """Return means over all positions, by candidate."""
+    """Return means over the positions that count, by candidate."""
     reference = Candidate(folder, "fp32")
     candidates = {kind: Candidate(folder, kind) for kind in kinds}
-    sums = {kind: np.zeros(4) for kind in kinds}
+    sums = {kind: np.zeros(6) for kind in kinds}
     for window in windows:
         targets = torch.from_numpy(np.append(window[1:], 0))
-        streams = [c.log_probabilities(window) for c in candidates.values()]
+        streams = {kind: c.log_probabilities(window) for kind, c in candidates.items()}
         for begin, expected in zip(
             range(0, WINDOW, ROWS), reference.log_probabilities(window), strict=True
         ):
             last = 1 if begin + ROWS == WINDOW else 0  # the last token has no successor
-            rows = torch.arange(len(expected) - last)
-            target = targets[begin : begin + len(rows)]
-            for kind, stream in zip(kinds, streams, strict=True):
-                got = next(stream)
-                agree = (got.argmax(1) == expected.argmax(1)).sum()
+            for kind, stream in streams.items():
+                skipped = max(candidates[kind].first - begin, 0)
+                got, wanted = next(stream)[skipped:], expected[skipped:]
+                rows = torch.arange(len(wanted) - last)
+                target = targets[begin + skipped :][: len(rows)]
+                agree = (got.argmax(1) == wanted.argmax(1)).sum()
                 divergence = torch.nn.functional.kl_div(
-                    got, expected, log_target=True, reduction="sum"
+                    got, wanted, log_target=True, reduction="sum"
                 )
-                nll = [-x[rows, target].sum() for x in (got, expected)]
-                sums[kind] += np.array([float(x) for x in (agree, divergence, *nll)])
-    per = [windows.size, windows.size, *([windows.size - len(windows)] * 2)]
-    names = ("top1", "kl", "nll", "nll_fp32")
+                nll = [-x[rows, target].sum() for x in (got, wanted)]
+                counts = len(wanted), len(rows)
+                sums[kind] += np.array([float(x) for x in (agree, divergence, *nll, *counts)])
     return {
-        kind: {name: float(x / n) for name, x, n in zip(names, total, per, strict=True)}
-        for kind, total in sums.items()
+        kind: {
+            "top1": float(agree / count),
+            "kl": float(divergence / count),
+            "nll": float(nll / successors),
+            "nll_fp32": float(nll_fp32 / successors),
+        }
+        for kind, (agree, divergence, nll, nll_fp32, count, successors) in sums.items()
     }
 
 

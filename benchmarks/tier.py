@@ -1,13 +1,18 @@
 """Measure what a cache tier on disk saves, in a simulation of a trace and in a real engine.
 
     python benchmarks/tier.py --save
+    python benchmarks/tier.py --rows 16 --bits 2 --save
     python benchmarks/tier.py --trace conversation_trace.jsonl --save
 
-With ``--trace``: Mooncake's hashed trace, replayed by ``chunkllama.simulation`` with pools of
-several sizes, each without a tier and with tiers of several sizes: the share of the prompt tokens
-that are found. The cost model is the built-in one; ``--read-seconds`` is the time of reading a
-chunk. Without: the time to the first token of a prompt of ``--shared`` tokens and 32 others on the
-model's engine, in turns cold, from the pool, and from the tier after the pool was emptied.
+With ``--trace``: Mooncake's hashed trace, replayed by ``chunkllama.simulation`` with memory for so
+many tokens in bfloat16: all of it a pool, a pool in int8, half of it a pool and half a tier of 4 or
+2 bits, and all of it a pool beside a tier on disk. What is reported is the share of the prompt
+tokens that are found. Chunks are the trace's blocks of 512 tokens, steps take 10 ms and 20 us a
+token, so that the server keeps up, and ``--read-seconds`` is the time of reading a chunk. Without:
+the time to the first token of a prompt of ``--shared`` tokens and 32 others on the model's engine,
+in turns cold, from the pool, and from the tier after the pool was emptied. With ``--rows``: the
+same for so many prompts at once, and until their answers of ``--answer-tokens`` have ended, from a
+tier in memory of ``--bits``.
 """
 
 from __future__ import annotations
@@ -19,35 +24,51 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from machine import cpu_name, new_result
 
 import chunkllama
+from chunkllama.backends.kivi import KiviCodec
 from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
 from chunkllama.engine.core import EngineCore
 from chunkllama.messages import EngineRequest
+from chunkllama.model_spec import kv_row_elements
 from chunkllama.sampling_params import SamplingParams
 from chunkllama.simulation.capacity import summarize
-from chunkllama.simulation.cost_model import DEFAULT_COST
+from chunkllama.simulation.cost_model import StepCost
 from chunkllama.simulation.engine import make_limits
 from chunkllama.simulation.replay import Replay
-from chunkllama.simulation.trace import TraceRequest, read_trace
+from chunkllama.simulation.trace import MOONCAKE_BLOCK, TraceRequest, read_trace
 
 CHUNK_SIZE = 64
+HEAD_DIM = 128  # of the model whose memory the trace takes
+COST = StepCost(step=0.01, token=2e-5)
 QUESTION_TOKENS = 32
 
 
 def replay(
-    requests: list[TraceRequest], pool: int, tier: int, read_seconds: float
+    requests: list[TraceRequest], pool: int, tier: int, first: int, read_seconds: float
 ) -> dict[str, Any]:
-    """Replay a trace with one pool and one tier, both in chunks."""
+    """Replay a trace with one pool and one tier, both in chunks.
+
+    Args:
+        first: chunks of the tier that a prompt's first block takes.
+    """
     limits = make_limits(max_model_len=1 << 20, max_waiting=1 << 20, max_num_batched_tokens=8192)
     run = Replay(
-        limits, pool, CHUNK_SIZE, DEFAULT_COST.seconds, tier_chunks=tier, read_seconds=read_seconds
+        limits,
+        pool,
+        MOONCAKE_BLOCK,
+        COST.seconds,
+        tier_chunks=tier,
+        read_seconds=read_seconds,
+        tier_options={"first": first},
     )
     began = time.perf_counter()
     result = summarize(run.run(requests), pool)
@@ -62,19 +83,40 @@ def replay(
     }
 
 
+def layouts(memory: int, on_disk: int) -> dict[str, tuple[int, int, int]]:
+    """Blocks in the pool and in a tier, and how many a prompt's first one takes there, rounded up,
+    in memory for so many blocks of bfloat16."""
+    whole = 2 * CHUNK_SIZE * HEAD_DIM * 2
+    in_int8 = 2 * CHUNK_SIZE * kv_row_elements(HEAD_DIM, "int8")
+    half = memory // 2
+    found = {"pool": (memory, 0, 1), "pool in int8": (memory * whole // in_int8, 0, 1)}
+    for bits in (4, 2):
+        packed = KiviCodec(bits, (1, 2, 1, CHUNK_SIZE, HEAD_DIM), torch.bfloat16).num_bytes
+        first = -(
+            -(whole + (MOONCAKE_BLOCK // CHUNK_SIZE - 1) * packed)
+            * CHUNK_SIZE
+            // (MOONCAKE_BLOCK * packed)
+        )
+        found[f"half a pool, half a tier of {bits} bits"] = half, half * whole // packed, first
+    found[f"pool, and {on_disk * MOONCAKE_BLOCK:,} tokens on disk"] = memory, on_disk, 1
+    return found
+
+
 def measure_trace(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Hit rates of every pool with every tier."""
+    """Hit rates of every layout of every size of memory."""
     requests = read_trace(arguments.trace, _no_text, limit=arguments.limit or None)
     rows = []
-    for pool in arguments.pools:
-        for tier in (0, *arguments.tiers):
-            row = replay(requests, pool, tier, arguments.read_seconds)
-            print(json.dumps(row), flush=True)
-            rows.append(row)
+    for memory in arguments.memory:
+        for name, sizes in layouts(
+            memory // MOONCAKE_BLOCK, arguments.on_disk // MOONCAKE_BLOCK
+        ).items():
+            row = replay(requests, *sizes, arguments.read_seconds)
+            rows.append({"memory_tokens": memory, "layout": name, **row})
+            print(json.dumps(rows[-1]), flush=True)
     return {
         "trace": arguments.trace.name,
         "num_requests": len(requests),
-        "chunk_size": CHUNK_SIZE,
+        "chunk_size": MOONCAKE_BLOCK,
         "read_seconds": arguments.read_seconds,
         "replays": rows,
     }
@@ -85,7 +127,7 @@ def _no_text(entry: dict[str, Any]) -> list[int]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Draw hit rate against pool size, a line for each tier."""
+    """Draw hit rate against memory, a line for each layout."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -93,17 +135,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4))
     rows = result["replays"]
-    for tier in sorted({row["tier_chunks"] for row in rows}):
-        line = [row for row in rows if row["tier_chunks"] == tier]
-        label = f"tier of {tier:,} chunks" if tier else "no tier"
-        axes.plot(
-            [row["pool_chunks"] for row in line],
-            [100 * row["hit_rate"] for row in line],
-            marker="o",
-            label=label,
+    for name in dict.fromkeys(row["layout"] for row in rows):
+        line = [row for row in rows if row["layout"] == name]
+        memory, rates = zip(
+            *((row["memory_tokens"] / 1e6, 100 * row["hit_rate"]) for row in line), strict=True
         )
+        axes.plot(memory, rates, marker="o", label=name)
     axes.set_xscale("log", base=2)
-    axes.set_xlabel(f"chunks in the pool ({CHUNK_SIZE} tokens each)")
+    axes.set_xlabel("memory, in million tokens of bfloat16")
     axes.set_ylabel("prompt tokens found, %")
     axes.set_title(f"{result['trace']}, {result['num_requests']:,} requests")
     axes.grid(visible=True, alpha=0.3)
@@ -165,6 +204,78 @@ def measure_first_token(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def answer_rows(core: EngineCore, prompts: list[list[int]], num_tokens: int) -> tuple[float, ...]:
+    """Answer prompts that arrive together.
+
+    Returns:
+        Seconds until each has its first token, seconds until all have ended, and cached tokens.
+    """
+    began = time.perf_counter()
+    sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, seed=0, ignore_eos=True)
+    for i, prompt in enumerate(prompts):
+        core.add(EngineRequest(request_id=str(i), prompt_token_ids=prompt, sampling=sampling))
+    cached: dict[str, int] = {}
+    first_at = 0.0
+    while core.has_work():
+        for delta in core.step():
+            if delta.request_id not in cached:
+                cached[delta.request_id] = delta.num_cached_tokens
+                first_at = time.perf_counter() - began
+    return first_at, time.perf_counter() - began, sum(cached.values())
+
+
+def measure_rows(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of rows that share a prefix: computed, from the pool, and from few bits in memory."""
+    rng = np.random.default_rng(0)
+    kinds = ("cold", "pool", "tier")
+    seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
+    own_chunks = -(-(QUESTION_TOKENS + arguments.answer_tokens) // CHUNK_SIZE) + 1
+    num_chunks = 2 * (arguments.shared // CHUNK_SIZE + arguments.rows * own_chunks)
+    core = build_engine(
+        EngineConfig.from_flat(
+            model=arguments.model,
+            num_chunks=num_chunks,
+            cache_tier_memory="1GiB",
+            cache_tier_bits=arguments.bits,
+        )
+    )
+    try:
+        tokens = partial(rng.integers, 3, core.info.vocab_size)
+        for _ in range(arguments.rounds + 1):
+            shared = tokens(arguments.shared).tolist()
+            for kind in kinds:
+                if kind == "tier":
+                    empty_pool(core)
+                prompts = [shared + tokens(QUESTION_TOKENS).tolist() for _ in range(arguments.rows)]
+                first, whole, cached = answer_rows(core, prompts, arguments.answer_tokens)
+                expected = arguments.rows * arguments.shared
+                assert kind == "cold" or cached >= expected, f"{kind}: {cached} tokens cached"
+                seconds[kind].append((first, whole))
+        stats = core.stats()
+        chunk_bytes = core.packs.io.stored_bytes
+    finally:
+        core.close()
+    result: dict[str, Any] = {
+        "model": arguments.model,
+        "rows": arguments.rows,
+        "shared_tokens": arguments.shared,
+        "own_tokens": QUESTION_TOKENS,
+        "answer_tokens": arguments.answer_tokens,
+        "bits": arguments.bits,
+        "rounds": arguments.rounds,
+        "tier_chunks": stats.tier_chunks,
+        "tier_bytes": stats.tier_memory_bytes,
+        "tokens_over_pool": round(stats.tier_chunks * chunk_bytes / stats.tier_memory_bytes, 2),
+    }
+    for at, name in enumerate(("first_tokens", "answers")):
+        medians = {
+            kind: statistics.median(v[at] for v in values[1:]) for kind, values in seconds.items()
+        }
+        result[f"{name}_seconds"] = {kind: round(value, 4) for kind, value in medians.items()}
+        result[f"{name}_tier_over_pool"] = round(medians["tier"] / medians["pool"], 3)
+    return result
+
+
 def numbers(text: str) -> list[int]:
     return [int(value) for value in text.split(",")]
 
@@ -173,17 +284,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trace", type=Path, help="Mooncake's hashed trace, JSONL")
     parser.add_argument("--limit", type=int, default=0, help="requests of the trace; 0 is all")
-    parser.add_argument("--pools", type=numbers, default=[8192, 16384, 32768, 65536, 131072])
-    parser.add_argument("--tiers", type=numbers, default=[131072, 1048576])
-    parser.add_argument("--read-seconds", type=float, default=0.0015)
+    parser.add_argument("--memory", type=numbers, default=[1 << n for n in range(20, 25)])
+    parser.add_argument("--on-disk", type=int, default=1 << 26, help="tokens")
+    parser.add_argument("--read-seconds", type=float, default=0.003)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--shared", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=0, help="prompts at once; 0: one, from files")
+    parser.add_argument("--answer-tokens", type=int, default=32)
+    parser.add_argument("--bits", type=int, choices=[2, 4], default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--directory", type=Path, help="where the tier's folder is made")
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     base = {
-        "command": " ".join(["python benchmarks/tier.py", *sys.argv[1:]]),
+        "command": " ".join(["python benchmarks/tier.py", *(Path(x).name for x in sys.argv[1:])]),
         "version": chunkllama.__version__,
         "machine": cpu_name(),
         "python": platform.python_version(),
@@ -195,10 +309,11 @@ def main() -> None:
             path.write_text(json.dumps(result, indent=2) + "\n")
             plot(result, path.with_suffix(".png"))
     else:
-        result = {**base, **measure_first_token(arguments)}
+        measure = measure_rows if arguments.rows else measure_first_token
+        result = {**base, **measure(arguments)}
         print(json.dumps(result, indent=2))
         if arguments.save:
-            path = new_result("tier-first-token")
+            path = new_result("tier-rows" if arguments.rows else "tier-first-token")
             path.write_text(json.dumps(result, indent=2) + "\n")
 
 

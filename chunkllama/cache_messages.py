@@ -24,6 +24,24 @@ class CacheCommand(msgspec.Struct, kw_only=True, tag="cache_command"):
     tenant: str = ""
 
 
+class TreeNodeInfo(msgspec.Struct, kw_only=True):
+    """One chunk of the prefix tree, for the dashboard: ids and counts, never tokens.
+
+    Attributes:
+        bits: that the cache tier has rounded each value to; 0: it has not.
+    """
+
+    chunk_id: int
+    parent_chunk_id: int
+    depth: int
+    num_tokens: int
+    filled: int
+    num_sequences: int
+    state: str
+    namespace: str
+    bits: int = 0
+
+
 class PinInfo(msgspec.Struct, kw_only=True):
     """A pin: the chunk it ends at, whose it is, what it covers from the root, and its time left."""
 

@@ -210,6 +210,16 @@ class CacheConfig(ConfigGroup):
     cache_tier_bytes: Bytes = Field(
         default=10 << 30, description="K/V in cache_tier_dir; the least recently used go first."
     )
+    cache_tier_memory: Bytes | None = Field(
+        default=None,
+        description="Memory for chunks that the pool evicts; those used least recently move on to "
+        "cache_tier_dir, if there is one. On a CPU it needs cache_tier_bits.",
+    )
+    cache_tier_bits: Annotated[Literal[2, 4] | None, BeforeValidator(_number)] = Field(
+        default=None,
+        description="Bits of each value of K/V in the tier (KIVI); they stay rounded when they are "
+        "read again. Default: as in the pool.",
+    )
     adapter_memory: Bytes = Field(
         default=1 << 30,
         description="Memory of the weights of adapters; those used least recently are dropped and "

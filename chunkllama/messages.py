@@ -21,6 +21,7 @@ from chunkllama.cache_messages import (
     OwnedNode,
     PackInfo,
     PinInfo,
+    TreeNodeInfo,
     WriteSnapshot,
 )
 from chunkllama.sampling_params import SamplingParams
@@ -98,11 +99,11 @@ class ChoiceDelta(msgspec.Struct, kw_only=True):
 class TokenDelta(msgspec.Struct, kw_only=True, tag="tokens"):
     """What one step added to one request.
 
-    ``num_cached_tokens`` (prompt tokens whose K/V came from the cache) and
-    ``num_cache_write_tokens`` are final on the request's first delta; so is ``pin_refused``: the
-    pin it asked for would exceed the budget. ``error`` fails the whole request. Of guesses from the
-    request's prediction, this step has found ``num_accepted_predicted`` right and
-    ``num_rejected_predicted`` not.
+    ``num_cached_tokens`` (prompt tokens whose K/V came from the cache), ``num_rounded_tokens``
+    (those of them whose K/V the tier has rounded) and ``num_cache_write_tokens`` are final on the
+    request's first delta; so is ``pin_refused``: the pin it asked for would exceed the budget.
+    ``error`` fails the whole request. Of guesses from the request's prediction, this step has found
+    ``num_accepted_predicted`` right and ``num_rejected_predicted`` not.
 
     Durations, since clocks of two processes cannot be compared: ``queue_seconds`` (arrival to
     first scheduling) and ``prefill_seconds`` (from there to the prompt's end) are final on the
@@ -112,6 +113,7 @@ class TokenDelta(msgspec.Struct, kw_only=True, tag="tokens"):
     request_id: str
     choices: list[ChoiceDelta]
     num_cached_tokens: int = 0
+    num_rounded_tokens: int = 0
     num_cache_write_tokens: int = 0
     pin_refused: bool = False
     queue_seconds: float = 0.0
@@ -141,12 +143,14 @@ class CacheExplanation(msgspec.Struct, kw_only=True):
         reason: see ``cache/explain.py``.
         seconds_ago: since the chunk was evicted or dropped, or its pin ended; None where that
             would reveal another tenant.
+        num_tier_tokens: of the matched tokens, those that are read from the cache tier.
     """
 
     num_matched_tokens: int
     num_known_tokens: int
     reason: CacheReason
     seconds_ago: float | None = None
+    num_tier_tokens: int = 0
 
 
 class EngineErrorInfo(msgspec.Struct, kw_only=True):
@@ -221,6 +225,8 @@ class EngineStats(msgspec.Struct, kw_only=True, tag="engine_stats"):
     pins_refused_total: int = 0
     tier_chunks: int = 0
     tier_chunks_capacity: int = 0
+    tier_memory_bytes: int = 0
+    tier_file_bytes: int = 0
     tier_chunks_written_total: int = 0
     tier_chunks_promoted_total: int = 0
     tier_chunks_damaged_total: int = 0
@@ -269,19 +275,6 @@ class TenantStats(msgspec.Struct, kw_only=True):
     evictions_for: int = 0
     evictions_of_others: int = 0
     pins_refused: int = 0
-
-
-class TreeNodeInfo(msgspec.Struct, kw_only=True):
-    """One chunk of the prefix tree, for the dashboard: ids and counts, never tokens."""
-
-    chunk_id: int
-    parent_chunk_id: int
-    depth: int
-    num_tokens: int
-    filled: int
-    num_sequences: int
-    state: str
-    namespace: str
 
 
 class AbortRequest(msgspec.Struct, kw_only=True, tag="abort"):
@@ -355,6 +348,7 @@ class EngineReady(msgspec.Struct, kw_only=True, tag="ready"):
     kv_dtype: str = ""
     is_kv_quantized: bool = False
     is_deterministic: bool = False
+    tier_bits: int = 0
 
 
 class StartFailed(msgspec.Struct, kw_only=True, tag="start_failed"):

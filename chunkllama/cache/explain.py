@@ -17,9 +17,9 @@
 | never_seen | the tenant has not sent these tokens before |
 | unknown | the record of the tenant's prompts does not reach back far enough |
 
-Everything but the number of matched tokens comes from the caller's own record (``history.py``), so
-an explanation does not depend on what other tenants have sent: the time at which a chunk that
-several tenants share was removed is left out.
+Everything but the numbers of tokens matched and read from the tier comes from the caller's own
+record (``history.py``), so an explanation does not depend on what other tenants have sent: the time
+at which a chunk that several tenants share was removed is left out.
 """
 
 from __future__ import annotations

@@ -71,7 +71,10 @@ def promote_next(cache: CacheManager, promotion: Promotion, file: int) -> int | 
         return None
     promotion.above = node
     promotion.num_added += 1
-    return node.chunk_id if outcome == "new" else -1
+    if outcome != "new":
+        return -1
+    node.bits = entry.form.bits
+    return node.chunk_id
 
 
 def _add(

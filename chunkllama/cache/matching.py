@@ -156,6 +156,8 @@ def _copyable(overlaps: list[tuple[Node, int]]) -> Iterator[tuple[Node, int]]:
     A node that a copy of this step fills is not filled yet, but its source is.
     """
     for node, overlap in overlaps:
+        if node.bits:  # rounded: the copy would count as computed
+            continue
         yield node, min(overlap, node.filled)
         if node.copied_from is not None:
             source, tokens = node.copied_from

@@ -112,9 +112,11 @@ class Node:
         touched: tick of the last use other than a release by a sequence.
         copied_from: while the node is being filled by a copy: (source node, tokens).
         tier_entry: of the same tokens, as far as the tier has looked it up.
+        bits: that the tier has rounded each value of the K/V to; 0: they are as computed.
     """
 
     __slots__ = (
+        "bits",
         "children",
         "chunk_id",
         "copied_from",
@@ -158,6 +160,7 @@ class Node:
         self.touched = 0
         self.copied_from: tuple[Node, int] | None = None
         self.edge = Edge([self]) if edge is None else edge
+        self.bits = 0
 
     def set_key(self, key: bytes) -> None:
         """Give the node its tokens."""

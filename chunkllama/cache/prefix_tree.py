@@ -23,7 +23,7 @@ from chunkllama.cache.events import CacheEventLog
 from chunkllama.cache.eviction import EvictionOrder
 from chunkllama.cache.node import PUBLIC, Children, Node
 from chunkllama.cache.usage import ChunkUsage
-from chunkllama.messages import TreeNodeInfo
+from chunkllama.cache_messages import TreeNodeInfo
 
 
 class PrefixTree:
@@ -77,6 +77,7 @@ class PrefixTree:
                 num_sequences=node.num_sequences,
                 state=self.pool.state(node.chunk_id).name.lower(),
                 namespace=node.namespace,
+                bits=node.bits,
             )
             for node in self.nodes()
         ]

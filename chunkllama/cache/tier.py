@@ -1,17 +1,17 @@
-"""A second residence of chunks, in files: what the pool evicts is kept and read again on demand.
+"""A second residence of chunks, in memory or on disk: what the pool evicts is read again on demand.
 
     pool ──evicted──► being written ──► in a file ──a prompt wants it──► in a file and in the pool
                                            │
                                            └─ over the budget, dropped, damaged ──► gone
 
-The tier knows tokens and numbers of files and does no I/O: a ``TierStore`` is called with what is
-to be written, read and removed. Its entries form a tree as the nodes of the pool do, and token ids
-are compared exactly. An entry without a file stands for a chunk above others: leaves are evicted
-first, so that the chunks above them are mostly still in the pool. A chunk that is read keeps its
-file; when the pool evicts it again, nothing is written.
+The tier knows tokens and numbers of files, wherever those lie, and does no I/O: a ``TierStore`` is
+called with what is to be written, read and removed. Its entries form a tree as the nodes of the
+pool do, and token ids are compared exactly. An entry without a file stands for a chunk above
+others: leaves are evicted first, so that the chunks above them are mostly still in the pool. A
+chunk that is read keeps its file; when the pool evicts it again, nothing is written.
 
-Files have one size, so the budget is a number of them. Beyond it, the order of ``eviction.py``
-decides whose is removed.
+The budget is in bytes, and a store says how many a chunk takes. Beyond it, the order of
+``eviction.py`` decides whose are removed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from chunkllama.cache.matching import Match
 from chunkllama.cache.node import PUBLIC, TOKEN_BYTES, Node
 from chunkllama.cache.tier_entry import (
     NO_FILE,
+    Form,
     Promotion,
     ReadLimits,
     ReadPrice,
@@ -37,11 +38,19 @@ from chunkllama.cache.tier_entry import (
 class TierStore(Protocol):
     """Moves K/V between pool and files. Nothing is called while a step is in flight."""
 
+    def form(self, depth: int) -> Form:
+        """How a chunk with so many above it is kept."""
+        ...
+
+    def residences(self) -> tuple[int, int]:
+        """Bytes in memory and in files, without what is being written."""
+        ...
+
     def accepts(self) -> bool:
         """Whether another chunk can be written."""
         ...
 
-    def write(self, file: int, chunk_id: int) -> None:
+    def write(self, entry: TierEntry, chunk_id: int) -> None:
         """Copy a chunk now and write it later; ``Tier.written`` follows, or ``Tier.close``."""
         ...
 
@@ -58,20 +67,28 @@ class Tier:
     """What is in the files.
 
     Args:
-        capacity: most files.
+        budget: most bytes.
         chunk_size: tokens of a chunk.
         store: moves K/V.
 
     Attributes:
+        budget: as given.
+        capacity: chunks below others that the budget is enough for.
+        num_bytes: of the files.
+        rounds: some files are rounded.
         order: of eviction.
         price: of reading.
         promotions: those that are not done.
         written_total, promoted_total, damaged_total: chunks.
     """
 
-    def __init__(self, capacity: int, chunk_size: int, store: TierStore) -> None:
-        self.capacity = capacity
-        self.order: EvictionOrder[TierEntry] = EvictionOrder(capacity)
+    def __init__(self, budget: int, chunk_size: int, store: TierStore) -> None:
+        form = store.form(1)
+        self.budget = budget
+        self.capacity = budget // form.num_bytes
+        self.num_bytes = 0
+        self.rounds = form.bits > 0
+        self.order: EvictionOrder[TierEntry] = EvictionOrder(self.capacity)
         self.price = ReadPrice()
         self.promotions: list[Promotion] = []
         self.written_total = self.promoted_total = self.damaged_total = 0
@@ -87,6 +104,10 @@ class Tier:
         """Chunks that have a file, or are being written."""
         return len(self._files)
 
+    def residences(self) -> tuple[int, int]:
+        """Bytes in memory and in files, without what is being written."""
+        return self._store.residences()
+
     # -- from the pool ------------------------------------------------------------------------
 
     def evicted(self, node: Node) -> None:
@@ -97,15 +118,17 @@ class Tier:
         if known is not None and known.file != NO_FILE:
             self._touch(known)
             return
-        if not self._store.accepts() or not self._make_room():
+        form = self._store.form(node.depth)
+        if not self._store.accepts() or not self._make_room(form.num_bytes):
             return
         entry = self._find_or_add(node)
-        entry.owner, entry.file = node.owner, self._next_file
+        entry.owner, entry.file, entry.form = node.owner, self._next_file, form
         self._next_file += 1
+        self.num_bytes += form.num_bytes
         self._files[entry.file] = entry
         self.order.add(entry.owner)
         self._touch(entry)
-        self._store.write(entry.file, node.chunk_id)
+        self._store.write(entry, node.chunk_id)
 
     def written(self, file: int) -> bool:
         """Note that a file is there; False: its chunk was dropped meanwhile."""
@@ -116,6 +139,11 @@ class Tier:
         self.written_total += 1
         self._push(entry)
         return True
+
+    def refused(self, file: int) -> None:
+        """Forget a file that cannot hold its chunk."""
+        if (entry := self._files.get(file)) is not None:
+            self._remove(entry)
 
     def damaged(self, file: int) -> None:
         """Forget a file that does not hold what was written."""
@@ -129,13 +157,15 @@ class Tier:
             self.end(promotion)
         self.drop(lambda entry: True)
 
-    def _make_room(self) -> bool:
-        if len(self._files) < self.capacity:
-            return True
-        entry = self.order.pop(self._tick)
-        if entry is not None:
+    def _make_room(self, num_bytes: int) -> bool:
+        if num_bytes > self.budget:
+            return False
+        while self.num_bytes + num_bytes > self.budget:
+            entry = self.order.pop(self._tick)
+            if entry is None:
+                return False
             self._remove(entry)
-        return entry is not None
+        return True
 
     # -- to the pool --------------------------------------------------------------------------
 
@@ -154,12 +184,13 @@ class Tier:
             chain.append(entry)
         return chain
 
-    def extended(self, match: Match, key: bytes, limit: int, namespace: str) -> Match:
-        """Return what a match would be if what continues it were read; for explanations."""
-        chain = self.chain(match.nodes, key, limit, namespace)
-        num_tokens = max(match.num_tokens, (len(match.nodes) + len(chain)) * self._size)
+    def extended(self, match: Match, key: bytes, limit: int, namespace: str) -> tuple[Match, int]:
+        """Return what a match would be if what continues it were read, and the tokens read; for
+        explanations."""
+        num_read = len(self.chain(match.nodes, key, limit, namespace)) * self._size
+        num_tokens = max(match.num_tokens, len(match.nodes) * self._size + num_read)
         later = max(match.num_later_tokens, num_tokens)
-        return match._replace(num_tokens=num_tokens, num_later_tokens=later)
+        return match._replace(num_tokens=num_tokens, num_later_tokens=later), num_read
 
     def promote(
         self,
@@ -209,6 +240,7 @@ class Tier:
         promotion.is_done = True
         self.promotions.remove(promotion)
         self.promoted_total += promotion.num_added
+        promotion.seconds = self.price.seconds(promotion.num_added)
         for entry in reversed(promotion.entries):
             entry.promotion = None
             if entry.file != NO_FILE:
@@ -243,6 +275,7 @@ class Tier:
         """Remove a file, and the entries that stood for chunks above it alone."""
         file = entry.file
         del self._files[file]
+        self.num_bytes -= entry.form.num_bytes
         entry.file, entry.is_written = NO_FILE, False
         self.order.remove(entry.owner)
         self._store.remove(file)
@@ -300,7 +333,8 @@ class Tier:
 
     def check_invariants(self) -> None:
         """Raise AssertionError if files, entries, counts and promotions do not agree."""
-        assert len(self._files) <= self.capacity
+        assert self.num_bytes == sum(entry.form.num_bytes for entry in self._files.values())
+        assert self.num_bytes <= self.budget
         reading = {id(e) for p in self.promotions for e in p.entries if e.parent is not None}
         files = 0
         for entry in self._root.descendants():

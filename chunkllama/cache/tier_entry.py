@@ -1,4 +1,4 @@
-"""Chunks in files, and what is being read of them."""
+"""Chunks of the tier, and what is being read of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,25 @@ _WEIGHT: Final = 0.2  # of a new measurement in the price
 _FORGOTTEN: Final = 0.98  # of the price, each time that computing seems cheaper
 
 
+class Form(NamedTuple):
+    """How the tier keeps a chunk.
+
+    Attributes:
+        num_bytes: that it takes.
+        bits: that each value is rounded to; 0: it is kept as it is.
+    """
+
+    num_bytes: int
+    bits: int = 0
+
+
 class TierEntry:
     """One whole chunk.
 
     Attributes:
         children: by namespace and key.
         file: number of its file, NO_FILE without one.
+        form: of its file.
         is_written: the file can be read.
         key, namespace, owner: as those of a ``Node``.
         parent: None at the root, and of an entry that has left the tree.
@@ -27,6 +40,7 @@ class TierEntry:
     __slots__ = (
         "children",
         "file",
+        "form",
         "is_written",
         "key",
         "last_use",
@@ -43,6 +57,7 @@ class TierEntry:
         self.owner = ""
         self.children: dict[tuple[str, bytes], TierEntry] = {}
         self.file = NO_FILE
+        self.form = Form(0)
         self.is_written = False
         self.last_use = 0
         self.promotion: Promotion | None = None
@@ -71,9 +86,10 @@ class Promotion:
         num_needed: chunks that the prompt's sequence needs, these among them.
         num_added: those that are in the pool.
         is_done: no more are added.
+        seconds: once it is done, the price of those that were added.
     """
 
-    __slots__ = ("above", "entries", "first", "is_done", "num_added", "num_needed")
+    __slots__ = ("above", "entries", "first", "is_done", "num_added", "num_needed", "seconds")
 
     def __init__(self, entries: list[TierEntry], above: Node, num_needed: int) -> None:
         self.entries = entries
@@ -82,6 +98,7 @@ class Promotion:
         self.num_needed = num_needed
         self.num_added = 0
         self.is_done = False
+        self.seconds = 0.0
 
     def tokens_below(self, limit: int, chunk_size: int) -> int:
         """Return how many of a prompt's first ``limit`` tokens were added."""
@@ -124,6 +141,10 @@ class ReadPrice:
         """Take in the time of one chunk, from the wish for it until it was in the pool."""
         before = seconds if self._seconds is None else self._seconds
         self._seconds = before + _WEIGHT * (seconds - before)
+
+    def seconds(self, num_chunks: int) -> float:
+        """Return the price of chunks; 0 before the first measurement."""
+        return num_chunks * (self._seconds or 0.0)
 
     def is_lower(self, num_chunks: int, compute_seconds: float | None) -> bool:
         """Whether reading takes no longer than computing; None is not known.

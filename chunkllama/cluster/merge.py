@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 
 import msgspec
 
-from chunkllama.messages import EngineStats, Histogram, TenantStats, TreeNodeInfo
+from chunkllama.cache_messages import TreeNodeInfo
+from chunkllama.messages import EngineStats, Histogram, TenantStats
 
 _TAG_BITS = 32  # a chunk's id in the tree of one engine; the replica's number stands above it
 _GAUGES = {"chunks_total"}.union(

@@ -28,7 +28,7 @@ from chunkllama.engine.size import EngineSize, check_memory, plan_size
 from chunkllama.engine.snapshot import SnapshotKeeper
 from chunkllama.engine.step_model import StepModel
 from chunkllama.engine.step_size import choose_step_tokens
-from chunkllama.engine.tier_files import TierFiles
+from chunkllama.engine.tier_files import TierFiles, TierSettings
 from chunkllama.engine.tuner import Tuner
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
@@ -147,6 +147,7 @@ def _join(
         kv_dtype=size.kv_dtype,
         is_kv_quantized=size.kv_dtype != size.dtype,
         is_deterministic=config.model.deterministic,
+        tier_bits=config.cache.cache_tier_bits or 0,
     )
     adapters = AdapterCache(executor.adapters, scheduler.adapters, config.cache.adapter_memory)
     identify = partial(
@@ -166,9 +167,16 @@ def _join(
     packs = PackLoader(cache, chunk_io)
     snapshots = SnapshotKeeper(cache, chunk_io, packs)
     tier = None
-    if config.cache.cache_tier_dir is not None:
+    if config.cache.cache_tier_dir is not None or config.cache.cache_tier_memory is not None:
         tier = TierFiles(
-            cache, chunk_io, config.cache.cache_tier_dir, config.cache.cache_tier_bytes
+            cache,
+            chunk_io,
+            TierSettings(
+                config.cache.cache_tier_memory or 0,
+                config.cache.cache_tier_dir,
+                config.cache.cache_tier_bytes,
+                config.cache.cache_tier_bits,
+            ),
         )
     core = EngineCore(scheduler, executor, info, packs, snapshots, adapters=adapters, tier=tier)
     core.idle_work = executor.read_vocabulary

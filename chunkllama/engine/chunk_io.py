@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 
@@ -30,6 +31,7 @@ class ChunkIO:
     Attributes:
         chunk_bytes: bytes of a chunk's canonical K/V.
         stored_bytes: bytes of a chunk as it lies in the pool, or in those of all ranks.
+        shape, dtype: of its canonical K/V.
         max_path_chunks: as given.
     """
 
@@ -44,11 +46,11 @@ class ChunkIO:
         self._runner = runner
         self._pool = runner.step_model
         kv = runner.kv
-        self._dtype = kv.stored_dtype
         num_ranks = self._pool.num_ranks
         num_kv_heads = kv.num_kv_heads * num_ranks
-        values = 2 * len(kv.layers) * num_kv_heads * kv.chunk_size * kv.row_elements
-        self.chunk_bytes = values * self._dtype.itemsize
+        self.dtype = kv.stored_dtype
+        self.shape = (len(kv.layers), 2, num_kv_heads, kv.chunk_size, kv.row_elements)
+        self.chunk_bytes = math.prod(self.shape) * self.dtype.itemsize
         self.stored_bytes = num_ranks * sum(layer[0].nbytes for layer in kv.layers)
         piece = (len(kv.layers), *kv.layers[0].shape[1:])
         self._stored_shape = piece if num_ranks == 1 else (num_ranks, *piece)
@@ -97,17 +99,23 @@ class ChunkIO:
 
     def restore(self, copied: torch.Tensor) -> memoryview:
         """Return the canonical K/V of a copy. Any thread may call it."""
-        canonical = self._pool.restore_chunk(copied).contiguous()
-        return canonical.view(torch.uint8).numpy().reshape(-1).data
+        return self.canonical(copied).view(torch.uint8).numpy().reshape(-1).data
+
+    def canonical(self, copied: torch.Tensor) -> torch.Tensor:
+        """Return the canonical K/V of a copy as a tensor. Any thread may call it."""
+        return self._pool.restore_chunk(copied).contiguous()
 
     def arrange(self, data: bytearray, model: ModelIdentity) -> torch.Tensor:
         """Rearrange canonical K/V for ``write``. Any thread may call it."""
-        chunk = torch.frombuffer(data, dtype=self._dtype).view(model.shape)
-        return self._pool.arrange_chunk(chunk)
+        return self.arranged(torch.frombuffer(data, dtype=self.dtype).view(model.shape))
 
-    def from_stored(self, data: bytearray) -> torch.Tensor:
+    def arranged(self, canonical: torch.Tensor) -> torch.Tensor:
+        """Rearrange canonical K/V for ``write``. Any thread may call it."""
+        return self._pool.arrange_chunk(canonical)
+
+    def from_stored(self, data: bytes | bytearray | memoryview) -> torch.Tensor:
         """Return the copy of a chunk whose bytes these are, for ``write``."""
-        return torch.frombuffer(data, dtype=self._dtype).view(self._stored_shape)
+        return torch.frombuffer(data, dtype=self.dtype).view(self._stored_shape)
 
     def write(self, chunk_id: int, arranged: torch.Tensor) -> None:
         """Store a chunk."""
@@ -126,7 +134,7 @@ class ChunkIO:
         assert len(chunk_ids) <= self.max_path_chunks, "positions without a row in the rotary table"
         self._runner.compute_chunk(token_ids, chunk_ids)
         computed = self._pool.restore_chunk(self.copy(chunk_ids[-1]))
-        given = torch.frombuffer(data, dtype=self._dtype).view(computed.shape)
+        given = torch.frombuffer(data, dtype=self.dtype).view(computed.shape)
         if self._runner.kv.is_int8:
             given, computed = dequantize_kv(given), dequantize_kv(computed)
         return relative_difference(given, computed)

@@ -77,6 +77,7 @@ class ReplayState:
 
     def _repair(self, delta: TokenDelta, first: TokenDelta) -> None:
         delta.num_cached_tokens = first.num_cached_tokens
+        delta.num_rounded_tokens = first.num_rounded_tokens
         delta.num_cache_write_tokens = first.num_cache_write_tokens
         delta.pin_refused = first.pin_refused
         delta.explanation = None  # the caller has the first one

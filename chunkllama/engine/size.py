@@ -157,6 +157,7 @@ def plan_size(
     )
     if config.model.deterministic:
         _check_deterministic(config, spec)
+    _check_tier(config, device)
     dtype = resolve_dtype(spec, config.model.dtype, device, config.model.backend)
     max_model_len, note = _max_model_len(config, spec)
     checkpoint = checkpoint or open_checkpoint(folder, spec, config.model.load_format)
@@ -197,14 +198,15 @@ def check_memory(config: EngineConfig, size: EngineSize) -> None:
     """
     if size.device != "cpu":  # the size of a GPU's pool follows from its free memory
         return
-    limit = memory_limit()
-    if size.weight_bytes + size.pool_bytes > limit:
+    limit, tier = memory_limit(), config.cache.cache_tier_memory or 0
+    if size.weight_bytes + size.pool_bytes + tier > limit:
         key = "kv_cache_memory" if config.cache.num_chunks is None else "num_chunks"
         chunk = size.pool_bytes // size.num_chunks
+        other = f", cache_tier_memory {tier >> 20:,} MiB" if tier else ""
         raise ConfigError(
             f"{key}: the pool takes {size.pool_bytes >> 20:,} MiB, the weights "
-            f"{size.weight_bytes >> 20:,} MiB, and this process may use {limit >> 20:,} MiB; "
-            f"num_chunks {max((limit - size.weight_bytes) // chunk, 0):,} would fill it"
+            f"{size.weight_bytes >> 20:,} MiB{other}, and this process may use {limit >> 20:,} "
+            f"MiB; num_chunks {max((limit - size.weight_bytes - tier) // chunk, 0):,} would fill it"
         )
 
 
@@ -217,6 +219,29 @@ def _check_deterministic(config: EngineConfig, spec: ModelSpec) -> None:
         raise ConfigError(
             f"deterministic: transformers runs {spec.architecture}, and its sums depend on the "
             "batch; leave it out"
+        )
+
+
+def _check_tier(config: EngineConfig, device: str) -> None:
+    cache = config.cache
+    if cache.cache_tier_memory is not None and device == "cpu" and cache.cache_tier_bits is None:
+        raise ConfigError(
+            "cache_tier_memory: on a CPU chunks take as much memory there as in the pool; set "
+            "cache_tier_bits too, or give kv_cache_memory more"
+        )
+    if cache.cache_tier_bits is None:
+        return
+    if cache.cache_tier_memory is None and cache.cache_tier_dir is None:
+        raise ConfigError(
+            "cache_tier_bits: there is no tier; set cache_tier_memory or cache_tier_dir"
+        )
+    if cache.kv_dtype != "auto":
+        raise ConfigError(
+            f"cache_tier_bits: not available with kv_dtype {cache.kv_dtype}; use auto"
+        )
+    if config.model.deterministic:
+        raise ConfigError(
+            "cache_tier_bits: rounded K/V change what deterministic keeps equal; leave it out"
         )
 
 

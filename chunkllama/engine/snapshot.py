@@ -198,15 +198,19 @@ class SnapshotKeeper:
     def _hot_nodes(self, most: int) -> list[Node]:
         """Whole computed chunks, those in use and last used first, each after those above it.
 
-        Those of adapters are left out: the next process may number other ones.
+        Those of adapters are left out: the next process may number other ones. So are those that
+        the tier has rounded, and what was computed behind them.
         """
         size = self._cache.chunk_size
         nodes = self._cache.tree.nodes()
         whole = [node for node in nodes if node.filled == size and not adapter_of(node.key)]
         # The loop waits for this: a number to sort by, no generator for a path.
         whole.sort(key=lambda node: (0 if node.is_evictable else _IN_USE) + node.last_use)
+        rounds = self._cache.tier is not None and self._cache.tier.rounds
         chosen: dict[Node, None] = {}
         for node in reversed(whole):
+            if rounds and any(step.bits for step in node.upward()):
+                continue
             path: list[Node] = []
             step = node
             while step not in chosen and step.parent is not None:

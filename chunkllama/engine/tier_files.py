@@ -1,36 +1,34 @@
-"""The cache tier on disk: threads write and read files, the step loop copies chunks of the pool.
+"""The cache tier: threads write and read chunks, the step loop copies those of the pool.
 
     step loop   copy an evicted chunk ──►              insert, copy to the pool ──► next step
-    writer                                write, SHA-256     ▲
-    reader                                                   └── read, compare the SHA-256
+    writer                       quantize, write             ▲
+    reader                                                   └── read, check, widen
 
-A file is the bytes of one chunk as it lies in this process's pool. Its checksum is kept in memory
-alone: no file that another process has left, and none that was changed, is ever used. Each process
-has a folder of its own, of mode 0700, which the next one removes if this one was killed.
+What is kept of a chunk is its bytes as they lie in this process's pool, or its K/V in a few bits
+(``backends/kivi.py``), in memory or in a file (``tier_media.py``). The first chunk of a prompt is
+never rounded: every token attends to the first ones, whose keys are unlike all others (attention
+sinks, arXiv 2309.17453).
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
-import os
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 
+from chunkllama.backends.kivi import Bits, KiviCodec
 from chunkllama.cache.imports import promote_next
 from chunkllama.cache.manager import CacheManager
 from chunkllama.cache.tier import Tier
-from chunkllama.cache.tier_entry import Promotion, TierEntry
+from chunkllama.cache.tier_entry import Form, Promotion, TierEntry
 from chunkllama.engine.chunk_io import ChunkIO
+from chunkllama.engine.tier_media import Data, Folder, Medium, Memory, MemoryThenFiles
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 
@@ -38,8 +36,63 @@ logger = init_logger(__name__)
 
 _STAGED_BYTES: Final = 64 << 20  # copied and not written yet; as much is read ahead
 _STEP_BYTES: Final = 32 << 20  # inserted between two steps of a busy loop
-_PREFIX, _SUFFIX = "engine-", ".chunk"
-_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe in place of a file blocks no thread
+
+
+@dataclass(frozen=True, slots=True)
+class TierSettings:
+    """What a tier may hold.
+
+    Attributes:
+        memory_bytes: in memory; 0: nothing.
+        directory: where a folder for files is made; None: none are written.
+        file_bytes: in files.
+        bits: of a value; None: as the pool has it.
+    """
+
+    memory_bytes: int
+    directory: Path | None
+    file_bytes: int
+    bits: Bits | None = None
+
+
+class _Packing(Protocol):
+    """What of a chunk is kept; both methods run in threads."""
+
+    form: Form
+
+    def pack(self, copied: torch.Tensor) -> Data | None:
+        """Return the bytes of a chunk that lies as in the pool; None: it cannot be kept."""
+        ...
+
+    def unpack(self, data: Data) -> torch.Tensor:
+        """Return the chunk as it lies in the pool."""
+        ...
+
+
+class _AsItLies:
+    def __init__(self, chunk_io: ChunkIO) -> None:
+        self.form = Form(chunk_io.stored_bytes)
+        self._io = chunk_io
+
+    def pack(self, copied: torch.Tensor) -> Data:
+        data: memoryview = copied.view(torch.uint8).numpy().reshape(-1).data
+        return data
+
+    def unpack(self, data: Data) -> torch.Tensor:
+        return self._io.from_stored(data)
+
+
+class _InFewBits:
+    def __init__(self, chunk_io: ChunkIO, bits: Bits) -> None:
+        self._io = chunk_io
+        self._codec = KiviCodec(bits, chunk_io.shape, chunk_io.dtype)
+        self.form = Form(self._codec.num_bytes, bits)
+
+    def pack(self, copied: torch.Tensor) -> Data | None:
+        return self._codec.encode(self._io.canonical(copied))
+
+    def unpack(self, data: Data) -> torch.Tensor:
+        return self._io.arranged(self._codec.decode(data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +102,7 @@ class _Read:
     promotion: Promotion
     entry: TierEntry
     file: int
-    data: Future[bytearray | None]
+    chunk: Future[torch.Tensor | None]
 
 
 class TierFiles:
@@ -58,56 +111,68 @@ class TierFiles:
     Args:
         cache: gets the tier.
         chunk_io: reads and writes its pool.
-        directory: where the folder of this process is made.
-        max_bytes: of its files.
+        settings: what it may hold.
         clock: monotonic seconds.
 
     Raises:
-        ConfigError: the tier is too small for a chunk.
+        ConfigError: a budget is too small for a chunk.
     """
 
     def __init__(
         self,
         cache: CacheManager,
         chunk_io: ChunkIO,
-        directory: Path,
-        max_bytes: int,
+        settings: TierSettings,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._size = chunk_io.stored_bytes
-        if max_bytes < self._size:
-            raise ConfigError(
-                f"cache_tier_bytes: {max_bytes} bytes hold no chunk of {self._size}; give more"
-            )
+        bits = settings.bits
+        self._whole = _AsItLies(chunk_io)
+        self._usual: _Packing = self._whole if bits is None else _InFewBits(chunk_io, bits)
         self._cache = cache
         self._io = chunk_io
         self._clock = clock
-        self._most_staged = max(_STAGED_BYTES // self._size, 2)
-        self._checksums: dict[int, bytes] = {}
-        self._writes: deque[tuple[int, Future[bytes]]] = deque()
+        self._chunk_bytes = chunk_io.stored_bytes  # of a copy
+        self._most_staged = max(_STAGED_BYTES // self._chunk_bytes, 2)
+        self._writes: deque[tuple[int, Future[bool]]] = deque()
         self._removals: deque[Future[None]] = deque()
         self._reads: deque[_Read] = deque()
         self._unread: deque[tuple[Promotion, TierEntry]] = deque()
         self._began: dict[Promotion, float] = {}
         self._writer = ThreadPoolExecutor(1, "write-tier")
         self._reader = ThreadPoolExecutor(1, "read-tier")
-        self._folder: Path | None = None
-        self._former: Path | None = None  # of a tier that was turned off
-        self._lock = -1
-        self._tier = cache.tier = Tier(max_bytes // self._size, cache.chunk_size, self)
+        self._medium: Medium | None = None
+        self._former: Medium | None = None  # of a tier that was turned off
+        self._tier = cache.tier = Tier(self._budget(settings), cache.chunk_size, self)
         try:
-            self._folder, self._lock = _make_folder(directory)
+            self._medium = _medium(settings)
         except OSError as error:
-            self._turn_off(f"{directory}: {error.strerror}")
+            self._turn_off(f"{settings.directory}: {error.strerror}")
+
+    def _budget(self, settings: TierSettings) -> int:
+        memory, files = settings.memory_bytes, settings.file_bytes
+        largest = self._whole.form.num_bytes
+        has_files = settings.directory is not None
+        for setting, budget in (
+            ("cache_tier_memory", memory),
+            ("cache_tier_bytes", files if has_files else 0),
+        ):
+            if 0 < budget < largest:
+                raise ConfigError(
+                    f"{setting}: {budget} bytes hold no chunk of {largest}; give more"
+                )
+        if not has_files:
+            return memory
+        # Memory that is not full may leave less than the largest chunk unused.
+        return memory + files - (largest if memory else 0)
 
     @property
     def is_moving(self) -> bool:
         """``turn`` has work, now or soon."""
         return bool(self._writes or self._removals or self._began)
 
-    def futures(self) -> list[Future[bytearray | None]]:
+    def futures(self) -> list[Future[torch.Tensor | None]]:
         """Reads that are in progress."""
-        return [read.data for read in self._reads]
+        return [read.chunk for read in self._reads]
 
     def turn(self, seconds: float = 0.0) -> None:
         """Take in what the threads have done; call it between two steps.
@@ -123,22 +188,20 @@ class TierFiles:
             self._removals.popleft()
         while self._writes and self._writes[0][1].done():
             self._end_write(*self._writes.popleft())
-        budget = max(_STEP_BYTES, self._size)
-        while self._reads and self._reads[0].data.done() and budget >= self._size:
+        budget = max(_STEP_BYTES, self._chunk_bytes)
+        while self._reads and self._reads[0].chunk.done() and budget >= self._chunk_bytes:
             self._end_read(self._reads.popleft())
             self._read_ahead()
-            budget -= self._size
+            budget -= self._chunk_bytes
 
     def close(self) -> None:
-        """End the threads and remove the files."""
+        """End the threads and forget what is kept."""
         self._reader.shutdown(cancel_futures=True)
         self._writer.shutdown(cancel_futures=True)
-        for folder in (self._folder, self._former):
-            if folder is not None:
-                _remove_folder(folder)
-        if self._folder is not None:
-            os.close(self._lock)
-        self._folder = self._former = None
+        for medium in (self._medium, self._former):
+            if medium is not None:
+                medium.close()
+        self._medium = self._former = None
 
     def _turn_off(self, reason: str) -> None:
         """Keep nothing any more; what is being read is computed."""
@@ -146,21 +209,31 @@ class TierFiles:
         self._tier.close()
         self._unread.clear()
         self._began.clear()
-        if self._folder is not None:
-            self._writer.submit(_remove_folder, self._folder)
-            os.close(self._lock)
-            self._folder, self._former = None, self._folder
+        if self._medium is not None:
+            self._writer.submit(self._medium.close)
+            self._medium, self._former = None, self._medium
 
     # -- the store of the tier ----------------------------------------------------------------
 
-    def accepts(self) -> bool:
-        """Whether another chunk can be copied: the disk may be slower than eviction."""
-        return self._folder is not None and len(self._writes) < self._most_staged
+    def form(self, depth: int) -> Form:
+        """How a chunk with so many above it is kept."""
+        return (self._usual if depth else self._whole).form
 
-    def write(self, file: int, chunk_id: int) -> None:
+    def residences(self) -> tuple[int, int]:
+        """Bytes in memory and in files, without what is being written."""
+        medium = self._medium
+        return (0, 0) if medium is None else (medium.memory_bytes, medium.file_bytes)
+
+    def accepts(self) -> bool:
+        """Whether another chunk can be copied: threads may be slower than eviction."""
+        return self._medium is not None and len(self._writes) < self._most_staged
+
+    def write(self, entry: TierEntry, chunk_id: int) -> None:
         """Copy a chunk, and have it written."""
+        assert self._medium is not None, "nothing was accepted"
         copied = self._io.copy(chunk_id).contiguous()
-        self._writes.append((file, self._writer.submit(_write, self._path(file), copied)))
+        given = self._medium, self._packing(entry), entry.file, copied
+        self._writes.append((entry.file, self._writer.submit(_keep, *given)))
 
     def read(self, promotion: Promotion) -> None:
         """Begin to read the chunks of a promotion."""
@@ -170,44 +243,44 @@ class TierFiles:
 
     def remove(self, file: int) -> None:
         """Remove a file once what was to be written before is written."""
-        self._checksums.pop(file, None)
-        if self._folder is not None:
-            self._removals.append(self._writer.submit(_unlink, self._path(file)))
+        if self._medium is not None:
+            self._removals.append(self._writer.submit(self._medium.remove, file))
 
     # -- the step loop ------------------------------------------------------------------------
 
-    def _path(self, file: int) -> Path:
-        assert self._folder is not None
-        return self._folder / f"{file:016x}{_SUFFIX}"
+    def _packing(self, entry: TierEntry) -> _Packing:
+        return self._usual if entry.form.bits else self._whole
 
-    def _end_write(self, file: int, write: Future[bytes]) -> None:
-        if self._folder is None:
+    def _end_write(self, file: int, write: Future[bool]) -> None:
+        if self._medium is None:
             return
         try:
-            checksum = write.result()
+            is_kept = write.result()
         except OSError as error:
-            self._turn_off(f"{self._folder}: {error.strerror}")
+            self._turn_off(f"{error.filename or 'a file'}: {error.strerror}")
             return
-        if self._tier.written(file):
-            self._checksums[file] = checksum
+        if is_kept:
+            self._tier.written(file)
+        else:
+            self._tier.refused(file)
 
     def _read_ahead(self) -> None:
         while self._unread and len(self._reads) < self._most_staged:
             promotion, entry = self._unread.popleft()
-            checksum = self._checksums.get(entry.file)
             if promotion.is_done:
                 continue
-            if checksum is None:  # it was dropped
+            if not entry.is_written or self._medium is None:  # it was dropped
                 self._end(promotion)
                 continue
-            data = self._reader.submit(_read, self._path(entry.file), self._size, checksum)
-            self._reads.append(_Read(promotion, entry, entry.file, data))
+            given = self._medium, self._packing(entry), entry.file
+            chunk = self._reader.submit(_fetch, *given)
+            self._reads.append(_Read(promotion, entry, entry.file, chunk))
 
     def _end_read(self, read: _Read) -> None:
-        promotion, data = read.promotion, read.data.result()
+        promotion, chunk = read.promotion, read.chunk.result()
         if promotion.is_done:
             return
-        if data is None:
+        if chunk is None:
             if read.entry.file == read.file:  # else it was dropped
                 logger.warning("a file of the cache tier is damaged; its chunk is computed again")
                 self._tier.damaged(read.file)
@@ -218,7 +291,7 @@ class TierFiles:
             self._end(promotion)
             return
         if chunk_id >= 0:
-            self._io.write(chunk_id, self._io.from_stored(data))
+            self._io.write(chunk_id, chunk)
         if promotion.num_added == len(promotion.entries):
             self._end(promotion)
 
@@ -229,76 +302,28 @@ class TierFiles:
         self._tier.end(promotion)
 
 
-def _make_folder(directory: Path) -> tuple[Path, int]:
-    """Make a folder for this process, and remove those of processes that have ended.
-
-    Returns:
-        The folder, and the descriptor that keeps it locked until this process has ended.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        whole = _open_folder(directory)
-        stack.callback(os.close, whole)
-        fcntl.flock(whole, fcntl.LOCK_EX)  # others see no folder that is not locked yet
-        for left in directory.glob(f"{_PREFIX}*"):
-            _remove_if_left(left)
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=directory.absolute()))
-        lock = _open_folder(folder)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return folder, lock
+# -- in the threads -------------------------------------------------------------------------------
 
 
-def _open_folder(folder: Path) -> int:
-    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+def _keep(medium: Medium, packing: _Packing, file: int, copied: torch.Tensor) -> bool:
+    data = packing.pack(copied)
+    if data is not None:
+        medium.write(file, data)
+    return data is not None
 
 
-def _remove_if_left(folder: Path) -> None:
-    """Remove a folder whose process has ended."""
-    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-        lock = _open_folder(folder)
-        stack.callback(os.close, lock)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _remove_folder(folder)
+def _fetch(medium: Medium, packing: _Packing, file: int) -> torch.Tensor | None:
+    data = medium.read(file)
+    return None if data is None else packing.unpack(data)
 
 
-def _remove_folder(folder: Path) -> None:
-    """Remove the files of a tier, and their folder unless it holds others."""
-    for path in folder.glob(f"*{_SUFFIX}"):
-        _unlink(path)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def _unlink(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()
-
-
-def _write(path: Path, chunk: torch.Tensor) -> bytes:
-    """Write a chunk's bytes; returns their SHA-256.
+def _medium(settings: TierSettings) -> Medium:
+    """The medium of a tier.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the folder cannot be made.
     """
-    data = chunk.view(torch.uint8).numpy().reshape(-1).data
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    return hashlib.sha256(data).digest()
-
-
-def _read(path: Path, size: int, checksum: bytes) -> bytearray | None:
-    """Read a chunk's bytes; None if they are not those of the checksum."""
-    data = bytearray(size)
-    view, done = memoryview(data), 0
-    try:
-        with os.fdopen(os.open(path, os.O_RDONLY | _FLAGS), "rb", buffering=0) as file:
-            while done < size and (count := file.readinto(view[done:])):
-                done += count
-    except OSError:
-        return None
-    is_whole = done == size and hashlib.sha256(data).digest() == checksum
-    return data if is_whole else None
+    if settings.directory is None:
+        return Memory()
+    folder = Folder(settings.directory)
+    return MemoryThenFiles(settings.memory_bytes, folder) if settings.memory_bytes else folder

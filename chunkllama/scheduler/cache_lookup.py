@@ -38,6 +38,10 @@ def record_prompt(
         group.explanation = cache.explain(
             tokens, match if is_whole else None, used.num_tokens, tenant, namespace
         )
+        if sequence.read is not None:
+            group.explanation.num_tier_tokens = sequence.read.tokens_below(
+                used.num_tokens, cache.chunk_size
+            )
     if limits.enable_prefix_caching:
         cache.record_prompt(tokens, group.insert_limit, tenant, namespace)
 
@@ -54,10 +58,14 @@ def explain_prompt(
     tokens = np.array(prompt_token_ids, np.int32)
     if adapter is not None:
         tokens = adapter.tagged(tokens)
-    match = None
+    match, num_read = None, 0
     if limits.enable_prefix_caching:
         match = cache.match(tokens, len(tokens) - 1, namespace)
         if cache.tier is not None:
-            match = cache.tier.extended(match, encode_tokens(tokens), len(tokens) - 1, namespace)
+            match, num_read = cache.tier.extended(
+                match, encode_tokens(tokens), len(tokens) - 1, namespace
+            )
     used = 0 if match is None else match.num_tokens
-    return cache.explain(tokens, match, used, tenant, namespace)
+    explanation = cache.explain(tokens, match, used, tenant, namespace)
+    explanation.num_tier_tokens = num_read
+    return explanation

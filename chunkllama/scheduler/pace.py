@@ -113,6 +113,11 @@ class Pace:
         step = min(tokens, self._budget)
         return self._times.seconds(step) * tokens / step
 
+    def tokens_in(self, seconds: float) -> float:
+        """Estimate the prompt tokens that full steps compute in a time; 0 before the first."""
+        full = self.prompt_seconds(self._largest)
+        return seconds * self._largest / full if full else 0.0
+
     # -- before a step ----------------------------------------------------------------------
 
     def begin_step(self) -> int:

@@ -172,6 +172,7 @@ class SequenceGroup:
         sequences: those not finished, by index.
         held: it may not start yet.
         num_cached_tokens: prompt tokens that were not computed again; -1 until admitted.
+        num_rounded_tokens: those of them whose K/V the tier has rounded.
         prompt_logprobs: entries so far; the first is None (nothing comes before it).
         explanation: of the prompt's match, until it is sent.
         adapter: that its sequences use; None is the base model.
@@ -188,6 +189,7 @@ class SequenceGroup:
     held: bool = False
     beam: BeamSearch | None = None
     num_cached_tokens: int = -1
+    num_rounded_tokens: int = 0
     started_at: float = 0.0
     prefilled_at: float | None = None
     collects_prompt_logprobs: bool = False

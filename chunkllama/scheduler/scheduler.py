@@ -17,7 +17,7 @@ from typing import Final
 from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.cache.admin import drop_adapter, run_command
 from chunkllama.cache.manager import CacheManager
-from chunkllama.cache_messages import CacheCommand, CacheEvent
+from chunkllama.cache_messages import CacheCommand, CacheEvent, TreeNodeInfo
 from chunkllama.errors import InvalidRequestError
 from chunkllama.messages import (
     CacheExplanation,
@@ -25,7 +25,6 @@ from chunkllama.messages import (
     EngineRequest,
     EngineStats,
     TokenDelta,
-    TreeNodeInfo,
 )
 from chunkllama.scheduler.adapter_numbers import AdapterNumbers
 from chunkllama.scheduler.cache_lookup import explain_prompt

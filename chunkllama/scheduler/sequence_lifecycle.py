@@ -108,6 +108,8 @@ class SequenceLifecycle:
         if group.num_cached_tokens < 0:
             group.started_at = self._clock()
             group.num_cached_tokens = min(match.num_tokens, group.num_prompt_tokens)
+            rounded = sum(node.num_tokens for node in match.nodes if node.bits)
+            group.num_rounded_tokens = min(rounded, group.num_prompt_tokens)
             self.counters.prefix_tokens_queried += group.num_prompt_tokens
             self.counters.prefix_tokens_hit += group.num_cached_tokens
             self.counters.prefix_tokens_hit_public += min(

@@ -50,7 +50,7 @@ class Starts:
         self._pace = pace
         self._take = take
         self._awaited: dict[Node, set[tuple[Node, int]]] = {}  # reasons to wait for leaders
-        self._reads: list[Promotion] = []
+        self._reads: dict[Promotion, str] = {}  # with the tenant whose prompt began it
         self._clocks: Clocks | None = None
         self._headroom: Headroom | None = None
 
@@ -108,7 +108,7 @@ class Starts:
             wait = self._wait_for_tier(sequence, match)
             if wait is not None and wait.promotion is not None:
                 waiting.park(sequence, wait.promotion)
-                self._reads.append(wait.promotion)
+                self._reads.setdefault(wait.promotion, tenant)
                 continue
             if only_short and not self._may_start_early(sequence, match, budget):
                 long_looked_at += 1
@@ -144,7 +144,10 @@ class Starts:
                 self._awaited.pop(node, None)
         for read in [r for r in self._reads if r.is_done]:
             waiting.unpark(read)
-            self._reads.remove(read)
+            tokens = min(
+                self._pace.tokens_in(read.seconds), read.num_added * self._cache.chunk_size
+            )
+            self._lifecycle.accounts.charge_read(self._reads.pop(read), tokens)
 
     def _waits_for_leader(self, sequence: Sequence, match: Match) -> bool:
         """Whether waiting saves enough; parks it until the chunk is computed or abandoned."""

@@ -42,6 +42,7 @@ def read_stats(
     if (tier := cache.tier) is not None:
         stats.tier_chunks = tier.num_chunks
         stats.tier_chunks_capacity = tier.capacity
+        stats.tier_memory_bytes, stats.tier_file_bytes = tier.residences()
         stats.tier_chunks_written_total = tier.written_total
         stats.tier_chunks_promoted_total = tier.promoted_total
         stats.tier_chunks_damaged_total = tier.damaged_total

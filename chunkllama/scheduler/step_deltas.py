@@ -83,6 +83,7 @@ class StepDeltas:
                 request_id=group.request_id,
                 choices=[],
                 num_cached_tokens=max(group.num_cached_tokens, 0),
+                num_rounded_tokens=group.num_rounded_tokens,
                 num_cache_write_tokens=group.num_cache_write_tokens,
                 pin_refused=group.pin_refused,
                 queue_seconds=group.started_at - group.arrived_at,

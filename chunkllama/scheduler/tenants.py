@@ -24,8 +24,8 @@ class Account:
         weight: its share relative to other tenants.
         limits: what it may use.
         computed_tokens, decoded_tokens: positions charged since the start, of prompts and output.
-        clock: what was charged in virtual tokens divided by the weight at that time, advanced past
-            the time the tenant was idle.
+        clock: what was charged in virtual tokens, those of reads included, divided by the weight at
+            that time, advanced past the time the tenant was idle.
         num_requests: its unfinished requests; ``num_running`` those with a running sequence.
     """
 
@@ -178,6 +178,14 @@ class TenantAccounts:
         account = self._accounts[tenant]
         account.decoded_tokens += tokens
         self._charge(account, DECODE_WEIGHT * tokens)
+
+    def charge_read(self, tenant: str, tokens: float) -> None:
+        """Charge chunks that were read for a prompt, by the tokens that it took as long to compute.
+
+        They are no work of a step, so only the clock has them.
+        """
+        account = self._accounts[tenant]
+        account.clock += tokens / account.weight
 
     def _charge(self, account: Account, virtual_tokens: int) -> None:
         self.total_charged += virtual_tokens

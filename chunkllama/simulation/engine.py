@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class SimulatedEngine:
         history_chunks: chunks of the record of each tenant's prompts.
         tier_chunks: capacity of a cache tier; 0: there is none.
         read_seconds: of a chunk of the tier.
+        tier_options: other arguments of ``SimulatedTier``.
         make_cache, make_scheduler: classes to use, for tests that plant a bug.
         limits: fields of ``SchedulerLimits`` that differ from ``LIMITS``.
 
@@ -72,6 +74,7 @@ class SimulatedEngine:
         history_chunks: int = 32,
         tier_chunks: int = 0,
         read_seconds: float = 0.0,
+        tier_options: Mapping[str, Any] = MappingProxyType({}),
         make_cache: type[CacheManager] = CacheManager,
         make_scheduler: type[Scheduler] = Scheduler,
         **limits: Any,
@@ -88,7 +91,12 @@ class SimulatedEngine:
         self.tier: SimulatedTier | None = None
         if tier_chunks:
             self.tier = SimulatedTier(
-                self.cache, tier_chunks, read_seconds, self.model.read_chunk, self.model.paste_chunk
+                self.cache,
+                tier_chunks,
+                read_seconds,
+                self.model.read_chunk,
+                self.model.paste_chunk,
+                **tier_options,
             )
         self.oracle = Oracle(vocab_size, self.limits.eos_token_ids)
         self.requests: dict[str, EngineRequest] = {}

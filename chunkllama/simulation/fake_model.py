@@ -90,12 +90,13 @@ class FakeModel:
     def prepare(self, sampling: SamplingParams) -> None:
         """Do nothing: no grammar is compiled."""
 
-    def read_chunk(self, chunk_id: int) -> Numbers:
+    def read_chunk(self, chunk_id: int) -> bytes:
         """Copy the numbers of a chunk."""
-        return self.kv[chunk_id * self.chunk_size : (chunk_id + 1) * self.chunk_size].copy()
+        return self.kv[chunk_id * self.chunk_size : (chunk_id + 1) * self.chunk_size].tobytes()
 
-    def paste_chunk(self, chunk_id: int, numbers: Numbers) -> None:
+    def paste_chunk(self, chunk_id: int, data: bytes | bytearray | memoryview) -> None:
         """Store the numbers of a chunk."""
+        numbers = np.frombuffer(data, np.uint64)
         self.kv[chunk_id * self.chunk_size : (chunk_id + 1) * self.chunk_size] = numbers
 
     def execute(self, output: SchedulerOutput) -> SampledTokens:

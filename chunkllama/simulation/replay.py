@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 from chunkllama.cache.chunk_pool import ChunkState
 from chunkllama.cache.manager import CacheManager
@@ -72,6 +74,7 @@ class Replay:
         step_seconds: duration of a step, given its output and the chunk size.
         tier_chunks: capacity of a cache tier; 0: there is none.
         read_seconds: of a chunk of the tier.
+        tier_options: other arguments of ``SimulatedTier``.
         check: check the bounds of the order at every start, and at the end that the tenants'
             charges are the work done.
 
@@ -89,6 +92,7 @@ class Replay:
         *,
         tier_chunks: int = 0,
         read_seconds: float = 0.0,
+        tier_options: Mapping[str, Any] = MappingProxyType({}),
         check: bool = False,
     ) -> None:
         self.now = 0.0
@@ -98,7 +102,7 @@ class Replay:
         self._cache = CacheManager(num_chunks, chunk_size, self._clock)
         self._tier: SimulatedTier | None = None
         if tier_chunks:
-            self._tier = SimulatedTier(self._cache, tier_chunks, read_seconds)
+            self._tier = SimulatedTier(self._cache, tier_chunks, read_seconds, **tier_options)
         self.scheduler = Scheduler(limits, self._cache, self._clock)
         if check:
             FairnessMonitor(self.scheduler)

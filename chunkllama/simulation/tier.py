@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from chunkllama.cache.imports import promote_next
 from chunkllama.cache.manager import CacheManager
 from chunkllama.cache.tier import Tier
-from chunkllama.cache.tier_entry import Promotion
+from chunkllama.cache.tier_entry import Form, Promotion, TierEntry
+from chunkllama.engine.tier_media import Data, Medium, Memory
 
 
 class SimulatedTier:
@@ -21,6 +21,10 @@ class SimulatedTier:
         seconds_per_chunk: from the begin of a read to its end.
         copy: returns what a chunk of the pool holds.
         paste: stores that in a chunk.
+        medium: keeps them.
+        first: how the first chunk of a prompt is kept, where one below it takes a unit of
+            ``capacity``.
+        bits: that the others are rounded to in name; 0: none.
 
     Attributes:
         tier: of the cache.
@@ -33,9 +37,14 @@ class SimulatedTier:
         cache: CacheManager,
         capacity: int,
         seconds_per_chunk: float,
-        copy: Callable[[int], Any] = lambda chunk_id: None,
-        paste: Callable[[int, Any], None] = lambda chunk_id, data: None,
+        copy: Callable[[int], Data] = lambda chunk_id: b"",
+        paste: Callable[[int, Data], None] = lambda chunk_id, data: None,
+        *,
+        medium: Medium | None = None,
+        first: int = 1,
+        bits: int = 0,
     ) -> None:
+        self._forms = Form(first), Form(1, bits)
         self.tier = cache.tier = Tier(capacity, cache.chunk_size, self)
         self.damaged: set[int] = set()
         self.is_full = False
@@ -43,7 +52,7 @@ class SimulatedTier:
         self._seconds = seconds_per_chunk
         self._copy = copy
         self._paste = paste
-        self._files: dict[int, Any] = {}
+        self._medium = Memory() if medium is None else medium
         self._unwritten: list[int] = []
         self._reads: deque[tuple[Promotion, int]] = deque()  # with the number of the file
         self._began: dict[Promotion, float] = {}
@@ -63,14 +72,22 @@ class SimulatedTier:
             self._end_read(*self._reads.popleft(), self._next)
             self._next += self._seconds
 
+    def form(self, depth: int) -> Form:
+        """How a chunk with so many above it is kept."""
+        return self._forms[depth > 0]
+
+    def residences(self) -> tuple[int, int]:
+        """Bytes in memory and in files."""
+        return self._medium.memory_bytes, self._medium.file_bytes
+
     def accepts(self) -> bool:
         """Whether another chunk can be written."""
         return not self.is_full
 
-    def write(self, file: int, chunk_id: int) -> None:
+    def write(self, entry: TierEntry, chunk_id: int) -> None:
         """Write a chunk, which can be read after the next ``turn``."""
-        self._files[file] = self._copy(chunk_id)
-        self._unwritten.append(file)
+        self._medium.write(entry.file, self._copy(chunk_id))
+        self._unwritten.append(entry.file)
 
     def read(self, promotion: Promotion) -> None:
         """Begin to read after what is being read."""
@@ -82,7 +99,7 @@ class SimulatedTier:
 
     def remove(self, file: int) -> None:
         """Remove a file."""
-        del self._files[file]
+        self._medium.remove(file)
 
     def _end_read(self, promotion: Promotion, file: int, now: float) -> None:
         if promotion.is_done:
@@ -93,7 +110,9 @@ class SimulatedTier:
         else:
             chunk_id = promote_next(self._cache, promotion, file)
         if chunk_id is not None and chunk_id >= 0:
-            self._paste(chunk_id, self._files[file])
+            data = self._medium.read(file)
+            assert data is not None, "a chunk was lost"
+            self._paste(chunk_id, data)
         if chunk_id is None or promotion.num_added == len(promotion.entries):
             if promotion.num_added:
                 self.tier.price.add((now - self._began[promotion]) / promotion.num_added)

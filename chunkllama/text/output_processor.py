@@ -77,6 +77,7 @@ class OutputProcessor:
         num_tokens: output tokens of all choices, up to the token that completes a stop string.
         num_reasoning_tokens: those of them that are thoughts or their tags.
         num_cached_tokens: prompt tokens whose K/V came from the cache.
+        num_rounded_tokens: those of them whose K/V the tier has rounded.
         num_cache_write_tokens: prompt tokens whose K/V were added to the cache.
         num_accepted_predicted, num_rejected_predicted: tokens of the request's prediction that the
             engine has found right, and that it has computed and found wrong.
@@ -96,6 +97,7 @@ class OutputProcessor:
         self.num_tokens = 0
         self.num_reasoning_tokens = 0
         self.num_cached_tokens = 0
+        self.num_rounded_tokens = 0
         self.num_cache_write_tokens = 0
         self.num_accepted_predicted = 0
         self.num_rejected_predicted = 0
@@ -129,6 +131,7 @@ class OutputProcessor:
             RequestFailedError: the engine ended a choice without completing it.
         """
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        self.num_rounded_tokens = max(self.num_rounded_tokens, delta.num_rounded_tokens)
         self.num_cache_write_tokens = max(self.num_cache_write_tokens, delta.num_cache_write_tokens)
         self.num_accepted_predicted += delta.num_accepted_predicted
         self.num_rejected_predicted += delta.num_rejected_predicted

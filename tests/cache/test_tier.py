@@ -9,7 +9,7 @@ from chunkllama.cache.admin import drop_adapter, run_command
 from chunkllama.cache.imports import promote_next
 from chunkllama.cache.node import encode_tokens
 from chunkllama.cache.tier import Tier
-from chunkllama.cache.tier_entry import Promotion, ReadLimits, ReadPrice, Wait
+from chunkllama.cache.tier_entry import Form, Promotion, ReadLimits, ReadPrice, TierEntry, Wait
 from chunkllama.cache_messages import CacheCommand
 from chunkllama.messages import CommandReply
 
@@ -17,7 +17,8 @@ from chunkllama.messages import CommandReply
 class Store:
     """Writes at once; reads when asked to."""
 
-    def __init__(self, driver: CacheDriver, capacity: int) -> None:
+    def __init__(self, driver: CacheDriver, capacity: int, first: int = 1) -> None:
+        self.first = first
         self.cache = driver.cache
         self.tier = driver.cache.tier = Tier(capacity, driver.cache.chunk_size, self)
         self.files: set[int] = set()
@@ -25,12 +26,18 @@ class Store:
         self.num_written = 0
         self.reading: list[Promotion] = []
 
+    def form(self, depth: int) -> Form:
+        return Form(1, 2) if depth else Form(self.first)
+
+    def residences(self) -> tuple[int, int]:
+        return 0, 0
+
     def accepts(self) -> bool:
         return True
 
-    def write(self, file: int, chunk_id: int) -> None:
-        self.files.add(file)
-        self.unwritten.append(file)
+    def write(self, entry: TierEntry, chunk_id: int) -> None:
+        self.files.add(entry.file)
+        self.unwritten.append(entry.file)
         self.num_written += 1
 
     def remove(self, file: int) -> None:
@@ -57,9 +64,9 @@ class Store:
         return found
 
 
-def make(num_chunks: int = 16, capacity: int = 8) -> tuple[CacheDriver, Store]:
+def make(num_chunks: int = 16, capacity: int = 8, first: int = 1) -> tuple[CacheDriver, Store]:
     driver = CacheDriver(num_chunks)
-    return driver, Store(driver, capacity)
+    return driver, Store(driver, capacity, first)
 
 
 def evict(driver: CacheDriver, store: Store, count: int) -> None:
@@ -197,6 +204,30 @@ def test_the_least_recently_used_file_goes_first() -> None:
     evict(driver, store, 2)
     assert [chain(driver, text) for text in ("bbbb.", "cccc.", "dddd.")] == [1, 0, 1]
     assert len(store.files) == 2
+
+
+def test_the_budget_is_of_bytes() -> None:
+    """A prompt's first chunk is kept as it is, and takes as much as three others."""
+    driver, store = make(capacity=7, first=3)
+    driver.store("aaaabbbbccccdddd")
+    evict(driver, store, 4)
+    assert store.tier.num_bytes == 6 and store.tier.num_chunks == 4
+    driver.store("xxxxyyyy")
+    evict(driver, store, 1)  # yyyy
+    assert store.tier.num_bytes == 7
+    evict(driver, store, 1)  # xxxx, for which what lies below aaaa goes
+    assert store.tier.num_bytes == 7 and store.tier.num_chunks == 3
+    assert (chain(driver, "aaaabbbb."), chain(driver, "xxxxyyyy.")) == (1, 2)
+    promote(driver, "xxxxyyyy.")
+    store.end_reads()
+    assert [node.bits for node in driver.match("xxxxyyyy.").nodes] == [0, 2]
+
+
+def test_what_no_budget_holds_is_not_kept() -> None:
+    driver, store = make(capacity=2, first=3)
+    driver.store("aaaabbbb")
+    evict(driver, store, 2)
+    assert store.tier.num_bytes == 1 and chain(driver, "aaaabbbb.") == 0
 
 
 def test_a_tenant_does_not_remove_the_files_of_another() -> None:

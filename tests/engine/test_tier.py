@@ -14,8 +14,8 @@ import pytest
 
 from chunkllama.cache.tier_entry import ReadPrice
 from chunkllama.cache_messages import CacheCommand
-from chunkllama.engine import tier_files
 from chunkllama.engine.core import EngineCore
+from chunkllama.engine.tier_media import Folder
 from chunkllama.errors import ConfigError
 from chunkllama.messages import EngineRequest, ExplainPrompt
 from chunkllama.sampling_params import SamplingParams
@@ -168,10 +168,10 @@ def test_a_full_disk_turns_the_tier_off(make, tmp_path, monkeypatch, caplog) -> 
     expected = [ask(core, prompt)[0] for prompt in PROMPTS]
     assert files(tmp_path)
 
-    def fail(path: Path, chunk: object) -> bytes:
+    def fail(self: Folder, number: int, data: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tier_files, "_write", fail)
+    monkeypatch.setattr(Folder, "write", fail)
     for seed in range(60, 64):
         ask(core, tokens(seed, 3 * CHUNK))
     assert [ask(core, prompt)[0] for prompt in PROMPTS] == expected

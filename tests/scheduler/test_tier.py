@@ -59,6 +59,37 @@ def test_others_compute_while_a_prompt_waits_for_its_chunks() -> None:
     assert stats.tier_chunks_promoted_total == 4
 
 
+def test_a_read_is_charged_as_what_it_could_have_computed() -> None:
+    run = engine(cost=StepCost(step=0.01, token=0.001), read_seconds=0.002)
+    evict_prefix(run)
+    accounts = run.scheduler._lifecycle.accounts
+    idle = accounts[""].clock  # where the clock of a new tenant begins
+    late = run.add([*PREFIX, 31], 2, tenant="A")
+    run.run()
+    assert run.cached[late] == 16
+    token = run.scheduler._pace.prompt_seconds(64) / 64
+    read = accounts["A"].clock - idle - accounts["A"].charged
+    assert abs(read - 4 * 0.002 / token) < 0.05 * read
+    run.check_charges()
+
+
+def test_an_explanation_tells_what_is_read_from_the_tier() -> None:
+    run = engine()
+    evict_prefix(run)
+    assert run.tier is not None
+    run.tier.turn(run.now)  # what was evicted is written
+    asked = run.scheduler.explain([*PREFIX, 31], "", "")
+    assert (asked.num_matched_tokens, asked.num_tier_tokens) == (16, 16)
+    late = run.add([*PREFIX, 31], 2, explain=True)
+    run.run()
+    (told,) = [run.first_deltas[late].explanation]
+    assert told is not None and (told.num_matched_tokens, told.num_tier_tokens) == (16, 16)
+    again = run.add([*PREFIX, 31], 2, explain=True)
+    run.run()
+    told = run.first_deltas[again].explanation
+    assert told is not None and (told.num_matched_tokens, told.num_tier_tokens) == (16, 0)
+
+
 def test_two_prompts_wait_for_the_same_read() -> None:
     run = engine()
     evict_prefix(run)

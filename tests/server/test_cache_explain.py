@@ -26,6 +26,7 @@ def test_chat_explains_with_the_prompts_own_text(server) -> None:
     assert explained["prompt_tokens"] == usage["prompt_tokens"]
     cached = usage["prompt_tokens_details"]["cached_tokens"]
     assert explained["matched_tokens"] == explained["known_tokens"] == cached > 0
+    assert explained["tier_tokens"] == 0
     # the tests' tokenizer has one token for each byte
     assert explained["text_before"] == "the city of "
     assert explained["text_after"].startswith("London")

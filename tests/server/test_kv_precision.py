@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from chunkllama_server.api.schema.usage import Precision, TokenCounts
+
 
 @pytest.fixture
 def quantized(start_server):
@@ -24,6 +26,18 @@ def test_usage_names_the_precision_of_cached_tokens(quantized) -> None:
     usage = quantized.post("/v1/responses", {"input": "x"}).json()["usage"]
     details = usage["input_tokens_details"]
     assert details["cached_tokens_by_precision"] == {"int8": details["cached_tokens"]}
+
+
+def test_usage_tells_tokens_that_the_tier_has_rounded(start_server) -> None:
+    server = start_server()
+    server.engine.info.kv_dtype, server.engine.info.tier_bits = "bfloat16", 2
+    details = server.chat().json()["usage"]["prompt_tokens_details"]
+    assert details["cached_tokens_by_precision"] == {
+        "bfloat16": details["cached_tokens"],
+        "int2": 0,
+    }
+    counts = TokenCounts(prompt=900, cached=700, written=0, output=1, reasoning=0, rounded=640)
+    assert Precision("bfloat16", "int2").split(counts) == {"bfloat16": 60, "int2": 640}
 
 
 def test_metrics_name_the_storage(quantized) -> None:

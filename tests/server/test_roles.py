@@ -244,7 +244,8 @@ def test_a_tenant_sees_its_own_part_of_the_gauges(guarded) -> None:
 
 
 def test_a_tenants_dashboard_shows_its_own_part(guarded) -> None:
-    from chunkllama.messages import EngineStats, TreeNodeInfo
+    from chunkllama.cache_messages import TreeNodeInfo
+    from chunkllama.messages import EngineStats
 
     guarded.engine.reset()
     _complete(guarded, "ka")
@@ -284,7 +285,8 @@ def test_a_tenants_dashboard_shows_its_own_part(guarded) -> None:
 
 
 def test_only_an_operator_sees_every_node(guarded) -> None:
-    from chunkllama.messages import EngineStats, TreeNodeInfo
+    from chunkllama.cache_messages import TreeNodeInfo
+    from chunkllama.messages import EngineStats
 
     names = ["", guarded.app.state.context.tenants.namespace("alpha", None), "x" * 32]
     fields = dict.fromkeys(TreeNodeInfo.__struct_fields__, 0)

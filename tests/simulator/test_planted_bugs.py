@@ -388,7 +388,7 @@ def wrong_guess_counts_as_computed(patch: Patch) -> None:
 def tier_keeps_another_chunk(patch: Patch) -> None:
     """What is written is not the chunk that was evicted."""
     write = SimulatedTier.write
-    patch.setattr(SimulatedTier, "write", lambda self, file, chunk: write(self, file, chunk - 1))
+    patch.setattr(SimulatedTier, "write", lambda self, entry, chunk: write(self, entry, chunk - 1))
 
 
 def tier_is_read_from_another_place(patch: Patch) -> None:

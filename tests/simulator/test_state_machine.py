@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 from chunkllama.cache.imports import ChunkImport
 from chunkllama.cache.node import encode_tokens
 from chunkllama.cache_messages import CacheCommand
+from chunkllama.engine.tier_media import Memory, MemoryThenFiles
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.scheduler.memory_pressure import preemption_victim
 from chunkllama.simulation.cost_model import StepCost
@@ -81,6 +82,9 @@ class CacheMachine(RuleBasedStateMachine):
         slowdown=st.sampled_from([0, 1, 1.5]),
         tier=st.sampled_from([0, 3, 40]),
         read_seconds=st.sampled_from([0.0, 0.03]),
+        bits=st.sampled_from([0, 2]),
+        first=st.sampled_from([1, 3]),
+        memory=st.sampled_from([None, 1, 5]),
     )
     def start(
         self,
@@ -94,8 +98,14 @@ class CacheMachine(RuleBasedStateMachine):
         slowdown,
         tier,
         read_seconds,
+        bits,
+        first,
+        memory,
     ) -> None:
         self.size = chunk_size
+        self.memory = None if memory is None else 8 * chunk_size * memory
+        self.files = Memory()
+        medium = Memory() if self.memory is None else MemoryThenFiles(self.memory, self.files)
         self.base = [(i * i + i // 3) % 2 for i in range(4 * chunk_size)]
         self.aborted: set[str | tuple[str, int]] = set()
         self.engine = SimulatedEngine(
@@ -115,7 +125,9 @@ class CacheMachine(RuleBasedStateMachine):
             check=False,
             tier_chunks=tier,
             read_seconds=read_seconds,
+            tier_options={"medium": medium, "first": first, "bits": bits},
         )
+        self.medium = medium
 
     def _add(self, prompt: list[int], max_tokens: int, **options: object) -> str:
         try:
@@ -266,6 +278,20 @@ class CacheMachine(RuleBasedStateMachine):
         if hasattr(self, "engine"):
             self.engine.scheduler.check_invariants()
             self.engine.check_charges()
+            self._check_residences()
+
+    def _check_residences(self) -> None:
+        """Each chunk of the tier is in memory or in a file, within the budgets; rounded nodes of
+        the pool are whole, and none is a prompt's first."""
+        if self.engine.tier is None:
+            return
+        tier, chunk_bytes = self.engine.tier.tier, 8 * self.size
+        in_memory, in_files = self.medium.memory_bytes, self.files.memory_bytes
+        if self.memory is not None:
+            assert in_memory <= self.memory
+        assert in_memory + in_files == tier.num_chunks * chunk_bytes
+        for node in self.engine.cache.tree.nodes():
+            assert not node.bits or (tier.rounds and node.depth and node.filled == self.size)
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):

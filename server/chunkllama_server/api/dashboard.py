@@ -13,8 +13,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, Response
 
 from chunkllama import __version__
+from chunkllama.cache_messages import TreeNodeInfo
 from chunkllama.engine.client import EngineClient
-from chunkllama.messages import EngineStats, TreeNodeInfo
+from chunkllama.messages import EngineStats
 from chunkllama_server.api.common.context import Context, ServerContext, tenant_view
 from chunkllama_server.metrics.tenant_view import LATENCIES
 from chunkllama_server.transport.errors import unavailable

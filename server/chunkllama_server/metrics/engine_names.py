@@ -42,7 +42,9 @@ ENGINE_GAUGES = {
     "chunks_peak": ("kv_chunks_peak", "Highest number of chunks in use at once."),
     "chunks_total": ("kv_chunks_capacity", "Chunks of the pool."),
     "pinned_chunks": ("kv_chunks_pinned", "Chunks pinned by prompt_cache_options."),
-    "tier_chunks": ("tier_chunks", "Chunks in files of the cache tier."),
+    "tier_chunks": ("tier_chunks", "Chunks in the cache tier."),
     "tier_chunks_capacity": ("tier_chunks_capacity", "Chunks that the cache tier may hold."),
+    "tier_memory_bytes": ("tier_memory_bytes", "Bytes of the cache tier's chunks in memory."),
+    "tier_file_bytes": ("tier_file_bytes", "Bytes of the cache tier's chunks in files."),
     "invariant_violations": ("invariant_violations", "Violations; non-zero indicates a bug."),
 }

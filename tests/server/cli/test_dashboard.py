@@ -10,7 +10,7 @@ import subprocess
 import httpx
 import pytest
 
-from chunkllama.messages import TreeNodeInfo
+from chunkllama.cache_messages import TreeNodeInfo
 from chunkllama_server.api.dashboard import _sharing
 
 SYSTEM = "You are a helpful assistant that answers in one short sentence. " * 4

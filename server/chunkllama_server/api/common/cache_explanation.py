@@ -41,6 +41,7 @@ def explanation_body(
         "message": _MESSAGES[explanation.reason],
         "prompt_tokens": len(prompt_token_ids),
         "matched_tokens": end,
+        "tier_tokens": explanation.num_tier_tokens,
         "known_tokens": explanation.num_known_tokens,
         "seconds_ago": None if seconds is None else round(max(seconds, 0.0), 3),
         "text_before": tokenizer.decode(list(before), skip_special_tokens=False),

@@ -114,8 +114,9 @@ class ServerContext:
     def fingerprint(self) -> str:
         info = self.engine.info
         storage = f"kv_{info.kv_dtype}" if info.is_kv_quantized else ""
+        tier = f"tier_int{info.tier_bits}" if info.tier_bits else ""
         sums = "deterministic" if info.is_deterministic else ""
-        parts = ("chunkllama", __version__, info.backend, info.isa_level, storage, sums)
+        parts = ("chunkllama", __version__, info.backend, info.isa_level, storage, tier, sums)
         return "-".join(part for part in parts if part)
 
     @property

@@ -10,7 +10,7 @@ from typing import Protocol
 from chunkllama.messages import EngineRequest
 from chunkllama.text.output_processor import OutputDelta, OutputProcessor
 from chunkllama_server.api.common.request_stream import RequestStream
-from chunkllama_server.api.schema.usage import CacheExplanationBody, TokenCounts
+from chunkllama_server.api.schema.usage import CacheExplanationBody, Precision, TokenCounts
 
 
 class Generation(Protocol):
@@ -28,7 +28,7 @@ class Generation(Protocol):
     def num_logprobs(self) -> int: ...
 
     @property
-    def precision(self) -> str: ...
+    def precision(self) -> Precision | None: ...
 
     def explanations(self) -> list[CacheExplanationBody]: ...
 
@@ -63,7 +63,7 @@ class JoinedStream(ABC):
         """Tokens so far; the shared prompt counts once."""
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> Precision | None:
         """The type of cached K/V; "" if it is the one that the model computes in."""
         return self._first.precision
 

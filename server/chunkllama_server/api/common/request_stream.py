@@ -21,7 +21,7 @@ from chunkllama.text.thoughts import NO_THOUGHTS, Thoughts
 from chunkllama.text.tokenizer import Tokenizer
 from chunkllama_server.api.common.cache_explanation import explanation_body
 from chunkllama_server.api.common.sampling import num_logprobs
-from chunkllama_server.api.schema.usage import CacheExplanationBody, TokenCounts
+from chunkllama_server.api.schema.usage import CacheExplanationBody, Precision, TokenCounts
 from chunkllama_server.metrics.request_timer import RequestTimer
 from chunkllama_server.metrics.server_metrics import ServerMetrics
 from chunkllama_server.metrics.tracing import GenerationTimes
@@ -99,12 +99,16 @@ class RequestStream:
             reasoning=self.output.num_reasoning_tokens,
             accepted=self.output.num_accepted_predicted,
             rejected=self.output.num_rejected_predicted,
+            rounded=self.output.num_rounded_tokens,
         )
 
     @property
-    def precision(self) -> str:
-        """The type of cached K/V; "" if it is the one that the model computes in."""
-        return self._engine.info.kv_dtype if self._engine.info.is_kv_quantized else ""
+    def precision(self) -> Precision | None:
+        """The types of cached K/V; None if all have the one that the model computes in."""
+        info = self._engine.info
+        if not (info.is_kv_quantized or info.tier_bits):
+            return None
+        return Precision(info.kv_dtype, f"int{info.tier_bits}" if info.tier_bits else "")
 
     def explanations(self) -> list[CacheExplanationBody]:
         """Return the explanation of the prompt's match, if one was asked for and is known."""

@@ -76,8 +76,7 @@ class ResponseAnswer:
             "total_tokens": counts.prompt + counts.output,
         }
         if precision := self.generation.precision:
-            cached = {precision: counts.cached}
-            usage["input_tokens_details"]["cached_tokens_by_precision"] = cached
+            usage["input_tokens_details"]["cached_tokens_by_precision"] = precision.split(counts)
         if explanations := self.generation.explanations():
             usage["input_tokens_details"]["cache_explanations"] = explanations
         return usage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import NotRequired
+from typing import NamedTuple, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -14,14 +14,16 @@ from chunkllama.messages import CacheReason
 class CacheExplanationBody(TypedDict):
     """Why a prompt's match in the cache ended after ``matched_tokens``.
 
-    ``known_tokens`` leading tokens were in an earlier prompt of the same key; ``seconds_ago`` is
-    when the cached rest was removed or its pin ended. Both texts are the prompt's own.
+    Of those, ``tier_tokens`` are read from the cache tier. ``known_tokens`` leading tokens were in
+    an earlier prompt of the same key; ``seconds_ago`` is when the cached rest was removed or its
+    pin ended. Both texts are the prompt's own.
     """
 
     reason: CacheReason
     message: str
     prompt_tokens: int
     matched_tokens: int
+    tier_tokens: int
     known_tokens: int
     seconds_ago: float | None
     text_before: str
@@ -32,7 +34,8 @@ class PromptTokensDetails(TypedDict):
     """``cached_tokens`` came from the cache, ``cache_write_tokens`` were computed and stored.
 
     ``cached_tokens_by_precision`` is there if K/V are stored in another type than the model
-    computes in. ``cache_explanations`` is there on demand, one for each prompt.
+    computes in, or the cache tier rounds them. ``cache_explanations`` is there on demand, one for
+    each prompt.
     """
 
     cached_tokens: int
@@ -104,6 +107,7 @@ class TokenCounts:
 
     Attributes:
         prompt: counted once for all choices or branches. cached: of them, from the cache.
+        rounded: of those, the ones whose K/V the cache tier has rounded.
         written: of them, added to the cache. output: of all choices. reasoning: of them, thoughts.
         accepted, rejected: of the request's prediction, those that were right, and those that were
             computed and were not.
@@ -116,6 +120,7 @@ class TokenCounts:
     reasoning: int
     accepted: int = 0
     rejected: int = 0
+    rounded: int = 0
 
     @classmethod
     def total(cls, parts: Iterable[TokenCounts]) -> TokenCounts:
@@ -124,15 +129,33 @@ class TokenCounts:
         return cls(**{f.name: sum(getattr(c, f.name) for c in listed) for f in fields(cls)})
 
 
+class Precision(NamedTuple):
+    """Names of the types of cached K/V.
+
+    Attributes:
+        stored: in the pool.
+        rounded: in the cache tier; "" if that rounds nothing.
+    """
+
+    stored: str
+    rounded: str
+
+    def split(self, counts: TokenCounts) -> dict[str, int]:
+        """Return the cached tokens by type."""
+        if not self.rounded:
+            return {self.stored: counts.cached}
+        return {self.stored: counts.cached - counts.rounded, self.rounded: counts.rounded}
+
+
 def completion_usage(
     counts: TokenCounts,
     explanations: list[CacheExplanationBody] | None = None,
-    precision: str = "",
+    precision: Precision | None = None,
 ) -> CompletionUsage:
     """Fill every required member of a usage object, and the explanations if there are any.
 
     Args:
-        precision: of the cached tokens, where it is not that of the model.
+        precision: of the cached tokens, where it is not that of the model alone.
     """
     usage: CompletionUsage = {
         "prompt_tokens": counts.prompt,
@@ -153,7 +176,7 @@ def completion_usage(
         },
     }
     if precision:
-        usage["prompt_tokens_details"]["cached_tokens_by_precision"] = {precision: counts.cached}
+        usage["prompt_tokens_details"]["cached_tokens_by_precision"] = precision.split(counts)
     if explanations:
         usage["prompt_tokens_details"]["cache_explanations"] = explanations
     return usage
