@@ -54,7 +54,8 @@ async def input_ids(
     given = body.input
     is_one = isinstance(given, str) or isinstance(given[0], int)
     inputs = cast(list[str | list[int]], [given] if is_one else given)
-    info, result = context.engine.info, []
+    info = context.engine.info
+    result: list[list[int]] = []
     special = body.add_special_tokens is not False
     async for ids in context.text.encode_all(inputs, add_special_tokens=special):
         index = len(result)
