@@ -168,16 +168,11 @@ def _join(
     snapshots = SnapshotKeeper(cache, chunk_io, packs)
     tier = None
     if config.cache.cache_tier_dir is not None or config.cache.cache_tier_memory is not None:
-        tier = TierFiles(
-            cache,
-            chunk_io,
-            TierSettings(
-                config.cache.cache_tier_memory or 0,
-                config.cache.cache_tier_dir,
-                config.cache.cache_tier_bytes,
-                config.cache.cache_tier_bits,
-            ),
+        settings = TierSettings(
+            *(config.cache.cache_tier_memory or 0, config.cache.cache_tier_dir),
+            *(config.cache.cache_tier_bytes, config.cache.cache_tier_bits),
         )
+        tier = TierFiles(cache, chunk_io, settings)
     core = EngineCore(scheduler, executor, info, packs, snapshots, adapters=adapters, tier=tier)
     core.idle_work = executor.read_vocabulary
     core.tuner = Tuner(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.cluster.prefix_keys import HEAD_LEVELS, prefix_keys, tree_heads
 from chunkllama.simulation.engine import SimulatedEngine
 
@@ -56,7 +57,7 @@ def test_chunks_below_public_ones_are_found_by_their_tenants_keys() -> None:
 def test_an_adapters_chunks_have_the_base_models_keys() -> None:
     engine = SimulatedEngine(40, SIZE, vocab_size=50)
     prompt = list(range(9))
-    engine.add(prompt, 1, adapter="x")
+    engine.add(prompt, 1, adapter=AdapterUse(1, 0))
     plain = served((prompt, {}))
     assert engine.scheduler.has_unfinished()
     engine.run()

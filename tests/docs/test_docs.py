@@ -99,7 +99,7 @@ def test_every_flag_in_the_docs_exists(capsys, monkeypatch):
         known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     named = set()
     other_commands = (
-        *("docker", "pip ", "pytest", "tests/soak.py"),
+        *("docker", "pip ", "pytest", "tests/soak.py", "python benchmarks/"),
         *("-m sglang_router", "-m smg", "ray start", "ray get"),
     )
     for page in CURRENT:

@@ -29,7 +29,7 @@ def run(kind: str, count: int, folder: Path, seed: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "RUST_BACKTRACE"}
     done = subprocess.run(
         [sys.executable, hostile_files.__file__, kind, str(count), seed, str(folder)],
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
         check=False,

@@ -140,24 +140,26 @@ def test_output_beyond_the_estimate_is_charged_as_it_comes() -> None:
     limiter.take_tokens(100)
 
 
+QUOTAS = {
+    "slow": TenantQuotas(requests_per_minute=3, tokens_per_minute=100),
+    "free": TenantQuotas(),
+    "tokens": TenantQuotas(tokens_per_minute=100),
+}
+
+
 @pytest.fixture(scope="module")
 def limited(start_server):
-    quotas = {
-        "slow": TenantQuotas(requests_per_minute=3, tokens_per_minute=100),
-        "free": TenantQuotas(),
-        "tokens": TenantQuotas(tokens_per_minute=100),
-    }
     keys = {"slow": "ks", "free": "kf", "tokens": "kt"}
-    server = start_server(api_keys=keys, quotas=quotas, clock=clock)
-    server.quotas = quotas
-    return server
+    return start_server(api_keys=keys, quotas=QUOTAS, clock=clock)
 
 
 @pytest.fixture
 def fresh(limited):
-    """The server after a minute without requests, its engine as new."""
+    """The server after an hour without requests, its engine and quotas as new."""
     NOW[0] += 3600.0
     limited.engine.reset()
+    limited.quotas = dict(QUOTAS)
+    limited.app.state.context.tenants.set_quotas(limited.quotas)
     return limited
 
 
@@ -378,21 +380,17 @@ def test_a_background_response_is_settled_when_it_has_run(fresh, stream) -> None
     fresh.quotas["tokens"] = TenantQuotas(tokens_per_minute=1000)
     fresh.app.state.context.tenants.set_quotas(fresh.quotas)
     path = "/v1/responses"
-    try:
-        with fresh.http(headers={"x-api-key": "kt"}) as http:
-            with http.stream("POST", path, json=body) as answer:
-                assert answer.status_code == 200
-                if not stream:
-                    answer.read()
-            charged = tokens.limit - left()
-            assert charged > 500, "the HTTP request has ended, the response has not"
-            ((_, response_id),) = fresh.app.state.context.background._running
-            response = http.post(f"{path}/{response_id}/cancel").json()
-        assert response["status"] == "cancelled"
-        assert tokens.limit - left() == response["usage"]["total_tokens"] < charged
-    finally:
-        fresh.quotas["tokens"] = TenantQuotas(tokens_per_minute=100)
-        fresh.app.state.context.tenants.set_quotas(fresh.quotas)
+    with fresh.http(headers={"x-api-key": "kt"}) as http:
+        with http.stream("POST", path, json=body) as answer:
+            assert answer.status_code == 200
+            if not stream:
+                answer.read()
+        charged = tokens.limit - left()
+        assert charged > 500, "the HTTP request has ended, the response has not"
+        ((_, response_id),) = fresh.app.state.context.background._running
+        response = http.post(f"{path}/{response_id}/cancel").json()
+    assert response["status"] == "cancelled"
+    assert tokens.limit - left() == response["usage"]["total_tokens"] < charged
 
 
 def complete_get(server):
