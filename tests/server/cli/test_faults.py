@@ -396,8 +396,9 @@ def test_f31_no_descriptor_is_left_for_clients(start, few_descriptors) -> None:
             assert httpx.get(f"{url}/health/ready", timeout=120).status_code == 200
             assert metrics(server, admin)["requests_live"] >= 0
         assert live.read().endswith(b"data: [DONE]\n\n")
+    # Connections that were never accepted are in the queue of the socket, and are closed after it.
     wait_until(lambda: psutil.Process(server.process.pid).num_fds() < 60)
-    assert server.chat(max_tokens=2).status_code == 200
+    wait_until(lambda: server.chat(max_tokens=2).status_code == 200)
     assert server.log.read_text().count("cannot accept connections") <= 2
 
 
