@@ -114,9 +114,10 @@ def test_a_rounded_chunk_is_shared_whole_or_computed(make) -> None:
     for prompt in PROMPTS:
         ask(core, prompt)
     ask(core, PROMPTS[0])
-    prompt = [*PROMPTS[0][: 2 * CHUNK + 30], *tokens(90, 40)]
-    _, cached, rounded = ask(core, prompt)
-    assert (cached, rounded) == (2 * CHUNK, CHUNK)
+    for overlap, others in [(CHUNK, 0), (40, 20)]:
+        prompt = [*PROMPTS[0][: 2 * CHUNK + overlap], *tokens(90, others)]
+        _, cached, rounded = ask(core, prompt)
+        assert (cached, rounded) == (2 * CHUNK, CHUNK)
 
 
 def test_the_tier_holds_over_five_times_what_the_pool_would(make) -> None:

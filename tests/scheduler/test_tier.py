@@ -226,3 +226,32 @@ def test_a_scored_prompt_is_computed_whole() -> None:
     run.run()
     run.check_outputs()
     assert run.scheduler.stats().tier_chunks_promoted_total == 0
+
+
+def with_rounded_prefix(prefix: list[int], **options: object) -> SimulatedEngine:
+    """An engine whose pool has a prefix, rounded but for its first chunk."""
+    run = SimulatedEngine(
+        16, 64, vocab_size=50, tier_chunks=40, tier_options={"bits": 2}, **options
+    )
+    for last in (1, 2):
+        run.add([*prefix, last], 2)
+        run.run()
+        if last == 1:
+            run.cache.tree.evict(16)
+    assert [node.bits for node in run.cache.tree.nodes() if node.num_tokens == 64] == [0, 2, 2]
+    return run
+
+
+@pytest.mark.parametrize("count", [2 * 64 + 33, 2 * 64 + 63, 3 * 64])
+def test_a_prompt_that_ends_in_a_rounded_chunk_starts_at_once(count: int) -> None:
+    """It has more tokens there than a sequence waits for where another one computes them."""
+    prefix = [i * 7 % 50 for i in range(3 * 64)]
+    run = with_rounded_prefix(prefix)
+    assert count - 1 - 2 * 64 >= run.limits.min_wait_tokens
+    names = [run.add([*prefix[:count], *tail], 2) for tail in ([], [49, 48])]
+    if count == 3 * 64:  # with more tokens the whole chunk is shared
+        del names[1]
+    run.run(max_steps=20)
+    run.check_outputs()
+    assert [run.cached[name] for name in names] == [2 * 64] * len(names)
+    assert [run.first_deltas[name].num_rounded_tokens for name in names] == [64] * len(names)
