@@ -39,6 +39,14 @@ class Match(NamedTuple):
         copies_public = self.copy_source is not None and self.copy_source.namespace == PUBLIC
         return count + (self.num_copied if copies_public else 0)
 
+    def rounded_tokens(self, limit: int) -> int:
+        """Count those of the first ``limit`` tokens whose K/V the tier has rounded."""
+        return sum(
+            min(node.num_tokens, max(limit - node.depth * node.num_tokens, 0))
+            for node in self.nodes
+            if node.bits
+        )
+
 
 def find_match(root: Node, key: bytes, limit: int, namespace: str, size: int) -> Match:
     """The longest usable prefix of ``key``, at most ``limit`` tokens; changes nothing.
