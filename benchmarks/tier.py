@@ -53,12 +53,18 @@ QUESTION_TOKENS = 32
 
 
 def replay(
-    requests: list[TraceRequest], pool: int, tier: int, first: int, read_seconds: float
+    requests: list[TraceRequest],
+    pool: int,
+    tier: int,
+    first: int,
+    bits: int,
+    read_seconds: float,
 ) -> dict[str, Any]:
     """Replay a trace with one pool and one tier, both in chunks.
 
     Args:
         first: chunks of the tier that a prompt's first block takes.
+        bits: that the others are rounded to; 0: none.
     """
     limits = make_limits(max_model_len=1 << 20, max_waiting=1 << 20, max_num_batched_tokens=8192)
     run = Replay(
@@ -68,7 +74,7 @@ def replay(
         COST.seconds,
         tier_chunks=tier,
         read_seconds=read_seconds,
-        tier_options={"first": first},
+        tier_options={"first": first, "bits": bits},
     )
     began = time.perf_counter()
     result = summarize(run.run(requests), pool)
@@ -83,13 +89,16 @@ def replay(
     }
 
 
-def layouts(memory: int, on_disk: int) -> dict[str, tuple[int, int, int]]:
-    """Blocks in the pool and in a tier, and how many a prompt's first one takes there, rounded up,
-    in memory for so many blocks of bfloat16."""
+def layouts(memory: int, on_disk: int) -> dict[str, tuple[int, int, int, int]]:
+    """Blocks in the pool and in a tier, how many a prompt's first one takes there, rounded up, and
+    the bits of the others, in memory for so many blocks of bfloat16."""
     whole = 2 * CHUNK_SIZE * HEAD_DIM * 2
     in_int8 = 2 * CHUNK_SIZE * kv_row_elements(HEAD_DIM, "int8")
     half = memory // 2
-    found = {"pool": (memory, 0, 1), "pool in int8": (memory * whole // in_int8, 0, 1)}
+    found = {
+        "pool": (memory, 0, 1, 0),
+        "pool in int8": (memory * whole // in_int8, 0, 1, 0),
+    }
     for bits in (4, 2):
         packed = KiviCodec(bits, (1, 2, 1, CHUNK_SIZE, HEAD_DIM), torch.bfloat16).num_bytes
         first = -(
@@ -97,8 +106,13 @@ def layouts(memory: int, on_disk: int) -> dict[str, tuple[int, int, int]]:
             * CHUNK_SIZE
             // (MOONCAKE_BLOCK * packed)
         )
-        found[f"half a pool, half a tier of {bits} bits"] = half, half * whole // packed, first
-    found[f"pool, and {on_disk * MOONCAKE_BLOCK:,} tokens on disk"] = memory, on_disk, 1
+        found[f"half a pool, half a tier of {bits} bits"] = (
+            half,
+            half * whole // packed,
+            first,
+            bits,
+        )
+    found[f"pool, and {on_disk * MOONCAKE_BLOCK:,} tokens on disk"] = memory, on_disk, 1, 0
     return found
 
 

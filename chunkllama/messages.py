@@ -129,8 +129,8 @@ class TokenDelta(msgspec.Struct, kw_only=True, tag="tokens"):
 
 CacheReason = Literal[
     "complete", "below_minimum", "not_looked_up", "no_room", "in_progress", "diverged", "evicted",
-    "expired", "dropped", "not_stored", "another_namespace", "another_adapter", "never_seen",
-    "unknown",
+    "expired", "dropped", "rounded", "not_stored", "another_namespace", "another_adapter",
+    "never_seen", "unknown",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@
 | evicted | the chunk's memory was needed |
 | expired | the tenant's pin had ended, and then the chunk's memory was needed |
 | dropped | an operator removed the chunk |
+| rounded | the rest is in a chunk that the cache tier has rounded, which is shared whole only |
 | not_stored | the earlier request did not let these tokens be stored |
 | another_namespace | the tenant sent these tokens before with another cache salt |
 | another_adapter | the tenant sent the next token before under another adapter, or under none |
@@ -90,7 +91,9 @@ def _why_gone(
     at = min(match.num_tokens // history.chunk_size, len(known.path) - 1)
     entry = known.path[at]
     if entry.removed is None:
-        return ("unknown" if entry.is_stored else "not_stored"), None
+        if not entry.is_stored:
+            return "not_stored", None
+        return ("rounded" if match.ends_in_rounded else "unknown"), None
     when, why = entry.removed
     if why == "dropped":
         return "dropped", None if when is None else now - when

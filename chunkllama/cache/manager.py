@@ -227,7 +227,7 @@ class CacheManager:
         """Publish chunks that have become full; True if an equal sibling was adopted instead.
 
         An adopted sibling takes the place of the sequence's own chunk, which is freed: no step
-        that reads it is in flight. A sibling that is not filled yet is looked at again later.
+        that reads it is in flight. One that is rounded, or not filled, is looked at again later.
         """
         size, adopted = self.chunk_size, False
         while num_computed >= chunks.next_publish:
@@ -235,9 +235,9 @@ class CacheManager:
             key = encode_tokens(tokens[depth * size : (depth + 1) * size])
             parent = chunks.path[depth - 1] if depth else self.root
             own = chunks.path[depth] if len(chunks.path) > depth else None
-            duplicate = self.tree.find(parent, chunks.namespace, key)
+            duplicate = retention.find_duplicate(self.tree, parent, chunks.namespace, key)
             if duplicate is not None:
-                if duplicate.filled < size:
+                if duplicate.filled < size or duplicate.bits:
                     chunks.next_publish = num_computed + 1
                     return adopted
                 self._adopt(chunks, duplicate, own)

@@ -19,6 +19,8 @@ class Match(NamedTuple):
         num_tokens: tokens that need no computing, ``len(nodes) * C + num_copied``.
         num_later_tokens: what the same match would give once every node seen is filled.
         pending: (node, tokens) to watch when waiting for ``num_later_tokens``.
+        ends_in_rounded: a chunk that the tier has rounded has more of the tokens. It is shared
+            whole or not at all: a copy of a part would count as computed.
     """
 
     nodes: list[Node]
@@ -27,6 +29,7 @@ class Match(NamedTuple):
     num_tokens: int
     num_later_tokens: int
     pending: tuple[Node, int] | None
+    ends_in_rounded: bool = False
 
     @property
     def num_public_tokens(self) -> int:
@@ -35,6 +38,14 @@ class Match(NamedTuple):
         count *= self.nodes[0].num_tokens if self.nodes else 0
         copies_public = self.copy_source is not None and self.copy_source.namespace == PUBLIC
         return count + (self.num_copied if copies_public else 0)
+
+    def rounded_tokens(self, limit: int) -> int:
+        """Count those of the first ``limit`` tokens whose K/V the tier has rounded."""
+        return sum(
+            min(node.num_tokens, max(limit - node.depth * node.num_tokens, 0))
+            for node in self.nodes
+            if node.bits
+        )
 
 
 def find_match(root: Node, key: bytes, limit: int, namespace: str, size: int) -> Match:
@@ -101,10 +112,12 @@ def _usable(
         ready = bisect_left(chain, True, key=lambda node: node.scheduled < size)
     nodes = chain[:ready]
     end = chain[-1] if chain else root
-    overlaps = copyable = _overlaps(end, key, limit, namespace, size)
+    found = _overlaps(end, key, limit, namespace, size)
+    overlaps = copyable = [each for each in found if not each[0].bits]
     if ready < len(chain):
         parent = nodes[-1] if nodes else root
-        copyable = _overlaps(parent, key, limit, namespace, size)
+        found = _overlaps(parent, key, limit, namespace, size)
+        copyable = [each for each in found if not each[0].bits]
     source, copied = None, 0
     if copyable:
         for node, tokens in _copyable(copyable):
@@ -121,7 +134,8 @@ def _usable(
                 pending = (node, overlap)
     num_tokens = ready * size + copied
     later = max(later + best_overlap, num_tokens)
-    return Match(nodes, source, copied, num_tokens, later, pending)
+    in_rounded = any(node.bits and tokens > copied for node, tokens in found)
+    return Match(nodes, source, copied, num_tokens, later, pending, in_rounded)
 
 
 def _overlaps(
@@ -156,8 +170,6 @@ def _copyable(overlaps: list[tuple[Node, int]]) -> Iterator[tuple[Node, int]]:
     A node that a copy of this step fills is not filled yet, but its source is.
     """
     for node, overlap in overlaps:
-        if node.bits:  # rounded: the copy would count as computed
-            continue
         yield node, min(overlap, node.filled)
         if node.copied_from is not None:
             source, tokens = node.copied_from

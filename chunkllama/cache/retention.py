@@ -1,10 +1,23 @@
-"""What a finished sequence keeps in the cache: its path, and its tail as a partial leaf."""
+"""What a sequence keeps in the cache: its chunks, and at its end its tail as a partial leaf."""
 
 from __future__ import annotations
 
 from chunkllama.cache.node import TOKEN_BYTES, Node
 from chunkllama.cache.prefix_tree import PrefixTree
 from chunkllama.cache.sequence_chunks import SequenceChunks
+
+
+def find_duplicate(tree: PrefixTree, parent: Node, namespace: str, key: bytes) -> Node | None:
+    """Find the visible child that equals a chunk which has been computed.
+
+    An idle leaf of the namespace that the tier has rounded is removed instead: the computed chunk
+    takes its place. One above others stays, since their K/V depend on what was rounded.
+    """
+    node = tree.find(parent, namespace, key)
+    if node is None or not node.bits or node.namespace != namespace or not node.is_evictable_leaf:
+        return node
+    tree.remove(node)
+    return None
 
 
 def keep_tail(tree: PrefixTree, root: Node, chunks: SequenceChunks, key: bytes) -> Node | None:
@@ -22,9 +35,11 @@ def keep_tail(tree: PrefixTree, root: Node, chunks: SequenceChunks, key: bytes) 
         return own
     if own is None:
         chunk_id, tokens = int(chunks.ids[depth]), len(key) // TOKEN_BYTES
-        return tree.insert(parent, chunks.namespace, key, chunk_id, tokens, chunks.tenant)
-    tree.rekey(own, key)
-    own.filled = own.scheduled = own.num_tokens
+        own = tree.insert(parent, chunks.namespace, key, chunk_id, tokens, chunks.tenant)
+    else:
+        tree.rekey(own, key)
+        own.filled = own.scheduled = own.num_tokens
+    tree.events.stored(own)  # whole where an equal sibling has gone since the last look
     return own
 
 

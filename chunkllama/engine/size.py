@@ -191,22 +191,27 @@ def plan_size(
 
 
 def check_memory(config: EngineConfig, size: EngineSize) -> None:
-    """Refuse a pool that this machine can never hold; what others use now is ignored.
+    """Refuse a pool or a tier that this machine can never hold; what others use now is ignored.
 
     Raises:
-        ConfigError: with both sizes and the setting to change.
+        ConfigError: with the sizes and the setting to change.
     """
-    if size.device != "cpu":  # the size of a GPU's pool follows from its free memory
-        return
     limit, tier = memory_limit(), config.cache.cache_tier_memory or 0
-    if size.weight_bytes + size.pool_bytes + tier > limit:
+    # The size of a GPU's pool follows from its free memory.
+    used = size.weight_bytes + size.pool_bytes if size.device == "cpu" else 0
+    if used > limit:
         key = "kv_cache_memory" if config.cache.num_chunks is None else "num_chunks"
         chunk = size.pool_bytes // size.num_chunks
-        other = f", cache_tier_memory {tier >> 20:,} MiB" if tier else ""
         raise ConfigError(
             f"{key}: the pool takes {size.pool_bytes >> 20:,} MiB, the weights "
-            f"{size.weight_bytes >> 20:,} MiB{other}, and this process may use {limit >> 20:,} "
-            f"MiB; num_chunks {max((limit - size.weight_bytes - tier) // chunk, 0):,} would fill it"
+            f"{size.weight_bytes >> 20:,} MiB, and this process may use {limit >> 20:,} "
+            f"MiB; num_chunks {max((limit - size.weight_bytes) // chunk, 0):,} would fill it"
+        )
+    if used + tier > limit:
+        raise ConfigError(
+            f"cache_tier_memory: {tier >> 20:,} MiB are more than the {limit - used >> 20:,} MiB "
+            f"that this process may use{' beside the weights and the pool' if used else ''}; "
+            "give less"
         )
 
 

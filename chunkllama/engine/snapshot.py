@@ -202,15 +202,17 @@ class SnapshotKeeper:
         the tier has rounded, and what was computed behind them.
         """
         size = self._cache.chunk_size
-        nodes = self._cache.tree.nodes()
-        whole = [node for node in nodes if node.filled == size and not adapter_of(node.key)]
+        inexact: set[Node | None] = set()
+        whole: list[Node] = []
+        for node in self._cache.tree.nodes():
+            if node.bits or node.parent in inexact:
+                inexact.add(node)
+            elif node.filled == size and not adapter_of(node.key):
+                whole.append(node)
         # The loop waits for this: a number to sort by, no generator for a path.
         whole.sort(key=lambda node: (0 if node.is_evictable else _IN_USE) + node.last_use)
-        rounds = self._cache.tier is not None and self._cache.tier.rounds
         chosen: dict[Node, None] = {}
         for node in reversed(whole):
-            if rounds and any(step.bits for step in node.upward()):
-                continue
             path: list[Node] = []
             step = node
             while step not in chosen and step.parent is not None:

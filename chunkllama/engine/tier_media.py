@@ -136,9 +136,9 @@ class Folder:
 
 
 class MemoryThenFiles:
-    """The chunks used last in memory, the others in files.
+    """Chunks in memory; when it is full, the one written or read there longest ago moves to a file.
 
-    A chunk that is read from its file stays there: the pool has it now.
+    It stays in its file, also when it is read: the pool has it now.
 
     Args:
         budget: bytes in memory.
@@ -149,7 +149,7 @@ class MemoryThenFiles:
         self.memory_bytes = 0
         self._budget = budget
         self._files = files
-        self._chunks: dict[int, Data] = {}  # the one used last at the end
+        self._chunks: dict[int, Data] = {}  # the one written or read last at the end
         self._lock = threading.Lock()
 
     @property

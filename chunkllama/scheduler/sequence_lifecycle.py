@@ -108,8 +108,6 @@ class SequenceLifecycle:
         if group.num_cached_tokens < 0:
             group.started_at = self._clock()
             group.num_cached_tokens = min(match.num_tokens, group.num_prompt_tokens)
-            rounded = sum(node.num_tokens for node in match.nodes if node.bits)
-            group.num_rounded_tokens = min(rounded, group.num_prompt_tokens)
             self.counters.prefix_tokens_queried += group.num_prompt_tokens
             self.counters.prefix_tokens_hit += group.num_cached_tokens
             self.counters.prefix_tokens_hit_public += min(
@@ -119,6 +117,10 @@ class SequenceLifecycle:
                 self.counters.prefix_tokens_hit_tier += sequence.read.tokens_below(
                     group.num_cached_tokens, self._cache.chunk_size
                 )
+        tier = self._cache.tier
+        if tier is not None and tier.rounds:  # perhaps since the sequence was preempted
+            rounded = match.rounded_tokens(group.num_cached_tokens)
+            group.num_rounded_tokens = max(group.num_rounded_tokens, rounded)
         sequence.read, sequence.num_reads = None, 0
 
     def computed(self, sequence: Sequence, start: int, end: int) -> None:

@@ -47,6 +47,7 @@ class RandomTraffic:
             vocab_size=3,
             tier_chunks=(0, 0, 5, 80)[seed // 4 % 4],
             read_seconds=0.03 * (seed % 2),
+            tier_options={"bits": (0, 2)[seed // 2 % 2]},
             **limits,
         )
         if self.random.random() < 0.5:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from chunkllama.backends.kivi import KiviCodec
+from chunkllama.cache.node import Node
 from chunkllama.cache.tier_entry import ReadPrice
 from chunkllama.cache_messages import CacheCommand, KeepSnapshot, WriteSnapshot
 from chunkllama.config import EngineConfig
@@ -114,9 +116,10 @@ def test_a_rounded_chunk_is_shared_whole_or_computed(make) -> None:
     for prompt in PROMPTS:
         ask(core, prompt)
     ask(core, PROMPTS[0])
-    prompt = [*PROMPTS[0][: 2 * CHUNK + 30], *tokens(90, 40)]
-    _, cached, rounded = ask(core, prompt)
-    assert (cached, rounded) == (2 * CHUNK, CHUNK)
+    for overlap, others in [(CHUNK, 0), (40, 20)]:
+        prompt = [*PROMPTS[0][: 2 * CHUNK + overlap], *tokens(90, others)]
+        _, cached, rounded = ask(core, prompt)
+        assert (cached, rounded) == (2 * CHUNK, CHUNK)
 
 
 def test_the_tier_holds_over_five_times_what_the_pool_would(make) -> None:
@@ -187,7 +190,9 @@ def test_tenants_pins_and_drops_keep_answers_within_the_tolerance(
     assert ask(core, PROMPTS[0])[1:] == (0, 0), "a restart begins with an empty tier"
 
 
-def test_a_snapshot_leaves_out_what_was_rounded(make, tmp_path: Path) -> None:
+def test_a_snapshot_leaves_out_what_was_rounded(
+    make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     core = make(num_chunks=12)
     path = tmp_path / "s.ckpack"
     fields = {"tenants": [""], "template": "", "realm": "here", "seconds": 0.0}
@@ -196,6 +201,16 @@ def test_a_snapshot_leaves_out_what_was_rounded(make, tmp_path: Path) -> None:
         ask(core, prompt)
     nodes = list(core.packs.cache.tree.nodes())
     assert any(node.bits for node in nodes)
+    upward, walked = Node.upward, []
+
+    def walk(node: Node) -> Iterator[Node]:
+        walked.append(node)
+        return upward(node)
+
+    with monkeypatch.context() as patch:  # the step loop waits while nodes are chosen
+        patch.setattr(Node, "upward", walk)
+        core.snapshots._hot_nodes(100)
+    assert not walked
     core.file_command(WriteSnapshot(command_id=1, seconds=60.0))
     settle(core)
     kept = {
@@ -239,8 +254,13 @@ def test_memory_of_the_tier_counts(tiny_model: Any, make) -> None:
         cache_tier_memory=1 << 50,
         cache_tier_bits=2,
     )
-    with pytest.raises(ConfigError, match="cache_tier_memory 1,073,741,824 MiB, and"):
-        check_memory(config, plan_size(config, tiny_model[0]))
+    size = plan_size(config, tiny_model[0])
+    beside = "cache_tier_memory: 1,073,741,824 MiB are more than the [0-9,]+ MiB that this process"
+    for device, others in (("cpu", " beside the weights and the pool"), ("cuda", "")):
+        with pytest.raises(ConfigError, match=f"^{beside} may use{others}; give less"):
+            check_memory(config, replace(size, device=device))
+    with pytest.raises(ConfigError, match=r"^num_chunks: the pool takes"):
+        check_memory(config, replace(size, pool_bytes=1 << 50))
     with pytest.raises(ConfigError, match=r"^cache_tier_memory: 9 bytes hold no chunk of"):
         make(cache_tier_memory=9)
 
@@ -256,7 +276,7 @@ class TestMedia:
         memory.remove(1)
         assert memory.read(1) is None and memory.memory_bytes == 0
 
-    def test_the_chunks_used_last_stay_in_memory(self, tmp_path: Path) -> None:
+    def test_the_chunk_used_longest_ago_moves_to_a_file(self, tmp_path: Path) -> None:
         both = MemoryThenFiles(26, Folder(tmp_path))
 
         def names() -> list[int]:

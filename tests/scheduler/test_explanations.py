@@ -251,6 +251,11 @@ CASES = {
         "complete", 12, 12, prompt=[*BASE, 1], before=does(sends(*BASE), evicts(), sends(99)),
         engine={"tier_chunks": 8, "min_wait_tokens": 1},
     ),
+    "rounded by the tier, and shared whole only": Case(
+        "rounded", 8, 10, prompt=BASE[:11],
+        before=does(sends(*BASE, 1), evicts(), sends(99), sends(*BASE, 2)),
+        engine={"tier_chunks": 8, "min_wait_tokens": 1, "tier_options": {"bits": 2}},
+    ),
     "files have only the end of what was evicted": Case(
         "evicted", 0, 12, before=does(sends(*BASE), evicts(1), evicts(), waits(2)), seconds=2,
         engine={"tier_chunks": 2, "min_wait_tokens": 1},

@@ -226,3 +226,100 @@ def test_a_scored_prompt_is_computed_whole() -> None:
     run.run()
     run.check_outputs()
     assert run.scheduler.stats().tier_chunks_promoted_total == 0
+
+
+def with_rounded_prefix(prefix: list[int], **options: object) -> SimulatedEngine:
+    """An engine whose pool has a prefix, rounded but for its first chunk."""
+    run = SimulatedEngine(
+        16, 64, vocab_size=50, tier_chunks=40, tier_options={"bits": 2}, **options
+    )
+    for last in (1, 2):
+        run.add([*prefix, last], 2)
+        run.run()
+        if last == 1:
+            run.cache.tree.evict(16)
+    assert [node.bits for node in run.cache.tree.nodes() if node.num_tokens == 64] == [0, 2, 2]
+    return run
+
+
+@pytest.mark.parametrize("count", [2 * 64 + 33, 2 * 64 + 63, 3 * 64])
+def test_a_prompt_that_ends_in_a_rounded_chunk_starts_at_once(count: int) -> None:
+    """It has more tokens there than a sequence waits for where another one computes them."""
+    prefix = [i * 7 % 50 for i in range(3 * 64)]
+    run = with_rounded_prefix(prefix)
+    assert count - 1 - 2 * 64 >= run.limits.min_wait_tokens
+    names = [run.add([*prefix[:count], *tail], 2) for tail in ([], [49, 48])]
+    if count == 3 * 64:  # with more tokens the whole chunk is shared
+        del names[1]
+    run.run(max_steps=20)
+    run.check_outputs()
+    assert [run.cached[name] for name in names] == [2 * 64] * len(names)
+    assert [run.first_deltas[name].num_rounded_tokens for name in names] == [64] * len(names)
+
+
+def decoding_path(run: SimulatedEngine) -> tuple[list[int], int]:
+    """Bits of the nodes of the one running sequence, and its chunks outside the tree."""
+    (sequence,) = run.scheduler._running.by_age
+    assert sequence.chunks is not None
+    return [node.bits for node in sequence.chunks.path], sequence.chunks.num_private
+
+
+@pytest.mark.parametrize("is_leaf", [True, False])
+def test_what_a_request_computes_is_not_replaced_by_a_rounded_chunk(is_leaf: bool) -> None:
+    """It takes the place of an idle leaf; a chunk above others stays, and its own is private."""
+    prefix = [i * 7 % 50 for i in range(3 * 64)]
+    run = with_rounded_prefix(prefix)
+    if is_leaf:
+        for node in list(run.cache.tree.nodes()):
+            if node.depth == 3:
+                run.cache.tree.remove(node)
+    name = run.add(prefix, 4)
+    while len(run.outputs[name, 0]) < 2:
+        run.step()
+    path, num_private = decoding_path(run)
+    assert path == ([0, 2, 0] if is_leaf else [0, 2])
+    assert num_private >= (1 if is_leaf else 2)
+    run.run()
+    run.check_outputs()
+    bits = [node.bits for node in run.cache.tree.nodes() if node.num_tokens == 64]
+    assert bits == ([0, 2, 0] if is_leaf else [0, 2, 2])
+    assert run.first_deltas[name].num_rounded_tokens == 64
+
+
+def test_a_chunk_of_one_tenant_takes_no_shared_place() -> None:
+    prefix = [i * 7 % 50 for i in range(3 * 64)]
+    run = with_rounded_prefix(prefix)
+    for node in list(run.cache.tree.nodes()):
+        if node.depth == 3:
+            run.cache.tree.remove(node)
+    run.add(prefix, 4, tenant="A", namespace="A")
+    run.run()
+    assert [(node.bits, node.namespace) for node in run.cache.tree.nodes()] == [
+        (0, ""),
+        (2, ""),
+        (2, ""),
+    ]
+
+
+def test_what_is_rounded_during_a_preemption_is_counted() -> None:
+    """Of the cached tokens only: those that the request had computed are no cached ones."""
+    run = SimulatedEngine(16, 8, tier_chunks=200, tier_options={"bits": 2}, min_wait_tokens=1)
+    prompt = [0, 1, 1, 0, 1] * 5
+    run.add(prompt, 1)
+    run.run()
+    name = run.add([*prompt, 1, 1], 40)
+    deltas = run.step()
+    (sequence,) = run.scheduler._running.by_age
+    while len(run.outputs[name, 0]) < 20:
+        run.step()
+    run.scheduler._lifecycle.preempt(sequence)
+    run.cache.tree.evict(16)
+    while run.scheduler.has_unfinished():
+        deltas += run.step()
+        if run.scheduler._running.by_age:
+            path, _ = decoding_path(run)
+    run.check_outputs()
+    assert path.count(2) > 2
+    cached = [delta.num_cached_tokens for delta in deltas]
+    assert set(cached) == {25}
+    assert (deltas[0].num_rounded_tokens, deltas[-1].num_rounded_tokens) == (0, 17)

@@ -200,9 +200,26 @@ class CacheMachine(RuleBasedStateMachine):
             self.engine.commit()
             self.engine.model.fail_slots = set()
 
-    @rule(count=st.integers(1, 5))
+    @rule(count=st.sampled_from([1, 2, 3, 5, 24]))
     def evict(self, count) -> None:
         self.engine.cache.tree.evict(count)
+
+    @precondition(lambda self: self.engine.tier is not None)
+    @rule(
+        target=requests,
+        edge=st.sampled_from([2, 3, 4]),
+        less=st.integers(0, 2),
+        tail=st.integers(0, 1),
+    )
+    def read_again(self, edge, less, tail) -> str:
+        """Evict a prompt once it has run, read it from the tier, and add one that ends in it."""
+        prompt = self.base[: edge * self.size]
+        self._add([*prompt, tail], 1)
+        self.engine.run()
+        self.engine.cache.tree.evict(24)
+        self._add([*prompt, 1 - tail], 1)
+        self.engine.run()
+        return self._add(prompt[: max(1, len(prompt) - less)], 2)
 
     @precondition(lambda self: self.engine.tier is not None)
     @rule(which=st.integers(0, 40), is_full=st.booleans())

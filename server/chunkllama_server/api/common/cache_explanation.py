@@ -20,6 +20,7 @@ _MESSAGES: dict[CacheReason, str] = {
     "evicted": "your earlier prompt went on, but the memory of the rest was needed",
     "expired": "your earlier prompt went on, but its pin ended and the memory was needed",
     "dropped": "your earlier prompt went on, but an operator removed the rest from the cache",
+    "rounded": "the rest is a part of a chunk that was rounded, which is shared whole only",
     "not_stored": "your earlier prompt went on, but was not to be stored beyond its breakpoint",
     "another_namespace": "you sent these tokens before with another cache_salt",
     "another_adapter": "you sent the next token before with another adapter, or without one",
