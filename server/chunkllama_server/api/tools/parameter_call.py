@@ -14,16 +14,22 @@ from chunkllama_server.api.common.schema_spelling import type_name
 from chunkllama_server.api.tools.brackets import SPACE, ObjectReader
 from chunkllama_server.api.tools.call_forms import CallForm, Functions, NamedCall
 
-_PARAMETER = regex.compile(r'<parameter(?:=|\s+name=)\s*"?(?P<key>[^"<>\n]+)"?[^<>\n]*>')
+# Possessive, so that a tag that is not closed is read once.
+_PARAMETER = regex.compile(r'<parameter(?:=|\s++name=)\s*+"?(?P<key>[^"<>\n]++)"?[^<>\n]*+>')
+# A tag that is not closed within so many characters is none.
+_MAX_TAG = 512
 # A tag without a name, or one that is not closed; the value behind it is left out.
 _BEGUN_PARAMETERS = ("<parameter=", "<parameter ")
 _ENDS = ("</function>", "</invoke>")
 # A value ends with its own tag; where that is missing, with the next tag of the call.
 VALUE_ENDS = ("</parameter>", *_BEGUN_PARAMETERS, *_ENDS, "</tool_call>")
+_VALUE_END = regex.compile("|".join(map(regex.escape, VALUE_ENDS)))
 # So many characters at a text's end may be a line's end and the beginning of a tag.
 _MAX_HELD = max(map(len, VALUE_ENDS))
 # So far a JSON value is read behind a tag in one of its strings; then the tag is the end.
 _MAX_BEHIND = 1 << 16
+# A long text is read in pieces of so many characters: the rest is copied behind each value.
+_PIECE = 1 << 12
 
 
 class ParameterCall(CallForm):
@@ -42,14 +48,16 @@ class ParameterCall(CallForm):
         self._named: NamedCall | None = None
 
     def feed(self, text: str) -> str:
-        self._read.append(text)
-        self._text += text
-        self._run()
-        if not self.is_complete:
-            return ""
-        raw = self.raw
-        self._read = [raw[: len(raw) - len(self._text)]]
-        return self._text
+        for start in range(0, len(text), _PIECE):
+            piece = text[start : start + _PIECE]
+            self._read.append(piece)
+            self._text += piece
+            self._run()
+            if self.is_complete:
+                raw = self.raw
+                self._read = [raw[: len(raw) - len(self._text)]]
+                return self._text + text[start + _PIECE :]
+        return ""
 
     def _run(self) -> None:
         while not self.is_complete and self._step():
@@ -76,7 +84,7 @@ class ParameterCall(CallForm):
             if self._text.startswith(tag):
                 self._text = self._text[len(tag) :]
                 return self._end()
-        found = _PARAMETER.match(self._text, partial=True)
+        found = _parameter_tag(self._text)
         if found is not None and not found.partial:
             # Behind an object nothing can be added to it.
             self._begin_value(found["key"].strip() if self._num_given >= 0 else "")
@@ -107,24 +115,23 @@ class ParameterCall(CallForm):
         return ("{" if self._num_given == 1 else ", ") + f"{json.dumps(key)}: "
 
     def _read_value(self, value: _Text | _Json) -> bool:
-        ends = [at for tag in VALUE_ENDS if (at := self._text.find(tag)) >= 0]
-        size = min(ends) if ends else max(0, len(self._text) - _MAX_HELD)
+        end = _VALUE_END.search(self._text)
+        size = end.start() if end is not None else max(0, len(self._text) - _MAX_HELD)
         read, self._text = self._text[:size], self._text[size:]
         if isinstance(value, _Text):
-            self._written.append(value.add(read, is_last=bool(ends)))
-            if ends:
+            self._written.append(value.add(read, is_last=end is not None))
+            if end is not None:
                 self._leave_value()
-            return bool(ends)
+            return end is not None
         value.add(read)
         if value.has_wrong_string():
             self._text = value.go_back() + self._text
             self._reads_strings = False
-        elif not ends:
+        elif end is None:
             return False
         elif value.is_inside():
-            tag = next(tag for tag in VALUE_ENDS if self._text.startswith(tag))
-            value.add_tag(tag)
-            self._text = self._text[len(tag) :]
+            value.add_tag(end[0])
+            self._text = self._text[len(end[0]) :]
             return True
         elif not value.is_whole():
             self._text = value.go_back() + self._text
@@ -162,6 +169,13 @@ class ParameterCall(CallForm):
         elif not self.is_complete and value is None and self._named is None:
             self._end()
         return ""
+
+
+def _parameter_tag(text: str) -> regex.Match[str] | None:
+    """A parameter's tag that a text begins with; partial where its end may still come."""
+    found = _PARAMETER.match(text[:_MAX_TAG], partial=True)
+    is_open = found is not None and found.partial and len(text) >= _MAX_TAG
+    return None if is_open else found
 
 
 class _Text:
