@@ -103,11 +103,12 @@ class ParameterCall(CallForm):
         parameters = self._functions.get(self.name or "", {})
         properties = parameters.get("properties") or {}
         schema = properties.get(key) if isinstance(properties, Mapping) else None
-        allowed = _allowed_types(schema, parameters, set())
+        texts: set[str] = set()
+        allowed = _allowed_types(schema, parameters, set(), texts)
         if key and allowed == {"string"}:
             self._value = _Text(self._member(key))
         else:
-            self._value = _Json(key, allowed, reads_strings=self._reads_strings)
+            self._value = _Json(key, allowed, texts, reads_strings=self._reads_strings)
 
     def _member(self, key: str) -> str:
         """What is written before a value; it counts as given."""
@@ -141,7 +142,8 @@ class ParameterCall(CallForm):
 
     def _end_json(self, value: _Json) -> None:
         if value.key:
-            self._written.append(self._member(value.key) + _value_text(value.text, value.allowed))
+            written = _value_text(value.text, value.allowed, value.texts)
+            self._written.append(self._member(value.key) + written)
         self._leave_value()
 
     def _leave_value(self) -> None:
@@ -212,11 +214,15 @@ class _Json:
     Attributes:
         key: the parameter; empty for a value that is left out.
         allowed: the JSON types that its schema allows; empty for all.
+        texts: the texts that its schema lists.
     """
 
-    def __init__(self, key: str, allowed: set[str], *, reads_strings: bool) -> None:
+    def __init__(
+        self, key: str, allowed: set[str], texts: set[str], *, reads_strings: bool
+    ) -> None:
         self.key = key
         self.allowed = allowed
+        self.texts = texts
         self._reads_strings = reads_strings and bool(key)
         self._pieces: list[str] = []
         self._num_chars = 0
@@ -298,19 +304,20 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _allowed_types(schema: Any, root: Any, seen: set[int]) -> set[str]:
+def _allowed_types(schema: Any, root: Any, seen: set[int], texts: set[str]) -> set[str]:
     """The JSON types that a property's schema allows; empty where it says nothing of them.
 
     Args:
         root: the schema that references are read from.
         seen: identities of schemas that have been read.
+        texts: takes the texts that the schema lists.
     """
     if not isinstance(schema, Mapping) or id(schema) in seen:
         return set()
     seen.add(id(schema))
-    if "const" in schema:
-        return _types_of([schema["const"]])
-    if isinstance(values := schema.get("enum"), list):
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list):
+        texts.update(value for value in values if isinstance(value, str))
         return _types_of(values)
     kind = schema.get("type")
     kinds = kind if isinstance(kind, list) else [kind]
@@ -318,10 +325,10 @@ def _allowed_types(schema: Any, root: Any, seen: set[int]) -> set[str]:
     if schema.get("nullable") is True and found:
         found.add("null")
     if isinstance(reference := schema.get("$ref"), str):
-        found |= _allowed_types(follow(root, reference), root, seen)
+        found |= _allowed_types(follow(root, reference), root, seen, texts)
     for variants in (schema.get("anyOf"), schema.get("oneOf"), schema.get("allOf")):
         for variant in variants if isinstance(variants, list) else ():
-            found |= _allowed_types(variant, root, seen)
+            found |= _allowed_types(variant, root, seen, texts)
     return found
 
 
@@ -334,10 +341,11 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _value_text(text: str, allowed: set[str]) -> str:
-    """A parameter's text as JSON: a value of another type only where the schema allows one."""
+def _value_text(text: str, allowed: set[str], texts: set[str]) -> str:
+    """A parameter's text as JSON: a value of another type only where the schema allows one, and
+    does not list the text itself."""
     text = text.removeprefix("\n").removesuffix("\n")
-    if allowed != {"string"}:
+    if allowed != {"string"} and text not in texts:
         kinds = allowed - {"string"} or _TYPES.keys()
         for source in _readings(text.strip(), allowed):
             try:
@@ -354,15 +362,22 @@ _WORDS = {"true": "true", "false": "false", "null": "null", "none": "null"}
 
 
 def _readings(text: str, allowed: set[str]) -> Iterator[str]:
-    """The text as it is, then as JSON where it is Python or nearly JSON."""
+    """The text as it is, then as JSON: of what is only nearly JSON, where it cannot be a string."""
     yield text
     yield _CONSTANTS.get(text, "")
-    if not allowed:
+    if not allowed or "string" in allowed:
         return
     yield _WORDS.get(text.lower(), "")
     if text[:1] in ("[", "{"):
-        reader = ObjectReader()
-        written = [reader.feed(char) for char in text if not reader.is_complete]
-        if not reader.is_complete:
-            written.append(reader.end())
-        yield "".join(written)
+        yield _bracketed(text)
+
+
+def _bracketed(text: str) -> str:
+    """A list or an object that is nearly JSON, as JSON; empty where more text is behind it."""
+    reader = ObjectReader()
+    written = []
+    for char in text:
+        if reader.is_complete:
+            return ""
+        written.append(reader.feed(char))
+    return "".join(written) + ("" if reader.is_complete else reader.end())
