@@ -11,13 +11,14 @@ report=benchmarks/results/nightly.txt
 log=$(mktemp)
 trap 'rm -f "$log" "$log.status"' EXIT
 failed=0
+ran=0
 run() { # EXPRESSION [OPTIONS AND TESTS...]
     {
         CHUNKLLAMA_TEST_SEED=$seed "$python" -m pytest --durations=0 -m "$@"
         echo $? > "$log.status"
     } 2>&1 | tee "$log"
     # 5: the tests given have none of this kind
-    case $(cat "$log.status") in 0 | 5) ;; *) failed=1 ;; esac
+    case $(cat "$log.status") in 0) ran=1 ;; 5) ;; *) failed=1 ;; esac
     grep -E '^(seed:|[1-9][0-9.]*s (call|setup)|FAILED|ERROR|!+ |=+ .*(passed|failed|error))' "$log" >> "$report"
 }
 {
@@ -29,4 +30,8 @@ run() { # EXPRESSION [OPTIONS AND TESTS...]
 } >> "$report"
 run "nightly and not alone" -n logical --maxprocesses 4 --dist loadfile "$@"
 run "nightly and alone" "$@"
+if [ "$failed$ran" = 00 ]; then
+    echo "nightly: no test was collected" >&2
+    exit 5
+fi
 exit $failed

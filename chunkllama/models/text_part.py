@@ -94,7 +94,7 @@ def text_part(values: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
     if not isinstance(inner, Mapping):
         raise ConfigError(f"{path}: text_config must be an object")
     kind = inner.get("model_type") or OUTER[outer]
-    if kind not in _TEXT:
+    if not isinstance(kind, str) or kind not in _TEXT:
         raise ConfigError(
             f"{path}: text_config: model_type {kind!r:.60} is not a text model that runs inside "
             f"{outer}; supported: {', '.join(_TEXT)}"

@@ -185,6 +185,9 @@ def test_a_tensor_of_no_part_is_named(tmp_path: Path) -> None:
     ("keys", "words"),
     [
         ({"text_config": {**TEXT, "model_type": "ministral3"}}, "text_config: model_type 'minis"),
+        ({"text_config": {**TEXT, "model_type": ["x"]}}, r"text_config: model_type \['x'\] is not"),
+        ({"text_config": {**TEXT, "model_type": {"a": 1}}}, "text_config: model_type {'a': 1} is"),
+        ({"text_config": {**TEXT, "model_type": 5}}, "text_config: model_type 5 is not"),
         ({"text_config": [1]}, "text_config must be an object"),
         ({"architectures": ["PaliGemmaForConditionalGeneration"]}, "unsupported architecture Pali"),
     ],

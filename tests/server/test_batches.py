@@ -234,6 +234,25 @@ def test_servers_of_a_machine_share_no_folder(start_server, tmp_path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["files-8000", "files-8001"]
 
 
+def test_the_folder_of_an_earlier_version_is_taken_over(start_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("CHUNKLLAMA_CACHE", str(tmp_path))
+    earlier = tmp_path / "files"
+    first = start_server(files_dir=earlier, port=8000)
+    with first.client() as client:
+        stored = upload(client, [line("a")])
+        with start_server(files_dir=None, port=8001).client() as other:
+            assert not list(other.files.list())
+        assert [each.id for each in client.files.list()] == [stored.id]
+    first.stop()
+    for options in ({"files_dir": tmp_path / "own"}, {"batches": False}, {"port": 0}):
+        start_server(**{"files_dir": None, "port": 8000, **options})
+        assert earlier.is_dir()
+    for port, ids in ((8000, [stored.id]), (8002, [])):
+        with start_server(files_dir=None, port=port).client() as client:
+            assert [each.id for each in client.files.list()] == ids
+    assert not earlier.exists()
+
+
 def test_files_can_be_turned_off(start_server) -> None:
     server = start_server(batches=False)
     with server.client() as client, pytest.raises(openai.NotFoundError) as refused:

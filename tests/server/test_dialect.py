@@ -8,7 +8,7 @@ import pytest
 from dialect_helpers import BODIES, FUNCTION, GBNF, JSON, PATHS, REGEX, SCHEMA, THINKS, read, run
 from fake_engine import MODEL
 
-from chunkllama_server.api.dialect.meanings import Endpoint
+from chunkllama_server.api.dialect.meanings import REPETITION_NAMES, Endpoint
 from chunkllama_server.api.dialect.route import MODELS
 from chunkllama_server.api.dialect.table import CONTAINERS, TABLE, Row
 from chunkllama_server.api.dialect.translate import looks_binding
@@ -293,6 +293,40 @@ def test_render_reads_the_names_of_its_endpoint(server, endpoint, fields, status
     assert [answer.status_code for answer in answers] == [status] * 2
     served, rendered = (answer.json().get("error") if status == 400 else None for answer in answers)
     assert served == rendered
+
+
+@pytest.mark.parametrize("name", ["repetition_penalty", *REPETITION_NAMES.split()])
+def test_a_window_is_refused_beside_a_penalty_of_any_name(server, name):
+    assert server.chat(rep_pen_range=64, **{name: 1}).status_code == 200
+    error = server.chat(rep_pen_range=64, **{name: 1.2}).json()["error"]
+    assert error["param"] == "rep_pen_range"
+
+
+def test_an_empty_text_is_absent(server):
+    """All translated names but those of a prompt, which may be empty."""
+    for row, endpoint in TRANSLATED:
+        names = [name for name in names_at(row, endpoint) if name not in ("inputs", "content")]
+        for name in names:
+            assert not read(endpoint, {name: ""}).body, name
+    names = ("regex_pattern", "banned_strings", "thinking_config", "ban_eos_token", "continue_")
+    assert server.chat(**dict.fromkeys(names, "")).status_code == 200
+
+
+@pytest.mark.parametrize(("temperature", "status"), [(0, 200), (1, 200), (0.7, 400), (None, 400)])
+def test_the_temperature_comes_last_only_where_its_place_does_not_show(server, temperature, status):
+    response = server.chat(temperature_last=True, temperature=temperature)
+    assert response.status_code == status, response.text
+    if status == 400:
+        assert "the temperature comes before" in response.json()["error"]["message"]
+
+
+def test_members_of_a_thinking_config(server):
+    config = {"thinkingLevel": "LOW", "thinkingBudget": "", "mood": 1}
+    found = read("chat", {"thinking_config": config})
+    assert (found.body, found.unknown) == ({"reasoning_effort": "low"}, ["thinking_config.mood"])
+    error = server.chat(thinking_config={"thinkingLevel": 5}).json()["error"]
+    assert error["param"] == "thinking_config"
+    assert "thinkingLevel that is a text" in error["message"]
 
 
 def test_what_the_llama_cpp_web_page_sends(server):

@@ -160,6 +160,15 @@ def test_shapes_of_tools(server, endpoint, tool, choice):
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "responses"])
+def test_a_word_in_capitals_is_no_tool_choice(server, endpoint):
+    tool = {"type": "function", "name": "f", "parameters": SCHEMA}
+    body = {"model": MODEL, **BODIES[endpoint], "tools": [tool], "tool_choice": "AUTO"}
+    error = server.post(PATHS[endpoint], body).json()["error"]
+    assert error["param"] == "tool_choice"
+    assert "auto, none or required" in error["message"]
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "responses"])
 @pytest.mark.parametrize("choice", ["any", {"type": "any"}, "required"], ids=str)
 def test_any_tool_is_a_required_call(server, endpoint, choice):
     tool = {"type": "function", "name": "f", "parameters": SCHEMA}
@@ -174,10 +183,11 @@ def test_bias_as_pairs(server):
     }
 
 
-def test_a_prefix_message_is_continued(server, text_parts):
+@pytest.mark.parametrize("role", ["assistant", "Assistant"])
+def test_a_prefix_message_is_continued(server, text_parts, role):
     messages = [
         {"role": "user", "content": "x"},
-        {"role": "assistant", "content": "It is", "prefix": True},
+        {"role": role, "content": "It is", "prefix": True},
     ]
     assert server.post(PATHS["chat"], {"messages": messages}).status_code == 200
     prompt = text_parts[0].decode(server.engine.requests[-1].prompt_token_ids)

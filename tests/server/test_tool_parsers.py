@@ -289,30 +289,59 @@ class CountedText(str):
     def __getitem__(self, key):
         return self._made(str(self)[key])
 
+    def lstrip(self, *args):
+        return CountedText(str.lstrip(self, *args))
+
+    def removeprefix(self, *args):
+        return CountedText(str.removeprefix(self, *args))
+
     def find(self, *args):
         CountedText.num_chars += len(self)
         return str.find(self, *args)
 
 
-@pytest.mark.parametrize("cut", [1, 7])
-@pytest.mark.parametrize("kind", [None, "string", "array"])
+def parameter_text(kind: str | None, size: int) -> tuple[str, dict]:
+    """Tags of parameters with a text of the given size, and the arguments."""
+    if kind == "open tag":
+        return f"<parameter={'x' * size}</parameter>", {}
+    if kind == "many":
+        arguments = {f"p{i}": i for i in range(size // 8)}
+        tags = (f"<parameter={name}>{i}</parameter>" for name, i in arguments.items())
+        return "".join(tags), arguments
+    value = ["</invoke>" * (size // 8)] if kind == "array" else "<x" * size
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"<parameter=a>{text}</parameter>", {"a": value}
+
+
+@pytest.mark.parametrize("cut", [1, 7, None])
+@pytest.mark.parametrize("kind", [None, "string", "array", "open tag", "many"])
 def test_a_long_value_is_searched_and_copied_once(kind, cut):
     schema = {"properties": {"a": {"type": kind}}} if kind else {}
 
     def cost(size: int) -> int:
         call = ParameterCall({"f": schema}, "f", "<function=f>")
-        value = ["</invoke>" * size] if kind == "array" else "<x" * size
-        text = value if isinstance(value, str) else json.dumps(value)
-        text = f"<parameter=a>{text}</parameter></function>"
+        text, arguments = parameter_text(kind, size)
+        text += "</function>"
         CountedText.num_chars = 0
-        for start in range(0, len(text), cut):
-            call.feed(CountedText(text[start : start + cut]))
+        for start in range(0, len(text), cut or len(text)):
+            call.feed(CountedText(text[start : start + (cut or len(text))]))
         assert call.is_complete
-        assert json.loads(call.take_arguments()) == {"a": value}
+        assert json.loads(call.take_arguments()) == arguments
         assert call.raw == "<function=f>" + text
         return CountedText.num_chars
 
-    assert 1.5 * cost(1000) < cost(2000) < 2.1 * cost(1000)
+    sizes = (8000, 16000, 32000) if cut is None else (1000, 2000, 4000)
+    small, middle, large = map(cost, sizes)
+    assert large - middle < 2.2 * (middle - small)
+
+
+def test_a_tag_is_closed_within_its_limit_whole_and_in_pieces():
+    for num_spaces, arguments in ((400, {"a": 1, "list": [2]}), (600, {"list": [2]})):
+        tag = f"<parameter=a{' ' * num_spaces}>"
+        text = f"<function=add>{tag}1</parameter><parameter=list>[2]</parameter></function>"
+        ((_, whole),) = read(reader(), [text])[1]
+        assert json.loads(whole) == arguments
+        assert read(reader(), text) == ("", [("add", whole)])
 
 
 @pytest.mark.parametrize(
@@ -351,6 +380,20 @@ NUMBER = {"type": "integer"}
         ({"enum": [1, 2]}, "2", 2),
         ({"$ref": "#/$defs/Loop"}, "x", "x"),
         ({"$ref": "#/$defs/Missing"}, "5", 5),
+        # What is only nearly JSON is a text where one is allowed.
+        ({"anyOf": [{"type": "string"}, {"type": "array"}]}, "[1] see note", "[1] see note"),
+        ({"anyOf": [{"type": "string"}, {"type": "array"}]}, "['x']", "['x']"),
+        ({"type": ["string", "array"]}, "[1]", [1]),
+        ({"type": ["string", "boolean"]}, "TRUE", "TRUE"),
+        ({"type": ["string", "boolean"]}, "True", True),
+        ({"type": ["string", "null"], "enum": ["none", "all", None]}, "none", "none"),
+        ({"type": ["string", "null"], "enum": ["None", "all", None]}, "None", "None"),
+        ({"anyOf": [{"enum": ["1", "2"]}, NUMBER]}, "1", "1"),
+        ({"anyOf": [{"const": "1"}, NUMBER]}, "3", 3),
+        ({"type": "boolean"}, "TRUE", True),
+        ({"type": "array"}, "['x',]", ["x"]),
+        ({"type": "array"}, "[1] see note", "[1] see note"),
+        ({"type": "object"}, "{'x': 1} or so", "{'x': 1} or so"),
     ],
     ids=str,
 )

@@ -234,6 +234,7 @@ def _batch_runner(
     """The runner of batch jobs; None where they are turned off."""
     if not settings.batches:
         return None
+    settings.take_over_files()
 
     def budget(tenant: str) -> int:
         own = tenants.quotas(tenant).file_bytes

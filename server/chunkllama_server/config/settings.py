@@ -31,7 +31,7 @@ from chunkllama_server.config.adapters import AdapterConfig
 from chunkllama_server.config.api_keys import KeyEntry, parse_key
 from chunkllama_server.config.batches import BatchConfig
 from chunkllama_server.config.cluster import ClusterConfig
-from chunkllama_server.config.files import read_text, read_yaml
+from chunkllama_server.config.files import lock_folder, read_text, read_yaml
 from chunkllama_server.config.limits import LimitsConfig
 from chunkllama_server.config.packs import PackConfig
 from chunkllama_server.config.server import ServerConfig
@@ -96,6 +96,27 @@ class Settings(
         """Return where files and batches are stored: by default the servers of a machine, each
         with a port of its own, share no folder."""
         return self.files_dir or cache_folder() / f"files-{self.port}"
+
+    def take_over_files(self) -> None:
+        """Rename the folder of a version in which all ports had one, where this server has none.
+
+        The folder is locked meanwhile, so that no server that uses it loses it.
+        """
+        earlier, folder = cache_folder() / "files", self.files_folder
+        if self.files_dir is not None or not self.port or folder.exists() or not earlier.is_dir():
+            return
+        try:
+            lock = lock_folder(earlier)
+        except OSError as error:
+            logger.warning("files_dir: %s of an earlier version is left: %s", earlier, error)
+            return
+        try:
+            earlier.rename(folder)
+            logger.warning("files_dir: %s of an earlier version is now %s", earlier, folder)
+        except OSError as error:
+            logger.warning("files_dir: %s of an earlier version is left: %s", earlier, error)
+        finally:
+            os.close(lock)
 
     def engine(self) -> EngineConfig:
         """Return the engine's part."""

@@ -20,6 +20,12 @@ Endpoint = Literal["chat", "completions", "responses", "embeddings", "tokenize"]
 Becomes = Callable[[Any, Endpoint], Mapping[str, Any]]
 
 
+# Names of `repetition_penalty` on other servers.
+REPETITION_NAMES = "repeat_penalty repetitionPenalty rep_pen"
+THINKING_BUDGETS = ("thinkingBudget", "thinking_budget")
+THINKING_LEVELS = ("thinkingLevel", "thinking_level")
+
+
 def to(target: str) -> Becomes:
     """The same value under another name."""
     return lambda value, _: {target: value}
@@ -101,11 +107,14 @@ def thinking_config(value: Any, endpoint: Endpoint) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DialectError("must be an object")
     meanings: dict[str, Any] = {}
-    for name in ("thinkingBudget", "thinking_budget"):
-        if value.get(name) is not None:
+    for name in THINKING_BUDGETS:
+        if value.get(name) not in (None, ""):
             meanings |= token_limit(value[name], "thinking_token_budget")
-    for name in ("thinkingLevel", "thinking_level"):
-        if isinstance(level := value.get(name), str):
+    for name in THINKING_LEVELS:
+        level = value.get(name)
+        if level is not None and not isinstance(level, str):
+            raise DialectError(f"must have a {name} that is a text")
+        if level:
             meanings |= effort(level.lower(), endpoint)
     return meanings
 
@@ -158,6 +167,11 @@ def mime_type(value: Any, _: Endpoint) -> dict[str, Any]:
 
 def has_penalty(body: Mapping[str, Any]) -> bool:
     """Whether a body asks for a penalty whose window the field bounds."""
-    repeats = [body.get(name) for name in ("repeat_penalty", "repetition_penalty")]
+    repeats = [body.get(name) for name in ("repetition_penalty", *REPETITION_NAMES.split())]
     others = [body.get(name) for name in ("presence_penalty", "frequency_penalty")]
-    return any(value not in (None, 1) for value in repeats) or any(others)
+    return any(value not in (None, 1, "") for value in repeats) or any(others)
+
+
+def scales_before(body: Mapping[str, Any]) -> bool:
+    """Whether the place of the temperature among the samplers shows: at 0 and 1 it does not."""
+    return body.get("temperature") not in (0, 1)

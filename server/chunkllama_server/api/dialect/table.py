@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from chunkllama_server.api.dialect.meanings import (
+    REPETITION_NAMES,
+    THINKING_BUDGETS,
+    THINKING_LEVELS,
     Becomes,
     Endpoint,
     banned_ids,
@@ -23,6 +26,7 @@ from chunkllama_server.api.dialect.meanings import (
     not_sampled,
     output_config,
     reasoning,
+    scales_before,
     seed,
     thinking,
     thinking_config,
@@ -65,6 +69,7 @@ class Row:
         becomes: makes own fields of a value; None for a field that is refused or harmless.
         off: values that ask for nothing; the field is then dropped.
         refused_if: of a field without meaning here: whether this body makes it binding.
+        members: of a value that is an object, those that are read; others are named.
     """
 
     names: tuple[str, ...]
@@ -74,6 +79,7 @@ class Row:
     becomes: Becomes | None = None
     off: tuple[Any, ...] = ()
     refused_if: Callable[[Mapping[str, Any]], bool] = lambda _: False
+    members: tuple[str, ...] = ()
     handling: Literal["translated", "refused", "harmless"] = "harmless"
 
     def is_refused(self, body: Mapping[str, Any]) -> bool:
@@ -87,9 +93,19 @@ def _translated(
     servers: str,
     becomes: Becomes,
     endpoints: tuple[Endpoint, ...] = GENERATE,
-    off: tuple[Any, ...] = (),
+    off: tuple[Any, ...] = ("",),
+    members: tuple[str, ...] = (),
 ) -> Row:
-    return Row(tuple(names.split()), note, servers, endpoints, becomes, off, handling="translated")
+    return Row(
+        tuple(names.split()),
+        note,
+        servers,
+        endpoints,
+        becomes,
+        off,
+        members=members,
+        handling="translated",
+    )
 
 
 def _refused(
@@ -225,7 +241,7 @@ _LIMITS = (
                 flag("include_stop_str_in_output")),
     _translated("truncate prompt_truncate_len truncation_length", "`truncate_prompt_tokens`",
                 "TGI, Fireworks, text-generation-webui", to("truncate_prompt_tokens"),
-                off=(False, 0)),
+                off=(False, 0, "")),
     _translated("n_cmpl num_return_sequences candidate_count candidateCount", "`n`",
                 "llama.cpp, Transformers, Gemini", to("n"), ("chat", "completions")),
     _refused("stop_regex", "send stop strings", "SGLang"),
@@ -245,7 +261,7 @@ _LIMITS = (
              (False, 0)),
 )  # fmt: skip
 _SAMPLING = (
-    _translated("repeat_penalty repetitionPenalty rep_pen", "`repetition_penalty`",
+    _translated(REPETITION_NAMES, "`repetition_penalty`",
                 "llama.cpp, Ollama, KoboldCpp", to("repetition_penalty")),
     _translated("topP", "`top_p`", "Gemini", to("top_p")),
     _translated("topK", "`top_k`", "Gemini", to("top_k")),
@@ -253,7 +269,7 @@ _SAMPLING = (
     _translated("do_sample", "false is `temperature: 0`", "TGI, Transformers", not_sampled),
     _translated("greed_sampling", "`temperature: 0`", "Dynamo", flag("temperature", 0)),
     _translated("n_probs top_n_tokens", "`logprobs`, in chat with `top_logprobs`",
-                "llama.cpp, TGI", top_logprobs, ("chat", "completions"), off=(0,)),
+                "llama.cpp, TGI", top_logprobs, ("chat", "completions"), off=(0, "")),
     _translated("extra_key", "`cache_salt`", "SGLang", to("cache_salt")),
     _translated("suppress_tokens banned_tokens", "`logit_bias` of -100", "Transformers, TabbyAPI",
                 banned_ids, off=([], "")),
@@ -264,11 +280,13 @@ _SAMPLING = (
              "there is no such sampler; leave it at 1", "TGI, llama.cpp, Transformers, TabbyAPI",
              (1,)),
     _refused("mirostat mirostat_mode mirostat_target mirostat_lr dynatemp_range "
-             "dynamic_temperature temperature_last xtc_probability dry_multiplier top_a "
+             "dynamic_temperature xtc_probability dry_multiplier top_a "
              "epsilon_cutoff eta_cutoff penalty_alpha no_repeat_ngram_size smoothing_factor "
              "top_n_sigma nsigma skew adaptive_target min_keep",
              "there is no such sampler; leave it at 0",
              "llama.cpp, OpenRouter, Transformers, Fireworks", (0, -1, False)),
+    _refused("temperature_last", "the temperature comes before the other samplers",
+             "text-generation-webui, TabbyAPI", refused_if=scales_before),
     _refused("repeat_last_n penalty_last_n rep_pen_range repetition_penalty_range penalty_range "
              "repetition_context_size",
              "penalties look at the whole text; leave it out or send -1",
@@ -288,7 +306,8 @@ _SAMPLING = (
     _harmless("samplers", "samplers have one order", "llama.cpp"),
 )  # fmt: skip
 _PROMPT = (
-    _translated("inputs", "`prompt`", "TGI", to("prompt"), ("completions",)),
+    _translated("inputs", "`prompt`", "TGI", to("prompt"), ("completions",),
+                off=()),
     _translated("return_full_text", "`echo`", "TGI", flag("echo"), ("completions",)),
     _translated("enable_thinking think thinking",
                 "`chat_template_kwargs.enable_thinking` and `.thinking`; an effort is "
@@ -296,7 +315,8 @@ _PROMPT = (
                 "Qwen, Ollama, DeepSeek, GLM, Anthropic", thinking, TEMPLATED),
     _translated("thinking_config thinkingConfig",
                 "`thinking_token_budget`; a level is `reasoning_effort`, in responses "
-                "`reasoning.effort`", "Gemini", thinking_config, TEMPLATED),
+                "`reasoning.effort`", "Gemini", thinking_config, TEMPLATED,
+                members=(*THINKING_BUDGETS, *THINKING_LEVELS)),
     _translated("template_vars template_kwargs", "`chat_template_kwargs`", "TabbyAPI",
                 to("chat_template_kwargs"), TEMPLATED),
     _translated("continue_", "`continue_final_message`", "text-generation-webui", continued,
@@ -341,8 +361,8 @@ _PROMPT = (
              "llama.cpp, SGLang, TGI", (False, 0)),
     _refused("prompt_name normalize input_type pooling", "embeddings have one form", "TEI, vLLM",
              (True,), ("embeddings",)),
-    _translated("content", "`input`", "llama.cpp", to("input"), ("embeddings",)),
-    _translated("content", "`prompt`", "llama.cpp", to("prompt"), ("tokenize",)),
+    _translated("content", "`input`", "llama.cpp", to("input"), ("embeddings",), off=()),
+    _translated("content", "`prompt`", "llama.cpp", to("prompt"), ("tokenize",), off=()),
     _translated("add_special", "`add_special_tokens`", "llama.cpp", to("add_special_tokens"),
                 ("tokenize",)),
     _translated("with_pieces", "`return_token_strs`", "llama.cpp", to("return_token_strs"),

@@ -159,6 +159,9 @@ class _Translator:
             raise invalid(f"{path} {error}", path, "unsupported") from None
         for target, meaning in meanings.items():
             self._set(target, meaning, path)
+        if row.members and isinstance(value, dict):
+            unread = value.keys() - set(row.members)
+            self.result.unknown += [f"{path}.{name}" for name in value if name in unread]
 
     def _set(self, target: str, value: Any, path: str) -> None:
         """Set an own field, or a member of one."""

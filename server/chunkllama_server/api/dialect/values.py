@@ -267,7 +267,7 @@ def messages(value: Any) -> Shaped:
     if not given or not isinstance(last, dict):
         return Shaped(value)
     path = f"[{len(value) - 1}].{given[0]}"
-    if last.get("role") != "assistant":
+    if str(last.get("role")).strip().lower() != "assistant":
         raise DialectError("is for a message of the assistant", path)
     rest = {name: item for name, item in last.items() if name not in _PREFIXES}
     also = {"continue_final_message": (path, True), "add_generation_prompt": (path, False)}

@@ -207,7 +207,8 @@ def plan_tools(
     if allowed is not None:
         for name in allowed:
             if name not in by_name:
-                raise invalid(f"{name!r} is not among the tools", chosen)
+                words = ", nor is it auto, none or required" if chosen.endswith(".name") else ""
+                raise invalid(f"{name!r} is not among the tools{words}", chosen)
         by_name = {name: by_name[name] for name in allowed}
     by_path = {path: function for path, function in functions if function.name in by_name}
     # The prompt shows the same tools for any tool_choice, so that its prefix stays cached.

@@ -14,16 +14,22 @@ from chunkllama_server.api.common.schema_spelling import type_name
 from chunkllama_server.api.tools.brackets import SPACE, ObjectReader
 from chunkllama_server.api.tools.call_forms import CallForm, Functions, NamedCall
 
-_PARAMETER = regex.compile(r'<parameter(?:=|\s+name=)\s*"?(?P<key>[^"<>\n]+)"?[^<>\n]*>')
+# Possessive, so that a tag that is not closed is read once.
+_PARAMETER = regex.compile(r'<parameter(?:=|\s++name=)\s*+"?(?P<key>[^"<>\n]++)"?[^<>\n]*+>')
+# A tag that is not closed within so many characters is none.
+_MAX_TAG = 512
 # A tag without a name, or one that is not closed; the value behind it is left out.
 _BEGUN_PARAMETERS = ("<parameter=", "<parameter ")
 _ENDS = ("</function>", "</invoke>")
 # A value ends with its own tag; where that is missing, with the next tag of the call.
 VALUE_ENDS = ("</parameter>", *_BEGUN_PARAMETERS, *_ENDS, "</tool_call>")
+_VALUE_END = regex.compile("|".join(map(regex.escape, VALUE_ENDS)))
 # So many characters at a text's end may be a line's end and the beginning of a tag.
 _MAX_HELD = max(map(len, VALUE_ENDS))
 # So far a JSON value is read behind a tag in one of its strings; then the tag is the end.
 _MAX_BEHIND = 1 << 16
+# A long text is read in pieces of so many characters: the rest is copied behind each value.
+_PIECE = 1 << 12
 
 
 class ParameterCall(CallForm):
@@ -42,14 +48,16 @@ class ParameterCall(CallForm):
         self._named: NamedCall | None = None
 
     def feed(self, text: str) -> str:
-        self._read.append(text)
-        self._text += text
-        self._run()
-        if not self.is_complete:
-            return ""
-        raw = self.raw
-        self._read = [raw[: len(raw) - len(self._text)]]
-        return self._text
+        for start in range(0, len(text), _PIECE):
+            piece = text[start : start + _PIECE]
+            self._read.append(piece)
+            self._text += piece
+            self._run()
+            if self.is_complete:
+                raw = self.raw
+                self._read = [raw[: len(raw) - len(self._text)]]
+                return self._text + text[start + _PIECE :]
+        return ""
 
     def _run(self) -> None:
         while not self.is_complete and self._step():
@@ -76,7 +84,7 @@ class ParameterCall(CallForm):
             if self._text.startswith(tag):
                 self._text = self._text[len(tag) :]
                 return self._end()
-        found = _PARAMETER.match(self._text, partial=True)
+        found = _parameter_tag(self._text)
         if found is not None and not found.partial:
             # Behind an object nothing can be added to it.
             self._begin_value(found["key"].strip() if self._num_given >= 0 else "")
@@ -95,11 +103,12 @@ class ParameterCall(CallForm):
         parameters = self._functions.get(self.name or "", {})
         properties = parameters.get("properties") or {}
         schema = properties.get(key) if isinstance(properties, Mapping) else None
-        allowed = _allowed_types(schema, parameters, set())
+        texts: set[str] = set()
+        allowed = _allowed_types(schema, parameters, set(), texts)
         if key and allowed == {"string"}:
             self._value = _Text(self._member(key))
         else:
-            self._value = _Json(key, allowed, reads_strings=self._reads_strings)
+            self._value = _Json(key, allowed, texts, reads_strings=self._reads_strings)
 
     def _member(self, key: str) -> str:
         """What is written before a value; it counts as given."""
@@ -107,24 +116,23 @@ class ParameterCall(CallForm):
         return ("{" if self._num_given == 1 else ", ") + f"{json.dumps(key)}: "
 
     def _read_value(self, value: _Text | _Json) -> bool:
-        ends = [at for tag in VALUE_ENDS if (at := self._text.find(tag)) >= 0]
-        size = min(ends) if ends else max(0, len(self._text) - _MAX_HELD)
+        end = _VALUE_END.search(self._text)
+        size = end.start() if end is not None else max(0, len(self._text) - _MAX_HELD)
         read, self._text = self._text[:size], self._text[size:]
         if isinstance(value, _Text):
-            self._written.append(value.add(read, is_last=bool(ends)))
-            if ends:
+            self._written.append(value.add(read, is_last=end is not None))
+            if end is not None:
                 self._leave_value()
-            return bool(ends)
+            return end is not None
         value.add(read)
         if value.has_wrong_string():
             self._text = value.go_back() + self._text
             self._reads_strings = False
-        elif not ends:
+        elif end is None:
             return False
         elif value.is_inside():
-            tag = next(tag for tag in VALUE_ENDS if self._text.startswith(tag))
-            value.add_tag(tag)
-            self._text = self._text[len(tag) :]
+            value.add_tag(end[0])
+            self._text = self._text[len(end[0]) :]
             return True
         elif not value.is_whole():
             self._text = value.go_back() + self._text
@@ -134,7 +142,8 @@ class ParameterCall(CallForm):
 
     def _end_json(self, value: _Json) -> None:
         if value.key:
-            self._written.append(self._member(value.key) + _value_text(value.text, value.allowed))
+            written = _value_text(value.text, value.allowed, value.texts)
+            self._written.append(self._member(value.key) + written)
         self._leave_value()
 
     def _leave_value(self) -> None:
@@ -162,6 +171,13 @@ class ParameterCall(CallForm):
         elif not self.is_complete and value is None and self._named is None:
             self._end()
         return ""
+
+
+def _parameter_tag(text: str) -> regex.Match[str] | None:
+    """A parameter's tag that a text begins with; partial where its end may still come."""
+    found = _PARAMETER.match(text[:_MAX_TAG], partial=True)
+    is_open = found is not None and found.partial and len(text) >= _MAX_TAG
+    return None if is_open else found
 
 
 class _Text:
@@ -198,11 +214,15 @@ class _Json:
     Attributes:
         key: the parameter; empty for a value that is left out.
         allowed: the JSON types that its schema allows; empty for all.
+        texts: the texts that its schema lists.
     """
 
-    def __init__(self, key: str, allowed: set[str], *, reads_strings: bool) -> None:
+    def __init__(
+        self, key: str, allowed: set[str], texts: set[str], *, reads_strings: bool
+    ) -> None:
         self.key = key
         self.allowed = allowed
+        self.texts = texts
         self._reads_strings = reads_strings and bool(key)
         self._pieces: list[str] = []
         self._num_chars = 0
@@ -284,19 +304,20 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _allowed_types(schema: Any, root: Any, seen: set[int]) -> set[str]:
+def _allowed_types(schema: Any, root: Any, seen: set[int], texts: set[str]) -> set[str]:
     """The JSON types that a property's schema allows; empty where it says nothing of them.
 
     Args:
         root: the schema that references are read from.
         seen: identities of schemas that have been read.
+        texts: takes the texts that the schema lists.
     """
     if not isinstance(schema, Mapping) or id(schema) in seen:
         return set()
     seen.add(id(schema))
-    if "const" in schema:
-        return _types_of([schema["const"]])
-    if isinstance(values := schema.get("enum"), list):
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list):
+        texts.update(value for value in values if isinstance(value, str))
         return _types_of(values)
     kind = schema.get("type")
     kinds = kind if isinstance(kind, list) else [kind]
@@ -304,10 +325,10 @@ def _allowed_types(schema: Any, root: Any, seen: set[int]) -> set[str]:
     if schema.get("nullable") is True and found:
         found.add("null")
     if isinstance(reference := schema.get("$ref"), str):
-        found |= _allowed_types(follow(root, reference), root, seen)
+        found |= _allowed_types(follow(root, reference), root, seen, texts)
     for variants in (schema.get("anyOf"), schema.get("oneOf"), schema.get("allOf")):
         for variant in variants if isinstance(variants, list) else ():
-            found |= _allowed_types(variant, root, seen)
+            found |= _allowed_types(variant, root, seen, texts)
     return found
 
 
@@ -320,10 +341,11 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _value_text(text: str, allowed: set[str]) -> str:
-    """A parameter's text as JSON: a value of another type only where the schema allows one."""
+def _value_text(text: str, allowed: set[str], texts: set[str]) -> str:
+    """A parameter's text as JSON: a value of another type only where the schema allows one, and
+    does not list the text itself."""
     text = text.removeprefix("\n").removesuffix("\n")
-    if allowed != {"string"}:
+    if allowed != {"string"} and text not in texts:
         kinds = allowed - {"string"} or _TYPES.keys()
         for source in _readings(text.strip(), allowed):
             try:
@@ -340,15 +362,22 @@ _WORDS = {"true": "true", "false": "false", "null": "null", "none": "null"}
 
 
 def _readings(text: str, allowed: set[str]) -> Iterator[str]:
-    """The text as it is, then as JSON where it is Python or nearly JSON."""
+    """The text as it is, then as JSON: of what is only nearly JSON, where it cannot be a string."""
     yield text
     yield _CONSTANTS.get(text, "")
-    if not allowed:
+    if not allowed or "string" in allowed:
         return
     yield _WORDS.get(text.lower(), "")
     if text[:1] in ("[", "{"):
-        reader = ObjectReader()
-        written = [reader.feed(char) for char in text if not reader.is_complete]
-        if not reader.is_complete:
-            written.append(reader.end())
-        yield "".join(written)
+        yield _bracketed(text)
+
+
+def _bracketed(text: str) -> str:
+    """A list or an object that is nearly JSON, as JSON; empty where more text is behind it."""
+    reader = ObjectReader()
+    written = []
+    for char in text:
+        if reader.is_complete:
+            return ""
+        written.append(reader.feed(char))
+    return "".join(written) + ("" if reader.is_complete else reader.end())
