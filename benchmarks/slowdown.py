@@ -2,7 +2,7 @@
 
 A *try* is one window of the stream while the something runs, with a pause before it and one after
 it, in which the stream runs alone. Its ratio is the window's time per token divided by that of the
-faster pause, so a machine that is slow for seconds cancels out, and work that goes on into the
+faster pause, so a machine that is slow for seconds cancels out, and work that continues in the
 pause behind does not count as the machine's. Most tries are near 1 and settle the matter. Another
 is repeated until most of ``MOST`` tries are on one side of the target: a burst of the machine is
 rarely in most of them, a slowdown by the something is.

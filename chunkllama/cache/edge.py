@@ -157,7 +157,7 @@ def cut(path: list[Node]) -> list[Edge]:
 
 
 def end_after(node: Node) -> None:
-    """Split a node's edge where it goes on below the node."""
+    """Split a node's edge below the node, if it continues there."""
     edge = node.edge
     if edge.nodes[-1] is not node:
         edge.split(node.depth - edge.nodes[0].depth + 1)

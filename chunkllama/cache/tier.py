@@ -4,7 +4,7 @@
                                            │
                                            └─ over the budget, dropped, damaged ──► gone
 
-The tier knows tokens and numbers of files, wherever those lie, and does no I/O: a ``TierStore`` is
+The tier knows tokens and numbers of files, wherever those are, and does no I/O: a ``TierStore`` is
 called with what is to be written, read and removed. Its entries form a tree as the nodes of the
 pool do, and token ids are compared exactly. An entry without a file stands for a chunk above
 others: leaves are evicted first, so that the chunks above them are mostly still in the pool. A

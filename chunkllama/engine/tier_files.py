@@ -4,7 +4,7 @@
     writer                       quantize, write             ▲
     reader                                                   └── read, check, widen
 
-What is kept of a chunk is its bytes as they lie in this process's pool, or its K/V in a few bits
+What is kept of a chunk is its bytes as they are in this process's pool, or its K/V in a few bits
 (``backends/kivi.py``), in memory or in a file (``tier_media.py``). The first chunk of a prompt is
 never rounded: every token attends to the first ones, whose keys are unlike all others (attention
 sinks, arXiv 2309.17453).
@@ -61,11 +61,11 @@ class _Packing(Protocol):
     form: Form
 
     def pack(self, copied: torch.Tensor) -> Data | None:
-        """Return the bytes of a chunk that lies as in the pool; None: it cannot be kept."""
+        """Return the bytes of a chunk in the pool's layout; None: it cannot be kept."""
         ...
 
     def unpack(self, data: Data) -> torch.Tensor:
-        """Return the chunk as it lies in the pool."""
+        """Return the chunk in the pool's layout."""
         ...
 
 

@@ -97,7 +97,7 @@ INLINE void round_codes(const float* values, float scale, uint8_t* codes) {
   }
 }
 
-// The values of int4's codes, which ascend, and what lies half way between each two.
+// The values of int4's codes, which ascend, and the midpoints between each two.
 struct Grid {
   float entries[16] = {}, middles[16] = {};
   explicit Grid(const Weights& w) {

@@ -215,7 +215,7 @@ def test_the_budget_is_of_bytes() -> None:
     driver.store("xxxxyyyy")
     evict(driver, store, 1)  # yyyy
     assert store.tier.num_bytes == 7
-    evict(driver, store, 1)  # xxxx, for which what lies below aaaa goes
+    evict(driver, store, 1)  # xxxx, for which what is below aaaa is dropped
     assert store.tier.num_bytes == 7 and store.tier.num_chunks == 3
     assert (chain(driver, "aaaabbbb."), chain(driver, "xxxxyyyy.")) == (1, 2)
     promote(driver, "xxxxyyyy.")

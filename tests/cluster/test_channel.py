@@ -31,7 +31,7 @@ class Actor:
 
 @pytest.mark.parametrize("turns", range(8))
 def test_a_channel_ends_when_cancelled_beside_a_message(turns: int) -> None:
-    """Whichever of the two is first: a channel that goes on keeps its front end from ending."""
+    """In both orders: a channel that does not end keeps its front end from ending."""
 
     async def ends() -> bool:
         channel = RayChannel("replica", Actor(), INFO)

@@ -60,7 +60,7 @@ def test_a_machine_that_bursts_is_no_slowdown(slowdown) -> None:
 
 def test_what_slows_each_time_is_found(slowdown) -> None:
     assert rate_over(slowdown, 1.6) > 0.98
-    assert rate_over(slowdown, 1.6, after=1.6) > 0.85, "it goes on into the pause behind it"
+    assert rate_over(slowdown, 1.6, after=1.6) > 0.85, "it continues in the pause behind it"
 
 
 def test_the_tries_end_when_no_other_can_change_the_result(slowdown) -> None:
