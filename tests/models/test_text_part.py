@@ -133,7 +133,7 @@ OLDER: dict[str, Callable[[str], str]] = {
 
 
 def write(folder: Path, case: str, rename: Callable[[str], str] = str) -> torch.nn.Module:
-    """A random model with its config.json as it stands in ``CASES``; returns it."""
+    """A random model and its config.json of ``CASES``; returns it."""
     (folder / "config.json").write_text(json.dumps(CASES[case]))
     config = transformers.AutoConfig.from_pretrained(folder)
     model = transformers.AutoModelForImageTextToText.from_config(
