@@ -184,7 +184,7 @@ def draw_margin(
     """
     import numpy as np
 
-    from chunkllama.engine.philox import gumbels
+    from chunkllama.backends.philox import gumbels
 
     scores = []
     for token, logprob in logprobs.items():

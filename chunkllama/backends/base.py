@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from chunkllama.backends.checks import (
     check_silu_and_mul,
     check_tpp_attention,
 )
+from chunkllama.backends.draws import Draw, draw_tokens
 from chunkllama.backends.elementwise import apply_activation, rotate_heads
 from chunkllama.backends.model import Linear, PlainModel, RunnableModel
 from chunkllama.backends.quantized import widen_model
@@ -254,6 +255,12 @@ class Backend(ABC):
         # Widened a block at a time, the head needs no second copy.
         wide, blocks = hidden.float(), torch.split(head.weight, _WIDENED_ROWS)
         return torch.cat([F.linear(wide, block.float()) for block in blocks], dim=1)
+
+    def draw(self, logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+        """Draw a token from a row of logits [N, V] float32, for each of D draws on different rows:
+        [D] int64, any token where a row allows none. ``logits`` may be overwritten.
+        """
+        return draw_tokens(logits, draws, self.upload)
 
     def rms_norm(
         self,

@@ -61,7 +61,7 @@ class DraftModel:
         self._free = list(range(step_model.kv.num_chunks))
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()  # used least recently first
         self._kept: set[_Key] = set()  # sequences of this step
-        self._sampler = Sampler(step_model.spec.eos_token_ids)
+        self._sampler = Sampler(step_model.spec.eos_token_ids, step_model.backend)
         self._num_paused = 0  # steps to come in which it computes nothing
 
     def warm_up(self) -> None:

@@ -8,32 +8,40 @@ from chunkllama.messages import TokenLogprob
 
 
 def token_logprobs(
-    logprobs: torch.Tensor, token_ids: list[int], num_top: list[int]
+    logprobs: torch.Tensor, token_ids: torch.Tensor, num_top: list[int]
 ) -> list[TokenLogprob]:
-    """The log-probability and rank of one token per row, and of the best few.
+    """The log-probability and rank of one token per row, and of the best few: one read of the
+    device.
 
     Args:
         logprobs: [N, V] float32, log-softmax of the logits.
-        token_ids: N tokens.
+        token_ids: [N] int64.
         num_top: N counts of best tokens to list; the order among equals is by token id.
     """
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logprobs.device)[:, None])
-    ranks = (logprobs > chosen).sum(dim=1) + 1
-    top = top_tokens(logprobs, max(num_top))
+    chosen = logprobs.gather(1, token_ids[:, None])
+    ranks = (logprobs > chosen).sum(dim=1, keepdim=True) + 1
+    best = _best(logprobs, max(num_top))
+    columns = [column.double() for column in (token_ids[:, None], ranks, chosen, best)]
     return [
-        TokenLogprob(token_id=token, logprob=value, rank=rank, top=best[:count])
-        for token, value, rank, best, count in zip(
-            token_ids, chosen[:, 0].tolist(), ranks.tolist(), top, num_top, strict=True
+        TokenLogprob(token_id=int(token), rank=int(rank), logprob=logprob, top=_pairs(best)[:count])
+        for (token, rank, logprob, *best), count in zip(
+            torch.cat(columns, dim=1).tolist(), num_top, strict=True
         )
     ]
 
 
 def top_tokens(logprobs: torch.Tensor, count: int) -> list[list[tuple[int, float]]]:
     """The ``count`` best (token id, log-probability) pairs of each row, best first."""
-    if count == 0:
-        return [[] for _ in logprobs]
+    return [_pairs(row) for row in _best(logprobs, count).tolist()]
+
+
+def _best(logprobs: torch.Tensor, count: int) -> torch.Tensor:
+    """The ``count`` best tokens of each row and their log-probabilities: [N, 2 count] float64."""
     values, ids = logprobs.topk(min(count, logprobs.shape[1]), dim=1)
-    return [
-        sorted(zip(row_ids, row_values, strict=True), key=lambda pair: (-pair[1], pair[0]))
-        for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True)
-    ]
+    return torch.cat((ids.double(), values.double()), dim=1)
+
+
+def _pairs(row: list[float]) -> list[tuple[int, float]]:
+    half = len(row) // 2
+    pairs = zip(map(int, row[:half]), row[half:], strict=True)
+    return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))

@@ -63,9 +63,8 @@ class ModelRunner:
         self._sequences: dict[int, SequenceState] = {}
         self.adapters = RunnerAdapters(step_model)
         self.draft_model: DraftModel | None = None
-        draws_alone = bool(step_model.backend.arithmetic)
         self._sampler = StepSampler(
-            self.spec, self._sequences, row_work_share, clock, draws_alone=draws_alone
+            self.spec, self._sequences, row_work_share, step_model.backend, clock
         )
         self._model_path = model_path
         self._grammars: GrammarCompiler | None = None
@@ -245,7 +244,8 @@ class ModelRunner:
             if bool(logprobs.isnan().any()):
                 sampled.failed[piece.slot] = "model_nan"
             num_top = [state.sampling.prompt_logprobs or 0] * len(some)
-            entries += token_logprobs(logprobs, some, num_top)
+            tokens = self.step_model.backend.upload(np.array(some, np.int64))
+            entries += token_logprobs(logprobs, tokens, num_top)
 
     def _pool(self, piece: ScheduledSlice, hidden: torch.Tensor, sampled: SampledTokens) -> None:
         """Add a slice to its sequence's embedding; with the last slice report it, L2-normalised."""

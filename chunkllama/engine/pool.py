@@ -119,4 +119,4 @@ def _sample(model: StepModel, hidden: torch.Tensor) -> None:
     )
     start = np.zeros(1, np.int32)
     states = [SequenceState(sampling, 0, start, []) for _ in range(len(hidden))]
-    Sampler(model.spec.eos_token_ids).sample(model.model.logits(hidden), states, {})
+    Sampler(model.spec.eos_token_ids, model.backend).sample(model.model.logits(hidden), states, {})

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from chunkllama.backends.draws import Upload
 from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.engine.grammar import TOO_COMPLEX, Matcher, is_beyond_limits
 from chunkllama.engine.token_masks import allow, forbid, is_allowed
@@ -62,11 +63,11 @@ class SequenceState:
     adapter: AdapterUse | None = None
     _allowed_ids: torch.Tensor | None = field(default=None, repr=False)
 
-    def allowed_ids(self, vocab_size: int, device: torch.device) -> torch.Tensor:
+    def allowed_ids(self, vocab_size: int, upload: Upload) -> torch.Tensor:
         """int64 ids of ``allowed_token_ids`` that the model has; made once."""
         if self._allowed_ids is None:
             known = [token for token in self.sampling.allowed_token_ids if 0 <= token < vocab_size]
-            self._allowed_ids = torch.tensor(known, dtype=torch.int64, device=device)
+            self._allowed_ids = upload(np.array(known, np.int64))
         return self._allowed_ids
 
     def banned_ids(self, eos_token_ids: Iterable[int]) -> Iterator[int]:

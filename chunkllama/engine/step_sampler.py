@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 
+from chunkllama.backends.base import Backend
 from chunkllama.backends.model import RunnableModel
 from chunkllama.engine.mask_threads import SLOW_SECONDS, MaskThreads
 from chunkllama.engine.row_budget import RowBudget
@@ -33,8 +34,8 @@ class StepSampler:
         spec: of the model.
         sequences: state of every slot, which the model runner keeps.
         share: of the model's time that one request's rows may take in a step with others.
+        ops: of the model.
         clock: seconds.
-        draws_alone: see ``Sampler``.
     """
 
     def __init__(
@@ -42,11 +43,10 @@ class StepSampler:
         spec: ModelSpec,
         sequences: Mapping[int, SequenceState],
         share: float,
+        ops: Backend,
         clock: Callable[[], float] = time.perf_counter,
-        *,
-        draws_alone: bool = False,
     ) -> None:
-        self._sampler = Sampler(spec.eos_token_ids, clock, draws_alone=draws_alone)
+        self._sampler = Sampler(spec.eos_token_ids, ops, clock)
         self._masks = MaskThreads(spec.vocab_size, spec.eos_token_ids, clock)
         self._budget = RowBudget(share)
         self._sequences = sequences
@@ -167,11 +167,10 @@ class StepSampler:
                 for state, count in zip(states, counts, strict=True)
                 for row in range(count)
             ]
-            logits = model.logits(hidden)
-            logits[0, 0].item()  # a device works behind the calls until something is read
-            self._end_model(began)
             masks = {row: s.mask for row, s in enumerate(rows) if s.mask is not None}
-            outcomes = self._sampler.sample(logits, rows, masks)
+            outcomes = self._sampler.sample(model.logits(hidden), rows, masks)
+            # A device works behind the calls until the tokens are read.
+            self._end_model(began, sum(outcome.seconds for outcome in outcomes))
             self._charge(rows, outcomes)
         end = 0
         for slot, state, count in zip(slots, states, counts, strict=True):
@@ -198,9 +197,10 @@ class StepSampler:
                 if forced := state.matcher.forced():
                     sampled.forced[slot] = forced
 
-    def _end_model(self, began: float | None) -> None:
+    def _end_model(self, began: float | None, rows_seconds: float = 0.0) -> None:
+        """Note what a pass took but for ``rows_seconds``, which single rows are charged for."""
         if began is not None:
-            self._model_seconds = self._clock() - began
+            self._model_seconds = self._clock() - began - rows_seconds
 
     def _charge(self, states: list[SequenceState], outcomes: list[Sampled]) -> None:
         costs: dict[str, list[float]] = {}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from chunkllama.backends.reference.backend import ReferenceBackend
 from chunkllama.engine.core import EngineCore
 from chunkllama.engine.row_budget import RowBudget
 from chunkllama.engine.sampler import RowTimes, Sampler
@@ -96,7 +97,7 @@ def test_requests_that_left_are_forgotten() -> None:
 def test_each_row_is_charged_what_it_asked_for() -> None:
     """A fake clock that ticks once per reading: the costly row pays for its own work."""
     ticks = iter(range(10_000))
-    sampler = Sampler([2], clock=lambda: float(next(ticks)))
+    sampler = Sampler([2], ReferenceBackend(torch.device("cpu")), clock=lambda: float(next(ticks)))
     plain = SamplingParams(seed=1, temperature=0.0)
     asked = SamplingParams(seed=1, temperature=1.0, top_p=0.5, logprobs=20, frequency_penalty=1.0)
     rows = [plain, asked, SamplingParams(seed=1, temperature=1.0)]

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from chunkllama.engine.philox import gumbels, philox4x32
+from chunkllama.backends.philox import gumbels, philox4x32
+from chunkllama.backends.reference.backend import ReferenceBackend
 from chunkllama.engine.sampler import Sampled, Sampler, takes_best
 from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.sampling_params import GrammarSpec, SamplingParams
 
 VOCAB = 1000
 EOS = (3, 9)
+OPS = ReferenceBackend(torch.device("cpu"))
 
 
 def state(
@@ -30,7 +32,7 @@ def random_logits(rows: int = 1, seed: int = 0, spread: float = 2.0) -> torch.Te
 
 
 def sample(logits: torch.Tensor, *states: SequenceState) -> list[Sampled]:
-    return Sampler(EOS).sample(logits.clone(), list(states), {})
+    return Sampler(EOS, OPS).sample(logits.clone(), list(states), {})
 
 
 def support(logits: torch.Tensor, draws: int = 400, **params: Any) -> set[int]:
