@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from chunkllama.attention.plan import Planner
 from chunkllama.backends.cuda.backend import CudaBackend
 from chunkllama.backends.cuda.source import DTYPES as DTYPE_NAMES
 from chunkllama.backends.cuda.source import HEAD_DIMS, PARAMS, conformance_kernel
+from chunkllama.backends.draws import Draw
 from chunkllama.backends.reference.backend import ReferenceBackend
 from chunkllama.resources import data_folder
 
@@ -39,6 +41,7 @@ def check_points(device: Device) -> list[Point]:
     points += [_attention(device, d, t) for d in (128, *HEAD_DIMS[:2], 256) for t in DTYPE_NAMES]
     points += [_bounded(device, head_dim, t) for head_dim in HEAD_DIMS for t in DTYPE_NAMES]
     points += [_small_ops(device, dtype) for dtype in DTYPE_NAMES]
+    points.append(_draws(device))
     points += [_replay(device)]
     points += [_model(device, head_dim, t) for head_dim in (64, 128) for t in DTYPE_NAMES]
     return [*points, *(_sanitizer(device, tool) for tool in ("memcheck", "racecheck", "synccheck"))]
@@ -221,6 +224,27 @@ def _small_ops(device: Device, dtype: str) -> Point:
     return Point(f"append, copies, norm, gate {dtype}", run)
 
 
+def _draws(device: Device) -> Point:
+    """Compare draws of tokens with the op in torch, but where two of them nearly tie."""
+
+    def run() -> Record:
+        torch.manual_seed(0)
+        ops, reference = device.ops(64, 2, "bf16"), ReferenceBackend(device.torch_device)
+        kinds: tuple[dict[str, Any], ...] = ({}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.02})
+        counts = {"draws": 0, "other_tokens": 0}
+        for vocab_size in (1, 5_000, 49_152):
+            logits = torch.empty(16, vocab_size, device=device.torch_device).normal_(std=3.0)
+            draws = [Draw(row, row, 0, row, 0.8, **kinds[row % 4]) for row in range(16)]
+            got, want = (each.draw(logits.clone(), draws) for each in (ops, reference))
+            if not device.dry:
+                counts["draws"] += len(draws)
+                counts["other_tokens"] += int((got != want).sum())
+        assert counts["other_tokens"] <= 1, counts
+        return dict(counts)
+
+    return Point("draws of tokens", run)
+
+
 def _check_append_and_copies(device: Device, head_dim: int, dtype: str) -> None:
     workload = Workload(9, 128, 70, num_qo_heads=6, num_kv_heads=2, head_dim=head_dim, dtype=dtype)
     step = Step(workload, device, 2)
@@ -338,6 +362,8 @@ def run_small_cases(device: Device) -> None:
         step.ops.rms_norm(step.qkv.clone(), step.qkv[0], 1e-5, step.qkv.clone())
         step.ops.silu_and_mul(step.qkv)
         step.ops.copy_chunks(step.kv, [(0, 1, 64), (1, 2, 5)])
+    logits = torch.zeros(2, 300, device=device.torch_device)
+    step.ops.draw(logits, [Draw(row, 0, 0, row, 1.0, 9 * row, 0.5) for row in range(2)])
     _causal_slice(Step(Workload(1, 0, 150, 4, 2, 64), device, 1), 80)
 
 

@@ -140,8 +140,12 @@ DEVICE float rsqrt_fast(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
 }
+DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 
 DEVICE float shuffle_xor(float value, int lane_mask) {
+  return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+}
+DEVICE u32 shuffle_xor(u32 value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 // Whether `value` holds in a lane of the warp.

@@ -238,6 +238,7 @@ struct Element<fp16> {
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float log2_fast(float x) { return log2f(x); }
 inline float rsqrt_fast(float x) { return 1.f / sqrtf(x); }
+inline u32 float_bits(float x) { return as_bits(x); }
 
 struct ExchangeLanes {
   int lane_mask;
@@ -245,13 +246,16 @@ struct ExchangeLanes {
     for (int lane = 0; lane < 32; lane++) warp.result[lane][0] = warp.input[lane ^ lane_mask][0];
   }
 };
-EMULATOR_INTERNAL inline float shuffle_xor(float value, int lane_mask,
-                                           int line = __builtin_LINE()) {
+EMULATOR_INTERNAL inline u32 shuffle_xor(u32 value, int lane_mask, int line = __builtin_LINE()) {
   emulation::Warp& warp = *emulation::current->warp;
   const int lane = emulation::current->lane;
-  warp.input[lane][0] = as_bits(value);
+  warp.input[lane][0] = value;
   emulation::converge(line, ExchangeLanes{lane_mask});
-  return as_float(warp.result[lane][0]);
+  return warp.result[lane][0];
+}
+EMULATOR_INTERNAL inline float shuffle_xor(float value, int lane_mask,
+                                           int line = __builtin_LINE()) {
+  return as_float(shuffle_xor(as_bits(value), lane_mask, line));
 }
 
 EMULATOR_INTERNAL inline void join_votes(emulation::Warp& warp) {

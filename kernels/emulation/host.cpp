@@ -6,6 +6,7 @@
 #define CHUNKLLAMA_EMULATE
 #include "../cuda/conformance.cuh"
 #include "../cuda/copy_chunks.cuh"
+#include "../cuda/draw_tokens.cuh"
 #include "../cuda/rms_norm.cuh"
 #include "../cuda/rope_append.cuh"
 #include "../cuda/silu_and_mul.cuh"

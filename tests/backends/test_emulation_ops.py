@@ -15,6 +15,7 @@ from kernel_emulator import EmulatedLauncher, table
 
 from chunkllama.backends.base import KVCache
 from chunkllama.backends.cuda.backend import CudaBackend, independent_copies
+from chunkllama.backends.draws import Draw
 from chunkllama.backends.reference.backend import ReferenceBackend
 from chunkllama.backends.reference.copy_chunks import copy_chunks_reference
 from chunkllama.backends.reference.rms_norm import rms_norm_reference
@@ -194,3 +195,33 @@ def test_cuda_ops_refuse_what_the_kernels_lack_by_name() -> None:
             head_dim=64,
             dtype=torch.bfloat16,
         )
+
+
+@pytest.mark.parametrize("size", [1, 255, 300, 1024, 5000])
+def test_emulation_draw_tokens(size: int) -> None:
+    """The tokens of the op in torch, but where the numbers of the best two are nearly equal."""
+    torch.manual_seed(size)
+    logits = 3 * torch.randn(24, size)
+    logits[:, ::7] = -torch.inf
+    logits[:, 0] = 1.0
+    kinds = [
+        {},
+        {"temperature": 0.3},
+        {"top_k": 1},
+        {"top_k": 5, "top_p": 0.8},
+        {"top_p": 0.5},
+        {"top_p": 1e-12},
+        {"min_p": 0.1},
+        {"min_p": 0.02, "top_k": 40, "top_p": 0.9, "temperature": 2.0},
+    ]
+    ops, _ = cuda_ops("bf16", schedule=size % 3)
+    reference = ReferenceBackend(torch.device("cpu"))
+    differ = 0
+    for start in range(0, 240, 24):
+        draws = [
+            Draw(row, 2**63 + start, row % 3, start + row, **{"temperature": 1.0, **kinds[row % 8]})
+            for row in range(24)
+        ]
+        got = ops.draw(logits.clone(), draws[::-1])
+        differ += int((got.flip(0) != reference.draw(logits.clone(), draws)).sum())
+    assert differ == 0, "of 240; these seeds have no near ties"

@@ -1,4 +1,4 @@
-"""Greedy steps of the executor on fake CUDA tensors: no mixed devices, and the host's waits.
+"""Steps of the executor on fake CUDA tensors: no mixed devices, and the host's waits.
 
 The tensors have a device, a dtype and a shape, but no data; kernels are checked, not run. What
 needs CUDA's own C++ (indexing, bool(), tolist()) is replaced by arithmetic of shapes that insists
@@ -22,6 +22,7 @@ from chunkllama.backends.cuda.backend import CudaBackend
 from chunkllama.engine.load import build_model
 from chunkllama.engine.model_runner import ModelRunner
 from chunkllama.engine.step_model import StepModel
+from chunkllama.engine.step_sampler import StepSampler
 from chunkllama.models.attention import Attention
 from chunkllama.models.loading.weights import random_weights
 from chunkllama.sampling_params import SamplingParams
@@ -157,6 +158,7 @@ def make_runner() -> ModelRunner:
     return ModelRunner(StepModel(SPEC, model, attention))
 
 
+SAMPLED = {"temperature": 0.8}
 # Arguments of ``step_of``, and how often the host may wait.
 STEPS: dict[str, tuple[dict[str, Any], int]] = {
     "greedy, prompts and decode": ({"tokens": (70, 1, 33)}, 1),
@@ -164,6 +166,23 @@ STEPS: dict[str, tuple[dict[str, Any], int]] = {
     "pooling": ({"tokens": (70, 40, 33), "pooling": "mean"}, 6),
     "copies": ({"copies": [(0, 5, 3), (5, 6, 3)]}, 1),
     "guesses": ({"tokens": (3, 1, 4), "drafts": (2, 0, 3)}, 1),
+    "sampling": ({"sampling": SAMPLED}, 1),
+    "sampling, prompts and decode": ({"sampling": SAMPLED, "tokens": (70, 1, 33)}, 1),
+    "sampling, guesses": ({"sampling": SAMPLED, "tokens": (3, 1, 4), "drafts": (2, 0, 3)}, 1),
+    "top-k and top-p": ({"sampling": {**SAMPLED, "top_k": 40, "top_p": 0.9}}, 1),
+    "min-p": ({"sampling": {**SAMPLED, "min_p": 0.1}}, 1),
+    "penalties": ({"sampling": {**SAMPLED, "repetition_penalty": 1.2, "presence_penalty": 1.0}}, 1),
+    "bias and bans": (
+        {"sampling": {"logit_bias": {4: 2.0}, "min_tokens": 9, "bad_words_token_ids": ((4,),)}},
+        1,
+    ),
+    "allowed tokens": ({"sampling": {**SAMPLED, "allowed_token_ids": (3, 4, 5)}}, 1),
+    "greedy beside sampling": ({"others": SAMPLED}, 1),
+    "sampling beside top-p": ({"sampling": SAMPLED, "others": {**SAMPLED, "top_p": 0.5}}, 1),
+    "a grammar's mask": ({"sampling": SAMPLED, "masked": True}, 1),
+    "log-probabilities": ({"sampling": {"logprobs": 5}}, 2),
+    "log-probabilities of some": ({"others": {**SAMPLED, "logprobs": 0}}, 2),
+    "beams": ({"sampling": {"beam_width": 2, "n": 2}}, 4),  # one for each row
 }
 
 
@@ -172,7 +191,10 @@ def step_of(
     pooling: Any = "",
     copies: Any = (),
     drafts: tuple[int, ...] = (0, 0, 0),
+    sampling: dict[str, Any] | None = None,
+    others: dict[str, Any] | None = None,
 ) -> SchedulerOutput:
+    """A step of sequences that sample by ``sampling``, all but the first by ``others`` if given."""
     slices = [
         ScheduledSlice(
             slot=slot,
@@ -186,17 +208,42 @@ def step_of(
         for slot, count in enumerate(tokens)
     ]
     ids = np.arange(300, dtype=np.int32)
-    greedy = SamplingParams(seed=1, temperature=0.0)
-    new = [NewSequence(i, str(i), 0, greedy, ids, ids[:2], pooling) for i in range(len(tokens))]
+    asked = [sampling or {}] + [others or sampling or {}] * (len(tokens) - 1)
+    new = [
+        NewSequence(
+            i,
+            str(i),
+            0,
+            SamplingParams(**{"seed": 1, "temperature": 0.0, **each}),
+            ids,
+            ids[:2],
+            pooling,
+        )
+        for i, each in enumerate(asked)
+    ]
     version = 1 if max(tokens) == 1 else 0
     return SchedulerOutput(1, slices, version, new, [], list(copies))
 
 
+def masked_begin(sampler: StepSampler, output: SchedulerOutput) -> None:
+    """``StepSampler.begin`` where the masks of all rows are there."""
+    real_begin(sampler, output)
+    for state in sampler._sequences.values():
+        state.mask = np.full(-(-SPEC.vocab_size // 32), -1, np.int32)
+
+
+real_begin = StepSampler.begin
+
+
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_on_fake_cuda(name: str, waits: Waits) -> None:
+def test_a_step_on_fake_cuda(name: str, waits: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
     options, most = STEPS[name]
+    options = dict(options)
     runner = make_runner()
+    if options.pop("masked", False):
+        monkeypatch.setattr(StepSampler, "begin", masked_begin)
     waits.count = 0
-    runner.execute(step_of(**options))
+    sampled = runner.execute(step_of(**options))
+    assert not sampled.failed
     assert waits.count <= most, waits.count
     runner.close()

@@ -8,7 +8,7 @@ current stream; nothing here waits for the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -26,14 +26,17 @@ from chunkllama.backends.cuda.plan import (
 )
 from chunkllama.backends.cuda.source import (
     CHUNK_SIZE,
+    DRAW_ROW,
     HEAD_DIMS,
     PARAMS,
     copy_chunks_kernel,
+    draw_tokens_kernel,
     merge_kernel,
     rms_norm_kernel,
     rope_append_kernel,
     silu_and_mul_kernel,
 )
+from chunkllama.backends.draws import LOG2E, Draw
 from chunkllama.backends.reference.rms_norm import rms_norm_reference
 from chunkllama.errors import ConfigError
 
@@ -84,6 +87,7 @@ class CudaBackend(Backend):
         self._rms_norm_kernel = rms_norm_kernel(name)
         self._silu_and_mul_kernel = silu_and_mul_kernel(name)
         self._copy_chunks_kernel = copy_chunks_kernel()
+        self._draw_tokens_kernel = draw_tokens_kernel()
 
     def prepare(self, *, is_bounded: bool) -> None:
         tiles = self._launcher.table.tiles[self.head_dim]
@@ -99,6 +103,7 @@ class CudaBackend(Backend):
                 self._rms_norm_kernel,
                 self._silu_and_mul_kernel,
                 self._copy_chunks_kernel,
+                self._draw_tokens_kernel,
             ]
         )
 
@@ -197,6 +202,16 @@ class CudaBackend(Backend):
         )
         merges = replayable or not bool(plan.row_flags[: plan.num_rows].all())
         return CudaPlan(partial_out, partial_lse, partial, merge if merges else None, append)
+
+    def draw(self, logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+        assert logits.dtype == torch.float32 and logits.is_contiguous()
+        rows = self.upload(np.frombuffer(bytearray().join(map(_draw_row, draws)), np.int32))
+        tokens = torch.empty(len(draws), dtype=torch.int64, device=self.device)
+        params = PARAMS[self._draw_tokens_kernel.params].call.pack(
+            logits.data_ptr(), rows.data_ptr(), tokens.data_ptr(), logits.shape[1]
+        )
+        self._launcher.launch(self._draw_tokens_kernel, (len(draws), 1, 1), params)
+        return tokens
 
     def _rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
@@ -316,6 +331,15 @@ def independent_copies(triples: list[CopyTriple]) -> Iterator[list[CopyTriple]]:
         written.add(destination)
     if batch:
         yield batch
+
+
+def _draw_row(draw: Draw) -> bytes:
+    top_p = 0 if draw.top_p >= 1.0 else min(max(round(draw.top_p * 2**32), 1), 2**32 - 1)
+    return DRAW_ROW.pack(
+        draw.seed & 0xFFFF_FFFF_FFFF_FFFF,
+        *(draw.row, draw.choice, draw.position),
+        *(draw.top_k, top_p, draw.min_p, LOG2E / draw.temperature),
+    )
 
 
 def _check_vectors(op: str, tensor: torch.Tensor, width: int) -> None:

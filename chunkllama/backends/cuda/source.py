@@ -48,8 +48,11 @@ PARAMS: Final = {
     "RmsNormParams": ParamStruct(struct.Struct("=5Qif")),
     "SiluAndMulParams": ParamStruct(struct.Struct("=2Qi4x")),
     "CopyChunksParams": ParamStruct(struct.Struct("=2Qqi4x")),
+    "DrawTokensParams": ParamStruct(struct.Struct("=3Qi4x")),
     "ConformanceParams": ParamStruct(struct.Struct("=3Q")),
 }
+
+DRAW_ROW: Final = struct.Struct("=Q3i2I2f4x")  # of draw_tokens: one draw
 
 _INCLUDE = re.compile(r'^#include "([\w./]+)"\n', re.MULTILINE)
 
@@ -283,6 +286,19 @@ def copy_chunks_kernel() -> KernelSpec:
     )
 
 
+def draw_tokens_kernel() -> KernelSpec:
+    threads, bins = 512, 16
+    shared = 8 * (bins * threads + threads + bins) + 8 * (threads // 32)
+    return KernelSpec(
+        "draw_tokens",
+        "draw_tokens.cuh",
+        "DrawTokensParams",
+        threads=threads,
+        shared_bytes=shared,
+        max_registers=96,
+    )
+
+
 def conformance_kernel(dtype: str) -> KernelSpec:
     """The device layer's own check (benchmarks/gpu.py); no op launches it."""
     return KernelSpec(
@@ -297,7 +313,7 @@ def conformance_kernel(dtype: str) -> KernelSpec:
 
 def shipped_kernels(table: HardwareTable) -> list[KernelSpec]:
     """Every specialization the backend can ask for on a device with this table."""
-    kernels = [copy_chunks_kernel()]
+    kernels = [copy_chunks_kernel(), draw_tokens_kernel()]
     for dtype in DTYPES:
         kernels += [rms_norm_kernel(dtype), silu_and_mul_kernel(dtype)]
         for head_dim in HEAD_DIMS:

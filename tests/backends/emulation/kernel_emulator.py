@@ -33,6 +33,7 @@ from chunkllama.backends.cuda.source import (
     KernelSpec,
     conformance_kernel,
     copy_chunks_kernel,
+    draw_tokens_kernel,
     hardware_tables,
     merge_kernel,
     rms_norm_kernel,
@@ -81,6 +82,7 @@ def kernels_of(
         rms_norm_kernel(dtype),
         silu_and_mul_kernel(dtype),
         copy_chunks_kernel(),
+        draw_tokens_kernel(),
         conformance_kernel(dtype),
     ]
 
