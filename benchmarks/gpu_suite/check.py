@@ -235,10 +235,10 @@ def _draws(device: Device) -> Point:
         for vocab_size in (1, 5_000, 49_152):
             logits = torch.empty(16, vocab_size, device=device.torch_device).normal_(std=3.0)
             draws = [Draw(row, row, 0, row, 0.8, **kinds[row % 4]) for row in range(16)]
-            got, want = (each.draw(logits.clone(), draws) for each in (ops, reference))
-            if not device.dry:
+            got = ops.draw(logits.clone(), draws)
+            if not device.dry:  # the reference needs data
                 counts["draws"] += len(draws)
-                counts["other_tokens"] += int((got != want).sum())
+                counts["other_tokens"] += int((got != reference.draw(logits, draws)).sum())
         assert counts["other_tokens"] <= 1, counts
         return dict(counts)
 
