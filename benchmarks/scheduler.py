@@ -20,6 +20,7 @@ from statistics import median
 import numpy as np
 
 from chunkllama.cache.manager import CacheManager
+from chunkllama.cache.node import encode_tokens
 from chunkllama.scheduler.output import SampledTokens
 from chunkllama.simulation.engine import SimulatedEngine
 from chunkllama.simulation.random_traffic import RandomTraffic
@@ -39,9 +40,10 @@ def _milliseconds(work: Callable[[], object], repeats: int) -> float:
 def _filled(cache: CacheManager, prompts: list[np.ndarray]) -> None:
     """Put prompts into the tree as if each had been computed and released."""
     for tokens in prompts:
-        match = cache.match(tokens, len(tokens), "")
+        key = encode_tokens(tokens)
+        match = cache.match(key, len(tokens), "")
         admission = next(iter(cache.admissions(match, -(-len(tokens) // SIZE), "")))
-        chunks = cache.admit(admission, tokens, "", len(tokens))
+        chunks = cache.admit(admission, key, "", len(tokens))
         cache.will_compute(chunks, match.num_tokens, len(tokens))
         cache.end_step()
         cache.did_compute(chunks, match.num_tokens, len(tokens))
@@ -57,8 +59,9 @@ def match_below_many_children(num_children: int) -> float:
     _filled(cache, [np.concatenate([prefix, tail]) for tail in tails])
     assert cache.tree.num_nodes == num_children + 1
     wanted = np.concatenate([prefix, tails[num_children // 2], tails[0]])
-    assert cache.match(wanted, len(wanted) - 1, "").num_tokens == 2 * SIZE
-    return _milliseconds(lambda: cache.match(wanted, len(wanted) - 1, ""), 500)
+    key = encode_tokens(wanted)
+    assert cache.match(key, len(wanted) - 1, "").num_tokens == 2 * SIZE
+    return _milliseconds(lambda: cache.match(key, len(wanted) - 1, ""), 500)
 
 
 def match_long_prefix(num_tokens: int) -> float:
@@ -67,7 +70,7 @@ def match_long_prefix(num_tokens: int) -> float:
     cache = CacheManager(num_tokens // SIZE + 8, SIZE, time.monotonic)
     prompt = rng.integers(0, 32000, num_tokens, dtype=np.int32)
     _filled(cache, [prompt])
-    return _milliseconds(lambda: cache.match(prompt, len(prompt) - 1, ""), 200)
+    return _milliseconds(lambda: cache.match(encode_tokens(prompt), len(prompt) - 1, ""), 200)
 
 
 def decode_step(

@@ -130,7 +130,7 @@ class TokenDelta(msgspec.Struct, kw_only=True, tag="tokens"):
 CacheReason = Literal[
     "complete", "below_minimum", "not_looked_up", "no_room", "in_progress", "diverged", "evicted",
     "expired", "dropped", "rounded", "not_stored", "another_namespace", "another_adapter",
-    "never_seen", "unknown",
+    "another_replica", "never_seen", "unknown",
 ]  # fmt: skip
 
 

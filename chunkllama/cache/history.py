@@ -140,16 +140,14 @@ class PromptHistory:
         path = self._extend(record, root, kept)
         if path and len(kept) < len(key):
             path[-1].lost = True
-        end = 0
+        end, stored = 0, num_stored * TOKEN_BYTES
         for entry in path:
             entry.removed = entry.pin_ended = None
-            if not entry.is_stored:
-                entry.is_stored = end + entry.num_tokens <= num_stored
-            end += self.chunk_size
-        by_use = record.by_use
+            end += len(entry.key)  # the last one may reach beyond the prompt
+            if end <= stored:
+                entry.is_stored = True
         for entry in reversed(path):
-            by_use[entry] = None
-            by_use.move_to_end(entry)
+            record.by_use.move_to_end(entry)
         while len(record.by_use) > self.max_chunks:
             self._drop(record, next(iter(record.by_use)))
 
@@ -169,16 +167,12 @@ class PromptHistory:
         parent = root
         for start in range(0, len(key), self._width):
             part = key[start : start + self._width]
-            if not parent.keys:
-                path.append(self._append(parent, part))
-                parent = path[-1]
-                continue
             at = bisect_left(parent.keys, part)
-            entry = parent.children[at] if at < len(parent.keys) else None
-            if entry is None or not entry.key.startswith(part):
-                entry = self._add(record, parent, part)
-            path.append(entry)  # for the last, shorter part perhaps a longer one
-            parent = entry
+            if at < len(parent.keys) and parent.keys[at].startswith(part):
+                parent = parent.children[at]  # for the last, shorter part perhaps a longer one
+            else:
+                parent = self._add(record, parent, part)
+            path.append(parent)
         return path
 
     def _add(self, record: _Record, parent: Entry, key: bytes) -> Entry:
@@ -186,12 +180,10 @@ class PromptHistory:
         for entry in parent.neighbours(key):
             if key.startswith(entry.key):
                 self._unlink(record, entry)
-        return self._append(parent, key, parent.place(key))
-
-    def _append(self, parent: Entry, key: bytes, at: int = 0) -> Entry:
-        entry = Entry(parent.tenant, parent.namespace, parent, key)
+        entry, at = Entry(parent.tenant, parent.namespace, parent, key), parent.place(key)
         parent.children.insert(at, entry)
         parent.keys.insert(at, key)
+        record.by_use[entry] = None
         self._by_fingerprint.setdefault(entry.fingerprint, []).append(entry)
         return entry
 

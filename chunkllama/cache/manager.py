@@ -77,16 +77,15 @@ class CacheManager:
 
     # -- admission --------------------------------------------------------------------------
 
-    def match(self, tokens: Int32Array, limit: int, namespace: str) -> Match:
-        """Longest usable prefix of ``tokens``, at most ``limit``; changes nothing."""
-        return find_match(self.root, encode_tokens(tokens), limit, namespace, self.chunk_size)
+    def match(self, key: bytes, limit: int, namespace: str) -> Match:
+        """Longest usable prefix of encoded tokens, at most ``limit``; changes nothing."""
+        return find_match(self.root, key, limit, namespace, self.chunk_size)
 
     def promote(
-        self, match: Match, tokens: Int32Array, limit: int, namespace: str, limits: ReadLimits
+        self, match: Match, key: bytes, limit: int, namespace: str, limits: ReadLimits
     ) -> Wait | None:
         """Begin to read what continues a match in the first ``limit`` tokens; returns the wait."""
         assert self.tier is not None
-        key = encode_tokens(tokens)
         wait = self.tier.promote(match, self.root, key, limit, namespace, limits)
         if wait is not None and wait.promotion is not None:
             for node in reversed(match.nodes):  # they should be there when it has been read
@@ -124,7 +123,7 @@ class CacheManager:
     def admit(
         self,
         admission: Admission,
-        tokens: Int32Array,
+        key: bytes,
         namespace: str,
         insert_limit: int,
         tenant: str = "",
@@ -132,7 +131,7 @@ class CacheManager:
         """Reference the match, allocate the rest, insert the prompt's chunks as unfilled nodes.
 
         Args:
-            tokens: every token known of the sequence.
+            key: every token known of the sequence, encoded.
             insert_limit: leading tokens that others may see.
             tenant: owner of the chunks that it adds.
         """
@@ -150,26 +149,23 @@ class CacheManager:
             self._copy_sources.append(source)
             chunks.copies.append((source.chunk_id, fresh[0], match.num_copied))
         chunks.extend(fresh, self._clock())
-        self._show_prompt(chunks, tokens, admission)
+        self._show_prompt(chunks, key, admission)
         chunks.set_next_publish(self.chunk_size)
         return chunks
 
-    def _show_prompt(
-        self, chunks: SequenceChunks, tokens: Int32Array, admission: Admission
-    ) -> None:
+    def _show_prompt(self, chunks: SequenceChunks, key: bytes, admission: Admission) -> None:
         """Insert the chunks of the known tokens, unfilled, unless the first exists already."""
         size, match, first = self.chunk_size, admission.match, chunks.num_whole
         parent = chunks.path[-1] if chunks.path else self.root
-        text = encode_tokens(tokens[first * size : min(len(tokens), chunks.insert_limit)])
-        width = size * TOKEN_BYTES
-        keys = [text[at : at + width] for at in range(0, len(text), width)]
+        width, end = size * TOKEN_BYTES, min(len(key), chunks.insert_limit * TOKEN_BYTES)
+        keys = [key[at : min(at + width, end)] for at in range(first * width, end, width)]
         if not keys or self.tree.find_extending(parent, chunks.namespace, keys[0]) is not None:
             return  # an equal chunk is pending: ours is published, or replaced, once it is full
         ids = chunks.ids[first : first + len(keys)].tolist()
         nodes = self.tree.insert_path(parent, chunks.namespace, keys, ids, chunks.tenant)
         chunks.path += nodes
         chunks.meter += len(nodes) * self._clock()
-        chunks.num_whole += len(text) // width
+        chunks.num_whole = end // width
         node = nodes[0]
         if match.copy_source is not None and admission.reuses_leaf:
             node.filled = node.scheduled = min(match.num_copied, node.num_tokens)
@@ -303,9 +299,8 @@ class CacheManager:
             num_computed = chunks.num_whole * size
         self.publish(chunks, tokens, num_computed)
         if chunks.insert_limit:
-            self.record_prompt(
-                tokens[:num_computed], chunks.insert_limit, chunks.tenant, chunks.namespace
-            )
+            key = encode_tokens(tokens[:num_computed])
+            self.record_prompt(key, chunks.insert_limit, chunks.tenant, chunks.namespace)
         depth = chunks.num_whole
         end = min(num_computed, chunks.insert_limit, (depth + 1) * size)
         private = chunks.ids[len(chunks.path) :].tolist()
@@ -355,7 +350,7 @@ class CacheManager:
         self, tokens: Int32Array, namespace: str, seconds: float, tenant: str, adapter: str = ""
     ) -> bool:
         """Keep what the tree has of ``tokens`` for ``seconds``; False if over the budget."""
-        match = self.match(tokens, len(tokens), namespace)
+        match = self.match(encode_tokens(tokens), len(tokens), namespace)
         source = match.copy_source
         whole = source and match.num_tokens == len(tokens) and source.filled == source.num_tokens
         leaf = source if whole else match.nodes[-1] if match.nodes else None
@@ -376,18 +371,14 @@ class CacheManager:
     # -- inspection -------------------------------------------------------------------------
 
     def explain(
-        self, tokens: Int32Array, match: Match | None, num_used: int, tenant: str, namespace: str
+        self, key: bytes, match: Match | None, num_used: int, tenant: str, namespace: str
     ) -> CacheExplanation:
         """Explain why the match of all tokens but the last ended; see ``explain_match``."""
-        key = encode_tokens(tokens)
         return explain_match(self.history, self._clock(), tenant, namespace, key, match, num_used)
 
-    def record_prompt(
-        self, tokens: Int32Array, num_stored: int, tenant: str, namespace: str
-    ) -> None:
+    def record_prompt(self, key: bytes, num_stored: int, tenant: str, namespace: str) -> None:
         """Record a prompt that a tenant has sent, of which ``num_stored`` tokens may be stored."""
-        kept = tokens[: self.history.max_chunks * self.chunk_size + 1]  # shows if there is more
-        self.history.record(tenant, namespace, encode_tokens(kept), num_stored)
+        self.history.record(tenant, namespace, key, num_stored)
 
     def check_invariants(self, live: Iterable[SequenceChunks], *, in_step: bool = False) -> None:
         """Check ``cache/invariants.py``, given the chunks of all live sequences."""

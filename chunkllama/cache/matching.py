@@ -34,8 +34,10 @@ class Match(NamedTuple):
     @property
     def num_public_tokens(self) -> int:
         """Those of ``num_tokens`` that everyone may match; they come first."""
-        count = bisect_left(self.nodes, True, key=lambda node: node.namespace != PUBLIC)
-        count *= self.nodes[0].num_tokens if self.nodes else 0
+        count = 0
+        if self.nodes and self.nodes[0].namespace == PUBLIC:
+            count = bisect_left(self.nodes, True, key=lambda node: node.namespace != PUBLIC)
+            count *= self.nodes[0].num_tokens
         copies_public = self.copy_source is not None and self.copy_source.namespace == PUBLIC
         return count + (self.num_copied if copies_public else 0)
 
@@ -111,30 +113,19 @@ def _usable(
     if chain and chain[-1].scheduled < size:  # those before it are computed first
         ready = bisect_left(chain, True, key=lambda node: node.scheduled < size)
     nodes = chain[:ready]
-    end = chain[-1] if chain else root
-    found = _overlaps(end, key, limit, namespace, size)
-    overlaps = copyable = [each for each in found if not each[0].bits]
+    behind = here = _overlaps(chain[-1] if chain else root, key, limit, namespace, size)
     if ready < len(chain):
-        parent = nodes[-1] if nodes else root
-        found = _overlaps(parent, key, limit, namespace, size)
-        copyable = [each for each in found if not each[0].bits]
-    source, copied = None, 0
-    if copyable:
-        for node, tokens in _copyable(copyable):
-            if tokens > copied:
-                source, copied = node, tokens
-    later, pending = len(chain) * size, None
+        here = _overlaps(nodes[-1] if nodes else root, key, limit, namespace, size)
+    source, copied = _copy_source(here)
+    most, pending = 0, None
+    for node, overlap in behind:
+        if overlap > most and not node.bits:
+            most, pending = overlap, (node, overlap)
     if ready < len(chain):
         pending = (chain[-1], size)
-    best_overlap = 0
-    for node, overlap in overlaps:
-        if overlap > best_overlap:
-            best_overlap = overlap
-            if ready == len(chain):
-                pending = (node, overlap)
     num_tokens = ready * size + copied
-    later = max(later + best_overlap, num_tokens)
-    in_rounded = any(node.bits and tokens > copied for node, tokens in found)
+    later = max(len(chain) * size + most, num_tokens)
+    in_rounded = any(node.bits and overlap > copied for node, overlap in here)
     return Match(nodes, source, copied, num_tokens, later, pending, in_rounded)
 
 
@@ -147,11 +138,11 @@ def _overlaps(
     if end <= start or not parent.children:
         return []
     rest = key[start * TOKEN_BYTES : end * TOKEN_BYTES]
-    return [
-        (node, common_prefix(node.key, rest))
-        for children in parent.visible_children(namespace)
-        for node in children.neighbours(rest)
-    ]
+    found = []
+    for children in parent.visible_children(namespace):
+        for node in children.neighbours(rest):
+            found.append((node, common_prefix(node.key, rest)))
+    return found
 
 
 def _exits(root: Node, public: list[Node]) -> Iterator[tuple[int, Node]]:
@@ -164,13 +155,17 @@ def _exits(root: Node, public: list[Node]) -> Iterator[tuple[int, Node]]:
             yield depth, edge.nodes[-1]
 
 
-def _copyable(overlaps: list[tuple[Node, int]]) -> Iterator[tuple[Node, int]]:
-    """Filled nodes and how many tokens may be copied from each in this step.
+def _copy_source(overlaps: list[tuple[Node, int]]) -> tuple[Node | None, int]:
+    """The node from which most tokens may be copied in this step, and how many.
 
-    A node that a copy of this step fills is not filled yet, but its source is.
+    A node that a copy of this step fills is not filled yet, but its source is. One that the tier
+    has rounded is never copied from.
     """
+    best, most = None, 0
     for node, overlap in overlaps:
-        yield node, min(overlap, node.filled)
-        if node.copied_from is not None:
-            source, tokens = node.copied_from
-            yield source, min(overlap, tokens)
+        source, tokens = node, min(overlap, node.filled)
+        if node.copied_from is not None and tokens < min(overlap, node.copied_from[1]):
+            source, tokens = node.copied_from[0], min(overlap, node.copied_from[1])
+        if tokens > most and not node.bits:
+            best, most = source, tokens
+    return best, most

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TOKEN_BYTES = 4
 PUBLIC = ""
-_FEW_TOKENS = 512
+_FEW_BYTES = 128  # of that length keys are compared as integers
 
 
 def encode_tokens(tokens: NDArray[np.int32]) -> bytes:
@@ -34,16 +34,17 @@ def common_prefix(a: bytes, b: bytes) -> int:
     """Number of leading tokens two keys have in common."""
     if a == b:
         return len(a) // TOKEN_BYTES
-    shorter = min(len(a), len(b)) // TOKEN_BYTES
-    if shorter == 0:
+    if a[:TOKEN_BYTES] != b[:TOKEN_BYTES]:  # as most neighbours in the tree
         return 0
-    if shorter <= _FEW_TOKENS:  # arithmetic on integers costs less than a call of numpy
-        size = shorter * TOKEN_BYTES
-        differing = int.from_bytes(a[:size], "big") ^ int.from_bytes(b[:size], "big")
-        return (8 * size - differing.bit_length()) // (8 * TOKEN_BYTES)
-    differ = np.frombuffer(a, ">u4", shorter) != np.frombuffer(b, ">u4", shorter)
-    first = int(differ.argmax())
-    return first if differ[first] else shorter
+    same, end = 0, min(len(a), len(b))
+    while end - same > _FEW_BYTES:
+        middle = (same + end) // (2 * TOKEN_BYTES) * TOKEN_BYTES
+        if a[same:middle] == b[same:middle]:
+            same = middle
+        else:
+            end = middle
+    differing = int.from_bytes(a[same:end], "big") ^ int.from_bytes(b[same:end], "big")
+    return (end - (differing.bit_length() + 7) // 8) // TOKEN_BYTES
 
 
 class Children:

@@ -236,6 +236,8 @@ class PrefixTree:
 
     def num_evictable_of(self, path: list[Node]) -> int:
         """Nodes of a part of a path that are unused and unpinned: of most paths the end."""
+        if not path or path[-1].edge.num_sequences or path[-1].num_pins:
+            return 0
         first = bisect_left(
             path, True, key=lambda node: node.edge.num_sequences == 0 and node.num_pins == 0
         )

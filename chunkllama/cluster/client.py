@@ -21,7 +21,8 @@ from dataclasses import replace
 
 import msgspec
 
-from chunkllama.cluster.commands import Channel, CommandsToAll
+from chunkllama.cluster.commands import Channel, CommandsToAll, unless_lost
+from chunkllama.cluster.explanations import with_others
 from chunkllama.cluster.messages import Beat, Ended, FromReplica, Spent
 from chunkllama.cluster.prefix_keys import prefix_keys
 from chunkllama.cluster.routes import Replica, Route
@@ -31,8 +32,10 @@ from chunkllama.errors import EngineDeadError
 from chunkllama.logger import init_logger
 from chunkllama.messages import (
     AbortRequest,
+    CommandReply,
     EngineErrorInfo,
     EngineStats,
+    ExplainPrompt,
     ToEngine,
     TokenDelta,
 )
@@ -240,6 +243,10 @@ class ClusterEngineClient(CommandsToAll):
             return
         if route.failures:
             choice = replace(choice, why="retry")
+        if request.explain:
+            route.num_elsewhere = self._num_elsewhere(
+                route.keys, choice.replica, request.namespace, request.tenant, request.adapter
+            )
         self.routing.record(choice)
         route.choice = choice
         pin_chunks = num_chunks if request.pin_seconds > 0 else 0
@@ -255,9 +262,11 @@ class ClusterEngineClient(CommandsToAll):
             if refusal is None:
                 return
             delta = refusal
+        route = self._routes[stream.state.request.request_id]
+        if delta.explanation is not None:
+            delta.explanation = with_others(delta.explanation, route.num_elsewhere)
         stream.state.record(delta)
         super()._deliver(stream, delta)
-        route = self._routes[stream.state.request.request_id]
         if route.lost_at is not None:
             self.failover_seconds += time.monotonic() - route.lost_at
             route.lost_at = None
@@ -349,10 +358,31 @@ class ClusterEngineClient(CommandsToAll):
     def _channels(self) -> dict[int, Channel]:
         return {replica.number: replica.channel for replica in self._replicas.values()}
 
-    def _best(self, prompt_token_ids: list[int], namespace: str) -> Channel | None:
-        keys = prefix_keys(namespace, prompt_token_ids, self.info.chunk_size)
+    async def _explain(self, command: ExplainPrompt) -> CommandReply:
+        keys = prefix_keys(command.namespace, command.prompt_token_ids, self.info.chunk_size)
         choice = self.routing.choose(keys)
-        return None if choice is None else self._replicas[choice.replica].channel
+        if choice is None:
+            raise EngineDeadError("no replica is ready")
+        elsewhere = self._num_elsewhere(
+            keys, choice.replica, command.namespace, command.tenant, command.adapter
+        )
+        channel = self._replicas[choice.replica].channel
+        reply = await unless_lost(channel, channel.ask(command))
+        if reply.explanation is not None:
+            reply.explanation = with_others(reply.explanation, elsewhere)
+        return reply
+
+    def _num_elsewhere(
+        self, keys: list[int], replica: str, namespace: str, tenant: str, adapter: str
+    ) -> int:
+        """Return leading tokens of a prompt that another replica has, as its tenant may know.
+
+        A namespace that tenants share would tell one what others have sent, and the prefixes of
+        replicas are known by their tokens alone, without the adapter.
+        """
+        if (not namespace and tenant) or adapter or self.adapters:
+            return 0
+        return self.routing.num_elsewhere(keys, replica) * self.info.chunk_size
 
     async def close(self) -> None:
         self._fail_all(EngineDeadError("the server is stopping"))

@@ -110,8 +110,8 @@ class CommandsToAll(MessageClient):
         """The replicas in use, by number."""
 
     @abstractmethod
-    def _best(self, prompt_token_ids: list[int], namespace: str) -> Channel | None:
-        """The replica that would get a prompt."""
+    async def _explain(self, command: ExplainPrompt) -> CommandReply:
+        """Ask the replica that would get a prompt."""
 
     def set_tenants(self, tenants: SetTenants) -> None:
         """As ``EngineClient.set_tenants``; the limits are those of all replicas together."""
@@ -175,7 +175,7 @@ class CommandsToAll(MessageClient):
         """
         answers: dict[int, T] = {}
         while new := {n: each for n, each in self._channels().items() if n not in answers}:
-            found = await asyncio.gather(*(_unless_lost(each, call(each)) for each in new.values()))
+            found = await asyncio.gather(*(unless_lost(each, call(each)) for each in new.values()))
             answers |= zip(new, found, strict=True)
         if not answers:
             raise EngineDeadError("no replica is ready")
@@ -188,17 +188,14 @@ class CommandsToAll(MessageClient):
         command = make(0)
         match command:
             case ExplainPrompt():
-                best = self._best(command.prompt_token_ids, command.namespace)
-                if best is None:
-                    raise EngineDeadError("no replica is ready")
-                return await _unless_lost(best, best.ask(command))
+                return await self._explain(command)
             case CacheCommand() if command.chunk_id >= 0:
                 number, chunk_id = untag_chunk(command.chunk_id)
                 if number not in channels:
                     return CommandReply(command_id=0, found=False)
                 own = msgspec.structs.replace(command, chunk_id=chunk_id)
                 channel = channels[number]
-                reply = await _unless_lost(channel, channel.ask(own))
+                reply = await unless_lost(channel, channel.ask(own))
             case _:
                 reply = merge_replies(await self._from_all(lambda each: each.ask(command)))
         if isinstance(command, UnloadAdapter) and not reply.error:
@@ -244,7 +241,7 @@ class CommandsToAll(MessageClient):
         )
 
 
-async def _unless_lost(channel: Channel, call: Coroutine[Any, Any, T]) -> T:
+async def unless_lost(channel: Channel, call: Coroutine[Any, Any, T]) -> T:
     """Return what a call to a replica gives; one that hangs is lost, and would never answer.
 
     Raises:

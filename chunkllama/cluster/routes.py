@@ -33,6 +33,8 @@ class Route:
         gained: tokens that it had at the last failure.
         refusals: of replicas that had no room for it.
         lost_at: monotonic time of a failure after which it has no token yet.
+        num_elsewhere: tokens of its prompt that other replicas had when it was sent, if it is to be
+            explained.
         trial_deltas: that it got since it is the one that is tried.
     """
 
@@ -42,4 +44,5 @@ class Route:
     gained: int = 0
     refusals: dict[str, TokenDelta] = field(default_factory=dict)
     lost_at: float | None = None
+    num_elsewhere: int = 0
     trial_deltas: int = 0

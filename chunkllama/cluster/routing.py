@@ -238,6 +238,12 @@ class PrefixRouting:
         why = "retry" if avoid else why
         return Choice(chosen.name, why, int(matched[slot]), num_chunks, keys)
 
+    def num_elsewhere(self, keys: Sequence[int], replica: str) -> int:
+        """Return the most leading chunks of a prompt that another replica is believed to have."""
+        others = self._usable.copy()
+        others[self._replicas[replica].slot] = False
+        return int(self._matches(keys, others)[1][others].max(initial=0))
+
     def record(self, choice: Choice) -> None:
         """Note that a request was sent to the replica chosen for it."""
         self.counts[choice.why] += 1

@@ -8,6 +8,7 @@ from itertools import takewhile
 
 import numpy as np
 
+from chunkllama.cache.node import encode_tokens
 from chunkllama.engine.core import EngineCore
 from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.messages import EngineRequest
@@ -100,8 +101,8 @@ def compute_chunks(
         on_prefix(prefix)
         namespace = f"tenant {prompt.tenant}" if prompt.tenant else ""
         _run(core, prompt, namespace)
-        tokens = np.array(prompt.token_ids, np.int32)
-        nodes = cache.match(tokens, len(tokens), namespace).nodes
+        key = encode_tokens(np.array(prompt.token_ids, np.int32))
+        nodes = cache.match(key, len(prompt.token_ids), namespace).nodes
         path = document.path(prefix.last)
         if len(nodes) < len(path):
             raise ConfigError(f"prefixes: {prompt.name}: the pool is too small; raise num_chunks")

@@ -30,24 +30,25 @@ DEFAULT_RETRY_AFTER: Final = 5  # nothing has finished yet
 
 
 class OutputLengths:
-    """Running quantile over the lengths of the outputs that finished last."""
+    """Running quantile over the lengths of the outputs that finished last.
+
+    Attributes:
+        expected: the quantile.
+    """
 
     def __init__(self, quantile: float) -> None:
         self._quantile = quantile
         self._recent: deque[int] = deque()
         self._sorted: list[int] = []
+        self.expected = FIRST_EXPECTED_TOKENS
 
     def add(self, length: int) -> None:
         self._recent.append(length)
         insort(self._sorted, length)
         if len(self._recent) > LENGTH_WINDOW:
             del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
-
-    def expected(self) -> int:
-        if not self._sorted:
-            return FIRST_EXPECTED_TOKENS
         last = len(self._sorted) - 1
-        return self._sorted[min(last, int(self._quantile * len(self._sorted)))]
+        self.expected = self._sorted[min(last, int(self._quantile * len(self._sorted)))]
 
 
 class DrainRate:
@@ -157,7 +158,7 @@ class AdmissionControl:
 
     def expected_chunks(self, sequence: Sequence) -> int:
         """Chunks the sequence will probably hold in the end."""
-        expected = sequence.num_prompt_tokens + self.lengths.expected() - 1
+        expected = sequence.num_prompt_tokens + self.lengths.expected - 1
         tokens = max(sequence.num_tokens, min(sequence.max_kv_tokens, expected))
         return self.num_chunks(tokens)
 
@@ -169,11 +170,11 @@ class AdmissionControl:
     def reserved(self, running: Iterable[Sequence]) -> int:
         """Chunks promised to running sequences and not allocated yet."""
         total, size = 0, self._cache.chunk_size
-        output = self.lengths.expected() - 1
+        output = self.lengths.expected - 1
         for sequence in running:
             assert sequence.chunks is not None
             group = sequence.group
-            more = group.max_tokens - 1  # as max_kv_tokens and expected_chunks, but faster
+            more = group.max_tokens - 1  # as expected_chunks, but faster
             if more > output:
                 more = output
             tokens = sequence.num_prompt_tokens + more
@@ -217,7 +218,7 @@ class AdmissionControl:
         for admission in self._cache.admissions(match, num_chunks, namespace):
             if admission.num_new + reserve <= admission.available - promised:
                 chunks = self._cache.admit(
-                    admission, sequence.cache_ids, namespace, insert_limit, group.request.tenant
+                    admission, sequence.cache_key, namespace, insert_limit, sequence.tenant
                 )
                 return chunks, admission.match
         return None

@@ -32,18 +32,18 @@ def record_prompt(
     group, request = sequence.group, sequence.group.request
     if group.num_cached_tokens >= 0:  # another choice of the request, or preempted before
         return
-    tokens, tenant, namespace = sequence.cache_ids, request.tenant, request.namespace
+    key, tenant, namespace = sequence.cache_key, request.tenant, request.namespace
     if request.explain:
-        is_whole = match_limit(sequence, limits) == len(tokens) - 1
+        is_whole = match_limit(sequence, limits) == sequence.num_tokens - 1
         group.explanation = cache.explain(
-            tokens, match if is_whole else None, used.num_tokens, tenant, namespace
+            key, match if is_whole else None, used.num_tokens, tenant, namespace
         )
         if sequence.read is not None:
             group.explanation.num_tier_tokens = sequence.read.tokens_below(
                 used.num_tokens, cache.chunk_size
             )
     if limits.enable_prefix_caching:
-        cache.record_prompt(tokens, group.insert_limit, tenant, namespace)
+        cache.record_prompt(key, group.insert_limit, tenant, namespace)
 
 
 def explain_prompt(
@@ -58,14 +58,13 @@ def explain_prompt(
     tokens = np.array(prompt_token_ids, np.int32)
     if adapter is not None:
         tokens = adapter.tagged(tokens)
+    key, limit = encode_tokens(tokens), len(tokens) - 1
     match, num_read = None, 0
     if limits.enable_prefix_caching:
-        match = cache.match(tokens, len(tokens) - 1, namespace)
+        match = cache.match(key, limit, namespace)
         if cache.tier is not None:
-            match, num_read = cache.tier.extended(
-                match, encode_tokens(tokens), len(tokens) - 1, namespace
-            )
+            match, num_read = cache.tier.extended(match, key, limit, namespace)
     used = 0 if match is None else match.num_tokens
-    explanation = cache.explain(tokens, match, used, tenant, namespace)
+    explanation = cache.explain(key, match, used, tenant, namespace)
     explanation.num_tier_tokens = num_read
     return explanation

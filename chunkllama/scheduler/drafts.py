@@ -105,7 +105,7 @@ class Drafts:
         slowdown = self._limits.max_tenant_slowdown
         if self._limits.policy != "fair" or slowdown == 0.0:
             return math.inf
-        tenants = {s.group.request.tenant for s in scheduled}
+        tenants = {s.tenant for s in scheduled}
         return slowdown if len(tenants) > 1 else math.inf
 
     def end_step(self) -> None:

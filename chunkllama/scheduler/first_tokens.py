@@ -68,7 +68,7 @@ class FirstTokens:
         if not self._lifecycle.running.num_free_slots:
             return None
         prefills = self._lifecycle.running.prompts
-        busy = {s.group.request.tenant for s in prefills}
+        busy = {s.tenant for s in prefills}
         arriving = []
         for name in waiting.ready_tenants():
             if accounts.busy[name].num_running:

@@ -13,6 +13,7 @@ together, so those that wait for a slot are not held back once one of them runs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from chunkllama.cache.manager import CacheManager, Match
@@ -44,32 +45,31 @@ class Headroom:
         self._promised_slots = 0  # to beams that running searches will still fork
         self.promised = lifecycle.admission.reserved(lifecycle.running.by_age)
         if self._is_active:
-            for sequence in lifecycle.running.by_age:
-                self._count(sequence)
+            self._count(lifecycle.running.by_age)
 
     def add(self, sequence: Sequence) -> None:
         """Count a sequence that has started."""
         self.promised += self._lifecycle.admission.reserved([sequence])
         if self._is_active:
-            self._count(sequence)
+            self._count([sequence])
 
-    def _count(self, sequence: Sequence) -> None:
-        group, chunks = sequence.group, sequence.chunks
-        assert chunks is not None
-        tenant = group.request.tenant
-        slots = 1 if group.beam is None else _num_slots(group)
-        self._num_slots += slots
-        self._promised_slots += slots - 1
-        own = len(chunks.ids) - chunks.num_shared
-        if tenant in self._slots:
-            self._slots[tenant] += slots
-            self._chunks[tenant] += own
-        else:
-            self._slots[tenant], self._chunks[tenant] = slots, own
+    def _count(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            group, chunks, tenant = sequence.group, sequence.chunks, sequence.tenant
+            assert chunks is not None
+            slots = 1 if group.beam is None else _num_slots(group)
+            self._num_slots += slots
+            self._promised_slots += slots - 1
+            own = len(chunks.ids) - chunks.num_shared
+            if tenant in self._slots:
+                self._slots[tenant] += slots
+                self._chunks[tenant] += own
+            else:
+                self._slots[tenant], self._chunks[tenant] = slots, own
 
     def remains(self, sequence: Sequence, match: Match) -> bool:
         """Whether enough is left to other tenants if the sequence starts; it shares ``match``."""
-        tenant, group = sequence.group.request.tenant, sequence.group
+        tenant, group = sequence.tenant, sequence.group
         if not self._is_active or not tenant or tenant not in self._slots:
             return True
         if group.beam is not None and group.is_running:

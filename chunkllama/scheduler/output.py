@@ -7,8 +7,9 @@ unchanged.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,8 +20,7 @@ from chunkllama.sampling_params import SamplingParams
 Int32Array = NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
-class NewSequence:
+class NewSequence(msgspec.Struct, frozen=True):
     """State an executor keeps for a slot from now on until the slot is in ``freed_slots``.
 
     Sent when a sequence is first scheduled and again after a preemption (then ``output_token_ids``
@@ -39,7 +39,7 @@ class NewSequence:
     max_tokens: int | None = None  # output tokens it may have
 
 
-class ScheduledSlice(NamedTuple):
+class ScheduledSlice(msgspec.Struct, frozen=True):
     """Consecutive tokens of one sequence computed in this step; a decode is a slice of one token.
 
     Attributes:

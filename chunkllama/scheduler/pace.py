@@ -157,16 +157,20 @@ class Pace:
     def _limit_heavy(self) -> None:
         """Limit the heavy tenants of this step."""
         wanted, foreground = self._tokens_wanted()
-        weights = {tenant: self._lifecycle.accounts[tenant].weight for tenant in foreground}
-        levels = sorted(count / weights[tenant] for tenant, count in foreground.items())
+        accounts = self._lifecycle.accounts.busy
+        levels = sorted([count / accounts[t].weight for t, count in foreground.items()])
         if not levels:
             return
         self._wanted = wanted
         self._num_paced += 1
         self._level = levels[max(len(levels) - 2, 0) // 2]  # the highest is not among the others
-        others = wanted if len(wanted) > 1 else {}
-        heavy = {t: n for t, n in others.items() if n > LIKE * self._share(t)}
-        free = {t: n for t in heavy if (n := foreground.get(t, 0)) <= LIKE * self._share(t)}
+        heavy, free = {}, {}
+        for tenant, count in wanted.items() if len(wanted) > 1 else ():
+            most = LIKE * self._share(tenant)
+            if count > most:
+                heavy[tenant] = count
+                if (in_front := foreground.get(tenant, 0)) <= most:
+                    free[tenant] = in_front
         light = sum(wanted.values()) - sum(heavy.values()) + sum(free.values())
         light = min(light, self._budget)
         self._light_seconds = self._times.seconds(light)
@@ -195,7 +199,7 @@ class Pace:
         for sequence in lifecycle.running.by_age:
             count = sequence.num_tokens - sequence.num_computed_tokens
             if count := count or sequence.awaits_sample:  # such a row takes part in the step
-                tenant = sequence.group.request.tenant
+                tenant = sequence.tenant
                 wanted[tenant] = wanted.get(tenant, 0) + count
                 if sequence.is_background:
                     background[tenant] = background.get(tenant, 0) + count
@@ -243,7 +247,7 @@ class Pace:
         if not limits:
             return
         for sequence in lifecycle.running.order.sequences:
-            if (known := own.get(sequence.group.request.tenant)) is not None:
+            if (known := own.get(sequence.tenant)) is not None:
                 known.append(sequence)
         for tenant, left in limits.items():
             credit, turn = self._credit(tenant), own[tenant]
@@ -264,7 +268,10 @@ class Pace:
             self._left[tenant] = left
 
     def _credit(self, tenant: str) -> _Credit:
-        return self._credits.setdefault(tenant, _Credit())
+        credit = self._credits.get(tenant)
+        if credit is None:
+            credit = self._credits[tenant] = _Credit()
+        return credit
 
     def _price(self, tenant: str) -> float:
         """Return the seconds that a token of the tenant adds to the step."""
@@ -291,7 +298,7 @@ class Pace:
         """Tell whether a waiting sequence may have a token of the step."""
         if not self._level or self._is_free(sequence):
             return True
-        tenant = sequence.group.request.tenant
+        tenant = sequence.tenant
         if tenant not in self._left and tenant not in self._wanted:
             count = max(self._affordable(tenant, NO_LIMIT), LIKE * self._share(tenant))
             self._left[tenant] = count
@@ -299,20 +306,19 @@ class Pace:
 
     def most(self, sequence: Sequence) -> int:
         """Return the tokens that the sequence may have."""
-        left = self._left.get(sequence.group.request.tenant)
+        left = self._left.get(sequence.tenant)
         if left is None or self._is_free(sequence):
             return NO_LIMIT
         part = self._parts.get(sequence)
         return left if part is None else part
 
-    def take(self, sequence: Sequence, count: int) -> None:
-        """Note that the sequence has ``count`` tokens of the step."""
-        tenant = sequence.group.request.tenant
-        if tenant in self._left and sequence not in self._parts and not self._is_free(sequence):
-            self._left[tenant] -= count
+    def take_new(self, sequence: Sequence, count: int) -> None:
+        """Note that a sequence which has just started has ``count`` tokens of the step."""
+        if sequence.tenant in self._left and not self._is_free(sequence):
+            self._left[sequence.tenant] -= count
 
     def _is_free(self, sequence: Sequence) -> bool:
-        return sequence.group.request.tenant in self._free and not sequence.is_background
+        return sequence.tenant in self._free and not sequence.is_background
 
     # -- after it ---------------------------------------------------------------------------
 
@@ -325,14 +331,14 @@ class Pace:
         self._tokens, self._num_free_tokens = tokens, 0
         free = self._free
         for sequence in scheduled:
-            tenant = sequence.group.request.tenant
+            tenant = sequence.tenant
             count = sequence.num_scheduled + len(sequence.draft.token_ids)
             if tenant in free and not sequence.is_background:
                 self._num_free_tokens += count
             else:
                 tokens[tenant] = tokens.get(tenant, 0) + count
         for sequence in awaiting if scheduled else ():
-            tenant = sequence.group.request.tenant
+            tenant = sequence.tenant
             tokens[tenant] = tokens.get(tenant, 0) + 1
 
     def end_step(self) -> None:

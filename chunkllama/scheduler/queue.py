@@ -80,7 +80,7 @@ class WaitingQueue:
             yield from queue.by_age
 
     def _tenant(self, sequence: Sequence) -> str:
-        return sequence.group.request.tenant if self._policy == "fair" else ""
+        return sequence.tenant if self._policy == "fair" else ""
 
     def add(self, sequence: Sequence) -> None:
         tenant = self._tenant(sequence)
@@ -156,7 +156,7 @@ class WaitingQueue:
             reason[0]
             for reason, parked in self._by_reason.items()
             if isinstance(reason, tuple)
-            and any(not s.is_background and s.group.request.tenant != other_than for s in parked)
+            and any(not s.is_background and s.tenant != other_than for s in parked)
         }
 
     def check_invariants(self, clocks: Clocks) -> None:
@@ -206,7 +206,7 @@ class WaitingQueue:
         With a policy that knows no tenants the caller has to pass over each of its sequences.
         """
         if self._policy == "fair":
-            self.blocked.add(sequence.group.request.tenant)
+            self.blocked.add(sequence.tenant)
 
     def close(self, sequence: Sequence) -> None:
         """Leave the sequences behind this one in its queue out of the rest of ``candidates``."""

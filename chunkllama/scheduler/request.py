@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.cache.manager import SequenceChunks
+from chunkllama.cache.node import TOKEN_BYTES, encode_tokens
 from chunkllama.cache.tier_entry import Promotion
 from chunkllama.messages import (
     BACKGROUND_PRIORITY,
@@ -34,6 +35,8 @@ class Sequence:
     Attributes:
         age: smaller is older; a preemption does not make a sequence younger.
         is_background: it yields to the prompts of other requests.
+        tenant: of its request.
+        max_kv_tokens: positions whose K/V it may ever need; the last token's never is.
         slot: index of its device state while it runs, else -1.
         chunks: its chunks while it runs, else None.
         num_scheduled: tokens of it in the step being put together or in flight.
@@ -45,6 +48,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "_key",
         "_tokens",
         "age",
         "awaits_sample",
@@ -53,6 +57,7 @@ class Sequence:
         "group",
         "index",
         "is_background",
+        "max_kv_tokens",
         "num_admitted",
         "num_computed_tokens",
         "num_prompt_tokens",
@@ -61,6 +66,7 @@ class Sequence:
         "num_tokens",
         "read",
         "slot",
+        "tenant",
     )
 
     def __init__(self, group: SequenceGroup, index: int, tokens: Iterable[int]) -> None:
@@ -68,9 +74,12 @@ class Sequence:
         self.index = index
         self.age = group.arrival, index
         self.is_background = group.request.priority >= BACKGROUND_PRIORITY
+        self.tenant = group.request.tenant
         self._tokens = np.array(list(tokens), np.int32)
+        self._key = b""
         self.num_tokens = len(self._tokens)
         self.num_prompt_tokens = group.num_prompt_tokens
+        self.max_kv_tokens = self.num_prompt_tokens + max(group.max_tokens - 1, 0)
         self.num_computed_tokens = 0
         self.num_admitted = 0
         self.num_scheduled = 0
@@ -97,6 +106,13 @@ class Sequence:
         use = self.group.adapter
         return self.token_ids if use is None else use.tagged(self.token_ids)
 
+    @property
+    def cache_key(self) -> bytes:
+        """``cache_ids``, encoded; kept until a token is appended."""
+        if len(self._key) != TOKEN_BYTES * self.num_tokens:
+            self._key = encode_tokens(self.cache_ids)
+        return self._key
+
     def adapter_at(self, position: int) -> int:
         """Number of the adapter that is active at a position; 0 is none."""
         use = self.group.adapter
@@ -118,11 +134,6 @@ class Sequence:
     def num_remaining_tokens(self) -> int:
         """Tokens that are not computed yet."""
         return self.num_tokens - self.num_computed_tokens
-
-    @property
-    def max_kv_tokens(self) -> int:
-        """Positions whose K/V it may ever need; the last token's never is."""
-        return self.num_prompt_tokens + max(self.group.max_tokens - 1, 0)
 
     @property
     def wants_prompt_logits(self) -> bool:
@@ -172,6 +183,7 @@ class SequenceGroup:
         sequences: those not finished, by index.
         held: it may not start yet.
         num_cached_tokens: prompt tokens that were not computed again; -1 until admitted.
+        num_cache_write_tokens: prompt tokens that the request adds to the cache.
         num_rounded_tokens: those of them whose K/V the tier has rounded.
         prompt_logprobs: entries so far; the first is None (nothing comes before it).
         explanation: of the prompt's match, until it is sent.
@@ -189,6 +201,7 @@ class SequenceGroup:
     held: bool = False
     beam: BeamSearch | None = None
     num_cached_tokens: int = -1
+    num_cache_write_tokens: int = 0
     num_rounded_tokens: int = 0
     started_at: float = 0.0
     prefilled_at: float | None = None
@@ -214,13 +227,6 @@ class SequenceGroup:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
-
-    @property
-    def num_cache_write_tokens(self) -> int:
-        """Prompt tokens this request adds to the cache."""
-        until = self.request.cache_until
-        shown = self.num_prompt_tokens if until is None else min(until, self.num_prompt_tokens)
-        return max(shown - max(self.num_cached_tokens, 0), 0)
 
     @property
     def insert_limit(self) -> int:

@@ -62,8 +62,9 @@ class RunningSequences:
         if len(self.decodes) == len(self.by_age):
             self.prompts = []
             return []
-        self.prompts = [s for s in self.by_age if s.num_tokens - s.num_computed_tokens > 1]
-        return [s for s in self.by_age if s.awaits_sample]
+        others = [s for s in self.by_age if s.num_tokens - s.num_computed_tokens != 1]
+        self.prompts = [s for s in others if s.num_tokens - s.num_computed_tokens > 1]
+        return [s for s in others if s.awaits_sample]
 
     def start(self, sequence: Sequence, chunks: SequenceChunks, num_computed: int) -> None:
         """Start the sequence with K/V of ``num_computed`` tokens in its chunks."""
@@ -166,7 +167,7 @@ class RunningSequences:
 
     def plan_version(self, scheduled: list[Sequence]) -> int:
         """Return 0 if a slice has several tokens, else a number that identifies the row list."""
-        if any(s.num_scheduled > 1 or s.draft.token_ids for s in scheduled):
+        if any(s.num_scheduled > 1 or s.draft.token_ids for s in reversed(scheduled)):
             return 0
         is_part = len(scheduled) < len(self.by_age)
         slots = tuple(sorted(s.slot for s in scheduled)) if is_part else ()

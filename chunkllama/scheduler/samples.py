@@ -41,11 +41,15 @@ def _append_token(
     token_id = sampled.token_ids[slot]
     sequence.append(token_id)
     sequence.draft.forced = sampled.forced.get(slot, [])
-    tokens = [*sampled.accepted.get(slot, ()), (token_id, sampled.logprobs.get(slot))]
-    lifecycle.counters.generation_tokens += len(tokens)
+    token_ids, logprob = [token_id], sampled.logprobs.get(slot)
+    logprobs = None if logprob is None else [logprob]
+    if accepted := sampled.accepted.get(slot):
+        token_ids[:0] = [each for each, _ in accepted]
+        logprobs = [*(each for _, each in accepted if each is not None), *(logprobs or ())] or None
+    lifecycle.counters.generation_tokens += len(token_ids)
     reason, stop_token_id = sequence.finish_reason(limits.eos_token_ids)
     if reason is None and slot in sampled.finished_grammar:
         reason = "length" if slot in sampled.closed_grammar else "stop"
-    deltas.add_tokens(sequence, tokens, reason, stop_token_id)
+    deltas.add_tokens(sequence, token_ids, logprobs, reason, stop_token_id)
     if reason is not None:
         lifecycle.finish(sequence)

@@ -221,12 +221,11 @@ class Scheduler:
             but: a tenant whose sequences are left out.
             paused: sequences that are left out.
         """
-        pace = self._pace
+        pace, is_limiting = self._pace, self._pace.is_limiting
         for sequence in self._running.decodes:
-            is_left_out = sequence in paused or sequence.group.request.tenant == but
-            if is_left_out or sequence.num_scheduled:
+            if sequence.num_scheduled or sequence.tenant == but or sequence in paused:
                 continue
-            if not pace.is_limiting or pace.most(sequence):
+            if not is_limiting or pace.most(sequence):
                 self._take(sequence, 1)
                 budget -= 1
         return budget
@@ -240,7 +239,7 @@ class Scheduler:
         prefills = self._find_prefills(s for s in self._running.prompts if s not in paused)
         if len(prefills) > 1 and self._limits.policy == "fair":
             clocks = self._starts.clocks()
-            prefills.sort(key=lambda s: (clocks[s.group.request.tenant], s.age))
+            prefills.sort(key=lambda s: (clocks[s.tenant], s.age))
         reserve = min(budget, self._pace.reserve)
         short = [s for s in prefills if s.num_remaining_tokens <= reserve]
         if len(short) < len(prefills):
@@ -273,8 +272,6 @@ class Scheduler:
     def _take(self, sequence: Sequence, count: int) -> None:
         """Put ``count`` tokens of the sequence into this step."""
         sequence.num_scheduled = count
-        if self._pace.is_limiting:
-            self._pace.take(sequence, count)
         self._scheduled.append(sequence)
         start = sequence.num_computed_tokens
         if start < sequence.num_admitted:

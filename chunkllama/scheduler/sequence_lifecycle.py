@@ -108,6 +108,8 @@ class SequenceLifecycle:
         if group.num_cached_tokens < 0:
             group.started_at = self._clock()
             group.num_cached_tokens = min(match.num_tokens, group.num_prompt_tokens)
+            shown = min(group.insert_limit, group.num_prompt_tokens)
+            group.num_cache_write_tokens = max(shown - group.num_cached_tokens, 0)
             self.counters.prefix_tokens_queried += group.num_prompt_tokens
             self.counters.prefix_tokens_hit += group.num_cached_tokens
             self.counters.prefix_tokens_hit_public += min(
@@ -127,7 +129,7 @@ class SequenceLifecycle:
         """Count and charge positions [start, end) of a running sequence."""
         if start >= sequence.num_admitted:
             self.counters.decode_tokens_computed += end - start
-            self.accounts.charge_decoded(sequence.group.request.tenant, end - start)
+            self.accounts.charge_decoded(sequence.tenant, end - start)
             return
         self.counters.prefill_tokens_computed += end - start
         order = self.running.order

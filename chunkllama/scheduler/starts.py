@@ -86,20 +86,18 @@ class Starts:
         if not budget or not len(waiting) or not running.num_free_slots:
             return budget
         self._unpark_followers()
-        long_looked_at = 0
-        for sequence in waiting.candidates(self.clocks()):
-            if budget == 0 or not running.num_free_slots:
-                break
+        clocks, long_looked_at = self.clocks(), 0
+        for sequence in waiting.candidates(clocks):
             if only_short and not waiting.may_overtake(sequence):
                 waiting.close(sequence)
                 continue
-            tenant = sequence.group.request.tenant
-            gives_way = sequence.is_background and not sequence.joins_others
-            is_left_out = (foreground and gives_way) or (
-                only is not None and not only.may_start(tenant, self.clocks())
-            )
-            may_run = lifecycle.may_run(sequence) and self._pace.may_start(sequence)
-            if is_left_out or not may_run:
+            gives_way = foreground and sequence.is_background and not sequence.joins_others
+            if (
+                gives_way
+                or (only is not None and not only.may_start(sequence.tenant, clocks))
+                or not lifecycle.may_run(sequence)
+                or not self._pace.may_start(sequence)
+            ):
                 waiting.block(sequence)
                 continue
             match = self._match(sequence)
@@ -108,7 +106,7 @@ class Starts:
             wait = self._wait_for_tier(sequence, match)
             if wait is not None and wait.promotion is not None:
                 waiting.park(sequence, wait.promotion)
-                self._reads.setdefault(wait.promotion, tenant)
+                self._reads.setdefault(wait.promotion, sequence.tenant)
                 continue
             if only_short and not self._may_start_early(sequence, match, budget):
                 long_looked_at += 1
@@ -123,6 +121,8 @@ class Starts:
             if left is None:
                 break
             budget = left
+            if budget == 0 or not running.num_free_slots:
+                break
         return budget
 
     def _room(self) -> Headroom:
@@ -178,7 +178,7 @@ class Starts:
         )
         wait = self._cache.promote(
             match,
-            sequence.cache_ids,
+            sequence.cache_key,
             match_limit(sequence, self._limits),
             sequence.group.request.namespace,
             limits,
@@ -207,20 +207,21 @@ class Starts:
         record_prompt(sequence, match, admitted[1], cache, self._limits)
         lifecycle.start(sequence, *admitted)
         headroom.add(sequence)
-        tenant = sequence.group.request.tenant
-        self.clocks().add(tenant, sequence.num_remaining_tokens)
-        return self._take(sequence, budget)
+        self.clocks().add(sequence.tenant, sequence.num_remaining_tokens)
+        left = self._take(sequence, budget)
+        self._pace.take_new(sequence, budget - left)
+        return left
 
     def _match(self, sequence: Sequence) -> Match:
         limit = match_limit(sequence, self._limits)
-        return self._cache.match(sequence.cache_ids, limit, sequence.group.request.namespace)
+        return self._cache.match(sequence.cache_key, limit, sequence.group.request.namespace)
 
     def _may_start_early(self, sequence: Sequence, match: Match, budget: int) -> bool:
         """Whether a waiting prompt may use tokens reserved for short and new ones."""
         if sequence.num_tokens - match.num_tokens <= budget:
             return True
-        tenant = sequence.group.request.tenant
+        tenant = sequence.tenant
         return self._limits.policy == "fair" and not any(
-            s.group.request.tenant == tenant and s.num_computed_tokens < s.num_admitted
+            s.tenant == tenant and s.num_computed_tokens < s.num_admitted
             for s in self._lifecycle.running.by_age
         )

@@ -25,16 +25,16 @@ class StepDeltas:
     def add_tokens(
         self,
         sequence: Sequence,
-        tokens: list[tuple[int, TokenLogprob | None]],
+        token_ids: list[int],
+        logprobs: list[TokenLogprob] | None,
         reason: FinishReason | None,
         stop_token_id: int | None,
     ) -> None:
         """Add sampled tokens, and the reason if the last one ends the choice."""
-        logprobs = [logprob for _, logprob in tokens if logprob is not None]
         choice = ChoiceDelta(
             index=sequence.index,
-            token_ids=[token_id for token_id, _ in tokens],
-            logprobs=logprobs or None,
+            token_ids=token_ids,
+            logprobs=logprobs,
             finish_reason=reason,
             stop_token_id=stop_token_id,
         )
@@ -76,11 +76,12 @@ class StepDeltas:
 
     def _of(self, group: SequenceGroup) -> TokenDelta:
         """The request's delta of this step, with the fields that only its first delta carries."""
-        delta = self._deltas.get(group.request_id)
+        request_id = group.request.request_id
+        delta = self._deltas.get(request_id)
         if delta is None:
             assert group.prefilled_at is not None
             delta = TokenDelta(
-                request_id=group.request_id,
+                request_id=request_id,
                 choices=[],
                 num_cached_tokens=max(group.num_cached_tokens, 0),
                 num_rounded_tokens=group.num_rounded_tokens,
@@ -90,7 +91,7 @@ class StepDeltas:
                 prefill_seconds=group.prefilled_at - group.started_at,
                 decode_seconds=self.now - group.prefilled_at,
             )
-            self._deltas[group.request_id] = delta
+            self._deltas[request_id] = delta
         delta.num_accepted_predicted += group.num_accepted_predicted
         delta.num_rejected_predicted += group.num_rejected_predicted
         group.num_accepted_predicted = group.num_rejected_predicted = 0

@@ -6,7 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Container
 from typing import Any, Final
 
-from chunkllama.cache.node import TOKEN_BYTES, common_prefix, encode_tokens
+from chunkllama.cache.node import TOKEN_BYTES, common_prefix
 from chunkllama.scheduler.request import Sequence
 
 NEAR: Final = 8  # neighbours in token order that are compared when a group continues
@@ -54,7 +54,7 @@ class TenantQueue:
     def add(self, sequence: Sequence) -> None:
         insort(self.by_age, sequence, key=queue_key)
         self.unpark(sequence)
-        self._keys[sequence] = key = encode_tokens(sequence.cache_ids)
+        self._keys[sequence] = key = sequence.cache_key
         insort(self._by_prefix, (key, sequence.age, sequence))  # no two have one age
         self._changed(len(key))
 
@@ -105,18 +105,19 @@ class TenantQueue:
                     self.may_follow |= key.startswith(start)
             if not self.may_follow:
                 return None
-        before = self._nearest(self._by_prefix[max(at - NEAR, 0) : at][::-1], start, passed)
-        after = self._nearest(self._by_prefix[at : at + NEAR], start, passed)
+        before = self._nearest(range(at - 1, max(at - NEAR, 0) - 1, -1), start, passed)
+        after = self._nearest(range(at, min(at + NEAR, len(self._by_prefix))), start, passed)
         if before is None or after is None:
             return after if before is None else before
-        shared = [common_prefix(self._keys[s], self._last) for s in (before, after)]
-        return after if shared[1] > shared[0] else before
+        # the last one started is between them in token order: one shares as much as both, or more
+        both = common_prefix(self._keys[before], self._keys[after])
+        more = self._last[: (both + 1) * TOKEN_BYTES]
+        return after if self._keys[after].startswith(more) else before
 
-    def _nearest(
-        self, near: list[tuple[Any, ...]], start: bytes, passed: Container[Sequence]
-    ) -> Sequence | None:
-        """The first of ``near`` that may start, if it begins with ``start``."""
-        for key, _, sequence in near:
+    def _nearest(self, near: range, start: bytes, passed: Container[Sequence]) -> Sequence | None:
+        """The first at the places ``near`` that may start, if it begins with ``start``."""
+        for at in near:
+            key, _, sequence = self._by_prefix[at]
             if sequence in passed or sequence in self._parked:
                 continue
             if key.startswith(start) and self._is_of_first_rank(sequence):

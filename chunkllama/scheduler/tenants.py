@@ -82,7 +82,7 @@ class Clocks:
         promised = self._promised
         for sequence in running:
             if count := sequence.num_tokens - sequence.num_computed_tokens:
-                tenant = sequence.group.request.tenant
+                tenant = sequence.tenant
                 promised[tenant] = promised.get(tenant, 0.0) + count / busy[tenant].weight
 
     def __getitem__(self, tenant: str) -> float:
@@ -171,13 +171,15 @@ class TenantAccounts:
         """Charge prompt tokens that were computed."""
         account = self._accounts[tenant]
         account.computed_tokens += tokens
-        self._charge(account, tokens)
+        account.clock += tokens / account.weight
+        self.total_charged += tokens
 
     def charge_decoded(self, tenant: str, tokens: int) -> None:
         """Charge output tokens that were computed."""
-        account = self._accounts[tenant]
+        account, virtual_tokens = self._accounts[tenant], DECODE_WEIGHT * tokens
         account.decoded_tokens += tokens
-        self._charge(account, DECODE_WEIGHT * tokens)
+        account.clock += virtual_tokens / account.weight
+        self.total_charged += virtual_tokens
 
     def charge_read(self, tenant: str, tokens: float) -> None:
         """Charge chunks that were read for a prompt, by the tokens that it took as long to compute.
@@ -186,10 +188,6 @@ class TenantAccounts:
         """
         account = self._accounts[tenant]
         account.clock += tokens / account.weight
-
-    def _charge(self, account: Account, virtual_tokens: int) -> None:
-        self.total_charged += virtual_tokens
-        account.clock += virtual_tokens / account.weight
 
 
 def split_prefill(
@@ -204,7 +202,7 @@ def split_prefill(
     Returns:
         (tenant, tokens) pairs; the tokens add up to ``end - start``.
     """
-    own = sequences[at].group.request.tenant
+    own = sequences[at].tenant
     first = start // chunk_size
     readers: list[tuple[int, str]] = []  # (leading chunks read too, tenant)
     for step in (-1, 1):
@@ -214,7 +212,7 @@ def split_prefill(
             if common <= first:
                 break
             i += step
-            readers.append((common, sequences[i].group.request.tenant))
+            readers.append((common, sequences[i].tenant))
     if all(tenant == own for _, tenant in readers):
         return [(own, end - start)]
     charges: list[tuple[str, int]] = []

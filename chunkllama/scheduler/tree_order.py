@@ -29,8 +29,9 @@ def num_shared_chunks(a: Int32Array, b: Int32Array) -> int:
     if shorter == 0:
         return 0
     if shorter <= FEW_SHARED:
-        for i, (mine, other) in enumerate(zip(a.tolist(), b.tolist(), strict=False)):
-            if mine != other:
+        mine, others = a.tolist(), b.tolist()
+        for i in range(shorter):
+            if mine[i] != others[i]:
                 return i
         return shorter
     differ = a[:shorter] != b[:shorter]
@@ -110,8 +111,10 @@ class TreeOrder:
         """Whether a precedes b, whose chunks may be ``known`` as a list."""
         assert a.chunks is not None and b.chunks is not None
         a_ids, b_ids = a.chunks.ids, b.chunks.ids
-        if a.group.adapter is None and b.group.adapter is None:
-            return _precedes(a_ids, b_ids, known)
+        has_adapter = a.group.adapter is not None or b.group.adapter is not None
+        if not has_adapter and len(a_ids) + len(b_ids) <= FEW_CHUNKS:
+            before: bool = a_ids.tolist() < (b_ids.tolist() if known is None else known)
+            return before
         shared = num_shared_chunks(a_ids, b_ids)
         if shared == len(a_ids):
             return len(a_ids) < len(b_ids)
@@ -126,13 +129,3 @@ class TreeOrder:
 def _ids(sequence: Sequence) -> Int32Array:
     assert sequence.chunks is not None
     return sequence.chunks.ids
-
-
-def _precedes(a: Int32Array, b: Int32Array, known: list[int] | None) -> bool:
-    if len(a) + len(b) <= FEW_CHUNKS:
-        before: bool = a.tolist() < (b.tolist() if known is None else known)
-        return before
-    shared = num_shared_chunks(a, b)
-    if shared == len(a):
-        return len(a) < len(b)
-    return shared < len(b) and bool(a[shared] < b[shared])

@@ -49,13 +49,13 @@ class FairnessMonitor:
         Tenants that have background sequences alone yield to the others.
         """
         clocks = self._scheduler._lifecycle.clocks()
-        served = sequence.group.request.tenant
+        served = sequence.tenant
         in_progress = {
-            s.group.request.tenant
+            s.tenant
             for s in self._scheduler._running.by_age
             if s.num_computed_tokens < s.num_admitted
         }
-        for tenant in {s.group.request.tenant for s in self._scheduler._waiting} - in_progress:
+        for tenant in {s.tenant for s in self._scheduler._waiting} - in_progress:
             oldest = self._scheduler._waiting._tenants[tenant].by_age[0]
             gives_way = oldest.is_background and not sequence.is_background
             if not gives_way and not self._is_blocked(oldest):
@@ -75,7 +75,7 @@ class FairnessMonitor:
 
     def _is_rival(self, waiting: Sequence, started: Sequence) -> bool:
         """Both are in one order: the same tenant, unless the policy knows none."""
-        same = waiting.group.request.tenant == started.group.request.tenant
+        same = waiting.tenant == started.tenant
         return same or self._policy == "prefix"
 
     def _is_blocked(self, waiting: Sequence) -> bool:
@@ -89,6 +89,6 @@ class FairnessMonitor:
                 return True
         if isinstance(reason, tuple) and self._scheduler._cache.is_pending_node(*reason):
             return True
-        tenant = waiting.group.request.tenant
+        tenant = waiting.tenant
         may_run = self._scheduler._lifecycle.may_run(waiting)
         return waiting.group.held or not may_run or tenant in self._scheduler._waiting.blocked

@@ -7,7 +7,7 @@ from textwrap import dedent
 import numpy as np
 
 from chunkllama.cache.manager import CacheManager
-from chunkllama.cache.node import Node
+from chunkllama.cache.node import Node, encode_tokens
 from chunkllama.cache.sequence_chunks import SequenceChunks
 
 PUBLIC_LIMIT = 2**62
@@ -71,7 +71,7 @@ class CacheDriver:
 
     def match(self, text: str, namespace: str = "", limit: int | None = None):
         most = len(text) - 1 if limit is None else limit
-        return self.cache.match(ids(text), most, namespace)
+        return self.cache.match(encode_tokens(ids(text)), most, namespace)
 
     def start(
         self,
@@ -86,7 +86,8 @@ class CacheDriver:
         match = self.match(text, namespace)
         num_chunks = -(-len(text) // self.cache.chunk_size)
         admission = list(self.cache.admissions(match, num_chunks, namespace))[option]
-        chunks = self.cache.admit(admission, ids(text), namespace, insert_limit, tenant)
+        key = encode_tokens(ids(text))
+        chunks = self.cache.admit(admission, key, namespace, insert_limit, tenant)
         live = Text(self, text, chunks, admission.match.num_tokens)
         self.live.append(live)
         return live

@@ -87,7 +87,8 @@ def promote(
     defaults = {"least_tokens": 1, "needed_chunks": 4, "available_chunks": 100}
     given = {**defaults, "most_promotions": 100, **limits}
     read_limits = ReadLimits(compute_seconds=lambda tokens: seconds, **given)
-    return driver.cache.promote(match, ids(text), len(text) - 1, namespace, read_limits)
+    key = encode_tokens(ids(text))
+    return driver.cache.promote(match, key, len(text) - 1, namespace, read_limits)
 
 
 def chain(driver: CacheDriver, text: str, namespace: str = "") -> int:
@@ -301,9 +302,9 @@ def test_an_adapter_leaves_no_file_under_its_number() -> None:
     assert driver.cache.tier is not None
     driver.store("aaaabbbb")
     evict(driver, store, 2)
-    chunks = driver.cache.admit(
-        next(driver.cache.admissions(driver.cache.match(tagged, 7, ""), 2, "")), tagged, "", 99
-    )
+    key = encode_tokens(tagged)
+    admission = next(driver.cache.admissions(driver.cache.match(key, 7, ""), 2, ""))
+    chunks = driver.cache.admit(admission, key, "", 99)
     driver.cache.will_compute(chunks, 0, 8)
     driver.cache.did_compute(chunks, 0, 8)
     driver.cache.release(chunks, tagged, 8)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from chunkllama.backends.cpu.build import available_levels
+from chunkllama.cache.node import encode_tokens
 from chunkllama.cache_messages import LoadPack, PackInfo
 from chunkllama.engine.core import EngineCore
 from chunkllama.engine.pack_builder import (
@@ -144,7 +145,7 @@ def test_every_level_computes_the_canonical_chunks_of_the_reference(
         core = tiny_core(num_chunks=8, dtype=dtype, **settings)
         ask(core, SYSTEM)
         io, cache = core.packs.io, core.packs.cache
-        nodes = cache.match(np.array(SYSTEM, np.int32), len(SYSTEM), "").nodes
+        nodes = cache.match(encode_tokens(np.array(SYSTEM, np.int32)), len(SYSTEM), "").nodes
         kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         shape = io.identify().shape
         read = [bytearray(io.read(node.chunk_id)) for node in nodes]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from chunkllama.backends.kivi import KiviCodec
-from chunkllama.cache.node import Node
+from chunkllama.cache.node import Node, encode_tokens
 from chunkllama.cache.tier_entry import ReadPrice
 from chunkllama.cache_messages import CacheCommand, KeepSnapshot, WriteSnapshot
 from chunkllama.config import EngineConfig
@@ -79,7 +79,7 @@ def settle(core: EngineCore) -> None:
 def stored(core: EngineCore, prompt: list[int]) -> list[torch.Tensor]:
     """Canonical K/V of the prompt's whole chunks in the pool."""
     cache, io = core.packs.cache, core.packs.io
-    nodes = cache.match(np.array(prompt, np.int32), len(prompt), "").nodes
+    nodes = cache.match(encode_tokens(np.array(prompt, np.int32)), len(prompt), "").nodes
     return [io.canonical(io.copy(node.chunk_id)).clone() for node in nodes]
 
 

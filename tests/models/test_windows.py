@@ -13,6 +13,9 @@ from model_families import BuildCore, assert_equals_transformers, random_model
 
 from chunkllama.attention.plan_format import CHUNK_OFFSET, NUM_TOKENS, AttentionPlan
 from chunkllama.backends.cpu.fused_model import FusedModel
+from chunkllama.engine.core import EngineCore
+from chunkllama.messages import EngineRequest
+from chunkllama.sampling_params import SamplingParams
 
 CHUNK = 64
 LENGTHS = (1, 69, 70, 71, 150, 230, 300)
@@ -106,3 +109,55 @@ def test_a_window_that_hides_nothing_is_none(tmp_path: Path, build_core: BuildCo
     core = build_core(tmp_path, max_model_len=70)
     assert core._executor.step_model.attention.windows == (None,)  # type: ignore[attr-defined]
     assert core.info.max_model_len == 70
+
+
+SENT = [3 + i % 60 for i in range(300)]
+OTHER = [70 + i % 60 for i in range(300)]
+
+
+def explanations(core: EngineCore) -> list[tuple[str, int, int]]:
+    """Send prompts to a pool of one of them; returns why each match ended."""
+    found = []
+    for prompt in (
+        SENT,
+        SENT,
+        [*SENT, 9],
+        [*SENT[:290], *OTHER[:9]],  # another token inside the last window
+        [*SENT[:40], *OTHER[:9]],  # and before it, where no layer with a window reads
+        SENT[:40],
+        OTHER,  # takes most of the chunks
+        SENT,
+        SENT[200:],  # the last windows alone, at other positions
+    ):
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, seed=1)
+        core.add(
+            EngineRequest(request_id="r", prompt_token_ids=prompt, sampling=sampling, explain=True)
+        )
+        while core.has_work():
+            for delta in core.step():
+                said = delta.explanation
+                if said is not None:
+                    found.append((said.reason, said.num_matched_tokens, said.num_known_tokens))
+    return found
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_a_match_ends_for_the_same_reasons_with_windows(
+    family: str, tmp_path: Path, build_core: BuildCore
+) -> None:
+    found = []
+    for name, changes in {"some": CASES[family][1], "none": {}}.items():
+        random_model(CASES[family][0], changes).save_pretrained(tmp_path / name)
+        found.append(explanations(build_core(tmp_path / name, num_chunks=7)))
+    assert found[0] == found[1]
+    assert found[0] == [
+        ("never_seen", 0, 0),
+        ("complete", 299, 299),
+        ("complete", 300, 300),
+        ("diverged", 290, 290),
+        ("diverged", 40, 40),
+        ("complete", 39, 39),
+        ("never_seen", 0, 0),
+        ("evicted", 64, 299),
+        ("never_seen", 0, 0),
+    ]

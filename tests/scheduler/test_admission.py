@@ -92,13 +92,13 @@ class TestFormula:
 
     def test_finished_lengths_replace_the_first_guess(self) -> None:
         lengths = OutputLengths(0.75)
-        assert lengths.expected() == FIRST_EXPECTED_TOKENS
+        assert lengths.expected == FIRST_EXPECTED_TOKENS
         for length in (10, 20, 30, 40):
             lengths.add(length)
-        assert lengths.expected() == 40
+        assert lengths.expected == 40
         for _ in range(600):
             lengths.add(7)
-        assert lengths.expected() == 7
+        assert lengths.expected == 7
 
     def test_short_outputs_let_more_start(self) -> None:
         run = engine(40)

@@ -24,6 +24,7 @@ _MESSAGES: dict[CacheReason, str] = {
     "not_stored": "your earlier prompt went on, but was not to be stored beyond its breakpoint",
     "another_namespace": "you sent these tokens before with another cache_salt",
     "another_adapter": "you sent the next token before with another adapter, or without one",
+    "another_replica": "another replica of the cluster has the rest of what you sent",
     "never_seen": "you have not sent these tokens before",
     "unknown": "the record of your earlier prompts does not reach back far enough",
 }
