@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_families import SMALL, VOCAB, BuildCore, assert_equals_transformers, random_model
+from model_families import (
+    SMALL,
+    VOCAB,
+    BuildCore,
+    assert_equals_transformers,
+    fill_randomly,
+    random_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import masking_utils
 
@@ -82,6 +89,24 @@ def test_gpt_2_with_learned_positions_equals_transformers(
     core = build_core(tmp_path)
     assert core.info.max_model_len == 256
     assert_equals_transformers(core, model, (1, 5, 64, 65, 150))
+
+
+def test_exaone_with_its_own_names_of_sizes_equals_transformers(
+    tmp_path: Path, build_core: BuildCore
+) -> None:
+    """transformers runs it as a Llama; its files have other names of keys and tensors."""
+    config = transformers.ExaoneConfig(**{**SMALL, "num_hidden_layers": 3})
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    fill_randomly(model)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = {**json.loads(path.read_text()), "architectures": ["ExaoneForCausalLM"]}
+    for old, new in (("num_hidden_layers", "num_layers"), ("hidden_act", "activation_function")):
+        values[new] = values.pop(old)
+    path.write_text(json.dumps(values))
+    assert "transformer.h.0.ln_1.weight" in load_file(tmp_path / "model.safetensors")
+    assert_equals_transformers(build_core(tmp_path), model, (1, 65, 150))
 
 
 def test_reference_and_cpu_backends_run_it(tmp_path: Path, build_core: BuildCore) -> None:
@@ -228,4 +253,9 @@ def test_quantization_and_unknown_classes_are_named(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     changes = {"architectures": ["MartianForCausalLM"], "model_type": "martian"}
     path.write_text(json.dumps({**config, **changes}))
-    refused(tmp_path, "transformers cannot load it")
+    refused(tmp_path, "transformers cannot load MartianForCausalLM: .* `martian`")
+    own = {"auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Martian"}}
+    path.write_text(json.dumps({**config, **changes, **own}))
+    refused(tmp_path, "cannot load MartianForCausalLM: its code is in files .* not executed")
+    path.write_text(json.dumps({**config, "pad_token_id": 10**6}))
+    refused(tmp_path, "cannot load MixtralForCausalLM: .*adding_idx")
