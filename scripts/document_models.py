@@ -37,7 +37,7 @@ no code of the folder is executed. At start the model is probed, and an answer o
 values is compared with transformers' own attention. Sliding windows are honoured, also those that
 a model shows in its mask alone (PhiMoE, Qwen2-MoE). Refused, by name: layers that keep another
 state (Mamba, linear attention), attention sinks, masks that are neither causal nor a window,
-rotary embedding that depends on a sequence's length (dynamic, longrope), quantized weights, and
+rotary embedding that depends on a sequence's length (longrope), quantized weights, and
 attention in a model's own code, without transformers' AttentionInterface (Falcon, MPT, BLOOM).
 
 ## Sliding windows

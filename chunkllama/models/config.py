@@ -84,7 +84,8 @@ def _parse(
             f"quantized checkpoints of {name} are not supported; use bfloat16 weights"
         )
     hidden = _size(config, "hidden_size", "n_embd", "d_model")
-    heads = _size(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
+    other_names = ("n_head", "n_heads", "num_heads", "attention_heads")
+    heads = _size(config, "num_attention_heads", *other_names)
     kv_heads = config.positive("num_key_value_heads", heads)
     head_dim = config.positive("head_dim", hidden // heads)
     if entry is None and config.get("qk_nope_head_dim") is not None:  # latent attention (DeepSeek)

@@ -343,10 +343,10 @@ def _load(folder: Path, architecture: str, dtype: torch.dtype) -> Any:
         )
     rope = getattr(model.config, "rope_parameters", None) or {}
     ropes = rope.values() if all(isinstance(x, dict) for x in rope.values()) and rope else [rope]
-    for each in ropes:
-        if each.get("rope_type") in ("dynamic", "longrope"):
-            raise ConfigError(
-                f"{folder}: rope_type {each['rope_type']} depends on the length of each sequence, "
-                "which transformers' implementation does not support with cached keys"
-            )
+    # Dynamic scaling begins behind max_position_embeddings, which max_model_len does not pass here.
+    if any(each.get("rope_type") == "longrope" for each in ropes):
+        raise ConfigError(
+            f"{folder}: rope_type longrope depends on the length of each sequence, which "
+            "transformers' implementation does not support with cached keys"
+        )
     return model.eval()

@@ -47,6 +47,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cohere": ("Cohere", {"logit_scale": 0.5}),
     "stablelm": ("StableLm", {"partial_rotary_factor": 0.5}),
+    "dynamic rotation": (
+        "StableLm",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+        | {"max_position_embeddings": 160},
+    ),
     "starcoder2": ("Starcoder2", {"sliding_window": None}),
     "gpt-neox": ("GPTNeoX", {}),
     "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
@@ -71,6 +76,19 @@ def test_log_probabilities_and_greedy_ids_equal_transformers(
     assert not read_spec(tmp_path).is_native
     assert "transformers runs it" in caplog.text
     assert_equals_transformers(core, model, (1, 5, 64, 65, 150))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("case", CASES)
+def test_3000_tokens_equal_transformers(
+    case: str, backend: str, tmp_path: Path, build_core: BuildCore
+) -> None:
+    family, changes = CASES[case]
+    model = random_model(family, {**changes, "max_position_embeddings": 4096})
+    model.save_pretrained(tmp_path)
+    core = build_core(tmp_path, backend=backend, num_chunks=160, max_model_len=4096)
+    assert_equals_transformers(core, model, (3000,), tolerance=2e-4)
 
 
 def test_gpt_2_with_learned_positions_equals_transformers(
