@@ -37,7 +37,7 @@ no code of the folder is executed. At start the model is probed, and an answer o
 values is compared with transformers' own attention. Sliding windows are honoured, also those that
 a model shows in its mask alone (PhiMoE, Qwen2-MoE). Refused, by name: layers that keep another
 state (Mamba, linear attention), attention sinks, masks that are neither causal nor a window,
-rotary embedding that depends on a sequence's length (dynamic, longrope), quantized weights, and
+rotary embedding that depends on a sequence's length (longrope), quantized weights, and
 attention in a model's own code, without transformers' AttentionInterface (Falcon, MPT, BLOOM).
 
 ## Sliding windows
@@ -126,8 +126,10 @@ transformers runs there are no stages to compare. `--reference MODEL` compares w
 such as the folder that a GGUF file was made from, or the unquantized original, from which a
 quantized folder differs by its rounding, where transformers lacks the library to read the latter.
 The exit code is 1 if anything differs, and the last line names the areas: tokenizer, BOS,
-embedding, norms, q/k norms, rotary embedding, attention, a projection, head, log-probabilities. It
-is 1, too, if no log-probabilities could be compared; what was not run is shown with the reason.
+embedding, norms, q/k norms, rotary embedding, attention, a projection, activation, residual stream,
+head, log-probabilities. It is 1, too, if no log-probabilities could be compared; what was not run
+is shown with the reason. Windows of more than `--max-tokens` (512) tokens hide nothing from the
+text, so that a wrong one shows no difference: give a longer text and a larger number.
 
 float32 must agree within 2e-4; bfloat16, and the cpu backend's products with the codes of a
 quantized file, must be no further from float32 than twice transformers' own bfloat16; int8 may

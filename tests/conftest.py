@@ -52,6 +52,7 @@ class _Helpers(MetaPathFinder):
         "template_families": Path(__file__).parent / "text" / "template_families.py",
         "random_texts": Path(__file__).parent / "text" / "random_texts.py",
         "byte_pairs": Path(__file__).parent / "text" / "byte_pairs.py",
+        "verify_models": Path(__file__).parent / "verify" / "verify_models.py",
         "registry_files": Path(__file__).parent / "text" / "registry_files.py",
     }
 

@@ -84,7 +84,8 @@ def _parse(
             f"quantized checkpoints of {name} are not supported; use bfloat16 weights"
         )
     hidden = _size(config, "hidden_size", "n_embd", "d_model")
-    heads = _size(config, "num_attention_heads", "n_head", "n_heads")
+    other_names = ("n_head", "n_heads", "num_heads", "attention_heads")
+    heads = _size(config, "num_attention_heads", *other_names)
     kv_heads = config.positive("num_key_value_heads", heads)
     head_dim = config.positive("head_dim", hidden // heads)
     if entry is None and config.get("qk_nope_head_dim") is not None:  # latent attention (DeepSeek)
@@ -101,7 +102,7 @@ def _parse(
     common: dict[str, Any] = {
         "architecture": name,
         "is_native": entry is not None,
-        "num_layers": _size(config, "num_hidden_layers", "n_layer", "n_layers"),
+        "num_layers": _size(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers"),
         "hidden_size": hidden,
         "num_qo_heads": heads,
         "num_kv_heads": kv_heads,
@@ -156,15 +157,16 @@ def _size(config: ConfigFile, key: str, *other_keys: str) -> int:
 def _architecture(values: dict[str, Any], path: Path) -> str:
     names = values.get("architectures") or []
     names = names if isinstance(names, list) else [names]
-    if not names:
-        kind = values.get("model_type")
-        names = [name for name, entry in ARCHITECTURES.items() if entry.model_type == kind]
-    for name in names:
+    kind = values.get("model_type")
+    of_kind = [name for name, entry in ARCHITECTURES.items() if entry.model_type == kind]
+    for name in names or of_kind:
         if name in ARCHITECTURES:
             return str(name)
     for name in map(str, names):
-        if name.endswith(_DECODERS):  # transformers may know it: engine/model_runner.py asks it
-            return name
+        if name.endswith(_DECODERS):
+            # By the kind, as transformers, which a class renamed since keeps (ERNIE 4.5's). Others
+            # transformers may know: engine/model_runner.py asks it.
+            return of_kind[0] if of_kind else name
     raise ConfigError(
         f"{path}: unsupported architecture {', '.join(map(str, names)) or 'unknown'}; "
         f"supported: {', '.join(ARCHITECTURES)}, decoders of transformers (*ForCausalLM), and the "

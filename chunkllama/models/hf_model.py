@@ -30,6 +30,11 @@ from chunkllama.models.loading.safetensors import HARMLESS
 
 _STATELESS_LAYERS: Final = {"full_attention", "sliding_attention"}
 _OWN_ATTENTION: Final = "it computes attention in code of its own (no AttentionInterface)"
+# What transformers and torch raise for values that do not fit each other.
+_OF_THE_MODEL: Final = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
 _PROBE: Final = 6
 # Of the largest logit, between the first answer through the pool and transformers' own attention.
 _TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -106,7 +111,7 @@ class TransformersModel:
     ) -> None:
         self._path = folder
         self._dtype = dtype
-        self._causal = _load(folder, dtype).to(device)
+        self._causal = _load(folder, spec.architecture, dtype).to(device)
         prefix = self._causal.base_model_prefix
         self._base: Any = getattr(self._causal, prefix, None)
         if self._base is None:  # Llama 4
@@ -231,7 +236,7 @@ class TransformersModel:
         """
         try:
             yield
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except _OF_THE_MODEL as error:
             _raise_if_of_the_machine(error)
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             if probe is not None and not probe.calls:
@@ -300,7 +305,7 @@ def _raise_if_of_the_machine(error: Exception) -> None:
         raise error
 
 
-def _load(folder: Path, dtype: torch.dtype) -> Any:
+def _load(folder: Path, architecture: str, dtype: torch.dtype) -> Any:
     import transformers
 
     register()
@@ -316,12 +321,16 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (AttributeError, ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
+    except (*_OF_THE_MODEL, ImportError, OSError) as error:
         _raise_if_of_the_machine(error)
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())
         if isinstance(error, KeyError) and error.args == (NAME,):  # a table of its own
             reason = _OWN_ATTENTION
-        raise ConfigError(f"{folder}: transformers cannot load it: {reason}") from None
+        if "trust_remote_code" in reason:
+            reason = "its code is in files of the model, which are not executed"
+        raise ConfigError(
+            f"{folder}: transformers cannot load {architecture}: {reason[:200]}"
+        ) from None
     if missing := sorted(loading["missing_keys"]):  # transformers would make them up
         raise ConfigError(
             f"{folder}: no tensor {missing[0]} ({len(missing)} are missing); download it again"
@@ -334,10 +343,10 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         )
     rope = getattr(model.config, "rope_parameters", None) or {}
     ropes = rope.values() if all(isinstance(x, dict) for x in rope.values()) and rope else [rope]
-    for each in ropes:
-        if each.get("rope_type") in ("dynamic", "longrope"):
-            raise ConfigError(
-                f"{folder}: rope_type {each['rope_type']} depends on the length of each sequence, "
-                "which transformers' implementation does not support with cached keys"
-            )
+    # Dynamic scaling begins behind max_position_embeddings, which max_model_len does not pass here.
+    if any(each.get("rope_type") == "longrope" for each in ropes):
+        raise ConfigError(
+            f"{folder}: rope_type longrope depends on the length of each sequence, which "
+            "transformers' implementation does not support with cached keys"
+        )
     return model.eval()

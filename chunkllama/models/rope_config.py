@@ -57,12 +57,10 @@ def read_ropes_by_type(
     """The ropes of full and of sliding attention. In older files ``rope_theta`` and
     ``rope_scaling`` are of the former alone, and the base of the latter is ``local_theta``.
     """
-    # transformers reads rope_type alone here, not the older name "type" of rope_scaling.
-    raw = _object(config, config.get("rope_parameters") or {"rope_type": "default"})
-    full, sliding = raw, {}
-    if "full_attention" in raw or "sliding_attention" in raw:
-        full = _object(config, raw.get("full_attention") or {})
-        sliding = _object(config, raw.get("sliding_attention") or {})
+    # As transformers: no other name than rope_type, and nothing beside the parameters by kind.
+    raw = _object(config, config.get("rope_parameters") or {})
+    full = _object(config, raw.get("full_attention") or {"rope_type": "default"})
+    sliding = _object(config, raw.get("sliding_attention") or {})
     full = {**full, **_object(config, config.get("rope_scaling") or {})}
     local_theta = sliding.get("rope_theta") or local_theta
     whole = {"partial_rotary_factor": 1.0}

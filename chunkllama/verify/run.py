@@ -22,10 +22,9 @@ from chunkllama.verify.numbers import Distance, Ours, Reference, judge, keeps_co
 from chunkllama.verify.report import LOG_PROBABILITIES, Finding, Report
 from chunkllama.verify.texts import PROSE, SAMPLES
 from chunkllama.verify.tokenizer_check import check_tokenizer
-from chunkllama.verify.trace import first_difference
+from chunkllama.verify.trace import first_difference, window_to_pass
 
 _SEQUENCE: Final = 512
-_TRACED: Final = 48
 _SAMPLE_LINES: Final = 2000
 
 
@@ -84,7 +83,9 @@ def _verify(
     report.findings += check_tokenizer(folder, reference, [*SAMPLES, *lines])
 
     ids = load_tokenizer(reference).encode(text, add_special_tokens=True)[: options.max_tokens]
-    length = min(_SEQUENCE, spec.max_position)
+    passing = window_to_pass(spec)
+    length = max(_SEQUENCE, passing) if passing <= len(ids) else _SEQUENCE
+    length = min(length, spec.max_position)
     sequences = [ids[begin : begin + length] for begin in range(0, len(ids), length)]
     if max(ids, default=0) >= spec.vocab_size or len(ids) < 2:
         raise ConfigError(
@@ -96,7 +97,7 @@ def _verify(
     expected = [theirs.log_probabilities(sequence) for sequence in sequences]
     if spec.is_native:
         on_progress("stages of the layers")
-        report.findings.append(first_difference(folder, theirs.model, sequences[0][:_TRACED]))
+        report.findings.append(first_difference(folder, theirs.model, sequences[0]))
     else:
         report.findings.append(Finding("stages", "", None, "transformers computes the layers"))
     del theirs

@@ -128,6 +128,12 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"sliding_window": 70},
         {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}},
     ),
+    "parameters beside those of layer types": (
+        "Olmo3",
+        {"sliding_window": 70},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}},
+    ),
+    "a class that was renamed": ("Ernie4_5", {}, {"architectures": ["Ernie4_5_ForCausalLM"]}),
     "rope_theta in place of ropes of layer types": (
         "Olmo3",
         {"sliding_window": 70},
@@ -173,6 +179,7 @@ def test_keys_of_published_files_mean_what_they_mean_to_transformers(
     values = {**json.loads(path.read_text()), **edits}
     path.write_text(json.dumps({key: x for key, x in values.items() if x is not None}))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert read_spec(tmp_path).is_native
     assert_equals_transformers(build_core(tmp_path), model.eval(), (65, 100))
 
 

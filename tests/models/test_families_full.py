@@ -4,6 +4,8 @@ and the distance of bfloat16 from float32.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from model_families import (
     log_probabilities,
     random_model,
 )
+
+from chunkllama.backends.cpu.build import available_levels
 
 pytestmark = pytest.mark.nightly
 
@@ -77,34 +81,60 @@ def test_3000_tokens_equal_transformers(
     assert_equals_transformers(core, model, (3000,), LONG_TOLERANCE)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bfloat16_is_not_further_from_float32_than_transformers_is(
-    case: tuple[str, dict[str, Any]],
-    backend: str,
-    tmp_path: Path,
-    build_core: BuildCore,
-    record_property: Any,
-) -> None:
-    """Mean distance of the log-probabilities of four prompts, over one set of rounded weights."""
-    random_model(*case).to(torch.bfloat16).save_pretrained(tmp_path)
+@dataclass(frozen=True)
+class Narrow:
+    """A model of rounded weights, and what transformers makes of prompts.
+
+    Attributes:
+        exact: log-probabilities in float32 of each prompt's tokens but the first.
+        distance: the mean one of transformers' bfloat16 from them.
+    """
+
+    folder: Path
+    prompts: list[list[int]]
+    exact: list[np.ndarray]
+    distance: float
+
+
+@pytest.fixture(scope="module", params=FULL_CASES)
+def narrow_model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Narrow:
+    folder = tmp_path_factory.mktemp("model")
+    random_model(*FULL_CASES[request.param]).to(torch.bfloat16).save_pretrained(folder)
     # Loaded from the files: to() has narrowed the buffer of rotary frequencies, too.
     narrow, wide = (
         transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path, dtype=dtype, attn_implementation="eager"
+            folder, dtype=dtype, attn_implementation="eager"
         ).eval()
         for dtype in (torch.bfloat16, torch.float32)
     )
     rng = np.random.default_rng(4)
     prompts = [rng.integers(3, VOCAB, count).tolist() for count in (100, 300, 300, 300)]
-    core = build_core(tmp_path, backend=backend, dtype="bfloat16")
-    ours, theirs = [], []
-    for prompt, answer in zip(prompts, answers(core, prompts, with_prompts=True), strict=True):
-        exact = of_tokens(wide, prompt)
-        ours.append(answer.numbers[: len(prompt) - 1] - exact)
-        theirs.append(of_tokens(narrow, prompt) - exact)
-    own, other = (float(np.abs(np.concatenate(x)).mean()) for x in (ours, theirs))
-    record_property("distance", f"{own:.5f} transformers {other:.5f}")
-    assert own <= other
+    exact = [of_tokens(wide, prompt) for prompt in prompts]
+    rounded = [of_tokens(narrow, prompt) for prompt in prompts]
+    return Narrow(folder, prompts, exact, distance(rounded, exact))
+
+
+@pytest.mark.parametrize("level", ["reference", *(x.name for x in available_levels())])
+def test_bfloat16_is_not_further_from_float32_than_transformers_is(
+    narrow_model: Narrow, level: str, build_core: BuildCore, record_property: Any
+) -> None:
+    """On every level that this CPU has."""
+    settings = {"backend": level} if level == "reference" else {"isa_level": level}
+    core = build_core(narrow_model.folder, dtype="bfloat16", **settings)
+    assert core.info.backend == ("reference" if level == "reference" else "cpu")
+    found = [x.numbers for x in answers(core, narrow_model.prompts, with_prompts=True)]
+    ours = [x[: len(y)] for x, y in zip(found, narrow_model.exact, strict=True)]
+    own = distance(ours, narrow_model.exact)
+    record_property("distance", f"{own:.5f} transformers {narrow_model.distance:.5f}")
+    assert own <= narrow_model.distance
+
+
+def distance(some: Iterable[Any], exact: list[np.ndarray]) -> float:
+    """The mean one of all tokens."""
+    apart = [np.abs(np.asarray(x) - y) for x, y in zip(some, exact, strict=True)]
+    return float(np.concatenate(apart).mean())
 
 
 def of_tokens(model: torch.nn.Module, prompt: list[int]) -> np.ndarray:

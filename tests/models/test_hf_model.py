@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_families import SMALL, VOCAB, BuildCore, assert_equals_transformers, random_model
+from model_families import (
+    SMALL,
+    VOCAB,
+    BuildCore,
+    assert_equals_transformers,
+    fill_randomly,
+    random_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import masking_utils
 
@@ -40,6 +47,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cohere": ("Cohere", {"logit_scale": 0.5}),
     "stablelm": ("StableLm", {"partial_rotary_factor": 0.5}),
+    "dynamic rotation": (
+        "StableLm",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+        | {"max_position_embeddings": 160},
+    ),
     "starcoder2": ("Starcoder2", {"sliding_window": None}),
     "gpt-neox": ("GPTNeoX", {}),
     "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
@@ -66,6 +78,19 @@ def test_log_probabilities_and_greedy_ids_equal_transformers(
     assert_equals_transformers(core, model, (1, 5, 64, 65, 150))
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("case", CASES)
+def test_3000_tokens_equal_transformers(
+    case: str, backend: str, tmp_path: Path, build_core: BuildCore
+) -> None:
+    family, changes = CASES[case]
+    model = random_model(family, {**changes, "max_position_embeddings": 4096})
+    model.save_pretrained(tmp_path)
+    core = build_core(tmp_path, backend=backend, num_chunks=160, max_model_len=4096)
+    assert_equals_transformers(core, model, (3000,), tolerance=2e-4)
+
+
 def test_gpt_2_with_learned_positions_equals_transformers(
     tmp_path: Path, build_core: BuildCore
 ) -> None:
@@ -82,6 +107,24 @@ def test_gpt_2_with_learned_positions_equals_transformers(
     core = build_core(tmp_path)
     assert core.info.max_model_len == 256
     assert_equals_transformers(core, model, (1, 5, 64, 65, 150))
+
+
+def test_exaone_with_its_own_names_of_sizes_equals_transformers(
+    tmp_path: Path, build_core: BuildCore
+) -> None:
+    """transformers runs it as a Llama; its files have other names of keys and tensors."""
+    config = transformers.ExaoneConfig(**{**SMALL, "num_hidden_layers": 3})
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    fill_randomly(model)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = {**json.loads(path.read_text()), "architectures": ["ExaoneForCausalLM"]}
+    for old, new in (("num_hidden_layers", "num_layers"), ("hidden_act", "activation_function")):
+        values[new] = values.pop(old)
+    path.write_text(json.dumps(values))
+    assert "transformer.h.0.ln_1.weight" in load_file(tmp_path / "model.safetensors")
+    assert_equals_transformers(build_core(tmp_path), model, (1, 65, 150))
 
 
 def test_reference_and_cpu_backends_run_it(tmp_path: Path, build_core: BuildCore) -> None:
@@ -228,4 +271,9 @@ def test_quantization_and_unknown_classes_are_named(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     changes = {"architectures": ["MartianForCausalLM"], "model_type": "martian"}
     path.write_text(json.dumps({**config, **changes}))
-    refused(tmp_path, "transformers cannot load it")
+    refused(tmp_path, "transformers cannot load MartianForCausalLM: .* `martian`")
+    own = {"auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Martian"}}
+    path.write_text(json.dumps({**config, **changes, **own}))
+    refused(tmp_path, "cannot load MartianForCausalLM: its code is in files .* not executed")
+    path.write_text(json.dumps({**config, "pad_token_id": 10**6}))
+    refused(tmp_path, "cannot load MixtralForCausalLM: .*adding_idx")
