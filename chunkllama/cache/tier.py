@@ -157,9 +157,9 @@ class Tier:
             self.end(promotion)
         self.drop(lambda entry: True)
 
-    def shrink(self, budget: int, lost: set[int]) -> None:
-        """Continue with a smaller budget, without files that are lost and those being written."""
-        self.drop(lambda entry: entry.file in lost or not entry.is_written)
+    def shrink(self, budget: int, kept: set[int]) -> None:
+        """Continue with a smaller budget and the written ones of these files."""
+        self.drop(lambda entry: entry.file not in kept or not entry.is_written)
         self.budget, self.capacity = budget, budget // self._store.form(1).num_bytes
         self.order.resize(self.capacity)
         if not self._make_room(0):

@@ -211,7 +211,7 @@ class TierFiles:
             return
         logger.warning("the cache tier has no files until the next start: %s", reason)
         if isinstance(self._medium, MemoryThenFiles):
-            self._tier.shrink(self._memory_bytes, self._medium.numbers_in_files())
+            self._tier.shrink(self._memory_bytes, self._medium.in_memory())
         else:
             self._medium = Memory()
             self._tier.shrink(self._memory_bytes, set())

@@ -123,10 +123,6 @@ class Folder:
         is_whole = done == size and hashlib.sha256(data).digest() == checksum
         return data if is_whole else None
 
-    def numbers(self) -> set[int]:
-        """Return those of all chunks."""
-        return set(self._checksums)
-
     def remove(self, number: int) -> None:
         self.file_bytes -= self._checksums.pop(number, (0, b""))[0]
         _unlink(self._path(number))
@@ -154,7 +150,7 @@ class MemoryThenFiles:
         files: of the others.
     """
 
-    def __init__(self, budget: int, files: Folder) -> None:
+    def __init__(self, budget: int, files: Medium) -> None:
         self.memory_bytes = 0
         self._has_failed = False
         self._budget = budget
@@ -181,10 +177,11 @@ class MemoryThenFiles:
                 raise
             self._forget(oldest)
 
-    def numbers_in_files(self) -> set[int]:
-        """Return those of the chunks that are not in memory; after a file has failed."""
-        assert self._has_failed, "the writer may move another"
-        return self._files.numbers()
+    def in_memory(self) -> set[int]:
+        """Return the numbers of the chunks in memory, once a file has failed and none moves."""
+        assert self._has_failed
+        with self._lock:
+            return set(self._chunks)
 
     def read(self, number: int) -> Data | None:
         with self._lock:
