@@ -124,10 +124,10 @@ def _build_hot(settings: Settings, tenants: list[str], out: Path, sign: Signer |
                 "others; --tenant adds a tenant's"
             )
 
-        def read(index: int) -> bytearray:
+        def read(index: int) -> memoryview:
             if (data := snapshot.read_chunk(index)) is None:
                 raise ConfigError(f"{snapshot.path}: chunk {index} is damaged; take the next one")
-            return data
+            return memoryview(data)
 
         written = write_pack(out, planned, map(read, indexes), sign)
     _print_size(out, written)
