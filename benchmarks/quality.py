@@ -9,7 +9,8 @@ The text is this repository's documents, sources and licence, cut into windows o
 Every position of a window counts, so short contexts are included. Where the tier rounds K/V, each
 128 tokens are computed behind a prefix whose K/V were computed, and all but its first chunk then
 rounded, as a request finds them; the first 128, which have no prefix, are left out. kivi2 rounds
-them in plain torch instead of by the tier's code.
+them in plain torch instead of by the tier's code. kvfp8 rounds them to 8-bit floats (e4m3) with the
+scales of int8, which the engine does not offer.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from machine import cpu_name, new_result
 
+from chunkllama.backends.int8_kv import mix_heads
 from chunkllama.backends.kivi import Bits, KiviCodec
 from chunkllama.backends.model import RunnableModel
 from chunkllama.engine.load import build_attention, build_model
@@ -42,9 +44,9 @@ ROWS = 256  # logits at a time
 
 
 class Rounding(NamedTuple):
-    """What the cache tier does to K/V."""
+    """What the cache tier does to K/V, or what it does in plain torch: KIVI, or to 8-bit floats."""
 
-    bits: Bits
+    bits: Bits | None
     is_plain: bool = False
 
 
@@ -63,6 +65,7 @@ KINDS: dict[str, tuple[torch.dtype, Any, Any]] = {
     "kv2": (torch.bfloat16, "auto", Rounding(2)),
     "kv2-fp32": (torch.float32, "auto", Rounding(2)),
     "kivi2-fp32": (torch.float32, "auto", Rounding(2, is_plain=True)),
+    "kvfp8-fp32": (torch.float32, "auto", Rounding(None)),
 }
 
 
@@ -87,6 +90,16 @@ def plain_kivi(chunk: torch.Tensor, bits: int) -> torch.Tensor:
         codes = ((part - zero) / scale).round().clamp(0, top)
         parts.append(torch.where(scale > 0, codes, 0) * scale + zero)
     return torch.stack(parts, dim=1).to(chunk.dtype)
+
+
+def plain_fp8(chunk: torch.Tensor) -> torch.Tensor:
+    """Round [layers, 2, heads, tokens, dim] as int8 K/V, but to codes in e4m3."""
+    parts = []
+    for part in (mix_heads(chunk[:, 0].float()), chunk[:, 1].float()):
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        scale = (part.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-30)
+        parts.append((part / scale).to(torch.float8_e4m3fn).float() * scale)
+    return torch.stack((mix_heads(parts[0]), parts[1]), dim=1).to(chunk.dtype)
 
 
 class Candidate:
@@ -130,9 +143,11 @@ class Candidate:
 
     def _round(self, chunk: torch.Tensor) -> torch.Tensor:
         assert self.rounding is not None
+        if (bits := self.rounding.bits) is None:
+            return plain_fp8(chunk)
         if self.rounding.is_plain:
-            return plain_kivi(chunk, self.rounding.bits)
-        codec = KiviCodec(self.rounding.bits, tuple(chunk.shape), chunk.dtype)
+            return plain_kivi(chunk, bits)
+        codec = KiviCodec(bits, tuple(chunk.shape), chunk.dtype)
         data = codec.encode(chunk)
         assert data is not None, "K/V that float16 does not hold"
         return codec.decode(data)

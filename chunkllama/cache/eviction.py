@@ -111,6 +111,11 @@ class EvictionOrder(Generic[N]):
             entry.share, entry.floor = self._limits_of(name)
             self._classify(name)
 
+    def resize(self, num_chunks: int) -> None:
+        """Take shares and floors of fewer chunks than before."""
+        self._num_chunks = num_chunks
+        self.set_limits(self._limits)
+
     def add(self, owner: str, count: int = 1) -> None:
         """Count nodes that joined the tree."""
         entry = self._owners.get(owner)

@@ -157,6 +157,14 @@ class Tier:
             self.end(promotion)
         self.drop(lambda entry: True)
 
+    def shrink(self, budget: int, kept: set[int]) -> None:
+        """Continue with a smaller budget and the written ones of these files."""
+        self.drop(lambda entry: entry.file not in kept or not entry.is_written)
+        self.budget, self.capacity = budget, budget // self._store.form(1).num_bytes
+        self.order.resize(self.capacity)
+        if not self._make_room(0):
+            self.drop(lambda entry: True)
+
     def _make_room(self, num_bytes: int) -> bool:
         if num_bytes > self.budget:
             return False

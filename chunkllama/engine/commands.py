@@ -113,7 +113,12 @@ class CommandClient(ABC):
     async def cache_command(
         self, action: CacheAction, *, chunk_id: int = -1, tenant: str = ""
     ) -> CommandReply:
-        """As ``EngineClient.cache_command``."""
+        """As ``EngineClient.cache_command``; another engine process leaves out a dropped tenant of
+        the packs that it loads."""
+        for path, file in self._files.items() if action == "drop_tenant" else ():
+            if isinstance(file, LoadPack):
+                left = {name: each for name, each in file.namespaces.items() if name != tenant}
+                self._files[path] = msgspec.structs.replace(file, namespaces=left)
         return await self._ask(
             lambda command_id: CacheCommand(
                 command_id=command_id, action=action, chunk_id=chunk_id, tenant=tenant

@@ -317,7 +317,7 @@ class EngineCore:
             packs = [] if self.packs is None else self.packs.infos()
             return CommandReply(command_id=command.command_id, packs=packs)
         if command.action in ("drop_branch", "drop_tenant") and self.snapshots is not None:
-            self.snapshots.forget()
+            self.snapshots.forget(command.tenant if command.action == "drop_tenant" else None)
         return self._scheduler.cache_command(command)
 
     def file_command(self, command: LoadPack | KeepSnapshot | WriteSnapshot) -> list[FromEngine]:

@@ -50,6 +50,7 @@ class _Load:
         on_end: called when it has ended.
         chunks: those that were inserted.
         is_stopped: no more chunks are to be inserted.
+        dropped: tenants whose chunks are not to be inserted any more.
         probed: set when the chunk that the thread has staged was recomputed.
     """
 
@@ -59,6 +60,7 @@ class _Load:
     started: float
     chunks: ChunkImport
     is_stopped: bool = False
+    dropped: set[str] = field(default_factory=set)
     probed: threading.Event = field(default_factory=threading.Event)
 
 
@@ -159,6 +161,11 @@ class PackLoader:
         for load in self._loads:
             load.is_stopped |= load.command.path == path
 
+    def drop_tenant(self, tenant: str) -> None:
+        """Insert nothing more of a tenant from the files that are being loaded."""
+        for load in self._loads:
+            load.dropped.add(tenant)
+
     def close(self) -> None:
         """End the thread; what was not inserted yet is not."""
         self._stopped.set()
@@ -226,7 +233,7 @@ class PackLoader:
         load, document, info = item.load, item.document, item.load.info
         chunk = document.chunks[item.index]
         scope = document.scopes[chunk.scope]
-        namespace = _namespace(load.command, scope)
+        namespace = _namespace(load, scope)
         if namespace is None or load.is_stopped or not item.fits:
             load.chunks.leave_out()
             info.chunks_left_out += 1
@@ -272,7 +279,7 @@ class PackLoader:
     def _pin(self, load: _Load, document: PackDocument) -> None:
         for prefix in document.prefixes:
             scope = document.scopes[prefix.scope]
-            namespace = _namespace(load.command, scope)
+            namespace = _namespace(load, scope)
             if not prefix.pin or prefix.last == NO_PARENT or namespace is None:
                 continue
             tokens = np.array(document.tokens(prefix.last), np.int32)
@@ -372,8 +379,11 @@ class PackLoader:
             raise ConfigError("the checksums of all chunks that were looked at are wrong")
 
 
-def _namespace(command: LoadPack, scope: Scope) -> str | None:
-    """The namespace of a scope's chunks in the tree; None: its tenant is not here."""
+def _namespace(load: _Load, scope: Scope) -> str | None:
+    """The namespace of a scope's chunks in the tree; None: its tenant is not here, or dropped."""
+    command = load.command
+    if scope.tenant in load.dropped:
+        return None
     if command.realm:
         return scope.namespace if scope.tenant in command.namespaces else None
     return command.namespaces.get(scope.tenant)

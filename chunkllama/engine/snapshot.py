@@ -130,8 +130,14 @@ class SnapshotKeeper:
             lambda: _remove_mark(command),
         )
 
-    def forget(self) -> None:
-        """Remove the file: an operator has dropped something that is in it."""
+    def forget(self, tenant: str | None = None) -> None:
+        """Remove the file: an operator has dropped something that is in it.
+
+        Args:
+            tenant: that was dropped: packs that are being loaded go on without it.
+        """
+        if tenant is not None:
+            self._loader.drop_tenant(tenant)
         if self._command is None:
             return
         if self._writing is not None:

@@ -140,13 +140,14 @@ class TierFiles:
         self._began: dict[Promotion, float] = {}
         self._writer = ThreadPoolExecutor(1, "write-tier")
         self._reader = ThreadPoolExecutor(1, "read-tier")
+        self._memory_bytes = settings.memory_bytes
         self._medium: Medium | None = None
         self._former: Medium | None = None  # of a tier that was turned off
         self._tier = cache.tier = Tier(self._budget(settings), cache.chunk_size, self)
         try:
             self._medium = _medium(settings)
         except OSError as error:
-            self._turn_off(f"{settings.directory}: {error.strerror}")
+            self._lose_files(f"{settings.directory}: {error.strerror}")
 
     def _budget(self, settings: TierSettings) -> int:
         memory, files = settings.memory_bytes, settings.file_bytes
@@ -203,6 +204,18 @@ class TierFiles:
                 medium.close()
         self._medium = self._former = None
 
+    def _lose_files(self, reason: str) -> None:
+        """Keep chunks in memory alone, or nothing if the tier has none."""
+        if not self._memory_bytes:
+            self._turn_off(reason)
+            return
+        logger.warning("the cache tier has no files until the next start: %s", reason)
+        if isinstance(self._medium, MemoryThenFiles):
+            self._tier.shrink(self._memory_bytes, self._medium.in_memory())
+        else:
+            self._medium = Memory()
+            self._tier.shrink(self._memory_bytes, set())
+
     def _turn_off(self, reason: str) -> None:
         """Keep nothing any more; what is being read is computed."""
         logger.warning("the cache tier is off until the next start: %s", reason)
@@ -257,7 +270,7 @@ class TierFiles:
         try:
             is_kept = write.result()
         except OSError as error:
-            self._turn_off(f"{error.filename or 'a file'}: {error.strerror}")
+            self._lose_files(f"{error.filename or 'a file'}: {error.strerror}")
             return
         if is_kept:
             self._tier.written(file)

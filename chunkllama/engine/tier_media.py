@@ -100,8 +100,12 @@ class Folder:
         descriptor = os.open(
             self._path(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600
         )
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+        except OSError:
+            _unlink(self._path(number))
+            raise
         self._checksums[number] = len(data), hashlib.sha256(data).digest()
         self.file_bytes += len(data)
 
@@ -138,7 +142,8 @@ class Folder:
 class MemoryThenFiles:
     """Chunks in memory; when it is full, the one written or read there longest ago moves to a file.
 
-    It stays in its file, also when it is read: the pool has it now.
+    It stays in its file, also when it is read: the pool has it now. After a file that cannot be
+    written none is: what is in memory then stays there, beyond the budget until some is removed.
 
     Args:
         budget: bytes in memory.
@@ -147,6 +152,7 @@ class MemoryThenFiles:
 
     def __init__(self, budget: int, files: Medium) -> None:
         self.memory_bytes = 0
+        self._has_failed = False
         self._budget = budget
         self._files = files
         self._chunks: dict[int, Data] = {}  # the one written or read last at the end
@@ -160,12 +166,22 @@ class MemoryThenFiles:
         with self._lock:
             self._chunks[number] = data
             self.memory_bytes += len(data)
-        while self.memory_bytes > self._budget:
+        while self.memory_bytes > self._budget and not self._has_failed:
             with self._lock:
                 oldest = next(iter(self._chunks))
                 data = self._chunks[oldest]
-            self._files.write(oldest, data)  # a reader finds it in one of the two
+            try:
+                self._files.write(oldest, data)  # a reader finds it in one of the two
+            except OSError:
+                self._has_failed = True
+                raise
             self._forget(oldest)
+
+    def in_memory(self) -> set[int]:
+        """Return the numbers of the chunks in memory, once a file has failed and none moves."""
+        assert self._has_failed
+        with self._lock:
+            return set(self._chunks)
 
     def read(self, number: int) -> Data | None:
         with self._lock:

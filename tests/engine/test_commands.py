@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from chunkllama.adapter_messages import AdapterInfo, LoadAdapter
+from chunkllama.cache_messages import CacheCommand, LoadPack
 from chunkllama.engine.commands import CommandClient
 from chunkllama.messages import CommandReply, ToEngine
 from chunkllama.tuning_messages import StartTuning, TuningOptions, TuningProgress
@@ -65,3 +66,21 @@ def test_late_reports_of_a_stopped_training_do_not_end_the_next_of_the_job(late:
     assert again == client.sent[-1] and again.run != first.run
     client._take_progress(TuningProgress(job_id="j", state="succeeded", run=again.run))
     assert heard[-1].state == "succeeded" and not client._tunings_again()
+
+
+def test_another_engine_process_loads_packs_without_a_dropped_tenant() -> None:
+    async def run() -> None:
+        client = Client()
+        namespaces = {"": "", "alice": "a", "bob": "b"}
+        client.use_file(LoadPack(path="/p.ckpack", namespaces=namespaces, template=""))
+        drop = asyncio.create_task(client.cache_command("drop_tenant", tenant="alice"))
+        await asyncio.sleep(0)
+        command = client.sent[-1]
+        assert isinstance(command, CacheCommand)
+        client._take_reply(CommandReply(command_id=command.command_id, found=True))
+        await drop
+        (kept,) = client._files.values()
+        assert isinstance(kept, LoadPack)
+        assert kept.namespaces == {"": "", "bob": "b"} and len(namespaces) == 3
+
+    asyncio.run(run())

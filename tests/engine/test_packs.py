@@ -15,7 +15,7 @@ import torch
 
 from chunkllama.backends.cpu.build import available_levels
 from chunkllama.cache.node import encode_tokens
-from chunkllama.cache_messages import LoadPack, PackInfo
+from chunkllama.cache_messages import CacheCommand, LoadPack, PackInfo
 from chunkllama.engine.core import EngineCore
 from chunkllama.engine.pack_builder import (
     PrefixPrompt,
@@ -336,6 +336,27 @@ def test_chunks_of_a_tenant_that_is_not_here_are_left_out(tiny_core, tmp_path) -
     info = load(core, path, namespaces={"": "", "alice": NAMESPACES["alice"]})
     assert (info.chunks_loaded, info.chunks_left_out) == (4, 2)
     assert ask(core, [*PROMPTS[2].token_ids, 9], "bob")[1] == 0
+
+
+@pytest.mark.parametrize("tenant", ["alice", ""])
+def test_a_tenant_that_is_dropped_while_a_pack_is_loaded_stays_out(
+    tiny_core, tmp_path, tenant: str
+) -> None:
+    path = tmp_path / "a.ckpack"
+    build(tiny_core(num_chunks=16), path)
+    core = tiny_core(num_chunks=16)
+    command = LoadPack(path=str(path), namespaces=NAMESPACES, template="template")
+    core.file_command(command)
+    core.cache_command(CacheCommand(command_id=1, action="drop_tenant", tenant=tenant))
+    while core.is_moving_chunks():
+        core.move_chunks()
+    owners = core.stats(include_tenants=True).tenants
+    kept = {name: stats.chunks_cached for name, stats in owners.items() if stats.chunks_cached}
+    assert kept == ({"bob": 2} if tenant == "" else {"": 3, "bob": 2})
+    core.file_command(command)  # an operator asks for it again
+    while core.is_moving_chunks():
+        core.move_chunks()
+    assert core.stats().chunks_cached == 6
 
 
 def test_a_prefix_may_ask_to_be_pinned(tiny_core, tmp_path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -146,12 +148,47 @@ def test_what_memory_does_not_hold_moves_to_files(make, tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("fails", ["at the start", "on the way"])
+def test_a_full_disk_leaves_the_chunks_in_memory(
+    make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, fails: str
+) -> None:
+    io = make().packs.io
+    size = KiviCodec(4, io.shape, io.dtype).num_bytes
+    budget = 4 * (io.stored_bytes + 2 * size)  # four prompts
+    if fails == "at the start":
+        (tmp_path / "tier").touch()
+    core = make(cache_tier_bits=4, cache_tier_memory=budget, cache_tier_dir=tmp_path / "tier")
+    if fails == "on the way":
+        for seed in range(80, 90):
+            ask(core, tokens(seed, 3 * CHUNK))
+        assert core.stats().tier_file_bytes
+        write = Folder.write
+
+        def fail(self: Folder, number: int, data: bytes) -> None:
+            write(self, number, data)
+            self.remove(number)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(Folder, "write", fail)
+    for prompt in [*PROMPTS, *PROMPTS]:
+        ask(core, prompt)
+        stats = core.stats()
+        assert stats.tier_memory_bytes <= budget
+    assert stats.tier_file_bytes == 0 and stats.tier_chunks_capacity == budget // size
+    assert not list((tmp_path / "tier").glob("*/*.chunk"))
+    core.packs.cache.tree.evict(10)
+    settle(core)
+    assert ask(core, PROMPTS[-1])[1:] == (3 * CHUNK, 2 * CHUNK)
+    warnings = [each for each in caplog.records if "the cache tier" in each.getMessage()]
+    assert len(warnings) == 1 and "has no files until" in warnings[0].getMessage()
+
+
 @pytest.mark.parametrize("count", [30, pytest.param(600, marks=pytest.mark.nightly)])
 def test_tenants_pins_and_drops_keep_answers_within_the_tolerance(
-    make, tiny_core: Any, tmp_path: Path, count: int
+    make, tiny_core: Any, tmp_path: Path, rng: np.random.Generator, count: int
 ) -> None:
     """A machine of random events on real K/V; its model is what each tenant has sent."""
-    rnd = random.Random(5)
+    rnd = random.Random(int(rng.integers(1 << 32)))
     cold = tiny_core(num_chunks=16, enable_prefix_caching=False)
     exact = [ask(cold, prompt)[0][0] for prompt in PROMPTS]
     io = cold.packs.io

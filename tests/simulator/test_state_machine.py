@@ -228,6 +228,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.engine.tier.damaged.add(which)
         self.engine.tier.is_full = is_full
 
+    @precondition(lambda self: self.engine.tier is not None)
+    @rule(budget=st.sampled_from([1, 3, 30]), lost=st.sets(st.integers(0, 40)))
+    def lose_files(self, budget, lost) -> None:
+        """The disk is full: what is in memory stays."""
+        tier = self.engine.tier.tier
+        tier.shrink(min(budget, tier.budget), set(range(1000)) - lost)
+
     @rule(tenant=st.sampled_from(["A", "B"]))
     def drop_tenant(self, tenant) -> None:
         """No file of the tenant is left."""

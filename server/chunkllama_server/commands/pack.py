@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -15,11 +15,16 @@ from chunkllama_server.config.flags import GroupedCommand, load_from_flags, with
 from chunkllama_server.console import make_console
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from chunkllama.engine.core import EngineCore
+    from chunkllama.packs.document import PackDocument
     from chunkllama.packs.file import Pack
     from chunkllama.text.chat_template import ChatTemplate
     from chunkllama.text.tokenizer import Tokenizer
     from chunkllama_server.config.settings import Settings
+
+    Signer = Callable[[bytes], str]
 
 pack_app = typer.Typer(
     no_args_is_help=True, help="Files of prefixes that were computed before a server starts."
@@ -37,28 +42,53 @@ def pack() -> None:
 @pack_app.command(cls=GroupedCommand)
 @with_setting_flags
 def build(
-    prefixes: Annotated[
-        Path, typer.Option(help="YAML list of prompts, see docs/packs.md.", metavar="FILE")
-    ],
     out: Annotated[Path, typer.Option(help="Pack to write.", metavar="FILE")],
+    prefixes: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML list of prompts, see docs/packs.md. Default: what a server has cached, as "
+            "the last snapshot in its snapshot_dir has it.",
+            metavar="FILE",
+        ),
+    ] = None,
+    tenant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Without --prefixes: pack this tenant's chunks, too; repeatable.", metavar="NAME"
+        ),
+    ] = None,
     sign_key: Annotated[
         Path | None,
         typer.Option(help="PEM file with an Ed25519 private key to sign with.", metavar="FILE"),
     ] = None,
     **flags: object,
 ) -> int:
-    """Compute prompts with the model of the settings and write their K/V to a pack."""
+    """Write a pack: of prompts, computed with the model of the settings, or of a server's cache."""
     settings = load_from_flags(flags).settings
-    if not out.parent.is_dir():
-        raise ConfigError(f"out: there is no folder {out.parent}")
-    document = load_yaml(prefixes, "prefixes")  # refused before a model is fetched or loaded
+    if tenant and prefixes is not None:
+        raise ConfigError("tenant: prefixes name their tenants in the file; leave it out")
+    # Refused before a model is fetched or loaded.
+    document = None if prefixes is None else load_yaml(prefixes, "prefixes")
 
-    from chunkllama.engine.pack_builder import compute_chunks, plan_pack
-    from chunkllama.packs.file import write_pack
     from chunkllama.packs.signature import load_signer
-    from chunkllama_server.config.prefix_file import encode_prefixes
 
     sign = None if sign_key is None else load_signer(sign_key, "sign_key")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if prefixes is None:
+            return _build_hot(settings, tenant or [], out, sign)
+        return _build_prompts(settings, document, prefixes, out, sign)
+    except OSError as error:
+        raise ConfigError(f"out: {out} cannot be written: {error.strerror}") from None
+
+
+def _build_prompts(
+    settings: Settings, document: Any, prefixes: Path, out: Path, sign: Signer | None
+) -> int:
+    from chunkllama.engine.pack_builder import compute_chunks, plan_pack
+    from chunkllama.packs.file import write_pack
+    from chunkllama_server.config.prefix_file import encode_prefixes
+
     tokenizer, template = _load_text(settings)
     prompts = encode_prefixes(document, prefixes, tokenizer, template)
     core = _load_engine(settings)
@@ -72,14 +102,44 @@ def build(
             ordered,
             lambda prefix: print(f"computing {prefix.name}", file=sys.stderr),
         )
-        document = write_pack(out, planned, chunks, sign)
-    except OSError as error:
-        raise ConfigError(f"out: {out} cannot be written: {error.strerror}") from None
+        written = write_pack(out, planned, chunks, sign)
     finally:
         core.close()
-    size = len(document.chunks) * model.chunk_bytes
-    print(f"{out}: {len(document.chunks)} chunks of {len(prompts)} prompts, {size >> 20:,} MiB")
+    _print_size(out, written)
     return 0
+
+
+def _build_hot(settings: Settings, tenants: list[str], out: Path, sign: Signer | None) -> int:
+    from chunkllama.packs.file import write_pack
+    from chunkllama.packs.hot import plan_hot_pack
+    from chunkllama_server.process.snapshots import open_hot_snapshot
+
+    snapshot, namespaces = open_hot_snapshot(settings, tenants)
+    with snapshot:
+        planned, indexes = plan_hot_pack(snapshot.document, namespaces)
+        left_out = len(snapshot.document.chunks) - len(indexes)
+        if not indexes:
+            raise ConfigError(
+                f"snapshot_dir: the snapshot has no chunks of these tenants, and {left_out} of "
+                "others; --tenant adds a tenant's"
+            )
+
+        def read(index: int) -> memoryview:
+            if (data := snapshot.read_chunk(index)) is None:
+                raise ConfigError(f"{snapshot.path}: chunk {index} is damaged; take the next one")
+            return memoryview(data)
+
+        written = write_pack(out, planned, map(read, indexes), sign)
+    _print_size(out, written)
+    if left_out:
+        print(f"{left_out} chunks of other tenants, or of a cache_salt, are left out")
+    return 0
+
+
+def _print_size(out: Path, document: PackDocument) -> None:
+    size = len(document.chunks) * document.model.chunk_bytes
+    prompts = len(document.prefixes)
+    print(f"{out}: {len(document.chunks)} chunks of {prompts} prompts, {size >> 20:,} MiB")
 
 
 @pack_app.command()
@@ -125,7 +185,7 @@ def verify(
     try:
         opened = Pack(file)
     except ConfigError as error:
-        print(f"{file}: not usable: {error}")
+        print(f"not usable: {error}")
         return 1
     with opened:
         problem = _find_problem(opened, settings, public_key, recompute)

@@ -12,16 +12,17 @@ import hashlib
 import hmac
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from chunkllama.cache_messages import KeepSnapshot
 from chunkllama.engine.client import MessageClient
-from chunkllama.errors import EngineDeadError
+from chunkllama.errors import ConfigError, EngineDeadError
 from chunkllama.logger import init_logger
-from chunkllama.packs.file import loading_mark
+from chunkllama.packs.file import Pack, loading_mark
 from chunkllama_server.config.files import lock_folder
 from chunkllama_server.config.settings import Settings
-from chunkllama_server.transport.auth import Tenants
+from chunkllama_server.transport.auth import Tenants, keyed_namespace
 
 logger = init_logger(__name__)
 
@@ -48,14 +49,12 @@ class Snapshots:
 
     def begin(self, engine: MessageClient, tenants: Tenants, template: str) -> None:
         """Load the last snapshot in the background, and write others from now on."""
-        # Without isolation, everyone's chunks are in one namespace; with it, that one is public.
-        mode = b"isolated" if tenants.are_isolated else b"shared"
         engine.use_file(
             KeepSnapshot(
                 path=str(self._path.absolute()),
                 tenants=["", *tenants.keys],
                 template=template,
-                realm=hmac.new(self.secret, mode, hashlib.sha256).hexdigest(),
+                realm=_realm(self.secret, are_isolated=tenants.are_isolated),
                 max_bytes=self._settings.snapshot_bytes,
                 seconds=self._settings.snapshot_seconds,
             )
@@ -101,6 +100,45 @@ def open_snapshots(settings: Settings, secret: bytes | None) -> Snapshots | None
     except OSError as error:
         logger.warning("snapshots are off: %s: %s", folder, error.strerror)
         return None
+
+
+def open_hot_snapshot(settings: Settings, tenants: Sequence[str]) -> tuple[Pack, dict[str, str]]:
+    """Open the last snapshot of a server with these settings, which may run.
+
+    Args:
+        tenants: whose chunks are wanted beside everyone's.
+
+    Returns:
+        The snapshot, and the tenants by their namespace in it.
+
+    Raises:
+        ConfigError: there is none, or the key of its namespaces is another one.
+    """
+    folder = settings.snapshot_dir
+    if folder is None:
+        raise ConfigError("prefixes: give a file of prompts, or the snapshot_dir of a server")
+    secret = settings.namespace_secret()
+    try:
+        secret = secret or (folder / _SECRET).read_bytes()
+        snapshot = Pack(folder / _FILE)
+    except OSError as error:
+        raise ConfigError(
+            f"snapshot_dir: {error.filename} cannot be read: {error.strerror}"
+        ) from None
+    if snapshot.document.realm not in {_realm(secret, are_isolated=x) for x in (True, False)}:
+        snapshot.close()
+        raise ConfigError(
+            "namespace_secret_file: the snapshot was written with another key; give the server's"
+        )
+    return snapshot, {"": ""} | {keyed_namespace(secret, name, ""): name for name in tenants}
+
+
+def _realm(secret: bytes, *, are_isolated: bool) -> str:
+    """Where namespaces mean something: without isolation everyone's chunks are in one, with it that
+    one is public.
+    """
+    mode = b"isolated" if are_isolated else b"shared"
+    return hmac.new(secret, mode, hashlib.sha256).hexdigest()
 
 
 def _secret(path: Path) -> bytes:

@@ -134,13 +134,18 @@ class Tenants:
         length, so that ("org_1", "2345") and ("org_12345", "") differ.
         """
         scope_tenant = tenant if self.are_isolated else ""
-        if not scope_tenant and not cache_salt:
-            return ""
-        digest = hmac.new(self._secret, digestmod=hashlib.sha256)
-        for value in (scope_tenant, cache_salt or ""):
-            encoded = value.encode()
-            digest.update(len(encoded).to_bytes(8, "big") + encoded)
-        return digest.hexdigest()[:32]
+        return keyed_namespace(self._secret, scope_tenant, cache_salt or "")
+
+
+def keyed_namespace(secret: bytes, tenant: str, cache_salt: str) -> str:
+    """Return the namespace of a tenant's chunks; "" is shared by all."""
+    if not tenant and not cache_salt:
+        return ""
+    digest = hmac.new(secret, digestmod=hashlib.sha256)
+    for value in (tenant, cache_salt):
+        encoded = value.encode()
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    return digest.hexdigest()[:32]
 
 
 def _unauthorized(token: bytes | None) -> ApiError:
