@@ -5,6 +5,10 @@ Start the servers first (see ``benchmarks/peers/README.md``), then name them:
     python benchmarks/compare.py --model FOLDER \\
         --server chunkllama=http://127.0.0.1:8000 --server vllm=http://127.0.0.1:8101
 
+The first server is this checkout's. The result is named by what is compared (``--name``), its
+instruction-set level and the machine, and overwrites no other. It records for each server what
+holds it to that level: ``ONEDNN_MAX_CPU_ISA`` of its process, or ``--isa``.
+
 Every round of a scenario makes new prompts and sends them to each server in turn, first with
 prefixes new to every server (cold), then with new user parts after the same prefixes (warm). The
 order of the servers is reversed every round, with a pause between servers because some keep
@@ -17,22 +21,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import statistics
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass
-from pathlib import Path
+from urllib.parse import urlsplit
 
+import psutil
 from compare_plot import draw
-from machine import cpu_name
+from machine import describe_run, new_result
 
+from chunkllama.backends.cpu.build import available_levels
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.text.tokenizer import load_tokenizer
 from chunkllama_server.bench.client import Endpoint, Outcome
 from chunkllama_server.bench.workload import PromptMaker
 
-RESULTS = Path(__file__).parent / "results"
 PAUSE_SECONDS = 2.0  # lets the previous server become idle
 
 
@@ -102,6 +107,46 @@ async def version(endpoint: Endpoint) -> str:
         return ""
 
 
+def level_of(url: str, model: str) -> str:
+    """Return the instruction-set level that a ChunkLlama server names in its answers."""
+    body = json.dumps({"model": model, "prompt": [1], "max_tokens": 1}).encode()
+    request = urllib.request.Request(
+        f"{url}/v1/completions", body, {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        fingerprint = json.load(answer).get("system_fingerprint") or ""
+    if "-cpu-" not in fingerprint:
+        raise SystemExit(f"{url}: the first server must be ChunkLlama on a CPU")
+    return str(fingerprint.split("-cpu-")[1].split("-")[0])
+
+
+def limit_of(url: str) -> str:
+    """Return ONEDNN_MAX_CPU_ISA of the local process that listens at a URL; "" without one."""
+    port = urlsplit(url).port
+    for listener in psutil.net_connections("tcp"):
+        if listener.status == psutil.CONN_LISTEN and listener.laddr.port == port and listener.pid:
+            return psutil.Process(listener.pid).environ().get("ONEDNN_MAX_CPU_ISA", "")
+    return ""
+
+
+def held_to(level: str, servers: dict[str, str], stated: dict[str, str]) -> dict[str, str]:
+    """Return what holds each server but the first to a level.
+
+    Raises:
+        SystemExit: nothing holds one to a level below this machine's best.
+    """
+    held = {}
+    for name, url in list(servers.items())[1:]:
+        limit = limit_of(url)
+        held[name] = stated.get(name) or (f"ONEDNN_MAX_CPU_ISA={limit}" if limit else "")
+        if not held[name] and level != available_levels()[0].name:
+            raise SystemExit(
+                f"{name} is not held to {level}: start it with ONEDNN_MAX_CPU_ISA, or say how by "
+                f"--isa {name}=TEXT"
+            )
+    return held
+
+
 def make_prompts(
     maker: PromptMaker, encode, systems: list[list[int]], scenario: Scenario
 ) -> list[list[int]]:
@@ -118,14 +163,19 @@ def main() -> None:
     parser.add_argument("--scenarios", default="ABCDE")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--output", type=Path, default=RESULTS / "compare.json")
+    parser.add_argument("--name", default="bf16", help="model and weights, in the result's name")
+    parser.add_argument(
+        "--isa", action="append", default=[], metavar="NAME=TEXT", help="what holds a peer"
+    )
     arguments = parser.parse_args()
     servers = dict(entry.split("=", 1) for entry in arguments.server)
+    stated = dict(entry.split("=", 1) for entry in arguments.isa)
     endpoints = {name: Endpoint(url) for name, url in servers.items()}
     tokenizer = load_tokenizer(resolve_model(arguments.model))
     maker = PromptMaker(tokenizer, arguments.seed)
     runs = []
     versions: dict[str, str] = {}
+    isa: dict[str, str] = {}
 
     async def everything() -> None:
         names = {}
@@ -134,6 +184,9 @@ def main() -> None:
         for name, endpoint in endpoints.items():
             _, body = await endpoint.get("/v1/models")
             names[name] = json.loads(body)["data"][0]["id"]
+        first = next(iter(endpoints))
+        isa[first] = level_of(servers[first], names[first])
+        isa.update(held_to(isa[first], servers, stated))
         for letter in arguments.scenarios:
             scenario = SCENARIOS[letter]
             for number in range(arguments.rounds):
@@ -154,19 +207,19 @@ def main() -> None:
 
     asyncio.run(everything())
     print(table(runs, list(endpoints), arguments.scenarios))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": cpu_name(),
+        **describe_run(),
+        "level": next(iter(isa.values())),
+        "isa": isa,
         "versions": versions,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
         "seed": arguments.seed,
         "scenarios": {name: vars(SCENARIOS[name]) for name in arguments.scenarios},
         "runs": runs,
     }
-    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
-    draw(record, arguments.output.with_suffix(".png"))
+    path = new_result(f"compare-{arguments.name}-{record['level']}")
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    draw(record, path.with_suffix(".png"))
+    print(f"saved {path}")
 
 
 def table(runs: list[dict], servers: list[str], scenarios: str) -> str:

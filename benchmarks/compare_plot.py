@@ -1,8 +1,9 @@
 """Draw the results of ``compare.py``: a bar for each server, with the spread over the rounds.
 
-    python benchmarks/compare_plot.py [results/compare.json]
+    python benchmarks/compare_plot.py [results/compare-bf16-amx-MACHINE.json ...]
 
-Writes a PNG beside the file, which names the machine and the versions.
+Writes a PNG beside each file (default: every result), which names the machine, the instruction-set
+level and the versions.
 """
 
 from __future__ import annotations
@@ -77,15 +78,16 @@ def draw(record: dict[str, Any], path: Path) -> None:
     panels[0].legend(frameon=False, ncols=len(servers), loc="upper right")
     rounds = len(record["runs"]) // (len(servers) * len(shown))
     figure.suptitle(
-        f"{record['machine']}, {record['date']}; median, lowest and highest of {rounds} rounds",
+        f"{record['machine']}, {record['date']}, level {record['level']}; "
+        f"median, lowest and highest of {rounds} rounds",
         fontsize=10,
     )
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "compare.json"
-    draw(json.loads(path.read_text()), path.with_suffix(".png"))
+    for path in map(Path, sys.argv[1:] or sorted(RESULTS.glob("compare-*.json"))):
+        draw(json.loads(path.read_text()), path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

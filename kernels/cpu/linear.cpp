@@ -13,11 +13,18 @@ namespace chunkllama {
 namespace {
 
 constexpr int MAX_ROWS = 32;     // rows of one block product
-constexpr int64_t PANEL = 512;   // most rows of x that are multiplied by a unit before the next
-constexpr int64_t DEEP = 18;     // k blocks of 2 KB that stay in L1 during a panel's rows
 constexpr int TILE_PAIR = 2048;  // bytes of a k block of bf16: two tiles
-// From this many rows per thread on, each thread has rows of its own, which stay in its L2.
-constexpr int64_t LEAST_PANEL = 64;
+// PANEL: most rows of x that are multiplied by a unit before the next. From LEAST_PANEL rows per
+// thread on, each thread has rows of its own, which stay in its L2; with fewer, reading all of the
+// weights for them costs more than the products.
+#if defined(__AMX_TILE__)
+constexpr int64_t PANEL = 256, LEAST_PANEL = 160;
+constexpr int64_t DEEP = 18;       // k blocks of a unit that stay in L1 during a panel's rows
+constexpr int64_t SLAB = 1 << 19;  // most bytes of x that are multiplied by units before the next
+constexpr int64_t SLAB_UNITS = 8;  // fewest units of each slab: their sums of 256 rows are 256 KB
+#else
+constexpr int64_t PANEL = 512, LEAST_PANEL = 64;
+#endif
 // Vectors of columns and rows of one inner loop over floats: as many sums as registers hold.
 #if defined(__AVX512F__)
 constexpr int WIDE_VECTORS = 2, WIDE_ROWS = 12;
@@ -319,25 +326,28 @@ const char* pack_panel(const LinearArgs& a, int64_t begin, int64_t end) {
   return packed;
 }
 
-// Rows [begin, end) of x (`tiles`, as packed above) times one unit of bf16 tiles, as many k at a
-// time as L1 holds of the unit. The next unit is prefetched meanwhile, spread over all rows: a
-// burst would stall the first of them.
+// Rows [begin, end) of x (`tiles`, as packed above, from the k on where `w` begins) times one unit of
+// bf16 tiles, as many k at a time as L1 holds of the unit. What is at w.next is prefetched
+// meanwhile, spread over all rows: a burst would stall the first of them. acc [rows, 32] has the
+// sums of the k before (`accumulate`); they are complete with the `last` k.
 void panel_product(const LinearArgs& a, int64_t column, int64_t begin, int64_t end,
-                   const char* tiles, const Stream& w, float* acc) {
+                   const char* tiles, const Stream& w, bool accumulate, bool last, float* acc) {
   const long block = a.linear->k * 2 * MAX_ROWS, part = DEEP * TILE_PAIR;
   const int64_t blocks = (end - begin + MAX_ROWS - 1) / MAX_ROWS;
   const int64_t pace = w.next ? (TILE_PAIR / blocks + 63) / 64 * 64 : 0;
   // With a single part every block of rows uses the same sums, which stay in L1.
-  const int64_t advance = w.end - w.at > part ? MAX_ROWS * UNIT : 0;
+  const int64_t advance = w.end - w.at > part || accumulate || !last ? MAX_ROWS * UNIT : 0;
   const char* later = w.next;
   for (const char* at = w.at; at < w.end; at += part) {
     const Stream stream{at, std::min(at + part, w.end), nullptr, w.format};
     const char* x = tiles + (at - w.at);
     float* to = acc;
     for (int64_t r = begin; r < end; r += MAX_ROWS, x += block, to += advance) {
-      tile_product<BF16, 2, STREAM>(tiles_of(x), stream, false, at != w.at, to, later, int(pace));
+      tile_product<BF16, 2, STREAM>(tiles_of(x), stream, false, accumulate || at != w.at, to, later,
+                                    int(pace));
       if (pace) later += (stream.end - at) / TILE_PAIR * pace;
-      if (stream.end == w.end) finish_rows(a, column, r, std::min<int64_t>(MAX_ROWS, end - r), to);
+      if (last && stream.end == w.end)
+        finish_rows(a, column, r, std::min<int64_t>(MAX_ROWS, end - r), to);
     }
   }
 }
@@ -494,8 +504,7 @@ const QuadBlock* round_rows(const LinearArgs&) { return nullptr; }
 
 // Rows [begin, end) times one unit.
 void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end,
-              [[maybe_unused]] const char* packed, [[maybe_unused]] const QuadBlock* quads,
-              Stream w) {
+              [[maybe_unused]] const QuadBlock* quads, Stream w) {
   const int64_t column = unit * UNIT;
 #if defined(QUAD_PRODUCTS)
   if (quads && takes_quads(*w.format, a.rows)) {
@@ -503,21 +512,10 @@ void run_unit(const LinearArgs& a, int64_t unit, int64_t begin, int64_t end,
     return;
   }
 #endif
-#if defined(__AMX_TILE__)
-  if (a.x_type == BF16 && end - begin > MAX_ROWS) {
-    static thread_local Scratch<char> wide;
-    static thread_local Scratch<float> panel;
-    if (is_quantized(*w.format))
-      w = widen_unit(w, a.linear->k, wide.fit(a.linear->k / 32 * TILE_PAIR));
-    float* acc = panel.fit(PANEL * UNIT);
-    panel_product(a, column, begin, end, packed, w, acc);
-    return;
-  }
-#elif defined(PAIR_PRODUCTS)
+#if defined(PAIR_PRODUCTS)
   if (a.x_type == BF16) {
     static thread_local Scratch<char> wide;
-    if (is_quantized(*w.format))
-      w = widen_unit(w, a.linear->k, wide.fit(a.linear->k / 32 * TILE_PAIR));
+    if (is_quantized(*w.format)) w = widen_unit(w, wide.fit(a.linear->k / 32 * TILE_PAIR));
     pair_unit(a, column, begin, end, w);
     return;
   }
@@ -543,6 +541,44 @@ Stream unit_of(const Linear& l, int64_t unit) {
   const char* at = static_cast<const char*>(w->data) + unit * bytes;
   return {at, at + bytes, nullptr, w};
 }
+
+#if defined(__AMX_TILE__)
+// Blocks of k (of `depth`) of a panel's x that some units are multiplied by before the next ones.
+int64_t slab_blocks(int64_t rows, int64_t depth) {
+  const int64_t most = std::max(DEEP, SLAB / (rows * 64)), slabs = (depth + most - 1) / most;
+  return (depth + slabs - 1) / slabs;
+}
+
+// Rows [first, last) of x (`tiles`, as packed above) times units [begin, end); `following` is taken
+// after them, if there is such a unit. Sums of all of them stay in L2 from slab to slab.
+void panel_units(const LinearArgs& a, int64_t begin, int64_t end, int64_t following, int64_t first,
+                 int64_t last, const char* tiles) {
+  static thread_local Scratch<char> wide;
+  static thread_local Scratch<float> sums;
+  const Linear& l = *a.linear;
+  const int64_t depth = l.k / 32, slab = slab_blocks(last - first, depth);
+  const int64_t rows = (last - first + MAX_ROWS - 1) / MAX_ROWS * MAX_ROWS;
+  const int64_t own = slab < depth ? rows * UNIT : 0;  // else all units use the same ones
+  float* const acc = sums.fit(rows * UNIT + (end - begin - 1) * own);
+  auto slab_of = [&](int64_t unit, int64_t k) {
+    const Stream w = unit_of(l, unit);
+    const int64_t bytes = block_bytes(*w.format);
+    return Stream{w.at + k * bytes, std::min(w.at + (k + slab) * bytes, w.end), nullptr, w.format};
+  };
+  for (int64_t k = 0; k < depth; k += slab) {
+    const bool is_last = k + slab >= depth;
+    for (int64_t u = begin; u < end; u++) {
+      Stream w = slab_of(u, k);
+      if (u + 1 < end) w.next = slab_of(u + 1, k).at;
+      else if (!is_last) w.next = slab_of(begin, k + slab).at;
+      else if (following < l.n / UNIT) w.next = slab_of(following, 0).at;
+      if (is_quantized(*w.format)) w = widen_unit(w, wide.fit(slab * TILE_PAIR));
+      panel_product(a, u * UNIT, first, last, tiles + k * TILE_PAIR, w, k > 0, is_last,
+                    acc + (u - begin) * own);
+    }
+  }
+}
+#endif
 
 #if defined(BF16_PRODUCTS)
 // Whether units are multiplied by floats: all parts are quantized and the rows are few, and not all
@@ -578,24 +614,35 @@ void run_panel(LinearArgs a, int64_t first, int64_t last, Phase& phase, int thre
   if (late && phase.taken() > units * 3 / 4) return;
   // Two units of SILU_AND_MUL share the cache lines of y.
   const int64_t even = a.epilogue == SILU_AND_MUL ? 2 : 1;
-  const int64_t grain = std::max<int64_t>(1, units / (16 * threads * even)) * even;
-  const char* packed = nullptr;
+  int64_t grain = std::max<int64_t>(1, units / (16 * threads * even)) * even;
   const QuadBlock* quads = nullptr;
+#if defined(__AMX_TILE__)
+  const bool is_panel = a.x_type == BF16 && last - first > MAX_ROWS;
+  const char* packed = nullptr;
+  // Each slab of x is read once for all units that are taken together.
+  if (is_panel && slab_blocks(last - first, l.k / 32) < l.k / 32) grain = std::max(grain, SLAB_UNITS);
+#endif
   int64_t begin = phase.take(grain);
   while (begin < units) {
+    const int64_t following = phase.take(grain), end = std::min(begin + grain, units);
+#if defined(__AMX_TILE__)
+    if (is_panel) {
+      if (!packed) packed = pack_panel(a, first, last);
+      panel_units(a, begin, end, following, first, last, packed);
+      phase.finish(end - begin);
+      begin = following;
+      continue;
+    }
+#endif
     if (!quads) quads = round_rows(a);
 #if defined(BF16_PRODUCTS)
     if (a.x_type == BF16 && takes_floats(a)) a = with_floats(a);
 #endif
-#if defined(__AMX_TILE__)
-    if (!packed && a.x_type == BF16 && last - first > MAX_ROWS) packed = pack_panel(a, first, last);
-#endif
-    const int64_t following = phase.take(grain), end = std::min(begin + grain, units);
     for (int64_t u = begin; u < end; u++) {
       const int64_t after = u + 1 < end ? u + 1 : following;
       Stream w = unit_of(l, u);
       if (after < units) w.next = unit_of(l, after).at;
-      run_unit(a, u, first, last, packed, quads, w);
+      run_unit(a, u, first, last, quads, w);
     }
     phase.finish(end - begin);
     begin = following;

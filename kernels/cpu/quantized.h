@@ -339,8 +339,8 @@ static INLINE void widen(const Weights& w, const char* from, char* tiles, const 
   });
 }
 
-// A whole unit as bf16 tiles.
-static INLINE Stream widen_unit(const Stream& s, int64_t k, char* tiles) {
+// Blocks of k of a unit as bf16 tiles.
+static INLINE Stream widen_unit(const Stream& s, char* tiles) {
   static const Weights WIDE{nullptr, 0, BF16, BF16, NO_EXTRA, 1.f, nullptr, nullptr, 0};
   const Weights& w = *s.format;
   const int bytes = block_bytes(w);
@@ -348,7 +348,7 @@ static INLINE Stream widen_unit(const Stream& s, int64_t k, char* tiles) {
   for (const char* p = s.at; p < s.end; p += bytes, to += CODE_BYTES[BF16])
     if (w.type == INT4) widen<INT4>(w, p, to, s.ahead(p));
     else widen<INT8>(w, p, to, s.ahead(p));
-  return {tiles, tiles + k / 32 * CODE_BYTES[BF16], nullptr, &WIDE};
+  return {tiles, to, nullptr, &WIDE};
 }
 #endif
 

@@ -143,7 +143,7 @@ def test_products_equal_those_of_the_dequantized_weights(
 def test_a_last_panel_of_few_rows_has_the_same_numbers_on_any_number_of_threads(
     level: str, rng: np.random.Generator
 ) -> None:
-    """One thread has panels of 512 rows and one, three have them of 192 and 129."""
+    """The last panel has one row with one thread, 129 rows with three."""
     ops = native_ops(torch.float32, level)
     x = torch.from_numpy(rng.standard_normal((513, 64))).float()
     before = torch.get_num_threads()

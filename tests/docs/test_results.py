@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import statistics
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORD = json.loads((ROOT / "benchmarks/results/compare.json").read_text())
+RESULTS = ROOT / "benchmarks/results"
+FIRST = "compare-bf16-amx-2-x-intel-xeon-processor-amx-bf16-avx512-bf16.json"
+RECORD = json.loads((RESULTS / FIRST).read_text())
 
 
 @pytest.fixture
@@ -37,10 +40,23 @@ def test_the_figure_of_the_routers_can_be_drawn_from_the_record(routing, tmp_pat
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_of_the_comparison_is_that_of_the_recorded_runs(compare) -> None:
-    servers = list(dict.fromkeys(run["server"] for run in RECORD["runs"]))
-    table = compare.table(RECORD["runs"], sorted(servers, key=_order), "ABCDE")
-    assert table in (ROOT / "docs/benchmarks.md").read_text()
+def test_tables_of_comparisons_are_those_of_the_recorded_runs(compare) -> None:
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    linked = set(re.findall(r"results/(compare-bf16-[\w-]+\.json)", text))
+    assert linked
+    for name in linked:
+        record = json.loads((RESULTS / name).read_text())
+        servers = sorted({run["server"] for run in record["runs"]}, key=_order)
+        assert compare.table(record["runs"], servers, "ABCDE") in text
+
+
+def test_every_comparison_is_named_by_its_level_and_says_what_held_each_server() -> None:
+    found = sorted(RESULTS.glob("compare-*.json"))
+    assert found
+    for path in found:
+        record = json.loads(path.read_text())
+        assert f"-{record['level']}-" in path.name
+        assert set(record["isa"]) == set(record["versions"])
 
 
 def _order(server: str) -> int:
