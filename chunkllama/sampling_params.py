@@ -34,15 +34,15 @@ class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     ``kind`` is json_schema, json_object, regex, choice, lark, gbnf, or any, which constrains
     nothing but the thoughts; ``text`` is its source. ``has_calls``: a lark grammar is of calls,
-    whose arguments are JSON. ``ends``: texts that end raw text of it; an answer that runs out of
-    tokens is closed with them.
+    whose arguments are JSON. ``ends``: what ends raw text of it, each as texts and ids of tokens
+    that no text has; an answer that runs out of tokens is closed with them.
     """
 
     kind: str
     text: str
     thinking: ThinkingSpec | None = None
     has_calls: bool = False
-    ends: tuple[str, ...] = ()
+    ends: tuple[tuple[str | int, ...], ...] = ()
 
     @property
     def is_json(self) -> bool:

@@ -31,6 +31,15 @@ class Family(NamedTuple):
     added: tuple[str, ...] = ()
 
 
+_GLM = (
+    *("<think>", "</think>", "<tool_call>", "</tool_call>"),
+    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+)
+_KIMI = (
+    *("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+    *("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+)
+_FUNCTION_GEMMA = ("<start_function_call>", "<end_function_call>", "<escape>")
 FAMILIES = (
     Family("smollm2", "SmolLM2"),
     Family("zephyr", "Zephyr, TinyLlama"),
@@ -47,8 +56,13 @@ FAMILIES = (
     Family("smollm3", "SmolLM3", ("<think>", "</think>")),
     Family("deepseek_r1", "DeepSeek R1 distilled"),
     Family("deepseek_v3_1", "DeepSeek V3.1", ("<think>", "</think>")),
+    Family("deepseek_v3_2", "DeepSeek V3.2", ("<think>", "</think>", "｜DSML｜")),
+    Family("glm45", "GLM 4.5 to 4.7", _GLM),
+    Family("kimi_k2", "Kimi K2", _KIMI),
+    Family("minimax_m2", "MiniMax M2", ("<minimax:tool_call>", "</minimax:tool_call>")),
     Family("gemma2", "Gemma 1, 2"),
     Family("gemma3", "Gemma 3"),
+    Family("functiongemma", "FunctionGemma", _FUNCTION_GEMMA),
     Family("phi3", "Phi-3, Phi-4"),
     Family("phi4_mini", "Phi-4 mini", ("<|tool_call|>", "<|/tool_call|>")),
     Family("granite3", "Granite 3", ("<|tool_call|>",)),
@@ -135,7 +149,9 @@ def _tools(able: TemplateCapabilities) -> str:
         parts.append("text beside calls as a message")
     if not able.tool_results:
         parts.append("results as a user message")
-    if not able.long_call_ids:
+    if able.call_ids == "named":
+        parts.append("ids with the call's name")
+    if able.call_ids == "short":
         parts.append("ids of 9 characters")
     return ", ".join(parts)
 

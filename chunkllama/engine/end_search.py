@@ -85,7 +85,14 @@ class EndSearch:
 
     def __init__(self, matcher: GrammarMatcher, tokens: EndTokens, texts: EndTexts) -> None:
         self.tokens = tokens
-        self._terminators = [tokens.tokenize(text) for text in texts.terminators]
+        self._terminators = [
+            [
+                i
+                for part in end
+                for i in ([part] if isinstance(part, int) else tokens.tokenize(part))
+            ]
+            for end in texts.terminators
+        ]
         ends = {text[at:] + b'"' for text in texts.of_strings for at in range(len(text))}
         ordered = sorted(ends, key=lambda text: (len(text), text))[:_MAX_TEXTS]
         self._string_ends = [tokens.tokenize(text) for text in ordered]

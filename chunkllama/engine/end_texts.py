@@ -50,11 +50,12 @@ class EndTexts(NamedTuple):
     """Texts that may end a part of an answer.
 
     Attributes:
-        terminators: end raw text; wherever one may come, it leads to the end.
+        terminators: end raw text, each as texts and ids of tokens; wherever one may come, it leads
+            to the end.
         of_strings: texts of the strings with a pattern or a format, as JSON has them.
     """
 
-    terminators: tuple[bytes, ...]
+    terminators: tuple[tuple[bytes | int, ...], ...]
     of_strings: tuple[bytes, ...]
 
 
@@ -68,7 +69,8 @@ def end_texts(spec: GrammarSpec) -> EndTexts:
         listed = [json.dumps(text, ensure_ascii=False)[1:-1].encode() for text in texts]
     except Exception as error:
         logger.error("no texts that end strings of a grammar", exc_info=error)
-    return EndTexts(tuple(text.encode() for text in spec.ends), tuple(listed[:_MAX_TEXTS]))
+    terminators = (tuple(p if isinstance(p, int) else p.encode() for p in end) for end in spec.ends)
+    return EndTexts(tuple(terminators), tuple(listed[:_MAX_TEXTS]))
 
 
 def _schemas(spec: GrammarSpec) -> Iterator[Any]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from chunkllama.errors import InvalidRequestError
-from chunkllama.text.template_capabilities import Message, TemplateCapabilities
+from chunkllama.text.template_capabilities import NAMED_ID, Message, TemplateCapabilities
 
 _INSTRUCTIONS = (
     "You have access to these functions:\n<tools>\n{tools}\n</tools>\n\n"
@@ -84,11 +84,13 @@ def adapt(
         messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
     if tools and not able.tools:
         messages, tools = describe_tools(messages, tools), None
-    messages = _adapt_calls(messages, able)
+    messages = _adapt_calls(_with_names(messages), able)
     if not able.tool_results:
         messages = [_result_as_user(m) if m["role"] == "tool" else m for m in messages]
-    if not able.long_call_ids:
-        messages = [_with_short_ids(message) for message in messages]
+    if able.call_ids == "named":
+        messages = _with_named_ids(messages)
+    elif able.call_ids == "short":
+        messages = [_with_ids(message, _short_id) for message in messages]
     messages = _adapt_system(messages, able)
     if not able.first_answer:
         messages = _with_first_user(messages)
@@ -139,6 +141,29 @@ def _join(*texts: str) -> str:
     return _JOINED.join(text for text in texts if text)
 
 
+def _with_names(messages: list[Message]) -> list[Message]:
+    """Results with the name of their call, which templates may print instead of its id.
+
+    One with the id of no call answers the first that has no result yet.
+    """
+    named: list[Message] = []
+    called: dict[str, str] = {}
+    open_ids: list[str] = []
+    for message in messages:
+        if "tool_calls" in message:
+            open_ids = [call["id"] for call in message["tool_calls"]]
+            called |= {call["id"]: call["function"]["name"] for call in message["tool_calls"]}
+        elif message["role"] == "tool":
+            answered = message.get("tool_call_id")
+            if answered not in called and open_ids:
+                answered = open_ids[0]
+            open_ids = [call_id for call_id in open_ids if call_id != answered]
+            if answered in called:
+                message = {"name": called[answered], **message}
+        named.append(message)
+    return named
+
+
 def _adapt_calls(messages: list[Message], able: TemplateCapabilities) -> list[Message]:
     adapted: list[Message] = []
     position = 0
@@ -149,7 +174,7 @@ def _adapt_calls(messages: list[Message], able: TemplateCapabilities) -> list[Me
         is_split = bool(calls and message["content"]) and not able.text_beside_calls
         if not calls:
             is_orphan = message["role"] == "tool" and not _follows_call(adapted)
-            is_user = is_orphan and not able.repeated_roles
+            is_user = is_orphan and not (able.lone_results and able.repeated_roles)
             adapted.append(_result_as_user(message) if is_user else message)
         elif not able.tool_calls:
             adapted.append(_calls_as_text(message))
@@ -235,13 +260,26 @@ def _short_id(call_id: str) -> str:
     return hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).hexdigest()[:9]
 
 
-def _with_short_ids(message: Message) -> Message:
+def _with_ids(message: Message, renamed: Callable[[str], str]) -> Message:
     changed = dict(message)
     if "tool_call_id" in message:
-        changed["tool_call_id"] = _short_id(message["tool_call_id"])
+        changed["tool_call_id"] = renamed(message["tool_call_id"])
     if "tool_calls" in message:
-        calls = [{**call, "id": _short_id(call["id"])} for call in message["tool_calls"]]
+        calls = [{**call, "id": renamed(call["id"])} for call in message["tool_calls"]]
         changed["tool_calls"] = calls
+    return changed
+
+
+def _with_named_ids(messages: list[Message]) -> list[Message]:
+    """Calls and results with ids that have the call's name, numbered in the whole conversation."""
+    named: dict[str, str] = {}
+    changed, number = [], 0
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            name = call["function"]["name"]
+            named[call["id"]] = NAMED_ID.format(name=name, number=number)
+            number += 1
+        changed.append(_with_ids(message, lambda call_id: named.get(call_id, call_id)))
     return changed
 
 

@@ -31,11 +31,15 @@ CALL_MARKERS = (
     *("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<function=", "<parameter=", "functools["),
     *("<|tool_call|>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", ">>>", "<|recipient|>"),
     *("<function_calls>", "<|python_start|>", "<|tool_call_start|>"),
-    *("<|tool_calls_section_begin|>", "[ARGS]", "<seed:tool_call>"),
+    *("<|tool_calls_section_begin|>", "[ARGS]", "<seed:tool_call>", "<arg_key>"),
+    *("<minimax:tool_call>", "<｜DSML｜function_calls>", "<start_function_call>"),
 )
 LONG_ID = "call_0123456789abcdef01234567"
 SHORT_ID = "a1B2c3D4e"
-_NAME, _KEY = "qznamea", "qzkeya"
+# Kimi K2 prints a call's id instead of its name.
+NAMED_ID = "functions.{name}:{number}"
+_IDS = {"any": LONG_ID, "short": SHORT_ID, "named": NAMED_ID}
+_NAME, _KEY = "qztoola", "qzkeya"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,9 @@ class TemplateCapabilities:
         parallel_calls: it prints several calls of one message.
         text_beside_calls: it prints the text of a message that has calls.
         tool_results: it prints messages of role tool.
-        long_call_ids: it accepts ids of other forms than nine letters and digits.
+        lone_results: it prints results without a call before them and without a function's name.
+        call_ids: "any"; "short" where it refuses others than nine letters and digits; "named" where
+            it prints a call's name only as part of its id.
         call_markers: known tags around calls that its output has.
         python_calls: it prints a call as Python.
         thought_tags: the tags around thoughts, of its output or of the vocabulary.
@@ -83,7 +89,8 @@ class TemplateCapabilities:
     parallel_calls: bool = True
     text_beside_calls: bool = True
     tool_results: bool = True
-    long_call_ids: bool = True
+    lone_results: bool = True
+    call_ids: Literal["any", "short", "named"] = "any"
     call_markers: tuple[str, ...] = ()
     python_calls: bool = False
     thought_tags: tuple[str, str] | None = None
@@ -188,7 +195,7 @@ class _Probes:
         calls = self._calls(with_tools)
         system = self.prints([first, user], "qzsys", "qzone")
         if system and calls["tool_calls"]:  # some leave it out where no user's turn is the last
-            ident = LONG_ID if calls["long_call_ids"] else SHORT_ID
+            ident = _IDS[calls["call_ids"]]
             made = self._conversation(1, ident, calls["arguments"] == "text")
             system = self.prints([first, *made], "qzsys", tools=[tool(_NAME)])
         return TemplateCapabilities(
@@ -215,7 +222,7 @@ class _Probes:
         """Whether the tools are printed where the last message is a call's result."""
         if not (calls["tool_calls"] and calls["tool_results"]):
             return True
-        ident = LONG_ID if calls["long_call_ids"] else SHORT_ID
+        ident = _IDS[calls["call_ids"]]
         made = self._conversation(1, ident, calls["arguments"] == "text")
         return self.prints(made, "qzunused", tools=[tool(_NAME), tool("qzunused")])
 
@@ -279,11 +286,14 @@ class _Probes:
         calls, results = [], []
         for i in range(count):
             arguments: Any = {_KEY: f"qzvalue{i}"}
+            name = f"qzname{'ab'[i]}"
             function = {
-                "name": f"qzname{'ab'[i]}",
+                "name": name,
                 "arguments": json.dumps(arguments) if as_text else arguments,
             }
             ident = call_id[:-1] + str(i)
+            if call_id == NAMED_ID:
+                ident = NAMED_ID.format(name=name, number=i)
             calls.append({"id": ident, "type": "function", "function": function})
             result = self.message("tool", f"qzresult{i}", tool_call_id=ident, name=function["name"])
             results.append(result)
@@ -292,17 +302,20 @@ class _Probes:
 
     def _calls(self, with_tools: str) -> dict[str, Any]:
         """The members of the record that are about calls and their results."""
-        tools = [tool(_NAME), tool("qznameb")]
+        tools = [tool(_NAME), tool("qztoolb")]
         found: dict[str, Any] = {"tool_calls": False, "parallel_calls": False}
-        ids = (LONG_ID, SHORT_ID)
         rendered = {
             (call_id, as_text): self._render(self._conversation(1, call_id, as_text), tools) or ""
-            for call_id in ids
+            for call_id in _IDS.values()
             for as_text in (False, True)
         }
         shows = {key: "qznamea" in t and "qzvalue0" in t for key, t in rendered.items()}
-        call_id = LONG_ID if any(rendered[LONG_ID, t] for t in (False, True)) else SHORT_ID
-        found["long_call_ids"] = call_id == LONG_ID or not any(rendered.values())
+        accepts_any = any(rendered[LONG_ID, t] for t in (False, True)) or not any(rendered.values())
+        shown = {ident for ident, as_text in shows if shows[ident, as_text]}
+        found["call_ids"] = "any" if accepts_any else "short"
+        if shown == {NAMED_ID}:
+            found["call_ids"] = "named"
+        call_id = _IDS[found["call_ids"]]
         # An object printed as Python prints it is no JSON: such a template expects text.
         is_repr = f"'{_KEY}'" in rendered[call_id, False]
         as_text = shows[call_id, True] and (is_repr or not shows[call_id, False])
@@ -310,18 +323,20 @@ class _Probes:
         text = rendered[call_id, as_text]
         found["tool_calls"] = shows[call_id, as_text]
         found["tool_results"] = self._shows_results(text)
+        found["lone_results"] = found["tool_results"] and self._shows_lone_results(call_id)
         two = self._conversation(2, call_id, as_text)
         names = ("qznamea", "qznameb")
         found["parallel_calls"] = found["tool_calls"] and self.prints(two, *names, tools=tools)
         beside = self._conversation(1, call_id, as_text, text="qzbeside")
         found["text_beside_calls"] = self.prints(beside, "qzbeside", tools=tools)
-        found["python_calls"] = f"{_NAME}({_KEY}=" in text
+        found["python_calls"] = f"qznamea({_KEY}=" in text
         found["call_markers"] = tuple(tag for tag in CALL_MARKERS if tag in with_tools + text)
         return found
 
     def _shows_results(self, text: str) -> bool:
-        if "qzresult0" in text:
-            return True
-        result = self.message("tool", "qzresult0", tool_call_id=SHORT_ID, name=_NAME)
+        return "qzresult0" in text or self._shows_lone_results(SHORT_ID, name=_NAME)
+
+    def _shows_lone_results(self, call_id: str, **members: str) -> bool:
+        result = self.message("tool", "qzresult0", tool_call_id=call_id, **members)
         told = [self.message("user", "qzone"), self.message("assistant", "qztwo"), result]
         return self.prints(told, "qztwo", "qzresult0")

@@ -87,17 +87,6 @@ def test_flat_calls_of_the_past(call):
     assert made["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
 
 
-def test_results_have_the_names_of_their_calls():
-    """Templates of tools may print the name, not the id."""
-    two = {**CALL, "id": "c2", "function": {"name": "g", "arguments": "{}"}}
-    calls = {"role": "assistant", "tool_calls": [CALL, two]}
-    results = [{"role": "tool", "tool_call_id": i, "content": "x"} for i in ("c2", "c1", "other")]
-    shown = [message.get("name") for message in history(HELLO, calls, *results)[2:]]
-    assert shown == ["g", "f", None]
-    named = {**results[0], "name": "own"}
-    assert history(HELLO, calls, named)[-1]["name"] == "own"
-
-
 def test_a_tool_may_return_nothing(server):
     body = {"model": MODEL, "messages": [HELLO, CALLS, {"role": "tool", "tool_call_id": "c1"}]}
     assert server.post("/v1/chat/completions", body).status_code == 200

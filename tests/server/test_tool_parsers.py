@@ -22,7 +22,8 @@ from tool_corpus import (
 from chunkllama_server.api.tools.brackets import ObjectReader
 from chunkllama_server.api.tools.call_forms import JsonCall, NamedCall
 from chunkllama_server.api.tools.families import all_tags
-from chunkllama_server.api.tools.parameter_call import VALUE_ENDS, ParameterCall
+from chunkllama_server.api.tools.parameter_call import ParameterCall
+from chunkllama_server.api.tools.parameter_tags import PARAMETER
 from chunkllama_server.api.tools.parsers import CallReader
 from chunkllama_server.api.tools.python_call import PythonCall
 
@@ -83,10 +84,9 @@ def test_a_text_that_is_cut_is_kept(cut):
     assert read(reader(), [text]) == read(reader(), text) == expected
 
 
+ENDS = PARAMETER.value_ends
 LISTS = st.lists(
-    st.lists(st.sampled_from([*VALUE_ENDS, '"', "\\", "\n", "x", "{", "]"]), max_size=5).map(
-        "".join
-    ),
+    st.lists(st.sampled_from([*ENDS, '"', "\\", "\n", "x", "{", "]"]), max_size=5).map("".join),
     max_size=3,
 )
 
@@ -143,6 +143,9 @@ PIECES = [
     ),
     *('"name": ', '"add"', '"arguments": ', '{"a": 1}', "\\", "\n", " ", "```json\n", "x", "<"),
     *("<｜tool▁calls▁begin｜>", "<｜tool▁sep｜>", "functools[", "<|python_tag|>", "a=1", "null"),
+    *("<arg_key>", "a", "</arg_key>", "<arg_value>", "</arg_value>", '<invoke name="add">'),
+    *("<start_function_call>", "call:add{", "a:", "<escape>", "<end_function_call>"),
+    *('<｜DSML｜invoke name="add">', '<｜DSML｜parameter name="text" string="true">', "now"),
 ]
 
 

@@ -89,6 +89,18 @@ TAUGHT = {
         (f"\n\n<tool_call>{ADD}</tool_call>", "", ONE),
         (f"<tool_calls>[{ADD}]</tool_calls>", "", ONE),
         (f"<TOOLCALL>[{ADD}, {WEATHER}]</TOOLCALL>", "", BOTH),
+        (f"<longcat_tool_call>{ADD}</longcat_tool_call>", "", ONE),
+        (f"<|START_ACTION|>[\n  {ADD}\n]<|END_ACTION|>", "", ONE),
+        ('<|tools_prefix|>[{"add": {"a": 1}}]<|tools_suffix|>', "", ONE),
+        (f"<|action_start|><|plugin|>\n{ADD}<|action_end|>", "", ONE),
+        (
+            f"<tool_calls>\n<tool_call>get_weather\n```json\n{OSLO_JSON}\n```\n</tool_call>"
+            "\n</tool_calls>",
+            "",
+            OSLO,
+        ),
+        # A name alone, of a function without parameters.
+        ("<tool_call>now</tool_call>", "", [("now", "{}")]),
     ],
     "llama3_json": [
         (WEATHER, "", [("get_weather", WEATHER_ARGUMENTS)]),
@@ -153,13 +165,6 @@ TAUGHT = {
             "",
             ONE,
         ),
-        ('<invoke name="add"><parameter name="a">1</parameter></invoke>', "", ONE),
-        (
-            '<minimax:tool_call>\n<invoke name="add">\n<parameter name="a">1</parameter>\n'
-            "</invoke>\n</minimax:tool_call>",
-            "",
-            ONE,
-        ),
         (
             "<function=add><parameter=a>1</parameter><parameter=b>null</parameter>"
             "<parameter=on>True</parameter><parameter=list>[1, 2]</parameter>"
@@ -173,6 +178,78 @@ TAUGHT = {
             "",
             [("add", f'{{"list": {TAGS}, "a": 1}}')],
         ),
+    ],
+    "minimax_m2": [
+        ('<invoke name="add"><parameter name="a">1</parameter></invoke>', "", ONE),
+        (
+            '<minimax:tool_call>\n<invoke name="add">\n<parameter name="a">1</parameter>\n'
+            "</invoke>\n</minimax:tool_call>",
+            "",
+            ONE,
+        ),
+    ],
+    "glm45": [
+        (
+            "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
+            "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>",
+            "",
+            [("get_weather", '{"city": "Oslo", "days": 3}')],
+        ),
+        (
+            "I look.\n<tool_call>now\n</tool_call>\n<tool_call>get_weather<arg_key>city</arg_key>"
+            "<arg_value>\n a < <b> \n</arg_value></tool_call>",
+            "I look.\n",
+            [("now", "{}"), ("get_weather", '{"city": "\\n a < <b> \\n"}')],
+        ),
+        (
+            f"<tool_call>add\n<arg_key>list</arg_key>\n<arg_value>{TAGS}</arg_value>\n"
+            "<arg_key>text</arg_key>\n<arg_value>null</arg_value>\n</tool_call>",
+            "",
+            [("add", f'{{"list": {TAGS}, "text": null}}')],
+        ),
+    ],
+    "deepseek_v32": [
+        (
+            '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n'
+            '<｜DSML｜parameter name="city" string="true">Oslo\n</｜DSML｜parameter>\n'
+            '<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n'
+            '</｜DSML｜invoke>\n<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n'
+            "</｜DSML｜function_calls>",
+            "",
+            [("get_weather", '{"city": "Oslo\\n", "days": 3}'), ("now", "{}")],
+        ),
+        # Its schema says nothing of the parameter.
+        (
+            '<｜DSML｜tool_calls><｜DSML｜invoke name="now">'
+            '<｜DSML｜parameter name="x" string="true">5</｜DSML｜parameter>'
+            '<｜DSML｜parameter name="y" string="false">5</｜DSML｜parameter></｜DSML｜invoke>',
+            "",
+            [("now", '{"x": "5", "y": 5}')],
+        ),
+    ],
+    "functiongemma": [
+        (
+            '<start_function_call>call:get_weather{city:<escape>Os"l{o\n<escape>,days:3}'
+            "<end_function_call><start_function_call>call:add{a:-1,b:null,on:true,"
+            "list:[<escape>x<escape>,{k:1.5e3}],text:<escape><escape>}<end_function_call>",
+            "",
+            [
+                ("get_weather", '{"city": "Os\\"l{o\\n", "days": 3}'),
+                (
+                    "add",
+                    '{"a": -1, "b": null, "on": true, "list": ["x", {"k": 1.5e3}], "text": ""}',
+                ),
+            ],
+        ),
+        ('<|tool_call>call:get_weather{city:<|"|>Oslo<|"|>}<tool_call|>', "", OSLO),
+        (f"<start_function_call>call:get_weather{OSLO_JSON}<end_function_call>Hm.", "Hm.", OSLO),
+        # What has no marks is text, and a brace may be missing.
+        (
+            "<start_function_call>call:get_weather{city:New York,days:2<end_function_call>",
+            "",
+            [("get_weather", '{"city": "New York", "days": 2}')],
+        ),
+        ("<start_function_call>call:now{}<end_function_call>", "", [("now", "{}")]),
     ],
     "deepseek_v3": [
         (
@@ -210,6 +287,14 @@ TAUGHT = {
             f"<|tool_call_argument_begin|>{OSLO_JSON}<|tool_call_end|><|tool_calls_section_end|>",
             "",
             OSLO,
+        ),
+        (
+            "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"
+            f"<|tool_call_argument_begin|>{OSLO_JSON}<|tool_call_end|>"
+            "<|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{}<|tool_call_end|>"
+            "<|tool_calls_section_end|>",
+            "",
+            [*OSLO, ("now", "{}")],
         ),
     ],
 }
@@ -391,6 +476,10 @@ ANY = (
     "granite",
     "phi4_mini_json",
     "kimi_k2",
+    "minimax_m2",
+    "glm45",
+    "deepseek_v32",
+    "functiongemma",
 )
 CASES = [
     *((lambda f=family: reader(f), *case) for family, cases in TAUGHT.items() for case in cases),

@@ -19,7 +19,7 @@ EXPECTED = {
     "llama3_1": {"tools": True, "parallel_calls": False, "text_beside_calls": False},
     "llama3_2_pythonic": {"python_calls": True, "parallel_calls": True},
     "functionary_v3_1": {"tool_calls": True, "call_markers": ("<function=",)},
-    "mistral_v3": {"long_call_ids": False, "repeated_roles": False, "system": False},
+    "mistral_v3": {"call_ids": "short", "repeated_roles": False, "system": False},
     "mistral_v13": {"thought_tags": ("[THINK]", "[/THINK]"), "parallel_calls": True},
     "qwen2_5": {"parallel_calls": True, "thought_tags": None, "tool_results": True},
     "qwen3": {
@@ -32,6 +32,11 @@ EXPECTED = {
     "smollm3": {"thinking_switch": "enable_thinking", "tools": True},
     "deepseek_r1": {"opens_thinking": True, "arguments": "text", "tools": False},
     "deepseek_v3_1": {"thinking_switch": "thinking", "tools": True, "opens_thinking": False},
+    "deepseek_v3_2": {"thinking_switch": "thinking", "call_markers": ("<｜DSML｜function_calls>",)},
+    "glm45": {"thinking_switch": "enable_thinking", "call_markers": ("<tool_call>", "<arg_key>")},
+    "kimi_k2": {"call_ids": "named", "tool_calls": True, "parallel_calls": True},
+    "minimax_m2": {"opens_thinking": True, "lone_results": False, "tool_results": True},
+    "functiongemma": {"tools": True, "tool_calls": True, "lone_results": False},
     "gemma2": {"system": False, "repeated_roles": False, "tools": False},
     "gemma3": {"system": True, "repeated_roles": False, "tools": False},
     "phi3": {"tools": False, "tool_results": False},
@@ -53,6 +58,11 @@ CALLS = {
     "qwen3_coder": "qwen3_coder",
     "smollm3": "hermes",
     "deepseek_v3_1": "deepseek_v3",
+    "deepseek_v3_2": "deepseek_v32",
+    "glm45": "glm45",
+    "kimi_k2": "kimi_k2",
+    "minimax_m2": "minimax_m2",
+    "functiongemma": "functiongemma",
     "phi4_mini": "hermes",
     "granite3": "granite",
     "olmo3": "pythonic",
@@ -142,6 +152,7 @@ def test_a_family_drops_nothing(family, conversation, tools):
         assert message["content"] in text
         for made in message.get("tool_calls", ()):
             assert made["function"]["arguments"]["city"] in text
+            assert made["function"]["name"] in text
     assert not tools or "qzdescription" in text
 
 

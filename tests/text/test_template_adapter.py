@@ -138,7 +138,7 @@ FAMILIES = {
     "llama 3.1": (LLAMA31, {"parallel_calls": False, "text_beside_calls": False, "tools": True}),
     "mistral": (
         MISTRAL,
-        {"long_call_ids": False, "system_anywhere": False, "call_markers": ("[TOOL_CALLS]",)},
+        {"call_ids": "short", "system_anywhere": False, "call_markers": ("[TOOL_CALLS]",)},
     ),
     "text arguments": (TEXT_ARGUMENTS, {"arguments": "text", "tool_calls": True}),
     "python arguments": (PYTHON_ARGUMENTS, {"arguments": "text", "tool_calls": True}),
@@ -257,6 +257,47 @@ def test_results_follow_their_calls_where_one_call_is_shown_at_a_time(tokenizer)
     assert places == sorted(places)
 
 
+def test_results_have_the_names_of_their_calls():
+    """Templates of tools may print the name, not the id."""
+    calls = [
+        {"id": i, "type": "function", "function": {"name": name, "arguments": {}}}
+        for i, name in (("c1", "f"), ("c2", "g"))
+    ]
+    asked = [{"role": "user", "content": "a"}]
+    asked.append({"role": "assistant", "content": "", "tool_calls": calls})
+
+    def names(*results):
+        answered = [{"role": "tool", "content": "x", **result} for result in results]
+        adapted, _ = adapt([*asked, *answered], None, TemplateCapabilities())
+        return [message.get("name") for message in adapted[2:]]
+
+    assert names({"tool_call_id": "c2"}, {"tool_call_id": "c1"}) == ["g", "f"]
+    assert names({"tool_call_id": "c1", "name": "own"}) == ["own"]
+    # Ids of no call: in the order of the calls, and none beyond them.
+    assert names({"tool_call_id": "x"}, {}, {}) == ["f", "g", None]
+
+
+def test_ids_have_names_where_the_template_prints_no_other(tokenizer):
+    template = ChatTemplate(
+        EACH + "{{ m.role }}:{{ m.content }}{% for c in m.tool_calls or [] %}<{{ c.id }}>"
+        "{{ c.function.arguments | tojson }}{% endfor %}{{ m.tool_call_id or '' }};{% endfor %}",
+        tokenizer,
+    )
+    assert template.capabilities.call_ids == "named"
+    calls = [
+        {"id": i, "type": "function", "function": {"name": name, "arguments": {}}}
+        for i, name in (("c1", "f"), ("c2", "g"))
+    ]
+    turn = [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "c2", "content": "x"},
+    ]
+    adapted, _ = adapt([*turn, *turn], None, template.capabilities)
+    shown = "assistant:<functions.f:{}>{{}}<functions.g:{}>{{}};tool:xfunctions.g:{};"
+    expected = shown.format(0, 1, 1) + shown.format(2, 3, 3)
+    assert template.render(adapted, add_generation_prompt=False) == expected
+
+
 def test_short_ids_match_their_results(tokenizer):
     template = ChatTemplate(MISTRAL, tokenizer)
     silent = {**TWO_CALLS, "content": ""}
@@ -303,9 +344,9 @@ def test_a_record_is_one_line_of_words():
         thought_tags=("<think>", "</think>"),
     )
     assert able.describe() == (
-        "content text; arguments object; call markers <tool_call> <function=; "
+        "content text; arguments object; call ids any; call markers <tool_call> <function=; "
         "thought tags <think> </think>; can: system, system optional, first answer, developer, "
         "repeated roles, empty text, tools, bare tools, tool calls, parallel calls, text beside "
-        "calls, tool results, long call ids; "
+        "calls, tool results, lone results; "
         "cannot: system anywhere, python calls, opens thinking, reasoning effort, keeps thoughts"
     )

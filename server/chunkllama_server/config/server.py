@@ -33,6 +33,10 @@ ToolFamily = Literal[
     "phi4_mini_json",
     "functionary",
     "kimi_k2",
+    "minimax_m2",
+    "glm45",
+    "deepseek_v32",
+    "functiongemma",
 ]
 
 

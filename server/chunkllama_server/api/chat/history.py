@@ -123,7 +123,6 @@ class _Normaliser:
         answers = [i for i, message in enumerate(messages[:-1]) if message.role == "assistant"]
         self._turn_start = answers[-1] + 1 if answers else 0
         self._open_ids: list[str] = []
-        self._called: dict[str, str] = {}
 
     def run(self) -> History:
         for index, message in enumerate(self._messages):
@@ -150,8 +149,6 @@ class _Normaliser:
             entry["tool_calls"] = calls
         if role == "tool":
             entry["tool_call_id"] = self._result_id(index, message, path)
-            if (called := self._called.get(entry["tool_call_id"])) is not None:
-                entry["name"] = called  # templates may print it instead of the id
         for name in ("name", "reasoning_content"):
             value = getattr(message, name)
             if value is not None:
@@ -200,7 +197,6 @@ class _Normaliser:
             function = {"name": legacy.name or "", "arguments": arguments}
             calls.append({"id": "call_0", "type": "function", "function": function})
         self._open_ids = [call["id"] for call in calls]
-        self._called |= {call["id"]: call["function"]["name"] for call in calls}
         return calls
 
     def _call(self, call: MessageToolCall, path: str, index: int) -> dict[str, Any]:

@@ -44,16 +44,17 @@ class CallFormat:
     def literal(self, text: str) -> str:
         """A text as a Lark grammar has it, its tags by their ids where they are one token."""
         ids = self.token_ids
-        if not ids:
-            return json.dumps(text, ensure_ascii=False)
-        tags = sorted(map(regex.escape, ids), key=len, reverse=True)
-        parts = regex.split(f"({'|'.join(tags)})", text)
         terminals = (
             f"<[{ids[part]}]>" if part in ids else json.dumps(part, ensure_ascii=False)
-            for part in parts
+            for part in self.parts(text)
             if part
         )
         return " ".join(terminals)
+
+    def parts(self, text: str) -> list[str]:
+        """A text cut at the tags that are one token; the first part, maybe empty, has none."""
+        tags = sorted(map(regex.escape, self.token_ids), key=len, reverse=True)
+        return regex.split(f"({'|'.join(tags)})", text) if tags else [text]
 
 
 def call_format(

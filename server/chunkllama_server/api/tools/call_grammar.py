@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from chunkllama.engine.grammar import JSON_WHITESPACE
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.tools.call_format import CallFormat
+from chunkllama_server.api.tools.escaped_call import MARKS
 from chunkllama_server.api.tools.parameter_grammar import (
-    PARAMETER_END,
+    ParameterForm,
+    escaped_rules,
     keyword_rules,
     parameter_rules,
 )
+from chunkllama_server.api.tools.parameter_tags import DSML, KEY_AND_VALUE
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.transport.errors import exceeded
 
@@ -35,11 +38,13 @@ class _Form:
         begin, end: around all calls.
         before, after: around one call.
         kind: ``object`` is JSON with name and arguments, ``named`` a name and then the arguments,
-            ``python`` keyword arguments, ``parameters`` a tag for each parameter.
+            ``python`` keyword arguments, ``parameters`` a tag for each parameter, ``escaped``
+            members with texts between marks.
         between: behind the name of a named call.
         separator: between calls.
         arguments_key: of an object, the member that holds the arguments.
-        edge: between a parameter and its tags.
+        function: around the parameters of a call; ``{}`` is the function's name.
+        parameter: the form of each parameter.
     """
 
     begin: str = ""
@@ -50,12 +55,13 @@ class _Form:
     between: str = ""
     separator: str = ""
     arguments_key: str = "arguments"
-    edge: str = "\n"
+    function: tuple[str, str] = ("<function={}>\n", "</function>")
+    parameter: ParameterForm = field(default_factory=ParameterForm)
 
     @property
-    def ends(self) -> tuple[str, ...]:
-        """Return the texts that end raw text."""
-        return (self.edge + PARAMETER_END,) if self.kind == "parameters" else ()
+    def end_of_text(self) -> str | None:
+        """Return what ends raw text."""
+        return {"parameters": self.parameter.end, "escaped": MARKS[0]}.get(self.kind)
 
 
 _TAGGED = _Form(before="<tool_call>", after="</tool_call>", separator="/\\n?/")
@@ -101,16 +107,55 @@ def _form(written: CallFormat) -> _Form:
             return _Form(before="<function=", after="</function>", kind="named", between=">")
         case "pythonic":
             return _python_form(markers)
-        case "qwen3_coder":
-            tag = "seed:tool_call" if "<seed:tool_call>" in markers else "tool_call"
+        case "qwen3_coder" if "<seed:tool_call>" in markers:
             return _Form(
-                before=f"<{tag}>\n",
-                after=f"\n</{tag}>",
+                before="<seed:tool_call>\n",
+                after="\n</seed:tool_call>",
                 kind="parameters",
                 separator="/\\n?/",
-                edge="" if tag.startswith("seed:") else "\n",
+                parameter=ParameterForm("<parameter={0}>", "</parameter>\n"),
             )
-    return _TAGGED
+    return _FORMS.get(written.family, _TAGGED)
+
+
+_DSML = "｜DSML｜"
+# Of the families that have one form.
+_FORMS = {
+    "qwen3_coder": _Form(
+        before="<tool_call>\n", after="\n</tool_call>", kind="parameters", separator="/\\n?/"
+    ),
+    "minimax_m2": _Form(
+        begin="<minimax:tool_call>\n",
+        end="</minimax:tool_call>",
+        kind="parameters",
+        function=('<invoke name="{}">\n', "</invoke>\n"),
+        parameter=ParameterForm('<parameter name="{0}">', "</parameter>\n"),
+    ),
+    "deepseek_v32": _Form(
+        begin=f"<{_DSML}function_calls>\n",
+        end=f"</{_DSML}function_calls>",
+        kind="parameters",
+        function=(f'<{_DSML}invoke name="{{}}">\n', f"</{_DSML}invoke>\n"),
+        parameter=ParameterForm(
+            f'<{_DSML}parameter name="{{0}}" string="{{1}}">',
+            f"</{_DSML}parameter>\n",
+            DSML.value_ends,
+        ),
+    ),
+    "glm45": _Form(
+        before="<tool_call>",
+        after="</tool_call>",
+        kind="parameters",
+        separator="/\\n?/",
+        function=("{}\n", ""),
+        parameter=ParameterForm(
+            "<arg_key>{0}</arg_key>\n<arg_value>", "</arg_value>\n", KEY_AND_VALUE.value_ends
+        ),
+    ),
+    "functiongemma": _Form(
+        before="<start_function_call>call:", after="<end_function_call>", kind="escaped"
+    ),
+}
 
 
 def _python_form(markers: frozenset[str]) -> _Form:
@@ -170,7 +215,9 @@ def calls_or_answer(
 def _checked(text: str, written: CallFormat, limits: LimitsConfig) -> GrammarSpec:
     if len(text) > 2 * limits.max_schema_chars:
         raise exceeded(limits, "max_schema_chars", "tools", value=len(text))
-    return GrammarSpec(kind="lark", text=text, has_calls=True, ends=_form(written).ends)
+    end, ids = _form(written).end_of_text, written.token_ids
+    parts = [ids.get(part, part) for part in written.parts(end) if part] if end else []
+    return GrammarSpec(kind="lark", text=text, has_calls=True, ends=(tuple(parts),) if end else ())
 
 
 def _call_rules(
@@ -216,15 +263,22 @@ def _named_rules(
         ]
     before = written.literal(form.before + name) if form.before else f'"{name}"'
     after = written.literal(form.after) if form.after else ""
+    if form.kind == "escaped":
+        rules = escaped_rules(f"args_{rule}", arguments, inline_schema, written)
+        rules = rules or [f"args_{rule}: %json {inline_schema(arguments)}"]
+        return [f"call_{rule}: {before} args_{rule} {after}", *rules]
     if form.kind == "parameters":
-        rules = parameter_rules(f"params_{rule}", arguments, inline_schema, form.edge)
-        begin = written.literal(f"{form.before}<function={name}>\n")
+        rules = parameter_rules(f"params_{rule}", arguments, inline_schema, written, form.parameter)
+        function, end = form.function
+        begin = written.literal(form.before + function.format(name))
         if rules:
-            end = written.literal(f"</function>{form.after}")
-            return [f"call_{rule}: {begin} params_{rule} {end}", *rules]
-        end = written.literal(f"\n</function>{form.after}")
+            return [
+                f"call_{rule}: {begin} params_{rule} {written.literal(end + form.after)}",
+                *rules,
+            ]
+        closing = written.literal(f"\n{end}{form.after}")
         return [
-            f"call_{rule}: {begin} args_{rule} {end}",
+            f"call_{rule}: {begin} args_{rule} {closing}",
             f"args_{rule}: %json {inline_schema(arguments)}",
         ]
     between = written.literal(form.between)

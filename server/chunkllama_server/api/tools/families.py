@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from chunkllama.text.template_capabilities import TemplateCapabilities
 from chunkllama.text.tokenizer import Tokenizer
+from chunkllama_server.api.tools.escaped_call import MARKS
 from chunkllama_server.config.server import ToolFamily as Family
 
 
@@ -33,9 +34,16 @@ class CallTags:
 
 FAMILY_TAGS: dict[Family, CallTags] = {
     # Hermes 2 and 3, Qwen 2.5 and 3, SmolLM3, Exaone 4, Ernie 4.5, Granite 4; Nemotron in capitals.
+    # Other tags around the same objects: LongCat, Command R7B, Apertus, InternLM.
     "hermes": CallTags(
-        ("<tool_call>", "<tool_calls>", "<TOOLCALL>"),
-        ("</tool_call>", "</tool_calls>", "</TOOLCALL>"),
+        (
+            *("<tool_call>", "<tool_calls>", "<TOOLCALL>", "<longcat_tool_call>"),
+            *("<|START_ACTION|>", "<|tools_prefix|>", "<|action_start|>", "<|plugin|>"),
+        ),
+        (
+            *("</tool_call>", "</tool_calls>", "</TOOLCALL>", "</longcat_tool_call>"),
+            *("<|END_ACTION|>", "<|tools_suffix|>", "<|action_end|>"),
+        ),
     ),
     "llama3_json": CallTags(("<|python_tag|>", "<function="), ("</function>", "<|eom_id|>")),
     # Llama 3.2 and 4, OLMo 3, LFM2, Gemma.
@@ -45,14 +53,23 @@ FAMILY_TAGS: dict[Family, CallTags] = {
     ),
     # A list of objects up to tokenizer v7, a name and its arguments from v11 on.
     "mistral": CallTags(("[TOOL_CALLS]",), ("[/TOOL_CALLS]",)),
-    # Qwen3-Coder, Seed-OSS, MiniMax.
+    # Qwen3-Coder, Seed-OSS.
     "qwen3_coder": CallTags(
-        ("<tool_call>", "<function=", "<seed:tool_call>", "<minimax:tool_call>", "<invoke name="),
-        ("</tool_call>", "</function>", "</seed:tool_call>", "</minimax:tool_call>", "</invoke>"),
+        ("<tool_call>", "<function=", "<seed:tool_call>"),
+        ("</tool_call>", "</function>", "</seed:tool_call>"),
     ),
+    "minimax_m2": CallTags(
+        ("<minimax:tool_call>", "<invoke name="), ("</minimax:tool_call>", "</invoke>")
+    ),
+    # GLM 4.5 to 4.7.
+    "glm45": CallTags(("<tool_call>",), ("</tool_call>",)),
     "deepseek_v3": CallTags(
         ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
         ("<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
+    ),
+    "deepseek_v32": CallTags(
+        ("<｜DSML｜function_calls>", "<｜DSML｜tool_calls>", "<｜DSML｜invoke name="),
+        ("</｜DSML｜function_calls>", "</｜DSML｜tool_calls>", "</｜DSML｜invoke>"),
     ),
     "granite": CallTags(
         ("<|tool_call|>", "<tool_call>", "<function_call>"), ("</tool_call>", "</function_call>")
@@ -63,6 +80,10 @@ FAMILY_TAGS: dict[Family, CallTags] = {
         ("<|tool_calls_section_begin|>", "<|tool_call_begin|>"),
         ("<|tool_call_end|>", "<|tool_calls_section_end|>"),
     ),
+    # FunctionGemma; Gemma 4 has other tags and marks.
+    "functiongemma": CallTags(
+        ("<start_function_call>", "<|tool_call>"), ("<end_function_call>", "<tool_call|>")
+    ),
 }
 # Tags that ordinary text may contain; they are read where the family is known.
 _COMMON_TEXT = (">>>", "<|recipient|>")
@@ -70,6 +91,10 @@ _COMMON_TEXT = (">>>", "<|recipient|>")
 # family; more special ones come first.
 _SIGNS: tuple[tuple[str, Family], ...] = (
     ("<function=", "qwen3_coder"),
+    ("<arg_key>", "glm45"),
+    ("<minimax:tool_call>", "minimax_m2"),
+    ("<｜DSML｜function_calls>", "deepseek_v32"),
+    ("<start_function_call>", "functiongemma"),
     ("<｜tool▁calls▁begin｜>", "deepseek_v3"),
     ("<｜tool▁call▁begin｜>", "deepseek_v3"),
     ("<|tool_calls_section_begin|>", "kimi_k2"),
@@ -124,7 +149,7 @@ def _is_added(tag: str, tokenizer: Tokenizer | None) -> bool:
 
 
 def set_of_tags(tags: CallTags) -> tuple[str, ...]:
-    """All tags, those between a name and its arguments included."""
+    """All tags, those inside a call included."""
     return (*tags.opens, *tags.closes, *_INNER_TAGS)
 
 
@@ -139,11 +164,13 @@ def special_tags(tags: CallTags, tokenizer: Tokenizer) -> dict[int, str]:
     return found
 
 
-# Between a call's name and its arguments.
+# Inside a call.
 _INNER_TAGS = (
     "[ARGS]",
     "[CALL_ID]",
     "<｜tool▁sep｜>",
     "<|tool_call_argument_begin|>",
     "<|content|>",
+    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "｜DSML｜"),
+    *MARKS,
 )

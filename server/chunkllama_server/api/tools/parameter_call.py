@@ -1,31 +1,19 @@
-"""Read a call that has a tag for each parameter, as Qwen3-Coder writes it."""
+"""Read a call that has a tag for each parameter, as Qwen3-Coder, MiniMax, DeepSeek V3.2 and GLM
+write it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import regex
 
 from chunkllama.text.partial_match import partial_end
-from chunkllama_server.api.common.schema_references import follow
-from chunkllama_server.api.common.schema_spelling import type_name
-from chunkllama_server.api.tools.brackets import SPACE, ObjectReader
+from chunkllama_server.api.tools.brackets import SPACE
 from chunkllama_server.api.tools.call_forms import CallForm, Functions, NamedCall
+from chunkllama_server.api.tools.parameter_tags import KEY_AND_VALUE, tags_behind
+from chunkllama_server.api.tools.parameter_values import allowed_types, value_text
 
-# Possessive, so that a tag that is not closed is read once.
-_PARAMETER = regex.compile(r'<parameter(?:=|\s++name=)\s*+"?(?P<key>[^"<>\n]++)"?[^<>\n]*+>')
-# A tag that is not closed within so many characters is none.
-_MAX_TAG = 512
-# A tag without a name, or one that is not closed; the value behind it is left out.
-_BEGUN_PARAMETERS = ("<parameter=", "<parameter ")
-_ENDS = ("</function>", "</invoke>")
-# A value ends with its own tag; where that is missing, with the next tag of the call.
-VALUE_ENDS = ("</parameter>", *_BEGUN_PARAMETERS, *_ENDS, "</tool_call>")
-_VALUE_END = regex.compile("|".join(map(regex.escape, VALUE_ENDS)))
-# So many characters at a text's end may be a line's end and the beginning of a tag.
-_MAX_HELD = max(map(len, VALUE_ENDS))
 # So far a JSON value is read behind a tag in one of its strings; then the tag is the end.
 _MAX_BEHIND = 1 << 16
 # A long text is read in pieces of so many characters: the rest is copied behind each value.
@@ -33,15 +21,18 @@ _PIECE = 1 << 12
 
 
 class ParameterCall(CallForm):
-    """``<function=name>`` or ``<invoke name="name">``, which has been read, then a tag for each
-    parameter, or a JSON object, and the closing tag.
+    """``<function=name>``, ``<invoke name="name">`` or a name before ``<arg_key>``, which has been
+    read, then a tag for each parameter, or a JSON object, and the closing tag.
 
     Values that can only be text are written as they come, others when they end.
     """
 
     def __init__(self, functions: Functions, name: str, raw: str) -> None:
         super().__init__(functions, name, raw)
-        self._text = ""
+        tag = raw[raw.rindex("<") :]
+        self._tags = tags_behind(tag)
+        # Where the call begins with a name alone, the tag behind it has told it from other text.
+        self._text = tag if self._tags is KEY_AND_VALUE else ""
         self._value: _Text | _Json | None = None
         self._reads_strings = True
         self._num_given = 0
@@ -80,33 +71,34 @@ class ParameterCall(CallForm):
             self._named = NamedCall(self._functions, self.name or "", "")
             self._text = self._text[1:]
             return True
-        for tag in _ENDS:
+        for tag in self._tags.ends:
             if self._text.startswith(tag):
                 self._text = self._text[len(tag) :]
                 return self._end()
-        found = _parameter_tag(self._text)
+        found = self._tags.match(self._text)
         if found is not None and not found.partial:
             # Behind an object nothing can be added to it.
-            self._begin_value(found["key"].strip() if self._num_given >= 0 else "")
+            key = found["key"].strip() if self._num_given >= 0 else ""
+            self._begin_value(key, is_text=bool(found.groupdict().get("string")))
             self._text = self._text[found.end() :]
             return True
-        if found is not None or any(tag.startswith(self._text) for tag in _ENDS):
+        if found is not None or any(tag.startswith(self._text) for tag in self._tags.ends):
             return False
-        for tag in _BEGUN_PARAMETERS:
+        for tag in self._tags.begun:
             if self._text.startswith(tag):
                 self._begin_value("")
                 self._text = self._text[len(tag) :]
                 return True
         return self._end()
 
-    def _begin_value(self, key: str) -> None:
+    def _begin_value(self, key: str, *, is_text: bool = False) -> None:
         parameters = self._functions.get(self.name or "", {})
         properties = parameters.get("properties") or {}
         schema = properties.get(key) if isinstance(properties, Mapping) else None
         texts: set[str] = set()
-        allowed = _allowed_types(schema, parameters, set(), texts)
-        if key and allowed == {"string"}:
-            self._value = _Text(self._member(key))
+        allowed = allowed_types(schema, parameters, set(), texts)
+        if key and (allowed == {"string"} or (is_text and not allowed)):
+            self._value = _Text(self._member(key), trims=self._tags.trims)
         else:
             self._value = _Json(key, allowed, texts, reads_strings=self._reads_strings)
 
@@ -116,8 +108,8 @@ class ParameterCall(CallForm):
         return ("{" if self._num_given == 1 else ", ") + f"{json.dumps(key)}: "
 
     def _read_value(self, value: _Text | _Json) -> bool:
-        end = _VALUE_END.search(self._text)
-        size = end.start() if end is not None else max(0, len(self._text) - _MAX_HELD)
+        end = self._tags.value_end.search(self._text)
+        size = end.start() if end is not None else max(0, len(self._text) - self._tags.max_held)
         read, self._text = self._text[:size], self._text[size:]
         if isinstance(value, _Text):
             self._written.append(value.add(read, is_last=end is not None))
@@ -142,13 +134,16 @@ class ParameterCall(CallForm):
 
     def _end_json(self, value: _Json) -> None:
         if value.key:
-            written = _value_text(value.text, value.allowed, value.texts)
+            text = value.text
+            if self._tags.trims:
+                text = text.removeprefix("\n").removesuffix("\n")
+            written = value_text(text, value.allowed, value.texts)
             self._written.append(self._member(value.key) + written)
         self._leave_value()
 
     def _leave_value(self) -> None:
         self._value = None
-        self._text = self._text.removeprefix("</parameter>")
+        self._text = self._text.removeprefix(self._tags.close)
 
     def _end(self) -> bool:
         if self._num_given >= 0:
@@ -165,19 +160,13 @@ class ParameterCall(CallForm):
             self._run()
             return self._text if self.is_complete else self.finish()
         if isinstance(value, _Text):
-            held = max(partial_end(self._text, tag) for tag in VALUE_ENDS)
+            held = max(partial_end(self._text, tag) for tag in self._tags.value_ends)
             read = self._text[: len(self._text) - held]
-            self._written.append(value.add(read.removesuffix("\n")))
+            read = read.removesuffix("\n") if self._tags.trims else read
+            self._written.append(value.add(read))
         elif not self.is_complete and value is None and self._named is None:
             self._end()
         return ""
-
-
-def _parameter_tag(text: str) -> regex.Match[str] | None:
-    """A parameter's tag that a text begins with; partial where its end may still come."""
-    found = _PARAMETER.match(text[:_MAX_TAG], partial=True)
-    is_open = found is not None and found.partial and len(text) >= _MAX_TAG
-    return None if is_open else found
 
 
 class _Text:
@@ -185,20 +174,22 @@ class _Text:
 
     Args:
         before: stands before the value.
+        trims: a line's end at either end of the value is left out.
     """
 
-    def __init__(self, before: str) -> None:
+    def __init__(self, before: str, *, trims: bool) -> None:
         self._before = before
+        self._trims = trims
 
     def add(self, text: str, *, is_last: bool = False) -> str:
-        """The JSON text of the next piece; a line's end at either end of the value is left out."""
+        """The JSON text of the next piece."""
         if not text and not is_last:
             return ""
         before = ""
         if self._before:
             before, self._before = f'{self._before}"', ""
-            text = text.removeprefix("\n")
-        text = text.removesuffix("\n") if is_last else text
+            text = text.removeprefix("\n") if self._trims else text
+        text = text.removesuffix("\n") if is_last and self._trims else text
         return before + json.dumps(text, ensure_ascii=False)[1:-1] + ('"' if is_last else "")
 
 
@@ -292,92 +283,3 @@ class _Json:
         assert place is not None
         self._pieces, self._first_tag = [text[:place]], None
         return text[place:]
-
-
-_TYPES: dict[str, Callable[[Any], bool]] = {
-    "integer": lambda v: type(v) is int or (isinstance(v, float) and v.is_integer()),
-    "number": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
-    "boolean": lambda v: isinstance(v, bool),
-    "null": lambda v: v is None,
-    "array": lambda v: isinstance(v, list),
-    "object": lambda v: isinstance(v, dict),
-}
-
-
-def _allowed_types(schema: Any, root: Any, seen: set[int], texts: set[str]) -> set[str]:
-    """The JSON types that a property's schema allows; empty where it says nothing of them.
-
-    Args:
-        root: the schema that references are read from.
-        seen: identities of schemas that have been read.
-        texts: takes the texts that the schema lists.
-    """
-    if not isinstance(schema, Mapping) or id(schema) in seen:
-        return set()
-    seen.add(id(schema))
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(values, list):
-        texts.update(value for value in values if isinstance(value, str))
-        return _types_of(values)
-    kind = schema.get("type")
-    kinds = kind if isinstance(kind, list) else [kind]
-    found = {type_name(kind) for kind in kinds if isinstance(kind, str)}
-    if schema.get("nullable") is True and found:
-        found.add("null")
-    if isinstance(reference := schema.get("$ref"), str):
-        found |= _allowed_types(follow(root, reference), root, seen, texts)
-    for variants in (schema.get("anyOf"), schema.get("oneOf"), schema.get("allOf")):
-        for variant in variants if isinstance(variants, list) else ():
-            found |= _allowed_types(variant, root, seen, texts)
-    return found
-
-
-def _types_of(values: list[Any]) -> set[str]:
-    types = {kind for value in values for kind, is_one in _TYPES.items() if is_one(value)}
-    return types | ({"string"} if any(isinstance(value, str) for value in values) else set())
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _value_text(text: str, allowed: set[str], texts: set[str]) -> str:
-    """A parameter's text as JSON: a value of another type only where the schema allows one, and
-    does not list the text itself."""
-    text = text.removeprefix("\n").removesuffix("\n")
-    if allowed != {"string"} and text not in texts:
-        kinds = allowed - {"string"} or _TYPES.keys()
-        for source in _readings(text.strip(), allowed):
-            try:
-                value = json.loads(source, parse_constant=_refuse_constant)
-            except (ValueError, RecursionError):
-                continue
-            if any(_TYPES[kind](value) for kind in kinds if kind in _TYPES):
-                return source
-    return json.dumps(text, ensure_ascii=False)
-
-
-_CONSTANTS = {"True": "true", "False": "false", "None": "null"}
-_WORDS = {"true": "true", "false": "false", "null": "null", "none": "null"}
-
-
-def _readings(text: str, allowed: set[str]) -> Iterator[str]:
-    """The text as it is, then as JSON: of what is only nearly JSON, where it cannot be a string."""
-    yield text
-    yield _CONSTANTS.get(text, "")
-    if not allowed or "string" in allowed:
-        return
-    yield _WORDS.get(text.lower(), "")
-    if text[:1] in ("[", "{"):
-        yield _bracketed(text)
-
-
-def _bracketed(text: str) -> str:
-    """A list or an object that is nearly JSON, as JSON; empty where more text is behind it."""
-    reader = ObjectReader()
-    written = []
-    for char in text:
-        if reader.is_complete:
-            return ""
-        written.append(reader.feed(char))
-    return "".join(written) + ("" if reader.is_complete else reader.end())

@@ -7,24 +7,15 @@ content and the calls are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-import regex
-
 from chunkllama.text.partial_match import partial_end
 from chunkllama_server.api.tools.brackets import SPACE
-from chunkllama_server.api.tools.call_forms import (
-    CallForm,
-    Functions,
-    JsonCall,
-    NamedCall,
-    resolve_name,
-)
+from chunkllama_server.api.tools.call_begins import BEGINS, CALL_TAGS, FORMS, LEAD
+from chunkllama_server.api.tools.call_forms import CallForm, Functions, JsonCall, resolve_name
 from chunkllama_server.api.tools.families import CallTags
-from chunkllama_server.api.tools.parameter_call import ParameterCall
-from chunkllama_server.api.tools.python_call import PythonCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,30 +121,9 @@ class _CallWriter:
         return deltas
 
 
-_NAME = r"(?P<name>[\w.\-]+)"
-# What begins a call behind a tag or a bracket. Every form ends with a character that no other form
-# has there, so that more text never changes the choice.
-_BEGINS = regex.compile(
-    r"\s*(?:```[A-Za-z_]*\s*)?[\s\[]*(?:"
-    r"(?P<json>\{)"
-    rf"|(?P<parameters><function={_NAME}>|<invoke\s+name=\"{_NAME}\"\s*>)"
-    rf"|(?P<python>{_NAME}\()"
-    rf"|(?P<named>(?:function<｜tool▁sep｜>)?{_NAME}(?::\d+)?\s*(?:\[CALL_ID\]\s*\w*\s*)?"
-    r"(?:\[ARGS\]|<｜tool▁sep｜>|<\|tool_call_argument_begin\|>|<\|content\|>)?\s*"
-    r"(?:```(?:json)?\s*)?\{)"
-    r")"
-)
-_LEAD = regex.compile(r"\s*(?:```[A-Za-z_]*\s+)?[\s\[]*")
-_WORD = regex.compile(r"[\w.\-]+")
-_FORMS: dict[str, Callable[[Functions, str, str], CallForm]] = {
-    "parameters": ParameterCall,
-    "python": PythonCall,
-    "named": NamedCall,
-}
-# Tags that are the beginning of a call themselves.
-_CALL_TAGS = ("<function=", "<invoke name=")
 # An opening of this length without a call is none: names have up to 64 characters.
 _MAX_OPENING = 256
+_WORD = re.compile(r"[\w.\-]+")
 _State = Literal["start", "text", "open", "call", "after", "between"]
 
 
@@ -235,7 +205,7 @@ class CallReader:
             self._lead = self._text[: len(self._text) - len(stripped)]
             self._text = stripped
         else:
-            word = _WORD.match(_LEAD.sub("", stripped, count=1))
+            word = _WORD.match(LEAD.sub("", stripped, count=1))
             if word is None or self._may_name(word[0]):
                 begun = self._match_call()
                 if begun != "no":
@@ -252,7 +222,7 @@ class CallReader:
 
     def _match_call(self) -> Literal["yes", "no", "more"]:
         """Begin the call that the text begins with."""
-        found = _BEGINS.match(self._text, partial=True)
+        found = BEGINS.match(self._text, partial=True)
         if found is None or (found.partial and len(self._text) > _MAX_OPENING):
             return "no"
         if found.partial:
@@ -268,7 +238,7 @@ class CallReader:
             return "no"
         else:
             self._text = self._text[len(raw) :]
-            form = next(form for kind, form in _FORMS.items() if found[kind] is not None)
+            form = next(form for kind, form in FORMS.items() if found[kind] is not None)
             self._call = form(self._functions, name, raw)
         self._state = "call"
         return "yes"
@@ -292,7 +262,7 @@ class CallReader:
         """Consume a tag that stands where the text begins."""
         if tag in self._tags.opens:
             self._state = "open"
-        if tag not in _CALL_TAGS:
+        if tag not in CALL_TAGS:
             self._lead += "" if tag in self._hidden else tag
             self._text = self._text[len(tag) :]
 
@@ -302,7 +272,7 @@ class CallReader:
         if (read := self._reads_address(stripped)) is not False:
             return bool(read)
         for tag in self._tags.opens:
-            if tag not in _CALL_TAGS and stripped.startswith(tag):
+            if tag not in CALL_TAGS and stripped.startswith(tag):
                 self._lead += self._text[: len(self._text) - len(stripped)]
                 self._text = stripped
                 self._open(tag)
@@ -313,7 +283,7 @@ class CallReader:
         if begun != "no":
             return begun == "yes"
         # Where the tag is part of the call's own form, at least the tag is content.
-        size = max((len(tag) for tag in _CALL_TAGS if self._text.startswith(tag)), default=0)
+        size = max((len(tag) for tag in CALL_TAGS if self._text.startswith(tag)), default=0)
         parsed.add(self._lead + self._text[:size])
         self._text = self._text[size:]
         self._lead, self._state = "", "text"
