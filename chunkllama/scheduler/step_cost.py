@@ -95,7 +95,8 @@ class _Costs:
         for at in known:
             own = self.extra[at]
             values.append((own.value * own.count + each * at * _PRIOR) / (own.count + _PRIOR))
-        return np.interp(asked, [0, *known], values) * np.maximum(asked / known[-1], 1.0)
+        measured: NDArray[np.float64] = np.interp(asked, [0, *known], values)
+        return measured * np.maximum(asked / known[-1], 1.0)
 
 
 class StepCost:
