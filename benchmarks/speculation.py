@@ -4,7 +4,8 @@
 
 Both engines are in one process and take turns, in an order reversed from round to round. Each round
 is another tenant's, so that no answer of an earlier round is known. Answers end by themselves, or
-after ``--tokens`` tokens. The texts are this repository's own.
+after ``--tokens`` tokens. The texts are this repository's own. The loads A to E are those of
+``compare.py``, and "from two tokens" has greedy answers that begin to repeat themselves.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from compare import SCENARIOS, make_prompts
 from machine import cpu_name, new_result
 
 from chunkllama.config import DEMO_MODEL, EngineConfig
@@ -26,7 +28,8 @@ from chunkllama.messages import EngineRequest
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.sampling_params import GrammarSpec, SamplingParams
 from chunkllama.text.chat_template import ChatTemplate, load_chat_template
-from chunkllama.text.tokenizer import load_tokenizer
+from chunkllama.text.tokenizer import Tokenizer, load_tokenizer
+from chunkllama_server.bench.workload import PromptMaker
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = {
@@ -51,10 +54,11 @@ DRAWN = {"temperature": 1.0}
 
 @dataclass(frozen=True)
 class Request:
-    """A user's message, and what the answer is predicted to be."""
+    """A user's message, or a prompt, and what the answer is predicted to be."""
 
-    message: str
+    message: str = ""
     prediction: str = ""
+    prompt: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Case:
     requests: list[Request]
     concurrency: int
     sampling: dict[str, object]
+    tokens: int | None = None  # of each answer; None: up to ``--tokens``
 
 
 def paragraphs() -> list[str]:
@@ -80,7 +85,23 @@ def sources() -> list[str]:
     return [text for file in files if 300 <= len(text := file.read_text()) <= 2500]
 
 
-def cases(only: str) -> list[Case]:
+def loads(tokenizer: Tokenizer) -> list[Case]:
+    """Return the loads of ``compare.py``, and one of long answers to short prompts."""
+    maker = PromptMaker(tokenizer, seed=1)
+    exact = {**GREEDY, "ignore_eos": True}
+    made = []
+    for name, scenario in SCENARIOS.items():
+        systems = [tokenizer.encode(maker.text(scenario.system)) for _ in range(scenario.tenants)]
+        prompts = make_prompts(maker, tokenizer.encode, systems, scenario)
+        requests = [Request(prompt=tuple(prompt)) for prompt in prompts]
+        made.append(
+            Case(f"load {name}", requests, scenario.concurrency, exact, tokens=scenario.output)
+        )
+    short = [Request(prompt=(number + 100, 7)) for number in range(32)]
+    return [*made, Case("from two tokens, 32 at once", short, 32, exact, tokens=1000)]
+
+
+def cases(only: str, tokenizer: Tokenizer) -> list[Case]:
     """Return the cases whose names contain ``only``."""
     quoted = [
         Request(f"Summarize this text. Quote its sentences word for word.\n\n{text}")
@@ -102,6 +123,7 @@ def cases(only: str) -> list[Case]:
         Case("quoting, 6 at once", quoted, 6, GREEDY),
         Case("JSON by schema, 6 at once", records, 6, {**DRAWN, "grammar": grammar}),
         *(Case(f"stories, {n} at once", free * -(-n // 6), n, DRAWN) for n in (1, 6, 16, 32)),
+        *loads(tokenizer),
     ]
     return [case for case in all_cases if only in case.name]
 
@@ -110,11 +132,11 @@ class Side:
     """One of the engines."""
 
     def __init__(self, model: str, dtype: str, **settings: object) -> None:
-        config = EngineConfig.from_flat(model=model, dtype=dtype, num_chunks=1024, **settings)
+        config = EngineConfig.from_flat(model=model, dtype=dtype, num_chunks=1536, **settings)
         self.core: EngineCore = build_engine(config)
         folder = resolve_model(model)
-        self._tokenizer = load_tokenizer(folder)
-        self._template: ChatTemplate | None = load_chat_template(folder, self._tokenizer)
+        self.tokenizer = load_tokenizer(folder)
+        self._template: ChatTemplate | None = load_chat_template(folder, self.tokenizer)
 
     def run(self, case: Case, tenant: str, max_tokens: int) -> tuple[float, int, list[list[int]]]:
         """Run all requests; returns seconds, steps and the answers."""
@@ -140,9 +162,11 @@ class Side:
             message = {"role": "user", "content": request.message}
             yield EngineRequest(
                 request_id=f"{number:03}",
-                prompt_token_ids=self._template.encode([message]),
-                prediction_token_ids=self._tokenizer.encode(request.prediction),
-                sampling=SamplingParams(max_tokens=max_tokens, seed=number, **case.sampling),
+                prompt_token_ids=[*request.prompt] or self._template.encode([message]),
+                prediction_token_ids=self.tokenizer.encode(request.prediction),
+                sampling=SamplingParams(
+                    max_tokens=case.tokens or max_tokens, seed=number, **case.sampling
+                ),
                 namespace=tenant,
                 tenant=tenant,
             )
@@ -195,7 +219,7 @@ def main() -> None:
         options.model, options.dtype, speculation="auto", draft_model=options.draft_model
     )
     results = []
-    for case in cases(options.only):
+    for case in cases(options.only, plain.tokenizer):
         result = compare(plain, drafting, case, options)
         results.append(result)
         print(

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+import numpy as np
+
+from chunkllama.scheduler.draft_search import MAX_MATCH, Int32Array
+
 DraftSource = Literal["forced", "prediction", "prompt", "recent", "model"]
 
 _KEPT: Final = 0.85  # of the older counts, with each update
@@ -44,6 +48,8 @@ class DraftState:
         rates: how often guesses of this sequence were right, by source.
         pause: steps to come in which no guess is looked for.
         failures: drafts in a row without a right token.
+        source, length: an index in the sequence's own tokens, and their number when what follows
+            the index was found to match their end.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -52,6 +58,21 @@ class DraftState:
     rates: dict[DraftSource, Rate] = field(default_factory=dict)
     pause: int = 0
     failures: int = 0
+    source: int = 0
+    length: int = 0
+
+    def follow(self, source: int, length: int) -> None:
+        """Note where the tokens of a sequence, ``length`` now, are guessed to repeat themselves."""
+        self.source, self.length = source, length
+
+    def followed(self, own: Int32Array) -> tuple[int, int] | None:
+        """Return where ``own`` repeats itself still, as ``find_continuation`` does, without a
+        search; None if it does not for ``MAX_MATCH`` tokens."""
+        end = self.source + len(own) - self.length
+        if self.length == 0 or end < MAX_MATCH:
+            return None
+        is_equal = np.array_equal(own[end - MAX_MATCH : end], own[-MAX_MATCH:])
+        return (end, MAX_MATCH) if is_equal else None
 
     def drop(self) -> None:
         """Forget the guesses; what is known of the sequence stays."""

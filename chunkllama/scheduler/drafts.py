@@ -38,11 +38,11 @@ from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
 from chunkllama.scheduler.step_cost import MIN_GAIN, StepCost
 
 MAX_DRAFT: Final = 15  # guesses of one sequence in a step
-MAX_ROWS: Final = 48  # guesses of all sequences in a step
+MAX_ROWS: Final = 128  # guesses of all sequences in a step
 MIN_CHANCE: Final = 0.05  # of being kept, below which a guess is not worth looking at
 MAX_PAUSE: Final = 16  # steps without guesses after guesses that failed
 _PRIOR_WEIGHT: Final = 2.0  # trials that the average of all sequences counts for
-_ROWS_TO_TRY: Final = (1, 2, 4, 8, 16, 32, MAX_ROWS)
+_ROWS_TO_TRY: Final = (1, 2, 4, 8, 16, 32, 64, MAX_ROWS)
 
 Kind = tuple[DraftSource, int]
 _MODEL: Final[Kind] = ("model", 0)
@@ -93,7 +93,7 @@ class Drafts:
         total = 0
         self.may_pay = most > 0 and self._saves_time(count, most)
         if self.may_pay:
-            each = min(MAX_DRAFT, max(most // count, 1))
+            each = min(MAX_DRAFT, most)
             longest = self._longest(scheduled)
             drafted = [s for s in scheduled if self._look(s, each, count)]
             drafted += self._ask_model(scheduled, count, most, longest)
@@ -177,14 +177,16 @@ class Drafts:
         return added
 
     def _before_end(self, sequence: Sequence, tokens: list[int]) -> list[int]:
-        """Guesses before the first one that could end the sequence."""
-        ends = (i for i, token in enumerate(tokens) if self._may_end(sequence, token))
-        return tokens[: next(ends, None)]
-
-    def _may_end(self, sequence: Sequence, token: int) -> bool:
-        """Whether a guess could end the sequence: the row before it samples that token anyway."""
-        stops = sequence.group.request.sampling.stop_token_ids
-        return token == SEPARATOR or token in stops or token in self._limits.eos_token_ids
+        """Guesses before the first one that could end the sequence: the row before it samples that
+        token anyway.
+        """
+        sampling = sequence.group.request.sampling
+        ends = {SEPARATOR, *sampling.stop_token_ids}
+        if not sampling.ignore_eos:
+            ends |= self._limits.eos_token_ids
+        if ends.isdisjoint(tokens):
+            return tokens
+        return tokens[: next(at for at, token in enumerate(tokens) if token in ends)]
 
     def _find(self, sequence: Sequence, most: int, count: int) -> tuple[list[int], list[Kind]]:
         """Forced tokens, then the rest of a prediction that the output begins, or else the
@@ -206,15 +208,20 @@ class Drafts:
             if source == "prediction" and _begins_with(text, own[sequence.num_prompt_tokens :]):
                 best = MAX_MATCH, text[len(own) - sequence.num_prompt_tokens :], source
                 break
-            found = find_continuation(text, own)
+            found = state.followed(own) if source == "prompt" and not forced else None
+            found = found or find_continuation(text, own)
             if found is None:
                 continue
             start, matched = found
+            if source == "prompt" and not forced:
+                state.follow(start, len(own))
             if best is None or matched > best[0]:
                 rest = text[start : start + most]
                 if source == "prompt":  # it goes on with what it continues
                     rest = np.resize(rest, most)
                 best = matched, rest, source
+            if matched == MAX_MATCH:  # no text has a longer one
+                break
         if best is None:
             state.pause = count // 4  # a search of many sequences takes time
             return forced, kinds
@@ -240,26 +247,27 @@ class Drafts:
         The chance of a guess includes that of those before it, so the best ones are always the
         beginning of each sequence's guesses.
         """
-        rows = sorted(
-            ((chance, at) for at, s in enumerate(drafted) for chance in self._chances(s)),
-            key=lambda row: -row[0],
-        )
-        gained, best, kept = 0.0, MIN_GAIN * count, 0
-        for number, (chance, _) in enumerate(rows[:most], 1):
-            gained += chance
-            seconds = self._cost.seconds(count, number)
-            if seconds > longest:
-                break
-            speed = (count + gained) / seconds
-            if speed > best:
-                best, kept = speed, number
-        for at, sequence in enumerate(drafted):
+        chances = [self._chances(sequence) for sequence in drafted]
+        flat = np.array([chance for own in chances for chance in own])
+        if not len(flat):
+            return self._keep(drafted, [0] * len(drafted))
+        owner = np.repeat(np.arange(len(drafted)), [len(own) for own in chances])
+        order = np.argsort(-flat, kind="stable")[:most]
+        seconds = self._cost.curve(count, len(order))
+        speeds = np.where(seconds <= longest, (count + flat[order].cumsum()) / seconds, 0.0)
+        best = int(speeds.argmax())
+        kept = best + 1 if speeds[best] > MIN_GAIN * count else 0
+        each = np.bincount(owner[order[:kept]], minlength=len(drafted))
+        return self._keep(drafted, each.tolist())
+
+    def _keep(self, drafted: list[Sequence], counts: list[int]) -> int:
+        """Leave each sequence the first of its guesses; returns how many all have."""
+        for sequence, count in zip(drafted, counts, strict=True):
             state = sequence.draft
-            own = sum(row[1] == at for row in rows[:kept])
-            if own == 0:
+            if count == 0:
                 self._fade(state)
-            del state.token_ids[own:], state.kinds[own:]
-        return kept
+            del state.token_ids[count:], state.kinds[count:]
+        return sum(counts)
 
     def _fade(self, state: DraftState) -> None:
         kind = state.kinds[0]
@@ -269,9 +277,12 @@ class Drafts:
 
     def _chances(self, sequence: Sequence) -> list[float]:
         """The chance that each guess is kept, as far as it is worth anything."""
+        known: dict[Kind, float] = {}
         chances, chance = [], 1.0
         for kind in sequence.draft.kinds:
-            chance *= self._chance(sequence, kind)
+            if kind not in known:
+                known[kind] = self._chance(sequence, kind)
+            chance *= known[kind]
             if chance < MIN_CHANCE:
                 break
             chances.append(chance)

@@ -7,10 +7,9 @@
 namespace chunkllama {
 namespace {
 
-constexpr int64_t ROWS = 32;      // of a unit
-constexpr int64_t COLUMNS = 128;  // of a unit of the second product
+constexpr int64_t ROWS = 32;  // of a unit
 constexpr int VECTORS = BLOCK / W;
-constexpr int64_t AHEAD = 4096;   // bytes; matrices lie in the order of their use
+constexpr int64_t AHEAD = 4096;  // bytes; matrices lie in the order of their use
 
 // Products of few rows wait for the adapter's matrices, of which every step reads all.
 template <class T>
@@ -75,7 +74,7 @@ void inner_half_rows(const X* x, int64_t x_stride, const A* a, int64_t k, float*
   }
 }
 
-// y [R, 16] = t [R, rank] * b [rank, 16].
+// y [R, 16] += t [R, rank] * b [rank, 16].
 template <int R, class B>
 void outer_rows(const float* t, int64_t t_stride, const B* b, int64_t rank, float* y,
                 int64_t y_stride) {
@@ -88,7 +87,10 @@ void outer_rows(const float* t, int64_t t_stride, const B* b, int64_t rank, floa
     }
   }
   for (int r = 0; r < R; r++)
-    for (int j = 0; j < VECTORS; j++) store(y + r * y_stride + j * W, sums[r][j]);
+    for (int j = 0; j < VECTORS; j++) {
+      float* at = y + r * y_stride + j * W;
+      store(at, load(at) + sums[r][j]);
+    }
 }
 
 // Calls f(first row, number of rows as a constant) for rows [begin, end), four at a time, or one at
@@ -108,8 +110,8 @@ void by_fours(const AdapterArgs& a, int64_t begin, int64_t end, F&& f) {
 }
 
 template <class X, class A>
-void inner_unit(const AdapterArgs& a, const AdapterLinear& l, int64_t begin, int64_t end,
-                int64_t block) {
+void inner_block(const AdapterArgs& a, const AdapterLinear& l, int64_t begin, int64_t end,
+                 int64_t block) {
   const A* weights = static_cast<const A*>(l.a) + block * l.k * BLOCK;
   const bool is_half = l.ranks - block * BLOCK < BLOCK;
   by_fours(a, begin, end, [&](int64_t row, auto n) {
@@ -121,43 +123,40 @@ void inner_unit(const AdapterArgs& a, const AdapterLinear& l, int64_t begin, int
   });
 }
 
+void inner_unit(const AdapterArgs& a, const AdapterLinear& l, int64_t begin, int64_t end,
+                int64_t block) {
+  if (a.x_type == BF16) inner_block<bf16, bf16>(a, l, begin, end, block);
+  else if (a.type == BF16) inner_block<float, bf16>(a, l, begin, end, block);
+  else inner_block<float, float>(a, l, begin, end, block);
+}
+
 template <class B>
 void outer_unit(const AdapterArgs& a, const AdapterLinear& l, int64_t begin, int64_t end,
-                int64_t first, int64_t last) {
-  for (int64_t row = begin; row < end; row++)
-    std::fill(a.delta + row * a.delta_stride + first, a.delta + row * a.delta_stride + last, 0.f);
+                int64_t first, int64_t last, float* y, int64_t y_stride) {
   for (int64_t p = 0; p < l.num_parts; p++) {
     const AdapterPart& part = l.parts[p];
     int64_t i = first > part.first ? (first - part.first + part.step - 1) / part.step : 0;
     for (; i < part.blocks && part.first + i * part.step < last; i++) {
       const B* weights = static_cast<const B*>(part.b) + i * part.rank * BLOCK;
       by_fours(a, begin, end, [&](int64_t row, auto n) {
-        outer_rows<decltype(n)::value>(
-            a.inner + row * a.inner_stride + part.offset, a.inner_stride, weights, part.rank,
-            a.delta + row * a.delta_stride + part.first + i * part.step, a.delta_stride);
+        outer_rows<decltype(n)::value>(a.inner + row * a.inner_stride + part.offset,
+                                       a.inner_stride, weights, part.rank,
+                                       y + (row - begin) * y_stride + part.first +
+                                           i * part.step - first,
+                                       y_stride);
       });
     }
   }
 }
 
-// Units are the rows of each range, ROWS at a time, times `width`: runs f(adapter, first row, last
-// row, index below width) for each.
+// Runs f(adapter, first row, last row) for the parts of the ranges in [begin, end).
 template <class F>
-void by_units(const AdapterArgs& a, Phase& phase, int threads, int64_t width, F&& f) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < a.num_ranges; i++)
-    total += (a.ranges[i].end - a.ranges[i].begin + ROWS - 1) / ROWS * width;
-  const int64_t grain = std::max<int64_t>(1, total / (8 * threads));
-  phase.run(total, grain, [&](int64_t unit, int64_t last) {
-    for (; unit < last; unit++) {
-      int64_t piece = unit / width, pieces;
-      const AdapterRange* range = a.ranges;
-      for (; piece >= (pieces = (range->end - range->begin + ROWS - 1) / ROWS); range++)
-        piece -= pieces;
-      const int64_t begin = range->begin + piece * ROWS, end = std::min(begin + ROWS, range->end);
-      f(range->linears[a.linear], begin, end, unit % width);
-    }
-  });
+void by_ranges(const AdapterArgs& a, int64_t begin, int64_t end, F&& f) {
+  for (const AdapterRange* range = a.ranges; range < a.ranges + a.num_ranges; range++) {
+    const int64_t first = std::max(begin, range->begin), last = std::min(end, range->end);
+    const AdapterLinear& l = range->linears[a.linear];
+    if (first < last && l.num_parts) f(l, first, last);
+  }
 }
 
 }  // namespace
@@ -168,21 +167,45 @@ bool is_adapted(const AdapterArgs& a) {
   });
 }
 
-void adapter_units(const AdapterArgs& a, Phase* phases, int threads) {
-  by_units(a, phases[0], threads, (a.inner_stride + BLOCK - 1) / BLOCK,
-           [&](const AdapterLinear& l, int64_t begin, int64_t end, int64_t block) {
-             if (block * BLOCK >= l.ranks) return;
-             const bool narrow = a.type == BF16;
-             if (a.x_type == BF16) inner_unit<bf16, bf16>(a, l, begin, end, block);
-             else if (narrow) inner_unit<float, bf16>(a, l, begin, end, block);
-             else inner_unit<float, float>(a, l, begin, end, block);
-           });
-  by_units(a, phases[1], threads, (a.columns + COLUMNS - 1) / COLUMNS,
-           [&](const AdapterLinear& l, int64_t begin, int64_t end, int64_t group) {
-             const int64_t first = group * COLUMNS, last = std::min(first + COLUMNS, a.columns);
-             if (a.type == BF16) outer_unit<bf16>(a, l, begin, end, first, last);
-             else outer_unit<float>(a, l, begin, end, first, last);
-           });
+void fill_inner(const AdapterArgs& a, int64_t begin, int64_t end) {
+  by_ranges(a, begin, end, [&](const AdapterLinear& l, int64_t first, int64_t last) {
+    for (int64_t block = 0; block * BLOCK < l.ranks; block++)
+      inner_unit(a, l, first, last, block);
+  });
+}
+
+int64_t take_inner(const AdapterArgs& a, Phase& phase, int threads) {
+  const int64_t width = (a.inner_stride + BLOCK - 1) / BLOCK;
+  auto pieces_of = [](const AdapterRange& range) {
+    return (range.end - range.begin + ROWS - 1) / ROWS;
+  };
+  int64_t total = 0;
+  for (int64_t i = 0; i < a.num_ranges; i++) total += pieces_of(a.ranges[i]) * width;
+  const int64_t grain = std::max<int64_t>(1, total / (8 * threads));
+  for (int64_t unit; (unit = phase.take(grain)) < total;) {
+    const int64_t last = std::min(unit + grain, total);
+    for (int64_t at = unit; at < last; at++) {
+      int64_t piece = at / width, pieces;
+      const AdapterRange* range = a.ranges;
+      for (; piece >= (pieces = pieces_of(*range)); range++) piece -= pieces;
+      const AdapterLinear& l = range->linears[a.linear];
+      const int64_t begin = range->begin + piece * ROWS, block = at % width;
+      if (block * BLOCK < l.ranks)
+        inner_unit(a, l, begin, std::min(begin + ROWS, range->end), block);
+    }
+    phase.finish(last - unit);
+  }
+  return total;
+}
+
+void add_outer(const AdapterArgs& a, int64_t begin, int64_t end, int64_t column, int64_t columns,
+               float* y, int64_t y_stride) {
+  by_ranges(a, begin, end, [&](const AdapterLinear& l, int64_t first, int64_t last) {
+    float* to = y + (first - begin) * y_stride;
+    if (a.type == BF16)
+      outer_unit<bf16>(a, l, first, last, column, column + columns, to, y_stride);
+    else outer_unit<float>(a, l, first, last, column, column + columns, to, y_stride);
+  });
 }
 
 }  // namespace chunkllama

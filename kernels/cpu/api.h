@@ -133,13 +133,12 @@ struct AdapterRange {
   const AdapterLinear* linears;
 };
 
-// The adapters of a step; `adapted` [rows] is 1 for the rows of a range.
+// The adapters of a step.
 struct StepAdapters {
   const AdapterRange* ranges;
   int64_t num_ranges;
-  const uint8_t* adapted;
-  float *inner, *delta;  // [rows, inner_stride], [rows, delta_stride]
-  int64_t inner_stride, delta_stride;
+  float* inner;  // [rows, inner_stride]: x a
+  int64_t inner_stride;
   int32_t type;  // of all matrices, F32 or BF16
 };
 

@@ -289,14 +289,12 @@ INLINE void keep_best(Best& best, int64_t column, int64_t count, const float* ac
 
 // Bias, adapters, epilogue and store of rows [first, first + rows) of one unit: acc [rows, 32].
 void finish_rows(const LinearArgs& a, int64_t column, int64_t first, int64_t rows, float* acc) {
-  for (int64_t r = 0; r < rows; r++, acc += UNIT) {
-    if (a.linear->bias)
+  if (a.linear->bias)
+    for (int64_t r = 0; r < rows; r++)
       for (int j = 0; j < UNIT; j += W)
-        store(acc + j, load(acc + j) + load(a.linear->bias + column + j));
-    if (a.delta && a.adapted[first + r]) {
-      const float* delta = a.delta + (first + r) * a.delta_stride + column;
-      for (int j = 0; j < UNIT; j += W) store(acc + j, load(acc + j) + load(delta + j));
-    }
+        store(acc + r * UNIT + j, load(acc + r * UNIT + j) + load(a.linear->bias + column + j));
+  if (a.adapters) add_outer(*a.adapters, first, first + rows, column, UNIT, acc, UNIT);
+  for (int64_t r = 0; r < rows; r++, acc += UNIT) {
     const int64_t at = (first + r) * a.y_stride;
     if (a.epilogue == BEST) {
       keep_best(a.best[first + r], column, std::min<int64_t>(UNIT, a.columns - column), acc);

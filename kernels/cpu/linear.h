@@ -8,6 +8,7 @@
 //         nth nibble of a word is the code of k = 8 * word + n, weight = value of the code * scale
 //   fp32  [n / 32][k][32 columns]
 #pragma once
+#include "adapter.h"
 #include "api.h"
 #include "team.h"
 
@@ -58,10 +59,7 @@ struct LinearArgs {
   int64_t rows;
   Best* best = nullptr;  // BEST: [rows] of this thread, updated
   int64_t columns = 0;   // BEST: columns from here on are padding
-  // Added to the product before the epilogue, for rows whose `adapted` is not 0.
-  const float* delta = nullptr;  // [rows, delta_stride]
-  int64_t delta_stride = 0;
-  const uint8_t* adapted = nullptr;
+  const AdapterArgs* adapters = nullptr;  // what they add comes before the epilogue
 };
 
 // Rows of a panel, a phase of its own.

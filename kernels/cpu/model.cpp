@@ -4,7 +4,9 @@
 //   norm | qkv | rotate and append | attention | merge | output projection added | norm |
 //   gate and up | down added
 //
-// each a phase. A linear layer that is adapted for some rows has two more before it.
+// each a phase. Of the two products of an adapter, the first is computed with the norm before qkv and
+// before gate and up, and the second as their units are finished; with the output and down projections
+// the first is computed beside their units, and the second added by the norm behind them.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -23,7 +25,10 @@ namespace {
 // An odd number of cache lines of bf16, so that the rows of a tile do not map to the same few sets.
 constexpr int64_t stride(int64_t size) { return (size + 63) / 64 * 64 + 32; }
 
-constexpr int64_t LINEARS = 4, OTHERS = 5;  // phases of a layer; a linear has one for each panel
+// Phases of a layer; a linear has one for each panel, and two another one for adapters.
+constexpr int64_t LINEARS = 4, INNERS = 2, OTHERS = 5;
+enum LinearOfLayer : int64_t { QKV, OUTPUT, GATE_UP, DOWN };
+constexpr int64_t NO_LINEAR = -1;
 
 class Pass {
  public:
@@ -33,9 +38,8 @@ class Pass {
         threads_(threads),
         rows_(s.plan.num_rows),
         panels_((rows_ - 1) / panel_rows(rows_, threads) + 1),
-        adapter_phases_(s.adapters.num_ranges ? 2 : 0),
-        phases_(
-            new Phase[m.num_layers * (LINEARS * (panels_ + adapter_phases_) + OTHERS) + 2]) {
+        has_adapters_(s.adapters.num_ranges > 0),
+        phases_(new Phase[m.num_layers * (LINEARS * panels_ + INNERS + OTHERS) + 2]) {
     const int32_t* single = s.plan.row_flags;
     merges_ = std::find(single, single + rows_, 0) != single + rows_;
   }
@@ -46,7 +50,7 @@ class Pass {
       for (int64_t r = begin; r < end; r++) embed(r);
     });
     for (int64_t i = 0; i < m_.num_layers; i++) phase = layer(i, thread, phase);
-    norm(*phase, m_.final_norm, s_.hidden, F32);
+    norm(*phase, m_.final_norm, s_.hidden, F32, (m_.num_layers - 1) * LINEARS + DOWN, NO_LINEAR);
   }
 
  private:
@@ -67,18 +71,33 @@ class Pass {
   Phase* layer(int64_t index, int thread, Phase* phase) {
     const Layer& l = m_.layers[index];
     const int64_t width = stride(m_.heads.q_heads * m_.heads.head_dim), qkv_stride = l.qkv.n;
-    int64_t number = index * LINEARS;
-    auto linear = [&](const Linear& weight, const void* x, int64_t x_stride, void* y,
-                      int64_t y_stride, Type y_type, Epilogue epilogue) {
-      LinearArgs a{&weight, x, x_stride, activations(), y, y_stride, y_type, epilogue, rows_};
-      if (adapter_phases_) add_adapters(a, number++, phase);
-      phase += adapter_phases_;
+    const int64_t number = index * LINEARS;
+    auto args_of = [&](const Linear& weight, const void* x, int64_t x_stride, void* y,
+                       int64_t y_stride, Type y_type, Epilogue epilogue) {
+      return LinearArgs{&weight, x,        x_stride, activations(), y,
+                        y_stride, y_type, epilogue, rows_};
+    };
+    // A linear of normalised rows: the norm has computed the adapters' first product.
+    auto linear = [&](LinearArgs a, int64_t which) {
+      const AdapterArgs adapters = adapters_of(number + which);
+      if (has_adapters_ && is_adapted(adapters)) a.adapters = &adapters;
       linear_units(a, phase, thread, threads_);
       phase += panels_;
     };
+    // A linear that is added to the residual stream: the next norm adds the adapters' part.
+    auto added = [&](const LinearArgs& a, int64_t which) {
+      const AdapterArgs adapters = adapters_of(number + which, a.x, a.x_stride);
+      int64_t units = 0;
+      if (has_adapters_ && is_adapted(adapters)) units = take_inner(adapters, *phase, threads_);
+      linear_units(a, phase + 1, thread, threads_);
+      phase->wait(units);
+      phase += 1 + panels_;
+    };
 
-    norm(*phase++, l.attention_norm, s_.normed, activations());
-    linear(l.qkv, s_.normed, stride(m_.hidden), s_.qkv, qkv_stride, activations(), STORE);
+    norm(*phase++, l.attention_norm, s_.normed, activations(),
+         index ? number - LINEARS + DOWN : NO_LINEAR, number + QKV);
+    linear(args_of(l.qkv, s_.normed, stride(m_.hidden), s_.qkv, qkv_stride, activations(), STORE),
+           QKV);
 
     const RopeArgs rope{s_.plan, m_.heads,   s_.positions, s_.cos_sin,  s_.qkv,
                         s_.qkv,  qkv_stride, qkv_stride,   s_.kv[index]};
@@ -97,25 +116,21 @@ class Pass {
     phase++;
 
     yield_core();  // twice a layer: yielding after each phase gained no more under the server
-    linear(l.o, s_.attention, width, s_.hidden, stride(m_.hidden), F32, ADD);
-    norm(*phase++, l.mlp_norm, s_.normed, activations());
-    linear(l.gate_up, s_.normed, stride(m_.hidden), s_.mlp, stride(l.down.k), activations(),
-           SILU_AND_MUL);
+    added(args_of(l.o, s_.attention, width, s_.hidden, stride(m_.hidden), F32, ADD), OUTPUT);
+    norm(*phase++, l.mlp_norm, s_.normed, activations(), number + OUTPUT, number + GATE_UP);
+    linear(args_of(l.gate_up, s_.normed, stride(m_.hidden), s_.mlp, stride(l.down.k),
+                   activations(), SILU_AND_MUL),
+           GATE_UP);
     yield_core();
-    linear(l.down, s_.mlp, stride(l.down.k), s_.hidden, stride(m_.hidden), F32, ADD);
+    added(args_of(l.down, s_.mlp, stride(l.down.k), s_.hidden, stride(m_.hidden), F32, ADD), DOWN);
     return phase;
   }
 
-  // Computes what the adapters add to a linear layer, the number'th of all.
-  void add_adapters(LinearArgs& a, int64_t number, Phase* phases) {
+  // What the adapters need of a linear layer, the number'th of all.
+  AdapterArgs adapters_of(int64_t number, const void* x = nullptr, int64_t x_stride = 0) const {
     const StepAdapters& s = s_.adapters;
-    const AdapterArgs args{s.ranges,   s.num_ranges, number,  s.type,
-                           a.x,        a.x_stride,   a.x_type, s.inner,
-                           s.inner_stride, s.delta, s.delta_stride, a.linear->n,
-                           m_.independent_rows != 0};
-    if (!is_adapted(args)) return;
-    adapter_units(args, phases, threads_);
-    a.delta = s.delta, a.delta_stride = s.delta_stride, a.adapted = s.adapted;
+    return {s.ranges,  s.num_ranges, number,         s.type, x, x_stride, activations(), s.inner,
+            s.inner_stride, m_.independent_rows != 0};
   }
 
   Type activations() const { return Type(m_.heads.activation_type); }
@@ -125,16 +140,26 @@ class Pass {
     phase.run(count, row_grain(count, threads_), work);
   }
 
-  void norm(Phase& phase, const float* weight, void* y, Type y_type) {
-    const NormArgs a{s_.hidden,         nullptr,           nullptr, y,      weight, m_.hidden,
-                     stride(m_.hidden), stride(m_.hidden), F32,     y_type, m_.eps};
-    by_rows(phase, rows_, [&](int64_t begin, int64_t end) { rms_norm_rows(a, begin, end); });
+  // Norms the rows. First adds what the adapters add to linear layer `before`, then computes their
+  // first product for layer `after`.
+  void norm(Phase& phase, const float* weight, void* y, Type y_type, int64_t before,
+            int64_t after) {
+    const int64_t width = stride(m_.hidden);
+    const NormArgs a{s_.hidden, nullptr, nullptr, y, weight, m_.hidden, width, width, F32, y_type,
+                     m_.eps};
+    by_rows(phase, rows_, [&](int64_t begin, int64_t end) {
+      if (has_adapters_ && before != NO_LINEAR)
+        add_outer(adapters_of(before), begin, end, 0, m_.hidden, s_.hidden + begin * width, width);
+      rms_norm_rows(a, begin, end);
+      if (has_adapters_ && after != NO_LINEAR) fill_inner(adapters_of(after, y, width), begin, end);
+    });
   }
 
   const Model& m_;
   const Step& s_;
   const int threads_;  // requested: the team may be smaller, but the panels are cut once
-  const int64_t rows_, panels_, adapter_phases_;
+  const int64_t rows_, panels_;
+  const bool has_adapters_;
   const std::unique_ptr<Phase[]> phases_;  // in the order of the work
   bool merges_;                            // some row has several partials
 };

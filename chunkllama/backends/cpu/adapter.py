@@ -18,7 +18,7 @@ from chunkllama.backends.adapter import (
 )
 from chunkllama.backends.cpu.abi import TYPES, mirrors
 from chunkllama.backends.cpu.packed import MAX_PARTS, Arena
-from chunkllama.backends.cpu.sizes import STRIDE, UNIT, round_up
+from chunkllama.backends.cpu.sizes import STRIDE, round_up
 
 BLOCK: Final = 16
 
@@ -47,9 +47,8 @@ class CAdapterRange(Structure):
 @mirrors("StepAdapters")
 class CStepAdapters(Structure):
     _fields_ = (
-        *(("ranges", POINTER(CAdapterRange)), ("num_ranges", c_int64), ("adapted", c_void_p)),
-        *(("inner", c_void_p), ("delta", c_void_p)),
-        *(("inner_stride", c_int64), ("delta_stride", c_int64), ("type", c_int32)),
+        *(("ranges", POINTER(CAdapterRange)), ("num_ranges", c_int64)),
+        *(("inner", c_void_p), ("inner_stride", c_int64), ("type", c_int32)),
     )
 
 
@@ -146,38 +145,21 @@ def _packed(rows: AdapterRows) -> PackedAdapter:
 
 
 class AdapterBuffers:
-    """What a step with adapters needs beside its rows.
+    """What a step with adapters needs beside its rows."""
 
-    Args:
-        columns: most of a packed linear layer.
-    """
-
-    def __init__(self, columns: int) -> None:
-        self._columns = columns
-        self._memory = torch.empty(0)
+    def __init__(self) -> None:
+        self._inner = torch.empty(0)
         self._ranges: ctypes.Array[CAdapterRange] | None = None
-        self._adapted = torch.empty(0, dtype=torch.uint8)
 
     def step(self, adapters: Sequence[AdapterRows], rows: int, dtype: torch.dtype) -> CStepAdapters:
         """The kernels' view of a step's adapters; valid until the next call."""
         packed = [_packed(each) for each in adapters]
         ranks = round_up(max(each.ranks for each in packed), BLOCK)
-        size = rows * (ranks + self._columns)
-        if self._memory.numel() < size:
-            self._memory = torch.empty(size)
-        self._adapted = torch.zeros(round_up(rows, UNIT), dtype=torch.uint8)
+        if self._inner.numel() < rows * ranks:
+            self._inner = torch.empty(rows * ranks)
         self._ranges = (CAdapterRange * len(adapters))()
         for at, (each, adapter) in enumerate(zip(adapters, packed, strict=True)):
             self._ranges[at] = CAdapterRange(each.begin, each.end, adapter.linears)
-            self._adapted[each.begin : each.end] = 1
-        inner = self._memory.data_ptr()
         return CStepAdapters(
-            self._ranges,
-            len(adapters),
-            self._adapted.data_ptr(),
-            inner,
-            inner + rows * ranks * self._memory.element_size(),
-            ranks,
-            self._columns,
-            TYPES[dtype],
+            self._ranges, len(adapters), self._inner.data_ptr(), ranks, TYPES[dtype]
         )

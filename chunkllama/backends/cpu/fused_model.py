@@ -91,11 +91,6 @@ def can_fuse(spec: ModelSpec) -> bool:
     )
 
 
-def _columns(layer: CLayer) -> int:
-    """Columns of its widest linear layer."""
-    return int(max(layer.qkv.n, layer.o.n, layer.gate_up.n, layer.down.n))
-
-
 def _is_plain(layer: LayerSpec) -> bool:
     plain = replace(LayerSpec(), window=layer.window)  # a window is the plan's
     biases = (layer.qkv_bias, layer.output_bias, layer.mlp_bias)
@@ -146,7 +141,7 @@ class FusedModel:
             *(packed, spec.num_layers, heads, spec.hidden_size, self._vector(model.weights.norm)),
             *(spec.rms_norm_eps, spec.score_scale, rows.vector_rows, rows.independent),
         )
-        self._adapter_buffers = AdapterBuffers(max(_columns(layer) for layer in packed))
+        self._adapter_buffers = AdapterBuffers()
         self._pack_head(model.weights)
         self._kv_pointers = (c_void_p * spec.num_layers)(*(x.data_ptr() for x in self._kv.layers))
         self._rows = 0
