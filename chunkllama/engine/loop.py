@@ -14,6 +14,7 @@ from chunkllama.cache_messages import (
     WriteSnapshot,
 )
 from chunkllama.engine.core import EngineCore
+from chunkllama.engine.explanations import PendingExplanations
 from chunkllama.errors import InvalidRequestError, OverloadedError
 from chunkllama.logger import init_logger
 from chunkllama.messages import (
@@ -53,23 +54,25 @@ class EngineChannel(Protocol):
 def run_engine_loop(core: EngineCore, channel: EngineChannel) -> None:
     """Serve the channel until a Shutdown arrives; the step in flight is finished first."""
     channel.send([core.info])
+    questions = PendingExplanations()
     while True:
         if core.journal is not None:
             core.journal.turn()
         busy = core.has_work()
         if not busy:
             core.check_idle()
-        replies: list[FromEngine] = []
-        is_idle = not (busy or core.is_moving_chunks() or core.is_tuning())
+        is_idle = not (busy or questions or core.is_moving_chunks() or core.is_tuning())
         limit = None if core.idle_work is None else QUIET_SECONDS
         messages = channel.receive(limit if is_idle else 0.0)
         if is_idle and not messages and core.idle_work is not None:
             work, core.idle_work = core.idle_work, None
             work()
+        replies: list[FromEngine] = []
         for message in messages:
             if isinstance(message, Shutdown):
                 return
-            replies.extend(_handle(core, message))
+            replies.extend(_handle(core, message, questions))
+        replies.extend(core.explain(question) for question in questions.take())
         if core.has_work():
             replies.extend(core.step())
             if (snapshot := core.stats_to_push()) is not None:
@@ -113,15 +116,18 @@ def _change_adapters(core: EngineCore, message: LoadAdapter | UnloadAdapter) -> 
     return [] if refusal is None else [refusal]
 
 
-def _handle(core: EngineCore, message: ToEngine) -> list[FromEngine]:
+def _handle(
+    core: EngineCore, message: ToEngine, questions: PendingExplanations
+) -> list[FromEngine]:
     match message:
+        case ExplainPrompt():
+            questions.add(message)
+            return []
         case EngineRequest():
             return _add(core, message)
         case AbortRequest():
             core.abort(message.request_id, message.index)
             return []
-        case ExplainPrompt():
-            return [core.explain(message)]
         case CacheCommand():
             return [core.cache_command(message)]
         case WatchCache():
