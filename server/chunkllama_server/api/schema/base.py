@@ -15,6 +15,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from chunkllama.rests import rest
+
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 # Report only the first invalid element of a list: each report costs microseconds.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(fail_fast=True)]
@@ -146,6 +148,7 @@ def walk_fields(
     model: BaseModel, prefix: str = ""
 ) -> Iterator[tuple[str, Literal["unknown", "refused"]]]:
     """Paths of the fields a client sent that no model knows, or that are known and not served."""
+    rest()
     if isinstance(model, RequestModel) and model.is_skipped():
         yield prefix.removesuffix("."), "unknown"
         return
