@@ -86,7 +86,7 @@ def test_results_find_their_calls_at_once() -> None:
 
 def test_a_template_is_not_probed_on_after_it_was_stopped(folders, monkeypatch) -> None:
     tokenizer = load_tokenizer(folders["chatml"])
-    source = "{% if tools %}{% for i in range(9) %}{{ i }}{% endfor %}{% endif %}x"
+    source = "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
     whole = ChatTemplate(source, tokenizer)
     calls = noted(monkeypatch, ChatTemplate, "_fill")
     assert whole.capabilities
