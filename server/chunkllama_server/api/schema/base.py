@@ -1,9 +1,7 @@
 """Define what every request model shares: strict types, no NaN, unknown fields kept to be named.
 
-Each field's description begins with how it is handled: Honoured, Validated (checked, then without
-effect on the output), Ignored, Ignored and named (in the response header that names unknown fields;
-refused in strict mode), or Refused (a known field this server does not serve).
-"""
+Descriptions begin with how a field is handled: Honoured, Validated (without effect on the output),
+Ignored, Ignored and named (in a response header; strict mode refuses it), or Refused."""
 
 from __future__ import annotations
 
