@@ -30,6 +30,8 @@ from chunkllama.text.tokenizer import Tokenizer, encode_continuation, encode_ids
 from chunkllama.text.tokenizer_files import read_json
 
 RENDER_SECONDS = 1.0
+# Of a template that a request brings: an honest one takes milliseconds.
+REQUEST_RENDER_SECONDS = 0.25
 _WORK_CHARS = 1 << 26
 _OUTPUT_CHARS = 1 << 16
 MAX_TEMPLATE = 1 << 20  # characters; published ones have up to 20,000, and compiling takes time
@@ -44,9 +46,16 @@ class ChatTemplate:
     Args:
         source: the jinja2 template, or several by name ("default", "tool_use").
         tokenizer: of the same model.
+        render_seconds: of its thread's own time that one rendering may take.
     """
 
-    def __init__(self, source: str | dict[str, str], tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        source: str | dict[str, str],
+        tokenizer: Tokenizer,
+        render_seconds: float = RENDER_SECONDS,
+    ) -> None:
+        self._render_seconds = render_seconds
         sources = {"default": source} if isinstance(source, str) else source
         self._tokenizer = tokenizer
         self._environment = TemplateEnvironment()
@@ -68,7 +77,14 @@ class ChatTemplate:
         """SHA-256 of the template's sources."""
         return hashlib.sha256(json.dumps(self._sources, sort_keys=True).encode()).hexdigest()
 
-    def encode(
+    def encode(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+        """Prompt ids of a conversation: what ``write`` returns, called.
+
+        Args and raises as ``write``.
+        """
+        return self.write(messages, **options)()
+
+    def write(
         self,
         messages: list[dict[str, Any]],
         *,
@@ -77,8 +93,8 @@ class ChatTemplate:
         continue_final_message: bool = False,
         template_kwargs: dict[str, Any] | None = None,
         require_all_text: bool = False,
-    ) -> list[int]:
-        """Prompt ids of a conversation.
+    ) -> Callable[[], list[int]]:
+        """Render a conversation; what is returned tokenizes it, and may run in another thread.
 
         Args:
             require_all_text: refuse a conversation of which the template leaves out a text.
@@ -91,8 +107,8 @@ class ChatTemplate:
         flags = (add_generation_prompt, continue_final_message, require_all_text)
         text = self._render(chat, tools, template_kwargs, *flags)
         if not literals.hidden:
-            return self._tokenizer.encode(text, allow_special=True)
-        return self._encode_stretches(text, literals.restore)
+            return lambda: self._tokenizer.encode(text, allow_special=True)
+        return lambda: self._encode_stretches(text, literals.restore)
 
     def render(
         self,
@@ -128,14 +144,20 @@ class ChatTemplate:
     def capabilities(self) -> TemplateCapabilities:
         """What the template can express, read from the output of probe conversations."""
 
+        is_stopped = False  # by its limits; each further probe could take as long
+
         def render(
             messages: list[dict[str, Any]],
             tools: list[dict[str, Any]] | None,
             arguments: dict[str, Any] | None = None,
         ) -> str | None:
+            nonlocal is_stopped
+            if is_stopped:
+                return None
             try:
                 return self._fill(messages, tools, arguments, True)
-            except InvalidRequestError:
+            except InvalidRequestError as error:
+                is_stopped = error.code == "chat_template_stopped"
                 return None
 
         added = {token.content for token in self._tokenizer.added_tokens.values()}
@@ -190,7 +212,7 @@ class ChatTemplate:
         size = num_chars(variables)
         try:
             with self._environment.budget(
-                RENDER_SECONDS, work=_WORK_CHARS + 64 * size, output=_OUTPUT_CHARS + 4 * size
+                self._render_seconds, work=_WORK_CHARS + 64 * size, output=_OUTPUT_CHARS + 4 * size
             ):
                 return template.render(variables)
         except (TemplateLimitError, SecurityError) as error:

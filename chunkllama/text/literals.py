@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from chunkllama.rests import rest
 from chunkllama.text.sandbox import strings_in
 
 
@@ -57,6 +58,7 @@ class Literals:
     def hide(self, value: Any) -> Any:
         """A copy of plain data with every string made harmless."""
         if isinstance(value, str):
+            rest()
             return self._control_text.replace(value, self._sentinel)
         if isinstance(value, dict):
             # A role is one of a few known words, and templates spell control tokens with it.

@@ -11,9 +11,11 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 from chunkllama.errors import InvalidRequestError
+from chunkllama.text.template_budget import TemplateBudget, TemplateLimitError
 from chunkllama.text.template_capabilities import NAMED_ID, Message, TemplateCapabilities
 
 _INSTRUCTIONS = (
@@ -23,6 +25,9 @@ _INSTRUCTIONS = (
 )
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 _JOINED = "\n\n"
+# How a template may print a text; "words" is with other white space.
+_SPELLINGS = ("plain", "json", "ascii", "words")
+FIND_SECONDS = 1.0  # of its thread's own time, to look for all texts of a conversation
 _INSTRUCTING = ("system", "developer")
 
 
@@ -239,14 +244,14 @@ def _with_arguments(message: Message, able: TemplateCapabilities) -> Message:
 def _one_call_each(message: Message, results: list[Message]) -> list[Message]:
     """Each call in a message of its own, followed by its result."""
     pairs: list[Message] = []
-    left = list(results)
+    by_id: dict[str | None, list[Message]] = {}
+    for result in results:
+        by_id.setdefault(result.get("tool_call_id"), []).append(result)
     for number, call in enumerate(message["tool_calls"]):
         content = message["content"] if number == 0 else ""
         pairs.append({**message, "content": content, "tool_calls": [call]})
-        own = [result for result in left if result.get("tool_call_id") == call["id"]]
-        pairs += own
-        left = [result for result in left if result not in own]
-    return pairs + left
+        pairs += by_id.pop(call["id"], ())
+    return pairs + [result for result in results if result.get("tool_call_id") in by_id]
 
 
 def _result_as_user(message: Message) -> Message:
@@ -321,20 +326,70 @@ def _with_first_user(messages: list[Message]) -> list[Message]:
 
 def _merge_repeated(messages: list[Message]) -> list[Message]:
     """Consecutive user messages as one, and consecutive assistant messages."""
-    merged: list[Message] = []
+    turns: list[list[Message]] = []
     for message in messages:
-        last = merged[-1] if merged else None
+        last = turns[-1][-1] if turns else None
         is_repeated = (
             last is not None
             and last["role"] == message["role"]
             and message["role"] in ("user", "assistant")
             and "tool_calls" not in last
         )
-        if last is not None and is_repeated:
-            merged[-1] = {**last, **message, "content": _join(last["content"], message["content"])}
+        if is_repeated:
+            turns[-1].append(message)
         else:
-            merged.append(message)
-    return merged
+            turns.append([message])
+    return [_merged(turn) for turn in turns]
+
+
+def _merged(turn: list[Message]) -> Message:
+    """Messages of one role as one: joined at once, since two at a time would copy the text of the
+    first with each.
+    """
+    if len(turn) == 1:
+        return turn[0]
+    fields = {key: value for message in turn for key, value in message.items()}
+    return {**fields, "content": _join(*(message["content"] for message in turn))}
+
+
+class _Printed:
+    """Looks for texts in a prompt, in the order in which they are printed.
+
+    A text that is not found is looked for through the whole prompt, so the spelling in which the
+    last one of its role was printed comes first, behind that one.
+    """
+
+    def __init__(self, rendered: str) -> None:
+        self._rendered = rendered
+        self._starts = dict.fromkeys(_SPELLINGS, 0)
+        self._usual: dict[str, str] = {}
+        self._budget = TemplateBudget(FIND_SECONDS, work=0, output=0)
+
+    def has(self, role: str, text: str) -> bool:
+        """Return whether a text is in the prompt.
+
+        Raises:
+            TemplateLimitError: the search took too long.
+        """
+        usual = self._usual.get(role, _SPELLINGS[0])
+        for name in (usual, *(name for name in _SPELLINGS if name != usual)):
+            found = self._find(name, text, self._starts[name])
+            if found >= 0:
+                self._starts[name], self._usual[role] = found, name
+                return True
+        return any(self._find(name, text, 0) >= 0 for name in _SPELLINGS)
+
+    @cached_property
+    def _words(self) -> str:
+        return " ".join(self._rendered.split())
+
+    def _find(self, name: str, text: str, start: int) -> int:
+        self._budget.tick()
+        if name == "words":
+            return self._words.find(" ".join(text.split()), start)
+        if name != "plain":
+            text = json.dumps(text, ensure_ascii=name == "ascii")[1:-1]
+        return self._rendered.find(text, start)
 
 
 def find_dropped(messages: list[Message], rendered: str) -> int | None:
@@ -342,8 +397,11 @@ def find_dropped(messages: list[Message], rendered: str) -> int | None:
 
     White space may be trimmed and written in another way, a text may be written as JSON, and of an
     assistant's text the thoughts before ``</think>`` may be left out.
+
+    Raises:
+        TemplateLimitError: the search took too long.
     """
-    start, words = 0, ""
+    printed = _Printed(rendered)
     for index, message in enumerate(messages):
         content = message.get("content")
         parts = content if isinstance(content, list) else [{"text": content}]
@@ -351,15 +409,8 @@ def find_dropped(messages: list[Message], rendered: str) -> int | None:
             text = str(part.get("text") or "")
             if message["role"] == "assistant":
                 text = text.rpartition("</think>")[2]
-            text = text.strip()
-            # Messages are printed in order, so the search continues after the last text.
-            found = rendered.find(text, start)
-            if found >= 0:
-                start = found
-            elif text not in rendered and not _is_printed_as_json(text, rendered):
-                words = words or " ".join(rendered.split())
-                if " ".join(text.split()) not in words:
-                    return index
+            if not printed.has(message["role"], text.strip()):
+                return index
     return None
 
 
@@ -367,9 +418,16 @@ def check_all_text(messages: list[Message], rendered: str) -> None:
     """Refuse a prompt that lacks a message's text.
 
     Raises:
-        InvalidRequestError: naming the message's role and place.
+        InvalidRequestError: naming the message's role and place; or the search took too long.
     """
-    dropped = find_dropped(messages, rendered)
+    try:
+        dropped = find_dropped(messages, rendered)
+    except TemplateLimitError as error:
+        raise InvalidRequestError(
+            f"the search for the messages in the prompt was stopped: {error}; send fewer messages",
+            "messages",
+            "chat_template_stopped",
+        ) from None
     if dropped is not None:
         raise InvalidRequestError(
             f"the chat template leaves out the text of a {messages[dropped]['role']} message "
@@ -377,8 +435,3 @@ def check_all_text(messages: list[Message], rendered: str) -> None:
             "messages",
             "chat_template_drops_text",
         )
-
-
-def _is_printed_as_json(text: str, rendered: str) -> bool:
-    spellings = (json.dumps(text, ensure_ascii=plain)[1:-1] for plain in (False, True))
-    return any(spelling in rendered for spelling in spellings)

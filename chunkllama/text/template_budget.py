@@ -6,6 +6,8 @@ import time
 
 import jinja2
 
+from chunkllama.rests import rest
+
 
 class TemplateLimitError(jinja2.TemplateError):
     """The template used up its time or its memory."""
@@ -23,6 +25,7 @@ class TemplateBudget:
         self.output = output
 
     def tick(self) -> None:
+        rest()
         now = time.monotonic()  # a tenth of the cost of the thread's time
         if now > self.look_at:
             left = self.end - time.thread_time()

@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 
 from chunkllama.resources import lower_priority, run_when_idle
 from chunkllama.sampling_params import GrammarSpec
+from chunkllama.text.chat_template import ChatTemplate
 from chunkllama_server.api.app import create_app
 from chunkllama_server.api.common import text_service
 from chunkllama_server.api.common.structured_outputs import GrammarChecker
@@ -212,6 +213,43 @@ def test_a_large_text_that_gets_no_processor_is_read_in_the_usual_thread(text_pa
         released.set()
         service.close()
     assert seen == ["large-text_0", "text_0"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_a_large_chat_is_rendered_as_usual_and_its_tokens_leave_the_processors_to_steps(
+    text_parts, monkeypatch
+):
+    """Rendering holds the interpreter's lock, which a thread without a processor would keep."""
+    monkeypatch.setattr(text_service, "_LARGE", 1000)
+    tokenizer, template = text_parts
+    seen: list[tuple[str, str]] = []
+
+    def noting(owner: type, name: str) -> None:
+        work = getattr(owner, name)
+
+        def noted(*arguments, **options):
+            if "b" * 100 in str(arguments):  # not the end of another test's text
+                seen.append((name, threading.current_thread().name.rpartition("_")[0]))
+            return work(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(ChatTemplate, "_fill")
+    noting(type(tokenizer), "encode")
+    app = create_app(
+        FakeEngine(tokenizer),
+        TextService(tokenizer, template, limits=LimitsConfig(text_offload_chars=100)),
+        Settings(served_model_name=(MODEL,)),
+        Tenants(),
+        GrammarChecker(lambda: lambda spec: None),
+    )
+    with TestClient(app) as client:
+        for length in (200, 1500):
+            seen.clear()
+            body = {"messages": [{"role": "user", "content": "b" * length}], "max_tokens": 1}
+            assert client.post(CHAT, json={"model": MODEL, **body}).status_code == 200
+            where = "text" if length < 1000 else "large-text"
+            assert seen[:2] == [("_fill", "text"), ("encode", where)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")

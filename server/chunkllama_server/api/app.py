@@ -139,6 +139,7 @@ def create_app(  # noqa: PLR0913
     engine_queue = context.engine
     assert isinstance(engine_queue, ChargedEngine)
     text.share = lambda tenant: tenants.quotas(tenant).tokenizer_share or 1.0
+    text.is_busy = lambda: charged.num_sequences > 0
     context.metrics.describe(settings.model_names[0], engine.info, __version__)
     lag = LoopLag(context.metrics.registry)
     Gauge(

@@ -24,7 +24,7 @@ from chunkllama.model_spec import ModelSpec
 from chunkllama.models.identity import hash_weights
 from chunkllama.resources import freeze_heap
 from chunkllama.sampling_params import GrammarSpec
-from chunkllama.text.chat_template import ChatTemplate
+from chunkllama.text.chat_template import REQUEST_RENDER_SECONDS, ChatTemplate
 from chunkllama_server.api import dashboard
 from chunkllama_server.api.admin_app import create_admin_app
 from chunkllama_server.api.app import create_app
@@ -143,7 +143,9 @@ class Application:
         text = TextService(
             self._tokenizer,
             self._template,
-            make_template=lambda source: ChatTemplate(source, self._tokenizer),
+            make_template=lambda source: ChatTemplate(
+                source, self._tokenizer, REQUEST_RENDER_SECONDS
+            ),
             limits=self._settings,
         )
         settings = self._settings

@@ -18,6 +18,7 @@ from starlette.datastructures import FormData, Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from chunkllama.rests import rest
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.config.settings import Settings
 from chunkllama_server.transport.errors import (
@@ -202,7 +203,10 @@ class StrictRequest(Request):
     def _read(self, raw: bytes, charset: str | None) -> Any:
         settings = self.app.state.context.settings
         parsed = parse_json(raw, charset, settings, self.repairs)
-        return self.check(self.translate(parsed, self.scope))
+        rest()
+        translated = self.translate(parsed, self.scope)
+        rest()
+        return self.check(translated)
 
     async def form(self, **_: Any) -> FormData:  # type: ignore[override]
         """The parts of a form, as the route reads them; a large file lies on the disk.

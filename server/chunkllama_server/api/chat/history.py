@@ -10,9 +10,11 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from chunkllama.rests import rest
 from chunkllama_server.api.common.text_service import Message
 from chunkllama_server.api.schema.chat import ROLES, ChatMessage, ContentPart, MessageToolCall
 from chunkllama_server.transport.body import parse_json
@@ -122,10 +124,11 @@ class _Normaliser:
         # An answer at the end is to be continued: it answers what stands before it.
         answers = [i for i, message in enumerate(messages[:-1]) if message.role == "assistant"]
         self._turn_start = answers[-1] + 1 if answers else 0
-        self._open_ids: list[str] = []
+        self._open_ids: Counter[str] = Counter()  # in the order of their calls
 
     def run(self) -> History:
         for index, message in enumerate(self._messages):
+            rest()
             self.history.messages.append(self._message(index, message))
         return self.history
 
@@ -196,7 +199,7 @@ class _Normaliser:
             arguments = self._arguments(legacy.arguments, f"{path}.function_call.arguments")
             function = {"name": legacy.name or "", "arguments": arguments}
             calls.append({"id": "call_0", "type": "function", "function": function})
-        self._open_ids = [call["id"] for call in calls]
+        self._open_ids = Counter(call["id"] for call in calls)
         return calls
 
     def _call(self, call: MessageToolCall, path: str, index: int) -> dict[str, Any]:
@@ -234,9 +237,11 @@ class _Normaliser:
                 raise invalid("A tool message needs tool_call_id", f"{path}.tool_call_id")
             self._note(f"{path}.tool_call_id")
         if given is None:
-            given = self._open_ids[0] if self._open_ids else "call_0"
+            given = next(iter(self._open_ids), "call_0")
         if given in self._open_ids:
-            self._open_ids.remove(given)
+            self._open_ids[given] -= 1
+            if not self._open_ids[given]:
+                del self._open_ids[given]
         return given
 
 

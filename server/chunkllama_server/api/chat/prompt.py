@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,7 +170,10 @@ class ChatPrompter:
 
     async def encode(self) -> ChatPrompt:
         """Token ids, and where the last cache breakpoint lies in them."""
-        return await self._text.run(self._size, self._encode, self._template)
+        if not self._text.is_large(self._size):
+            return await self._text.run(self._size, lambda: self._write()(), self._template)
+        finish = await self._text.run(self._size, self._write, self._template)
+        return await self._text.run_large(finish)
 
     async def render(self) -> str:
         """The prompt's text."""
@@ -183,26 +187,29 @@ class ChatPrompter:
         tags = thought_tags(self._settings, self._template.capabilities)
         return find_thoughts(self._body, tags, prompt, self._text.tokenizer)
 
-    def _encode(self) -> ChatPrompt:
-        tokenizer = self._text.tokenizer
+    def _write(self) -> Callable[[], ChatPrompt]:
+        """Render the prompt and what stands before each mark; what is returned tokenizes them."""
+        limit, marks = self._body.truncate_prompt_tokens, self._body.cache_marks
+        position = last_breakpoint(self._body.messages) if limit is None else None
         try:
-            ids = self._template.encode(**self._arguments(self._messages, self._tools))
+            whole = self._template.write(**self._arguments(self._messages, self._tools))
+            before = None if position is None else self._write_before(position)
+            parts = [self._write_before(mark) for mark in marks]
+        except InvalidRequestError as error:
+            raise invalid(error.message, error.param or "messages", error.code) from None
+
+        def tokenize() -> ChatPrompt:
+            tokenizer, ids = self._text.tokenizer, whole()
             tail = tokenizer.decode(ids[-_TAIL_TOKENS:], skip_special_tokens=False)
             thoughts, closing = self._find_thoughts(tail)
             ids = [*ids, *tokenizer.encode(closing, allow_special=True)] if closing else ids
-            limit = self._body.truncate_prompt_tokens
-            if limit is not None:
-                ids = ids[-limit:]
-            position = last_breakpoint(self._body.messages)
-            reusable = None
-            if position is not None and limit is None:
-                reusable = self._tokens_before(ids, position)
-            marks = tuple(
-                (self._tokens_before(ids, mark), mark.seconds) for mark in self._body.cache_marks
-            )
-        except InvalidRequestError as error:
-            raise invalid(error.message, error.param or "messages", error.code) from None
-        return ChatPrompt(ids, reusable, marks, self._continued_text, thoughts)
+            ids = ids if limit is None else ids[-limit:]
+            reusable = None if before is None else common_prefix(ids, before())
+            found = zip(parts, marks, strict=True)
+            kept = tuple((common_prefix(ids, part()), mark.seconds) for part, mark in found)
+            return ChatPrompt(ids, reusable, kept, self._continued_text, thoughts)
+
+        return tokenize
 
     def _arguments(self, messages: list[Message], tools: Tools) -> dict[str, Any]:
         """Arguments of the template's methods: messages and tools in the forms it has.
@@ -244,14 +251,16 @@ class ChatPrompter:
         for text in _NEXT_TEXTS:
             messages = [*self._messages, answer, {"role": "user", "content": text}]
             arguments = self._arguments(messages, self._tools)
-            prompts.append(self._template.encode(**{**arguments, "add_generation_prompt": False}))
+            prompts.append(self._template.write(**{**arguments, "add_generation_prompt": False})())
         first, second = prompts
         return first[: common_prefix(first, second)]
 
-    def _tokens_before(self, ids: list[int], mark: CacheMark) -> int:
-        """Tokens of ``ids`` that do not depend on what follows the mark."""
+    def _write_before(self, mark: CacheMark) -> Callable[[], list[int]]:
+        """Render the conversation with something else behind the mark: the prompt's tokens up to
+        the mark are those that both begin with.
+        """
         messages, tools = changed_behind(mark, self._body.messages, self._tools)
         arguments = self._arguments(messages, tools)
         if messages[-1]["role"] != "assistant":  # what would be continued was replaced
             arguments["continue_final_message"] = False
-        return common_prefix(ids, self._template.encode(**arguments))
+        return self._template.write(**arguments)

@@ -43,7 +43,7 @@ class FairPool:
         num_threads: worker threads.
         name: prefix of their names.
         share: of a tenant, relative to others.
-        clock: seconds, read in the worker threads.
+        clock: seconds of the worker thread that reads it.
         num_spare: most threads that take the place of others.
         patience: seconds.
         begin_thread: called in each thread before its first work.
@@ -54,7 +54,7 @@ class FairPool:
         num_threads: int,
         name: str,
         share: Callable[[str], float],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.thread_time,
         num_spare: int = 0,
         patience: float = math.inf,
         begin_thread: Callable[[], None] | None = None,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from chunkllama.rests import rest
 from chunkllama_server.api.common.forced_runs import MANY, Runs, fixed, free, in_turn, one_of
 from chunkllama_server.api.common.grammar_cost import check_size, regex_size
 from chunkllama_server.api.common.schema_references import follow
@@ -41,6 +42,7 @@ class _SchemaSize:
         if not isinstance(schema, Mapping) or id(schema) in self._open:
             return free(1)
         if id(schema) not in self._known:
+            rest()
             self._open.add(id(schema))
             if len(self._known) + len(self._open) > self._limits.max_schema_work:
                 raise exceeded(self._limits, "max_schema_work", self._param)
@@ -116,6 +118,7 @@ class _SchemaSize:
         if not isinstance(schema, Mapping):
             return 0
         if id(schema) not in self._num_texts:
+            rest()
             self._num_texts[id(schema)] = 0  # of a schema that leads back to itself
             own = sum(
                 part  # of a keyword: what a property of its name has is a schema

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from chunkllama.rests import rest
+
 SCHEMA_MEMBERS = frozenset(("additionalProperties", "items", "additionalItems"))
 SCHEMA_MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 SCHEMA_LISTS = frozenset(("anyOf", "oneOf", "allOf", "prefixItems"))
@@ -22,6 +24,7 @@ def map_parts(node: dict[str, Any], change: Change) -> dict[str, Any]:
     Args:
         change: takes a schema and its place below the node.
     """
+    rest()
     return {key: _map_part(key, value, change) for key, value in node.items()}
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from chunkllama.logger import tenant_context
 from chunkllama.resources import run_when_idle
+from chunkllama.rests import resting
 from chunkllama.text.chat_template import ChatTemplate
 from chunkllama.text.template_capabilities import TemplateCapabilities
 from chunkllama.text.tokenizer import Tokenizer
@@ -25,6 +26,9 @@ _OBJECT_CHARS = 32
 _SLOW_SECONDS = 0.05
 _AT_ONCE = 64
 _LARGE = 1 << 17  # characters of a text that steps do not wait for
+# Work that takes longer leaves its thread's place to a spare one, for other tenants.
+_PATIENCE = 0.2  # seconds
+_NUM_SPARE = 2
 Message = dict[str, Any]
 
 
@@ -50,8 +54,8 @@ class RequestTemplate:
         self.variables = variables
         self._compiled = compiled
 
-    def encode(self, messages: list[Message], **options: Any) -> list[int]:
-        return self._compiled.encode(messages, **options)
+    def write(self, messages: list[Message], **options: Any) -> Callable[[], list[int]]:
+        return self._compiled.write(messages, **options)
 
     def render(self, messages: list[Message], **options: Any) -> str:
         return self._compiled.render(messages, **options)
@@ -60,7 +64,8 @@ class RequestTemplate:
 class TextService:
     """Tokenizes on the event loop when short, in one worker thread with a time limit when long.
 
-    The worker's time is divided among the tenants whose texts wait.
+    The worker's time is divided among the tenants whose texts wait. While requests run, it rests
+    between the pieces of long work.
 
     Args:
         tokenizer, template: the model's; ``template`` is None for a model without one.
@@ -69,6 +74,7 @@ class TextService:
 
     Attributes:
         share: of a tenant in the worker's time, relative to others.
+        is_busy: whether requests run.
     """
 
     def __init__(
@@ -84,16 +90,26 @@ class TextService:
         self._make_template = make_template
         self._limits = limits
         self.share: Callable[[str], float] = lambda _: 1.0
-        self._pool = FairPool(1, "text", lambda tenant: self.share(tenant))
+        self.is_busy: Callable[[], bool] = lambda: False
+        self._pool = self._make_pool("text")
         # To compute their tokens takes far longer than to find them. Tokenization holds the
         # interpreter's lock only while it makes the list of ids.
         self._large_pool = FairPool(
             1, "large-text", lambda tenant: self.share(tenant), begin_thread=run_when_idle
         )
         # Their own, so that the model's texts do not wait for them.
-        self._template_pool = FairPool(1, "template", lambda tenant: self.share(tenant))
-        self._body_pool = FairPool(1, "body", lambda tenant: self.share(tenant))
+        self._template_pool = self._make_pool("template")
+        self._body_pool = self._make_pool("body")
         self._is_quick = True
+
+    def _make_pool(self, name: str) -> FairPool:
+        return FairPool(
+            1,
+            name,
+            lambda tenant: self.share(tenant),
+            num_spare=_NUM_SPARE,
+            patience=_PATIENCE,
+        )
 
     async def run(self, size: int, work: Callable[[], T], template: object = None) -> T:
         """``work()`` here when the text is short, else in a worker thread.
@@ -131,13 +147,22 @@ class TextService:
         is computed and charged, so it waits as long as it has to."""
         if num_values <= self._limits.text_offload_chars:
             return work()
-        return await self._body_pool.run(tenant_context.get(), work)
+        return await self._body_pool.run(tenant_context.get(), self._resting(work))
+
+    def _resting(self, work: Callable[[], T]) -> Callable[[], T]:
+        """``work`` that rests where it calls ``rest``."""
+
+        def rested() -> T:
+            with resting(lambda: self.is_busy()):
+                return work()
+
+        return rested
 
     async def _run_in(self, pool: FairPool, work: Callable[[], T], part: float = 1.0) -> T:
         """``work()`` in a thread, within that part of the time limit."""
         try:
             async with asyncio.timeout(part * self._limits.text_seconds):
-                return await pool.run(tenant_context.get(), work)
+                return await pool.run(tenant_context.get(), self._resting(work))
         except TimeoutError:
             raise exceeded(self._limits, "text_seconds") from None
 
@@ -180,13 +205,20 @@ class TextService:
 
         if not texts:
             return []
-        if len(texts[0]) > max(_LARGE, self._limits.text_offload_chars):
-            return await self._run_large(work)
+        if self.is_large(len(texts[0])):
+            return await self.run_large(work)
         return await self.run(size, work)
 
-    async def _run_large(self, work: Callable[[], T]) -> T:
-        """``work()`` where no thread wants a processor, or from the start in the usual thread when
-        it has not had one for half of the time limit.
+    def is_large(self, size: int) -> bool:
+        """Return whether steps do not wait for a text of so many characters."""
+        return size > max(_LARGE, self._limits.text_offload_chars)
+
+    async def run_large(self, work: Callable[[], T]) -> T:
+        """``work()``, which tokenizes, where no thread wants a processor, or from the start in the
+        usual thread when it has not had one for half of the time limit.
+
+        Raises:
+            ApiError: 503 when the time limit passes.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._limits.text_seconds / 2):

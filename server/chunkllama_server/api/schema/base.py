@@ -1,9 +1,7 @@
 """Define what every request model shares: strict types, no NaN, unknown fields kept to be named.
 
-Each field's description begins with how it is handled: Honoured, Validated (checked, then without
-effect on the output), Ignored, Ignored and named (in the response header that names unknown fields;
-refused in strict mode), or Refused (a known field this server does not serve).
-"""
+Descriptions begin with how a field is handled: Honoured, Validated (without effect on the output),
+Ignored, Ignored and named (in a response header; strict mode refuses it), or Refused."""
 
 from __future__ import annotations
 
@@ -14,6 +12,8 @@ from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from chunkllama.rests import rest
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 # Report only the first invalid element of a list: each report costs microseconds.
@@ -146,6 +146,7 @@ def walk_fields(
     model: BaseModel, prefix: str = ""
 ) -> Iterator[tuple[str, Literal["unknown", "refused"]]]:
     """Paths of the fields a client sent that no model knows, or that are known and not served."""
+    rest()
     if isinstance(model, RequestModel) and model.is_skipped():
         yield prefix.removesuffix("."), "unknown"
         return

@@ -12,6 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from chunkllama.rests import rest
+
 UNKNOWN = "unknown"
 _FLAT_NAMES = frozenset(("name", "toolName"))
 _FLAT_ARGUMENTS = frozenset(("arguments", "args", "input", "parameters"))
@@ -26,6 +28,7 @@ def as_text(value: Any) -> Any:
 
 def as_part(data: Any) -> Any:
     """A content part: text alone is one, and a part without a type is text if it has some."""
+    rest()
     if isinstance(data, str):
         return {"type": "text", "text": data}
     if not isinstance(data, Mapping):
@@ -164,6 +167,7 @@ def _with_lower_role(data: Mapping[str, Any]) -> dict[str, Any]:
 def as_message(data: Any) -> Any:
     """A message of a conversation; the content of users and of the system is left to the schema,
     which refuses what is no text."""
+    rest()
     if not isinstance(data, Mapping):
         return data
     message = _with_lower_role(data)
