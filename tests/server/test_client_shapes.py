@@ -87,6 +87,24 @@ def test_flat_calls_of_the_past(call):
     assert made["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize(
+    ("asks", "answers"), [("human", "ai"), ("User", "model"), ("human", "gpt")]
+)
+def test_roles_by_other_names(server, path, asks, answers):
+    def render(asks, answers):
+        turn = [{"role": asks, "content": "a"}, {"role": answers, "content": "b"}]
+        turns = [*turn, {"role": asks, "content": "c"}]
+        name = "messages" if "chat" in path else "input"
+        return server.post(path, {"model": MODEL, name: turns, "max_tokens": 16})
+
+    given, plain = render(asks, answers), render("user", "assistant")
+    assert given.status_code == plain.status_code == 200, given.text
+    tokens = {"prompt_tokens", "input_tokens"}
+    counts = [{n: body.json()["usage"].get(n) for n in tokens} for body in (given, plain)]
+    assert counts[0] == counts[1]
+
+
 def test_a_tool_may_return_nothing(server):
     body = {"model": MODEL, "messages": [HELLO, CALLS, {"role": "tool", "tool_call_id": "c1"}]}
     assert server.post("/v1/chat/completions", body).status_code == 200

@@ -17,6 +17,8 @@ from chunkllama.rests import rest
 UNKNOWN = "unknown"
 _FLAT_NAMES = frozenset(("name", "toolName"))
 _FLAT_ARGUMENTS = frozenset(("arguments", "args", "input", "parameters"))
+# Roles as LangChain, Gemini and ShareGPT name them.
+_ROLES = {"human": "user", **dict.fromkeys(("ai", "model", "gpt", "bot"), "assistant")}
 # Parts of a message that stand among a response's items.
 _PARTS = frozenset(("input_text", "input_image", "input_audio", "input_file", "text", "image_url"))
 
@@ -158,10 +160,15 @@ def _move_blocks(message: dict[str, Any]) -> None:
         message["content"] = others or ""
 
 
-def _with_lower_role(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy with a role in lower case: some clients write "User"."""
+def _with_plain_role(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with a role as OpenAI writes it: some clients write "User", or "human"."""
     role = data.get("role")
-    return {**data, "role": role.strip().lower()} if isinstance(role, str) else dict(data)
+    return {**data, "role": _plain_role(role)} if isinstance(role, str) else dict(data)
+
+
+def _plain_role(role: str) -> str:
+    role = role.strip().lower()
+    return _ROLES.get(role, role)
 
 
 def as_message(data: Any) -> Any:
@@ -170,7 +177,7 @@ def as_message(data: Any) -> Any:
     rest()
     if not isinstance(data, Mapping):
         return data
-    message = _with_lower_role(data)
+    message = _with_plain_role(data)
     role, content = message.get("role"), message.get("content")
     if role == "assistant":
         if isinstance(thoughts := message.get("reasoning"), str):  # named so by vLLM, OpenRouter
@@ -243,13 +250,14 @@ def _has_parts(content: Any) -> bool:
 def _is_answer(item: Any) -> bool:
     if not isinstance(item, Mapping):
         return False
-    role = str(item.get("role")).strip().lower()
-    return role == "assistant" or str(item.get("type")).endswith("_call")
+    return _plain_role(str(item.get("role"))) == "assistant" or str(item.get("type")).endswith(
+        "_call"
+    )
 
 
 def _typed(data: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of an item; members tell the type of one that has neither type nor role."""
-    item = _with_lower_role(data)
+    item = _with_plain_role(data)
     if item.get("type") is not None:
         item["type"] = as_text(item["type"])
     elif item.get("role") is None:
