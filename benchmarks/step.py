@@ -3,6 +3,7 @@
     python benchmarks/step.py                       # the cases of the README's table
     python benchmarks/step.py --sweep               # and step time against batch, length, tenants
     python benchmarks/step.py --layers 4 --rounds 5 # a quick look
+    python benchmarks/step.py --sweep --level avx512_bf16 --save
 
 Random weights of SmolLM2-135M's shape: the arithmetic does not depend on them. Times are medians,
 cases interleaved; a step is embedding to best token (greedy), without scheduling.
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from attention import fill_pool
-from machine import cpu_name
+from machine import cpu_name, new_result
 
 from chunkllama.attention.plan import Planner
 from chunkllama.backends.cpu.backend import CpuBackend
@@ -43,7 +44,6 @@ SMOLLM2 = ModelSpec(
     max_position=8448,
     tie_word_embeddings=True,
 )
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,13 @@ SWEEPS = {
 class Bench:
     """One packed model per weight type and one chunk pool for all cases."""
 
-    def __init__(self, spec: ModelSpec, num_chunks: int, *, is_int8: bool = False) -> None:
+    def __init__(
+        self, spec: ModelSpec, num_chunks: int, *, is_int8: bool = False, level: str = ""
+    ) -> None:
         self.spec = spec
         self.models = {}
         heads = {"num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim}
-        ops = CpuBackend(dtype=torch.bfloat16, **heads)
+        ops = CpuBackend(dtype=torch.bfloat16, level=level, **heads)
         self.ops = ops
         self.packing = ops.packing(num_qo_heads=spec.num_qo_heads, **heads)
         self.kv = ops.allocate_kv(
@@ -154,14 +156,15 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="also vary batch, length and tenants")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=SMOLLM2.num_layers)
+    parser.add_argument("--level", default="", help="instruction set; default: the best one here")
     parser.add_argument(
-        "--save", action="store_true", help="write results/step.json, with --sweep plots too"
+        "--save", action="store_true", help="write results/step-LEVEL-MACHINE.json, a plot beside"
     )
     options = parser.parse_args()
     cases = TABLE + [c for sweep in SWEEPS.values() for c in sweep if options.sweep]
     needed = max(c.tenants * (c.shared // 64) + c.batch * -(-c.private // 64) for c in cases)
     with torch.inference_mode():
-        bench = Bench(replace(SMOLLM2, num_layers=options.layers), needed)
+        bench = Bench(replace(SMOLLM2, num_layers=options.layers), needed, level=options.level)
         results = measure(bench, cases, options.rounds)
     print("| batch | tenants | shared | private | weights | ms per step | tokens/s |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -173,19 +176,20 @@ def main() -> None:
             f"| {ms:.2f} | {case.batch / ms * 1e3:.0f} |"
         )
     if options.save:
-        RESULTS.mkdir(exist_ok=True)
         report = {
             "command": " ".join(["python", *sys.argv]),
-            "machine": f"{cpu_name()}, level {bench.ops.level}",
+            "machine": cpu_name(),
+            "level": bench.ops.level,
             "date": time.strftime("%Y-%m-%d"),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "layers": options.layers,
             "steps": rows,
         }
-        (RESULTS / "step.json").write_text(json.dumps(report, indent=1) + "\n")
+        path = new_result(f"step-{bench.ops.level}")
+        path.write_text(json.dumps(report, indent=1) + "\n")
         if options.sweep:
-            plot(results, RESULTS / "step.png")
+            plot(results, path.with_suffix(".png"))
 
 
 def plot(results: dict[StepCase, float], path: Path) -> None:

@@ -127,12 +127,14 @@ static INLINE void for_each(F&& f) {
   }
 }
 
-// acc [R, 32] = x [R] * columns [column, column + N * W) of an int8 unit.
+// acc [R, 32] = x [R] * columns [column, column + N * W) of an int8 unit. Few
+// rows have several sums for each column: one alone would wait for its last multiply-add.
 template <int R, int N, class F>
 static INLINE void int8_product(const float* x, long x_stride, const Stream& stream,
                                 const F& format, bool prefetch, int column, float* acc) {
   const int header = format.header(), bytes = header + CODE_BYTES[INT8];
-  Vec c[R][N] = {};
+  constexpr int SUMS = R == 1 ? 4 : R == 2 ? 2 : 1;
+  Vec c[R][N][SUMS] = {};
   for (const char* p = stream.at; p < stream.end; p += bytes, x += 32) {
     if (prefetch) stream.prefetch(p, bytes);
     for (int j = 0; j < N; j++) {
@@ -149,13 +151,18 @@ static INLINE void int8_product(const float* x, long x_stride, const Stream& str
         const IntVec v = load_words(b);
         for_each<4>([&](auto nth) {
           const Vec value = dequantize<nth()>(v, twice, offset);
-          for (int r = 0; r < R; r++) c[r][j] += value * set(x[r * x_stride + 4 * s + nth()]);
+          for (int r = 0; r < R; r++)
+            c[r][j][nth() % SUMS] += value * set(x[r * x_stride + 4 * s + nth()]);
         });
       }
     }
   }
   for (int r = 0; r < R; r++)
-    for (int j = 0; j < N; j++) store(acc + r * UNIT + column + j * W, c[r][j]);
+    for (int j = 0; j < N; j++) {
+      Vec total = c[r][j][0];
+      for (int i = 1; i < SUMS; i++) total += c[r][j][i];
+      store(acc + r * UNIT + column + j * W, total);
+    }
 }
 
 // The same of int4. Values are summed over half a block before they are scaled: one instruction
