@@ -87,13 +87,13 @@ class Narrow:
 
     Attributes:
         exact: log-probabilities in float32 of each prompt's tokens but the first.
-        distance: the mean one of transformers' bfloat16 from them.
+        distances: of transformers' bfloat16 from them, of all prompts' tokens.
     """
 
     folder: Path
     prompts: list[list[int]]
     exact: list[np.ndarray]
-    distance: float
+    distances: np.ndarray
 
 
 @pytest.fixture(scope="module", params=FULL_CASES)
@@ -113,28 +113,30 @@ def narrow_model(
     prompts = [rng.integers(3, VOCAB, count).tolist() for count in (100, 300, 300, 300)]
     exact = [of_tokens(wide, prompt) for prompt in prompts]
     rounded = [of_tokens(narrow, prompt) for prompt in prompts]
-    return Narrow(folder, prompts, exact, distance(rounded, exact))
+    return Narrow(folder, prompts, exact, distances(rounded, exact))
 
 
 @pytest.mark.parametrize("level", ["reference", *(x.name for x in available_levels())])
 def test_bfloat16_is_not_further_from_float32_than_transformers_is(
     narrow_model: Narrow, level: str, build_core: BuildCore, record_property: Any
 ) -> None:
-    """On every level that this CPU has."""
+    """On every level that this CPU has. The reference backend rounds where transformers does, and
+    may be further by two standard errors; the others keep activations in float32.
+    """
     settings = {"backend": level} if level == "reference" else {"isa_level": level}
     core = build_core(narrow_model.folder, dtype="bfloat16", **settings)
     assert core.info.backend == ("reference" if level == "reference" else "cpu")
     found = [x.numbers for x in answers(core, narrow_model.prompts, with_prompts=True)]
-    ours = [x[: len(y)] for x, y in zip(found, narrow_model.exact, strict=True)]
-    own = distance(ours, narrow_model.exact)
-    record_property("distance", f"{own:.5f} transformers {narrow_model.distance:.5f}")
-    assert own <= narrow_model.distance
+    exact, theirs = narrow_model.exact, narrow_model.distances
+    ours = distances([x[: len(y)] for x, y in zip(found, exact, strict=True)], exact)
+    record_property("distance", f"{ours.mean():.5f} transformers {theirs.mean():.5f}")
+    noise = float((ours - theirs).std()) / len(ours) ** 0.5
+    assert ours.mean() <= theirs.mean() + (2 * noise if level == "reference" else 0.0)
 
 
-def distance(some: Iterable[Any], exact: list[np.ndarray]) -> float:
-    """The mean one of all tokens."""
-    apart = [np.abs(np.asarray(x) - y) for x, y in zip(some, exact, strict=True)]
-    return float(np.concatenate(apart).mean())
+def distances(some: Iterable[Any], exact: list[np.ndarray]) -> np.ndarray:
+    """Of all tokens."""
+    return np.concatenate([np.abs(np.asarray(x) - y) for x, y in zip(some, exact, strict=True)])
 
 
 def of_tokens(model: torch.nn.Module, prompt: list[int]) -> np.ndarray:
