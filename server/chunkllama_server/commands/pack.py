@@ -47,7 +47,10 @@ def build(
     ] = None,
     **flags: object,
 ) -> int:
-    """Compute prompts with the model of the settings and write their K/V to a pack."""
+    """Compute prompts and write their K/V to a pack.
+
+    The model is that of the settings.
+    """
     settings = load_from_flags(flags).settings
     if not out.parent.is_dir():
         raise ConfigError(f"out: there is no folder {out.parent}")
@@ -116,8 +119,10 @@ def verify(
     ] = "one",
     **flags: object,
 ) -> int:
-    """Check all of a pack against the model of the settings; exit code 1 if a server would not use
-    all of it."""
+    """Check all of a pack against the model of the settings.
+
+    Exit code 1 if a server would not use all of it.
+    """
     settings = load_from_flags(flags).settings
     from chunkllama.packs.file import Pack
 
