@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -41,6 +42,22 @@ def test_the_table_of_the_comparison_is_that_of_the_recorded_runs(compare) -> No
     servers = list(dict.fromkeys(run["server"] for run in RECORD["runs"]))
     table = compare.table(RECORD["runs"], sorted(servers, key=_order), "ABCDE")
     assert table in (ROOT / "docs/benchmarks.md").read_text()
+
+
+def test_the_readme_states_the_gain_over_the_faster_other_server(compare_plot) -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    match = re.search(r"with (\d\.\d) to (\d\.\d) times the output rate of vLLM or OpenVINO", text)
+    assert match is not None
+
+    def rate(server: str, case: str) -> float:
+        return compare_plot.spread(RECORD, server, case, "output_tokens_per_s")[0]
+
+    gains = [
+        rate("chunkllama", case) / max(rate("vllm", case), rate("openvino", case))
+        for case in compare_plot.cases(RECORD)
+    ]
+    assert float(match[1]) <= min(gains)
+    assert float(match[2]) <= max(gains) + 0.05
 
 
 def _order(server: str) -> int:
