@@ -20,6 +20,7 @@ _UNITS = {
     **{"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4},
     **{"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40},
 }
+_OF_CHECKPOINTS = ("awq", "gptq", "fp8", "compressed-tensors", "gguf")
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d+)?)\s*((?:[kmgt]i?)?)b?", re.IGNORECASE)
 
 
@@ -40,6 +41,13 @@ def _renamed_backend(value: object) -> object:
         return value
     logger.warning("backend: native is now called cpu; the old name will be removed")
     return "cpu"
+
+
+def _not_a_checkpoints(value: object) -> object:
+    """Refuse the name of a checkpoint's quantization, which other servers want to be given."""
+    if isinstance(value, str) and value.lower().removesuffix("_marlin") in _OF_CHECKPOINTS:
+        raise ValueError("leave it out: how a checkpoint is quantized is read from its config.json")
+    return value
 
 
 Device = Literal[
@@ -128,7 +136,9 @@ class ModelConfig(ConfigGroup):
         default="auto",
         description="Kernels: reference (torch), cpu (C++), cuda; auto is the fastest that works.",
     )
-    quantization: Literal["auto", "bf16", "int8", "int4"] = Field(
+    quantization: Annotated[
+        Literal["auto", "bf16", "int8", "int4"], BeforeValidator(_not_a_checkpoints)
+    ] = Field(
         default="auto",
         description="Storage of linear layers. auto is the checkpoint's: quantized ones stay as "
         "they are. int8 and int4 quantize any checkpoint while it is loaded (8.5 and 4.5 bits a "
@@ -154,6 +164,7 @@ class ModelConfig(ConfigGroup):
     cpu_bind: Annotated[str, BeforeValidator(str)] = Field(  # 0 in YAML is a number
         default="none",
         pattern=r"^(none|auto|\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*)$",
+        examples=["0-3,8", "auto", "none"],
         description="Processors that compute on a CPU, whose NUMA nodes hold the memory: a list "
         "such as 0-3,8; auto is one for each core of the NUMA node that has most of them; none is "
         "all that this process may use.",

@@ -39,6 +39,8 @@ def first_error(error: ValidationError, fields: Mapping[str, FieldInfo] | None =
             what = "" if unit.startswith("of ") else f" of {unit}"
             example = ", or a size such as 512MiB" if unit == "bytes" else ""
             message += f"; give a number{what}{example}"
+    if detail["type"] == "string_pattern_mismatch" and fields is not None:
+        message = f"write it like {' or '.join(map(str, fields[key].examples or ()))}"
     is_secret = fields is not None and "SecretStr" in str(fields[key].annotation)
     given = "" if is_secret else f", got {repr(detail['input'])[:100]}"
     return f"{key}: {message}{given}"

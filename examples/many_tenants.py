@@ -40,7 +40,8 @@ async def main() -> None:
 
 async def computed_tokens(url: str) -> float:
     async with httpx.AsyncClient() as http:
-        lines = (await http.get(f"{url}/metrics")).text.splitlines()
+        answer = await http.get(f"{url}/metrics")  # with --admin-port it is there alone
+    lines = answer.raise_for_status().text.splitlines()
     return sum(float(line.split()[1]) for line in lines if line.startswith(f"{METRIC} "))
 
 

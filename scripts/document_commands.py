@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from chunkllama_server.commands import command_names, make_app
+from chunkllama_server.config.flags import MODEL_WORD
 from chunkllama_server.config.settings import Settings
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
@@ -56,7 +57,7 @@ def section(words: tuple[str, ...]) -> str:
     keys = {key for group in Settings.groups for key in group.model_fields}
     own, takes_settings = [], False
     for parameter in command.params:
-        if getattr(parameter, "hidden", False):
+        if getattr(parameter, "hidden", False) or parameter.name == MODEL_WORD:
             continue
         if parameter.name in keys and "num_chunks" in {p.name for p in command.params}:
             takes_settings = True
@@ -64,12 +65,15 @@ def section(words: tuple[str, ...]) -> str:
             own.append(parameter)
     own = [p for p in own if not (takes_settings and p.name == "config")]
     if takes_settings:
-        lines += ["Takes all settings.", ""]
+        takes_model = any(p.name == MODEL_WORD for p in command.params)
+        model = " `MODEL` after the command is the same as `--model`." if takes_model else ""
+        lines += [f"Takes all settings.{model}", ""]
     if own:
         lines += ["| flag | meaning | default |", "| --- | --- | --- |"]
         for parameter in own:
             is_flag = parameter.opts[0].startswith("-")
-            name = _flag(parameter) if is_flag else f"`{parameter.opts[0].upper()}`"
+            word = parameter.metavar or parameter.opts[0].upper()
+            name = _flag(parameter) if is_flag else f"`{word}`"
             meaning = " ".join((getattr(parameter, "help", None) or "").split())
             lines.append(f"| {name} | {meaning} | {_default(parameter)} |")
         lines.append("")

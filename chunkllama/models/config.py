@@ -12,6 +12,7 @@ from chunkllama.model_spec import KV_ITEM_SIZES, ModelSpec, RopeSpec, kv_row_ele
 from chunkllama.models.architectures import ARCHITECTURES
 from chunkllama.models.config_file import ConfigFile, read_json
 from chunkllama.models.folder_check import check_folder
+from chunkllama.models.library_classes import check_library_class
 from chunkllama.models.loading.module_tensors import quantization_method
 from chunkllama.models.loading.safetensors import stored_dtype
 from chunkllama.models.spec_checks import (
@@ -79,6 +80,8 @@ def _parse(
     name: str, config: ConfigFile, generation: Mapping[str, Any], tokenizer_eos: Set[int]
 ) -> ModelSpec:
     entry = ARCHITECTURES.get(name)
+    if entry is None:
+        check_library_class(name, config)
     if entry is None and config.get("quantization_config"):
         raise config.error(
             f"quantized checkpoints of {name} are not supported; use bfloat16 weights"
@@ -169,8 +172,8 @@ def _architecture(values: dict[str, Any], path: Path) -> str:
             return of_kind[0] if of_kind else name
     raise ConfigError(
         f"{path}: unsupported architecture {', '.join(map(str, names)) or 'unknown'}; "
-        f"supported: {', '.join(ARCHITECTURES)}, decoders of transformers (*ForCausalLM), and the "
-        "text models of multimodal ones that 'chunkllama models list' names"
+        "supported: decoders (*ForCausalLM), and the text models of multimodal ones; "
+        "'chunkllama models list' names them"
     )
 
 

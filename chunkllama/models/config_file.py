@@ -98,7 +98,7 @@ def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
             raise ConfigError(
                 f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB, not a model's JSON"
             )
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # of Windows' editors, too
     except FileNotFoundError:
         if not required:
             return {}

@@ -23,8 +23,10 @@ def load_public_key(path: Path, key: str) -> bytes:
 
     try:
         loaded = load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}: {path} cannot be read as a PEM public key: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{key}: {path} cannot be read: {error.strerror}") from None
+    except ValueError:  # with a long text and an address
+        raise ConfigError(f"{key}: {path} is no PEM file of a public key") from None
     if not isinstance(loaded, Ed25519PublicKey):
         raise ConfigError(f"{key}: {path} holds no Ed25519 public key")
     return loaded.public_bytes_raw()

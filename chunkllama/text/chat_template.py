@@ -298,8 +298,15 @@ def _read_template(path: Path, override: str | Path | None) -> tuple[Path, Any]:
     origin = path / "chat_template.jinja"
     if override is not None:
         origin = Path(override)
-        if not origin.is_file():
-            raise ConfigError(f"chat_template: no file {origin}; give the path of a .jinja file")
+        try:
+            is_file = origin.is_file()
+        except OSError:  # a template is too long for a path
+            is_file = False
+        if not is_file:
+            raise ConfigError(
+                f"chat_template: no file {override!s:.60}; write the template to a file and "
+                "give its path"
+            )
     if origin.is_file():
         try:
             return origin, origin.read_text(encoding="utf-8")

@@ -31,6 +31,8 @@ NOT_RUN = {
     ".ci/run": "runs these tests",
     "pip ": "network",
     "docker ": "container",
+    "sed ": "container",
+    "kubectl ": "container",
     "chunkllama verify --model smollm2": "a minute; test_verify_says_what_the_readme_shows runs it",
     ".venv/bin/python tests/soak.py": "minutes; tests/system/test_soak.py runs it shorter",
     "CHUNKLLAMA_MAX_MESSAGES=": "a setting that the page shows how to add",

@@ -59,6 +59,22 @@ def test_every_comparison_is_named_by_its_level_and_says_what_held_each_server()
         assert set(record["isa"]) == set(record["versions"])
 
 
+def test_the_readme_states_the_gain_over_the_faster_other_server(compare_plot) -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    match = re.search(r"with (\d\.\d) to (\d\.\d) times the output rate of vLLM or OpenVINO", text)
+    assert match is not None
+
+    def rate(server: str, case: str) -> float:
+        return compare_plot.spread(RECORD, server, case, "output_tokens_per_s")[0]
+
+    gains = [
+        rate("chunkllama", case) / max(rate("vllm", case), rate("openvino", case))
+        for case in compare_plot.cases(RECORD)
+    ]
+    assert float(match[1]) <= min(gains)
+    assert float(match[2]) <= max(gains) + 0.05
+
+
 def _order(server: str) -> int:
     return ["chunkllama", "vllm", "openvino"].index(server)
 

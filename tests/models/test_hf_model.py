@@ -25,7 +25,8 @@ from transformers import masking_utils
 from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
 from chunkllama.errors import ConfigError
-from chunkllama.models.config import read_spec
+from chunkllama.models import library_classes
+from chunkllama.models.config import parse_spec, read_spec
 from chunkllama.models.hf_model import TransformersModel
 from chunkllama.models.hf_probe import ACTIVE, Probe, _mask
 
@@ -207,6 +208,13 @@ def test_an_error_of_the_machine_is_not_blamed_on_the_model(
     assert ("cannot run on this server" in str(failed.value)) == (raised is ConfigError)
 
 
+@pytest.fixture
+def unlisted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No class is refused by its name."""
+    monkeypatch.setattr(library_classes, "_REFUSED", {})
+
+
+@pytest.mark.usefixtures("unlisted")
 def test_a_state_other_than_keys_and_values_is_refused(tmp_path: Path) -> None:
     config = transformers.MambaConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4
@@ -218,6 +226,7 @@ def test_a_state_other_than_keys_and_values_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "MambaForCausalLM cannot run on this server's attention")
 
 
+@pytest.mark.usefixtures("unlisted")
 def test_attention_in_code_of_its_own_is_refused(tmp_path: Path) -> None:
     sizes = {"vocab_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32}
     config = transformers.FalconConfig(**sizes, bos_token_id=1, eos_token_id=2)
@@ -228,6 +237,7 @@ def test_attention_in_code_of_its_own_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "mpt", "MptForCausalLM .*no AttentionInterface")
 
 
+@pytest.mark.usefixtures("unlisted")
 def test_attention_sinks_are_refused(tmp_path: Path) -> None:
     config = transformers.GptOssConfig(
         **{**SMALL, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 32}
@@ -271,9 +281,31 @@ def test_quantization_and_unknown_classes_are_named(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     changes = {"architectures": ["MartianForCausalLM"], "model_type": "martian"}
     path.write_text(json.dumps({**config, **changes}))
-    refused(tmp_path, "transformers cannot load MartianForCausalLM: .* `martian`")
-    own = {"auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Martian"}}
-    path.write_text(json.dumps({**config, **changes, **own}))
-    refused(tmp_path, "cannot load MartianForCausalLM: its code is in files .* not executed")
+    refused(tmp_path, "MartianForCausalLM is unknown, and transformers [0-9.]+ does not have it")
+    path.write_text(json.dumps({**config, "model_type": "martian"}))
+    refused(tmp_path, "model_type 'martian' is unknown")
+    changes["auto_map"] = {"AutoModelForCausalLM": "modeling_martian.MartianForCausalLM"}
+    path.write_text(json.dumps({**config, **changes}))
+    refused(tmp_path, r"defined by code of the model's folder \(auto_map\), which is not executed")
     path.write_text(json.dumps({**config, "pad_token_id": 10**6}))
     refused(tmp_path, "cannot load MixtralForCausalLM: .*adding_idx")
+
+
+def test_a_class_that_cannot_run_is_refused_by_its_name(tmp_path: Path) -> None:
+    for name, why in library_classes._REFUSED.items():
+        assert hasattr(transformers, name)
+        path = tmp_path / "config.json"
+        with pytest.raises(ConfigError, match=f"{name} cannot run here: {why}"):
+            parse_spec({"architectures": [name], "quantization_config": {"x": 1}}, path)
+
+
+@pytest.mark.usefixtures("unlisted")
+def test_an_unknown_class_is_left_to_the_library_where_it_keeps_its_names_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library_classes, "_mapping", lambda: "")
+    random_model(*CASES["mixtral"]).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    changes = {"architectures": ["MartianForCausalLM"], "model_type": "martian"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    refused(tmp_path, "transformers cannot load MartianForCausalLM: .* `martian`")

@@ -67,7 +67,7 @@ def test_config_that_is_not_a_json_object(text: str, tiny_folder: Path) -> None:
     ("change", "words"),
     [
         ({"architectures": ["BertForMaskedLM"]}, "unsupported architecture BertForMaskedLM"),
-        ({"architectures": [], "model_type": "gpt2"}, "supported: LlamaForCausalLM"),
+        ({"architectures": [], "model_type": "gpt2"}, "architecture unknown; supported: decoders"),
         ({"hidden_size": "big"}, "hidden_size must be a positive integer"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer"),

@@ -32,6 +32,8 @@ logger = init_logger(__name__)
 # Parts of a folder's name: raise them when what is written changes.
 _CONVERTER_VERSION, _INDEX_VERSION = 2, 4
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_URL = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
+_TAGGED = re.compile(r"(?:[\w.-]+/)*[\w.-]+:[\w.-]+")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
 _HUB_IGNORED = ["consolidated*.safetensors"]  # Mistral's second copy of the weights
 _TEMPORARY = ".tmp-"
@@ -86,9 +88,19 @@ def resolve_model(model: str) -> Path:
         return _resolve_file(path.resolve())
     if is_hub_id(model):
         return _resolve_hub(model)
-    raise ConfigError(
-        f"{model}: no such folder or file, and no known alias ({', '.join(aliases())})"
-    )
+    raise ConfigError(f"model: {_unknown(model)}")
+
+
+def _unknown(model: str) -> str:
+    """Why a name is no model of this machine, no hub id and no alias; names the fix."""
+    if match := _HUB_URL.match(model):
+        return f"{model} is a web address; write the hub id {match[1]}, or download it"
+    if _TAGGED.fullmatch(model):
+        return (
+            f"{model} is a name of Ollama or llama.cpp, which has no meaning here; give a folder, "
+            "a .gguf file, or a hub id such as Qwen/Qwen3-0.6B"
+        )
+    return f"{model}: no such folder or file, and no known alias ({', '.join(aliases())})"
 
 
 def local_model(model: str) -> Path | None:
@@ -124,7 +136,8 @@ def _file_folder(path: Path) -> str:
         return _gguf_folder(path)
     if path.suffix.lower() == SUFFIX:
         return shape_folder_name(path)
-    raise ConfigError(f"{path}: a model is a folder, a .gguf file or a {SUFFIX} file of sizes")
+    fix = f"; give its folder, {path.parent}" if (path.parent / "config.json").is_file() else ""
+    raise ConfigError(f"{path}: a model is a folder, a .gguf file or a {SUFFIX} file of sizes{fix}")
 
 
 def _wheel_folder(alias: str, model: _WheelModel) -> str:

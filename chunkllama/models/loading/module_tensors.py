@@ -51,6 +51,8 @@ def quantization_method(settings: Any) -> str:
     if not isinstance(settings, Mapping):
         raise ValueError("must be an object")
     method = str(settings.get("quant_method", ""))
+    if not method:  # as MLX writes it
+        raise ValueError("no quant_method; use a checkpoint of " + ", ".join(METHODS))
     if method not in METHODS:
         raise ValueError(f"quant_method {method!r} is not supported; use {', '.join(METHODS)}")
     match method:

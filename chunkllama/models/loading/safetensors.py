@@ -244,7 +244,7 @@ def _with_prefix(infos: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
 def _check_name(folder: Path, name: str, shard: Any) -> None:
     """Refuse a shard that is not a safetensors file of the folder."""
     if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-        raise ConfigError(f"{folder / _INDEX}: {name} lies in {shard!r}, not a plain file name")
+        raise ConfigError(f"{folder / _INDEX}: {name} is in {shard!r}, not a plain file name")
     if len(shard) > _MAX_NAME:
         raise ConfigError(f"{folder / _INDEX}: {name} lies in a file whose name is too long")
     if not shard.endswith(".safetensors"):

@@ -89,7 +89,10 @@ def serve(  # noqa: PLR0913 - one parameter a flag
     ] = "load-test",
     plots: Annotated[bool, typer.Option(help="Also write PNG plots.")] = False,
 ) -> int:
-    """Load a server with tenants that share system prompts; exit code 1 if a request fails."""
+    """Load a server with tenants that share system prompts.
+
+    Exit code 1 if a request fails.
+    """
     base = Workload(
         tenants=tenants,
         system_tokens=system_tokens,

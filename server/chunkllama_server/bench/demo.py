@@ -80,7 +80,10 @@ def tenants(
     ] = 4,
     api_key: Annotated[str, typer.Option(help="Key, if the server needs one.")] = "",
 ) -> int:
-    """Let 8 tenants ask questions over their own system prompts; exit code 1 if a request fails."""
+    """Let 8 tenants ask questions over their own system prompts.
+
+    Exit code 1 if a request fails.
+    """
     console = make_console()
     endpoint = Endpoint(url, (api_key,) if api_key else ())
     if not check_health(url, timeout=2.0):

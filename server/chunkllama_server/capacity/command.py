@@ -112,7 +112,10 @@ def capacity(  # noqa: PLR0913 - one parameter a flag
     name: Annotated[str, typer.Option(help="Base name of the files.")] = "capacity",
     plots: Annotated[bool, typer.Option(help="Also write a PNG plot.")] = False,
 ) -> int:
-    """Replay a trace through the real scheduler, without a model: what a pool of chunks gives."""
+    """Say what a pool of chunks gives for a recorded load.
+
+    A trace is replayed through the real scheduler, without a model.
+    """
     if trace is None and not measure:
         raise ConfigError("trace: give --trace FILE, or --measure to measure the cost model alone")
     if cost is not None and measure:

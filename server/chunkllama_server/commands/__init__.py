@@ -74,7 +74,9 @@ def run(arguments: list[str]) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
             print(error.format_message())
             return 0
-        return _fail(error.format_message())
+        from chunkllama_server.commands.other_servers import explain
+
+        return _fail(explain(error, arguments))
     return result if isinstance(result, int) else 0
 
 
@@ -198,7 +200,10 @@ def _add_config(app: typer.Typer) -> None:
     @group.command(cls=GroupedCommand)
     @with_setting_flags
     def show(**flags: object) -> None:
-        """Print the value and origin of every setting, and what automatic ones become here."""
+        """Print the value and origin of every setting.
+
+        Also what automatic ones become on this machine.
+        """
         loaded = load_from_flags(flags)
         from chunkllama_server.config.effective import effective_values
 
@@ -210,7 +215,7 @@ def _add_config(app: typer.Typer) -> None:
 def _add_models(app: typer.Typer) -> None:
     group = typer.Typer(
         invoke_without_command=True,
-        help="List the models that can be downloaded, and which of them the cache has.",
+        help="List the models that can be downloaded.",
     )
 
     @group.callback()
@@ -249,7 +254,10 @@ def _add_models(app: typer.Typer) -> None:
     def fetch(
         model: Annotated[str, typer.Argument(help="Alias or hub id; a folder is checked alone.")],
     ) -> None:
-        """Download and convert a model now, so that serving it later needs no network."""
+        """Download and convert a model now.
+
+        Serving it later needs no network.
+        """
         from chunkllama.logger import configure_logging
         from chunkllama.models.loading.hub import resolve_model
 
@@ -281,7 +289,10 @@ def _add_doctor(app: typer.Typer) -> None:
     @app.command(cls=GroupedCommand)
     @with_setting_flags
     def doctor(**flags: object) -> int:
-        """Check what serving needs on this machine; exit code 1 if a server could not start."""
+        """Check what serving needs on this machine.
+
+        Exit code 1 if a server could not start.
+        """
         settings = load_from_flags(flags).settings
         from chunkllama_server.process.doctor import examine
 

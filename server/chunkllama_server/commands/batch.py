@@ -196,7 +196,9 @@ def batch(
         str, typer.Option(help="Time after which what has not run expires, e.g. 24h.")
     ] = "24h",
 ) -> int:
-    """Run a file of requests as a batch, in the gaps of the server's other requests.
+    """Run a file of requests as a batch.
+
+    They run in the gaps of the server's other requests.
 
     Lines have the form of OpenAI's batches: custom_id, method, url and body. If it is
     interrupted, the same command follows the batch again. The batch's files are removed from the

@@ -43,7 +43,9 @@ def finetune(  # noqa: PLR0913
         int | None, typer.Option(min=1, help="Compute threads. Default: all processors.")
     ] = None,
 ) -> int:
-    """Train a LoRA adapter from conversations; a command that was interrupted continues.
+    """Train a LoRA adapter from conversations.
+
+    A command that was interrupted continues.
 
     FOLDER/adapter is what PEFT saves: `chunkllama serve --lora NAME=FOLDER/adapter` serves it.
     """

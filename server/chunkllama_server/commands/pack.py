@@ -63,7 +63,10 @@ def build(
     ] = None,
     **flags: object,
 ) -> int:
-    """Write a pack: of prompts, computed with the model of the settings, or of a server's cache."""
+    """Write a pack: of prompts, or of a server's cache.
+
+    Prompts are computed with the model of the settings.
+    """
     settings = load_from_flags(flags).settings
     if tenant and prefixes is not None:
         raise ConfigError("tenant: prefixes name their tenants in the file; leave it out")
@@ -176,8 +179,10 @@ def verify(
     ] = "one",
     **flags: object,
 ) -> int:
-    """Check all of a pack against the model of the settings; exit code 1 if a server would not use
-    all of it."""
+    """Check all of a pack against the model of the settings.
+
+    Exit code 1 if a server would not use all of it.
+    """
     settings = load_from_flags(flags).settings
     from chunkllama.packs.file import Pack
 

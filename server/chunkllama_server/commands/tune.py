@@ -18,7 +18,9 @@ def tune(
         bool, typer.Option("--dry-run", help="Print the table without writing it.")
     ] = False,
 ) -> int:
-    """Measure the CPU kernels' numbers on this machine, in less than a minute if it is idle.
+    """Measure the CPU kernels' numbers on this machine.
+
+    It takes less than a minute if the machine is idle.
 
     The table goes to the cache folder; `chunkllama serve` reads it at its next start. Delete the
     file to return to the shipped numbers.

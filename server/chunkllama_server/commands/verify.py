@@ -39,7 +39,9 @@ def verify(
         Path | None, typer.Option("--json", help="File to write all numbers to.")
     ] = None,
 ) -> int:
-    """Compare a model with transformers; exit code 1 if anything differs or nothing was compared.
+    """Compare a model with transformers.
+
+    Exit code 1 if anything differs or nothing was compared.
 
     Compares the tokenizer, every stage of every layer, and the log-probabilities of each backend,
     number format and quantization.

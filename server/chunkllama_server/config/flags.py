@@ -15,11 +15,14 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from chunkllama.config_errors import RENAMED_KEYS
+from chunkllama.errors import ConfigError
 from chunkllama_server.config.kinds import Kind, choices, kind_of, show_value
 from chunkllama_server.config.settings import Loaded, Settings, load_settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MAX_WIDTH = 100_000  # columns of a table that no terminal shows
+MODEL_WORD = "model_word"  # the parameter of the model that a command takes without a flag
+_TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 _METAVARS: Final[dict[Kind, str]] = {
     "file": "FILE",
     "folder": "FOLDER",
@@ -49,7 +52,7 @@ def with_setting_flags(command: F) -> F:
     """Give a ``**flags`` command one option per setting, and ``--config``.
 
     Values stay strings: the configuration parses values of all sources alike. Parameters that the
-    command has of its own come first.
+    command has of its own come first; one that has none takes the model as its first word, too.
     """
     hints = get_type_hints(command, include_extras=True)
     parameters = [
@@ -57,8 +60,18 @@ def with_setting_flags(command: F) -> F:
         for own in inspect.signature(command).parameters.values()
         if own.kind is not inspect.Parameter.VAR_KEYWORD
     ]
+    if not parameters:
+        word = typer.Argument(metavar="MODEL", help="The same as --model.", show_default=False)
+        parameters.append(
+            inspect.Parameter(
+                MODEL_WORD,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=None,
+                annotation=Annotated[str | None, word],
+            )
+        )
     parameters.append(
-        _parameter("config", Path | None, "YAML file with settings.", "General", "FILE")
+        _parameter("config", str | None, "YAML file with settings.", "General", "FILE")
     )
     for group in Settings.groups:
         title = group.__name__.removesuffix("Config")
@@ -78,7 +91,26 @@ def load_from_flags(flags: Mapping[str, Any]) -> Loaded:
     """
     given = {key: value for key, value in flags.items() if value is not None and value != []}
     config_file = given.pop("config", None)
-    return load_settings(given, config_file=config_file)
+    if config_file == "":
+        raise ConfigError("config: empty (from command line); leave it out, or name a YAML file")
+    if (word := given.pop(MODEL_WORD, None)) is not None:
+        given["model"] = _model_of(str(word), given.get("model"))
+    return load_settings(given, config_file=None if config_file is None else Path(config_file))
+
+
+def _model_of(word: str, flag: str | None) -> str:
+    """The model that the first word of a command names.
+
+    Raises:
+        ConfigError: the flag names one, too, or the word is meant for a switch before it.
+    """
+    if flag is not None:
+        raise ConfigError(f"model: given twice, as {word} and as --model {flag}; give one of them")
+    if word.lower() in _TRUTHS and not Path(word).exists():
+        raise ConfigError(
+            f"model: {word} is none; a switch takes no value: write --strict or --no-strict"
+        )
+    return word
 
 
 def show_settings(loaded: Loaded, effective: Mapping[str, str], note: str) -> None:

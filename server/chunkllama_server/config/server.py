@@ -184,6 +184,7 @@ class ServerConfig(ConfigGroup):
     root_path: str = Field(
         default="",
         pattern=r"^(/[\w.~-]+)*$",
+        examples=["/llm"],
         description="Path prefix that a proxy removes, such as /llm: with a slash at its beginning "
         "and none at its end.",
     )

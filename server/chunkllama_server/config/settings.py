@@ -32,6 +32,7 @@ from chunkllama_server.config.api_keys import KeyEntry, parse_key
 from chunkllama_server.config.batches import BatchConfig
 from chunkllama_server.config.cluster import ClusterConfig
 from chunkllama_server.config.files import lock_folder, read_text, read_yaml
+from chunkllama_server.config.kinds import kind_of
 from chunkllama_server.config.limits import LimitsConfig
 from chunkllama_server.config.packs import PackConfig
 from chunkllama_server.config.server import ServerConfig
@@ -196,6 +197,10 @@ def load_settings(
         Path(environ["CHUNKLLAMA_CONFIG"]) if environ.get("CHUNKLLAMA_CONFIG") else None
     )
     document = read_yaml(config_file) if config_file is not None else {}
+    if section := next((k for k, v in document.items() if isinstance(v, dict)), None):
+        raise ConfigError(
+            f"{config_file}: {section} holds keys of its own; write every setting at the top level"
+        )
     document = rename_keys(document, str(config_file))
     flags = rename_keys(flags, "the command line")
     check_keys(document, known, str(config_file))
@@ -208,16 +213,37 @@ def load_settings(
     ):
         for key, value in source.items():
             values[key], origins[key] = value, origin
+    for key, value in values.items():
+        if value in ("", [""]) and not _may_be_empty(key):
+            raise ConfigError(
+                f"{key}: empty (from {origins[key]}); leave it out, or give it a value"
+            )
     try:
         settings = Settings(**values)
     except ValidationError as error:
         message = first_error(error, Settings.model_fields)
         origin = origins.get(message.split(":")[0], "")
         raise ConfigError(f"{message} (from {origin})" if origin else message) from None
+    if "default" not in (origins["num_chunks"], origins["kv_cache_memory"]):
+        logger.warning(
+            "kv_cache_memory (from %s) has no effect beside num_chunks (from %s)",
+            *(origins["kv_cache_memory"], origins["num_chunks"]),
+        )
     for key, needed in _NEEDS.items():
         if origins[key] != "default" and getattr(settings, needed) is None:
             logger.warning("%s (from %s) has no effect without %s", key, origins[key], needed)
     return Loaded(settings, origins)
+
+
+def _may_be_empty(key: str) -> bool:
+    """Tell whether an empty text is a value: of a list without secrets, or of what is empty anyway.
+
+    Keys that a variable of another name should have filled must not open a server, and an empty
+    host would listen on every address.
+    """
+    field = Settings.model_fields[key]
+    is_secret = "SecretStr" in str(field.annotation)
+    return field.default == "" or (kind_of(key, field) == "list" and not is_secret)
 
 
 def _is_service_link(name: str, value: str) -> bool:

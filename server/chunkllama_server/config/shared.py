@@ -44,7 +44,8 @@ class SharedConfig(ConfigGroup):
     )
     kv_events_endpoint: str | None = Field(
         default=None,
-        pattern="^(tcp|ipc)://.",
+        pattern=r"^(tcp://.+:\d+|ipc://.+)$",
+        examples=["tcp://127.0.0.1:5557", "ipc:///run/events"],
         description="Publish the cache's events here over ZeroMQ in vLLM's form, such as "
         "tcp://127.0.0.1:5557; they hold the prompts of all tenants and need no key. Needs the "
         "extra chunkllama[kv-events].",

@@ -112,9 +112,11 @@ def bind(host: str, port: int, key: str) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (OSError, UnicodeError) as error:
+        fix = "give an address of this machine, such as 127.0.0.1 or 0.0.0.0"
+        if "/" in host or host.count(":") == 1:
+            fix = f"give the address alone, such as 127.0.0.1, and the port as --{_flag(key)}"
         raise ConfigError(
-            f"{key.replace('port', 'host')}: {host or repr(host)} cannot be resolved: {error}; "
-            "give an address of this machine, such as 127.0.0.1 or 0.0.0.0"
+            f"{key.replace('port', 'host')}: {host} cannot be resolved: {error}; {fix}"
         ) from None
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -122,11 +124,15 @@ def bind(host: str, port: int, key: str) -> socket.socket:
         sock.bind(address)
     except OSError as error:
         sock.close()
-        flag = key.replace("_", "-")
         raise ConfigError(
-            f"{key}: cannot listen on {host}:{port}: {error.strerror}; choose another --{flag}"
+            f"{key}: cannot listen on {host}:{port}: {error.strerror}; choose another "
+            f"--{_flag(key)}"
         ) from None
     return sock
+
+
+def _flag(key: str) -> str:
+    return key.replace("_", "-")
 
 
 def check_tls(settings: Settings) -> None:

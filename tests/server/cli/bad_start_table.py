@@ -40,6 +40,11 @@ class Machine:
         path.write_text(text)
         return path
 
+    def bytes(self, content: bytes) -> Path:
+        path = self.folder / "bytes"
+        path.write_bytes(content)
+        return path
+
     def taken_port(self) -> int:
         sock = self.resources.enter_context(socket.socket())
         sock.bind(("127.0.0.1", 0))
@@ -227,6 +232,28 @@ def _escaping_index(machine: Machine) -> None:
     (machine.model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _index(value: object) -> Callable[[Machine], None]:
+    def change(machine: Machine) -> None:
+        (machine.model / "model.safetensors").unlink()
+        (machine.model / "model.safetensors.index.json").write_text(json.dumps(value))
+
+    return change
+
+
+def _folder_for(name: str) -> Callable[[Machine], None]:
+    def change(machine: Machine) -> None:
+        (machine.model / name).unlink()
+        (machine.model / name).mkdir()
+
+    return change
+
+
+def _larger_vocabulary(machine: Machine) -> None:
+    tokenizer = json.loads((machine.model / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["another"] = 5000
+    (machine.model / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 def _value(**changes: object) -> Callable[[Machine], None]:
     return lambda machine: machine.edit("config.json", **changes) and None
 
@@ -239,7 +266,37 @@ FLAGS = [
     _flags("unknown flag", "--num-chunk 3", "--num-chunk.*--num-chunks"),
     _flags("unknown short flag", "-m model", "-m"),
     _flags("missing value", "--port", "--port.*requires an argument"),
-    _flags("extra word", "model", "unexpected extra argument.*model"),
+    _flags("extra word", "a b", r"unexpected extra argument.*\(b\)"),
+    _flags("model twice", "a --model b", "model: given twice, as a and as --model b"),
+    _flags("value of a switch", "--standby true", "model: true is none; a switch takes no value"),
+    _flags("size in two words", "--kv-cache-memory 4 GB", "model: GB: no such folder or file"),
+    _flags(
+        "flags of vLLM",
+        "a/b --block-size 16 --enable-chunked-prefill --enforce_eager",
+        "--block-size here, use --chunk-size; .*-prefill here, leave.*; no option --enforce-eag",
+    ),
+    _flags(
+        "flags of llama.cpp",
+        "-m x -ngl 99 -c 4096",
+        "-m here, use --model; no option -ngl here, .*; no option -c here, use --max-model-len",
+    ),
+    _flags("flag of SGLang", "--model-path=x", "no option --model-path here, use --model"),
+    _flags("quantization of a checkpoint", "--quantization awq", "quantization: leave it out: how"),
+    _flags("share of memory", "--kv-cache-memory 50%", "kv_cache_memory: .*such as 512MiB.*'50%'"),
+    _flags(
+        "percent of a GPU", "--gpu-memory-utilization 90", "utilization: .*equal to 1, got '90'"
+    ),
+    _flags(
+        "processors", "--cpu-bind 0-", "cpu_bind: write it like 0-3,8 or auto or none, got '0-'"
+    ),
+    _flags("part of a thread", "--threads 0.5", "threads: .*integer.*'0.5'"),
+    _flags("empty text", "--port=", r"port: empty \(from command line\); leave it out"),
+    _flags("no file of settings", "--config=", "config: empty.*name a YAML file"),
+    _flags("another parser", "--tool-call-parser llama4", "tool_call_parser: .*'hermes'.*'llama4'"),
+    _flags("replicas in reverse", "--cluster auto --replicas 3..1", "replicas must be .*LOW..HIGH"),
+    _flags(
+        "caches over a port", "--kv-events-endpoint tcp://h", "kv_events_.*like tcp://127.0.0.1:"
+    ),
     _flags("text for a count", "--num-chunks many", r"num_chunks: .*integer.*of chunks.*'many'"),
     _flags("zero chunks", "--num-chunks 0", "num_chunks: .*greater than 0 chunks.*'0'"),
     _flags("negative chunks", "--num-chunks -5", "num_chunks: .*greater than 0 chunks.*'-5'"),
@@ -275,12 +332,14 @@ FLAGS = [
     _flags("adapter without folder", "--lora sql", "lora: write name=folder, not 'sql'"),
     _flags("another store", "--response-store mysql://x", "response_store: .*valkey://"),
     _flags("no secret file", "--namespace-secret-file /x", "namespace_secret_file: cannot read /x"),
-    _flags("no name of a model", "--model=", "model: string should have at least 1 character"),
+    _flags("no name of a model", "--model=", "model: empty"),
     _flags("adapter without name", "--lora =x", "lora: write name=folder, not '=x'"),
     _flags("adapter twice", "--lora a=x --lora a=y", "lora: a occurs twice"),
     _flags("replicas alone", "--replicas 3", "replicas: needs cluster"),
     _flags("two flags for one", "--op-set cpu --backend cpu", "op_set.*former name of backend"),
     _variable("unknown variable", "CHUNKLLAMA_NUM_CHUNK", "3", "environment.*num_chunks"),
+    _variable("key of an empty variable", "CHUNKLLAMA_API_KEY", "", "api_key: empty .*environment"),
+    _variable("address of an empty variable", "CHUNKLLAMA_HOST", "", "host: empty .*environment"),
     _variable("variable's value", "CHUNKLLAMA_PORT", "http", "port: .*'http'.*from environment"),
 ]
 FILES = [
@@ -292,6 +351,17 @@ FILES = [
     _file("settings as a list", "--config", "- port\n", "must hold key: value lines"),
     _file("settings key", "--config", "max_num_seq: 3\n", "file; did you mean max_num_seqs"),
     _file("settings value", "--config", "threads: 0\n", r"threads: .*0.*from .*file\)"),
+    _file(
+        "settings in sections", "--config", "server:\n  port: 1\n", "server holds keys of its own"
+    ),
+    _file("dashes in a key", "--config", "num-chunks: 5\n", "num-chunks.*did you mean num_chunks"),
+    BadStart(
+        "settings in UTF-16",
+        lambda m: ["--config", m.bytes("port: 1".encode("utf-16"))],
+        "config: cannot read .*: not UTF-8 text",
+    ),
+    _flags("tenants without keys", "--tenants-file /x", "tenants_file: "),
+    _file("public key", "--pack-public-key", "x", "pack_public_key: .*no PEM file of a public key"),
     _flags("no key file", "--api-key-file /nowhere", "api_key_file: cannot read /nowhere: No"),
     _file("key file without keys", "--api-key-file", "# none\n", "api_key_file: .*holds no key"),
     _flags("key twice", "--api-key a:1 --api-key b:1", r"api_key: entry 2 \(b\) repeats"),
@@ -308,6 +378,10 @@ FILES = [
     ),
     _file("template syntax", "--chat-template", "{% if %}", "file: .*does not compile", True),
     _file("hostile template", "--chat-template", HOSTILE, "file: .*template", True),
+    _with("template as text", "--chat-template {{messages}}", "no file {{messages}}; write", True),
+    _with(
+        "name of a template", "--chat-template chatml", "no file chatml; write the template", True
+    ),
     _with("no template", "--chat-template /nowhere", "chat_template: no file /nowhere", True),
     _file("prefixes", "--public-prefixes", "a: b\n", "file must be a YAML list", True),
 ]
@@ -370,6 +444,25 @@ FOLDERS = [
     _model("archive", lambda m: m.file("PK", "model.zip"),
            "model.zip: a model is a folder, a .gguf"),
     _model("unknown alias", lambda _: Path("smolm2"), "no known alias .smollm2-135m-instruct"),
+    _model("address in the web", lambda _: Path("https:/huggingface.co/a/b"), "no such folder"),
+    _model("name of Ollama", lambda _: Path("llama3.2:1b"), "a name of Ollama or llama.cpp"),
+    _model("file of the hub", lambda _: Path("a/b-GGUF:Q4_K_M"), "a name of Ollama or llama.cpp"),
+    _model("file of weights", lambda m: m.model / "model.safetensors", "give its folder, .*model$"),
+    _model("code of the folder", _value(architectures=["XForCausalLM"], model_type="x",
+                                        auto_map={"AutoModelForCausalLM": "x.X"}),
+           "defined by code of the model's folder .*, which is not executed"),
+    _model("attention sinks", _value(architectures=["GptOssForCausalLM"], model_type="gpt_oss"),
+           "GptOssForCausalLM cannot run here: its attention has sinks"),
+    _model("state of a recurrence", _value(architectures=["MambaForCausalLM"], model_type="mamba"),
+           "MambaForCausalLM cannot run here: its layers keep a state"),
+    _model("classifier", _value(architectures=["LlamaForSequenceClassification"]),
+           "unsupported architecture LlamaForSequenceClassification; supported: decoders"),
+    _model("quantized by MLX", _value(quantization_config={"bits": 4}), "no quant_method; use a"),
+    _model("index of a list", _index([1]), "expected a JSON object, got list"),
+    _model("index without tensors", _index({}), "weight_map is missing or empty"),
+    _model("index to a number", _index({"weight_map": {"a": 3}}), "a is in 3, not a plain file"),
+    _model("folder for a file", _folder_for("tokenizer.json"), "tokenizer.json: cannot be read"),
+    _model("another tokenizer", _larger_vocabulary, "tokenizer has .* tokens and the model", True),
     _model("no tokenizer", _without("tokenizer.json"), "neither tokenizer.json nor", True),
     _model("GGUF of a later version", _late_gguf, "version 99; supported: 2 and 3"),
     _model("not a GGUF file", _gguf("x" * 100), "model.gguf: not a usable GGUF file"),
@@ -389,6 +482,10 @@ ENGINE = [
     _with("three ranks", "--tp 3", "tensor_parallel_size: 3 does not divide the 4 attention heads"),
     _with("ranks and adapters", "--tp 2 --lora a=/x", "lora: adapters need tensor_parallel_size 1"),
     _with("draft alone", "--draft-model x", "draft_model: needs speculation auto, which is off"),
+    _with("adapter's parent", "--lora a=/", "lora: a: /adapter_config.json: missing"),
+    _with(
+        "draft nowhere", "--speculation auto --draft-model /x", "draft_model: .*/x: no such folder"
+    ),
     _with("adapter nowhere", "--lora sql=/nowhere", "lora: sql: /nowhere: no such folder"),
     _with("small pool", "--kv-cache-memory 1k", "kv_cache_memory: 1000 bytes hold fewer than two"),
     _with("large pool", "--num-chunks 2000000000", "num_chunks: the pool takes .*MiB"),
@@ -403,6 +500,10 @@ PORTS = [
         "admin_port: .*in use.*--admin-port",
     ),
     _flags("one port for both", "--admin-port 8000", "admin_port must differ from port"),
+    _flags(
+        "address with a port", "--host localhost:8000", "host: .*; give the address alone.*--port"
+    ),
+    _flags("address with a scheme", "--host http://0.0.0.0", "host: .*; give the address alone"),
     _flags("unknown host", "--host no.such.host.invalid", "host: no.such.host.invalid cannot be"),
     _flags("foreign address", "--host 192.0.2.1", "port: cannot listen on 192.0.2.1:8000"),
 ]

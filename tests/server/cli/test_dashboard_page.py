@@ -54,17 +54,30 @@ DATA = {
 EMPTY = {"data": [], "may_abort": False, "hidden": 0}
 
 
+def growing(name: str) -> dict[str, object]:
+    """Data of a later poll: ten more first tokens, all within the second bucket."""
+    more = {"sum": 1.0, "count": 20, "buckets": [[0.01, 2], [0.1, 19], [1.0, 20]]}
+    return {**DATA, "latency": {**DATA["latency"], name: more}}
+
+
 @pytest.fixture
 def url(request: pytest.FixtureRequest) -> Iterator[str]:
     """A server of the page and of fixed data, without the policy that forbids ``MEASURE``."""
+    changes = getattr(request, "param", {})
     answers = {
         "/dashboard": (_PAGE + MEASURE).encode(),
-        "/dashboard/data": json.dumps({**DATA, **getattr(request, "param", {})}).encode(),
+        "/dashboard/data": json.dumps({**DATA, **changes}).encode(),
     }
+
+    polls: list[str] = []
+    later = json.dumps({**growing("time_to_first_token"), **changes}).encode()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             body = answers.get(self.path, json.dumps(EMPTY).encode())
+            if self.path == "/dashboard/data":
+                polls.append(self.path)
+                body = later if len(polls) > 1 else body
             kind = "text/html" if self.path == "/dashboard" else "application/json"
             self.send_response(200)
             self.send_header("content-type", kind)
@@ -109,6 +122,19 @@ def test_a_cluster_s_replicas_and_failovers_are_drawn(url: str, tmp_path: Path) 
     assert second[:2] == ["replica-b", "draining"]
     assert "4 after theirs ended, 0 after it hung, 1 while it drained" in dom
     assert "0 preemptions, 2 engine restarts" in dom
+
+
+@in_a_browser
+def test_percentiles_of_first_tokens_are_drawn_over_time(url: str, tmp_path: Path) -> None:
+    dom = browse(url, tmp_path, "--dump-dom")
+    (chart,) = re.findall(r'<svg id="latency".*?</svg>', dom)
+    high, low = re.findall(r'<polyline points="([^"]*)"', chart)
+    (top,) = {point.split(",")[1] for point in high.split()}
+    (middle,) = {point.split(",")[1] for point in low.split()}
+    assert float(top) == pytest.approx(6)  # the highest value drawn
+    # 50 ms and 99 of 100 ms: the share of the second bucket, which begins at 10 ms
+    assert (118 - float(middle)) / 112 == pytest.approx((0.01 + 0.09 * 0.5) / (0.01 + 0.09 * 0.99))
+    assert '<span id="latency-note"></span>' in dom
 
 
 @pytest.mark.nightly
