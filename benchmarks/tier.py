@@ -178,10 +178,11 @@ def first_token(core: EngineCore, prompt: list[int]) -> tuple[float, int]:
 
 
 def empty_pool(core: EngineCore) -> None:
-    """Evict everything to the tier, and wait until it is written."""
-    core.packs.cache.tree.evict(core.info.num_chunks)
-    while core.is_moving_chunks():
-        core.move_chunks()
+    """Evict everything to the tier, no faster than it is written."""
+    for _ in range(0, core.info.num_chunks, 16):
+        core.packs.cache.tree.evict(16)
+        while core.is_moving_chunks():
+            core.move_chunks()
 
 
 def measure_first_token(arguments: argparse.Namespace) -> dict[str, Any]:
