@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "scratch.h"
 #include "vec.h"
 
 namespace chunkllama {
@@ -19,15 +18,15 @@ INLINE void prefetch_ahead(const T* p) {
 }
 
 // t [R, 16] = x [R, k] * a [k, 16].
-template <int R, class A>
-void inner_rows(const float* x, int64_t x_stride, const A* a, int64_t k, float* t, int64_t t_stride) {
-  constexpr int TURNS = VECTORS > 2 ? 1 : R > 2 ? 2 : 4;  // sums that do not wait for one another
+template <int R, class X, class A>
+void inner_rows(const X* x, int64_t x_stride, const A* a, int64_t k, float* t, int64_t t_stride) {
+  constexpr int TURNS = R > 2 || VECTORS > 2 ? 1 : 4;  // sums that do not wait for one another
   Vec sums[TURNS][R][VECTORS] = {};
   auto add = [&](int64_t i, int turn) {
     prefetch_ahead(a + i * BLOCK);
     for (int j = 0; j < VECTORS; j++) {
       const Vec weights = load(a + i * BLOCK + j * W);
-      for (int r = 0; r < R; r++) sums[turn][r][j] += weights * set(x[r * x_stride + i]);
+      for (int r = 0; r < R; r++) sums[turn][r][j] += weights * set(to_float(x[r * x_stride + i]));
     }
   };
   int64_t i = 0;
@@ -42,21 +41,21 @@ void inner_rows(const float* x, int64_t x_stride, const A* a, int64_t k, float* 
 }
 
 // t [R, 8] = x [R, k] * a [k, 8]: a block of 16 holds two k.
-template <int R, class A>
-void inner_half_rows(const float* x, int64_t x_stride, const A* a, int64_t k, float* t,
+template <int R, class X, class A>
+void inner_half_rows(const X* x, int64_t x_stride, const A* a, int64_t k, float* t,
                      int64_t t_stride) {
-  constexpr int TURNS = VECTORS > 2 ? 1 : R > 2 ? 2 : 4;
+  constexpr int TURNS = R > 2 || VECTORS > 2 ? 1 : 4;
   Vec sums[TURNS][R][VECTORS] = {};
   auto add = [&](int64_t i, int turn) {
     prefetch_ahead(a + i * BLOCK);
     for (int j = 0; j < VECTORS; j++) {
       const Vec weights = load(a + i * BLOCK + j * W);
       for (int r = 0; r < R; r++) {
-        const float* pair = x + r * x_stride + 2 * i;
+        const X* pair = x + r * x_stride + 2 * i;
         Vec values;
         if constexpr (W == BLOCK)
-          values = first_lanes(BLOCK / 2, set(pair[0]), set(pair[1]));
-        else values = set(pair[j * W >= BLOCK / 2]);
+          values = first_lanes(BLOCK / 2, set(to_float(pair[0])), set(to_float(pair[1])));
+        else values = set(to_float(pair[j * W >= BLOCK / 2]));
         sums[turn][r][j] += weights * values;
       }
     }
@@ -110,46 +109,25 @@ void by_fours(const AdapterArgs& a, int64_t begin, int64_t end, F&& f) {
   }
 }
 
-// Blocks [first, last) of rows [begin, end) of t, whose x as floats is at `x`.
-template <class A>
-void inner_blocks(const AdapterArgs& a, const AdapterLinear& l, int64_t begin, int64_t end,
-                  int64_t first, int64_t last, const float* x, int64_t x_stride) {
-  for (int64_t block = first; block < last; block++) {
-    const A* weights = static_cast<const A*>(l.a) + block * l.k * BLOCK;
-    const bool is_half = l.ranks - block * BLOCK < BLOCK;
-    by_fours(a, begin, end, [&](int64_t row, auto n) {
-      constexpr int R = decltype(n)::value;
-      const float* from = x + (row - begin) * x_stride;
-      float* t = a.inner + row * a.inner_stride + block * BLOCK;
-      if (is_half) inner_half_rows<R>(from, x_stride, weights, l.k, t, a.inner_stride);
-      else inner_rows<R>(from, x_stride, weights, l.k, t, a.inner_stride);
-    });
-  }
+template <class X, class A>
+void inner_block(const AdapterArgs& a, const AdapterLinear& l, int64_t begin, int64_t end,
+                 int64_t block) {
+  const A* weights = static_cast<const A*>(l.a) + block * l.k * BLOCK;
+  const bool is_half = l.ranks - block * BLOCK < BLOCK;
+  by_fours(a, begin, end, [&](int64_t row, auto n) {
+    constexpr int R = decltype(n)::value;
+    const X* x = static_cast<const X*>(a.x) + row * a.x_stride;
+    float* t = a.inner + row * a.inner_stride + block * BLOCK;
+    if (is_half) inner_half_rows<R>(x, a.x_stride, weights, l.k, t, a.inner_stride);
+    else inner_rows<R>(x, a.x_stride, weights, l.k, t, a.inner_stride);
+  });
 }
 
 void inner_unit(const AdapterArgs& a, const AdapterLinear& l, int64_t begin, int64_t end,
-                int64_t first, int64_t last) {
-  last = std::min(last, (l.ranks + BLOCK - 1) / BLOCK);
-  if (first >= last) return;
-  auto run = [&](const float* x, int64_t x_stride, int64_t from, int64_t to) {
-    if (a.type == BF16) inner_blocks<bf16>(a, l, from, to, first, last, x, x_stride);
-    else inner_blocks<float>(a, l, from, to, first, last, x, x_stride);
-  };
-  if (a.x_type != BF16) {
-    run(static_cast<const float*>(a.x) + begin * a.x_stride, a.x_stride, begin, end);
-    return;
-  }
-  static thread_local Scratch<float> floats;  // each is used for 16 columns of every block
-  const int64_t width = (l.k + W - 1) / W * W;
-  float* to = floats.fit(ROWS * width);
-  for (; begin < end; begin += ROWS) {
-    const int64_t count = std::min(ROWS, end - begin);
-    for (int64_t r = 0; r < count; r++)
-      for (int64_t i = 0; i < l.k; i += W)
-        store(to + r * width + i,
-              load(static_cast<const bf16*>(a.x) + (begin + r) * a.x_stride + i));
-    run(to, width, begin, begin + count);
-  }
+                int64_t block) {
+  if (a.x_type == BF16) inner_block<bf16, bf16>(a, l, begin, end, block);
+  else if (a.type == BF16) inner_block<float, bf16>(a, l, begin, end, block);
+  else inner_block<float, float>(a, l, begin, end, block);
 }
 
 template <class B>
@@ -191,7 +169,8 @@ bool is_adapted(const AdapterArgs& a) {
 
 void fill_inner(const AdapterArgs& a, int64_t begin, int64_t end) {
   by_ranges(a, begin, end, [&](const AdapterLinear& l, int64_t first, int64_t last) {
-    inner_unit(a, l, first, last, 0, l.ranks);
+    for (int64_t block = 0; block * BLOCK < l.ranks; block++)
+      inner_unit(a, l, first, last, block);
   });
 }
 
@@ -211,7 +190,8 @@ int64_t take_inner(const AdapterArgs& a, Phase& phase, int threads) {
       for (; piece >= (pieces = pieces_of(*range)); range++) piece -= pieces;
       const AdapterLinear& l = range->linears[a.linear];
       const int64_t begin = range->begin + piece * ROWS, block = at % width;
-      inner_unit(a, l, begin, std::min(begin + ROWS, range->end), block, block + 1);
+      if (block * BLOCK < l.ranks)
+        inner_unit(a, l, begin, std::min(begin + ROWS, range->end), block);
     }
     phase.finish(last - unit);
   }
