@@ -84,19 +84,19 @@ class _Costs:
         """Part of a plain step that 1 to ``rows`` rows add, [rows]: linear between the counts
         measured. What other numbers of sequences show counts as ``_PRIOR`` measurements: a step
         that was disturbed must not decide."""
-        asked = np.arange(1, rows + 1)
+        asked = np.arange(1, rows + 1, dtype=np.float64)
         each = self._guess
         if self._rows.each.count >= _MIN_SAMPLES and self.plain.value > 0.0:
             each = self._rows.each.value / self.plain.value
         known = sorted(self.extra)
         if not known:
-            return each * asked
+            return np.asarray(each * asked, np.float64)
         values = [0.0]
         for at in known:
             own = self.extra[at]
             values.append((own.value * own.count + each * at * _PRIOR) / (own.count + _PRIOR))
-        measured: NDArray[np.float64] = np.interp(asked, [0, *known], values)
-        return measured * np.maximum(asked / known[-1], 1.0)
+        beyond = np.maximum(asked / known[-1], 1.0)
+        return np.asarray(np.interp(asked, [0, *known], values) * beyond, np.float64)
 
 
 class StepCost:

@@ -4,9 +4,9 @@
 //   norm | qkv | rotate and append | attention | merge | output projection added | norm |
 //   gate and up | down added
 //
-// each a phase. Of the two products of an adapter, the first is computed with the norm before qkv and
-// before gate and up, and the second as their units are finished; with the output and down projections
-// the first is computed beside their units, and the second added by the norm behind them.
+// each a phase. Of the two products of an adapter, the first is computed with the norm before qkv
+// and before gate and up, and the second as their units are finished; with the output and down
+// projections the first is computed beside their units, and the norm behind them adds the second.
 #include <algorithm>
 #include <cmath>
 #include <memory>

@@ -35,7 +35,9 @@ EDGES = [1, 60, 62, 63, 64, 65, 126, 128]
 def free_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of guesses cost nothing, so that no measured time decides what a step checks."""
     monkeypatch.setattr(StepCost, "most_drafts", lambda self, num_sequences: 48)
-    monkeypatch.setattr(StepCost, "seconds", lambda self, num_sequences, num_drafts: 1.0)
+    monkeypatch.setattr(
+        StepCost, "curve", lambda self, num_sequences, num_drafts: np.ones(num_drafts)
+    )
 
 
 class Choice:
