@@ -48,7 +48,8 @@ def plan_draft(config: EngineConfig, device: str) -> DraftSize | None:
     try:
         return _planned(config, device, resolve_model(name))
     except ConfigError as error:
-        raise ConfigError(f"draft_model: {error}") from None
+        reason = str(error).removeprefix("model: ")
+        raise ConfigError(f"draft_model: {reason}") from None
 
 
 def _planned(config: EngineConfig, device: str, folder: Path) -> DraftSize:

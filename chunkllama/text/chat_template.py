@@ -22,8 +22,8 @@ from tokenizers import AddedToken
 
 from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.text.literals import ControlText, Literals
+from chunkllama.text.printed_text import check_all_text
 from chunkllama.text.sandbox import TemplateEnvironment, num_chars
-from chunkllama.text.template_adapter import check_all_text
 from chunkllama.text.template_budget import TemplateLimitError
 from chunkllama.text.template_capabilities import TemplateCapabilities, probe
 from chunkllama.text.tokenizer import Tokenizer, encode_continuation, encode_ids
@@ -293,6 +293,12 @@ def load_chat_template(
     return template
 
 
+def _shortened(override: str | Path) -> str:
+    """A path whole, and the beginning of what is rather a template."""
+    text = str(override)
+    return text if "\n" not in text and "{" not in text else f"{text.splitlines()[0]:.60}"
+
+
 def _read_template(path: Path, override: str | Path | None) -> tuple[Path, Any]:
     """The file that the template comes from, and its text or named texts; None: it has none."""
     origin = path / "chat_template.jinja"
@@ -304,7 +310,7 @@ def _read_template(path: Path, override: str | Path | None) -> tuple[Path, Any]:
             is_file = False
         if not is_file:
             raise ConfigError(
-                f"chat_template: no file {override!s:.60}; write the template to a file and "
+                f"chat_template: no file {_shortened(override)}; write the template to a file and "
                 "give its path"
             )
     if origin.is_file():

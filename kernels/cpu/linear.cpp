@@ -324,8 +324,8 @@ const char* pack_panel(const LinearArgs& a, int64_t begin, int64_t end) {
   return packed;
 }
 
-// Rows [begin, end) of x (`tiles`, as packed above, from the k on where `w` begins) times one unit of
-// bf16 tiles, as many k at a time as L1 holds of the unit. What is at w.next is prefetched
+// Rows [begin, end) of x (`tiles`, as packed above, from the k on where `w` begins) times one unit
+// of bf16 tiles, as many k at a time as L1 holds of the unit. What is at w.next is prefetched
 // meanwhile, spread over all rows: a burst would stall the first of them. acc [rows, 32] has the
 // sums of the k before (`accumulate`); they are complete with the `last` k.
 void panel_product(const LinearArgs& a, int64_t column, int64_t begin, int64_t end,
@@ -618,7 +618,8 @@ void run_panel(LinearArgs a, int64_t first, int64_t last, Phase& phase, int thre
   const bool is_panel = a.x_type == BF16 && last - first > MAX_ROWS;
   const char* packed = nullptr;
   // Each slab of x is read once for all units that are taken together.
-  if (is_panel && slab_blocks(last - first, l.k / 32) < l.k / 32) grain = std::max(grain, SLAB_UNITS);
+  const int64_t blocks = l.k / 32;
+  if (is_panel && slab_blocks(last - first, blocks) < blocks) grain = std::max(grain, SLAB_UNITS);
 #endif
   int64_t begin = phase.take(grain);
   while (begin < units) {

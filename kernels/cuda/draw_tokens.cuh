@@ -1,7 +1,7 @@
 // Tokens drawn from rows of logits: chunkllama/backends/draws.py states what is computed.
 //
-// Grid (draws), 512 threads, one CTA per draw. Weights are 2^((logit - top) * scale), computed again
-// in every pass, so that nothing but the logits is read and nothing but the tokens is written. The
+// Grid (draws), 512 threads, one CTA per draw. Weights are 2^((logit - top) * scale), computed in
+// every pass, so that nothing but the logits is read and nothing but the tokens is written. The
 // edge of top-k or top-p is found without sorting: positive floats are in the order of their bits,
 // and eight passes choose four bits each by what the weights from there on count or add up to. Sums
 // are integers, so that their order does not matter.
@@ -29,8 +29,8 @@ static_assert(sizeof(DrawRow) == 40 && sizeof(DrawTokensParams) == 32,
 
 constexpr int DRAW_THREADS = 512;
 constexpr int DRAW_WARPS = DRAW_THREADS / 32;
-constexpr int DRAW_BINS = 16;      // of a pass: four bits
-constexpr int DRAW_BLOCK = 256;    // tokens, as in draws.py
+constexpr int DRAW_BINS = 16;    // of a pass: four bits
+constexpr int DRAW_BLOCK = 256;  // tokens, as in draws.py
 constexpr float DRAW_LN2 = 0.693147181f;
 
 struct DrawShared {
@@ -116,8 +116,8 @@ DEVICE u64 fixed_point(u32 bits) {
   return shift > 40 ? 0 : (u64)((bits & 0x7fffffu) | 0x800000u) << 17 >> shift;
 }
 
-// Bits of the largest weight so that those from it on number `least` (BY_SUM: hold `least` / 2^32 of
-// the sum) of the weights whose bits are at least `edge`.
+// Bits of the largest weight so that those from it on number `least` (BY_SUM: hold `least` / 2^32
+// of the sum) of the weights whose bits are at least `edge`.
 template <bool BY_SUM>
 DEVICE u32 falling_edge(const Weights& weights, u32 edge, u32 least, DrawShared& shared) {
   const int thread = threadIdx.x;
@@ -206,9 +206,10 @@ draw_tokens(DrawTokensParams p) {
       const float total = block_sum(weights, edge, (group + i) * DRAW_BLOCK);
       if (i == lane) sum = total;
     }
-    if (group + lane < num_blocks)
-      take_larger(best, where, DRAW_LN2 * log2_fast(sum) + gumbel(random_word(draw, 0, group + lane)),
-                  group + lane);
+    const u32 block = group + lane;
+    if (block < (u32)num_blocks)
+      take_larger(best, where, DRAW_LN2 * log2_fast(sum) + gumbel(random_word(draw, 0, block)),
+                  block);
   }
   best_of_cta(best, where, shared);
 

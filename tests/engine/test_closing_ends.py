@@ -254,8 +254,8 @@ def test_texts_are_of_the_schemas_in_a_schema():
 def test_a_mark_of_json_inside_of_texts():
     schema = json.dumps({"enum": ["%json x"], "description": "%json", "pattern": "^a$"})
     text = f'start: ("%json x" | /%json/) %json {schema} %json {{"pattern": "^b$"}}'
-    spec = GrammarSpec(kind="lark", text=text, has_calls=True, ends=("</p>",))
-    assert end_texts(spec) == ((b"</p>",), (b"a", b"b"))
+    spec = GrammarSpec(kind="lark", text=text, has_calls=True, ends=(("</p>",), (7, "b")))
+    assert end_texts(spec) == (((b"</p>",), (7, b"b")), (b"a", b"b"))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, RecursionError])

@@ -185,7 +185,7 @@ def test_sizes_need_dummy_weights(write: Callable[..., Path]) -> None:
 
 
 def test_dummy_weights_need_an_architecture_of_the_server(write: Callable[..., Path]) -> None:
-    path = write(architectures=["OtherForCausalLM"])
+    path = write(architectures=["MixtralForCausalLM"])
     with pytest.raises(ConfigError, match="dummy needs an architecture of this server"):
         build_engine(
             EngineConfig.from_flat(model=str(path), load_format="dummy", num_chunks=4, device="cpu")

@@ -23,8 +23,7 @@ def test_no_more_lines_are_begun_than_fit(start_server, tmp_path) -> None:
     assert len(first.engine.requests) == 2
     first.stop()
     first.engine.gate.set()
-    second = start_server(files_dir=tmp_path / "files")
-    second.engine.gate.clear()
+    second = start_server(files_dir=tmp_path / "files", is_held=True)
     until(lambda: len(second.engine.requests) >= 2)
     time.sleep(0.3)
     assert len(second.engine.requests) == 2

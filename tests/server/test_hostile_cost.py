@@ -125,7 +125,7 @@ def test_a_template_of_a_request_never_runs_on_the_event_loop(text_parts) -> Non
             seen.append(threading.current_thread().name)
             return [1]
 
-        check = encode = _note
+        check = render = _note
         capabilities = variables = property(_note)
 
     def make(source: str) -> Any:
@@ -136,7 +136,7 @@ def test_a_template_of_a_request_never_runs_on_the_event_loop(text_parts) -> Non
         template = await service.chat_template("{{ messages }}")
         assert isinstance(template, RequestTemplate)
         assert template.capabilities == [1]
-        await service.run(1, lambda: template.encode([]), template)
+        await service.run(1, lambda: template.render([]), template)
         with pytest.raises(ApiError, match="at most"):
             await service.chat_template("x" * 100_000)
 

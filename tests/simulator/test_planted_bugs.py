@@ -225,7 +225,10 @@ def reserve_forgotten(patch: Patch) -> None:
 
 
 def partial_leaf_matched_past_filled(patch: Patch) -> None:
-    patch.setattr(matching, "_copyable", iter)
+    def overlapping(overlaps: list[tuple[Node, int]]) -> tuple[Node | None, int]:
+        return max(overlaps, key=lambda found: found[1], default=(None, 0))
+
+    patch.setattr(matching, "_copy_source", overlapping)
 
 
 def namespace_leak(patch: Patch) -> None:

@@ -7,7 +7,8 @@ from tiny_model import byte_tokenizer
 
 from chunkllama.errors import InvalidRequestError
 from chunkllama.text.chat_template import ChatTemplate
-from chunkllama.text.template_adapter import adapt, find_dropped, template_tool
+from chunkllama.text.printed_text import find_dropped
+from chunkllama.text.template_adapter import adapt, template_tool
 from chunkllama.text.template_capabilities import TemplateCapabilities, tool
 from chunkllama.text.tokenizer import Tokenizer
 from chunkllama.text.tokenizer_files import DecodeRule

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from chunkllama.errors import InvalidRequestError
-from chunkllama.text import template_adapter
+from chunkllama.text import printed_text, template_adapter
 from chunkllama.text.chat_template import ChatTemplate
-from chunkllama.text.template_adapter import adapt, check_all_text
+from chunkllama.text.printed_text import check_all_text
+from chunkllama.text.template_adapter import adapt
 from chunkllama.text.template_capabilities import TemplateCapabilities
 from chunkllama.text.tokenizer import load_tokenizer
 
@@ -39,13 +40,13 @@ def test_texts_that_are_printed_as_json_are_looked_for_once_each(monkeypatch, is
     texts = [json.dumps(m["content"], ensure_ascii=is_ascii) for m in messages[1::2]]
     pairs = zip(messages[::2], texts, strict=True)
     rendered = "".join(f"<{user['content']}>{text}\n" for user, text in pairs)
-    calls = noted(monkeypatch, template_adapter._Printed, "_find")
+    calls = noted(monkeypatch, printed_text._Printed, "_find")
     check_all_text(messages, rendered)
     assert len(calls) < 2 * NUM + 5
 
 
 def test_a_search_that_takes_too_long_ends_with_one_line(monkeypatch) -> None:
-    monkeypatch.setattr(template_adapter, "FIND_SECONDS", -1.0)
+    monkeypatch.setattr(printed_text, "FIND_SECONDS", -1.0)
     with pytest.raises(InvalidRequestError, match="send fewer messages") as caught:
         check_all_text([{"role": "user", "content": "a"}], "b")
     assert caught.value.code == "chat_template_stopped"

@@ -197,7 +197,9 @@ def load_settings(
         Path(environ["CHUNKLLAMA_CONFIG"]) if environ.get("CHUNKLLAMA_CONFIG") else None
     )
     document = read_yaml(config_file) if config_file is not None else {}
-    if section := next((k for k, v in document.items() if isinstance(v, dict)), None):
+    if section := next(
+        (k for k, v in document.items() if isinstance(v, dict) and k not in known), None
+    ):
         raise ConfigError(
             f"{config_file}: {section} holds keys of its own; write every setting at the top level"
         )

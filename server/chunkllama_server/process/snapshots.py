@@ -112,7 +112,8 @@ def open_hot_snapshot(settings: Settings, tenants: Sequence[str]) -> tuple[Pack,
         The snapshot, and the tenants by their namespace in it.
 
     Raises:
-        ConfigError: there is none, or the key of its namespaces is another one.
+        ConfigError: there is none, the key of its namespaces is another one, or its server had one
+            cache for all who used it and ``isolation`` is not off here.
     """
     folder = settings.snapshot_dir
     if folder is None:
@@ -125,7 +126,15 @@ def open_hot_snapshot(settings: Settings, tenants: Sequence[str]) -> tuple[Pack,
         raise ConfigError(
             f"snapshot_dir: {error.filename} cannot be read: {error.strerror}"
         ) from None
-    if snapshot.document.realm not in {_realm(secret, are_isolated=x) for x in (True, False)}:
+    realm = snapshot.document.realm
+    is_shared = realm == _realm(secret, are_isolated=False)
+    if is_shared and settings.isolation != "off":
+        snapshot.close()
+        raise ConfigError(
+            "isolation: the server had one cache for all, so the pack has the prompts of all and "
+            "gives them to everyone; to build it, set isolation off"
+        )
+    if not is_shared and realm != _realm(secret, are_isolated=True):
         snapshot.close()
         raise ConfigError(
             "namespace_secret_file: the snapshot was written with another key; give the server's"

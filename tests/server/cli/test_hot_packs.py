@@ -23,12 +23,16 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "snapshots"
     folder.mkdir()
     (folder / "namespace.key").write_bytes(SECRET)
+    _write(folder, b"isolated")
+    return folder
+
+
+def _write(folder: Path, mode: bytes) -> None:
     scopes = [Scope(), Scope("alice", keyed_namespace(SECRET, "alice", ""))]
     chunks = [PackedChunk(-1, 0, [1, 2, 3, 4], ""), PackedChunk(0, 1, [5, 6, 7, 8], "")]
-    realm = hmac.new(SECRET, b"isolated", hashlib.sha256).hexdigest()
+    realm = hmac.new(SECRET, mode, hashlib.sha256).hexdigest()
     document = PackDocument(FORMAT, MODEL, "t", realm, scopes, [], chunks)
     write_pack(folder / "snapshot.ckpack", document, [bytes([i]) * 64 for i in range(2)])
-    return folder
 
 
 def test_it_packs_what_is_public_and_the_tenants_that_are_named(in_process, folder) -> None:
@@ -46,6 +50,17 @@ def test_it_packs_what_is_public_and_the_tenants_that_are_named(in_process, fold
     with Pack(out) as pack:
         assert pack.document.scopes == [Scope(), Scope("alice", "alice")]
         assert pack.read_chunk(1) == bytes([1]) * 64
+
+
+def test_one_cache_for_all_is_packed_only_if_that_is_said(in_process, folder: Path) -> None:
+    _write(folder, b"shared")
+    out = folder.parent / "hot.ckpack"
+    given = ("pack", "build", "--snapshot-dir", folder, "--out", out)
+    done = in_process(*given)
+    assert done.returncode == 2 and "set isolation off" in done.stderr and not out.exists()
+    assert in_process(*given, "--isolation", "off").returncode == 0
+    with Pack(out) as pack:
+        assert pack.document.scopes == [Scope()] and len(pack.document.chunks) == 1
 
 
 def _other_key(folder: Path) -> None:
