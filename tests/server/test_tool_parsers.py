@@ -21,6 +21,7 @@ from tool_corpus import (
 
 from chunkllama_server.api.tools.brackets import ObjectReader
 from chunkllama_server.api.tools.call_forms import JsonCall, NamedCall
+from chunkllama_server.api.tools.escaped_call import EscapedCall
 from chunkllama_server.api.tools.families import all_tags
 from chunkllama_server.api.tools.parameter_call import ParameterCall
 from chunkllama_server.api.tools.parameter_tags import PARAMETER
@@ -200,6 +201,50 @@ def test_valid_arguments_come_through_byte_for_byte(arguments, ascii_only, inden
     call = f'{{"name": "add", "arguments": {given_text}}}'
     for text in (call, f"<tool_call>{call}</tool_call>", f"[TOOL_CALLS]add[ARGS]{given_text}"):
         assert read(reader(), text) == ("", [("add", given_text)])
+
+
+@settings(max_examples=100, deadline=None)
+@given(ARGUMENTS)
+def test_an_escaped_call_may_have_json(arguments):
+    text = json.dumps(arguments)
+    assert read(reader(), f"<start_function_call>call:add{text}") == ("", [("add", text)])
+
+
+ESCAPED = [
+    *("a:", "b", ":", ",", ", ", "'", '"', "{", "}", "[", "]", "<", "<escape>", '<|"|>', "x y"),
+    *("02", "1", "True", "//", "\\", "<end_function_call>"),
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(ESCAPED), max_size=14))
+def test_any_escaped_call_is_json_and_the_same_at_every_split(pieces):
+    text = f"<start_function_call>call:add{{{''.join(pieces)}"
+    closed = read(reader(), text)
+    assert read(reader(), [text]) == closed
+    for cut in range(1, len(text)):
+        assert read(reader(), [text[:cut], text[cut:]]) == closed
+    call = EscapedCall(FUNCTIONS, "add", "")
+    call.feed("".join(pieces))
+    if call.is_complete and "\\" not in text:
+        assert isinstance(json.loads(call.take_arguments()), dict)
+
+
+@pytest.mark.parametrize("part", ["x", ", ", ", a", "<", "[", "]", "'"])
+@pytest.mark.parametrize("cut", [1, None])
+def test_a_long_unmarked_text_is_searched_and_copied_once(part, cut):
+    def cost(size: int) -> int:
+        call = EscapedCall(FUNCTIONS, "add", "")
+        text = f"text:x{part * (size // len(part))}z}}"
+        CountedText.num_chars = 0
+        for start in range(0, len(text), cut or len(text)):
+            call.feed(CountedText(text[start : start + (cut or len(text))]))
+        assert call.is_complete
+        assert json.loads(call.take_arguments()) == {"text": text[5:-1]}
+        return CountedText.num_chars
+
+    small, middle, large = map(cost, (4000, 8000, 16000))
+    assert large - middle < 2.2 * (middle - small)
 
 
 @settings(max_examples=100, deadline=None)

@@ -76,6 +76,22 @@ OSLO_JSON = '{"city": "Oslo"}'
 # A list whose texts have tags of calls, and are no ends.
 TAGS = json.dumps(["</parameter>", "x\n</parameter>\n</function>\n</tool_call>", "<parameter=a>"])
 # Per family: what it is taught to write, then what weak models of it write; (text, content, calls).
+# Unmarked values in the braces of FunctionGemma's calls, of which the last may be missing.
+ESCAPED_PAIRS = [
+    ("zip:02134,n:-0.5}", '{"zip": "02134", "n": -0.5}'),
+    ("time:10:30}", '{"time": "10:30"}'),
+    ("q:Paris, France}", '{"q": "Paris, France"}'),
+    ("q:Paris, France,n:1,000}", '{"q": "Paris, France", "n": "1,000"}'),
+    ("q:see this, http://x.org/a, b : 2,}", '{"q": "see this, http://x.org/a", "b": 2}'),
+    ('q:don\'t,r:a "b" c}', '{"q": "don\'t", "r": "a \\"b\\" c"}'),
+    ("expr:x<5", '{"expr": "x<5"}'),
+    ("expr:x<5 && y<e, on:true}", '{"expr": "x<5 && y<e", "on": true}'),
+    ("e:<b>,a:1,<escape>k<escape>:t, 'l': u}", '{"e": "<b>", "a": 1, "k": "t", "l": "u"}'),
+    ("at:[9:00,10:30, don't],a:f[1, 2]}", '{"at": ["9:00", "10:30", "don\'t"], "a": "f[1, 2]"}'),
+    ("a:{1:2,3:4},on:,b:", '{"a": {"1": 2, "3": 4}, "on": null, "b": null}'),
+    ("city:Oslo<escape>,days:3}", '{"city": "Oslo", "days": 3}'),
+]
+
 TAUGHT = {
     "hermes": [
         (f"<tool_call>\n{ADD}\n</tool_call>", "", ONE),
@@ -250,6 +266,10 @@ TAUGHT = {
             [("get_weather", '{"city": "New York", "days": 2}')],
         ),
         ("<start_function_call>call:now{}<end_function_call>", "", [("now", "{}")]),
+        *(
+            (f"<start_function_call>call:now{{{pairs}<end_function_call>", "", [("now", arguments)])
+            for pairs, arguments in ESCAPED_PAIRS
+        ),
     ],
     "deepseek_v3": [
         (

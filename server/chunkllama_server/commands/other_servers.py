@@ -7,6 +7,7 @@ server and Text Generation Inference, the commands those of Ollama and of these.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -16,10 +17,12 @@ _DIALOGUE: Final = "; /dashboard of the server has a chat box"
 # What to do -> flags.
 _SERVE: Final = {
     "use --model": "-m --model-path --model-id -hf -hfr --hf-repo",
-    "use --max-model-len": "-c --ctx-size --context-length --max-seq-len --max-total-tokens "
-    "--max-input-tokens --max-input-length",
-    "use --max-num-seqs": "-np --parallel --max-running-requests --max-concurrent-requests "
-    "--max-batch-size",
+    "use --max-model-len": "-c --ctx-size --context-length --max-seq-len --max-input-tokens "
+    "--max-input-length",
+    # The length of one sequence in Text Generation Inference, the pool of all in SGLang.
+    "use --max-model-len, or --num-chunks or --kv-cache-memory for the pool": "--max-total-tokens",
+    "use --max-num-seqs": "-np --parallel --max-running-requests --max-batch-size",
+    "use --max-waiting": "--max-concurrent-requests",
     "use --max-num-batched-tokens": "-b --batch-size -ub --ubatch-size --chunked-prefill-size "
     "--max-prefill-tokens --max-batch-prefill-tokens",
     "use --tensor-parallel-size": "-tp --tp-size --num-shard",
@@ -81,20 +84,24 @@ _BENCH: Final = {
     "use --output FOLDER": "--save-result --result-dir",
     "use --trace FILE": "--dataset-name --dataset-path",
 }
-# What to write -> first words of a command line.
+# What to do -> first words of a command line.
 _COMMANDS: Final = {
-    f"chunkllama serve MODEL{_DIALOGUE}": "run chat",
-    "chunkllama serve": "start launch server launch_server launcher up",
-    "chunkllama models fetch MODEL": "pull download",
-    "chunkllama models": "list ls",
-    "chunkllama health; /dashboard of the server shows what runs": "ps status",
-    "chunkllama doctor": "collect-env env check info",
-    "chunkllama config show, or chunkllama doctor": "show",
-    "chunkllama serve MODEL, where MODEL is a folder or a file": "create cp rm push",
-    "chunkllama batch REQUESTS ANSWERS": "run-batch",
-    "chunkllama bench serve": "benchmark",
-    "chunkllama finetune": "train",
-    "chunkllama --help, or chunkllama COMMAND --help": "help",
+    f"write chunkllama serve MODEL{_DIALOGUE}": "run chat",
+    "write chunkllama serve": "start launch server launch_server launcher up",
+    "write chunkllama models fetch MODEL": "pull download",
+    "write chunkllama models": "list ls",
+    "write chunkllama health; /dashboard of the server shows what runs": "ps status",
+    "write chunkllama doctor": "collect-env env check info",
+    "write chunkllama config show, or chunkllama doctor": "show",
+    "write chunkllama serve MODEL, where MODEL is a folder or a file": "create",
+    "write chunkllama batch REQUESTS ANSWERS": "run-batch",
+    "write chunkllama bench serve": "benchmark",
+    "write chunkllama finetune": "train",
+    "write chunkllama --help, or chunkllama COMMAND --help": "help",
+    "delete the model's folder in models/ of the cache, which is $CHUNKLLAMA_CACHE or "
+    "~/.cache/chunkllama": "rm",
+    "a folder may be copied, and --served-model-name gives a model its names": "cp",
+    "models are not uploaded": "push",
 }
 
 
@@ -102,6 +109,7 @@ def _by_name(groups: Mapping[str, str]) -> dict[str, str]:
     return {name: what for what, names in groups.items() for name in names.split()}
 
 
+_OPTION: Final = re.compile(r"--[a-z-]+")
 SERVE: Final = _by_name(_SERVE)
 BENCH: Final = _by_name(_BENCH)
 COMMANDS: Final = _by_name(_COMMANDS)
@@ -117,12 +125,15 @@ def explain(error: Any, arguments: Sequence[str]) -> str:
     first = arguments[0] if arguments else ""
     message = str(error.format_message())
     if message.startswith("No such command") and first in COMMANDS:
-        return f"no command '{first}' here; write {COMMANDS[first]}"
+        return f"no command '{first}' here; {COMMANDS[first]}"
     if type(error).__name__ != "NoSuchOption":
         return message
     command = getattr(error.ctx, "command", None)
     known = {name for each in getattr(command, "params", ()) for name in each.opts}
-    others = dict(_named(arguments, BENCH if first == "bench" else SERVE, known))
+    flags = BENCH if first == "bench" else SERVE
+    if not first.startswith("-"):  # else the command that is meant is `serve`
+        flags = {name: what for name, what in flags.items() if _is_of(what, known)}
+    others = dict(_named(arguments, flags, known))
     parts = [f"no option {name} here, {what}" for name, what in others.items()]
     if first.startswith("-"):
         parts.insert(0, f"a command comes before {first}, such as chunkllama serve")
@@ -143,3 +154,8 @@ def _named(
             name = name.replace("_", "-")
         if name in flags and name not in known:
             yield name, flags[name]
+
+
+def _is_of(advice: str, known: set[str]) -> bool:
+    """Whether a command has an option that the advice names; one that names none is of a model."""
+    return not known.isdisjoint(_OPTION.findall(advice) or ["--model"])

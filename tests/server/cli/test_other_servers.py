@@ -47,6 +47,21 @@ def test_advice_names_commands_that_exist() -> None:
          "-m here, use --model"),
         ("serve --kv_cache_dtype fp8", "no option --kv-cache-dtype here, use --kv-dtype"),
         ("serve --num-chunk 3", "No such option: --num-chunk; did you mean --num-chunks?"),
+        ("serve --max-total-tokens 9", "no option --max-total-tokens here, use --max-model-len, or "
+         "--num-chunks or --kv-cache-memory for the pool"),
+        ("serve --max-concurrent-requests 9", "no option --max-concurrent-requests here, use "
+         "--max-waiting"),
+        ("serve --temp 0", "no option --temp here, set it in each request"),
+        ("rm llama3", "no command 'rm' here; delete the model's folder in models/ of the cache, "
+         "which is $CHUNKLLAMA_CACHE or ~/.cache/chunkllama"),
+        ("cp a b", "no command 'cp' here; a folder may be copied, and --served-model-name gives a "
+         "model its names"),
+        ("push a", "no command 'push' here; models are not uploaded"),
+        # An option that serves the purpose elsewhere is none of this command.
+        ("health --ctx-size 3", "No such option: --ctx-size"),
+        ("version --temp 0", "No such option: --temp"),
+        ("health --hostname x --time-out 3", "No such option: --hostname"),
+        ("health --time-out 3", "No such option: --time-out; did you mean --timeout?"),
         ("bench serve --num-prompts 9", "no option --num-prompts here, use --conversations"),
         ("--port 8000", "a command comes before --port, such as chunkllama serve"),
         ("-m x.gguf", "a command comes before -m, such as chunkllama serve; no option -m here, use "

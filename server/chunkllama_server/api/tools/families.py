@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from chunkllama.text.template_capabilities import TemplateCapabilities
 from chunkllama.text.tokenizer import Tokenizer
-from chunkllama_server.api.tools.escaped_call import MARKS
+from chunkllama_server.api.tools.escaped_call import CLOSES, MARKS, OPENS
 from chunkllama_server.config.server import ToolFamily as Family
 
 
@@ -81,9 +81,7 @@ FAMILY_TAGS: dict[Family, CallTags] = {
         ("<|tool_call_end|>", "<|tool_calls_section_end|>"),
     ),
     # FunctionGemma; Gemma 4 has other tags and marks.
-    "functiongemma": CallTags(
-        ("<start_function_call>", "<|tool_call>"), ("<end_function_call>", "<tool_call|>")
-    ),
+    "functiongemma": CallTags(OPENS, CLOSES),
 }
 # Tags that ordinary text may contain; they are read where the family is known.
 _COMMON_TEXT = (">>>", "<|recipient|>")
