@@ -3,9 +3,9 @@
 A token's weight is exp((logit - largest logit) / temperature). min-p, top-k and top-p (nucleus
 sampling, arXiv 1904.09751) leave the weights from some edge on, and the token is drawn from those
 by Gumbel-max with counter-based numbers: first a block of 256 neighbouring tokens by its sum, then
-a token of the block; the largest log(weight) + Gumbel number wins. A small error of the weights
-changes the winner only near a tie, where inversion of the running sum would move every boundary
-after it.
+a token of the block, each time that of the largest log(weight) + Gumbel number. A small error of
+the weights changes the token only near a tie, where inversion of the running sum would move every
+boundary after it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def draw_tokens(logits: torch.Tensor, draws: Sequence[Draw], upload: Upload) -> 
         if any(draw.cuts for draw in draws):
             edge = _edges(weights, edge, draws, upload)
         weights.masked_fill_(weights < edge, 0.0)
-    return _race(weights, draws, upload)
+    return _choose_by_gumbel(weights, draws, upload)
 
 
 def _edges(
@@ -106,7 +106,7 @@ def _sort_falling(weights: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.sort(-weights.numpy(), axis=1)).neg_()
 
 
-def _race(weights: torch.Tensor, draws: Sequence[Draw], upload: Upload) -> torch.Tensor:
+def _choose_by_gumbel(weights: torch.Tensor, draws: Sequence[Draw], upload: Upload) -> torch.Tensor:
     """A token [D] with probability proportional to its weight [D, V]."""
     vocab_size = weights.shape[1]
     padding = -vocab_size % BLOCK

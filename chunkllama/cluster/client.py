@@ -22,7 +22,7 @@ from dataclasses import replace
 import msgspec
 
 from chunkllama.cluster.commands import Channel, CommandsToAll, unless_lost
-from chunkllama.cluster.explanations import with_others
+from chunkllama.cluster.explanations import is_own, with_others
 from chunkllama.cluster.messages import Beat, Ended, FromReplica, Spent
 from chunkllama.cluster.prefix_keys import prefix_keys
 from chunkllama.cluster.routes import Replica, Route
@@ -34,6 +34,7 @@ from chunkllama.messages import (
     AbortRequest,
     CommandReply,
     EngineErrorInfo,
+    EngineRequest,
     EngineStats,
     ExplainPrompt,
     ToEngine,
@@ -56,6 +57,7 @@ class ClusterEngineClient(CommandsToAll):
         max_failovers: replicas that may end under one request; one more fails it.
 
     Attributes:
+        are_isolated: whether tenants have namespaces of their own.
         on_restarting: called with True when no replica is left, and False when there is one again.
         on_death: never called: replicas are replaced.
         restarts, hangs, replays: replicas lost, those of them that hung, and requests continued.
@@ -70,6 +72,7 @@ class ClusterEngineClient(CommandsToAll):
         self._max_failovers = max_failovers
         self._replicas: dict[str, Replica] = {}
         self._numbers = 0
+        self.are_isolated = False
         self._routes: dict[str, Route] = {}
         self._unplaced: dict[str, Stream] = {}
         self._suspects: deque[Stream] = deque()
@@ -244,9 +247,7 @@ class ClusterEngineClient(CommandsToAll):
         if route.failures:
             choice = replace(choice, why="retry")
         if request.explain:
-            route.num_elsewhere = self._num_elsewhere(
-                route.keys, choice.replica, request.namespace, request.tenant, request.adapter
-            )
+            route.num_elsewhere = self._num_elsewhere(route.keys, choice.replica, request)
         self.routing.record(choice)
         route.choice = choice
         pin_chunks = num_chunks if request.pin_seconds > 0 else 0
@@ -363,9 +364,7 @@ class ClusterEngineClient(CommandsToAll):
         choice = self.routing.choose(keys)
         if choice is None:
             raise EngineDeadError("no replica is ready")
-        elsewhere = self._num_elsewhere(
-            keys, choice.replica, command.namespace, command.tenant, command.adapter
-        )
+        elsewhere = self._num_elsewhere(keys, choice.replica, command)
         channel = self._replicas[choice.replica].channel
         reply = await unless_lost(channel, channel.ask(command))
         if reply.explanation is not None:
@@ -373,14 +372,15 @@ class ClusterEngineClient(CommandsToAll):
         return reply
 
     def _num_elsewhere(
-        self, keys: list[int], replica: str, namespace: str, tenant: str, adapter: str
+        self, keys: list[int], replica: str, asked: EngineRequest | ExplainPrompt
     ) -> int:
         """Return leading tokens of a prompt that another replica has, as its tenant may know.
 
-        A namespace that tenants share would tell one what others have sent, and the prefixes of
-        replicas are known by their tokens alone, without the adapter.
+        The prefixes of replicas are known by their tokens alone, without the adapter.
         """
-        if (not namespace and tenant) or adapter or self.adapters:
+        if asked.adapter or self.adapters:
+            return 0
+        if not is_own(asked.namespace, asked.tenant, are_isolated=self.are_isolated):
             return 0
         return self.routing.num_elsewhere(keys, replica) * self.info.chunk_size
 

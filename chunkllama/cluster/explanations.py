@@ -18,6 +18,16 @@ _NOT_SEEN_HERE: Final[frozenset[CacheReason]] = frozenset(
 )
 
 
+def is_own(namespace: str, tenant: str, *, are_isolated: bool) -> bool:
+    """Return whether a namespace has what one tenant has sent, and nothing of others.
+
+    Args:
+        are_isolated: whether tenants have namespaces of their own; without, they share that of a
+            salt.
+    """
+    return not tenant or (namespace != "" and are_isolated)
+
+
 def with_others(explanation: CacheExplanation, num_tokens: int) -> CacheExplanation:
     """Return the explanation of the whole cluster.
 

@@ -46,10 +46,9 @@ def plan_draft(config: EngineConfig, device: str) -> DraftSize | None:
     if config.model.tensor_parallel_size > 1:
         raise ConfigError("draft_model: needs tensor_parallel_size 1")
     try:
-        return _planned(config, device, resolve_model(name))
+        return _planned(config, device, resolve_model(name, "draft_model"))
     except ConfigError as error:
-        reason = str(error).removeprefix("model: ")
-        raise ConfigError(f"draft_model: {reason}") from None
+        raise ConfigError(f"draft_model: {str(error).removeprefix('draft_model: ')}") from None
 
 
 def _planned(config: EngineConfig, device: str, folder: Path) -> DraftSize:

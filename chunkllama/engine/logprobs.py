@@ -20,7 +20,7 @@ def token_logprobs(
     """
     chosen = logprobs.gather(1, token_ids[:, None])
     ranks = (logprobs > chosen).sum(dim=1, keepdim=True) + 1
-    best = _best(logprobs, max(num_top))
+    best = best_tokens(logprobs, max(num_top))
     columns = [column.double() for column in (token_ids[:, None], ranks, chosen, best)]
     return [
         TokenLogprob(token_id=int(token), rank=int(rank), logprob=logprob, top=_pairs(best)[:count])
@@ -30,15 +30,15 @@ def token_logprobs(
     ]
 
 
-def top_tokens(logprobs: torch.Tensor, count: int) -> list[list[tuple[int, float]]]:
-    """The ``count`` best (token id, log-probability) pairs of each row, best first."""
-    return [_pairs(row) for row in _best(logprobs, count).tolist()]
-
-
-def _best(logprobs: torch.Tensor, count: int) -> torch.Tensor:
+def best_tokens(logprobs: torch.Tensor, count: int) -> torch.Tensor:
     """The ``count`` best tokens of each row and their log-probabilities: [N, 2 count] float64."""
     values, ids = logprobs.topk(min(count, logprobs.shape[1]), dim=1)
     return torch.cat((ids.double(), values.double()), dim=1)
+
+
+def candidates(best: torch.Tensor) -> list[list[tuple[int, float]]]:
+    """The (token id, log-probability) pairs of what ``best_tokens`` returns, best first."""
+    return [_pairs(row) for row in best.tolist()]
 
 
 def _pairs(row: list[float]) -> list[tuple[int, float]]:

@@ -1,8 +1,8 @@
 """From logits to tokens, vectorised over the batch.
 
 Order, as in vLLM: grammar, allowed tokens, bad words, min_tokens, bias, penalties, temperature,
-min-p, top-k, top-p, draw. A row's draw depends on that row alone. The tokens are read of the device
-once, and log-probabilities once more where they are asked for.
+min-p, top-k, top-p, draw. A row's draw depends on that row alone. The tokens are read from the
+device once, and log-probabilities once more where they are asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from chunkllama.backends.base import Backend
 from chunkllama.backends.draws import Draw, Upload
-from chunkllama.engine.logprobs import token_logprobs, top_tokens
+from chunkllama.engine.logprobs import best_tokens, candidates, token_logprobs
 from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.messages import TokenLogprob
 from chunkllama.sampling_params import SamplingParams
@@ -110,12 +110,20 @@ class Sampler:
         if self._edit(logits, sequences, masks, times):
             top = logits.amax(dim=1)
         times.charge(())
-        beams = _beam_candidates(logits, sequences)
-        times.charge([*beams])
+        best = _beam_candidates(logits, sequences)
+        times.charge([*best])
         tokens = self._choose(logits, sequences, times)
+        told = tokens.masked_fill(top.isneginf(), _NONE_ALLOWED).masked_fill(is_broken, _BROKEN)
+        # The first read waits for all that the device computes, the model's pass included.
+        token_ids = told.tolist()
+        times.charge(())
+        beams = {
+            row: [pair for pair in candidates(values)[0] if pair[1] > -np.inf]
+            for row, values in best.items()
+        }
+        times.charge([*beams])
         logprobs = self._logprobs(raw, sequences, tokens)
         times.charge(raw[0])
-        tokens = tokens.masked_fill(top.isneginf(), _NONE_ALLOWED).masked_fill(is_broken, _BROKEN)
         return [
             Sampled(
                 max(token, 0),
@@ -124,7 +132,7 @@ class Sampler:
                 _FAILURES.get(token, ""),
                 times.seconds[row],
             )
-            for row, token in enumerate(tokens.tolist())
+            for row, token in enumerate(token_ids)
         ]
 
     def _edit(
@@ -215,7 +223,7 @@ class Sampler:
         rows = [r for r, s in enumerate(sequences) if s.sampling.logprobs is not None]
         if not rows:
             return rows, None
-        return rows, self._of(logits, rows).log_softmax(dim=1)
+        return rows, self._rows_of(logits, rows).log_softmax(dim=1)
 
     def _logprobs(
         self,
@@ -227,9 +235,11 @@ class Sampler:
         if values is None:
             return {}
         num_top = [sequences[row].sampling.logprobs or 0 for row in rows]
-        return dict(zip(rows, token_logprobs(values, self._of(tokens, rows), num_top), strict=True))
+        return dict(
+            zip(rows, token_logprobs(values, self._rows_of(tokens, rows), num_top), strict=True)
+        )
 
-    def _of(self, values: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    def _rows_of(self, values: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """These rows of values; without a copy where they are all."""
         return values if len(rows) == len(values) else values[self._ops.upload(np.array(rows))]
 
@@ -317,12 +327,12 @@ def _draw_of(row: int, sequence: SequenceState, vocab_size: int) -> Draw:
 
 def _beam_candidates(
     logits: torch.Tensor, sequences: list[SequenceState]
-) -> dict[int, list[tuple[int, float]]]:
-    """Twice the beam width: even if half of them end, the beam stays full. Only allowed tokens."""
-    candidates = {}
-    for row, sequence in enumerate(sequences):
-        width = sequence.sampling.beam_width
-        if width > 1:
-            best = top_tokens(logits[row : row + 1].log_softmax(dim=1), 2 * width)[0]
-            candidates[row] = [(token, logprob) for token, logprob in best if logprob > -np.inf]
-    return candidates
+) -> dict[int, torch.Tensor]:
+    """What ``candidates`` reads, of twice the beam width: even if half of them end, the beam stays
+    full.
+    """
+    return {
+        row: best_tokens(logits[row : row + 1].log_softmax(dim=1), 2 * s.sampling.beam_width)
+        for row, s in enumerate(sequences)
+        if s.sampling.beam_width > 1
+    }

@@ -152,7 +152,7 @@ class TransformersModel:
         """[N, H] -> [N, vocab_size] float32, with all that the model does to its logits."""
         output = self._causal(inputs_embeds=hidden[None].to(self._dtype), use_cache=False)
         logits: torch.Tensor = output.logits[0]
-        return logits.float()[:, : self.spec.vocab_size]
+        return logits[:, : self.spec.vocab_size].float().contiguous()
 
     def best_tokens(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         values, tokens = self.logits(hidden).max(dim=1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +31,9 @@ from chunkllama.text.tokenizer import Tokenizer, encode_continuation, encode_ids
 from chunkllama.text.tokenizer_files import read_json
 
 RENDER_SECONDS = 1.0
-# Of a template that a request brings: an honest one takes milliseconds.
+# Of a template that a request brings: those of published models take milliseconds.
 REQUEST_RENDER_SECONDS = 0.25
+_PROBE_SECONDS = 2.0  # of all probe conversations together, of the thread's own time
 _WORK_CHARS = 1 << 26
 _OUTPUT_CHARS = 1 << 16
 MAX_TEMPLATE = 1 << 20  # characters; published ones have up to 20,000, and compiling takes time
@@ -56,6 +58,7 @@ class ChatTemplate:
         render_seconds: float = RENDER_SECONDS,
     ) -> None:
         self._render_seconds = render_seconds
+        self._capabilities: TemplateCapabilities | None = None
         sources = {"default": source} if isinstance(source, str) else source
         self._tokenizer = tokenizer
         self._environment = TemplateEnvironment()
@@ -140,11 +143,17 @@ class ChatTemplate:
             if error.code != "chat_template_refused":
                 raise ConfigError(f"the model's chat template cannot be used: {error}") from error
 
-    @cached_property
+    @property
     def capabilities(self) -> TemplateCapabilities:
         """What the template can express, read from the output of probe conversations."""
+        # No cached_property, which before Python 3.12 locks all templates meanwhile.
+        if self._capabilities is None:
+            self._capabilities = self._probe()
+        return self._capabilities
 
+    def _probe(self) -> TemplateCapabilities:
         is_stopped = False  # by its limits; each further probe could take as long
+        began = time.thread_time()
 
         def render(
             messages: list[dict[str, Any]],
@@ -159,6 +168,8 @@ class ChatTemplate:
             except InvalidRequestError as error:
                 is_stopped = error.code == "chat_template_stopped"
                 return None
+            finally:
+                is_stopped = is_stopped or time.thread_time() - began > _PROBE_SECONDS
 
         added = {token.content for token in self._tokenizer.added_tokens.values()}
         return probe(render, added)

@@ -148,16 +148,17 @@ def _with_names(messages: list[Message]) -> list[Message]:
     """
     named: list[Message] = []
     called: dict[str, str] = {}
-    open_ids: list[str] = []
+    open_ids: dict[str, None] = {}  # in the order of their calls
     for message in messages:
         if "tool_calls" in message:
-            open_ids = [call["id"] for call in message["tool_calls"]]
+            open_ids = dict.fromkeys(call["id"] for call in message["tool_calls"])
             called |= {call["id"]: call["function"]["name"] for call in message["tool_calls"]}
         elif message["role"] == "tool":
             answered = message.get("tool_call_id")
             if answered not in called and open_ids:
-                answered = open_ids[0]
-            open_ids = [call_id for call_id in open_ids if call_id != answered]
+                answered = next(iter(open_ids))
+            if answered is not None:
+                open_ids.pop(answered, None)
             if answered in called:
                 message = {"name": called[answered], **message}
         named.append(message)

@@ -619,7 +619,8 @@ void run_panel(LinearArgs a, int64_t first, int64_t last, Phase& phase, int thre
   const char* packed = nullptr;
   // Each slab of x is read once for all units that are taken together.
   const int64_t blocks = l.k / 32;
-  if (is_panel && slab_blocks(last - first, blocks) < blocks) grain = std::max(grain, SLAB_UNITS);
+  if (is_panel && slab_blocks(last - first, blocks) < blocks) 
+    grain = std::max(grain, std::min<int64_t>(SLAB_UNITS, units / (2 * threads * even) * even));
 #endif
   int64_t begin = phase.take(grain);
   while (begin < units) {

@@ -79,7 +79,7 @@ DEVICE float gumbel(u32 word) {
 }
 
 // ---- The largest value over the CTA and its index, the first among equals; for every thread. NaN
-// never wins.
+// is never it.
 DEVICE void take_larger(float& value, u32& index, float other, u32 other_index) {
   if (other > value || (other == value && other_index < index)) {
     value = other;
@@ -195,7 +195,7 @@ draw_tokens(DrawTokensParams p) {
     edge = found > edge ? found : edge;
   }
 
-  // The race of the blocks: a warp adds up 32 of them, then each lane draws a number for one.
+  // The block: a warp adds up 32 of them, then each lane draws a number for one.
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int num_blocks = (weights.size + DRAW_BLOCK - 1) / DRAW_BLOCK;
   best = NEGATIVE_INFINITY;
@@ -213,7 +213,7 @@ draw_tokens(DrawTokensParams p) {
   }
   best_of_cta(best, where, shared);
 
-  // The race of the block's tokens.
+  // The token of the block.
   const u32 token = where * DRAW_BLOCK + threadIdx.x;
   best = NEGATIVE_INFINITY;
   where *= DRAW_BLOCK;

@@ -225,3 +225,17 @@ def test_emulation_draw_tokens(size: int) -> None:
         got = ops.draw(logits.clone(), draws[::-1])
         differ += int((got.flip(0) != reference.draw(logits.clone(), draws)).sum())
     assert differ == 0, "of 240; these seeds have no near ties"
+
+
+def test_emulation_draw_tokens_of_broken_rows() -> None:
+    """Rows of NaN, infinity or nothing allowed yield some token, and no other row changes."""
+    torch.manual_seed(0)
+    ops, _ = cuda_ops("bf16")
+    logits = torch.randn(7, 300)
+    draws = [Draw(row, 1, 0, row, 1.0, top_k=9 * (row % 2), top_p=0.9) for row in range(7)]
+    healthy = ops.draw(logits.clone(), draws)
+    logits[1], logits[3], logits[5] = torch.nan, torch.inf, -torch.inf
+    logits[3, 4:] = 0.0
+    tokens = ops.draw(logits, draws)
+    assert bool(((tokens >= 0) & (tokens < 300)).all())
+    assert torch.equal(tokens[::2], healthy[::2])

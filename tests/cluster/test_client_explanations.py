@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from typing import Any
 
+import fake_replicas
 import msgspec
 import pytest
-from fake_replicas import FakeReplica, Fixture, request, run, settle
+from fake_replicas import FakeReplica, Fixture, request, settle
 
 from chunkllama.adapter_messages import AdapterInfo
 from chunkllama.cluster.messages import Beat
@@ -23,6 +25,16 @@ from chunkllama.messages import (
 
 PROMPT = [1] * 130  # two chunks and a rest
 NAMESPACE, TENANT = "private", "t"
+
+
+def run(scenario: Callable[[Fixture], Coroutine[Any, Any, None]]) -> None:
+    """Run a scenario where each tenant has a namespace of its own."""
+
+    async def isolated(f: Fixture) -> None:
+        f.client.are_isolated = True
+        await scenario(f)
+
+    fake_replicas.run(isolated)
 
 
 def said(reason: CacheReason = "unknown", matched: int = 0, known: int = 0) -> CacheExplanation:
@@ -138,6 +150,8 @@ def test_nothing_is_said_of_what_other_tenants_have_sent() -> None:
         assert await explained(f, said()) == said()
         assert await explained(f, said(), namespace="") == said(), "shared by several tenants"
         assert (await explained(f, said(), namespace="", tenant="")).reason == "another_replica"
+        f.client.are_isolated = False  # then a salt makes a namespace of all tenants
+        assert await explained(f, said()) == said()
 
     run(scenario)
 

@@ -111,6 +111,24 @@ def test_each_row_is_charged_what_it_asked_for() -> None:
     assert times.seconds == [1.5, 3.5]
 
 
+def test_no_row_is_charged_for_what_the_first_read_waits_for(monkeypatch) -> None:
+    """A device computes the model's pass behind the calls: its time is of no row."""
+    clock, tolist = _Clock(), torch.Tensor.tolist
+
+    def waiting(tensor: torch.Tensor) -> Any:
+        if clock.now == 0.0:
+            clock.now = 0.02
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", waiting)
+    sampler = Sampler([2], ReferenceBackend(torch.device("cpu")), clock)
+    asked = [{"logprobs": 1}, {"beam_width": 2, "n": 2}, {"temperature": 1.0}, {}]
+    params = [SamplingParams(**{"seed": 1, "temperature": 0.0, **each}) for each in asked]
+    states = [SequenceState(each, 0, np.array([1], np.int32), [3]) for each in params]
+    outcomes = sampler.sample(torch.randn(4, 64), states, {})
+    assert clock.now == 0.02 and [each.seconds for each in outcomes] == [0.0] * 4
+
+
 class _Clock:
     """Seconds that pass only where a test says so."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_model import write_tiny_model
 
 from chunkllama.config import EngineConfig
-from chunkllama.engine import draft_model
+from chunkllama.engine import draft_model, mask_threads, step_sampler
 from chunkllama.engine.build import build_engine
 from chunkllama.engine.core import EngineCore
 from chunkllama.engine.size import plan_size
@@ -231,7 +232,9 @@ SCHEMA = {
 
 
 @pytest.mark.usefixtures("free_rows")
-def test_grammars_force_whole_runs_of_tokens(tiny_core, tmp_path) -> None:
+def test_grammars_force_whole_runs_of_tokens(tiny_core, tmp_path, monkeypatch) -> None:
+    for module in (mask_threads, step_sampler):  # no measured time makes a grammar a slow one
+        monkeypatch.setattr(module, "SLOW_SECONDS", math.inf)
     write_tiny_model(tmp_path)
     grammar = GrammarSpec(kind="json_schema", text=json.dumps(SCHEMA))
     thoughts = ThinkingSpec(

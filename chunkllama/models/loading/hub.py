@@ -32,7 +32,9 @@ logger = init_logger(__name__)
 # Parts of a folder's name: raise them when what is written changes.
 _CONVERTER_VERSION, _INDEX_VERSION = 2, 4
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_URL = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
+_HUB_URL = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)([\w.-]+/[\w.-]+)"
+)
 _TAGGED = re.compile(r"(?:[\w.-]+/)*[\w.-]+:[\w.-]+")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
 _HUB_IGNORED = ["consolidated*.safetensors"]  # Mistral's second copy of the weights
@@ -69,10 +71,11 @@ def is_hub_id(model: str) -> bool:
     return _HUB_ID.fullmatch(model) is not None and not model.lower().endswith(".gguf")
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, option: str = "model") -> Path:
     """The folder of a model, fetched or converted first where needed.
 
     Args:
+        option: what the name was given for, which an unknown one is refused by.
         model: an alias, a Hugging Face folder, a ``.gguf`` file, a hub id (``owner/name``), or a
             ``.yaml`` file of sizes.
 
@@ -88,7 +91,7 @@ def resolve_model(model: str) -> Path:
         return _resolve_file(path.resolve())
     if is_hub_id(model):
         return _resolve_hub(model)
-    raise ConfigError(f"model: {_unknown(model)}")
+    raise ConfigError(f"{option}: {_unknown(model)}")
 
 
 def _unknown(model: str) -> str:

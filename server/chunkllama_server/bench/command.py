@@ -149,7 +149,7 @@ async def _measure(
 ) -> tuple[list[Run], dict[str, Any]]:
     server = await _describe_server(endpoint)
     model = model or server["model"]
-    counter = None if trace else load_tokenizer(resolve_model(tokenizer))
+    counter = None if trace else load_tokenizer(resolve_model(tokenizer, "tokenizer"))
     runs = []
     for point in points:
         if counter is None:

@@ -69,6 +69,7 @@ def watch_cluster(context: ServerContext, engine: ServedEngine) -> None:
     context.metrics.registry.register(ClusterSeries(engine))
     context.replicas = partial(describe, engine)
     context.failovers = engine.failovers
+    engine.are_isolated = context.tenants.are_isolated
     engine.take_spent = context.tenants.take_spent
     engine.on_spent = context.tenants.charge_elsewhere
 
