@@ -41,6 +41,7 @@ class _Helpers(MetaPathFinder):
         "soak_run": Path(__file__).parent / "soak_run.py",
         "soak_server": Path(__file__).parent / "soak_server.py",
         "soak_client": Path(__file__).parent / "soak_client.py",
+        "moved_chunks": Path(__file__).parent / "engine" / "moved_chunks.py",
         "supervised": Path(__file__).parent / "engine" / "supervised.py",
         "adapter_files": Path(__file__).parent / "adapter_files.py",
         "mask_draws": Path(__file__).parent / "mask_draws.py",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from moved_chunks import run_alone, settle
 
 from chunkllama.cache_messages import KeepSnapshot, LoadPack, WriteSnapshot
 from chunkllama.engine.core import EngineCore
@@ -31,32 +32,17 @@ PROMPTS = {
 }
 
 
-def settle(core: EngineCore) -> None:
-    while core.is_moving_chunks():
-        core.move_chunks()
-    core.check_idle()
-    assert core.stats().invariant_violations == 0
-
-
 def ask(core: EngineCore, prompt: list[int], tenant: str, namespace: str) -> tuple[list[int], int]:
     """The greedy answer, and how many tokens of the prompt were cached."""
     sampling = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, seed=1)
-    core.add(
-        EngineRequest(
-            request_id="r",
-            prompt_token_ids=prompt,
-            sampling=sampling,
-            tenant=tenant,
-            namespace=namespace,
-        )
+    request = EngineRequest(
+        request_id="r",
+        prompt_token_ids=prompt,
+        sampling=sampling,
+        tenant=tenant,
+        namespace=namespace,
     )
-    output, cached = [], -1
-    while core.has_work():
-        for delta in core.step():
-            cached = delta.num_cached_tokens
-            output += [token for choice in delta.choices for token in choice.token_ids]
-    settle(core)
-    return output, cached
+    return run_alone(core, request)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from moved_chunks import run_alone, settle
 
 from chunkllama.cache.tier_entry import ReadPrice
 from chunkllama.cache_messages import CacheCommand
@@ -51,24 +52,9 @@ def request(
     )
 
 
-def settle(core: EngineCore) -> None:
-    """Wait until what was evicted is written."""
-    while core.is_moving_chunks():
-        core.move_chunks()
-    core.check_idle()
-    assert core.stats().invariant_violations == 0
-
-
 def ask(core: EngineCore, prompt: list[int], tenant: str = "") -> tuple[list[int], int]:
     """The greedy answer, and how many tokens of the prompt were cached."""
-    core.add(request("r", prompt, tenant))
-    output, cached = [], -1
-    while core.has_work():
-        for delta in core.step():
-            cached = delta.num_cached_tokens
-            output += [token for choice in delta.choices for token in choice.token_ids]
-    settle(core)
-    return output, cached
+    return run_alone(core, request("r", prompt, tenant))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from moved_chunks import settle
 
 from chunkllama.backends.kivi import KiviCodec
 from chunkllama.cache.node import Node, encode_tokens
@@ -69,13 +70,6 @@ def ask(core: EngineCore, prompt: list[int], **options: Any) -> tuple[np.ndarray
                 best += [[value for _, value in entry.top] for entry in choice.logprobs or ()]
     settle(core)
     return np.array(best), cached, rounded
-
-
-def settle(core: EngineCore) -> None:
-    while core.is_moving_chunks():
-        core.move_chunks()
-    core.check_idle()
-    assert core.stats().invariant_violations == 0
 
 
 def stored(core: EngineCore, prompt: list[int]) -> list[torch.Tensor]:
