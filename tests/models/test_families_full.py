@@ -29,6 +29,7 @@ from chunkllama.backends.cpu.build import available_levels
 pytestmark = pytest.mark.nightly
 
 LONG_TOLERANCE = 2e-4
+NUM_PROMPTS = 15  # of 300 tokens
 BACKENDS = ("reference", "auto")
 
 
@@ -110,7 +111,7 @@ def narrow_model(
         for dtype in (torch.bfloat16, torch.float32)
     )
     rng = np.random.default_rng(4)
-    prompts = [rng.integers(3, VOCAB, count).tolist() for count in (100, 300, 300, 300)]
+    prompts = [rng.integers(3, VOCAB, count).tolist() for count in (100, *[300] * NUM_PROMPTS)]
     exact = [of_tokens(wide, prompt) for prompt in prompts]
     rounded = [of_tokens(narrow, prompt) for prompt in prompts]
     return Narrow(folder, prompts, exact, distances(rounded, exact))
@@ -120,8 +121,8 @@ def narrow_model(
 def test_bfloat16_is_not_further_from_float32_than_transformers_is(
     narrow_model: Narrow, level: str, build_core: BuildCore, record_property: Any
 ) -> None:
-    """On every level that this CPU has. The reference backend rounds where transformers does, and
-    may be further by two standard errors; the others keep activations in float32.
+    """On every level that this CPU has. The reference backend rounds where transformers does, so
+    few prompts would not tell the two apart; the others keep activations in float32.
     """
     settings = {"backend": level} if level == "reference" else {"isa_level": level}
     core = build_core(narrow_model.folder, dtype="bfloat16", **settings)
@@ -130,8 +131,7 @@ def test_bfloat16_is_not_further_from_float32_than_transformers_is(
     exact, theirs = narrow_model.exact, narrow_model.distances
     ours = distances([x[: len(y)] for x, y in zip(found, exact, strict=True)], exact)
     record_property("distance", f"{ours.mean():.5f} transformers {theirs.mean():.5f}")
-    noise = float((ours - theirs).std()) / len(ours) ** 0.5
-    assert ours.mean() <= theirs.mean() + (2 * noise if level == "reference" else 0.0)
+    assert ours.mean() <= theirs.mean()
 
 
 def distances(some: Iterable[Any], exact: list[np.ndarray]) -> np.ndarray:
