@@ -4,8 +4,8 @@
 
 Both checkouts need ``make setup``. The pairs run ``benchmarks/step.py`` of both checkouts, then the
 load of ``compare.py`` against a server of each; the order inside a pair alternates. A ratio is
-after to before, larger is faster; the report holds every rate and the median ratios. Of each load
-it also reports the output tokens per second of processor time, of the API and the engine process.
+after to before, larger is faster; the run is added to the report with every rate and the median
+ratios. Of each load it also reports the output tokens per second of processor time, of the API and the engine process.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def main() -> None:
         "median_ratio": {name: round(statistics.median(v), 4) for name, v in ratios.items()},
         "rates": rates,
     }
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    runs = json.loads(arguments.output.read_text())["runs"] if arguments.output.exists() else []
+    arguments.output.write_text(json.dumps({"runs": [*runs, report]}, indent=1) + "\n")
 
 
 def commit(checkout: Path) -> str:

@@ -296,7 +296,7 @@ class SchedulerConfig(ConfigGroup):
         ge=0, le=1000,
     )  # fmt: skip
     max_step_seconds: float = limit(
-        0.1, "seconds", "operator", "waits",
+        0.15, "seconds", "operator", "waits",
         "Prompts of a step are cut where it would take longer, since a first token waits for the "
         "step in progress; eight steps of one token are allowed in any case. 0 is no bound.",
         ge=0, le=60,

@@ -17,7 +17,8 @@ class _Octave:
     """Steps of between 2**k and 2**(k + 1) - 1 tokens.
 
     Attributes:
-        seconds, tokens: averages.
+        seconds, tokens: averages; of the first ``_MIN_SAMPLES`` steps, the fastest for its tokens,
+            because the others may have touched memory for the first time.
         at: number of the last step of that size.
     """
 
@@ -25,6 +26,23 @@ class _Octave:
         self.seconds = Average()
         self.tokens = Average()
         self.at = 0
+
+    @property
+    def is_usual(self) -> bool:
+        """Enough steps were measured."""
+        return self.seconds.count >= _MIN_SAMPLES
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """Take in a step."""
+        if self.is_usual:
+            self.seconds.add(min(seconds, LARGEST * self.seconds.value))
+            self.tokens.add(tokens)
+            return
+        is_faster = seconds * self.tokens.value < self.seconds.value * tokens
+        for average, value in ((self.seconds, seconds), (self.tokens, float(tokens))):
+            average.count += 1
+            if is_faster or average.count == 1:
+                average.value = value
 
 
 class StepTimes:
@@ -48,10 +66,7 @@ class StepTimes:
         """Take in a step."""
         self._num_steps += 1
         octave = self._octaves.setdefault(tokens.bit_length(), _Octave())
-        if octave.seconds.count >= _MIN_SAMPLES:
-            seconds = min(seconds, LARGEST * octave.seconds.value)
-        octave.seconds.add(seconds)
-        octave.tokens.add(tokens)
+        octave.add(tokens, seconds)
         octave.at = self._num_steps
         if self._num_steps % _KEPT == 0:
             least = self._num_steps - _KEPT
@@ -60,15 +75,39 @@ class StepTimes:
     def seconds(self, tokens: int) -> float:
         """Estimate a step from those of like size, or else from the nearest size."""
         key = min(self._octaves, key=lambda known: abs(known - tokens.bit_length()))
-        octave = self._octaves[key]
-        usual = 1.0 + GUESS * octave.tokens.value
-        return octave.seconds.value * (1.0 + GUESS * tokens) / usual
+        return _scaled(self._octaves[key], tokens)
 
     def most(self, seconds: float, budget: int) -> int:
-        """Return the tokens, at most ``budget``, of a step that takes that long; at least 1."""
-        while budget > 1 and self.seconds(budget) > seconds:
+        """Return the tokens, at most ``budget``, of a step that takes that long; at least 1.
+
+        Larger steps than measured ones are tried where nothing shows that they take too long.
+        """
+        known = [self._octaves[key] for key in sorted(self._octaves)]
+        known = [octave for octave in known if octave.is_usual]
+        while budget > 1 and self._least_seconds(budget, known) > seconds:
             budget = budget * 7 // 8
         return budget
+
+    def _least_seconds(self, tokens: int, known: list[_Octave]) -> float:
+        """Estimate a step by the usual octaves alone, given by size.
+
+        A size that is not among them is on the line through the smallest and the largest; a
+        single octave shows only that larger steps do not take less.
+        """
+        own = self._octaves.get(tokens.bit_length())
+        if own is not None and own.is_usual:
+            return _scaled(own, tokens)
+        below = [octave for octave in known if octave.tokens.value <= tokens]
+        if not below:
+            return _scaled(known[0], tokens) if known else 0.0
+        first, last, nearest = known[0], known[-1], below[-1]
+        if first is last:
+            return nearest.seconds.value
+        slope = (last.seconds.value - first.seconds.value) / (
+            last.tokens.value - first.tokens.value
+        )
+        more = tokens - nearest.tokens.value
+        return nearest.seconds.value + max(slope, 0.0) * more
 
     def is_due(self, tokens: int, at: int) -> bool:
         """Tell whether a step of that size should be measured now; ``at`` counts paced steps."""
@@ -77,3 +116,8 @@ class StepTimes:
             return False
         self._tried[key] = at
         return True
+
+
+def _scaled(octave: _Octave, tokens: int) -> float:
+    """Estimate a step from those of an octave."""
+    return octave.seconds.value * (1.0 + GUESS * tokens) / (1.0 + GUESS * octave.tokens.value)
