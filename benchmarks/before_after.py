@@ -5,7 +5,8 @@
 Both checkouts need ``make setup``. The pairs run ``benchmarks/step.py`` of both checkouts, then the
 load of ``compare.py`` against a server of each; the order inside a pair alternates. A ratio is
 after to before, larger is faster; the run is added to the report with every rate and the median
-ratios. Of each load it also reports the output tokens per second of processor time, of the API and the engine process.
+ratios. Of each load it also reports the output tokens per second of processor time, of the API and
+the engine process.
 """
 
 from __future__ import annotations
