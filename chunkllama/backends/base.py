@@ -26,6 +26,7 @@ from chunkllama.backends.checks import (
 )
 from chunkllama.backends.draws import Draw, draw_tokens
 from chunkllama.backends.elementwise import apply_activation, rotate_heads
+from chunkllama.backends.kivi import Bytes, KiviCodec
 from chunkllama.backends.model import Linear, PlainModel, RunnableModel
 from chunkllama.backends.quantized import widen_model
 from chunkllama.errors import ConfigError
@@ -230,6 +231,11 @@ class Backend(ABC):
     def restore_chunk(self, kv: KVCache, chunk: torch.Tensor) -> torch.Tensor:
         """Return the canonical K/V of what ``arrange_chunk`` returns. Any thread may call it."""
         return chunk
+
+    def widen_chunk(self, kv: KVCache, codec: KiviCodec, data: Bytes) -> torch.Tensor:
+        """Return what ``arrange_chunk`` returns of the chunk that ``codec`` has encoded. Any thread
+        may call it."""
+        return self.arrange_chunk(kv, codec.decode(data))
 
     def copy_chunk(self, kv: KVCache, chunk_id: int) -> torch.Tensor:
         """Copy a whole chunk to the host, as ``arrange_chunk`` returns it."""

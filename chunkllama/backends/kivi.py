@@ -21,9 +21,26 @@ import torch
 from numpy.typing import NDArray
 
 Bits = Literal[2, 4]
+Bytes = bytes | bytearray | memoryview
 _KEY_TOKENS: Final = {2: 64, 4: 16}  # of a group
 _SCALE_BYTES: Final = 2
 _SERIAL: Final = 1 << 14  # values that torch converts in one thread
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedPart:
+    """K or V of a chunk.
+
+    Attributes:
+        codes: of [layers, kv heads, tokens, head_dim], neighbours in one byte, the first in the
+            lowest bits.
+        scales, zeros: of K [layers, kv heads, groups, 1, head_dim], of V [layers, kv heads, groups,
+            tokens of a group, 1].
+    """
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zeros: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,28 +82,36 @@ class KiviCodec:
             parts += [self._pack(codes).tobytes(), scale.tobytes(), zero.tobytes()]
         return b"".join(parts)
 
-    def decode(self, data: bytes | bytearray | memoryview) -> torch.Tensor:
+    def decode(self, data: Bytes) -> torch.Tensor:
         """Return canonical K/V of what ``encode`` returns."""
         layers, _, heads, tokens, dim = self.shape
-        wide, at = np.empty(self.shape, np.float32), 0
-        num_packed = layers * heads * tokens * dim * self.bits // 8
+        wide = np.empty(self.shape, np.float32)
         table = _table(self.bits)
-        for part in (0, 1):
-            packed = np.frombuffer(data, np.uint8, num_packed, at)
-            at += num_packed
-            shape = self._parameters(part)
-            count = math.prod(shape)
-            scale, zero = (
-                np.frombuffer(data, np.float16, 2 * count, at).reshape(2, *shape).astype(np.float32)
-            )
-            at += 2 * count * _SCALE_BYTES
-            values = table.take(packed, axis=0).reshape(self._grouped())
-            values *= scale
-            values += zero
+        for part, rounded in enumerate(self.parts(data)):
+            values = table.take(rounded.codes, axis=0).reshape(self._grouped())
+            values *= rounded.scales
+            values += rounded.zeros
             wide[:, part] = values.reshape(layers, heads, tokens, dim)
         chunk = torch.empty(self.shape, dtype=self.dtype)
         _convert(torch.from_numpy(wide), chunk)
         return chunk
+
+    def parts(self, data: Bytes) -> tuple[RoundedPart, RoundedPart]:
+        """Separate K and V of what ``encode`` returns."""
+        layers, _, heads, tokens, dim = self.shape
+        num_packed, at = layers * heads * tokens * dim * self.bits // 8, 0
+        parts = []
+        for part in (0, 1):
+            shape = self._parameters(part)
+            count = math.prod(shape)
+            codes = np.frombuffer(data, np.uint8, num_packed, at)
+            at += num_packed
+            parameters = np.frombuffer(data, np.float16, 2 * count, at).reshape(2, *shape)
+            at += parameters.nbytes
+            scales, zeros = parameters.astype(np.float32)
+            parts.append(RoundedPart(codes, scales, zeros))
+        keys, values = parts
+        return keys, values
 
     @property
     def _top(self) -> int:

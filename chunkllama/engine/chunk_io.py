@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from chunkllama.backends.int8_kv import dequantize_kv
+from chunkllama.backends.kivi import Bytes, KiviCodec
 from chunkllama.engine.model_runner import ModelRunner
 from chunkllama.packs.document import ModelIdentity
 from chunkllama.packs.file import Pack
@@ -107,11 +108,12 @@ class ChunkIO:
 
     def arrange(self, data: bytearray, model: ModelIdentity) -> torch.Tensor:
         """Rearrange canonical K/V for ``write``. Any thread may call it."""
-        return self.arranged(torch.frombuffer(data, dtype=self.dtype).view(model.shape))
-
-    def arranged(self, canonical: torch.Tensor) -> torch.Tensor:
-        """Rearrange canonical K/V for ``write``. Any thread may call it."""
+        canonical = torch.frombuffer(data, dtype=self.dtype).view(model.shape)
         return self._pool.arrange_chunk(canonical)
+
+    def widened(self, codec: KiviCodec, data: Bytes) -> torch.Tensor:
+        """Return a rounded chunk for ``write``. Any thread may call it."""
+        return self._pool.widen_chunk(codec, data)
 
     def from_stored(self, data: bytes | bytearray | memoryview) -> torch.Tensor:
         """Return the copy of a chunk whose bytes these are, for ``write``."""

@@ -20,6 +20,7 @@ import torch
 
 from chunkllama.backends.adapter import AdapterRows
 from chunkllama.backends.base import KVCache
+from chunkllama.backends.kivi import Bytes, KiviCodec
 from chunkllama.config import EngineConfig
 from chunkllama.engine.child import FrameSocket, start_child
 from chunkllama.engine.rank_group import RankGroup
@@ -342,6 +343,9 @@ class RankedModel(StepModel):
         arrange = super().arrange_chunk
         pieces = canonical.chunk(self.num_ranks, dim=2)
         return torch.stack([arrange(piece.contiguous()) for piece in pieces])
+
+    def widen_chunk(self, codec: KiviCodec, data: Bytes) -> torch.Tensor:
+        return self.arrange_chunk(codec.decode(data))
 
     def close(self) -> None:
         super().close()

@@ -9,6 +9,7 @@ import torch
 
 from chunkllama.backends.adapter import AdapterRows
 from chunkllama.backends.base import Backend, KVCache
+from chunkllama.backends.kivi import Bytes, KiviCodec
 from chunkllama.backends.model import RunnableModel
 from chunkllama.model_spec import ModelSpec
 from chunkllama.models.attention import Attention
@@ -112,6 +113,10 @@ class StepModel:
     def arrange_chunk(self, canonical: torch.Tensor) -> torch.Tensor:
         """Rearrange canonical K/V for ``write_chunk``. Any thread may call it."""
         return self.backend.arrange_chunk(self.kv, canonical)
+
+    def widen_chunk(self, codec: KiviCodec, data: Bytes) -> torch.Tensor:
+        """Return a rounded chunk for ``write_chunk``. Any thread may call it."""
+        return self.backend.widen_chunk(self.kv, codec, data)
 
     def close(self) -> None:
         """Release the model and the pool; closing twice does no harm."""

@@ -92,7 +92,7 @@ class _InFewBits:
         return self._codec.encode(self._io.canonical(copied))
 
     def unpack(self, data: Data) -> torch.Tensor:
-        return self._io.arranged(self._codec.decode(data))
+        return self._io.widened(self._codec, data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,4 +156,17 @@ struct Step {
   StepAdapters adapters;
 };
 
+// A chunk in codes of 2 or 4 bits: K's and V's [layers, kv_heads, 64, head_dim], the first of a byte
+// in its lowest bits; scales and zeros of K [layers, kv_heads, 64 / key_group, head_dim], of V
+// [layers, kv_heads, 64]. head_dim is even.
+struct RoundedChunk {
+  const uint8_t *key_codes, *value_codes;
+  const float *key_scales, *key_zeros, *value_scales, *value_zeros;
+  void* out;  // [layers] chunks of layout.h
+  int64_t layers, kv_heads, head_dim;
+  int64_t key_group;  // tokens that share a scale, a multiple of 16
+  int32_t bits;
+  int32_t kv_type;  // of out: F32 or BF16
+};
+
 }  // namespace chunkllama

@@ -31,7 +31,8 @@ EXPORT int64_t ck_struct_size(const char* name) {
     int64_t size;
   } sizes[] = {SIZE(Plan),   SIZE(Heads), SIZE(AttentionArgs), SIZE(RopeArgs), SIZE(NormArgs),
                SIZE(Weights), SIZE(Linear), SIZE(Layer), SIZE(Model),         SIZE(Step),
-               SIZE(AdapterPart), SIZE(AdapterLinear), SIZE(AdapterRange), SIZE(StepAdapters)};
+               SIZE(AdapterPart), SIZE(AdapterLinear), SIZE(AdapterRange), SIZE(StepAdapters),
+               SIZE(RoundedChunk)};
 #undef SIZE
   for (const auto& each : sizes)
     if (std::strcmp(each.name, name) == 0) return each.size;

@@ -23,7 +23,7 @@ def test_native_ops_on(level: str, child_environment: dict[str, str]) -> None:
         pytest.skip(f"not run: there is no {missing}")
     longer = [name for name in ARM_LEVELS if name != level and level in name]
     chosen = " and not ".join([level, *longer])
-    names = ("ops", "model", "quantized", "adapters", "int8_kv")
+    names = ("ops", "model", "quantized", "adapters", "int8_kv", "kivi")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen),

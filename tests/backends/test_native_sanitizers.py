@@ -35,7 +35,7 @@ def test_native_ops_are_clean_under(
         environment["ASAN_OPTIONS"] = "detect_leaks=0"
     longer = [each.name for each in LEVELS if each.name != level.name and level.name in each.name]
     chosen = " and not ".join([level.name, *longer])
-    names = ("ops", "model", "quantized", "adapters", "int8_kv")
+    names = ("ops", "model", "quantized", "adapters", "int8_kv", "kivi")
     files = [str(HERE / f"test_native_{name}.py") for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files],

@@ -80,6 +80,16 @@ class CNorm(Structure):
     )
 
 
+@mirrors("RoundedChunk")
+class CRoundedChunk(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("key_codes", "value_codes", "key_scales", "key_zeros")),
+        *((name, c_void_p) for name in ("value_scales", "value_zeros", "out")),
+        *((name, c_int64) for name in ("layers", "kv_heads", "head_dim", "key_group")),
+        *(("bits", c_int32), ("kv_type", c_int32)),
+    )
+
+
 _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "ck_initialize": (c_int, []),
     "ck_struct_size": (c_int64, [c_char_p]),
@@ -89,6 +99,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "ck_rms_norm": (None, [POINTER(CNorm), c_int64, c_int]),
     "ck_silu_and_mul": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int]),
     "ck_copy_chunks": (None, [c_void_p, c_int64, POINTER(CHeads), c_void_p, c_int64, c_int]),
+    "ck_widen_chunk": (None, [POINTER(CRoundedChunk)]),
     "ck_activation_type": (c_int32, [c_int32]),
     "ck_forward": (None, [c_void_p, c_void_p, c_int]),
     "ck_linear": (

@@ -52,6 +52,7 @@ from chunkllama.backends.cpu.packed import (
 )
 from chunkllama.backends.cpu.sizes import UNIT, round_up, row_stride
 from chunkllama.backends.cpu.tuning import NO_FEW_ROWS, load_tuning
+from chunkllama.backends.kivi import Bytes, KiviCodec
 from chunkllama.backends.model import Linear, PlainModel, RunnableModel
 from chunkllama.errors import ConfigError
 from chunkllama.resources import cpu_name
@@ -170,6 +171,9 @@ class CpuBackend(Backend):
 
     def arrange_chunk(self, kv: KVCache, chunk: torch.Tensor) -> torch.Tensor:
         return chunk_layout.arrange(chunk, kv.head_dim)
+
+    def widen_chunk(self, kv: KVCache, codec: KiviCodec, data: Bytes) -> torch.Tensor:
+        return chunk_layout.widen(self.library, codec, data, kv.layers[0].shape[1])
 
     def restore_chunk(self, kv: KVCache, chunk: torch.Tensor) -> torch.Tensor:
         return chunk_layout.restore(chunk, kv.num_kv_heads, kv.chunk_size, kv.head_dim)

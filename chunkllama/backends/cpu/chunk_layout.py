@@ -1,16 +1,19 @@
-"""Canonical K/V of a chunk to the order of ``kernels/cpu/layout.h`` and back.
+"""Canonical and rounded K/V of a chunk to the order of ``kernels/cpu/layout.h``, and back.
 
-In numpy, which takes one thread: the others compute meanwhile.
+In one thread: the others compute meanwhile.
 """
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from chunkllama.backends.cpu.abi import TYPES, CRoundedChunk
+from chunkllama.backends.kivi import Bytes, KiviCodec
 from chunkllama.model_spec import KV_SCALE_BYTES
 
 _BLOCK = 16  # tokens of a block of K
@@ -34,6 +37,25 @@ def arrange(chunk: torch.Tensor, dim: int) -> torch.Tensor:
     scales = scales.swapaxes(1, 2)  # int8: K's and V's of a head together
     together = np.concatenate([k, *(x.reshape(layers, -1) for x in (v, scales))], axis=1)
     return torch.from_numpy(together).view(chunk.dtype)
+
+
+def widen(library: ctypes.CDLL, codec: KiviCodec, data: Bytes, elements: int) -> torch.Tensor:
+    """Return what ``arrange`` returns of the chunk that ``codec`` has encoded.
+
+    Args:
+        elements: of a chunk in a layer.
+    """
+    layers, _, heads, tokens, dim = codec.shape
+    out = torch.empty(layers, elements, dtype=codec.dtype)
+    keys, values = codec.parts(data)
+    arrays = (keys.codes, values.codes, keys.scales, keys.zeros, values.scales, values.zeros)
+    group = tokens // keys.scales.shape[2]
+    chunk = CRoundedChunk(
+        *(array.ctypes.data for array in arrays), out.data_ptr(),
+        *(layers, heads, dim, group, codec.bits, TYPES[codec.dtype]),
+    )  # fmt: skip
+    library.ck_widen_chunk(ctypes.byref(chunk))
+    return out
 
 
 def restore(chunk: torch.Tensor, heads: int, tokens: int, dim: int) -> torch.Tensor:
