@@ -156,8 +156,8 @@ struct Step {
   StepAdapters adapters;
 };
 
-// A chunk in codes of 2 or 4 bits: K's and V's [layers, kv_heads, 64, head_dim], the first of a byte
-// in its lowest bits; scales and zeros of K [layers, kv_heads, 64 / key_group, head_dim], of V
+// A chunk in codes of 2 or 4 bits: K's and V's [layers, kv_heads, 64, head_dim], the first of a
+// byte in its lowest bits; scales and zeros of K [layers, kv_heads, 64 / key_group, head_dim], of V
 // [layers, kv_heads, 64]. head_dim is even.
 struct RoundedChunk {
   const uint8_t *key_codes, *value_codes;
