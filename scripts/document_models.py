@@ -43,9 +43,13 @@ attention in a model's own code, without transformers' AttentionInterface (Falco
 ## Sliding windows
 
 A layer with a sliding window reads only the chunks of its window: the attention plan leaves the
-others out, for each kind of window that a model's layers have. All keys and values stay in the
-prefix tree, so that prompts share prefixes as in any other model, and a prefix hit changes no
-result.
+others out, for each kind of window that a model's layers have. Prompts share prefixes as in any
+other model, and a prefix hit changes no result: what is in the prefix tree is there whole.
+
+Where every layer has a window (Mistral 7B v0.1, Phi-3 mini) and the pool is full, a running request
+gives up the chunks that no layer reads again before another one is preempted. It leaves the tree
+there: later requests find the part that it shares with others, pinned or running, and compute the
+rest. A request alone is still limited by the pool.
 
 On CUDA, layers with a window or a soft cap of scores run in tiles compiled for them; other layers
 do not pay for these.

@@ -9,7 +9,7 @@ from chunkllama.cache.chunk_pool import ChunkState
 from chunkllama.cache.node import PUBLIC, Node
 from chunkllama.cache.pins import Pins
 from chunkllama.cache.prefix_tree import PrefixTree
-from chunkllama.cache.sequence_chunks import SequenceChunks
+from chunkllama.cache.sequence_chunks import DROPPED, SequenceChunks
 
 
 def check_cache(tree: PrefixTree, pins: Pins, live: list[SequenceChunks], *, in_step: bool) -> None:
@@ -85,7 +85,10 @@ def _check_sequence(tree: PrefixTree, chunks: SequenceChunks, seen: set[int]) ->
         assert node.namespace in (PUBLIC, chunks.namespace), "another tenant's node in a path"
         whole = node.num_tokens == tree.pool.chunk_size
         assert whole == (depth < chunks.num_whole)
-    private = chunks.ids[len(chunks.path) :].tolist()
+    dropped = chunks.ids[len(chunks.path) : len(chunks.path) + chunks.num_dropped]
+    assert (dropped == DROPPED).all()
+    private = chunks.private_ids
+    assert len(private) == chunks.num_private
     for chunk_id in private:
         assert chunk_id not in seen, f"chunk {chunk_id} has two holders"
         assert tree.pool.state(chunk_id) == ChunkState.PRIVATE

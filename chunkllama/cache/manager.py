@@ -43,6 +43,7 @@ class CacheManager:
         clock: seconds; pins and chunk-seconds depend on it.
         variant: key of the K/V variant this engine computes (model, adapter, dtype, RoPE).
         history_chunks: chunks of the record of each tenant's prompts, for explanations.
+        reach: tokens up to the next one that a step may read; None: all of a sequence.
 
     Attributes:
         tier: keeps in files what is evicted; None: nothing does.
@@ -55,6 +56,7 @@ class CacheManager:
         clock: Callable[[], float],
         variant: str = "",
         history_chunks: int = 0,
+        reach: int | None = None,
     ) -> None:
         self.pool = ChunkPool(num_chunks, chunk_size)
         self.usage = ChunkUsage(clock)
@@ -62,6 +64,7 @@ class CacheManager:
         self.pins = Pins(self.tree, num_chunks // 2)
         self.chunk_size = chunk_size
         self.num_chunks = num_chunks
+        self.reach = reach
         self.history = PromptHistory(history_chunks, chunk_size, clock)
         self.tree.on_evicted = self._evicted
         self.tier: Tier | None = None
@@ -278,6 +281,7 @@ class CacheManager:
         It shares the whole nodes; every other chunk is copied before the next step. None if the
         pool has no room for the copies.
         """
+        assert not chunks.num_dropped, "a beam without all of its chunks"
         size, depth = self.chunk_size, chunks.num_whole
         copied = -(-num_computed // size) - depth
         if self.num_available < copied:
@@ -303,7 +307,7 @@ class CacheManager:
             self.record_prompt(key, chunks.insert_limit, chunks.tenant, chunks.namespace)
         depth = chunks.num_whole
         end = min(num_computed, chunks.insert_limit, (depth + 1) * size)
-        private = chunks.ids[len(chunks.path) :].tolist()
+        private = chunks.private_ids
         chunks.meter += len(private) * self._clock()
         tail = None
         if end > depth * size:
@@ -321,7 +325,7 @@ class CacheManager:
     def discard(self, chunks: SequenceChunks) -> None:
         """Release a sequence and drop everything that it alone computed."""
         own = chunks.path[chunks.num_shared :]
-        private = chunks.ids[len(chunks.path) :].tolist()
+        private = chunks.private_ids
         chunks.meter += len(private) * self._clock()
         chunks.meter += self.tree.release_path(own)
         for node in reversed(own):

@@ -187,6 +187,20 @@ class PrefixTree:
         self._push_if_leaf(parent)
         return chunk_id
 
+    def withdraw(self, path: list[Node], tenant: str) -> float:
+        """Take the end of a path out of the tree, which one sequence alone uses, for a tenant that
+        needs memory; its chunks, now PRIVATE, are the caller's.
+
+        Returns the sum of the edges' ``shared_seconds``.
+        """
+        seconds = self.release_path(path)
+        for node in reversed(path):
+            self.on_evicted(node)
+            self.usage.add_eviction(node, tenant)
+            self.detach(node)
+        self.evicted_chunks_total += len(path)
+        return seconds
+
     # -- use --------------------------------------------------------------------------------
 
     def acquire_path(self, path: list[Node]) -> float:

@@ -9,6 +9,7 @@ from chunkllama.cache.edge import edges_of
 from chunkllama.cache.node import Node
 
 NEVER = 2**62
+DROPPED = -1  # in place of the id of a chunk that is no longer read
 
 
 class SequenceChunks:
@@ -17,6 +18,9 @@ class SequenceChunks:
         path, whole nodes      live tail    private         spare
         [shared][shared][own]  [own, part]  [tail][unpubl.] [      ]
         `num_whole` nodes      0 or 1 node  chunks of this sequence
+
+    One that has lost chunks behind its windows (out_of_sight.py) has ``num_dropped`` places
+    without a chunk between its path and its private chunks.
 
     The cache writes it; the scheduler reads ``ids``, ``num_shared`` and ``next_publish``, and takes
     ``copies``.
@@ -29,6 +33,7 @@ class SequenceChunks:
         insert_limit: tokens of this sequence that may be shown to others.
         tenant: owner of the nodes that it adds.
         next_publish: number of computed tokens at which a chunk may become a node.
+        num_dropped: places behind the path whose chunks were freed; their ids are ``DROPPED``.
         copies: (source, destination, tokens) to be done before the sequence's next slice.
         meter: chunk-seconds of the chunks it no longer has, less, for each that it has, the clock
             (of a node: its edge's integral) when it got it; see ``usage.py``.
@@ -42,6 +47,7 @@ class SequenceChunks:
         "meter",
         "namespace",
         "next_publish",
+        "num_dropped",
         "num_shared",
         "num_whole",
         "path",
@@ -63,6 +69,7 @@ class SequenceChunks:
         self.num_whole = len(path)
         self.num_shared = len(path)
         self.next_publish = NEVER
+        self.num_dropped = 0
         self.copies: list[tuple[int, int, int]] = []
         self.meter = meter
         self._buffer = np.empty(max(16, 2 * len(path)), np.int32)
@@ -78,7 +85,18 @@ class SequenceChunks:
     @property
     def num_private(self) -> int:
         """Chunks that this sequence alone has, outside the tree."""
-        return len(self.ids) - len(self.path)
+        return len(self.ids) - len(self.path) - self.num_dropped
+
+    @property
+    def num_own(self) -> int:
+        """Chunks that it has and that were not there when it was admitted."""
+        return len(self.ids) - self.num_shared - self.num_dropped
+
+    @property
+    def private_ids(self) -> list[int]:
+        """Ids of the chunks that this sequence alone has, outside the tree."""
+        ids: list[int] = self.ids[len(self.path) + self.num_dropped :].tolist()
+        return ids
 
     def extend(self, chunk_ids: list[int], now: float) -> None:
         """Append private chunks at ``now``; the array grows in place while its capacity lasts."""

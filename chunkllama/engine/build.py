@@ -126,7 +126,9 @@ def _join(
         enable_prefix_caching=config.cache.enable_prefix_caching,
     )
     cache = CacheManager(
-        num_chunks, chunk_size, time.monotonic, history_chunks=config.cache.explain_chunks
+        *(num_chunks, chunk_size, time.monotonic),
+        history_chunks=config.cache.explain_chunks,
+        reach=step_model.attention.reach,
     )
     scheduler = Scheduler(limits, cache, time.monotonic)
     if size.draft is not None:

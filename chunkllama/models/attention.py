@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from chunkllama.attention.plan import Planner
+from chunkllama.attention.plan_blocks import SHORTEST_FIXED
 from chunkllama.backends.base import Backend, DevicePlan, KVCache
 
 
@@ -74,6 +75,15 @@ class Attention:
         self.softcap = softcap
         self.windows = tuple(windows)
         self._decode_plan: DevicePlan | None = None
+
+    @property
+    def reach(self) -> int | None:
+        """Tokens up to the next one that some layer of a step may read; None: all."""
+        windows = [window for window in self.windows if window is not None]
+        if len(windows) < len(self.windows):
+            return None
+        unit = SHORTEST_FIXED if self.planner.packing.fixed_runs else 1
+        return max(windows) + (unit - 1) * self.kv.chunk_size
 
     def replace_pool(self, num_chunks: int) -> None:
         """Allocate a pool of another size; what the old one holds is lost."""

@@ -172,8 +172,8 @@ def _architecture(values: dict[str, Any], path: Path) -> str:
             return of_kind[0] if of_kind else name
     raise ConfigError(
         f"{path}: unsupported architecture {', '.join(map(str, names)) or 'unknown'}; "
-        "supported: decoders (*ForCausalLM), and the text models of multimodal ones; "
-        "'chunkllama models list' names them"
+        "supported: decoders (*ForCausalLM), and the text models of the multimodal ones that "
+        "'chunkllama models list' names"
     )
 
 

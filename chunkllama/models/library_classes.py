@@ -21,19 +21,16 @@ _OWN_ATTENTION: Final = "it computes attention in code of its own"
 _REFUSED: Final = {
     "GptOssForCausalLM": "its attention has sinks",
     **dict.fromkeys(("BloomForCausalLM", "FalconForCausalLM", "MptForCausalLM"), _OWN_ATTENTION),
-    **dict.fromkeys(
-        ("BambaForCausalLM", "FalconH1ForCausalLM", "FalconMambaForCausalLM", "JambaForCausalLM"),
-        _OTHER_STATE,
-    ),
-    **dict.fromkeys(
-        ("Lfm2ForCausalLM", "Mamba2ForCausalLM", "MambaForCausalLM", "Qwen3NextForCausalLM"),
-        _OTHER_STATE,
-    ),
-    **dict.fromkeys(
-        ("RecurrentGemmaForCausalLM", "RwkvForCausalLM", "Zamba2ForCausalLM", "xLSTMForCausalLM"),
-        _OTHER_STATE,
-    ),
+    **{
+        f"{name}ForCausalLM": _OTHER_STATE
+        for name in (
+            *("Bamba", "FalconH1", "FalconMamba", "Jamba", "KimiLinear", "Lfm2", "Lfm2Moe"),
+            *("Mamba", "Mamba2", "MiniMax", "NemotronH", "OlmoHybrid", "Qwen3Next", "Qwen3_5"),
+            *("Qwen3_5Moe", "RecurrentGemma", "Rwkv", "Zamba", "Zamba2", "xLSTM"),
+        )
+    },
 }
+_STATEFUL_LAYERS: Final = {"conv", "linear_attention", "mamba", "mamba2", "recurrent"}
 
 
 def check_library_class(name: str, config: ConfigFile) -> None:
@@ -42,7 +39,15 @@ def check_library_class(name: str, config: ConfigFile) -> None:
     Raises:
         ConfigError: with the reason.
     """
-    if why := _REFUSED.get(name):
+    why = _REFUSED.get(name)
+    types = config.get("layer_types")
+    if (
+        not why
+        and isinstance(types, list)
+        and (kinds := _STATEFUL_LAYERS.intersection(map(str, types)))
+    ):
+        why = f"{_OTHER_STATE} (layer_types: {', '.join(sorted(kinds))})"
+    if why:
         raise config.error(f"{name} cannot run here: {why}; {_INSTEAD}")
     known = _mapping()
     kind = config.get("model_type")

@@ -60,12 +60,11 @@ class Headroom:
             slots = 1 if group.beam is None else _num_slots(group)
             self._num_slots += slots
             self._promised_slots += slots - 1
-            own = len(chunks.ids) - chunks.num_shared
             if tenant in self._slots:
                 self._slots[tenant] += slots
-                self._chunks[tenant] += own
+                self._chunks[tenant] += chunks.num_own
             else:
-                self._slots[tenant], self._chunks[tenant] = slots, own
+                self._slots[tenant], self._chunks[tenant] = slots, chunks.num_own
 
     def remains(self, sequence: Sequence, match: Match) -> bool:
         """Whether enough is left to other tenants if the sequence starts; it shares ``match``."""

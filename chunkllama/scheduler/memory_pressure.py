@@ -1,8 +1,11 @@
-"""A full pool: evict, then preempt, then end a pin early; sequences that wait for each other."""
+"""A full pool: evict, then drop what windows hide, then preempt, then end a pin early; sequences
+that wait for each other.
+"""
 
 from __future__ import annotations
 
 from chunkllama.cache.manager import CacheManager
+from chunkllama.cache.out_of_sight import drop_out_of_sight, num_out_of_sight
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.running import RunningSequences
 from chunkllama.scheduler.sequence_lifecycle import SequenceLifecycle
@@ -33,6 +36,8 @@ def _grow(sequence: Sequence, lifecycle: SequenceLifecycle, cache: CacheManager)
         if cache.grow(sequence.chunks, 1, spare):
             running.order.extended(sequence, held)
             return
+        if _drop_out_of_sight(running, cache):
+            continue
         victim = preemption_victim(running)
         if victim is not None:
             lifecycle.preempt(victim)
@@ -41,6 +46,27 @@ def _grow(sequence: Sequence, lifecycle: SequenceLifecycle, cache: CacheManager)
             # it is published.
             assert len(running) > 1, "the oldest sequence does not fit the pool alone"
             lifecycle.requeue(running.by_age[-1])
+
+
+def _drop_out_of_sight(running: RunningSequences, cache: CacheManager) -> bool:
+    """Free the chunks behind all windows of the decoding sequence that has most of them; returns
+    whether there were any. Beams copy their chunks and keep them.
+    """
+    if cache.reach is None:
+        return False
+    most, holder = 0, None
+    for sequence in running.by_age:
+        chunks, computed = sequence.chunks, sequence.num_computed_tokens
+        if chunks is None or sequence.group.beam is not None or computed < sequence.num_admitted:
+            continue
+        count = num_out_of_sight(cache, chunks, computed)
+        if count > most:
+            most, holder = count, sequence
+    if holder is None or holder.chunks is None:
+        return False
+    drop_out_of_sight(cache, holder.chunks, holder.num_computed_tokens)
+    running.order.move(holder)
+    return True
 
 
 def break_deadlock(lifecycle: SequenceLifecycle, cache: CacheManager) -> bool:

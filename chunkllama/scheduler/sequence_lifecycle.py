@@ -162,7 +162,7 @@ class SequenceLifecycle:
             self.admission.lengths.add(sequence.num_output_tokens)
         self._remember(sequence)
         chunks = self._stop(sequence)
-        self.admission.drain.add(len(chunks) - chunks.num_shared)
+        self.admission.drain.add(chunks.num_own)
         self._cache.release(chunks, sequence.cache_ids, sequence.num_computed_tokens)
         self._forget(sequence)
 

@@ -18,7 +18,7 @@ from chunkllama.scheduler.output import SchedulerOutput
 from chunkllama.scheduler.scheduler import Scheduler
 from chunkllama.simulation.cost_model import StepCost
 from chunkllama.simulation.fairness_monitor import FairnessMonitor
-from chunkllama.simulation.fake_model import FakeModel, logprob, value_at
+from chunkllama.simulation.fake_model import FakeModel, logprob
 from chunkllama.simulation.oracle import Oracle
 from chunkllama.simulation.tier import SimulatedTier
 
@@ -50,6 +50,7 @@ class SimulatedEngine:
         cost: time of a step, which passes before its commit; None: 0.01 s after it.
         check: check every invariant after each ``schedule`` and ``commit``.
         history_chunks: chunks of the record of each tenant's prompts.
+        window: of the fake model; None: it has none.
         tier_chunks: capacity of a cache tier; 0: there is none.
         read_seconds: of a chunk of the tier.
         tier_options: other arguments of ``SimulatedTier``.
@@ -72,6 +73,7 @@ class SimulatedEngine:
         cost: StepCost | None = None,
         check: bool = True,
         history_chunks: int = 32,
+        window: int | None = None,
         tier_chunks: int = 0,
         read_seconds: float = 0.0,
         tier_options: Mapping[str, Any] = MappingProxyType({}),
@@ -84,10 +86,12 @@ class SimulatedEngine:
         self._cost = cost
         self.check = check
         self.limits = make_limits(**limits)
-        self.cache = make_cache(num_chunks, chunk_size, self.clock, history_chunks=history_chunks)
+        self.cache = make_cache(
+            num_chunks, chunk_size, self.clock, history_chunks=history_chunks, reach=window
+        )
         self.scheduler = make_scheduler(self.limits, self.cache, self.clock)
         self.monitor = FairnessMonitor(self.scheduler)
-        self.model = FakeModel(num_chunks, chunk_size, vocab_size)
+        self.model = FakeModel(num_chunks, chunk_size, vocab_size, window)
         self.tier: SimulatedTier | None = None
         if tier_chunks:
             self.tier = SimulatedTier(
@@ -98,7 +102,7 @@ class SimulatedEngine:
                 self.model.paste_chunk,
                 **tier_options,
             )
-        self.oracle = Oracle(vocab_size, self.limits.eos_token_ids)
+        self.oracle = Oracle(vocab_size, self.limits.eos_token_ids, window)
         self.requests: dict[str, EngineRequest] = {}
         self.outputs: dict[tuple[str, int], list[int]] = {}
         self.prints: dict[tuple[str, int], list[float]] = {}
@@ -142,9 +146,7 @@ class SimulatedEngine:
 
     def write_chunk(self, chunk_id: int, prompt: list[int]) -> None:
         """Write the numbers of the prompt's last chunk, whole, as an import writes K/V."""
-        values = np.zeros(len(prompt), np.uint64)
-        for position, token in enumerate(prompt):
-            values[position] = value_at(values[:position], token)
+        values = np.array(self.oracle.numbers(prompt), np.uint64)
         size = self.cache.chunk_size
         self.model.kv[chunk_id * size : (chunk_id + 1) * size] = values[-size:]
 

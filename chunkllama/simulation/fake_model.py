@@ -37,10 +37,13 @@ def _mix(read: int, token_id: int, position: int) -> int:
     return x ^ (x >> 32)
 
 
-def value_at(history: Numbers, token_id: int) -> int:
-    """Return the number of a position, from the numbers of all earlier ones."""
+def value_at(history: Numbers, token_id: int, window: int | None = None) -> int:
+    """Return the number of a position, from the numbers of all earlier ones that its window shows,
+    itself included.
+    """
     position = len(history)
-    read = int(np.dot(history, _WEIGHTS[:position])) if position else 0
+    first = 0 if window is None else max(position + 1 - window, 0)
+    read = int(np.dot(history[first:], _WEIGHTS[first:position])) if first < position else 0
     return _mix(read, token_id, position)
 
 
@@ -67,14 +70,20 @@ def candidates(value: int, vocab_size: int, width: int) -> list[tuple[int, float
 class FakeModel:
     """An executor over one number per slot of the pool.
 
+    Args:
+        window: tokens that a position reads, itself included; None: all before it.
+
     Attributes:
         fail_slots: slots whose rows fail in the next step.
         defer_share: part of the samples that wait for a later step, at random.
         room: tokens of a step; of a larger one nothing may be used.
     """
 
-    def __init__(self, num_chunks: int, chunk_size: int, vocab_size: int) -> None:
+    def __init__(
+        self, num_chunks: int, chunk_size: int, vocab_size: int, window: int | None = None
+    ) -> None:
         self.chunk_size = chunk_size
+        self._window = window
         self.vocab_size = vocab_size
         self.kv = np.random.default_rng(0).integers(
             0, 2**63, num_chunks * chunk_size, dtype=np.uint64
@@ -158,7 +167,7 @@ class FakeModel:
         values: dict[int, list[int]] = {piece.slot: [] for piece in output.slices}
         for position, slot, token_id in rows:
             where = slots[slot]
-            value = value_at(kv[where[:position]], token_id)
+            value = value_at(kv[where[:position]], token_id, self._window)
             if slot in self.fail_slots:
                 value ^= 0x5A5A5A5A5A5A  # what a failing sequence writes is garbage
             kv[where[position]] = value

@@ -11,10 +11,20 @@ from chunkllama.simulation.fake_model import Numbers, candidates, logprob, sampl
 
 
 class Oracle:
-    """Computes what each request must yield."""
+    """Computes what each request must yield.
 
-    def __init__(self, vocab_size: int, eos_token_ids: frozenset[int] = frozenset()) -> None:
+    Args:
+        window: of the fake model.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+        window: int | None = None,
+    ) -> None:
         self.vocab_size = vocab_size
+        self._window = window
         self.eos_token_ids = eos_token_ids
         self._values: dict[tuple[int, ...], Numbers] = {}
 
@@ -23,7 +33,7 @@ class Oracle:
         tokens = list(tokens)
         values = np.empty(len(tokens), np.uint64)
         for i, token_id in enumerate(tokens):
-            values[i] = value_at(values[:i], token_id)
+            values[i] = value_at(values[:i], token_id, self._window)
         return [int(value) for value in values]
 
     def choice(
@@ -45,7 +55,7 @@ class Oracle:
             if stops and len(tokens) >= sampling.min_tokens:
                 return tokens, prints, "stop"
             at = len(prompt) + len(tokens) - 1
-            values[at] = value_at(values[:at], token_id)
+            values[at] = value_at(values[:at], token_id, self._window)
         return tokens, prints, "length"
 
     def beams(

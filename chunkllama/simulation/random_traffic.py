@@ -21,7 +21,9 @@ class RandomTraffic:
     so that sequences share and diverge often.
     """
 
-    def __init__(self, seed: int, chunk_size: int, **overrides: Any) -> None:
+    def __init__(
+        self, seed: int, chunk_size: int, window: int | None = None, **overrides: Any
+    ) -> None:
         self.random = random.Random(seed)
         pick = self.random.choice
         self.chunk_size = chunk_size
@@ -45,6 +47,7 @@ class RandomTraffic:
             num_chunks,
             chunk_size,
             vocab_size=3,
+            window=window,
             tier_chunks=(0, 0, 5, 80)[seed // 4 % 4],
             read_seconds=0.03 * (seed % 2),
             tier_options={"bits": (0, 2)[seed // 2 % 2]},

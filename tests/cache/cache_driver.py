@@ -64,9 +64,9 @@ class Text:
 class CacheDriver:
     """A cache with chunks of four letters and a clock that stands still unless told."""
 
-    def __init__(self, num_chunks: int = 16, chunk_size: int = 4) -> None:
+    def __init__(self, num_chunks: int = 16, chunk_size: int = 4, reach: int | None = None) -> None:
         self.now = 0.0
-        self.cache = CacheManager(num_chunks, chunk_size, lambda: self.now)
+        self.cache = CacheManager(num_chunks, chunk_size, lambda: self.now, reach=reach)
         self.live: list[Text] = []
 
     def match(self, text: str, namespace: str = "", limit: int | None = None):

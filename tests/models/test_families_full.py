@@ -16,6 +16,7 @@ import transformers
 from model_families import (
     FULL_CASES,
     LENGTHS,
+    LONG_TOLERANCE,
     VOCAB,
     BuildCore,
     answers,
@@ -28,7 +29,6 @@ from chunkllama.backends.cpu.build import available_levels
 
 pytestmark = pytest.mark.nightly
 
-LONG_TOLERANCE = 2e-4
 NUM_PROMPTS = 15  # of 300 tokens
 BACKENDS = ("reference", "auto")
 

@@ -299,6 +299,19 @@ def test_a_class_that_cannot_run_is_refused_by_its_name(tmp_path: Path) -> None:
             parse_spec({"architectures": [name], "quantization_config": {"x": 1}}, path)
 
 
+@pytest.mark.parametrize("kind", ["mamba", "linear_attention", "conv"])
+def test_some_layers_of_another_state_are_refused_before_weights_are_read(
+    kind: str, tmp_path: Path
+) -> None:
+    """Of classes that have such layers in some models only (Granite 4's)."""
+    values = {**SMALL, "architectures": ["GraniteMoeHybridForCausalLM"]}
+    values |= {"model_type": "granitemoehybrid", "layer_types": ["attention", kind]}
+    with pytest.raises(ConfigError, match=rf"keep a state .* \(layer_types: {kind}\)"):
+        parse_spec(values, tmp_path / "config.json")
+    values["layer_types"] = ["attention", "attention"]
+    assert not parse_spec(values, tmp_path / "config.json").is_native
+
+
 @pytest.mark.usefixtures("unlisted")
 def test_an_unknown_class_is_left_to_the_library_where_it_keeps_its_names_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

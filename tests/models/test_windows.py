@@ -7,9 +7,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from model_families import BuildCore, assert_equals_transformers, random_model
+from model_families import (
+    LONG_TOLERANCE,
+    VOCAB,
+    Answer,
+    BuildCore,
+    answers,
+    assert_equals_transformers,
+    log_probabilities,
+    random_model,
+)
 
 from chunkllama.attention.plan_format import CHUNK_OFFSET, NUM_TOKENS, AttentionPlan
 from chunkllama.backends.cpu.fused_model import FusedModel
@@ -109,6 +119,72 @@ def test_a_window_that_hides_nothing_is_none(tmp_path: Path, build_core: BuildCo
     core = build_core(tmp_path, max_model_len=70)
     assert core._executor.step_model.attention.windows == (None,)  # type: ignore[attr-defined]
     assert core.info.max_model_len == 70
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("mistral", {"backend": "reference"}),
+        ("mistral", {"backend": "cpu"}),
+        ("ministral", {"backend": "cpu"}),
+        ("mistral", {"backend": "cpu", "speculation": "auto"}),
+    ],
+)
+def test_what_no_layer_sees_is_dropped_when_the_pool_is_full(
+    family: str, settings: dict[str, Any], tmp_path: Path, build_core: BuildCore
+) -> None:
+    """Three sequences of six chunks, of which a window shows two or three, in a pool of 13."""
+    model = random_model(*CASES[family])
+    model.save_pretrained(tmp_path)
+    core = build_core(tmp_path, num_chunks=13, **settings)
+    prompts = long_prompts(core)
+    got = answers(core, prompts, with_prompts=False, max_tokens=250)
+    stats = core.stats()
+    assert stats.preemptions_total == 0
+    assert stats.evicted_chunks_total >= 3
+    for prompt, answer in zip(prompts, got, strict=True):
+        assert_greedy(model, prompt, answer)
+    assert_equals_transformers(core, model, (100,))
+
+
+def test_a_deterministic_engine_drops_no_chunk_that_its_plan_begins_at(
+    tmp_path: Path, build_core: BuildCore
+) -> None:
+    """Its runs begin at every eighth chunk, before the window."""
+    family, changes = CASES["mistral"]
+    model = random_model(family, {**changes, "max_position_embeddings": 2048})
+    model.save_pretrained(tmp_path)
+    core = build_core(tmp_path, num_chunks=36, deterministic=True)
+    attention = core._executor.step_model.attention  # type: ignore[attr-defined]
+    assert attention.reach == 70 + 7 * CHUNK
+    prompts = long_prompts(core)
+    got = answers(core, prompts, with_prompts=False, max_tokens=1000)
+    stats = core.stats()
+    assert (stats.preemptions_total, stats.evicted_chunks_total > 0) == (0, True)
+    for prompt, answer in zip(prompts, got, strict=True):
+        assert_greedy(model, prompt, answer)
+
+
+def test_one_layer_without_a_window_sees_everything(tmp_path: Path, build_core: BuildCore) -> None:
+    random_model(*CASES["gemma3"]).save_pretrained(tmp_path)
+    core = build_core(tmp_path)
+    assert core._executor.step_model.attention.reach is None  # type: ignore[attr-defined]
+
+
+def long_prompts(core: EngineCore) -> list[list[int]]:
+    """Prompts that share a chunk; their requests are admitted as if answers were short."""
+    for _ in range(600):
+        core._scheduler._admission.lengths.add(1)
+    rng = np.random.default_rng(6)
+    shared = rng.integers(3, VOCAB, CHUNK).tolist()
+    return [[*shared, *rng.integers(3, VOCAB, 36).tolist()] for _ in range(3)]
+
+
+def assert_greedy(model: torch.nn.Module, prompt: list[int], answer: Answer) -> None:
+    expected = log_probabilities(model, (*prompt, *answer.ids[:-1]))[len(prompt) - 1 :]
+    chosen = expected[np.arange(len(answer.ids)), answer.ids]
+    assert np.abs(answer.numbers - chosen).max() <= LONG_TOLERANCE
+    assert (expected.max(axis=1) - chosen).max() <= 2 * LONG_TOLERANCE
 
 
 SENT = [3 + i % 60 for i in range(300)]

@@ -13,7 +13,7 @@ from chunkllama.scheduler.step_caps import NO_CAP, PATIENCE
 from chunkllama.simulation.engine import SimulatedEngine
 
 
-def engine(num_chunks: int, **limits: object) -> SimulatedEngine:
+def engine(num_chunks: int, **limits: Any) -> SimulatedEngine:
     """A pool whose decode reserve is one token: overcommitted on purpose."""
     defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "spare_chunks": 0}
     run = SimulatedEngine(num_chunks, 4, vocab_size=50, **{**defaults, **limits})
@@ -41,6 +41,33 @@ def test_the_newest_goes_and_its_recompute_is_a_hit() -> None:
     assert stats.preemptions_total >= 1
     # r2 came back with 12 prompt tokens and its outputs; what was not evicted was not recomputed
     assert stats.prefill_tokens_computed_total - before < stats.preemptions_total * 14
+
+
+def test_what_windows_hide_is_dropped_before_anybody_is_preempted() -> None:
+    """Four sequences of ten chunks each, of which a window shows two, in a pool of sixteen."""
+    run = engine(16, window=5)
+    for i in range(4):
+        run.add([i] * 8, 32)
+    run.run()
+    run.check_outputs()
+    stats = run.scheduler.stats()
+    assert stats.preemptions_total == 0
+    assert stats.evicted_chunks_total > 16
+
+
+def test_a_sequence_that_has_dropped_chunks_is_preempted_and_computed_again() -> None:
+    run = engine(9, window=5)
+    for i in range(4):
+        run.add([i] * 8, 24)
+    dropped = False
+    while run.scheduler.has_unfinished():
+        run.step()
+        holders = [s for s in run.scheduler._running.by_age if s.chunks and s.chunks.num_dropped]
+        if holders and not dropped:
+            dropped = True
+            run.scheduler._lifecycle.preempt(holders[-1])
+    run.check_outputs()
+    assert dropped
 
 
 def test_the_oldest_always_finishes() -> None:

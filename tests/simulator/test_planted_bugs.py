@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from chunkllama.cache import manager, matching, retention
+from chunkllama.cache import manager, matching, out_of_sight, retention
 from chunkllama.cache.edge import Edge
 from chunkllama.cache.eviction import EvictionOrder
 from chunkllama.cache.manager import CacheManager
@@ -19,7 +19,7 @@ from chunkllama.cache.prefix_tree import PrefixTree
 from chunkllama.cache.sequence_chunks import SequenceChunks
 from chunkllama.cache.tier import Tier
 from chunkllama.cache.tier_entry import TierEntry
-from chunkllama.scheduler import starts
+from chunkllama.scheduler import memory_pressure, starts
 from chunkllama.scheduler.admission import AdmissionControl
 from chunkllama.scheduler.drafts import Drafts
 from chunkllama.scheduler.output import SampledTokens
@@ -41,6 +41,12 @@ def search_traffic() -> None:
     """Random traffic over tiny chunks, invariants after every step, outputs against the oracle."""
     for seed in range(40):
         RandomTraffic(seed, (4, 2, 8, 1)[seed % 4]).run(150)
+
+
+def search_windows() -> None:
+    """The same for a model with a window, which drops chunks."""
+    for seed in range(40):
+        RandomTraffic(seed, (4, 2, 8, 1)[seed % 4], window=5).run(150)
 
 
 def search_reserve() -> None:
@@ -408,6 +414,35 @@ def reads_never_end(patch: Patch) -> None:
     patch.setattr(Tier, "end", lambda self, promotion: None)
 
 
+def chunk_in_sight_dropped(patch: Patch) -> None:
+    hidden = out_of_sight._range
+
+    def more(*args: object) -> tuple[int, int]:
+        first, end = hidden(*args)
+        return first, end + (end > 0)
+
+    patch.setattr(out_of_sight, "_range", more)
+
+
+def dropped_though_others_read(patch: Patch) -> None:
+    """A sequence gives up nodes from the first that a sequence uses on, not from its own on."""
+    hidden = out_of_sight._range
+    patch.setattr(out_of_sight, "_range", lambda *args: (0, hidden(*args)[1]))
+
+
+def shown_without_the_chunks_above(patch: Patch) -> None:
+    """A sequence that left the tree publishes what it computes next."""
+    drop = memory_pressure.drop_out_of_sight
+
+    def shown(cache: CacheManager, chunks: SequenceChunks, num_computed: int) -> None:
+        limit = chunks.insert_limit
+        drop(cache, chunks, num_computed)
+        chunks.insert_limit = limit
+        chunks.set_next_publish(cache.chunk_size)
+
+    patch.setattr(memory_pressure, "drop_out_of_sight", shown)
+
+
 BUGS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [
     (missing_incref, search_traffic),
     (unequal_edges_joined, search_traffic),
@@ -442,6 +477,9 @@ BUGS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [
     (tier_keeps_another_chunk, search_traffic),
     (tier_is_read_from_another_place, search_traffic),
     (reads_never_end, search_traffic),
+    (chunk_in_sight_dropped, search_windows),
+    (dropped_though_others_read, search_windows),
+    (shown_without_the_chunks_above, search_windows),
 ]
 
 
@@ -458,6 +496,7 @@ def test_planted_bug_is_caught(
     "search",
     [
         search_traffic,
+        search_windows,
         search_reserve,
         search_failure,
         search_hand_over,

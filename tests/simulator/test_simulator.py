@@ -21,6 +21,15 @@ def test_random_traffic_equals_the_serial_oracle(seed: int, chunk_size: int) -> 
     RandomTraffic(seed, chunk_size).run(num_steps)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 4, 8])
+@pytest.mark.parametrize("seed", range(12))
+def test_random_traffic_of_a_model_with_a_window_equals_the_oracle(
+    seed: int, chunk_size: int
+) -> None:
+    """Pools are small: what windows hide is dropped while sequences run."""
+    RandomTraffic(seed, chunk_size, window=(1, 5, 17)[seed % 3]).run(400)
+
+
 def test_equal_seeds_give_equal_runs() -> None:
     runs = [RandomTraffic(3, 4).run(200) for _ in range(2)]
     assert runs[0].outputs == runs[1].outputs
@@ -34,5 +43,6 @@ def test_millions_of_steps(block: int, rng: np.random.Generator) -> None:
     steps = 0
     while steps < 50_000:
         seed, chunk_size = int(rng.integers(2**32)), int(rng.choice(CHUNK_SIZES))
-        print(f"RandomTraffic({seed}, {chunk_size}).run(600)")
-        steps += RandomTraffic(seed, chunk_size).run(600).num_steps
+        window = (None, None, 1, 9)[seed % 4]
+        print(f"RandomTraffic({seed}, {chunk_size}, {window}).run(600)")
+        steps += RandomTraffic(seed, chunk_size, window).run(600).num_steps
