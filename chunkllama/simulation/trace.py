@@ -103,7 +103,7 @@ def _requests(
         try:
             entry = msgspec.json.decode(line, type=dict[str, Any])
             yield _mooncake(entry) if "hash_ids" in entry else _own(entry, tokenize)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise ConfigError(f"trace: {path}, line {number}: not a JSON object: {error}") from None
         except _FieldError as error:
             raise ConfigError(f"trace: {path}, line {number}: {error}") from None
