@@ -70,7 +70,7 @@ class FirstTokens:
         prefills = self._lifecycle.running.prompts
         busy = {s.tenant for s in prefills}
         arriving = []
-        for name in waiting.ready_tenants():
+        for name in waiting.ready:
             if accounts.busy[name].num_running:
                 busy.add(name)
             else:

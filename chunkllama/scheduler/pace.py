@@ -151,26 +151,29 @@ class Pace:
     def _is_in_gap(self, prompts: list[Sequence]) -> bool:
         """Tell whether all prompts, running and next to start, are in the background."""
         waiting = self._lifecycle.waiting
-        first = (waiting.of(tenant)[0] for tenant in waiting.ready_tenants())
+        first = (waiting.of(tenant)[0] for tenant in waiting.ready)
         return all(s.is_background for s in prompts) and all(s.is_background for s in first)
 
     def _limit_heavy(self) -> None:
         """Limit the heavy tenants of this step."""
         wanted, foreground = self._tokens_wanted()
-        accounts = self._lifecycle.accounts.busy
-        levels = sorted([count / accounts[t].weight for t, count in foreground.items()])
-        if not levels:
+        if not foreground:
             return
+        accounts = self._lifecycle.accounts.busy
+        weights = {tenant: accounts[tenant].weight for tenant in wanted}
+        levels = sorted([count / weights[tenant] for tenant, count in foreground.items()])
         self._wanted = wanted
         self._num_paced += 1
         self._level = levels[max(len(levels) - 2, 0) // 2]  # the highest is not among the others
         heavy, free = {}, {}
-        for tenant, count in wanted.items() if len(wanted) > 1 else ():
-            most = LIKE * self._share(tenant)
-            if count > most:
-                heavy[tenant] = count
-                if (in_front := foreground.get(tenant, 0)) <= most:
-                    free[tenant] = in_front
+        least = LIKE * _share(self._level, min(weights.values()))
+        if len(wanted) > 1 and max(wanted.values()) > least:  # else none is heavy
+            for tenant, count in wanted.items():
+                most = LIKE * _share(self._level, weights[tenant])
+                if count > most:
+                    heavy[tenant] = count
+                    if (in_front := foreground.get(tenant, 0)) <= most:
+                        free[tenant] = in_front
         light = sum(wanted.values()) - sum(heavy.values()) + sum(free.values())
         light = min(light, self._budget)
         self._light_seconds = self._times.seconds(light)
@@ -204,22 +207,24 @@ class Pace:
                 if sequence.is_background:
                     background[tenant] = background.get(tenant, 0) + count
         foreground = {}
-        has_slots = lifecycle.running.num_free_slots > 0
+        accounts, ready = lifecycle.accounts.busy, lifecycle.waiting.ready
+        if not lifecycle.running.num_free_slots:
+            ready = {}
         for tenant, count in wanted.items():
             behind = background.get(tenant, 0)
-            if has_slots and count < budget and (num_ready := lifecycle.waiting.num_ready(tenant)):
-                oldest = lifecycle.waiting.of(tenant)[0]
-                if lifecycle.may_run(oldest):
-                    waiting = num_ready * oldest.num_tokens  # an estimate
+            if count < budget and (queue := ready.get(tenant)) is not None:
+                oldest = queue.by_age[0]
+                if accounts[tenant].may_run(oldest.group):
+                    waiting = len(queue.ready) * oldest.num_tokens  # an estimate
                     count += waiting
                     behind += waiting * oldest.is_background
-            wanted[tenant] = min(count, budget)
+            wanted[tenant] = count if count < budget else budget
             if count > behind:
                 foreground[tenant] = min(count - behind, budget)
         return wanted, foreground
 
     def _share(self, tenant: str) -> int:
-        return max(round(self._level * self._lifecycle.accounts[tenant].weight), 1)
+        return _share(self._level, self._lifecycle.accounts[tenant].weight)
 
     def _affordable(self, tenant: str, wanted: int) -> int:
         """Return the tokens that the tenant's credit pays for now."""
@@ -300,8 +305,10 @@ class Pace:
             return True
         tenant = sequence.tenant
         if tenant not in self._left and tenant not in self._wanted:
-            count = max(self._affordable(tenant, NO_LIMIT), LIKE * self._share(tenant))
-            self._left[tenant] = count
+            least = LIKE * self._share(tenant)
+            if least >= self._budget:  # of the whole step
+                return True
+            self._left[tenant] = max(self._affordable(tenant, NO_LIMIT), least)
         return self._left.get(tenant, 1) > 0
 
     def most(self, sequence: Sequence) -> int:
@@ -370,3 +377,8 @@ class Pace:
             price = min(price, LARGEST * max(credit.price, _FREE * self._light_seconds))
             price = credit.price + WEIGHT * (price - credit.price)
         credit.price = self._usual_price = price
+
+
+def _share(level: float, weight: float) -> int:
+    """Return the tokens of a tenant's share, at least 1."""
+    return max(round(level * weight), 1)

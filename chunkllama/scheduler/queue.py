@@ -42,6 +42,7 @@ class WaitingQueue:
         expected_chunks: estimates the chunks that a sequence will hold.
 
     Attributes:
+        ready: queues of the tenants with a sequence that is not parked.
         num_chunks: sum of ``expected_chunks`` of the sequences when they joined.
     """
 
@@ -59,8 +60,8 @@ class WaitingQueue:
         self.num_chunks = 0
         self._chunks: dict[Sequence, int] = {}
         self._tenants: dict[str, TenantQueue] = {}
-        self._ready: dict[str, TenantQueue] = {}  # those with a sequence that is not parked
-        self._order = TenantOrder(self._ready)
+        self.ready: dict[str, TenantQueue] = {}
+        self._order = TenantOrder(self.ready)
         self._open: dict[str, int] = {}  # tenants that have started one, numbered in that order
         self._num_opened = 0
         self._groups: list[tuple[int, str]] = []  # of them, sorted, those that may have a follower
@@ -112,10 +113,10 @@ class WaitingQueue:
     def _changed(self, tenant: str, queue: TenantQueue) -> None:
         """Note that a queue has other sequences, or others that are ready."""
         if queue.ready:
-            self._ready[tenant] = queue
+            self.ready[tenant] = queue
             self._order.changed(tenant)
         else:
-            self._ready.pop(tenant, None)
+            self.ready.pop(tenant, None)
         number = self._open.get(tenant)
         if number is not None:
             at = bisect_left(self._groups, (number, tenant))
@@ -164,7 +165,7 @@ class WaitingQueue:
         assert self.num_chunks == sum(self._chunks.values())
         for tenant, queue in self._tenants.items():
             assert queue.ready == [s for s in queue.by_age if s not in self._parked]
-            assert (tenant in self._ready) == bool(queue.ready)
+            assert (tenant in self.ready) == bool(queue.ready)
         if self._policy == "fair":
             self._order.check_invariants(clocks)
 
@@ -176,13 +177,9 @@ class WaitingQueue:
             self._num_opened += 1
             self._open[tenant] = self._num_opened
 
-    def ready_tenants(self) -> Iterator[str]:
-        """Tenants with a waiting sequence that is not parked."""
-        return iter(self._ready)
-
     def num_ready(self, tenant: str) -> int:
         """A tenant's waiting sequences that are not parked."""
-        queue = self._ready.get(tenant)
+        queue = self.ready.get(tenant)
         return 0 if queue is None else len(queue.ready)
 
     def num_tokens(self, tenant: str) -> int:
@@ -222,7 +219,7 @@ class WaitingQueue:
         self.blocked.clear()
         self._closed.clear()
         if self._policy == "fcfs":
-            for queue in list(self._ready.values()):
+            for queue in list(self.ready.values()):
                 yield from list(queue.ready)
             return
         self._drop_emptied()
@@ -241,7 +238,7 @@ class WaitingQueue:
                 continue
             chosen = self._continuation(clocks, lowest, groups_end, passed)
             if chosen is None:
-                queue = self._ready[tenant]
+                queue = self.ready[tenant]
                 if tenant not in oldest:
                     oldest[tenant] = iter(list(queue.ready))
                 chosen = self._next_of(queue, oldest[tenant], passed)
@@ -286,7 +283,7 @@ class WaitingQueue:
             number, tenant = self._groups[at]
             if number >= groups_end:
                 break
-            queue = self._ready.get(tenant)
+            queue = self.ready.get(tenant)
             may_continue = tenant not in self.blocked and tenant not in self._closed
             if queue is not None and may_continue and clocks[tenant] < lowest + self._quantum:
                 follower = self._follower(queue, passed)

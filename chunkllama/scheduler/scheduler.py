@@ -355,10 +355,14 @@ class Scheduler:
         tenant: str,
         adapter: AdapterUse | None = None,
     ) -> CacheExplanation:
-        """Explain why the match of a prompt would end now; changes nothing."""
-        return explain_prompt(
+        """Explain why the match of a prompt would end now; charges its tenant for the time."""
+        begun = self._clock()
+        explanation = explain_prompt(
             prompt_token_ids, namespace, tenant, self._cache, self._limits, adapter
         )
+        tokens = self._pace.tokens_in(self._clock() - begun)
+        self._lifecycle.accounts.charge_beside(tenant, tokens)
+        return explanation
 
     def cache_command(self, command: CacheCommand) -> CommandReply:
         """Run an operator's command on the cache; not while a step is in flight."""

@@ -59,8 +59,10 @@ class StepTimes:
 
     def seconds(self, tokens: int) -> float:
         """Estimate a step from those of like size, or else from the nearest size."""
-        key = min(self._octaves, key=lambda known: abs(known - tokens.bit_length()))
-        octave = self._octaves[key]
+        size = tokens.bit_length()
+        octave = self._octaves.get(size)
+        if octave is None:
+            octave = self._octaves[min(self._octaves, key=lambda known: abs(known - size))]
         usual = 1.0 + GUESS * octave.tokens.value
         return octave.seconds.value * (1.0 + GUESS * tokens) / usual
 
