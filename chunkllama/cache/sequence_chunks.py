@@ -30,6 +30,8 @@ class SequenceChunks:
         tenant: owner of the nodes that it adds.
         next_publish: number of computed tokens at which a chunk may become a node.
         copies: (source, destination, tokens) to be done before the sequence's next slice.
+        unrecorded: its prompt, encoded, and how many tokens of it may be stored, until the tenant's
+            record has it.
         meter: chunk-seconds of the chunks it no longer has, less, for each that it has, the clock
             (of a node: its edge's integral) when it got it; see ``usage.py``.
     """
@@ -46,6 +48,7 @@ class SequenceChunks:
         "num_whole",
         "path",
         "tenant",
+        "unrecorded",
     )
 
     def __init__(
@@ -64,6 +67,7 @@ class SequenceChunks:
         self.num_shared = len(path)
         self.next_publish = NEVER
         self.copies: list[tuple[int, int, int]] = []
+        self.unrecorded: tuple[bytes, int] | None = None
         self.meter = meter
         self._buffer = np.empty(max(16, 2 * len(path)), np.int32)
         at = 0

@@ -251,6 +251,7 @@ class Pace:
         lifecycle, own = self._lifecycle, {tenant: list[Sequence]() for tenant in limits}
         if not limits:
             return
+        awaited_by = lifecycle.waiting.awaited_nodes()
         for sequence in lifecycle.running.order.sequences:
             if (known := own.get(sequence.tenant)) is not None:
                 known.append(sequence)
@@ -258,12 +259,17 @@ class Pace:
             credit, turn = self._credit(tenant), own[tenant]
             after = next((i + 1 for i, s in enumerate(turn) if s.slot == credit.last), 0)
             turn = turn[after:] + turn[:after]
-            turn.sort(key=lambda s: s.is_background)
+            if lifecycle.running.num_background:
+                turn.sort(key=lambda s: s.is_background)
             kept = left // _NEW_STARTS if lifecycle.waiting.num_ready(tenant) else 0
-            awaited = lifecycle.waiting.awaited_nodes(other_than=tenant)
+            awaited = {node for node, of in awaited_by.items() if of != {tenant}}
+            is_free = tenant in self._free
             for sequence in turn:
-                is_awaited = sequence.chunks and not awaited.isdisjoint(sequence.chunks.path)
-                if is_awaited or self._is_free(sequence):
+                if (is_free and not sequence.is_background) or (
+                    awaited
+                    and sequence.chunks is not None
+                    and not awaited.isdisjoint(sequence.chunks.path)
+                ):
                     self._parts[sequence] = sequence.num_remaining_tokens
                     continue
                 self._parts[sequence] = part = min(sequence.num_remaining_tokens, left - kept)

@@ -147,18 +147,19 @@ class WaitingQueue:
         """Reasons of the sequences that are parked."""
         return list(self._by_reason)
 
-    def awaited_nodes(self, other_than: str | None = None) -> set[Node]:
+    def awaited_nodes(self) -> dict[Node, set[str]]:
         """Nodes of the prefix tree that sequences wait for which are not in the background.
 
-        Args:
-            other_than: a tenant whose own sequences do not count.
+        Returns:
+            The tenants of those sequences, by node.
         """
-        return {
-            reason[0]
-            for reason, parked in self._by_reason.items()
-            if isinstance(reason, tuple)
-            and any(not s.is_background and s.tenant != other_than for s in parked)
-        }
+        awaited: dict[Node, set[str]] = {}
+        for reason, parked in self._by_reason.items():
+            if isinstance(reason, tuple):
+                tenants = {s.tenant for s in parked if not s.is_background}
+                if tenants:
+                    awaited.setdefault(reason[0], set()).update(tenants)
+        return awaited
 
     def check_invariants(self, clocks: Clocks) -> None:
         """What is kept beside the sequences is what they say."""

@@ -15,7 +15,7 @@ from typing import Final
 from chunkllama.cache.manager import CacheManager, Match
 from chunkllama.cache.node import Node
 from chunkllama.cache.tier_entry import Promotion, ReadLimits, Wait
-from chunkllama.scheduler.cache_lookup import match_limit, record_prompt
+from chunkllama.scheduler.cache_lookup import match_limit, note_prompt
 from chunkllama.scheduler.first_tokens import Arrivals
 from chunkllama.scheduler.headroom import Headroom
 from chunkllama.scheduler.limits import SchedulerLimits
@@ -204,7 +204,7 @@ class Starts:
             admitted = lifecycle.admission.admit(sequence, match, headroom.promised)
         if admitted is None:
             return None
-        record_prompt(sequence, match, admitted[1], cache, self._limits)
+        note_prompt(sequence, match, admitted, lifecycle.running.by_age, cache, self._limits)
         lifecycle.start(sequence, *admitted)
         headroom.add(sequence)
         self.clocks().add(sequence.tenant, sequence.num_remaining_tokens)
