@@ -132,6 +132,9 @@ def test_an_error_names_file_tenant_and_field(tmp_path: Path, text: str, told: s
         ("alice:ka secret part", "(alice): after the key, write field=value"),
         ("alice:ka weight=1 weight=2", "(alice): after the key, write field=value, each field"),
         ("alice: weight=1", "is not of the form name:key"),
+        ("alice:k\0secret", "entry 1: name and key may have 4096 characters that can be printed"),
+        ("al\x1bice:secret", "entry 1: name and key may have 4096 characters that can be printed"),
+        ("alice:secret" + "k" * 4090, "entry 1: name and key may have 4096 characters"),
         ("other:ka", "other names the sum of small tenants in /metrics"),
     ],
 )
