@@ -72,9 +72,10 @@ class SequenceChunks:
         self._buffer = np.empty(max(16, 2 * len(path)), np.int32)
         at = 0
         for edge in edges_of(path):
-            self._buffer[at : at + len(edge.nodes)] = edge.ids
-            at += len(edge.nodes)
-        self.ids: NDArray[np.int32] = self._buffer[: len(path)]
+            end = at + len(edge.nodes)
+            self._buffer[at:end] = edge.ids
+            at = end
+        self.ids: NDArray[np.int32] = self._buffer[:at]
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -255,28 +255,26 @@ class Pace:
         for sequence in lifecycle.running.order.sequences:
             if (known := own.get(sequence.tenant)) is not None:
                 known.append(sequence)
-        for tenant, left in limits.items():
+        for tenant, most in limits.items():
             credit, turn = self._credit(tenant), own[tenant]
             after = next((i + 1 for i, s in enumerate(turn) if s.slot == credit.last), 0)
             turn = turn[after:] + turn[:after]
             if lifecycle.running.num_background:
                 turn.sort(key=lambda s: s.is_background)
-            kept = left // _NEW_STARTS if lifecycle.waiting.num_ready(tenant) else 0
+            kept = most // _NEW_STARTS if lifecycle.waiting.num_ready(tenant) else 0
             awaited = {node for node, of in awaited_by.items() if of != {tenant}}
-            is_free = tenant in self._free
+            is_free, left = tenant in self._free, most - kept
             for sequence in turn:
-                if (is_free and not sequence.is_background) or (
-                    awaited
-                    and sequence.chunks is not None
-                    and not awaited.isdisjoint(sequence.chunks.path)
-                ):
-                    self._parts[sequence] = sequence.num_remaining_tokens
-                    continue
-                self._parts[sequence] = part = min(sequence.num_remaining_tokens, left - kept)
-                left -= part
-                if part and not sequence.is_background:
-                    credit.last = sequence.slot
-            self._left[tenant] = left
+                part = sequence.num_tokens - sequence.num_computed_tokens
+                chunks = sequence.chunks if awaited else None
+                is_awaited = chunks is not None and not awaited.isdisjoint(chunks.path)
+                if not (is_awaited or (is_free and not sequence.is_background)):
+                    part = part if part < left else left
+                    left -= part
+                    if part and not sequence.is_background:
+                        credit.last = sequence.slot
+                self._parts[sequence] = part
+            self._left[tenant] = left + kept
 
     def _credit(self, tenant: str) -> _Credit:
         credit = self._credits.get(tenant)

@@ -94,19 +94,20 @@ class TenantQueue:
 
         Only sequences of the oldest one's priority follow, and none that is parked or passed.
         """
-        if self.may_follow is False:
+        others = self._by_prefix
+        if self.may_follow is False or not others:
             return None
         start = self._last[: least * TOKEN_BYTES]
-        at = bisect_left(self._by_prefix, (self._last,))
+        at = bisect_left(others, (self._last,))
         if self.may_follow is None:
-            self.may_follow = False
-            if len(start) == least * TOKEN_BYTES:
-                for key, _, _ in self._by_prefix[max(at - 1, 0) : at + 1]:  # they share most of all
-                    self.may_follow |= key.startswith(start)
+            self.may_follow = len(start) == least * TOKEN_BYTES and (  # these share most of all
+                (at > 0 and others[at - 1][0].startswith(start))
+                or (at < len(others) and others[at][0].startswith(start))
+            )
             if not self.may_follow:
                 return None
         before = self._nearest(range(at - 1, max(at - NEAR, 0) - 1, -1), start, passed)
-        after = self._nearest(range(at, min(at + NEAR, len(self._by_prefix))), start, passed)
+        after = self._nearest(range(at, min(at + NEAR, len(others))), start, passed)
         if before is None or after is None:
             return after if before is None else before
         # the last one started is between them in token order: one shares as much as both, or more
