@@ -134,6 +134,17 @@ class WaitingQueue:
         queue.park(sequence)
         self._changed(tenant, queue)
 
+    def park_alike(self, sequence: Sequence, num_tokens: int, reason: Hashable) -> None:
+        """Park sequence and those like it: each would be found to wait for the same.
+
+        Args:
+            num_tokens: they share so many, and go on.
+        """
+        self.park(sequence, reason)
+        for other in self._tenants[self._tenant(sequence)].neighbours(sequence, num_tokens):
+            if other not in self._parked and _look_up_alike(other, sequence):
+                self.park(other, reason)
+
     def unpark(self, reason: Hashable) -> None:
         """Return the sequences of a reason to the order."""
         for sequence in self._by_reason.pop(reason, ()):
@@ -312,3 +323,15 @@ class WaitingQueue:
             if sequence.slot < 0 and sequence not in passed and sequence not in self._parked:
                 return sequence
         return None
+
+
+def _look_up_alike(a: Sequence, b: Sequence) -> bool:
+    """Whether the cache has the same of two sequences that begin equally."""
+    first, second = a.group.request, b.group.request
+    return (
+        first.namespace == second.namespace
+        and a.is_background == b.is_background
+        and first.wants_hidden_states == second.wants_hidden_states
+        and a.wants_prompt_logits == b.wants_prompt_logits
+        and a.group.beam is None
+    )

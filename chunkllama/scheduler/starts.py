@@ -155,8 +155,9 @@ class Starts:
         if saved <= 0 or saved < self._limits.min_wait_tokens:
             return False
         if match.pending is not None and self._cache.is_pending_node(*match.pending):
-            self._lifecycle.waiting.park(sequence, match.pending)
-            node = match.pending[0]
+            node, tokens = match.pending
+            shared = node.depth * self._cache.chunk_size + tokens
+            self._lifecycle.waiting.park_alike(sequence, shared, match.pending)
             self._cache.tree.awaited.add(node)
             self._awaited.setdefault(node, set()).add(match.pending)
         return True

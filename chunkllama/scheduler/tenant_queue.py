@@ -115,6 +115,15 @@ class TenantQueue:
         more = self._last[: (both + 1) * TOKEN_BYTES]
         return after if self._keys[after].startswith(more) else before
 
+    def neighbours(self, sequence: Sequence, num_tokens: int) -> list[Sequence]:
+        """The nearest sequences in token order that go on beyond ``num_tokens`` they share with one
+        of them."""
+        key = self._keys[sequence]
+        start = key[: num_tokens * TOKEN_BYTES]
+        at = bisect_left(self._by_prefix, (key, sequence.age))
+        near = self._by_prefix[max(at - NEAR, 0) : at + NEAR + 1]
+        return [other for key, _, other in near if len(key) > len(start) and key.startswith(start)]
+
     def _nearest(self, near: range, start: bytes, passed: Container[Sequence]) -> Sequence | None:
         """The first at the places ``near`` that may start, if it begins with ``start``."""
         for at in near:
